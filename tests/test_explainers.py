@@ -1,0 +1,369 @@
+"""Every explainer: shape, batch, state and bad-input contracts; and what each one computes."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from xattn.backbone import load_backbone
+from xattn.explainers import (
+    create_explainer,
+    explainer_class,
+    list_explainers,
+    preserve_state,
+    shuffle_weights,
+)
+from xattn.heads import create_head
+
+NAMES = ["head", "randomized_head", "cam", "gradcam", "random", "centre", "ones"]
+MODELS = {"cnn": "test_efficientnet", "vit": "test_vit"}
+
+
+class Pair:
+    """A tiny backbone with random weights and a head with random rows."""
+
+    def __init__(self, kind):
+        torch.manual_seed(0)
+        self.backbone = load_backbone(MODELS[kind], weights=None, input_size=64, num_classes=11)
+        self.head = create_head("ttame", self.backbone, fusion="classifier")
+        with torch.no_grad():
+            for parameter in self.head.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        self.head.eval()
+
+    def explainer(self, name, **options):
+        return create_explainer(name, self.backbone, self.head, **options)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return {kind: Pair(kind) for kind in MODELS}
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+CASES = [(k, n) for k in MODELS for n in NAMES if (k, n) != ("vit", "cam")]
+TARGET = torch.tensor([3, 0, 10, 3, 7])
+
+
+def test_the_registry_lists_them_all_and_suggests_near_names(pairs):
+    assert set(NAMES) <= set(list_explainers())
+    with pytest.raises(ValueError, match=r"unknown explainer 'grad-cam'; did you mean gradcam"):
+        pairs["cnn"].explainer("grad-cam")
+    with pytest.raises(ValueError, match=r"gradcam does not take that option .*layers"):
+        pairs["cnn"].explainer("gradcam", layers=3)
+    for name in NAMES:
+        cls = explainer_class(name)
+        assert cls.__doc__ and cls.forwards in (0, 1) and cls.is_mask == (name == "ones")
+
+
+@pytest.mark.parametrize("kind, name", CASES)
+def test_a_batch_equals_a_loop_and_micro_batches(pairs, images, kind, name):
+    pair = Pair(kind)
+    pair.backbone.double()
+    pair.head.double()
+    explainer = create_explainer(name, pair.backbone, pair.head)
+    batch = explainer.attribute(images.double(), TARGET)
+    assert batch.shape[:2] == (5, 1) and batch.ndim == 4 and not batch.requires_grad
+    loop = torch.cat(
+        [explainer.attribute(i[None].double(), int(t)) for i, t in zip(images, TARGET, strict=True)]
+    )
+    explainer.max_forward_batch = 2
+    chunked = explainer.attribute(images.double(), TARGET)
+    for other in (loop, chunked):
+        assert (batch - other).abs().max() <= 1e-6 * batch.abs().max()
+
+
+@pytest.mark.parametrize("kind, name", CASES)
+def test_one_class_for_all_equals_the_class_repeated(pairs, images, kind, name):
+    explainer = pairs[kind].explainer(name)
+    one = explainer.attribute(images, 4)
+    assert torch.equal(one, explainer.attribute(images, torch.full((5,), 4)))
+    assert torch.equal(one, explainer.attribute(images, torch.full((5,), 4, dtype=torch.int32)))
+
+
+@pytest.mark.parametrize("kind, name", CASES)
+def test_several_classes_at_once_equal_one_by_one(pairs, images, kind, name):
+    explainer = pairs[kind].explainer(name)
+    logits, classes, maps = explainer.attribute_classes(images, lambda z: z.topk(3).indices)
+    assert torch.allclose(logits, pairs[kind].backbone.logits(images), atol=1e-5)
+    assert torch.equal(classes, logits.topk(3).indices) and maps.shape[:2] == (5, 3)
+    for j in range(3):
+        single = explainer.attribute(images, classes[:, j])[:, 0]
+        assert (maps[:, j] - single).abs().max() <= 1e-5 * single.abs().max()
+    with pytest.raises(ValueError, match=r"choose: got shape \(5,\)"):
+        explainer.attribute_classes(images, lambda z: z.argmax(1))
+
+
+@pytest.mark.parametrize("name", ["head", "cam"])
+def test_several_classes_cost_one_backbone_pass(pairs, images, name):
+    pair, calls = pairs["cnn"], []
+    handle = pair.backbone.model.conv_stem.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        pair.explainer(name).attribute_classes(images, lambda z: z.topk(4).indices)
+    finally:
+        handle.remove()
+    assert len(calls) == 1
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_inputs_and_targets_raise(pairs, images, name):
+    explainer = pairs["cnn"].explainer(name)
+    nan = images.clone()
+    nan[2, 0, 3, 3] = float("nan")
+    for bad, message in [
+        (images[0], r"inputs: got torch.float32 \(3, 64, 64\)"),
+        ((images * 255).byte(), r"inputs: got torch.uint8"),
+        (images.numpy(), r"inputs: got .*ndarray"),
+        (images[:0], r"inputs: got an empty batch"),
+        (nan, r"inputs: holds NaN"),
+        (images * 5 - 2, r"inputs: got values in .*raw pixels in \[0, 1\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            explainer.attribute(bad, 0)
+    for bad, message in [
+        (11, r"target: class 11 is out of range 0\.\.10"),
+        (-1, r"target: class -1 is out of range"),
+        (torch.tensor([0, 1, 2, 3]), r"target: got torch.int64 \(4,\) for 5 images"),
+        (torch.tensor([0]), r"target: got torch.int64 \(1,\)"),
+        (torch.tensor(3), r"target: got torch.int64 \(\)"),
+        (torch.zeros(5), r"target: got torch.float32"),
+        (torch.tensor([0, 1, 2, 3, 99]), r"class 99 is out of range"),
+        (True, r"target: got True"),
+        ([0, 1, 2, 3, 4], r"target: got \[0"),
+        (None, r"target: got None"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            explainer.attribute(images, bad)
+
+
+def test_a_missing_or_foreign_head_is_refused(pairs):
+    with pytest.raises(ValueError, match=r"head: explainer 'head' needs one"):
+        create_explainer("head", pairs["cnn"].backbone)
+    with pytest.raises(ValueError, match=r"head: trained on test_vit .*load the matching pair"):
+        create_explainer("head", pairs["cnn"].backbone, pairs["vit"].head)
+    with pytest.raises(ValueError, match=r"explainer: cam needs average pooling"):
+        pairs["vit"].explainer("cam")
+    with pytest.raises(ValueError, match=r"max_forward_batch: got 0"):
+        pairs["cnn"].explainer("ones", max_forward_batch=0)
+    with pytest.raises(ValueError, match=r"sigma: got 0"):
+        pairs["cnn"].explainer("centre", sigma=0)
+    with pytest.raises(ValueError, match=r"layer: Conv2d is not a module of"):
+        pairs["cnn"].explainer("gradcam", layer=nn.Conv2d(1, 1, 1))
+    with pytest.raises(ValueError, match=r"randomize: got 'all'"):
+        pairs["cnn"].explainer("randomized_head", randomize="all")
+
+
+# ---------------------------------------------------------------------- state
+
+
+def snapshot(*modules):
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "modes": [m.training for module in modules for m in module.modules()],
+        "hooks": [
+            len(getattr(m, h)) for module in modules for m in module.modules() for h in hooks
+        ],
+        "requires_grad": [p.requires_grad for module in modules for p in module.parameters()],
+        "grad": [
+            None if p.grad is None else p.grad.sum().item()
+            for module in modules
+            for p in module.parameters()
+        ],
+        "state": [
+            v.double().sum().item()
+            for module in modules
+            for v in (*module.parameters(), *module.buffers())
+        ],
+        "rng": (
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            np.random.get_state()[2],
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind, name", CASES)
+@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
+def test_models_and_generators_are_as_before(images, kind, name, fails):
+    pair = Pair(kind)
+    pair.head.train()
+    pair.backbone.head_point.register_forward_hook(lambda *_: None)
+    next(pair.head.parameters()).grad = torch.ones_like(next(pair.head.parameters()))
+    inputs = images.clone().requires_grad_()
+    explainer = create_explainer(name, pair.backbone, pair.head)
+    before = snapshot(pair.backbone, pair.head)
+
+    def fail(*_):
+        raise RuntimeError("interrupted")
+
+    if fails:
+        explainer._attribute_classes = explainer._attribute = None  # fails inside the guard
+        handle = pair.backbone.model.get_classifier().register_forward_hook(fail)
+        with pytest.raises((TypeError, RuntimeError)):
+            explainer.attribute(inputs, TARGET)
+        del explainer._attribute_classes, explainer._attribute
+        if name not in ("random", "centre", "ones"):
+            with pytest.raises(RuntimeError, match="interrupted"):
+                explainer.attribute(inputs, TARGET)
+        handle.remove()
+    else:
+        explainer.attribute(inputs, TARGET)
+        explainer.attribute_classes(inputs, lambda z: z.topk(2).indices)
+    assert snapshot(pair.backbone, pair.head) == before
+    assert inputs.requires_grad and inputs.grad is None and torch.equal(inputs, images)
+
+
+def test_preserve_state_restores_everything_after_an_error():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Dropout())
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    model[0].bias.requires_grad_(False)
+    kept = model[1].register_forward_hook(lambda *_: None)
+    before, grad, mean = snapshot(model), model[0].weight.grad, model[1].running_mean
+    with pytest.raises(ZeroDivisionError), preserve_state(model):
+        model(torch.rand(3, 1, 4, 4)).sum().backward()
+        model.eval().requires_grad_(True)
+        model[2].register_forward_hook(lambda *_: None)
+        kept.remove()
+        model[1].running_mean = torch.full((2,), 7.0)
+        random.random(), np.random.rand(), torch.rand(1)
+        _ = 1 / 0
+    assert snapshot(model) == before
+    assert model[0].weight.grad is grad and model[1].running_mean is mean
+
+
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"]
+)
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_gradients_work_inside_no_grad_and_inference_mode(pairs, images, context, kind):
+    explainer = pairs[kind].explainer("gradcam")
+    expected = explainer.attribute(images, TARGET)
+    with context():
+        assert torch.equal(explainer.attribute(images * 1.0, TARGET), expected)
+
+
+# ---------------------------------------------------------------------- what they compute
+
+
+def test_cam_averages_to_the_logit_without_its_bias(pairs, images):
+    backbone = pairs["cnn"].backbone
+    maps = pairs["cnn"].explainer("cam").attribute(images, TARGET)
+    logit = backbone.logits(images).gather(1, TARGET[:, None])[:, 0]
+    assert torch.allclose(
+        maps.mean((1, 2, 3)) + backbone.classifier_bias[TARGET], logit, rtol=1e-4, atol=1e-5
+    )
+    assert maps.min() < 0  # unrectified
+
+
+def test_gradcam_of_linear_pooling_is_the_rectified_cam(pairs, images):
+    cam = pairs["cnn"].explainer("cam").attribute(images, TARGET)
+    gradcam = pairs["cnn"].explainer("gradcam").attribute(images, TARGET)
+    signed = pairs["cnn"].explainer("gradcam", relu=False).attribute(images, TARGET)
+    places = cam.shape[-1] * cam.shape[-2]
+    assert torch.allclose(gradcam * places, cam.relu(), atol=1e-5)
+    assert torch.allclose(signed * places, cam, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["test_vit", "test_vit2", "test_vit3", "test_vit4"])
+def test_gradcam_of_a_vit_matches_gradients_taken_by_hand(model):
+    torch.manual_seed(0)
+    backbone = load_backbone(model, weights=None, input_size=(64, 96))
+    images, target = torch.rand(2, 3, 64, 96), torch.tensor([5, 2])
+    tokens = []
+
+    def keep(module, args, output):
+        output.requires_grad_()
+        tokens.append(output)
+
+    handle = backbone.model.blocks[-1].norm1.register_forward_hook(keep)
+    logits = backbone.logits(images)
+    handle.remove()
+    gradient = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), tokens[0])[0]
+    patches = tokens[0][:, backbone.prefix_tokens :], gradient[:, backbone.prefix_tokens :]
+    expected = (patches[0] * patches[1].mean(1, keepdim=True)).sum(-1).relu()
+    got = create_explainer("gradcam", backbone).attribute(images, target)
+    assert got.shape[2:] == backbone.grid(64, 96) and got.shape[2] != got.shape[3]
+    assert torch.allclose(got.flatten(1), expected, atol=1e-7, rtol=1e-4)
+
+
+def test_gradcam_of_another_layer(pairs, images):
+    backbone = pairs["cnn"].backbone
+    maps = pairs["cnn"].explainer("gradcam", layer=backbone.model.blocks[1]).attribute(images, 3)
+    assert maps.shape[-1] > backbone.head_point(backbone(images).maps[-1]).shape[-1]
+
+
+def test_head_gives_the_raw_scores_of_the_class(pairs, images):
+    pair = pairs["cnn"]
+    with torch.no_grad():
+        every = pair.head(pair.backbone(images))
+    got = pair.explainer("head").attribute(images, TARGET)
+    assert torch.allclose(got[:, 0], every[range(5), TARGET], atol=1e-5)
+
+
+def test_random_depends_on_seed_and_pixels_only(pairs, images):
+    explainer = pairs["cnn"].explainer("random", seed=1)
+    first = explainer.attribute(images, TARGET)
+    torch.manual_seed(99), np.random.seed(99)
+    assert torch.equal(explainer.attribute(images.flip(0), 0), first.flip(0))
+    assert not torch.equal(pairs["cnn"].explainer("random", seed=2).attribute(images, 0), first)
+    assert torch.equal(explainer.attribute(images[[0, 0]], 0)[0], first[0])
+    assert len({tuple(m.flatten().tolist()) for m in first}) == 5
+    assert 0 <= first.min() and first.max() < 1
+
+
+def test_centre_peaks_in_the_middle_and_ones_are_one(pairs, images):
+    centre = pairs["cnn"].explainer("centre").attribute(images, 0)[0, 0]
+    assert centre.shape == (64, 64)
+    assert torch.allclose(centre, centre.flip(0)) and torch.allclose(centre, centre.t())
+    assert centre.max() == centre[31, 31] and centre.min() == centre[0, 0]
+    ones = pairs["cnn"].explainer("ones")
+    assert ones.is_mask and (ones.attribute(images, 0) == 1).all()
+
+
+@pytest.mark.parametrize("randomize", ["head", "backbone"])
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_randomised_weights_change_the_map_and_nothing_else(pairs, images, kind, randomize):
+    pair = pairs[kind]
+    before = snapshot(pair.backbone, pair.head)
+    explainer = pair.explainer("randomized_head", randomize=randomize, seed=3)
+    assert snapshot(pair.backbone, pair.head) == before
+    got, real = (e.attribute(images, TARGET) for e in (explainer, pair.explainer("head")))
+    again = pair.explainer("randomized_head", randomize=randomize, seed=3).attribute(images, TARGET)
+    other = pair.explainer("randomized_head", randomize=randomize, seed=4).attribute(images, TARGET)
+    assert torch.equal(got, again) and not torch.equal(got, other)
+    correlation = np.corrcoef(got.flatten(1).numpy(), real.flatten(1).numpy())[:5, 5:].diagonal()
+    assert np.abs(correlation).mean() < 0.9
+    logits, _, _ = explainer.attribute_classes(images, lambda z: z.topk(1).indices)
+    assert torch.allclose(logits, pair.backbone.logits(images), atol=1e-5)
+
+
+def test_shuffling_keeps_the_values_and_the_running_statistics():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model(torch.rand(2, 3, 8, 8))
+    copy = shuffle_weights(model, 0)
+    assert torch.equal(copy[0].weight.flatten().sort()[0], model[0].weight.flatten().sort()[0])
+    assert not torch.equal(copy[0].weight, model[0].weight)
+    assert torch.equal(copy[1].running_mean, model[1].running_mean)
+    assert torch.equal(shuffle_weights(model, 0, matrices_only=True)[0].bias, model[0].bias)
+
+
+def test_gradcam_finds_the_grid_of_models_that_do_not_tell_it():
+    backbone = load_backbone("xcit_nano_12_p16_224", weights=None)
+    maps = create_explainer("gradcam", backbone).attribute(torch.rand(1, 3, 224, 224), 3)
+    assert maps.shape == (1, 1, 14, 14) and maps.max() > 0
+
+
+def test_gradcam_refuses_models_that_end_in_tokens():
+    backbone = load_backbone("levit_128s", weights=None)
+    with pytest.raises(ValueError, match=r"layer: levit_128s ends in tokens"):
+        create_explainer("gradcam", backbone).attribute(torch.rand(1, 3, 224, 224), 3)

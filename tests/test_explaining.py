@@ -1,0 +1,204 @@
+"""From photos to explanations: which classes, how many passes, what is skipped, what is written."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from xattn.backbone import load_backbone
+from xattn.explainers import create_explainer
+from xattn.explaining import explain
+from xattn.explanation import load_pack, read_manifest
+from xattn.heads import create_head
+from xattn.images import prepare
+
+CLASSES = ["tabby cat, tabby", "golden retriever", "espresso", "rocket", "tripod", "fox", "owl"]
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    return load_backbone(
+        "test_efficientnet", weights=None, input_size=64, num_classes=7, classes=CLASSES
+    )
+
+
+@pytest.fixture(scope="module")
+def head(backbone):
+    torch.manual_seed(1)
+    return create_head("ttame", backbone).eval()
+
+
+def photo(seed, size=(50, 70)):
+    values = np.random.default_rng(seed).integers(
+        0, 256, (size[0] // 5, size[1] // 5, 3), dtype=np.uint8
+    )
+    return Image.fromarray(values).resize(size[::-1])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "photos"
+    for i, name in enumerate(["b.png", "a/b.jpg", "a/c.png", "b.jpg", "A__b.png"]):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(i).save(root / name)
+    return root
+
+
+def test_top_classes_come_by_falling_probability(backbone, head):
+    image = photo(3)
+    found = explain(image, backbone, head, top=3)
+    tensor, view = prepare(image, backbone.preprocessing)
+    p = backbone.logits(tensor[None]).softmax(1)[0]
+    assert [e.target for e in found] == p.topk(3).indices.tolist()
+    assert np.allclose([e.probability for e in found], p.topk(3).values, atol=1e-6)
+    assert found[0].target_name == CLASSES[found[0].target] and found[0].view == view
+    with torch.no_grad():
+        scores = head(backbone(tensor[None]), found[1].target)[0, 0]
+    assert np.allclose(found[1].map, scores, atol=1e-5) and found.skipped == []
+
+
+def test_named_classes_come_in_the_order_given(backbone, head):
+    found = explain(photo(3), backbone, head, classes=["rocket", 0, "tabby", "Golden Retriever"])
+    assert [e.target for e in found] == [3, 0, 1]
+    assert explain(photo(3), backbone, head, classes="owl")[0].target == 6
+    assert explain(photo(3), backbone, head, classes=2)[0].target == 2
+
+
+def test_all_classes_of_a_batch_cost_one_pass(backbone, head, folder):
+    calls = []
+    handle = backbone.model.conv_stem.register_forward_hook(lambda m, i, o: calls.append(len(o)))
+    try:
+        found = explain(folder, backbone, head, top=4, batch_size=2)
+    finally:
+        handle.remove()
+    assert calls == [2, 2, 1] and len(found) == 20
+
+
+def test_a_batch_equals_one_by_one(backbone, head, folder):
+    together = explain(folder, backbone, head, top=2, batch_size=5)
+    single = [e for p in sorted(folder.rglob("*.*g")) for e in explain(p, backbone, head, top=2)]
+    assert len(together) == len(single) == 10
+    for e in together:
+        same = [s for s in single if s.file_name == e.file_name and s.target == e.target]
+        assert any(np.abs(s.map - e.map).max() <= 1e-5 * np.abs(e.map).max() for s in same)
+
+
+def test_ids_are_relative_paths_and_unique(backbone, head, folder):
+    found = explain(folder, backbone, head)
+    assert [e.image_id for e in found] == ["A__b", "a__b-2", "a__c", "b", "b-2"]
+    assert [e.file_name for e in found] == ["A__b.png", "b.jpg", "c.png", "b.jpg", "b.png"]
+    assert len({e.id for e in found}) == 5
+    given = explain([photo(0), str(folder / "b.png"), photo(1)], backbone, head)
+    assert [e.image_id for e in given] == ["image-1", "b", "image-3"]
+    long = folder / ("ü" * 100 + ".png")
+    photo(0).save(long)
+    assert len(explain(long, backbone, head)[0].id.encode()) < 200
+
+
+@pytest.mark.parametrize("name", ["cam", "gradcam", "random", "centre", "ones", "randomized_head"])
+def test_any_explainer_by_name_or_instance(backbone, head, name):
+    by_name = explain(photo(2), backbone, head, explainer=name, top=2)
+    explainer = create_explainer(name, backbone, head)
+    by_instance = explain(photo(2), backbone, explainer=explainer, top=2)
+    assert [e.method for e in by_name] == [name] * 2
+    assert np.array_equal(by_name[1].map, by_instance[1].map)
+    assert by_name[0].is_mask == (name == "ones")
+
+
+def test_maps_come_back_on_the_original_photo(backbone, head):
+    crop, whole = (explain(photo(1), backbone, head, view=v)[0] for v in ("crop", "whole"))
+    assert crop.on_photo().shape == whole.on_photo().shape == (50, 70)
+    assert np.isnan(crop.on_photo()).any() and not np.isnan(whole.on_photo()).any()
+    assert crop.overlay().size == (70, 50)
+
+
+@pytest.mark.parametrize("size", [(5, 5), (5, 8000), (8000, 20)])
+def test_odd_photos_are_explained(backbone, head, tmp_path, size):
+    image = photo(0, size) if size != (5, 5) else Image.new("L", (1, 1), 9)
+    found = explain(image, backbone, head, output=tmp_path / "pack")
+    assert np.isfinite(found[0].on_photo()).any()
+    assert (tmp_path / "pack" / "overlays" / f"{found[0].id}.jpg").is_file()
+
+
+def test_unreadable_photos_of_a_folder_are_skipped_counted_and_reported(
+    backbone, head, folder, tmp_path
+):
+    (folder / "a" / "text.jpg").write_text("not an image")
+    cut = folder / "cut.png"
+    cut.write_bytes((folder / "b.png").read_bytes()[:60])
+    with pytest.warns(UserWarning, match=r"explain: skipped 2 of 7 images: .*text\.jpg .*cut\.png"):
+        found = explain(folder, backbone, head, output=tmp_path / "pack", batch_size=3)
+    assert len(found) == 5 and [name for name, _ in found.skipped] == ["text.jpg", "cut.png"]
+    manifest = read_manifest(tmp_path / "pack")
+    assert [s["file_name"] for s in manifest["skipped"]] == ["text.jpg", "cut.png"]
+    assert str(tmp_path) not in str(manifest)
+    for name in ("b.png", "a/b.jpg", "a/c.png", "b.jpg", "A__b.png"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match=r"images: none of the 2 images can be read"):
+        explain(folder, backbone, head)
+    with pytest.raises(ValueError, match=r"cut\.png is (truncated|not an image)"):
+        explain(cut, backbone, head)
+    with pytest.raises(ValueError, match=r"max_pixels=100"):
+        explain(photo(0), backbone, head, max_pixels=100)
+
+
+def test_a_pack_holds_provenance_and_no_paths(backbone, head, folder, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = explain(folder, backbone, head, top=2, output=str(tmp_path / "pack"))
+    loaded = load_pack(tmp_path / "pack")
+    assert [e.id for e in loaded] == [e.id for e in found]
+    assert all(np.array_equal(a.map, b.map) for a, b in zip(found, loaded, strict=True))
+    protocol = loaded[0].protocol
+    assert protocol["backbone"]["sha256"] == backbone.fingerprint
+    assert protocol["head"]["name"] == "ttame" and len(protocol["head"]["sha256"]) == 64
+    assert protocol["explainer"] == "head" and protocol["view"] == "crop"
+    manifest = (tmp_path / "pack" / "manifest.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in manifest
+
+
+def test_a_bad_output_is_refused_before_any_work(backbone, head, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr("xattn.explaining.load_image", lambda *_: pytest.fail("worked"))
+    with pytest.raises(OSError, match=r"output: cannot write"):
+        explain(photo(0), backbone, head, output=tmp_path / "file" / "pack")
+    with pytest.raises(ValueError, match=r"output: .* is not a pack of xattn"):
+        explain(photo(0), backbone, head, output=tmp_path)
+
+
+def test_bad_arguments_are_named(backbone, head, tmp_path):
+    image = photo(0)
+    for options, message in [
+        ({"classes": 7}, r"class 7 is out of range"),
+        ({"classes": "tobby"}, r"class 'tobby' .*near matches"),
+        ({"classes": []}, r"classes: got an empty list"),
+        ({"top": 0}, r"top: got 0"),
+        ({"top": 8}, r"top: got 8"),
+        ({"view": "middle"}, r"view: got 'middle'"),
+        ({"batch_size": 0}, r"batch_size: got 0"),
+        ({"explainer": "gradcm"}, r"unknown explainer 'gradcm'; did you mean gradcam"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            explain(image, backbone, head, **options)
+    with pytest.raises(ValueError, match=r"head: got none; give head=load_head"):
+        explain(image, backbone)
+    with pytest.raises(ValueError, match=r"images: got an empty list"):
+        explain([], backbone, head)
+    with pytest.raises(ValueError, match=r"images: got a int"):
+        explain([3], backbone, head)
+    with pytest.raises(FileNotFoundError, match=r"images: no file or folder"):
+        explain(tmp_path / "nowhere", backbone, head)
+    other = load_backbone("test_vit", weights=None, input_size=64)
+    with pytest.raises(ValueError, match=r"explainer: ones was made for another backbone"):
+        explain(image, backbone, explainer=create_explainer("ones", other))
+
+
+def test_a_list_file_and_a_path_string_work(backbone, head, folder):
+    (folder / "list.txt").write_text("b.png 3\na/c.png 1\n")
+    found = explain(str(folder / "list.txt"), backbone, head)
+    assert [e.image_id for e in found] == ["b", "a__c"]
+    assert isinstance(found[0].source, Path)

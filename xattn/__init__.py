@@ -1,0 +1,57 @@
+"""xattn: train small explanation heads on frozen image classifiers and measure what they explain.
+
+The public names below are imported on first use, so that ``import xattn`` and ``xattn --help`` stay
+fast: torch and timm load with the first call that needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Backbone": "xattn.backbone",
+    "Preprocessing": "xattn.backbone",
+    "Taps": "xattn.backbone",
+    "TapModule": "xattn.backbone",
+    "load_backbone": "xattn.backbone",
+    "Head": "xattn.heads",
+    "create_head": "xattn.heads",
+    "list_heads": "xattn.heads",
+    "load_head": "xattn.heads",
+    "save_head": "xattn.heads",
+    "fit": "xattn.training",
+    "TrainConfig": "xattn.training",
+    "create_explainer": "xattn.explainers",
+    "list_explainers": "xattn.explainers",
+    "explain": "xattn.explaining",
+    "Explanation": "xattn.explanation",
+    "load_pack": "xattn.explanation",
+    "save_pack": "xattn.explanation",
+    "evaluate": "xattn.eval",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from xattn.backbone import Backbone, Preprocessing, TapModule, Taps, load_backbone
+    from xattn.eval import evaluate
+    from xattn.explainers import create_explainer, list_explainers
+    from xattn.explaining import explain
+    from xattn.explanation import Explanation, load_pack, save_pack
+    from xattn.heads import Head, create_head, list_heads, load_head, save_head
+    from xattn.training import TrainConfig, fit
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'xattn' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

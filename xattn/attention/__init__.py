@@ -1,0 +1,1 @@
+"""Attention mechanisms, one file each, behind one operator interface. None has landed yet."""

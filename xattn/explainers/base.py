@@ -1,0 +1,308 @@
+"""What every explainer shares: Captum's call, its checks, micro-batches, and an untouched model.
+
+``explainer.attribute(inputs, target) -> (B, 1, h, w)``: a raw map of one class an image, at the
+explainer's own resolution and without min-max. Whatever happens inside, the models come out as they
+went in (:func:`preserve_state`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from xattn.backbone import Backbone
+    from xattn.heads import Head
+
+Choose = Callable[[Tensor], Tensor]  # logits (B, K) -> classes to explain, LongTensor (B, M)
+
+_REGISTRY: dict[str, type[Explainer]] = {}
+
+
+class Explainer(ABC):
+    """One way to explain a classifier's decision for a class.
+
+    Args:
+        backbone: the classifier.
+        head: a trained head of that backbone, where the explainer reads one.
+        seed: of explainers that draw random numbers; results depend on (seed, image) alone.
+        max_forward_batch: how many images are alive in a pass.
+
+    Class attributes: ``name``; ``forwards``, the forward passes an image costs; ``needs_head``;
+    ``is_mask``, whether the map is a mask already, so that min-max must leave it alone.
+    """
+
+    name: ClassVar[str]
+    forwards: ClassVar[int] = 1
+    needs_head: ClassVar[bool] = False
+    is_mask: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head | None = None,
+        seed: int = 0,
+        max_forward_batch: int = 32,
+    ) -> None:
+        if max_forward_batch < 1:
+            raise ValueError(f"max_forward_batch: got {max_forward_batch}; give at least 1")
+        if self.needs_head and head is None:
+            raise ValueError(f"head: explainer {self.name!r} needs one; give head=load_head(...)")
+        if head is not None:
+            _check_head(head, backbone)
+        self.backbone = backbone
+        self.head = head
+        self.seed = seed
+        self.max_forward_batch = max_forward_batch
+
+    def attribute(self, inputs: Tensor, target: Tensor | int) -> Tensor:
+        """Raw maps of one class an image.
+
+        Args:
+            inputs: float (B, 3, H, W), raw pixels in [0, 1]; the backbone normalises.
+            target: one class for all images, or a LongTensor (B,) with one an image.
+
+        Returns:
+            (B, 1, h, w), detached, on the device of ``inputs``.
+
+        Raises:
+            ValueError: inputs of another shape, non-finite or outside [0, 1]; a target that is not
+                one class, not one an image, or out of range.
+        """
+        check_inputs(inputs)
+        targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
+        maps = []
+        with self._guard():
+            for images, classes in zip(
+                inputs.split(self.max_forward_batch),
+                targets.split(self.max_forward_batch),
+                strict=True,
+            ):
+                maps.append(self._attribute(self._move(images), classes.to(self.backbone.device)))
+        return torch.cat(maps).detach().to(inputs.device)
+
+    def attribute_classes(self, inputs: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps of several classes an image, chosen from the logits of the same pass.
+
+        Args:
+            inputs: as in :meth:`attribute`.
+            choose: gets logits (B, K), returns the classes to explain as a LongTensor (B, M).
+
+        Returns:
+            logits (B, K), the chosen classes (B, M), and raw maps (B, M, h, w). Explainers that
+            read class maps from features (``head``, ``cam``) need one backbone pass in all.
+        """
+        check_inputs(inputs)
+        parts = []
+        with self._guard():
+            for images in inputs.split(self.max_forward_batch):
+                parts.append(self._attribute_classes(self._move(images), choose))
+        logits, classes, maps = (torch.cat(p).detach() for p in zip(*parts, strict=True))
+        return logits.to(inputs.device), classes.to(inputs.device), maps.to(inputs.device)
+
+    @abstractmethod
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        """Maps (b, 1, h, w) for checked images (b, 3, H, W) and classes (b,) on the device."""
+
+    def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            logits = self.backbone.logits(images)
+        classes = self._chosen(choose, logits)
+        maps = [self._attribute(images, column) for column in classes.unbind(1)]
+        return logits, classes, torch.cat(maps, 1)
+
+    def _chosen(self, choose: Choose, logits: Tensor) -> Tensor:
+        classes = choose(logits)
+        if classes.ndim != 2 or classes.shape[0] != logits.shape[0] or classes.shape[1] < 1:
+            raise ValueError(
+                f"choose: got shape {tuple(classes.shape)} for {logits.shape[0]} images; "
+                f"return a LongTensor (B, M)"
+            )
+        check_target(classes.flatten(), classes.numel(), logits.shape[1])
+        return classes.to(logits.device)
+
+    def _move(self, images: Tensor) -> Tensor:
+        """Onto the backbone's device and dtype, cut off from the caller's graph."""
+        dtype = next((p.dtype for p in self.backbone.parameters()), images.dtype)
+        images = images.detach()
+        if images.is_inference():  # such tensors cannot be saved for a backward pass
+            images = images.clone()
+        return images.to(self.backbone.device, dtype)
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        modules = [m for m in (self.backbone, self.head) if m is not None]
+        with preserve_state(*modules), torch.inference_mode(False):
+            for module in modules:
+                module.eval()
+            yield
+
+
+def check_inputs(inputs: Tensor) -> None:
+    """Raise a ``ValueError`` unless ``inputs`` is a finite float (B >= 1, 3, H, W) in [0, 1]."""
+    if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not inputs.is_floating_point():
+        got = (
+            f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs)
+        )
+        raise ValueError(f"inputs: got {got}; give a float tensor (B, 3, H, W)")
+    if inputs.numel() == 0:
+        raise ValueError(
+            f"inputs: got an empty batch {tuple(inputs.shape)}; give one image or more"
+        )
+    low, high = (float(v) for v in inputs.detach().aminmax())
+    if not np.isfinite(low) or not np.isfinite(high):
+        raise ValueError("inputs: holds NaN or infinite values; clean the images first")
+    if low < -1e-4 or high > 1 + 1e-4:
+        raise ValueError(
+            f"inputs: got values in [{low:.3g}, {high:.3g}]; give raw pixels in [0, 1], "
+            f"the backbone normalises them itself"
+        )
+
+
+def check_target(target: Tensor | int, batch: int, num_classes: int) -> Tensor:
+    """``target`` as a LongTensor (B,); ValueError unless it is one class or one an image."""
+    if isinstance(target, Integral) and not isinstance(target, bool):
+        target = torch.full((batch,), int(target))
+    whole = isinstance(target, Tensor) and target.dtype in (torch.int64, torch.int32)
+    if not whole or target.ndim != 1 or target.shape[0] != batch:  # type: ignore[union-attr]
+        got = (
+            f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else repr(target)
+        )
+        raise ValueError(
+            f"target: got {got} for {batch} images; give one int or a LongTensor ({batch},)"
+        )
+    low, high = (int(v) for v in target.aminmax())  # type: ignore[union-attr]
+    if low < 0 or high >= num_classes:
+        bad = low if low < 0 else high
+        raise ValueError(f"target: class {bad} is out of range 0..{num_classes - 1}")
+    return target.long()  # type: ignore[union-attr]
+
+
+def _check_head(head: Head, backbone: Backbone) -> None:
+    theirs = getattr(head, "backbone_fingerprint", None)
+    if theirs is not None and theirs != backbone.fingerprint:
+        raise ValueError(
+            f"head: trained on {getattr(head, 'backbone_name', '?')} with weights sha256 "
+            f"{theirs[:12]}, the backbone {backbone.name} has {backbone.fingerprint[:12]}; "
+            f"load the matching pair"
+        )
+
+
+# ---------------------------------------------------------------------- state
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+@contextmanager
+def preserve_state(*modules: nn.Module) -> Iterator[None]:
+    """Leave modules and random number generators as they were, also after an exception.
+
+    Restored are training modes, ``requires_grad``, ``.grad``, buffers, hooks, and the generators of
+    Python, NumPy and torch (CPU, and CUDA once it is in use).
+    """
+    every = list(dict.fromkeys(m for module in modules for m in module.modules()))
+    parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
+    modes = [m.training for m in every]
+    hooks = [(getattr(m, k), dict(getattr(m, k))) for m in every for k in _HOOKS if hasattr(m, k)]
+    grads = [
+        (p.requires_grad, p.grad, None if p.grad is None else p.grad.clone()) for p in parameters
+    ]
+    buffers = [
+        (m, key, value, value.clone())
+        for m in every
+        for key, value in m._buffers.items()
+        if value is not None
+    ]
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    rng = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        for m, training in zip(every, modes, strict=True):
+            m.training = training
+        for current, before in hooks:
+            if current != before:
+                current.clear()
+                current.update(before)
+        for p, (requires_grad, grad, copy) in zip(parameters, grads, strict=True):
+            p.requires_grad_(requires_grad)
+            p.grad = grad
+            if grad is not None and copy is not None:
+                grad.detach().copy_(copy)
+        for m, key, value, copy in buffers:
+            if not torch.equal(value, copy):
+                with torch.no_grad():
+                    value.copy_(copy)
+            m._buffers[key] = value
+        random.setstate(rng[0])
+        np.random.set_state(rng[1])
+        torch.set_rng_state(rng[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+# ---------------------------------------------------------------------- registry
+
+
+def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]]:
+    """Class decorator: make an explainer known to :func:`create_explainer` under ``name``."""
+
+    def add(cls: type[Explainer]) -> type[Explainer]:
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def list_explainers() -> list[str]:
+    """Names that :func:`create_explainer` accepts."""
+    return sorted(_REGISTRY)
+
+
+def explainer_class(name: str) -> type[Explainer]:
+    """The registered class; a ``ValueError`` with near matches for an unknown name."""
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(str(name), _REGISTRY, 3, 0.4) or list_explainers()
+        raise ValueError(f"explainer: unknown explainer {name!r}; did you mean {', '.join(near)}?")
+    return _REGISTRY[name]
+
+
+def create_explainer(
+    name: str,
+    backbone: Backbone,
+    head: Head | None = None,
+    seed: int = 0,
+    max_forward_batch: int = 32,
+    **options: Any,
+) -> Explainer:
+    """Create an explainer by name; arguments as in :class:`Explainer`, ``options`` are its own.
+
+    Raises:
+        ValueError: unknown name (with near matches), unknown option, a missing or foreign head, or
+            a backbone that the explainer cannot read.
+    """
+    cls = explainer_class(name)
+    try:
+        return cls(backbone, head, seed=seed, max_forward_batch=max_forward_batch, **options)
+    except TypeError as error:
+        if "unexpected keyword" in str(error):
+            raise ValueError(f"explainer: {name} does not take that option ({error})") from None
+        raise

@@ -1,0 +1,91 @@
+"""Maps that know nothing of the model; every results table shows them, and a method must beat them.
+
+``random``: independent uniform values, a pure function of (seed, image); ``centre``: a Gaussian in
+the middle of the image, the photographer's prior; ``ones``: the mask that keeps every pixel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xattn.explainers.base import Explainer, register_explainer
+
+if TYPE_CHECKING:
+    from xattn.backbone import Backbone
+    from xattn.heads import Head
+
+
+@register_explainer("random")
+class Random(Explainer):
+    """Baseline: uniform noise on the grid of the last tap, fixed by the seed and the pixels."""
+
+    forwards = 0
+
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        height, width = _grid(self.backbone, images)
+        maps = []
+        for image in images.float().cpu().contiguous().numpy():
+            digest = hashlib.sha256(
+                f"{self.seed}:{image.shape}:".encode() + image.tobytes()
+            ).digest()
+            generator = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
+            maps.append(generator.random((1, height, width), dtype=np.float32))
+        return torch.from_numpy(np.stack(maps)).to(images)
+
+
+@register_explainer("centre")
+class Centre(Explainer):
+    """Baseline: a Gaussian around the image's centre.
+
+    Args:
+        sigma: standard deviation, in parts of the height and of the width.
+    """
+
+    forwards = 0
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head | None = None,
+        seed: int = 0,
+        max_forward_batch: int = 32,
+        sigma: float = 0.25,
+    ) -> None:
+        super().__init__(backbone, head, seed, max_forward_batch)
+        if not sigma > 0:
+            raise ValueError(f"sigma: got {sigma}; give a positive part of the image's side")
+        self.sigma = sigma
+
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        y, x = (
+            ((torch.arange(n, dtype=torch.float64) + 0.5) / n - 0.5).square()
+            for n in images.shape[-2:]
+        )
+        value = torch.exp(-(y[:, None] + x[None]) / (2 * self.sigma**2))
+        return value.to(images)[None, None].repeat(images.shape[0], 1, 1, 1)
+
+
+@register_explainer("ones")
+class Ones(Explainer):
+    """Baseline: the mask of ones, which keeps the image as it is."""
+
+    forwards = 0
+    is_mask = True
+
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        height, width = _grid(self.backbone, images)
+        return images.new_ones(images.shape[0], 1, height, width)
+
+
+def _grid(backbone: Backbone, images: Tensor) -> tuple[int, int]:
+    """The last tap's (h, w), scaled with the images where they are not of the default size."""
+    sides = zip(
+        images.shape[-2:], backbone.preprocessing.input_size, backbone.tap_sizes[-1], strict=True
+    )
+    height, width = (max(1, round(side * tap / own)) for side, own, tap in sides)
+    return height, width

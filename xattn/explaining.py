@@ -1,0 +1,291 @@
+"""Explain photos: files or folders in, the maps of their top or named classes out.
+
+One backbone pass an image gives the logits, the classes to explain and, with a trained head or CAM,
+all their maps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from xattn.explainers import Explainer, create_explainer
+from xattn.explanation import Explanation, check_output, save_pack
+from xattn.images import MAX_PIXELS, View, list_images, load_image, prepare
+
+if TYPE_CHECKING:
+    from xattn.backbone import Backbone
+    from xattn.heads import Head
+
+Source = Path | Image.Image
+
+
+class Explanations(list[Explanation]):
+    """A list of explanations; ``skipped`` holds (file name, reason) of images not readable."""
+
+    skipped: list[tuple[str, str]]
+
+    def __init__(self, items: Iterable[Explanation] = ()) -> None:
+        super().__init__(items)
+        self.skipped = []
+
+
+def explain(
+    images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
+    backbone: Backbone,
+    head: Head | None = None,
+    explainer: str | Explainer | None = None,
+    classes: int | str | Sequence[int | str] | None = None,
+    top: int = 1,
+    view: str = "crop",
+    output: str | Path | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    max_pixels: int | None = MAX_PIXELS,
+    overlays: bool = True,
+    progress: bool = False,
+) -> Explanations:
+    """Explain the classes of one photo, of a folder, of a list file, or of given images.
+
+    Args:
+        images: see :func:`xattn.images.list_images`; or a PIL image, or a list of paths and images.
+        backbone: the classifier; ``head``: a trained head of it.
+        explainer: a name of :func:`~xattn.explainers.list_explainers` or an explainer; by default
+            the head.
+        classes: explain these (names or indices) in every photo; else the ``top`` most probable.
+        view: ``"crop"``, what the model is evaluated on, or ``"whole"``, the entire photo squeezed.
+        output: folder to write a pack to, see :func:`~xattn.explanation.save_pack`.
+        batch_size: images in a pass.
+        max_pixels: refuse larger photos before they are decoded.
+        overlays: whether the pack gets overlay pictures.
+        progress: show a progress bar.
+
+    Returns:
+        For each photo its explanations by falling probability, or in the order of ``classes``.
+        A single photo that cannot be read raises; of several, such are skipped with a warning and
+        listed in ``.skipped``.
+
+    Raises:
+        ValueError: unknown explainer, class or view; no image, or none readable; a bad ``output``.
+        OSError: a missing path, or an ``output`` that cannot be written.
+    """
+    if output is not None:
+        check_output(output)
+    if isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}; give at least 1")
+    method = _explainer(backbone, head, explainer, seed, batch_size)
+    wanted = _classes(backbone, classes, top)
+    sources = _sources(images)
+    protocol = _protocol(backbone, method, view)
+    if wanted is not None:
+        protocol["classes"] = "named"
+
+    def choose(logits: Tensor) -> Tensor:
+        if wanted is None:
+            return logits.topk(top).indices
+        return torch.tensor(wanted, device=logits.device).expand(len(logits), -1)
+
+    result = Explanations()
+    for batch in _batches(sources, backbone, view, batch_size, max_pixels, result, progress):
+        pixels = torch.stack([item[0] for item in batch]).to(backbone.device)
+        logits, targets, maps = method.attribute_classes(pixels, choose)
+        probabilities = logits.double().softmax(1).gather(1, targets)
+        values = maps.float().cpu().numpy()
+        for i, (_, seen, image_id, source) in enumerate(batch):
+            for j, target in enumerate(targets[i].tolist()):
+                explanation = Explanation(
+                    map=values[i, j],
+                    target=target,
+                    target_name=backbone.class_names[target],
+                    probability=float(probabilities[i, j]),
+                    method=method.name,
+                    view=seen,
+                    image_id=image_id,
+                    protocol=protocol,
+                    file_name=_file_name(source),
+                    is_mask=method.is_mask,
+                    source=source,
+                )
+                result.append(explanation)
+    if result.skipped:
+        _report(result, len(sources))
+    if output is not None:
+        save_pack(output, result, overlays, result.skipped)
+    return result
+
+
+def _explainer(
+    backbone: Backbone,
+    head: Head | None,
+    explainer: str | Explainer | None,
+    seed: int,
+    batch_size: int,
+) -> Explainer:
+    if isinstance(explainer, Explainer):
+        if explainer.backbone is not backbone:
+            raise ValueError(
+                f"explainer: {explainer.name} was made for another backbone "
+                f"({explainer.backbone.name}); create it with this one"
+            )
+        return explainer
+    if explainer is None:
+        if head is None:
+            raise ValueError(
+                "head: got none; give head=load_head(...), or explainer='gradcam' or another of "
+                "list_explainers()"
+            )
+        explainer = "head"
+    return create_explainer(explainer, backbone, head, seed=seed, max_forward_batch=batch_size)
+
+
+def _classes(
+    backbone: Backbone, classes: int | str | Sequence[int | str] | None, top: int
+) -> list[int] | None:
+    if classes is None:
+        if isinstance(top, bool) or not 1 <= top <= backbone.num_classes:
+            raise ValueError(
+                f"top: got {top}; {backbone.name} has 1..{backbone.num_classes} classes"
+            )
+        return None
+    names = [classes] if isinstance(classes, int | str) else list(classes)
+    if not names:
+        raise ValueError("classes: got an empty list; name at least one class, or pass None")
+    return list(dict.fromkeys(backbone.class_index(name) for name in names))
+
+
+# ---------------------------------------------------------------------- photos
+
+
+def _sources(
+    images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
+) -> list[tuple[str, Source]]:
+    """(image_id, photo) pairs; ids are relative paths without suffix, made unique."""
+    root: Path | None = None
+    items: Sequence[str | Path | Image.Image]
+    if isinstance(images, Image.Image):
+        items = [images]
+    elif isinstance(images, str | Path):
+        items = list_images(images)
+        root = Path(images) if Path(images).is_dir() else Path(images).parent
+    else:
+        items = list(images)
+        if not items:
+            raise ValueError("images: got an empty list; give at least one image")
+    taken: set[str] = set()
+    pairs = []
+    for number, item in enumerate(items, start=1):
+        source = Path(item) if isinstance(item, str) else item
+        if isinstance(source, Image.Image):
+            name = Path(_file_name(source)).stem or f"image-{number}"
+        elif isinstance(source, Path):
+            inside = root is not None and source.is_relative_to(root)
+            name = (source.relative_to(root) if inside else Path(source.name)).with_suffix("")  # type: ignore[arg-type,assignment]
+        else:
+            raise ValueError(f"images: got a {type(item).__name__}; give paths or PIL images")
+        pairs.append((_unique(name if isinstance(name, str) else name.as_posix(), taken), source))
+    return pairs
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    """``name`` as part of a file name, unlike all in ``taken`` also when case is ignored."""
+    slug = re.sub(r"[^\w.+-]+", "_", name.replace("/", "__")).strip(".") or "image"
+    if len(slug.encode()) > 120:  # file names may have 255 bytes
+        start = slug.encode()[:96].decode(errors="ignore")
+        slug = f"{start}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    candidate, count = slug, 1
+    while candidate.casefold() in taken:
+        count += 1
+        candidate = f"{slug}-{count}"
+    taken.add(candidate.casefold())
+    return candidate
+
+
+def _file_name(source: Source) -> str:
+    path = source if isinstance(source, Path) else getattr(source, "filename", "")
+    return Path(path).name if path else ""
+
+
+Prepared = tuple[Tensor, View, str, Source]
+
+
+def _batches(
+    sources: list[tuple[str, Source]],
+    backbone: Backbone,
+    view: str,
+    batch_size: int,
+    max_pixels: int | None,
+    result: Explanations,
+    progress: bool,
+) -> Iterator[list[Prepared]]:
+    from tqdm import tqdm
+
+    batch: list[Prepared] = []
+    for image_id, source in tqdm(sources, desc="explain", unit="photo", disable=not progress):
+        try:
+            photo = load_image(source, max_pixels)
+        except (ValueError, OSError) as error:
+            if len(sources) == 1:
+                raise
+            name = _file_name(source) or image_id
+            result.skipped.append((name, str(error).replace(str(source), name)))
+            continue
+        batch.append((*prepare(photo, backbone.preprocessing, view), image_id, source))
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _report(result: Explanations, count: int) -> None:
+    reasons = "; ".join(reason for _, reason in result.skipped[:3])
+    more = f"; and {len(result.skipped) - 3} more" if len(result.skipped) > 3 else ""
+    if not result:
+        raise ValueError(f"images: none of the {count} images can be read: {reasons}{more}")
+    warnings.warn(
+        f"explain: skipped {len(result.skipped)} of {count} images: {reasons}{more}", stacklevel=3
+    )
+
+
+# ---------------------------------------------------------------------- provenance
+
+
+def _protocol(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any]:
+    from xattn import __version__
+
+    head = method.head if method.needs_head else None
+    return {
+        "xattn": __version__,
+        "backbone": {
+            "name": backbone.name,
+            "sha256": backbone.fingerprint,
+            "taps": list(backbone.taps),
+            "input_size": list(backbone.preprocessing.input_size),
+        },
+        "head": None if head is None else {"name": head.name, "sha256": _sha256(head)},
+        "explainer": method.name,
+        "forward_passes": method.forwards,
+        "seed": method.seed,
+        "view": view,
+        "classes": "top",
+        "map": "mask" if method.is_mask else "raw score; min-max before upsampling for display",
+        "probability": "softmax",
+    }
+
+
+def _sha256(module: nn.Module) -> str:
+    """SHA-256 (hex) of names, types, shapes and values of all saved tensors."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

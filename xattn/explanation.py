@@ -1,0 +1,350 @@
+"""The record of one explanation, and packs: folders that hold many of them.
+
+An :class:`Explanation` is a raw map (h, w) of one class of one photo, with all that is needed to
+read it later: the class and its probability, the method, the geometry back onto the photo, and the
+protocol. A pack is ``maps.safetensors``, ``manifest.json``, and ``thumbnails/`` and ``overlays/``
+with JPEG files; it appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from xattn.files import atomic_folder, output_error
+from xattn.images import View, load_image
+
+FORMAT, VERSION = "xattn-pack", 1
+MANIFEST, MAPS = "manifest.json", "maps.safetensors"
+THUMBNAIL_SIDE, OVERLAY_SIDE = 512, 2048  # longest side in pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """One class of one photo, explained.
+
+    ``map`` holds raw scores (h, w), float32, read-only, on the grid of the model's input;
+    ``probability`` is the softmax over all classes; ``image_id`` names the photo within its run and
+    ``source`` is where its pixels are: a file, an image, or None. ``is_mask`` marks maps that are
+    in [0, 1] by meaning and must not be stretched.
+    """
+
+    map: NDArray[np.float32]
+    target: int
+    target_name: str
+    probability: float
+    method: str
+    view: View
+    image_id: str
+    protocol: dict[str, Any] = field(default_factory=dict)
+    file_name: str = ""
+    is_mask: bool = False
+    source: Path | Image.Image | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        values = np.array(self.map, dtype=np.float32)
+        if values.ndim != 2 or values.size == 0:
+            raise ValueError(f"map: got shape {values.shape}; give (h, w)")
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"map: the {self.method} map of {self.image_id} holds NaN or infinite values; "
+                f"check the weights of the model"
+            )
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability: got {self.probability} for {self.image_id}; give 0..1")
+        if re.search(r"[/\\\0]", self.id) or self.id.startswith("."):
+            raise ValueError(f"image_id: {self.id!r} cannot name a file; leave out slashes")
+        values.setflags(write=False)
+        object.__setattr__(self, "map", values)
+
+    @property
+    def id(self) -> str:
+        """Unique in a pack: photo, class and method; usable as a file name."""
+        return f"{self.image_id}@{self.target}.{self.method}"
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the map says nothing: all values equal."""
+        return bool(self.map.min() == self.map.max())
+
+    def normalized(self) -> NDArray[np.float32]:
+        """The map (h, w) min-maxed to [0, 1]; a constant map becomes 0, a mask stays as it is."""
+        if self.is_mask:
+            return np.clip(self.map, 0, 1)
+        low, high = float(self.map.min()), float(self.map.max())
+        if low == high:
+            return np.zeros_like(self.map)
+        scaled = (self.map.astype(np.float64) - low) / (high - low)
+        return scaled.astype(np.float32)
+
+    def on_photo(self, size: tuple[int, int] | None = None) -> NDArray[np.float32]:
+        """The map on the photo's pixels (H, W), in [0, 1]; NaN where the model did not look.
+
+        Min-max comes first, on the coarse map, as in the fidelity metrics. ``size`` asks for
+        another raster (height, width) over the same photo.
+        """
+        return self.view.to_photo(self.normalized(), size)
+
+    def photo(self, max_side: int | None = None) -> Image.Image:
+        """The photo, RGB, shrunk to ``max_side`` if it is larger.
+
+        Raises:
+            ValueError: its pixels are not at hand, or the file is gone or damaged.
+        """
+        if self.source is None:
+            raise ValueError(f"source: the pixels of {self.image_id} are not at hand; set source")
+        try:
+            image = load_image(self.source, max_pixels=None)
+        except OSError as error:
+            raise ValueError(f"source: {error}") from error
+        if max_side is not None:
+            image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        return image
+
+    def overlay(self, opacity: float = 0.55, cmap: str = "inferno", max_side: int | None = None):
+        """The map in colour over the photo, a PIL image; see :func:`xattn.visualize.overlay`."""
+        from xattn.visualize import overlay
+
+        photo = self.photo(max_side)
+        return overlay(photo, self.on_photo((photo.height, photo.width)), opacity, cmap)
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def check_output(folder: str | Path) -> Path:
+    """Refuse ``folder`` now rather than after the work.
+
+    Raises:
+        ValueError: it is a file, or a folder with other things in it than a pack.
+        OSError: nothing can be written there.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not _is_pack(folder):
+        raise ValueError(
+            f"output: {folder} is not empty and is not a pack of xattn; choose a new folder, "
+            f"nothing was overwritten"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output: {folder} is a file; name a folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)).rmdir()
+    except OSError as error:
+        raise output_error("output", folder, error) from error
+    return folder
+
+
+def save_pack(
+    folder: str | Path,
+    explanations: Iterable[Explanation],
+    overlays: bool = True,
+    skipped: Sequence[tuple[str, str]] = (),
+) -> Path:
+    """Write a pack; an earlier pack in ``folder`` is replaced only once the new one is complete.
+
+    Args:
+        overlays: also write ``overlays/<id>.jpg``, the map in colour over the photo.
+        skipped: (file name, reason) of images that could not be read, for the manifest.
+
+    Raises:
+        ValueError: no explanations, two with the same id, or a folder that is not a pack.
+        OSError: the folder cannot be written or the disk is full; earlier results are intact.
+    """
+    folder = check_output(folder)
+    explanations = list(explanations)
+    if not explanations:
+        raise ValueError("explanations: got none; a pack needs at least one")
+    ids = [e.id for e in explanations]
+    double = sorted({i for i in ids if ids.count(i) > 1}) if len(set(ids)) < len(ids) else []
+    if double:
+        raise ValueError(
+            f"explanations: {double[0]!r} comes twice; give every photo its own image_id"
+        )
+    with atomic_folder(folder, MANIFEST) as temporary:
+        thumbnails = _write_images(temporary, explanations, overlays)
+        from safetensors.numpy import save
+
+        maps = {e.id: np.ascontiguousarray(e.map) for e in explanations}
+        _write(temporary / MAPS, save(maps, metadata={"format": FORMAT, "version": str(VERSION)}))
+        manifest = _manifest(explanations, thumbnails, overlays, skipped)
+        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        _write(temporary / MANIFEST, text.encode("utf-8"))
+    return folder
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+
+
+def _write_images(
+    folder: Path, explanations: Sequence[Explanation], overlays: bool
+) -> dict[str, str]:
+    """Thumbnails and overlays, photo by photo; returns image_id -> thumbnail's name."""
+    from xattn.visualize import overlay
+
+    by_photo: dict[str, list[Explanation]] = {}
+    for explanation in explanations:
+        by_photo.setdefault(explanation.image_id, []).append(explanation)
+    names = {}
+    for image_id, group in by_photo.items():
+        if group[0].source is None:
+            continue
+        photo = group[0].photo(OVERLAY_SIDE)
+        if overlays:
+            for e in group:
+                drawn = overlay(photo, e.on_photo((photo.height, photo.width)))
+                _write(folder / "overlays" / f"{e.id}.jpg", _jpeg(drawn))
+        photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+        names[image_id] = f"thumbnails/{image_id}.jpg"
+        _write(folder / names[image_id], _jpeg(photo))
+    return names
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=88, optimize=True)
+    return stream.getvalue()
+
+
+def _manifest(
+    explanations: Sequence[Explanation],
+    thumbnails: dict[str, str],
+    overlays: bool,
+    skipped: Sequence[tuple[str, str]],
+) -> dict[str, Any]:
+    from xattn import __version__
+
+    protocols: list[dict[str, Any]] = []
+    entries = []
+    for e in explanations:
+        if e.protocol not in protocols:
+            protocols.append(e.protocol)
+        drawn = overlays and e.image_id in thumbnails
+        entries.append(
+            {
+                "id": e.id,
+                "image_id": e.image_id,
+                "file_name": Path(e.file_name).name,
+                "target": e.target,
+                "target_name": e.target_name,
+                "probability": e.probability,
+                "method": e.method,
+                "is_mask": e.is_mask,
+                "protocol": protocols.index(e.protocol),
+                "view": e.view.to_json(),
+                "shape": list(e.map.shape),
+                "min": float(e.map.min()),
+                "max": float(e.map.max()),
+                "thumbnail": thumbnails.get(e.image_id),
+                "overlay": f"overlays/{e.id}.jpg" if drawn else None,
+            }
+        )
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "xattn": __version__,
+        "protocols": protocols,
+        "skipped": [{"file_name": name, "reason": reason} for name, reason in skipped],
+        "entries": entries,
+    }
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The checked ``manifest.json`` of a pack.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: not a pack, damaged, or of a later version.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"pack: no folder {folder}; give one that save_pack wrote")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found, version = manifest["format"], manifest["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"pack: {folder} holds no readable {MANIFEST} ({type(error).__name__}); "
+            f"give a folder that save_pack wrote"
+        ) from None
+    if found != FORMAT or not isinstance(version, int):
+        raise ValueError(f"pack: {folder / MANIFEST} is not of a pack; it says format {found!r}")
+    if version > VERSION:
+        raise ValueError(
+            f"pack: {folder} has format version {version}, this xattn reads up to {VERSION}; "
+            f"upgrade xattn"
+        )
+    return manifest
+
+
+def load_pack(folder: str | Path) -> list[Explanation]:
+    """The explanations of a pack, in their order; photos come as thumbnails.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: not a pack, or a damaged one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    try:
+        maps = load((folder / MAPS).read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"pack: {folder / MAPS} is missing or damaged ({error}); make the pack again"
+        ) from None
+    try:
+        return [_entry(folder, manifest, maps, entry) for entry in manifest["entries"]]
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"pack: {folder / MANIFEST} is damaged ({type(error).__name__}: {error}); "
+            f"make the pack again"
+        ) from None
+
+
+def _entry(
+    folder: Path, manifest: dict[str, Any], maps: dict[str, NDArray[Any]], entry: dict[str, Any]
+) -> Explanation:
+    values = maps[entry["id"]]
+    if list(values.shape) != entry["shape"]:
+        raise ValueError(f"{entry['id']} has shape {list(values.shape)}, not {entry['shape']}")
+    thumbnail = entry["thumbnail"]
+    if thumbnail is not None and not re.fullmatch(r"thumbnails/[^/\\]+\.jpg", thumbnail):
+        raise ValueError(f"thumbnail {thumbnail!r} lies outside the pack")
+    source = folder / thumbnail if thumbnail is not None else None
+    return Explanation(
+        map=values,
+        target=int(entry["target"]),
+        target_name=str(entry["target_name"]),
+        probability=float(entry["probability"]),
+        method=str(entry["method"]),
+        view=View.from_json(entry["view"]),
+        image_id=str(entry["image_id"]),
+        protocol=manifest["protocols"][entry["protocol"]],
+        file_name=str(entry["file_name"]),
+        is_mask=bool(entry["is_mask"]),
+        source=source if source is not None and source.is_file() else None,
+    )
+
+
+def _is_pack(folder: Path) -> bool:
+    try:
+        read_manifest(folder)
+    except ValueError as error:
+        return "upgrade" in str(error)
+    return True

@@ -1,0 +1,260 @@
+"""What every explanation head shares: the call, the registry, and its artefact on disk.
+
+A head reads the taps of a frozen backbone and returns raw class scores; it never changes the
+backbone. Its artefact is a folder (or hub repository) with ``model.safetensors``, the head's own
+tensors, and ``config.json``: head, options, backbone name and the SHA-256 of the backbone's weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from xattn.backbone import Backbone, Taps
+from xattn.files import atomic_folder
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+MASK_POLICIES = ("raw_normalize", "renormalize", "normalized", "feature")
+
+_REGISTRY: dict[str, type[Head]] = {}
+
+
+class Head(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="xattn",
+    tags=["explainability", "image-classification"],
+    license="apache-2.0",
+):
+    """Base of all heads. ``head(taps, class_index=None) -> scores``.
+
+    Args:
+        taps: :class:`~xattn.backbone.Taps` of the head's backbone.
+        class_index: None for all K classes; an int, a LongTensor (B,) (one class a sample) or
+            (B, M) / (1, M) (several).
+
+    Returns:
+        Raw (pre-sigmoid) scores (B, K or 1 or M, r, r'); :meth:`mask` turns them into (0, 1).
+    """
+
+    name: ClassVar[str]
+    options: dict[str, Any]
+    mask_policy: str
+    backbone_name: str
+    backbone_fingerprint: str
+    summary: dict[str, Any]
+
+    def __init__(self, backbone: Backbone, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.options = options
+        self.backbone_name = backbone.name
+        self.backbone_fingerprint = backbone.fingerprint
+        self.backbone_taps = list(backbone.taps)
+        self.num_classes = backbone.num_classes
+        self.summary = {}
+        self.mask_policy = options.get("mask_policy", "raw_normalize")
+        if self.mask_policy not in MASK_POLICIES:
+            raise ValueError(
+                f"mask_policy: got {self.mask_policy!r}; choose one of {', '.join(MASK_POLICIES)}"
+            )
+
+    def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """The mask in (0, 1) that training multiplies images with: sigmoid(scores)."""
+        return scores.sigmoid()
+
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` holds."""
+        from xattn import __version__
+
+        return {
+            "format": 1,
+            "xattn": __version__,
+            "head": self.name,
+            "options": self.options,
+            "backbone": {
+                "name": self.backbone_name,
+                "sha256": self.backbone_fingerprint,
+                "taps": self.backbone_taps,
+                "num_classes": self.num_classes,
+            },
+            "training": self.summary,
+        }
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from safetensors.torch import save_file
+
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        save_file(state, str(save_directory / WEIGHTS_FILE), metadata={"format": "pt"})
+        text = json.dumps(self.config(), indent=2, ensure_ascii=False) + "\n"
+        (save_directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, backbone: Backbone, **options: Any) -> Head:  # type: ignore[override]
+        from huggingface_hub import hf_hub_download
+
+        names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        hub = {k: options[k] for k in names if k in options}
+        if Path(model_id).is_dir():
+            return _read_head(Path(model_id), backbone)
+        files = [
+            Path(hf_hub_download(repo_id=model_id, filename=f, **hub))
+            for f in (CONFIG_FILE, WEIGHTS_FILE)
+        ]
+        return _read_head(files[0].parent, backbone)
+
+
+def register_head(name: str) -> Callable[[type[Head]], type[Head]]:
+    """Class decorator: make a head known to :func:`create_head` under ``name``."""
+
+    def add(cls: type[Head]) -> type[Head]:
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def list_heads() -> list[str]:
+    """Names that :func:`create_head` accepts."""
+    return sorted(_REGISTRY)
+
+
+def create_head(name: str, backbone: Backbone, **options: Any) -> Head:
+    """Create an untrained head for ``backbone``.
+
+    Raises:
+        ValueError: unknown name (with near matches) or an option that the head does not take.
+    """
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(name, _REGISTRY, 3, 0.4) or list_heads()
+        raise ValueError(f"head: unknown head {name!r}; did you mean {', '.join(near)}?")
+    try:
+        return _REGISTRY[name](backbone, **options).to(backbone.device)
+    except TypeError as error:
+        if "unexpected keyword" in str(error):
+            raise ValueError(f"head: {name} does not take that option ({error})") from None
+        raise
+
+
+def save_head(
+    head: Head, folder: str | Path, summary: dict[str, Any] | None = None, dtype: str | None = None
+) -> Path:
+    """Write ``head`` to ``folder`` (``model.safetensors`` + ``config.json``), all or nothing.
+
+    Args:
+        summary: what to record of its training in the config.
+        dtype: ``"float16"`` or ``"bfloat16"`` stores the weights in half precision.
+
+    Raises:
+        ValueError: ``folder`` exists and is not a head's. OSError: it cannot be written.
+    """
+    if summary is not None:
+        head.summary = summary
+    with atomic_folder(folder, CONFIG_FILE) as temporary:
+        head._save_pretrained(temporary)
+        if dtype is not None:
+            from safetensors.torch import load_file, save_file
+
+            half = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+            if dtype not in half:
+                raise ValueError(f"dtype: got {dtype!r}; choose one of {', '.join(half)}")
+            state = load_file(str(temporary / WEIGHTS_FILE))
+            state = {k: v.to(half[dtype]) if v.is_floating_point() else v for k, v in state.items()}
+            save_file(state, str(temporary / WEIGHTS_FILE), metadata={"format": "pt"})
+    return Path(folder)
+
+
+def shipped_heads() -> dict[str, Path]:
+    """Heads that the package ships: name -> folder."""
+    from importlib.resources import files
+
+    root = Path(str(files("xattn.models.heads")))
+    return {p.parent.name: p.parent for p in sorted(root.glob(f"*/{CONFIG_FILE}"))}
+
+
+def load_head(source: str | Path, backbone: Backbone, **hub_options: Any) -> Head:
+    """Load a head from a folder, a shipped head's name (``xattn list``) or a hub repository.
+
+    Raises:
+        ValueError: the head belongs to another backbone (both hashes are named), or its files are
+            damaged. FileNotFoundError: nothing is there.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _read_head(path, backbone)
+    shipped = shipped_heads()
+    if str(source) in shipped:
+        return _read_head(shipped[str(source)], backbone)
+    if path.exists():
+        raise ValueError(f"head: {source} is a file; name the folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        near = difflib.get_close_matches(str(source), shipped, 3, 0.4) or list(shipped)
+        raise FileNotFoundError(
+            f"head: no folder {source}; shipped heads are {', '.join(near) or 'none'}, "
+            f"a hub repository is written owner/name"
+        )
+    try:
+        return Head.from_pretrained(str(source), backbone=backbone, **hub_options)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise OSError(
+            f"head: {source} is no local folder and could not be fetched from the hub "
+            f"({type(error).__name__}); check the name or the connection"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checked ``config.json`` of a head's folder."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"head: {folder} holds no {CONFIG_FILE}; name a folder that save_head wrote")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["head"], config["options"], config["backbone"]["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"head: {path} is damaged ({type(error).__name__}: {error}); save the head again"
+        ) from None
+    return config
+
+
+def _read_head(folder: Path, backbone: Backbone) -> Head:
+    from xattn.models.sources import load_weight_file
+
+    config = read_config(folder)
+    wanted = config["backbone"]
+    if wanted["sha256"] != backbone.fingerprint:
+        raise ValueError(
+            f"head: {folder.name} was trained on {wanted.get('name')} with weights sha256 "
+            f"{wanted['sha256']}, the backbone {backbone.name} has {backbone.fingerprint}; "
+            f"load the backbone it was trained on"
+        )
+    if tuple(wanted.get("taps", backbone.taps)) != backbone.taps:
+        raise ValueError(
+            f"head: {folder.name} reads the taps {wanted['taps']}, the backbone gives "
+            f"{list(backbone.taps)}; load the backbone with taps={wanted['taps']}"
+        )
+    head = create_head(config["head"], backbone, **config["options"])
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        raise FileNotFoundError(f"head: {folder} holds no {WEIGHTS_FILE}; save the head again")
+    state = load_weight_file(weights, argument="head")
+    try:
+        head.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"head: {weights} does not fit its config ({reason}); save the head again") from None
+    head.summary = config.get("training", {})
+    return head.eval()

@@ -1,0 +1,164 @@
+"""T-TAME: attention branches on several taps, fused to one map a class (arXiv 2403.04523, 2301.07407).
+
+    u_i = ReLU( BN_i(W_i * f_i + b_i) + f_i )        1x1 convolutions W_i, taps f_i (B, C_i, h_i, w_i)
+    c_k = sum_i up( row_i(k) . u_i ) + bias(k)       (B, K, r, r),  r = min(side of the first tap, 56)
+
+and the mask of class k is sigmoid(c_k). L-CAM (arXiv 2209.11189) is the case of one tap and no
+branch. Two departures, both options: a branch on a tap wider than 512 channels is low-rank
+(``branch_rank``), and rows may come from the classifier (``fusion="classifier"``, see
+:mod:`xattn.heads.fusion`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.backbone import Backbone, Taps
+from xattn.heads.base import Head, register_head
+from xattn.heads.fusion import ClassifierFusion, Fusion, PerClassFusion
+
+FULL_RANK_CHANNELS = 512
+MAX_SIZE = 56
+
+
+class Branch(nn.Module):
+    """``ReLU(BN(W f + b) + f)`` on one tap, (B, C, h, w) -> (B, C, h, w).
+
+    ``rank=None`` is the published C x C convolution; otherwise W = A B with inner width ``rank``.
+    """
+
+    def __init__(
+        self, channels: int, rank: int | None, skip: bool, norm: bool, activation: str, identity: bool
+    ) -> None:
+        super().__init__()
+        if rank is None:
+            self.conv: nn.Module = nn.Conv2d(channels, channels, 1)
+        else:
+            self.conv = nn.Sequential(
+                nn.Conv2d(channels, rank, 1, bias=False), nn.Conv2d(rank, channels, 1)
+            )
+        self.norm = nn.BatchNorm2d(channels) if norm else nn.Identity()
+        self.skip = skip
+        self.activation = nn.Sigmoid() if activation == "sigmoid" else nn.ReLU()
+        if identity and norm and skip:  # start as u = ReLU(f): the branch learns a correction
+            nn.init.zeros_(self.norm.weight)  # type: ignore[arg-type]
+
+    def forward(self, f: Tensor) -> Tensor:
+        u = self.norm(self.conv(f))
+        return self.activation(u + f if self.skip else u)
+
+
+def _fusion(kind: str, backbone: Backbone, channels: list[int], rank: int | None) -> Fusion:
+    if kind == "per_class":
+        return PerClassFusion(channels, backbone.num_classes)
+    if kind != "classifier":
+        raise ValueError(f"fusion: got {kind!r}; choose 'classifier' or 'per_class'")
+    weight = backbone.classifier_weight
+    if weight is None:
+        raise ValueError(
+            f"fusion='classifier': {backbone.name} has no single linear classifier whose rows could "
+            f"be used; choose fusion='per_class'"
+        )
+    direct = backbone.pools_linearly
+    return ClassifierFusion([*channels, backbone.channels[-1]], weight, direct, rank)
+
+
+@register_head("ttame")
+class TTame(Head):
+    """The T-TAME head on the taps of ``backbone``.
+
+    Args:
+        fusion: ``"classifier"`` (ours) or ``"per_class"`` (the paper's K-row convolution).
+        num_taps: use the last ``num_taps`` taps of the backbone (default all).
+        branch_rank: ``"auto"`` (64 on taps wider than 512 channels), None (always the exact C x C
+            form) or a rank for all branches.
+        skip, norm, activation: the paper's ablations of the branch.
+        mask_policy: how the mask meets the image in training, see :mod:`xattn.training.objective`.
+        fusion_rank: inner width of the classifier fusion's projections.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        fusion: Literal["classifier", "per_class"] = "classifier",
+        num_taps: int | None = None,
+        branch_rank: int | Literal["auto"] | None = "auto",
+        skip: bool = True,
+        norm: bool = True,
+        activation: Literal["relu", "sigmoid"] = "relu",
+        mask_policy: str = "raw_normalize",
+        fusion_rank: int | None = 64,
+    ) -> None:
+        options: dict[str, Any] = {
+            "fusion": fusion,
+            "num_taps": num_taps,
+            "branch_rank": branch_rank,
+            "skip": skip,
+            "norm": norm,
+            "activation": activation,
+            "mask_policy": mask_policy,
+            "fusion_rank": fusion_rank,
+        }
+        super().__init__(backbone, options)
+        count = len(backbone.taps) if num_taps is None else num_taps
+        if not 1 <= count <= len(backbone.taps):
+            raise ValueError(f"num_taps: got {num_taps}; the backbone has {len(backbone.taps)} taps")
+        if activation not in ("relu", "sigmoid"):
+            raise ValueError(f"activation: got {activation!r}; choose 'relu' or 'sigmoid'")
+        self.num_taps = count
+        channels = list(backbone.channels[-count:])
+        self.branches = nn.ModuleList()
+        for c in channels:
+            rank = branch_rank
+            if branch_rank == "auto":
+                rank = 64 if c > FULL_RANK_CHANNELS else None
+            self.branches.append(
+                Branch(c, rank, skip, norm, activation, identity=fusion == "classifier")  # type: ignore[arg-type]
+            )
+        self.fusion = _fusion(fusion, backbone, channels, fusion_rank)
+        self.raw_last = isinstance(self.fusion, ClassifierFusion)
+
+    def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
+        maps = taps.maps[-self.num_taps :]
+        size = tuple(min(side, MAX_SIZE) for side in maps[0].shape[2:])
+        used = [branch(f) for branch, f in zip(self.branches, maps, strict=True)]
+        if self.raw_last:
+            used.append(maps[-1])
+        return self.fusion(used, class_index, size)
+
+
+@register_head("lcam")
+class LCam(Head):
+    """L-CAM: one 1x1 convolution on the last tap, no branch.
+
+    Args:
+        mask_policy: ``"raw_normalize"`` masks the image (L-CAM-Img), ``"feature"`` multiplies the
+            pooled feature map and continues with the classifier (L-CAM-Fm).
+        fusion, fusion_rank: as in :class:`TTame`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        fusion: Literal["classifier", "per_class"] = "per_class",
+        mask_policy: str = "raw_normalize",
+        fusion_rank: int | None = 64,
+    ) -> None:
+        options = {"fusion": fusion, "mask_policy": mask_policy, "fusion_rank": fusion_rank}
+        super().__init__(backbone, options)
+        if mask_policy == "feature":
+            backbone.head_logits(backbone(_probe(backbone)).maps[-1])  # refuses other taps by name
+        channels = [] if fusion == "classifier" else [backbone.channels[-1]]
+        self.fusion = _fusion(fusion, backbone, channels, fusion_rank)
+
+    def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
+        last = taps.maps[-1]
+        return self.fusion([last], class_index, tuple(last.shape[2:]))
+
+
+def _probe(backbone: Backbone) -> Tensor:
+    height, width = backbone.preprocessing.input_size
+    return F.pad(backbone.mean.clone(), (0, width - 1, 0, height - 1))
