@@ -485,7 +485,7 @@ def _create(
     if weights == "package":
         from xattn.models.sources import package_weights
 
-        architecture, package_options, state, overrides, _ = package_weights(name)
+        architecture, package_options, state, overrides, _ = package_weights(name, size)
         model = timm.create_model(architecture, pretrained=False, **{**options, **package_options})
         model.load_state_dict(state, strict=True)
         return model, dict(overrides or {})

@@ -250,7 +250,10 @@ def _read_head(folder: Path, backbone: Backbone) -> Head:
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise FileNotFoundError(f"head: {folder} holds no {WEIGHTS_FILE}; save the head again")
-    state = load_weight_file(weights, argument="head")
+    try:
+        state = load_weight_file(weights)
+    except ValueError as error:
+        raise ValueError(str(error).replace("weights", "head", 1)) from None
     try:
         head.load_state_dict(state, strict=True)
     except RuntimeError as error:

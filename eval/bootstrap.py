@@ -1,0 +1,99 @@
+"""Percentile bootstrap intervals of means and of paired differences (Efron 1979).
+
+Images are resampled with replacement; all columns of a matrix share the resamples. NaN marks an
+invalid image: it stays in the resampling and drops out of the mean, as it does in the metric.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+N_RESAMPLES = 10_000
+_BLOCK_ELEMENTS = 2_000_000
+
+
+class Interval(NamedTuple):
+    """A mean over ``n`` valid images with its interval [lo, hi]."""
+
+    mean: float
+    lo: float
+    hi: float
+    n: int
+
+
+def mean(values: ArrayLike) -> float:
+    """Exactly rounded float64 mean of the values that are not NaN: independent of their order."""
+    array = np.asarray(values, dtype=np.float64).ravel()
+    good = array[~np.isnan(array)]
+    return math.fsum(good) / len(good) if len(good) else math.nan
+
+
+def mean_intervals(
+    values: ArrayLike, *, n_resamples: int = N_RESAMPLES, level: float = 0.95, seed: int = 0
+) -> list[Interval]:
+    """(n, C) per-image values -> one interval a column. A pure function of values and seed."""
+    matrix = np.asarray(values, dtype=np.float64)
+    if matrix.ndim != 2:
+        raise ValueError(f"values: got shape {matrix.shape}; give (images, columns)")
+    if not 0 < level < 1 or n_resamples < 1:
+        raise ValueError(
+            f"level, n_resamples: got {level}, {n_resamples}; give a level in (0, 1) and n >= 1"
+        )
+    means = [mean(column) for column in matrix.T]
+    counts = (~np.isnan(matrix)).sum(0)
+    if not len(matrix):
+        return [Interval(m, math.nan, math.nan, 0) for m in means]
+    tails = ((1 - level) / 2, (1 + level) / 2)
+    samples = _resampled_means(matrix, n_resamples, seed)
+    intervals = []
+    for column, m, n in zip(samples.T, means, counts, strict=True):
+        drawn = column[~np.isnan(column)]
+        lo, hi = np.quantile(drawn, tails) if len(drawn) else (math.nan, math.nan)
+        intervals.append(Interval(m, float(lo), float(hi), int(n)))
+    return intervals
+
+
+def mean_interval(
+    values: ArrayLike, *, n_resamples: int = N_RESAMPLES, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Per-image values (n,) -> their mean with its bootstrap interval."""
+    column = np.asarray(values, dtype=np.float64).reshape(-1, 1)
+    return mean_intervals(column, n_resamples=n_resamples, level=level, seed=seed)[0]
+
+
+def paired_difference(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    n_resamples: int = N_RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Interval of mean(a - b) over the images, row by row the same, that are valid in both."""
+    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if left.shape != right.shape or left.ndim != 1:
+        raise ValueError(
+            f"a, b: got shapes {left.shape} and {right.shape}; give (n,) values of the same images"
+        )
+    return mean_interval(left - right, n_resamples=n_resamples, level=level, seed=seed)
+
+
+def _resampled_means(matrix: NDArray[np.float64], count: int, seed: int) -> NDArray[np.float64]:
+    """(n, C) -> (count, C): how often each image is drawn, times the values."""
+    n = len(matrix)
+    valid = ~np.isnan(matrix)
+    stacked = np.concatenate([np.where(valid, matrix, 0.0), valid.astype(np.float64)], axis=1)
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK_ELEMENTS // n)
+    parts = []
+    for start in range(0, count, block):
+        rows = min(block, count - start)
+        drawn = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
+        parts.append(times.astype(np.float64) @ stacked)
+    sums, weights = np.split(np.concatenate(parts), 2, axis=1)
+    return np.where(weights > 0, sums / np.maximum(weights, 1), np.nan)

@@ -1,0 +1,251 @@
+"""Masks from maps, and the four masking metrics as pure functions of probabilities.
+
+    AD = 100/n sum max(0, p - q) / p        Grad-CAM++ (arXiv 1710.11063)
+    IC = 100/n sum [q > p]                  Grad-CAM++, with a margin for rounding
+    ADD = 100/n sum (p - d) / p             LIFT-CAM (arXiv 2102.05228), signed
+    AG = 100/n sum max(0, q - p) / (1 - p)  Opti-CAM (arXiv 2301.07002)
+
+p, q and d are the probabilities (B,) of one fixed class on the image x, on x o m and on
+x o (1 - m). All sums run in float64. ``*_values`` give one percentage an image, NaN where p, q or
+the map is invalid, so that a mean of them is the metric and a bootstrap can resample them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IC_MARGIN = 1e-6
+# A range below this fraction of the largest magnitude is float32 rounding, not a map.
+CONSTANT_RANGE = 1e-6
+
+# ---------------------------------------------------------------- masks
+
+
+def minmax(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1, h, w) raw maps -> ((B, 1, h, w) float32 in [0, 1], valid (B,) bool).
+
+    A constant or non-finite map is invalid and comes back as zeros.
+    """
+    _check_maps(maps)
+    x = maps.detach().double()
+    finite = x.isfinite().flatten(1).all(1)
+    x = torch.where(finite[:, None, None, None], x, 0.0)
+    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+    span = high - low
+    varies = (span > CONSTANT_RANGE * torch.maximum(low.abs(), high.abs())).flatten()
+    scaled = (x - low) / torch.where(varies[:, None, None, None], span, 1.0)
+    valid = finite & varies
+    return torch.where(valid[:, None, None, None], scaled, 0.0).float(), valid
+
+
+def upsample(maps: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
+    """(B, 1, h, w) -> (B, 1, H, W), align_corners=False; never leaves the range of the input."""
+    _check_maps(maps)
+    corners = None if mode == "nearest" else False
+    resized = F.interpolate(maps, tuple(size), mode=mode, align_corners=corners)
+    # Interpolation weights sum to 1 only up to rounding: all-ones has to stay exactly one.
+    low, high = maps.amin((1, 2, 3), keepdim=True), maps.amax((1, 2, 3), keepdim=True)
+    return torch.minimum(torch.maximum(resized, low), high)
+
+
+def saliency(
+    maps: Tensor,
+    size: Sequence[int],
+    *,
+    is_mask: bool = False,
+    normalization: str = "minmax",
+    resize: str = "bilinear",
+) -> tuple[Tensor, Tensor]:
+    """Raw maps (B, 1, h, w) -> (grey masks (B, 1, H, W) float32 in [0, 1], valid (B,) bool).
+
+    Min-max at the map's own resolution, then resized (``"minmax"``), or the other way round
+    (``"minmax_upsampled"``). With ``is_mask`` the values are used as they are and must lie in
+    [0, 1]: the all-ones mask is a mask, a constant map from an explainer is not.
+    """
+    if is_mask:
+        _check_maps(maps)
+        grey = maps.detach().float()
+        # NaN fails both comparisons.
+        if not bool(((grey >= 0) & (grey <= 1)).all()):
+            raise ValueError("maps: a mask has values outside [0, 1]; return a map, not a mask")
+        valid = torch.ones(len(grey), dtype=torch.bool, device=grey.device)
+        return upsample(grey, size, resize), valid
+    if normalization == "minmax":
+        grey, valid = minmax(maps)
+        return upsample(grey, size, resize), valid
+    if normalization == "minmax_upsampled":
+        return minmax(upsample(maps.detach().double(), size, resize))
+    raise ValueError(f"normalization: got {normalization!r}; choose 'minmax' or 'minmax_upsampled'")
+
+
+def quantile(flat: Tensor, q: float) -> Tensor:
+    """(B, N) -> (B,): linearly interpolated quantile, by selection instead of a full sort."""
+    position = q * (flat.shape[1] - 1)
+    rank = min(int(position), flat.shape[1] - 1)
+    low = flat.kthvalue(rank + 1, dim=1).values
+    if rank == position:
+        return low
+    high = flat.kthvalue(rank + 2, dim=1).values
+    return torch.lerp(low, high, position - rank)
+
+
+def threshold_mask(masks: Tensor, level: float, method: str = "quantile") -> Tensor:
+    """Keep the largest ``level`` of the pixels of (B, 1, H, W), set the others to 0.
+
+    Survivors keep their grey level. ``"quantile"`` keeps every value >= the (1 - level) quantile,
+    so a constant mask keeps everything; ``"kth"`` keeps exactly ceil(level * HW) pixels, of equal
+    values the first in row-major order.
+    """
+    _check_maps(masks)
+    if not 0 < level <= 1:
+        raise ValueError(f"level: got {level}; give a retained fraction in (0, 1]")
+    if level == 1:
+        return masks
+    flat = masks.flatten(1)
+    if method == "quantile":
+        keep = flat >= quantile(flat, 1 - level)[:, None]
+    elif method == "kth":
+        dropped = int(flat.shape[1] * (1 - level) + 1e-9)
+        order = flat.sort(dim=1, descending=True, stable=True).indices
+        keep = torch.ones_like(flat, dtype=torch.bool)
+        keep.scatter_(1, order[:, flat.shape[1] - dropped :], False)
+    else:
+        raise ValueError(f"threshold: got {method!r}; choose 'quantile' or 'kth'")
+    return torch.where(keep, flat, 0.0).view_as(masks)
+
+
+def _check_maps(maps: Tensor) -> None:
+    if maps.ndim != 4 or maps.shape[1] != 1 or 0 in maps.shape[2:]:
+        raise ValueError(f"maps: got shape {tuple(maps.shape)}; give (B, 1, h, w)")
+
+
+# ---------------------------------------------------------------- one percentage an image
+
+
+def average_drop_values(p: Tensor, q: Tensor) -> Tensor:
+    """100 max(0, p - q) / p, (B,) float64; 0 where p = 0: nothing is left to drop."""
+    p, q = _probabilities(p, q)
+    return 100 * (p - q).clamp_min(0) / torch.where(p == 0, 1.0, p)
+
+
+def increase_in_confidence_values(p: Tensor, q: Tensor, margin: float = IC_MARGIN) -> Tensor:
+    """100 where q > p + margin max(p, q), else 0, (B,) float64."""
+    p, q = _probabilities(p, q)
+    higher = (q > p + margin * torch.maximum(p, q)).double() * 100
+    return torch.where((p + q).isnan(), torch.nan, higher)
+
+
+def average_drop_in_deletion_values(p: Tensor, d: Tensor) -> Tensor:
+    """100 (p - d) / p, signed, (B,) float64; 0 where p = 0."""
+    p, d = _probabilities(p, d)
+    return torch.where(p == 0, 0.0 * d, 100 * (p - d) / torch.where(p == 0, 1.0, p))
+
+
+def average_gain_values(p: Tensor, q: Tensor) -> Tensor:
+    """100 max(0, q - p) / (1 - p), (B,) float64; 0 where p = 1: nothing is left to gain."""
+    p, q = _probabilities(p, q)
+    return 100 * (q - p).clamp_min(0) / torch.where(p == 1, 1.0, 1 - p)
+
+
+VALUES: dict[str, Callable[..., Tensor]] = {
+    "AD": average_drop_values,
+    "IC": increase_in_confidence_values,
+    "ADD": average_drop_in_deletion_values,
+    "AG": average_gain_values,
+}
+
+
+def _probabilities(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    p, q = torch.as_tensor(p).detach().double(), torch.as_tensor(q).detach().double()
+    if p.shape != q.shape or p.ndim != 1:
+        raise ValueError(
+            f"p, q: got shapes {tuple(p.shape)} and {tuple(q.shape)}; give (B,) and (B,)"
+        )
+    for name, value in (("p", p), ("q", q)):
+        finite = value[value.isfinite()]
+        if bool(((finite < 0) | (finite > 1 + 1e-6)).any()):
+            raise ValueError(
+                f"{name}: values from {float(finite.min()):g} to {float(finite.max()):g}; give "
+                f"probabilities in [0, 1] (softmax of the logits)"
+            )
+    # float32 softmax may end a little above 1; one invalid side makes the pair invalid.
+    finite = p.isfinite() & q.isfinite()
+    return (
+        torch.where(finite, p, torch.nan).clamp_max(1.0),
+        torch.where(finite, q, torch.nan).clamp_max(1.0),
+    )
+
+
+# ---------------------------------------------------------------- sums and means
+
+
+def _mean_update(values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-image values (B,) -> (float64 sum over the valid ones, n, n_invalid)."""
+    good = ~values.isnan()
+    if valid is not None:
+        if valid.shape != values.shape or valid.dtype != torch.bool:
+            raise ValueError(
+                f"valid: got {valid.dtype} of shape {tuple(valid.shape)}; give bool "
+                f"{tuple(values.shape)}"
+            )
+        good = good & valid.to(good.device)
+    return torch.where(good, values, 0.0).sum(), good.sum(), (~good).sum()
+
+
+def _mean_compute(total: Tensor, n: Tensor) -> Tensor:
+    """Sum and count -> mean; NaN where nothing was valid."""
+    return torch.where(n > 0, total / n.clamp_min(1), torch.nan)
+
+
+def _average_drop_update(
+    p: Tensor, q: Tensor, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _mean_update(average_drop_values(p, q), valid)
+
+
+def _increase_in_confidence_update(
+    p: Tensor, q: Tensor, valid: Tensor | None = None, margin: float = IC_MARGIN
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _mean_update(increase_in_confidence_values(p, q, margin), valid)
+
+
+def _average_drop_in_deletion_update(
+    p: Tensor, d: Tensor, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _mean_update(average_drop_in_deletion_values(p, d), valid)
+
+
+def _average_gain_update(
+    p: Tensor, q: Tensor, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _mean_update(average_gain_values(p, q), valid)
+
+
+def average_drop(p: Tensor, q: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Average drop in percent, lower is better; p, q (B,) in [0, 1], ``valid`` (B,) bool.
+
+    >>> average_drop(torch.tensor([0.8]), torch.tensor([0.6])).round(decimals=4)
+    tensor(25., dtype=torch.float64)
+    """
+    return _mean_compute(*_average_drop_update(p, q, valid)[:2])
+
+
+def increase_in_confidence(
+    p: Tensor, q: Tensor, valid: Tensor | None = None, margin: float = IC_MARGIN
+) -> Tensor:
+    """Share of images whose masked image scores higher, in percent, higher is better."""
+    return _mean_compute(*_increase_in_confidence_update(p, q, valid, margin)[:2])
+
+
+def average_drop_in_deletion(p: Tensor, d: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Signed drop on x o (1 - m) in percent, higher is better; d (B,) in [0, 1]."""
+    return _mean_compute(*_average_drop_in_deletion_update(p, d, valid)[:2])
+
+
+def average_gain(p: Tensor, q: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Average gain in percent, higher is better."""
+    return _mean_compute(*_average_gain_update(p, q, valid)[:2])

@@ -1,0 +1,143 @@
+"""What a fidelity number means: the protocol that made it, with a short stable id.
+
+Two values may be compared only if their ids are equal. The id is a readable prefix and a hash of
+the fields that change a value's meaning; how many images were scored (``n``, ``n_invalid``) and the
+``seed`` of resampling and random rows do not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+
+class MetricInfo(NamedTuple):
+    """A metric's formula in words, and which direction is better."""
+
+    formula: str
+    higher_is_better: bool
+
+
+# p, q, d: probability of the class on the image x, on x o m and on x o (1 - m).
+METRICS: dict[str, MetricInfo] = {
+    "AD": MetricInfo("100 mean max(0, p - q) / p", False),
+    "IC": MetricInfo("100 mean [q > p + margin max(p, q)]", True),
+    "ADD": MetricInfo("100 mean (p - d) / p, signed", True),
+    "AG": MetricInfo("100 mean max(0, q - p) / (1 - p)", True),
+}
+
+_CHOICES = {
+    "score": ("probability",),
+    "class_policy": ("predicted", "given"),
+    "normalization": ("minmax", "minmax_upsampled"),
+    "threshold": ("quantile", "kth"),
+    "masked_value": ("black", "mean"),
+    "resize": ("bilinear", "nearest"),
+    "invalid": ("excluded",),
+    "view": ("crop", "whole", "tensor"),
+}
+_NOT_SEMANTIC = ("seed", "n", "n_invalid")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Every choice that a fidelity value depends on.
+
+    Attributes:
+        score: what p, q and d are; softmax in float64.
+        class_policy: ``"predicted"`` (argmax on the clean image, fixed afterwards) or ``"given"``.
+        normalization: ``"minmax"`` at the map's own resolution, before resizing, or
+            ``"minmax_upsampled"`` after it.
+        threshold: ``"quantile"`` keeps values >= the linearly interpolated (1 - level) quantile,
+            ties included; ``"kth"`` keeps exactly ceil(level * HW) pixels (TAME, L-CAM).
+        levels: retained fractions in (0, 1]; survivors keep their grey level.
+        masked_value: ``"black"`` (0 before normalisation) or the data set's ``"mean"`` colour.
+        ic_margin: IC counts q > p + ic_margin * max(p, q), so that rounding is no increase.
+        resize: how a map reaches the image's size (align_corners=False).
+        invalid: constant or non-finite maps are left out of the means, and counted.
+        view: ``"crop"`` (the model's own evaluation crop), ``"whole"``, or ``"tensor"`` (prepared
+            by the caller).
+        seed, n, n_invalid: of one run; not part of the id.
+    """
+
+    score: str = "probability"
+    class_policy: str = "predicted"
+    normalization: str = "minmax"
+    threshold: str = "quantile"
+    levels: tuple[float, ...] = (1.0, 0.5, 0.15)
+    masked_value: str = "black"
+    ic_margin: float = 1e-6
+    resize: str = "bilinear"
+    invalid: str = "excluded"
+    view: str = "crop"
+    seed: int = 0
+    n: int | None = None
+    n_invalid: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}; choose one of {', '.join(choices)}"
+                )
+        levels = tuple(float(level) for level in self.levels)
+        if not levels or len(set(levels)) < len(levels) or not all(0 < v <= 1 for v in levels):
+            raise ValueError(
+                f"levels: got {self.levels}; give different retained fractions in (0, 1], "
+                f"such as (1.0, 0.5, 0.15)"
+            )
+        object.__setattr__(self, "levels", levels)
+        if not 0 <= self.ic_margin < 1:
+            raise ValueError(f"ic_margin: got {self.ic_margin}; give a fraction in [0, 1)")
+
+    @property
+    def id(self) -> str:
+        """Such as ``"prob-pred-black-1f2e3d4c"``."""
+        return f"{self._prefix}-{_hash(self._semantics())}"
+
+    def metric_id(self, metric: str, level: float) -> str:
+        """Id of one column, such as ``"AD@15-prob-pred-black-1f2e3d4c"``.
+
+        It depends on the metric's formula and on ``level``, not on the other levels of the run.
+        """
+        if metric not in METRICS:
+            raise ValueError(f"metric: got {metric!r}; choose one of {', '.join(METRICS)}")
+        meaning = self._semantics()
+        meaning.update(levels=[float(level)], formula=METRICS[metric].formula)
+        return f"{metric}@{100 * level:g}-{self._prefix}-{_hash(meaning)}"
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.score[:4]}-{self.class_policy[:4]}-{self.masked_value}"
+
+    def _semantics(self) -> dict[str, Any]:
+        return {k: v for k, v in self.to_dict().items() if k not in (*_NOT_SEMANTIC, "id")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; ``from_dict`` reads them back."""
+        return {**asdict(self), "levels": list(self.levels)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Protocol:
+        """Inverse of :meth:`to_dict`; a stored ``"id"`` is checked against the fields."""
+        known = {f.name for f in fields(cls)}
+        unknown = set(data) - known - {"id"}
+        if unknown:
+            raise ValueError(
+                f"protocol: unknown fields {sorted(unknown)}; the file was written by another version"
+            )
+        protocol = cls(**{k: v for k, v in data.items() if k in known})
+        if data.get("id", protocol.id) != protocol.id:
+            raise ValueError(
+                f"protocol: the stored id {data['id']} is not that of its fields ({protocol.id}); "
+                f"evaluate again"
+            )
+        return protocol
+
+
+def _hash(meaning: Mapping[str, Any]) -> str:
+    text = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,132 @@
+"""One scheduler for all perturbed images: fixed micro-batches, bounded memory, no image twice.
+
+Every forward pass has exactly ``max_forward_batch`` images. A network may give other bits at
+another batch size, and "q > p" would then hold for identical images; with one shape it cannot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """A promised probability; ``done`` once its micro-batch has run."""
+
+    target: int
+    probability: float = float("nan")
+    done: bool = False
+
+
+class MaskedScorer:
+    """Probability of a fixed class on many perturbed images, through one micro-batch shape.
+
+    ``submit`` returns a :class:`Ticket` at once; it is resolved when the micro-batch is full or on
+    ``flush``, which pads the last one. At most ``max_forward_batch`` perturbed images are alive.
+
+    Attributes:
+        requested: scores asked for.
+        scored: images that went through the backbone, clean ones included, padding not.
+        batches: forward passes of ``max_forward_batch`` images.
+    """
+
+    def __init__(self, backbone: Any, max_forward_batch: int = 32) -> None:
+        if max_forward_batch < 1:
+            raise ValueError(f"max_forward_batch: got {max_forward_batch}; give at least 1")
+        self.backbone = backbone
+        self.max_forward_batch = max_forward_batch
+        self.requested = self.scored = self.batches = 0
+        self._buffer: Tensor | None = None
+        self._waiting: list[list[Ticket]] = []
+        self._slots: dict[bytes, int] = {}
+        self._known: dict[tuple[bytes, int], Ticket] = {}
+        self._weights: Tensor | None = None
+
+    @torch.no_grad()
+    def clean(self, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(b, 3, H, W) unmasked images, b <= max_forward_batch -> p (b,) float64, classes (b,).
+
+        Without ``targets`` the class is the prediction. Later requests that equal a clean image
+        get its very p.
+        """
+        probabilities = self._forward(pad_batch(images, self.max_forward_batch))[: len(images)]
+        self.scored += len(images)
+        classes = probabilities.argmax(1) if targets is None else targets.cpu()
+        p = probabilities.gather(1, classes[:, None])[:, 0]
+        for image, target, value in zip(images, classes.tolist(), p.tolist(), strict=True):
+            self._known[self._digest(image), target] = Ticket(target, value, done=True)
+        return p, classes
+
+    def submit(self, perturbed: Tensor, target: int) -> Ticket:
+        """Ask for the probability of ``target`` on one perturbed image (3, H, W) in [0, 1]."""
+        self.requested += 1
+        digest = self._digest(perturbed)
+        known = self._known.get((digest, target))
+        if known is not None:
+            return known
+        ticket = self._known[digest, target] = Ticket(target)
+        slot = self._slots.get(digest)
+        if slot is None:
+            slot = self._place(perturbed)
+            self._slots[digest] = slot
+        self._waiting[slot].append(ticket)
+        return ticket
+
+    def flush(self) -> None:
+        """Run what waits, padded to the one shape."""
+        if self._waiting:
+            self._run()
+
+    def forget(self) -> None:
+        """Drop what is known of earlier images, so that memory stays flat. Tickets stay valid."""
+        self._known.clear()
+
+    # ------------------------------------------------------------------ micro-batches
+
+    def _place(self, perturbed: Tensor) -> int:
+        if len(self._waiting) == self.max_forward_batch:
+            self._run()
+        if self._buffer is None or self._buffer.shape[1:] != perturbed.shape:
+            self.flush()
+            self._buffer = perturbed.new_zeros(self.max_forward_batch, *perturbed.shape)
+        self._buffer[len(self._waiting)] = perturbed
+        self._waiting.append([])
+        return len(self._waiting) - 1
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        assert self._buffer is not None
+        probabilities = self._forward(self._buffer)
+        self.scored += len(self._waiting)
+        for row, tickets in zip(probabilities, self._waiting, strict=False):
+            for ticket in tickets:
+                ticket.probability, ticket.done = float(row[ticket.target]), True
+        self._waiting = []
+        self._slots.clear()
+
+    def _forward(self, images: Tensor) -> Tensor:
+        """(max_forward_batch, 3, H, W) -> (max_forward_batch, K) probabilities, float64 on CPU."""
+        self.batches += 1
+        return self.backbone.logits(images).cpu().double().softmax(1)
+
+    def _digest(self, image: Tensor) -> bytes:
+        """128 bits of the pixels: two multilinear hashes mod 2^64, on whatever device."""
+        words = image.detach().float().contiguous().view(-1).view(torch.int32)
+        if self._weights is None or self._weights.shape[1] != len(words):
+            generator = torch.Generator().manual_seed(0x5EED)
+            weights = torch.randint(-(2**63), 2**63 - 1, (2, len(words)), generator=generator)
+            self._weights = weights.to(words.device)
+        return (self._weights * words).sum(1).cpu().numpy().tobytes()
+
+
+def pad_batch(images: Tensor, size: int) -> Tensor:
+    """(b, ...) -> (size, ...) by repeating the last entry."""
+    if not 0 < len(images) <= size:
+        raise ValueError(f"images: got {len(images)}; give 1 to {size} a micro-batch")
+    if len(images) == size:
+        return images
+    return torch.cat([images, images[-1:].expand(size - len(images), *images.shape[1:])])

@@ -1,0 +1,99 @@
+"""Images of whatever kind a user has, as one stream of tensors: unreadable ones skipped and listed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Item(NamedTuple):
+    """``position`` counts what was given, unreadable images included; ``image`` is (3, H, W)."""
+
+    id: str
+    position: int
+    image: Tensor
+
+
+class Skipped(NamedTuple):
+    id: str
+    reason: str
+
+
+class ImageStream:
+    """Iterate over a file, a folder, a list file, a list of paths or PIL images, or tensors.
+
+    Tensors are float (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size and are used as
+    they are; photos are loaded and prepared as the backbone wants them.
+
+    Attributes:
+        tensors: whether the images were given as tensors.
+        length: how many were given, or None when that is not known in advance.
+        skipped: photos that could not be read, filled while iterating.
+    """
+
+    def __init__(self, images: Any, preprocessing: Any, view: str = "crop") -> None:
+        self.preprocessing, self.view = preprocessing, view
+        self.skipped: list[Skipped] = []
+        self._root: Path | None = None
+        if isinstance(images, str | Path):
+            from xattn.images import list_images
+
+            self._root = Path(images) if Path(images).is_dir() else None
+            images = list_images(images)
+        elif isinstance(images, Tensor):
+            images = images[None] if images.ndim == 3 else images
+        elif not isinstance(images, Iterable):
+            images = [images]
+        self.length: int | None = len(images) if hasattr(images, "__len__") else None
+        items = iter(images)
+        first = next(items, None)
+        if first is None:
+            raise ValueError("images: got none; give a photo, a folder, a list file or tensors")
+        self.tensors = isinstance(first, Tensor)
+        self._items: Iterator[Any] = chain([first], items)
+
+    def __iter__(self) -> Iterator[Item]:
+        for position, item in enumerate(self._items):
+            if isinstance(item, Tensor) != self.tensors:
+                raise ValueError("images: got tensors and photos mixed; give one kind")
+            if self.tensors:
+                yield Item(f"image {position}", position, _checked(item, position))
+                continue
+            photo = self._photo(item, position)
+            if photo is not None:
+                yield photo
+
+    def _photo(self, item: Any, position: int) -> Item | None:
+        from xattn.images import load_image, prepare
+
+        name = f"image {position}"
+        if isinstance(item, str | Path):
+            path = Path(item)
+            inside = self._root is not None and path.is_relative_to(self._root)
+            name = str(path.relative_to(self._root)) if inside and self._root else str(path)
+        try:
+            photo = load_image(item)
+        except (ValueError, OSError) as error:
+            self.skipped.append(Skipped(name, str(error)))
+            return None
+        return Item(name, position, prepare(photo, self.preprocessing, self.view)[0])
+
+
+def _checked(image: Tensor, position: int) -> Tensor:
+    if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+        raise ValueError(
+            f"images: image {position} is {image.dtype} of shape {tuple(image.shape)}; give float "
+            f"(3, H, W) in [0, 1]"
+        )
+    # NaN fails both comparisons.
+    if not bool(((image >= 0) & (image <= 1)).all()):
+        raise ValueError(
+            f"images: image {position} has values outside [0, 1] or NaN; give raw images, the "
+            f"normalisation happens in the backbone"
+        )
+    return image.detach().to(torch.float32)

@@ -1,0 +1,24 @@
+"""Keep freed memory in the process: glibc's defaults hand big tensors back to the kernel every time.
+
+On a CPU a convolutional network spends most of its time in page faults otherwise. The CLI, the
+benchmarks and the data workers call :func:`keep_memory` once; ``XATTN_ALLOCATOR=system`` opts out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+def keep_memory(threshold: int = 1 << 30) -> bool:
+    """Raise glibc's mmap and trim thresholds to ``threshold`` bytes; False where it has no effect."""
+    if os.environ.get("XATTN_ALLOCATOR") == "system" or platform.libc_ver()[0] != "glibc":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, threshold) and mallopt(M_TRIM_THRESHOLD, threshold))

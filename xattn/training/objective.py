@@ -1,0 +1,107 @@
+"""The T-TAME training objective (arXiv 2403.04523), for any head that gives class scores.
+
+    A = sigmoid(head(taps)),   m = bilinear(A[own class], input size),   y = argmax f(x)
+    L = 1.5 CE(f(mask(x, m)), y) + 2 mean((A + 0.0005)^0.3) + 0.01 V(A)
+    V(A) = [ sum |d_h A|^2 + sum |d_w A|^2 + 0.3 sum_border A^2 ] / (2 B)
+
+The target is the model's own prediction, so no labels are needed. V is a sum over space and over the
+class axis of A, divided by the batch only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.backbone import Backbone, Taps
+from xattn.config import TrainConfig
+
+AREA_OFFSET, AREA_POWER, BORDER_WEIGHT = 0.0005, 0.3, 0.3
+
+
+class Terms(NamedTuple):
+    """The weighted sum ``loss`` and its unweighted terms, scalars."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+    area: Tensor
+    variation: Tensor
+
+
+def area(masks: Tensor) -> Tensor:
+    """mean((A + 0.0005)^0.3) over masks (B, M, h, w) in (0, 1)."""
+    return (masks + AREA_OFFSET).pow(AREA_POWER).mean()
+
+
+def variation(masks: Tensor) -> Tensor:
+    """V(A) of masks (B, M, h, w): squared differences plus 0.3 x the squared border, over 2 B."""
+    dh = (masks[:, :, 1:] - masks[:, :, :-1]).square().sum()
+    dw = (masks[..., 1:] - masks[..., :-1]).square().sum()
+    rows = masks[:, :, (0, -1)].square().sum()
+    columns = masks[..., (0, -1)].square().sum()
+    return (dh + dw + BORDER_WEIGHT * (rows + columns)) / (2 * masks.shape[0])
+
+
+def masked_logits(
+    backbone: Backbone, images: Tensor, mask: Tensor, policy: str, taps: Taps | None = None
+) -> Tensor:
+    """Logits (B, K) of masked ``images`` (B, 3, H, W) in [0, 1]; ``mask`` (B, 1, h, w) in [0, 1].
+
+    ``policy``: ``"raw_normalize"`` multiplies pixels, masked = black (T-TAME's CNNs);
+    ``"renormalize"`` says the same from the normalised image; ``"normalized"`` multiplies the
+    normalised image, masked = the data set's mean colour (T-TAME's ViT); ``"feature"`` multiplies the
+    pooled map of ``taps`` and continues with the classifier (L-CAM-Fm).
+    """
+    if policy == "feature":
+        last = (backbone(images) if taps is None else taps).maps[-1]
+        return backbone.head_logits(last * resize(mask, tuple(last.shape[2:])))
+    mask = resize(mask, tuple(images.shape[2:]))
+    if policy == "raw_normalize":
+        return backbone.logits(images * mask)
+    x = backbone.normalize(images)
+    if policy == "normalized":
+        return backbone.logits_normalized(x * mask)
+    if policy == "renormalize":
+        return backbone.logits_normalized(backbone.normalize(backbone.denormalize(x) * mask))
+    raise ValueError(f"mask_policy: got {policy!r}; see xattn.heads.base.MASK_POLICIES")
+
+
+def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Bilinear resize of (B, M, h, w) to ``size``, corners not aligned."""
+    if tuple(maps.shape[2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def objective(
+    head: nn.Module,
+    backbone: Backbone,
+    images: Tensor,
+    config: TrainConfig,
+    policy: str = "raw_normalize",
+) -> Terms:
+    """The loss of one batch of ``images`` (B, 3, H, W) in [0, 1]; gradients reach the head only."""
+    with torch.no_grad():
+        taps = backbone(images)
+    batch = images.shape[0]
+    target = taps.logits.argmax(1)
+    if config.class_mode == "own":
+        index = target[:, None]
+    elif config.class_mode == "top":
+        index = taps.logits.topk(min(batch, taps.logits.shape[1]), dim=1).indices
+    else:
+        index = target[None]
+    masks = head(taps, index).float().sigmoid()
+    if config.class_mode == "batch":
+        own = torch.arange(batch, device=images.device)
+        own_mask = masks[own, own][:, None]
+    else:  # the first class is the image's own
+        own_mask = masks[:, :1]
+    logits = masked_logits(backbone, images, own_mask, policy, taps)
+    terms = F.cross_entropy(logits.float(), target), area(masks), variation(masks)
+    weights = config.cross_entropy, config.area, config.variation
+    loss = sum((w * t for w, t in zip(weights, terms, strict=True)), torch.zeros((), device=images.device))
+    return Terms(loss, *terms)
