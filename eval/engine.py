@@ -1,6 +1,6 @@
 """Score the explanations of many methods on many images with one bounded stream of forward passes.
 
-    images -> clean pass (p, class) -> maps of each method -> grey masks -> probes -> scorer -> Results
+    images -> clean pass (p, class) -> maps of each method -> grey masks -> probes -> scorer
 
 Images stream through in chunks of ``max_forward_batch``; clean passes, explanations and masked
 passes all run at that one batch shape, so results do not depend on how many images there are.
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
 from xattn.eval import functional
 from xattn.eval.probes import Column, MaskingProbe, Probe
 from xattn.eval.protocol import Protocol

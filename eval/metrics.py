@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-
 from xattn.eval import functional
 
 
@@ -62,7 +61,7 @@ class IncreaseInConfidence(_MaskingMetric):
 
 
 class AverageDropInDeletion(_MaskingMetric):
-    """ADD, see :func:`xattn.eval.functional.average_drop_in_deletion`; ``q`` is d, on x o (1 - m)."""
+    """ADD, see :func:`xattn.eval.functional.average_drop_in_deletion`; ``q`` is d."""
 
     higher_is_better = True
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
-
 from xattn.eval import functional
 from xattn.eval import protocol as protocols
 
@@ -54,7 +53,9 @@ class MaskingProbe:
             raise ValueError("mean: None; masked_value='mean' needs the mean colour (3,)")
         self.protocol = protocol
         self.keys = tuple(f"{kind}@{100 * v:g}" for v in protocol.levels for kind in "qd")
-        self.fill = None if protocol.masked_value == "black" or mean is None else mean.view(-1, 1, 1)
+        self.fill = (
+            None if protocol.masked_value == "black" or mean is None else mean.view(-1, 1, 1)
+        )
 
     def requests(self, image: Tensor, grey: Tensor) -> Iterator[tuple[str, Tensor]]:
         for level in self.protocol.levels:

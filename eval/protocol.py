@@ -127,7 +127,7 @@ class Protocol:
         unknown = set(data) - known - {"id"}
         if unknown:
             raise ValueError(
-                f"protocol: unknown fields {sorted(unknown)}; the file was written by another version"
+                f"protocol: unknown fields {sorted(unknown)}; evaluate again with this version"
             )
         protocol = cls(**{k: v for k, v in data.items() if k in known})
         if data.get("id", protocol.id) != protocol.id:

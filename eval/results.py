@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
 from xattn.eval import bootstrap
 from xattn.eval.probes import Column
 from xattn.eval.protocol import METRICS, Protocol
@@ -108,7 +107,10 @@ class Results:
                         name,
                         metric,
                         level,
-                        *interval,
+                        interval.mean,
+                        interval.lo,
+                        interval.hi,
+                        interval.n,
                         len(self.images) - interval.n,
                         method.forwards,
                         self.protocol.metric_id(metric, level),
@@ -137,9 +139,7 @@ class Results:
         differences = []
         for (metric, level), (diff, lo, hi, n) in zip(columns, intervals, strict=True):
             above, below = lo > 0, hi < 0
-            better, worse = (
-                (above, below) if METRICS[metric].higher_is_better else (below, above)
-            )
+            better, worse = (above, below) if METRICS[metric].higher_is_better else (below, above)
             differences.append(Difference(metric, level, diff, lo, hi, n, better, worse))
         return differences
 
@@ -164,7 +164,9 @@ class Results:
         for name, method in self.methods.items():
             invalid = int((~method.valid).sum())
             if invalid:
-                lines.append(f"{name}: {invalid} constant or non-finite maps, left out of its means")
+                lines.append(
+                    f"{name}: {invalid} constant or non-finite maps, left out of its means"
+                )
         if self.skipped:
             shown = ", ".join(s.id for s in self.skipped[:5])
             more = ", ..." if len(self.skipped) > 5 else ""

@@ -57,6 +57,9 @@ def randomized_explainer(
     from xattn.explainers import create_explainer
 
     twin = randomized_backbone(backbone, seed)
+    if head is not None:
+        head = copy.deepcopy(head)
+        head.backbone_fingerprint = twin.fingerprint  # the mismatch is what this row is about
     return create_explainer(name, twin, head=head, seed=seed, **options)
 
 
@@ -66,6 +69,8 @@ def sanity_rows(
     """Explainers by row name: random, centre, ones and randomized_<method>."""
     from xattn.explainers import create_explainer
 
-    rows = {name: create_explainer(name, backbone, seed=seed) for name in ("random", "centre", "ones")}
+    rows = {
+        name: create_explainer(name, backbone, seed=seed) for name in ("random", "centre", "ones")
+    }
     rows[f"randomized_{method}"] = randomized_explainer(method, backbone, head=head, seed=seed)
     return rows

@@ -1,4 +1,4 @@
-"""Images of whatever kind a user has, as one stream of tensors: unreadable ones skipped and listed."""
+"""Images of any kind as one stream of tensors; unreadable ones are skipped and listed."""
 
 from __future__ import annotations
 

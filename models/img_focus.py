@@ -39,8 +39,8 @@ def read_onnx_vit(path: Path, input_size: tuple[int, int] = (224, 224)) -> dict[
     `input_size` is (H, W) in pixels, multiples of 14.
 
     Raises:
-        ValueError: `input_size` is no multiple of 14, onnx is not installed, or the file is damaged or
-            holds another graph.
+        ValueError: `input_size` is no multiple of 14, onnx is not installed, or the file is
+            damaged or holds another graph.
     """
     height, width = input_size
     if min(input_size) < _PATCH or height % _PATCH or width % _PATCH:

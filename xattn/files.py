@@ -85,6 +85,19 @@ def atomic_folder(path: str | Path, marker: str, argument: str = "output") -> It
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_folder(path: str | Path, argument: str = "output") -> None:
+    """Fail before a long job rather than after it: ``path`` has to be, or become, a writable folder."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{argument}: {path} is a file; name a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise output_error(argument, path, error) from error
+
+
 def write_json(path: str | Path, value: Any, argument: str = "output") -> None:
     """Write ``value`` as indented JSON, atomically."""
     with atomic_file(path, argument) as temporary:

@@ -1,0 +1,123 @@
+"""Fidelity of explanations: metrics, protocols, sanity rows, intervals and reports.
+
+``evaluate(backbone, {name: explainer}, images) -> Results`` is the whole job; the names below load
+on first use, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_EXPORTS = {
+    "evaluate": "engine",
+    "Results": "results",
+    "Row": "results",
+    "Difference": "results",
+    "ImageRecord": "results",
+    "MethodResult": "results",
+    "is_baseline": "results",
+    "Protocol": "protocol",
+    "METRICS": "protocol",
+    "Column": "probes",
+    "Probe": "probes",
+    "MaskingProbe": "probes",
+    "MaskedScorer": "scorer",
+    "AverageDrop": "metrics",
+    "AverageDropInDeletion": "metrics",
+    "AverageGain": "metrics",
+    "IncreaseInConfidence": "metrics",
+    "average_drop": "functional",
+    "average_drop_in_deletion": "functional",
+    "average_gain": "functional",
+    "increase_in_confidence": "functional",
+    "saliency": "functional",
+    "threshold_mask": "functional",
+    "mean_interval": "bootstrap",
+    "paired_difference": "bootstrap",
+    "randomized_backbone": "sanity",
+    "randomized_explainer": "sanity",
+    "sanity_rows": "sanity",
+    "format_table": "report",
+    "read_json": "report",
+    "write_csv": "report",
+    "write_json": "report",
+}
+
+__all__ = [
+    "METRICS",
+    "AverageDrop",
+    "AverageDropInDeletion",
+    "AverageGain",
+    "Column",
+    "Difference",
+    "ImageRecord",
+    "IncreaseInConfidence",
+    "MaskedScorer",
+    "MaskingProbe",
+    "MethodResult",
+    "Probe",
+    "Protocol",
+    "Results",
+    "Row",
+    "average_drop",
+    "average_drop_in_deletion",
+    "average_gain",
+    "evaluate",
+    "format_table",
+    "increase_in_confidence",
+    "is_baseline",
+    "mean_interval",
+    "paired_difference",
+    "randomized_backbone",
+    "randomized_explainer",
+    "read_json",
+    "saliency",
+    "sanity_rows",
+    "threshold_mask",
+    "write_csv",
+    "write_json",
+]
+
+if TYPE_CHECKING:
+    from xattn.eval.bootstrap import mean_interval, paired_difference
+    from xattn.eval.engine import evaluate
+    from xattn.eval.functional import (
+        average_drop,
+        average_drop_in_deletion,
+        average_gain,
+        increase_in_confidence,
+        saliency,
+        threshold_mask,
+    )
+    from xattn.eval.metrics import (
+        AverageDrop,
+        AverageDropInDeletion,
+        AverageGain,
+        IncreaseInConfidence,
+    )
+    from xattn.eval.probes import Column, MaskingProbe, Probe
+    from xattn.eval.protocol import METRICS, Protocol
+    from xattn.eval.report import format_table, read_json, write_csv, write_json
+    from xattn.eval.results import (
+        Difference,
+        ImageRecord,
+        MethodResult,
+        Results,
+        Row,
+        is_baseline,
+    )
+    from xattn.eval.sanity import randomized_backbone, randomized_explainer, sanity_rows
+    from xattn.eval.scorer import MaskedScorer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'xattn.eval' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"xattn.eval.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,235 @@
+"""Results as a text or Markdown table, as JSON that reads back, and as CSV.
+
+The JSON keeps p, q and d of every image, so that a reader can recompute each number. Files are
+written under a temporary name and renamed: a failed write leaves the earlier file as it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from xattn.eval.probes import Column
+from xattn.eval.protocol import METRICS, Protocol
+from xattn.eval.results import ImageRecord, MethodResult, Results, Row
+from xattn.eval.stream import Skipped
+
+FORMAT = "xattn-results"
+FORMAT_VERSION = 1
+
+
+# ---------------------------------------------------------------- tables
+
+
+def format_table(results: Results, style: str = "text") -> str:
+    """One table a level, with 95 % intervals; then the protocol and the warnings.
+
+    Args:
+        style: ``"text"`` (aligned columns) or ``"markdown"``.
+    """
+    if style not in ("text", "markdown"):
+        raise ValueError(f"style: got {style!r}; choose 'text' or 'markdown'")
+    by_cell = {(r.method, r.metric, r.level): r for r in results.rows()}
+    parts = []
+    for level in results.protocol.levels:
+        metrics = [c.metric for c in results.columns if c.level == level]
+        heads = [f"{m} {'↑' if METRICS[m].higher_is_better else '↓'}" for m in metrics]
+        lines = [["method", *heads, "n", "invalid", "forwards"]]
+        for name in results.methods:
+            rows = [by_cell[name, metric, level] for metric in metrics]
+            cost = rows[0].forwards
+            counts = [rows[0].n, rows[0].n_invalid, "-" if cost is None else cost]
+            lines.append([name, *map(_cell, rows), *map(str, counts)])
+        parts.append(_table(f"retained {100 * level:g} %", lines, style))
+    notes = [*_notes(results), *(f"warning: {line}" for line in results.warnings())]
+    bullet = "- " if style == "markdown" else ""
+    parts.append("\n".join(bullet + note for note in notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(row: Row) -> str:
+    return f"{row.mean:.2f} [{row.lo:.2f}, {row.hi:.2f}]" if row.n else "-"
+
+
+def _table(title: str, lines: list[list[str]], style: str) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+
+    def padded(line: list[str]) -> list[str]:
+        rest = zip(line[1:], widths[1:], strict=True)
+        return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in rest)]
+
+    body = [padded(line) for line in lines]
+    if style == "text":
+        text = ["  ".join(line) for line in body]
+        return "\n".join([title, text[0], "-" * len(text[0]), *text[1:]])
+    rule = [":" + "-" * max(2, widths[0] - 1), *("-" * max(2, w - 1) + ":" for w in widths[1:])]
+    return "\n".join(
+        [f"**{title}**", "", *("| " + " | ".join(x) + " |" for x in (body[0], rule))]
+        + ["| " + " | ".join(line) + " |" for line in body[1:]]
+    )
+
+
+def _notes(results: Results) -> list[str]:
+    p = results.protocol
+    name = results.backbone.get("name", "?")
+    return [
+        f"protocol {p.id}: {p.score} of the {p.class_policy} class, {p.normalization} maps, "
+        f"{p.resize} resize, {p.threshold} threshold, {p.masked_value} behind the mask, "
+        f"view {p.view}, IC margin {p.ic_margin:g}",
+        f"{p.n} images on {name}; mean in percent with 95 % bootstrap interval "
+        f"({results.n_resamples} resamples, seed {p.seed}); forwards: passes an explanation costs",
+        "all-ones has AD 0 by definition: read AD together with IC and ADD",
+    ]
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def to_dict(results: Results) -> dict[str, Any]:
+    """Plain values for JSON, with the per-image numbers; NaN becomes None."""
+    protocol = results.protocol
+    return {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "xattn": _version(),
+        "protocol": {**protocol.to_dict(), "id": protocol.id},
+        "formulas": {
+            m: METRICS[m].formula for m in dict.fromkeys(c.metric for c in results.columns)
+        },
+        "backbone": results.backbone,
+        "cost": results.cost,
+        "n_resamples": results.n_resamples,
+        "summary": [{k: _plain(v) for k, v in row._asdict().items()} for row in results.rows()],
+        "warnings": results.warnings(),
+        "skipped": [s._asdict() for s in results.skipped],
+        "images": [image._asdict() for image in results.images],
+        "methods": {name: _method_dict(method) for name, method in results.methods.items()},
+    }
+
+
+def from_dict(data: dict[str, Any]) -> Results:
+    """Inverse of :func:`to_dict`."""
+    if data.get("format") != FORMAT or data.get("version") != FORMAT_VERSION:
+        raise ValueError(
+            f"results: format {data.get('format')!r} version {data.get('version')!r} is not "
+            f"{FORMAT} version {FORMAT_VERSION}; evaluate again"
+        )
+    methods = {}
+    for name, record in data["methods"].items():
+        methods[name] = MethodResult(
+            forwards=record["forwards"],
+            is_mask=record["is_mask"],
+            valid=np.array(record["valid"], dtype=bool),
+            scores={key: _array(values) for key, values in record["scores"].items()},
+            values={Column(v["metric"], v["level"]): _array(v["values"]) for v in record["values"]},
+        )
+    return Results(
+        protocol=Protocol.from_dict(data["protocol"]),
+        images=[ImageRecord(**image) for image in data["images"]],
+        methods=methods,
+        skipped=[Skipped(**s) for s in data["skipped"]],
+        backbone=data["backbone"],
+        cost=data["cost"],
+        n_resamples=data["n_resamples"],
+    )
+
+
+def write_json(results: Results, path: str | Path) -> None:
+    """Write everything, per-image numbers included.
+
+    Raises:
+        OSError: the file cannot be written; an earlier file of that name is intact.
+    """
+    from xattn.files import atomic_file
+
+    text = json.dumps(to_dict(results), allow_nan=False, ensure_ascii=False, indent=1)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Results:
+    """Read what :func:`write_json` wrote.
+
+    Raises:
+        OSError: no such file. ValueError: it is not a results file.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return from_dict(data)
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"results: {path} is damaged or not a results file ({type(error).__name__}: {error}); "
+            f"evaluate again"
+        ) from None
+
+
+def _method_dict(method: MethodResult) -> dict[str, Any]:
+    return {
+        "forwards": method.forwards,
+        "is_mask": method.is_mask,
+        "valid": method.valid.tolist(),
+        "scores": {key: _list(values) for key, values in method.scores.items()},
+        "values": [
+            {"metric": metric, "level": level, "values": _list(values)}
+            for (metric, level), values in method.values.items()
+        ],
+    }
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _list(values: NDArray[np.float64]) -> list[float | None]:
+    return [_plain(value) for value in values.tolist()]
+
+
+def _array(values: list[float | None]) -> NDArray[np.float64]:
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _version() -> str:
+    from xattn import __version__
+
+    return __version__
+
+
+# ---------------------------------------------------------------- CSV
+
+
+def write_csv(results: Results, path: str | Path) -> Path:
+    """Write the table to ``path`` and the per-image numbers to its sibling ``*.images.csv``.
+
+    Returns:
+        The path of the sibling: one line an image and method, with p, q, d and all values.
+
+    Raises:
+        OSError: a file cannot be written; earlier files are intact.
+    """
+    path = Path(path)
+    sibling = path.with_name(f"{path.stem}.images{path.suffix or '.csv'}")
+    keys = list(next(iter(results.methods.values())).scores)
+    header = ["image", "class", "class_name", "method", "valid", "p", *keys]
+    lines: list[list[Any]] = [header + [column.key for column in results.columns]]
+    for name, method in results.methods.items():
+        table = [*method.scores.values(), *method.values.values()]
+        for i, image in enumerate(results.images):
+            numbers = [_plain(float(column[i])) for column in table]
+            first = [image.id, image.target, image.target_name, name, int(method.valid[i]), image.p]
+            lines.append(first + ["" if v is None else repr(v) for v in numbers])
+    _write_lines(sibling, lines)
+    rows = [["" if _plain(v) is None else v for v in row] for row in results.rows()]
+    _write_lines(path, [list(Row._fields), *rows])
+    return sibling
+
+
+def _write_lines(path: Path, lines: list[list[Any]]) -> None:
+    from xattn.files import atomic_file
+
+    with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)

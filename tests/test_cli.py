@@ -1,0 +1,162 @@
+"""The command line: every job end to end on tiny models, one line and exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import xattn
+from xattn.cli import main
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    (root / "photos").mkdir()
+    for i in range(5):
+        noise = np.random.default_rng(i).integers(0, 256, (10, 14, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((80, 60)).save(root / f"photos/{i}.png")
+    torch.manual_seed(0)
+    model = xattn.load_backbone("test_efficientnet", weights=None, num_classes=5).model
+    save_file(model.state_dict(), str(root / "w.safetensors"))
+    (root / "classes.txt").write_text("ant\nbee\ncat\ndog\neel\n")
+    model_arguments = [
+        "--backbone", "test_efficientnet", "--weights", str(root / "w.safetensors"),
+        "--input-size", "64", "--classes-file", str(root / "classes.txt"), "--device", "cpu",
+    ]  # fmt: skip
+    train = ["train", "--data", str(root / "photos"), "--epochs", "1", "--batch-size", "2"]
+    code = main([*train, "--workers", "0", "--half", "--output", str(root / "run"), *model_arguments])
+    assert code == 0
+    return root, model_arguments
+
+
+def test_help_loads_neither_torch_nor_timm():
+    code = (
+        "import sys; from xattn.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'timm', 'numpy', 'matplotlib'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "explain" in result.stdout
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"xattn {xattn.__version__}\n"
+
+
+def test_list_names_everything_at_hand(capsys):
+    assert main(["list", "--filter", "test_v*"]) == 0
+    out = capsys.readouterr().out
+    for name in ("tf_efficientnet_lite0", "ttame", "lcam", "gradcam", "AD", "test_vit"):
+        assert name in out
+
+
+def test_explain_writes_a_pack_of_the_top_classes(setup, capsys):
+    root, model = setup
+    head = ["--head", str(root / "run/head")]
+    assert main(["explain", str(root / "photos"), *head, "--top", "2", "--output", str(root / "pack"), *model]) == 0
+    pack = xattn.load_pack(root / "pack")
+    assert len(pack) == 10
+    assert {e.target_name for e in pack} <= {"ant", "bee", "cat", "dog", "eel"}
+    assert "pack:" in capsys.readouterr().out
+
+
+def test_explain_named_classes_with_another_explainer(setup):
+    root, model = setup
+    photo = str(root / "photos/0.png")
+    arguments = ["--explainer", "gradcam", "--classes", "bee", "4", "--view", "whole"]
+    assert main(["explain", photo, *arguments, "--output", str(root / "pack2"), *model]) == 0
+    assert [e.target_name for e in xattn.load_pack(root / "pack2")] == ["bee", "eel"]
+
+
+def test_evaluate_prints_a_table_and_writes_json_and_csv(setup, capsys):
+    root, model = setup
+    arguments = ["--heads", str(root / "run/head"), str(root / "run/head-half")]
+    output = ["--output", str(root / "evaluation"), "--max-forward-batch", "4"]
+    assert main(["evaluate", str(root / "photos"), *arguments, *output, *model]) == 0
+    out = capsys.readouterr().out
+    for row in ("run", "gradcam", "random", "centre", "ones", "randomized_head"):
+        assert row in out
+    data = json.loads((root / "evaluation/results.json").read_text())
+    assert data and (root / "evaluation/results.csv").read_text().count("\n") > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "{root}/none.jpg"], "none.jpg"),
+        (["explain", "{root}/empty"], "no image in folder"),
+        (["explain", "{root}/classes.jpg"], "not an image"),
+        (["explain", "{root}/photos", "--classes", "bea"], "bee"),
+        (["explain", "{root}/photos", "--classes", "5"], "out of range"),
+        (["explain", "{root}/photos", "--top", "6"], "top"),
+        (["explain", "{root}/photos", "--head", "{root}/nothing"], "head"),
+        (["explain", "{root}/photos", "--head", "{root}/cut"], "head"),
+        (["explain", "{root}/photos", "--head", "{root}/other"], "sha256"),
+        (["explain", "{root}/photos", "--explainer", "gradcan"], "gradcam"),
+        (["explain", "{root}/photos", "--output", "{root}/classes.txt/x"], "output"),
+        (["explain", "{root}/photos", "--output", "{root}/photos"], "output"),
+        (["evaluate", "{root}/photos", "--output", "{root}/classes.txt"], "output"),
+        (["evaluate", "{root}/none"], "none"),
+        (["train", "--data", "{root}/none", "--output", "{root}/t1"], "none"),
+        (["train", "--data", "{root}/photos", "--output", "{root}/run"], "resume"),
+        (["train", "--data", "{root}/photos", "--output", "{root}/t2", "--options", "x"], "options"),
+        (["train", "--data", "{root}/photos", "--output", "{root}/t3", "--epochs", "0"], "epochs"),
+    ],
+    ids=lambda v: " ".join(v[:4]) if isinstance(v, list) else None,
+)
+def test_bad_input_is_one_line_and_exit_code_2(setup, capsys, arguments, message):
+    root, model = setup
+    (root / "empty").mkdir(exist_ok=True)
+    (root / "classes.jpg").write_text("words")
+    backbone = xattn.load_backbone("test_efficientnet", None, input_size=64, num_classes=5)
+    if not (root / "other").exists():
+        xattn.save_head(xattn.create_head("ttame", backbone), root / "other")
+        xattn.save_head(xattn.create_head("ttame", backbone), root / "cut")
+        (root / "cut/config.json").write_bytes((root / "run/head/config.json").read_bytes())
+        weights = root / "cut/model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    arguments = [a.format(root=root) for a in arguments]
+    if "--head" not in arguments and arguments[0] == "explain" and "--explainer" not in arguments:
+        arguments += ["--head", str(root / "run/head")]
+    if arguments[0] == "evaluate":
+        arguments += ["--heads", str(root / "run/head")]
+    if "--output" not in arguments:
+        arguments += ["--output", str(root / "unused")]
+    try:
+        code = main([*arguments, *model])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    text = capsys.readouterr().err
+    lines = [line for line in text.splitlines() if line.startswith("xattn: error")]
+    assert message in text
+    assert len(lines) == 1 or "epochs" in message
+    assert "Traceback" not in text
+
+
+def test_a_pickle_disguised_as_weights_is_refused(setup, capsys):
+    import pickle
+
+    root, model = setup
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(root / "exploded"), "w"))
+
+    for name in ("evil.pth", "evil.safetensors"):
+        (root / name).write_bytes(pickle.dumps({"a": Bomb()}))
+        arguments = list(model)
+        arguments[arguments.index("--weights") + 1] = str(root / name)
+        assert main(["explain", str(root / "photos"), "--explainer", "cam", *arguments]) == 2
+        assert "weights" in capsys.readouterr().err
+    assert not (root / "exploded").exists()

@@ -1,0 +1,294 @@
+"""Training: the objective's limit cases, pure augmentation, an untouched backbone, resume after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import xattn
+from xattn.config import TrainConfig
+from xattn.heads import create_head, load_head
+from xattn.training import area, fit, masked_logits, objective, variation
+from xattn.training.data import TrainImages, epoch_batches
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    return xattn.load_backbone("test_efficientnet", weights=None, input_size=64, num_classes=7)
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def write_photos(folder, count, size=(70, 50)):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        noise = np.random.default_rng(i).integers(0, 256, (10, 14, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize(size).save(folder / f"{i:03d}.png")
+    return folder
+
+
+# ---------------------------------------------------------------- objective
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("batch", "classes", "r"), [(1, 1, 7), (3, 5, 28)])
+def test_area_and_variation_of_a_constant(value, batch, classes, r):
+    masks = torch.full((batch, classes, r, r), value, dtype=torch.float64)
+    assert area(masks).item() == pytest.approx((value + 0.0005) ** 0.3)
+    assert variation(masks).item() == pytest.approx(0.3 * value**2 * 4 * r * classes / 2)
+
+
+def test_variation_is_its_definition():
+    a = rand(2, 3, 5, 4).double()
+    total = 0.0
+    for b in range(2):
+        for k in range(3):
+            m = a[b, k]
+            total += ((m[1:] - m[:-1]) ** 2).sum() + ((m[:, 1:] - m[:, :-1]) ** 2).sum()
+            border = (m[0] ** 2).sum() + (m[-1] ** 2).sum() + (m[:, 0] ** 2).sum() + (m[:, -1] ** 2).sum()
+            total += 0.3 * border
+    assert variation(a).item() == pytest.approx(float(total) / 4)
+
+
+def test_objective_gradients_are_right():
+    a = rand(2, 2, 3, 3).double().requires_grad_()
+    assert torch.autograd.gradcheck(area, a) and torch.autograd.gradcheck(variation, a)
+
+
+@torch.no_grad()
+def test_mask_policies(backbone):
+    x, m = rand(2, 3, 64, 64), rand(2, 1, 8, 8, seed=1)
+    ones = torch.ones_like(m)
+    for policy in ("raw_normalize", "renormalize", "normalized", "feature"):
+        same = masked_logits(backbone, x, ones, policy)
+        torch.testing.assert_close(same, backbone.logits(x), atol=1e-5, rtol=1e-4)
+    raw = masked_logits(backbone, x, m, "raw_normalize")
+    torch.testing.assert_close(masked_logits(backbone, x, m, "renormalize"), raw, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(masked_logits(backbone, x, m, "normalized"), raw, atol=1e-5)
+    grey = backbone.mean.expand_as(x)
+    torch.testing.assert_close(
+        masked_logits(backbone, x, m * 0, "normalized"), backbone.logits(grey), atol=1e-5, rtol=1e-4
+    )
+    with pytest.raises(ValueError, match="mask_policy"):
+        masked_logits(backbone, x, m, "white")
+
+
+@pytest.mark.parametrize("mode", ["batch", "own", "top"])
+def test_objective_equals_its_definition_in_every_class_mode(backbone, mode):
+    head = create_head("ttame", backbone, fusion="per_class").eval()
+    x = rand(3, 3, 64, 64)
+    terms = objective(head, backbone, x, TrainConfig(class_mode=mode))
+    with torch.no_grad():
+        taps = backbone(x)
+        full = head(taps).sigmoid()
+        y = taps.logits.argmax(1)
+        classes = {
+            "own": y[:, None],
+            "batch": y[None].expand(3, 3),
+            "top": taps.logits.topk(3).indices,
+        }[mode]
+        a = full.gather(1, classes[..., None, None].expand(-1, -1, *full.shape[2:]))
+        m = F.interpolate(full[torch.arange(3), y][:, None], (64, 64), mode="bilinear")
+        ce = F.cross_entropy(backbone.logits(x * m), y)
+        loss = 1.5 * ce + 2 * area(a) + 0.01 * variation(a)
+    assert a.shape[1] == (1 if mode == "own" else 3)
+    torch.testing.assert_close(terms.loss.detach(), loss, atol=1e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_augmentation_is_a_pure_function(tmp_path, backbone):
+    folder = write_photos(tmp_path / "p", 3)
+    paths = sorted(folder.iterdir())
+    first = TrainImages(paths, backbone.preprocessing, seed=4)
+    torch.rand(5), np.random.rand(5)
+    again = TrainImages(paths, backbone.preprocessing, seed=4)
+    assert torch.equal(first[2, 1][1], again[2, 1][1])
+    views = [first[epoch, 1][1] for epoch in range(6)]
+    assert len({v.numpy().tobytes() for v in views}) > 3
+    other = TrainImages(paths, backbone.preprocessing, seed=5)
+    assert not torch.equal(first[2, 1][1], other[2, 1][1])
+    plain = TrainImages(paths, backbone.preprocessing, seed=4, augment=False)
+    assert torch.equal(plain[0, 1][1], plain[7, 1][1])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (900, 20), (20, 900)])
+def test_extreme_photos_are_augmented_to_the_input_size(tmp_path, backbone, size):
+    Image.new("RGB", size, (10, 200, 30)).save(tmp_path / "x.png")
+    image = TrainImages([tmp_path / "x.png"], backbone.preprocessing, seed=0)[0, 0][1]
+    assert image.shape == (3, 64, 64) and image.isfinite().all()
+    assert image[1].mean().item() == pytest.approx(200 / 255, abs=0.01)
+
+
+def test_epochs_visit_every_image_once_and_processes_share_them():
+    for epoch in (0, 1):
+        keys = [k for batch in epoch_batches(10, 4, 0, epoch) for k in batch]
+        assert sorted(keys) == [(epoch, i) for i in range(10)]
+    whole = list(epoch_batches(10, 4, 0, 0))
+    assert list(epoch_batches(10, 4, 0, 0, first=2)) == whole[2:]
+    halves = [list(epoch_batches(11, 2, 0, 0, rank=r, ranks=2)) for r in (0, 1)]
+    assert len(halves[0]) == len(halves[1])
+    assert {i for h in halves for b in h for _, i in b} == set(range(11))
+
+
+# ---------------------------------------------------------------- fit
+
+
+def test_training_moves_the_head_and_leaves_the_backbone(tmp_path, backbone):
+    folder = write_photos(tmp_path / "p", 6)
+    head = create_head("ttame", backbone)
+    before = {k: v.clone() for k, v in head.state_dict().items()}
+    state = {k: v.clone() for k, v in backbone.state_dict().items()}
+    rng = torch.get_rng_state()
+    config = TrainConfig(epochs=2, batch_size=4, workers=0, lr=0.01)
+    result = fit(head, backbone, folder, config, output=tmp_path / "run", progress=False)
+    assert result.steps == 4 and not head.training
+    assert torch.equal(rng, torch.get_rng_state())
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    assert any(not torch.equal(v, before[k]) for k, v in head.state_dict().items())
+    lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    loaded = load_head(tmp_path / "run/head", backbone)
+    taps = backbone(rand(1, 3, 64, 64))
+    assert torch.equal(loaded(taps), head(taps))
+    assert loaded.summary["steps"] == 4
+
+
+def test_unreadable_images_are_skipped_counted_and_listed(tmp_path, backbone):
+    folder = write_photos(tmp_path / "p", 5)
+    (folder / "broken.jpg").write_bytes(b"not a picture")
+    head = create_head("ttame", backbone)
+    config = TrainConfig(epochs=2, batch_size=2, workers=0)
+    result = fit(head, backbone, folder, config, output=tmp_path / "run", progress=False)
+    assert [p.endswith("broken.jpg") for p, _ in result.skipped] == [True]
+    assert len(json.loads((tmp_path / "run/skipped.json").read_text())) == 1
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/x.jpg").write_bytes(b"no")
+    with pytest.raises(ValueError, match="none of the 1 images"):
+        fit(head, backbone, tmp_path / "bad", config, progress=False)
+
+
+def test_a_folder_that_is_taken_is_refused(tmp_path, backbone):
+    folder = write_photos(tmp_path / "p", 2)
+    head = create_head("ttame", backbone)
+    config = TrainConfig(epochs=1, batch_size=2, workers=0)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/a.txt").write_text("x")
+    with pytest.raises(ValueError, match="output.*holds no run"):
+        fit(head, backbone, folder, config, output=tmp_path / "mine", progress=False)
+    with pytest.raises(ValueError, match="resume.*no run"):
+        fit(head, backbone, folder, config, output=tmp_path / "new", resume=True, progress=False)
+    fit(head, backbone, folder, config, output=tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="holds a run already"):
+        fit(head, backbone, folder, config, output=tmp_path / "run", progress=False)
+    other = TrainConfig(epochs=2, batch_size=2, workers=0)
+    with pytest.raises(ValueError, match="other settings"):
+        fit(head, backbone, folder, other, output=tmp_path / "run", resume=True, progress=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="output"):
+        fit(head, backbone, folder, config, output=tmp_path / "file/run", progress=False)
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path, backbone):
+    fcntl = pytest.importorskip("fcntl")
+    folder = write_photos(tmp_path / "p", 2)
+    head = create_head("ttame", backbone)
+    config = TrainConfig(epochs=1, batch_size=2, workers=0)
+    fit(head, backbone, folder, config, output=tmp_path / "run", progress=False)
+    with (tmp_path / "run/run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another run"):
+            fit(head, backbone, folder, config, output=tmp_path / "run", resume=True, progress=False)
+
+
+def test_interrupt_leaves_a_checkpoint(tmp_path, backbone, monkeypatch):
+    folder = write_photos(tmp_path / "p", 8)
+    head = create_head("ttame", backbone)
+    config = TrainConfig(epochs=1, batch_size=2, workers=0)
+    calls = []
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("xattn.training.loop._report", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(head, backbone, folder, config, output=tmp_path / "run", progress=False)
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000003\n"
+
+
+@pytest.mark.parametrize("field", ["epochs", "batch_size", "lr", "workers", "optimizer", "precision"])
+def test_bad_settings_name_the_argument(field):
+    bad = {"optimizer": "lamb", "precision": "fp8", "workers": -1}.get(field, 0)
+    with pytest.raises(ValueError, match=field):
+        TrainConfig(**{field: bad})
+
+
+def test_a_head_of_another_backbone_is_refused(tmp_path, backbone):
+    torch.manual_seed(9)
+    other = xattn.load_backbone("test_efficientnet", weights=None, input_size=64, num_classes=7)
+    with pytest.raises(ValueError, match="sha256"):
+        fit(create_head("ttame", other), backbone, write_photos(tmp_path / "p", 2), progress=False)
+
+
+def test_a_killed_run_resumes_to_bit_identical_weights(tmp_path):
+    """SIGKILL half-way, with loader workers, by the command line."""
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    model = xattn.load_backbone("test_efficientnet", weights=None, num_classes=7).model
+    save_file(model.state_dict(), str(tmp_path / "w.safetensors"))
+    data = write_photos(tmp_path / "p", 24)
+    command = [
+        sys.executable, "-m", "xattn.cli", "train", "--data", str(data),
+        "--backbone", "test_efficientnet", "--weights", str(tmp_path / "w.safetensors"),
+        "--input-size", "64", "--head", "ttame", "--epochs", "4", "--batch-size", "4",
+        "--workers", "2", "--checkpoint-every", "2", "--lr", "0.01", "--device", "cpu",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = subprocess.run(
+        [*command, "--output", str(tmp_path / "whole")], env=environment, capture_output=True, text=True
+    )
+    assert whole.returncode == 0, whole.stderr
+
+    killed = [*command, "--output", str(tmp_path / "killed")]
+    process = subprocess.Popen(
+        killed, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    log = tmp_path / "killed/log.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if log.is_file() and len(log.read_text().splitlines()) >= 9:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    steps = len(log.read_text().splitlines())
+    assert 9 <= steps < 24, "the run was not killed half-way"
+    assert not (tmp_path / "killed/head").exists()
+
+    again = subprocess.run([*killed, "--resume"], env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    a = load_file(str(tmp_path / "whole/head/model.safetensors"))
+    b = load_file(str(tmp_path / "killed/head/model.safetensors"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 25))
+
+

