@@ -129,7 +129,7 @@ def _check_maps(maps: Tensor) -> None:
 def average_drop_values(p: Tensor, q: Tensor) -> Tensor:
     """100 max(0, p - q) / p, (B,) float64; 0 where p = 0: nothing is left to drop."""
     p, q = _probabilities(p, q)
-    return 100 * (p - q).clamp_min(0) / torch.where(p == 0, 1.0, p)
+    return 100 * ((p - q).clamp_min(0) / torch.where(p == 0, 1.0, p))
 
 
 def increase_in_confidence_values(p: Tensor, q: Tensor, margin: float = IC_MARGIN) -> Tensor:
@@ -148,7 +148,7 @@ def average_drop_in_deletion_values(p: Tensor, d: Tensor) -> Tensor:
 def average_gain_values(p: Tensor, q: Tensor) -> Tensor:
     """100 max(0, q - p) / (1 - p), (B,) float64; 0 where p = 1: nothing is left to gain."""
     p, q = _probabilities(p, q)
-    return 100 * (q - p).clamp_min(0) / torch.where(p == 1, 1.0, 1 - p)
+    return 100 * ((q - p).clamp_min(0) / torch.where(p == 1, 1.0, 1 - p))
 
 
 VALUES: dict[str, Callable[..., Tensor]] = {

@@ -205,7 +205,7 @@ def load_head(source: str | Path, backbone: Backbone, **hub_options: Any) -> Hea
             f"a hub repository is written owner/name"
         )
     try:
-        return Head.from_pretrained(str(source), backbone=backbone, **hub_options)
+        return Head._from_pretrained(model_id=str(source), backbone=backbone, **hub_options)
     except ValueError:
         raise
     except Exception as error:

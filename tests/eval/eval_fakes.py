@@ -1,0 +1,79 @@
+"""A tiny linear classifier and explainers with known answers: no network, no weights, no files."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class FakeBackbone:
+    """Logits linear in 4x4 means of the image; records the shape of every pass.
+
+    Like lite0 it gives other bits at another batch size, only louder.
+    """
+
+    device = torch.device("cpu")
+    name = "fake"
+    fingerprint = "0" * 64
+    num_classes = 5
+    class_names = ("ant", "bee", "cat", "dog", "eel")
+
+    def __init__(self, seed: int = 0, gain: float = 6.0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = gain * torch.randn(self.num_classes, 48, generator=generator)
+        self.preprocessing = SimpleNamespace(input_size=(18, 20), mean=(0.5, 0.4, 0.3))
+        self.shapes: list[tuple[int, ...]] = []
+
+    def logits(self, images: Tensor) -> Tensor:
+        self.shapes.append(tuple(images.shape))
+        means = F.adaptive_avg_pool2d(images, 4).flatten(1)
+        rows = torch.stack([(self.weight * row).sum(1) for row in means])
+        return rows + 1e-3 * len(images) * torch.arange(self.num_classes)
+
+    def class_index(self, name: str | int) -> int:
+        return name if isinstance(name, int) else self.class_names.index(name)
+
+
+class Maps:
+    """An explainer from a function (inputs, target) -> (B, 1, h, w)."""
+
+    def __init__(self, function, is_mask: bool = False, forwards: int = 1) -> None:
+        self.function, self.is_mask, self.forwards = function, is_mask, forwards
+
+    def attribute(self, inputs: Tensor, target: Tensor) -> Tensor:
+        return self.function(inputs, target)
+
+
+def brightness(inputs: Tensor, target: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(inputs.mean(1, keepdim=True), (5, 6))
+
+
+def noise(inputs: Tensor, target: Tensor) -> Tensor:
+    """A pure function of the pixels."""
+    return (F.adaptive_avg_pool2d(inputs.mean(1, keepdim=True), (5, 6)) * 9973).frac()
+
+
+def centre(inputs: Tensor, target: Tensor) -> Tensor:
+    y = torch.linspace(-1, 1, 5)[:, None] ** 2 + torch.linspace(-1, 1, 6) ** 2
+    return (-y)[None, None].expand(len(inputs), 1, 5, 6)
+
+
+def images(n: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 3, 18, 20, generator=generator)
+
+
+def ones() -> Maps:
+    return Maps(lambda x, t: torch.ones(len(x), 1, 5, 6), is_mask=True, forwards=0)
+
+
+def rows() -> dict[str, Maps]:
+    return {
+        "bright": Maps(brightness),
+        "random": Maps(noise, forwards=0),
+        "centre": Maps(centre, forwards=0),
+        "ones": ones(),
+    }

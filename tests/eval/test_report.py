@@ -1,0 +1,153 @@
+"""Tables, comparisons, warnings, and files that are written whole or not at all."""
+
+import csv
+import errno
+import os
+
+import eval_fakes as fakes
+import numpy as np
+import pytest
+import torch
+from eval_fakes import FakeBackbone, Maps
+from xattn.eval import Column, evaluate, format_table, functional, read_json, write_csv, write_json
+from xattn.eval.results import ImageRecord, MethodResult, Results
+
+
+@pytest.fixture(scope="module")
+def results():
+    rows = fakes.rows()
+    rows["flat"] = Maps(lambda x, t: torch.ones(len(x), 1, 3, 3))
+    return evaluate(
+        FakeBackbone(), rows, fakes.images(7), max_forward_batch=8, progress=False, seed=2
+    )
+
+
+def made_up(**ad):
+    """Results with given AD values at 100 % and nothing else."""
+    from xattn.eval import Protocol
+
+    n = len(next(iter(ad.values())))
+    methods = {
+        name: MethodResult(1, False, np.ones(n, bool), {}, {Column("AD", 1.0): np.array(values)})
+        for name, values in ad.items()
+    }
+    images = [ImageRecord(str(i), 0, "ant", 0.5) for i in range(n)]
+    return Results(Protocol(levels=(1.0,), n=n, n_invalid=0), images, methods)
+
+
+def test_the_table_shows_every_row_level_count_and_id(results):
+    text = format_table(results)
+    for word in ("retained 100 %", "retained 50 %", "retained 15 %", "AD ↓", "IC ↑", "forwards"):
+        assert word in text
+    assert results.protocol.id in text and "7 images on fake" in text
+    line = next(x for x in text.splitlines() if x.startswith("ones"))
+    assert "0.00 [0.00, 0.00]" in line
+    line = next(x for x in text.splitlines() if x.startswith("flat"))
+    assert line.split()[-3:] == ["0", "7", "1"]
+    assert "flat: 7 constant or non-finite maps" in text
+
+
+def test_markdown_has_one_cell_a_column(results):
+    lines = [x for x in format_table(results, "markdown").splitlines() if x.startswith("|")]
+    assert len(lines) == 3 * (2 + 5)
+    assert {x.count("|") for x in lines} == {9}
+    with pytest.raises(ValueError, match="style"):
+        format_table(results, "latex")
+
+
+def test_compare_knows_the_better_side_of_each_metric():
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(30, 60, 40)
+    results = made_up(good=hard - 5 + rng.normal(size=40), same=hard, ref=hard)
+    (low,) = results.compare("good", "ref")
+    assert low.better and not low.worse and low.hi < 0 and low.diff == pytest.approx(-5, abs=1)
+    (high,) = results.compare("ref", "good")
+    assert high.worse and not high.better
+    (same,) = results.compare("same", "ref")
+    assert not same.better and not same.worse
+    with pytest.raises(ValueError, match="'nobody'"):
+        results.compare("nobody", "ref")
+
+
+def test_compare_is_better_upwards_for_higher_is_better(results):
+    for d in results.compare("bright", "random"):
+        up = d.metric != "AD"
+        assert d.better == (d.lo > 0 if up else d.hi < 0)
+        assert d.worse == (d.hi < 0 if up else d.lo > 0)
+
+
+def test_a_method_that_does_not_beat_a_sanity_row_is_named():
+    hard = np.linspace(30, 60, 20)
+    results = made_up(mine=hard, random=hard + 5, centre=hard - 1, randomized_mine=hard + 9)
+    (line,) = results.warnings()
+    assert line.startswith("mine does not beat centre at 100 %") and "random" not in line
+    assert made_up(mine=hard, random=hard + 5, centre=hard + 1).warnings() == []
+
+
+def test_ones_is_no_rival_and_sanity_rows_are_not_judged(results):
+    lines = results.warnings()
+    assert not any("ones" in line for line in lines)
+    assert not any(line.startswith(("random ", "centre ")) for line in lines)
+
+
+def test_json_reads_back_equal_and_can_be_recomputed(results, tmp_path):
+    path = tmp_path / "deep" / "results.json"
+    write_json(results, path)
+    again = read_json(path)
+    assert format_table(again) == format_table(results)
+    assert again.rows()[0] == results.rows()[0]
+    assert again.images == results.images and again.protocol == results.protocol
+    method = again.methods["bright"]
+    p = torch.tensor([image.p for image in again.images], dtype=torch.float64)
+    recomputed = functional.average_drop(p, torch.from_numpy(method.scores["q@50"])).item()
+    assert recomputed == pytest.approx(again.mean("bright", "AD", 0.5), rel=1e-12)
+    assert "NaN" not in path.read_text()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": "xattn-results", "version": 1}'])
+def test_a_damaged_file_is_one_clear_error(text, tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="evaluate again"):
+        read_json(path)
+    with pytest.raises(OSError):
+        read_json(tmp_path / "missing.json")
+
+
+def test_csv_holds_the_table_and_the_images_beside_it(results, tmp_path):
+    sibling = write_csv(results, tmp_path / "r.csv")
+    assert sibling == tmp_path / "r.images.csv"
+    with (tmp_path / "r.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 * 12
+    got = {(r["method"], r["metric"], float(r["level"])): r for r in rows}
+    assert float(got["bright", "IC", 0.5]["mean"]) == results.mean("bright", "IC", 0.5)
+    assert got["flat", "AD", 1.0]["mean"] == "" and got["flat", "AD", 1.0]["n_invalid"] == "7"
+    with sibling.open() as file:
+        images = list(csv.DictReader(file))
+    assert len(images) == 5 * 7
+    mine = [float(r["AD@15"]) for r in images if r["method"] == "bright"]
+    assert mine == results.methods["bright"].values[Column("AD", 0.15)].tolist()
+
+
+@pytest.mark.parametrize("write", [write_json, write_csv])
+def test_a_full_disk_keeps_the_earlier_file(write, results, tmp_path, monkeypatch):
+    path = tmp_path / "r.out"
+    path.write_text("earlier")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"output: cannot write .*No space.*choose"):
+        write(results, path)
+    assert path.read_text() == "earlier"
+    assert [p.name for p in tmp_path.iterdir()] == ["r.out"]
+
+
+def test_an_unwritable_folder_is_named_with_the_remedy(results, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("mine")
+    with pytest.raises(OSError, match=r"output: cannot write .*choose a writable folder"):
+        write_json(results, blocker / "r.json")
+    assert blocker.read_text() == "mine"
