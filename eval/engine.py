@@ -47,7 +47,8 @@ def evaluate(
         images: a photo, folder or list file; a list of paths or PIL images; or float tensors
             (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size, also from a generator.
         levels, view, seed: replace the protocol's own: (1.0, 0.5, 0.15), ``"crop"``, 0.
-        max_forward_batch: images a forward pass; also how many are explained at a time.
+        max_forward_batch: images a forward pass; also how many are explained at a time. A multiple
+            of 4 keeps results bit-equal whatever else is scored in the same run.
         classes: explain these instead of the predicted class: one for all images, or one an image
             (unreadable ones included), as index or name.
 

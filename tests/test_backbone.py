@@ -240,9 +240,7 @@ def test_class_names_of_imagenet_and_of_the_user(tmp_path):
     with pytest.raises(ValueError, match=r"0\.\.999"):
         backbone.class_index(1000)
     (tmp_path / "classes.txt").write_text("cat\ndog\nfish\n")
-    own = load_backbone(
-        "test_efficientnet", None, num_classes=3, classes=tmp_path / "classes.txt"
-    )
+    own = load_backbone("test_efficientnet", None, num_classes=3, classes=tmp_path / "classes.txt")
     assert own.class_names == ["cat", "dog", "fish"]
     with pytest.raises(ValueError, match="3 names"):
         load_backbone("test_efficientnet", None, classes=tmp_path / "classes.txt")

@@ -32,7 +32,9 @@ def setup(tmp_path_factory):
         "--input-size", "64", "--classes-file", str(root / "classes.txt"), "--device", "cpu",
     ]  # fmt: skip
     train = ["train", "--data", str(root / "photos"), "--epochs", "1", "--batch-size", "2"]
-    code = main([*train, "--workers", "0", "--half", "--output", str(root / "run"), *model_arguments])
+    code = main(
+        [*train, "--workers", "0", "--half", "--output", str(root / "run"), *model_arguments]
+    )
     assert code == 0
     return root, model_arguments
 
@@ -63,7 +65,21 @@ def test_list_names_everything_at_hand(capsys):
 def test_explain_writes_a_pack_of_the_top_classes(setup, capsys):
     root, model = setup
     head = ["--head", str(root / "run/head")]
-    assert main(["explain", str(root / "photos"), *head, "--top", "2", "--output", str(root / "pack"), *model]) == 0
+    assert (
+        main(
+            [
+                "explain",
+                str(root / "photos"),
+                *head,
+                "--top",
+                "2",
+                "--output",
+                str(root / "pack"),
+                *model,
+            ]
+        )
+        == 0
+    )
     pack = xattn.load_pack(root / "pack")
     assert len(pack) == 10
     assert {e.target_name for e in pack} <= {"ant", "bee", "cat", "dog", "eel"}
@@ -109,7 +125,10 @@ def test_evaluate_prints_a_table_and_writes_json_and_csv(setup, capsys):
         (["evaluate", "{root}/none"], "none"),
         (["train", "--data", "{root}/none", "--output", "{root}/t1"], "none"),
         (["train", "--data", "{root}/photos", "--output", "{root}/run"], "resume"),
-        (["train", "--data", "{root}/photos", "--output", "{root}/t2", "--options", "x"], "options"),
+        (
+            ["train", "--data", "{root}/photos", "--output", "{root}/t2", "--options", "x"],
+            "options",
+        ),
         (["train", "--data", "{root}/photos", "--output", "{root}/t3", "--epochs", "0"], "epochs"),
     ],
     ids=lambda v: " ".join(v[:4]) if isinstance(v, list) else None,

@@ -29,7 +29,9 @@ def vit():
 def taps_of(backbone, batch=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        return backbone(torch.rand(batch, 3, *backbone.preprocessing.input_size, generator=generator))
+        return backbone(
+            torch.rand(batch, 3, *backbone.preprocessing.input_size, generator=generator)
+        )
 
 
 def randomized(head, seed=0):
@@ -218,7 +220,9 @@ def test_saved_heads_load_bit_identical(cnn, tmp_path, fusion):
     save_head(head, tmp_path / "h", dtype="float16")  # replaces, and halves
     half = load_head(tmp_path / "h", cnn)
     torch.testing.assert_close(half(taps), head(taps), atol=0.05, rtol=0.05)
-    assert not any("weight" == name.split(".")[-1] and "fusion.weight" in name for name in head.state_dict())
+    assert not any(
+        "weight" == name.split(".")[-1] and "fusion.weight" in name for name in head.state_dict()
+    )
 
 
 def test_hub_mixin_round_trip_on_local_files(cnn, tmp_path):
@@ -243,7 +247,10 @@ def test_hub_download_and_push_use_huggingface_hub(cnn, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     loaded = load_head("someone/some-head", cnn)
     assert torch.equal(head(taps_of(cnn)), loaded(taps_of(cnn)))
-    assert asked == [("someone/some-head", "config.json"), ("someone/some-head", "model.safetensors")]
+    assert asked == [
+        ("someone/some-head", "config.json"),
+        ("someone/some-head", "model.safetensors"),
+    ]
     assert callable(head.push_to_hub)
 
 

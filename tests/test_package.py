@@ -33,7 +33,12 @@ def test_the_wheel_has_only_xattn_at_its_top_and_imports(tmp_path):
         archive.extractall(tmp_path / "site")
     top = {name.split("/")[0] for name in names}
     assert {t for t in top if not t.endswith(".dist-info")} == {"xattn"}
-    for needed in ("xattn/py.typed", "xattn/eval/engine.py", "xattn/models/sources.py", "xattn/app/__init__.py"):
+    for needed in (
+        "xattn/py.typed",
+        "xattn/eval/engine.py",
+        "xattn/models/sources.py",
+        "xattn/app/__init__.py",
+    ):
         assert needed in names
     assert any(n.startswith("xattn/models/heads/") and n.endswith(".safetensors") for n in names)
     code = (
@@ -68,5 +73,9 @@ def test_imports_run_downwards_only():
                 if line[:1].isspace() or len(words) < 2 or words[0] not in ("from", "import"):
                     continue  # a late import inside a function may reach the weight sources
                 for part in ("kernels", "models", "eval", "app"):
-                    if words[1].startswith(f"xattn.{part}") and part not in below and part != folder:
+                    if (
+                        words[1].startswith(f"xattn.{part}")
+                        and part not in below
+                        and part != folder
+                    ):
                         raise AssertionError(f"{file}: {line}")

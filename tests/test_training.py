@@ -58,7 +58,12 @@ def test_variation_is_its_definition():
         for k in range(3):
             m = a[b, k]
             total += ((m[1:] - m[:-1]) ** 2).sum() + ((m[:, 1:] - m[:, :-1]) ** 2).sum()
-            border = (m[0] ** 2).sum() + (m[-1] ** 2).sum() + (m[:, 0] ** 2).sum() + (m[:, -1] ** 2).sum()
+            border = (
+                (m[0] ** 2).sum()
+                + (m[-1] ** 2).sum()
+                + (m[:, 0] ** 2).sum()
+                + (m[:, -1] ** 2).sum()
+            )
             total += 0.3 * border
     assert variation(a).item() == pytest.approx(float(total) / 4)
 
@@ -76,7 +81,9 @@ def test_mask_policies(backbone):
         same = masked_logits(backbone, x, ones, policy)
         torch.testing.assert_close(same, backbone.logits(x), atol=1e-5, rtol=1e-4)
     raw = masked_logits(backbone, x, m, "raw_normalize")
-    torch.testing.assert_close(masked_logits(backbone, x, m, "renormalize"), raw, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        masked_logits(backbone, x, m, "renormalize"), raw, atol=1e-5, rtol=1e-4
+    )
     assert not torch.allclose(masked_logits(backbone, x, m, "normalized"), raw, atol=1e-5)
     grey = backbone.mean.expand_as(x)
     torch.testing.assert_close(
@@ -213,7 +220,9 @@ def test_two_runs_into_one_folder_are_refused(tmp_path, backbone):
     with (tmp_path / "run/run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another run"):
-            fit(head, backbone, folder, config, output=tmp_path / "run", resume=True, progress=False)
+            fit(
+                head, backbone, folder, config, output=tmp_path / "run", resume=True, progress=False
+            )
 
 
 def test_interrupt_leaves_a_checkpoint(tmp_path, backbone, monkeypatch):
@@ -233,7 +242,9 @@ def test_interrupt_leaves_a_checkpoint(tmp_path, backbone, monkeypatch):
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000003\n"
 
 
-@pytest.mark.parametrize("field", ["epochs", "batch_size", "lr", "workers", "optimizer", "precision"])
+@pytest.mark.parametrize(
+    "field", ["epochs", "batch_size", "lr", "workers", "optimizer", "precision"]
+)
 def test_bad_settings_name_the_argument(field):
     bad = {"optimizer": "lamb", "precision": "fp8", "workers": -1}.get(field, 0)
     with pytest.raises(ValueError, match=field):
@@ -263,7 +274,10 @@ def test_a_killed_run_resumes_to_bit_identical_weights(tmp_path):
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = subprocess.run(
-        [*command, "--output", str(tmp_path / "whole")], env=environment, capture_output=True, text=True
+        [*command, "--output", str(tmp_path / "whole")],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert whole.returncode == 0, whole.stderr
 
@@ -290,5 +304,3 @@ def test_a_killed_run_resumes_to_bit_identical_weights(tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 25))
-
-

@@ -33,7 +33,28 @@ _EXPORTS = {
     "evaluate": "xattn.eval",
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = [
+    "Backbone",
+    "Explanation",
+    "Head",
+    "Preprocessing",
+    "TapModule",
+    "Taps",
+    "TrainConfig",
+    "__version__",
+    "create_explainer",
+    "create_head",
+    "evaluate",
+    "explain",
+    "fit",
+    "list_explainers",
+    "list_heads",
+    "load_backbone",
+    "load_head",
+    "load_pack",
+    "save_head",
+    "save_pack",
+]
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone, Preprocessing, TapModule, Taps, load_backbone

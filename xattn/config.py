@@ -24,7 +24,7 @@ class TrainConfig:
     weight_decay: float = 5e-4
     """On all tensors except biases."""
     class_mode: Literal["batch", "own", "top"] = "batch"
-    """Classes whose maps the area and variation terms see: those predicted in the batch, the image's own, or the image's top ones."""
+    """Maps that the area and variation terms see: of the batch's classes, the own class, the top ones."""
     cross_entropy: float = 1.5
     """Weight of the cross-entropy of the masked image."""
     area: float = 2.0

@@ -29,7 +29,9 @@ def atomic_file(path: str | Path, argument: str = "output") -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent
+        )
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -101,7 +103,9 @@ def check_folder(path: str | Path, argument: str = "output") -> None:
 def write_json(path: str | Path, value: Any, argument: str = "output") -> None:
     """Write ``value`` as indented JSON, atomically."""
     with atomic_file(path, argument) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def _sync(path: Path) -> None:

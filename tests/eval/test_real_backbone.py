@@ -27,7 +27,7 @@ def test_a_table_with_all_sanity_rows(backbone, images):
     from xattn.explainers import create_explainer
 
     rows = {"gradcam": create_explainer("gradcam", backbone), **sanity_rows(backbone)}
-    options = {"max_forward_batch": 6, "progress": False, "levels": (1.0, 0.15)}
+    options = {"max_forward_batch": 4, "progress": False, "levels": (1.0, 0.15)}
     results = evaluate(backbone, rows, images, **options)
     assert list(results.methods) == ["gradcam", "random", "centre", "ones", "randomized_gradcam"]
     for level in (1.0, 0.15):

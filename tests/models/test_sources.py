@@ -71,13 +71,22 @@ def test_lite0_is_accurate_and_its_traps_are_not():
 
 
 # On 56 photos the accuracies overlap, the cross-entropies do not. Measured, lite1: 0.68 right,
-# 0.88 with ImageNet's mean and std, 1.03 without `tf_`; lite2: 0.75, 1.02, 0.85.
+# 0.88 with ImageNet's mean and std, 1.03 without `tf_`; lite2: 0.75, 1.02, 0.85. That the traps are
+# above the limits is part of the slow test.
 @needs_sample
 @pytest.mark.parametrize(
     "name, limit", lites(("tf_efficientnet_lite1", 0.78), ("tf_efficientnet_lite2", 0.80))
 )
-def test_cross_entropy_tells_right_weights_from_traps(name, limit):
+def test_cross_entropy_is_that_of_the_right_weights(name, limit):
     assert accuracy_and_loss(name, 9)[1] < limit
+
+
+@pytest.mark.slow
+@needs_sample
+@pytest.mark.parametrize(
+    "name, limit", lites(("tf_efficientnet_lite1", 0.78), ("tf_efficientnet_lite2", 0.80))
+)
+def test_cross_entropy_of_traps_is_above_the_limit(name, limit):
     assert accuracy_and_loss(name, 9, **IMAGENET)[1] > limit
     assert accuracy_and_loss(name, 9, architecture=name.removeprefix("tf_"))[1] > limit
 

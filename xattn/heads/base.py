@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -147,6 +147,20 @@ def create_head(name: str, backbone: Backbone, **options: Any) -> Head:
         raise
 
 
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Options written as ``name=value`` with JSON values; what is not JSON is a string."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, found, value = pair.partition("=")
+        if not found or not key.isidentifier():
+            raise ValueError(f"options: got {pair!r}; write name=value")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
 def save_head(
     head: Head, folder: str | Path, summary: dict[str, Any] | None = None, dtype: str | None = None
 ) -> Path:
@@ -197,7 +211,9 @@ def load_head(source: str | Path, backbone: Backbone, **hub_options: Any) -> Hea
     if str(source) in shipped:
         return _read_head(shipped[str(source)], backbone)
     if path.exists():
-        raise ValueError(f"head: {source} is a file; name the folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise ValueError(
+            f"head: {source} is a file; name the folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         near = difflib.get_close_matches(str(source), shipped, 3, 0.4) or list(shipped)
         raise FileNotFoundError(
@@ -219,7 +235,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The checked ``config.json`` of a head's folder."""
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"head: {folder} holds no {CONFIG_FILE}; name a folder that save_head wrote")
+        raise FileNotFoundError(
+            f"head: {folder} holds no {CONFIG_FILE}; name a folder that save_head wrote"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         config["head"], config["options"], config["backbone"]["sha256"]
@@ -258,6 +276,8 @@ def _read_head(folder: Path, backbone: Backbone) -> Head:
         head.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"head: {weights} does not fit its config ({reason}); save the head again") from None
+        raise ValueError(
+            f"head: {weights} does not fit its config ({reason}); save the head again"
+        ) from None
     head.summary = config.get("training", {})
     return head.eval()

@@ -24,7 +24,9 @@ def class_rows(class_index: Tensor | int | None, num_classes: int, batch: int) -
     if class_index is None:
         return None
     if isinstance(class_index, bool) or not isinstance(class_index, int | Tensor):
-        raise ValueError(f"class_index: got {type(class_index).__name__}; give an int or a LongTensor")
+        raise ValueError(
+            f"class_index: got {type(class_index).__name__}; give an int or a LongTensor"
+        )
     if isinstance(class_index, int):
         if not 0 <= class_index < num_classes:
             raise ValueError(f"class_index: {class_index} is out of range 0..{num_classes - 1}")
@@ -121,6 +123,7 @@ class ClassifierFusion(Fusion):
         else:
             last = self.projections[-1]
             layer = last[-1] if isinstance(last, nn.Sequential) else last
+            assert isinstance(layer, nn.Linear)
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5 * width**-0.5)
 
     def rows(self, index: Tensor | None) -> tuple[list[Tensor], Tensor]:

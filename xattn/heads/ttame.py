@@ -31,7 +31,13 @@ class Branch(nn.Module):
     """
 
     def __init__(
-        self, channels: int, rank: int | None, skip: bool, norm: bool, activation: str, identity: bool
+        self,
+        channels: int,
+        rank: int | None,
+        skip: bool,
+        norm: bool,
+        activation: str,
+        identity: bool,
     ) -> None:
         super().__init__()
         if rank is None:
@@ -105,7 +111,9 @@ class TTame(Head):
         super().__init__(backbone, options)
         count = len(backbone.taps) if num_taps is None else num_taps
         if not 1 <= count <= len(backbone.taps):
-            raise ValueError(f"num_taps: got {num_taps}; the backbone has {len(backbone.taps)} taps")
+            raise ValueError(
+                f"num_taps: got {num_taps}; the backbone has {len(backbone.taps)} taps"
+            )
         if activation not in ("relu", "sigmoid"):
             raise ValueError(f"activation: got {activation!r}; choose 'relu' or 'sigmoid'")
         self.num_taps = count

@@ -35,7 +35,9 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     name = pointer.read_text(encoding="utf-8").strip()
     path = folder / name / STATE
     if Path(name).name != name or not path.is_file():
-        raise ValueError(f"resume: {pointer} points at {name!r}, which is not there; start a new output")
+        raise ValueError(
+            f"resume: {pointer} points at {name!r}, which is not there; start a new output"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -89,7 +89,13 @@ def find_images(data: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def epoch_batches(
-    count: int, batch_size: int, seed: int, epoch: int, first: int = 0, rank: int = 0, ranks: int = 1
+    count: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    first: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[list[tuple[int, int]]]:
     """Keys of the batches of ``epoch`` from step ``first`` on, for process ``rank`` of ``ranks``.
 
@@ -128,7 +134,7 @@ def loader(
 ) -> DataLoader[tuple[Tensor | None, list[tuple[int, str]]]]:
     """A loader over ``batches`` of keys; it draws nothing from the global generator."""
     return DataLoader(
-        images,
+        images,  # type: ignore[arg-type]
         batch_sampler=list(batches),  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=collate,

@@ -76,7 +76,9 @@ def fit(
     )
     backbone.to(accelerator.device)
     head.to(accelerator.device)
-    images = TrainImages(paths, backbone.preprocessing, config.seed, config.augment, config.max_pixels)
+    images = TrainImages(
+        paths, backbone.preprocessing, config.seed, config.augment, config.max_pixels
+    )
     ranks, rank = accelerator.num_processes, accelerator.process_index
     per_epoch = steps_per_epoch(len(paths), config.batch_size, ranks)
     total = per_epoch * config.epochs
@@ -98,7 +100,10 @@ def fit(
         head.train()
         writer = _tensorboard(folder) if accelerator.is_main_process else None
         bar = tqdm(
-            total=total, initial=step, unit="step", disable=not (progress and accelerator.is_main_process)
+            total=total,
+            initial=step,
+            unit="step",
+            disable=not (progress and accelerator.is_main_process),
         )
 
         def checkpoint() -> None:
@@ -131,7 +136,9 @@ def fit(
                     if step + 1 < scheduler.total_steps:
                         scheduler.step()
                     step += 1
-                    _report(log, writer, bar, step, epoch, scheduler.get_last_lr()[0], losses)
+                    _report(
+                        log, writer, bar, step, epoch, float(scheduler.get_last_lr()[0]), losses
+                    )
                     if step % config.checkpoint_every == 0 or step % per_epoch == 0:
                         checkpoint()
                         saved = step
@@ -150,7 +157,8 @@ def fit(
         )
         if not losses and state is None:
             raise ValueError(
-                f"data: none of the {len(paths)} images could be read; the first: {next(iter(skipped.values()))}"
+                f"data: none of the {len(paths)} images could be read; "
+                f"the first: {next(iter(skipped.values()))}"
             )
         head.summary = {
             "images": len(paths) - len(skipped),
@@ -169,7 +177,10 @@ def _optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
     """Weight decay on everything but biases, BatchNorm gains included, as T-TAME's code does."""
     named = [(n, p) for n, p in head.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for n, p in named if not n.endswith("bias")], "weight_decay": config.weight_decay},
+        {
+            "params": [p for n, p in named if not n.endswith("bias")],
+            "weight_decay": config.weight_decay,
+        },
         {"params": [p for n, p in named if n.endswith("bias")], "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw":
@@ -198,7 +209,9 @@ def _step(
 def _check_untouched(backbone: Backbone, head: Head) -> None:
     backbone._fingerprint = None
     if backbone.fingerprint != head.backbone_fingerprint:
-        raise RuntimeError("the backbone's weights changed while its head was trained: this is a bug")
+        raise RuntimeError(
+            "the backbone's weights changed while its head was trained: this is a bug"
+        )
 
 
 @contextmanager
@@ -268,7 +281,9 @@ def _lock(lock: TextIO, folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise ValueError(f"output: another run is writing to {folder}; choose a new folder") from None
+        raise ValueError(
+            f"output: another run is writing to {folder}; choose a new folder"
+        ) from None
 
 
 def _cut_log(folder: Path) -> None:
@@ -299,7 +314,13 @@ def _tensorboard(folder: Path | None) -> Any:
 
 
 def _report(
-    log: TextIO | None, writer: Any, bar: Any, step: int, epoch: int, lr: float, losses: dict[str, float]
+    log: TextIO | None,
+    writer: Any,
+    bar: Any,
+    step: int,
+    epoch: int,
+    lr: float,
+    losses: dict[str, float],
 ) -> None:
     if log is not None:
         record = {"step": step, "epoch": epoch, "lr": lr, **losses, "time": round(time.time(), 3)}

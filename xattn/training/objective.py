@@ -103,5 +103,7 @@ def objective(
     logits = masked_logits(backbone, images, own_mask, policy, taps)
     terms = F.cross_entropy(logits.float(), target), area(masks), variation(masks)
     weights = config.cross_entropy, config.area, config.variation
-    loss = sum((w * t for w, t in zip(weights, terms, strict=True)), torch.zeros((), device=images.device))
+    loss = sum(
+        (w * t for w, t in zip(weights, terms, strict=True)), torch.zeros((), device=images.device)
+    )
     return Terms(loss, *terms)

@@ -1,0 +1,192 @@
+"""Cross-validation over classes: every photo is scored by a head that never saw its class.
+
+    python -m xattn.eval.folds --data PHOTOS --output runs/folds
+
+``PHOTOS`` has one folder a class. Each fold's head is trained with :func:`xattn.fit` on the other
+classes; its held-out photos are scored beside Grad-CAM and the sanity rows; the folds' per-image
+numbers are put together, so that intervals and paired differences cover all photos. A fold that is
+finished is not computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from xattn.eval.report import format_table, read_json, write_csv, write_json
+from xattn.eval.results import Difference, MethodResult, Results
+
+from xattn.config import TrainConfig
+
+
+def class_folds(paths: Sequence[Path], folds: int, seed: int = 0) -> list[list[Path]]:
+    """Split ``paths`` by the folder they lie in, so that no class is in two folds."""
+    classes = sorted({p.parent for p in paths})
+    if not 2 <= folds <= len(classes):
+        raise ValueError(
+            f"folds: got {folds} for {len(classes)} class folders; give 2 or more of each"
+        )
+    random.Random(seed).shuffle(classes)
+    place = {c: i % folds for i, c in enumerate(classes)}
+    return [[p for p in paths if place[p.parent] == k] for k in range(folds)]
+
+
+def merge(parts: Sequence[Results]) -> Results:
+    """The results of disjoint image sets under one protocol, as if evaluated together."""
+    first = parts[0]
+    if len({(p.protocol.id, tuple(p.methods)) for p in parts}) != 1:
+        raise ValueError("parts: protocols or methods differ; evaluate all with the same")
+    methods = {}
+    for name, method in first.methods.items():
+        same = [p.methods[name] for p in parts]
+        methods[name] = MethodResult(
+            forwards=method.forwards,
+            is_mask=method.is_mask,
+            valid=np.concatenate([m.valid for m in same]),
+            scores={k: np.concatenate([m.scores[k] for m in same]) for k in method.scores},
+            values={c: np.concatenate([m.values[c] for m in same]) for c in method.values},
+        )
+    images = [image for p in parts for image in p.images]
+    invalid = sum(p.protocol.n_invalid for p in parts)
+    return Results(
+        protocol=replace(first.protocol, n=len(images), n_invalid=invalid),
+        images=images,
+        methods=methods,
+        skipped=[s for p in parts for s in p.skipped],
+        backbone=first.backbone,
+        cost={k: sum(p.cost[k] for p in parts) for k in first.cost if k != "max_forward_batch"},
+        n_resamples=first.n_resamples,
+    )
+
+
+def cross_validate(
+    backbone: Any,
+    paths: Sequence[Path],
+    config: TrainConfig,
+    output: Path,
+    *,
+    head: str = "ttame",
+    options: dict[str, Any] | None = None,
+    folds: int = 5,
+    explainers: Sequence[str] = ("gradcam",),
+    max_forward_batch: int = 32,
+    progress: bool = True,
+) -> Results:
+    """Train and score ``folds`` heads; see the module. Row ``head`` holds the heads' numbers."""
+    from xattn.eval.engine import evaluate
+    from xattn.eval.sanity import sanity_rows
+
+    from xattn.explainers import create_explainer
+    from xattn.files import write_json as write_record
+    from xattn.heads import create_head
+    from xattn.training import fit
+
+    options = options or {}
+    parts = []
+    for k, held_out in enumerate(class_folds(paths, folds, config.seed)):
+        folder = output / f"fold-{k}"
+        record = {
+            "config": asdict(config), "head": head, "options": options, "folds": folds,
+            "explainers": list(explainers), "backbone": backbone.fingerprint,
+            "held_out": [f"{p.parent.name}/{p.name}" for p in held_out],
+        }  # fmt: skip
+        done = folder / "results.json"
+        if done.is_file():
+            if json.loads((folder / "fold.json").read_text()) != record:
+                raise ValueError(
+                    f"output: {folder} holds a fold of other settings; choose a new folder"
+                )
+            parts.append(read_json(done))
+            continue
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed + k)
+            model = create_head(head, backbone, **options)
+        train = sorted(set(paths) - set(held_out))
+        run = folder / "run"
+        fit(model, backbone, train, config, output=run, resume=run.exists(), progress=progress)
+        shared: dict[str, Any] = {"seed": config.seed, "max_forward_batch": max_forward_batch}
+        methods = {head: create_explainer("head", backbone, model, **shared)}
+        methods.update({e: create_explainer(e, backbone, model, **shared) for e in explainers})
+        methods.update(sanity_rows(backbone, "head", head=model, seed=config.seed))
+        results = evaluate(
+            backbone, methods, held_out, max_forward_batch=max_forward_batch, progress=progress
+        )
+        write_record(folder / "fold.json", record)
+        write_json(results, done)
+        parts.append(results)
+    return merge(parts)
+
+
+def format_differences(differences: Sequence[Difference], method: str, reference: str) -> str:
+    """A Markdown table of paired differences with a verdict for each."""
+    lines = [
+        f"| metric | level | {method} - {reference} | 95 % interval | n | verdict |",
+        "| :-- | --: | --: | :-- | --: | :-- |",
+    ]
+    for d in differences:
+        verdict = "better" if d.better else "worse" if d.worse else "no difference shown"
+        lines.append(
+            f"| {d.metric} | {100 * d.level:g} % | {d.diff:+.2f} | [{d.lo:+.2f}, {d.hi:+.2f}] "
+            f"| {d.n} | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Cross-validate a head over classes."""
+
+    data: str
+    """A folder with one folder of images a class."""
+    output: Path = Path("runs/folds")
+    """One folder a fold, and the results of all."""
+    backbone: str = "tf_efficientnet_lite0"
+    """A timm model name."""
+    weights: str = "package"
+    """See xattn train --help."""
+    head: str = "ttame"
+    """See xattn list."""
+    options: tuple[str, ...] = ()
+    """Options of the head as name=value."""
+    folds: int = 5
+    """Number of parts."""
+    explainers: tuple[str, ...] = ("gradcam",)
+    """Methods to compare with."""
+    train: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    channels_last: Annotated[bool, tyro.conf.FlagConversionOff] = True
+    """Memory format of the backbone; faster on CPUs."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    from xattn.allocator import keep_memory
+    from xattn.backbone import load_backbone
+    from xattn.heads import parse_options
+    from xattn.images import list_images
+
+    args = tyro.cli(Folds, prog="python -m xattn.eval.folds", args=arguments)
+    keep_memory()
+    backbone = load_backbone(args.backbone, args.weights)
+    if args.channels_last:
+        backbone.to(memory_format=torch.channels_last)
+    results = cross_validate(
+        backbone, list_images(args.data), args.train, args.output, head=args.head,
+        options=parse_options(args.options), folds=args.folds, explainers=args.explainers,
+    )  # fmt: skip
+    write_json(results, args.output / "results.json")
+    write_csv(results, args.output / "results.csv")
+    text = [format_table(results, "markdown")]
+    for reference in args.explainers:
+        differences = results.compare(args.head, reference)
+        text.append(format_differences(differences, args.head, reference))
+    print("\n\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
