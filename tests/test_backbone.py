@@ -40,7 +40,7 @@ ARCHITECTURES = [
 
 # Prefix tokens 0, 1, 2 and 5.
 VITS = [
-    ("vit_small_patch16_rope_224", 64),
+    ("vit_srelpos_small_patch16_224", 64),
     ("test_vit", None),
     ("deit_tiny_distilled_patch16_224", 64),
     ("vit_small_patch14_reg4_dinov2", 70),

@@ -574,7 +574,8 @@ def _class_names(model: nn.Module, count: int, given: Sequence[str] | None) -> l
         return [f"feature {i}" for i in range(count)]
     if not hasattr(model, "pretrained_cfg"):
         return [f"class {i}" for i in range(count)]
-    own = dict(model.pretrained_cfg or {}).get("label_names")  # type: ignore[arg-type]
+    config: Any = model.pretrained_cfg
+    own = config.get("label_names") if config else None
     if own and len(own) == count:
         return list(own)
     subset = infer_imagenet_subset(model)
