@@ -66,6 +66,23 @@ def merge(parts: Sequence[Results]) -> Results:
     )
 
 
+class Squashed:
+    """Another explainer's map as sigmoid(standardised map): the same ranking, softer grey levels.
+
+    An ablation: how much of a difference in AD, IC or ADD is the ranking, how much the grey scale?
+    """
+
+    is_mask = False
+
+    def __init__(self, explainer: Any) -> None:
+        self.explainer, self.forwards = explainer, explainer.forwards
+
+    def attribute(self, inputs: Any, target: Any) -> Any:
+        maps = self.explainer.attribute(inputs, target)
+        mean, std = maps.mean((2, 3), keepdim=True), maps.std((2, 3), keepdim=True)
+        return ((maps - mean) / std.clamp_min(1e-12)).sigmoid()
+
+
 def cross_validate(
     backbone: Any,
     paths: Sequence[Path],
@@ -75,11 +92,12 @@ def cross_validate(
     head: str = "ttame",
     options: dict[str, Any] | None = None,
     folds: int = 5,
+    only: Sequence[int] = (),
     explainers: Sequence[str] = ("gradcam",),
     max_forward_batch: int = 32,
     progress: bool = True,
 ) -> Results:
-    """Train and score ``folds`` heads; see the module. Row ``head`` holds the heads' numbers."""
+    """Train and score ``folds`` heads; see the module. ``only`` names the folds to compute now."""
     from xattn.eval.engine import evaluate
     from xattn.eval.sanity import sanity_rows
 
@@ -91,6 +109,8 @@ def cross_validate(
     options = options or {}
     parts = []
     for k, held_out in enumerate(class_folds(paths, folds, config.seed)):
+        if only and k not in only:
+            continue
         folder = output / f"fold-{k}"
         record = {
             "config": asdict(config), "head": head, "options": options, "folds": folds,
@@ -113,7 +133,12 @@ def cross_validate(
         fit(model, backbone, train, config, output=run, resume=run.exists(), progress=progress)
         shared: dict[str, Any] = {"seed": config.seed, "max_forward_batch": max_forward_batch}
         methods = {head: create_explainer("head", backbone, model, **shared)}
-        methods.update({e: create_explainer(e, backbone, model, **shared) for e in explainers})
+        methods[f"{head}, raw scores"] = create_explainer(
+            "head", backbone, model, maps="scores", **shared
+        )
+        for name in explainers:
+            methods[name] = create_explainer(name, backbone, model, **shared)
+            methods[f"{name}, squashed"] = Squashed(methods[name])
         methods.update(sanity_rows(backbone, "head", head=model, seed=config.seed))
         results = evaluate(
             backbone, methods, held_out, max_forward_batch=max_forward_batch, progress=progress
@@ -157,6 +182,8 @@ class Folds:
     """Options of the head as name=value."""
     folds: int = 5
     """Number of parts."""
+    only: tuple[int, ...] = ()
+    """Compute these folds alone, so that several processes share the work."""
     explainers: tuple[str, ...] = ("gradcam",)
     """Methods to compare with."""
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
@@ -177,10 +204,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         backbone.to(memory_format=torch.channels_last)
     results = cross_validate(
         backbone, list_images(args.data), args.train, args.output, head=args.head,
-        options=parse_options(args.options), folds=args.folds, explainers=args.explainers,
+        options=parse_options(args.options), folds=args.folds, only=args.only, explainers=args.explainers,
     )  # fmt: skip
-    write_json(results, args.output / "results.json")
-    write_csv(results, args.output / "results.csv")
+    if not args.only:
+        write_json(results, args.output / "results.json")
+        write_csv(results, args.output / "results.csv")
     text = [format_table(results, "markdown")]
     for reference in args.explainers:
         differences = results.compare(args.head, reference)

@@ -302,12 +302,18 @@ def test_gradcam_of_another_layer(pairs, images):
     assert maps.shape[-1] > backbone.head_point(backbone(images).maps[-1]).shape[-1]
 
 
-def test_head_gives_the_raw_scores_of_the_class(pairs, images):
+def test_head_gives_the_scores_or_the_mask_of_the_class(pairs, images):
     pair = pairs["cnn"]
     with torch.no_grad():
-        every = pair.head(pair.backbone(images))
+        every = pair.head(pair.backbone(images))[range(5), TARGET]
+    assert pair.head.explain_with == "mask"
     got = pair.explainer("head").attribute(images, TARGET)
-    assert torch.allclose(got[:, 0], every[range(5), TARGET], atol=1e-5)
+    assert torch.allclose(got[:, 0], every.sigmoid(), atol=1e-5)
+    got = pair.explainer("head", maps="scores").attribute(images, TARGET)
+    assert torch.allclose(got[:, 0], every, atol=1e-5)
+    assert pair.head.explain_with == "mask"
+    with pytest.raises(ValueError, match="maps"):
+        pair.explainer("head", maps="heat")
 
 
 def test_random_depends_on_seed_and_pixels_only(pairs, images):

@@ -57,7 +57,7 @@ def test_top_classes_come_by_falling_probability(backbone, head):
     assert np.allclose([e.probability for e in found], p.topk(3).values, atol=1e-6)
     assert found[0].target_name == CLASSES[found[0].target] and found[0].view == view
     with torch.no_grad():
-        scores = head(backbone(tensor[None]), found[1].target)[0, 0]
+        scores = head.explanation(backbone(tensor[None]), found[1].target)[0, 0]
     assert np.allclose(found[1].map, scores, atol=1e-5) and found.skipped == []
 
 

@@ -270,7 +270,7 @@ def _protocol(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any
             "taps": list(backbone.taps),
             "input_size": list(backbone.preprocessing.input_size),
         },
-        "head": None if head is None else {"name": head.name, "sha256": _sha256(head)},
+        "head": None if head is None else _head_record(head),
         "explainer": method.name,
         "forward_passes": method.forwards,
         "seed": method.seed,
@@ -279,6 +279,10 @@ def _protocol(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any
         "map": "mask" if method.is_mask else "raw score; min-max before upsampling for display",
         "probability": "softmax",
     }
+
+
+def _head_record(head: Head) -> dict[str, Any]:
+    return {"name": head.name, "sha256": _sha256(head), "explain_with": head.explain_with}
 
 
 def _sha256(module: nn.Module) -> str:

@@ -25,21 +25,40 @@ M = TypeVar("M", bound=nn.Module)
 
 @register_explainer("head")
 class HeadExplainer(Explainer):
-    """A trained explanation head: any classes from one forward pass."""
+    """A trained explanation head: any classes from one forward pass.
+
+    Args:
+        maps: ``"scores"`` or ``"mask"``, instead of the head's own ``explain_with``.
+    """
 
     needs_head = True
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head | None = None,
+        seed: int = 0,
+        max_forward_batch: int = 32,
+        maps: str | None = None,
+    ) -> None:
+        super().__init__(backbone, head, seed, max_forward_batch)
+        if maps not in (None, "scores", "mask"):
+            raise ValueError(f"maps: got {maps!r}; choose 'scores' or 'mask'")
+        if maps is not None:
+            self.head = copy.copy(self.head)
+            self.head.explain_with = maps  # type: ignore[union-attr]
 
     @torch.no_grad()
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         assert self.head is not None
-        return self.head(self.backbone(images), target)
+        return self.head.explanation(self.backbone(images), target)
 
     @torch.no_grad()
     def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
         assert self.head is not None
         taps = self.backbone(images)
         classes = self._chosen(choose, taps.logits)
-        return taps.logits, classes, self.head(taps, classes)
+        return taps.logits, classes, self.head.explanation(taps, classes)
 
 
 @register_explainer("randomized_head")
@@ -74,7 +93,7 @@ class RandomizedHead(HeadExplainer):
     @torch.no_grad()
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         assert self.head is not None
-        return self.head((self.shuffled or self.backbone)(images), target)
+        return self.head.explanation((self.shuffled or self.backbone)(images), target)
 
     @torch.no_grad()
     def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:

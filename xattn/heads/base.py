@@ -65,6 +65,9 @@ class Head(
             raise ValueError(
                 f"mask_policy: got {self.mask_policy!r}; choose one of {', '.join(MASK_POLICIES)}"
             )
+        self.explain_with = options.get("explain_with", "scores")
+        if self.explain_with not in ("scores", "mask"):
+            raise ValueError(f"explain_with: got {self.explain_with!r}; choose 'scores' or 'mask'")
 
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
         raise NotImplementedError
@@ -72,6 +75,11 @@ class Head(
     def mask(self, scores: Tensor) -> Tensor:
         """The mask in (0, 1) that training multiplies images with: sigmoid(scores)."""
         return scores.sigmoid()
+
+    def explanation(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
+        """The maps that the head shows: its scores, or with ``explain_with="mask"`` the mask."""
+        scores = self(taps, class_index)
+        return self.mask(scores) if self.explain_with == "mask" else scores
 
     def config(self) -> dict[str, Any]:
         """What ``config.json`` holds."""

@@ -72,6 +72,11 @@ def _fusion(kind: str, backbone: Backbone, channels: list[int], rank: int | None
     return ClassifierFusion([*channels, backbone.channels[-1]], weight, direct, rank)
 
 
+def _shown(explain_with: str | None, fusion: str) -> str:
+    """The published head shows its scores; the classifier fusion shows the mask it was trained as."""
+    return explain_with or ("scores" if fusion == "per_class" else "mask")
+
+
 @register_head("ttame")
 class TTame(Head):
     """The T-TAME head on the taps of ``backbone``.
@@ -84,6 +89,8 @@ class TTame(Head):
         skip, norm, activation: the paper's ablations of the branch.
         mask_policy: how the mask meets the image in training, see :mod:`xattn.training.objective`.
         fusion_rank: inner width of the classifier fusion's projections.
+        explain_with: show raw ``"scores"`` or the trained ``"mask"``, sigmoid(scores), which ranks
+            pixels alike; by default as published (scores) with ``fusion="per_class"``, else the mask.
     """
 
     def __init__(
@@ -97,6 +104,7 @@ class TTame(Head):
         activation: Literal["relu", "sigmoid"] = "relu",
         mask_policy: str = "raw_normalize",
         fusion_rank: int | None = 64,
+        explain_with: Literal["scores", "mask"] | None = None,
     ) -> None:
         options: dict[str, Any] = {
             "fusion": fusion,
@@ -107,6 +115,7 @@ class TTame(Head):
             "activation": activation,
             "mask_policy": mask_policy,
             "fusion_rank": fusion_rank,
+            "explain_with": _shown(explain_with, fusion),
         }
         super().__init__(backbone, options)
         count = len(backbone.taps) if num_taps is None else num_taps
@@ -145,7 +154,7 @@ class LCam(Head):
     Args:
         mask_policy: ``"raw_normalize"`` masks the image (L-CAM-Img), ``"feature"`` multiplies the
             pooled feature map and continues with the classifier (L-CAM-Fm).
-        fusion, fusion_rank: as in :class:`TTame`.
+        fusion, fusion_rank, explain_with: as in :class:`TTame`.
     """
 
     def __init__(
@@ -154,8 +163,14 @@ class LCam(Head):
         fusion: Literal["classifier", "per_class"] = "per_class",
         mask_policy: str = "raw_normalize",
         fusion_rank: int | None = 64,
+        explain_with: Literal["scores", "mask"] | None = None,
     ) -> None:
-        options = {"fusion": fusion, "mask_policy": mask_policy, "fusion_rank": fusion_rank}
+        options = {
+            "fusion": fusion,
+            "mask_policy": mask_policy,
+            "fusion_rank": fusion_rank,
+            "explain_with": _shown(explain_with, fusion),
+        }
         super().__init__(backbone, options)
         if mask_policy == "feature":
             backbone.head_logits(backbone(_probe(backbone)).maps[-1])  # refuses other taps by name
