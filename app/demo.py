@@ -49,9 +49,8 @@ def embedded_photos() -> list[Path]:
 
 
 def main(output: Path, epochs: int) -> None:
-    from xattn.eval import evaluate, format_table, sanity_rows, write_csv, write_json
-
     from xattn.backbone import load_backbone
+    from xattn.eval import evaluate, format_table, sanity_rows, write_csv, write_json
     from xattn.explainers import create_explainer
     from xattn.explaining import explain
     from xattn.files import atomic_file, check_folder

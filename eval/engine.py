@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
 from xattn.eval import functional
 from xattn.eval.probes import Column, MaskingProbe, Probe
 from xattn.eval.protocol import Protocol

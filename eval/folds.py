@@ -20,10 +20,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from xattn.eval.report import format_table, read_json, write_csv, write_json
-from xattn.eval.results import Difference, MethodResult, Results
 
 from xattn.config import TrainConfig
+from xattn.eval.report import format_table, read_json, write_csv, write_json
+from xattn.eval.results import Difference, MethodResult, Results
 
 
 def class_folds(paths: Sequence[Path], folds: int, seed: int = 0) -> list[list[Path]]:
@@ -100,7 +100,6 @@ def cross_validate(
     """Train and score ``folds`` heads; see the module. ``only`` names the folds to compute now."""
     from xattn.eval.engine import evaluate
     from xattn.eval.sanity import sanity_rows
-
     from xattn.explainers import create_explainer
     from xattn.files import write_json as write_record
     from xattn.heads import create_head

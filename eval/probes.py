@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
 from xattn.eval import functional
 from xattn.eval import protocol as protocols
 

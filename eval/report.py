@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xattn.eval.probes import Column
 from xattn.eval.protocol import METRICS, Protocol
 from xattn.eval.results import ImageRecord, MethodResult, Results, Row

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xattn.eval import bootstrap
 from xattn.eval.probes import Column
 from xattn.eval.protocol import METRICS, Protocol

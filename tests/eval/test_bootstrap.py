@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from xattn.eval import bootstrap
 from xattn.eval.bootstrap import mean_interval, mean_intervals, paired_difference
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from eval_fakes import FakeBackbone, Maps
 from PIL import Image
+
 from xattn.eval import Column, MaskedScorer, Protocol, evaluate, functional
 from xattn.eval.scorer import pad_batch
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from xattn.eval import functional as f
 from xattn.eval import metrics as classes
 

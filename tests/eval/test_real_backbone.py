@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from xattn.eval import Column, evaluate, randomized_backbone, randomized_explainer, sanity_rows
 
 

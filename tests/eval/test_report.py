@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from eval_fakes import FakeBackbone, Maps
+
 from xattn.eval import Column, evaluate, format_table, functional, read_json, write_csv, write_json
 from xattn.eval.results import ImageRecord, MethodResult, Results
 

