@@ -71,7 +71,7 @@ def main(output: Path, epochs: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         head = create_head("ttame", backbone)
-    config = TrainConfig(epochs=epochs, batch_size=13, workers=0)
+    config = TrainConfig("small", epochs=epochs, batch_size=13, workers=0)
     fit(head, backbone, photos, config)
     save_head(head, output / "head")
     shipped = load_head(SHIPPED, backbone)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -163,7 +163,7 @@ def format_differences(differences: Sequence[Difference], method: str, reference
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Folds:
     """Cross-validate a head over classes."""
 
@@ -185,7 +185,7 @@ class Folds:
     """Compute these folds alone, so that several processes share the work."""
     explainers: tuple[str, ...] = ("gradcam",)
     """Methods to compare with."""
-    train: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    train: tyro.conf.OmitArgPrefixes[TrainConfig]
     channels_last: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Memory format of the backbone; faster on CPUs."""
 

@@ -51,14 +51,14 @@ class BackboneArgs:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Train an explanation head on a folder of images; no labels are read."""
 
     data: str
     """A folder of images, or a .txt list with one path a line."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
-    train: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    train: tyro.conf.OmitArgPrefixes[TrainConfig]
     head: str = "ttame"
     """See xattn list."""
     fusion: Literal["classifier", "per_class"] = "classifier"

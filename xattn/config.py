@@ -3,32 +3,68 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+# What a setting is when it is not given. "published" is T-TAME's (arXiv 2403.04523) for ImageNet;
+# "small" was tuned for the classifier fusion on a few hundred photos, see docs/results.md.
+RECIPES: dict[str, dict[str, Any]] = {
+    "published": {
+        "epochs": 8,
+        "batch_size": 32,
+        "optimizer": "sgd",
+        "lr": 1e-3,
+        "weight_decay": 5e-4,
+        "class_mode": "batch",
+        "area": 2.0,
+    },
+    "small": {
+        "epochs": 14,
+        "batch_size": 16,
+        "optimizer": "adamw",
+        "lr": 3e-4,
+        "weight_decay": 0.01,
+        "class_mode": "own",
+        "area": 1.0,
+    },
+}
+
+
+# Left out (None) until the recipe fills it in, and never None afterwards.
+Optimizer = Literal["sgd", "adamw"]
+ClassMode = Literal["batch", "own", "top"]
+if TYPE_CHECKING:
+    Int, Float, OptimizerName, ClassModeName = int, float, Optimizer, ClassMode
+else:
+    Int, Float, OptimizerName, ClassModeName = (
+        t | None for t in (int, float, Optimizer, ClassMode)
+    )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a head is trained.
+    """How a head is trained; settings left out come from the recipe.
 
-    The loss weights, SGD with Nesterov momentum and OneCycle are those of T-TAME (arXiv 2403.04523).
+    "published" is T-TAME's, for ImageNet; "small" is for a few hundred photos.
     """
 
-    epochs: int = 8
-    """Passes over the data."""
-    batch_size: int = 32
-    """Images a step, per process."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with Nesterov momentum 0.9 as published, or AdamW."""
-    lr: float = 1e-3
-    """Peak learning rate of the OneCycle schedule."""
-    weight_decay: float = 5e-4
-    """On all tensors except biases."""
-    class_mode: Literal["batch", "own", "top"] = "batch"
-    """Maps that the area and variation terms see: of the batch's classes, the own class, the top ones."""
+    recipe: Literal["published", "small"] = "published"
+    """Where the settings come from that are not given."""
+    epochs: Int = None  # type: ignore[assignment]
+    """Passes over the data (published 8, small 14)."""
+    batch_size: Int = None  # type: ignore[assignment]
+    """Images a step, per process (published 32, small 16)."""
+    optimizer: OptimizerName = None  # type: ignore[assignment]
+    """SGD with Nesterov momentum 0.9 (published) or AdamW (small)."""
+    lr: Float = None  # type: ignore[assignment]
+    """Peak learning rate of the OneCycle schedule (published 1e-3, small 3e-4)."""
+    weight_decay: Float = None  # type: ignore[assignment]
+    """On all tensors except biases (published 5e-4, small 0.01)."""
+    class_mode: ClassModeName = None  # type: ignore[assignment]
+    """Whose maps the area and variation terms see: batch's classes (published), own (small), top."""
     cross_entropy: float = 1.5
     """Weight of the cross-entropy of the masked image."""
-    area: float = 2.0
-    """Weight of mean((A + 0.0005)^0.3)."""
+    area: Float = None  # type: ignore[assignment]
+    """Weight of mean((A + 0.0005)^0.3) (published 2, small 1)."""
     variation: float = 0.01
     """Weight of the variation term, a sum over space."""
     augment: bool = True
@@ -45,6 +81,11 @@ class TrainConfig:
     """Larger photos are skipped as decompression bombs."""
 
     def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe: got {self.recipe!r}; choose one of {', '.join(RECIPES)}")
+        for name, value in RECIPES[self.recipe].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for name in ("epochs", "batch_size", "checkpoint_every", "max_pixels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; give a positive number")
