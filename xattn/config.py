@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 # What a setting is when it is not given. "published" is T-TAME's (arXiv 2403.04523) for ImageNet;
 # "small" was tuned for the classifier fusion on a few hundred photos, see docs/results.md.
@@ -33,7 +33,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 Optimizer = Literal["sgd", "adamw"]
 ClassMode = Literal["batch", "own", "top"]
 if TYPE_CHECKING:
-    Int, Float, OptimizerName, ClassModeName = int, float, Optimizer, ClassMode
+    Int: TypeAlias = int
+    Float: TypeAlias = float
+    OptimizerName: TypeAlias = Optimizer
+    ClassModeName: TypeAlias = ClassMode
 else:
     Int, Float, OptimizerName, ClassModeName = (
         t | None for t in (int, float, Optimizer, ClassMode)
