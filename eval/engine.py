@@ -106,6 +106,7 @@ class _Run:
         self.probes: list[Probe] = [MaskingProbe(self.protocol, mean)]
         keys = [key for probe in self.probes for key in probe.keys]
         self.valid: dict[str, list[bool]] = {name: [] for name in self.explainers}
+        self.tied = dict.fromkeys(self.explainers, 0)
         self.scores = {name: {key: array("d") for key in keys} for name in self.explainers}
 
     def add(self, chunk: list[Item], targets: Tensor | None) -> None:
@@ -126,6 +127,7 @@ class _Run:
         for name in self.explainers:
             grey, valid = self._masks(name, *padded, count=len(chunk))
             self.valid[name] += valid.tolist()
+            self.tied[name] += int((self._tied(grey) & valid.to(grey.device)).sum())
             for i, image in enumerate(images):
                 tickets: dict[str, Ticket] = {}
                 if valid[i]:
@@ -152,6 +154,14 @@ class _Run:
             normalization=self.protocol.normalization,
             resize=self.protocol.resize,
         )
+
+    def _tied(self, grey: Tensor) -> Tensor:
+        """(B,): whether ties at a threshold keep more than 2 points above a level."""
+        tied = torch.zeros(len(grey), dtype=torch.bool, device=grey.device)
+        for level in self.protocol.levels:
+            kept = functional.threshold_mask(grey, level, self.protocol.threshold) > 0
+            tied |= kept.flatten(1).double().mean(1) > level + 0.02
+        return tied
 
     def _collect(self) -> None:
         while self._pending and all(t.done for t in self._pending[0][2].values()):
@@ -180,6 +190,7 @@ class _Run:
             methods[name] = MethodResult(
                 forwards=getattr(explainer, "forwards", None),
                 is_mask=bool(getattr(explainer, "is_mask", False)),
+                tied=self.tied[name],
                 valid=np.array(self.valid[name], dtype=bool),
                 scores=scores,
                 values=values,

@@ -49,6 +49,7 @@ def merge(parts: Sequence[Results]) -> Results:
         methods[name] = MethodResult(
             forwards=method.forwards,
             is_mask=method.is_mask,
+            tied=sum(m.tied for m in same),
             valid=np.concatenate([m.valid for m in same]),
             scores={k: np.concatenate([m.scores[k] for m in same]) for k in method.scores},
             values={c: np.concatenate([m.values[c] for m in same]) for c in method.values},

@@ -125,6 +125,7 @@ def from_dict(data: dict[str, Any]) -> Results:
         methods[name] = MethodResult(
             forwards=record["forwards"],
             is_mask=record["is_mask"],
+            tied=record.get("tied", 0),
             valid=np.array(record["valid"], dtype=bool),
             scores={key: _array(values) for key, values in record["scores"].items()},
             values={Column(v["metric"], v["level"]): _array(v["values"]) for v in record["values"]},
@@ -174,6 +175,7 @@ def _method_dict(method: MethodResult) -> dict[str, Any]:
         "forwards": method.forwards,
         "is_mask": method.is_mask,
         "valid": method.valid.tolist(),
+        "tied": method.tied,
         "scores": {key: _list(values) for key, values in method.scores.items()},
         "values": [
             {"metric": metric, "level": level, "values": _list(values)}

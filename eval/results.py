@@ -63,7 +63,8 @@ class MethodResult:
     """One method on n images: ``scores`` hold q and d, ``values`` percentages, NaN if invalid.
 
     ``forwards`` is what one explanation costs in forward passes; ``valid`` (n,) says which maps
-    were neither constant nor non-finite.
+    were neither constant nor non-finite; ``tied`` counts maps of which ties at the threshold keep
+    more pixels than a level says, as a saturated map does.
     """
 
     forwards: int | None
@@ -71,6 +72,7 @@ class MethodResult:
     valid: NDArray[np.bool_]
     scores: dict[str, NDArray[np.float64]]
     values: dict[Column, NDArray[np.float64]]
+    tied: int = 0
 
 
 @dataclass(eq=False)
@@ -167,6 +169,10 @@ class Results:
             if invalid:
                 lines.append(
                     f"{name}: {invalid} constant or non-finite maps, left out of its means"
+                )
+            if method.tied and not method.is_mask and not is_baseline(name):
+                lines.append(
+                    f"{name}: ties keep more pixels than the level says on {method.tied} images"
                 )
         if self.skipped:
             shown = ", ".join(s.id for s in self.skipped[:5])

@@ -324,3 +324,14 @@ def test_the_public_names_resolve_and_have_docstrings():
         assert not inspect.isclass(value) or value.__doc__
     with pytest.raises(AttributeError):
         xattn.eval.nothing  # noqa: B018
+
+
+def test_saturated_maps_whose_ties_keep_too_much_are_counted():
+    def saturated(inputs, target):
+        return fakes.brightness(inputs, target).sub(0.45).sign()  # about half of the map at its maximum
+
+    images = torch.rand(3, 3, 18, 20, generator=torch.Generator().manual_seed(0))
+    rows = {"saturated": Maps(saturated), "plain": Maps(fakes.noise)}
+    results = evaluate(FakeBackbone(), rows, images, max_forward_batch=4, progress=False)
+    assert results.methods["saturated"].tied == 3 and results.methods["plain"].tied == 0
+    assert any("ties keep more pixels" in line for line in results.warnings())
