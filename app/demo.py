@@ -122,9 +122,7 @@ def main(output: Path, epochs: int) -> None:
     )
     print("\nTrain on your own folder (no labels needed), explain, measure:")
     command = str(Path(sys.executable).parent / "xattn")
-    print(
-        f"  {command} train --data PHOTOS --backbone {BACKBONE} --weights package --output runs/mine"
-    )
+    print(f"  {command} train --data PHOTOS --recipe small --output runs/mine")
     print(f"  {command} explain PHOTO_OR_FOLDER --head runs/mine/head --output runs/explained")
     print(f"  {command} evaluate PHOTOS --heads runs/mine/head --output runs/evaluation")
 

@@ -328,7 +328,9 @@ def test_the_public_names_resolve_and_have_docstrings():
 
 def test_saturated_maps_whose_ties_keep_too_much_are_counted():
     def saturated(inputs, target):
-        return fakes.brightness(inputs, target).sub(0.45).sign()  # about half of the map at its maximum
+        return (
+            fakes.brightness(inputs, target).sub(0.45).sign()
+        )  # about half of the map at its maximum
 
     images = torch.rand(3, 3, 18, 20, generator=torch.Generator().manual_seed(0))
     rows = {"saturated": Maps(saturated), "plain": Maps(fakes.noise)}
