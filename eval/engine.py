@@ -25,6 +25,7 @@ from xattn.eval.protocol import Protocol
 from xattn.eval.results import ImageRecord, MethodResult, Results
 from xattn.eval.scorer import MaskedScorer, Ticket, pad_batch
 from xattn.eval.stream import ImageStream, Item
+from xattn.images import MAX_PIXELS
 
 
 def evaluate(
@@ -39,6 +40,7 @@ def evaluate(
     protocol: Protocol | None = None,
     progress: bool = True,
     classes: int | str | Sequence[int | str] | None = None,
+    max_pixels: int | None = MAX_PIXELS,
 ) -> Results:
     """AD, IC, ADD and AG of every explainer on the same images.
 
@@ -52,6 +54,7 @@ def evaluate(
             of 4 keeps results bit-equal whatever else is scored in the same run.
         classes: explain these instead of the predicted class: one for all images, or one an image
             (unreadable ones included), as index or name.
+        max_pixels: larger photos are skipped as decompression bombs.
 
     Raises:
         ValueError: no image could be read, an explainer returns a wrong shape, a class is unknown.
@@ -65,7 +68,7 @@ def evaluate(
         class_policy="predicted" if classes is None else "given",
         **{k: v for k, v in given.items() if v is not None},  # type: ignore[arg-type]
     )
-    stream = ImageStream(images, backbone.preprocessing, protocol.view)
+    stream = ImageStream(images, backbone.preprocessing, protocol.view, max_pixels)
     if stream.tensors:
         protocol = replace(protocol, view="tensor")
     elif protocol.view == "tensor":

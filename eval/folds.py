@@ -105,6 +105,7 @@ def cross_validate(
     from xattn.files import write_json as write_record
     from xattn.heads import create_head
     from xattn.training import fit
+    from xattn.training.run_folder import RUN_FILE
 
     options = options or {}
     parts = []
@@ -120,9 +121,7 @@ def cross_validate(
         done = folder / "results.json"
         if done.is_file():
             if json.loads((folder / "fold.json").read_text()) != record:
-                raise ValueError(
-                    f"output: {folder} holds a fold of other settings; choose a new folder"
-                )
+                raise ValueError(f"output: {folder} has other settings; choose a new folder")
             parts.append(read_json(done))
             continue
         with torch.random.fork_rng(devices=[]):
@@ -130,7 +129,15 @@ def cross_validate(
             model = create_head(head, backbone, **options)
         train = sorted(set(paths) - set(held_out))
         run = folder / "run"
-        fit(model, backbone, train, config, output=run, resume=run.exists(), progress=progress)
+        fit(
+            model,
+            backbone,
+            train,
+            config,
+            output=run,
+            resume=(run / RUN_FILE).is_file(),
+            progress=progress,
+        )
         shared: dict[str, Any] = {"seed": config.seed, "max_forward_batch": max_forward_batch}
         methods = {head: create_explainer("head", backbone, model, **shared)}
         methods[f"{head}, raw scores"] = create_explainer(

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xattn.images import MAX_PIXELS, list_images, load_image, prepare
+
 
 class Item(NamedTuple):
     """``position`` counts what was given, unreadable images included; ``image`` is (3, H, W)."""
@@ -36,13 +38,17 @@ class ImageStream:
         skipped: photos that could not be read, filled while iterating.
     """
 
-    def __init__(self, images: Any, preprocessing: Any, view: str = "crop") -> None:
-        self.preprocessing, self.view = preprocessing, view
+    def __init__(
+        self,
+        images: Any,
+        preprocessing: Any,
+        view: str = "crop",
+        max_pixels: int | None = MAX_PIXELS,
+    ) -> None:
+        self.preprocessing, self.view, self.max_pixels = preprocessing, view, max_pixels
         self.skipped: list[Skipped] = []
         self._root: Path | None = None
         if isinstance(images, str | Path):
-            from xattn.images import list_images
-
             self._root = Path(images) if Path(images).is_dir() else None
             images = list_images(images)
         elif isinstance(images, Tensor):
@@ -69,15 +75,13 @@ class ImageStream:
                 yield photo
 
     def _photo(self, item: Any, position: int) -> Item | None:
-        from xattn.images import load_image, prepare
-
         name = f"image {position}"
         if isinstance(item, str | Path):
             path = Path(item)
             inside = self._root is not None and path.is_relative_to(self._root)
             name = str(path.relative_to(self._root)) if inside and self._root else str(path)
         try:
-            photo = load_image(item)
+            photo = load_image(item, self.max_pixels)
         except (ValueError, OSError) as error:
             self.skipped.append(Skipped(name, str(error)))
             return None

@@ -86,6 +86,14 @@ def test_explain_writes_a_pack_of_the_top_classes(setup, capsys):
     assert "pack:" in capsys.readouterr().out
 
 
+def test_evaluate_needs_no_head(setup, capsys):
+    root, model = setup
+    output = ["--output", str(root / "no-head"), "--max-forward-batch", "4"]
+    assert main(["evaluate", str(root / "photos"), "--explainers", "cam", *output, *model]) == 0
+    out = capsys.readouterr().out
+    assert "cam" in out and "randomized_cam" in out
+
+
 def test_explain_named_classes_with_another_explainer(setup):
     root, model = setup
     photo = str(root / "photos/0.png")

@@ -13,11 +13,10 @@ from xattn.explainers import (
     explainer_class,
     list_explainers,
     preserve_state,
-    shuffle_weights,
 )
 from xattn.heads import create_head
 
-NAMES = ["head", "randomized_head", "cam", "gradcam", "random", "centre", "ones"]
+NAMES = ["head", "cam", "gradcam", "random", "centre", "ones"]
 MODELS = {"cnn": "test_efficientnet", "vit": "test_vit"}
 
 
@@ -158,8 +157,6 @@ def test_a_missing_or_foreign_head_is_refused(pairs):
         pairs["cnn"].explainer("centre", sigma=0)
     with pytest.raises(ValueError, match=r"layer: Conv2d is not a module of"):
         pairs["cnn"].explainer("gradcam", layer=nn.Conv2d(1, 1, 1))
-    with pytest.raises(ValueError, match=r"randomize: got 'all'"):
-        pairs["cnn"].explainer("randomized_head", randomize="all")
 
 
 # ---------------------------------------------------------------------- state
@@ -336,37 +333,11 @@ def test_centre_peaks_in_the_middle_and_ones_are_one(pairs, images):
     assert ones.is_mask and (ones.attribute(images, 0) == 1).all()
 
 
-@pytest.mark.parametrize("randomize", ["head", "backbone"])
-@pytest.mark.parametrize("kind", list(MODELS))
-def test_randomised_weights_change_the_map_and_nothing_else(pairs, images, kind, randomize):
-    pair = pairs[kind]
-    before = snapshot(pair.backbone, pair.head)
-    explainer = pair.explainer("randomized_head", randomize=randomize, seed=3)
-    assert snapshot(pair.backbone, pair.head) == before
-    got, real = (e.attribute(images, TARGET) for e in (explainer, pair.explainer("head")))
-    again = pair.explainer("randomized_head", randomize=randomize, seed=3).attribute(images, TARGET)
-    other = pair.explainer("randomized_head", randomize=randomize, seed=4).attribute(images, TARGET)
-    assert torch.equal(got, again) and not torch.equal(got, other)
-    correlation = np.corrcoef(got.flatten(1).numpy(), real.flatten(1).numpy())[:5, 5:].diagonal()
-    assert np.abs(correlation).mean() < 0.9
-    logits, _, _ = explainer.attribute_classes(images, lambda z: z.topk(1).indices)
-    assert torch.allclose(logits, pair.backbone.logits(images), atol=1e-5)
-
-
-def test_shuffling_keeps_the_values_and_the_running_statistics():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    model(torch.rand(2, 3, 8, 8))
-    copy = shuffle_weights(model, 0)
-    assert torch.equal(copy[0].weight.flatten().sort()[0], model[0].weight.flatten().sort()[0])
-    assert not torch.equal(copy[0].weight, model[0].weight)
-    assert torch.equal(copy[1].running_mean, model[1].running_mean)
-    assert torch.equal(shuffle_weights(model, 0, matrices_only=True)[0].bias, model[0].bias)
-
-
 def test_gradcam_finds_the_grid_of_models_that_do_not_tell_it():
     backbone = load_backbone("xcit_nano_12_p16_224", weights=None)
-    maps = create_explainer("gradcam", backbone).attribute(torch.rand(1, 3, 224, 224), 3)
-    assert maps.shape == (1, 1, 14, 14) and maps.max() > 0
+    explainer = create_explainer("gradcam", backbone, relu=False)
+    maps = explainer.attribute(torch.rand(1, 3, 224, 224), 3)
+    assert maps.shape == (1, 1, 14, 14) and maps.abs().max() > 0
 
 
 def test_gradcam_refuses_models_that_end_in_tokens():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,6 +195,9 @@ def test_wide_taps_are_low_rank_by_default():
         ("ttame", {"mask_policy": "white"}, "mask_policy"),
         ("ttame", {"activation": "gelu"}, "activation"),
         ("ttame", {"wings": 2}, "does not take"),
+        ("ttame", {"num_taps": "two"}, "options"),
+        ("ttame", {"branch_rank": "x"}, "branch_rank"),
+        ("ttame", {"skip": "false"}, "skip"),
         ("tame", {}, "ttame"),
     ],
 )
@@ -251,7 +256,22 @@ def test_hub_download_and_push_use_huggingface_hub(cnn, tmp_path, monkeypatch):
         ("someone/some-head", "config.json"),
         ("someone/some-head", "model.safetensors"),
     ]
-    assert callable(head.push_to_hub)
+
+    class Hub:
+        def __init__(self, **options):
+            pass
+
+        def create_repo(self, repo_id, **options):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            pushed[repo_id] = {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
+
+    pushed = {}
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    head.push_to_hub("someone/pushed")
+    for name in ("config.json", "model.safetensors"):
+        assert pushed["someone/pushed"][name] == (tmp_path / "repo" / name).read_bytes()
 
 
 def test_a_head_for_another_backbone_is_refused_with_both_hashes(cnn, tmp_path):
@@ -287,9 +307,12 @@ def test_saving_keeps_what_is_not_ours_and_survives_a_full_disk(cnn, tmp_path, m
     head = create_head("ttame", cnn)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("precious")
-    with pytest.raises(ValueError, match="not empty"):
-        save_head(head, tmp_path / "mine")
-    assert (tmp_path / "mine/thesis.txt").read_text() == "precious"
+    for content in (None, "{}", '{"head": "of state", "options": 1, "backbone": {"sha256": 0}}'):
+        if content is not None:
+            (tmp_path / "mine/config.json").write_text(content)
+        with pytest.raises(ValueError, match="not empty"):
+            save_head(head, tmp_path / "mine")
+        assert (tmp_path / "mine/thesis.txt").read_text() == "precious"
 
     save_head(head, tmp_path / "h")
     before = (tmp_path / "h/model.safetensors").read_bytes()
@@ -297,7 +320,10 @@ def test_saving_keeps_what_is_not_ours_and_survives_a_full_disk(cnn, tmp_path, m
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    (tmp_path / "h/README.md").write_text("card")
+    save_head(head, tmp_path / "h")
+    assert (tmp_path / "h/README.md").read_text() == "card"
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
     with pytest.raises(OSError, match="No space left.*untouched"):
         save_head(randomized(head), tmp_path / "h")
     assert (tmp_path / "h/model.safetensors").read_bytes() == before

@@ -136,7 +136,7 @@ def test_augmentation_is_a_pure_function(tmp_path, backbone):
     assert torch.equal(plain[0, 1][1], plain[7, 1][1])
 
 
-@pytest.mark.parametrize("size", [(1, 1), (900, 20), (20, 900)])
+@pytest.mark.parametrize("size", [(1, 1), (8000, 20), (20, 900)])
 def test_extreme_photos_are_augmented_to_the_input_size(tmp_path, backbone, size):
     Image.new("RGB", size, (10, 200, 30)).save(tmp_path / "x.png")
     image = TrainImages([tmp_path / "x.png"], backbone.preprocessing, seed=0)[0, 0][1]
@@ -215,34 +215,197 @@ def test_a_folder_that_is_taken_is_refused(tmp_path, backbone):
 
 
 def test_two_runs_into_one_folder_are_refused(tmp_path, backbone):
-    fcntl = pytest.importorskip("fcntl")
+    pytest.importorskip("fcntl")
     folder = write_photos(tmp_path / "p", 2)
     head = create_head("ttame", backbone)
     config = TrainConfig(epochs=1, batch_size=2, workers=0)
     fit(head, backbone, folder, config, output=tmp_path / "run", progress=False)
-    with (tmp_path / "run/run.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run/run.lock")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        other.stdout.readline()
         with pytest.raises(ValueError, match="another run"):
             fit(
                 head, backbone, folder, config, output=tmp_path / "run", resume=True, progress=False
             )
+    finally:
+        other.communicate("\n")
+    fit(head, backbone, folder, config, output=tmp_path / "run", resume=True, progress=False)
 
 
-def test_interrupt_leaves_a_checkpoint(tmp_path, backbone, monkeypatch):
+def test_ctrl_c_in_the_middle_of_a_step_resumes_to_bit_identical_weights(
+    tmp_path, backbone, monkeypatch
+):
     folder = write_photos(tmp_path / "p", 8)
-    head = create_head("ttame", backbone)
-    config = TrainConfig(epochs=1, batch_size=2, workers=0)
+    config = TrainConfig(epochs=2, batch_size=2, workers=0, lr=0.01)
+
+    def fresh(seed=3):
+        torch.manual_seed(seed)
+        return create_head("ttame", backbone)
+
+    whole = fit(fresh(), backbone, folder, config, output=tmp_path / "whole", progress=False).head
     calls = []
 
-    def stop(*args):
+    def interrupted(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
+        return objective(*args, **kwargs)
 
-    monkeypatch.setattr("xattn.training.loop._report", stop)
+    monkeypatch.setattr("xattn.training.loop.objective", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        fit(head, backbone, folder, config, output=tmp_path / "run", progress=False)
+        fit(fresh(), backbone, folder, config, output=tmp_path / "run", progress=False)
+    assert signal.getsignal(signal.SIGINT) == handler
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000003\n"
+    # The head that resumes may start anywhere: its state comes from the checkpoint.
+    resumed = fit(
+        fresh(9), backbone, folder, config, output=tmp_path / "run", resume=True, progress=False
+    )
+    for (key, a), b in zip(
+        whole.state_dict().items(), resumed.head.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), key
+    again = fit(
+        fresh(), backbone, folder, config, output=tmp_path / "run", resume=True, progress=False
+    )
+    assert again.losses == resumed.losses != {}
+
+
+def test_resume_refuses_other_images(tmp_path, backbone):
+    config = TrainConfig(epochs=1, batch_size=2, workers=0)
+    head = create_head("ttame", backbone)
+    one, two = write_photos(tmp_path / "one", 3), write_photos(tmp_path / "two", 3, (40, 40))
+    fit(head, backbone, one, config, output=tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="resume"):
+        fit(head, backbone, two, config, output=tmp_path / "run", resume=True, progress=False)
+
+
+def test_a_run_without_readable_images_never_becomes_a_head(tmp_path, backbone):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/x.jpg").write_bytes(b"no")
+    head = create_head("ttame", backbone)
+    config = TrainConfig(epochs=1, workers=0)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="none of the 1 images"):
+            fit(
+                head,
+                backbone,
+                tmp_path / "bad",
+                config,
+                output=tmp_path / "run",
+                resume=resume,
+                progress=False,
+            )
+    assert not (tmp_path / "run/head").exists()
+
+
+def test_a_diverging_run_stops_and_names_the_learning_rate(tmp_path, backbone):
+    config = TrainConfig(epochs=20, batch_size=2, workers=0, lr=1e30)
+    with pytest.raises(ValueError, match="lr"):
+        fit(
+            create_head("ttame", backbone),
+            backbone,
+            write_photos(tmp_path / "p", 4),
+            config,
+            progress=False,
+        )
+
+
+def test_runs_of_other_precision_and_mask_policy_follow_each_other(tmp_path, backbone):
+    folder = write_photos(tmp_path / "p", 3)
+    for precision in ("bf16", "no"):
+        head = create_head("lcam", backbone, mask_policy="feature")
+        config = TrainConfig(epochs=1, batch_size=2, workers=0, precision=precision)
+        fit(head, backbone, folder, config, output=tmp_path / precision, progress=False)
+        x = rand(1, 3, 64, 64)
+        taps = backbone(x)
+        assert torch.equal(load_head(tmp_path / precision / "head", backbone)(taps), head(taps))
+
+
+def test_tensorboard_events_are_written_where_it_is_installed(tmp_path, backbone):
+    pytest.importorskip("tensorboard")
+    config = TrainConfig(epochs=1, batch_size=2, workers=0)
+    fit(create_head("ttame", backbone), backbone, write_photos(tmp_path / "p", 2), config,
+        output=tmp_path / "run", progress=False)  # fmt: skip
+    assert list((tmp_path / "run/tensorboard").glob("events.*"))
+
+
+FULL_DISK = """
+import resource, sys, torch, xattn
+from xattn.heads import create_head, save_head
+from xattn.config import TrainConfig
+torch.manual_seed(0)
+backbone = xattn.load_backbone("test_efficientnet", weights=None, input_size=64, num_classes=7)
+head = create_head("ttame", backbone)
+if sys.argv[1] == "head":
+    save_head(head, sys.argv[3])
+    before = open(sys.argv[3] + "/model.safetensors", "rb").read()
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+try:
+    if sys.argv[1] == "head":
+        save_head(head, sys.argv[3])
+    else:
+        config = TrainConfig(epochs=1, batch_size=2, workers=0)
+        xattn.fit(head, backbone, sys.argv[2], config, output=sys.argv[3], progress=False)
+except OSError as error:
+    assert "output: cannot write" in str(error), error
+    if sys.argv[1] == "head":
+        assert open(sys.argv[3] + "/model.safetensors", "rb").read() == before
+    print("refused")
+"""
+
+
+@pytest.mark.parametrize("what", ["head", "checkpoint"])
+def test_a_full_disk_is_one_clear_error(tmp_path, what):
+    """Every write beyond 20 kB fails in the child, as on a full disk."""
+    folder = write_photos(tmp_path / "p", 2)
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, what, str(folder), str(tmp_path / "out")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.stdout.strip().endswith("refused"), run.stdout + run.stderr
+
+
+TWO_PROCESSES = """
+import sys, torch, xattn
+from accelerate import PartialState
+from xattn.heads import create_head
+from xattn.config import TrainConfig
+backbone = xattn.load_backbone("test_efficientnet", weights=sys.argv[1], input_size=64)
+torch.manual_seed(0)
+head = create_head("ttame", backbone)
+config = TrainConfig(epochs=2, batch_size=1, workers=0, lr=0.01)
+result = xattn.fit(head, backbone, sys.argv[2], config, output=sys.argv[3], progress=False)
+assert PartialState().num_processes == 2
+assert [p.split("/")[-1] for p, _ in result.skipped] == ["broken.png"], result.skipped
+total = torch.stack([p.detach().double().sum() for p in head.parameters()]).sum()
+sums = [torch.zeros_like(total) for _ in range(2)]
+torch.distributed.all_gather(sums, total)
+assert torch.equal(*sums), sums
+print("agreed")
+"""
+
+
+def test_two_processes_train_one_head_and_share_what_they_skip(tmp_path, backbone):
+    from safetensors.torch import save_file
+
+    save_file(backbone.model.state_dict(), str(tmp_path / "w.safetensors"))
+    folder = write_photos(tmp_path / "p", 4)
+    (folder / "broken.png").write_bytes(b"no")
+    (tmp_path / "job.py").write_text(TWO_PROCESSES)
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(tmp_path / "job.py"), str(tmp_path / "w.safetensors"), str(folder), str(tmp_path / "run")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.stdout.count("agreed") == 2, run.stdout + run.stderr
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 6
 
 
 @pytest.mark.parametrize(

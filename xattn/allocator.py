@@ -21,4 +21,7 @@ def keep_memory(threshold: int = 1 << 30) -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, threshold) and mallopt(M_TRIM_THRESHOLD, threshold))
+    # Older glibc refuses an mmap threshold above 32 MiB.
+    mmap = mallopt(M_MMAP_THRESHOLD, threshold) or mallopt(M_MMAP_THRESHOLD, 1 << 25)
+    trim = mallopt(M_TRIM_THRESHOLD, threshold)
+    return bool(mmap and trim)

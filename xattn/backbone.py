@@ -59,8 +59,8 @@ class TapModule(Protocol):
     """The adapter protocol for modules that are not timm's.
 
     ``forward_taps(x)`` takes normalised images (B, 3, H, W) and returns ``(logits, maps)`` with
-    4-D NCHW maps; optional attributes ``preprocessing`` (a :class:`Preprocessing`),
-    ``classifier_weight`` (K, C) and ``num_classes`` are used where present.
+    4-D NCHW maps; optional attributes ``preprocessing`` (a :class:`Preprocessing`) and
+    ``classifier_weight`` (K, C) are used where present.
     """
 
     def forward_taps(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]: ...
@@ -369,14 +369,9 @@ class Backbone(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of names, shapes and values of all weights and buffers."""
+        """SHA-256 of the weights as they were loaded; a later cast keeps it, see :func:`sha256`."""
         if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for key, value in sorted(self.model.state_dict().items()):
-                value = value.detach().cpu().contiguous()
-                digest.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
-                digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-            self._fingerprint = digest.hexdigest()
+            self._fingerprint = sha256(self.model)
         return self._fingerprint
 
     def class_index(self, name: str | int) -> int:
@@ -407,6 +402,16 @@ class Backbone(nn.Module):
         raise ValueError(f"class {name!r} is not a class of {self.name}{hint}")
 
 
+def sha256(module: nn.Module) -> str:
+    """SHA-256 (hex) of names, types, shapes and values of all saved tensors of ``module``."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def load_backbone(
     name_or_module: str | nn.Module,
     weights: str | Path | None = "timm",
@@ -435,6 +440,8 @@ def load_backbone(
         OSError: weights that cannot be read or downloaded.
     """
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ValueError(f"input_size: got {input_size}; give positive pixels, one side or (H, W)")
     if isinstance(name_or_module, nn.Module):
         model = name_or_module
         name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")) or (
@@ -450,7 +457,13 @@ def load_backbone(
         name = name_or_module
         model, overrides = _create(name, weights, size, num_classes)
     preprocessing = _preprocessing(model, overrides, size)
-    backbone = Backbone(model, name, preprocessing, taps, read_classes(classes))
+    try:
+        backbone = Backbone(model, name, preprocessing, taps, read_classes(classes))
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"input_size: {name} cannot take {preprocessing.input_size} ({reason}); give another"
+        ) from error
     return backbone.to(device) if device is not None else backbone
 
 
@@ -464,8 +477,11 @@ def read_classes(classes: str | Path | Sequence[str] | None) -> list[str] | None
             raise FileNotFoundError(
                 f"classes: no file {path}; give a text file with one name a line"
             )
-        classes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        classes = [line for line in classes if line]
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"classes: {path} is not UTF-8 text; save it as UTF-8") from None
+        classes = [line.strip() for line in lines if line.strip()]
     return list(classes)
 
 
@@ -482,7 +498,7 @@ def _create(
     if num_classes is not None:
         options["num_classes"] = num_classes
     if size is not None:
-        if "img_size" in _constructor_arguments(name):
+        if _takes_img_size(name):
             options["img_size"] = size
     if weights == "timm":
         try:
@@ -526,13 +542,12 @@ def _create(
     return model, {}
 
 
-def _constructor_arguments(name: str) -> set[str]:
+def _takes_img_size(name: str) -> bool:
     """Whether the architecture takes ``img_size``: ViTs do, CNNs do not."""
     import timm
 
     config = timm.get_pretrained_cfg(name)
-    fixed = config is not None and getattr(config, "fixed_input_size", False)
-    return {"img_size"} if fixed else set()
+    return bool(config is not None and getattr(config, "fixed_input_size", False))
 
 
 def _preprocessing(

@@ -84,6 +84,8 @@ class Train:
             torch.manual_seed(self.train.seed)
             head = create_head(self.head, backbone, **options)
         result = fit(head, backbone, self.data, self.train, output=self.output, resume=self.resume)
+        if not result.main:
+            return
         if self.half:
             save_head(head, self.output / "head-half", dtype="float16")
         for path, reason in result.skipped:
@@ -157,7 +159,7 @@ class Evaluate:
     """An image, a folder, or a .txt list."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     heads: tuple[str, ...] = ()
-    """Heads to measure: folders, shipped names, hub repositories; the shipped one by default."""
+    """Heads to measure: folders, shipped names, hub repositories; by default a shipped one that fits."""
     explainers: tuple[str, ...] = ("gradcam",)
     """Further methods of xattn list."""
     levels: tuple[float, ...] = (1.0, 0.5, 0.15)
@@ -168,6 +170,8 @@ class Evaluate:
     """What the model sees."""
     max_forward_batch: int = 32
     """How many masked images are alive in one pass."""
+    max_pixels: int = 40_000_000
+    """Larger photos are skipped."""
     seed: int = 0
     """Of the random rows and the bootstrap."""
     output: Path = Path("runs/evaluation")
@@ -181,18 +185,22 @@ class Evaluate:
         check_folder(self.output)
         backbone = self.model.load()
         shared: dict[str, Any] = {"seed": self.seed, "max_forward_batch": self.max_forward_batch}
-        methods: dict[str, Any] = {}
-        first = None
-        for source in self.heads or (_default_head(backbone),):
-            head = _head(source, backbone)
-            first = first or head
-            methods[_row_name(source, head.name, methods)] = create_explainer(
-                "head", backbone, head, **shared
-            )
-        for name in self.explainers:
-            methods[name] = create_explainer(name, backbone, first, **shared)
+        sources = self.heads or tuple(filter(None, [_default_head(backbone)]))
+        heads = [_head(source, backbone) for source in sources]
+        first = heads[0] if heads else None
+        sanity: dict[str, Any] = {}
         if self.sanity:
-            methods.update(sanity_rows(backbone, "head", head=first, seed=self.seed))
+            row = "head" if heads else self.explainers[0] if self.explainers else "gradcam"
+            sanity = sanity_rows(backbone, row, head=first, seed=self.seed)
+        methods: dict[str, Any] = {}
+        for name in self.explainers:
+            if name not in sanity:
+                methods[name] = create_explainer(name, backbone, first, **shared)
+        labelled: dict[str, Any] = {}
+        for source, head in zip(sources, heads, strict=True):
+            label = _row_name(source, head.name, {*methods, *labelled, *sanity})
+            labelled[label] = create_explainer("head", backbone, head, **shared)
+        methods = {**labelled, **methods, **sanity}
         results = evaluate(
             backbone,
             methods,
@@ -201,6 +209,7 @@ class Evaluate:
             max_forward_batch=self.max_forward_batch,
             view=self.view,
             seed=self.seed,
+            max_pixels=self.max_pixels,
         )
         write_json(results, self.output / "results.json")
         write_csv(results, self.output / "results.csv")
@@ -266,26 +275,29 @@ def _device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _default_head(backbone: Any) -> str:
-    """The shipped head that fits ``backbone``, by the hash of its weights."""
+def _default_head(backbone: Any) -> str | None:
+    """The shipped head that fits ``backbone``, by the hash of its weights; None if there is none."""
     from xattn.heads import read_config, shipped_heads
 
     for name, folder in shipped_heads().items():
         if read_config(folder)["backbone"]["sha256"] == backbone.fingerprint:
             return name
-    raise ValueError(
-        f"head: no shipped head fits {backbone.name} with these weights; train one with "
-        f"'xattn train' and give its folder, or choose --explainer"
-    )
+    return None
 
 
 def _head(source: str | None, backbone: Any) -> Any:
     from xattn.heads import load_head
 
-    return load_head(source or _default_head(backbone), backbone).to(backbone.device)
+    source = source or _default_head(backbone)
+    if source is None:
+        raise ValueError(
+            f"head: no shipped head fits {backbone.name} with these weights; train one with "
+            f"'xattn train' and give its folder, or choose --explainer"
+        )
+    return load_head(source, backbone).to(backbone.device)
 
 
-def _row_name(source: str, name: str, taken: dict[str, Any]) -> str:
+def _row_name(source: str, name: str, taken: set[str]) -> str:
     path = Path(source)
     label = (
         path.parent.name if path.name in ("head", "head-half") and path.parent.name else path.name
@@ -316,7 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command.run()
     except (ValueError, OSError) as error:
-        text = error.args[-1] if isinstance(error, OSError) and error.args else error
+        named = isinstance(error, OSError) and error.filename is None and error.args
+        text = error.args[-1] if named else error
         print(f"xattn: error: {' '.join(str(text).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

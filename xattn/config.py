@@ -57,7 +57,7 @@ class TrainConfig:
     batch_size: Int = None  # type: ignore[assignment]
     """Images a step, per process (published 32, small 16)."""
     optimizer: OptimizerName = None  # type: ignore[assignment]
-    """SGD with Nesterov momentum 0.9 (published) or AdamW (small)."""
+    """SGD with Nesterov momentum, cycled .95 to .85 by OneCycle (published), or AdamW (small)."""
     lr: Float = None  # type: ignore[assignment]
     """Peak learning rate of the OneCycle schedule (published 1e-3, small 3e-4)."""
     weight_decay: Float = None  # type: ignore[assignment]

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from xattn.backbone import sha256
 from xattn.explainers import Explainer, create_explainer
 from xattn.explanation import Explanation, check_output, save_pack
 from xattn.images import MAX_PIXELS, View, list_images, load_image, prepare
@@ -276,20 +277,10 @@ def _protocol(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any
         "seed": method.seed,
         "view": view,
         "classes": "top",
-        "map": "mask" if method.is_mask else "raw score; min-max before upsampling for display",
+        "map": "mask" if method.is_mask else "as explained; min-max before upsampling for display",
         "probability": "softmax",
     }
 
 
 def _head_record(head: Head) -> dict[str, Any]:
-    return {"name": head.name, "sha256": _sha256(head), "explain_with": head.explain_with}
-
-
-def _sha256(module: nn.Module) -> str:
-    """SHA-256 (hex) of names, types, shapes and values of all saved tensors."""
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return {"name": head.name, "sha256": sha256(head), "explain_with": head.explain_with}

@@ -171,7 +171,8 @@ def save_pack(
         raise ValueError(
             f"explanations: {double[0]!r} comes twice; give every photo its own image_id"
         )
-    with atomic_folder(folder, MANIFEST) as temporary:
+    owned = (MANIFEST, MAPS, "thumbnails", "overlays")
+    with atomic_folder(folder, owned, _is_pack) as temporary:
         thumbnails = _write_images(temporary, explanations, overlays)
         from safetensors.numpy import save
 

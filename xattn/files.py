@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+OLD = ".old"
 
 
 def output_error(argument: str, path: str | Path, error: OSError) -> OSError:
@@ -46,31 +48,44 @@ def atomic_file(path: str | Path, argument: str = "output") -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, marker: str, argument: str = "output") -> Iterator[Path]:
+def atomic_folder(
+    path: str | Path,
+    owned: Collection[str],
+    is_ours: Callable[[Path], bool] | None = None,
+    argument: str = "output",
+) -> Iterator[Path]:
     """Yield a temporary sibling folder that replaces ``path`` when the block ends.
 
-    An existing ``path`` is replaced only if it is empty or holds the file ``marker``: a folder that
-    xattn did not write is refused with a ``ValueError``.
+    Args:
+        owned: names of the files and folders that the caller writes; whatever else lies in an
+            existing ``path`` (a README, notes) is carried over.
+        is_ours: whether a folder that is not empty may be replaced at all; else it is refused with
+            a ``ValueError``. None trusts the caller.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{argument}: {path} is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
-        raise ValueError(
-            f"{argument}: {path} is not empty and holds no {marker}; choose a new folder, "
-            f"nothing was overwritten"
-        )
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _restore(path)
+        if is_ours is not None and path.is_dir() and any(path.iterdir()) and not is_ours(path):
+            raise ValueError(
+                f"{argument}: {path} is not empty and was not written by xattn; choose a new "
+                f"folder, nothing was overwritten"
+            )
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         yield temporary
+        for entry in path.iterdir() if path.is_dir() else ():
+            if entry.name not in owned and not (temporary / entry.name).exists():
+                copy = shutil.copytree if entry.is_dir() else shutil.copy2
+                copy(entry, temporary / entry.name)
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync(file)
         temporary.chmod(0o755)
         if path.exists():
-            old = temporary.with_name(temporary.name + ".old")
+            old = temporary.with_name(temporary.name + OLD)
             os.replace(path, old)
             try:
                 os.replace(temporary, path)
@@ -85,6 +100,13 @@ def atomic_folder(path: str | Path, marker: str, argument: str = "output") -> It
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _restore(path: Path) -> None:
+    """Undo a replacement that was killed between its two renames."""
+    if not path.exists():
+        for old in sorted(path.parent.glob(f".{path.name}.*{OLD}"))[-1:]:
+            os.replace(old, path)
 
 
 def check_folder(path: str | Path, argument: str = "output") -> None:

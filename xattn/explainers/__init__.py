@@ -11,7 +11,7 @@ from xattn.explainers.base import (
 from xattn.explainers.baselines import Centre, Ones, Random
 from xattn.explainers.cam import Cam
 from xattn.explainers.gradcam import GradCam
-from xattn.explainers.head import HeadExplainer, RandomizedHead, shuffle_weights
+from xattn.explainers.head import HeadExplainer
 
 __all__ = [
     "Cam",
@@ -21,11 +21,9 @@ __all__ = [
     "HeadExplainer",
     "Ones",
     "Random",
-    "RandomizedHead",
     "create_explainer",
     "explainer_class",
     "list_explainers",
     "preserve_state",
     "register_explainer",
-    "shuffle_weights",
 ]

@@ -24,6 +24,8 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 MASK_POLICIES = ("raw_normalize", "renormalize", "normalized", "feature")
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 _REGISTRY: dict[str, type[Head]] = {}
 
 
@@ -99,11 +101,14 @@ class Head(
             "training": self.summary,
         }
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        from safetensors.torch import save_file
+    def _save_pretrained(self, save_directory: Path, dtype: torch.dtype | None = None) -> None:
+        from safetensors.torch import save
 
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        save_file(state, str(save_directory / WEIGHTS_FILE), metadata={"format": "pt"})
+        if dtype is not None:
+            state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        # Serialised in memory: a full disk is then an OSError of the write.
+        (save_directory / WEIGHTS_FILE).write_bytes(save(state, metadata={"format": "pt"}))
         text = json.dumps(self.config(), indent=2, ensure_ascii=False) + "\n"
         (save_directory / CONFIG_FILE).write_text(text, encoding="utf-8")
 
@@ -150,9 +155,8 @@ def create_head(name: str, backbone: Backbone, **options: Any) -> Head:
     try:
         return _REGISTRY[name](backbone, **options).to(backbone.device)
     except TypeError as error:
-        if "unexpected keyword" in str(error):
-            raise ValueError(f"head: {name} does not take that option ({error})") from None
-        raise
+        reason = "does not take that option" if "unexpected keyword" in str(error) else "refuses"
+        raise ValueError(f"head: {name} {reason} ({error}); its options: {options}") from error
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -183,18 +187,19 @@ def save_head(
     """
     if summary is not None:
         head.summary = summary
-    with atomic_folder(folder, CONFIG_FILE) as temporary:
-        head._save_pretrained(temporary)
-        if dtype is not None:
-            from safetensors.torch import load_file, save_file
-
-            half = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-            if dtype not in half:
-                raise ValueError(f"dtype: got {dtype!r}; choose one of {', '.join(half)}")
-            state = load_file(str(temporary / WEIGHTS_FILE))
-            state = {k: v.to(half[dtype]) if v.is_floating_point() else v for k, v in state.items()}
-            save_file(state, str(temporary / WEIGHTS_FILE), metadata={"format": "pt"})
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}; choose one of {', '.join(DTYPES)}")
+    with atomic_folder(folder, (WEIGHTS_FILE, CONFIG_FILE), _is_head) as temporary:
+        head._save_pretrained(temporary, None if dtype is None else DTYPES[dtype])
     return Path(folder)
+
+
+def _is_head(folder: Path) -> bool:
+    try:
+        read_config(folder)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def shipped_heads() -> dict[str, Path]:
@@ -248,7 +253,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["head"], config["options"], config["backbone"]["sha256"]
+        config["format"], config["head"], config["options"], config["backbone"]["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"head: {path} is damaged ({type(error).__name__}: {error}); save the head again"

@@ -118,6 +118,13 @@ class TTame(Head):
             "explain_with": _shown(explain_with, fusion),
         }
         super().__init__(backbone, options)
+        for key, value in (("skip", skip), ("norm", norm)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{key}: got {value!r}; give True or False")
+        if branch_rank not in ("auto", None) and (
+            not isinstance(branch_rank, int) or branch_rank < 1
+        ):
+            raise ValueError(f"branch_rank: got {branch_rank!r}; give 'auto', None or a rank")
         count = len(backbone.taps) if num_taps is None else num_taps
         if not 1 <= count <= len(backbone.taps):
             raise ValueError(

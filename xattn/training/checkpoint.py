@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ POINTER, STATE = "latest", "state.pt"
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Write ``folder/step-<step>/state.pt``, point ``folder/latest`` at it, drop older ones."""
     name = f"step-{step:08d}"
-    with atomic_folder(folder / name, STATE) as temporary:
-        torch.save(state, temporary / STATE)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)  # in memory first: a full disk is then an OSError of the write
+    with atomic_folder(folder / name, (STATE,)) as temporary:
+        (temporary / STATE).write_bytes(buffer.getbuffer())
     with atomic_file(folder / POINTER) as temporary:
         temporary.write_text(name + "\n", encoding="utf-8")
     for old in sorted(folder.glob("step-*"))[:-2]:

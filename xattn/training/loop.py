@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator, Sequence
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from xattn.backbone import Backbone
+from xattn.backbone import Backbone, sha256
 from xattn.config import TrainConfig
-from xattn.files import output_error, write_json
+from xattn.files import write_json
 from xattn.heads import Head, save_head
 from xattn.training.checkpoint import load_checkpoint, save_checkpoint
 from xattn.training.data import TrainImages, epoch_batches, find_images, loader, steps_per_epoch
-from xattn.training.objective import Terms, objective
-
-RUN_FILE, LOG_FILE, HEAD_FOLDER, CHECKPOINTS = "run.json", "log.jsonl", "head", "checkpoints"
+from xattn.training.objective import objective
+from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, claim, describe_images, report
 
 
 @dataclass
 class FitResult:
     """What :func:`fit` returns: the trained head (eval mode), the steps taken, the last losses, and
-    (path, reason) of every image that could not be read."""
+    (path, reason) of every image that could not be read; ``main`` is False in the other processes of
+    a distributed run, which write nothing."""
 
     head: Head
     steps: int
     losses: dict[str, float] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     output: Path | None = None
+    main: bool = True
 
 
 def fit(
@@ -61,6 +63,8 @@ def fit(
         OSError: ``output`` cannot be written.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import gather_object
 
     config = config or TrainConfig()
     if head.backbone_fingerprint != backbone.fingerprint:
@@ -69,17 +73,23 @@ def fit(
             f"{backbone.fingerprint}; create the head with this backbone"
         )
     paths = find_images(data)
+    before = sha256(backbone.model)
     accelerator = Accelerator(
         cpu=backbone.device.type == "cpu",
         mixed_precision=config.precision,
         step_scheduler_with_optimizer=False,
+        device_placement=False,
     )
-    backbone.to(accelerator.device)
-    head.to(accelerator.device)
+    ranks, rank = accelerator.num_processes, accelerator.process_index
+    if len(paths) < ranks:
+        raise ValueError(f"data: got {len(paths)} images for {ranks} processes; give more images")
+    main = accelerator.is_main_process
+    device = backbone.device if ranks == 1 else accelerator.device
+    backbone.to(device)
+    head.to(device)
     images = TrainImages(
         paths, backbone.preprocessing, config.seed, config.augment, config.max_pixels
     )
-    ranks, rank = accelerator.num_processes, accelerator.process_index
     per_epoch = steps_per_epoch(len(paths), config.batch_size, ranks)
     total = per_epoch * config.epochs
     optimizer = _optimizer(head, config)
@@ -87,79 +97,98 @@ def fit(
         optimizer, max_lr=config.lr, total_steps=max(total, 2), pct_start=0.3, final_div_factor=1e4
     )
     folder = None if output is None else Path(output)
-    run = {"train": asdict(config), "head": head.config(), "images": len(paths), "processes": ranks}
-    step, skipped = 0, dict[int, str]()
-    with _claim(folder, run, resume, accelerator.is_main_process) as log:
+    run = {
+        "train": asdict(config),
+        "head": head.config(),
+        "images": describe_images(paths),
+        "preprocessing": asdict(backbone.preprocessing),
+        "processes": ranks,
+    }
+    step, skipped, losses = 0, dict[int, str](), dict[str, float]()
+    with claim(folder, run, resume, main) as log:
         state = load_checkpoint(folder / CHECKPOINTS) if folder is not None and resume else None
         if state is not None:
             head.load_state_dict(state["head"])
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
-            step, skipped = state["step"], dict(state["skipped"])
-        model, optimizer = accelerator.prepare(head, optimizer)
+            step, skipped, losses = state["step"], dict(state["skipped"]), state["losses"]
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(state["scaler"])
+        model, optimizer = accelerator.prepare(head, optimizer, device_placement=[False, False])
         head.train()
-        writer = _tensorboard(folder) if accelerator.is_main_process else None
-        bar = tqdm(
-            total=total,
-            initial=step,
-            unit="step",
-            disable=not (progress and accelerator.is_main_process),
-        )
 
         def checkpoint() -> None:
-            if folder is not None and accelerator.is_main_process:
-                save_checkpoint(
-                    folder / CHECKPOINTS,
-                    step,
-                    {
-                        "step": step,
-                        "head": head.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "scheduler": scheduler.state_dict(),
-                        "skipped": sorted(skipped.items()),
-                    },
-                )
+            if folder is None or not main:
+                return
+            scaler = accelerator.scaler
+            state = {
+                "step": step,
+                "head": head.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "skipped": sorted(skipped.items()),
+                "losses": losses,
+            }
+            save_checkpoint(folder / CHECKPOINTS, step, state)
 
-        losses: dict[str, float] = {}
-        saved = step
+        if state is None:
+            checkpoint()  # a run killed before its first checkpoint starts from the same head
+        writer = _tensorboard(folder, step) if main else None
+        bar = tqdm(total=total, initial=step, unit="step", disable=not (progress and main))
         try:
-            while step < total:
-                epoch, first = divmod(step, per_epoch)
-                keys = epoch_batches(
-                    len(paths), config.batch_size, config.seed, epoch, first, rank, ranks
-                )
-                for batch, unreadable in loader(images, keys, config.workers):
-                    skipped.update(unreadable)
-                    if batch is not None:
-                        terms = _step(accelerator, model, head, backbone, optimizer, batch, config)
-                        losses = {k: float(v) for k, v in terms._asdict().items()}
-                    if step + 1 < scheduler.total_steps:
-                        scheduler.step()
-                    step += 1
-                    _report(
-                        log, writer, bar, step, epoch, float(scheduler.get_last_lr()[0]), losses
+            with deferred_interrupt() as interrupted:
+                while step < total:
+                    epoch, first = divmod(step, per_epoch)
+                    keys = epoch_batches(
+                        len(paths), config.batch_size, config.seed, epoch, first, rank, ranks
                     )
-                    if step % config.checkpoint_every == 0 or step % per_epoch == 0:
-                        checkpoint()
-                        saved = step
-        except KeyboardInterrupt:
-            if saved != step:
-                checkpoint()
-            raise
+                    for batch, unreadable in loader(images, keys, config.workers):
+                        skipped.update(unreadable)
+                        if batch is not None or ranks > 1:
+                            losses = _step(
+                                accelerator, model, head, backbone, optimizer, batch, config
+                            )
+                        if not all(map(math.isfinite, losses.values())):
+                            raise ValueError(
+                                f"lr: the loss is not finite at step {step + 1}; train with a lower "
+                                f"lr than {config.lr:g}"
+                            )
+                        if step + 1 < scheduler.total_steps:
+                            scheduler.step()
+                        step += 1
+                        lr = float(scheduler.get_last_lr()[0])
+                        report(log, writer, bar, step, epoch, lr, losses)
+                        if step % config.checkpoint_every == 0 or step % per_epoch == 0:
+                            checkpoint()
+                        if interrupted():
+                            checkpoint()
+                            raise KeyboardInterrupt
         finally:
             bar.close()
             if writer is not None:
                 writer.close()
+            accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            if ranks == 1:  # leave no process-wide state behind: a next fit may ask for another
+                AcceleratorState._reset_state(reset_partial_state=True)
         head.eval()
-        _check_untouched(backbone, head)
-        result = FitResult(
-            head, step, losses, [(str(paths[i]), why) for i, why in sorted(skipped.items())], folder
-        )
-        if not losses and state is None:
+        if sha256(backbone.model) != before:
+            raise RuntimeError("the backbone's weights changed during training: this is a bug")
+        if ranks > 1:
+            skipped = dict(gather_object(list(skipped.items())))
+        if not losses:
             raise ValueError(
                 f"data: none of the {len(paths)} images could be read; "
                 f"the first: {next(iter(skipped.values()))}"
             )
+        result = FitResult(
+            head,
+            step,
+            losses,
+            [(str(paths[i]), why) for i, why in sorted(skipped.items())],
+            folder,
+            main,
+        )
         head.summary = {
             "images": len(paths) - len(skipped),
             "skipped": len(skipped),
@@ -167,10 +196,36 @@ def fit(
             "config": asdict(config),
             "losses": {k: round(v, 6) for k, v in losses.items()},
         }
-        if folder is not None and accelerator.is_main_process:
+        if folder is not None and main:
             save_head(head, folder / HEAD_FOLDER)
             write_json(folder / "skipped.json", result.skipped)
+    if ranks > 1:
+        accelerator.wait_for_everyone()
     return result
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Hold the first Ctrl-C back until the caller asks; a second one interrupts at once.
+
+    A checkpoint taken in the middle of a step would not be a state that a whole run passes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
@@ -194,140 +249,27 @@ def _step(
     head: Head,
     backbone: Backbone,
     optimizer: Any,
-    batch: torch.Tensor,
+    batch: torch.Tensor | None,
     config: TrainConfig,
-) -> Terms:
-    batch = batch.to(accelerator.device, non_blocking=True)
+) -> dict[str, float]:
+    """One step; the losses. A process without a readable image takes part with zero gradients."""
+    weight = 1.0
+    if batch is None:
+        weight, batch = 0.0, torch.full((1, 3, *backbone.preprocessing.input_size), 0.5)
+    batch = batch.to(backbone.device, non_blocking=True)
     with accelerator.autocast():
         terms = objective(model, backbone, batch, config, head.mask_policy)
     optimizer.zero_grad(set_to_none=True)
-    accelerator.backward(terms.loss)
+    accelerator.backward(weight * terms.loss)
     optimizer.step()
-    return Terms(*(t.detach() for t in terms))
+    return {name: float(value.detach()) for name, value in terms._asdict().items()}
 
 
-def _check_untouched(backbone: Backbone, head: Head) -> None:
-    backbone._fingerprint = None
-    if backbone.fingerprint != head.backbone_fingerprint:
-        raise RuntimeError(
-            "the backbone's weights changed while its head was trained: this is a bug"
-        )
-
-
-@contextmanager
-def _claim(
-    folder: Path | None, run: dict[str, Any], resume: bool, main: bool
-) -> Iterator[TextIO | None]:
-    """Own ``folder`` for this run: refuse a second run, check that a resumed one is the same."""
-    if folder is None:
-        if resume:
-            raise ValueError("resume: needs output, the folder of the run to go on with")
-        yield None
-        return
-    if not main:
-        yield None
-        return
-    path = folder / RUN_FILE
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output: {folder} is a file; name a folder")
-    if path.is_file():
-        if not resume:
-            raise ValueError(
-                f"output: {folder} holds a run already; resume it, or choose a new folder"
-            )
-        try:
-            old = json.loads(path.read_text(encoding="utf-8"))
-            same = _comparable(old) == _comparable(json.loads(json.dumps(run)))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"resume: {path} is damaged; choose a new output folder") from None
-        if not same:
-            raise ValueError(
-                f"resume: {path} was started with other settings; use the same, or a new output folder"
-            )
-    elif resume:
-        raise ValueError(f"resume: {folder} holds no run; check output, or train without resume")
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"output: {folder} is not empty and holds no run; choose a new folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "run.lock").open("w")
-    except OSError as error:
-        raise output_error("output", folder, error) from error
-    with lock:
-        _lock(lock, folder)
-        if not path.is_file():
-            write_json(path, run)
-        _cut_log(folder)
-        try:
-            log = (folder / LOG_FILE).open("a", encoding="utf-8")
-        except OSError as error:
-            raise output_error("output", folder / LOG_FILE, error) from error
-        with log:
-            yield log
-
-
-def _comparable(run: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for a run to go on: all but settings that do not change the result."""
-    train = {k: v for k, v in run["train"].items() if k not in ("workers", "checkpoint_every")}
-    head = {k: v for k, v in run["head"].items() if k not in ("training", "xattn")}
-    return {**run, "train": train, "head": head}
-
-
-def _lock(lock: TextIO, folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not POSIX
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(
-            f"output: another run is writing to {folder}; choose a new folder"
-        ) from None
-
-
-def _cut_log(folder: Path) -> None:
-    """Drop log lines later than the last checkpoint: the resumed run writes them again."""
-    path = folder / LOG_FILE
-    if not path.is_file():
-        return
-    state = load_checkpoint(folder / CHECKPOINTS)
-    step = 0 if state is None else state["step"]
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue  # the half line of a killed process
-    path.write_text("".join(kept), encoding="utf-8")
-
-
-def _tensorboard(folder: Path | None) -> Any:
+def _tensorboard(folder: Path | None, step: int) -> Any:
     if folder is None:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"))
-
-
-def _report(
-    log: TextIO | None,
-    writer: Any,
-    bar: Any,
-    step: int,
-    epoch: int,
-    lr: float,
-    losses: dict[str, float],
-) -> None:
-    if log is not None:
-        record = {"step": step, "epoch": epoch, "lr": lr, **losses, "time": round(time.time(), 3)}
-        log.write(json.dumps(record) + "\n")
-        log.flush()
-    if writer is not None:
-        for key, value in losses.items():
-            writer.add_scalar(f"train/{key}", value, step)
-    bar.set_postfix({k[:4]: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
-    bar.update()
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

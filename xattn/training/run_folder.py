@@ -1,0 +1,139 @@
+"""The folder of a training run: who owns it, what it must agree with, its log."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from xattn.files import atomic_file, output_error, write_json
+from xattn.training.checkpoint import load_checkpoint
+
+RUN_FILE, LOG_FILE, LOCK_FILE = "run.json", "log.jsonl", "run.lock"
+HEAD_FOLDER, CHECKPOINTS = "head", "checkpoints"
+
+
+def describe_images(paths: Sequence[Path]) -> dict[str, Any]:
+    """Count and SHA-256 of names and sizes, to tell whether a resumed run sees the same images."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size if path.is_file() else -1
+        digest.update(f"{path.parent.name}/{path.name}:{size};".encode())
+    return {"count": len(paths), "sha256": digest.hexdigest()}
+
+
+@contextmanager
+def claim(
+    folder: Path | None, run: dict[str, Any], resume: bool, main: bool
+) -> Iterator[TextIO | None]:
+    """Own ``folder`` for this run: refuse a second run, check that a resumed one is the same."""
+    if folder is None:
+        if resume:
+            raise ValueError("resume: needs output, the folder of the run to go on with")
+        yield None
+        return
+    if not main:
+        yield None
+        return
+    path = folder / RUN_FILE
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output: {folder} is a file; name a folder")
+    if path.is_file():
+        if not resume:
+            raise ValueError(
+                f"output: {folder} holds a run already; resume it, or choose a new folder"
+            )
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+            same = _comparable(old) == _comparable(json.loads(json.dumps(run)))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"resume: {path} is damaged; choose a new output folder") from None
+        if not same:
+            raise ValueError(
+                f"resume: {path} was started with other settings; use the same, or a new output folder"
+            )
+    elif resume:
+        raise ValueError(f"resume: {folder} holds no run; check output, or train without resume")
+    elif folder.is_dir() and any(p.name != LOCK_FILE for p in folder.iterdir()):
+        raise ValueError(f"output: {folder} is not empty and holds no run; choose a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_FILE).open("w")
+    except OSError as error:
+        raise output_error("output", folder, error) from error
+    with lock:
+        _lock(lock, folder)
+        if not path.is_file():
+            write_json(path, run)
+        _cut_log(folder)
+        try:
+            log = (folder / LOG_FILE).open("a", encoding="utf-8")
+        except OSError as error:
+            raise output_error("output", folder / LOG_FILE, error) from error
+        with log:
+            yield log
+
+
+def _comparable(run: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for a run to go on: all but settings that do not change the result."""
+    train = {k: v for k, v in run["train"].items() if k not in ("workers", "checkpoint_every")}
+    head = {k: v for k, v in run["head"].items() if k not in ("training", "xattn")}
+    return {**run, "train": train, "head": head}
+
+
+def _lock(lock: TextIO, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not POSIX
+        return
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by workers
+    except OSError:
+        raise ValueError(
+            f"output: another run is writing to {folder}; choose a new folder"
+        ) from None
+
+
+def _cut_log(folder: Path) -> None:
+    """Drop log lines later than the last checkpoint: the resumed run writes them again."""
+    path = folder / LOG_FILE
+    if not path.is_file():
+        return
+    state = load_checkpoint(folder / CHECKPOINTS)
+    step = 0 if state is None else state["step"]
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue  # the half line of a killed process
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def report(
+    log: TextIO | None,
+    writer: Any,
+    bar: Any,
+    step: int,
+    epoch: int,
+    lr: float,
+    losses: dict[str, float],
+) -> None:
+    if log is not None:
+        record = {"step": step, "epoch": epoch, "lr": lr, **losses, "time": round(time.time(), 3)}
+        try:
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+        except OSError as error:
+            raise output_error("output", log.name, error) from error
+    if writer is not None:
+        for key, value in losses.items():
+            writer.add_scalar(f"train/{key}", value, step)
+    bar.set_postfix({k[:4]: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
+    bar.update()
