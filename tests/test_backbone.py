@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -267,8 +271,36 @@ def test_local_weights_and_their_class_count(tmp_path):
         load_backbone("test_resnet", weights=tmp_path / "w.pth")
 
 
-def test_hub_weights_are_loaded_from_a_local_cache_or_refused(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+FROM_CACHE = """
+import sys, torch, xattn
+from safetensors.torch import load_file
+backbone = xattn.load_backbone("test_efficientnet", weights="timm")
+state = load_file(sys.argv[1])
+assert all(torch.equal(v, state[k]) for k, v in backbone.model.state_dict().items())
+print(backbone.preprocessing.mean)
+"""
+
+
+def test_hub_weights_come_through_the_hubs_own_cache(tmp_path):
+    from safetensors.torch import save_file
+
+    model = timm.create_model("test_efficientnet")
+    repository = tmp_path / "hub/models--timm--test_efficientnet.r160_in1k"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0" * 40)
+    save_file(model.state_dict(), str(snapshot / "model.safetensors"))
+    run = subprocess.run(
+        [sys.executable, "-c", FROM_CACHE, str(snapshot / "model.safetensors")],
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert str(model.pretrained_cfg["mean"]) in run.stdout
+
+
+def test_hub_weights_that_cannot_be_reached_are_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(
         timm, "create_model", lambda *a, **k: (_ for _ in ()).throw(OSError("no connection"))
     )
