@@ -259,20 +259,16 @@ Command = (
 
 
 def _device(name: str) -> str:
-    if name != "auto":
-        import torch
-
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"device: {name!r} is not available here ({reason}); use cpu"
-            ) from None
-        return name
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: {name!r} is not available here ({reason}); use cpu") from None
+    return name
 
 
 def _default_head(backbone: Any) -> str | None:
