@@ -23,7 +23,7 @@ _EXPORTS = {
     "load_head": "xattn.heads",
     "save_head": "xattn.heads",
     "fit": "xattn.training",
-    "TrainConfig": "xattn.training",
+    "TrainConfig": "xattn.config",
     "create_explainer": "xattn.explainers",
     "list_explainers": "xattn.explainers",
     "explain": "xattn.explaining",

