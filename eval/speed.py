@@ -43,7 +43,7 @@ def ratios(jobs: dict[str, Job], base: str, rounds: int, warmup: int = 2) -> dic
 def explain_jobs(backbone: Any, head: Any, batch: int) -> dict[str, Job]:
     """Explaining the predicted class, up-sampled to the input, beside a plain forward pass."""
     from xattn.explainers import create_explainer
-    from xattn.training.objective import resize
+    from xattn.heads.fusion import resize
 
     images = _images(backbone, batch)
     size = tuple(images.shape[2:])

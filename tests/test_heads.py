@@ -208,8 +208,9 @@ def test_bad_options_are_refused(cnn, kind, options, message):
 
 def test_feature_masking_needs_the_pooled_tap(vit, cnn):
     create_head("lcam", cnn, mask_policy="feature")
-    with pytest.raises(ValueError, match="feature"):
-        create_head("lcam", vit, mask_policy="feature")
+    for kind in ("lcam", "ttame"):
+        with pytest.raises(ValueError, match="feature"):
+            create_head(kind, vit, mask_policy="feature")
 
 
 @pytest.mark.parametrize("fusion", ["per_class", "classifier"])

@@ -214,6 +214,21 @@ def test_a_folder_that_is_taken_is_refused(tmp_path, backbone):
         fit(head, backbone, folder, config, output=tmp_path / "file/run", progress=False)
 
 
+def test_a_refused_run_leaves_no_process_state_behind(tmp_path, backbone):
+    folder = write_photos(tmp_path / "p", 2)
+    (tmp_path / "file").write_text("")
+    head = create_head("ttame", backbone)
+    with pytest.raises(ValueError, match="is a file"):
+        fit(
+            head,
+            backbone,
+            folder,
+            TrainConfig(workers=0, precision="bf16"),
+            output=tmp_path / "file",
+        )
+    fit(head, backbone, folder, TrainConfig(epochs=1, workers=0), progress=False)
+
+
 def test_two_runs_into_one_folder_are_refused(tmp_path, backbone):
     pytest.importorskip("fcntl")
     folder = write_photos(tmp_path / "p", 2)

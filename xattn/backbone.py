@@ -131,7 +131,7 @@ class Backbone(nn.Module):
                     f"map; wrap the model in a module with forward_taps(x) -> (logits, maps)"
                 )
             logits = self.model.forward_head(final)  # type: ignore[operator]
-            depth = len(inner)
+            depth = self._depth = len(inner)
             self.is_vit = self._blocks() is not None and len({m.shape[-2:] for m in inner}) == 1
             self.taps = (
                 self._default_taps(final, inner) if taps is None else self._named(taps, depth)
@@ -143,6 +143,7 @@ class Backbone(nn.Module):
                     f"taps: {name!r} of {self.name} has shape {tuple(value.shape)}, not (B, C, h, w); "
                     f"choose other taps"
                 )
+        self._wanted = self._wanted_indices()
         self.num_classes = int(logits.shape[1])
         self.channels = tuple(m.shape[1] for m in maps)
         self.tap_sizes = tuple((m.shape[2], m.shape[3]) for m in maps)
@@ -166,13 +167,10 @@ class Backbone(nn.Module):
                 "norm1" if type(blocks[-1]).__name__ in PRE_NORM_BLOCKS and depth > 3 else "block"
             )
             return tuple(f"{kind}.{i}" for i in range(max(depth - 3, 0), depth))
-        area = final.shape[-2] * final.shape[-1] if final.ndim == 4 else 0
-        if self._channels_last and final.ndim == 4:
-            area = final.shape[1] * final.shape[2]
-        if (
-            final.ndim != 4
-        ):  # token stages (MViT, TNT, ...): their own intermediates are maps already
+        if final.ndim != 4:  # token stages (MViT, TNT, ...): their intermediates are maps already
             return tuple(f"stage.{i}" for i in range(max(depth - 3, 0), depth))
+        height, width = self._as_map(final, inner).shape[2:]
+        area = height * width
         last_of_size = {m.shape[-2] * m.shape[-1]: i for i, m in enumerate(inner)}
         finer = sorted(i for size, i in last_of_size.items() if size > area)[-2:]
         if not finer:  # isotropic: every map has the size of the final one
@@ -261,19 +259,18 @@ class Backbone(nn.Module):
 
     # ------------------------------------------------------------------ passes
 
-    def _wanted(self) -> list[int]:
+    def _wanted_indices(self) -> list[int]:
+        """The intermediates that the taps need, in rising order."""
+        if self.adapter:
+            return []
         wanted = set()
         for tap in self.taps:
             kind, index, _ = _parse(tap)
             if kind != "head":
                 wanted.add(index - (kind == "norm1"))
         if not wanted:  # "head" alone still needs a map to know its grid
-            wanted.add(self._depth() - 1)
+            wanted.add(self._depth - 1)
         return sorted(wanted)
-
-    def _depth(self) -> int:
-        info = getattr(self.model, "feature_info", None)
-        return len(info) if info else len(self.model.blocks)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Taps:
         return self.forward_normalized(self.normalize(images))
@@ -283,11 +280,10 @@ class Backbone(nn.Module):
         if self.adapter:
             logits, maps = self.model.forward_taps(x)  # type: ignore[operator]
             return Taps(logits, tuple(maps))
-        wanted = self._wanted()
-        final, inner = self._features(x, wanted)
+        final, inner = self._features(x, self._wanted)
         final = self._through_head_point(final)
         logits = self.model.forward_head(final)  # type: ignore[operator]
-        maps = self._select(self.taps, final, dict(zip(wanted, inner, strict=True)))
+        maps = self._select(self.taps, final, dict(zip(self._wanted, inner, strict=True)))
         return Taps(logits, maps)
 
     def _through_head_point(self, final: Tensor) -> Tensor:
@@ -308,13 +304,17 @@ class Backbone(nn.Module):
 
     def head_logits(self, final: Tensor) -> Tensor:
         """The classifier applied to a (possibly masked) ``"head"`` map (B, C, h, w) -> (B, K)."""
+        self.require_pooled_tap()
+        if self._channels_last:
+            final = final.permute(0, 2, 3, 1)
+        return self.model.forward_head(final)  # type: ignore[operator]
+
+    def require_pooled_tap(self) -> None:
+        """Raise a ``ValueError`` unless the last tap is the map that the classifier pools."""
         if self.taps[-1] != "head" or self.is_vit:
             raise ValueError(
                 f"mask_policy='feature' needs taps that end in the pooled map 'head'; got {self.taps}"
             )
-        if self._channels_last:
-            final = final.permute(0, 2, 3, 1)
-        return self.model.forward_head(final)  # type: ignore[operator]
 
     def normalize(self, images: Tensor) -> Tensor:
         """[0, 1] images -> the model's input range, (B, 3, H, W)."""

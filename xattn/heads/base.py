@@ -67,6 +67,8 @@ class Head(
             raise ValueError(
                 f"mask_policy: got {self.mask_policy!r}; choose one of {', '.join(MASK_POLICIES)}"
             )
+        if self.mask_policy == "feature":
+            backbone.require_pooled_tap()
         self.explain_with = options.get("explain_with", "scores")
         if self.explain_with not in ("scores", "mask"):
             raise ValueError(f"explain_with: got {self.explain_with!r}; choose 'scores' or 'mask'")

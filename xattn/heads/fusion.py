@@ -47,6 +47,13 @@ def class_rows(class_index: Tensor | int | None, num_classes: int, batch: int) -
     return index
 
 
+def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Bilinear resize of (B, M, h, w) to ``size``, corners not aligned."""
+    if tuple(maps.shape[2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
 class Fusion(nn.Module):
     """Scores maps with rows that a subclass provides. ``forward(maps, class_index, size)``."""
 
@@ -66,8 +73,7 @@ class Fusion(nn.Module):
         total: Tensor | None = None
         for u, row in zip(maps, rows, strict=True):
             score = torch.matmul(row.to(u.dtype), u.flatten(2)).unflatten(2, u.shape[2:])
-            if score.shape[2:] != size:
-                score = F.interpolate(score, size, mode="bilinear", align_corners=False)
+            score = resize(score, size)
             total = score if total is None else total + score
         assert total is not None
         return total + bias[..., None, None].to(total.dtype)

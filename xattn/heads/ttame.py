@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
@@ -179,16 +178,9 @@ class LCam(Head):
             "explain_with": _shown(explain_with, fusion),
         }
         super().__init__(backbone, options)
-        if mask_policy == "feature":
-            backbone.head_logits(backbone(_probe(backbone)).maps[-1])  # refuses other taps by name
         channels = [] if fusion == "classifier" else [backbone.channels[-1]]
         self.fusion = _fusion(fusion, backbone, channels, fusion_rank)
 
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
         last = taps.maps[-1]
         return self.fusion([last], class_index, tuple(last.shape[2:]))
-
-
-def _probe(backbone: Backbone) -> Tensor:
-    height, width = backbone.preprocessing.input_size
-    return F.pad(backbone.mean.clone(), (0, width - 1, 0, height - 1))

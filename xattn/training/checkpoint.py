@@ -30,6 +30,14 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
 
 
+def last_step(folder: Path) -> int:
+    """The step of the checkpoint that ``folder/latest`` points at; 0 where there is none."""
+    pointer = folder / POINTER
+    name = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+    digits = name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else 0
+
+
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The state that ``folder/latest`` points at, or None where no checkpoint was finished."""
     pointer = folder / POINTER

@@ -62,10 +62,6 @@ def fit(
         ValueError: no images, or ``output`` holds another run (or a run, without ``resume``).
         OSError: ``output`` cannot be written.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import gather_object
-
     config = config or TrainConfig()
     if head.backbone_fingerprint != backbone.fingerprint:
         raise ValueError(
@@ -73,13 +69,42 @@ def fit(
             f"{backbone.fingerprint}; create the head with this backbone"
         )
     paths = find_images(data)
-    before = sha256(backbone.model)
+    with _accelerator(backbone, config) as accelerator:
+        return _fit(head, backbone, paths, config, accelerator, output, resume, progress)
+
+
+@contextmanager
+def _accelerator(backbone: Backbone, config: TrainConfig) -> Iterator[Any]:
+    """An Accelerator that a single process gives back: a next fit may ask for another precision."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
     accelerator = Accelerator(
         cpu=backbone.device.type == "cpu",
         mixed_precision=config.precision,
         step_scheduler_with_optimizer=False,
         device_placement=False,
     )
+    try:
+        yield accelerator
+    finally:
+        if accelerator.num_processes == 1:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _fit(
+    head: Head,
+    backbone: Backbone,
+    paths: Sequence[Path],
+    config: TrainConfig,
+    accelerator: Any,
+    output: str | Path | None,
+    resume: bool,
+    progress: bool,
+) -> FitResult:
+    from accelerate.utils import gather_object
+
+    before = sha256(backbone.model)
     ranks, rank = accelerator.num_processes, accelerator.process_index
     if len(paths) < ranks:
         raise ValueError(f"data: got {len(paths)} images for {ranks} processes; give more images")
@@ -169,14 +194,12 @@ def fit(
             if writer is not None:
                 writer.close()
             accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-            if ranks == 1:  # leave no process-wide state behind: a next fit may ask for another
-                AcceleratorState._reset_state(reset_partial_state=True)
         head.eval()
         if sha256(backbone.model) != before:
             raise RuntimeError("the backbone's weights changed during training: this is a bug")
         if ranks > 1:
             skipped = dict(gather_object(list(skipped.items())))
-        if not losses:
+        if len(skipped) == len(paths):
             raise ValueError(
                 f"data: none of the {len(paths)} images could be read; "
                 f"the first: {next(iter(skipped.values()))}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
 from xattn.config import TrainConfig
+from xattn.heads.fusion import resize
 
 AREA_OFFSET, AREA_POWER, BORDER_WEIGHT = 0.0005, 0.3, 0.3
 
@@ -67,13 +68,6 @@ def masked_logits(
     if policy == "renormalize":
         return backbone.logits_normalized(backbone.normalize(backbone.denormalize(x) * mask))
     raise ValueError(f"mask_policy: got {policy!r}; see xattn.heads.base.MASK_POLICIES")
-
-
-def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Bilinear resize of (B, M, h, w) to ``size``, corners not aligned."""
-    if tuple(maps.shape[2:]) == tuple(size):
-        return maps
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def objective(

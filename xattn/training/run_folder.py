@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from xattn.files import atomic_file, output_error, write_json
-from xattn.training.checkpoint import load_checkpoint
+from xattn.training.checkpoint import last_step
 
 RUN_FILE, LOG_FILE, LOCK_FILE = "run.json", "log.jsonl", "run.lock"
 HEAD_FOLDER, CHECKPOINTS = "head", "checkpoints"
@@ -103,8 +103,7 @@ def _cut_log(folder: Path) -> None:
     path = folder / LOG_FILE
     if not path.is_file():
         return
-    state = load_checkpoint(folder / CHECKPOINTS)
-    step = 0 if state is None else state["step"]
+    step = last_step(folder / CHECKPOINTS)
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -125,6 +124,7 @@ def report(
     lr: float,
     losses: dict[str, float],
 ) -> None:
+    """One step to the log, to TensorBoard and to the progress bar, where there are such."""
     if log is not None:
         record = {"step": step, "epoch": epoch, "lr": lr, **losses, "time": round(time.time(), 3)}
         try:
