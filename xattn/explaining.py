@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xattn.backbone import sha256
 from xattn.explainers import Explainer, create_explainer
+from xattn.explainers.base import Choose
 from xattn.explanation import Explanation, check_output, save_pack
 from xattn.images import MAX_PIXELS, View, list_images, load_image, prepare
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from xattn.heads import Head
 
 Source = Path | Image.Image
+Prepared = tuple[Tensor, View, str, Source]
 
 
 class Explanations(list[Explanation]):
@@ -80,11 +82,35 @@ def explain(
     """
     if output is not None:
         check_output(output)
+    sources = _sources(images)
+    method, choose, protocol = set_up(
+        backbone, head, explainer, classes, top, view, batch_size, seed
+    )
+    result = Explanations()
+    for batch in _batches(sources, backbone, view, batch_size, max_pixels, result, progress):
+        result.extend(explain_batch(batch, backbone, method, choose, protocol))
+    if result.skipped:
+        _report(result, len(sources))
+    if output is not None:
+        save_pack(output, result, overlays, result.skipped)
+    return result
+
+
+def set_up(
+    backbone: Backbone,
+    head: Head | None,
+    explainer: str | Explainer | None,
+    classes: int | str | Sequence[int | str] | None,
+    top: int,
+    view: str,
+    batch_size: int,
+    seed: int,
+) -> tuple[Explainer, Choose, dict[str, Any]]:
+    """Check the arguments of :func:`explain`: the explainer, its choice of classes, the protocol."""
     if isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; give at least 1")
     method = _explainer(backbone, head, explainer, seed, batch_size)
     wanted = _classes(backbone, classes, top)
-    sources = _sources(images)
     protocol = _protocol(backbone, method, view)
     if wanted is not None:
         protocol["classes"] = "named"
@@ -94,33 +120,36 @@ def explain(
             return logits.topk(top).indices
         return torch.tensor(wanted, device=logits.device).expand(len(logits), -1)
 
-    result = Explanations()
-    for batch in _batches(sources, backbone, view, batch_size, max_pixels, result, progress):
-        pixels = torch.stack([item[0] for item in batch]).to(backbone.device)
-        logits, targets, maps = method.attribute_classes(pixels, choose)
-        probabilities = logits.double().softmax(1).gather(1, targets)
-        values = maps.float().cpu().numpy()
-        for i, (_, seen, image_id, source) in enumerate(batch):
-            for j, target in enumerate(targets[i].tolist()):
-                explanation = Explanation(
-                    map=values[i, j],
-                    target=target,
-                    target_name=backbone.class_names[target],
-                    probability=float(probabilities[i, j]),
-                    method=method.name,
-                    view=seen,
-                    image_id=image_id,
-                    protocol=protocol,
-                    file_name=_file_name(source),
-                    is_mask=method.is_mask,
-                    source=source,
-                )
-                result.append(explanation)
-    if result.skipped:
-        _report(result, len(sources))
-    if output is not None:
-        save_pack(output, result, overlays, result.skipped)
-    return result
+    return method, choose, protocol
+
+
+def explain_batch(
+    batch: list[Prepared],
+    backbone: Backbone,
+    method: Explainer,
+    choose: Choose,
+    protocol: dict[str, Any],
+) -> Iterator[Explanation]:
+    """The explanations of prepared photos, photo by photo, each photo's in the order chosen."""
+    pixels = torch.stack([item[0] for item in batch]).to(backbone.device)
+    logits, targets, maps = method.attribute_classes(pixels, choose)
+    probabilities = logits.double().softmax(1).gather(1, targets)
+    values = maps.float().cpu().numpy()
+    for i, (_, seen, image_id, source) in enumerate(batch):
+        for j, target in enumerate(targets[i].tolist()):
+            yield Explanation(
+                map=values[i, j],
+                target=target,
+                target_name=backbone.class_names[target],
+                probability=float(probabilities[i, j]),
+                method=method.name,
+                view=seen,
+                image_id=image_id,
+                protocol=protocol,
+                file_name=_file_name(source),
+                is_mask=method.is_mask,
+                source=source,
+            )
 
 
 def _explainer(
@@ -212,9 +241,6 @@ def _unique(name: str, taken: set[str]) -> str:
 def _file_name(source: Source) -> str:
     path = source if isinstance(source, Path) else getattr(source, "filename", "")
     return Path(path).name if path else ""
-
-
-Prepared = tuple[Tensor, View, str, Source]
 
 
 def _batches(

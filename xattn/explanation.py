@@ -2,8 +2,8 @@
 
 An :class:`Explanation` is a raw map (h, w) of one class of one photo, with all that is needed to
 read it later: the class and its probability, the method, the geometry back onto the photo, and the
-protocol. A pack is ``maps.safetensors``, ``manifest.json``, and ``thumbnails/`` and ``overlays/``
-with JPEG files; it appears whole or not at all.
+protocol. A pack is ``maps.safetensors``, ``manifest.json``, ``thumbnails/`` and ``overlays/`` with
+JPEG files, and for a clip ``overlay.mp4``; it appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from xattn.files import atomic_folder, output_error
 from xattn.images import View, load_image
 
 FORMAT, VERSION = "xattn-pack", 1
-MANIFEST, MAPS = "manifest.json", "maps.safetensors"
+MANIFEST, MAPS, VIDEO = "manifest.json", "maps.safetensors", "overlay.mp4"
 THUMBNAIL_SIDE, OVERLAY_SIDE = 512, 2048  # longest side in pixels
 
 
@@ -150,12 +151,14 @@ def save_pack(
     explanations: Iterable[Explanation],
     overlays: bool = True,
     skipped: Sequence[tuple[str, str]] = (),
+    video: Path | None = None,
 ) -> Path:
     """Write a pack; an earlier pack in ``folder`` is replaced only once the new one is complete.
 
     Args:
         overlays: also write ``overlays/<id>.jpg``, the map in colour over the photo.
         skipped: (file name, reason) of images that could not be read, for the manifest.
+        video: a film of overlays, moved into the pack.
 
     Raises:
         ValueError: no explanations, two with the same id, or a folder that is not a pack.
@@ -171,14 +174,17 @@ def save_pack(
         raise ValueError(
             f"explanations: {double[0]!r} comes twice; give every photo its own image_id"
         )
-    owned = (MANIFEST, MAPS, "thumbnails", "overlays")
+    owned = (MANIFEST, MAPS, VIDEO, "thumbnails", "overlays")
     with atomic_folder(folder, owned, _is_pack) as temporary:
         thumbnails = _write_images(temporary, explanations, overlays)
         from safetensors.numpy import save
 
         maps = {e.id: np.ascontiguousarray(e.map) for e in explanations}
         _write(temporary / MAPS, save(maps, metadata={"format": FORMAT, "version": str(VERSION)}))
+        if video is not None:
+            shutil.move(video, temporary / VIDEO)
         manifest = _manifest(explanations, thumbnails, overlays, skipped)
+        manifest["video"] = None if video is None else VIDEO
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         _write(temporary / MANIFEST, text.encode("utf-8"))
     return folder
