@@ -66,13 +66,15 @@ def overlay(
         raise ValueError(f"opacity: got {opacity}; give a number from 0 to 1")
     pixels = np.asarray(photo.convert("RGB"), dtype=np.float32)
     grey = (pixels @ LUMA)[..., None]
-    faded = grey + (1 - opacity) * (pixels - grey)  # less colour of its own below the map's
-    mixed = (1 - opacity) * faded + opacity * colorize(values, cmap)
+    out = (1 - opacity) ** 2 * pixels  # less colour of its own below the map's: grey takes its place
+    out += opacity * (1 - opacity) * grey
+    out += opacity * colorize(values, cmap)
     outside = np.isnan(values)
-    out = np.where(outside[..., None], 0.35 * grey, mixed)
-    if outside.any() and not outside.all():
-        edge = _frame(~outside, width=max(1, round(max(photo.size) / 400)))
-        out[edge] = 0.45 * out[edge] + 0.55 * 255
+    if outside.any():
+        out = np.where(outside[..., None], 0.35 * grey, out)
+        if not outside.all():
+            edge = _frame(~outside, width=max(1, round(max(photo.size) / 400)))
+            out[edge] = 0.45 * out[edge] + 0.55 * 255
     return Image.fromarray(np.rint(out).clip(0, 255).astype(np.uint8))
 
 
