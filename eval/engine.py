@@ -21,7 +21,7 @@ from torch import Tensor
 
 from xattn.eval import functional
 from xattn.eval.probes import Column, MaskingProbe, Probe
-from xattn.eval.protocol import Protocol
+from xattn.eval.protocol import SCORES, Protocol
 from xattn.eval.results import ImageRecord, MethodResult, Results
 from xattn.eval.scorer import MaskedScorer, Ticket, pad_batch
 from xattn.eval.stream import ImageStream, Item
@@ -49,6 +49,7 @@ def evaluate(
         explainers: by the name of their row in the table.
         images: a photo, folder or list file; a list of paths or PIL images; or float tensors
             (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size, also from a generator.
+        protocol: its ``score`` and ``class_policy`` follow the backbone's task and ``classes``.
         levels, view, seed: replace the protocol's own: (1.0, 0.5, 0.15), ``"crop"``, 0.
         max_forward_batch: images a forward pass; also how many are explained at a time. A multiple
             of 4 keeps results bit-equal whatever else is scored in the same run.
@@ -65,6 +66,7 @@ def evaluate(
     given = {"levels": levels, "view": view, "seed": seed}
     protocol = replace(
         protocol or Protocol(),
+        score=SCORES[backbone.task],
         class_policy="predicted" if classes is None else "given",
         **{k: v for k, v in given.items() if v is not None},  # type: ignore[arg-type]
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,6 +84,75 @@ class Squashed:
         return ((maps - mean) / std.clamp_min(1e-12)).sigmoid()
 
 
+def train_and_score(
+    backbone: Any,
+    train: Sequence[Path],
+    held_out: Sequence[Path],
+    config: TrainConfig,
+    folder: Path,
+    *,
+    heads: Mapping[str, tuple[str, dict[str, Any]]],
+    explainers: Sequence[str] = ("gradcam",),
+    max_forward_batch: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+    **record: Any,
+) -> Results:
+    """Train ``heads`` {row: (head, options)} on ``train``, score them on ``held_out``.
+
+    Each head has two rows, what it shows by default and its other form (mask or raw scores); each of
+    ``explainers`` has one more, :class:`Squashed`. Sanity rows belong to the first head. Runs and
+    results lie in ``folder``; what is finished there is read, not computed again.
+
+    Raises:
+        ValueError: ``folder`` holds results of other settings (``record`` included).
+    """
+    from xattn.eval.engine import evaluate
+    from xattn.eval.sanity import sanity_rows
+    from xattn.explainers import create_explainer
+    from xattn.files import write_json as write_record
+    from xattn.heads import create_head
+    from xattn.training import fit
+    from xattn.training.run_folder import RUN_FILE
+
+    record = {
+        "config": asdict(config), "heads": {n: [h, dict(o)] for n, (h, o) in heads.items()},
+        "explainers": list(explainers), "backbone": backbone.fingerprint, "seed": seed,
+        "held_out": [f"{p.parent.name}/{p.name}" for p in held_out], **record,
+    }  # fmt: skip
+    done = folder / "results.json"
+    if done.is_file():
+        if json.loads((folder / "record.json").read_text()) != record:
+            raise ValueError(f"output: {folder} has other settings; choose a new folder")
+        return read_json(done)
+    shared: dict[str, Any] = {"seed": config.seed, "max_forward_batch": max_forward_batch}
+    methods: dict[str, Any] = {}
+    trained = []
+    for row, (name, options) in heads.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            head = create_head(name, backbone, **options)
+        run = folder / f"run-{row}"
+        resume = (run / RUN_FILE).is_file()
+        fit(head, backbone, train, config, output=run, resume=resume, progress=progress)
+        trained.append(head)
+        other, words = (
+            ("mask", "mask") if head.explain_with == "scores" else ("scores", "raw scores")
+        )
+        methods[row] = create_explainer("head", backbone, head, **shared)
+        methods[f"{row}, {words}"] = create_explainer("head", backbone, head, maps=other, **shared)
+    for name in explainers:
+        methods[name] = create_explainer(name, backbone, trained[0], **shared)
+        methods[f"{name}, squashed"] = Squashed(methods[name])
+    methods.update(sanity_rows(backbone, "head", head=trained[0], seed=config.seed))
+    results = evaluate(
+        backbone, methods, held_out, max_forward_batch=max_forward_batch, progress=progress
+    )
+    write_record(folder / "record.json", record)
+    write_json(results, done)
+    return results
+
+
 def cross_validate(
     backbone: Any,
     paths: Sequence[Path],
@@ -99,60 +168,24 @@ def cross_validate(
     progress: bool = True,
 ) -> Results:
     """Train and score ``folds`` heads; see the module. ``only`` names the folds to compute now."""
-    from xattn.eval.engine import evaluate
-    from xattn.eval.sanity import sanity_rows
-    from xattn.explainers import create_explainer
-    from xattn.files import write_json as write_record
-    from xattn.heads import create_head
-    from xattn.training import fit
-    from xattn.training.run_folder import RUN_FILE
-
-    options = options or {}
     parts = []
     for k, held_out in enumerate(class_folds(paths, folds, config.seed)):
         if only and k not in only:
             continue
-        folder = output / f"fold-{k}"
-        record = {
-            "config": asdict(config), "head": head, "options": options, "folds": folds,
-            "explainers": list(explainers), "backbone": backbone.fingerprint,
-            "held_out": [f"{p.parent.name}/{p.name}" for p in held_out],
-        }  # fmt: skip
-        done = folder / "results.json"
-        if done.is_file():
-            if json.loads((folder / "fold.json").read_text()) != record:
-                raise ValueError(f"output: {folder} has other settings; choose a new folder")
-            parts.append(read_json(done))
-            continue
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed + k)
-            model = create_head(head, backbone, **options)
-        train = sorted(set(paths) - set(held_out))
-        run = folder / "run"
-        fit(
-            model,
+        part = train_and_score(
             backbone,
-            train,
+            sorted(set(paths) - set(held_out)),
+            held_out,
             config,
-            output=run,
-            resume=(run / RUN_FILE).is_file(),
+            output / f"fold-{k}",
+            heads={head: (head, options or {})},
+            explainers=explainers,
+            max_forward_batch=max_forward_batch,
+            seed=config.seed + k,
             progress=progress,
+            folds=folds,
         )
-        shared: dict[str, Any] = {"seed": config.seed, "max_forward_batch": max_forward_batch}
-        methods = {head: create_explainer("head", backbone, model, **shared)}
-        methods[f"{head}, raw scores"] = create_explainer(
-            "head", backbone, model, maps="scores", **shared
-        )
-        for name in explainers:
-            methods[name] = create_explainer(name, backbone, model, **shared)
-            methods[f"{name}, squashed"] = Squashed(methods[name])
-        methods.update(sanity_rows(backbone, "head", head=model, seed=config.seed))
-        results = evaluate(
-            backbone, methods, held_out, max_forward_batch=max_forward_batch, progress=progress
-        )
-        write_record(folder / "fold.json", record)
-        write_json(results, done)
-        parts.append(results)
+        parts.append(part)
     return merge(parts)
 
 

@@ -170,7 +170,7 @@ def _probabilities(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         if bool(((finite < 0) | (finite > 1 + 1e-6)).any()):
             raise ValueError(
                 f"{name}: values from {float(finite.min()):g} to {float(finite.max()):g}; give "
-                f"probabilities in [0, 1] (softmax of the logits)"
+                f"probabilities in [0, 1] (softmax or sigmoid of the logits)"
             )
     # float32 softmax may end a little above 1; one invalid side makes the pair invalid.
     finite = p.isfinite() & q.isfinite()

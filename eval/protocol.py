@@ -29,8 +29,11 @@ METRICS: dict[str, MetricInfo] = {
     "AG": MetricInfo("100 mean max(0, q - p) / (1 - p)", True),
 }
 
+# What p, q and d are, by the backbone's task.
+SCORES = {"multiclass": "probability", "multilabel": "sigmoid", "binary": "binary"}
+
 _CHOICES = {
-    "score": ("probability",),
+    "score": tuple(SCORES.values()),
     "class_policy": ("predicted", "given"),
     "normalization": ("minmax", "minmax_upsampled"),
     "threshold": ("quantile", "kth"),
@@ -47,7 +50,9 @@ class Protocol:
     """Every choice that a fidelity value depends on.
 
     Attributes:
-        score: what p, q and d are; softmax in float64.
+        score: what p, q and d are, in float64; the task of the backbone decides: ``"probability"``
+            (softmax over the classes), ``"sigmoid"`` (multi-label: of the label's own logit) or
+            ``"binary"`` (a single logit z: sigmoid(z) of "positive", sigmoid(-z) of "negative").
         class_policy: ``"predicted"`` (argmax on the clean image, fixed afterwards) or ``"given"``.
         normalization: ``"minmax"`` at the map's own resolution, before resizing, or
             ``"minmax_upsampled"`` after it.

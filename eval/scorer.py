@@ -113,7 +113,7 @@ class MaskedScorer:
     def _forward(self, images: Tensor) -> Tensor:
         """(max_forward_batch, 3, H, W) -> (max_forward_batch, K) probabilities, float64 on CPU."""
         self.batches += 1
-        return self.backbone.logits(images).cpu().double().softmax(1)
+        return self.backbone.probabilities(self.backbone.logits(images).cpu())
 
     def _digest(self, image: Tensor) -> bytes:
         """128 bits of the pixels: two multilinear hashes mod 2^64, on whatever device."""

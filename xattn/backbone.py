@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,9 @@ PRE_NORM_BLOCKS = frozenset(
         "DiffParallelScalingBlock",
     }
 )
+
+
+Task = Literal["multiclass", "multilabel", "binary"]
 
 
 class Taps(NamedTuple):
@@ -61,8 +64,9 @@ class TapModule(Protocol):
     """The adapter protocol for modules that are not timm's.
 
     ``forward_taps(x)`` takes normalised images (B, 3, H, W) and returns ``(logits, maps)`` with
-    4-D NCHW maps; optional attributes ``preprocessing`` (a :class:`Preprocessing`) and
-    ``classifier_weight`` (K, C) are used where present.
+    4-D NCHW maps; optional attributes ``preprocessing`` (a :class:`Preprocessing`),
+    ``classifier_weight`` (K, C), ``classifier_bias`` (K,) and ``gradcam_layer`` (the module whose
+    output Grad-CAM reads) are used where present. :func:`xattn.adapters.from_torchvision` makes one.
     """
 
     def forward_taps(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]: ...
@@ -76,6 +80,11 @@ class Backbone(nn.Module):
     T-TAME tap), ``"stage.i.pool"`` (max-pooled by 2, VGG's tensors behind its pools) and ``"head"``
     (the tensor that the classifier pools). ``"norm1"`` and ``"block"``
     stand for the last three; None takes the default of the architecture.
+
+    ``task`` says what a logit means: ``"multiclass"`` (softmax over the classes), ``"multilabel"``
+    (a sigmoid each) or ``"binary"``: a single logit z (B, 1), given on as the two logits -z/2 and z/2
+    of the classes "negative" and "positive", whose softmax is sigmoid(z). By default a model with one
+    output is binary, every other multiclass.
     """
 
     mean: Tensor
@@ -88,6 +97,7 @@ class Backbone(nn.Module):
         preprocessing: Preprocessing,
         taps: str | Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
+        task: Task | None = None,
     ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
@@ -104,7 +114,10 @@ class Backbone(nn.Module):
         self._channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         self._fingerprint: str | None = None
         super().train(False)
-        self._resolve_taps(taps)
+        self.task: Task = task or "multiclass"
+        self._resolve_taps(taps, task)
+        if class_names is None and self.task == "binary":
+            class_names = ["negative", "positive"]
         self.class_names = _class_names(model, self.num_classes, class_names)
 
     def train(self, mode: bool = True) -> Backbone:
@@ -114,7 +127,7 @@ class Backbone(nn.Module):
     # ------------------------------------------------------------------ taps
 
     @torch.no_grad()
-    def _resolve_taps(self, taps: str | Sequence[str] | None) -> None:
+    def _resolve_taps(self, taps: str | Sequence[str] | None, task: Task | None) -> None:
         image = torch.zeros(1, len(self.preprocessing.mean), *self.preprocessing.input_size)
         image = image.to(self.device, next(iter(self.model.parameters())).dtype)
         if self.adapter:
@@ -144,7 +157,8 @@ class Backbone(nn.Module):
                     f"choose other taps"
                 )
         self._wanted = self._wanted_indices()
-        self.num_classes = int(logits.shape[1])
+        self.task = _task(task, logits, self.name)
+        self.num_classes = int(self._as_classes(logits).shape[1])
         self.channels = tuple(m.shape[1] for m in maps)
         self.tap_sizes = tuple((m.shape[2], m.shape[3]) for m in maps)
         self.pools_linearly = self._pools_linearly(maps[-1])
@@ -279,12 +293,22 @@ class Backbone(nn.Module):
         """One pass on images that are normalised already, (B, 3, H, W)."""
         if self.adapter:
             logits, maps = self.model.forward_taps(x)  # type: ignore[operator]
-            return Taps(logits, tuple(maps))
+            return Taps(self._as_classes(logits), tuple(maps))
         final, inner = self._features(x, self._wanted)
         final = self._through_head_point(final)
         logits = self.model.forward_head(final)  # type: ignore[operator]
         maps = self._select(self.taps, final, dict(zip(self._wanted, inner, strict=True)))
-        return Taps(logits, maps)
+        return Taps(self._as_classes(logits), maps)
+
+    def _as_classes(self, logits: Tensor) -> Tensor:
+        """A binary model's (B,) or (B, 1) logits as (B, 2); others as they are."""
+        logits = logits[:, None] if logits.ndim == 1 else logits
+        return torch.cat([-logits / 2, logits / 2], 1) if self.task == "binary" else logits
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, K) logits -> (B, K) probabilities in float64: softmax, or a sigmoid each (multilabel)."""
+        logits = logits.double()
+        return logits.sigmoid() if self.task == "multilabel" else logits.softmax(1)
 
     def _through_head_point(self, final: Tensor) -> Tensor:
         if final.ndim == 4 and self._channels_last:
@@ -298,16 +322,16 @@ class Backbone(nn.Module):
     def logits_normalized(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) normalised images -> (B, K) logits."""
         if self.adapter:
-            return self.model.forward_taps(x)[0]  # type: ignore[operator]
+            return self._as_classes(self.model.forward_taps(x)[0])  # type: ignore[operator]
         final = self._through_head_point(self.model.forward_features(x))  # type: ignore[operator]
-        return self.model.forward_head(final)  # type: ignore[operator]
+        return self._as_classes(self.model.forward_head(final))  # type: ignore[operator]
 
     def head_logits(self, final: Tensor) -> Tensor:
         """The classifier applied to a (possibly masked) ``"head"`` map (B, C, h, w) -> (B, K)."""
         self.require_pooled_tap()
         if self._channels_last:
             final = final.permute(0, 2, 3, 1)
-        return self.model.forward_head(final)  # type: ignore[operator]
+        return self._as_classes(self.model.forward_head(final))  # type: ignore[operator]
 
     def require_pooled_tap(self) -> None:
         """Raise a ``ValueError`` unless the last tap is the map that the classifier pools."""
@@ -340,8 +364,16 @@ class Backbone(nn.Module):
         return self._classifier()[1]
 
     def _classifier(self) -> tuple[Tensor | None, Tensor | None]:
+        weight, bias = self._linear_classifier()
+        if weight is not None and self.task == "binary":
+            weight = torch.cat([-weight, weight]) / 2
+            bias = None if bias is None else torch.cat([-bias, bias]) / 2
+        return weight, bias
+
+    def _linear_classifier(self) -> tuple[Tensor | None, Tensor | None]:
         if self.adapter:
-            return getattr(self.model, "classifier_weight", None), None
+            weight = getattr(self.model, "classifier_weight", None)
+            return weight, None if weight is None else getattr(self.model, "classifier_bias", None)
         layers = self.model.get_classifier()  # type: ignore[operator]
         layers = layers if isinstance(layers, tuple | list) else (layers,)
         if not all(isinstance(m, nn.Linear | nn.Conv2d) for m in layers):
@@ -357,14 +389,21 @@ class Backbone(nn.Module):
     def _pools_linearly(self, last: Tensor) -> bool:
         """Whether logits = W mean(head map) + b: then w_k . map is the exact CAM."""
         weight, bias = self._classifier()
-        if self.adapter or self.taps[-1] != "head" or self.is_vit or weight is None:
-            return False
-        if weight.shape[1] != last.shape[1]:
+        if weight is None or weight.shape[1] != last.shape[1]:
             return False
         generator = torch.Generator().manual_seed(0)
-        final = torch.rand(last.shape, generator=generator).to(last) - 0.3
+        if self.adapter:
+            size = self.preprocessing.input_size
+            image = torch.rand(1, self.mean.shape[1], *size, generator=generator).to(last)
+            logits, maps = self.forward_normalized(image)
+            final = maps[-1]
+        elif self.taps[-1] != "head" or self.is_vit:
+            return False
+        else:
+            final = torch.rand(last.shape, generator=generator).to(last) - 0.3
+            logits = self.head_logits(final)
         expected = final.mean((2, 3)) @ weight.t() + (0 if bias is None else bias)
-        return torch.allclose(self.head_logits(final), expected, rtol=1e-3, atol=1e-4)
+        return bool(logits.any()) and torch.allclose(logits, expected, rtol=1e-3, atol=1e-4)
 
     @property
     def fingerprint(self) -> str:
@@ -401,6 +440,18 @@ class Backbone(nn.Module):
         raise ValueError(f"class {name!r} is not a class of {self.name}{hint}")
 
 
+def _task(task: Task | None, logits: Tensor, name: str) -> Task:
+    outputs = 1 if logits.ndim == 1 else logits.shape[1]
+    if task is None:
+        return "binary" if outputs == 1 else "multiclass"
+    if task not in get_args(Task):
+        raise ValueError(f"task: got {task!r}; choose one of {', '.join(get_args(Task))}")
+    if (task == "binary") != (outputs == 1) and task != "multilabel":
+        hint = "binary" if outputs == 1 else "multiclass or multilabel"
+        raise ValueError(f"task={task!r}: {name} has {outputs} outputs; choose {hint}")
+    return task
+
+
 def _parse(tap: str) -> tuple[str, int, bool]:
     """``"stage.2.pool"`` -> ("stage", 2, True); ``"head"`` -> ("head", -1, False)."""
     kind, *rest = tap.split(".")
@@ -426,6 +477,7 @@ def load_backbone(
     input_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     classes: str | Path | Sequence[str] | None = None,
+    task: Task | None = None,
 ) -> Backbone:
     """Load a frozen classifier.
 
@@ -439,6 +491,7 @@ def load_backbone(
         input_size: (H, W) in pixels, or one side; the model's own size by default.
         num_classes: for a local file of another class count it is read from the file.
         classes: class names in order, or the path of a ``classes.txt`` with one a line.
+        task: ``"multiclass"``, ``"multilabel"`` or ``"binary"``, see :class:`Backbone`.
 
     Raises:
         ValueError: unknown name, unusable module or weights, unknown tap, wrong class list.
@@ -463,7 +516,7 @@ def load_backbone(
         model, overrides = _create(name, weights, size, num_classes)
     preprocessing = _preprocessing(model, overrides, size)
     try:
-        backbone = Backbone(model, name, preprocessing, taps, read_classes(classes))
+        backbone = Backbone(model, name, preprocessing, taps, read_classes(classes), task)
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

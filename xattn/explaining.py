@@ -133,7 +133,7 @@ def explain_batch(
     """The explanations of prepared photos, photo by photo, each photo's in the order chosen."""
     pixels = torch.stack([item[0] for item in batch]).to(backbone.device)
     logits, targets, maps = method.attribute_classes(pixels, choose)
-    probabilities = logits.double().softmax(1).gather(1, targets)
+    probabilities = backbone.probabilities(logits).gather(1, targets)
     values = maps.float().cpu().numpy()
     for i, (_, seen, image_id, source) in enumerate(batch):
         for j, target in enumerate(targets[i].tolist()):
@@ -304,7 +304,8 @@ def _protocol(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any
         "view": view,
         "classes": "top",
         "map": "mask" if method.is_mask else "as explained; min-max before upsampling for display",
-        "probability": "softmax",
+        "probability": "sigmoid" if backbone.task == "multilabel" else "softmax",
+        "task": backbone.task,
     }
 
 

@@ -35,8 +35,9 @@ class Explanation:
     """One class of one photo, explained.
 
     ``map`` holds raw scores (h, w), float32, read-only, on the grid of the model's input;
-    ``probability`` is the softmax over all classes; ``image_id`` names the photo within its run and
-    ``source`` is where its pixels are: a file, an image, or None. ``is_mask`` marks maps that are
+    ``probability`` is the softmax over all classes, or the class's sigmoid (multi-label);
+    ``image_id`` names the photo within its run and ``source`` is where its pixels are: a file, an
+    image, or None. ``is_mask`` marks maps that are
     in [0, 1] by meaning and must not be stretched.
     """
 

@@ -19,6 +19,7 @@ class FakeBackbone:
     name = "fake"
     fingerprint = "0" * 64
     num_classes = 5
+    task = "multiclass"
     class_names = ("ant", "bee", "cat", "dog", "eel")
 
     def __init__(self, seed: int = 0, gain: float = 6.0) -> None:
@@ -32,6 +33,9 @@ class FakeBackbone:
         means = F.adaptive_avg_pool2d(images, 4).flatten(1)
         rows = torch.stack([(self.weight * row).sum(1) for row in means])
         return rows + 1e-3 * len(images) * torch.arange(self.num_classes)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.double().softmax(1)
 
     def class_index(self, name: str | int) -> int:
         return name if isinstance(name, int) else self.class_names.index(name)

@@ -39,6 +39,8 @@ class GradCam(Explainer):
     ) -> None:
         super().__init__(backbone, head, seed, max_forward_batch)
         if layer is None and backbone.adapter:
+            layer = getattr(backbone.model, "gradcam_layer", None)
+        if layer is None and backbone.adapter:
             raise ValueError(
                 f"layer: {backbone.name} is no timm model, so gradcam does not know its last map; "
                 f"give layer=<the module whose output is (B, C, h, w)>"
@@ -53,13 +55,14 @@ class GradCam(Explainer):
             )
         self.layer = layer
         self.relu = relu
+        self.reads_tokens = backbone.is_vit or getattr(backbone.model, "token_taps", False)
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         # Imported late: captum takes longer to load than the maps take to compute.
         from captum._utils.gradient import compute_layer_gradients_and_eval
         from captum.attr import LayerGradCam
 
-        if not self.backbone.is_vit:
+        if not self.reads_tokens:
             captum = LayerGradCam(self.backbone.logits, self.layer)
             maps = captum.attribute(images, target, relu_attributions=self.relu)
             if maps.ndim != 4:  # type: ignore[union-attr]

@@ -4,8 +4,9 @@
     L = 1.5 CE(f(mask(x, m)), y) + 2 mean((A + 0.0005)^0.3) + 0.01 V(A)
     V(A) = [ sum |d_h A|^2 + sum |d_w A|^2 + 0.3 sum_border A^2 ] / (2 B)
 
-The target is the model's own prediction, so no labels are needed. V is a sum over space and over the
-class axis of A, divided by the batch only.
+The target is the model's own prediction, so no labels are needed; for a multi-label model it is one
+of its positive labels, and -log sigmoid of that label's logit takes the place of the cross-entropy.
+V is a sum over space and over the class axis of A, divided by the batch only.
 """
 
 from __future__ import annotations
@@ -70,6 +71,27 @@ def masked_logits(
     raise ValueError(f"mask_policy: got {policy!r}; see xattn.heads.base.MASK_POLICIES")
 
 
+def targets(logits: Tensor, task: str) -> Tensor:
+    """The class (B,) each image is trained on: the prediction.
+
+    Of a multi-label model the place in the batch picks among the labels with p > 0.5, so that over
+    the epochs all of them have their turn; an image without one gets its most probable label.
+    """
+    if task != "multilabel":
+        return logits.argmax(1)
+    order = logits.argsort(dim=1, descending=True, stable=True)
+    positive = (logits > 0).sum(1).clamp_min(1)
+    turn = torch.arange(len(logits), device=logits.device) % positive
+    return order.gather(1, turn[:, None])[:, 0]
+
+
+def classification_loss(logits: Tensor, target: Tensor, task: str) -> Tensor:
+    """-log p of the target classes, mean over the batch: softmax, or of one sigmoid (multi-label)."""
+    if task != "multilabel":
+        return F.cross_entropy(logits.float(), target)
+    return F.softplus(-logits.float().gather(1, target[:, None])).mean()
+
+
 def objective(
     head: nn.Module,
     backbone: Backbone,
@@ -81,11 +103,12 @@ def objective(
     with torch.no_grad():
         taps = backbone(images)
     batch = images.shape[0]
-    target = taps.logits.argmax(1)
+    target = targets(taps.logits, backbone.task)
     if config.class_mode == "own":
         index = target[:, None]
     elif config.class_mode == "top":
-        index = taps.logits.topk(min(batch, taps.logits.shape[1]), dim=1).indices
+        others = taps.logits.scatter(1, target[:, None], torch.inf)  # the own class comes first
+        index = others.topk(min(batch, taps.logits.shape[1]), dim=1).indices
     else:
         index = target[None]
     masks = head(taps, index).float().sigmoid()
@@ -95,7 +118,8 @@ def objective(
     else:  # the first class is the image's own
         own_mask = masks[:, :1]
     logits = masked_logits(backbone, images, own_mask, policy, taps)
-    terms = F.cross_entropy(logits.float(), target), area(masks), variation(masks)
+    fit = classification_loss(logits, target, backbone.task)
+    terms = fit, area(masks), variation(masks)
     weights = config.cross_entropy, config.area, config.variation
     loss = sum(
         (w * t for w, t in zip(weights, terms, strict=True)), torch.zeros((), device=images.device)

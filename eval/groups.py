@@ -1,0 +1,183 @@
+"""Per-class heads on coarse groups: a linear probe on a frozen encoder, heads with a row a class.
+
+    python -m xattn.eval.groups --data PHOTOS --backbone vit_small_patch14_dinov2
+
+``PHOTOS`` has one folder a class and ``classes.json``, ``{folder: {"group": name or null}}``. A
+linear probe tells the groups apart (classes without a group are "other"); ``ttame`` heads with
+``fusion="per_class"`` are trained on four fifths of the photos, the same that the probe saw, and
+scored on the other fifth beside Grad-CAM and the sanity rows.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from xattn.config import TrainConfig
+from xattn.eval.folds import format_differences, train_and_score
+from xattn.eval.report import format_table, write_csv
+from xattn.eval.results import Results
+
+OTHER = "other"
+
+
+def read_groups(paths: Sequence[Path], file: Path) -> list[str]:
+    """The group of each photo, by the name of its folder."""
+    if not file.is_file():
+        raise FileNotFoundError(f"data: no file {file}; give {{folder: {{'group': name}}}} as JSON")
+    classes = json.loads(file.read_text(encoding="utf-8"))
+    missing = sorted({p.parent.name for p in paths} - set(classes))
+    if missing:
+        raise ValueError(f"data: {file} does not name the folders {', '.join(missing[:5])}")
+    return [classes[p.parent.name]["group"] or OTHER for p in paths]
+
+
+def stratified_fold(groups: Sequence[str], folds: int = 5, seed: int = 0) -> list[int]:
+    """Numbers of the photos in the first of ``folds`` parts that split every group evenly."""
+    rng = random.Random(seed)
+    held_out = []
+    for name in sorted(set(groups)):
+        members = [i for i, group in enumerate(groups) if group == name]
+        rng.shuffle(members)
+        held_out += members[::folds]
+    return sorted(held_out)
+
+
+@torch.inference_mode()
+def pooled_features(backbone: Any, paths: Sequence[Path], batch_size: int = 16) -> Tensor:
+    """(n, C): what the classifier of ``backbone`` reads, for the evaluation crop of every photo."""
+    from xattn.images import load_image, prepare
+
+    parts = []
+    for start in range(0, len(paths), batch_size):
+        batch = paths[start : start + batch_size]
+        images = torch.stack([prepare(load_image(p), backbone.preprocessing)[0] for p in batch])
+        x = backbone.normalize(images.to(backbone.device))
+        final = backbone.model.forward_features(x)
+        parts.append(backbone.model.forward_head(final, pre_logits=True).cpu())
+    return torch.cat(parts)
+
+
+def fit_probe(features: Tensor, labels: Tensor, classes: int, decay: float = 0.01) -> nn.Linear:
+    """Multinomial logistic regression on features (n, C), labels (n,): an ``nn.Linear`` (C -> K).
+
+    Minimises cross-entropy + decay |W|^2 on standardised features by L-BFGS; the standardisation is
+    folded into the weights.
+    """
+    mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
+    x = (features - mean) / std
+    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ weight.t() + bias, labels) + decay * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    layer = nn.Linear(x.shape[1], classes)
+    with torch.no_grad():
+        layer.weight.copy_(weight / std)
+        layer.bias.copy_(bias - layer.weight @ mean)
+    return layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Train and score per-class heads on coarse groups."""
+
+    data: Path
+    """A folder with one folder of images a class, and classes.json."""
+    output: Path = Path("runs/groups")
+    """Folder of the runs and results."""
+    backbone: str = "tf_efficientnet_lite0"
+    """A timm model name."""
+    weights: str = "package"
+    """See xattn train --help."""
+    policies: tuple[str, ...] = ("raw_normalize",)
+    """Mask policies to train a head with, one head each."""
+    options: tuple[str, ...] = ()
+    """Further options of the heads as name=value."""
+    explainers: tuple[str, ...] = ("gradcam",)
+    """Methods to compare with."""
+    train: tyro.conf.OmitArgPrefixes[TrainConfig]
+    channels_last: Annotated[bool, tyro.conf.FlagConversionOff] = True
+    """Memory format of the backbone; faster for CNNs on CPUs."""
+
+
+def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str]:
+    """Probe, heads and scores; the results and a line about the probe."""
+    from xattn.backbone import load_backbone
+    from xattn.heads import parse_options
+    from xattn.images import list_images
+
+    paths = list_images(args.data)
+    groups = read_groups(paths, args.data / "classes.json")
+    names = sorted(set(groups))
+    labels = torch.tensor([names.index(group) for group in groups])
+    held_out = stratified_fold(groups, seed=args.train.seed)
+    seen = sorted(set(range(len(paths))) - set(held_out))
+    encoder = load_backbone(args.backbone, args.weights)
+    features = pooled_features(encoder, paths)
+    probe = fit_probe(features[seen], labels[seen], len(names))
+    model: Any = encoder.model
+    model.reset_classifier(len(names))
+    model.get_classifier().load_state_dict(probe.state_dict())
+    model.preprocessing = encoder.preprocessing
+    backbone = load_backbone(model, classes=names)
+    if args.channels_last:
+        backbone.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        right = probe(features[held_out]).argmax(1) == labels[held_out]
+    largest = max(groups.count(name) for name in names) / len(groups)
+    about = (
+        f"probe: {len(names)} groups ({', '.join(f'{n} {groups.count(n)}' for n in names)}); accuracy "
+        f"{right.double().mean():.3f} on the {len(held_out)} photos held out, the largest group alone "
+        f"{largest:.3f}"
+    )
+    options = {"fusion": "per_class", **parse_options(args.options)}
+    results = train_and_score(
+        backbone,
+        [paths[i] for i in seen],
+        [paths[i] for i in held_out],
+        args.train,
+        args.output,
+        heads={
+            f"ttame {policy}": ("ttame", {**options, "mask_policy": policy})
+            for policy in args.policies
+        },
+        explainers=args.explainers,
+        progress=progress,
+    )
+    return results, about
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    from xattn.allocator import keep_memory
+
+    args = tyro.cli(Groups, prog="python -m xattn.eval.groups", args=arguments)
+    keep_memory()
+    results, about = compare_on_groups(args)
+    write_csv(results, args.output / "results.csv")
+    text = [about, format_table(results, "markdown")]
+    rows = [f"ttame {policy}" for policy in args.policies]
+    pairs = [(row, reference) for row in rows for reference in args.explainers]
+    pairs += [(rows[0], other) for other in rows[1:]]
+    for row, reference in pairs:
+        text.append(format_differences(results.compare(row, reference), row, reference))
+    print("\n\n".join(text))
+
+
+if __name__ == "__main__":
+    main()

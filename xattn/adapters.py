@@ -1,0 +1,201 @@
+"""Modules that are not timm's, as a backbone: torchvision's classifiers through their traced graph.
+
+    backbone = load_backbone(from_torchvision(torchvision.models.resnet18(weights="DEFAULT")))
+
+The graph that ``torch.fx`` records gets further outputs, so that one pass yields logits and inner
+maps; nothing is hooked.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from xattn.backbone import Preprocessing
+
+HEAD_POINT = "head_point"
+
+
+class TracedClassifier(nn.Module):
+    """A :class:`~xattn.backbone.TapModule`; made by :func:`from_torchvision`.
+
+    Attributes:
+        nodes: graph nodes of the taps.
+        gradcam_layer: an identity behind the last tap.
+        num_prefix_tokens, token_taps: of a ViT's tokens (B, N, C).
+        classifier: the linear layer that gives the logits, or None.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        nodes: Sequence[str],
+        classifier: str,
+        preprocessing: Preprocessing,
+        grids: Sequence[tuple[int, int] | None],
+        prefix: int,
+    ) -> None:
+        super().__init__()
+        self.graph = graph
+        self.nodes = list(nodes)
+        self.preprocessing = preprocessing
+        self.grids = list(grids)
+        self.num_prefix_tokens = prefix
+        self.token_taps = self.grids[-1] is not None
+        self.gradcam_layer = getattr(graph, HEAD_POINT)
+        layer = dict(graph.named_modules()).get(classifier)
+        self._classifier = [layer] if isinstance(layer, nn.Linear) else []  # no second registration
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.graph(x)[0]
+
+    def forward_taps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        logits, *values = self.graph(x)
+        return logits, [_as_map(v, grid) for v, grid in zip(values, self.grids, strict=True)]
+
+    @property
+    def classifier_weight(self) -> Tensor | None:
+        """(K, C), or None."""
+        return self._classifier[0].weight if self._classifier else None
+
+    @property
+    def classifier_bias(self) -> Tensor | None:
+        """(K,), or None."""
+        return self._classifier[0].bias if self._classifier else None
+
+
+def from_torchvision(
+    model: nn.Module,
+    taps: Sequence[str] | None = None,
+    *,
+    preprocessing: Preprocessing | None = None,
+) -> TracedClassifier:
+    """A torchvision classifier (or any module that ``torch.fx`` can trace) for ``load_backbone``.
+
+    Args:
+        model: takes normalised images (B, 3, H, W), gives logits (B, K); put in eval mode.
+        taps: module paths or graph nodes, such as ``["layer2", "layer3", "layer4"]`` or, of a ViT,
+            ``["encoder.layers.encoder_layer_11.ln_1"]``, whose class token is left out. By default
+            the last map on each of the three coarsest grids of a CNN.
+        preprocessing: 224 pixels and ImageNet's mean and std by default.
+
+    Raises:
+        ValueError: the module cannot be traced, a tap is unknown or no map.
+    """
+    preprocessing = preprocessing or Preprocessing(interpolation="bilinear")
+    size = preprocessing.input_size
+    traced, shapes, names = _trace(model.eval(), size)
+    nodes = [_find(tap, names) for tap in taps] if taps is not None else _coarsest(shapes, size)
+    if not nodes:
+        raise ValueError(
+            f"taps: {type(model).__name__} has no (B, C, h, w) maps; name its token nodes, such as "
+            f"'encoder.layers.encoder_layer_11.ln_1'"
+        )
+    grids = [_grid(names[node], shapes[node], size) for node in nodes]
+    graph = traced.graph
+    output = next(n for n in graph.nodes if n.op == "output")
+    logits = output.args[0]
+    traced.add_submodule(HEAD_POINT, nn.Identity())
+    with graph.inserting_after(nodes[-1]):
+        point = graph.call_module(HEAD_POINT, ())
+    nodes[-1].replace_all_uses_with(point)
+    point.args = (nodes[-1],)
+    output.args = ((logits, *nodes[:-1], point),)
+    traced.recompile()
+    last = grids[-1]
+    prefix = 0 if last is None else shapes[nodes[-1]][1] - last[0] * last[1]
+    classifier = str(logits.target) if logits.op == "call_module" else ""
+    paths = [names[node] for node in nodes]
+    return TracedClassifier(traced, paths, classifier, preprocessing, grids, prefix)
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph and keeps the shape of every tensor."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n] = tuple(result.shape)
+        return result
+
+
+Shapes = dict[fx.Node, tuple[int, ...]]
+
+
+@torch.no_grad()
+def _trace(
+    model: nn.Module, size: tuple[int, int]
+) -> tuple[fx.GraphModule, Shapes, dict[fx.Node, str]]:
+    """The traced module, the shape of every tensor in it, and its nodes' paths by torchvision."""
+    from torchvision.models.feature_extraction import NodePathTracer
+
+    kind = type(model).__name__
+    try:
+        tracer = NodePathTracer()
+        graph = tracer.trace(model)
+        traced = fx.GraphModule(model, graph, kind)
+        run = _Shapes(traced)
+        parameter = next(model.parameters(), torch.zeros(()))
+        run.run(torch.zeros(2, 3, *size, device=parameter.device, dtype=parameter.dtype))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model: torch.fx cannot trace {kind} ({type(error).__name__}: {reason}); give it a "
+            f"method forward_taps(x) -> (logits, maps) instead"
+        ) from error
+    last = next(n for n in graph.nodes if n.op == "output").args[0]
+    if not isinstance(last, fx.Node) or len(run.shapes.get(last, ())) not in (1, 2):
+        raise ValueError(f"model: {kind} does not end in logits (B, K)")
+    names = {n: path for n, path in tracer.node_to_qualname.items() if n in run.shapes}
+    return traced, {n: run.shapes[n] for n in names if n.op != "placeholder"}, names
+
+
+def _find(tap: str, names: dict[fx.Node, str]) -> fx.Node:
+    """The node of that path, or the last one of the module of that path."""
+    found = [n for n, path in names.items() if path == tap or path.startswith(f"{tap}.")]
+    if not found:
+        near = difflib.get_close_matches(tap, list(names.values()), 3, 0.3)
+        near = near or list(names.values())[-5:]
+        raise ValueError(f"taps: {tap!r} is not in the graph; near matches: {', '.join(near)}")
+    return found[-1]
+
+
+def _coarsest(shapes: Shapes, size: tuple[int, int]) -> list[fx.Node]:
+    """The last map of each of the three coarsest grids of more than one place, fine to coarse.
+
+    Grids have the aspect of the input: (B, h, w, C) and position tables are no maps.
+    """
+    last: dict[tuple[int, ...], fx.Node] = {}
+    for node, shape in shapes.items():
+        is_map = len(shape) == 4 and shape[0] == 2 and min(shape[2:]) > 1
+        if is_map and abs(shape[2] / size[0] * size[1] - shape[3]) < 1:
+            last[shape[2:]] = node
+    return [last[grid] for grid in sorted(last, key=lambda g: g[0] * g[1])[:3]][::-1]
+
+
+def _grid(name: str, shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int] | None:
+    """None for a map (B, C, h, w); the (h, w) of tokens (B, N, C), a class token left out."""
+    if len(shape) == 4 and shape[0] == 2:
+        return None
+    if len(shape) == 3:
+        for count in (shape[1] - 1, shape[1]):
+            rows = round((count * size[0] / size[1]) ** 0.5)
+            if rows and count % rows == 0 and rows * size[1] == (count // rows) * size[0]:
+                return rows, count // rows
+    raise ValueError(
+        f"taps: {name!r} has shape {shape}; choose a node that is (B, C, h, w), or (B, N, C) tokens"
+    )
+
+
+def _as_map(value: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    if grid is None:
+        return value
+    tokens = value[:, value.shape[1] - grid[0] * grid[1] :]
+    return tokens.transpose(1, 2).unflatten(2, grid)
