@@ -3,7 +3,8 @@
 Every forward pass has exactly ``max_forward_batch`` images. A network may give other bits at
 another batch size, and "q > p" would then hold for identical images; with one shape it cannot.
 The place of an image in the micro-batch does not matter where the size is a multiple of 4 (matrix
-products treat the last rows of other sizes differently: lite0's logits move by 1e-7 at 6).
+products treat the last rows of other sizes differently: lite0's logits move by 1e-7 at 6). Where
+memory runs out, the passes go on at half the size (:mod:`xattn.memory`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from xattn.memory import ForwardBatches
 
 
 @dataclass(eq=False, slots=True)
@@ -37,8 +40,7 @@ class MaskedScorer:
     """
 
     def __init__(self, backbone: Any, max_forward_batch: int = 32) -> None:
-        if max_forward_batch < 1:
-            raise ValueError(f"max_forward_batch: got {max_forward_batch}; give at least 1")
+        self._batches = ForwardBatches(max_forward_batch)
         self.backbone = backbone
         self.max_forward_batch = max_forward_batch
         self.requested = self.scored = self.batches = 0
@@ -112,8 +114,9 @@ class MaskedScorer:
 
     def _forward(self, images: Tensor) -> Tensor:
         """(max_forward_batch, 3, H, W) -> (max_forward_batch, K) probabilities, float64 on CPU."""
-        self.batches += 1
-        return self.backbone.probabilities(self.backbone.logits(images).cpu())
+        parts = self._batches.run(self.backbone.logits, images)
+        self.batches += len(parts)
+        return self.backbone.probabilities(torch.cat([part.cpu() for part in parts]))
 
     def _digest(self, image: Tensor) -> bytes:
         """128 bits of the pixels: two multilinear hashes mod 2^64, on whatever device."""

@@ -607,7 +607,7 @@ def _create(
                 raise
             model = timm.create_model(name, pretrained=False, **options)
             model.load_state_dict(state, strict=True)
-            model.set_input_size(img_size=own)
+            model.set_input_size(img_size=own)  # type: ignore[operator]
     except RuntimeError as error:
         first = str(error).strip().splitlines()
         reason = " ".join(line.strip() for line in first[1:3])[:300]

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xattn.memory import ForwardBatches
+
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
     from xattn.heads import Head
@@ -53,8 +55,7 @@ class Explainer(ABC):
         seed: int = 0,
         max_forward_batch: int = 32,
     ) -> None:
-        if max_forward_batch < 1:
-            raise ValueError(f"max_forward_batch: got {max_forward_batch}; give at least 1")
+        self._batches = ForwardBatches(max_forward_batch)
         if self.needs_head and head is None:
             raise ValueError(f"head: explainer {self.name!r} needs one; give head=load_head(...)")
         if head is not None:
@@ -62,7 +63,15 @@ class Explainer(ABC):
         self.backbone = backbone
         self.head = head
         self.seed = seed
-        self.max_forward_batch = max_forward_batch
+
+    @property
+    def max_forward_batch(self) -> int:
+        """Images a pass; halved for good where memory ran out."""
+        return self._batches.size
+
+    @max_forward_batch.setter
+    def max_forward_batch(self, size: int) -> None:
+        self._batches = ForwardBatches(size)
 
     def attribute(self, inputs: Tensor, target: Tensor | int) -> Tensor:
         """Raw maps of one class an image.
@@ -80,14 +89,12 @@ class Explainer(ABC):
         """
         check_inputs(inputs)
         targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
-        maps = []
+
+        def maps_of(images: Tensor, classes: Tensor) -> Tensor:
+            return self._attribute(self._move(images), classes.to(self.backbone.device))
+
         with self._guard():
-            for images, classes in zip(
-                inputs.split(self.max_forward_batch),
-                targets.split(self.max_forward_batch),
-                strict=True,
-            ):
-                maps.append(self._attribute(self._move(images), classes.to(self.backbone.device)))
+            maps = self._batches.run(maps_of, inputs, targets)
         return torch.cat(maps).detach().to(inputs.device)
 
     def attribute_classes(self, inputs: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,10 +109,10 @@ class Explainer(ABC):
             read class maps from features (``head``, ``cam``) need one backbone pass in all.
         """
         check_inputs(inputs)
-        parts = []
         with self._guard():
-            for images in inputs.split(self.max_forward_batch):
-                parts.append(self._attribute_classes(self._move(images), choose))
+            parts = self._batches.run(
+                lambda images: self._attribute_classes(self._move(images), choose), inputs
+            )
         logits, classes, maps = (torch.cat(p).detach() for p in zip(*parts, strict=True))
         return logits.to(inputs.device), classes.to(inputs.device), maps.to(inputs.device)
 

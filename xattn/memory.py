@@ -1,0 +1,72 @@
+"""Out of memory: go on with half the batch, and say so once."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TEXTS = ("out of memory", "can't allocate memory", "could not allocate", "alloc_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that device or host memory did not suffice."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(part in text for part in _TEXTS)
+
+
+class ForwardBatches:
+    """Runs a function on slices of at most ``size`` images; halves ``size`` when memory runs out.
+
+    ``size`` keeps its smaller value, so that the rest of the job does not run out again.
+    """
+
+    def __init__(self, size: int) -> None:
+        if isinstance(size, bool) or size < 1:
+            raise ValueError(f"max_forward_batch: got {size}; give at least 1")
+        self.first = self.size = size
+
+    def run(self, function: Callable[..., Any], *inputs: Tensor) -> list[Any]:
+        """``function`` on equal slices of ``inputs`` (B, ...), results in order.
+
+        Raises:
+            MemoryError: one image alone does not fit.
+        """
+        results = []
+        start = 0
+        while start < len(inputs[0]):
+            reason = ""
+            try:
+                results.append(function(*(x[start : start + self.size] for x in inputs)))
+                start += self.size
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).strip().splitlines()[0][:120]
+            if reason:  # outside of except: the traceback keeps the failed pass's tensors alive
+                self._halve(reason)
+        return results
+
+    def _halve(self, reason: str) -> None:
+        if self.size == 1:
+            raise MemoryError(
+                f"max_forward_batch: out of memory with one image ({reason}); free memory, or choose "
+                f"a smaller input or backbone"
+            )
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.size //= 2
+        if self.size == self.first // 2:
+            warnings.warn(
+                f"max_forward_batch: out of memory with {self.first} images; going on with "
+                f"{self.size}, or fewer if need be",
+                RuntimeWarning,
+                stacklevel=3,
+            )
