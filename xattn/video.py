@@ -140,7 +140,7 @@ def explain_video(
                 _check_frames(clip, result)
             except BaseException as error:
                 if result and drafts is not None:
-                    reason = f"stopped after {clip.decoded} frames by {type(error).__name__}"
+                    reason = f"stopped after {result[-1].image_id} by {type(error).__name__}"
                     result.skipped.append((path.name, reason))
                     with suppress(OSError, ValueError):  # the first error is the one to report
                         drafts.save(result)
