@@ -4,6 +4,7 @@
 
 Images stream through in chunks of ``max_forward_batch``; clean passes, explanations and masked
 passes all run at that one batch shape, so results do not depend on how many images there are.
+Under ``torchrun`` each process takes every n-th chunk, and all return the results of all images.
 """
 
 from __future__ import annotations
@@ -11,20 +12,21 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from xattn.distributed import gather, processes
 from xattn.eval import functional
 from xattn.eval.probes import Column, MaskingProbe, Probe
 from xattn.eval.protocol import SCORES, Protocol
 from xattn.eval.results import ImageRecord, MethodResult, Results
 from xattn.eval.scorer import MaskedScorer, Ticket, pad_batch
-from xattn.eval.stream import ImageStream, Item
+from xattn.eval.stream import ImageStream, Item, Skipped
 from xattn.images import MAX_PIXELS
 
 
@@ -77,22 +79,24 @@ def evaluate(
         raise ValueError("view: 'tensor' is for images given as tensors; choose 'crop' or 'whole'")
     wanted = _wanted_classes(backbone, classes, stream.length)
     run = _Run(backbone, explainers, protocol, MaskedScorer(backbone, max_forward_batch))
+    ranks, rank = processes(backbone.device)
 
     from tqdm import tqdm
 
     with tqdm(
-        total=stream.length, desc="evaluate", unit="image", disable=not progress, dynamic_ncols=True
+        total=stream.length,
+        desc="evaluate",
+        unit="image",
+        disable=not progress or rank > 0,
+        dynamic_ncols=True,
     ) as bar:
-        for chunk in _chunks(stream, max_forward_batch):
+        for chunk in stream.blocks(max_forward_batch, rank, ranks):
+            if not chunk:
+                continue
             run.add(chunk, _targets(wanted, chunk))
             bar.update(chunk[-1].position + 1 - bar.n)
             bar.set_postfix_str(f"{len(stream.skipped)} skipped" if stream.skipped else "")
-    if not run.records:
-        first = stream.skipped[0]
-        raise ValueError(
-            f"images: none of {len(stream.skipped)} could be read; the first: {first.reason}"
-        )
-    return run.results(stream)
+    return run.results(gather(run.part(stream)))
 
 
 @dataclass
@@ -104,6 +108,7 @@ class _Run:
     protocol: Protocol
     scorer: MaskedScorer
     records: list[ImageRecord] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
     _pending: deque[tuple[str, int, dict[str, Ticket]]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -127,6 +132,7 @@ class _Run:
             if not math.isfinite(value):
                 raise ValueError(f"backbone: its logits for {item.id} are not finite")
             self.records.append(ImageRecord(item.id, target, names[target], value))
+            self.positions.append(item.position)
         size = self.scorer.max_forward_batch
         padded = pad_batch(images, size), pad_batch(classes.to(images.device), size)
         for name in self.explainers:
@@ -176,17 +182,41 @@ class _Run:
                 column.extend([math.nan] * (index - len(column)))
                 column.append(ticket.probability)
 
-    def results(self, stream: ImageStream) -> Results:
+    def part(self, stream: ImageStream) -> _Part:
+        """What this process has scored."""
         self.scorer.flush()
         self._collect()
-        n = len(self.records)
-        p = torch.tensor([record.p for record in self.records], dtype=torch.float64)
+        for columns in self.scores.values():
+            for column in columns.values():
+                column.extend([math.nan] * (len(self.records) - len(column)))
+        cost = {
+            "scores_requested": self.scorer.requested,
+            "images_scored": self.scorer.scored,
+            "forward_batches": self.scorer.batches,
+        }
+        return _Part(
+            self.positions, self.records, self.valid, self.tied, self.scores, stream.skipped, cost
+        )
+
+    def results(self, parts: Sequence[_Part]) -> Results:
+        """The results of all processes' ``parts``, in the order of the images."""
+        skipped = dict(sorted(item for part in parts for item in part.skipped.items()))
+        positions = np.array([i for part in parts for i in part.positions])
+        if not len(positions):
+            first = next(iter(skipped.values()))
+            raise ValueError(
+                f"images: none of {len(skipped)} could be read; the first: {first.reason}"
+            )
+        order = np.argsort(positions)
+        records = [record for part in parts for record in part.records]
+        records = [records[i] for i in order]
+        p = torch.tensor([record.p for record in records], dtype=torch.float64)
         methods = {}
         for name, explainer in self.explainers.items():
-            scores = {}
-            for key, column in self.scores[name].items():
-                column.extend([math.nan] * (n - len(column)))
-                scores[key] = np.array(column)
+            scores = {
+                key: np.concatenate([part.scores[name][key] for part in parts])[order]
+                for key in self.scores[name]
+            }
             tensors = {key: torch.from_numpy(value) for key, value in scores.items()}
             values: dict[Column, Any] = {}
             for probe in self.probes:
@@ -195,36 +225,33 @@ class _Run:
             methods[name] = MethodResult(
                 forwards=getattr(explainer, "forwards", None),
                 is_mask=bool(getattr(explainer, "is_mask", False)),
-                tied=self.tied[name],
-                valid=np.array(self.valid[name], dtype=bool),
+                tied=sum(part.tied[name] for part in parts),
+                valid=np.concatenate([np.array(part.valid[name], bool) for part in parts])[order],
                 scores=scores,
                 values=values,
             )
         invalid = sum(int((~method.valid).sum()) for method in methods.values())
+        cost = {key: sum(part.cost[key] for part in parts) for key in parts[0].cost}
         return Results(
-            protocol=replace(self.protocol, n=n, n_invalid=invalid),
-            images=self.records,
+            protocol=replace(self.protocol, n=len(records), n_invalid=invalid),
+            images=records,
             methods=methods,
-            skipped=list(stream.skipped),
+            skipped=list(skipped.values()),
             backbone={"name": self.backbone.name, "sha256": self.backbone.fingerprint},
-            cost={
-                "max_forward_batch": self.scorer.max_forward_batch,
-                "scores_requested": self.scorer.requested,
-                "images_scored": self.scorer.scored,
-                "forward_batches": self.scorer.batches,
-            },
+            cost={"max_forward_batch": self.scorer.max_forward_batch, **cost},
         )
 
 
-def _chunks(stream: ImageStream, size: int) -> Iterator[list[Item]]:
-    chunk: list[Item] = []
-    for item in stream:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+class _Part(NamedTuple):
+    """What one process has scored: images by position, and numbers in that order."""
+
+    positions: list[int]
+    records: list[ImageRecord]
+    valid: dict[str, list[bool]]
+    tied: dict[str, int]
+    scores: dict[str, dict[str, array[float]]]
+    skipped: dict[int, Skipped]
+    cost: dict[str, int]
 
 
 def _wanted_classes(

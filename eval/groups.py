@@ -2,10 +2,11 @@
 
     python -m xattn.eval.groups --data PHOTOS --backbone vit_small_patch14_dinov2
 
-``PHOTOS`` has one folder a class and ``classes.json``, ``{folder: {"group": name or null}}``. A
-linear probe tells the groups apart (classes without a group are "other"); ``ttame`` heads with
+``PHOTOS`` has one folder a class and ``classes.json``, ``{folder: {"group": name or null}}``; photos
+without a group are left out. A linear probe tells the groups apart; ``ttame`` heads with
 ``fusion="per_class"`` are trained on four fifths of the photos, the same that the probe saw, and
-scored on the other fifth beside Grad-CAM and the sanity rows.
+scored on the other fifth beside Grad-CAM and the sanity rows. ``--only 0 1 2 3 4`` holds out every
+fifth in turn, with a probe and heads of its own, and puts the numbers together.
 """
 
 from __future__ import annotations
@@ -23,33 +24,37 @@ import tyro
 from torch import Tensor, nn
 
 from xattn.config import TrainConfig
-from xattn.eval.folds import format_differences, train_and_score
-from xattn.eval.report import format_table, write_csv
+from xattn.eval.folds import format_differences, merge, train_and_score
+from xattn.eval.report import format_table, write_csv, write_json
 from xattn.eval.results import Results
 
-OTHER = "other"
+FOLDS = 5
 
 
-def read_groups(paths: Sequence[Path], file: Path) -> list[str]:
-    """The group of each photo, by the name of its folder."""
+def read_groups(paths: Sequence[Path], file: Path) -> dict[Path, str]:
+    """The group of every photo that has one, by the name of its folder."""
     if not file.is_file():
         raise FileNotFoundError(f"data: no file {file}; give {{folder: {{'group': name}}}} as JSON")
     classes = json.loads(file.read_text(encoding="utf-8"))
     missing = sorted({p.parent.name for p in paths} - set(classes))
     if missing:
         raise ValueError(f"data: {file} does not name the folders {', '.join(missing[:5])}")
-    return [classes[p.parent.name]["group"] or OTHER for p in paths]
+    groups = {p: classes[p.parent.name]["group"] for p in paths}
+    return {p: group for p, group in groups.items() if group is not None}
 
 
-def stratified_fold(groups: Sequence[str], folds: int = 5, seed: int = 0) -> list[int]:
-    """Numbers of the photos in the first of ``folds`` parts that split every group evenly."""
+def stratified_folds(groups: Sequence[str], folds: int = FOLDS, seed: int = 0) -> list[list[int]]:
+    """Numbers of the photos in each of ``folds`` parts that split every group evenly."""
     rng = random.Random(seed)
-    held_out = []
+    parts: list[list[int]] = [[] for _ in range(folds)]
+    dealt = 0
     for name in sorted(set(groups)):
         members = [i for i, group in enumerate(groups) if group == name]
         rng.shuffle(members)
-        held_out += members[::folds]
-    return sorted(held_out)
+        for i in members:
+            parts[dealt % folds].append(i)
+            dealt += 1
+    return [sorted(part) for part in parts]
 
 
 @torch.inference_mode()
@@ -105,6 +110,8 @@ class Groups:
     """A timm model name."""
     weights: str = "package"
     """See xattn train --help."""
+    only: tuple[int, ...] = (0,)
+    """Which fifths of the photos to hold out, one after the other."""
     policies: tuple[str, ...] = ("raw_normalize",)
     """Mask policies to train a head with, one head each."""
     options: tuple[str, ...] = ()
@@ -117,50 +124,53 @@ class Groups:
 
 
 def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str]:
-    """Probe, heads and scores; the results and a line about the probe."""
+    """Probes, heads and scores; the results and a line about the probes."""
     from xattn.backbone import load_backbone
     from xattn.heads import parse_options
     from xattn.images import list_images
 
-    paths = list_images(args.data)
-    groups = read_groups(paths, args.data / "classes.json")
+    group_of = read_groups(list_images(args.data), args.data / "classes.json")
+    paths, groups = list(group_of), list(group_of.values())
     names = sorted(set(groups))
     labels = torch.tensor([names.index(group) for group in groups])
-    held_out = stratified_fold(groups, seed=args.train.seed)
-    seen = sorted(set(range(len(paths))) - set(held_out))
+    options = {"fusion": "per_class", **parse_options(args.options)}
     encoder = load_backbone(args.backbone, args.weights)
     features = pooled_features(encoder, paths)
-    probe = fit_probe(features[seen], labels[seen], len(names))
     model: Any = encoder.model
     model.reset_classifier(len(names))
-    model.get_classifier().load_state_dict(probe.state_dict())
     model.preprocessing = encoder.preprocessing
-    backbone = load_backbone(model, classes=names)
-    if args.channels_last:
-        backbone.to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        right = probe(features[held_out]).argmax(1) == labels[held_out]
-    largest = max(groups.count(name) for name in names) / len(groups)
+    folds = stratified_folds(groups, seed=args.train.seed)
+    parts, right = [], []
+    for k in args.only:
+        held_out = folds[k]
+        seen = sorted(set(range(len(paths))) - set(held_out))
+        probe = fit_probe(features[seen], labels[seen], len(names))
+        right += (probe(features[held_out]).argmax(1) == labels[held_out]).tolist()
+        model.get_classifier().load_state_dict(probe.state_dict())
+        backbone = load_backbone(model, classes=names)
+        if args.channels_last:
+            backbone.to(memory_format=torch.channels_last)
+        part = train_and_score(
+            backbone,
+            [paths[i] for i in seen],
+            [paths[i] for i in held_out],
+            args.train,
+            args.output / f"fold-{k}",
+            heads={
+                f"ttame {policy}": ("ttame", {**options, "mask_policy": policy})
+                for policy in args.policies
+            },
+            explainers=args.explainers,
+            progress=progress,
+        )
+        parts.append(part)
+    largest = max(groups.count(name) for name in names)
     about = (
-        f"probe: {len(names)} groups ({', '.join(f'{n} {groups.count(n)}' for n in names)}); accuracy "
-        f"{right.double().mean():.3f} on the {len(held_out)} photos held out, the largest group alone "
-        f"{largest:.3f}"
+        f"{len(names)} groups: {', '.join(f'{n} {groups.count(n)}' for n in names)}. Probe: accuracy "
+        f"{sum(right) / len(right):.3f} on the {len(right)} photos held out (the largest group alone "
+        f"{largest / len(groups):.3f})."
     )
-    options = {"fusion": "per_class", **parse_options(args.options)}
-    results = train_and_score(
-        backbone,
-        [paths[i] for i in seen],
-        [paths[i] for i in held_out],
-        args.train,
-        args.output,
-        heads={
-            f"ttame {policy}": ("ttame", {**options, "mask_policy": policy})
-            for policy in args.policies
-        },
-        explainers=args.explainers,
-        progress=progress,
-    )
-    return results, about
+    return merge(parts), about
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -169,7 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = tyro.cli(Groups, prog="python -m xattn.eval.groups", args=arguments)
     keep_memory()
     results, about = compare_on_groups(args)
-    write_csv(results, args.output / "results.csv")
+    if len(args.only) == FOLDS:
+        write_json(results, args.output / "results.json")
+        write_csv(results, args.output / "results.csv")
     text = [about, format_table(results, "markdown")]
     rows = [f"ttame {policy}" for policy in args.policies]
     pairs = [(row, reference) for row in rows for reference in args.explainers]

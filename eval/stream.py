@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ class Skipped(NamedTuple):
 
 
 class ImageStream:
-    """Iterate over a file, a folder, a list file, a list of paths or PIL images, or tensors.
+    """The images of a file, a folder, a list file, a list of paths or PIL images, or tensors.
 
     Tensors are float (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size and are used as
     they are; photos are loaded and prepared as the backbone wants them.
@@ -35,7 +35,7 @@ class ImageStream:
     Attributes:
         tensors: whether the images were given as tensors.
         length: how many were given, or None when that is not known in advance.
-        skipped: photos that could not be read, filled while iterating.
+        skipped: photos that could not be read, by position, filled while iterating.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ImageStream:
         max_pixels: int | None = MAX_PIXELS,
     ) -> None:
         self.preprocessing, self.view, self.max_pixels = preprocessing, view, max_pixels
-        self.skipped: list[Skipped] = []
+        self.skipped: dict[int, Skipped] = {}
         self._root: Path | None = None
         if isinstance(images, str | Path):
             self._root = Path(images) if Path(images).is_dir() else None
@@ -63,16 +63,25 @@ class ImageStream:
         self.tensors = isinstance(first, Tensor)
         self._items: Iterator[Any] = chain([first], items)
 
-    def __iter__(self) -> Iterator[Item]:
-        for position, item in enumerate(self._items):
-            if isinstance(item, Tensor) != self.tensors:
-                raise ValueError("images: got tensors and photos mixed; give one kind")
-            if self.tensors:
-                yield Item(f"image {position}", position, _checked(item, position))
-                continue
-            photo = self._photo(item, position)
-            if photo is not None:
-                yield photo
+    def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Item]]:
+        """Readable images of every ``ranks``-th block of ``size`` positions, from the ``rank``-th on.
+
+        Which images share a block depends on neither ``ranks`` nor on the unreadable ones.
+        """
+        for block, start in enumerate(count(0, size)):
+            items = list(islice(self._items, size))
+            if not items:
+                return
+            if block % ranks == rank:
+                read = (self._read(item, start + i) for i, item in enumerate(items))
+                yield [item for item in read if item is not None]
+
+    def _read(self, item: Any, position: int) -> Item | None:
+        if isinstance(item, Tensor) != self.tensors:
+            raise ValueError("images: got tensors and photos mixed; give one kind")
+        if self.tensors:
+            return Item(f"image {position}", position, _checked(item, position))
+        return self._photo(item, position)
 
     def _photo(self, item: Any, position: int) -> Item | None:
         name = f"image {position}"
@@ -83,7 +92,7 @@ class ImageStream:
         try:
             photo = load_image(item, self.max_pixels)
         except (ValueError, OSError) as error:
-            self.skipped.append(Skipped(name, str(error)))
+            self.skipped[position] = Skipped(name, str(error))
             return None
         return Item(name, position, prepare(photo, self.preprocessing, self.view)[0])
 

@@ -6,6 +6,7 @@ load when a job starts. Errors of the user's input are one line and exit code 2.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
@@ -194,6 +195,7 @@ class Evaluate:
     """Folder for results.json and results.csv."""
 
     def run(self) -> None:
+        from xattn.distributed import processes
         from xattn.eval import evaluate, format_table, sanity_rows, write_csv, write_json
         from xattn.explainers import create_explainer
         from xattn.files import check_folder
@@ -227,6 +229,8 @@ class Evaluate:
             seed=self.seed,
             max_pixels=self.max_pixels,
         )
+        if processes(backbone.device)[1] > 0:
+            return
         write_json(results, self.output / "results.json")
         write_csv(results, self.output / "results.csv")
         print(format_table(results))
@@ -289,7 +293,8 @@ def _device(name: str) -> str:
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        local = os.environ.get("LOCAL_RANK", "0")
+        return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -358,6 +363,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("xattn: interrupted; what was finished is saved", file=sys.stderr)
         return 130
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from xattn.distributed import leave
+
+        leave()
     print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     return 0
 
