@@ -426,7 +426,8 @@ def test_large_frames_and_bad_arguments_are_refused_before_any_work(backbone, tm
             explain_video(path, backbone, explainer=explainer, **options)
     assert explainer.calls == 0
     capfd.readouterr()
-    level = cv2.utils.logging.getLogLevel()
+    level = cv2.utils.logging.LOG_LEVEL_WARNING
+    before = cv2.utils.logging.setLogLevel(level)
     wide = clip(tmp_path / "wide.avi", 1, (8400, 2), codec="MJPG")
     with pytest.raises(
         ValueError, match=r"video: OpenCV cannot write MPEG-4 of 8400 x 2 .*overlays"
@@ -434,7 +435,8 @@ def test_large_frames_and_bad_arguments_are_refused_before_any_work(backbone, tm
         explain_video(wide, backbone, explainer="ones", output=tmp_path / "pack")
     explain_video(wide, backbone, explainer="ones", output=tmp_path / "pack", overlays=False)
     assert "[ERROR" not in capfd.readouterr().err
-    assert cv2.utils.logging.getLogLevel() == level and not os.environ.get("OPENCV_FFMPEG_LOGLEVEL")
+    assert cv2.utils.logging.setLogLevel(before) == level
+    assert not os.environ.get("OPENCV_FFMPEG_LOGLEVEL")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("lost"), ValueError("NaN")])
