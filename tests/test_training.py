@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from PIL import Image
 import xattn
 from xattn.config import TrainConfig
 from xattn.heads import create_head, load_head
+from xattn.sources import Files, open_photos
 from xattn.training import area, fit, masked_logits, objective, variation
 from xattn.training.data import TrainImages, epoch_batches
 
@@ -145,14 +149,15 @@ def test_extreme_photos_are_augmented_to_the_input_size(tmp_path, backbone, size
 
 
 def test_epochs_visit_every_image_once_and_processes_share_them():
+    ten, nine = (open_photos([f"{i}.png" for i in range(n)]) for n in (10, 9))
     for epoch in (0, 1):
-        keys = [k for batch in epoch_batches(10, 4, 0, epoch) for k in batch]
+        keys = [k for batch in epoch_batches(ten, 4, 0, epoch) for k in batch]
         assert sorted(keys) == [(epoch, i) for i in range(10)]
-    whole = list(epoch_batches(10, 4, 0, 0))
-    assert list(epoch_batches(10, 4, 0, 0, first=2)) == whole[2:]
-    halves = [list(epoch_batches(11, 2, 0, 0, rank=r, ranks=2)) for r in (0, 1)]
-    assert len(halves[0]) == len(halves[1])
-    assert {i for h in halves for b in h for _, i in b} == set(range(11))
+    whole = epoch_batches(ten, 4, 0, 0)
+    assert epoch_batches(ten, 4, 0, 0, first=2) == whole[2:]
+    halves = [epoch_batches(nine, 2, 0, 0, rank=r, ranks=2) for r in (0, 1)]
+    assert [len(b) for h in halves for b in h] == [2, 2, 1] * 2  # the tenth is seen twice
+    assert {i for h in halves for b in h for _, i in b} == set(range(9))
 
 
 # ---------------------------------------------------------------- fit
@@ -258,8 +263,7 @@ def test_ctrl_c_in_the_middle_of_a_step_resumes_to_bit_identical_weights(
     config = TrainConfig(epochs=2, batch_size=2, workers=0, lr=0.01)
 
     def fresh(seed=3):
-        torch.manual_seed(seed)
-        return create_head("ttame", backbone)
+        return fresh_head(backbone, seed)
 
     whole = fit(fresh(), backbone, folder, config, output=tmp_path / "whole", progress=False).head
     calls = []
@@ -280,14 +284,177 @@ def test_ctrl_c_in_the_middle_of_a_step_resumes_to_bit_identical_weights(
     resumed = fit(
         fresh(9), backbone, folder, config, output=tmp_path / "run", resume=True, progress=False
     )
-    for (key, a), b in zip(
-        whole.state_dict().items(), resumed.head.state_dict().values(), strict=True
-    ):
-        assert torch.equal(a, b), key
+    assert_equal_heads(whole, resumed.head)
     again = fit(
         fresh(), backbone, folder, config, output=tmp_path / "run", resume=True, progress=False
     )
     assert again.losses == resumed.losses != {}
+
+
+def assert_equal_heads(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def at_call(monkeypatch, number, action):
+    """``action`` happens in the middle of training step ``number``."""
+    calls = []
+
+    def disturbed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            action()
+        return objective(*args, **kwargs)
+
+    monkeypatch.setattr("xattn.training.loop.objective", disturbed)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """torch looks every 5 s whether its loader processes are alive; for tests that is long."""
+    poll = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(poll, "__defaults__", (0.2,), raising=False)
+
+
+def fresh_head(backbone, seed=3):
+    torch.manual_seed(seed)
+    return create_head("ttame", backbone)
+
+
+def kill_a_worker():
+    """As the out-of-memory killer does, while the main process is in a step."""
+    os.kill(active_children()[0].pid, signal.SIGKILL)
+    for _ in range(30):  # SIGCHLD arrives here
+        time.sleep(0.01)
+
+
+def test_a_killed_loader_process_is_replaced_and_nothing_changes(
+    tmp_path, backbone, monkeypatch, impatient
+):
+    folder = write_photos(tmp_path / "p", 24)
+    config = TrainConfig(epochs=1, batch_size=2, workers=2, lr=0.01)
+    whole = fit(fresh_head(backbone), backbone, folder, config, progress=False)
+    handler = signal.getsignal(signal.SIGCHLD)
+    at_call(monkeypatch, 3, kill_a_worker)
+    with pytest.warns(UserWarning, match="workers: a loader process died .*nothing is lost"):
+        run = fit(fresh_head(backbone), backbone, folder, config, output=tmp_path / "run",
+                  progress=False)  # fmt: skip
+    assert_equal_heads(whole.head, run.head)
+    lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
+    assert signal.getsignal(signal.SIGCHLD) == handler and not active_children()
+
+
+class Deadly(Files):
+    """Photos one of which ends or fails the process that reads it, as long as ``marker`` is there."""
+
+    def __init__(self, paths, marker, how):
+        super().__init__(paths)
+        self.marker, self.how = marker, how
+
+    def load(self, index, max_pixels=None):
+        if index == 7 and self.marker.exists():
+            if self.how == "exception":
+                raise RuntimeError("a bug in the decoder")
+            os._exit(9)
+        return super().load(index, max_pixels)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"), [("exception", "a bug in the decoder"), ("exit", "exited unexpectedly")]
+)
+def test_loader_processes_that_always_die_end_the_run_with_a_checkpoint(
+    tmp_path, backbone, impatient, how, reason
+):
+    paths = sorted(write_photos(tmp_path / "p", 10).iterdir())
+    marker = tmp_path / "marker"
+    marker.touch()
+    photos = Deadly(paths, marker, how)
+    place = photos.order(0, 0).index(7)
+    config = TrainConfig(epochs=1, batch_size=1, workers=1, lr=0.01)
+    shared = {"config": config, "output": tmp_path / "run", "progress": False}
+    with (
+        pytest.warns(UserWarning) as warned,
+        pytest.raises(
+            ChildProcessError, match=f"^workers: .*died 4 times.*{reason}.*lower workers"
+        ),
+    ):
+        fit(fresh_head(backbone), backbone, photos, **shared)
+    # One more where the first death took the batch before with it.
+    assert sum("a loader process died" in str(w.message) for w in warned) in (3, 4)
+    assert (tmp_path / "run/checkpoints/latest").read_text() == f"step-{place:08d}\n"
+    marker.unlink()
+    resumed = fit(fresh_head(backbone, 9), backbone, photos, resume=True, **shared)
+    whole = fit(fresh_head(backbone), backbone, paths, config, progress=False)
+    assert_equal_heads(whole.head, resumed.head)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_signal_to_the_whole_process_group_ends_with_a_checkpoint(
+    tmp_path, backbone, monkeypatch, impatient, number, error
+):
+    folder = write_photos(tmp_path / "p", 12)
+    config = TrainConfig(epochs=2, batch_size=2, workers=2, lr=0.01)
+    whole = fit(fresh_head(backbone), backbone, folder, config, progress=False)
+
+    def to_all():
+        for child in active_children():
+            os.kill(child.pid, number)
+        os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch, warnings.catch_warnings(), pytest.raises(error):
+        warnings.simplefilter("error")
+        at_call(patch, 5, to_all)
+        fit(fresh_head(backbone), backbone, folder, config, output=tmp_path / "run", progress=False)
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000005\n"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    resumed = fit(fresh_head(backbone, 9), backbone, folder, config, output=tmp_path / "run",
+                  resume=True, progress=False)  # fmt: skip
+    assert_equal_heads(whole.head, resumed.head)
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, backbone, monkeypatch):
+    folder = write_photos(tmp_path / "p", 12)
+    config = TrainConfig(epochs=2, batch_size=2, workers=0, lr=0.01, checkpoint_every=1)
+    whole = fit(fresh_head(backbone), backbone, folder, config, progress=False)
+    jumps = itertools.cycle([0, 5e8, -9e8, 1, -1, 2e9])
+    for name in ("time", "time_ns"):
+        real = getattr(time, name)
+        unit = 1 if name == "time" else 10**9
+        monkeypatch.setattr(time, name, lambda r=real, u=unit: r() + type(u)(next(jumps)) * u)
+
+    def stop():
+        # What is newer by the files' dates is not what counts.
+        for path in (tmp_path / "run").rglob("*"):
+            os.utime(path, (0, 0))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at_call(patch, 7, stop)
+        fit(fresh_head(backbone), backbone, folder, config, output=tmp_path / "run")
+    resumed = fit(fresh_head(backbone, 9), backbone, folder, config, output=tmp_path / "run",
+                  resume=True)  # fmt: skip
+    assert_equal_heads(whole.head, resumed.head)
+    lines = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    times = [line["time"] for line in lines]
+    assert times != sorted(times), "the clock did not jump"
+    kept = {p.name for p in (tmp_path / "run/checkpoints").glob("step-*")}
+    assert kept == {"step-00000011", "step-00000012"}
+
+
+def test_an_unreadable_first_batch_warns_of_nothing(tmp_path, backbone):
+    paths = sorted(write_photos(tmp_path / "p", 3).iterdir())
+    paths[open_photos(paths).order(0, 0)[0]].write_bytes(b"no")
+    config = TrainConfig(epochs=1, batch_size=1, workers=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = fit(create_head("ttame", backbone), backbone, paths, config, progress=False)
+    assert len(result.skipped) == 1 and result.steps == 3
 
 
 def test_resume_refuses_other_images(tmp_path, backbone):
@@ -387,40 +554,139 @@ def test_a_full_disk_is_one_clear_error(tmp_path, what):
 
 
 TWO_PROCESSES = """
-import sys, torch, xattn
+import os, signal, sys, torch, xattn
+from pathlib import Path
 from accelerate import PartialState
-from xattn.heads import create_head
 from xattn.config import TrainConfig
-backbone = xattn.load_backbone("test_efficientnet", weights=sys.argv[1], input_size=64)
-torch.manual_seed(0)
-head = create_head("ttame", backbone)
+from xattn.heads import create_head
+from xattn.training import loop
+
+weights, data, out = sys.argv[1:]
+backbone = xattn.load_backbone("test_efficientnet", weights=weights, input_size=64)
 config = TrainConfig(epochs=2, batch_size=1, workers=0, lr=0.01)
-result = xattn.fit(head, backbone, sys.argv[2], config, output=sys.argv[3], progress=False)
+objective, calls = loop.objective, []
+
+def fit(name, seed=0, at=0, **kwargs):
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == at and PartialState().process_index == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return objective(*args)
+
+    calls.clear()
+    loop.objective = counted
+    torch.manual_seed(seed)
+    head = create_head("ttame", backbone)
+    return xattn.fit(head, backbone, data, kwargs.pop("config", config), output=f"{out}/{name}",
+                     progress=False, **kwargs)
+
+def same(tensor):
+    both = [torch.zeros_like(tensor) for _ in range(2)]
+    torch.distributed.all_gather(both, tensor)
+    return torch.equal(*both)
+
+whole = fit("whole")
 assert PartialState().num_processes == 2
-assert [p.split("/")[-1] for p, _ in result.skipped] == ["broken.png"], result.skipped
-total = torch.stack([p.detach().double().sum() for p in head.parameters()]).sum()
-sums = [torch.zeros_like(total) for _ in range(2)]
-torch.distributed.all_gather(sums, total)
-assert torch.equal(*sums), sums
+assert [p.split("/")[-1] for p, _ in whole.skipped] == ["broken.png"], whole.skipped
+assert all(same(v.detach()) for v in whole.head.state_dict().values())
+assert same(torch.tensor(list(whole.losses.values())))
+try:
+    fit("run", at=4)
+    raise SystemExit("was not interrupted")
+except KeyboardInterrupt:  # Ctrl-C in one process ends both after the same step
+    assert len(calls) == 4, calls
+torch.distributed.barrier()
+assert (Path(out) / "run/checkpoints/latest").read_text() == "step-00000004\\n"
+resumed = fit("run", seed=9, resume=True)
+assert len(calls) == 2 and resumed.skipped == whole.skipped
+for a, b in zip(whole.head.state_dict().values(), resumed.head.state_dict().values()):
+    assert torch.equal(a, b)
+try:
+    fit("run", resume=True, config=TrainConfig(epochs=3, batch_size=1, workers=0, lr=0.01))
+    raise SystemExit("was not refused")
+except ValueError as error:
+    assert "other settings" in str(error)
 print("agreed")
 """
 
 
-def test_two_processes_train_one_head_and_share_what_they_skip(tmp_path, backbone):
+def launch(script, *arguments):
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(script), *map(str, arguments),
+    ]  # fmt: skip
+
+
+CPU = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+
+
+def write_weights(path, backbone):
     from safetensors.torch import save_file
 
-    save_file(backbone.model.state_dict(), str(tmp_path / "w.safetensors"))
+    save_file(backbone.model.state_dict(), str(path))
+    return path
+
+
+def test_two_processes_train_one_head_stop_together_and_resume(tmp_path, backbone):
+    weights = write_weights(tmp_path / "w.safetensors", backbone)
     folder = write_photos(tmp_path / "p", 4)
     (folder / "broken.png").write_bytes(b"no")
     (tmp_path / "job.py").write_text(TWO_PROCESSES)
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(tmp_path / "job.py"), str(tmp_path / "w.safetensors"), str(folder), str(tmp_path / "run")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
-        capture_output=True, text=True, timeout=120,
+        launch(tmp_path / "job.py", weights, folder, tmp_path),
+        env=CPU, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.stdout.count("agreed") == 2, run.stdout + run.stderr
-    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 6
+    for name in ("whole", "run"):
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        state = tmp_path / name / "checkpoints"
+        assert (state / "latest").read_text() == "step-00000006\n"
+        assert {p.name for p in state.iterdir()} <= {"latest", *(f"step-{s:08d}" for s in range(7))}
+    head = create_head("ttame", backbone)
+    config = TrainConfig(epochs=2, batch_size=1, workers=0, lr=0.01)
+    with pytest.raises(ValueError, match="other settings"):  # one process goes on with two's run
+        fit(head, backbone, folder, config, output=tmp_path / "run", resume=True, progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_ends_all_processes_at_one_step(tmp_path, backbone, number):
+    from safetensors.torch import load_file
+
+    weights = write_weights(tmp_path / "w.safetensors", backbone)
+    command = [
+        "train", "--data", write_photos(tmp_path / "p", 24), "--backbone", "test_efficientnet",
+        "--input-size", "64", "--weights", weights, "--epochs", "3", "--batch-size", "2", "--lr",
+        "0.01", "--workers", "2", "--device", "cpu", "--output",
+    ]  # fmt: skip
+    job = launch("-m", "xattn.cli", *command)
+    whole = subprocess.run([*job, str(tmp_path / "whole")], env=CPU, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    log = tmp_path / "run/log.jsonl"
+    process = subprocess.Popen(
+        [*job, str(tmp_path / "run")],
+        env=CPU,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.is_file() and len(log.read_text().splitlines()) > 3:
+            break
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=100)
+    seen = len(log.read_text().splitlines())
+    assert process.returncode != 0 and 3 < seen < 18, errors
+    assert (tmp_path / "run/checkpoints/latest").read_text() == f"step-{seen:08d}\n", errors
+    again = subprocess.run(
+        [*job, str(tmp_path / "run"), "--resume"], env=CPU, capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    a, b = (load_file(str(tmp_path / n / "head/model.safetensors")) for n in ("whole", "run"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,15 @@ very pixels that an undisturbed run sees.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import signal
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,45 +24,51 @@ from torch.utils.data import DataLoader, Dataset
 
 from xattn.allocator import keep_memory
 from xattn.backbone import Preprocessing
-from xattn.images import list_images, load_image, prepare
+from xattn.images import prepare
+from xattn.sources import Data, Photos, open_photos
 
-Sample = tuple[int, Tensor | None, str]
+Key = tuple[int, int]
+Reason = tuple[str, str]
+Sample = tuple[int, Tensor | None, Reason]
+Batch = tuple[Tensor | None, list[tuple[int, Reason]]]
+
+RESTARTS = 3
 
 
 class TrainImages(Dataset[Sample]):
     """Photos as (3, H, W) tensors in [0, 1]; item ``(epoch, index)`` -> (index, image | None, error).
 
     With ``augment`` the shorter side is resized to input / crop_pct, then a random crop and a flip
-    follow (T-TAME's recipe); otherwise the photo gets the model's own evaluation transform. A file
-    that cannot be read yields None and the reason.
+    follow (T-TAME's recipe); otherwise the photo gets the model's own evaluation transform. A photo
+    that cannot be read yields None and (its name, the reason).
     """
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        photos: Data,
         preprocessing: Preprocessing,
         seed: int,
         augment: bool = True,
         max_pixels: int = 40_000_000,
     ) -> None:
-        self.paths = list(paths)
+        self.photos = open_photos(photos)
         self.preprocessing = preprocessing
         self.seed = seed
         self.augment = augment
         self.max_pixels = max_pixels
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.photos)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:  # type: ignore[override]
+    def __getitem__(self, key: Key) -> Sample:  # type: ignore[override]
         epoch, index = key
         try:
-            photo = load_image(self.paths[index], self.max_pixels)
+            photo = self.photos.load(index, self.max_pixels)
             if not self.augment:
-                return index, prepare(photo, self.preprocessing)[0], ""
-            return index, self._augmented(photo, epoch, index), ""
+                return index, prepare(photo, self.preprocessing)[0], ("", "")
+            return index, self._augmented(photo, epoch, index), ("", "")
         except (ValueError, OSError) as error:
-            return index, None, str(error)
+            return index, None, (self.photos.name(index), str(error))
 
     def _augmented(self, photo: Image.Image, epoch: int, index: int) -> Tensor:
         height, width = self.preprocessing.input_size
@@ -78,38 +89,41 @@ class TrainImages(Dataset[Sample]):
         return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
-def find_images(data: str | Path | Sequence[str | Path]) -> list[Path]:
-    """A folder, a list file, one image, or a sequence of paths, as a list of files."""
-    if isinstance(data, str | Path):
-        return list_images(data)
-    paths = [Path(p) for p in data]
-    if not paths:
-        raise ValueError("data: got an empty list of images; give at least one path")
-    return paths
-
-
 def epoch_batches(
-    count: int,
+    photos: Photos,
     batch_size: int,
     seed: int,
     epoch: int,
     first: int = 0,
     rank: int = 0,
     ranks: int = 1,
-) -> Iterator[list[tuple[int, int]]]:
+    streams: int = 1,
+) -> list[list[Key]]:
     """Keys of the batches of ``epoch`` from step ``first`` on, for process ``rank`` of ``ranks``.
 
-    All processes take the same number of steps: the last global batch is filled from the epoch's
-    start where it would leave a process without images.
+    All processes take the same number of steps: where the last global batch would leave a process
+    without images it gets one that was seen before. Streamed photos are dealt out in pieces: batch i
+    of a process continues the piece i % ``streams``, so that each of as many loader workers reads
+    its own shards, forwards. Pieces are equally long, so two may share a shard.
     """
-    order = list(range(count))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    size = batch_size * ranks
-    for start in range(first * size, count, size):
-        batch = order[start : start + size]
-        if len(batch) < ranks:
-            batch += order[: ranks - len(batch)]
-        yield [(epoch, i) for i in batch[rank::ranks]]
+    order = photos.order(seed, epoch)
+    steps = steps_per_epoch(len(order), batch_size, ranks)
+    if not photos.streamed:
+        size = batch_size * ranks
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        batches[-1] += order[: max(ranks - len(batches[-1]), 0)]
+        return [[(epoch, i) for i in batch[rank::ranks]] for batch in batches[first:]]
+    last = len(order) - batch_size * ranks * (steps - 1)
+    sizes = [[batch_size] * (steps - 1) + [len(range(r, last, ranks))] for r in range(ranks)]
+    start = sum(map(sum, sizes[:rank]))
+    at = [start + sum(sum(sizes[rank][s::streams]) for s in range(n)) for n in range(streams)]
+    keys = []
+    for step, size in enumerate(sizes[rank]):
+        begin = at[step % streams]
+        at[step % streams] += size
+        batch = order[begin : begin + size] or [order[begin - 1]]
+        keys.append([(epoch, i) for i in batch])
+    return keys[first:]
 
 
 def steps_per_epoch(count: int, batch_size: int, ranks: int = 1) -> int:
@@ -117,29 +131,103 @@ def steps_per_epoch(count: int, batch_size: int, ranks: int = 1) -> int:
     return math.ceil(count / (batch_size * ranks))
 
 
-def collate(samples: Sequence[Sample]) -> tuple[Tensor | None, list[tuple[int, str]]]:
-    """Readable images (B, 3, H, W), or None, and (index, reason) of the others."""
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Readable images (B, 3, H, W), or None, and (index, (name, reason)) of the others."""
     images = [image for _, image, _ in samples if image is not None]
     skipped = [(index, reason) for index, image, reason in samples if image is None]
     return (torch.stack(images) if images else None), skipped
 
 
 def _start_worker(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the main process still needs its next batch.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_memory()
     torch.set_num_threads(1)
 
 
 def loader(
-    images: TrainImages, batches: Iterator[list[tuple[int, int]]], workers: int
-) -> DataLoader[tuple[Tensor | None, list[tuple[int, str]]]]:
-    """A loader over ``batches`` of keys; it draws nothing from the global generator."""
+    images: TrainImages, keys: Sequence[list[Key]], workers: int, prefetch: int = 2
+) -> DataLoader[Batch]:
+    """A loader of batches by their keys; it draws nothing from the global generator."""
+    images.photos.close()
     return DataLoader(
         images,  # type: ignore[arg-type]
-        batch_sampler=list(batches),  # type: ignore[arg-type]
+        batch_sampler=list(keys),  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=_start_worker,
         generator=torch.Generator().manual_seed(0),
         pin_memory=torch.cuda.is_available(),
+        prefetch_factor=prefetch if workers else None,
         persistent_workers=False,
     )
+
+
+def load_batches(
+    images: TrainImages,
+    keys: Sequence[list[Key]],
+    workers: int,
+    stopped: Callable[[], Any] = lambda: False,
+) -> Generator[Batch, None, None]:
+    """The batches of ``keys``, also if loader processes die.
+
+    Batches are a function of their keys, so new processes go on from the batch that is due, with
+    the same pixels. After :data:`RESTARTS` failures without one batch, or when ``stopped``:
+
+    Raises:
+        ChildProcessError: the loader processes die again and again.
+    """
+    done = failures = 0
+    while done < len(keys):
+        try:
+            # After a failure no batch waits behind another one: less memory, and what kills a
+            # process cannot take a finished batch with it.
+            batches = _batches(loader(images, keys[done:], workers, prefetch=1 if failures else 2))
+            with contextlib.closing(batches):
+                for batch in batches:
+                    yield batch
+                    done, failures = done + 1, 0
+        except Exception as error:
+            if not workers:
+                raise
+            traceback.clear_frames(error.__traceback__)  # or the old loader would live on
+            reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
+            if failures >= RESTARTS or stopped():
+                raise ChildProcessError(
+                    f"workers: loader processes died {failures + 1} times at the same batch "
+                    f"({reason}); free memory or lower workers from {workers}, then resume"
+                ) from error
+            failures += 1
+            warnings.warn(
+                f"workers: a loader process died ({reason}); new ones go on from the same batch, "
+                f"nothing is lost",
+                stacklevel=2,
+            )
+
+
+def _batches(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
+    """One loader; the death of a worker is an error of the batch that waits for it.
+
+    torch raises it from a SIGCHLD handler too, that is, in the middle of any statement of the main
+    thread: an optimizer step could be left half done.
+    """
+    batches = iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    guard = (
+        loader.num_workers > 0
+        and callable(handler)
+        and threading.current_thread() is threading.main_thread()
+    )
+
+    def quietly(number: int, frame: Any) -> None:
+        with contextlib.suppress(RuntimeError):
+            handler(number, frame)  # type: ignore[operator,misc]
+
+    if guard:
+        signal.signal(signal.SIGCHLD, quietly)
+    try:
+        yield from batches
+    finally:
+        del batches  # its workers end while the handler is still quiet
+        if guard:
+            signal.signal(signal.SIGCHLD, handler)

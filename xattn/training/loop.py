@@ -5,30 +5,41 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from xattn.backbone import Backbone, sha256
 from xattn.config import TrainConfig
 from xattn.files import write_json
 from xattn.heads import Head, save_head
+from xattn.sources import Data, Photos, open_photos
 from xattn.training.checkpoint import load_checkpoint, save_checkpoint
-from xattn.training.data import TrainImages, epoch_batches, find_images, loader, steps_per_epoch
+from xattn.training.data import (
+    Reason,
+    TrainImages,
+    epoch_batches,
+    load_batches,
+    steps_per_epoch,
+)
 from xattn.training.objective import objective
-from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, claim, describe_images, report
+from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, claim, first_workers, report
+
+CRASHED = 1000  # beside the numbers of signals
+# epoch, readable images, the others, the error that ends the run
+Delivery: TypeAlias = tuple[int, Tensor | None, list[tuple[int, Reason]], ChildProcessError | None]
 
 
 @dataclass
 class FitResult:
     """What :func:`fit` returns: the trained head (eval mode), the steps taken, the last losses, and
-    (path, reason) of every image that could not be read; ``main`` is False in the other processes of
+    (name, reason) of every image that could not be read; ``main`` is False in the other processes of
     a distributed run, which write nothing."""
 
     head: Head
@@ -42,7 +53,7 @@ class FitResult:
 def fit(
     head: Head,
     backbone: Backbone,
-    data: str | Path | Sequence[str | Path],
+    data: Data,
     config: TrainConfig | None = None,
     *,
     output: str | Path | None = None,
@@ -52,15 +63,21 @@ def fit(
     """Train ``head`` in place; the backbone stays as it is, bit for bit.
 
     Args:
-        data: a folder, a list file, or paths of images. No labels are read.
+        data: a folder, a list file, paths of images, ``"hfds/NAME_OR_PATH:SPLIT"`` or
+            ``"wds/PATH:SPLIT"``, see :mod:`xattn.sources`. No labels are read.
         config: see :class:`~xattn.config.TrainConfig`.
         output: folder for log, checkpoints and the trained head; None keeps everything in memory.
         resume: go on from the last checkpoint in ``output``; the end is bit-identical to a run that
-            was never stopped (CPU, equal thread count).
+            was never stopped (CPU, equal thread count). Of shards (``wds/``) each worker reads the
+            one it was in again from its beginning, and only decodes what was not trained on yet.
+
+    Ctrl-C and SIGTERM end the run after the current step, in all processes at the same one, with a
+    checkpoint. Loader processes that die are replaced, with a warning.
 
     Raises:
         ValueError: no images, or ``output`` holds another run (or a run, without ``resume``).
-        OSError: ``output`` cannot be written.
+        OSError: ``output`` cannot be written, a file of ``data`` is missing, or the loader processes
+            die again and again (``ChildProcessError``, after a checkpoint).
     """
     config = config or TrainConfig()
     if head.backbone_fingerprint != backbone.fingerprint:
@@ -68,9 +85,9 @@ def fit(
             f"head: made for weights sha256 {head.backbone_fingerprint}, the backbone has "
             f"{backbone.fingerprint}; create the head with this backbone"
         )
-    paths = find_images(data)
+    photos = open_photos(data)
     with _accelerator(backbone, config) as accelerator:
-        return _fit(head, backbone, paths, config, accelerator, output, resume, progress)
+        return _fit(head, backbone, photos, config, accelerator, output, resume, progress)
 
 
 @contextmanager
@@ -95,42 +112,66 @@ def _accelerator(backbone: Backbone, config: TrainConfig) -> Iterator[Any]:
 def _fit(
     head: Head,
     backbone: Backbone,
-    paths: Sequence[Path],
+    photos: Photos,
     config: TrainConfig,
     accelerator: Any,
     output: str | Path | None,
     resume: bool,
     progress: bool,
 ) -> FitResult:
-    from accelerate.utils import gather_object
+    from accelerate.utils import broadcast, gather_object
 
     before = sha256(backbone.model)
     ranks, rank = accelerator.num_processes, accelerator.process_index
-    if len(paths) < ranks:
-        raise ValueError(f"data: got {len(paths)} images for {ranks} processes; give more images")
+    if len(photos) < ranks:
+        raise ValueError(f"data: got {len(photos)} images for {ranks} processes; give more images")
     main = accelerator.is_main_process
     device = backbone.device if ranks == 1 else accelerator.device
     backbone.to(device)
     head.to(device)
     images = TrainImages(
-        paths, backbone.preprocessing, config.seed, config.augment, config.max_pixels
+        photos, backbone.preprocessing, config.seed, config.augment, config.max_pixels
     )
-    per_epoch = steps_per_epoch(len(paths), config.batch_size, ranks)
+    per_epoch = steps_per_epoch(len(photos), config.batch_size, ranks)
     total = per_epoch * config.epochs
     optimizer = _optimizer(head, config)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=config.lr, total_steps=max(total, 2), pct_start=0.3, final_div_factor=1e4
     )
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.step()  # moves nothing; else the scheduler warns where the first batch is unreadable
     folder = None if output is None else Path(output)
+    seen, streams = photos.describe(), 1
+    if photos.streamed:
+        started = first_workers(folder if resume else None, config.workers)
+        seen["streams"] = streams = max(started, 1)
+        # With other workers than at the start a worker meets several streams.
+        photos.open_shards = streams // math.gcd(streams, max(config.workers, 1))
     run = {
         "train": asdict(config),
         "head": head.config(),
-        "images": describe_images(paths),
+        "images": seen,
         "preprocessing": asdict(backbone.preprocessing),
         "processes": ranks,
     }
-    step, skipped, losses = 0, dict[int, str](), dict[str, float]()
-    with claim(folder, run, resume, main) as log:
+    step, skipped, losses = 0, dict[int, Reason](), dict[str, float]()
+
+    def deliveries(step: int, stopped: Callable[[], int]) -> Generator[Delivery, None, None]:
+        while step < total:
+            epoch, first = divmod(step, per_epoch)
+            keys = epoch_batches(
+                photos, config.batch_size, config.seed, epoch, first, rank, ranks, streams
+            )
+            with closing(load_batches(images, keys, config.workers, stopped)) as batches:
+                for _ in keys:
+                    try:
+                        yield epoch, *next(batches), None
+                    except ChildProcessError as error:
+                        yield epoch, None, [], error
+            step += len(keys)
+
+    with ExitStack() as stack:
+        log = _claim(stack, folder, run, resume, accelerator)
         state = load_checkpoint(folder / CHECKPOINTS) if folder is not None and resume else None
         if state is not None:
             head.load_state_dict(state["head"])
@@ -142,7 +183,12 @@ def _fit(
         model, optimizer = accelerator.prepare(head, optimizer, device_placement=[False, False])
         head.train()
 
+        def share_skipped() -> None:
+            if ranks > 1:
+                skipped.update(gather_object(list(skipped.items())))
+
         def checkpoint() -> None:
+            share_skipped()
             if folder is None or not main:
                 return
             scaler = accelerator.scaler
@@ -162,33 +208,38 @@ def _fit(
         writer = _tensorboard(folder, step) if main else None
         bar = tqdm(total=total, initial=step, unit="step", disable=not (progress and main))
         try:
-            with deferred_interrupt() as interrupted:
-                while step < total:
-                    epoch, first = divmod(step, per_epoch)
-                    keys = epoch_batches(
-                        len(paths), config.batch_size, config.seed, epoch, first, rank, ranks
-                    )
-                    for batch, unreadable in loader(images, keys, config.workers):
-                        skipped.update(unreadable)
-                        if batch is not None or ranks > 1:
-                            losses = _step(
-                                accelerator, model, head, backbone, optimizer, batch, config
-                            )
-                        if not all(map(math.isfinite, losses.values())):
-                            raise ValueError(
-                                f"lr: the loss is not finite at step {step + 1}; train with a lower "
-                                f"lr than {config.lr:g}"
-                            )
-                        if step + 1 < scheduler.total_steps:
-                            scheduler.step()
-                        step += 1
-                        lr = float(scheduler.get_last_lr()[0])
-                        report(log, writer, bar, step, epoch, lr, losses)
-                        if step % config.checkpoint_every == 0 or step % per_epoch == 0:
-                            checkpoint()
-                        if interrupted():
-                            checkpoint()
-                            raise KeyboardInterrupt
+            with (
+                deferred_interrupt() as interrupted,
+                closing(deliveries(step, interrupted)) as delivered,
+            ):
+                for epoch, batch, unreadable, crash in delivered:
+                    count = 0 if batch is None else len(batch)
+                    reason = interrupted() or (CRASHED if crash else 0)
+                    stop, counts = _agree(accelerator, reason, count)
+                    if stop:
+                        checkpoint()
+                        raise _stopped(stop, crash)
+                    skipped.update(unreadable)
+                    if sum(counts):
+                        weight = count * ranks / sum(counts)
+                        losses = _step(
+                            accelerator, model, head, backbone, optimizer, batch, weight, config
+                        )
+                    if not all(map(math.isfinite, losses.values())):
+                        raise ValueError(
+                            f"lr: the loss is not finite at step {step + 1}; train with a lower "
+                            f"lr than {config.lr:g}"
+                        )
+                    if step + 1 < scheduler.total_steps:
+                        scheduler.step()
+                    step += 1
+                    lr = float(scheduler.get_last_lr()[0])
+                    report(log, writer, bar, step, epoch, lr, losses)
+                    if step % config.checkpoint_every == 0 or step % per_epoch == 0:
+                        checkpoint()
+                stop, _ = _agree(accelerator, interrupted(), 0)
+                if stop:
+                    raise _stopped(stop, None)
         finally:
             bar.close()
             if writer is not None:
@@ -197,23 +248,17 @@ def _fit(
         head.eval()
         if sha256(backbone.model) != before:
             raise RuntimeError("the backbone's weights changed during training: this is a bug")
-        if ranks > 1:
-            skipped = dict(gather_object(list(skipped.items())))
-        if len(skipped) == len(paths):
+        share_skipped()
+        broadcast(list(head.buffers()))  # running statistics; those of the saved head
+        if len(skipped) == len(photos):
             raise ValueError(
-                f"data: none of the {len(paths)} images could be read; "
-                f"the first: {next(iter(skipped.values()))}"
+                f"data: none of the {len(photos)} images could be read; "
+                f"the first: {next(iter(skipped.values()))[1]}"
             )
-        result = FitResult(
-            head,
-            step,
-            losses,
-            [(str(paths[i]), why) for i, why in sorted(skipped.items())],
-            folder,
-            main,
-        )
+        listed = [why for _, why in sorted(skipped.items())]
+        result = FitResult(head, step, losses, listed, folder, main)
         head.summary = {
-            "images": len(paths) - len(skipped),
+            "images": len(photos) - len(skipped),
             "skipped": len(skipped),
             "steps": step,
             "config": asdict(config),
@@ -227,28 +272,64 @@ def _fit(
     return result
 
 
-@contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Hold the first Ctrl-C back until the caller asks; a second one interrupts at once.
+def _claim(
+    stack: ExitStack, folder: Path | None, run: dict[str, Any], resume: bool, accelerator: Any
+) -> Any:
+    """The log of the claimed folder; what refuses the main process refuses all of them."""
+    from accelerate.utils import broadcast_object_list
 
-    A checkpoint taken in the middle of a step would not be a state that a whole run passes.
+    log, refusal = None, None
+    try:
+        log = stack.enter_context(claim(folder, run, resume, accelerator.is_main_process))
+    except (ValueError, OSError) as error:
+        refusal = error
+    if accelerator.num_processes > 1:
+        refusal = broadcast_object_list([refusal])[0]
+    if refusal is not None:
+        raise refusal
+    return log
+
+
+def _agree(accelerator: Any, stop: int, count: int) -> tuple[int, list[int]]:
+    """The gravest reason of any process to stop (0: none), and how many images each one has."""
+    if accelerator.num_processes == 1:
+        return stop, [count]
+    told = accelerator.gather(torch.tensor([[stop, count]], device=accelerator.device))
+    return int(told[:, 0].max()), told[:, 1].tolist()
+
+
+def _stopped(stop: int, crash: ChildProcessError | None) -> BaseException:
+    if stop == CRASHED:
+        return crash or ChildProcessError("workers: the loader processes of another process died")
+    return KeyboardInterrupt() if stop == signal.SIGINT else SystemExit(128 + stop)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], int]]:
+    """Hold the first Ctrl-C (or SIGTERM) back until the caller asks; a second one acts at once.
+
+    A checkpoint taken in the middle of a step would not be a state that a whole run passes. The
+    caller gets the number of the signal, or 0. A program's own handler of SIGTERM is left alone.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
     asked: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
 
     def ask(number: int, frame: Any) -> None:
         if asked:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         asked.append(number)
 
-    signal.signal(signal.SIGINT, ask)
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if number == signal.SIGINT or handler == signal.SIG_DFL:
+            signal.signal(number, ask)
     try:
-        yield lambda: bool(asked)
+        yield lambda: asked[0] if asked else 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
@@ -272,20 +353,28 @@ def _step(
     head: Head,
     backbone: Backbone,
     optimizer: Any,
-    batch: torch.Tensor | None,
+    batch: Tensor | None,
+    weight: float,
     config: TrainConfig,
 ) -> dict[str, float]:
-    """One step; the losses. A process without a readable image takes part with zero gradients."""
-    weight = 1.0
+    """One step; the losses, averaged over all images of all processes.
+
+    ``weight`` is the process's share of the images, 1 where all have as many. Without a readable
+    image a process takes part with zero gradients and in eval mode, so that no statistics move.
+    """
+    model.train(batch is not None)
     if batch is None:
-        weight, batch = 0.0, torch.full((1, 3, *backbone.preprocessing.input_size), 0.5)
+        batch = torch.full((1, 3, *backbone.preprocessing.input_size), 0.5)
     batch = batch.to(backbone.device, non_blocking=True)
     with accelerator.autocast():
         terms = objective(model, backbone, batch, config, head.mask_policy)
     optimizer.zero_grad(set_to_none=True)
     accelerator.backward(weight * terms.loss)
     optimizer.step()
-    return {name: float(value.detach()) for name, value in terms._asdict().items()}
+    losses = weight * torch.stack([term.detach().float() for term in terms])
+    if accelerator.num_processes > 1:
+        losses = accelerator.reduce(losses, "mean")
+    return dict(zip(terms._fields, losses.tolist(), strict=True))
 
 
 def _tensorboard(folder: Path | None, step: int) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,13 +16,13 @@ RUN_FILE, LOG_FILE, LOCK_FILE = "run.json", "log.jsonl", "run.lock"
 HEAD_FOLDER, CHECKPOINTS = "head", "checkpoints"
 
 
-def describe_images(paths: Sequence[Path]) -> dict[str, Any]:
-    """Count and SHA-256 of names and sizes, to tell whether a resumed run sees the same images."""
-    digest = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size if path.is_file() else -1
-        digest.update(f"{path.parent.name}/{path.name}:{size};".encode())
-    return {"count": len(paths), "sha256": digest.hexdigest()}
+def first_workers(folder: Path | None, workers: int) -> int:
+    """Loader workers that the run in ``folder`` was started with; ``workers`` where there is none."""
+    try:
+        old = json.loads((folder / RUN_FILE).read_text(encoding="utf-8")) if folder else {}
+        return int(old["train"]["workers"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return workers  # a damaged record is refused by claim
 
 
 @contextmanager
