@@ -1,0 +1,108 @@
+"""Two processes over gloo give the one-process evaluation, per image and per metric."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from xattn.eval import metrics, read_json
+
+JOB = """
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from xattn import create_head, load_backbone
+from xattn.distributed import processes
+from xattn.eval import evaluate, metrics, sanity_rows, write_json
+from xattn.explainers import create_explainer
+
+photos, output, expected = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+torch.manual_seed(0)
+backbone = load_backbone("test_resnet", weights=None, input_size=64, num_classes=5)
+head = create_head("ttame", backbone, fusion="per_class").eval()
+count, rank = processes(backbone.device)
+assert count == expected == (PartialState().num_processes if expected > 1 else 1)
+methods = {"head": create_explainer("head", backbone, head), **sanity_rows(backbone, "gradcam")}
+results = evaluate(backbone, methods, photos, max_forward_batch=4, progress=False)
+write_json(results, output / f"{count}-{rank}.json")
+
+p = torch.tensor([r.p for r in results.images], dtype=torch.float64)[rank::count]
+values = {}
+for name in ("AverageDrop", "IncreaseInConfidence", "AverageDropInDeletion", "AverageGain"):
+    metric = getattr(metrics, name)()
+    for key in ("head", "gradcam", "random"):
+        if key in results.methods:
+            q = torch.from_numpy(results.methods[key].scores["q@50"])[rank::count]
+            metric.update(p, q)
+    values[name] = metric.compute()
+torch.save(values, output / f"{count}-{rank}.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("two")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(14):  # four chunks of 4: the last one is short
+        pixels = np.random.default_rng(i).integers(0, 256, (40 + i, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{i:02}.png")
+    (photos / "05.png").write_bytes(b"no photo")
+    (tmp_path / "job.py").write_text(JOB)
+    arguments = [str(tmp_path / "job.py"), str(photos), str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*arguments, "1"])
+        exec(JOB, {})
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, *arguments, "2"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return tmp_path
+
+
+def test_two_processes_give_the_results_of_one(runs):
+    one, *two = (read_json(runs / f"{name}.json") for name in ("1-0", "2-0", "2-1"))
+    assert len(one.images) == 13
+    for other in two:
+        assert [r.id for r in other.images] == [r.id for r in one.images]
+        assert [r.target for r in other.images] == [r.target for r in one.images]
+        assert other.skipped == one.skipped and len(one.skipped) == 1
+        assert other.protocol == one.protocol
+        assert np.allclose(
+            [r.p for r in other.images], [r.p for r in one.images], rtol=1e-6, atol=0
+        )
+        for name, method in one.methods.items():
+            same = other.methods[name]
+            assert np.array_equal(same.valid, method.valid) and same.tied == method.tied
+            for key, expected in method.scores.items():
+                assert np.allclose(same.scores[key], expected, rtol=1e-6, atol=0, equal_nan=True)
+        rows = [[(r.method, r.metric, r.level, r.n) for r in x.rows()] for x in (one, other)]
+        assert rows[0] == rows[1]
+        means = [[r.mean for r in x.rows()] for x in (one, other)]
+        assert np.allclose(*means, rtol=1e-6, atol=0, equal_nan=True)
+    # the work was shared, not done twice; a shared batch may be padded once more
+    assert two[0].cost["images_scored"] == one.cost["images_scored"]
+    assert one.cost["forward_batches"] <= two[0].cost["forward_batches"]
+
+
+def test_metric_states_are_reduced_over_the_processes(runs):
+    one, *two = (torch.load(runs / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert set(one) <= set(dir(metrics)) and all(v.isfinite() for v in one.values())
+    for other in two:
+        for name, value in one.items():
+            assert torch.allclose(other[name], value, rtol=1e-6, atol=0)
