@@ -27,6 +27,7 @@ _EXPORTS = {
     "create_explainer": "xattn.explainers",
     "list_explainers": "xattn.explainers",
     "explain": "xattn.explaining",
+    "explain_video": "xattn.video",
     "Explanation": "xattn.explanation",
     "load_pack": "xattn.explanation",
     "save_pack": "xattn.explanation",
@@ -46,6 +47,7 @@ __all__ = [
     "create_head",
     "evaluate",
     "explain",
+    "explain_video",
     "fit",
     "list_explainers",
     "list_heads",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from xattn.explanation import Explanation, load_pack, save_pack
     from xattn.heads import Head, create_head, list_heads, load_head, save_head
     from xattn.training import TrainConfig, fit
+    from xattn.video import explain_video
 
 
 def __getattr__(name: str) -> Any:

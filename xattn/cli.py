@@ -10,6 +10,8 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -112,10 +114,10 @@ class Train:
 
 @dataclass(frozen=True)
 class Explain:
-    """Explain an image or a folder: overlays and a pack with the maps of the top or named classes."""
+    """Explain an image, a folder or a clip: overlays and a pack of the top or named classes' maps."""
 
     images: Annotated[str, tyro.conf.Positional]
-    """An image, a folder, or a .txt list."""
+    """An image, a folder, a .txt list, or a clip (.mp4, .mov, .avi, .mkv, .webm, ...)."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     head: str | None = None
     """Folder of a trained head, a shipped head's name, or a hub repository; the shipped one by default."""
@@ -125,10 +127,14 @@ class Explain:
     """Names or indices of the classes to explain; the most probable ones by default."""
     top: int = 1
     """How many of the most probable classes to explain."""
-    view: Literal["crop", "whole"] = "crop"
-    """What the model sees: the centre crop of its own preprocessing, or the whole photo squeezed."""
+    view: Literal["crop", "whole"] | None = None
+    """What the model sees: the centre crop of its own preprocessing (photos), or all, squeezed (clips)."""
+    every: int = 1
+    """Of a clip, explain each n-th frame."""
+    smoothing: float = 0.0
+    """Of a clip, the weight of the past in the moving average of its maps, from 0 (off) to below 1."""
     output: Path = Path("runs/explained")
-    """Folder of the pack."""
+    """Folder of the pack, and of a clip's overlay.mp4."""
     batch_size: int = 8
     """Images a pass."""
     seed: int = 0
@@ -138,28 +144,31 @@ class Explain:
 
     def run(self) -> None:
         from xattn.explaining import explain
+        from xattn.video import explain_video, is_video
 
         backbone = self.model.load()
         head = None if self.explainer is not None else _head(self.head, backbone)
         if self.explainer is not None and self.head is not None:
             head = _head(self.head, backbone)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # skipped photos are listed below
-            found = explain(
-                self.images,
-                backbone,
-                head,
-                self.explainer,
-                list(self.classes) or None,
-                self.top,
-                self.view,
-                self.output,
-                self.batch_size,
-                self.seed,
-                self.max_pixels,
-                progress=True,
-            )
-        for name, reason in found.skipped:
+        clip = is_video(self.images)
+        options: dict[str, Any] = {
+            "classes": list(self.classes) or None,
+            "top": self.top,
+            "view": self.view or ("whole" if clip else "crop"),
+            "output": self.output,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "max_pixels": self.max_pixels,
+            "progress": True,
+        }
+        found: Any
+        with _warnings_as_lines(skip=None if clip else UserWarning):  # skipped photos: see below
+            if clip:
+                options.update(every=self.every, smoothing=self.smoothing)
+                found = explain_video(self.images, backbone, head, self.explainer, **options)
+            else:
+                found = explain(self.images, backbone, head, self.explainer, **options)
+        for name, reason in () if clip else found.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
         for item in found[:20]:
             print(f"{item.image_id}: {item.target_name} ({item.probability:.3f})")
@@ -323,6 +332,20 @@ def _head(source: str | None, backbone: Any) -> Any:
             f"'xattn train' and give its folder, or choose --explainer"
         )
     return load_head(source, backbone).to(backbone.device)
+
+
+@contextmanager
+def _warnings_as_lines(skip: type[Warning] | None = None) -> Iterator[None]:
+    """Print what the library warns about as plain lines, also after an error."""
+    with warnings.catch_warnings(record=True) as notes:
+        for category in (UserWarning, RuntimeWarning):
+            warnings.simplefilter("ignore" if category is skip else "always", category)
+        try:
+            yield
+        finally:
+            for note in notes:
+                if note.category in (UserWarning, RuntimeWarning):
+                    print(note.message, file=sys.stderr)
 
 
 def _row_name(source: str, name: str, taken: set[str]) -> str:

@@ -66,7 +66,8 @@ def overlay(
         raise ValueError(f"opacity: got {opacity}; give a number from 0 to 1")
     pixels = np.asarray(photo.convert("RGB"), dtype=np.float32)
     grey = (pixels @ LUMA)[..., None]
-    out = (1 - opacity) ** 2 * pixels  # less colour of its own below the map's: grey takes its place
+    # Less colour of its own below the map's: grey takes its place.
+    out = (1 - opacity) ** 2 * pixels
     out += opacity * (1 - opacity) * grey
     out += opacity * colorize(values, cmap)
     outside = np.isnan(values)
