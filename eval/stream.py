@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain, count, islice
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from xattn.images import MAX_PIXELS, list_images, load_image, prepare
+from xattn.images import MAX_PIXELS, list_images, load_image, prepare, read_ahead
 
 
 class Item(NamedTuple):
@@ -68,13 +68,19 @@ class ImageStream:
 
         Which images share a block depends on neither ``ranks`` nor on the unreadable ones.
         """
-        for block, start in enumerate(count(0, size)):
-            items = list(islice(self._items, size))
-            if not items:
-                return
-            if block % ranks == rank:
-                read = (self._read(item, start + i) for i, item in enumerate(items))
-                yield [item for item in read if item is not None]
+        owned = (
+            (position, item)
+            for position, item in enumerate(self._items)
+            if position // size % ranks == rank
+        )
+        read: Iterator[tuple[int, Item | None]]
+        if self.tensors:
+            read = ((i, self._read(item, i)) for i, item in owned)
+        else:  # photos are decoded while the caller computes
+            ahead = read_ahead(lambda pair: self._read(pair[1], pair[0]), owned, size)
+            read = ((pair[0], future.result()) for pair, future in ahead)
+        for _, block in groupby(read, lambda pair: pair[0] // size):
+            yield [item for _, item in block if item is not None]
 
     def _read(self, item: Any, position: int) -> Item | None:
         if isinstance(item, Tensor) != self.tensors:

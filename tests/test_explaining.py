@@ -1,5 +1,7 @@
 """From photos to explanations: which classes, how many passes, what is skipped, what is written."""
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -8,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+import xattn.explaining
 from xattn.backbone import load_backbone
-from xattn.explainers import create_explainer
+from xattn.cli import main
+from xattn.explainers import Explainer, create_explainer
 from xattn.explaining import explain
 from xattn.explanation import load_pack, read_manifest
 from xattn.heads import create_head
@@ -37,6 +41,13 @@ def photo(seed, size=(50, 70)):
         0, 256, (size[0] // 5, size[1] // 5, 3), dtype=np.uint8
     )
     return Image.fromarray(values).resize(size[::-1])
+
+
+def many_photos(folder, count):
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        photo(i).save(folder / f"{i}.png")
+    return folder
 
 
 @pytest.fixture
@@ -202,3 +213,98 @@ def test_a_list_file_and_a_path_string_work(backbone, head, folder):
     found = explain(str(folder / "list.txt"), backbone, head)
     assert [e.image_id for e in found] == ["b", "a__c"]
     assert isinstance(found[0].source, Path)
+
+
+# ---------------------------------------------------------------------- under load
+
+
+class Stops(Explainer):
+    """An explainer that a Ctrl-C, or another error, meets at the third batch."""
+
+    name = "stops"
+
+    def __init__(self, backbone, error, batches=2):
+        super().__init__(backbone)
+        self.error, self.left = error, batches
+
+    def _attribute(self, images, target):
+        if self.left == 0:
+            raise self.error
+        self.left -= 1
+        return images.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("broken")])
+def test_an_interrupted_run_leaves_a_valid_pack_of_what_was_explained(tmp_path, backbone, error):
+    photos = many_photos(tmp_path / "photos", 7)
+    whole = explain(photos, backbone, explainer=Stops(backbone, None, 99), batch_size=2)
+    out = tmp_path / "pack"
+    with (
+        pytest.warns(RuntimeWarning, match=r"stopped after 3 by .*pack holds what was explained"),
+        pytest.raises(type(error)),
+    ):
+        explain(photos, backbone, explainer=Stops(backbone, error), batch_size=2, output=out)
+    pack = load_pack(out)
+    assert [e.image_id for e in pack] == ["0", "1", "2", "3"]
+    for found, expected in zip(pack, whole, strict=False):
+        assert np.array_equal(found.map, expected.map)
+    # a pack that is there is not given up for a part of another
+    with pytest.warns(RuntimeWarning, match="pack-interrupted holds"), pytest.raises(type(error)):
+        explain(photos, backbone, explainer=Stops(backbone, error, 1), batch_size=2, output=out)
+    assert len(load_pack(out)) == 4 and len(load_pack(tmp_path / "pack-interrupted")) == 2
+
+
+def test_an_error_before_the_first_explanation_writes_nothing(tmp_path, backbone):
+    photos = many_photos(tmp_path / "photos", 3)
+    with pytest.raises(RuntimeError, match="broken"):
+        explain(
+            photos,
+            backbone,
+            explainer=Stops(backbone, RuntimeError("broken"), 0),
+            output=tmp_path / "pack",
+        )
+    assert not (tmp_path / "pack").exists()
+
+
+def test_no_more_photos_than_two_batches_are_decoded_ahead(tmp_path, backbone, monkeypatch):
+    photos = many_photos(tmp_path / "photos", 12)
+    decoded, seen = [], []
+    load = xattn.explaining.load_image
+    monkeypatch.setattr(xattn.explaining, "load_image", lambda *a: decoded.append(a[0]) or load(*a))
+
+    class Counts(Stops):
+        def _attribute(self, images, target):
+            seen.append(len(decoded))
+            return super()._attribute(images, target)
+
+    explain(photos, backbone, explainer=Counts(backbone, None, 99), batch_size=2)
+    # at batch i (0-based) 2 i + 2 photos were taken and 4 more may be waiting or in work
+    assert len(seen) == 6 and all(n <= 2 * i + 2 + 5 for i, n in enumerate(seen))
+
+
+LIMITED = """
+import resource, signal, sys
+from xattn.cli import main
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that grows too large: an OSError
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_a_disk_that_fills_up_while_a_pack_is_written_leaves_the_earlier_pack(tmp_path, backbone):
+    photos = many_photos(tmp_path / "photos", 3)
+    out = tmp_path / "pack"
+    arguments = [str(photos), "-b", "test_resnet", "--weights", "random", "--explainer", "cam"]
+    arguments += ["--output", str(out), "--device", "cpu"]
+    assert main(["explain", *arguments]) == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, "explain", *arguments, "--view", "whole"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "output: cannot write" in done.stderr and "earlier results are untouched" in done.stderr
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert [p.name for p in tmp_path.iterdir() if "pack" in p.name] == ["pack"]

@@ -445,7 +445,7 @@ def test_what_was_explained_survives_an_interrupt(backbone, tmp_path, error):
     explainer = Half(backbone)
     explainer.fail_at, explainer.error = 3, error
     name = type(error).__name__
-    with pytest.warns(UserWarning, match=rf"stopped after frame-000007 by {name}; .*pack holds"):
+    with pytest.warns(RuntimeWarning, match=rf"stopped after frame-000007 by {name}; .*pack holds"):
         with pytest.raises(type(error)) as caught:
             explain_video(
                 path, backbone, explainer=explainer, output=tmp_path / "pack", batch_size=4

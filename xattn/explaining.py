@@ -10,6 +10,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,8 @@ from torch import Tensor
 from xattn.backbone import sha256
 from xattn.explainers import Explainer, create_explainer
 from xattn.explainers.base import Choose
-from xattn.explanation import Explanation, check_output, save_pack
-from xattn.images import MAX_PIXELS, View, list_images, load_image, prepare
+from xattn.explanation import Explanation, check_output, interrupted_output, save_pack
+from xattn.images import MAX_PIXELS, View, list_images, load_image, prepare, read_ahead
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
@@ -74,7 +75,8 @@ def explain(
     Returns:
         For each photo its explanations by falling probability, or in the order of ``classes``.
         A single photo that cannot be read raises; of several, such are skipped with a warning and
-        listed in ``.skipped``.
+        listed in ``.skipped``. After Ctrl-C or an error ``output`` holds a pack of what was explained
+        until then, or ``<output>-interrupted``, where ``output`` holds a pack already.
 
     Raises:
         ValueError: unknown explainer, class or view; no image, or none readable; a bad ``output``.
@@ -87,13 +89,30 @@ def explain(
         backbone, head, explainer, classes, top, view, batch_size, seed
     )
     result = Explanations()
-    for batch in _batches(sources, backbone, view, batch_size, max_pixels, result, progress):
-        result.extend(explain_batch(batch, backbone, method, choose, protocol))
+    try:
+        for batch in _batches(sources, backbone, view, batch_size, max_pixels, result, progress):
+            result.extend(explain_batch(batch, backbone, method, choose, protocol))
+    except BaseException as error:
+        if output is not None and result:
+            _save_interrupted(output, result, overlays, error)
+        raise
     if result.skipped:
         _report(result, len(sources))
     if output is not None:
         save_pack(output, result, overlays, result.skipped)
     return result
+
+
+def _save_interrupted(
+    output: str | Path, result: Explanations, overlays: bool, error: BaseException
+) -> None:
+    reason = f"stopped after {result[-1].image_id} by {type(error).__name__}"
+    folder = interrupted_output(output)
+    with suppress(OSError, ValueError):  # the first error is the one to report
+        save_pack(folder, result, overlays, [*result.skipped, ("", reason)])
+        warnings.warn(
+            f"explain: {reason}; {folder} holds what was explained", RuntimeWarning, stacklevel=3
+        )
 
 
 def set_up(
@@ -254,17 +273,22 @@ def _batches(
 ) -> Iterator[list[Prepared]]:
     from tqdm import tqdm
 
+    def read(pair: tuple[str, Source]) -> tuple[Tensor, View]:
+        return prepare(load_image(pair[1], max_pixels), backbone.preprocessing, view)
+
     batch: list[Prepared] = []
-    for image_id, source in tqdm(sources, desc="explain", unit="photo", disable=not progress):
+    ahead = read_ahead(read, sources, 2 * batch_size)
+    bar = tqdm(ahead, desc="explain", unit="photo", total=len(sources), disable=not progress)
+    for (image_id, source), photo in bar:
         try:
-            photo = load_image(source, max_pixels)
+            pixels, seen = photo.result()
         except (ValueError, OSError) as error:
             if len(sources) == 1:
                 raise
             name = _file_name(source) or image_id
             result.skipped.append((name, str(error).replace(str(source), name)))
             continue
-        batch.append((*prepare(photo, backbone.preprocessing, view), image_id, source))
+        batch.append((pixels, seen, image_id, source))
         if len(batch) == batch_size:
             yield batch
             batch = []

@@ -191,6 +191,13 @@ def save_pack(
     return folder
 
 
+def interrupted_output(folder: str | Path) -> Path:
+    """Where the pack of a run that was stopped goes: ``folder``, or beside a pack that is there."""
+    folder = Path(folder)
+    whole = (folder / MANIFEST).exists()
+    return folder.with_name(f"{folder.name}-interrupted") if whole else folder
+
+
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)

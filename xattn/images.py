@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,9 +145,7 @@ def load_image(
         raise FileNotFoundError(f"image: no file {path}; check the path")
     with path.open("rb") as stream:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(stream, formats=_formats())
+            image = Image.open(stream, formats=_formats())
         except Image.DecompressionBombError:
             raise ValueError(
                 f"image: {path} holds more pixels than Pillow's own limit; "
@@ -159,6 +159,31 @@ def load_image(
             raise _damaged(str(path), error) from error
         _check_size(image.size, str(path), max_pixels)
         return _to_rgb(image, str(path))
+
+
+Thing = TypeVar("Thing")
+Read = TypeVar("Read")
+
+
+def read_ahead(
+    read: Callable[[Thing], Read], things: Iterable[Thing], count: int, threads: int = 2
+) -> Iterator[tuple[Thing, Future[Read]]]:
+    """Each thing with the future of ``read(thing)``, in order, begun ``count`` things ahead.
+
+    Decoding runs in ``threads`` while the caller computes; no more than ``count`` results wait.
+    """
+    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+        waiting: deque[tuple[Thing, Future[Read]]] = deque()
+        try:
+            for thing in things:
+                waiting.append((thing, pool.submit(read, thing)))
+                if len(waiting) > count:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            for _, future in waiting:
+                future.cancel()
 
 
 def _formats() -> list[str]:

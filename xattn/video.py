@@ -23,7 +23,15 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from xattn.explaining import Explanations, Prepared, explain_batch, set_up
-from xattn.explanation import OVERLAY_SIDE, VIDEO, Explanation, check_output, load_pack, save_pack
+from xattn.explanation import (
+    OVERLAY_SIDE,
+    VIDEO,
+    Explanation,
+    check_output,
+    interrupted_output,
+    load_pack,
+    save_pack,
+)
 from xattn.files import output_error
 from xattn.images import MAX_PIXELS, prepare
 from xattn.training.loop import deferred_interrupt
@@ -99,7 +107,7 @@ def explain_video(
     and probability are written into frames of at least 96 x 48 pixels.
 
     If a frame fails or Ctrl-C is pressed, the frames explained so far are written as a complete pack
-    before the exception goes on.
+    before the exception goes on; where ``output`` holds a pack already, to ``<output>-interrupted``.
 
     Returns:
         Explanations in the order of the frames, named ``frame-000123`` as counted from 0 while
@@ -142,10 +150,12 @@ def explain_video(
                 if result and drafts is not None:
                     reason = f"stopped after {result[-1].image_id} by {type(error).__name__}"
                     result.skipped.append((path.name, reason))
+                    drafts.output = interrupted_output(drafts.output)
                     with suppress(OSError, ValueError):  # the first error is the one to report
                         drafts.save(result)
                         warnings.warn(
-                            f"explain_video: {reason}; {output} holds what was explained",
+                            f"explain_video: {reason}; {drafts.output} holds what was explained",
+                            RuntimeWarning,
                             stacklevel=2,
                         )
                 raise
