@@ -298,14 +298,13 @@ def assert_equal_heads(a, b):
         assert torch.equal(a[key], b[key]), key
 
 
-def at_call(monkeypatch, number, action):
-    """``action`` happens in the middle of training step ``number``."""
+def at_call(monkeypatch, actions):
+    """``actions[n]`` happens in the middle of training step n."""
     calls = []
 
     def disturbed(*args, **kwargs):
         calls.append(1)
-        if len(calls) == number:
-            action()
+        actions.get(len(calls), list)()
         return objective(*args, **kwargs)
 
     monkeypatch.setattr("xattn.training.loop.objective", disturbed)
@@ -337,14 +336,17 @@ def test_a_killed_loader_process_is_replaced_and_nothing_changes(
     config = TrainConfig(epochs=1, batch_size=2, workers=2, lr=0.01)
     whole = fit(fresh_head(backbone), backbone, folder, config, progress=False)
     handler = signal.getsignal(signal.SIGCHLD)
-    at_call(monkeypatch, 3, kill_a_worker)
+    running = []
+    actions = {3: kill_a_worker, 8: lambda: running.extend(active_children())}
+    at_call(monkeypatch, actions)
     with pytest.warns(UserWarning, match="workers: a loader process died .*nothing is lost"):
         run = fit(fresh_head(backbone), backbone, folder, config, output=tmp_path / "run",
                   progress=False)  # fmt: skip
     assert_equal_heads(whole.head, run.head)
     lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
-    assert signal.getsignal(signal.SIGCHLD) == handler and not active_children()
+    assert signal.getsignal(signal.SIGCHLD) == handler
+    assert len(running) == 2 and not active_children()
 
 
 class Deadly(Files):
@@ -402,13 +404,17 @@ def test_a_signal_to_the_whole_process_group_ends_with_a_checkpoint(
     whole = fit(fresh_head(backbone), backbone, folder, config, progress=False)
 
     def to_all():
-        for child in active_children():
+        children = active_children()
+        for child in children:
             os.kill(child.pid, number)
         os.kill(os.getpid(), number)
+        time.sleep(0.1)
+        alive = [child.is_alive() for child in children]  # batches under way are still to come
+        assert alive == [number == signal.SIGINT] * 2
 
     with monkeypatch.context() as patch, warnings.catch_warnings(), pytest.raises(error):
         warnings.simplefilter("error")
-        at_call(patch, 5, to_all)
+        at_call(patch, {5: to_all})
         fit(fresh_head(backbone), backbone, folder, config, output=tmp_path / "run", progress=False)
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000005\n"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -434,7 +440,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, backbone, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        at_call(patch, 7, stop)
+        at_call(patch, {7: stop})
         fit(fresh_head(backbone), backbone, folder, config, output=tmp_path / "run")
     resumed = fit(fresh_head(backbone, 9), backbone, folder, config, output=tmp_path / "run",
                   resume=True)  # fmt: skip

@@ -19,6 +19,7 @@ import io
 import random
 import re
 import tarfile
+import threading
 import warnings
 from abc import abstractmethod
 from bisect import bisect_right
@@ -35,6 +36,7 @@ from xattn.images import MAX_PIXELS, SUFFIXES, _formats, list_images, load_image
 
 SCHEMES = ("hfds", "wds")
 BLOCK = 256  # undecoded samples of a shard that a reader holds; training shuffles within them
+_READING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class StoredPhoto:
 
     @property
     def name(self) -> str:
-        """Path, row or shard and key."""
+        """Path, row number, or shard and position."""
         return self.photos.name(self.index)
 
     def load(self, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
@@ -64,11 +66,14 @@ class Photos(Sequence[StoredPhoto]):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What the photo is called in messages and lists."""
+        """What the photo is called in lists; nothing is read for it."""
 
     @abstractmethod
     def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
-        """8-bit RGB, upright; ValueError or OSError where the photo cannot be read."""
+        """8-bit RGB, upright; ValueError or OSError where the photo cannot be read.
+
+        The message names the file or the shard and key. May be called from several threads.
+        """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -179,18 +184,15 @@ class Rows(Photos):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def _cell(self, index: int) -> dict[str, Any]:
-        return self.dataset[index][self.column] or {}
-
     def name(self, index: int) -> str:
-        return self._cell(index).get("path") or f"row-{index}"
+        return f"row-{index}"
 
     def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
-        cell = self._cell(index)
+        cell = self.dataset[index][self.column] or {}
         if cell.get("bytes"):
-            return _decode(cell["bytes"], self.name(index), max_pixels)
+            return _decode(cell["bytes"], cell.get("path") or self.name(index), max_pixels)
         if not cell.get("path"):
-            raise ValueError(f"image: row {index} holds no image")
+            raise ValueError(f"image: {self.name(index)} holds no image")
         return load_image(cell["path"], max_pixels)
 
     def describe(self) -> dict[str, Any]:
@@ -289,33 +291,39 @@ class Shards(Photos):
                 numbers += block
         return numbers
 
-    def _sample(self, index: int) -> tuple[str, bytes | str]:
-        """Name and image, or name and the reason why there is none."""
+    def _place(self, index: int) -> tuple[int, int]:
+        """Shard, and position in it."""
         shard = bisect_right(self.starts, index) - 1
-        position = index - self.starts[shard]
-        reader = self._open.pop(shard, None)
-        if reader is None or reader.block > position // BLOCK:
-            reader = _Shard(self.urls[shard])
-        self._open[shard] = reader
-        while len(self._open) > self.open_shards:
-            self._open.popitem(last=False)
-        return reader.sample(position)
+        return shard, index - self.starts[shard]
 
     def name(self, index: int) -> str:
-        return self._sample(index)[0]
+        shard, position = self._place(index)
+        return f"{_label(self.urls[shard])}#{position}"
 
     def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
-        name, data = self._sample(index)
-        if isinstance(data, str):
-            raise ValueError(f"image: {name} {data}")
+        shard, position = self._place(index)
+        with _READING:
+            reader = self._open.pop(shard, None)
+            if reader is None or reader.block > position // BLOCK:
+                reader = _Shard(self.urls[shard])
+            self._open[shard] = reader
+            while len(self._open) > self.open_shards:
+                self._open.popitem(last=False)
+            name, data = reader.sample(position)
+        if data is None:
+            raise ValueError(f"image: {name}")
         return _decode(data, name, max_pixels)
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for url, length in zip(self.urls, self.lengths, strict=True):
             size = Path(url).stat().st_size if Path(url).is_file() else -1
-            digest.update(f"{url.rpartition('/')[2]}:{length}:{size};".encode())
+            digest.update(f"{_label(url)}:{length}:{size};".encode())
         return {"kind": "wds", "count": len(self), "sha256": digest.hexdigest()}
+
+
+def _label(url: str) -> str:
+    return url.rpartition("/")[2]
 
 
 class _Shard:
@@ -324,33 +332,33 @@ class _Shard:
     def __init__(self, url: str) -> None:
         from webdataset.tariterators import tarfile_samples
 
-        self.label = url.rpartition("/")[2]
-        self.error = ""
-        self.block = -1
-        self._held: list[tuple[str, bytes | str]] = []
+        self.label, self.block = _label(url), -1
+        self._error = ""
+        self._held: list[tuple[str, bytes | None]] = []
         self._samples: Iterator[dict[str, Any]] = iter(
             tarfile_samples([{"url": url}], handler=self._stop)
         )
 
     def _stop(self, error: Exception) -> bool:
-        self.error = f" ({type(error).__name__}: {error.args[0] if error.args else ''})"
+        self._error = f" ({type(error).__name__}: {error.args[0] if error.args else ''})"
         return False
 
-    def sample(self, position: int) -> tuple[str, bytes | str]:
+    def sample(self, position: int) -> tuple[str, bytes | None]:
+        """Shard/key and the encoded image; or what is wrong, and None."""
         while self.block < position // BLOCK:
             self._held = [self._image(s) for s in islice(self._samples, BLOCK)]
             self.block += 1
         at = position % BLOCK
         if at < len(self._held):
             return self._held[at]
-        return f"{self.label}[{position}]", f"is missing: the shard ended early{self.error}"
+        return f"{self.label}#{position} is missing, the shard ended early{self._error}", None
 
-    def _image(self, sample: dict[str, Any]) -> tuple[str, bytes | str]:
+    def _image(self, sample: dict[str, Any]) -> tuple[str, bytes | None]:
         name = f"{self.label}/{sample['__key__']}"
         for suffix, data in sample.items():
             if f".{suffix}" in SUFFIXES:
                 return f"{name}.{suffix}", data
-        return name, f"has no image: the shard is cut{self.error}" if self.error else "has no image"
+        return f"{name} has no image" + (self._error and f", the shard is cut{self._error}"), None
 
 
 def _open_shards(path: str, split: str) -> Shards:

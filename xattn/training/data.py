@@ -28,9 +28,8 @@ from xattn.images import prepare
 from xattn.sources import Data, Photos, open_photos
 
 Key = tuple[int, int]
-Reason = tuple[str, str]
-Sample = tuple[int, Tensor | None, Reason]
-Batch = tuple[Tensor | None, list[tuple[int, Reason]]]
+Sample = tuple[int, Tensor | None, str]
+Batch = tuple[Tensor | None, list[tuple[int, str]]]
 
 RESTARTS = 3
 
@@ -40,7 +39,7 @@ class TrainImages(Dataset[Sample]):
 
     With ``augment`` the shorter side is resized to input / crop_pct, then a random crop and a flip
     follow (T-TAME's recipe); otherwise the photo gets the model's own evaluation transform. A photo
-    that cannot be read yields None and (its name, the reason).
+    that cannot be read yields None and the reason.
     """
 
     def __init__(
@@ -65,10 +64,10 @@ class TrainImages(Dataset[Sample]):
         try:
             photo = self.photos.load(index, self.max_pixels)
             if not self.augment:
-                return index, prepare(photo, self.preprocessing)[0], ("", "")
-            return index, self._augmented(photo, epoch, index), ("", "")
+                return index, prepare(photo, self.preprocessing)[0], ""
+            return index, self._augmented(photo, epoch, index), ""
         except (ValueError, OSError) as error:
-            return index, None, (self.photos.name(index), str(error))
+            return index, None, str(error)
 
     def _augmented(self, photo: Image.Image, epoch: int, index: int) -> Tensor:
         height, width = self.preprocessing.input_size
@@ -132,7 +131,7 @@ def steps_per_epoch(count: int, batch_size: int, ranks: int = 1) -> int:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Readable images (B, 3, H, W), or None, and (index, (name, reason)) of the others."""
+    """Readable images (B, 3, H, W), or None, and (index, reason) of the others."""
     images = [image for _, image, _ in samples if image is not None]
     skipped = [(index, reason) for index, image, reason in samples if image is None]
     return (torch.stack(images) if images else None), skipped

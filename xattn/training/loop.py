@@ -21,19 +21,13 @@ from xattn.files import write_json
 from xattn.heads import Head, save_head
 from xattn.sources import Data, Photos, open_photos
 from xattn.training.checkpoint import load_checkpoint, save_checkpoint
-from xattn.training.data import (
-    Reason,
-    TrainImages,
-    epoch_batches,
-    load_batches,
-    steps_per_epoch,
-)
+from xattn.training.data import TrainImages, epoch_batches, load_batches, steps_per_epoch
 from xattn.training.objective import objective
 from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, claim, first_workers, report
 
 CRASHED = 1000  # beside the numbers of signals
 # epoch, readable images, the others, the error that ends the run
-Delivery: TypeAlias = tuple[int, Tensor | None, list[tuple[int, Reason]], ChildProcessError | None]
+Delivery: TypeAlias = tuple[int, Tensor | None, list[tuple[int, str]], ChildProcessError | None]
 
 
 @dataclass
@@ -154,7 +148,7 @@ def _fit(
         "preprocessing": asdict(backbone.preprocessing),
         "processes": ranks,
     }
-    step, skipped, losses = 0, dict[int, Reason](), dict[str, float]()
+    step, skipped, losses = 0, dict[int, str](), dict[str, float]()
 
     def deliveries(step: int, stopped: Callable[[], int]) -> Generator[Delivery, None, None]:
         while step < total:
@@ -253,9 +247,9 @@ def _fit(
         if len(skipped) == len(photos):
             raise ValueError(
                 f"data: none of the {len(photos)} images could be read; "
-                f"the first: {next(iter(skipped.values()))[1]}"
+                f"the first: {next(iter(skipped.values()))}"
             )
-        listed = [why for _, why in sorted(skipped.items())]
+        listed = [(photos.name(i), why) for i, why in sorted(skipped.items())]
         result = FitResult(head, step, losses, listed, folder, main)
         head.summary = {
             "images": len(photos) - len(skipped),
