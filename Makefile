@@ -32,7 +32,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy -p xattn
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m xattn.eval.speed
+	$(BIN)/xattn bench all
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

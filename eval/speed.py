@@ -1,92 +1,261 @@
 """Speed as ratios, both sides in one run: what an explanation costs beside the classifier alone.
 
-    python -m xattn.eval.speed        (make bench)
+    xattn bench explain        (all jobs: make bench)
 
 Each round times every job once, in turn, so that a slow moment of the machine hits all of them; the
 ratio is taken within the round and its median over rounds is reported. Both sides run with the same
-allocator setting and thread count.
+allocator setting and thread count. Weights are random: speed does not depend on them.
 """
 
 from __future__ import annotations
 
-import argparse
+import copy
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xattn.config import TrainConfig
 
 Job = Callable[[], Any]
+TARGETS = ("tf_efficientnet_lite0", "vit_base_patch16_224")  # with fixed bounds, see bound()
 
 
 def ratios(jobs: dict[str, Job], base: str, rounds: int, warmup: int = 2) -> dict[str, float]:
     """Median over ``rounds`` of time(job) / time(jobs[base]), each measured within one round."""
     samples: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(warmup + rounds):
-        took = {}
-        for name, job in jobs.items():
-            _synchronize()
-            start = time.perf_counter()
-            job()
-            _synchronize()
-            took[name] = time.perf_counter() - start
+        took = {name: _seconds(job) for name, job in jobs.items()}
         if turn >= warmup:
             for name, seconds in took.items():
                 samples[name].append(seconds / took[base])
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def explain_jobs(backbone: Any, head: Any, batch: int) -> dict[str, Job]:
+def operations(job: Job) -> int:
+    """Floating-point operations of the matrix products and convolutions of one call."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        job()
+    return counter.get_total_flops()
+
+
+def bound(backbone: str, batch: int, job: str, operations: float) -> float:
+    """What a ratio may be at most; ``operations`` is the same ratio, counted instead of timed.
+
+    Explaining: 1.10 (1.15 for single images) on lite0 and ViT-B/16, a training step 1.15 on lite0;
+    elsewhere a tenth more than the operations say.
+    """
+    if job == "explain" and backbone in TARGETS:
+        return 1.15 if batch == 1 else 1.10
+    if job == "train" and backbone == TARGETS[0]:
+        return 1.15
+    return 1.1 * operations
+
+
+def heads_of(backbone: Any) -> dict[str, Any]:
+    """The ``ttame`` head, and the one with the published branches where they are another."""
+    from xattn.heads import create_head
+
+    heads = {"ttame": create_head("ttame", backbone)}
+    if max(backbone.channels) > 512:
+        heads["ttame, exact branches"] = create_head("ttame", backbone, branch_rank=None)
+    return heads
+
+
+def explain_jobs(backbone: Any, heads: dict[str, Any], batch: int) -> dict[str, Job]:
     """Explaining the predicted class, up-sampled to the input, beside a plain forward pass."""
     from xattn.explainers import create_explainer
     from xattn.heads.fusion import resize
 
     images = _images(backbone, batch)
     size = tuple(images.shape[2:])
-    methods = {n: create_explainer(n, backbone, head) for n in ("gradcam",)}
+    captum = create_explainer("gradcam", backbone)
 
     @torch.inference_mode()
     def forward() -> Tensor:
         return backbone.model(backbone.normalize(images))
 
-    @torch.inference_mode()
-    def with_head() -> Tensor:
-        taps = backbone(images)
-        return resize(head(taps, taps.logits.argmax(1)), size)
+    def explaining(head: Any) -> Job:
+        @torch.inference_mode()
+        def job() -> Tensor:
+            taps = backbone(images)
+            return resize(head(taps, taps.logits.argmax(1)), size)
+
+        return job
 
     def gradcam() -> Tensor:
         target = forward().argmax(1).clone()
-        return resize(methods["gradcam"].attribute(images, target), size)
+        return resize(captum.attribute(images, target), size)
 
-    return {"forward": forward, "head": with_head, "Grad-CAM (Captum)": gradcam}
+    jobs = {"forward": forward, **{name: explaining(head) for name, head in heads.items()}}
+    jobs["Grad-CAM (Captum)"] = gradcam
+    library = _pytorch_grad_cam(backbone, images)
+    if library is not None:
+        jobs["Grad-CAM (pytorch-grad-cam)"] = library
+    return jobs
 
 
-def step_jobs(backbone: Any, head: Any, batch: int) -> dict[str, Job]:
+class _Classifier(nn.Module):
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone.logits_normalized(x)
+
+
+def _pytorch_grad_cam(backbone: Any, images: Tensor) -> Job | None:
+    """As that library's README uses it: a model whose parameters want gradients; None without it."""
+    try:
+        from pytorch_grad_cam import GradCAM
+    except ImportError:
+        return None
+    twin = copy.deepcopy(backbone)
+    twin.requires_grad_(True)
+    grid = twin.tap_sizes[-1]
+    if twin.is_vit:
+        layer, reshape = twin.model.blocks[-1].norm1, lambda t: twin.tokens_to_map(t, grid)
+    else:
+        layer, reshape = twin.head_point, None
+    cam = GradCAM(_Classifier(twin), [layer], reshape_transform=reshape)
+    return lambda: cam(twin.normalize(images), None)
+
+
+def step_jobs(backbone: Any, heads: dict[str, Any], batch: int) -> dict[str, Job]:
     """A training step beside its floor: two passes and one backward pass to the image."""
     from xattn.training.objective import objective
 
     images = _images(backbone, batch)
     config = TrainConfig()
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.0)
 
     def floor() -> None:
         with torch.no_grad():
             target = backbone.logits(images).argmax(1)
         mask = torch.ones(batch, 1, *images.shape[2:], device=images.device, requires_grad=True)
-        loss = torch.nn.functional.cross_entropy(backbone.logits(images * mask), target)
+        loss = nn.functional.cross_entropy(backbone.logits(images * mask), target)
         torch.autograd.grad(loss, mask)
 
-    def step() -> None:
-        terms = objective(head, backbone, images, config)
-        optimizer.zero_grad(set_to_none=True)
-        terms.loss.backward()
-        optimizer.step()
+    def training(head: Any) -> Job:
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.0)
 
-    return {"floor": floor, "training step": step}
+        def job() -> None:
+            terms = objective(head, backbone, images, config)
+            optimizer.zero_grad(set_to_none=True)
+            terms.loss.backward()
+            optimizer.step()
+
+        return job
+
+    return {"floor": floor, **{name: training(head) for name, head in heads.items()}}
+
+
+def folder_rates(
+    backbone: Any, head: Any, folder: Path, batch: int = 8, rounds: int = 3
+) -> dict[str, float]:
+    """Images a second: decoding alone, the explaining passes alone, ``explain`` over the folder."""
+    from xattn.explainers import create_explainer
+    from xattn.explaining import explain
+    from xattn.images import list_images, load_image, prepare
+
+    paths = list_images(folder)
+    method = create_explainer("head", backbone, head, max_forward_batch=batch)
+
+    def decode() -> Tensor:
+        photos = (prepare(load_image(p), backbone.preprocessing)[0] for p in paths)
+        return torch.stack(list(photos))
+
+    ready = decode().to(backbone.device)
+
+    def passes() -> None:
+        method.attribute_classes(ready, lambda logits: logits.topk(1).indices)
+
+    def whole() -> None:
+        explain(paths, backbone, head, batch_size=batch)
+
+    jobs: dict[str, Job] = {"decoding": decode, "passes": passes, "explain": whole}
+    took = {name: [] for name in jobs}  # type: dict[str, list[float]]
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            took[name].append(_seconds(job))
+    return {name: len(paths) / statistics.median(values) for name, values in took.items()}
+
+
+def write_photos(folder: Path, count: int = 64, size: tuple[int, int] = (500, 375)) -> Path:
+    """``count`` smooth random JPEG photos of ``size`` (width, height)."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        coarse = np.random.default_rng(i).integers(0, 256, (15, 20, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"{i:04}.jpg")
+    return folder
+
+
+def bench(
+    job: str = "all",
+    backbones: Sequence[str] = TARGETS,
+    batches: Sequence[int] = (1, 8),
+    rounds: int = 15,
+    data: Path | None = None,
+) -> Iterator[str]:
+    """The lines of the tables, as they are measured; for the arguments see ``xattn bench --help``."""
+    from xattn.allocator import keep_memory
+    from xattn.backbone import load_backbone
+
+    kept = keep_memory()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    yield f"{device}, {torch.get_num_threads()} threads, raised allocator thresholds: {kept}"
+    if job != "folder":
+        yield "\n| backbone | batch | job | median ratio | of | operations | at most | holds |"
+        yield "| :-- | --: | :-- | --: | :-- | --: | --: | :-- |"
+        for name in backbones:
+            backbone = load_backbone(name, weights=None, device=device)
+            heads = {k: head.to(device) for k, head in heads_of(backbone).items()}
+            for batch in batches:
+                if job != "train":
+                    for head in heads.values():
+                        head.eval()
+                    jobs = explain_jobs(backbone, heads, batch)
+                    yield from _rows(name, batch, "explain", jobs, "forward", rounds)
+                if job != "explain" and batch > 1:
+                    for head in heads.values():
+                        head.train()
+                    jobs = step_jobs(backbone, heads, batch)
+                    yield from _rows(name, batch, "train", jobs, "floor", rounds)
+    if job not in ("folder", "all"):
+        return
+    yield "\n| backbone | images a second | |\n| :-- | --: | :-- |"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = data or write_photos(Path(temporary))
+        for name in backbones:
+            backbone = load_backbone(name, weights=None, device=device)
+            head = heads_of(backbone)["ttame"].to(device).eval()
+            for what, rate in folder_rates(backbone, head, folder).items():
+                yield f"| {name} | {rate:.1f} | {what} |"
+
+
+def _rows(
+    name: str, batch: int, kind: str, jobs: dict[str, Job], base: str, rounds: int
+) -> Iterator[str]:
+    floor = operations(jobs[base])
+    words = "training step" if kind == "train" else "explaining"
+    for job, ratio in ratios(jobs, base, rounds).items():
+        if job == base:
+            continue
+        cells = [name, str(batch), f"{words}, {job}", f"{ratio:.2f}x", base, "", "", ""]
+        if job.startswith("ttame"):
+            counted = operations(jobs[job]) / floor
+            most = bound(name if job == "ttame" else "", batch, kind, counted)
+            cells[-3:] = f"{counted:.2f}x", f"{most:.2f}x", "yes" if ratio <= most else "no"
+        yield f"| {' | '.join(cells)} |"
 
 
 def _images(backbone: Any, batch: int) -> Tensor:
@@ -95,37 +264,14 @@ def _images(backbone: Any, batch: int) -> Tensor:
     return images.to(backbone.device)
 
 
+def _seconds(job: Job) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    job()
+    _synchronize()
+    return time.perf_counter() - start
+
+
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    from xattn.allocator import keep_memory
-    from xattn.backbone import load_backbone
-    from xattn.heads import create_head
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--backbones", nargs="+", default=["tf_efficientnet_lite0", "resnet50"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args(arguments)
-    kept = keep_memory()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{device}, {torch.get_num_threads()} threads, raised allocator thresholds: {kept}")
-    print("| backbone | batch | job | median ratio | of |\n| :-- | --: | :-- | --: | :-- |")
-    for name in args.backbones:  # random weights: speed does not depend on them
-        backbone = load_backbone(name, weights=None, device=device)
-        head = create_head("ttame", backbone)
-        for batch in args.batches:
-            tasks = [("forward", explain_jobs(backbone, head.eval(), batch))]
-            if batch > 1:
-                tasks.append(("floor", step_jobs(backbone, head.train(), batch)))
-            for base, jobs in tasks:
-                for job, ratio in ratios(jobs, base, args.rounds).items():
-                    if job != base:
-                        print(f"| {name} | {batch} | {job} | {ratio:.2f}x | {base} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -187,3 +187,23 @@ def test_a_pickle_disguised_as_weights_is_refused(setup, capsys):
         assert main(["explain", str(root / "photos"), "--explainer", "cam", *arguments]) == 2
         assert "weights" in capsys.readouterr().err
     assert not (root / "exploded").exists()
+
+
+def test_a_clip_is_explained_and_a_bad_one_is_one_line(tmp_path, capsys):
+    import cv2
+
+    writer = cv2.VideoWriter(str(tmp_path / "c.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 10, (64, 48))
+    for i in range(5):
+        writer.write(np.full((48, 64, 3), 40 * i, np.uint8))
+    writer.release()
+    model = ["-b", "test_resnet", "--weights", "random", "--device", "cpu", "--explainer", "cam"]
+    clip = [str(tmp_path / "c.mp4"), *model, "--output", str(tmp_path / "out")]
+    assert main(["explain", *clip, "--every", "2", "--smoothing", "0.5"]) == 0
+    assert (tmp_path / "out/overlay.mp4").is_file()
+    assert [e.image_id for e in xattn.load_pack(tmp_path / "out")] == [
+        "frame-000000", "frame-000002", "frame-000004",
+    ]  # fmt: skip
+    capsys.readouterr()
+    (tmp_path / "text.mp4").write_text("no clip")
+    assert main(["explain", str(tmp_path / "text.mp4"), *model]) == 2
+    assert capsys.readouterr().err.startswith("xattn: error: video: OpenCV cannot read")

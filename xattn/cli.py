@@ -1,4 +1,4 @@
-"""The command line: ``xattn train | explain | evaluate | list``. The one place that knows every job.
+"""The command line: ``xattn train | explain | evaluate | bench | list``, which knows every job.
 
 Only tyro and dataclasses are imported here, so that ``xattn --help`` answers at once; torch and timm
 load when a job starts. Errors of the user's input are one line and exit code 2.
@@ -249,6 +249,28 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Measure what explaining and training cost beside the backbone alone, as ratios in one run."""
+
+    job: Annotated[Literal["explain", "train", "folder", "all"], tyro.conf.Positional] = "all"
+    """Explaining beside a forward pass, a training step beside its floor, or images a second."""
+    backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
+    """timm models, with random weights."""
+    batches: tuple[int, ...] = (1, 8)
+    """Batch sizes; training steps use those above 1."""
+    rounds: int = 15
+    """Rounds whose median counts."""
+    data: Path | None = None
+    """Photos for the job "folder"; by default JPEG photos of 500 x 375 are made."""
+
+    def run(self) -> None:
+        from xattn.eval.speed import bench
+
+        for line in bench(self.job, self.backbones, self.batches, self.rounds, self.data):
+            print(line, flush=True)
+
+
+@dataclass(frozen=True)
 class List:
     """Show what is at hand: backbones with weights, heads, explainers, metrics."""
 
@@ -285,6 +307,7 @@ Command = (
     Annotated[Train, tyro.conf.subcommand("train", description=Train.__doc__)]
     | Annotated[Explain, tyro.conf.subcommand("explain", description=Explain.__doc__)]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate", description=Evaluate.__doc__)]
+    | Annotated[Bench, tyro.conf.subcommand("bench", description=Bench.__doc__)]
     | Annotated[List, tyro.conf.subcommand("list", description=List.__doc__)]
 )
 
