@@ -223,9 +223,10 @@ def test_streams_share_out_every_sample_once_in_equally_many_steps(lengths, batc
         steps = steps_per_epoch(sum(lengths), batch, ranks)
         assert [len(plan) for plan in plans] == [steps] * ranks
         given = [i for plan in plans for keys in plan for _, i in keys]
-        assert set(given) == set(range(sum(lengths)))
-        assert len(given) < sum(lengths) + ranks  # an idle process gets one photo again
-        assert all(1 <= len(keys) <= batch for plan in plans for keys in plan)
+        assert sorted(given) == list(range(sum(lengths)))
+        sizes = [[len(keys) for keys in plan] for plan in plans]
+        assert all(n == batch for plan in sizes for n in plan[:-1])
+        assert max(p[-1] for p in sizes) - min(p[-1] for p in sizes) <= 1
         assert epoch_batches(shards, batch, 0, epoch, 1, 0, ranks, streams) == plans[0][1:]
     assert shards.order(0, 0) != shards.order(0, 1) != shards.order(1, 1)
 
@@ -313,21 +314,20 @@ def test_a_killed_run_resumes_to_bit_identical_weights(
     tmp_path, stored, backbone, monkeypatch, kind, workers
 ):
     data = get(stored, kind)
-    settings = {"epochs": 2, "batch_size": 3, "lr": 0.01, "checkpoint_every": 2}
+    settings = {"epochs": 2, "batch_size": 2, "lr": 0.01, "checkpoint_every": 2}
     before, after = (TrainConfig(workers=n, **settings) for n in workers)
     whole = fit(fresh(backbone), backbone, data, before, progress=False)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 8)
+        kill_at(patch, 10)
         fit(fresh(backbone), backbone, data, before, output=tmp_path / "run", progress=False)
-    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000006\n"
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000008\n"
     opened = count_opened(monkeypatch)
     resumed = fit(
         fresh(backbone, 9), backbone, data, after, output=tmp_path / "run", resume=True,
         progress=False,
     )  # fmt: skip
     assert_equal_heads(whole.head, resumed.head)
-    # Two streams have three shards between them; none is opened for every batch.
-    assert len(opened) <= 4 + 2 if kind == "wds" else not opened
+    assert len(opened) <= 4  # three shards, one of them in two pieces
     steps = [json.loads(x)["step"] for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, whole.steps + 1))
 

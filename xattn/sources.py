@@ -62,7 +62,7 @@ class Photos(Sequence[StoredPhoto]):
     streamed = False
     """Whether the photos are read by streams, fast in :meth:`order` only."""
     open_shards = 1
-    """How many streams a reader follows at once."""
+    """How many shards a reader keeps open, each with a block of undecoded samples."""
 
     @abstractmethod
     def name(self, index: int) -> str:

@@ -100,17 +100,16 @@ def epoch_batches(
 ) -> list[list[Key]]:
     """Keys of the batches of ``epoch`` from step ``first`` on, for process ``rank`` of ``ranks``.
 
-    All processes take the same number of steps: where the last global batch would leave a process
-    without images it gets one that was seen before. Streamed photos are dealt out in pieces: batch i
-    of a process continues the piece i % ``streams``, so that each of as many loader workers reads
-    its own shards, forwards. Pieces are equally long, so two may share a shard.
+    All processes take the same number of steps; the last batch of some may be empty. Streamed
+    photos are dealt out in pieces: batch i of a process continues the piece i % ``streams``, so that
+    each of as many loader workers reads its own shards, forwards. Pieces are equally long, so two
+    may share a shard.
     """
     order = photos.order(seed, epoch)
     steps = steps_per_epoch(len(order), batch_size, ranks)
     if not photos.streamed:
         size = batch_size * ranks
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        batches[-1] += order[: max(ranks - len(batches[-1]), 0)]
         return [[(epoch, i) for i in batch[rank::ranks]] for batch in batches[first:]]
     last = len(order) - batch_size * ranks * (steps - 1)
     sizes = [[batch_size] * (steps - 1) + [len(range(r, last, ranks))] for r in range(ranks)]
@@ -120,8 +119,7 @@ def epoch_batches(
     for step, size in enumerate(sizes[rank]):
         begin = at[step % streams]
         at[step % streams] += size
-        batch = order[begin : begin + size] or [order[begin - 1]]
-        keys.append([(epoch, i) for i in batch])
+        keys.append([(epoch, i) for i in order[begin : begin + size]])
     return keys[first:]
 
 

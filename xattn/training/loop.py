@@ -139,8 +139,10 @@ def _fit(
     if photos.streamed:
         started = first_workers(folder if resume else None, config.workers)
         seen["streams"] = streams = max(started, 1)
-        # With other workers than at the start a worker meets several streams.
-        photos.open_shards = streams // math.gcd(streams, max(config.workers, 1))
+        # With other workers than at the start a worker follows several streams, each of which may
+        # be between two shards.
+        followed = streams // math.gcd(streams, max(config.workers, 1))
+        photos.open_shards = 1 if followed == 1 else 2 * followed
     run = {
         "train": asdict(config),
         "head": head.config(),
