@@ -137,22 +137,30 @@ def export(backbone: Backbone, head: Head, path: str | Path, normalize: bool = T
             program = _trace(model)
             proto = _to_onnx(program) if onnx else None
         except Exception as error:  # the tracers have no common exception
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"path: {backbone.name} with head {head.name} cannot be traced to {path.suffix} "
-                f"({type(error).__name__}: {reason}); try the other format"
-            ) from error
+            raise _failed("cannot be traced to", model, path, error) from error
         with atomic_file(path, "path") as temporary:
             if proto is not None:
                 proto.metadata_props.add(key=METADATA, value=about)
                 temporary.write_bytes(proto.SerializeToString())
-                run = _onnx_runner(temporary)
             else:
                 torch.export.save(program, temporary, extra_files={METADATA: about})
-                run = torch.export.load(temporary).module()
-            if run is not None:
-                _verify(model, run, path)
+            try:
+                run = _onnx_runner(temporary) if onnx else torch.export.load(temporary).module()
+                if run is not None:
+                    _verify(model, run, path)
+            except ValueError:
+                raise
+            except Exception as error:  # nor have the runtimes
+                raise _failed("does not run as", model, path, error) from error
     return path
+
+
+def _failed(what: str, model: ExplainedClassifier, path: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:300]
+    return ValueError(
+        f"path: {model.backbone.name} with head {model.head.name} {what} {path.suffix} "
+        f"({type(error).__name__}: {reason}); nothing was written, try the other format"
+    )
 
 
 def _check_onnx(model: ExplainedClassifier) -> None:
