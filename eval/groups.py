@@ -112,10 +112,8 @@ class Groups:
     """See xattn train --help."""
     only: tuple[int, ...] = (0,)
     """Which fifths of the photos to hold out, one after the other."""
-    policies: tuple[str, ...] = ("raw_normalize",)
-    """Mask policies to train a head with, one head each."""
-    options: tuple[str, ...] = ()
-    """Further options of the heads as name=value."""
+    variants: tuple[str, ...] = ("mask_policy=raw_normalize",)
+    """One head each: an option of ttame as name=value, such as branch_rank=null."""
     explainers: tuple[str, ...] = ("gradcam",)
     """Methods to compare with."""
     train: tyro.conf.OmitArgPrefixes[TrainConfig]
@@ -133,7 +131,10 @@ def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str
     paths, groups = list(group_of), list(group_of.values())
     names = sorted(set(groups))
     labels = torch.tensor([names.index(group) for group in groups])
-    options = {"fusion": "per_class", **parse_options(args.options)}
+    heads: dict[str, tuple[str, dict[str, Any]]] = {
+        f"ttame {variant}": ("ttame", {"fusion": "per_class", **parse_options([variant])})
+        for variant in args.variants
+    }
     encoder = load_backbone(args.backbone, args.weights)
     features = pooled_features(encoder, paths)
     model: Any = encoder.model
@@ -156,10 +157,7 @@ def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str
             [paths[i] for i in held_out],
             args.train,
             args.output / f"fold-{k}",
-            heads={
-                f"ttame {policy}": ("ttame", {**options, "mask_policy": policy})
-                for policy in args.policies
-            },
+            heads=heads,
             explainers=args.explainers,
             progress=progress,
         )
@@ -183,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(results, args.output / "results.json")
         write_csv(results, args.output / "results.csv")
     text = [about, format_table(results, "markdown")]
-    rows = [f"ttame {policy}" for policy in args.policies]
+    rows = [f"ttame {variant}" for variant in args.variants]
     pairs = [(row, reference) for row in rows for reference in args.explainers]
     pairs += [(rows[0], other) for other in rows[1:]]
     for row, reference in pairs:
