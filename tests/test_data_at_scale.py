@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -210,6 +214,41 @@ def test_a_missing_extra_is_named(monkeypatch, scheme, module):
 
 
 # ---------------------------------------------------------------- streams
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder and the address where a local server offers it."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield tmp_path, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads URLs by curl")
+def test_shards_are_streamed_from_a_url(served, photos):
+    folder, url = served
+    write_shards(folder / "s", photos)
+    found = open_photos(f"wds/{url}/s:train")
+    assert [p.load().tobytes() for p in found] == [
+        Image.open(io.BytesIO(data)).tobytes() for data in photos
+    ]
+    found.close()
+    (folder / "s/photos-0001.tar").unlink()
+    for photo in found:
+        if photo.name.startswith("photos-0001"):
+            with pytest.raises(ValueError, match=f"^image: {photo.name} is missing"):
+                photo.load()
+        else:
+            photo.load()
+    with pytest.raises(ValueError, match="split other not found.*train"):
+        open_photos(f"wds/{url}/s:other")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Photos by number, wherever they are: files, a Hugging Face dataset, or webdataset shards.
 
-``data`` is a folder, a ``.txt`` list, one image or a list of paths; or, by timm's scheme names, in
-front of an optional ``:split`` ("train" if left out):
+``data`` is a folder, a ``.txt`` list, one image, a list of paths, or a dataset by the scheme names of
+``timm.data`` (the split is "train" if left out):
 
 * ``hfds/NAME_OR_PATH[:split]``: a map-style Hugging Face dataset, from the hub or a local folder
   (images, parquet files, or what ``save_to_disk`` wrote). Its image column is found by its type.
@@ -261,8 +261,13 @@ class Shards(Photos):
     shards and the samples within blocks of :data:`BLOCK`: shards have to be written shuffled.
     Numbers that a truncated shard does not hold are unreadable photos.
 
-    timm's own reader gives files and lengths. Its sample stream is not used: a shuffle buffer that
-    spans shards, and repeats until a count is reached, cannot be put back to where it was.
+    In training each loader worker reads shards of its own. A resumed run starts every worker at the
+    beginning of the first shard that it had not finished and reads over, without decoding, what was
+    trained on: at most one shard a worker is read twice, no sample is trained on twice or lost. The
+    order depends on how many workers a run was started with; a resumed run keeps it with any number.
+
+    timm's reader gives files and lengths. Its sample stream is not used: a shuffle buffer that spans
+    shards, and repeats until a count is reached, cannot be put back to where it was.
     """
 
     streamed = True
