@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from xattn.images import MAX_PIXELS, list_images, load_image, prepare, read_ahead
+from xattn.sources import StoredPhoto, is_stored, open_photos
 
 
 class Item(NamedTuple):
@@ -27,7 +28,8 @@ class Skipped(NamedTuple):
 
 
 class ImageStream:
-    """The images of a file, a folder, a list file, a list of paths or PIL images, or tensors.
+    """The images of a file, a folder, a list file, a dataset (:mod:`xattn.sources`), a list of
+    paths or PIL images, or tensors.
 
     Tensors are float (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size and are used as
     they are; photos are loaded and prepared as the backbone wants them.
@@ -48,7 +50,9 @@ class ImageStream:
         self.preprocessing, self.view, self.max_pixels = preprocessing, view, max_pixels
         self.skipped: dict[int, Skipped] = {}
         self._root: Path | None = None
-        if isinstance(images, str | Path):
+        if is_stored(images):
+            images = open_photos(images)
+        elif isinstance(images, str | Path):
             self._root = Path(images) if Path(images).is_dir() else None
             images = list_images(images)
         elif isinstance(images, Tensor):
@@ -90,7 +94,7 @@ class ImageStream:
         return self._photo(item, position)
 
     def _photo(self, item: Any, position: int) -> Item | None:
-        name = f"image {position}"
+        name = item.name if isinstance(item, StoredPhoto) else f"image {position}"
         if isinstance(item, str | Path):
             path = Path(item)
             inside = self._root is not None and path.is_relative_to(self._root)

@@ -8,8 +8,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from xattn import create_head, load_backbone
+from xattn import TrainConfig, create_head, fit, load_backbone
 from xattn.eval import evaluate
 from xattn.explainers import create_explainer
 from xattn.memory import ForwardBatches, is_out_of_memory
@@ -124,6 +125,18 @@ def test_one_image_that_does_not_fit_is_an_error_with_a_remedy_and_other_errors_
         ForwardBatches(4).run(broken, IMAGES)
     with pytest.raises(ValueError, match="max_forward_batch: got 0"):
         ForwardBatches(0)
+
+
+def test_a_training_batch_that_does_not_fit_names_batch_size(tmp_path):
+    full, small = limited(2)
+    head = create_head("ttame", full)
+    photos = []
+    for i in range(4):
+        photos.append(tmp_path / f"{i}.png")
+        Image.new("RGB", (70, 70), (60 * i, 90, 0)).save(photos[-1])
+    config = TrainConfig("small", epochs=1, batch_size=4, workers=0)
+    with pytest.raises(MemoryError, match="batch_size: out of memory with 4 images a step"):
+        fit(head, small, photos, config, progress=False)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")

@@ -295,3 +295,31 @@ def test_a_cnn_takes_another_input_size():
     backbone = load_backbone("test_resnet", weights=None, input_size=(64, 128))
     taps = backbone(torch.rand(1, 3, 64, 128))
     assert all(m.shape[3] == 2 * m.shape[2] for m in taps.maps)
+
+
+class Bare(torch.nn.Module):
+    """An adapter with the one method that is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 6, 16, 16)
+        self.fc = torch.nn.Linear(6, 3)
+
+    def forward_taps(self, x):
+        maps = self.conv(x)
+        return self.fc(maps.mean((2, 3))), [maps]
+
+
+def test_a_module_with_forward_taps_alone_is_enough():
+    backbone = load_backbone(Bare(), input_size=64)
+    assert backbone.preprocessing.input_size == (64, 64) and backbone.num_classes == 3
+    assert backbone(IMAGES).maps[0].shape == (5, 6, 4, 4)
+
+
+def test_a_classifier_of_zeros_gives_flat_maps_and_no_nan():
+    for name in ("test_vit", "test_resnet"):
+        model = timm.create_model(name, num_classes=3)
+        torch.nn.init.zeros_(model.get_classifier().weight)
+        backbone = load_backbone(model, input_size=64)
+        maps = create_head("ttame", backbone).eval()(backbone(IMAGES))
+        assert maps.isfinite().all() and maps.std((2, 3)).max() < 1e-4

@@ -28,10 +28,12 @@ _EXPORTS = {
     "list_explainers": "xattn.explainers",
     "explain": "xattn.explaining",
     "explain_video": "xattn.video",
+    "export": "xattn.exporting",
     "Explanation": "xattn.explanation",
     "load_pack": "xattn.explanation",
     "save_pack": "xattn.explanation",
     "evaluate": "xattn.eval",
+    "open_photos": "xattn.sources",
 }
 
 __all__ = [
@@ -48,12 +50,14 @@ __all__ = [
     "evaluate",
     "explain",
     "explain_video",
+    "export",
     "fit",
     "list_explainers",
     "list_heads",
     "load_backbone",
     "load_head",
     "load_pack",
+    "open_photos",
     "save_head",
     "save_pack",
 ]
@@ -64,7 +68,9 @@ if TYPE_CHECKING:
     from xattn.explainers import create_explainer, list_explainers
     from xattn.explaining import explain
     from xattn.explanation import Explanation, load_pack, save_pack
+    from xattn.exporting import export
     from xattn.heads import Head, create_head, list_heads, load_head, save_head
+    from xattn.sources import open_photos
     from xattn.training import TrainConfig, fit
     from xattn.video import explain_video
 

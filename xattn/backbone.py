@@ -631,6 +631,8 @@ def _preprocessing(
     own = getattr(model, "preprocessing", None)
     if isinstance(own, Preprocessing):
         return own if size is None else replace(own, input_size=size)
+    if not {**_config_of(model), **overrides}:
+        return Preprocessing() if size is None else Preprocessing(input_size=size)
     from timm.data import resolve_data_config
 
     config = resolve_data_config({}, pretrained_cfg={**_config_of(model), **overrides})

@@ -1,4 +1,4 @@
-"""The command line: ``xattn train | explain | evaluate | bench | list``, which knows every job.
+"""The command line: ``xattn train | explain | evaluate | export | bench | list``, all jobs.
 
 Only tyro and dataclasses are imported here, so that ``xattn --help`` answers at once; torch and timm
 load when a job starts. Errors of the user's input are one line and exit code 2.
@@ -63,7 +63,7 @@ class Train:
     """Train an explanation head on a folder of images; no labels are read."""
 
     data: str
-    """A folder of images, or a .txt list with one path a line."""
+    """A folder of images, a .txt list with one path a line, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     train: tyro.conf.OmitArgPrefixes[TrainConfig]
     preset: str | None = None
@@ -117,7 +117,7 @@ class Explain:
     """Explain an image, a folder or a clip: overlays and a pack of the top or named classes' maps."""
 
     images: Annotated[str, tyro.conf.Positional]
-    """An image, a folder, a .txt list, or a clip (.mp4, .mov, .avi, .mkv, .webm, ...)."""
+    """An image, a folder, a .txt list, hfds/..., wds/..., or a clip (.mp4, .mov, .avi, .mkv, ...)."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     head: str | None = None
     """Folder of a trained head, a shipped head's name, or a hub repository; the shipped one by default."""
@@ -182,7 +182,7 @@ class Evaluate:
     """Measure how faithful explanations are: AD, IC, ADD and AG, beside Grad-CAM and sanity rows."""
 
     images: Annotated[str, tyro.conf.Positional]
-    """An image, a folder, or a .txt list."""
+    """An image, a folder, a .txt list, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     heads: tuple[str, ...] = ()
     """Heads to measure: folders, shipped names, hub repositories; by default a shipped one that fits."""
@@ -249,6 +249,27 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write backbone and head as one graph, for torch.export (.pt2) or ONNX (.onnx)."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """The file; its suffix decides the format."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    head: str | None = None
+    """Folder of a trained head, a shipped head's name, or a hub repository; the shipped one by default."""
+    normalize: bool = True
+    """Min-max each map, as explain shows it; without, maps are the head's own scores or mask."""
+
+    def run(self) -> None:
+        from xattn.exporting import export
+
+        backbone = self.model.load()
+        with _warnings_as_lines():
+            path = export(backbone, _head(self.head, backbone), self.path, self.normalize)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+@dataclass(frozen=True)
 class Bench:
     """Measure what explaining and training cost beside the backbone alone, as ratios in one run."""
 
@@ -307,6 +328,7 @@ Command = (
     Annotated[Train, tyro.conf.subcommand("train", description=Train.__doc__)]
     | Annotated[Explain, tyro.conf.subcommand("explain", description=Explain.__doc__)]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate", description=Evaluate.__doc__)]
+    | Annotated[Export, tyro.conf.subcommand("export", description=Export.__doc__)]
     | Annotated[Bench, tyro.conf.subcommand("bench", description=Bench.__doc__)]
     | Annotated[List, tyro.conf.subcommand("list", description=List.__doc__)]
 )
@@ -401,7 +423,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         command.run()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         named = isinstance(error, OSError) and error.filename is None and error.args
         text = error.args[-1] if named else error
         print(f"xattn: error: {' '.join(str(text).split())}", file=sys.stderr)

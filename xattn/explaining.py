@@ -23,12 +23,13 @@ from xattn.explainers import Explainer, create_explainer
 from xattn.explainers.base import Choose
 from xattn.explanation import Explanation, check_output, interrupted_output, save_pack
 from xattn.images import MAX_PIXELS, View, list_images, load_image, prepare, read_ahead
+from xattn.sources import StoredPhoto, is_stored, open_photos
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
     from xattn.heads import Head
 
-Source = Path | Image.Image
+Source = Path | Image.Image | StoredPhoto
 Prepared = tuple[Tensor, View, str, Source]
 
 
@@ -60,7 +61,8 @@ def explain(
     """Explain the classes of one photo, of a folder, of a list file, or of given images.
 
     Args:
-        images: see :func:`xattn.images.list_images`; or a PIL image, or a list of paths and images.
+        images: see :func:`xattn.images.list_images`; or ``"hfds/..."`` or ``"wds/..."``, see
+            :mod:`xattn.sources`; or a PIL image, or a list of paths and images.
         backbone: the classifier; ``head``: a trained head of it.
         explainer: a name of :func:`~xattn.explainers.list_explainers` or an explainer; by default
             the head.
@@ -218,9 +220,11 @@ def _sources(
 ) -> list[tuple[str, Source]]:
     """(image_id, photo) pairs; ids are relative paths without suffix, made unique."""
     root: Path | None = None
-    items: Sequence[str | Path | Image.Image]
+    items: Sequence[str | Path | Image.Image | StoredPhoto]
     if isinstance(images, Image.Image):
         items = [images]
+    elif is_stored(images):
+        items = open_photos(images)  # type: ignore[arg-type]
     elif isinstance(images, str | Path):
         items = list_images(images)
         root = Path(images) if Path(images).is_dir() else Path(images).parent
@@ -232,7 +236,9 @@ def _sources(
     pairs = []
     for number, item in enumerate(items, start=1):
         source = Path(item) if isinstance(item, str) else item
-        if isinstance(source, Image.Image):
+        if isinstance(source, StoredPhoto):
+            name = source.name
+        elif isinstance(source, Image.Image):
             name = Path(_file_name(source)).stem or f"image-{number}"
         elif isinstance(source, Path):
             inside = root is not None and source.is_relative_to(root)
@@ -258,6 +264,8 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def _file_name(source: Source) -> str:
+    if isinstance(source, StoredPhoto):
+        return source.name
     path = source if isinstance(source, Path) else getattr(source, "filename", "")
     return Path(path).name if path else ""
 

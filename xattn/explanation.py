@@ -24,6 +24,7 @@ from PIL import Image
 
 from xattn.files import atomic_folder, output_error
 from xattn.images import View, load_image
+from xattn.sources import StoredPhoto
 
 FORMAT, VERSION = "xattn-pack", 1
 MANIFEST, MAPS, VIDEO = "manifest.json", "maps.safetensors", "overlay.mp4"
@@ -51,7 +52,7 @@ class Explanation:
     protocol: dict[str, Any] = field(default_factory=dict)
     file_name: str = ""
     is_mask: bool = False
-    source: Path | Image.Image | None = field(default=None, repr=False)
+    source: Path | Image.Image | StoredPhoto | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         values = np.array(self.map, dtype=np.float32)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from xattn.backbone import Preprocessing
+    from xattn.sources import StoredPhoto
 
 MAX_PIXELS = 40_000_000
 DIRECT_PIXELS = 8_000_000  # larger resized photos are resampled in the seen part only
@@ -123,9 +124,9 @@ def _listed_file(path: Path, number: int, line: str) -> Path:
 
 
 def load_image(
-    source: str | Path | Image.Image, max_pixels: int | None = MAX_PIXELS
+    source: str | Path | Image.Image | StoredPhoto, max_pixels: int | None = MAX_PIXELS
 ) -> Image.Image:
-    """One photo as 8-bit RGB, upright.
+    """One photo, a file, an image or one of :mod:`xattn.sources`, as 8-bit RGB, upright.
 
     EXIF rotation is applied; transparency is laid over white; 16-bit, 32-bit and float grey values
     are scaled to 8 bit and never clipped; of an animation the first frame counts. The size in the
@@ -138,27 +139,34 @@ def load_image(
     if isinstance(source, Image.Image):
         _check_size(source.size, "the given image", max_pixels)
         return _to_rgb(source.copy(), "the given image")
+    if not isinstance(source, str | Path):
+        return source.load(max_pixels)
     path = Path(source)
     if path.is_dir():
         raise ValueError(f"image: {path} is a folder; give a file, or list_images(folder)")
     if not path.exists():
         raise FileNotFoundError(f"image: no file {path}; check the path")
     with path.open("rb") as stream:
-        try:
-            image = Image.open(stream, formats=_formats())
-        except Image.DecompressionBombError:
-            raise ValueError(
-                f"image: {path} holds more pixels than Pillow's own limit; "
-                f"make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS and max_pixels"
-            ) from None
-        except UnidentifiedImageError:
-            raise ValueError(
-                f"image: {path} is not an image that can be read; give a JPEG, PNG, WebP, TIFF, ..."
-            ) from None
-        except Exception as error:
-            raise _damaged(str(path), error) from error
-        _check_size(image.size, str(path), max_pixels)
-        return _to_rgb(image, str(path))
+        return decode_image(stream, str(path), max_pixels)
+
+
+def decode_image(stream: IO[bytes], label: str, max_pixels: int | None) -> Image.Image:
+    """:func:`load_image` for an open file; ``label`` names it in errors."""
+    try:
+        image = Image.open(stream, formats=_formats())
+    except Image.DecompressionBombError:
+        raise ValueError(
+            f"image: {label} holds more pixels than Pillow's own limit; "
+            f"make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS and max_pixels"
+        ) from None
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"image: {label} is not an image that can be read; give a JPEG, PNG, WebP, TIFF, ..."
+        ) from None
+    except Exception as error:
+        raise _damaged(label, error) from error
+    _check_size(image.size, label, max_pixels)
+    return _to_rgb(image, label)
 
 
 Thing = TypeVar("Thing")

@@ -20,7 +20,6 @@ import random
 import re
 import tarfile
 import threading
-import warnings
 from abc import abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict
@@ -30,9 +29,9 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from xattn.images import MAX_PIXELS, SUFFIXES, _formats, list_images, load_image
+from xattn.images import MAX_PIXELS, SUFFIXES, decode_image, list_images, load_image
 
 SCHEMES = ("hfds", "wds")
 BLOCK = 256  # undecoded samples of a shard that a reader holds; training shuffles within them
@@ -156,22 +155,6 @@ class Files(Photos):
         return {"count": len(self), "sha256": digest.hexdigest()}
 
 
-def _decode(data: bytes, name: str, max_pixels: int | None) -> Image.Image:
-    """The photo in ``data``, as :func:`~xattn.images.load_image` would read the file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            photo = Image.open(io.BytesIO(data), formats=_formats())
-        return load_image(photo, max_pixels)
-    except MemoryError:
-        raise
-    except UnidentifiedImageError:
-        raise ValueError(f"image: {name} is not an image that can be read") from None
-    except Exception as error:
-        reason = str(error).removeprefix("image: ").replace("the given image", name)
-        raise ValueError(f"image: {name} cannot be read ({reason})") from error
-
-
 # ---------------------------------------------------------------------- Hugging Face datasets
 
 
@@ -190,7 +173,8 @@ class Rows(Photos):
     def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
         cell = self.dataset[index][self.column] or {}
         if cell.get("bytes"):
-            return _decode(cell["bytes"], cell.get("path") or self.name(index), max_pixels)
+            label = cell.get("path") or self.name(index)
+            return decode_image(io.BytesIO(cell["bytes"]), label, max_pixels)
         if not cell.get("path"):
             raise ValueError(f"image: {self.name(index)} holds no image")
         return load_image(cell["path"], max_pixels)
@@ -317,7 +301,7 @@ class Shards(Photos):
             name, data = reader.sample(position)
         if data is None:
             raise ValueError(f"image: {name}")
-        return _decode(data, name, max_pixels)
+        return decode_image(io.BytesIO(data), name, max_pixels)
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256()

@@ -34,7 +34,7 @@ from xattn.explanation import (
 )
 from xattn.files import output_error
 from xattn.images import MAX_PIXELS, prepare
-from xattn.training.loop import deferred_interrupt
+from xattn.interrupts import deferred_interrupt
 from xattn.visualize import _font, _shorten, overlay
 
 if TYPE_CHECKING:

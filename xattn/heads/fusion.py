@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+TINY = 1e-30  # a classifier of zeros gives maps of zeros, not NaN
+
 
 def class_rows(class_index: Tensor | int | None, num_classes: int, batch: int) -> Tensor | None:
     """Normalise ``class_index`` to a LongTensor (B or 1, M), or None for all classes.
@@ -125,7 +127,8 @@ class ClassifierFusion(Fusion):
         nn.init.zeros_(self.class_bias.weight)
         nn.init.zeros_(self.class_bias.bias)
         if direct:
-            self.scale = nn.Parameter(torch.tensor(1.0 / float(weight.norm(dim=1).mean())))
+            length = weight.norm(dim=1).mean().clamp_min(TINY)
+            self.scale = nn.Parameter(1.0 / length)
         else:
             last = self.projections[-1]
             layer = last[-1] if isinstance(last, nn.Sequential) else last
@@ -134,7 +137,9 @@ class ClassifierFusion(Fusion):
 
     def rows(self, index: Tensor | None) -> tuple[list[Tensor], Tensor]:
         raw = self.weight[None] if index is None else self.weight[index]
-        w = raw * (self.weight.square().mean().rsqrt() * self.weight.shape[1] ** -0.5)
+        w = raw * (
+            self.weight.square().mean().clamp_min(TINY).rsqrt() * self.weight.shape[1] ** -0.5
+        )
         rows = [project(w) for project in self.projections]
         if self.direct:
             rows[-1] = rows[-1] + self.scale * raw

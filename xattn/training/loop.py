@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,8 @@ from xattn.backbone import Backbone, sha256
 from xattn.config import TrainConfig
 from xattn.files import write_json
 from xattn.heads import Head, save_head
+from xattn.interrupts import deferred_interrupt
+from xattn.memory import is_out_of_memory
 from xattn.sources import Data, Photos, open_photos
 from xattn.training.checkpoint import load_checkpoint, save_checkpoint
 from xattn.training.data import TrainImages, epoch_batches, load_batches, steps_per_epoch
@@ -218,9 +219,17 @@ def _fit(
                     skipped.update(unreadable)
                     if sum(counts):
                         weight = count * ranks / sum(counts)
-                        losses = _step(
-                            accelerator, model, head, backbone, optimizer, batch, weight, config
-                        )
+                        try:
+                            losses = _step(
+                                accelerator, model, head, backbone, optimizer, batch, weight, config
+                            )
+                        except Exception as error:
+                            if not is_out_of_memory(error):
+                                raise
+                            raise MemoryError(
+                                f"batch_size: out of memory with {config.batch_size} images a step; "
+                                f"train with fewer, or on more processes"
+                            ) from error
                     if not all(map(math.isfinite, losses.values())):
                         raise ValueError(
                             f"lr: the loss is not finite at step {step + 1}; train with a lower "
@@ -298,34 +307,6 @@ def _stopped(stop: int, crash: ChildProcessError | None) -> BaseException:
     if stop == CRASHED:
         return crash or ChildProcessError("workers: the loader processes of another process died")
     return KeyboardInterrupt() if stop == signal.SIGINT else SystemExit(128 + stop)
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], int]]:
-    """Hold the first Ctrl-C (or SIGTERM) back until the caller asks; a second one acts at once.
-
-    A checkpoint taken in the middle of a step would not be a state that a whole run passes. The
-    caller gets the number of the signal, or 0. A program's own handler of SIGTERM is left alone.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    asked: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        asked.append(number)
-
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in before.items():
-        if number == signal.SIGINT or handler == signal.SIG_DFL:
-            signal.signal(number, ask)
-    try:
-        yield lambda: asked[0] if asked else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
