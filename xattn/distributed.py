@@ -9,16 +9,18 @@ import torch
 
 
 def processes(device: torch.device) -> tuple[int, int]:
-    """(count, rank) of this launch; joins its process group where there is more than one.
+    """(count, rank) in the process group; a launch of several processes joins one first.
 
-    The group talks over gloo for a CPU ``device``, over nccl for a GPU.
+    It talks over gloo for a CPU ``device``, over nccl for a GPU. (1, 0) where there is no group, or
+    it was left: the very processes that :func:`gather` asks.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 1, 0
-    from accelerate import PartialState
+    if not _joined() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
 
-    state = PartialState(cpu=device.type == "cpu")
-    return state.num_processes, state.process_index
+        PartialState(cpu=device.type == "cpu")
+    if not _joined():
+        return 1, 0
+    return torch.distributed.get_world_size(), torch.distributed.get_rank()
 
 
 def gather(value: Any) -> list[Any]:
