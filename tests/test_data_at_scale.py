@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import pickle
 import shutil
 import sys
 import tarfile
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -294,6 +297,29 @@ def test_a_shard_is_opened_once_by_the_stream_that_reads_it(tmp_path, photos, mo
         for _, i in keys:
             found.load(i)
     assert len(opened) == len(set(opened)) <= 3
+
+
+def test_a_shard_that_is_left_is_closed_at_once(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK", 2)
+    found = open_photos(f"wds/{write_shards(tmp_path / 's', photos)}")
+    gc.disable()
+    try:
+        found.load(0)
+        left = weakref.ref(found._open[0]._samples)
+        found.load(7)
+        assert left() is None
+        left = weakref.ref(found._open[1]._samples)
+        found.close()
+        assert left() is None
+    finally:
+        gc.enable()
+
+
+def test_photos_of_an_open_shard_can_be_pickled(tmp_path, photos):
+    found = open_photos(f"wds/{write_shards(tmp_path / 's', photos)}")
+    expected = found[3].load()
+    assert pickle.loads(pickle.dumps(found[3])).load().tobytes() == expected.tobytes()
+    assert found._open
 
 
 def test_unreadable_samples_are_listed_by_shard_and_key(tmp_path, backbone, photos):

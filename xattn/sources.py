@@ -267,6 +267,10 @@ class Shards(Photos):
     def close(self) -> None:
         self._open.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files, so that explanations of its photos can be pickled and copied."""
+        return {**self.__dict__, "_open": OrderedDict()}
+
     def order(self, seed: int, epoch: int) -> list[int]:
         rng = random.Random(f"{seed}/{epoch}")
         shards = list(range(len(self.urls)))
@@ -321,16 +325,21 @@ class _Shard:
     def __init__(self, url: str) -> None:
         from webdataset.tariterators import tarfile_samples
 
-        self.label, self.block = _label(url), -1
-        self._error = ""
+        errors: list[str] = []
+
+        def stop(error: Exception) -> bool:  # without self: in a cycle the file would stay open
+            errors.append(f" ({type(error).__name__}: {error.args[0] if error.args else ''})")
+            return False
+
+        self.label, self.block, self._errors = _label(url), -1, errors
         self._held: list[tuple[str, bytes | None]] = []
         self._samples: Iterator[dict[str, Any]] = iter(
-            tarfile_samples([{"url": url}], handler=self._stop)
+            tarfile_samples([{"url": url}], handler=stop)
         )
 
-    def _stop(self, error: Exception) -> bool:
-        self._error = f" ({type(error).__name__}: {error.args[0] if error.args else ''})"
-        return False
+    @property
+    def _error(self) -> str:
+        return self._errors[-1] if self._errors else ""
 
     def sample(self, position: int) -> tuple[str, bytes | None]:
         """Shard/key and the encoded image; or what is wrong, and None."""
