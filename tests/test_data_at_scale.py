@@ -174,6 +174,11 @@ def test_an_unknown_split_is_one_line_that_names_the_known(stored, kind):
     assert "\n" not in str(error.value)
 
 
+def test_shards_that_are_named_one_by_one_have_no_split(stored):
+    with pytest.raises(ValueError, match="^data: got the split 'val' of shards .*leave it out"):
+        open_photos(get(stored, "wds in braces") + ":val")
+
+
 def test_missing_data_is_one_line_with_a_remedy(tmp_path, photos):
     pytest.importorskip("webdataset")
     for scheme in ("hfds", "wds"):

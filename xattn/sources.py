@@ -119,7 +119,7 @@ def open_photos(data: Data) -> Photos:
         if scheme.lower() == "hfds":
             return _open_hf(match[1], match[2])
         if scheme.lower() == "wds":
-            return _open_shards(match[1], match[2] or "train")
+            return _open_shards(match[1], match[2])
         raise ValueError(
             "data: hfids/ (Hugging Face streaming) does not say how many samples a shard holds, so "
             "a run could not resume; give hfds/ (the same dataset, kept on disk) or wds/"
@@ -359,7 +359,7 @@ class _Shard:
         return f"{name} has no image" + (self._error and f", the shard is cut{self._error}"), None
 
 
-def _open_shards(path: str, split: str) -> Shards:
+def _open_shards(path: str, split: str | None) -> Shards:
     try:
         from webdataset.shardlists import expand_urls
     except ImportError:
@@ -368,9 +368,14 @@ def _open_shards(path: str, split: str) -> Shards:
     path = path if remote else str(Path(path).expanduser())
     lengths: Sequence[int] = ()
     if re.search(r"\.(tar|tgz|tar\.\w+)$", path):
+        if split is not None:
+            raise ValueError(
+                f"data: got the split {split!r} of shards that are named one by one; leave it out, or "
+                f"give a folder with _info.json"
+            )
         urls = expand_urls(path)
     else:
-        urls, lengths = _split_files(path, split, remote)
+        urls, lengths = _split_files(path, split or "train", remote)
     if not remote:
         missing = [url for url in urls if not Path(url).is_file()]
         if missing:
