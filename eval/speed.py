@@ -210,6 +210,8 @@ def bench(
     from xattn.allocator import keep_memory
     from xattn.backbone import load_backbone
 
+    if rounds < 1 or min(batches, default=0) < 1:
+        raise ValueError(f"rounds, batches: got {rounds} and {batches}; give at least 1 of each")
     kept = keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield f"{device}, {torch.get_num_threads()} threads, raised allocator thresholds: {kept}"

@@ -72,6 +72,12 @@ def test_training_jobs_leave_the_head_as_it_was_and_give_it_gradients(backbone):
     assert all(torch.equal(p, before[k]) for k, p in heads["ttame"].named_parameters())
 
 
+@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"batches": (8, 0)}, {"batches": ()}])
+def test_nothing_to_measure_is_refused(wrong):
+    with pytest.raises(ValueError, match="rounds, batches: got .* at least 1"):
+        next(speed.bench("explain", ["test_resnet"], **wrong))
+
+
 def test_the_command_prints_the_tables(capsys, tmp_path):
     folder = speed.write_photos(tmp_path, count=3, size=(80, 60))
     assert [load_image(p).size for p in list_images(folder)] == [(80, 60)] * 3
