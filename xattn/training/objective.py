@@ -75,7 +75,8 @@ def targets(logits: Tensor, task: str) -> Tensor:
     """The class (B,) each image is trained on: the prediction.
 
     Of a multi-label model the place in the batch picks among the labels with p > 0.5, so that over
-    the epochs all of them have their turn; an image without one gets its most probable label.
+    the epochs the B most probable of them have their turn; an image without one gets its most
+    probable label.
     """
     if task != "multilabel":
         return logits.argmax(1)
