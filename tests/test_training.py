@@ -429,6 +429,22 @@ def test_a_signal_to_the_whole_process_group_ends_with_a_checkpoint(
     assert_equal_heads(whole.head, resumed.head)
 
 
+def test_an_accelerator_of_the_caller_is_left_as_it_was(tmp_path, backbone):
+    from accelerate import Accelerator
+
+    folder = write_photos(tmp_path / "p", 2)
+    own = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    try:
+        for precision in ("bf16", "no"):
+            config = TrainConfig(epochs=1, batch_size=2, workers=0, precision=precision)
+            fit(fresh_head(backbone), backbone, folder, config, progress=False)
+        assert own.device.type == "cpu" and own.mixed_precision == "no"
+        assert own.gradient_accumulation_steps == 3
+    finally:
+        own.state._reset_state(reset_partial_state=True)
+        own.gradient_state._reset_state()
+
+
 def test_a_clock_that_jumps_changes_nothing(tmp_path, backbone, monkeypatch):
     folder = write_photos(tmp_path / "p", 12)
     config = TrainConfig(epochs=2, batch_size=2, workers=0, lr=0.01, checkpoint_every=1)
@@ -627,6 +643,7 @@ try:
 except ValueError as error:
     assert "other settings" in str(error)
 fit("exact", head="lcam", config=TrainConfig(epochs=2, batch_size=2, workers=0, class_mode="own"))
+fit("bf16", config=TrainConfig(epochs=1, batch_size=4, workers=0, precision="bf16"))
 print("agreed")
 """
 

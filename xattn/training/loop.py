@@ -87,21 +87,28 @@ def fit(
 
 @contextmanager
 def _accelerator(backbone: Backbone, config: TrainConfig) -> Iterator[Any]:
-    """An Accelerator that a single process gives back: a next fit may ask for another precision."""
+    """An Accelerator of this run alone: a next fit may ask for another precision, and one that the
+    caller has is left as it was."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    states = AcceleratorState, GradientState, PartialState
+    before = [dict(state._shared_state) for state in states]
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=backbone.device.type == "cpu",
         mixed_precision=config.precision,
         step_scheduler_with_optimizer=False,
         device_placement=False,
     )
+    alone = accelerator.num_processes == 1
     try:
         yield accelerator
     finally:
-        if accelerator.num_processes == 1:
-            AcceleratorState._reset_state(reset_partial_state=True)
+        for state, values in zip(states, before, strict=True):
+            if alone or state is not PartialState:  # many processes keep their group
+                state._shared_state.clear()
+                state._shared_state.update(values)
 
 
 def _fit(
