@@ -193,6 +193,15 @@ def test_a_given_image_is_not_changed():
     assert image.mode == "RGBA" and image.tobytes() == before
 
 
+def test_threads_may_share_an_image_that_is_not_decoded_yet(tmp_path):
+    noise(300, 400).save(tmp_path / "a.png")
+    expected = load_image(tmp_path / "a.png").tobytes()
+    for _ in range(10):
+        shared = Image.open(tmp_path / "a.png")
+        found = [f.result() for _, f in images.read_ahead(load_image, [shared] * 4, 4, threads=4)]
+        assert all(image.tobytes() == expected for image in found)
+
+
 # ---------------------------------------------------------------------- the model's crop
 
 

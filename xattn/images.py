@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -47,6 +48,7 @@ FORMATS = (
     "AVIF",
     "TGA",
 )
+_COPYING = threading.Lock()  # two threads must not decode one lazily opened image
 
 
 # ---------------------------------------------------------------------- listing
@@ -138,7 +140,9 @@ def load_image(
     """
     if isinstance(source, Image.Image):
         _check_size(source.size, "the given image", max_pixels)
-        return _to_rgb(source.copy(), "the given image")
+        with _COPYING:
+            copy = source.copy()
+        return _to_rgb(copy, "the given image")
     if not isinstance(source, str | Path):
         return source.load(max_pixels)
     path = Path(source)
