@@ -110,6 +110,24 @@ def test_explainers_go_on_with_half_the_batch(name):
     assert maps.shape[:2] == (10, 2) and torch.allclose(logits, full.logits(IMAGES), atol=1e-5)
 
 
+def test_a_batch_smaller_than_allowed_is_halved_itself():
+    seen = []
+
+    def two_fit(x):
+        seen.append(len(x))
+        if len(x) > 2:
+            raise MemoryError("no room")
+        return x
+
+    batches = ForwardBatches(32)
+    with pytest.warns(RuntimeWarning, match="out of memory with 6 images; going on with 3"):
+        found = batches.run(two_fit, IMAGES[:6])
+    assert seen == [6, 3, 1, 1, 1, 1, 1, 1] and torch.equal(torch.cat(found), IMAGES[:6])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one image that fits never is too many
+        ForwardBatches(32).run(two_fit, IMAGES[:1])
+
+
 def test_one_image_that_does_not_fit_is_an_error_with_a_remedy_and_other_errors_pass():
     _, small = limited(0)
     with (

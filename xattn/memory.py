@@ -30,7 +30,8 @@ class ForwardBatches:
     def __init__(self, size: int) -> None:
         if isinstance(size, bool) or size < 1:
             raise ValueError(f"max_forward_batch: got {size}; give at least 1")
-        self.first = self.size = size
+        self.size = size
+        self.halved = False
 
     def run(self, function: Callable[..., Any], *inputs: Tensor) -> list[Any]:
         """``function`` on equal slices of ``inputs`` (B, ...), results in order.
@@ -41,20 +42,20 @@ class ForwardBatches:
         results = []
         start = 0
         while start < len(inputs[0]):
-            reason = ""
+            count, reason = min(self.size, len(inputs[0]) - start), ""
             try:
-                results.append(function(*(x[start : start + self.size] for x in inputs)))
-                start += self.size
+                results.append(function(*(x[start : start + count] for x in inputs)))
+                start += count
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).strip().splitlines()[0][:120]
             if reason:  # outside of except: the traceback keeps the failed pass's tensors alive
-                self._halve(reason)
+                self._halve(count, reason)
         return results
 
-    def _halve(self, reason: str) -> None:
-        if self.size == 1:
+    def _halve(self, count: int, reason: str) -> None:
+        if count == 1:
             raise MemoryError(
                 f"max_forward_batch: out of memory with one image ({reason}); free memory, or choose "
                 f"a smaller input or backbone"
@@ -62,10 +63,11 @@ class ForwardBatches:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.size //= 2
-        if self.size == self.first // 2:
+        self.size = count // 2
+        if not self.halved:
+            self.halved = True
             warnings.warn(
-                f"max_forward_batch: out of memory with {self.first} images; going on with "
+                f"max_forward_batch: out of memory with {count} images; going on with "
                 f"{self.size}, or fewer if need be",
                 RuntimeWarning,
                 stacklevel=3,
