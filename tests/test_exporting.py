@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import signal
 import sys
 import textwrap
 
@@ -322,6 +323,24 @@ class DataDependent(nn.Module):
         if maps.mean() > 0:
             maps = -maps
         return maps.mean((2, 3)), [maps]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_a_full_disk_leaves_the_old_file(cnn, tmp_path):
+    import resource
+
+    path = tmp_path / "a.pt2"
+    path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"path: cannot write .*a.pt2 .*free space"):
+            export(*cnn, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt2"] and path.read_text() == "old"
 
 
 def test_what_cannot_be_traced_is_one_clear_error(tmp_path):

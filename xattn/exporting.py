@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import json
 import warnings
 from collections.abc import Callable
@@ -143,7 +144,9 @@ def export(backbone: Backbone, head: Head, path: str | Path, normalize: bool = T
                 proto.metadata_props.add(key=METADATA, value=about)
                 temporary.write_bytes(proto.SerializeToString())
             else:
-                torch.export.save(program, temporary, extra_files={METADATA: about})
+                archive = io.BytesIO()  # torch aborts the process where a disk is full
+                torch.export.save(program, archive, extra_files={METADATA: about})
+                temporary.write_bytes(archive.getbuffer())
             try:
                 run = _onnx_runner(temporary) if onnx else torch.export.load(temporary).module()
                 if run is not None:
