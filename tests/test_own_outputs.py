@@ -222,6 +222,44 @@ def test_a_torchvision_vit_gives_its_tokens_as_maps():
     assert create_explainer("gradcam", backbone).attribute(x, 1).shape == (3, 1, 2, 2)
 
 
+def test_a_vits_patches_are_no_default_taps():
+    model = torchvision.models.VisionTransformer(32, 16, 2, 2, 24, 48, num_classes=4)
+    with pytest.raises(ValueError, match=r"taps: VisionTransformer does not end in .*name its tok"):
+        from_torchvision(model, preprocessing=xattn.Preprocessing(input_size=(32, 32)))
+    swin = torchvision.models.SwinTransformer([4, 4], 12, [1, 1], [2, 2], [4, 4], num_classes=4)
+    backbone = load_backbone(from_torchvision(swin))
+    assert backbone.tap_sizes[-1] == (28, 28) and backbone.pools_linearly  # ends in a map
+
+
+def test_a_tap_before_an_in_place_activation_is_the_modules_output():
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=3).eval()
+    seen = {}
+    for block in (0, 1):
+        model.layer3[block].bn1.register_forward_hook(
+            lambda m, i, o, n=block: seen.update({n: o.clone()})
+        )
+    x = torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    logits, maps = from_torchvision(model, ["layer3.0.bn1", "layer3.1.bn1"]).forward_taps(x)
+    assert torch.allclose(logits, expected, atol=1e-6) and seen[0].min() < 0
+    for block in (0, 1):
+        assert torch.allclose(maps[block], seen[block], atol=1e-5)
+
+
+def test_a_head_of_other_torchvision_taps_is_refused(tmp_path):
+    model = torchvision.models.resnet18(num_classes=3)
+    one, other = (
+        load_backbone(from_torchvision(model, taps), input_size=64)
+        for taps in (["layer3.0", "layer4"], ["layer3.1", "layer4"])
+    )
+    assert one.taps == ("layer3.0.relu", "layer4.1.relu")
+    xattn.save_head(create_head("ttame", one, fusion="per_class"), tmp_path / "head")
+    xattn.load_head(tmp_path / "head", one)
+    with pytest.raises(ValueError, match=r"reads the taps \['layer3.0.relu', 'layer4.1.relu'\]"):
+        xattn.load_head(tmp_path / "head", other)
+
+
 def test_unknown_torchvision_names_taps_and_untraceable_modules_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"torchvision has no classifier 'resnet19'.*resnet18"):
         load_backbone("torchvision/resnet19", weights=None)

@@ -25,7 +25,7 @@ class TracedClassifier(nn.Module):
     """A :class:`~xattn.backbone.TapModule`; made by :func:`from_torchvision`.
 
     Attributes:
-        nodes: graph nodes of the taps.
+        tap_names: module paths or graph nodes of the taps.
         gradcam_layer: an identity behind the last tap.
         num_prefix_tokens, token_taps: of a ViT's tokens (B, N, C).
         classifier: the linear layer that gives the logits, or None.
@@ -34,7 +34,7 @@ class TracedClassifier(nn.Module):
     def __init__(
         self,
         graph: fx.GraphModule,
-        nodes: Sequence[str],
+        tap_names: Sequence[str],
         classifier: str,
         preprocessing: Preprocessing,
         grids: Sequence[tuple[int, int] | None],
@@ -42,7 +42,7 @@ class TracedClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.graph = graph
-        self.nodes = list(nodes)
+        self.tap_names = list(tap_names)
         self.preprocessing = preprocessing
         self.grids = list(grids)
         self.num_prefix_tokens = prefix
@@ -81,7 +81,7 @@ def from_torchvision(
         model: takes normalised images (B, 3, H, W), gives logits (B, K); put in eval mode.
         taps: module paths or graph nodes, such as ``["layer2", "layer3", "layer4"]`` or, of a ViT,
             ``["encoder.layers.encoder_layer_11.ln_1"]``, whose class token is left out. By default
-            the last map on each of the three coarsest grids of a CNN.
+            the last map on each of the three coarsest grids of a CNN; a ViT has no default.
         preprocessing: 224 pixels and ImageNet's mean and std by default.
 
     Raises:
@@ -93,8 +93,8 @@ def from_torchvision(
     nodes = [_find(tap, names) for tap in taps] if taps is not None else _coarsest(shapes, size)
     if not nodes:
         raise ValueError(
-            f"taps: {type(model).__name__} has no (B, C, h, w) maps; name its token nodes, such as "
-            f"'encoder.layers.encoder_layer_11.ln_1'"
+            f"taps: {type(model).__name__} does not end in (B, C, h, w) maps; name its token nodes, "
+            f"such as 'encoder.layers.encoder_layer_11.ln_1'"
         )
     grids = [_grid(names[node], shapes[node], size) for node in nodes]
     graph = traced.graph
@@ -105,7 +105,7 @@ def from_torchvision(
         point = graph.call_module(HEAD_POINT, ())
     nodes[-1].replace_all_uses_with(point)
     point.args = (nodes[-1],)
-    output.args = ((logits, *nodes[:-1], point),)
+    output.args = ((logits, *(_kept(traced, node) for node in (*nodes[:-1], point))),)
     traced.recompile()
     last = grids[-1]
     prefix = 0 if last is None else shapes[nodes[-1]][1] - last[0] * last[1]
@@ -244,14 +244,32 @@ def _find(tap: str, names: dict[fx.Node, str]) -> fx.Node:
 def _coarsest(shapes: Shapes, size: tuple[int, int]) -> list[fx.Node]:
     """The last map of each of the three coarsest grids of more than one place, fine to coarse.
 
-    Grids have the aspect of the input: (B, h, w, C) and position tables are no maps.
+    Grids have the aspect of the input: (B, h, w, C) and position tables are no maps. None where
+    tokens (B, N, C) follow the maps, which are only a ViT's patches then.
     """
     last: dict[tuple[int, ...], fx.Node] = {}
+    tokens = False
     for node, shape in shapes.items():
         is_map = len(shape) == 4 and shape[0] == 2 and min(shape[2:]) > 1
         if is_map and abs(shape[2] / size[0] * size[1] - shape[3]) < 1:
             last[shape[2:]] = node
+        tokens = not is_map and (tokens or (len(shape) == 3 and shape[0] == 2))
+    if tokens:
+        return []
     return [last[grid] for grid in sorted(last, key=lambda g: g[0] * g[1])[:3]][::-1]
+
+
+def _kept(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """``node``, or its copy where a later in-place operation would change it."""
+
+    def in_place(user: fx.Node) -> bool:
+        layer = traced.get_submodule(str(user.target)) if user.op == "call_module" else None
+        return bool(getattr(layer, "inplace", False) or user.kwargs.get("inplace"))
+
+    if not any(in_place(user) for user in node.users):
+        return node
+    with traced.graph.inserting_after(node):
+        return traced.graph.call_method("clone", (node,))
 
 
 def _grid(name: str, shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int] | None:

@@ -65,8 +65,9 @@ class TapModule(Protocol):
 
     ``forward_taps(x)`` takes normalised images (B, 3, H, W) and returns ``(logits, maps)`` with
     4-D NCHW maps; optional attributes ``preprocessing`` (a :class:`Preprocessing`),
-    ``classifier_weight`` (K, C), ``classifier_bias`` (K,) and ``gradcam_layer`` (the module whose
-    output Grad-CAM reads) are used where present. :func:`xattn.adapters.from_torchvision` makes one.
+    ``tap_names`` (one a map), ``classifier_weight`` (K, C), ``classifier_bias`` (K,) and
+    ``gradcam_layer`` (the module whose output Grad-CAM reads) are used where present.
+    :func:`xattn.adapters.from_torchvision` makes one.
     """
 
     def forward_taps(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]: ...
@@ -134,7 +135,8 @@ class Backbone(nn.Module):
             logits, maps = self.model.forward_taps(image)  # type: ignore[operator]
             if taps is not None:
                 raise ValueError(f"taps={taps!r}: an adapter module fixes its own taps; pass None")
-            self.taps: tuple[str, ...] = tuple(f"adapter.{i}" for i in range(len(maps)))
+            names = getattr(self.model, "tap_names", None)
+            self.taps: tuple[str, ...] = tuple(names or (f"adapter.{i}" for i in range(len(maps))))
             self.is_vit = False
         else:
             final, inner = self._features(image, None)
@@ -335,7 +337,7 @@ class Backbone(nn.Module):
 
     def require_pooled_tap(self) -> None:
         """Raise a ``ValueError`` unless the last tap is the map that the classifier pools."""
-        if self.taps[-1] != "head" or self.is_vit:
+        if self.taps[-1] != "head" or self.is_vit or self.adapter:
             raise ValueError(
                 f"mask_policy='feature' needs taps that end in the pooled map 'head'; got {self.taps}"
             )
