@@ -1,0 +1,38 @@
+"""Which implementation of an op runs: the definition, the CPU path, or the Triton kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def choose(backend: str, device: torch.device) -> str:
+    """``"reference"``, ``"cpu"`` or ``"triton"``; ``"auto"`` is Triton on GPUs and cpu elsewhere.
+
+    The ``cpu`` path is plain PyTorch and runs on every device. Triton runs on a CPU only under its
+    interpreter (``TRITON_INTERPRET=1``).
+
+    Raises:
+        ValueError: an unknown backend, or Triton where it cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}; choose one of {', '.join(BACKENDS)}")
+    runs = HAS_TRITON and (device.type == "cuda" or interpreted())
+    if backend == "triton" and not runs:
+        why = "Triton is not installed" if not HAS_TRITON else f"Triton does not run on {device}"
+        raise ValueError(
+            f"backend='triton': {why}; use 'auto', or set TRITON_INTERPRET=1 for tests"
+        )
+    if backend == "auto":
+        return "triton" if runs and device.type == "cuda" else "cpu"
+    return backend
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

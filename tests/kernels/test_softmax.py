@@ -1,0 +1,206 @@
+"""Softmax attention: the definition, and that the fast paths equal it, forward and backward."""
+
+import pytest
+import torch
+
+from xattn.kernels.backend import BACKENDS, HAS_TRITON, choose
+from xattn.kernels.softmax import softmax_attention
+
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))
+FAST = ["cpu", TRITON]
+
+
+def inputs(n, s, d, dv=None, bias=None, batch=2, heads=2, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    q, k = normal(batch, heads, n, d), normal(batch, heads, s, d)
+    v = normal(batch, heads, s, dv or d)
+    b = None if bias is None else normal(*bias)
+    grads = normal(batch, heads, n, dv or d), normal(batch, heads, n).to(dtype)
+    return (q, k, v, b), grads
+
+
+def run(backend, args, grads, **options):
+    """o, lse and all gradients, with a gradient into both outputs."""
+    args = [None if a is None else a.detach().clone().requires_grad_() for a in args]
+    o, lse = softmax_attention(*args, backend=backend, **options)
+    finite = torch.where(lse.isneginf(), 0.0, lse)
+    ((o * grads[0]).sum() + (finite * grads[1]).sum()).backward()
+    return [o, lse, *(a.grad for a in args if a is not None)]
+
+
+def dense(q, k, v, bias=None, scale=None):
+    s = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    s = s if bias is None else s + bias
+    return s.softmax(-1) @ v, s.logsumexp(-1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("bias", [None, (2, 1, 1, 6), (1, 2, 5, 6), (2, 2, 5, 6)])
+def test_the_definition_and_its_gradients_in_float64(backend, bias):
+    args, _ = inputs(5, 6, 4, 3, bias)
+    o, lse = softmax_attention(*args, backend=backend)
+    expected = dense(*args)
+    assert torch.allclose(o, expected[0]) and torch.allclose(lse, expected[1])
+    leaves = [a.requires_grad_() for a in args if a is not None]
+    assert torch.autograd.gradcheck(
+        lambda *a: softmax_attention(*a, backend=backend), leaves, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(
+    "n, s, d, dv, bias",
+    [
+        (17, 17, 16, None, None),
+        (63, 33, 24, 40, (1, 2, 63, 33)),
+        (1, 197, 64, None, (2, 1, 1, 197)),
+        (201, 63, 128, 16, (1, 1, 201, 63)),
+    ],
+)
+def test_fast_paths_equal_the_float64_reference(backend, n, s, d, dv, bias):
+    args, grads = inputs(n, s, d, dv, bias, batch=1 if n > 100 else 2)
+    expected = run("reference", args, grads)
+    single = [None if a is None else a.float() for a in args]
+    plain = run("reference", single, [g.float() for g in grads])
+    found = run(backend, single, [g.float() for g in grads])
+    for exact, near, value in zip(expected, plain, found, strict=True):
+        limit = 3 * (near.double() - exact).abs().max() + 1e-6 * exact.abs().max()
+        assert (value.double() - exact).abs().max() <= limit
+    assert found[0].dtype == torch.float32 and found[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_as_plain_pytorch(backend, dtype):
+    args, grads = inputs(63, 63, 32, dtype=dtype)
+    exact = run(
+        "reference", [None if a is None else a.double() for a in args], [g.double() for g in grads]
+    )
+    found = run(backend, args, grads)
+    q, k, v = (a.detach().clone().requires_grad_() for a in args[:3])
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    error = (plain.double() - exact[0]).abs().max()
+    assert (found[0].double() - exact[0]).abs().max() <= 2 * error + 1e-3
+    assert found[0].dtype == dtype and found[1].dtype == torch.float32
+    for value, true in zip(found[2:], exact[2:], strict=True):
+        assert (value.double() - true).abs().max() <= 0.05 * true.abs().max()
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_a_row_without_a_key_gives_zero_and_minus_infinity_and_no_gradient(backend):
+    args, grads = inputs(7, 5, 16, dtype=torch.float32)
+    bias = torch.zeros(1, 1, 7, 5)
+    bias[..., 3, :] = -torch.inf
+    bias[..., 4, 1:] = -torch.inf
+    o, lse, dq, dk, dv, db = run(backend, (*args[:3], bias), grads)
+    assert (o[:, :, 3] == 0).all() and (lse[:, :, 3] == -torch.inf).all()
+    assert torch.allclose(o[:, :, 4], args[2][:, :, 0], atol=1e-6)
+    for value in (o, dq, dk, dv, db):
+        assert value.isfinite().all()
+    assert (dq[:, :, 3] == 0).all() and (db[..., 3, :] == 0).all()
+    # with every row hidden nothing at all comes through
+    hidden = run(backend, (*args[:3], torch.full((1, 1, 1, 5), -torch.inf)), grads)
+    assert all((x == 0).all() for x in (hidden[0], *hidden[2:]))
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_segments_merge_exactly_because_lse_has_a_gradient(backend):
+    (q, k, v, _), (g, _) = inputs(9, 22, 16, dtype=torch.float32)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    parts = [
+        softmax_attention(leaves[0], leaves[1][:, :, i], leaves[2][:, :, i], backend=backend)
+        for i in (slice(0, 5), slice(5, 22))
+    ]
+    lse = torch.stack([p[1] for p in parts])
+    share = (lse - lse.logsumexp(0)).exp()[..., None]
+    merged = (share * torch.stack([p[0] for p in parts])).sum(0)
+    (merged * g).sum().backward()
+    whole = run(
+        "reference", (q.double(), k.double(), v.double(), None), (g.double(), torch.zeros(2, 2, 9))
+    )
+    assert torch.allclose(merged.double(), whole[0], atol=1e-6)
+    for leaf, true in zip(leaves, whole[2:], strict=True):
+        assert torch.allclose(leaf.grad.double(), true, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_a_shift_of_the_keys_moves_lse_and_leaves_the_output(backend):
+    (q, k, v, _), _ = inputs(11, 13, 16, dtype=torch.float32)
+    c = torch.linspace(-1, 1, 16)
+    o, lse = softmax_attention(q, k, v, scale=0.3, backend=backend)
+    moved, shifted = softmax_attention(q, k + c, v, scale=0.3, backend=backend)
+    assert torch.allclose(moved, o, atol=1e-5)
+    assert torch.allclose(shifted, lse + 0.3 * (q @ c), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_two_runs_agree_to_the_bit(backend):
+    args, grads = inputs(65, 65, 32, bias=(1, 2, 65, 65), dtype=torch.float32)
+    for first, second in zip(run(backend, args, grads), run(backend, args, grads), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_the_op_keeps_torchs_rules_and_compiles(backend):
+    (q, k, v, b), _ = inputs(9, 9, 16, bias=(1, 2, 1, 9), dtype=torch.float32)
+    args = [x.requires_grad_() for x in (q, k, v, b)]
+    torch.library.opcheck(torch.ops.xattn.softmax_forward, (*args, 0.25, backend))
+    torch.library.opcheck(torch.ops.xattn.softmax_forward, (*args[:3], None, 0.25, backend))
+
+    def loss(*a):
+        return softmax_attention(*a, backend=backend)[0].square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(*args), loss(*args))
+
+
+def test_views_of_any_layout_and_rows_in_tiles_give_the_same(monkeypatch):
+    from xattn.kernels.softmax import cpu
+
+    args, grads = inputs(21, 21, 16, bias=(1, 2, 21, 21), dtype=torch.float32)
+    expected = run("cpu", args, grads)
+    monkeypatch.setattr(cpu, "TILE", 2 * 2 * 21 * 4)  # four rows a tile
+    packed = torch.stack([x.transpose(1, 2) for x in args[:3]]).transpose(2, 3)
+    assert not packed[0].is_contiguous()
+    for found, true in zip(run("cpu", (*packed, args[3]), grads), expected, strict=True):
+        assert torch.allclose(found, true, atol=1e-6)
+    monkeypatch.setattr(cpu, "_fused", lambda *a: None)  # a build without the fused kernel
+    for found, true in zip(run("cpu", args, grads), expected, strict=True):
+        assert torch.allclose(found, true, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": (2, 9, 16)}, r"q: got shape \(2, 9, 16\)"),
+        ({"k": (2, 2, 9, 8)}, r"k: got shape .* needs the same B, H and D"),
+        ({"v": (2, 2, 8, 16)}, r"v: got shape .* needs the same B, H, S"),
+        ({"bias": (2, 2, 9, 8)}, r"bias: got shape .*give \(B or 1"),
+        ({"bias": (3, 1, 1, 9)}, r"bias: got shape"),
+    ],
+)
+def test_shapes_that_do_not_match_are_named(change, message):
+    shapes = {"q": (2, 2, 9, 16), "k": (2, 2, 9, 16), "v": (2, 2, 9, 16), **change}
+    with pytest.raises(ValueError, match=message):
+        softmax_attention(**{name: torch.zeros(shape) for name, shape in shapes.items()})
+
+
+def test_dtypes_and_backends_that_do_not_fit_are_refused():
+    q = torch.zeros(1, 1, 4, 16)
+    with pytest.raises(ValueError, match=r"k: got torch.float64 .*q is torch.float32"):
+        softmax_attention(q, q.double(), q)
+    with pytest.raises(ValueError, match="backend: got 'cuda'; choose one of auto"):
+        softmax_attention(q, q, q, backend="cuda")
+    with pytest.raises(ValueError, match="backend='triton': got torch.float64"):
+        softmax_attention(q.double(), q.double(), q.double(), backend="triton")
+    assert [choose(b, q.device) for b in BACKENDS] == ["cpu", "reference", "cpu", "triton"]
+
+
+def test_triton_on_a_cpu_without_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="Triton does not run on cpu"):
+        choose("triton", torch.device("cpu"))
