@@ -159,6 +159,9 @@ def test_the_command_line_trains_explains_and_measures_a_multilabel_model(tmp_pa
     pack = xattn.load_pack(out)
     assert sum(e.probability for e in pack if e.image_id == "0") != pytest.approx(1, abs=1e-3)
     assert pack[0].protocol["probability"] == "sigmoid" and pack[0].protocol["task"] == "multilabel"
+    forgotten = [a for a in shared if a not in ("--task", "multilabel")]
+    assert main(["explain", str(tmp_path), *forgotten, "--head", head]) == 2
+    assert "head was trained for task='multilabel'" in capsys.readouterr().err
     out = str(tmp_path / "eval")
     assert main(["evaluate", str(tmp_path), *shared, "--heads", head, "--output", out]) == 0
     assert (
@@ -268,6 +271,9 @@ def test_unknown_torchvision_names_taps_and_untraceable_modules_are_refused(tmp_
         ValueError, match=r"taps: 'layer9' is not in the graph; near matches: .*layer"
     ):
         from_torchvision(model, ["layer9"])
+    torch.save(model.state_dict(), tmp_path / "18.pth")
+    with pytest.raises(ValueError, match=r"weights: .*18.pth does not fit .*give the file of this"):
+        load_backbone("torchvision/squeezenet1_1", weights=tmp_path / "18.pth")
     with pytest.raises(ValueError, match="taps: 'fc' has shape"):
         from_torchvision(model, ["fc"])
 

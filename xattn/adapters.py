@@ -170,9 +170,11 @@ def load_torchvision(
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+        lines = str(error).strip().splitlines()
+        reason = " ".join(line.strip() for line in lines[1:3])[:300]
         raise ValueError(
-            f"weights: {weights} does not fit torchvision's {name} ({reason})"
+            f"weights: {weights} does not fit torchvision's {name} ({reason}); give the file of this "
+            f"architecture, of a ViT with its own input_size"
         ) from None
     return from_torchvision(model, taps, preprocessing=preprocessing)
 

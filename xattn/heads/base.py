@@ -60,6 +60,7 @@ class Head(
         self.backbone_name = backbone.name
         self.backbone_fingerprint = backbone.fingerprint
         self.backbone_taps = list(backbone.taps)
+        self.backbone_task = backbone.task
         self.num_classes = backbone.num_classes
         self.summary = {}
         self.mask_policy = options.get("mask_policy", "raw_normalize")
@@ -99,6 +100,7 @@ class Head(
                 "sha256": self.backbone_fingerprint,
                 "taps": self.backbone_taps,
                 "num_classes": self.num_classes,
+                "task": self.backbone_task,
             },
             "training": self.summary,
         }
@@ -278,6 +280,11 @@ def _read_head(folder: Path, backbone: Backbone) -> Head:
         raise ValueError(
             f"head: {folder.name} reads the taps {wanted['taps']}, the backbone gives "
             f"{list(backbone.taps)}; load the backbone with taps={wanted['taps']}"
+        )
+    if wanted.get("task", backbone.task) != backbone.task:
+        raise ValueError(
+            f"head: {folder.name} was trained for task={wanted['task']!r}, the backbone has "
+            f"task={backbone.task!r}; load the backbone with task={wanted['task']!r}"
         )
     head = create_head(config["head"], backbone, **config["options"])
     weights = folder / WEIGHTS_FILE
