@@ -129,6 +129,10 @@ def test_evaluate_prints_a_table_and_writes_json_and_csv(setup, capsys):
         (["explain", "{root}/photos", "--explainer", "gradcan"], "gradcam"),
         (["explain", "{root}/photos", "--output", "{root}/classes.txt/x"], "output"),
         (["explain", "{root}/photos", "--output", "{root}/photos"], "output"),
+        (["explain", "{root}/photos", "--every", "2"], "every, smoothing: "),
+        (["explain", "{root}/photos", "--smoothing", "0.5"], "every, smoothing: "),
+        (["explain", "{root}/photos", "--explainer", "head"], "head: no shipped head fits"),
+        (["export", "{root}/e.onnx"], "head: no shipped head fits"),
         (["evaluate", "{root}/photos", "--output", "{root}/classes.txt"], "output"),
         (["evaluate", "{root}/none"], "none"),
         (["train", "--data", "{root}/none", "--output", "{root}/t1"], "none"),
@@ -157,7 +161,7 @@ def test_bad_input_is_one_line_and_exit_code_2(setup, capsys, arguments, message
         arguments += ["--head", str(root / "run/head")]
     if arguments[0] == "evaluate":
         arguments += ["--heads", str(root / "run/head")]
-    if "--output" not in arguments:
+    if "--output" not in arguments and arguments[0] != "export":
         arguments += ["--output", str(root / "unused")]
     try:
         code = main([*arguments, *model])
@@ -169,6 +173,20 @@ def test_bad_input_is_one_line_and_exit_code_2(setup, capsys, arguments, message
     assert message in text
     assert len(lines) == 1 or "epochs" in message
     assert "Traceback" not in text
+
+
+def test_a_device_without_data_is_refused(setup, capsys):
+    root, model = setup
+    model = [*model[:-1], "meta"]
+    assert main(["explain", str(root / "photos"), "--explainer", "cam", *model]) == 2
+    assert "error: device: 'meta' is not available here" in capsys.readouterr().err
+
+
+def test_a_single_bad_photo_is_one_line_without_a_bar(setup, capsys):
+    root, model = setup
+    (root / "bad.jpg").write_text("words")
+    assert main(["explain", str(root / "bad.jpg"), "--explainer", "cam", *model]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_pickle_disguised_as_weights_is_refused(setup, capsys):

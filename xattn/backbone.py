@@ -560,8 +560,8 @@ def _create(
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 5, 0.5)
-        hint = f"; near matches: {', '.join(near)}" if near else ""
-        raise ValueError(f"backbone: timm has no model {name!r}{hint}")
+        hint = f"near matches: {', '.join(near)}" if near else 'see xattn list --filter "*"'
+        raise ValueError(f"backbone: timm has no model {name!r}; {hint}")
     options: dict[str, Any] = {}
     if num_classes is not None:
         options["num_classes"] = num_classes

@@ -146,11 +146,15 @@ class Explain:
         from xattn.explaining import explain
         from xattn.video import explain_video, is_video
 
-        backbone = self.model.load()
-        head = None if self.explainer is not None else _head(self.head, backbone)
-        if self.explainer is not None and self.head is not None:
-            head = _head(self.head, backbone)
         clip = is_video(self.images)
+        if not clip and (self.every != 1 or self.smoothing != 0):
+            raise ValueError(
+                f"every, smoothing: {self.images} is no clip; leave out --every and --smoothing"
+            )
+        backbone = self.model.load()
+        head = None
+        if self.explainer in (None, "head") or self.head is not None:
+            head = _head(self.head, backbone)
         options: dict[str, Any] = {
             "classes": list(self.classes) or None,
             "top": self.top,
@@ -350,7 +354,7 @@ def _device(name: str) -> str:
         local = os.environ.get("LOCAL_RANK", "0")
         return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).cpu()  # "meta" has no data
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: {name!r} is not available here ({reason}); use cpu") from None
@@ -374,7 +378,7 @@ def _head(source: str | None, backbone: Any) -> Any:
     if source is None:
         raise ValueError(
             f"head: no shipped head fits {backbone.name} with these weights; train one with "
-            f"'xattn train' and give its folder, or choose --explainer"
+            f"'xattn train' and give its folder (xattn explain takes --explainer instead)"
         )
     return load_head(source, backbone).to(backbone.device)
 
@@ -429,7 +433,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"xattn: error: {' '.join(str(text).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("xattn: interrupted; what was finished is saved", file=sys.stderr)
+        hint = "; --resume goes on" if isinstance(command, Train) else ""
+        print(f"xattn: interrupted{hint}", file=sys.stderr)
         return 130
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from xattn.distributed import leave

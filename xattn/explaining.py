@@ -72,7 +72,7 @@ def explain(
         batch_size: images in a pass.
         max_pixels: refuse larger photos before they are decoded.
         overlays: whether the pack gets overlay pictures.
-        progress: show a progress bar.
+        progress: show a progress bar, where there is more than one photo.
 
     Returns:
         For each photo its explanations by falling probability, or in the order of ``classes``.
@@ -286,12 +286,13 @@ def _batches(
 
     batch: list[Prepared] = []
     ahead = read_ahead(read, sources, 2 * batch_size)
-    bar = tqdm(ahead, desc="explain", unit="photo", total=len(sources), disable=not progress)
-    for (image_id, source), photo in bar:
+    count = len(sources)
+    hidden = not progress or count == 1
+    for (image_id, source), photo in tqdm(ahead, "explain", count, unit="photo", disable=hidden):
         try:
             pixels, seen = photo.result()
         except (ValueError, OSError) as error:
-            if len(sources) == 1:
+            if count == 1:
                 raise
             name = _file_name(source) or image_id
             result.skipped.append((name, str(error).replace(str(source), name)))
