@@ -30,6 +30,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p xattn
+	$(BIN)/mypy kernels eval models app
 
 bench: $(VENV)/.dev
 	$(BIN)/xattn bench all

@@ -168,6 +168,8 @@ def cross_validate(
     progress: bool = True,
 ) -> Results:
     """Train and score ``folds`` heads; see the module. ``only`` names the folds to compute now."""
+    if not set(only) <= set(range(folds)):
+        raise ValueError(f"only: got {only}; choose among 0 to {folds - 1}")
     parts = []
     for k, held_out in enumerate(class_folds(paths, folds, config.seed)):
         if only and k not in only:
@@ -241,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_memory()
     backbone = load_backbone(args.backbone, args.weights)
     if args.channels_last:
-        backbone.to(memory_format=torch.channels_last)
+        backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     results = cross_validate(
         backbone, list_images(args.data), args.train, args.output, head=args.head,
         options=parse_options(args.options), folds=args.folds, only=args.only, explainers=args.explainers,

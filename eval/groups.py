@@ -123,6 +123,10 @@ class Groups:
 
 def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str]:
     """Probes, heads and scores; the results and a line about the probes."""
+    if not args.only or not set(args.only) <= set(range(FOLDS)):
+        raise ValueError(f"only: got {args.only}; choose among 0 to {FOLDS - 1}")
+    if not args.variants:
+        raise ValueError("variants: got none; give an option of ttame, as name=value")
     from xattn.backbone import load_backbone
     from xattn.heads import parse_options
     from xattn.images import list_images
@@ -150,7 +154,7 @@ def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str
         model.get_classifier().load_state_dict(probe.state_dict())
         backbone = load_backbone(model, classes=names)
         if args.channels_last:
-            backbone.to(memory_format=torch.channels_last)
+            backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         part = train_and_score(
             backbone,
             [paths[i] for i in seen],

@@ -26,6 +26,7 @@ from xattn.heads import create_head, load_head
 from xattn.sources import Files, open_photos
 from xattn.training import area, fit, masked_logits, objective, variation
 from xattn.training.data import TrainImages, epoch_batches
+from xattn.training.objective import targets
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -121,6 +122,26 @@ def test_objective_equals_its_definition_in_every_class_mode(backbone, mode):
         loss = 1.5 * ce + 2 * area(a) + 0.01 * variation(a)
     assert a.shape[1] == (1 if mode == "own" else 3)
     torch.testing.assert_close(terms.loss.detach(), loss, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["own", "batch", "top"])
+def test_a_multilabel_head_is_trained_on_its_own_labels_sigmoid(mode):
+    torch.manual_seed(0)
+    multi = xattn.load_backbone(
+        "test_resnet", weights=None, input_size=64, num_classes=5, task="multilabel"
+    )
+    torch.nn.init.constant_(multi.model.get_classifier().bias, 1.0)
+    head = fresh_head(multi).eval()
+    images = torch.rand(4, 3, 64, 64)
+    with torch.no_grad():
+        taps = multi(images)
+        target = targets(taps.logits, "multilabel")
+        assert (target != taps.logits.argmax(1)).any()
+        own = head(taps, target[:, None]).sigmoid()
+        p = multi.probabilities(masked_logits(multi, images, own, "raw_normalize"))
+        terms = objective(head, multi, images, TrainConfig(class_mode=mode))
+    expected = -p.gather(1, target[:, None]).log().mean().float()
+    torch.testing.assert_close(terms.cross_entropy, expected, rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------- data

@@ -191,10 +191,10 @@ def backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     if _no_bfloat16(q):
-        wide = (x.float() for x in (q, k, v))
-        *grads, db = backward(grad.float(), grad_lse, *wide, bias, o, lse, scale, bias_grad)
-        dq, dk, dv = (g.to(q.dtype) for g in grads if g is not None)
-        return dq, dk, dv, db
+        dq, dk, dv, db = backward(
+            grad.float(), grad_lse, q.float(), k.float(), v.float(), bias, o, lse, scale, bias_grad
+        )
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), db
     d = delta(grad, grad_lse, o).contiguous()
     g, q, k, v, lse = (x.contiguous() for x in (grad.to(q.dtype), q, k, v, lse))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

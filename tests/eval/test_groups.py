@@ -75,14 +75,19 @@ def test_heads_of_all_variants_are_trained_on_four_fifths_and_scored_on_the_othe
 ):
     torch.manual_seed(0)
     encoder = load_backbone("test_resnet", weights=None, input_size=64)
-    used = []
-    score = module.train_and_score
+    used, probed = [], []
+    score, fit_on = module.train_and_score, module.fit_probe
 
     def spy(backbone, train, held_out, *args, **options):
         used.append((backbone, set(train), set(held_out)))
         return score(backbone, train, held_out, *args, **options)
 
+    def probe(features, *args):
+        probed.append(len(features))
+        return fit_on(features, *args)
+
     monkeypatch.setattr(module, "train_and_score", spy)
+    monkeypatch.setattr(module, "fit_probe", probe)
     monkeypatch.setattr("xattn.backbone.load_backbone", fake_load(encoder))
     args = Groups(
         data=photos,
@@ -94,6 +99,7 @@ def test_heads_of_all_variants_are_trained_on_four_fifths_and_scored_on_the_othe
     results, about = compare_on_groups(args, progress=False)
     assert about.startswith("2 groups: cat 8, dog 8. Probe: accuracy 1.000 on the 7 photos")
     assert len(results.images) == 7 and not used[0][2] & used[1][2]
+    assert probed == [len(train) for _, train, _ in used]
     for backbone, train, held_out in used:
         assert not train & held_out and len(train | held_out) == 16
         assert backbone.class_names == ["cat", "dog"]
@@ -103,6 +109,13 @@ def test_heads_of_all_variants_are_trained_on_four_fifths_and_scored_on_the_othe
     assert "ttame mask_policy=normalized, mask" in results.methods
     runs = {p.parent.name for p in (tmp_path / "out").rglob("head") if p.is_dir()}
     assert runs == {"run-ttame mask_policy=raw_normalize", "run-ttame mask_policy=normalized"}
+
+
+@pytest.mark.parametrize("wrong", [{"only": ()}, {"only": (0, 5)}, {"variants": ()}])
+def test_folds_and_variants_that_do_not_exist_are_refused(photos, wrong):
+    args = Groups(data=photos, train=TrainConfig("small"), **wrong)
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: got"):
+        compare_on_groups(args)
 
 
 def fake_load(encoder):
