@@ -249,6 +249,16 @@ def test_colours_run_from_the_first_to_the_last_of_the_map():
         colorize(np.zeros((1, 1)), "infernal")
 
 
+def test_an_overlay_mixes_colours_over_a_photo_with_less_colour_of_its_own():
+    photo, opacity = np.array([200.0, 40, 90]), 0.4
+    image = Image.new("RGB", (9, 7), tuple(int(c) for c in photo))
+    grey = photo @ [0.299, 0.587, 0.114]
+    faded = opacity * grey + (1 - opacity) * photo
+    colour = colorize(np.array([[0.7]]))[0, 0]
+    out = np.asarray(overlay(image, np.full((7, 9), 0.7), opacity)).astype(float)
+    assert np.abs(out - (opacity * colour + (1 - opacity) * faded)).max() <= 0.51
+
+
 def test_an_overlay_colours_inside_and_dims_outside():
     image = Image.new("RGB", SIZE[::-1], (200, 120, 40))
     values = make().on_photo()

@@ -15,6 +15,7 @@ from xattn.adapters import from_torchvision
 from xattn.cli import main
 from xattn.eval import evaluate
 from xattn.explainers import create_explainer
+from xattn.images import prepare
 from xattn.training.objective import classification_loss, objective, targets
 
 IMAGES = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(3))
@@ -286,6 +287,16 @@ def test_unknown_torchvision_names_taps_and_untraceable_modules_are_refused(tmp_
     torch.save(torchvision.models.resnet34(num_classes=2).state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match="does not fit torchvision's resnet18"):
         load_backbone("torchvision/resnet18", weights=tmp_path / "other.pth")
+
+
+def test_photos_are_prepared_as_torchvision_does():
+    pixels = np.random.default_rng(1).integers(0, 256, (301, 417, 3), dtype=np.uint8)
+    for name in ("squeezenet1_1", "mobilenet_v2"):  # resized to 256 and to 232
+        backbone = load_backbone(f"torchvision/{name}", weights=None)
+        transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+        found, _ = prepare(Image.fromarray(pixels), backbone.preprocessing)
+        expected = transforms(Image.fromarray(pixels))
+        assert torch.allclose(backbone.normalize(found[None])[0], expected, atol=1e-5)
 
 
 def test_a_fine_tuned_torchvision_file_is_loaded_by_name(tmp_path):
