@@ -496,6 +496,34 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, backbone, monkeypatch):
     assert kept == {"step-00000011", "step-00000012"}
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_disk_that_goes_away_ends_the_run_and_its_return_resumes_it(
+    tmp_path, backbone, monkeypatch, workers
+):
+    paths = sorted(write_photos(tmp_path / "p", 10).iterdir())
+    paths[3].write_bytes(b"no")
+    config = TrainConfig(epochs=3, batch_size=2, workers=workers, lr=0.01)
+    whole = fit(fresh_head(backbone), backbone, paths, config, progress=False)
+    with monkeypatch.context() as patch:
+        at_call(patch, {10: lambda: (tmp_path / "p").rename(tmp_path / "away")})
+        with pytest.raises(OSError, match="^data: .*no longer can .image: no file .*resume"):
+            fit(fresh_head(backbone), backbone, paths, config, output=tmp_path / "run",
+                progress=False)  # fmt: skip
+    (tmp_path / "away").rename(tmp_path / "p")
+    resumed = fit(fresh_head(backbone, 9), backbone, paths, config, output=tmp_path / "run",
+                  resume=True, progress=False)  # fmt: skip
+    assert resumed.steps == 15 and [name for name, _ in resumed.skipped] == [str(paths[3])]
+    assert_equal_heads(whole.head, resumed.head)
+
+
+def test_single_photos_that_vanish_are_skipped(tmp_path, backbone, monkeypatch):
+    paths = sorted(write_photos(tmp_path / "p", 6).iterdir())
+    config = TrainConfig(epochs=2, batch_size=1, workers=0, lr=0.01)
+    at_call(monkeypatch, {6: paths[2].unlink})
+    run = fit(fresh_head(backbone), backbone, paths, config, progress=False)
+    assert run.steps == 12 and [name for name, _ in run.skipped] == [str(paths[2])]
+
+
 def test_an_unreadable_first_batch_warns_of_nothing(tmp_path, backbone):
     paths = sorted(write_photos(tmp_path / "p", 3).iterdir())
     paths[open_photos(paths).order(0, 0)[0]].write_bytes(b"no")

@@ -26,9 +26,9 @@ from xattn.training.data import TrainImages, epoch_batches, load_batches, steps_
 from xattn.training.objective import objective
 from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, claim, first_workers, report
 
-CRASHED = 1000  # beside the numbers of signals
+FAILED = 1000  # beside the numbers of signals
 # epoch, readable images, the others, the error that ends the run
-Delivery: TypeAlias = tuple[int, Tensor | None, list[tuple[int, str]], ChildProcessError | None]
+Delivery: TypeAlias = tuple[int, Tensor | None, list[tuple[int, str]], OSError | None]
 
 
 @dataclass
@@ -71,8 +71,9 @@ def fit(
 
     Raises:
         ValueError: no images, or ``output`` holds another run (or a run, without ``resume``).
-        OSError: ``output`` cannot be written, a file of ``data`` is missing, or the loader processes
-            die again and again (``ChildProcessError``, after a checkpoint).
+        OSError: ``output`` cannot be written, or a file of ``data`` is missing. After a checkpoint:
+            the loader processes die again and again (``ChildProcessError``), or not one image of a
+            batch can be read and earlier they could, as if a disk or server were gone.
     """
     config = config or TrainConfig()
     if head.backbone_fingerprint != backbone.fingerprint:
@@ -216,13 +217,19 @@ def _fit(
                 deferred_interrupt() as interrupted,
                 closing(deliveries(step, interrupted)) as delivered,
             ):
-                for epoch, batch, unreadable, crash in delivered:
+                for epoch, batch, unreadable, failure in delivered:
                     count = 0 if batch is None else len(batch)
-                    reason = interrupted() or (CRASHED if crash else 0)
+                    lost = [reason for i, reason in unreadable if i not in skipped]
+                    if epoch and not count and len(lost) > 1:  # one alone may have been deleted
+                        failure = OSError(
+                            f"data: images that could be read before no longer can ({lost[0]}); "
+                            f"bring them back, then resume"
+                        )
+                    reason = interrupted() or (FAILED if failure else 0)
                     stop, counts = _agree(accelerator, reason, count)
                     if stop:
                         checkpoint()
-                        raise _stopped(stop, crash)
+                        raise _stopped(stop, failure)
                     skipped.update(unreadable)
                     if sum(counts):
                         weight = count * ranks / sum(counts)
@@ -310,9 +317,9 @@ def _agree(accelerator: Any, stop: int, count: int) -> tuple[int, list[int]]:
     return int(told[:, 0].max()), told[:, 1].tolist()
 
 
-def _stopped(stop: int, crash: ChildProcessError | None) -> BaseException:
-    if stop == CRASHED:
-        return crash or ChildProcessError("workers: the loader processes of another process died")
+def _stopped(stop: int, failure: OSError | None) -> BaseException:
+    if stop == FAILED:
+        return failure or ChildProcessError("data: another process cannot read on; see its error")
     return KeyboardInterrupt() if stop == signal.SIGINT else SystemExit(128 + stop)
 
 
