@@ -171,6 +171,14 @@ def test_the_command_line_trains_explains_and_measures_a_multilabel_model(tmp_pa
     capsys.readouterr()
 
 
+def test_an_adapter_may_have_no_parameters():
+    class Means(torch.nn.Module):
+        def forward_taps(self, x):
+            return x.mean((2, 3)), [x]
+
+    assert load_backbone(Means(), input_size=8).taps == ("adapter.0",)
+
+
 # ------------------------------------------------------------------ torchvision
 
 
@@ -272,6 +280,8 @@ def test_unknown_torchvision_names_taps_and_untraceable_modules_are_refused(tmp_
         ValueError, match=r"taps: 'layer9' is not in the graph; near matches: .*layer"
     ):
         from_torchvision(model, ["layer9"])
+    with pytest.raises(ValueError, match=r"input_size: got \(64, 96\); .* a square"):
+        load_backbone("torchvision/vit_b_16", weights=None, input_size=(64, 96))
     torch.save(model.state_dict(), tmp_path / "18.pth")
     with pytest.raises(ValueError, match=r"weights: .*18.pth does not fit .*give the file of this"):
         load_backbone("torchvision/squeezenet1_1", weights=tmp_path / "18.pth")

@@ -144,6 +144,10 @@ def load_torchvision(
     )
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if size is not None and name.startswith("vit_"):
+        if size[0] != size[1]:
+            raise ValueError(
+                f"input_size: got {size}; torchvision's {name} takes one side, a square"
+            )
         options["image_size"] = size[0]
     if weights == "package":
         raise ValueError("weights='package' has no torchvision models; give a file of weights")

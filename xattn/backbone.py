@@ -130,7 +130,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def _resolve_taps(self, taps: str | Sequence[str] | None, task: Task | None) -> None:
         image = torch.zeros(1, len(self.preprocessing.mean), *self.preprocessing.input_size)
-        image = image.to(self.device, next(iter(self.model.parameters())).dtype)
+        image = image.to(self.device, next(self.model.parameters(), image).dtype)
         if self.adapter:
             logits, maps = self.model.forward_taps(image)  # type: ignore[operator]
             if taps is not None:
