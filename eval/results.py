@@ -157,7 +157,7 @@ class Results:
             failures = []
             for rival in rivals:
                 for d in self.compare(name, rival, columns):
-                    if not d.better:
+                    if not d.better and d.n:
                         failures.append(
                             f"{rival} at {100 * d.level:g} % "
                             f"({d.diff:+.2f} [{d.lo:+.2f}, {d.hi:+.2f}])"

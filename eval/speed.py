@@ -212,6 +212,8 @@ def bench(
 
     if rounds < 1 or min(batches, default=0) < 1:
         raise ValueError(f"rounds, batches: got {rounds} and {batches}; give at least 1 of each")
+    if job == "train" and max(batches) < 2:
+        raise ValueError(f"batches: got {batches}; a training step needs at least 2 images")
     kept = keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield f"{device}, {torch.get_num_threads()} threads, raised allocator thresholds: {kept}"
@@ -240,7 +242,7 @@ def bench(
         for name in backbones:
             backbone = load_backbone(name, weights=None, device=device)
             head = heads_of(backbone)["ttame"].to(device).eval()
-            for what, rate in folder_rates(backbone, head, folder).items():
+            for what, rate in folder_rates(backbone, head, folder, rounds=min(rounds, 5)).items():
                 yield f"| {name} | {rate:.1f} | {what} |"
 
 

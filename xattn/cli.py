@@ -166,12 +166,11 @@ class Explain:
             "progress": True,
         }
         found: Any
-        with _warnings_as_lines(skip=None if clip else UserWarning):  # skipped photos: see below
-            if clip:
-                options.update(every=self.every, smoothing=self.smoothing)
-                found = explain_video(self.images, backbone, head, self.explainer, **options)
-            else:
-                found = explain(self.images, backbone, head, self.explainer, **options)
+        if clip:
+            options.update(every=self.every, smoothing=self.smoothing)
+            found = explain_video(self.images, backbone, head, self.explainer, **options)
+        else:
+            found = explain(self.images, backbone, head, self.explainer, **options)
         for name, reason in () if clip else found.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
         for item in found[:20]:
@@ -268,8 +267,7 @@ class Export:
         from xattn.exporting import export
 
         backbone = self.model.load()
-        with _warnings_as_lines():
-            path = export(backbone, _head(self.head, backbone), self.path, self.normalize)
+        path = export(backbone, _head(self.head, backbone), self.path, self.normalize)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -384,17 +382,13 @@ def _head(source: str | None, backbone: Any) -> Any:
 
 
 @contextmanager
-def _warnings_as_lines(skip: type[Warning] | None = None) -> Iterator[None]:
-    """Print what the library warns about as plain lines, also after an error."""
-    with warnings.catch_warnings(record=True) as notes:
-        for category in (UserWarning, RuntimeWarning):
-            warnings.simplefilter("ignore" if category is skip else "always", category)
-        try:
-            yield
-        finally:
-            for note in notes:
-                if note.category in (UserWarning, RuntimeWarning):
-                    print(note.message, file=sys.stderr)
+def _plain_warnings() -> Iterator[None]:
+    """Show what the library warns about as plain lines."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "explain: skipped")  # listed one by one at the end
+        warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # max_pixels decides
+        warnings.showwarning = lambda message, *where: print(message, file=sys.stderr)
+        yield
 
 
 def _row_name(source: str, name: str, taken: set[str]) -> str:
@@ -426,7 +420,8 @@ def main(arguments: list[str] | None = None) -> int:
     keep_memory()
     started = time.perf_counter()
     try:
-        command.run()
+        with _plain_warnings():
+            command.run()
     except (ValueError, OSError, MemoryError) as error:
         named = isinstance(error, OSError) and error.filename is None and error.args
         text = error.args[-1] if named else error
@@ -440,6 +435,8 @@ def main(arguments: list[str] | None = None) -> int:
         from xattn.distributed import leave
 
         leave()
+        if os.environ.get("RANK", "0") != "0":
+            return 0
     print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     return 0
 

@@ -10,7 +10,6 @@ import hashlib
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,11 +109,12 @@ def _save_interrupted(
 ) -> None:
     reason = f"stopped after {result[-1].image_id} by {type(error).__name__}"
     folder = interrupted_output(output)
-    with suppress(OSError, ValueError):  # the first error is the one to report
+    try:
         save_pack(folder, result, overlays, [*result.skipped, ("", reason)])
-        warnings.warn(
-            f"explain: {reason}; {folder} holds what was explained", RuntimeWarning, stacklevel=3
-        )
+        saved = f"{folder} holds what was explained"
+    except (OSError, ValueError) as second:  # the first error is the one to raise
+        saved = f"what was explained could not be saved ({second})"
+    warnings.warn(f"explain: {reason}; {saved}", RuntimeWarning, stacklevel=3)
 
 
 def set_up(

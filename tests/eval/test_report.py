@@ -85,6 +85,14 @@ def test_a_method_that_does_not_beat_a_sanity_row_is_named():
     assert made_up(mine=hard, random=hard + 5, centre=hard + 1).warnings() == []
 
 
+def test_a_method_without_a_valid_map_is_counted_and_not_compared():
+    nothing = np.full(20, np.nan)
+    results = made_up(mine=nothing, random=np.linspace(30, 60, 20))
+    results.methods["mine"].valid[:] = False
+    (line,) = results.warnings()
+    assert line == "mine: 20 constant or non-finite maps, left out of its means"
+
+
 def test_ones_is_no_rival_and_sanity_rows_are_not_judged(results):
     lines = results.warnings()
     assert not any("ones" in line for line in lines)
