@@ -275,8 +275,11 @@ class Export:
 class Bench:
     """Measure what explaining and training cost beside the backbone alone, as ratios in one run."""
 
-    job: Annotated[Literal["explain", "train", "folder", "all"], tyro.conf.Positional] = "all"
-    """Explaining beside a forward pass, a training step beside its floor, or images a second."""
+    job: Annotated[
+        Literal["explain", "train", "folder", "kernels", "maps", "all"], tyro.conf.Positional
+    ] = "all"
+    """Explaining beside a forward pass, a training step beside its floor, images a second, the
+    Triton kernels, or attention maps beside the same from stored ones; "all" leaves these two out."""
     backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
     """timm models, with random weights."""
     batches: tuple[int, ...] = (1, 8)
@@ -285,11 +288,32 @@ class Bench:
     """Rounds whose median counts."""
     data: Path | None = None
     """Photos for the job "folder"; by default JPEG photos of 500 x 375 are made."""
+    aot: bool = False
+    """For the job "kernels": compile for A100 and H100, which need not be here, and check that no
+    register spills and that shared memory suffices."""
+    filter: str | None = None
+    """Only kernels whose label contains each of these words, for example "softmax bf16"."""
+
+    tokens: tuple[int, ...] = (1025, 4097)
+    """For the job "maps": tokens of the ViT-S, 1 + a square; 16385 takes minutes."""
 
     def run(self) -> None:
-        from xattn.eval.speed import bench
+        lines: Iterator[str]
+        if self.job == "kernels":
+            from xattn.kernels import aot
 
-        for line in bench(self.job, self.backbones, self.batches, self.rounds, self.data):
+            if not self.aot:
+                raise ValueError("bench kernels: give --aot, which compiles and times nothing")
+            lines = aot.bench(self.filter)
+        elif self.job == "maps":
+            from xattn.eval import maps
+
+            lines = maps.bench(self.tokens, min(self.rounds, 3))
+        else:
+            from xattn.eval.speed import bench
+
+            lines = bench(self.job, self.backbones, self.batches, self.rounds, self.data)
+        for line in lines:
             print(line, flush=True)
 
 

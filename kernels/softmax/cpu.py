@@ -91,7 +91,9 @@ def _fused(
         return None
     if bias is not None:
         shape = (*torch.broadcast_shapes(bias.shape, (1, 1, q.shape[-2], k.shape[-2])),)
-        bias = bias.to(q.dtype).expand(shape)
+        bias = (bias if bias.stride(-1) == 1 else bias.contiguous()).to(q.dtype).expand(shape)
+    # The kernel reads the last dimension as if it were contiguous.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     try:
         o, lse = op(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
     except (RuntimeError, TypeError):

@@ -6,27 +6,69 @@ so there are no atomics and two runs agree to the bit. Exponentials run in base 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from xattn.kernels.aot import Case, make_case
 from xattn.kernels.backend import interpreted
 from xattn.kernels.softmax.reference import delta, reduce_to
 
-LOG2E = 1.4426950408889634
-LN2 = 0.6931471805599453
+# (kernel, half precision, wider than 64, bias): rows and columns of a tile, warps, stages. The largest
+# without spills on sm_80 and sm_90, see compile_cases.
+TILES = {
+    ("forward", True, False, False): (128, 64, 4, 3),
+    ("forward", True, False, True): (128, 64, 8, 3),
+    ("forward", True, True, False): (128, 64, 8, 3),
+    ("forward", True, True, True): (64, 32, 4, 2),
+    ("dq", True, False, False): (64, 64, 4, 2),
+    ("dq", True, False, True): (64, 32, 4, 2),
+    ("dq", True, True, False): (64, 64, 8, 2),
+    ("dq", True, True, True): (64, 64, 8, 2),
+    ("dkv", True, False, False): (64, 64, 4, 2),
+    ("dkv", True, False, True): (32, 64, 8, 2),
+    ("dkv", True, True, False): (64, 64, 8, 2),
+    ("dkv", True, True, True): (32, 64, 8, 2),
+    ("forward", False, False, False): (64, 32, 8, 2),
+    ("forward", False, False, True): (64, 32, 8, 2),
+    ("forward", False, True, False): (32, 32, 8, 2),
+    ("forward", False, True, True): (32, 32, 8, 2),
+    ("dq", False, False, False): (32, 32, 8, 2),
+    ("dq", False, False, True): (32, 32, 8, 2),
+    ("dq", False, True, False): (32, 32, 8, 2),
+    ("dq", False, True, True): (32, 32, 8, 2),
+    ("dkv", False, False, False): (32, 32, 8, 2),
+    ("dkv", False, False, True): (32, 32, 8, 2),
+    ("dkv", False, True, False): (32, 16, 8, 2),
+    ("dkv", False, True, True): (32, 16, 8, 2),
+}
 
 
 @triton.jit
-def _scores(q, k, bias, stride_bn, stride_bs, rows, columns, N, S, scale, HAS_BIAS: tl.constexpr):
-    """Scores (rows, columns) in base 2; -inf outside of the matrix."""
+def _scores(q, k, bias, stride, rows, columns, N, S, scale, HAS_BIAS: tl.constexpr):
+    """Scores (rows, columns) of queries and keys in base 2, not masked."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
-    inside = (rows[:, None] < N) & (columns[None, :] < S)
     if HAS_BIAS:
-        at = bias + rows[:, None].to(tl.int64) * stride_bn + columns[None, :] * stride_bs
+        inside = (rows[:, None] < N) & (columns[None, :] < S)
+        at = bias + rows[:, None].to(tl.int64) * stride + columns[None, :]
         s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
-    return tl.where(inside, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _transposed_scores(q, k, bias, stride, rows, columns, N, S, scale, HAS_BIAS: tl.constexpr):
+    """Scores (columns, rows): where a product needs them so, transposing the weights costs more."""
+    s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)
+    if HAS_BIAS:
+        inside = (rows[None, :] < N) & (columns[:, None] < S)
+        at = bias + rows[None, :].to(tl.int64) * stride + columns[:, None]
+        s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+    return s
 
 
 @triton.jit
@@ -47,7 +89,7 @@ def _store(base, rows, columns, count, width, value, stride: tl.constexpr):
 @triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, o_ptr, lse_ptr,
-    stride_bb, stride_bh, stride_bn, stride_bs, H, N, S, scale,
+    stride_bb, stride_bh, stride_bn, H, N, S, scale,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +105,8 @@ def forward_kernel(
         columns = start + tl.arange(0, COLUMNS)
         k = _load(k_ptr + head * S * D, columns, d, S, D, D)
         v = _load(v_ptr + head * S * DV, columns, dv, S, DV, DV)
-        s = _scores(q, k, bias, stride_bn, stride_bs, rows, columns, N, S, scale, HAS_BIAS)
+        s = _scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
+        s = tl.where(columns[None, :] < S, s, float("-inf"))
         new = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp2(s - safe[:, None])
@@ -81,23 +124,17 @@ def forward_kernel(
 
 
 @triton.jit
-def _gradient(
-    q, k, v, g, lse, delta, bias, stride_bn, stride_bs, rows, columns, N, S, scale,
-    HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """Weights P and score gradients dS of one tile."""
-    s = _scores(q, k, bias, stride_bn, stride_bs, rows, columns, N, S, scale, HAS_BIAS)
+def _weights(s, lse):
+    """exp(score - lse) of scores in base 2; 0 in rows without a key, whose lse is -inf."""
     seen = lse != float("-inf")
-    p = tl.exp2(s - tl.where(seen, lse, 0.0)[:, None] * 1.4426950408889634)
-    p = tl.where(seen[:, None], p, 0.0)
-    ds = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None])
-    return p, ds
+    p = tl.exp2(s - tl.where(seen, lse, 0.0) * 1.4426950408889634)
+    return tl.where(seen, p, 0.0)
 
 
 @triton.jit
 def dq_kernel(
     g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, delta_ptr, dq_ptr, ds_ptr,
-    stride_bb, stride_bh, stride_bn, stride_bs, H, N, S, scale,
+    stride_bb, stride_bh, stride_bn, H, N, S, scale,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
@@ -114,9 +151,9 @@ def dq_kernel(
         columns = start + tl.arange(0, COLUMNS)
         k = _load(k_ptr + head * S * D, columns, d, S, D, D)
         v = _load(v_ptr + head * S * DV, columns, dv, S, DV, DV)
-        _, ds = _gradient(
-            q, k, v, g, lse, delta, bias, stride_bn, stride_bs, rows, columns, N, S, scale, HAS_BIAS
-        )
+        s = _scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
+        p = _weights(tl.where(columns[None, :] < S, s, float("-inf")), lse[:, None])
+        ds = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
         if WRITE:  # of a bias with a value for every score
             inside = (rows[:, None] < N) & (columns[None, :] < S)
@@ -128,7 +165,7 @@ def dq_kernel(
 @triton.jit
 def dkv_kernel(
     g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, db_ptr,
-    stride_bb, stride_bh, stride_bn, stride_bs, H, N, S, scale,
+    stride_bb, stride_bh, stride_bn, H, N, S, scale,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
@@ -147,12 +184,14 @@ def dkv_kernel(
         g = _load(g_ptr + head * N * DV, rows, w, N, DV, DV)
         lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
         delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
-        p, ds = _gradient(
-            q, k, v, g, lse, delta, bias, stride_bn, stride_bs, rows, columns, N, S, scale, HAS_BIAS
-        )
-        dv += tl.dot(tl.trans(p).to(g.dtype), g, input_precision="ieee")
-        dk += tl.dot(tl.trans(ds).to(q.dtype), q, input_precision="ieee")
-        db += tl.sum(ds, 0)
+        # Keys outside of the matrix need no mask here: each has its own row of dk and dv.
+        s = _transposed_scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
+        p = _weights(s, lse[None, :])
+        ds = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - delta[None, :])
+        dv += tl.dot(p.to(g.dtype), g, input_precision="ieee")
+        dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
+        if WRITE:
+            db += tl.sum(ds, 1)
     _store(dk_ptr + head * S * D, columns, d, S, D, dk * scale, D)
     _store(dv_ptr + head * S * DV, columns, w, S, DV, dv, DV)
     if WRITE:  # of a bias a key
@@ -168,13 +207,12 @@ def forward(
     q, k, v = (_supported(x).contiguous() for x in (q, k, v))
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    tile = _tile(q, v)
-    grid = (triton.cdiv(q.shape[2], tile["ROWS"]), q.shape[0] * q.shape[1])
-    options = dict(_shapes(q, k, v), HAS_BIAS=bias is not None, **tile)
+    bias, strides = _strided(bias, q, k)
+    options = _options("forward", q, v, bias)
+    grid = (triton.cdiv(q.shape[2], options["ROWS"]), q.shape[0] * q.shape[1])
     forward_kernel[grid](
-        q, k, v, q if bias is None else bias, o, lse, *_strides(bias, q, k), *_sizes(q, k), scale,
-        **options,
-    )  # fmt: skip
+        q, k, v, q if bias is None else bias, o, lse, *strides, *_sizes(q, k), scale, **options
+    )
     return o, lse
 
 
@@ -203,14 +241,15 @@ def backward(
     full = bias_grad and bias is not None and not per_key
     ds = q.new_empty((batch, heads, n, s) if full else (1,), dtype=torch.float32)
     db = q.new_empty((batch, heads, 1, s) if per_key else (1,), dtype=torch.float32)
-    tile = _tile(q, v, backward=True)
-    shared = (g, q, k, v, q if bias is None else bias, lse, d)
-    numbers = (*_strides(bias, q, k), *_sizes(q, k), scale)
-    options = dict(_shapes(q, k, v), HAS_BIAS=bias is not None, **tile)
-    dq_kernel[triton.cdiv(n, tile["ROWS"]), batch * heads](
+    b, strides = _strided(bias, q, k)
+    shared = (g, q, k, v, q if b is None else b, lse, d)
+    numbers = (*strides, *_sizes(q, k), scale)
+    options = _options("dq", q, v, b)
+    dq_kernel[triton.cdiv(n, options["ROWS"]), batch * heads](
         *shared, dq, ds, *numbers, WRITE=full, **options
     )
-    dkv_kernel[triton.cdiv(s, tile["COLUMNS"]), batch * heads](
+    options = _options("dkv", q, v, b)
+    dkv_kernel[triton.cdiv(s, options["COLUMNS"]), batch * heads](
         *shared, dk, dv, db, *numbers, WRITE=per_key, **options
     )
     summed = reduce_to(ds if full else db, bias) if bias_grad and bias is not None else None
@@ -231,26 +270,47 @@ def _supported(x: Tensor) -> Tensor:
     return x
 
 
-def _tile(q: Tensor, v: Tensor, backward: bool = False) -> dict[str, int]:
-    """Rows and columns of a tile; smaller where registers or shared memory are short."""
-    wide = max(q.shape[-1], v.shape[-1]) > 64 or q.dtype == torch.float32
-    rows = 64 if wide or backward else 128
-    columns = 32 if wide and q.dtype == torch.float32 else 64
-    return {"ROWS": rows, "COLUMNS": columns}
+def _options(kernel: str, q: Tensor, v: Tensor, bias: Tensor | None) -> dict[str, Any]:
+    return options(kernel, q.shape[3], v.shape[3], q.dtype != torch.float32, bias is not None)
 
 
-def _shapes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
-    d, dv = q.shape[3], v.shape[3]
+def options(kernel: str, d: int, dv: int, half: bool, bias: bool) -> dict[str, Any]:
+    """Shapes, tile and launch options of a kernel for heads of width d and dv."""
+    rows, columns, warps, stages = TILES[kernel, half, max(d, dv) > 64, bias]
     width, width_v = (max(16, triton.next_power_of_2(x)) for x in (d, dv))
-    return {"D": d, "DV": dv, "WIDTH": width, "WIDTH_V": width_v}
+    return {
+        "D": d, "DV": dv, "WIDTH": width, "WIDTH_V": width_v, "ROWS": rows, "COLUMNS": columns,
+        "HAS_BIAS": bias, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
+    }  # fmt: skip
 
 
 def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
     return q.shape[1], q.shape[2], k.shape[2]
 
 
-def _strides(bias: Tensor | None, q: Tensor, k: Tensor) -> tuple[int, ...]:
-    """Strides of the bias as if it were (B, H, N, S)."""
+def _strided(bias: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
+    """The bias with keys side by side, and its strides over batch, heads and queries."""
     if bias is None:
-        return 0, 0, 0, 0
-    return bias.expand(*q.shape[:3], k.shape[2]).stride()
+        return None, (0, 0, 0)
+    bias = bias if bias.stride(-1) == 1 else bias.contiguous()
+    return bias, bias.expand(*q.shape[:3], k.shape[2]).stride()[:3]
+
+
+def compile_cases() -> Iterator[Case]:
+    """Every kernel at N = S = 4096 with 12 heads, without and with a bias of every score."""
+    n, heads = 4096, 12
+    kernels = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+    products, tensors = {"forward": 2, "dq": 3, "dkv": 4}, {"forward": 4, "dq": 5, "dkv": 6}
+    for name, dtype, d, bias in product(kernels, ("bf16", "fp32"), (64, 128), (False, True)):
+        size = 2 if dtype == "bf16" else 4
+        scores = bias * (size + 4 * (name == "dq"))  # dq also writes the gradient of the bias
+        flags = {} if name == "forward" else {"WRITE": bias}
+        yield make_case(
+            kernels[name],
+            dtype,
+            {**options(name, d, d, dtype == "bf16", bias), **flags},
+            f"softmax {name} {dtype} D={d}{' bias' if bias else ''}",
+            operations=2.0 * products[name] * heads * n * n * d,
+            bytes=heads * n * (tensors[name] * d * size + n * scores),
+            wide=("lse_ptr", "delta_ptr", "ds_ptr", "db_ptr"),
+        )

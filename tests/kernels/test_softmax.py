@@ -168,6 +168,10 @@ def test_views_of_any_layout_and_rows_in_tiles_give_the_same(monkeypatch):
     assert not packed[0].is_contiguous()
     for found, true in zip(run("cpu", (*packed, args[3]), grads), expected, strict=True):
         assert torch.allclose(found, true, atol=1e-6)
+    turned = [x.transpose(-2, -1).contiguous().transpose(-2, -1) for x in args[:3]]
+    assert turned[0].stride(-1) != 1
+    for found, true in zip(run("cpu", (*turned, args[3]), grads), expected, strict=True):
+        assert torch.allclose(found, true, atol=1e-6)
     monkeypatch.setattr(cpu, "_fused", lambda *a: None)  # a build without the fused kernel
     for found, true in zip(run("cpu", args, grads), expected, strict=True):
         assert torch.allclose(found, true, atol=1e-5)

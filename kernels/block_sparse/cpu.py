@@ -1,0 +1,259 @@
+"""Attention over lists of key blocks by gathers of a few megabytes and batched dense products.
+
+Query blocks are independent problems of the same size, so a chunk of them is one batch of PyTorch's
+fused attention; its keys and values are gathered into buffers that every chunk uses again, small
+enough to stay in the cache. Backward gathers again, recomputes the weights, and adds up by key block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.kernels.block_sparse.reference import inside, reduce_bias
+from xattn.kernels.softmax.reference import delta, widen
+
+FORWARD, BACKWARD = 2**22, 2**21  # bytes of the keys and values that are gathered at a time
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
+    position: Tensor | None,
+    dilation: list[int],
+    q_block: int,
+    k_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    work = _Work(q, k, index, bias, low, high, position, dilation, q_block, k_block)
+    queries, keys, values = work.rows(q), work.blocks(k), work.blocks(v)
+    o = queries.new_empty(*queries.shape[:3], v.shape[3])
+    lse = queries.new_empty(queries.shape[:3], dtype=widen(q).dtype)
+    buffers = keys.new_empty(0), values.new_empty(0)
+    for part, entries, mask in work.chunks(FORWARD, v.shape[3]):
+        kc, vc = work.gather(keys, entries, buffers[0]), work.gather(values, entries, buffers[1])
+        o[part], lse[part] = _attend(widen(queries[part]), kc, vc, mask, scale)
+    return work.tokens(o), work.tokens(lse[..., None])[..., 0].contiguous()
+
+
+def backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
+    position: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    dilation: list[int],
+    q_block: int,
+    k_block: int,
+    scale: float,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    work = _Work(q, k, index, bias, low, high, position, dilation, q_block, k_block)
+    # Rows without a key, and those that fill up the last block, get the weights exp(s - inf) = 0.
+    lse = torch.where(lse.isneginf(), torch.inf, lse)[..., None]
+    lse_rows, delta_rows = work.rows(lse, torch.inf), work.rows(delta(grad, grad_lse, o)[..., None])
+    queries, grads, keys, values = work.rows(q), work.rows(grad), work.blocks(k), work.blocks(v)
+    dq = queries.new_empty(queries.shape, dtype=lse.dtype)
+    dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (keys, values))
+    db = work.bias.new_zeros(work.bias.shape) if bias_grad and work.bias is not None else None
+    buffers = keys.new_empty(0), values.new_empty(0)
+    for part, entries, mask in work.chunks(BACKWARD, v.shape[3]):
+        kc, vc = work.gather(keys, entries, buffers[0]), work.gather(values, entries, buffers[1])
+        shape = (*kc.shape[:2], queries.shape[2], kc.shape[2])
+        kc, vc = kc.flatten(0, 1), vc.flatten(0, 1)
+        qc, gc, lc, dc = (
+            widen(x[part]).flatten(0, 1) for x in (queries, grads, lse_rows, delta_rows)
+        )
+        p = torch.baddbmm(lc, qc, kc.transpose(1, 2), beta=-1, alpha=scale)
+        if mask is not None:
+            p.view(shape).add_(mask)
+        p.exp_()
+        ds = torch.baddbmm(dc, gc, vc.transpose(1, 2), beta=-1).mul_(p)
+        dq[part] = torch.bmm(ds, kc).view(*shape[:3], -1)
+        # The gathered keys and values have served: their memory takes the gradients.
+        torch.bmm(ds.transpose(1, 2), qc, out=kc)
+        torch.bmm(p.transpose(1, 2), gc, out=vc)
+        where = work.where[entries].flatten()
+        dk.index_add_(0, where, kc.view(where.numel(), -1))
+        dv.index_add_(0, where, vc.view(where.numel(), -1))
+        if db is not None:
+            sums = ds.view(shape).sum(2).view(where.numel(), -1)
+            db.index_add_(0, work.where_bias[entries].flatten(), sums)
+    if db is not None and bias is not None:
+        per_head = db.view(q.shape[0], work.heads, -1)[..., : k.shape[2]]
+        db = reduce_bias(per_head, bias)
+    dq = work.tokens(dq.mul_(scale)).to(q.dtype)
+    return dq, work.unblock(dk.mul_(scale), k), work.unblock(dv, v), db
+
+
+class _Work:
+    """The op as equal problems, one a query block, in a (lines, problems) table.
+
+    A list that all heads share makes one line a head, so that masks are built once a query block;
+    else all problems stand in one line. Query heads of one key head share the rows of a problem,
+    unless their lists or biases differ.
+    """
+
+    def __init__(self, q, k, index, bias, low, high, position, dilation, q_block, k_block):  # type: ignore[no-untyped-def]
+        batch, heads, self.n, width = q.shape
+        key_heads, self.s = k.shape[1:3]
+        self.q_block, self.k_block, self.dilation = q_block, k_block, dilation
+        self.query_blocks, self.key_blocks = -(-self.n // q_block), -(-self.s // k_block)
+        own = heads in (index.shape[1], 1 if bias is None else bias.shape[1])
+        self.batch, self.heads = batch, heads if own else key_heads
+        self.group = heads // self.heads
+        self.width, self.dtype = width, q.dtype
+        shared = index.shape[:2] == (1, 1)
+        self.lines = batch * self.heads if shared else 1
+        # First block of each (batch, head) among the blocks of all keys, and among those of biases.
+        line = torch.arange(batch * self.heads, device=q.device)
+        first = line.div(self.heads // key_heads, rounding_mode="floor") * self.key_blocks
+        lists = index
+        if not shared:
+            lists = lists.expand(batch, *index.shape[1:])
+            lists = lists.repeat_interleave(self.heads // index.shape[1], 1)
+        lists = lists.flatten(0, 1)
+        self.where, self.where_bias = (
+            (lists.clamp(min=0) + x[:, None, None]).view(self.lines, -1, index.shape[3])
+            for x in (first, line * self.key_blocks)
+        )
+        self.index = lists.flatten(0, 1)
+        self.holes = bool((index < 0).any()) or self.s % k_block > 0
+        self.box = (
+            None if low is None else (self._box_rows(low, 1), self._box_rows(high, 0), position)
+        )
+        self.bias = None
+        if bias is not None:
+            full = widen(bias).to(widen(q).dtype).expand(batch, *bias.shape[1:])
+            full = full.repeat_interleave(self.heads // bias.shape[1], 1)[..., None]
+            self.bias = self.blocks(full)
+
+    def rows(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """(B, H, N, width) to (lines, problems, rows of a problem, width)."""
+        x = F.pad(x, (0, 0, 0, self.query_blocks * self.q_block - self.n), value=fill)
+        x = x.reshape(self.batch, self.heads, self.group, self.query_blocks, self.q_block, -1)
+        return x.transpose(2, 3).reshape(self.lines, -1, self.group * self.q_block, x.shape[-1])
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`rows`."""
+        x = x.view(self.batch, self.heads, self.query_blocks, self.group, self.q_block, -1)
+        return x.transpose(2, 3).reshape(self.batch, self.heads * self.group, -1, x.shape[-1])[
+            :, :, : self.n
+        ]
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """(B, heads, S, width) to (B * heads * blocks, block * width)."""
+        x = F.pad(x, (0, 0, 0, self.key_blocks * self.k_block - self.s))
+        return x.reshape(-1, self.k_block * x.shape[-1])
+
+    def unblock(self, x: Tensor, like: Tensor) -> Tensor:
+        """The inverse of :meth:`blocks`."""
+        return x.view(*like.shape[:2], -1, like.shape[3])[:, :, : self.s].to(like.dtype)
+
+    def gather(self, blocks: Tensor, entries: tuple[slice, slice], buffer: Tensor) -> Tensor:
+        """(lines, problems, keys of a problem, width) in at least float32."""
+        where = self.where[entries]
+        size = where.numel()
+        if buffer.numel() < size * blocks.shape[1]:
+            buffer.resize_(size * blocks.shape[1])
+        out = buffer[: size * blocks.shape[1]].view(size, -1)
+        torch.index_select(blocks, 0, where.flatten(), out=out)
+        return widen(out.view(*where.shape[:2], where.shape[2] * self.k_block, -1))
+
+    def chunks(
+        self, limit: int, width_v: int
+    ) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], Tensor | None]]:
+        """Slices of the table whose keys and values fit the limit, and the mask to add, if any."""
+        bytes_each = self.where.shape[2] * self.k_block * (self.width + width_v)
+        bytes_each *= 8 if self.dtype == torch.float64 else 4
+        problems = max(1, limit // (bytes_each * self.lines))
+        lines = self.lines if problems > 1 else max(1, min(self.lines, limit // bytes_each))
+        for start in range(0, self.where.shape[1], problems):
+            column = slice(start, start + problems)
+            mask = self._mask(column)
+            for line in range(0, self.lines, lines):
+                part = (slice(line, line + lines), column)
+                yield part, part, self._with_bias(mask, part)
+
+    def _box_rows(self, x: Tensor, fill: int) -> Tensor:
+        x = F.pad(x, (0, 0, 0, self.query_blocks * self.q_block - self.n), value=fill)
+        return x.view(self.query_blocks, self.q_block, -1)
+
+    def _mask(self, column: slice) -> Tensor | None:
+        """(problems, rows or 1, keys of a problem), 0 or -inf; None where all keys are seen."""
+        index, seen = self.index[column], None
+        lane = torch.arange(self.k_block, device=index.device)
+        keys = (index[..., None] * self.k_block + lane).flatten(1)
+        if self.holes:
+            seen = ((keys >= 0) & (keys < self.s))[:, None]
+            seen = None if seen.all() else seen
+        if self.box is not None:
+            low, high, position = self.box
+            problem = torch.arange(column.start, column.start + len(index), device=index.device)
+            block = problem % self.query_blocks
+            at = position[keys.clamp(0, self.s - 1)]
+            near = inside(low[block], high[block], at, self.dilation)
+            near = near.repeat(1, self.group, 1)
+            seen = near if seen is None else seen & near
+        if seen is None:
+            return None
+        mask = torch.full(seen.shape, -torch.inf, dtype=torch.float32, device=index.device)
+        return mask.masked_fill_(seen, 0.0)
+
+    def _with_bias(self, mask: Tensor | None, part: tuple[slice, slice]) -> Tensor | None:
+        """(lines or 1, problems, rows or 1, keys)"""
+        if self.bias is None:
+            return None if mask is None else mask[None]
+        where = self.where_bias[part]
+        bias = self.bias[where.flatten()].view(*where.shape[:2], 1, -1)
+        return bias if mask is None else bias + mask
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention and its lse of a batch of problems, all of one floating-point type."""
+    if mask is not None:
+        mask = mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
+    fused = _fused(q, k, v, mask, scale)
+    if fused is not None:
+        o, lse = fused
+    else:
+        scores = scale * (q @ k.transpose(-2, -1))
+        scores = scores if mask is None else scores.add_(mask)
+        lse = scores.logsumexp(-1)
+        o = (scores - lse[..., None]).exp_() @ v
+    if mask is None:
+        return o, lse
+    # What the fused kernel gives for rows without a key is not defined.
+    empty = mask.amax(-1).isneginf()
+    return torch.where(empty[..., None], 0.0, o), lse.masked_fill(empty, -torch.inf)
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """(o, lse) of PyTorch's CPU flash attention; None where this build or input has none."""
+    op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    if op is None or q.device.type != "cpu" or q.shape[-1] != v.shape[-1]:
+        return None
+    try:
+        o, lse = op(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    except (RuntimeError, TypeError):
+        return None
+    return o, lse

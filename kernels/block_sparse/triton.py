@@ -1,0 +1,467 @@
+"""Triton kernels of attention over lists of key blocks: forward, dq by queries, dk and dv by keys.
+
+A tile of keys is cut from the list of its query block: part of one large block, or several small ones
+side by side. dk and dv walk the transposed list of their keys. Every output element is written by one
+program, so there are no atomics and two runs agree to the bit. Exponentials run in base 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xattn.kernels.aot import Case, make_case
+from xattn.kernels.backend import interpreted
+from xattn.kernels.block_sparse.index import transpose_groups
+from xattn.kernels.block_sparse.reference import reduce_bias
+from xattn.kernels.softmax.reference import delta
+
+
+@triton.jit
+def _tokens(blocks, start, count, limit, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Tokens of the lanes ``start`` onwards of a list of ``count`` blocks; -1 where there is none."""
+    lane = tl.arange(0, TILE)
+    if BLOCK % TILE == 0:
+        block = tl.load(blocks + start // BLOCK)
+        token = block * BLOCK + start % BLOCK + lane
+        return tl.where((block >= 0) & (token < limit), token, -1)
+    else:
+        entry = (start + lane) // BLOCK
+        block = tl.load(blocks + entry, mask=entry < count, other=-1)
+        token = block * BLOCK + (start + lane) % BLOCK
+        return tl.where((block >= 0) & (token < limit), token, -1)
+
+
+@triton.jit
+def _load(base, rows, columns, width, stride: tl.constexpr):
+    """Rows of a contiguous matrix; 0 for rows of -1 and beyond its width."""
+    at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
+    return tl.load(at, mask=(rows[:, None] >= 0) & (columns[None, :] < width), other=0.0)
+
+
+@triton.jit
+def _store(base, rows, columns, width, value, stride: tl.constexpr):
+    at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
+    inside = (rows[:, None] >= 0) & (columns[None, :] < width)
+    tl.store(at, value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _inside(
+    low_ptr, high_ptr, position_ptr, rows, keys, seen,
+    DIMENSIONS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """``seen`` where the key's position lies in the query's box."""
+    for t in tl.static_range(DIMENSIONS):
+        low = tl.load(low_ptr + rows * DIMENSIONS + t, mask=rows >= 0, other=1)
+        high = tl.load(high_ptr + rows * DIMENSIONS + t, mask=rows >= 0, other=0)
+        at = tl.load(position_ptr + keys * DIMENSIONS + t, mask=keys >= 0, other=0)
+        seen = seen & (at >= low) & (at <= high)
+        if t == 0:
+            if D0 > 1:
+                seen = seen & ((at - low) % D0 == 0)
+        elif t == 1:
+            if D1 > 1:
+                seen = seen & ((at - low) % D1 == 0)
+        else:
+            if D2 > 1:
+                seen = seen & ((at - low) % D2 == 0)
+    return seen
+
+
+@triton.jit
+def _scores(
+    products, bias_ptr, low_ptr, high_ptr, position_ptr, rows, keys, seen, scale,
+    HAS_BIAS: tl.constexpr, DIMENSIONS: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """Scores in base 2, -inf where the key is not seen; rows and keys broadcast to the products."""
+    s = products * (scale * 1.4426950408889634)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + keys, mask=keys >= 0, other=0.0).to(tl.float32)
+        s += bias * 1.4426950408889634
+    seen = seen & (rows >= 0) & (keys >= 0)
+    if DIMENSIONS > 0:
+        seen = _inside(low_ptr, high_ptr, position_ptr, rows, keys, seen, DIMENSIONS, D0, D1, D2)
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+def _own_rows(N, Q_BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Query block of this program and its rows, -1 where there is none."""
+    tiles: tl.constexpr = (Q_BLOCK + ROWS - 1) // ROWS
+    block = tl.program_id(0) // tiles
+    inner = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
+    row = block * Q_BLOCK + inner
+    return block, tl.where((inner < Q_BLOCK) & (row < N), row, -1)
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, index_ptr, bias_ptr, low_ptr, high_ptr, position_ptr, o_ptr, lse_ptr,
+    stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, scale,
+    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DIMENSIONS: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(1).to(tl.int64)
+    batch, head = line // H, line % H
+    key_line = batch * (H // GROUP) + head // GROUP
+    block, rows = _own_rows(N, Q_BLOCK, ROWS)
+    d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
+    blocks = index_ptr + batch * stride_ib + (head // GROUP_I) * stride_ih + block * L
+    bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
+    q = _load(q_ptr + line * N * D, rows, d, D, D)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
+    every = tl.full([ROWS, COLUMNS], 1, tl.int1)
+    for start in range(0, L * K_BLOCK, COLUMNS):
+        keys = _tokens(blocks, start, L, S, K_BLOCK, COLUMNS)
+        k = _load(k_ptr + key_line * S * D, keys, d, D, D)
+        v = _load(v_ptr + key_line * S * DV, keys, w, DV, DV)
+        s = _scores(
+            tl.dot(q, tl.trans(k), input_precision="ieee"), bias, low_ptr, high_ptr, position_ptr,
+            rows[:, None], keys[None, :], every, scale, HAS_BIAS, DIMENSIONS, D0, D1, D2,
+        )  # fmt: skip
+        new = tl.maximum(top, tl.max(s, 1))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(s - safe[:, None])
+        keep = tl.exp2(top - safe)
+        total = total * keep + tl.sum(p, 1)
+        acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        top = new
+    some = total > 0
+    _store(o_ptr + line * N * DV, rows, w, DV, acc / tl.where(some, total, 1.0)[:, None], DV)
+    lse = (top + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453
+    tl.store(lse_ptr + line * N + rows, tl.where(some, lse, float("-inf")), mask=rows >= 0)
+
+
+@triton.jit
+def _gradient(s, products, lse, delta):
+    """Weights P and score gradients dS of one tile from its scores and from dO V^T."""
+    seen = lse != float("-inf")
+    p = tl.exp2(s - tl.where(seen, lse, 0.0) * 1.4426950408889634)
+    p = tl.where(seen, p, 0.0)
+    return p, p * (products - delta)
+
+
+@triton.jit
+def dq_kernel(
+    g_ptr, q_ptr, k_ptr, v_ptr, index_ptr, bias_ptr, low_ptr, high_ptr, position_ptr, lse_ptr,
+    delta_ptr, dq_ptr, stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, scale,
+    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DIMENSIONS: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(1).to(tl.int64)
+    batch, head = line // H, line % H
+    key_line = batch * (H // GROUP) + head // GROUP
+    block, rows = _own_rows(N, Q_BLOCK, ROWS)
+    d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
+    blocks = index_ptr + batch * stride_ib + (head // GROUP_I) * stride_ih + block * L
+    bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
+    q = _load(q_ptr + line * N * D, rows, d, D, D)
+    g = _load(g_ptr + line * N * DV, rows, w, DV, DV)
+    lse = tl.load(lse_ptr + line * N + rows, mask=rows >= 0, other=float("-inf"))
+    delta = tl.load(delta_ptr + line * N + rows, mask=rows >= 0, other=0.0)
+    dq = tl.zeros([ROWS, WIDTH], tl.float32)
+    every = tl.full([ROWS, COLUMNS], 1, tl.int1)
+    for start in range(0, L * K_BLOCK, COLUMNS):
+        keys = _tokens(blocks, start, L, S, K_BLOCK, COLUMNS)
+        k = _load(k_ptr + key_line * S * D, keys, d, D, D)
+        v = _load(v_ptr + key_line * S * DV, keys, w, DV, DV)
+        s = _scores(
+            tl.dot(q, tl.trans(k), input_precision="ieee"), bias, low_ptr, high_ptr, position_ptr,
+            rows[:, None], keys[None, :], every, scale, HAS_BIAS, DIMENSIONS, D0, D1, D2,
+        )  # fmt: skip
+        products = tl.dot(g, tl.trans(v), input_precision="ieee")
+        _, ds = _gradient(s, products, lse[:, None], delta[:, None])
+        dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+    _store(dq_ptr + line * N * D, rows, d, D, dq * scale, D)
+
+
+@triton.jit
+def dkv_kernel(
+    g_ptr, q_ptr, k_ptr, v_ptr, pointer_ptr, queries_ptr, bits_ptr, bias_ptr, low_ptr, high_ptr,
+    position_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, db_ptr,
+    stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, scale,
+    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PACK: tl.constexpr, HAS_BIAS: tl.constexpr, DIMENSIONS: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: part of a block, or ``PACK`` blocks that share a list with a set of bits."""
+    line = tl.program_id(1).to(tl.int64)
+    batch, key_head = line // (H // GROUP), line % (H // GROUP)
+    span: tl.constexpr = K_BLOCK * PACK
+    tiles: tl.constexpr = (span + COLUMNS - 1) // COLUMNS
+    unit = tl.program_id(0) // tiles
+    inner = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    key = unit * span + inner
+    keys = tl.where((inner < span) & (key < S), key, -1)
+    d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
+    k = _load(k_ptr + line * S * D, keys, d, D, D)
+    v = _load(v_ptr + line * S * DV, keys, w, DV, DV)
+    dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
+    dv = tl.zeros([COLUMNS, WIDTH_V], tl.float32)
+    for member in range(0, GROUP):
+        head = key_head * GROUP + member
+        query_line = batch * H + head
+        # stride_ib and stride_ih count lists; a list has M + 1 pointers and L entries.
+        own = batch * stride_ib + (head // GROUP_I) * stride_ih
+        begin = tl.load(pointer_ptr + own * (M + 1) + unit)
+        count = tl.load(pointer_ptr + own * (M + 1) + unit + 1) - begin
+        queries, sets = queries_ptr + own * L + begin, bits_ptr + own * L + begin
+        bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
+        db = tl.zeros([COLUMNS], tl.float32)
+        for start in range(0, count * Q_BLOCK, ROWS):
+            rows = _tokens(queries, start, count, N, Q_BLOCK, ROWS)
+            q = _load(q_ptr + query_line * N * D, rows, d, D, D)
+            g = _load(g_ptr + query_line * N * DV, rows, w, DV, DV)
+            lse = tl.load(lse_ptr + query_line * N + rows, mask=rows >= 0, other=float("-inf"))
+            delta = tl.load(delta_ptr + query_line * N + rows, mask=rows >= 0, other=0.0)
+            seen = tl.full([COLUMNS, ROWS], 1, tl.int1)
+            if PACK > 1:
+                entry = (start + tl.arange(0, ROWS)) // Q_BLOCK
+                bits = tl.load(sets + entry, mask=entry < count, other=0)
+                seen = ((bits[None, :] >> (inner // K_BLOCK)[:, None].to(tl.int64)) & 1) != 0
+            s = _scores(
+                tl.dot(k, tl.trans(q), input_precision="ieee"), bias, low_ptr, high_ptr,
+                position_ptr, rows[None, :], keys[:, None], seen, scale,
+                HAS_BIAS, DIMENSIONS, D0, D1, D2,
+            )  # fmt: skip
+            products = tl.dot(v, tl.trans(g), input_precision="ieee")
+            p, ds = _gradient(s, products, lse[None, :], delta[None, :])
+            dv += tl.dot(p.to(g.dtype), g, input_precision="ieee")
+            dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
+            if WRITE:
+                db += tl.sum(ds, 1)
+        if WRITE:
+            tl.store(db_ptr + query_line * S + keys, db, mask=keys >= 0)
+    _store(dk_ptr + line * S * D, keys, d, D, dk * scale, D)
+    _store(dv_ptr + line * S * DV, keys, w, DV, dv, DV)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
+    position: Tensor | None,
+    dilation: list[int],
+    q_block: int,
+    k_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    if _no_bfloat16(q):
+        o, lse = forward(
+            q.float(), k.float(), v.float(), index, bias, low, high, position, dilation, q_block,
+            k_block, scale,
+        )  # fmt: skip
+        return o.to(q.dtype), lse
+    q, k, v = (_supported(x).contiguous() for x in (q, k, v))
+    o = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    index = index.contiguous()
+    tile = _tile("forward", q, v, q_block)
+    grid = (_programs(q.shape[2], q_block, tile["ROWS"]), q.shape[0] * q.shape[1])
+    tensors = _optional(q, bias, low, high, position)
+    forward_kernel[grid](
+        q, k, v, index, *tensors, o, lse, *_strides(index, index.stride()[:2], bias),
+        q.shape[1], q.shape[2], k.shape[2], 0, index.shape[3], scale,
+        **_constants(q, k, v, index, bias, dilation, q_block, k_block), **tile,
+    )  # fmt: skip
+    return o, lse
+
+
+def backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
+    position: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    dilation: list[int],
+    q_block: int,
+    k_block: int,
+    scale: float,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    if _no_bfloat16(q):
+        dq, dk, dv, db = backward(
+            grad.float(), grad_lse, q.float(), k.float(), v.float(), index, bias, low, high,
+            position, o, lse, dilation, q_block, k_block, scale, bias_grad,
+        )  # fmt: skip
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), db
+    d = delta(grad, grad_lse, o).contiguous()
+    g, q, k, v, lse = (x.contiguous() for x in (grad.to(q.dtype), q, k, v, lse))
+    index = index.contiguous()
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    batch, heads, n, s = *q.shape[:3], k.shape[2]
+    write = bias_grad and bias is not None
+    db = q.new_empty((batch, heads, s) if write else (1,), dtype=torch.float32)
+    tensors = _optional(q, bias, low, high, position)
+    constants = _constants(q, k, v, index, bias, dilation, q_block, k_block)
+    tile = _tile("dq", q, v, q_block)
+    dq_kernel[_programs(n, q_block, tile["ROWS"]), batch * heads](
+        g, q, k, v, index, *tensors, lse, d, dq, *_strides(index, index.stride()[:2], bias),
+        heads, n, s, 0, index.shape[3], scale, **constants, **tile,
+    )  # fmt: skip
+    tile = _tile("dkv", q, v, q_block)
+    pack = _pack(tile, k_block)
+    pointer, queries, bits = transpose_groups(index, triton.cdiv(s, k_block), pack)
+    span, lists = k_block * pack, (index.shape[1], 1)
+    grid = (_programs(s, span, tile["COLUMNS"]), batch * k.shape[1])
+    dkv_kernel[grid](
+        g, q, k, v, pointer, queries, bits, *tensors, lse, d, dk, dv, db,
+        *_strides(index, lists, bias), heads, n, s, pointer.shape[2] - 1, queries.shape[2], scale,
+        **constants, **tile, PACK=pack, WRITE=write,
+    )  # fmt: skip
+    return dq, dk, dv, reduce_bias(db, bias) if write and bias is not None else None
+
+
+def compile_cases() -> Iterator[Case]:
+    """Each kernel at 16,384 tokens that read 8 blocks of 64, and 32 of 16 with a bias and a box."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for width in (64, 128):
+            for kernel in (forward_kernel, dq_kernel, dkv_kernel):
+                yield _case(kernel, dtype, width, 64, 8, None)
+                yield _case(kernel, dtype, width, 16, 32, [1, 2])
+
+
+def _case(
+    kernel: Any, dtype: torch.dtype, width: int, block: int, s: int, dilation: list[int] | None
+) -> Case:
+    role = {forward_kernel: "forward", dq_kernel: "dq", dkv_kernel: "dkv"}[kernel]
+    n, name = 16384, "bf16" if dtype == torch.bfloat16 else "fp32"
+    q = torch.empty(1, 1, n, width, dtype=dtype, device="meta")
+    index = torch.empty(1, 1, n // block, s, dtype=torch.int32, device="meta")
+    bias = None if dilation is None else q[..., 0]
+    options = _tile(role, q, q, block) | _constants(
+        q, q, q, index, bias, dilation or [], block, block
+    )
+    if role == "dkv":
+        options |= {"PACK": _pack(options, block), "WRITE": bias is not None}
+    products, tensors = {"forward": (2, 4), "dq": (3, 5), "dkv": (4, 6)}[role]
+    case = make_case(
+        kernel, name, options,
+        f"block_sparse {role} {name} D={width}" + ("" if bias is None else " box"),
+        2.0 * products * n * s * block * width,
+        float(tensors * n * width * dtype.itemsize),
+        wide=("bias_ptr", "lse_ptr", "delta_ptr", "db_ptr"),
+    )  # fmt: skip
+    integers = ("index_ptr", "pointer_ptr", "queries_ptr", "low_ptr", "high_ptr", "position_ptr")
+    kinds = dict.fromkeys(integers, "*i32") | {"bits_ptr": "*i64"}
+    case.signature.update({name: kinds[name] for name in kinds if name in case.signature})
+    return case
+
+
+def _no_bfloat16(x: Tensor) -> bool:
+    """Whether this is Triton's interpreter, which multiplies the bits of bfloat16 as integers."""
+    return interpreted() and x.dtype == torch.bfloat16
+
+
+def _supported(x: Tensor) -> Tensor:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[-1] > 128:
+        raise ValueError(
+            f"backend='triton': got {x.dtype} of width {x.shape[-1]}; give float32, float16 or "
+            f"bfloat16 of at most 128, or use backend='cpu'"
+        )
+    return x
+
+
+# (role, half precision, D or Dv above 64): rows, columns, warps and stages that no target spills.
+_TILES = {
+    ("forward", True, False): (64, 64, 4, 3),
+    ("forward", True, True): (64, 32, 4, 3),
+    ("forward", False, False): (32, 32, 4, 2),
+    ("forward", False, True): (16, 32, 8, 2),
+    ("dq", True, False): (64, 32, 4, 3),
+    ("dq", True, True): (64, 32, 4, 2),
+    ("dq", False, False): (32, 32, 4, 2),
+    ("dq", False, True): (16, 32, 8, 2),
+    ("dkv", True, False): (32, 64, 4, 3),
+    ("dkv", True, True): (32, 64, 8, 3),
+    ("dkv", False, False): (16, 32, 4, 2),
+    ("dkv", False, True): (16, 32, 8, 2),
+}
+
+
+def _tile(role: str, q: Tensor, v: Tensor, q_block: int) -> dict[str, int]:
+    """Tile and launch options; dkv fills its rows from several query blocks, the others cannot."""
+    wide = max(q.shape[-1], v.shape[-1]) > 64
+    rows, columns, warps, stages = _TILES[role, q.dtype != torch.float32, wide]
+    if role != "dkv":
+        rows = min(rows, max(16, triton.next_power_of_2(q_block)))
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
+
+
+def _pack(tile: dict[str, int], k_block: int) -> int:
+    """Key blocks of a tile of dkv; their set has to fit a signed 64-bit integer."""
+    return max(1, min(63, tile["COLUMNS"] // k_block))
+
+
+def _programs(tokens: int, block: int, tile: int) -> int:
+    return triton.cdiv(tokens, block) * triton.cdiv(block, tile)
+
+
+def _optional(
+    q: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
+    position: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Tensors to pass; where one is absent the kernel is compiled without it."""
+    return tuple(q if x is None else x.contiguous() for x in (bias, low, high, position))
+
+
+def _constants(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    dilation: list[int],
+    q_block: int,
+    k_block: int,
+) -> dict[str, Any]:
+    d, dv, heads = q.shape[3], v.shape[3], q.shape[1]
+    width, width_v = (max(16, triton.next_power_of_2(x)) for x in (d, dv))
+    d0, d1, d2 = (*dilation, 1, 1, 1)[:3]
+    return {
+        "GROUP": heads // k.shape[1],
+        "GROUP_I": heads // index.shape[1],
+        "GROUP_B": 1 if bias is None else heads // bias.shape[1],
+        "D": d, "DV": dv, "WIDTH": width, "WIDTH_V": width_v,
+        "Q_BLOCK": q_block, "K_BLOCK": k_block,
+        "HAS_BIAS": bias is not None,
+        "DIMENSIONS": len(dilation), "D0": d0, "D1": d1, "D2": d2,
+    }  # fmt: skip
+
+
+def _strides(index: Tensor, list_strides: tuple[int, ...], bias: Tensor | None) -> tuple[int, ...]:
+    """Steps to the next batch and head of the lists and of the bias; 0 where one serves all."""
+    steps = [*list_strides] + ([0, 0] if bias is None else list(bias.contiguous().stride()[:2]))
+    sizes = (*index.shape[:2], *((1, 1) if bias is None else bias.shape[:2]))
+    return tuple(0 if size == 1 else step for size, step in zip(sizes, steps, strict=True))

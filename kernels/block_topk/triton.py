@@ -1,0 +1,347 @@
+"""Triton kernel of block choice: a running list of the best of each query block, one tile of scores alive.
+
+Program = some query blocks of one parent (all, without a parent list), one key head. Each tile of
+candidates is scored, reduced and pooled in registers; then rounds of arg-max move into the lists
+what beats their worst entry. A sum over queries is the score of their sum, which is taken before:
+only "max" and softmax visit every query, the latter after a pass that leaves the log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xattn.kernels.aot import Case, make_case
+from xattn.kernels.backend import interpreted
+from xattn.kernels.block_topk.cpu import sum_queries
+
+BEYOND = tl.constexpr(2**30)  # above every candidate's number
+
+
+@triton.jit
+def _products(q_ptr, k_ptr, rows, candidates, scale, D: tl.constexpr, WIDTH: tl.constexpr):
+    """scale q_i . k_c of some rows and candidates; -1 reads zeros."""
+    d = tl.arange(0, WIDTH)[None, :]
+    at = rows[:, None].to(tl.int64) * D + d
+    q = tl.load(q_ptr + at, mask=(rows[:, None] >= 0) & (d < D), other=0.0)
+    at = candidates[:, None].to(tl.int64) * D + d
+    k = tl.load(k_ptr + at, mask=(candidates[:, None] >= 0) & (d < D), other=0.0)
+    return tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
+
+
+@triton.jit
+def lse_kernel(
+    q_ptr, k_ptr, visible_ptr, lse_ptr, H, N, C, scale,
+    GROUP: tl.constexpr, Q_BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of each query over the candidates that it may see, in base 2."""
+    line = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = tl.where(row < N, row, -1)
+    key_line = (line // H) * (H // GROUP) + (line % H) // GROUP
+    limit = tl.full([ROWS], 0, tl.int32) + C
+    if HAS_VISIBLE:
+        limit = tl.load(visible_ptr + row // Q_BLOCK, mask=row < N, other=0)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(0, C, COLUMNS):
+        c = start + tl.arange(0, COLUMNS)
+        near = tl.where(c < C, c, -1)
+        t = _products(q_ptr + line * N * D, k_ptr + key_line * C * D, rows, near, scale, D, WIDTH)
+        t = tl.where((c < C)[None, :] & (c[None, :] < limit[:, None]), t, float("-inf"))
+        t *= 1.4426950408889634
+        new = tl.maximum(top, tl.max(t, 1))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(t - safe[:, None]), 1)
+        top = new
+    # A query that sees nothing gets weights exp2(t - inf) = 0.
+    some = total > 0
+    lse = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("inf"))
+    tl.store(lse_ptr + line * N + row, lse, mask=row < N)
+
+
+@triton.jit
+def _reduced(
+    q_ptr, k_ptr, lse_ptr, first, block, candidates, N, scale,
+    GROUP: tl.constexpr, Q_BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, REDUCE: tl.constexpr, SOFTMAX: tl.constexpr,
+):  # fmt: skip
+    """(1, COLUMNS) scores of one query block, reduced over its queries and the heads of the group."""
+    start = -float("inf") if REDUCE == "max" else 0.0
+    out = tl.full([COLUMNS], start, tl.float32)
+    for tile in range(0, GROUP * Q_BLOCK, ROWS):
+        lane = tile + tl.arange(0, ROWS)
+        token = block * Q_BLOCK + lane % Q_BLOCK
+        real = (lane < GROUP * Q_BLOCK) & (token < N)
+        rows = tl.where(real, (lane // Q_BLOCK) * N + token, -1)
+        t = _products(q_ptr + first * N * D, k_ptr, rows, candidates, scale, D, WIDTH)
+        if SOFTMAX:
+            lse = tl.load(lse_ptr + first * N + rows, mask=real, other=float("inf"))
+            t = tl.exp2(t * 1.4426950408889634 - lse[:, None])
+        if REDUCE == "max":
+            out = tl.maximum(out, tl.max(tl.where(real[:, None], t, float("-inf")), 0))
+        else:
+            out += tl.sum(tl.where(real[:, None], t, 0.0), 0)
+    if REDUCE == "mean":
+        members = tl.maximum(tl.minimum(Q_BLOCK, N - block * Q_BLOCK), 1)
+        out /= (GROUP * members).to(tl.float32)
+    return out[None, :]
+
+
+@triton.jit
+def _insert(t, c, values, numbers):
+    """Move into the lists whatever of the scores ``t`` of candidates ``c`` beats their worst entry."""
+    more = 1
+    while more > 0:
+        high = tl.max(t, 1)
+        number = tl.min(tl.where(t == high[:, None], c, BEYOND), 1)
+        low = tl.min(values, 1)
+        worst = tl.max(tl.where(values == low[:, None], numbers, -1), 1)
+        better = (high > low) | ((high == low) & (number < worst))
+        better = better & (high > float("-inf"))
+        out = better[:, None] & (values == low[:, None]) & (numbers == worst[:, None])
+        values = tl.where(out, high[:, None], values)
+        numbers = tl.where(out, number[:, None], numbers)
+        t = tl.where(c == number[:, None], float("-inf"), t)
+        more = tl.max(better.to(tl.int32), 0)
+    return values, numbers
+
+
+@triton.jit
+def topk_kernel(
+    q_ptr, k_ptr, lse_ptr, forced_ptr, within_ptr, visible_ptr, index_ptr, scores_ptr,
+    stride_fb, stride_fh, stride_wb, stride_wh, H, N, C, M, R, RATIO, CHILDREN, L, F, K, scale,
+    GROUP: tl.constexpr, Q_BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LISTS: tl.constexpr, SLOTS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, POOLING: tl.constexpr,
+    REDUCE: tl.constexpr, SOFTMAX: tl.constexpr, HAS_FORCED: tl.constexpr,
+    HAS_WITHIN: tl.constexpr, HAS_VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """``LISTS`` of the R query blocks choose K of the M blocks that C candidates pool into.
+
+    REDUCE "none": q has one row a query block. Else LISTS is 1.
+    """
+    line = tl.program_id(1).to(tl.int64)
+    heads = H // GROUP
+    batch, head = line // heads, line % heads
+    per_parent = (RATIO + LISTS - 1) // LISTS
+    parent = tl.program_id(0) // per_parent
+    inner = (tl.program_id(0) % per_parent) * LISTS + tl.arange(0, LISTS)
+    block = parent * RATIO + inner
+    real = (inner < RATIO) & (block < R)
+    rows = tl.where(real, block, -1)
+    only = parent * RATIO + tl.program_id(0) % per_parent  # the query block if LISTS is 1
+    slot = tl.arange(0, SLOTS)[None, :] + tl.zeros([LISTS, SLOTS], tl.int32)
+    # Slots that the result has not are never the worst, empty ones always are.
+    values = tl.where(slot < K, float("-inf"), float("inf"))
+    numbers = tl.where(slot < K, BEYOND + slot, -1)
+    forced = forced_ptr + batch * stride_fb + head * stride_fh + block * F
+    if HAS_FORCED:
+        for f in range(0, F):
+            c = tl.load(forced + f, mask=real, other=-1)[:, None]
+            known = tl.max((numbers == c).to(tl.int32), 1)[:, None]
+            t = tl.where((c >= 0) & (known == 0), float("inf"), float("-inf"))
+            values, numbers = _insert(t, c, values, numbers)
+    limit = tl.full([LISTS], 0, tl.int32) + C
+    if HAS_VISIBLE:
+        limit = tl.load(visible_ptr + block, mask=real, other=0)
+    keys = k_ptr + line * C * D
+    count = M
+    if HAS_WITHIN:
+        count = L * CHILDREN
+    for start in range(0, count, COLUMNS):
+        lane = start + tl.arange(0, COLUMNS)
+        if HAS_WITHIN:
+            listed = within_ptr + batch * stride_wb + head * stride_wh + parent * L
+            p = tl.load(listed + lane // CHILDREN, mask=lane < count, other=-1)
+            number = tl.where(p >= 0, p * CHILDREN + lane % CHILDREN, M)
+        else:
+            number = lane
+        number = tl.where(number < M, number, -1)
+        total = tl.full([LISTS, COLUMNS], float("-inf") if POOLING == "max" else 0.0, tl.float32)
+        pooled = tl.zeros([LISTS, COLUMNS], tl.float32)
+        for j in range(0, KERNEL):
+            c = number * STRIDE - PADDING + j
+            c = tl.where((number >= 0) & (c >= 0) & (c < C), c, -1)
+            if REDUCE == "none":
+                t = _products(q_ptr + line * R * D, keys, rows, c, scale, D, WIDTH)
+            else:
+                first = batch * H + head * GROUP
+                t = _reduced(
+                    q_ptr, keys, lse_ptr, first, only, c, N, scale,
+                    GROUP, Q_BLOCK, D, WIDTH, ROWS, COLUMNS, REDUCE, SOFTMAX,
+                )  # fmt: skip
+            seen = (c[None, :] >= 0) & (c[None, :] < limit[:, None])
+            pooled += seen.to(tl.float32)
+            if POOLING == "max":
+                total = tl.maximum(total, tl.where(seen, t, float("-inf")))
+            else:
+                total += tl.where(seen, t, 0.0)
+        if POOLING == "mean":
+            total /= tl.maximum(pooled, 1.0)
+        t = tl.where((pooled > 0) & real[:, None], total, float("-inf"))
+        if HAS_FORCED:
+            for f in range(0, F):
+                c = tl.load(forced + f, mask=real, other=-1)
+                t = tl.where(number[None, :] == c[:, None], float("-inf"), t)
+        c = number[None, :] + tl.zeros([LISTS, COLUMNS], tl.int32)
+        values, numbers = _insert(t, c, values, numbers)
+    values = tl.where(slot < K, values, float("-inf"))
+    at = (line * R + block) * K
+    for j in range(0, K):
+        high = tl.max(values, 1)
+        found = high > float("-inf")
+        number = tl.min(tl.where(values == high[:, None], numbers, BEYOND), 1)
+        tl.store(index_ptr + at + j, tl.where(found, number, -1), mask=real)
+        tl.store(scores_ptr + at + j, high, mask=real)
+        values = tl.where(numbers == number[:, None], float("-inf"), values)
+
+
+def topk(
+    q: Tensor,
+    k: Tensor,
+    forced: Tensor | None,
+    within: Tensor | None,
+    visible: Tensor | None,
+    s: int,
+    q_block: int,
+    reduce: str,
+    softmax: bool,
+    spread: list[int],
+    pooling: str,
+    children: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or q.shape[-1] > 128:
+        raise ValueError(
+            f"backend='triton': got {q.dtype} of width {q.shape[-1]}; give float32, float16 or "
+            f"bfloat16 of at most 128, or use backend='cpu'"
+        )
+    if interpreted() and q.dtype == torch.bfloat16:  # it multiplies the bits as integers
+        q, k = q.float(), k.float()
+    n, heads, group = q.shape[2], q.shape[1], q.shape[1] // k.shape[1]
+    rows, c = -(-n // q_block), k.shape[2]
+    m = (c + 2 * spread[2] - spread[0]) // spread[1] + 1
+    if min(s, m) > 256:
+        raise ValueError(f"backend='triton': got s = {s}; give at most 256, or use backend='cpu'")
+    linear = reduce != "max" and not softmax
+    if linear and (q_block > 1 or group > 1):
+        q, members = sum_queries(q.float(), k.shape[1], q_block)
+        k = k.float()
+    q, k = q.contiguous(), k.contiguous()
+    index = q.new_empty((*k.shape[:2], rows, min(s, m)), dtype=torch.int32)
+    values = q.new_empty(index.shape, dtype=torch.float32)
+    tile = _tile(q, min(s, m), linear)
+    shapes = _shapes(group, q_block, q) | tile
+    lse = q.new_empty((q.shape[:3] if softmax else (1,)), dtype=torch.float32)
+    if softmax:
+        lse_kernel[triton.cdiv(n, tile["ROWS"]), q.shape[0] * heads](
+            q, k, q if visible is None else visible.contiguous(), lse, heads, n, c, scale,
+            HAS_VISIBLE=visible is not None, **{x: y for x, y in shapes.items() if x in _LSE},
+        )  # fmt: skip
+    parents = 1 if within is None else within.shape[2]
+    ratio = -(-rows // parents)
+    grid = (-(-rows // ratio) * triton.cdiv(ratio, tile["LISTS"]), k.shape[0] * k.shape[1])
+    lists = [None if x is None else x.contiguous() for x in (forced, within, visible)]
+    topk_kernel[grid](
+        q, k, lse, *(q if x is None else x for x in lists), index, values,
+        *_strides(lists[0]), *_strides(lists[1]), heads, n, c, m, rows, ratio, children,
+        1 if within is None else within.shape[3], 1 if forced is None else forced.shape[3],
+        index.shape[3], scale, **shapes,
+        **_options(reduce, softmax, spread, pooling, forced, within, visible),
+    )  # fmt: skip
+    if linear and reduce == "mean" and (q_block > 1 or group > 1):
+        values = values / members
+    missing = (0, s - index.shape[3])
+    return F.pad(index, missing, value=-1), F.pad(values, missing, value=-torch.inf)
+
+
+def compile_cases() -> Iterator[Case]:
+    """16 of 256 blocks for 256 query blocks; and with all options, for softmax and group sums."""
+    n = 16384
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for width in (64, 128):
+            for linear in (True, False):
+                blocks = 256 if linear else n // 16
+                q = torch.empty(1, 1, blocks if linear else n, width, dtype=dtype, device="meta")
+                options = _shapes(1, 64, q) | _tile(q, 16, linear)
+                size = dtype.itemsize
+                if linear:
+                    kind, work = "topk", 2.0 * 256 * blocks * width
+                    extra = _options("sum", False, [1, 1, 0], "max", None, None, None)
+                else:
+                    kind, work = "topk-softmax", 2.0 * 5 * n * 256 * width
+                    extra = _options("sum", True, [5, 4, 1], "max", q, q, q)
+                    yield _integers(make_case(
+                        lse_kernel, name, options | {"HAS_VISIBLE": True},
+                        f"block_topk lse {name} D={width}", 2.0 * n * blocks * width,
+                        float(size * width * (n + blocks)), wide=("lse_ptr",),
+                    ))  # fmt: skip
+                yield _integers(make_case(
+                    topk_kernel, name, options | extra, f"block_topk {kind} {name} D={width}",
+                    work, float(size * width * (q.shape[2] + blocks)),
+                    wide=("lse_ptr", "scores_ptr"),
+                ))  # fmt: skip
+
+
+def _integers(case: Case) -> Case:
+    for name in ("forced_ptr", "within_ptr", "visible_ptr", "index_ptr"):
+        if name in case.signature:
+            case.signature[name] = "*i32"
+    return case
+
+
+_LSE = ("GROUP", "Q_BLOCK", "D", "WIDTH", "ROWS", "COLUMNS", "num_warps", "num_stages")
+
+
+def _tile(q: Tensor, s: int, linear: bool) -> dict[str, int]:
+    """LISTS query blocks choose at a time from COLUMNS scores; ROWS queries enter a product."""
+    single, wide = q.dtype == torch.float32, q.shape[-1] > 64
+    # Without tensor cores a product takes its operands into registers: smaller tiles, more warps.
+    columns, warps = 64, 4
+    if single and linear:
+        columns = 32 if wide else 64
+    elif single:
+        columns, warps = (16 if wide else 32), 8
+    slots = max(16, triton.next_power_of_2(s))
+    lists = 16 if linear else 1
+    return {
+        "ROWS": 16, "COLUMNS": columns, "LISTS": lists, "SLOTS": slots, "num_warps": warps,
+        "num_stages": 2,
+    }  # fmt: skip
+
+
+def _shapes(group: int, q_block: int, q: Tensor) -> dict[str, int]:
+    width = max(16, triton.next_power_of_2(q.shape[-1]))
+    return {"GROUP": group, "Q_BLOCK": q_block, "D": q.shape[-1], "WIDTH": width}
+
+
+def _options(
+    reduce: str,
+    softmax: bool,
+    spread: list[int],
+    pooling: str,
+    forced: Tensor | None,
+    within: Tensor | None,
+    visible: Tensor | None,
+) -> dict[str, Any]:
+    return {
+        "KERNEL": spread[0], "STRIDE": spread[1], "PADDING": spread[2], "POOLING": pooling,
+        "REDUCE": reduce if reduce == "max" or softmax else "none", "SOFTMAX": softmax,
+        "HAS_FORCED": forced is not None, "HAS_WITHIN": within is not None,
+        "HAS_VISIBLE": visible is not None,
+    }  # fmt: skip
+
+
+def _strides(x: Tensor | None) -> tuple[int, int]:
+    """Steps to the next batch and head, 0 where one serves all."""
+    if x is None:
+        return 0, 0
+    return tuple(0 if size == 1 else step for size, step in zip(x.shape[:2], x.stride()[:2], strict=True))  # type: ignore[return-value]  # fmt: skip

@@ -1,0 +1,64 @@
+"""The definition of row vectors times attention, in plain torch; stores N x S weights.
+
+    P_ij = exp(scale q_i . k_j + b_ij - lse_i),   out = r W,   W = P   or   W = max(P o (G V^T), 0)
+
+G is the gradient of a class score with respect to the attention's output, so that G V^T is the one with
+respect to P and W the relevance of Chefer, Gur, Wolf (ICCV 2021, arXiv 2103.15679). With dout given:
+
+    dW = r^T dout,   dS = W o dW,   dr = dout W^T,   d(G V^T) = dW o P where G V^T > 0
+
+and from dS on as in softmax attention: dQ = scale dS K, dK = scale dS^T Q, dlse = -rowsum(dS).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xattn.kernels.softmax.reference import scores, weights, widen
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    r: Tensor,
+    v: Tensor | None,
+    g: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """(B, H, R, S); r (B, H, R, N). With v and g the relevance, without them P."""
+    w = weights(scores(q, k, bias, scale), lse)
+    if v is not None and g is not None:
+        w = w * (widen(g) @ widen(v).transpose(-2, -1)).relu()
+    return r @ w
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    r: Tensor,
+    v: Tensor | None,
+    g: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    bias_grad: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, lse, r, v, g and bias; None for those that are not there."""
+    p = w = weights(scores(q, k, bias, scale), lse)
+    dw = r.transpose(-2, -1) @ grad
+    dv = dg = None
+    if v is not None and g is not None:
+        product = widen(g) @ widen(v).transpose(-2, -1)
+        w = p * product.relu()
+        dproduct = torch.where(product > 0, dw * p, 0.0)
+        dv, dg = dproduct.transpose(-2, -1) @ widen(g), dproduct @ widen(v)
+        dv, dg = dv.to(v.dtype), dg.to(g.dtype)
+    ds = w * dw
+    dq, dk = scale * (ds @ widen(k)), scale * (ds.transpose(-2, -1) @ widen(q))
+    dr = grad @ w.transpose(-2, -1)
+    db = ds.sum_to_size(bias.shape).to(bias.dtype) if bias_grad and bias is not None else None
+    return dq.to(q.dtype), dk.to(k.dtype), -ds.sum(-1), dr, dv, dg, db

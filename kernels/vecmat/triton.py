@@ -1,0 +1,139 @@
+"""Triton kernel of row vectors times attention: one program a tile of keys and head, over all queries.
+
+Every head writes its own R x S result, which is no larger than the keys; their mean is plain PyTorch.
+A loop over the heads inside of the program would be as deterministic and keep fewer programs busy.
+The backward is the tiled one of the cpu path, which runs on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xattn.kernels.aot import Case, make_case
+from xattn.kernels.softmax.triton import (
+    _load,
+    _no_bfloat16,
+    _sizes,
+    _strided,
+    _supported,
+    _transposed_scores,
+    _weights,
+)
+from xattn.kernels.vecmat.cpu import backward as backward
+
+# Half precision or not: queries and keys of a tile, warps, stages. The largest without spills on sm_80
+# and sm_90 for every width, row count and option, see compile_cases.
+TILES = {True: (64, 64, 4, 2), False: (32, 32, 8, 2)}
+
+
+@triton.jit
+def vecmat_kernel(
+    q_ptr, k_ptr, lse_ptr, r_ptr, v_ptr, g_ptr, bias_ptr, out_ptr,
+    stride_rb, stride_rh, stride_rr, stride_bb, stride_bh, stride_bn, H, N, S, R, scale,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    lines = tl.arange(0, LINES)
+    d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
+    bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
+    r_base = r_ptr + (head // H) * stride_rb + (head % H) * stride_rh
+    k = _load(k_ptr + head * S * D, columns, d, S, D, D)
+    if GRADIENT:
+        v = _load(v_ptr + head * S * DV, columns, w, S, DV, DV)
+    acc = tl.zeros([COLUMNS, LINES], tl.float32)
+    for start in range(0, N, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        q = _load(q_ptr + head * N * D, rows, d, N, D, D)
+        lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
+        # Keys outside of the matrix need no mask: each has its own row of the result.
+        s = _transposed_scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
+        p = _weights(s, lse[None, :])
+        if GRADIENT:
+            g = _load(g_ptr + head * N * DV, rows, w, N, DV, DV)
+            p *= tl.maximum(tl.dot(v, tl.trans(g), input_precision="ieee"), 0.0)
+        if LINES == 1:
+            r = tl.load(r_base + rows, mask=rows < N, other=0.0)
+            acc += tl.sum(p * r[None, :], 1)[:, None]
+        else:
+            inside = (rows[:, None] < N) & (lines[None, :] < R)
+            at = r_base + lines[None, :].to(tl.int64) * stride_rr + rows[:, None]
+            r = tl.load(at, mask=inside, other=0.0)
+            acc += tl.dot(p, r, input_precision=PRECISION)
+    inside = (columns[:, None] < S) & (lines[None, :] < R)
+    at = out_ptr + (head * R + lines[None, :]) * S + columns[:, None]
+    tl.store(at, acc, mask=inside)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    r: Tensor,
+    v: Tensor | None,
+    g: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    if _no_bfloat16(q):
+        v, g = (None if x is None else x.float() for x in (v, g))
+        return forward(q.float(), k.float(), lse, r, v, g, bias, scale)
+    q, k = (_supported(x).contiguous() for x in (q, k))
+    v, g = (None if x is None else _supported(x).contiguous() for x in (v, g))
+    lse, r = lse.contiguous(), r if r.stride(-1) == 1 else r.contiguous()
+    out = r.new_empty(*q.shape[:2], r.shape[2], k.shape[2])
+    bias, strides = _strided(bias, q, k)
+    half = q.dtype != torch.float32
+    chosen = options(q.shape[3], 0 if v is None else v.shape[3], half, bias is not None, r.shape[2])
+    vecmat_kernel[triton.cdiv(k.shape[2], chosen["COLUMNS"]), q.shape[0] * q.shape[1]](
+        q, k, lse, r, q if v is None else v, q if g is None else g, q if bias is None else bias, out,
+        *r.stride()[:3], *strides, *_sizes(q, k), r.shape[2], scale, **chosen,
+    )  # fmt: skip
+    return out
+
+
+def options(d: int, dv: int, half: bool, bias: bool, r: int) -> dict[str, Any]:
+    """Shapes, tile and launch options for heads of width d, and of values dv or 0 without a gradient."""
+    rows, columns, warps, stages = TILES[half]
+    width, width_v = (max(16, triton.next_power_of_2(x)) for x in (d, dv))
+    return {
+        "D": d, "DV": dv, "WIDTH": width, "WIDTH_V": width_v, "ROWS": rows, "COLUMNS": columns,
+        # A single line is a sum; more are a product of at least 16. In half precision three products
+        # of tensor cores are as exact as float32 and faster than its own units.
+        "LINES": 1 if r == 1 else 16, "PRECISION": "tf32x3" if half else "ieee",
+        "HAS_BIAS": bias, "GRADIENT": dv > 0,
+        "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+def compile_cases() -> Iterator[Case]:
+    """One row and sixteen, plain and weighted by gradients, at N = S = 4096 with 12 heads; column mass
+    is the plain case of one row."""
+    n, heads = 4096, 12
+    kinds = (
+        (False, 1, False),
+        (False, 16, False),
+        (True, 1, False),
+        (True, 16, False),
+        (True, 16, True),
+    )
+    for (gradient, r, bias), dtype, d in product(kinds, ("bf16", "fp32"), (64, 128)):
+        size = 2 if dtype == "bf16" else 4
+        yield make_case(
+            vecmat_kernel,
+            dtype,
+            options(d, d if gradient else 0, dtype == "bf16", bias, r),
+            f"{'gradient_' if gradient else ''}vecmat {dtype} D={d} R={r}{' bias' if bias else ''}",
+            operations=2.0 * heads * n * n * d * (1 + gradient),
+            bytes=heads * n * (2 * d * size * (1 + gradient) + 4 * (1 + 2 * r) + n * size * bias),
+            wide=("lse_ptr", "r_ptr", "out_ptr"),
+        )

@@ -1,0 +1,174 @@
+"""Converting timm ViTs: same logits with softmax, reversible, refused by name where it cannot be."""
+
+import copy
+
+import pytest
+import timm
+import torch
+
+from xattn.attention import convert, create_mechanism, record, revert
+
+FAMILIES = {
+    "vit_tiny_patch16_224": "class token",
+    "deit_tiny_distilled_patch16_224": "distilled",
+    "vit_small_patch14_reg4_dinov2": "registers",
+    "vit_base_patch16_siglip_224": "none, pooled by attention",
+    "vit_small_patch16_rope_224": "rotary",
+    "eva02_tiny_patch14_224": "rotary, sub-norms, no key bias",
+    "vit_small_patch16_dinov3": "rotary, registers",
+    "vit_base_patch16_clip_224": "norm before the blocks",
+    "vit_betwixt_patch16_reg4_gap_256": "registers, average pooling",
+    "vit_wee_patch16_reg1_gap_256": "parallel or narrow attention",
+    "vit_small_r26_s32_224": "convolutional stem",
+    "flexivit_small": "flexible patches",
+}
+
+
+def model(name, **options):
+    torch.manual_seed(0)
+    size = {} if "r26" in name else {"img_size": 56 if "patch14" in name else 64}
+    return timm.create_model(name, num_classes=5, **size, **{"depth": 2, **options}).eval()
+
+
+def images(net):
+    size = net.patch_embed.img_size if "r26" not in str(net.default_cfg) else (224, 224)
+    return torch.randn(2, 3, *(size or (64, 64)), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_softmax_changes_no_logit_and_reverting_restores(name):
+    net = model(name)
+    x = images(net)
+    before, names = net(x), list(net.state_dict())
+    fused = [m.fused_attn for m in net.modules() if hasattr(m, "fused_attn")]
+    assert convert(net, "softmax") is net
+    assert torch.allclose(net(x), before, atol=1e-5)
+    assert list(net.state_dict()) == names
+    with record(net) as calls:
+        net(x)
+    square = [c for c in calls if c.operator.shape[2] == c.operator.shape[3]]
+    assert len(square) == len(net.blocks)
+    revert(net)
+    assert torch.equal(net(x), before)
+    assert not any("Converted" in type(m).__name__ or hasattr(m, "mechanism") for m in net.modules())
+    assert [m.fused_attn for m in net.modules() if hasattr(m, "fused_attn")] == fused
+    assert not net.patch_embed._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("gna", {"kernel": 4}),
+        ("dma", {"window": 16}),
+        ("agent", {"agents": 16, "training_free": True}),
+    ],
+)
+@torch.no_grad()
+def test_the_mechanism_gets_the_layers_own_queries_grid_and_prefix(name, options):
+    net = model("vit_small_patch14_reg4_dinov2", depth=3)
+    x = images(net)
+    with record(net) as before:
+        net(x)
+    convert(net, name, blocks=[0], **options)
+    with record(net) as after:
+        logits = net(x)
+    assert len(after) == 3
+    own = net.blocks[0].attn.mechanism
+    stock = before[0].operator
+    q = stock.q * (stock.scale * stock.q.shape[-1] ** 0.5)
+    with record() as alone:
+        own(q, stock.k, before[0].value, net.patch_embed.grid_size, 5)
+    assert torch.allclose(after[0].output, alone[0].output, atol=1e-5)
+    assert after[0].operator.shape == before[0].operator.shape
+    assert logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_gna_and_dma_that_see_everything_leave_the_logits():
+    net = model("vit_tiny_patch16_224", depth=2)
+    x = images(net)
+    before = net(x)
+    convert(net, "gna", kernel=4)
+    assert torch.allclose(net(x), before, atol=1e-5)
+    convert(net, "dma", window=16)  # converted anew
+    assert torch.allclose(net(x), before, atol=1e-5)
+
+
+@torch.no_grad()
+def test_grids_follow_the_image():
+    net = model("vit_tiny_patch16_224", depth=2, dynamic_img_size=True)
+    convert(net, "gna", kernel=2)
+    for size in ((64, 96), (96, 64), (64, 64)):
+        with record(net) as calls:
+            net(torch.randn(1, 3, *size))
+        assert calls[0].maps["received"].shape[2:] == (size[0] // 16, size[1] // 16)
+
+
+def test_it_trains_copies_and_keeps_its_weights_apart():
+    net = model("vit_tiny_patch16_224", depth=2)
+    convert(net, "dma", blocks=[-1], window=8)
+    assert [n for n in net.state_dict() if "mechanism" in n] == [
+        "blocks.1.attn.mechanism.a",
+        "blocks.1.attn.mechanism.score.weight",
+    ]
+    net.train()
+    net(images(net)).square().sum().backward()
+    assert net.blocks[1].attn.mechanism.a.grad.abs().sum() > 0
+    assert net.blocks[1].attn.qkv.weight.grad.abs().sum() > 0
+    net.eval()
+    twin = copy.deepcopy(net)
+    before = net(images(net))
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert torch.equal(net(images(net)), before) and (twin(images(net)) == 0).all()
+
+
+def test_only_the_blocks_asked_for_change_and_numbers_are_checked():
+    net = model("vit_tiny_patch16_224", depth=3)
+    convert(net, "softmax", blocks=[0, -1])
+    assert [hasattr(b.attn, "mechanism") for b in net.blocks] == [True, False, True]
+    with pytest.raises(ValueError, match="blocks: got 3; VisionTransformer has 0 to 2"):
+        convert(net, "softmax", blocks=[3])
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("swin_tiny_patch4_window7_224", "SwinTransformer has no list of blocks"),
+        ("cait_xxs24_224", r"blocks.0.attn \(TalkingHeadAttn\) does not use fused attention"),
+        ("vit_relpos_small_patch16_224", r"blocks.0.attn \(RelPosAttention\) adds a bias or mask"),
+        ("resnet18", "ResNet has no list of blocks"),
+    ],
+)
+def test_models_that_cannot_be_converted_are_named_and_untouched(name, message):
+    net = timm.create_model(name, num_classes=5).eval()
+    names = list(net.state_dict())
+    with pytest.raises(ValueError, match=message):
+        convert(net, "gna")
+    assert list(net.state_dict()) == names
+    assert not any("Converted" in type(m).__name__ for m in net.modules())
+
+
+def test_wrong_options_leave_the_model_untouched():
+    net = model("vit_tiny_patch16_224", depth=1)
+    with pytest.raises(ValueError, match="name: unknown attention 'gnaa'; did you mean gna"):
+        convert(net, "gnaa")
+    with pytest.raises(ValueError, match="options: gna does not take that option"):
+        convert(net, "gna", size=3)
+    assert not hasattr(net.blocks[0].attn, "mechanism")
+
+
+def test_dropping_attention_weights_is_refused_in_training():
+    net = model("vit_tiny_patch16_224", depth=1, attn_drop_rate=0.1)
+    convert(net, "gna", kernel=2)
+    net(images(net))
+    with pytest.raises(ValueError, match="set the layers' attn_drop to 0"):
+        net.train()(images(net))
+
+
+def test_a_scale_of_the_layers_own_is_kept():
+    q, k, v = torch.randn(3, 1, 2, 9, 16, generator=torch.Generator().manual_seed(0))
+    layer = create_mechanism("softmax", 32, 2)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.1)
+    assert torch.allclose(layer(q, k, v, scale=0.1), expected, atol=1e-6)

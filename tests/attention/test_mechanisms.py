@@ -1,0 +1,303 @@
+"""Every registered mechanism: A V is its output, and all questions to A agree with a dense A."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from xattn.attention import (
+    create_attention,
+    create_mechanism,
+    list_attention,
+    mechanism_class,
+    record,
+)
+
+OPTIONS = {
+    "softmax": [{}],
+    "gna": [{"kernel": 3}, {"kernel": (3, 4), "stride": (2, 1)}, {"kernel": 2, "dilation": (2, 1)}],
+    "dma": [{"window": 4}, {"window": 4, "causal": True}, {"window": 64}],
+    "agent": [{"agents": 4, "window": (3, 3)}, {"agents": 9, "training_free": True}],
+}
+CASES = [
+    pytest.param(name, options, id=f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items())}")
+    for name in list_attention()
+    for options in OPTIONS[name]
+]
+GRID, DIM, HEADS = (5, 6), 32, 2
+
+
+def inputs(prefix, grid=GRID, batch=2, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (3, batch, HEADS, prefix + grid[0] * grid[1], DIM // HEADS)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).unbind(0)
+
+
+def mechanism(name, options, dtype=torch.float64):
+    torch.manual_seed(0)
+    made = create_mechanism(name, DIM, HEADS, **options).to(dtype)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return made
+
+
+def test_every_mechanism_is_tested_here():
+    assert set(OPTIONS) == set(list_attention())
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("name, options", CASES)
+def test_all_questions_to_the_operator_agree_with_its_matrix(name, options, prefix):
+    q, k, v = inputs(prefix)
+    layer = mechanism(name, options)
+    operator = layer.operator(q, k, v, GRID, prefix)
+    n = q.shape[2]
+    assert operator.shape == (2, HEADS, n, n)
+    a = operator.rows(torch.arange(n))
+    local = layer.local(v, GRID, prefix)
+    output = layer(q, k, v, GRID, prefix)
+    assert torch.allclose(a @ v + (0 if local is None else local), output, atol=1e-10)
+    x = torch.randn(2, HEADS, n, 3, dtype=q.dtype)
+    assert torch.allclose(operator.matvec(x), a @ x, atol=1e-10)
+    some = torch.tensor([n - 1, 0, 3])
+    assert torch.allclose(operator.rows(some), a[:, :, some], atol=1e-10)
+    assert torch.allclose(operator.row_sums(), a.sum(-1), atol=1e-10)
+    rows, columns = slice(2, 9), slice(1, 20)
+    assert torch.allclose(operator.tile(rows, columns), a[:, :, rows, columns], atol=1e-10)
+    r = torch.randn(2, 3, n, dtype=q.dtype)
+    expected = torch.einsum("brn,bhns->bhrs", r, a)
+    assert torch.allclose(operator.vecmat(r), expected, atol=1e-9)
+    assert torch.allclose(operator.vecmat(r, "mean"), expected.mean(1), atol=1e-9)
+    own = torch.randn(2, HEADS, 3, n, dtype=q.dtype)
+    assert torch.allclose(operator.vecmat(own), own @ a, atol=1e-9)
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_rows_are_weights(name, options):
+    q, k, v = inputs(1)
+    operator = mechanism(name, options).operator(q, k, v, GRID, 1)
+    assert torch.allclose(operator.row_sums(), torch.ones(2, HEADS, 31, dtype=q.dtype))
+    assert (operator.rows(torch.arange(31)) >= 0).all()
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_it_trains_and_gradients_are_right(name, options):
+    grid = (4, 4)
+    q, k, v = (x.requires_grad_() for x in inputs(1, grid, batch=1))
+    layer = mechanism(name, options)
+    assert torch.autograd.gradcheck(
+        lambda *x: layer(*x, grid, 1), (q, k, v), atol=1e-5, fast_mode=True
+    )
+    layer(q, k, v, grid, 1).square().sum().backward()
+    for parameter in layer.parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all()
+    if name == "dma":
+        assert layer.a.grad.abs().sum() > 0 and layer.score.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_a_batch_equals_its_images_and_single_precision_is_near(name, options):
+    q, k, v = inputs(2, batch=3)
+    layer = mechanism(name, options)
+    whole = layer(q, k, v, GRID, 2)
+    for i in range(3):
+        one = layer(q[i : i + 1], k[i : i + 1], v[i : i + 1], GRID, 2)
+        assert torch.allclose(one[0], whole[i], atol=1e-10)
+    single = copy.deepcopy(layer).float()
+    assert torch.allclose(single(q.float(), k.float(), v.float(), GRID, 2).double(), whole, atol=1e-3)
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_a_layer_records_its_operator_and_maps(name, options):
+    torch.manual_seed(0)
+    layer = create_attention(name, DIM, HEADS, qk_norm=True, **options)
+    x = torch.randn(2, 31, DIM)
+    plain = layer(x, GRID, 1)
+    with record() as calls:
+        recorded = layer(x, GRID, 1)
+    assert torch.allclose(plain, recorded, atol=1e-5)
+    (call,) = calls
+    assert torch.allclose(call.operator.matvec(call.value), call.output, atol=1e-5)
+    for name, found in call.maps.items():
+        assert found.shape[0] == 2 and found.shape[2:] == GRID, name
+        assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_the_registry_says_what_it_is(name, options):
+    entry = mechanism_class(name).entry
+    assert entry.name == name and entry.paper and "N" in entry.complexity
+
+
+# ---------------------------------------------------------------------- limit cases
+
+
+def dense(q, k, v, bias=None):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_gna_over_the_whole_grid_is_dense(prefix):
+    q, k, v = inputs(prefix)
+    layer = mechanism("gna", {"kernel": GRID})
+    assert torch.allclose(layer(q, k, v, GRID, prefix), dense(q, k, v))
+
+
+def test_gna_with_stride_as_kernel_is_attention_in_windows():
+    q, k, v = inputs(0, (6, 8))
+    y = mechanism("gna", {"kernel": (3, 4), "stride": (3, 4)})(q, k, v, (6, 8))
+    windows = (
+        x.unflatten(2, (2, 3, 2, 4)).permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5) for x in (q, k, v)
+    )
+    expected = dense(*windows).unflatten(4, (3, 4)).permute(0, 1, 2, 4, 3, 5, 6).flatten(2, 5)
+    assert torch.allclose(y, expected)
+
+
+@pytest.mark.parametrize(
+    "grid, options",
+    [((11,), {"kernel": 4}), ((9, 10), {"kernel": 3, "dilation": 3}), ((3, 4, 5), {"kernel": 2})],
+)
+def test_gna_sees_exactly_the_kernel(grid, options):
+    generator = torch.Generator().manual_seed(0)
+    n = torch.Size(grid).numel()
+    q, k = torch.randn(2, 1, HEADS, n, 16, generator=generator, dtype=torch.float64)
+    a = mechanism("gna", options).operator(q, k, k, grid, 0).rows(torch.arange(n))
+    assert ((a > 0).sum(-1) == options["kernel"] ** len(grid)).all()
+    i, j = (a[0, 0] > 0).nonzero().unbind(-1)
+    at = torch.stack(torch.unravel_index(torch.stack([i, j]), grid))
+    assert ((at[:, 0] - at[:, 1]) % options.get("dilation", 1) == 0).all()
+
+
+def test_gna_is_causal_in_the_dimensions_asked_for():
+    q, k, _ = inputs(0)
+    layer = mechanism("gna", {"kernel": 3, "causal": (True, False)})
+    a = layer.operator(q, k, k, GRID, 0).rows(torch.arange(30)).unflatten(-1, GRID)
+    a = a.unflatten(2, GRID)
+    for y in range(GRID[0]):
+        assert (a[:, :, y, :, y + 1 :] == 0).all() and (a[:, :, y, :, y] > 0).any()
+
+
+def test_gna_locality_is_the_dense_mass_inside_the_window():
+    q, k, v = inputs(1)
+    layer = mechanism("gna", {"kernel": 3})
+    seen = layer.operator(q, k, v, GRID, 1).rows(torch.arange(31)) > 0
+    scores = (q @ k.transpose(-2, -1) / 4).softmax(-1)
+    expected = torch.where(seen, scores, 0.0).sum(-1)
+    assert torch.allclose(layer.locality(q, k, GRID, 1), expected)
+    assert torch.allclose(mechanism("gna", {"kernel": GRID}).locality(q, k, GRID, 1), torch.ones(()).double())
+
+
+def test_dma_that_keeps_all_is_biased_dense_and_with_a_zero_plain():
+    q, k, v = inputs(1)
+    layer = mechanism("dma", {"window": 30})
+    b = F.pad(layer.key_bias(v[:, :, 1:]), (1, 0))
+    assert torch.allclose(layer(q, k, v, GRID, 1), dense(q, k, v, b[:, :, None]))
+    layer.a.data.zero_()
+    assert torch.allclose(layer(q, k, v, GRID, 1), dense(q, k, v))
+
+
+def test_dma_ignores_a_constant_in_the_bias_and_the_order_of_tokens():
+    q, k, v = inputs(0)
+    layer = mechanism("dma", {"window": 7})
+    y = layer(q, k, v, GRID)
+    moved = copy.deepcopy(layer)
+    moved.key_bias = lambda v, own=layer: own.key_bias(v) + 3.0
+    assert torch.allclose(moved(q, k, v, GRID), y)
+    order = torch.randperm(30)
+    assert torch.allclose(layer(*(x[:, :, order] for x in (q, k, v)), GRID), y[:, :, order])
+
+
+@pytest.mark.parametrize("window", [3, 30])
+def test_causal_dma_keeps_the_best_keys_up_to_each_query(window):
+    q, k, v = inputs(0)
+    layer = mechanism("dma", {"window": window, "causal": True})
+    b = layer.key_bias(v)
+    bias = torch.full((2, HEADS, 30, 30), -torch.inf, dtype=q.dtype)
+    for i in range(30):
+        scores = b[..., : i + 1].detach().clone()
+        scores[..., i] = torch.inf
+        best = scores.topk(min(window, i + 1)).indices
+        bias[:, :, i].scatter_(-1, best, b.gather(-1, best))
+    assert torch.allclose(layer(q, k, v, GRID), dense(q, k, v, bias))
+
+
+def test_agents_that_are_the_queries_give_two_dense_stages():
+    q, k, v = inputs(0, (3, 3))
+    layer = mechanism("agent", {"agents": 9, "window": (3, 3)})
+    for parameter in layer.parameters():
+        parameter.data.zero_()
+    first = (q @ q.transpose(-2, -1) / 4).softmax(-1)
+    second = (q @ k.transpose(-2, -1) / 4).softmax(-1)
+    y = layer(q, k, v, (3, 3))
+    assert torch.allclose(y, first @ second @ v)
+    assert not torch.allclose(y, dense(q, k, v))
+
+
+def test_one_agent_gives_all_tokens_the_same_and_rank_is_bounded():
+    q, k, v = inputs(1)
+    layer = mechanism("agent", {"agents": 1})
+    a = layer.operator(q, k, v, GRID, 1).rows(torch.arange(31))
+    assert torch.allclose(a, a[:, :, :1].expand_as(a))
+    four = mechanism("agent", {"agents": 4}).operator(q, k, v, GRID, 1).rows(torch.arange(31))
+    assert (torch.linalg.matrix_rank(four) <= 4).all()
+
+
+def test_permuting_patches_inside_a_pooling_cell_leaves_what_agents_read():
+    q, k, v = inputs(0, (4, 4))
+    layer = mechanism("agent", {"agents": 4, "training_free": True})
+    order = torch.arange(16)
+    order[[0, 1, 4, 5]] = torch.tensor([5, 4, 0, 1])  # the first 2 x 2 cell
+    read = [
+        layer.operator(*x, (4, 4), 0).factors[1].matvec(x[2])
+        for x in ((q, k, v), tuple(x[:, :, order] for x in (q, k, v)))
+    ]
+    assert torch.allclose(*read)
+
+
+def test_agent_biases_fit_other_grids():
+    layer = mechanism("agent", {"agents": 4, "window": (3, 3)})
+    q, k, v = inputs(1, (5, 6))
+    assert layer(q, k, v, (5, 6), 1).isfinite().all()
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: create_attention("agnet", 32, 2), "unknown attention 'agnet'; did you mean agent"),
+        (lambda: create_attention("gna", 32, 2, kernl=3), "gna does not take that option"),
+        (lambda: create_attention("gna", 30, 4), "num_heads has to divide dim"),
+        (lambda: create_attention("agent", 32, 2, agents=5), "agents: got 5; give a square"),
+        (lambda: create_attention("dma", 32, 2, window=0), "window: got 0"),
+        (lambda: create_attention("gna", 32, 2)(torch.zeros(1, 9, 32)), "grid: gna needs the grid"),
+        (lambda: create_attention("gna", 32, 2)(torch.zeros(1, 9, 32), (3, 3)), "kernel, dilation: got 7"),
+        (
+            lambda: create_attention("gna", 32, 2, kernel=2, stride=3)(torch.zeros(1, 9, 32), (3, 3)),
+            "stride: got 3",
+        ),
+        (lambda: create_attention("agent", 32, 2)(torch.zeros(1, 9, 32), (9,)), "agent works on 2"),
+        (lambda: create_attention("softmax", 32, 2)(torch.zeros(1, 9, 16)), r"x: got \(1, 9, 16\)"),
+        (lambda: create_attention("softmax", 32, 2)(torch.zeros(1, 9, 32), prefix=9), "prefix: got 9"),
+        (
+            lambda: create_attention("gna", 32, 2)(torch.zeros(1, 9, 32), (3, 3), 1),
+            r"grid: \(3, 3\) holds 9 tokens; got 9 with 1 prefix",
+        ),
+        (
+            lambda: create_mechanism("softmax", 32, 2)(*torch.zeros(3, 1, 4, 9, 8)),
+            "q: got 4 heads of 8; softmax was made for 2 heads of 16",
+        ),
+        (
+            lambda: create_mechanism("softmax", 32, 2).operator(
+                *torch.zeros(3, 1, 2, 9, 16), None, 0
+            ).vecmat(torch.zeros(1, 3, 8)),
+            r"r: got shape \(1, 3, 8\)",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

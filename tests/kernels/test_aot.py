@@ -1,0 +1,134 @@
+"""The ahead-of-time check: no kernel spills on A100 or H100, and one that did would be named."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from xattn.cli import main
+from xattn.kernels import aot
+from xattn.kernels.backend import HAS_TRITON
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+
+
+def compile_in_a_process(code, cache):
+    """Run ``code`` where Triton compiles; here it interprets."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**kept, "TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def bench(filter):
+    return f"import xattn.cli\nexit(xattn.cli.main({['bench', 'kernels', '--aot', '--filter', filter]}))"
+
+
+@needs_triton
+@pytest.mark.parametrize("op", aot.OPS)
+def test_no_kernel_spills_or_needs_more_shared_memory_than_there_is(op, tmp_path):
+    labels = [case.label for case in aot.cases() if op in case.label]
+    run = compile_in_a_process(bench(op), tmp_path)
+    assert run.returncode == 0, run.stderr
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in run.stdout.splitlines()[2:]
+    ]
+    assert [row[0] for row in rows] == [label for label in labels for _ in aot.TARGETS]
+    for _, target, registers, shared, stack, local, cubin, microseconds in rows:
+        assert target in [t.name for t in aot.TARGETS.values()]
+        assert 16 <= int(registers) <= 255 and 1 < float(shared) and 1 < float(cubin)
+        assert stack == local == "0" and float(microseconds) > 1
+
+
+@needs_triton
+def test_a_kernel_that_spills_is_named_and_the_command_fails(tmp_path):
+    narrow = "import xattn.kernels.softmax.triton as t\nt.TILES['forward', False, True, True] = (32, 32, 4, 2)\n"
+    run = compile_in_a_process(narrow + bench("softmax forward fp32 D=128 bias"), tmp_path)
+    assert run.returncode == 2 and run.stdout.count("\n") == 4  # the table is complete
+    assert "softmax forward fp32 D=128 bias on H100 SXM (sm_90) spills: stack" in run.stderr
+
+
+@needs_triton
+def test_every_op_has_cases_of_both_widths_and_kinds_under_its_name():
+    cases = list(aot.cases())
+    labels = [case.label for case in cases]
+    assert len(set(labels)) == len(labels)
+    for op in aot.OPS:
+        for word in ("bf16 D=64", "bf16 D=128", "fp32 D=64", "fp32 D=128"):
+            assert any(op in label and word in label for label in labels), (op, word)
+    for case in cases:
+        assert list(case.signature) == case.kernel.arg_names
+        assert {n for n, kind in case.signature.items() if kind == "constexpr"} == {*case.constants}
+        assert case.operations > 0 and case.bytes > 0
+
+
+def report(**change):
+    values = {
+        "label": "k",
+        "capability": 80,
+        "registers": 64,
+        "shared": 1024,
+        "stack": 0,
+        "local": 0,
+    }
+    return aot.Report(**{**values, "cubin": 2048, "roofline": 3e-6, **change})
+
+
+def test_stack_local_and_shared_memory_are_checked_for_each_target():
+    assert aot.check([report(), report(capability=90, shared=227 * 1024)]) == []
+    failures = aot.check([report(stack=8), report(local=16), report(shared=163 * 1024 + 1)])
+    assert [text.split(" on ")[1] for text in failures] == [
+        "A100 40 GB (sm_80) spills: stack 8, local 0 bytes",
+        "A100 40 GB (sm_80) spills: stack 0, local 16 bytes",
+        "A100 40 GB (sm_80) needs 166913 bytes of shared memory",
+    ]
+    assert (
+        list(aot.table([report()]))[2] == "| k | A100 40 GB (sm_80) | 64 | 1.0 | 0 | 0 | 2.0 | 3 |"
+    )
+
+
+def test_the_roofline_is_the_slower_of_arithmetic_and_memory():
+    def case(kind, operations, bytes):
+        return aot.Case(None, {"q_ptr": kind}, {}, 4, 2, "", operations, bytes)
+
+    a100, h100 = aot.TARGETS[80], aot.TARGETS[90]
+    assert aot.roofline(case("*bf16", 312e12, 1), a100) == 1
+    assert aot.roofline(case("*fp32", 67e12, 1), h100) == 1
+    assert aot.roofline(case("*bf16", 1, 3.35e12), h100) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "bench kernels: give --aot"),
+        (["--aot"], "TRITON_INTERPRET=1 replaces the compiler" if HAS_TRITON else "not installed"),
+    ],
+)
+def test_the_command_says_what_it_needs(arguments, message, capsys):
+    assert main(["bench", "kernels", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@needs_triton
+def test_a_filter_that_no_kernel_meets_and_a_wheel_without_cuobjdump_are_refused(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(aot, "interpreted", lambda: False)
+    with pytest.raises(
+        ValueError, match="filter: no kernel's label contains 'softmx'; try one of softmax"
+    ):
+        list(aot.bench("softmx"))
+    import triton
+
+    monkeypatch.setattr(triton, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(ValueError, match="cuobjdump is missing; install a Triton wheel"):
+        list(aot.bench())
+
+
+def test_a_cubin_without_resource_usage_is_refused():
+    with pytest.raises(ValueError, match="no resource usage in '-res-usage"):
+        aot.resources(b"", "echo")

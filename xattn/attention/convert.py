@@ -1,0 +1,251 @@
+"""Put another mechanism into the attention layers of a timm ViT, keeping every weight.
+
+    convert(model, "gna", blocks=range(0, 8), kernel=9)      # and revert(model) puts it back
+
+The layer's own code goes on to make q, k and v (norms, biases, rotary embeddings, gates) and to use
+what comes out; only its call of ``F.scaled_dot_product_attention`` is answered by the mechanism. The
+names of the weights stay as they are; a mechanism's own lie under ``attn.mechanism``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from xattn.attention.base import Mechanism, create_mechanism, mechanism_class
+from xattn.attention.record import record
+
+
+def convert(
+    model: nn.Module, name: str, blocks: Iterable[int] | None = None, **options: Any
+) -> nn.Module:
+    """Swap the attention of ``model.blocks`` in place; returns the model.
+
+    Args:
+        model: a timm ViT, or any module whose ``blocks[i].attn`` call fused attention once over all
+            tokens and whose ``patch_embed`` sees the image. A :class:`~xattn.Backbone` is converted
+            inside.
+        name: see :func:`~xattn.attention.list_attention`; layers converted before are converted anew.
+        blocks: numbers of the blocks, negative ones from the end; all by default.
+        options: of the mechanism.
+
+    Raises:
+        ValueError: unknown name or option, a block that is not there, or a layer that cannot be
+            converted, by its name; the model is untouched then.
+    """
+    mechanism_class(name)
+    model = getattr(model, "model", model) if not hasattr(model, "blocks") else model
+    layers = _layers(model, blocks)
+    _check(model, layers, name)
+    made: dict[str, Mechanism] = {}
+    for path, layer in layers.items():
+        heads = _heads(path, layer)
+        width = _width(path, layer)
+        made[path] = create_mechanism(name, width, heads, **options)
+    layout = _layout(model)
+    for path, layer in layers.items():
+        _release(layer)
+        weight = next(layer.parameters())
+        mechanism = made[path].to(weight.device, weight.dtype).train(layer.training)
+        layer.__dict__["layout"] = layout
+        layer.__dict__["was_fused"] = layer.fused_attn
+        layer.mechanism = mechanism
+        layer.fused_attn = True  # type: ignore[assignment]
+        layer.__class__ = _converted(type(layer))
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo :func:`convert` in place; the mechanisms' own weights are dropped."""
+    model = getattr(model, "model", model) if not hasattr(model, "blocks") else model
+    for layer in model.modules():
+        _release(layer)
+    hooks = getattr(getattr(model, "patch_embed", None), "_forward_pre_hooks", {})
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Layout)]:
+        del hooks[key]
+    return model
+
+
+class _Converted:
+    """Mixed into the class of a converted layer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        with _Swap(self.mechanism, self.layout):  # type: ignore[attr-defined]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def _converted(cls: type) -> type:
+    """The class of a converted layer: a subclass keeps weights' names, and copies of a model whole."""
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type(f"Converted{cls.__name__}", (_Converted, cls), {})
+    return _CLASSES[cls]
+
+
+def _release(layer: nn.Module) -> None:
+    if not isinstance(layer, _Converted):
+        return
+    layer.__class__ = type(layer).__mro__[2]
+    del layer.mechanism
+    layer.fused_attn = layer.__dict__.pop("was_fused")
+    del layer.__dict__["layout"]
+
+
+class _Layout:
+    """Where a model's tokens stand: prefix tokens, then a grid; told the grid by the patch embedding."""
+
+    def __init__(self, prefix: int, grid: tuple[int, ...] | None) -> None:
+        self.prefix, self.grid = prefix, grid
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].ndim == 4:
+            size = tuple(args[0].shape[-2:])
+            if hasattr(module, "dynamic_feat_size"):
+                self.grid = tuple(int(n) for n in module.dynamic_feat_size(size))
+
+    def grid_of(self, tokens: int) -> tuple[int, ...] | None:
+        count = tokens - self.prefix
+        if self.grid is not None and math.prod(self.grid) == count:
+            return self.grid
+        side = math.isqrt(count)
+        return (side, side) if side * side == count else None
+
+
+class _Swap(TorchFunctionMode):
+    def __init__(self, mechanism: Mechanism, layout: _Layout) -> None:
+        super().__init__()
+        self.mechanism, self.layout = mechanism, layout
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        q, k, v = args[:3]
+        if kwargs.get("dropout_p", 0.0) > 0:
+            name = self.mechanism.entry.name
+            raise ValueError(
+                f"model: drops attention weights at random, which {name} does not do; set the "
+                f"layers' attn_drop to 0"
+            )
+        grid = self.layout.grid_of(q.shape[-2])
+        return self.mechanism(q, k, v, grid, self.layout.prefix, kwargs.get("scale"))
+
+
+def _layers(model: nn.Module, blocks: Iterable[int] | None) -> dict[str, nn.Module]:
+    found = getattr(model, "blocks", None)
+    if not isinstance(found, (nn.Sequential, nn.ModuleList)) or not len(found):
+        raise ValueError(
+            f"model: {type(model).__name__} has no list of blocks; only ViT-like models are converted"
+        )
+    numbers = range(len(found)) if blocks is None else list(blocks)
+    wrong = [i for i in numbers if not -len(found) <= i < len(found)]
+    if wrong:
+        raise ValueError(f"blocks: got {wrong[0]}; {type(model).__name__} has 0 to {len(found) - 1}")
+    layers = {}
+    for i in sorted({i % len(found) for i in numbers}):
+        layer = getattr(found[i], "attn", None)
+        if not isinstance(layer, nn.Module):
+            raise ValueError(
+                f"model: block {i} ({type(found[i]).__name__}) has no attention 'attn'; untouched"
+            )
+        layers[f"blocks.{i}.attn"] = layer
+    return layers
+
+
+def _check(model: nn.Module, layers: dict[str, nn.Module], name: str) -> None:
+    """Raise unless each layer calls fused attention once, over all tokens and without a mask."""
+    for path, layer in layers.items():
+        if not hasattr(layer, "fused_attn"):
+            raise ValueError(
+                f"model: {path} ({type(layer).__name__}) does not use fused attention; untouched"
+            )
+    seen: dict[str, list[tuple[tuple[int, ...], bool]]] = {path: [] for path in layers}
+    handles = []
+    with record(model) as calls:
+        for path, layer in layers.items():
+            start: list[int] = []
+            handles.append(layer.register_forward_pre_hook(lambda m, a, s=start: s.append(len(calls))))
+
+            def after(m: nn.Module, a: Any, o: Any, path: str = path, s: list[int] = start) -> None:
+                for call in calls[s.pop() :]:
+                    masked = getattr(call.operator, "bias", None) is not None
+                    seen[path].append((call.operator.shape, masked))
+
+            handles.append(layer.register_forward_hook(after))
+        training = {m: m.training for m in model.modules()}
+        try:
+            model.eval()
+            with torch.no_grad():
+                model(_example(model))
+        finally:
+            for handle in handles:
+                handle.remove()
+            for m, mode in training.items():
+                m.training = mode
+    tokens = max((shape[2] for found in seen.values() for shape, _ in found), default=0)
+    for path, layer in layers.items():
+        found, kind = seen[path], type(layer).__name__
+        if isinstance(layer, _Converted):
+            continue
+        if len(found) != 1:
+            why = f"calls fused attention {len(found)} times"
+        elif found[0][0][2] != found[0][0][3] or found[0][0][2] != tokens or found[0][0][0] != 1:
+            batch, _, n, s = found[0][0]
+            why = f"attends {n} to {s} tokens ({batch} windows), not all to all"
+        elif found[0][1]:
+            why = "adds a bias or mask to its scores"
+        else:
+            continue
+        raise ValueError(f"model: {path} ({kind}) {why}; {name} cannot stand in for it; untouched")
+
+
+def _example(model: nn.Module) -> Tensor:
+    weight = next(model.parameters())
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    height, width = size or config.get("input_size", (3, 224, 224))[-2:]
+    channels = getattr(model, "in_chans", 3) or 3
+    return torch.zeros(1, channels, height, width, device=weight.device, dtype=weight.dtype)
+
+
+def _heads(path: str, layer: nn.Module) -> int:
+    heads = getattr(layer, "num_heads", None)
+    if not isinstance(heads, int):
+        raise ValueError(f"model: {path} ({type(layer).__name__}) has no num_heads; untouched")
+    return heads
+
+
+def _width(path: str, layer: nn.Module) -> int:
+    """C of queries, keys and values, over all heads."""
+    attn_dim = getattr(layer, "attn_dim", None)
+    if isinstance(attn_dim, int):
+        return attn_dim
+    head_dim = getattr(layer, "head_dim", None)
+    if isinstance(head_dim, int):
+        return head_dim * _heads(path, layer)
+    projection = getattr(layer, "proj", None)
+    if isinstance(projection, nn.Linear):
+        return projection.in_features
+    raise ValueError(f"model: {path} ({type(layer).__name__}) does not tell its width; untouched")
+
+
+def _layout(model: nn.Module) -> _Layout:
+    """The model's layout, made and hooked into its patch embedding once."""
+    embed = getattr(model, "patch_embed", None)
+    hooks = getattr(embed, "_forward_pre_hooks", {})
+    for hook in hooks.values():
+        if isinstance(hook, _Layout):
+            return hook
+    grid = getattr(embed, "grid_size", None)
+    layout = _Layout(int(getattr(model, "num_prefix_tokens", 0)), tuple(grid) if grid else None)
+    if isinstance(embed, nn.Module):
+        embed.register_forward_pre_hook(layout)
+    return layout

@@ -1,0 +1,125 @@
+"""Dynamic mask attention: each head keeps the w keys whose values score highest, for all queries.
+
+    b_j = a softplus(w . V_j),   A = softmax over the kept keys of (q k^T / sqrt(D) + b)
+
+V_j is the value of token j over all heads; a and w are learned for each head through b, the choice
+itself has no gradient. Without a causal mask b does not depend on the query: one list of keys serves
+all, 4 N w D operations, no special kernel. Causal: each query keeps the best w keys up to itself.
+Trainable Dynamic Mask Sparse Attention, arXiv 2508.02124; exp(.) around b as in the paper is left
+out, as in the authors' code.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.attention.base import Mechanism, merge_heads, register
+from xattn.attention.operator import Operator, SoftmaxOperator
+from xattn.attention.segments import Blocks, Piece, Segment, SegmentsOperator
+
+ROWS = 2**22  # scores of a chunk of rows while the causal lists are made
+
+
+@register("dma", paper="arXiv 2508.02124", complexity="N w D", causal=True)
+class DMA(Mechanism):
+    """Dynamic mask attention.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        window: w, how many keys are kept beside the prefix tokens, whose b is 0.
+        causal: whether a token sees only earlier tokens and itself; prefix tokens see one another.
+
+    ``a`` starts at zero: with ``window`` at least N the layer is softmax attention until it learns.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int = 128,
+        causal: bool = False,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        if window < 1:
+            raise ValueError(f"window: got {window}; keep at least 1 key")
+        self.window, self.causal = window, causal
+        self.a = nn.Parameter(torch.zeros(num_heads))
+        self.score = nn.Linear(dim, num_heads, bias=False)
+
+    def key_bias(self, v: Tensor) -> Tensor:
+        """b, (B, H, N), from values (B, H, N, D)."""
+        z = self.score(merge_heads(v)).transpose(1, 2)
+        return self.a[:, None] * F.softplus(z)
+
+    def operator(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...] | None, prefix: int
+    ) -> Operator:
+        b = F.pad(self.key_bias(v[:, :, prefix:]), (prefix, 0))
+        if self.causal:
+            return self._causal(q, k, b, prefix)
+        tokens = k.shape[2]
+        if self.window >= tokens - prefix:
+            return SoftmaxOperator(q, k, bias=b[:, :, None], backend=self.backend)
+        keep = _best(b[:, :, prefix:], self.window).sort(-1).values + prefix
+        always = torch.arange(prefix, device=q.device).expand(*keep.shape[:2], -1)
+        columns = torch.cat([always, keep], -1)
+        kept = k.gather(2, columns[..., None].expand(-1, -1, -1, k.shape[-1]))
+        segment = Segment(kept, bias=b.gather(2, columns))
+        every = torch.arange(tokens, device=q.device)
+        piece = Piece(q, (segment,), (columns,))
+        return SegmentsOperator([piece], every, tokens, backend=self.backend)
+
+    def _causal(self, q: Tensor, k: Tensor, b: Tensor, prefix: int) -> Operator:
+        every = torch.arange(q.shape[2], device=q.device)
+        lists = causal_lists(b[:, :, prefix:], self.window)
+        segments = [Segment(k[:, :, prefix:], None, Blocks(lists, 1, 1), bias=b[:, :, prefix:])]
+        columns = [every[prefix:]]
+        pieces = []
+        if prefix:
+            first, own = Segment(k[:, :, :prefix]), every[:prefix]
+            segments.append(first)
+            columns.append(own)
+            pieces.append(Piece(q[:, :, :prefix], (first,), (own,)))
+        pieces.append(Piece(q[:, :, prefix:], tuple(segments), tuple(columns)))
+        return SegmentsOperator(pieces, every, len(every), backend=self.backend)
+
+    def maps(self, operator: Operator, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
+        """``importance``: b of each patch, a head a channel; the same for all queries and classes."""
+        if grid is None or len(grid) != 2 or self.causal:
+            return {}
+        if isinstance(operator, SoftmaxOperator):
+            assert operator.bias is not None
+            return {"importance": operator.bias[:, :, 0, prefix:].detach().unflatten(-1, grid)}
+        (piece,) = operator.pieces  # type: ignore[attr-defined]
+        columns, bias = piece.columns[0][..., prefix:], piece.segments[0].bias[..., prefix:].detach()
+        full = bias.new_zeros(*bias.shape[:2], operator.shape[3]).scatter_(-1, columns, bias)
+        kept = torch.zeros_like(full).scatter_(-1, columns, 1.0)
+        return {
+            "importance": full[..., prefix:].unflatten(-1, grid),
+            "kept": kept[..., prefix:].unflatten(-1, grid),
+        }
+
+
+def _best(b: Tensor, count: int) -> Tensor:
+    """The ``count`` largest of the last dimension; the first of equal ones."""
+    return b.detach().argsort(dim=-1, descending=True, stable=True)[..., :count]
+
+
+def causal_lists(b: Tensor, window: int) -> Tensor:
+    """For each query the ``window`` best keys up to itself, itself always: int32 (B, H, N, w)."""
+    batch, heads, n = b.shape
+    window = min(window, n)
+    lists = torch.empty(batch, heads, n, window, dtype=torch.int32, device=b.device)
+    step = max(1, ROWS // (batch * heads * n))
+    for start in range(0, n, step):
+        i = torch.arange(start, min(start + step, n), device=b.device)
+        later = torch.arange(n, device=b.device) > i[:, None]
+        scores = b.detach()[:, :, None].masked_fill(later, -torch.inf)
+        scores[:, :, torch.arange(len(i)), i] = torch.inf
+        best = _best(scores, window)
+        lists[:, :, i] = best.masked_fill(best > i[:, None], -1).int()
+    return lists

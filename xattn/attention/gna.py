@@ -1,0 +1,195 @@
+"""Generalized neighborhood attention: every token sees a window of its grid neighbours.
+
+In each dimension a query sees ``kernel`` keys around the leader of its stride group, with ``dilation``
+only keys of its own residue. stride 1 is neighborhood attention (arXiv 2204.07143), stride = kernel
+blocked (window) attention; kernel = length is dense. Prefix tokens are seen by all and see all.
+Hassani et al., arXiv 2504.16922.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xattn.attention.base import Mechanism, register
+from xattn.attention.operator import Operator
+from xattn.attention.order import Order, tile_order
+from xattn.attention.segments import Blocks, Rule, grid_operator, visible_blocks
+from xattn.kernels.block_sparse.box import neighbourhood, permuted
+from xattn.kernels.softmax import softmax_attention
+
+Lengths = int | tuple[int, ...]
+TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
+
+
+@register(
+    "gna",
+    paper="arXiv 2504.16922",
+    complexity="N k^n D",
+    grid=(1, 2, 3),
+    causal=True,
+    training_free=True,
+)
+class GNA(Mechanism):
+    """Generalized neighborhood attention on grids of 1 to 3 dimensions.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        kernel: keys seen in each dimension; at most the grid's length.
+        stride: queries that share a window, 1 to ``kernel``.
+        dilation: distance of the keys seen.
+        causal: per dimension, whether later keys are hidden.
+        All take one value or one for each dimension.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel: Lengths = 7,
+        stride: Lengths = 1,
+        dilation: Lengths = 1,
+        causal: bool | tuple[bool, ...] = False,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        self.window = (_hashable(kernel), _hashable(stride), _hashable(dilation), _hashable(causal))
+        self._plans: dict[tuple[tuple[int, ...], torch.device], tuple[Order, Blocks, Rule]] = {}
+
+    def operator(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...] | None, prefix: int
+    ) -> Operator:
+        assert grid is not None
+        key = grid, q.device
+        if key not in self._plans:
+            self._plans[key] = plan(grid, *self.window, q.device.type == "cpu", q.device)
+        order, blocks, rule = self._plans[key]
+        return grid_operator(q, k, prefix, order, blocks, rule, backend=self.backend)
+
+    def maps(self, operator: Operator, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
+        """``received``: the attention that each patch gets from all, mean over heads."""
+        if grid is None or len(grid) != 2:
+            return {}
+        ones = operator.row_sums().new_ones(operator.shape[0], 1, operator.shape[2])
+        return {"received": operator.vecmat(ones, "mean")[..., prefix:].unflatten(-1, grid)}
+
+    def locality(
+        self, q: Tensor, k: Tensor, grid: Sequence[int], prefix: int = 0
+    ) -> Tensor:
+        """Share of dense attention that falls into the window (and the prefix), (B, H, N) in [0, 1].
+
+        exp(lse of the window - lse of all keys): where a trained softmax layer is local already.
+        """
+        operator = self.operator(q, k, k, tuple(grid), prefix)
+        inside = operator.attend(k)[1]  # type: ignore[attr-defined]
+        return (inside - softmax_attention(q, k, k, backend=self.backend)[1]).exp()
+
+
+@torch.compiler.disable
+@lru_cache(maxsize=64)
+def plan(
+    grid: tuple[int, ...],
+    kernel: Lengths,
+    stride: Lengths = 1,
+    dilation: Lengths = 1,
+    causal: bool | tuple[bool, ...] = False,
+    single_keys: bool = True,
+    device: torch.device | str = "cpu",
+) -> tuple[Order, Blocks, Rule]:
+    """Order of the tokens, lists and element rule of one neighbourhood; cached.
+
+    Args:
+        single_keys: lists of keys (less work, for gathers) instead of key tiles (for kernels).
+
+    Raises:
+        ValueError: a window larger than the grid, a stride above the kernel, ...
+    """
+    rule = neighbourhood(grid, kernel, stride, dilation, causal)
+    tile = tuple(min(t, g) for t, g in zip(TILES[len(grid)], grid, strict=True))
+    order = residue_order(grid, rule.dilation, tile)
+    rule = permuted(rule, order.index)
+    size = math.prod(tile)
+    blocks = visible_blocks(rule, size, 1 if single_keys else size)
+    blocks = blocks._replace(index=blocks.index.to(device))
+    return order.to(device), blocks, rule.to(device)
+
+
+def residue_order(grid: Sequence[int], dilation: Sequence[int], tile: Sequence[int]) -> Order:
+    """Tile order inside each class of coordinates that see one another under the dilation."""
+    tokens = torch.arange(math.prod(grid)).view(*grid)
+    parts = []
+    for start in product(*(range(d) for d in dilation)):
+        group = tokens[tuple(slice(s, None, d) for s, d in zip(start, dilation, strict=True))]
+        index = tile_order(group.shape, tile).index
+        parts.append(torch.where(index < 0, -1, group.flatten()[index.clamp(min=0)]))
+    index = torch.cat(parts)
+    inverse = torch.empty(tokens.numel(), dtype=torch.long)
+    real = (index >= 0).nonzero()[:, 0]
+    inverse[index[real]] = real
+    return Order(index, inverse)
+
+
+class Bound(NamedTuple):
+    """What tiling leaves of a neighbourhood's saving."""
+
+    operations: float
+    """Dense operations over the window's: N / k^n."""
+    tiles: float
+    """Dense tiles over visited tiles: the most that a kernel of these tiles can gain."""
+    efficiency: float
+    """tiles / operations; 1 is perfectly block-sparse."""
+
+
+def speedup_bound(
+    grid: Sequence[int],
+    kernel: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    causal: bool | Sequence[bool] = False,
+    *,
+    q_tile: int | Sequence[int] = 8,
+    k_tile: int | Sequence[int] = 8,
+    dynamic: bool = False,
+) -> Bound:
+    """The tile simulator: count the key tiles that query tiles have to visit.
+
+    A tile visits the union of its queries' windows; key tiles lie on a fixed grid, or with
+    ``dynamic`` begin where the union does. Our own definition: the paper's simulator is not public.
+
+    Raises:
+        ValueError: as for :class:`GNA`.
+    """
+    n = len(grid)
+    rule = neighbourhood(grid, kernel, stride, dilation, causal)
+    sides = [(t,) * n if isinstance(t, int) else tuple(t) for t in (q_tile, k_tile)]
+    shape = (*grid, n)
+    low, high = rule.low.view(shape), rule.high.view(shape)
+    seen = visited = dense = 1
+    for t, (length, d) in enumerate(zip(grid, rule.dilation, strict=True)):
+        # Windows of one dimension do not depend on the others.
+        line = tuple(slice(None) if i == t else 0 for i in range(n))
+        first, last = low[line][:, t] // d, high[line][:, t] // d
+        q_side, k_side = sides[0][t], sides[1][t]
+        count = 0
+        for residue in range(d):
+            starts = first[residue::d].split(q_side)
+            ends = last[residue::d].split(q_side)
+            for start, end in zip(starts, ends, strict=True):
+                lo, hi = int(start.min()), int(end.max())
+                count += -(-(hi - lo + 1) // k_side) if dynamic else hi // k_side - lo // k_side + 1
+        seen *= int((last - first + 1).sum())
+        visited *= count
+        dense *= -(-length // q_side) * -(-length // k_side)
+    operations = math.prod(grid) ** 2 / seen
+    return Bound(operations, dense / visited, dense / visited / operations)
+
+
+def _hashable(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,108 @@
+"""Orders of grid tokens in which neighbours in the list are neighbours on the grid.
+
+Block-sparse attention reads runs of tokens; an image's runs should be squares. ``tile_order`` visits
+a grid tile by tile, ``z_order`` interleaves the bits of the coordinates (Morton 1966), so that runs of
+4, 16, 64, ... are squares, each made of the four squares before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """A new order of N tokens on M >= N places; the places without a token are padding.
+
+    Attributes: ``index``, LongTensor (M,), the token of each place, -1 for padding; ``inverse``,
+    LongTensor (N,), the place of each token.
+    """
+
+    index: Tensor
+    inverse: Tensor
+
+    @property
+    def padding(self) -> Tensor:
+        """(M,) bool: which places hold no token."""
+        return self.index < 0
+
+    @property
+    def is_padded(self) -> bool:
+        return self.index.shape[0] > self.inverse.shape[0]
+
+    def apply(self, x: Tensor, dim: int = -2) -> Tensor:
+        """Tokens along ``dim`` in the new order, zeros in padding places."""
+        out = x.index_select(dim, self.index.clamp(min=0))
+        if not self.is_padded:
+            return out
+        shape = [1] * x.ndim
+        shape[dim] = -1
+        return out.masked_fill(self.padding.view(shape), 0)
+
+    def undo(self, x: Tensor, dim: int = -2) -> Tensor:
+        """Back from the new order, without the padding."""
+        return x.index_select(dim, self.inverse)
+
+    def to(self, device: torch.device | str) -> Order:
+        return Order(self.index.to(device), self.inverse.to(device))
+
+
+def tile_order(grid: Sequence[int], tile: Sequence[int] | int) -> Order:
+    """Tile by tile in raster order, and inside a tile in raster order.
+
+    Args:
+        grid: lengths of the grid in 1 to 3 dimensions, tokens in raster order; filled up with
+            padding to multiples of ``tile``.
+        tile: sides of a tile, one for all dimensions or one for each.
+
+    Raises:
+        ValueError: lengths that are not positive, or another number of them.
+    """
+    grid = _lengths("grid", grid)
+    tile = _lengths("tile", (tile,) * len(grid) if isinstance(tile, int) else tile, len(grid))
+    padded = [-(-g // t) * t for g, t in zip(grid, tile, strict=True)]
+    places = _padded(grid, padded)
+    split = [n for p, t in zip(padded, tile, strict=True) for n in (p // t, t)]
+    outer, inner = range(0, 2 * len(grid), 2), range(1, 2 * len(grid), 2)
+    return _order(places.view(split).permute(*outer, *inner).flatten(), grid)
+
+
+def z_order(grid: Sequence[int]) -> Order:
+    """Z-order (Morton order) of a grid, filled up with padding to the next power of two, equal sides.
+
+    Raises:
+        ValueError: lengths that are not positive.
+    """
+    grid = _lengths("grid", grid)
+    bits = max(n - 1 for n in grid).bit_length()
+    places = _padded(grid, [2**bits] * len(grid))
+    # (2, ..., 2) per dimension, then the first bits of all dimensions, the second, ...
+    split = places.view([2] * (bits * len(grid)))
+    axes = [d * bits + b for b in range(bits) for d in range(len(grid))]
+    return _order(split.permute(axes).flatten() if bits else places.flatten(), grid)
+
+
+def _padded(grid: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Token numbers on a grid of ``shape``, -1 outside of ``grid``."""
+    places = torch.full(tuple(shape), -1)
+    inside = tuple(slice(0, n) for n in grid)
+    places[inside] = torch.arange(places[inside].numel()).view(*grid)
+    return places
+
+
+def _order(index: Tensor, grid: Sequence[int]) -> Order:
+    places = (index >= 0).nonzero()[:, 0]
+    inverse = torch.empty(len(places), dtype=torch.long)
+    inverse[index[places]] = places
+    return Order(index, inverse)
+
+
+def _lengths(name: str, value: Sequence[int], count: int | None = None) -> tuple[int, ...]:
+    lengths = tuple(int(n) for n in value)
+    if not 1 <= len(lengths) <= 3 or min(lengths) < 1 or count not in (None, len(lengths)):
+        raise ValueError(f"{name}: got {value}; give {count or '1 to 3'} positive lengths")
+    return lengths

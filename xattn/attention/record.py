@@ -1,0 +1,162 @@
+"""Read the attention of a running model: one operator a call of attention, fused kernels stay on.
+
+    with record(model) as calls:
+        logits = model(x)
+    calls[-1].operator.rows(torch.tensor([0]))      # the class token's row, O(N d)
+
+Layers of :mod:`xattn.attention` hand in their operator themselves. Every other layer is caught at
+``F.scaled_dot_product_attention``, whatever stands before it (rotary embeddings, normalised queries,
+gates), so stock timm, torchvision and own models need no wrapper and no change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from xattn.attention.operator import Operator, SoftmaxOperator
+from xattn.kernels.softmax import softmax_attention
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of attention: ``output = operator.matvec(value)``."""
+
+    operator: Operator
+    value: Tensor
+    """V, (B, H, S, Dv)."""
+    output: Tensor
+    """A V, (B, H, N, Dv), part of the model's graph: gradients may be taken with respect to it."""
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    """A mechanism's own maps, (B, K, h, w) by name."""
+
+
+_OPEN: list[list[Call]] = []
+_INSIDE: list[bool] = []
+
+
+def recording() -> bool:
+    """Whether some :func:`record` is open and wants the attention of the layer that asks."""
+    return bool(_OPEN)
+
+
+def keep(call: Call) -> None:
+    """Hand ``call`` to every open :func:`record`; layers do this when :func:`recording`."""
+    for calls in _OPEN:
+        calls.append(call)
+
+
+@contextmanager
+def record(model: nn.Module | None = None) -> Iterator[list[Call]]:
+    """The calls of attention made inside, in order.
+
+    Args:
+        model: its timm layers are told to use fused attention, and are put back afterwards; layers
+            that write out their softmax cannot be seen otherwise.
+    """
+    calls: list[Call] = []
+    _OPEN.append(calls)
+    try:
+        with fused_layers(model), _Interceptor():
+            yield calls
+    finally:
+        _OPEN.pop(next(i for i, c in enumerate(_OPEN) if c is calls))
+
+
+@contextmanager
+def fused_layers(model: nn.Module | None) -> Iterator[None]:
+    """Inside, the timm layers of ``model`` call ``F.scaled_dot_product_attention``."""
+    modules = [] if model is None else [m for m in model.modules() if hasattr(m, "fused_attn")]
+    before = [m.fused_attn for m in modules]
+    try:
+        for m in modules:
+            m.fused_attn = True  # type: ignore[assignment]
+        yield
+    finally:
+        for m, fused in zip(modules, before, strict=True):
+            m.fused_attn = fused
+
+
+@contextmanager
+def own_layer() -> Iterator[None]:
+    """Inside, attention is a part of a layer that hands in its operator itself."""
+    _INSIDE.append(True)
+    try:
+        yield
+    finally:
+        _INSIDE.pop()
+
+
+_FUSED = F.scaled_dot_product_attention
+
+
+@contextmanager
+def attending_by(attend: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside, ``F.multi_head_attention_forward`` attends by ``attend``: what PyTorch's own Python
+    functions call in turn is not shown to a ``TorchFunctionMode``."""
+    before = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = before
+
+
+class _Interceptor(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if function is F.multi_head_attention_forward and not _INSIDE:  # torchvision's layers
+            with attending_by(_attend):
+                return function(*args, **kwargs)
+        if function is not _FUSED or _INSIDE:
+            return function(*args, **kwargs)
+        return _attend(*args, **kwargs)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    **other: Any,
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` that also keeps the operator."""
+    if dropout_p > 0:
+        raise ValueError("model: drops attention weights at random; call model.eval() first")
+    if enable_gqa and key.shape[-3] != query.shape[-3]:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(times, -3) for x in (key, value))
+    q, k, v = (_four(x) for x in (query, key, value))
+    bias = attn_mask
+    if is_causal:
+        shape = q.shape[2], k.shape[2]
+        bias = torch.ones(shape, dtype=torch.bool, device=q.device).tril()
+    if bias is not None:
+        if bias.dtype == torch.bool:
+            hidden = ~bias
+            bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill(hidden, -torch.inf)
+        bias = _four(bias.expand(*query.shape[:-3], *bias.shape[-3:]) if query.ndim > 4 else bias)
+    o, lse = softmax_attention(q, k, v, bias, scale=scale)
+    operator = SoftmaxOperator(q.detach(), k.detach(), scale, _detach(bias), lse.detach())
+    keep(Call(operator, v.detach(), o))
+    return o.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _four(x: Tensor) -> Tensor:
+    """Any (..., H, N, D) as (B, H, N, D)."""
+    return x.reshape(-1, *x.shape[-3:]) if x.ndim > 2 else x[None, None]
+
+
+def _detach(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()

@@ -1,0 +1,259 @@
+"""What explainers that read attention share: the layers' operators, the row that the classifier reads.
+
+A ViT's layers hold one A (N x N) a head; none is ever stored. The explainers start from a row vector
+over the tokens, the share of each in what the classifier reads, and multiply it by A from the last
+layer to the first: O(N) memory.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from xattn.attention.record import Call, record
+from xattn.explainers.base import Choose, Explainer
+
+if TYPE_CHECKING:
+    from xattn.backbone import Backbone
+    from xattn.heads import Head
+
+Start = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The attention of one pass over B images of N tokens: prefix tokens, then an (h, w) grid."""
+
+    logits: Tensor
+    layers: list[Call]
+    """Self-attention, first layer to last; operators of shape (B, H, N, N)."""
+    pool: Call | None
+    """Attention pooling by one query of its own, (B, H, 1, N)."""
+    grid: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        return self.layers[0].operator.shape[2]
+
+    @property
+    def prefix(self) -> int:
+        return self.tokens - self.grid[0] * self.grid[1]
+
+
+class AttentionExplainer(Explainer):
+    """Base of explainers of ViT-like classifiers that read self-attention over all tokens.
+
+    Args:
+        start: the tokens that the classifier reads: "auto" finds out (class token, class and
+            distillation token, average over patches, or attention pooling's own row), "class" is
+            the first token, "patches" the average over them, or numbers of tokens, averaged.
+
+    Raises:
+        ValueError: a model without such attention, said with what was found instead; or one whose
+            way of pooling gives no row of tokens, unless ``start`` is given.
+    """
+
+    gradients: ClassVar[bool] = False
+    """Whether the pass is recorded for a backward pass."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head | None = None,
+        seed: int = 0,
+        max_forward_batch: int = 32,
+        start: Start = "auto",
+    ) -> None:
+        super().__init__(backbone, head, seed, max_forward_batch)
+        with self._guard(), torch.no_grad():
+            image = torch.zeros(1, backbone.mean.shape[1], *backbone.preprocessing.input_size)
+            image = self._move(image)
+            reading = self._read(image)
+        self.start = _start_tokens(backbone, reading, start)
+        self._check(reading)
+
+    def _check(self, reading: Reading) -> None:
+        """Raise a ``ValueError`` for options that do not fit the model's layers."""
+
+    @abstractmethod
+    def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
+        """(B, M, N) over the tokens for classes (B, M); (B, 1, N) where they do not matter."""
+
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        return self._attribute_classes(images, lambda _: target[:, None])[2]
+
+    def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+        if self.gradients:
+            images.requires_grad_()
+        with torch.set_grad_enabled(self.gradients):
+            reading = self._read(images)
+        logits = reading.logits.detach()
+        classes = self._chosen(choose, logits)
+        rows = self._rows(reading, classes)
+        maps = rows[..., reading.prefix :].unflatten(-1, reading.grid)
+        return logits, classes, maps.expand(-1, classes.shape[1], -1, -1)
+
+    def _read(self, images: Tensor) -> Reading:
+        with record(self.backbone.model) as calls:
+            logits = self.backbone.logits(images)
+        pool = calls[-1] if len(calls) > 1 and calls[-1].operator.shape[2] == 1 else None
+        layers = calls[:-1] if pool else calls
+        patches = _check_layers(self.backbone, layers, images) - self.backbone.prefix_tokens
+        return Reading(logits, layers, pool, patch_grid(self.backbone, images, patches))
+
+    def _start_row(self, reading: Reading) -> Tensor | None:
+        """(B, 1, N), sums to 1; None where attention pooling's row is to be taken."""
+        if self.start is None:
+            return None
+        logits = reading.logits.detach()
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        row = logits.new_zeros(len(logits), 1, reading.tokens)
+        first, last = reading.prefix, reading.tokens
+        row[..., list(range(first, last)) if self.start == "patches" else list(self.start)] = 1
+        return row / row.sum(-1, keepdim=True)
+
+
+def first_row(call: Call) -> Tensor:
+    """The first query's row of A, (B, H, 1, S)."""
+    return call.operator.rows(torch.zeros(1, dtype=torch.long, device=call.value.device))
+
+
+def patch_grid(backbone: Backbone, images: Tensor, patches: int) -> tuple[int, int]:
+    """(h, w) of the patches; of the image's aspect where the model does not tell."""
+    height, width = images.shape[-2:]
+    if hasattr(getattr(backbone.model, "patch_embed", None), "dynamic_feat_size"):
+        rows, columns = backbone.grid(height, width)
+    else:
+        rows = max(1, round((patches * height / width) ** 0.5))
+        columns = patches // rows
+    if rows * columns != patches:
+        raise ValueError(
+            f"backbone: {patches} patch tokens of {backbone.name} form no grid on images of "
+            f"{height} x {width}"
+        )
+    return rows, columns
+
+
+def choose_layer(layer: int, count: int, argument: str = "layer") -> int:
+    """``layer`` in 0..count-1, negative ones from the end; ``ValueError`` otherwise."""
+    if not -count <= layer < count:
+        raise ValueError(f"{argument}: got {layer}; the model has {count} layers, 0..{count - 1}")
+    return layer % count
+
+
+def fuse(per_head: Tensor, fusion: str) -> Tensor:
+    """Mean, max or min over heads, (B, H, ...) -> (B, ...)."""
+    if fusion == "mean":
+        return per_head.mean(1)
+    return per_head.amax(1) if fusion == "max" else per_head.amin(1)
+
+
+def check_fusion(fusion: str) -> str:
+    if fusion not in ("mean", "max", "min"):
+        raise ValueError(f"fusion: got {fusion!r}; give 'mean', 'max' or 'min'")
+    return fusion
+
+
+# ---------------------------------------------------------------------- what a model's attention is
+
+
+def _check_layers(backbone: Backbone, layers: Sequence[Call], images: Tensor) -> int:
+    """The number of tokens; a ``ValueError`` unless every layer attends over all of them."""
+    found = _objection(backbone, layers, images)
+    if found:
+        raise ValueError(
+            f"backbone: {backbone.name} {found}; this explainer needs self-attention over all "
+            f"tokens in every layer; use 'gradcam' or a head"
+        )
+    return layers[0].operator.shape[2]
+
+
+def _objection(backbone: Backbone, layers: Sequence[Call], images: Tensor) -> str | None:
+    if not layers:
+        return "makes no call of F.scaled_dot_product_attention"
+    expected = layers[0].operator.shape[2]
+    if backbone.is_vit:
+        height, width = backbone.tap_sizes[-1]
+        if hasattr(backbone.model.patch_embed, "dynamic_feat_size"):
+            height, width = backbone.grid(*images.shape[-2:])
+        expected = backbone.prefix_tokens + height * width
+    for call in layers:
+        batch, _, queries, keys = call.operator.shape
+        if queries != keys:
+            return f"attends from {queries} to {keys} tokens"
+        if batch != images.shape[0]:
+            return f"attends inside windows ({batch / images.shape[0]:.4g} x {keys} tokens)"
+        if keys != expected:
+            return f"attends over {keys} entries, not over its {expected} tokens"
+    depth = _depth(backbone)
+    if depth is None:
+        return "has no list of blocks to compare its calls of attention with"
+    if depth != len(layers):
+        return f"makes {len(layers)} calls of attention in {depth} blocks"
+    return None
+
+
+def _depth(backbone: Backbone) -> int | None:
+    """Layers of attention there should be: some may write their softmax out, or attend twice."""
+    blocks = getattr(backbone.model, "blocks", None)
+    if isinstance(blocks, nn.Sequential | nn.ModuleList):
+        return len(blocks)
+    return sum(isinstance(m, nn.MultiheadAttention) for m in backbone.modules()) or None
+
+
+# ---------------------------------------------------------------------- what the classifier reads
+
+
+def _start_tokens(
+    backbone: Backbone, reading: Reading, start: Start
+) -> str | tuple[int, ...] | None:
+    """Numbers of tokens, "patches", or None for attention pooling's own row."""
+    if start == "auto":
+        return None if reading.pool else _tokens_read(backbone, reading)
+    if start == "patches":
+        return "patches"
+    if start == "class":
+        start = (0,)
+        if not reading.prefix:
+            raise ValueError(f"start='class': {backbone.name} has no class token; use 'patches'")
+    if isinstance(start, str):
+        raise ValueError(f"start: got {start!r}; give 'auto', 'class', 'patches' or token numbers")
+    chosen = tuple(dict.fromkeys(start))
+    if not chosen or min(chosen) < 0 or max(chosen) >= reading.tokens:
+        raise ValueError(f"start: got {start}; give token numbers in 0..{reading.tokens - 1}")
+    return chosen
+
+
+def _tokens_read(backbone: Backbone, reading: Reading) -> str | tuple[int, ...]:
+    """Measured: the tokens whose gradient is not 0 when the head pools random ones."""
+    remedy = "give start='class', 'patches' or token numbers"
+    if backbone.adapter:  # its head cannot be run alone
+        if reading.prefix > 1:
+            raise ValueError(
+                f"start: which of the {reading.prefix} prefix tokens of {backbone.name} its "
+                f"classifier reads is not known; {remedy}"
+            )
+        return (0,) if reading.prefix else "patches"
+    if "max" in str(getattr(backbone.model, "global_pool", "")):
+        raise ValueError(f"start: {backbone.name} pools by a maximum, not one row; {remedy}")
+    with torch.inference_mode(False), torch.enable_grad():
+        width: int = backbone.model.num_features  # type: ignore[assignment]
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randn(1, reading.tokens, width, generator=generator)
+        tokens = tokens.to(reading.logits).requires_grad_()
+        pooled = backbone.model.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+        direction = torch.randn(pooled.shape, generator=generator).to(pooled)
+        grad = torch.autograd.grad(pooled, tokens, direction)[0]
+    weights = grad[0].float().norm(dim=-1)
+    read = weights.nonzero()[:, 0].tolist()
+    if not read or weights[read].min() < 0.9 * weights.max():
+        raise ValueError(
+            f"start: the head of {backbone.name} reads {len(read)} of {reading.tokens} tokens, not "
+            f"by one average; {remedy}"
+        )
+    return "patches" if read == list(range(reading.prefix, reading.tokens)) else tuple(read)

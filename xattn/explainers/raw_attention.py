@@ -1,0 +1,114 @@
+"""Attention of one layer as it is: the row that the classifier reads, or what each token receives.
+
+``raw_attention``: s A, s the classifier's starting row (e_cls where it reads the class token).
+``column_mass``: (1/N) sum_i A_ij, the mean attention that token j receives. The same map for every
+class.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from xattn.attention.record import Call
+from xattn.explainers.attention import (
+    AttentionExplainer,
+    Reading,
+    Start,
+    check_fusion,
+    choose_layer,
+    first_row,
+    fuse,
+)
+from xattn.explainers.base import register_explainer
+
+if TYPE_CHECKING:
+    from xattn.backbone import Backbone
+    from xattn.heads import Head
+
+
+@register_explainer("raw_attention")
+class RawAttention(AttentionExplainer):
+    """The starting row's attention in one layer, O(N d) where it reads a few tokens.
+
+    Args:
+        layer: negative ones from the end. Attention pooling, where a model has it, is the last one;
+            earlier layers then start from its row.
+        fusion: of the heads, after the rows were averaged: "mean", "max", "min", or one head's number.
+        start: see :class:`~xattn.explainers.attention.AttentionExplainer`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head | None = None,
+        seed: int = 0,
+        max_forward_batch: int = 32,
+        layer: int = -1,
+        fusion: str | int = "mean",
+        start: Start = "auto",
+    ) -> None:
+        self.layer = layer
+        self.fusion = fusion if isinstance(fusion, int) else check_fusion(fusion)
+        super().__init__(backbone, head, seed, max_forward_batch, start)
+
+    def _check(self, reading: Reading) -> None:
+        layers = len(reading.layers) + (self.start is None)
+        self.layer = choose_layer(self.layer, layers)
+        heads = self._call(reading).operator.shape[1]
+        if isinstance(self.fusion, int) and not 0 <= self.fusion < heads:
+            raise ValueError(f"fusion: got head {self.fusion}; the layer has 0..{heads - 1}")
+
+    def _call(self, reading: Reading) -> Call:
+        calls = [*reading.layers, *([reading.pool] if reading.pool else [])]
+        return calls[self.layer]
+
+    @torch.no_grad()
+    def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
+        call = self._call(reading)
+        operator = call.operator
+        if call is reading.pool:
+            return self._fused(first_row(call))
+        if isinstance(self.start, tuple):
+            index = torch.tensor(self.start, device=reading.logits.device)
+            return self._fused(operator.rows(index).mean(2, keepdim=True))
+        start = self._start_row(reading)
+        if start is None:
+            assert reading.pool is not None
+            start = first_row(reading.pool).mean(1)
+        return self._fused(operator.vecmat(start))
+
+    def _fused(self, rows: Tensor) -> Tensor:
+        return fuse(rows, self.fusion) if isinstance(self.fusion, str) else rows[:, self.fusion]
+
+
+@register_explainer("column_mass")
+class ColumnMass(AttentionExplainer):
+    """Attention that each patch receives: mean over queries and heads.
+
+    Args:
+        layer: negative ones from the end; None averages over all.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head | None = None,
+        seed: int = 0,
+        max_forward_batch: int = 32,
+        layer: int | None = -1,
+    ) -> None:
+        self.layer = layer
+        super().__init__(backbone, head, seed, max_forward_batch, start="patches")
+
+    def _check(self, reading: Reading) -> None:
+        if self.layer is not None:
+            self.layer = choose_layer(self.layer, len(reading.layers))
+
+    @torch.no_grad()
+    def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
+        layers = reading.layers if self.layer is None else [reading.layers[self.layer]]
+        start = torch.ones_like(first_row(layers[0])[:, 0]) / reading.tokens
+        return torch.stack([call.operator.vecmat(start, "mean") for call in layers]).mean(0)

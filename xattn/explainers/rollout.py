@@ -1,0 +1,154 @@
+"""Attention rollout: r <- r M_l from the last layer to the first, M = residual I + (1 - residual) A.
+
+Abnar & Zuidema 2020, arXiv 2005.00928. A is the layer's attention with its heads fused, rows of M are
+normalised, r starts as the row that the classifier reads: the product of all M is never formed. The
+same map for every class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from xattn.attention.operator import Operator
+from xattn.explainers.attention import (
+    AttentionExplainer,
+    Reading,
+    Start,
+    check_fusion,
+    choose_layer,
+    first_row,
+    fuse,
+)
+from xattn.explainers.base import register_explainer
+
+if TYPE_CHECKING:
+    from xattn.backbone import Backbone
+    from xattn.heads import Head
+
+
+@register_explainer("rollout")
+class Rollout(AttentionExplainer):
+    """Attention rollout.
+
+    Fusion by mean without ``discard`` takes O(N) memory; otherwise A is computed by chunks of rows,
+    once, or three times where the ``discard`` threshold is sought.
+
+    Args:
+        fusion: of the heads: "mean", "max" or "min".
+        residual: weight of the skip connection, in [0, 1].
+        discard: share in [0, 1) of the N^2 fused entries of a layer, the smallest ones, that are
+            set to 0 before the residual is added; ties with the smallest kept entry are kept.
+        keep_class: never discard what the class token gives, column 0, in models that have one.
+        start_layer: layers before it are left out.
+        start: see :class:`~xattn.explainers.attention.AttentionExplainer`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head | None = None,
+        seed: int = 0,
+        max_forward_batch: int = 32,
+        fusion: str = "mean",
+        residual: float = 0.5,
+        discard: float = 0.0,
+        keep_class: bool = True,
+        start_layer: int = 0,
+        start: Start = "auto",
+    ) -> None:
+        self.fusion = check_fusion(fusion)
+        if not 0 <= residual <= 1:
+            raise ValueError(f"residual: got {residual}; give a weight in [0, 1]")
+        if not 0 <= discard < 1:
+            raise ValueError(f"discard: got {discard}; give a share in [0, 1)")
+        self.residual, self.discard, self.keep_class = residual, discard, keep_class
+        self.start_layer = start_layer
+        super().__init__(backbone, head, seed, max_forward_batch, start)
+
+    def _check(self, reading: Reading) -> None:
+        self.start_layer = choose_layer(self.start_layer, len(reading.layers), "start_layer")
+
+    @torch.no_grad()
+    def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
+        r = self._start_row(reading)
+        if r is None:
+            assert reading.pool is not None
+            r = fuse(first_row(reading.pool), self.fusion)
+            r = r / r.sum(-1, keepdim=True)
+        kept_columns = 1 if self.keep_class and reading.prefix else 0
+        for call in reversed(reading.layers[self.start_layer :]):
+            r = self._through(call.operator, r, kept_columns)
+        return r
+
+    def _through(self, operator: Operator, r: Tensor, kept_columns: int) -> Tensor:
+        residual, share = self.residual, 1 - self.residual
+        if self.fusion == "mean" and not self.discard:
+            sums = operator.row_sums().mean(1)[:, None]
+            r = r / (residual + share * sums)
+            return residual * r + share * operator.vecmat(r, "mean")
+        lowest = _smallest_kept(operator, self.fusion, self.discard) if self.discard else None
+        out = torch.zeros_like(r)
+        for i, a in _fused_rows(operator, self.fusion):
+            if lowest is not None:
+                kept = _ordered(a) >= lowest[:, None, None]
+                kept[..., :kept_columns] = True
+                a = a * kept
+            sums = (residual + share * a.sum(-1))[:, None]
+            part = torch.where(sums > 0, r[..., i] / sums, 0.0)
+            out[..., i] += residual * part
+            out += share * (part @ a)
+        return out
+
+
+def _fused_rows(operator: Operator, fusion: str) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of rows of A, heads fused: (B, rows, N)."""
+    for i in operator.row_chunks():
+        yield i, fuse(operator.tile(i, slice(None)), fusion)
+
+
+# ---------------------------------------------------------------------- the exact discard threshold
+#
+# Radix selection over the 32 bits of the entries: one pass counts the upper 16, a second the lower 16
+# of the entries whose upper 16 are those of the sought one. Counts take 256 KB an image, whatever N.
+
+
+def _smallest_kept(operator: Operator, fusion: str, discard: float) -> Tensor:
+    """The entry of ascending rank floor(discard N S), from 0, as ``_ordered`` gives it: (B,)."""
+    batch, _, queries, keys = operator.shape
+    rank = torch.full((batch,), int(discard * queries * keys), device=operator.row_sums().device)
+    upper, rank = _bin(
+        ((_ordered(a) >> 16) + 2**15 for _, a in _fused_rows(operator, fusion)), rank
+    )
+    mine = upper[:, None, None] - 2**15
+    lower, _ = _bin(
+        (
+            torch.where(bits >> 16 == mine, bits & 0xFFFF, -1)
+            for bits in (_ordered(a) for _, a in _fused_rows(operator, fusion))
+        ),
+        rank,
+    )
+    return ((upper - 2**15) << 16) | lower
+
+
+def _bin(chunks: Iterable[Tensor], rank: Tensor) -> tuple[Tensor, Tensor]:
+    """For keys (B, ...) in 0..2^16 - 1, -1 left out: the key of ascending rank (B,), and the rank
+    among those of that key."""
+    batch, bins = rank.shape[0], 2**16 + 1
+    offset = bins * torch.arange(batch, device=rank.device)[:, None]
+    counts = rank.new_zeros(batch * bins)
+    for keys in chunks:
+        counts += torch.bincount((keys.flatten(1) + 1 + offset).flatten(), minlength=batch * bins)
+    upto = counts.view(batch, bins)[:, 1:].cumsum(1)
+    key = (upto <= rank[:, None]).sum(1)
+    smaller = upto.gather(1, (key - 1).clamp_min(0)[:, None])[:, 0]
+    return key, torch.where(key > 0, rank - smaller, rank)
+
+
+def _ordered(a: Tensor) -> Tensor:
+    """Float32 bits as integers (int64) that order as the numbers do."""
+    bits = (a.float() + 0.0).view(torch.int32)  # -0 becomes 0
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
