@@ -295,7 +295,7 @@ class Bench:
     """Only kernels whose label contains each of these words, for example "softmax bf16"."""
 
     tokens: tuple[int, ...] = (1025, 4097)
-    """For the job "maps": tokens of the ViT-S, 1 + a square; 16385 takes minutes."""
+    """For the job "maps": tokens of the ViT-S, 1 + a square; 16385 takes long."""
 
     def run(self) -> None:
         lines: Iterator[str]

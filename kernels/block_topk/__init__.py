@@ -165,7 +165,8 @@ def _path(backend: str) -> Any:
         " -> (Tensor, Tensor)"
     ),
 )
-def _topk(q, k, forced, within, visible, s, q_block, reduce, softmax, spread, pooling, children, scale, backend):  # type: ignore[no-untyped-def]  # fmt: skip
+def _topk(q, k, forced, within, visible, s, q_block, reduce, softmax, spread, *rest):  # type: ignore[no-untyped-def]
+    pooling, children, scale, backend = rest
     candidates = (k.shape[2] + 2 * spread[2] - spread[0]) // spread[1] + 1
     if within is not None:
         check_index(within, -(-candidates // children), "within")

@@ -106,7 +106,7 @@ def _among_all(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Every candidate is scored."""
     n, c = q.shape[2], k.shape[2]
-    batch, heads, rows = k.shape[0], k.shape[1], -(-n // q_block)
+    rows = -(-n // q_block)
     step = max(1, TILE // (q.shape[0] * q.shape[1] * q_block * c))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))

@@ -34,9 +34,12 @@ def forward(
     if bias is None:
         return o, lse
     # What the fused kernels give for rows without a key is not defined.
-    empty = bias.isneginf().all(-1).expand(lse.shape)
+    empty = bias.isneginf().all(-1)
+    if not empty.any():
+        return o, lse
+    empty = empty.expand(lse.shape)
     lse = lse.masked_fill(empty, -torch.inf)
-    return torch.where(empty[..., None], 0.0, o), lse
+    return o.masked_fill(empty[..., None], 0.0), lse
 
 
 def backward(
@@ -51,6 +54,10 @@ def backward(
     scale: float,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    if grad_lse is None and not bias_grad:
+        fused = _fused_backward(grad, q, k, v, bias, o, lse, scale)
+        if fused is not None:
+            return *fused, None
     d = delta(grad, grad_lse, o)
     kw, vw, g = widen(k), widen(v), widen(grad)
     dq, dk, dv = torch.empty_like(widen(q)), torch.zeros_like(kw), torch.zeros_like(vw)
@@ -89,13 +96,44 @@ def _fused(
     op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     if op is None or q.device.type != "cpu" or q.shape[-1] != v.shape[-1]:
         return None
-    if bias is not None:
-        shape = (*torch.broadcast_shapes(bias.shape, (1, 1, q.shape[-2], k.shape[-2])),)
-        bias = (bias if bias.stride(-1) == 1 else bias.contiguous()).to(q.dtype).expand(shape)
-    # The kernel reads the last dimension as if it were contiguous.
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (_last_contiguous(x) for x in (q, k, v))
     try:
-        o, lse = op(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+        o, lse = op(q, k, v, 0.0, False, attn_mask=_mask(q, k, bias), scale=scale)
     except (RuntimeError, TypeError):
         return None
     return o, lse
+
+
+def _fused_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(dq, dk, dv) of the same kernel; None also where a row sees no key, which it does not know."""
+    op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+    if op is None or q.device.type != "cpu" or q.shape[-1] != v.shape[-1]:
+        return None
+    if bias is not None and lse.isneginf().any():
+        return None
+    q, k, v, grad, o = (_last_contiguous(x) for x in (q, k, v, grad.to(q.dtype), o))
+    try:
+        return op(grad, q, k, v, o, lse, 0.0, False, attn_mask=_mask(q, k, bias), scale=scale)
+    except (RuntimeError, TypeError):
+        return None
+
+
+def _mask(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:
+    if bias is None:
+        return None
+    shape = torch.broadcast_shapes(bias.shape, (1, 1, q.shape[-2], k.shape[-2]))
+    return _last_contiguous(bias.to(q.dtype)).expand(shape)
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    """The fused kernels read the last dimension as if it were contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -28,8 +28,8 @@ from xattn.kernels.softmax.triton import (
 )
 from xattn.kernels.vecmat.cpu import backward as backward
 
-# Half precision or not: queries and keys of a tile, warps, stages. The largest without spills on sm_80
-# and sm_90 for every width, row count and option, see compile_cases.
+# Half precision or not: queries and keys of a tile, warps, stages. Without spills on sm_80 and sm_90 for
+# one row or many, with gradient and bias, see compile_cases; not timed on a GPU.
 TILES = {True: (64, 64, 4, 2), False: (32, 32, 8, 2)}
 
 

@@ -51,7 +51,9 @@ def test_softmax_changes_no_logit_and_reverting_restores(name):
     assert len(square) == len(net.blocks)
     revert(net)
     assert torch.equal(net(x), before)
-    assert not any("Converted" in type(m).__name__ or hasattr(m, "mechanism") for m in net.modules())
+    assert not any(
+        "Converted" in type(m).__name__ or hasattr(m, "mechanism") for m in net.modules()
+    )
     assert [m.fused_attn for m in net.modules() if hasattr(m, "fused_attn")] == fused
     assert not net.patch_embed._forward_pre_hooks
 

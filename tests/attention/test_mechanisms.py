@@ -16,7 +16,12 @@ from xattn.attention import (
 
 OPTIONS = {
     "softmax": [{}],
-    "gna": [{"kernel": 3}, {"kernel": (3, 4), "stride": (2, 1)}, {"kernel": 2, "dilation": (2, 1)}],
+    "gna": [
+        {"kernel": 3},
+        {"kernel": 3, "backend": "cpu"},
+        {"kernel": (3, 4), "stride": (2, 1), "backend": "cpu"},
+        {"kernel": 2, "dilation": (2, 1), "backend": "cpu"},
+    ],
     "dma": [{"window": 4}, {"window": 4, "causal": True}, {"window": 64}],
     "agent": [{"agents": 4, "window": (3, 3)}, {"agents": 9, "training_free": True}],
 }
@@ -106,7 +111,9 @@ def test_a_batch_equals_its_images_and_single_precision_is_near(name, options):
         one = layer(q[i : i + 1], k[i : i + 1], v[i : i + 1], GRID, 2)
         assert torch.allclose(one[0], whole[i], atol=1e-10)
     single = copy.deepcopy(layer).float()
-    assert torch.allclose(single(q.float(), k.float(), v.float(), GRID, 2).double(), whole, atol=1e-3)
+    assert torch.allclose(
+        single(q.float(), k.float(), v.float(), GRID, 2).double(), whole, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("name, options", CASES)
@@ -141,13 +148,13 @@ def dense(q, k, v, bias=None):
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_gna_over_the_whole_grid_is_dense(prefix):
     q, k, v = inputs(prefix)
-    layer = mechanism("gna", {"kernel": GRID})
+    layer = mechanism("gna", {"kernel": GRID, "backend": "cpu"})
     assert torch.allclose(layer(q, k, v, GRID, prefix), dense(q, k, v))
 
 
 def test_gna_with_stride_as_kernel_is_attention_in_windows():
     q, k, v = inputs(0, (6, 8))
-    y = mechanism("gna", {"kernel": (3, 4), "stride": (3, 4)})(q, k, v, (6, 8))
+    y = mechanism("gna", {"kernel": (3, 4), "stride": (3, 4), "backend": "cpu"})(q, k, v, (6, 8))
     windows = (
         x.unflatten(2, (2, 3, 2, 4)).permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5) for x in (q, k, v)
     )
@@ -159,11 +166,16 @@ def test_gna_with_stride_as_kernel_is_attention_in_windows():
     "grid, options",
     [((11,), {"kernel": 4}), ((9, 10), {"kernel": 3, "dilation": 3}), ((3, 4, 5), {"kernel": 2})],
 )
-def test_gna_sees_exactly_the_kernel(grid, options):
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_gna_sees_exactly_the_kernel(grid, options, backend):
     generator = torch.Generator().manual_seed(0)
     n = torch.Size(grid).numel()
     q, k = torch.randn(2, 1, HEADS, n, 16, generator=generator, dtype=torch.float64)
-    a = mechanism("gna", options).operator(q, k, k, grid, 0).rows(torch.arange(n))
+    a = (
+        mechanism("gna", {**options, "backend": backend})
+        .operator(q, k, k, grid, 0)
+        .rows(torch.arange(n))
+    )
     assert ((a > 0).sum(-1) == options["kernel"] ** len(grid)).all()
     i, j = (a[0, 0] > 0).nonzero().unbind(-1)
     at = torch.stack(torch.unravel_index(torch.stack([i, j]), grid))
@@ -172,7 +184,7 @@ def test_gna_sees_exactly_the_kernel(grid, options):
 
 def test_gna_is_causal_in_the_dimensions_asked_for():
     q, k, _ = inputs(0)
-    layer = mechanism("gna", {"kernel": 3, "causal": (True, False)})
+    layer = mechanism("gna", {"kernel": 3, "causal": (True, False), "backend": "cpu"})
     a = layer.operator(q, k, k, GRID, 0).rows(torch.arange(30)).unflatten(-1, GRID)
     a = a.unflatten(2, GRID)
     for y in range(GRID[0]):
@@ -186,7 +198,9 @@ def test_gna_locality_is_the_dense_mass_inside_the_window():
     scores = (q @ k.transpose(-2, -1) / 4).softmax(-1)
     expected = torch.where(seen, scores, 0.0).sum(-1)
     assert torch.allclose(layer.locality(q, k, GRID, 1), expected)
-    assert torch.allclose(mechanism("gna", {"kernel": GRID}).locality(q, k, GRID, 1), torch.ones(()).double())
+    assert torch.allclose(
+        mechanism("gna", {"kernel": GRID}).locality(q, k, GRID, 1), torch.ones(()).double()
+    )
 
 
 def test_dma_that_keeps_all_is_biased_dense_and_with_a_zero_plain():

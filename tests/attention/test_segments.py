@@ -4,7 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xattn.attention import Blocks, Segment, attend, pool, select, tile_order, visible_blocks, z_order
+from xattn.attention import (
+    Blocks,
+    Segment,
+    attend,
+    pool,
+    select,
+    tile_order,
+    visible_blocks,
+    z_order,
+)
 from xattn.kernels.block_sparse.box import causal, neighbourhood, permuted, window
 
 
@@ -118,7 +127,9 @@ def test_pooled_keys_choose_the_blocks_that_a_dense_ranking_would():
     blocks, scores = select(q, pooled, 2, q_block=8, k_block=8, reduce="mean")
     dense = (q @ pooled.transpose(-2, -1) / 4).unflatten(2, (3, 8)).mean(3)
     best = dense.topk(2, -1)
-    assert torch.equal(blocks.index.long(), best.indices) and torch.allclose(scores.double(), best.values)
+    assert torch.equal(blocks.index.long(), best.indices) and torch.allclose(
+        scores.double(), best.values
+    )
     assert (blocks.q_block, blocks.k_block) == (8, 8)
     assert pool(k, 8, 4).shape[2] == 7
 

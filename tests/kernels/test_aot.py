@@ -30,9 +30,10 @@ def bench(filter):
 
 @needs_triton
 @pytest.mark.parametrize("op", aot.OPS)
-def test_no_kernel_spills_or_needs_more_shared_memory_than_there_is(op, tmp_path):
-    labels = [case.label for case in aot.cases() if op in case.label]
-    run = compile_in_a_process(bench(op), tmp_path)
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_no_kernel_spills_or_needs_more_shared_memory_than_there_is(op, dtype, tmp_path):
+    labels = [case.label for case in aot.cases() if op in case.label and dtype in case.label]
+    run = compile_in_a_process(bench(f"{op} {dtype}"), tmp_path)
     assert run.returncode == 0, run.stderr
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in run.stdout.splitlines()[2:]
@@ -40,8 +41,8 @@ def test_no_kernel_spills_or_needs_more_shared_memory_than_there_is(op, tmp_path
     assert [row[0] for row in rows] == [label for label in labels for _ in aot.TARGETS]
     for _, target, registers, shared, stack, local, cubin, microseconds in rows:
         assert target in [t.name for t in aot.TARGETS.values()]
-        assert 16 <= int(registers) <= 255 and 1 < float(shared) and 1 < float(cubin)
-        assert stack == local == "0" and float(microseconds) > 1
+        assert 16 <= int(registers) <= 255 and 1 < float(cubin)
+        assert stack == local == "0" and float(shared) >= 0 and float(microseconds) > 0
 
 
 @needs_triton
@@ -87,7 +88,8 @@ def test_stack_local_and_shared_memory_are_checked_for_each_target():
         "A100 40 GB (sm_80) needs 166913 bytes of shared memory",
     ]
     assert (
-        list(aot.table([report()]))[2] == "| k | A100 40 GB (sm_80) | 64 | 1.0 | 0 | 0 | 2.0 | 3 |"
+        list(aot.table([report()]))[2]
+        == "| k | A100 40 GB (sm_80) | 64 | 1.0 | 0 | 0 | 2.0 | 3.0 |"
     )
 
 

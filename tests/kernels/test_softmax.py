@@ -74,6 +74,24 @@ def test_fast_paths_equal_the_float64_reference(backend, n, s, d, dv, bias):
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("bias", ["none", "fixed", "hides a row"])
+def test_gradients_of_the_output_alone_equal_the_reference(backend, bias):
+    args, (g, _) = inputs(17, 19, 16, bias=(1, 2, 17, 19))
+    if bias == "hides a row":
+        args[3][..., 4, :] = -torch.inf
+
+    def gradients(backend, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in args[:3]]
+        fixed = None if bias == "none" else args[3].to(dtype)
+        o, _ = softmax_attention(*leaves, fixed, backend=backend)
+        return torch.autograd.grad(o, leaves, g.to(dtype))
+
+    exact = gradients("reference", torch.float64)
+    for found, true in zip(gradients(backend, torch.float32), exact, strict=True):
+        assert torch.allclose(found.double(), true, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_near_as_plain_pytorch(backend, dtype):
     args, grads = inputs(63, 63, 32, dtype=dtype)

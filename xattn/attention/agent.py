@@ -101,7 +101,9 @@ class Agent(Mechanism):
         out = split_heads(self.depthwise(patches).flatten(2).transpose(1, 2), self.num_heads)
         return F.pad(out, (0, 0, prefix, 0))
 
-    def maps(self, operator: Operator, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
+    def maps(
+        self, operator: Operator, grid: tuple[int, ...] | None, prefix: int
+    ) -> dict[str, Tensor]:
         """``agents``: what each agent reads, mean over heads: (B, n, h, w)."""
         assert isinstance(operator, ProductOperator) and grid is not None
         reads = operator.factors[1].tile(slice(None), slice(prefix, None)).mean(1).detach()

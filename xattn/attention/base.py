@@ -65,7 +65,9 @@ class Mechanism(nn.Module, ABC):
         """What is added to A V, (B, H, N, D); None adds nothing."""
         return None
 
-    def maps(self, operator: Operator, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
+    def maps(
+        self, operator: Operator, grid: tuple[int, ...] | None, prefix: int
+    ) -> dict[str, Tensor]:
         """The mechanism's own maps for an operator that it made: (B, K, h, w) by name."""
         return {}
 

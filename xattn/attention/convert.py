@@ -107,9 +107,9 @@ class _Layout:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor) and args[0].ndim == 4:
-            size = tuple(args[0].shape[-2:])
-            if hasattr(module, "dynamic_feat_size"):
-                self.grid = tuple(int(n) for n in module.dynamic_feat_size(size))
+            grid_of_size: Any = getattr(module, "dynamic_feat_size", None)
+            if grid_of_size is not None:
+                self.grid = tuple(int(n) for n in grid_of_size(tuple(args[0].shape[-2:])))
 
     def grid_of(self, tokens: int) -> tuple[int, ...] | None:
         count = tokens - self.prefix
@@ -148,7 +148,9 @@ def _layers(model: nn.Module, blocks: Iterable[int] | None) -> dict[str, nn.Modu
     numbers = range(len(found)) if blocks is None else list(blocks)
     wrong = [i for i in numbers if not -len(found) <= i < len(found)]
     if wrong:
-        raise ValueError(f"blocks: got {wrong[0]}; {type(model).__name__} has 0 to {len(found) - 1}")
+        raise ValueError(
+            f"blocks: got {wrong[0]}; {type(model).__name__} has 0 to {len(found) - 1}"
+        )
     layers = {}
     for i in sorted({i % len(found) for i in numbers}):
         layer = getattr(found[i], "attn", None)
@@ -172,7 +174,9 @@ def _check(model: nn.Module, layers: dict[str, nn.Module], name: str) -> None:
     with record(model) as calls:
         for path, layer in layers.items():
             start: list[int] = []
-            handles.append(layer.register_forward_pre_hook(lambda m, a, s=start: s.append(len(calls))))
+            handles.append(
+                layer.register_forward_pre_hook(lambda m, a, s=start: s.append(len(calls)))
+            )
 
             def after(m: nn.Module, a: Any, o: Any, path: str = path, s: list[int] = start) -> None:
                 for call in calls[s.pop() :]:

@@ -69,9 +69,8 @@ class DMA(Mechanism):
         columns = torch.cat([always, keep], -1)
         kept = k.gather(2, columns[..., None].expand(-1, -1, -1, k.shape[-1]))
         segment = Segment(kept, bias=b.gather(2, columns))
-        every = torch.arange(tokens, device=q.device)
         piece = Piece(q, (segment,), (columns,))
-        return SegmentsOperator([piece], every, tokens, backend=self.backend)
+        return SegmentsOperator([piece], None, tokens, backend=self.backend)
 
     def _causal(self, q: Tensor, k: Tensor, b: Tensor, prefix: int) -> Operator:
         every = torch.arange(q.shape[2], device=q.device)
@@ -85,9 +84,11 @@ class DMA(Mechanism):
             columns.append(own)
             pieces.append(Piece(q[:, :, :prefix], (first,), (own,)))
         pieces.append(Piece(q[:, :, prefix:], tuple(segments), tuple(columns)))
-        return SegmentsOperator(pieces, every, len(every), backend=self.backend)
+        return SegmentsOperator(pieces, None, len(every), backend=self.backend)
 
-    def maps(self, operator: Operator, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
+    def maps(
+        self, operator: Operator, grid: tuple[int, ...] | None, prefix: int
+    ) -> dict[str, Tensor]:
         """``importance``: b of each patch, a head a channel; the same for all queries and classes."""
         if grid is None or len(grid) != 2 or self.causal:
             return {}
@@ -95,7 +96,10 @@ class DMA(Mechanism):
             assert operator.bias is not None
             return {"importance": operator.bias[:, :, 0, prefix:].detach().unflatten(-1, grid)}
         (piece,) = operator.pieces  # type: ignore[attr-defined]
-        columns, bias = piece.columns[0][..., prefix:], piece.segments[0].bias[..., prefix:].detach()
+        columns, bias = (
+            piece.columns[0][..., prefix:],
+            piece.segments[0].bias[..., prefix:].detach(),
+        )
         full = bias.new_zeros(*bias.shape[:2], operator.shape[3]).scatter_(-1, columns, bias)
         kept = torch.zeros_like(full).scatter_(-1, columns, 1.0)
         return {

@@ -12,15 +12,25 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.attention.base import Mechanism, register
-from xattn.attention.operator import Operator
+from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import Order, tile_order
-from xattn.attention.segments import Blocks, Rule, grid_operator, visible_blocks
+from xattn.attention.segments import (
+    Blocks,
+    Rule,
+    Segment,
+    SegmentsOperator,
+    dense_is_faster,
+    grid_operator,
+    visible,
+    visible_blocks,
+)
 from xattn.kernels.block_sparse.box import neighbourhood, permuted
 from xattn.kernels.softmax import softmax_attention
 
@@ -61,34 +71,39 @@ class GNA(Mechanism):
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
         self.window = (_hashable(kernel), _hashable(stride), _hashable(dilation), _hashable(causal))
-        self._plans: dict[tuple[tuple[int, ...], torch.device], tuple[Order, Blocks, Rule]] = {}
+        self._plans: dict[Any, tuple[Order, Blocks, Rule]] = {}
+        self._masks: dict[Any, Tensor] = {}
 
     def operator(
         self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...] | None, prefix: int
-    ) -> Operator:
+    ) -> SoftmaxOperator | SegmentsOperator:
         assert grid is not None
         key = grid, q.device
         if key not in self._plans:
             self._plans[key] = plan(grid, *self.window, q.device.type == "cpu", q.device)
         order, blocks, rule = self._plans[key]
+        if self.backend == "auto" and dense_is_faster(q, k, blocks):
+            place = grid, prefix, q.dtype, q.device
+            if place not in self._masks:
+                self._masks[place] = mask(grid, *self.window, prefix, q.dtype, q.device)
+            return SoftmaxOperator(q, k, bias=self._masks[place])
         return grid_operator(q, k, prefix, order, blocks, rule, backend=self.backend)
 
-    def maps(self, operator: Operator, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
+    def maps(
+        self, operator: Operator, grid: tuple[int, ...] | None, prefix: int
+    ) -> dict[str, Tensor]:
         """``received``: the attention that each patch gets from all, mean over heads."""
         if grid is None or len(grid) != 2:
             return {}
         ones = operator.row_sums().new_ones(operator.shape[0], 1, operator.shape[2])
         return {"received": operator.vecmat(ones, "mean")[..., prefix:].unflatten(-1, grid)}
 
-    def locality(
-        self, q: Tensor, k: Tensor, grid: Sequence[int], prefix: int = 0
-    ) -> Tensor:
+    def locality(self, q: Tensor, k: Tensor, grid: Sequence[int], prefix: int = 0) -> Tensor:
         """Share of dense attention that falls into the window (and the prefix), (B, H, N) in [0, 1].
 
         exp(lse of the window - lse of all keys): where a trained softmax layer is local already.
         """
-        operator = self.operator(q, k, k, tuple(grid), prefix)
-        inside = operator.attend(k)[1]  # type: ignore[attr-defined]
+        inside = self.operator(q, k, k, tuple(grid), prefix).attend(k)[1]
         return (inside - softmax_attention(q, k, k, backend=self.backend)[1]).exp()
 
 
@@ -117,8 +132,26 @@ def plan(
     rule = permuted(rule, order.index)
     size = math.prod(tile)
     blocks = visible_blocks(rule, size, 1 if single_keys else size)
-    blocks = blocks._replace(index=blocks.index.to(device))
-    return order.to(device), blocks, rule.to(device)
+    return order.to(device), blocks.to(device), rule.to(device)
+
+
+@torch.compiler.disable
+def mask(
+    grid: tuple[int, ...],
+    kernel: Lengths,
+    stride: Lengths,
+    dilation: Lengths,
+    causal: bool | tuple[bool, ...],
+    prefix: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """The neighbourhood as a bias (1, 1, N, N) of 0 and -inf; prefix tokens see and are seen."""
+    rule = neighbourhood(grid, kernel, stride, dilation, causal)
+    n = len(rule.position)
+    seen = visible(Segment(torch.empty(1, 1, n, 0), rule=rule), torch.arange(n))
+    hidden = torch.zeros(1, 1, n, n, dtype=dtype).masked_fill_(~seen, -torch.inf)
+    return F.pad(hidden, (prefix, 0, prefix, 0)).to(device)
 
 
 def residue_order(grid: Sequence[int], dilation: Sequence[int], tile: Sequence[int]) -> Order:

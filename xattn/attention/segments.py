@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +18,26 @@ from torch import Tensor
 from xattn.attention.operator import Operator
 from xattn.attention.order import Order
 from xattn.kernels.block_sparse import block_sparse_attention
-from xattn.kernels.block_sparse.box import Box
+from xattn.kernels.block_sparse.box import Box as Rule
+from xattn.kernels.block_sparse.index import check_index
 from xattn.kernels.block_topk import block_topk
 from xattn.kernels.softmax import softmax_attention
 
-Rule = Box
-"""Which keys each query may see; made by ``causal``, ``window`` or ``neighbourhood``."""
 
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Which key blocks each query block reads.
 
-class Blocks(NamedTuple):
-    """Which key blocks each query block reads."""
+    Attributes: ``index``, int32 (B or 1, H or 1, ceil(N / q_block), s), each row without duplicates,
+    -1 = nothing; ``q_block``, ``k_block``, tokens in a block.
+    """
 
     index: Tensor
-    """int32 (B or 1, H or 1, ceil(N / q_block), s), each row without duplicates, -1 = nothing."""
     q_block: int
     k_block: int
+
+    def to(self, device: torch.device | str) -> Blocks:
+        return replace(self, index=self.index.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +88,8 @@ def _attend(q: Tensor, s: Segment, scale: float | None, backend: str) -> tuple[T
         bias = None if s.bias is None else s.bias[:, :, None, :]
         return softmax_attention(q, s.k, s.v, bias, scale=scale, backend=backend)
     blocks = s.blocks or visible_blocks(s.rule, 64, 64)  # type: ignore[arg-type]
+    if backend == "auto" and dense_is_faster(q, s.k, blocks):
+        return _attend_dense(q, replace(s, blocks=blocks), scale)
     return block_sparse_attention(
         q,
         s.k,
@@ -96,6 +102,27 @@ def _attend(q: Tensor, s: Segment, scale: float | None, backend: str) -> tuple[T
         scale=scale,
         backend=backend,
     )
+
+
+def dense_is_faster(q: Tensor, k: Tensor, blocks: Blocks) -> bool:
+    """Whether a CPU does masked dense attention sooner than it gathers the lists' keys."""
+    read, keys = blocks.index.shape[-1] * blocks.k_block, k.shape[2]
+    return q.device.type == "cpu" and (keys < 512 or 2 * read > keys)
+
+
+def _attend_dense(q: Tensor, s: Segment, scale: float | None) -> tuple[Tensor, Tensor]:
+    """A segment with lists or a rule as dense attention under a mask."""
+    assert s.v is not None and s.blocks is not None
+    bias = None if s.bias is None else s.bias[:, :, None, :]
+    count = -(-s.k.shape[2] // s.blocks.k_block)
+    check_index(s.blocks.index, count)
+    everything = s.blocks.index.shape[-1] == count and bool((s.blocks.index >= 0).all())
+    if not everything or s.rule is not None:
+        seen = visible(s, torch.arange(q.shape[2], device=q.device))
+        hidden = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
+        hidden.masked_fill_(~seen, -torch.inf)
+        bias = hidden if bias is None else bias + hidden
+    return softmax_attention(q, s.k, s.v, bias, scale=scale)
 
 
 def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
@@ -191,7 +218,8 @@ class SegmentsOperator(Operator):
 
     Args:
         pieces: every token is a query of exactly one.
-        places: LongTensor (N,), where each token stands among the pieces' queries, one after another.
+        places: LongTensor (N,), where each token stands among the pieces' queries, one after another;
+            None where the pieces hold the tokens in order.
         keys: S, how many tokens there are to see.
         scale, backend: as in :func:`attend`.
     """
@@ -199,7 +227,7 @@ class SegmentsOperator(Operator):
     def __init__(
         self,
         pieces: Sequence[Piece],
-        places: Tensor,
+        places: Tensor | None,
         keys: int,
         scale: float | None = None,
         backend: str = "auto",
@@ -209,16 +237,21 @@ class SegmentsOperator(Operator):
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.backend = backend
         self._places = places
-        self.shape = (q.shape[0], q.shape[1], len(places), keys)
+        queries = sum(p.q.shape[2] for p in self.pieces) if places is None else len(places)
+        self.shape = (q.shape[0], q.shape[1], queries, keys)
 
     def matvec(self, x: Tensor) -> Tensor:
         return self.attend(x)[0]
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(A X, log-sum-exp) in the order of the tokens."""
-        outputs = [self._attend(piece, x) for piece in self.pieces]
-        o = torch.cat([out[0] for out in outputs], 2)[:, :, self._places]
-        return o, torch.cat([out[1] for out in outputs], 2)[:, :, self._places]
+        parts = [self._attend(piece, x) for piece in self.pieces]
+        o, lse = (
+            parts[0] if len(parts) == 1 else (torch.cat(p, 2) for p in zip(*parts, strict=True))
+        )
+        if self._places is None:
+            return o, lse
+        return o.index_select(2, self._places), lse.index_select(2, self._places)
 
     def _attend(self, piece: Piece, x: Tensor) -> tuple[Tensor, Tensor]:
         segments = [
@@ -229,7 +262,7 @@ class SegmentsOperator(Operator):
 
     def rows(self, index: Tensor) -> Tensor:
         batch, heads, _, keys = self.shape
-        places, offset = self._places[index], 0
+        places, offset = index if self._places is None else self._places[index], 0
         out = self.pieces[0].q.new_zeros(batch, heads, len(index), keys)
         for piece in self.pieces:
             inside = (places >= offset) & (places < offset + piece.q.shape[2])
@@ -250,7 +283,9 @@ class SegmentsOperator(Operator):
                 part = part + s.bias[:, :, None, :]
             scores.append(part.masked_fill(~visible(s, places), -torch.inf))
         weights = torch.cat(scores, -1).softmax(-1).nan_to_num(0.0)
-        columns = torch.cat([_spread(c, s.k) for c, s in zip(piece.columns, piece.segments, strict=True)], -1)
+        columns = torch.cat(
+            [_spread(c, s.k) for c, s in zip(piece.columns, piece.segments, strict=True)], -1
+        )
         target = columns.clamp(min=0)[:, :, None].expand_as(weights)
         weights = weights.masked_fill((columns < 0)[:, :, None], 0.0)
         return weights.new_zeros(batch, heads, len(places), keys).scatter_add_(-1, target, weights)
@@ -300,8 +335,9 @@ def visible(segment: Segment, queries: Tensor) -> Tensor:
     keys = segment.k.shape[2]
     seen = torch.ones(1, 1, len(queries), keys, dtype=torch.bool, device=queries.device)
     if segment.blocks is not None:
-        index, q_block, k_block = segment.blocks
-        lists = index.to(queries.device)[:, :, queries // q_block].long()
+        k_block = segment.blocks.k_block
+        index = segment.blocks.index.to(queries.device)
+        lists = index[:, :, queries // segment.blocks.q_block].long()
         count = -(-keys // k_block)
         blocks = lists.new_zeros(*lists.shape[:3], count + 1).scatter_(
             -1, torch.where(lists < 0, count, lists), 1

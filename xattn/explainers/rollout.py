@@ -113,13 +113,15 @@ def _fused_rows(operator: Operator, fusion: str) -> Iterator[tuple[slice, Tensor
 # ---------------------------------------------------------------------- the exact discard threshold
 #
 # Radix selection over the 32 bits of the entries: one pass counts the upper 16, a second the lower 16
-# of the entries whose upper 16 are those of the sought one. Counts take 256 KB an image, whatever N.
+# of the entries whose upper 16 are those of the sought one. Counts take 512 KB an image, whatever N.
 
 
 def _smallest_kept(operator: Operator, fusion: str, discard: float) -> Tensor:
     """The entry of ascending rank floor(discard N S), from 0, as ``_ordered`` gives it: (B,)."""
     batch, _, queries, keys = operator.shape
-    rank = torch.full((batch,), int(discard * queries * keys), device=operator.row_sums().device)
+    entries = queries * keys
+    first = min(int(discard * entries), entries - 1)
+    rank = torch.full((batch,), first, device=operator.row_sums().device)
     upper, rank = _bin(
         ((_ordered(a) >> 16) + 2**15 for _, a in _fused_rows(operator, fusion)), rank
     )

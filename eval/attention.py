@@ -1,0 +1,193 @@
+"""Mechanisms of attention beside ``F.scaled_dot_product_attention``: time, memory, operations.
+
+    xattn bench attention --tokens 256 1024 4096 16384
+
+One layer's queries, keys and values (one image, 6 heads of 64) on a square grid; projections are left
+out, they are the same for all. In each round every job runs once, in turn; a gain is dense time over
+the job's time within a round, and its median is shown beside the gain that the operations promise.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.eval.maps import peak_memory
+from xattn.eval.speed import Job, _seconds
+
+HEADS, WIDTH, BLOCK = 6, 64, 64
+MECHANISMS: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "gna": {"kernel": 7},
+    "dma": {"window": 128},
+    "agent": {"agents": 49, "training_free": True},
+}
+LISTS = (4, 8, 16)
+
+
+def bench(
+    names: Sequence[str] = (),
+    tokens: Sequence[int] = (256, 1024, 4096, 16384),
+    rounds: int = 5,
+    plot: Path | None = None,
+) -> Iterator[str]:
+    """The lines of the table, as they are measured; a plot of times where ``plot`` names a file.
+
+    Raises:
+        ValueError: unknown names, or numbers of tokens that are not squares.
+    """
+    from xattn.allocator import keep_memory
+    from xattn.attention import mechanism_class
+
+    names = tuple(names) or tuple(MECHANISMS)
+    for name in names:
+        mechanism_class(name)
+    wrong = [n for n in tokens if n < 64 or math.isqrt(n) ** 2 != n]
+    if wrong or not tokens:
+        raise ValueError(f"tokens: got {wrong or tokens}; give squares of at least 64")
+    if rounds < 1:
+        raise ValueError(f"rounds: got {rounds}; give at least 1")
+    kept = keep_memory()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    yield (
+        f"{device}, {torch.get_num_threads()} threads, {dtype}, {HEADS} heads of {WIDTH}, "
+        f"raised allocator thresholds: {kept}"
+    )
+    yield (
+        "\n| attention | tokens | forward ms | gain | operations | forward + backward ms | gain "
+        "| peak MB | dense MB |"
+    )
+    yield "| :-- | --: | --: | --: | --: | --: | --: | --: | --: |"
+    times: dict[str, list[tuple[int, float]]] = {}
+    for n in tokens:
+        made, visited = jobs(names, n, device, dtype)
+        forward = _times({name: job[0] for name, job in made.items()}, rounds)
+        both = _times({name: job[1] for name, job in made.items()}, rounds)
+        memory = {name: peak_memory(job[1]) for name, job in made.items()}
+        for name in made:
+            times.setdefault(name, []).append((n, statistics.median(forward[name])))
+            cells = [name, str(n), f"{1e3 * statistics.median(forward[name]):.1f}"]
+            cells += [_gain(forward, name), f"{n * n / visited[name]:.1f}x"]
+            cells += [f"{1e3 * statistics.median(both[name]):.1f}", _gain(both, name)]
+            cells += [f"{memory[name] / 1e6:.1f}", f"{memory['dense (SDPA)'] / 1e6:.1f}"]
+            yield f"| {' | '.join(cells)} |"
+    if plot is not None:
+        draw(times, plot)
+        yield f"\nplot: {plot}"
+
+
+def jobs(
+    names: Sequence[str], n: int, device: str, dtype: torch.dtype
+) -> tuple[dict[str, tuple[Job, Job]], dict[str, float]]:
+    """(forward, forward and backward) by row, and how many query-key pairs each reads."""
+    from xattn.attention import Blocks, Segment, attend, create_mechanism
+
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 1, HEADS, n, WIDTH)
+    q, k, v = torch.randn(shape, generator=generator).to(device, dtype).unbind(0)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    g = torch.randn_like(q)
+    side = math.isqrt(n)
+
+    def pair(run: Any) -> tuple[Job, Job]:
+        @torch.no_grad()
+        def forward() -> Tensor:
+            return run(q, k, v)
+
+        def both() -> None:
+            torch.autograd.grad(run(*leaves), leaves, g)
+
+        return forward, both
+
+    made = {"dense (SDPA)": pair(F.scaled_dot_product_attention)}
+    visited: dict[str, float] = {"dense (SDPA)": float(n * n)}
+    for name in names:
+        torch.manual_seed(0)
+        options = MECHANISMS.get(name, {})
+        layer = create_mechanism(name, HEADS * WIDTH, HEADS, **options).to(device, dtype)
+        label = " ".join(
+            [name, *(f"{key}={value}" for key, value in options.items() if key != "training_free")]
+        )
+        made[label] = pair(lambda *x, layer=layer: layer(*x, (side, side)))
+        visited[label] = pairs(layer.operator(q, k, v, (side, side), 0))
+    for s in LISTS:
+        if s * BLOCK > n:
+            continue
+        count = -(-n // BLOCK)
+        order = torch.rand(1, HEADS, count, count, generator=generator).argsort(dim=-1)
+        blocks = Blocks(order[..., :s].int().contiguous().to(device), BLOCK, BLOCK)
+        made[f"block lists S={s}"] = pair(
+            lambda q, k, v, blocks=blocks: attend(q, [Segment(k, v, blocks)])[0]
+        )
+        visited[f"block lists S={s}"] = float(n * s * BLOCK)
+    return made, visited
+
+
+def pairs(operator: Any) -> float:
+    """Query-key pairs an operator reads for an image and head, the part that masks hide included."""
+    from xattn.attention import ProductOperator, SegmentsOperator
+
+    if isinstance(operator, ProductOperator):
+        return sum(pairs(factor) for factor in operator.factors)
+    if not isinstance(operator, SegmentsOperator):
+        return float(operator.shape[2] * operator.shape[3])
+    total = 0.0
+    for piece in operator.pieces:
+        for segment in piece.segments:
+            if segment.blocks is None:
+                total += piece.q.shape[2] * segment.k.shape[2]
+            else:
+                index = segment.blocks.index
+                lists = index.shape[0] * index.shape[1]
+                size = segment.blocks.q_block * segment.blocks.k_block
+                total += float((index >= 0).sum()) / lists * size
+    return total
+
+
+def _times(made: dict[str, Job], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    took: dict[str, list[float]] = {name: [] for name in made}
+    for turn in range(warmup + rounds):
+        for name, job in made.items():
+            seconds = _seconds(job)
+            if turn >= warmup:
+                took[name].append(seconds)
+    return took
+
+
+def _gain(took: dict[str, list[float]], name: str) -> str:
+    dense = took["dense (SDPA)"]
+    return f"{statistics.median(d / t for d, t in zip(dense, took[name], strict=True)):.2f}x"
+
+
+def draw(times: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    """Forward milliseconds over tokens, both logarithmic, as PNG or SVG by the suffix of ``path``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, points in times.items():
+        tokens, seconds = zip(*points, strict=True)
+        dense = name.startswith("dense")
+        axes.plot(
+            tokens, [1e3 * s for s in seconds], marker="o", label=name,
+            color="black" if dense else None, linewidth=2 if dense else 1.2,
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward, ms")
+    ticks = sorted({n for points in times.values() for n, _ in points})
+    axes.set_xticks(ticks, [str(n) for n in ticks], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
