@@ -34,11 +34,13 @@ LISTS = (4, 8, 16)
 
 def bench(
     names: Sequence[str] = (),
-    tokens: Sequence[int] = (256, 1024, 4096, 16384),
+    tokens: Sequence[int] = (),
     rounds: int = 5,
     plot: Path | None = None,
 ) -> Iterator[str]:
     """The lines of the table, as they are measured; a plot of times where ``plot`` names a file.
+
+    ``tokens`` go to 16,384 on a CPU and to 65,536 and beyond on a GPU by default.
 
     Raises:
         ValueError: unknown names, or numbers of tokens that are not squares.
@@ -49,13 +51,15 @@ def bench(
     names = tuple(names) or tuple(MECHANISMS)
     for name in names:
         mechanism_class(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    far = (65536, 131044) if device == "cuda" else ()
+    tokens = tuple(tokens) or (256, 1024, 4096, 16384, *far)
     wrong = [n for n in tokens if n < 64 or math.isqrt(n) ** 2 != n]
-    if wrong or not tokens:
-        raise ValueError(f"tokens: got {wrong or tokens}; give squares of at least 64")
+    if wrong:
+        raise ValueError(f"tokens: got {wrong}; give squares of at least 64")
     if rounds < 1:
         raise ValueError(f"rounds: got {rounds}; give at least 1")
     kept = keep_memory()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     yield (
         f"{device}, {torch.get_num_threads()} threads, {dtype}, {HEADS} heads of {WIDTH}, "

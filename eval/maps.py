@@ -106,6 +106,7 @@ def peak_memory(job: Callable[[], Any]) -> int:
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints lines of its own
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as probe:
         job()
     live = peak = 0

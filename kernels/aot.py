@@ -199,7 +199,7 @@ def table(reports: Iterable[Report]) -> Iterator[str]:
     for r in reports:
         yield (
             f"| {r.label} | {TARGETS[r.capability].name} | {r.registers} | {r.shared / 1024:.1f} "
-            f"| {r.stack} | {r.local} | {r.cubin / 1024:.1f} | {r.roofline * 1e6:.1f} |"
+            f"| {r.stack} | {r.local} | {r.cubin / 1024:.1f} | {r.roofline * 1e6:.2f} |"
         )
 
 

@@ -276,10 +276,11 @@ class Bench:
     """Measure what explaining and training cost beside the backbone alone, as ratios in one run."""
 
     job: Annotated[
-        Literal["explain", "train", "folder", "kernels", "maps", "all"], tyro.conf.Positional
+        Literal["explain", "train", "folder", "attention", "maps", "kernels", "all"],
+        tyro.conf.Positional,
     ] = "all"
-    """Explaining beside a forward pass, a training step beside its floor, images a second, the
-    Triton kernels, or attention maps beside the same from stored ones; "all" leaves these two out."""
+    """Explaining beside a forward pass, a training step beside its floor, images a second ("all" of
+    these), mechanisms beside dense attention, attention maps beside stored ones, or Triton kernels."""
     backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
     """timm models, with random weights."""
     batches: tuple[int, ...] = (1, 8)
@@ -293,9 +294,11 @@ class Bench:
     register spills and that shared memory suffices."""
     filter: str | None = None
     """Only kernels whose label contains each of these words, for example "softmax bf16"."""
-
-    tokens: tuple[int, ...] = (1025, 4097)
-    """For the job "maps": tokens of the ViT-S, 1 + a square; 16385 takes long."""
+    tokens: tuple[int, ...] = ()
+    """For the jobs "attention" (squares, by default 256 1024 4096 16384; more on a GPU) and "maps"
+    (1 + a square, by default 1025 4097; 16385 takes long)."""
+    plot: Path | None = None
+    """For the job "attention": a .png or .svg of times over tokens."""
 
     def run(self) -> None:
         lines: Iterator[str]
@@ -308,7 +311,11 @@ class Bench:
         elif self.job == "maps":
             from xattn.eval import maps
 
-            lines = maps.bench(self.tokens, min(self.rounds, 3))
+            lines = maps.bench(self.tokens or (1025, 4097), min(self.rounds, 3))
+        elif self.job == "attention":
+            from xattn.eval import attention
+
+            lines = attention.bench((), self.tokens, min(self.rounds, 5), self.plot)
         else:
             from xattn.eval.speed import bench
 
@@ -325,6 +332,7 @@ class List:
     """Also list timm backbones that match this pattern, for example "vit_*"."""
 
     def run(self) -> None:
+        from xattn.attention import list_attention
         from xattn.eval import METRICS
         from xattn.explainers import list_explainers
         from xattn.heads import list_heads, shipped_heads
@@ -347,6 +355,7 @@ class List:
         print("presets:", ", ".join(PRESETS))
         print("trained heads:", ", ".join(shipped_heads()) or "none")
         print("explainers:", ", ".join(list_explainers()))
+        print("attention mechanisms:", ", ".join(list_attention()))
         print("metrics:", ", ".join(METRICS))
 
 

@@ -145,7 +145,7 @@ class _Work:
 
     def rows(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """(B, H, N, width) to (lines, problems, rows of a problem, width)."""
-        x = F.pad(x, (0, 0, 0, self.query_blocks * self.q_block - self.n), value=fill)
+        x = _lengthen(x, self.query_blocks * self.q_block, fill)
         x = x.reshape(self.batch, self.heads, self.group, self.query_blocks, self.q_block, -1)
         return x.transpose(2, 3).reshape(self.lines, -1, self.group * self.q_block, x.shape[-1])
 
@@ -158,7 +158,7 @@ class _Work:
 
     def blocks(self, x: Tensor) -> Tensor:
         """(B, heads, S, width) to (B * heads * blocks, block * width)."""
-        x = F.pad(x, (0, 0, 0, self.key_blocks * self.k_block - self.s))
+        x = _lengthen(x, self.key_blocks * self.k_block)
         return x.reshape(-1, self.k_block * x.shape[-1])
 
     def unblock(self, x: Tensor, like: Tensor) -> Tensor:
@@ -191,8 +191,8 @@ class _Work:
                 yield part, part, self._with_bias(mask, part)
 
     def _box_rows(self, x: Tensor, fill: int) -> Tensor:
-        x = F.pad(x, (0, 0, 0, self.query_blocks * self.q_block - self.n), value=fill)
-        return x.view(self.query_blocks, self.q_block, -1)
+        x = _lengthen(x, self.query_blocks * self.q_block, fill)
+        return x.reshape(self.query_blocks, self.q_block, -1)
 
     def _mask(self, column: slice) -> Tensor | None:
         """(problems, rows or 1, keys of a problem), 0 or -inf; None where all keys are seen."""
@@ -222,6 +222,12 @@ class _Work:
         where = self.where_bias[part]
         bias = self.bias[where.flatten()].view(*where.shape[:2], 1, -1)
         return bias if mask is None else bias + mask
+
+
+def _lengthen(x: Tensor, rows: int, fill: float = 0.0) -> Tensor:
+    """(..., rows, width); unlike ``F.pad``, no copy of what is long enough."""
+    missing = rows - x.shape[-2]
+    return F.pad(x, (0, 0, 0, missing), value=fill) if missing else x
 
 
 def _attend(

@@ -89,7 +89,7 @@ def test_stack_local_and_shared_memory_are_checked_for_each_target():
     ]
     assert (
         list(aot.table([report()]))[2]
-        == "| k | A100 40 GB (sm_80) | 64 | 1.0 | 0 | 0 | 2.0 | 3.0 |"
+        == "| k | A100 40 GB (sm_80) | 64 | 1.0 | 0 | 0 | 2.0 | 3.00 |"
     )
 
 

@@ -1,0 +1,54 @@
+"""The benchmark of attention mechanisms: its rows, its counting of operations, its plot."""
+
+import pytest
+import torch
+
+from xattn.attention import list_attention
+from xattn.cli import main
+from xattn.eval.attention import MECHANISMS, bench, jobs, pairs
+
+
+def test_every_mechanism_has_a_row_beside_dense():
+    assert set(MECHANISMS) == set(list_attention())
+    lines = list(bench(tokens=(64,), rounds=1))
+    rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ")][1:]
+    assert rows[0] == "dense (SDPA)"
+    assert [name for name in MECHANISMS if not any(r.startswith(name) for r in rows)] == []
+
+
+def test_operations_are_counted_from_what_the_operator_reads():
+    made, visited = jobs(["softmax", "dma"], 256, "cpu", torch.float32)
+    assert visited["softmax"] == 256 * 256
+    assert visited["dma window=128"] == 256 * 128
+    assert visited["block lists S=4"] == 256 * 256
+    forward, both = made["dma window=128"]
+    assert forward().shape == (1, 6, 256, 64)
+    both()
+
+
+def test_pairs_of_a_product_add_up():
+    from xattn.attention import ProductOperator, SoftmaxOperator
+
+    q, a = torch.zeros(1, 1, 9, 4), torch.zeros(1, 1, 2, 4)
+    assert pairs(ProductOperator([SoftmaxOperator(q, a), SoftmaxOperator(a, q)])) == 2 * 9 * 2
+
+
+def test_the_command_prints_a_table_and_draws(tmp_path, capsys):
+    plot = tmp_path / "times.png"
+    assert main(["bench", "attention", "--tokens", "64", "--rounds", "1", "--plot", str(plot)]) == 0
+    out = capsys.readouterr().out
+    assert "| gna kernel=7 | 64 |" in out and f"plot: {plot}" in out
+    assert plot.stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tokens": (200,)}, "tokens: got .200.; give squares"),
+        ({"names": ("gan",)}, "unknown attention 'gan'; did you mean gna"),
+        ({"rounds": 0}, "rounds: got 0"),
+    ],
+)
+def test_what_does_not_fit_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        list(bench(**options))
