@@ -54,10 +54,10 @@ def backward(
     scale: float,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    if grad_lse is None and not bias_grad:
-        fused = _fused_backward(grad, q, k, v, bias, o, lse, scale)
+    if grad_lse is None:
+        fused = _fused_backward(grad, q, k, v, bias, o, lse, scale, bias_grad)
         if fused is not None:
-            return *fused, None
+            return fused
     d = delta(grad, grad_lse, o)
     kw, vw, g = widen(k), widen(v), widen(grad)
     dq, dk, dv = torch.empty_like(widen(q)), torch.zeros_like(kw), torch.zeros_like(vw)
@@ -113,18 +113,36 @@ def _fused_backward(
     o: Tensor,
     lse: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(dq, dk, dv) of the same kernel; None also where a row sees no key, which it does not know."""
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+    """The same kernel's gradients; None also where a row sees no key, which it does not know.
+
+    The gradient of a bias a key is that of one more feature: q . k + b / scale = (q, 1/scale) . (k, b).
+    """
     op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
     if op is None or q.device.type != "cpu" or q.shape[-1] != v.shape[-1]:
         return None
-    if bias is not None and lse.isneginf().any():
+    if bias is not None and (
+        (bias_grad and (bias.shape[2] > 1 or scale == 0)) or lse.isneginf().any()
+    ):
         return None
-    q, k, v, grad, o = (_last_contiguous(x) for x in (q, k, v, grad.to(q.dtype), o))
+    grad, mask = grad.to(q.dtype), None
+    if bias_grad and bias is not None:
+        width = q.shape[-1]
+        column = bias.to(q.dtype).transpose(2, 3).expand(*k.shape[:3], 1)
+        q, k = F.pad(q, (0, 1), value=1 / scale), torch.cat([k, column], -1)
+        v, o, grad = (F.pad(x, (0, 1)) for x in (v, o, grad))
+    else:
+        mask = _mask(q, k, bias)
+    q, k, v, grad, o = (_last_contiguous(x) for x in (q, k, v, grad, o))
     try:
-        return op(grad, q, k, v, o, lse, 0.0, False, attn_mask=_mask(q, k, bias), scale=scale)
+        grads = op(grad, q, k, v, o, lse, 0.0, False, attn_mask=mask, scale=scale)
     except (RuntimeError, TypeError):
         return None
+    if not bias_grad or bias is None:
+        return *grads, None
+    db = grads[1][..., width:].transpose(2, 3).sum_to_size(bias.shape)
+    return *(x[..., :width] for x in grads), db.to(bias.dtype)
 
 
 def _mask(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:

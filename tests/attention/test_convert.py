@@ -174,3 +174,40 @@ def test_a_scale_of_the_layers_own_is_kept():
     layer = create_mechanism("softmax", 32, 2)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.1)
     assert torch.allclose(layer(q, k, v, scale=0.1), expected, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_backbone_is_converted_inside_and_still_gives_its_taps():
+    from xattn import load_backbone
+
+    backbone = load_backbone("vit_tiny_patch16_224", weights=None, input_size=64)
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    before = backbone(x)
+    convert(backbone, "softmax")
+    after = backbone(x)
+    assert torch.allclose(after.logits, before.logits, atol=1e-5)
+    for found, expected in zip(after.maps, before.maps, strict=True):
+        assert torch.allclose(found, expected, atol=1e-5)
+    convert(backbone, "gna", kernel=2)
+    assert not torch.allclose(backbone(x).logits, before.logits, atol=1e-5)
+    revert(backbone)
+    assert torch.equal(backbone(x).logits, before.logits)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("softmax", {}),
+        ("gna", {"kernel": 3, "backend": "cpu"}),
+        ("dma", {"window": 8}),
+        ("agent", {"agents": 4, "training_free": True}),
+    ],
+)
+def test_a_converted_model_compiles_as_one_graph(name, options):
+    net = model("vit_tiny_patch16_224")
+    convert(net, name, **options)
+    x = images(net)
+    expected = net(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), expected, atol=1e-5)

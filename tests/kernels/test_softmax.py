@@ -74,16 +74,20 @@ def test_fast_paths_equal_the_float64_reference(backend, n, s, d, dv, bias):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("bias", ["none", "fixed", "hides a row"])
+@pytest.mark.parametrize("bias", ["none", "fixed", "hides a row", "a key", "hides a key"])
 def test_gradients_of_the_output_alone_equal_the_reference(backend, bias):
-    args, (g, _) = inputs(17, 19, 16, bias=(1, 2, 17, 19))
+    args, (g, _) = inputs(17, 19, 16, bias=(1, 2, 1 if "key" in bias else 17, 19))
     if bias == "hides a row":
         args[3][..., 4, :] = -torch.inf
+    if bias == "hides a key":
+        args[3][..., 4] = -torch.inf
 
     def gradients(backend, dtype):
-        leaves = [x.to(dtype).requires_grad_() for x in args[:3]]
-        fixed = None if bias == "none" else args[3].to(dtype)
-        o, _ = softmax_attention(*leaves, fixed, backend=backend)
+        leaves = [x.to(dtype).requires_grad_() for x in args]
+        if "key" not in bias:
+            leaves.pop()
+        fixed = [] if bias == "none" or "key" in bias else [args[3].to(dtype)]
+        o, _ = softmax_attention(*leaves, *fixed, scale=0.3, backend=backend)
         return torch.autograd.grad(o, leaves, g.to(dtype))
 
     exact = gradients("reference", torch.float64)
