@@ -79,8 +79,8 @@ class Agent(Mechanism):
             last = scale
         return ProductOperator(
             [
-                SoftmaxOperator(q, agents, last, second, backend=self.backend),
-                SoftmaxOperator(agents, k, scale, first, backend=self.backend),
+                SoftmaxOperator(q, agents, last, second, None, self.backend, every_row=True),
+                SoftmaxOperator(agents, k, scale, first, None, self.backend, every_row=True),
             ]
         )
 

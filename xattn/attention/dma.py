@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import Mechanism, merge_heads, register
+from xattn.attention.base import Mechanism, register
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.segments import Blocks, Piece, Segment, SegmentsOperator
 
@@ -52,7 +52,8 @@ class DMA(Mechanism):
 
     def key_bias(self, v: Tensor) -> Tensor:
         """b, (B, H, N), from values (B, H, N, D)."""
-        z = self.score(merge_heads(v)).transpose(1, 2)
+        weight = self.score.weight.unflatten(1, (self.num_heads, -1))  # no copy of v by token
+        z = torch.matmul(v, weight.permute(1, 2, 0)).sum(1).transpose(1, 2)
         return self.a[:, None] * F.softplus(z)
 
     def operator(
@@ -63,8 +64,9 @@ class DMA(Mechanism):
             return self._causal(q, k, b, prefix)
         tokens = k.shape[2]
         if self.window >= tokens - prefix:
-            return SoftmaxOperator(q, k, bias=b[:, :, None], backend=self.backend)
-        keep = _best(b[:, :, prefix:], self.window).sort(-1).values + prefix
+            bias = b[:, :, None]
+            return SoftmaxOperator(q, k, None, bias, None, self.backend, every_row=True)
+        keep = b[:, :, prefix:].detach().topk(self.window).indices.sort(-1).values + prefix
         always = torch.arange(prefix, device=q.device).expand(*keep.shape[:2], -1)
         columns = torch.cat([always, keep], -1)
         kept = k.gather(2, columns[..., None].expand(-1, -1, -1, k.shape[-1]))
@@ -108,11 +110,6 @@ class DMA(Mechanism):
         }
 
 
-def _best(b: Tensor, count: int) -> Tensor:
-    """The ``count`` largest of the last dimension; the first of equal ones."""
-    return b.detach().argsort(dim=-1, descending=True, stable=True)[..., :count]
-
-
 def causal_lists(b: Tensor, window: int) -> Tensor:
     """For each query the ``window`` best keys up to itself, itself always: int32 (B, H, N, w)."""
     batch, heads, n = b.shape
@@ -124,6 +121,6 @@ def causal_lists(b: Tensor, window: int) -> Tensor:
         later = torch.arange(n, device=b.device) > i[:, None]
         scores = b.detach()[:, :, None].masked_fill(later, -torch.inf)
         scores[:, :, torch.arange(len(i)), i] = torch.inf
-        best = _best(scores, window)
+        best = scores.topk(window).indices
         lists[:, :, i] = best.masked_fill(best > i[:, None], -1).int()
     return lists

@@ -86,7 +86,7 @@ class GNA(Mechanism):
             place = grid, prefix, q.dtype, q.device
             if place not in self._masks:
                 self._masks[place] = mask(grid, *self.window, prefix, q.dtype, q.device)
-            return SoftmaxOperator(q, k, bias=self._masks[place])
+            return SoftmaxOperator(q, k, bias=self._masks[place], every_row=True)
         return grid_operator(q, k, prefix, order, blocks, rule, backend=self.backend)
 
     def maps(

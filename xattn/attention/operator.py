@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.kernels.softmax import softmax_attention
@@ -120,6 +121,8 @@ class SoftmaxOperator(Operator):
         bias: (B or 1, H or 1, N or 1, S), added to the scores; -inf hides a key.
         lse: (B, H, N), the log-sum-exp of the scores where it is known already.
         backend: see :func:`xattn.kernels.backend.choose`.
+        every_row: whether every row is known to see a key, so that under "auto" PyTorch's own
+            attention may give A X; always so without a bias.
     """
 
     def __init__(
@@ -130,10 +133,13 @@ class SoftmaxOperator(Operator):
         bias: Tensor | None = None,
         lse: Tensor | None = None,
         backend: str = "auto",
+        every_row: bool = False,
     ) -> None:
         self.q, self.k, self.bias = q, k, bias
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.backend = backend
+        fixed = bias is None or (every_row and not bias.requires_grad)
+        self._fused = backend == "auto" and fixed
         self.shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         if lse is not None:
             self.lse = lse
@@ -150,7 +156,10 @@ class SoftmaxOperator(Operator):
         )
 
     def matvec(self, x: Tensor) -> Tensor:
-        return self.attend(x)[0]
+        if not self._fused:
+            return self.attend(x)[0]
+        q, k, bias = self.q, self.k, self.bias
+        return F.scaled_dot_product_attention(q, k, x, attn_mask=bias, scale=self.scale)
 
     def rows(self, index: Tensor) -> Tensor:
         bias = self.bias

@@ -88,8 +88,9 @@ def _attend(q: Tensor, s: Segment, scale: float | None, backend: str) -> tuple[T
         bias = None if s.bias is None else s.bias[:, :, None, :]
         return softmax_attention(q, s.k, s.v, bias, scale=scale, backend=backend)
     blocks = s.blocks or visible_blocks(s.rule, 64, 64)  # type: ignore[arg-type]
-    if backend == "auto" and dense_is_faster(q, s.k, blocks):
-        return _attend_dense(q, replace(s, blocks=blocks), scale)
+    if backend == "auto" and s.rule is None and _reads_all(s.k, blocks):
+        bias = None if s.bias is None else s.bias[:, :, None, :]
+        return softmax_attention(q, s.k, s.v, bias, scale=scale)
     return block_sparse_attention(
         q,
         s.k,
@@ -110,19 +111,13 @@ def dense_is_faster(q: Tensor, k: Tensor, blocks: Blocks) -> bool:
     return q.device.type == "cpu" and (keys < 512 or 2 * read > keys)
 
 
-def _attend_dense(q: Tensor, s: Segment, scale: float | None) -> tuple[Tensor, Tensor]:
-    """A segment with lists or a rule as dense attention under a mask."""
-    assert s.v is not None and s.blocks is not None
-    bias = None if s.bias is None else s.bias[:, :, None, :]
-    count = -(-s.k.shape[2] // s.blocks.k_block)
-    check_index(s.blocks.index, count)
-    everything = s.blocks.index.shape[-1] == count and bool((s.blocks.index >= 0).all())
-    if not everything or s.rule is not None:
-        seen = visible(s, torch.arange(q.shape[2], device=q.device))
-        hidden = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
-        hidden.masked_fill_(~seen, -torch.inf)
-        bias = hidden if bias is None else bias + hidden
-    return softmax_attention(q, s.k, s.v, bias, scale=scale)
+def _reads_all(k: Tensor, blocks: Blocks) -> bool:
+    """Whether every list holds every block; on a GPU the answer would stall the stream: False."""
+    count = -(-k.shape[2] // blocks.k_block)
+    if k.device.type != "cpu" or blocks.index.shape[-1] != count:
+        return False
+    check_index(blocks.index, count)
+    return bool((blocks.index >= 0).all())
 
 
 def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
