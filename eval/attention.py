@@ -23,11 +23,11 @@ from xattn.eval.maps import peak_memory
 from xattn.eval.speed import Job, _seconds
 
 HEADS, WIDTH, BLOCK = 6, 64, 64
-MECHANISMS: dict[str, dict[str, Any]] = {
-    "softmax": {},
-    "gna": {"kernel": 7},
-    "dma": {"window": 128},
-    "agent": {"agents": 49, "training_free": True},
+MECHANISMS: dict[str, list[dict[str, Any]]] = {
+    "softmax": [{}],
+    "gna": [{"kernel": 7}],
+    "dma": [{"window": 128}, {"window": 512}],
+    "agent": [{"agents": 49, "training_free": True}],
 }
 LISTS = (4, 8, 16)
 
@@ -113,13 +113,11 @@ def jobs(
 
     made = {"dense (SDPA)": pair(F.scaled_dot_product_attention)}
     visited: dict[str, float] = {"dense (SDPA)": float(n * n)}
-    for name in names:
+    for name, options in ((key, o) for key in names for o in MECHANISMS.get(key, [{}])):
         torch.manual_seed(0)
-        options = MECHANISMS.get(name, {})
         layer = create_mechanism(name, HEADS * WIDTH, HEADS, **options).to(device, dtype)
-        label = " ".join(
-            [name, *(f"{key}={value}" for key, value in options.items() if key != "training_free")]
-        )
+        said = [f"{key}={value}" for key, value in options.items() if key != "training_free"]
+        label = " ".join([name, *said])
         made[label] = pair(lambda *x, layer=layer: layer(*x, (side, side)))
         visited[label] = pairs(layer.operator(q, k, v, (side, side), 0))
     for s in LISTS:

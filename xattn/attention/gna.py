@@ -107,7 +107,6 @@ class GNA(Mechanism):
         return (inside - softmax_attention(q, k, k, backend=self.backend)[1]).exp()
 
 
-@torch.compiler.disable
 @lru_cache(maxsize=64)
 def plan(
     grid: tuple[int, ...],
@@ -135,7 +134,6 @@ def plan(
     return order.to(device), blocks.to(device), rule.to(device)
 
 
-@torch.compiler.disable
 def mask(
     grid: tuple[int, ...],
     kernel: Lengths,
@@ -224,5 +222,5 @@ def speedup_bound(
     return Bound(operations, dense / visited, dense / visited / operations)
 
 
-def _hashable(value: object) -> object:
+def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value

@@ -108,7 +108,7 @@ def _attend(q: Tensor, s: Segment, scale: float | None, backend: str) -> tuple[T
 def dense_is_faster(q: Tensor, k: Tensor, blocks: Blocks) -> bool:
     """Whether a CPU does masked dense attention sooner than it gathers the lists' keys."""
     read, keys = blocks.index.shape[-1] * blocks.k_block, k.shape[2]
-    return q.device.type == "cpu" and (keys < 512 or 2 * read > keys)
+    return q.device.type == "cpu" and (keys < 512 or 3 * read > keys)
 
 
 def _reads_all(k: Tensor, blocks: Blocks) -> bool:
