@@ -30,7 +30,7 @@ def bench(filter):
 
 @needs_triton
 @pytest.mark.parametrize("op", aot.OPS)
-@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_no_kernel_spills_or_needs_more_shared_memory_than_there_is(op, dtype, tmp_path):
     labels = [case.label for case in aot.cases() if op in case.label and dtype in case.label]
     run = compile_in_a_process(bench(f"{op} {dtype}"), tmp_path)
