@@ -46,12 +46,14 @@ def images():
     return torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
+ATTENTION = ["rollout", "raw_attention", "column_mass", "generic_relevance", "attn_lrp"]
 CASES = [(k, n) for k in MODELS for n in NAMES if (k, n) != ("vit", "cam")]
+CASES += [("vit", name) for name in ATTENTION]
 TARGET = torch.tensor([3, 0, 10, 3, 7])
 
 
 def test_the_registry_lists_them_all_and_suggests_near_names(pairs):
-    assert set(NAMES) <= set(list_explainers())
+    assert {*NAMES, *ATTENTION} == set(list_explainers())
     with pytest.raises(ValueError, match=r"unknown explainer 'grad-cam'; did you mean gradcam"):
         pairs["cnn"].explainer("grad-cam")
     with pytest.raises(ValueError, match=r"gradcam does not take that option .*layers"):
