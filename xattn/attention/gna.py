@@ -49,13 +49,14 @@ TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
 class GNA(Mechanism):
     """Generalized neighborhood attention on grids of 1 to 3 dimensions.
 
+    ``kernel``, ``stride``, ``dilation`` and ``causal`` take one value or one for each dimension.
+
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         kernel: keys seen in each dimension; at most the grid's length.
         stride: queries that share a window, 1 to ``kernel``.
         dilation: distance of the keys seen.
-        causal: per dimension, whether later keys are hidden.
-        All take one value or one for each dimension.
+        causal: whether later keys are hidden.
     """
 
     def __init__(
