@@ -6,6 +6,7 @@ import importlib.util
 import os
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -31,6 +32,11 @@ def choose(backend: str, device: torch.device) -> str:
     if backend == "auto":
         return "triton" if runs and device.type == "cuda" else "cpu"
     return backend
+
+
+def own_precision(x: Tensor) -> torch.autocast:
+    """Context in which an op's products run in the types it chose, also under a user's autocast."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def interpreted() -> bool:

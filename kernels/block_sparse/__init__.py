@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.kernels.backend import choose
+from xattn.kernels.backend import choose, own_precision
 from xattn.kernels.block_sparse import cpu, reference
 from xattn.kernels.block_sparse.box import Box, causal, neighbourhood, permuted, window
 from xattn.kernels.block_sparse.index import check_index, transpose_index
@@ -166,9 +166,10 @@ _NUMBERS = "int[] dilation, int q_block, int k_block, float scale"
 )
 def _forward(q, k, v, index, bias, low, high, position, dilation, q_block, k_block, scale, backend):  # type: ignore[no-untyped-def]
     check_index(index, -(-k.shape[2] // k_block))
-    o, lse = _path(backend).forward(
-        q, k, v, index, bias, low, high, position, dilation, q_block, k_block, scale
-    )
+    with own_precision(q):
+        o, lse = _path(backend).forward(
+            q, k, v, index, bias, low, high, position, dilation, q_block, k_block, scale
+        )
     return o.contiguous(), lse.contiguous()
 
 
@@ -188,9 +189,10 @@ def _(q, k, v, index, bias, low, high, position, dilation, q_block, k_block, sca
 )
 def _backward(grad, grad_lse, q, k, v, index, bias, low, high, position, o, lse, *numbers):  # type: ignore[no-untyped-def]
     *numbers, backend = numbers
-    *grads, db = _path(backend).backward(
-        grad, grad_lse, q, k, v, index, bias, low, high, position, o, lse, *numbers
-    )
+    with own_precision(q):
+        *grads, db = _path(backend).backward(
+            grad, grad_lse, q, k, v, index, bias, low, high, position, o, lse, *numbers
+        )
     return *(g.contiguous() for g in grads), q.new_empty(0) if db is None else db.contiguous()
 
 

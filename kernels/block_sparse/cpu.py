@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.kernels.block_sparse.reference import inside, reduce_bias
+from xattn.kernels.softmax.cpu import fused_forward
 from xattn.kernels.softmax.reference import delta, widen
 
 FORWARD, BACKWARD = 2**22, 2**21  # bytes of the keys and values that are gathered at a time
@@ -234,32 +235,16 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention and its lse of a batch of problems, all of one floating-point type."""
-    if mask is not None:
-        mask = mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
-    fused = _fused(q, k, v, mask, scale)
+    fused = fused_forward(q, k, v, mask, scale)
     if fused is not None:
         o, lse = fused
     else:
         scores = scale * (q @ k.transpose(-2, -1))
-        scores = scores if mask is None else scores.add_(mask)
+        scores = scores if mask is None else scores + mask
         lse = scores.logsumexp(-1)
         o = (scores - lse[..., None]).exp_() @ v
     if mask is None:
         return o, lse
     # What the fused kernel gives for rows without a key is not defined.
-    empty = mask.amax(-1).isneginf()
+    empty = mask.amax(-1).isneginf().expand(lse.shape)
     return torch.where(empty[..., None], 0.0, o), lse.masked_fill(empty, -torch.inf)
-
-
-def _fused(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor] | None:
-    """(o, lse) of PyTorch's CPU flash attention; None where this build or input has none."""
-    op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if op is None or q.device.type != "cpu" or q.shape[-1] != v.shape[-1]:
-        return None
-    try:
-        o, lse = op(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
-    except (RuntimeError, TypeError):
-        return None
-    return o, lse

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.kernels.backend import choose
+from xattn.kernels.backend import choose, own_precision
 from xattn.kernels.block_sparse.index import check_index
 from xattn.kernels.block_topk import cpu, reference
 
@@ -176,9 +176,22 @@ def _topk(q, k, forced, within, visible, s, q_block, reduce, softmax, spread, *r
             raise ValueError(
                 f"forced: got {low if low < -1 else high}; give -1 (ignored) to {candidates - 1}"
             )
-    index, scores = _path(backend).topk(
-        q, k, forced, within, visible, s, q_block, reduce, softmax, spread, pooling, children, scale
-    )
+    with own_precision(q):
+        index, scores = _path(backend).topk(
+            q,
+            k,
+            forced,
+            within,
+            visible,
+            s,
+            q_block,
+            reduce,
+            softmax,
+            spread,
+            pooling,
+            children,
+            scale,
+        )
     return index.contiguous(), scores.contiguous()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.kernels.backend import choose
+from xattn.kernels.backend import choose, own_precision
 from xattn.kernels.softmax import cpu, reference
 
 
@@ -91,7 +91,8 @@ def _path(backend: str) -> Any:
     schema="(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, str backend) -> (Tensor, Tensor)",
 )
 def _forward(q, k, v, bias, scale, backend):  # type: ignore[no-untyped-def]
-    o, lse = _path(backend).forward(q, k, v, bias, scale)
+    with own_precision(q):
+        o, lse = _path(backend).forward(q, k, v, bias, scale)
     return o.contiguous(), lse.contiguous()
 
 
@@ -110,7 +111,10 @@ def _(q, k, v, bias, scale, backend):  # type: ignore[no-untyped-def]
     ),
 )
 def _backward(grad, grad_lse, q, k, v, bias, o, lse, scale, bias_grad, backend):  # type: ignore[no-untyped-def]
-    *grads, db = _path(backend).backward(grad, grad_lse, q, k, v, bias, o, lse, scale, bias_grad)
+    with own_precision(q):
+        *grads, db = _path(backend).backward(
+            grad, grad_lse, q, k, v, bias, o, lse, scale, bias_grad
+        )
     return *(g.contiguous() for g in grads), q.new_empty(0) if db is None else db.contiguous()
 
 

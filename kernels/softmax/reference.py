@@ -17,7 +17,7 @@ def scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """(B, H, N, S) in at least float32."""
     q, k = widen(q), widen(k)
     s = scale * (q @ k.transpose(-2, -1))
-    return s if bias is None else s + bias
+    return s if bias is None else s + bias.to(s.dtype)
 
 
 def weights(s: Tensor, lse: Tensor) -> Tensor:

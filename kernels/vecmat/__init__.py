@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from xattn.kernels.backend import choose
+from xattn.kernels.backend import choose, own_precision
 from xattn.kernels.softmax import check
 from xattn.kernels.vecmat import cpu, reference
 
@@ -137,7 +137,8 @@ def _path(backend: str) -> Any:
     ),
 )
 def _forward(q, k, lse, r, v, g, bias, scale, backend):  # type: ignore[no-untyped-def]
-    return _path(backend).forward(q, k, lse, r, v, g, bias, scale).contiguous()
+    with own_precision(q):
+        return _path(backend).forward(q, k, lse, r, v, g, bias, scale).contiguous()
 
 
 @_forward.register_fake
@@ -154,7 +155,8 @@ def _(q, k, lse, r, v, g, bias, scale, backend):  # type: ignore[no-untyped-def]
     ),
 )
 def _backward(grad, q, k, lse, r, v, g, bias, scale, bias_grad, backend):  # type: ignore[no-untyped-def]
-    grads = _path(backend).backward(grad, q, k, lse, r, v, g, bias, scale, bias_grad)
+    with own_precision(q):
+        grads = _path(backend).backward(grad, q, k, lse, r, v, g, bias, scale, bias_grad)
     return [q.new_empty(0) if x is None else x.contiguous() for x in grads]
 
 

@@ -165,7 +165,7 @@ def test_dropping_attention_weights_is_refused_in_training():
     net = model("vit_tiny_patch16_224", depth=1, attn_drop_rate=0.1)
     convert(net, "gna", kernel=2)
     net(images(net))
-    with pytest.raises(ValueError, match="set the layers' attn_drop to 0"):
+    with pytest.raises(ValueError, match="at random, which gna cannot do; set its attn_drop to 0"):
         net.train()(images(net))
 
 
@@ -211,3 +211,82 @@ def test_a_converted_model_compiles_as_one_graph(name, options):
     torch._dynamo.reset()
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_compiled_agents_equal_eager_ones_at_any_batch(batch):
+    net = model("vit_tiny_patch16_224")
+    convert(net, "agent", agents=4, training_free=True)
+    x = images(net)[:batch]
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), net(x), atol=1e-5)
+
+
+def test_masks_and_dropped_patches_are_refused_not_ignored():
+    net = model("vit_tiny_patch16_224")
+    convert(net, "softmax")
+    with pytest.raises(ValueError, match="gives a mask, which softmax cannot do; leave out"):
+        net(images(net), attn_mask=torch.zeros(1, 1, 17, 17))
+    net = model("vit_tiny_patch16_224", patch_drop_rate=0.75)
+    convert(net, "gna", kernel=2)
+    net(images(net))
+    with pytest.raises(ValueError, match="no patch dropping"):
+        net.train()(images(net))
+    convert(net, "dma", window=2)
+    net.train()(images(net))  # needs no grid
+
+
+@torch.no_grad()
+def test_a_converted_layer_attends_by_its_mechanism_whatever_the_flag_says():
+    net = model("vit_tiny_patch16_224")
+    for block in net.blocks:
+        block.attn.fused_attn = False
+    with record(net) as calls:
+        convert(net, "gna", kernel=2)
+        assert calls == []  # the probe is nobody's business
+        expected = net(images(net))
+    assert torch.equal(net(images(net)), expected)
+    assert not any(block.attn.fused_attn for block in net.blocks)
+    revert(net)
+    assert not any(block.attn.fused_attn for block in net.blocks)
+
+
+@torch.no_grad()
+def test_converted_models_can_be_pickled(tmp_path):
+    net = model("vit_tiny_patch16_224")
+    convert(net, "gna", kernel=2)
+    torch.save(net, tmp_path / "net.pt")
+    twin = torch.load(tmp_path / "net.pt", weights_only=False)
+    assert torch.equal(twin(images(net)), net(images(net)))
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("gna", {"kernel": 9}, "kernel, dilation: got 9"),
+        ("gna", {"kernel": 2.5}, "kernel: got 2.5; give a whole number"),
+        ("gna", {"kernel": 2, "backend": "cup"}, "backend: got 'cup'"),
+        ("dma", {"window": "3"}, "window: got '3'"),
+        ("agent", {"window": 14}, "window: got 14; give"),
+    ],
+)
+@torch.no_grad()
+def test_options_that_do_not_fit_leave_the_model_as_it_was(name, options, message):
+    net = model("vit_tiny_patch16_224")
+    before = net(images(net))
+    with pytest.raises(ValueError, match=message):
+        convert(net, name, **options)
+    assert torch.equal(net(images(net)), before) and not net.patch_embed._forward_pre_hooks
+    convert(net, "gna", kernel=2)
+    mine, before = net.blocks[0].attn.mechanism, net(images(net))
+    with pytest.raises(ValueError, match=message):
+        convert(net, name, **options)
+    assert net.blocks[0].attn.mechanism is mine and torch.equal(net(images(net)), before)
+
+
+def test_attention_over_channels_is_no_attention_over_tokens():
+    net = timm.create_model("xcit_nano_12_p16_224", num_classes=5).eval()
+    with pytest.raises(ValueError, match=r"blocks.0.attn \(XCA\) .*untouched"):
+        convert(net, "softmax")

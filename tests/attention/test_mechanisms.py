@@ -24,7 +24,12 @@ OPTIONS = {
         {"kernel": (3, 4), "stride": (2, 1), "backend": "cpu"},
         {"kernel": 2, "dilation": (2, 1), "backend": "cpu"},
     ],
-    "dma": [{"window": 4}, {"window": 4, "causal": True}, {"window": 64}],
+    "dma": [
+        {"window": 4},
+        {"window": 4, "causal": True},
+        {"window": 4, "causal": True, "backend": "cpu"},
+        {"window": 64},
+    ],
     "agent": [{"agents": 4, "window": (3, 3)}, {"agents": 9, "training_free": True}],
 }
 CASES = [
@@ -225,10 +230,11 @@ def test_dma_ignores_a_constant_in_the_bias_and_the_order_of_tokens():
     assert torch.allclose(layer(*(x[:, :, order] for x in (q, k, v)), GRID), y[:, :, order])
 
 
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
 @pytest.mark.parametrize("window", [3, 30])
-def test_causal_dma_keeps_the_best_keys_up_to_each_query(window):
+def test_causal_dma_keeps_the_best_keys_up_to_each_query(window, backend):
     q, k, v = inputs(0)
-    layer = mechanism("dma", {"window": window, "causal": True})
+    layer = mechanism("dma", {"window": window, "causal": True, "backend": backend})
     b = layer.key_bias(v)
     bias = torch.full((2, HEADS, 30, 30), -torch.inf, dtype=q.dtype)
     for i in range(30):
@@ -357,3 +363,85 @@ def test_aligned_windows_are_perfectly_block_sparse_and_dense_gains_nothing():
     assert speedup_bound((16, 16), 16).tiles == 1
     dilated = speedup_bound((16, 16), 8, 1, 2, q_tile=8, k_tile=8)
     assert (dilated.operations, dilated.tiles) == (4, 4)  # every residue class is dense in itself
+
+
+# ---------------------------------------------------------------------- contexts of the caller
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_inference_mode_neither_hinders_questions_nor_later_training(name, options):
+    layer = create_attention(name, DIM, HEADS, **options)
+    x = torch.randn(1, 31, DIM)
+    with torch.inference_mode():
+        with record() as calls:
+            layer(x, GRID, 1)
+        r = calls[0].operator.vecmat(torch.ones(1, 1, 31), "mean")
+    assert torch.allclose(r.sum(-1), torch.tensor(31.0))
+    layer(x, GRID, 1).sum().backward()
+    create_attention(name, DIM, HEADS, **options)(x, GRID, 1).sum().backward()
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_it_works_under_autocast(name, options):
+    layer = create_attention(name, DIM, HEADS, **options)
+    x = torch.randn(1, 31, DIM)
+    exact = layer(x, GRID, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        with record() as calls:
+            y = layer(x, GRID, 1)
+        y.float().sum().backward()
+        rows = calls[0].operator.rows(torch.tensor([0, 5]))
+        r = calls[0].operator.vecmat(torch.ones(1, 1, 31))
+    assert torch.allclose(y.float(), exact, atol=0.05)
+    assert torch.allclose(rows.float().sum(-1), torch.ones(()), atol=0.02)
+    assert torch.allclose(r.float().sum(-1), torch.tensor(31.0), atol=0.3)
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_half_precision_answers_in_single(name, options):
+    q, k, v = inputs(1)
+    layer = mechanism(name, options)
+    exact = layer.operator(q, k, v, GRID, 1)
+    half = [x.bfloat16() for x in (q, k, v)]
+    near = layer.operator(*(x.double() for x in half), GRID, 1)
+    found = copy.deepcopy(layer).bfloat16().operator(*half, GRID, 1)
+    r = torch.rand(2, 1, 31, dtype=torch.float64)
+    assert found.rows(torch.tensor([0])).dtype == torch.float32
+    assert found.vecmat(r).dtype == torch.float32
+    if name in ("softmax", "gna"):  # the others compute their agents and biases in half precision
+        assert torch.allclose(found.vecmat(r).double(), near.vecmat(r), rtol=1e-3)
+    assert exact.vecmat(r).dtype == torch.float64
+
+
+def test_two_threads_record_their_own_calls():
+    import threading
+
+    layers = [create_attention("softmax", DIM, HEADS) for _ in range(2)]
+    found, errors = [0, 0], []
+
+    def work(i):
+        try:
+            for _ in range(30):
+                with torch.no_grad(), record() as calls:
+                    layers[i](torch.randn(1, 9, DIM))
+                found[i] += len(calls)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert found == [30, 30] and not errors
+
+
+def test_a_log_sum_exp_kept_without_gradient_serves_no_gradient():
+    from xattn.attention import SoftmaxOperator
+
+    q, k, _ = inputs(0)
+    q.requires_grad_()
+    operator = SoftmaxOperator(q, k, bias=torch.zeros(1, 1, 1, 30, dtype=q.dtype))
+    with torch.no_grad():
+        operator.row_sums()
+    rows = operator.rows(torch.arange(5)).square().sum()
+    dense_rows = (q @ k.transpose(-2, -1) / 4).softmax(-1)[:, :, :5].square().sum()
+    assert torch.allclose(*(torch.autograd.grad(x, q)[0] for x in (rows, dense_rows)))

@@ -246,7 +246,7 @@ def test_chunks_of_any_size_and_a_build_without_the_fused_kernel_agree(shared, m
         monkeypatch.setattr(cpu_path, "FORWARD", size)
         monkeypatch.setattr(cpu_path, "BACKWARD", size)
         assert_near(run("cpu", args, index, grads, **options), expected, 1e-11)
-    monkeypatch.setattr(cpu_path, "_fused", lambda *a: None)
+    monkeypatch.setattr(cpu_path, "fused_forward", lambda *a: None)
     assert_near(run("cpu", args, index, grads, **options), expected, 1e-11)
 
 
@@ -415,3 +415,23 @@ def test_triton_refuses_what_it_has_no_tile_for():
     q, index = torch.zeros(1, 1, 4, 144), torch.zeros(1, 1, 1, 1).int()
     with pytest.raises(ValueError, match="backend='triton': got torch.float32 of width 144"):
         block_sparse_attention(q, q, q, index, q_block=4, k_block=4, backend="triton")
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_any_layout_of_the_inputs_gives_the_same(backend):
+    index = torch.tensor([[[[0, 2], [1, -1]]]], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+
+    def run(backend, q, k, v):
+        leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in (q, k, v)]
+        o, lse = block_sparse_attention(*leaves, index, q_block=16, k_block=8, backend=backend)
+        return [o, lse, *torch.autograd.grad((o * g).sum() + lse.sum(), leaves)]
+
+    plain = torch.randn(3, 1, 2, 24, 16, generator=generator)
+    g = torch.randn(1, 2, 24, 16, generator=generator)
+    turned = plain.transpose(-2, -1).contiguous().transpose(-2, -1)
+    spread = plain[:, :, :1, :1, :1].expand(-1, -1, 2, 24, 16)
+    for inputs in (turned, spread):
+        expected = run("reference", *(x.contiguous().double() for x in inputs))
+        for found, true in zip(run(backend, *inputs), expected, strict=True):
+            assert torch.allclose(found.double(), true, atol=1e-4)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import Mechanism, merge_heads, register, split_heads
+from xattn.attention.base import Mechanism, merge_heads, register, split_heads, whole
 from xattn.attention.operator import Operator, ProductOperator, SoftmaxOperator
 
 SIDE = 7  # of the coarse part of the biases
@@ -45,13 +45,15 @@ class Agent(Mechanism):
         backend: str = "auto",
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
-        self.side = math.isqrt(max(agents, 0))
-        if agents < 1 or self.side**2 != agents:
+        self.side = math.isqrt(whole("agents", agents))
+        if self.side**2 != agents:
             raise ValueError(f"agents: got {agents}; give a square number, for example 49")
         self.agents, self.training_free = agents, training_free
         if training_free:
             return
-        h, w = window
+        if not isinstance(window, tuple | list) or len(window) != 2:
+            raise ValueError(f"window: got {window!r}; give (height, width) of the grid")
+        h, w = (whole("window", side) for side in window)
         shapes = {
             "an": (agents, SIDE, SIDE), "ah": (agents, h), "aw": (agents, w), "ac": (agents,),
             "na": (agents, SIDE, SIDE), "ha": (agents, h), "wa": (agents, w), "ca": (agents,),
@@ -68,7 +70,8 @@ class Agent(Mechanism):
     ) -> Operator:
         assert grid is not None
         patches = merge_heads(q[:, :, prefix:]).transpose(1, 2).unflatten(2, grid)
-        pooled = F.adaptive_avg_pool2d(patches, self.side).flatten(2).transpose(1, 2)
+        # Contiguous, or compiled code may expect other strides of the pooled map than there are.
+        pooled = F.adaptive_avg_pool2d(patches.contiguous(), self.side).flatten(2).transpose(1, 2)
         agents = split_heads(pooled, self.num_heads)
         scale = q.shape[-1] ** -0.5
         if self.training_free:

@@ -16,10 +16,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from xattn.attention.operator import Operator
 from xattn.attention.record import Call, keep, own_layer, recording
+from xattn.kernels.backend import choose
 
 _REGISTRY: dict[str, type[Mechanism]] = {}
 
@@ -51,8 +53,9 @@ class Mechanism(nn.Module, ABC):
 
     def __init__(self, dim: int, num_heads: int, *, backend: str = "auto") -> None:
         super().__init__()
-        if dim < 1 or num_heads < 1 or dim % num_heads:
+        if whole("dim", dim) % whole("num_heads", num_heads):
             raise ValueError(f"dim, num_heads: got {dim}, {num_heads}; num_heads has to divide dim")
+        choose("auto" if backend == "triton" else backend, torch.device("cpu"))  # checks the name
         self.dim, self.num_heads, self.backend = dim, num_heads, backend
 
     @abstractmethod
@@ -98,7 +101,9 @@ class Mechanism(nn.Module, ABC):
         operator = self.operator(q, k, v, grid, prefix)
         output = operator.matvec(v)
         if recording():
-            keep(Call(operator, v, output, self.maps(operator, grid, prefix)))
+            with torch.no_grad():
+                cut = self.operator(q.detach(), k.detach(), v.detach(), grid, prefix)
+                keep(Call(cut, v.detach(), output, self.maps(cut, grid, prefix)))
         local = self.local(v, grid, prefix)
         return output if local is None else output + local
 
@@ -167,6 +172,13 @@ class Attention(nn.Module):
         q, k, v = qkv.unbind(0)
         y = self.mechanism(self.q_norm(q), self.k_norm(k), v, grid, prefix)
         return self.proj(y.transpose(1, 2).flatten(2))
+
+
+def whole(name: str, value: Any) -> int:
+    """``value`` if it is a whole number of at least 1; else a ``ValueError`` that names it."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: got {value!r}; give a whole number of at least 1")
+    return value
 
 
 def merge_heads(x: Tensor) -> Tensor:

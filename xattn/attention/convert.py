@@ -49,22 +49,30 @@ def convert(
         width = _width(path, layer)
         made[path] = create_mechanism(name, width, heads, **options)
     layout = _layout(model)
+    before = {path: getattr(layer, "mechanism", None) for path, layer in layers.items()}
     for path, layer in layers.items():
-        _release(layer)
         weight = next(layer.parameters())
-        mechanism = made[path].to(weight.device, weight.dtype).train(layer.training)
-        layer.__dict__["layout"] = layout
-        layer.__dict__["was_fused"] = layer.fused_attn
-        layer.mechanism = mechanism
-        layer.fused_attn = True  # type: ignore[assignment]
-        layer.__class__ = _converted(type(layer))
+        _take(layer, made[path].to(weight.device, weight.dtype).train(layer.training), layout)
+    try:
+        _probe(model)
+    except Exception as error:
+        for path, layer in layers.items():
+            _release(layer)
+            mechanism = before[path]
+            if mechanism is not None:
+                _take(layer, mechanism, layout)
+        if not any(isinstance(m, _Converted) for m in model.modules()):
+            revert(model)
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"model: {name} does not run in it ({error}); untouched") from error
     return model
 
 
 def revert(model: nn.Module) -> nn.Module:
     """Undo :func:`convert` in place; the mechanisms' own weights are dropped."""
     model = getattr(model, "model", model) if not hasattr(model, "blocks") else model
-    for layer in model.modules():
+    for layer in list(model.modules()):
         _release(layer)
     hooks = getattr(getattr(model, "patch_embed", None), "_forward_pre_hooks", {})
     for key in [key for key, hook in hooks.items() if isinstance(hook, _Layout)]:
@@ -75,9 +83,20 @@ def revert(model: nn.Module) -> nn.Module:
 class _Converted:
     """Mixed into the class of a converted layer."""
 
+    mechanism: Mechanism
+    layout: _Layout
+    fused_attn: bool
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        with _Swap(self.mechanism, self.layout):  # type: ignore[attr-defined]
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        fused, self.fused_attn = self.fused_attn, True
+        try:
+            with _Swap(self.mechanism, self.layout):
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.fused_attn = fused
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (type(self).__mro__[2],), self.__dict__
 
 
 _CLASSES: dict[type, type] = {}
@@ -90,12 +109,24 @@ def _converted(cls: type) -> type:
     return _CLASSES[cls]
 
 
+def _blank(cls: type) -> nn.Module:
+    """A converted layer of a pickle, before its attributes are put back."""
+    made: Any = _converted(cls)
+    return made.__new__(made)
+
+
+def _take(layer: nn.Module, mechanism: Mechanism, layout: _Layout) -> None:
+    _release(layer)
+    layer.__dict__["layout"] = layout
+    layer.mechanism = mechanism
+    layer.__class__ = _converted(type(layer))
+
+
 def _release(layer: nn.Module) -> None:
     if not isinstance(layer, _Converted):
         return
     layer.__class__ = type(layer).__mro__[2]
     del layer.mechanism
-    layer.fused_attn = layer.__dict__.pop("was_fused")
     del layer.__dict__["layout"]
 
 
@@ -111,12 +142,16 @@ class _Layout:
             if grid_of_size is not None:
                 self.grid = tuple(int(n) for n in grid_of_size(tuple(args[0].shape[-2:])))
 
-    def grid_of(self, tokens: int) -> tuple[int, ...] | None:
+    def grid_of(self, tokens: int, needed: bool) -> tuple[int, ...] | None:
         count = tokens - self.prefix
         if self.grid is not None and math.prod(self.grid) == count:
             return self.grid
-        side = math.isqrt(count)
-        return (side, side) if side * side == count else None
+        if needed:
+            raise ValueError(
+                f"model: {count} patch tokens are not its grid {self.grid}; mechanisms on a grid "
+                f"need all patches (no patch dropping) of one known grid"
+            )
+        return None
 
 
 class _Swap(TorchFunctionMode):
@@ -128,15 +163,30 @@ class _Swap(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is not F.scaled_dot_product_attention:
             return function(*args, **kwargs)
-        q, k, v = args[:3]
-        if kwargs.get("dropout_p", 0.0) > 0:
-            name = self.mechanism.entry.name
-            raise ValueError(
-                f"model: drops attention weights at random, which {name} does not do; set the "
-                f"layers' attn_drop to 0"
-            )
-        grid = self.layout.grid_of(q.shape[-2])
-        return self.mechanism(q, k, v, grid, self.layout.prefix, kwargs.get("scale"))
+        return self._answer(*args, **kwargs)
+
+    def _answer(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        name = self.mechanism.entry.name
+        for wanted, what, remedy in (
+            (dropout_p > 0, "drops attention weights at random", "set its attn_drop to 0"),
+            (attn_mask is not None, "gives a mask", "leave out attn_mask"),
+            (is_causal, "asks for causal attention", "leave out is_causal"),
+            (enable_gqa, "shares keys among heads", "do not convert it"),
+        ):
+            if wanted:
+                raise ValueError(f"model: its layer {what}, which {name} cannot do; {remedy}")
+        grid = self.layout.grid_of(query.shape[-2], 0 not in self.mechanism.entry.grid)
+        return self.mechanism(query, key, value, grid, self.layout.prefix, scale)
 
 
 def _layers(model: nn.Module, blocks: Iterable[int] | None) -> dict[str, nn.Module]:
@@ -169,9 +219,9 @@ def _check(model: nn.Module, layers: dict[str, nn.Module], name: str) -> None:
             raise ValueError(
                 f"model: {path} ({type(layer).__name__}) does not use fused attention; untouched"
             )
-    seen: dict[str, list[tuple[tuple[int, ...], bool]]] = {path: [] for path in layers}
+    seen: dict[str, list[tuple[tuple[int, ...], bool, int]]] = {path: [] for path in layers}
     handles = []
-    with record(model) as calls:
+    with record(model, alone=True) as calls:
         for path, layer in layers.items():
             start: list[int] = []
             handles.append(
@@ -181,20 +231,15 @@ def _check(model: nn.Module, layers: dict[str, nn.Module], name: str) -> None:
             def after(m: nn.Module, a: Any, o: Any, path: str = path, s: list[int] = start) -> None:
                 for call in calls[s.pop() :]:
                     masked = getattr(call.operator, "bias", None) is not None
-                    seen[path].append((call.operator.shape, masked))
+                    seen[path].append((call.operator.shape, masked, call.value.shape[-1]))
 
             handles.append(layer.register_forward_hook(after))
-        training = {m: m.training for m in model.modules()}
         try:
-            model.eval()
-            with torch.no_grad():
-                model(_example(model))
+            _run(model)
         finally:
             for handle in handles:
                 handle.remove()
-            for m, mode in training.items():
-                m.training = mode
-    tokens = max((shape[2] for found in seen.values() for shape, _ in found), default=0)
+    tokens = max((call[0][2] for found in seen.values() for call in found), default=0)
     for path, layer in layers.items():
         found, kind = seen[path], type(layer).__name__
         if isinstance(layer, _Converted):
@@ -206,9 +251,28 @@ def _check(model: nn.Module, layers: dict[str, nn.Module], name: str) -> None:
             why = f"attends {n} to {s} tokens ({batch} windows), not all to all"
         elif found[0][1]:
             why = "adds a bias or mask to its scores"
+        elif found[0][0][1] * found[0][2] != _width(path, layer):
+            why = f"does not attend by heads of its {_width(path, layer)} channels"
         else:
             continue
         raise ValueError(f"model: {path} ({kind}) {why}; {name} cannot stand in for it; untouched")
+
+
+def _run(model: nn.Module) -> None:
+    """One image through the model, in evaluation mode and without gradients."""
+    training = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(_example(model))
+    finally:
+        for m, mode in training.items():
+            m.training = mode
+
+
+def _probe(model: nn.Module) -> None:
+    with record(model, alone=True):
+        _run(model)
 
 
 def _example(model: nn.Module) -> Tensor:

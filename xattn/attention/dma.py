@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import Mechanism, register
+from xattn.attention.base import Mechanism, register, whole
 from xattn.attention.operator import Operator, SoftmaxOperator
-from xattn.attention.segments import Blocks, Piece, Segment, SegmentsOperator
+from xattn.attention.segments import DENSE, Blocks, Piece, Segment, SegmentsOperator
 
 ROWS = 2**22  # scores of a chunk of rows while the causal lists are made
 
@@ -44,9 +44,7 @@ class DMA(Mechanism):
         backend: str = "auto",
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
-        if window < 1:
-            raise ValueError(f"window: got {window}; keep at least 1 key")
-        self.window, self.causal = window, causal
+        self.window, self.causal = whole("window", window), causal
         self.a = nn.Parameter(torch.zeros(num_heads))
         self.score = nn.Linear(dim, num_heads, bias=False)
 
@@ -77,6 +75,8 @@ class DMA(Mechanism):
     def _causal(self, q: Tensor, k: Tensor, b: Tensor, prefix: int) -> Operator:
         every = torch.arange(q.shape[2], device=q.device)
         lists = causal_lists(b[:, :, prefix:], self.window)
+        if self.backend == "auto" and q.device.type == "cpu" and len(every) <= DENSE:
+            return SoftmaxOperator(q, k, None, self._mask(lists, b, prefix), None, "auto", True)
         segments = [Segment(k[:, :, prefix:], None, Blocks(lists, 1, 1), bias=b[:, :, prefix:])]
         columns = [every[prefix:]]
         pieces = []
@@ -87,6 +87,15 @@ class DMA(Mechanism):
             pieces.append(Piece(q[:, :, :prefix], (first,), (own,)))
         pieces.append(Piece(q[:, :, prefix:], tuple(segments), tuple(columns)))
         return SegmentsOperator(pieces, None, len(every), backend=self.backend)
+
+    def _mask(self, lists: Tensor, b: Tensor, prefix: int) -> Tensor:
+        """b of the keys listed, -inf of all others: (B, H, N, N)."""
+        n = b.shape[2]
+        seen = torch.zeros(*b.shape, n + 1, dtype=torch.bool, device=b.device)
+        columns = torch.where(lists < 0, n, lists.long() + prefix)
+        seen[:, :, prefix:].scatter_(-1, columns, True)
+        seen[..., :prefix] = True
+        return b[:, :, None].masked_fill(~seen[..., :n], -torch.inf)
 
     def maps(
         self, operator: Operator, grid: tuple[int, ...] | None, prefix: int

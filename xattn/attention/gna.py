@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.base import Mechanism, register
+from xattn.attention.base import Mechanism, register, whole
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import Order, tile_order
 from xattn.attention.segments import (
@@ -71,6 +71,9 @@ class GNA(Mechanism):
         backend: str = "auto",
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
+        for name, value in (("kernel", kernel), ("stride", stride), ("dilation", dilation)):
+            for length in value if isinstance(value, tuple | list) else (value,):
+                whole(name, length)
         self.window = (_hashable(kernel), _hashable(stride), _hashable(dilation), _hashable(causal))
         self._plans: dict[Any, tuple[Order, Blocks, Rule]] = {}
         self._masks: dict[Any, Tensor] = {}
@@ -126,6 +129,19 @@ def plan(
     Raises:
         ValueError: a window larger than the grid, a stride above the kernel, ...
     """
+    with torch.inference_mode(False):  # what is kept may serve training later
+        return _plan(grid, kernel, stride, dilation, causal, single_keys, device)
+
+
+def _plan(
+    grid: tuple[int, ...],
+    kernel: Lengths,
+    stride: Lengths,
+    dilation: Lengths,
+    causal: bool | tuple[bool, ...],
+    single_keys: bool,
+    device: torch.device | str,
+) -> tuple[Order, Blocks, Rule]:
     rule = neighbourhood(grid, kernel, stride, dilation, causal)
     tile = tuple(min(t, g) for t, g in zip(TILES[len(grid)], grid, strict=True))
     order = residue_order(grid, rule.dilation, tile)
@@ -135,6 +151,7 @@ def plan(
     return order.to(device), blocks.to(device), rule.to(device)
 
 
+@lru_cache(maxsize=16)
 def mask(
     grid: tuple[int, ...],
     kernel: Lengths,
@@ -146,11 +163,12 @@ def mask(
     device: torch.device,
 ) -> Tensor:
     """The neighbourhood as a bias (1, 1, N, N) of 0 and -inf; prefix tokens see and are seen."""
-    rule = neighbourhood(grid, kernel, stride, dilation, causal)
-    n = len(rule.position)
-    seen = visible(Segment(torch.empty(1, 1, n, 0), rule=rule), torch.arange(n))
-    hidden = torch.zeros(1, 1, n, n, dtype=dtype).masked_fill_(~seen, -torch.inf)
-    return F.pad(hidden, (prefix, 0, prefix, 0)).to(device)
+    with torch.inference_mode(False):
+        rule = neighbourhood(grid, kernel, stride, dilation, causal)
+        n = len(rule.position)
+        seen = visible(Segment(torch.empty(1, 1, n, 0), rule=rule), torch.arange(n))
+        hidden = torch.zeros(1, 1, n, n, dtype=dtype).masked_fill_(~seen, -torch.inf)
+        return F.pad(hidden, (prefix, 0, prefix, 0)).to(device)
 
 
 def residue_order(grid: Sequence[int], dilation: Sequence[int], tile: Sequence[int]) -> Order:

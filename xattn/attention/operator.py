@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.kernels.softmax import softmax_attention
+from xattn.kernels.softmax.reference import widen
 from xattn.kernels.vecmat import ROWS
 from xattn.kernels.vecmat import gradient_vecmat as softmax_gradient_vecmat
 from xattn.kernels.vecmat import vecmat as softmax_vecmat
@@ -50,6 +50,8 @@ class Operator(ABC):
         Args:
             r: (B, R, N), the same for all heads, or (B, H, R, N).
             heads: "each" gives (B, H, R, S), "mean" their mean over heads, (B, R, S).
+
+        In float32 at least. Whether it has gradients depends on the kind of operator.
         """
         product = self._transposed_matvec(self._spread(r).transpose(-2, -1)).transpose(-2, -1)
         return product.mean(1) if check_heads(heads) else product
@@ -85,8 +87,13 @@ class Operator(ABC):
         batch, heads, _, keys = self.shape
         with torch.inference_mode(False), torch.enable_grad():
             x = y.new_zeros(batch, heads, keys, y.shape[-1], requires_grad=True)
-            (out,) = torch.autograd.grad(self.matvec(x), x, y.clone() if y.is_inference() else y)
+            product = self._wide().matvec(x)
+            (out,) = torch.autograd.grad(product, x, y.clone() if y.is_inference() else y)
         return out
+
+    def _wide(self) -> Operator:
+        """The same operator in float32 at least, of tensors that autograd may save."""
+        return self
 
     def _spread(self, r: Tensor) -> Tensor:
         """(B, R, N) or (B, H, R, N) as the latter, in the operator's dtype."""
@@ -98,7 +105,7 @@ class Operator(ABC):
                 f"({batch}, {heads}, R, {queries})"
             )
         r = r if r.ndim == 4 else r[:, None].expand(-1, heads, -1, -1)
-        return r.to(self._anchor().dtype)
+        return r.to(widen(self._anchor().new_empty(0)).dtype)
 
     @abstractmethod
     def _anchor(self) -> Tensor:
@@ -141,13 +148,18 @@ class SoftmaxOperator(Operator):
         fixed = bias is None or (every_row and not bias.requires_grad)
         self._fused = backend == "auto" and fixed
         self.shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        if lse is not None:
-            self.lse = lse
+        self._lse = lse
 
-    @cached_property
+    @property
     def lse(self) -> Tensor:
         """Log-sum-exp of every row's scores, (B, H, N)."""
-        return self.attend(self.k.new_zeros(*self.k.shape[:3], self.q.shape[-1]))[1]
+        if self._lse is not None:
+            return self._lse
+        lse = self.attend(self.k.new_zeros(*self.k.shape[:3], self.q.shape[-1]))[1]
+        live = any(x is not None and x.requires_grad for x in (self.q, self.k, self.bias))
+        if torch.is_grad_enabled() or not live:  # else a later call may want its graph
+            self._lse = lse
+        return lse
 
     def attend(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """(A V, lse)."""
@@ -211,8 +223,14 @@ class SoftmaxOperator(Operator):
         return self.q
 
 
+def products(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale q k^T, in float32 at least, also under autocast."""
+    with torch.autocast(q.device.type, enabled=False):
+        return scale * (widen(q) @ widen(k).transpose(-2, -1))
+
+
 def _weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    s = scale * (q @ k.transpose(-2, -1)).to(lse.dtype)
+    s = products(q, k, scale)
     s = s if bias is None else s + bias
     return torch.where(lse.isneginf()[..., None], 0.0, (s - lse[..., None]).exp())
 

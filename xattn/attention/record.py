@@ -11,6 +11,7 @@ gates), so stock timm, torchvision and own models need no wrapper and no change.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,84 +39,99 @@ class Call:
     """A mechanism's own maps, (B, K, h, w) by name."""
 
 
-_OPEN: list[list[Call]] = []
-_INSIDE: list[bool] = []
+class _State(threading.local):
+    """Of one thread: the lists that want calls, and how deep inside of own layers it is."""
+
+    def __init__(self) -> None:
+        self.open: list[list[Call]] = []
+        self.inside = 0
+
+
+_STATE = _State()
 
 
 def recording() -> bool:
     """Whether some :func:`record` is open and wants the attention of the layer that asks."""
-    return bool(_OPEN)
+    return bool(_STATE.open)
 
 
 def keep(call: Call) -> None:
     """Hand ``call`` to every open :func:`record`; layers do this when :func:`recording`."""
-    for calls in _OPEN:
+    for calls in _STATE.open:
         calls.append(call)
 
 
 @contextmanager
-def record(model: nn.Module | None = None) -> Iterator[list[Call]]:
-    """The calls of attention made inside, in order.
+def record(model: nn.Module | None = None, alone: bool = False) -> Iterator[list[Call]]:
+    """The calls of attention that this thread makes inside, in order.
 
     Args:
-        model: its timm layers are told to use fused attention, and are put back afterwards; layers
-            that write out their softmax cannot be seen otherwise.
+        model: its timm layers are told to use fused attention and no gradient checkpointing, and are
+            put back afterwards; layers that write out their softmax cannot be seen otherwise.
+        alone: whether a :func:`record` around this one is not to see them.
     """
     calls: list[Call] = []
-    _OPEN.append(calls)
+    before = _STATE.open
+    _STATE.open = [calls] if alone else [*before, calls]
     try:
         with fused_layers(model), _Interceptor():
             yield calls
     finally:
-        _OPEN.pop(next(i for i, c in enumerate(_OPEN) if c is calls))
+        _STATE.open = before
 
 
 @contextmanager
 def fused_layers(model: nn.Module | None) -> Iterator[None]:
-    """Inside, the timm layers of ``model`` call ``F.scaled_dot_product_attention``."""
-    modules = [] if model is None else [m for m in model.modules() if hasattr(m, "fused_attn")]
-    before = [m.fused_attn for m in modules]
+    """Inside, the timm layers of ``model`` call ``F.scaled_dot_product_attention``, and just once."""
+    before = [
+        (m, name, getattr(m, name))
+        for m in ([] if model is None else model.modules())
+        for name in ("fused_attn", "grad_checkpointing")
+        if hasattr(m, name)
+    ]
     try:
-        for m in modules:
-            m.fused_attn = True  # type: ignore[assignment]
+        for m, name, _ in before:
+            setattr(m, name, name == "fused_attn")
         yield
     finally:
-        for m, fused in zip(modules, before, strict=True):
-            m.fused_attn = fused
+        for m, name, value in before:
+            setattr(m, name, value)
 
 
 @contextmanager
 def own_layer() -> Iterator[None]:
     """Inside, attention is a part of a layer that hands in its operator itself."""
-    _INSIDE.append(True)
+    _STATE.inside += 1
     try:
         yield
     finally:
-        _INSIDE.pop()
+        _STATE.inside -= 1
 
 
 _FUSED = F.scaled_dot_product_attention
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
 def attending_by(attend: Callable[..., Tensor]) -> Iterator[None]:
     """Inside, ``F.multi_head_attention_forward`` attends by ``attend``: what PyTorch's own Python
     functions call in turn is not shown to a ``TorchFunctionMode``."""
-    before = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = attend
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = before
+    with _ONE_AT_A_TIME:
+        before = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = attend
+        try:
+            yield
+        finally:
+            F.scaled_dot_product_attention = before
 
 
 class _Interceptor(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if function is F.multi_head_attention_forward and not _INSIDE:  # torchvision's layers
+        if function is F.multi_head_attention_forward and not _STATE.inside:  # torchvision's layers
             with attending_by(_attend):
                 return function(*args, **kwargs)
-        if function is not _FUSED or _INSIDE:
+        if function is not _FUSED or _STATE.inside:
             return function(*args, **kwargs)
         return _attend(*args, **kwargs)
 

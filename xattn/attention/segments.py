@@ -15,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.operator import Operator
+from xattn.attention.operator import Operator, products
 from xattn.attention.order import Order
 from xattn.kernels.block_sparse import block_sparse_attention
 from xattn.kernels.block_sparse.box import Box as Rule
 from xattn.kernels.block_sparse.index import check_index
 from xattn.kernels.block_topk import block_topk
 from xattn.kernels.softmax import softmax_attention
+from xattn.kernels.softmax.reference import widen
+
+DENSE = 2048  # keys up to which a mechanism may keep a mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +109,12 @@ def _attend(q: Tensor, s: Segment, scale: float | None, backend: str) -> tuple[T
 
 
 def dense_is_faster(q: Tensor, k: Tensor, blocks: Blocks) -> bool:
-    """Whether a CPU does masked dense attention sooner than it gathers the lists' keys."""
+    """Whether a CPU does dense attention under a kept mask sooner than it gathers the lists' keys.
+
+    The mask takes N x N; above 2048 keys lists are read whatever they hold.
+    """
     read, keys = blocks.index.shape[-1] * blocks.k_block, k.shape[2]
-    return q.device.type == "cpu" and (keys < 512 or 3 * read > keys)
+    return q.device.type == "cpu" and (keys < 512 or (keys <= DENSE and 3 * read > keys))
 
 
 def _reads_all(k: Tensor, blocks: Blocks) -> bool:
@@ -258,7 +264,7 @@ class SegmentsOperator(Operator):
     def rows(self, index: Tensor) -> Tensor:
         batch, heads, _, keys = self.shape
         places, offset = index if self._places is None else self._places[index], 0
-        out = self.pieces[0].q.new_zeros(batch, heads, len(index), keys)
+        out = widen(self.pieces[0].q.new_zeros(batch, heads, len(index), keys))
         for piece in self.pieces:
             inside = (places >= offset) & (places < offset + piece.q.shape[2])
             at = inside.nonzero()[:, 0]
@@ -273,7 +279,7 @@ class SegmentsOperator(Operator):
         q = piece.q[:, :, places]
         scores = []
         for s in piece.segments:
-            part = self.scale * (q @ s.k.transpose(-2, -1))
+            part = products(q, s.k, self.scale)
             if s.bias is not None:
                 part = part + s.bias[:, :, None, :]
             scores.append(part.masked_fill(~visible(s, places), -torch.inf))
@@ -284,6 +290,23 @@ class SegmentsOperator(Operator):
         target = columns.clamp(min=0)[:, :, None].expand_as(weights)
         weights = weights.masked_fill((columns < 0)[:, :, None], 0.0)
         return weights.new_zeros(batch, heads, len(places), keys).scatter_add_(-1, target, weights)
+
+    def _wide(self) -> SegmentsOperator:
+        def plain(x: Tensor) -> Tensor:
+            x = widen(x) if x.is_floating_point() else x
+            return x.clone() if x.is_inference() else x
+
+        def wide(s: Segment) -> Segment:
+            blocks = s.blocks and replace(s.blocks, index=plain(s.blocks.index))
+            bias = None if s.bias is None else plain(s.bias)
+            return replace(s, k=plain(s.k), blocks=blocks, bias=bias)
+
+        pieces = [
+            Piece(plain(p.q), tuple(map(wide, p.segments)), tuple(map(plain, p.columns)))
+            for p in self.pieces
+        ]
+        places = None if self._places is None else plain(self._places)
+        return SegmentsOperator(pieces, places, self.shape[3], self.scale, self.backend)
 
     def _anchor(self) -> Tensor:
         return self.pieces[0].q

@@ -85,6 +85,7 @@ class AttnLrp(Explainer):
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor, int]:
         """Logits, the tensor to explain, and the number of calls of attention."""
         rules = _Rules(self.backbone.name)
+        self.backbone.requires_grad_(False)  # weights are no activations; the guard puts it back
         x = self.backbone.normalize(images)
         if self.at == "pixels":
             x.requires_grad_()
@@ -149,6 +150,10 @@ def _attention(
 
 def _product(function: Callable[..., Any], *args: Any, **kw: Any) -> Any:
     """Products of several activations: each gets its part. Factors without gradient are weights."""
+    if any(isinstance(x, Tensor | list | tuple) for x in kw.values()):
+        raise ValueError(f"attn_lrp has no rule for {function.__name__} with tensors by keyword")
+    if len(args) == 2 and isinstance(args[1], list | tuple):  # einsum(equation, [a, b])
+        args = (args[0], *args[1])
     live = sum(isinstance(x, Tensor) and x.requires_grad for x in args)
     if live < 2:
         return function(*args, **kw)
@@ -235,7 +240,10 @@ def _normalize(
 _RULES: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": _attention,
     "softmax_forward": _attention,  # of xattn.kernels
-    **dict.fromkeys(("mul", "multiply", "matmul", "bmm", "mm", "einsum"), _product),
+    **dict.fromkeys(
+        "mul multiply matmul bmm mm mv einsum inner outer dot tensordot __rmatmul__".split(),
+        _product,
+    ),
     **dict.fromkeys(("addcmul", "baddbmm", "addmm"), _added_product),
     **dict.fromkeys(("pow", "square"), _power),
     **dict.fromkeys(("div", "true_divide", "__rdiv__"), _quotient),
@@ -247,7 +255,9 @@ _RULES: dict[str, Callable[..., Any]] = {
 }
 _REFUSED = frozenset(
     "addcdiv addbmm mul_ div_ tanh_ sigmoid_ exp log softplus mish elu selu celu "
-    "group_norm instance_norm cosine_similarity erf sin cos reciprocal prod bilinear".split()
+    "group_norm instance_norm cosine_similarity erf sin cos reciprocal prod bilinear "
+    "linalg_matmul linalg_multi_dot multi_dot chain_matmul cumprod expm1 exp2 glu __rpow__ pow_ "
+    "relu6 logsigmoid log_sigmoid hardtanh".split()
 )
 
 

@@ -1,5 +1,0 @@
-"""Triton kernels run in the interpreter here; it has to be chosen before they are imported."""
-
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
