@@ -14,6 +14,7 @@ from xattn.attention import (
     record,
 )
 from xattn.attention.gna import speedup_bound
+from xattn.kernels.backend import HAS_TRITON
 from xattn.kernels.block_sparse.box import neighbourhood
 
 OPTIONS = {
@@ -445,3 +446,39 @@ def test_a_log_sum_exp_kept_without_gradient_serves_no_gradient():
     rows = operator.rows(torch.arange(5)).square().sum()
     dense_rows = (q @ k.transpose(-2, -1) / 4).softmax(-1)[:, :, :5].square().sum()
     assert torch.allclose(*(torch.autograd.grad(x, q)[0] for x in (rows, dense_rows)))
+
+
+# ---------------------------------------------------------------------- Triton, in its interpreter
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("softmax", {}),
+        ("gna", {"kernel": 3}),
+        ("dma", {"window": 5}),
+        ("dma", {"window": 5, "causal": True}),
+        ("agent", {"agents": 4, "window": (3, 3)}),
+    ],
+    ids=["softmax", "gna", "dma", "dma-causal", "agent"],
+)
+def test_triton_equals_the_reference_forward_and_backward(name, options, prefix):
+    grid = (3, 5)
+    given = inputs(prefix, grid, batch=1, dtype=torch.float32)
+    g = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(1))
+
+    def run(backend, dtype):
+        layer = mechanism(name, {**options, "backend": backend}).to(dtype)
+        leaves = [x.to(dtype).requires_grad_() for x in given]
+        y = layer(*leaves, grid, prefix)
+        weights = list(layer.parameters())
+        grads = torch.autograd.grad(y, [*leaves, *weights], g.to(dtype), allow_unused=True)
+        return [y, *(x for x in grads if x is not None)]
+
+    expected = run("reference", torch.float64)
+    found = run("triton", torch.float32)
+    assert len(found) == len(expected)
+    for value, true in zip(found, expected, strict=True):
+        assert torch.allclose(value.double(), true, atol=1e-4, rtol=1e-4)

@@ -166,6 +166,23 @@ def test_two_runs_agree_to_the_bit(backend):
         assert torch.equal(first, second)
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("bias", [None, (1, 1, 1, 63), (1, 2, 17, 63)])
+def test_every_element_is_written(bias, monkeypatch):
+    args, grads = inputs(17, 63, 24, 40, bias=bias, dtype=torch.float32)
+    expected = run("triton", args, grads)
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty_like")):
+        make = getattr(owner, name)
+
+        def filled(*args, make=make, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        monkeypatch.setattr(owner, name, filled)
+    for found, true in zip(run("triton", args, grads), expected, strict=True):
+        assert torch.equal(found, true)
+
+
 @pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_the_op_keeps_torchs_rules_and_compiles(backend):
     (q, k, v, b), _ = inputs(9, 9, 16, bias=(1, 2, 1, 9), dtype=torch.float32)
