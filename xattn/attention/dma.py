@@ -70,7 +70,7 @@ class DMA(Mechanism):
         kept = k.gather(2, columns[..., None].expand(-1, -1, -1, k.shape[-1]))
         segment = Segment(kept, bias=b.gather(2, columns))
         piece = Piece(q, (segment,), (columns,))
-        return SegmentsOperator([piece], None, tokens, backend=self.backend)
+        return SegmentsOperator([piece], None, tokens, None, self.backend, every_row=True)
 
     def _causal(self, q: Tensor, k: Tensor, b: Tensor, prefix: int) -> Operator:
         every = torch.arange(q.shape[2], device=q.device)

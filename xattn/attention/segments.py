@@ -223,6 +223,8 @@ class SegmentsOperator(Operator):
             None where the pieces hold the tokens in order.
         keys: S, how many tokens there are to see.
         scale, backend: as in :func:`attend`.
+        every_row: whether every row is known to see a key, so that under "auto" PyTorch's own
+            attention may answer for a single dense segment.
     """
 
     def __init__(
@@ -232,17 +234,25 @@ class SegmentsOperator(Operator):
         keys: int,
         scale: float | None = None,
         backend: str = "auto",
+        every_row: bool = False,
     ) -> None:
         self.pieces = tuple(pieces)
         q = self.pieces[0].q
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.backend = backend
-        self._places = places
+        self._places, self._every_row = places, every_row
+        self._alone = self._only_segment() if every_row and backend == "auto" else None
         queries = sum(p.q.shape[2] for p in self.pieces) if places is None else len(places)
         self.shape = (q.shape[0], q.shape[1], queries, keys)
 
     def matvec(self, x: Tensor) -> Tensor:
-        return self.attend(x)[0]
+        s = self._alone
+        if s is None:
+            return self.attend(x)[0]
+        (piece,) = self.pieces
+        bias = None if s.bias is None else s.bias[:, :, None, :]
+        v = _take(x, piece.columns[0])
+        return F.scaled_dot_product_attention(piece.q, s.k, v, attn_mask=bias, scale=self.scale)
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(A X, log-sum-exp) in the order of the tokens."""
@@ -253,6 +263,14 @@ class SegmentsOperator(Operator):
         if self._places is None:
             return o, lse
         return o.index_select(2, self._places), lse.index_select(2, self._places)
+
+    def _only_segment(self) -> Segment | None:
+        """The segment, where there is a single, dense one without a learned bias."""
+        segments = [s for piece in self.pieces for s in piece.segments]
+        s = segments[0]
+        sparse = len(segments) > 1 or s.blocks is not None or s.rule is not None
+        learned = s.bias is not None and torch.is_grad_enabled() and s.bias.requires_grad
+        return None if sparse or learned or self._places is not None else s
 
     def _attend(self, piece: Piece, x: Tensor) -> tuple[Tensor, Tensor]:
         segments = [
@@ -306,7 +324,9 @@ class SegmentsOperator(Operator):
             for p in self.pieces
         ]
         places = None if self._places is None else plain(self._places)
-        return SegmentsOperator(pieces, places, self.shape[3], self.scale, self.backend)
+        return SegmentsOperator(
+            pieces, places, self.shape[3], self.scale, self.backend, self._every_row
+        )
 
     def _anchor(self) -> Tensor:
         return self.pieces[0].q
