@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.eval.maps import peak_memory
-from xattn.eval.speed import Job, _seconds
+from xattn.eval.speed import Job, median_ratio
+from xattn.eval.speed import times as measure
 
 HEADS, WIDTH, BLOCK = 6, 64, 64
 MECHANISMS: dict[str, list[dict[str, Any]]] = {
@@ -73,8 +74,8 @@ def bench(
     times: dict[str, list[tuple[int, float]]] = {}
     for n in tokens:
         made, visited = jobs(names, n, device, dtype)
-        forward = _times({name: job[0] for name, job in made.items()}, rounds)
-        both = _times({name: job[1] for name, job in made.items()}, rounds)
+        forward = measure({name: job[0] for name, job in made.items()}, rounds)
+        both = measure({name: job[1] for name, job in made.items()}, rounds)
         memory = {name: peak_memory(job[1]) for name, job in made.items()}
         for name in made:
             times.setdefault(name, []).append((n, statistics.median(forward[name])))
@@ -154,19 +155,8 @@ def pairs(operator: Any) -> float:
     return total
 
 
-def _times(made: dict[str, Job], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    took: dict[str, list[float]] = {name: [] for name in made}
-    for turn in range(warmup + rounds):
-        for name, job in made.items():
-            seconds = _seconds(job)
-            if turn >= warmup:
-                took[name].append(seconds)
-    return took
-
-
 def _gain(took: dict[str, list[float]], name: str) -> str:
-    dense = took["dense (SDPA)"]
-    return f"{statistics.median(d / t for d, t in zip(dense, took[name], strict=True)):.2f}x"
+    return f"{median_ratio(took['dense (SDPA)'], took[name]):.2f}x"
 
 
 def draw(times: dict[str, list[tuple[int, float]]], path: Path) -> None:

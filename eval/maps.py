@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.eval.speed import Job, _seconds
+from xattn.eval.speed import Job, _seconds, median_ratio, times
 
 MODEL, PATCH = "vit_small_patch16_224", 16
 MOST_TIME, MOST_MEMORY = 1.5, 0.1  # of the stored side, from 4097 tokens on
@@ -78,12 +78,9 @@ def _row(name: str, tokens: int, jobs: dict[str, Job], need: int, rounds: int) -
         cells += ["", f"{need / 1e6:.0f} needed", *[""] * 4]
         return f"| {' | '.join(cells)} |"
     difference = float((jobs["ours"]() - jobs["stored"]()).abs().max())  # also warms up
-    took: dict[str, list[float]] = {job: [] for job in jobs}
-    for _ in range(rounds):
-        for job, run in jobs.items():
-            took[job].append(_seconds(run))
+    took = times(jobs, rounds, warmup=0)
     peak = {job: peak_memory(run) for job, run in jobs.items()}
-    time = statistics.median(a / b for a, b in zip(took["ours"], took["stored"], strict=True))
+    time = median_ratio(took["ours"], took["stored"])
     memory = peak["ours"] / peak["stored"]
     for job in jobs:
         cells += [f"{statistics.median(took[job]):.2f}", f"{peak[job] / 1e6:.0f}"]

@@ -28,13 +28,24 @@ TARGETS = ("tf_efficientnet_lite0", "vit_base_patch16_224")  # with fixed bounds
 
 def ratios(jobs: dict[str, Job], base: str, rounds: int, warmup: int = 2) -> dict[str, float]:
     """Median over ``rounds`` of time(job) / time(jobs[base]), each measured within one round."""
-    samples: dict[str, list[float]] = {name: [] for name in jobs}
+    took = times(jobs, rounds, warmup)
+    return {name: median_ratio(took[name], took[base]) for name in jobs}
+
+
+def times(jobs: dict[str, Job], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of every job in each of ``rounds``, in which all run once, in turn."""
+    took: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(warmup + rounds):
-        took = {name: _seconds(job) for name, job in jobs.items()}
-        if turn >= warmup:
-            for name, seconds in took.items():
-                samples[name].append(seconds / took[base])
-    return {name: statistics.median(values) for name, values in samples.items()}
+        for name, job in jobs.items():
+            seconds = _seconds(job)
+            if turn >= warmup:
+                took[name].append(seconds)
+    return took
+
+
+def median_ratio(of: list[float], to: list[float]) -> float:
+    """Median of the ratios within each round."""
+    return statistics.median(a / b for a, b in zip(of, to, strict=True))
 
 
 def operations(job: Job) -> int:

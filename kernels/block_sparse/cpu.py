@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.kernels.block_sparse.reference import inside, reduce_bias
-from xattn.kernels.softmax.cpu import fused_forward
+from xattn.kernels.softmax import cpu as dense
 from xattn.kernels.softmax.reference import delta, widen
 
 FORWARD, BACKWARD = 2**22, 2**21  # bytes of the keys and values that are gathered at a time
@@ -41,7 +41,7 @@ def forward(
     buffers = keys.new_empty(0), values.new_empty(0)
     for part, entries, mask in work.chunks(FORWARD, v.shape[3]):
         kc, vc = work.gather(keys, entries, buffers[0]), work.gather(values, entries, buffers[1])
-        o[part], lse[part] = _attend(widen(queries[part]), kc, vc, mask, scale)
+        o[part], lse[part] = dense.forward(widen(queries[part]), kc, vc, mask, scale)
     return work.tokens(o), work.tokens(lse[..., None])[..., 0].contiguous()
 
 
@@ -229,22 +229,3 @@ def _lengthen(x: Tensor, rows: int, fill: float = 0.0) -> Tensor:
     """(..., rows, width); unlike ``F.pad``, no copy of what is long enough."""
     missing = rows - x.shape[-2]
     return F.pad(x, (0, 0, 0, missing), value=fill) if missing else x
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention and its lse of a batch of problems, all of one floating-point type."""
-    fused = fused_forward(q, k, v, mask, scale)
-    if fused is not None:
-        o, lse = fused
-    else:
-        scores = scale * (q @ k.transpose(-2, -1))
-        scores = scores if mask is None else scores + mask
-        lse = scores.logsumexp(-1)
-        o = (scores - lse[..., None]).exp_() @ v
-    if mask is None:
-        return o, lse
-    # What the fused kernel gives for rows without a key is not defined.
-    empty = mask.amax(-1).isneginf().expand(lse.shape)
-    return torch.where(empty[..., None], 0.0, o), lse.masked_fill(empty, -torch.inf)

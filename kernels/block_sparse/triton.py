@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import Case, make_case
-from xattn.kernels.backend import interpreted
 from xattn.kernels.block_sparse.index import transpose_groups
 from xattn.kernels.block_sparse.reference import reduce_bias
 from xattn.kernels.softmax.reference import delta
+from xattn.kernels.softmax.triton import _no_bfloat16, _supported
 
 
 @triton.jit
@@ -273,7 +273,7 @@ def forward(
             k_block, scale,
         )  # fmt: skip
         return o.to(q.dtype), lse
-    q, k, v = (_supported(x).contiguous() for x in (q, k, v))
+    q, k, v = (_supported(x, 128).contiguous() for x in (q, k, v))
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     index = index.contiguous()
@@ -374,20 +374,6 @@ def _case(
     kinds = dict.fromkeys(integers, "*i32") | {"bits_ptr": "*i64"}
     case.signature.update({name: kinds[name] for name in kinds if name in case.signature})
     return case
-
-
-def _no_bfloat16(x: Tensor) -> bool:
-    """Whether this is Triton's interpreter, which multiplies the bits of bfloat16 as integers."""
-    return interpreted() and x.dtype == torch.bfloat16
-
-
-def _supported(x: Tensor) -> Tensor:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[-1] > 128:
-        raise ValueError(
-            f"backend='triton': got {x.dtype} of width {x.shape[-1]}; give float32, float16 or "
-            f"bfloat16 of at most 128, or use backend='cpu'"
-        )
-    return x
 
 
 # (role, half precision, D or Dv above 64): rows, columns, warps and stages that no target spills.

@@ -18,7 +18,7 @@ TILE = 2**20  # scores of a tile of rows, over batch and heads: 4 MB in float32
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    fused = fused_forward(q, k, v, bias, scale)
+    fused = _fused(q, k, v, bias, scale)
     if fused is not None:
         o, lse = fused
     else:
@@ -89,7 +89,7 @@ def _rows(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, Tensor
     return tiles
 
 
-def fused_forward(
+def _fused(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor] | None:
     """(o, lse) of PyTorch's CPU flash attention; None where this build or input has none."""

@@ -261,11 +261,11 @@ def _no_bfloat16(x: Tensor) -> bool:
     return interpreted() and x.dtype == torch.bfloat16
 
 
-def _supported(x: Tensor) -> Tensor:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[-1] > 256:
+def _supported(x: Tensor, widest: int = 256) -> Tensor:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[-1] > widest:
         raise ValueError(
             f"backend='triton': got {x.dtype} of width {x.shape[-1]}; give float32, float16 or "
-            f"bfloat16 of at most 256, or use backend='cpu'"
+            f"bfloat16 of at most {widest}, or use backend='cpu'"
         )
     return x
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from xattn.attention import (
     Blocks,
+    LowRankOperator,
     Segment,
     attend,
     pool,
@@ -154,3 +155,20 @@ def test_pooled_keys_choose_the_blocks_that_a_dense_ranking_would():
 def test_what_does_not_fit_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_low_rank_operator_answers_as_its_matrix(dtype):
+    generator = torch.Generator().manual_seed(0)
+    left = torch.rand(2, 2, 9, 3, generator=generator).to(dtype)
+    right = torch.rand(2, 2, 3, 7, generator=generator).to(dtype)
+    operator = LowRankOperator(left, right)
+    a = left.double() @ right.double()
+    near = 1e-10 if dtype == torch.float64 else 0.05
+    x, r = torch.rand(2, 2, 7, 4, generator=generator).to(dtype), torch.ones(2, 1, 9)
+    assert torch.allclose(operator.matvec(x).double(), a @ x.double(), atol=near)
+    assert torch.allclose(operator.rows(torch.tensor([8, 0])).double(), a[:, :, [8, 0]], atol=near)
+    assert torch.allclose(operator.row_sums().double(), a.sum(-1), atol=near)
+    found = operator.vecmat(r, "mean")
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.allclose(found.double(), a.sum(2, keepdim=True).mean(1), atol=1e-5)

@@ -102,8 +102,10 @@ class Mechanism(nn.Module, ABC):
         output = operator.matvec(v)
         if recording():
             with torch.no_grad():
-                cut = self.operator(q.detach(), k.detach(), v.detach(), grid, prefix)
-                keep(Call(cut, v.detach(), output, self.maps(cut, grid, prefix)))
+                if output.requires_grad:  # what is kept has no part in the graph
+                    q, k = q.detach(), k.detach()
+                    operator = self.operator(q, k, v.detach(), grid, prefix)
+                keep(Call(operator, v.detach(), output, self.maps(operator, grid, prefix)))
         local = self.local(v, grid, prefix)
         return output if local is None else output + local
 
@@ -171,7 +173,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         y = self.mechanism(self.q_norm(q), self.k_norm(k), v, grid, prefix)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        return self.proj(merge_heads(y))
 
 
 def whole(name: str, value: Any) -> int:

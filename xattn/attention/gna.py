@@ -75,6 +75,7 @@ class GNA(Mechanism):
             for length in value if isinstance(value, tuple | list) else (value,):
                 whole(name, length)
         self.window = (_hashable(kernel), _hashable(stride), _hashable(dilation), _hashable(causal))
+        # Shared with layers alike by the caches below; kept here, too, for torch.compile to see.
         self._plans: dict[Any, tuple[Order, Blocks, Rule]] = {}
         self._masks: dict[Any, Tensor] = {}
 
@@ -112,6 +113,7 @@ class GNA(Mechanism):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may serve training later
 def plan(
     grid: tuple[int, ...],
     kernel: Lengths,
@@ -129,19 +131,6 @@ def plan(
     Raises:
         ValueError: a window larger than the grid, a stride above the kernel, ...
     """
-    with torch.inference_mode(False):  # what is kept may serve training later
-        return _plan(grid, kernel, stride, dilation, causal, single_keys, device)
-
-
-def _plan(
-    grid: tuple[int, ...],
-    kernel: Lengths,
-    stride: Lengths,
-    dilation: Lengths,
-    causal: bool | tuple[bool, ...],
-    single_keys: bool,
-    device: torch.device | str,
-) -> tuple[Order, Blocks, Rule]:
     rule = neighbourhood(grid, kernel, stride, dilation, causal)
     tile = tuple(min(t, g) for t, g in zip(TILES[len(grid)], grid, strict=True))
     order = residue_order(grid, rule.dilation, tile)
@@ -152,6 +141,7 @@ def _plan(
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def mask(
     grid: tuple[int, ...],
     kernel: Lengths,
@@ -163,12 +153,11 @@ def mask(
     device: torch.device,
 ) -> Tensor:
     """The neighbourhood as a bias (1, 1, N, N) of 0 and -inf; prefix tokens see and are seen."""
-    with torch.inference_mode(False):
-        rule = neighbourhood(grid, kernel, stride, dilation, causal)
-        n = len(rule.position)
-        seen = visible(Segment(torch.empty(1, 1, n, 0), rule=rule), torch.arange(n))
-        hidden = torch.zeros(1, 1, n, n, dtype=dtype).masked_fill_(~seen, -torch.inf)
-        return F.pad(hidden, (prefix, 0, prefix, 0)).to(device)
+    rule = neighbourhood(grid, kernel, stride, dilation, causal)
+    n = len(rule.position)
+    seen = visible(Segment(torch.empty(1, 1, n, 0), rule=rule), torch.arange(n))
+    hidden = torch.zeros(1, 1, n, n, dtype=dtype).masked_fill_(~seen, -torch.inf)
+    return F.pad(hidden, (prefix, 0, prefix, 0)).to(device)
 
 
 def residue_order(grid: Sequence[int], dilation: Sequence[int], tile: Sequence[int]) -> Order:

@@ -174,17 +174,16 @@ class SoftmaxOperator(Operator):
         return F.scaled_dot_product_attention(q, k, x, attn_mask=bias, scale=self.scale)
 
     def rows(self, index: Tensor) -> Tensor:
-        bias = self.bias
-        if bias is not None and bias.shape[2] > 1:
-            bias = bias[:, :, index]
-        return _weights(self.q[:, :, index], self.k, self.lse[:, :, index], bias, self.scale)
+        return self.tile(index, slice(None))
 
-    def tile(self, rows: slice, columns: slice) -> Tensor:
+    def tile(self, rows: slice | Tensor, columns: slice) -> Tensor:
         bias = self.bias
         if bias is not None:
             bias = bias[:, :, rows if bias.shape[2] > 1 else slice(None), columns]
-        q, k = self.q[:, :, rows], self.k[:, :, columns]
-        return _weights(q, k, self.lse[:, :, rows], bias, self.scale)
+        s = products(self.q[:, :, rows], self.k[:, :, columns], self.scale)
+        s = s if bias is None else s + bias
+        lse = self.lse[:, :, rows, None]
+        return torch.where(lse.isneginf(), 0.0, (s - lse).exp())
 
     def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
         self._spread(r)  # checks
@@ -229,12 +228,6 @@ def products(q: Tensor, k: Tensor, scale: float) -> Tensor:
         return scale * (widen(q) @ widen(k).transpose(-2, -1))
 
 
-def _weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    s = products(q, k, scale)
-    s = s if bias is None else s + bias
-    return torch.where(lse.isneginf()[..., None], 0.0, (s - lse[..., None]).exp())
-
-
 class LowRankOperator(Operator):
     """A = L R with L (B, H, N, f) and R (B, H, f, S), f much smaller than N and S."""
 
@@ -249,7 +242,7 @@ class LowRankOperator(Operator):
         return self.left[:, :, index] @ self.right
 
     def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
-        product = (self._spread(r) @ self.left) @ self.right
+        product = (self._spread(r) @ widen(self.left)) @ widen(self.right)
         return product.mean(1) if check_heads(heads) else product
 
     def _anchor(self) -> Tensor:

@@ -129,14 +129,14 @@ class _Interceptor(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
         if function is F.multi_head_attention_forward and not _STATE.inside:  # torchvision's layers
-            with attending_by(_attend):
+            with attending_by(attend_and_keep):
                 return function(*args, **kwargs)
         if function is not _FUSED or _STATE.inside:
             return function(*args, **kwargs)
-        return _attend(*args, **kwargs)
+        return attend_and_keep(*args, **kwargs)
 
 
-def _attend(
+def attend_and_keep(
     query: Tensor,
     key: Tensor,
     value: Tensor,

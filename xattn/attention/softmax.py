@@ -7,7 +7,7 @@ from torch import Tensor
 
 from xattn.attention.base import Mechanism, register
 from xattn.attention.operator import SoftmaxOperator
-from xattn.attention.record import recording
+from xattn.attention.record import attend_and_keep, recording
 
 
 @register("softmax", paper="arXiv 1706.03762", complexity="N^2 D", training_free=True)
@@ -22,6 +22,8 @@ class Softmax(Mechanism):
     def _run(
         self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...] | None, prefix: int
     ) -> Tensor:
-        if self.backend == "auto" and not recording():  # nobody asks for the log-sum-exp
-            return F.scaled_dot_product_attention(q, k, v)
-        return super()._run(q, k, v, grid, prefix)
+        if self.backend != "auto":
+            return super()._run(q, k, v, grid, prefix)
+        if recording():  # one pass gives the output and the log-sum-exp
+            return attend_and_keep(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v)
