@@ -19,14 +19,19 @@ _EXPORTS = {
     "is_baseline": "results",
     "Protocol": "protocol",
     "METRICS": "protocol",
-    "Column": "probes",
-    "Probe": "probes",
-    "MaskingProbe": "probes",
+    "Column": "metrics.base",
+    "Probe": "metrics.base",
+    "Request": "metrics.base",
+    "Sample": "metrics.base",
+    "MaskingProbe": "metrics.masking",
+    "measure": "metrics.measure",
+    "create_probe": "metrics.registry",
+    "PROBES": "metrics.registry",
     "MaskedScorer": "scorer",
-    "AverageDrop": "metrics",
-    "AverageDropInDeletion": "metrics",
-    "AverageGain": "metrics",
-    "IncreaseInConfidence": "metrics",
+    "AverageDrop": "metrics.masking",
+    "AverageDropInDeletion": "metrics.masking",
+    "AverageGain": "metrics.masking",
+    "IncreaseInConfidence": "metrics.masking",
     "average_drop": "functional",
     "average_drop_in_deletion": "functional",
     "average_gain": "functional",
@@ -46,6 +51,7 @@ _EXPORTS = {
 
 __all__ = [
     "METRICS",
+    "PROBES",
     "AverageDrop",
     "AverageDropInDeletion",
     "AverageGain",
@@ -58,16 +64,20 @@ __all__ = [
     "MethodResult",
     "Probe",
     "Protocol",
+    "Request",
     "Results",
     "Row",
+    "Sample",
     "average_drop",
     "average_drop_in_deletion",
     "average_gain",
+    "create_probe",
     "evaluate",
     "format_table",
     "increase_in_confidence",
     "is_baseline",
     "mean_interval",
+    "measure",
     "paired_difference",
     "randomized_backbone",
     "randomized_explainer",
@@ -90,13 +100,16 @@ if TYPE_CHECKING:
         saliency,
         threshold_mask,
     )
-    from xattn.eval.metrics import (
+    from xattn.eval.metrics.base import Column, Probe, Request, Sample
+    from xattn.eval.metrics.masking import (
         AverageDrop,
         AverageDropInDeletion,
         AverageGain,
         IncreaseInConfidence,
+        MaskingProbe,
     )
-    from xattn.eval.probes import Column, MaskingProbe, Probe
+    from xattn.eval.metrics.measure import measure
+    from xattn.eval.metrics.registry import PROBES, create_probe
     from xattn.eval.protocol import METRICS, Protocol
     from xattn.eval.report import format_table, read_json, write_csv, write_json
     from xattn.eval.results import (

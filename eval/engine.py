@@ -1,33 +1,44 @@
-"""Score the explanations of many methods on many images with one bounded stream of forward passes.
+"""Measure the explanations of many methods on many images with one bounded stream of forward passes.
 
-    images -> clean pass (p, class) -> maps of each method -> grey masks -> probes -> scorer
+    images -> clean pass (score, class) -> maps of each method -> grey masks -> probes -> scorer
 
-Images stream through in chunks of ``max_forward_batch``; clean passes, explanations and masked
+Images stream through in chunks of ``max_forward_batch``; clean passes, explanations and perturbed
 passes all run at that one batch shape, so results do not depend on how many images there are.
 Under ``torchrun`` each process takes every n-th chunk, and all return the results of all images.
+What is finished goes into a :class:`~xattn.eval.store.Store` at once: a killed run goes on from it.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from array import array
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from xattn.distributed import gather, processes
 from xattn.eval import functional
-from xattn.eval.probes import Column, MaskingProbe, Probe
+from xattn.eval.metrics.base import Finish, Probe, Sample
+from xattn.eval.metrics.measure import sample_seed, scores_of, submit_all
+from xattn.eval.metrics.registry import create_probe
 from xattn.eval.protocol import SCORES, Protocol
-from xattn.eval.results import ImageRecord, MethodResult, Results
+from xattn.eval.results import Results, collect
 from xattn.eval.scorer import MaskedScorer, Ticket, pad_batch
-from xattn.eval.stream import ImageStream, Item, Skipped
+from xattn.eval.store import ImageRow, ResultRow, Store
+from xattn.eval.stream import ImageStream, Item
 from xattn.images import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from xattn.eval.annotations import Annotation, Annotations
+
+Randomized = Mapping[str, Callable[[int, Tensor, Tensor], Tensor]]
 
 
 def evaluate(
@@ -35,6 +46,7 @@ def evaluate(
     explainers: Mapping[str, Any],
     images: Any,
     *,
+    metrics: Sequence[str | Probe] = ("masking",),
     levels: Sequence[float] | None = None,
     max_forward_batch: int = 32,
     view: str | None = None,
@@ -43,32 +55,47 @@ def evaluate(
     progress: bool = True,
     classes: int | str | Sequence[int | str] | None = None,
     max_pixels: int | None = MAX_PIXELS,
+    annotations: Annotations | None = None,
+    randomized: Randomized | None = None,
+    again_limit: int | None = 2,
+    state: str | Path | None = None,
 ) -> Results:
-    """AD, IC, ADD and AG of every explainer on the same images.
+    """Every metric of every explainer on the same images; by default AD, IC, ADD and AG.
 
     Args:
         backbone: a :class:`xattn.Backbone`; it alone scores, whatever an explainer looks at.
         explainers: by the name of their row in the table.
         images: a photo, folder or list file; a list of paths or PIL images; or float tensors
             (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size, also from a generator.
-        protocol: its ``score`` and ``class_policy`` follow the backbone's task and ``classes``.
+        metrics: groups by name (:data:`xattn.eval.metrics.PROBES`), or probes.
+        protocol: its ``class_policy`` follows ``classes``, its ``score`` the backbone's task unless
+            it is ``"logit"``.
         levels, view, seed: replace the protocol's own: (1.0, 0.5, 0.15), ``"crop"``, 0.
         max_forward_batch: images a forward pass; also how many are explained at a time. A multiple
             of 4 keeps results bit-equal whatever else is scored in the same run.
         classes: explain these instead of the predicted class: one for all images, or one an image
             (unreadable ones included), as index or name.
         max_pixels: larger photos are skipped as decompression bombs.
+        annotations: where objects are, see :func:`xattn.eval.load_annotations`.
+        randomized: by method, (stage, images, targets) -> its maps on a network with randomised
+            weights, see :class:`xattn.eval.Cascade`.
+        again_limit: metrics that explain again are measured on this many images for explainers that
+            run many perturbed passes; None for all.
+        state: an SQLite file that keeps what is finished. A run with the same arguments goes on
+            from it.
 
     Raises:
-        ValueError: no image could be read, an explainer returns a wrong shape, a class is unknown.
-        OSError: the path ``images`` does not exist.
+        ValueError: no image could be read, an explainer returns a wrong shape or fails on all of
+            the first images, a class or metric is unknown, or ``state`` belongs to another run.
+        OSError: the path ``images`` does not exist, or ``state`` cannot be written.
     """
     if not explainers:
         raise ValueError("explainers: got none; give {name: explainer}")
     given = {"levels": levels, "view": view, "seed": seed}
+    protocol = protocol or Protocol()
     protocol = replace(
-        protocol or Protocol(),
-        score=SCORES[backbone.task],
+        protocol,
+        score="logit" if protocol.score == "logit" else SCORES[backbone.task],
         class_policy="predicted" if classes is None else "given",
         **{k: v for k, v in given.items() if v is not None},  # type: ignore[arg-type]
     )
@@ -77,181 +104,402 @@ def evaluate(
         protocol = replace(protocol, view="tensor")
     elif protocol.view == "tensor":
         raise ValueError("view: 'tensor' is for images given as tensors; choose 'crop' or 'whole'")
+    probes = create_probes(metrics, protocol, backbone.preprocessing.mean)
+    if any(probe.needs_annotation for probe in probes) and annotations is None:
+        raise ValueError(
+            "metrics: localization needs to know where objects are; give annotations, or leave it out"
+        )
     wanted = _wanted_classes(backbone, classes, stream.length)
-    run = _Run(backbone, explainers, protocol, MaskedScorer(backbone, max_forward_batch))
     ranks, rank = processes(backbone.device)
+    scorer = MaskedScorer(backbone, max_forward_batch, protocol.score, protocol.precision)
+    facts = _facts(backbone, explainers, protocol, probes, scorer, again_limit)
+    path = None if state is None else Path(state)
+    store = Store(path, facts, rank)
+    run = _Run(
+        backbone,
+        explainers,
+        protocol,
+        probes,
+        scorer,
+        store,
+        annotations,
+        randomized or {},
+        again_limit,
+    )
 
     from tqdm import tqdm
 
     with tqdm(
-        total=stream.length,
+        total=None if stream.length is None else stream.length * len(explainers),
         desc="evaluate",
-        unit="image",
+        unit="map",
         disable=not progress or rank > 0,
         dynamic_ncols=True,
     ) as bar:
         for chunk in stream.blocks(max_forward_batch, rank, ranks):
-            if not chunk:
-                continue
-            run.add(chunk, _targets(wanted, chunk))
-            bar.update(chunk[-1].position + 1 - bar.n)
+            if chunk:
+                run.add(chunk, _targets(wanted, chunk), bar.update)
             bar.set_postfix_str(f"{len(stream.skipped)} skipped" if stream.skipped else "")
-    return run.results(gather(run.part(stream)))
+            if ranks > 1 and chunk:  # the other processes' share
+                bar.update((chunk[-1].position + 1) * len(explainers) - bar.n)
+    run.finish(stream)
+    costs = gather(run.cost())
+    cost = {key: sum(part[key] for part in costs) for key in costs[0]}
+    cost["max_forward_batch"] = max_forward_batch
+    _put_together(store, ranks, rank, path)
+    return collect(store, protocol, probes, explainers, backbone, cost)
 
 
-@dataclass
+def create_probes(
+    metrics: Sequence[str | Probe], protocol: Protocol, mean: Sequence[float]
+) -> list[Probe]:
+    """The probes of groups by name; a ValueError where a column would stand twice."""
+    if not metrics:
+        raise ValueError("metrics: got none; give names of xattn list")
+    probes = [
+        create_probe(m, protocol, tuple(float(v) for v in mean)) if isinstance(m, str) else m
+        for m in metrics
+    ]
+    columns = [column for probe in probes for column in probe.columns]
+    twice = sorted({c.key for c in columns if columns.count(c) > 1})
+    if twice:
+        raise ValueError(f"metrics: {', '.join(twice)} asked for twice; leave one out")
+    return probes
+
+
+@dataclass(eq=False)
+class _Pending:
+    """One explanation whose scores are not all there yet."""
+
+    row: ResultRow
+    finishes: list[tuple[Finish, dict[str, list[Ticket]]]]
+
+    @property
+    def done(self) -> bool:
+        return all(t.done for _, keys in self.finishes for row in keys.values() for t in row)
+
+
 class _Run:
-    """The state of one evaluation: what is pending and the per-image numbers so far."""
+    """The state of one evaluation: what waits for its scores; all else is in the store."""
 
-    backbone: Any
-    explainers: Mapping[str, Any]
-    protocol: Protocol
-    scorer: MaskedScorer
-    records: list[ImageRecord] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    _pending: deque[tuple[str, int, dict[str, Ticket]]] = field(default_factory=deque)
+    def __init__(
+        self,
+        backbone: Any,
+        explainers: Mapping[str, Any],
+        protocol: Protocol,
+        probes: Sequence[Probe],
+        scorer: MaskedScorer,
+        store: Store,
+        annotations: Annotations | None,
+        randomized: Randomized,
+        again_limit: int | None,
+    ) -> None:
+        self.backbone, self.explainers, self.protocol = backbone, explainers, protocol
+        self.probes, self.scorer, self.store = probes, scorer, store
+        self.annotations, self.randomized, self.again_limit = annotations, randomized, again_limit
+        self._pending: deque[_Pending] = deque()
+        self._worked: set[str] = set()
+        self._failures: dict[str, int] = {}
 
-    def __post_init__(self) -> None:
-        mean = torch.tensor(self.backbone.preprocessing.mean)
-        self.probes: list[Probe] = [MaskingProbe(self.protocol, mean)]
-        keys = [key for probe in self.probes for key in probe.keys]
-        self.valid: dict[str, list[bool]] = {name: [] for name in self.explainers}
-        self.tied = dict.fromkeys(self.explainers, 0)
-        self.scores = {name: {key: array("d") for key in keys} for name in self.explainers}
+    # ------------------------------------------------------------------ chunks
 
-    def add(self, chunk: list[Item], targets: Tensor | None) -> None:
-        """Clean pass, explanations and requests of one chunk; collects what is finished."""
+    def add(self, chunk: list[Item], targets: Tensor | None, done: Callable[[int], Any]) -> None:
+        """Clean pass, explanations and requests of one chunk; stores what is finished."""
         sizes = {tuple(item.image.shape) for item in chunk}
         if len(sizes) > 1:
             raise ValueError(f"images: got sizes {sorted(sizes)}; prepare them to one size")
-        images = torch.stack([item.image for item in chunk]).to(self.backbone.device)
-        p, classes = self.scorer.clean(images, targets)
-        names = self.backbone.class_names
-        start = len(self.records)
-        for item, value, target in zip(chunk, p.tolist(), classes.tolist(), strict=True):
-            if not math.isfinite(value):
-                raise ValueError(f"backbone: its logits for {item.id} are not finite")
-            self.records.append(ImageRecord(item.id, target, names[target], value))
-            self.positions.append(item.position)
-        size = self.scorer.max_forward_batch
-        padded = pad_batch(images, size), pad_batch(classes.to(images.device), size)
+        finished = self.store.finished(chunk[0].position, chunk[-1].position)
+        names = set(self.explainers)
+        left = [item for item in chunk if not names <= finished.get(item.position, set())]
+        done(len(names) * len(chunk) - sum(self._left(i, finished) for i in left))
+        for item in chunk:
+            known = self.store.image(item.position) if item.position in finished else None
+            if known is not None and known.id != item.id:
+                raise ValueError(
+                    f"state: image {item.position} was {known.id} and is {item.id} now; give another "
+                    f"file, or the same images"
+                )
+        if not left:
+            return
+        if targets is not None:
+            kept = {item.position for item in left}
+            targets = targets[[i for i, item in enumerate(chunk) if item.position in kept]]
+        images = torch.stack([item.image for item in left]).to(self.backbone.device)
+        scores, classes = self.scorer.clean(images, targets)
+        self._record(left, scores, classes)
+        notes = [self._annotation(item) for item in left]
         for name in self.explainers:
-            grey, valid = self._masks(name, *padded, count=len(chunk))
-            self.valid[name] += valid.tolist()
-            self.tied[name] += int((self._tied(grey) & valid.to(grey.device)).sum())
-            for i, image in enumerate(images):
-                tickets: dict[str, Ticket] = {}
-                if valid[i]:
-                    target = int(classes[i])
-                    for probe in self.probes:
-                        for key, perturbed in probe.requests(image, grey[i]):
-                            tickets[key] = self.scorer.submit(perturbed, target)
-                self._pending.append((name, start + i, tickets))
-            self._collect()
+            rows = [i for i, x in enumerate(left) if name not in finished.get(x.position, set())]
+            single = bool(getattr(self.explainers[name], "perturbs", False))
+            for part in [[i] for i in rows] if single else [rows] * bool(rows):
+                self._explain(name, part, left, images, scores, classes, notes)
+                done(len(part))
         self.scorer.forget()
 
-    def _masks(
-        self, name: str, images: Tensor, targets: Tensor, count: int
-    ) -> tuple[Tensor, Tensor]:
-        explainer = self.explainers[name]
+    def _left(self, item: Item, finished: Mapping[int, set[str]]) -> int:
+        return len(set(self.explainers) - finished.get(item.position, set()))
+
+    def _record(self, items: list[Item], scores: Tensor, classes: Tensor) -> None:
+        names = self.backbone.class_names
+        rows = []
+        for item, value, target in zip(items, scores.tolist(), classes.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise ValueError(f"backbone: its logits for {item.id} are not finite")
+            rows.append(ImageRow(item.position, item.id, target, names[target], value))
+        self.store.add_images(rows)
+
+    def _annotation(self, item: Item) -> Annotation | None:
+        if self.annotations is None or item.source is None or item.view is None:
+            return None
+        return self.annotations.of(item.source, item.view)
+
+    def _explain(
+        self,
+        name: str,
+        rows: list[int],
+        items: list[Item],
+        images: Tensor,
+        scores: Tensor,
+        classes: Tensor,
+        notes: list[Annotation | None],
+    ) -> None:
+        """Maps of one method on some images of a chunk, and the requests of all probes on them."""
+        started = time.perf_counter()
+        maps, reasons = self._maps(name, images[rows], classes[rows])
+        seconds = (time.perf_counter() - started) / len(rows)
+        is_mask = bool(getattr(self.explainers[name], "is_mask", False))
+        size = images.shape[-2:]
+        for j, i in enumerate(rows):
+            grey = raw = images.new_zeros(1, *size)
+            if reasons[j] is None:
+                one = maps[j][None].detach().to(images.device)
+                grey_one, valid = functional.saliency(
+                    one,
+                    size,
+                    is_mask=is_mask,
+                    normalization=self.protocol.normalization,
+                    resize=self.protocol.resize,
+                )
+                grey = grey_one[0]
+                if bool(valid):
+                    raw = functional.upsample(one.float(), size, self.protocol.resize)[0]
+                else:
+                    reasons[j] = "constant map" if one.isfinite().all() else "non-finite map"
+            sample = Sample(
+                image=images[i],
+                grey=grey,
+                raw=raw,
+                target=int(classes[i]),
+                score=float(scores[i]),
+                seed=sample_seed(self.protocol.seed, items[i].position),
+                is_mask=is_mask,
+                explain=self._again(name, int(classes[i])),
+                explain_randomized=self._randomized(name, int(classes[i])),
+                annotation=notes[i],
+            )
+            self._request(name, items[i].position, sample, reasons[j], seconds)
+        self._collect()
+
+    def _request(
+        self, name: str, position: int, sample: Sample, reason: str | None, seconds: float
+    ) -> None:
+        measured: dict[str, float] = {}
+        finishes = []
+        before = self.scorer.requested
+        for probe in self.probes:
+            if not self._applies(probe, name, position, sample):
+                continue
+            measured.update({column.key: math.nan for column in probe.columns})
+            if reason is not None:
+                continue
+            tickets: dict[str, list[Ticket]] = {}
+            finish = submit_all(probe.measure(sample), self.scorer, sample.target, tickets)
+            finishes.append((finish, tickets))
+        tied = int(reason is None and self._tied(sample.grey))
+        requests = self.scorer.requested - before
+        small = None if reason is not None else _png(sample.grey)
+        row = ResultRow(position, name, reason, tied, requests, seconds, measured, {}, small)
+        self._pending.append(_Pending(row, finishes))
+
+    def _applies(self, probe: Probe, name: str, position: int, sample: Sample) -> bool:
+        if probe.needs_annotation:
+            note = sample.annotation
+            return note is not None and note.mask(sample.target) is not None
+        if not probe.explains_again:
+            return True
+        if any(column.metric.startswith("randomization") for column in probe.columns):
+            if name not in self.randomized:
+                return False
+        limited = bool(getattr(self.explainers[name], "perturbs", False))
+        return not limited or self.again_limit is None or position < self.again_limit
+
+    # ------------------------------------------------------------------ maps
+
+    def _maps(
+        self, name: str, images: Tensor, targets: Tensor
+    ) -> tuple[Sequence[Tensor], list[str | None]]:
+        """Raw maps (1, h, w), and for each the reason why there is none.
+
+        An explainer that never worked and fails on several images does not work at all: its error
+        is raised.
+        """
+        try:
+            maps = self._attribute(name, images, targets)
+            self._worked.add(name)
+            return list(maps), [None] * len(images)
+        except (MemoryError, _Refused):
+            raise
+        except Exception as error:
+            failure = error
+        if len(images) > 1:
+            parts = [
+                self._maps(name, images[i : i + 1], targets[i : i + 1]) for i in range(len(images))
+            ]
+            return [p[0][0] for p in parts], [p[1][0] for p in parts]
+        self._failures[name] = self._failures.get(name, 0) + 1
+        if name not in self._worked and self._failures[name] == 3:
+            raise failure
+        return [images[0, :1]], [_reason(failure)]
+
+    def _attribute(self, name: str, images: Tensor, targets: Tensor) -> Tensor:
+        """(b, 1, h, w); padded to the one batch shape, but for methods that see to theirs."""
+        explainer, count = self.explainers[name], len(images)
+        targets = targets.to(images.device)
+        if not getattr(explainer, "perturbs", False):
+            size = self.scorer.max_forward_batch
+            images, targets = pad_batch(images, size), pad_batch(targets, size)
         maps = explainer.attribute(images, targets)
         if not isinstance(maps, Tensor) or maps.ndim != 4 or maps.shape[:2] != (len(images), 1):
             got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
-            raise ValueError(f"explainers: {name} returned {got}; it has to return (B, 1, h, w)")
-        return functional.saliency(
-            maps[:count].detach().to(images.device),
-            images.shape[-2:],
-            is_mask=bool(getattr(explainer, "is_mask", False)),
-            normalization=self.protocol.normalization,
-            resize=self.protocol.resize,
+            raise _Refused(f"explainers: {name} returned {got}; it has to return (B, 1, h, w)")
+        return maps[:count]
+
+    def _again(self, name: str, target: int) -> Callable[[Tensor], Tensor]:
+        def explain(images: Tensor) -> Tensor:
+            targets = torch.full((len(images),), target, device=images.device)
+            return self.explainers[name].attribute(images, targets)  # type: ignore[no-any-return]
+
+        return explain
+
+    def _randomized(self, name: str, target: int) -> Callable[[int, Tensor], Tensor] | None:
+        function = self.randomized.get(name)
+        if function is None:
+            return None
+        return lambda stage, images: function(
+            stage, images, torch.full((len(images),), target, device=images.device)
         )
 
-    def _tied(self, grey: Tensor) -> Tensor:
-        """(B,): whether ties at a threshold keep more than 2 points above a level."""
-        tied = torch.zeros(len(grey), dtype=torch.bool, device=grey.device)
+    def _tied(self, grey: Tensor) -> bool:
+        """Whether ties at a threshold keep more than 2 points above a level."""
         for level in self.protocol.levels:
-            kept = functional.threshold_mask(grey, level, self.protocol.threshold) > 0
-            tied |= kept.flatten(1).double().mean(1) > level + 0.02
-        return tied
+            kept = functional.threshold_mask(grey[None], level, self.protocol.threshold) > 0
+            if float(kept.double().mean()) > level + 0.02:
+                return True
+        return False
+
+    # ------------------------------------------------------------------ results
 
     def _collect(self) -> None:
-        while self._pending and all(t.done for t in self._pending[0][2].values()):
-            name, index, tickets = self._pending.popleft()
-            for key, ticket in tickets.items():
-                column = self.scores[name][key]
-                column.extend([math.nan] * (index - len(column)))
-                column.append(ticket.probability)
+        while self._pending and self._pending[0].done:
+            pending = self._pending.popleft()
+            row = pending.row
+            for finish, tickets in pending.finishes:
+                scores = scores_of(tickets)
+                row.measured.update({c.key: float(v) for c, v in finish(scores).items()})
+                row.scores.update({key: values.tolist() for key, values in scores.items()})
+            self.store.add(row)
 
-    def part(self, stream: ImageStream) -> _Part:
-        """What this process has scored."""
+    def finish(self, stream: ImageStream) -> None:
+        """Run what waits, store it, and list what could not be read."""
         self.scorer.flush()
         self._collect()
-        for columns in self.scores.values():
-            for column in columns.values():
-                column.extend([math.nan] * (len(self.records) - len(column)))
-        cost = {
+        self.store.add_images(
+            [
+                ImageRow(position, item.id, None, None, None, item.reason)
+                for position, item in stream.skipped.items()
+            ]
+        )
+
+    def cost(self) -> dict[str, int]:
+        return {
             "scores_requested": self.scorer.requested,
             "images_scored": self.scorer.scored,
             "forward_batches": self.scorer.batches,
         }
-        return _Part(
-            self.positions, self.records, self.valid, self.tied, self.scores, stream.skipped, cost
-        )
-
-    def results(self, parts: Sequence[_Part]) -> Results:
-        """The results of all processes' ``parts``, in the order of the images."""
-        skipped = dict(sorted(item for part in parts for item in part.skipped.items()))
-        positions = np.array([i for part in parts for i in part.positions])
-        if not len(positions):
-            first = next(iter(skipped.values()))
-            raise ValueError(
-                f"images: none of {len(skipped)} could be read; the first: {first.reason}"
-            )
-        order = np.argsort(positions)
-        records = [record for part in parts for record in part.records]
-        records = [records[i] for i in order]
-        p = torch.tensor([record.p for record in records], dtype=torch.float64)
-        methods = {}
-        for name, explainer in self.explainers.items():
-            scores = {
-                key: np.concatenate([part.scores[name][key] for part in parts])[order]
-                for key in self.scores[name]
-            }
-            tensors = {key: torch.from_numpy(value) for key, value in scores.items()}
-            values: dict[Column, Any] = {}
-            for probe in self.probes:
-                columns = probe.values(p, tensors)
-                values.update({column: value.numpy() for column, value in columns.items()})
-            methods[name] = MethodResult(
-                forwards=getattr(explainer, "forwards", None),
-                is_mask=bool(getattr(explainer, "is_mask", False)),
-                tied=sum(part.tied[name] for part in parts),
-                valid=np.concatenate([np.array(part.valid[name], bool) for part in parts])[order],
-                scores=scores,
-                values=values,
-            )
-        invalid = sum(int((~method.valid).sum()) for method in methods.values())
-        cost = {key: sum(part.cost[key] for part in parts) for key in parts[0].cost}
-        return Results(
-            protocol=replace(self.protocol, n=len(records), n_invalid=invalid),
-            images=records,
-            methods=methods,
-            skipped=list(skipped.values()),
-            backbone={"name": self.backbone.name, "sha256": self.backbone.fingerprint},
-            cost={"max_forward_batch": self.scorer.max_forward_batch, **cost},
-        )
 
 
-class _Part(NamedTuple):
-    """What one process has scored: images by position, and numbers in that order."""
+class _Refused(ValueError):
+    """What an explainer returns is no map at all: a mistake of the program, not of one image."""
 
-    positions: list[int]
-    records: list[ImageRecord]
-    valid: dict[str, list[bool]]
-    tied: dict[str, int]
-    scores: dict[str, dict[str, array[float]]]
-    skipped: dict[int, Skipped]
-    cost: dict[str, int]
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _png(grey: Tensor) -> bytes:
+    """(1, H, W) in [0, 1] -> an 8-bit grey PNG of at most 56 pixels a side."""
+    sides = [min(side, 56) for side in grey.shape[-2:]]
+    small = torch.nn.functional.adaptive_avg_pool2d(grey[None].float(), sides)[0, 0]
+    stream = io.BytesIO()
+    pixels = (small * 255).round().to(torch.uint8).cpu().numpy()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _put_together(store: Store, ranks: int, rank: int, path: Path | None) -> None:
+    """All processes' rows into the store of each, or into the one file."""
+    if path is None:
+        for other, (images, results) in enumerate(gather(store.rows()) if ranks > 1 else []):
+            if other != rank:
+                store.take_in(images, results)
+        return
+    if rank > 0:
+        store.close()
+    gather(None)  # all have written
+    if rank == 0:
+        store.merge()
+    gather(None)
+    if rank > 0:
+        store.reopen()
+
+
+def _facts(
+    backbone: Any,
+    explainers: Mapping[str, Any],
+    protocol: Protocol,
+    probes: Sequence[Probe],
+    scorer: MaskedScorer,
+    again_limit: int | None,
+) -> dict[str, Any]:
+    """What a stored result depends on; methods each under a key, so that one can be added."""
+    return {
+        "protocol": {**protocol.to_dict(), "id": protocol.id},
+        "backbone": backbone.fingerprint,
+        "metrics": {type(p).__name__: p.options() for p in probes},
+        "max_forward_batch": scorer.max_forward_batch,
+        "again_limit": again_limit,
+        **{f"method {name}": describe(method) for name, method in explainers.items()},
+    }
+
+
+def describe(explainer: Any) -> dict[str, Any]:
+    """What an explainer is: its class, plain options, and the hashes of its head and network."""
+    plain = (bool, int, float, str, tuple, type(None))
+    options = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in vars(explainer).items()
+        if not key.startswith("_") and isinstance(value, plain)
+    }
+    record = {"class": type(explainer).__qualname__, "options": options}
+    head = getattr(explainer, "head", None)
+    if head is not None:
+        from xattn.backbone import sha256
+
+        record["head"] = sha256(head)
+    network = getattr(getattr(explainer, "backbone", None), "fingerprint", None)
+    if network is not None:
+        record["backbone"] = network
+    return record
 
 
 def _wanted_classes(

@@ -50,6 +50,10 @@ def merge(parts: Sequence[Results]) -> Results:
             forwards=method.forwards,
             is_mask=method.is_mask,
             tied=sum(m.tied for m in same),
+            requests=sum(m.requests for m in same),
+            seconds=sum(m.seconds for m in same),
+            reasons=_shifted([m.reasons for m in same], [len(m.valid) for m in same]),
+            measured={c: np.concatenate([m.measured[c] for m in same]) for c in method.measured},
             valid=np.concatenate([m.valid for m in same]),
             scores={k: np.concatenate([m.scores[k] for m in same]) for k in method.scores},
             values={c: np.concatenate([m.values[c] for m in same]) for c in method.values},
@@ -64,7 +68,18 @@ def merge(parts: Sequence[Results]) -> Results:
         backbone=first.backbone,
         cost={k: sum(p.cost[k] for p in parts) for k in first.cost if k != "max_forward_batch"},
         n_resamples=first.n_resamples,
+        options=first.options,
     )
+
+
+def _shifted(parts: Sequence[Mapping[int, str]], sizes: Sequence[int]) -> dict[int, str]:
+    """By number of the image among all, what each part has by number among its own."""
+    starts = np.cumsum([0, *sizes]).tolist()
+    return {
+        start + i: value
+        for start, part in zip(starts, parts, strict=False)
+        for i, value in part.items()
+    }
 
 
 class Squashed:

@@ -6,8 +6,9 @@
     AG = 100/n sum max(0, q - p) / (1 - p)  Opti-CAM (arXiv 2301.07002)
 
 p, q and d are the probabilities (B,) of one fixed class on the image x, on x o m and on
-x o (1 - m). All sums run in float64. ``*_values`` give one percentage an image, NaN where p, q or
-the map is invalid, so that a mean of them is the metric and a bootstrap can resample them.
+x o (1 - m); with ``bounded=False`` they are any scores, such as logits. All sums run in float64.
+``*_values`` give one percentage an image, NaN where p, q or the map is invalid, so that a mean of
+them is the metric and a bootstrap can resample them.
 """
 
 from __future__ import annotations
@@ -126,29 +127,37 @@ def _check_maps(maps: Tensor) -> None:
 # ---------------------------------------------------------------- one percentage an image
 
 
-def average_drop_values(p: Tensor, q: Tensor) -> Tensor:
+def average_drop_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor:
     """100 max(0, p - q) / p, (B,) float64; 0 where p = 0: nothing is left to drop."""
-    p, q = _probabilities(p, q)
+    p, q = _scores(p, q, bounded)
     return 100 * ((p - q).clamp_min(0) / torch.where(p == 0, 1.0, p))
 
 
-def increase_in_confidence_values(p: Tensor, q: Tensor, margin: float = IC_MARGIN) -> Tensor:
+def increase_in_confidence_values(
+    p: Tensor, q: Tensor, margin: float = IC_MARGIN, *, bounded: bool = True
+) -> Tensor:
     """100 where q > p + margin max(p, q), else 0, (B,) float64."""
-    p, q = _probabilities(p, q)
-    higher = (q > p + margin * torch.maximum(p, q)).double() * 100
+    p, q = _scores(p, q, bounded)
+    higher = (q > p + margin * torch.maximum(p.abs(), q.abs())).double() * 100
     return torch.where((p + q).isnan(), torch.nan, higher)
 
 
-def average_drop_in_deletion_values(p: Tensor, d: Tensor) -> Tensor:
+def average_drop_in_deletion_values(p: Tensor, d: Tensor, *, bounded: bool = True) -> Tensor:
     """100 (p - d) / p, signed, (B,) float64; 0 where p = 0."""
-    p, d = _probabilities(p, d)
+    p, d = _scores(p, d, bounded)
     return torch.where(p == 0, 0.0 * d, 100 * (p - d) / torch.where(p == 0, 1.0, p))
 
 
-def average_gain_values(p: Tensor, q: Tensor) -> Tensor:
+def average_gain_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor:
     """100 max(0, q - p) / (1 - p), (B,) float64; 0 where p = 1: nothing is left to gain."""
-    p, q = _probabilities(p, q)
+    p, q = _scores(p, q, bounded)
     return 100 * ((q - p).clamp_min(0) / torch.where(p == 1, 1.0, 1 - p))
+
+
+def drop_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor:
+    """100 max(0, p - q), (B,) float64: the drop that pytorch-grad-cam does not divide by p."""
+    p, q = _scores(p, q, bounded)
+    return 100 * (p - q).clamp_min(0)
 
 
 VALUES: dict[str, Callable[..., Tensor]] = {
@@ -156,15 +165,18 @@ VALUES: dict[str, Callable[..., Tensor]] = {
     "IC": increase_in_confidence_values,
     "ADD": average_drop_in_deletion_values,
     "AG": average_gain_values,
+    "drop": drop_values,
 }
 
 
-def _probabilities(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+def _scores(p: Tensor, q: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
     p, q = torch.as_tensor(p).detach().double(), torch.as_tensor(q).detach().double()
     if p.shape != q.shape or p.ndim != 1:
         raise ValueError(
             f"p, q: got shapes {tuple(p.shape)} and {tuple(q.shape)}; give (B,) and (B,)"
         )
+    if not bounded:
+        return p, q
     for name, value in (("p", p), ("q", q)):
         finite = value[value.isfinite()]
         if bool(((finite < 0) | (finite > 1 + 1e-6)).any()):

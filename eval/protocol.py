@@ -15,34 +15,81 @@ from typing import Any, NamedTuple
 
 
 class MetricInfo(NamedTuple):
-    """A metric's formula in words, and which direction is better."""
+    """A metric's formula in words, which direction is better, and the range of its values."""
 
     formula: str
     higher_is_better: bool
+    low: float = 0.0
+    high: float = 1.0
+    kind: str = "faithfulness"
+
+    @property
+    def digits(self) -> int:
+        """Decimals to show: percentages have two, the others four."""
+        return 2 if self.high == 100 else 4
 
 
-# p, q, d: probability of the class on the image x, on x o m and on x o (1 - m).
+_INF = float("inf")
+
+# p, q, d: score of the class on the image x, on x o m and on x o (1 - m).
 METRICS: dict[str, MetricInfo] = {
-    "AD": MetricInfo("100 mean max(0, p - q) / p", False),
-    "IC": MetricInfo("100 mean [q > p + margin max(p, q)]", True),
-    "ADD": MetricInfo("100 mean (p - d) / p, signed", True),
-    "AG": MetricInfo("100 mean max(0, q - p) / (1 - p)", True),
+    "AD": MetricInfo("100 mean max(0, p - q) / p", False, 0, 100),
+    "IC": MetricInfo("100 mean [q > p + margin max(p, q)]", True, 0, 100),
+    "ADD": MetricInfo("100 mean (p - d) / p, signed", True, -_INF, 100),
+    "AG": MetricInfo("100 mean max(0, q - p) / (1 - p)", True, 0, 100),
+    "drop": MetricInfo("100 mean max(0, p - q)", False, 0, 100),
+    "deletion": MetricInfo("area under the score while pixels are removed by rank", False),
+    "insertion": MetricInfo("area under the score while pixels are inserted by rank", True),
+    "ROAD-MoRF": MetricInfo("mean score with the most relevant pixels imputed", False),
+    "ROAD-LeRF": MetricInfo("mean score with the least relevant pixels imputed", True),
+    "ROAD": MetricInfo("mean (LeRF - MoRF) / 2", True, -0.5, 0.5),
+    "AOPC": MetricInfo("mean over steps of f(x) - f(x_t), patches removed by rank", True, -1),
+    "IROF": MetricInfo("1 - area under f(x_t) / f(x), superpixels removed by rank", True, -_INF),
+    "infidelity": MetricInfo("E (I . phi - (f(x) - f(x - I)))^2", False, 0, _INF),
+    "monotonicity": MetricInfo(
+        "Spearman correlation of |phi| of a patch and the change of f under noise there", True, -1
+    ),
+    "Gini": MetricInfo(
+        "sum (2 i - n - 1) v_i / (n sum v), v = |phi| ascending", True, kind="complexity"
+    ),
+    "entropy": MetricInfo("-sum pi log pi, pi = |phi| / sum |phi|", False, 0, _INF, "complexity"),
+    "pointing": MetricInfo("100 mean [argmax lies on the object]", True, 0, 100, "localisation"),
+    "energy-pointing": MetricInfo("sum of the map on the object / sum", True, kind="localisation"),
+    "IoU": MetricInfo(
+        "intersection / union of the map's top pixels and the object", True, 0, 1, "localisation"
+    ),
+    "coherency": MetricInfo("(Pearson(m(x), m(x o m)) + 1) / 2", True, kind="robustness"),
+    "complexity": MetricInfo("mean of the grey map", False, kind="complexity"),
+    "ADCC": MetricInfo("harmonic mean of coherency, 1 - complexity and 1 - AD", True),
+    "max-sensitivity": MetricInfo(
+        "max |phi(x + d) - phi(x)| / |phi(x)|, |d| <= r", False, 0, _INF, "robustness"
+    ),
+    "randomization-Spearman": MetricInfo(
+        "rank correlation with the map after randomising weights", False, -1, 1, "sanity"
+    ),
+    "randomization-SSIM": MetricInfo(
+        "structural similarity to the map after randomising weights", False, -1, 1, "sanity"
+    ),
 }
+
+MASKED_VALUES = ("black", "mean", "blur", "noise", "inpaint", "road")
 
 # What p, q and d are, by the backbone's task.
 SCORES = {"multiclass": "probability", "multilabel": "sigmoid", "binary": "binary"}
 
 _CHOICES = {
-    "score": tuple(SCORES.values()),
+    "score": (*SCORES.values(), "logit"),
     "class_policy": ("predicted", "given"),
     "normalization": ("minmax", "minmax_upsampled"),
     "threshold": ("quantile", "kth"),
-    "masked_value": ("black", "mean"),
+    "masked_value": MASKED_VALUES,
     "resize": ("bilinear", "nearest"),
     "invalid": ("excluded",),
     "view": ("crop", "whole", "tensor"),
+    "precision": ("float32", "bfloat16"),
 }
 _NOT_SEMANTIC = ("seed", "n", "n_invalid")
+_MASKING = ("levels", "threshold", "masked_value", "ic_margin")  # of AD, IC, ADD and AG alone
 
 
 @dataclass(frozen=True)
@@ -52,19 +99,23 @@ class Protocol:
     Attributes:
         score: what p, q and d are, in float64; the task of the backbone decides: ``"probability"``
             (softmax over the classes), ``"sigmoid"`` (multi-label: of the label's own logit) or
-            ``"binary"`` (a single logit z: sigmoid(z) of "positive", sigmoid(-z) of "negative").
+            ``"binary"`` (a single logit z: sigmoid(z) of "positive", sigmoid(-z) of "negative");
+            or ``"logit"`` for every task.
         class_policy: ``"predicted"`` (argmax on the clean image, fixed afterwards) or ``"given"``.
         normalization: ``"minmax"`` at the map's own resolution, before resizing, or
             ``"minmax_upsampled"`` after it.
         threshold: ``"quantile"`` keeps values >= the linearly interpolated (1 - level) quantile,
             ties included; ``"kth"`` keeps exactly ceil(level * HW) pixels (TAME, L-CAM).
         levels: retained fractions in (0, 1]; survivors keep their grey level.
-        masked_value: ``"black"`` (0 before normalisation) or the data set's ``"mean"`` colour.
+        masked_value: what stands behind the mask: ``"black"`` (0 before normalisation), the data
+            set's ``"mean"`` colour, the image's own ``"blur"``, ``"noise"``, or what is removed
+            filled in by ``"inpaint"`` (Telea) or ``"road"`` (:mod:`xattn.eval.road`).
         ic_margin: IC counts q > p + ic_margin * max(p, q), so that rounding is no increase.
         resize: how a map reaches the image's size (align_corners=False).
         invalid: constant or non-finite maps are left out of the means, and counted.
         view: ``"crop"`` (the model's own evaluation crop), ``"whole"``, or ``"tensor"`` (prepared
             by the caller).
+        precision: of the forward passes: ``"float32"``, or ``"bfloat16"`` autocast.
         seed, n, n_invalid: of one run; not part of the id.
     """
 
@@ -78,6 +129,7 @@ class Protocol:
     resize: str = "bilinear"
     invalid: str = "excluded"
     view: str = "crop"
+    precision: str = "float32"
     seed: int = 0
     n: int | None = None
     n_invalid: int | None = None
@@ -103,15 +155,23 @@ class Protocol:
         """Such as ``"prob-pred-black-1f2e3d4c"``."""
         return f"{self._prefix}-{_hash(self._semantics())}"
 
-    def metric_id(self, metric: str, level: float) -> str:
+    def metric_id(
+        self, metric: str, level: float | None, options: Mapping[str, Any] | None = None
+    ) -> str:
         """Id of one column, such as ``"AD@15-prob-pred-black-1f2e3d4c"``.
 
-        It depends on the metric's formula and on ``level``, not on the other levels of the run.
+        It depends on the metric's formula and on ``options``, what else the value depends on; for
+        the masking metrics that is by default this protocol's masking at ``level``.
         """
         if metric not in METRICS:
             raise ValueError(f"metric: got {metric!r}; choose one of {', '.join(METRICS)}")
         meaning = self._semantics()
-        meaning.update(levels=[float(level)], formula=METRICS[metric].formula)
+        if options is None:
+            options = {name: meaning[name] for name in _MASKING} | {"levels": [float(level or 1)]}
+        meaning = {k: v for k, v in meaning.items() if k not in _MASKING}
+        meaning.update(options, formula=METRICS[metric].formula)
+        if level is None:
+            return f"{metric}-{self.score[:4]}-{self.class_policy[:4]}-{_hash(meaning)}"
         return f"{metric}@{100 * level:g}-{self._prefix}-{_hash(meaning)}"
 
     @property
@@ -119,7 +179,10 @@ class Protocol:
         return f"{self.score[:4]}-{self.class_policy[:4]}-{self.masked_value}"
 
     def _semantics(self) -> dict[str, Any]:
-        return {k: v for k, v in self.to_dict().items() if k not in (*_NOT_SEMANTIC, "id")}
+        hidden = {*_NOT_SEMANTIC, "id"}
+        if self.precision == "float32":  # ids are those from before there was a choice
+            hidden.add("precision")
+        return {k: v for k, v in self.to_dict().items() if k not in hidden}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; ``from_dict`` reads them back."""

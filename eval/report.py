@@ -9,26 +9,27 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xattn.eval.probes import Column
+from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import METRICS, Protocol
 from xattn.eval.results import ImageRecord, MethodResult, Results, Row
 from xattn.eval.stream import Skipped
 
 FORMAT = "xattn-results"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 # ---------------------------------------------------------------- tables
 
 
 def format_table(results: Results, style: str = "text") -> str:
-    """One table a level, with 95 % intervals; then the protocol and the warnings.
+    """One table a level and kind of metric, with 95 % intervals; then protocol and warnings.
 
     Args:
         style: ``"text"`` (aligned columns) or ``"markdown"``.
@@ -36,17 +37,26 @@ def format_table(results: Results, style: str = "text") -> str:
     if style not in ("text", "markdown"):
         raise ValueError(f"style: got {style!r}; choose 'text' or 'markdown'")
     by_cell = {(r.method, r.metric, r.level): r for r in results.rows()}
+    levels = list(dict.fromkeys(c.level for c in results.columns if c.level is not None))
+    groups: list[tuple[str, list[Column]]] = [
+        (f"retained {100 * level:g} %", [c for c in results.columns if c.level == level])
+        for level in levels
+    ]
+    for kind in dict.fromkeys(METRICS[c.metric].kind for c in results.columns if c.level is None):
+        columns = [c for c in results.columns if c.level is None and METRICS[c.metric].kind == kind]
+        groups += [(kind, columns[i : i + 5]) for i in range(0, len(columns), 5)]
     parts = []
-    for level in results.protocol.levels:
-        metrics = [c.metric for c in results.columns if c.level == level]
-        heads = [f"{m} {'↑' if METRICS[m].higher_is_better else '↓'}" for m in metrics]
+    for title, columns in groups:
+        heads = [
+            f"{c.metric} {'↑' if METRICS[c.metric].higher_is_better else '↓'}" for c in columns
+        ]
         lines = [["method", *heads, "n", "invalid", "forwards"]]
         for name in results.methods:
-            rows = [by_cell[name, metric, level] for metric in metrics]
+            rows = [by_cell[name, c.metric, c.level] for c in columns]
             cost = rows[0].forwards
-            counts = [rows[0].n, rows[0].n_invalid, "-" if cost is None else cost]
-            lines.append([name, *map(_cell, rows), *map(str, counts)])
-        parts.append(_table(f"retained {100 * level:g} %", lines, style))
+            counts = [_span(r.n for r in rows), _span(r.n_invalid for r in rows)]
+            lines.append([name, *map(_cell, rows), *counts, "-" if cost is None else str(cost)])
+        parts.append(_table(title, lines, style))
     notes = [*_notes(results), *(f"warning: {line}" for line in results.warnings())]
     bullet = "- " if style == "markdown" else ""
     parts.append("\n".join(bullet + note for note in notes))
@@ -54,7 +64,14 @@ def format_table(results: Results, style: str = "text") -> str:
 
 
 def _cell(row: Row) -> str:
-    return f"{row.mean:.2f} [{row.lo:.2f}, {row.hi:.2f}]" if row.n else "-"
+    digits = METRICS[row.metric].digits
+    return f"{row.mean:.{digits}f} [{row.lo:.{digits}f}, {row.hi:.{digits}f}]" if row.n else "-"
+
+
+def _span(counts: Iterable[int]) -> str:
+    """Equal counts as one number, others as a range."""
+    numbers = sorted(set(counts))
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
 def _table(title: str, lines: list[list[str]], style: str) -> str:
@@ -82,7 +99,7 @@ def _notes(results: Results) -> list[str]:
         f"protocol {p.id}: {p.score} of the {p.class_policy} class, {p.normalization} maps, "
         f"{p.resize} resize, {p.threshold} threshold, {p.masked_value} behind the mask, "
         f"view {p.view}, IC margin {p.ic_margin:g}",
-        f"{p.n} images on {name}; mean in percent with 95 % bootstrap interval "
+        f"{p.n} images on {name}; mean with 95 % bootstrap interval "
         f"({results.n_resamples} resamples, seed {p.seed}); forwards: passes an explanation costs",
         "all-ones has AD 0 by definition: read AD together with IC and ADD",
     ]
@@ -105,6 +122,7 @@ def to_dict(results: Results) -> dict[str, Any]:
         "backbone": results.backbone,
         "cost": results.cost,
         "n_resamples": results.n_resamples,
+        "options": results.options,
         "summary": [{k: _plain(v) for k, v in row._asdict().items()} for row in results.rows()],
         "warnings": results.warnings(),
         "skipped": [s._asdict() for s in results.skipped],
@@ -125,7 +143,14 @@ def from_dict(data: dict[str, Any]) -> Results:
         methods[name] = MethodResult(
             forwards=record["forwards"],
             is_mask=record["is_mask"],
-            tied=record.get("tied", 0),
+            tied=record["tied"],
+            requests=record["requests"],
+            reasons={int(i): reason for i, reason in record["reasons"].items()},
+            measured={
+                Column(v["metric"], v["level"]): np.array(v["measured"], dtype=bool)
+                for v in record["values"]
+                if v["measured"] is not None
+            },
             valid=np.array(record["valid"], dtype=bool),
             scores={key: _array(values) for key, values in record["scores"].items()},
             values={Column(v["metric"], v["level"]): _array(v["values"]) for v in record["values"]},
@@ -138,6 +163,7 @@ def from_dict(data: dict[str, Any]) -> Results:
         backbone=data["backbone"],
         cost=data["cost"],
         n_resamples=data["n_resamples"],
+        options=data["options"],
     )
 
 
@@ -175,11 +201,18 @@ def _method_dict(method: MethodResult) -> dict[str, Any]:
         "forwards": method.forwards,
         "is_mask": method.is_mask,
         "valid": method.valid.tolist(),
+        "reasons": {str(i): reason for i, reason in method.reasons.items()},
         "tied": method.tied,
+        "requests": method.requests,
         "scores": {key: _list(values) for key, values in method.scores.items()},
         "values": [
-            {"metric": metric, "level": level, "values": _list(values)}
-            for (metric, level), values in method.values.items()
+            {
+                "metric": column.metric,
+                "level": column.level,
+                "values": _list(values),
+                "measured": method.measured[column].tolist() if column in method.measured else None,
+            }
+            for column, values in method.values.items()
         ],
     }
 
@@ -188,12 +221,14 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _list(values: NDArray[np.float64]) -> list[float | None]:
+def _list(values: NDArray[np.float64]) -> list[Any]:
+    if values.ndim == 2:
+        return [_list(row) for row in values]
     return [_plain(value) for value in values.tolist()]
 
 
-def _array(values: list[float | None]) -> NDArray[np.float64]:
-    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+def _array(values: list[Any]) -> NDArray[np.float64]:
+    return np.array(values, dtype=np.float64)  # None becomes NaN
 
 
 def _version() -> str:
@@ -216,11 +251,17 @@ def write_csv(results: Results, path: str | Path) -> Path:
     """
     path = Path(path)
     sibling = path.with_name(f"{path.stem}.images{path.suffix or '.csv'}")
-    keys = list(next(iter(results.methods.values())).scores)
+    # Curves stay in the JSON file.
+    keys = list(
+        dict.fromkeys(
+            k for m in results.methods.values() for k, v in m.scores.items() if v.ndim == 1
+        )
+    )
+    missing = np.full(len(results.images), np.nan)
     header = ["image", "class", "class_name", "method", "valid", "p", *keys]
     lines: list[list[Any]] = [header + [column.key for column in results.columns]]
     for name, method in results.methods.items():
-        table = [*method.scores.values(), *method.values.values()]
+        table = [*(method.scores.get(key, missing) for key in keys), *method.values.values()]
         for i, image in enumerate(results.images):
             numbers = [_plain(float(column[i])) for column in table]
             first = [image.id, image.target, image.target_name, name, int(method.valid[i]), image.p]

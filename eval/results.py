@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xattn.eval import bootstrap
-from xattn.eval.probes import Column
+from xattn.eval.metrics.base import Column, Probe
 from xattn.eval.protocol import METRICS, Protocol
+from xattn.eval.store import ImageRow, Store
 from xattn.eval.stream import Skipped
 
 # Rows that a method has to beat; a name may continue, as in "randomized_gradcam".
 BASELINES = ("random", "centre", "ones", "randomized")
+# Metrics in which a method has to be better than every sanity row, or a warning says so.
+JUDGED = ("AD", "deletion", "insertion", "ROAD", "AOPC", "IROF")
+# Mean rank correlation with the maps of a randomised network above which a method ignores weights.
+SURVIVES = 0.5
 
 
 class ImageRecord(NamedTuple):
@@ -32,7 +37,7 @@ class Row(NamedTuple):
 
     method: str
     metric: str
-    level: float
+    level: float | None
     mean: float
     lo: float
     hi: float
@@ -49,7 +54,7 @@ class Difference(NamedTuple):
     """
 
     metric: str
-    level: float
+    level: float | None
     diff: float
     lo: float
     hi: float
@@ -60,11 +65,19 @@ class Difference(NamedTuple):
 
 @dataclass(eq=False)
 class MethodResult:
-    """One method on n images: ``scores`` hold q and d, ``values`` percentages, NaN if invalid.
+    """One method on n images.
 
-    ``forwards`` is what one explanation costs in forward passes; ``valid`` (n,) says which maps
-    were neither constant nor non-finite; ``tied`` counts maps of which ties at the threshold keep
-    more pixels than a level says, as a saturated map does.
+    Attributes:
+        forwards: what one explanation costs in forward passes.
+        valid: (n,) whether there is a map that is neither constant nor non-finite.
+        scores: (n,) scores of perturbed images by key, or curves (n, T); NaN where invalid.
+        values: (n,) by column; NaN where undefined or not measured.
+        measured: (n,) by column: whether it was to be measured on this image; all, where missing.
+        reasons: why a map is invalid, by image.
+        tied: maps of which ties at the threshold keep more pixels than a level says, as a saturated
+            map does.
+        requests: perturbed images that all metrics asked for.
+        seconds: of explaining, all images together; of the run that measured.
     """
 
     forwards: int | None
@@ -72,7 +85,16 @@ class MethodResult:
     valid: NDArray[np.bool_]
     scores: dict[str, NDArray[np.float64]]
     values: dict[Column, NDArray[np.float64]]
+    measured: dict[Column, NDArray[np.bool_]] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
     tied: int = 0
+    requests: int = 0
+    seconds: float = 0.0
+
+    def attempts(self, column: Column) -> int:
+        """On how many images a column was to be measured."""
+        measured = self.measured.get(column)
+        return len(self.valid) if measured is None else int(measured.sum())
 
 
 @dataclass(eq=False)
@@ -80,7 +102,8 @@ class Results:
     """What :func:`xattn.eval.evaluate` returns. All rows share images, order and protocol.
 
     ``protocol.n`` counts images and ``protocol.n_invalid`` the invalid maps of all methods;
-    ``skipped`` lists unreadable images; ``cost`` counts forward passes.
+    ``skipped`` lists unreadable images; ``cost`` counts forward passes of the run that measured;
+    ``options`` are the metrics' own, by column key.
     """
 
     protocol: Protocol
@@ -90,6 +113,7 @@ class Results:
     backbone: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, int] = field(default_factory=dict)
     n_resamples: int = bootstrap.N_RESAMPLES
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[Column]:
@@ -114,15 +138,19 @@ class Results:
                         interval.lo,
                         interval.hi,
                         interval.n,
-                        len(self.images) - interval.n,
+                        method.attempts(Column(metric, level)) - interval.n,
                         method.forwards,
-                        self.protocol.metric_id(metric, level),
+                        self.metric_id(Column(metric, level)),
                     )
                 )
         return rows
 
-    def mean(self, method: str, metric: str, level: float) -> float:
-        """One mean, in percent."""
+    def metric_id(self, column: Column) -> str:
+        """See :meth:`xattn.eval.Protocol.metric_id`."""
+        return self.protocol.metric_id(*column, self.options.get(column.key))
+
+    def mean(self, method: str, metric: str, level: float | None = None) -> float:
+        """One mean, in the metric's unit."""
         values = self._method(method).values
         if Column(metric, level) not in values:
             known = ", ".join(c.key for c in values)
@@ -135,6 +163,8 @@ class Results:
         """Paired differences ``method - reference``, one a column, with 95 % intervals."""
         a, b = self._method(method).values, self._method(reference).values
         columns = list(a) if columns is None else columns
+        if not columns:
+            return []
         matrix = np.stack([a[c] - b[c] for c in columns], axis=1)
         intervals = bootstrap.mean_intervals(
             matrix, n_resamples=self.n_resamples, seed=self.protocol.seed
@@ -147,29 +177,32 @@ class Results:
         return differences
 
     def warnings(self) -> list[str]:
-        """One line for each method that is not significantly better in AD than a sanity row."""
+        """One line for each method and what it does not beat or fails, see :data:`JUDGED`."""
         lines = []
         rivals = [n for n in self.methods if is_baseline(n) and not self.methods[n].is_mask]
-        columns = [c for c in self.columns if c.metric == "AD"]
         for name, method in self.methods.items():
             if is_baseline(name) or method.is_mask:
                 continue
-            failures = []
-            for rival in rivals:
-                for d in self.compare(name, rival, columns):
-                    if not d.better and d.n:
-                        failures.append(
-                            f"{rival} at {100 * d.level:g} % "
-                            f"({d.diff:+.2f} [{d.lo:+.2f}, {d.hi:+.2f}])"
-                        )
-            if failures:
-                lines.append(f"{name} does not beat {'; '.join(failures)} in AD")
+            for metric in JUDGED:
+                columns = [c for c in self.columns if c.metric == metric]
+                failures = []
+                for rival in rivals:
+                    for d in self.compare(name, rival, columns):
+                        if not d.better and d.n:
+                            at = "" if d.level is None else f" at {100 * d.level:g} %"
+                            digits = METRICS[metric].digits
+                            failures.append(
+                                f"{rival}{at} ({d.diff:+.{digits}f} "
+                                f"[{d.lo:+.{digits}f}, {d.hi:+.{digits}f}])"
+                            )
+                if failures:
+                    lines.append(f"{name} does not beat {'; '.join(failures)} in {metric}")
+            lines += self._survives(name)
         for name, method in self.methods.items():
             invalid = int((~method.valid).sum())
             if invalid:
-                lines.append(
-                    f"{name}: {invalid} constant or non-finite maps, left out of its means"
-                )
+                why = "; ".join(dict.fromkeys(method.reasons.values())) or "constant or non-finite"
+                lines.append(f"{name}: {invalid} invalid maps, left out of its means ({why})")
             if method.tied and not method.is_mask and not is_baseline(name):
                 lines.append(
                     f"{name}: ties keep more pixels than the level says on {method.tied} images"
@@ -180,6 +213,18 @@ class Results:
             lines.append(f"{len(self.skipped)} unreadable images skipped: {shown}{more}")
         return lines
 
+    def _survives(self, name: str) -> list[str]:
+        """A line if maps stay alike when the network's weights are randomised."""
+        column = Column("randomization-Spearman")
+        values = self.methods[name].values.get(column)
+        mean = float("nan") if values is None else bootstrap.mean(values)
+        if not mean > SURVIVES:
+            return []
+        return [
+            f"{name} survives weight randomisation: its maps keep a rank correlation of {mean:.2f} "
+            f"(above {SURVIVES:g})"
+        ]
+
     def _method(self, name: str) -> MethodResult:
         if name not in self.methods:
             raise ValueError(f"method: got {name!r}; this run has {', '.join(self.methods)}")
@@ -189,3 +234,76 @@ class Results:
 def is_baseline(name: str) -> bool:
     """Whether a row is a sanity row rather than a method under test."""
     return name in BASELINES or name.startswith("randomized")
+
+
+def collect(
+    store: Store,
+    protocol: Protocol,
+    probes: Sequence[Probe],
+    explainers: Mapping[str, Any],
+    backbone: Any,
+    cost: dict[str, int],
+) -> Results:
+    """The results of a finished evaluation, in the order of the images."""
+    rows = store.images()
+    skipped = [Skipped(row.id, row.skipped) for row in rows if row.skipped is not None]
+    scored = [row for row in rows if row.skipped is None]
+    if not scored:
+        raise ValueError(
+            f"images: none of {len(skipped)} could be read; the first: {skipped[0].reason}"
+        )
+    index = {row.position: i for i, row in enumerate(scored)}
+    columns = [column for probe in probes for column in probe.columns]
+    methods = {
+        name: _method(store, name, explainer, columns, index)
+        for name, explainer in explainers.items()
+    }
+    invalid = sum(int((~method.valid).sum()) for method in methods.values())
+    return Results(
+        protocol=replace(protocol, n=len(scored), n_invalid=invalid),
+        images=[_record(row) for row in scored],
+        methods=methods,
+        skipped=skipped,
+        backbone={"name": backbone.name, "sha256": backbone.fingerprint},
+        cost=cost,
+        options={c.key: probe.column_options(c) for probe in probes for c in probe.columns},
+    )
+
+
+def _method(
+    store: Store, name: str, explainer: Any, columns: Iterable[Column], index: dict[int, int]
+) -> MethodResult:
+    n = len(index)
+    method = MethodResult(
+        forwards=getattr(explainer, "forwards", None),
+        is_mask=bool(getattr(explainer, "is_mask", False)),
+        valid=np.zeros(n, bool),
+        scores={},
+        values={column: np.full(n, np.nan) for column in columns},
+        measured={column: np.zeros(n, bool) for column in columns},
+    )
+    by_key = {column.key: column for column in columns}
+    for row in store.results(name):
+        i = index[row.position]
+        method.valid[i] = row.reason is None
+        if row.reason is not None:
+            method.reasons[i] = row.reason
+        method.tied += row.tied
+        method.requests += row.requests
+        method.seconds += row.seconds
+        for key, value in row.measured.items():
+            method.values[by_key[key]][i] = value
+            method.measured[by_key[key]][i] = True
+        for key, scores in row.scores.items():
+            if key not in method.scores:
+                shape = (n,) if len(scores) == 1 else (n, len(scores))
+                method.scores[key] = np.full(shape, np.nan)
+            if method.scores[key].shape[1:] not in ((), (len(scores),)):
+                continue  # steps by superpixels: their number differs from image to image
+            method.scores[key][i] = scores[0] if len(scores) == 1 else scores
+    return method
+
+
+def _record(row: ImageRow) -> ImageRecord:
+    assert row.target is not None and row.target_name is not None and row.score is not None
+    return ImageRecord(row.id, row.target, row.target_name, row.score)

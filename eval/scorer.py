@@ -20,18 +20,22 @@ from xattn.memory import ForwardBatches
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """A promised probability; ``done`` once its micro-batch has run."""
+    """A promised score; ``done`` once its micro-batch has run."""
 
     target: int
-    probability: float = float("nan")
+    score: float = float("nan")
     done: bool = False
 
 
 class MaskedScorer:
-    """Probability of a fixed class on many perturbed images, through one micro-batch shape.
+    """Score of a fixed class on many perturbed images, through one micro-batch shape.
 
     ``submit`` returns a :class:`Ticket` at once; it is resolved when the micro-batch is full or on
     ``flush``, which pads the last one. At most ``max_forward_batch`` perturbed images are alive.
+
+    Args:
+        score: ``"logit"``, or any other name for what ``backbone.probabilities`` gives.
+        precision: ``"float32"``, or ``"bfloat16"`` for passes under autocast.
 
     Attributes:
         requested: scores asked for.
@@ -39,7 +43,14 @@ class MaskedScorer:
         batches: forward passes of ``max_forward_batch`` images.
     """
 
-    def __init__(self, backbone: Any, max_forward_batch: int = 32) -> None:
+    def __init__(
+        self,
+        backbone: Any,
+        max_forward_batch: int = 32,
+        score: str = "probability",
+        precision: str = "float32",
+    ) -> None:
+        self.score, self.precision = score, precision
         self._batches = ForwardBatches(max_forward_batch)
         self.backbone = backbone
         self.max_forward_batch = max_forward_batch
@@ -52,22 +63,29 @@ class MaskedScorer:
 
     @torch.no_grad()
     def clean(self, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(b, 3, H, W) unmasked images, b <= max_forward_batch -> p (b,) float64, classes (b,).
+        """(b, 3, H, W) unmasked images, b <= max_forward_batch -> scores (b,) float64, classes (b,).
 
         Without ``targets`` the class is the prediction. Later requests that equal a clean image
-        get its very p.
+        get its very score.
         """
-        probabilities = self._forward(pad_batch(images, self.max_forward_batch))[: len(images)]
+        scores = self._forward(pad_batch(images, self.max_forward_batch))[: len(images)]
         self.scored += len(images)
-        classes = probabilities.argmax(1) if targets is None else targets.cpu()
-        p = probabilities.gather(1, classes[:, None])[:, 0]
+        classes = scores.argmax(1) if targets is None else targets.cpu()
+        p = scores.gather(1, classes[:, None])[:, 0]
         for image, target, value in zip(images, classes.tolist(), p.tolist(), strict=True):
             self._known[self._digest(image), target] = Ticket(target, value, done=True)
         return p, classes
 
-    def submit(self, perturbed: Tensor, target: int) -> Ticket:
-        """Ask for the probability of ``target`` on one perturbed image (3, H, W) in [0, 1]."""
+    def submit(self, perturbed: Tensor, target: int, shared: bool = True) -> Ticket:
+        """Ask for the score of ``target`` on one perturbed image (3, H, W), which is copied.
+
+        ``shared``: look for an equal image among the earlier ones, by a hash of its pixels.
+        """
         self.requested += 1
+        if not shared:
+            ticket = Ticket(target)
+            self._waiting[self._place(perturbed)].append(ticket)
+            return ticket
         digest = self._digest(perturbed)
         known = self._known.get((digest, target))
         if known is not None:
@@ -75,7 +93,7 @@ class MaskedScorer:
         ticket = self._known[digest, target] = Ticket(target)
         slot = self._slots.get(digest)
         if slot is None:
-            slot = self._place(perturbed)
+            slot = self._place(perturbed)  # may run and clear the slots before
             self._slots[digest] = slot
         self._waiting[slot].append(ticket)
         return ticket
@@ -104,19 +122,23 @@ class MaskedScorer:
     @torch.no_grad()
     def _run(self) -> None:
         assert self._buffer is not None
-        probabilities = self._forward(self._buffer)
+        scores = self._forward(self._buffer)
         self.scored += len(self._waiting)
-        for row, tickets in zip(probabilities, self._waiting, strict=False):
+        for row, tickets in zip(scores, self._waiting, strict=False):
             for ticket in tickets:
-                ticket.probability, ticket.done = float(row[ticket.target]), True
+                ticket.score, ticket.done = float(row[ticket.target]), True
         self._waiting = []
         self._slots.clear()
 
     def _forward(self, images: Tensor) -> Tensor:
-        """(max_forward_batch, 3, H, W) -> (max_forward_batch, K) probabilities, float64 on CPU."""
-        parts = self._batches.run(self.backbone.logits, images)
+        """(max_forward_batch, 3, H, W) -> (max_forward_batch, K) scores, float64 on CPU."""
+        with torch.autocast(
+            images.device.type, torch.bfloat16, enabled=self.precision != "float32"
+        ):
+            parts = self._batches.run(self.backbone.logits, images)
         self.batches += len(parts)
-        return self.backbone.probabilities(torch.cat([part.cpu() for part in parts]))
+        logits = torch.cat([part.float().cpu() for part in parts])
+        return logits.double() if self.score == "logit" else self.backbone.probabilities(logits)
 
     def _digest(self, image: Tensor) -> bytes:
         """128 bits of the pixels: two multilinear hashes mod 2^64, on whatever device."""

@@ -10,16 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xattn.images import MAX_PIXELS, list_images, load_image, prepare, read_ahead
+from xattn.images import MAX_PIXELS, View, list_images, load_image, prepare, read_ahead
 from xattn.sources import StoredPhoto, is_stored, open_photos
 
 
 class Item(NamedTuple):
-    """``position`` counts what was given, unreadable images included; ``image`` is (3, H, W)."""
+    """``position`` counts what was given, unreadable images included; ``image`` is (3, H, W).
+
+    ``source`` and ``view`` are the photo's path and what the model sees of it, None for tensors.
+    """
 
     id: str
     position: int
     image: Tensor
+    source: Any = None
+    view: View | None = None
 
 
 class Skipped(NamedTuple):
@@ -104,7 +109,8 @@ class ImageStream:
         except (ValueError, OSError) as error:
             self.skipped[position] = Skipped(name, str(error))
             return None
-        return Item(name, position, prepare(photo, self.preprocessing, self.view)[0])
+        pixels, view = prepare(photo, self.preprocessing, self.view)
+        return Item(name, position, pixels, item, view)
 
 
 def _checked(image: Tensor, position: int) -> Tensor:

@@ -63,7 +63,7 @@ def test_json_round_trip_and_a_forged_id():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"score": "logit"},
+        {"score": "margin"},
         {"levels": ()},
         {"levels": (0.0,)},
         {"levels": (1.5,)},

@@ -45,7 +45,7 @@ def test_the_table_shows_every_row_level_count_and_id(results):
     assert "0.00 [0.00, 0.00]" in line
     line = next(x for x in text.splitlines() if x.startswith("flat"))
     assert line.split()[-3:] == ["0", "7", "1"]
-    assert "flat: 7 constant or non-finite maps" in text
+    assert "flat: 7 invalid maps, left out of its means (constant map)" in text
 
 
 def test_markdown_has_one_cell_a_column(results):
@@ -90,7 +90,7 @@ def test_a_method_without_a_valid_map_is_counted_and_not_compared():
     results = made_up(mine=nothing, random=np.linspace(30, 60, 20))
     results.methods["mine"].valid[:] = False
     (line,) = results.warnings()
-    assert line == "mine: 20 constant or non-finite maps, left out of its means"
+    assert line == "mine: 20 invalid maps, left out of its means (constant or non-finite)"
 
 
 def test_ones_is_no_rival_and_sanity_rows_are_not_judged(results):

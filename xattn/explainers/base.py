@@ -39,12 +39,14 @@ class Explainer(ABC):
         seed: of explainers that draw random numbers; results depend on (seed, image) alone.
         max_forward_batch: how many images are alive in a pass.
 
-    Class attributes: ``name``; ``forwards``, the forward passes an image costs; ``needs_head``;
+    Class attributes: ``name``; ``forwards``, the forward passes an image costs; ``perturbs``, whether
+    these are many perturbed images, run in fixed micro-batches of the explainer's own; ``needs_head``;
     ``is_mask``, whether the map is a mask already, so that min-max must leave it alone.
     """
 
     name: ClassVar[str]
-    forwards: ClassVar[int] = 1
+    forwards: int = 1
+    perturbs: ClassVar[bool] = False
     needs_head: ClassVar[bool] = False
     is_mask: ClassVar[bool] = False
 

@@ -1,0 +1,146 @@
+"""A metric of explanations: which perturbed images to score, and what their scores say.
+
+A :class:`Probe` is one group of metrics that share perturbed images (insertion with deletion, AD with
+IC). For one explanation of one image it yields the images it wants scored and returns a function
+that turns the scores into values; the engine schedules the requests of all probes and methods
+together and knows nothing else about them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from xattn.eval import functional
+
+if TYPE_CHECKING:
+    from xattn.eval.annotations import Annotation
+
+Finish = Callable[[Mapping[str, Tensor]], Mapping["Column", float]]
+
+
+class Column(NamedTuple):
+    """One column of a results table: a metric, at one retained fraction where it has several."""
+
+    metric: str
+    level: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Such as ``"AD@15"`` or ``"deletion"``."""
+        return self.metric if self.level is None else f"{self.metric}@{100 * self.level:g}"
+
+
+class Request(NamedTuple):
+    """One perturbed image to score; scores of one ``key`` come back together, in order.
+
+    ``image`` is (3, H, W) float32 of raw pixels. It is copied at once: the probe may change it in
+    place afterwards. ``shared`` says whether some other request may want the very same image; the
+    engine then looks for it by a hash of the pixels, which costs about a third of a millisecond.
+    """
+
+    key: str
+    image: Tensor
+    shared: bool = True
+
+
+@dataclass(eq=False, frozen=True)
+class Sample:
+    """One explanation of one image, as a probe sees it.
+
+    Attributes:
+        image: (3, H, W) float32 in [0, 1], raw pixels; the backbone normalises.
+        grey: (1, H, W) float32 in [0, 1], the map min-maxed and resized as the protocol says.
+        raw: (1, H, W) float32, the explainer's own map, resized only; it may be signed.
+        target: the explained class.
+        score: of the clean image, probability or logit as the protocol says.
+        seed: a pure function of (seed of the run, position of the image), the same for all methods:
+            random perturbations drawn from it are shared between methods.
+        is_mask: the map is a mask as it is (the all-ones row).
+        explain: (b, 3, H, W) -> raw maps (b, 1, h, w) by the same method for the same class.
+        explain_randomized: (stage, (b, 3, H, W)) -> raw maps by the method on the network of which
+            stage + 1 parts are randomised, see :mod:`xattn.eval.metrics.randomization`.
+        annotation: what the image shows where.
+    """
+
+    image: Tensor
+    grey: Tensor
+    raw: Tensor
+    target: int
+    score: float
+    seed: int = 0
+    is_mask: bool = False
+    explain: Callable[[Tensor], Tensor] | None = None
+    explain_randomized: Callable[[int, Tensor], Tensor] | None = None
+    annotation: Annotation | None = None
+
+
+class Probe(ABC):
+    """A group of metrics that share perturbed images: a frozen dataclass, its fields are options.
+
+    Class attributes: ``explains_again``, whether it calls ``sample.explain``; ``needs_annotation``.
+    """
+
+    explains_again: ClassVar[bool] = False
+    needs_annotation: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[Column, ...]:
+        """The columns that ``measure`` has values for."""
+
+    @abstractmethod
+    def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
+        """Yield the images to score one by one; return what turns their scores into values.
+
+        The returned function gets float64 scores (T,) by key and gives a value a column, NaN where
+        the metric is undefined for this image.
+        """
+
+    def options(self) -> dict[str, Any]:
+        """What a value's meaning depends on beside the protocol: JSON-plain fields."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+
+    def column_options(self, column: Column) -> dict[str, Any]:
+        """The options that this column depends on."""
+        return self.options()
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+class MeanMetric(Metric):
+    """A mean of per-image values as a torchmetrics class.
+
+    The states are sums (float64 total, n, n_invalid): memory is flat and processes add up.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    total: Tensor
+    n: Tensor
+    n_invalid: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("n", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("n_invalid", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def _add(self, values: Tensor, valid: Tensor | None = None) -> None:
+        """Add per-image values (B,); NaN and those not ``valid`` (B,) bool count as invalid."""
+        total, n, n_invalid = functional._mean_update(values, valid)
+        self.total += total
+        self.n += n
+        self.n_invalid += n_invalid
+
+    def compute(self) -> Tensor:
+        """The mean over valid images, float64; NaN if there was none."""
+        return functional._mean_compute(self.total, self.n)

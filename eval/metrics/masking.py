@@ -1,0 +1,147 @@
+"""AD, IC, ADD and AG: the class's probability on the image under a mask, and under its complement.
+
+    q on x o m + b o (1 - m),    d on x o (1 - m) + b o m
+
+m is the grey map, thresholded at each level; b is what stands behind the mask. The formulas are in
+:mod:`xattn.eval.functional`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn.eval import functional
+from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.protocol import MASKED_VALUES, Protocol
+
+METRICS = ("AD", "IC", "ADD", "AG", "drop")
+
+
+@dataclass(frozen=True)
+class MaskingProbe(Probe):
+    """AD, IC, ADD and AG at every level.
+
+    At level 1 m is the grey map itself (LIFT-CAM's ADD), below it the thresholded one.
+
+    Args:
+        levels, threshold, masked_value, ic_margin: as in :class:`~xattn.eval.Protocol`.
+        mean: (3,) the colour of ``masked_value="mean"``, raw pixels in [0, 1].
+        metrics: of AD, IC, ADD, AG and drop.
+        bounded: scores are probabilities; logits make AD, and only AD, IC and drop, defined.
+    """
+
+    levels: tuple[float, ...] = (1.0, 0.5, 0.15)
+    threshold: str = "quantile"
+    masked_value: str = "black"
+    ic_margin: float = functional.IC_MARGIN
+    mean: tuple[float, ...] | None = None
+    metrics: tuple[str, ...] = METRICS[:4]
+    bounded: bool = True
+
+    def __post_init__(self) -> None:
+        if self.masked_value not in MASKED_VALUES:
+            raise ValueError(
+                f"masked_value: got {self.masked_value!r}; choose one of {', '.join(MASKED_VALUES)}"
+            )
+        if self.masked_value == "mean" and self.mean is None:
+            raise ValueError("mean: None; masked_value='mean' needs the mean colour (3,)")
+        if not self.metrics or not set(self.metrics) <= set(METRICS):
+            raise ValueError(f"metrics: got {self.metrics}; choose among {', '.join(METRICS)}")
+        if not self.bounded and not set(self.metrics) <= {"AD", "IC", "drop"}:
+            raise ValueError(f"metrics: got {self.metrics}; logits have only AD, IC and drop")
+
+    @classmethod
+    def of(
+        cls, protocol: Protocol, mean: tuple[float, ...] | None = None, **options: Any
+    ) -> MaskingProbe:
+        """The probe with a protocol's levels, threshold, masked value and margin."""
+        names = ("levels", "threshold", "masked_value", "ic_margin")
+        chosen: dict[str, Any] = {name: getattr(protocol, name) for name in names}
+        return cls(**{**chosen, "mean": mean, **options})
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return tuple(Column(metric, level) for level in self.levels for metric in self.metrics)
+
+    def column_options(self, column: Column) -> dict[str, Any]:
+        names = ("threshold", "masked_value", "ic_margin")
+        return {"levels": [column.level], **{name: getattr(self, name) for name in names}}
+
+    def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
+        for level in self.levels:
+            mask = functional.threshold_mask(sample.grey[None], level, self.threshold)[0]
+            yield Request(f"q@{100 * level:g}", self._masked(sample, mask))
+            if "ADD" in self.metrics:
+                yield Request(f"d@{100 * level:g}", self._masked(sample, 1 - mask))
+        p = torch.tensor([sample.score], dtype=torch.float64)
+
+        def finish(scores: Mapping[str, Tensor]) -> dict[Column, float]:
+            values = {}
+            for column in self.columns:
+                assert column.level is not None
+                key = f"{'d' if column.metric == 'ADD' else 'q'}@{100 * column.level:g}"
+                options: dict[str, Any] = {"bounded": self.bounded}
+                if column.metric == "IC":
+                    options["margin"] = self.ic_margin
+                value = functional.VALUES[column.metric](p, scores[key], **options)
+                values[column] = float(value)
+            return values
+
+        return finish
+
+    def _masked(self, sample: Sample, mask: Tensor) -> Tensor:
+        masked = sample.image * mask
+        if self.masked_value == "black":
+            return masked
+        from xattn.eval.fills import fill
+
+        behind = fill(sample.image, mask == 0, self.masked_value, mean=self.mean, seed=sample.seed)
+        return masked + behind * (1 - mask)
+
+
+class _MaskingMetric(MeanMetric):
+    """``update(p, q, valid=None)`` with (B,) probabilities; ``compute()`` in percent."""
+
+    values: Callable[..., Tensor]
+
+    def update(self, p: Tensor, q: Tensor, valid: Tensor | None = None) -> None:
+        self._add(type(self).values(p, q), valid)
+
+
+class AverageDrop(_MaskingMetric):
+    """AD, see :func:`xattn.eval.functional.average_drop`."""
+
+    higher_is_better = False
+    values = functional.average_drop_values
+
+
+class IncreaseInConfidence(MeanMetric):
+    """IC, see :func:`xattn.eval.functional.increase_in_confidence`."""
+
+    higher_is_better = True
+
+    def __init__(self, margin: float = functional.IC_MARGIN, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.margin = margin
+
+    def update(self, p: Tensor, q: Tensor, valid: Tensor | None = None) -> None:
+        self._add(functional.increase_in_confidence_values(p, q, self.margin), valid)
+
+
+class AverageDropInDeletion(_MaskingMetric):
+    """ADD, see :func:`xattn.eval.functional.average_drop_in_deletion`; ``q`` is d."""
+
+    higher_is_better = True
+    values = functional.average_drop_in_deletion_values
+
+
+class AverageGain(_MaskingMetric):
+    """AG, see :func:`xattn.eval.functional.average_gain`."""
+
+    higher_is_better = True
+    values = functional.average_gain_values

@@ -1,0 +1,127 @@
+"""One probe on a batch of maps, with any callable as the model: the functional form of a metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn.eval import functional
+from xattn.eval.metrics.base import Column, Finish, Probe, Request, Sample
+from xattn.eval.scorer import MaskedScorer, Ticket, pad_batch
+
+
+def measure(
+    probe: Probe,
+    f: Callable[[Tensor], Tensor],
+    images: Tensor,
+    maps: Tensor,
+    targets: Tensor | int,
+    *,
+    score: str = "probability",
+    normalization: str = "minmax",
+    resize: str = "bilinear",
+    max_forward_batch: int = 32,
+    seed: int = 0,
+    is_mask: bool = False,
+    explain: Callable[[Tensor, Tensor], Tensor] | None = None,
+    annotations: Sequence[Any] | None = None,
+) -> dict[Column, Tensor]:
+    """Values (B,) float64 by column; NaN where a map is constant or not finite, or undefined.
+
+    Args:
+        f: (b, 3, H, W) -> logits (b, K), such as ``backbone.logits``.
+        images: (B, 3, H, W) float in [0, 1].
+        maps: (B, 1, h, w) raw maps, or masks in [0, 1] with ``is_mask``.
+        targets: the class, one for all or a LongTensor (B,).
+        score: ``"probability"`` (softmax over K) or ``"logit"``.
+        normalization, resize: see :class:`~xattn.eval.Protocol`.
+        explain: (images, targets) -> raw maps (b, 1, h, w), for metrics that explain again.
+        annotations: one an image, for metrics that need them.
+    """
+    batch = len(images)
+    classes = torch.full((batch,), targets) if isinstance(targets, int) else targets.cpu()
+    if len(maps) != batch or len(classes) != batch:
+        raise ValueError(
+            f"maps, targets: got {len(maps)} and {len(classes)} for {batch} images; give one an image"
+        )
+    scorer = MaskedScorer(_Callable(f), max_forward_batch, score=score)
+    size = images.shape[-2:]
+    grey, valid = functional.saliency(
+        maps, size, is_mask=is_mask, normalization=normalization, resize=resize
+    )
+    raw = functional.upsample(maps.detach().float().nan_to_num(), size, resize)
+    values = {
+        column: torch.full((batch,), math.nan, dtype=torch.float64) for column in probe.columns
+    }
+    for i in range(batch):
+        p, _ = scorer.clean(images[i : i + 1], classes[i : i + 1])
+        target = int(classes[i])
+        if valid[i]:
+            sample = Sample(
+                image=images[i].float(),
+                grey=grey[i],
+                raw=raw[i],
+                target=target,
+                score=float(p),
+                seed=sample_seed(seed, i),
+                is_mask=is_mask,
+                explain=None if explain is None else _bound(explain, target),
+                annotation=None if annotations is None else annotations[i],
+            )
+            tickets: dict[str, list[Ticket]] = {}
+            finish = submit_all(probe.measure(sample), scorer, target, tickets)
+            scorer.flush()
+            for column, value in finish(scores_of(tickets)).items():
+                values[column][i] = value
+        scorer.forget()
+    return values
+
+
+def submit_all(
+    requests: Generator[Request, None, Finish],
+    scorer: MaskedScorer,
+    target: int,
+    tickets: dict[str, list[Ticket]],
+) -> Finish:
+    """Hand a probe's requests to ``scorer``; their tickets go into ``tickets`` by key."""
+    while True:
+        try:
+            request = next(requests)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        ticket = scorer.submit(request.image, target, request.shared)
+        tickets.setdefault(request.key, []).append(ticket)
+
+
+def scores_of(tickets: dict[str, list[Ticket]]) -> dict[str, Tensor]:
+    """Resolved tickets -> float64 scores (T,) by key."""
+    return {
+        key: torch.tensor([t.score for t in row], dtype=torch.float64)
+        for key, row in tickets.items()
+    }
+
+
+def sample_seed(seed: int, position: int) -> int:
+    """The seed of an image's random perturbations, for all methods the same."""
+    return (seed * 1_000_003 + position) % 2**63
+
+
+class _Callable:
+    """The part of a backbone that the scorer needs, around a function."""
+
+    def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
+        self.logits = f
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.double().softmax(1)
+
+
+def _bound(explain: Callable[[Tensor, Tensor], Tensor], target: int) -> Callable[[Tensor], Tensor]:
+    return lambda images: explain(images, torch.full((len(images),), target))
+
+
+__all__ = ["measure", "pad_batch", "sample_seed", "scores_of", "submit_all"]

@@ -1,0 +1,191 @@
+"""The state of an evaluation: an SQLite file that a killed run goes on from, and that a user can open.
+
+    meta(key, value)                              what the run is: protocol, backbone, metrics, methods
+    images(position, id, target, target_name, score, skipped)
+    results(position, method, reason, tied, requests, seconds, measured, scores, map)
+
+``measured`` is JSON {column: value or null}: null is a value that is undefined, a missing column was
+not measured. ``scores`` is JSON {key: [scores]}; ``map`` a small grey PNG of the map. A row is committed once its image is finished for
+the method. Of many processes each writes a file of its own, ``name.RANK.sqlite``; they are put
+together at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta(key TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE IF NOT EXISTS images(
+    position INTEGER PRIMARY KEY, id TEXT, target INTEGER, target_name TEXT, score REAL,
+    skipped TEXT);
+CREATE TABLE IF NOT EXISTS results(
+    position INTEGER, method TEXT, reason TEXT, tied INTEGER, requests INTEGER, seconds REAL,
+    measured TEXT, scores TEXT, map BLOB, PRIMARY KEY(position, method));
+"""
+_INSERT = "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+
+
+class ImageRow(NamedTuple):
+    position: int
+    id: str
+    target: int | None
+    target_name: str | None
+    score: float | None
+    skipped: str | None = None
+
+
+class ResultRow(NamedTuple):
+    """``reason`` says why a map is invalid, or None; ``seconds`` is what explaining took."""
+
+    position: int
+    method: str
+    reason: str | None
+    tied: int
+    requests: int
+    seconds: float
+    measured: dict[str, float]
+    scores: dict[str, list[float]]
+    map: bytes | None = None
+
+
+class Store:
+    """Reads and writes one state; ``path`` None keeps it in memory.
+
+    Raises:
+        ValueError: the file belongs to another run, or is no SQLite file.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path | None, facts: Mapping[str, Any], rank: int = 0) -> None:
+        self.path = path
+        own = ":memory:" if path is None else str(_ranked(path, rank))
+        others = [] if path is None else [p for p in _files(path) if str(p) != own]
+        try:
+            self._own = sqlite3.connect(own, timeout=60)
+            if path is not None:
+                self._own.execute("PRAGMA journal_mode=WAL")
+                self._own.execute("PRAGMA synchronous=NORMAL")
+            self._own.executescript(_SCHEMA)
+            self._others = [sqlite3.connect(str(p), timeout=60) for p in others]
+            for database in (self._own, *self._others):
+                self._check(database, facts)
+        except sqlite3.DatabaseError as error:
+            if "not a database" in str(error) or "malformed" in str(error):
+                raise ValueError(
+                    f"state: {path} is no SQLite file ({error}); give another file, or delete it"
+                ) from None
+            raise OSError(f"state: {path} cannot be opened ({error}); give another file") from error
+        with self._own:
+            rows = [(key, json.dumps(value, sort_keys=True)) for key, value in facts.items()]
+            self._own.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)
+
+    def _check(self, database: sqlite3.Connection, facts: Mapping[str, Any]) -> None:
+        stored = {key: json.loads(value) for key, value in database.execute("SELECT * FROM meta")}
+        fresh = json.loads(json.dumps(dict(facts), sort_keys=True))
+        other = [key for key in fresh if key in stored and stored[key] != fresh[key]]
+        if other:
+            raise ValueError(
+                f"state: {self.path} belongs to another run, it differs in {', '.join(other)}; give "
+                f"another file, or delete it"
+            )
+
+    def finished(self, first: int, last: int) -> dict[int, set[str]]:
+        """Methods by position that are done, of the positions from ``first`` to ``last``."""
+        done: dict[int, set[str]] = {}
+        query = "SELECT position, method FROM results WHERE position BETWEEN ? AND ?"
+        for database in (self._own, *self._others):
+            for position, method in database.execute(query, (first, last)):
+                done.setdefault(position, set()).add(method)
+        return done
+
+    def image(self, position: int) -> ImageRow | None:
+        """What is known of an image."""
+        query = "SELECT * FROM images WHERE position = ?"
+        for database in (self._own, *self._others):
+            row = database.execute(query, (position,)).fetchone()
+            if row is not None:
+                return ImageRow(*row)
+        return None
+
+    def add_images(self, rows: Sequence[ImageRow]) -> None:
+        with self._own:
+            self._own.executemany(
+                "INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?)", list(rows)
+            )
+
+    def add(self, row: ResultRow) -> None:
+        """Commit what one method measured on one image."""
+        with self._own:
+            self._own.execute(_INSERT, _packed(row))
+
+    def rows(self) -> tuple[list[ImageRow], list[tuple[Any, ...]]]:
+        """Everything in this process's own file, for other processes to take in."""
+        images = [ImageRow(*row) for row in self._own.execute("SELECT * FROM images")]
+        return images, list(self._own.execute("SELECT * FROM results"))
+
+    def take_in(self, images: Sequence[ImageRow], results: Sequence[tuple[Any, ...]]) -> None:
+        """Rows of another process."""
+        self.add_images(images)
+        with self._own:
+            self._own.executemany(_INSERT, list(results))
+
+    def merge(self) -> None:
+        """Take in the files of the other processes and delete them."""
+        assert self.path is not None
+        for database in self._others:
+            database.close()
+        self._others = []
+        for path in _files(self.path):
+            if path == _ranked(self.path, 0):
+                continue
+            other = sqlite3.connect(str(path), timeout=60)
+            images = [ImageRow(*row) for row in other.execute("SELECT * FROM images")]
+            self.take_in(images, list(other.execute("SELECT * FROM results")))
+            other.close()
+            path.unlink()
+
+    def reopen(self) -> None:
+        """Read from the one file that :meth:`merge` of another process has made."""
+        self.close()
+        self._others = []
+        self._own = sqlite3.connect(str(self.path), timeout=60)
+
+    def images(self) -> list[ImageRow]:
+        """By position."""
+        return [ImageRow(*r) for r in self._own.execute("SELECT * FROM images ORDER BY position")]
+
+    def results(self, method: str) -> Iterator[ResultRow]:
+        """What a method measured, by position."""
+        query = "SELECT * FROM results WHERE method = ? ORDER BY position"
+        for row in self._own.execute(query, (method,)):
+            measured, scores = json.loads(row[6]), json.loads(row[7])
+            values = {k: math.nan if v is None else v for k, v in measured.items()}
+            curves = {k: [math.nan if v is None else v for v in r] for k, r in scores.items()}
+            yield ResultRow._make((*row[:6], values, curves, row[8]))
+
+    def close(self) -> None:
+        for database in (self._own, *self._others):
+            database.close()
+
+
+def _packed(row: ResultRow) -> tuple[Any, ...]:
+    measured = {k: None if math.isnan(v) else v for k, v in row.measured.items()}
+    scores = {k: [None if math.isnan(v) else v for v in r] for k, r in row.scores.items()}
+    return (*row[:6], json.dumps(measured), json.dumps(scores), row.map)
+
+
+def _ranked(path: Path, rank: int) -> Path:
+    return path if rank == 0 else path.with_name(f"{path.stem}.{rank}{path.suffix}")
+
+
+def _files(path: Path) -> list[Path]:
+    """The state's files that exist: its own and those of other processes."""
+    ranked = sorted(path.parent.glob(f"{path.stem}.[0-9]*{path.suffix}"))
+    ranked = [p for p in ranked if p.stem.removeprefix(f"{path.stem}.").isdigit()]
+    return ([path] if path.exists() else []) + ranked
