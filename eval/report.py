@@ -251,6 +251,14 @@ def write_csv(results: Results, path: str | Path) -> Path:
     """
     path = Path(path)
     sibling = path.with_name(f"{path.stem}.images{path.suffix or '.csv'}")
+    _write_lines(sibling, image_lines(results))
+    rows = [["" if _plain(v) is None else v for v in row] for row in results.rows()]
+    _write_lines(path, [list(Row._fields), *rows])
+    return sibling
+
+
+def image_lines(results: Results) -> list[list[Any]]:
+    """One line an image and method: class, validity, clean score, scores and values."""
     # Curves stay in the JSON file.
     keys = list(
         dict.fromkeys(
@@ -266,10 +274,7 @@ def write_csv(results: Results, path: str | Path) -> Path:
             numbers = [_plain(float(column[i])) for column in table]
             first = [image.id, image.target, image.target_name, name, int(method.valid[i]), image.p]
             lines.append(first + ["" if v is None else repr(v) for v in numbers])
-    _write_lines(sibling, lines)
-    rows = [["" if _plain(v) is None else v for v in row] for row in results.rows()]
-    _write_lines(path, [list(Row._fields), *rows])
-    return sibling
+    return lines
 
 
 def _write_lines(path: Path, lines: list[list[Any]]) -> None:

@@ -5,9 +5,9 @@
     results(position, method, reason, tied, requests, seconds, measured, scores, map)
 
 ``measured`` is JSON {column: value or null}: null is a value that is undefined, a missing column was
-not measured. ``scores`` is JSON {key: [scores]}; ``map`` a small grey PNG of the map. A row is committed once its image is finished for
-the method. Of many processes each writes a file of its own, ``name.RANK.sqlite``; they are put
-together at the end.
+not measured. ``scores`` is JSON {key: [scores]}; ``map`` is a small grey PNG of the map. A row is
+committed once its image is finished for the method. Of many processes each writes a file of its own,
+``name.RANK.sqlite``; they are put together at the end.
 """
 
 from __future__ import annotations

@@ -1,0 +1,132 @@
+"""What an evaluation will cost, before it starts: forward passes by method, and the time they take.
+
+Perturbed images that equal an earlier one are scored once, so the passes are an upper bound. The
+time is that of one timed micro-batch of the backbone times the passes, plus what the metrics take to
+make their images, timed on the first image; a gradient costs two passes more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn.eval.metrics.base import Probe, Sample
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Forward passes and seconds.
+
+    Attributes:
+        images: how many.
+        explaining: passes of the explanations, by method.
+        scoring: passes of the metrics, by method.
+        seconds_a_pass: of one image in a full micro-batch.
+        seconds: expected in all.
+    """
+
+    images: int
+    explaining: dict[str, int]
+    scoring: dict[str, int]
+    seconds_a_pass: float
+    seconds: float
+
+    @property
+    def passes(self) -> int:
+        """All passes, the clean one of every image included."""
+        return self.images + sum(self.explaining.values()) + sum(self.scoring.values())
+
+    def __str__(self) -> str:
+        costly = sorted(self.explaining, key=lambda name: -self.explaining[name])[:3]
+        named = ", ".join(f"{name} {self.explaining[name]:,}" for name in costly)
+        return (
+            f"plan: at most {self.passes:,} forward passes for {len(self.explaining)} methods on "
+            f"{self.images} images: {sum(self.explaining.values()):,} explain ({named}), "
+            f"{sum(self.scoring.values()):,} score; {1000 * self.seconds_a_pass:.1f} ms a pass, "
+            f"about {_duration(self.seconds)}"
+        )
+
+
+def plan(
+    backbone: Any,
+    explainers: Mapping[str, Any],
+    probes: Sequence[Probe],
+    image: Tensor,
+    count: int,
+    *,
+    max_forward_batch: int = 32,
+    again_limit: int | None = 2,
+    stages: int = 5,
+    processes: int = 1,
+) -> Plan:
+    """Count the passes on one ``image`` (3, H, W) and time a micro-batch.
+
+    Args:
+        count: how many images there will be.
+        again_limit: see :func:`xattn.eval.evaluate`.
+        stages: of the randomisation check.
+        processes: how many share the work.
+    """
+    batch = image.to(backbone.device).expand(max_forward_batch, -1, -1, -1).contiguous()
+    seconds_a_pass = _seconds_a_pass(backbone, batch)
+    requests, again, making = 0, 0, 0.0
+    for probe in probes:
+        started = time.perf_counter()
+        scored, explained = _dry_run(probe, image.to(backbone.device), stages)
+        making += time.perf_counter() - started
+        requests, again = requests + scored, again + explained
+    explaining, scoring, seconds = {}, {}, count * seconds_a_pass
+    for name, explainer in explainers.items():
+        forwards = getattr(explainer, "forwards", None) or 0
+        perturbs = bool(getattr(explainer, "perturbs", False))
+        repeated = count if not perturbs or again_limit is None else min(count, again_limit)
+        explaining[name] = forwards * (count + again * repeated)
+        scoring[name] = requests * count
+        passes = scoring[name] + explaining[name] * (1 if perturbs or not forwards else 3)
+        seconds += passes * seconds_a_pass + making * count
+    return Plan(count, explaining, scoring, seconds_a_pass, seconds / processes)
+
+
+def _seconds_a_pass(backbone: Any, batch: Tensor) -> float:
+    """The second of two passes: the first one warms up."""
+    for _ in range(2):
+        started = time.perf_counter()
+        with torch.no_grad():
+            backbone.logits(batch).cpu()
+        took = time.perf_counter() - started
+    return took / len(batch)
+
+
+def _dry_run(probe: Probe, image: Tensor, stages: int) -> tuple[int, int]:
+    """How many images a probe wants scored, and how many explained again."""
+    if probe.needs_annotation:
+        return 0, 0
+    y, x = (torch.linspace(-1, 1, side) for side in image.shape[-2:])
+    grey = torch.exp(-2 * (y[:, None] ** 2 + x**2))[None].to(image)
+    explained = [0]
+
+    def explain(images: Tensor) -> Tensor:
+        explained[0] += len(images)
+        return grey.expand(len(images), -1, -1, -1) * images.mean(1, keepdim=True)
+
+    sample = Sample(
+        image=image,
+        grey=grey,
+        raw=grey,
+        target=0,
+        score=0.5,
+        explain=explain,
+        explain_randomized=lambda stage, images: explain(images),
+    )
+    return sum(1 for _ in probe.measure(sample)), explained[0]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

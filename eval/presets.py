@@ -1,0 +1,89 @@
+"""Published and widespread definitions by name, so that a number can be compared with theirs.
+
+A preset is a :class:`~xattn.eval.Protocol` and the probes that go with it:
+
+    protocol, probes = preset("rise", mean=backbone.preprocessing.mean)
+    evaluate(backbone, explainers, images, protocol=protocol, metrics=probes)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+
+from xattn.eval.metrics.base import Probe
+from xattn.eval.metrics.registry import create_probe
+from xattn.eval.protocol import Protocol
+
+Mean = tuple[float, ...] | None
+
+
+def preset(name: str, mean: Sequence[float] | None = None) -> tuple[Protocol, list[Probe]]:
+    """Protocol and probes of a preset; ``mean`` (3,) is the data set's mean colour in [0, 1].
+
+    Raises:
+        ValueError: unknown name (with near matches), or a preset that needs ``mean`` without it.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 3, 0.4) or list(PRESETS)
+        raise ValueError(f"preset: unknown preset {name!r}; did you mean {', '.join(near)}?")
+    if mean is None and name in ("rise", "torch-cam", "grad-cam-lib"):
+        raise ValueError(
+            f"mean: None; preset {name!r} masks normalised images with 0, which is the mean colour: "
+            f"give mean=backbone.preprocessing.mean"
+        )
+    return PRESETS[name](None if mean is None else tuple(float(v) for v in mean))
+
+
+def _ttame(mean: Mean) -> tuple[Protocol, list[Probe]]:
+    """Black behind grey maps at 100, 50 and 15 %, IC strict."""
+    protocol = Protocol(ic_margin=0.0)
+    return protocol, [create_probe("masking", protocol, metrics=("AD", "IC"))]
+
+
+def _lift_cam(mean: Mean) -> tuple[Protocol, list[Probe]]:
+    """Grey maps at full level only; ADD on the complement, signed."""
+    protocol = Protocol(levels=(1.0,), ic_margin=0.0, normalization="minmax_upsampled")
+    return protocol, [create_probe("masking", protocol, metrics=("AD", "IC", "ADD"))]
+
+
+def _opti_cam(mean: Mean) -> tuple[Protocol, list[Probe]]:
+    """Grey maps at full level only; AG beside AD and IC."""
+    protocol = Protocol(levels=(1.0,), ic_margin=0.0, normalization="minmax_upsampled")
+    return protocol, [create_probe("masking", protocol, metrics=("AD", "IC", "AG"))]
+
+
+def _rise(mean: Mean) -> tuple[Protocol, list[Probe]]:
+    """224 pixels a step; deletion to 0 after normalisation, insertion onto the blurred image."""
+    probe = create_probe(
+        "insertion-deletion", None, mean, step=224, deletion_fill="mean", insertion_fill="blur"
+    )
+    return Protocol(normalization="minmax_upsampled"), [probe]
+
+
+def _road(mean: Mean) -> tuple[Protocol, list[Probe]]:
+    """Noisy linear imputation at 10, 20, 30, 40, 50, 70 and 90 %, sigma 0.01."""
+    return Protocol(), [create_probe("road")]
+
+
+def _torch_cam(mean: Mean) -> tuple[Protocol, list[Probe]]:
+    """What torch-cam computes without ``logits_fn``: AD and IC of logits, mean colour behind."""
+    protocol = Protocol(score="logit", levels=(1.0,), masked_value="mean", ic_margin=0.0)
+    return protocol, [create_probe("masking", protocol, mean, metrics=("AD", "IC"), bounded=False)]
+
+
+def _grad_cam_lib(mean: Mean) -> tuple[Protocol, list[Probe]]:
+    """pytorch-grad-cam's: the drop is not divided by p; mean colour behind."""
+    protocol = Protocol(levels=(1.0,), masked_value="mean", ic_margin=0.0)
+    return protocol, [create_probe("masking", protocol, mean, metrics=("drop", "IC"))]
+
+
+PRESETS: dict[str, Callable[[Mean], tuple[Protocol, list[Probe]]]] = {
+    "ttame": _ttame,
+    "lift-cam": _lift_cam,
+    "opti-cam": _opti_cam,
+    "rise": _rise,
+    "road": _road,
+    "torch-cam": _torch_cam,
+    "grad-cam-lib": _grad_cam_lib,
+}
