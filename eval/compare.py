@@ -12,16 +12,178 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from xattn.distributed import processes
 from xattn.eval import bootstrap
+from xattn.eval.annotations import load_annotations
+from xattn.eval.engine import create_probes, evaluate
 from xattn.eval.metrics.base import Column
-from xattn.eval.protocol import METRICS
+from xattn.eval.metrics.registry import DIRECT
+from xattn.eval.plan import plan
+from xattn.eval.protocol import METRICS, Protocol
 from xattn.eval.report import format_table, to_dict
 from xattn.eval.results import Results, is_baseline
+from xattn.eval.sanity import sanity_rows
+from xattn.eval.stream import ImageStream
+from xattn.explainers import create_explainer, list_explainers
 from xattn.files import atomic_file
+from xattn.heads import parse_options
+from xattn.images import MAX_PIXELS, list_images
+from xattn.sources import is_stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What to compare, and by what; see ``xattn compare --help``.
+
+    ``heads`` are trained heads by row name; ``options`` are ``explainer.name=value``.
+    """
+
+    backbone: Any
+    heads: Mapping[str, Any] = field(default_factory=dict)
+    explainers: Sequence[str] = ("gradcam",)
+    options: Sequence[str] = ()
+    metrics: Sequence[str] = ("direct",)
+    annotations: Path | None = None
+    again_limit: int | None = 2
+    view: str = "crop"
+    precision: str = "float32"
+    max_forward_batch: int = 32
+    max_pixels: int | None = MAX_PIXELS
+    seed: int = 0
+
+
+def compare(
+    job: Comparison,
+    images: Any,
+    output: Path,
+    *,
+    limit: int | None = None,
+    progress: bool = True,
+    say: Callable[[str], Any] = lambda line: None,
+) -> tuple[Results, list[Path]]:
+    """Run a comparison and write its report to ``output``; goes on from ``output/state.sqlite``.
+
+    Args:
+        images: as in :func:`xattn.eval.evaluate`; ``limit`` takes the first of a folder or list.
+        say: gets the plan, and which explainers this backbone does not allow, before the start.
+
+    Raises:
+        ValueError: an unknown name or option, no image, or a state of another run.
+        OSError: files that cannot be read or written.
+    """
+    methods, options, refused = _methods(job)
+    for name, reason in refused.items():
+        say(f"left out {name}: {reason}")
+    protocol = Protocol(precision=job.precision, seed=job.seed, view=job.view)
+    mean = job.backbone.preprocessing.mean
+    probes = create_probes(_groups(job), protocol, mean)
+    annotations = None
+    if job.annotations is not None:
+        annotations = load_annotations(job.annotations, job.backbone)
+    randomized = _randomized(job, methods, options) if "randomization" in _groups(job) else {}
+    ranks, rank = processes(job.backbone.device)
+    stream = ImageStream(images, job.backbone.preprocessing, job.view, job.max_pixels, limit)
+    first = next((block for block in stream.blocks(1) if block), None)
+    if first and stream.length is not None:
+        expected = plan(
+            job.backbone,
+            methods,
+            probes,
+            first[0].image,
+            stream.length,
+            max_forward_batch=job.max_forward_batch,
+            again_limit=job.again_limit,
+            processes=ranks,
+        )
+        say(str(expected))
+    results = evaluate(
+        job.backbone,
+        methods,
+        images,
+        metrics=probes,
+        protocol=protocol,
+        max_forward_batch=job.max_forward_batch,
+        max_pixels=job.max_pixels,
+        limit=limit,
+        progress=progress,
+        annotations=annotations,
+        randomized=randomized,
+        again_limit=job.again_limit,
+        state=output / "state.sqlite",
+    )
+    if rank > 0:
+        return results, []
+    return results, write_report(results, output, _paths(images))
+
+
+def _paths(images: Any) -> dict[str, Path]:
+    """The photos of a file, folder or list by the id that results have for them."""
+    if not isinstance(images, str | Path) or is_stored(images):
+        return {}
+    root = Path(images)
+    paths = list_images(images)
+    return {str(p.relative_to(root) if root.is_dir() else p): p for p in paths}
+
+
+def _groups(job: Comparison) -> list[str]:
+    """The names of the groups of metrics; localization comes with annotations."""
+    names: list[str] = []
+    for name in job.metrics:
+        again = ("adcc", "sensitivity", "randomization")
+        names += DIRECT if name == "direct" else (*DIRECT, *again) if name == "all" else (name,)
+    if job.annotations is not None:
+        names.append("localization")
+    return list(dict.fromkeys(names))
+
+
+def _methods(
+    job: Comparison,
+) -> tuple[dict[str, Any], dict[str, tuple[str, Any, dict[str, Any]]], dict[str, str]]:
+    """Explainers by row; how each was made (name, head, options); those "all" had to leave out."""
+    names = list(dict.fromkeys(job.explainers))
+    every = "all" in names
+    if every:
+        baselines = ("random", "centre", "ones", "head")
+        names = [name for name in list_explainers() if name not in baselines]
+    options = _options(job.options, names)
+    shared: dict[str, Any] = {"seed": job.seed, "max_forward_batch": job.max_forward_batch}
+    first = next(iter(job.heads.values()), None)
+    made: dict[str, tuple[str, Any, dict[str, Any]]] = {
+        label: ("head", head, {}) for label, head in job.heads.items()
+    }
+    made.update({name: (name, None, options.get(name, {})) for name in names})
+    methods, refused = {}, {}
+    for label, (name, head, chosen) in made.items():
+        try:
+            methods[label] = create_explainer(name, job.backbone, head, **shared, **chosen)
+        except ValueError as error:
+            if not every or label in job.heads:
+                raise
+            refused[label] = str(error)
+    if not methods:
+        raise ValueError("explainers: got none; give names of xattn list, or heads")
+    made = {label: made[label] for label in methods}
+    row, head, chosen = next(iter(made.values()))
+    sanity = sanity_rows(job.backbone, row, head=head or first, seed=job.seed)
+    return {**methods, **{k: v for k, v in sanity.items() if k not in methods}}, made, refused
+
+
+def _options(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``["rise.masks=1000"]`` -> ``{"rise": {"masks": 1000}}``."""
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        name, dot, option = text.partition(".")
+        if not dot or name not in names:
+            raise ValueError(
+                f"options: got {text!r}; give explainer.name=value of an explainer that is compared"
+            )
+        found.setdefault(name, {}).update(parse_options([option]))
+    return found
 
 
 class Standing(NamedTuple):

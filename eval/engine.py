@@ -55,6 +55,7 @@ def evaluate(
     progress: bool = True,
     classes: int | str | Sequence[int | str] | None = None,
     max_pixels: int | None = MAX_PIXELS,
+    limit: int | None = None,
     annotations: Annotations | None = None,
     randomized: Randomized | None = None,
     again_limit: int | None = 2,
@@ -76,6 +77,7 @@ def evaluate(
         classes: explain these instead of the predicted class: one for all images, or one an image
             (unreadable ones included), as index or name.
         max_pixels: larger photos are skipped as decompression bombs.
+        limit: only the first so many images.
         annotations: where objects are, see :func:`xattn.eval.load_annotations`.
         randomized: by method, (stage, images, targets) -> its maps on a network with randomised
             weights, see :class:`xattn.eval.Cascade`.
@@ -99,7 +101,7 @@ def evaluate(
         class_policy="predicted" if classes is None else "given",
         **{k: v for k, v in given.items() if v is not None},  # type: ignore[arg-type]
     )
-    stream = ImageStream(images, backbone.preprocessing, protocol.view, max_pixels)
+    stream = ImageStream(images, backbone.preprocessing, protocol.view, max_pixels, limit)
     if stream.tensors:
         protocol = replace(protocol, view="tensor")
     elif protocol.view == "tensor":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ class ImageStream:
         preprocessing: Any,
         view: str = "crop",
         max_pixels: int | None = MAX_PIXELS,
+        limit: int | None = None,
     ) -> None:
         self.preprocessing, self.view, self.max_pixels = preprocessing, view, max_pixels
         self.skipped: dict[int, Skipped] = {}
@@ -64,6 +65,10 @@ class ImageStream:
             images = images[None] if images.ndim == 3 else images
         elif not isinstance(images, Iterable):
             images = [images]
+        if limit is not None:
+            if limit < 1:
+                raise ValueError(f"limit: got {limit}; give at least 1")
+            images = images[:limit] if isinstance(images, list | Tensor) else islice(images, limit)
         self.length: int | None = len(images) if hasattr(images, "__len__") else None
         items = iter(images)
         first = next(items, None)

@@ -1,4 +1,4 @@
-"""The command line: ``xattn train | explain | evaluate | export | bench | list``, all jobs.
+"""The command line: ``xattn train | explain | evaluate | compare | export | bench | list``, all jobs.
 
 Only tyro and dataclasses are imported here, so that ``xattn --help`` answers at once; torch and timm
 load when a job starts. Errors of the user's input are one line and exit code 2.
@@ -182,7 +182,7 @@ class Explain:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure how faithful explanations are: AD, IC, ADD and AG, beside Grad-CAM and sanity rows."""
+    """Measure how faithful explanations are (AD, IC, ADD, AG), beside Grad-CAM and sanity rows."""
 
     images: Annotated[str, tyro.conf.Positional]
     """An image, a folder, a .txt list, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
@@ -191,6 +191,10 @@ class Evaluate:
     """Heads to measure: folders, shipped names, hub repositories; by default a shipped one that fits."""
     explainers: tuple[str, ...] = ("gradcam",)
     """Further methods of xattn list."""
+    metrics: tuple[str, ...] = ("masking",)
+    """Groups of metrics of xattn list that need no annotations."""
+    preset: str | None = None
+    """A published definition of xattn list, which replaces metrics and levels."""
     levels: tuple[float, ...] = (1.0, 0.5, 0.15)
     """Shares of the pixels that are kept."""
     sanity: bool = True
@@ -208,7 +212,8 @@ class Evaluate:
 
     def run(self) -> None:
         from xattn.distributed import processes
-        from xattn.eval import evaluate, format_table, sanity_rows, write_csv, write_json
+        from xattn.eval import Protocol, evaluate, format_table, sanity_rows, write_csv, write_json
+        from xattn.eval.presets import preset
         from xattn.explainers import create_explainer
         from xattn.files import check_folder
 
@@ -231,11 +236,15 @@ class Evaluate:
             label = _row_name(source, head.name, {*methods, *labelled, *sanity})
             labelled[label] = create_explainer("head", backbone, head, **shared)
         methods = {**labelled, **methods, **sanity}
+        protocol, metrics = Protocol(levels=self.levels), list(self.metrics)
+        if self.preset is not None:
+            protocol, metrics = preset(self.preset, backbone.preprocessing.mean)
         results = evaluate(
             backbone,
             methods,
             self.images,
-            levels=self.levels,
+            metrics=metrics,
+            protocol=protocol,
             max_forward_batch=self.max_forward_batch,
             view=self.view,
             seed=self.seed,
@@ -249,6 +258,78 @@ class Evaluate:
         for item in results.skipped:
             print(f"skipped {item.id}: {item.reason}", file=sys.stderr)
         print(f"results: {self.output / 'results.json'}, {self.output / 'results.csv'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Compare heads and explainers by many metrics: one leaderboard as Markdown, CSV, JSON and HTML."""
+
+    data: str
+    """An image, a folder, a .txt list, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    heads: tuple[str, ...] = ()
+    """Heads: folders, shipped names, hub repositories; by default a shipped one that fits."""
+    explainers: tuple[str, ...] = ("gradcam", "layercam", "integrated_gradients", "rise")
+    """Methods of xattn list, or "all" that this backbone allows."""
+    options: tuple[str, ...] = ()
+    """Options of explainers as explainer.name=value, for example rise.masks=1000."""
+    metrics: tuple[str, ...] = ("direct",)
+    """Groups of metrics of xattn list; "direct" (none explains again) or "all"."""
+    annotations: Path | None = None
+    """A folder with images/ and masks/ or boxes/, which adds the metric group localization."""
+    limit: int | None = None
+    """Only the first so many images of a folder or list."""
+    again_limit: int = 2
+    """Metrics that explain again use so many images for methods of many passes; 0 uses all."""
+    view: Literal["crop", "whole"] = "crop"
+    """What the model sees."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the scoring passes."""
+    max_forward_batch: int = 32
+    """How many perturbed images are alive in one pass."""
+    max_pixels: int = 40_000_000
+    """Larger photos are skipped."""
+    seed: int = 0
+    """Of perturbations, random rows and the bootstrap."""
+    output: Path = Path("runs/comparison")
+    """Folder of the report and the state; a run with the same arguments goes on where one stopped."""
+
+    def run(self) -> None:
+        from xattn.distributed import processes
+        from xattn.eval.compare import Comparison, compare
+        from xattn.files import check_folder
+
+        check_folder(self.output)
+        backbone = self.model.load()
+        sources = self.heads or tuple(filter(None, [_default_head(backbone)]))
+        heads: dict[str, Any] = {}
+        for source in sources:
+            head = _head(source, backbone)
+            heads[_row_name(source, head.name, {*heads, *self.explainers})] = head
+        job = Comparison(
+            backbone=backbone,
+            heads=heads,
+            explainers=self.explainers,
+            options=self.options,
+            metrics=self.metrics,
+            annotations=self.annotations,
+            again_limit=self.again_limit or None,
+            view=self.view,
+            precision=self.precision,
+            max_forward_batch=self.max_forward_batch,
+            max_pixels=self.max_pixels,
+            seed=self.seed,
+        )
+        main = processes(backbone.device)[1] == 0
+
+        def say(line: str) -> None:
+            if main:
+                print(line, file=sys.stderr, flush=True)
+
+        _, files = compare(job, self.data, self.output, limit=self.limit, say=say)
+        if main:
+            print((self.output / "leaderboard.md").read_text(encoding="utf-8"))
+            print("report:", ", ".join(str(path) for path in files))
 
 
 @dataclass(frozen=True)
@@ -276,11 +357,12 @@ class Bench:
     """Measure what explaining and training cost beside the backbone alone, as ratios in one run."""
 
     job: Annotated[
-        Literal["explain", "train", "folder", "attention", "maps", "kernels", "all"],
+        Literal["explain", "train", "folder", "fidelity", "attention", "maps", "kernels", "all"],
         tyro.conf.Positional,
     ] = "all"
     """Explaining beside a forward pass, a training step beside its floor, images a second ("all" of
-    these), mechanisms beside dense attention, attention maps beside stored ones, or Triton kernels."""
+    these), metrics beside the passes they need, mechanisms beside dense attention, attention maps beside
+    stored ones, or Triton kernels."""
     backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
     """timm models, with random weights."""
     batches: tuple[int, ...] = (1, 8)
@@ -308,6 +390,10 @@ class Bench:
             if not self.aot:
                 raise ValueError("bench kernels: give --aot, which compiles and times nothing")
             lines = aot.bench(self.filter)
+        elif self.job == "fidelity":
+            from xattn.eval import fidelity
+
+            lines = fidelity.bench(self.backbones[0], min(self.rounds, 7))
         elif self.job == "maps":
             from xattn.eval import maps
 
@@ -333,7 +419,8 @@ class List:
 
     def run(self) -> None:
         from xattn.attention import list_attention
-        from xattn.eval import METRICS
+        from xattn.eval import METRICS, PROBES
+        from xattn.eval.presets import PRESETS as PROTOCOLS
         from xattn.explainers import list_explainers
         from xattn.heads import list_heads, shipped_heads
         from xattn.models.sources import list_package_weights
@@ -357,12 +444,15 @@ class List:
         print("explainers:", ", ".join(list_explainers()))
         print("attention mechanisms:", ", ".join(list_attention()))
         print("metrics:", ", ".join(METRICS))
+        print("groups of metrics:", ", ".join(PROBES))
+        print("protocols:", ", ".join(PROTOCOLS))
 
 
 Command = (
     Annotated[Train, tyro.conf.subcommand("train", description=Train.__doc__)]
     | Annotated[Explain, tyro.conf.subcommand("explain", description=Explain.__doc__)]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate", description=Evaluate.__doc__)]
+    | Annotated[Compare, tyro.conf.subcommand("compare", description=Compare.__doc__)]
     | Annotated[Export, tyro.conf.subcommand("export", description=Export.__doc__)]
     | Annotated[Bench, tyro.conf.subcommand("bench", description=Bench.__doc__)]
     | Annotated[List, tyro.conf.subcommand("list", description=List.__doc__)]
@@ -462,6 +552,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         hint = "; --resume goes on" if isinstance(command, Train) else ""
+        if isinstance(command, Compare):
+            hint = "; the same command goes on"
         print(f"xattn: interrupted{hint}", file=sys.stderr)
         return 130
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -1,0 +1,201 @@
+"""Perturbation explainers: p(class | x o m + fill o (1 - m)) for many masks m of one image x.
+
+RISE, occlusion, LIME and KernelSHAP differ in the masks and in what they make of the scores; here
+is what they share: micro-batches of one fixed shape, scores in float64, fills and superpixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable
+from numbers import Integral
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xattn.explainers.base import Choose, Explainer
+from xattn.memory import ForwardBatches
+
+if TYPE_CHECKING:
+    from xattn.backbone import Backbone
+    from xattn.heads import Head
+
+FILLS = ("black", "mean")
+
+
+class PerturbationExplainer(Explainer):
+    """An explainer that scores many masked copies of each image.
+
+    Scores are the probabilities of the explained classes, so the map of a class also depends on
+    the other classes. Several classes are explained from the same passes. ``forwards`` counts the
+    masked copies of an image, without the repeats that fill up the last micro-batch.
+
+    Args:
+        fill: what a removed pixel shows: ``"black"``, 0 in [0, 1] pixels, or ``"mean"``, the mean
+            colour of the backbone's preprocessing, 0 after normalisation.
+    """
+
+    perturbs: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head | None = None,
+        seed: int = 0,
+        max_forward_batch: int = 32,
+        fill: str = "black",
+    ) -> None:
+        super().__init__(backbone, head, seed, max_forward_batch)
+        if fill not in FILLS:
+            raise ValueError(f"fill: got {fill!r}; choose one of {', '.join(FILLS)}")
+        self.fill = fill
+
+    @abstractmethod
+    def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
+        """Maps (M, H, W) float64 of the classes (M,) for one image (3, H, W)."""
+
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        return self._maps(images, target[:, None])
+
+    def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            logits = self.backbone.logits(images)
+        classes = self._chosen(choose, logits)
+        return logits, classes, self._maps(images, classes)
+
+    @torch.no_grad()
+    def _maps(self, images: Tensor, classes: Tensor) -> Tensor:
+        # A half-precision map would round small differences between regions away.
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        maps = [self._explain(x, c).to(dtype) for x, c in zip(images, classes, strict=True)]
+        return torch.stack(maps)
+
+    def _scores(
+        self,
+        image: Tensor,
+        classes: Tensor,
+        count: int,
+        masks: Callable[[Tensor], Tensor],
+        use: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Probabilities (count, M) float64, on the CPU, of ``count`` masked copies of an image.
+
+        Args:
+            image: (3, H, W).
+            classes: (M,).
+            count: how many masks there are.
+            masks: indices (n,) -> masks (n, 1, H, W) in [0, 1], 1 keeps the pixel; called once a
+                micro-batch, so that no more than one micro-batch of masks is alive.
+            use: gets the masks (n, 1, H, W) and scores (n, M) of each micro-batch.
+        """
+        # As few micro-batches as max_forward_batch allows, of one size: float32 networks give
+        # other bits for another batch shape, and the repeats that fill up the last one cost time.
+        steps = -(-count // self.max_forward_batch)
+        batches = ForwardBatches(-(-count // steps))
+        fill = self._fill_color(image)
+
+        def step(index: Tensor) -> Tensor:
+            repeats = torch.arange(batches.size).clamp_max(len(index) - 1)
+            mask = masks(index[repeats])
+            keep = mask.to(image.dtype)
+            images = image * keep
+            if fill is not None:
+                images.addcmul_(fill, 1 - keep)
+            scores = self.backbone.probabilities(self.backbone.logits(images))
+            scores = scores[: len(index), classes].cpu()
+            if use is not None:
+                use(mask[: len(index)], scores)
+            return scores
+
+        scores = torch.cat(batches.run(step, torch.arange(count)))
+        if batches.halved:
+            self.max_forward_batch = batches.size
+        return scores
+
+    def _fill_color(self, image: Tensor) -> Tensor | None:
+        """(3, 1, 1), or None for black."""
+        return self.backbone.mean.view(-1, 1, 1).to(image) if self.fill == "mean" else None
+
+    def _generator(self, *key: object) -> np.random.Generator:
+        """Random numbers that depend on the seed and ``key`` alone."""
+        digest = hashlib.sha256(":".join(map(str, (self.name, self.seed, *key))).encode()).digest()
+        return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
+
+
+class SuperpixelExplainer(PerturbationExplainer):
+    """Coefficients of superpixels, from the scores of images with some superpixels removed.
+
+    Maps are (B, 1, H, W): every pixel has the coefficient of its superpixel, not divided by its
+    area. An image with a single superpixel (SLIC merges pure noise into one) has a constant map.
+
+    Args:
+        samples: masked copies of an image, the clean one among them.
+        n_segments: superpixels asked for; SLIC returns about as many.
+        compactness: SLIC's weight of distance against colour; higher gives squarer superpixels.
+        fill: see :class:`PerturbationExplainer`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head | None = None,
+        seed: int = 0,
+        max_forward_batch: int = 32,
+        samples: int = 500,
+        n_segments: int = 50,
+        compactness: float = 10.0,
+        fill: str = "black",
+    ) -> None:
+        super().__init__(backbone, head, seed, max_forward_batch, fill)
+        self.samples = at_least("samples", samples, 2)
+        self.n_segments = at_least("n_segments", n_segments, 1)
+        if not compactness > 0:
+            raise ValueError(f"compactness: got {compactness}; give a positive number")
+        self.compactness = compactness
+        self.forwards = samples
+
+    @abstractmethod
+    def _coalitions(self, segments: int) -> Tensor:
+        """Which superpixels each masked copy keeps, bool (T, segments)."""
+
+    @abstractmethod
+    def _coefficients(self, kept: Tensor, scores: Tensor) -> Tensor:
+        """One number a superpixel and class, (segments, M) float64.
+
+        ``kept`` is (T, segments) bool, ``scores`` (T, M) float64.
+        """
+
+    def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
+        labels = superpixels(image, self.n_segments, self.compactness)
+        kept = self._coalitions(int(labels.max()) + 1)
+        flat, kept_on_device = labels.flatten().to(image.device), kept.to(image)
+
+        def masks(index: Tensor) -> Tensor:
+            rows = kept_on_device[index.to(image.device)]
+            return rows[:, flat].view(-1, 1, *labels.shape)
+
+        scores = self._scores(image, classes, len(kept), masks)
+        return self._coefficients(kept, scores)[labels].permute(2, 0, 1).to(image.device)
+
+
+def superpixels(image: Tensor, n_segments: int = 50, compactness: float = 10.0) -> Tensor:
+    """SLIC superpixels of an image (3, H, W) in [0, 1]: labels (H, W) int64, 0 .. M - 1, CPU.
+
+    scikit-image's SLIC (Achanta et al., TPAMI 2012) in CIELAB with connected superpixels. M is
+    close to ``n_segments`` on photos and may be 1.
+    """
+    from skimage.segmentation import slic  # imported late: it loads scipy.ndimage
+
+    pixels = image.detach().double().cpu().permute(1, 2, 0).clamp(0, 1).numpy()
+    labels = slic(pixels, n_segments=n_segments, compactness=compactness, start_label=0)
+    return torch.from_numpy(np.unique(labels, return_inverse=True)[1].reshape(labels.shape)).long()
+
+
+def at_least(name: str, value: int, low: int) -> int:
+    """``value``; a ``ValueError`` unless it is an int of at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+        raise ValueError(f"{name}: got {value!r}; give an int of at least {low}")
+    return value
