@@ -14,8 +14,16 @@ from xattn.explainers.baselines import Centre, Ones, Random
 from xattn.explainers.cam import Cam
 from xattn.explainers.generic_relevance import GenericRelevance
 from xattn.explainers.gradcam import GradCam
+from xattn.explainers.gradients import GuidedBackprop, InputXGradient, Saliency
 from xattn.explainers.head import HeadExplainer
+from xattn.explainers.integrated_gradients import GradientShap, IntegratedGradients, SmoothGrad
+from xattn.explainers.kernel_shap import KernelShap
+from xattn.explainers.lime import Lime
+from xattn.explainers.lrp import Lrp
+from xattn.explainers.occlusion import Occlusion
+from xattn.explainers.perturbation import PerturbationExplainer
 from xattn.explainers.raw_attention import ColumnMass, RawAttention
+from xattn.explainers.rise import Rise
 from xattn.explainers.rollout import Rollout
 
 __all__ = [
@@ -27,11 +35,23 @@ __all__ = [
     "Explainer",
     "GenericRelevance",
     "GradCam",
+    "GradientShap",
+    "GuidedBackprop",
     "HeadExplainer",
+    "InputXGradient",
+    "IntegratedGradients",
+    "KernelShap",
+    "Lime",
+    "Lrp",
+    "Occlusion",
     "Ones",
+    "PerturbationExplainer",
     "Random",
     "RawAttention",
+    "Rise",
     "Rollout",
+    "Saliency",
+    "SmoothGrad",
     "create_explainer",
     "explainer_class",
     "list_explainers",

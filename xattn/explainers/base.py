@@ -151,8 +151,8 @@ class Explainer(ABC):
     def _guard(self) -> Iterator[None]:
         modules = [m for m in (self.backbone, self.head) if m is not None]
         with preserve_state(*modules), torch.inference_mode(False):
-            for module in modules:
-                module.eval()
+            for module in {m for module in modules for m in module.modules()}:
+                module.training = False  # Backbone.eval leaves a model alone that a user set to train
             yield
 
 

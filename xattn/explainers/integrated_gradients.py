@@ -1,0 +1,240 @@
+"""Averages of gradients over perturbed images: sum_k w_k d f(x_k) / d x, f the class logit.
+
+Integrated gradients: x_k on the line from a baseline b to x (Sundararajan et al., arXiv 1703.01365);
+GradientSHAP: random points of lines from random baselines (Lundberg and Lee, arXiv 1705.07874; Erion
+et al., arXiv 1906.10670); SmoothGrad: x plus Gaussian noise (Smilkov et al., arXiv 1706.03825).
+
+The gradients are Captum's, the sums are not. Captum draws noise for the whole batch from the global
+generators, so that a map depends on its neighbours and on the micro-batch; and its loops cannot go on
+with smaller micro-batches when memory runs out. Here each image is summed alone, in float64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xattn.explainers.base import Explainer, register_explainer
+from xattn.explainers.gradients import pixel_gradient
+
+if TYPE_CHECKING:
+    from xattn.backbone import Backbone
+    from xattn.heads import Head
+
+# Numbers (n,) of perturbed images -> the images (n, 3, H, W) and their weights, which broadcast.
+Points = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class _GradientSum(Explainer):
+    """Explainers of ``forwards`` perturbed images an image, ``max_forward_batch`` at a time."""
+
+    def _sum(self, points: Points, target: Tensor) -> Tensor:
+        """sum_k w_k d f(x_k) / d x of one image, (3, H, W) in float64; target (1,)."""
+
+        def part(numbers: Tensor) -> Tensor:
+            images, weights = points(numbers)
+            gradient = pixel_gradient(self.backbone, images, target.expand(len(images)))
+            return (gradient.double() * weights).sum(0)
+
+        return torch.stack(self._batches.run(part, torch.arange(self.forwards))).sum(0)
+
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        pairs = zip(images, target.split(1), strict=True)
+        return torch.stack([self._map(image, one) for image, one in pairs]).to(images.dtype)
+
+    def _map(self, image: Tensor, target: Tensor) -> Tensor:
+        """(1, H, W) for one image (3, H, W) and its class (1,)."""
+        raise NotImplementedError
+
+
+@register_explainer("integrated_gradients")
+class IntegratedGradients(_GradientSum):
+    """(x - b) * integral_0^1 df(b + a (x - b))/dx da, summed over the channels, (B, 1, H, W), signed.
+
+    Completeness: the map sums to f(x) - f(b), up to the error of the quadrature. Networks of ReLUs are
+    not smooth on the line: on two photos, EfficientNet-Lite0 missed the sum by 26 % with 32 steps, by 2 %
+    with 128.
+
+    Args:
+        steps: nodes a_k of the Gauss-Legendre rule, each a forward and a backward pass.
+        baseline: "black", pixels of 0 as in the paper, which then get no relevance; or "mean", the mean
+            colour by which the backbone normalises (zeros for its first layer).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head | None = None,
+        seed: int = 0,
+        max_forward_batch: int = 32,
+        steps: int = 32,
+        baseline: str = "black",
+    ) -> None:
+        super().__init__(backbone, head, seed, max_forward_batch)
+        _check_count("steps", steps)
+        if baseline not in ("black", "mean"):
+            raise ValueError(f"baseline: got {baseline!r}; give 'black' or 'mean'")
+        self.forwards = self.steps = steps
+        self.baseline = baseline
+
+    def _map(self, image: Tensor, target: Tensor) -> Tensor:
+        base = self.backbone.mean[0].to(image) if self.baseline == "mean" else image.new_zeros(())
+        difference = image - base
+        nodes, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(self.steps))
+
+        def points(k: Tensor) -> tuple[Tensor, Tensor]:
+            a = ((nodes[k] + 1) / 2).to(image)[:, None, None, None]  # from [-1, 1] to [0, 1]
+            return base + a * difference, (weights[k] / 2).to(image.device)[:, None, None, None]
+
+        return (self._sum(points, target) * difference).sum(0, keepdim=True)
+
+
+@register_explainer("gradient_shap")
+class GradientShap(_GradientSum):
+    """mean_k (x_k - b_k) * df(b_k + a_k (x_k - b_k))/dx, summed over the channels, (B, 1, H, W), signed.
+
+    a_k is uniform in [0, 1), b_k one of the baselines, x_k the image plus noise. In expectation the
+    map sums to f(x) minus the mean of f over the baselines, where there is no noise.
+
+    Args:
+        samples: draws an image, each a forward and a backward pass.
+        baselines: images (n, 3, H, W), or colours (n, 3, 1, 1), in [0, 1], drawn with equal chance:
+            photos of the data set give expected gradients. By default black, white and the mean
+            colour of the backbone.
+        noise: standard deviation of the Gaussian noise, in parts of the image's range of values.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head | None = None,
+        seed: int = 0,
+        max_forward_batch: int = 32,
+        samples: int = 32,
+        baselines: Tensor | None = None,
+        noise: float = 0.0,
+    ) -> None:
+        super().__init__(backbone, head, seed, max_forward_batch)
+        _check_count("samples", samples)
+        _check_noise(noise, 0.0 <= noise)
+        if baselines is None:
+            mean = backbone.mean.detach().cpu()
+            baselines = torch.cat([torch.zeros_like(mean), torch.ones_like(mean), mean])
+        self.forwards = self.samples = samples
+        self.baselines = _checked(baselines, backbone.mean.shape[1])
+        self.noise = noise
+
+    def _map(self, image: Tensor, target: Tensor) -> Tensor:
+        if self.baselines.shape[2:] not in (image.shape[1:], (1, 1)):
+            raise ValueError(
+                f"baselines: got images of {tuple(self.baselines.shape[2:])} pixels for images of "
+                f"{tuple(image.shape[1:])}; give the same size, or colours (n, 3, 1, 1)"
+            )
+        draw = _Draws(self.seed, image)
+        spread = self.noise * _range(image)
+        bases = self.baselines.to(image)
+
+        def points(k: Tensor) -> tuple[Tensor, Tensor]:
+            images, weights = [], []
+            for generator in map(draw.generator, k.tolist()):
+                base = bases[int(generator.integers(len(bases)))]
+                a = float(generator.random())
+                difference = image - base
+                if spread:
+                    difference = difference + spread * draw.normal(generator)
+                images.append(base + a * difference)
+                weights.append(difference)
+            return torch.stack(images), torch.stack(weights).double() / self.samples
+
+        return self._sum(points, target).sum(0, keepdim=True)
+
+
+@register_explainer("smoothgrad")
+class SmoothGrad(_GradientSum):
+    """max over the channels of |mean_k df(x + e_k)/dx|, (B, 1, H, W); saliency where e_k is 0.
+
+    Args:
+        samples: draws an image, each a forward and a backward pass.
+        noise: standard deviation of the Gaussian e_k, in parts of the image's range of values; the
+            paper finds 0.1 to 0.2 best. Noisy pixels are not clipped to [0, 1].
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head | None = None,
+        seed: int = 0,
+        max_forward_batch: int = 32,
+        samples: int = 32,
+        noise: float = 0.15,
+    ) -> None:
+        super().__init__(backbone, head, seed, max_forward_batch)
+        _check_count("samples", samples)
+        _check_noise(noise, 0.0 < noise)
+        self.forwards = self.samples = samples
+        self.noise = noise
+
+    def _map(self, image: Tensor, target: Tensor) -> Tensor:
+        draw = _Draws(self.seed, image)
+        spread = self.noise * _range(image)
+        weight = torch.tensor(1 / self.samples, dtype=torch.float64, device=image.device)
+
+        def points(k: Tensor) -> tuple[Tensor, Tensor]:
+            noise = torch.stack([draw.normal(g) for g in map(draw.generator, k.tolist())])
+            return image + spread * noise, weight
+
+        return self._sum(points, target).abs().amax(0, keepdim=True)
+
+
+class _Draws:
+    """Random numbers that depend on the seed, the pixels and the number of the draw, on nothing else."""
+
+    def __init__(self, seed: int, image: Tensor) -> None:
+        pixels = image.detach().float().cpu().contiguous().numpy()
+        digest = hashlib.sha256(f"{seed}:{pixels.shape}:".encode() + pixels.tobytes()).digest()
+        self.words = np.frombuffer(digest, dtype=np.uint32).tolist()
+        self.image = image
+
+    def generator(self, number: int) -> np.random.Generator:
+        return np.random.default_rng([*self.words, number])
+
+    def normal(self, generator: np.random.Generator) -> Tensor:
+        """Standard normal values of the image's shape, on its device; drawn on the CPU."""
+        values = generator.standard_normal(tuple(self.image.shape), dtype=np.float32)
+        return torch.from_numpy(values).to(self.image)
+
+
+def _range(image: Tensor) -> float:
+    low, high = image.float().aminmax()
+    return float(high - low)
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: got {value!r}; give a whole number of at least 1")
+
+
+def _check_noise(noise: float, allowed: bool) -> None:
+    if not allowed or not math.isfinite(noise):
+        raise ValueError(
+            f"noise: got {noise}; give the standard deviation in parts of the image's range, such as 0.15"
+        )
+
+
+def _checked(baselines: Tensor, channels: int) -> Tensor:
+    given = isinstance(baselines, Tensor) and baselines.is_floating_point()
+    if not given or baselines.ndim != 4 or not len(baselines) or baselines.shape[1] != channels:
+        got = tuple(baselines.shape) if isinstance(baselines, Tensor) else type(baselines)
+        raise ValueError(f"baselines: got {got}; give a float tensor (n, {channels}, H, W)")
+    low, high = (float(v) for v in baselines.detach().aminmax())
+    if not (low >= -1e-4 and high <= 1 + 1e-4):  # NaN fails as well
+        raise ValueError(
+            f"baselines: got values in [{low:.3g}, {high:.3g}]; give raw pixels in [0, 1]"
+        )
+    return baselines.detach()
