@@ -84,7 +84,8 @@ class MaskedScorer:
         self.requested += 1
         if not shared:
             ticket = Ticket(target)
-            self._waiting[self._place(perturbed)].append(ticket)
+            slot = self._place(perturbed)  # may run what waits, and start a new list
+            self._waiting[slot].append(ticket)
             return ticket
         digest = self._digest(perturbed)
         known = self._known.get((digest, target))
@@ -93,7 +94,7 @@ class MaskedScorer:
         ticket = self._known[digest, target] = Ticket(target)
         slot = self._slots.get(digest)
         if slot is None:
-            slot = self._place(perturbed)  # may run and clear the slots before
+            slot = self._place(perturbed)
             self._slots[digest] = slot
         self._waiting[slot].append(ticket)
         return ticket

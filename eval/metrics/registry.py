@@ -29,6 +29,14 @@ CLASSES: dict[str, str] = {
     "AverageDropInDeletion": "masking",
     "AverageGain": "masking",
     "IncreaseInConfidence": "masking",
+    "Deletion": "curves",
+    "Insertion": "curves",
+    "RoadMoRF": "road",
+    "RoadLeRF": "road",
+    "RoadCombined": "road",
+    "PixelFlipping": "flipping",
+    "IROF": "irof",
+    "MonotonicityCorrelation": "monotonicity",
 }
 DIRECT = tuple(PROBES)[:8]  # those that neither explain again nor need annotations
 

@@ -165,6 +165,15 @@ def test_a_ticket_of_another_class_shares_the_pass():
     assert (scorer.requested, scorer.scored, scorer.batches) == (4, 2, 1)
 
 
+def test_requests_that_nothing_shares_are_all_answered():
+    backbone, x = FakeBackbone(), fakes.images(9)
+    scorer = MaskedScorer(backbone, 4)
+    tickets = [scorer.submit(image, 2, shared=False) for image in x]
+    scorer.flush()
+    expected = [backbone.logits(pad_batch(i[None], 4)).double().softmax(1)[0, 2] for i in x]
+    assert [t.score for t in tickets] == expected and scorer.scored == 9
+
+
 # ---------------------------------------------------------------- invalid maps
 
 

@@ -1,0 +1,222 @@
+"""Insertion and deletion: area under the score while pixels appear, or vanish, by relevance.
+
+    AUC = (sum_t s_t - s_0 / 2 - s_T / 2) / T,    t = 0..T,    T = ceil(HW / step)
+
+s_t is the score after t steps of ``step`` pixels each, in the order of the grey map (RISE, arXiv
+1806.07421). Deletion replaces pixels of the image by a fill; insertion puts pixels of the image
+onto a fill. The last step may hold fewer pixels and counts as a whole one, as in RISE.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn.eval.fills import fill
+from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.protocol import MASKED_VALUES
+
+# The other fills are made from the pixels that remain, so each step needs its own.
+FIXED_FILLS = ("black", "mean", "blur", "noise")
+
+
+def auc(scores: Tensor) -> Tensor:
+    """Area under scores (..., T + 1) at equal steps over [0, 1] -> (...) float64, within their range.
+
+    >>> auc(torch.tensor([1.0, 0.5, 0.0]))
+    tensor(0.5000, dtype=torch.float64)
+
+    Raises:
+        ValueError: fewer than two scores.
+    """
+    if scores.ndim == 0 or scores.shape[-1] < 2:
+        raise ValueError(f"scores: got shape {tuple(scores.shape)}; give (..., T + 1) with T >= 1")
+    s = scores.double()
+    ends = (s[..., 0] + s[..., -1]) / 2
+    return (s.sum(-1) - ends) / (s.shape[-1] - 1)
+
+
+def curves(scores: Mapping[str, Tensor], clean: float) -> dict[str, Tensor]:
+    """Both curves (T + 1,) float64 from the scores (T,) of the probe's requests.
+
+    The clean image is asked for by neither: deletion starts and insertion ends with its score.
+    """
+    end = scores["deletion"].new_full((1,), clean, dtype=torch.float64)
+    return {
+        "deletion": torch.cat([end, scores["deletion"].double()]),
+        "insertion": torch.cat([scores["insertion"].double(), end]),
+    }
+
+
+@dataclass(frozen=True)
+class InsertionDeletionProbe(Probe):
+    """Insertion (higher is better) and deletion (lower is better), each with T forward passes.
+
+    Pixels go in stable descending order of the grey map, ties in row-major order. A constant map
+    ranks nothing: both values are NaN. Any strictly increasing function of a map has its values.
+
+    Args:
+        step: pixels a step (RISE: the width of the image); None: ceil(HW / ``steps``).
+        steps: the number of steps where ``step`` is None; rounding up may need fewer.
+        deletion_fill: what replaces a pixel: ``"black"``, the data set's ``"mean"`` colour (RISE:
+            0 after normalisation), ``"blur"``, ``"noise"``, or the estimate from the pixels that
+            remain, ``"inpaint"`` or ``"road"``.
+        insertion_fill: what a pixel is put onto (RISE: ``"blur"``); ``"inpaint"`` and ``"road"``
+            estimate what is missing from the pixels inserted so far.
+        mean: (3,) the colour of ``"mean"``, raw pixels in [0, 1].
+
+    Where nothing remains, ``"inpaint"`` and ``"road"`` give the image's own mean colour. They solve
+    for a new image every step, which can cost more than the forward pass.
+    """
+
+    step: int | None = None
+    steps: int = 56
+    deletion_fill: str = "black"
+    insertion_fill: str = "blur"
+    mean: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        if self.step is not None:
+            check_count("step", self.step)
+        check_fill("deletion_fill", self.deletion_fill, self.mean)
+        check_fill("insertion_fill", self.insertion_fill, self.mean)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return Column("deletion"), Column("insertion")
+
+    def column_options(self, column: Column) -> dict[str, Any]:
+        kind = self.deletion_fill if column.metric == "deletion" else self.insertion_fill
+        size = {"steps": self.steps} if self.step is None else {"step": self.step}
+        return {**size, **fill_options(kind, self.mean)}
+
+    def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
+        grey = sample.grey.flatten()
+        if is_constant(grey):
+            return lambda scores: dict.fromkeys(self.columns, math.nan)
+        order = grey.argsort(descending=True, stable=True)
+        parts = order.split(self.step or -(-len(order) // self.steps))
+        options: dict[str, Any] = {"mean": self.mean, "seed": sample.seed}
+        images = removals(sample.image, parts, self.deletion_fill, **options)
+        for t, image in enumerate(images, start=1):
+            yield Request("deletion", image, shared=t == len(parts))
+        images = insertions(sample.image, parts[:-1], self.insertion_fill, **options)
+        for t, image in enumerate(images):
+            yield Request("insertion", image, shared=t == 0)
+
+        def finish(scores: Mapping[str, Tensor]) -> dict[Column, float]:
+            both = curves(scores, sample.score)
+            return {column: float(auc(both[column.metric])) for column in self.columns}
+
+        return finish
+
+
+class _Area(MeanMetric):
+    """``update(scores, valid=None)`` with curves (B, T + 1); ``compute()`` gives the mean AUC."""
+
+    def update(self, scores: Tensor, valid: Tensor | None = None) -> None:
+        self._add(auc(scores), valid)
+
+
+class Deletion(_Area):
+    """Mean area under deletion curves; 0 to 1 for probabilities."""
+
+    higher_is_better = False
+
+
+class Insertion(_Area):
+    """Mean area under insertion curves; 0 to 1 for probabilities."""
+
+    higher_is_better = True
+
+
+# ---------------------------------------------------------------- replaced step by step
+
+
+def removals(
+    image: Tensor,
+    parts: Iterable[Tensor],
+    kind: str,
+    *,
+    mean: Sequence[float] | None = None,
+    seed: int = 0,
+) -> Iterator[Tensor]:
+    """``image`` (3, H, W) without parts 1..t, for t = 1, 2, ...; ``parts`` are flat pixel indices.
+
+    Each image is the one before, changed in place where the fill allows it.
+    """
+    removed = torch.zeros_like(image[:1], dtype=torch.bool)
+    if kind in FIXED_FILLS:
+        behind = fill(image, ~removed, kind, mean=mean, seed=seed)
+        yield from _paste(behind, image, parts)
+        return
+    for part in parts:
+        removed.view(-1)[part] = True
+        yield _estimate(image, removed, kind, mean, seed)
+
+
+def insertions(
+    image: Tensor,
+    parts: Iterable[Tensor],
+    kind: str,
+    *,
+    mean: Sequence[float] | None = None,
+    seed: int = 0,
+) -> Iterator[Tensor]:
+    """The fill alone, then with parts 1..t of ``image``, as in :func:`removals`."""
+    removed = torch.ones_like(image[:1], dtype=torch.bool)
+    if kind in FIXED_FILLS:
+        behind = fill(image, removed, kind, mean=mean, seed=seed)
+        yield behind
+        yield from _paste(image, behind, parts)
+        return
+    yield _estimate(image, removed, kind, mean, seed)
+    for part in parts:
+        removed.view(-1)[part] = False
+        yield _estimate(image, removed, kind, mean, seed)
+
+
+def _paste(source: Tensor, onto: Tensor, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    pixels, current = source.flatten(1), onto.clone(memory_format=torch.contiguous_format)
+    flat = current.view(len(current), -1)
+    for part in parts:
+        flat.index_copy_(1, part, pixels.index_select(1, part))
+        yield current
+
+
+def _estimate(
+    image: Tensor, removed: Tensor, kind: str, mean: Sequence[float] | None, seed: int
+) -> Tensor:
+    if removed.all():
+        return image.mean((1, 2), keepdim=True).expand_as(image)
+    return torch.where(removed, fill(image, removed, kind, mean=mean, seed=seed), image)
+
+
+def is_constant(values: Tensor) -> bool:
+    """Whether all values are equal, so that they rank nothing."""
+    return bool(values.amin() == values.amax())
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise unless ``value`` is a whole number of at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: got {value!r}; give a whole number, at least 1")
+
+
+def check_fill(name: str, kind: str, mean: Sequence[float] | None) -> None:
+    """Raise unless ``kind`` is a fill and the mean colour is there where it needs it."""
+    if kind not in MASKED_VALUES:
+        raise ValueError(f"{name}: got {kind!r}; choose one of {', '.join(MASKED_VALUES)}")
+    if kind == "mean" and mean is None:
+        raise ValueError(f"mean: None; {name}='mean' needs the mean colour (3,)")
+
+
+def fill_options(kind: str, mean: Sequence[float] | None) -> dict[str, Any]:
+    """What a fill depends on: its kind, and the colour where it is the mean."""
+    return {"fill": kind, "mean": list(mean)} if kind == "mean" and mean else {"fill": kind}

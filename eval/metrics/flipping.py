@@ -1,0 +1,162 @@
+"""Pixel flipping: how far the score falls while regions vanish, the most relevant first.
+
+    AOPC = 1 / (T + 1) sum_{t=0..T} f(x) - f(x_t)
+
+x_t is x without its t x ``per_step`` most relevant regions (Samek et al. 2017, arXiv 1509.06321);
+a region is a square of a regular grid, its relevance the mean of the raw, signed map in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.metrics.curves import (
+    check_count,
+    check_fill,
+    fill_options,
+    is_constant,
+    removals,
+)
+
+
+def aopc(scores: Tensor) -> Tensor:
+    """Area over the perturbation curve (..., T + 1) -> (...) float64; s_0 is the clean score.
+
+    Higher is better; within T / (T + 1) of 0 for probabilities.
+
+    >>> aopc(torch.tensor([1.0, 0.4, 0.0]))
+    tensor(0.5333, dtype=torch.float64)
+
+    Raises:
+        ValueError: fewer than two scores.
+    """
+    s = _curve(scores)
+    return s[..., 0] - s.mean(-1)
+
+
+def pixel_flipping_auc(scores: Tensor) -> Tensor:
+    """Trapezoids of unit width under s_1..s_T of scores (..., T + 1) -> (...) float64, 0 to T - 1.
+
+    This is the number of Quantus 0.6 (``PixelFlipping(return_auc_per_sample=True)``): without the
+    clean score and not divided by the number of steps. Lower is better. Quantus counts values of
+    channels, not pixels: its ``features_in_step=3 * k`` is ``patch=1, per_step=k, steps=None``
+    where the map has no ties, and it refuses steps that do not divide HW, which 3 k never does at
+    224 pixels. Its "black" is the least value of the image that the network is given;
+    ``perturb_baseline=0.0`` is ``fill="black"`` for a network that normalises by itself.
+    """
+    s = _curve(scores)[..., 1:]
+    return s.sum(-1) - (s[..., 0] + s[..., -1]) / 2
+
+
+def _curve(scores: Tensor) -> Tensor:
+    if scores.ndim == 0 or scores.shape[-1] < 2:
+        raise ValueError(f"scores: got shape {tuple(scores.shape)}; give (..., T + 1) with T >= 1")
+    return scores.double()
+
+
+@dataclass(frozen=True)
+class PixelFlippingProbe(Probe):
+    """AOPC, higher is better, with ``steps`` forward passes.
+
+    The defaults remove 15 % of an image of 224 pixels, as the paper does (100 squares of 9 pixels).
+    Equally relevant regions go in row-major order; a constant map ranks nothing: NaN.
+
+    Args:
+        patch: side of a region in pixels; 1 for single pixels. Regions at the right and lower
+            border are smaller where it does not divide the image's size.
+        per_step: regions removed in one step.
+        steps: T, or fewer where nothing is left before; None: until nothing is left.
+        fill: what replaces a region, as in
+            :class:`~xattn.eval.metrics.curves.InsertionDeletionProbe`. The paper draws noise; one
+            draw an image is made here, the same for all methods.
+        mean: (3,) the colour of ``fill="mean"``, raw pixels in [0, 1].
+    """
+
+    patch: int = 16
+    per_step: int = 1
+    steps: int | None = 30
+    fill: str = "black"
+    mean: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_count("patch", self.patch)
+        check_count("per_step", self.per_step)
+        if self.steps is not None:
+            check_count("steps", self.steps)
+        check_fill("fill", self.fill, self.mean)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (Column("AOPC"),)
+
+    def column_options(self, column: Column) -> dict[str, Any]:
+        sizes = {"patch": self.patch, "per_step": self.per_step, "steps": self.steps}
+        return {**sizes, **fill_options(self.fill, self.mean)}
+
+    def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
+        if is_constant(sample.raw):
+            return lambda scores: {Column("AOPC"): math.nan}
+        height, width = sample.raw.shape[-2:]
+        regions = rank_regions(grid(height, width, self.patch), sample.raw)
+        count = len(regions)
+        starts = range(0, count, self.per_step)[: self.steps]
+        parts = (torch.cat(regions[start : start + self.per_step]) for start in starts)
+        images = removals(sample.image, parts, self.fill, mean=self.mean, seed=sample.seed)
+        for start, image in zip(starts, images, strict=True):
+            yield Request("flipping", image, shared=start + self.per_step >= count)
+
+        def finish(scores: Mapping[str, Tensor]) -> dict[Column, float]:
+            return {Column("AOPC"): float(aopc(with_clean(sample.score, scores["flipping"])))}
+
+        return finish
+
+
+class PixelFlipping(MeanMetric):
+    """Mean AOPC; ``update(scores, valid=None)`` with curves (B, T + 1), the clean score first."""
+
+    higher_is_better = True
+
+    def update(self, scores: Tensor, valid: Tensor | None = None) -> None:
+        self._add(aopc(scores), valid)
+
+
+# ---------------------------------------------------------------- regions
+
+
+def grid(height: int, width: int, patch: int) -> Tensor:
+    """(H, W) int64: the number of each pixel's square, in row-major order."""
+    columns = torch.arange(width) // patch
+    rows = torch.arange(height) // patch
+    return rows[:, None] * (columns[-1] + 1) + columns
+
+
+def region_sums(labels: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels 0..R-1 (H, W) and values (1, H, W) -> sums (R,) float64, pixels (R,), both on CPU.
+
+    Sums on a GPU may differ from run to run.
+    """
+    flat = labels.flatten().cpu()
+    return torch.bincount(flat, values.flatten().cpu().double()), torch.bincount(flat)
+
+
+def rank_regions(labels: Tensor, values: Tensor) -> list[Tensor]:
+    """Flat pixel indices of each region, that of the highest mean of ``values`` (1, H, W) first.
+
+    Labels (H, W) are 0..R-1, each in use; equal means keep their order.
+    """
+    sums, pixels = region_sums(labels, values)
+    by_region = labels.flatten().argsort(stable=True).to(values.device).split(pixels.tolist())
+    ranking = (sums / pixels).argsort(descending=True, stable=True)
+    return [by_region[i] for i in ranking.tolist()]
+
+
+def with_clean(clean: float, scores: Tensor) -> Tensor:
+    """Scores (T,) of the steps -> the curve (T + 1,) float64 that starts with the clean score."""
+    return torch.cat([scores.new_full((1,), clean, dtype=torch.float64), scores.double()])

@@ -1,0 +1,159 @@
+"""IROF: area over the relative score while superpixels vanish, the most relevant first.
+
+    IROF = 1 - AUC(f(x_t) / f(x)),    t = 0..R
+
+x_t is x without its t most relevant superpixels of R (SLIC), ranked by the mean of the raw map and
+replaced by the image's mean colour (Rieger and Hansen 2020, arXiv 2003.08747).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.metrics.curves import (
+    auc,
+    check_count,
+    check_fill,
+    fill_options,
+    is_constant,
+    removals,
+)
+from xattn.eval.metrics.flipping import pixel_flipping_auc, rank_regions, with_clean
+
+IMAGE_MEAN = "image-mean"
+# The engine explains a chunk of images with one method after the other: the cache has to hold a
+# chunk. An entry takes 200 kB at 224 pixels.
+_KEPT = 128
+_segments: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+
+
+def irof_values(scores: Tensor) -> Tensor:
+    """Curves (..., R + 1) that start with the clean score -> (...) float64, at most 1.
+
+    Higher is better, 0 for a score that does not change, negative for one that rises. NaN where the
+    clean score is not positive: a ratio to it has no direction.
+    """
+    return 1 - auc(_relative(scores))
+
+
+def irof_area(scores: Tensor) -> Tensor:
+    """R minus trapezoids of unit width under s_1..s_R over s_0: the number of Quantus 0.6, (...).
+
+    It grows with the number of superpixels, about R times :func:`irof_values`. Quantus segments the
+    image that the network is given, with the parameters that are the defaults here. Its "mean" is
+    one grey level, that of the whole batch as perturbed so far; ``perturb_baseline=0.0`` is
+    ``fill="black"``. Its own replacement refuses colour images and has to be given one, and in a
+    batch the images with fewer superpixels than others get another value than alone.
+    """
+    relative = _relative(scores)
+    return relative.shape[-1] - 1 - pixel_flipping_auc(relative)
+
+
+def _relative(scores: Tensor) -> Tensor:
+    if scores.ndim == 0 or scores.shape[-1] < 2:
+        raise ValueError(f"scores: got shape {tuple(scores.shape)}; give (..., R + 1) with R >= 1")
+    clean = scores[..., :1].double()
+    return scores.double() / torch.where(clean > 0, clean, math.nan)
+
+
+@dataclass(frozen=True)
+class IrofProbe(Probe):
+    """IROF, with one forward pass a superpixel, of which SLIC finds about ``n_segments``.
+
+    NaN for a constant map, which ranks nothing, and for an image of a single superpixel.
+
+    Args:
+        n_segments, compactness, sigma: of ``skimage.segmentation.slic``, on the RGB image in
+            [0, 1], which it converts to Lab; its other parameters are scikit-image's defaults.
+        fill: ``"image-mean"``, the image's own mean colour, or one of the fills of
+            :class:`~xattn.eval.metrics.curves.InsertionDeletionProbe`.
+        mean: (3,) the colour of ``fill="mean"``, raw pixels in [0, 1].
+    """
+
+    n_segments: int = 100
+    compactness: float = 10.0
+    sigma: float = 0.0
+    fill: str = IMAGE_MEAN
+    mean: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_count("n_segments", self.n_segments)
+        if self.n_segments < 2:
+            raise ValueError("n_segments: got 1; give at least 2, one superpixel has no order")
+        if not 0 < self.compactness < math.inf:
+            raise ValueError(f"compactness: got {self.compactness}; give a number above 0")
+        if not 0 <= self.sigma < math.inf:
+            raise ValueError(f"sigma: got {self.sigma}; give a width in pixels, 0 for no smoothing")
+        if self.fill != IMAGE_MEAN:
+            check_fill("fill", self.fill, self.mean)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (Column("IROF"),)
+
+    def column_options(self, column: Column) -> dict[str, Any]:
+        slic = {name: getattr(self, name) for name in ("n_segments", "compactness", "sigma")}
+        return {**slic, **fill_options(self.fill, self.mean)}
+
+    def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
+        regions: list[Tensor] = []
+        if not is_constant(sample.raw):
+            labels = superpixels(sample.image, self.n_segments, self.compactness, self.sigma)
+            regions = rank_regions(labels, sample.raw)
+        if len(regions) < 2:
+            return lambda scores: {Column("IROF"): math.nan}
+        kind, mean = self.fill, self.mean
+        if kind == IMAGE_MEAN:
+            kind, mean = "mean", tuple(sample.image.double().mean((1, 2)).tolist())
+        images = removals(sample.image, regions, kind, mean=mean, seed=sample.seed)
+        for t, image in enumerate(images, start=1):
+            yield Request("IROF", image, shared=t == len(regions))
+
+        def finish(scores: Mapping[str, Tensor]) -> dict[Column, float]:
+            return {Column("IROF"): float(irof_values(with_clean(sample.score, scores["IROF"])))}
+
+        return finish
+
+
+class IROF(MeanMetric):
+    """Mean IROF; ``update(scores, valid=None)`` with curves (B, R + 1), the clean score first.
+
+    Images differ in R: pad no curve, update with one image at a time.
+    """
+
+    higher_is_better = True
+
+    def update(self, scores: Tensor, valid: Tensor | None = None) -> None:
+        self._add(irof_values(scores), valid)
+
+
+def superpixels(
+    image: Tensor, n_segments: int = 100, compactness: float = 10.0, sigma: float = 0.0
+) -> Tensor:
+    """SLIC labels 0..R-1 (H, W) int32 of an image (3, H, W) in [0, 1], on CPU.
+
+    The last images' labels are kept, by a hash of the pixels: one segmentation serves all methods.
+    """
+    from skimage.segmentation import slic
+
+    pixels = image.detach().double().permute(1, 2, 0).contiguous().cpu().numpy()
+    digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
+    key = (digest, pixels.shape, n_segments, compactness, sigma)
+    if key in _segments:
+        _segments.move_to_end(key)
+        return _segments[key]
+    found = slic(pixels, n_segments, compactness, sigma=sigma, start_label=0, channel_axis=-1)
+    labels = torch.from_numpy(found).unique(return_inverse=True)[1].int()
+    _segments[key] = labels
+    if len(_segments) > _KEPT:
+        _segments.popitem(last=False)
+    return labels

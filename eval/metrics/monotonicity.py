@@ -1,0 +1,109 @@
+"""Monotonicity correlation: do features of larger attribution change the score more under noise?
+
+    rho = Spearman_i(sum_{u in i} |phi(u)|, e_i),    e_i = mean_k (f(x) - f(x_i^k))^2
+
+x_i^k is x with the k-th draw of uniform noise in place of patch i, all other pixels kept: e_i
+estimates E[(f(x) - f(X_i))^2 | x_{-i}] (Nguyen and Martinez 2020, arXiv 2007.07584).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.metrics.curves import check_count, is_constant
+from xattn.eval.metrics.flipping import grid, region_sums
+
+
+def monotonicity_values(attributions: Tensor, effects: Tensor) -> Tensor:
+    """Spearman correlation of attributions and effects, both (B, R) -> (B,) float64 in [-1, 1].
+
+    Higher is better. Ties share their mean rank; NaN where either side is constant or not finite.
+
+    Raises:
+        ValueError: not two tensors (B, R) of one shape.
+    """
+    if attributions.ndim != 2 or attributions.shape != effects.shape:
+        raise ValueError(
+            f"attributions, effects: got {tuple(attributions.shape)} and {tuple(effects.shape)}; "
+            f"give two of (B, R)"
+        )
+    rows = [_spearman(a, e) for a, e in zip(attributions, effects, strict=True)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _spearman(a: Tensor, b: Tensor) -> float:
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return math.nan
+    x, y = (_mean_ranks(v) - (len(v) + 1) / 2 for v in (a, b))
+    norm = float((x @ x).sqrt() * (y @ y).sqrt())
+    return min(1.0, max(-1.0, float(x @ y) / norm)) if norm else math.nan
+
+
+def _mean_ranks(values: Tensor) -> Tensor:
+    """(R,) -> ranks 1..R float64, equal values sharing the mean of theirs."""
+    _, group, size = values.unique(return_inverse=True, return_counts=True)
+    return (size.cumsum(0) - (size - 1) / 2).double()[group]
+
+
+@dataclass(frozen=True)
+class MonotonicityProbe(Probe):
+    """Monotonicity correlation on the squares of a grid, ``samples`` forward passes a square.
+
+    The noise depends on the image alone, so all methods score the same perturbed images. NaN for
+    maps and scores that are the same everywhere. Quantus 0.6 divides e_i by f(x)^2, which moves no
+    rank, but groups values by rank instead of by place and gives a group a single level of noise:
+    other features, other numbers.
+
+    Args:
+        patch: side of a square in pixels (32: 49 squares at 224), smaller at the right and lower
+            border where it does not divide the size.
+        samples: draws of noise a square.
+    """
+
+    patch: int = 32
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("patch", self.patch)
+        check_count("samples", self.samples)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (Column("monotonicity"),)
+
+    def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
+        if is_constant(sample.raw.abs()):
+            return lambda scores: {Column("monotonicity"): math.nan}
+        image = sample.image
+        height, width = image.shape[-2:]
+        labels = grid(height, width, self.patch)
+        attributions, _ = region_sums(labels, sample.raw.abs())
+        squares = labels.to(image.device)
+        generator = torch.Generator().manual_seed(sample.seed)
+        for _ in range(self.samples):
+            noise = torch.rand(image.shape, generator=generator).to(image.device)
+            for i in range(len(attributions)):
+                yield Request("monotonicity", torch.where(squares == i, noise, image))
+
+        def finish(scores: Mapping[str, Tensor]) -> dict[Column, float]:
+            changes = scores["monotonicity"].double() - sample.score
+            effects = changes.view(self.samples, -1).square().mean(0)
+            value = monotonicity_values(attributions[None], effects[None].to(attributions.device))
+            return {Column("monotonicity"): float(value)}
+
+        return finish
+
+
+class MonotonicityCorrelation(MeanMetric):
+    """Mean monotonicity; ``update(attributions, effects, valid=None)`` with (B, R) each."""
+
+    higher_is_better = True
+
+    def update(self, attributions: Tensor, effects: Tensor, valid: Tensor | None = None) -> None:
+        self._add(monotonicity_values(attributions, effects), valid)

@@ -1,0 +1,193 @@
+"""What holds of every metric: bounds, one image at a time, order of the batch, seeds, odd maps."""
+
+import math
+
+import eval_fakes as fakes
+import numpy as np
+import pytest
+import torch
+from eval_fakes import FakeBackbone
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xattn.eval import METRICS, PROBES, Protocol, create_probe, evaluate, measure
+from xattn.eval.annotations import Annotation
+from xattn.eval.metrics.base import Column
+from xattn.eval.presets import PRESETS, preset
+
+NAMES = sorted(PROBES)
+MEAN = (0.5, 0.4, 0.3)
+SMALL = {
+    "insertion-deletion": {"steps": 6},
+    "pixel-flipping": {"patch": 5},
+    "irof": {"n_segments": 8},
+    "monotonicity": {"patch": 6},
+    "infidelity": {"samples": 5},
+    "sensitivity": {"samples": 3},
+}
+RANKING = ("insertion-deletion", "irof", "pixel-flipping")
+
+
+def probe_of(name):
+    return create_probe(name, mean=MEAN, **SMALL.get(name, {}))
+
+
+def object_at(size, target):
+    mask = torch.zeros(1, *size, dtype=torch.bool)
+    mask[:, 4:12, 5:14] = True
+    return Annotation({target: mask})
+
+
+def again(images, targets):
+    return fakes.brightness(images, targets)
+
+
+def values_of(name, images, maps, **options):
+    """Each column's values; metrics that explain again ask ``fakes.brightness``."""
+    notes = [object_at(images.shape[-2:], 1) for _ in images]
+    return measure(
+        probe_of(name),
+        FakeBackbone().logits,
+        images,
+        maps,
+        1,
+        max_forward_batch=4,
+        explain=again,
+        annotations=notes,
+        **options,
+    )
+
+
+def drawn(seed, n=3):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(n, 3, 18, 20, generator=generator)
+    return images, torch.rand(n, 1, 5, 6, generator=generator)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_column_is_described(name):
+    for column in probe_of(name).columns:
+        assert column.metric in METRICS
+        assert Protocol().metric_id(*column, probe_of(name).column_options(column))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=5, deadline=None)
+def test_values_lie_within_their_bounds(name, seed):
+    images, maps = drawn(seed, 2)
+    for column, values in values_of(name, images, maps).items():
+        info = METRICS[column.metric]
+        good = values[~values.isnan()]
+        assert bool((good >= info.low - 1e-9).all() and (good <= info.high + 1e-9).all()), column
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_equals_a_loop_and_a_permutation_permutes(name):
+    images, maps = drawn(3)
+    whole = values_of(name, images, maps, seed=4)
+    if name in ("infidelity", "monotonicity", "road", "sensitivity"):
+        order = [0, 1, 2]  # their noise belongs to an image's place
+    else:
+        order = [2, 0, 1]
+    turned = values_of(name, images[order], maps[order], seed=4)
+    for column, values in whole.items():
+        torch.testing.assert_close(turned[column], values[order], rtol=1e-6, atol=0, equal_nan=True)
+    first = values_of(name, images[:1], maps[:1], seed=4)
+    for column, values in first.items():
+        torch.testing.assert_close(values, whole[column][:1], rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_runs_agree_bit_for_bit_whatever_the_global_generators(name):
+    images, maps = drawn(5, 1)
+    torch.manual_seed(1)
+    first = values_of(name, images, maps)
+    torch.manual_seed(2)
+    np.random.seed(3)
+    for column, values in values_of(name, images, maps).items():
+        assert torch.equal(values.nan_to_num(), first[column].nan_to_num())
+
+
+@pytest.mark.parametrize("name", RANKING)
+def test_ranking_metrics_ignore_monotone_rescaling(name):
+    images, maps = drawn(6)
+    grey = torch.nn.functional.interpolate(maps, (18, 20), mode="nearest")
+    plain = values_of(name, images, grey)
+    squashed = values_of(name, images, 3 * grey**3 + 1) if name != "irof" else plain
+    for column, values in plain.items():
+        if name == "insertion-deletion":
+            torch.testing.assert_close(squashed[column], values, rtol=1e-6, atol=0)
+    affine = values_of(name, images, 2 * grey + 1)
+    for column, values in plain.items():
+        torch.testing.assert_close(affine[column], values, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shade", [0.0, 1.0])
+def test_a_constant_mask_does_not_break_a_metric(name, shade):
+    images, _ = drawn(7, 1)
+    found = values_of(name, images, torch.full((1, 1, 5, 6), shade), is_mask=True)
+    for column, values in found.items():
+        info = METRICS[column.metric]
+        value = float(values)
+        assert math.isnan(value) or info.low - 1e-9 <= value <= info.high + 1e-9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_constant_and_non_finite_maps_are_invalid(name):
+    images, maps = drawn(8)
+    maps[0], maps[1, 0, 2, 2] = 3.0, torch.nan
+    for values in values_of(name, images, maps).values():
+        assert values[:2].isnan().all()
+
+
+def test_all_metrics_run_together_in_the_engine_as_alone():
+    direct = [probe_of(name) for name in NAMES if not probe_of(name).needs_annotation]
+    x = fakes.images(5)
+    options = {"max_forward_batch": 4, "progress": False}
+    rows = {"bright": fakes.Maps(fakes.brightness), "ones": fakes.ones()}
+    together = evaluate(FakeBackbone(), rows, x, metrics=direct, **options)
+    for probe in direct:
+        alone = evaluate(FakeBackbone(), rows, x, metrics=[probe], **options)
+        for column in probe.columns:
+            for name in rows:
+                a, b = (r.methods[name].values[column] for r in (alone, together))
+                assert np.array_equal(a, b, equal_nan=True), column
+
+
+def test_ids_tell_options_apart():
+    base = Protocol()
+    one, two = (create_probe("insertion-deletion", mean=MEAN, steps=n) for n in (28, 56))
+    column = Column("deletion")
+    ids = {base.metric_id(*column, p.column_options(column)) for p in (one, two)}
+    assert len(ids) == 2
+
+
+# ---------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_runs_and_has_ids_of_its_own(name):
+    protocol, probes = preset(name, MEAN)
+    if name == "rise":
+        probes = [create_probe("insertion-deletion", mean=MEAN, step=20)]
+    rows = {"bright": fakes.Maps(fakes.brightness)}
+    options = {"max_forward_batch": 4, "progress": False}
+    results = evaluate(
+        FakeBackbone(), rows, fakes.images(2), protocol=protocol, metrics=probes, **options
+    )
+    assert all(np.isfinite(row.mean) for row in results.rows())
+    others = {
+        row.protocol_id
+        for row in evaluate(FakeBackbone(), rows, fakes.images(2), **options).rows()
+        if row.metric in ("IC", "drop")
+    }
+    assert name == "opti-cam" or not others & {row.protocol_id for row in results.rows()}
+
+
+def test_presets_that_need_the_mean_colour_say_so():
+    with pytest.raises(ValueError, match="mean: None; preset 'rise'"):
+        preset("rise")
+    with pytest.raises(ValueError, match="did you mean ttame"):
+        preset("t-tame")
