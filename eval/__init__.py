@@ -19,6 +19,12 @@ _EXPORTS = {
     "is_baseline": "results",
     "Protocol": "protocol",
     "METRICS": "protocol",
+    "Annotation": "annotations",
+    "Annotations": "annotations",
+    "load_annotations": "annotations",
+    "preset": "presets",
+    "Comparison": "compare",
+    "compare": "compare",
     "Column": "metrics.base",
     "Probe": "metrics.base",
     "Request": "metrics.base",
@@ -52,10 +58,13 @@ _EXPORTS = {
 __all__ = [
     "METRICS",
     "PROBES",
+    "Annotation",
+    "Annotations",
     "AverageDrop",
     "AverageDropInDeletion",
     "AverageGain",
     "Column",
+    "Comparison",
     "Difference",
     "ImageRecord",
     "IncreaseInConfidence",
@@ -71,14 +80,17 @@ __all__ = [
     "average_drop",
     "average_drop_in_deletion",
     "average_gain",
+    "compare",
     "create_probe",
     "evaluate",
     "format_table",
     "increase_in_confidence",
     "is_baseline",
+    "load_annotations",
     "mean_interval",
     "measure",
     "paired_difference",
+    "preset",
     "randomized_backbone",
     "randomized_explainer",
     "read_json",
@@ -90,7 +102,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from xattn.eval.annotations import Annotation, Annotations, load_annotations
     from xattn.eval.bootstrap import mean_interval, paired_difference
+    from xattn.eval.compare import Comparison, compare
     from xattn.eval.engine import evaluate
     from xattn.eval.functional import (
         average_drop,
@@ -110,6 +124,7 @@ if TYPE_CHECKING:
     )
     from xattn.eval.metrics.measure import measure
     from xattn.eval.metrics.registry import PROBES, create_probe
+    from xattn.eval.presets import preset
     from xattn.eval.protocol import METRICS, Protocol
     from xattn.eval.report import format_table, read_json, write_csv, write_json
     from xattn.eval.results import (

@@ -6,7 +6,9 @@ invalid image: it stays in the resampling and drops out of the mean, as it does 
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -87,13 +89,27 @@ def _resampled_means(matrix: NDArray[np.float64], count: int, seed: int) -> NDAr
     n = len(matrix)
     valid = ~np.isnan(matrix)
     stacked = np.concatenate([np.where(valid, matrix, 0.0), valid.astype(np.float64)], axis=1)
-    rng = np.random.default_rng(seed)
+    parts = [times @ stacked for times in _draws(n, count, seed)]
+    sums, weights = np.split(np.concatenate(parts), 2, axis=1)
+    return np.where(weights > 0, sums / np.maximum(weights, 1), np.nan)
+
+
+def _draws(n: int, count: int, seed: int) -> Iterable[NDArray[np.float64]]:
+    """How often each of n images is drawn, (rows, n) a block, ``count`` rows in all."""
     block = max(1, _BLOCK_ELEMENTS // n)
-    parts = []
+    # A table of many cells asks for the same draws again and again.
+    return [_all_draws(n, count, seed)] if count <= block else _blocks(n, count, seed, block)
+
+
+@functools.lru_cache(maxsize=2)
+def _all_draws(n: int, count: int, seed: int) -> NDArray[np.float64]:
+    return next(iter(_blocks(n, count, seed, count)))
+
+
+def _blocks(n: int, count: int, seed: int, block: int) -> Iterator[NDArray[np.float64]]:
+    rng = np.random.default_rng(seed)
     for start in range(0, count, block):
         rows = min(block, count - start)
         drawn = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
         times = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
-        parts.append(times.astype(np.float64) @ stacked)
-    sums, weights = np.split(np.concatenate(parts), 2, axis=1)
-    return np.where(weights > 0, sums / np.maximum(weights, 1), np.nan)
+        yield times.astype(np.float64)

@@ -12,13 +12,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from xattn.distributed import processes
-from xattn.eval import bootstrap
 from xattn.eval.annotations import load_annotations
 from xattn.eval.engine import create_probes, evaluate
 from xattn.eval.metrics.base import Column
@@ -26,8 +26,8 @@ from xattn.eval.metrics.registry import DIRECT
 from xattn.eval.plan import plan
 from xattn.eval.protocol import METRICS, Protocol
 from xattn.eval.report import format_table, to_dict
-from xattn.eval.results import Results, is_baseline
-from xattn.eval.sanity import sanity_rows
+from xattn.eval.results import Results, Row, is_baseline
+from xattn.eval.sanity import Cascade, sanity_rows
 from xattn.eval.stream import ImageStream
 from xattn.explainers import create_explainer, list_explainers
 from xattn.files import atomic_file
@@ -76,7 +76,8 @@ def compare(
         ValueError: an unknown name or option, no image, or a state of another run.
         OSError: files that cannot be read or written.
     """
-    methods, options, refused = _methods(job)
+    output.mkdir(parents=True, exist_ok=True)
+    methods, made, refused = _methods(job)
     for name, reason in refused.items():
         say(f"left out {name}: {reason}")
     protocol = Protocol(precision=job.precision, seed=job.seed, view=job.view)
@@ -85,7 +86,7 @@ def compare(
     annotations = None
     if job.annotations is not None:
         annotations = load_annotations(job.annotations, job.backbone)
-    randomized = _randomized(job, methods, options) if "randomization" in _groups(job) else {}
+    randomized = _randomized(job, made) if "randomization" in _groups(job) else {}
     ranks, rank = processes(job.backbone.device)
     stream = ImageStream(images, job.backbone.preprocessing, job.view, job.max_pixels, limit)
     first = next((block for block in stream.blocks(1) if block), None)
@@ -118,7 +119,8 @@ def compare(
     )
     if rank > 0:
         return results, []
-    return results, write_report(results, output, _paths(images))
+    photos = _paths(images)
+    return results, write_report(results, output, photos, job.backbone.preprocessing)
 
 
 def _paths(images: Any) -> dict[str, Path]:
@@ -173,6 +175,15 @@ def _methods(
     return {**methods, **{k: v for k, v in sanity.items() if k not in methods}}, made, refused
 
 
+def _randomized(
+    job: Comparison, made: Mapping[str, tuple[str, Any, dict[str, Any]]]
+) -> dict[str, Callable[[int, Any, Any], Any]]:
+    """Each method on networks whose weights are randomised from the classifier down."""
+    cascade = Cascade(job.backbone, seed=job.seed, max_forward_batch=job.max_forward_batch)
+    rows = {**made, "random": ("random", None, {}), "centre": ("centre", None, {})}
+    return {label: cascade.method(name, head, **own) for label, (name, head, own) in rows.items()}
+
+
 def _options(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """``["rise.masks=1000"]`` -> ``{"rise": {"masks": 1000}}``."""
     found: dict[str, dict[str, Any]] = {}
@@ -208,51 +219,69 @@ class Standing(NamedTuple):
 
 
 def standings(results: Results) -> list[Standing]:
-    """Every method against the best of its column; sanity rows and masks cannot be best."""
+    """Every method against the best of its column.
+
+    Sanity rows and masks cannot be best, nor can a method that was measured on less than half of
+    the images that another was measured on.
+    """
     rows = {(r.method, Column(r.metric, r.level)): r for r in results.rows()}
-    found = []
+    best = {column: _best(results, rows, column) for column in results.columns}
+    differences: dict[tuple[str, Column], Any] = {}
+    for name in results.methods:
+        for rival in dict.fromkeys(best.values()):
+            columns = [c for c in results.columns if best[c] == rival]
+            if rival is not None and rival != name:
+                found = results.compare(name, rival, columns)
+                differences.update({(name, Column(d.metric, d.level)): d for d in found})
+    table = []
     for column in results.columns:
-        sign = 1 if METRICS[column.metric].higher_is_better else -1
-        rivals = [
-            name
-            for name, method in results.methods.items()
-            if not is_baseline(name) and not method.is_mask and rows[name, column].n
-        ]
-        best = max(rivals, key=lambda name: sign * rows[name, column].mean, default=None)
         for name in results.methods:
-            row = rows[name, column]
-            diff = bootstrap.Interval(float("nan"), float("nan"), float("nan"), 0)
-            if best is not None and name != best:
-                (d,) = results.compare(name, best, [column])
-                diff = bootstrap.Interval(d.diff, d.lo, d.hi, d.n)
-            level = name == best or (diff.n > 0 and diff.lo <= 0 <= diff.hi)
-            found.append(
+            row, d = rows[name, column], differences.get((name, column))
+            diff = (math.nan,) * 3 if d is None else (d.diff, d.lo, d.hi)
+            level = name == best[column] or (d is not None and d.n > 0 and d.lo <= 0 <= d.hi)
+            table.append(
                 Standing(
-                    name,
-                    column,
-                    row.mean,
-                    row.lo,
-                    row.hi,
-                    row.n,
-                    row.n_invalid,
-                    name == best,
-                    diff.mean,
-                    diff.lo,
-                    diff.hi,
-                    level,
+                    method=name,
+                    column=column,
+                    mean=row.mean,
+                    lo=row.lo,
+                    hi=row.hi,
+                    n=row.n,
+                    n_invalid=row.n_invalid,
+                    best=name == best[column],
+                    diff=diff[0],
+                    diff_lo=diff[1],
+                    diff_hi=diff[2],
+                    level_with_best=level,
                 )
             )
-    return found
+    return table
+
+
+def _best(results: Results, rows: Mapping[tuple[str, Column], Row], column: Column) -> str | None:
+    sign = 1 if METRICS[column.metric].higher_is_better else -1
+    rivals = [
+        name
+        for name, method in results.methods.items()
+        if not is_baseline(name) and not method.is_mask and rows[name, column].n
+    ]
+    most = max((rows[name, column].n for name in rivals), default=0)
+    rivals = [name for name in rivals if 2 * rows[name, column].n >= most]
+    return max(rivals, key=lambda name: sign * rows[name, column].mean, default=None)
 
 
 def write_report(
-    results: Results, folder: Path, photos: Mapping[str, Path] | None = None
+    results: Results,
+    folder: Path,
+    photos: Mapping[str, Path] | None = None,
+    preprocessing: Any = None,
 ) -> list[Path]:
     """Write the leaderboard as Markdown, CSV, JSON and HTML; returns the files.
 
     Args:
         photos: by image id, for the page's pictures of best and worst cases; their maps come from
             ``state.sqlite`` in ``folder``.
+        preprocessing: the backbone's, to show the photos as it sees them.
 
     Raises:
         OSError: a file cannot be written; earlier files are intact.
@@ -265,17 +294,21 @@ def write_report(
     texts = {
         "leaderboard.md": markdown(results, table),
         "leaderboard.csv": _csv(_standing_lines(results, table)),
-        "leaderboard.json": _json({**to_dict(results), "standings": _plain(table)}),
+        "leaderboard.json": _json({**to_dict(results), "cost": {}, "standings": _plain(table)}),
         "images.csv": _csv(image_lines(results)),
         "report.html": html_page(
-            results, table, state=state if state.exists() else None, photos=photos or {}
+            results,
+            table,
+            state=state if state.exists() else None,
+            photos=photos or {},
+            preprocessing=preprocessing,
         ),
         "seconds.js": seconds_script(results),
     }
     paths = []
     for name, text in texts.items():
         with atomic_file(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8", newline="")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
         paths.append(folder / name)
     return paths
 

@@ -115,6 +115,7 @@ def evaluate(
     ranks, rank = processes(backbone.device)
     scorer = MaskedScorer(backbone, max_forward_batch, protocol.score, protocol.precision)
     facts = _facts(backbone, explainers, protocol, probes, scorer, again_limit)
+    facts["annotations"] = None if annotations is None else annotations.fingerprint
     path = None if state is None else Path(state)
     store = Store(path, facts, rank)
     run = _Run(
@@ -228,8 +229,8 @@ class _Run:
             targets = targets[[i for i, item in enumerate(chunk) if item.position in kept]]
         images = torch.stack([item.image for item in left]).to(self.backbone.device)
         scores, classes = self.scorer.clean(images, targets)
-        self._record(left, scores, classes)
         notes = [self._annotation(item) for item in left]
+        self._record(left, scores, classes, [n if isinstance(n, str) else None for n in notes])
         for name in self.explainers:
             rows = [i for i, x in enumerate(left) if name not in finished.get(x.position, set())]
             single = bool(getattr(self.explainers[name], "perturbs", False))
@@ -241,19 +242,26 @@ class _Run:
     def _left(self, item: Item, finished: Mapping[int, set[str]]) -> int:
         return len(set(self.explainers) - finished.get(item.position, set()))
 
-    def _record(self, items: list[Item], scores: Tensor, classes: Tensor) -> None:
+    def _record(
+        self, items: list[Item], scores: Tensor, classes: Tensor, notes: list[str | None]
+    ) -> None:
         names = self.backbone.class_names
         rows = []
-        for item, value, target in zip(items, scores.tolist(), classes.tolist(), strict=True):
+        each = zip(items, scores.tolist(), classes.tolist(), notes, strict=True)
+        for item, value, target, note in each:
             if not math.isfinite(value):
                 raise ValueError(f"backbone: its logits for {item.id} are not finite")
-            rows.append(ImageRow(item.position, item.id, target, names[target], value))
+            rows.append(ImageRow(item.position, item.id, target, names[target], value, None, note))
         self.store.add_images(rows)
 
-    def _annotation(self, item: Item) -> Annotation | None:
+    def _annotation(self, item: Item) -> Annotation | str | None:
+        """Where objects are, None where nobody asks, or why that cannot be said."""
         if self.annotations is None or item.source is None or item.view is None:
             return None
-        return self.annotations.of(item.source, item.view)
+        try:
+            return self.annotations.of(item.source, item.view)
+        except (ValueError, OSError) as error:
+            return " ".join(str(error).split())
 
     def _explain(
         self,
@@ -263,7 +271,7 @@ class _Run:
         images: Tensor,
         scores: Tensor,
         classes: Tensor,
-        notes: list[Annotation | None],
+        notes: list[Annotation | str | None],
     ) -> None:
         """Maps of one method on some images of a chunk, and the requests of all probes on them."""
         started = time.perf_counter()
@@ -272,6 +280,7 @@ class _Run:
         is_mask = bool(getattr(self.explainers[name], "is_mask", False))
         size = images.shape[-2:]
         for j, i in enumerate(rows):
+            note = notes[i]
             grey = raw = images.new_zeros(1, *size)
             if reasons[j] is None:
                 one = maps[j][None].detach().to(images.device)
@@ -297,7 +306,7 @@ class _Run:
                 is_mask=is_mask,
                 explain=self._again(name, int(classes[i])),
                 explain_randomized=self._randomized(name, int(classes[i])),
-                annotation=notes[i],
+                annotation=None if isinstance(note, str) else note,
             )
             self._request(name, items[i].position, sample, reasons[j], seconds)
         self._collect()
@@ -306,7 +315,7 @@ class _Run:
         self, name: str, position: int, sample: Sample, reason: str | None, seconds: float
     ) -> None:
         measured: dict[str, float] = {}
-        finishes = []
+        finishes, failed = [], []
         before = self.scorer.requested
         for probe in self.probes:
             if not self._applies(probe, name, position, sample):
@@ -315,12 +324,21 @@ class _Run:
             if reason is not None:
                 continue
             tickets: dict[str, list[Ticket]] = {}
-            finish = submit_all(probe.measure(sample), self.scorer, sample.target, tickets)
+            try:
+                finish = submit_all(probe.measure(sample), self.scorer, sample.target, tickets)
+            except MemoryError:
+                raise
+            except Exception as error:
+                if not probe.explains_again:
+                    raise
+                failed.append(f"{probe.columns[0].metric}: {_reason(error)}")
+                continue
             finishes.append((finish, tickets))
         tied = int(reason is None and self._tied(sample.grey))
         requests = self.scorer.requested - before
         small = None if reason is not None else _png(sample.grey)
-        row = ResultRow(position, name, reason, tied, requests, seconds, measured, {}, small)
+        why = "; ".join(failed) or None
+        row = ResultRow(position, name, reason, tied, requests, seconds, measured, {}, small, why)
         self._pending.append(_Pending(row, finishes))
 
     def _applies(self, probe: Probe, name: str, position: int, sample: Sample) -> bool:
@@ -440,8 +458,8 @@ def _reason(error: Exception) -> str:
 
 def _png(grey: Tensor) -> bytes:
     """(1, H, W) in [0, 1] -> an 8-bit grey PNG of at most 56 pixels a side."""
-    sides = [min(side, 56) for side in grey.shape[-2:]]
-    small = torch.nn.functional.adaptive_avg_pool2d(grey[None].float(), sides)[0, 0]
+    height, width = (min(side, 56) for side in grey.shape[-2:])
+    small = torch.nn.functional.adaptive_avg_pool2d(grey[None].float(), (height, width))[0, 0]
     stream = io.BytesIO()
     pixels = (small * 255).round().to(torch.uint8).cpu().numpy()
     Image.fromarray(pixels).save(stream, "PNG")

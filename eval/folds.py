@@ -53,6 +53,7 @@ def merge(parts: Sequence[Results]) -> Results:
             requests=sum(m.requests for m in same),
             seconds=sum(m.seconds for m in same),
             reasons=_shifted([m.reasons for m in same], [len(m.valid) for m in same]),
+            failed=_shifted([m.failed for m in same], [len(m.valid) for m in same]),
             measured={c: np.concatenate([m.measured[c] for m in same]) for c in method.measured},
             valid=np.concatenate([m.valid for m in same]),
             scores={k: np.concatenate([m.scores[k] for m in same]) for k in method.scores},
@@ -69,6 +70,7 @@ def merge(parts: Sequence[Results]) -> Results:
         cost={k: sum(p.cost[k] for p in parts) for k in first.cost if k != "max_forward_batch"},
         n_resamples=first.n_resamples,
         options=first.options,
+        notes={k: v for p in parts for k, v in p.notes.items()},
     )
 
 

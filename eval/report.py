@@ -125,6 +125,7 @@ def to_dict(results: Results) -> dict[str, Any]:
         "options": results.options,
         "summary": [{k: _plain(v) for k, v in row._asdict().items()} for row in results.rows()],
         "warnings": results.warnings(),
+        "notes": results.notes,
         "skipped": [s._asdict() for s in results.skipped],
         "images": [image._asdict() for image in results.images],
         "methods": {name: _method_dict(method) for name, method in results.methods.items()},
@@ -146,6 +147,7 @@ def from_dict(data: dict[str, Any]) -> Results:
             tied=record["tied"],
             requests=record["requests"],
             reasons={int(i): reason for i, reason in record["reasons"].items()},
+            failed={int(i): reason for i, reason in record["failed"].items()},
             measured={
                 Column(v["metric"], v["level"]): np.array(v["measured"], dtype=bool)
                 for v in record["values"]
@@ -164,6 +166,7 @@ def from_dict(data: dict[str, Any]) -> Results:
         cost=data["cost"],
         n_resamples=data["n_resamples"],
         options=data["options"],
+        notes=data["notes"],
     )
 
 
@@ -202,6 +205,7 @@ def _method_dict(method: MethodResult) -> dict[str, Any]:
         "is_mask": method.is_mask,
         "valid": method.valid.tolist(),
         "reasons": {str(i): reason for i, reason in method.reasons.items()},
+        "failed": {str(i): reason for i, reason in method.failed.items()},
         "tied": method.tied,
         "requests": method.requests,
         "scores": {key: _list(values) for key, values in method.scores.items()},

@@ -74,6 +74,7 @@ class MethodResult:
         values: (n,) by column; NaN where undefined or not measured.
         measured: (n,) by column: whether it was to be measured on this image; all, where missing.
         reasons: why a map is invalid, by image.
+        failed: which metrics that explain again raised, and why, by image.
         tied: maps of which ties at the threshold keep more pixels than a level says, as a saturated
             map does.
         requests: perturbed images that all metrics asked for.
@@ -87,6 +88,7 @@ class MethodResult:
     values: dict[Column, NDArray[np.float64]]
     measured: dict[Column, NDArray[np.bool_]] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
     tied: int = 0
     requests: int = 0
     seconds: float = 0.0
@@ -103,7 +105,8 @@ class Results:
 
     ``protocol.n`` counts images and ``protocol.n_invalid`` the invalid maps of all methods;
     ``skipped`` lists unreadable images; ``cost`` counts forward passes of the run that measured;
-    ``options`` are the metrics' own, by column key.
+    ``options`` are the metrics' own, by column key; ``notes`` say of which images the annotation
+    cannot be used, by id.
     """
 
     protocol: Protocol
@@ -114,6 +117,7 @@ class Results:
     cost: dict[str, int] = field(default_factory=dict)
     n_resamples: int = bootstrap.N_RESAMPLES
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[Column]:
@@ -203,10 +207,16 @@ class Results:
             if invalid:
                 why = "; ".join(dict.fromkeys(method.reasons.values())) or "constant or non-finite"
                 lines.append(f"{name}: {invalid} invalid maps, left out of its means ({why})")
+            if method.failed:
+                why = "; ".join(list(dict.fromkeys(method.failed.values()))[:3])
+                lines.append(f"{name}: metrics failed on {len(method.failed)} images ({why})")
             if method.tied and not method.is_mask and not is_baseline(name):
                 lines.append(
                     f"{name}: ties keep more pixels than the level says on {method.tied} images"
                 )
+        if self.notes:
+            shown = "; ".join(list(dict.fromkeys(self.notes.values()))[:3])
+            lines.append(f"{len(self.notes)} images without usable annotation: {shown}")
         if self.skipped:
             shown = ", ".join(s.id for s in self.skipped[:5])
             more = ", ..." if len(self.skipped) > 5 else ""
@@ -267,6 +277,7 @@ def collect(
         backbone={"name": backbone.name, "sha256": backbone.fingerprint},
         cost=cost,
         options={c.key: probe.column_options(c) for probe in probes for c in probe.columns},
+        notes={row.id: row.note for row in scored if row.note is not None},
     )
 
 
@@ -288,6 +299,8 @@ def _method(
         method.valid[i] = row.reason is None
         if row.reason is not None:
             method.reasons[i] = row.reason
+        if row.failed is not None:
+            method.failed[i] = row.failed
         method.tied += row.tied
         method.requests += row.requests
         method.seconds += row.seconds

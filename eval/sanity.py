@@ -8,7 +8,9 @@ scored by the real network. A method that does not beat them explains the metric
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,3 +76,176 @@ def sanity_rows(
     }
     rows[f"randomized_{method}"] = randomized_explainer(method, backbone, head=head, seed=seed)
     return rows
+
+
+# ---------------------------------------------------------------- cascading randomisation
+
+
+class _Block(NamedTuple):
+    """A part of the network that is randomised as a whole; ``layers`` modules with parameters."""
+
+    name: str
+    layers: int
+    tensors: list[Tensor]
+
+
+def cascade(backbone: Any, stages: int = 5, seed: int = 0) -> list[tuple[str, Any]]:
+    """Twins of a backbone, randomised from the top: (lowest random block, twin), one a stage.
+
+    The first twin has a random classifier; each further one takes in the blocks below, down to the
+    stem, in groups of about equally many layers; the last is :func:`randomized_backbone`, weight for
+    weight. Blocks are the modules of ``backbone.model`` in the order of their registration, which
+    is that of the pass in timm's networks: the elements of its sequences, or what these consist of
+    where one holds more than its share.
+
+    All tensors are shared, with ``backbone`` or among the twins: whatever the number of stages, the
+    cascade holds one further set of weights.
+
+    Raises:
+        ValueError: fewer than 2 stages, or more than the network has layers.
+    """
+    if not isinstance(stages, int) or stages < 2:
+        raise ValueError(
+            f"stages: got {stages!r}; give at least 2, the classifier and what is below"
+        )
+    groups = _groups(backbone, stages)
+    random = randomized_backbone(backbone, seed)
+    swap = dict(zip(map(id, _tensors(backbone)), _tensors(random), strict=True))
+    memo = {id(t): t for t in _tensors(backbone)}
+    twins = []
+    for blocks in groups:
+        memo.update({id(t): swap[id(t)] for block in blocks for t in block.tensors})
+        # A copy of its own, for the modules of this twin are not those of the next.
+        twin = copy.deepcopy(backbone, dict(memo))
+        if hasattr(twin, "_fingerprint"):
+            twin._fingerprint = None
+        twins.append((blocks[-1].name, twin))
+    return twins
+
+
+class Cascade:
+    """Methods on the twins of one backbone, for :func:`xattn.eval.evaluate`'s ``randomized``.
+
+        cascade = Cascade(backbone)
+        randomized = {"gradcam": cascade.method("gradcam"), "mine": cascade.method("head", head)}
+
+    Twins are made at the first use and serve all methods. Explainers of the latest ``stages`` uses
+    are kept, so that the images of one method find theirs.
+
+    Args:
+        stages, seed: see :func:`cascade`.
+        max_forward_batch: of the explainers.
+    """
+
+    def __init__(
+        self, backbone: Any, stages: int = 5, seed: int = 0, max_forward_batch: int = 32
+    ) -> None:
+        self.backbone, self.stages, self.seed = backbone, stages, seed
+        self.max_forward_batch = max_forward_batch
+        self._twins: list[tuple[str, Any]] | None = None
+        self._methods = 0
+        self._explainers: OrderedDict[tuple[int, int], Any] = OrderedDict()
+
+    @property
+    def twins(self) -> list[tuple[str, Any]]:
+        """See :func:`cascade`."""
+        if self._twins is None:
+            self._twins = cascade(self.backbone, self.stages, self.seed)
+        return self._twins
+
+    def method(
+        self, name: str, head: Any = None, **options: Any
+    ) -> Callable[[int, Tensor, Tensor | int], Tensor]:
+        """(stage, images (b, 3, H, W), targets) -> raw maps (b, 1, h, w) on the twin of that stage.
+
+        A trained ``head`` is kept as it is and reads the random network's maps. An option that is a
+        module of the backbone (Grad-CAM's ``layer``) stands for the twin's module.
+
+        Raises:
+            ValueError: where called, as by :func:`xattn.explainers.create_explainer`.
+        """
+        self._methods += 1
+        number = self._methods
+
+        def explain(stage: int, images: Tensor, targets: Tensor | int) -> Tensor:
+            key = number, stage
+            if key not in self._explainers:
+                self._explainers[key] = self._create(name, head, options, self.twins[stage][1])
+                if len(self._explainers) > self.stages:
+                    self._explainers.popitem(last=False)
+            self._explainers.move_to_end(key)
+            return self._explainers[key].attribute(images, targets)  # type: ignore[no-any-return]
+
+        return explain
+
+    def _create(self, name: str, head: Any, options: dict[str, Any], twin: Any) -> Any:
+        from xattn.explainers import create_explainer
+
+        if head is not None:
+            head = copy.copy(head)
+            head.backbone_fingerprint = twin.fingerprint
+        theirs = dict(zip(self.backbone.modules(), twin.modules(), strict=True))
+        options = {
+            key: theirs.get(value, value) if isinstance(value, nn.Module) else value
+            for key, value in options.items()
+        }
+        shared = {"seed": self.seed, "max_forward_batch": self.max_forward_batch}
+        return create_explainer(name, twin, head=head, **shared, **options)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _groups(backbone: Any, stages: int) -> list[list[_Block]]:
+    """The classifier, then ``stages - 1`` groups of blocks, each from the top down."""
+    model = backbone.model
+    tops = _classifiers(model)
+    inside = {module for top in tops for module in top.modules()}
+    layers = sum(_is_layer(m) for m in model.modules() if m not in inside)
+    if layers < stages - 1:
+        raise ValueError(
+            f"stages: got {stages}, and {backbone.name} has {layers} layers below its classifier; "
+            f"give at most {layers + 1}"
+        )
+    # No block is larger than its share, so no group is empty.
+    below = list(_blocks("", model, tops, layers // (stages - 1)))[::-1]
+    groups: list[list[_Block]] = [[] for _ in range(stages - 1)]
+    done = 0
+    for block in below:
+        middle = (2 * done + block.layers) * (stages - 1) // (2 * layers)
+        groups[min(middle, stages - 2)].append(block)  # buffers alone have no layer
+        done += block.layers
+    names = {module: name for name, module in model.named_modules()}
+    first = [_Block(names[top], 1, _tensors(top)) for top in tops]
+    return [first, *groups]
+
+
+def _classifiers(model: Any) -> list[nn.Module]:
+    """What timm calls the classifier, or else the last layer."""
+    if hasattr(model, "get_classifier"):
+        found = model.get_classifier()
+        found = list(found) if isinstance(found, tuple | list) else [found]
+        if found and all(isinstance(m, nn.Module) and _tensors(m) for m in found):
+            return found
+    return [m for m in model.modules() if _is_layer(m)][-1:]
+
+
+def _blocks(name: str, module: nn.Module, tops: list[nn.Module], share: int) -> Iterator[_Block]:
+    if module in tops:
+        return
+    layers = sum(_is_layer(m) for m in module.modules())
+    whole = layers <= share and not any(m in tops for m in module.modules())
+    if whole and not isinstance(module, nn.Sequential | nn.ModuleList):
+        if _tensors(module):
+            yield _Block(name, layers, _tensors(module))
+        return
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if own:  # such as class token and position embedding
+        yield _Block(name or "embeddings", int(_is_layer(module)), own)
+    for child, part in module.named_children():
+        yield from _blocks(f"{name}.{child}".lstrip("."), part, tops, share)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None

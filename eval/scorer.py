@@ -84,8 +84,8 @@ class MaskedScorer:
         self.requested += 1
         if not shared:
             ticket = Ticket(target)
-            slot = self._place(perturbed)  # may run what waits, and start a new list
-            self._waiting[slot].append(ticket)
+            place = self._place(perturbed)  # may run what waits, and start a new list
+            self._waiting[place].append(ticket)
             return ticket
         digest = self._digest(perturbed)
         known = self._known.get((digest, target))

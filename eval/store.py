@@ -1,11 +1,13 @@
 """The state of an evaluation: an SQLite file that a killed run goes on from, and that a user can open.
 
     meta(key, value)                              what the run is: protocol, backbone, metrics, methods
-    images(position, id, target, target_name, score, skipped)
-    results(position, method, reason, tied, requests, seconds, measured, scores, map)
+    images(position, id, target, target_name, score, skipped, note)
+    results(position, method, reason, tied, requests, seconds, measured, scores, map,
+            failed)
 
 ``measured`` is JSON {column: value or null}: null is a value that is undefined, a missing column was
-not measured. ``scores`` is JSON {key: [scores]}; ``map`` is a small grey PNG of the map. A row is
+not measured. ``scores`` is JSON {key: [scores]}; ``map`` is a small grey PNG of the map; ``failed``
+says which metrics raised, and why. A row is
 committed once its image is finished for the method. Of many processes each writes a file of its own,
 ``name.RANK.sqlite``; they are put together at the end.
 """
@@ -23,21 +25,24 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta(key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS images(
     position INTEGER PRIMARY KEY, id TEXT, target INTEGER, target_name TEXT, score REAL,
-    skipped TEXT);
+    skipped TEXT, note TEXT);
 CREATE TABLE IF NOT EXISTS results(
     position INTEGER, method TEXT, reason TEXT, tied INTEGER, requests INTEGER, seconds REAL,
-    measured TEXT, scores TEXT, map BLOB, PRIMARY KEY(position, method));
+    measured TEXT, scores TEXT, map BLOB, failed TEXT, PRIMARY KEY(position, method));
 """
-_INSERT = "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERT = "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 class ImageRow(NamedTuple):
+    """``skipped`` says why it could not be read, ``note`` why its annotation cannot be used."""
+
     position: int
     id: str
     target: int | None
     target_name: str | None
     score: float | None
     skipped: str | None = None
+    note: str | None = None
 
 
 class ResultRow(NamedTuple):
@@ -52,6 +57,7 @@ class ResultRow(NamedTuple):
     measured: dict[str, float]
     scores: dict[str, list[float]]
     map: bytes | None = None
+    failed: str | None = None
 
 
 class Store:
@@ -116,7 +122,7 @@ class Store:
     def add_images(self, rows: Sequence[ImageRow]) -> None:
         with self._own:
             self._own.executemany(
-                "INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?)", list(rows)
+                "INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?)", list(rows)
             )
 
     def add(self, row: ResultRow) -> None:
@@ -167,7 +173,7 @@ class Store:
             measured, scores = json.loads(row[6]), json.loads(row[7])
             values = {k: math.nan if v is None else v for k, v in measured.items()}
             curves = {k: [math.nan if v is None else v for v in r] for k, r in scores.items()}
-            yield ResultRow._make((*row[:6], values, curves, row[8]))
+            yield ResultRow._make((*row[:6], values, curves, *row[8:]))
 
     def close(self) -> None:
         for database in (self._own, *self._others):
@@ -177,7 +183,7 @@ class Store:
 def _packed(row: ResultRow) -> tuple[Any, ...]:
     measured = {k: None if math.isnan(v) else v for k, v in row.measured.items()}
     scores = {k: [None if math.isnan(v) else v for v in r] for k, r in row.scores.items()}
-    return (*row[:6], json.dumps(measured), json.dumps(scores), row.map)
+    return (*row[:6], json.dumps(measured), json.dumps(scores), row.map, row.failed)
 
 
 def _ranked(path: Path, rank: int) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor
 from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
 from xattn.eval.metrics.curves import check_count, is_constant
 from xattn.eval.metrics.flipping import grid, region_sums
+from xattn.eval.similarity import spearman
 
 
 def monotonicity_values(attributions: Tensor, effects: Tensor) -> Tensor:
@@ -33,22 +34,7 @@ def monotonicity_values(attributions: Tensor, effects: Tensor) -> Tensor:
             f"attributions, effects: got {tuple(attributions.shape)} and {tuple(effects.shape)}; "
             f"give two of (B, R)"
         )
-    rows = [_spearman(a, e) for a, e in zip(attributions, effects, strict=True)]
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def _spearman(a: Tensor, b: Tensor) -> float:
-    if not (a.isfinite().all() and b.isfinite().all()):
-        return math.nan
-    x, y = (_mean_ranks(v) - (len(v) + 1) / 2 for v in (a, b))
-    norm = float((x @ x).sqrt() * (y @ y).sqrt())
-    return min(1.0, max(-1.0, float(x @ y) / norm)) if norm else math.nan
-
-
-def _mean_ranks(values: Tensor) -> Tensor:
-    """(R,) -> ranks 1..R float64, equal values sharing the mean of theirs."""
-    _, group, size = values.unique(return_inverse=True, return_counts=True)
-    return (size.cumsum(0) - (size - 1) / 2).double()[group]
+    return spearman(attributions, effects)
 
 
 @dataclass(frozen=True)

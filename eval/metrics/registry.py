@@ -37,6 +37,18 @@ CLASSES: dict[str, str] = {
     "PixelFlipping": "flipping",
     "IROF": "irof",
     "MonotonicityCorrelation": "monotonicity",
+    "Gini": "complexity",
+    "Entropy": "complexity",
+    "PointingGame": "localization",
+    "EnergyPointingGame": "localization",
+    "LocalizationIoU": "localization",
+    "Coherency": "adcc",
+    "Complexity": "adcc",
+    "ADCC": "adcc",
+    "Infidelity": "infidelity",
+    "MaxSensitivity": "sensitivity",
+    "RandomizationSpearman": "randomization",
+    "RandomizationSSIM": "randomization",
 }
 DIRECT = tuple(PROBES)[:8]  # those that neither explain again nor need annotations
 

@@ -1,5 +1,6 @@
 """Explainers: anything with Captum's ``attribute(inputs, target)``, created by name."""
 
+from xattn.explainers.ablationcam import AblationCam
 from xattn.explainers.attention import AttentionExplainer
 from xattn.explainers.attn_lrp import AttnLrp
 from xattn.explainers.base import (
@@ -12,8 +13,9 @@ from xattn.explainers.base import (
 )
 from xattn.explainers.baselines import Centre, Ones, Random
 from xattn.explainers.cam import Cam
+from xattn.explainers.eigencam import EigenCam
 from xattn.explainers.generic_relevance import GenericRelevance
-from xattn.explainers.gradcam import GradCam
+from xattn.explainers.gradcam import GradCam, GradCamPlusPlus, LayerCam
 from xattn.explainers.gradients import GuidedBackprop, InputXGradient, Saliency
 from xattn.explainers.head import HeadExplainer
 from xattn.explainers.integrated_gradients import GradientShap, IntegratedGradients, SmoothGrad
@@ -25,22 +27,27 @@ from xattn.explainers.perturbation import PerturbationExplainer
 from xattn.explainers.raw_attention import ColumnMass, RawAttention
 from xattn.explainers.rise import Rise
 from xattn.explainers.rollout import Rollout
+from xattn.explainers.scorecam import ScoreCam
 
 __all__ = [
+    "AblationCam",
     "AttentionExplainer",
     "AttnLrp",
     "Cam",
     "Centre",
     "ColumnMass",
+    "EigenCam",
     "Explainer",
     "GenericRelevance",
     "GradCam",
+    "GradCamPlusPlus",
     "GradientShap",
     "GuidedBackprop",
     "HeadExplainer",
     "InputXGradient",
     "IntegratedGradients",
     "KernelShap",
+    "LayerCam",
     "Lime",
     "Lrp",
     "Occlusion",
@@ -51,6 +58,7 @@ __all__ = [
     "Rise",
     "Rollout",
     "Saliency",
+    "ScoreCam",
     "SmoothGrad",
     "create_explainer",
     "explainer_class",

@@ -46,7 +46,7 @@ class Explainer(ABC):
 
     name: ClassVar[str]
     forwards: int = 1
-    perturbs: ClassVar[bool] = False
+    perturbs: bool = False
     needs_head: ClassVar[bool] = False
     is_mask: ClassVar[bool] = False
 
@@ -151,8 +151,9 @@ class Explainer(ABC):
     def _guard(self) -> Iterator[None]:
         modules = [m for m in (self.backbone, self.head) if m is not None]
         with preserve_state(*modules), torch.inference_mode(False):
-            for module in {m for module in modules for m in module.modules()}:
-                module.training = False  # Backbone.eval leaves a model alone that a user set to train
+            # Backbone.eval leaves a model alone that a user has set to train.
+            for part in {part for module in modules for part in module.modules()}:
+                part.training = False
             yield
 
 

@@ -10,7 +10,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Callable
 from numbers import Integral
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class PerturbationExplainer(Explainer):
             colour of the backbone's preprocessing, 0 after normalisation.
     """
 
-    perturbs: ClassVar[bool] = True
+    perturbs = True
 
     def __init__(
         self,
@@ -80,6 +80,7 @@ class PerturbationExplainer(Explainer):
         count: int,
         masks: Callable[[Tensor], Tensor],
         use: Callable[[Tensor, Tensor], None] | None = None,
+        logits: bool = False,
     ) -> Tensor:
         """Probabilities (count, M) float64, on the CPU, of ``count`` masked copies of an image.
 
@@ -90,6 +91,7 @@ class PerturbationExplainer(Explainer):
             masks: indices (n,) -> masks (n, 1, H, W) in [0, 1], 1 keeps the pixel; called once a
                 micro-batch, so that no more than one micro-batch of masks is alive.
             use: gets the masks (n, 1, H, W) and scores (n, M) of each micro-batch.
+            logits: give logits instead of probabilities.
         """
         # As few micro-batches as max_forward_batch allows, of one size: float32 networks give
         # other bits for another batch shape, and the repeats that fill up the last one cost time.
@@ -104,7 +106,8 @@ class PerturbationExplainer(Explainer):
             images = image * keep
             if fill is not None:
                 images.addcmul_(fill, 1 - keep)
-            scores = self.backbone.probabilities(self.backbone.logits(images))
+            scores = self.backbone.logits(images)
+            scores = scores.double() if logits else self.backbone.probabilities(scores)
             scores = scores[: len(index), classes].cpu()
             if use is not None:
                 use(mask[: len(index)], scores)

@@ -1,0 +1,313 @@
+"""Where objects are: masks or boxes of photos, in the coordinates of the model's input.
+
+A pixel of the model's input lies on an object if its centre, carried back onto the photo by the
+:class:`~xattn.images.View`, lies in a pixel of the object's mask, or in its box. What the view cuts off
+is gone, and what it pads is background.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from xattn.eval.coco import THING_IDS, THINGS, model_classes
+from xattn.images import View
+
+Region = tuple[str, NDArray[np.bool_]]
+Box = tuple[str, float, float, float, float]  # category, x0, y0, x1, y1 in pixels of the photo
+_MODES = ("1", "L", "P", "I", "I;16")  # one channel of whole numbers; of "P" the palette's indices
+_NOT_A_CLASS = ("unlabeled", "unlabelled", "background", "void", "ignore")
+_BEYOND = 0.5  # pixels by which a box may leave the photo: rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Annotation:
+    """One photo's objects: ``masks`` are (1, H, W) bool over the model's input, by model class."""
+
+    masks: Mapping[int, Tensor]
+
+    def mask(self, target: int) -> Tensor | None:
+        """(1, H, W) bool, all objects of the class together; None where the view shows none."""
+        return self.masks.get(target)
+
+
+class Annotations(ABC):
+    """Annotations of photos, by the photo's file name: photos in several folders need different ones.
+
+    Args:
+        path: the file or folder they are in.
+        names: category by the class number in the files.
+        classes: category by class of the model; several classes may share one.
+    """
+
+    def __init__(self, path: str | Path, names: Mapping[int, str], classes: Mapping[int, str]):
+        self.path, self.names, self.classes = Path(path), dict(names), dict(classes)
+        if not self.path.exists():
+            raise ValueError(f"annotations: no file or folder {path}; check the path")
+        if not self.classes:
+            raise ValueError("annotations: no class of the model has a category; give classes")
+        unknown = sorted(set(self.classes.values()) - set(self.names.values()))
+        if unknown:
+            raise ValueError(f"annotations: classes name {unknown}, which names does not have")
+
+    def of(self, photo: Any, view: View) -> Annotation:
+        """What the model sees of the objects of a photo, given as its path.
+
+        Raises:
+            ValueError: with the reason: there are none for this photo, or they are damaged, or do
+                not fit it.
+        """
+        name = photo if isinstance(photo, str | Path) else getattr(photo, "name", None)
+        if not name:
+            raise ValueError("annotations: the photo has no file name to find them by")
+        masks: dict[str, Tensor] = {}
+        for category, pixels in self.regions(Path(str(name)), view):
+            if pixels.any():
+                mask = torch.from_numpy(pixels)[None]
+                masks[category] = masks[category] | mask if category in masks else mask
+        return Annotation({i: masks[k] for i, k in self.classes.items() if k in masks})
+
+    @abstractmethod
+    def regions(self, photo: Path, view: View) -> Iterator[Region]:
+        """Category and pixels (H, W) bool of the model's input, several of one category or one."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the files and of the classes they are read as."""
+        digest = hashlib.sha256(json.dumps([self.names, self.classes]).encode())
+        paths = sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
+        for path in paths:
+            if path.is_file():
+                digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()
+
+
+class MaskFolder(Annotations):
+    """A folder of PNG files of class numbers; the mask of ``some/where/7.jpg`` is ``7.png``.
+
+    A mask has one channel and the size of the photo (upright, as ``load_image`` gives it). Numbers
+    that ``names`` does not have are background.
+    """
+
+    def regions(self, photo: Path, view: View) -> Iterator[Region]:
+        ids = _read_mask(self.path / f"{photo.stem}.png", view)
+        if not any(number in self.names for number in np.bincount(ids.ravel()).nonzero()[0]):
+            raise ValueError(
+                f"annotations: mask {photo.stem}.png has no pixel of any class in names; it is "
+                f"empty, or its numbers mean something else"
+            )
+        y, x = (_centres(view, axis) for axis in (0, 1))
+        height, width = ids.shape
+        rows, columns = (np.clip(c.astype(int), 0, n - 1) for c, n in ((y, height), (x, width)))
+        seen = ids[rows[:, None], columns]
+        inside = _between(y, 0, height)[:, None] & _between(x, 0, width)
+        for number in np.unique(seen).tolist():
+            if number in self.names:
+                yield self.names[number], (seen == number) & inside
+
+
+class Boxes(Annotations):
+    """Boxes as a folder of YOLO files or one JSON file; an object is all of its box.
+
+    A YOLO file ``7.txt`` for photo ``7.jpg`` has a line ``class cx cy w h`` for each object, all but
+    the class as fractions of the photo's width and height. The JSON is ``{"7.jpg": [{"class": name
+    or number, "box": [x0, y0, x1, y1]}]}`` in pixels of the photo.
+    """
+
+    def __init__(self, path: str | Path, names: Mapping[int, str], classes: Mapping[int, str]):
+        super().__init__(path, names, classes)
+        self._table = None if self.path.is_dir() else _read_json(self.path)
+
+    def regions(self, photo: Path, view: View) -> Iterator[Region]:
+        y, x = (_centres(view, axis) for axis in (0, 1))
+        for name, x0, y0, x1, y1 in self._boxes(photo, view.photo_size):
+            yield name, _between(y, y0, y1)[:, None] & _between(x, x0, x1)
+
+    def _boxes(self, photo: Path, size: tuple[int, int]) -> list[Box]:
+        height, width = size
+        if self._table is None:
+            path = self.path / f"{photo.stem}.txt"
+            label = str(path)
+            boxes = [self._yolo(line, label, width, height) for line in _lines(path)]
+        else:
+            label = f"{photo.name} in {self.path}"
+            if photo.name not in self._table:
+                raise ValueError(f"annotations: no entry for {label}")
+            boxes = [self._entry(entry, label) for entry in self._table[photo.name]]
+        if not boxes:
+            raise ValueError(f"annotations: no box for {label}")
+        for name, x0, y0, x1, y1 in boxes:
+            # NaN fails the comparisons.
+            if not (x0 < x1 and y0 < y1):
+                raise ValueError(f"annotations: {label}: the {name} box has no area")
+            if not (min(x0, y0) >= -_BEYOND and x1 <= width + _BEYOND and y1 <= height + _BEYOND):
+                raise ValueError(
+                    f"annotations: {label}: the {name} box {x0:g} {y0:g} {x1:g} {y1:g} leaves the "
+                    f"photo of {width} x {height} pixels"
+                )
+        return boxes
+
+    def _yolo(self, line: str, label: str, width: int, height: int) -> Box:
+        try:
+            number, *fractions = line.split()
+            cx, cy, w, h = (float(v) for v in fractions)
+            name = self._name(int(number), label)
+        except ValueError as error:
+            if str(error).startswith("annotations:"):
+                raise
+            raise ValueError(
+                f"annotations: {label}: got the line {line!r}; give 'class cx cy w h'"
+            ) from None
+        x0, y0, x1, y1 = cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
+        return name, x0 * width, y0 * height, x1 * width, y1 * height
+
+    def _entry(self, entry: Any, label: str) -> Box:
+        try:
+            x0, y0, x1, y1 = (float(v) for v in entry["box"])
+            given = entry["class"]
+        except (TypeError, KeyError, ValueError):
+            raise ValueError(
+                f"annotations: {label}: got {entry!r}; give "
+                '{"class": name or number, "box": [x0, y0, x1, y1]}'
+            ) from None
+        return self._name(given, label), x0, y0, x1, y1
+
+    def _name(self, given: Any, label: str) -> str:
+        if isinstance(given, int) and given in self.names:
+            return self.names[given]
+        if given in self.names.values():
+            return str(given)
+        near = difflib.get_close_matches(str(given), self.names.values(), 3)
+        hint = f"did you mean {', '.join(near)}?" if near else "names does not have it"
+        raise ValueError(f"annotations: {label}: unknown class {given!r}; {hint}")
+
+
+def load_annotations(path: str | Path, backbone: Any) -> Annotations:
+    """Annotations of a folder with ``masks/`` or ``boxes/``, or of a JSON file of boxes.
+
+    Masks are taken where there are both. Their class numbers are those of ``classes.yaml`` beside
+    the folders (``classes: {number: name}``), or COCO's category ids; those of boxes count COCO's
+    80 thing categories from 0. The classes of an ImageNet-1k model become COCO categories by
+    :data:`xattn.eval.coco.IMAGENET_TO_COCO`, those of another model by equal names.
+
+    Raises:
+        ValueError: nothing of the kind is there, or the model has none of its categories.
+    """
+    path = Path(path)
+    names = dict(enumerate(THINGS))
+    kind: type[Annotations] = Boxes
+    if (path / "masks").is_dir():
+        kind, source = MaskFolder, path / "masks"
+        table = path / "classes.yaml"
+        names = _read_names(table) if table.is_file() else THING_IDS
+    elif (path / "boxes").is_dir():
+        source = path / "boxes"
+    elif path.is_file() and path.suffix.lower() == ".json":
+        source = path
+    else:
+        raise ValueError(
+            f"annotations: {path} is no folder with masks/ or boxes/ in it, and no .json file"
+        )
+    classes = model_classes(backbone.class_names, list(names.values()))
+    if not classes:
+        raise ValueError(
+            f"annotations: no class of {backbone.name} is a category of {path}, such as "
+            f"{', '.join(list(names.values())[:5])}; name the model's classes like them"
+        )
+    return kind(source, names, classes)
+
+
+# ---------------------------------------------------------------- geometry
+
+
+def _centres(view: View, axis: int) -> NDArray[np.float64]:
+    """Where the centres of the input's pixels lie on the photo, along one axis, in its pixels."""
+    count, start, length = view.input_size[axis], view.box[axis], view.box[axis + 2]
+    resized = start + (np.arange(count) + 0.5) * length / count
+    return resized * view.photo_size[axis] / view.resized[axis]
+
+
+def _between(at: NDArray[np.float64], low: float, high: float) -> NDArray[np.bool_]:
+    return (at >= low) & (at < high)
+
+
+# ---------------------------------------------------------------- files
+
+
+def _read_mask(path: Path, view: View) -> NDArray[Any]:
+    """(H, W) whole numbers of the photo's size."""
+    _check_file(path)
+    height, width = view.photo_size
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            mode, size = image.mode, image.size
+            if mode in _MODES and size == (width, height):  # others may be huge: not decoded
+                return np.asarray(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
+        raise ValueError(
+            f"annotations: mask {path} cannot be read as PNG ({type(error).__name__}: {error})"
+        ) from error
+    if mode not in _MODES:
+        raise ValueError(
+            f"annotations: mask {path} has the mode {mode}; give class numbers in one channel"
+        )
+    raise ValueError(
+        f"annotations: mask {path} has {size[0]} x {size[1]} pixels, the upright photo "
+        f"{width} x {height}; give it the photo's size"
+    )
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"annotations: no file {path}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"annotations: {path} is empty (0 bytes)")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"annotations: {path} is not UTF-8 text") from None
+
+
+def _lines(path: Path) -> list[str]:
+    _check_file(path)
+    return [line for line in _text(path).splitlines() if line.strip()]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    _check_file(path)
+    try:
+        table = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"annotations: {path} is no JSON ({error})") from None
+    if not isinstance(table, dict) or not all(isinstance(v, list) for v in table.values()):
+        raise ValueError(f"annotations: {path} is no {{file name: [box, ...]}}")
+    return table
+
+
+def _read_names(path: Path) -> dict[int, str]:
+    """The ``classes`` of a YAML file, without those that mean no class."""
+    import yaml
+
+    try:
+        classes = yaml.safe_load(_text(path))["classes"]
+        names = {int(number): str(name) for number, name in classes.items()}
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"annotations: {path} has no 'classes: {{number: name}}'") from error
+    return {number: name for number, name in names.items() if name not in _NOT_A_CLASS}

@@ -1,0 +1,125 @@
+"""ImageNet-1k classes as COCO categories, where the answer is clear.
+
+A class counts as clear if an annotator of COCO who sees a usual photo of it would mark that object, as
+a whole, as this category and as no other. Left out are parts (car wheel, space bar), toys and
+pictures, rooms and shops, relatives that COCO has no category for (wolf, lion, bison, tricycle), and
+whatever annotators decide differently from photo to photo (pickup, minibus, ambulance, tram, goblet,
+beer glass, bow tie, desk, bagel). Kept although the names differ: a toilet seat, whose photos show
+toilets, a monitor (COCO's "tv"), a stove ("oven"), a cheeseburger ("sandwich"), penguins ("bird"),
+ships ("boat"). The homonyms go by what they show: kite 21 is a bird, crane 134 too, crane 517 none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_NAMES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
+zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball,
+kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup,
+fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut,
+cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
+cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
+hair drier, toothbrush"""
+THINGS: tuple[str, ...] = tuple(name.strip() for name in _NAMES.split(","))
+"""The 80 thing categories in order; the place is the class number of YOLO files."""
+
+_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+THING_IDS: dict[int, str] = dict(
+    zip((i for i in range(1, 91) if i not in _UNUSED), THINGS, strict=True)
+)
+"""COCO's own category ids, which its panoptic masks have."""
+
+_IMAGENET = {
+    "person": "981-983",
+    "bicycle": "444 671",
+    "car": "436 468 511 609 627 656 661 751 817",
+    "motorcycle": "665 670",
+    "airplane": "404 895",
+    "bus": "779 874",
+    "train": "466 547 565 705 820",
+    "truck": "555 569 675 864 867",
+    "boat": "472 484 510 554 576 625 628 780 814 871 914",
+    "traffic light": "920",
+    "parking meter": "704",
+    "bench": "703",
+    "bird": "7-24 80-100 127-146",
+    "cat": "281-285",
+    "dog": "151-268",
+    "horse": "339",
+    "sheep": "348 349",
+    "cow": "345",
+    "elephant": "101 385 386",
+    "bear": "294-297",
+    "zebra": "340",
+    "backpack": "414",
+    "umbrella": "879",
+    "handbag": "748",
+    "tie": "906",
+    "skis": "795",
+    "sports ball": "429 430 522 574 722 768 805 852 890",
+    "tennis racket": "752",
+    "bottle": "440 720 737 898 907",
+    "cup": "504 968",
+    "knife": "499",
+    "spoon": "910",
+    "bowl": "659 809",
+    "banana": "954",
+    "apple": "948",
+    "sandwich": "933",
+    "orange": "950",
+    "broccoli": "937",
+    "hot dog": "934",
+    "pizza": "963",
+    "chair": "423 559 765 857",
+    "couch": "831",
+    "potted plant": "738",
+    "bed": "564",
+    "dining table": "532",
+    "toilet": "861",
+    "tv": "664 782 851",
+    "laptop": "620 681",
+    "mouse": "673",
+    "remote": "761",
+    "keyboard": "508",
+    "cell phone": "487",
+    "microwave": "651",
+    "oven": "827",
+    "toaster": "859",
+    "sink": "896",
+    "refrigerator": "760",
+    "book": "917",
+    "clock": "409 530 892",
+    "vase": "883",
+    "teddy bear": "850",
+    "hair drier": "589",
+}
+
+
+def _indices(text: str) -> list[int]:
+    """``"7-9 12"`` -> [7, 8, 9, 12]."""
+    ends = (part.split("-") for part in text.split())
+    return [i for pair in ends for i in range(int(pair[0]), int(pair[-1]) + 1)]
+
+
+IMAGENET_TO_COCO: dict[int, str] = {
+    index: name for name, text in _IMAGENET.items() for index in _indices(text)
+}
+"""ImageNet-1k class index -> COCO category."""
+
+
+def model_classes(class_names: Sequence[str], categories: Sequence[str]) -> dict[int, str]:
+    """Which of a data set's ``categories`` each class of a model is; classes without are left out.
+
+    timm's names of ImageNet-1k go by the table above, all others by equal names, whatever the case.
+    """
+    from timm.data import ImageNetInfo
+
+    known = {category.casefold(): category for category in categories}
+    info = ImageNetInfo("imagenet-1k")
+    labels = [info.index_to_description(i, detailed=False) for i in range(info.num_classes())]
+    if list(class_names) == labels:
+        pairs = IMAGENET_TO_COCO.items()
+    else:
+        pairs = dict(enumerate(class_names)).items()
+    return {i: known[name.casefold()] for i, name in pairs if name.casefold() in known}

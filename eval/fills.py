@@ -1,0 +1,98 @@
+"""What stands behind a mask: the image b in x o m + b o (1 - m).
+
+A black or mean-coloured hole is itself visible to a network; a blurred image (RISE, arXiv
+1806.07421) leaks low frequencies; inpainting (Telea 2004) and ROAD's imputation (arXiv 2202.00449)
+continue what is around the hole and hide its shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from xattn.eval.road import impute
+
+KINDS = ("black", "mean", "blur", "noise", "inpaint", "road")
+_TELEA_RADIUS = 3  # pixels
+
+
+def fill(
+    image: Tensor,
+    removed: Tensor,
+    kind: str,
+    *,
+    mean: Sequence[float] | Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """The image behind the mask, (3, H, W) in the dtype and on the device of ``image``.
+
+    Args:
+        image: (3, H, W) float in [0, 1], raw pixels.
+        removed: (1, H, W) bool, the masked pixels; only inpaint and road read it, and they give
+            the image's own values at kept pixels.
+        kind: ``"black"`` 0; ``"mean"`` the colour ``mean``; ``"blur"`` see :func:`blur`;
+            ``"noise"`` uniform in [0, 1), each pixel and channel for itself; ``"inpaint"`` see
+            :func:`inpaint`; ``"road"`` :func:`xattn.eval.road.impute` with its noise of 0.01,
+            which may leave [0, 1] a little.
+        mean: (3,) the data set's mean colour in [0, 1], for ``"mean"``.
+        seed: of noise and road, which are pure functions of it.
+
+    Black and mean are expanded views of one colour: copy before writing into them.
+    """
+    if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+        raise ValueError(
+            f"image: got {image.dtype} of shape {tuple(image.shape)}; give float (3, H, W)"
+        )
+    if kind == "black":
+        return image.new_zeros(()).expand_as(image)
+    if kind == "mean":
+        if mean is None or len(mean) != 3:
+            raise ValueError(f"mean: got {mean}; kind='mean' needs the mean colour (3,) in [0, 1]")
+        return torch.as_tensor(mean).to(image)[:, None, None].expand_as(image)
+    if kind == "blur":
+        return blur(image)
+    if kind == "noise":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(image.shape, generator=generator).to(image)
+    if kind == "inpaint":
+        return inpaint(image, removed)
+    if kind == "road":
+        return impute(image[None], removed[None], seed=seed)[0]
+    raise ValueError(f"kind: got {kind!r}; choose one of {', '.join(KINDS)}")
+
+
+def blur(images: Tensor) -> Tensor:
+    """Gaussian blur of (..., 3, H, W): 11x11 with sigma 5 where the shorter side is 224.
+
+    RISE's starting image for insertion, scaled with the shorter side; the kernel is odd and at
+    least 3x3. Borders are reflected, where RISE's own padding with zeros darkens them.
+    """
+    from torchvision.transforms.functional import gaussian_blur
+
+    size = max(3, 2 * round((11 * min(images.shape[-2:]) / 224 - 1) / 2) + 1)
+    sigma = 5 / 11 * size
+    return gaussian_blur(images, [size, size], [sigma, sigma])
+
+
+def inpaint(image: Tensor, removed: Tensor) -> Tensor:
+    """OpenCV's Telea inpainting of the removed pixels, radius 3; it works on 8-bit pixels.
+
+    (3, H, W) in [0, 1] and (1, H, W) bool -> (3, H, W); the mean colour if everything is removed.
+    """
+    import cv2
+
+    if removed.dtype != torch.bool or removed.shape != (1, *image.shape[1:]):
+        raise ValueError(
+            f"removed: got {removed.dtype} of shape {tuple(removed.shape)}; give bool "
+            f"{(1, *image.shape[1:])}"
+        )
+    removed = removed.to(image.device)
+    if bool(removed.all()):
+        return image.mean((1, 2), keepdim=True).expand_as(image)
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    mask = removed[0].to(torch.uint8).cpu().numpy()
+    filled = cv2.inpaint(pixels, mask, _TELEA_RADIUS, cv2.INPAINT_TELEA)
+    values = torch.from_numpy(filled).to(image.device, image.dtype).permute(2, 0, 1) / 255
+    return torch.where(removed, values, image)

@@ -1,0 +1,256 @@
+"""The numbers and pictures behind the report page, as plain values for JSON; NaN becomes None.
+
+Everything follows the order of methods, columns and images in the results, so that equal results
+give an equal page. Sizes are bounded: few methods have pictures, and of many images only some are
+in the scatter plot.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import sqlite3
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from xattn.eval import bootstrap
+from xattn.eval.metrics.base import Column
+from xattn.eval.protocol import METRICS
+from xattn.eval.results import Results, is_baseline
+from xattn.images import load_image, prepare
+
+if TYPE_CHECKING:
+    from xattn.backbone import Preprocessing
+
+CASE_METRICS = ("AD", "deletion", "insertion", "ROAD")
+CASE_METHODS = 8
+CASES = 2  # images at each end
+THUMBNAIL = 128  # pixels a side
+MAX_VALUES = 200_000  # of the scatter plot, all methods and columns together
+_CURVES = {
+    "deletion": ("Deletion", "share of pixels removed, most relevant first"),
+    "insertion": ("Insertion", "share of pixels inserted, most relevant first"),
+    "morf": ("ROAD-MoRF", "share of pixels imputed, most relevant first"),
+    "lerf": ("ROAD-LeRF", "share of pixels imputed, least relevant first"),
+}
+
+
+def page_data(
+    results: Results,
+    state: Path | None,
+    photos: Mapping[str, Path],
+    preprocessing: Preprocessing | None,
+) -> dict[str, Any]:
+    """What the page's script draws from; arguments as in :func:`xattn.eval.html.html_page`.
+
+    Methods, columns and images go by their index in the results. Pictures are ``data:`` addresses:
+    ``photos`` by image, ``maps`` by "method:image".
+    """
+    names, columns = list(results.methods), results.columns
+    ranked = ranking(results)
+    cases = _cases(results, ranked[:CASE_METHODS])
+    shown = {(m, i) for case in cases for m, *ends in case["methods"] for e in ends for i, _ in e}
+    points = _points(len(results.images), len(names) * len(columns))
+    listed = sorted({*points, *(i for _, i in shown)})
+    return {
+        "methods": [{"name": name, "sanity": is_baseline(name)} for name in names],
+        "ranked": [names.index(name) for name in ranked],
+        "columns": [{"key": c.key, "up": METRICS[c.metric].higher_is_better} for c in columns],
+        "images": {
+            str(i): {"id": image.id, "class": image.target_name, "p": _number(image.p)}
+            for i, image in ((i, results.images[i]) for i in listed)
+        },
+        "n": len(results.images),
+        "score": results.protocol.score,
+        "points": points,
+        "values": [
+            [[_number(method.values[c][i]) for i in points] for c in columns]
+            for method in results.methods.values()
+        ],
+        "curves": _curves(results),
+        "cases": cases,
+        "maps": _maps(results, state, sorted(shown)),
+        "photos": _photos(results, photos, preprocessing, sorted({i for _, i in shown})),
+    }
+
+
+def _number(value: float) -> float | None:
+    """Five significant digits, as a page needs no more."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _points(n: int, values_an_image: int) -> list[int]:
+    """Evenly spaced images, as many as the page has room for."""
+    count = min(n, max(1, MAX_VALUES // max(1, values_an_image)))
+    return sorted({round(i) for i in np.linspace(0, n - 1, count).tolist()})
+
+
+def case_columns(results: Results) -> list[Column]:
+    """The columns that cases are chosen by: AD at the level nearest 50 %, deletion, ...; or any."""
+    found = []
+    for metric in CASE_METRICS:
+        columns = [c for c in results.columns if c.metric == metric]
+        found += sorted(columns, key=lambda c: abs((c.level or 0.5) - 0.5))[:1]
+    return found or results.columns[:1]
+
+
+def ranking(results: Results) -> list[str]:
+    """Methods under test by their mean rank over :func:`case_columns`, best first."""
+    names = [n for n, m in results.methods.items() if not is_baseline(n) and not m.is_mask]
+    places = dict.fromkeys(names, 0)
+    for column in case_columns(results):
+        worse = {n: -s if (s := _goodness(results, n, column)) == s else math.inf for n in names}
+        for place, name in enumerate(sorted(names, key=worse.__getitem__)):
+            places[name] += place
+    return sorted(names, key=places.__getitem__)
+
+
+def _goodness(results: Results, name: str, column: Column) -> float:
+    sign = 1 if METRICS[column.metric].higher_is_better else -1
+    return sign * bootstrap.mean(results.methods[name].values[column])
+
+
+# ---------------------------------------------------------------- curves
+
+
+def _curves(results: Results) -> list[dict[str, Any]]:
+    """One chart a kind of curve: a line a method, mean, lo and hi at each x, and of how many images."""
+    clean = np.array([image.p for image in results.images], dtype=np.float64)
+    charts = []
+    for key, (title, axis) in _CURVES.items():
+        lines: dict[str, Any] = {}
+        x: list[float] = []
+        for m, method in enumerate(results.methods.values()):
+            scores = method.scores.get(key)
+            if scores is None or scores.ndim != 2 or not np.isfinite(scores).any():
+                continue
+            curve = _with_clean(key, scores, clean)
+            x = _shares(results, key, curve.shape[1])
+            intervals = bootstrap.mean_intervals(
+                curve, n_resamples=results.n_resamples, seed=results.protocol.seed
+            )
+            *band, counts = zip(*intervals, strict=True)
+            lines[str(m)] = [*([_number(v) for v in part] for part in band), max(counts)]
+        if x:
+            charts.append({"key": key, "title": title, "axis": axis, "x": x, "lines": lines})
+    return charts
+
+
+def _with_clean(
+    key: str, scores: NDArray[np.float64], clean: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(n, T) -> (n, T + 1): deletion starts with the clean score, insertion ends with it."""
+    end = np.where(np.isnan(scores[:, :1]), np.nan, clean[:, None])
+    ends = {"deletion": [end, scores], "insertion": [scores, end]}
+    return np.concatenate(ends.get(key, [scores]), axis=1)
+
+
+def _shares(results: Results, key: str, count: int) -> list[float]:
+    """x of the curve's values; of ROAD they are its levels, without which there is no chart."""
+    if key in ("deletion", "insertion"):
+        return [float(f"{t / (count - 1):.5g}") for t in range(count)]
+    column = "ROAD-MoRF" if key == "morf" else "ROAD-LeRF"
+    levels = [float(level) for level in results.options.get(column, {}).get("levels", ())]
+    return levels if len(levels) == count else []
+
+
+# ---------------------------------------------------------------- best and worst cases
+
+
+def _cases(results: Results, names: Iterable[str]) -> list[dict[str, Any]]:
+    """By column: each method's best images and its worst, worst first, as (image, value)."""
+    positions = {name: m for m, name in enumerate(results.methods)}
+    names = list(names)
+    cases = []
+    for column in case_columns(results):
+        sign = -1 if METRICS[column.metric].higher_is_better else 1
+        rows = []
+        for name in names:
+            values = results.methods[name].values[column]
+            good = [i for i in range(len(values)) if math.isfinite(values[i])]
+            order = sorted(good, key=lambda i: sign * values[i])  # stable: ties by image
+            ends = order[:CASES], order[CASES:][-CASES:][::-1]
+            if order:
+                rows.append(
+                    [positions[name], *([[i, _number(values[i])] for i in end] for end in ends)]
+                )
+        cases.append({"column": results.columns.index(column), "methods": rows})
+    return cases
+
+
+def _maps(
+    results: Results, state: Path | None, wanted: Iterable[tuple[int, int]]
+) -> dict[str, str]:
+    """Coloured maps by "method:image", of those (method, image) that the state has."""
+    if state is None:
+        return {}
+    names, found = list(results.methods), {}
+    with closing(sqlite3.connect(f"{state.resolve().as_uri()}?mode=ro", uri=True)) as database:
+        positions: dict[str, list[int]] = {}
+        for position, identity in database.execute(
+            "SELECT position, id FROM images WHERE skipped IS NULL ORDER BY position DESC"
+        ):
+            positions.setdefault(identity, []).append(position)
+        # One photo can be listed twice: its first record has the first of its positions.
+        ordered = [positions[i.id].pop() if positions.get(i.id) else None for i in results.images]
+        for m, i in wanted:
+            query = "SELECT map FROM results WHERE position = ? AND method = ?"
+            row = database.execute(query, (ordered[i], names[m])).fetchone()
+            if row is not None and row[0] is not None:
+                found[f"{m}:{i}"] = _coloured(row[0])
+    return found
+
+
+def _coloured(png: bytes) -> str:
+    image = Image.open(io.BytesIO(png)).convert("L")
+    image.putpalette(_palette())
+    return _address(image, "PNG", optimize=True)
+
+
+@cache
+def _palette() -> bytes:
+    """Matplotlib's inferno, which is perceptually uniform: 256 colours of three bytes."""
+    from matplotlib import colormaps
+
+    return bytes((colormaps["inferno"](np.arange(256), bytes=True)[:, :3]).tobytes())
+
+
+def _photos(
+    results: Results,
+    photos: Mapping[str, Path],
+    preprocessing: Preprocessing | None,
+    wanted: Iterable[int],
+) -> dict[str, str]:
+    """Thumbnails by image of what the model saw; none for tensors, or a photo that is gone."""
+    found: dict[str, str] = {}
+    if preprocessing is None or results.protocol.view == "tensor":
+        return found
+    for i in wanted:
+        path = photos.get(results.images[i].id)
+        if path is None:
+            continue
+        try:
+            photo = load_image(path, max_pixels=None)
+        except (OSError, ValueError):
+            continue
+        pixels = prepare(photo, preprocessing, results.protocol.view)[0]
+        seen = (pixels * 255).round().byte().permute(1, 2, 0).numpy()
+        image = Image.fromarray(np.ascontiguousarray(seen))
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+        found[str(i)] = _address(image, "JPEG", quality=80)
+    return found
+
+
+def _address(image: Image.Image, kind: str, **options: Any) -> str:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    text = base64.b64encode(stream.getvalue()).decode("ascii")
+    return f"data:image/{kind.lower()};base64,{text}"

@@ -1,0 +1,204 @@
+"""The tables of the report page as HTML: leaderboard, formulas, who beats which sanity row.
+
+Names of methods come from users: everything passes through :func:`text` or :func:`name`.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from xattn.eval.metrics.base import Column
+from xattn.eval.protocol import METRICS
+from xattn.eval.results import JUDGED, SURVIVES, MethodResult, Results, is_baseline
+
+if TYPE_CHECKING:
+    from xattn.eval.compare import Standing
+
+Failures = Mapping[str, Mapping[Column, "list[str] | None"]]
+
+
+def text(value: object) -> str:
+    """Any string as HTML text; bytes of a file name that are no UTF-8 show as ``\\udc80``."""
+    return html.escape(str(value).encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def label(name: str) -> str:
+    """A method's name, which may break after an underscore."""
+    return text(name).replace("_", "_<wbr>")
+
+
+# ---------------------------------------------------------------- leaderboard
+
+
+def _kinds(results: Results) -> dict[str, list[Column]]:
+    kinds: dict[str, list[Column]] = {}
+    for column in results.columns:
+        kinds.setdefault(METRICS[column.metric].kind, []).append(column)
+    return kinds
+
+
+def toggles(results: Results) -> str:
+    boxes = [
+        f"<label><input type=checkbox data-kind={k} checked> {kind}</label>"
+        for k, kind in enumerate([*_kinds(results), "cost"])
+    ]
+    return "".join(boxes)
+
+
+def leaderboard(results: Results, table: Sequence[Standing]) -> str:
+    kinds = _kinds(results)
+    cells = {(s.method, s.column): s for s in table}
+    top = (
+        "<th scope=col rowspan=2 aria-sort=none class=name><button type=button>method</button></th>"
+    )
+    low = ""
+    for k, (kind, columns) in enumerate(kinds.items()):
+        top += f"<th scope=colgroup colspan={len(columns)} data-kind={k}><span>{kind}</span></th>"
+        for column in columns:
+            info = METRICS[column.metric]
+            low += _sortable(column.key, info.higher_is_better, k, info.formula)
+    cost = len(kinds)
+    top += f"<th scope=colgroup colspan=2 data-kind={cost}><span>cost</span></th>"
+    low += _sortable("forwards", False, cost, "forward passes that one explanation takes")
+    low += _sortable("seconds", False, cost, "seconds an image, of the run that measured")
+    forms = {c: _form(c, [s.mean for s in table if s.column == c]) for c in results.columns}
+    body = ""
+    for name, method in results.methods.items():
+        ordered = [(k, c) for k, columns in enumerate(kinds.values()) for c in columns]
+        row = "".join(_cell(cells[name, c], method, forms[c], k, results) for k, c in ordered)
+        forwards = "-" if method.forwards is None else str(method.forwards)
+        row += f"<td data-kind={cost} data-v={forwards}>{forwards}</td>"
+        row += f"<td data-kind={cost} data-v=- data-seconds>-</td>"
+        tags = ["sanity row"] * is_baseline(name) + ["mask"] * method.is_mask
+        tags += [f"{bad} invalid"] if (bad := int((~method.valid).sum())) else []
+        tag = "".join(f" <small class=tag>{tag}</small>" for tag in tags)
+        kind = " class=base" if is_baseline(name) else ""
+        body += f"<tr{kind}><th scope=row class=name>{label(name)}{tag}</th>{row}</tr>"
+    return f"<thead><tr>{top}</tr><tr>{low}</tr></thead><tbody>{body}</tbody>"
+
+
+def _sortable(key: str, up: bool, kind: int, formula: str) -> str:
+    arrow, words = ("↑", "higher is better") if up else ("↓", "lower is better")
+    return (
+        f"<th scope=col data-kind={kind} data-up={int(up)} aria-sort=none>"
+        f'<button type=button title="{text(formula)}">{key} '
+        f"<span role=img aria-label='{words}'>{arrow}</span></button></th>"
+    )
+
+
+def _form(column: Column, means: Iterable[float]) -> str:
+    """A column's number format: the metric's decimals, unless they would show zeros or a tail."""
+    digits = METRICS[column.metric].digits
+    largest = max((abs(mean) for mean in means if math.isfinite(mean)), default=0.0)
+    return ".2e" if 0 < largest < 10 ** (1 - digits) or largest >= 1e4 else f".{digits}f"
+
+
+def _number(value: float, form: str) -> str:
+    shown = f"{value:{form}}"
+    return shown.lstrip("-") if float(shown) == 0 else shown  # no "-0.00"
+
+
+def _cell(s: Standing, method: MethodResult, form: str, kind: int, results: Results) -> str:
+    if not s.n:
+        return f"<td data-kind={kind} data-v=->-</td>"
+    better = s.diff_lo > 0 if METRICS[s.column.metric].higher_is_better else s.diff_hi < 0
+    mark, title = "", f"{s.n} images"
+    if s.best:
+        mark = "<i class=mark>★<span class=sr> best</span></i>"
+    elif s.level_with_best:
+        mark = "<i class=mark>≈<span class=sr> level with best</span></i>"
+    elif is_baseline(s.method) and not method.is_mask and better:
+        mark = "<i class=mark>!<span class=sr> better than the best method</span></i>"
+    if s.diff == s.diff:
+        lo, hi = (_number(v, form) for v in (s.diff_lo, s.diff_hi))
+        title += f"; minus best: {_number(s.diff, form)} [{lo}, {hi}]"
+    tag = "b" if s.best else "span"
+    few = f"<small>n = {s.n}</small>" if s.n < len(results.images) else ""
+    return (
+        f'<td data-kind={kind} data-v={float(s.mean)!r} title="{title}">'
+        f"<{tag}>{_number(s.mean, form)}</{tag}>{mark}"
+        f"<small class=ci>[{_number(s.lo, form)}, {_number(s.hi, form)}]</small>{few}</td>"
+    )
+
+
+def formulas(results: Results) -> str:
+    """What each column is: formula, range, direction, id."""
+    rows = []
+    for column in results.columns:
+        info = METRICS[column.metric]
+        span = "".join(f"<td>{b:g}</td>".replace("inf", "∞") for b in (info.low, info.high))
+        better = "higher" if info.higher_is_better else "lower"
+        rows.append(
+            f"<tr><th scope=row>{column.key}</th><td>{text(info.formula)}</td>{span}"
+            f"<td>{better}</td><td><code>{text(results.metric_id(column))}</code></td></tr>"
+        )
+    heads = ("column", "formula", "from", "to", "better", "id (equal ids can be compared)")
+    head = "".join(f"<th scope=col>{h}</th>" for h in heads)
+    return f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+
+
+# ---------------------------------------------------------------- sanity rows
+
+
+def sanity_failures(results: Results) -> dict[str, dict[Column, list[str] | None]]:
+    """By method and judged column: the sanity rows that it does not beat, as in the warnings.
+
+    None: no image has a value of the method and of a sanity row.
+    """
+    columns = [c for c in results.columns if c.metric in JUDGED]
+    rivals = [n for n, m in results.methods.items() if is_baseline(n) and not m.is_mask]
+    found: dict[str, dict[Column, list[str] | None]] = {}
+    for name in judged(results) if rivals else ():
+        compared = {rival: results.compare(name, rival, columns) for rival in rivals}
+        found[name] = {
+            column: [r for r, ds in compared.items() if ds[c].n and not ds[c].better]
+            if any(ds[c].n for ds in compared.values())
+            else None
+            for c, column in enumerate(columns)
+        }
+    return found
+
+
+def judged(results: Results) -> list[str]:
+    return [n for n, m in results.methods.items() if not is_baseline(n) and not m.is_mask]
+
+
+def similarity(results: Results) -> dict[str, float]:
+    """Mean rank correlation with the maps of a randomised network, where it was measured."""
+    column = Column("randomization-Spearman")
+    names = judged(results) if column in results.columns else []
+    return {name: results.mean(name, *column) for name in names}
+
+
+def sanity_table(results: Results, failures: Failures) -> str:
+    """The table of who beats which sanity row."""
+    columns = [c for c in results.columns if c.metric in JUDGED] if failures else []
+    metrics, means = list(dict.fromkeys(c.metric for c in columns)), similarity(results)
+    heads = ["method", *metrics, *(["rank correlation after randomising weights"] if means else [])]
+    body = ""
+    for name in judged(results):
+        cells = "".join(f"<td>{_verdict(failures[name], metric)}</td>" for metric in metrics)
+        if means:
+            mean = means[name]
+            sign = "✗" if mean > SURVIVES else "✓"
+            cells += "<td>-</td>" if mean != mean else f"<td>{sign} {mean:.2f}</td>"
+        body += f"<tr><th scope=row class=name>{label(name)}</th>{cells}</tr>"
+    if len(heads) == 1:
+        return "<caption>Not asked: no sanity row, or none of the judged metrics.</caption>"
+    head = "".join(f"<th scope=col>{h}</th>" for h in heads)
+    return f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+
+
+def _verdict(row: Mapping[Column, list[str] | None], metric: str) -> str:
+    lost: dict[str, list[str]] = {}
+    judged = {c: rivals for c, rivals in row.items() if c.metric == metric and rivals is not None}
+    for column, rivals in judged.items():
+        for rival in rivals:
+            lost.setdefault(rival, []).append(column.key.removeprefix(metric))
+    said = "".join(
+        f"<li>✗ {' '.join([label(rival), *filter(None, at)])}</li>" for rival, at in lost.items()
+    )
+    return f"<ul>{said}</ul>" if said else "✓" if judged else "-"

@@ -1,0 +1,149 @@
+"""ADCC: one number of how coherent, how small and how sufficient a map is.
+
+    Coh = (Pearson(m(x), m(x o m)) + 1) / 2
+    Com = mean_u |m(u)|
+    AD = max(0, p - q) / p
+    ADCC = 3 / (1 / Coh + 1 / (1 - Com) + 1 / (1 - AD))
+
+Poppi et al. 2021 (arXiv 2104.10252). m is the grey map of image x, m(x o m) the map of the same
+method and class on the image under it, p and q are the class's scores on both; all are fractions.
+
+The paper's equation is of one image, and so is its published code (github.com/aimagelab/ADCC), which
+has no loop over a data set. The value of a data set is here the mean of per-image values; the
+harmonic mean is concave, so that this is at most the harmonic mean of the three means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from xattn.eval import functional
+from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+
+
+def coherency_values(maps: Tensor, others: Tensor) -> Tensor:
+    """(Pearson correlation + 1) / 2 of two (B, 1, H, W) -> (B,) float64 in [0, 1]; higher is better.
+
+    0 where either is constant or not finite, as in the paper's code.
+
+    Raises:
+        ValueError: other shapes.
+    """
+    _check(maps, "maps")
+    if others.shape != maps.shape:
+        raise ValueError(f"others: got shape {tuple(others.shape)}; give {tuple(maps.shape)}")
+    a, b = (x.detach().double().flatten(1) for x in (maps, others))
+    constant = (a.amin(1) == a.amax(1)) | (b.amin(1) == b.amax(1))
+    a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
+    norms = a.norm(dim=1) * b.norm(dim=1)
+    pearson = torch.where(constant, torch.nan, (a * b).sum(1) / norms).clamp(-1, 1)
+    return ((pearson + 1) / 2).nan_to_num(0.0)
+
+
+def complexity_values(maps: Tensor) -> Tensor:
+    """Mean magnitude of grey maps (B, 1, H, W) -> (B,) float64 in [0, 1]; lower is better."""
+    _check(maps, "maps")
+    return maps.detach().double().abs().mean((1, 2, 3))
+
+
+def adcc_values(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
+    """Harmonic mean of Coh, 1 - Com and 1 - AD, all (B,) fractions -> (B,) float64 in [0, 1].
+
+    0, the limit, where one of the three is 0; NaN where one is NaN.
+
+    >>> adcc_values(torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([0.0]))
+    tensor([0.7500], dtype=torch.float64)
+
+    Raises:
+        ValueError: values outside [0, 1], such as percentages, or shapes that differ.
+    """
+    parts = {"coherency": coherency, "complexity": complexity, "drop": drop}
+    for name, value in parts.items():
+        # Means of float32 may end a little above 1.
+        if bool(((value < 0) | (value > 1 + 1e-6)).any()):
+            raise ValueError(
+                f"{name}: values from {float(value.min()):g} to {float(value.max()):g}; give "
+                f"fractions in [0, 1]"
+            )
+        if value.ndim != 1 or value.shape != coherency.shape:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}; give (B,), as for all three")
+    good = torch.stack([coherency.double(), 1 - complexity.double(), 1 - drop.double()])
+    return 3 / good.clamp_min(0).reciprocal().sum(0)
+
+
+def _check(maps: Tensor, name: str) -> None:
+    if maps.ndim != 4 or maps.shape[1] != 1 or 0 in maps.shape[2:]:
+        raise ValueError(f"{name}: got shape {tuple(maps.shape)}; give (B, 1, H, W)")
+
+
+@dataclass(frozen=True)
+class AdccProbe(Probe):
+    """Coherency, complexity and ADCC: one more explanation and one forward pass an image.
+
+    The pass is on image * grey, the very image of AD at level 1 with black behind it. Pearson's
+    correlation does not change with min-max, so that the map is compared as it was resized. A
+    method that fails to give a finite, varying map of the masked image has coherency 0. ADCC of
+    logits is NaN unless 0 <= p - q <= p or q >= p >= 0: AD is no fraction otherwise.
+    """
+
+    explains_again: ClassVar[bool] = True
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return Column("coherency"), Column("complexity"), Column("ADCC")
+
+    def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
+        if sample.explain is None:
+            raise ValueError("explain: None; ADCC explains the masked image, give the method")
+        masked = sample.image * sample.grey
+        yield Request("q", masked)
+        grey = sample.grey[None]
+        raw = sample.explain(masked[None]).to(grey.device)
+        again, _ = functional.saliency(raw, grey.shape[-2:])
+        coherency, complexity = coherency_values(grey, again), complexity_values(grey)
+        p = torch.tensor([sample.score], dtype=torch.float64)
+
+        def finish(scores: Mapping[str, Tensor]) -> dict[Column, float]:
+            drop = functional.average_drop_values(p, scores["q"], bounded=False) / 100
+            values = (float(coherency), float(complexity), math.nan)
+            if sample.score >= 0 and float(drop) <= 1:
+                adcc = adcc_values(coherency.cpu(), complexity.cpu(), drop)
+                values = (*values[:2], float(adcc))
+            return dict(zip(self.columns, values, strict=True))
+
+        return finish
+
+
+class Coherency(MeanMetric):
+    """Mean coherency; ``update(maps, others, valid=None)`` with (B, 1, H, W)."""
+
+    higher_is_better = True
+
+    def update(self, maps: Tensor, others: Tensor, valid: Tensor | None = None) -> None:
+        self._add(coherency_values(maps, others), valid)
+
+
+class Complexity(MeanMetric):
+    """Mean complexity of grey maps; ``update(maps, valid=None)`` with (B, 1, H, W)."""
+
+    higher_is_better = False
+
+    def update(self, maps: Tensor, valid: Tensor | None = None) -> None:
+        self._add(complexity_values(maps), valid)
+
+
+class ADCC(MeanMetric):
+    """Mean of per-image ADCC; ``update(coherency, complexity, drop, valid=None)`` with (B,) each."""
+
+    higher_is_better = True
+
+    def update(
+        self, coherency: Tensor, complexity: Tensor, drop: Tensor, valid: Tensor | None = None
+    ) -> None:
+        self._add(adcc_values(coherency, complexity, drop), valid)

@@ -1,0 +1,91 @@
+"""Complexity: over how many pixels a map spreads.
+
+    Gini = sum_i (2 i - n - 1) v_i / (n sum v)    v = |phi| ascending, i = 1..n
+    entropy = -sum_i pi_i log pi_i                pi = |phi| / sum |phi|, in nats
+
+Gini index as in Chalasani et al. 2020 (arXiv 1810.06583), entropy as in Bhatt et al. 2020 (arXiv
+2005.00631). phi is the explainer's raw map resized to the image's n pixels: min-max would move the
+zero of a signed map. Both ignore the map's scale and the place of its pixels, and entropy grows
+with n: compare values at one image size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+
+
+def gini_values(maps: Tensor) -> Tensor:
+    """Maps (B, 1, H, W), signed or not -> (B,) float64 in [0, 1 - 1/n], higher is sparser.
+
+    0 where all magnitudes are equal, 1 - 1/n where one pixel has everything; NaN for maps that are
+    0 everywhere or not finite.
+
+    >>> gini_values(torch.tensor([[[[0.0, 0.0], [-3.0, 0.0]]]]))
+    tensor([0.7500], dtype=torch.float64)
+
+    Raises:
+        ValueError: another shape.
+    """
+    v = _magnitudes(maps).sort(1).values
+    n = v.shape[1]
+    weights = 2 * torch.arange(1, n + 1, dtype=v.dtype, device=v.device) - n - 1
+    return ((v * weights).sum(1) / (n * v.sum(1))).clamp_min(0)
+
+
+def entropy_values(maps: Tensor) -> Tensor:
+    """Maps (B, 1, H, W), signed or not -> (B,) float64 in [0, log n] nats, lower is simpler.
+
+    NaN for maps that are 0 everywhere or not finite; ValueError for another shape.
+    """
+    v = _magnitudes(maps)
+    return torch.special.entr(v / v.sum(1, keepdim=True)).sum(1)
+
+
+def _magnitudes(maps: Tensor) -> Tensor:
+    """(B, 1, H, W) -> |phi| / max |phi|, (B, n) float64: sums cannot overflow; NaN where invalid."""
+    if maps.ndim != 4 or maps.shape[1] != 1 or 0 in maps.shape[2:]:
+        raise ValueError(f"maps: got shape {tuple(maps.shape)}; give (B, 1, H, W)")
+    v = maps.detach().double().abs().flatten(1)
+    return v / v.amax(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class ComplexityProbe(Probe):
+    """Gini index and entropy of the raw map; no forward passes."""
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return Column("Gini"), Column("entropy")
+
+    def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
+        yield from ()
+        raw = sample.raw[None]
+        values = {
+            Column("Gini"): float(gini_values(raw)),
+            Column("entropy"): float(entropy_values(raw)),
+        }
+        return lambda scores: values
+
+
+class Gini(MeanMetric):
+    """Mean Gini index; ``update(maps, valid=None)`` with (B, 1, H, W)."""
+
+    higher_is_better = True
+
+    def update(self, maps: Tensor, valid: Tensor | None = None) -> None:
+        self._add(gini_values(maps), valid)
+
+
+class Entropy(MeanMetric):
+    """Mean entropy in nats; ``update(maps, valid=None)`` with (B, 1, H, W)."""
+
+    higher_is_better = False
+
+    def update(self, maps: Tensor, valid: Tensor | None = None) -> None:
+        self._add(entropy_values(maps), valid)

@@ -1,0 +1,152 @@
+"""Infidelity: does the map foretell how the score changes when the image is perturbed?
+
+    INFD = E_I (beta I . phi - (f(x) - f(x - I)))^2
+    beta = 1, or E[(I . phi) df] / E[(I . phi)^2] with df = f(x) - f(x - I)
+
+Yeh et al. 2019, arXiv 1901.09392. phi is the raw, signed map. The optimal beta, which the authors'
+code uses and their definition does not, makes the value independent of the map's units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.metrics.curves import check_count
+
+PERTURBATIONS = ("square", "occlusion", "noise")
+
+
+def infidelity_values(products: Tensor, changes: Tensor, scale: bool = True) -> Tensor:
+    """(B,) float64, lower is better, at least 0, in squared units of the score.
+
+    >>> infidelity_values(torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 6.0]]), scale=False).item()
+    5.0
+
+    Args:
+        products: I . phi, (B, S), one a perturbation.
+        changes: f(x) - f(x - I), (B, S).
+        scale: multiply the products by the optimal beta. Where all products are 0 any beta is
+            optimal, and the value is the mean squared change.
+
+    Raises:
+        ValueError: not two tensors (B, S) of one shape.
+    """
+    if products.ndim != 2 or products.shape != changes.shape or products.shape[1] == 0:
+        raise ValueError(
+            f"products, changes: got {tuple(products.shape)} and {tuple(changes.shape)}; give two "
+            f"of (B, S)"
+        )
+    a, b = products.detach().double(), changes.detach().double()
+    if scale:
+        norm = a.square().sum(1, keepdim=True)
+        a = a * ((a * b).sum(1, keepdim=True) / torch.where(norm == 0, 1.0, norm))
+    value = (a - b).square().mean(1)
+    return torch.where(value.isfinite(), value, torch.nan)
+
+
+@dataclass(frozen=True)
+class InfidelityProbe(Probe):
+    """Infidelity on ``samples`` perturbations that depend on the image alone, not on the method.
+
+    A map has one value a pixel, an image three. phi / 3 stands for each channel, so that I . phi is
+    the sum over the pixels of phi times the mean of I over the channels. For a linear score w . x
+    whose map is the sum of w over the channels, infidelity is then 0 wherever I is the same in all
+    channels: always for ``"noise"``, for ``"square"`` on grey images. ``captum.metrics.infidelity``
+    gives the same numbers for ``attributions=phi.expand(-1, 3, -1, -1) / 3``; its ``normalize`` is
+    ``scale``.
+
+    x - I is not clipped: under noise it may leave [0, 1], as the definition wants.
+
+    Args:
+        samples: perturbations an image, each one forward pass for all methods together.
+        perturbation: ``"square"``: I = x on a random square inside the image, 0 elsewhere, which
+            makes the square black; right for maps in units of the score a pixel value, such as
+            gradients. ``"occlusion"``: the same images, but I . phi is the sum of phi over the
+            square (I is binary, as in the authors' code for squares); right for maps of
+            contributions, such as input x gradient. ``"noise"``: I ~ N(0, sigma^2), one draw a
+            pixel; asks for a map that is right pixel by pixel, which a coarse map is not.
+        sigma: of the noise, in pixel values of [0, 1].
+        side: of the square, as a part of the shorter side of the image.
+        scale: with the optimal beta; without it a map must be in units of the score.
+    """
+
+    samples: int = 50
+    perturbation: str = "occlusion"
+    sigma: float = 0.01
+    side: float = 0.25
+    scale: bool = True
+
+    def __post_init__(self) -> None:
+        check_count("samples", self.samples)
+        if self.perturbation not in PERTURBATIONS:
+            raise ValueError(
+                f"perturbation: got {self.perturbation!r}; choose one of {', '.join(PERTURBATIONS)}"
+            )
+        if not self.sigma > 0:
+            raise ValueError(f"sigma: got {self.sigma}; give a positive standard deviation")
+        if not 0 < self.side <= 1:
+            raise ValueError(f"side: got {self.side}; give a part of the image's side in (0, 1]")
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (Column("infidelity"),)
+
+    def column_options(self, column: Column) -> dict[str, Any]:
+        own = "sigma" if self.perturbation == "noise" else "side"
+        names = ("samples", "perturbation", own, "scale")
+        return {name: getattr(self, name) for name in names}
+
+    def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
+        products = []
+        for perturbed, product in self._perturbed(sample.image, sample.raw, sample.seed):
+            products.append(product)
+            yield Request("infidelity", perturbed)
+
+        def finish(scores: Mapping[str, Tensor]) -> dict[Column, float]:
+            changes = sample.score - scores["infidelity"].double()[None]
+            products_row = torch.stack(products).to(changes.device)[None]
+            value = infidelity_values(products_row, changes, self.scale)
+            return {Column("infidelity"): float(value)}
+
+        return finish
+
+    def _perturbed(self, image: Tensor, raw: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """x - I (3, H, W) and I . phi (), float64, for each perturbation."""
+        generator = torch.Generator().manual_seed(seed)
+        height, width = image.shape[-2:]
+        phi = raw[0].double()
+        if self.perturbation == "noise":
+            for _ in range(self.samples):
+                noise = self.sigma * torch.randn(1, height, width, generator=generator)
+                noise = noise.to(image)
+                yield image - noise, (phi * noise[0]).sum()
+            return
+        weighted = phi * image.double().mean(0) if self.perturbation == "square" else phi
+        side = max(1, round(self.side * min(height, width)))
+        for _ in range(self.samples):
+            top, left = (
+                int(torch.randint(n - side + 1, (), generator=generator)) for n in (height, width)
+            )
+            square = (..., slice(top, top + side), slice(left, left + side))
+            removed = image.clone()
+            removed[square] = 0
+            yield removed, weighted[square].sum()
+
+
+class Infidelity(MeanMetric):
+    """Mean infidelity; ``update(products, changes, valid=None)`` with (B, S) each."""
+
+    higher_is_better = False
+
+    def __init__(self, scale: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.scale = scale
+
+    def update(self, products: Tensor, changes: Tensor, valid: Tensor | None = None) -> None:
+        self._add(infidelity_values(products, changes, self.scale), valid)

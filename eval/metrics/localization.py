@@ -1,0 +1,211 @@
+"""Localisation: does the map lie on the object? The pointing game, its energy form, and IoU.
+
+    pointing = 100 [min_{u in M} |argmax m - u| <= tolerance]    Zhang et al. 2016, arXiv 1608.00507
+    energy = sum_{u in M} m(u) / sum_u m(u)                      Score-CAM, arXiv 1910.01279
+    IoU = |S & M| / |S | M|                                      S: the map's |M| largest pixels
+
+m is the grey map, M the pixels of all objects of the explained class, as a mask or as boxes, both
+in the model's input. A large object is easy to hit: the centre row of a table tells how easy. What a
+network looks at need not lie on the object: these metrics are no faithfulness.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+
+POINTING, ENERGY, IOU = Column("pointing"), Column("energy-pointing"), Column("IoU")
+
+
+def pointing_values(maps: Tensor, masks: Tensor, tolerance: float = 15.0) -> Tensor:
+    """Pointing game: maps (B, 1, H, W) and bool masks (B, 1, H, W) -> (B,) float64 in percent.
+
+    100 where the map's maximum is at most ``tolerance`` pixels (Euclidean, between pixel centres)
+    from the object, else 0; of several equal maxima the share that hits, which is what a random
+    choice among them scores on average. NaN where the mask is empty or the map not finite.
+
+    Raises:
+        ValueError: other shapes, masks that are not bool, or a negative tolerance.
+    """
+    v, _, valid = _checked(maps, masks)
+    _check_tolerance(tolerance)
+    shares = []
+    for i in range(len(v)):
+        if not valid[i]:
+            shares.append(math.nan)
+            continue
+        near = _within(masks[i, 0], tolerance).flatten()
+        top = v[i] == v[i].max()
+        shares.append(100 * int((top & near).sum()) / int(top.sum()))
+    return torch.tensor(shares, dtype=torch.float64, device=v.device)
+
+
+def energy_pointing_values(maps: Tensor, masks: Tensor) -> Tensor:
+    """Share of the map that lies on the object, (B,) float64 in [0, 1]; higher is better.
+
+    The share of the area for a constant map. NaN where the mask is empty, the map 0 everywhere or
+    not finite.
+
+    Raises:
+        ValueError: other shapes, masks that are not bool, or maps below 0.
+    """
+    v, inside, valid = _checked(maps, masks)
+    if bool((v < 0).any()):
+        raise ValueError(f"maps: values from {float(v.min()):g}; give grey maps, at least 0")
+    energy = torch.where(inside, v, 0.0).sum(1) / v.sum(1)
+    return torch.where(valid, energy, torch.nan)
+
+
+def iou_values(maps: Tensor, masks: Tensor, threshold: float | None = None) -> Tensor:
+    """Intersection over union of the thresholded map and the object, (B,) float64 in [0, 1].
+
+    ``threshold=None`` keeps the map's largest pixels, as many as the object has: any strictly
+    increasing function of a map has its value. Pixels equal to the last one kept count with the
+    fraction of them that there is room for, so that no order decides. A number keeps the pixels
+    of at least ``threshold`` times the maximum. NaN where the mask is empty or the map not finite,
+    and with a number where no pixel is above 0.
+
+    Raises:
+        ValueError: other shapes, masks that are not bool, or a threshold outside (0, 1].
+    """
+    v, inside, valid = _checked(maps, masks)
+    _check_threshold(threshold)
+    rows = zip(v, inside, valid.tolist(), strict=True)
+    ious = [_iou(a, m, threshold) if good else math.nan for a, m, good in rows]
+    return torch.tensor(ious, dtype=torch.float64, device=v.device)
+
+
+def _iou(values: Tensor, inside: Tensor, threshold: float | None) -> float:
+    size = int(inside.sum())
+    if threshold is None:
+        cut = values.kthvalue(len(values) - size + 1).values
+        above, ties = values > cut, values == cut
+        kept = above + ties.double() * ((size - int(above.sum())) / int(ties.sum()))
+    else:
+        top = float(values.max())
+        if top <= 0:
+            return math.nan
+        kept = (values >= threshold * top).double()
+    both = float(kept[inside].sum())
+    return both / (float(kept.sum()) + size - both)
+
+
+def _within(mask: Tensor, tolerance: float) -> Tensor:
+    """(H, W) bool -> (H, W) bool: pixels at most ``tolerance`` from a pixel of the mask."""
+    import cv2
+
+    # The distance to the nearest zero; the exact transform, as the default one is off by percents.
+    away = (~mask).to(torch.uint8).cpu().numpy()
+    distance = cv2.distanceTransform(away, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    exact = np.sqrt(np.rint(distance.astype(np.float64) ** 2))  # it came in float32
+    return torch.from_numpy(exact <= tolerance).to(mask.device)
+
+
+def _checked(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps (B, n) float64, masks (B, n), and which images are valid (B,)."""
+    if maps.ndim != 4 or maps.shape[1] != 1 or 0 in maps.shape[2:]:
+        raise ValueError(f"maps: got shape {tuple(maps.shape)}; give (B, 1, H, W)")
+    if masks.dtype != torch.bool or masks.shape != maps.shape:
+        raise ValueError(
+            f"masks: got {masks.dtype} of shape {tuple(masks.shape)}; give bool "
+            f"{tuple(maps.shape)}, the shape of the maps"
+        )
+    v, inside = maps.detach().double().flatten(1), masks.to(maps.device).flatten(1)
+    return v, inside, v.isfinite().all(1) & inside.any(1)
+
+
+def _check_tolerance(tolerance: float) -> None:
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance: got {tolerance}; give pixels, at least 0")
+
+
+def _check_threshold(threshold: float | None) -> None:
+    if threshold is not None and not 0 < threshold <= 1:
+        raise ValueError(
+            f"iou_threshold: got {threshold}; give a fraction of the maximum in (0, 1], or None for "
+            f"as many pixels as the object has"
+        )
+
+
+@dataclass(frozen=True)
+class LocalizationProbe(Probe):
+    """Pointing game, energy-based pointing game and IoU; no forward passes.
+
+    NaN where the image has no annotation of the explained class.
+
+    Args:
+        tolerance: pixels of the model's input by which the maximum may miss the object. The paper's
+            15 are pixels of the photo: 224 pixels a side are more lenient.
+        iou_threshold: see :func:`iou_values`; None keeps as many pixels as the object has.
+    """
+
+    tolerance: float = 15.0
+    iou_threshold: float | None = None
+    needs_annotation: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_tolerance(self.tolerance)
+        _check_threshold(self.iou_threshold)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return POINTING, ENERGY, IOU
+
+    def column_options(self, column: Column) -> dict[str, Any]:
+        if column == POINTING:
+            return {"tolerance": self.tolerance}
+        return {"iou_threshold": self.iou_threshold} if column == IOU else {}
+
+    def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
+        yield from ()
+        values = dict.fromkeys(self.columns, math.nan)
+        mask = None if sample.annotation is None else sample.annotation.mask(sample.target)
+        if mask is not None:
+            maps, masks = sample.grey[None], mask[None].to(sample.grey.device)
+            values[POINTING] = float(pointing_values(maps, masks, self.tolerance))
+            values[ENERGY] = float(energy_pointing_values(maps, masks))
+            values[IOU] = float(iou_values(maps, masks, self.iou_threshold))
+        return lambda scores: values
+
+
+class PointingGame(MeanMetric):
+    """Percentage of hits; ``update(maps, masks, valid=None)`` with (B, 1, H, W), masks bool."""
+
+    higher_is_better = True
+
+    def __init__(self, tolerance: float = 15.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.tolerance = tolerance
+
+    def update(self, maps: Tensor, masks: Tensor, valid: Tensor | None = None) -> None:
+        self._add(pointing_values(maps, masks, self.tolerance), valid)
+
+
+class EnergyPointingGame(MeanMetric):
+    """Mean share of the map on the object; ``update(maps, masks, valid=None)``."""
+
+    higher_is_better = True
+
+    def update(self, maps: Tensor, masks: Tensor, valid: Tensor | None = None) -> None:
+        self._add(energy_pointing_values(maps, masks), valid)
+
+
+class LocalizationIoU(MeanMetric):
+    """Mean IoU; ``update(maps, masks, valid=None)``."""
+
+    higher_is_better = True
+
+    def __init__(self, threshold: float | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.threshold = threshold
+
+    def update(self, maps: Tensor, masks: Tensor, valid: Tensor | None = None) -> None:
+        self._add(iou_values(maps, masks, self.threshold), valid)

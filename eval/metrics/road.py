@@ -1,0 +1,144 @@
+"""ROAD, remove and debias: scores of images whose most or least relevant pixels are imputed.
+
+    MoRF = mean_l s(x without the l most relevant),    LeRF likewise with 1 - map,
+    ROAD = mean_l (s_LeRF(l) - s_MoRF(l)) / 2
+
+At level l the pixels with a value >= the linearly interpolated (1 - l) quantile of the map go, ties
+included, and :func:`xattn.eval.road.impute` fills the hole, so that its shape says nothing about
+the class. Rong et al. 2022 (arXiv 2202.00449).
+
+s is the protocol's score of the imputed image. pytorch-grad-cam's ROADMostRelevantFirstAverage and
+ROADLeastRelevantFirstAverage give the mean change s(imputed) - s(clean) instead: its values are
+these minus the score of the clean image. That cancels in its ROADCombined, which is ROAD here for
+equal levels (its percentile p removes the level 1 - p / 100; its default is nine levels from 0.1 to
+0.9, the paper's is seven). The paper itself reports how often the prediction survives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xattn.eval import functional
+from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.road import impute
+
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
+
+
+def removed_pixels(maps: Tensor, levels: Sequence[float] = LEVELS) -> Tensor:
+    """(B, 1, H, W) -> (B, L, H, W) bool: values >= the (1 - level) quantile, numpy's definition.
+
+    Where the quantile is the smallest value of a map, everything is removed.
+    """
+    functional._check_maps(maps)
+    _check_levels(levels)
+    flat = maps.flatten(1)
+    thresholds = [functional.quantile(flat, 1 - level) for level in levels]
+    return maps >= torch.stack(thresholds, 1)[:, :, None, None]
+
+
+def road_values(scores: Tensor) -> Tensor:
+    """Mean over the levels, (B, L) -> (B,) float64; NaN where a score is not finite."""
+    scores = torch.as_tensor(scores).detach().double()
+    if scores.ndim != 2 or scores.shape[1] == 0:
+        raise ValueError(f"scores: got shape {tuple(scores.shape)}; give (B, L), one a level")
+    return torch.where(scores.isfinite().all(1), scores.mean(1), torch.nan)
+
+
+def road_combined_values(lerf: Tensor, morf: Tensor) -> Tensor:
+    """mean over the levels of (LeRF - MoRF) / 2, (B, L) twice -> (B,) float64."""
+    if lerf.shape != morf.shape:
+        raise ValueError(
+            f"lerf, morf: got shapes {tuple(lerf.shape)} and {tuple(morf.shape)}; give both (B, L)"
+        )
+    return (road_values(lerf) - road_values(morf)) / 2
+
+
+class _RoadMetric(MeanMetric):
+    """``update(scores, valid=None)`` with (B, L) scores, one a level."""
+
+    def update(self, scores: Tensor, valid: Tensor | None = None) -> None:
+        self._add(road_values(scores), valid)
+
+
+class RoadMoRF(_RoadMetric):
+    """ROAD-MoRF: the mean score without the most relevant pixels, lower is better."""
+
+    higher_is_better = False
+
+
+class RoadLeRF(_RoadMetric):
+    """ROAD-LeRF: the mean score without the least relevant pixels, higher is better."""
+
+    higher_is_better = True
+
+
+class RoadCombined(MeanMetric):
+    """ROAD: ``update(lerf, morf, valid=None)`` with (B, L) scores; higher is better."""
+
+    higher_is_better = True
+
+    def update(self, lerf: Tensor, morf: Tensor, valid: Tensor | None = None) -> None:
+        self._add(road_combined_values(lerf, morf), valid)
+
+
+@dataclass(frozen=True)
+class RoadProbe(Probe):
+    """ROAD-MoRF, ROAD-LeRF and ROAD: the levels of one order are imputed as one batch.
+
+    Args:
+        levels: removed fractions, in (0, 1).
+        noise: standard deviation of the noise on imputed pixels, the same field at all levels and
+            for all methods.
+        tolerance: of the imputation, see :func:`xattn.eval.road.impute`.
+
+    A constant map has no order: NaN.
+    """
+
+    levels: tuple[float, ...] = LEVELS
+    noise: float = 0.01
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        _check_levels(self.levels)
+        if not self.noise >= 0:
+            raise ValueError(f"noise: got {self.noise}; give a standard deviation >= 0")
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance: got {self.tolerance}; give a positive value")
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return Column("ROAD-MoRF"), Column("ROAD-LeRF"), Column("ROAD")
+
+    def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
+        if sample.grey.min() == sample.grey.max():
+            return lambda scores: dict.fromkeys(self.columns, math.nan)
+        for key, grey in (("morf", sample.grey), ("lerf", 1 - sample.grey)):
+            removed = removed_pixels(grey[None], self.levels).transpose(0, 1)
+            images = impute(
+                sample.image[None],
+                removed,
+                noise=self.noise,
+                seed=sample.seed,
+                tolerance=self.tolerance,
+            )
+            for image in images:
+                yield Request(key, image, shared=False)
+
+        def finish(scores: Mapping[str, Tensor]) -> dict[Column, float]:
+            morf, lerf = scores["morf"][None], scores["lerf"][None]
+            values = road_values(morf), road_values(lerf), road_combined_values(lerf, morf)
+            return {c: float(value) for c, value in zip(self.columns, values, strict=True)}
+
+        return finish
+
+
+def _check_levels(levels: Sequence[float]) -> None:
+    if not levels or not all(0 < level < 1 for level in levels):
+        raise ValueError(f"levels: got {tuple(levels)}; give removed fractions in (0, 1)")

@@ -1,0 +1,113 @@
+"""Max-sensitivity: how far a map moves when the image hardly does.
+
+    SENS = max_d ||phi(x + d) - phi(x)|| / ||phi(x)||,    |d_i| <= r
+
+The norm is Euclidean, phi the raw map at the explainer's own resolution; the maximum is over random
+d, uniform in the ball, and so a lower bound of the true one. Yeh et al. 2019, arXiv 1901.09392.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.metrics.curves import check_count
+
+BATCH = 16  # images alive at a time
+
+
+def max_sensitivity_values(maps: Tensor, perturbed: Tensor) -> Tensor:
+    """(B,) float64, lower is better, at least 0; NaN for a map of zeros or non-finite maps.
+
+    ``captum.metrics.sensitivity_max`` divides by 1 where the map is zero.
+
+    Args:
+        maps: phi(x), (B, 1, h, w).
+        perturbed: phi(x + d), (B, S, 1, h, w).
+
+    Raises:
+        ValueError: other shapes.
+    """
+    if maps.ndim != 4 or perturbed.ndim != 5 or maps.shape != perturbed[:, 0].shape:
+        raise ValueError(
+            f"maps, perturbed: got {tuple(maps.shape)} and {tuple(perturbed.shape)}; give "
+            f"(B, 1, h, w) and (B, S, 1, h, w)"
+        )
+    moves, norms = _moves(maps, perturbed)
+    return _ratio(moves.amax(1), norms)
+
+
+def _moves(maps: Tensor, perturbed: Tensor) -> tuple[Tensor, Tensor]:
+    """||phi(x + d) - phi(x)|| (B, S) and ||phi(x)|| (B,)."""
+    phi = maps.detach().double().flatten(1)
+    moves = (perturbed.detach().double().flatten(2) - phi[:, None]).norm(dim=2)
+    return moves, phi.norm(dim=1)
+
+
+def _ratio(moves: Tensor, norms: Tensor) -> Tensor:
+    good = (norms > 0) & norms.isfinite() & moves.isfinite()
+    return torch.where(good, moves / norms, torch.nan)
+
+
+@dataclass(frozen=True)
+class MaxSensitivityProbe(Probe):
+    """Max-sensitivity: explains ``samples`` perturbed images and once more the image itself.
+
+    x + d is clamped to [0, 1], which explainers ask for; ``captum.metrics.sensitivity_max`` does not
+    clamp. The two agree where every pixel is at least ``radius`` away from 0 and 1; elsewhere the
+    clamped perturbation is smaller. d depends on the image alone, not on the method.
+
+    Args:
+        radius: r, in pixel values of [0, 1].
+        samples: how many d.
+    """
+
+    radius: float = 0.02
+    samples: int = 10
+    explains_again: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_count("samples", self.samples)
+        if not 0 < self.radius <= 1:
+            raise ValueError(f"radius: got {self.radius}; give a change of pixel values in (0, 1]")
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (Column("max-sensitivity"),)
+
+    def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
+        if sample.explain is None:
+            raise ValueError("explain: None; max-sensitivity needs the explainer; give explain=...")
+        yield from ()
+        image = sample.image
+        generator = torch.Generator().manual_seed(sample.seed)
+        # The clean image goes first in the first batch: maps of another batch shape may differ in
+        # their last bits.
+        images, clean, moves = [image], None, []
+        for left in reversed(range(self.samples)):
+            d = self.radius * (2 * torch.rand(image.shape, generator=generator) - 1)
+            images.append((image + d.to(image)).clamp(0, 1))
+            if len(images) == BATCH or left == 0:
+                maps = sample.explain(torch.stack(images)).detach().double()
+                if clean is None:
+                    clean, maps = maps[:1], maps[1:]
+                moves.append(_moves(clean, maps[None])[0])
+                images = []
+        assert clean is not None
+        value = float(_ratio(torch.cat(moves, 1).amax(1), clean.flatten(1).norm(dim=1)))
+        return lambda scores: {Column("max-sensitivity"): value}
+
+
+class MaxSensitivity(MeanMetric):
+    """Mean max-sensitivity; ``update(maps, perturbed, valid=None)`` as in
+    :func:`max_sensitivity_values`."""
+
+    higher_is_better = False
+
+    def update(self, maps: Tensor, perturbed: Tensor, valid: Tensor | None = None) -> None:
+        self._add(max_sensitivity_values(maps, perturbed), valid)

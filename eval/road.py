@@ -1,0 +1,414 @@
+"""ROAD's imputation: every removed pixel becomes the weighted mean of its eight neighbours.
+
+    w_i x_i = sum_j k_ij x_j,   k = 2 (edge) or 1 (corner),   w_i = sum of k_ij inside the image
+
+for all removed pixels i, with the kept pixels as boundary values: the weights are 1/6 and 1/12,
+renormalised at the image's border. Then N(0, noise^2) is added. Noisy linear imputation of Rong et
+al. 2022 (arXiv 2202.00449); times w_i, as above, the system is symmetric and positive definite.
+
+It is solved by conjugate gradients, preconditioned by one multigrid cycle (Trottenberg et al.,
+*Multigrid*, 2001) with one damped Jacobi step before and after each coarser grid. Bilinear
+interpolation P carries corrections; a removed pixel's neighbours may be kept ones at any scale, so
+the coarse operators are the exact products P^T A P (Galerkin): they are nine-point stencils again,
+and linear in the finer stencil, hence one fixed convolution of stride 2.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Half of the symmetric neighbourhood: (rows down, columns right, weight); the rest are transposes.
+_LINKS = ((0, 1, 2.0), (1, 0, 2.0), (1, 1, 1.0), (1, -1, 1.0))
+# The pixels i that have such a neighbour j inside the grid, and these j, as slices.
+_PAIRS = tuple(
+    (
+        (..., slice(0, -dy or None), slice(max(0, -dx), -dx if dx > 0 else None)),
+        (..., slice(dy, None), slice(max(0, dx), dx if dx < 0 else None)),
+    )
+    for dy, dx, _ in _LINKS
+)
+_DAMPING = 0.9
+_COARSEST = 3  # pixels a side
+_COARSEST_STEPS = 8
+
+
+def impute(
+    images: Tensor,
+    removed: Tensor,
+    *,
+    noise: float = 0.01,
+    seed: int = 0,
+    tolerance: float = 1e-3,
+    max_iterations: int = 100,
+) -> Tensor:
+    """Fill the removed pixels by ROAD's noisy linear imputation, a batch at once on any device.
+
+    The values of removed pixels are never read, except where everything is removed: without a
+    boundary value the result is the image's mean colour. An element of the batch does not depend
+    on the others.
+
+    Args:
+        images: (B, 3, H, W), or (1, 3, H, W) for B masks; float, H and W at least 2.
+        removed: (B, 1, H, W) bool, or (1, 1, H, W) for B images.
+        noise: standard deviation of the noise on removed pixels. Nothing is clamped afterwards.
+        seed: of the noise, one field (3, H, W) shared by the batch.
+        tolerance: an element is done after a correction of at most this size, in the pixels' unit;
+            the error left is smaller, at most 6e-4 on photos where this is 1e-3.
+        max_iterations: a warning tells if an element is not done by then.
+
+    Returns:
+        (B, 3, H, W) in the dtype of ``images`` (half precision is solved in float32), without
+        gradients.
+    """
+    images, removed = _check(images, removed)
+    if not noise >= 0:
+        raise ValueError(f"noise: got {noise}; give a standard deviation >= 0")
+    if not tolerance > 0 or max_iterations < 1:
+        raise ValueError(
+            f"tolerance, max_iterations: got {tolerance} and {max_iterations}; give positive values"
+        )
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    images = images.detach()
+    x = images.to(dtype)
+    everything = removed.flatten(1).all(1)[:, None, None, None]
+    unknown = removed & ~everything
+    # Without the mean, regions far from the boundary have exact zeros as residuals: rounding
+    # errors of one sign would add up to 1e-3 there.
+    known = x.masked_fill(unknown, 0)
+    count = (~unknown).sum((2, 3), keepdim=True)
+    mean = known.sum((2, 3), keepdim=True) / count
+    solution = _solve((x - mean).masked_fill(unknown, 0), unknown, tolerance, max_iterations)
+    filled = solution.add_(mean)
+    if noise > 0:
+        generator = torch.Generator().manual_seed(seed)
+        field = torch.randn(images.shape[1:], generator=generator, dtype=torch.float32)
+        filled.add_(field.to(filled), alpha=noise)
+    return torch.where(removed, filled.to(images.dtype), images)
+
+
+def impute_direct(image: Tensor, removed: Tensor) -> Tensor:
+    """The same without noise by SciPy's direct sparse solver in float64: the reference.
+
+    (3, H, W) and (1, H, W) bool -> (3, H, W) in the dtype of ``image``.
+    """
+    import numpy as np
+    from scipy import sparse
+    from scipy.sparse.linalg import spsolve
+
+    batch, mask = _check(image[None], removed[None])
+    values, flat = batch[0].flatten(1).T.double().cpu().numpy().copy(), mask.flatten().cpu().numpy()
+    if not flat.any():
+        return image.clone()
+    if flat.all():
+        return image.mean((1, 2), keepdim=True).expand_as(image).clone()
+    index = torch.arange(flat.size).view(image.shape[1:])
+    rows = np.concatenate([index[i].flatten().numpy() for i, _ in _PAIRS])
+    columns = np.concatenate([index[j].flatten().numpy() for _, j in _PAIRS])
+    weights = np.concatenate(
+        [np.full(index[i].numel(), k) for (i, _), (*_, k) in zip(_PAIRS, _LINKS, strict=True)]
+    )
+    links = sparse.coo_array((weights, (rows, columns)), shape=(flat.size, flat.size)).tocsr()
+    links = links + links.T
+    system = (sparse.diags_array(links.sum(1)) - links).tocsr()[flat]
+    right = -(system[:, ~flat] @ values[~flat])
+    values[flat] = spsolve(system[:, flat].tocsc(), right).reshape(right.shape)
+    return torch.from_numpy(values.T.copy()).view_as(image).to(image)
+
+
+def _check(images: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
+    if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 2:
+        raise ValueError(
+            f"images: got shape {tuple(images.shape)}; give (B, 3, H, W) with H, W >= 2"
+        )
+    if not images.is_floating_point():
+        raise ValueError(f"images: got {images.dtype}; give floating point pixels, in [0, 1]")
+    if removed.dtype != torch.bool or removed.ndim != 4 or removed.shape[1] != 1:
+        raise ValueError(
+            f"removed: got {removed.dtype} of shape {tuple(removed.shape)}; give bool (B, 1, H, W)"
+        )
+    sizes = {len(images), len(removed)}
+    if removed.shape[2:] != images.shape[2:] or (len(sizes) > 1 and 1 not in sizes):
+        raise ValueError(
+            f"removed: got shape {tuple(removed.shape)} for images {tuple(images.shape)}; give one "
+            f"mask an image, of its size"
+        )
+    batch = max(sizes)
+    return images.expand(batch, -1, -1, -1), removed.to(images.device).expand(batch, -1, -1, -1)
+
+
+# ---------------------------------------------------------------- conjugate gradients
+
+
+def _solve(known: Tensor, unknown: Tensor, tolerance: float, max_iterations: int) -> Tensor:
+    """Values (B, 3, H, W) at the unknown pixels, 0 elsewhere; ``known`` is 0 where unknown.
+
+    Works on the image with a ring of known zeros, so that every pixel has eight neighbours.
+    """
+    known, mask = F.pad(known, (1, 1, 1, 1)), F.pad(unknown.to(known.dtype), (1, 1, 1, 1))
+    weights = _weights(mask)
+    r, x, p, q = (torch.zeros_like(known) for _ in range(4))
+    _Differences(weights, known, r)()  # x = 0: the residual is sum_j k_ij x_j over known pixels
+    grids, product = _grids(mask, weights, r), _Differences(weights, p, q)
+    z, scratch = grids[0].x, grids[0].t
+    going = mask.new_ones(len(mask), 1, 1, 1)
+    rz = going
+    for _ in range(max_iterations):
+        _cycle(grids, 0)
+        rz_before, rz = rz, torch.mul(r, z, out=scratch).sum((2, 3), keepdim=True)
+        p.mul_(_ratio(rz, rz_before)).add_(z)
+        product()  # q = -A p
+        step = _ratio(rz, -torch.mul(p, q, out=scratch).sum((2, 3), keepdim=True)) * going
+        x.addcmul_(p, step)
+        r.addcmul_(q, step)
+        # z estimates the error before this step. Done elements stay as they are: an element's
+        # result does not depend on how long the others take.
+        going.mul_(torch.abs(z, out=scratch).amax((1, 2, 3), keepdim=True) > tolerance)
+        if not bool(going.any()):
+            break
+    else:
+        warnings.warn(
+            f"impute: {int(going.sum())} of {len(known)} images still moved by more than "
+            f"{tolerance:g} after {max_iterations} iterations",
+            stacklevel=3,
+        )
+    return x[..., 1:-1, 1:-1]
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0: a constant image is solved before the first step."""
+    return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
+
+
+# ---------------------------------------------------------------- the operators
+
+
+class _Differences:
+    """y_i = sum_j k_ij x_j - w_i x_i inside the ring: -A x at unknown pixels, if x is 0 elsewhere.
+
+    k is (1 2 1)^T (1 2 1) without its centre. Bound to fixed x and y, because making the views
+    takes longer than the arithmetic on small grids.
+    """
+
+    def __init__(self, weights: Tensor, x: Tensor, y: Tensor) -> None:
+        batch, channels, h, w = x.shape
+        rows = x.new_empty(batch, channels, h - 1, w)
+        both = x.new_empty(batch, channels, h - 2, w)
+        columns = rows[:, :, 1:, 1:]
+        self.inner, self.out, self.centre = x[..., 1:-1, 1:-1], y[..., 1:-1, 1:-1], weights + 4
+        self.sums = (
+            (x[:, :, :-1], x[:, :, 1:], rows),
+            (rows[:, :, :-1], rows[:, :, 1:], both),
+            (both[..., :-1], both[..., 1:], columns),
+            (columns[..., :-1], columns[..., 1:], self.out),
+        )
+
+    def __call__(self) -> None:
+        for a, b, out in self.sums:
+            torch.add(a, b, out=out)
+        self.out.addcmul_(self.inner, self.centre, value=-1)
+
+
+def _weights(mask: Tensor) -> Tensor:
+    """w (1, 1, H, W), the sum of weights of a pixel's neighbours inside the image."""
+    inside = mask.new_zeros(1, 1, *mask.shape[2:])
+    inside[..., 1:-1, 1:-1] = 1
+    total = torch.zeros_like(inside)
+    _Differences(mask.new_zeros(()), inside, total)()
+    return total[..., 1:-1, 1:-1]
+
+
+class _Residual:
+    """t = b - A x for a nine-point stencil (B, 5, h, w), bound to fixed b, x and t.
+
+    Channel 0 is the diagonal, channels 1 to 4 hold -a_ij for the four links.
+    """
+
+    def __init__(self, stencil: Tensor, b: Tensor, x: Tensor, t: Tensor) -> None:
+        self.diagonal, self.b, self.x, self.t = stencil[:, :1], b, x, t
+        self.terms = []
+        for n, (i, j) in enumerate(_PAIRS, 1):
+            link = stencil[:, n : n + 1][i]
+            self.terms += [(t[i], link, x[j]), (t[j], link, x[i])]
+
+    def __call__(self) -> None:
+        torch.addcmul(self.b, self.diagonal, self.x, value=-1, out=self.t)
+        for t, link, x in self.terms:
+            t.addcmul_(link, x)
+
+
+# ---------------------------------------------------------------- the multigrid cycle
+
+
+class _Hats:
+    """Linear interpolation P along one dimension between fixed ``coarse`` and ``fine``.
+
+    Coarse pixel n lies on fine pixel 2 n; the last one may lie just outside of the fine grid.
+    """
+
+    def __init__(self, coarse: Tensor, fine: Tensor, dim: int) -> None:
+        def every_second(start: int) -> Tensor:
+            return fine[(*[slice(None)] * dim, slice(start, None, 2))]
+
+        self.even, self.odd = every_second(0), every_second(1)
+        count = self.odd.shape[dim]
+        self.same = coarse.narrow(dim, 0, self.even.shape[dim])
+        self.outside = coarse.narrow(
+            dim, self.even.shape[dim], coarse.shape[dim] - self.even.shape[dim]
+        )
+        self.left, self.right = coarse.narrow(dim, 0, count), coarse.narrow(dim, 1, count)
+        # A dense copy: stride 2 along the last dimension is slow to read and to write.
+        self.middle = torch.empty_like(self.odd, memory_format=torch.contiguous_format)
+
+    def restrict(self) -> None:
+        """coarse = P^T fine."""
+        self.same.copy_(self.even)
+        self.outside.zero_()
+        self.middle.copy_(self.odd)
+        self.left.add_(self.middle, alpha=0.5)
+        self.right.add_(self.middle, alpha=0.5)
+
+    def prolong(self, add: bool) -> None:
+        """fine = P coarse, or fine += P coarse."""
+        torch.add(self.left, self.right, out=self.middle)
+        if add:
+            self.even.add_(self.same)
+            self.odd.add_(self.middle, alpha=0.5)
+        else:
+            self.even.copy_(self.same)
+            torch.mul(self.middle, 0.5, out=self.odd)
+
+
+class _Grid:
+    """One level: b the right side, x the correction, t scratch, all (B, 3, h, w).
+
+    ``residual()`` sets t = b - A x; ``jacobi`` (B, 1, h, w) is the damped inverse diagonal, 0 at
+    known pixels.
+    """
+
+    residual: Callable[[], None]
+    jacobi: Tensor
+    restriction: tuple[_Hats, ...] = ()
+    prolongation: tuple[_Hats, ...] = ()
+
+    def __init__(self, b: Tensor) -> None:
+        self.b, self.x, self.t = b, torch.empty_like(b), torch.empty_like(b)
+
+    def smooth(self) -> None:
+        self.residual()
+        self.x.addcmul_(self.t, self.jacobi)
+
+
+class _Finest(_Grid):
+    def __init__(self, mask: Tensor, weights: Tensor, b: Tensor) -> None:
+        super().__init__(b)
+        self.mask, product = mask, _Differences(weights, self.x, self.t.zero_())
+
+        def residual() -> None:
+            product()
+            self.t.add_(b)
+
+        self.residual = residual
+        self.jacobi = torch.zeros_like(mask)
+        self.jacobi[..., 1:-1, 1:-1] = mask[..., 1:-1, 1:-1] / weights
+
+
+class _Coarse(_Grid):
+    def __init__(self, stencil: Tensor, b: Tensor) -> None:
+        super().__init__(b)
+        self.residual = _Residual(stencil, b, self.x, self.t)
+        diagonal = stencil[:, :1]
+        size = diagonal.clone()
+        for n, (i, j) in enumerate(_PAIRS, 1):
+            link = stencil[:, n : n + 1][i].abs()
+            size[i] += link
+            size[j] += link
+        # Gershgorin: the eigenvalues of A / max(diagonal, size / 2) are at most 2. The plain
+        # diagonal diverges where one removed pixel lies under several coarse ones.
+        scale = torch.maximum(diagonal, size / 2)
+        self.jacobi = torch.where(scale > 0, _DAMPING / torch.where(scale > 0, scale, 1), 0)
+
+
+def _grids(mask: Tensor, weights: Tensor, b: Tensor) -> list[_Grid]:
+    """All levels for a mask (B, 1, h, w) and the finest right side (B, 3, h, w)."""
+    grids: list[_Grid] = [_Finest(mask, weights, b)]
+    for stencil in _coarse_stencils(mask, weights):
+        fine, coarse = grids[-1], _Coarse(stencil, b.new_empty(*b.shape[:2], *stencil.shape[2:]))
+        half = b.new_empty(*b.shape[:2], stencil.shape[2], fine.b.shape[3])
+        fine.restriction = (_Hats(half, fine.t, 2), _Hats(coarse.b, half, 3))
+        fine.prolongation = (_Hats(coarse.x, half, 3), _Hats(half, fine.x, 2))
+        grids.append(coarse)
+    return grids
+
+
+def _cycle(grids: Sequence[_Grid], n: int) -> None:
+    """grids[n].x = an approximate solution for the right side grids[n].b: one symmetric V-cycle."""
+    grid = grids[n]
+    torch.mul(grid.b, grid.jacobi, out=grid.x)
+    if n + 1 == len(grids):
+        for _ in range(_COARSEST_STEPS):
+            grid.smooth()
+        return
+    grid.residual()
+    if isinstance(grid, _Finest):
+        grid.t.mul_(grid.mask)
+    for hats in grid.restriction:
+        hats.restrict()
+    _cycle(grids, n + 1)
+    columns, rows = grid.prolongation
+    columns.prolong(add=False)
+    rows.prolong(add=True)
+    if isinstance(grid, _Finest):
+        grid.x.mul_(grid.mask)
+    grid.smooth()
+
+
+# ---------------------------------------------------------------- Galerkin products
+
+
+def _coarse_stencils(mask: Tensor, weights: Tensor) -> list[Tensor]:
+    """P^T A P for every coarser grid, each (B, 5, h, w) as in :class:`_Residual`."""
+    fine = mask.new_zeros(len(mask), 5, *mask.shape[2:])
+    fine[:, :1, 1:-1, 1:-1] = weights
+    fine[:, :1].mul_(mask)
+    for n, ((i, j), (_, _, k)) in enumerate(zip(_PAIRS, _LINKS, strict=True), 1):
+        torch.mul(mask[i], mask[j], out=fine[:, n : n + 1][i]).mul_(k)
+    # float32 convolutions of a GPU may be rounded to TF32: operators would lose definiteness.
+    exact = torch.float64 if fine.is_cuda else fine.dtype
+    kernel = _galerkin().to(fine.device, exact)
+    stencils = []
+    while max(fine.shape[2:]) > _COARSEST:
+        h, w = fine.shape[2:]
+        padded = F.pad(fine.to(exact), (2, 3 - w % 2, 2, 3 - h % 2))
+        fine = F.conv2d(padded, kernel, stride=2).to(mask.dtype)
+        stencils.append(fine)
+    return stencils
+
+
+@functools.cache
+def _galerkin() -> Tensor:
+    """(5, 5, 5, 5): the coarse stencil's coefficients as a convolution of the fine stencil's.
+
+    With phi the bilinear hat of a coarse pixel at 0, the entry between it and the one at 2 o is
+    the sum over f of a(f, f + c) (phi(f) phi(f + c - 2 o) + phi(f + c) phi(f - 2 o)).
+    """
+
+    def phi(y: Tensor, x: Tensor) -> Tensor:
+        return (1 - y.abs() / 2).clamp_min(0) * (1 - x.abs() / 2).clamp_min(0)
+
+    y, x = torch.meshgrid(torch.arange(-2, 3), torch.arange(-2, 3), indexing="ij")
+    offsets = [(0, 0), *((dy, dx) for dy, dx, _ in _LINKS)]
+    kernel = torch.empty(5, 5, 5, 5, dtype=torch.float64)
+    for n, (v, u) in enumerate(offsets):
+        for m, (dy, dx) in enumerate(offsets):
+            entry = phi(y, x) * phi(y + dy - 2 * v, x + dx - 2 * u)
+            if m > 0:
+                entry = entry + phi(y + dy, x + dx) * phi(y - 2 * v, x - 2 * u)
+            # The diagonal is stored as it is, links with the opposite sign.
+            kernel[n, m] = entry if (n == 0) == (m == 0) else -entry
+    return kernel

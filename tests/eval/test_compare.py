@@ -1,0 +1,218 @@
+"""The leaderboard's data: who is best and who is level, as Markdown, CSV and JSON, run after run."""
+
+import csv
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xattn.eval import Column, Protocol
+from xattn.eval.compare import (
+    Comparison,
+    compare,
+    markdown,
+    seconds_script,
+    standings,
+    write_report,
+)
+from xattn.eval.report import from_dict
+from xattn.eval.results import ImageRecord, MethodResult, Results
+
+AD, IC = Column("AD", 0.5), Column("IC", 0.5)  # lower and higher is better
+
+
+def made_up(is_mask=(), **values):
+    """Results whose methods have the given per-image values in both columns."""
+    n = len(next(iter(values.values())))
+    methods = {
+        name: MethodResult(
+            3, name in is_mask, np.isfinite(x), {}, {AD: np.array(x), IC: np.array(x)}, seconds=2.0
+        )
+        for name, x in values.items()
+    }
+    images = [ImageRecord(f"{i}.jpg", 0, "ant, bee", 0.5) for i in range(n)]
+    return Results(Protocol(n=n, n_invalid=0), images, methods, n_resamples=500)
+
+
+def table(results):
+    return {(s.method, s.column): s for s in standings(results)}
+
+
+BASE = np.array([30.0, 42, 35, 51, 38, 44, 29, 47, 36, 40])
+WIGGLE = np.array([1.0, -1, 1, -1, 1, -1, 1, -1, 1, -1.5])
+
+
+# ---------------------------------------------------------------- standings
+
+
+def test_the_best_follows_each_metrics_direction():
+    cells = table(made_up(low=BASE - 5, mid=BASE, high=BASE + 5))
+    assert [n for n in ("low", "mid", "high") if cells[n, AD].best] == ["low"]
+    assert [n for n in ("low", "mid", "high") if cells[n, IC].best] == ["high"]
+
+
+def test_a_sanity_row_or_a_mask_is_never_best():
+    rows = {
+        "random": BASE - 20,
+        "centre": BASE - 30,
+        "ones": BASE - 40,
+        "randomized_mine": BASE - 9,
+    }
+    results = made_up(is_mask=("ones", "frame"), frame=BASE - 50, mine=BASE, **rows)
+    assert [s.method for s in standings(results) if s.best] == ["mine", "mine"]
+    assert table(results)["centre", AD].diff == pytest.approx(-30)
+    assert not table(results)["centre", AD].level_with_best
+
+
+def test_no_method_under_test_no_best():
+    cells = standings(made_up(random=BASE, centre=BASE))
+    assert not any(s.best or s.level_with_best for s in cells)
+    assert all(math.isnan(s.diff) for s in cells)
+
+
+def test_a_method_without_values_is_neither_best_nor_level():
+    cells = table(made_up(dead=np.full(10, np.nan), mine=BASE))
+    dead = cells["dead", AD]
+    assert (dead.n, dead.n_invalid, dead.best, dead.level_with_best) == (0, 10, False, False)
+    assert math.isnan(dead.mean) and cells["mine", AD].best
+
+
+def test_level_with_the_best_is_a_paired_interval_that_holds_zero():
+    results = made_up(mine=BASE, twin=BASE + WIGGLE * 2, poor=BASE + 3 + 0.1 * WIGGLE)
+    cells = table(results)
+    best = next(n for n in ("mine", "twin", "poor") if cells[n, AD].best)
+    other = {"mine": "twin", "twin": "mine"}[best]
+    assert cells[best, AD].level_with_best and math.isnan(cells[best, AD].diff)
+    assert cells[other, AD].level_with_best
+    poor = cells["poor", AD]
+    assert not poor.level_with_best, "though its own interval overlaps the best one's"
+    assert poor.lo < cells[best, AD].hi
+    (d,) = results.compare("poor", best, [AD])
+    assert (poor.diff, poor.diff_lo, poor.diff_hi) == (d.diff, d.lo, d.hi) and d.lo > 0
+
+
+def test_a_difference_counts_only_images_valid_in_both():
+    holes = BASE + 4
+    holes[:3] = np.nan
+    cells = table(made_up(mine=np.where(np.arange(10) == 9, np.nan, BASE), holes=holes))
+    assert cells["holes", AD].diff == pytest.approx(4)
+    assert (cells["holes", AD].n, cells["holes", AD].n_invalid) == (7, 3)
+
+
+def test_every_method_and_column_has_one_standing_in_order():
+    results = made_up(b=BASE, a=BASE + 1, random=BASE + 2)
+    assert [(s.method, s.column) for s in standings(results)] == [
+        (name, column) for column in (AD, IC) for name in ("b", "a", "random")
+    ]
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.fixture
+def results():
+    return made_up(
+        mine=BASE, twin=BASE + WIGGLE, random=BASE + 30, ones=BASE * 0, dead=np.full(10, np.nan)
+    )
+
+
+def test_markdown_names_the_best_and_who_is_level(results):
+    lines = markdown(results, standings(results)).splitlines()
+    level = {"mine": "twin", "twin": "mine"}
+    best = next(s.method for s in standings(results) if s.best)
+    assert f"| AD@50 | {best} | {level[best]} |" in lines, "sanity rows are not listed as level"
+    assert any(x.startswith("- protocol " + results.protocol.id) for x in lines)
+
+
+def test_markdown_leaves_out_columns_that_nobody_has(results):
+    nothing = made_up(dead=np.full(10, np.nan), random=BASE)
+    assert "| AD@50 |" not in markdown(nothing, standings(nothing))
+
+
+def test_csv_reads_back_with_empty_cells_for_what_is_undefined(results, tmp_path):
+    write_report(results, tmp_path)
+    text = (tmp_path / "leaderboard.csv").read_text()
+    assert "nan" not in text.lower()
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert len(rows) == 10
+    for row, s in zip(rows, standings(results), strict=True):
+        assert (row["method"], row["metric"], float(row["level"])) == (s.method, *s.column)
+        for field in ("mean", "lo", "hi", "diff", "diff_lo", "diff_hi"):
+            value = getattr(s, field)
+            assert row[field] == "" if math.isnan(value) else float(row[field]) == value
+        assert (row["best"], row["n"], row["forwards"]) == (str(s.best), str(s.n), "3")
+        assert row["protocol_id"] == results.metric_id(s.column)
+    images = list(csv.DictReader(io.StringIO((tmp_path / "images.csv").read_text())))
+    assert len(images) == 50 and images[0]["class_name"] == "ant, bee"
+
+
+def test_json_holds_standings_and_the_whole_results(results, tmp_path):
+    write_report(results, tmp_path)
+    data = json.loads((tmp_path / "leaderboard.json").read_text(), parse_constant=pytest.fail)
+    assert [(row["method"], row["column"]) for row in data["standings"]] == [
+        (s.method, s.column.key) for s in standings(results)
+    ]
+    dead = next(row for row in data["standings"] if row["method"] == "dead")
+    assert dead["mean"] is None and dead["best"] is False
+    assert standings(from_dict(data))[0] == standings(results)[0]
+
+
+def test_seconds_are_an_image_and_stand_in_their_script_alone(results, tmp_path):
+    name = '</script>"\u2028'
+    results.methods[name] = results.methods.pop("twin")
+    paths = write_report(results, tmp_path)
+    first = {path.name: path.read_bytes() for path in paths}
+    script = seconds_script(results)
+    start, end = "window.XATTN_SECONDS = ", ";\n"
+    assert script.startswith(start) and script.endswith(end) and script.isascii()
+    assert json.loads(script[len(start) : -len(end)])[name] == 0.2
+    results.methods["mine"].seconds = 77.0
+    changed = {
+        path.name
+        for path in write_report(results, tmp_path)
+        if first[path.name] != path.read_bytes()
+    }
+    assert changed == {"seconds.js"}
+
+
+def test_reports_of_equal_results_are_byte_identical(results, tmp_path):
+    one, two = write_report(results, tmp_path / "a"), write_report(results, tmp_path / "b")
+    assert [p.name for p in one] == [
+        *("leaderboard.md", "leaderboard.csv", "leaderboard.json", "images.csv"),
+        *("report.html", "seconds.js"),
+    ]
+    assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
+
+
+def test_a_comparison_run_twice_and_gone_on_with_is_byte_identical(tmp_path):
+    """A CNN with random weights on three photos, one of them broken."""
+    from xattn import load_backbone
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 255, (70, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{i}.png")
+    (photos / "broken.png").write_bytes(b"no picture")
+    job = Comparison(
+        backbone=load_backbone("test_resnet", weights=None, input_size=64, num_classes=5),
+        explainers=("gradcam",),
+        metrics=("masking",),
+        max_forward_batch=4,
+        seed=3,
+    )
+    said = []
+
+    def run(folder):
+        results, paths = compare(job, photos, tmp_path / folder, progress=False, say=said.append)
+        return results, {p.name: p.read_bytes() for p in paths if p.name != "seconds.js"}
+
+    (results, first), (_, second), (_, third) = run("a"), run("b"), run("a")
+    assert first == second, "a fresh run"
+    assert first == third, "a finished run that is only read"
+    assert list(results.methods) == ["gradcam", "random", "centre", "ones", "randomized_gradcam"]
+    assert [s.id for s in results.skipped] == ["broken.png"]
+    assert said, "the plan is told"

@@ -1,0 +1,61 @@
+"""Eigen-CAM: the activations' first principal component, the same for all classes.
+
+    f (hw x C) = U S V^T,   map = f v_1
+
+Muhammad and Yeasin, arXiv 2008.00299. The activations are not centred, as in the paper
+(pytorch-grad-cam centres them). A singular vector has no sign: the map is turned so that its sum is
+positive.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from xattn.explainers.base import Explainer, register_explainer
+from xattn.explainers.layers import LayerReader
+
+if TYPE_CHECKING:
+    from xattn.backbone import Backbone
+    from xattn.heads import Head
+
+
+@register_explainer("eigencam")
+class EigenCam(Explainer):
+    """Eigen-CAM: what the network sees, not what speaks for a class; no gradient is needed.
+
+    Args:
+        layer: as for Grad-CAM.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head | None = None,
+        seed: int = 0,
+        max_forward_batch: int = 32,
+        layer: nn.Module | None = None,
+    ) -> None:
+        super().__init__(backbone, head, seed, max_forward_batch)
+        self.reader = LayerReader(backbone, layer, self.name)
+        self.layer, self.layer_name = self.reader.layer, self.reader.name
+
+    @torch.no_grad()
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        maps = [self._component(f) for f in self.reader.activations(images)]
+        return torch.stack(maps).to(images.dtype)
+
+    @staticmethod
+    def _component(activations: Tensor) -> Tensor:
+        """(C, h, w) -> (1, h, w) float64."""
+        rows = activations.flatten(1).T.double()
+        # The smaller of the two Gram matrices has the same largest singular value.
+        if len(rows) <= rows.shape[1]:
+            values, vectors = torch.linalg.eigh(rows @ rows.T)
+            projected = vectors[:, -1] * values[-1].clamp_min(0).sqrt()
+        else:
+            projected = rows @ torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -1]
+        sign = -1 if projected.sum() < 0 else 1
+        return (sign * projected).view(1, *activations.shape[1:])
