@@ -301,6 +301,10 @@ class Compare:
 
         check_folder(self.output)
         backbone = self.model.load()
+        if not backbone.is_vit:
+            import torch
+
+            backbone.model.to(memory_format=torch.channels_last)  # passes take a third less on CPUs
         sources = self.heads or tuple(filter(None, [_default_head(backbone)]))
         heads: dict[str, Any] = {}
         for source in sources:
