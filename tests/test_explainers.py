@@ -16,7 +16,14 @@ from xattn.explainers import (
 )
 from xattn.heads import create_head
 
-NAMES = ["head", "cam", "gradcam", "random", "centre", "ones"]
+CAMS = ["gradcam", "gradcam_plusplus", "layercam", "eigencam", "ablationcam"]
+NAMES = ["head", "cam", *CAMS, "random", "centre", "ones"]
+# Tested alike in files of their own, with options that make them fast.
+ELSEWHERE = [
+    *("saliency", "input_x_gradient", "guided_backprop", "lrp"),
+    *("integrated_gradients", "gradient_shap", "smoothgrad"),
+    *("scorecam", "rise", "occlusion", "lime", "kernel_shap"),
+]
 MODELS = {"cnn": "test_efficientnet", "vit": "test_vit"}
 
 
@@ -53,7 +60,7 @@ TARGET = torch.tensor([3, 0, 10, 3, 7])
 
 
 def test_the_registry_lists_them_all_and_suggests_near_names(pairs):
-    assert {*NAMES, *ATTENTION} == set(list_explainers())
+    assert {*NAMES, *ATTENTION, *ELSEWHERE} == set(list_explainers())
     with pytest.raises(ValueError, match=r"unknown explainer 'grad-cam'; did you mean gradcam"):
         pairs["cnn"].explainer("grad-cam")
     with pytest.raises(ValueError, match=r"gradcam does not take that option .*layers"):
