@@ -235,8 +235,7 @@ class _Run:
             rows = [i for i, x in enumerate(left) if name not in finished.get(x.position, set())]
             single = bool(getattr(self.explainers[name], "perturbs", False))
             for part in [[i] for i in rows] if single else [rows] * bool(rows):
-                self._explain(name, part, left, images, scores, classes, notes)
-                done(len(part))
+                self._explain(name, part, left, images, scores, classes, notes, done)
         self.scorer.forget()
 
     def _left(self, item: Item, finished: Mapping[int, set[str]]) -> int:
@@ -272,6 +271,7 @@ class _Run:
         scores: Tensor,
         classes: Tensor,
         notes: list[Annotation | str | None],
+        done: Callable[[int], Any],
     ) -> None:
         """Maps of one method on some images of a chunk, and the requests of all probes on them."""
         started = time.perf_counter()
@@ -309,7 +309,8 @@ class _Run:
                 annotation=None if isinstance(note, str) else note,
             )
             self._request(name, items[i].position, sample, reasons[j], seconds)
-        self._collect()
+            self._collect()
+            done(1)
 
     def _request(
         self, name: str, position: int, sample: Sample, reason: str | None, seconds: float

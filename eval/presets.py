@@ -9,11 +9,12 @@ A preset is a :class:`~xattn.eval.Protocol` and the probes that go with it:
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from xattn.eval.metrics.base import Probe
 from xattn.eval.metrics.registry import create_probe
-from xattn.eval.protocol import Protocol
+from xattn.eval.protocol import METRICS, Protocol
 
 Mean = tuple[float, ...] | None
 
@@ -87,3 +88,33 @@ PRESETS: dict[str, Callable[[Mean], tuple[Protocol, list[Probe]]]] = {
     "torch-cam": _torch_cam,
     "grad-cam-lib": _grad_cam_lib,
 }
+
+
+def preset_table(backbone: Any, explainers: Mapping[str, Any], images: Any) -> str:
+    """The same maps under every preset, as a Markdown table: one row a preset and column.
+
+    Args:
+        backbone, explainers, images: as in :func:`xattn.eval.evaluate`.
+    """
+    from xattn.eval.engine import evaluate
+
+    names = list(explainers)
+    lines = [f"| preset | metric | {' | '.join(names)} | id |"]
+    lines.append(f"| :-- | :-- |{' --: |' * len(names)} :-- |")
+    for name in PRESETS:
+        protocol, probes = preset(name, backbone.preprocessing.mean)
+        results = evaluate(
+            backbone,
+            explainers,
+            images,
+            protocol=protocol,
+            metrics=probes,
+            max_forward_batch=16,
+            progress=False,
+        )
+        for column in results.columns:
+            digits = METRICS[column.metric].digits
+            means = [f"{results.mean(method, *column):.{digits}f}" for method in names]
+            cells = [name, column.key, *means, f"`{results.metric_id(column)}`"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
