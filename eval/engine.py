@@ -10,6 +10,7 @@ What is finished goes into a :class:`~xattn.eval.store.Store` at once: a killed 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import time
@@ -233,7 +234,7 @@ class _Run:
         self._record(left, scores, classes, [n if isinstance(n, str) else None for n in notes])
         for name in self.explainers:
             rows = [i for i, x in enumerate(left) if name not in finished.get(x.position, set())]
-            single = bool(getattr(self.explainers[name], "perturbs", False))
+            single = bool(getattr(self.explainers[name], "one_by_one", False))
             for part in [[i] for i in rows] if single else [rows] * bool(rows):
                 self._explain(name, part, left, images, scores, classes, notes, done)
         self.scorer.forget()
@@ -386,7 +387,7 @@ class _Run:
         """(b, 1, h, w); padded to the one batch shape, but for methods that see to theirs."""
         explainer, count = self.explainers[name], len(images)
         targets = targets.to(images.device)
-        if not getattr(explainer, "perturbs", False):
+        if not getattr(explainer, "one_by_one", False):
             size = self.scorer.max_forward_batch
             images, targets = pad_batch(images, size), pad_batch(targets, size)
         maps = explainer.attribute(images, targets)
@@ -495,7 +496,7 @@ def _facts(
     """What a stored result depends on; methods each under a key, so that one can be added."""
     return {
         "protocol": {**protocol.to_dict(), "id": protocol.id},
-        "backbone": backbone.fingerprint,
+        "backbone": [backbone.fingerprint, backbone.task, repr(backbone.preprocessing)],
         "metrics": {type(p).__name__: p.options() for p in probes},
         "max_forward_batch": scorer.max_forward_batch,
         "again_limit": again_limit,
@@ -506,11 +507,15 @@ def _facts(
 def describe(explainer: Any) -> dict[str, Any]:
     """What an explainer is: its class, plain options, and the hashes of its head and network."""
     plain = (bool, int, float, str, tuple, type(None))
-    options = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in vars(explainer).items()
-        if not key.startswith("_") and isinstance(value, plain)
-    }
+    options: dict[str, Any] = {}
+    for key, value in vars(explainer).items():
+        if key.startswith("_"):
+            continue
+        if isinstance(value, Tensor):
+            data = value.detach().cpu().contiguous()
+            options[key] = [list(data.shape), hashlib.sha256(data.numpy().tobytes()).hexdigest()]
+        elif isinstance(value, plain):
+            options[key] = list(value) if isinstance(value, tuple) else value
     record = {"class": type(explainer).__qualname__, "options": options}
     head = getattr(explainer, "head", None)
     if head is not None:

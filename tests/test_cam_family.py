@@ -94,7 +94,7 @@ def expected(name, backbone, image, target):
     used = [c for c in range(len(f)) if f[c].max() > f[c].min()]
     for c in used:
         up = F.interpolate(f[None, c : c + 1], (64, 64), mode="bilinear")[0]
-        mask = (up - f[c].min()) / (f[c].max() - f[c].min())
+        mask = (up - up.min()) / (up.max() - up.min())
         with torch.no_grad():
             scores.append(backbone.logits((image * mask + mean * (1 - mask))[None])[0, target])
     return torch.relu((torch.stack(scores).softmax(0)[:, None, None] * f[used]).sum(0))

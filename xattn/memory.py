@@ -21,6 +21,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(part in text for part in _TEXTS)
 
 
+class _Exhausted(MemoryError):
+    """One image alone does not fit: no use in halving again."""
+
+
 class ForwardBatches:
     """Runs a function on slices of at most ``size`` images; halves ``size`` when memory runs out.
 
@@ -47,7 +51,7 @@ class ForwardBatches:
                 results.append(function(*(x[start : start + count] for x in inputs)))
                 start += count
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or isinstance(error, _Exhausted):
                     raise
                 reason = str(error).strip().splitlines()[0][:120]
             if reason:  # outside of except: the traceback keeps the failed pass's tensors alive
@@ -56,7 +60,7 @@ class ForwardBatches:
 
     def _halve(self, count: int, reason: str) -> None:
         if count == 1:
-            raise MemoryError(
+            raise _Exhausted(
                 f"max_forward_batch: out of memory with one image ({reason}); free memory, or choose "
                 f"a smaller input or backbone"
             )

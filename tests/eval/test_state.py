@@ -154,11 +154,11 @@ def test_non_finite_and_constant_maps_have_a_reason():
     assert results.methods["odd"].reasons == {0: "non-finite map", 1: "constant map"}
 
 
-def test_explainers_that_perturb_get_their_images_unpadded_one_by_one():
+def test_explainers_with_batches_of_their_own_get_images_unpadded_one_by_one():
     seen = []
 
     class Perturbs(Maps):
-        perturbs = True
+        one_by_one = True
 
         def attribute(self, inputs, target):
             seen.append(len(inputs))

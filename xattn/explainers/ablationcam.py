@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn.explainers.base import Explainer, register_explainer
+from xattn.explainers.gradients import probe_image
 from xattn.explainers.layers import LayerReader
 from xattn.memory import ForwardBatches
 
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
 
 @register_explainer("ablationcam")
 class AblationCam(Explainer):
-    """Ablation-CAM: on the map that a CNN pools only the classifier runs again, once a channel.
+    """Ablation-CAM. On the map that a CNN pools only the classifier runs again, once a channel.
 
     Elsewhere (ViTs, other layers) the whole network does, in micro-batches of one shape.
 
     Args:
         layer: as for Grad-CAM.
     """
+
+    one_by_one = True
 
     def __init__(
         self,
@@ -47,22 +50,21 @@ class AblationCam(Explainer):
         pooled = backbone.taps[-1] == "head" and not backbone.is_vit and not backbone.adapter
         self.classifier_only = pooled and self.layer is backbone.head_point
         if not self.classifier_only:
-            size = backbone.preprocessing.input_size
-            blank = torch.zeros(1, 3, *size, device=backbone.device)
-            self.forwards = 1 + self.reader.activations(self._move(blank)).shape[1]
+            with self._guard():
+                blank = self._move(probe_image(backbone))
+                self.forwards = 1 + self.reader.activations(blank).shape[1]
             self.perturbs = True
 
     @torch.no_grad()
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         maps = [self._explain(x, k) for x, k in zip(images, target.tolist(), strict=True)]
-        return torch.stack(maps).to(images.dtype)
+        return torch.stack(maps).to(torch.promote_types(images.dtype, torch.float32))
 
     def _explain(self, image: Tensor, target: int) -> Tensor:
         """(1, h, w) float64 of one image (3, H, W)."""
-        activations = self.reader.activations(image[None])
+        activations, whole = self.reader.read(image[None])
         channels = activations.shape[1]
         if self.classifier_only:
-            whole = self.backbone.head_logits(activations)
 
             def ablated(index: Tensor) -> Tensor:
                 copies = activations.repeat(len(index), 1, 1, 1)
@@ -70,7 +72,6 @@ class AblationCam(Explainer):
                 return self.backbone.head_logits(copies)
 
         else:
-            whole = self.backbone.logits(image[None])
 
             def ablated(index: Tensor) -> Tensor:
                 return self._without(image, index)
@@ -83,8 +84,8 @@ class AblationCam(Explainer):
 
     def _run(self, ablated: Callable[[Tensor], Tensor], channels: int, target: int) -> Tensor:
         """The logits (C,) float64 without each channel, in micro-batches of one shape."""
-        size = min(self.max_forward_batch, channels)
-        batches = ForwardBatches(size)
+        steps = -(-channels // self.max_forward_batch)
+        batches = ForwardBatches(-(-channels // steps))
 
         def step(index: Tensor) -> Tensor:
             repeats = torch.arange(batches.size).clamp_max(len(index) - 1)
@@ -100,7 +101,7 @@ class AblationCam(Explainer):
 
         def ablate(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             output = output.clone()
-            rows = output.movedim(self.reader.channel_axis(output), 1)
+            rows = output.movedim(self.reader.channel_axis(output, image[None]), 1)
             rows[torch.arange(len(index)), index] = 0
             return output
 

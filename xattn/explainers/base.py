@@ -39,14 +39,16 @@ class Explainer(ABC):
         seed: of explainers that draw random numbers; results depend on (seed, image) alone.
         max_forward_batch: how many images are alive in a pass.
 
-    Class attributes: ``name``; ``forwards``, the forward passes an image costs; ``perturbs``, whether
-    these are many perturbed images, run in fixed micro-batches of the explainer's own; ``needs_head``;
+    Class attributes: ``name``; ``forwards``, the forward passes an image costs, at most; ``perturbs``,
+    whether these are many perturbed images without gradients; ``one_by_one``, whether each image has
+    micro-batches of its own, so that a batch of images needs no fixed size; ``needs_head``;
     ``is_mask``, whether the map is a mask already, so that min-max must leave it alone.
     """
 
     name: ClassVar[str]
     forwards: int = 1
     perturbs: bool = False
+    one_by_one: bool = False
     needs_head: ClassVar[bool] = False
     is_mask: ClassVar[bool] = False
 
@@ -96,6 +98,8 @@ class Explainer(ABC):
             return self._attribute(self._move(images), classes.to(self.backbone.device))
 
         with self._guard():
+            if targets.is_inference():  # such tensors cannot be saved for a backward pass
+                targets = targets.clone()
             maps = self._batches.run(maps_of, inputs, targets)
         return torch.cat(maps).detach().to(inputs.device)
 

@@ -45,7 +45,7 @@ class EigenCam(Explainer):
     @torch.no_grad()
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         maps = [self._component(f) for f in self.reader.activations(images)]
-        return torch.stack(maps).to(images.dtype)
+        return torch.stack(maps).to(torch.promote_types(images.dtype, torch.float32))
 
     @staticmethod
     def _component(activations: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class HeadExplainer(Explainer):
         super().__init__(backbone, head, seed, max_forward_batch)
         if maps not in (None, "scores", "mask"):
             raise ValueError(f"maps: got {maps!r}; choose 'scores' or 'mask'")
+        self.maps = maps
         if maps is not None:
             self.head = copy.copy(self.head)
             self.head.explain_with = maps  # type: ignore[union-attr]

@@ -11,7 +11,6 @@ with smaller micro-batches when memory runs out. Here each image is summed alone
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -34,15 +33,21 @@ Points = Callable[[Tensor], tuple[Tensor, Tensor]]
 class _GradientSum(Explainer):
     """Explainers of ``forwards`` perturbed images an image, ``max_forward_batch`` at a time."""
 
+    one_by_one = True
+
     def _sum(self, points: Points, target: Tensor) -> Tensor:
         """sum_k w_k d f(x_k) / d x of one image, (3, H, W) in float64; target (1,)."""
 
-        def part(numbers: Tensor) -> Tensor:
+        total: list[Tensor] = []
+
+        def part(numbers: Tensor) -> None:
             images, weights = points(numbers)
             gradient = pixel_gradient(self.backbone, images, target.expand(len(images)))
-            return (gradient.double() * weights).sum(0)
+            found = (gradient.double() * weights).sum(0)
+            total[:] = [total[0] + found] if total else [found]
 
-        return torch.stack(self._batches.run(part, torch.arange(self.forwards))).sum(0)
+        self._batches.run(part, torch.arange(self.forwards))
+        return total[0]
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         pairs = zip(images, target.split(1), strict=True)
@@ -193,16 +198,16 @@ class SmoothGrad(_GradientSum):
 
 
 class _Draws:
-    """Random numbers that depend on the seed, the pixels and the number of the draw, on nothing else."""
+    """Random numbers that depend on the seed and the number of the draw, on nothing else.
+
+    Not on the pixels: images that hardly differ have maps that hardly differ.
+    """
 
     def __init__(self, seed: int, image: Tensor) -> None:
-        pixels = image.detach().float().cpu().contiguous().numpy()
-        digest = hashlib.sha256(f"{seed}:{pixels.shape}:".encode() + pixels.tobytes()).digest()
-        self.words = np.frombuffer(digest, dtype=np.uint32).tolist()
-        self.image = image
+        self.seed, self.image = seed, image
 
     def generator(self, number: int) -> np.random.Generator:
-        return np.random.default_rng([*self.words, number])
+        return np.random.default_rng([self.seed % 2**64, number])
 
     def normal(self, generator: np.random.Generator) -> Tensor:
         """Standard normal values of the image's shape, on its device; drawn on the CPU."""

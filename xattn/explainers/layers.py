@@ -6,7 +6,7 @@ tokens left out, as a map.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -44,50 +44,77 @@ class LayerReader:
 
     def activations(self, images: Tensor) -> Tensor:
         """(B, C, h, w) of images (B, 3, H, W)."""
+        return self.read(images)[0]
+
+    def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations (B, C, h, w) and logits (B, K) of one pass."""
         found: list[Tensor] = []
-        handle = self.layer.register_forward_hook(lambda m, i, output: found.append(output))
+
+        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            found.append(output.clone())  # what follows may work in place
+
+        handle = self.layer.register_forward_hook(keep)
         try:
             with torch.no_grad():
-                self.backbone.logits(images)
+                logits = self.backbone.logits(images)
         finally:
             handle.remove()
-        return self.as_map(found[-1], images)
+        if not found:
+            raise ValueError(
+                f"layer: {self.name} is not called in a pass of {self.backbone.name}; give a layer "
+                f"inside it"
+            )
+        return self.as_map(found[-1], images), logits
 
     def gradients(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Activations and the gradients of the class's logit, both (B, C, h, w)."""
         # Imported late: captum takes longer to load than the maps take to compute.
         from captum._utils.gradient import compute_layer_gradients_and_eval
 
-        gradients, values = compute_layer_gradients_and_eval(
-            self.backbone.logits, self.layer, (images,), target
-        )
+        try:
+            gradients, values = compute_layer_gradients_and_eval(
+                self.backbone.logits, self.layer, (images,), target
+            )
+        except AssertionError as error:
+            raise ValueError(
+                f"layer: {self.name} has no output to read in a pass of {self.backbone.name} "
+                f"({error}); give a layer inside it"
+            ) from None
         return self.as_map(values[0], images), self.as_map(gradients[0], images)
 
     def as_map(self, output: Tensor, images: Tensor) -> Tensor:
         """The layer's output as (B, C, h, w)."""
-        if not self.tokens:
-            if output.ndim != 4:
-                raise ValueError(
-                    f"layer: {self.backbone.name} ends in tokens, not in a (B, C, h, w) map; "
-                    f"give layer=<a module with such an output>"
-                )
-            return output
-        if output.ndim == 4:  # blocks that keep the grid, (B, h, w, C)
-            return output.permute(0, 3, 1, 2)
+        if output.ndim == 4:
+            return output.movedim(self.channel_axis(output, images), 1)
         height, width = images.shape[-2:]
-        if hasattr(getattr(self.backbone.model, "patch_embed", None), "dynamic_feat_size"):
-            return self.backbone.tokens_to_map(output, self.backbone.grid(height, width))
-        # Mixers and XCiT do not tell their grid: it has the image's aspect. Their prefix tokens, if
-        # any, may join only after the blocks.
-        for count in (output.shape[1] - self.backbone.prefix_tokens, output.shape[1]):
+        grids = []
+        if output.ndim == 3 and self.tokens:
+            if hasattr(getattr(self.backbone.model, "patch_embed", None), "dynamic_feat_size"):
+                return self.backbone.tokens_to_map(output, self.backbone.grid(height, width))
+            # Mixers and XCiT do not tell their grid: it has the image's aspect. Their prefix tokens,
+            # if any, may join only after the blocks.
+            grids = [output.shape[1] - self.backbone.prefix_tokens, output.shape[1]]
+        for count in grids:
             rows = max(1, round((count * height / width) ** 0.5))
             if rows * (count // rows) == count:
                 return self.backbone.tokens_to_map(output, (rows, count // rows))
         raise ValueError(
-            f"layer: {output.shape[1]} tokens of {self.backbone.name} form no grid on images of "
-            f"{height} x {width}; give layer=<a module whose output is (B, C, h, w)>"
+            f"layer: {self.name or type(self.layer).__name__} of {self.backbone.name} gives "
+            f"{tuple(output.shape)} for images of {height} x {width}, which is no map; give "
+            f"layer=<a module whose output is (B, C, h, w)>"
         )
 
-    def channel_axis(self, output: Tensor) -> int:
-        """Which axis of the layer's output is the channels."""
-        return output.ndim - 1 if self.tokens else 1
+    def channel_axis(self, output: Tensor, images: Tensor) -> int:
+        """Which axis is the channels: of (B, h, w, C) or (B, C, h, w), h and w have the image's aspect."""
+        if output.ndim == 3:
+            return 2
+        height, width = images.shape[-2:]
+
+        def fits(h: int, w: int) -> bool:
+            return abs(h * width - w * height) < max(height, width)
+
+        first, last = fits(*output.shape[1:3]), fits(*output.shape[2:])
+        if first and last:  # as many channels as places a side
+            layout = isinstance(self.layer, nn.Conv2d | nn.BatchNorm2d | nn.Identity)
+            first = not layout and (self.tokens or self.backbone._channels_last)
+        return 3 if first else 1

@@ -38,7 +38,7 @@ class PerturbationExplainer(Explainer):
             colour of the backbone's preprocessing, 0 after normalisation.
     """
 
-    perturbs = True
+    perturbs = one_by_one = True
 
     def __init__(
         self,
@@ -201,4 +201,4 @@ def at_least(name: str, value: int, low: int) -> int:
     """``value``; a ``ValueError`` unless it is an int of at least ``low``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
         raise ValueError(f"{name}: got {value!r}; give an int of at least {low}")
-    return value
+    return int(value)

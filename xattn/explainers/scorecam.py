@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xattn.explainers.base import register_explainer
+from xattn.explainers.gradients import probe_image
 from xattn.explainers.layers import LayerReader
 from xattn.explainers.perturbation import PerturbationExplainer
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @register_explainer("scorecam")
 class ScoreCam(PerturbationExplainer):
-    """Score-CAM: one forward pass a channel.
+    """Score-CAM: one forward pass a channel that is not constant.
 
     Args:
         layer: as for Grad-CAM.
@@ -44,23 +45,22 @@ class ScoreCam(PerturbationExplainer):
         super().__init__(backbone, head, seed, max_forward_batch, fill)
         self.reader = LayerReader(backbone, layer, self.name)
         self.layer, self.layer_name = self.reader.layer, self.reader.name
-        size = backbone.preprocessing.input_size
-        blank = torch.zeros(1, 3, *size, device=backbone.device)
-        self.forwards = 1 + self.reader.activations(self._move(blank)).shape[1]
+        with self._guard():
+            blank = self._move(probe_image(backbone))
+            self.forwards = 1 + self.reader.activations(blank).shape[1]
 
     def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
         activations = self.reader.activations(image[None])[0].double()
-        low, high = activations.aminmax(dim=1)
-        low, high = low.amin(1), high.amax(1)
-        varies = (high > low).nonzero().flatten()
+        flat = activations.flatten(1)
+        varies = (flat.amax(1) > flat.amin(1)).nonzero().flatten()
         if not len(varies):
             return activations.new_zeros(len(classes), *activations.shape[1:])
 
         def masks(index: Tensor) -> Tensor:
             channel = varies[index.to(varies.device)]
             up = F.interpolate(activations[channel, None], image.shape[1:], mode="bilinear")
-            floor, top = (v[:, None, None, None] for v in (low[channel], high[channel]))
-            return ((up - floor) / (top - floor)).clamp(0, 1).to(image.dtype)
+            low, high = up.amin((2, 3), keepdim=True), up.amax((2, 3), keepdim=True)
+            return ((up - low) / (high - low)).to(image.dtype)
 
         scores = self._scores(image, classes, len(varies), masks, logits=True)
         weights = scores.softmax(0).to(activations.device)
