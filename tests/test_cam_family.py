@@ -156,3 +156,56 @@ def test_constant_channels_weigh_nothing_in_scorecam(backbones, images):
 def test_a_layer_of_another_model_is_refused(backbones, name):
     with pytest.raises(ValueError, match="layer: Linear is not a module of test_resnet"):
         create_explainer(name, backbones["cnn"], layer=torch.nn.Linear(2, 2))
+
+
+def test_the_layout_of_a_layer_is_told_by_its_output():
+    swin = load_backbone("swin_tiny_patch4_window7_224", weights=None, input_size=64, num_classes=5)
+    vit = load_backbone("test_vit2", weights=None, input_size=64, num_classes=5)
+    x = torch.rand(1, 3, 64, 96)
+    for backbone, layer, size in (
+        (swin, swin.model.layers[1], (8, 8)),  # (B, h, w, C)
+        (vit, vit.model.patch_embed.proj, (4, 4)),  # (B, C, h, w) of a ViT
+    ):
+        maps = create_explainer("layercam", backbone, layer=layer).attribute(x[..., :64], 0)
+        assert maps.shape == (1, 1, *size)
+
+
+def test_a_layer_that_is_followed_by_in_place_work_is_read_before_it(backbones, images):
+    backbone = backbones["cnn"]
+    layer, found = backbone.model.bn1, []
+    handle = layer.register_forward_hook(lambda m, i, output: found.append(output.clone()))
+    with torch.no_grad():
+        backbone.logits(images)
+    handle.remove()
+    reader = create_explainer("eigencam", backbone, layer=layer).reader
+    assert found[0].min() < 0 and torch.equal(reader.activations(images), found[0])
+
+
+@pytest.mark.parametrize("name", ["scorecam", "ablationcam"])
+def test_making_an_explainer_leaves_a_training_model_alone(name):
+    backbone = load_backbone("test_resnet", weights=None, input_size=64, num_classes=5)
+    backbone.model.train()
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    create_explainer(name, backbone, layer=backbone.model.layer2)
+    assert backbone.model.training
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["gradcam", "saliency", "integrated_gradients", "lrp"])
+def test_targets_made_in_inference_mode_are_explained(backbones, images, name):
+    explainer = create_explainer(name, backbones["cnn"])
+    with torch.inference_mode():
+        target = backbones["cnn"].logits(images).argmax(1)
+        maps = explainer.attribute(images, target)
+        one = explainer.attribute(images, 2)
+    assert torch.equal(maps, explainer.attribute(images, target.clone()))
+    assert one.isfinite().all()
+
+
+def test_a_layer_that_no_pass_calls_is_named(backbones):
+    backbone = load_backbone("test_resnet", weights=None, input_size=64, num_classes=5)
+    backbone.model.add_module("unused", torch.nn.Conv2d(3, 3, 1))
+    for name in ("eigencam", "gradcam"):
+        explainer = create_explainer(name, backbone, layer=backbone.model.unused)
+        with pytest.raises(ValueError, match=r"layer: model\.unused .* give a layer inside it"):
+            explainer.attribute(torch.rand(1, 3, 64, 64), 0)

@@ -168,3 +168,23 @@ def test_explainers_with_batches_of_their_own_get_images_unpadded_one_by_one():
     assert seen == [1] * 5
     padded = run(rows={"bright": Maps(fakes.brightness)}, images=fakes.images(5))
     assert numbers(alone) == numbers(padded)
+
+
+def test_a_state_tells_options_apart_that_are_no_plain_values():
+    from xattn import create_head, load_backbone
+    from xattn.eval.engine import describe
+    from xattn.explainers import create_explainer
+
+    backbone = load_backbone("test_resnet", weights=None, input_size=64, num_classes=5)
+    head = create_head("ttame", backbone)
+    made = [
+        create_explainer("gradient_shap", backbone, baselines=torch.zeros(1, 3, 1, 1)),
+        create_explainer("gradient_shap", backbone, baselines=torch.ones(1, 3, 1, 1)),
+        create_explainer("rise", backbone, masks=np.int64(8)),
+        create_explainer("rise", backbone, masks=np.int64(9)),
+        create_explainer("head", backbone, head, maps="scores"),
+        create_explainer("head", backbone, head, maps="mask"),
+        create_explainer("layercam", backbone, layer=backbone.model.layer1),
+        create_explainer("layercam", backbone, layer=backbone.model.layer2),
+    ]
+    assert len({json.dumps(describe(explainer), sort_keys=True) for explainer in made}) == 8
