@@ -1,5 +1,8 @@
 """CAM methods against their definitions, on a tiny CNN and a tiny ViT."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -91,7 +94,7 @@ def expected(name, backbone, image, target):
         first = (u[:, 0] * s[0]).view(f.shape[1:])
         return first * (1 if first.sum() >= 0 else -1)
     scores, mean = [], backbone.mean.view(3, 1, 1).to(image)
-    used = [c for c in range(len(f)) if f[c].max() > f[c].min()]
+    used = [c for c in range(len(f)) if f[c].max() > f[c].min()]  # test_resnet has dead channels
     for c in used:
         up = F.interpolate(f[None, c : c + 1], (64, 64), mode="bilinear")[0]
         mask = (up - up.min()) / (up.max() - up.min())
@@ -123,9 +126,118 @@ def test_passes_are_bounded_and_of_one_shape(backbones, images, kind, name):
     finally:
         del backbone.logits
     assert max(sizes) <= 7 and len(set(sizes) - {1}) <= 1
-    if explainer.perturbs:
+    if explainer.perturbs and name == "ablationcam":  # Score-CAM leaves constant channels out
         channels = explainer.reader.activations(images).shape[1]
         assert explainer.forwards == channels + 1
+        steps = -(-channels // 7)
+        assert sum(sizes) == 2 * (1 + steps * -(-channels // steps))
+
+
+def test_classifier_passes_are_bounded_and_of_one_shape(backbones, images):
+    backbone, sizes = backbones["cnn"], []
+    explainer = create_explainer("ablationcam", backbone, max_forward_batch=7)
+    channels, plain = backbone.channels[-1], backbone.head_logits
+    backbone.head_logits = lambda x: (sizes.append(len(x)), plain(x))[1]
+    try:
+        explainer.attribute(images, TARGET)
+    finally:
+        del backbone.head_logits
+    steps = -(-channels // 7)
+    assert sizes == [-(-channels // steps)] * 2 * steps and max(sizes) <= 7
+
+
+PERTURBING = [("cnn", "scorecam", None), ("vit", "scorecam", None)]
+PERTURBING += [("cnn", "ablationcam", "layer2"), ("vit", "ablationcam", None)]
+
+
+def perturbing(backbone, name, layer):
+    options = {"layer": getattr(backbone.model, layer)} if layer else {}
+    return create_explainer(name, backbone, max_forward_batch=16, **options)
+
+
+@pytest.mark.parametrize("kind, name, layer", PERTURBING)
+def test_perturbed_passes_a_batch_equals_a_loop_in_any_order(backbones, images, kind, name, layer):
+    explainer = perturbing(backbones[kind], name, layer)
+    maps = explainer.attribute(images, TARGET)
+    loop = [explainer.attribute(images[i : i + 1], int(TARGET[i])) for i in range(2)]
+    assert torch.equal(torch.cat(loop), maps) and not torch.allclose(maps[0], maps[1])
+    assert torch.equal(explainer.attribute(images.flip(0), TARGET.flip(0)), maps.flip(0))
+    explainer.max_forward_batch = 5
+    assert (explainer.attribute(images, TARGET) - maps).abs().max() <= 1e-6 * maps.max()
+
+
+@pytest.mark.parametrize("kind, name, layer", PERTURBING)
+def test_several_classes_share_the_perturbed_passes(backbones, images, kind, name, layer):
+    backbone, seen = backbones[kind], []
+    explainer = perturbing(backbone, name, layer)
+    single = [explainer.attribute(images[:1], k) for k in (3, 0, 4)]
+    handle = backbone.model.get_classifier().register_forward_hook(
+        lambda *a: seen.append(len(a[2]))
+    )
+    try:
+        explainer.attribute(images[:1], 3)
+        one = sum(seen)
+        maps = explainer.attribute_classes(images[:1], lambda z: torch.tensor([[3, 0, 4]]))[2]
+    finally:
+        handle.remove()
+    assert sum(seen) - one == one + 1  # the logits to choose from
+    expected = torch.cat(single, 1)
+    assert (maps - expected).abs().max() <= 1e-9 * expected.max()
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
+@pytest.mark.parametrize("kind, name, layer", PERTURBING)
+def test_state_is_kept_while_created_and_used(images, kind, name, layer, fails):
+    backbone = load_backbone(KINDS[kind], weights=None, input_size=64, num_classes=5)
+    backbone.model.train()  # passes would move the statistics of BatchNorm
+    modules = list(backbone.modules())
+
+    def state():
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
+        numbers = (
+            random.getstate(),
+            torch.get_rng_state().tolist(),
+            np.random.get_state()[1].tolist(),
+        )
+        values = [v.double().sum().item() for v in backbone.state_dict().values()]
+        return [m.training for m in modules], hooks, values, numbers
+
+    before = state()
+    explainer = perturbing(backbone, name, layer)
+    assert state() == before
+    if not fails:
+        explainer.attribute(images.float(), TARGET)
+    else:
+        calls = []
+
+        def fail(*_):
+            calls.append(1)
+            if len(calls) == 3:
+                raise RuntimeError("interrupted")
+
+        handle = backbone.model.get_classifier().register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="interrupted"):
+            explainer.attribute(images.float(), TARGET)
+        handle.remove()
+        assert len(calls) == 3  # among the perturbed passes, while the layer is hooked
+    assert state() == before
+
+
+def test_small_gradients_do_not_vanish_from_gradcam_plusplus_in_half_precision(backbones):
+    explainer = create_explainer("gradcam_plusplus", backbones["cnn"])
+    generator = torch.Generator().manual_seed(0)
+    f = torch.rand(1, 6, 7, 7, generator=generator)
+    g = torch.randn(1, 6, 7, 7, generator=generator) * 1e-4  # its square is 0 in float16
+    exact = explainer._weights(f.double(), g.double())
+    torch.testing.assert_close(
+        explainer._weights(f.half(), g.half()).double(), exact, rtol=0.02, atol=1e-6
+    )
+
+
+def test_gradcam_plusplus_gives_no_weight_at_a_pole(backbones):
+    explainer = create_explainer("gradcam_plusplus", backbones["cnn"])
+    f, g = torch.full((1, 1, 2, 2), -0.5), torch.tensor([[[[1.0, 1.0], [0.5, -1.0]]]])
+    assert explainer._weights(f, g).item() == 0.5  # 2 + sum(f) g is 0, 0, 1 where g > 0
 
 
 def test_only_the_classifier_runs_again_on_the_pooled_map(backbones, images):
@@ -143,13 +255,15 @@ def test_eigencam_is_the_same_for_all_classes(backbones, images):
 
 def test_constant_channels_weigh_nothing_in_scorecam(backbones, images):
     backbone = backbones["cnn"]
-    layer = backbone.head_point
-    handle = layer.register_forward_hook(lambda m, i, o: torch.cat([o[:, :1] * 0 + 9, o[:, 1:]], 1))
-    try:
-        explainer = create_explainer("scorecam", backbone)
-        assert explainer.attribute(images, TARGET).isfinite().all()
-    finally:
-        handle.remove()
+    explainer = create_explainer("scorecam", backbone)
+    plain = explainer.attribute(images, TARGET)
+
+    # As the reader sees it, so that the network's scores stay as they are.
+    read = explainer.reader.activations
+    explainer.reader.activations = lambda x: torch.cat([read(x), read(x)[:, :1] * 0 + 9], 1)
+    torch.testing.assert_close(explainer.attribute(images, TARGET), plain)
+    explainer.reader.activations = lambda x: read(x) * 0 + 9
+    assert (explainer.attribute(images, TARGET) == 0).all()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,7 +3,7 @@
     map = ReLU( sum_c (y - y_c) / |y| f_c ),   y_c the logit with channel c of the layer set to 0
 
 Desai and Ramaswamy, WACV 2020. The paper divides by y, which turns the map over where a logit is
-negative; here it is |y|.
+negative; here it is |y|, which only scales the map (1 where y = 0).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from xattn.explainers.base import Explainer, register_explainer
+from xattn.explainers.base import Choose, Explainer, register_explainer
 from xattn.explainers.gradients import probe_image
 from xattn.explainers.layers import LayerReader
 from xattn.memory import ForwardBatches
@@ -55,41 +55,44 @@ class AblationCam(Explainer):
                 self.forwards = 1 + self.reader.activations(blank).shape[1]
             self.perturbs = True
 
-    @torch.no_grad()
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        maps = [self._explain(x, k) for x, k in zip(images, target.tolist(), strict=True)]
+        return self._maps(images, target[:, None])
+
+    def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            logits = self.backbone.logits(images)
+        classes = self._chosen(choose, logits)
+        return logits, classes, self._maps(images, classes)
+
+    @torch.no_grad()
+    def _maps(self, images: Tensor, classes: Tensor) -> Tensor:
+        maps = [self._explain(x, c) for x, c in zip(images, classes, strict=True)]
         return torch.stack(maps).to(torch.promote_types(images.dtype, torch.float32))
 
-    def _explain(self, image: Tensor, target: int) -> Tensor:
-        """(1, h, w) float64 of one image (3, H, W)."""
+    def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
+        """(M, h, w) float64 of the classes (M,) for one image (3, H, W), all from the same passes."""
         activations, whole = self.reader.read(image[None])
-        channels = activations.shape[1]
-        if self.classifier_only:
 
-            def ablated(index: Tensor) -> Tensor:
-                copies = activations.repeat(len(index), 1, 1, 1)
-                copies[torch.arange(len(index)), index] = 0
-                return self.backbone.head_logits(copies)
-
-        else:
-
-            def ablated(index: Tensor) -> Tensor:
+        def ablated(index: Tensor) -> Tensor:
+            if not self.classifier_only:
                 return self._without(image, index)
+            copies = activations.repeat(len(index), 1, 1, 1)
+            copies[torch.arange(len(index)), index] = 0
+            return self.backbone.head_logits(copies)
 
-        y = float(whole[0, target].double())
-        scores = self._run(ablated, channels, target)
-        weights = (y - scores) / (abs(y) or 1.0)
-        weighted = weights.to(activations.device)[:, None, None] * activations[0].double()
-        return torch.relu(weighted.sum(0, keepdim=True))
+        y = whole[0, classes].double().cpu()
+        scores = self._run(ablated, activations.shape[1], classes)
+        weights = ((y - scores) / torch.where(y != 0, y.abs(), 1.0)).to(activations.device)
+        return torch.relu(torch.einsum("cm,chw->mhw", weights, activations[0].double()))
 
-    def _run(self, ablated: Callable[[Tensor], Tensor], channels: int, target: int) -> Tensor:
-        """The logits (C,) float64 without each channel, in micro-batches of one shape."""
+    def _run(self, ablated: Callable[[Tensor], Tensor], channels: int, classes: Tensor) -> Tensor:
+        """The logits (C, M) float64 without each channel, in micro-batches of one shape."""
         steps = -(-channels // self.max_forward_batch)
         batches = ForwardBatches(-(-channels // steps))
 
         def step(index: Tensor) -> Tensor:
             repeats = torch.arange(batches.size).clamp_max(len(index) - 1)
-            return ablated(index[repeats])[: len(index), target].double().cpu()
+            return ablated(index[repeats])[: len(index), classes].double().cpu()
 
         scores = torch.cat(batches.run(step, torch.arange(channels)))
         if batches.halved:

@@ -2,7 +2,7 @@
 
     Grad-CAM    ReLU( sum_c mean(g_c) f_c )                        Selvaraju et al., arXiv 1610.02391
     Grad-CAM++  ReLU( sum_c sum_uv(alpha_c relu(g_c)) f_c )        Chattopadhay et al., arXiv 1710.11063
-                alpha = g^2 / (2 g^2 + sum_ab(f) g^3)
+                alpha = g^2 / (2 g^2 + sum_ab(f) g^3) = 1 / (2 + sum_ab(f) g), 0 at a pole
     LayerCAM    ReLU( sum_c relu(g_c) f_c )                        Jiang et al., IEEE TIP 2021
 
 Grad-CAM++ takes the derivatives of exp(logit), whose common factor drops out. f (B, C, h, w) is the
@@ -70,10 +70,9 @@ class GradCamPlusPlus(_GradientCam):
     """Grad-CAM++: places are weighed so that several objects of one class count alike."""
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        square = gradients.square()
-        total = activations.sum((2, 3), keepdim=True)
-        denominator = 2 * square + total * square * gradients
-        alpha = torch.where(denominator != 0, square / denominator, 0.0)
+        # The reduced fraction: g^2 and g^3 of usual gradients underflow in float16.
+        denominator = 2 + activations.sum((2, 3), keepdim=True) * gradients
+        alpha = torch.where(denominator != 0, 1 / denominator, 0.0)
         return (alpha * torch.relu(gradients)).sum((2, 3), keepdim=True)
 
 
