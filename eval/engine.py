@@ -117,6 +117,7 @@ def evaluate(
     scorer = MaskedScorer(backbone, max_forward_batch, protocol.score, protocol.precision)
     facts = _facts(backbone, explainers, protocol, probes, scorer, again_limit)
     facts["annotations"] = None if annotations is None else annotations.fingerprint
+    facts["classes"], facts["randomized"] = wanted, sorted(randomized or {})
     path = None if state is None else Path(state)
     store = Store(path, facts, rank)
     run = _Run(
@@ -151,7 +152,7 @@ def evaluate(
     cost = {key: sum(part[key] for part in costs) for key in costs[0]}
     cost["max_forward_batch"] = max_forward_batch
     _put_together(store, ranks, rank, path)
-    return collect(store, protocol, probes, explainers, backbone, cost)
+    return collect(store, protocol, probes, explainers, backbone, cost, stream.length)
 
 
 def create_probes(
@@ -223,6 +224,11 @@ class _Run:
                     f"state: image {item.position} was {known.id} and is {item.id} now; give another "
                     f"file, or the same images"
                 )
+            if known is not None and known.digest != _digest(item.image):
+                raise ValueError(
+                    f"state: {item.id} is not the picture that was measured; give another file, or "
+                    f"the same images"
+                )
         if not left:
             return
         if targets is not None:
@@ -251,7 +257,9 @@ class _Run:
         for item, value, target, note in each:
             if not math.isfinite(value):
                 raise ValueError(f"backbone: its logits for {item.id} are not finite")
-            rows.append(ImageRow(item.position, item.id, target, names[target], value, None, note))
+            seen = _digest(item.image)
+            name = names[target]
+            rows.append(ImageRow(item.position, item.id, target, name, value, None, note, seen))
         self.store.add_images(rows)
 
     def _annotation(self, item: Item) -> Annotation | str | None:
@@ -456,6 +464,10 @@ class _Refused(ValueError):
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _digest(image: Tensor) -> str:
+    return hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _png(grey: Tensor) -> bytes:

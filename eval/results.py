@@ -253,9 +253,10 @@ def collect(
     explainers: Mapping[str, Any],
     backbone: Any,
     cost: dict[str, int],
+    count: int | None = None,
 ) -> Results:
-    """The results of a finished evaluation, in the order of the images."""
-    rows = store.images()
+    """The results of a finished evaluation, of the first ``count`` images in their order."""
+    rows = [row for row in store.images() if count is None or row.position < count]
     skipped = [Skipped(row.id, row.skipped) for row in rows if row.skipped is not None]
     scored = [row for row in rows if row.skipped is None]
     if not scored:
@@ -295,6 +296,8 @@ def _method(
     )
     by_key = {column.key: column for column in columns}
     for row in store.results(name):
+        if row.position not in index:
+            continue
         i = index[row.position]
         method.valid[i] = row.reason is None
         if row.reason is not None:

@@ -1,7 +1,7 @@
 """The state of an evaluation: an SQLite file that a killed run goes on from, and that a user can open.
 
     meta(key, value)                              what the run is: protocol, backbone, metrics, methods
-    images(position, id, target, target_name, score, skipped, note)
+    images(position, id, target, target_name, score, skipped, note, digest)
     results(position, method, reason, tied, requests, seconds, measured, scores, map,
             failed)
 
@@ -25,7 +25,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta(key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS images(
     position INTEGER PRIMARY KEY, id TEXT, target INTEGER, target_name TEXT, score REAL,
-    skipped TEXT, note TEXT);
+    skipped TEXT, note TEXT, digest TEXT);
 CREATE TABLE IF NOT EXISTS results(
     position INTEGER, method TEXT, reason TEXT, tied INTEGER, requests INTEGER, seconds REAL,
     measured TEXT, scores TEXT, map BLOB, failed TEXT, PRIMARY KEY(position, method));
@@ -34,7 +34,10 @@ _INSERT = "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 class ImageRow(NamedTuple):
-    """``skipped`` says why it could not be read, ``note`` why its annotation cannot be used."""
+    """``skipped`` says why it could not be read, ``note`` why its annotation cannot be used.
+
+    ``digest`` is a hash of the pixels.
+    """
 
     position: int
     id: str
@@ -43,6 +46,7 @@ class ImageRow(NamedTuple):
     score: float | None
     skipped: str | None = None
     note: str | None = None
+    digest: str | None = None
 
 
 class ResultRow(NamedTuple):
@@ -122,7 +126,7 @@ class Store:
     def add_images(self, rows: Sequence[ImageRow]) -> None:
         with self._own:
             self._own.executemany(
-                "INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?)", list(rows)
+                "INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?)", list(rows)
             )
 
     def add(self, row: ResultRow) -> None:

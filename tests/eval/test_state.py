@@ -71,7 +71,12 @@ def test_another_method_is_added_to_a_state(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"levels": (1.0,)}, "metrics"), ({"max_forward_batch": 8}, "max_forward_batch")],
+    [
+        ({"levels": (1.0,)}, "metrics"),
+        ({"max_forward_batch": 8}, "max_forward_batch"),
+        ({"classes": 2}, "classes"),
+        ({"seed": 3}, "protocol"),
+    ],
 )
 def test_the_state_of_another_run_is_refused(tmp_path, change, named):
     run(tmp_path / "state.sqlite")
@@ -94,6 +99,21 @@ def test_other_images_are_refused(tmp_path):
     evaluate(backbone, rows, tmp_path / "a", **options)
     with pytest.raises(ValueError, match=r"state: image 0 was a\.png and is b\.png now"):
         evaluate(backbone, rows, tmp_path / "b", **options)
+
+
+def test_a_changed_picture_is_refused(tmp_path):
+    x = fakes.images(6)
+    run(tmp_path / "state.sqlite", images=x)
+    x[3, 0, 0, 0] += 0.01
+    with pytest.raises(ValueError, match="state: image 3 is not the picture that was measured"):
+        run(tmp_path / "state.sqlite", images=x)
+
+
+def test_fewer_and_more_images_of_one_state_are_those_that_were_asked_for(tmp_path):
+    x = fakes.images(9)
+    run(tmp_path / "state.sqlite", images=x[:7])
+    assert numbers(run(tmp_path / "state.sqlite", images=x[:5])) == numbers(run(images=x[:5]))
+    assert numbers(run(tmp_path / "state.sqlite", images=x)) == numbers(run(images=x))
 
 
 def test_a_file_that_is_no_state_is_refused_and_kept(tmp_path):
