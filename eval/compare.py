@@ -89,7 +89,8 @@ def compare(
     randomized = _randomized(job, made) if "randomization" in _groups(job) else {}
     ranks, rank = processes(job.backbone.device)
     stream = ImageStream(images, job.backbone.preprocessing, job.view, job.max_pixels, limit)
-    first = next((block for block in stream.blocks(1) if block), None)
+    known = stream.length is not None  # reading ahead would take images from a generator
+    first = next((block for block in stream.blocks(1) if block), None) if known else None
     if first and stream.length is not None:
         expected = plan(
             job.backbone,
@@ -129,7 +130,11 @@ def _paths(images: Any) -> dict[str, Path]:
         return {}
     root = Path(images)
     paths = list_images(images)
-    return {str(p.relative_to(root) if root.is_dir() else p): p for p in paths}
+    names = [str(p.relative_to(root) if root.is_dir() else p) for p in paths]
+    return {
+        name.encode("utf-8", "backslashreplace").decode("utf-8"): path
+        for name, path in zip(names, paths, strict=True)
+    }
 
 
 def _groups(job: Comparison) -> list[str]:
@@ -171,7 +176,10 @@ def _methods(
         raise ValueError("explainers: got none; give names of xattn list, or heads")
     made = {label: made[label] for label in methods}
     row, head, chosen = next(iter(made.values()))
-    sanity = sanity_rows(job.backbone, row, head=head or first, seed=job.seed)
+    sanity = sanity_rows(job.backbone, row, head=head or first, **shared, **chosen)
+    taken = sorted(set(job.heads) & {*sanity, *names})
+    if taken:
+        raise ValueError(f"heads: {', '.join(taken)} is the name of another row; give another")
     return {**methods, **{k: v for k, v in sanity.items() if k not in methods}}, made, refused
 
 
@@ -238,7 +246,9 @@ def standings(results: Results) -> list[Standing]:
         for name in results.methods:
             row, d = rows[name, column], differences.get((name, column))
             diff = (math.nan,) * 3 if d is None else (d.diff, d.lo, d.hi)
-            level = name == best[column] or (d is not None and d.n > 0 and d.lo <= 0 <= d.hi)
+            level = name == best[column] or (
+                d is not None and d.n > 0 and not d.better and not d.worse
+            )
             table.append(
                 Standing(
                     method=name,
@@ -356,7 +366,10 @@ def _standing_lines(results: Results, table: Sequence[Standing]) -> list[list[An
 def _plain(table: Sequence[Standing]) -> list[dict[str, Any]]:
     rows = []
     for s in table:
-        row = {k: None if isinstance(v, float) and v != v else v for k, v in s._asdict().items()}
+        row = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in s._asdict().items()
+        }
         rows.append({**row, "column": s.column.key})
     return rows
 

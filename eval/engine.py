@@ -20,14 +20,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from xattn import __version__
 from xattn.distributed import gather, processes
 from xattn.eval import functional
 from xattn.eval.metrics.base import Finish, Probe, Sample
+from xattn.eval.metrics.masking import MaskingProbe
 from xattn.eval.metrics.measure import sample_seed, scores_of, submit_all
+from xattn.eval.metrics.randomization import RandomizationProbe
 from xattn.eval.metrics.registry import create_probe
 from xattn.eval.protocol import SCORES, Protocol
 from xattn.eval.results import Results, collect
@@ -112,6 +116,15 @@ def evaluate(
         raise ValueError(
             "metrics: localization needs to know where objects are; give annotations, or leave it out"
         )
+    if any(probe.needs_annotation for probe in probes) and stream.tensors:
+        raise ValueError("metrics: localization needs photos with file names; tensors have none")
+    if randomized is None and any(isinstance(p, RandomizationProbe) for p in probes):
+        raise ValueError(
+            "metrics: randomization needs each method on randomised networks; give randomized, see "
+            "Cascade (xattn compare does)"
+        )
+    if again_limit is not None and again_limit < 1:
+        raise ValueError(f"again_limit: got {again_limit}; give at least 1, or None for all images")
     wanted = _wanted_classes(backbone, classes, stream.length)
     ranks, rank = processes(backbone.device)
     scorer = MaskedScorer(backbone, max_forward_batch, protocol.score, protocol.precision)
@@ -165,6 +178,12 @@ def create_probes(
         create_probe(m, protocol, tuple(float(v) for v in mean)) if isinstance(m, str) else m
         for m in metrics
     ]
+    for probe in probes:
+        if protocol.score == "logit" and isinstance(probe, MaskingProbe) and probe.bounded:
+            raise ValueError(
+                "score: AD, ADD and AG are of probabilities; for logits give MaskingProbe(bounded=False, "
+                "metrics=('AD', 'IC')), or the preset torch-cam"
+            )
     columns = [column for probe in probes for column in probe.columns]
     twice = sorted({c.key for c in columns if columns.count(c) > 1})
     if twice:
@@ -203,7 +222,7 @@ class _Run:
         self.probes, self.scorer, self.store = probes, scorer, store
         self.annotations, self.randomized, self.again_limit = annotations, randomized, again_limit
         self._pending: deque[_Pending] = deque()
-        self._worked: set[str] = set()
+        self._worked = {name for name in explainers if store.worked(name)}
         self._failures: dict[str, int] = {}
 
     # ------------------------------------------------------------------ chunks
@@ -303,6 +322,8 @@ class _Run:
                 grey = grey_one[0]
                 if bool(valid):
                     raw = functional.upsample(one.float(), size, self.protocol.resize)[0]
+                    if not is_mask and bool(grey.amax() == grey.amin()):
+                        reasons[j] = "constant map after resizing"
                 else:
                     reasons[j] = "constant map" if one.isfinite().all() else "non-finite map"
             sample = Sample(
@@ -313,6 +334,8 @@ class _Run:
                 score=float(scores[i]),
                 seed=sample_seed(self.protocol.seed, items[i].position),
                 is_mask=is_mask,
+                resize=self.protocol.resize,
+                normalization=self.protocol.normalization,
                 explain=self._again(name, int(classes[i])),
                 explain_randomized=self._randomized(name, int(classes[i])),
                 annotation=None if isinstance(note, str) else note,
@@ -346,7 +369,8 @@ class _Run:
             finishes.append((finish, tickets))
         tied = int(reason is None and self._tied(sample.grey))
         requests = self.scorer.requested - before
-        small = None if reason is not None else _png(sample.grey)
+        keep = reason is None and self.store.path is not None
+        small = _png(sample.grey) if keep else None
         why = "; ".join(failed) or None
         row = ResultRow(position, name, reason, tied, requests, seconds, measured, {}, small, why)
         self._pending.append(_Pending(row, finishes))
@@ -370,8 +394,8 @@ class _Run:
     ) -> tuple[Sequence[Tensor], list[str | None]]:
         """Raw maps (1, h, w), and for each the reason why there is none.
 
-        An explainer that never worked and fails on several images does not work at all: its error
-        is raised.
+        An explainer that never worked and fails on its first three images does not work at all:
+        its error is raised.
         """
         try:
             maps = self._attribute(name, images, targets)
@@ -435,6 +459,12 @@ class _Run:
             row = pending.row
             for finish, tickets in pending.finishes:
                 scores = scores_of(tickets)
+                if not all(bool(values.isfinite().all()) for values in scores.values()):
+                    row = row._replace(
+                        failed="; ".join(filter(None, [row.failed, "non-finite score"]))
+                    )
+                    row.scores.update({key: values.tolist() for key, values in scores.items()})
+                    continue
                 row.measured.update({c.key: float(v) for c, v in finish(scores).items()})
                 row.scores.update({key: values.tolist() for key, values in scores.items()})
             self.store.add(row)
@@ -509,7 +539,8 @@ def _facts(
     return {
         "protocol": {**protocol.to_dict(), "id": protocol.id},
         "backbone": [backbone.fingerprint, backbone.task, repr(backbone.preprocessing)],
-        "metrics": {type(p).__name__: p.options() for p in probes},
+        "metrics": [[type(p).__name__, p.options()] for p in probes],
+        "xattn": __version__,
         "max_forward_batch": scorer.max_forward_batch,
         "again_limit": again_limit,
         **{f"method {name}": describe(method) for name, method in explainers.items()},
@@ -517,27 +548,44 @@ def _facts(
 
 
 def describe(explainer: Any) -> dict[str, Any]:
-    """What an explainer is: its class, plain options, and the hashes of its head and network."""
-    plain = (bool, int, float, str, tuple, type(None))
-    options: dict[str, Any] = {}
-    for key, value in vars(explainer).items():
-        if key.startswith("_"):
-            continue
-        if isinstance(value, Tensor):
-            data = value.detach().cpu().contiguous()
-            options[key] = [list(data.shape), hashlib.sha256(data.numpy().tobytes()).hexdigest()]
-        elif isinstance(value, plain):
-            options[key] = list(value) if isinstance(value, tuple) else value
+    """What an explainer is: its class, options, and the hashes of its head and network."""
+    hidden = ("head", "backbone", "reader")  # a reader's layer has a name among the options
+    options = {
+        key: _fact(value)
+        for key, value in getattr(explainer, "__dict__", {}).items()
+        if not key.startswith("_") and key not in hidden
+    }
     record = {"class": type(explainer).__qualname__, "options": options}
     head = getattr(explainer, "head", None)
     if head is not None:
         from xattn.backbone import sha256
 
-        record["head"] = sha256(head)
+        record["head"] = [sha256(head), getattr(head, "explain_with", None)]
     network = getattr(getattr(explainer, "backbone", None), "fingerprint", None)
     if network is not None:
         record["backbone"] = network
     return record
+
+
+def _fact(value: Any) -> Any:
+    """An option as JSON: tensors and modules by hash, functions and objects by name."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        return [list(value.shape), hashlib.sha256(data.numpy().tobytes()).hexdigest()]
+    if isinstance(value, torch.nn.Module):
+        from xattn.backbone import sha256
+
+        return [type(value).__qualname__, sha256(value)]
+    if isinstance(value, list | tuple):
+        return [_fact(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _fact(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return _fact(torch.from_numpy(value))
+    where = value if hasattr(value, "__qualname__") else type(value)
+    return f"{where.__module__}.{where.__qualname__}"
 
 
 def _wanted_classes(

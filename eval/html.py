@@ -19,7 +19,6 @@ from xattn.eval.html_tables import (
     formulas,
     label,
     leaderboard,
-    sanity_failures,
     sanity_table,
     similarity,
     text,
@@ -61,7 +60,7 @@ def html_page(
     )
     for sign in "<>&":
         data = data.replace(sign, f"\\u{ord(sign):04x}")
-    failures = sanity_failures(results)
+    failures = results.sanity_failures()
     parts = {
         "style": (page / "report.css").read_text(encoding="utf-8"),
         "script": (page / "report.js").read_text(encoding="utf-8"),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import METRICS
-from xattn.eval.results import JUDGED, SURVIVES, MethodResult, Results, is_baseline
+from xattn.eval.results import SURVIVES, MethodResult, Results, is_baseline
 
 if TYPE_CHECKING:
     from xattn.eval.compare import Standing
@@ -143,43 +143,20 @@ def formulas(results: Results) -> str:
 # ---------------------------------------------------------------- sanity rows
 
 
-def sanity_failures(results: Results) -> dict[str, dict[Column, list[str] | None]]:
-    """By method and judged column: the sanity rows that it does not beat, as in the warnings.
-
-    None: no image has a value of the method and of a sanity row.
-    """
-    columns = [c for c in results.columns if c.metric in JUDGED]
-    rivals = [n for n, m in results.methods.items() if is_baseline(n) and not m.is_mask]
-    found: dict[str, dict[Column, list[str] | None]] = {}
-    for name in judged(results) if rivals else ():
-        compared = {rival: results.compare(name, rival, columns) for rival in rivals}
-        found[name] = {
-            column: [r for r, ds in compared.items() if ds[c].n and not ds[c].better]
-            if any(ds[c].n for ds in compared.values())
-            else None
-            for c, column in enumerate(columns)
-        }
-    return found
-
-
-def judged(results: Results) -> list[str]:
-    return [n for n, m in results.methods.items() if not is_baseline(n) and not m.is_mask]
-
-
 def similarity(results: Results) -> dict[str, float]:
     """Mean rank correlation with the maps of a randomised network, where it was measured."""
     column = Column("randomization-Spearman")
-    names = judged(results) if column in results.columns else []
+    names = results.judged_methods if column in results.columns else []
     return {name: results.mean(name, *column) for name in names}
 
 
 def sanity_table(results: Results, failures: Failures) -> str:
     """The table of who beats which sanity row."""
-    columns = [c for c in results.columns if c.metric in JUDGED] if failures else []
+    columns = results.judged if failures else []
     metrics, means = list(dict.fromkeys(c.metric for c in columns)), similarity(results)
     heads = ["method", *metrics, *(["rank correlation after randomising weights"] if means else [])]
     body = ""
-    for name in judged(results):
+    for name in results.judged_methods:
         cells = "".join(f"<td>{_verdict(failures[name], metric)}</td>" for metric in metrics)
         if means:
             mean = means[name]

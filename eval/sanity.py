@@ -66,15 +66,17 @@ def randomized_explainer(
 
 
 def sanity_rows(
-    backbone: Any, method: str = "gradcam", *, head: Any = None, seed: int = 0
+    backbone: Any, method: str = "gradcam", *, head: Any = None, seed: int = 0, **options: Any
 ) -> dict[str, Any]:
-    """Explainers by row name: random, centre, ones and randomized_<method>."""
+    """Explainers by row name: random, centre, ones and randomized_<method> with its ``options``."""
     from xattn.explainers import create_explainer
 
     rows = {
         name: create_explainer(name, backbone, seed=seed) for name in ("random", "centre", "ones")
     }
-    rows[f"randomized_{method}"] = randomized_explainer(method, backbone, head=head, seed=seed)
+    rows[f"randomized_{method}"] = randomized_explainer(
+        method, backbone, head=head, seed=seed, **options
+    )
     return rows
 
 

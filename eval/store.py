@@ -9,15 +9,17 @@
 not measured. ``scores`` is JSON {key: [scores]}; ``map`` is a small grey PNG of the map; ``failed``
 says which metrics raised, and why. A row is
 committed once its image is finished for the method. Of many processes each writes a file of its own,
-``name.RANK.sqlite``; they are put together at the end.
+``name.rankN.sqlite``; they are put together at the end.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +87,7 @@ class Store:
             self._others = [sqlite3.connect(str(p), timeout=60) for p in others]
             for database in (self._own, *self._others):
                 self._check(database, facts)
+            self._others = [database for database in self._others if _begun(database)]
         except sqlite3.DatabaseError as error:
             if "not a database" in str(error) or "malformed" in str(error):
                 raise ValueError(
@@ -96,6 +99,8 @@ class Store:
             self._own.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)
 
     def _check(self, database: sqlite3.Connection, facts: Mapping[str, Any]) -> None:
+        if not _begun(database):  # another process is just making it
+            return
         stored = {key: json.loads(value) for key, value in database.execute("SELECT * FROM meta")}
         fresh = json.loads(json.dumps(dict(facts), sort_keys=True))
         other = [key for key in fresh if key in stored and stored[key] != fresh[key]]
@@ -123,16 +128,31 @@ class Store:
                 return ImageRow(*row)
         return None
 
+    def worked(self, method: str) -> bool:
+        """Whether a method has given a valid map of some image."""
+        query = "SELECT 1 FROM results WHERE method = ? AND reason IS NULL LIMIT 1"
+        each = (self._own, *self._others)
+        return any(d.execute(query, (method,)).fetchone() is not None for d in each)
+
     def add_images(self, rows: Sequence[ImageRow]) -> None:
-        with self._own:
+        with self._writing():
             self._own.executemany(
                 "INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?)", list(rows)
             )
 
     def add(self, row: ResultRow) -> None:
         """Commit what one method measured on one image."""
-        with self._own:
+        with self._writing():
             self._own.execute(_INSERT, _packed(row))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One transaction; a full disk is an OSError, and what was committed stays."""
+        try:
+            with self._own:
+                yield
+        except sqlite3.OperationalError as error:
+            raise OSError(f"state: {self.path} cannot be written ({error}); free space") from error
 
     def rows(self) -> tuple[list[ImageRow], list[tuple[Any, ...]]]:
         """Everything in this process's own file, for other processes to take in."""
@@ -155,8 +175,9 @@ class Store:
             if path == _ranked(self.path, 0):
                 continue
             other = sqlite3.connect(str(path), timeout=60)
-            images = [ImageRow(*row) for row in other.execute("SELECT * FROM images")]
-            self.take_in(images, list(other.execute("SELECT * FROM results")))
+            if _begun(other):
+                images = [ImageRow(*row) for row in other.execute("SELECT * FROM images")]
+                self.take_in(images, list(other.execute("SELECT * FROM results")))
             other.close()
             path.unlink()
 
@@ -190,12 +211,17 @@ def _packed(row: ResultRow) -> tuple[Any, ...]:
     return (*row[:6], json.dumps(measured), json.dumps(scores), row.map, row.failed)
 
 
+def _begun(database: sqlite3.Connection) -> bool:
+    query = "SELECT count(*) FROM sqlite_master WHERE name IN ('meta', 'images', 'results')"
+    return bool(database.execute(query).fetchone()[0] == 3)
+
+
 def _ranked(path: Path, rank: int) -> Path:
-    return path if rank == 0 else path.with_name(f"{path.stem}.{rank}{path.suffix}")
+    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
 def _files(path: Path) -> list[Path]:
     """The state's files that exist: its own and those of other processes."""
-    ranked = sorted(path.parent.glob(f"{path.stem}.[0-9]*{path.suffix}"))
-    ranked = [p for p in ranked if p.stem.removeprefix(f"{path.stem}.").isdigit()]
+    ranked = sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*{path.suffix}"))
+    ranked = [p for p in ranked if p.stem.removeprefix(f"{path.stem}.rank").isdigit()]
     return ([path] if path.exists() else []) + ranked

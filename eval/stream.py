@@ -109,6 +109,7 @@ class ImageStream:
             path = Path(item)
             inside = self._root is not None and path.is_relative_to(self._root)
             name = str(path.relative_to(self._root)) if inside and self._root else str(path)
+            name = name.encode("utf-8", "backslashreplace").decode("utf-8")
         try:
             photo = load_image(item, self.max_pixels)
         except (ValueError, OSError) as error:

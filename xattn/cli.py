@@ -226,7 +226,7 @@ class Evaluate:
         sanity: dict[str, Any] = {}
         if self.sanity:
             row = "head" if heads else self.explainers[0] if self.explainers else "gradcam"
-            sanity = sanity_rows(backbone, row, head=first, seed=self.seed)
+            sanity = sanity_rows(backbone, row, head=first, **shared)
         methods: dict[str, Any] = {}
         for name in self.explainers:
             if name not in sanity:
@@ -297,6 +297,7 @@ class Compare:
     def run(self) -> None:
         from xattn.distributed import processes
         from xattn.eval.compare import Comparison, compare
+        from xattn.explainers import list_explainers
         from xattn.files import check_folder
 
         check_folder(self.output)
@@ -309,7 +310,8 @@ class Compare:
         heads: dict[str, Any] = {}
         for source in sources:
             head = _head(source, backbone)
-            heads[_row_name(source, head.name, {*heads, *self.explainers})] = head
+            taken = {*heads, *list_explainers()}  # baselines are explainers, too
+            heads[_row_name(source, head.name, taken)] = head
         job = Comparison(
             backbone=backbone,
             heads=heads,

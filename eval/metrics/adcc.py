@@ -105,7 +105,9 @@ class AdccProbe(Probe):
         yield Request("q", masked)
         grey = sample.grey[None]
         raw = sample.explain(masked[None]).to(grey.device)
-        again, _ = functional.saliency(raw, grey.shape[-2:])
+        again, _ = functional.saliency(
+            raw, grey.shape[-2:], normalization=sample.normalization, resize=sample.resize
+        )
         coherency, complexity = coherency_values(grey, again), complexity_values(grey)
         p = torch.tensor([sample.score], dtype=torch.float64)
 

@@ -63,6 +63,7 @@ class Sample:
         seed: a pure function of (seed of the run, position of the image), the same for all methods:
             random perturbations drawn from it are shared between methods.
         is_mask: the map is a mask as it is (the all-ones row).
+        resize, normalization: how ``grey`` was made, see :class:`~xattn.eval.Protocol`.
         explain: (b, 3, H, W) -> raw maps (b, 1, h, w) by the same method for the same class.
         explain_randomized: (stage, (b, 3, H, W)) -> raw maps by the method on the network of which
             stage + 1 parts are randomised, see :mod:`xattn.eval.metrics.randomization`.
@@ -76,6 +77,8 @@ class Sample:
     score: float
     seed: int = 0
     is_mask: bool = False
+    resize: str = "bilinear"
+    normalization: str = "minmax"
     explain: Callable[[Tensor], Tensor] | None = None
     explain_randomized: Callable[[int, Tensor], Tensor] | None = None
     annotation: Annotation | None = None

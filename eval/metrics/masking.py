@@ -70,7 +70,10 @@ class MaskingProbe(Probe):
 
     def column_options(self, column: Column) -> dict[str, Any]:
         names = ("threshold", "masked_value", "ic_margin")
-        return {"levels": [column.level], **{name: getattr(self, name) for name in names}}
+        options = {"levels": [column.level], **{name: getattr(self, name) for name in names}}
+        if self.masked_value == "mean":
+            options["mean"] = list(self.mean or ())
+        return options
 
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
         for level in self.levels:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from xattn.eval import functional
 from xattn.eval.metrics.base import Column, Finish, Probe, Request, Sample
-from xattn.eval.scorer import MaskedScorer, Ticket, pad_batch
+from xattn.eval.scorer import MaskedScorer, Ticket
 
 
 def measure(
@@ -28,6 +29,7 @@ def measure(
     seed: int = 0,
     is_mask: bool = False,
     explain: Callable[[Tensor, Tensor], Tensor] | None = None,
+    explain_randomized: Callable[[int, Tensor, Tensor], Tensor] | None = None,
     annotations: Sequence[Any] | None = None,
 ) -> dict[Column, Tensor]:
     """Values (B,) float64 by column; NaN where a map is constant or not finite, or undefined.
@@ -39,7 +41,9 @@ def measure(
         targets: the class, one for all or a LongTensor (B,).
         score: ``"probability"`` (softmax over K) or ``"logit"``.
         normalization, resize: see :class:`~xattn.eval.Protocol`.
+        seed: perturbations depend on it and on an image's place in the batch.
         explain: (images, targets) -> raw maps (b, 1, h, w), for metrics that explain again.
+        explain_randomized: (stage, images, targets) -> raw maps on a randomised network.
         annotations: one an image, for metrics that need them.
     """
     batch = len(images)
@@ -69,7 +73,14 @@ def measure(
                 score=float(p),
                 seed=sample_seed(seed, i),
                 is_mask=is_mask,
+                resize=resize,
+                normalization=normalization,
                 explain=None if explain is None else _bound(explain, target),
+                explain_randomized=(
+                    None
+                    if explain_randomized is None
+                    else partial(_at_stage, explain_randomized, target)
+                ),
                 annotation=None if annotations is None else annotations[i],
             )
             tickets: dict[str, list[Ticket]] = {}
@@ -120,8 +131,11 @@ class _Callable:
         return logits.double().softmax(1)
 
 
+def _at_stage(
+    explain: Callable[[int, Tensor, Tensor], Tensor], target: int, stage: int, images: Tensor
+) -> Tensor:
+    return explain(stage, images, torch.full((len(images),), target))
+
+
 def _bound(explain: Callable[[Tensor, Tensor], Tensor], target: int) -> Callable[[Tensor], Tensor]:
     return lambda images: explain(images, torch.full((len(images),), target))
-
-
-__all__ = ["measure", "pad_batch", "sample_seed", "scores_of", "submit_all"]

@@ -108,7 +108,7 @@ class RandomizationProbe(Probe):
         stages = []
         for stage in range(self.stages):
             raw = sample.explain_randomized(stage, sample.image[None]).detach().float()
-            stages.append(functional.upsample(raw, size))
+            stages.append(functional.upsample(raw, size, sample.resize))
         randomized = torch.stack(stages, 1).to(sample.raw.device)
         found = randomization_values(sample.raw[None], randomized, absolute=self.absolute)
         values = {column: float(value) for column, value in found.items()}

@@ -146,7 +146,8 @@ def test_constant_and_non_finite_maps_are_invalid(name):
 def test_all_metrics_run_together_in_the_engine_as_alone():
     direct = [probe_of(name) for name in NAMES if not probe_of(name).needs_annotation]
     x = fakes.images(5)
-    options = {"max_forward_batch": 4, "progress": False}
+    twins = {"bright": lambda stage, x, t: fakes.brightness(x.flip(-1) ** (stage + 1), t)}
+    options = {"max_forward_batch": 4, "progress": False, "randomized": twins}
     rows = {"bright": fakes.Maps(fakes.brightness), "ones": fakes.ones()}
     together = evaluate(FakeBackbone(), rows, x, metrics=direct, **options)
     for probe in direct:
@@ -192,3 +193,59 @@ def test_presets_that_need_the_mean_colour_say_so():
         preset("rise")
     with pytest.raises(ValueError, match="did you mean ttame"):
         preset("t-tame")
+
+
+# ---------------------------------------------------------------- refusals of the engine
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metrics": ["localization"]}, "localization needs to know where objects are"),
+        ({"metrics": ["localization"], "annotations": object()}, "tensors have none"),
+        ({"metrics": ["randomization"]}, "needs each method on randomised networks"),
+        ({"metrics": ["masking", "masking"]}, "AD@100, .* asked for twice"),
+        ({"metrics": ["masking"], "protocol": Protocol(score="logit")}, "score: AD, ADD and AG"),
+        ({"metrics": []}, "metrics: got none"),
+        ({"metrics": ["maskin"]}, "did you mean masking"),
+        ({"again_limit": 0}, "again_limit: got 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options, message):
+    rows = {"bright": fakes.Maps(fakes.brightness)}
+    with pytest.raises(ValueError, match=message):
+        evaluate(FakeBackbone(), rows, fakes.images(2), progress=False, **options)
+
+
+def test_a_metric_that_fails_to_explain_again_is_named_and_the_rest_is_kept():
+    class Once(fakes.Maps):
+        def attribute(self, inputs, target):
+            if len(inputs) != 4:
+                raise RuntimeError("only four at a time")
+            return super().attribute(inputs, target)
+
+    rows = {"once": Once(fakes.brightness)}
+    options = {"max_forward_batch": 4, "progress": False}
+    results = evaluate(
+        FakeBackbone(), rows, fakes.images(4), metrics=["masking", "adcc"], **options
+    )
+    method = results.methods["once"]
+    assert np.isnan(method.values[Column("ADCC")]).all()
+    assert np.isfinite(method.values[Column("AD", 0.5)]).all()
+    assert method.failed[0] == "coherency: RuntimeError: only four at a time"
+    assert any("once: metrics failed on 4 images" in w for w in results.warnings())
+
+
+def test_scores_that_are_not_finite_are_counted_with_a_reason():
+    class Overflows(FakeBackbone):
+        def logits(self, images):
+            logits = super().logits(images)
+            return torch.where(images.mean((1, 2, 3))[:, None] < 0.02, torch.inf, logits)
+
+    rows = {"bright": fakes.Maps(fakes.brightness)}
+    options = {"max_forward_batch": 4, "progress": False, "protocol": Protocol(score="logit")}
+    metrics = [create_probe("insertion-deletion", steps=5)]
+    results = evaluate(Overflows(), rows, fakes.images(3), metrics=metrics, **options)
+    row = next(r for r in results.rows() if r.metric == "deletion")
+    assert (row.n, row.n_invalid) == (0, 3)
+    assert results.methods["bright"].failed == dict.fromkeys(range(3), "non-finite score")

@@ -208,3 +208,45 @@ def test_a_state_tells_options_apart_that_are_no_plain_values():
         create_explainer("layercam", backbone, layer=backbone.model.layer2),
     ]
     assert len({json.dumps(describe(explainer), sort_keys=True) for explainer in made}) == 8
+
+
+# ---------------------------------------------------------------- files of several processes
+
+
+def test_a_file_that_another_process_is_just_making_is_no_state_yet(tmp_path):
+    (tmp_path / "state.rank1.sqlite").touch()
+    results = run(tmp_path / "state.sqlite")
+    assert numbers(results) == numbers(run())
+    assert not (tmp_path / "state.rank1.sqlite").exists()
+
+
+def test_what_another_process_left_is_taken_in(tmp_path):
+    whole = run(tmp_path / "whole.sqlite", images=fakes.images(8))
+    (tmp_path / "whole.sqlite").rename(tmp_path / "state.rank1.sqlite")
+    again = run(tmp_path / "state.sqlite", images=fakes.images(8))
+    assert numbers(again) == numbers(whole) and again.cost["images_scored"] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["state.sqlite"]
+
+
+def test_other_files_beside_the_state_are_left_alone(tmp_path):
+    run(tmp_path / "state.2.sqlite")
+    run(tmp_path / "state.sqlite")
+    assert (tmp_path / "state.2.sqlite").exists()
+
+
+def test_an_explainer_that_worked_before_the_kill_is_not_given_up(tmp_path):
+    def picky(inputs, target):
+        if (inputs.mean((1, 2, 3)) < 0.2).any():
+            raise RuntimeError("too dark")
+        return fakes.brightness(inputs, target)
+
+    class Perturbs(Maps):
+        one_by_one = True
+
+    x = fakes.images(8)
+    x[4:] *= 0.1
+    rows = {"picky": Perturbs(picky)}
+    whole = run(rows=rows, images=x)
+    assert whole.methods["picky"].valid.tolist() == 4 * [True] + 4 * [False]
+    run(tmp_path / "state.sqlite", rows=rows, images=x[:4])
+    assert numbers(run(tmp_path / "state.sqlite", rows=rows, images=x)) == numbers(whole)
