@@ -16,6 +16,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,40 +133,40 @@ def evaluate(
     facts["annotations"] = None if annotations is None else annotations.fingerprint
     facts["classes"], facts["randomized"] = wanted, sorted(randomized or {})
     path = None if state is None else Path(state)
-    store = Store(path, facts, rank)
-    run = _Run(
-        backbone,
-        explainers,
-        protocol,
-        probes,
-        scorer,
-        store,
-        annotations,
-        randomized or {},
-        again_limit,
-    )
+    with closing(Store(path, facts, rank)) as store:
+        run = _Run(
+            backbone,
+            explainers,
+            protocol,
+            probes,
+            scorer,
+            store,
+            annotations,
+            randomized or {},
+            again_limit,
+        )
 
-    from tqdm import tqdm
+        from tqdm import tqdm
 
-    with tqdm(
-        total=None if stream.length is None else stream.length * len(explainers),
-        desc="evaluate",
-        unit="map",
-        disable=not progress or rank > 0,
-        dynamic_ncols=True,
-    ) as bar:
-        for chunk in stream.blocks(max_forward_batch, rank, ranks):
-            if chunk:
-                run.add(chunk, _targets(wanted, chunk), bar.update)
-            bar.set_postfix_str(f"{len(stream.skipped)} skipped" if stream.skipped else "")
-            if ranks > 1 and chunk:  # the other processes' share
-                bar.update((chunk[-1].position + 1) * len(explainers) - bar.n)
-    run.finish(stream)
-    costs = gather(run.cost())
-    cost = {key: sum(part[key] for part in costs) for key in costs[0]}
-    cost["max_forward_batch"] = max_forward_batch
-    _put_together(store, ranks, rank, path)
-    return collect(store, protocol, probes, explainers, backbone, cost, stream.length)
+        with tqdm(
+            total=None if stream.length is None else stream.length * len(explainers),
+            desc="evaluate",
+            unit="map",
+            disable=not progress or rank > 0,
+            dynamic_ncols=True,
+        ) as bar:
+            for chunk in stream.blocks(max_forward_batch, rank, ranks):
+                if chunk:
+                    run.add(chunk, _targets(wanted, chunk), bar.update)
+                bar.set_postfix_str(f"{len(stream.skipped)} skipped" if stream.skipped else "")
+                if ranks > 1 and chunk:  # the other processes' share
+                    bar.update((chunk[-1].position + 1) * len(explainers) - bar.n)
+        run.finish(stream)
+        costs = gather(run.cost())
+        cost = {key: sum(part[key] for part in costs) for key in costs[0]}
+        cost["max_forward_batch"] = max_forward_batch
+        _put_together(store, ranks, rank, path)
+        return collect(store, protocol, probes, explainers, backbone, cost, stream.length)
 
 
 def create_probes(
