@@ -204,6 +204,7 @@ from xattn.eval.metrics import create_probe
 name, count, steps, explainers = sys.argv[1], *map(int, sys.argv[2:5])
 keep_memory()
 torch.set_num_threads(1)
+torch.manual_seed(0)  # of the random weights
 backbone = load_backbone(name, weights=None)
 backbone.model.to(memory_format=torch.channels_last)
 ranks, rank = processes(backbone.device)
