@@ -41,10 +41,12 @@ Task = Literal["multiclass", "multilabel", "binary"]
 
 
 class Taps(NamedTuple):
-    """What one pass yields: ``logits`` (B, K) and ``maps``, a tuple of (B, C_i, h_i, w_i)."""
+    """What one pass yields: ``logits`` (B, K) and ``maps``, a tuple of (B, C_i, h_i, w_i); of a ViT
+    also ``prefix`` (B, P, C), the class and register tokens that the classifier gets."""
 
     logits: Tensor
     maps: tuple[Tensor, ...]
+    prefix: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -300,7 +302,8 @@ class Backbone(nn.Module):
         final = self._through_head_point(final)
         logits = self.model.forward_head(final)  # type: ignore[operator]
         maps = self._select(self.taps, final, dict(zip(self._wanted, inner, strict=True)))
-        return Taps(self._as_classes(logits), maps)
+        prefix = final[:, : self.prefix_tokens] if final.ndim == 3 else None
+        return Taps(self._as_classes(logits), maps, prefix)
 
     def _as_classes(self, logits: Tensor) -> Tensor:
         """A binary model's (B,) or (B, 1) logits as (B, 2); others as they are."""

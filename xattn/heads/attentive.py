@@ -1,0 +1,233 @@
+"""Attentive heads: pool tokens by attention, classify, and share every logit out among the patches.
+
+    A = softmax_t s,   y_q = sum_t A_qt v_qt,   logits = W norm(finish(y)) + b
+    C_kt = sum_q A_qt (g_kq . v_qt),            logit_k = rest_k + sum_t C_kt   (exactly)
+
+with scores s (B, Q, T) of Q queries and values v (B, Q or 1, T, V). g_k is row k of W pulled back
+through ``norm`` and ``finish``, whose data-dependent gains (activations, deviations of norms) are held
+at their value; where ``finish`` is linear, rest_k is the classifier's bias (and the norm's), the same
+for every image. T = P + N: a head that attends to prefix tokens has them in front, and their shares
+belong to rest; maps show the N patches. A head gives :meth:`AttentiveHead.attend` and, unless it
+concatenates its queries, :meth:`AttentiveHead.finish`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.backbone import Backbone, Taps
+from xattn.heads.base import Head
+from xattn.heads.fusion import class_rows
+
+CHUNK = 2**24  # entries of (classes x queries x tokens) alive at once
+
+# Rows (B or 1, M, Z) over the pooled vector -> rows (B or 1, M, Q, V) over what was pooled.
+Pull: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class Tokens(NamedTuple):
+    """What an attentive head reads: a (B, N, C_i) of every used tap, in row-major order of ``grid``
+    (h, w), and the last layer's ``prefix`` (B, P, C): class and register tokens, P may be 0."""
+
+    patches: tuple[Tensor, ...]
+    prefix: Tensor
+    grid: tuple[int, int]
+
+
+class Attended(NamedTuple):
+    """``scores`` (B, Q, T) before the softmax, ``values`` (B, Q or 1, T, V), and whatever else the
+    head's :meth:`~AttentiveHead.finish` reads."""
+
+    scores: Tensor
+    values: Tensor
+    context: Any = None
+
+
+class ClassMaps(NamedTuple):
+    """``maps`` (B, M, h, w): each patch's share of a logit; ``rest`` (B, M): what no patch brought."""
+
+    maps: Tensor
+    rest: Tensor
+
+
+class FeatureNorm(nn.BatchNorm1d):
+    """BatchNorm without affine weights before the classifier, as probing recipes have it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, affine=False, eps=1e-6)
+
+    def gain(self, z: Tensor) -> Tensor:
+        """(Z,): what :meth:`forward` multiplies z (B, Z) with, after it has subtracted the mean."""
+        variance = z.var(0, unbiased=False) if self.training else self.running_var
+        assert variance is not None
+        return (variance + self.eps).rsqrt()
+
+
+class AttentiveHead(Head):
+    """Base of the heads that pool by attention: a classifier that explains itself.
+
+    ``head(taps, class_index)`` gives the shares C as maps (B, M, h, w); :meth:`logits` classifies.
+
+    Args:
+        options: the head's own, with the ones that all have: ``classes`` (how many; default the
+            backbone's), ``class_names``, ``norm`` (a :class:`FeatureNorm` before the classifier)
+            and ``explain_with``: ``"scores"``, the shares, ``"mask"``, their sigmoid, or
+            ``"attention"``, the mean of the query maps, the same for every class.
+        pooled: width Z of the pooled vector.
+        num_taps: how many of the backbone's last taps are read.
+    """
+
+    is_classifier: ClassVar[bool] = True
+    learns_scores: ClassVar[bool] = True  # False: weights that no training moves, as a mean's
+
+    def __init__(
+        self, backbone: Backbone, options: dict[str, Any], pooled: int, num_taps: int = 1
+    ) -> None:
+        shown = options.get("explain_with", "scores")
+        super().__init__(
+            backbone, {**options, "explain_with": "scores" if shown == "attention" else shown}
+        )
+        self.options["explain_with"] = self.explain_with = shown
+        if not 1 <= num_taps <= len(backbone.taps):
+            raise ValueError(
+                f"num_taps: got {num_taps}; {backbone.name} has {len(backbone.taps)} taps"
+            )
+        self.num_taps = num_taps
+        classes, names = options.get("classes"), options.get("class_names")
+        self.num_classes = _class_count(classes, names, backbone.num_classes)
+        self.class_names: list[str] | None = None if names is None else list(names)
+        self.norm: FeatureNorm | None = FeatureNorm(pooled) if options.get("norm", True) else None
+        self.classifier = nn.Linear(pooled, self.num_classes)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    @staticmethod
+    def default_taps(depth: int) -> tuple[str, ...]:
+        """Taps to load a backbone of ``depth`` blocks or stages with; by default the final tokens."""
+        return ("head",)
+
+    # ------------------------------------------------------------------ what a head defines
+
+    def attend(self, tokens: Tokens) -> Attended:
+        """Scores and values of ``tokens``."""
+        raise NotImplementedError
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """A (B, Q, T) of ``scores``: softmax over the tokens, in float32 at least."""
+        wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+        return wide.softmax(-1).to(scores.dtype)
+
+    def finish(self, pooled: Tensor, attended: Attended) -> tuple[Tensor, Pull]:
+        """The vector (B, Z) of ``pooled`` (B, Q, V), and how rows over the former become rows over
+        the latter; here the queries are concatenated."""
+        shape = pooled.shape[1:]
+        return pooled.flatten(1), lambda rows: rows.unflatten(-1, shape)
+
+    # ------------------------------------------------------------------ what all share
+
+    def tokens(self, taps: Taps) -> Tokens:
+        """The tokens of the last ``num_taps`` taps, finer maps averaged to the last one's grid."""
+        maps = taps.maps[-self.num_taps :]
+        grid = (int(maps[-1].shape[2]), int(maps[-1].shape[3]))
+        patches = tuple(
+            (m if m.shape[2:] == maps[-1].shape[2:] else F.adaptive_avg_pool2d(m, grid))
+            .flatten(2)
+            .transpose(1, 2)
+            for m in maps
+        )
+        prefix = taps.prefix
+        if prefix is None:
+            prefix = patches[-1][:, :0]
+        return Tokens(patches, prefix, grid)
+
+    def logits(self, tokens: Tokens, scores: Tensor | None = None) -> Tensor:
+        """(B, K) logits; ``scores`` (B, Q, T) take the place of the head's own."""
+        attended = self.attend(tokens)
+        return self.classify(attended if scores is None else attended._replace(scores=scores))
+
+    def classify(self, attended: Attended) -> Tensor:
+        """(B, K) logits of what :meth:`attend` gave, its scores perhaps perturbed."""
+        z, _ = self.finish(_pool(self.weights(attended.scores), attended.values), attended)
+        return self.classifier(z if self.norm is None else self.norm(z))
+
+    def class_maps(self, tokens: Tokens, class_index: Tensor | int | None = None) -> ClassMaps:
+        """Each patch's share of the logits of some classes, see :class:`ClassMaps`.
+
+        Args:
+            class_index: as for :class:`~xattn.heads.Head`.
+        """
+        attended = self.attend(tokens)
+        weights = self.weights(attended.scores)
+        z, pull = self.finish(_pool(weights, attended.values), attended)
+        index = class_rows(class_index, self.num_classes, z.shape[0])
+        rows = self.classifier.weight[None]
+        normed = z if self.norm is None else self.norm(z)
+        logits = self.classifier(normed)
+        if index is not None:
+            index = index.to(z.device)
+            rows = self.classifier.weight[index]
+            logits = logits.gather(1, index.expand(z.shape[0], -1))
+        if self.norm is not None:
+            rows = rows * self.norm.gain(z)
+        batch, queries, count = weights.shape
+        size = max(1, CHUNK // (batch * queries * count))
+        shares = torch.cat(
+            [_shares(pull(part), weights, attended.values) for part in rows.split(size, 1)], 1
+        )
+        patches = shares[..., count - tokens.grid[0] * tokens.grid[1] :]
+        return ClassMaps(patches.unflatten(-1, tokens.grid), logits - patches.sum(-1))
+
+    def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
+        return self.class_maps(self.tokens(taps), class_index).maps
+
+    def query_maps(self, tokens: Tokens) -> Tensor:
+        """A of the patches as maps (B, Q, h, w); with prefix tokens a map sums to less than 1."""
+        weights = self.weights(self.attend(tokens).scores)
+        return weights[..., weights.shape[-1] - tokens.grid[0] * tokens.grid[1] :].unflatten(
+            -1, tokens.grid
+        )
+
+    def explanation(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
+        if self.explain_with != "attention":
+            return super().explanation(taps, class_index)
+        tokens = self.tokens(taps)
+        index = class_rows(class_index, self.num_classes, tokens.prefix.shape[0])
+        count = self.num_classes if index is None else index.shape[1]
+        return self.query_maps(tokens).mean(1, keepdim=True).expand(-1, count, -1, -1)
+
+
+def overlap(query_maps: Tensor) -> Tensor:
+    """(B,): mean cosine similarity of pairs of maps (B, Q, h, w); 1 where all are alike, low where
+    the queries look at different places. NaN for a single query."""
+    unit = F.normalize(query_maps.flatten(2), dim=-1)
+    count = unit.shape[1]
+    return ((unit @ unit.transpose(1, 2)).sum((1, 2)) - count) / (count * (count - 1))
+
+
+def _pool(weights: Tensor, values: Tensor) -> Tensor:
+    """sum_t A_qt v_qt: (B, Q, T), (B, Q or 1, T, V) -> (B, Q, V)."""
+    if values.shape[1] == 1:
+        return weights @ values[:, 0]
+    return (weights[:, :, None] @ values)[:, :, 0]
+
+
+def _shares(rows: Tensor, weights: Tensor, values: Tensor) -> Tensor:
+    """sum_q A_qt (g_kq . v_qt): rows (B or 1, M, Q, V) -> (B, M, T)."""
+    products = rows.transpose(1, 2) @ values.transpose(-2, -1)  # (B, Q, M, T)
+    return (products * weights[:, :, None]).sum(1)
+
+
+def _class_count(classes: int | None, names: Sequence[str] | None, default: int) -> int:
+    if classes is not None and (
+        isinstance(classes, bool) or not isinstance(classes, int) or classes < 1
+    ):
+        raise ValueError(f"classes: got {classes!r}; give how many there are")
+    count = classes or (default if names is None else len(names))
+    if names is not None and len(names) != count:
+        raise ValueError(f"class_names: got {len(names)} names for {count} classes")
+    return count
