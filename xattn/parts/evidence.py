@@ -1,0 +1,304 @@
+"""Where an image's evidence is: boxes and polygons of a detector's file, masks, or text that is found here.
+
+A source is called with the photo's name and the photo and gives boxes [x0, y0, x1, y1] and polygons
+[[x, y], ...] in pixels of the upright photo, or a mask (H, W). :func:`open_evidence` makes one of
+
+* a JSON file ``{"7.jpg": [box or polygon, ...]}``; an entry may also be ``{"box": ...}`` with other keys
+  beside it, as the files of :class:`xattn.eval.annotations.Boxes` have;
+* a folder of masks, ``7.png`` for ``7.jpg``, whose non-zero pixels (or given numbers) are evidence;
+* ``"mser"``, text lines by maximally stable extremal regions (Matas et al. 2002), no weights needed;
+* ``"onnx:PATH"``, a text detector in the form of DB (arXiv 1911.08947), run by OpenCV.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Region: TypeAlias = Sequence[Any]  # [x0, y0, x1, y1] or [[x, y], ...]
+Found: TypeAlias = "Sequence[Region] | NDArray[np.bool_]"
+Source: TypeAlias = Callable[[str, Image.Image], Found]
+
+MSER_SIDE = 256  # pixels of the shorter side at which MSER looks for letters
+_DB_MEAN = (123.675, 116.28, 103.53)  # ImageNet's, as DB is trained
+
+
+def evidence_mask(found: Found, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The pixels of an image of ``size`` (width, height) that a box or polygon touches, (H, W).
+
+    What lies partly outside the image is clipped. A polygon counts with the pixels next to it.
+
+    Raises:
+        ValueError: a region lies outside the image or has no area, or a mask is of another size.
+    """
+    width, height = size
+    if isinstance(found, np.ndarray) and found.dtype == np.bool_:
+        if found.shape != (height, width):
+            raise ValueError(
+                f"evidence: got a mask of {found.shape[::-1]} for an image of {size}; masks have the "
+                f"image's width and height"
+            )
+        return found
+    mask = np.zeros((height, width), np.uint8)
+    for region in found:
+        points = _points(region)
+        (left, top), (right, bottom) = points.min(0), points.max(0)
+        if not (left < right and top < bottom):
+            raise ValueError(f"evidence: {_brief(region)} has no area; give x0 < x1 and y0 < y1")
+        if left >= width or top >= height or right <= 0 or bottom <= 0:
+            raise ValueError(
+                f"evidence: {_brief(region)} lies outside the image of {width} x {height} pixels; give "
+                f"pixels of the upright image, not fractions or another size's"
+            )
+        if len(points) == 2:
+            x0, y0 = max(math.floor(left), 0), max(math.floor(top), 0)
+            mask[y0 : math.ceil(bottom), x0 : math.ceil(right)] = 1
+        else:
+            mask |= _filled(points, mask.shape)
+    return mask.astype(bool)
+
+
+def _points(region: Region) -> NDArray[np.float64]:
+    """The two corners of a box, (2, 2), or the points of a polygon, (n, 2)."""
+    try:
+        points = np.asarray(region, dtype=np.float64)
+    except (TypeError, ValueError):
+        points = np.empty(0)
+    if points.shape == (4,):
+        points = points.reshape(2, 2)
+        if not (points[0] < points[1]).all() and np.isfinite(points).all():
+            raise ValueError(f"evidence: {_brief(region)} has no area; give x0 < x1 and y0 < y1")
+    elif points.ndim != 2 or points.shape[1:] != (2,) or len(points) < 3:
+        points = np.empty(0)
+    if not points.size or not np.isfinite(points).all():
+        raise ValueError(
+            f"evidence: got {_brief(region)}; give [x0, y0, x1, y1] or [[x, y], ...] of 3 points or more"
+        )
+    return points
+
+
+def _brief(region: Any) -> str:
+    text = str(region.tolist() if isinstance(region, np.ndarray) else region)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _filled(points: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    import cv2
+
+    bits = 8  # fractions of a pixel; OpenCV's whole numbers are the centres of pixels
+    limit = 2 ** (30 - bits)
+    fixed = np.rint((np.clip(points, -limit, limit) - 0.5) * 2**bits).astype(np.int32)
+    filled: Any = np.zeros(shape, np.uint8)
+    cv2.fillPoly(filled, [fixed], 1, shift=bits)
+    return cv2.dilate(filled, np.ones((3, 3), np.uint8))  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------------- sources
+
+
+def open_evidence(source: str | Path, numbers: Sequence[int] = ()) -> Source:
+    """The source that ``source`` names (see the module); ``numbers`` choose among a mask's.
+
+    Raises:
+        ValueError: no such form, or a damaged file. FileNotFoundError: no such file or folder.
+    """
+    text = str(source)
+    if numbers and not Path(text).is_dir():
+        raise ValueError(f"numbers: got {list(numbers)}; only a folder of masks has numbers")
+    if text == "mser":
+        return MserText()
+    if text.startswith("onnx:"):
+        return DetectorText(text.removeprefix("onnx:"))
+    path = Path(text)
+    if path.is_dir():
+        return Masks(path, numbers)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"evidence: no file or folder {text}; give a JSON of boxes, a folder of masks, mser, or "
+            f"onnx:PATH"
+        )
+    return BoxFile(path)
+
+
+class BoxFile:
+    """Boxes and polygons of a JSON file by the photo's file name, or by more of its path."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            text = self.path.read_text(encoding="utf-8-sig")
+            table = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"evidence: {path} is not UTF-8 JSON ({error}); write it anew") from None
+        if not isinstance(table, dict) or not all(isinstance(v, list) for v in table.values()):
+            raise ValueError(
+                f'evidence: {path} has another form; give {{"7.jpg": [[x0, y0, x1, y1], ...]}}'
+            )
+        self.table: dict[str, list[Any]] = {PurePath(k).as_posix(): v for k, v in table.items()}
+        self.description = f"boxes {hashlib.sha256(text.encode()).hexdigest()}"
+
+    def __call__(self, name: str, image: Image.Image) -> list[Region]:
+        parts = PurePath(name).parts
+        for start in range(len(parts)):  # the longest path first: names may repeat among folders
+            found = self.table.get(PurePath(*parts[start:]).as_posix())
+            if found is not None:
+                return [_region(entry) for entry in found]
+        raise ValueError(f"evidence: {self.path} has no entry for {PurePath(name).name}")
+
+
+def _region(entry: Any) -> Region:
+    if isinstance(entry, dict):
+        entry = entry.get("box", entry.get("polygon"))
+    if not isinstance(entry, list):
+        raise ValueError(
+            'evidence: an entry is no box; give [x0, y0, x1, y1], [[x, y], ...] or {"box": ...}'
+        )
+    return entry
+
+
+class Masks:
+    """A folder of masks, ``7.png`` for ``7.jpg``: evidence is where the number is one of ``numbers``,
+    or not 0 if none are given."""
+
+    def __init__(self, folder: str | Path, numbers: Sequence[int] = ()) -> None:
+        self.folder, self.numbers = Path(folder), tuple(numbers)
+        sizes = sorted((p.name, p.stat().st_size) for p in self.folder.glob("*.png"))
+        if not sizes:
+            raise ValueError(f"evidence: {folder} holds no .png mask; name the folder of masks")
+        digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+        self.description = f"masks {digest} {list(self.numbers)}"
+
+    def __call__(self, name: str, image: Image.Image) -> NDArray[np.bool_]:
+        path = self.folder / f"{PurePath(name).stem}.png"
+        if not path.is_file():
+            raise ValueError(f"evidence: no mask {path}")
+        try:
+            with Image.open(path) as mask:
+                values = np.asarray(mask)
+        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
+            raise ValueError(f"evidence: mask {path} is damaged ({error}); replace it") from None
+        if values.ndim != 2:
+            raise ValueError(f"evidence: mask {path} has {values.shape[2]} channels; give one")
+        return np.isin(values, self.numbers) if self.numbers else values != 0
+
+
+class MserText:
+    """Lines of text by MSER: stable regions of a letter's size, three or more in a row.
+
+    A fallback that reads nothing: it finds bold lettering, marks some rows of other small things, and
+    misses faint, slanted or very small text.
+    """
+
+    description = "mser"
+
+    def __call__(self, name: str, image: Image.Image) -> list[Region]:
+        scale = min(MSER_SIDE / min(image.size), 4.0)
+        size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+        down = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
+        x, y, width, height = _letters(np.asarray(image.convert("L").resize(size, down)))
+        middle = y + height / 2
+        tall, low = np.maximum(height[:, None], height), np.minimum(height[:, None], height)
+        gap = np.maximum(x[:, None], x) - np.minimum((x + width)[:, None], x + width)
+        linked = (tall <= 1.6 * low) & (np.abs(middle[:, None] - middle) <= 0.3 * low)
+        lines = []
+        for row in _components(linked & (gap <= 1.5 * tall)):
+            size_of_letter = float(np.median(height[row]))
+            centres = np.sort((x + width / 2)[row])
+            letters = 1 + int((np.diff(centres) > 0.3 * size_of_letter).sum())
+            if letters < 3:  # regions nest: several may be one letter
+                continue
+            rim = 0.15 * size_of_letter  # an outline, and what the blur took
+            box = (
+                max(x[row].min() - rim, 0) / scale,
+                max(y[row].min() - rim, 0) / scale,
+                min((x + width)[row].max() + rim, size[0]) / scale,
+                min((y + height)[row].max() + rim, size[1]) / scale,
+            )
+            lines.append([round(float(v), 2) for v in box])
+        return lines
+
+
+def _letters(grey: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """(4, n): left, top, width, height of stable regions of ``grey`` (H, W) that may be letters."""
+    import cv2
+
+    height, width = grey.shape
+    # A blur gives flat strokes a slope: OpenCV finds no stable region on a plateau.
+    mser = cv2.MSER_create(
+        delta=30,
+        min_area=12,
+        max_area=max(int(0.02 * height * width), 13),
+        max_variation=1.0,
+        min_diversity=0.3,
+    )
+    _, boxes = mser.detectRegions(cv2.GaussianBlur(grey, (3, 3), 0))
+    if not len(boxes):
+        return np.empty((4, 0))
+    found = np.unique(np.asarray(boxes, dtype=np.float64), axis=0).T
+    w, h = found[2], found[3]
+    fits = (h >= max(6, 0.02 * height)) & (h <= 0.25 * height) & (w <= 2.5 * h) & (w >= 0.1 * h)
+    return found[:, fits]
+
+
+def _components(linked: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+    """Connected components of a symmetric, reflexive relation (n, n), each as (n,) bool."""
+    count = len(linked)
+    label = np.arange(count)
+    while count:
+        lowest = np.where(linked, label, count).min(1)
+        if (lowest == label).all():
+            break
+        label = lowest
+    return [label == i for i in np.unique(label)]
+
+
+class DetectorText:
+    """Text by a network of yours in ONNX form: DB's probability map, read by OpenCV's post-processing.
+
+    Args:
+        path: the ONNX file; input (1, 3, side, side), normalised by ImageNet's mean and 1/255.
+        side: of the network's input in pixels, a multiple of 32.
+    """
+
+    def __init__(self, path: str | Path, side: int = 736) -> None:
+        import cv2
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"evidence: no file {path}; give onnx:PATH of a DB text detector")
+        if side < 32 or side % 32:
+            raise ValueError(f"side: got {side}; give a multiple of 32")
+        self.path = Path(path)
+        try:
+            self.model = cv2.dnn.TextDetectionModel_DB(str(path))
+        except cv2.error as error:
+            raise ValueError(
+                f"evidence: OpenCV cannot read {path} ({_reason(error)}); give an ONNX file"
+            ) from None
+        self.model.setInputParams(1 / 255, (side, side), _DB_MEAN[::-1])
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        self.description = f"onnx {digest} {side}"
+
+    def __call__(self, name: str, image: Image.Image) -> list[Region]:
+        import cv2
+
+        frame = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
+        try:
+            polygons, _ = self.model.detect(frame)
+        except cv2.error as error:
+            raise ValueError(
+                f"evidence: {self.path} is no DB text detector ({_reason(error)}); give a network that "
+                f"maps (1, 3, H, W) to probabilities (1, 1, H, W)"
+            ) from None
+        return [np.asarray(polygon).tolist() for polygon in polygons]
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
