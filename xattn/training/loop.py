@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,9 +23,16 @@ from xattn.sources import Data, Photos, open_photos
 from xattn.training.checkpoint import load_checkpoint, save_checkpoint
 from xattn.training.data import TrainImages, epoch_batches, load_batches, steps_per_epoch
 from xattn.training.objective import objective
-from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, claim, first_workers, report
+from xattn.training.processes import (
+    FAILED,
+    agree,
+    claim_together,
+    own_accelerator,
+    stopped,
+    tensorboard,
+)
+from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, first_workers, report
 
-FAILED = 1000  # beside the numbers of signals
 # epoch, readable images, the others, the error that ends the run
 Delivery: TypeAlias = tuple[int, Tensor | None, list[tuple[int, str]], OSError | None]
 
@@ -82,34 +88,8 @@ def fit(
             f"{backbone.fingerprint}; create the head with this backbone"
         )
     photos = open_photos(data)
-    with _accelerator(backbone, config) as accelerator:
+    with own_accelerator(backbone.device, config.precision) as accelerator:
         return _fit(head, backbone, photos, config, accelerator, output, resume, progress)
-
-
-@contextmanager
-def _accelerator(backbone: Backbone, config: TrainConfig) -> Iterator[Any]:
-    """An Accelerator of this run alone: a next fit may ask for another precision, and one that the
-    caller has is left as it was."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    states = AcceleratorState, GradientState, PartialState
-    before = [dict(state._shared_state) for state in states]
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        cpu=backbone.device.type == "cpu",
-        mixed_precision=config.precision,
-        step_scheduler_with_optimizer=False,
-        device_placement=False,
-    )
-    alone = accelerator.num_processes == 1
-    try:
-        yield accelerator
-    finally:
-        for state, values in zip(states, before, strict=True):
-            if alone or state is not PartialState:  # many processes keep their group
-                state._shared_state.clear()
-                state._shared_state.update(values)
 
 
 def _fit(
@@ -176,7 +156,7 @@ def _fit(
             step += len(keys)
 
     with ExitStack() as stack:
-        log = _claim(stack, folder, run, resume, accelerator)
+        log = claim_together(stack, folder, run, resume, accelerator)
         state = load_checkpoint(folder / CHECKPOINTS) if folder is not None and resume else None
         if state is not None:
             head.load_state_dict(state["head"])
@@ -210,7 +190,7 @@ def _fit(
 
         if state is None:
             checkpoint()  # a run killed before its first checkpoint starts from the same head
-        writer = _tensorboard(folder, step) if main else None
+        writer = tensorboard(folder, step) if main else None
         bar = tqdm(total=total, initial=step, unit="step", disable=not (progress and main))
         try:
             with (
@@ -226,10 +206,10 @@ def _fit(
                             f"bring them back, then resume"
                         )
                     reason = interrupted() or (FAILED if failure else 0)
-                    stop, counts = _agree(accelerator, reason, count)
+                    stop, counts = agree(accelerator, reason, count)
                     if stop:
                         checkpoint()
-                        raise _stopped(stop, failure)
+                        raise stopped(stop, failure)
                     skipped.update(unreadable)
                     if sum(counts):
                         weight = count * ranks / sum(counts)
@@ -256,9 +236,9 @@ def _fit(
                     report(log, writer, bar, step, epoch, lr, losses)
                     if step % config.checkpoint_every == 0 or step % per_epoch == 0:
                         checkpoint()
-                stop, _ = _agree(accelerator, interrupted(), 0)
+                stop, _ = agree(accelerator, interrupted(), 0)
                 if stop:
-                    raise _stopped(stop, None)
+                    raise stopped(stop, None)
         finally:
             bar.close()
             if writer is not None:
@@ -289,38 +269,6 @@ def _fit(
     if ranks > 1:
         accelerator.wait_for_everyone()
     return result
-
-
-def _claim(
-    stack: ExitStack, folder: Path | None, run: dict[str, Any], resume: bool, accelerator: Any
-) -> Any:
-    """The log of the claimed folder; what refuses the main process refuses all of them."""
-    from accelerate.utils import broadcast_object_list
-
-    log, refusal = None, None
-    try:
-        log = stack.enter_context(claim(folder, run, resume, accelerator.is_main_process))
-    except (ValueError, OSError) as error:
-        refusal = error
-    if accelerator.num_processes > 1:
-        refusal = broadcast_object_list([refusal])[0]
-    if refusal is not None:
-        raise refusal
-    return log
-
-
-def _agree(accelerator: Any, stop: int, count: int) -> tuple[int, list[int]]:
-    """The gravest reason of any process to stop (0: none), and how many images each one has."""
-    if accelerator.num_processes == 1:
-        return stop, [count]
-    told = accelerator.gather(torch.tensor([[stop, count]], device=accelerator.device))
-    return int(told[:, 0].max()), told[:, 1].tolist()
-
-
-def _stopped(stop: int, failure: OSError | None) -> BaseException:
-    if stop == FAILED:
-        return failure or ChildProcessError("data: another process cannot read on; see its error")
-    return KeyboardInterrupt() if stop == signal.SIGINT else SystemExit(128 + stop)
 
 
 def _optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
@@ -366,13 +314,3 @@ def _step(
     if accelerator.num_processes > 1:
         losses = accelerator.reduce(losses, "mean")
     return dict(zip(terms._fields, losses.tolist(), strict=True))
-
-
-def _tensorboard(folder: Path | None, step: int) -> Any:
-    if folder is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

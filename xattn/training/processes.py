@@ -1,0 +1,85 @@
+"""What a training run asks of all its processes at once: set up, own the folder, stop together."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xattn.training.run_folder import claim
+
+FAILED = 1000  # beside the numbers of signals
+
+
+@contextmanager
+def own_accelerator(device: torch.device, precision: str) -> Iterator[Any]:
+    """An Accelerator of this run alone: a next fit may ask for another precision, and one that the
+    caller has is left as it was."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    states = AcceleratorState, GradientState, PartialState
+    before = [dict(state._shared_state) for state in states]
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=precision,
+        step_scheduler_with_optimizer=False,
+        device_placement=False,
+    )
+    alone = accelerator.num_processes == 1
+    try:
+        yield accelerator
+    finally:
+        for state, values in zip(states, before, strict=True):
+            if alone or state is not PartialState:  # many processes keep their group
+                state._shared_state.clear()
+                state._shared_state.update(values)
+
+
+def claim_together(
+    stack: ExitStack, folder: Path | None, run: dict[str, Any], resume: bool, accelerator: Any
+) -> Any:
+    """The log of the claimed folder; what refuses the main process refuses all of them."""
+    from accelerate.utils import broadcast_object_list
+
+    log, refusal = None, None
+    try:
+        log = stack.enter_context(claim(folder, run, resume, accelerator.is_main_process))
+    except (ValueError, OSError) as error:
+        refusal = error
+    if accelerator.num_processes > 1:
+        refusal = broadcast_object_list([refusal])[0]
+    if refusal is not None:
+        raise refusal
+    return log
+
+
+def agree(accelerator: Any, stop: int, count: int) -> tuple[int, list[int]]:
+    """The gravest reason of any process to stop (0: none), and how many images each one has."""
+    if accelerator.num_processes == 1:
+        return stop, [count]
+    told = accelerator.gather(torch.tensor([[stop, count]], device=accelerator.device))
+    return int(told[:, 0].max()), told[:, 1].tolist()
+
+
+def stopped(stop: int, failure: OSError | None) -> BaseException:
+    """The exception that ends all processes for the reason they agreed on."""
+    if stop == FAILED:
+        return failure or ChildProcessError("data: another process cannot read on; see its error")
+    return KeyboardInterrupt() if stop == signal.SIGINT else SystemExit(128 + stop)
+
+
+def tensorboard(folder: Path | None, step: int) -> Any:
+    """A writer for the run in ``folder`` that drops what a killed run wrote later; None without one."""
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
