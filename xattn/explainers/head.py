@@ -20,7 +20,8 @@ class HeadExplainer(Explainer):
     """A trained explanation head: any classes from one forward pass.
 
     Args:
-        maps: ``"scores"`` or ``"mask"``, instead of the head's own ``explain_with``.
+        maps: ``"scores"``, ``"mask"`` or, of a head that pools by attention, ``"attention"``, instead
+            of the head's own ``explain_with``.
     """
 
     needs_head = True
@@ -34,8 +35,11 @@ class HeadExplainer(Explainer):
         maps: str | None = None,
     ) -> None:
         super().__init__(backbone, head, seed, max_forward_batch)
-        if maps not in (None, "scores", "mask"):
-            raise ValueError(f"maps: got {maps!r}; choose 'scores' or 'mask'")
+        choices = ("scores", "mask", "attention")
+        if not getattr(self.head, "learns_scores", False):
+            choices = choices[:2]
+        if maps not in (None, *choices):
+            raise ValueError(f"maps: got {maps!r}; this head shows {', '.join(choices)}")
         self.maps = maps
         if maps is not None:
             self.head = copy.copy(self.head)

@@ -1,5 +1,7 @@
 """Explanation heads: small trainable modules that read a frozen backbone's taps."""
 
+from xattn.heads.abmilp import AbMilp
+from xattn.heads.aim import Aim
 from xattn.heads.attentive import AttentiveHead, ClassMaps, Tokens, overlap
 from xattn.heads.base import (
     Head,
@@ -12,17 +14,49 @@ from xattn.heads.base import (
     save_head,
     shipped_heads,
 )
+from xattn.heads.cae import Cae
+from xattn.heads.cait import Cait
+from xattn.heads.cbam import Cbam
+from xattn.heads.clip_pool import ClipPool
+from xattn.heads.coca import Coca
+from xattn.heads.delf import Delf
+from xattn.heads.dino_block import DinoBlock
 from xattn.heads.efficient_probe import EfficientProbe
+from xattn.heads.gap import Gap
+from xattn.heads.gem import Gem
+from xattn.heads.lama import Lama
+from xattn.heads.linear import Linear
+from xattn.heads.memetector import MemeTector
+from xattn.heads.siglip_map import SiglipMap
+from xattn.heads.simpool import SimPool
 from xattn.heads.ttame import LCam, TTame
+from xattn.heads.v_jepa import VJepa
 
 __all__ = [
+    "AbMilp",
+    "Aim",
     "AttentiveHead",
+    "Cae",
+    "Cait",
+    "Cbam",
     "ClassMaps",
+    "ClipPool",
+    "Coca",
+    "Delf",
+    "DinoBlock",
     "EfficientProbe",
+    "Gap",
+    "Gem",
     "Head",
     "LCam",
-    "Tokens",
+    "Lama",
+    "Linear",
+    "MemeTector",
+    "SiglipMap",
+    "SimPool",
     "TTame",
+    "Tokens",
+    "VJepa",
     "create_head",
     "list_heads",
     "load_head",

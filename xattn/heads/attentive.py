@@ -13,21 +13,28 @@ concatenates its queries, :meth:`AttentiveHead.finish`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
+from xattn.heads.affine import Step
 from xattn.heads.base import Head
 from xattn.heads.fusion import class_rows
 
-CHUNK = 2**24  # entries of (classes x queries x tokens) alive at once
+CHUNK = 2**24  # entries of a tensor (B, classes, Q, tokens or channels) alive at once
 
-# Rows (B or 1, M, Z) over the pooled vector -> rows (B or 1, M, Q, V) over what was pooled.
-Pull: TypeAlias = Callable[[Tensor], Tensor]
+
+class Shared(TypedDict, total=False):
+    """Options that all attentive heads have, see :class:`AttentiveHead`."""
+
+    classes: int | None
+    class_names: Sequence[str] | None
+    norm: bool
+    explain_with: Literal["scores", "mask", "attention"]
 
 
 class Tokens(NamedTuple):
@@ -74,34 +81,65 @@ class AttentiveHead(Head):
     ``head(taps, class_index)`` gives the shares C as maps (B, M, h, w); :meth:`logits` classifies.
 
     Args:
-        options: the head's own, with the ones that all have: ``classes`` (how many; default the
-            backbone's), ``class_names``, ``norm`` (a :class:`FeatureNorm` before the classifier)
-            and ``explain_with``: ``"scores"``, the shares, ``"mask"``, their sigmoid, or
-            ``"attention"``, the mean of the query maps, the same for every class.
+        options: the head's own, as its constructor got them.
         pooled: width Z of the pooled vector.
         num_taps: how many of the backbone's last taps are read.
+        classes: how many; by default as many as ``class_names`` has, or the backbone.
+        class_names: their names, one a class.
+        norm: a :class:`FeatureNorm` before the classifier.
+        explain_with: what the head shows: ``"scores"``, the shares; ``"mask"``, their sigmoid; or
+            ``"attention"``, the mean of the query maps, the same for every class.
+
+    Raises:
+        ValueError: the last tap is a single token, or an option that does not fit.
     """
 
     is_classifier: ClassVar[bool] = True
     learns_scores: ClassVar[bool] = True  # False: weights that no training moves, as a mean's
+    gated: bool = False  # whether ``finish`` has gains that depend on the image
+    permutes: ClassVar[bool] = True  # whether permuted patches give permuted maps and equal logits
+    inert: tuple[str, ...] = ()  # published parameters that the softmax cancels
 
     def __init__(
-        self, backbone: Backbone, options: dict[str, Any], pooled: int, num_taps: int = 1
+        self,
+        backbone: Backbone,
+        options: dict[str, Any],
+        pooled: int,
+        num_taps: int = 1,
+        *,
+        classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        norm: bool = True,
+        explain_with: Literal["scores", "mask", "attention"] = "scores",
     ) -> None:
-        shown = options.get("explain_with", "scores")
-        super().__init__(
-            backbone, {**options, "explain_with": "scores" if shown == "attention" else shown}
+        plain = "scores" if explain_with == "attention" else explain_with
+        super().__init__(backbone, {**options, "explain_with": plain})
+        if explain_with == "attention" and not self.learns_scores:
+            raise ValueError(
+                f"explain_with='attention': the weights of {self.name} are the same for every "
+                f"image; choose 'scores'"
+            )
+        self.explain_with = explain_with
+        names = None if class_names is None else list(class_names)
+        self.options.update(
+            classes=classes, class_names=names, norm=norm, explain_with=explain_with
         )
-        self.options["explain_with"] = self.explain_with = shown
         if not 1 <= num_taps <= len(backbone.taps):
             raise ValueError(
                 f"num_taps: got {num_taps}; {backbone.name} has {len(backbone.taps)} taps"
             )
+        height, width = backbone.tap_sizes[-1]
+        if height * width < 2:
+            raise ValueError(
+                f"taps: {backbone.taps[-1]!r} of {backbone.name} is {height} x {width}, which leaves "
+                f"nothing to attend to; load the backbone with an earlier tap last (taps=['stage.-2']) "
+                f"or a larger input_size"
+            )
         self.num_taps = num_taps
-        classes, names = options.get("classes"), options.get("class_names")
+        self.has_class_token = _has_class_token(backbone)
         self.num_classes = _class_count(classes, names, backbone.num_classes)
-        self.class_names: list[str] | None = None if names is None else list(names)
-        self.norm: FeatureNorm | None = FeatureNorm(pooled) if options.get("norm", True) else None
+        self.class_names = names
+        self.norm: FeatureNorm | None = FeatureNorm(pooled) if norm else None
         self.classifier = nn.Linear(pooled, self.num_classes)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
@@ -122,13 +160,17 @@ class AttentiveHead(Head):
         wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
         return wide.softmax(-1).to(scores.dtype)
 
-    def finish(self, pooled: Tensor, attended: Attended) -> tuple[Tensor, Pull]:
-        """The vector (B, Z) of ``pooled`` (B, Q, V), and how rows over the former become rows over
-        the latter; here the queries are concatenated."""
+    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+        """The vector (B, Z) of ``pooled`` (B, Q, V), and how rows (B or 1, M, Z) over the former
+        become rows (B or 1, M, Q, V) over the latter; here the queries are concatenated."""
         shape = pooled.shape[1:]
         return pooled.flatten(1), lambda rows: rows.unflatten(-1, shape)
 
     # ------------------------------------------------------------------ what all share
+
+    def class_token(self, tokens: Tokens) -> Tensor | None:
+        """(B, C) of the last layer; None where the backbone has none."""
+        return tokens.prefix[:, 0] if self.has_class_token else None
 
     def tokens(self, taps: Taps) -> Tokens:
         """The tokens of the last ``num_taps`` taps, finer maps averaged to the last one's grid."""
@@ -150,9 +192,13 @@ class AttentiveHead(Head):
         attended = self.attend(tokens)
         return self.classify(attended if scores is None else attended._replace(scores=scores))
 
+    def pooled(self, attended: Attended) -> Tensor:
+        """The vector (B, Z) before norm and classifier."""
+        return self.finish(_pool(self.weights(attended.scores), attended.values), attended)[0]
+
     def classify(self, attended: Attended) -> Tensor:
         """(B, K) logits of what :meth:`attend` gave, its scores perhaps perturbed."""
-        z, _ = self.finish(_pool(self.weights(attended.scores), attended.values), attended)
+        z = self.pooled(attended)
         return self.classifier(z if self.norm is None else self.norm(z))
 
     def class_maps(self, tokens: Tokens, class_index: Tensor | int | None = None) -> ClassMaps:
@@ -175,7 +221,7 @@ class AttentiveHead(Head):
         if self.norm is not None:
             rows = rows * self.norm.gain(z)
         batch, queries, count = weights.shape
-        size = max(1, CHUNK // (batch * queries * count))
+        size = max(1, CHUNK // (batch * queries * max(count, attended.values.shape[-1])))
         shares = torch.cat(
             [_shares(pull(part), weights, attended.values) for part in rows.split(size, 1)], 1
         )
@@ -201,6 +247,11 @@ class AttentiveHead(Head):
         return self.query_maps(tokens).mean(1, keepdim=True).expand(-1, count, -1, -1)
 
 
+def prefixed(tokens: Tokens) -> Tensor:
+    """(B, P + N, C): the prefix tokens, then the patches of the last tap."""
+    return torch.cat([tokens.prefix.to(tokens.patches[-1].dtype), tokens.patches[-1]], 1)
+
+
 def overlap(query_maps: Tensor) -> Tensor:
     """(B,): mean cosine similarity of pairs of maps (B, Q, h, w); 1 where all are alike, low where
     the queries look at different places. NaN for a single query."""
@@ -220,6 +271,13 @@ def _shares(rows: Tensor, weights: Tensor, values: Tensor) -> Tensor:
     """sum_q A_qt (g_kq . v_qt): rows (B or 1, M, Q, V) -> (B, M, T)."""
     products = rows.transpose(1, 2) @ values.transpose(-2, -1)  # (B, Q, M, T)
     return (products * weights[:, :, None]).sum(1)
+
+
+def _has_class_token(backbone: Backbone) -> bool:
+    """Whether the first prefix token is a class token; it may be a register."""
+    model = backbone.model
+    own = getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)
+    return bool(own) and backbone.prefix_tokens > 0
 
 
 def _class_count(classes: int | None, names: Sequence[str] | None, default: int) -> int:

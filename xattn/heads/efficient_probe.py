@@ -7,14 +7,13 @@ The published order is A_q (X W_q); pooling first gives the same numbers without
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attentive import Attended, AttentiveHead, Pull, Tokens
+from xattn.heads.affine import Step
+from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens, prefixed
 from xattn.heads.base import register_head
 
 
@@ -25,7 +24,8 @@ class EfficientProbe(AttentiveHead):
     Args:
         queries: Q; it has to divide D / reduction.
         reduction: the pooled vector is D / reduction wide.
-        classes, class_names, norm, explain_with: see :class:`~xattn.heads.attentive.AttentiveHead`.
+        prefix: attend to class and register tokens, too.
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 
     def __init__(
@@ -33,10 +33,8 @@ class EfficientProbe(AttentiveHead):
         backbone: Backbone,
         queries: int = 32,
         reduction: int = 1,
-        classes: int | None = None,
-        class_names: Sequence[str] | None = None,
-        norm: bool = True,
-        explain_with: Literal["scores", "mask", "attention"] = "scores",
+        prefix: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         width = backbone.channels[-1]
         pooled = width // reduction if reduction >= 1 else 0
@@ -45,25 +43,19 @@ class EfficientProbe(AttentiveHead):
                 f"queries={queries}, reduction={reduction}: tokens are {width} wide; the queries "
                 f"have to divide {width} / reduction evenly"
             )
-        options = {
-            "queries": queries,
-            "reduction": reduction,
-            "classes": classes,
-            "class_names": class_names,
-            "norm": norm,
-            "explain_with": explain_with,
-        }
-        super().__init__(backbone, options, pooled)
+        options = {"queries": queries, "reduction": reduction, "prefix": prefix}
+        super().__init__(backbone, options, pooled, **shared)
+        self.prefix = prefix
         self.queries = nn.Parameter(0.02 * torch.randn(queries, width))
         # W_q of all queries, (Q, D, D / reduction / Q)
         self.value = nn.Parameter(torch.empty(queries, width, pooled // queries))
         nn.init.uniform_(self.value, -(width**-0.5), width**-0.5)
 
     def attend(self, tokens: Tokens) -> Attended:
-        x = tokens.patches[-1]
+        x = prefixed(tokens) if self.prefix else tokens.patches[-1]
         return Attended((self.queries * x.shape[-1] ** -0.5) @ x.transpose(1, 2), x[:, None])
 
-    def finish(self, pooled: Tensor, attended: Attended) -> tuple[Tensor, Pull]:
+    def finish(self, pooled: Tensor, attended: Attended) -> Step:
         queries, _, width = self.value.shape
 
         def pull(rows: Tensor) -> Tensor:

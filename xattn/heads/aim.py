@@ -1,0 +1,51 @@
+"""AIM's attentive probe (arXiv 2401.08541): batch-normalised tokens, learned queries, no W_q and W_o.
+
+X' = BN(X),   z = mean_q concat_h W_v,h (A_qh X'),   A_qh = softmax(q_h (W_k,h X')^T / sqrt(d))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from xattn.backbone import Backbone
+from xattn.heads.affine import Step, mean
+from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.base import register_head
+from xattn.heads.cross_attention import CrossAttention
+
+
+@register_head("aim")
+class Aim(AttentiveHead):
+    """2 D^2 + Q D parameters. In training the tokens' statistics are the batch's.
+
+    Args:
+        heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
+        queries: Q, whose outputs are averaged.
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        heads: int | None = None,
+        queries: int = 1,
+        **shared: Unpack[Shared],
+    ) -> None:
+        if queries < 1:
+            raise ValueError(f"queries: got {queries}; give at least 1")
+        width = backbone.channels[-1]
+        super().__init__(backbone, {"heads": heads, "queries": queries}, width, **shared)
+        self.tokens_norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.attention = CrossAttention(width, heads, query=False, output=False)
+        self.query = nn.Parameter(0.02 * torch.randn(1, queries, width))
+
+    def attend(self, tokens: Tokens) -> Attended:
+        x = self.tokens_norm(tokens.patches[-1].transpose(1, 2)).transpose(1, 2)
+        return Attended(self.attention.scores(self.query, x), x[:, None])
+
+    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+        y, back = self.attention.project(pooled)
+        z, pull = mean(y)
+        return z, lambda rows: back(pull(rows))

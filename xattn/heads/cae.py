@@ -1,0 +1,49 @@
+"""The attentive probe of context autoencoders, CAE (arXiv 2202.03026).
+
+    z = W_o concat_h W_v,h (A_h LN_v(X)),   A_h = softmax(W_q,h LN_q(q) (W_k,h LN_k(X))^T / sqrt(d))
+
+of one learned query q, with biases of queries, values and output and no residual.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from xattn.backbone import Backbone
+from xattn.heads.affine import Step, mean
+from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.base import register_head
+from xattn.heads.cross_attention import CrossAttention
+
+
+@register_head("cae")
+class Cae(AttentiveHead):
+    """Query, keys and values have a layer norm each. 4 D^2 + 10 D parameters.
+
+    Args:
+        heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+    """
+
+    inert = ("norm_k.bias",)
+
+    def __init__(
+        self, backbone: Backbone, heads: int | None = None, **shared: Unpack[Shared]
+    ) -> None:
+        width = backbone.channels[-1]
+        super().__init__(backbone, {"heads": heads}, width, **shared)
+        self.query = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
+        self.attention = CrossAttention(width, heads, bias=True)
+
+    def attend(self, tokens: Tokens) -> Attended:
+        x = tokens.patches[-1]
+        scores = self.attention.scores(self.norm_q(self.query), self.norm_k(x))
+        return Attended(scores, self.norm_v(x)[:, None])
+
+    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+        y, back = self.attention.project(pooled)
+        z, pull = mean(y)
+        return z, lambda rows: back(pull(rows))

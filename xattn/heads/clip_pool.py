@@ -1,0 +1,58 @@
+"""CLIP's attention pooling (arXiv 2103.00020): multi-head attention of one query, then a projection.
+
+    z = W_o concat_h W_v,h (A_h X),   A_h = softmax(W_q,h q (W_k,h X)^T / sqrt(d))
+
+with q learned, or the mean token. This is also the multi-head cross-attention that probing is compared
+with (arXiv 2506.10178), here with keys and values folded, see :mod:`xattn.heads.cross_attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from xattn.backbone import Backbone
+from xattn.heads.affine import Step, mean
+from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.base import register_head
+from xattn.heads.cross_attention import CrossAttention
+
+QUERIES = ("learned", "mean")
+
+
+@register_head("clip_pool")
+class ClipPool(AttentiveHead):
+    """CLIP adds the mean to the tokens and gives all of them positions; neither is done here.
+
+    Args:
+        heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
+        query: ``"learned"`` or ``"mean"``.
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        heads: int | None = None,
+        query: Literal["learned", "mean"] = "learned",
+        **shared: Unpack[Shared],
+    ) -> None:
+        if query not in QUERIES:
+            raise ValueError(f"query: got {query!r}; choose one of {', '.join(QUERIES)}")
+        width = backbone.channels[-1]
+        super().__init__(backbone, {"heads": heads, "query": query}, width, **shared)
+        self.attention = CrossAttention(width, heads)
+        self.query = nn.Parameter(0.02 * torch.randn(1, 1, width)) if query == "learned" else None
+
+    def attend(self, tokens: Tokens) -> Attended:
+        x = tokens.patches[-1]
+        query = x.mean(1, keepdim=True) if self.query is None else self.query
+        return Attended(self.attention.scores(query, x), x[:, None])
+
+    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+        y, back = self.attention.project(pooled)
+        z, pull = mean(y)
+        return z, lambda rows: back(pull(rows))

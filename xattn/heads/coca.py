@@ -1,0 +1,51 @@
+"""CoCa's attentional pooling (arXiv 2205.01917): several learned queries, layer-normed on both sides.
+
+z = mean_q W_o concat_h W_v,h (A_qh LN(X)),   A_qh = softmax(W_q,h LN(q) (W_k,h LN(X))^T / sqrt(d))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from xattn.backbone import Backbone
+from xattn.heads.affine import Step, mean
+from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.base import register_head
+from xattn.heads.cross_attention import CrossAttention
+
+
+@register_head("coca")
+class Coca(AttentiveHead):
+    """CoCa pools one query for contrast and 256 for captions; here the queries' outputs are averaged.
+
+    Args:
+        queries: Q; every query has all heads, which makes Q x heads maps.
+        heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        queries: int = 4,
+        heads: int | None = None,
+        **shared: Unpack[Shared],
+    ) -> None:
+        if queries < 1:
+            raise ValueError(f"queries: got {queries}; give at least 1")
+        width = backbone.channels[-1]
+        super().__init__(backbone, {"queries": queries, "heads": heads}, width, **shared)
+        self.queries = nn.Parameter(torch.randn(1, queries, width))
+        self.norm_q, self.norm_k = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.attention = CrossAttention(width, heads, bias=True)
+
+    def attend(self, tokens: Tokens) -> Attended:
+        x = self.norm_k(tokens.patches[-1])
+        return Attended(self.attention.scores(self.norm_q(self.queries), x), x[:, None])
+
+    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+        y, back = self.attention.project(pooled)
+        z, pull = mean(y)
+        return z, lambda rows: back(pull(rows))

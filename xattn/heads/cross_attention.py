@@ -1,0 +1,89 @@
+"""Multi-head attention of a few queries to many tokens, projected after pooling.
+
+    s_qht = (W_q,h q) . (W_k,h x_t) / sqrt(d) = (W_k,h^T W_q,h q / sqrt(d)) . x_t
+    o_q = W_o concat_h W_v,h (A_qh X)
+
+Keys and values are never formed: for Q queries and H heads that is 2 N Q H D instead of 2 N D^2
+multiplications, with the numbers of the usual order (Vaswani et al., arXiv 1706.03762). A bias of the
+keys adds the same number to all scores of a query, so there is none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from xattn.heads.affine import Step, step
+
+
+class CrossAttention(nn.Module):
+    """Scores and output of multi-head attention; the pooling A_qh X lies between them.
+
+    Args:
+        width: D of queries and tokens.
+        heads: H; None takes :func:`head_count`'s choice.
+        bias: biases of queries, values and output.
+        query, output: False leaves W_q or W_o out.
+
+    Raises:
+        ValueError: ``heads`` does not divide ``width``.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int | None,
+        bias: bool = False,
+        query: bool = True,
+        output: bool = True,
+    ) -> None:
+        super().__init__()
+        self.heads = head_count(width, heads)
+        self.q = nn.Linear(width, width, bias=bias) if query else nn.Identity()
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width, bias=bias)
+        self.proj = nn.Linear(width, width, bias=bias) if output else nn.Identity()
+        for layer in self.children():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def scores(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """(B or 1, Q, D) queries, (B, T, D) tokens -> (B, Q H, T) before the softmax."""
+        q = self.q(queries).unflatten(-1, (self.heads, -1))
+        rows = torch.einsum("bqhd,hdc->bqhc", q * q.shape[-1] ** -0.5, self._split(self.k.weight))
+        return rows.flatten(1, 2) @ tokens.transpose(1, 2)
+
+    def project(self, pooled: Tensor) -> Step:
+        """(B, Q H, D) pooled tokens -> (B, Q, D), and the pull."""
+        heads, weight = self.heads, self._split(self.v.weight)
+        parts = pooled.unflatten(1, (-1, heads))
+        o = torch.einsum("bqhc,hdc->bqhd", parts, weight).flatten(2)
+        if self.v.bias is not None:
+            o = o + self.v.bias
+        z, back = step(self.proj, o)
+
+        def pull(rows: Tensor) -> Tensor:
+            rows = back(rows).unflatten(-1, (heads, -1))
+            return torch.einsum("bmqhd,hdc->bmqhc", rows, weight).flatten(2, 3)
+
+        return z, pull
+
+    def _split(self, weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (self.heads, -1))
+
+
+def head_count(width: int, heads: int | None) -> int:
+    """``heads``, checked; for None the largest divisor of ``width`` that leaves 64 channels a head.
+
+    >>> head_count(768, None), head_count(1280, None), head_count(40, None)
+    (12, 20, 1)
+    """
+    if heads is None:
+        return next(h for h in range(max(1, width // 64), 0, -1) if width % h == 0)
+    if heads < 1 or width % heads:
+        raise ValueError(
+            f"heads: got {heads}; tokens are {width} wide, choose a divisor of that or None"
+        )
+    return heads

@@ -1,0 +1,40 @@
+"""DELF's attention as DOLG has it (arXiv 1612.06321, 2108.02927): weights by softplus, unit features.
+
+f_n = BN(W x_n),   a_n = softplus(w . relu(f_n) + b),   z = 1/N sum_n a_n f_n / |f_n|
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from xattn.backbone import Backbone
+from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.base import register_head
+
+
+@register_head("delf")
+class Delf(AttentiveHead):
+    """Local features of one width, weighted by a positive score that does not sum to 1.
+
+    Args:
+        features: their width; 1024 in the paper.
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+    """
+
+    def __init__(self, backbone: Backbone, features: int = 1024, **shared: Unpack[Shared]) -> None:
+        if features < 1:
+            raise ValueError(f"features: got {features}; give at least 1")
+        super().__init__(backbone, {"features": features}, features, **shared)
+        self.feature = nn.Linear(backbone.channels[-1], features, bias=False)
+        self.feature_norm = nn.BatchNorm1d(features)
+        self.score = nn.Linear(features, 1)
+
+    def attend(self, tokens: Tokens) -> Attended:
+        f = self.feature_norm(self.feature(tokens.patches[-1]).transpose(1, 2)).transpose(1, 2)
+        scores = self.score(F.relu(f)).transpose(1, 2)
+        return Attended(scores, F.normalize(f, dim=-1)[:, None])
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return F.softplus(scores) / scores.shape[-1]

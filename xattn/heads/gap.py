@@ -1,0 +1,27 @@
+"""Global average pooling: z = 1/N sum_n x_n, as most CNNs and many ViTs classify."""
+
+from __future__ import annotations
+
+from typing_extensions import Unpack
+
+from xattn.backbone import Backbone
+from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.base import register_head
+
+
+@register_head("gap")
+class Gap(AttentiveHead):
+    """The mean of the patches, then the classifier: its class maps are CAM (arXiv 1512.04150).
+
+    Args:
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+    """
+
+    learns_scores = False
+
+    def __init__(self, backbone: Backbone, **shared: Unpack[Shared]) -> None:
+        super().__init__(backbone, {}, backbone.channels[-1], **shared)
+
+    def attend(self, tokens: Tokens) -> Attended:
+        x = tokens.patches[-1]
+        return Attended(x.new_zeros(x.shape[0], 1, x.shape[1]), x[:, None])

@@ -1,0 +1,55 @@
+"""Generalised mean pooling (GeM): z = (1/N sum_n max(x_n, eps)^p)^(1/p) a channel (arXiv 1711.02512)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from xattn.backbone import Backbone
+from xattn.heads.affine import Step, root
+from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.base import register_head
+
+
+@register_head("gem")
+class Gem(AttentiveHead):
+    """From the mean (p = 1) to the maximum (p large); p is learned.
+
+    As published, what is below ``eps`` counts as ``eps``: made for features behind a ReLU, of a ViT's
+    tokens it sees the positive half. Shares are those of x^p, with the outer root's gain held.
+
+    Args:
+        p: where the exponent starts.
+        eps: the smallest value that is told apart.
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Raises:
+        ValueError: ``p`` or ``eps`` is not positive.
+    """
+
+    learns_scores = False
+    gated = True
+
+    def __init__(
+        self, backbone: Backbone, p: float = 3.0, eps: float = 1e-6, **shared: Unpack[Shared]
+    ) -> None:
+        if p <= 0 or eps <= 0:
+            raise ValueError(f"p, eps: got {p} and {eps}; give positive numbers")
+        super().__init__(backbone, {"p": p, "eps": eps}, backbone.channels[-1], **shared)
+        self.p = nn.Parameter(torch.tensor(float(p)))
+        self.eps = eps
+
+    def attend(self, tokens: Tokens) -> Attended:
+        x = tokens.patches[-1].clamp_min(self.eps)
+        # Each channel over its maximum: the same mean, and no power leaves the range of its dtype.
+        most = x.amax(1).detach()
+        return Attended(
+            x.new_zeros(x.shape[0], 1, x.shape[1]), ((x / most[:, None]) ** self.p)[:, None], most
+        )
+
+    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+        y, pull = super().finish(pooled, attended)
+        z, back = root(y, self.p)
+        most = attended.context
+        return z * most, lambda rows: pull(back(rows * most[:, None]))

@@ -1,0 +1,64 @@
+"""LAMA: low-rank multi-head attention, one bilinear form a head in two thin matrices (1912.00835).
+
+E_j(t) = c^T W_j h_t,   W_j = sum_r p_jr q_jr^T,   A = softmax_t(act(E)),   S_j = sum_t A_jt h_t
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+from typing_extensions import Unpack
+
+from xattn.backbone import Backbone
+from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.base import register_head
+
+ACTIVATIONS = ("none", "tanh")
+CONTEXTS = ("mean", "learned")
+
+
+@register_head("lama")
+class Lama(AttentiveHead):
+    """2 D m r parameters for m maps; the classifier reads m D channels.
+
+    Args:
+        heads: m.
+        rank: r.
+        act: ``"tanh"`` bounds the scores to (-1, 1) before the softmax, ``"none"`` does not.
+        context: c, the ``"mean"`` token or a ``"learned"`` vector (D parameters more).
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        heads: int = 8,
+        rank: int = 1,
+        act: Literal["none", "tanh"] = "tanh",
+        context: Literal["mean", "learned"] = "mean",
+        **shared: Unpack[Shared],
+    ) -> None:
+        if heads < 1 or rank < 1:
+            raise ValueError(f"heads, rank: got {heads} and {rank}; give at least 1 of each")
+        if act not in ACTIVATIONS:
+            raise ValueError(f"act: got {act!r}; choose one of {', '.join(ACTIVATIONS)}")
+        if context not in CONTEXTS:
+            raise ValueError(f"context: got {context!r}; choose one of {', '.join(CONTEXTS)}")
+        width = backbone.channels[-1]
+        options = {"heads": heads, "rank": rank, "act": act, "context": context}
+        super().__init__(backbone, options, heads * width, **shared)
+        self.act = act
+        # p_jr and q_jr in rows, (m, r, D)
+        shape, scale = (heads, rank, width), width**-0.5
+        self.p, self.q = (nn.Parameter(torch.randn(shape) * scale) for _ in range(2))
+        self.context = nn.Parameter(torch.randn(width)) if context == "learned" else None
+
+    def attend(self, tokens: Tokens) -> Attended:
+        h = tokens.patches[-1]
+        c = h.mean(1) if self.context is None else self.context[None]
+        # sum_r (p_jr . c) q_jr, so that a score is one product with the token
+        rows = torch.einsum("bd,mrd,mre->bme", c, self.p, self.q)
+        scores = rows @ h.transpose(1, 2)
+        return Attended(scores.tanh() if self.act == "tanh" else scores, h[:, None])

@@ -1,0 +1,62 @@
+"""Linear probing: classify the class token, the mean of the patches, or both side by side.
+
+z = x_class,   z = 1/N sum_n x_n,   or   z = [x_class; 1/N sum_n x_n]
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from typing_extensions import Unpack
+
+from xattn.backbone import Backbone
+from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.base import register_head
+
+READS = ("class", "mean", "both")
+
+
+@register_head("linear")
+class Linear(AttentiveHead):
+    """The linear probe. Weights are fixed: one token's, or every patch's alike.
+
+    A probe that reads only the class token has zero patch shares: all of a logit is in ``rest``, and
+    its maps are zero. The share that patches had in the class token is the backbone's own affair; ask
+    an explainer of attention for it.
+
+    Args:
+        read: ``"class"``, ``"mean"`` or ``"both"``; None takes the class token where the backbone has
+            one, else the mean.
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+    """
+
+    learns_scores = False
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        read: Literal["class", "mean", "both"] | None = None,
+        **shared: Unpack[Shared],
+    ) -> None:
+        if read not in (None, *READS):
+            raise ValueError(f"read: got {read!r}; choose one of {', '.join(READS)}")
+        width = backbone.channels[-1] * (2 if read == "both" else 1)
+        super().__init__(backbone, {"read": read}, width, **shared)
+        if read in ("class", "both") and not self.has_class_token:
+            raise ValueError(
+                f"read={read!r}: {backbone.name} has no class token; choose read='mean'"
+            )
+        self.read = read or ("class" if self.has_class_token else "mean")
+        self.options["read"] = self.read
+
+    def attend(self, tokens: Tokens) -> Attended:
+        x = tokens.patches[-1]
+        scores = x.new_zeros(1, x.shape[1])
+        token = self.class_token(tokens)
+        if token is not None and self.read != "mean":
+            x = torch.cat([token[:, None].to(x.dtype), x], 1)
+            scores = x.new_full((2, x.shape[1]), -torch.inf)
+            scores[0, 0] = scores[1, 1:] = 0
+            scores = scores[:1] if self.read == "class" else scores
+        return Attended(scores.expand(x.shape[0], -1, -1), x[:, None])

@@ -1,0 +1,104 @@
+"""MemeTector's attention over the taps of a ViT (arXiv 2205.13268).
+
+    linear:    s_lj = w . [y; Z_lj] + b          additive (ours):  s_lj = v . tanh(W_y y + W_z Z_lj)
+    g_l = sum_j softmax_j(s_l)_j Z_lj,           z = MLP([g_1; ...; g_L])
+
+with the class token y of the last layer and the patches Z_l of tap l. In the published, linear form
+w_y . y + b is the same for every patch and the softmax cancels it: the attention does not depend on y,
+and w_y and b get no gradient. The additive form really asks y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from xattn.backbone import Backbone
+from xattn.heads.affine import Step, chain
+from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.base import register_head
+
+FORMS = ("linear", "additive")
+TAPS = 4
+
+
+@register_head("memetector")
+class MemeTector(AttentiveHead):
+    """One map a tap; y only asks, it does not enter z. The MLP's gates are held in the shares.
+
+    Where the backbone has no class token, y is the mean token of the last tap. Taps of another width
+    than the last one's are projected to that width.
+
+    Args:
+        form: ``"linear"`` (as published) or ``"additive"``.
+        hidden: widths of the MLP's layers.
+        dropout: behind each of them.
+        num_taps: how many of the backbone's last taps are read; None takes all, at most four.
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+    """
+
+    gated = True
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        form: Literal["linear", "additive"] = "linear",
+        hidden: Sequence[int] = (2048, 1024),
+        dropout: float = 0.5,
+        num_taps: int | None = None,
+        **shared: Unpack[Shared],
+    ) -> None:
+        if form not in FORMS:
+            raise ValueError(f"form: got {form!r}; choose one of {', '.join(FORMS)}")
+        if not hidden or min(hidden) < 1 or not 0 <= dropout < 1:
+            raise ValueError(
+                f"hidden, dropout: got {list(hidden)} and {dropout}; give widths of at least 1 and a "
+                f"share below 1"
+            )
+        count = min(TAPS, len(backbone.taps)) if num_taps is None else num_taps
+        options = {"form": form, "hidden": list(hidden), "dropout": dropout, "num_taps": count}
+        super().__init__(backbone, options, hidden[-1], count, **shared)
+        self.form = form
+        width = backbone.channels[-1]
+        self.projections = nn.ModuleList(
+            nn.Identity() if c == width else nn.Linear(c, width) for c in backbone.channels[-count:]
+        )
+        if form == "linear":
+            self.score_y = nn.Linear(width, 1, bias=False)
+            self.score_z = nn.Linear(width, 1, bias=False)
+            self.score_bias = nn.Parameter(torch.zeros(1))
+            self.inert = ("score_y.weight", "score_bias")
+        else:
+            self.score_y = nn.Linear(width, width, bias=False)
+            self.score_z = nn.Linear(width, width)
+            self.score = nn.Linear(width, 1, bias=False)
+        widths = [count * width, *hidden]
+        layers: list[nn.Module] = []
+        for before, after in zip(widths, hidden, strict=False):
+            layers += [nn.Linear(before, after), nn.GELU(), nn.Dropout(dropout)]
+        self.mlp = nn.Sequential(*layers)
+
+    @staticmethod
+    def default_taps(depth: int) -> tuple[str, ...]:
+        """Four blocks at equal distances, the last one untapped: of 8 the 1st, 3rd, 5th and 7th."""
+        return tuple(f"block.{i}" for i in sorted({depth * i // TAPS for i in range(TAPS)}))
+
+    def attend(self, tokens: Tokens) -> Attended:
+        taps = [project(z) for project, z in zip(self.projections, tokens.patches, strict=True)]
+        z = torch.stack(taps, 1)  # (B, L, N, D)
+        token = self.class_token(tokens)
+        y = z[:, -1].mean(1) if token is None else token.to(z.dtype)
+        if self.form == "linear":
+            scores = self.score_y(y)[:, None, None] + self.score_z(z) + self.score_bias
+        else:
+            scores = self.score((self.score_y(y)[:, None, None] + self.score_z(z)).tanh())
+        return Attended(scores[..., 0], z)
+
+    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+        g, split = super().finish(pooled, attended)
+        z, pull = chain(g, self.mlp)
+        return z, lambda rows: split(pull(rows))

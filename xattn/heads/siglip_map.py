@@ -1,0 +1,52 @@
+"""SigLIP's multi-head attention pooling, MAP (arXiv 2303.15343; Set Transformer, 1810.00825).
+
+y = W_o concat_h W_v,h (A_h X) of one learned query,   z = y + MLP(LN(y))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from xattn.backbone import Backbone
+from xattn.heads.affine import Step, mean, mlp, residual
+from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.base import register_head
+from xattn.heads.cross_attention import CrossAttention
+
+
+@register_head("siglip_map")
+class SiglipMap(AttentiveHead):
+    """Attention pooling with a residual MLP, whose gates and norm are held in the shares.
+
+    Args:
+        heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
+        mlp_ratio: hidden width over D.
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+    """
+
+    gated = True
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        **shared: Unpack[Shared],
+    ) -> None:
+        width = backbone.channels[-1]
+        super().__init__(backbone, {"heads": heads, "mlp_ratio": mlp_ratio}, width, **shared)
+        self.attention = CrossAttention(width, heads, bias=True)
+        self.query = nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
+        self.mlp = mlp(width, mlp_ratio)
+
+    def attend(self, tokens: Tokens) -> Attended:
+        x = tokens.patches[-1]
+        return Attended(self.attention.scores(self.query, x), x[:, None])
+
+    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+        y, back = self.attention.project(pooled)
+        y, first = mean(y)
+        z, pull = residual(y, self.mlp)
+        return z, lambda rows: back(first(pull(rows)))

@@ -1,0 +1,53 @@
+"""V-JEPA's attentive probe (arXiv 2404.08471): a cross-attention block of one learned query.
+
+y = q + W_o concat_h W_v,h (A_h LN(X)),   z = y + MLP(LN(y))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from xattn.backbone import Backbone
+from xattn.heads.affine import Step, mean, mlp, residual
+from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.base import register_head
+from xattn.heads.cross_attention import CrossAttention
+
+
+@register_head("v_jepa")
+class VJepa(AttentiveHead):
+    """Residual around attention and MLP; the query's own way to a logit belongs to ``rest``.
+
+    Args:
+        heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
+        mlp_ratio: hidden width over D.
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+    """
+
+    gated = True
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        **shared: Unpack[Shared],
+    ) -> None:
+        width = backbone.channels[-1]
+        super().__init__(backbone, {"heads": heads, "mlp_ratio": mlp_ratio}, width, **shared)
+        self.query = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.tokens_norm = nn.LayerNorm(width, eps=1e-6)
+        self.attention = CrossAttention(width, heads, bias=True)
+        self.mlp = mlp(width, mlp_ratio)
+
+    def attend(self, tokens: Tokens) -> Attended:
+        x = self.tokens_norm(tokens.patches[-1])
+        return Attended(self.attention.scores(self.query, x), x[:, None])
+
+    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+        y, back = self.attention.project(pooled)
+        y, first = mean(self.query + y)
+        z, pull = residual(y, self.mlp)
+        return z, lambda rows: back(first(pull(rows)))
