@@ -1,6 +1,7 @@
 """The image with its evidence cropped away: MemeTector's Visual Part Utilization (arXiv 2205.13268).
 
-    p in linspace(.1, .9, 17),  r in linspace(sqrt(p), 1 / sqrt(p), 10):   width sqrt(p) r W, height sqrt(p) / r H
+    p in linspace(.1, .9, 17),   r in linspace(sqrt(p), 1 / sqrt(p), 10)
+    width = sqrt(p) r W,   height = sqrt(p) / r H
 
 at 10 x 10 places whose centres are evenly spread over where the rectangle stays inside the image; of
 those that hold no evidence the largest p, at random among equals. Published for the text of image

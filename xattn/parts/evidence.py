@@ -28,7 +28,7 @@ Found: TypeAlias = "Sequence[Region] | NDArray[np.bool_]"
 Source: TypeAlias = Callable[[str, Image.Image], Found]
 
 MSER_SIDE = 256  # pixels of the shorter side at which MSER looks for letters
-_DB_MEAN = (123.675, 116.28, 103.53)  # ImageNet's, as DB is trained
+_DB_MEAN = (122.67891434, 116.66876762, 104.00698793)  # of B, G, R, as DB's own models take it
 
 
 def evidence_mask(found: Found, size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -137,7 +137,9 @@ class BoxFile:
             text = self.path.read_text(encoding="utf-8-sig")
             table = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"evidence: {path} is not UTF-8 JSON ({error}); write it anew") from None
+            raise ValueError(
+                f"evidence: {path} is not UTF-8 JSON ({error}); write it anew"
+            ) from None
         if not isinstance(table, dict) or not all(isinstance(v, list) for v in table.values()):
             raise ValueError(
                 f'evidence: {path} has another form; give {{"7.jpg": [[x0, y0, x1, y1], ...]}}'
@@ -183,7 +185,9 @@ class Masks:
         try:
             with Image.open(path) as mask:
                 values = np.asarray(mask)
-        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
+        except (
+            Exception
+        ) as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
             raise ValueError(f"evidence: mask {path} is damaged ({error}); replace it") from None
         if values.ndim != 2:
             raise ValueError(f"evidence: mask {path} has {values.shape[2]} channels; give one")
@@ -208,7 +212,7 @@ class MserText:
         tall, low = np.maximum(height[:, None], height), np.minimum(height[:, None], height)
         gap = np.maximum(x[:, None], x) - np.minimum((x + width)[:, None], x + width)
         linked = (tall <= 1.6 * low) & (np.abs(middle[:, None] - middle) <= 0.3 * low)
-        lines = []
+        lines: list[Region] = []
         for row in _components(linked & (gap <= 1.5 * tall)):
             size_of_letter = float(np.median(height[row]))
             centres = np.sort((x + width / 2)[row])
@@ -232,7 +236,7 @@ def _letters(grey: NDArray[np.uint8]) -> NDArray[np.float64]:
 
     height, width = grey.shape
     # A blur gives flat strokes a slope: OpenCV finds no stable region on a plateau.
-    mser = cv2.MSER_create(
+    mser = cv2.MSER.create(
         delta=30,
         min_area=12,
         max_area=max(int(0.02 * height * width), 13),
@@ -264,7 +268,8 @@ class DetectorText:
     """Text by a network of yours in ONNX form: DB's probability map, read by OpenCV's post-processing.
 
     Args:
-        path: the ONNX file; input (1, 3, side, side), normalised by ImageNet's mean and 1/255.
+        path: the ONNX file; from (BGR - mean) / 255 of shape (1, 3, side, side) to probabilities
+            (side, side): OpenCV wants them without further axes.
         side: of the network's input in pixels, a multiple of 32.
     """
 
@@ -272,17 +277,19 @@ class DetectorText:
         import cv2
 
         if not Path(path).is_file():
-            raise FileNotFoundError(f"evidence: no file {path}; give onnx:PATH of a DB text detector")
+            raise FileNotFoundError(
+                f"evidence: no file {path}; give onnx:PATH of a DB text detector"
+            )
         if side < 32 or side % 32:
             raise ValueError(f"side: got {side}; give a multiple of 32")
-        self.path = Path(path)
+        self.path, self.side = Path(path), side
         try:
             self.model = cv2.dnn.TextDetectionModel_DB(str(path))
         except cv2.error as error:
             raise ValueError(
                 f"evidence: OpenCV cannot read {path} ({_reason(error)}); give an ONNX file"
             ) from None
-        self.model.setInputParams(1 / 255, (side, side), _DB_MEAN[::-1])
+        self.model.setInputParams(1 / 255, (side, side), _DB_MEAN)
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
         self.description = f"onnx {digest} {side}"
 
@@ -295,7 +302,7 @@ class DetectorText:
         except cv2.error as error:
             raise ValueError(
                 f"evidence: {self.path} is no DB text detector ({_reason(error)}); give a network that "
-                f"maps (1, 3, H, W) to probabilities (1, 1, H, W)"
+                f"maps (1, 3, {self.side}, {self.side}) to probabilities ({self.side}, {self.side})"
             ) from None
         return [np.asarray(polygon).tolist() for polygon in polygons]
 

@@ -8,17 +8,19 @@ and of the photo's size. Fonts are Pillow's default and matplotlib's DejaVu, non
 from __future__ import annotations
 
 import functools
-import io
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from xattn.files import atomic_file, write_json
+from xattn.files import atomic_folder, write_json
+from xattn.images import MAX_PIXELS
+from xattn.sources import Data, open_photos
 
+BOXES = "boxes.json"
+SMALLEST = 48  # pixels; below, no letter would be legible
 Box = tuple[int, int, int, int]
 
 _WHO = """my cat|the boss|nobody|your code|the printer|every monday|my brain|this guy|the intern|
@@ -60,6 +62,10 @@ class _Pen:
     """Draws lines of text over a photo and keeps their boxes."""
 
     def __init__(self, photo: Image.Image) -> None:
+        if min(photo.size) < SMALLEST:
+            raise ValueError(
+                f"photo: got {photo.width} x {photo.height} pixels; text needs {SMALLEST} of each"
+            )
         self.image = photo.convert("RGB")
         self.boxes: list[Box] = []
 
@@ -196,3 +202,54 @@ STYLES: tuple[Callable[[_Pen, np.random.Generator], None], ...] = (
     _date,
     _sign,
 )
+
+
+# ---------------------------------------------------------------------- whole data sets
+
+
+def write_lettered(
+    data: Data,
+    output: str | Path,
+    draw: Callable[[Image.Image, int, int], Lettered] = draw_macro,
+    *,
+    seed: int = 0,
+    worn: bool = False,
+    max_pixels: int | None = MAX_PIXELS,
+) -> list[Path]:
+    """Write every photo of ``data`` with text, and ``boxes.json`` of where the text is.
+
+    Args:
+        data: see :mod:`xattn.sources`.
+        output: a folder that is empty, new, or an earlier one of this function.
+        draw: :func:`draw_macro` or :func:`draw_text`.
+        worn: make the photos smaller before, and compress them more afterwards, as passing from site
+            to site does: by (seed, number), to a shorter side of at most 160 to 224 pixels and JPEG
+            quality 15 to 40 instead of 95.
+
+    Returns:
+        The files, in the order of the photos. ``boxes.json`` is read by ``xattn parts --evidence`` and
+        by :class:`xattn.eval.annotations.Boxes`.
+
+    Raises:
+        ValueError: a photo cannot be read or is too small, or ``output`` holds other files.
+    """
+    photos = open_photos(data)
+    names = [f"{i:06d}-{PurePath(photos.name(i)).stem}.jpg" for i in range(len(photos))]
+    boxes: dict[str, Any] = {}
+    with atomic_folder(
+        output, [*names, BOXES], lambda folder: (folder / BOXES).is_file()
+    ) as folder:
+        for i, name in enumerate(names):
+            photo, quality = photos.load(i, max_pixels), 95
+            if worn:
+                rng = np.random.default_rng([seed, i, 2])
+                scale = rng.integers(160, 225) / min(photo.size)
+                quality = int(rng.integers(15, 41))
+                if scale < 1:
+                    size = (round(photo.width * scale), round(photo.height * scale))
+                    photo = photo.resize(size, Image.Resampling.BICUBIC)
+            lettered = draw(photo, seed, i)
+            lettered.image.save(folder / name, quality=quality)
+            boxes[name] = [{"class": "text", "box": list(box)} for box in lettered.boxes]
+        write_json(folder / BOXES, boxes)
+    return [Path(output) / name for name in names]

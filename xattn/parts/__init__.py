@@ -1,0 +1,31 @@
+"""Parts of images: the largest crop without evidence, where the evidence is, and images made with text."""
+
+from xattn.parts.crop import Crop, largest_crop, rectangles
+from xattn.parts.evidence import (
+    BoxFile,
+    DetectorText,
+    Masks,
+    MserText,
+    evidence_mask,
+    open_evidence,
+)
+from xattn.parts.macros import Lettered, draw_macro, draw_text, write_lettered
+from xattn.parts.writer import Parts, cut_parts
+
+__all__ = [
+    "BoxFile",
+    "Crop",
+    "DetectorText",
+    "Lettered",
+    "Masks",
+    "MserText",
+    "Parts",
+    "cut_parts",
+    "draw_macro",
+    "draw_text",
+    "evidence_mask",
+    "largest_crop",
+    "open_evidence",
+    "rectangles",
+    "write_lettered",
+]

@@ -1,0 +1,174 @@
+"""Cut the evidence away from a whole data set: crops, and a JSON of what was cut.
+
+``crops/000012-cat.png`` belongs to photo 12. Crops are stored without loss: another compression would
+tell them from their photos. A run with the same arguments goes on where one stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from xattn.files import atomic_file, check_folder, write_json
+from xattn.images import MAX_PIXELS, read_ahead
+from xattn.parts.crop import area, largest_crop
+from xattn.parts.evidence import Source, evidence_mask, open_evidence
+from xattn.sources import Data, StoredPhoto, open_photos
+
+RECORD = "parts.json"
+SAVE_EVERY = 100  # photos; a killed run loses at most so many, and makes the same crops again
+OUTCOMES = {
+    "cut": "crops written",
+    "covered": "no crop: every rectangle of a tenth of the photo holds evidence",
+    "bare": "no crop: the photo has no evidence",
+    "skipped": "skipped with a reason",
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """``records``: one a photo, in order, as in ``parts.json``; ``output``: the folder."""
+
+    output: Path
+    records: list[dict[str, Any]]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Photos by outcome, see :data:`OUTCOMES`."""
+        found = Counter(record["outcome"] for record in self.records)
+        return {name: found[name] for name in OUTCOMES}
+
+    @property
+    def crops(self) -> list[Path]:
+        """The files of the crops, in the order of the photos."""
+        return [self.output / record["file"] for record in self.records if "file" in record]
+
+
+def cut_parts(
+    data: Data,
+    evidence: str | Path | Source,
+    output: str | Path,
+    *,
+    numbers: Sequence[int] = (),
+    seed: int = 0,
+    max_pixels: int | None = MAX_PIXELS,
+    progress: bool = True,
+) -> Parts:
+    """Write the largest crop without evidence of every photo of ``data``.
+
+    Args:
+        data: see :mod:`xattn.sources`.
+        evidence: see :mod:`xattn.parts.evidence`, or a function of its form.
+        numbers: of a folder of masks, which of their numbers are evidence.
+        seed: ties between crops are drawn by (seed, number of the photo).
+
+    Returns:
+        What became of each photo. A photo that is all evidence, has none, cannot be read or has no
+        or bad boxes is counted and the others go on.
+
+    Raises:
+        ValueError: ``output`` holds crops of other arguments, or every photo was skipped.
+        OSError: a missing file of evidence, or an ``output`` that cannot be written.
+    """
+    output = Path(output)
+    source = open_evidence(evidence, numbers) if isinstance(evidence, str | Path) else evidence
+    photos = open_photos(data)
+    check_folder(output / "crops")
+    settings = {
+        "data": photos.describe(),
+        "evidence": getattr(source, "description", getattr(source, "__name__", "a function")),
+        "seed": seed,
+        "max_pixels": max_pixels,
+    }
+    done = _finished(output, settings)
+    root = Path(data) if isinstance(data, str | Path) and Path(data).is_dir() else None
+    left = [photo for photo in photos if photo.index not in done]
+    unsaved = 0
+    try:
+        ahead = read_ahead(lambda photo: photo.load(max_pixels), left, 4)
+        for photo, image in tqdm(ahead, total=len(left), disable=not progress, unit="photo"):
+            done[photo.index] = _cut(photo, image, source, output, root, seed)
+            unsaved += 1
+            if unsaved == SAVE_EVERY:
+                _save(output, settings, done)
+                unsaved = 0
+    finally:
+        if unsaved:
+            _save(output, settings, done)
+    records = [done[i] for i in range(len(photos))]
+    if all(record["outcome"] == "skipped" for record in records):
+        raise ValueError(
+            f"data: all {len(records)} photos were skipped, the first because of: "
+            f"{records[0]['reason']}"
+        )
+    return Parts(output, records)
+
+
+def _cut(
+    photo: StoredPhoto, image: Any, source: Source, output: Path, root: Path | None, seed: int
+) -> dict[str, Any]:
+    name = photo.name
+    if root is not None and Path(name).is_relative_to(root):
+        name = Path(name).relative_to(root).as_posix()
+    record: dict[str, Any] = {"index": photo.index, "photo": name}
+    try:
+        pixels = image.result()
+        found = source(photo.name, pixels)
+        mask = evidence_mask(found, pixels.size)
+    except (ValueError, OSError) as error:
+        return {**record, "outcome": "skipped", "reason": str(error)}
+    record |= {"size": list(pixels.size), "evidence": round(float(mask.mean()), 6)}
+    if not isinstance(found, np.ndarray):
+        record["boxes"] = [np.asarray(region).tolist() for region in found]
+    if not mask.any():
+        return {**record, "outcome": "bare"}
+    crop = largest_crop(mask, seed, photo.index)
+    if crop is None:
+        return {**record, "outcome": "covered"}
+    file = f"crops/{photo.index:06d}-{PurePath(name).stem}.png"
+    with atomic_file(output / file) as temporary:
+        crop.cut(pixels).save(temporary, "PNG")
+    return {
+        **record,
+        "outcome": "cut",
+        "crop": list(crop.box),
+        "fraction": round(crop.fraction, 6),
+        "area": round(area(crop, pixels.size), 6),
+        "file": file,
+    }
+
+
+def _finished(output: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Records of an earlier run with the same settings, by number of the photo."""
+    path = output / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        records = {int(record["index"]): record for record in earlier["parts"]}
+        same = earlier["settings"] == settings
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"output: {path} is damaged ({error}); choose another folder") from None
+    if not same:
+        raise ValueError(
+            f"output: {output} holds crops of other photos, evidence or options; choose another folder"
+        )
+    return {
+        i: record
+        for i, record in records.items()
+        if record["outcome"] != "skipped"
+        and ("file" not in record or (output / record["file"]).is_file())
+    }
+
+
+def _save(output: Path, settings: dict[str, Any], done: dict[int, dict[str, Any]]) -> None:
+    parts = Parts(output, [done[i] for i in sorted(done)])
+    value = {"format": 1, "settings": settings, "counts": parts.counts, "parts": parts.records}
+    write_json(output / RECORD, value)
