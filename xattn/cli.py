@@ -1,4 +1,4 @@
-"""The command line: ``xattn train | explain | evaluate | compare | export | bench | list``, all jobs.
+"""The command line: ``xattn train | explain | evaluate | compare | parts | ...``, all jobs.
 
 Only tyro and dataclasses are imported here, so that ``xattn --help`` answers at once; torch and timm
 load when a job starts. Errors of the user's input are one line and exit code 2.
@@ -338,6 +338,44 @@ class Compare:
             print("report:", ", ".join(str(path) for path in files))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Crop the evidence (text, objects) out of photos: hard negatives, and a JSON of what was cut."""
+
+    data: Annotated[str, tyro.conf.Positional]
+    """A folder of images, a .txt list, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
+    evidence: str
+    """A JSON of boxes {"7.jpg": [[x0, y0, x1, y1], ...]}, a folder of masks (7.png), "mser" (lines of
+    text, no weights needed), or onnx:PATH of a DB text detector."""
+    numbers: tuple[int, ...] = ()
+    """Of a folder of masks, which numbers are evidence; by default all but 0."""
+    seed: int = 0
+    """Of the choice among crops of one size."""
+    max_pixels: int = 40_000_000
+    """Larger photos are skipped."""
+    output: Path = Path("runs/parts")
+    """Folder of the crops and parts.json; a run with the same arguments goes on where one stopped."""
+
+    def run(self) -> None:
+        from xattn.parts import cut_parts
+        from xattn.parts.writer import OUTCOMES
+
+        parts = cut_parts(
+            self.data,
+            self.evidence,
+            self.output,
+            numbers=self.numbers,
+            seed=self.seed,
+            max_pixels=self.max_pixels,
+        )
+        for record in parts.records:
+            if "reason" in record:
+                print(f"skipped {record['photo']}: {record['reason']}", file=sys.stderr)
+        for outcome, count in parts.counts.items():
+            print(f"{count:6} {OUTCOMES[outcome]}")
+        print(f"crops: {self.output / 'crops'}, {self.output / 'parts.json'}")
+
+
 @dataclass(frozen=True)
 class Export:
     """Write backbone and head as one graph, for torch.export (.pt2) or ONNX (.onnx)."""
@@ -459,6 +497,7 @@ Command = (
     | Annotated[Explain, tyro.conf.subcommand("explain", description=Explain.__doc__)]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate", description=Evaluate.__doc__)]
     | Annotated[Compare, tyro.conf.subcommand("compare", description=Compare.__doc__)]
+    | Annotated[Parts, tyro.conf.subcommand("parts", description=Parts.__doc__)]
     | Annotated[Export, tyro.conf.subcommand("export", description=Export.__doc__)]
     | Annotated[Bench, tyro.conf.subcommand("bench", description=Bench.__doc__)]
     | Annotated[List, tyro.conf.subcommand("list", description=List.__doc__)]
@@ -558,7 +597,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         hint = "; --resume goes on" if isinstance(command, Train) else ""
-        if isinstance(command, Compare):
+        if isinstance(command, Compare | Parts):
             hint = "; the same command goes on"
         print(f"xattn: interrupted{hint}", file=sys.stderr)
         return 130
