@@ -368,7 +368,7 @@ class _Run:
                 failed.append(f"{probe.columns[0].metric}: {_reason(error)}")
                 continue
             finishes.append((finish, tickets))
-        tied = int(reason is None and self._tied(sample.grey))
+        tied = int(reason is None and self._tied(sample))
         requests = self.scorer.requested - before
         keep = reason is None and self.store.path is not None
         small = _png(sample.grey) if keep else None
@@ -444,11 +444,11 @@ class _Run:
             stage, images, torch.full((len(images),), target, device=images.device)
         )
 
-    def _tied(self, grey: Tensor) -> bool:
+    def _tied(self, sample: Sample) -> bool:
         """Whether ties at a threshold keep more than 2 points above a level."""
         for level in self.protocol.levels:
-            kept = functional.threshold_mask(grey[None], level, self.protocol.threshold) > 0
-            if float(kept.double().mean()) > level + 0.02:
+            kept = sample.mask(level, self.protocol.threshold) > 0
+            if int(kept.sum()) > (level + 0.02) * kept.numel():
                 return True
         return False
 
@@ -498,7 +498,7 @@ def _reason(error: Exception) -> str:
 
 
 def _digest(image: Tensor) -> str:
-    return hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+    return hashlib.sha256(image.contiguous().numpy()).hexdigest()
 
 
 def _png(grey: Tensor) -> bytes:

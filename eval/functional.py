@@ -90,7 +90,9 @@ def quantile(flat: Tensor, q: float) -> Tensor:
     low = flat.kthvalue(rank + 1, dim=1).values
     if rank == position:
         return low
-    high = flat.kthvalue(rank + 2, dim=1).values
+    above = flat > low[:, None]  # one selection finds the next value, too
+    tied = above.sum(1) < flat.shape[1] - rank - 1
+    high = torch.where(tied, low, torch.where(above, flat, torch.inf).amin(1))
     return torch.lerp(low, high, position - rank)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.memory import ForwardBatches
@@ -143,7 +144,9 @@ class MaskedScorer:
 
     def _digest(self, image: Tensor) -> bytes:
         """128 bits of the pixels: two multilinear hashes mod 2^64, on whatever device."""
-        words = image.detach().float().contiguous().view(-1).view(torch.int32)
+        pixels = image.detach().float().contiguous().view(-1)
+        words = (pixels if len(pixels) % 2 == 0 else F.pad(pixels, (0, 1))).view(torch.int64)
+        words = words ^ (words >> 32)  # a change of the highest bit alone must reach lower ones
         if self._weights is None or self._weights.shape[1] != len(words):
             generator = torch.Generator().manual_seed(0x5EED)
             weights = torch.randint(-(2**63), 2**63 - 1, (2, len(words)), generator=generator)

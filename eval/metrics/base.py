@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ class Request(NamedTuple):
 
     ``image`` is (3, H, W) float32 of raw pixels. It is copied at once: the probe may change it in
     place afterwards. ``shared`` says whether some other request may want the very same image; the
-    engine then looks for it by a hash of the pixels, which costs about a third of a millisecond.
+    engine then looks for it by a hash of the pixels, which costs about a quarter of a millisecond.
     """
 
     key: str
@@ -82,6 +82,14 @@ class Sample:
     explain: Callable[[Tensor], Tensor] | None = None
     explain_randomized: Callable[[int, Tensor], Tensor] | None = None
     annotation: Annotation | None = None
+    _masks: dict[tuple[float, str], Tensor] = field(default_factory=dict, repr=False)
+
+    def mask(self, level: float, method: str) -> Tensor:
+        """(1, H, W): ``grey`` thresholded, see :func:`~xattn.eval.functional.threshold_mask`."""
+        if (level, method) not in self._masks:
+            masked = functional.threshold_mask(self.grey[None], level, method)[0]
+            self._masks[level, method] = masked
+        return self._masks[level, method]
 
 
 class Probe(ABC):

@@ -77,23 +77,25 @@ class MaskingProbe(Probe):
 
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
         for level in self.levels:
-            mask = functional.threshold_mask(sample.grey[None], level, self.threshold)[0]
+            mask = sample.mask(level, self.threshold)
             yield Request(f"q@{100 * level:g}", self._masked(sample, mask))
             if "ADD" in self.metrics:
                 yield Request(f"d@{100 * level:g}", self._masked(sample, 1 - mask))
-        p = torch.tensor([sample.score], dtype=torch.float64)
+        p = torch.full((len(self.levels),), sample.score, dtype=torch.float64)
 
         def finish(scores: Mapping[str, Tensor]) -> dict[Column, float]:
             values = {}
-            for column in self.columns:
-                assert column.level is not None
-                key = f"{'d' if column.metric == 'ADD' else 'q'}@{100 * column.level:g}"
+            for metric in self.metrics:
+                key = "d" if metric == "ADD" else "q"
+                q = torch.cat([scores[f"{key}@{100 * level:g}"] for level in self.levels])
                 options: dict[str, Any] = {"bounded": self.bounded}
-                if column.metric == "IC":
+                if metric == "IC":
                     options["margin"] = self.ic_margin
-                value = functional.VALUES[column.metric](p, scores[key], **options)
-                values[column] = float(value)
-            return values
+                found = functional.VALUES[metric](p, q, **options).tolist()
+                values.update(
+                    {Column(metric, level): v for level, v in zip(self.levels, found, strict=True)}
+                )
+            return {column: values[column] for column in self.columns}
 
         return finish
 
