@@ -35,9 +35,9 @@ class HeadExplainer(Explainer):
         maps: str | None = None,
     ) -> None:
         super().__init__(backbone, head, seed, max_forward_batch)
-        choices = ("scores", "mask", "attention")
-        if not getattr(self.head, "learns_scores", False):
-            choices = choices[:2]
+        choices = ["scores", "mask"]
+        if getattr(self.head, "learns_scores", False):
+            choices.append("attention")
         if maps not in (None, *choices):
             raise ValueError(f"maps: got {maps!r}; this head shows {', '.join(choices)}")
         self.maps = maps

@@ -257,6 +257,8 @@ def overlap(query_maps: Tensor) -> Tensor:
     the queries look at different places. NaN for a single query."""
     unit = F.normalize(query_maps.flatten(2), dim=-1)
     count = unit.shape[1]
+    if count == 1:
+        return unit.new_full((unit.shape[0],), torch.nan)
     return ((unit @ unit.transpose(1, 2)).sum((1, 2)) - count) / (count * (count - 1))
 
 

@@ -1,0 +1,345 @@
+"""Every attentive head of the registry: exact class maps, permutation, gradients, files, half, processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attentive_fakes import (
+    CLASSES,
+    GRID,
+    HEADS,
+    PREFIXES,
+    cnn,
+    four_taps,
+    make,
+    map_patches,
+    random_tokens,
+    vit,
+)
+from torch.overrides import TorchFunctionMode
+
+import xattn
+from xattn.explainers import create_explainer
+from xattn.heads import create_head, load_head, overlap, save_head
+
+N = GRID[0] * GRID[1]
+
+
+class FrozenGates(TorchFunctionMode):
+    """Autograd with data-dependent gains held: the definition that the class maps are tested with."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.gelu:
+            (x,) = args
+            return x * torch.special.ndtr(x.detach())
+        if function is F.layer_norm:
+            x, weight, bias = args[0], kwargs["weight"], kwargs["bias"]
+            deviation = (x.detach().var(-1, unbiased=False, keepdim=True) + kwargs["eps"]).sqrt()
+            return (x - x.mean(-1, keepdim=True)) / deviation * weight + bias
+        if function in (torch.Tensor.pow, torch.Tensor.__pow__, torch.pow):
+            base, exponent = args
+            return base * base.detach().pow(exponent - 1)
+        return function(*args, **kwargs)
+
+
+def gradient_shares(head, tokens):
+    """(B, K, T): value times gradient of each logit by it, weights and gates held."""
+    attended = head.attend(tokens)
+    attended = attended._replace(scores=attended.scores.detach())
+    values = attended.values.detach().requires_grad_()
+    with FrozenGates():
+        logits = head.classify(attended._replace(values=values))
+    shares = []
+    for k in range(logits.shape[1]):
+        (slope,) = torch.autograd.grad(logits[:, k].sum(), values, retain_graph=True)
+        shares.append((slope * values).sum((1, 3)))
+    return torch.stack(shares, 1).detach()
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
+def test_shares_are_value_times_slope_with_held_gates_and_sum_to_the_logit(name, norm):
+    head = make(name, norm=norm)
+    tokens = random_tokens(head)
+    with torch.no_grad():
+        logits, (maps, rest) = head.logits(tokens), head.class_maps(tokens)
+    assert maps.shape == (3, CLASSES, *GRID) and rest.shape == (3, CLASSES)
+    scale = logits.abs().max()
+    assert (maps.sum((2, 3)) + rest - logits).abs().max() <= 1e-5 * scale
+    expected = gradient_shares(head, tokens)
+    torch.testing.assert_close(maps.flatten(2), expected[..., -N:], rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_where_nothing_is_gated_the_rest_is_the_folded_bias_of_every_image(name):
+    head = make(name)
+    tokens = random_tokens(head)
+    with torch.no_grad():
+        attended = head.attend(tokens)
+        maps, rest = head.class_maps(tokens)
+        if head.gated or attended.values.shape[2] != N:
+            return
+        folded = head.classify(attended._replace(values=torch.zeros_like(attended.values)))
+    scale = (maps.sum((2, 3)) + rest).abs().max()
+    torch.testing.assert_close(rest, folded, rtol=0, atol=float(1e-5 * scale))
+    torch.testing.assert_close(rest, rest[:1].expand_as(rest), rtol=0, atol=float(1e-5 * scale))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_class_maps_are_exact_in_training_mode_too(name):
+    head = make(name).train()
+    tokens = random_tokens(head, batch=4)
+    torch.manual_seed(3)
+    maps, rest = head.class_maps(tokens)
+    torch.manual_seed(3)  # of dropout
+    logits = head.logits(tokens)
+    torch.testing.assert_close(maps.sum((2, 3)) + rest, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_permuted_patches_give_permuted_maps_and_the_same_logits(name):
+    head = make(name)
+    tokens = random_tokens(head)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(2))
+    other = map_patches(tokens, lambda x: x[:, order])
+    with torch.no_grad():
+        same = torch.allclose(head.logits(tokens), head.logits(other), rtol=1e-4, atol=1e-5)
+        maps, permuted = (head.class_maps(t).maps.flatten(2) for t in (tokens, other))
+        assert same == head.permutes
+        if head.permutes:
+            torch.testing.assert_close(permuted, maps[..., order], rtol=1e-4, atol=1e-5)
+            a, b = (head.query_maps(t).flatten(2) for t in (tokens, other))
+            torch.testing.assert_close(b, a[..., order], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_gradients_reach_every_parameter(name):
+    head = make(name)  # in eval mode: a batch's own mean would cancel the bias before the norm
+    tokens = random_tokens(head, batch=4)
+    F.cross_entropy(head.logits(tokens), torch.tensor([0, 1, 2, 3])).backward()
+    sizes = {k: float(p.grad.abs().max()) for k, p in head.named_parameters()}
+    largest = max(sizes.values())
+    for parameter, size in sizes.items():
+        if parameter in head.inert:  # the softmax cancels it
+            assert size < 1e-6 * largest
+        else:
+            assert size > 1e-6 * largest, parameter
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_saved_heads_load_bit_identical(name, tmp_path):
+    backbone = four_taps() if name == "memetector" else vit()
+    head = make(name, classes=3, class_names=["a", "b", "c"], norm=False)
+    save_head(head, tmp_path / "h")
+    loaded = load_head(tmp_path / "h", backbone)
+    tokens = random_tokens(head)
+    with torch.no_grad():
+        assert torch.equal(head.logits(tokens), loaded.logits(tokens))
+        assert all(map(torch.equal, head.class_maps(tokens), loaded.class_maps(tokens)))
+    assert loaded.options == head.options and loaded.class_names == ["a", "b", "c"]
+    assert loaded.num_classes == 3 and loaded.norm is None and not loaded.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_half_precision_stays_close(name, dtype):
+    head = make(name)
+    tokens = random_tokens(head)
+    with torch.no_grad():
+        expected, exact = head.logits(tokens), head.class_maps(tokens)
+        half = head.to(dtype)
+        tokens = random_tokens(head, dtype=dtype)
+        logits, (maps, rest) = half.logits(tokens), half.class_maps(tokens)
+    assert logits.dtype == maps.dtype == dtype and maps.isfinite().all()
+    size = 0.06 if dtype is torch.bfloat16 else 0.01
+    assert (logits.float() - expected).abs().max() < size * expected.abs().max()
+    assert (maps.float() - exact.maps).abs().max() < 2 * size * exact.maps.abs().max() + 1e-6
+    assert (maps.float().sum((2, 3)) + rest.float() - logits.float()).abs().max() < (
+        size * exact.rest.abs().max() + size * expected.abs().max()
+    )
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_autocast_trains(name):
+    head = make(name).train()
+    tokens = random_tokens(head, batch=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(head.logits(tokens), torch.tensor([0, 1, 2, 3]))
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in head.parameters())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert head.eval().class_maps(tokens).maps.isfinite().all()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_batch_equals_a_loop_over_its_images(name):
+    head = make(name)
+    tokens = random_tokens(head, batch=5)
+    with torch.no_grad():
+        logits, (maps, rest) = head.logits(tokens), head.class_maps(tokens)
+        for i in range(5):
+            one = map_patches(tokens, lambda x, i=i: x[i : i + 1])
+            one = one._replace(prefix=tokens.prefix[i : i + 1])
+            close = {"rtol": 1e-5, "atol": 1e-5}
+            torch.testing.assert_close(head.logits(one), logits[i : i + 1], **close)
+            torch.testing.assert_close(head.class_maps(one).maps, maps[i : i + 1], **close)
+            torch.testing.assert_close(head.class_maps(one).rest, rest[i : i + 1], **close)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_classes_that_are_asked_for_are_slices_of_all(name, monkeypatch):
+    head = make(name)
+    tokens = random_tokens(head)
+    with torch.no_grad():
+        maps, rest = head.class_maps(tokens)
+        rows = torch.arange(3)
+        own = torch.tensor([4, 0, 2])
+        for index, expected in (
+            (2, [maps[:, [2]], rest[:, [2]]]),
+            (own, [maps[rows, own][:, None], rest[rows, own][:, None]]),
+            (torch.tensor([[3, 1]]), [maps[:, [3, 1]], rest[:, [3, 1]]]),
+        ):
+            for got, want in zip(head.class_maps(tokens, index), expected, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        monkeypatch.setattr("xattn.heads.attentive.CHUNK", 1)  # a class at a time
+        torch.testing.assert_close(head.class_maps(tokens).maps, maps, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match="class_index: 5 is out of range"):
+            head.class_maps(tokens, CLASSES)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("name", HEADS)
+def test_prefix_tokens_never_become_patches(name, prefix):
+    backbone = four_taps(prefix) if name == "memetector" else vit(prefix)
+    head = make(name, backbone)
+    with torch.no_grad():
+        taps = backbone(torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(4)))
+        tokens = head.tokens(taps)
+        maps, rest = head.class_maps(tokens)
+        logits = head.logits(tokens)
+        assert head(taps, 1).shape == (2, 1, *GRID)
+    class_token, registers = PREFIXES[prefix]
+    assert tokens.prefix.shape == (2, class_token + registers, 32)
+    assert torch.equal(tokens.patches[-1].transpose(1, 2).unflatten(2, GRID), taps.maps[-1])
+    assert maps.shape == (2, CLASSES, *GRID)
+    torch.testing.assert_close(maps.sum((2, 3)) + rest, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        maps.flatten(2), gradient_shares(head, tokens)[..., -N:], rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_query_maps_and_their_overlap(name):
+    head = make(name)
+    tokens = random_tokens(head)
+    with torch.no_grad():
+        maps = head.query_maps(tokens)
+    assert maps.shape[0] == 3 and maps.shape[2:] == GRID and (maps >= 0).all()
+    attended = head.attend(tokens)
+    assert maps.shape[1] == attended.scores.shape[1]
+    values = overlap(maps)
+    if maps.shape[1] == 1:
+        assert values.isnan().all()
+    else:
+        assert ((values > 0) & (values <= 1)).all()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_cnn_will_do_and_explains_through_the_explainer(name):
+    backbone = cnn()
+    head = make(name, backbone)
+    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        taps = backbone(images)
+        tokens = head.tokens(taps)
+        maps, rest = head.class_maps(tokens)
+        torch.testing.assert_close(
+            maps.sum((2, 3)) + rest, head.logits(tokens), rtol=1e-4, atol=1e-4
+        )
+    explainer = create_explainer("head", backbone, head)
+    target = torch.tensor([1, 3])
+    shown = explainer.attribute(images, target)
+    torch.testing.assert_close(shown, head(taps, target).detach(), rtol=1e-4, atol=1e-6)
+    if head.learns_scores:
+        attention = create_explainer("head", backbone, head, maps="attention")
+        expected = head.query_maps(tokens).detach().mean(1, keepdim=True)
+        torch.testing.assert_close(attention.attribute(images, target), expected)
+        assert make(name, backbone, explain_with="attention").explanation(taps).shape == maps.shape
+    else:
+        with pytest.raises(ValueError, match="maps: got 'attention'"):
+            create_explainer("head", backbone, head, maps="attention")
+        with pytest.raises(ValueError, match="the same for every image"):
+            create_head(name, backbone, explain_with="attention")
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_single_token_is_refused(name):
+    torch.manual_seed(0)
+    small = xattn.load_backbone("test_resnet", weights=None, input_size=32, num_classes=3)
+    small.tap_sizes = (*small.tap_sizes[:-1], (1, 1))
+    with pytest.raises(ValueError, match=r"taps: .*is 1 x 1.*larger input_size"):
+        create_head(name, small)
+
+
+JOB = """
+import sys
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, sys.argv[1])
+from attentive_fakes import HEADS, make, random_tokens
+
+rank = int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/group", rank=rank, world_size=2)
+
+class Logits(torch.nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, tokens):
+        return self.head.logits(tokens)
+
+found = {}
+for name in HEADS:
+    head = make(name)
+    model = DistributedDataParallel(Logits(head))
+    tokens = random_tokens(head, batch=4)
+    mine = tokens._replace(patches=tuple(x[rank::2] for x in tokens.patches), prefix=tokens.prefix[rank::2])
+    F.cross_entropy(model(mine), torch.tensor([0, 1, 2, 3])[rank::2]).backward()
+    found[name] = {k: p.grad for k, p in head.named_parameters()}
+torch.save(found, f"{sys.argv[2]}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    (tmp_path / "job.py").write_text(JOB)
+    command = [sys.executable, str(tmp_path / "job.py"), os.path.dirname(__file__), str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    jobs = [
+        subprocess.Popen([*command, rank], env=env, stderr=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    for job in jobs:
+        _, errors = job.communicate(timeout=300)
+        assert job.returncode == 0, errors
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for name in HEADS:
+        head = make(name)  # in eval mode: batch statistics belong to a process
+        tokens = random_tokens(head, batch=4)
+        F.cross_entropy(head.logits(tokens), torch.tensor([0, 1, 2, 3])).backward()
+        scale = max(float(p.grad.abs().max()) for p in head.parameters())
+        for parameter, value in head.named_parameters():
+            for found in (one, two):
+                torch.testing.assert_close(
+                    found[name][parameter], value.grad, rtol=1e-4, atol=1e-6 * scale
+                )
