@@ -1,0 +1,264 @@
+"""Attention training in its published setting: a BiLSTM with attention on SST (arXiv 2009.12064, 2104.08763).
+
+    xattn study at --data FOLDER
+
+FOLDER holds ``train.txt`` and ``dev.txt``, trees of :mod:`~xattn.eval.studies.sst`. Every tenth
+sentence of ``train.txt`` is held out: it chooses the epoch of each run and the epsilon of each method,
+both by F1; ``dev.txt`` is reported for the chosen epsilon alone. A finished run is a line of
+``runs.jsonl`` in the output folder; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xattn.eval.studies import sst
+from xattn.files import atomic_file, check_folder, write_json
+from xattn.models.text import TextClassifier, Vocabulary, pad
+from xattn.training.perturbation import PERTURBATIONS, create_perturbation
+
+RUNS, SETTINGS = "runs.jsonl", "settings.json"
+HELD_OUT = 10
+AMOUNTS = ("correlation", "auprc", "precision", "entropy")  # one a sentence
+
+Method = Literal["none", "random", "at", "iat", "vat", "ivat"]
+Attention = Literal["additive", "dot"]
+
+
+@dataclass(frozen=True)
+class TextStudyConfig:
+    """What is trained, and how often."""
+
+    methods: tuple[Method, ...] = ("none", "random", "at", "iat", "vat", "ivat")
+    """none is the vanilla model, which the others are compared with."""
+    attention: tuple[Attention, ...] = ("additive", "dot")
+    """Scores v . tanh(W h + b), or w . h / sqrt(width of h)."""
+    seeds: int = 5
+    """Runs of each method with its chosen epsilon: seeds 0, 1, ..."""
+    epsilons: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)
+    """Norms of the perturbation to choose from."""
+    grid_seeds: int = 1
+    """Runs of each epsilon that the choice is made from."""
+    epochs: int = 4
+    """Passes over the training sentences; the held-out tenth chooses the best."""
+    batch_size: int = 32
+    """Sentences a step."""
+    lr: float = 1e-3
+    """Of Adam with AMSGrad."""
+    embedding: int = 300
+    """Width of the word vectors, which are trained."""
+    width: int = 128
+    """Hidden units of the BiLSTM in each direction."""
+    weight: float = 1.0
+    """Of the loss at the perturbed scores beside the clean loss."""
+    vectors: Path | None = None
+    """Word vectors to start from, a text file as fastText writes it; random ones by default."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "grid_seeds", "epochs", "batch_size", "embedding", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; give a positive number")
+        if self.grid_seeds > self.seeds:
+            raise ValueError(
+                f"grid_seeds: got {self.grid_seeds}; give at most seeds = {self.seeds}"
+            )
+        unknown = set(self.methods) - set(PERTURBATIONS)
+        if unknown or not self.methods:
+            raise ValueError(
+                f"methods: got {sorted(unknown)}; choose from {', '.join(PERTURBATIONS)}"
+            )
+        if not self.epsilons or min(self.epsilons) <= 0:
+            raise ValueError(f"epsilons: got {self.epsilons}; give positive norms")
+
+
+class Run(NamedTuple):
+    """One training; ``epsilon`` is 0 for ``none``."""
+
+    attention: str
+    method: str
+    epsilon: float
+    seed: int
+
+
+class Texts(NamedTuple):
+    """The three parts of the data, and the words of the training part."""
+
+    train: list[sst.Sentence]
+    held: list[sst.Sentence]
+    dev: list[sst.Sentence]
+    vocabulary: Vocabulary
+    vectors: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model does on some sentences: ``f1``, ``accuracy``, and per sentence (n,) ``correct``,
+    ``correlation`` of attention with gradients, ``auprc`` and ``precision`` of attention against the
+    rationale (NaN where there is none), and ``entropy`` of attention / log T."""
+
+    f1: float
+    accuracy: float
+    values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+
+def load(folder: Path, config: TextStudyConfig) -> Texts:
+    """Read the trees in ``folder``.
+
+    Raises:
+        ValueError: a file is missing, or a line is no tree.
+    """
+    missing = [name for name in ("train.txt", "dev.txt") if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"data: {folder} lacks {' and '.join(missing)}; give a folder with the sentiment trees "
+            f"train.txt and dev.txt"
+        )
+    every = sst.read(folder / "train.txt")
+    train = [s for i, s in enumerate(every) if i % HELD_OUT]
+    vocabulary = Vocabulary(s.words for s in train)
+    vectors = None
+    if config.vectors is not None:
+        vectors = vocabulary.vectors(config.vectors, torch.Generator().manual_seed(0))
+    return Texts(train, every[::HELD_OUT], sst.read(folder / "dev.txt"), vocabulary, vectors)
+
+
+def batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> Iterator[list[int]]:
+    """Sentences of like length together, in an order that is a function of (seed, epoch)."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    keys = torch.tensor(lengths) + 2 * torch.rand(len(lengths), generator=generator)
+    parts = keys.argsort().split(size)
+    for part in torch.randperm(len(parts), generator=generator).tolist():
+        yield parts[part].tolist()
+
+
+def train(
+    run: Run, texts: Texts, config: TextStudyConfig, device: str = "cpu"
+) -> tuple[TextClassifier, list[float]]:
+    """The model of the epoch with the best F1 on the held-out sentences, and F1 by epoch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        width = config.embedding if texts.vectors is None else texts.vectors.shape[1]
+        model = TextClassifier(
+            len(texts.vocabulary), 2, run.attention, width, config.width, texts.vectors
+        ).to(device)
+    options = {} if run.method == "none" else {"epsilon": run.epsilon, "weight": config.weight}
+    perturbation = create_perturbation(run.method, seed=run.seed, **options)
+    attention = list(model.attention.parameters())
+    rest = [p for p in model.parameters() if all(p is not q for q in attention)]
+    optimizer = torch.optim.Adam(
+        [{"params": rest, "weight_decay": 1e-5}, {"params": attention}],
+        config.lr,
+        amsgrad=True,
+        fused=True,
+    )
+    words = [texts.vocabulary.encode(s.words) for s in texts.train]
+    labels = torch.tensor([s.label for s in texts.train])
+    history: list[float] = []
+    best = model.state_dict()
+    for epoch in range(config.epochs):
+        lengths = [len(w) for w in words]
+        for index in batches(lengths, config.batch_size, run.seed, epoch):
+            encoded = model.encode(pad([words[i] for i in index]).to(device))
+
+            def predict(scores: Tensor, encoded: Any = encoded) -> Tensor:
+                return model.classify(encoded, scores)
+
+            target = labels[index].to(device)
+            loss = perturbation.loss(encoded.scores, predict, target, encoded.mask)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        history.append(f1(*_predictions(model, texts.held, texts.vocabulary, device)))
+        if history[-1] == max(history) and history.count(history[-1]) == 1:
+            best = copy.deepcopy(model.state_dict())
+    model.load_state_dict(best)
+    return model, history
+
+
+def measure(
+    model: TextClassifier,
+    sentences: Sequence[sst.Sentence],
+    vocabulary: Vocabulary,
+    device: str = "cpu",
+) -> Scores:
+    """Scores of ``model``. Importance of a word is |dL/de_t|, L the cross-entropy of the label."""
+    values = {name: np.full(len(sentences), np.nan) for name in ("correct", *AMOUNTS)}
+    predicted = np.zeros(len(sentences), dtype=int)
+    labels = np.array([s.label for s in sentences])
+    for index, words in _padded(sentences, vocabulary, device):
+        encoded = model.encode(words)
+        logits = model.classify(encoded)
+        target = torch.from_numpy(labels[index]).to(device)
+        loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+        gradient = torch.autograd.grad(loss, encoded.embedded, retain_graph=True)[0]
+        importance = gradient.norm(dim=-1).double().cpu().numpy()
+        weights = model.weights(encoded).detach().double().cpu().numpy()
+        predicted[index] = logits.argmax(1).cpu().numpy()
+        for row, i in enumerate(index):
+            count = len(sentences[i].words)
+            a, rationale = weights[row, :count], sentences[i].rationale
+            values["correlation"][i] = pearson(a, importance[row, :count])
+            values["auprc"][i] = average_precision(a, rationale)
+            values["precision"][i] = top_precision(a, rationale)
+            if count > 1:
+                values["entropy"][i] = -(a * np.log(a.clip(1e-300))).sum() / np.log(count)
+    values["correct"] = (predicted == labels).astype(float)
+    return Scores(f1(predicted, labels), float(values["correct"].mean()), values)
+
+
+def _predictions(
+    model: TextClassifier, sentences: Sequence[sst.Sentence], vocabulary: Vocabulary, device: str
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    predicted = np.zeros(len(sentences), dtype=int)
+    with torch.no_grad():
+        for index, words in _padded(sentences, vocabulary, device):
+            predicted[index] = model(words).argmax(1).cpu().numpy()
+    return predicted, np.array([s.label for s in sentences])
+
+
+def _padded(
+    sentences: Sequence[sst.Sentence], vocabulary: Vocabulary, device: str, size: int = 64
+) -> Iterator[tuple[list[int], Tensor]]:
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i].words))
+    for start in range(0, len(order), size):
+        index = order[start : start + size]
+        yield index, pad([vocabulary.encode(sentences[i].words) for i in index]).to(device)
+
+
+def f1(predicted: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Of class 1; 0 where nothing is, or is called, 1."""
+    hits = float(((predicted == 1) & (labels == 1)).sum())
+    return 2 * hits / max(float((predicted == 1).sum() + (labels == 1).sum()), 1.0)
+
+
+def pearson(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """NaN where one of them is constant."""
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum() / scale) if scale > 0 else float("nan")
+
+
+def average_precision(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
+    """Mean precision at the positives, by falling score; NaN where all or none are positive."""
+    if positive.all() or not positive.any():
+        return float("nan")
+    hits = positive[np.argsort(-scores, kind="stable")]
+    return float((hits.cumsum() / np.arange(1, len(hits) + 1))[hits].mean())
+
+
+def top_precision(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
+    """Share of positives among as many top scores as there are positives; NaN as above."""
+    if positive.all() or not positive.any():
+        return float("nan")
+    return float(positive[np.argsort(-scores, kind="stable")[: positive.sum()]].mean())

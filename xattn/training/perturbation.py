@@ -1,0 +1,431 @@
+"""Attention AT, iAT, VAT and iVAT: train a head against small changes of its attention scores.
+
+    AT    g = dL(s + r)/dr at r = 0,            r = eps g / |g|                      arXiv 2009.12064
+    iAT   r_t = alpha_t . D_t, D_t = (s_t - s_k)_k / norm: the same in alpha         arXiv 2009.12064
+    VAT   d <- dKL(p(s) | p(s + r))/dr at r = xi d / |d|, repeated,  r = eps d / |d| arXiv 2104.08763
+    iVAT  the same in alpha
+    loss  L(s) + weight L(s + r)   (AT, iAT, random),   L(s) + weight KL(p(s) | p(s + r))   (VAT, iVAT)
+
+s (B, Q, T) are scores before the softmax; |.| runs over the tokens, so each query of each example has
+a change of its own of norm eps, and r is held fixed in the loss. Only alpha_t along D_t moves r, so iAT
+never needs the T x T differences: with m_t = |D_t|, alpha_t = a_t D_t / m_t gives r = m a, dL/da = m g.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+LossFn: TypeAlias = Callable[[Tensor], Tensor]
+
+UNLABELLED = -100
+SMALL_LOSS = 1e-4  # below it an example's gradient is no longer enlarged
+
+
+def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax over the last axis where ``mask`` is true and scores are above -inf, 0 elsewhere.
+
+    A row without any such position is all 0, and so is its gradient.
+    """
+    valid = _valid(scores, mask)
+    weights = scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(-1)
+    return weights.masked_fill(~valid, 0.0)
+
+
+class Perturbation:
+    """Base of the changes r of attention scores, and the loss that trains with them.
+
+    Args:
+        epsilon: norm of r over the tokens, for each example and query.
+        weight: of the loss at s + r beside the clean loss.
+        seed: random numbers are a function of it and of ``step``, which each call of :meth:`loss`
+            raises by 1. A resumed run sets ``step``; of several processes each takes its own seed.
+
+    Raises:
+        ValueError: epsilon is not a positive number.
+    """
+
+    name: ClassVar[str]
+    needs_target: ClassVar[bool] = True
+
+    def __init__(self, epsilon: float, weight: float = 1.0, seed: int = 0) -> None:
+        if not 0 < epsilon < float("inf"):
+            raise ValueError(
+                f"epsilon: got {epsilon}; give a positive norm, or train with 'none' to leave the "
+                f"scores alone"
+            )
+        self.epsilon, self.weight, self.seed, self.step = epsilon, weight, seed, 0
+
+    def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
+        """r of the shape of ``scores``, detached, in float32 at least.
+
+        Args:
+            scores: (B, Q, T) or (B, T), before the softmax; -inf masks a position.
+            loss_fn: scores -> losses (B,), or their sum. AT and iAT raise it; VAT and iVAT take
+                the divergence from the prediction at ``scores``, see :func:`divergence`.
+            mask: (B, T), true at real tokens. At masked ones r is exactly 0.
+        """
+        raise NotImplementedError
+
+    def loss(
+        self,
+        scores: Tensor,
+        predict: LossFn,
+        target: Tensor | None = None,
+        mask: Tensor | None = None,
+        module: nn.Module | None = None,
+    ) -> Tensor:
+        """The training loss of a batch, a mean over its examples.
+
+        Args:
+            scores: as for :meth:`perturbation`, with the graph that made them.
+            predict: scores -> logits (B, K). It runs on s and s + r, for VAT also in each iteration;
+                what made the scores runs once.
+            target: class indices (B,), -100 for an unlabelled example. VAT and iVAT also take None.
+            module: whose BatchNorm layers ``predict`` runs; their running statistics then follow
+                the clean pass alone.
+
+        Raises:
+            ValueError: ``target`` is missing or not (B,) integers, a shape does not fit.
+        """
+        valid = _valid(scores, mask)
+        self._check_target(target, len(scores))
+        wide = _wide(scores)
+        if not wide.requires_grad:
+            wide = wide.detach().requires_grad_()
+        logits = predict(wide)
+        again = predict if module is None else _keeping_statistics(predict, module)
+        clean = None if target is None else _cross_entropy(logits, target)
+        extra = self._extra(wide, valid, again, logits, clean, target)
+        self.step += 1
+        # Of unlabelled examples the cross-entropy is 0: they do not count in its mean.
+        labelled = 1 if target is None else (target != UNLABELLED).sum().clamp_min(1)
+        total = extra if clean is None else clean.sum() / labelled + extra
+        return total
+
+    def _extra(
+        self,
+        scores: Tensor,
+        valid: Tensor,
+        predict: LossFn,
+        logits: Tensor,
+        clean: Tensor | None,
+        target: Tensor | None,
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def _check_target(self, target: Tensor | None, count: int) -> None:
+        if target is None:
+            if self.needs_target:
+                raise ValueError(
+                    f"target: got None, and {self.name!r} needs labels; train on unlabelled "
+                    f"examples with 'vat' or 'ivat'"
+                )
+        elif target.shape != (count,) or target.is_floating_point():
+            raise ValueError(
+                f"target: got {target.dtype} of shape {tuple(target.shape)}; give ({count},) class "
+                f"indices, {UNLABELLED} for an unlabelled example"
+            )
+
+    def _noise(self, scores: Tensor, valid: Tensor) -> Tensor:
+        """Random unit vectors, drawn on the CPU so that every device sees the same."""
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
+        noise = torch.randn(scores.shape, generator=generator, dtype=scores.dtype)
+        return _unit(noise.to(scores.device).masked_fill(~valid, 0.0))
+
+    def _stretch(self, scores: Tensor, valid: Tensor) -> Tensor:
+        """m: r = m a, where a is what the gradient is taken by."""
+        return scores.new_ones(())
+
+    def _sized(self, r: Tensor) -> Tensor:
+        return self.epsilon * _unit(r)
+
+
+class NoPerturbation(Perturbation):
+    """The clean loss alone."""
+
+    name = "none"
+
+    def __init__(self, epsilon: float = 0.0, weight: float = 0.0, seed: int = 0) -> None:
+        self.epsilon, self.weight, self.seed, self.step = epsilon, weight, seed, 0
+
+    def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(_wide(scores.detach()))
+
+    def _extra(self, scores: Tensor, *_: Any) -> Tensor:
+        return scores.new_zeros(())
+
+
+class AttentionAT(Perturbation):
+    """The change that raises the loss most, to first order."""
+
+    name = "at"
+
+    def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
+        leaf = _wide(scores).detach().requires_grad_()
+        with torch.enable_grad():
+            gradient = _gradient(loss_fn(leaf), leaf)
+        return self._along(gradient, leaf.detach(), _valid(scores, mask))
+
+    def _along(self, gradient: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
+        stretch = self._stretch(scores, valid)
+        return self._sized(stretch * _unit(stretch * gradient.masked_fill(~valid, 0.0)))
+
+    def _extra(
+        self,
+        scores: Tensor,
+        valid: Tensor,
+        predict: LossFn,
+        logits: Tensor,
+        clean: Tensor | None,
+        target: Tensor | None,
+    ) -> Tensor:
+        assert clean is not None and target is not None
+        # The clean pass is differentiated twice: here by the scores, later by the parameters.
+        gradient = _gradient(clean, scores, retain_graph=True)
+        r = self._along(gradient, scores.detach(), valid)
+        labelled = (target != UNLABELLED).sum().clamp_min(1)
+        return self.weight * _cross_entropy(predict(scores + r), target).sum() / labelled
+
+
+class RandomPerturbation(AttentionAT):
+    """A random direction in the place of AT's, the control."""
+
+    name = "random"
+
+    def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
+        return self._along(scores, _wide(scores.detach()), _valid(scores, mask))
+
+    def _along(self, gradient: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
+        return self._sized(self._noise(scores, valid))
+
+
+class AttentionVAT(Perturbation):
+    """The change that moves the prediction most; it reads no labels.
+
+    Args:
+        xi: length of the step at which the divergence is differentiated; at 0 its gradient is 0.
+        iterations: of the power method.
+    """
+
+    name = "vat"
+    needs_target = False
+
+    def __init__(
+        self,
+        epsilon: float,
+        weight: float = 1.0,
+        seed: int = 0,
+        xi: float = 0.1,
+        iterations: int = 1,
+    ) -> None:
+        super().__init__(epsilon, weight, seed)
+        if not 0 < xi < float("inf"):
+            raise ValueError(
+                f"xi: got {xi}; give a positive step such as 0.1, the divergence has no slope at 0"
+            )
+        if iterations < 1:
+            raise ValueError(f"iterations: got {iterations}; give at least 1")
+        self.xi, self.iterations = xi, iterations
+
+    def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
+        valid = _valid(scores, mask)
+        scores = _wide(scores.detach())
+        stretch = self._stretch(scores, valid)
+        a = self._noise(scores, valid)
+        for _ in range(self.iterations):
+            step = (self.xi * _unit(stretch * a)).requires_grad_()
+            with torch.enable_grad():
+                gradient = _gradient(loss_fn(scores + step), step)
+            a = _unit(stretch * gradient.masked_fill(~valid, 0.0))
+        return self._sized(stretch * a)
+
+    def _extra(
+        self,
+        scores: Tensor,
+        valid: Tensor,
+        predict: LossFn,
+        logits: Tensor,
+        clean: Tensor | None,
+        target: Tensor | None,
+    ) -> Tensor:
+        def moved(changed: Tensor) -> Tensor:
+            return divergence(logits, predict(changed))
+
+        r = self.perturbation(scores, moved, valid)
+        return self.weight * moved(scores + r).mean()
+
+
+class _Differences(Perturbation):
+    """The stretch of iAT and iVAT: m_t = |D_t|, by the matrix or the rows."""
+
+    norm: str = "matrix"
+    rescale: bool = True
+
+    def _stretch(self, scores: Tensor, valid: Tensor) -> Tensor:
+        if self.norm == "released":
+            return super()._stretch(scores, valid)
+        # |D_t|^2 = n c_t^2 + C with c_t = s_t - mean(s), C = sum_k c_k^2; over all t it is 2 n C.
+        count = valid.sum(-1, keepdim=True).clamp_min(1)
+        filled = scores.masked_fill(~valid, 0.0)
+        centred = (filled - filled.sum(-1, keepdim=True) / count).masked_fill(~valid, 0.0)
+        spread = centred.square().sum(-1, keepdim=True)
+        if self.norm == "row":
+            return (spread > 0).to(scores.dtype).expand_as(scores)
+        total = (2 * count * spread).clamp_min(torch.finfo(scores.dtype).tiny)
+        return ((count * centred.square() + spread) / total).sqrt()
+
+    def _sized(self, r: Tensor) -> Tensor:
+        return super()._sized(r) if self.rescale else self.epsilon * r
+
+
+class AttentionIAT(_Differences, AttentionAT):
+    """AT in the weights alpha of the differences between the scores of one example.
+
+    Args:
+        norm: ``"matrix"`` divides all differences by |D|, so that r is larger where a score stands
+            out. ``"row"`` divides each D_t by its own norm, which gives AT's r wherever scores
+            differ. ``"released"`` is what the authors' program computes, -1 times AT's r: its
+            differences between sentences drop out of the gradient by r, and the sign is turned.
+        rescale: r has norm epsilon, for comparison with AT; else alpha has it, as in the paper.
+    """
+
+    name = "iat"
+
+    def __init__(
+        self,
+        epsilon: float,
+        weight: float = 1.0,
+        seed: int = 0,
+        norm: Literal["matrix", "row", "released"] = "matrix",
+        rescale: bool = True,
+    ) -> None:
+        super().__init__(epsilon, weight, seed)
+        self.norm, self.rescale = _one_of(norm, ("matrix", "row", "released")), rescale
+
+    def _sized(self, r: Tensor) -> Tensor:
+        return super()._sized(-r if self.norm == "released" else r)
+
+
+class AttentionIVAT(_Differences, AttentionVAT):
+    """VAT in the weights alpha of :class:`AttentionIAT`, with its ``norm`` (``"matrix"`` or
+    ``"row"``) and ``rescale``."""
+
+    name = "ivat"
+
+    def __init__(
+        self,
+        epsilon: float,
+        weight: float = 1.0,
+        seed: int = 0,
+        xi: float = 0.1,
+        iterations: int = 1,
+        norm: Literal["matrix", "row"] = "matrix",
+        rescale: bool = True,
+    ) -> None:
+        super().__init__(epsilon, weight, seed, xi, iterations)
+        self.norm, self.rescale = _one_of(norm, ("matrix", "row")), rescale
+
+
+PERTURBATIONS: dict[str, type[Perturbation]] = {
+    kind.name: kind
+    for kind in (
+        NoPerturbation,
+        RandomPerturbation,
+        AttentionAT,
+        AttentionIAT,
+        AttentionVAT,
+        AttentionIVAT,
+    )
+}
+
+
+def create_perturbation(name: str, **options: Any) -> Perturbation:
+    """``none``, ``random``, ``at``, ``iat``, ``vat`` or ``ivat`` with its ``epsilon`` and options.
+
+    Raises:
+        ValueError: an unknown name, or an option that it does not take.
+    """
+    if name not in PERTURBATIONS:
+        near = difflib.get_close_matches(name, PERTURBATIONS, 3, 0.4) or list(PERTURBATIONS)
+        raise ValueError(f"attention training: unknown {name!r}; did you mean {', '.join(near)}?")
+    try:
+        return PERTURBATIONS[name](**options)
+    except TypeError as error:
+        raise ValueError(
+            f"attention training: {name} refuses {options} ({error}); give its own options"
+        ) from error
+
+
+def divergence(clean: Tensor, changed: Tensor) -> Tensor:
+    """KL(p | q) (B,) of softmax p of logits ``clean``, held fixed, and q of ``changed`` (B, K)."""
+    p, q = (F.log_softmax(_wide(logits), -1) for logits in (clean.detach(), changed))
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(_wide(logits), target, reduction="none", ignore_index=UNLABELLED)
+
+
+def _gradient(loss: Tensor, at: Tensor, retain_graph: bool = False) -> Tensor:
+    """dL/d(at) up to a positive factor an example: only directions count. The factor keeps the
+    gradients of examples that are almost right inside the range of half precision."""
+    if loss.ndim:
+        loss = (loss / loss.detach().abs().clamp_min(SMALL_LOSS)).sum()
+    return torch.autograd.grad(loss, at, retain_graph=retain_graph)[0]
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / |x| over the last axis, 0 where x is 0; no square under- or overflows."""
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax(-1, keepdim=True).clamp_min(tiny)
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(tiny)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _valid(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Where the scores (B, Q, T) or (B, T) are real; ``mask`` is (B, T), or of their shape."""
+    if scores.ndim not in (2, 3):
+        raise ValueError(f"scores: got shape {tuple(scores.shape)}; give (B, Q, T) or (B, T)")
+    valid = scores.detach() > -torch.inf
+    if mask is None:
+        return valid
+    if mask.shape == scores.shape:
+        return valid & mask
+    if mask.shape != (scores.shape[0], scores.shape[-1]):
+        raise ValueError(
+            f"mask: got shape {tuple(mask.shape)}; give ({scores.shape[0]}, {scores.shape[-1]}), "
+            f"true at real tokens"
+        )
+    return valid & mask[:, None]
+
+
+def _keeping_statistics(predict: LossFn, module: nn.Module) -> LossFn:
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+
+    def run(scores: Tensor) -> Tensor:
+        tracked = [layer.track_running_stats for layer in layers]
+        try:
+            for layer in layers:
+                layer.track_running_stats = False  # batch statistics, none kept
+            return predict(scores)
+        finally:
+            for layer, value in zip(layers, tracked, strict=True):
+                layer.track_running_stats = value
+
+    return run
+
+
+def _one_of(norm: str, allowed: tuple[str, ...]) -> str:
+    if norm not in allowed:
+        raise ValueError(f"norm: got {norm!r}; choose one of {', '.join(allowed)}")
+    return norm
