@@ -11,8 +11,6 @@ fifth in turn, with a probe and heads of its own, and puts the numbers together.
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,34 +25,7 @@ from xattn.config import TrainConfig
 from xattn.eval.folds import format_differences, merge, train_and_score
 from xattn.eval.report import format_table, write_csv, write_json
 from xattn.eval.results import Results
-
-FOLDS = 5
-
-
-def read_groups(paths: Sequence[Path], file: Path) -> dict[Path, str]:
-    """The group of every photo that has one, by the name of its folder."""
-    if not file.is_file():
-        raise FileNotFoundError(f"data: no file {file}; give {{folder: {{'group': name}}}} as JSON")
-    classes = json.loads(file.read_text(encoding="utf-8"))
-    missing = sorted({p.parent.name for p in paths} - set(classes))
-    if missing:
-        raise ValueError(f"data: {file} does not name the folders {', '.join(missing[:5])}")
-    groups = {p: classes[p.parent.name]["group"] for p in paths}
-    return {p: group for p, group in groups.items() if group is not None}
-
-
-def stratified_folds(groups: Sequence[str], folds: int = FOLDS, seed: int = 0) -> list[list[int]]:
-    """Numbers of the photos in each of ``folds`` parts that split every group evenly."""
-    rng = random.Random(seed)
-    parts: list[list[int]] = [[] for _ in range(folds)]
-    dealt = 0
-    for name in sorted(set(groups)):
-        members = [i for i, group in enumerate(groups) if group == name]
-        rng.shuffle(members)
-        for i in members:
-            parts[dealt % folds].append(i)
-            dealt += 1
-    return [sorted(part) for part in parts]
+from xattn.training.labels import FOLDS, read_groups, stratified_folds
 
 
 @torch.inference_mode()

@@ -400,7 +400,7 @@ class Backbone(nn.Module):
         if self.adapter:
             size = self.preprocessing.input_size
             image = torch.rand(1, self.mean.shape[1], *size, generator=generator).to(last)
-            logits, maps = self.forward_normalized(image)
+            logits, maps, _ = self.forward_normalized(image)
             final = maps[-1]
         elif self.taps[-1] != "head" or self.is_vit:
             return False

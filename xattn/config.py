@@ -29,17 +29,41 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+# "published" is efficient probing's (arXiv 2506.10178), there with batches of 4,096; "small" is for a
+# few hundred photos: full batches are small, so that the epochs have steps enough.
+PROBE_RECIPES: dict[str, dict[str, Any]] = {
+    "published": {
+        "epochs": 90,
+        "warmup": 10,
+        "batch_size": 256,
+        "optimizer": "lars",
+        "lr": 0.1,
+        "weight_decay": 0.0,
+    },
+    "small": {
+        "epochs": 60,
+        "warmup": 5,
+        "batch_size": 32,
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "weight_decay": 0.01,
+    },
+}
+
+
 # Left out (None) until the recipe fills it in, and never None afterwards.
 Optimizer = Literal["sgd", "adamw"]
 ClassMode = Literal["batch", "own", "top"]
+ProbeOptimizer = Literal["lars", "adamw"]
 if TYPE_CHECKING:
     Int: TypeAlias = int
     Float: TypeAlias = float
     OptimizerName: TypeAlias = Optimizer
     ClassModeName: TypeAlias = ClassMode
+    ProbeOptimizerName: TypeAlias = ProbeOptimizer
 else:
-    Int, Float, OptimizerName, ClassModeName = (
-        t | None for t in (int, float, Optimizer, ClassMode)
+    Int, Float, OptimizerName, ClassModeName, ProbeOptimizerName = (
+        t | None for t in (int, float, Optimizer, ClassMode, ProbeOptimizer)
     )
 
 
@@ -84,25 +108,93 @@ class TrainConfig:
     """Larger photos are skipped as decompression bombs."""
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise ValueError(f"recipe: got {self.recipe!r}; choose one of {', '.join(RECIPES)}")
-        for name, value in RECIPES[self.recipe].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        for name in ("epochs", "batch_size", "checkpoint_every", "max_pixels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; give a positive number")
+        _fill_in(self, RECIPES)
+        _check_positive(self, "epochs", "batch_size", "checkpoint_every", "max_pixels", "lr")
         if self.workers < 0:
             raise ValueError(f"workers: got {self.workers}; give 0 or more")
-        if not self.lr > 0:
-            raise ValueError(f"lr: got {self.lr}; give a positive learning rate")
-        choices = {
-            "optimizer": ("sgd", "adamw"),
-            "class_mode": ("batch", "own", "top"),
-            "precision": ("no", "fp16", "bf16"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
-                )
+        _check_choices(
+            self,
+            optimizer=("sgd", "adamw"),
+            class_mode=("batch", "own", "top"),
+            precision=("no", "fp16", "bf16"),
+        )
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """How a head is trained as a classifier on cached features; settings left out come from the recipe."""
+
+    recipe: Literal["published", "small"] = "published"
+    """Where the settings come from that are not given."""
+    epochs: Int = None  # type: ignore[assignment]
+    """Passes over the photos at most (published 90, small 60)."""
+    warmup: Int = None  # type: ignore[assignment]
+    """Epochs in which the learning rate rises, before it falls as a cosine (published 10, small 5)."""
+    batch_size: Int = None  # type: ignore[assignment]
+    """Photos a step, per process (published 256, small 32)."""
+    optimizer: ProbeOptimizerName = None  # type: ignore[assignment]
+    """LARS with momentum .9 (published), or AdamW (small)."""
+    lr: Float = None  # type: ignore[assignment]
+    """Peak learning rate: of LARS for 256 photos a step, times their number / 256; of AdamW as it is
+    (published 0.1, small 1e-3)."""
+    weight_decay: Float = None  # type: ignore[assignment]
+    """On tensors with two axes or more (published 0, small 0.01)."""
+    patience: int = 20
+    """Epochs without a better validation after which training ends; 0 trains all epochs."""
+    monitor: Literal["loss", "accuracy"] = "loss"
+    """What of the validation photos tells the better epoch, whose weights are kept."""
+    attention: Literal["none", "random", "at", "iat", "vat", "ivat"] = "none"
+    """Training against changes of the attention scores."""
+    epsilon: float = 1.0
+    """Norm of the change, for each query."""
+    attention_weight: float = 1.0
+    """Weight of the loss under the change."""
+    seed: int = 0
+    """Order of the photos, views and noise are pure functions of (seed, epoch or step)."""
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    """Mixed precision."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; one is written at the end, too."""
+
+    def __post_init__(self) -> None:
+        _fill_in(self, PROBE_RECIPES)
+        _check_positive(self, "epochs", "batch_size", "checkpoint_every", "lr")
+        for name in ("warmup", "patience", "weight_decay", "attention_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}; give 0 or more")
+        if self.warmup > self.epochs:
+            raise ValueError(f"warmup: got {self.warmup} of {self.epochs} epochs; give fewer")
+        if self.attention != "none":
+            _check_positive(self, "epsilon")
+        _check_choices(
+            self,
+            optimizer=("lars", "adamw"),
+            monitor=("loss", "accuracy"),
+            attention=("none", "random", "at", "iat", "vat", "ivat"),
+            precision=("no", "fp16", "bf16"),
+        )
+
+
+def _fill_in(config: Any, recipes: dict[str, dict[str, Any]]) -> None:
+    """What was left out, from the recipe."""
+    if config.recipe not in recipes:
+        raise ValueError(f"recipe: got {config.recipe!r}; choose one of {', '.join(recipes)}")
+    for name, value in recipes[config.recipe].items():
+        if getattr(config, name) is None:
+            object.__setattr__(config, name, value)
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < float("inf"):
+            what = "learning rate" if name == "lr" else "number"
+            raise ValueError(f"{name}: got {value}; give a positive {what}")
+
+
+def _check_choices(config: Any, **choices: tuple[str, ...]) -> None:
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(
+                f"{name}: got {getattr(config, name)!r}; choose one of {', '.join(allowed)}"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from xattn.training.run_folder import claim
 
@@ -83,3 +86,49 @@ def tensorboard(folder: Path | None, step: int) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+
+@contextmanager
+def shared_statistics(module: nn.Module) -> Iterator[None]:
+    """BatchNorm layers of ``module`` in training see the batch of all processes, on any device.
+
+    Without it two processes would normalise each half of the batch by itself. Each layer's input has
+    its features on axis 1, or is (n, C).
+    """
+    layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        layers = []
+    for layer in layers:
+        layer.forward = functools.partial(_shared_forward, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _shared_forward(layer: _BatchNorm, x: Tensor) -> Tensor:
+    if not layer.training:
+        return type(layer).forward(layer, x)
+    from torch.distributed.nn.functional import all_reduce
+
+    axes = [axis for axis in range(x.ndim) if axis != 1]
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    count = x.new_tensor(x.numel() / x.shape[1], dtype=wide.dtype)
+    torch.distributed.all_reduce(count)
+    mean = all_reduce(wide.sum(axes)) / count
+    centred = wide - mean.view(shape)
+    variance = all_reduce(centred.square().sum(axes)) / count
+    if layer.track_running_stats and layer.running_mean is not None:
+        assert layer.running_var is not None and layer.num_batches_tracked is not None
+        layer.num_batches_tracked.add_(1)
+        rate = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
+        with torch.no_grad():
+            layer.running_mean.lerp_(mean.to(layer.running_mean), rate)
+            unbiased = variance * count / (count - 1).clamp_min(1)
+            layer.running_var.lerp_(unbiased.to(layer.running_var), rate)
+    y = centred * (variance + layer.eps).rsqrt().view(shape)
+    if layer.affine:
+        y = y * layer.weight.view(shape) + layer.bias.view(shape)
+    return y.to(x.dtype)

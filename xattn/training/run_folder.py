@@ -65,7 +65,7 @@ def claim(
     except OSError as error:
         raise output_error("output", folder, error) from error
     with lock:
-        _lock(lock, folder)
+        lock_folder(lock, folder)
         if not path.is_file():
             write_json(path, run)
         _cut_log(folder)
@@ -84,7 +84,8 @@ def _comparable(run: dict[str, Any]) -> dict[str, Any]:
     return {**run, "train": train, "head": head}
 
 
-def _lock(lock: TextIO, folder: Path) -> None:
+def lock_folder(lock: TextIO, folder: Path, argument: str = "output") -> None:
+    """Refuse a ``folder`` that another process writes to; ``lock`` is a file in it."""
     try:
         import fcntl
     except ImportError:  # not POSIX
@@ -93,7 +94,7 @@ def _lock(lock: TextIO, folder: Path) -> None:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by workers
     except OSError:
         raise ValueError(
-            f"output: another run is writing to {folder}; choose a new folder"
+            f"{argument}: another run is writing to {folder}; choose a new folder"
         ) from None
 
 

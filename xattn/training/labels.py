@@ -1,0 +1,216 @@
+"""Labels of photos: from folder names, a table of groups, or a file; and splits that keep classes even."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xattn.images import SUFFIXES
+
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Labels:
+    """``index`` LongTensor (n,): the class of every photo, -1 where it has none; ``names`` of the K
+    classes in order; ``used``: numbers of the photos with a class."""
+
+    index: Tensor
+    names: list[str]
+    used: list[int]
+
+
+class Split(NamedTuple):
+    """Numbers of the photos to train on, to stop early by, and to report."""
+
+    train: list[int]
+    validation: list[int]
+    test: list[int]
+
+
+def read_groups(paths: Sequence[Path], file: Path) -> dict[Path, str]:
+    """The group of every photo that has one, by the name of its folder."""
+    if not file.is_file():
+        raise FileNotFoundError(f"data: no file {file}; give {{folder: {{'group': name}}}} as JSON")
+    classes = json.loads(file.read_text(encoding="utf-8"))
+    missing = sorted({p.parent.name for p in paths} - set(classes))
+    if missing:
+        raise ValueError(f"data: {file} does not name the folders {', '.join(missing[:5])}")
+    groups = {p: classes[p.parent.name]["group"] for p in paths}
+    return {p: group for p, group in groups.items() if group is not None}
+
+
+def stratified_folds(groups: Sequence[str], folds: int = FOLDS, seed: int = 0) -> list[list[int]]:
+    """Numbers of the photos in each of ``folds`` parts that split every group evenly."""
+    rng = random.Random(seed)
+    parts: list[list[int]] = [[] for _ in range(folds)]
+    dealt = 0
+    for name in sorted(set(groups)):
+        members = [i for i, group in enumerate(groups) if group == name]
+        rng.shuffle(members)
+        for i in members:
+            parts[dealt % folds].append(i)
+            dealt += 1
+    return [sorted(part) for part in parts]
+
+
+def read_labels(names: Sequence[str], file: str | Path | None = None) -> Labels:
+    """The classes of photos by their ``names``, as :class:`~xattn.sources.Photos` gives them.
+
+    Args:
+        file: None takes the name of each photo's folder. A ``.json`` file holds
+            ``{folder: {"group": name or null}}`` or ``{photo: label}``, a ``.csv`` file lines
+            ``photo,label``. A photo is named by its full name, by its last parts ("cat/7.jpg") or its
+            file name, where that is unique. Null, or an empty cell, leaves a photo out.
+
+    Raises:
+        ValueError: photos without a label, a damaged file, or fewer than two classes.
+        FileNotFoundError: no such file.
+    """
+    found: list[str | None] = (
+        [_folder(name) for name in names] if file is None else _from_file(names, Path(file))
+    )
+    classes = sorted({c for c in found if c is not None}, key=_natural)
+    if len(classes) < 2:
+        got = f"only the class {classes[0]!r}" if classes else "no class"
+        where = "the folders of the photos" if file is None else file
+        raise ValueError(f"labels: {where} name {got}; a classifier needs two or more")
+    number = {name: i for i, name in enumerate(classes)}
+    index = torch.tensor([-1 if c is None else number[c] for c in found])
+    return Labels(index, classes, [i for i, c in enumerate(found) if c is not None])
+
+
+def split(labels: Labels, seed: int = 0, fold: int = 0, folds: int = FOLDS) -> Split:
+    """Fold ``fold`` of the labelled photos to report, the next to stop early by, the others to train.
+
+    Raises:
+        ValueError: a class too small to be in all three parts.
+    """
+    if not 0 <= fold < folds or folds < 3:
+        raise ValueError(f"fold: got {fold} of {folds}; give 0..{folds - 1} of at least 3 folds")
+    classes = [labels.names[labels.index[i]] for i in labels.used]
+    small = [f"{name!r} ({count})" for name, count in Counter(classes).items() if count < 3]
+    if small:
+        raise ValueError(
+            f"labels: {len(small)} classes have fewer than 3 photos, such as {small[0]}; a class has "
+            f"to be in the training, validation and test parts: give coarser labels or more photos"
+        )
+    parts = [[labels.used[i] for i in p] for p in stratified_folds(classes, folds, seed)]
+    held = {fold, (fold + 1) % folds}
+    train = sorted(i for k, part in enumerate(parts) if k not in held for i in part)
+    return Split(train, parts[(fold + 1) % folds], parts[fold])
+
+
+def check_labels(labels: Tensor, index: Sequence[int], classes: int, part: str) -> Tensor:
+    """``labels[index]``; a ValueError that names ``part`` for a label that is missing or none of
+    0..classes - 1, for no photo at all, and in training for a single class."""
+    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels: got {labels.dtype} of shape {tuple(labels.shape)}; give a LongTensor (n,)"
+        )
+    numbers = torch.as_tensor(list(index), dtype=torch.long)
+    if not len(numbers):
+        raise ValueError(f"{part}: got no photo; give some")
+    if int(numbers.min()) < 0 or int(numbers.max()) >= len(labels):
+        raise ValueError(f"{part}: got photo {int(numbers.max())}, there are {len(labels)} labels")
+    chosen = labels[numbers].long()
+    bad = (chosen < 0) | (chosen >= classes)
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(
+            f"labels: photo {int(numbers[at])} of {part} has {int(chosen[at])}, the head has the "
+            f"classes 0..{classes - 1}; leave out photos without a label, or create the head with "
+            f"more classes"
+        )
+    if part == "train" and len(chosen.unique()) < 2:
+        raise ValueError(
+            f"labels: all photos of train have the class {int(chosen[0])}; give two classes or more"
+        )
+    return chosen
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def _folder(name: str) -> str:
+    folder = PurePath(name).parent.name
+    if not folder or PurePath(name).suffix.lower() not in SUFFIXES:
+        raise ValueError(f"labels: {name!r} lies in no folder that names its class; give a file")
+    return folder
+
+
+def _from_file(names: Sequence[str], file: Path) -> list[str | None]:
+    if not file.is_file():
+        raise FileNotFoundError(f"labels: no file {file}; give a .json or .csv file")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        table: Any = _csv(text) if file.suffix.lower() == ".csv" else json.loads(text)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"labels: {file} is damaged ({error}); save it again") from None
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f"labels: {file} holds no table of labels; see read_labels")
+    if all(isinstance(v, dict) and "group" in v for v in table.values()):
+        groups = {folder: entry["group"] for folder, entry in table.items()}
+        keys: list[str | None] = [_folder(n) if _folder(n) in groups else None for n in names]
+        table = groups
+    else:
+        keys = _matched(names, table, file)
+    missing = [name for name, key in zip(names, keys, strict=True) if key is None]
+    if missing:
+        raise ValueError(
+            f"labels: {file} names no label of {len(missing)} of {len(names)} photos, such as "
+            f"{missing[0]}; add them, or write null to leave a photo out"
+        )
+    return [_label(table[key], key, file) for key in keys if key is not None]
+
+
+def _csv(text: str) -> dict[str, str | None]:
+    rows = [row for row in csv.reader(text.splitlines()) if row]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != 2:
+            raise ValueError(f"line {number} has {len(row)} cells, not photo,label")
+    header = rows and PurePath(rows[0][0]).suffix.lower() not in SUFFIXES and len(rows) > 1
+    if header and PurePath(rows[1][0]).suffix.lower() in SUFFIXES:
+        rows = rows[1:]
+    return {photo.strip(): label.strip() or None for photo, label in rows}
+
+
+def _matched(names: Sequence[str], table: dict[str, Any], file: Path) -> list[str | None]:
+    """The key of every photo: the longest end of its name that the table has."""
+    keys: list[str | None] = []
+    used: dict[str, str] = {}
+    for name in names:
+        parts = PurePath(name).parts
+        ends = [name, *("/".join(parts[i:]) for i in range(len(parts)))]
+        key = next((end for end in ends if end in table), None)
+        if key is not None and used.setdefault(key, name) != name:
+            raise ValueError(
+                f"labels: {key!r} of {file} stands for {used[key]} and {name}; name the folder, too"
+            )
+        keys.append(key)
+    return keys
+
+
+def _label(value: Any, key: str, file: Path) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise ValueError(
+            f"labels: {file} gives {key!r} the label {value!r}; write a name or number"
+        )
+    return str(value)
+
+
+def _natural(name: str) -> tuple[int, int, str]:
+    """Numbers by value, before names."""
+    digits = name.removeprefix("-").isdecimal()
+    return (0, int(name), name) if digits else (1, 0, name)
