@@ -285,7 +285,7 @@ class DetectorText:
         self.path, self.side = Path(path), side
         try:
             self.model = cv2.dnn.TextDetectionModel_DB(str(path))
-        except cv2.error as error:
+        except (cv2.error, SystemError) as error:  # its constructor wraps the one in the other
             raise ValueError(
                 f"evidence: OpenCV cannot read {path} ({_reason(error)}); give an ONNX file"
             ) from None
@@ -308,4 +308,4 @@ class DetectorText:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+    return " ".join(str(error.__cause__ or error).split())[:160]
