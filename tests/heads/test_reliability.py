@@ -1,0 +1,179 @@
+"""Reliability balancing: ARBEx's limit cases, and no dependence on the batch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from xattn.heads.reliability import ReliabilityBalancing, confidence
+
+K, D = 4, 6
+
+
+def balancing(anchors=3, **options):
+    torch.manual_seed(0)
+    return ReliabilityBalancing(K, D, anchors, **options).double()
+
+
+def sample(batch=5):
+    torch.manual_seed(1)
+    return torch.randn(batch, D).double(), 2 * torch.randn(batch, K).double()
+
+
+def test_confidence_is_one_for_one_hot_and_zero_for_uniform():
+    p = torch.tensor([[1.0, 0, 0, 0], [0.25] * 4, [0.5, 0.5, 0, 0]])
+    torch.testing.assert_close(confidence(p), torch.tensor([1.0, 0.0, 0.5]))
+
+
+@pytest.mark.parametrize("trust", [0.0, 0.3, 1.0])
+def test_probabilities_sum_to_one(trust):
+    e, logits = sample()
+    found = balancing()(e, logits, trust)
+    for p in (found.probabilities, found.geometric, found.attention):
+        torch.testing.assert_close(p.sum(1), torch.ones(5).double())
+    assert ((found.reliability >= 0) & (found.reliability <= 1)).all()
+
+
+def test_without_trust_nothing_is_corrected():
+    e, logits = sample()
+    found = balancing(temperature=2.0)(e, logits, 0.0)
+    torch.testing.assert_close(found.probabilities, (logits / 2).softmax(1))
+
+
+@pytest.mark.parametrize("trust", [0.5, 1.0])
+def test_a_sure_classifier_is_not_corrected(trust):
+    e, _ = sample()
+    logits = torch.full((5, K), -1e4).double()
+    logits[:, 2] = 1e4
+    found = balancing()(e, logits, trust)
+    torch.testing.assert_close(found.probabilities, logits.softmax(1))
+
+
+def test_the_equations_written_as_loops():
+    module = balancing(delta=0.7)
+    e, logits = sample(2)
+    found = module(e, logits, 0.4)
+    a = module.anchors
+    for b in range(2):
+        near = torch.stack([-(e[b] - a[c]).norm(dim=1) / 0.7 for c in range(K)])
+        g = (near.exp() / near.exp().sum()).sum(1)
+        hot = torch.stack([(module.query(e[b]) * module.key(a[c])).sum(1) for c in range(K)])
+        hot = (hot / math.sqrt(D)).exp()
+        t = (hot / hot.sum()).sum(1)
+        p0 = logits[b].softmax(0)
+        conf = [1 + (p * p.log()).sum().item() / math.log(K) for p in (g, t, p0)]
+        correction = (conf[0] * g + conf[1] * t) / (conf[0] + conf[1])
+        p = 0.6 * p0 + 0.4 * (conf[2] * p0 + (1 - conf[2]) * correction)
+        torch.testing.assert_close(found.geometric[b], g)
+        torch.testing.assert_close(found.attention[b], t)
+        torch.testing.assert_close(found.probabilities[b], p)
+
+
+def test_an_embedding_on_an_anchor_far_from_the_others_is_its_class():
+    module = balancing(anchors=1, delta=0.1)
+    with torch.no_grad():
+        module.anchors.copy_(10 * torch.eye(D).double()[:K, None])
+    g = module.geometric(module.anchors[2])
+    torch.testing.assert_close(g, torch.eye(K).double()[2:3])
+
+
+def test_equal_anchors_know_nothing_and_give_no_nan():
+    module = balancing(anchors=1)
+    with torch.no_grad():
+        module.anchors.zero_()
+    e, logits = sample()
+    found = module(e, logits, 1.0)
+    uniform = torch.full((5, K), 1 / K).double()
+    torch.testing.assert_close(found.geometric, uniform)
+    torch.testing.assert_close(found.attention, uniform)
+    sure = confidence(logits.softmax(1))[:, None]
+    expected = sure * logits.softmax(1) + (1 - sure) * uniform
+    torch.testing.assert_close(found.probabilities, expected)
+    module.loss(e, logits, torch.tensor([0, 1, 2, 3, 0])).backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_a_prediction_does_not_depend_on_its_batch():
+    module = balancing()
+    e, logits = sample()
+    whole = module(e, logits)
+    for i in range(5):
+        alone = module(e[i : i + 1], logits[i : i + 1])
+        torch.testing.assert_close(alone.probabilities, whole.probabilities[i : i + 1])
+
+
+def test_anchors_start_apart_and_repel_only_below_the_margin():
+    module = balancing()
+    assert module.distances(torch.zeros(1, D).double()).std() > 0
+    assert module.anchor_loss() > 0  # of norm about 1, closer than sqrt(D)
+    with torch.no_grad():
+        module.anchors.copy_(torch.randn(K, 1, D) * 100)
+    assert module.anchor_loss() == 0
+
+
+def test_anchors_of_one_class_do_not_repel():
+    module = balancing(anchors=2)
+    with torch.no_grad():
+        module.anchors.copy_((100 * torch.eye(D).double()[:K, None]).expand(-1, 2, -1))
+    assert module.anchor_loss() == 0
+
+
+def test_the_pull_to_the_anchors_has_no_gradient_to_the_logits():
+    module = balancing()
+    e, logits = sample()
+    logits.requires_grad_()
+    module.center_loss(e, logits, torch.tensor([0, 1, 2, 3, 0])).backward()
+    assert logits.grad is None
+    assert module.anchors.grad.abs().sum() > 0
+
+
+def test_gradients_are_right():
+    module = balancing(anchors=2)
+    e, logits = sample(3)
+    target = torch.tensor([0, 3, 1])
+
+    def loss(e, anchors):
+        return torch.func.functional_call(
+            module, {"anchors": anchors}, (e, logits, 0.7)
+        ).probabilities.gather(1, target[:, None])
+
+    anchors = module.anchors.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(loss, (e.requires_grad_(), anchors))
+
+
+def test_training_lowers_the_loss_and_the_anchors_learn_the_classes():
+    torch.manual_seed(0)
+    centres = 3 * torch.randn(K, D)
+    y = torch.arange(80) % K
+    e = centres[y] + 0.5 * torch.randn(80, D)
+    module = ReliabilityBalancing(K, D, 2)
+    logits = torch.zeros(80, K)  # a classifier that knows nothing
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+    first = float(module.loss(e, logits, y))
+    for _ in range(150):
+        optimizer.zero_grad()
+        module.loss(e, logits, y).backward()
+        optimizer.step()
+    found = module(e, logits)
+    assert float(module.loss(e, logits, y)) < first / 2
+    assert (found.probabilities.argmax(1) == y).float().mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"anchors": 0}, "anchors: got 0"),
+        ({"delta": 0.0}, "delta: got 0.0"),
+        ({"temperature": -1.0}, "temperature: got -1.0"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ReliabilityBalancing(K, D, **options)
+
+
+def test_one_class_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        ReliabilityBalancing(1, D)

@@ -1,0 +1,135 @@
+"""Reliability balancing: anchors of every class correct a classifier where it is unsure (arXiv 2305.01486).
+
+    p0 = softmax(logits / T),   conf(p) = 1 + sum_c p_c log p_c / log K    1 one-hot, 0 uniform
+    g_c = sum_k softmax_{c,k}(-||e - a_ck|| / delta)              geometric label distribution
+    t_c = sum_k softmax_{c,k}(W_q e . W_k a_ck / sqrt(D))         attention to the anchors
+    corr = (conf(g) g + conf(t) t) / (conf(g) + conf(t))
+    p = (1 - tau) p0 + tau (conf(p0) p0 + (1 - conf(p0)) corr)    trust tau grows from 0 to 1
+
+What the released code gets wrong is mended: anchors start apart (N(0, 1/D)), not at zero; attention is
+within a sample, so that no prediction depends on the batch; anchors of different classes repel with
+a hinge instead of without bound; entropies survive p = 0. conf(p0) weights the pull to the anchors
+without a gradient of its own, or being unsure would lower the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+TINY = 1e-12
+
+
+class Balanced(NamedTuple):
+    """``probabilities`` (B, K) after the correction, ``reliability`` (B,) = conf(probabilities) in
+    [0, 1], and the two label distributions (B, K) that corrected them."""
+
+    probabilities: Tensor
+    reliability: Tensor
+    geometric: Tensor
+    attention: Tensor
+
+
+def confidence(p: Tensor) -> Tensor:
+    """1 - entropy / log K of probabilities (..., K): 1 for one-hot, 0 for uniform."""
+    entropy = -torch.special.xlogy(p, p).sum(-1)
+    return (1 - entropy / math.log(p.shape[-1])).clamp(0, 1)
+
+
+class ReliabilityBalancing(nn.Module):
+    """Anchors and the correction they give, for any classifier of embeddings e (B, D).
+
+    Args:
+        classes: K, at least 2.
+        width: D.
+        anchors: k of a class.
+        temperature: T of p0; ``delta``: of the distances.
+        margin: anchors of different classes repel below this distance, over sqrt(D).
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        width: int,
+        anchors: int = 8,
+        temperature: float = 1.0,
+        delta: float = 1.0,
+        margin: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if classes < 2:
+            raise ValueError(f"classes: got {classes}; reliability balancing needs at least 2")
+        if anchors < 1:
+            raise ValueError(f"anchors: got {anchors}; give at least one a class")
+        for name, value in (("temperature", temperature), ("delta", delta), ("margin", margin)):
+            if not value > 0:
+                raise ValueError(f"{name}: got {value}; give a positive number")
+        self.temperature, self.delta, self.margin = temperature, delta, margin
+        self.anchors = nn.Parameter(torch.randn(classes, anchors, width) * width**-0.5)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+
+    def distances(self, e: Tensor) -> Tensor:
+        """||e - a_ck|| of embeddings (..., D): (..., K, k)."""
+        flat = e.reshape(-1, e.shape[-1])
+        return torch.cdist(flat, self.anchors.flatten(0, 1)).view(
+            *e.shape[:-1], *self.anchors.shape[:2]
+        )
+
+    def geometric(self, e: Tensor) -> Tensor:
+        """g (..., K) of embeddings (..., D): how near each class's anchors are."""
+        return (
+            (-self.distances(e) / self.delta)
+            .flatten(-2)
+            .softmax(-1)
+            .unflatten(-1, self.anchors.shape[:2])
+            .sum(-1)
+        )
+
+    def attention(self, e: Tensor) -> Tensor:
+        """t (..., K) of embeddings (..., D)."""
+        scores = self.query(e) @ self.key(self.anchors.flatten(0, 1)).t() / e.shape[-1] ** 0.5
+        return scores.softmax(-1).unflatten(-1, self.anchors.shape[:2]).sum(-1)
+
+    def forward(self, e: Tensor, logits: Tensor, trust: Tensor | float = 1.0) -> Balanced:
+        """Correct ``logits`` (B, K) of embeddings e (B, D); ``trust``: tau in [0, 1]."""
+        p0 = (logits / self.temperature).softmax(-1)
+        g, t = self.geometric(e), self.attention(e)
+        weights = torch.stack([confidence(g), confidence(t)])
+        total = weights.sum(0)
+        # Where neither knows anything their mean corrects.
+        shares = torch.where(total > TINY, weights / total.clamp_min(TINY), 0.5)
+        correction = shares[0, :, None] * g + shares[1, :, None] * t
+        sure = confidence(p0)[:, None]
+        p = (1 - trust) * p0 + trust * (sure * p0 + (1 - sure) * correction)
+        return Balanced(p, confidence(p), g, t)
+
+    def anchor_loss(self) -> Tensor:
+        """mean max(0, margin - ||a - a'|| / sqrt(D))^2 over pairs of anchors of different classes."""
+        classes, count, width = self.anchors.shape
+        flat = self.anchors.flatten(0, 1)
+        owner = torch.arange(classes, device=flat.device).repeat_interleave(count)
+        first, second = torch.triu_indices(len(flat), len(flat), 1, device=flat.device)
+        apart = owner[first] != owner[second]
+        gaps = (flat[first[apart]] - flat[second[apart]]).square().sum(-1).clamp_min(TINY).sqrt()
+        return (self.margin - gaps / width**0.5).clamp_min(0).square().mean()
+
+    def center_loss(self, e: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+        """mean conf(p0) min_k ||e - a_yk|| / sqrt(D), for labels y (B,)."""
+        sure = confidence((logits.detach() / self.temperature).softmax(-1))
+        own = self.distances(e)[torch.arange(len(e), device=e.device), target]
+        return (sure * own.amin(-1)).mean() / e.shape[-1] ** 0.5
+
+    def loss(self, e: Tensor, logits: Tensor, target: Tensor, trust: float = 1.0) -> Tensor:
+        """-log p_y, plus ``trust`` times the two anchor losses, a scalar.
+
+        Args:
+            trust: tau, the share of training that is done.
+        """
+        p = self(e, logits, trust).probabilities
+        fit = -p.gather(1, target[:, None]).clamp_min(TINY).log().mean()
+        anchored = self.anchor_loss() + self.center_loss(e, logits, target)
+        return fit + trust * anchored
