@@ -411,15 +411,15 @@ def test_writer_cuts_what_it_can_and_counts_the_rest(tmp_path):
 def test_an_interrupted_run_goes_on_and_ends_as_a_whole_one(tmp_path, monkeypatch):
     macros, boxes = lettered_folder(tmp_path)
     cut_parts(macros, boxes, tmp_path / "whole", progress=False)
-    calls = []
+    calls, source = [], open_evidence(boxes)
 
-    def stop(name, image, source=open_evidence(boxes)):
+    def stop(name, image):
         calls.append(name)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return source(name, image)
 
-    stop.description = open_evidence(boxes).description
+    stop.description = source.description
     with pytest.raises(KeyboardInterrupt):
         cut_parts(macros, stop, tmp_path / "out", progress=False)
     assert len(json.loads((tmp_path / "out" / "parts.json").read_text())["parts"]) == 1
