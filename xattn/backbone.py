@@ -137,6 +137,7 @@ class Backbone(nn.Module):
             logits, maps = self.model.forward_taps(image)  # type: ignore[operator]
             if taps is not None:
                 raise ValueError(f"taps={taps!r}: an adapter module fixes its own taps; pass None")
+            self._depth = len(maps)
             names = getattr(self.model, "tap_names", None)
             self.taps: tuple[str, ...] = tuple(names or (f"adapter.{i}" for i in range(len(maps))))
             self.is_vit = False
@@ -338,9 +339,14 @@ class Backbone(nn.Module):
             final = final.permute(0, 2, 3, 1)
         return self._as_classes(self.model.forward_head(final))  # type: ignore[operator]
 
+    @property
+    def has_pooled_tap(self) -> bool:
+        """Whether the last tap is the map (B, C, h, w) that the classifier pools."""
+        return self.taps[-1] == "head" and not self.is_vit and not self.adapter
+
     def require_pooled_tap(self) -> None:
         """Raise a ``ValueError`` unless the last tap is the map that the classifier pools."""
-        if self.taps[-1] != "head" or self.is_vit or self.adapter:
+        if not self.has_pooled_tap:
             raise ValueError(
                 f"mask_policy='feature' needs taps that end in the pooled map 'head'; got {self.taps}"
             )
@@ -416,6 +422,19 @@ class Backbone(nn.Module):
         if self._fingerprint is None:
             self._fingerprint = sha256(self.model)
         return self._fingerprint
+
+    @property
+    def depth(self) -> int:
+        """How many intermediates there are to tap: blocks of a ViT, stages of a CNN."""
+        return self._depth
+
+    def with_taps(self, taps: str | Sequence[str]) -> Backbone:
+        """A backbone with other taps over the same model."""
+        other = Backbone(
+            self.model, self.name, self.preprocessing, taps, self.class_names, self.task
+        )
+        other._fingerprint = self._fingerprint
+        return other
 
     def class_index(self, name: str | int) -> int:
         """The index of a class given by index, name or unique part of a name."""

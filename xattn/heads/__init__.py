@@ -6,6 +6,7 @@ from xattn.heads.attentive import AttentiveHead, ClassMaps, Tokens, overlap
 from xattn.heads.base import (
     Head,
     create_head,
+    head_class,
     list_heads,
     load_head,
     parse_options,
@@ -58,6 +59,7 @@ __all__ = [
     "Tokens",
     "VJepa",
     "create_head",
+    "head_class",
     "list_heads",
     "load_head",
     "overlap",

@@ -147,17 +147,23 @@ def list_heads() -> list[str]:
     return sorted(_REGISTRY)
 
 
+def head_class(name: str) -> type[Head]:
+    """The registered class; a ``ValueError`` with near matches for an unknown name."""
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(name, _REGISTRY, 3, 0.4) or list_heads()
+        raise ValueError(f"head: unknown head {name!r}; did you mean {', '.join(near)}?")
+    return _REGISTRY[name]
+
+
 def create_head(name: str, backbone: Backbone, **options: Any) -> Head:
     """Create an untrained head for ``backbone``.
 
     Raises:
         ValueError: unknown name (with near matches) or an option that the head does not take.
     """
-    if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, _REGISTRY, 3, 0.4) or list_heads()
-        raise ValueError(f"head: unknown head {name!r}; did you mean {', '.join(near)}?")
+    cls = head_class(name)
     try:
-        return _REGISTRY[name](backbone, **options).to(backbone.device)
+        return cls(backbone, **options).to(backbone.device)
     except TypeError as error:
         reason = "does not take that option" if "unexpected keyword" in str(error) else "refuses"
         raise ValueError(f"head: {name} {reason} ({error}); its options: {options}") from error
