@@ -47,8 +47,7 @@ class AblationCam(Explainer):
         super().__init__(backbone, head, seed, max_forward_batch)
         self.reader = LayerReader(backbone, layer, self.name)
         self.layer, self.layer_name = self.reader.layer, self.reader.name
-        pooled = backbone.taps[-1] == "head" and not backbone.is_vit and not backbone.adapter
-        self.classifier_only = pooled and self.layer is backbone.head_point
+        self.classifier_only = backbone.has_pooled_tap and self.layer is backbone.head_point
         if not self.classifier_only:
             with self._guard():
                 blank = self._move(probe_image(backbone))

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xattn.backbone import sha256
 from xattn.memory import ForwardBatches
 
 if TYPE_CHECKING:
@@ -203,6 +204,9 @@ def check_target(target: Tensor | int, batch: int, num_classes: int) -> Tensor:
 
 def _check_head(head: Head, backbone: Backbone) -> None:
     theirs = getattr(head, "backbone_fingerprint", None)
+    own_probe = getattr(backbone, "probe", None)  # reads the maps of the same pass
+    if own_probe is not None and sha256(head) == sha256(own_probe):
+        return
     if theirs is not None and theirs != backbone.fingerprint:
         raise ValueError(
             f"head: trained on {getattr(head, 'backbone_name', '?')} with weights sha256 "
