@@ -1,0 +1,401 @@
+"""Probing heads side by side: accuracy, calibration, parameters and operations of each in one table.
+
+    xattn probe --data PHOTOS --heads gap efficient_probe abmilp
+
+Features are cached once for each set of taps that the heads ask for. Every head is trained on the same
+photos, stopped early by the same validation photos, and reported on the test photos, which nothing
+else looks at. Of several folds or seeds the test answers are put together.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xattn.backbone import Backbone, load_backbone
+from xattn.config import ProbeConfig
+from xattn.eval.bootstrap import Interval, mean_intervals
+from xattn.eval.speed import median_ratio, operations, times, write_photos
+from xattn.files import atomic_file, write_json
+from xattn.heads import AttentiveHead, create_head, head_class, parse_options
+from xattn.training.features import Features, cache_features
+from xattn.training.labels import Labels, read_labels, split
+from xattn.training.perturbation import create_perturbation
+from xattn.training.probe import ProbeScores, answers, probe
+from xattn.training.run_folder import RUN_FILE
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeJob:
+    """What ``xattn probe`` does.
+
+    ``heads`` are names, with options in ``options`` as ``head.name=value``. ``folds`` of five tell
+    which photos are reported; ``seeds`` are those of the heads' weights and of the order of photos.
+    The split is a function of ``split_seed`` alone. ``taps`` replace those that each head asks for.
+    """
+
+    backbone: Backbone
+    data: Any
+    labels: str | Path | None
+    heads: Sequence[str]
+    options: Sequence[str] = ()
+    taps: Sequence[str] | None = None
+    config: ProbeConfig = field(default_factory=ProbeConfig)
+    folds: Sequence[int] = (0,)
+    seeds: Sequence[int] = (0,)
+    split_seed: int = 0
+    views: int = 1
+    dtype: Any = "float32"
+    batch_size: int = 16
+    workers: int = 0
+    features: Path = Path("runs/probe/features")
+
+
+@dataclass
+class ProbeRow:
+    """One head of the table. ``correct`` (photos, seeds) holds 1 where the answer was right, ``ece``
+    is that of all answers together, ``macs`` counts one photo's multiply-adds, tokens to logits."""
+
+    head: str
+    accuracy: Interval
+    ece: float
+    parameters: int
+    macs: int
+    seconds: float
+    best_epochs: list[int]
+    correct: np.ndarray
+
+
+def run_probes(
+    job: ProbeJob,
+    output: Path,
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> tuple[list[ProbeRow], Labels, list[tuple[str, str]]]:
+    """Cache, split, train and report; the rows, the labels, and photos that could not be read.
+
+    The heads lie in ``output/<head>/head``, with several folds or seeds in
+    ``output/<head>/fold-<k>-seed-<s>/head``. With ``resume`` finished heads are not trained again.
+    """
+    if not job.heads or not job.folds or not job.seeds:
+        raise ValueError("heads, folds, seeds: got none of one of them; give at least one of each")
+    if len(set(job.heads)) < len(job.heads):
+        raise ValueError(f"heads: got one twice in {', '.join(job.heads)}")
+    options = _options(job)
+    backbones, caches = _features(job, progress)
+    features = next(iter(caches.values()))
+    labels = read_labels(features.names, job.labels)
+    parts = [split(labels, job.split_seed, fold) for fold in job.folds]
+    say(
+        f"{len(labels.used)} photos of {len(labels.names)} classes: "
+        f"{', '.join(f'{n} {int((labels.index == i).sum())}' for i, n in enumerate(labels.names))}; "
+        f"{len(features) - len(labels.used)} without a label, {len(features.skipped)} not readable"
+    )
+    rows = []
+    for name in job.heads:
+        backbone = backbones[name]
+        cache = caches[backbone.taps]
+        collected: list[ProbeScores] = []
+        seconds: list[float] = []
+        best: list[int] = []
+        for fold, part in zip(job.folds, parts, strict=True):
+            for seed in job.seeds:
+                config = replace(job.config, seed=seed)
+                head = _head(name, backbone, options[name], labels.names, seed)
+                folder = output / name
+                if len(job.folds) * len(job.seeds) > 1:
+                    folder = folder / f"fold-{fold}-seed-{seed}"
+                result = probe(
+                    head,
+                    cache,
+                    labels.index,
+                    config,
+                    train=part.train,
+                    validation=part.validation,
+                    output=folder,
+                    resume=resume and (folder / RUN_FILE).is_file(),
+                    progress=progress,
+                )
+                logits = answers(result.head, cache, part.test)
+                collected.append(ProbeScores(logits, labels.index[part.test]))
+                seconds += result.seconds
+                best.append(result.best_epoch)
+        rows.append(_row(name, head, cache, collected, len(job.seeds), seconds, best))
+    return rows, labels, features.skipped
+
+
+def _options(job: ProbeJob) -> dict[str, dict[str, Any]]:
+    options: dict[str, dict[str, Any]] = {name: {} for name in job.heads}
+    for pair in job.options:
+        name, found, rest = pair.partition(".")
+        if not found or name not in options:
+            raise ValueError(
+                f"options: got {pair!r}; write head.name=value with a head of {', '.join(options)}"
+            )
+        options[name].update(parse_options([rest]))
+    return options
+
+
+def _features(
+    job: ProbeJob, progress: bool
+) -> tuple[dict[str, Backbone], dict[tuple[str, ...], Features]]:
+    """The backbone of every head, one a set of taps over the same weights, and a cache for each set."""
+    backbones: dict[str, Backbone] = {}
+    by_taps: dict[tuple[str, ...], Backbone] = {}
+    for name in job.heads:
+        kind = head_class(name)
+        if not issubclass(kind, AttentiveHead):
+            raise ValueError(f"heads: {name!r} is no classifier; give attentive heads")
+        own = job.backbone
+        taps = own.taps if own.adapter else tuple(job.taps or kind.default_taps(own.depth))
+        if taps not in by_taps:
+            by_taps[taps] = own if taps == own.taps else own.with_taps(taps)
+        backbones[name] = by_taps[taps]
+    caches = {}
+    for backbone in dict.fromkeys(backbones.values()):
+        folder = job.features / "+".join(backbone.taps)
+        caches[backbone.taps] = cache_features(
+            backbone,
+            job.data,
+            folder,
+            batch_size=job.batch_size,
+            workers=job.workers,
+            dtype=job.dtype,
+            views=job.views,
+            seed=job.split_seed,
+            progress=progress,
+        )
+    return backbones, caches
+
+
+def _head(
+    name: str, backbone: Backbone, options: dict[str, Any], classes: Sequence[str], seed: int
+) -> AttentiveHead:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = create_head(name, backbone, class_names=list(classes), **options)
+    assert isinstance(head, AttentiveHead)
+    return head
+
+
+def _row(
+    name: str,
+    head: AttentiveHead,
+    features: Features,
+    collected: list[ProbeScores],
+    seeds: int,
+    seconds: list[float],
+    best: list[int],
+) -> ProbeRow:
+    # Photos are resampled, not answers: seeds answer the same photos.
+    folds = [collected[i : i + seeds] for i in range(0, len(collected), seeds)]
+    correct = np.concatenate(
+        [np.stack([s.correct.numpy() for s in fold], 1).astype(np.float64) for fold in folds]
+    )
+    together = ProbeScores(
+        torch.cat([s.logits for s in collected]), torch.cat([s.labels for s in collected])
+    )
+    return ProbeRow(
+        head=name,
+        accuracy=mean_intervals(correct.mean(1, keepdims=True))[0],
+        ece=together.ece,
+        parameters=sum(p.numel() for p in head.parameters()),
+        macs=macs(head, features),
+        seconds=statistics.median(seconds) if seconds else math.nan,
+        best_epochs=best,
+        correct=correct,
+    )
+
+
+def macs(head: AttentiveHead, features: Features) -> int:
+    """Multiply-adds of the matrix products from one photo's tokens to its logits."""
+    tokens = head.tokens(features.taps([0]))
+    device = head.classifier.weight.device
+    tokens = tokens._replace(
+        patches=tuple(p.to(device) for p in tokens.patches), prefix=tokens.prefix.to(device)
+    )
+
+    @torch.no_grad()
+    def job() -> Tensor:
+        return head.logits(tokens)
+
+    return operations(job) // 2
+
+
+# ---------------------------------------------------------------------- the table
+
+COLUMNS = ("head", "accuracy %", "ECE %", "parameters", "MACs", "s an epoch")
+
+
+def format_rows(rows: Sequence[ProbeRow]) -> str:
+    """Markdown: accuracy with its 95 % bootstrap interval over photos, ECE, parameters, MACs, seconds."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "| :-- | --: | --: | --: | --: | --: |"]
+    for row in rows:
+        a = row.accuracy
+        cells = (
+            row.head,
+            f"{100 * a.mean:.1f} [{100 * a.lo:.1f}, {100 * a.hi:.1f}]",
+            f"{100 * row.ece:.1f}",
+            f"{row.parameters:,}",
+            f"{row.macs:,}",
+            f"{row.seconds:.3f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_results(
+    rows: Sequence[ProbeRow], labels: Labels, job: ProbeJob, folder: Path
+) -> tuple[Path, Path]:
+    """``results.json`` and ``results.csv`` in ``folder``."""
+    records = [
+        {
+            "head": row.head,
+            "accuracy": row.accuracy.mean,
+            "accuracy_lo": row.accuracy.lo,
+            "accuracy_hi": row.accuracy.hi,
+            "photos": row.accuracy.n,
+            "ece": row.ece,
+            "parameters": row.parameters,
+            "macs": row.macs,
+            "seconds_an_epoch": None if math.isnan(row.seconds) else row.seconds,
+        }
+        for row in rows
+    ]
+    write_json(
+        folder / "results.json",
+        {
+            "backbone": {"name": job.backbone.name, "sha256": job.backbone.fingerprint},
+            "classes": labels.names,
+            "photos": len(labels.used),
+            "folds": list(job.folds),
+            "seeds": list(job.seeds),
+            "split_seed": job.split_seed,
+            "config": asdict(job.config),
+            "heads": [
+                {**record, "best_epochs": row.best_epochs}
+                for record, row in zip(records, rows, strict=True)
+            ],
+        },
+    )
+    with (
+        atomic_file(folder / "results.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as stream,
+    ):
+        writer = csv.DictWriter(stream, records[0])
+        writer.writeheader()
+        writer.writerows(records)
+    return folder / "results.json", folder / "results.csv"
+
+
+# ---------------------------------------------------------------------- speed
+
+
+def bench(backbones: Sequence[str], rounds: int, data: Path | None = None) -> Iterator[str]:
+    """Lines: epochs from cached features beside running the backbone, and attention training steps."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    yield f"{device}, {torch.get_num_threads()} threads; weights are random"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = data or write_photos(Path(temporary))
+        for name in backbones:
+            backbone = load_backbone(name, weights=None, taps=("head",), device=device)
+            features = cache_features(backbone, folder, Path(temporary) / name, progress=False)
+            yield f"\n{name}: {len(features)} photos, grid {features.grid[0]} x {features.grid[1]}\n"
+            yield "| head | epoch through the backbone / from features | wanted |"
+            yield "| :-- | --: | --: |"
+            for head in ("gap", "efficient_probe", "abmilp"):
+                ratio = epoch_ratio(
+                    _head(head, backbone, {}, ["a", "b"], 0), backbone, features, rounds
+                )
+                yield f"| {head} | {ratio:.1f}x | at least 20x |"
+            yield "\n| head | training | step / plain step | wanted |"
+            yield "| :-- | :-- | --: | --: |"
+            for head in ("efficient_probe", "abmilp"):
+                ratios = step_ratios(_head(head, backbone, {}, ["a", "b"], 0), features, rounds)
+                for training, ratio in ratios.items():
+                    wanted = {"at": "at most 3.2x", "vat": "at most 4.5x"}.get(training, "")
+                    yield f"| {head} | {training} | {ratio:.2f}x | {wanted} |"
+
+
+def epoch_ratio(
+    head: AttentiveHead, backbone: Backbone, features: Features, rounds: int, batch: int = 16
+) -> float:
+    """Time of an epoch of training ``head`` through ``backbone``, over that from ``features``; photos
+    are decoded for the former beforehand, so that the ratio is of the passes alone."""
+    index = list(range(len(features)))
+    parts = [index[i : i + batch] for i in range(0, len(index), batch)]
+    size = backbone.preprocessing.input_size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(batch, 3, *size, generator=generator).to(backbone.device)
+    step = _stepper(head, "none")
+
+    def cached() -> None:
+        for part in parts:
+            step(head.tokens(features.taps(part)))
+
+    def through() -> None:
+        for part in parts:
+            with torch.no_grad():
+                taps = backbone(images[: len(part)])
+            step(head.tokens(taps))
+
+    took = times({"through": through, "cached": cached}, rounds)
+    return median_ratio(took["through"], took["cached"])
+
+
+def step_ratios(
+    head: AttentiveHead, features: Features, rounds: int, batch: int = 32
+) -> dict[str, float]:
+    """Time of a step with each kind of attention training, over a plain one."""
+    tokens = head.tokens(features.taps([i % len(features) for i in range(batch)]))
+    kinds = ("none", "random", "at", "iat", "vat", "ivat")
+
+    def repeated(kind: str) -> Callable[[], None]:
+        step = _stepper(head, kind)
+
+        def run() -> None:
+            for _ in range(5):
+                step(tokens)
+
+        return run
+
+    took = times({kind: repeated(kind) for kind in kinds}, rounds, warmup=2)
+    return {kind: median_ratio(took[kind], took["none"]) for kind in kinds[1:]}
+
+
+def _stepper(head: AttentiveHead, kind: str) -> Callable[[Any], None]:
+    """A training step as :func:`~xattn.training.probe.probe` takes it, labels 0 and 1 in turn."""
+    device = head.classifier.weight.device
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-4)
+    perturbation = create_perturbation(kind, **({} if kind == "none" else {"epsilon": 1.0}))
+    head.train()
+
+    def step(tokens: Any) -> None:
+        tokens = tokens._replace(
+            patches=tuple(p.to(device) for p in tokens.patches), prefix=tokens.prefix.to(device)
+        )
+        attended = head.attend(tokens)
+        target = torch.arange(len(attended.scores), device=device) % 2
+        loss = perturbation.loss(
+            attended.scores,
+            lambda scores: head.classify(attended._replace(scores=scores)),
+            target,
+            module=head,
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step

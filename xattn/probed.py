@@ -1,0 +1,86 @@
+"""A frozen network with a trained head as its classifier: the new classes for every explainer and metric.
+
+    logits = head(tokens of the backbone),   fingerprint = SHA-256 of both weights
+
+A :class:`Probed` is a :class:`~xattn.backbone.Backbone`, so whatever reads one explains and measures
+the head's classes; the head itself explains them through its exact class maps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from torch import Tensor
+
+from xattn.backbone import Backbone, Taps, sha256
+from xattn.heads.attentive import AttentiveHead
+
+
+class Probed(Backbone):
+    """``probed(images) -> Taps``, its logits those of ``probe``, the trained head.
+
+    ``encoder_fingerprint`` is the hash of the weights that the head was trained on.
+    """
+
+    probe: AttentiveHead
+
+    def __init__(self, backbone: Backbone, head: AttentiveHead) -> None:
+        taps = None if backbone.adapter else backbone.taps
+        super().__init__(backbone.model, backbone.name, backbone.preprocessing, taps)
+        self.name = f"{backbone.name} + {head.name}"
+        self.encoder_fingerprint = backbone.fingerprint
+        self.probe = head.to(backbone.device).eval().requires_grad_(False)
+        self.task = "multiclass"
+        self.num_classes = head.num_classes
+        names = head.class_names or [f"class {i}" for i in range(head.num_classes)]
+        self.class_names = list(names)
+        self.pools_linearly = False
+        self._fingerprint = self._hash(backbone.fingerprint)
+
+    def forward_normalized(self, x: Tensor) -> Taps:
+        taps = super().forward_normalized(x)
+        return taps._replace(logits=self.probe.logits(self.probe.tokens(taps)))
+
+    def logits_normalized(self, x: Tensor) -> Tensor:
+        return self.forward_normalized(x).logits
+
+    @property
+    def has_pooled_tap(self) -> bool:
+        """Whether the head reads nothing but the map that the network itself would pool."""
+        return super().has_pooled_tap and self.probe.num_taps == 1
+
+    def head_logits(self, final: Tensor) -> Tensor:
+        self.require_pooled_tap()
+        empty = final.new_empty(len(final), 0)
+        return self.probe.logits(self.probe.tokens(Taps(empty, (final,))))
+
+    def _linear_classifier(self) -> tuple[Tensor | None, Tensor | None]:
+        return None, None
+
+    @property
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            self._fingerprint = self._hash(sha256(self.model))
+        return self._fingerprint
+
+    def _hash(self, encoder: str) -> str:
+        both = f"{encoder}/{self.probe.name}/{sha256(self.probe)}"
+        return hashlib.sha256(both.encode()).hexdigest()
+
+
+def probed(backbone: Backbone, head: AttentiveHead) -> Probed:
+    """``backbone`` with ``head`` as its classifier; both are shared, not copied, and frozen.
+
+    Raises:
+        ValueError: ``head`` is no classifier, or belongs to another backbone or other taps.
+    """
+    if not isinstance(head, AttentiveHead):
+        raise ValueError(f"head: {head.name!r} is no classifier; give a head of 'xattn probe'")
+    theirs = head.backbone_fingerprint, head.backbone_taps
+    own = backbone.fingerprint, list(backbone.taps)
+    if theirs != own:
+        raise ValueError(
+            f"head: {head.name!r} reads weights sha256 {theirs[0]} and the taps {theirs[1]}, the "
+            f"backbone {backbone.name} has {own[0]} and {own[1]}; load the matching pair"
+        )
+    return Probed(backbone, head)
