@@ -1,4 +1,4 @@
-"""The command line: ``xattn train | explain | evaluate | compare | parts | ...``, all jobs.
+"""The command line: ``xattn train | probe | explain | evaluate | compare | parts | ...``, all jobs.
 
 Only tyro and dataclasses are imported here, so that ``xattn --help`` answers at once; torch and timm
 load when a job starts. Errors of the user's input are one line and exit code 2.
@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from xattn import __version__
-from xattn.config import TrainConfig
+from xattn.config import ProbeConfig, TrainConfig
 
 SHIPPED_DEFAULT = "ttame-efficientnet-lite0"
 
@@ -40,8 +40,25 @@ class BackboneArgs:
     """What a logit means: softmax, a sigmoid each, or a single one; by the number of outputs."""
     device: str = "auto"
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
+    probe: str | None = None
+    """Folder of a head of xattn probe, which takes the place of the classifier."""
 
     def load(self) -> Any:
+        """The backbone; with ``probe`` the one whose classifier is that head."""
+        if self.probe is None:
+            return self._load()
+        from xattn.heads import load_head, read_config
+        from xattn.probed import probed
+
+        taps = self.taps
+        if not taps and Path(self.probe).is_dir():
+            taps = tuple(read_config(Path(self.probe))["backbone"].get("taps", ()))
+        if self.backbone.startswith("torchvision/"):
+            taps = self.taps
+        backbone = replace(self, taps=taps)._load()
+        return probed(backbone, load_head(self.probe, backbone))  # type: ignore[arg-type]
+
+    def _load(self) -> Any:
         from xattn.backbone import load_backbone
 
         taps: Any = self.taps or None
@@ -112,6 +129,81 @@ class Train:
         print(f"head: {self.output / 'head'}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Train attentive heads as classifiers of your own classes on cached features, and compare them."""
+
+    data: str
+    """A folder of images, a .txt list with one path a line, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    train: tyro.conf.OmitArgPrefixes[ProbeConfig]
+    heads: tuple[str, ...] = ("gap", "efficient_probe", "abmilp")
+    """Attentive heads of xattn list."""
+    options: tuple[str, ...] = ()
+    """Options of heads as head.name=value, for example efficient_probe.queries=16."""
+    labels: Path | None = None
+    """A .json with {folder: {"group": name or null}} or {photo: label}, or a .csv with photo,label; the
+    photos' folders by default."""
+    folds: tuple[int, ...] = (0,)
+    """Which fifths of the photos to report on, one after the other; the next fifth stops training early."""
+    seeds: tuple[int, ...] = ()
+    """Train each head with each of these; by default with --seed alone."""
+    views: int = 1
+    """Cached crops a photo: the evaluation crop, then random crops and flips."""
+    half: bool = False
+    """Cache features in float16."""
+    cache_batch: int = 16
+    """Photos a pass while features are cached."""
+    workers: int = 0
+    """Data-loader processes while features are cached."""
+    features: Path | None = None
+    """Folder of the cached features; by default features in the output folder."""
+    output: Path = Path("runs/probe")
+    """Folder of the heads, of results.json and of results.csv."""
+    resume: bool = False
+    """Go on with the heads that are not finished."""
+
+    def run(self) -> None:
+        from xattn.distributed import processes
+        from xattn.eval.probing import ProbeJob, format_rows, run_probes, write_results
+        from xattn.files import check_folder
+
+        if self.model.probe is not None:
+            raise ValueError("probe: heads are trained on the network itself; leave out --probe")
+        check_folder(self.output)
+        backbone = self.model.load()
+        main = processes(backbone.device)[1] == 0
+        job = ProbeJob(
+            backbone=backbone,
+            data=self.data,
+            labels=self.labels,
+            heads=self.heads,
+            options=self.options,
+            taps=self.model.taps or None,
+            config=self.train,
+            folds=self.folds,
+            seeds=self.seeds or (self.train.seed,),
+            views=self.views,
+            dtype="float16" if self.half else "float32",
+            batch_size=self.cache_batch,
+            workers=self.workers,
+            features=self.features or self.output / "features",
+        )
+
+        def say(line: str) -> None:
+            if main:
+                print(line, file=sys.stderr, flush=True)
+
+        rows, labels, skipped = run_probes(job, self.output, self.resume, say=say)
+        if not main:
+            return
+        files = write_results(rows, labels, job, self.output)
+        for name, reason in skipped:
+            print(f"skipped {name}: {reason}", file=sys.stderr)
+        print(format_rows(rows))
+        print("results:", ", ".join(map(str, files)))
+
+
 @dataclass(frozen=True)
 class Explain:
     """Explain an image, a folder or a clip: overlays and a pack of the top or named classes' maps."""
@@ -151,10 +243,10 @@ class Explain:
             raise ValueError(
                 f"every, smoothing: {self.images} is no clip; leave out --every and --smoothing"
             )
-        backbone = self.model.load()
+        backbone, own = _with_classifier(self.model, self.head)
         head = None
-        if self.explainer in (None, "head") or self.head is not None:
-            head = _head(self.head, backbone)
+        if self.explainer in (None, "head") or own is not None:
+            head = _head(own, backbone)
         options: dict[str, Any] = {
             "classes": list(self.classes) or None,
             "top": self.top,
@@ -220,8 +312,7 @@ class Evaluate:
         check_folder(self.output)
         backbone = self.model.load()
         shared: dict[str, Any] = {"seed": self.seed, "max_forward_batch": self.max_forward_batch}
-        sources = self.heads or tuple(filter(None, [_default_head(backbone)]))
-        heads = [_head(source, backbone) for source in sources]
+        sources, heads = _heads(self.heads, backbone)
         first = heads[0] if heads else None
         sanity: dict[str, Any] = {}
         if self.sanity:
@@ -306,10 +397,8 @@ class Compare:
             import torch
 
             backbone.model.to(memory_format=torch.channels_last)  # passes take a third less on CPUs
-        sources = self.heads or tuple(filter(None, [_default_head(backbone)]))
         heads: dict[str, Any] = {}
-        for source in sources:
-            head = _head(source, backbone)
+        for source, head in zip(*_heads(self.heads, backbone), strict=True):
             taken = {*heads, *list_explainers()}  # baselines are explainers, too
             heads[_row_name(source, head.name, taken)] = head
         job = Comparison(
@@ -391,8 +480,8 @@ class Export:
     def run(self) -> None:
         from xattn.exporting import export
 
-        backbone = self.model.load()
-        path = export(backbone, _head(self.head, backbone), self.path, self.normalize)
+        backbone, own = _with_classifier(self.model, self.head)
+        path = export(backbone, _head(own, backbone), self.path, self.normalize)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -401,11 +490,14 @@ class Bench:
     """Measure what explaining and training cost beside the backbone alone, as ratios in one run."""
 
     job: Annotated[
-        Literal["explain", "train", "folder", "fidelity", "attention", "maps", "kernels", "all"],
+        Literal[
+            "explain", "train", "folder", "probe", "fidelity", "attention", "maps", "kernels", "all"
+        ],
         tyro.conf.Positional,
     ] = "all"
     """Explaining beside a forward pass, a training step beside its floor, images a second ("all" of
-    these), metrics beside the passes they need, mechanisms beside dense attention, attention maps beside
+    these), epochs from cached features beside running the backbone and attention training beside plain
+    steps, metrics beside the passes they need, mechanisms beside dense attention, attention maps beside
     stored ones, or Triton kernels."""
     backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
     """timm models, with random weights."""
@@ -414,7 +506,7 @@ class Bench:
     rounds: int = 15
     """Rounds whose median counts."""
     data: Path | None = None
-    """Photos for the job "folder"; by default JPEG photos of 500 x 375 are made."""
+    """Photos for the jobs "folder" and "probe"; by default JPEG photos of 500 x 375 are made."""
     aot: bool = False
     """For the job "kernels": compile for A100 and H100, which need not be here, and check that no
     register spills and that shared memory suffices."""
@@ -434,6 +526,10 @@ class Bench:
             if not self.aot:
                 raise ValueError("bench kernels: give --aot, which compiles and times nothing")
             lines = aot.bench(self.filter)
+        elif self.job == "probe":
+            from xattn.eval import probing
+
+            lines = probing.bench(self.backbones[:2], min(self.rounds, 7), self.data)
         elif self.job == "fidelity":
             from xattn.eval import fidelity
 
@@ -494,6 +590,7 @@ class List:
 
 Command = (
     Annotated[Train, tyro.conf.subcommand("train", description=Train.__doc__)]
+    | Annotated[Probe, tyro.conf.subcommand("probe", description=Probe.__doc__)]
     | Annotated[Explain, tyro.conf.subcommand("explain", description=Explain.__doc__)]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate", description=Evaluate.__doc__)]
     | Annotated[Compare, tyro.conf.subcommand("compare", description=Compare.__doc__)]
@@ -537,9 +634,21 @@ def _default_head(backbone: Any) -> str | None:
     return None
 
 
+def _with_classifier(model: BackboneArgs, head: str | None) -> tuple[Any, str | None]:
+    """The backbone, and the head to load: one of ``xattn probe`` becomes its classifier, instead."""
+    if head is not None and model.probe is None and Path(head).is_dir():
+        from xattn.heads import AttentiveHead, head_class, read_config
+
+        if issubclass(head_class(read_config(Path(head))["head"]), AttentiveHead):
+            return replace(model, probe=head).load(), None
+    return model.load(), head
+
+
 def _head(source: str | None, backbone: Any) -> Any:
     from xattn.heads import load_head
 
+    if source is None and hasattr(backbone, "probe"):
+        return backbone.probe
     source = source or _default_head(backbone)
     if source is None:
         raise ValueError(
@@ -547,6 +656,14 @@ def _head(source: str | None, backbone: Any) -> Any:
             f"'xattn train' and give its folder (xattn explain takes --explainer instead)"
         )
     return load_head(source, backbone).to(backbone.device)
+
+
+def _heads(sources: tuple[str, ...], backbone: Any) -> tuple[list[str], list[Any]]:
+    """Names and heads: those asked for, or else a probed backbone's own, or a shipped one that fits."""
+    if not sources and hasattr(backbone, "probe"):
+        return [backbone.probe.name], [backbone.probe]
+    names = list(sources) or list(filter(None, [_default_head(backbone)]))
+    return names, [_head(name, backbone) for name in names]
 
 
 @contextmanager
@@ -596,7 +713,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"xattn: error: {' '.join(str(text).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; --resume goes on" if isinstance(command, Train) else ""
+        hint = "; --resume goes on" if isinstance(command, Train | Probe) else ""
         if isinstance(command, Compare | Parts):
             hint = "; the same command goes on"
         print(f"xattn: interrupted{hint}", file=sys.stderr)
