@@ -491,14 +491,23 @@ class Bench:
 
     job: Annotated[
         Literal[
-            "explain", "train", "folder", "probe", "fidelity", "attention", "maps", "kernels", "all"
+            "explain",
+            "train",
+            "folder",
+            "heads",
+            "probe",
+            "fidelity",
+            "attention",
+            "maps",
+            "kernels",
+            "all",
         ],
         tyro.conf.Positional,
     ] = "all"
     """Explaining beside a forward pass, a training step beside its floor, images a second ("all" of
-    these), epochs from cached features beside running the backbone and attention training beside plain
-    steps, metrics beside the passes they need, mechanisms beside dense attention, attention maps beside
-    stored ones, or Triton kernels."""
+    these), attentive heads beside multi-head cross-attention, epochs from cached features beside running
+    the backbone and attention training beside plain steps, metrics beside the passes they need,
+    mechanisms beside dense attention, attention maps beside stored ones, or Triton kernels."""
     backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
     """timm models, with random weights."""
     batches: tuple[int, ...] = (1, 8)
@@ -526,6 +535,10 @@ class Bench:
             if not self.aot:
                 raise ValueError("bench kernels: give --aot, which compiles and times nothing")
             lines = aot.bench(self.filter)
+        elif self.job == "heads":
+            from xattn.eval import heads_bench
+
+            lines = heads_bench.bench(rounds=self.rounds)
         elif self.job == "probe":
             from xattn.eval import probing
 
