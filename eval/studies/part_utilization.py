@@ -27,18 +27,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
+from xattn.config import ProbeConfig
+from xattn.eval.studies.part_report import Values, figure, line, report, summary
 from xattn.files import atomic_file, write_json
+from xattn.sources import open_photos
 
 FORMS = ("plain", "text", "macro", "crop")
 MACRO = FORMS.index("macro")
 CLASSES = ("no macro", "macro")
-TESTS = {  # of the regular class: (share of web photos, share of them with text)
-    "web": (1.0, 0.0),
-    "web, half with text": (1.0, 0.5),
-    "web with text": (1.0, 1.0),
-    "crops": (0.0, 0.0),
-}
 
 
 @dataclass(frozen=True)
@@ -149,7 +145,7 @@ def measure(
     rows: NDArray[np.int64],
     masks: torch.Tensor,
     test: NDArray[np.int64],
-) -> dict[str, NDArray[Any]]:
+) -> Values:
     """Values of the test photos: ``correct`` (n, 4) by form, NaN where there is no crop, energies and
     area in [0, 1] of their macros, and the attention (n, h, w)."""
     from xattn.eval.functional import upsample
@@ -162,7 +158,7 @@ def measure(
         for form in range(len(FORMS)):
             there = np.flatnonzero(rows[form, test] >= 0)
             for part in np.array_split(there, max(1, math.ceil(len(there) / 32))):
-                tokens = features.batch(rows[form, test[part]])
+                tokens = head.tokens(features.taps(rows[form, test[part]]))
                 guess = head.logits(tokens).argmax(1).numpy()
                 correct[part, form] = guess == (form == MACRO)
                 if form == MACRO:
@@ -185,25 +181,21 @@ def measure(
     }
 
 
-def train(
-    head: Any, features: Any, rows: NDArray[np.int64], chosen: list[tuple[int, int]], seed: int
-) -> None:
-    index = torch.tensor([rows[form, photo] for form, photo in chosen])
-    labels = torch.tensor([int(form == MACRO) for form, _ in chosen])
-    generator = torch.Generator().manual_seed(seed)
-    epochs, batch = 20, 64
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=1e-3)
-    steps = epochs * math.ceil(len(index) / batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-    head.train()
-    for _ in range(epochs):
-        for part in torch.randperm(len(index), generator=generator).split(batch):
-            logits = head.logits(features.batch(index[part]))
-            loss = torch.nn.functional.cross_entropy(logits, labels[part])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+def recipe(seed: int) -> ProbeConfig:
+    """AdamW, learning rate, decay, batch and epochs are MemeTector's, its 532 batches of warm-up are 2
+    epochs here; the weights with the best validation accuracy are kept."""
+    return ProbeConfig(
+        recipe="small",
+        epochs=20,
+        warmup=2,
+        batch_size=64,
+        optimizer="adamw",
+        lr=1e-3,
+        weight_decay=1e-3,
+        patience=0,
+        monitor="accuracy",
+        seed=seed,
+    )
 
 
 # ---------------------------------------------------------------------- the study
@@ -219,20 +211,23 @@ def run(data: str | Path, output: str | Path, study: Study) -> Iterator[str]:
         ValueError: a photo cannot be read, too few photos, or ``output`` is of another study.
     """
     from xattn.backbone import load_backbone
-    from xattn.heads import create_head
+    from xattn.heads import AttentiveHead, create_head, head_class
     from xattn.images import list_images
     from xattn.training.features import cache_features
+    from xattn.training.probe import probe
 
-    output = Path(output)
-    photos = list_images(data)[: study.limit]
-    if len(photos) < 4 * study.folds:
-        raise ValueError(f"data: got {len(photos)} photos; give at least {4 * study.folds}")
+    output, photos = Path(output), list_images(data)[: study.limit]
+    if len(photos) < 20 * study.folds:
+        raise ValueError(f"data: got {len(photos)} photos; give at least {20 * study.folds}")
+    _claim(output, photos, study)
     kind = "worn" if study.worn else "same"
     forms = make_forms(photos, output / kind, study.worn, study.seed)
     yield f"{len(photos)} photos, {sum(f is not None for f in forms.files[-1])} of whose macros have a crop"
-    backbone = load_backbone(
-        study.backbone, study.weights, study.taps or _taps(study), input_size=study.input_size
-    )
+    backbone = load_backbone(study.backbone, study.weights, input_size=study.input_size)
+    kind_of_head = head_class(study.head)
+    if not issubclass(kind_of_head, AttentiveHead):
+        raise ValueError(f"head: {study.head!r} is no classifier; give an attentive head")
+    backbone = backbone.with_taps(study.taps or kind_of_head.default_taps(backbone.depth))
     # Text stands at the edges: the model sees the whole image, squeezed.
     backbone.preprocessing = replace(backbone.preprocessing, crop_pct=1.0, crop_mode="squash")
     files = [f for column in forms.files for f in column if f is not None]
@@ -240,41 +235,66 @@ def run(data: str | Path, output: str | Path, study: Study) -> Iterator[str]:
     features = cache_features(backbone, files, folder, dtype="float16", progress=False)
     if features.skipped:
         raise ValueError(f"data: {features.skipped[0][0]}: {features.skipped[0][1]}")
-    rows = np.full((len(FORMS), len(photos)), -1)
     there = np.array([[f is not None for f in column] for column in forms.files])
+    rows = np.full(there.shape, -1)
     rows[there] = np.arange(len(files))
+    labels = torch.tensor([int(form == MACRO) for form in np.nonzero(there)[0]])
     masks = _masks(forms, backbone.preprocessing)
-    results: dict[str, dict[str, NDArray[Any]]] = {}
+    results: dict[str, Values] = {}
     for scenario in study.scenarios:
-        parts = []
+        stored = []
         for fold in range(study.folds):
             name = f"{study.backbone}-{study.head}-{kind}-{scenario.label}-{fold}.npz"
             path = output / "heads" / name
             if not path.is_file():
-                rng = np.random.default_rng([study.seed, fold])
                 test, rest = _split(len(photos), study.folds, fold, study.seed)
-                chosen = training_set(rng.permutation(rest), scenario, there[-1])
-                torch.manual_seed(study.seed * study.folds + fold)
-                head = create_head(study.head, backbone, classes=len(CLASSES))
-                train(head, features, rows, chosen, study.seed * study.folds + fold)
+                seed = study.seed * study.folds + fold
+                held = len(rest) // 10
+                parts = np.split(np.random.default_rng(seed).permutation(rest), [held])
+                held_out, trained_on = (
+                    [int(rows[form, i]) for form, i in training_set(p, scenario, there[-1])]
+                    for p in parts
+                )
+                torch.manual_seed(seed)
+                head = create_head(study.head, backbone, class_names=CLASSES)
+                assert isinstance(head, AttentiveHead)
+                probe(
+                    head, features, labels, recipe(seed), train=trained_on, validation=held_out,
+                    progress=False,
+                )  # fmt: skip
                 values = measure(head, features, rows, masks, test)
                 with atomic_file(path) as temporary:
                     np.savez(temporary, **values)
-                yield _line(scenario, fold, values)
-            with np.load(path) as stored:
-                parts.append(dict(stored))
+                yield line(scenario, fold, values)
+            with np.load(path) as file:
+                stored.append(dict(file))
         results[scenario.label] = {
-            key: np.concatenate([part[key] for part in parts]) for key in parts[0]
-        } | {"fold": np.repeat(np.arange(study.folds), [len(p["photos"]) for p in parts])}
+            key: np.concatenate([part[key] for part in stored]) for key in stored[0]
+        } | {"fold": np.repeat(np.arange(study.folds), [len(p["photos"]) for p in stored])}
     name = f"{study.backbone}-{study.head}-{kind}"
     write_json(output / f"{name}.json", summary(study, results))
+    macros = [f for f in forms.files[MACRO] if f is not None]
+    figure(output / f"{name}.jpg", study, results, macros)
     yield from report(study, results)
+    yield f"{output / name}.json, {output / name}.jpg"
 
 
-def _taps(study: Study) -> tuple[str, ...]:
-    if study.backbone.startswith("vit_"):
-        return ("block.0", "block.3", "block.6", "block.9")
-    return ("stage.1", "stage.2", "stage.3")
+def _claim(output: Path, photos: Sequence[Path], study: Study) -> None:
+    """``output`` is new, or of the same photos, folds and recipe."""
+    own = {
+        "photos": open_photos(photos).describe(),
+        "folds": study.folds,
+        "seed": study.seed,
+        "recipe": asdict(recipe(study.seed)),
+    }
+    path = output / "study.json"
+    if path.is_file():
+        if json.loads(path.read_text(encoding="utf-8")) != own:
+            raise ValueError(f"output: {output} is of other photos or settings; choose another")
+    elif output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"output: {output} is not empty and holds no study; choose a new folder")
+    else:
+        write_json(path, own)
 
 
 def _split(
@@ -300,90 +320,3 @@ def _masks(forms: Forms, preprocessing: Any) -> torch.Tensor:
         assert mask is not None  # the whole image is seen
         masks.append(mask)
     return torch.stack(masks)
-
-
-def accuracy(correct: NDArray[np.float64], test: str) -> NDArray[np.float64]:
-    """(n,): of each test photo, the expected accuracy on it as a macro and as a regular image."""
-    near, with_text = TESTS[test]
-    plain, text, macro, crop = correct.T
-    web = (1 - with_text) * plain + with_text * text
-    regular = web if near == 1 else near * web + (1 - near) * crop
-    return (macro + regular) / 2
-
-
-def columns(values: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float64]]:
-    """Per photo, in percent, what the tables show."""
-    shown = {test: accuracy(values["correct"], test) for test in TESTS}
-    shown |= {"energy": values["energy"], "class energy": values["class_energy"]}
-    return {name: 100 * column for name, column in shown.items()}
-
-
-def summary(study: Study, results: dict[str, dict[str, NDArray[Any]]]) -> dict[str, Any]:
-    """Means, paired differences with minus without VPU, with intervals over photos, and by fold."""
-    table: dict[str, Any] = {}
-    differences: dict[str, Any] = {}
-    for scenario in study.scenarios:
-        shown = columns(results[scenario.label])
-        fold = results[scenario.label]["fold"]
-        table[scenario.label] = {
-            name: _interval(mean_interval(column)) | {"folds": _by_fold(column, fold)}
-            for name, column in shown.items()
-        }
-        if scenario.p_conc == 1:
-            continue
-        without = columns(results[replace(scenario, p_conc=1.0).label])
-        differences[scenario.label] = {
-            name: _interval(paired_difference(column, without[name]))
-            | {"folds": _by_fold(column - without[name], fold)}
-            for name, column in shown.items()
-        }
-    area = 100 * float(np.mean(results[study.scenarios[0].label]["area"]))
-    return {
-        "study": json.loads(json.dumps(asdict(study))),
-        "area": round(area, 3),
-        "table": table,
-        "differences": differences,
-    }
-
-
-def _by_fold(column: NDArray[np.float64], fold: NDArray[np.int64]) -> list[float]:
-    return [round(float(np.nanmean(column[fold == k])), 3) for k in np.unique(fold)]
-
-
-def _interval(value: Interval) -> dict[str, Any]:
-    return {
-        "mean": round(value.mean, 3),
-        "lo": round(value.lo, 3),
-        "hi": round(value.hi, 3),
-        "n": value.n,
-    }
-
-
-def _line(scenario: Scenario, fold: int, values: dict[str, NDArray[Any]]) -> str:
-    shown = "  ".join(f"{name} {np.nanmean(v):.1f}" for name, v in columns(values).items())
-    return f"p_conc {scenario.p_conc:.2f}  p_txt {scenario.p_txt:.2f}  fold {fold}: {shown}"
-
-
-def report(study: Study, results: dict[str, dict[str, NDArray[Any]]]) -> Iterator[str]:
-    """The tables in Markdown."""
-    found = summary(study, results)
-    names = list(columns(results[study.scenarios[0].label]))
-    head = "| p_txt | p_conc | " + " | ".join(names) + " |"
-    rule = "| --: | --: |" + " --: |" * len(names)
-    yield head
-    yield rule
-    for scenario in study.scenarios:
-        yield _row(scenario, [found["table"][scenario.label][n] for n in names], "")
-    yield ""
-    yield head
-    yield rule
-    for scenario in study.scenarios:
-        if scenario.p_conc < 1:
-            yield _row(scenario, [found["differences"][scenario.label][n] for n in names], "+")
-    yield ""
-    yield f"area of the text: {found['area']:.1f} % of the image"
-
-
-def _row(scenario: Scenario, cells: list[dict[str, Any]], sign: str) -> str:
-    shown = " | ".join(f"{c['mean']:{sign}.1f} [{c['lo']:.1f}, {c['hi']:.1f}]" for c in cells)
-    return f"| {scenario.p_txt:.2f} | {scenario.p_conc:.2f} | {shown} |"

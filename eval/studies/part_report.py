@@ -1,0 +1,146 @@
+"""What the study of Visual Part Utilization found: tables with intervals over photos, and a figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
+from xattn.files import atomic_file
+
+if TYPE_CHECKING:
+    from xattn.eval.studies.part_utilization import Scenario, Study
+
+TESTS = {  # of the regular class: (share of web photos, share of them with text)
+    "web": (1.0, 0.0),
+    "web, half with text": (1.0, 0.5),
+    "web with text": (1.0, 1.0),
+    "crops": (0.0, 0.0),
+}
+Values = dict[str, NDArray[Any]]  # of test photos, see part_utilization.measure
+
+
+def accuracy(correct: NDArray[np.float64], test: str) -> NDArray[np.float64]:
+    """(n,): of each test photo, the expected accuracy on it as a macro and as a regular image."""
+    near, with_text = TESTS[test]
+    plain, text, macro, crop = correct.T
+    web = (1 - with_text) * plain + with_text * text
+    regular = web if near == 1 else near * web + (1 - near) * crop
+    return (macro + regular) / 2
+
+
+def columns(values: Values) -> dict[str, NDArray[np.float64]]:
+    """Per photo, in percent, what the tables show."""
+    shown = {test: accuracy(values["correct"], test) for test in TESTS}
+    shown |= {"energy": values["energy"], "class energy": values["class_energy"]}
+    return {name: 100 * column for name, column in shown.items()}
+
+
+def summary(study: Study, results: dict[str, Values]) -> dict[str, Any]:
+    """Means, paired differences with minus without VPU, with intervals over photos, and by fold."""
+    table: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
+    for scenario in study.scenarios:
+        shown = columns(results[scenario.label])
+        fold = results[scenario.label]["fold"]
+        table[scenario.label] = {
+            name: _interval(mean_interval(column)) | {"folds": _by_fold(column, fold)}
+            for name, column in shown.items()
+        }
+        if scenario.p_conc == 1:
+            continue
+        without = columns(results[replace(scenario, p_conc=1.0).label])
+        differences[scenario.label] = {
+            name: _interval(paired_difference(column, without[name]))
+            | {"folds": _by_fold(column - without[name], fold)}
+            for name, column in shown.items()
+        }
+    area = 100 * float(np.mean(results[study.scenarios[0].label]["area"]))
+    return {
+        "study": json.loads(json.dumps(asdict(study))),
+        "area": round(area, 3),
+        "table": table,
+        "differences": differences,
+    }
+
+
+def _by_fold(column: NDArray[np.float64], fold: NDArray[np.int64]) -> list[float]:
+    return [round(float(np.nanmean(column[fold == k])), 3) for k in np.unique(fold)]
+
+
+def _interval(value: Interval) -> dict[str, Any]:
+    return {
+        "mean": round(value.mean, 3),
+        "lo": round(value.lo, 3),
+        "hi": round(value.hi, 3),
+        "n": value.n,
+    }
+
+
+def line(scenario: Scenario, fold: int, values: Values) -> str:
+    shown = "  ".join(f"{name} {np.nanmean(v):.1f}" for name, v in columns(values).items())
+    return f"p_conc {scenario.p_conc:.2f}  p_txt {scenario.p_txt:.2f}  fold {fold}: {shown}"
+
+
+def report(study: Study, results: dict[str, Values]) -> Iterator[str]:
+    """The tables in Markdown."""
+    found = summary(study, results)
+    names = list(columns(results[study.scenarios[0].label]))
+    head = "| p_txt | p_conc | " + " | ".join(names) + " |"
+    rule = "| --: | --: |" + " --: |" * len(names)
+    yield head
+    yield rule
+    for scenario in study.scenarios:
+        yield _row(scenario, [found["table"][scenario.label][n] for n in names], "")
+    yield ""
+    yield head
+    yield rule
+    for scenario in study.scenarios:
+        if scenario.p_conc < 1:
+            yield _row(scenario, [found["differences"][scenario.label][n] for n in names], "+")
+    yield ""
+    yield f"area of the text: {found['area']:.1f} % of the image"
+
+
+def _row(scenario: Scenario, cells: list[dict[str, Any]], sign: str) -> str:
+    shown = " | ".join(f"{c['mean']:{sign}.1f} [{c['lo']:.1f}, {c['hi']:.1f}]" for c in cells)
+    return f"| {scenario.p_txt:.2f} | {scenario.p_conc:.2f} | {shown} |"
+
+
+def figure(
+    path: str | Path, study: Study, results: dict[str, Values], macros: list[Path], count: int = 5
+) -> None:
+    """The first macros of the test photos, with the attention of heads trained without and with VPU.
+
+    Both are of p_txt = 0.5, or the middle one of the study; VPU with its smallest p_conc. A map is
+    shown from 0 to its maximum.
+    """
+    import torch
+
+    from xattn.eval.functional import upsample
+    from xattn.images import load_image
+    from xattn.visualize import overlay
+
+    text = sorted(study.p_txt)[len(study.p_txt) // 2]
+    pair = [replace(study.scenarios[0], p_conc=c, p_txt=text) for c in (1.0, min(study.p_conc))]
+    side, gap = 168, 6
+    sheet = Image.new("RGB", (count * (side + gap) - gap, 3 * (side + gap) - gap), "white")
+    for column in range(count):
+        chosen = results[pair[0].label]["photos"][column]
+        macro = load_image(macros[chosen]).resize((side, side), Image.Resampling.BICUBIC)
+        shown = [macro]
+        for scenario in pair:
+            attention = torch.from_numpy(results[scenario.label]["attention"][column])[None, None]
+            map = upsample(attention, (side, side))[0, 0].numpy()
+            shown.append(overlay(macro, map / map.max()))
+        for row, image in enumerate(shown):
+            sheet.paste(image, (column * (side + gap), row * (side + gap)))
+    with atomic_file(path) as temporary:
+        sheet.save(temporary, quality=88)
