@@ -173,7 +173,7 @@ class AttentiveHead(Head):
         return tokens.prefix[:, 0] if self.has_class_token else None
 
     def tokens(self, taps: Taps) -> Tokens:
-        """The tokens of the last ``num_taps`` taps, finer maps averaged to the last one's grid."""
+        """The tokens of the last ``num_taps`` taps, other grids averaged to the last one's."""
         maps = taps.maps[-self.num_taps :]
         grid = (int(maps[-1].shape[2]), int(maps[-1].shape[3]))
         patches = tuple(
@@ -271,8 +271,12 @@ def _pool(weights: Tensor, values: Tensor) -> Tensor:
 
 def _shares(rows: Tensor, weights: Tensor, values: Tensor) -> Tensor:
     """sum_q A_qt (g_kq . v_qt): rows (B or 1, M, Q, V) -> (B, M, T)."""
-    products = rows.transpose(1, 2) @ values.transpose(-2, -1)  # (B, Q, M, T)
-    return (products * weights[:, :, None]).sum(1)
+    if values.shape[1] == 1:  # one product for all queries
+        flat = rows.flatten(1, 2) @ values[:, 0].transpose(1, 2)
+        products = flat.unflatten(1, rows.shape[1:3])  # (B, M, Q, T)
+    else:
+        products = (rows.transpose(1, 2) @ values.transpose(2, 3)).transpose(1, 2)
+    return (products * weights[:, None]).sum(2)
 
 
 def _has_class_token(backbone: Backbone) -> bool:
