@@ -1,4 +1,4 @@
-"""Attention training in its published setting: a BiLSTM with attention on SST (arXiv 2009.12064, 2104.08763).
+"""Attention training as published, for text: a BiLSTM with attention on SST (arXiv 2009.12064).
 
     xattn study at --data FOLDER
 
@@ -46,19 +46,19 @@ class TextStudyConfig:
     """Scores v . tanh(W h + b), or w . h / sqrt(width of h)."""
     seeds: int = 5
     """Runs of each method with its chosen epsilon: seeds 0, 1, ..."""
-    epsilons: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)
+    epsilons: tuple[float, ...] = (0.5, 2.0, 8.0, 30.0)
     """Norms of the perturbation to choose from."""
     grid_seeds: int = 1
     """Runs of each epsilon that the choice is made from."""
-    epochs: int = 4
+    epochs: int = 3
     """Passes over the training sentences; the held-out tenth chooses the best."""
     batch_size: int = 32
     """Sentences a step."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Of Adam with AMSGrad."""
-    embedding: int = 300
+    embedding: int = 100
     """Width of the word vectors, which are trained."""
-    width: int = 128
+    width: int = 64
     """Hidden units of the BiLSTM in each direction."""
     weight: float = 1.0
     """Of the loss at the perturbed scores beside the clean loss."""
@@ -155,13 +155,12 @@ def train(
     options = {} if run.method == "none" else {"epsilon": run.epsilon, "weight": config.weight}
     perturbation = create_perturbation(run.method, seed=run.seed, **options)
     attention = list(model.attention.parameters())
-    rest = [p for p in model.parameters() if all(p is not q for q in attention)]
-    optimizer = torch.optim.Adam(
-        [{"params": rest, "weight_decay": 1e-5}, {"params": attention}],
-        config.lr,
-        amsgrad=True,
-        fused=True,
-    )
+    rest = [p for name, p in model.named_parameters() if not name.startswith("attention.")]
+    groups: list[dict[str, Any]] = [
+        {"params": rest, "weight_decay": 1e-5},
+        {"params": attention, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.Adam(groups, config.lr, amsgrad=True, fused=True)
     words = [texts.vocabulary.encode(s.words) for s in texts.train]
     labels = torch.tensor([s.label for s in texts.train])
     history: list[float] = []
@@ -262,3 +261,112 @@ def top_precision(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> f
     if positive.all() or not positive.any():
         return float("nan")
     return float(positive[np.argsort(-scores, kind="stable")[: positive.sum()]].mean())
+
+
+class Progress:
+    """The finished runs of an output folder, in ``runs.jsonl``; ``settings.json`` is what they share.
+
+    Raises:
+        ValueError: the folder holds runs with other settings, or a damaged file.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        check_folder(folder)
+        self.path = folder / RUNS
+        stored = folder / SETTINGS
+        if stored.exists():
+            before = json.loads(stored.read_text(encoding="utf-8"))
+            other = [key for key in settings if before.get(key) != settings[key]]
+            if other:
+                raise ValueError(
+                    f"output: {folder} holds runs with other {', '.join(other)}; give another "
+                    f"folder, or delete it"
+                )
+        write_json(stored, settings)
+        self.rows: dict[Run, dict[str, Any]] = {}
+        if self.path.exists():
+            for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+                try:
+                    row = json.loads(line)
+                    self.rows[Run(*row["run"])] = row
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"output: line {number} of {self.path} is damaged ({error}); delete the line"
+                    ) from None
+
+    def add(self, run: Run, row: dict[str, Any]) -> None:
+        self.rows[run] = {"run": list(run), **row}
+        with atomic_file(self.path) as temporary:
+            lines = [json.dumps(value) + "\n" for value in self.rows.values()]
+            temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def choose(
+    rows: dict[Run, dict[str, Any]], attention: str, method: str, config: TextStudyConfig
+) -> float:
+    """The epsilon with the best mean F1 on the held-out sentences; the smaller of two alike."""
+    if method == "none":
+        return 0.0
+
+    def mean(epsilon: float) -> float:
+        runs = (Run(attention, method, epsilon, seed) for seed in range(config.grid_seeds))
+        return float(np.mean([rows[run]["held"]["f1"] for run in runs]))
+
+    return max(sorted(config.epsilons), key=mean)
+
+
+def work(config: TextStudyConfig, rows: dict[Run, dict[str, Any]]) -> Iterable[Run]:
+    """All runs of the study in turn: seed 0 of all, so that a part of it is already a small study.
+    The runs beyond the grid depend on the rows that the grid has given."""
+    pairs = [(a, m) for a in config.attention for m in config.methods]
+    for seed in range(config.grid_seeds):
+        for attention, method in pairs:
+            for epsilon in (0.0,) if method == "none" else config.epsilons:
+                yield Run(attention, method, epsilon, seed)
+    for seed in range(config.grid_seeds, config.seeds):
+        for attention, method in pairs:
+            yield Run(attention, method, choose(rows, attention, method, config), seed)
+
+
+def study(
+    config: TextStudyConfig,
+    data: Path,
+    output: Path,
+    device: str = "cpu",
+    say: Callable[[str], None] = print,
+) -> Progress:
+    """Do all runs that ``output`` does not have yet.
+
+    Raises:
+        ValueError: see :func:`load` and :class:`Progress`.
+    """
+    texts = load(data, config)
+    shared = ("epochs", "batch_size", "lr", "embedding", "width", "weight", "vectors")
+    settings = {k: v for k, v in asdict(config).items() if k in shared}
+    settings["vectors"] = None if config.vectors is None else config.vectors.name
+    settings["sentences"] = [len(texts.train), len(texts.held), len(texts.dev)]
+    done = Progress(output, settings)
+    for run in work(config, done.rows):
+        if run in done.rows:
+            continue
+        started = time.perf_counter()
+        model, history = train(run, texts, config, device)
+        row = {
+            part: _row(measure(model, sentences, texts.vocabulary, device))
+            for part, sentences in (("held", texts.held), ("dev", texts.dev))
+        }
+        seconds = round(time.perf_counter() - started, 1)
+        done.add(run, {**row, "history": history, "seconds": seconds})
+        say(
+            f"{run.attention} {run.method} epsilon {run.epsilon:g} seed {run.seed}: held-out F1 "
+            f"{row['held']['f1']:.4f}, {seconds:.0f} s"
+        )
+    return done
+
+
+def _row(scores: Scores) -> dict[str, Any]:
+    values = {
+        k: [None if np.isnan(x) else round(float(x), 5) for x in v]
+        for k, v in scores.values.items()
+    }
+    return {"f1": scores.f1, "accuracy": scores.accuracy, **values}

@@ -1,0 +1,291 @@
+"""What the text study found: tables with intervals, differences from vanilla, and a plot over epsilon.
+
+A mean over seeds has Student's t interval over the seeds. A difference between two methods is paired:
+by seed with a t interval, and by sentence, of the seeds' mean values, with a bootstrap interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xattn.eval.bootstrap import Interval, paired_difference
+from xattn.eval.studies import sst
+from xattn.eval.studies.attention_text import (
+    Run,
+    TextStudyConfig,
+    average_precision,
+    choose,
+    top_precision,
+)
+from xattn.files import atomic_file, write_json
+
+COLUMNS = {
+    "f1": "F1",
+    "accuracy": "accuracy",
+    "correlation": "correlation",
+    "auprc": "AUPRC",
+    "precision": "precision",
+    "entropy": "entropy",
+}
+SENTENCES = {"accuracy": "correct", "correlation": "correlation", "auprc": "auprc"}
+NAMES = {
+    "none": "vanilla",
+    "random": "random",
+    "at": "AT",
+    "iat": "iAT",
+    "vat": "VAT",
+    "ivat": "iVAT",
+}
+
+Rows = dict[Run, dict[str, Any]]
+
+
+class Difference(NamedTuple):
+    """``seeds``: t interval over the seeds; ``sentences``: bootstrap interval, None for F1."""
+
+    attention: str
+    left: str
+    right: str
+    amount: str
+    seeds: Interval
+    sentences: Interval | None
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Mean of independent values with Student's t interval; NaN bounds for a single value.
+
+    >>> [round(x, 3) for x in t_interval([1.0, 2.0, 3.0])]
+    [2.0, -0.484, 4.484, 3]
+    """
+    from scipy.special import stdtrit
+
+    array = np.asarray(values, dtype=np.float64)
+    n, mean = len(array), float(array.mean())
+    if n < 2:
+        return Interval(mean, float("nan"), float("nan"), n)
+    half = float(stdtrit(n - 1, (1 + level) / 2) * array.std(ddof=1) / np.sqrt(n))
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def amount(row: dict[str, Any], part: str, name: str) -> float:
+    """One figure of one run; a mean over the sentences where it is defined."""
+    value = row[part][name]
+    return float(np.nanmean(_array(value))) if isinstance(value, list) else float(value)
+
+
+def table(
+    rows: Rows, config: TextStudyConfig
+) -> dict[tuple[str, str], tuple[float, dict[str, Interval]]]:
+    """(attention, method) -> its epsilon and the figures on ``dev.txt`` over its seeds."""
+    found = {}
+    for attention in config.attention:
+        for method in config.methods:
+            runs = _runs(rows, config, attention, method)
+            epsilon = choose(rows, attention, method, config)
+            found[attention, method] = (
+                epsilon,
+                {
+                    name: t_interval([amount(rows[r], "dev", name) for r in runs])
+                    for name in COLUMNS
+                },
+            )
+    return found
+
+
+def differences(rows: Rows, config: TextStudyConfig) -> list[Difference]:
+    """Each method - vanilla, and iAT - AT, iVAT - VAT, AT - random."""
+    pairs = [(m, "none") for m in config.methods if m != "none"]
+    pairs += [("iat", "at"), ("ivat", "vat"), ("at", "random")]
+    found = []
+    for attention in config.attention:
+        for left, right in pairs:
+            if left in config.methods and right in config.methods:
+                for name in ("f1", "accuracy", "correlation", "auprc"):
+                    found.append(_difference(rows, config, attention, left, right, name))
+    return found
+
+
+def _difference(
+    rows: Rows, config: TextStudyConfig, attention: str, left: str, right: str, name: str
+) -> Difference:
+    ours = {run.seed: rows[run] for run in _runs(rows, config, attention, left)}
+    theirs = {run.seed: rows[run] for run in _runs(rows, config, attention, right)}
+    seeds = sorted(set(ours) & set(theirs))
+    by_seed = [amount(ours[s], "dev", name) - amount(theirs[s], "dev", name) for s in seeds]
+    by_sentence = None
+    if name in SENTENCES:
+        a, b = (
+            np.mean([_array(part[s]["dev"][SENTENCES[name]]) for s in seeds], axis=0)
+            for part in (ours, theirs)
+        )
+        by_sentence = paired_difference(a, b)
+    return Difference(attention, left, right, name, t_interval(by_seed), by_sentence)
+
+
+def sensitivity(
+    rows: Rows, config: TextStudyConfig
+) -> dict[tuple[str, str], dict[float, dict[str, float]]]:
+    """(attention, method) -> epsilon -> figures on the held-out sentences, over the grid's seeds."""
+    found: dict[tuple[str, str], dict[float, dict[str, float]]] = {}
+    for attention in config.attention:
+        for method in config.methods:
+            epsilons = (0.0,) if method == "none" else sorted(config.epsilons)
+            found[attention, method] = {
+                epsilon: {
+                    name: float(
+                        np.mean(
+                            [
+                                amount(rows[Run(attention, method, epsilon, seed)], "held", name)
+                                for seed in range(config.grid_seeds)
+                            ]
+                        )
+                    )
+                    for name in COLUMNS
+                }
+                for epsilon in epsilons
+            }
+    return found
+
+
+def chance(sentences: Sequence[sst.Sentence], draws: int = 20) -> dict[str, float]:
+    """Agreement of random scores with the rationales."""
+    rng = np.random.default_rng(0)
+    values = [
+        (average_precision(scores, s.rationale), top_precision(scores, s.rationale))
+        for s in sentences
+        for scores in rng.random((draws, len(s.words)))
+    ]
+    mean = np.nanmean(np.array(values), axis=0)
+    return {"auprc": float(mean[0]), "precision": float(mean[1])}
+
+
+def markdown(
+    rows: Rows, config: TextStudyConfig, random_scores: dict[str, float] | None = None
+) -> Iterator[str]:
+    """Lines of the report."""
+    figures = table(rows, config)
+    for attention in config.attention:
+        yield f"**{attention} attention, dev.txt**\n"
+        yield "| method | epsilon | " + " | ".join(COLUMNS.values()) + " | seeds |"
+        yield "| :-- | --: |" + " --: |" * (len(COLUMNS) + 1)
+        for method in config.methods:
+            epsilon, cells = figures[attention, method]
+            row = [NAMES[method], f"{epsilon:g}" if epsilon else ""]
+            row += [
+                _cell(cells[name], 100 if name in ("f1", "accuracy") else 1) for name in COLUMNS
+            ]
+            yield f"| {' | '.join([*row, str(cells['f1'].n)])} |"
+        yield ""
+    if random_scores:
+        yield (
+            f"Random scores in the place of attention: AUPRC {random_scores['auprc']:.3f}, precision "
+            f"{random_scores['precision']:.3f}.\n"
+        )
+    yield "**paired differences, dev.txt**\n"
+    yield "| attention | difference | of | mean | by seed | by sentence |"
+    yield "| :-- | :-- | :-- | --: | :-- | :-- |"
+    for d in differences(rows, config):
+        scale, digits = (100, 2) if d.amount in ("f1", "accuracy") else (1, 3)
+        row = [d.attention, f"{NAMES[d.left]} - {NAMES[d.right]}", COLUMNS[d.amount]]
+        row += [f"{scale * d.seeds.mean:+.{digits}f}", _bounds(d.seeds, scale, digits)]
+        row += ["" if d.sentences is None else _bounds(d.sentences, scale, digits)]
+        yield f"| {' | '.join(row)} |"
+    yield ""
+    yield "**over epsilon, held-out tenth: F1 / correlation**\n"
+    epsilons = sorted(config.epsilons)
+    yield "| attention | method | " + " | ".join(f"{e:g}" for e in epsilons) + " | range of F1 |"
+    yield "| :-- | :-- |" + " --: |" * (len(epsilons) + 1)
+    for (attention, method), points in sensitivity(rows, config).items():
+        f1 = [100 * point["f1"] for point in points.values()]
+        text = [f"{100 * p['f1']:.1f} / {p['correlation']:.2f}" for p in points.values()]
+        if method == "none":
+            text = [*text, *[""] * (len(epsilons) - 1)]
+        spread = "" if method == "none" else f"{max(f1) - min(f1):.1f}"
+        yield f"| {attention} | {NAMES[method]} | {' | '.join(text)} | {spread} |"
+
+
+def plot(rows: Rows, config: TextStudyConfig, path: Path) -> None:
+    """F1 and correlation on the held-out sentences over epsilon, a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = sensitivity(rows, config)
+    columns = len(config.attention)
+    figure, axes = plt.subplots(
+        2, columns, figsize=(4.2 * columns, 6), sharex=True, sharey="row", layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for column, attention in enumerate(config.attention):
+        for line, (name, label) in enumerate((("f1", "F1"), ("correlation", "correlation"))):
+            axis = axes[line, column]
+            for method in config.methods:
+                values = points[attention, method]
+                if method == "none":
+                    axis.axhline(values[0.0][name], color="black", linewidth=1, label="vanilla")
+                    continue
+                heights = [values[e][name] for e in sorted(values)]
+                axis.plot(sorted(values), heights, marker="o", markersize=4, label=NAMES[method])
+            axis.set_xscale("log")
+            axis.grid(alpha=0.3)
+            axis.set_ylabel(label if column == 0 else "")
+        axes[0, column].set_title(f"{attention} attention")
+        axes[1, column].set_xlabel("epsilon")
+    axes[0, -1].legend(fontsize=8)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+
+
+def write(
+    rows: Rows, config: TextStudyConfig, folder: Path, dev: Sequence[sst.Sentence]
+) -> list[Path]:
+    """``report.md``, ``report.json`` and ``epsilon.png`` in ``folder``."""
+    random_scores = chance(dev)
+    with atomic_file(folder / "report.md") as temporary:
+        lines = markdown(rows, config, random_scores)
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    value = {
+        "dev": [
+            {"attention": a, "method": m, "epsilon": e, **{k: v._asdict() for k, v in cells.items()}}
+            for (a, m), (e, cells) in table(rows, config).items()
+        ],
+        "differences": [
+            {**d._asdict(), "seeds": d.seeds._asdict(), "sentences": d.sentences and d.sentences._asdict()}
+            for d in differences(rows, config)
+        ],
+        "held_out": [
+            {"attention": a, "method": m, "epsilon": e, **cells}
+            for (a, m), points in sensitivity(rows, config).items()
+            for e, cells in points.items()
+        ],
+        "random_scores": random_scores,
+    }  # fmt: skip
+    write_json(folder / "report.json", value)
+    plot(rows, config, folder / "epsilon.png")
+    return [folder / name for name in ("report.md", "report.json", "epsilon.png")]
+
+
+def _runs(rows: Rows, config: TextStudyConfig, attention: str, method: str) -> list[Run]:
+    epsilon = choose(rows, attention, method, config)
+    runs = (Run(attention, method, epsilon, seed) for seed in range(config.seeds))
+    return [run for run in runs if run in rows]
+
+
+def _array(values: Sequence[float | None]) -> NDArray[np.float64]:
+    return np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+
+
+def _cell(value: Interval, scale: float) -> str:
+    digits = 2 if scale == 100 else 3
+    return f"{scale * value.mean:.{digits}f} {_bounds(value, scale, digits, sign='')}"
+
+
+def _bounds(value: Interval, scale: float, digits: int, sign: str = "+") -> str:
+    return f"[{scale * value.lo:{sign}.{digits}f}, {scale * value.hi:{sign}.{digits}f}]"
