@@ -457,3 +457,10 @@ def test_command_line_says_what_became_of_the_photos(tmp_path, capsys):
     boxes.write_text('{"other.jpg": [[0, 0, 1, 1]]}')
     assert main([*command[:-1], str(tmp_path / "none")]) == 2
     assert "all 8 photos were skipped" in capsys.readouterr().err
+
+
+def test_the_example_of_the_docs_runs_as_printed(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "parts.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(text.split("```python\n")[1].split("```")[0], "parts.md", "exec"), {})
+    assert Image.open("regular.png").size[0] > 100
