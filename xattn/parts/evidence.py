@@ -51,8 +51,6 @@ def evidence_mask(found: Found, size: tuple[int, int]) -> NDArray[np.bool_]:
     for region in found:
         points = _points(region)
         (left, top), (right, bottom) = points.min(0), points.max(0)
-        if not (left < right and top < bottom):
-            raise ValueError(f"evidence: {_brief(region)} has no area; give x0 < x1 and y0 < y1")
         if left >= width or top >= height or right <= 0 or bottom <= 0:
             raise ValueError(
                 f"evidence: {_brief(region)} lies outside the image of {width} x {height} pixels; give "
@@ -74,14 +72,15 @@ def _points(region: Region) -> NDArray[np.float64]:
         points = np.empty(0)
     if points.shape == (4,):
         points = points.reshape(2, 2)
-        if not (points[0] < points[1]).all() and np.isfinite(points).all():
-            raise ValueError(f"evidence: {_brief(region)} has no area; give x0 < x1 and y0 < y1")
-    elif points.ndim != 2 or points.shape[1:] != (2,) or len(points) < 3:
-        points = np.empty(0)
-    if not points.size or not np.isfinite(points).all():
+    elif points.ndim != 2 or points.shape[1] != 2 or len(points) < 3:
+        points = np.full((1, 2), np.nan)
+    if not np.isfinite(points).all():
         raise ValueError(
             f"evidence: got {_brief(region)}; give [x0, y0, x1, y1] or [[x, y], ...] of 3 points or more"
         )
+    low, high = (points[0], points[1]) if len(points) == 2 else (points.min(0), points.max(0))
+    if not (low < high).all():
+        raise ValueError(f"evidence: {_brief(region)} has no area; give x0 < x1 and y0 < y1")
     return points
 
 
