@@ -409,6 +409,14 @@ def test_abmilp_equals_its_equations(kind):
     a = (torch.tanh(mixed @ first.weight.T + first.bias) @ second.weight[0]).softmax(1)
     expected = (a[..., None] * (mixed if kind == "both" else x)).sum(1)
     torch.testing.assert_close(vector(head, tokens), expected.detach())
+    if kind == "both":  # maps speak of the patches before they were mixed
+        a = torch.einsum("bt,bts->bs", a, (q @ k.transpose(1, 2) / WIDTH**0.5).softmax(-1))
+        x = v @ head.mix.proj.weight.T
+    maps = head.query_maps(tokens).detach().flatten(1)
+    torch.testing.assert_close(maps, a.detach())
+    rows = head.classifier.weight * (head.norm.running_var + 1e-6).rsqrt()
+    shares = a[:, None] * (rows @ x.transpose(1, 2))
+    torch.testing.assert_close(head.class_maps(tokens).maps.flatten(2).detach(), shares.detach())
 
 
 def test_self_attention_of_abmilp_can_be_recorded():

@@ -50,11 +50,13 @@ class FrozenGates(TorchFunctionMode):
 
 def gradient_shares(head, tokens):
     """(B, K, T): value times gradient of each logit by it, weights and gates held."""
-    attended = head.attend(tokens)
-    attended = attended._replace(scores=attended.scores.detach())
-    values = attended.values.detach().requires_grad_()
+    with torch.no_grad():
+        attended = head.attend(tokens)
+        weights, values = head.sources(head.weights(attended.scores), attended)
+    values = values.clone().requires_grad_()
     with FrozenGates():
-        logits = head.classify(attended._replace(values=values))
+        z, _ = head.finish((weights[:, :, None] @ values)[:, :, 0], attended)
+        logits = head.classifier(z if head.norm is None else head.norm(z))
     shares = []
     for k in range(logits.shape[1]):
         (slope,) = torch.autograd.grad(logits[:, k].sum(), values, retain_graph=True)

@@ -2,7 +2,8 @@
 
     s_n = w . tanh(W x_n + b) + c,   z = sum_n softmax(s)_n x_n
 
-with X = SelfAttention(X) before it, in one head, for the scores and the values or for the scores alone.
+with X replaced by S X W_v W_o before, self-attention in one head, for scores and values or for the
+scores alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from xattn.attention.operator import SoftmaxOperator
 from xattn.backbone import Backbone
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
@@ -24,8 +26,8 @@ SELF_ATTENTION = ("none", "map", "both")
 class AbMilp(AttentiveHead):
     """A two-layer scorer of tokens.
 
-    With ``self_attention="both"`` the shares are those of the mixed tokens that stand at the patches'
-    places; ``"none"`` and ``"map"`` share out among the raw tokens.
+    Maps speak of the patches, not of what self-attention made of them: with ``"both"`` the weights
+    are a S, of values x_n W_v W_o, so that a (S x W_v W_o) = (a S) (x W_v W_o).
 
     Args:
         self_attention: ``"both"`` (the default of the probing benchmarks), ``"map"`` or ``"none"``.
@@ -52,19 +54,32 @@ class AbMilp(AttentiveHead):
 
     def attend(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
-        mixed = x if self.mix is None else self.mix(x)
-        values = mixed if self.self_attention == "both" else x
-        return Attended(self.score(mixed).transpose(1, 2), values[:, None])
+        if self.mix is None:
+            return Attended(self.score(x).transpose(1, 2), x[:, None])
+        q, k, v = self.mix.split(x)
+        mixed = self.mix.proj(F.scaled_dot_product_attention(q, k, v))
+        scores = self.score(mixed[:, 0]).transpose(1, 2)
+        if self.self_attention == "map":
+            return Attended(scores, x[:, None])
+        return Attended(scores, mixed, (q, k, v))
+
+    def sources(self, weights: Tensor, attended: Attended) -> tuple[Tensor, Tensor]:
+        if self.mix is None or attended.context is None:
+            return weights, attended.values
+        q, k, v = attended.context
+        rows = SoftmaxOperator(q, k).vecmat(weights)[:, 0]
+        return rows.to(weights.dtype), self.mix.proj(v)
 
 
 class SelfAttention(nn.Module):
-    """softmax(X W_q (X W_k)^T / sqrt(D)) X W_v W_o in one head, without biases: 4 D^2 parameters."""
+    """Weights of softmax(X W_q (X W_k)^T / sqrt(D)) X W_v W_o, without biases: 4 D^2 parameters."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, D) -> q, k and v, (B, 1, N, D)."""
         q, k, v = self.qkv(x)[:, None].chunk(3, -1)
-        return self.proj(F.scaled_dot_product_attention(q, k, v)[:, 0])
+        return q, k, v

@@ -160,6 +160,11 @@ class AttentiveHead(Head):
         wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
         return wide.softmax(-1).to(scores.dtype)
 
+    def sources(self, weights: Tensor, attended: Attended) -> tuple[Tensor, Tensor]:
+        """The weights (B, Q, T) and values (B, Q or 1, T, V) that maps speak of, of the same sum;
+        others than the attended ones where the head mixes the patches before it pools them."""
+        return weights, attended.values
+
     def finish(self, pooled: Tensor, attended: Attended) -> Step:
         """The vector (B, Z) of ``pooled`` (B, Q, V), and how rows (B or 1, M, Z) over the former
         become rows (B or 1, M, Q, V) over the latter; here the queries are concatenated."""
@@ -220,10 +225,11 @@ class AttentiveHead(Head):
             logits = logits.gather(1, index.expand(z.shape[0], -1))
         if self.norm is not None:
             rows = rows * self.norm.gain(z)
+        weights, values = self.sources(weights, attended)
         batch, queries, count = weights.shape
-        size = max(1, CHUNK // (batch * queries * max(count, attended.values.shape[-1])))
+        size = max(1, CHUNK // (batch * queries * max(count, values.shape[-1])))
         shares = torch.cat(
-            [_shares(pull(part), weights, attended.values) for part in rows.split(size, 1)], 1
+            [_shares(pull(part), weights, values) for part in rows.split(size, 1)], 1
         )
         patches = shares[..., count - tokens.grid[0] * tokens.grid[1] :]
         return ClassMaps(patches.unflatten(-1, tokens.grid), logits - patches.sum(-1))
@@ -233,7 +239,8 @@ class AttentiveHead(Head):
 
     def query_maps(self, tokens: Tokens) -> Tensor:
         """A of the patches as maps (B, Q, h, w); with prefix tokens a map sums to less than 1."""
-        weights = self.weights(self.attend(tokens).scores)
+        attended = self.attend(tokens)
+        weights, _ = self.sources(self.weights(attended.scores), attended)
         return weights[..., weights.shape[-1] - tokens.grid[0] * tokens.grid[1] :].unflatten(
             -1, tokens.grid
         )
