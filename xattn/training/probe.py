@@ -258,7 +258,7 @@ def _train(
     main = accelerator.is_main_process
     if ranks > 1:
         head.to(accelerator.device)
-        broadcast([*head.parameters(), *head.buffers()])
+        broadcast([p.data for p in (*head.parameters(), *head.buffers())])
     photos, seen = parts["train"], targets["train"]
     plan = (len(photos), features.views, config.batch_size, ranks, config.seed)
     per_epoch = len(chunks(*plan, 0))

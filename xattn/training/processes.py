@@ -107,19 +107,33 @@ def shared_statistics(module: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; every process's loss depends on it, so its gradient is their sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
 def _shared_forward(layer: _BatchNorm, x: Tensor) -> Tensor:
     if not layer.training:
         return type(layer).forward(layer, x)
-    from torch.distributed.nn.functional import all_reduce
-
     axes = [axis for axis in range(x.ndim) if axis != 1]
     shape = [1, -1, *[1] * (x.ndim - 2)]
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     count = x.new_tensor(x.numel() / x.shape[1], dtype=wide.dtype)
     torch.distributed.all_reduce(count)
-    mean = all_reduce(wide.sum(axes)) / count
+    mean = _Sum.apply(wide.sum(axes)) / count
     centred = wide - mean.view(shape)
-    variance = all_reduce(centred.square().sum(axes)) / count
+    variance = _Sum.apply(centred.square().sum(axes)) / count
     if layer.track_running_stats and layer.running_mean is not None:
         assert layer.running_var is not None and layer.num_batches_tracked is not None
         layer.num_batches_tracked.add_(1)
