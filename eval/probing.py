@@ -28,6 +28,7 @@ from xattn.eval.bootstrap import Interval, mean_intervals
 from xattn.eval.speed import median_ratio, operations, times, write_photos
 from xattn.files import atomic_file, write_json
 from xattn.heads import AttentiveHead, create_head, head_class, parse_options
+from xattn.sources import Files, Photos, open_photos
 from xattn.training.features import Features, cache_features
 from xattn.training.labels import Labels, read_labels, split
 from xattn.training.perturbation import create_perturbation
@@ -93,14 +94,19 @@ def run_probes(
     if len(set(job.heads)) < len(job.heads):
         raise ValueError(f"heads: got one twice in {', '.join(job.heads)}")
     options = _options(job)
-    backbones, caches = _features(job, progress)
+    photos = open_photos(job.data)
+    everything = read_labels([photos.name(i) for i in range(len(photos))], job.labels)
+    if isinstance(photos, Files):  # those without a label need no features
+        photos = Files([photos.paths[i] for i in everything.used])
+    backbones, caches = _features(job, photos, progress)
     features = next(iter(caches.values()))
     labels = read_labels(features.names, job.labels)
     parts = [split(labels, job.split_seed, fold) for fold in job.folds]
     say(
         f"{len(labels.used)} photos of {len(labels.names)} classes: "
         f"{', '.join(f'{n} {int((labels.index == i).sum())}' for i, n in enumerate(labels.names))}; "
-        f"{len(features) - len(labels.used)} without a label, {len(features.skipped)} not readable"
+        f"{len(everything.index) - len(everything.used)} without a label, "
+        f"{len(features.skipped)} not readable"
     )
     rows = []
     for name in job.heads:
@@ -148,7 +154,7 @@ def _options(job: ProbeJob) -> dict[str, dict[str, Any]]:
 
 
 def _features(
-    job: ProbeJob, progress: bool
+    job: ProbeJob, photos: Photos, progress: bool
 ) -> tuple[dict[str, Backbone], dict[tuple[str, ...], Features]]:
     """The backbone of every head, one a set of taps over the same weights, and a cache for each set."""
     backbones: dict[str, Backbone] = {}
@@ -167,7 +173,7 @@ def _features(
         folder = job.features / "+".join(backbone.taps)
         caches[backbone.taps] = cache_features(
             backbone,
-            job.data,
+            photos,
             folder,
             batch_size=job.batch_size,
             workers=job.workers,

@@ -428,7 +428,8 @@ labels = torch.arange(24) % 3
 def run(name, attention, size):
     torch.manual_seed(torch.distributed.get_rank())  # the first process's head counts
     head = create_head("efficient_probe", backbone, classes=3, queries=4)
-    config = ProbeConfig(recipe="small", epochs=3, warmup=1, batch_size=size, attention=attention)
+    config = ProbeConfig(optimizer="lars", lr=100.0, epochs=3, warmup=1, batch_size=size,
+                         attention=attention)
     return probe(head, features, labels, config, train=range(16), validation=range(16, 24),
                  output=f"{out}/{name}", progress=False)
 
@@ -471,8 +472,19 @@ def test_two_processes_cache_and_train_as_one(tmp_path, backbone):
     together = cache_features(own, data, tmp_path / "f", batch_size=5, progress=False)
     index = list(range(24))
     assert torch.equal(features.batch(index).patches[0], together.batch(index).patches[0])
-    one = train(fresh(own), features, epochs=3, batch_size=6, attention="at", lr=1e-3).head
+    one = train(
+        fresh(own),
+        features,
+        epochs=3,
+        batch_size=6,
+        attention="at",
+        recipe="published",
+        optimizer="lars",
+        lr=100.0,
+    ).head
     two = load_head(tmp_path / "at/head", own).state_dict()
     for key, value in one.state_dict().items():
-        torch.testing.assert_close(two[key], value, atol=1e-6, rtol=1e-5, msg=key)
+        torch.testing.assert_close(
+            two[key], value, atol=1e-6, rtol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+        )
     assert torch.allclose(answers(one, features, index).softmax(1).sum(1), torch.ones(24))
