@@ -52,9 +52,9 @@ class TextStudyConfig:
     """Runs of each epsilon that the choice is made from."""
     epochs: int = 3
     """Passes over the training sentences; the held-out tenth chooses the best."""
-    batch_size: int = 32
+    batch_size: int = 64
     """Sentences a step."""
-    lr: float = 3e-3
+    lr: float = 5e-3
     """Of Adam with AMSGrad."""
     embedding: int = 100
     """Width of the word vectors, which are trained."""
