@@ -1,0 +1,346 @@
+"""Attention training on images: does it make the maps of attentive heads agree with what matters?
+
+    xattn study image --data PHOTOS --labels FILE --objects COCO
+
+Heads are trained to tell coarse groups apart on a frozen backbone, without and with changes of their
+scores (:mod:`xattn.training.perturbation`). Fold k of the photos is tested with seed k, the next fold
+stops training early, nothing else is chosen: epsilon is ``strength`` sqrt(N), the same change a token
+for each number N of tokens. With a the mean query map, for every photo of the test fold
+
+    gradient    Pearson(a, |dL/dx_n|), L the cross-entropy of the label, x_n token n of all taps
+    deletion    Pearson(a, p - p_n), p of the predicted class, p_n without token n in the pooling
+    shares      the same for the class map of the prediction, in place of a
+    stability   Pearson of a with and without Gaussian noise on the pixels
+    energy      of a inside the objects of COCO photos, less their area
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xattn.backbone import Taps
+from xattn.config import ProbeConfig
+from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
+from xattn.files import atomic_file, check_folder, write_json
+from xattn.heads import AttentiveHead, Tokens
+from xattn.training.perturbation import PERTURBATIONS
+
+METRICS = ("accuracy", "gradient", "deletion", "shares", "stability", "energy")
+SETTINGS = "settings.json"
+# MemeTector's MLP of 2048 and 1024 units was made for thousands of photos.
+OPTIONS: dict[str, dict[str, Any]] = {"memetector": {"hidden": [256]}}
+
+Method = Literal["none", "random", "at", "iat", "vat", "ivat"]
+
+
+@dataclass(frozen=True)
+class ImageStudyConfig:
+    """What is trained, and how often."""
+
+    backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_small_patch14_dinov2")
+    """timm models with package weights."""
+    heads: tuple[str, ...] = ("efficient_probe", "memetector", "abmilp")
+    """Attentive heads that learn their scores."""
+    methods: tuple[Method, ...] = ("none", "random", "at", "iat", "vat", "ivat")
+    """none is plain training, which the others are compared with."""
+    strength: float = 0.3
+    """Root mean square change of a token's score: epsilon / sqrt(tokens)."""
+    noise: float = 0.1
+    """Standard deviation of the noise on pixels in [0, 1]."""
+    folds: int = 5
+    """Parts of the photos; each is tested once, with a seed of its own."""
+    input_size: int = 224
+    """Side of the model's input in pixels."""
+
+    def __post_init__(self) -> None:
+        unknown = set(self.methods) - set(PERTURBATIONS)
+        if unknown or "none" not in self.methods:
+            raise ValueError(
+                f"methods: got {', '.join(self.methods)}; give 'none', which the others are compared "
+                f"with, and choose from {', '.join(PERTURBATIONS)}"
+            )
+        for name in ("strength", "noise"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}; give a positive number")
+
+
+class Run(NamedTuple):
+    """One training and test."""
+
+    backbone: str
+    head: str
+    method: str
+    fold: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.backbone}-{self.head}-{self.method}-{self.fold}.npz"
+
+
+class Material(NamedTuple):
+    """Features of one backbone with the taps of one head: of the photos with a label, of those with
+    noise (Taps each), of COCO photos, and their objects (n, h, w): the share of each patch inside."""
+
+    clean: Any
+    noisy: list[Taps]
+    objects: Any
+    inside: Tensor
+
+
+def study(
+    data: Path, labels: Path | None, objects: Path, output: Path, config: ImageStudyConfig
+) -> Iterator[str]:
+    """Train and test everything; yields lines of progress, then the tables.
+
+    Args:
+        data: photos, in a folder of their class each.
+        labels: see :func:`~xattn.training.labels.read_labels`.
+        objects: a folder with ``images/`` and ``masks/`` or ``boxes/``.
+        output: keeps features and the values of every run; the same command goes on from there.
+
+    Raises:
+        ValueError: ``output`` is of another study, or a photo cannot be read.
+    """
+    check_folder(output)
+    settings = json.loads(json.dumps({"data": str(data), "labels": str(labels), **asdict(config)}))
+    file = output / SETTINGS
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != settings:
+        raise ValueError(
+            f"output: {output} holds another study; give its settings, or a new folder"
+        )
+    write_json(file, settings)
+    results: dict[tuple[str, str, str], dict[str, NDArray[Any]]] = {}
+    for backbone in config.backbones:
+        for head in config.heads:
+            runs = [
+                Run(backbone, head, method, fold)
+                for fold in range(config.folds)
+                for method in config.methods
+            ]
+            if not all((output / run.file).is_file() for run in runs):
+                yield from _runs(runs, data, labels, objects, output, config)
+            for method in config.methods:
+                parts = []
+                for fold in range(config.folds):
+                    with np.load(output / Run(backbone, head, method, fold).file) as stored:
+                        parts.append(dict(stored))
+                results[backbone, head, method] = _joined(parts)
+    write_json(output / "results.json", summary(results, config))
+    yield from report(results, config)
+
+
+def _runs(
+    runs: Sequence[Run],
+    data: Path,
+    labels: Path | None,
+    objects: Path,
+    output: Path,
+    config: ImageStudyConfig,
+) -> Iterator[str]:
+    """The runs of one backbone and head that are not there yet."""
+    from xattn.backbone import load_backbone
+    from xattn.heads import create_head
+    from xattn.images import list_images
+    from xattn.training.labels import read_labels, split
+    from xattn.training.probe import probe
+
+    name, kind = runs[0].backbone, runs[0].head
+    backbone = load_backbone(name, "package", _taps(name, kind), input_size=config.input_size)
+    photos = list_images(data)
+    used = read_labels([str(p) for p in photos], labels).used
+    photos = [photos[i] for i in used]
+    classes = read_labels([str(p) for p in photos], labels)
+    found = material(backbone, photos, objects, output / f"features-{name}-{kind}", config)
+    tokens = int(np.prod(found.clean.grid))
+    for run in runs:
+        path = output / run.file
+        if path.is_file():
+            continue
+        parts = split(classes, 0, run.fold, config.folds)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.fold)
+            head = create_head(kind, backbone, class_names=classes.names, **OPTIONS.get(kind, {}))
+        assert isinstance(head, AttentiveHead)
+        recipe = ProbeConfig(
+            recipe="small",
+            epochs=40,
+            patience=10,
+            attention=run.method,  # type: ignore[arg-type]
+            epsilon=config.strength * tokens**0.5,
+            seed=run.fold,
+        )
+        done = probe(
+            head, found.clean, classes.index, recipe, train=parts.train, validation=parts.validation,
+            progress=False,
+        )  # fmt: skip
+        values = measure(head, found, classes.index, parts.test)
+        with atomic_file(path) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, **values)
+        shown = "  ".join(f"{k} {np.nanmean(v):.3f}" for k, v in values.items() if k in METRICS)
+        yield f"{name} {kind} {run.method} fold {run.fold}: {done.best_epoch + 1} epochs  {shown}"
+
+
+def _taps(backbone: str, head: str) -> tuple[str, ...] | None:
+    if head != "memetector":
+        return ("head",)
+    return ("block.0", "block.3", "block.6", "block.9") if backbone.startswith("vit_") else None
+
+
+def material(
+    backbone: Any, photos: Sequence[Path], objects: Path, folder: Path, config: ImageStudyConfig
+) -> Material:
+    """Features of all photos; those without noise are cached in ``folder``."""
+    from xattn.eval.annotations import MaskFolder
+    from xattn.eval.coco import THING_IDS
+    from xattn.images import list_images, load_image, make_view
+    from xattn.training.features import cache_features
+
+    others = list_images(objects / "images")
+    clean = cache_features(backbone, photos, folder / "clean", progress=False)
+    coco = cache_features(backbone, others, folder / "objects", progress=False)
+    for features in (clean, coco):
+        if features.skipped:
+            raise ValueError(f"data: {features.skipped[0][0]}: {features.skipped[0][1]}")
+    names = {i: THING_IDS.get(i, f"stuff {i}") for i in range(1, 256)}
+    masks = MaskFolder(objects / "masks", names, dict(enumerate(THING_IDS.values())))
+    inside = []
+    for path in others:
+        photo = load_image(path)
+        view = make_view((photo.height, photo.width), backbone.preprocessing)
+        found = masks.of(path, view).masks.values()
+        whole = torch.stack(list(found)).any(0) if found else torch.zeros(1, *view.input_size)
+        inside.append(F.adaptive_avg_pool2d(whole.float(), coco.grid)[0])
+    noisy = [_noisy(backbone, path, i, config.noise) for i, path in enumerate(photos)]
+    return Material(clean, noisy, coco, torch.stack(inside))
+
+
+@torch.inference_mode()
+def _noisy(backbone: Any, path: Path, seed: int, noise: float) -> Taps:
+    from xattn.images import load_image, prepare
+
+    image = prepare(load_image(path), backbone.preprocessing)[0]
+    noise_of = torch.Generator().manual_seed(seed)
+    image = (image + noise * torch.randn(image.shape, generator=noise_of)).clamp(0, 1)
+    return backbone(image[None].to(backbone.device))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def measure(
+    head: AttentiveHead, found: Material, labels: Tensor, test: Sequence[int]
+) -> dict[str, NDArray[Any]]:
+    """Values of the test photos (n,) and, as ``energy``, of the photos with objects."""
+    values: dict[str, list[float]] = {name: [] for name in METRICS}
+    for i in test:
+        tokens = head.tokens(found.clean.taps([i]))
+        target = labels[i : i + 1]
+        logits = head.logits(tokens)
+        guess = int(logits.argmax())
+        attention = head.query_maps(tokens).mean(1).flatten()
+        drop = deletion(head, tokens, guess)
+        noisy = head.query_maps(head.tokens(found.noisy[i])).mean(1).flatten()
+        values["accuracy"].append(float(guess == int(target)))
+        values["gradient"].append(pearson(attention, gradient(head, tokens, target)))
+        values["deletion"].append(pearson(attention, drop))
+        values["shares"].append(pearson(head.class_maps(tokens, guess).maps.flatten(), drop))
+        values["stability"].append(pearson(attention, noisy))
+    for i in range(len(found.objects)):
+        a = head.query_maps(head.tokens(found.objects.taps([i]))).mean(1)[0]
+        inside = found.inside[i]
+        share = float((a * inside).sum() / a.sum()) - float(inside.mean())
+        values["energy"].append(share if 0 < inside.mean() < 1 else float("nan"))
+    return {"photos": np.array(test), **{k: np.array(v) for k, v in values.items()}}
+
+
+def gradient(head: AttentiveHead, tokens: Tokens, target: Tensor) -> Tensor:
+    """(N,): norm of the loss's gradient by each token, of all taps, for one photo."""
+    with torch.enable_grad():
+        patches = tuple(p.detach().requires_grad_() for p in tokens.patches)
+        loss = F.cross_entropy(head.logits(tokens._replace(patches=patches)), target)
+        slopes = torch.autograd.grad(loss, patches)
+    return torch.stack([s[0].square().sum(-1) for s in slopes]).sum(0).sqrt()
+
+
+def deletion(head: AttentiveHead, tokens: Tokens, target: int) -> Tensor:
+    """(N,): how far the probability of class ``target`` falls without each token of one photo."""
+    attended = head.attend(tokens)
+    first = attended.scores.shape[-1] - tokens.grid[0] * tokens.grid[1]
+
+    def without(position: Tensor) -> Tensor:
+        hidden = torch.arange(attended.scores.shape[-1]) == position
+        scores = attended.scores.masked_fill(hidden, -torch.inf)
+        return head.classify(attended._replace(scores=scores)).softmax(1)[0, target]
+
+    positions = torch.arange(first, attended.scores.shape[-1])
+    left = torch.vmap(without, chunk_size=64)(positions)
+    return head.classify(attended).softmax(1)[0, target] - left
+
+
+def pearson(a: Tensor, b: Tensor) -> float:
+    """NaN where one of them is constant."""
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    scale = float(a.norm() * b.norm())
+    return float(a @ b) / scale if scale > 0 else float("nan")
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def _joined(parts: Sequence[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """Folds one after the other; energy (photos with objects) is the mean over the folds' heads."""
+    joined = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k != "energy"}
+    return {**joined, "energy": np.mean([p["energy"] for p in parts], 0)}
+
+
+def summary(
+    results: dict[tuple[str, str, str], dict[str, NDArray[Any]]], config: ImageStudyConfig
+) -> list[dict[str, Any]]:
+    """A record a backbone, head and method: means, and differences from ``none``, with intervals."""
+    records = []
+    for (backbone, head, method), values in results.items():
+        record: dict[str, Any] = {"backbone": backbone, "head": head, "method": method}
+        plain = results[backbone, head, "none"]
+        for name in METRICS:
+            record[name] = _interval(mean_interval(values[name]))
+            if method != "none":
+                difference = paired_difference(values[name], plain[name])
+                record[f"{name} - none"] = _interval(difference)
+        records.append(record)
+    return records
+
+
+def _interval(value: Interval) -> dict[str, float]:
+    return {"mean": value.mean, "lo": value.lo, "hi": value.hi, "n": value.n}
+
+
+def report(
+    results: dict[tuple[str, str, str], dict[str, NDArray[Any]]], config: ImageStudyConfig
+) -> Iterator[str]:
+    """Tables in Markdown: of none the means, of the others the differences; bold without 0."""
+    records = summary(results, config)
+    for backbone in config.backbones:
+        yield ""
+        yield f"{backbone}: `none`, and differences from it with paired 95 % intervals"
+        yield ""
+        yield "| head | method | " + " | ".join(METRICS) + " |"
+        yield "| :-- | :-- |" + " --: |" * len(METRICS)
+        for record in records:
+            if record["backbone"] == backbone:
+                suffix = "" if record["method"] == "none" else " - none"
+                cells = " | ".join(_cell(record[name + suffix], suffix) for name in METRICS)
+                yield f"| {record['head']} | {record['method']} | {cells} |"
+
+
+def _cell(value: dict[str, float], suffix: str) -> str:
+    text = f"{value['mean']:{'+' if suffix else ''}.3f} [{value['lo']:.3f}, {value['hi']:.3f}]"
+    apart = suffix and (value["lo"] > 0 or value["hi"] < 0)
+    return f"**{text}**" if apart else text
