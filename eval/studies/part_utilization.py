@@ -64,6 +64,10 @@ class Study:
     taps: tuple[str, ...] | None = None  # by default the head's
     input_size: int = 224
     head: str = "memetector"
+    hidden: tuple[int, ...] = (
+        256,
+        128,
+    )  # of memetector's MLP; published for 10,000 memes: 2048, 1024
     worn: bool = True
     p_conc: tuple[float, ...] = (1 / 3, 2 / 3, 1.0)
     p_txt: tuple[float, ...] = (0.0, 0.5, 1.0)
@@ -240,6 +244,7 @@ def run(data: str | Path, output: str | Path, study: Study) -> Iterator[str]:
     rows[there] = np.arange(len(files))
     labels = torch.tensor([int(form == MACRO) for form in np.nonzero(there)[0]])
     masks = _masks(forms, backbone.preprocessing)
+    options: dict[str, Any] = {"hidden": study.hidden} if study.head == "memetector" else {}
     results: dict[str, Values] = {}
     for scenario in study.scenarios:
         stored = []
@@ -256,7 +261,7 @@ def run(data: str | Path, output: str | Path, study: Study) -> Iterator[str]:
                     for p in parts
                 )
                 torch.manual_seed(seed)
-                head = create_head(study.head, backbone, class_names=CLASSES)
+                head = create_head(study.head, backbone, class_names=CLASSES, **options)
                 assert isinstance(head, AttentiveHead)
                 probe(
                     head, features, labels, recipe(seed), train=trained_on, validation=held_out,
@@ -285,6 +290,7 @@ def _claim(output: Path, photos: Sequence[Path], study: Study) -> None:
         "photos": open_photos(photos).describe(),
         "folds": study.folds,
         "seed": study.seed,
+        "hidden": list(study.hidden),
         "recipe": asdict(recipe(study.seed)),
     }
     path = output / "study.json"
