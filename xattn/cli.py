@@ -20,6 +20,7 @@ import tyro
 
 from xattn import __version__
 from xattn.config import ProbeConfig, TrainConfig
+from xattn.eval.studies.config import TextStudyConfig
 
 SHIPPED_DEFAULT = "ttame-efficientnet-lite0"
 
@@ -563,6 +564,74 @@ class Bench:
             print(line, flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyAt:
+    """Attention training on text: vanilla, random, AT, iAT, VAT, iVAT on sentiment trees (SST)."""
+
+    data: Path
+    """A folder with train.txt and dev.txt of the Stanford Sentiment Treebank."""
+    study: tyro.conf.OmitArgPrefixes[TextStudyConfig] = field(default_factory=TextStudyConfig)
+    output: Path = Path("runs/study-at")
+    """Folder of runs.jsonl, a line a finished run, and of report.md, report.json and epsilon.png."""
+    device: str = "cpu"
+    """"auto", "cpu", "cuda", "cuda:1", "mps"."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import attention_text, attention_text_report
+
+        device = _device(self.device)
+        done = attention_text.study(self.study, self.data, self.output, device, _note)
+        files = attention_text_report.write(done.rows, self.study, self.output, self.data)
+        print((self.output / "report.md").read_text(encoding="utf-8"))
+        print("report:", ", ".join(str(path) for path in files))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyVpu:
+    """Visual Part Utilization: does it move a head's attention onto the text of image macros?"""
+
+    data: Path
+    """A folder or list of at least 100 photos."""
+    output: Path = Path("runs/study-vpu")
+    """Folder of images, features, results and the report."""
+    head: str = "memetector"
+    """An attentive head."""
+    backbone: str = "vit_small_patch14_dinov2"
+    """A timm model with package weights."""
+    folds: int = 5
+    """Parts of the photos; each is tested once."""
+    limit: int | None = None
+    """Use only the first photos."""
+    seed: int = 0
+    """Of macros, folds and training."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import part_utilization
+
+        study = part_utilization.Study(
+            backbone=self.backbone,
+            head=self.head,
+            folds=self.folds,
+            limit=self.limit,
+            seed=self.seed,
+        )
+        for line in part_utilization.run(self.data, self.output, study):
+            print(line, flush=True)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Rerun a study of docs/results.md; a study that was stopped goes on in its output folder."""
+
+    study: tyro.conf.OmitSubcommandPrefixes[
+        Annotated[StudyAt, tyro.conf.subcommand("at", description=StudyAt.__doc__)]
+        | Annotated[StudyVpu, tyro.conf.subcommand("vpu", description=StudyVpu.__doc__)]
+    ]
+
+    def run(self) -> None:
+        self.study.run()
+
+
 @dataclass(frozen=True)
 class List:
     """Show what is at hand: backbones with weights, heads, explainers, metrics."""
@@ -610,6 +679,7 @@ Command = (
     | Annotated[Parts, tyro.conf.subcommand("parts", description=Parts.__doc__)]
     | Annotated[Export, tyro.conf.subcommand("export", description=Export.__doc__)]
     | Annotated[Bench, tyro.conf.subcommand("bench", description=Bench.__doc__)]
+    | Annotated[Study, tyro.conf.subcommand("study", description=Study.__doc__)]
     | Annotated[List, tyro.conf.subcommand("list", description=List.__doc__)]
 )
 
@@ -621,6 +691,11 @@ def _weights(source: str, backbone: str) -> str | None:
         shipped = {record.name for record in list_package_weights() if record.installed}
         return "package" if backbone in shipped else "timm"
     return None if source == "random" else source
+
+
+def _note(line: str) -> None:
+    """Progress, apart from the results on stdout."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _device(name: str) -> str:
@@ -727,7 +802,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         hint = "; --resume goes on" if isinstance(command, Train | Probe) else ""
-        if isinstance(command, Compare | Parts):
+        if isinstance(command, Compare | Parts | Study):
             hint = "; the same command goes on"
         print(f"xattn: interrupted{hint}", file=sys.stderr)
         return 130

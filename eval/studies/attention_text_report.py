@@ -17,11 +17,11 @@ from xattn.eval.bootstrap import Interval, paired_difference
 from xattn.eval.studies import sst
 from xattn.eval.studies.attention_text import (
     Run,
-    TextStudyConfig,
     average_precision,
     choose,
     top_precision,
 )
+from xattn.eval.studies.config import TextStudyConfig
 from xattn.files import atomic_file, write_json
 
 COLUMNS = {
@@ -243,11 +243,9 @@ def plot(rows: Rows, config: TextStudyConfig, path: Path) -> None:
     plt.close(figure)
 
 
-def write(
-    rows: Rows, config: TextStudyConfig, folder: Path, dev: Sequence[sst.Sentence]
-) -> list[Path]:
+def write(rows: Rows, config: TextStudyConfig, folder: Path, data: Path) -> list[Path]:
     """``report.md``, ``report.json`` and ``epsilon.png`` in ``folder``."""
-    random_scores = chance(dev)
+    random_scores = chance(sst.read(data / "dev.txt"))
     with atomic_file(folder / "report.md") as temporary:
         lines = markdown(rows, config, random_scores)
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
