@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps, sha256
 from xattn.heads.attentive import AttentiveHead
@@ -19,7 +19,8 @@ from xattn.heads.attentive import AttentiveHead
 class Probed(Backbone):
     """``probed(images) -> Taps``, its logits those of ``probe``, the trained head.
 
-    ``encoder_fingerprint`` is the hash of the weights that the head was trained on.
+    ``encoder_fingerprint`` is the hash of the weights that the head was trained on; the last map
+    passes ``tap_point`` on its way to the head.
     """
 
     probe: AttentiveHead
@@ -35,14 +36,23 @@ class Probed(Backbone):
         names = head.class_names or [f"class {i}" for i in range(head.num_classes)]
         self.class_names = list(names)
         self.pools_linearly = False
+        self.tap_point = nn.Identity()
         self._fingerprint = self._hash(backbone.fingerprint)
 
     def forward_normalized(self, x: Tensor) -> Taps:
         taps = super().forward_normalized(x)
-        return taps._replace(logits=self.probe.logits(self.probe.tokens(taps)))
+        taps = taps._replace(maps=(*taps.maps[:-1], self.tap_point(taps.maps[-1])))
+        return taps._replace(logits=self.probe.predict(self.probe.attend(self.probe.tokens(taps))))
 
     def logits_normalized(self, x: Tensor) -> Tensor:
         return self.forward_normalized(x).logits
+
+    @property
+    def cam_layer(self) -> nn.Module | None:
+        """What CAM methods read where the network's own choice is not on the way to the head."""
+        kind, _, index = self.taps[-1].partition(".")
+        last_block = self.is_vit and kind == "block" and int(index) == self.depth - 1
+        return None if kind == "head" or last_block else self.tap_point
 
     @property
     def has_pooled_tap(self) -> bool:
@@ -52,7 +62,7 @@ class Probed(Backbone):
     def head_logits(self, final: Tensor) -> Tensor:
         self.require_pooled_tap()
         empty = final.new_empty(len(final), 0)
-        return self.probe.logits(self.probe.tokens(Taps(empty, (final,))))
+        return self.probe.predict(self.probe.attend(self.probe.tokens(Taps(empty, (final,)))))
 
     def _linear_classifier(self) -> tuple[Tensor | None, Tensor | None]:
         return None, None

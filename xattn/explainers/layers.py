@@ -23,6 +23,8 @@ class LayerReader:
     """
 
     def __init__(self, backbone: Backbone, layer: nn.Module | None, method: str) -> None:
+        if layer is None:
+            layer = getattr(backbone, "cam_layer", None)
         if layer is None and backbone.adapter:
             layer = getattr(backbone.model, "gradcam_layer", None)
         if layer is None and backbone.adapter:
