@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,17 @@ LossFn: TypeAlias = Callable[[Tensor], Tensor]
 
 UNLABELLED = -100
 SMALL_LOSS = 1e-4  # below it an example's gradient is no longer enlarged
+
+
+class _Clean(NamedTuple):
+    """What :meth:`Perturbation.loss` has when it comes to r: ``clean`` (B,) are the losses at s."""
+
+    scores: Tensor
+    valid: Tensor
+    predict: LossFn
+    logits: Tensor
+    clean: Tensor | None
+    target: Tensor | None
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -100,24 +111,15 @@ class Perturbation:
         if not wide.requires_grad:
             wide = wide.detach().requires_grad_()
         logits = predict(wide)
-        again = predict if module is None else _keeping_statistics(predict, module)
+        again = predict if module is None else keeping_statistics(predict, module)
         clean = None if target is None else _cross_entropy(logits, target)
-        extra = self._extra(wide, valid, again, logits, clean, target)
+        extra = self._extra(_Clean(wide, valid, again, logits, clean, target))
         self.step += 1
-        # Of unlabelled examples the cross-entropy is 0: they do not count in its mean.
-        labelled = 1 if target is None else (target != UNLABELLED).sum().clamp_min(1)
-        total = extra if clean is None else clean.sum() / labelled + extra
-        return total
+        total = self.weight * extra
+        return total if target is None or clean is None else _mean(clean, target) + total
 
-    def _extra(
-        self,
-        scores: Tensor,
-        valid: Tensor,
-        predict: LossFn,
-        logits: Tensor,
-        clean: Tensor | None,
-        target: Tensor | None,
-    ) -> Tensor:
+    def _extra(self, done: _Clean) -> Tensor:
+        """The loss at s + r, before its weight."""
         raise NotImplementedError
 
     def _check_target(self, target: Tensor | None, count: int) -> None:
@@ -158,8 +160,8 @@ class NoPerturbation(Perturbation):
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
         return torch.zeros_like(_wide(scores.detach()))
 
-    def _extra(self, scores: Tensor, *_: Any) -> Tensor:
-        return scores.new_zeros(())
+    def _extra(self, done: _Clean) -> Tensor:
+        return done.scores.new_zeros(())
 
 
 class AttentionAT(Perturbation):
@@ -177,33 +179,26 @@ class AttentionAT(Perturbation):
         stretch = self._stretch(scores, valid)
         return self._sized(stretch * _unit(stretch * gradient.masked_fill(~valid, 0.0)))
 
-    def _extra(
-        self,
-        scores: Tensor,
-        valid: Tensor,
-        predict: LossFn,
-        logits: Tensor,
-        clean: Tensor | None,
-        target: Tensor | None,
-    ) -> Tensor:
-        assert clean is not None and target is not None
+    def _extra(self, done: _Clean) -> Tensor:
+        assert done.clean is not None and done.target is not None
         # The clean pass is differentiated twice: here by the scores, later by the parameters.
-        gradient = _gradient(clean, scores, retain_graph=True)
-        r = self._along(gradient, scores.detach(), valid)
-        labelled = (target != UNLABELLED).sum().clamp_min(1)
-        return self.weight * _cross_entropy(predict(scores + r), target).sum() / labelled
+        gradient = _gradient(done.clean, done.scores, retain_graph=True)
+        r = self._along(gradient, done.scores.detach(), done.valid)
+        return _mean(_cross_entropy(done.predict(done.scores + r), done.target), done.target)
 
 
-class RandomPerturbation(AttentionAT):
+class RandomPerturbation(Perturbation):
     """A random direction in the place of AT's, the control."""
 
     name = "random"
 
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
-        return self._along(scores, _wide(scores.detach()), _valid(scores, mask))
+        return self._sized(self._noise(_wide(scores.detach()), _valid(scores, mask)))
 
-    def _along(self, gradient: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
-        return self._sized(self._noise(scores, valid))
+    def _extra(self, done: _Clean) -> Tensor:
+        assert done.target is not None
+        r = self._sized(self._noise(done.scores.detach(), done.valid))
+        return _mean(_cross_entropy(done.predict(done.scores + r), done.target), done.target)
 
 
 class AttentionVAT(Perturbation):
@@ -246,20 +241,12 @@ class AttentionVAT(Perturbation):
             a = _unit(stretch * gradient.masked_fill(~valid, 0.0))
         return self._sized(stretch * a)
 
-    def _extra(
-        self,
-        scores: Tensor,
-        valid: Tensor,
-        predict: LossFn,
-        logits: Tensor,
-        clean: Tensor | None,
-        target: Tensor | None,
-    ) -> Tensor:
-        def moved(changed: Tensor) -> Tensor:
-            return divergence(logits, predict(changed))
+    def _extra(self, done: _Clean) -> Tensor:
+        def moved(scores: Tensor) -> Tensor:
+            return divergence(done.logits, done.predict(scores))
 
-        r = self.perturbation(scores, moved, valid)
-        return self.weight * moved(scores + r).mean()
+        r = self.perturbation(done.scores, moved, done.valid)
+        return moved(done.scores + r).mean()
 
 
 class _Differences(Perturbation):
@@ -373,6 +360,11 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(_wide(logits), target, reduction="none", ignore_index=UNLABELLED)
 
 
+def _mean(losses: Tensor, target: Tensor) -> Tensor:
+    """Over the labelled examples; the losses of the others are 0."""
+    return losses.sum() / (target != UNLABELLED).sum().clamp_min(1)
+
+
 def _gradient(loss: Tensor, at: Tensor, retain_graph: bool = False) -> Tensor:
     """dL/d(at) up to a positive factor an example: only directions count. The factor keeps the
     gradients of examples that are almost right inside the range of half precision."""
@@ -409,7 +401,8 @@ def _valid(scores: Tensor, mask: Tensor | None) -> Tensor:
     return valid & mask[:, None]
 
 
-def _keeping_statistics(predict: LossFn, module: nn.Module) -> LossFn:
+def keeping_statistics(predict: LossFn, module: nn.Module) -> LossFn:
+    """``predict`` again, without a second update of the BatchNorm statistics of ``module``."""
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
 
     def run(scores: Tensor) -> Tensor:
