@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -267,17 +267,19 @@ def choose(
     return max(sorted(config.epsilons), key=mean)
 
 
-def work(config: TextStudyConfig, rows: dict[Run, dict[str, Any]]) -> Iterable[Run]:
-    """All runs of the study in turn: seed 0 of all, so that a part of it is already a small study.
-    The runs beyond the grid depend on the rows that the grid has given."""
-    pairs = [(a, m) for a in config.attention for m in config.methods]
-    for seed in range(config.grid_seeds):
-        for attention, method in pairs:
-            for epsilon in (0.0,) if method == "none" else config.epsilons:
-                yield Run(attention, method, epsilon, seed)
-    for seed in range(config.grid_seeds, config.seeds):
-        for attention, method in pairs:
-            yield Run(attention, method, choose(rows, attention, method, config), seed)
+def work(config: TextStudyConfig, rows: dict[Run, dict[str, Any]]) -> Iterator[Run]:
+    """All runs of the study in turn, one kind of attention after the other. The runs beyond the grid
+    depend on the rows that the grid has given."""
+    for attention in config.attention:
+        for seed in range(config.seeds):
+            for method in config.methods:
+                epsilons = config.epsilons
+                if method == "none":
+                    epsilons = (0.0,)
+                elif seed >= config.grid_seeds:
+                    epsilons = (choose(rows, attention, method, config),)
+                for epsilon in epsilons:
+                    yield Run(attention, method, epsilon, seed)
 
 
 def study(
