@@ -24,6 +24,9 @@ _EXPORTS = {
     "save_head": "xattn.heads",
     "fit": "xattn.training",
     "TrainConfig": "xattn.config",
+    "ProbeConfig": "xattn.config",
+    "cache_features": "xattn.training.features",
+    "probe": "xattn.training.probe",
     "create_explainer": "xattn.explainers",
     "list_explainers": "xattn.explainers",
     "explain": "xattn.explaining",
@@ -41,10 +44,12 @@ __all__ = [
     "Explanation",
     "Head",
     "Preprocessing",
+    "ProbeConfig",
     "TapModule",
     "Taps",
     "TrainConfig",
     "__version__",
+    "cache_features",
     "create_explainer",
     "create_head",
     "evaluate",
@@ -58,12 +63,14 @@ __all__ = [
     "load_head",
     "load_pack",
     "open_photos",
+    "probe",
     "save_head",
     "save_pack",
 ]
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone, Preprocessing, TapModule, Taps, load_backbone
+    from xattn.config import ProbeConfig
     from xattn.eval import evaluate
     from xattn.explainers import create_explainer, list_explainers
     from xattn.explaining import explain
@@ -72,6 +79,8 @@ if TYPE_CHECKING:
     from xattn.heads import Head, create_head, list_heads, load_head, save_head
     from xattn.sources import open_photos
     from xattn.training import TrainConfig, fit
+    from xattn.training.features import cache_features
+    from xattn.training.probe import probe
     from xattn.video import explain_video
 
 

@@ -29,8 +29,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-# "published" is efficient probing's (arXiv 2506.10178), there with batches of 4,096; "small" is for a
-# few hundred photos: full batches are small, so that the epochs have steps enough.
+# "published" is efficient probing's (arXiv 2506.10178), there with 4,096 photos a step; "small" is for a
+# few hundred photos, where LARS, whose steps are small beside the weights, would need far more epochs.
 PROBE_RECIPES: dict[str, dict[str, Any]] = {
     "published": {
         "epochs": 90,
