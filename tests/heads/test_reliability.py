@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from attentive_fakes import CLASSES, GRID, make, random_tokens, vit
 
+from xattn.heads import load_head, save_head
 from xattn.heads.reliability import ReliabilityBalancing, confidence
 
 K, D = 4, 6
@@ -20,6 +22,13 @@ def balancing(anchors=3, **options):
 def sample(batch=5):
     torch.manual_seed(1)
     return torch.randn(batch, D).double(), 2 * torch.randn(batch, K).double()
+
+
+def loss(module, e, logits, target):
+    """What a head with anchors is trained with, at full trust."""
+    p = module(e, logits).probabilities.gather(1, target[:, None])
+    pulled = module.center_loss(e, logits, target)
+    return -p.clamp_min(1e-12).log().mean() + module.anchor_loss() + pulled
 
 
 def test_confidence_is_one_for_one_hot_and_zero_for_uniform():
@@ -91,7 +100,7 @@ def test_equal_anchors_know_nothing_and_give_no_nan():
     sure = confidence(logits.softmax(1))[:, None]
     expected = sure * logits.softmax(1) + (1 - sure) * uniform
     torch.testing.assert_close(found.probabilities, expected)
-    module.loss(e, logits, torch.tensor([0, 1, 2, 3, 0])).backward()
+    loss(module, e, logits, torch.tensor([0, 1, 2, 3, 0])).backward()
     assert all(p.grad.isfinite().all() for p in module.parameters())
 
 
@@ -151,13 +160,13 @@ def test_training_lowers_the_loss_and_the_anchors_learn_the_classes():
     module = ReliabilityBalancing(K, D, 2)
     logits = torch.zeros(80, K)  # a classifier that knows nothing
     optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
-    first = float(module.loss(e, logits, y))
+    first = loss(module, e, logits, y).item()
     for _ in range(150):
         optimizer.zero_grad()
-        module.loss(e, logits, y).backward()
+        loss(module, e, logits, y).backward()
         optimizer.step()
     found = module(e, logits)
-    assert float(module.loss(e, logits, y)) < first / 2
+    assert loss(module, e, logits, y).item() < first / 2
     assert (found.probabilities.argmax(1) == y).float().mean() > 0.95
 
 
@@ -177,3 +186,64 @@ def test_bad_settings_are_refused(options, message):
 def test_one_class_is_refused():
     with pytest.raises(ValueError, match="at least 2"):
         ReliabilityBalancing(1, D)
+
+
+# ---------------------------------------------------------------------- as an option of a head
+
+
+@pytest.mark.parametrize("name", ["efficient_probe", "gap", "v_jepa"])
+def test_a_head_with_anchors_answers_with_balanced_probabilities(name):
+    head = make(name, reliability={"anchors": 2})
+    tokens = random_tokens(head)
+    with torch.no_grad():
+        attended = head.attend(tokens)
+        found, e = head.balance(attended), head.embed(attended)
+        expected = head.balancing(e, head.logits(tokens), 1.0)
+        torch.testing.assert_close(found.probabilities, expected.probabilities)
+        torch.testing.assert_close(head.predict(attended).softmax(1), found.probabilities)
+        head.trust = 0.0
+        plain = head.logits(tokens).softmax(1)
+        torch.testing.assert_close(head.predict(attended).softmax(1), plain)
+
+
+def test_class_maps_of_a_head_with_anchors_still_share_out_its_logits():
+    head = make("efficient_probe", reliability={"anchors": 2})
+    tokens = random_tokens(head)
+    with torch.no_grad():
+        maps, rest = head.class_maps(tokens)
+        torch.testing.assert_close(maps.sum((2, 3)) + rest, head.logits(tokens))
+
+
+@pytest.mark.parametrize("name", ["efficient_probe", "v_jepa", "cait"])
+def test_anchor_maps_are_the_geometric_distribution_of_one_patch_alone(name):
+    head = make(name, reliability={"anchors": 2})
+    tokens = random_tokens(head)
+    with torch.no_grad():
+        maps = head.anchor_maps(tokens)
+        assert maps.shape == (3, CLASSES, *GRID)
+        torch.testing.assert_close(maps.sum(1), torch.ones(3, *GRID))
+        attended = head.attend(tokens)
+        only = torch.full_like(attended.scores, -torch.inf)
+        only[..., -1] = 0.0  # attention to the last patch and nothing else
+        expected = head.balancing.geometric(head.embed(attended._replace(scores=only)))
+        torch.testing.assert_close(maps[..., -1, -1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_anchors_are_saved_with_their_head(tmp_path):
+    head = make("efficient_probe", reliability={"anchors": 3, "delta": 0.5})
+    save_head(head, tmp_path / "h")
+    loaded = load_head(tmp_path / "h", vit())
+    tokens = random_tokens(head)
+    with torch.no_grad():
+        for a, b in zip(
+            head.balance(head.attend(tokens)), loaded.balance(loaded.attend(tokens)), strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+def test_a_head_without_anchors_says_so():
+    head = make("gap")
+    with pytest.raises(ValueError, match="gap has no anchors"):
+        head.balance(head.attend(random_tokens(head)))
+    with pytest.raises(ValueError, match="gap has no anchors"):
+        head.anchor_maps(random_tokens(head))

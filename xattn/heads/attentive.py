@@ -24,6 +24,7 @@ from xattn.backbone import Backbone, Taps
 from xattn.heads.affine import Step
 from xattn.heads.base import Head
 from xattn.heads.fusion import class_rows
+from xattn.heads.reliability import TINY, Balanced, ReliabilityBalancing
 
 CHUNK = 2**24  # entries of a tensor (B, classes, Q, tokens or channels) alive at once
 
@@ -35,6 +36,7 @@ class Shared(TypedDict, total=False):
     class_names: Sequence[str] | None
     norm: bool
     explain_with: Literal["scores", "mask", "attention"]
+    reliability: dict[str, Any] | None
 
 
 class Tokens(NamedTuple):
@@ -89,6 +91,8 @@ class AttentiveHead(Head):
         norm: a :class:`FeatureNorm` before the classifier.
         explain_with: what the head shows: ``"scores"``, the shares; ``"mask"``, their sigmoid; or
             ``"attention"``, the mean of the query maps, the same for every class.
+        reliability: options of :class:`~xattn.heads.reliability.ReliabilityBalancing`, such as
+            ``{"anchors": 8}``, to correct the predictions; None leaves them alone.
 
     Raises:
         ValueError: the last tap is a single token, or an option that does not fit.
@@ -111,6 +115,7 @@ class AttentiveHead(Head):
         class_names: Sequence[str] | None = None,
         norm: bool = True,
         explain_with: Literal["scores", "mask", "attention"] = "scores",
+        reliability: dict[str, Any] | None = None,
     ) -> None:
         plain = "scores" if explain_with == "attention" else explain_with
         super().__init__(backbone, {**options, "explain_with": plain})
@@ -124,6 +129,8 @@ class AttentiveHead(Head):
         self.options.update(
             classes=classes, class_names=names, norm=norm, explain_with=explain_with
         )
+        if reliability is not None:
+            self.options["reliability"] = dict(reliability)
         if not 1 <= num_taps <= len(backbone.taps):
             raise ValueError(
                 f"num_taps: got {num_taps}; {backbone.name} has {len(backbone.taps)} taps"
@@ -143,6 +150,10 @@ class AttentiveHead(Head):
         self.classifier = nn.Linear(pooled, self.num_classes)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
+        self.balancing: ReliabilityBalancing | None = None
+        if reliability is not None:
+            self.balancing = ReliabilityBalancing(self.num_classes, pooled, **reliability)
+        self.trust = 1.0  # in the correction; training raises it from 0
 
     @staticmethod
     def default_taps(depth: int) -> tuple[str, ...]:
@@ -201,10 +212,56 @@ class AttentiveHead(Head):
         """The vector (B, Z) before norm and classifier."""
         return self.finish(_pool(self.weights(attended.scores), attended.values), attended)[0]
 
+    def embed(self, attended: Attended) -> Tensor:
+        """What the classifier reads (B, Z): the pooled vector, normed."""
+        z = self.pooled(attended)
+        return z if self.norm is None else self.norm(z)
+
     def classify(self, attended: Attended) -> Tensor:
         """(B, K) logits of what :meth:`attend` gave, its scores perhaps perturbed."""
-        z = self.pooled(attended)
-        return self.classifier(z if self.norm is None else self.norm(z))
+        return self.classifier(self.embed(attended))
+
+    def predict(self, attended: Attended) -> Tensor:
+        """(B, K), whose softmax is the head's answer: the logits or, with ``reliability``, log p of
+        the balanced p. Class maps share out the logits."""
+        if self.balancing is None:
+            return self.classify(attended)
+        return self.balance(attended).probabilities.clamp_min(TINY).log()
+
+    def balance(self, attended: Attended) -> Balanced:
+        """The balanced probabilities, how reliable they are, and what corrected them.
+
+        Raises:
+            ValueError: the head has no anchors.
+        """
+        e = self.embed(attended)
+        return self._anchored().forward(e, self.classifier(e), self.trust)
+
+    def anchor_loss(self, attended: Attended, target: Tensor) -> Tensor:
+        """The two losses of the anchors, a scalar, for labels (B,)."""
+        balancing, e = self._anchored(), self.embed(attended)
+        return balancing.anchor_loss() + balancing.center_loss(e, self.classifier(e), target)
+
+    def anchor_maps(self, tokens: Tokens) -> Tensor:
+        """(B, K, h, w): how near each class's anchors what the head would read is, if it looked at
+        one patch alone; over the classes it sums to 1."""
+        attended, balancing = self.attend(tokens), self._anchored()
+        queries, count = attended.scores.shape[1], tokens.grid[0] * tokens.grid[1]
+
+        def alone(value: Tensor) -> Tensor:  # (B, Q or 1, V)
+            z = self.finish(value.expand(-1, queries, -1), attended)[0]
+            return balancing.geometric(z if self.norm is None else self.norm(z))
+
+        near = torch.vmap(alone, 2, 2, chunk_size=64)(attended.values[:, :, -count:])
+        return near.unflatten(-1, tokens.grid)
+
+    def _anchored(self) -> ReliabilityBalancing:
+        if self.balancing is None:
+            raise ValueError(
+                f"reliability: {self.name} has no anchors; create it with "
+                f"reliability={{'anchors': 8}} and train it"
+            )
+        return self.balancing
 
     def class_maps(self, tokens: Tokens, class_index: Tensor | int | None = None) -> ClassMaps:
         """Each patch's share of the logits of some classes, see :class:`ClassMaps`.
@@ -227,10 +284,11 @@ class AttentiveHead(Head):
             rows = rows * self.norm.gain(z)
         weights, values = self.sources(weights, attended)
         batch, queries, count = weights.shape
-        size = max(1, CHUNK // (batch * queries * max(count, values.shape[-1])))
-        shares = torch.cat(
-            [_shares(pull(part), weights, values) for part in rows.split(size, 1)], 1
-        )
+        size = rows.shape[1]
+        if not torch.compiler.is_compiling():  # a graph knows no batch, and takes all at once
+            size = max(1, CHUNK // (batch * queries * max(count, values.shape[-1])))
+        parts = [rows] if rows.shape[1] <= size else rows.split(size, 1)
+        shares = torch.cat([_shares(pull(part), weights, values) for part in parts], 1)
         patches = shares[..., count - tokens.grid[0] * tokens.grid[1] :]
         return ClassMaps(patches.unflatten(-1, tokens.grid), logits - patches.sum(-1))
 

@@ -122,14 +122,3 @@ class ReliabilityBalancing(nn.Module):
         sure = confidence((logits.detach() / self.temperature).softmax(-1))
         own = self.distances(e)[torch.arange(len(e), device=e.device), target]
         return (sure * own.amin(-1)).mean() / e.shape[-1] ** 0.5
-
-    def loss(self, e: Tensor, logits: Tensor, target: Tensor, trust: float = 1.0) -> Tensor:
-        """-log p_y, plus ``trust`` times the two anchor losses, a scalar.
-
-        Args:
-            trust: tau, the share of training that is done.
-        """
-        p = self(e, logits, trust).probabilities
-        fit = -p.gather(1, target[:, None]).clamp_min(TINY).log().mean()
-        anchored = self.anchor_loss() + self.center_loss(e, logits, target)
-        return fit + trust * anchored
