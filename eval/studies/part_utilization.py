@@ -61,7 +61,6 @@ class Study:
 
     backbone: str = "vit_small_patch14_dinov2"
     weights: str | None = "package"
-    taps: tuple[str, ...] | None = None  # by default the head's
     input_size: int = 224
     head: str = "memetector"
     hidden: tuple[int, ...] = (
@@ -69,7 +68,7 @@ class Study:
         128,
     )  # of memetector's MLP; published for 10,000 memes: 2048, 1024
     worn: bool = True
-    p_conc: tuple[float, ...] = (1 / 3, 2 / 3, 1.0)
+    p_conc: tuple[float, ...] = (1 / 3, 1.0)
     p_txt: tuple[float, ...] = (0.0, 0.5, 1.0)
     folds: int = 5
     seed: int = 0
@@ -80,6 +79,21 @@ class Study:
             raise ValueError(
                 f"p_conc, folds: got {self.p_conc}, {self.folds}; give 1 among the shares and 2 folds"
             )
+
+    @property
+    def images(self) -> str:
+        """Folder of the macros, the photos with text and the crops."""
+        return "worn" if self.worn else "same"
+
+    @property
+    def features(self) -> str:
+        """Folder of the features."""
+        return f"features-{self.backbone}-{self.input_size}-{self.images}"
+
+    @property
+    def name(self) -> str:
+        """Of the results."""
+        return f"{self.backbone}-{self.input_size}-{self.head}-{self.images}"
 
     @property
     def scenarios(self) -> list[Scenario]:
@@ -224,19 +238,19 @@ def run(data: str | Path, output: str | Path, study: Study) -> Iterator[str]:
     if len(photos) < 20 * study.folds:
         raise ValueError(f"data: got {len(photos)} photos; give at least {20 * study.folds}")
     _claim(output, photos, study)
-    kind = "worn" if study.worn else "same"
-    forms = make_forms(photos, output / kind, study.worn, study.seed)
+    forms = make_forms(photos, output / study.images, study.worn, study.seed)
     yield f"{len(photos)} photos, {sum(f is not None for f in forms.files[-1])} of whose macros have a crop"
     backbone = load_backbone(study.backbone, study.weights, input_size=study.input_size)
     kind_of_head = head_class(study.head)
     if not issubclass(kind_of_head, AttentiveHead):
         raise ValueError(f"head: {study.head!r} is no classifier; give an attentive head")
-    backbone = backbone.with_taps(study.taps or kind_of_head.default_taps(backbone.depth))
+    backbone = backbone.with_taps(kind_of_head.default_taps(backbone.depth))
     # Text stands at the edges: the model sees the whole image, squeezed.
     backbone.preprocessing = replace(backbone.preprocessing, crop_pct=1.0, crop_mode="squash")
     files = [f for column in forms.files for f in column if f is not None]
-    folder = output / f"features-{study.backbone}-{kind}"
-    features = cache_features(backbone, files, folder, dtype="float16", progress=False)
+    features = cache_features(
+        backbone, files, output / study.features, dtype="float16", progress=False
+    )
     if features.skipped:
         raise ValueError(f"data: {features.skipped[0][0]}: {features.skipped[0][1]}")
     there = np.array([[f is not None for f in column] for column in forms.files])
@@ -249,8 +263,7 @@ def run(data: str | Path, output: str | Path, study: Study) -> Iterator[str]:
     for scenario in study.scenarios:
         stored = []
         for fold in range(study.folds):
-            name = f"{study.backbone}-{study.head}-{kind}-{scenario.label}-{fold}.npz"
-            path = output / "heads" / name
+            path = output / "heads" / f"{study.name}-{scenario.label}-{fold}.npz"
             if not path.is_file():
                 test, rest = _split(len(photos), study.folds, fold, study.seed)
                 seed = study.seed * study.folds + fold
@@ -276,12 +289,12 @@ def run(data: str | Path, output: str | Path, study: Study) -> Iterator[str]:
         results[scenario.label] = {
             key: np.concatenate([part[key] for part in stored]) for key in stored[0]
         } | {"fold": np.repeat(np.arange(study.folds), [len(p["photos"]) for p in stored])}
-    name = f"{study.backbone}-{study.head}-{kind}"
-    write_json(output / f"{name}.json", summary(study, results))
+    table, picture = (output / f"{study.name}.{suffix}" for suffix in ("json", "jpg"))
+    write_json(table, summary(study, results))
     macros = [f for f in forms.files[MACRO] if f is not None]
-    figure(output / f"{name}.jpg", study, results, macros)
+    figure(picture, study, results, macros)
     yield from report(study, results)
-    yield f"{output / name}.json, {output / name}.jpg"
+    yield f"{table}, {picture}"
 
 
 def _claim(output: Path, photos: Sequence[Path], study: Study) -> None:
