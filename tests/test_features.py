@@ -271,6 +271,7 @@ def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(vit, photos, tmp_path,
         patch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
         with pytest.raises(OSError, match="GB are free"):
             cached(vit, photos, tmp_path / "a")
+    assert len(cached(vit, photos, tmp_path / "a", dtype="float16")) == 7  # nothing was stored yet
 
     real, calls = module._Store._write, []
 

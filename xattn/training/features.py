@@ -208,7 +208,7 @@ def _claimed(folder: Path, key: dict[str, Any]) -> Iterator[None]:
     held = folder.is_dir() and {p.name for p in folder.iterdir()} - {LOCK_FILE}
     if held and not (folder / KEY).is_file():
         raise ValueError(f"features: {folder} is not empty and holds no features; choose a new one")
-    if held:
+    if held and _begun(folder):
         _check_key(folder, key)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -217,9 +217,17 @@ def _claimed(folder: Path, key: dict[str, Any]) -> Iterator[None]:
         raise output_error("features", folder, error) from error
     with lock:
         lock_folder(lock, folder, "features")
-        if not held:
+        if not _begun(folder):
+            for path in (*folder.glob("tap-*"), folder / PREFIX, folder / ROWS):
+                path.unlink(missing_ok=True)
             write_json(folder / KEY, key, "features")
         yield
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a row is stored; a run that found no room, say, has left nothing worth keeping."""
+    rows = folder / ROWS
+    return (folder / INDEX).exists() or (rows.is_file() and any(rows.read_bytes()))
 
 
 def _check_key(folder: Path, key: dict[str, Any]) -> None:
