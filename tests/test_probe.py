@@ -266,6 +266,21 @@ def test_lars_learns_colours_too(backbone, features):
     assert train(fresh(backbone), features, epochs=40, optimizer="lars", lr=50.0).accuracy == 1.0
 
 
+@pytest.mark.parametrize("attention", ["none", "at"])
+def test_anchors_learn_beside_the_head(backbone, features, attention):
+    head = fresh(backbone, reliability={"anchors": 2})
+    before = head.balancing.anchors.detach().clone()
+    result = train(head, features, epochs=12, attention=attention)
+    assert result.accuracy == 1.0 and head.trust == 1.0
+    assert not torch.equal(head.balancing.anchors, before)
+    tokens = head.tokens(features.taps(range(24)))
+    with torch.no_grad():
+        found = head.balance(head.attend(tokens))
+    assert (found.geometric.argmax(1) == LABELS).double().mean() > 0.9
+    seen = answers(head, features, range(24)).softmax(1)
+    torch.testing.assert_close(seen, found.probabilities)
+
+
 @pytest.mark.parametrize("name", ["gap", "abmilp"])
 def test_the_backbone_is_left_as_it_was(backbone, features, name):
     before = {k: v.clone() for k, v in backbone.state_dict().items()}

@@ -33,7 +33,7 @@ from xattn.training.checkpoint import load_checkpoint, save_checkpoint
 from xattn.training.features import Features
 from xattn.training.labels import check_labels
 from xattn.training.lars import LARS
-from xattn.training.perturbation import Perturbation, create_perturbation
+from xattn.training.perturbation import Perturbation, create_perturbation, keeping_statistics
 from xattn.training.processes import (
     agree,
     claim_together,
@@ -175,7 +175,7 @@ def answers(
         with torch.no_grad():
             for start in range(0, len(mine), batch_size):
                 tokens = _on(head, head.tokens(features.taps(mine[start : start + batch_size])))
-                parts.append(head.logits(tokens).float().cpu())
+                parts.append(head.predict(head.attend(tokens)).float().cpu())
     finally:
         head.train(training)
     own = torch.cat(parts) if parts else torch.zeros(0, head.num_classes)
@@ -346,7 +346,7 @@ def _train(
                         weight = len(target) * ranks / count
                         loss = _step(
                             accelerator, head, optimizer, perturbation, tokens, target, weight, lr,
-                            step, config,
+                            step, total, config,
                         )  # fmt: skip
                         losses = {"loss": loss}
                         step += 1
@@ -402,10 +402,15 @@ def _step(
     weight: float,
     lr: float,
     step: int,
+    total: int,
     config: ProbeConfig,
 ) -> float:
-    """One step; the loss, averaged over the photos of all processes."""
+    """One step; the loss, averaged over the photos of all processes.
+
+    The anchors of a head with ``reliability`` count as much as the share of the steps that is done.
+    """
     head.train()
+    head.trust = step / total
     tokens, target = _on(head, tokens), target.to(head.classifier.weight.device)
     perturbation.step = step
     for group in optimizer.param_groups:
@@ -416,10 +421,15 @@ def _step(
             attended = head.attend(tokens)
             loss = perturbation.loss(
                 attended.scores,
-                lambda scores: head.classify(attended._replace(scores=scores)),
+                lambda scores: head.predict(attended._replace(scores=scores)),
                 target,
                 module=head,
             )
+            if head.balancing is not None:
+                anchored = keeping_statistics(
+                    lambda scores: head.anchor_loss(attended._replace(scores=scores), target), head
+                )
+                loss = loss + head.trust * anchored(attended.scores)
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(weight * loss)
     except Exception as error:
@@ -429,6 +439,8 @@ def _step(
             f"batch_size: out of memory with {config.batch_size} photos a step; train with fewer, or "
             f"on more processes"
         ) from error
+    finally:
+        head.trust = 1.0
     mean = weight * loss.detach().float()
     if accelerator.num_processes > 1:
         _average_gradients(accelerator, head)

@@ -1,0 +1,141 @@
+"""The image study: its measures by their definitions, and a small study from photos to tables."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import xattn
+from xattn.eval.studies.attention_image import (
+    METRICS,
+    ImageStudyConfig,
+    deletion,
+    gradient,
+    pearson,
+    study,
+)
+from xattn.heads import Tokens, create_head
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    return xattn.load_backbone("test_vit", weights=None, num_classes=4, taps="head")
+
+
+@pytest.fixture(scope="module")
+def head(backbone):
+    torch.manual_seed(1)
+    head = create_head("efficient_probe", backbone, queries=4).eval()
+    with torch.no_grad():
+        head.queries.normal_()
+        head.classifier.weight.normal_()
+    return head
+
+
+def tokens_of(count=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Tokens(
+        (torch.randn(1, count, 64, generator=generator),), torch.zeros(1, 0, 64), (3, count // 3)
+    )
+
+
+def test_deletion_is_the_drop_when_a_token_is_not_there(head):
+    tokens = tokens_of()
+    with torch.no_grad():
+        found = deletion(head, tokens, 2)
+        whole = head.logits(tokens).softmax(1)[0, 2]
+        for n in range(9):
+            left = torch.cat([tokens.patches[0][:, :n], tokens.patches[0][:, n + 1 :]], 1)
+            without = Tokens((left,), tokens.prefix, (2, 4))
+            expected = whole - head.logits(without).softmax(1)[0, 2]
+            torch.testing.assert_close(found[n], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_is_the_norm_of_the_losss_slope_by_each_token(head):
+    tokens, target = tokens_of(), torch.tensor([1])
+    found = gradient(head.double(), Tokens((tokens.patches[0].double(),), *tokens[1:]), target)
+    x = tokens.patches[0].double()
+    for n in (0, 5):
+        slope = torch.zeros(64).double()
+        for d in range(64):
+            step = torch.zeros_like(x)
+            step[0, n, d] = 1e-5
+            up, down = (
+                F.cross_entropy(head.logits(Tokens((x + s,), *tokens[1:])), target)
+                for s in (step, -step)
+            )
+            slope[d] = (up - down) / 2e-5
+        torch.testing.assert_close(found[n], slope.norm(), rtol=1e-5, atol=1e-8)
+    head.float()
+
+
+def test_pearson_is_numpys_and_nan_for_a_constant():
+    a, b = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).unbind()
+    assert pearson(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert np.isnan(pearson(a, torch.ones(50)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ("at",)}, "give 'none'"),
+        ({"methods": ("none", "cat")}, "got none, cat"),
+        ({"strength": 0.0}, "strength: got 0.0"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageStudyConfig(**options)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three classes of coloured noise, and photos with a square object."""
+    generator = np.random.default_rng(0)
+    for k in range(3):
+        (tmp_path / "photos" / f"class{k}").mkdir(parents=True)
+        for i in range(6):
+            pixels = generator.integers(0, 120, (64, 64, 3))
+            pixels[..., k] += 120
+            path = tmp_path / "photos" / f"class{k}" / f"{k}-{i}.png"
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    for name in ("images", "masks"):
+        (tmp_path / "objects" / name).mkdir(parents=True)
+    for i in range(3):
+        pixels = generator.integers(0, 255, (64, 64, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "objects" / "images" / f"{i}.jpg")
+        mask = np.zeros((64, 64), np.uint8)
+        mask[16:48, 8 : 30 + i] = 17 if i else 200  # a cat, or something that is no thing
+        Image.fromarray(mask).save(tmp_path / "objects" / "masks" / f"{i}.png")
+    return tmp_path
+
+
+def test_a_small_study_ends_in_tables_and_goes_on(photos):
+    config = ImageStudyConfig(
+        backbones=("tf_efficientnet_lite0",),
+        heads=("efficient_probe",),
+        methods=("none", "at"),
+        folds=3,
+        input_size=64,
+    )
+    arguments = photos / "photos", None, photos / "objects", photos / "out"
+    lines = list(study(*arguments, config))
+    runs = [line for line in lines if " fold " in line]
+    assert len(runs) == 6
+    assert sum("| efficient_probe |" in line for line in lines) == 2
+    records = json.loads((photos / "out" / "results.json").read_text())
+    assert [r["method"] for r in records] == ["none", "at"]
+    assert all(np.isfinite(records[0][name]["mean"]) for name in METRICS)
+    assert records[0]["accuracy"]["n"] == 18 and records[0]["energy"]["n"] == 2
+    (photos / "out" / "tf_efficientnet_lite0-efficient_probe-at-1.npz").unlink()
+    again = list(study(*arguments, config))
+    assert [line for line in again if " fold " in line] == [runs[3]]
+    assert again[1:] == lines[6:]
+    with pytest.raises(ValueError, match="another study"):
+        list(study(*arguments, ImageStudyConfig(folds=4)))
