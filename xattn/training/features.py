@@ -440,7 +440,7 @@ def _fill(
                     maps = _maps(backbone, batch, states == STORED, batch_size)
                     _check(maps, states == STORED, store.dtype, photos, start)
                     store.put(view * n + start, states.astype(np.uint8), maps)
-                    bar.update(len(block) * ranks if rank == 0 else 0)
+                    bar.update(min(len(block) * ranks, store.total - bar.n))
 
 
 @torch.inference_mode()
