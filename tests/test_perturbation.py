@@ -444,6 +444,32 @@ def probe(backbone, batch=6, count=9, **options):
     return head.train(), tokens, torch.arange(batch) % 5
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_closed_forms_hold_on_a_head(backbone, norm):
+    head, tokens, target = probe(backbone, norm=norm)
+    head = head.double().eval()
+    tokens = Tokens((tokens.patches[0].double(),), tokens.prefix.double(), tokens.grid)
+    scores = head.attend(tokens).scores.detach()
+    loss = losses(lambda s: head.logits(tokens, s), target)
+    g = gradient(scores, loss)
+    assert g.sum(-1).abs().max() < 1e-12
+    r = AttentionAT(1e-3).perturbation(scores, loss)
+    assert torch.allclose(r, 1e-3 * g / g.norm(dim=-1, keepdim=True))
+    rows = AttentionIAT(1e-3, norm="row").perturbation(scores, loss)
+    assert torch.allclose(rows, r, atol=1e-9)
+    growth = (loss(scores + r) - loss(scores)) / (1e-3 * g.norm(dim=-1).sum(1))
+    assert torch.allclose(growth, torch.ones_like(growth), atol=1e-2)
+    part = Tokens((tokens.patches[0][2:4],), tokens.prefix[2:4], tokens.grid)
+    few = AttentionAT(1e-3).perturbation(
+        scores[2:4], losses(lambda s: head.logits(part, s), target[2:4])
+    )
+    assert torch.allclose(few, r[2:4])  # whatever else is in the batch
+    large = AttentionVAT(3.0).perturbation(
+        scores, lambda s: divergence(head.logits(tokens), head.logits(tokens, s))
+    )
+    assert torch.allclose(large.norm(dim=-1), torch.full(scores.shape[:2], 3.0).double())
+
+
 def step(head, tokens, target, perturbation, **options):
     attended = head.attend(tokens)
     return perturbation.loss(
