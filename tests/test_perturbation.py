@@ -305,7 +305,7 @@ def test_random_numbers_are_a_function_of_seed_and_step():
         len(
             {
                 *values,
-                float(create_perturbation("random", epsilon=1.0).loss(scores, predict, target)),
+                create_perturbation("random", epsilon=1.0).loss(scores, predict, target).item(),
             }
         )
         == 4
