@@ -498,7 +498,7 @@ def _reason(error: Exception) -> str:
 
 
 def _digest(image: Tensor) -> str:
-    return hashlib.sha256(image.contiguous().numpy()).hexdigest()
+    return hashlib.sha256(image.contiguous().numpy().data).hexdigest()
 
 
 def _png(grey: Tensor) -> bytes:

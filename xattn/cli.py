@@ -20,7 +20,7 @@ import tyro
 
 from xattn import __version__
 from xattn.config import ProbeConfig, TrainConfig
-from xattn.eval.studies.config import TextStudyConfig
+from xattn.eval.studies.config import ImageStudyConfig, TextStudyConfig
 
 SHIPPED_DEFAULT = "ttame-efficientnet-lite0"
 
@@ -587,6 +587,29 @@ class StudyAt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudyImage:
+    """Attention training on images: do maps of attentive heads agree better with what matters?"""
+
+    data: Path
+    """Photos to tell classes apart."""
+    labels: Path | None = None
+    """A .json or .csv file of the photos' classes; by default their folders."""
+    objects: Path
+    """A folder with images/ and masks/ of COCO objects."""
+    study: tyro.conf.OmitArgPrefixes[ImageStudyConfig] = field(default_factory=ImageStudyConfig)
+    output: Path = Path("runs/study-image")
+    """Folder of features, the values of every head, and results.json."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import attention_image
+
+        for line in attention_image.study(
+            self.data, self.labels, self.objects, self.output, self.study
+        ):
+            print(line, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudyVpu:
     """Visual Part Utilization: does it move a head's attention onto the text of image macros?"""
 
@@ -643,6 +666,7 @@ class Study:
 
     study: tyro.conf.OmitSubcommandPrefixes[
         Annotated[StudyAt, tyro.conf.subcommand("at", description=StudyAt.__doc__)]
+        | Annotated[StudyImage, tyro.conf.subcommand("image", description=StudyImage.__doc__)]
         | Annotated[StudyVpu, tyro.conf.subcommand("vpu", description=StudyVpu.__doc__)]
     ]
 

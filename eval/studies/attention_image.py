@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,47 +31,14 @@ from torch import Tensor
 from xattn.backbone import Taps
 from xattn.config import ProbeConfig
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
+from xattn.eval.studies.config import ImageStudyConfig
 from xattn.files import atomic_file, check_folder, write_json
 from xattn.heads import AttentiveHead, Tokens
-from xattn.training.perturbation import PERTURBATIONS
 
 METRICS = ("accuracy", "gradient", "deletion", "shares", "stability", "energy")
 SETTINGS = "settings.json"
 # MemeTector's MLP of 2048 and 1024 units was made for thousands of photos.
 OPTIONS: dict[str, dict[str, Any]] = {"memetector": {"hidden": [256]}}
-
-Method = Literal["none", "random", "at", "iat", "vat", "ivat"]
-
-
-@dataclass(frozen=True)
-class ImageStudyConfig:
-    """What is trained, and how often."""
-
-    backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_small_patch14_dinov2")
-    """timm models with package weights."""
-    heads: tuple[str, ...] = ("efficient_probe", "memetector", "abmilp")
-    """Attentive heads that learn their scores."""
-    methods: tuple[Method, ...] = ("none", "random", "at", "iat", "vat", "ivat")
-    """none is plain training, which the others are compared with."""
-    strength: float = 0.3
-    """Root mean square change of a token's score: epsilon / sqrt(tokens)."""
-    noise: float = 0.1
-    """Standard deviation of the noise on pixels in [0, 1]."""
-    folds: int = 5
-    """Parts of the photos; each is tested once, with a seed of its own."""
-    input_size: int = 224
-    """Side of the model's input in pixels."""
-
-    def __post_init__(self) -> None:
-        unknown = set(self.methods) - set(PERTURBATIONS)
-        if unknown or "none" not in self.methods:
-            raise ValueError(
-                f"methods: got {', '.join(self.methods)}; give 'none', which the others are compared "
-                f"with, and choose from {', '.join(PERTURBATIONS)}"
-            )
-        for name in ("strength", "noise"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}; give a positive number")
 
 
 class Run(NamedTuple):
@@ -185,7 +152,7 @@ def _runs(
         )  # fmt: skip
         values = measure(head, found, classes.index, parts.test)
         with atomic_file(path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **values)
+            np.savez(stream, **values)  # type: ignore[arg-type]
         shown = "  ".join(f"{k} {np.nanmean(v):.3f}" for k, v in values.items() if k in METRICS)
         yield f"{name} {kind} {run.method} fold {run.fold}: {done.best_epoch + 1} epochs  {shown}"
 

@@ -47,11 +47,40 @@ class TextStudyConfig:
             raise ValueError(
                 f"grid_seeds: got {self.grid_seeds}; give at most seeds = {self.seeds}"
             )
-        unknown = set(self.methods) - set(get_args(Method))
-        if unknown or "none" not in self.methods:
-            raise ValueError(
-                f"methods: got {', '.join(self.methods)}; give 'none', which the others are compared "
-                f"with, and choose from {', '.join(get_args(Method))}"
-            )
+        _check_methods(self.methods)
         if not self.epsilons or min(self.epsilons) <= 0:
             raise ValueError(f"epsilons: got {self.epsilons}; give positive norms")
+
+
+@dataclass(frozen=True)
+class ImageStudyConfig:
+    """What is trained and tested on photos."""
+
+    backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_small_patch14_dinov2")
+    """timm models with package weights."""
+    heads: tuple[str, ...] = ("efficient_probe", "memetector", "abmilp")
+    """Attentive heads that learn their scores."""
+    methods: tuple[Method, ...] = ("none", "random", "at", "iat", "vat", "ivat")
+    """none is plain training, which the others are compared with."""
+    strength: float = 0.3
+    """Root mean square change of a token's score: epsilon / sqrt(tokens)."""
+    noise: float = 0.1
+    """Standard deviation of the noise on pixels in [0, 1]."""
+    folds: int = 5
+    """Parts of the photos; each is tested once, with a seed of its own."""
+    input_size: int = 224
+    """Side of the model's input in pixels."""
+
+    def __post_init__(self) -> None:
+        _check_methods(self.methods)
+        for name in ("strength", "noise"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}; give a positive number")
+
+
+def _check_methods(methods: tuple[str, ...]) -> None:
+    if set(methods) - set(get_args(Method)) or "none" not in methods:
+        raise ValueError(
+            f"methods: got {', '.join(methods)}; give 'none', which the others are compared with, and "
+            f"choose from {', '.join(get_args(Method))}"
+        )

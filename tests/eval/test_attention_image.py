@@ -13,12 +13,12 @@ from PIL import Image
 import xattn
 from xattn.eval.studies.attention_image import (
     METRICS,
-    ImageStudyConfig,
     deletion,
     gradient,
     pearson,
     study,
 )
+from xattn.eval.studies.config import ImageStudyConfig
 from xattn.heads import Tokens, create_head
 
 
