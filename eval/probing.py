@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from xattn.backbone import Backbone, load_backbone
 from xattn.config import ProbeConfig
 from xattn.eval.bootstrap import Interval, mean_intervals
-from xattn.eval.speed import median_ratio, operations, times, write_photos
+from xattn.eval.heads_bench import macs
+from xattn.eval.speed import median_ratio, times, write_photos
 from xattn.files import atomic_file, write_json
-from xattn.heads import AttentiveHead, create_head, head_class, parse_options
+from xattn.heads import AttentiveHead, Tokens, create_head, head_class, parse_options
 from xattn.sources import Files, Photos, open_photos
 from xattn.training.features import Features, cache_features
 from xattn.training.labels import Labels, read_labels, split
@@ -217,26 +217,23 @@ def _row(
         accuracy=mean_intervals(correct.mean(1, keepdims=True))[0],
         ece=together.ece,
         parameters=sum(p.numel() for p in head.parameters()),
-        macs=macs(head, features),
+        macs=_macs(head, features),
         seconds=statistics.median(seconds) if seconds else math.nan,
         best_epochs=best,
         correct=correct,
     )
 
 
-def macs(head: AttentiveHead, features: Features) -> int:
-    """Multiply-adds of the matrix products from one photo's tokens to its logits."""
-    tokens = head.tokens(features.taps([0]))
+def _macs(head: AttentiveHead, features: Features) -> int:
+    """Multiply-adds of the products and convolutions from one photo's tokens to its logits."""
+    tokens = _moved(head.tokens(features.taps([0])), head)
+    return macs(head, tokens) + head.classifier.weight.numel()
+
+
+def _moved(tokens: Tokens, head: AttentiveHead) -> Tokens:
     device = head.classifier.weight.device
-    tokens = tokens._replace(
-        patches=tuple(p.to(device) for p in tokens.patches), prefix=tokens.prefix.to(device)
-    )
-
-    @torch.no_grad()
-    def job() -> Tensor:
-        return head.logits(tokens)
-
-    return operations(job) // 2
+    patches = tuple(p.to(device) for p in tokens.patches)
+    return Tokens(patches, tokens.prefix.to(device), tokens.grid)
 
 
 # ---------------------------------------------------------------------- the table
@@ -382,17 +379,13 @@ def step_ratios(
 
 def _stepper(head: AttentiveHead, kind: str) -> Callable[[Any], None]:
     """A training step as :func:`~xattn.training.probe.probe` takes it, labels 0 and 1 in turn."""
-    device = head.classifier.weight.device
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-4)
     perturbation = create_perturbation(kind, **({} if kind == "none" else {"epsilon": 1.0}))
     head.train()
 
     def step(tokens: Any) -> None:
-        tokens = tokens._replace(
-            patches=tuple(p.to(device) for p in tokens.patches), prefix=tokens.prefix.to(device)
-        )
-        attended = head.attend(tokens)
-        target = torch.arange(len(attended.scores), device=device) % 2
+        attended = head.attend(_moved(tokens, head))
+        target = torch.arange(len(attended.scores), device=attended.scores.device) % 2
         loss = perturbation.loss(
             attended.scores,
             lambda scores: head.classify(attended._replace(scores=scores)),
