@@ -250,3 +250,11 @@ def test_bad_input_is_one_line(run, tmp_path, capsys, more, message):
         code = error.code
     assert code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_bench_prints_epochs_and_steps(tmp_path):
+    from xattn.eval.probing import bench
+
+    text = "\n".join(bench(["test_vit"], 1, write_photos(tmp_path / "p", 6)))
+    for row in ("| gap |", "| efficient_probe | at |", "| abmilp | ivat |", "at most 4.5x"):
+        assert row in text
