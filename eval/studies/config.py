@@ -22,7 +22,7 @@ class TextStudyConfig:
     """Runs of each method with its chosen epsilon: seeds 0, 1, ..."""
     epsilons: tuple[float, ...] = (0.5, 2.0, 8.0, 30.0)
     """Norms of the perturbation to choose from."""
-    grid_seeds: int = 1
+    grid_seeds: int = 2
     """Runs of each epsilon that the choice is made from."""
     epochs: int = 2
     """Passes over the training sentences; the held-out tenth chooses the best."""
@@ -76,6 +76,57 @@ class ImageStudyConfig:
         for name in ("strength", "noise"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}; give a positive number")
+
+
+@dataclass(frozen=True)
+class PartStudyConfig:
+    """What heads are trained on: each share of web photos with each share of text on them."""
+
+    backbone: str = "vit_small_patch14_dinov2"
+    """A timm model."""
+    input_size: int = 224
+    """Side of the model's input in pixels."""
+    head: str = "memetector"
+    """An attentive head that learns its scores."""
+    hidden: tuple[int, ...] = (256, 128)
+    """Widths of memetector's MLP; published, for 10,000 memes: 2048 1024."""
+    p_conc: tuple[float, ...] = (1 / 3, 1.0)
+    """Shares of web photos in the regular class, the rest are crops of the macros; 1 is without crops."""
+    p_txt: tuple[float, ...] = (0.0, 0.5, 1.0)
+    """Shares of the web photos that carry text."""
+    worn: bool = True
+    """Macros were made smaller and compressed more, web photos were not."""
+    folds: int = 5
+    """Parts of the photos; each is tested once, by heads of a seed of its own."""
+    seed: int = 0
+    """Of macros, folds and training."""
+    limit: int | None = None
+    """Only the first so many photos."""
+
+    def __post_init__(self) -> None:
+        shares = (*self.p_conc, *self.p_txt)
+        if 1.0 not in self.p_conc or not self.p_txt or not all(0 <= p <= 1 for p in shares):
+            raise ValueError(
+                f"p_conc, p_txt: got {self.p_conc} and {self.p_txt}; give shares in [0, 1], and 1 "
+                f"among p_conc"
+            )
+        if self.folds < 2:
+            raise ValueError(f"folds: got {self.folds}; give 2 or more")
+
+    @property
+    def images(self) -> str:
+        """Folder of the macros, the photos with text and the crops."""
+        return "worn" if self.worn else "same"
+
+    @property
+    def features(self) -> str:
+        """Folder of the features."""
+        return f"features-{self.backbone}-{self.input_size}-{self.images}"
+
+    @property
+    def name(self) -> str:
+        """Of the results."""
+        return f"{self.backbone}-{self.input_size}-{self.head}-{self.images}"
 
 
 def _check_methods(methods: tuple[str, ...]) -> None:

@@ -35,7 +35,7 @@ def write_trees(folder, count=120, seed=0):
 
 
 SMALL = TextStudyConfig(
-    methods=("none", "at"), attention=("dot",), seeds=2, epsilons=(0.5, 2.0), epochs=2,
+    methods=("none", "at"), attention=("dot",), seeds=2, grid_seeds=1, epsilons=(0.5, 2.0), epochs=2,
     batch_size=8, embedding=8, width=4,
 )  # fmt: skip
 
@@ -259,9 +259,7 @@ def test_a_stopped_study_goes_on_and_gives_the_same_rows(tmp_path):
 def test_the_command_writes_tables_differences_and_a_plot(tmp_path, capsys):
     data = write_trees(tmp_path)
     arguments = ["study", "at", "--data", str(data), "--output", str(tmp_path / "out")]
-    arguments += (
-        "--methods none at iat --attention dot --seeds 2 --epsilons 0.5 2 --epochs 1".split()
-    )
+    arguments += "--methods none at iat --attention dot --seeds 2 --grid-seeds 1 --epsilons 0.5 2 --epochs 1".split()
     arguments += "--batch-size 16 --embedding 8 --width 4".split()
     assert main(arguments) == 0
     text = capsys.readouterr().out
