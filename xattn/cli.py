@@ -20,7 +20,7 @@ import tyro
 
 from xattn import __version__
 from xattn.config import ProbeConfig, TrainConfig
-from xattn.eval.studies.config import ImageStudyConfig, TextStudyConfig
+from xattn.eval.studies.config import ImageStudyConfig, PartStudyConfig, TextStudyConfig
 
 SHIPPED_DEFAULT = "ttame-efficientnet-lite0"
 
@@ -615,48 +615,17 @@ class StudyVpu:
 
     data: Path
     """A folder or list of at least 20 photos a fold."""
-    backbone: Annotated[str, tyro.conf.arg(aliases=["-b"])] = "vit_small_patch14_dinov2"
-    """A timm model."""
+    study: tyro.conf.OmitArgPrefixes[PartStudyConfig] = field(default_factory=PartStudyConfig)
     weights: str = "auto"
     """"package", "timm", "auto" (either), "random", or a file of weights."""
-    input_size: int = 224
-    """Side of the model's input in pixels."""
-    head: str = "memetector"
-    """An attentive head."""
-    hidden: tuple[int, ...] = (256, 128)
-    """Widths of memetector's MLP; published, for 10,000 memes: 2048 1024."""
-    p_conc: tuple[float, ...] = (1 / 3, 1.0)
-    """Shares of web photos in the regular class, the rest are crops of the macros; 1 is without them."""
-    p_txt: tuple[float, ...] = (0.0, 0.5, 1.0)
-    """Shares of the web photos that carry text."""
-    worn: bool = True
-    """Macros were made smaller and compressed more, web photos were not."""
-    folds: int = 5
-    """Parts of the photos; each is tested once, by heads of another seed."""
-    limit: int | None = None
-    """Use only the first photos."""
-    seed: int = 0
-    """Of macros, folds and training."""
     output: Path = Path("runs/study-vpu")
     """Folder of images, features, the values of every head, and the report."""
 
     def run(self) -> None:
         from xattn.eval.studies import part_utilization
 
-        study = part_utilization.Study(
-            backbone=self.backbone,
-            weights=_weights(self.weights, self.backbone),
-            input_size=self.input_size,
-            head=self.head,
-            hidden=self.hidden,
-            p_conc=self.p_conc,
-            p_txt=self.p_txt,
-            worn=self.worn,
-            folds=self.folds,
-            limit=self.limit,
-            seed=self.seed,
-        )
-        for line in part_utilization.run(self.data, self.output, study):
+        weights = _weights(self.weights, self.study.backbone)
+        for line in part_utilization.run(self.data, self.output, self.study, weights):
             print(line, flush=True)
 
 

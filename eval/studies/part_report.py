@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
+from xattn.eval.studies.attention_text_report import t_interval
+from xattn.eval.studies.config import PartStudyConfig
 from xattn.files import atomic_file
 
 if TYPE_CHECKING:
-    from xattn.eval.studies.part_utilization import Scenario, Study
+    from xattn.eval.studies.part_utilization import Scenario
 
 TESTS = {  # of the regular class: (share of web photos, share of them with text)
     "web": (1.0, 0.0),
@@ -43,15 +45,18 @@ def columns(values: Values) -> dict[str, NDArray[np.float64]]:
     return {name: 100 * column for name, column in shown.items()}
 
 
-def summary(study: Study, results: dict[str, Values]) -> dict[str, Any]:
-    """Means, paired differences with minus without VPU, with intervals over photos, and by fold."""
+def summary(
+    study: PartStudyConfig, scenarios: list[Scenario], results: dict[str, Values]
+) -> dict[str, Any]:
+    """Means, and paired differences with minus without VPU: intervals over photos given the heads, and
+    by fold, so by head, with Student's t intervals."""
     table: dict[str, Any] = {}
     differences: dict[str, Any] = {}
-    for scenario in study.scenarios:
+    for scenario in scenarios:
         shown = columns(results[scenario.label])
         fold = results[scenario.label]["fold"]
         table[scenario.label] = {
-            name: _interval(mean_interval(column)) | {"folds": _by_fold(column, fold)}
+            name: _interval(mean_interval(column)) | _by_fold(column, fold)
             for name, column in shown.items()
         }
         if scenario.p_conc == 1:
@@ -59,10 +64,10 @@ def summary(study: Study, results: dict[str, Values]) -> dict[str, Any]:
         without = columns(results[replace(scenario, p_conc=1.0).label])
         differences[scenario.label] = {
             name: _interval(paired_difference(column, without[name]))
-            | {"folds": _by_fold(column - without[name], fold)}
+            | _by_fold(column - without[name], fold)
             for name, column in shown.items()
         }
-    area = 100 * float(np.mean(results[study.scenarios[0].label]["area"]))
+    area = 100 * float(np.mean(results[scenarios[0].label]["area"]))
     return {
         "study": json.loads(json.dumps(asdict(study))),
         "area": round(area, 3),
@@ -71,8 +76,10 @@ def summary(study: Study, results: dict[str, Values]) -> dict[str, Any]:
     }
 
 
-def _by_fold(column: NDArray[np.float64], fold: NDArray[np.int64]) -> list[float]:
-    return [round(float(np.nanmean(column[fold == k])), 3) for k in np.unique(fold)]
+def _by_fold(column: NDArray[np.float64], fold: NDArray[np.int64]) -> dict[str, Any]:
+    means = [float(np.nanmean(column[fold == k])) for k in np.unique(fold)]
+    _, lo, hi, _ = t_interval(means)
+    return {"folds": [round(m, 3) for m in means], "fold_lo": round(lo, 3), "fold_hi": round(hi, 3)}
 
 
 def _interval(value: Interval) -> dict[str, Any]:
@@ -89,22 +96,36 @@ def line(scenario: Scenario, fold: int, values: Values) -> str:
     return f"p_conc {scenario.p_conc:.2f}  p_txt {scenario.p_txt:.2f}  fold {fold}: {shown}"
 
 
-def report(study: Study, results: dict[str, Values]) -> Iterator[str]:
+def report(
+    study: PartStudyConfig, scenarios: list[Scenario], results: dict[str, Values]
+) -> Iterator[str]:
     """The tables in Markdown."""
-    found = summary(study, results)
-    names = list(columns(results[study.scenarios[0].label]))
+    found = summary(study, scenarios, results)
+    names = list(columns(results[scenarios[0].label]))
     head = "| p_txt | p_conc | " + " | ".join(names) + " |"
     rule = "| --: | --: |" + " --: |" * len(names)
     yield head
     yield rule
-    for scenario in study.scenarios:
+    for scenario in scenarios:
         yield _row(scenario, [found["table"][scenario.label][n] for n in names], "")
     yield ""
     yield head
     yield rule
-    for scenario in study.scenarios:
+    for scenario in scenarios:
         if scenario.p_conc < 1:
             yield _row(scenario, [found["differences"][scenario.label][n] for n in names], "+")
+    yield ""
+    yield "| p_txt | p_conc | map | with - without VPU by fold | mean | 95 % t interval over folds |"
+    yield "| --: | --: | :-- | --: | --: | --: |"
+    for scenario in scenarios:
+        if scenario.p_conc < 1:
+            for name in ("energy", "class energy"):
+                cell = found["differences"][scenario.label][name]
+                by_fold = " ".join(f"{value:+.1f}" for value in cell["folds"])
+                yield (
+                    f"| {scenario.p_txt:.2f} | {scenario.p_conc:.2f} | {name} | {by_fold} | "
+                    f"{cell['mean']:+.1f} | [{cell['fold_lo']:.1f}, {cell['fold_hi']:.1f}] |"
+                )
     yield ""
     yield f"area of the text: {found['area']:.1f} % of the image"
 
@@ -115,7 +136,11 @@ def _row(scenario: Scenario, cells: list[dict[str, Any]], sign: str) -> str:
 
 
 def figure(
-    path: str | Path, study: Study, results: dict[str, Values], macros: list[Path], count: int = 5
+    path: str | Path,
+    scenarios: list[Scenario],
+    results: dict[str, Values],
+    macros: list[Path],
+    count: int = 5,
 ) -> None:
     """The first macros of the test photos, with the attention of heads trained without and with VPU.
 
@@ -128,8 +153,9 @@ def figure(
     from xattn.images import load_image
     from xattn.visualize import overlay
 
-    text = sorted(study.p_txt)[len(study.p_txt) // 2]
-    pair = [replace(study.scenarios[0], p_conc=c, p_txt=text) for c in (1.0, min(study.p_conc))]
+    shares = sorted({scenario.p_txt for scenario in scenarios})
+    same = [s for s in scenarios if s.p_txt == shares[len(shares) // 2]]
+    pair = [max(same, key=lambda s: s.p_conc), min(same, key=lambda s: s.p_conc)]
     side, gap = 168, 6
     sheet = Image.new("RGB", (count * (side + gap) - gap, 3 * (side + gap) - gap), "white")
     for column in range(count):

@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from xattn.config import ProbeConfig
+from xattn.eval.studies.config import PartStudyConfig
 from xattn.eval.studies.part_report import Values, figure, line, report, summary
 from xattn.files import atomic_file, write_json
 from xattn.sources import open_photos
@@ -55,49 +56,8 @@ class Scenario:
         return f"{self.p_conc:.2f}-{self.p_txt:.2f}"
 
 
-@dataclass(frozen=True)
-class Study:
-    """What is trained and tested; ``p_conc`` and ``p_txt`` are combined, and 1 must be in ``p_conc``."""
-
-    backbone: str = "vit_small_patch14_dinov2"
-    weights: str | None = "package"
-    input_size: int = 224
-    head: str = "memetector"
-    hidden: tuple[int, ...] = (
-        256,
-        128,
-    )  # of memetector's MLP; published for 10,000 memes: 2048, 1024
-    worn: bool = True
-    p_conc: tuple[float, ...] = (1 / 3, 1.0)
-    p_txt: tuple[float, ...] = (0.0, 0.5, 1.0)
-    folds: int = 5
-    seed: int = 0
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        if 1.0 not in self.p_conc or self.folds < 2:
-            raise ValueError(
-                f"p_conc, folds: got {self.p_conc}, {self.folds}; give 1 among the shares and 2 folds"
-            )
-
-    @property
-    def images(self) -> str:
-        """Folder of the macros, the photos with text and the crops."""
-        return "worn" if self.worn else "same"
-
-    @property
-    def features(self) -> str:
-        """Folder of the features."""
-        return f"features-{self.backbone}-{self.input_size}-{self.images}"
-
-    @property
-    def name(self) -> str:
-        """Of the results."""
-        return f"{self.backbone}-{self.input_size}-{self.head}-{self.images}"
-
-    @property
-    def scenarios(self) -> list[Scenario]:
-        return [Scenario(c, t) for t in self.p_txt for c in self.p_conc]
+def scenarios(study: PartStudyConfig) -> list[Scenario]:
+    return [Scenario(c, t) for t in study.p_txt for c in study.p_conc]
 
 
 # ---------------------------------------------------------------------- data
@@ -219,7 +179,12 @@ def recipe(seed: int) -> ProbeConfig:
 # ---------------------------------------------------------------------- the study
 
 
-def run(data: str | Path, output: str | Path, study: Study) -> Iterator[str]:
+def run(
+    data: str | Path,
+    output: str | Path,
+    study: PartStudyConfig,
+    weights: str | Path | None = "package",
+) -> Iterator[str]:
     """Train and test every scenario and fold; yields lines of progress, then the report.
 
     ``output`` keeps images, features and the values of every trained head: a run with the same
@@ -240,7 +205,7 @@ def run(data: str | Path, output: str | Path, study: Study) -> Iterator[str]:
     _claim(output, photos, study)
     forms = make_forms(photos, output / study.images, study.worn, study.seed)
     yield f"{len(photos)} photos, {sum(f is not None for f in forms.files[-1])} of whose macros have a crop"
-    backbone = load_backbone(study.backbone, study.weights, input_size=study.input_size)
+    backbone = load_backbone(study.backbone, weights, input_size=study.input_size)
     kind_of_head = head_class(study.head)
     if not issubclass(kind_of_head, AttentiveHead):
         raise ValueError(f"head: {study.head!r} is no classifier; give an attentive head")
@@ -260,7 +225,8 @@ def run(data: str | Path, output: str | Path, study: Study) -> Iterator[str]:
     masks = _masks(forms, backbone.preprocessing)
     options: dict[str, Any] = {"hidden": study.hidden} if study.head == "memetector" else {}
     results: dict[str, Values] = {}
-    for scenario in study.scenarios:
+    planned = scenarios(study)
+    for scenario in planned:
         stored = []
         for fold in range(study.folds):
             path = output / "heads" / f"{study.name}-{scenario.label}-{fold}.npz"
@@ -290,14 +256,14 @@ def run(data: str | Path, output: str | Path, study: Study) -> Iterator[str]:
             key: np.concatenate([part[key] for part in stored]) for key in stored[0]
         } | {"fold": np.repeat(np.arange(study.folds), [len(p["photos"]) for p in stored])}
     table, picture = (output / f"{study.name}.{suffix}" for suffix in ("json", "jpg"))
-    write_json(table, summary(study, results))
+    write_json(table, summary(study, planned, results))
     macros = [f for f in forms.files[MACRO] if f is not None]
-    figure(picture, study, results, macros)
-    yield from report(study, results)
+    figure(picture, planned, results, macros)
+    yield from report(study, planned, results)
     yield f"{table}, {picture}"
 
 
-def _claim(output: Path, photos: Sequence[Path], study: Study) -> None:
+def _claim(output: Path, photos: Sequence[Path], study: PartStudyConfig) -> None:
     """``output`` is new, or of the same photos, folds and recipe."""
     own = {
         "photos": open_photos(photos).describe(),

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from skimage import data
 
+from xattn.eval.studies.config import PartStudyConfig
 from xattn.eval.studies.part_report import TESTS, accuracy, summary
-from xattn.eval.studies.part_utilization import FORMS, Scenario, Study, run, training_set
+from xattn.eval.studies.part_utilization import FORMS, Scenario, run, scenarios, training_set
 
 PLAIN, TEXT, MACRO, CROP = range(4)
 
@@ -52,8 +53,8 @@ def test_macros_without_a_crop_are_passed_over():
 def test_scenarios_out_of_range_and_a_study_without_a_control_are_refused():
     with pytest.raises(ValueError, match=r"p_conc, p_txt: got 1\.5"):
         Scenario(1.5, 0)
-    with pytest.raises(ValueError, match="give 1 among the shares"):
-        Study(p_conc=(0.5,))
+    with pytest.raises(ValueError, match="and 1 among p_conc"):
+        PartStudyConfig(p_conc=(0.5,))
 
 
 def test_accuracy_is_that_of_the_mixture_that_a_test_stands_for():
@@ -66,10 +67,10 @@ def test_accuracy_is_that_of_the_mixture_that_a_test_stands_for():
 
 
 def test_differences_are_paired_by_photo_and_compare_with_the_same_p_txt():
-    study = Study(p_conc=(0.5, 1.0), p_txt=(0.0, 1.0), folds=2)
+    study = PartStudyConfig(p_conc=(0.5, 1.0), p_txt=(0.0, 1.0), folds=2)
     rng = np.random.default_rng(0)
     results = {}
-    for scenario in study.scenarios:
+    for scenario in scenarios(study):
         bonus = 0.25 * (scenario.p_conc < 1) + 0.1 * scenario.p_txt
         base = np.random.default_rng(7).uniform(0, 0.5, 30)
         results[scenario.label] = {
@@ -79,11 +80,12 @@ def test_differences_are_paired_by_photo_and_compare_with_the_same_p_txt():
             "area": np.full(30, 0.2),
             "fold": np.repeat([0, 1], 15),
         }
-    found = summary(study, results)
+    found = summary(study, scenarios(study), results)
     assert found["area"] == 20 and set(found["differences"]) == {"0.50-0.00", "0.50-1.00"}
     for cell in found["differences"].values():
         energy = cell["energy"]
         assert energy["mean"] == energy["lo"] == energy["hi"] == 25 and energy["folds"] == [25, 25]
+        assert energy["fold_lo"] == energy["fold_hi"] == 25
         assert cell["class energy"]["mean"] == 0
     assert set(found["table"]["1.00-0.00"]) == {*TESTS, "energy", "class energy"}
 
@@ -101,18 +103,18 @@ def photos(tmp_path_factory):
 def test_study_trains_tests_and_reports_and_goes_on_where_it_stopped(photos, tmp_path):
     torch.manual_seed(0)
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pth")
-    study = Study(
-        backbone="test_vit", weights=str(tmp_path / "vit.pth"), input_size=64, head="abmilp", folds=2,
+    study = PartStudyConfig(
+        backbone="test_vit", input_size=64, head="abmilp", folds=2,
         p_conc=(1 / 3, 1.0), p_txt=(0.5,),
     )  # fmt: skip
-    lines = run(photos, tmp_path / "out", study)
+    lines = run(photos, tmp_path / "out", study, tmp_path / "vit.pth")
     for line in lines:
-        if "fold 1" in line:  # killed after two of four heads
+        if "fold 1:" in line:  # killed after two of four heads
             lines.close()
     first = {p.name: p.read_bytes() for p in (tmp_path / "out" / "heads").iterdir()}
     assert len(first) == 2
-    text = list(run(photos, tmp_path / "out", study))
-    assert sum("fold" in line for line in text) == 2
+    text = list(run(photos, tmp_path / "out", study, tmp_path / "vit.pth"))
+    assert sum(line.startswith("p_conc") for line in text) == 2
     heads = {p.name: p.read_bytes() for p in (tmp_path / "out" / "heads").iterdir()}
     assert len(heads) == 4 and first.items() <= heads.items()
     found = json.loads(Path(text[-1].split(",")[0]).read_text())
@@ -123,4 +125,4 @@ def test_study_trains_tests_and_reports_and_goes_on_where_it_stopped(photos, tmp
     assert sorted(seen.tolist()) == list(range(40))  # each photo is tested once
     np.testing.assert_allclose(tested[0]["attention"].sum((1, 2)), 1, rtol=1e-5)
     with pytest.raises(ValueError, match="other photos or settings"):
-        next(run(photos, tmp_path / "out", replace(study, seed=1)))
+        next(run(photos, tmp_path / "out", replace(study, seed=1), None))
