@@ -1,7 +1,8 @@
 """What the text study found: tables with intervals, differences from vanilla, and a plot over epsilon.
 
-A mean over seeds has Student's t interval over the seeds. A difference between two methods is paired:
-by seed with a t interval, and by sentence, of the seeds' mean values, with a bootstrap interval.
+A mean over seeds has Student's t interval over the seeds. A difference between two methods is paired
+by seed, with a t interval, which speaks of training once more; in ``report.json`` also by sentence, of
+the seeds' mean values, with a bootstrap interval, which speaks of these very models on other sentences.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ COLUMNS = {
     "precision": "precision",
     "entropy": "entropy",
 }
+COMPARED = ("f1", "accuracy", "correlation", "auprc")
+PERCENT = ("f1", "accuracy")
 SENTENCES = {"accuracy": "correct", "correlation": "correlation", "auprc": "auprc"}
 NAMES = {
     "none": "vanilla",
@@ -105,7 +108,7 @@ def differences(rows: Rows, config: TextStudyConfig) -> list[Difference]:
     for attention in config.attention:
         for left, right in pairs:
             if left in config.methods and right in config.methods:
-                for name in ("f1", "accuracy", "correlation", "auprc"):
+                for name in COMPARED:
                     found.append(_difference(rows, config, attention, left, right, name))
     return found
 
@@ -176,9 +179,7 @@ def markdown(
         for method in config.methods:
             epsilon, cells = figures[attention, method]
             row = [NAMES[method], f"{epsilon:g}" if epsilon else ""]
-            row += [
-                _cell(cells[name], 100 if name in ("f1", "accuracy") else 1) for name in COLUMNS
-            ]
+            row += [_cell(cells[name], 100 if name in PERCENT else 1) for name in COLUMNS]
             yield f"| {' | '.join([*row, str(cells['f1'].n)])} |"
         yield ""
     if random_scores:
@@ -186,14 +187,14 @@ def markdown(
             f"Random scores in the place of attention: AUPRC {random_scores['auprc']:.3f}, precision "
             f"{random_scores['precision']:.3f}.\n"
         )
-    yield "**paired differences, dev.txt**\n"
-    yield "| attention | difference | of | mean | by seed | by sentence |"
-    yield "| :-- | :-- | :-- | --: | :-- | :-- |"
-    for d in differences(rows, config):
-        scale, digits = (100, 2) if d.amount in ("f1", "accuracy") else (1, 3)
-        row = [d.attention, f"{NAMES[d.left]} - {NAMES[d.right]}", COLUMNS[d.amount]]
-        row += [f"{scale * d.seeds.mean:+.{digits}f}", _bounds(d.seeds, scale, digits)]
-        row += ["" if d.sentences is None else _bounds(d.sentences, scale, digits)]
+    yield "**differences paired by seed, dev.txt**\n"
+    yield "| attention | difference | " + " | ".join(COLUMNS[n] for n in COMPARED) + " |"
+    yield "| :-- | :-- |" + " --: |" * len(COMPARED)
+    found = differences(rows, config)
+    for first in range(0, len(found), len(COMPARED)):
+        line = found[first : first + len(COMPARED)]
+        row = [line[0].attention, f"{NAMES[line[0].left]} - {NAMES[line[0].right]}"]
+        row += [_cell(d.seeds, 100 if d.amount in PERCENT else 1, sign="+") for d in line]
         yield f"| {' | '.join(row)} |"
     yield ""
     yield "**over epsilon, held-out tenth: F1 / correlation**\n"
@@ -239,7 +240,7 @@ def plot(rows: Rows, config: TextStudyConfig, path: Path) -> None:
         axes[1, column].set_xlabel("epsilon")
     axes[0, -1].legend(fontsize=8)
     with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+        figure.savefig(temporary, dpi=80)
     plt.close(figure)
 
 
@@ -280,10 +281,7 @@ def _array(values: Sequence[float | None]) -> NDArray[np.float64]:
     return np.array([np.nan if v is None else v for v in values], dtype=np.float64)
 
 
-def _cell(value: Interval, scale: float) -> str:
+def _cell(value: Interval, scale: float, sign: str = "") -> str:
     digits = 2 if scale == 100 else 3
-    return f"{scale * value.mean:.{digits}f} {_bounds(value, scale, digits, sign='')}"
-
-
-def _bounds(value: Interval, scale: float, digits: int, sign: str = "+") -> str:
-    return f"[{scale * value.lo:{sign}.{digits}f}, {scale * value.hi:{sign}.{digits}f}]"
+    mean, lo, hi = (f"{scale * x:{sign}.{digits}f}" for x in value[:3])
+    return f"{mean} [{lo}, {hi}]"

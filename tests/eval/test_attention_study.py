@@ -263,7 +263,7 @@ def test_the_command_writes_tables_differences_and_a_plot(tmp_path, capsys):
     arguments += "--batch-size 16 --embedding 8 --width 4".split()
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    assert "| vanilla |" in text and "| dot | iAT - AT | correlation |" in text
+    assert "| vanilla |" in text and "| dot | iAT - AT |" in text
     value = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [row["method"] for row in value["dev"]] == ["none", "at", "iat"]
     rows = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
