@@ -312,7 +312,7 @@ class Logits(torch.nn.Module):
 
 found = {}
 for name in HEADS:
-    head = make(name)
+    head = make(name)  # in eval mode: batch statistics belong to a process
     model = DistributedDataParallel(Logits(head))
     tokens = random_tokens(head, batch=4)
     mine = tokens._replace(patches=tuple(x[rank::2] for x in tokens.patches), prefix=tokens.prefix[rank::2])
@@ -331,9 +331,13 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
         subprocess.Popen([*command, rank], env=env, stderr=subprocess.PIPE, text=True)
         for rank in ("0", "1")
     ]
-    for job in jobs:
-        _, errors = job.communicate(timeout=300)
-        assert job.returncode == 0, errors
+    try:
+        for job in jobs:
+            _, errors = job.communicate(timeout=300)
+            assert job.returncode == 0, errors
+    finally:
+        for job in jobs:
+            job.kill()
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for name in HEADS:
         head = make(name)  # in eval mode: batch statistics belong to a process

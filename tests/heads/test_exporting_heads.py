@@ -9,6 +9,8 @@ from attentive_fakes import HEADS, four_taps, make, vit
 from xattn.exporting import export
 from xattn.probed import probed
 
+pytestmark = pytest.mark.slow
+
 
 def pair(name):
     backbone = four_taps() if name == "memetector" else vit()
@@ -38,7 +40,6 @@ def test_a_probed_network_is_one_graph(tmp_path):
     assert_same(torch.export.load(path).module(), backbone, head)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_every_head_goes_into_onnx(name, tmp_path):
     pytest.importorskip("onnxscript")

@@ -42,7 +42,8 @@ class Aim(AttentiveHead):
         self.query = nn.Parameter(0.02 * torch.randn(1, queries, width))
 
     def attend(self, tokens: Tokens) -> Attended:
-        x = self.tokens_norm(tokens.patches[-1].transpose(1, 2)).transpose(1, 2)
+        x = tokens.patches[-1]
+        x = self.tokens_norm(x.flatten(0, 1)).view_as(x)
         return Attended(self.attention.scores(self.query, x), x[:, None])
 
     def finish(self, pooled: Tensor, attended: Attended) -> Step:

@@ -32,7 +32,8 @@ class Delf(AttentiveHead):
         self.score = nn.Linear(features, 1)
 
     def attend(self, tokens: Tokens) -> Attended:
-        f = self.feature_norm(self.feature(tokens.patches[-1]).transpose(1, 2)).transpose(1, 2)
+        f = self.feature(tokens.patches[-1])
+        f = self.feature_norm(f.flatten(0, 1)).view_as(f)
         scores = self.score(F.relu(f)).transpose(1, 2)
         return Attended(scores, F.normalize(f, dim=-1)[:, None])
 
