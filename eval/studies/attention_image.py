@@ -37,8 +37,12 @@ from xattn.heads import AttentiveHead, Tokens
 
 METRICS = ("accuracy", "gradient", "deletion", "shares", "stability", "energy")
 SETTINGS = "settings.json"
-# MemeTector's MLP of 2048 and 1024 units was made for thousands of photos.
-OPTIONS: dict[str, dict[str, Any]] = {"memetector": {"hidden": [256]}}
+# MemeTector's MLP of 2048 and 1024 units was made for thousands of photos; AbMILP's self-attention
+# would mix the tokens whose removal is measured.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "memetector": {"hidden": [256]},
+    "abmilp": {"self_attention": "none"},
+}
 
 
 class Run(NamedTuple):

@@ -169,4 +169,4 @@ def figure(
         for row, image in enumerate(shown):
             sheet.paste(image, (column * (side + gap), row * (side + gap)))
     with atomic_file(path) as temporary:
-        sheet.save(temporary, quality=88)
+        sheet.save(temporary, quality=82)

@@ -11,7 +11,7 @@ from xattn.cli import main
 from xattn.eval.studies import attention_text, attention_text_report, sst
 from xattn.eval.studies.attention_text import Run
 from xattn.eval.studies.config import TextStudyConfig
-from xattn.models.text import TextClassifier, Vocabulary, pad
+from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad
 from xattn.training.perturbation import PERTURBATIONS, create_perturbation
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "sst"
