@@ -220,6 +220,8 @@ def _groups(backbone: Any, stages: int) -> list[list[_Block]]:
         done += block.layers
     names = {module: name for name, module in model.named_modules()}
     first = [_Block(names[top], 1, _tensors(top)) for top in tops]
+    if hasattr(backbone, "probe"):  # the trained head in the classifier's place
+        first.append(_Block("probe", 1, _tensors(backbone.probe)))
     return [first, *groups]
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 import xattn
 from xattn.cli import main
 from xattn.eval import evaluate, sanity_rows
+from xattn.eval.sanity import cascade, randomized_backbone
 from xattn.explainers import create_explainer
 from xattn.heads import create_head, load_head
 from xattn.probed import probed
@@ -258,3 +259,17 @@ def test_the_bench_prints_epochs_and_steps(tmp_path):
     text = "\n".join(bench(["test_vit"], 1, write_photos(tmp_path / "p", 6)))
     for row in ("| gap |", "| efficient_probe | at |", "| abmilp | ivat |", "at most 4.5x"):
         assert row in text
+
+
+@pytest.mark.parametrize(("name", "taps", "head"), PAIRS[:2])
+def test_the_cascade_begins_at_the_head(name, taps, head):
+    both = probed(*make(name, taps, head))
+    twins = [twin for _, twin in cascade(both, 3)]
+    x = rand(2, 3, 64, 64)
+    with torch.no_grad():
+        first, plain = twins[0](x), both(x)
+        assert not torch.allclose(first.logits, plain.logits)
+        assert all(torch.equal(a, b) for a, b in zip(first.maps, plain.maps, strict=True))
+        assert torch.equal(twins[-1](x).logits, randomized_backbone(both)(x).logits)
+    maps = create_explainer("saliency", twins[0]).attribute(x, 1)
+    assert not torch.allclose(maps, create_explainer("saliency", both).attribute(x, 1))
