@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -67,7 +68,10 @@ class AbMilp(AttentiveHead):
         if self.mix is None or attended.context is None:
             return weights, attended.values
         q, k, v = attended.context
-        rows = SoftmaxOperator(q, k).vecmat(weights)[:, 0]
+        if torch.compiler.is_compiling():  # ONNX has no operator for the kernel
+            rows = weights @ (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)[:, 0]
+        else:
+            rows = SoftmaxOperator(q, k).vecmat(weights)[:, 0]
         return rows.to(weights.dtype), self.mix.proj(v)
 
 
