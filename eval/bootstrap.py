@@ -1,4 +1,4 @@
-"""Percentile bootstrap intervals of means and of paired differences (Efron 1979).
+"""Intervals: percentile bootstrap of means and paired differences (Efron 1979), and Student's t.
 
 Images are resampled with replacement; all columns of a matrix share the resamples. NaN marks an
 invalid image: it stays in the resampling and drops out of the mean, as it does in the metric.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -82,6 +82,22 @@ def paired_difference(
             f"a, b: got shapes {left.shape} and {right.shape}; give (n,) values of the same images"
         )
     return mean_interval(left - right, n_resamples=n_resamples, level=level, seed=seed)
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Mean of independent values with Student's t interval; NaN bounds for a single value.
+
+    >>> [round(x, 3) for x in t_interval([1.0, 2.0, 3.0])]
+    [2.0, -0.484, 4.484, 3]
+    """
+    from scipy.special import stdtrit
+
+    array = np.asarray(values, dtype=np.float64)
+    n, mean = len(array), float(array.mean())
+    if n < 2:
+        return Interval(mean, float("nan"), float("nan"), n)
+    half = float(stdtrit(n - 1, (1 + level) / 2) * array.std(ddof=1) / np.sqrt(n))
+    return Interval(mean, mean - half, mean + half, n)
 
 
 def _resampled_means(matrix: NDArray[np.float64], count: int, seed: int) -> NDArray[np.float64]:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from xattn.eval.studies import sst
 from xattn.eval.studies.config import TextStudyConfig
-from xattn.files import atomic_file, check_folder, write_json
 from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad
+from xattn.files import atomic_file, check_folder, write_json
 from xattn.training.perturbation import create_perturbation
 
 RUNS, SETTINGS = "runs.jsonl", "settings.json"

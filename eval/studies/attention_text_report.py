@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from xattn.eval.bootstrap import Interval, paired_difference
+from xattn.eval.bootstrap import Interval, paired_difference, t_interval
 from xattn.eval.studies import sst
 from xattn.eval.studies.attention_text import (
     Run,
@@ -57,22 +57,6 @@ class Difference(NamedTuple):
     amount: str
     seeds: Interval
     sentences: Interval | None
-
-
-def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean of independent values with Student's t interval; NaN bounds for a single value.
-
-    >>> [round(x, 3) for x in t_interval([1.0, 2.0, 3.0])]
-    [2.0, -0.484, 4.484, 3]
-    """
-    from scipy.special import stdtrit
-
-    array = np.asarray(values, dtype=np.float64)
-    n, mean = len(array), float(array.mean())
-    if n < 2:
-        return Interval(mean, float("nan"), float("nan"), n)
-    half = float(stdtrit(n - 1, (1 + level) / 2) * array.std(ddof=1) / np.sqrt(n))
-    return Interval(mean, mean - half, mean + half, n)
 
 
 def amount(row: dict[str, Any], part: str, name: str) -> float:

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
-from xattn.eval.studies.attention_text_report import t_interval
+from xattn.eval.bootstrap import Interval, mean_interval, paired_difference, t_interval
 from xattn.eval.studies.config import PartStudyConfig
 from xattn.files import atomic_file
 

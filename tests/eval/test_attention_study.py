@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from xattn.cli import main
-from xattn.eval.studies import attention_text, attention_text_report, sst
+from xattn.eval.bootstrap import t_interval
+from xattn.eval.studies import attention_text, sst
 from xattn.eval.studies.attention_text import Run
 from xattn.eval.studies.config import TextStudyConfig
 from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad
@@ -275,8 +276,8 @@ def test_the_command_writes_tables_differences_and_a_plot(tmp_path, capsys):
 
 
 def test_the_t_interval_is_students():
-    mean, lo, hi, n = attention_text_report.t_interval([1.0, 2.0, 4.0, 5.0, 8.0])
+    mean, lo, hi, n = t_interval([1.0, 2.0, 4.0, 5.0, 8.0])
     assert (mean, n) == (4.0, 5)
     assert hi - mean == pytest.approx(2.7764451 * np.std([1, 2, 4, 5, 8], ddof=1) / 5**0.5)
     assert mean - lo == pytest.approx(hi - mean)
-    assert np.isnan(attention_text_report.t_interval([1.0]).lo)
+    assert np.isnan(t_interval([1.0]).lo)
