@@ -624,3 +624,47 @@ def test_two_processes_of_accelerate_give_the_gradients_of_one(tmp_path):
     for name in one:
         for a, b in zip(one[name], two[name], strict=True):
             assert torch.allclose(a, b, atol=1e-6), name
+
+
+def test_at_follows_the_slope_of_the_batchs_loss_through_batch_norm(backbone):
+    """Examples with very different losses, coupled by their batch's mean and variance."""
+    head, tokens, target = probe(backbone, norm=True)
+    head = head.double().train()
+    tokens = Tokens((tokens.patches[0].double(),), tokens.prefix.double(), tokens.grid)
+    scores = head.attend(tokens).scores.detach()
+    with torch.no_grad():
+        target = torch.where(torch.arange(6) < 4, head.logits(tokens, scores).argmax(1), target)
+    loss = losses(lambda s: head.logits(tokens, s), target)
+    assert loss(scores).max() > 20 * loss(scores).min()
+    g = gradient(scores, loss)
+    r = AttentionAT(0.5).perturbation(scores, loss)
+    assert torch.allclose(r, 0.5 * g / g.norm(dim=-1, keepdim=True))
+
+
+class _Unmoved(AttentionVAT):
+    """VAT at r = 0."""
+
+    def _extra(self, done):
+        return divergence(done.logits, done.predict(done.scores)).mean()
+
+
+def test_two_passes_of_a_step_have_the_same_dropout(backbone):
+    torch.manual_seed(2)
+    head = create_head("memetector", backbone, hidden=[32], num_taps=1, classes=5).train()
+    width = backbone.channels[-1]
+    tokens = Tokens((torch.randn(6, 9, width),), torch.randn(6, 1, width), (3, 3))
+    attended = head.attend(tokens)
+
+    def predict(scores):
+        return head.classify(attended._replace(scores=scores))
+
+    assert not torch.equal(predict(attended.scores), predict(attended.scores))  # dropout is on
+    assert _Unmoved(1.0).loss(attended.scores, predict, module=head) == 0
+    state = torch.get_rng_state()
+    predict(attended.scores)
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    create_perturbation("at", epsilon=1.0).loss(
+        attended.scores, predict, torch.arange(6) % 5, module=head
+    )
+    assert torch.equal(torch.get_rng_state(), after)  # one pass was drawn for

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 LossFn: TypeAlias = Callable[[Tensor], Tensor]
 
 UNLABELLED = -100
-SMALL_LOSS = 1e-4  # below it an example's gradient is no longer enlarged
+SMALL_LOSS = 1e-4  # below it a batch's gradient is no longer enlarged
 
 
 class _Clean(NamedTuple):
@@ -96,8 +96,8 @@ class Perturbation:
 
         Args:
             scores: as for :meth:`perturbation`, with the graph that made them.
-            predict: scores -> logits (B, K). It runs on s and s + r, for VAT also in each iteration;
-                what made the scores runs once.
+            predict: scores -> logits (B, K). It runs on s and s + r, for VAT also in each iteration,
+                with the same dropout each time; what made the scores runs once.
             target: class indices (B,), -100 for an unlabelled example. VAT and iVAT also take None.
             module: whose BatchNorm layers ``predict`` runs; their running statistics then follow
                 the clean pass alone.
@@ -110,8 +110,9 @@ class Perturbation:
         wide = _wide(scores)
         if not wide.requires_grad:
             wide = wide.detach().requires_grad_()
+        again = _replaying(predict, wide.device)
         logits = predict(wide)
-        again = predict if module is None else keeping_statistics(predict, module)
+        again = again if module is None else keeping_statistics(again, module)
         clean = None if target is None else _cross_entropy(logits, target)
         extra = self._extra(_Clean(wide, valid, again, logits, clean, target))
         self.step += 1
@@ -366,10 +367,11 @@ def _mean(losses: Tensor, target: Tensor) -> Tensor:
 
 
 def _gradient(loss: Tensor, at: Tensor, retain_graph: bool = False) -> Tensor:
-    """dL/d(at) up to a positive factor an example: only directions count. The factor keeps the
-    gradients of examples that are almost right inside the range of half precision."""
+    """dL/d(at) up to a positive factor: only directions count. The factor keeps gradients inside the
+    range of half precision where all examples are almost right. It is one for the batch: BatchNorm
+    may couple the examples, and factors of their own would then turn the directions."""
     if loss.ndim:
-        loss = (loss / loss.detach().abs().clamp_min(SMALL_LOSS)).sum()
+        loss = loss.sum() / loss.detach().abs().amax().clamp_min(SMALL_LOSS)
     return torch.autograd.grad(loss, at, retain_graph=retain_graph)[0]
 
 
@@ -414,6 +416,23 @@ def keeping_statistics(predict: LossFn, module: nn.Module) -> LossFn:
         finally:
             for layer, value in zip(layers, tracked, strict=True):
                 layer.track_running_stats = value
+
+    return run
+
+
+def _replaying(predict: LossFn, device: torch.device) -> LossFn:
+    """``predict`` with the random numbers, such as dropout's, that it would draw now. Two passes then
+    differ by their scores alone: with other dropout KL(p(s) | p(s)) would not be 0."""
+    state = torch.get_rng_state()
+    cuda = [device] if device.type == "cuda" else []
+    states = [torch.cuda.get_rng_state(d) for d in cuda]
+
+    def run(scores: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=cuda):
+            torch.set_rng_state(state)
+            for d, cuda_state in zip(cuda, states, strict=True):
+                torch.cuda.set_rng_state(cuda_state, d)
+            return predict(scores)
 
     return run
 
