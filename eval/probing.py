@@ -93,9 +93,20 @@ def run_probes(
         raise ValueError("heads, folds, seeds: got none of one of them; give at least one of each")
     if len(set(job.heads)) < len(job.heads):
         raise ValueError(f"heads: got one twice in {', '.join(job.heads)}")
+    for name, numbers in (("folds", job.folds), ("seeds", job.seeds)):
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"{name}: got one twice in {', '.join(map(str, numbers))}")
+    fixed = [name for name in job.heads if not head_class(name).learns_scores]  # type: ignore[attr-defined]
+    if job.config.attention != "none" and fixed:
+        raise ValueError(
+            f"attention: the scores of {', '.join(fixed)} are fixed; train only heads that learn their "
+            f"scores, with --heads efficient_probe abmilp for example"
+        )
     options = _options(job)
     photos = open_photos(job.data)
     everything = read_labels([photos.name(i) for i in range(len(photos))], job.labels)
+    for fold in job.folds:  # refused before the features are computed
+        split(everything, job.split_seed, fold)
     if isinstance(photos, Files):  # those without a label need no features
         photos = Files([photos.paths[i] for i in everything.used])
     backbones, caches = _features(job, photos, progress)

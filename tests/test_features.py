@@ -320,3 +320,15 @@ def test_features_of_a_hugging_face_dataset_and_of_shards(vit, photos, tmp_path)
     wds = cached(vit, f"wds/{tmp_path}/s-{{0..0}}.tar", tmp_path / "c", workers=2)
     assert same(files, hf) and same(files, wds)
     assert hf.names[2] == "row-2" and wds.names[2] == "s-0.tar#2"
+
+
+def test_other_pixels_of_equal_size_are_other_photos(vit, tmp_path):
+    folders = []
+    for name, value in (("a", 20), ("b", 220)):
+        folder = tmp_path / name / "photos"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (64, 64), (value, value, value)).save(folder / "0.bmp")
+        folders.append(folder)
+    cache_features(vit, folders[0], tmp_path / "f", progress=False)
+    with pytest.raises(ValueError, match="photos"):
+        cache_features(vit, folders[1], tmp_path / "f", progress=False)

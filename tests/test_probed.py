@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from PIL import Image
 
 import xattn
 from xattn.cli import main
+from xattn.config import ProbeConfig
 from xattn.eval import evaluate, sanity_rows
+from xattn.eval.probing import ProbeJob, run_probes
 from xattn.eval.sanity import cascade, randomized_backbone
 from xattn.explainers import create_explainer
 from xattn.heads import create_head, load_head
@@ -273,3 +276,29 @@ def test_the_cascade_begins_at_the_head(name, taps, head):
         assert torch.equal(twins[-1](x).logits, randomized_backbone(both)(x).logits)
     maps = create_explainer("saliency", twins[0]).attribute(x, 1)
     assert not torch.allclose(maps, create_explainer("saliency", both).attribute(x, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"folds": (0, 0)}, "folds: got one twice in 0, 0"),
+        ({"seeds": (1, 1)}, "seeds: got one twice in 1, 1"),
+        ({"folds": (9,)}, "fold: got 9"),
+        ({"config": ProbeConfig(attention="at")}, "attention: the scores of gap are fixed"),
+    ],
+)
+def test_a_probe_job_is_refused_before_features_are_computed(change, message, tmp_path):
+    for k in range(2):
+        (tmp_path / "p" / f"c{k}").mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (32, 32), (k * 90, i * 9, 0)).save(
+                tmp_path / "p" / f"c{k}" / f"{i}.png"
+            )
+    backbone, _ = make()
+    folder = tmp_path / "features"
+    job = ProbeJob(
+        backbone=backbone, data=str(tmp_path / "p"), labels=None, heads=("gap",), features=folder
+    )
+    with pytest.raises(ValueError, match=message):
+        run_probes(replace(job, **change), tmp_path / "out", progress=False)
+    assert not folder.exists()
