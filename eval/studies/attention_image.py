@@ -4,8 +4,8 @@
 
 Heads are trained to tell coarse groups apart on a frozen backbone, without and with changes of their
 scores (:mod:`xattn.training.perturbation`). Fold k of the photos is tested with seed k, the next fold
-stops training early, nothing else is chosen: epsilon is ``strength`` sqrt(N), the same change a token
-for each number N of tokens. With a the mean query map, for every photo of the test fold
+stops training early, and nothing else is chosen by the study: epsilon is ``strength`` sqrt(N), the same
+change a token for each number N of tokens. With a the mean query map, for every photo of the test fold
 
     gradient    Pearson(a, |dL/dx_n|), L the cross-entropy of the label, x_n token n of all taps
     deletion    Pearson(a, p - p_n), p of the predicted class, p_n without token n in the pooling
