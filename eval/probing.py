@@ -96,7 +96,7 @@ def run_probes(
     for name, numbers in (("folds", job.folds), ("seeds", job.seeds)):
         if len(set(numbers)) < len(numbers):
             raise ValueError(f"{name}: got one twice in {', '.join(map(str, numbers))}")
-    fixed = [name for name in job.heads if not head_class(name).learns_scores]  # type: ignore[attr-defined]
+    fixed = [n for n in job.heads if not getattr(head_class(n), "learns_scores", True)]
     if job.config.attention != "none" and fixed:
         raise ValueError(
             f"attention: the scores of {', '.join(fixed)} are fixed; train only heads that learn their "

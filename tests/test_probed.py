@@ -237,7 +237,7 @@ def test_evaluate_takes_a_probe_with_its_own_head(run, tmp_path, capsys):
         (["--heads", "efficient_prob", "--options"], "did you mean efficient_probe"),
         (["--heads", "gap", "gap"], "heads: got one twice"),
         (["--heads", "gap", "--options", "queries=4"], "options: got 'queries=4'"),
-        (["--heads", "gap", "--attention", "at", "--options"], "attention: the scores of 'gap'"),
+        (["--heads", "gap", "--attention", "at", "--options"], "attention: the scores of gap"),
         (["--labels", "{root}/none.json", "--options"], "labels: no file"),
         (["--folds", "7"], "fold: got 7 of 5"),
         (["--attention", "at", "--epsilon", "0"], "epsilon"),

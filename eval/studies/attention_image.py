@@ -16,6 +16,7 @@ change a token for each number N of tokens. With a the mean query map, for every
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -34,6 +35,7 @@ from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
 from xattn.eval.studies.config import ImageStudyConfig
 from xattn.files import atomic_file, check_folder, write_json
 from xattn.heads import AttentiveHead, Tokens
+from xattn.sources import open_photos
 
 METRICS = ("accuracy", "gradient", "deletion", "shares", "stability", "energy")
 SETTINGS = "settings.json"
@@ -82,8 +84,16 @@ def study(
     Raises:
         ValueError: ``output`` is of another study, or a photo cannot be read.
     """
+    for name, path in (("data", data), ("labels", labels), ("objects", objects)):
+        if path is not None and not path.exists():
+            raise ValueError(f"{name}: no file or folder {path}")
     check_folder(output)
-    settings = json.loads(json.dumps({"data": str(data), "labels": str(labels), **asdict(config)}))
+    inputs = {
+        "data": open_photos(data).describe(),
+        "labels": None if labels is None else hashlib.sha256(labels.read_bytes()).hexdigest(),
+        "objects": open_photos(objects / "images").describe(),
+    }
+    settings = json.loads(json.dumps({**inputs, **asdict(config)}))
     file = output / SETTINGS
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != settings:
         raise ValueError(

@@ -247,3 +247,40 @@ def test_a_head_without_anchors_says_so():
         head.balance(head.attend(random_tokens(head)))
     with pytest.raises(ValueError, match="gap has no anchors"):
         head.anchor_maps(random_tokens(head))
+
+
+def test_sure_logits_and_far_anchors_have_finite_gradients():
+    module = balancing().float()
+    e = (100 * torch.randn(3, D)).requires_grad_()
+    logits = torch.tensor([[200.0, 0, 0, 0], [0, 90, 0, 0], [0, 0, 0, 0]]).requires_grad_()
+    loss(module, e, logits, torch.tensor([0, 1, 2])).backward()
+    assert e.grad.isfinite().all() and logits.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_anchors_work_in_half_precision(dtype):
+    head = make("gap", reliability={"anchors": 3}).to(dtype)
+    tokens = random_tokens(head, dtype=dtype)
+    with torch.no_grad():
+        answer = head.predict(head.attend(tokens))
+    assert answer.isfinite().all()
+    torch.testing.assert_close(answer.exp().sum(1), torch.ones(3), rtol=1e-3, atol=1e-3)
+
+
+def test_balancing_is_exported_with_a_free_batch():
+    module = balancing(anchors=2).float()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    example = torch.randn(3, D), torch.randn(3, K)
+    free = {0: batch}, {0: batch}
+    exported = torch.export.export(_Answer(module), example, dynamic_shapes=free)
+    assert exported.module()(torch.randn(40, D), torch.randn(40, K)).shape == (40, K)
+
+
+class _Answer(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, e, logits):
+        return self.module(e, logits).probabilities

@@ -207,6 +207,13 @@ def _check_head(head: Head, backbone: Backbone) -> None:
     own_probe = getattr(backbone, "probe", None)  # reads the maps of the same pass
     if own_probe is not None and sha256(head) == sha256(own_probe):
         return
+    names = getattr(head, "class_names", None)
+    if own_probe is None and names is not None and list(names) != list(backbone.class_names):
+        raise ValueError(
+            f"head: {head.name!r} has classes of its own ({', '.join(names[:3])}, ...), the backbone "
+            f"{backbone.name} has others; explain xattn.probed.probed(backbone, head), or give "
+            f"--probe FOLDER"
+        )
     if theirs is not None and theirs != backbone.fingerprint:
         raise ValueError(
             f"head: trained on {getattr(head, 'backbone_name', '?')} with weights sha256 "

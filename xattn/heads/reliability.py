@@ -35,7 +35,7 @@ class Balanced(NamedTuple):
 
 def confidence(p: Tensor) -> Tensor:
     """1 - entropy / log K of probabilities (..., K): 1 for one-hot, 0 for uniform."""
-    entropy = -torch.special.xlogy(p, p).sum(-1)
+    entropy = -(p * p.clamp_min(TINY).log()).sum(-1)  # xlogy has an infinite slope at 0
     return (1 - entropy / math.log(p.shape[-1])).clamp(0, 1)
 
 
@@ -74,10 +74,8 @@ class ReliabilityBalancing(nn.Module):
 
     def distances(self, e: Tensor) -> Tensor:
         """||e - a_ck|| of embeddings (..., D): (..., K, k)."""
-        flat = e.reshape(-1, e.shape[-1])
-        return torch.cdist(flat, self.anchors.flatten(0, 1)).view(
-            *e.shape[:-1], *self.anchors.shape[:2]
-        )
+        anchors = self.anchors.flatten(0, 1)
+        return _distances(e, anchors).unflatten(-1, self.anchors.shape[:2])
 
     def geometric(self, e: Tensor) -> Tensor:
         """g (..., K) of embeddings (..., D): how near each class's anchors are."""
@@ -92,10 +90,12 @@ class ReliabilityBalancing(nn.Module):
     def attention(self, e: Tensor) -> Tensor:
         """t (..., K) of embeddings (..., D)."""
         scores = self.query(e) @ self.key(self.anchors.flatten(0, 1)).t() / e.shape[-1] ** 0.5
-        return scores.softmax(-1).unflatten(-1, self.anchors.shape[:2]).sum(-1)
+        wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+        return wide.softmax(-1).unflatten(-1, self.anchors.shape[:2]).sum(-1)
 
     def forward(self, e: Tensor, logits: Tensor, trust: Tensor | float = 1.0) -> Balanced:
         """Correct ``logits`` (B, K) of embeddings e (B, D); ``trust``: tau in [0, 1]."""
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         p0 = (logits / self.temperature).softmax(-1)
         g, t = self.geometric(e), self.attention(e)
         weights = torch.stack([confidence(g), confidence(t)])
@@ -112,9 +112,8 @@ class ReliabilityBalancing(nn.Module):
         classes, count, width = self.anchors.shape
         flat = self.anchors.flatten(0, 1)
         owner = torch.arange(classes, device=flat.device).repeat_interleave(count)
-        first, second = torch.triu_indices(len(flat), len(flat), 1, device=flat.device)
-        apart = owner[first] != owner[second]
-        gaps = (flat[first[apart]] - flat[second[apart]]).square().sum(-1).clamp_min(TINY).sqrt()
+        apart = owner[:, None] != owner
+        gaps = _distances(flat, flat)[apart]
         return (self.margin - gaps / width**0.5).clamp_min(0).square().mean()
 
     def center_loss(self, e: Tensor, logits: Tensor, target: Tensor) -> Tensor:
@@ -122,3 +121,10 @@ class ReliabilityBalancing(nn.Module):
         sure = confidence((logits.detach() / self.temperature).softmax(-1))
         own = self.distances(e)[torch.arange(len(e), device=e.device), target]
         return (sure * own.amin(-1)).mean() / e.shape[-1] ** 0.5
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """|x - y| of (..., D) and (n, D): (..., n), in float32 at least, without the differences."""
+    x, y = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in (x, y))
+    squares = x.square().sum(-1, keepdim=True) + y.square().sum(-1) - 2 * x @ y.t()
+    return squares.clamp_min(TINY).sqrt()

@@ -90,6 +90,8 @@ def cut_parts(
     done = _finished(output, settings)
     root = Path(data) if isinstance(data, str | Path) and Path(data).is_dir() else None
     left = [photo for photo in photos if photo.index not in done]
+    if not done:
+        _save(output, settings, done)  # before the first crop: a killed run leaves none unclaimed
     unsaved = 0
     try:
         ahead = read_ahead(lambda photo: photo.load(max_pixels), left, 4)
