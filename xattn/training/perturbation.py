@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 LossFn: TypeAlias = Callable[[Tensor], Tensor]
 
 UNLABELLED = -100
-SMALL_LOSS = 1e-4  # below it a batch's gradient is no longer enlarged
+SCALE = 2.0**7
 
 
 class _Clean(NamedTuple):
@@ -367,11 +367,10 @@ def _mean(losses: Tensor, target: Tensor) -> Tensor:
 
 
 def _gradient(loss: Tensor, at: Tensor, retain_graph: bool = False) -> Tensor:
-    """dL/d(at) up to a positive factor: only directions count. The factor keeps gradients inside the
-    range of half precision where all examples are almost right. It is one for the batch: BatchNorm
-    may couple the examples, and factors of their own would then turn the directions."""
-    if loss.ndim:
-        loss = loss.sum() / loss.detach().abs().amax().clamp_min(SMALL_LOSS)
+    """dL/d(at) up to a positive factor: only directions count. The factor keeps small gradients inside
+    the range of half precision. It is one for all examples, of all processes: BatchNorm may couple
+    them, and factors of their own would then turn the directions."""
+    loss = SCALE * loss.sum()
     return torch.autograd.grad(loss, at, retain_graph=retain_graph)[0]
 
 
