@@ -94,11 +94,12 @@ class _Block(NamedTuple):
 def cascade(backbone: Any, stages: int = 5, seed: int = 0) -> list[tuple[str, Any]]:
     """Twins of a backbone, randomised from the top: (lowest random block, twin), one a stage.
 
-    The first twin has a random classifier; each further one takes in the blocks below, down to the
-    stem, in groups of about equally many layers; the last is :func:`randomized_backbone`, weight for
-    weight. Blocks are the modules of ``backbone.model`` in the order of their registration, which
-    is that of the pass in timm's networks: the elements of its sequences, or what these consist of
-    where one holds more than its share.
+    The first twin has a random classifier, of a probed backbone also a random head; each further
+    one takes in the blocks below, down to the stem, in groups of about equally many layers; the
+    last is :func:`randomized_backbone`, weight for weight. Blocks are the modules of
+    ``backbone.model`` in the order of their registration, which is that of the pass in timm's
+    networks: the elements of its sequences, or what these consist of where one holds more than its
+    share.
 
     All tensors are shared, with ``backbone`` or among the twins: whatever the number of stages, the
     cascade holds one further set of weights.

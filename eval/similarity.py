@@ -26,7 +26,7 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: other shapes.
     """
-    return rank_correlation(ranks(a), ranks(b))
+    return pearson(ranks(a), ranks(b))
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -42,9 +42,10 @@ def ranks(values: Tensor) -> Tensor:
     return torch.where(_varies(flat)[:, None], found, torch.nan)
 
 
-def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson correlation of two :func:`ranks` (B, N) -> (B,) float64."""
+def pearson(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson correlation of two (B, N) -> (B,) float64; NaN where one of them is constant."""
     _check_same(a, b)
+    a, b = a.double(), b.double()
     a, b = (v - v.mean(1, keepdim=True) for v in (a, b))
     return ((a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()).clamp(-1, 1)
 

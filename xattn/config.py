@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 # What a setting is when it is not given. "published" is T-TAME's (arXiv 2403.04523) for ImageNet;
 # "small" was tuned for the classifier fusion on a few hundred photos, see docs/results.md.
@@ -55,6 +55,8 @@ PROBE_RECIPES: dict[str, dict[str, Any]] = {
 Optimizer = Literal["sgd", "adamw"]
 ClassMode = Literal["batch", "own", "top"]
 ProbeOptimizer = Literal["lars", "adamw"]
+# See xattn.training.perturbation.
+AttentionTraining = Literal["none", "random", "at", "iat", "vat", "ivat"]
 if TYPE_CHECKING:
     Int: TypeAlias = int
     Float: TypeAlias = float
@@ -143,7 +145,7 @@ class ProbeConfig:
     """Epochs without a better validation after which training ends; 0 trains all epochs."""
     monitor: Literal["loss", "accuracy"] = "loss"
     """What of the validation photos tells the better epoch, whose weights are kept."""
-    attention: Literal["none", "random", "at", "iat", "vat", "ivat"] = "none"
+    attention: AttentionTraining = "none"
     """Training against changes of the attention scores."""
     epsilon: float = 1.0
     """Norm of the change, for each query."""
@@ -170,7 +172,7 @@ class ProbeConfig:
             self,
             optimizer=("lars", "adamw"),
             monitor=("loss", "accuracy"),
-            attention=("none", "random", "at", "iat", "vat", "ivat"),
+            attention=get_args(AttentionTraining),
             precision=("no", "fp16", "bf16"),
         )
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from xattn.eval import functional
 from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
 from xattn.eval.metrics.curves import check_count
-from xattn.eval.similarity import rank_correlation, ranks, ssim
+from xattn.eval.similarity import pearson, ranks, ssim
 
 SPEARMAN, SSIM = Column("randomization-Spearman"), Column("randomization-SSIM")
 
@@ -55,7 +55,7 @@ def randomization_curves(
         after, _ = _prepared(stage, absolute)
         gone = varied & stage.isfinite().flatten(1).all(1) & ranks(after).isnan().all(1)
         for column, value in (
-            (SPEARMAN, rank_correlation(before_ranks, ranks(after))),
+            (SPEARMAN, pearson(before_ranks, ranks(after))),
             (SSIM, ssim(before, after)),
         ):
             rows[column].append(torch.where(gone, 0.0, value))

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from xattn.backbone import Taps
 from xattn.config import ProbeConfig
-from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
+from xattn.eval.bootstrap import mean_interval, paired_difference
+from xattn.eval.similarity import pearson
 from xattn.eval.studies.config import ImageStudyConfig
 from xattn.files import atomic_file, check_folder, write_json
 from xattn.heads import AttentiveHead, Tokens
@@ -130,13 +131,18 @@ def _runs(
 ) -> Iterator[str]:
     """The runs of one backbone and head that are not there yet."""
     from xattn.backbone import load_backbone
-    from xattn.heads import create_head
+    from xattn.heads import create_head, head_class
     from xattn.images import list_images
     from xattn.training.labels import read_labels, split
     from xattn.training.probe import probe
 
     name, kind = runs[0].backbone, runs[0].head
-    backbone = load_backbone(name, "package", _taps(name, kind), input_size=config.input_size)
+    backbone = load_backbone(name, "package", input_size=config.input_size)
+    kind_of_head = head_class(kind)
+    if not issubclass(kind_of_head, AttentiveHead):
+        raise ValueError(f"heads: {kind!r} does not pool by attention; see AttentiveHead")
+    if backbone.is_vit or kind != "memetector":  # which reads what a CNN gives by default
+        backbone = backbone.with_taps(kind_of_head.default_taps(backbone.depth))
     photos = list_images(data)
     used = read_labels([str(p) for p in photos], labels).used
     photos = [photos[i] for i in used]
@@ -169,12 +175,6 @@ def _runs(
             np.savez(stream, **values)  # type: ignore[arg-type]
         shown = "  ".join(f"{k} {np.nanmean(v):.3f}" for k, v in values.items() if k in METRICS)
         yield f"{name} {kind} {run.method} fold {run.fold}: {done.best_epoch + 1} epochs  {shown}"
-
-
-def _taps(backbone: str, head: str) -> tuple[str, ...] | None:
-    if head != "memetector":
-        return ("head",)
-    return ("block.0", "block.3", "block.6", "block.9") if backbone.startswith("vit_") else None
 
 
 def material(
@@ -230,10 +230,14 @@ def measure(
         drop = deletion(head, tokens, guess)
         noisy = head.query_maps(head.tokens(found.noisy[i])).mean(1).flatten()
         values["accuracy"].append(float(guess == int(target)))
-        values["gradient"].append(pearson(attention, gradient(head, tokens, target)))
-        values["deletion"].append(pearson(attention, drop))
-        values["shares"].append(pearson(head.class_maps(tokens, guess).maps.flatten(), drop))
-        values["stability"].append(pearson(attention, noisy))
+        pairs = {
+            "gradient": (attention, gradient(head, tokens, target)),
+            "deletion": (attention, drop),
+            "shares": (head.class_maps(tokens, guess).maps.flatten(), drop),
+            "stability": (attention, noisy),
+        }
+        for name, (a, b) in pairs.items():
+            values[name].append(float(pearson(a[None], b[None])))
     for i in range(len(found.objects)):
         a = head.query_maps(head.tokens(found.objects.taps([i]))).mean(1)[0]
         inside = found.inside[i]
@@ -266,13 +270,6 @@ def deletion(head: AttentiveHead, tokens: Tokens, target: int) -> Tensor:
     return head.classify(attended).softmax(1)[0, target] - left
 
 
-def pearson(a: Tensor, b: Tensor) -> float:
-    """NaN where one of them is constant."""
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
-    scale = float(a.norm() * b.norm())
-    return float(a @ b) / scale if scale > 0 else float("nan")
-
-
 # ---------------------------------------------------------------------- tables
 
 
@@ -291,16 +288,12 @@ def summary(
         record: dict[str, Any] = {"backbone": backbone, "head": head, "method": method}
         plain = results[backbone, head, "none"]
         for name in METRICS:
-            record[name] = _interval(mean_interval(values[name]))
+            record[name] = mean_interval(values[name])._asdict()
             if method != "none":
                 difference = paired_difference(values[name], plain[name])
-                record[f"{name} - none"] = _interval(difference)
+                record[f"{name} - none"] = difference._asdict()
         records.append(record)
     return records
-
-
-def _interval(value: Interval) -> dict[str, float]:
-    return {"mean": value.mean, "lo": value.lo, "hi": value.hi, "n": value.n}
 
 
 def report(

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xattn.eval.similarity import pearson
 from xattn.eval.studies import sst
 from xattn.eval.studies.config import TextStudyConfig
 from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad
@@ -159,7 +160,8 @@ def measure(
         for row, i in enumerate(index):
             count = len(sentences[i].words)
             a, rationale = weights[row, :count], sentences[i].rationale
-            values["correlation"][i] = pearson(a, importance[row, :count])
+            correlated = pearson(*(torch.from_numpy(v)[None] for v in (a, importance[row, :count])))
+            values["correlation"][i] = float(correlated)
             values["auprc"][i] = average_precision(a, rationale)
             values["precision"][i] = top_precision(a, rationale)
             if count > 1:
@@ -191,13 +193,6 @@ def f1(predicted: NDArray[Any], labels: NDArray[Any]) -> float:
     """Of class 1; 0 where nothing is, or is called, 1."""
     hits = float(((predicted == 1) & (labels == 1)).sum())
     return 2 * hits / max(float((predicted == 1).sum() + (labels == 1).sum()), 1.0)
-
-
-def pearson(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """NaN where one of them is constant."""
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
-    return float((a * b).sum() / scale) if scale > 0 else float("nan")
 
 
 def average_precision(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:

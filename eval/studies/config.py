@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-Method = Literal["none", "random", "at", "iat", "vat", "ivat"]
+from xattn.config import AttentionTraining
+
 Attention = Literal["additive", "dot"]
 
 
@@ -14,7 +15,7 @@ Attention = Literal["additive", "dot"]
 class TextStudyConfig:
     """What is trained, and how often."""
 
-    methods: tuple[Method, ...] = ("none", "random", "at", "iat", "vat", "ivat")
+    methods: tuple[AttentionTraining, ...] = ("none", "random", "at", "iat", "vat", "ivat")
     """none is the vanilla model, which the others are compared with."""
     attention: tuple[Attention, ...] = ("additive", "dot")
     """Scores v . tanh(W h + b), or w . h / sqrt(width of h)."""
@@ -60,7 +61,7 @@ class ImageStudyConfig:
     """timm models with package weights."""
     heads: tuple[str, ...] = ("efficient_probe", "memetector", "abmilp")
     """Attentive heads that learn their scores."""
-    methods: tuple[Method, ...] = ("none", "random", "at", "iat", "vat", "ivat")
+    methods: tuple[AttentionTraining, ...] = ("none", "random", "at", "iat", "vat", "ivat")
     """none is plain training, which the others are compared with."""
     strength: float = 0.3
     """Root mean square change of a token's score: epsilon / sqrt(tokens)."""
@@ -130,8 +131,8 @@ class PartStudyConfig:
 
 
 def _check_methods(methods: tuple[str, ...]) -> None:
-    if set(methods) - set(get_args(Method)) or "none" not in methods:
+    if set(methods) - set(get_args(AttentionTraining)) or "none" not in methods:
         raise ValueError(
             f"methods: got {', '.join(methods)}; give 'none', which the others are compared with, and "
-            f"choose from {', '.join(get_args(Method))}"
+            f"choose from {', '.join(get_args(AttentionTraining))}"
         )

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 import xattn
+from xattn.eval.similarity import pearson
 from xattn.eval.studies.attention_image import (
     METRICS,
     deletion,
     gradient,
-    pearson,
     study,
 )
 from xattn.eval.studies.config import ImageStudyConfig
@@ -77,8 +77,8 @@ def test_gradient_is_the_norm_of_the_losss_slope_by_each_token(head):
 
 def test_pearson_is_numpys_and_nan_for_a_constant():
     a, b = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).unbind()
-    assert pearson(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
-    assert np.isnan(pearson(a, torch.ones(50)))
+    assert float(pearson(a[None], b[None])) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert np.isnan(float(pearson(a[None], torch.ones(1, 50))))
 
 
 @pytest.mark.parametrize(

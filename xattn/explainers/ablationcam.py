@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from xattn.explainers.base import Choose, Explainer, register_explainer
+from xattn.explainers.base import ImageByImage, register_explainer
 from xattn.explainers.gradients import probe_image
 from xattn.explainers.layers import LayerReader
 from xattn.memory import ForwardBatches
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @register_explainer("ablationcam")
-class AblationCam(Explainer):
+class AblationCam(ImageByImage):
     """Ablation-CAM. On the map that a CNN pools only the classifier runs again, once a channel.
 
     Elsewhere (ViTs, other layers) the whole network does, in micro-batches of one shape.
@@ -33,8 +33,6 @@ class AblationCam(Explainer):
     Args:
         layer: as for Grad-CAM.
     """
-
-    one_by_one = True
 
     def __init__(
         self,
@@ -53,20 +51,6 @@ class AblationCam(Explainer):
                 blank = self._move(probe_image(backbone))
                 self.forwards = 1 + self.reader.activations(blank).shape[1]
             self.perturbs = True
-
-    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        return self._maps(images, target[:, None])
-
-    def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad():
-            logits = self.backbone.logits(images)
-        classes = self._chosen(choose, logits)
-        return logits, classes, self._maps(images, classes)
-
-    @torch.no_grad()
-    def _maps(self, images: Tensor, classes: Tensor) -> Tensor:
-        maps = [self._explain(x, c) for x, c in zip(images, classes, strict=True)]
-        return torch.stack(maps).to(torch.promote_types(images.dtype, torch.float32))
 
     def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
         """(M, h, w) float64 of the classes (M,) for one image (3, H, W), all from the same passes."""

@@ -162,6 +162,32 @@ class Explainer(ABC):
             yield
 
 
+class ImageByImage(Explainer):
+    """An explainer of one image at a time, all its classes from the same passes."""
+
+    one_by_one = True
+
+    @abstractmethod
+    def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
+        """Maps (M, h, w) float64 of the classes (M,) for one image (3, H, W)."""
+
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        return self._maps(images, target[:, None])
+
+    def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            logits = self.backbone.logits(images)
+        classes = self._chosen(choose, logits)
+        return logits, classes, self._maps(images, classes)
+
+    @torch.no_grad()
+    def _maps(self, images: Tensor, classes: Tensor) -> Tensor:
+        # A half-precision map would round small differences away.
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        maps = [self._explain(x, c).to(dtype) for x, c in zip(images, classes, strict=True)]
+        return torch.stack(maps)
+
+
 def check_inputs(inputs: Tensor) -> None:
     """Raise a ``ValueError`` unless ``inputs`` is a finite float (B >= 1, 3, H, W) in [0, 1]."""
     if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not inputs.is_floating_point():

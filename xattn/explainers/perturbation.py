@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xattn.explainers.base import Choose, Explainer
+from xattn.explainers.base import ImageByImage
 from xattn.memory import ForwardBatches
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FILLS = ("black", "mean")
 
 
-class PerturbationExplainer(Explainer):
+class PerturbationExplainer(ImageByImage):
     """An explainer that scores many masked copies of each image.
 
     Scores are the probabilities of the explained classes, so the map of a class also depends on
@@ -38,7 +38,7 @@ class PerturbationExplainer(Explainer):
             colour of the backbone's preprocessing, 0 after normalisation.
     """
 
-    perturbs = one_by_one = True
+    perturbs = True
 
     def __init__(
         self,
@@ -52,26 +52,6 @@ class PerturbationExplainer(Explainer):
         if fill not in FILLS:
             raise ValueError(f"fill: got {fill!r}; choose one of {', '.join(FILLS)}")
         self.fill = fill
-
-    @abstractmethod
-    def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
-        """Maps (M, H, W) float64 of the classes (M,) for one image (3, H, W)."""
-
-    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        return self._maps(images, target[:, None])
-
-    def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad():
-            logits = self.backbone.logits(images)
-        classes = self._chosen(choose, logits)
-        return logits, classes, self._maps(images, classes)
-
-    @torch.no_grad()
-    def _maps(self, images: Tensor, classes: Tensor) -> Tensor:
-        # A half-precision map would round small differences between regions away.
-        dtype = torch.promote_types(images.dtype, torch.float32)
-        maps = [self._explain(x, c).to(dtype) for x, c in zip(images, classes, strict=True)]
-        return torch.stack(maps)
 
     def _scores(
         self,

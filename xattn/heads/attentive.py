@@ -25,6 +25,7 @@ from xattn.heads.affine import Step
 from xattn.heads.base import Head
 from xattn.heads.fusion import class_rows
 from xattn.heads.reliability import TINY, Balanced, ReliabilityBalancing
+from xattn.kernels.softmax.reference import widen
 
 CHUNK = 2**24  # entries of a tensor (B, classes, Q, tokens or channels) alive at once
 
@@ -168,8 +169,7 @@ class AttentiveHead(Head):
 
     def weights(self, scores: Tensor) -> Tensor:
         """A (B, Q, T) of ``scores``: softmax over the tokens, in float32 at least."""
-        wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-        return wide.softmax(-1).to(scores.dtype)
+        return widen(scores).softmax(-1).to(scores.dtype)
 
     def sources(self, weights: Tensor, attended: Attended) -> tuple[Tensor, Tensor]:
         """The weights (B, Q, T) and values (B, Q or 1, T, V) that maps speak of, of the same sum;

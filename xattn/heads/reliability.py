@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from xattn.kernels.softmax.reference import widen
+
 TINY = 1e-12
 
 
@@ -90,13 +92,11 @@ class ReliabilityBalancing(nn.Module):
     def attention(self, e: Tensor) -> Tensor:
         """t (..., K) of embeddings (..., D)."""
         scores = self.query(e) @ self.key(self.anchors.flatten(0, 1)).t() / e.shape[-1] ** 0.5
-        wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-        return wide.softmax(-1).unflatten(-1, self.anchors.shape[:2]).sum(-1)
+        return widen(scores).softmax(-1).unflatten(-1, self.anchors.shape[:2]).sum(-1)
 
     def forward(self, e: Tensor, logits: Tensor, trust: Tensor | float = 1.0) -> Balanced:
         """Correct ``logits`` (B, K) of embeddings e (B, D); ``trust``: tau in [0, 1]."""
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        p0 = (logits / self.temperature).softmax(-1)
+        p0 = (widen(logits) / self.temperature).softmax(-1)
         g, t = self.geometric(e), self.attention(e)
         weights = torch.stack([confidence(g), confidence(t)])
         total = weights.sum(0)
@@ -125,6 +125,6 @@ class ReliabilityBalancing(nn.Module):
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
     """|x - y| of (..., D) and (n, D): (..., n), in float32 at least, without the differences."""
-    x, y = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in (x, y))
+    x, y = widen(x), widen(y)
     squares = x.square().sum(-1, keepdim=True) + y.square().sum(-1) - 2 * x @ y.t()
     return squares.clamp_min(TINY).sqrt()

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from xattn.kernels.softmax.reference import widen
+
 LossFn: TypeAlias = Callable[[Tensor], Tensor]
 
 UNLABELLED = -100
@@ -107,7 +109,7 @@ class Perturbation:
         """
         valid = _valid(scores, mask)
         self._check_target(target, len(scores))
-        wide = _wide(scores)
+        wide = widen(scores)
         if not wide.requires_grad:
             wide = wide.detach().requires_grad_()
         again = _replaying(predict, wide.device)
@@ -159,7 +161,7 @@ class NoPerturbation(Perturbation):
         self.epsilon, self.weight, self.seed, self.step = epsilon, weight, seed, 0
 
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
-        return torch.zeros_like(_wide(scores.detach()))
+        return torch.zeros_like(widen(scores.detach()))
 
     def _extra(self, done: _Clean) -> Tensor:
         return done.scores.new_zeros(())
@@ -171,7 +173,7 @@ class AttentionAT(Perturbation):
     name = "at"
 
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
-        leaf = _wide(scores).detach().requires_grad_()
+        leaf = widen(scores).detach().requires_grad_()
         with torch.enable_grad():
             gradient = _gradient(loss_fn(leaf), leaf)
         return self._along(gradient, leaf.detach(), _valid(scores, mask))
@@ -194,7 +196,7 @@ class RandomPerturbation(Perturbation):
     name = "random"
 
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
-        return self._sized(self._noise(_wide(scores.detach()), _valid(scores, mask)))
+        return self._sized(self._noise(widen(scores.detach()), _valid(scores, mask)))
 
     def _extra(self, done: _Clean) -> Tensor:
         assert done.target is not None
@@ -232,7 +234,7 @@ class AttentionVAT(Perturbation):
 
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
         valid = _valid(scores, mask)
-        scores = _wide(scores.detach())
+        scores = widen(scores.detach())
         stretch = self._stretch(scores, valid)
         a = self._noise(scores, valid)
         for _ in range(self.iterations):
@@ -353,12 +355,12 @@ def create_perturbation(name: str, **options: Any) -> Perturbation:
 
 def divergence(clean: Tensor, changed: Tensor) -> Tensor:
     """KL(p | q) (B,) of softmax p of logits ``clean``, held fixed, and q of ``changed`` (B, K)."""
-    p, q = (F.log_softmax(_wide(logits), -1) for logits in (clean.detach(), changed))
+    p, q = (F.log_softmax(widen(logits), -1) for logits in (clean.detach(), changed))
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(_wide(logits), target, reduction="none", ignore_index=UNLABELLED)
+    return F.cross_entropy(widen(logits), target, reduction="none", ignore_index=UNLABELLED)
 
 
 def _mean(losses: Tensor, target: Tensor) -> Tensor:
@@ -379,10 +381,6 @@ def _unit(x: Tensor) -> Tensor:
     tiny = torch.finfo(x.dtype).tiny
     x = x / x.abs().amax(-1, keepdim=True).clamp_min(tiny)
     return x / x.norm(dim=-1, keepdim=True).clamp_min(tiny)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _valid(scores: Tensor, mask: Tensor | None) -> Tensor:

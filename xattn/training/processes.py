@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from xattn.kernels.softmax.reference import widen
 from xattn.training.run_folder import claim
 
 FAILED = 1000  # beside the numbers of signals
@@ -128,7 +129,7 @@ def _shared_forward(layer: _BatchNorm, x: Tensor) -> Tensor:
         return type(layer).forward(layer, x)
     axes = [axis for axis in range(x.ndim) if axis != 1]
     shape = [1, -1, *[1] * (x.ndim - 2)]
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    wide = widen(x)
     count = x.new_tensor(x.numel() / x.shape[1], dtype=wide.dtype)
     torch.distributed.all_reduce(count)
     mean = _Sum.apply(wide.sum(axes)) / count
