@@ -464,3 +464,28 @@ def test_the_example_of_the_docs_runs_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(text.split("```python\n")[1].split("```")[0], "parts.md", "exec"), {})
     assert Image.open("regular.png").size[0] > 100
+
+
+def test_crops_of_a_killed_run_are_not_taken_for_those_of_other_evidence(tmp_path, monkeypatch):
+    (tmp_path / "p").mkdir()
+    for i in range(3):
+        Image.new("RGB", (60, 40), (40 * i, 90, 0)).save(tmp_path / "p" / f"{i}.png")
+    saved = []
+    real = writer_module._save
+
+    def save_once(*args):  # a killed process writes nothing more
+        if not saved:
+            saved.append(1)
+            real(*args)
+
+    monkeypatch.setattr(writer_module, "_save", save_once)
+    cut_parts(tmp_path / "p", lambda name, image: [(0, 0, 9, 9)], tmp_path / "o", progress=False)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "o" / "crops").iterdir())) == 3
+    assert json.loads((tmp_path / "o" / "parts.json").read_text())["parts"] == []
+
+    def other(name, image):
+        return [(30, 20, 59, 39)]
+
+    with pytest.raises(ValueError, match="holds crops of other photos"):
+        cut_parts(tmp_path / "p", other, tmp_path / "o", progress=False)
