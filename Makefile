@@ -20,7 +20,16 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 demo: $(VENV)/.demo
 	$(BIN)/python -m xattn.app.demo
 
-test: $(VENV)/.dev
+# The viewer's tests drive Chromium; without it, and where it may not be installed, they skip and say so.
+$(VENV)/.browser: | $(BIN)/python
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	if command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] || sudo -n true 2>/dev/null; }; then \
+		SUDO=$$([ "$$(id -u)" = 0 ] || echo sudo); $$SUDO apt-get update -qq; \
+		$$SUDO apt-get install -y -qq --no-install-recommends chromium >/dev/null || echo "no Chromium: its tests skip"; \
+	else echo "no Chromium, and no right to install it: its tests skip"; fi
+	@touch $@
+
+test: $(VENV)/.dev $(VENV)/.browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.dev

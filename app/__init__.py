@@ -1,1 +1,1 @@
-"""The Streamlit viewer of xattn: views only, no maths. It has not landed yet."""
+"""The Streamlit viewer of xattn, ``xattn app``: views only, no maths."""
