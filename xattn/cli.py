@@ -166,12 +166,19 @@ class Probe:
 
     def run(self) -> None:
         from xattn.distributed import processes
-        from xattn.eval.probing import ProbeJob, format_rows, run_probes, write_results
+        from xattn.eval.probing import (
+            ProbeJob,
+            check_results,
+            format_rows,
+            run_probes,
+            write_results,
+        )
         from xattn.files import check_folder
 
         if self.model.probe is not None:
             raise ValueError("probe: heads are trained on the network itself; leave out --probe")
         check_folder(self.output)
+        check_results(self.output)
         backbone = self.model.load()
         main = processes(backbone.device)[1] == 0
         job = ProbeJob(
@@ -564,6 +571,43 @@ class Bench:
             print(line, flush=True)
 
 
+@dataclass(frozen=True)
+class App:
+    """Open the viewer: maps, attention, comparisons and training of a folder, in the browser."""
+
+    root: Annotated[Path, tyro.conf.Positional] = Path("runs")
+    """A pack, or the folder of packs, comparisons, heads and jobs; made when something is kept there."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    host: str = "127.0.0.1"
+    """Address to listen on; other machines need one of this machine's, or 0.0.0.0, and a password."""
+    port: int = 8501
+    """Port; 0 takes any free one."""
+    password_file: Path | None = None
+    """File of a password's hash, see --set-password; the viewer then asks for the password."""
+    set_password: Path | None = None
+    """Ask for a password (or read a line of standard input), write its hash to this file, and stop."""
+    no_password: bool = False
+    """Let everybody who reaches --host in without a password."""
+    allow_host: tuple[str, ...] = ()
+    """Names under which browsers reach a proxy before this server, for example viewer.example.org."""
+    data: Path | None = None
+    """Folder whose photos and folders the train page may use; the root by default."""
+    upload_mb: int = 50
+    """Largest upload in megabytes."""
+    demo: bool = False
+    """Make the demo pack in the root first, unless it is there."""
+
+    def run(self) -> None:
+        from xattn.app.server import Address, check_installed, serve
+
+        check_installed()
+        from xattn.app.state import Settings
+
+        address = Address(self.host, self.port)
+        settings = Settings(root=self.root)
+        serve(settings, address, self.upload_mb, ())
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudyAt:
     """Attention training on text: vanilla, random, AT, iAT, VAT, iVAT on sentiment trees (SST)."""
@@ -689,6 +733,7 @@ Command = (
     | Annotated[Compare, tyro.conf.subcommand("compare", description=Compare.__doc__)]
     | Annotated[Parts, tyro.conf.subcommand("parts", description=Parts.__doc__)]
     | Annotated[Export, tyro.conf.subcommand("export", description=Export.__doc__)]
+    | Annotated[App, tyro.conf.subcommand("app", description=App.__doc__)]
     | Annotated[Bench, tyro.conf.subcommand("bench", description=Bench.__doc__)]
     | Annotated[Study, tyro.conf.subcommand("study", description=Study.__doc__)]
     | Annotated[List, tyro.conf.subcommand("list", description=List.__doc__)]
