@@ -1,0 +1,302 @@
+"""The models of the viewer: loaded once, shared by all sessions, used by one at a time.
+
+A model is asked for by name, never by path: a timm model with weights of an installed package or of
+the hub, the model that ``xattn app`` was started with, or a ``.safetensors`` file below the root, by
+the id that :func:`weight_files` gives it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from xattn.cli import BackboneArgs
+from xattn.memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from xattn.backbone import Backbone
+    from xattn.heads import Head
+
+KEPT = 3  # models in memory; the one that was not used for longest goes
+_TURN = threading.RLock()
+
+
+class ModelError(ValueError):
+    """A model cannot be had, or is another than a pack was made with; the text is for a person."""
+
+
+@contextmanager
+def turn() -> Iterator[None]:
+    """Hold this around each use of a model.
+
+    Explainers change gradients, hooks and random generators while they run and put them back, so
+    two threads must not be inside at once; and two passes side by side are slower than in turn.
+    """
+    with _TURN:
+        yield
+
+
+# ---------------------------------------------------------------------- backbones
+
+
+def backbones() -> list[str]:
+    """Names to choose from: the model that the viewer was started with, then those of installed
+    packages. Every other timm model can be named, too; its weights come from the hub."""
+    from xattn.models.sources import list_package_weights
+
+    own = _own()
+    names = [] if own is None else [_label(own)]
+    names += [record.name for record in list_package_weights() if record.installed]
+    return list(dict.fromkeys(names))
+
+
+def backbone(
+    name: str,
+    weights: str = "auto",
+    taps: str | tuple[str, ...] | list[str] | None = None,
+    input_size: int | tuple[int, int] | None = None,
+) -> Backbone:
+    """A frozen classifier, loaded once; arguments as in :func:`xattn.backbone.load_backbone`.
+
+    Args:
+        name: one of :func:`backbones`, or a timm model.
+        weights: "auto" (the model the viewer was started with, a package, or the hub), "package",
+            "timm", or an id of :func:`weight_files`.
+
+    Raises:
+        ModelError: no such model or weights, no connection, or no memory for it.
+    """
+    return _load(_arguments(name, weights, taps, input_size))
+
+
+def backbone_of(pack: Any) -> Backbone:
+    """The very network that the maps of ``pack`` (:class:`xattn.app.library.Pack`) explain.
+
+    Raises:
+        ModelError: the pack does not say, the model is gone, or its weights are others now.
+    """
+    record = _record(pack)
+    found = []
+    for arguments in _candidates(record):
+        loaded = _load(arguments)
+        size = tuple(record.get("input_size") or loaded.preprocessing.input_size)
+        if loaded.preprocessing.input_size != size:
+            loaded = _load(replace(arguments, input_size=size))  # type: ignore[arg-type]
+        if loaded.fingerprint == record["sha256"]:
+            return loaded
+        found.append(loaded.fingerprint[:12])
+    name, wanted = record["name"], str(record["sha256"])[:12]
+    if not found:
+        raise ModelError(
+            f"The maps of this pack explain {name}, whose head is not below the root any more; "
+            f"put the head's folder back."
+        )
+    raise ModelError(
+        f"The maps of this pack explain {name} with weights sha256 {wanted}; the weights at hand "
+        f"are {', '.join(found)}. Start the viewer with the model it was made with: "
+        f"xattn app --backbone {name} --weights FILE."
+    )
+
+
+def weight_files() -> dict[str, Path]:
+    """The ``.safetensors`` files of whole networks below the root, by id; heads and maps are not."""
+    from xattn.app import state
+    from xattn.explanation import MAPS
+
+    root = state.settings().root.resolve()
+    found = {}
+    for path in sorted(p for depth in range(3) for p in root.glob("*/" * depth + "*.safetensors")):
+        alone = path.name != MAPS and not (path.parent / "config.json").exists()
+        if alone and path.is_file() and path.resolve().is_relative_to(root):
+            name = path.relative_to(root).as_posix()
+            found[hashlib.sha256(name.encode()).hexdigest()[:12]] = path
+    return found
+
+
+def _own() -> BackboneArgs | None:
+    """The model that the viewer was started with."""
+    from xattn.app import state
+
+    return state.settings().model
+
+
+def _label(own: BackboneArgs) -> str:
+    if own.probe is None:
+        return own.backbone
+    folder = Path(own.probe)
+    return f"{own.backbone} + {folder.parent.name if folder.name == 'head' else folder.name}"
+
+
+def _arguments(name: str, weights: str, taps: Any, input_size: Any) -> BackboneArgs:
+    own = _own()
+    chosen = (taps,) if isinstance(taps, str) else tuple(taps or ())
+    if own is not None and name == _label(own) and weights == "auto":
+        return replace(own, taps=chosen or own.taps, input_size=input_size or own.input_size)
+    if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?", name):
+        raise ModelError(f"There is no model {name!r}; give the name of a timm model.")
+    if weights not in ("auto", "package", "timm"):
+        files = weight_files()
+        if weights not in files:
+            raise ModelError("These weights are not below the root any more; choose others.")
+        weights = str(files[weights])
+    return BackboneArgs(
+        backbone=name, weights=weights, taps=chosen, input_size=input_size, device=_device()
+    )
+
+
+def _device() -> str:
+    own = _own()
+    return "auto" if own is None else own.device
+
+
+def _load(arguments: BackboneArgs) -> Backbone:
+    """The model of ``arguments``; other taps of a model share its weights."""
+    taps = arguments.taps
+    try:
+        if arguments.probe is not None or arguments.backbone.startswith("torchvision/"):
+            return _loaded(arguments, _stamp(arguments))
+        loaded = _loaded(replace(arguments, taps=()), _stamp(arguments))
+        if not taps or tuple(taps) == loaded.taps:
+            return loaded
+        short = taps[0] if len(taps) == 1 and taps[0] in ("norm1", "block", "stage") else taps
+        with turn():
+            return loaded.with_taps(short)
+    except (ValueError, OSError) as error:
+        raise ModelError(str(error.args[-1] if error.args else error)) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"There is not enough memory for {arguments.backbone}; choose a smaller model."
+        ) from error
+
+
+@st.cache_resource(max_entries=KEPT, show_spinner=False)
+def _loaded(arguments: BackboneArgs, stamp: tuple[int, int] | None) -> Any:
+    loaded = arguments.load()
+    loaded.fingerprint  # noqa: B018 - hashed once, while nobody else can use the model
+    return loaded
+
+
+def _stamp(arguments: BackboneArgs) -> tuple[int, int] | None:
+    """Size and time of a weight file: another file of that name is another model."""
+    path = Path(arguments.weights)
+    if path.suffix == "" or not path.is_file():
+        return None
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
+
+
+# ---------------------------------------------------------------------- what made a pack
+
+
+def _record(pack: Any) -> dict[str, Any]:
+    """``{"name", "sha256", "taps", "input_size"}`` of the network behind a pack's first map."""
+    if not len(pack.entries):
+        raise ModelError("This pack holds no maps, so it says nothing about its model.")
+    provenance = pack.provenance(pack.entries.index[0])
+    try:
+        checked = dict(provenance["protocol"]["backbone"])
+        if not isinstance(checked["name"], str) or not isinstance(checked["sha256"], str):
+            raise TypeError
+    except (TypeError, KeyError, ValueError):
+        raise ModelError(
+            "This pack does not say which model its maps explain; make it again with xattn explain."
+        ) from None
+    return checked
+
+
+def _candidates(record: dict[str, Any]) -> Iterator[BackboneArgs]:
+    """Models that may be the one of ``record``, the likeliest first."""
+    from xattn.app import state
+    from xattn.heads import read_config
+
+    own = _own()
+    name, _, head = record["name"].partition(" + ")
+    taps = tuple(record.get("taps") or ())
+    if own is not None and own.backbone == name and bool(own.probe) == bool(head):
+        yield replace(own, taps=taps or own.taps)
+    plain = BackboneArgs(backbone=name, taps=taps, device=_device())
+    if not head:
+        yield plain
+        return
+    for found in state.library().heads():
+        config = read_config(found.path)
+        if config["head"] == head and config["backbone"].get("name") == name:
+            yield replace(plain, probe=str(found.path))
+
+
+# ---------------------------------------------------------------------- heads and explainers
+
+
+def heads(name: str) -> dict[str, str]:
+    """Trained heads of the backbone ``name``, shipped or below the root: id -> what to call it.
+
+    They are told by the backbone's name in their card, so nothing is loaded; :func:`with_head`
+    compares the weights.
+    """
+    from xattn.app import state
+    from xattn.heads import read_config, shipped_heads
+
+    found = {}
+    places = [(key, key, folder) for key, folder in shipped_heads().items()]
+    places += [(item.id, item.name, item.path) for item in state.library().heads()]
+    for key, title, folder in places:
+        try:
+            config = read_config(folder)
+        except (ValueError, OSError):
+            continue
+        if config["backbone"].get("name") == name:
+            found[key] = f"{title} ({config['head']})"
+    return found
+
+
+def with_head(name: str, key: str, weights: str = "auto") -> tuple[Backbone, Head]:
+    """Backbone ``name`` and its head ``key`` of :func:`heads`; a head of ``xattn probe`` becomes the
+    classifier of the backbone, too.
+
+    Raises:
+        ModelError: no such head, or one of other weights.
+    """
+    from xattn.app import state
+    from xattn.heads import AttentiveHead, head_class, load_head, read_config, shipped_heads
+
+    folders = {**shipped_heads(), **{h.id: Path(h.path) for h in state.library().heads()}}
+    if key not in folders:
+        raise ModelError("This head is not below the root any more; choose another.")
+    folder = folders[key]
+    try:
+        config = read_config(folder)
+        taps = config["backbone"].get("taps")
+        if issubclass(head_class(config["head"]), AttentiveHead):
+            arguments = _arguments(name, weights, taps, None)
+            probed = _load(replace(arguments, probe=str(folder)))
+            return probed, probed.probe  # type: ignore[return-value]
+        loaded = backbone(name, weights, taps)
+        return loaded, load_head(folder, loaded).to(loaded.device)
+    except (ValueError, OSError) as error:
+        raise ModelError(str(error)) from error
+
+
+def explainers(loaded: Backbone, head: Head | None = None) -> tuple[list[str], dict[str, str]]:
+    """Explainers that this backbone allows, and why it does not allow the others."""
+    from xattn.explainers import create_explainer, list_explainers
+
+    allowed, refused = [], {}
+    with turn():
+        for name in list_explainers():
+            try:
+                create_explainer(name, loaded, head)
+            except ValueError as error:
+                refused[name] = str(error)
+            else:
+                allowed.append(name)
+    return allowed, refused
