@@ -1,0 +1,150 @@
+"""What all pages share: the process's settings, the open pack, and views as URLs.
+
+A view is a page and its query parameters; pages read ``Context.params`` and move on by ``go``. Names
+from files and models are text: ``plain`` makes them safe inside Markdown.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from urllib.parse import urlencode
+
+import streamlit as st
+from streamlit.runtime.scriptrunner import get_script_run_ctx
+
+if TYPE_CHECKING:
+    from xattn.app.library import Library, Pack
+
+DEFAULT_PAGE = "gallery"
+ROOT_VARIABLE = "XATTN_APP_ROOT"
+
+
+class ModelArgs(Protocol):
+    """The model options of the command line (``BackboneArgs``)."""
+
+    backbone: str
+    weights: str
+    taps: tuple[str, ...]
+    input_size: int | None
+
+    def load(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How this process was started."""
+
+    root: Path
+    model: ModelArgs | None = None
+    password: bool = False
+    training: bool = True
+    demo: bool = False
+
+
+_settings: Settings | None = None
+
+
+def configure(settings: Settings) -> None:
+    """Set the process's settings; ``xattn app`` does so before it serves."""
+    global _settings
+    _settings = settings
+
+
+def settings() -> Settings:
+    """The process's settings; under ``streamlit run`` the root is ``XATTN_APP_ROOT``, or ``runs``."""
+    return _settings or Settings(root=Path(os.environ.get(ROOT_VARIABLE, "runs")))
+
+
+def library() -> Library:
+    """The packs below the root, one library for all sessions of the process."""
+    return _library(settings().root)
+
+
+@functools.lru_cache(maxsize=8)
+def _library(root: Path) -> Library:
+    from xattn.app.library import Library
+
+    return Library(root)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a page gets: the packs, the open one, and the URL's parameters (last value of each)."""
+
+    library: Library
+    pack: Pack | None = None
+    params: Mapping[str, str] = field(default_factory=dict)
+
+
+Value = str | int | float | bool | None | Iterable[str | int | float]
+
+
+def _query(params: Mapping[str, Value]) -> dict[str, str | list[str]]:
+    """Parameters as a URL has them; None and empty lists are left out."""
+    found: dict[str, str | list[str]] = {}
+    for name, value in params.items():
+        if value is None:
+            continue
+        if isinstance(value, (str, int, float)):
+            found[name] = str(value).lower() if isinstance(value, bool) else str(value)
+        elif values := [str(v) for v in value]:
+            found[name] = values
+    return found
+
+
+def link(page: str, **params: Value) -> str:
+    """The address, path and query, of a view: for ``href`` and for sharing."""
+    base = str(st.get_option("server.baseUrlPath") or "").strip("/")
+    path = "/".join(["", *([base] if base else []), "" if page == DEFAULT_PAGE else page])
+    query = urlencode(_query(params), doseq=True)
+    return f"{path}?{query}" if query else path
+
+
+def current_page() -> str:
+    """The name of the page that runs."""
+    return st.session_state.get("_page", DEFAULT_PAGE)
+
+
+def go(page: str, **params: Value) -> NoReturn:
+    """Show another view; this run of the script ends.
+
+    ``pack`` stays the open one if it is not given. On the same page, widgets bound to the URL keep
+    their values and their parameters.
+    """
+    if "pack" not in params:
+        params = {"pack": st.session_state.get("_pack"), **params}
+    query = _query(params)
+    context = get_script_run_ctx()
+    if context is not None:
+        # A parameter cannot be set while a widget is bound to it, so the widgets let go first.
+        with context.session_state.query_params() as current:
+            for name in list(current):
+                binding = current.get_binding_for_param(name)
+                if binding is not None:
+                    current.unbind_widget(binding.widget_id)
+                    if page == current_page():
+                        query[name] = current.get_all(name)
+    st.switch_page(_page(page), query_params=query)
+    raise AssertionError("st.switch_page ends the run")
+
+
+def _page(name: str) -> Any:
+    # Streamlit finds a page by its url_path alone; the function is the one given to st.navigation.
+    return st.Page(lambda: None, title=name, url_path=name, default=name == DEFAULT_PAGE)
+
+
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+\-.!|~$:&@/^=\"'])")
+
+
+def plain(text: object) -> str:
+    """Text for Markdown (labels, captions, help): shown as it is, on one line.
+
+    Every character with a meaning in Markdown, HTML, LaTeX or Streamlit's directives is escaped.
+    """
+    return _MARKDOWN.sub(r"\\\1", " ".join(str(text).split()))
