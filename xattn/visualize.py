@@ -1,8 +1,9 @@
 """Heat maps for the eye: perceptually uniform colours, overlays, and contact sheets.
 
 A contact sheet shows each photo beside its explanations, as one self-contained HTML page or as one
-image. Colour always means the same: the min-maxed map in [0, 1]; where the model did not look the
-photo is dimmed and grey.
+image. A :class:`Scale` says what a colour means: by default the min-maxed map in [0, 1], for a map
+with negative values its own numbers on a diverging scale centred on 0; where the model did not look
+the photo is dimmed and grey.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import difflib
 import functools
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,18 +26,37 @@ if TYPE_CHECKING:
     from xattn.explanation import Explanation
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+SEQUENTIAL, DIVERGING = "inferno", "diverging"
 
 
 @functools.lru_cache(maxsize=8)
 def _lut(cmap: str) -> NDArray[np.uint8]:
-    """256 RGB colours of a matplotlib colour map."""
+    """256 RGB colours of ``"diverging"`` or of a matplotlib colour map."""
     import matplotlib
 
+    if cmap == DIVERGING:
+        return _diverging()
     if cmap not in matplotlib.colormaps:
         near = difflib.get_close_matches(cmap, list(matplotlib.colormaps), 3, 0.4)
         hint = f"; did you mean {', '.join(near)}?" if near else "; see matplotlib.colormaps"
         raise ValueError(f"cmap: no colour map {cmap!r}{hint}")
     return np.rint(matplotlib.colormaps[cmap](np.arange(256))[:, :3] * 255).astype(np.uint8)
+
+
+def _diverging() -> NDArray[np.uint8]:
+    """Blue below the centre, orange above, dark at it: CIELAB lightness rises linearly to both sides.
+
+    Dark means nothing, as in inferno, and equal amounts of both signs are equally light.
+    """
+    from skimage.color import lab2rgb
+
+    at = np.linspace(-1, 1, 256)
+    size = np.abs(at)
+    hue = np.deg2rad(np.where(at < 0, 262, 60))
+    # Grey at the centre, paler towards light, where sRGB has little colour left.
+    chroma = 43 * np.minimum(3 * size, 1) * np.minimum((1.35 - size) / 0.6, 1)
+    lab = np.stack([8 + 82 * size, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
+    return np.rint(lab2rgb(lab) * 255).astype(np.uint8)
 
 
 def colorize(values: NDArray[Any], cmap: str = "inferno") -> NDArray[np.uint8]:
@@ -48,7 +68,11 @@ def colorize(values: NDArray[Any], cmap: str = "inferno") -> NDArray[np.uint8]:
 
 
 def overlay(
-    photo: Image.Image, values: NDArray[Any], opacity: float = 0.55, cmap: str = "inferno"
+    photo: Image.Image,
+    values: NDArray[Any],
+    opacity: float = 0.55,
+    cmap: str = SEQUENTIAL,
+    threshold: float = 0.0,
 ) -> Image.Image:
     """A map over its photo.
 
@@ -56,20 +80,27 @@ def overlay(
         photo: RGB, H x W pixels.
         values: (H, W) in [0, 1]; NaN outside the model's view, shown dimmed and without colour.
         opacity: 0 (photo) to 1 (map), the same everywhere so that a colour has one meaning.
+        threshold: values below stay without colour, 0 to 1; on the diverging scale those nearer to
+            its centre than this share of half its length.
     """
     if values.shape != (photo.height, photo.width):
         raise ValueError(
             f"values: got shape {values.shape} for a photo of {photo.height} x {photo.width}; "
             f"give View.to_photo(map, size)"
         )
-    if not 0 <= opacity <= 1:
-        raise ValueError(f"opacity: got {opacity}; give a number from 0 to 1")
+    for name, share in (("opacity", opacity), ("threshold", threshold)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}: got {share}; give a number from 0 to 1")
     pixels = np.asarray(photo.convert("RGB"), dtype=np.float32)
     grey = (pixels @ LUMA)[..., None]
     # Less colour of its own below the map's: grey takes its place.
     out = (1 - opacity) ** 2 * pixels
     out += opacity * (1 - opacity) * grey
     out += opacity * colorize(values, cmap)
+    if threshold > 0:
+        strength = np.abs(2 * values - 1) if cmap == DIVERGING else values
+        # The map's values are float32: one that equals the threshold is not below it.
+        out = np.where((strength < np.float32(threshold))[..., None], pixels, out)
     outside = np.isnan(values)
     if outside.any():
         out = np.where(outside[..., None], 0.35 * grey, out)
@@ -95,6 +126,81 @@ def colour_bar(width: int = 256, height: int = 16, cmap: str = "inferno") -> Ima
     """The legend: colours from 0 (left) to 1 (right)."""
     row = colorize(np.linspace(0, 1, width)[None], cmap)
     return Image.fromarray(np.repeat(row, height, axis=0))
+
+
+def gradient(cmap: str = SEQUENTIAL) -> str:
+    """The colour stops of a CSS ``linear-gradient``, from the lowest value to the highest."""
+    return ", ".join("rgb({} {} {})".format(*_lut(cmap)[i]) for i in range(0, 256, 15))
+
+
+# ---------------------------------------------------------------------- scales
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The values at the two ends of a colour scale, in the map's own unit."""
+
+    low: float
+    high: float
+    cmap: str = SEQUENTIAL
+
+    def __call__(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        """Values as positions in [0, 1], clipped; all nothing (0, or the centre) if the ends meet."""
+        if self.high <= self.low:
+            return np.full(values.shape, 0.5 if self.cmap == DIVERGING else 0.0, np.float32)
+        at = (values.astype(np.float64) - self.low) / (self.high - self.low)
+        return np.clip(at, 0, 1).astype(np.float32)
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """Both ends as short text."""
+        return f"{self.low:.3g}", f"{self.high:.3g}"
+
+
+def make_scale(limits: Iterable[tuple[float, float]], cmap: str | None = None) -> Scale:
+    """One scale for maps with these (least, greatest) values.
+
+    ``cmap=None`` is inferno from the least to the greatest value, or, where one is negative, the
+    diverging scale; that is always as long on both sides of 0.
+    """
+    pairs = list(limits)
+    if not pairs or not np.isfinite(pairs).all():
+        raise ValueError(f"limits: got {pairs}; give the least and the greatest value of each map")
+    low, high = min(pair[0] for pair in pairs), max(pair[1] for pair in pairs)
+    cmap = cmap or (DIVERGING if low < 0 else SEQUENTIAL)
+    if cmap == DIVERGING:
+        high = max(abs(low), abs(high))
+        low = -high
+    return Scale(low, high, cmap)
+
+
+def own_scale(explanation: Explanation, cmap: str | None = None) -> Scale:
+    """The scale of one map alone: min-max; a mask's is always [0, 1]; see :func:`make_scale`."""
+    if explanation.is_mask and cmap != DIVERGING:
+        return Scale(0.0, 1.0, cmap or SEQUENTIAL)
+    return make_scale([(float(explanation.map.min()), float(explanation.map.max()))], cmap)
+
+
+def contrast(
+    explanation: Explanation, other: Explanation, raw: bool = False
+) -> NDArray[np.float32]:
+    """What speaks for one class rather than the other: the difference of two maps (h, w).
+
+    Of the min-maxed maps, in [-1, 1] (where each map puts its weight), or, with ``raw``, of the
+    scores themselves (which also says how strong they are).
+
+    Raises:
+        ValueError: maps of another photo, crop or size.
+    """
+    same = explanation.image_id == other.image_id and explanation.view == other.view
+    if not same or explanation.map.shape != other.map.shape:
+        raise ValueError(
+            f"other: the map {other.id} is not on the grid of {explanation.id}; give two classes of "
+            f"one photo, explained by one method"
+        )
+    if raw:
+        return explanation.map - other.map
+    return explanation.normalized() - other.normalized()
 
 
 # ---------------------------------------------------------------------- contact sheets
@@ -167,7 +273,7 @@ def contact_sheet_html(
         table: optional figures below the pictures; the first row is the header.
         notes: paragraphs at the end.
     """
-    stops = ", ".join("rgb({} {} {})".format(*_lut(cmap)[i]) for i in range(0, 256, 15))
+    stops = gradient(cmap)
     lines = _as_rows(rows, cmap)
     sections = "\n".join(_html_row(row) for row in lines)
     parts = [f"<h1>{_text(title)}</h1>"]

@@ -1,0 +1,255 @@
+"""Pictures of the viewer: how a map is drawn over its photo, the URL of it, and its JPEG bytes.
+
+A picture is a pure function of a pack's version, an entry and a :class:`Look`; all drawing is
+:mod:`xattn.visualize`'s. Encoded pictures are kept in memory up to a number of bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+import numpy as np
+from PIL import Image
+
+from xattn.visualize import DIVERGING, SEQUENTIAL, Scale, contrast, make_scale, overlay, own_scale
+
+if TYPE_CHECKING:
+    from xattn.app.library import Pack
+    from xattn.explanation import Explanation
+
+PICTURE, OVERLAY = "/xattn/picture", "/xattn/overlay"
+SIDES = (16, 2048)  # least and greatest longer side, in pixels
+SCALES = ("map", "shared")
+COLOURS = ("auto", SEQUENTIAL, DIVERGING, "viridis", "cividis", "gray")
+CACHE_BYTES = 64 << 20
+QUALITY = 85
+LARGEST = 1e30  # of limits: their difference is finite in any float
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a map is drawn.
+
+    ``scale="map"`` min-maxes each map; ``"shared"`` puts raw scores between ``limits``, by default
+    the least and greatest value of all maps of the photo in the pack. ``cmap="auto"`` is inferno,
+    and the diverging scale for maps with negative values. ``minus`` names the entry whose map is
+    taken away: the difference of the min-maxed maps under ``"map"``, of raw scores under
+    ``"shared"``.
+    """
+
+    opacity: float = 0.55
+    threshold: float = 0.0
+    scale: str = "map"
+    cmap: str = "auto"
+    side: int = 480
+    minus: str | None = None
+    limits: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("opacity", "threshold"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: got {value}; give a number from 0 to 1")
+        check_side(self.side)
+        if self.scale not in SCALES:
+            raise ValueError(f"scale: got {self.scale!r}; give one of {', '.join(SCALES)}")
+        if self.cmap not in COLOURS:
+            raise ValueError(f"cmap: got {self.cmap!r}; give one of {', '.join(COLOURS)}")
+        if self.limits is not None:
+            low, high = self.limits
+            if not (-LARGEST <= low <= high <= LARGEST):
+                raise ValueError(f"limits: got {low} to {high}; give two numbers, the lower first")
+
+    def query(self) -> dict[str, str]:
+        """What differs from the defaults, for a URL."""
+        found = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
+        limits = found.pop("limits", None)
+        if limits is not None:
+            found["low"], found["high"] = (repr(float(v)) for v in limits)
+        return {name: str(value) for name, value in found.items()}
+
+    @classmethod
+    def from_query(cls, query: Mapping[str, str]) -> Look:
+        """The look that :meth:`query` wrote; names that are not of a look are passed over.
+
+        Raises:
+            ValueError: a value that is no number, not finite or out of its range.
+        """
+        found: dict[str, Any] = {n: query[n] for n in ("scale", "cmap", "minus") if n in query}
+        found |= {n: number(query[n], n) for n in ("opacity", "threshold") if n in query}
+        if "side" in query:
+            found["side"] = whole(query["side"], "side")
+        if ("low" in query) != ("high" in query):
+            raise ValueError("limits: got one of low and high; give both")
+        if "low" in query:
+            found["limits"] = (number(query["low"], "low"), number(query["high"], "high"))
+        return cls(**found)
+
+
+def number(text: str, name: str) -> float:
+    """A finite number from the text of a query parameter."""
+    try:
+        value = float(text) if len(text) <= 40 else math.nan
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {text[:40]!r}; give a number")
+    return value
+
+
+def whole(text: str, name: str) -> int:
+    """A whole number from the text of a query parameter."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 6):
+        raise ValueError(f"{name}: got {text[:40]!r}; give a whole number")
+    return int(text)
+
+
+def check_side(side: int) -> int:
+    """``side`` if it is a longer side that the viewer draws."""
+    if not SIDES[0] <= side <= SIDES[1]:
+        raise ValueError(f"side: got {side}; give {SIDES[0]} to {SIDES[1]} pixels")
+    return side
+
+
+# ---------------------------------------------------------------------- URLs
+
+
+def photo_url(pack: Pack, image_id: str, side: int = 240) -> str:
+    """Where the browser gets a photo, its longer side at most ``side`` pixels."""
+    query = {"pack": pack.id, "image": image_id, "side": check_side(side), "v": pack.version}
+    return f"{PICTURE}?{urlencode(query)}"
+
+
+def overlay_url(
+    pack: Pack,
+    entry_id: str,
+    *,
+    opacity: float = 0.55,
+    threshold: float = 0.0,
+    scale: str = "map",
+    cmap: str = "auto",
+    side: int = 480,
+    minus: str | None = None,
+    limits: tuple[float, float] | None = None,
+) -> str:
+    """Where the browser gets a map over its photo; the arguments are those of :class:`Look`."""
+    look = Look(opacity, threshold, scale, cmap, side, minus, limits)
+    query = {"pack": pack.id, "entry": entry_id, **look.query(), "v": pack.version}
+    return f"{OVERLAY}?{urlencode(query)}"
+
+
+# ---------------------------------------------------------------------- drawing
+
+
+def scale_of(pack: Pack, entry_id: str, look: Look) -> Scale:
+    """The scale on which an entry is drawn, for its legend."""
+    return _scaled(pack, pack.explanation(entry_id), look)[1]
+
+
+def overlay_image(pack: Pack, entry_id: str, look: Look) -> Image.Image:
+    """A map over its photo as the look wants it.
+
+    Raises:
+        PackError: no such entry, or its files are gone or changed.
+        ValueError: ``minus`` is on another grid.
+    """
+    explanation = pack.explanation(entry_id)
+    photo = pack.photo(explanation.image_id, look.side)
+    values, scale = _scaled(pack, explanation, look)
+    on_photo = explanation.view.to_photo(scale(values), (photo.height, photo.width))
+    return overlay(photo, on_photo, look.opacity, scale.cmap, look.threshold)
+
+
+def _scaled(pack: Pack, explanation: Explanation, look: Look) -> tuple[np.ndarray, Scale]:
+    """The values (h, w) that are drawn, and their scale."""
+    cmap = None if look.cmap == "auto" else look.cmap
+    if look.minus is not None:
+        values = contrast(explanation, pack.explanation(look.minus), raw=look.scale == "shared")
+        limits = look.limits if look.scale == "shared" else None
+        ends = limits or (float(values.min()), float(values.max()))
+        return values, make_scale([ends], DIVERGING)
+    if look.scale == "map":
+        return explanation.map, own_scale(explanation, cmap)
+    return explanation.map, make_scale(
+        [look.limits] if look.limits else pair_limits(pack, explanation.image_id), cmap
+    )
+
+
+def pair_limits(pack: Pack, image_id: str) -> list[tuple[float, float]]:
+    """(least, greatest) value of every map of a photo in the pack."""
+    entries = pack.entries
+    own = entries[entries["image_id"] == image_id]
+    return list(zip(own["min"].astype(float), own["max"].astype(float), strict=True))
+
+
+def jpeg(image: Image.Image) -> bytes:
+    """A picture for a page; full colour resolution, since colour is what a map says."""
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=QUALITY, subsampling=0)
+    return stream.getvalue()
+
+
+class ByteCache:
+    """The pictures used last, at most ``limit`` bytes of them; for many threads."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.size = limit, 0
+        self._items: OrderedDict[Any, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Any, make: Callable[[], bytes]) -> bytes:
+        """The bytes under ``key``, made if they are not there."""
+        with self._lock:
+            if key in self._items:
+                self._items.move_to_end(key)
+                return self._items[key]
+        made = make()  # outside the lock: two threads may draw one picture, none waits for another
+        with self._lock:
+            if key not in self._items and len(made) <= self.limit:
+                self._items[key] = made
+                self.size += len(made)
+            while self.size > self.limit:
+                self.size -= len(self._items.popitem(last=False)[1])
+        return made
+
+
+_CACHE = ByteCache(CACHE_BYTES)
+
+
+def photo_bytes(pack: Pack, image_id: str, side: int = 240) -> bytes:
+    """The photo as JPEG."""
+    key = (pack.id, pack.version, image_id, check_side(side))
+    return _CACHE.get(key, lambda: jpeg(pack.photo(image_id, side)))
+
+
+def overlay_bytes(
+    pack: Pack,
+    entry_id: str,
+    *,
+    opacity: float = 0.55,
+    threshold: float = 0.0,
+    scale: str = "map",
+    cmap: str = "auto",
+    side: int = 480,
+    minus: str | None = None,
+    limits: tuple[float, float] | None = None,
+) -> bytes:
+    """The map over its photo as JPEG; the arguments are those of :class:`Look`."""
+    return drawn_bytes(pack, entry_id, Look(opacity, threshold, scale, cmap, side, minus, limits))
+
+
+def drawn_bytes(pack: Pack, entry_id: str, look: Look) -> bytes:
+    """:func:`overlay_bytes` of a look."""
+    key = (pack.id, pack.version, entry_id, look)
+    return _CACHE.get(key, lambda: jpeg(overlay_image(pack, entry_id, look)))
