@@ -93,10 +93,10 @@ def url(host: str, port: int) -> str:
 
 def streamlit_options(address: Address, upload_mb: int) -> dict[str, Any]:
     """Streamlit's configuration; what a user's own ``config.toml`` says of these is overridden."""
-    from xattn.app.theme import config as theme
+    from xattn.app.theme import CONFIG
 
     return {
-        **theme(),
+        **CONFIG,
         "server.address": address.host,
         "server.port": address.port,
         "server.headless": True,
@@ -124,7 +124,9 @@ def application(address: Address, upload_mb: int, middleware: tuple[Any, ...] = 
     from streamlit.starlette import App
     from streamlit.web.bootstrap import load_config_options
 
-    from xattn.app.routes import routes
+    routes: Any = list
+    if importlib.util.find_spec("xattn.app.routes") is not None:  # being built
+        from xattn.app.routes import routes
 
     load_config_options(streamlit_options(address, upload_mb))
     return App(MAIN, routes=routes(), middleware=middleware, lifespan=_quiet)
