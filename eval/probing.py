@@ -10,6 +10,8 @@ else looks at. Of several folds or seeds the test answers are put together.
 from __future__ import annotations
 
 import csv
+import itertools
+import json
 import math
 import statistics
 import tempfile
@@ -87,7 +89,8 @@ def run_probes(
     """Cache, split, train and report; the rows, the labels, and photos that could not be read.
 
     The heads lie in ``output/<head>/head``, with several folds or seeds in
-    ``output/<head>/fold-<k>-seed-<s>/head``. With ``resume`` finished heads are not trained again.
+    ``output/<head>/fold-<k>-seed-<s>/head``. With ``resume`` finished heads are not trained again;
+    without it an ``output`` that holds one of them is refused.
     """
     if not job.heads or not job.folds or not job.seeds:
         raise ValueError("heads, folds, seeds: got none of one of them; give at least one of each")
@@ -103,6 +106,15 @@ def run_probes(
             f"scores, with --heads efficient_probe abmilp for example"
         )
     options = _options(job)
+    runs = [
+        _folder(job, output, *run) for run in itertools.product(job.heads, job.folds, job.seeds)
+    ]
+    begun = [folder for folder in runs if (folder / RUN_FILE).is_file()]
+    if begun and not resume:
+        raise ValueError(
+            f"output: {begun[0]} holds a run already; go on with it by --resume, or give another "
+            f"--output"
+        )
     photos = open_photos(job.data)
     everything = read_labels([photos.name(i) for i in range(len(photos))], job.labels)
     for fold in job.folds:  # refused before the features are computed
@@ -130,9 +142,7 @@ def run_probes(
             for seed in job.seeds:
                 config = replace(job.config, seed=seed)
                 head = _head(name, backbone, options[name], labels.names, seed)
-                folder = output / name
-                if len(job.folds) * len(job.seeds) > 1:
-                    folder = folder / f"fold-{fold}-seed-{seed}"
+                folder = _folder(job, output, name, fold, seed)
                 result = probe(
                     head,
                     cache,
@@ -150,6 +160,11 @@ def run_probes(
                 best.append(result.best_epoch)
         rows.append(_row(name, head, cache, collected, len(job.seeds), seconds, best))
     return rows, labels, features.skipped
+
+
+def _folder(job: ProbeJob, output: Path, head: str, fold: int, seed: int) -> Path:
+    several = len(job.folds) * len(job.seeds) > 1
+    return output / head / f"fold-{fold}-seed-{seed}" if several else output / head
 
 
 def _options(job: ProbeJob) -> dict[str, dict[str, Any]]:
@@ -250,6 +265,7 @@ def _moved(tokens: Tokens, head: AttentiveHead) -> Tokens:
 # ---------------------------------------------------------------------- the table
 
 COLUMNS = ("head", "accuracy %", "ECE %", "parameters", "MACs", "s an epoch")
+RESULTS, TABLE = "results.json", "results.csv"
 
 
 def format_rows(rows: Sequence[ProbeRow]) -> str:
@@ -269,10 +285,30 @@ def format_rows(rows: Sequence[ProbeRow]) -> str:
     return "\n".join(lines)
 
 
+def check_results(folder: Path) -> None:
+    """Refuse a ``folder`` whose ``results.json`` or ``results.csv`` another job has written."""
+    try:
+        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        own = isinstance(found, dict) and {"folds", "seeds", "split_seed", "heads"} <= found.keys()
+    except FileNotFoundError:
+        own = not (folder / TABLE).exists()
+    except ValueError:
+        own = False
+    if not own:
+        raise ValueError(
+            f"output: {folder} holds results that are not of xattn probe; give another --output"
+        )
+
+
 def write_results(
     rows: Sequence[ProbeRow], labels: Labels, job: ProbeJob, folder: Path
 ) -> tuple[Path, Path]:
-    """``results.json`` and ``results.csv`` in ``folder``."""
+    """``results.json`` and ``results.csv`` in ``folder``.
+
+    Raises:
+        ValueError: they are there and of another job, see :func:`check_results`.
+    """
+    check_results(folder)
     records = [
         {
             "head": row.head,
@@ -288,7 +324,7 @@ def write_results(
         for row in rows
     ]
     write_json(
-        folder / "results.json",
+        folder / RESULTS,
         {
             "backbone": {"name": job.backbone.name, "sha256": job.backbone.fingerprint},
             "classes": labels.names,
@@ -304,13 +340,13 @@ def write_results(
         },
     )
     with (
-        atomic_file(folder / "results.csv") as temporary,
+        atomic_file(folder / TABLE) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as stream,
     ):
         writer = csv.DictWriter(stream, records[0])
         writer.writeheader()
         writer.writerows(records)
-    return folder / "results.json", folder / "results.csv"
+    return folder / RESULTS, folder / TABLE
 
 
 # ---------------------------------------------------------------------- speed

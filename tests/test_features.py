@@ -161,6 +161,20 @@ def test_a_foreign_or_stale_cache_is_refused_with_both_keys(vit, cnn, photos, tm
     assert same(first, cached(vit, photos, tmp_path / "f"))
 
 
+@pytest.mark.parametrize(
+    ("found", "age"), [(1, "an older xattn, in format 1"), (99, "a newer xattn, in format 99")]
+)
+def test_a_cache_in_another_format_is_refused_as_such(vit, photos, tmp_path, found, age):
+    cached(vit, photos, tmp_path / "f")
+    key = json.loads((tmp_path / "f/key.json").read_text())
+    photos_then = {"count": 7, "sha256": "of names and sizes"}
+    (tmp_path / "f/key.json").write_text(
+        json.dumps({**key, "format": found, "photos": photos_then})
+    )
+    with pytest.raises(ValueError, match=f"written by {age}, this one writes 2; .* cache again"):
+        cached(vit, photos, tmp_path / "f")
+
+
 def test_the_key_depends_on_no_path(vit, photos, tmp_path):
     cached(vit, photos, tmp_path / "f")
     moved = tmp_path / photos.name

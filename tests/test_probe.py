@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import os
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import xattn
+from xattn.cli import main
 from xattn.config import ProbeConfig
+from xattn.eval.probing import ProbeJob, run_probes, write_results
 from xattn.heads import create_head, load_head
 from xattn.training import probe as module
 from xattn.training.features import cache_features
@@ -175,6 +178,22 @@ def test_bad_labels_are_refused(tmp_path, file, text, message):
     (tmp_path / file).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_labels(NAMES, tmp_path / file)
+
+
+def test_a_photo_with_two_labels_is_refused_and_one_named_twice_is_not(tmp_path):
+    rows = ["photo,label", *(f"{n},{n[2:5]}" for n in NAMES), ""]
+    (tmp_path / "f.csv").write_text("\n".join([*rows, "d/cat/2.jpg, cat"]))
+    assert read_labels(NAMES, tmp_path / "f.csv").index.tolist() == [0, 0, 1, 1, 2]
+    for label, shown in (("dog", "'dog'"), ("", "None")):
+        (tmp_path / "f.csv").write_text("\n".join([*rows, f"d/cat/2.jpg,{label}"]))
+        words = f"lines 3 and 8 give 'd/cat/2.jpg' the labels 'cat' and {shown}"
+        with pytest.raises(ValueError, match=words):
+            read_labels(NAMES, tmp_path / "f.csv")
+    pairs = [*((n, n[2:5]) for n in NAMES), (NAMES[1], "dog")]
+    text = ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in pairs)
+    (tmp_path / "f.json").write_text(f"{{{text}}}")
+    with pytest.raises(ValueError, match=r"gives 'd/cat/2.jpg' twice, as 'cat' and 'dog'"):
+        read_labels(NAMES, tmp_path / "f.json")
 
 
 def test_photos_without_a_folder_need_a_file(tmp_path):
@@ -406,7 +425,7 @@ def test_what_does_not_fit_is_refused(backbone, features, tmp_path):
     with pytest.raises(ValueError, match="validation: got no photo"):
         probe(fresh(backbone), features, LABELS, train=range(10), validation=[])
     train(fresh(backbone), features, tmp_path / "a", epochs=1)
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="holds a run already; .* --resume .* another --output"):
         train(fresh(backbone), features, tmp_path / "a", epochs=1)
     with pytest.raises(ValueError, match="other settings"):
         train(fresh(backbone), features, tmp_path / "a", resume=True, epochs=2)
@@ -423,6 +442,41 @@ def test_what_does_not_fit_is_refused(backbone, features, tmp_path):
 def test_bad_settings_are_refused(setting, value):
     with pytest.raises(ValueError, match=setting):
         ProbeConfig(**{"attention": "at", setting: value})
+
+
+def test_a_second_probe_job_is_told_of_resume_before_it_computes_features(backbone, tmp_path):
+    job = ProbeJob(
+        backbone=backbone, data=write_photos(tmp_path / "p"), labels=tmp_path / "labels.json",
+        heads=("gap",), config=ProbeConfig(**{**QUICK, "epochs": 1, "warmup": 0}),
+        features=tmp_path / "f",
+    )  # fmt: skip
+    table = {f"{i:03d}.png": f"c{i % 3}" for i in range(24)}
+    (tmp_path / "labels.json").write_text(json.dumps(table))
+    rows, labels, _ = run_probes(job, tmp_path / "o", progress=False, say=lambda _: None)
+    write_results(rows, labels, job, tmp_path / "o")
+    other = dataclasses.replace(job, features=tmp_path / "other")
+    with pytest.raises(ValueError, match=r"o/gap holds a run .*--resume, or give another --output"):
+        run_probes(other, tmp_path / "o", progress=False)
+    assert not (tmp_path / "other").exists()
+    again = run_probes(job, tmp_path / "o", resume=True, progress=False, say=lambda _: None)[0]
+    assert again[0].accuracy == rows[0].accuracy
+    write_results(again, labels, job, tmp_path / "o")  # its own results
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("results.json", '{"format": "xattn-results"}'), ("results.json", "[]"),
+     ("results.json", "{"), ("results.csv", "a,b")],
+)  # fmt: skip
+def test_results_of_another_job_are_not_overwritten(backbone, tmp_path, file, text, capsys):
+    (tmp_path / file).write_text(text)
+    job = ProbeJob(backbone=backbone, data=[], labels=None, heads=())
+    with pytest.raises(ValueError, match=r"output: .* not of xattn probe; give another --output"):
+        write_results([], read_labels(NAMES), job, tmp_path)
+    before = ["probe", "--data", "nowhere", "-b", "no_such_model", "--output", str(tmp_path)]
+    assert main(before) == 2
+    assert "not of xattn probe" in capsys.readouterr().err  # before the backbone is asked for
+    assert (tmp_path / file).read_text() == text and len(list(tmp_path.iterdir())) == 1
 
 
 # ---------------------------------------------------------------- many processes

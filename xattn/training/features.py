@@ -34,11 +34,11 @@ from xattn.images import MAX_PIXELS
 from xattn.memory import is_out_of_memory
 from xattn.sources import Data, Photos, open_photos
 from xattn.training.data import TrainImages, load_batches
-from xattn.training.run_folder import LOCK_FILE, lock_folder
+from xattn.training.run_folder import LOCK_FILE, locked
 
 INDEX, KEY, ROWS, PREFIX = "features.json", "key.json", "rows", "prefix"
 MISSING, STORED, UNREADABLE = 0, 1, 2
-FORMAT = 1
+FORMAT = 2  # 1: photos were told apart by names and sizes alone
 
 Kind = Literal["float32", "float16"]
 
@@ -210,13 +210,7 @@ def _claimed(folder: Path, key: dict[str, Any]) -> Iterator[None]:
         raise ValueError(f"features: {folder} is not empty and holds no features; choose a new one")
     if held and _begun(folder):
         _check_key(folder, key)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("w")
-    except OSError as error:
-        raise output_error("features", folder, error) from error
-    with lock:
-        lock_folder(lock, folder, "features")
+    with locked(folder, "features"):
         if not _begun(folder):
             for path in (*folder.glob("tap-*"), folder / PREFIX, folder / ROWS):
                 path.unlink(missing_ok=True)
@@ -241,6 +235,12 @@ def _check_key(folder: Path, key: dict[str, Any]) -> None:
         ) from None
     if old == key:
         return
+    if (found := old.get("format")) != FORMAT:
+        age = "a newer" if isinstance(found, int) and found > FORMAT else "an older"
+        raise ValueError(
+            f"features: {folder} was written by {age} xattn, in format {found}, this one writes "
+            f"{FORMAT}; choose another folder, or delete it and cache again"
+        )
     differ = [
         f"{name}: {json.dumps(old.get(name))} there, {json.dumps(key.get(name))} here"
         for name in sorted({*old, *key})

@@ -73,7 +73,7 @@ def read_labels(names: Sequence[str], file: str | Path | None = None) -> Labels:
             file name, where that is unique. Null, or an empty cell, leaves a photo out.
 
     Raises:
-        ValueError: photos without a label, a damaged file, or fewer than two classes.
+        ValueError: photos without a label, or with two, a damaged file, or fewer than two classes.
         FileNotFoundError: no such file.
     """
     found: list[str | None] = (
@@ -153,9 +153,10 @@ def _from_file(names: Sequence[str], file: Path) -> list[str | None]:
         raise FileNotFoundError(f"labels: no file {file}; give a .json or .csv file")
     try:
         text = file.read_text(encoding="utf-8-sig")
-        table: Any = _csv(text) if file.suffix.lower() == ".csv" else json.loads(text)
+        csv_file = file.suffix.lower() == ".csv"
+        table: Any = _csv(text) if csv_file else json.loads(text, object_pairs_hook=_object)
     except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"labels: {file} is damaged ({error}); save it again") from None
+        raise ValueError(f"labels: {file} is damaged ({error}); mend it") from None
     if not isinstance(table, dict) or not table:
         raise ValueError(f"labels: {file} holds no table of labels; see read_labels")
     if all(isinstance(v, dict) and "group" in v for v in table.values()):
@@ -174,14 +175,33 @@ def _from_file(names: Sequence[str], file: Path) -> list[str | None]:
 
 
 def _csv(text: str) -> dict[str, str | None]:
-    rows = [row for row in csv.reader(text.splitlines()) if row]
-    for number, row in enumerate(rows, start=1):
+    reader = csv.reader(text.splitlines())
+    rows = [(reader.line_num, row) for row in reader if row]
+    for number, row in rows:
         if len(row) != 2:
             raise ValueError(f"line {number} has {len(row)} cells, not photo,label")
-    header = rows and PurePath(rows[0][0]).suffix.lower() not in SUFFIXES and len(rows) > 1
-    if header and PurePath(rows[1][0]).suffix.lower() in SUFFIXES:
+    photo = [PurePath(row[0]).suffix.lower() in SUFFIXES for _, row in rows[:2]]
+    if photo == [False, True]:  # a header
         rows = rows[1:]
-    return {photo.strip(): label.strip() or None for photo, label in rows}
+    table: dict[str, str | None] = {}
+    lines: dict[str, int] = {}
+    for number, (name, value) in rows:
+        key, label = name.strip(), value.strip() or None
+        if table.setdefault(key, label) != label:
+            raise ValueError(
+                f"lines {lines[key]} and {number} give {key!r} the labels {table[key]!r} and {label!r}"
+            )
+        lines.setdefault(key, number)
+    return table
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json itself takes the last of two values of one key."""
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if table.setdefault(key, value) != value:
+            raise ValueError(f"it gives {key!r} twice, as {table[key]!r} and {value!r}")
+    return table
 
 
 def _matched(names: Sequence[str], table: dict[str, Any], file: Path) -> list[str | None]:

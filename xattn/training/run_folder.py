@@ -44,7 +44,8 @@ def claim(
     if path.is_file():
         if not resume:
             raise ValueError(
-                f"output: {folder} holds a run already; resume it, or choose a new folder"
+                f"output: {folder} holds a run already; go on with it by --resume (resume=True), or "
+                f"give another --output"
             )
         try:
             old = json.loads(path.read_text(encoding="utf-8"))
@@ -59,13 +60,7 @@ def claim(
         raise ValueError(f"resume: {folder} holds no run; check output, or train without resume")
     elif folder.is_dir() and any(p.name != LOCK_FILE for p in folder.iterdir()):
         raise ValueError(f"output: {folder} is not empty and holds no run; choose a new folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("w")
-    except OSError as error:
-        raise output_error("output", folder, error) from error
-    with lock:
-        lock_folder(lock, folder)
+    with locked(folder):
         if not path.is_file():
             write_json(path, run)
         _cut_log(folder)
@@ -84,8 +79,20 @@ def _comparable(run: dict[str, Any]) -> dict[str, Any]:
     return {**run, "train": train, "head": head}
 
 
-def lock_folder(lock: TextIO, folder: Path, argument: str = "output") -> None:
-    """Refuse a ``folder`` that another process writes to; ``lock`` is a file in it."""
+@contextmanager
+def locked(folder: Path, argument: str = "output") -> Iterator[None]:
+    """Own ``folder``, which is made if it is missing; one that another process owns is refused."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_FILE).open("w")
+    except OSError as error:
+        raise output_error(argument, folder, error) from error
+    with lock:
+        _lock(lock, folder, argument)
+        yield
+
+
+def _lock(lock: TextIO, folder: Path, argument: str) -> None:
     try:
         import fcntl
     except ImportError:  # not POSIX
