@@ -432,6 +432,28 @@ def test_an_interrupted_run_goes_on_and_ends_as_a_whole_one(tmp_path, monkeypatc
         cut_parts(macros, boxes, tmp_path / "out", seed=1, progress=False)
 
 
+def test_an_entry_or_mask_that_stands_for_two_photos_is_refused(tmp_path):
+    for folder, name in (("a", "coffee"), ("b", "chelsea")):
+        (tmp_path / "p" / folder).mkdir(parents=True)
+        PHOTOS[name].resize((60, 40)).save(tmp_path / "p" / folder / "7.png")
+    Image.new("RGB", (60, 40)).save(tmp_path / "p" / "8.png")
+    file, out = tmp_path / "boxes.json", tmp_path / "out"
+    file.write_text('{"7.png": [[0, 0, 9, 9]], "8.png": []}')
+    with pytest.raises(ValueError, match=r"entry '7.png' of .* stands for .*a/7.png and .*b/7.png"):
+        cut_parts(tmp_path / "p", file, out, progress=False)
+    assert not out.exists()
+    file.write_text('{"7.png": [[0, 0, 9, 9]], "b/7.png": [[0, 20, 60, 40]], "8.png": []}')
+    parts = cut_parts(tmp_path / "p", file, out, progress=False)
+    boxes = {r["photo"]: r["boxes"] for r in parts.records}
+    assert boxes["a/7.png"] == [[0, 0, 9, 9]] and boxes["b/7.png"] == [[0, 20, 60, 40]]
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(blank(60, 40)).save(tmp_path / "masks" / "8.png")
+    open_evidence(tmp_path / "masks").check(["a/7.png", "b/7.png", "8.png"])  # 7 has no mask
+    Image.fromarray(blank(60, 40)).save(tmp_path / "masks" / "7.png")
+    with pytest.raises(ValueError, match=r"mask .*7.png stands for .*a/7.png and .*b/7.png"):
+        cut_parts(tmp_path / "p", tmp_path / "masks", tmp_path / "other", progress=False)
+
+
 def test_any_evidence_can_be_cropped_away_by_masks_or_a_function(tmp_path):
     photos = folder_of_photos(tmp_path / "photos")
     mask = blank(180, 120)

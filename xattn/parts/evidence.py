@@ -8,6 +8,9 @@ A source is called with the photo's name and the photo and gives boxes [x0, y0, 
 * a folder of masks, ``7.png`` for ``7.jpg``, whose non-zero pixels (or given numbers) are evidence;
 * ``"mser"``, text lines by maximally stable extremal regions (Matas et al. 2002), no weights needed;
 * ``"onnx:PATH"``, a text detector in the form of DB (arXiv 1911.08947), run by OpenCV.
+
+Boxes and masks stand for one photo each: the file and the folder have a method ``check(names)`` that
+refuses two photos of one entry.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Any, TypeAlias
 
@@ -147,12 +150,37 @@ class BoxFile:
         self.description = f"boxes {hashlib.sha256(text.encode()).hexdigest()}"
 
     def __call__(self, name: str, image: Image.Image) -> list[Region]:
+        key = self._key(name)
+        if key is None:
+            raise ValueError(f"evidence: {self.path} has no entry for {PurePath(name).name}")
+        return [_region(entry) for entry in self.table[key]]
+
+    def _key(self, name: str) -> str | None:
+        """The longest end of ``name`` that the table has: names may repeat among folders."""
         parts = PurePath(name).parts
-        for start in range(len(parts)):  # the longest path first: names may repeat among folders
-            found = self.table.get(PurePath(*parts[start:]).as_posix())
-            if found is not None:
-                return [_region(entry) for entry in found]
-        raise ValueError(f"evidence: {self.path} has no entry for {PurePath(name).name}")
+        ends = (PurePath(*parts[start:]).as_posix() for start in range(len(parts)))
+        return next((end for end in ends if end in self.table), None)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse two photos of one entry."""
+        if (shared := _shared(names, self._key)) is not None:
+            key, first, second = shared
+            raise ValueError(
+                f"evidence: the entry {key!r} of {self.path} stands for {first} and {second}; give "
+                f"each an entry with its folder"
+            )
+
+
+def _shared(
+    names: Iterable[str], key_of: Callable[[str], str | None]
+) -> tuple[str, str, str] | None:
+    """A key that two names have, and these names."""
+    owners: dict[str, str] = {}
+    for name in names:
+        key = key_of(name)
+        if key is not None and owners.setdefault(key, name) != name:
+            return key, owners[key], name
+    return None
 
 
 def _region(entry: Any) -> Region:
@@ -177,8 +205,24 @@ class Masks:
         digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
         self.description = f"masks {digest} {list(self.numbers)}"
 
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{PurePath(name).stem}.png"
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse two photos of one mask."""
+
+        def mask_of(name: str) -> str | None:
+            return str(path) if (path := self._path(name)).is_file() else None
+
+        if (shared := _shared(names, mask_of)) is not None:
+            mask, first, second = shared
+            raise ValueError(
+                f"evidence: the mask {mask} stands for {first} and {second}; give photos names of "
+                f"their own, or cut each folder with its own masks"
+            )
+
     def __call__(self, name: str, image: Image.Image) -> NDArray[np.bool_]:
-        path = self.folder / f"{PurePath(name).stem}.png"
+        path = self._path(name)
         if not path.is_file():
             raise ValueError(f"evidence: no mask {path}")
         try:

@@ -74,12 +74,15 @@ def cut_parts(
         or bad boxes is counted and the others go on.
 
     Raises:
-        ValueError: ``output`` holds crops of other arguments, or every photo was skipped.
+        ValueError: ``output`` holds crops of other arguments, every photo was skipped, or a box entry
+            or mask stands for two photos.
         OSError: a missing file of evidence, or an ``output`` that cannot be written.
     """
     output = Path(output)
     source = open_evidence(evidence, numbers) if isinstance(evidence, str | Path) else evidence
     photos = open_photos(data)
+    if (check := getattr(source, "check", None)) is not None:
+        check(photos.name(i) for i in range(len(photos)))
     check_folder(output / "crops")
     settings = {
         "data": photos.describe(),
