@@ -16,7 +16,6 @@ change a token for each number N of tokens. With a the mean query map, for every
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -34,8 +33,8 @@ from xattn.config import ProbeConfig
 from xattn.eval.bootstrap import mean_interval, paired_difference
 from xattn.eval.similarity import pearson
 from xattn.eval.studies.config import ImageStudyConfig
-from xattn.files import atomic_file, check_folder, write_json
-from xattn.heads import AttentiveHead, Tokens
+from xattn.files import atomic_file, check_folder, file_sha256, write_json
+from xattn.heads import AttentiveHead, Tokens, head_class
 from xattn.sources import open_photos
 
 METRICS = ("accuracy", "gradient", "deletion", "shares", "stability", "energy")
@@ -83,15 +82,18 @@ def study(
         output: keeps features and the values of every run; the same command goes on from there.
 
     Raises:
-        ValueError: ``output`` is of another study, or a photo cannot be read.
+        ValueError: ``output`` is of another study, a photo cannot be read, or runs that are compared
+            tested other photos.
     """
+    for kind in config.heads:
+        _attentive(kind)
     for name, path in (("data", data), ("labels", labels), ("objects", objects)):
         if path is not None and not path.exists():
             raise ValueError(f"{name}: no file or folder {path}")
     check_folder(output)
     inputs = {
         "data": open_photos(data).describe(),
-        "labels": None if labels is None else hashlib.sha256(labels.read_bytes()).hexdigest(),
+        "labels": None if labels is None else file_sha256(labels),
         "objects": open_photos(objects / "images").describe(),
     }
     settings = json.loads(json.dumps({**inputs, **asdict(config)}))
@@ -111,11 +113,10 @@ def study(
             ]
             if not all((output / run.file).is_file() for run in runs):
                 yield from _runs(runs, data, labels, objects, output, config)
+            stored = {run: _stored(output / run.file) for run in runs}
+            check_photos(stored)
             for method in config.methods:
-                parts = []
-                for fold in range(config.folds):
-                    with np.load(output / Run(backbone, head, method, fold).file) as stored:
-                        parts.append(dict(stored))
+                parts = [values for run, values in stored.items() if run.method == method]
                 results[backbone, head, method] = _joined(parts)
     write_json(output / "results.json", summary(results, config))
     yield from report(results, config)
@@ -131,18 +132,15 @@ def _runs(
 ) -> Iterator[str]:
     """The runs of one backbone and head that are not there yet."""
     from xattn.backbone import load_backbone
-    from xattn.heads import create_head, head_class
+    from xattn.heads import create_head
     from xattn.images import list_images
     from xattn.training.labels import read_labels, split
     from xattn.training.probe import probe
 
     name, kind = runs[0].backbone, runs[0].head
     backbone = load_backbone(name, "package", input_size=config.input_size)
-    kind_of_head = head_class(kind)
-    if not issubclass(kind_of_head, AttentiveHead):
-        raise ValueError(f"heads: {kind!r} does not pool by attention; see AttentiveHead")
     if backbone.is_vit or kind != "memetector":  # which reads what a CNN gives by default
-        backbone = backbone.with_taps(kind_of_head.default_taps(backbone.depth))
+        backbone = backbone.with_taps(_attentive(kind).default_taps(backbone.depth))
     photos = list_images(data)
     used = read_labels([str(p) for p in photos], labels).used
     photos = [photos[i] for i in used]
@@ -171,10 +169,20 @@ def _runs(
             progress=False,
         )  # fmt: skip
         values = measure(head, found, classes.index, parts.test)
+        values["names"] = np.array(
+            [f"{photos[i].parent.name}/{photos[i].name}" for i in parts.test]
+        )
         with atomic_file(path) as temporary, temporary.open("wb") as stream:
             np.savez(stream, **values)  # type: ignore[arg-type]
         shown = "  ".join(f"{k} {np.nanmean(v):.3f}" for k, v in values.items() if k in METRICS)
         yield f"{name} {kind} {run.method} fold {run.fold}: {done.best_epoch + 1} epochs  {shown}"
+
+
+def _attentive(kind: str) -> type[AttentiveHead]:
+    found = head_class(kind)
+    if not issubclass(found, AttentiveHead):
+        raise ValueError(f"heads: {kind!r} does not pool by attention; see AttentiveHead")
+    return found
 
 
 def material(
@@ -273,9 +281,49 @@ def deletion(head: AttentiveHead, tokens: Tokens, target: int) -> Tensor:
 # ---------------------------------------------------------------------- tables
 
 
+def _stored(path: Path) -> dict[str, NDArray[Any]]:
+    with np.load(path) as file:
+        return dict(file)
+
+
+def check_photos(stored: dict[Run, dict[str, NDArray[Any]]]) -> None:
+    """What is compared was tested on equal photos: of one backbone and head every method of a fold has
+    those of ``none``, in its order, and the folds together have each photo once.
+
+    Photos are told apart by their number among those with a label and, where both runs have stored it,
+    by their name.
+
+    Raises:
+        ValueError: a run tested other photos, or a photo is in no fold or in several.
+    """
+    for run, values in stored.items():
+        plain = run._replace(method="none")
+        for key in ("photos", "names"):
+            both = key in values and key in stored[plain]
+            if both and not np.array_equal(values[key], stored[plain][key]):
+                raise ValueError(
+                    f"output: {run.file} and {plain.file} tested other photos; delete both, and run "
+                    f"the same command again"
+                )
+        if len(values["energy"]) != len(stored[Run(*run[:2], "none", 0)]["energy"]):
+            raise ValueError(
+                f"output: {run.file} tested other photos with objects; delete it, and run the same "
+                f"command again"
+            )
+    plain_runs = [run for run in stored if run.method == "none"]
+    tested = np.bincount(np.concatenate([stored[run]["photos"] for run in plain_runs]))
+    if (tested != 1).any():
+        photo = int(np.flatnonzero(tested != 1)[0])
+        raise ValueError(
+            f"output: photo {photo} is tested {tested[photo]} times in the folds of "
+            f"{plain_runs[0].backbone} {plain_runs[0].head}, not once; delete these runs, and run the "
+            f"same command again"
+        )
+
+
 def _joined(parts: Sequence[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
     """Folds one after the other; energy (photos with objects) is the mean over the folds' heads."""
-    joined = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k != "energy"}
+    joined = {k: np.concatenate([p[k] for p in parts]) for k in METRICS if k != "energy"}
     return {**joined, "energy": np.mean([p["energy"] for p in parts], 0)}
 
 

@@ -5,7 +5,7 @@
 FOLDER holds ``train.txt`` and ``dev.txt``, trees of :mod:`~xattn.eval.studies.sst`. Every tenth
 sentence of ``train.txt`` is held out: it chooses the epoch of each run and the epsilon of each method,
 both by F1; ``dev.txt`` is reported for the chosen epsilon alone. A finished run is a line of
-``runs.jsonl`` in the output folder; the same command goes on from there.
+``runs.jsonl`` in the output folder; the same command with the same files goes on from there.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from xattn.eval.similarity import pearson
 from xattn.eval.studies import sst
 from xattn.eval.studies.config import TextStudyConfig
 from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad
-from xattn.files import atomic_file, check_folder, write_json
+from xattn.files import atomic_file, check_folder, file_sha256, write_json
 from xattn.training.perturbation import create_perturbation
+from xattn.training.run_folder import locked
 
 RUNS, SETTINGS = "runs.jsonl", "settings.json"
+TRAIN, DEV = "train.txt", "dev.txt"
 HELD_OUT = 10
 AMOUNTS = ("correlation", "auprc", "precision", "entropy")  # one a sentence
 
@@ -71,19 +73,19 @@ def load(folder: Path, config: TextStudyConfig) -> Texts:
     Raises:
         ValueError: a file is missing, or a line is no tree.
     """
-    missing = [name for name in ("train.txt", "dev.txt") if not (folder / name).is_file()]
+    missing = [name for name in (TRAIN, DEV) if not (folder / name).is_file()]
     if missing:
         raise ValueError(
             f"data: {folder} lacks {' and '.join(missing)}; give a folder with the sentiment trees "
-            f"train.txt and dev.txt"
+            f"{TRAIN} and {DEV}"
         )
-    every = sst.read(folder / "train.txt")
+    every = sst.read(folder / TRAIN)
     train = [s for i, s in enumerate(every) if i % HELD_OUT]
     vocabulary = Vocabulary(s.words for s in train)
     vectors = None
     if config.vectors is not None:
         vectors = vocabulary.vectors(config.vectors, torch.Generator().manual_seed(0))
-    return Texts(train, every[::HELD_OUT], sst.read(folder / "dev.txt"), vocabulary, vectors)
+    return Texts(train, every[::HELD_OUT], sst.read(folder / DEV), vocabulary, vectors)
 
 
 def batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> Iterator[list[int]]:
@@ -218,7 +220,6 @@ class Progress:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        check_folder(folder)
         self.path = folder / RUNS
         stored = folder / SETTINGS
         if stored.exists():
@@ -287,14 +288,27 @@ def study(
     """Do all runs that ``output`` does not have yet.
 
     Raises:
-        ValueError: see :func:`load` and :class:`Progress`.
+        ValueError: see :func:`load` and :class:`Progress`, or another process writes to ``output``.
     """
     texts = load(data, config)
-    shared = ("epochs", "batch_size", "lr", "embedding", "width", "weight", "vectors")
+    shared = ("epochs", "batch_size", "lr", "embedding", "width", "weight")
     settings = {k: v for k, v in asdict(config).items() if k in shared}
-    settings["vectors"] = None if config.vectors is None else config.vectors.name
-    settings["sentences"] = [len(texts.train), len(texts.held), len(texts.dev)]
-    done = Progress(output, settings)
+    settings |= {name: file_sha256(data / name) for name in (TRAIN, DEV)}
+    settings["vectors"] = None if config.vectors is None else file_sha256(config.vectors)
+    check_folder(output)
+    with locked(output):
+        done = Progress(output, settings)
+        _go_on(done, texts, config, device, say)
+    return done
+
+
+def _go_on(
+    done: Progress,
+    texts: Texts,
+    config: TextStudyConfig,
+    device: str,
+    say: Callable[[str], None],
+) -> None:
     for run in work(config, done.rows):
         if run in done.rows:
             continue
@@ -310,7 +324,6 @@ def study(
             f"{run.attention} {run.method} epsilon {run.epsilon:g} seed {run.seed}: held-out F1 "
             f"{row['held']['f1']:.4f}, {seconds:.0f} s"
         )
-    return done
 
 
 def _row(scores: Scores) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class PartStudyConfig:
 
     @property
     def features(self) -> str:
-        """Folder of the features."""
+        """Folder of the features, in which each choice of taps has a folder of its own."""
         return f"features-{self.backbone}-{self.input_size}-{self.images}"
 
     @property

@@ -53,7 +53,8 @@ class Scenario:
 
     @property
     def label(self) -> str:
-        return f"{self.p_conc:.2f}-{self.p_txt:.2f}"
+        """Both shares with all their digits: a third is not 0.33."""
+        return f"{float(self.p_conc)!r}-{float(self.p_txt)!r}"
 
 
 def scenarios(study: PartStudyConfig) -> list[Scenario]:
@@ -199,6 +200,9 @@ def run(
     from xattn.training.features import cache_features
     from xattn.training.probe import probe
 
+    kind_of_head = head_class(study.head)
+    if not issubclass(kind_of_head, AttentiveHead):
+        raise ValueError(f"head: {study.head!r} is no classifier; give an attentive head")
     output, photos = Path(output), list_images(data)[: study.limit]
     if len(photos) < 20 * study.folds:
         raise ValueError(f"data: got {len(photos)} photos; give at least {20 * study.folds}")
@@ -206,16 +210,12 @@ def run(
     forms = make_forms(photos, output / study.images, study.worn, study.seed)
     yield f"{len(photos)} photos, {sum(f is not None for f in forms.files[-1])} of whose macros have a crop"
     backbone = load_backbone(study.backbone, weights, input_size=study.input_size)
-    kind_of_head = head_class(study.head)
-    if not issubclass(kind_of_head, AttentiveHead):
-        raise ValueError(f"head: {study.head!r} is no classifier; give an attentive head")
     backbone = backbone.with_taps(kind_of_head.default_taps(backbone.depth))
     # Text stands at the edges: the model sees the whole image, squeezed.
     backbone.preprocessing = replace(backbone.preprocessing, crop_pct=1.0, crop_mode="squash")
     files = [f for column in forms.files for f in column if f is not None]
-    features = cache_features(
-        backbone, files, output / study.features, dtype="float16", progress=False
-    )
+    folder = output / study.features / "+".join(backbone.taps)
+    features = cache_features(backbone, files, folder, dtype="float16", progress=False)
     if features.skipped:
         raise ValueError(f"data: {features.skipped[0][0]}: {features.skipped[0][1]}")
     there = np.array([[f is not None for f in column] for column in forms.files])

@@ -14,6 +14,8 @@ import xattn
 from xattn.eval.similarity import pearson
 from xattn.eval.studies.attention_image import (
     METRICS,
+    Run,
+    check_photos,
     deletion,
     gradient,
     study,
@@ -116,6 +118,61 @@ def photos(tmp_path):
     return tmp_path
 
 
+RUNS = [Run("net", "head", method, fold) for fold in range(2) for method in ("none", "at")]
+
+
+def values_of(run):
+    numbers = np.arange(run.fold, 7, 2)
+    names = np.array([f"c/{i}.jpg" for i in numbers])
+    return {"photos": numbers, "names": names, "energy": np.zeros(3)}
+
+
+def test_runs_on_equal_photos_may_be_compared_with_or_without_names():
+    stored = {run: values_of(run) for run in RUNS}
+    check_photos(stored)
+    del stored[RUNS[0]]["names"]
+    check_photos(stored)
+
+
+@pytest.mark.parametrize(
+    ("run", "key", "value", "message"),
+    [
+        (1, "photos", np.array([0, 2, 4, 5]), "net-head-at-0.npz and net-head-none-0.npz tested"),
+        (1, "photos", np.array([0, 2, 4]), "tested other photos"),
+        (
+            3,
+            "names",
+            np.array(["c/1.jpg", "d/3.jpg", "c/5.jpg"]),
+            "at-1.npz and .*none-1.npz tested",
+        ),
+        (1, "energy", np.zeros(2), "at-0.npz tested other photos with objects"),
+    ],
+)
+def test_runs_on_other_photos_are_not_compared(run, key, value, message):
+    stored = {run: values_of(run) for run in RUNS}
+    stored[RUNS[run]][key] = value
+    with pytest.raises(ValueError, match=f"output: .*{message}"):
+        check_photos(stored)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"), [([1, 3, 4], "photo 4 is tested 2"), ([1, 5], "photo 3 is tested 0")]
+)
+def test_a_photo_is_tested_once(numbers, message):
+    stored = {run: values_of(run) for run in RUNS}
+    for run in RUNS[2:]:
+        stored[run] |= {"photos": np.array(numbers), "names": np.array(numbers)}
+    with pytest.raises(ValueError, match=f"{message} times in the folds of net head"):
+        check_photos(stored)
+
+
+def test_an_unknown_head_is_refused_before_any_work(photos):
+    config = ImageStudyConfig(heads=("efficient_probe", "ttame"))
+    with pytest.raises(ValueError, match="heads: 'ttame' does not pool"):
+        next(study(photos / "photos", None, photos / "objects", photos / "out", config))
+    assert not (photos / "out").exists()
+
+
 def test_a_small_study_ends_in_tables_and_goes_on(photos):
     config = ImageStudyConfig(
         backbones=("tf_efficientnet_lite0",),
@@ -133,9 +190,17 @@ def test_a_small_study_ends_in_tables_and_goes_on(photos):
     assert [r["method"] for r in records] == ["none", "at"]
     assert all(np.isfinite(records[0][name]["mean"]) for name in METRICS)
     assert records[0]["accuracy"]["n"] == 18 and records[0]["energy"]["n"] == 2
-    (photos / "out" / "tf_efficientnet_lite0-efficient_probe-at-1.npz").unlink()
+    part = photos / "out" / "tf_efficientnet_lite0-efficient_probe-at-1.npz"
+    with np.load(part) as stored:
+        assert all(name.startswith("class") for name in stored["names"])
+        values = dict(stored)
+    part.unlink()
     again = list(study(*arguments, config))
     assert [line for line in again if " fold " in line] == [runs[3]]
     assert again[1:] == lines[6:]
+    with part.open("wb") as stream:
+        np.savez(stream, **{**values, "photos": values["photos"] + 1})
+    with pytest.raises(ValueError, match="tested other photos"):
+        list(study(*arguments, config))
     with pytest.raises(ValueError, match="another study"):
         list(study(*arguments, ImageStudyConfig(folds=4)))

@@ -1,6 +1,9 @@
 """The text study: trees, figures by definition, what may be learned from, and a study that goes on."""
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +260,45 @@ def test_a_stopped_study_goes_on_and_gives_the_same_rows(tmp_path):
     (tmp_path / "part" / "runs.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="line 1 of .* is damaged"):
         attention_text.study(SMALL, data, tmp_path / "part")
+
+
+@pytest.mark.parametrize("name", ["train.txt", "dev.txt", "vectors"])
+def test_other_data_of_equal_size_does_not_go_on(name, tmp_path):
+    data, out = write_trees(tmp_path), tmp_path / "out"
+    vectors = tmp_path / "words.vec"
+    vectors.write_text("the 1 2 3\n")
+    config = replace(SMALL, methods=("none",), seeds=1, epochs=1, vectors=vectors)
+    attention_text.study(config, data, out, say=lambda _: None)
+    before = (out / "runs.jsonl").read_bytes()
+    attention_text.study(config, data, out, say=pytest.fail)  # all is there
+    file = vectors if name == "vectors" else data / name
+    old, new = ("1 2 3", "1 2 4") if name == "vectors" else ("film", "cows")
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=f"output: .* holds runs with other {name}; give another"):
+        attention_text.study(config, data, out)
+    assert (out / "runs.jsonl").read_bytes() == before
+
+
+def test_two_studies_do_not_share_a_folder(tmp_path):
+    pytest.importorskip("fcntl")
+    data, out = write_trees(tmp_path), tmp_path / "out"
+    code = (
+        "import sys; from pathlib import Path; from xattn.training.run_folder import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    held = subprocess.Popen(
+        [sys.executable, "-c", code, str(out)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert held.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="output: another run is writing to"):
+            attention_text.study(SMALL, data, out)
+        assert not (out / "settings.json").exists()
+    finally:
+        held.communicate("")
+    config = replace(SMALL, methods=("none",), seeds=1, epochs=1)
+    attention_text.study(config, data, out, say=lambda _: None)
 
 
 def test_the_command_writes_tables_differences_and_a_plot(tmp_path, capsys):

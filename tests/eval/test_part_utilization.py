@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from skimage import data
 
+from xattn.config import ProbeConfig
+from xattn.eval.studies import part_utilization
 from xattn.eval.studies.config import PartStudyConfig
 from xattn.eval.studies.part_report import TESTS, accuracy, summary
 from xattn.eval.studies.part_utilization import FORMS, Scenario, run, scenarios, training_set
@@ -57,6 +59,23 @@ def test_scenarios_out_of_range_and_a_study_without_a_control_are_refused():
         PartStudyConfig(p_conc=(0.5,))
 
 
+def test_close_shares_are_other_scenarios():
+    study = PartStudyConfig(p_conc=(1 / 3, 0.33, 0.334, 0.996, 1.0), p_txt=(0.0, 0.004, 1))
+    labels = [scenario.label for scenario in scenarios(study)]
+    assert len(set(labels)) == len(labels) == 15
+    assert Scenario(1, 0).label == Scenario(1.0, 0.0).label  # the control is found by its label
+
+
+@pytest.mark.parametrize(
+    ("head", "message"), [("abmlip", "did you mean abmilp"), ("ttame", "'ttame' is no classifier")]
+)
+def test_an_unknown_head_is_refused_before_any_work(head, message, photos, tmp_path):
+    study = PartStudyConfig(backbone="test_vit", head=head, folds=2)
+    with pytest.raises(ValueError, match=message):
+        next(run(photos, tmp_path / "out", study, None))
+    assert not (tmp_path / "out").exists()
+
+
 def test_accuracy_is_that_of_the_mixture_that_a_test_stands_for():
     correct = np.array([[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, np.nan]])
     assert accuracy(correct, "web").tolist() == [1.0, 0.5]
@@ -81,13 +100,13 @@ def test_differences_are_paired_by_photo_and_compare_with_the_same_p_txt():
             "fold": np.repeat([0, 1], 15),
         }
     found = summary(study, scenarios(study), results)
-    assert found["area"] == 20 and set(found["differences"]) == {"0.50-0.00", "0.50-1.00"}
+    assert found["area"] == 20 and set(found["differences"]) == {"0.5-0.0", "0.5-1.0"}
     for cell in found["differences"].values():
         energy = cell["energy"]
         assert energy["mean"] == energy["lo"] == energy["hi"] == 25 and energy["folds"] == [25, 25]
         assert energy["fold_lo"] == energy["fold_hi"] == 25
         assert cell["class energy"]["mean"] == 0
-    assert set(found["table"]["1.00-0.00"]) == {*TESTS, "energy", "class energy"}
+    assert set(found["table"]["1.0-0.0"]) == {*TESTS, "energy", "class energy"}
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +117,25 @@ def photos(tmp_path_factory):
         x, y = 11 * i, 7 * i
         image.crop((x, y, x + 120, y + 90)).save(folder / f"{i:02d}.png")
     return folder
+
+
+def test_heads_of_other_taps_have_features_of_their_own(photos, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pth")
+    monkeypatch.setattr(
+        part_utilization, "recipe", lambda seed: ProbeConfig(recipe="small", epochs=1, warmup=0)
+    )
+    for head in ("abmilp", "memetector", "efficient_probe"):
+        study = PartStudyConfig(
+            backbone="test_vit", input_size=64, head=head, hidden=(8,), folds=2,
+            p_conc=(1.0,), p_txt=(0.0,),
+        )  # fmt: skip
+        lines = run(photos, tmp_path / "out", study, tmp_path / "vit.pth")
+        assert any("fold 0:" in line for line in lines)
+        lines.close()
+    folder = tmp_path / "out" / "features-test_vit-64-worn"
+    taps = {p.name: json.loads((p / "key.json").read_text())["taps"] for p in folder.iterdir()}
+    assert len(taps) == 2 and all(name == "+".join(own) for name, own in taps.items())
 
 
 def test_study_trains_tests_and_reports_and_goes_on_where_it_stopped(photos, tmp_path):
@@ -118,7 +156,7 @@ def test_study_trains_tests_and_reports_and_goes_on_where_it_stopped(photos, tmp
     heads = {p.name: p.read_bytes() for p in (tmp_path / "out" / "heads").iterdir()}
     assert len(heads) == 4 and first.items() <= heads.items()
     found = json.loads(Path(text[-1].split(",")[0]).read_text())
-    assert 0 <= found["table"]["0.33-0.50"]["energy"]["mean"] <= 100
+    assert 0 <= found["table"][f"{1 / 3}-0.5"]["energy"]["mean"] <= 100
     assert Image.open(text[-1].split(", ")[1]).size[1] > 300
     tested = [np.load(tmp_path / "out" / "heads" / name) for name in sorted(heads)[:2]]
     seen = np.concatenate([values["photos"] for values in tested])
