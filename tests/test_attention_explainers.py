@@ -12,6 +12,8 @@ from xattn.attention.operator import Operator
 from xattn.attention.record import record
 from xattn.backbone import load_backbone
 from xattn.explainers import create_explainer, explainer_class, list_explainers
+from xattn.explainers.attention import read_attention
+from xattn.explainers.rollout import rollout_row
 
 READERS = ["rollout", "raw_attention", "generic_relevance", "column_mass"]
 NAMES = [*READERS, "attn_lrp"]
@@ -150,6 +152,21 @@ def test_rollout_from_a_later_layer_starts_there():
     assert_equal(got, as_map(plain_rollout("class", maps[1:], "mean", 0.5, 0.0), "class"))
     with pytest.raises(ValueError, match=r"start_layer: got 3; the model has 3 layers, 0..2"):
         create_explainer("rollout", backbone, start_layer=3).attribute(images, 0)
+
+
+@pytest.mark.parametrize("variant", ["class", "registers", "none"])
+def test_rollout_of_one_token_is_its_row_of_the_product_up_to_any_layer(variant):
+    backbone = tiny(variant).double()
+    images = photos(backbone)
+    maps, _ = materialised(backbone, images, TARGET)
+    operators = [call.operator for call in read_attention(backbone, images).layers]
+    product = torch.eye(operators[0].shape[2], dtype=torch.float64).expand(2, -1, -1)
+    for layer, (a, _) in enumerate(zip(maps, operators, strict=False)):
+        mixed = (a.mean(1) + torch.eye(a.shape[-1], dtype=torch.float64)) / 2
+        product = mixed @ product
+        for token in (0, 4):
+            got = rollout_row(operators[: layer + 1], token)
+            assert_equal(got, product[:, token])
 
 
 def test_rollout_keeps_all_mass_and_forgets_layers_of_pure_residual():

@@ -31,6 +31,10 @@ class Operator(ABC):
 
     shape: tuple[int, int, int, int]
 
+    @property
+    def device(self) -> torch.device:
+        return self._anchor().device
+
     @abstractmethod
     def matvec(self, x: Tensor) -> Tensor:
         """A X: (B, H, S, m) -> (B, H, N, m)."""
@@ -41,8 +45,7 @@ class Operator(ABC):
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """The part ``A[:, :, rows, columns]``."""
-        device = self._anchor().device
-        return self.rows(torch.arange(self.shape[2], device=device)[rows])[..., columns]
+        return self.rows(torch.arange(self.shape[2], device=self.device)[rows])[..., columns]
 
     def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
         """r A for one or more row vectors.

@@ -73,7 +73,7 @@ class AttentionExplainer(Explainer):
         with self._guard(), torch.no_grad():
             image = torch.zeros(1, backbone.mean.shape[1], *backbone.preprocessing.input_size)
             image = self._move(image)
-            reading = self._read(image)
+            reading = read_attention(backbone, image)
         self.start = _start_tokens(backbone, reading, start)
         self._check(reading)
 
@@ -91,20 +91,12 @@ class AttentionExplainer(Explainer):
         if self.gradients:
             images.requires_grad_()
         with torch.set_grad_enabled(self.gradients):
-            reading = self._read(images)
+            reading = read_attention(self.backbone, images)
         logits = reading.logits.detach()
         classes = self._chosen(choose, logits)
         rows = self._rows(reading, classes)
         maps = rows[..., reading.prefix :].unflatten(-1, reading.grid)
         return logits, classes, maps.expand(-1, classes.shape[1], -1, -1)
-
-    def _read(self, images: Tensor) -> Reading:
-        with record(self.backbone.model) as calls:
-            logits = self.backbone.logits(images)
-        pool = calls[-1] if len(calls) > 1 and calls[-1].operator.shape[2] == 1 else None
-        layers = calls[:-1] if pool else calls
-        patches = _check_layers(self.backbone, layers, images) - self.backbone.prefix_tokens
-        return Reading(logits, layers, pool, patch_grid(self.backbone, images, patches))
 
     def _start_row(self, reading: Reading) -> Tensor | None:
         """(B, 1, N), sums to 1; None where attention pooling's row is to be taken."""
@@ -116,6 +108,20 @@ class AttentionExplainer(Explainer):
         first, last = reading.prefix, reading.tokens
         row[..., list(range(first, last)) if self.start == "patches" else list(self.start)] = 1
         return row / row.sum(-1, keepdim=True)
+
+
+def read_attention(backbone: Backbone, images: Tensor) -> Reading:
+    """One pass over images (B, 3, H, W) in [0, 1]; without gradients unless they are enabled.
+
+    Raises:
+        ValueError: a model without self-attention over all tokens in every layer.
+    """
+    with record(backbone.model) as calls:
+        logits = backbone.logits(images)
+    pool = calls[-1] if len(calls) > 1 and calls[-1].operator.shape[2] == 1 else None
+    layers = calls[:-1] if pool else calls
+    patches = _check_layers(backbone, layers, images) - backbone.prefix_tokens
+    return Reading(logits, layers, pool, patch_grid(backbone, images, patches))
 
 
 def first_row(call: Call) -> Tensor:

@@ -7,7 +7,7 @@ same map for every class.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,9 +87,7 @@ class Rollout(AttentionExplainer):
     def _through(self, operator: Operator, r: Tensor, kept_columns: int) -> Tensor:
         residual, share = self.residual, 1 - self.residual
         if self.fusion == "mean" and not self.discard:
-            sums = operator.row_sums().mean(1)[:, None]
-            r = r / (residual + share * sums)
-            return residual * r + share * operator.vecmat(r, "mean")
+            return through(operator, r, residual)
         lowest = _smallest_kept(operator, self.fusion, self.discard) if self.discard else None
         out = torch.zeros_like(r)
         for i, a in _fused_rows(operator, self.fusion):
@@ -102,6 +100,28 @@ class Rollout(AttentionExplainer):
             out[..., i] += residual * part
             out += share * (part @ a)
         return out
+
+
+def through(operator: Operator, r: Tensor, residual: float = 0.5) -> Tensor:
+    """r M, M = residual I + (1 - residual) mean_h A with normalised rows: (B, R, N), in O(N) memory."""
+    share = 1 - residual
+    sums = operator.row_sums().mean(1)[:, None]
+    r = r / (residual + share * sums)
+    return residual * r + share * operator.vecmat(r, "mean")
+
+
+@torch.no_grad()
+def rollout_row(operators: Sequence[Operator], token: int, residual: float = 0.5) -> Tensor:
+    """What ``token`` of the last operator's output is made of: its row of M_l ... M_0, (B, N).
+
+    Args:
+        operators: of shape (B, H, N, N), first layer to layer l.
+    """
+    r = torch.zeros_like(operators[-1].row_sums()[:, :1])
+    r[..., token] = 1
+    for operator in reversed(operators):
+        r = through(operator, r, residual)
+    return r[:, 0]
 
 
 def _fused_rows(operator: Operator, fusion: str) -> Iterator[tuple[slice, Tensor]]:

@@ -1,0 +1,183 @@
+"""Statistics of attention against their definitions on the dense A, in float64, on odd grids."""
+
+import math
+
+import pytest
+import torch
+
+from xattn.attention import ProductOperator, SoftmaxOperator, create_mechanism
+from xattn.attention import operator as operators
+from xattn.attention.statistics import (
+    kept_keys,
+    row_distance,
+    row_entropy,
+    sample_queries,
+    statistics,
+    uniform_distance,
+)
+
+GRIDS = [(3, 5), (7, 4), (1, 9), (5, 5)]
+PREFIXES = [0, 1, 2, 5]
+
+
+def operator(grid, prefix, batch=2, heads=3, seed=0, sharpness=3.0):
+    n = grid[0] * grid[1] + prefix
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(batch, heads, n, 6, generator=generator).double() for _ in range(2))
+    return SoftmaxOperator(sharpness * q, k)
+
+
+def dense(op):
+    """A by its definition."""
+    return (op.scale * op.q @ op.k.transpose(-2, -1)).softmax(-1)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_they_are_what_loops_over_the_dense_matrix_give(grid, prefix):
+    op = operator(grid, prefix)
+    a, (height, width) = dense(op), grid
+    found = statistics(op, grid, prefix)
+    for b in range(2):
+        for h in range(3):
+            entropies, distances = [], []
+            for i in range(height * width):
+                row = a[b, h, prefix + i].tolist()
+                entropies.append(-sum(p * math.log(p) for p in row))
+                away = [
+                    math.dist(divmod(i, width), divmod(j, width)) for j in range(height * width)
+                ]
+                mass = sum(row[prefix:])
+                distances.append(sum(p * d for p, d in zip(row[prefix:], away, strict=True)) / mass)
+            assert found.entropy[b, h].item() == pytest.approx(sum(entropies) / len(entropies))
+            assert found.distance[b, h].item() == pytest.approx(sum(distances) / len(distances))
+    torch.testing.assert_close(found.received, a[:, :, prefix:].mean(2))
+    torch.testing.assert_close(found.prefix_mass, a[:, :, prefix:, :prefix].sum(-1).mean(-1))
+    assert found.queries == height * width
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_blocks_of_rows_change_nothing_and_hold_no_more_rows_than_they_say(prefix, monkeypatch):
+    grid, op = (5, 7), operator((5, 7), prefix)
+    whole = statistics(op, grid, prefix)
+    n, asked, rows = op.shape[2], [], op.rows
+    monkeypatch.setattr(operators, "TILE", 2 * 3 * n * 4)  # four rows of 2 images, 3 heads
+    monkeypatch.setattr(op, "rows", lambda index: asked.append(len(index)) or rows(index))
+    blocks = statistics(op, grid, prefix)
+    assert max(asked) == 4 and sum(asked) == 35
+    for name in ("entropy", "distance", "received"):
+        torch.testing.assert_close(getattr(blocks, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_uniform_attention_has_the_limits(grid, prefix):
+    n = grid[0] * grid[1] + prefix
+    found = statistics(SoftmaxOperator(*torch.zeros(2, 1, 2, n, 4).double()), grid, prefix)
+    assert found.entropy.mean().item() == pytest.approx(math.log(n))
+    assert found.distance.mean().item() == pytest.approx(uniform_distance(grid))
+    assert found.prefix_mass.mean().item() == pytest.approx(prefix / n)
+    tokens, shares = found.sinks(3)
+    assert shares.tolist() == [pytest.approx([1 / n] * 3)] and tokens.min() >= prefix
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_attention_to_oneself_has_no_entropy_and_no_distance(prefix):
+    n = 15 + prefix
+    q = 60 * torch.eye(n).double()[None, None]
+    found = statistics(SoftmaxOperator(q, q), (3, 5), prefix)
+    assert found.entropy.item() == pytest.approx(0, abs=1e-12)
+    assert found.distance.item() == pytest.approx(0, abs=1e-12)
+    torch.testing.assert_close(found.received[0, 0, prefix:], torch.full((15,), 1 / 15).double())
+
+
+def test_a_patch_that_all_attend_to_is_the_sink():
+    grid, prefix = (3, 5), 2
+    op = operator(grid, prefix, sharpness=0.1)
+    op = SoftmaxOperator(op.q, op.k, bias=40 * (torch.arange(17) == 9).double()[None, None, None])
+    tokens, shares = statistics(op, grid, prefix).sinks(2)
+    assert tokens[:, 0].tolist() == [9, 9]
+    assert (shares[:, 0] > 0.999).all() and (shares[:, 1] < 1e-3).all()
+
+
+def test_a_head_that_rests_on_the_class_token_is_not_called_local():
+    rows = torch.zeros(1, 10).double()
+    rows[0, 0], rows[0, 9] = 0.99, 0.01  # of patch (0, 0), to the class token and patch (2, 2)
+    away = row_distance(rows, torch.tensor([1]), (3, 3), 1)
+    assert away.item() == pytest.approx(math.sqrt(8))
+    rows[0, 9] = 0
+    assert row_distance(rows, torch.tensor([1]), (3, 3), 1).isnan().all()
+
+
+def test_rows_that_see_no_key_count_as_nothing():
+    rows = torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.5, 0.0]]).double()
+    assert row_entropy(rows).tolist() == pytest.approx([0, math.log(2)])
+    with pytest.raises(ValueError, match="negative"):
+        row_entropy(-rows)
+
+
+def test_some_queries_give_the_mean_over_just_these():
+    grid, prefix = (5, 3), 1
+    op = operator(grid, prefix)
+    queries = torch.tensor([3, 1, 12])
+    found, rows = statistics(op, grid, prefix, queries), dense(op)[:, :, queries]
+    torch.testing.assert_close(found.entropy, row_entropy(rows).mean(-1))
+    torch.testing.assert_close(found.distance, row_distance(rows, queries, grid, prefix).mean(-1))
+    torch.testing.assert_close(found.received, rows.mean(-2))
+    assert found.queries == 3
+
+
+def test_samples_are_patches_without_repetition_and_all_where_there_are_few():
+    some = sample_queries(tokens=105, prefix=5, most=17)
+    assert len(some.unique()) == 17 and some.min() >= 5 and some.max() <= 104
+    assert torch.equal(some, some.sort().values)
+    assert torch.equal(some, sample_queries(tokens=105, prefix=5, most=17))
+    assert sample_queries(tokens=12, prefix=2, most=10).tolist() == list(range(2, 12))
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("gna", {"kernel": 3}),
+        ("dma", {"window": 6}),
+        ("agent", {"agents": 4, "training_free": True}),
+    ],
+)
+def test_they_read_every_mechanism(name, options, prefix):
+    grid, op = (5, 7), operator((5, 7), prefix, seed=1)
+    mechanism = create_mechanism(name, 18, 3, **options).double()
+    with torch.no_grad():
+        made = mechanism.operator(op.q, op.k, op.k, grid, prefix)
+    a = made.rows(torch.arange(35 + prefix))
+    found = statistics(made, grid, prefix)
+    torch.testing.assert_close(found.entropy, row_entropy(a[:, :, prefix:]).mean(-1))
+    torch.testing.assert_close(found.received, a[:, :, prefix:].mean(-2))
+    if name == "agent":
+        assert isinstance(made, ProductOperator)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_kept_keys_of_a_neighbourhood_are_its_window_and_the_prefix(prefix):
+    grid, op = (5, 7), operator((5, 7), prefix, sharpness=0.3)
+    mechanism = create_mechanism("gna", 18, 3, kernel=3).double()
+    made = mechanism.operator(op.q, op.k, op.k, grid, prefix)
+    kept = kept_keys(made.rows(torch.tensor([prefix + 2 * 7 + 3])))[:, :, 0]
+    assert kept[..., :prefix].all()
+    window = torch.zeros(5, 7, dtype=torch.bool)
+    window[1:4, 2:5] = True
+    assert (kept[..., prefix:].unflatten(-1, grid) == window).all()
+
+
+def test_misfits_are_refused_by_name():
+    op = operator((3, 5), 1)
+    with pytest.raises(ValueError, match=r"grid, prefix: got 4 x 4 and 1"):
+        statistics(op, (4, 4), 1)
+    with pytest.raises(ValueError, match="queries"):
+        statistics(op, (3, 5), 1, torch.tensor([0]))
+    with pytest.raises(ValueError, match="queries"):
+        statistics(op, (3, 5), 1, torch.tensor([], dtype=torch.long))
+    with pytest.raises(ValueError, match="count"):
+        statistics(op, (3, 5), 1).sinks(0)
+    with pytest.raises(ValueError, match="most"):
+        sample_queries(10, 1, 0)

@@ -1,0 +1,159 @@
+"""How a layer's heads attend: entropy of rows, distance on the grid, mass on prefix tokens and sinks.
+
+    H_i = - sum_j p_ij ln p_ij                      p_ij = A_ij / sum_k A_ik, over all keys
+    d_i = sum_j A_ij |x_i - x_j| / sum_j A_ij       j over patches only, x in patches
+    m_j = mean_i p_ij                               what key j receives
+
+i runs over the patches as queries, all of them or a sample; prefix tokens (class token, registers) are
+keys everywhere but have no place, so they count in H and m and are left out of d. Distance as in
+Dosovitskiy et al. 2021, arXiv 2010.11929, section 4.5 and appendix D.7, where the class token's part
+is not said: dividing by the patches' own mass keeps a head that rests on the class token from looking
+local. Sinks as in Xiao et al. 2023, arXiv 2309.17453, and Darcet et al. 2023, arXiv 2309.16588.
+
+A is asked for block by block of rows, so memory is O(block x N), and sums are in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xattn.attention.operator import Operator
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Of one layer, float64, for B images and H heads; N tokens, of which ``prefix`` come first."""
+
+    entropy: Tensor
+    """Mean of H_i in nats, (B, H), in [0, ln N]; / ln 2 gives bits."""
+    distance: Tensor
+    """Mean of d_i in patches, (B, H); NaN where no query gives anything to a patch."""
+    received: Tensor
+    """m_j, (B, H, N); sums to 1, or less where some query sees no key."""
+    queries: int
+    """How many patches were asked as queries."""
+    prefix: int
+
+    @property
+    def prefix_mass(self) -> Tensor:
+        """Share of attention that goes to the prefix tokens, (B, H)."""
+        return self.received[..., : self.prefix].sum(-1)
+
+    def sinks(self, count: int) -> tuple[Tensor, Tensor]:
+        """The ``count`` patches that receive most, as a mean over heads.
+
+        Returns:
+            their tokens, LongTensor (B, count), most first, and their shares of the attention,
+            (B, count); all patches where there are fewer.
+        """
+        if count < 1:
+            raise ValueError(f"count: got {count}; give at least 1")
+        patches = self.received.mean(1)[:, self.prefix :]
+        share, index = patches.topk(min(count, patches.shape[1]), dim=-1)
+        return index + self.prefix, share
+
+
+@torch.no_grad()
+def statistics(
+    operator: Operator, grid: tuple[int, int], prefix: int, queries: Tensor | None = None
+) -> Statistics:
+    """Entropy, distance and received attention of one layer, in blocks of rows.
+
+    Args:
+        operator: of shape (B, H, N, N).
+        grid: (h, w) of the patches behind the ``prefix`` tokens, h w = N - prefix.
+        queries: LongTensor (R,) of patches' tokens, in prefix..N - 1; all patches by default, and
+            see :func:`sample_queries`.
+
+    Raises:
+        ValueError: a grid that does not fit, queries that are no patches, or negative entries of A.
+    """
+    tokens, keys = operator.shape[2:]
+    height, width = grid
+    if tokens != keys or height * width != tokens - prefix or prefix < 0:
+        raise ValueError(
+            f"grid, prefix: got {height} x {width} and {prefix} for attention of {tokens} to {keys} "
+            f"tokens; give a grid of all tokens behind the prefix"
+        )
+    if queries is None:
+        queries = torch.arange(prefix, tokens)
+    elif not len(queries) or int(queries.min()) < prefix or int(queries.max()) >= tokens:
+        raise ValueError(f"queries: give at least one token number, each in {prefix}..{tokens - 1}")
+    size = operator.row_chunks()[0].stop
+    entropy = received = distance = count = torch.zeros((), dtype=torch.float64)
+    for index in queries.split(size):
+        rows = operator.rows(index.to(operator.device)).cpu().double()
+        entropy = entropy + row_entropy(rows).sum(-1)
+        total = rows.sum(-1, keepdim=True)
+        received = received + torch.where(total > 0, rows / total, 0.0).sum(-2)
+        away = row_distance(rows, index, grid, prefix)
+        distance = distance + away.nan_to_num(0.0).sum(-1)
+        count = count + (~away.isnan()).sum(-1)
+    n = len(queries)
+    return Statistics(entropy / n, distance / count, received / n, n, prefix)
+
+
+def row_entropy(rows: Tensor) -> Tensor:
+    """Entropy of rows of A (..., S) in nats, (...): in [0, ln S]; 0 for a row of zeros.
+
+    Raises:
+        ValueError: negative entries.
+    """
+    if (rows < 0).any():
+        raise ValueError("rows: got negative entries; entropy needs weights of at least 0")
+    total = rows.sum(-1, keepdim=True)
+    p = torch.where(total > 0, rows / total, 0.0)
+    return -torch.special.xlogy(p, p).sum(-1)
+
+
+def row_distance(rows: Tensor, index: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+    """Mean distance in patches to what rows (..., R, N) of the patches ``index`` (R,) attend to.
+
+    Weighted by the rows over patches only, (..., R); NaN for a row that gives patches nothing.
+    """
+    places = positions(grid, rows.dtype)
+    away = torch.cdist(
+        places[index.cpu() - prefix], places, compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    patches = rows[..., prefix:]
+    return (patches * away).sum(-1) / patches.sum(-1)
+
+
+def positions(grid: tuple[int, int], dtype: torch.dtype = torch.float64) -> Tensor:
+    """(row, column) of the patches in raster order: (h w, 2)."""
+    rows, columns = (torch.arange(n, dtype=dtype) for n in grid)
+    return torch.cartesian_prod(rows, columns)
+
+
+def uniform_distance(grid: tuple[int, int]) -> float:
+    """What :func:`row_distance` gives on average where attention is uniform, in patches."""
+    (height, width), total = grid, 0.0
+    for dy in range(height):
+        for dx in range(width):  # pairs of patches that lie (dy, dx) apart
+            pairs = (height - dy) * (width - dx) * (1 + (dy > 0)) * (1 + (dx > 0))
+            total += pairs * math.hypot(dy, dx)
+    return total / (height * width) ** 2
+
+
+def sample_queries(tokens: int, prefix: int, most: int, seed: int = 0) -> Tensor:
+    """At most ``most`` of the patches prefix..tokens - 1, drawn without replacement, in order."""
+    if most < 1:
+        raise ValueError(f"most: got {most}; give at least 1")
+    patches = tokens - prefix
+    if patches <= most:
+        return torch.arange(prefix, tokens)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(patches, generator=generator)[:most].sort().values + prefix
+
+
+def kept_keys(rows: Tensor) -> Tensor:
+    """Which keys rows of a sparse mechanism read: bool, True where A is not exactly 0.
+
+    A hidden key's entry is exactly 0. So is that of a key whose weight is below the smallest number
+    of its dtype (1e-45 in float32), which counts as hidden here.
+    """
+    return rows != 0
