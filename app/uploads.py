@@ -1,0 +1,136 @@
+"""Files that a browser sends: what is accepted, and how it is opened.
+
+An upload is data from anywhere. Number, bytes and pixels are capped before anything is decoded; only
+the formats of :data:`xattn.images.FORMATS` are opened; of a photo nothing but its pixels and its name
+goes on, so that positions, cameras and comments stay behind.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from xattn.images import MAX_PIXELS, SUFFIXES, _formats, decode_image
+from xattn.video import SUFFIXES as CLIPS
+
+PHOTO_TYPES = sorted(s.removeprefix(".") for s in SUFFIXES)
+CLIP_TYPES = sorted(s.removeprefix(".") for s in CLIPS)
+MAX_PHOTOS = 32
+MAX_BYTES = 32 << 20  # of a photo
+MAX_CLIP_BYTES = 200 << 20
+NAME_LENGTH = 100  # characters
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One file as it came: its cleaned name and its bytes."""
+
+    name: str
+    data: bytes = field(repr=False)
+
+
+Problem = tuple[str, str]  # (file name, what is wrong with it, in a sentence for a person)
+
+
+def accept(files: Sequence[Any] | None) -> tuple[list[Upload], list[Problem]]:
+    """The photos among ``files`` (Streamlit's ``UploadedFile``, or anything with ``name``, ``size``
+    and ``getvalue()``), by what their headers say, and what is wrong with the others."""
+    good: list[Upload] = []
+    problems: list[Problem] = []
+    for number, file in enumerate(files or ()):
+        name = clean_name(file.name)
+        if number >= MAX_PHOTOS:
+            problems.append((name, f"left out: {MAX_PHOTOS} photos at a time"))
+            continue
+        try:
+            _check_bytes(file.size, MAX_BYTES)
+            upload = Upload(name, file.getvalue())
+            _check_header(upload)
+        except ValueError as error:
+            problems.append((name, str(error)))
+        else:
+            good.append(upload)
+    return good, problems
+
+
+def accept_clip(file: Any) -> Upload:
+    """A clip; whether it can be decoded shows when it is opened.
+
+    Raises:
+        ValueError: empty, too large, or not named like a video.
+    """
+    name = clean_name(file.name)
+    if PurePosixPath(name).suffix.lower() not in CLIPS:
+        raise ValueError("not a video: give .mp4, .mov, .avi, .mkv, .webm, ...")
+    _check_bytes(file.size, MAX_CLIP_BYTES)
+    return Upload(name, file.getvalue())
+
+
+def photo(upload: Upload) -> Image.Image:
+    """The photo, decoded: 8-bit RGB, upright, its ``filename`` the upload's name, without metadata.
+
+    Raises:
+        ValueError: it is not an image, too large, truncated or damaged.
+    """
+    _check_header(upload)
+    try:
+        decoded = decode_image(io.BytesIO(upload.data), upload.name, MAX_PIXELS)
+    except ValueError as error:
+        found = re.search(r" is truncated or damaged \((.*)\); replace the file", str(error))
+        raise ValueError(
+            f"truncated or damaged ({found[1]}); save or send it again"
+            if found
+            else str(error).removeprefix(f"image: {upload.name} ")
+        ) from None
+    clean = Image.fromarray(np.asarray(decoded))
+    clean.filename = upload.name  # type: ignore[attr-defined]
+    return clean
+
+
+def clean_name(name: str) -> str:
+    """The last part of a file name, without control characters, and not endless."""
+    last = PureWindowsPath(PurePosixPath(str(name)).name).name
+    shown = "".join(c if c.isprintable() else "_" for c in last).strip() or "photo"
+    if len(shown) <= NAME_LENGTH:
+        return shown
+    stem, dot, suffix = shown.rpartition(".")
+    if not dot or len(suffix) > 8:
+        return shown[:NAME_LENGTH]
+    return f"{stem[: NAME_LENGTH - len(suffix) - 1]}.{suffix}"
+
+
+def summary(problems: Iterable[Problem]) -> str:
+    """One line a file."""
+    return "\n".join(f"{name}: {reason}" for name, reason in problems)
+
+
+def _check_bytes(size: int, limit: int) -> None:
+    if size <= 0:
+        raise ValueError("empty: it has 0 bytes; save or send it again")
+    if size > limit:
+        raise ValueError(f"too large: {size / 1e6:.0f} MB; {limit / 1e6:.0f} MB is the limit")
+
+
+def _check_header(upload: Upload) -> None:
+    """Format and size as the header gives them; no pixel is decoded."""
+    limit = f"{MAX_PIXELS / 1e6:.0f} million pixels is the limit; make it smaller"
+    try:
+        with Image.open(io.BytesIO(upload.data), formats=_formats()) as image:
+            width, height = image.size
+    except Image.DecompressionBombError:
+        raise ValueError(f"too many pixels: {limit}") from None
+    except UnidentifiedImageError:
+        raise ValueError("not an image that can be read: give a JPEG, PNG, WebP, ...") from None
+    except Exception as error:  # decoders raise anything on a damaged header
+        raise ValueError(
+            f"truncated or damaged ({type(error).__name__}); save or send it again"
+        ) from None
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"too many pixels: {width} x {height}; {limit}")
