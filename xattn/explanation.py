@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from xattn import strict_json
 from xattn.files import atomic_folder, output_error
 from xattn.images import View, load_image
 from xattn.sources import StoredPhoto
@@ -290,21 +291,40 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(f"pack: no folder {folder}; give one that save_pack wrote")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        data = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise _unreadable(str(folder), error) from None
+    return parse_manifest(data, str(folder))
+
+
+def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
+    """The bytes of a ``manifest.json``, checked; ``name`` is of the pack, for errors.
+
+    Raises:
+        ValueError: not of a pack, damaged, or of a later version.
+    """
+    try:
+        manifest = strict_json.parse(data)
         found, version = manifest["format"], manifest["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
+        raise _unreadable(name, error) from None
+    if found != FORMAT or type(version) is not int or version < 1:
         raise ValueError(
-            f"pack: {folder} holds no readable {MANIFEST} ({type(error).__name__}); "
-            f"give a folder that save_pack wrote"
-        ) from None
-    if found != FORMAT or not isinstance(version, int):
-        raise ValueError(f"pack: {folder / MANIFEST} is not of a pack; it says format {found!r}")
+            f"pack: {MANIFEST} of {name} is not of a pack; it says format {found!r:.60}"
+        )
     if version > VERSION:
         raise ValueError(
-            f"pack: {folder} has format version {version}, this xattn reads up to {VERSION}; "
+            f"pack: {name} has format version {version}, this xattn reads up to {VERSION}; "
             f"upgrade xattn"
         )
-    return manifest
+    return manifest  # type: ignore[no-any-return]
+
+
+def _unreadable(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"pack: {name} holds no readable {MANIFEST} ({type(error).__name__}); "
+        f"give a folder that save_pack wrote"
+    )
 
 
 def load_pack(folder: str | Path) -> list[Explanation]:

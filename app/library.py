@@ -1,0 +1,297 @@
+"""What lies below a folder: packs, comparisons and heads, each by an id that is not a path.
+
+The folders are looked through at every question, which is cheap; what a pack holds is read again only
+when its manifest is another file than before (time, size, inode). Links that lead out of the folder are
+not followed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from xattn.app.pack import (
+    MAX_MANIFEST,
+    MetricInfo,
+    Pack,
+    PackError,
+    Recent,
+    Signature,
+    open_inside,
+    read_inside,
+)
+from xattn.explanation import MANIFEST, MAPS, parse_manifest
+from xattn.heads.base import CONFIG_FILE
+
+__all__ = ["ComparisonInfo", "HeadInfo", "Library", "MetricInfo", "Pack", "PackError", "PackInfo"]
+
+LEADERBOARD = "leaderboard.json"
+DEPTH = 3  # folders below the root
+MAX_FOLDERS = 20_000
+OPEN_PACKS = 8
+SCRATCH_PACKS = 64
+
+
+@dataclass(frozen=True)
+class PackInfo:
+    """A line of the list of packs; ``problem`` says why it cannot be opened, or None."""
+
+    id: str
+    name: str
+    entries: int = 0
+    images: int = 0
+    methods: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class ComparisonInfo:
+    """A folder of ``xattn compare``; ``pack_id`` is the pack inside it, or None."""
+
+    id: str
+    name: str
+    pack_id: str | None = None
+    folder: Path = field(default=Path(), repr=False)
+
+
+@dataclass(frozen=True)
+class HeadInfo:
+    """A folder that ``save_head`` wrote."""
+
+    id: str
+    name: str
+    folder: Path = field(default=Path(), repr=False)
+
+
+@dataclass
+class _Found:
+    """One look through the folders: paths by id, each resolved and inside the root."""
+
+    packs: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    outside: dict[str, str] = field(default_factory=dict)
+    comparisons: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    heads: dict[str, tuple[Path, str]] = field(default_factory=dict)
+
+
+class Library:
+    """The packs, comparisons and heads of ``root``; one a process, shared by its threads."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).resolve()
+        self._lock = threading.Lock()
+        self._recent = Recent()
+        self._open: OrderedDict[str, Pack] = OrderedDict()
+        self._infos: dict[str, tuple[Signature, PackInfo | None]] = {}
+        self._known: dict[str, tuple[Path, str]] = {}
+        self._scratch: OrderedDict[str, Path] = OrderedDict()
+
+    def packs(self) -> list[PackInfo]:
+        """All packs by name, those that cannot be opened among them."""
+        found = self._look()
+        infos = [
+            PackInfo(
+                pack_id,
+                name,
+                problem=f"{name} is a link that leads out of {self.root.name}; copy the pack "
+                f"there, or start the viewer on its own folder",
+            )
+            for pack_id, name in found.outside.items()
+        ]
+        for pack_id, (folder, name) in found.packs.items():
+            info = self._info(pack_id, folder, name)
+            if info is not None:
+                infos.append(info)
+        with self._lock:
+            self._infos = {k: v for k, v in self._infos.items() if k in found.packs}
+        return sorted(infos, key=lambda info: (info.name.casefold(), info.id))
+
+    def open(self, pack_id: str) -> Pack:
+        """A pack by its id, read again if its manifest has changed.
+
+        Raises:
+            PackError: no such pack, or one that cannot be shown.
+        """
+        folder, name = self._place(pack_id)
+        try:
+            signature = _signature(folder)
+        except OSError:
+            raise PackError(
+                f"The pack {name} is gone; choose another one, or put it back"
+            ) from None
+        with self._lock:
+            pack = self._open.get(pack_id)
+            if pack is not None and pack.signature == signature and pack.folder == folder:
+                self._open.move_to_end(pack_id)
+                return pack
+        try:
+            pack = Pack(folder, pack_id, name, self._recent)
+        except PackError as error:
+            raise PackError(f"The pack {name} cannot be shown. {error}") from None
+        with self._lock:
+            self._open[pack_id] = pack
+            self._open.move_to_end(pack_id)
+            while len(self._open) > OPEN_PACKS:
+                self._open.popitem(last=False)
+        return pack
+
+    def add_scratch(self, folder: str | Path) -> str:
+        """The id of a pack outside the root: nobody can guess it, and no list has it."""
+        pack_id = f"scratch-{secrets.token_urlsafe(24)}"
+        with self._lock:
+            self._scratch[pack_id] = Path(folder).resolve()
+            while len(self._scratch) > SCRATCH_PACKS:
+                self._open.pop(self._scratch.popitem(last=False)[0], None)
+        return pack_id
+
+    def comparisons(self) -> list[ComparisonInfo]:
+        """Folders of ``xattn compare`` by name."""
+        found = self._look()
+        packs = {folder: pack_id for pack_id, (folder, _) in found.packs.items()}
+        return sorted(
+            (
+                ComparisonInfo(id, name, packs.get(folder / "pack"), folder)
+                for id, (folder, name) in found.comparisons.items()
+            ),
+            key=lambda info: (info.name.casefold(), info.id),
+        )
+
+    def heads(self) -> list[HeadInfo]:
+        """Folders of heads by name."""
+        found = self._look().heads.items()
+        infos = (HeadInfo(id, name, folder) for id, (folder, name) in found)
+        return sorted(infos, key=lambda info: (info.name.casefold(), info.id))
+
+    def read(self, comparison_id: str, name: str, limit: int = MAX_MANIFEST) -> bytes:
+        """A file of a comparison, by the comparison's id.
+
+        Raises:
+            PackError: no such comparison or file, or one that leads out of it.
+        """
+        found = self._look().comparisons
+        if comparison_id not in found:
+            raise PackError("There is no such comparison; choose one of the list")
+        return read_inside(found[comparison_id][0], name, limit)[0]
+
+    # ------------------------------------------------------------------ looking
+
+    def _place(self, pack_id: str) -> tuple[Path, str]:
+        unknown = PackError("There is no such pack; choose one of the list")
+        if not isinstance(pack_id, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,120}", pack_id):
+            raise unknown
+        with self._lock:
+            if pack_id in self._scratch:
+                return self._scratch[pack_id], "live result"
+            place = self._known.get(pack_id)
+        if place is None or place[0].resolve() != place[0]:
+            found = self._look()
+            if pack_id in found.outside:
+                raise PackError(
+                    f"{found.outside[pack_id]} is a link that leads out of {self.root.name}; copy "
+                    f"the pack there, or start the viewer on its own folder"
+                )
+            place = found.packs.get(pack_id)
+        if place is None:
+            raise unknown
+        return place
+
+    def _info(self, pack_id: str, folder: Path, name: str) -> PackInfo | None:
+        """What the list says of a pack; None for a folder whose manifest is of something else."""
+        try:
+            signature = _signature(folder)
+        except OSError:
+            return None  # just deleted
+        with self._lock:
+            known = self._infos.get(pack_id)
+            if known is not None and known[0] == signature:
+                return known[1]
+        info = _read_info(pack_id, folder, name)
+        with self._lock:
+            self._infos[pack_id] = (signature, info)
+        return info
+
+    def _look(self) -> _Found:
+        found = _Found()
+        for folder, real, names in _walk(self.root):
+            relative = folder.relative_to(self.root).as_posix()
+            name = self.root.name if relative == "." else relative
+            if relative.endswith("/pack") and (folder.parent / LEADERBOARD).is_file():
+                name = relative.removesuffix("/pack")
+            id = _id(relative)
+            if not real.is_relative_to(self.root):
+                if (real / MANIFEST).exists():
+                    found.outside[id] = name
+                continue
+            if MANIFEST in names:
+                found.packs[id] = (real, name)
+            if LEADERBOARD in names:
+                found.comparisons[id] = (real, name)
+            if CONFIG_FILE in names and any(n.endswith(".safetensors") for n in names):
+                found.heads[id] = (real, name)
+        with self._lock:
+            self._known = found.packs
+        return found
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, Path, set[str]]]:
+    """Folders of ``root``, their real paths and the names in them; not those inside packs, hidden
+    ones, or what lies behind a link that leads out, which comes with no names."""
+    waiting = [(root, 0)]
+    seen: set[Path] = set()
+    while waiting and len(seen) < MAX_FOLDERS:
+        folder, depth = waiting.pop()
+        real = folder.resolve()
+        if real in seen:
+            continue
+        seen.add(real)
+        if not real.is_relative_to(root):
+            yield folder, real, set()
+            continue
+        try:
+            with os.scandir(real) as entries:
+                inside = [(entry.name, entry.is_dir()) for entry in entries]
+        except OSError:
+            continue
+        names = {name for name, _ in inside}
+        yield folder, real, names
+        if depth < DEPTH and not {MANIFEST, MAPS} <= names:
+            folders = sorted((n for n, is_dir in inside if is_dir and n[0] != "."), reverse=True)
+            waiting += [(folder / name, depth + 1) for name in folders]
+
+
+def _id(relative: str) -> str:
+    """Stable from start to start, and no path: a few letters for people, a hash for the rest."""
+    letters = re.sub(r"[^A-Za-z0-9]+", "-", relative).strip("-")[:40] or "root"
+    return f"{letters}-{hashlib.sha256(os.fsencode(relative)).hexdigest()[:12]}"
+
+
+def _signature(folder: Path) -> Signature:
+    found = (folder / MANIFEST).stat()
+    return Signature(found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def _read_info(pack_id: str, folder: Path, name: str) -> PackInfo | None:
+    try:
+        data, _ = read_inside(folder, MANIFEST, MAX_MANIFEST)
+        manifest = parse_manifest(data, name)
+        entries = manifest["entries"]
+        open_inside(folder, MAPS).close()
+        return PackInfo(
+            pack_id,
+            name,
+            len(entries),
+            len({e["image_id"] for e in entries}),
+            tuple(dict.fromkeys(str(e["method"]) for e in entries)),
+            None if entries else "It is empty; explain at least one photo",
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, PackError) or (folder / MAPS).exists() or "upgrade" in str(error):
+            kind = "" if isinstance(error, ValueError) else f"{MANIFEST} is damaged: "
+            return PackInfo(pack_id, name, problem=f"{kind}{error}")
+        return None  # another program's manifest.json

@@ -1,0 +1,100 @@
+"""One tensor at a time out of a safetensors file, read by its place in the file.
+
+    8 bytes n | n bytes JSON {name: {dtype, shape, data_offsets}} | the tensors' bytes
+
+The format is https://github.com/huggingface/safetensors. Its own ``safe_open`` maps the file into
+memory, where a file that is cut short while a server reads it kills the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xattn import strict_json
+
+MAX_HEADER = 100_000_000  # bytes, as in safetensors
+_TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+
+
+class _Place(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class TensorFile:
+    """The header of a safetensors file of floats.
+
+    Args:
+        opener: opens the file for reading bytes; called for every tensor, so that nothing stays open.
+
+    Raises:
+        ValueError: no safetensors file, or one that is cut short.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, opener: Callable[[], IO[bytes]]) -> None:
+        self._opener = opener
+        with opener() as stream:
+            self._size = stream.seek(0, 2)
+            stream.seek(0)
+            length = int.from_bytes(stream.read(8), "little")
+            if self._size < 8 or length > min(self._size - 8, MAX_HEADER):
+                raise ValueError("it is cut short, or no safetensors file")
+            header = strict_json.parse(stream.read(length))
+        self._start = 8 + length
+        if not isinstance(header, dict):
+            raise ValueError("its header is no table")
+        header.pop("__metadata__", None)
+        self._places = {name: _place(entry) for name, entry in header.items()}
+        last = max((place.end for place in self._places.values()), default=0)
+        if self._start + last != self._size:
+            raise ValueError(f"it has {self._size} bytes, its header says {self._start + last}")
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of a tensor, None if there is none of this name."""
+        place = self._places.get(name)
+        return None if place is None else place.shape
+
+    def read(self, name: str, sha256: str | None = None) -> NDArray[np.float32]:
+        """A tensor as float32; ``sha256`` is what its bytes have to have.
+
+        Raises:
+            KeyError: no such tensor.
+            ValueError: the file has changed, or the bytes have another hash.
+            OSError: it cannot be read.
+        """
+        place = self._places[name]
+        with self._opener() as stream:
+            if stream.seek(0, 2) != self._size:
+                raise ValueError("it has changed since it was opened")
+            stream.seek(self._start + place.begin)
+            data = stream.read(place.end - place.begin)
+        if len(data) != place.end - place.begin:
+            raise ValueError("it is cut short")
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError(f"the bytes of {name} are not those that were written")
+        values = np.frombuffer(data, place.dtype).reshape(place.shape)
+        with np.errstate(over="ignore"):
+            return values.astype(np.float32)
+
+
+def _place(entry: Any) -> _Place:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        whole = [n for n in (*shape, begin, end) if type(n) is not int or n < 0]
+        size = np.dtype(_TYPES[dtype]).itemsize
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"its header says {str(entry)[:100]}, which is no tensor of floats"
+        ) from None
+    if whole or end - begin != size * math.prod(shape):
+        raise ValueError(f"its header says {str(entry)[:100]}, which does not add up")
+    return _Place(_TYPES[dtype], shape, begin, end)
