@@ -50,13 +50,13 @@ def embedded_photos() -> list[Path]:
 
 def main(output: Path, epochs: int) -> None:
     from xattn.backbone import load_backbone
+    from xattn.contact_sheet import contact_sheet_html, contact_sheet_image, sheet_rows
     from xattn.eval import evaluate, format_table, sanity_rows, write_csv, write_json
     from xattn.explainers import create_explainer
     from xattn.explaining import explain
     from xattn.files import atomic_file, check_folder
     from xattn.heads import create_head, load_head, save_head
     from xattn.training import fit
-    from xattn.visualize import contact_sheet_html, contact_sheet_image, sheet_rows
 
     started = time.perf_counter()
     keep_memory()

@@ -10,18 +10,16 @@ from PIL import Image
 
 from xattn import explanation as module
 from xattn.backbone import Preprocessing
-from xattn.explanation import Explanation, check_output, load_pack, read_manifest, save_pack
-from xattn.images import make_view
-from xattn.visualize import (
+from xattn.contact_sheet import (
     Cell,
     Row,
-    colorize,
-    colour_bar,
     contact_sheet_html,
     contact_sheet_image,
-    overlay,
     sheet_rows,
 )
+from xattn.explanation import Explanation, check_output, load_pack, read_manifest, save_pack
+from xattn.images import make_view
+from xattn.visualize import colorize, colour_bar, overlay
 
 SIZE = (60, 90)
 

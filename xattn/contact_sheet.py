@@ -1,0 +1,423 @@
+"""Contact sheets: each photo beside its explanations, as one HTML page, one image or one SVG.
+
+A sheet says with each picture whose map it is, and at its foot what the colours mean and where the
+maps come from; the HTML page and the SVG need no other file.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw
+
+from xattn.visualize import (
+    MINMAX,
+    Legend,
+    Scale,
+    _font,
+    _shorten,
+    colour_bar,
+    gradient,
+    overlay,
+)
+
+if TYPE_CHECKING:
+    from xattn.explanation import Explanation
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of a sheet; ``value`` in [0, 1] is drawn as a bar below it."""
+
+    image: Image.Image
+    title: str
+    detail: str = ""
+    value: float | None = None
+    alt: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A photo and its explanations."""
+
+    title: str
+    cells: Sequence[Cell]
+
+
+def sheet_rows(
+    explanations: Sequence[Explanation],
+    max_side: int = 480,
+    opacity: float = 0.55,
+    cmap: str = "inferno",
+    threshold: float = 0.0,
+    scale: Callable[[Explanation], Scale] | None = None,
+) -> list[Row]:
+    """Group explanations by photo, in order of appearance: the photo first, then its overlays.
+
+    ``scale`` gives the scale of each map's scores, and with it its colours; without it maps are
+    min-maxed and drawn in ``cmap``.
+    """
+    groups: dict[str, list[Explanation]] = {}
+    for explanation in explanations:
+        groups.setdefault(explanation.image_id, []).append(explanation)
+    rows = []
+    for image_id, group in groups.items():
+        photo = group[0].photo(max_side)
+        name = group[0].file_name or image_id
+        cells = [Cell(photo, "Photo", name, alt=f"Photo {name}")]
+        for e in group:
+            at, colours = e.normalized(), cmap
+            if scale is not None:
+                at, colours = scale(e)(e.map), scale(e).cmap
+            on_photo = e.view.to_photo(at, (photo.height, photo.width))
+            drawn = overlay(photo, on_photo, opacity, colours, threshold)
+            label = e.target_name.split(",")[0]
+            alt = f"{e.method} map of {label} ({e.probability:.1%}) on {name}"
+            cells.append(Cell(drawn, label, e.method, e.probability, alt))
+        rows.append(Row(name, cells))
+    return rows
+
+
+def _as_rows(rows: Sequence[Row] | Sequence[Explanation], cmap: str) -> list[Row]:
+    if not rows:
+        raise ValueError("rows: got none; give explanations or rows of cells")
+    if all(isinstance(r, Row) for r in rows):
+        return list(rows)  # type: ignore[arg-type]
+    return sheet_rows(rows, cmap=cmap)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- HTML
+
+
+def contact_sheet_html(
+    rows: Sequence[Row] | Sequence[Explanation],
+    title: str = "Explanations",
+    subtitle: str = "",
+    table: Sequence[Sequence[object]] | None = None,
+    table_title: str = "",
+    notes: Sequence[str] = (),
+    cmap: str = "inferno",
+    legends: Sequence[Legend] | None = None,
+) -> str:
+    """One HTML page with everything inside it: images, colours, light and dark.
+
+    Args:
+        rows: explanations (grouped by photo), or rows made by hand.
+        table: optional figures below the pictures; the first row is the header.
+        notes: paragraphs at the end.
+        legends: what the colours mean, if it is not the min-maxed map in ``cmap``.
+    """
+    lines = _as_rows(rows, cmap)
+    sections = "\n".join(_html_row(row) for row in lines)
+    parts = [f"<h1>{_text(title)}</h1>"]
+    if subtitle:
+        parts.append(f'<p class="sub">{_text(subtitle)}</p>')
+    parts.append(legends_html(_legends(legends, cmap)))
+    head = "\n".join(parts)
+    foot = _html_table(table, table_title) if table else ""
+    foot += "".join(f"<p>{_text(note)}</p>" for note in notes)
+    columns = str(max(len(row.cells) for row in lines))
+    style = _STYLE.replace("COLUMNS", columns)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="color-scheme" content="light dark">\n<title>{_text(title)}</title>\n'
+        f"<style>{style}</style>\n</head>\n<body>\n<header>\n{head}\n</header>\n"
+        f"<main>\n{sections}\n</main>\n<footer>{foot}</footer>\n</body>\n</html>\n"
+    )
+
+
+def _legends(legends: Sequence[Legend] | None, cmap: str) -> Sequence[Legend]:
+    return [Legend(*MINMAX, cmap)] if legends is None else legends
+
+
+def legends_html(legends: Sequence[Legend]) -> str:
+    """Colour scales with their ends and meaning, in elements of class ``legend``."""
+    return "".join(
+        f'<div class="legend"><span>{_text(legend.low)}</span><i role="img" aria-label="Colours '
+        f'from {_text(legend.low)} to {_text(legend.high)}" '
+        f'style="background:linear-gradient(90deg,{gradient(legend.cmap)})"></i>'
+        f"<span>{_text(legend.high)}</span><em>{_text(legend.text)}</em></div>"
+        for legend in legends
+    )
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _html_row(row: Row) -> str:
+    figures = []
+    for cell in row.cells:
+        bar = ""
+        if cell.value is not None:
+            share = min(max(cell.value, 0.0), 1.0)
+            bar = (
+                f'<span class="p">{share:.1%}</span><span class="bar" aria-hidden="true">'
+                f'<b style="width:{100 * share:.1f}%"></b></span>'
+            )
+        figures.append(
+            f'<figure><img loading="lazy" width="{cell.image.width}" height="{cell.image.height}" '
+            f'alt="{_text(cell.alt or cell.title)}" src="{_data_url(cell.image)}">'
+            f"<figcaption><strong>{_text(cell.title)}</strong>{bar}"
+            f"<small>{_text(cell.detail)}</small></figcaption></figure>"
+        )
+    return f'<section aria-label="{_text(row.title)}">{"".join(figures)}</section>'
+
+
+def _data_url(image: Image.Image) -> str:
+    stream = io.BytesIO()
+    image.convert("RGB").save(stream, "JPEG", quality=86, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+
+
+def _html_table(table: Sequence[Sequence[object]], title: str) -> str:
+    header = "".join(f'<th scope="col">{_text(c)}</th>' for c in table[0])
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<th scope="row">{_text(c)}</th>' if i == 0 else f"<td>{_text(c)}</td>"
+            for i, c in enumerate(line)
+        )
+        + "</tr>"
+        for line in table[1:]
+    )
+    heading = f"<h2>{_text(title)}</h2>" if title else ""
+    return (
+        f'{heading}<div class="scroll" tabindex="0"><table><thead><tr>{header}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+_STYLE = """
+:root{--bg:#fafaf9;--card:#fff;--ink:#1c1917;--soft:#6b6560;--line:#e7e5e4;--accent:#b4441f;
+--shadow:0 1px 2px #0000000d,0 4px 16px #0000000a}
+@media(prefers-color-scheme:dark){:root{--bg:#141312;--card:#1e1c1b;--ink:#f0eeec;--soft:#a39c96;
+--line:#33302e;--accent:#f08a4b;--shadow:none}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1280px;padding:clamp(16px,4vw,48px);background:var(--bg);
+color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+h1{margin:0;font-size:clamp(1.6rem,4vw,2.4rem);line-height:1.15;letter-spacing:-.02em}
+h2{margin:2.5rem 0 .75rem;font-size:1.2rem;letter-spacing:-.01em}
+.sub{margin:.5rem 0 0;max-width:70ch;color:var(--soft)}
+.legend{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem;margin:1.25rem 0 1.75rem;
+color:var(--soft);font-size:.85rem;font-variant-numeric:tabular-nums}
+.legend i{width:180px;height:10px;border-radius:5px}
+.legend+.legend{margin-top:-1.25rem}
+.legend em{font-style:normal;margin-left:.5rem}
+main{--gap:clamp(10px,1.5vw,18px);display:grid;gap:18px;align-items:start;
+grid-template-columns:repeat(auto-fill,minmax(min(100%,COLUMNS*240px),1fr))}
+section{display:grid;gap:var(--gap);align-items:start;padding:var(--gap);
+grid-template-columns:repeat(auto-fill,minmax(max(min(100%,130px),
+(100% - (COLUMNS - 1)*var(--gap))/COLUMNS),1fr));
+background:var(--card);border:1px solid var(--line);border-radius:14px;box-shadow:var(--shadow)}
+figure{margin:0;min-width:0}
+img{display:block;width:100%;height:auto;max-height:420px;object-fit:contain;border-radius:8px;
+background:#0000000d}
+figcaption{display:grid;grid-template-columns:1fr auto;gap:0 .5rem;align-items:baseline;
+padding:.5rem .1rem 0;overflow-wrap:anywhere}
+figcaption strong{font-weight:600;line-height:1.3}
+.p{color:var(--accent);font-weight:600;font-variant-numeric:tabular-nums}
+.bar{grid-column:1/-1;height:3px;margin:.35rem 0 .2rem;border-radius:2px;background:var(--line)}
+.bar b{display:block;height:100%;border-radius:2px;background:var(--accent)}
+small{grid-column:1/-1;color:var(--soft)}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
+th,td{padding:.45rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
+th:first-child{text-align:left}thead th{color:var(--soft);font-weight:600}
+tbody th{font-weight:500}footer p{max-width:75ch;color:var(--soft)}
+"""
+
+
+# ---------------------------------------------------------------------- image and SVG
+
+
+@dataclass(frozen=True)
+class _Colours:
+    ink: str = "#1c1917"
+    soft: str = "#6b6560"
+    ground: str = "#ffffff"
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of text whose top left corner is at (x, y)."""
+
+    x: float
+    y: float
+    text: str
+    size: int
+    soft: bool = False
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """An image in a box."""
+
+    x: int
+    y: int
+    size: tuple[int, int]
+    image: Image.Image
+    alt: str = ""
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    size: tuple[int, int]
+    items: list[_Line | _Picture]
+
+
+def _lay_out(
+    lines: Sequence[Row],
+    title: str,
+    side: int,
+    legends: Sequence[Legend],
+    notes: Sequence[str],
+) -> _Sheet:
+    """Where everything stands: a line per photo, every picture in a square of ``side``."""
+    gap, text = round(side * 0.075), max(round(side * 0.07), 11)
+    small = round(text * 0.9)
+    caption = round(text * 3.1)
+    columns = max(len(row.cells) for row in lines)
+    width = gap + columns * (side + gap)
+    items: list[_Line | _Picture] = []
+    y = gap
+    if title:
+        large = round(text * 1.35)
+        name = _shorten(title, _font(large, bold=True), width - 2 * gap)
+        items.append(_Line(gap, gap, name, large, bold=True))
+        y = round(text * 3.2)
+    for row in lines:
+        sizes = [_fit(cell.image, side) for cell in row.cells]
+        tallest = max(height for _, height in sizes)
+        for i, (cell, size) in enumerate(zip(row.cells, sizes, strict=True)):
+            x = gap + i * (side + gap)
+            left = x + (side - size[0]) // 2
+            alt = cell.alt or cell.title
+            items.append(_Picture(left, y + tallest - size[1], size, cell.image, alt))
+            share = "" if cell.value is None else f"  {cell.value:.1%}"
+            bold = _font(text, bold=True)
+            name = _shorten(cell.title, bold, side - bold.getlength(share)) + share
+            items.append(_Line(x, y + tallest + text * 0.4, name, text, bold=True))
+            detail = _shorten(cell.detail, _font(small), side)
+            items.append(_Line(x, y + tallest + text * 1.75, detail, small, soft=True))
+        y += tallest + caption + gap
+    for legend in legends:
+        y = _lay_legend(items, legend, gap, y, min(side, width // 3), text, width - gap)
+    for note in notes:
+        letters = max(int((width - 2 * gap) / _font(small).getlength("n")), 10)
+        for part in textwrap.wrap(note, letters):
+            items.append(_Line(gap, y, part, small, soft=True))
+            y += round(text * 1.4)
+    return _Sheet((width, y + round(text * 0.9)), items)
+
+
+def _lay_legend(
+    items: list[_Line | _Picture],
+    legend: Legend,
+    x: int,
+    y: int,
+    length: int,
+    text: int,
+    right: int,
+) -> int:
+    small = round(text * 0.9)
+    font = _font(small)
+    items.append(_Line(x, y, legend.low, small, soft=True))
+    x += round(font.getlength(legend.low) + text * 0.4)
+    height = max(text // 2, 4)
+    bar = colour_bar(length, height, legend.cmap)
+    items.append(_Picture(x, round(y + text * 0.35), bar.size, bar, "Colour scale"))
+    x += length + round(text * 0.4)
+    items.append(_Line(x, y, legend.high, small, soft=True))
+    x += round(font.getlength(legend.high) + text)
+    letters = max(int((right - x) / font.getlength("n")), 12)
+    for part in textwrap.wrap(legend.text, letters):
+        items.append(_Line(x, y, part, small, soft=True))
+        y += round(text * 1.4)
+    return y + round(text * 0.2)
+
+
+def contact_sheet_image(
+    rows: Sequence[Row] | Sequence[Explanation],
+    title: str = "",
+    side: int = 240,
+    dark: bool = False,
+    cmap: str = "inferno",
+    legends: Sequence[Legend] | None = None,
+    notes: Sequence[str] = (),
+) -> Image.Image:
+    """The contact sheet as one RGB image: a line per photo, every picture in a square of ``side``.
+
+    Args:
+        side: pixels of a picture's longer side.
+        dark: light text on a dark ground.
+        legends: what the colours mean, if it is not the min-maxed map in ``cmap``.
+        notes: paragraphs below.
+    """
+    colours = _Colours("#f0eeec", "#a39c96", "#141312") if dark else _Colours()
+    laid = _lay_out(_as_rows(rows, cmap), title, side, _legends(legends, cmap), notes)
+    sheet = Image.new("RGB", laid.size, colours.ground)
+    draw = ImageDraw.Draw(sheet)
+    for item in laid.items:
+        if isinstance(item, _Picture):
+            picture = item.image.convert("RGB").resize(item.size, Image.Resampling.LANCZOS)
+            sheet.paste(picture, (item.x, item.y))
+        else:
+            ink = colours.soft if item.soft else colours.ink
+            draw.text((item.x, item.y), item.text, ink, _font(item.size, bold=item.bold))
+    return sheet
+
+
+def contact_sheet_svg(
+    rows: Sequence[Row] | Sequence[Explanation],
+    title: str = "",
+    side: int = 240,
+    cmap: str = "inferno",
+    legends: Sequence[Legend] | None = None,
+    notes: Sequence[str] = (),
+) -> str:
+    """:func:`contact_sheet_image` as SVG: text stays text, pictures keep their own pixels."""
+    colours = _Colours()
+    laid = _lay_out(_as_rows(rows, cmap), title, side, _legends(legends, cmap), notes)
+    width, height = laid.size
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}" role="img" font-family="DejaVu Sans, Verdana, sans-serif">',
+        f"<title>{_xml(title or 'Explanations')}</title>",
+        f'<rect width="{width}" height="{height}" fill="{colours.ground}"/>',
+    ]
+    for item in laid.items:
+        if isinstance(item, _Picture):
+            parts.append(
+                f'<image x="{item.x}" y="{item.y}" width="{item.size[0]}" height="{item.size[1]}" '
+                f'preserveAspectRatio="none" href="{_data_url(item.image)}">'
+                f"<title>{_xml(item.alt)}</title></image>"
+            )
+        elif item.text:
+            ink = colours.soft if item.soft else colours.ink
+            weight = ' font-weight="bold"' if item.bold else ""
+            # Pillow draws from the top of the letters, SVG from the baseline.
+            parts.append(
+                f'<text x="{item.x:g}" y="{item.y + 0.93 * item.size:g}" font-size="{item.size}" '
+                f'fill="{ink}"{weight} xml:space="preserve">{_xml(item.text)}</text>'
+            )
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _xml(value: str) -> str:
+    """Text in XML, which has no control characters at all, not even escaped."""
+    kept = "".join(c for c in value if c in "\t\n\r" or (c >= " " and c not in "\ufffe\uffff"))
+    return html.escape(kept.encode("utf-8", "replace").decode("utf-8"))
+
+
+def _fit(image: Image.Image, side: int) -> tuple[int, int]:
+    scale = side / max(image.size)
+    return max(round(image.width * scale), 1), max(round(image.height * scale), 1)
