@@ -50,6 +50,21 @@ def check_installed() -> None:
         raise ValueError('app: this streamlit is too old; run: pip install -U -e ".[app]"')
 
 
+def check_open(address: Address, password: bool, no_password: bool) -> None:
+    """Refuse to show everything below the root to a network without a password, unless told to."""
+    if password and no_password:
+        raise ValueError("no_password: got with password_file; give one of the two")
+    if not address.loopback and not password:
+        open_to_all = (
+            f"host: whoever reaches {address.host}:{address.port} sees all packs of the root"
+        )
+        if not no_password:
+            raise ValueError(
+                f"{open_to_all}; give --password-file (made by --set-password), or --no-password"
+            )
+        print(f"warning: {open_to_all}; training is off", file=sys.stderr)
+
+
 def bind(address: Address) -> socket.socket:
     """A listening socket; a taken port or a foreign address is a ``ValueError`` of one line."""
     if not 0 <= address.port <= 65535:
@@ -119,17 +134,24 @@ def streamlit_options(address: Address, upload_mb: int) -> dict[str, Any]:
     }
 
 
-def application(address: Address, upload_mb: int, middleware: tuple[Any, ...] = ()) -> Any:
-    """The ASGI application; ``state.configure`` has to come first."""
+def application(address: Address, upload_mb: int = 50, **guard: Any) -> Any:
+    """The ASGI application; ``state.configure`` has to come first.
+
+    Args:
+        guard: options of ``security.Guard``: ``password``, ``names``.
+    """
+    from starlette.middleware import Middleware
     from streamlit.starlette import App
     from streamlit.web.bootstrap import load_config_options
 
-    routes: Any = list
-    if importlib.util.find_spec("xattn.app.routes") is not None:  # being built
-        from xattn.app.routes import routes
+    from xattn.app.routes import routes
+    from xattn.app.security import Guard
 
     load_config_options(streamlit_options(address, upload_mb))
-    return App(MAIN, routes=routes(), middleware=middleware, lifespan=_quiet)
+    before = Middleware(
+        Guard, loopback=address.loopback, cookie=f"xattn_session_{address.port}", **guard
+    )
+    return App(MAIN, routes=routes(), middleware=[before], lifespan=_quiet)
 
 
 @asynccontextmanager
@@ -145,12 +167,19 @@ async def _quiet(app: Any) -> AsyncIterator[None]:
     yield
 
 
-def serve(settings: Any, address: Address, upload_mb: int, middleware: tuple[Any, ...]) -> None:
+def serve(
+    settings: Any,
+    address: Address,
+    upload_mb: int = 50,
+    password: Any = None,
+    names: tuple[str, ...] = (),
+) -> None:
     """Run until Ctrl-C or SIGTERM; prints the address once the port is ours.
 
     Args:
         settings: ``state.Settings``, what pages get to know.
-        middleware: Starlette middleware that stands before every request.
+        password: ``password.Password``, or None.
+        names: host names of a proxy before this server, whose ``X-Forwarded-*`` headers then count.
     """
     import uvicorn
 
@@ -159,13 +188,14 @@ def serve(settings: Any, address: Address, upload_mb: int, middleware: tuple[Any
     with bind(address) as listener:
         port = listener.getsockname()[1]
         state.configure(settings)
-        app = application(Address(address.host, port), upload_mb, middleware)
+        app = application(Address(address.host, port), upload_mb, password=password, names=names)
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
                 access_log=False,
                 log_level="warning",
                 server_header=False,
+                proxy_headers=bool(names),
                 ws_max_size=64 << 20,
                 timeout_graceful_shutdown=STOP_SECONDS,
             )

@@ -598,14 +598,38 @@ class App:
     """Make the demo pack in the root first, unless it is there."""
 
     def run(self) -> None:
-        from xattn.app.server import Address, check_installed, serve
+        if self.set_password is not None:
+            from xattn.app.password import ask_password, write_password
+
+            write_password(self.set_password, ask_password())
+            print(f"password: {self.set_password}; start with --password-file {self.set_password}")
+            return
+        from xattn.app.server import Address, check_installed, check_open, serve
 
         check_installed()
+        address = Address(self.host, self.port)
+        password = None
+        if self.password_file is not None:
+            from xattn.app.password import read_password
+
+            password = read_password(self.password_file)
+        check_open(address, password is not None, self.no_password)
+        if self.root.exists() and not self.root.is_dir():
+            raise ValueError(f"root: {self.root} is a file; name a folder")
+        if self.data is not None and not self.data.is_dir():
+            raise ValueError(f"data: {self.data} is no folder; name the folder of your photos")
+        if self.upload_mb <= 0:
+            raise ValueError(f"upload_mb: got {self.upload_mb}; give a positive number")
         from xattn.app.state import Settings
 
-        address = Address(self.host, self.port)
-        settings = Settings(root=self.root)
-        serve(settings, address, self.upload_mb, ())
+        settings = Settings(
+            root=self.root,
+            model=self.model,
+            password=password is not None,
+            training=address.loopback or password is not None,
+            demo=self.demo,
+        )
+        serve(settings, address, self.upload_mb, password, self.allow_host)
 
 
 @dataclass(frozen=True, kw_only=True)
