@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -102,6 +103,42 @@ def test_class_maps_are_exact_in_training_mode_too(name):
     torch.manual_seed(3)  # of dropout
     logits = head.logits(tokens)
     torch.testing.assert_close(maps.sum((2, 3)) + rest, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_explaining_in_training_mode_moves_no_running_statistics(name):
+    backbone = four_taps() if name == "memetector" else vit()
+    head = make(name, backbone, reliability={"anchors": 2}).train()
+    with torch.no_grad():
+        taps = backbone(torch.rand(4, 3, 24, 40, generator=torch.Generator().manual_seed(4)))
+    before = {k: v.clone() for k, v in head.named_buffers()}
+    assert before  # at least of the norm before the classifier
+    tokens = head.tokens(taps)
+    head.class_maps(tokens)
+    head.class_maps(tokens, 1)
+    head.query_maps(tokens)
+    head.anchor_maps(tokens)
+    for shown in ("scores", "mask", *(("attention",) if head.learns_scores else ())):
+        head.explain_with = shown
+        head.explanation(taps, 2)
+    with pytest.raises(ValueError, match="class_index"):
+        head.class_maps(tokens, CLASSES)
+    assert all(torch.equal(v, before[k]) for k, v in head.named_buffers())
+    assert all(m.training for m in head.modules())
+    head(taps)  # a step of training
+    assert not torch.equal(head.norm.running_mean, before["norm.running_mean"])
+
+
+@pytest.mark.parametrize("name", ["ttame", "lcam"])
+def test_other_heads_explain_without_moving_statistics_too(name):
+    backbone = cnn()
+    head = create_head(name, backbone, fusion="per_class").train()
+    with torch.no_grad():
+        taps = backbone(torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(5)))
+    before = {k: v.clone() for k, v in head.named_buffers()}
+    expected = copy.deepcopy(head)(taps, 1)
+    torch.testing.assert_close(head.explanation(taps, 1), expected)  # by the batch's statistics
+    assert all(torch.equal(v, before[k]) for k, v in head.named_buffers())
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -20,8 +20,6 @@ from xattn.backbone import Backbone
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 
-SELF_ATTENTION = ("none", "map", "both")
-
 
 @register_head("abmilp")
 class AbMilp(AttentiveHead):
@@ -43,10 +41,6 @@ class AbMilp(AttentiveHead):
         self_attention: Literal["none", "map", "both"] = "both",
         **shared: Unpack[Shared],
     ) -> None:
-        if self_attention not in SELF_ATTENTION:
-            raise ValueError(
-                f"self_attention: got {self_attention!r}; choose one of {', '.join(SELF_ATTENTION)}"
-            )
         width = backbone.channels[-1]
         super().__init__(backbone, {"self_attention": self_attention}, width, **shared)
         self.self_attention = self_attention

@@ -87,8 +87,14 @@ def root(x: Tensor, power: Tensor | float) -> Step:
 
 
 def mlp(width: int, ratio: float = 4.0) -> nn.Sequential:
-    """LayerNorm, Linear to ``ratio`` times the width, GELU, Linear: a pre-norm transformer's MLP."""
+    """LayerNorm, Linear to ``ratio`` times the width, GELU, Linear: a pre-norm transformer's MLP.
+
+    Raises:
+        ValueError: that leaves no channel.
+    """
     hidden = int(width * ratio)
+    if hidden < 1:
+        raise ValueError(f"mlp_ratio: got {ratio}; of {width} channels that leaves none, give more")
     return nn.Sequential(
         nn.LayerNorm(width, eps=1e-6),
         nn.Linear(width, hidden),

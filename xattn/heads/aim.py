@@ -14,6 +14,7 @@ from xattn.heads.affine import Step, mean
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
+from xattn.heads.options import Count
 
 
 @register_head("aim")
@@ -29,12 +30,10 @@ class Aim(AttentiveHead):
     def __init__(
         self,
         backbone: Backbone,
-        heads: int | None = None,
-        queries: int = 1,
+        heads: Count | None = None,
+        queries: Count = 1,
         **shared: Unpack[Shared],
     ) -> None:
-        if queries < 1:
-            raise ValueError(f"queries: got {queries}; give at least 1")
         width = backbone.channels[-1]
         super().__init__(backbone, {"heads": heads, "queries": queries}, width, **shared)
         self.tokens_norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)

@@ -13,6 +13,7 @@ concatenates its queries, :meth:`AttentiveHead.finish`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
 
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
 from xattn.heads.affine import Step
-from xattn.heads.base import Head
+from xattn.heads.base import Head, keeping_statistics
 from xattn.heads.fusion import class_rows
-from xattn.heads.reliability import TINY, Balanced, ReliabilityBalancing
+from xattn.heads.options import Count, Names, checked
+from xattn.heads.reliability import TINY, Balanced, ReliabilityBalancing, create_balancing
 from xattn.kernels.softmax.reference import widen
 
 CHUNK = 2**24  # entries of a tensor (B, classes, Q, tokens or channels) alive at once
@@ -77,6 +79,16 @@ class FeatureNorm(nn.BatchNorm1d):
         assert variance is not None
         return (variance + self.eps).rsqrt()
 
+    def beside(self, z: Tensor, other: Tensor) -> Tensor:
+        """``other`` (..., Z), normed as :meth:`forward` norms z (B, Z)."""
+        if self.training and z.shape[0] == 1:
+            raise ValueError(
+                "norm: one image has no batch statistics; call eval() on the head first"
+            )
+        mean = z.mean(0) if self.training else self.running_mean
+        assert mean is not None
+        return (other - mean) * self.gain(z)
+
 
 class AttentiveHead(Head):
     """Base of the heads that pool by attention: a classifier that explains itself.
@@ -88,7 +100,7 @@ class AttentiveHead(Head):
         pooled: width Z of the pooled vector.
         num_taps: how many of the backbone's last taps are read.
         classes: how many; by default as many as ``class_names`` has, or the backbone.
-        class_names: their names, one a class.
+        class_names: their names, one a class, no two alike unless the backbone's own are.
         norm: a :class:`FeatureNorm` before the classifier.
         explain_with: what the head shows: ``"scores"``, the shares; ``"mask"``, their sigmoid; or
             ``"attention"``, the mean of the query maps, the same for every class.
@@ -105,6 +117,7 @@ class AttentiveHead(Head):
     permutes: ClassVar[bool] = True  # whether permuted patches give permuted maps and equal logits
     inert: tuple[str, ...] = ()  # published parameters that the softmax cancels
 
+    @checked
     def __init__(
         self,
         backbone: Backbone,
@@ -112,8 +125,8 @@ class AttentiveHead(Head):
         pooled: int,
         num_taps: int = 1,
         *,
-        classes: int | None = None,
-        class_names: Sequence[str] | None = None,
+        classes: Count | None = None,
+        class_names: Names | None = None,
         norm: bool = True,
         explain_with: Literal["scores", "mask", "attention"] = "scores",
         reliability: dict[str, Any] | None = None,
@@ -145,7 +158,7 @@ class AttentiveHead(Head):
             )
         self.num_taps = num_taps
         self.has_class_token = _has_class_token(backbone)
-        self.num_classes = _class_count(classes, names, backbone.num_classes)
+        self.num_classes = _class_count(classes, names, backbone)
         self.class_names = names
         self.norm: FeatureNorm | None = FeatureNorm(pooled) if norm else None
         self.classifier = nn.Linear(pooled, self.num_classes)
@@ -153,7 +166,7 @@ class AttentiveHead(Head):
         nn.init.zeros_(self.classifier.bias)
         self.balancing: ReliabilityBalancing | None = None
         if reliability is not None:
-            self.balancing = ReliabilityBalancing(self.num_classes, pooled, **reliability)
+            self.balancing = create_balancing(self.num_classes, pooled, reliability)
         self.trust = 1.0  # in the correction; training raises it from 0
 
     @staticmethod
@@ -243,17 +256,35 @@ class AttentiveHead(Head):
         return balancing.anchor_loss() + balancing.center_loss(e, self.classifier(e), target)
 
     def anchor_maps(self, tokens: Tokens) -> Tensor:
-        """(B, K, h, w): how near each class's anchors what the head would read is, if it looked at
-        one patch alone; over the classes it sums to 1."""
-        attended, balancing = self.attend(tokens), self._anchored()
-        queries, count = attended.scores.shape[1], tokens.grid[0] * tokens.grid[1]
+        """(B, K, h, w): the geometric label distribution of what the classifier would read, if all
+        the weight that patches have lay on this one; over the classes it sums to 1.
+
+        The rest stays as in the whole image: the weight of prefix tokens, what the head makes of a
+        patch beside the others (its values and gates) and, in training mode, the batch's statistics.
+        So patches that are all alike have the image's own distribution, and so has every patch where
+        a head reads none of them. Where weights are a softmax over patches whose values do not depend
+        on each other, it is the distribution of an image that is this patch alone.
+
+        Raises:
+            ValueError: the head has no anchors, or it is in training mode and gets a single image.
+        """
+        balancing = self._anchored()
+        with keeping_statistics(self):
+            attended = self.attend(tokens)
+        weights = self.weights(attended.scores)
+        z = self.finish(_pool(weights, attended.values), attended)[0]
+        weights, values = self.sources(weights, attended)
+        front = weights.shape[-1] - tokens.grid[0] * tokens.grid[1]
+        kept = _pool(weights[..., :front], values[:, :, :front])
+        moved = weights[..., front:].sum(-1, keepdim=True)
 
         def alone(value: Tensor) -> Tensor:  # (B, Q or 1, V)
-            z = self.finish(value.expand(-1, queries, -1), attended)[0]
-            return balancing.geometric(z if self.norm is None else self.norm(z))
+            own = self.finish(kept + moved * value, attended)[0]
+            return balancing.geometric(own if self.norm is None else self.norm.beside(z, own))
 
-        near = torch.vmap(alone, 2, 2, chunk_size=64)(attended.values[:, :, -count:])
-        return near.unflatten(-1, tokens.grid)
+        # Dropout, in training mode, is drawn for each patch.
+        over = torch.vmap(alone, 2, 2, randomness="different", chunk_size=64)
+        return over(values[:, :, front:]).unflatten(-1, tokens.grid)
 
     def _anchored(self) -> ReliabilityBalancing:
         if self.balancing is None:
@@ -264,11 +295,16 @@ class AttentiveHead(Head):
         return self.balancing
 
     def class_maps(self, tokens: Tokens, class_index: Tensor | int | None = None) -> ClassMaps:
-        """Each patch's share of the logits of some classes, see :class:`ClassMaps`.
+        """Each patch's share of the logits of some classes, see :class:`ClassMaps`. In training mode
+        running statistics stay as they are; they move where the head itself is called.
 
         Args:
             class_index: as for :class:`~xattn.heads.Head`.
         """
+        with keeping_statistics(self):
+            return self._share_out(tokens, class_index)
+
+    def _share_out(self, tokens: Tokens, class_index: Tensor | int | None) -> ClassMaps:
         attended = self.attend(tokens)
         weights = self.weights(attended.scores)
         z, pull = self.finish(_pool(weights, attended.values), attended)
@@ -293,11 +329,12 @@ class AttentiveHead(Head):
         return ClassMaps(patches.unflatten(-1, tokens.grid), logits - patches.sum(-1))
 
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
-        return self.class_maps(self.tokens(taps), class_index).maps
+        return self._share_out(self.tokens(taps), class_index).maps
 
     def query_maps(self, tokens: Tokens) -> Tensor:
         """A of the patches as maps (B, Q, h, w); with prefix tokens a map sums to less than 1."""
-        attended = self.attend(tokens)
+        with keeping_statistics(self):
+            attended = self.attend(tokens)
         weights, _ = self.sources(self.weights(attended.scores), attended)
         return weights[..., weights.shape[-1] - tokens.grid[0] * tokens.grid[1] :].unflatten(
             -1, tokens.grid
@@ -351,12 +388,18 @@ def _has_class_token(backbone: Backbone) -> bool:
     return bool(own) and backbone.prefix_tokens > 0
 
 
-def _class_count(classes: int | None, names: Sequence[str] | None, default: int) -> int:
-    if classes is not None and (
-        isinstance(classes, bool) or not isinstance(classes, int) or classes < 1
-    ):
-        raise ValueError(f"classes: got {classes!r}; give how many there are")
-    count = classes or (default if names is None else len(names))
-    if names is not None and len(names) != count:
-        raise ValueError(f"class_names: got {len(names)} names for {count} classes")
+def _class_count(classes: int | None, names: list[str] | None, backbone: Backbone) -> int:
+    if names is None:
+        return classes or backbone.num_classes
+    count = len(names) if classes is None else classes
+    if len(names) != count:
+        raise ValueError(
+            f"class_names: got {len(names)} names for {count} classes; give one a class"
+        )
+    for index, name in enumerate(names):
+        if not name.strip():
+            raise ValueError(f"class_names: got {name!r} for class {index}; give it a name")
+    if len(set(names)) < count and names != list(backbone.class_names):
+        twice = next(name for name, n in Counter(names).items() if n > 1)
+        raise ValueError(f"class_names: got {twice!r} twice; give every class a name of its own")
     return count

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from xattn.backbone import Backbone, Taps
 from xattn.files import atomic_folder
+from xattn.heads.options import checked
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -83,7 +86,8 @@ class Head(
 
     def explanation(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
         """The maps that the head shows: its scores, or with ``explain_with="mask"`` the mask."""
-        scores = self(taps, class_index)
+        with keeping_statistics(self):
+            scores = self(taps, class_index)
         return self.mask(scores) if self.explain_with == "mask" else scores
 
     def config(self) -> dict[str, Any]:
@@ -131,11 +135,28 @@ class Head(
         return _read_head(files[0].parent, backbone)
 
 
+@contextmanager
+def keeping_statistics(module: nn.Module) -> Iterator[None]:
+    """The BatchNorm layers of ``module`` leave their running statistics as they are; in training mode
+    they go on to use the batch's. A decorator, too."""
+    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = [layer for layer in layers if layer.training]
+    try:
+        for layer in layers:
+            layer.track_running_stats = False
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
 def register_head(name: str) -> Callable[[type[Head]], type[Head]]:
-    """Class decorator: make a head known to :func:`create_head` under ``name``."""
+    """Class decorator: make a head known to :func:`create_head` under ``name``, and have its options
+    checked by what its constructor's signature says of them, see :mod:`xattn.heads.options`."""
 
     def add(cls: type[Head]) -> type[Head]:
         cls.name = name
+        cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign, misc]
         _REGISTRY[name] = cls
         return cls
 
@@ -170,7 +191,8 @@ def create_head(name: str, backbone: Backbone, **options: Any) -> Head:
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Options written as ``name=value`` with JSON values; what is not JSON is a string."""
+    """Options written as ``name=value`` with JSON values; what is not JSON is a string, so that
+    ``read=mean`` needs no quotes (and ``norm=no`` is refused by the head)."""
     options: dict[str, Any] = {}
     for pair in pairs:
         key, found, value = pair.partition("=")

@@ -16,6 +16,7 @@ from xattn.heads.affine import Step, mean
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
+from xattn.heads.options import Count
 
 
 @register_head("cae")
@@ -30,7 +31,7 @@ class Cae(AttentiveHead):
     inert = ("norm_k.bias",)
 
     def __init__(
-        self, backbone: Backbone, heads: int | None = None, **shared: Unpack[Shared]
+        self, backbone: Backbone, heads: Count | None = None, **shared: Unpack[Shared]
     ) -> None:
         width = backbone.channels[-1]
         super().__init__(backbone, {"heads": heads}, width, **shared)

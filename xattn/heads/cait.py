@@ -11,6 +11,7 @@ from xattn.backbone import Backbone
 from xattn.heads.attentive import Shared
 from xattn.heads.base import register_head
 from xattn.heads.class_attention import ClassAttention
+from xattn.heads.options import Count, Positive
 
 
 @register_head("cait")
@@ -31,8 +32,8 @@ class Cait(ClassAttention):
     def __init__(
         self,
         backbone: Backbone,
-        heads: int | None = None,
-        mlp_ratio: float = 4.0,
+        heads: Count | None = None,
+        mlp_ratio: Positive = 4.0,
         layer_scale: float = 1e-5,
         **shared: Unpack[Shared],
     ) -> None:

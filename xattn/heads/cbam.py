@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from xattn.backbone import Backbone
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
+from xattn.heads.options import Count
 
 
 @register_head("cbam")
@@ -32,9 +33,9 @@ class Cbam(AttentiveHead):
 
     permutes = False
 
-    def __init__(self, backbone: Backbone, reduction: int = 16, **shared: Unpack[Shared]) -> None:
+    def __init__(self, backbone: Backbone, reduction: Count = 16, **shared: Unpack[Shared]) -> None:
         width = backbone.channels[-1]
-        if reduction < 1 or width % reduction:
+        if width % reduction:
             raise ValueError(
                 f"reduction: got {reduction}; tokens are {width} wide, choose a divisor of that"
             )

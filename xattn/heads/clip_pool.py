@@ -19,8 +19,7 @@ from xattn.heads.affine import Step, mean
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
-
-QUERIES = ("learned", "mean")
+from xattn.heads.options import Count
 
 
 @register_head("clip_pool")
@@ -36,12 +35,10 @@ class ClipPool(AttentiveHead):
     def __init__(
         self,
         backbone: Backbone,
-        heads: int | None = None,
+        heads: Count | None = None,
         query: Literal["learned", "mean"] = "learned",
         **shared: Unpack[Shared],
     ) -> None:
-        if query not in QUERIES:
-            raise ValueError(f"query: got {query!r}; choose one of {', '.join(QUERIES)}")
         width = backbone.channels[-1]
         super().__init__(backbone, {"heads": heads, "query": query}, width, **shared)
         self.attention = CrossAttention(width, heads)

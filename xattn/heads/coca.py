@@ -14,6 +14,7 @@ from xattn.heads.affine import Step, mean
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
+from xattn.heads.options import Count
 
 
 @register_head("coca")
@@ -29,12 +30,10 @@ class Coca(AttentiveHead):
     def __init__(
         self,
         backbone: Backbone,
-        queries: int = 4,
-        heads: int | None = None,
+        queries: Count = 4,
+        heads: Count | None = None,
         **shared: Unpack[Shared],
     ) -> None:
-        if queries < 1:
-            raise ValueError(f"queries: got {queries}; give at least 1")
         width = backbone.channels[-1]
         super().__init__(backbone, {"queries": queries, "heads": heads}, width, **shared)
         self.queries = nn.Parameter(torch.randn(1, queries, width))

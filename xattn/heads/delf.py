@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from xattn.backbone import Backbone
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
+from xattn.heads.options import Count
 
 
 @register_head("delf")
@@ -23,9 +24,9 @@ class Delf(AttentiveHead):
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 
-    def __init__(self, backbone: Backbone, features: int = 1024, **shared: Unpack[Shared]) -> None:
-        if features < 1:
-            raise ValueError(f"features: got {features}; give at least 1")
+    def __init__(
+        self, backbone: Backbone, features: Count = 1024, **shared: Unpack[Shared]
+    ) -> None:
         super().__init__(backbone, {"features": features}, features, **shared)
         self.feature = nn.Linear(backbone.channels[-1], features, bias=False)
         self.feature_norm = nn.BatchNorm1d(features)

@@ -11,6 +11,7 @@ from xattn.backbone import Backbone
 from xattn.heads.attentive import Shared
 from xattn.heads.base import register_head
 from xattn.heads.class_attention import ClassAttention
+from xattn.heads.options import Count, Positive
 
 
 @register_head("dino_block")
@@ -28,8 +29,8 @@ class DinoBlock(ClassAttention):
     def __init__(
         self,
         backbone: Backbone,
-        heads: int | None = None,
-        mlp_ratio: float = 4.0,
+        heads: Count | None = None,
+        mlp_ratio: Positive = 4.0,
         **shared: Unpack[Shared],
     ) -> None:
         options = {"heads": heads, "mlp_ratio": mlp_ratio}

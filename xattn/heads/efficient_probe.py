@@ -15,6 +15,7 @@ from xattn.backbone import Backbone
 from xattn.heads.affine import Step
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens, prefixed
 from xattn.heads.base import register_head
+from xattn.heads.options import Count
 
 
 @register_head("efficient_probe")
@@ -31,14 +32,14 @@ class EfficientProbe(AttentiveHead):
     def __init__(
         self,
         backbone: Backbone,
-        queries: int = 32,
-        reduction: int = 1,
+        queries: Count = 32,
+        reduction: Count = 1,
         prefix: bool = False,
         **shared: Unpack[Shared],
     ) -> None:
         width = backbone.channels[-1]
-        pooled = width // reduction if reduction >= 1 else 0
-        if queries < 1 or pooled < 1 or width % reduction or pooled % queries:
+        pooled = width // reduction
+        if pooled < 1 or width % reduction or pooled % queries:
             raise ValueError(
                 f"queries={queries}, reduction={reduction}: tokens are {width} wide; the queries "
                 f"have to divide {width} / reduction evenly"

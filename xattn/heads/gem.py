@@ -10,6 +10,7 @@ from xattn.backbone import Backbone
 from xattn.heads.affine import Step, root
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
+from xattn.heads.options import Positive
 
 
 @register_head("gem")
@@ -23,19 +24,14 @@ class Gem(AttentiveHead):
         p: where the exponent starts.
         eps: the smallest value that is told apart.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
-
-    Raises:
-        ValueError: ``p`` or ``eps`` is not positive.
     """
 
     learns_scores = False
     gated = True
 
     def __init__(
-        self, backbone: Backbone, p: float = 3.0, eps: float = 1e-6, **shared: Unpack[Shared]
+        self, backbone: Backbone, p: Positive = 3.0, eps: Positive = 1e-6, **shared: Unpack[Shared]
     ) -> None:
-        if p <= 0 or eps <= 0:
-            raise ValueError(f"p, eps: got {p} and {eps}; give positive numbers")
         super().__init__(backbone, {"p": p, "eps": eps}, backbone.channels[-1], **shared)
         self.p = nn.Parameter(torch.tensor(float(p)))
         self.eps = eps

@@ -14,9 +14,7 @@ from typing_extensions import Unpack
 from xattn.backbone import Backbone
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
-
-ACTIVATIONS = ("none", "tanh")
-CONTEXTS = ("mean", "learned")
+from xattn.heads.options import Count
 
 
 @register_head("lama")
@@ -34,18 +32,12 @@ class Lama(AttentiveHead):
     def __init__(
         self,
         backbone: Backbone,
-        heads: int = 8,
-        rank: int = 1,
+        heads: Count = 8,
+        rank: Count = 1,
         act: Literal["none", "tanh"] = "tanh",
         context: Literal["mean", "learned"] = "mean",
         **shared: Unpack[Shared],
     ) -> None:
-        if heads < 1 or rank < 1:
-            raise ValueError(f"heads, rank: got {heads} and {rank}; give at least 1 of each")
-        if act not in ACTIVATIONS:
-            raise ValueError(f"act: got {act!r}; choose one of {', '.join(ACTIVATIONS)}")
-        if context not in CONTEXTS:
-            raise ValueError(f"context: got {context!r}; choose one of {', '.join(CONTEXTS)}")
         width = backbone.channels[-1]
         options = {"heads": heads, "rank": rank, "act": act, "context": context}
         super().__init__(backbone, options, heads * width, **shared)

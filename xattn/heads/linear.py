@@ -14,8 +14,6 @@ from xattn.backbone import Backbone
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 
-READS = ("class", "mean", "both")
-
 
 @register_head("linear")
 class Linear(AttentiveHead):
@@ -39,8 +37,6 @@ class Linear(AttentiveHead):
         read: Literal["class", "mean", "both"] | None = None,
         **shared: Unpack[Shared],
     ) -> None:
-        if read not in (None, *READS):
-            raise ValueError(f"read: got {read!r}; choose one of {', '.join(READS)}")
         width = backbone.channels[-1] * (2 if read == "both" else 1)
         super().__init__(backbone, {"read": read}, width, **shared)
         if read in ("class", "both") and not self.has_class_token:

@@ -21,8 +21,8 @@ from xattn.backbone import Backbone
 from xattn.heads.affine import Step, chain
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
+from xattn.heads.options import Count, Share
 
-FORMS = ("linear", "additive")
 TAPS = 4
 
 
@@ -47,18 +47,13 @@ class MemeTector(AttentiveHead):
         self,
         backbone: Backbone,
         form: Literal["linear", "additive"] = "linear",
-        hidden: Sequence[int] = (2048, 1024),
-        dropout: float = 0.5,
-        num_taps: int | None = None,
+        hidden: Sequence[Count] = (2048, 1024),
+        dropout: Share = 0.5,
+        num_taps: Count | None = None,
         **shared: Unpack[Shared],
     ) -> None:
-        if form not in FORMS:
-            raise ValueError(f"form: got {form!r}; choose one of {', '.join(FORMS)}")
-        if not hidden or min(hidden) < 1 or not 0 <= dropout < 1:
-            raise ValueError(
-                f"hidden, dropout: got {list(hidden)} and {dropout}; give widths of at least 1 and a "
-                f"share below 1"
-            )
+        if not hidden:
+            raise ValueError("hidden: got no width; give one or more")
         count = min(TAPS, len(backbone.taps)) if num_taps is None else num_taps
         options = {"form": form, "hidden": list(hidden), "dropout": dropout, "num_taps": count}
         super().__init__(backbone, options, hidden[-1], count, **shared)

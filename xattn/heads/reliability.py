@@ -15,14 +15,16 @@ without a gradient of its own, or being unsure would lower the loss.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from xattn.heads.options import Count, Positive, checked
 from xattn.kernels.softmax.reference import widen
 
 TINY = 1e-12
+OPTIONS = ("anchors", "temperature", "delta", "margin")
 
 
 class Balanced(NamedTuple):
@@ -52,23 +54,19 @@ class ReliabilityBalancing(nn.Module):
         margin: anchors of different classes repel below this distance, over sqrt(D).
     """
 
+    @checked
     def __init__(
         self,
         classes: int,
         width: int,
-        anchors: int = 8,
-        temperature: float = 1.0,
-        delta: float = 1.0,
-        margin: float = 1.0,
+        anchors: Count = 8,
+        temperature: Positive = 1.0,
+        delta: Positive = 1.0,
+        margin: Positive = 1.0,
     ) -> None:
         super().__init__()
         if classes < 2:
             raise ValueError(f"classes: got {classes}; reliability balancing needs at least 2")
-        if anchors < 1:
-            raise ValueError(f"anchors: got {anchors}; give at least one a class")
-        for name, value in (("temperature", temperature), ("delta", delta), ("margin", margin)):
-            if not value > 0:
-                raise ValueError(f"{name}: got {value}; give a positive number")
         self.temperature, self.delta, self.margin = temperature, delta, margin
         self.anchors = nn.Parameter(torch.randn(classes, anchors, width) * width**-0.5)
         self.query = nn.Linear(width, width, bias=False)
@@ -121,6 +119,21 @@ class ReliabilityBalancing(nn.Module):
         sure = confidence((logits.detach() / self.temperature).softmax(-1))
         own = self.distances(e)[torch.arange(len(e), device=e.device), target]
         return (sure * own.amin(-1)).mean() / e.shape[-1] ** 0.5
+
+
+def create_balancing(classes: int, width: int, options: dict[str, Any]) -> ReliabilityBalancing:
+    """A :class:`ReliabilityBalancing` with the ``reliability`` of a head.
+
+    Raises:
+        ValueError: an option that there is not, or that does not fit.
+    """
+    unknown = [key for key in options if key not in OPTIONS]
+    if unknown:
+        raise ValueError(f"reliability: got {unknown[0]!r}; its options are {', '.join(OPTIONS)}")
+    try:
+        return ReliabilityBalancing(classes, width, **options)
+    except ValueError as error:
+        raise ValueError(f"reliability: {error}") from None
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:

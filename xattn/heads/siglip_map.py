@@ -14,6 +14,7 @@ from xattn.heads.affine import Step, mean, mlp, residual
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
+from xattn.heads.options import Count, Positive
 
 
 @register_head("siglip_map")
@@ -31,8 +32,8 @@ class SiglipMap(AttentiveHead):
     def __init__(
         self,
         backbone: Backbone,
-        heads: int | None = None,
-        mlp_ratio: float = 4.0,
+        heads: Count | None = None,
+        mlp_ratio: Positive = 4.0,
         **shared: Unpack[Shared],
     ) -> None:
         width = backbone.channels[-1]

@@ -13,6 +13,7 @@ from xattn.backbone import Backbone
 from xattn.heads.affine import Step, root
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
+from xattn.heads.options import Positive
 
 EPS = 1e-6
 
@@ -34,12 +35,10 @@ class SimPool(AttentiveHead):
     def __init__(
         self,
         backbone: Backbone,
-        gamma: float | None = None,
+        gamma: Positive | None = None,
         project: bool = True,
         **shared: Unpack[Shared],
     ) -> None:
-        if gamma is not None and gamma <= 0:
-            raise ValueError(f"gamma: got {gamma}; give a positive number or None")
         width = backbone.channels[-1]
         super().__init__(backbone, {"gamma": gamma, "project": project}, width, **shared)
         self.gamma, self.gated = gamma, gamma is not None

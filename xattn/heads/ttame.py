@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from xattn.backbone import Backbone, Taps
 from xattn.heads.base import Head, register_head
 from xattn.heads.fusion import ClassifierFusion, Fusion, PerClassFusion
+from xattn.heads.options import Count
 
 FULL_RANK_CHANNELS = 512
 MAX_SIZE = 56
@@ -96,13 +97,13 @@ class TTame(Head):
         self,
         backbone: Backbone,
         fusion: Literal["classifier", "per_class"] = "classifier",
-        num_taps: int | None = None,
-        branch_rank: int | Literal["auto"] | None = "auto",
+        num_taps: Count | None = None,
+        branch_rank: Count | Literal["auto"] | None = "auto",
         skip: bool = True,
         norm: bool = True,
         activation: Literal["relu", "sigmoid"] = "relu",
         mask_policy: str = "raw_normalize",
-        fusion_rank: int | None = 64,
+        fusion_rank: Count | None = 64,
         explain_with: Literal["scores", "mask"] | None = None,
     ) -> None:
         options: dict[str, Any] = {
@@ -117,20 +118,11 @@ class TTame(Head):
             "explain_with": _shown(explain_with, fusion),
         }
         super().__init__(backbone, options)
-        for key, value in (("skip", skip), ("norm", norm)):
-            if not isinstance(value, bool):
-                raise ValueError(f"{key}: got {value!r}; give True or False")
-        if branch_rank not in ("auto", None) and (
-            not isinstance(branch_rank, int) or branch_rank < 1
-        ):
-            raise ValueError(f"branch_rank: got {branch_rank!r}; give 'auto', None or a rank")
         count = len(backbone.taps) if num_taps is None else num_taps
         if not 1 <= count <= len(backbone.taps):
             raise ValueError(
                 f"num_taps: got {num_taps}; the backbone has {len(backbone.taps)} taps"
             )
-        if activation not in ("relu", "sigmoid"):
-            raise ValueError(f"activation: got {activation!r}; choose 'relu' or 'sigmoid'")
         self.num_taps = count
         channels = list(backbone.channels[-count:])
         self.branches = nn.ModuleList()
@@ -168,7 +160,7 @@ class LCam(Head):
         backbone: Backbone,
         fusion: Literal["classifier", "per_class"] = "per_class",
         mask_policy: str = "raw_normalize",
-        fusion_rank: int | None = 64,
+        fusion_rank: Count | None = 64,
         explain_with: Literal["scores", "mask"] | None = None,
     ) -> None:
         options = {

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from xattn.heads.base import keeping_statistics
 from xattn.kernels.softmax.reference import widen
 
 LossFn: TypeAlias = Callable[[Tensor], Tensor]
@@ -114,7 +114,7 @@ class Perturbation:
             wide = wide.detach().requires_grad_()
         again = _replaying(predict, wide.device)
         logits = predict(wide)
-        again = again if module is None else keeping_statistics(again, module)
+        again = again if module is None else keeping_statistics(module)(again)
         clean = None if target is None else _cross_entropy(logits, target)
         extra = self._extra(_Clean(wide, valid, again, logits, clean, target))
         self.step += 1
@@ -398,23 +398,6 @@ def _valid(scores: Tensor, mask: Tensor | None) -> Tensor:
             f"true at real tokens"
         )
     return valid & mask[:, None]
-
-
-def keeping_statistics(predict: LossFn, module: nn.Module) -> LossFn:
-    """``predict`` again, without a second update of the BatchNorm statistics of ``module``."""
-    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
-
-    def run(scores: Tensor) -> Tensor:
-        tracked = [layer.track_running_stats for layer in layers]
-        try:
-            for layer in layers:
-                layer.track_running_stats = False  # batch statistics, none kept
-            return predict(scores)
-        finally:
-            for layer, value in zip(layers, tracked, strict=True):
-                layer.track_running_stats = value
-
-    return run
 
 
 def _replaying(predict: LossFn, device: torch.device) -> LossFn:

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from xattn.config import ProbeConfig
 from xattn.distributed import gather
 from xattn.heads import AttentiveHead, Tokens, save_head
+from xattn.heads.base import keeping_statistics
 from xattn.images import read_ahead
 from xattn.interrupts import deferred_interrupt
 from xattn.memory import is_out_of_memory
@@ -33,7 +34,7 @@ from xattn.training.checkpoint import load_checkpoint, save_checkpoint
 from xattn.training.features import Features
 from xattn.training.labels import check_labels
 from xattn.training.lars import LARS
-from xattn.training.perturbation import Perturbation, create_perturbation, keeping_statistics
+from xattn.training.perturbation import Perturbation, create_perturbation
 from xattn.training.processes import (
     agree,
     claim_together,
@@ -426,10 +427,9 @@ def _step(
                 module=head,
             )
             if head.balancing is not None:
-                anchored = keeping_statistics(
-                    lambda scores: head.anchor_loss(attended._replace(scores=scores), target), head
-                )
-                loss = loss + head.trust * anchored(attended.scores)
+                with keeping_statistics(head):
+                    anchored = head.anchor_loss(attended, target)
+                loss = loss + head.trust * anchored
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(weight * loss)
     except Exception as error:

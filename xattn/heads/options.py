@@ -1,0 +1,146 @@
+"""Options are checked by what a constructor's signature says of them: type, None, choices, range.
+
+    @checked
+    def __init__(self, queries: Count = 32, gamma: Positive | None = None, norm: bool = True)
+
+refuses ``queries=2.0``, ``gamma=nan`` and ``norm="false"``; a bool is no number.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
+
+from typing_extensions import get_type_hints
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+SMALLEST, LARGEST = 2.0**-126, 2.0**127  # normal float32 numbers, as weights have them
+
+
+class Where(NamedTuple):
+    """What a value has to fulfil beside its type, as a test and in words."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+Count: TypeAlias = Annotated[int, Where(lambda n: n >= 1, "an int of at least 1")]
+Positive: TypeAlias = Annotated[
+    float, Where(lambda x: x >= SMALLEST, "a positive, finite number (float32)")
+]
+Names: TypeAlias = Annotated[Sequence[str], Where(bool, "a list of names, one a class")]
+Share: TypeAlias = Annotated[float, Where(lambda x: 0 <= x < 1, "a number from 0 to below 1")]
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, which raises a ``ValueError`` for an argument that its annotation does not allow.
+
+    Known are bool, int, float (finite, an int will do), str, None, Literal, Sequence and Mapping, a
+    union of these, and these with a :class:`Where`; other annotations allow anything.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        hints = _hints(function)
+        names = inspect.signature(function).parameters
+        for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
+            if name in hints:
+                check(name, value, hints[name])
+        return function(*args, **kwargs)
+
+    return call
+
+
+def check(name: str, value: Any, hint: Any) -> None:
+    """Raise a ``ValueError`` that names ``name`` unless the annotation ``hint`` allows ``value``."""
+    if not _allows(hint, value):
+        text = _texts(hint)
+        note = (
+            ""
+            if text or not isinstance(value, str)
+            else (" (options written as name=value are JSON: true, false, null, 4, 0.5)")
+        )
+        raise ValueError(f"{name}: got {reprlib.repr(value)}; give {_words(hint)}{note}")
+
+
+@functools.cache
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(function, include_extras=True)
+    except NameError:  # names that only a type checker sees: nothing is known of the options
+        return {}
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or ``hint`` alone."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _allows(hint: Any, value: Any) -> bool:
+    return any(_allows_one(part, value) for part in _options(hint))
+
+
+def _allows_one(hint: Any, value: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        where = [w for w in args[1:] if isinstance(w, Where)]
+        return _allows(args[0], value) and all(w.holds(value) for w in where)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in args)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping)
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        return listed and all(_allows(args[0], item) for item in value)
+    if hint in (bool, str, NoneType):
+        return isinstance(value, hint)
+    if hint in (int, float):
+        number = isinstance(value, int | hint) and not isinstance(value, bool)
+        return number and (hint is int or abs(value) <= LARGEST)
+    return True
+
+
+def _words(hint: Any) -> str:
+    words: list[str] = []
+    for part in _options(hint):
+        words += map(repr, get_args(part)) if get_origin(part) is Literal else [_words_one(part)]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _words_one(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return next(w.words for w in args[1:] if isinstance(w, Where))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a dict"
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return f"a list ({_words(args[0])} each)"
+    names = {
+        bool: "True or False",
+        int: "an int",
+        float: "a finite number (float32)",
+        NoneType: "None",
+    }
+    return names.get(hint, "a str" if hint is str else str(hint))
+
+
+def _texts(hint: Any) -> bool:
+    """Whether texts are all that ``hint`` allows."""
+    return all(part is str or get_origin(part) is Literal for part in _options(hint))
