@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from xattn.attention import convert, create_mechanism, record, revert
+from xattn.attention import convert, converted_copy, create_mechanism, record, revert
 
 FAMILIES = {
     "vit_tiny_patch16_224": "class token",
@@ -95,6 +95,19 @@ def test_gna_and_dma_that_see_everything_leave_the_logits():
     assert torch.allclose(net(x), before, atol=1e-5)
     convert(net, "dma", window=16)  # converted anew
     assert torch.allclose(net(x), before, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_converted_copy_shares_all_weights_and_leaves_the_model():
+    net = model("vit_tiny_patch16_224", depth=2)
+    x = images(net)
+    before, shared = net(x), {name: p.data_ptr() for name, p in net.named_parameters()}
+    expected = convert(copy.deepcopy(net), "gna", kernel=3)(x)
+    other = converted_copy(net, "gna", kernel=3)
+    assert torch.equal(other(x), expected) and not torch.equal(expected, before)
+    assert {name: p.data_ptr() for name, p in other.named_parameters()} == shared
+    assert torch.equal(net(x), before) and not net.patch_embed._forward_pre_hooks
+    assert not any(hasattr(m, "mechanism") for m in net.modules())
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from xattn.attention.base import (
     mechanism_class,
     register,
 )
-from xattn.attention.convert import convert, revert
+from xattn.attention.convert import convert, converted_copy, revert
 from xattn.attention.operator import (
     LowRankOperator,
     Operator,
@@ -47,6 +47,7 @@ __all__ = [
     "SoftmaxOperator",
     "attend",
     "convert",
+    "converted_copy",
     "create_attention",
     "create_mechanism",
     "list_attention",

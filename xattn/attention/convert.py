@@ -9,9 +9,10 @@ names of the weights stay as they are; a mechanism's own lie under ``attn.mechan
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,17 @@ def convert(
             raise
         raise ValueError(f"model: {name} does not run in it ({error}); untouched") from error
     return model
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def converted_copy(model: Model, name: str, **options: Any) -> Model:
+    """:func:`convert` of a copy that shares every weight and buffer; ``model`` stays as it is."""
+    shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    copied = copy.deepcopy(model, shared)
+    convert(copied, name, **options)
+    return copied
 
 
 def revert(model: nn.Module) -> nn.Module:

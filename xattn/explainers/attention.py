@@ -114,7 +114,7 @@ def read_attention(backbone: Backbone, images: Tensor) -> Reading:
     """One pass over images (B, 3, H, W) in [0, 1]; without gradients unless they are enabled.
 
     Raises:
-        ValueError: a model without self-attention over all tokens in every layer.
+        NoAttention: a model without self-attention over all tokens in every layer.
     """
     with record(backbone.model) as calls:
         logits = backbone.logits(images)
@@ -168,14 +168,26 @@ def check_fusion(fusion: str) -> str:
 # ---------------------------------------------------------------------- what a model's attention is
 
 
+class NoAttention(ValueError):
+    """A model whose attention cannot be read as (B, H, N, N) a layer.
+
+    Attributes: ``found``, what it does instead, to be read after its name; ``calls``, how many calls
+    of attention it makes.
+    """
+
+    def __init__(self, name: str, found: str, calls: int) -> None:
+        super().__init__(
+            f"backbone: {name} {found}; this explainer needs self-attention over all tokens in every "
+            f"layer; use 'gradcam' or a head"
+        )
+        self.found, self.calls = found, calls
+
+
 def _check_layers(backbone: Backbone, layers: Sequence[Call], images: Tensor) -> int:
-    """The number of tokens; a ``ValueError`` unless every layer attends over all of them."""
+    """The number of tokens; :class:`NoAttention` unless every layer attends over all of them."""
     found = _objection(backbone, layers, images)
     if found:
-        raise ValueError(
-            f"backbone: {backbone.name} {found}; this explainer needs self-attention over all "
-            f"tokens in every layer; use 'gradcam' or a head"
-        )
+        raise NoAttention(backbone.name, found, len(layers))
     return layers[0].operator.shape[2]
 
 
