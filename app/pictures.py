@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -18,10 +16,21 @@ from urllib.parse import urlencode
 import numpy as np
 from PIL import Image
 
-from xattn.visualize import DIVERGING, SEQUENTIAL, Scale, contrast, make_scale, overlay, own_scale
+from xattn.app.pack import Recent
+from xattn.visualize import (
+    DIVERGING,
+    SEQUENTIAL,
+    Legend,
+    Scale,
+    contrast,
+    legend_of,
+    make_scale,
+    overlay,
+    own_scale,
+)
 
 if TYPE_CHECKING:
-    from xattn.app.library import Pack
+    from xattn.app.pack import Pack
     from xattn.explanation import Explanation
 
 PICTURE, OVERLAY = "/xattn/picture", "/xattn/overlay"
@@ -152,9 +161,20 @@ def overlay_url(
 # ---------------------------------------------------------------------- drawing
 
 
-def scale_of(pack: Pack, entry_id: str, look: Look) -> Scale:
-    """The scale on which an entry is drawn, for its legend."""
-    return _scaled(pack, pack.explanation(entry_id), look)[1]
+def legends(pack: Pack, entry_ids: Iterable[str], look: Look) -> list[Legend]:
+    """What the colours of these maps mean, each meaning once."""
+    found = [_legend(pack, entry_id, look) for entry_id in entry_ids]
+    return list(dict.fromkeys(found))
+
+
+def _legend(pack: Pack, entry_id: str, look: Look) -> Legend:
+    scale = _scaled(pack, pack.explanation(entry_id), look)[1]
+    if look.minus is None:
+        return legend_of(scale, shared=look.scale == "shared")
+    plus, minus = (pack.entries.loc[i, "target_name"] for i in (entry_id, look.minus))
+    kind = "scores" if look.scale == "shared" else "min-maxed maps"
+    text = f"difference of the {kind}: orange where {plus} has more, blue where {minus} has"
+    return Legend(*scale.ends, text, scale.cmap)
 
 
 def overlay_image(pack: Pack, entry_id: str, look: Look) -> Image.Image:
@@ -165,7 +185,11 @@ def overlay_image(pack: Pack, entry_id: str, look: Look) -> Image.Image:
         ValueError: ``minus`` is on another grid.
     """
     explanation = pack.explanation(entry_id)
-    photo = pack.photo(explanation.image_id, look.side)
+    return draw(pack, explanation, pack.photo(explanation.image_id, look.side), look)
+
+
+def draw(pack: Pack, explanation: Explanation, photo: Image.Image, look: Look) -> Image.Image:
+    """A map of the pack over its photo, which may have been shrunk."""
     values, scale = _scaled(pack, explanation, look)
     on_photo = explanation.view.to_photo(scale(values), (photo.height, photo.width))
     return overlay(photo, on_photo, look.opacity, scale.cmap, look.threshold)
@@ -200,37 +224,21 @@ def jpeg(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-class ByteCache:
-    """The pictures used last, at most ``limit`` bytes of them; for many threads."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.size = limit, 0
-        self._items: OrderedDict[Any, bytes] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Any, make: Callable[[], bytes]) -> bytes:
-        """The bytes under ``key``, made if they are not there."""
-        with self._lock:
-            if key in self._items:
-                self._items.move_to_end(key)
-                return self._items[key]
-        made = make()  # outside the lock: two threads may draw one picture, none waits for another
-        with self._lock:
-            if key not in self._items and len(made) <= self.limit:
-                self._items[key] = made
-                self.size += len(made)
-            while self.size > self.limit:
-                self.size -= len(self._items.popitem(last=False)[1])
-        return made
+_CACHE = Recent(CACHE_BYTES)
 
 
-_CACHE = ByteCache(CACHE_BYTES)
+def _kept(key: Hashable, make: Callable[[], Image.Image]) -> bytes:
+    data = _CACHE.get(key)
+    if data is None:
+        data = jpeg(make())
+        _CACHE.put(key, data, len(data))
+    return data
 
 
 def photo_bytes(pack: Pack, image_id: str, side: int = 240) -> bytes:
     """The photo as JPEG."""
     key = (pack.id, pack.version, image_id, check_side(side))
-    return _CACHE.get(key, lambda: jpeg(pack.photo(image_id, side)))
+    return _kept(key, lambda: pack.photo(image_id, side))
 
 
 def overlay_bytes(
@@ -252,4 +260,4 @@ def overlay_bytes(
 def drawn_bytes(pack: Pack, entry_id: str, look: Look) -> bytes:
     """:func:`overlay_bytes` of a look."""
     key = (pack.id, pack.version, entry_id, look)
-    return _CACHE.get(key, lambda: jpeg(overlay_image(pack, entry_id, look)))
+    return _kept(key, lambda: overlay_image(pack, entry_id, look))

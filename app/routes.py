@@ -21,7 +21,7 @@ from xattn.app import pictures
 from xattn.app.pictures import Look
 
 if TYPE_CHECKING:
-    from xattn.app.library import Pack
+    from xattn.app.pack import Pack
 
 THREADS = 2  # drawing holds numpy and the decoder, not the event loop; more only wait for cores
 LONGEST_ID = 1000  # characters
@@ -73,7 +73,7 @@ def _id(query: Mapping[str, str], name: str) -> str:
 
 def _answer(parse: Callable[[Mapping[str, str]], tuple[str, tuple[object, ...], Draw]]):
     async def endpoint(request: Request) -> Response:
-        from xattn.app.library import PackError
+        from xattn.app.pack import PackError
         from xattn.app.state import library
 
         try:

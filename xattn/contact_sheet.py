@@ -19,7 +19,6 @@ from PIL import Image, ImageDraw
 from xattn.visualize import (
     MINMAX,
     Legend,
-    Scale,
     _font,
     _shorten,
     colour_bar,
@@ -55,13 +54,11 @@ def sheet_rows(
     max_side: int = 480,
     opacity: float = 0.55,
     cmap: str = "inferno",
-    threshold: float = 0.0,
-    scale: Callable[[Explanation], Scale] | None = None,
+    draw: Callable[[Explanation, Image.Image], Image.Image] | None = None,
 ) -> list[Row]:
     """Group explanations by photo, in order of appearance: the photo first, then its overlays.
 
-    ``scale`` gives the scale of each map's scores, and with it its colours; without it maps are
-    min-maxed and drawn in ``cmap``.
+    ``draw`` puts a map over its photo in another way than min-maxed, in ``cmap``.
     """
     groups: dict[str, list[Explanation]] = {}
     for explanation in explanations:
@@ -72,11 +69,11 @@ def sheet_rows(
         name = group[0].file_name or image_id
         cells = [Cell(photo, "Photo", name, alt=f"Photo {name}")]
         for e in group:
-            at, colours = e.normalized(), cmap
-            if scale is not None:
-                at, colours = scale(e)(e.map), scale(e).cmap
-            on_photo = e.view.to_photo(at, (photo.height, photo.width))
-            drawn = overlay(photo, on_photo, opacity, colours, threshold)
+            if draw is None:
+                on_photo = e.on_photo((photo.height, photo.width))
+                drawn = overlay(photo, on_photo, opacity, cmap)
+            else:
+                drawn = draw(e, photo)
             label = e.target_name.split(",")[0]
             alt = f"{e.method} map of {label} ({e.probability:.1%}) on {name}"
             cells.append(Cell(drawn, label, e.method, e.probability, alt))

@@ -194,6 +194,19 @@ def own_scale(explanation: Explanation, cmap: str | None = None) -> Scale:
     return make_scale([(float(explanation.map.min()), float(explanation.map.max()))], cmap)
 
 
+def legend_of(scale: Scale, shared: bool = False) -> Legend:
+    """What a scale's colours say: of each map by itself, or on one scale for several maps."""
+    if shared:
+        low, high, text = *scale.ends, "score of the named class, one scale for all maps"
+    elif scale.cmap == DIVERGING:
+        low, high, text = "−", "+", "score of the named class, each map up to its own largest"
+    else:
+        low, high, text = MINMAX
+    if scale.cmap == DIVERGING:
+        text += "; orange speaks for the class, blue against it"
+    return Legend(low, high, text, scale.cmap)
+
+
 def contrast(
     explanation: Explanation, other: Explanation, raw: bool = False
 ) -> NDArray[np.float32]:

@@ -1,0 +1,172 @@
+"""What leaves the viewer: a CSV of maps, a figure with caption and provenance, a static HTML report."""
+
+from __future__ import annotations
+
+import csv as csv_module
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from PIL.PngImagePlugin import PngInfo
+
+from xattn.app import pictures
+from xattn.app.pictures import Look
+from xattn.contact_sheet import (
+    contact_sheet_html,
+    contact_sheet_image,
+    contact_sheet_svg,
+    sheet_rows,
+)
+
+if TYPE_CHECKING:
+    from xattn.app.pack import Pack
+    from xattn.contact_sheet import Row
+
+FORMATS = ("png", "svg")
+MOST_MAPS = {"html": 400, "png": 60, "svg": 60}  # in one file
+SIDE = 320  # of a picture in a figure, in pixels
+_OF_IMAGE = (
+    "file_name",
+    "label",
+    "label_name",
+    "predicted",
+    "predicted_name",
+    "confidence",
+    "right",
+    "disagreement",
+)
+
+
+def csv(pack: Pack, image_ids: Iterable[str]) -> str:
+    """One line a map of these images, in their order: classes, probabilities, every metric.
+
+    Text that a spreadsheet would run as a formula is put behind an apostrophe.
+    """
+    wanted = list(dict.fromkeys(image_ids))
+    entries = pack.entries[pack.entries["image_id"].isin(wanted)]
+    order = pd.Categorical(entries["image_id"], wanted, ordered=True).argsort(kind="stable")
+    entries = entries.iloc[order]
+    of_image = pack.images.reindex(entries["image_id"])
+    columns = [name for name in _OF_IMAGE if name in of_image]
+    own = [name for name in entries.columns if name != "image_id"]
+    stream = io.StringIO()
+    writer = csv_module.writer(stream, lineterminator="\r\n")
+    writer.writerow(map(cell, ("image_id", *columns, "entry_id", *own)))
+    images = of_image[columns].itertuples(index=False, name=None)
+    maps = entries[own].itertuples(index=False, name=None)
+    for image_id, entry_id, left, right in zip(
+        entries["image_id"], entries.index, images, maps, strict=True
+    ):
+        writer.writerow(map(cell, (image_id, *left, entry_id, *right)))
+    return stream.getvalue()
+
+
+def cell(value: Any) -> Any:
+    """A value as a cell of a CSV: missing is empty, and text never starts a formula."""
+    if isinstance(value, str):
+        return f"'{value}" if value.lstrip()[:1] in ("=", "+", "-", "@") else value
+    if value is None or value != value:
+        return ""
+    return value
+
+
+# ---------------------------------------------------------------------- figure and report
+
+
+def figure(pack: Pack, entry_ids: Sequence[str], format: str, look: Look | None = None) -> bytes:
+    """The photos of these maps and the maps beside them, as a PNG or SVG file with its provenance.
+
+    Raises:
+        ValueError: another format, no maps, or too many. PackError: a map that cannot be read.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format: got {format!r}; give one of {', '.join(FORMATS)}")
+    look = look or Look()
+    rows = _rows(pack, entry_ids, format, look)
+    legends, notes = pictures.legends(pack, entry_ids, look), provenance(pack, entry_ids, look)
+    if format == "svg":
+        return contact_sheet_svg(
+            rows, _title(pack, entry_ids), SIDE, legends=legends, notes=notes
+        ).encode()
+    sheet = contact_sheet_image(rows, _title(pack, entry_ids), SIDE, legends=legends, notes=notes)
+    info = PngInfo()
+    info.add_itxt("Description", "\n".join(notes))
+    info.add_text("Software", f"xattn {pack.xattn}")
+    stream = io.BytesIO()
+    sheet.save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def html(pack: Pack, entry_ids: Sequence[str], look: Look | None = None) -> str:
+    """A report of these maps as one HTML page that needs no server: maps, metrics, provenance.
+
+    Raises:
+        ValueError: no maps, or too many. PackError: a map that cannot be read.
+    """
+    look = look or Look()
+    rows = _rows(pack, entry_ids, "html", look)
+    entries = pack.entries.loc[list(entry_ids)]
+    keys = [m for m in pack.metrics if entries[m.key].notna().any()]
+    table, notes = None, []
+    if keys:
+        table = [["map", *(f"{m.key} {'↑' if m.higher_is_better else '↓'}" for m in keys)]]
+        for entry_id, row in entries.iterrows():
+            table.append(
+                [
+                    entry_id,
+                    *(f"{row[m.key]:.4g}" if row[m.key] == row[m.key] else "–" for m in keys),
+                ]
+            )
+        notes = [f"{m.key}: {m.formula}; protocol {m.protocol_id}" for m in keys]
+    count = len(rows)
+    return contact_sheet_html(
+        rows,
+        _title(pack, entry_ids),
+        f"{len(entries)} map{'s' * (len(entries) != 1)} of {count} photo{'s' * (count != 1)}",
+        table,
+        "Fidelity of each map (↑ higher is better, ↓ lower)" if table else "",
+        [*notes, *provenance(pack, entry_ids, look)],
+        legends=pictures.legends(pack, entry_ids, look),
+    )
+
+
+def _rows(pack: Pack, entry_ids: Sequence[str], kind: str, look: Look) -> list[Row]:
+    if not 0 < len(entry_ids) <= MOST_MAPS[kind]:
+        raise ValueError(
+            f"entry_ids: got {len(entry_ids)} maps; give 1 to {MOST_MAPS[kind]} for {kind}"
+        )
+    photos: dict[str, Any] = {}
+    explanations = []
+    for entry_id in entry_ids:
+        explanation = pack.explanation(entry_id)
+        image_id = explanation.image_id
+        if image_id not in photos:
+            photos[image_id] = pack.photo(image_id)
+        explanations.append(replace(explanation, source=photos[image_id]))
+    return sheet_rows(explanations, draw=lambda e, photo: pictures.draw(pack, e, photo, look))
+
+
+def _title(pack: Pack, entry_ids: Sequence[str]) -> str:
+    images = pack.entries.loc[list(entry_ids), "image_id"].unique()
+    if len(images) > 1:
+        return pack.name
+    return str(pack.images.loc[images[0], "file_name"] or images[0])
+
+
+def provenance(pack: Pack, entry_ids: Sequence[str], look: Look) -> list[str]:
+    """Where these maps come from and how they are drawn, in sentences, each once."""
+    lines: dict[str, None] = {}
+    for entry_id in entry_ids:
+        found = pack.provenance(entry_id)
+        backbone, head = (found[name] or {} for name in ("backbone", "head"))
+        line = f"{found['method']}: {backbone.get('name', 'unknown network')}"
+        line += f" (sha256 {str(backbone.get('sha256', 'unknown'))[:12]})"
+        if head:
+            line += f", head {head.get('name', '?')} (sha256 {str(head.get('sha256', '?'))[:12]})"
+        lines[f"{line}, explained by xattn {found['xattn']}."] = None
+    drawn = f"Drawn with opacity {look.opacity:g}"
+    if look.threshold:
+        drawn += f", without colour below {look.threshold:g} of the scale"
+    return [*lines, f"{drawn}. Pack {pack.name}, version {pack.version}."]
