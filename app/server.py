@@ -114,6 +114,7 @@ def streamlit_options(address: Address, upload_mb: int) -> dict[str, Any]:
         **CONFIG,
         "server.address": address.host,
         "server.port": address.port,
+        "server.baseUrlPath": "",
         "server.headless": True,
         "server.fileWatcherType": "none",
         "server.runOnSave": False,
@@ -144,14 +145,16 @@ def application(address: Address, upload_mb: int = 50, **guard: Any) -> Any:
     from streamlit.starlette import App
     from streamlit.web.bootstrap import load_config_options
 
-    from xattn.app.routes import routes
+    from xattn.app import index, routes
     from xattn.app.security import Guard
 
     load_config_options(streamlit_options(address, upload_mb))
     before = Middleware(
         Guard, loopback=address.loopback, cookie=f"xattn_session_{address.port}", **guard
     )
-    return App(MAIN, routes=routes(), middleware=[before], lifespan=_quiet)
+    return App(
+        MAIN, routes=[*index.routes(), *routes.routes()], middleware=[before], lifespan=_quiet
+    )
 
 
 @asynccontextmanager
