@@ -13,41 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xattn.correlation import check_same, pearson, ranks, spearman, varies
+
+__all__ = ["pearson", "ranks", "spearman", "ssim"]
+
 WINDOW, SIGMA = 11, 1.5
 K1, K2 = 0.01, 0.03
-
-
-def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Rank correlation of two (B, ...) -> (B,) float64 in [-1, 1]; ties share their mean rank.
-
-    >>> spearman(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1.0, 8.0, 9.0]])).item()
-    1.0
-
-    Raises:
-        ValueError: other shapes.
-    """
-    return pearson(ranks(a), ranks(b))
-
-
-def ranks(values: Tensor) -> Tensor:
-    """(B, ...) -> (B, N) float64: ranks 1..N, of equal values their mean; NaN for constant or
-    non-finite rows."""
-    if values.ndim < 2 or values.numel() == 0:
-        raise ValueError(f"values: got shape {tuple(values.shape)}; give (B, ...)")
-    flat = values.detach().double().flatten(1)
-    ordered = flat.sort(dim=1).values
-    below = torch.searchsorted(ordered, flat)
-    up_to = torch.searchsorted(ordered, flat, right=True)
-    found = (below + up_to + 1).double() / 2
-    return torch.where(_varies(flat)[:, None], found, torch.nan)
-
-
-def pearson(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson correlation of two (B, N) -> (B,) float64; NaN where one of them is constant."""
-    _check_same(a, b)
-    a, b = a.double(), b.double()
-    a, b = (v - v.mean(1, keepdim=True) for v in (a, b))
-    return ((a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()).clamp(-1, 1)
 
 
 def ssim(a: Tensor, b: Tensor, data_range: float = 1.0) -> Tensor:
@@ -65,7 +36,7 @@ def ssim(a: Tensor, b: Tensor, data_range: float = 1.0) -> Tensor:
     Raises:
         ValueError: other shapes, or sides below 11 pixels.
     """
-    _check_same(a, b)
+    check_same(a, b)
     if a.ndim != 4 or a.shape[1] != 1 or min(a.shape[2:]) < WINDOW:
         raise ValueError(
             f"a, b: got shape {tuple(a.shape)}; give (B, 1, H, W) of at least {WINDOW} pixels a side"
@@ -77,7 +48,7 @@ def ssim(a: Tensor, b: Tensor, data_range: float = 1.0) -> Tensor:
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     structure = (2 * cov + c2) / (var_a + var_b + c2)
     value = (luminance * structure).mean((1, 2))
-    return torch.where(_varies(a.flatten(1)) & _varies(b.flatten(1)), value, torch.nan)
+    return torch.where(varies(a.flatten(1)) & varies(b.flatten(1)), value, torch.nan)
 
 
 def _windowed(x: Tensor) -> Tensor:
@@ -87,13 +58,3 @@ def _windowed(x: Tensor) -> Tensor:
     weight = (weight / weight.sum()).expand(x.shape[1], 1, 1, WINDOW)
     rows = F.conv2d(x, weight, groups=x.shape[1])
     return F.conv2d(rows, weight.transpose(2, 3), groups=x.shape[1])
-
-
-def _varies(flat: Tensor) -> Tensor:
-    """Which rows of (B, N) are finite and not constant, (B,) bool."""
-    return flat.isfinite().all(1) & (flat.amin(1) < flat.amax(1))
-
-
-def _check_same(a: Tensor, b: Tensor) -> None:
-    if a.shape != b.shape:
-        raise ValueError(f"a, b: got shapes {tuple(a.shape)} and {tuple(b.shape)}; give equal ones")
