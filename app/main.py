@@ -1,4 +1,4 @@
-"""The script of the viewer: choose the pack, then run the page; errors of input become messages."""
+"""One run of the viewer: choose the pack, then run the page; errors of input become messages."""
 
 from __future__ import annotations
 
@@ -81,6 +81,7 @@ def _pick() -> None:
 
 
 def main() -> None:
+    """Show the page that the URL names."""
     st.set_page_config(page_title="xattn", layout="wide")
     pages = [
         st.Page(partial(_run, name), title=title, url_path=name, default=name == state.DEFAULT_PAGE)
@@ -89,4 +90,5 @@ def main() -> None:
     st.navigation(pages, position="top").run()
 
 
-main()
+if __name__ == "__main__":  # streamlit run app/main.py
+    main()

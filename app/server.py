@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MAIN = Path(__file__).with_name("main.py")
+MAIN = Path(__file__).parent / "script" / "run.py"
 BACKLOG = 128
 STOP_SECONDS = 3  # how long open pages may hold up the end of the server
 

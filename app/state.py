@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PAGE = "gallery"
 ROOT_VARIABLE = "XATTN_APP_ROOT"
+SCRIPT = Path(__file__).parent / "script" / "run.py"  # for App and AppTest.from_file
 
 
 class ModelArgs(Protocol):

@@ -1,0 +1,65 @@
+"""Parts of pages that Streamlit does not have, and the grid of pictures.
+
+A component is a ``.js`` and a ``.css`` file of its name in this folder. What it shows comes in as
+data and becomes text by ``textContent``, never HTML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import streamlit as st
+
+
+@cache
+def component(name: str) -> Any:
+    """The component ``name`` of this folder, registered once; its root is ``<div class=name>``."""
+    folder = resources.files(__name__)
+    css, js = ((folder / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    html = f'<div class="{name}"></div>'
+    return st.components.v2.component(f"xattn_{name}", html=html, css=css, js=js)
+
+
+def grid(
+    cells: Sequence[Mapping[str, Any]],
+    key: str,
+    *,
+    label: str = "Pictures",
+    columns: int | None = None,
+    scroll: int = 0,
+    on_open: Any = None,
+    on_turn: Any = None,
+) -> str | None:
+    """Pictures with captions; returns the id of the cell that was just opened.
+
+    The arrow keys, Home and End move the focus, Enter and a click open. Pictures load when they
+    come into sight.
+
+    Args:
+        cells: each ``{"id", "src", "alt", "title", "lines": [str], "badge": {"text", "kind"} |
+            None, "selected": bool, "href": str}``, where kinds are ``good``, ``bad`` and
+            ``plain``; everything but ``id``, ``src`` and ``title`` may be left out. ``href`` is
+            where the cell leads in another tab.
+        label: what the whole is called by a screen reader.
+        columns: how many side by side; by default as many as fit.
+        scroll: when this changes, the grid's top comes into sight.
+        on_open: called before the script runs again, without arguments.
+        on_turn: as ``on_open``, for page keys inside the grid; ``st.session_state[key].turn`` is
+            -1 or 1.
+    """
+    data = {
+        "cells": [dict(cell) for cell in cells],
+        "label": label,
+        "columns": columns,
+        "scroll": scroll,
+    }
+    result = component("grid")(
+        data=data,
+        key=key,
+        on_open_change=on_open or (lambda: None),
+        on_turn_change=on_turn or (lambda: None),
+    )
+    return result.open

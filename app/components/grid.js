@@ -1,0 +1,125 @@
+/** A grid of pictures with captions. Arrow keys move the focus, Enter and a click open a cell.
+
+Only one cell is in the tab order, the one that had the focus last. All text goes in as text.
+*/
+
+function element(tag, name, text) {
+  const made = document.createElement(tag);
+  if (name) made.className = name;
+  if (text !== undefined) {
+    made.textContent = text;
+    made.dir = "auto"; // names from right to left stand by themselves
+  }
+  return made;
+}
+
+function picture(cell) {
+  const frame = element("span", "frame");
+  const image = element("img");
+  image.loading = "lazy";
+  image.decoding = "async";
+  image.alt = cell.alt || "";
+  image.addEventListener("load", () => frame.classList.add("there"));
+  image.addEventListener("error", () => {
+    frame.classList.add("there");
+    image.replaceWith(element("span", "gone", "This picture cannot be shown."));
+  });
+  image.src = cell.src;
+  frame.append(image);
+  return frame;
+}
+
+function build(cell) {
+  const link = element("a", "cell");
+  link.href = cell.href || "#";
+  link.dataset.id = cell.id;
+  if (cell.selected) link.setAttribute("aria-current", "true");
+  const text = element("span", "text");
+  text.append(element("span", "title", cell.title));
+  for (const line of cell.lines || []) text.append(element("span", "line", line));
+  const frame = picture(cell);
+  if (cell.badge) frame.append(element("span", `badge ${cell.badge.kind || "plain"}`, cell.badge.text));
+  link.append(frame, text);
+  link.title = cell.title;
+  return link;
+}
+
+function perRow(cells) {
+  const top = cells[0].offsetTop;
+  const next = cells.findIndex((cell) => cell.offsetTop > top);
+  return next < 0 ? cells.length : next;
+}
+
+function follow(state, event) {
+  const cells = [...state.root.querySelectorAll(".cell")];
+  const at = cells.indexOf(event.target.closest(".cell"));
+  if (at < 0 || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  const row = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+  let to = at;
+  if (step) to = at + step;
+  else if (row) to = at + row * perRow(cells);
+  else if (event.key === "Home") to = 0;
+  else if (event.key === "End") to = cells.length - 1;
+  else if (event.key === "PageDown") to = cells.length;
+  else if (event.key === "PageUp") to = -1;
+  else return;
+  event.preventDefault();
+  event.stopPropagation();
+  if (to < 0 || to >= cells.length) {
+    const last = Math.floor((cells.length - 1) / perRow(cells)) === Math.floor(at / perRow(cells));
+    // Down from a full row above a shorter last one goes to its end, not to the next page.
+    if (row === 1 && !last) to = cells.length - 1;
+    else {
+      state.arriving = to < 0 ? "last" : "first";
+      state.turn(to < 0 ? -1 : 1);
+      return;
+    }
+  }
+  focus(cells, to);
+}
+
+function focus(cells, at) {
+  cells.forEach((cell, i) => (cell.tabIndex = i === at ? 0 : -1));
+  cells[at].focus();
+}
+
+export default function ({ data, parentElement, setTriggerValue }) {
+  const root = parentElement.querySelector(".grid");
+  const state = (root.xattn ??= { root, shown: null, arriving: null });
+  state.open = (id) => setTriggerValue("open", id);
+  state.turn = (by) => setTriggerValue("turn", by);
+  if (state.shown === null) {
+    root.addEventListener("keydown", (event) => follow(state, event));
+    root.addEventListener("click", (event) => {
+      const cell = event.target.closest(".cell");
+      // Another tab or window: the browser follows the link by itself.
+      if (!cell || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
+      event.preventDefault();
+      cell.classList.add("opening");
+      state.open(cell.dataset.id);
+    });
+    root.addEventListener("focusin", (event) => {
+      const cell = event.target.closest(".cell");
+      for (const other of root.querySelectorAll(".cell")) other.tabIndex = other === cell ? 0 : -1;
+    });
+  }
+  const shown = JSON.stringify(data);
+  if (shown === state.shown) return;
+  const inside = root.getRootNode().activeElement?.closest?.(".cell");
+  if (state.shown !== null && state.scroll !== data.scroll && root.getBoundingClientRect().top < 0)
+    root.scrollIntoView({ block: "start" });
+  state.shown = shown;
+  state.scroll = data.scroll;
+  root.setAttribute("role", "group");
+  root.setAttribute("aria-label", data.label);
+  root.style.setProperty("--columns", data.columns || "auto-fill");
+  const cells = data.cells.map(build);
+  cells.forEach((cell, i) => (cell.tabIndex = i === 0 ? 0 : -1));
+  root.replaceChildren(...cells);
+  if (!cells.length) return;
+  const same = inside && cells.findIndex((cell) => cell.dataset.id === inside.dataset.id);
+  if (state.arriving) focus(cells, state.arriving === "last" ? cells.length - 1 : 0);
+  else if (inside) focus(cells, Math.max(same, 0));
+  state.arriving = null;
+}

@@ -1,0 +1,339 @@
+"""The gallery: a pack's maps as pages of pictures, sorted, filtered and searched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import streamlit as st
+
+from xattn.app import selection, state
+from xattn.app.components import grid
+from xattn.app.pictures import overlay_url, photo_url
+from xattn.app.selection import ALL, MAPS, NAMES, RIGHT, SHOWS, SIZES, Choices, View
+from xattn.app.state import Context, plain
+
+if TYPE_CHECKING:
+    from xattn.app.library import Pack
+
+SIDE = 240  # pixels of a picture's longer side
+CELLS = "cells"  # the grid's key
+
+
+def page(context: Context) -> None:
+    """Show one page of the open pack."""
+    pack = context.pack
+    assert pack is not None, "main.py calls this page with a pack"
+    opened = st.session_state.pop("_opened", None)
+    table = selection.table(pack)
+    if opened is not None and opened in table.rows.index:
+        _open(pack, table, opened)
+    view, messages = _from_url(pack, table.choices)
+    for message in messages:
+        st.warning(plain(message))
+    view = _toolbar(view, table.choices)
+    found = selection.selected(pack, view)
+    count = selection.pages(len(found), view.size)
+    if view.page > count:
+        view = replace(view, page=count)
+        st.session_state["page"] = count
+    start = (view.page - 1) * view.size
+    shown = found[start : start + view.size]
+    _line(view, table, len(found), start, len(shown))
+    if shown.empty:
+        _nothing(table.choices)
+    else:
+        cells = [_cell(pack, view, table.choices, entry_id, row) for entry_id, row in _rows(shown)]
+        label = f"Maps, page {view.page} of {count}"
+        grid(cells, CELLS, label=label, scroll=view.page, on_open=_opened, on_turn=_turned)
+        _pager(view, count)
+    _to_url(pack, view, table.choices)
+
+
+# ---------------------------------------------------------------------- the URL
+
+
+def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str]]:
+    """The view: that of the URL where it is a new one (a link, a reload, Back), else the widgets'."""
+    url = {name: st.query_params.get_all(name) for name in NAMES if name in st.query_params}
+    if st.session_state.get("_gallery") == _mark(pack, url) and "sort" in st.session_state:
+        values = {name: st.session_state[name] for name in NAMES if name in st.session_state}
+        for name in ("label", "predicted"):
+            values[name] = tuple(values.get(name, ()))
+        values["q"] = " ".join(str(values.get("q") or "").split())[: selection.SEARCH_LENGTH]
+        return replace(selection.defaults(choices), **values), []
+    view, messages = selection.parse(url, choices)
+    for name in NAMES:
+        value = getattr(view, name)
+        st.session_state[name] = list(value) if isinstance(value, tuple) else value
+    return view, messages
+
+
+def _to_url(pack: Pack, view: View, choices: Choices) -> None:
+    """Write the view into the URL, unless it is there."""
+    url = {name: st.query_params.get_all(name) for name in NAMES if name in st.query_params}
+    wanted = view.params(choices)
+    st.session_state["_gallery"] = _mark(pack, wanted)
+    if url != wanted:
+        others = {n: st.query_params.get_all(n) for n in st.query_params if n not in NAMES}
+        st.query_params.from_dict({**others, **wanted})
+
+
+def _mark(pack: Pack, url: dict[str, list[str]]) -> tuple[Any, ...]:
+    return (pack.id, pack.version, tuple(sorted((n, tuple(v)) for n, v in url.items())))
+
+
+# ---------------------------------------------------------------------- what a person does
+
+
+def _opened() -> None:
+    st.session_state["_opened"] = st.session_state[CELLS].open
+
+
+def _turned() -> None:
+    _turn(st.session_state[CELLS].turn)
+
+
+def _turn(by: Any) -> None:
+    st.session_state["page"] = max(1, st.session_state.get("page", 1) + (1 if by == 1 else -1))
+
+
+def _jump() -> None:
+    st.session_state["page"] = int(st.session_state["jump"])
+
+
+def _restart() -> None:
+    st.session_state["page"] = 1
+
+
+def _clear() -> None:
+    """No filter; the next run reads the widgets from these values."""
+    usual = View()
+    for name in ("q", "label", "predicted", "right", "low", "high", "page"):
+        value = getattr(usual, name)
+        st.session_state[name] = list(value) if isinstance(value, tuple) else value
+
+
+def _open(pack: Pack, table: selection.Table, entry_id: str) -> None:
+    view, _ = _from_url(pack, table.choices)
+    text = selection.to_text(view, table.choices)
+    state.go("image", image=table.rows.at[entry_id, "image_id"], view=text or None)
+
+
+# ---------------------------------------------------------------------- the page's parts
+
+
+def _toolbar(view: View, choices: Choices) -> View:
+    """The widgets; returns the view that they say. Their values are in the session already."""
+    sorts = choices.sorts
+    bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
+    bar.text_input(
+        "Search",
+        key="q",
+        placeholder="File, class or id",
+        max_chars=selection.SEARCH_LENGTH,
+        on_change=_restart,
+        width=220,
+    )
+    if len(choices.methods) > 1:
+        bar.selectbox(
+            "Method",
+            [*choices.methods, ALL],
+            key="method",
+            format_func=lambda m: "All methods" if m == ALL else m,
+            on_change=_restart,
+            width=180,
+        )
+    bar.selectbox(
+        "Sort by",
+        list(sorts),
+        key="sort",
+        format_func=lambda s: sorts[s],
+        on_change=_restart,
+        width=210,
+    )
+    names = _order_names(st.session_state["sort"])
+    bar.selectbox(
+        "Order",
+        list(names),
+        key="order",
+        format_func=lambda o: names[o],
+        on_change=_restart,
+        width=150,
+    )
+    bar.segmented_control(
+        "Picture", list(SHOWS), key="show", format_func=lambda s: SHOWS[s], required=True
+    )
+    with bar.popover(f"Filters ({view.filters})" if view.filters else "Filters"):
+        _filters(choices)
+    values = {name: st.session_state.get(name, getattr(view, name)) for name in NAMES}
+    for name in ("label", "predicted"):
+        values[name] = tuple(values[name])
+    values["q"] = " ".join(str(values["q"] or "").split())
+    return replace(view, **values)
+
+
+def _order_names(sort: str) -> dict[str, str]:
+    if sort == "pack":
+        return {"asc": "First to last", "desc": "Last to first"}
+    if sort in selection.SORTS:
+        return {"asc": "A to Z", "desc": "Z to A"}
+    return {"asc": "Lowest first", "desc": "Highest first"}
+
+
+def _filters(choices: Choices) -> None:
+    for name, title, classes in (
+        ("label", "True class", choices.labels),
+        ("predicted", "Predicted class", choices.predicted),
+    ):
+        if classes:
+            st.multiselect(
+                title,
+                list(classes),
+                key=name,
+                format_func=lambda c, classes=classes: classes[c],
+                placeholder="Any class",
+                on_change=_restart,
+            )
+    if choices.judged:
+        st.radio(
+            "Prediction",
+            list(RIGHT),
+            key="right",
+            format_func=lambda r: RIGHT[r],
+            on_change=_restart,
+        )
+    if choices.several:
+        st.radio(
+            "Maps of a photo",
+            list(MAPS),
+            key="maps",
+            format_func=lambda m: MAPS[m],
+            on_change=_restart,
+        )
+    if choices.measures:
+        st.selectbox(
+            "Range of",
+            list(choices.measures),
+            key="measure",
+            format_func=lambda m: choices.measures[m].name,
+            on_change=_restart,
+        )
+        measure = choices.measures[st.session_state["measure"]]
+        low, high = st.columns(2)
+        for column, name, title, end in (
+            (low, "low", "From", measure.low),
+            (high, "high", "To", measure.high),
+        ):
+            column.number_input(
+                title,
+                key=name,
+                value=None,
+                placeholder=f"{end:.4g}",
+                format="%g",
+                on_change=_restart,
+            )
+        if measure.higher_is_better is not None:
+            better = "Higher" if measure.higher_is_better else "Lower"
+            st.caption(plain(f"{better} is better. {measure.formula}"))
+    st.selectbox("Maps a page", list(SIZES), key="size", on_change=_restart)
+
+
+def _line(view: View, table: selection.Table, count: int, start: int, shown: int) -> None:
+    """How many maps there are, and the filters that are set."""
+    total = len(table.rows)
+    text = f"{start + 1:,} to {start + shown:,} of {count:,} maps" if count else "No maps"
+    if count < total:
+        text += f", of {total:,} in the pack"
+    line = st.container(horizontal=True, vertical_alignment="center", gap="small")
+    line.caption(text, width="content")
+    if view.filters:
+        line.button("Clear filters", key="clear", on_click=_clear, type="tertiary")
+
+
+def _nothing(choices: Choices) -> None:
+    with st.container(border=True):
+        st.markdown("**No map passes these filters.**")
+        st.caption(
+            "Search for less, or widen the range. A map without a value of the chosen measure is "
+            "never in its range."
+        )
+        st.button("Show all maps", key="all_maps", on_click=_clear)
+
+
+def _rows(shown: pd.DataFrame) -> list[tuple[str, dict[str, Any]]]:
+    return list(zip(shown.index, shown.to_dict("records"), strict=True))
+
+
+def _cell(
+    pack: Pack, view: View, choices: Choices, entry_id: str, row: dict[str, Any]
+) -> dict[str, Any]:
+    explained = _short(row["target_name"])
+    name = row["file_name"] or row["image_id"]
+    lines = [f"{row['probability']:.1%}" + (f" · {row['method']}" if view.method == ALL else "")]
+    if row["label_name"]:
+        lines.append(f"true: {_short(row['label_name'])}")
+    lines.append(name)
+    for key in dict.fromkeys(
+        (view.sort, view.measure if view.low is not None or view.high is not None else "")
+    ):
+        if key in choices.measures and key != "probability":
+            lines.append(f"{choices.measures[key].name}: {_figure(key, row[f'measure:{key}'])}")
+    if view.show == "photo":
+        source, alt = photo_url(pack, row["image_id"], SIDE), f"Photo {name}"
+    else:
+        source = overlay_url(pack, entry_id, side=SIDE)
+        alt = f"Map by {row['method']} of {explained} on {name}"
+    return {
+        "id": entry_id,
+        "src": source,
+        "alt": alt,
+        "title": explained,
+        "lines": lines,
+        "badge": _badge(row["right"]),
+        "href": state.link("image", pack=pack.id, image=row["image_id"]),
+    }
+
+
+def _badge(right: Any) -> dict[str, str] | None:
+    if right is True:
+        return {"text": "Right", "kind": "good"}
+    return {"text": "Wrong", "kind": "bad"} if right is False else None
+
+
+def _short(name: str) -> str:
+    """The first of a class's names."""
+    return name.split(",")[0].strip() or name
+
+
+def _figure(key: str, value: float) -> str:
+    if value != value:
+        return "none"
+    return f"{value:.1%}" if key == "confidence" else f"{value:.3g}"
+
+
+def _pager(view: View, count: int) -> None:
+    if count == 1:
+        return
+    st.session_state["jump"] = view.page
+    bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
+    bar.button(
+        "Previous",
+        key="previous",
+        on_click=_turn,
+        args=(-1,),
+        disabled=view.page == 1,
+        shortcut="Shift+Left",
+    )
+    bar.button(
+        "Next",
+        key="next",
+        on_click=_turn,
+        args=(1,),
+        disabled=view.page == count,
+        shortcut="Shift+Right",
+    )
+    bar.number_input(
+        f"Page, of {count:,}", min_value=1, max_value=count, key="jump", on_change=_jump, width=150
+    )
