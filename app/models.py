@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from xattn.backbone import sha256
 from xattn.cli import BackboneArgs
 from xattn.memory import is_out_of_memory
 
@@ -229,9 +230,9 @@ def _candidates(record: dict[str, Any]) -> Iterator[BackboneArgs]:
         yield plain
         return
     for found in state.library().heads():
-        config = read_config(found.path)
+        config = read_config(found.folder)
         if config["head"] == head and config["backbone"].get("name") == name:
-            yield replace(plain, probe=str(found.path))
+            yield replace(plain, probe=str(found.folder))
 
 
 # ---------------------------------------------------------------------- heads and explainers
@@ -248,7 +249,7 @@ def heads(name: str) -> dict[str, str]:
 
     found = {}
     places = [(key, key, folder) for key, folder in shipped_heads().items()]
-    places += [(item.id, item.name, item.path) for item in state.library().heads()]
+    places += [(item.id, item.name, item.folder) for item in state.library().heads()]
     for key, title, folder in places:
         try:
             config = read_config(folder)
@@ -269,7 +270,7 @@ def with_head(name: str, key: str, weights: str = "auto") -> tuple[Backbone, Hea
     from xattn.app import state
     from xattn.heads import AttentiveHead, head_class, load_head, read_config, shipped_heads
 
-    folders = {**shipped_heads(), **{h.id: Path(h.path) for h in state.library().heads()}}
+    folders = {**shipped_heads(), **{h.id: h.folder for h in state.library().heads()}}
     if key not in folders:
         raise ModelError("This head is not below the root any more; choose another.")
     folder = folders[key]
@@ -286,17 +287,24 @@ def with_head(name: str, key: str, weights: str = "auto") -> tuple[Backbone, Hea
         raise ModelError(str(error)) from error
 
 
-def explainers(loaded: Backbone, head: Head | None = None) -> tuple[list[str], dict[str, str]]:
-    """Explainers that this backbone allows, and why it does not allow the others."""
+def explainers(loaded: Backbone, head: Head | None = None) -> tuple[dict[str, int], dict[str, str]]:
+    """Explainers that this backbone allows, with the forward passes that each takes an image, and why
+    it does not allow the others."""
+    key = "" if head is None else f"{head.name}/{sha256(head)}"
+    return _explainers(f"{loaded.fingerprint}/{loaded.taps}/{key}", loaded, head)
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def _explainers(
+    key: str, _loaded: Backbone, _head: Head | None
+) -> tuple[dict[str, int], dict[str, str]]:
     from xattn.explainers import create_explainer, list_explainers
 
-    allowed, refused = [], {}
+    allowed, refused = {}, {}
     with turn():
         for name in list_explainers():
             try:
-                create_explainer(name, loaded, head)
+                allowed[name] = create_explainer(name, _loaded, _head).forwards
             except ValueError as error:
                 refused[name] = str(error)
-            else:
-                allowed.append(name)
     return allowed, refused

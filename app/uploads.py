@@ -24,6 +24,7 @@ PHOTO_TYPES = sorted(s.removeprefix(".") for s in SUFFIXES)
 CLIP_TYPES = sorted(s.removeprefix(".") for s in CLIPS)
 MAX_PHOTOS = 32
 MAX_BYTES = 32 << 20  # of a photo
+MAX_TOTAL = 256 << 20  # bytes of all photos
 MAX_CLIP_BYTES = 200 << 20
 NAME_LENGTH = 100  # characters
 
@@ -44,6 +45,7 @@ def accept(files: Sequence[Any] | None) -> tuple[list[Upload], list[Problem]]:
     and ``getvalue()``), by what their headers say, and what is wrong with the others."""
     good: list[Upload] = []
     problems: list[Problem] = []
+    total = 0
     for number, file in enumerate(files or ()):
         name = clean_name(file.name)
         if number >= MAX_PHOTOS:
@@ -51,12 +53,15 @@ def accept(files: Sequence[Any] | None) -> tuple[list[Upload], list[Problem]]:
             continue
         try:
             _check_bytes(file.size, MAX_BYTES)
+            if total + file.size > MAX_TOTAL:
+                raise ValueError(f"left out: {MAX_TOTAL / 1e6:.0f} MB at a time")
             upload = Upload(name, file.getvalue())
             _check_header(upload)
         except ValueError as error:
             problems.append((name, str(error)))
         else:
             good.append(upload)
+            total += file.size
     return good, problems
 
 

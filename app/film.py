@@ -1,0 +1,118 @@
+"""Frames of a pack's film, one by one: a clip's overlays, to scrub through without a video player.
+
+MPEG-4 Part 2, which OpenCV writes everywhere, plays in no browser; JPEG frames do.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+from PIL import Image
+
+from xattn.app.pack import PackError
+from xattn.app.pictures import ByteCache, check_side, jpeg
+
+if TYPE_CHECKING:
+    from xattn.app.library import Pack
+
+FRAME = "/xattn/frame"
+CACHE_BYTES = 32 << 20
+MAX_PIXELS = 40_000_000
+_CHECKED: OrderedDict[Any, Path] = OrderedDict()  # films whose hash was compared
+_LOCK = threading.Lock()
+_CACHE = ByteCache(CACHE_BYTES)
+
+
+def frames(pack: Pack) -> list[str]:
+    """The image ids of the film's frames, in their order; [] for a pack without a film."""
+    return [] if _film(pack) is None else list(pack.images.index)
+
+
+def rate(pack: Pack) -> float:
+    """Frames of the film a second."""
+    with closing(_Reader(pack)) as reader:
+        return reader.rate
+
+
+def frame_url(pack: Pack, side: int = 960) -> str:
+    """Where the browser gets a frame; its number, from 0, is still to be put behind."""
+    query = {"pack": pack.id, "side": check_side(side), "v": pack.version}
+    return f"{FRAME}?{urlencode(query)}&frame="
+
+
+def frame_bytes(pack: Pack, index: int, side: int = 960) -> bytes:
+    """Frame ``index``, from 0, as JPEG, its longer side at most ``side`` pixels.
+
+    Raises:
+        PackError: no film, no such frame, or a damaged film.
+    """
+
+    def draw() -> bytes:
+        with closing(_Reader(pack)) as reader:
+            image = reader.frame(index)
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        return jpeg(image)
+
+    return _CACHE.get((pack.id, pack.version, index, check_side(side)), draw)
+
+
+def _film(pack: Pack) -> Path | None:
+    """The film; its hash is compared once, and again when the file is another one."""
+    path = pack.folder / "overlay.mp4"
+    try:
+        about = path.stat()
+    except OSError:
+        return pack.video  # None, or the error that says what is missing
+    key = (path, pack.version, about.st_mtime_ns, about.st_size)
+    with _LOCK:
+        if key in _CHECKED:
+            return _CHECKED[key]
+    film = pack.video
+    if film is not None:
+        with _LOCK:
+            _CHECKED[key] = film
+            while len(_CHECKED) > 8:
+                _CHECKED.popitem(last=False)
+    return film
+
+
+class _Reader:
+    """An open film."""
+
+    def __init__(self, pack: Pack) -> None:
+        import cv2
+
+        path = _film(pack)
+        if path is None:
+            raise PackError("This pack holds no film; explain a clip to make one")
+        self._capture = cv2.VideoCapture(str(path))
+        size = [self._capture.get(k) for k in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)]
+        if not self._capture.isOpened() or not 0 < size[0] * size[1] <= MAX_PIXELS:
+            self.close()
+            raise _damaged()
+        self.count = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        fps = float(self._capture.get(cv2.CAP_PROP_FPS))
+        self.rate = fps if 0 < fps <= 1000 else 25.0
+
+    def frame(self, index: int) -> Image.Image:
+        import cv2
+
+        if not 0 <= index < self.count:
+            raise PackError(f"The film has the frames 0 to {self.count - 1}; choose one of them")
+        self._capture.set(cv2.CAP_PROP_POS_FRAMES, index)
+        there, pixels = self._capture.read()
+        if not there:
+            raise _damaged()
+        return Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+
+    def close(self) -> None:
+        self._capture.release()
+
+
+def _damaged() -> PackError:
+    return PackError("The film of this pack is damaged; explain the clip again")
