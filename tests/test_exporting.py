@@ -21,6 +21,7 @@ from xattn.backbone import Preprocessing, load_backbone, sha256
 from xattn.explaining import explain
 from xattn.exporting import METADATA, ExplainedClassifier, export
 from xattn.heads import create_head, load_head
+from xattn.probed import probed
 
 CLASSES = ["ant", "bee", "löwe", "dog", "eel", "fox", "gnu"]
 
@@ -380,6 +381,33 @@ def test_heads_of_another_backbone_or_other_taps(cnn, tmp_path):
     same = load_backbone(cnn[0].model, input_size=64, taps=["stage.1", "stage.2"])
     with pytest.raises(ValueError, match="reads the taps"):
         export(same, cnn[1], tmp_path / "a.pt2")
+
+
+@pytest.mark.parametrize("options", [{}, {"classes": 3}, {"class_names": ["a", "b", "c"]}], ids=str)
+def test_a_head_that_classifies_is_exported_as_the_classifier(cnn, options, tmp_path):
+    from xattn.explainers import create_explainer
+
+    backbone = cnn[0]
+    head = create_head("gap", backbone, **options)
+    with pytest.raises(ValueError, match=r"head: .*probed\(backbone, head\)"):
+        export(backbone, head, tmp_path / "a.pt2")
+    other = create_head("gap", backbone, **options)
+    torch.nn.init.ones_(other.classifier.weight)
+    with pytest.raises(ValueError, match="head: "):
+        export(probed(backbone, other), head, tmp_path / "a.pt2")
+    assert not (tmp_path / "a.pt2").exists()
+    if options:
+        with pytest.raises(
+            ValueError, match=r"gap' has classes of its own .*probed\(backbone, head"
+        ):
+            create_explainer("head", backbone, head)
+    model = ExplainedClassifier(probed(backbone, head), head)
+    assert exporting._about(model)["class_names"] == options.get(
+        "class_names", [f"class {i}" for i in range(head.num_classes)]
+    )
+    with torch.no_grad():
+        logits, maps = model(torch.rand(2, 3, 64, 64), torch.tensor([-1, head.num_classes - 1]))
+    assert logits.shape == (2, head.num_classes) and maps.shape == (2, 1, 64, 64)
 
 
 @pytest.mark.parametrize("module", ["onnx", "onnxscript"])

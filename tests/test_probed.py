@@ -207,6 +207,69 @@ def test_probe_writes_a_table_results_and_heads(run, capsys):
     )
 
 
+@pytest.mark.parametrize("command", ["evaluate", "compare"])
+@pytest.mark.parametrize("taps", [(), ("--taps", "head")], ids=["own taps", "its taps"])
+def test_a_probing_head_among_the_heads_is_sent_to_probe(run, tmp_path, capsys, command, taps):
+    root, common, _ = run
+    folder = str(root / "out/efficient_probe/head")
+    photos = [str(root / "photos/blue")]
+    photos = ["--data", *photos] if command == "compare" else photos
+    arguments = [
+        command,
+        *photos,
+        *common,
+        *taps,
+        "--heads",
+        folder,
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert main(arguments) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"heads: {folder} has classes of its own; give --probe {folder} instead" in said
+
+
+def test_the_explainer_head_is_sent_to_heads(run, tmp_path, capsys):
+    root, common, _ = run
+    photos, output = str(root / "photos/blue"), ["--output", str(tmp_path / "o")]
+    chosen = ["--probe", str(root / "out/gap/head"), "--explainers", "head"]
+    assert main(["compare", "--data", photos, *common, *chosen, *output]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "explainers: 'head' needs one; name heads by --heads (that of --probe is" in said
+    assert main(["evaluate", photos, *common, "--explainers", "head", *output]) == 2
+    assert "a folder: --head, --heads or --probe" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("how", ["--head", "--probe"])
+@pytest.mark.parametrize("source", ["shipped", "hub"])
+def test_a_probing_head_is_the_same_from_a_folder_the_package_or_the_hub(
+    run, tmp_path, monkeypatch, source, how
+):
+    import huggingface_hub
+
+    root, common, _ = run
+    folder, asked = root / "out/efficient_probe/head", []
+
+    def download(repo_id, filename, **options):
+        asked.append(repo_id)
+        return str(folder / filename)
+
+    name = {"shipped": "my-probe", "hub": "someone/my-probe"}[source]
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr("xattn.heads.base.shipped_heads", lambda: {"my-probe": folder})
+    packs = []
+    for given, output in ((str(folder), "a"), (name, "b")):
+        output = ["--output", str(tmp_path / output)]
+        photo = str(root / "photos/green/001.png")
+        assert main(["explain", photo, *common, how, given, *output]) == 0
+        packs.append(xattn.load_pack(output[1])[0])
+    a, b = packs
+    assert a.target_name == b.target_name and a.target_name in NAMES
+    assert a.protocol["backbone"] == b.protocol["backbone"]
+    np.testing.assert_array_equal(np.asarray(a.map), np.asarray(b.map))
+    assert bool(asked) == (source == "hub") and set(asked) <= {"someone/my-probe"}
+
+
 @pytest.mark.parametrize("how", ["--head", "--probe"])
 def test_explain_takes_a_probing_head(run, tmp_path, how):
     root, common, _ = run

@@ -48,12 +48,10 @@ class BackboneArgs:
         """The backbone; with ``probe`` the one whose classifier is that head."""
         if self.probe is None:
             return self._load()
-        from xattn.heads import load_head, read_config
+        from xattn.heads import head_folder, load_head, read_config
         from xattn.probed import probed
 
-        taps = self.taps
-        if not taps and Path(self.probe).is_dir():
-            taps = tuple(read_config(Path(self.probe))["backbone"].get("taps", ()))
+        taps = self.taps or tuple(read_config(head_folder(self.probe))["backbone"].get("taps", ()))
         if self.backbone.startswith("torchvision/"):
             taps = self.taps
         backbone = replace(self, taps=taps)._load()
@@ -399,6 +397,11 @@ class Compare:
         from xattn.explainers import list_explainers
         from xattn.files import check_folder
 
+        if "head" in self.explainers:
+            raise ValueError(
+                "explainers: 'head' needs one; name heads by --heads (that of --probe is compared "
+                "anyway) and leave 'head' out"
+            )
         check_folder(self.output)
         backbone = self.model.load()
         if not backbone.is_vit:
@@ -804,12 +807,17 @@ def _default_head(backbone: Any) -> str | None:
 
 def _with_classifier(model: BackboneArgs, head: str | None) -> tuple[Any, str | None]:
     """The backbone, and the head to load: one of ``xattn probe`` becomes its classifier, instead."""
-    if head is not None and model.probe is None and Path(head).is_dir():
-        from xattn.heads import AttentiveHead, head_class, read_config
-
-        if issubclass(head_class(read_config(Path(head))["head"]), AttentiveHead):
-            return replace(model, probe=head).load(), None
+    if head is not None and model.probe is None and _probe_options(head) is not None:
+        return replace(model, probe=head).load(), None
     return model.load(), head
+
+
+def _probe_options(source: str) -> dict[str, Any] | None:
+    """The options of a head that is a classifier; None for another head."""
+    from xattn.heads import AttentiveHead, head_class, head_folder, read_config
+
+    config = read_config(head_folder(source))
+    return config["options"] if issubclass(head_class(config["head"]), AttentiveHead) else None
 
 
 def _head(source: str | None, backbone: Any) -> Any:
@@ -830,6 +838,14 @@ def _heads(sources: tuple[str, ...], backbone: Any) -> tuple[list[str], list[Any
     """Names and heads: those asked for, or else a probed backbone's own, or a shipped one that fits."""
     if not sources and hasattr(backbone, "probe"):
         return [backbone.probe.name], [backbone.probe]
+    for source in () if hasattr(backbone, "probe") else sources:
+        options = _probe_options(source) or {}
+        names, count = options.get("class_names"), options.get("classes")
+        if names not in (None, backbone.class_names) or count not in (None, backbone.num_classes):
+            raise ValueError(
+                f"heads: {source} has classes of its own; give --probe {source} instead, which puts it "
+                f"in the classifier's place"
+            )
     names = list(sources) or list(filter(None, [_default_head(backbone)]))
     return names, [_head(name, backbone) for name in names]
 

@@ -60,6 +60,8 @@ class ExplainedClassifier(nn.Module):
     """A backbone and its head as one module: ``model(images, class_index) -> (logits, map)``.
 
     Args:
+        head: one that classifies by itself, as those of ``xattn probe``, has to be the classifier of
+            ``backbone``: :func:`xattn.probed.probed`.
         normalize: min-max each map, as ``xattn explain`` shows it; a constant map becomes 0. Without
             it the map is what the head gives: scores, or the mask with ``explain_with="mask"``.
 
@@ -75,6 +77,12 @@ class ExplainedClassifier(nn.Module):
             raise ValueError(
                 f"head: reads the taps {head.backbone_taps}, the backbone gives "
                 f"{list(backbone.taps)}; load the backbone with taps={head.backbone_taps}"
+            )
+        own = getattr(backbone, "probe", None)
+        if getattr(head, "is_classifier", False) and (own is None or sha256(own) != sha256(head)):
+            raise ValueError(
+                f"head: the maps of {head.name!r} share out its own logits, and {backbone.name} gives "
+                f"others; give xattn.probed.probed(backbone, head) as the backbone"
             )
         self.backbone = backbone
         self.head = head
@@ -119,8 +127,8 @@ def export(backbone: Backbone, head: Head, path: str | Path, normalize: bool = T
         normalize: see :class:`ExplainedClassifier`.
 
     Raises:
-        ValueError: another suffix, the head of another backbone, a missing extra, a model that
-            cannot be traced, is too large for ONNX, or whose graph gives other values.
+        ValueError: another suffix, the head of another backbone or of other logits, a missing extra, a
+            model that cannot be traced, is too large for ONNX, or whose graph gives other values.
         OSError: ``path`` cannot be written. In all cases an earlier file stays as it was.
     """
     path = Path(path)

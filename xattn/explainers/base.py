@@ -62,7 +62,10 @@ class Explainer(ABC):
     ) -> None:
         self._batches = ForwardBatches(max_forward_batch)
         if self.needs_head and head is None:
-            raise ValueError(f"head: explainer {self.name!r} needs one; give head=load_head(...)")
+            raise ValueError(
+                f"head: explainer {self.name!r} needs one; give head=load_head(...), "
+                f"or a folder: --head, --heads or --probe"
+            )
         if head is not None:
             _check_head(head, backbone)
         self.backbone = backbone
@@ -234,11 +237,13 @@ def _check_head(head: Head, backbone: Backbone) -> None:
     if own_probe is not None and sha256(head) == sha256(own_probe):
         return
     names = getattr(head, "class_names", None)
-    if own_probe is None and names is not None and list(names) != list(backbone.class_names):
+    count = head.num_classes if getattr(head, "is_classifier", False) else backbone.num_classes
+    others = names is not None and list(names) != list(backbone.class_names)
+    if own_probe is None and (others or count != backbone.num_classes):
+        told = f"{', '.join(names[:3])}, ..." if names else f"{count} without names"
         raise ValueError(
-            f"head: {head.name!r} has classes of its own ({', '.join(names[:3])}, ...), the backbone "
-            f"{backbone.name} has others; explain xattn.probed.probed(backbone, head), or give "
-            f"--probe FOLDER"
+            f"head: {head.name!r} has classes of its own ({told}), the backbone {backbone.name} has "
+            f"others; explain xattn.probed.probed(backbone, head), or give --probe FOLDER"
         )
     if theirs is not None and theirs != backbone.fingerprint:
         raise ValueError(

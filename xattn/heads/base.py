@@ -122,17 +122,21 @@ class Head(
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, backbone: Backbone, **options: Any) -> Head:  # type: ignore[override]
-        from huggingface_hub import hf_hub_download
-
-        names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        hub = {k: options[k] for k in names if k in options}
         if Path(model_id).is_dir():
             return _read_head(Path(model_id), backbone)
-        files = [
-            Path(hf_hub_download(repo_id=model_id, filename=f, **hub))
-            for f in (CONFIG_FILE, WEIGHTS_FILE)
-        ]
-        return _read_head(files[0].parent, backbone)
+        return _read_head(_download(model_id, options), backbone)
+
+
+def _download(repository: str, options: dict[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+    hub = {k: options[k] for k in names if k in options}
+    files = [
+        Path(hf_hub_download(repo_id=repository, filename=f, **hub))
+        for f in (CONFIG_FILE, WEIGHTS_FILE)
+    ]
+    return files[0].parent
 
 
 @contextmanager
@@ -249,12 +253,18 @@ def load_head(source: str | Path, backbone: Backbone, **hub_options: Any) -> Hea
         ValueError: the head belongs to another backbone (both hashes are named), or its files are
             damaged. FileNotFoundError: nothing is there.
     """
+    return _read_head(head_folder(source, **hub_options), backbone)
+
+
+def head_folder(source: str | Path, **hub_options: Any) -> Path:
+    """Where the head's files lie: a folder itself, a shipped head's, or a hub repository's in the
+    cache, downloaded if need be. Arguments and errors are those of :func:`load_head`."""
     path = Path(source)
     if path.is_dir():
-        return _read_head(path, backbone)
+        return path
     shipped = shipped_heads()
     if str(source) in shipped:
-        return _read_head(shipped[str(source)], backbone)
+        return shipped[str(source)]
     if path.exists():
         raise ValueError(
             f"head: {source} is a file; name the folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
@@ -266,7 +276,7 @@ def load_head(source: str | Path, backbone: Backbone, **hub_options: Any) -> Hea
             f"a hub repository is written owner/name"
         )
     try:
-        return Head._from_pretrained(model_id=str(source), backbone=backbone, **hub_options)
+        return _download(str(source), hub_options)
     except ValueError:
         raise
     except Exception as error:
