@@ -14,8 +14,8 @@ from urllib.parse import urlencode
 
 from PIL import Image
 
-from xattn.app.pack import PackError
-from xattn.app.pictures import ByteCache, check_side, jpeg
+from xattn.app.pack import PackError, Recent
+from xattn.app.pictures import check_side, jpeg
 
 if TYPE_CHECKING:
     from xattn.app.library import Pack
@@ -25,7 +25,7 @@ CACHE_BYTES = 32 << 20
 MAX_PIXELS = 40_000_000
 _CHECKED: OrderedDict[Any, Path] = OrderedDict()  # films whose hash was compared
 _LOCK = threading.Lock()
-_CACHE = ByteCache(CACHE_BYTES)
+_CACHE = Recent(CACHE_BYTES)
 
 
 def frames(pack: Pack) -> list[str]:
@@ -51,14 +51,15 @@ def frame_bytes(pack: Pack, index: int, side: int = 960) -> bytes:
     Raises:
         PackError: no film, no such frame, or a damaged film.
     """
-
-    def draw() -> bytes:
+    key = (pack.id, pack.version, index, check_side(side))
+    data = _CACHE.get(key)
+    if data is None:
         with closing(_Reader(pack)) as reader:
             image = reader.frame(index)
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        return jpeg(image)
-
-    return _CACHE.get((pack.id, pack.version, index, check_side(side)), draw)
+        data = jpeg(image)
+        _CACHE.put(key, data, len(data))
+    return data
 
 
 def _film(pack: Pack) -> Path | None:

@@ -1,7 +1,8 @@
 """The viewer's own HTTP routes: photos and overlays as JPEG, addressed by ids alone.
 
-``GET /xattn/picture?pack&image[&side]`` and ``GET /xattn/overlay?pack&entry[&look]``. A bad
-parameter is a 400 and an unknown id a 404, both with one line of text.
+``GET /xattn/picture?pack&image[&side]``, ``GET /xattn/overlay?pack&entry[&look]`` and
+``GET /xattn/frame?pack&frame[&side]``. A bad parameter is a 400 and an unknown id a
+404, both with one line of text.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from xattn.app import pictures
+from xattn.app import film, pictures
 from xattn.app.pictures import Look
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def routes() -> list[Route]:
     return [
         Route(pictures.PICTURE, _answer(photo_request), methods=["GET"]),
         Route(pictures.OVERLAY, _answer(overlay_request), methods=["GET"]),
+        Route(film.FRAME, _answer(frame_request), methods=["GET"]),
     ]
 
 
@@ -62,6 +64,14 @@ def overlay_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], 
     if look.minus is not None:
         _id(query, "minus")
     return _id(query, "pack"), (entry_id, look), lambda p: pictures.drawn_bytes(p, entry_id, look)
+
+
+def frame_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Draw]:
+    """What ``/xattn/frame`` is asked for, as :func:`photo_request`."""
+    index = pictures.whole(query.get("frame", "0"), "frame")
+    side = pictures.check_side(pictures.whole(query.get("side", "960"), "side"))
+    key = ("frame", index, side)
+    return _id(query, "pack"), key, lambda p: film.frame_bytes(p, index, side)
 
 
 def _id(query: Mapping[str, str], name: str) -> str:

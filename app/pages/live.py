@@ -1,0 +1,478 @@
+"""The live page: photos or a clip of one's own, explained while one waits; and a pack's film."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from xattn.app import explaining, models, state, uploads
+from xattn.app import film as films
+from xattn.app.components import film as film_component
+from xattn.app.components import grid
+from xattn.app.explaining import Job, Request
+from xattn.app.models import ModelError
+from xattn.app.pictures import overlay_url, photo_url
+from xattn.app.state import Context, plain
+
+if TYPE_CHECKING:
+    from xattn.app.library import Pack
+    from xattn.backbone import Backbone
+    from xattn.heads import Head
+
+SIDE = 360  # pixels of a picture's longer side
+QUICK = 0.6  # seconds in which a short job may finish before its progress is shown
+POLL = 0.25  # seconds
+NO_HEAD = ""
+SANITY = ("random", "centre", "ones")  # explainers that explain nothing, to compare with
+FIRST = ("head", "gradcam", "rollout")  # what is chosen by default, the first that is allowed
+INPUTS = {"photos": "Photos", "clip": "Video"}
+VIEWS = {"crop": "Centre crop", "whole": "Whole picture"}
+
+
+def page(context: Context) -> None:
+    """Controls on the left, what came out of them on the right."""
+    job_id = context.params.get("job") or st.session_state.get("_job")
+    job = explaining.jobs().get(job_id)
+    left, right = st.columns([2, 5], gap="large")
+    with left:
+        started = _controls(context, job)
+    job = started or job
+    if job is not None:
+        st.session_state["_job"] = job.id
+        if st.query_params.get("job") != job.id:
+            st.query_params["job"] = job.id
+    with right:
+        if job is not None:
+            _outcome(context, job)
+        elif job_id is not None and context.params.get("job"):
+            st.info(
+                "The results of this address are gone: they are kept until the viewer stops, or "
+                "until many others came after them. Explain the photos again; to keep results, "
+                "save them as a pack."
+            )
+        elif st.session_state.get("input") == "clip" and context.pack is not None:
+            _film_of(context.pack)
+        else:
+            _nothing_yet()
+
+
+def _nothing_yet() -> None:
+    with st.container(border=True):
+        st.markdown("**See where a network looks, on photos of your own.**")
+        st.markdown(
+            "1. Choose photos, or a video.\n"
+            "2. Choose a network and one or more ways to explain it.\n"
+            "3. Press Explain. The maps appear here, side by side."
+        )
+        st.caption(
+            "Photos stay on the machine that runs this viewer. Their metadata are dropped, and "
+            "everything is deleted when the viewer stops, unless you keep it as a pack."
+        )
+
+
+# ---------------------------------------------------------------------- controls
+
+
+def _controls(context: Context, job: Job | None) -> Job | None:
+    """The widgets; returns the job that was just started."""
+    kind = st.segmented_control(
+        "Input",
+        list(INPUTS),
+        default="photos",
+        key="input",
+        format_func=lambda k: INPUTS[k],
+        required=True,
+        label_visibility="collapsed",
+        bind="query-params",
+    )
+    sent = _photos() if kind == "photos" else _clip()
+    name, weights = _backbone()
+    head_id = _head(name)
+    try:
+        with st.spinner("Loading the network", show_time=True):
+            loaded, head = _loaded(name, weights, head_id)
+            allowed, refused = models.explainers(loaded, head)
+    except ModelError as error:
+        st.error(plain(error))
+        return None
+    chosen = _explainers(allowed, refused, kind == "photos")
+    classes, top = _classes(loaded, kind == "photos")
+    request: dict[str, Any] = {
+        "backbone": name,
+        "weights": weights,
+        "head": head_id or None,
+        "explainers": tuple(chosen),
+        "classes": classes,
+        "top": top,
+    }
+    with st.expander("More"):
+        request["view"] = st.radio(
+            "What the network sees",
+            list(VIEWS),
+            index=0 if kind == "photos" else 1,
+            key=f"see-{kind}",
+            format_func=lambda v: VIEWS[v],
+            help="The centre crop is what the network was tested on. The whole picture is squeezed "
+            "into its input.",
+            bind="query-params",
+        )
+        if kind == "clip":
+            request["smoothing"] = st.slider(
+                "Smoothing over frames",
+                0.0,
+                0.95,
+                0.0,
+                0.05,
+                key="smoothing",
+                bind="query-params",
+            )
+    if kind == "clip":
+        request["every"] = st.number_input(
+            "Explain each n-th frame", 1, 1000, 5, key="every", bind="query-params"
+        )
+    busy = job is not None and not job.finished.is_set()
+    ready = bool(sent) and bool(chosen) and not busy
+    pressed = st.button("Explain", type="primary", disabled=not ready, width="stretch")
+    st.caption(_hint(bool(sent), bool(chosen), busy, kind, allowed, chosen))
+    if not (pressed and ready):
+        return None
+    request |= {"photos": tuple(sent)} if kind == "photos" else {"clip": sent[0]}
+    try:
+        return explaining.jobs().start(Request(**request), context.library)
+    except ValueError as error:
+        st.error(plain(error))
+        return None
+
+
+def _hint(
+    sent: bool, chosen: bool, busy: bool, kind: str, allowed: dict[str, int], names: list[str]
+) -> str:
+    """One line on what is missing, or what the run costs."""
+    if busy:
+        return "A run is under way. It goes on if you leave or reload this page."
+    if not sent:
+        return "Choose photos first." if kind == "photos" else "Choose a video first."
+    if not chosen:
+        return "Choose an explainer."
+    passes = sum(max(1, allowed[name]) for name in names)
+    each = "photo" if kind == "photos" else "frame"
+    if passes < 100:
+        return f"About {passes} forward passes a {each}." if passes > 1 else ""
+    return (
+        f"About {passes:,} forward passes a {each}: this takes a while. You can stop at any time."
+    )
+
+
+def _photos() -> list[uploads.Upload]:
+    files = st.file_uploader(
+        f"Photos, up to {uploads.MAX_PHOTOS}",
+        type=uploads.PHOTO_TYPES,
+        accept_multiple_files=True,
+        key="photos",
+        max_upload_size=_megabytes(uploads.MAX_BYTES),
+    )
+    good, problems = uploads.accept(files)
+    if problems:
+        _problems(problems, "left out")
+    return good
+
+
+def _clip() -> list[uploads.Upload]:
+    file = st.file_uploader(
+        "Video",
+        type=uploads.CLIP_TYPES,
+        key="clip",
+        max_upload_size=_megabytes(uploads.MAX_CLIP_BYTES),
+    )
+    if file is None:
+        return []
+    try:
+        return [uploads.accept_clip(file)]
+    except ValueError as error:
+        _problems([(uploads.clean_name(file.name), str(error))], "left out")
+        return []
+
+
+def _megabytes(limit: int) -> int:
+    """Our limit of bytes, or the server's where that is lower."""
+    return min(limit >> 20, int(st.get_option("server.maxUploadSize")))
+
+
+def _problems(problems: list[uploads.Problem], what: str) -> None:
+    """File by file, as plain text."""
+    st.warning(
+        f"{len(problems)} {what}:  \n" + "  \n".join(f"{plain(n)}: {plain(r)}" for n, r in problems)
+    )
+
+
+def _backbone() -> tuple[str, str]:
+    names = models.backbones()
+    files = models.weight_files()
+    name = st.selectbox(
+        "Network",
+        names,
+        key="model",
+        accept_new_options=True,
+        placeholder="Name of a timm model",
+        help="One of the list, or the name of any timm model; its weights then come from the hub.",
+        bind="query-params",
+    )
+    weights = "auto"
+    if files:
+        weights = st.selectbox(
+            "Weights",
+            ["auto", *files],
+            key="weights",
+            format_func=lambda w: "Its own" if w == "auto" else files[w].name,
+            bind="query-params",
+        )
+    return name or "", weights
+
+
+def _head(name: str) -> str:
+    heads = models.heads(name)
+    if not heads:
+        return NO_HEAD
+    return st.selectbox(
+        "Head",
+        [NO_HEAD, *heads],
+        index=1,
+        key="head",
+        format_func=lambda h: heads.get(h, "None"),
+        help="A trained head explains in one pass. One of xattn probe also brings its own classes.",
+        bind="query-params",
+    )
+
+
+def _loaded(name: str, weights: str, head_id: str) -> tuple[Backbone, Head | None]:
+    if not name:
+        raise ModelError("Choose a network.")
+    if head_id:
+        return models.with_head(name, head_id, weights)
+    loaded = models.backbone(name, weights)
+    return loaded, getattr(loaded, "probe", None)
+
+
+def _explainers(allowed: dict[str, int], refused: dict[str, str], several: bool) -> list[str]:
+    names = [n for n in FIRST if n in allowed]
+    names += [n for n in allowed if n not in (*FIRST, *SANITY)]
+    names += [n for n in SANITY if n in allowed]
+
+    def title(name: str) -> str:
+        if name in SANITY:
+            return f"{name} (no explanation, to compare with)"
+        return f"{name} ({allowed[name]:,} passes)" if allowed[name] > 1 else name
+
+    if several:
+        chosen = st.multiselect(
+            "Explainers",
+            names,
+            default=names[:1],
+            key="by",
+            format_func=title,
+            placeholder="Choose one or more",
+            bind="query-params",
+        )
+    else:
+        chosen = [
+            st.selectbox("Explainer", names, key="one", format_func=title, bind="query-params")
+        ]
+    if refused:
+        with st.popover(f"{len(refused)} that this network does not allow", type="tertiary"):
+            for name, reason in refused.items():
+                st.markdown(f"**{plain(name)}**: {plain(reason)}")
+    return [name for name in chosen if name is not None]
+
+
+def _classes(loaded: Backbone, several: bool) -> tuple[tuple[int, ...], int]:
+    names = loaded.class_names
+    classes = st.multiselect(
+        "Classes",
+        range(len(names)),
+        key="classes",
+        format_func=lambda c: names[c],
+        placeholder="The most probable",
+        max_selections=5,
+        help="Explain these classes in every picture; by default the most probable ones.",
+    )
+    top = 1
+    if several and not classes and len(names) > 1:
+        top = st.number_input(
+            "How many of the most probable",
+            1,
+            min(5, len(names)),
+            1,
+            key="top",
+            bind="query-params",
+        )
+    return tuple(classes), int(top)
+
+
+# ---------------------------------------------------------------------- what came out
+
+
+def _outcome(context: Context, job: Job) -> None:
+    """Progress while the job runs, and then its results."""
+    if not job.finished.is_set():
+        waiting = st.empty()
+        with waiting.container():
+            st.progress(job.share, text=plain(_progress_text(job)))
+        job.wait(QUICK)
+        waiting.empty()
+    if not job.finished.is_set():
+        _follow(job.id)
+        return
+    if job.message:
+        (st.info if job.status == "stopped" else st.error)(plain(job.message))
+    for note in job.notes:
+        st.info(plain(note))
+    if job.problems:
+        _problems(job.problems, "left out")
+    if job.unsaved:
+        _unsaved(job)
+    elif job.pack_id is None:
+        if not job.message:
+            st.error("No photo could be explained.")
+    else:
+        pack = context.library.open(job.pack_id)
+        _summary(context, job, pack)
+        if films.frames(pack):
+            _film_of(pack)
+        else:
+            _pictures(pack)
+
+
+@st.fragment(run_every=POLL)
+def _follow(job_id: str) -> None:
+    """The progress of a job, asked for again and again; the whole page runs when it is done."""
+    job = explaining.jobs().get(job_id)
+    if job is None or job.finished.is_set():
+        st.rerun()
+    st.progress(job.share, text=plain(_progress_text(job)))
+    stopping = job.stopping.is_set()
+    st.button(
+        "Stopping" if stopping else "Stop",
+        key="stop",
+        disabled=stopping,
+        on_click=explaining.jobs().stop,
+        args=(job,),
+        help="What is explained until then is kept.",
+    )
+    if job.wait(POLL / 2):
+        st.rerun()
+
+
+def _progress_text(job: Job) -> str:
+    if job.status == "waiting":
+        ahead = explaining.jobs().ahead(job)
+        return f"Waiting for other runs; {ahead} before this one." if ahead else "Next in line."
+    unit = "frames" if job.request.clip else "photos"
+    of = f" of {job.total}" if job.total else ""
+    return f"{job.done}{of} {unit}. {job.step.capitalize()}."
+
+
+def _unsaved(job: Job) -> None:
+    """The disk was full: the results are in memory."""
+    if st.button("Try to write the results again", key="again"):
+        try:
+            explaining.save_again(job)
+        except (ValueError, OSError) as error:
+            st.error(plain(error))
+        else:
+            job.message = ""
+            st.rerun()
+
+
+def _summary(context: Context, job: Job, pack: Pack) -> None:
+    """One line on the run, and what to do with its results."""
+    images, maps = len(pack.images), len(pack.entries)
+    unit = "frame" if films.frames(pack) else "photo"
+    line = st.container(horizontal=True, vertical_alignment="center", gap="small")
+    line.markdown(
+        f"**{images} {unit}{'s' * (images != 1)}, {maps} map{'s' * (maps != 1)}** "
+        f"in {job.seconds:.1f} s",
+        width="stretch",
+    )
+    if line.button("Open in the gallery", key="open", type="tertiary"):
+        state.go("gallery", pack=pack.id)
+    with line.popover("Keep as a pack"):
+        name = st.text_input("Name", key="keep_name", placeholder="my photos", max_chars=80)
+        st.caption("Becomes a folder beside the other packs.")
+        if st.button("Keep", key="keep", type="primary", disabled=not name.strip()):
+            _keep(context, job, name)
+
+
+def _keep(context: Context, job: Job, name: str) -> None:
+    try:
+        folder = explaining.keep(job, name)
+    except (ValueError, OSError) as error:
+        st.error(plain(error.args[-1] if error.args else error))
+        return
+    st.success(f"Kept as {plain(folder.name)}.")
+
+
+def _pictures(pack: Pack) -> None:
+    """Photo by photo: the photo, then its maps."""
+    groups = dict(list(pack.entries.groupby("image_id", sort=False)))
+    for number, image_id in enumerate(pack.images.index):
+        name = pack.images.at[image_id, "file_name"] or image_id
+        cells: list[dict[str, Any]] = [
+            {
+                "id": "",
+                "src": photo_url(pack, image_id, SIDE),
+                "alt": f"Photo {name}",
+                "title": name,
+                "href": state.link("image", pack=pack.id, image=image_id),
+            }
+        ]
+        for entry_id, row in groups[image_id].iterrows():
+            target = row["target_name"].split(",")[0]
+            cells.append(
+                {
+                    "id": entry_id,
+                    "src": overlay_url(pack, entry_id, side=SIDE),
+                    "alt": f"Map by {row['method']} of {target} on {name}",
+                    "title": target,
+                    "lines": [f"{row['probability']:.1%} · {row['method']}"],
+                    "href": state.link("image", pack=pack.id, image=image_id),
+                }
+            )
+        opened = grid(cells, f"live-{number}", label=f"Maps of {name}")
+        if opened is not None:
+            state.go("image", pack=pack.id, image=image_id)
+
+
+# ---------------------------------------------------------------------- films
+
+
+def _film_of(pack: Pack) -> None:
+    """The film of a clip's pack, frame by frame."""
+    ids = films.frames(pack)
+    if not ids:
+        _nothing_yet()
+        return
+    best = pack.entries.sort_values("probability", ascending=False).groupby("image_id").first()
+    titles = [
+        f"{i.replace('frame-', 'frame ')}: {best.at[i, 'target_name'].split(',')[0]}, "
+        f"{best.at[i, 'probability']:.1%} ({best.at[i, 'method']})"
+        for i in ids
+    ]
+    start = st.query_params.get("frame", "0")
+    key = f"film-{pack.id}"
+
+    def rest() -> None:
+        at = film_component.resting(key, len(ids))
+        if at is not None:
+            st.query_params["frame"] = str(at)
+
+    film_component.film(
+        films.frame_url(pack),
+        titles,
+        key,
+        rate=films.rate(pack),
+        start=min(int(start), len(ids) - 1) if start.isascii() and start.isdigit() else 0,
+        label=f"Frame of {pack.name}",
+        on_rest=rest,
+    )
+    st.caption("Space plays and pauses; the arrow keys go from frame to frame.")
