@@ -23,7 +23,15 @@ from typing import IO, Any, NamedTuple
 import pandas as pd
 from PIL import Image
 
-from xattn.explanation import MANIFEST, MAPS, VIDEO, Explanation, parse_manifest
+from xattn.explanation import (
+    MANIFEST,
+    MAPS,
+    THUMBNAIL,
+    VIDEO,
+    Explanation,
+    ImageFacts,
+    parse_manifest,
+)
 from xattn.files import file_sha256
 from xattn.images import View, decode_image
 from xattn.tensor_file import TensorFile
@@ -88,7 +96,7 @@ class _Entry(NamedTuple):
 class _Photo:
     thumbnail: str | None
     sha256: str | None
-    top: list[tuple[int, str, float]]
+    facts: ImageFacts
 
 
 class Recent:
@@ -179,6 +187,8 @@ class Pack:
         entries: one row a map, by entry_id: image_id, method, target, target_name, probability,
             is_mask, sanity (a row that every method has to beat), min, max, and a column a metric.
         metrics: what the metrics' columns are.
+        shares: by name of a curve, the shares of pixels that its values stand for; a curve that is not
+            there has its values at equal steps over [0, 1].
 
     Raises:
         PackError: damaged, truncated, of a later version, or with files outside ``folder``.
@@ -216,6 +226,7 @@ class Pack:
         }
         self.images, self._photos = _image_table(manifest, columns, protocols)
         self._video = _video(manifest)
+        self.shares = _shares(manifest.get("shares", {}))
 
     def explanation(self, entry_id: str) -> Explanation:
         """One entry with its map, which is read now and checked by its hash."""
@@ -244,6 +255,10 @@ class Pack:
                 protocol=entry.protocol,
                 file_name=entry.file_name,
                 is_mask=bool(row["is_mask"]),
+                facts=self._photo(row["image_id"]).facts,
+                metrics={m.key: float(v) for m in self.metrics if (v := row[m.key]) == v},
+                curves=self.curves(entry_id),
+                sanity=bool(row["sanity"]),
             )
         except PackError:
             raise
@@ -292,7 +307,7 @@ class Pack:
 
     def top(self, image_id: str) -> list[tuple[int, str, float]]:
         """(class, its name, probability) of the classifier's first classes; [] in old packs."""
-        return list(self._photo(image_id).top)
+        return list(self._photo(image_id).facts.top)
 
     def provenance(self, entry_id: str) -> dict[str, Any]:
         """Where a map comes from: method, head, protocol, versions and hashes."""
@@ -378,7 +393,7 @@ def _entries(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, 
         if not all(map(_is_finite, columns[key])):
             raise _damaged(f"a {key} is not finite")
     for name in columns["thumbnail"]:
-        if name is not None and not re.fullmatch(r"thumbnails/[^/\\\0]+\.jpg", name):
+        if name is not None and not re.fullmatch(THUMBNAIL, name):
             raise _damaged(f"the thumbnail {name[:60]!r} lies outside the pack")
     return entries, columns
 
@@ -442,7 +457,7 @@ def _image_table(
             raise _damaged(f"the disagreement of {image_id} is no number")
         thumbnail = next((t for i in group if (t := columns["thumbnail"][i]) is not None), None)
         sha256 = _hash(record.get("thumbnail_sha256"), "thumbnail_sha256")
-        photos[image_id] = _Photo(thumbnail, sha256, top)
+        photos[image_id] = _Photo(thumbnail, sha256, ImageFacts(tuple(top), label, label_name))
         rows.append(
             (
                 columns["file_name"][group[0]],
@@ -519,6 +534,12 @@ def _metrics(given: Any) -> list[MetricInfo]:
             MetricInfo(key, record["higher_is_better"], _text(protocol_id), _text(formula))
         )
     return metrics
+
+
+def _shares(given: Any) -> dict[str, list[float]]:
+    if not isinstance(given, dict) or not all(map(_is_curve, given.values())):
+        raise _damaged("the shares of its curves are no numbers")
+    return {name: [float(v) for v in values] for name, values in given.items()}
 
 
 def _check_protocols(protocols: Any, numbers: list[int]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xattn import explanation as module
+from xattn import pack_writer as module
 from xattn.backbone import Preprocessing
 from xattn.contact_sheet import (
     Cell,
@@ -157,7 +157,7 @@ def test_a_new_pack_replaces_an_old_one_and_nothing_else(tmp_path):
 def test_a_full_disk_leaves_the_earlier_pack_intact(tmp_path, monkeypatch, written):
     folder = save_pack(tmp_path / "pack", [make()])
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    real, calls = module._write, []
+    real, calls = module.write_file, []
 
     def full(path, data):
         calls.append(path)
@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_the_earlier_pack_intact(tmp_path, monkeypatch, writt
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(module, "_write", full)
+    monkeypatch.setattr(module, "write_file", full)
     with pytest.raises(OSError, match=r"output: cannot write .*No space left on device") as caught:
         save_pack(folder, [make("dog"), make("dog", target=9)])
     assert caught.value.errno == errno.ENOSPC and "\n" not in str(caught.value)

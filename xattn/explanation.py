@@ -3,17 +3,15 @@
 An :class:`Explanation` is a raw map (h, w) of one class of one photo, with all that is needed to
 read it later: the class and its probability, the method, the geometry back onto the photo, and the
 protocol. A pack is ``maps.safetensors``, ``manifest.json``, ``thumbnails/`` and ``overlays/`` with
-JPEG files, and for a clip ``overlay.mp4``; it appears whole or not at all.
+JPEG files, and for a clip ``overlay.mp4``; it appears whole or not at all, and carries the SHA-256 of
+every map and thumbnail. See :mod:`xattn.pack_writer`.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import re
-import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,43 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from xattn import strict_json
-from xattn.files import atomic_folder, output_error
+from xattn.files import output_error
 from xattn.images import View, load_image
 from xattn.sources import StoredPhoto
+from xattn.tensor_file import TensorFile
 
 FORMAT, VERSION = "xattn-pack", 1
 MANIFEST, MAPS, VIDEO = "manifest.json", "maps.safetensors", "overlay.mp4"
+THUMBNAIL = r"thumbnails/[^/\\\0]+\.jpg"  # what a thumbnail may be named
 THUMBNAIL_SIDE, OVERLAY_SIDE = 512, 2048  # longest side in pixels
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What is known of a photo beside its maps.
+
+    ``top`` are the classifier's first classes, (class, its name, probability); ``label`` is the true
+    class as an index into the classifier's classes, None where it has no such class, and
+    ``label_name`` its name.
+    """
+
+    top: tuple[tuple[int, str, float], ...] = ()
+    label: int | None = None
+    label_name: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "top": [list(item) for item in self.top],
+            "label": self.label,
+            "label_name": self.label_name,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ImageFacts:
+        """What :meth:`to_json` wrote; all of it may be missing."""
+        top = tuple((int(i), str(name), float(p)) for i, name, p in data.get("top", ()))
+        return cls(top, data.get("label"), data.get("label_name"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +68,9 @@ class Explanation:
     ``probability`` is the softmax over all classes, or the class's sigmoid (multi-label);
     ``image_id`` names the photo within its run and ``source`` is where its pixels are: a file, an
     image, or None. ``is_mask`` marks maps that are
-    in [0, 1] by meaning and must not be stretched.
+    in [0, 1] by meaning and must not be stretched. ``facts`` are of the photo. ``metrics``, by column
+    such as "AD@50", ``curves``, by name such as "deletion", and ``sanity``, whether this is a row
+    that every method has to beat, come with comparisons.
     """
 
     map: NDArray[np.float32]
@@ -54,6 +84,10 @@ class Explanation:
     file_name: str = ""
     is_mask: bool = False
     source: Path | Image.Image | StoredPhoto | None = field(default=None, repr=False)
+    facts: ImageFacts = field(default_factory=ImageFacts, repr=False)
+    metrics: Mapping[str, float] = field(default_factory=dict, repr=False)
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict, repr=False)
+    sanity: bool = False
 
     def __post_init__(self) -> None:
         values = np.array(self.map, dtype=np.float32)
@@ -134,7 +168,7 @@ def check_output(folder: str | Path) -> Path:
         OSError: nothing can be written there.
     """
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not _is_pack(folder):
+    if folder.is_dir() and any(folder.iterdir()) and not is_pack(folder):
         raise ValueError(
             f"output: {folder} is not empty and is not a pack of xattn; choose a new folder, "
             f"nothing was overwritten"
@@ -155,6 +189,7 @@ def save_pack(
     overlays: bool = True,
     skipped: Sequence[tuple[str, str]] = (),
     video: Path | None = None,
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write a pack; an earlier pack in ``folder`` is replaced only once the new one is complete.
 
@@ -162,35 +197,28 @@ def save_pack(
         overlays: also write ``overlays/<id>.jpg``, the map in colour over the photo.
         skipped: (file name, reason) of images that could not be read, for the manifest.
         video: a film of overlays, moved into the pack.
+        metrics: what the explanations' metrics are, by column:
+            ``{"higher_is_better": bool, "formula": str, "protocol_id": str}``.
 
     Raises:
         ValueError: no explanations, two with the same id, or a folder that is not a pack.
         OSError: the folder cannot be written or the disk is full; earlier results are intact.
     """
-    folder = check_output(folder)
-    explanations = list(explanations)
-    if not explanations:
-        raise ValueError("explanations: got none; a pack needs at least one")
-    ids = [e.id for e in explanations]
-    double = sorted({i for i in ids if ids.count(i) > 1}) if len(set(ids)) < len(ids) else []
-    if double:
-        raise ValueError(
-            f"explanations: {double[0]!r} comes twice; give every photo its own image_id"
-        )
-    owned = (MANIFEST, MAPS, VIDEO, "thumbnails", "overlays")
-    with atomic_folder(folder, owned, _is_pack) as temporary:
-        thumbnails = _write_images(temporary, explanations, overlays)
-        from safetensors.numpy import save
+    from xattn.pack_writer import pack_writer
 
-        maps = {e.id: np.ascontiguousarray(e.map) for e in explanations}
-        _write(temporary / MAPS, save(maps, metadata={"format": FORMAT, "version": str(VERSION)}))
+    explanations = list(explanations)
+    groups: dict[str, list[Explanation]] = {}
+    for explanation in explanations:
+        groups.setdefault(explanation.image_id, []).append(explanation)
+    with pack_writer(folder, overlays) as writer:
+        for group in groups.values():
+            writer.add(group)
         if video is not None:
-            shutil.move(video, temporary / VIDEO)
-        manifest = _manifest(explanations, thumbnails, overlays, skipped)
-        manifest["video"] = None if video is None else VIDEO
-        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        _write(temporary / MANIFEST, text.encode("utf-8"))
-    return folder
+            writer.add_video(video)
+        writer.skipped = list(skipped)
+        writer.order = [e.id for e in explanations]
+        writer.metrics = metrics or {}
+    return Path(folder)
 
 
 def interrupted_output(folder: str | Path) -> Path:
@@ -198,84 +226,6 @@ def interrupted_output(folder: str | Path) -> Path:
     folder = Path(folder)
     whole = (folder / MANIFEST).exists()
     return folder.with_name(f"{folder.name}-interrupted") if whole else folder
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(data)
-
-
-def _write_images(
-    folder: Path, explanations: Sequence[Explanation], overlays: bool
-) -> dict[str, str]:
-    """Thumbnails and overlays, photo by photo; returns image_id -> thumbnail's name."""
-    from xattn.visualize import overlay
-
-    by_photo: dict[str, list[Explanation]] = {}
-    for explanation in explanations:
-        by_photo.setdefault(explanation.image_id, []).append(explanation)
-    names = {}
-    for image_id, group in by_photo.items():
-        if group[0].source is None:
-            continue
-        photo = group[0].photo(OVERLAY_SIDE)
-        if overlays:
-            for e in group:
-                drawn = overlay(photo, e.on_photo((photo.height, photo.width)))
-                _write(folder / "overlays" / f"{e.id}.jpg", _jpeg(drawn))
-        photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-        names[image_id] = f"thumbnails/{image_id}.jpg"
-        _write(folder / names[image_id], _jpeg(photo))
-    return names
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=88, optimize=True)
-    return stream.getvalue()
-
-
-def _manifest(
-    explanations: Sequence[Explanation],
-    thumbnails: dict[str, str],
-    overlays: bool,
-    skipped: Sequence[tuple[str, str]],
-) -> dict[str, Any]:
-    from xattn import __version__
-
-    protocols: list[dict[str, Any]] = []
-    entries = []
-    for e in explanations:
-        if e.protocol not in protocols:
-            protocols.append(e.protocol)
-        drawn = overlays and e.image_id in thumbnails
-        entries.append(
-            {
-                "id": e.id,
-                "image_id": e.image_id,
-                "file_name": Path(e.file_name).name,
-                "target": e.target,
-                "target_name": e.target_name,
-                "probability": e.probability,
-                "method": e.method,
-                "is_mask": e.is_mask,
-                "protocol": protocols.index(e.protocol),
-                "view": e.view.to_json(),
-                "shape": list(e.map.shape),
-                "min": float(e.map.min()),
-                "max": float(e.map.max()),
-                "thumbnail": thumbnails.get(e.image_id),
-                "overlay": f"overlays/{e.id}.jpg" if drawn else None,
-            }
-        )
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "xattn": __version__,
-        "protocols": protocols,
-        "skipped": [{"file_name": name, "reason": reason} for name, reason in skipped],
-        "entries": entries,
-    }
 
 
 # ---------------------------------------------------------------------- reading
@@ -333,20 +283,17 @@ def load_pack(folder: str | Path) -> list[Explanation]:
     Raises:
         FileNotFoundError: no such folder. ValueError: not a pack, or a damaged one.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     folder = Path(folder)
     manifest = read_manifest(folder)
     try:
-        maps = load((folder / MAPS).read_bytes())
-    except (OSError, SafetensorError) as error:
+        maps = TensorFile(lambda: (folder / MAPS).open("rb"))
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"pack: {folder / MAPS} is missing or damaged ({error}); make the pack again"
         ) from None
     try:
         return [_entry(folder, manifest, maps, entry) for entry in manifest["entries"]]
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"pack: {folder / MANIFEST} is damaged ({type(error).__name__}: {error}); "
             f"make the pack again"
@@ -354,15 +301,16 @@ def load_pack(folder: str | Path) -> list[Explanation]:
 
 
 def _entry(
-    folder: Path, manifest: dict[str, Any], maps: dict[str, NDArray[Any]], entry: dict[str, Any]
+    folder: Path, manifest: dict[str, Any], maps: TensorFile, entry: dict[str, Any]
 ) -> Explanation:
-    values = maps[entry["id"]]
+    values = maps.read(entry["id"], entry.get("sha256"))
     if list(values.shape) != entry["shape"]:
         raise ValueError(f"{entry['id']} has shape {list(values.shape)}, not {entry['shape']}")
     thumbnail = entry["thumbnail"]
-    if thumbnail is not None and not re.fullmatch(r"thumbnails/[^/\\]+\.jpg", thumbnail):
+    if thumbnail is not None and not re.fullmatch(THUMBNAIL, thumbnail):
         raise ValueError(f"thumbnail {thumbnail!r} lies outside the pack")
     source = folder / thumbnail if thumbnail is not None else None
+    facts = manifest.get("images", {}).get(entry["image_id"], {})
     return Explanation(
         map=values,
         target=int(entry["target"]),
@@ -375,10 +323,15 @@ def _entry(
         file_name=str(entry["file_name"]),
         is_mask=bool(entry["is_mask"]),
         source=source if source is not None and source.is_file() else None,
+        facts=ImageFacts.from_json(facts),
+        metrics=entry.get("metrics", {}),
+        curves=entry.get("curves", {}),
+        sanity=bool(entry.get("sanity", False)),
     )
 
 
-def _is_pack(folder: Path) -> bool:
+def is_pack(folder: Path) -> bool:
+    """Whether a folder is a pack, perhaps of a later version."""
     try:
         read_manifest(folder)
     except ValueError as error:

@@ -1,0 +1,235 @@
+"""Writing a pack photo by photo: maps go to disk as they come, so that memory does not grow with them.
+
+    maps.safetensors   every map, float32 (h, w), by the entry's id
+    manifest.json      an entry a line: class, method, view, metrics, curves, hashes; what is known of
+                       each image; the protocols
+    thumbnails/, overlays/   JPEG files by image and by entry
+
+Everything is a pure function of what is written: equal explanations give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from xattn.correlation import disagreement
+from xattn.explanation import (
+    FORMAT,
+    MANIFEST,
+    MAPS,
+    OVERLAY_SIDE,
+    THUMBNAIL_SIDE,
+    VERSION,
+    VIDEO,
+    Explanation,
+    check_output,
+    is_pack,
+)
+from xattn.files import atomic_folder, file_sha256
+
+_DRAFT = "maps.data"
+
+
+@contextmanager
+def pack_writer(folder: str | Path, overlays: bool = True) -> Iterator[PackWriter]:
+    """A writer of the pack ``folder``, which appears, or replaces an earlier pack, when the block ends.
+
+    Raises:
+        ValueError: a folder that is not a pack, or nothing was added.
+        OSError: it cannot be written, or the disk is full; earlier results are intact.
+    """
+    folder = check_output(folder)
+    owned = (MANIFEST, MAPS, VIDEO, "thumbnails", "overlays")
+    with atomic_folder(folder, owned, is_pack) as temporary:
+        writer = PackWriter(temporary, overlays)
+        try:
+            yield writer
+            writer.close()
+        finally:
+            writer.abandon()
+
+
+class PackWriter:
+    """See :func:`pack_writer`.
+
+    Attributes:
+        skipped: (file name, reason) of images that could not be read.
+        metrics: by column key, {"higher_is_better", "formula", "protocol_id"} of the metrics that
+            explanations carry.
+        shares: by name of a curve, the shares of pixels that its values stand for, where they are not
+            at equal steps over [0, 1].
+        order: the ids of the entries in the order of the manifest; by default as they were added.
+    """
+
+    def __init__(self, folder: Path, overlays: bool) -> None:
+        self.folder, self.overlays = folder, overlays
+        self.skipped: list[tuple[str, str]] = []
+        self.metrics: Mapping[str, Mapping[str, Any]] = {}
+        self.shares: Mapping[str, Sequence[float]] = {}
+        self.order: Sequence[str] | None = None
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._images: dict[str, dict[str, Any]] = {}
+        self._protocols: dict[str, int] = {}
+        self._header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION)}}
+        self._video: str | None = None
+        self._end = 0
+        self._maps = (folder / _DRAFT).open("wb")
+
+    def add(self, group: Sequence[Explanation]) -> None:
+        """All explanations of one photo."""
+        photo = group[0]
+        if photo.image_id in self._images:
+            raise ValueError(
+                f"explanations: {photo.image_id!r} was added before; add all of a photo at once"
+            )
+        record = {**photo.facts.to_json(), "disagreement": _rounded(_disagreement(group))}
+        thumbnail = None
+        if photo.source is not None:
+            thumbnail = self._pictures(group, record)
+        for e in group:
+            if e.id in self._entries:
+                raise ValueError(
+                    f"explanations: {e.id!r} comes twice; give every photo its own image_id"
+                )
+            drawn = self.overlays and thumbnail is not None
+            self._entries[e.id] = self._entry(e, thumbnail, drawn)
+        self._images[photo.image_id] = record
+
+    def add_video(self, film: Path) -> None:
+        """Move a film of overlays into the pack."""
+        shutil.move(film, self.folder / VIDEO)
+        self._video = file_sha256(self.folder / VIDEO)
+
+    def close(self) -> None:
+        """Write the maps and the manifest."""
+        from xattn import __version__
+
+        if not self._entries:
+            raise ValueError("explanations: got none; a pack needs at least one")
+        self._maps.close()
+        header = json.dumps(self._header, ensure_ascii=False, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)  # as safetensors aligns its data
+        with (self.folder / MAPS).open("wb") as whole, (self.folder / _DRAFT).open("rb") as draft:
+            whole.write(len(header).to_bytes(8, "little") + header)
+            shutil.copyfileobj(draft, whole, 1 << 20)
+        (self.folder / _DRAFT).unlink()
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "xattn": __version__,
+            "protocols": [json.loads(text) for text in self._protocols],
+            "skipped": [{"file_name": name, "reason": why} for name, why in self.skipped],
+            "metrics": self.metrics,
+            "shares": self.shares,
+            "images": self._images,
+            "entries": [self._entries[i] for i in self.order or self._entries],
+            "video": None if self._video is None else VIDEO,
+            "video_sha256": self._video,
+        }
+        write_file(self.folder / MANIFEST, manifest_text(manifest).encode("utf-8"))
+
+    def abandon(self) -> None:
+        """Close what is open."""
+        self._maps.close()
+
+    def _entry(self, e: Explanation, thumbnail: str | None, drawn: bool) -> dict[str, Any]:
+        data = np.ascontiguousarray(e.map, dtype="<f4").tobytes()
+        begin, self._end = self._end, self._end + len(data)
+        self._maps.write(data)
+        shape = list(e.map.shape)
+        self._header[e.id] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, self._end]}
+        protocol = json.dumps(e.protocol, ensure_ascii=False, allow_nan=False)
+        return {
+            "id": e.id,
+            "image_id": e.image_id,
+            "file_name": Path(e.file_name).name,
+            "target": e.target,
+            "target_name": e.target_name,
+            "probability": e.probability,
+            "method": e.method,
+            "is_mask": e.is_mask,
+            "sanity": e.sanity,
+            "protocol": self._protocols.setdefault(protocol, len(self._protocols)),
+            "view": e.view.to_json(),
+            "shape": shape,
+            "min": float(e.map.min()),
+            "max": float(e.map.max()),
+            "thumbnail": thumbnail,
+            "overlay": f"overlays/{e.id}.jpg" if drawn else None,
+            "metrics": {key: value for key, value in e.metrics.items() if math.isfinite(value)},
+            "curves": {key: list(values) for key, values in e.curves.items()},
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+
+    def _pictures(self, group: Sequence[Explanation], record: dict[str, Any]) -> str:
+        """Thumbnail and overlays of a photo; returns the thumbnail's name."""
+        photo = group[0].photo(OVERLAY_SIDE)
+        if self.overlays:
+            from xattn.visualize import overlay
+
+            for e in group:
+                drawn = overlay(photo, e.on_photo((photo.height, photo.width)))
+                write_file(self.folder / "overlays" / f"{e.id}.jpg", _jpeg(drawn))
+        photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+        name, data = f"thumbnails/{group[0].image_id}.jpg", _jpeg(photo)
+        write_file(self.folder / name, data)
+        record["thumbnail_sha256"] = hashlib.sha256(data).hexdigest()
+        return name
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A file, with the folder it is in."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+
+
+def manifest_text(manifest: Mapping[str, Any]) -> str:
+    """JSON with a line an entry and a line an image: for people, and read in half the time."""
+
+    def line(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+    parts = []
+    for key, value in manifest.items():
+        if key == "entries":
+            text = "[\n  " + ",\n  ".join(map(line, value)) + "\n ]"
+        elif key == "images" and value:
+            rows = (f"{line(name)}: {line(record)}" for name, record in value.items())
+            text = "{\n  " + ",\n  ".join(rows) + "\n }"
+        else:
+            text = line(value)
+        parts.append(f" {line(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _disagreement(group: Sequence[Explanation]) -> float:
+    """Of the methods, sanity rows aside, on the classes that several explain; NaN without such."""
+    by_class: dict[Any, list[Explanation]] = {}
+    for e in group:
+        if not e.sanity and not e.is_mask:
+            by_class.setdefault((e.target, e.view), []).append(e)
+    values = [disagreement([e.map for e in maps]) for maps in by_class.values() if len(maps) > 1]
+    values = [v for v in values if math.isfinite(v)]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _rounded(value: float) -> float | None:
+    """Four decimals, None for NaN."""
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=88, optimize=True)
+    return stream.getvalue()
