@@ -96,6 +96,8 @@ class Train:
     """Go on from the last checkpoint in the output folder."""
     half: bool = False
     """Also save the head in half precision, in head-half."""
+    sample: int = 0
+    """Explain so many photos of the data at each checkpoint: a pack of before and now, in sample."""
 
     def run(self) -> None:
         import torch
@@ -116,7 +118,26 @@ class Train:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
             head = create_head(name, backbone, **options)
-        result = fit(head, backbone, self.data, self.train, output=self.output, resume=self.resume)
+        shown = None
+        if self.sample:
+            from xattn.training.sample import SAMPLE_FOLDER, Sample
+
+            shown = Sample(
+                backbone,
+                self.data,
+                self.output / SAMPLE_FOLDER,
+                self.sample,
+                self.train.max_pixels,
+            )
+        result = fit(
+            head,
+            backbone,
+            self.data,
+            self.train,
+            output=self.output,
+            resume=self.resume,
+            on_checkpoint=shown,
+        )
         if not result.main:
             return
         if self.half:

@@ -60,6 +60,7 @@ def fit(
     output: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    on_checkpoint: Callable[[int, Head], None] | None = None,
 ) -> FitResult:
     """Train ``head`` in place; the backbone stays as it is, bit for bit.
 
@@ -71,6 +72,8 @@ def fit(
         resume: go on from the last checkpoint in ``output``; the end is bit-identical to a run that
             was never stopped (CPU, equal thread count). Of shards (``wds/``) each worker reads the
             one it was in again from its beginning, and only decodes what was not trained on yet.
+        on_checkpoint: called in the first process with the step and the head, at step 0 and after each
+            checkpoint; it must leave the head and the random numbers as they were.
 
     Ctrl-C and SIGTERM end the run after the current step, in all processes at the same one, with a
     checkpoint. Loader processes that die are replaced, with a warning.
@@ -89,7 +92,9 @@ def fit(
         )
     photos = open_photos(data)
     with own_accelerator(backbone.device, config.precision) as accelerator:
-        return _fit(head, backbone, photos, config, accelerator, output, resume, progress)
+        return _fit(
+            head, backbone, photos, config, accelerator, output, resume, progress, on_checkpoint
+        )
 
 
 def _fit(
@@ -101,6 +106,7 @@ def _fit(
     output: str | Path | None,
     resume: bool,
     progress: bool,
+    on_checkpoint: Callable[[int, Head], None] | None,
 ) -> FitResult:
     from accelerate.utils import broadcast, gather_object
 
@@ -174,7 +180,13 @@ def _fit(
 
         def checkpoint() -> None:
             share_skipped()
-            if folder is None or not main:
+            if main:
+                save()
+                if on_checkpoint is not None:
+                    on_checkpoint(step, head)
+
+        def save() -> None:
+            if folder is None:
                 return
             scaler = accelerator.scaler
             state = {

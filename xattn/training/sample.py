@@ -1,0 +1,110 @@
+"""Maps of a few fixed photos while a head trains: a pack of before the training and of now."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from xattn.explanation import Explanation, load_pack, save_pack
+from xattn.images import MAX_PIXELS, load_image
+from xattn.sources import Data, Files, open_photos
+
+if TYPE_CHECKING:
+    from xattn.backbone import Backbone
+    from xattn.heads import Head
+
+SAMPLE_FOLDER = "sample"
+
+
+def step_method(step: int) -> str:
+    """What the pack calls the maps of a step in the place of a method."""
+    return f"step {step}"
+
+
+class Sample:
+    """Called at each checkpoint: explains ``count`` photos, the same ones each time, by their top class.
+
+    ``folder`` becomes a pack with the maps of step 0 and of the checkpoint; the step is the method's name
+    and ``protocol["step"]``. The head's mode and the random numbers are as they were afterwards.
+
+    Args:
+        data: photos in files; ``count`` of them, evenly spread, are shown.
+
+    Raises:
+        ValueError: a dataset that is not files, or no photo that can be read.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        data: Data,
+        folder: str | Path,
+        count: int = 4,
+        max_pixels: int | None = MAX_PIXELS,
+    ) -> None:
+        photos = open_photos(data)
+        if not isinstance(photos, Files):
+            raise ValueError(f"sample: got {data}; photos in files are needed, leave out --sample")
+        if count < 1:
+            raise ValueError(f"sample: got {count} photos; give at least 1")
+        self.backbone, self.folder = backbone, Path(folder)
+        self.paths = _readable(photos.paths, count, max_pixels)
+        self.max_pixels = max_pixels
+        self._first: list[Explanation] = []
+
+    def __call__(self, step: int, head: Head) -> None:
+        from xattn.explaining import explain
+
+        training = head.training
+        head.eval()
+        try:
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "explain: skipped")  # a photo that went since
+                found = explain(
+                    self.paths, self.backbone, head, batch_size=4, max_pixels=self.max_pixels
+                )
+        finally:
+            head.train(training)
+        now = [_at(explanation, step) for explanation in found]
+        if step == 0:
+            self._first = now
+        first = [] if step == 0 else self._first or self._saved()
+        save_pack(self.folder, [*first, *now], overlays=False, skipped=found.skipped)
+
+    def _saved(self) -> list[Explanation]:
+        """The maps of step 0, which an interrupted run left."""
+        try:
+            self._first = [e for e in load_pack(self.folder) if e.method == step_method(0)]
+        except (OSError, ValueError):
+            self._first = []
+        return self._first
+
+
+def _at(explanation: Explanation, step: int) -> Explanation:
+    protocol: dict[str, Any] = {**explanation.protocol, "step": step}
+    return replace(explanation, method=step_method(step), protocol=protocol)
+
+
+def _readable(paths: list[Path], count: int, max_pixels: int | None) -> list[Path]:
+    """``count`` evenly spread paths; for one that cannot be read the next one."""
+    chosen: list[Path] = []
+    reason: Exception | None = None
+    for place in range(min(count, len(paths))):
+        start = place * len(paths) // min(count, len(paths))
+        for path in paths[start : start + 50]:
+            if path in chosen:
+                continue
+            try:
+                load_image(path, max_pixels)
+            except (OSError, ValueError) as error:
+                reason = error
+                continue
+            chosen.append(path)
+            break
+    if not chosen:
+        raise ValueError(f"sample: none of the photos can be read ({reason}); check data")
+    return chosen
