@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -309,8 +308,7 @@ def _lay_out(
     for legend in legends:
         y = _lay_legend(items, legend, gap, y, min(side, width // 3), text, width - gap)
     for note in notes:
-        letters = max(int((width - 2 * gap) / _font(small).getlength("n")), 10)
-        for part in textwrap.wrap(note, letters):
+        for part in _wrap(note, small, width - 2 * gap):
             items.append(_Line(gap, y, part, small, soft=True))
             y += round(text * 1.4)
     return _Sheet((width, y + round(text * 0.9)), items)
@@ -319,7 +317,7 @@ def _lay_out(
 def _lay_legend(
     items: list[_Line | _Picture],
     legend: Legend,
-    x: int,
+    left: int,
     y: int,
     length: int,
     text: int,
@@ -327,19 +325,34 @@ def _lay_legend(
 ) -> int:
     small = round(text * 0.9)
     font = _font(small)
-    items.append(_Line(x, y, legend.low, small, soft=True))
-    x += round(font.getlength(legend.low) + text * 0.4)
+    items.append(_Line(left, y, legend.low, small, soft=True))
+    x = left + round(font.getlength(legend.low) + text * 0.4)
     height = max(text // 2, 4)
     bar = colour_bar(length, height, legend.cmap)
     items.append(_Picture(x, round(y + text * 0.35), bar.size, bar, "Colour scale"))
     x += length + round(text * 0.4)
     items.append(_Line(x, y, legend.high, small, soft=True))
     x += round(font.getlength(legend.high) + text)
-    letters = max(int((right - x) / font.getlength("n")), 12)
-    for part in textwrap.wrap(legend.text, letters):
+    if font.getlength(legend.text) > right - x:  # below the bar, over the whole width
+        x = left
+        y += round(text * 1.4)
+    for part in _wrap(legend.text, small, right - x):
         items.append(_Line(x, y, part, small, soft=True))
         y += round(text * 1.4)
     return y + round(text * 0.2)
+
+
+def _wrap(text: str, size: int, width: float) -> list[str]:
+    """Words in lines of at most ``width`` pixels; a longer word is cut."""
+    font = _font(size)
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(_shorten(word, font, width))
+    return lines
 
 
 def contact_sheet_image(

@@ -50,7 +50,7 @@ def _diverging() -> NDArray[np.uint8]:
     size = np.abs(at)
     hue = np.deg2rad(np.where(at < 0, 262, 60))
     # Grey at the centre, paler towards light, where sRGB has little colour left.
-    chroma = 43 * np.minimum(3 * size, 1) * np.minimum((1.35 - size) / 0.6, 1)
+    chroma = np.where(at < 0, 43, 58) * np.minimum(3 * size, 1) * np.minimum((1.35 - size) / 0.6, 1)
     lab = np.stack([8 + 82 * size, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
     return np.rint(lab2rgb(lab) * 255).astype(np.uint8)
 

@@ -1,0 +1,570 @@
+"""One photo: its maps side by side, its classes, how faithful the maps are, where they come from."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import streamlit as st
+
+from xattn.app import export, pictures, selection, state
+from xattn.app.components import grid
+from xattn.app.components.slide import slide
+from xattn.app.pictures import COLOURS, Look, overlay_url, photo_url
+from xattn.app.state import Context, plain
+from xattn.contact_sheet import legends_html
+
+if TYPE_CHECKING:
+    from xattn.app.library import Pack
+
+SIDE = 480  # pixels of a map's longer side
+SMALL = 320  # of a class's map
+FIRST_METHODS = 6  # that are shown before anybody chooses
+TOP = 5  # classes with a picture each
+TABS = ("Classes", "Before and after", "Fidelity", "Provenance", "Export")
+COLOUR_NAMES = {
+    "auto": "Automatic",
+    "inferno": "Inferno",
+    "diverging": "Blue to orange",
+    "viridis": "Viridis",
+    "cividis": "Cividis",
+    "gray": "Grey",
+}
+STYLE = """
+<style>
+.legend{display:flex;flex-wrap:wrap;align-items:center;gap:.25rem .5rem;font-size:.8125rem;
+font-variant-numeric:tabular-nums;opacity:.85}
+.legend i{width:160px;height:10px;border-radius:5px;border:1px solid #8885}
+.legend em{font-style:normal;margin-inline-start:.5rem}
+.facts{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1rem;margin:0;font-size:.875rem}
+.facts dt{opacity:.75}.facts dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
+@media(max-width:480px){.facts{grid-template-columns:1fr}.facts dd{margin-bottom:.4rem}}
+.st-key-maps{--cell:250px}.st-key-classes,.st-key-contrast{--cell:200px}
+</style>
+"""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the page shows of a photo: the entries in their order, one of them in focus."""
+
+    image_id: str
+    entries: pd.DataFrame  # all of the photo
+    target: int
+    ids: list[str]
+    focus: str
+    missing: list[str]  # methods that did not explain this class
+    look: Look
+
+    @property
+    def name(self) -> str:
+        """The class that is shown."""
+        return str(self.entries.loc[self.focus, "target_name"])
+
+
+def page(context: Context) -> None:
+    """Show the photo that the URL names, or the first of the pack."""
+    pack = context.pack
+    assert pack is not None, "main.py calls this page with a pack"
+    image_id = st.query_params.get("image") or pack.images.index[0]
+    if image_id not in pack.images.index:
+        st.warning("This pack has no such image. Choose one in the gallery.")
+        st.link_button("Gallery", state.link("gallery", pack=pack.id))
+        return
+    st.html(STYLE)
+    _heading(pack, image_id)
+    shown = _choose(pack, image_id)
+    if shown is None:
+        return
+    _maps(pack, shown)
+    tabs = st.tabs(list(TABS), key="tab", bind="query-params")
+    for tab, part in zip(tabs, (_classes, _slider, _fidelity, _provenance, _export), strict=True):
+        if tab.open:
+            with tab:
+                part(pack, shown)
+
+
+# ---------------------------------------------------------------------- where we are
+
+
+def _heading(pack: Pack, image_id: str) -> None:
+    choices = selection.table(pack).choices
+    view = selection.from_text(st.query_params.get("view", ""), choices)
+    before, after, number, count = selection.neighbours(pack, view, image_id)
+    row = pack.images.loc[image_id]
+    bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
+    for text, other, keys in (("Previous", before, "Shift+Left"), ("Next", after, "Shift+Right")):
+        bar.button(
+            text,
+            key=f"go_{text}",
+            on_click=_show,
+            args=(other,),
+            disabled=other is None,
+            shortcut=keys,
+        )
+    place = f"{number:,} of {count:,}" if number else "not in the gallery's selection"
+    bar.caption(place, width="content")
+    bar.space("stretch")
+    back = {name: st.query_params.get_all(name) for name in ()}
+    with bar.popover("Share"):
+        st.caption("This address shows the same view to whoever can open this viewer.")
+        st.code(_address(), language=None, wrap_lines=True)
+    if _has_attention(pack, image_id):
+        if bar.button("Attention", help="What each patch attends to", key="go_attention"):
+            state.go("attention", image=image_id)
+    del back
+    st.subheader(plain(row["file_name"] or image_id), anchor=False)
+    _caption(row)
+
+
+def _caption(row: pd.Series) -> None:
+    parts = []
+    if isinstance(row["predicted_name"], str):
+        sure = "" if row["confidence"] != row["confidence"] else f" {row['confidence']:.1%}"
+        parts.append(f"predicted: {row['predicted_name']}{sure}")
+    if isinstance(row["label_name"], str):
+        parts.append(f"true: {row['label_name']}")
+    if row["right"] is True or row["right"] is False:
+        parts.append("✓ right" if row["right"] else "✕ wrong")
+    if row["disagreement"] == row["disagreement"]:
+        parts.append(f"disagreement of methods {row['disagreement']:.2f}")
+    if parts:
+        st.caption(plain(" · ".join(parts)))
+
+
+def _show(image_id: str) -> None:
+    """Another photo; what was chosen of this one is forgotten."""
+    for name in ("entry", "class", "minus"):
+        if name in st.query_params:
+            del st.query_params[name]
+    st.query_params["image"] = image_id
+
+
+def _address() -> str:
+    base = str(st.context.url or "").split("?")[0]
+    query = {name: st.query_params.get_all(name) for name in st.query_params}
+    return base + "?" + state.link("image", **query).partition("?")[2]
+
+
+def _has_attention(pack: Pack, image_id: str) -> bool:
+    """Whether the network has attention: taps before a block's attention are named norm1.N."""
+    entry_id = pack.entries.index[pack.entries["image_id"] == image_id][0]
+    backbone = pack.provenance(entry_id)["backbone"]
+    taps = backbone.get("taps") if isinstance(backbone, dict) else None
+    return isinstance(taps, list) and any(str(tap).startswith("norm1.") for tap in taps)
+
+
+# ---------------------------------------------------------------------- what to show
+
+
+def _choose(pack: Pack, image_id: str) -> Shown | None:
+    entries = pack.entries[pack.entries["image_id"] == image_id]
+    classes = _explained(pack, image_id, entries)
+    target = _target(classes)
+    everything = list(dict.fromkeys(pack.entries["method"]))
+    bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
+    if len(classes) > 1:
+        bar.selectbox(
+            "Class",
+            list(classes),
+            index=list(classes).index(target),
+            format_func=lambda t: classes[t],
+            key=f"class of {image_id}",
+            on_change=_pick_class,
+            args=(image_id,),
+            width=260,
+        )
+    methods = everything
+    if len(everything) > 1:
+        sane = pack.entries["method"][~pack.entries["sanity"]]
+        first = list(dict.fromkeys(sane if len(sane) else everything))[:FIRST_METHODS]
+        methods = bar.multiselect(
+            "Methods", everything, default=first, key="methods", bind="query-params", width=420
+        )
+    look = _look(bar)
+    if not methods:
+        st.info("No method is chosen. Choose one or more above to see their maps.")
+        return None
+    found = entries[entries["target"] == target]
+    by_method = dict(zip(found["method"], found.index, strict=True))
+    ids = [by_method[m] for m in methods if m in by_method]
+    missing = [m for m in methods if m not in by_method]
+    if not ids:
+        names = plain(", ".join(methods))
+        st.info(f"No map of this class by {names}. Choose another class or method above.")
+        return None
+    focus = st.query_params.get("entry", "")
+    if look.scale == "shared":
+        own = entries.loc[ids]
+        look = replace(look, limits=(float(own["min"].min()), float(own["max"].max())))
+    return Shown(image_id, entries, target, ids, focus if focus in ids else ids[0], missing, look)
+
+
+def _explained(pack: Pack, image_id: str, entries: pd.DataFrame) -> dict[int, str]:
+    """Names of the classes that have a map, the most probable first."""
+    ranked = entries.sort_values("probability", ascending=False, kind="stable")
+    return {
+        int(row.target): f"{_short(row.target_name)}  {row.probability:.1%}"
+        for row in ranked.drop_duplicates("target").itertuples()
+    }
+
+
+def _target(classes: dict[int, str]) -> int:
+    wanted = st.query_params.get("class", "")
+    known = {str(target): target for target in classes}
+    return known.get(wanted, next(iter(classes)))
+
+
+def _pick_class(image_id: str) -> None:
+    st.query_params["class"] = str(st.session_state[f"class of {image_id}"])
+    if "entry" in st.query_params:
+        del st.query_params["entry"]
+
+
+def _look(bar: Any) -> Look:
+    """How maps are drawn, from the widgets."""
+    with bar.popover("Colours"):
+        scale = st.segmented_control(
+            "Colour scale",
+            pictures.SCALES,
+            default=pictures.SCALES[0],
+            required=True,
+            format_func={"map": "Of each map", "shared": "One for all maps"}.get,
+            key="scale",
+            bind="query-params",
+            help="Of each map: from its least to its greatest value. One for all maps: raw scores, "
+            "which says something only where methods have the same unit.",
+        )
+        cmap = st.selectbox(
+            "Colours",
+            COLOURS,
+            format_func=COLOUR_NAMES.get,
+            key="colours",
+            bind="query-params",
+            help="Automatic is Inferno, and blue to orange for maps with negative values.",
+        )
+    opacity = bar.slider(
+        "Opacity", 0.0, 1.0, 0.55, 0.05, key="opacity", bind="query-params", width=140
+    )
+    threshold = bar.slider(
+        "Threshold",
+        0.0,
+        1.0,
+        0.0,
+        0.05,
+        key="threshold",
+        bind="query-params",
+        width=140,
+        help="Where the map is below this share of the scale, the photo stays as it is.",
+    )
+    return Look(opacity, threshold, scale, cmap, SIDE)
+
+
+# ---------------------------------------------------------------------- maps
+
+
+def _maps(pack: Pack, shown: Shown) -> None:
+    photo = {
+        "id": "",
+        "src": photo_url(pack, shown.image_id, SIDE),
+        "alt": f"Photo {_file(pack, shown)}",
+        "title": "Photo",
+        "lines": [_file(pack, shown)],
+    }
+    cells = [photo, *(_cell(pack, shown, entry_id) for entry_id in shown.ids)]
+    grid(cells, "maps", label="Photo and maps", on_open=_focus)
+    _legend(pack, shown.ids, shown.look)
+    if shown.missing:
+        st.caption(plain(f"No map of this class by {', '.join(shown.missing)}."))
+
+
+def _cell(pack: Pack, shown: Shown, entry_id: str) -> dict[str, Any]:
+    row = shown.entries.loc[entry_id]
+    low, high = f"{row['min']:.3g}", f"{row['max']:.3g}"
+    return {
+        "id": entry_id,
+        "src": _url(pack, entry_id, shown.look),
+        "alt": f"Map by {row['method']} of {_short(row['target_name'])} on {_file(pack, shown)}",
+        "title": row["method"],
+        "lines": [f"{_short(row['target_name'])}  {row['probability']:.1%}", f"{low} to {high}"],
+        "selected": entry_id == shown.focus,
+    }
+
+
+def _focus() -> None:
+    opened = st.session_state["maps"].open
+    if opened:
+        st.query_params["entry"] = opened
+
+
+def _url(pack: Pack, entry_id: str, look: Look) -> str:
+    return overlay_url(pack, entry_id, **vars(look))
+
+
+def _legend(pack: Pack, entry_ids: Sequence[str], look: Look) -> None:
+    st.html(legends_html(pictures.legends(pack, entry_ids, look)))
+
+
+def _file(pack: Pack, shown: Shown) -> str:
+    return str(pack.images.loc[shown.image_id, "file_name"] or shown.image_id)
+
+
+def _short(name: str) -> str:
+    """The first of a class's names."""
+    return name.split(",")[0].strip() or name
+
+
+# ---------------------------------------------------------------------- tabs
+
+
+def _classes(pack: Pack, shown: Shown) -> None:
+    """The classifier's first classes with their maps by the method in focus, and a contrast."""
+    method = shown.entries.loc[shown.focus, "method"]
+    own = shown.entries[shown.entries["method"] == method]
+    by_class = dict(zip(own["target"].astype(int), own.index, strict=True))
+    top = pack.top(shown.image_id)[:TOP]
+    known = {target for target, _, _ in top}
+    ranked = own.sort_values("probability", ascending=False, kind="stable")
+    top += [
+        (int(r.target), str(r.target_name), float(r.probability))
+        for r in ranked.itertuples()
+        if int(r.target) not in known
+    ]
+    look = replace(shown.look, side=SMALL)
+    cells = []
+    for target, name, probability in top:
+        entry_id = by_class.get(target)
+        cells.append(
+            {
+                "id": str(target),
+                "src": _url(pack, entry_id, look)
+                if entry_id
+                else photo_url(pack, shown.image_id, SMALL),
+                "alt": f"Map by {method} of {_short(name)}" if entry_id else "Photo without a map",
+                "title": _short(name),
+                "lines": [f"{probability:.1%}", method if entry_id else f"no map by {method}"],
+                "selected": target == shown.target,
+            }
+        )
+    st.caption(
+        plain(
+            f"The classifier's first classes, explained by {method}. Open one to see it by all methods."
+        )
+    )
+    grid(cells, "classes", label="Classes", on_open=_open_class)
+    if len(by_class) > 1:
+        _contrast(pack, shown, by_class)
+
+
+def _open_class() -> None:
+    opened = st.session_state["classes"].open
+    if opened:
+        st.query_params["class"] = opened
+        if "entry" in st.query_params:
+            del st.query_params["entry"]
+
+
+def _contrast(pack: Pack, shown: Shown, by_class: dict[int, str]) -> None:
+    names = {
+        target: _short(shown.entries.loc[entry_id, "target_name"])
+        for target, entry_id in by_class.items()
+    }
+    st.markdown("**Contrast of two classes**")
+    first = shown.target if shown.target in by_class else next(iter(by_class))
+    others = [target for target in by_class if target != first]
+    bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
+    wanted = st.query_params.get("minus", "")
+    known = {str(target): target for target in others}
+    second = bar.selectbox(
+        plain(f"{names[first]} minus"),
+        others,
+        index=others.index(known[wanted]) if wanted in known else 0,
+        format_func=names.get,
+        key=f"minus of {shown.image_id} {first}",
+        on_change=_pick_minus,
+        args=(f"minus of {shown.image_id} {first}",),
+        width=260,
+    )
+    kind = bar.segmented_control(
+        "Difference of",
+        ("map", "shared"),
+        default="map",
+        required=True,
+        format_func={"map": "min-maxed maps", "shared": "raw scores"}.get,
+        key="contrast_of",
+        bind="query-params",
+    )
+    look = replace(
+        shown.look, side=SMALL, scale=kind, limits=None, cmap="auto", minus=by_class[second]
+    )
+    title = f"{names[first]} minus {names[second]}"
+    cell = {
+        "id": "",
+        "src": _url(pack, by_class[first], look),
+        "alt": f"Difference map: {title}",
+        "title": title,
+    }
+    grid([cell], "contrast", label="Contrast")
+    _legend(pack, [by_class[first]], look)
+
+
+def _pick_minus(key: str) -> None:
+    st.query_params["minus"] = str(st.session_state[key])
+
+
+def _slider(pack: Pack, shown: Shown) -> None:
+    """The map in focus against the photo or another map."""
+    own = shown.entries.loc[shown.ids, "method"]
+    others = {"": "Photo"} | {i: m for i, m in own.items() if i != shown.focus}
+    other = ""
+    if len(others) > 1:
+        other = st.selectbox(
+            plain(f"Compare {own[shown.focus]} with"),
+            list(others),
+            format_func=others.get,
+            key=f"other of {shown.focus}",
+            width=260,
+        )
+    before = _url(pack, other, shown.look) if other else photo_url(pack, shown.image_id, SIDE)
+    slide(
+        (before, others[other]),
+        (_url(pack, shown.focus, shown.look), own[shown.focus]),
+        label=f"How much of the {own[shown.focus]} map is shown",
+        alt=f"{_file(pack, shown)}, with the map by {own[shown.focus]} of {_short(shown.name)}",
+        key="slide",
+    )
+
+
+def _fidelity(pack: Pack, shown: Shown) -> None:
+    """This photo's figures by method, and its curves."""
+    rows = shown.entries.loc[shown.ids]
+    metrics = [m for m in pack.metrics if rows[m.key].notna().any()]
+    curves = {rows.loc[i, "method"]: found for i in shown.ids if (found := pack.curves(i))}
+    if not metrics and not curves:
+        st.info("This pack has no fidelity figures. `xattn compare` writes a pack with them.")
+        return
+    if metrics:
+        table = rows[[m.key for m in metrics]].set_axis(rows["method"], axis=0)
+        arrow = {True: "↑", False: "↓"}
+        config = {
+            m.key: st.column_config.NumberColumn(
+                f"{m.key} {arrow[m.higher_is_better]}",
+                format="%.4g",
+                help=plain(f"{m.formula}. Protocol {m.protocol_id}"),
+            )
+            for m in metrics
+        }
+        st.dataframe(table, column_config=config, alt="Fidelity figures by method")
+        st.caption(
+            "↑ higher is better, ↓ lower is better. Of this photo alone: one photo says little about "
+            "a method. Formula and protocol stand in each column's help."
+        )
+        with st.expander("Formulas and protocols"):
+            for m in metrics:
+                better = "higher" if m.higher_is_better else "lower"
+                st.text(f"{m.key} ({better} is better): {m.formula}\nprotocol {m.protocol_id}")
+    if curves:
+        st.altair_chart(_chart(curves), key="curves")
+
+
+def _chart(curves: dict[str, dict[str, list[float]]]) -> Any:
+    """Score against the share of pixels, one panel a curve, one line a method."""
+    import altair as alt
+
+    points = [
+        {"method": method, "curve": name, "share": i / max(len(values) - 1, 1), "score": value}
+        for method, found in curves.items()
+        for name, values in found.items()
+        for i, value in enumerate(values)
+    ]
+    names = list(dict.fromkeys(point["curve"] for point in points))
+    line = (
+        alt.Chart(pd.DataFrame(points))
+        .mark_line(interpolate="linear")
+        .encode(
+            x=alt.X("share:Q", title="share of pixels", axis=alt.Axis(format="%")),
+            y=alt.Y("score:Q", title="score of the class"),
+            color=alt.Color("method:N", title=None, legend=alt.Legend(orient="bottom", columns=3)),
+            strokeDash=alt.StrokeDash("method:N", title=None),
+            tooltip=["method:N", "curve:N", "share:Q", "score:Q"],
+        )
+        .properties(width=300, height=200)
+    )
+    return line.facet(facet=alt.Facet("curve:N", title=None, sort=names), columns=2)
+
+
+def _provenance(pack: Pack, shown: Shown) -> None:
+    """Where the map in focus comes from."""
+    found = pack.provenance(shown.focus)
+    backbone, head = (
+        found[name] if isinstance(found[name], dict) else {} for name in ("backbone", "head")
+    )
+    facts = {
+        "method": found["method"],
+        "network": backbone.get("name"),
+        "its weights, sha256": backbone.get("sha256"),
+        "head": head.get("name"),
+        "its weights, sha256 ": head.get("sha256"),
+        "class": f"{shown.name} ({shown.target})",
+        "map, sha256": found["sha256"]["map"],
+        "pack": f"{pack.name}, version {pack.version}",
+        "written by": f"xattn {found['xattn']}",
+    }
+    facts |= {f"protocol of {key}": protocol for key, protocol in found["metrics"].items()}
+    lines = "".join(
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"
+        for name, value in facts.items()
+        if value
+    )
+    st.html(f'<dl class="facts">{lines}</dl>')
+    with st.expander("Everything that was recorded"):
+        st.json(found, expanded=2)
+
+
+def _export(pack: Pack, shown: Shown) -> None:
+    """Files of what is shown, and of the gallery's selection."""
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in shown.image_id)[:80]
+    st.caption("The maps above, with caption and provenance.")
+    bar = st.container(horizontal=True, gap="small")
+    for kind, mime in (("png", "image/png"), ("svg", "image/svg+xml")):
+        bar.download_button(
+            f"Figure, {kind.upper()}",
+            data=lambda kind=kind: export.figure(pack, shown.ids, kind, shown.look),
+            file_name=f"{name}.{kind}",
+            mime=mime,
+            on_click="ignore",
+            key=f"export_{kind}",
+        )
+    bar.download_button(
+        "Report, HTML",
+        data=lambda: export.html(pack, shown.ids, shown.look),
+        file_name=f"{name}.html",
+        mime="text/html",
+        on_click="ignore",
+        key="export_html",
+    )
+    choices = selection.table(pack).choices
+    view = selection.from_text(st.query_params.get("view", ""), choices)
+    chosen = selection.selected(pack, view)
+    st.caption(plain(f"The gallery's selection: {len(chosen):,} maps."))
+    bar = st.container(horizontal=True, gap="small")
+    bar.download_button(
+        "Selection, CSV",
+        data=lambda: export.csv(pack, list(dict.fromkeys(chosen["image_id"]))),
+        file_name=f"{pack.id}.csv",
+        mime="text/csv",
+        on_click="ignore",
+        key="export_csv",
+    )
+    most = export.MOST_MAPS["html"]
+    bar.download_button(
+        "Selection, HTML" if len(chosen) <= most else f"First {most} maps, HTML",
+        data=lambda: export.html(pack, list(chosen.index[:most]), shown.look),
+        file_name=f"{pack.id}.html",
+        mime="text/html",
+        on_click="ignore",
+        key="export_selection",
+    )
