@@ -46,6 +46,7 @@ class Settings:
     password: bool = False
     training: bool = True
     demo: bool = False
+    data: Path | None = None  # where training finds photos; None: below the root
 
 
 _settings: Settings | None = None

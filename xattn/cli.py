@@ -652,6 +652,7 @@ class App:
             password=password is not None,
             training=address.loopback or password is not None,
             demo=self.demo,
+            data=self.data,
         )
         serve(settings, address, self.upload_mb, password, self.allow_host)
 
