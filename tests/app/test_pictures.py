@@ -1,0 +1,275 @@
+"""How maps are drawn: scales, thresholds, contrasts, and pictures that are kept."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from packs import CLASSES, VIEW, explanation, picture, small_pack
+from PIL import Image
+
+from xattn.app import pictures
+from xattn.app.library import Library, PackError
+from xattn.app.pictures import Look
+from xattn.explanation import save_pack
+from xattn.visualize import (
+    DIVERGING,
+    Scale,
+    colorize,
+    contrast,
+    gradient,
+    legend_of,
+    make_scale,
+    overlay,
+    own_scale,
+)
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """Two methods, one of them signed, two classes a photo."""
+    folder = tmp_path_factory.mktemp("root")
+    found = [
+        explanation(i, method, target=(i + c) % len(CLASSES), signed=signed, source=picture(i))
+        for i in range(2)
+        for method, signed in (("gradcam", False), ("lrp", True))
+        for c in range(2)
+    ]
+    save_pack(folder / "pack", found, overlays=False)
+    library = Library(folder)
+    return library.open(library.packs()[0].id)
+
+
+def ids(pack, **wanted):
+    rows = pack.entries
+    for name, value in wanted.items():
+        rows = rows[rows[name] == value]
+    return list(rows.index)
+
+
+# ---------------------------------------------------------------------- scales
+
+
+def test_a_map_without_negative_values_is_min_maxed():
+    e = explanation()
+    scale = own_scale(e)
+    assert scale.cmap == "inferno"
+    assert np.array_equal(scale(e.map), e.normalized())
+
+
+def test_a_signed_map_is_centred_on_zero_and_as_long_on_both_sides():
+    e = explanation(signed=True)
+    scale = own_scale(e)
+    largest = np.abs(e.map).max()
+    assert scale.cmap == DIVERGING and (scale.low, scale.high) == (-largest, largest)
+    assert scale(np.zeros(1))[0] == 0.5
+    assert np.allclose(scale(e.map) + scale(-e.map), 1, atol=1e-6)
+
+
+def test_a_mask_is_shown_as_it_is():
+    e = explanation(map=np.linspace(0.2, 0.6, 49).reshape(7, 7), is_mask=True)
+    assert np.array_equal(own_scale(e)(e.map), e.map)
+
+
+def test_a_constant_map_shows_nothing():
+    e = explanation(map=np.full((7, 7), 3.0))
+    assert not own_scale(e)(e.map).any()
+    assert (Scale(0, 0, DIVERGING)(np.zeros(3)) == 0.5).all()
+
+
+def test_a_shared_scale_keeps_the_order_of_two_maps():
+    weak, strong = (explanation(map=np.full((2, 2), v)) for v in (1.0, 4.0))
+    scale = make_scale([(0.0, 1.0), (2.0, 4.0)])
+    assert scale(weak.map)[0, 0] == 0.25 and scale(strong.map)[0, 0] == 1
+    assert make_scale([(-1.0, 4.0)]) == Scale(-4.0, 4.0, DIVERGING)
+
+
+def test_limits_that_are_no_numbers_are_refused():
+    for limits in ([], [(math.nan, 1.0)], [(0.0, math.inf)]):
+        with pytest.raises(ValueError, match="limits: "):
+            make_scale(limits)
+
+
+def test_diverging_colours_are_dark_at_the_centre_and_equally_light_at_both_ends():
+    skimage = pytest.importorskip("skimage.color")
+    lightness = skimage.rgb2lab(colorize(np.linspace(0, 1, 256), DIVERGING)[None] / 255)[0, :, 0]
+    assert np.abs(lightness - lightness[::-1]).max() < 3
+    assert (np.diff(lightness[128:]) >= 0).all() and lightness[127] < 10
+    low, high = colorize(np.array([0.1, 0.9]), DIVERGING).astype(int)
+    assert low[2] > low[0] and high[0] > high[2], "blue below the centre, orange above"
+    assert gradient(DIVERGING).count("rgb(") == 18
+
+
+def test_a_contrast_is_the_difference_of_the_maps():
+    one, other = explanation(target=1), explanation(image=0, method="gradcam", target=2)
+    other = explanation(target=2, map=one.map[::-1] * 3)
+    assert np.allclose(contrast(one, other), one.normalized() - other.normalized())
+    assert np.allclose(contrast(one, other, raw=True), one.map - other.map)
+    assert not contrast(one, one).any()
+    for wrong in (explanation(side=5), explanation(image=1)):
+        with pytest.raises(ValueError, match="other: .* not on the grid"):
+            contrast(one, wrong)
+
+
+def test_legends_say_whose_scale_it_is():
+    own = legend_of(Scale(0, 7))
+    assert (own.low, own.high) == ("0", "1") and "per map" in own.text
+    shared = legend_of(Scale(-2, 2, DIVERGING), shared=True)
+    assert (shared.low, shared.high) == ("-2", "2")
+    assert "one scale for all" in shared.text and "against" in shared.text
+
+
+# ---------------------------------------------------------------------- overlays
+
+
+def test_below_the_threshold_the_photo_stays_as_it_is():
+    photo, values = picture(0, (8, 2)), np.tile(np.linspace(0, 1, 8, dtype=np.float32), (2, 1))
+    drawn = np.asarray(overlay(photo, values, threshold=0.5))
+    original, full = np.asarray(photo), np.asarray(overlay(photo, values))
+    low = values < 0.5
+    assert np.array_equal(drawn[low], original[low])
+    assert np.array_equal(drawn[~low], full[~low])
+
+
+def test_the_threshold_of_a_diverging_scale_counts_from_its_centre():
+    photo, values = picture(0, (5, 1)), np.array([[0.0, 0.3, 0.5, 0.7, 1.0]], np.float32)
+    drawn = np.asarray(overlay(photo, values, cmap=DIVERGING, threshold=0.9))
+    kept = (drawn == np.asarray(photo)).all(-1)[0]
+    assert kept.tolist() == [False, True, True, True, False]
+
+
+def test_a_threshold_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="threshold: got 2"):
+        overlay(picture(0, (2, 2)), np.zeros((2, 2)), threshold=2)
+
+
+# ---------------------------------------------------------------------- pictures of a pack
+
+
+def test_an_overlay_is_the_map_over_its_photo(pack):
+    entry_id = ids(pack, method="gradcam")[0]
+    e, photo = pack.explanation(entry_id), pack.photo("photo-00000")
+    wanted = overlay(photo, VIEW.to_photo(e.normalized(), (96, 128)))
+    assert pictures.overlay_image(pack, entry_id, Look()).tobytes() == wanted.tobytes()
+
+
+def test_the_shared_scale_spans_all_maps_of_the_photo_or_what_it_is_told(pack):
+    entry_id = ids(pack, image_id="photo-00000", method="gradcam")[0]
+    own = pack.entries[pack.entries["image_id"] == "photo-00000"]
+    [legend] = pictures.legends(pack, [entry_id], Look(scale="shared"))
+    largest = max(own["max"].max(), -own["min"].min())
+    assert legend.low == f"{-largest:.3g}", "another method's map is negative"
+    [told] = pictures.legends(pack, [entry_id], Look(scale="shared", limits=(0.0, 2.0)))
+    assert (told.low, told.high, told.cmap) == ("0", "2", "inferno")
+
+
+def test_each_meaning_of_the_colours_has_one_legend(pack):
+    everything = pictures.legends(pack, ids(pack), Look())
+    assert {legend.cmap for legend in everything} == {"inferno", DIVERGING}
+    assert len(everything) == 2
+
+
+def test_a_contrast_picture_says_which_class_is_which(pack):
+    first, second = ids(pack, image_id="photo-00000", method="gradcam")
+    for scale, kind in (("map", "min-maxed maps"), ("shared", "scores")):
+        [legend] = pictures.legends(pack, [first], Look(scale=scale, minus=second))
+        assert kind in legend.text and "orange where tench" in legend.text
+    same = pictures.overlay_image(pack, first, Look(minus=first, opacity=1))
+    box = np.asarray(same)[48, 64]
+    assert box.max() < 40, "nothing differs, and nothing is dark"
+
+
+def test_contrast_with_another_photo_or_an_unknown_map_is_refused(pack):
+    first = ids(pack, image_id="photo-00000", method="gradcam")[0]
+    other = ids(pack, image_id="photo-00001", method="gradcam")[0]
+    with pytest.raises(ValueError, match="not on the grid"):
+        pictures.overlay_bytes(pack, first, minus=other)
+    with pytest.raises(PackError, match="no such map"):
+        pictures.overlay_bytes(pack, first, minus="none")
+
+
+def test_pictures_are_jpegs_of_at_most_the_asked_side(pack):
+    entry_id = ids(pack)[0]
+    for data in (
+        pictures.photo_bytes(pack, "photo-00000", 64),
+        pictures.overlay_bytes(pack, entry_id, side=64),
+    ):
+        image = Image.open(io.BytesIO(data))
+        assert image.format == "JPEG" and max(image.size) == 64
+
+
+def test_a_picture_is_drawn_once(pack, monkeypatch):
+    entry_id, calls = ids(pack)[0], []
+    draw = pictures.overlay_image
+    monkeypatch.setattr(pictures, "overlay_image", lambda *args: calls.append(args) or draw(*args))
+    first = pictures.overlay_bytes(pack, entry_id, opacity=0.31)
+    assert pictures.overlay_bytes(pack, entry_id, opacity=0.31) == first and len(calls) == 1
+    assert pictures.overlay_bytes(pack, entry_id, opacity=0.32) != first and len(calls) == 2
+
+
+# ---------------------------------------------------------------------- looks and URLs
+
+looks = st.builds(
+    Look,
+    opacity=st.floats(0, 1),
+    threshold=st.floats(0, 1),
+    scale=st.sampled_from(pictures.SCALES),
+    cmap=st.sampled_from(pictures.COLOURS),
+    side=st.integers(*pictures.SIDES),
+    minus=st.none() | st.text(min_size=1, max_size=20),
+    limits=st.none()
+    | st.lists(st.floats(-1e30, 1e30), min_size=2, max_size=2).map(lambda v: tuple(sorted(v))),
+)
+
+
+@given(looks)
+def test_a_look_comes_back_from_its_query(look):
+    assert Look.from_query(look.query()) == look
+
+
+def test_a_default_look_needs_no_parameters():
+    assert Look().query() == {} and Look.from_query({}) == Look()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"opacity": "nan"},
+        {"opacity": "1.01"},
+        {"opacity": ""},
+        {"threshold": "-0.1"},
+        {"threshold": "1e999"},
+        {"side": "15"},
+        {"side": "2049"},
+        {"side": "1e3"},
+        {"side": "٤٨٠"},
+        {"scale": "own"},
+        {"cmap": "jet"},
+        {"low": "0"},
+        {"low": "2", "high": "1"},
+        {"low": "-1e31", "high": "0"},
+    ],
+)
+def test_a_bad_parameter_is_named(query):
+    with pytest.raises(ValueError, match=rf"({'|'.join(query)}|limits): got "):
+        Look.from_query(query)
+
+
+def test_urls_carry_ids_and_the_version_and_no_markup(pack):
+    url = pictures.overlay_url(pack, 'a&b"<i>@1.x', opacity=0.5, side=64)
+    assert url.startswith("/xattn/overlay?pack=") and f"v={pack.version}" in url
+    assert not set('"<>') & set(url) and "opacity=0.5" in url and "side=64" in url
+    assert str(pack.folder) not in url
+    with pytest.raises(ValueError, match="side: got 5000"):
+        pictures.photo_url(pack, "x", 5000)
+
+
+def test_a_pack_without_pictures_says_so(tmp_path):
+    small_pack(tmp_path / "pack", 1)
+    save_pack(tmp_path / "bare", [explanation(0)], overlays=False)
+    library = Library(tmp_path)
+    bare = next(library.open(p.id) for p in library.packs() if p.name == "bare")
+    with pytest.raises(PackError, match="no picture of photo-00000"):
+        pictures.overlay_bytes(bare, bare.entries.index[0])
