@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import html
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from xattn.app import state
+from xattn.app import state, theme
+from xattn.app.library import PackError
 from xattn.app.state import Context, plain
+
+if TYPE_CHECKING:
+    from xattn.app.library import Library, Pack, PackInfo
 
 # name: title, and whether the page shows a pack (without one it is not called)
 PAGES = {
@@ -23,18 +29,19 @@ PAGES = {
 }
 
 
-def _module(name: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(f"xattn.app.pages.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"xattn.app.pages.{name}":
-            raise
-        return None
+def main() -> None:
+    """Show the page that the URL names."""
+    pages = [
+        st.Page(partial(_run, name), title=title, url_path=name, default=name == state.DEFAULT_PAGE)
+        for name, (title, _) in PAGES.items()
+    ]
+    chosen = st.navigation(pages, position="top")
+    st.set_page_config(page_title=f"{chosen.title} · xattn", layout="wide")
+    st.html(theme.STYLE)
+    chosen.run()
 
 
 def _run(name: str) -> None:
-    from xattn.app.library import PackError
-
     st.session_state["_page"] = name
     module = _module(name)
     page: Callable[[Context], None] | None = getattr(module, "page", None)
@@ -44,51 +51,130 @@ def _run(name: str) -> None:
     try:
         context = _context()
         if context.pack is None and PAGES[name][1]:
-            st.info("There is no pack yet: run `xattn explain` and open its folder.")
+            _welcome(context)
             return
         page(context)
     except (PackError, ValueError) as error:
         st.error(plain(error))
 
 
+def _module(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"xattn.app.pages.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"xattn.app.pages.{name}":
+            raise
+        return None
+
+
+# ---------------------------------------------------------------------- the pack
+
+
 def _context() -> Context:
-    """The library and the pack that the URL names, else the last one, else the first that opens."""
+    """The packs, and the one that the URL names, else the last one, else the first that opens.
+
+    Raises:
+        PackError: the URL names a pack that cannot be opened.
+    """
     library = state.library()
-    packs = library.packs()
-    names = {p.id: p.name for p in packs if p.problem is None}
-    wanted = st.query_params.get("pack") or st.session_state.get("_pack")
-    picked = st.session_state.pop("_picked_pack", None)
-    if picked is not None and picked != wanted:
+    infos = library.packs()
+    names = {info.id: info.name for info in infos if info.problem is None}
+    picked = st.session_state.pop("_picked", None)
+    if picked is not None and picked != st.query_params.get("pack"):
         st.session_state["_pack"] = picked
         state.go(state.current_page(), pack=picked)
-    if wanted is None:
-        wanted = next(iter(names), None)
-    if wanted is None:
-        return Context(library, None, st.query_params.to_dict())
-    pack = library.open(wanted)
-    names.setdefault(pack.id, pack.name)
-    st.session_state["_pack"] = st.session_state["pack"] = pack.id
-    st.sidebar.selectbox(
-        "Pack", list(names), format_func=lambda i: names[i], key="pack", on_change=_pick
-    )
-    if st.query_params.get("pack") != pack.id:
-        st.query_params["pack"] = pack.id
+    pack, problem = _wanted(library, names)
+    if pack is not None:
+        st.session_state["_pack"] = pack.id
+        if "pack" not in st.query_params:
+            st.query_params["pack"] = pack.id
+    _sidebar(pack, infos, names)
+    if problem is not None:
+        raise problem
     return Context(library, pack, st.query_params.to_dict())
 
 
+def _wanted(library: Library, names: Mapping[str, str]) -> tuple[Pack | None, PackError | None]:
+    named = st.query_params.get("pack")
+    if named is not None:
+        try:
+            return library.open(named), None
+        except PackError as error:
+            return None, error
+    for pack_id in (st.session_state.get("_pack"), *names):
+        try:
+            if pack_id is not None:
+                return library.open(pack_id), None
+        except PackError:
+            continue  # gone or changed since it was listed; the list says so at the next run
+    return None, None
+
+
+def _sidebar(pack: Pack | None, infos: list[PackInfo], names: Mapping[str, str]) -> None:
+    shown = dict(names)
+    if pack is not None:
+        shown.setdefault(pack.id, pack.name)
+    st.session_state["pack"] = None if pack is None else pack.id
+    with st.sidebar:
+        if shown:
+            st.selectbox(
+                "Pack",
+                list(shown),
+                format_func=lambda i: shown[i],
+                key="pack",
+                placeholder="Choose a pack",
+                on_change=_pick,
+                disabled=pack is not None and len(shown) == 1,
+            )
+        if pack is not None:
+            _facts(pack)
+        _problems(infos)
+
+
 def _pick() -> None:
-    st.session_state["_picked_pack"] = st.session_state["pack"]
+    st.session_state["_picked"] = st.session_state["pack"]
 
 
-def main() -> None:
-    """Show the page that the URL names."""
-    st.set_page_config(page_title="xattn", layout="wide")
-    pages = [
-        st.Page(partial(_run, name), title=title, url_path=name, default=name == state.DEFAULT_PAGE)
-        for name, (title, _) in PAGES.items()
-    ]
-    st.navigation(pages, position="top").run()
+def _facts(pack: Pack) -> None:
+    """What is in the pack, in a few words."""
+    found = pack.provenance(pack.entries.index[0])
+    backbone = found["backbone"] if isinstance(found["backbone"], dict) else {}
+    facts = {
+        "photos": f"{len(pack.images):,}",
+        "maps": f"{len(pack.entries):,}",
+        "methods": f"{pack.entries['method'].nunique():,}",
+        "metrics": f"{len(pack.metrics):,}" if pack.metrics else None,
+        "network": backbone.get("name"),
+        "version": pack.version,
+    }
+    terms = "".join(
+        f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>"
+        for name, value in facts.items()
+        if value is not None
+    )
+    st.html(f'<dl class="facts">{terms}</dl>')
 
 
-if __name__ == "__main__":  # streamlit run app/main.py
-    main()
+def _problems(infos: list[PackInfo]) -> None:
+    """The packs that cannot be opened, and why."""
+    bad = [info for info in infos if info.problem is not None]
+    if not bad:
+        return
+    count = "One pack" if len(bad) == 1 else f"{len(bad)} packs"
+    with st.expander(f"{count} cannot be shown"):
+        for info in bad:
+            st.caption(f"**{plain(info.name)}**  \n{plain(info.problem)}")
+
+
+def _welcome(context: Context) -> None:
+    """The first run: no pack that opens."""
+    root = state.settings().root
+    st.header("No pack to show yet", anchor=False)
+    st.markdown(
+        "A pack is a folder of photos with their maps. Make one from your own photos, then reload "
+        "this page:"
+    )
+    st.code(f"xattn explain PHOTOS --output {root.name}/first", language="sh")
+    for info in context.library.packs():
+        if info.problem is not None:
+            st.warning(f"**{plain(info.name)}**  \n{plain(info.problem)}")

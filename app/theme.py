@@ -1,4 +1,4 @@
-"""The viewer's look: colours and type for Streamlit's light and dark themes."""
+"""The viewer's look: colours and type for Streamlit's light and dark themes, and styles of its own."""
 
 from __future__ import annotations
 
@@ -26,9 +26,25 @@ DARK = {
 CONFIG: dict[str, Any] = {
     "theme.font": FONT,
     "theme.headingFont": FONT,
+    "theme.headingFontSizes": ["1.5rem", "1.3rem", "1.1rem"],
     "theme.baseRadius": "6px",
     "theme.showWidgetBorder": True,
+    "theme.paddingTop": "1rem",
+    "theme.paddingBottom": "3rem",
     **{f"theme.light.{name}": value for name, value in LIGHT.items()},
     **{f"theme.dark.{name}": value for name, value in DARK.items()},
 }
 """Options for ``streamlit.starlette.App.run(config=...)``."""
+
+STYLE = """<style>
+[data-testid=stMainBlockContainer]{padding-inline:clamp(1rem,3vw,2.5rem)}
+[data-testid=stMain] :is(h1,h2,h3){overflow-wrap:anywhere;unicode-bidi:plaintext}
+.legend{display:flex;flex-wrap:wrap;align-items:center;gap:.25rem .5rem;font-size:.8125rem;
+font-variant-numeric:tabular-nums;opacity:.85}
+.legend i{width:160px;height:10px;border-radius:5px;border:1px solid #8885}
+.legend em{font-style:normal;margin-inline-start:.5rem}
+.facts{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1rem;margin:0;font-size:.875rem}
+.facts dt{opacity:.75}.facts dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
+@media(max-width:480px){.facts{grid-template-columns:1fr}.facts dd{margin-bottom:.4rem}}
+</style>"""
+"""For all pages; ``legend`` is of ``contact_sheet.legends_html``, ``facts`` a list of terms."""

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
-from xattn.app import selection, state
+from xattn.app import export, selection, state
 from xattn.app.components import grid
-from xattn.app.pictures import overlay_url, photo_url
+from xattn.app.pictures import Look, legends, overlay_url, photo_url
 from xattn.app.selection import ALL, MAPS, NAMES, RIGHT, SHOWS, SIZES, Choices, View
 from xattn.app.state import Context, plain
+from xattn.contact_sheet import legends_html
 
 if TYPE_CHECKING:
     from xattn.app.library import Pack
@@ -30,6 +31,7 @@ def page(context: Context) -> None:
     if opened is not None and opened in table.rows.index:
         _open(pack, table, opened)
     view, messages = _from_url(pack, table.choices)
+    st.header(plain(pack.name), anchor=False)
     for message in messages:
         st.warning(plain(message))
     view = _toolbar(view, table.choices)
@@ -40,14 +42,18 @@ def page(context: Context) -> None:
         st.session_state["page"] = count
     start = (view.page - 1) * view.size
     shown = found[start : start + view.size]
-    _line(view, table, len(found), start, len(shown))
+    view = _line(view, table, len(found), start, len(shown))
     if shown.empty:
         _nothing(table.choices)
     else:
-        cells = [_cell(pack, view, table.choices, entry_id, row) for entry_id, row in _rows(shown)]
+        text = selection.to_text(view, table.choices)
+        cells = [
+            _cell(pack, view, table.choices, text, entry_id, row)
+            for entry_id, row in zip(shown.index, shown.to_dict("records"), strict=True)
+        ]
         label = f"Maps, page {view.page} of {count}"
         grid(cells, CELLS, label=label, scroll=view.page, on_open=_opened, on_turn=_turned)
-        _pager(view, count)
+        _below(pack, view, found, shown, count)
     _to_url(pack, view, table.choices)
 
 
@@ -58,16 +64,20 @@ def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str]]:
     """The view: that of the URL where it is a new one (a link, a reload, Back), else the widgets'."""
     url = {name: st.query_params.get_all(name) for name in NAMES if name in st.query_params}
     if st.session_state.get("_gallery") == _mark(pack, url) and "sort" in st.session_state:
-        values = {name: st.session_state[name] for name in NAMES if name in st.session_state}
-        for name in ("label", "predicted"):
-            values[name] = tuple(values.get(name, ()))
-        values["q"] = " ".join(str(values.get("q") or "").split())[: selection.SEARCH_LENGTH]
-        return replace(selection.defaults(choices), **values), []
+        return _from_widgets(choices), []
     view, messages = selection.parse(url, choices)
     for name in NAMES:
         value = getattr(view, name)
         st.session_state[name] = list(value) if isinstance(value, tuple) else value
     return view, messages
+
+
+def _from_widgets(choices: Choices) -> View:
+    values = {name: st.session_state[name] for name in NAMES if name in st.session_state}
+    for name in ("label", "predicted"):
+        values[name] = tuple(values.get(name) or ())
+    values["q"] = " ".join(str(values.get("q") or "").split())[: selection.SEARCH_LENGTH]
+    return replace(selection.defaults(choices), **values)
 
 
 def _to_url(pack: Pack, view: View, choices: Choices) -> None:
@@ -134,7 +144,7 @@ def _toolbar(view: View, choices: Choices) -> View:
         placeholder="File, class or id",
         max_chars=selection.SEARCH_LENGTH,
         on_change=_restart,
-        width=220,
+        width="stretch",
     )
     if len(choices.methods) > 1:
         bar.selectbox(
@@ -143,7 +153,7 @@ def _toolbar(view: View, choices: Choices) -> View:
             key="method",
             format_func=lambda m: "All methods" if m == ALL else m,
             on_change=_restart,
-            width=180,
+            width=160,
         )
     bar.selectbox(
         "Sort by",
@@ -151,7 +161,7 @@ def _toolbar(view: View, choices: Choices) -> View:
         key="sort",
         format_func=lambda s: sorts[s],
         on_change=_restart,
-        width=210,
+        width=180,
     )
     names = _order_names(st.session_state["sort"])
     bar.selectbox(
@@ -162,16 +172,9 @@ def _toolbar(view: View, choices: Choices) -> View:
         on_change=_restart,
         width=150,
     )
-    bar.segmented_control(
-        "Picture", list(SHOWS), key="show", format_func=lambda s: SHOWS[s], required=True
-    )
     with bar.popover(f"Filters ({view.filters})" if view.filters else "Filters"):
         _filters(choices)
-    values = {name: st.session_state.get(name, getattr(view, name)) for name in NAMES}
-    for name in ("label", "predicted"):
-        values[name] = tuple(values[name])
-    values["q"] = " ".join(str(values["q"] or "").split())
-    return replace(view, **values)
+    return _from_widgets(choices)
 
 
 def _order_names(sort: str) -> dict[str, str]:
@@ -240,16 +243,26 @@ def _filters(choices: Choices) -> None:
     st.selectbox("Maps a page", list(SIZES), key="size", on_change=_restart)
 
 
-def _line(view: View, table: selection.Table, count: int, start: int, shown: int) -> None:
-    """How many maps there are, and the filters that are set."""
-    total = len(table.rows)
+def _line(view: View, table: selection.Table, count: int, start: int, shown: int) -> View:
+    """How many maps there are, and whether maps or photos are shown; returns the view."""
     text = f"{start + 1:,} to {start + shown:,} of {count:,} maps" if count else "No maps"
-    if count < total:
-        text += f", of {total:,} in the pack"
+    if view.filters:
+        total = len(selection.select(table, view.unfiltered()))
+        text += f", {total:,} without the filters"
     line = st.container(horizontal=True, vertical_alignment="center", gap="small")
     line.caption(text, width="content")
     if view.filters:
         line.button("Clear filters", key="clear", on_click=_clear, type="tertiary")
+    line.space("stretch")
+    show = line.segmented_control(
+        "Picture",
+        list(SHOWS),
+        key="show",
+        format_func=lambda s: SHOWS[s],
+        required=True,
+        label_visibility="collapsed",
+    )
+    return replace(view, show=show)
 
 
 def _nothing(choices: Choices) -> None:
@@ -262,12 +275,8 @@ def _nothing(choices: Choices) -> None:
         st.button("Show all maps", key="all_maps", on_click=_clear)
 
 
-def _rows(shown: pd.DataFrame) -> list[tuple[str, dict[str, Any]]]:
-    return list(zip(shown.index, shown.to_dict("records"), strict=True))
-
-
 def _cell(
-    pack: Pack, view: View, choices: Choices, entry_id: str, row: dict[str, Any]
+    pack: Pack, view: View, choices: Choices, text: str, entry_id: str, row: dict[str, Any]
 ) -> dict[str, Any]:
     explained = _short(row["target_name"])
     name = row["file_name"] or row["image_id"]
@@ -292,7 +301,7 @@ def _cell(
         "title": explained,
         "lines": lines,
         "badge": _badge(row["right"]),
-        "href": state.link("image", pack=pack.id, image=row["image_id"]),
+        "href": state.link("image", pack=pack.id, image=row["image_id"], view=text or None),
     }
 
 
@@ -313,27 +322,61 @@ def _figure(key: str, value: float) -> str:
     return f"{value:.1%}" if key == "confidence" else f"{value:.3g}"
 
 
-def _pager(view: View, count: int) -> None:
-    if count == 1:
-        return
-    st.session_state["jump"] = view.page
+def _below(pack: Pack, view: View, found: pd.DataFrame, shown: pd.DataFrame, count: int) -> None:
+    """The legend, the way to other pages, and files of the selection."""
+    if view.show == "overlay":
+        st.html(legends_html(legends(pack, list(shown.index), Look(side=SIDE))))
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
-    bar.button(
-        "Previous",
-        key="previous",
-        on_click=_turn,
-        args=(-1,),
-        disabled=view.page == 1,
-        shortcut="Shift+Left",
+    if count > 1:
+        _pager(bar, view, count)
+    bar.space("stretch")
+    with bar.popover("Export"):
+        _export(pack, found)
+    st.caption(
+        "In the pictures the arrow keys move, Enter opens, and Page Up and Page Down turn the page."
     )
-    bar.button(
-        "Next",
-        key="next",
-        on_click=_turn,
-        args=(1,),
-        disabled=view.page == count,
-        shortcut="Shift+Right",
-    )
+
+
+def _pager(bar: Any, view: View, count: int) -> None:
+    st.session_state["jump"] = view.page
+    for text, by, keys, end in (
+        ("Previous", -1, "Shift+Left", 1),
+        ("Next", 1, "Shift+Right", count),
+    ):
+        bar.button(
+            text,
+            key=text.lower(),
+            on_click=_turn,
+            args=(by,),
+            disabled=view.page == end,
+            shortcut=keys,
+        )
     bar.number_input(
-        f"Page, of {count:,}", min_value=1, max_value=count, key="jump", on_change=_jump, width=150
+        f"Page, of {count:,}", min_value=1, max_value=count, key="jump", on_change=_jump, width=140
+    )
+
+
+def _export(pack: Pack, found: pd.DataFrame) -> None:
+    """Files are made when they are asked for."""
+    st.download_button(
+        "CSV of the selection",
+        data=lambda: export.csv(pack, found["image_id"]),
+        file_name=f"{pack.id}.csv",
+        mime="text/csv",
+        on_click="ignore",
+        key="export_csv",
+    )
+    most = export.MOST_MAPS["html"]
+    several = len(found) > most
+    st.download_button(
+        f"HTML of the first {most} maps" if several else "HTML of the selection",
+        data=lambda: export.html(pack, list(found.index[:most])),
+        file_name=f"{pack.id}.html",
+        mime="text/html",
+        on_click="ignore",
+        key="export_html",
+    )
+    st.caption(
+        "The CSV has every map of the selected photos with its figures. The HTML opens without a "
+        "server."
     )
