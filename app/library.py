@@ -17,17 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xattn.app.pack import (
-    MAX_MANIFEST,
-    MetricInfo,
-    Pack,
-    PackError,
-    Recent,
-    Signature,
-    open_inside,
-    read_inside,
-)
-from xattn.explanation import MANIFEST, MAPS, parse_manifest
+from xattn.app.inside import PackError, Signature, read_inside
+from xattn.app.pack import MAX_MANIFEST, MetricInfo, NoPack, Pack, Recent
+from xattn.explanation import MANIFEST, MAPS
 from xattn.heads.base import CONFIG_FILE
 
 __all__ = ["ComparisonInfo", "HeadInfo", "Library", "MetricInfo", "Pack", "PackError", "PackInfo"]
@@ -120,26 +112,9 @@ class Library:
         """
         folder, name = self._place(pack_id)
         try:
-            signature = _signature(folder)
-        except OSError:
-            raise PackError(
-                f"The pack {name} is gone; choose another one, or put it back"
-            ) from None
-        with self._lock:
-            pack = self._open.get(pack_id)
-            if pack is not None and pack.signature == signature and pack.folder == folder:
-                self._open.move_to_end(pack_id)
-                return pack
-        try:
-            pack = Pack(folder, pack_id, name, self._recent)
+            return self._opened(pack_id, folder, name)
         except PackError as error:
             raise PackError(f"The pack {name} cannot be shown. {error}") from None
-        with self._lock:
-            self._open[pack_id] = pack
-            self._open.move_to_end(pack_id)
-            while len(self._open) > OPEN_PACKS:
-                self._open.popitem(last=False)
-        return pack
 
     def add_scratch(self, folder: str | Path) -> str:
         """The id of a pack outside the root: nobody can guess it, and no list has it."""
@@ -201,6 +176,24 @@ class Library:
             raise unknown
         return place
 
+    def _opened(self, pack_id: str, folder: Path, name: str) -> Pack:
+        try:
+            signature = _signature(folder)
+        except OSError:
+            raise PackError("It is gone; choose another one, or put it back") from None
+        with self._lock:
+            pack = self._open.get(pack_id)
+            if pack is not None and pack.signature == signature and pack.folder == folder:
+                self._open.move_to_end(pack_id)
+                return pack
+        pack = Pack(folder, pack_id, name, self._recent)
+        with self._lock:
+            self._open[pack_id] = pack
+            self._open.move_to_end(pack_id)
+            while len(self._open) > OPEN_PACKS:
+                self._open.popitem(last=False)
+        return pack
+
     def _info(self, pack_id: str, folder: Path, name: str) -> PackInfo | None:
         """What the list says of a pack; None for a folder whose manifest is of something else."""
         try:
@@ -209,9 +202,18 @@ class Library:
             return None  # just deleted
         with self._lock:
             known = self._infos.get(pack_id)
-            if known is not None and known[0] == signature:
-                return known[1]
-        info = _read_info(pack_id, folder, name)
+        if known is not None and known[0] == signature:
+            return known[1]
+        info: PackInfo | None
+        try:
+            pack = self._opened(pack_id, folder, name)
+            methods = tuple(dict.fromkeys(pack.entries["method"]))
+            info = PackInfo(pack_id, name, len(pack.entries), len(pack.images), methods)
+        except NoPack as error:  # a manifest.json alone is likely to be of something else
+            damaged = (folder / MAPS).exists()
+            info = PackInfo(pack_id, name, problem=str(error)) if damaged else None
+        except PackError as error:
+            info = PackInfo(pack_id, name, problem=str(error))
         with self._lock:
             self._infos[pack_id] = (signature, info)
         return info
@@ -272,26 +274,4 @@ def _id(relative: str) -> str:
 
 
 def _signature(folder: Path) -> Signature:
-    found = (folder / MANIFEST).stat()
-    return Signature(found.st_mtime_ns, found.st_size, found.st_ino)
-
-
-def _read_info(pack_id: str, folder: Path, name: str) -> PackInfo | None:
-    try:
-        data, _ = read_inside(folder, MANIFEST, MAX_MANIFEST)
-        manifest = parse_manifest(data, name)
-        entries = manifest["entries"]
-        open_inside(folder, MAPS).close()
-        return PackInfo(
-            pack_id,
-            name,
-            len(entries),
-            len({e["image_id"] for e in entries}),
-            tuple(dict.fromkeys(str(e["method"]) for e in entries)),
-            None if entries else "It is empty; explain at least one photo",
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, PackError) or (folder / MAPS).exists() or "upgrade" in str(error):
-            kind = "" if isinstance(error, ValueError) else f"{MANIFEST} is damaged: "
-            return PackInfo(pack_id, name, problem=f"{kind}{error}")
-        return None  # another program's manifest.json
+    return Signature.of((folder / MANIFEST).stat())

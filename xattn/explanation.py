@@ -32,6 +32,10 @@ THUMBNAIL = r"thumbnails/[^/\\\0]+\.jpg"  # what a thumbnail may be named
 THUMBNAIL_SIDE, OVERLAY_SIDE = 512, 2048  # longest side in pixels
 
 
+class LaterVersion(ValueError):
+    """A pack that this xattn cannot read, and a later one can."""
+
+
 @dataclass(frozen=True)
 class ImageFacts:
     """What is known of a photo beside its maps.
@@ -263,7 +267,7 @@ def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
             f"pack: {MANIFEST} of {name} is not of a pack; it says format {found!r:.60}"
         )
     if version > VERSION:
-        raise ValueError(
+        raise LaterVersion(
             f"pack: {name} has format version {version}, this xattn reads up to {VERSION}; "
             f"upgrade xattn"
         )
@@ -334,6 +338,8 @@ def is_pack(folder: Path) -> bool:
     """Whether a folder is a pack, perhaps of a later version."""
     try:
         read_manifest(folder)
-    except ValueError as error:
-        return "upgrade" in str(error)
+    except LaterVersion:
+        return True
+    except ValueError:
+        return False
     return True

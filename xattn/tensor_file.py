@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,7 @@ MAX_HEADER = 100_000_000  # bytes, as in safetensors
 _TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
-class _Place(NamedTuple):
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+_Place = tuple[str, tuple[int, ...], int, int]  # dtype, shape, begin, end
 
 
 class TensorFile:
@@ -54,14 +50,14 @@ class TensorFile:
             raise ValueError("its header is no table")
         header.pop("__metadata__", None)
         self._places = {name: _place(entry) for name, entry in header.items()}
-        last = max((place.end for place in self._places.values()), default=0)
+        last = max((end for *_, end in self._places.values()), default=0)
         if self._start + last != self._size:
             raise ValueError(f"it has {self._size} bytes, its header says {self._start + last}")
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Of a tensor, None if there is none of this name."""
         place = self._places.get(name)
-        return None if place is None else place.shape
+        return None if place is None else place[1]
 
     def read(self, name: str, sha256: str | None = None) -> NDArray[np.float32]:
         """A tensor as float32; ``sha256`` is what its bytes have to have.
@@ -71,17 +67,17 @@ class TensorFile:
             ValueError: the file has changed, or the bytes have another hash.
             OSError: it cannot be read.
         """
-        place = self._places[name]
+        dtype, shape, begin, end = self._places[name]
         with self._opener() as stream:
             if stream.seek(0, 2) != self._size:
                 raise ValueError("it has changed since it was opened")
-            stream.seek(self._start + place.begin)
-            data = stream.read(place.end - place.begin)
-        if len(data) != place.end - place.begin:
+            stream.seek(self._start + begin)
+            data = stream.read(end - begin)
+        if len(data) != end - begin:
             raise ValueError("it is cut short")
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
             raise ValueError(f"the bytes of {name} are not those that were written")
-        values = np.frombuffer(data, place.dtype).reshape(place.shape)
+        values = np.frombuffer(data, dtype).reshape(shape)
         with np.errstate(over="ignore"):
             return values.astype(np.float32)
 
@@ -90,11 +86,11 @@ def _place(entry: Any) -> _Place:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         whole = [n for n in (*shape, begin, end) if type(n) is not int or n < 0]
-        size = np.dtype(_TYPES[dtype]).itemsize
+        size = int(_TYPES[dtype][-1])
     except (KeyError, TypeError, ValueError):
         raise ValueError(
             f"its header says {str(entry)[:100]}, which is no tensor of floats"
         ) from None
     if whole or end - begin != size * math.prod(shape):
         raise ValueError(f"its header says {str(entry)[:100]}, which does not add up")
-    return _Place(_TYPES[dtype], shape, begin, end)
+    return _TYPES[dtype], shape, begin, end

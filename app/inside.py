@@ -1,0 +1,78 @@
+"""Files of a folder that somebody else may have filled: opened inside it, or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import IO, NamedTuple
+
+AGAIN = "make the pack again"
+
+
+class PackError(ValueError):
+    """What is wrong with a pack, and what to do, in words for the person who opens it."""
+
+
+class Signature(NamedTuple):
+    """What tells a file from the one that was there before, without reading it."""
+
+    mtime_ns: int
+    size: int
+    inode: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Signature:
+        return cls(found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def open_inside(folder: Path, name: str) -> IO[bytes]:
+    """A regular file of ``folder`` (a resolved path) for reading; links that lead out are refused.
+
+    Raises:
+        PackError: it is gone, leads out of the folder, is no file, or may not be read.
+    """
+    try:
+        path = (folder / name).resolve(strict=True)
+    except FileNotFoundError:
+        raise PackError(f"{name} is missing; copy the pack again, or {AGAIN}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PackError(f"{name!r:.60} cannot be found ({why(error)}); {AGAIN}") from None
+    if not path.is_relative_to(folder):
+        raise PackError(f"{name} is a link that leads out of the folder; put the file itself there")
+    try:
+        stream = open(path, "rb", opener=_open)
+    except OSError as error:
+        raise PackError(f"{name} cannot be read ({why(error)}); check its permissions") from None
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise PackError(f"{name} is no regular file; copy the pack again, or {AGAIN}")
+    return stream
+
+
+def _open(path: str, flags: int) -> int:
+    # Not to wait for a pipe that somebody named like a picture.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
+
+
+def read_inside(folder: Path, name: str, limit: int) -> tuple[bytes, Signature]:
+    """All bytes of a file of ``folder``, at most ``limit``, and its signature.
+
+    Raises:
+        PackError: as :func:`open_inside`, or larger.
+    """
+    with open_inside(folder, name) as stream:
+        signature = Signature.of(os.fstat(stream.fileno()))
+        if signature.size > limit:
+            raise PackError(f"{name} has {signature.size:,} bytes, over the limit of {limit:,}")
+        try:
+            return stream.read(limit + 1), signature
+        except OSError as error:
+            raise PackError(f"{name} cannot be read ({why(error)}); try again") from None
+
+
+def why(error: BaseException) -> str:
+    """A reason in one line without a path."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    return " ".join(str(error).split())[:200] or type(error).__name__
