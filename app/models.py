@@ -85,25 +85,31 @@ def backbone_of(pack: Any) -> Backbone:
         ModelError: the pack does not say, the model is gone, or its weights are others now.
     """
     record = _record(pack)
-    found = []
+    name, wanted = record["name"], record["sha256"]
+    others, problems = [], []
     for arguments in _candidates(record):
-        loaded = _load(arguments)
-        size = tuple(record.get("input_size") or loaded.preprocessing.input_size)
-        if loaded.preprocessing.input_size != size:
-            loaded = _load(replace(arguments, input_size=size))  # type: ignore[arg-type]
-        if loaded.fingerprint == record["sha256"]:
+        try:
+            loaded = _load(arguments)
+            size = tuple(record.get("input_size") or loaded.preprocessing.input_size)
+            if loaded.preprocessing.input_size != size:
+                loaded = _load(replace(arguments, input_size=size))  # type: ignore[arg-type]
+        except ModelError as error:
+            problems.append(str(error))
+            continue
+        if loaded.fingerprint == wanted:
             return loaded
-        found.append(loaded.fingerprint[:12])
-    name, wanted = record["name"], str(record["sha256"])[:12]
-    if not found:
+        others.append(loaded.fingerprint[:12])
+    if others:
         raise ModelError(
-            f"The maps of this pack explain {name}, whose head is not below the root any more; "
-            f"put the head's folder back."
+            f"The maps of this pack explain {name} with weights sha256 {wanted[:12]}; the weights at "
+            f"hand are {', '.join(others)}. Start the viewer with the model it was made with: "
+            f"xattn app --backbone {name} --weights FILE."
         )
+    if problems:
+        raise ModelError(f"The maps of this pack explain {name}. {problems[0]}")
     raise ModelError(
-        f"The maps of this pack explain {name} with weights sha256 {wanted}; the weights at hand "
-        f"are {', '.join(found)}. Start the viewer with the model it was made with: "
-        f"xattn app --backbone {name} --weights FILE."
+        f"The maps of this pack explain {name}, whose head is not below the root any more; "
+        f"put the head's folder back."
     )
 
 
@@ -229,6 +235,8 @@ def _candidates(record: dict[str, Any]) -> Iterator[BackboneArgs]:
     if not head:
         yield plain
         return
+    if own is not None and own.backbone == name and own.probe is None:
+        plain = replace(own, taps=taps)  # its weights may come from a file
     for found in state.library().heads():
         config = read_config(found.folder)
         if config["head"] == head and config["backbone"].get("name") == name:

@@ -96,8 +96,15 @@ def _controls(context: Context, job: Job | None) -> Job | None:
     except ModelError as error:
         st.error(plain(error))
         return None
-    chosen = _explainers(allowed, refused, kind == "photos")
-    classes, top = _classes(loaded, kind == "photos")
+    chosen = _explainers(allowed, kind == "photos")
+    with st.expander("More choices"):
+        classes, top = _classes(loaded, kind == "photos")
+        more = _view(kind) if kind == "photos" else {**_view(kind), **_frames()}
+        if refused:
+            with st.popover(f"{len(refused)} explainers do not fit", type="tertiary"):
+                st.caption("What this network, or the lack of a head, does not allow:")
+                for refusal, reason in refused.items():
+                    st.markdown(f"**{plain(refusal)}**: {plain(reason)}")
     request: dict[str, Any] = {
         "backbone": name,
         "weights": weights,
@@ -105,32 +112,8 @@ def _controls(context: Context, job: Job | None) -> Job | None:
         "explainers": tuple(chosen),
         "classes": classes,
         "top": top,
+        **more,
     }
-    with st.expander("More"):
-        request["view"] = st.radio(
-            "What the network sees",
-            list(VIEWS),
-            index=0 if kind == "photos" else 1,
-            key=f"see-{kind}",
-            format_func=lambda v: VIEWS[v],
-            help="The centre crop is what the network was tested on. The whole picture is squeezed "
-            "into its input.",
-            bind="query-params",
-        )
-        if kind == "clip":
-            request["smoothing"] = st.slider(
-                "Smoothing over frames",
-                0.0,
-                0.95,
-                0.0,
-                0.05,
-                key="smoothing",
-                bind="query-params",
-            )
-    if kind == "clip":
-        request["every"] = st.number_input(
-            "Explain each n-th frame", 1, 1000, 5, key="every", bind="query-params"
-        )
     busy = job is not None and not job.finished.is_set()
     ready = bool(sent) and bool(chosen) and not busy
     pressed = st.button("Explain", type="primary", disabled=not ready, width="stretch")
@@ -254,7 +237,7 @@ def _loaded(name: str, weights: str, head_id: str) -> tuple[Backbone, Head | Non
     return loaded, getattr(loaded, "probe", None)
 
 
-def _explainers(allowed: dict[str, int], refused: dict[str, str], several: bool) -> list[str]:
+def _explainers(allowed: dict[str, int], several: bool) -> list[str]:
     names = [n for n in FIRST if n in allowed]
     names += [n for n in allowed if n not in (*FIRST, *SANITY)]
     names += [n for n in SANITY if n in allowed]
@@ -278,10 +261,6 @@ def _explainers(allowed: dict[str, int], refused: dict[str, str], several: bool)
         chosen = [
             st.selectbox("Explainer", names, key="one", format_func=title, bind="query-params")
         ]
-    if refused:
-        with st.popover(f"{len(refused)} that this network does not allow", type="tertiary"):
-            for name, reason in refused.items():
-                st.markdown(f"**{plain(name)}**: {plain(reason)}")
     return [name for name in chosen if name is not None]
 
 
@@ -307,6 +286,28 @@ def _classes(loaded: Backbone, several: bool) -> tuple[tuple[int, ...], int]:
             bind="query-params",
         )
     return tuple(classes), int(top)
+
+
+def _view(kind: str) -> dict[str, Any]:
+    view = st.radio(
+        "What the network sees",
+        list(VIEWS),
+        index=0 if kind == "photos" else 1,
+        key=f"see_{kind}",
+        format_func=lambda v: VIEWS[v],
+        help="The centre crop is what the network was tested on. The whole picture is squeezed "
+        "into its input.",
+        bind="query-params",
+    )
+    return {"view": view}
+
+
+def _frames() -> dict[str, Any]:
+    every = st.number_input("Explain each n-th frame", 1, 1000, 5, key="every", bind="query-params")
+    smoothing = st.slider(
+        "Smoothing over frames", 0.0, 0.95, 0.0, 0.05, key="smoothing", bind="query-params"
+    )
+    return {"every": int(every), "smoothing": smoothing}
 
 
 # ---------------------------------------------------------------------- what came out

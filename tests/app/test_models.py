@@ -1,0 +1,215 @@
+"""Models of the viewer: by name, loaded once, and the very one that a pack was made with."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("streamlit")
+
+from packs import picture
+
+from xattn.app import models, state
+from xattn.app.library import Library
+from xattn.app.models import ModelError
+from xattn.cli import BackboneArgs
+from xattn.explaining import explain
+from xattn.explanation import save_pack
+from xattn.heads import create_head, save_head
+
+CNN, VIT = "test_efficientnet", "test_vit"
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Settings of a viewer on ``tmp_path`` that was started with a small network of random weights."""
+
+    def start(**options) -> Path:
+        chosen = {"backbone": CNN, "weights": "random", **options}
+        own = BackboneArgs(**chosen, device="cpu")
+        monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path, model=own))
+        monkeypatch.setattr(state, "library", lambda: Library(tmp_path))
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    models._loaded.clear()
+    yield start
+    models._loaded.clear()
+
+
+def start_with_a_file(start) -> Path:
+    """A viewer whose network has the same weights each time that it is loaded."""
+    from safetensors.torch import save_file
+
+    root = start()
+    save_file(models.backbone(CNN).model.state_dict(), root / "net.safetensors")
+    return start(weights=str(root / "net.safetensors"))
+
+
+def test_the_viewers_own_model_comes_first_and_is_loaded_once(start):
+    start()
+    assert models.backbones()[0] == CNN
+    assert models.backbone(CNN) is models.backbone(CNN)
+
+
+def test_other_taps_share_the_weights(start):
+    start()
+    one, two = models.backbone(CNN), models.backbone(CNN, taps=["stage.2", "head"])
+    assert two.taps == ("stage.2", "head") and two.model is one.model
+    assert two.fingerprint == one.fingerprint
+
+
+def test_the_model_not_used_for_longest_goes(start, monkeypatch):
+    start()
+    first = models.backbone(CNN)
+    for size in range(96, 96 + 32 * models.KEPT, 32):
+        models.backbone(CNN, input_size=size)
+    assert models.backbone(CNN) is not first
+
+
+@pytest.mark.parametrize(
+    "name", ["no_such_model", "../../etc/passwd", "hf-hub:owner/name", "local-dir:/tmp", ""]
+)
+def test_what_is_no_timm_model_is_refused(start, name):
+    start()
+    with pytest.raises(ModelError):
+        models.backbone(name)
+
+
+@pytest.mark.parametrize("weights", ["/etc/passwd", "weights.pth", "random", "abc"])
+def test_weights_are_never_a_path(start, weights):
+    start()
+    with pytest.raises(ModelError, match="below the root"):
+        models.backbone(CNN, weights)
+
+
+def test_a_safetensors_file_below_the_root_is_loaded_by_its_id(start):
+    from safetensors.torch import save_file
+
+    root = start()
+    own = models.backbone(CNN)
+    (root / "mine").mkdir()
+    save_file(own.model.state_dict(), root / "mine" / "net.safetensors")
+    torch.save(own.model.state_dict(), root / "mine" / "net.pth")
+    (root / "out.safetensors").symlink_to("/etc/hostname")
+    files = models.weight_files()
+    assert [path.name for path in files.values()] == ["net.safetensors"]
+    loaded = models.backbone(CNN, next(iter(files)))
+    assert loaded is not own and loaded.fingerprint == own.fingerprint
+
+
+def test_a_replaced_weight_file_is_read_again(start):
+    from safetensors.torch import save_file
+
+    root = start()
+    weights = dict(models.backbone(CNN).model.state_dict())
+    save_file(weights, root / "net.safetensors")
+    (key,) = models.weight_files()
+    before = models.backbone(CNN, key).fingerprint
+    save_file({k: v * 2 for k, v in weights.items()}, root / "net.safetensors")
+    assert models.backbone(CNN, key).fingerprint != before
+
+
+def _pack(root: Path, **options) -> object:
+    loaded = models.backbone(CNN, **options)
+    explain(picture(0), loaded, explainer="gradcam", output=root / "pack")
+    return Library(root).open(Library(root).packs()[0].id)
+
+
+def test_a_pack_finds_the_network_that_made_it(start):
+    root = start()
+    assert models.backbone_of(_pack(root)) is models.backbone(CNN)
+
+
+def test_a_pack_of_another_input_size_and_taps_finds_them(start):
+    root = start_with_a_file(start)
+    pack = _pack(root, taps=["stage.2", "head"], input_size=96)
+    found = models.backbone_of(pack)
+    assert found.preprocessing.input_size == (96, 96) and found.taps == ("stage.2", "head")
+
+
+def test_other_weights_are_named(start):
+    root = start()
+    pack = _pack(root)
+    models._loaded.clear()
+    with pytest.raises(ModelError, match="weights sha256"):
+        models.backbone_of(pack)
+
+
+def test_a_pack_without_a_model_says_so(start):
+    from packs import explanation
+
+    root = start()
+    save_pack(root / "pack", [explanation(0, protocol={"classes": "top"})], overlays=False)
+    pack = Library(root).open(Library(root).packs()[0].id)
+    with pytest.raises(ModelError, match="does not say which model"):
+        models.backbone_of(pack)
+
+
+def test_heads_below_the_root_are_offered_and_loaded(start):
+    root = start()
+    loaded = models.backbone(CNN)
+    save_head(create_head("ttame", loaded), root / "mine" / "head")
+    ((key, title),) = models.heads(CNN).items()
+    assert "mine" in title and "ttame" in title and "/" not in key
+    found, head = models.with_head(CNN, key)
+    assert found is loaded and head.name == "ttame"
+    assert not models.heads(VIT)
+
+
+def test_a_head_of_other_weights_is_refused_and_an_unknown_one_too(start):
+    root = start()
+    save_head(create_head("ttame", models.backbone(CNN)), root / "mine" / "head")
+    (key,) = models.heads(CNN)
+    models._loaded.clear()
+    with pytest.raises(ModelError, match="trained on"):
+        models.with_head(CNN, key)
+    with pytest.raises(ModelError, match="choose another"):
+        models.with_head(CNN, "../mine")
+
+
+def test_a_probe_head_becomes_the_classifier_and_its_packs_find_it(start):
+    root = start_with_a_file(start)
+    (weights,) = models.weight_files()
+    loaded = models.backbone(CNN)
+    head = create_head("gap", loaded, class_names=["cat", "dog"])
+    save_head(head, root / "probe" / "head")
+    (key,) = models.heads(CNN)
+    found, own = models.with_head(CNN, key)
+    assert list(found.class_names) == ["cat", "dog"] and own is found.probe
+    again, _ = models.with_head(CNN, key, weights)
+    assert again.fingerprint == found.fingerprint
+    explain(picture(0), found, explainer="gradcam", output=root / "pack")
+    pack = Library(root).open(Library(root).packs()[0].id)
+    assert models.backbone_of(pack).fingerprint == found.fingerprint
+
+
+def test_explainers_that_fit_are_told_from_those_that_do_not(start):
+    start()
+    loaded = models.backbone(CNN)
+    allowed, refused = models.explainers(loaded)
+    assert allowed["gradcam"] == 1 and allowed["rise"] > 100
+    assert {"head", "rollout"} <= set(refused) and not set(allowed) & set(refused)
+    with_head, _ = models.explainers(loaded, create_head("ttame", loaded))
+    assert "head" in with_head
+
+
+def test_two_threads_use_a_model_in_turn():
+    inside, most = [], []
+
+    def use() -> None:
+        with models.turn():
+            inside.append(1)
+            most.append(len(inside))
+            threading.Event().wait(0.01)
+            inside.pop()
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1
