@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+from collections.abc import Mapping
 from typing import Any
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
@@ -43,8 +45,19 @@ STYLE = """<style>
 font-variant-numeric:tabular-nums;opacity:.85}
 .legend i{width:160px;height:10px;border-radius:5px;border:1px solid #8885}
 .legend em{font-style:normal;margin-inline-start:.5rem}
-.facts{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1rem;margin:0;font-size:.875rem}
+.facts{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1rem;margin:0;
+padding:0!important;font-size:.875rem}
 .facts dt{opacity:.75}.facts dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
 @media(max-width:480px){.facts{grid-template-columns:1fr}.facts dd{margin-bottom:.4rem}}
 </style>"""
-"""For all pages; ``legend`` is of ``contact_sheet.legends_html``, ``facts`` a list of terms."""
+"""For all pages; ``legend`` is of ``contact_sheet.legends_html``, ``facts`` of :func:`facts_html`."""
+
+
+def facts_html(facts: Mapping[str, object]) -> str:
+    """Terms and what is said of them; None is left out."""
+    terms = "".join(
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"
+        for name, value in facts.items()
+        if value is not None
+    )
+    return f'<dl class="facts">{terms}</dl>'

@@ -29,6 +29,8 @@ def grid(
     *,
     label: str = "Pictures",
     columns: int | None = None,
+    width: int | None = None,
+    aspect: float = 4 / 3,
     scroll: int = 0,
     on_open: Any = None,
     on_turn: Any = None,
@@ -45,6 +47,8 @@ def grid(
             where the cell leads in another tab.
         label: what the whole is called by a screen reader.
         columns: how many side by side; by default as many as fit.
+        width: of a cell in pixels, at least; by default 168, or 132 on a narrow screen.
+        aspect: width over height of a picture's place.
         scroll: when this changes, the grid's top comes into sight.
         on_open: called before the script runs again, without arguments.
         on_turn: as ``on_open``, for page keys inside the grid; ``st.session_state[key].turn`` is
@@ -54,6 +58,8 @@ def grid(
         "cells": [dict(cell) for cell in cells],
         "label": label,
         "columns": columns,
+        "width": width,
+        "aspect": aspect,
         "scroll": scroll,
     }
     result = component("grid")(

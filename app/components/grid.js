@@ -114,6 +114,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
   root.setAttribute("role", "group");
   root.setAttribute("aria-label", data.label);
   root.style.setProperty("--columns", data.columns || "auto-fill");
+  root.style.setProperty("--aspect", data.aspect);
+  if (data.width) root.style.setProperty("--cell", `${data.width}px`);
   const cells = data.cells.map(build);
   cells.forEach((cell, i) => (cell.tabIndex = i === 0 ? 0 : -1));
   root.replaceChildren(...cells);

@@ -29,7 +29,7 @@ class Statistics:
     """Of one layer, float64, for B images and H heads; N tokens, of which ``prefix`` come first."""
 
     entropy: Tensor
-    """Mean of H_i in nats, (B, H), in [0, ln N]; / ln 2 gives bits."""
+    """Mean of H_i in nats, (B, H), in [0, ln N]; see :func:`bits`."""
     distance: Tensor
     """Mean of d_i in patches, (B, H); NaN where no query gives anything to a patch."""
     received: Tensor
@@ -108,6 +108,16 @@ def row_entropy(rows: Tensor) -> Tensor:
     total = rows.sum(-1, keepdim=True)
     p = torch.where(total > 0, rows / total, 0.0)
     return -torch.special.xlogy(p, p).sum(-1)
+
+
+def bits(nats: float) -> float:
+    """The same entropy in bits."""
+    return nats / math.log(2)
+
+
+def breadth(nats: float) -> float:
+    """Over how many tokens equal shares have this entropy: exp(H), the perplexity."""
+    return math.exp(nats)
 
 
 def row_distance(rows: Tensor, index: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:

@@ -1,0 +1,172 @@
+"""The attention of one image of a pack, read in one pass and kept for a session's questions.
+
+Rows and rollouts are asked of the layers' operators when they are wanted: O(N d) a row and layer, and
+never N x N. A session keeps the images it looked at last, ``KEPT`` of them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from xattn.app import models
+from xattn.attention import Operator, ProductOperator, converted_copy
+from xattn.attention.statistics import Statistics, sample_queries, statistics
+from xattn.explainers.attention import read_attention
+from xattn.explainers.rollout import rollout_row
+from xattn.images import prepare
+
+if TYPE_CHECKING:
+    from xattn.app.library import Pack
+    from xattn.backbone import Backbone
+
+KEPT = 2  # readings of a session: queries, keys and values of all layers, 15 MB for a ViT-S at 224 px
+MOST_QUERIES = 512  # rows that statistics read in a layer
+TRAINED = "trained"
+# Mechanisms that can stand in for trained softmax attention, their one option and its values.
+SIZES = {"gna": ("kernel", range(3, 32, 2)), "agent": ("agents", (4, 9, 16, 25, 49, 100))}
+_ROLLOUTS = 64  # rows kept of a reading
+
+
+@dataclass(eq=False)
+class Reading:
+    """One image: ``pixels`` that the model saw, and each layer's attention over N tokens.
+
+    ``maps`` are a converted mechanism's own, (K, h, w) by name; ``logits`` (K,).
+    """
+
+    pixels: Image.Image
+    operators: list[Operator]
+    maps: list[dict[str, Tensor]]
+    logits: Tensor
+    grid: tuple[int, int]
+    prefix: tuple[str, ...]
+    """What the prefix tokens are, the first tokens of the sequence."""
+    _rollouts: OrderedDict[tuple[int, int], Tensor] = field(default_factory=OrderedDict)
+
+    @property
+    def layers(self) -> int:
+        return len(self.operators)
+
+    def heads(self, layer: int) -> int:
+        return self.operators[layer].shape[1]
+
+    def rows(self, token: int) -> list[Tensor]:
+        """The attention of ``token`` in each layer, (H, N)."""
+        return [
+            operator.rows(torch.tensor([token], device=operator.device))[0, :, 0].float().cpu()
+            for operator in self.operators
+        ]
+
+    def rollout(self, token: int, layer: int) -> Tensor:
+        """Rollout up to ``layer`` from ``token``, (N,)."""
+        key = token, layer
+        if key not in self._rollouts:
+            found = rollout_row(self.operators[: layer + 1], token)
+            self._rollouts[key] = found[0].float().cpu()
+            if len(self._rollouts) > _ROLLOUTS:
+                self._rollouts.popitem(last=False)
+        return self._rollouts[key]
+
+    @cached_property
+    def statistics(self) -> list[Statistics]:
+        """Of each layer, over all patches as queries or a sample of ``MOST_QUERIES``."""
+        queries = sample_queries(self.operators[0].shape[2], len(self.prefix), MOST_QUERIES)
+        return [statistics(o, self.grid, len(self.prefix), queries) for o in self.operators]
+
+    def agent_shares(self, layer: int, token: int) -> Tensor | None:
+        """How ``token`` spreads over the agents of a layer, (H, n); None without agents."""
+        operator = self.operators[layer]
+        if not isinstance(operator, ProductOperator):
+            return None
+        index = torch.tensor([token], device=operator.device)
+        return operator.factors[0].rows(index)[0, :, 0].float().cpu()
+
+
+def sizes(mechanism: str, grid: tuple[int, int]) -> list[int]:
+    """Values of a mechanism's option that fit a grid."""
+    if mechanism == TRAINED:
+        return []
+    most = min(grid) if mechanism == "gna" else grid[0] * grid[1]
+    return [n for n in SIZES[mechanism][1] if n <= most]
+
+
+def usual_size(mechanism: str, grid: tuple[int, int]) -> int | None:
+    """The value to begin with: a window of 7, 16 agents, or what fits."""
+    fitting = sizes(mechanism, grid)
+    return min(fitting, key=lambda n: abs(n - {"gna": 7, "agent": 16}[mechanism]), default=None)
+
+
+def grid_of(backbone: Backbone) -> tuple[int, int] | None:
+    """The patches' grid at the model's own input size, where its patch embedding tells."""
+    if not hasattr(getattr(backbone.model, "patch_embed", None), "dynamic_feat_size"):
+        return None
+    rows, columns = backbone.grid(*backbone.preprocessing.input_size)
+    return int(rows), int(columns)
+
+
+def read(
+    pack: Pack,
+    image_id: str,
+    backbone: Backbone,
+    mechanism: str,
+    size: int | None,
+    kept: OrderedDict[tuple[object, ...], Reading],
+) -> Reading:
+    """The reading of an image, from ``kept`` or by a pass.
+
+    The photo is the pack's stored one, prepared as the model wants it.
+
+    Raises:
+        NoAttention: the model's attention is not from all tokens to all tokens, or there is none.
+        ValueError: the mechanism does not run in it. PackError: the photo is gone or damaged.
+    """
+    key = (pack.id, pack.version, image_id, backbone.fingerprint, mechanism, size)
+    if key in kept:
+        kept.move_to_end(key)
+        return kept[key]
+    first = pack.entries.index[pack.entries["image_id"] == image_id][0]
+    mode = pack.explanation(first).view.mode
+    images, _ = prepare(pack.photo(image_id), backbone.preprocessing, mode)
+    with models.turn(), torch.no_grad():
+        model = backbone
+        if mechanism != TRAINED:
+            options = {SIZES[mechanism][0]: size}
+            if mechanism == "agent":
+                options["training_free"] = True
+            model = converted_copy(backbone, mechanism, **options)
+        found = read_attention(model, images[None].to(model.device, model.mean.dtype))
+    made = Reading(
+        pixels=Image.fromarray((images.permute(1, 2, 0) * 255).round().byte().numpy()),
+        operators=[call.operator for call in found.layers],
+        maps=[{name: m[0].float().cpu() for name, m in c.maps.items()} for c in found.layers],
+        logits=found.logits[0].float().cpu(),
+        grid=found.grid,
+        prefix=prefix_names(backbone, found.prefix),
+    )
+    kept[key] = made
+    while len(kept) > KEPT:
+        kept.popitem(last=False)
+    return made
+
+
+def prefix_names(backbone: Backbone, count: int) -> tuple[str, ...]:
+    """What each of the ``count`` prefix tokens is, as timm's models order them."""
+    model = backbone.model
+    names = []
+    if getattr(model, "cls_token", None) is not None:
+        names.append("class token")
+    if getattr(model, "dist_token", None) is not None:
+        names.append("distillation token")
+    registers = count - len(names)
+    if registers > 0 and getattr(model, "reg_token", None) is not None:
+        names += [f"register {i + 1}" for i in range(registers)]
+    if len(names) != count:
+        names = [f"prefix token {i + 1}" for i in range(count)]
+    return tuple(names)
