@@ -55,18 +55,18 @@ def _open(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
 
 
-def read_inside(folder: Path, name: str, limit: int) -> tuple[bytes, Signature]:
-    """All bytes of a file of ``folder``, at most ``limit``, and its signature.
+def read_inside(folder: Path, name: str, limit: int) -> bytes:
+    """All bytes of a file of ``folder``, at most ``limit``.
 
     Raises:
         PackError: as :func:`open_inside`, or larger.
     """
     with open_inside(folder, name) as stream:
-        signature = Signature.of(os.fstat(stream.fileno()))
-        if signature.size > limit:
-            raise PackError(f"{name} has {signature.size:,} bytes, over the limit of {limit:,}")
+        size = os.fstat(stream.fileno()).st_size
+        if size > limit:
+            raise PackError(f"{name} has {size:,} bytes, over the limit of {limit:,}")
         try:
-            return stream.read(limit + 1), signature
+            return stream.read(limit + 1)
         except OSError as error:
             raise PackError(f"{name} cannot be read ({why(error)}); try again") from None
 

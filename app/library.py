@@ -29,6 +29,7 @@ DEPTH = 3  # folders below the root
 MAX_FOLDERS = 20_000
 OPEN_PACKS = 8
 SCRATCH_PACKS = 64
+_Signatures = tuple[Signature, Signature | None]
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class Library:
         self.root = Path(root).resolve()
         self._lock = threading.Lock()
         self._recent = Recent()
-        self._open: OrderedDict[str, Pack] = OrderedDict()
-        self._infos: dict[str, tuple[Signature, PackInfo | None]] = {}
+        self._open: OrderedDict[str, tuple[_Signatures, Pack]] = OrderedDict()
+        self._infos: dict[str, tuple[_Signatures, PackInfo | None]] = {}
         self._known: dict[str, tuple[Path, str]] = {}
         self._scratch: OrderedDict[str, Path] = OrderedDict()
 
@@ -152,7 +153,7 @@ class Library:
         found = self._look().comparisons
         if comparison_id not in found:
             raise PackError("There is no such comparison; choose one of the list")
-        return read_inside(found[comparison_id][0], name, limit)[0]
+        return read_inside(found[comparison_id][0], name, limit)
 
     # ------------------------------------------------------------------ looking
 
@@ -182,13 +183,13 @@ class Library:
         except OSError:
             raise PackError("It is gone; choose another one, or put it back") from None
         with self._lock:
-            pack = self._open.get(pack_id)
-            if pack is not None and pack.signature == signature and pack.folder == folder:
+            known = self._open.get(pack_id)
+            if known is not None and known[0] == signature and known[1].folder == folder:
                 self._open.move_to_end(pack_id)
-                return pack
+                return known[1]
         pack = Pack(folder, pack_id, name, self._recent)
         with self._lock:
-            self._open[pack_id] = pack
+            self._open[pack_id] = (signature, pack)
             self._open.move_to_end(pack_id)
             while len(self._open) > OPEN_PACKS:
                 self._open.popitem(last=False)
@@ -273,5 +274,10 @@ def _id(relative: str) -> str:
     return f"{letters}-{hashlib.sha256(os.fsencode(relative)).hexdigest()[:12]}"
 
 
-def _signature(folder: Path) -> Signature:
-    return Signature.of((folder / MANIFEST).stat())
+def _signature(folder: Path) -> _Signatures:
+    """Of the manifest and the maps, None for maps that are missing."""
+    manifest = Signature.of((folder / MANIFEST).stat())
+    try:
+        return manifest, Signature.of((folder / MAPS).stat())
+    except OSError:
+        return manifest, None

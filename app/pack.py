@@ -94,7 +94,7 @@ class Pack:
         self.folder = folder.resolve()
         self.id, self.name = id, name or folder.name
         self._recent = Recent() if recent is None else recent
-        data, self.signature = read_inside(self.folder, MANIFEST, MAX_MANIFEST)
+        data = read_inside(self.folder, MANIFEST, MAX_MANIFEST)
         self._sha256 = hashlib.sha256(data).hexdigest()
         self.version = self._sha256[:12]
         with _no_collection():
@@ -167,7 +167,7 @@ class Pack:
         name, sha256 = self._index.thumbnails[i], self._index.thumbnail_sha256[i]
         if name is None:
             raise PackError(f"The pack holds no picture of {image_id}; {AGAIN} from photos on disk")
-        data, _ = read_inside(self.folder, name, MAX_THUMBNAIL)
+        data = read_inside(self.folder, name, MAX_THUMBNAIL)
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
             raise PackError(
                 f"The picture of {image_id} is not the one that was written; reload the page if the "

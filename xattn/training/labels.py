@@ -89,6 +89,62 @@ def read_labels(names: Sequence[str], file: str | Path | None = None) -> Labels:
     return Labels(index, classes, [i for i, c in enumerate(found) if c is not None])
 
 
+FOLDERS = "folders"
+
+
+def true_classes(
+    names: Sequence[str], labels: str | Path, class_names: Sequence[str]
+) -> list[tuple[int | None, str | None]]:
+    """The class of every photo among a classifier's own, and its name; (None, name) for other labels.
+
+    Args:
+        labels: ``"folders"``, or a file as in :func:`read_labels`. Of a table by folder the first of
+            its "label" (beside an "index", if two classes have that name) and its "group" counts
+            that is a class. A label is a class by its number, by its name, or by a part of its name
+            between commas.
+
+    Raises:
+        ValueError: photos without a label, a damaged file, or a label that names two classes.
+        FileNotFoundError: no such file.
+    """
+    classes: dict[str, list[int]] = {}
+    for i, name in enumerate(class_names):
+        for part in {name.lower(), *(p.strip() for p in name.lower().split(","))}:
+            classes.setdefault(part, []).append(i)
+    if str(labels) == FOLDERS:
+        given: list[tuple[str, Any]] = [(name, _folder(name)) for name in names]
+    else:
+        given = _given(names, Path(labels))
+    known: dict[str, tuple[int | None, str | None]] = {}
+    for key, value in given:
+        if key not in known:
+            number, label = _class_of(value, key, classes, len(class_names), Path(labels))
+            known[key] = (number, label if number is None else class_names[number])
+    return [known[key] for key, _ in given]
+
+
+def _class_of(
+    value: Any, key: str, classes: dict[str, list[int]], count: int, file: Path
+) -> tuple[int | None, str | None]:
+    index, texts = None, [value]
+    if isinstance(value, dict):
+        index, texts = value.get("index"), [value.get("label"), value["group"]]
+    found = [text for text in (_label(text, key, file) for text in texts) if text is not None]
+    for text in found:
+        if text.isdecimal() and int(text) < count:
+            return int(text), text
+        places = classes.get(text.strip().lower(), [])
+        exact = [i for i in places if i == index] if len(places) > 1 else places
+        if exact:
+            return exact[0], text
+        if places:
+            raise ValueError(
+                f"labels: {file} gives {key!r} the label {text!r}, which is the name of the classes "
+                f"{', '.join(map(str, places))}; write the number of one"
+            )
+    return None, found[0] if found else None
+
+
 def split(labels: Labels, seed: int = 0, fold: int = 0, folds: int = FOLDS) -> Split:
     """Fold ``fold`` of the labelled photos to report, the next to stop early by, the others to train.
 
@@ -149,6 +205,12 @@ def _folder(name: str) -> str:
 
 
 def _from_file(names: Sequence[str], file: Path) -> list[str | None]:
+    found = _given(names, file)
+    return [_label(e["group"] if isinstance(e, dict) else e, key, file) for key, e in found]
+
+
+def _given(names: Sequence[str], file: Path) -> list[tuple[str, Any]]:
+    """What a file says of every photo, a label or a table with a "group", and under which name."""
     if not file.is_file():
         raise FileNotFoundError(f"labels: no file {file}; give a .json or .csv file")
     try:
@@ -159,10 +221,9 @@ def _from_file(names: Sequence[str], file: Path) -> list[str | None]:
         raise ValueError(f"labels: {file} is damaged ({error}); mend it") from None
     if not isinstance(table, dict) or not table:
         raise ValueError(f"labels: {file} holds no table of labels; see read_labels")
+    keys: list[str | None]
     if all(isinstance(v, dict) and "group" in v for v in table.values()):
-        groups = {folder: entry["group"] for folder, entry in table.items()}
-        keys: list[str | None] = [_folder(n) if _folder(n) in groups else None for n in names]
-        table = groups
+        keys = [_folder(n) if _folder(n) in table else None for n in names]
     else:
         keys = _matched(names, table, file)
     missing = [name for name, key in zip(names, keys, strict=True) if key is None]
@@ -171,7 +232,7 @@ def _from_file(names: Sequence[str], file: Path) -> list[str | None]:
             f"labels: {file} names no label of {len(missing)} of {len(names)} photos, such as "
             f"{missing[0]}; add them, or write null to leave a photo out"
         )
-    return [_label(table[key], key, file) for key in keys if key is not None]
+    return [(key, table[key]) for key in keys if key is not None]
 
 
 def _csv(text: str) -> dict[str, str | None]:
