@@ -41,10 +41,11 @@ CONFIG: dict[str, Any] = {
 STYLE = """<style>
 [data-testid=stMainBlockContainer]{padding-inline:clamp(1rem,3vw,2.5rem)}
 [data-testid=stMain] :is(h1,h2,h3){overflow-wrap:anywhere;unicode-bidi:plaintext}
-.legend{display:flex;flex-wrap:wrap;align-items:center;gap:.25rem .5rem;font-size:.8125rem;
+.legend{display:flex;flex-wrap:wrap;align-items:center;gap:.1rem .6rem;font-size:.8125rem;
 font-variant-numeric:tabular-nums;opacity:.85}
+.legend+.legend{margin-top:.35rem}
 .legend i{width:160px;height:10px;border-radius:5px;border:1px solid #8885}
-.legend em{font-style:normal;margin-inline-start:.5rem}
+.legend em{font-style:normal}
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1rem;margin:0;
 padding:0!important;font-size:.875rem}
 .facts dt{opacity:.75}.facts dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}

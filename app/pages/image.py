@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
 from xattn.app import export, pictures, selection, state
 from xattn.app.components import grid
 from xattn.app.components.slide import slide
-from xattn.app.pictures import COLOURS, Look, overlay_url, photo_url
+from xattn.app.head_card import head_card
+from xattn.app.pictures import Look, overlay_url, photo_url
 from xattn.app.state import Context, plain
+from xattn.app.theme import facts_html
 from xattn.contact_sheet import legends_html
 
 if TYPE_CHECKING:
@@ -22,29 +24,23 @@ if TYPE_CHECKING:
 
 SIDE = 480  # pixels of a map's longer side
 SMALL = 320  # of a class's map
+WIDTH = 250  # of a map on the page, at least
 FIRST_METHODS = 6  # that are shown before anybody chooses
 TOP = 5  # classes with a picture each
 TABS = ("Classes", "Before and after", "Fidelity", "Provenance", "Export")
+# Streamlit writes what a choice is called into the URL, so these names are part of links.
+SCALE_NAMES = {"Each map": "map", "Shared": "shared"}
 COLOUR_NAMES = {
-    "auto": "Automatic",
-    "inferno": "Inferno",
-    "diverging": "Blue to orange",
-    "viridis": "Viridis",
-    "cividis": "Cividis",
-    "gray": "Grey",
+    "Automatic": "auto",
+    "Inferno": "inferno",
+    "Diverging": "diverging",
+    "Viridis": "viridis",
+    "Cividis": "cividis",
+    "Grey": "gray",
 }
-STYLE = """
-<style>
-.legend{display:flex;flex-wrap:wrap;align-items:center;gap:.25rem .5rem;font-size:.8125rem;
-font-variant-numeric:tabular-nums;opacity:.85}
-.legend i{width:160px;height:10px;border-radius:5px;border:1px solid #8885}
-.legend em{font-style:normal;margin-inline-start:.5rem}
-.facts{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1rem;margin:0;font-size:.875rem}
-.facts dt{opacity:.75}.facts dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
-@media(max-width:480px){.facts{grid-template-columns:1fr}.facts dd{margin-bottom:.4rem}}
-.st-key-maps{--cell:250px}.st-key-classes,.st-key-contrast{--cell:200px}
-</style>
-"""
+LINES = ["#d55e00", "#2a86c8", "#009e73", "#c773a8", "#b58900", "#8a7fd6", "#7f7f7f", "#a0522d"]
+DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [3, 5], [12, 3, 3, 3], [1, 3]]
+DIFFERENCES = {"Min-maxed maps": "map", "Raw scores": "shared"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,6 @@ def page(context: Context) -> None:
         st.warning("This pack has no such image. Choose one in the gallery.")
         st.link_button("Gallery", state.link("gallery", pack=pack.id))
         return
-    st.html(STYLE)
     _heading(pack, image_id)
     shown = _choose(pack, image_id)
     if shown is None:
@@ -108,14 +103,12 @@ def _heading(pack: Pack, image_id: str) -> None:
     place = f"{number:,} of {count:,}" if number else "not in the gallery's selection"
     bar.caption(place, width="content")
     bar.space("stretch")
-    back = {name: st.query_params.get_all(name) for name in ()}
     with bar.popover("Share"):
         st.caption("This address shows the same view to whoever can open this viewer.")
         st.code(_address(), language=None, wrap_lines=True)
     if _has_attention(pack, image_id):
         if bar.button("Attention", help="What each patch attends to", key="go_attention"):
             state.go("attention", image=image_id)
-    del back
     st.subheader(plain(row["file_name"] or image_id), anchor=False)
     _caption(row)
 
@@ -162,9 +155,9 @@ def _has_attention(pack: Pack, image_id: str) -> bool:
 
 def _choose(pack: Pack, image_id: str) -> Shown | None:
     entries = pack.entries[pack.entries["image_id"] == image_id]
-    classes = _explained(pack, image_id, entries)
-    target = _target(classes)
-    everything = list(dict.fromkeys(pack.entries["method"]))
+    classes = _explained(entries)
+    target = _target(entries, classes)
+    everything = list(selection.table(pack).choices.methods)
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     if len(classes) > 1:
         bar.selectbox(
@@ -177,14 +170,15 @@ def _choose(pack: Pack, image_id: str) -> Shown | None:
             args=(image_id,),
             width=260,
         )
+    scale, colours = _colours(bar)
     methods = everything
     if len(everything) > 1:
-        sane = pack.entries["method"][~pack.entries["sanity"]]
+        sane = pack.entries["method"][~pack.entries["sanity"].astype(bool)]
         first = list(dict.fromkeys(sane if len(sane) else everything))[:FIRST_METHODS]
         methods = bar.multiselect(
             "Methods", everything, default=first, key="methods", bind="query-params", width=420
         )
-    look = _look(bar)
+    look = Look(*_sliders(bar), scale, colours, SIDE)
     if not methods:
         st.info("No method is chosen. Choose one or more above to see their maps.")
         return None
@@ -203,7 +197,7 @@ def _choose(pack: Pack, image_id: str) -> Shown | None:
     return Shown(image_id, entries, target, ids, focus if focus in ids else ids[0], missing, look)
 
 
-def _explained(pack: Pack, image_id: str, entries: pd.DataFrame) -> dict[int, str]:
+def _explained(entries: pd.DataFrame) -> dict[int, str]:
     """Names of the classes that have a map, the most probable first."""
     ranked = entries.sort_values("probability", ascending=False, kind="stable")
     return {
@@ -212,9 +206,12 @@ def _explained(pack: Pack, image_id: str, entries: pd.DataFrame) -> dict[int, st
     }
 
 
-def _target(classes: dict[int, str]) -> int:
-    wanted = st.query_params.get("class", "")
+def _target(entries: pd.DataFrame, classes: dict[int, str]) -> int:
+    """The class of the URL, else that of the map it names, else the most probable one."""
+    wanted, entry_id = st.query_params.get("class", ""), st.query_params.get("entry", "")
     known = {str(target): target for target in classes}
+    if wanted not in known and entry_id in entries.index:
+        return int(entries.loc[entry_id, "target"])
     return known.get(wanted, next(iter(classes)))
 
 
@@ -224,28 +221,31 @@ def _pick_class(image_id: str) -> None:
         del st.query_params["entry"]
 
 
-def _look(bar: Any) -> Look:
-    """How maps are drawn, from the widgets."""
+def _colours(bar: Any) -> tuple[str, str]:
+    """The scale and the colours of a :class:`Look`."""
     with bar.popover("Colours"):
         scale = st.segmented_control(
             "Colour scale",
-            pictures.SCALES,
-            default=pictures.SCALES[0],
+            list(SCALE_NAMES),
+            default="Each map",
             required=True,
-            format_func={"map": "Of each map", "shared": "One for all maps"}.get,
             key="scale",
             bind="query-params",
-            help="Of each map: from its least to its greatest value. One for all maps: raw scores, "
-            "which says something only where methods have the same unit.",
+            help="Each map: from its least to its greatest value. Shared: raw scores on one scale "
+            "for all maps, which compares methods only where their scores have one unit.",
         )
-        cmap = st.selectbox(
+        colours = st.selectbox(
             "Colours",
-            COLOURS,
-            format_func=COLOUR_NAMES.get,
+            list(COLOUR_NAMES),
             key="colours",
             bind="query-params",
             help="Automatic is Inferno, and blue to orange for maps with negative values.",
         )
+    return SCALE_NAMES[scale], COLOUR_NAMES[colours]
+
+
+def _sliders(bar: Any) -> tuple[float, float]:
+    """Opacity and threshold."""
     opacity = bar.slider(
         "Opacity", 0.0, 1.0, 0.55, 0.05, key="opacity", bind="query-params", width=140
     )
@@ -260,7 +260,7 @@ def _look(bar: Any) -> Look:
         width=140,
         help="Where the map is below this share of the scale, the photo stays as it is.",
     )
-    return Look(opacity, threshold, scale, cmap, SIDE)
+    return opacity, threshold
 
 
 # ---------------------------------------------------------------------- maps
@@ -275,7 +275,7 @@ def _maps(pack: Pack, shown: Shown) -> None:
         "lines": [_file(pack, shown)],
     }
     cells = [photo, *(_cell(pack, shown, entry_id) for entry_id in shown.ids)]
-    grid(cells, "maps", label="Photo and maps", on_open=_focus)
+    grid(cells, "maps", label="Photo and maps", width=WIDTH, on_open=_focus)
     _legend(pack, shown.ids, shown.look)
     if shown.missing:
         st.caption(plain(f"No map of this class by {', '.join(shown.missing)}."))
@@ -390,15 +390,14 @@ def _contrast(pack: Pack, shown: Shown, by_class: dict[int, str]) -> None:
     )
     kind = bar.segmented_control(
         "Difference of",
-        ("map", "shared"),
-        default="map",
+        list(DIFFERENCES),
+        default="Min-maxed maps",
         required=True,
-        format_func={"map": "min-maxed maps", "shared": "raw scores"}.get,
         key="contrast_of",
         bind="query-params",
     )
     look = replace(
-        shown.look, side=SMALL, scale=kind, limits=None, cmap="auto", minus=by_class[second]
+        shown.look, scale=DIFFERENCES[kind], limits=None, cmap="auto", minus=by_class[second]
     )
     title = f"{names[first]} minus {names[second]}"
     cell = {
@@ -407,7 +406,7 @@ def _contrast(pack: Pack, shown: Shown, by_class: dict[int, str]) -> None:
         "alt": f"Difference map: {title}",
         "title": title,
     }
-    grid([cell], "contrast", label="Contrast")
+    grid([cell], "contrast", label="Contrast", width=320)
     _legend(pack, [by_class[first]], look)
 
 
@@ -466,34 +465,46 @@ def _fidelity(pack: Pack, shown: Shown) -> None:
             for m in metrics:
                 better = "higher" if m.higher_is_better else "lower"
                 st.text(f"{m.key} ({better} is better): {m.formula}\nprotocol {m.protocol_id}")
-    if curves:
-        st.altair_chart(_chart(curves), key="curves")
+    names = list(dict.fromkeys(name for found in curves.values() for name in found))
+    for i, name in enumerate(names):
+        if i % 2 == 0:
+            columns = st.columns(2)
+        own = {method: found[name] for method, found in curves.items() if name in found}
+        columns[i % 2].altair_chart(_chart(name, own, pack.shares.get(name)), key=f"curve {name}")
 
 
-def _chart(curves: dict[str, dict[str, list[float]]]) -> Any:
-    """Score against the share of pixels, one panel a curve, one line a method."""
+def _chart(name: str, curves: dict[str, list[float]], shares: list[float] | None) -> Any:
+    """One curve of every method: the score of the class against the share of changed pixels."""
     import altair as alt
 
-    points = [
-        {"method": method, "curve": name, "share": i / max(len(values) - 1, 1), "score": value}
-        for method, found in curves.items()
-        for name, values in found.items()
-        for i, value in enumerate(values)
-    ]
-    names = list(dict.fromkeys(point["curve"] for point in points))
-    line = (
-        alt.Chart(pd.DataFrame(points))
-        .mark_line(interpolate="linear")
+    points = []
+    for method, values in curves.items():
+        at = shares if shares and len(shares) == len(values) else np.linspace(0, 1, len(values))
+        points += [
+            {"method": method, "share": float(share), "score": score}
+            for share, score in zip(at, values, strict=True)
+        ]
+    # By colour and by dashes; colours of one lightness for both grounds, apart for colour-blind eyes.
+    scale = {"domain": list(curves)}
+    colour = alt.Scale(range=LINES, **scale)
+    dashes = alt.Scale(range=DASHES, **scale)
+    legend = alt.Legend(orient="bottom", columns=3, symbolSize=300, symbolStrokeWidth=2)
+    return (
+        alt.Chart(pd.DataFrame(points), title=name)
+        .mark_line()
         .encode(
             x=alt.X("share:Q", title="share of pixels", axis=alt.Axis(format="%")),
             y=alt.Y("score:Q", title="score of the class"),
-            color=alt.Color("method:N", title=None, legend=alt.Legend(orient="bottom", columns=3)),
-            strokeDash=alt.StrokeDash("method:N", title=None),
-            tooltip=["method:N", "curve:N", "share:Q", "score:Q"],
+            color=alt.Color("method:N", title=None, legend=legend, scale=colour),
+            strokeDash=alt.StrokeDash("method:N", title=None, legend=legend, scale=dashes),
+            tooltip=[
+                "method:N",
+                alt.Tooltip("share:Q", format=".0%"),
+                alt.Tooltip("score:Q", format=".3f"),
+            ],
         )
-        .properties(width=300, height=200)
+        .properties(height=260)
     )
-    return line.facet(facet=alt.Facet("curve:N", title=None, sort=names), columns=2)
 
 
 def _provenance(pack: Pack, shown: Shown) -> None:
@@ -514,12 +525,11 @@ def _provenance(pack: Pack, shown: Shown) -> None:
         "written by": f"xattn {found['xattn']}",
     }
     facts |= {f"protocol of {key}": protocol for key, protocol in found["metrics"].items()}
-    lines = "".join(
-        f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"
-        for name, value in facts.items()
-        if value
-    )
-    st.html(f'<dl class="facts">{lines}</dl>')
+    st.html(facts_html({name: value for name, value in facts.items() if value}))
+    card = head_card(state.library(), head) if head else None
+    if card is not None:
+        with st.expander("The head's card"):
+            st.text(card)
     with st.expander("Everything that was recorded"):
         st.json(found, expanded=2)
 

@@ -1,0 +1,63 @@
+"""The card of the head that made a map: found by the hash of its weights, among heads at hand."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from xattn.app.library import Library
+
+CARD = "README.md"
+LONGEST = 20_000  # characters that are shown
+
+
+def head_card(library: Library, head: Mapping[str, Any]) -> str | None:
+    """What a pack's ``head`` record (name, sha256) is told of elsewhere: the README.md in its folder,
+    else its training record; None if no head that ships with xattn or lies below the root is it."""
+    from xattn.heads.base import shipped_heads
+
+    folders = [*shipped_heads().values(), *(info.folder for info in library.heads())]
+    for folder in folders:
+        try:
+            if _matches(folder, head):
+                return _card(folder)
+        except (ValueError, OSError):
+            continue  # another head's files may be damaged
+    return None
+
+
+def _matches(folder: Path, head: Mapping[str, Any]) -> bool:
+    from xattn.heads.base import WEIGHTS_FILE, read_config
+
+    if read_config(folder)["head"] != head.get("name"):
+        return False
+    weights = folder / WEIGHTS_FILE
+    return _sha256(weights, weights.stat().st_mtime_ns) == head.get("sha256")
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(weights: Path, changed: int) -> str:
+    """The hash of the loaded head, whose weights are single precision whatever the file holds."""
+    from xattn.backbone import sha256
+    from xattn.models.sources import load_weight_file
+
+    state = load_weight_file(weights)
+    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    return sha256(cast("nn.Module", SimpleNamespace(state_dict=lambda: state)))
+
+
+def _card(folder: Path) -> str:
+    from xattn.heads.base import read_config
+
+    card = folder / CARD
+    if card.is_file() and card.resolve().is_relative_to(folder.resolve()):
+        with card.open(encoding="utf-8", errors="replace") as stream:
+            return stream.read(LONGEST)
+    return json.dumps(read_config(folder).get("training", {}), indent=2)[:LONGEST]
