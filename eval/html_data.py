@@ -58,7 +58,7 @@ def page_data(
     ranked = ranking(results)
     cases = _cases(results, ranked[:CASE_METHODS])
     shown = {(m, i) for case in cases for m, *ends in case["methods"] for e in ends for i, _ in e}
-    points = _points(len(results.images), len(names) * len(columns))
+    points = spread(len(results.images), len(names) * len(columns))
     listed = sorted({*points, *(i for _, i in shown)})
     return {
         "methods": [{"name": name, "sanity": is_baseline(name)} for name in names],
@@ -75,7 +75,7 @@ def page_data(
             [[_number(method.values[c][i]) for i in points] for c in columns]
             for method in results.methods.values()
         ],
-        "curves": _curves(results),
+        "curves": curves(results),
         "cases": cases,
         "maps": _maps(results, state, sorted(shown)),
         "photos": _photos(results, photos, preprocessing, sorted({i for _, i in shown})),
@@ -87,7 +87,7 @@ def _number(value: float) -> float | None:
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
-def _points(n: int, values_an_image: int) -> list[int]:
+def spread(n: int, values_an_image: int) -> list[int]:
     """Evenly spaced images, as many as the page has room for."""
     count = min(n, max(1, MAX_VALUES // max(1, values_an_image)))
     return sorted({round(i) for i in np.linspace(0, n - 1, count).tolist()})
@@ -121,7 +121,7 @@ def _goodness(results: Results, name: str, column: Column) -> float:
 # ---------------------------------------------------------------- curves
 
 
-def _curves(results: Results) -> list[dict[str, Any]]:
+def curves(results: Results) -> list[dict[str, Any]]:
     """One chart a kind of curve: a line a method, mean, lo and hi at each x, and of how many images."""
     clean = np.array([image.p for image in results.images], dtype=np.float64)
     charts = []

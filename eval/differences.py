@@ -1,0 +1,51 @@
+"""On which images two methods differ most: by a metric, or by the order of their maps.
+
+by a metric: |a_i - b_i|,    by their maps: 1 - rho_i, Spearman's rank correlation on 28 x 28 cells
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from xattn.correlation import disagreement
+
+
+class Apart(NamedTuple):
+    """One image, by its place: the two values, NaN where maps are compared, and how far apart."""
+
+    index: int
+    a: float
+    b: float
+    distance: float
+
+
+def by_metric(a: ArrayLike, b: ArrayLike) -> list[Apart]:
+    """Images by falling |a - b|; those without a value of both are left out, ties keep their order.
+
+    >>> [image.index for image in by_metric([1.0, 2.0, np.nan], [1.5, 0.0, 3.0])]
+    [1, 0]
+
+    Raises:
+        ValueError: not one value of each an image.
+    """
+    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if left.shape != right.shape or left.ndim != 1:
+        raise ValueError(f"a, b: got shapes {left.shape} and {right.shape}; give (n,) of both")
+    distance = np.abs(left - right)
+    found = [
+        Apart(i, float(left[i]), float(right[i]), float(distance[i]))
+        for i in np.flatnonzero(np.isfinite(distance)).tolist()
+    ]
+    return sorted(found, key=lambda image: -image.distance)
+
+
+def by_maps(pairs: Iterable[Sequence[NDArray[np.float32]]]) -> list[Apart]:
+    """Images by falling 1 - rho of their two maps (h, w), which may have other sizes; those where one
+    map is constant are left out."""
+    distances = [disagreement(pair) for pair in pairs]
+    found = [Apart(i, np.nan, np.nan, d) for i, d in enumerate(distances) if np.isfinite(d)]
+    return sorted(found, key=lambda image: -image.distance)
