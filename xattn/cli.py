@@ -240,8 +240,13 @@ class Explain:
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     head: str | None = None
     """Folder of a trained head, a shipped head's name, or a hub repository; the shipped one by default."""
-    explainer: str | None = None
-    """Explain with this method of xattn list instead of a head."""
+    explainer: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="NAME"), tyro.conf.UseAppendAction
+    ] = ()
+    """Explain with this method of xattn list instead of a head; give it again for further methods, of
+    which "head" is one."""
+    labels: str | None = None
+    """True classes, for the viewer: a file as for xattn probe, or "folders" for the photos' folders."""
     classes: tuple[str, ...] = ()
     """Names or indices of the classes to explain; the most probable ones by default."""
     top: int = 1
@@ -266,13 +271,17 @@ class Explain:
         from xattn.video import explain_video, is_video
 
         clip = is_video(self.images)
+        if clip and (len(self.explainer) > 1 or self.labels is not None):
+            raise ValueError(
+                f"explainer, labels: {self.images} is a clip; give one --explainer and no --labels"
+            )
         if not clip and (self.every != 1 or self.smoothing != 0):
             raise ValueError(
                 f"every, smoothing: {self.images} is no clip; leave out --every and --smoothing"
             )
         backbone, own = _with_classifier(self.model, self.head)
         head = None
-        if self.explainer in (None, "head") or own is not None:
+        if not self.explainer or "head" in self.explainer or own is not None:
             head = _head(own, backbone)
         options: dict[str, Any] = {
             "classes": list(self.classes) or None,
@@ -287,9 +296,11 @@ class Explain:
         found: Any
         if clip:
             options.update(every=self.every, smoothing=self.smoothing)
-            found = explain_video(self.images, backbone, head, self.explainer, **options)
+            method = self.explainer[0] if self.explainer else None
+            found = explain_video(self.images, backbone, head, method, **options)
         else:
-            found = explain(self.images, backbone, head, self.explainer, **options)
+            options["labels"] = self.labels
+            found = explain(self.images, backbone, head, self.explainer or None, **options)
         for name, reason in () if clip else found.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
         for item in found[:20]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,13 @@ from torch import Tensor
 from xattn.backbone import sha256
 from xattn.explainers import Explainer, create_explainer
 from xattn.explainers.base import Choose
-from xattn.explanation import Explanation, check_output, interrupted_output, save_pack
+from xattn.explanation import (
+    Explanation,
+    ImageFacts,
+    check_output,
+    interrupted_output,
+    save_pack,
+)
 from xattn.images import MAX_PIXELS, View, list_images, load_image, prepare, read_ahead
 from xattn.sources import StoredPhoto, is_stored, open_photos
 
@@ -30,6 +37,8 @@ if TYPE_CHECKING:
 
 Source = Path | Image.Image | StoredPhoto
 Prepared = tuple[Tensor, View, str, Source]
+TrueClass = tuple[int | None, str | None]
+TOP = 5  # classes of every photo that a pack names
 
 
 class Explanations(list[Explanation]):
@@ -46,7 +55,7 @@ def explain(
     images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
     backbone: Backbone,
     head: Head | None = None,
-    explainer: str | Explainer | None = None,
+    explainer: str | Explainer | Sequence[str | Explainer] | None = None,
     classes: int | str | Sequence[int | str] | None = None,
     top: int = 1,
     view: str = "crop",
@@ -56,6 +65,7 @@ def explain(
     max_pixels: int | None = MAX_PIXELS,
     overlays: bool = True,
     progress: bool = False,
+    labels: str | Path | None = None,
 ) -> Explanations:
     """Explain the classes of one photo, of a folder, of a list file, or of given images.
 
@@ -63,8 +73,8 @@ def explain(
         images: see :func:`xattn.images.list_images`; or ``"hfds/..."`` or ``"wds/..."``, see
             :mod:`xattn.sources`; or a PIL image, or a list of paths and images.
         backbone: the classifier; ``head``: a trained head of it.
-        explainer: a name of :func:`~xattn.explainers.list_explainers` or an explainer; by default
-            the head.
+        explainer: a name of :func:`~xattn.explainers.list_explainers` or an explainer, or several,
+            each with a pass of its own; by default the head.
         classes: explain these (names or indices) in every photo; else the ``top`` most probable.
         view: ``"crop"``, what the model is evaluated on, or ``"whole"``, the entire photo squeezed.
         output: folder to write a pack to, see :func:`~xattn.explanation.save_pack`.
@@ -72,9 +82,12 @@ def explain(
         max_pixels: refuse larger photos before they are decoded.
         overlays: whether the pack gets overlay pictures.
         progress: show a progress bar, where there is more than one photo.
+        labels: the true classes of photos on disk, for the pack: ``"folders"`` or a file, see
+            :func:`xattn.training.labels.true_classes`.
 
     Returns:
-        For each photo its explanations by falling probability, or in the order of ``classes``.
+        For each photo, method by method, its explanations by falling probability, or in the order of
+        ``classes``.
         A single photo that cannot be read raises; of several, such are skipped with a warning and
         listed in ``.skipped``. After Ctrl-C or an error ``output`` holds a pack of what was explained
         until then, or ``<output>-interrupted``, where ``output`` holds a pack already.
@@ -85,14 +98,19 @@ def explain(
     """
     if output is not None:
         check_output(output)
-    sources = _sources(images)
-    method, choose, protocol = set_up(
-        backbone, head, explainer, classes, top, view, batch_size, seed
-    )
+    sources = named_photos(images)
+    truth = {} if labels is None else true_classes_of(sources, labels, backbone)
+    given = explainer if isinstance(explainer, list | tuple) else [explainer]
+    jobs = [set_up(backbone, head, e, classes, top, view, batch_size, seed) for e in given]
+    _check_names([method.name for method, _, _ in jobs])
     result = Explanations()
     try:
         for batch in _batches(sources, backbone, view, batch_size, max_pixels, result, progress):
-            result.extend(explain_batch(batch, backbone, method, choose, protocol))
+            parts = [list(explain_batch(batch, backbone, *job, truth)) for job in jobs]
+            by_photo: dict[str, list[Explanation]] = {item[2]: [] for item in batch}
+            for found in chain.from_iterable(parts):
+                by_photo[found.image_id].append(found)
+            result.extend(chain.from_iterable(by_photo.values()))
     except BaseException as error:
         if output is not None and result:
             _save_interrupted(output, result, overlays, error)
@@ -132,7 +150,7 @@ def set_up(
         raise ValueError(f"batch_size: got {batch_size}; give at least 1")
     method = _explainer(backbone, head, explainer, seed, batch_size)
     wanted = _classes(backbone, classes, top)
-    protocol = _protocol(backbone, method, view)
+    protocol = protocol_of(backbone, method, view)
     if wanted is not None:
         protocol["classes"] = "named"
 
@@ -150,13 +168,20 @@ def explain_batch(
     method: Explainer,
     choose: Choose,
     protocol: dict[str, Any],
+    truth: Mapping[str, TrueClass] | None = None,
 ) -> Iterator[Explanation]:
-    """The explanations of prepared photos, photo by photo, each photo's in the order chosen."""
+    """The explanations of prepared photos, photo by photo, each photo's in the order chosen.
+
+    ``truth`` is the true class, by image_id.
+    """
     pixels = torch.stack([item[0] for item in batch]).to(backbone.device)
     logits, targets, maps = method.attribute_classes(pixels, choose)
-    probabilities = backbone.probabilities(logits).gather(1, targets)
+    every = backbone.probabilities(logits)
+    probabilities = every.gather(1, targets)
     values = maps.float().cpu().numpy()
     for i, (_, seen, image_id, source) in enumerate(batch):
+        label, label_name = (truth or {}).get(image_id, (None, None))
+        facts = ImageFacts(top_classes(every[i], backbone.class_names), label, label_name)
         for j, target in enumerate(targets[i].tolist()):
             yield Explanation(
                 map=values[i, j],
@@ -170,7 +195,46 @@ def explain_batch(
                 file_name=_file_name(source),
                 is_mask=method.is_mask,
                 source=source,
+                facts=facts,
             )
+
+
+def top_classes(
+    probabilities: Tensor, class_names: Sequence[str]
+) -> tuple[tuple[int, str, float], ...]:
+    """(K,) probabilities -> (class, its name, probability) of the five most probable."""
+    values, classes = probabilities.topk(min(TOP, len(probabilities)))
+    pairs = zip(classes.tolist(), values.tolist(), strict=True)
+    return tuple((i, class_names[i], float(f"{p:.6g}")) for i, p in pairs)
+
+
+def true_classes_of(
+    sources: Sequence[tuple[str, Source]], labels: str | Path, backbone: Backbone
+) -> dict[str, TrueClass]:
+    """The true classes of photos by image_id, see :func:`xattn.training.labels.true_classes`."""
+    from xattn.training.labels import true_classes
+
+    names = []
+    for image_id, source in sources:
+        if isinstance(source, Image.Image):
+            raise ValueError(f"labels: {image_id} has no file name; give photos by path")
+        names.append(source.name if isinstance(source, StoredPhoto) else source.as_posix())
+    found = true_classes(names, labels, backbone.class_names)
+    if all(number is None for number, _ in found):
+        shown = next((name for _, name in found if name is not None), "none")
+        warnings.warn(
+            f"labels: no photo has a class of {backbone.name} (the first: {shown}); what is right "
+            f"and what is wrong stays open",
+            stacklevel=3,
+        )
+    return {image_id: label for (image_id, _), label in zip(sources, found, strict=True)}
+
+
+def _check_names(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if not names or twice:
+        got = f"{', '.join(twice)} twice" if twice else "none"
+        raise ValueError(f"explainer: got {got}; give each method once")
 
 
 def _explainer(
@@ -215,7 +279,7 @@ def _classes(
 # ---------------------------------------------------------------------- photos
 
 
-def _sources(
+def named_photos(
     images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
 ) -> list[tuple[str, Source]]:
     """(image_id, photo) pairs; ids are relative paths without suffix, made unique."""
@@ -318,7 +382,8 @@ def _report(result: Explanations, count: int) -> None:
 # ---------------------------------------------------------------------- provenance
 
 
-def _protocol(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any]:
+def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any]:
+    """How a map of ``method`` came about, for its record."""
     from xattn import __version__
 
     head = method.head if method.needs_head else None
