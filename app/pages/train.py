@@ -1,0 +1,492 @@
+"""The train page: start a job on a folder of photos, follow its losses and maps, stop it, go on with it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+
+from xattn.app import folders, models, state
+from xattn.app.components import grid
+from xattn.app.jobs import Job, JobError, Jobs, Spec
+from xattn.app.pictures import Look, legends, overlay_url, photo_url
+from xattn.app.state import Context, plain
+from xattn.config import PROBE_RECIPES, RECIPES
+from xattn.contact_sheet import legends_html
+
+if TYPE_CHECKING:
+    from xattn.app.library import Pack
+
+NEW = ""
+KINDS = {"train": "Explanation head", "probe": "Classifier heads"}
+ABOUT = {
+    "train": "Learns from photos alone, without labels, to show what a network looks at: then one pass "
+    "explains a photo.",
+    "probe": "Learns your own classes on a frozen network, and shows for each class what it looks at. "
+    "The photos need labels.",
+}
+PROBES = ("gap", "efficient_probe", "abmilp")
+POINTS = 1000  # of a curve
+EVERY = 2.0  # seconds between two looks at a running job
+SIDE = 320
+ACCENT = "#d4622f"  # between the accents of the light and the dark theme
+STATES = {
+    "running": "running",
+    "stopping": "stops after this step",
+    "finished": "finished",
+    "stopped": "stopped",
+    "failed": "failed",
+    "killed": "ended without a word",
+}
+TERMS = {
+    "loss": "Loss",
+    "cross_entropy": "Cross-entropy of the masked photo",
+    "area": "Area of the mask",
+    "variation": "Variation of the mask",
+    "validation_loss": "Loss on validation photos",
+    "accuracy": "Accuracy on validation photos",
+}
+
+
+def page(context: Context) -> None:
+    """The list of jobs, and the one that the URL names, or the form for a new one."""
+    settings = state.settings()
+    if not settings.training:
+        st.info(
+            "Training is off, because everybody in the network reaches this viewer without a "
+            "password. Start it with --password-file to train here."
+        )
+        return
+    jobs = Jobs(settings.root, settings.data, settings.model)
+    known = {job.id: job for job in jobs.list()}
+    chosen = st.query_params.get("job", NEW)
+    if chosen and chosen not in known:
+        st.warning(f"There is no job {plain(chosen)} here any more.")
+        chosen = NEW
+    if known:
+        st.session_state["choice"] = chosen
+        st.selectbox(
+            "Job",
+            [NEW, *known],
+            key="choice",
+            format_func=lambda j: f"{j} · {STATES[known[j].state]}" if j else "Start a new one",
+            on_change=_choose,
+        )
+    if chosen in known:
+        _job(jobs, chosen, context)
+    else:
+        _form(jobs, next((job for job in known.values() if job.alive), None))
+
+
+def _choose() -> None:
+    """The chosen job goes into the URL, from where the page takes it."""
+    if st.session_state["choice"]:
+        st.query_params["job"] = st.session_state["choice"]
+    else:
+        st.query_params.pop("job", None)
+
+
+# ---------------------------------------------------------------------- a new job
+
+
+def _form(jobs: Jobs, running: Job | None) -> None:
+    found, whole = folders.photo_folders(jobs.data)
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        st.header("Train a head", anchor=False)
+        if not found:
+            _no_photos(jobs)
+            return
+        kind = st.segmented_control(
+            "Kind",
+            list(KINDS),
+            default="train",
+            key="kind",
+            format_func=lambda k: KINDS[k],
+            required=True,
+            label_visibility="collapsed",
+            bind="query-params",
+        )
+        st.caption(ABOUT[kind])
+        by_name = {f.name: f for f in found}
+        folder = by_name[
+            st.selectbox(
+                "Photos", list(by_name), key="data", format_func=lambda n: _title(by_name[n])
+            )
+        ]
+        if not whole:
+            st.caption("There are more folders than could be looked at; start with --data FOLDER.")
+        model = _model()
+        heads, labels, problem = _heads(kind, folder)
+        epochs, batch_size, seed = _more(kind)
+    spec = Spec(kind, folder.name, model, heads, labels, epochs, batch_size, seed)
+    with right:
+        suggested = jobs.free_name(f"{_short(folder.name)}-{'-'.join(heads) or kind}"[:56])
+        name = st.text_input("Name", suggested, key=f"name-{suggested}", max_chars=64).strip()
+        if running is not None:
+            problem = f"{running.id} is {STATES[running.state]}; one job runs at a time."
+        pressed = st.button(
+            "Start training",
+            type="primary",
+            width="stretch",
+            disabled=problem is not None,
+            key="start",
+        )
+        if problem is not None:
+            st.caption(plain(problem))
+        if pressed and problem is None:
+            try:
+                st.query_params["job"] = jobs.start(spec, name).id
+            except (JobError, OSError) as error:
+                st.error(plain(_text(error)))
+            else:
+                st.rerun()
+        _command(jobs, spec, name)
+
+
+def _title(folder: folders.PhotoFolder) -> str:
+    name = "All photos of the data folder" if folder.name == "." else folder.name
+    return f"{name} · {folder.photos:,} photos"
+
+
+def _short(name: str) -> str:
+    return "photos" if name == "." else name.rpartition("/")[2]
+
+
+def _no_photos(jobs: Jobs) -> None:
+    st.markdown(
+        "**No photos here yet.** Put a folder of photos into the folder that the viewer was started on, "
+        "or start the viewer with another one:"
+    )
+    st.code(f"xattn app {jobs.root} --data PHOTOS", language="sh")
+
+
+def _model() -> str:
+    """The network's name for the job: "" is the one that the viewer was started with."""
+    names = models.backbones()
+    own = names[0] if state.settings().model is not None else None
+    name = st.selectbox("Network", names, key="model")
+    return NEW if name == own else name
+
+
+def _heads(kind: str, folder: folders.PhotoFolder) -> tuple[tuple[str, ...], str, str | None]:
+    """Heads, the file of labels, and what is missing."""
+    from xattn.heads import AttentiveHead, head_class, list_heads
+
+    attentive = {name: issubclass(head_class(name), AttentiveHead) for name in list_heads()}
+    if kind == "train":
+        names = sorted((n for n, a in attentive.items() if not a), key=lambda n: n != "ttame")
+        head = st.selectbox("Head", names, key="head", help="ttame is the library's own default.")
+        return (head,), "", None
+    sources = [*([NEW] if len(folder.classes) > 1 else []), *folder.labels]
+    if not sources:
+        return (
+            (),
+            "",
+            "These photos have no labels: neither folders of classes nor a .csv or .json.",
+        )
+    labels = st.selectbox(
+        "Labels",
+        sources,
+        key="labels",
+        format_func=lambda s: s or f"The {len(folder.classes):,} folders: {_some(folder.classes)}",
+    )
+    heads = st.multiselect(
+        "Heads",
+        [name for name, is_attentive in attentive.items() if is_attentive],
+        default=list(PROBES),
+        key="heads",
+        help="Each is trained on the same features; their accuracies end in one table.",
+    )
+    return tuple(heads), labels, None if heads else "Choose at least one head."
+
+
+def _some(names: tuple[str, ...], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _more(kind: str) -> tuple[int | None, int | None, int]:
+    recipe = (RECIPES if kind == "train" else PROBE_RECIPES)["small"]
+    with st.expander("More choices"):
+        epochs = st.number_input("Epochs", 1, 10_000, recipe["epochs"], key=f"epochs-{kind}")
+        size = st.number_input(
+            "Photos a step",
+            1,
+            4096,
+            recipe["batch_size"],
+            key=f"batch-{kind}",
+            help="Fewer need less memory.",
+        )
+        seed = st.number_input("Seed", 0, 2**31 - 1, 0, key=f"seed-{kind}")
+    changed = (
+        epochs if epochs != recipe["epochs"] else None,
+        size if size != recipe["batch_size"] else None,
+    )
+    return (*changed, seed)
+
+
+def _command(jobs: Jobs, spec: Spec, name: str) -> None:
+    try:
+        line = jobs.preview(spec, name)
+    except JobError:
+        return
+    with st.expander("The same on the command line"):
+        st.code(line, language="sh", wrap_lines=True)
+
+
+# ---------------------------------------------------------------------- a job
+
+
+def _job(jobs: Jobs, job_id: str, context: Context) -> None:
+    if jobs.get(job_id).alive:
+        st.fragment(_follow, run_every=EVERY)(jobs, job_id, context)
+    else:
+        _show(jobs, jobs.get(job_id), context)
+
+
+def _follow(jobs: Jobs, job_id: str, context: Context) -> None:
+    job = jobs.get(job_id)
+    if not job.alive:
+        st.rerun()
+    _show(jobs, job, context)
+
+
+def _show(jobs: Jobs, job: Job, context: Context) -> None:
+    bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
+    bar.subheader(plain(job.id), anchor=False, width="content")
+    bar.badge(STATES[job.state], color={"failed": "red", "killed": "red"}.get(job.state, "gray"))
+    bar.space("stretch")
+    _buttons(jobs, job, bar)
+    st.caption(plain(_facts(jobs, job)))
+    _progress(jobs, job)
+    _problem(jobs, job)
+    logs = jobs.losses(job.id) if job.spec.kind != "demo" else {}
+    if any(logs.values()):
+        _losses(job, logs)
+    elif job.alive:
+        st.info(_waiting(job))
+    _sample(job, context)
+    _results(job)
+    if job.state == "finished":
+        _next(jobs, job)
+    with st.expander("What the job printed"):
+        st.code(jobs.tail(job.id) or "Nothing yet.", language=None, wrap_lines=True)
+    with st.expander("The same on the command line"):
+        st.code(jobs.command(job.id), language="sh", wrap_lines=True)
+
+
+def _waiting(job: Job) -> str:
+    if job.spec.kind == "probe":
+        return "The network runs once over all photos; then the heads are trained."
+    if job.spec.kind == "demo":
+        return "The demo explains eight photos and measures the maps."
+    return "The network is being loaded; losses come with the first step."
+
+
+def _buttons(jobs: Jobs, job: Job, bar: Any) -> None:
+    def act(action: Any, **options: Any) -> None:
+        try:
+            action(job.id, **options)
+        except (JobError, OSError) as error:
+            st.session_state["_job_problem"] = _text(error)
+
+    if job.state == "running":
+        bar.button(
+            "Stop",
+            on_click=act,
+            args=(jobs.stop,),
+            key="stop",
+            help="After this step, with a checkpoint.",
+        )
+    elif job.state == "stopping":
+        bar.button(
+            "Stop at once",
+            on_click=act,
+            args=(jobs.stop,),
+            kwargs={"at_once": True},
+            key="kill",
+            help="What was done since the last checkpoint is lost.",
+        )
+    elif job.resumable:
+        bar.button("Resume", type="primary", on_click=act, args=(jobs.resume,), key="resume")
+    if problem := st.session_state.pop("_job_problem", None):
+        st.error(plain(problem))
+
+
+def _facts(jobs: Jobs, job: Job) -> str:
+    spec = job.spec
+    model = spec.model or models.backbones()[0]
+    what = {"train": "explanation head", "probe": "classifier heads", "demo": "demo pack"}[
+        spec.kind
+    ]
+    parts = [f"{what} {', '.join(spec.heads)}".strip()]
+    if spec.kind != "demo":
+        place = "the data folder" if spec.data == "." else f"the folder {spec.data}"
+        parts += [f"on {model}", f"photos in {place}"]
+    parts.append(f"started {time.strftime('%d %b, %H:%M', time.localtime(job.started))}")
+    if job.ended is not None:
+        parts.append(f"took {_duration(job.ended - job.started)}")
+    return " · ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _progress(jobs: Jobs, job: Job) -> None:
+    found = jobs.progress(job.id)
+    if found is None or not job.alive:
+        return
+    done, total, rest = found
+    left = rest.partition("<")[2].partition(",")[0]
+    more = f", about {left} left" if left and "?" not in left else ""
+    st.progress(min(done / total, 1.0), f"{done:,} of {total:,}{more}")
+
+
+def _problem(jobs: Jobs, job: Job) -> None:
+    if job.state == "failed":
+        st.error(plain(job.message or f"The job ended with exit code {job.code}."))
+    elif job.state == "killed":
+        st.error(
+            "The job was ended from outside, as by a full memory or a restart of the machine. Resume goes "
+            "on from its last checkpoint."
+        )
+        if job.message:
+            st.code(job.message, language=None, wrap_lines=True)
+    elif job.state == "stopped":
+        st.info("Stopped, with a checkpoint. Resume goes on from there.")
+
+
+def _losses(job: Job, logs: dict[str, list[dict[str, float]]]) -> None:
+    tables = {}
+    for name, records in logs.items():
+        if records:
+            table = pd.DataFrame(records).drop_duplicates("step", keep="last")
+            tables[name] = table
+    steps = max(int(t["step"].iloc[-1]) for t in tables.values())
+    epoch = max(int(t["epoch"].iloc[-1]) for t in tables.values() if "epoch" in t)
+    st.markdown(f"**Loss**, step {steps:,}, epoch {epoch + 1}")
+    st.altair_chart(_curve(tables, "loss"), width="stretch")
+    others = [c for t in tables.values() for c in t.columns if c in TERMS and c != "loss"]
+    others = [c for c in TERMS if c in others]
+    if others:
+        with st.expander("Terms of the loss" if job.spec.kind == "train" else "More of the log"):
+            for column in others:
+                st.caption(TERMS[column])
+                st.altair_chart(_curve(tables, column, 140), width="stretch")
+
+
+def _curve(tables: dict[str, pd.DataFrame], column: str, height: int = 240) -> alt.Chart:
+    """Each step as a dot, and their mean over an epoch as a line."""
+    parts = []
+    for name, table in tables.items():
+        if column not in table:
+            continue
+        part = table[["step", column]].dropna().rename(columns={column: "value"})
+        width = int(table.groupby("epoch")["step"].count().max()) if "epoch" in table else 1
+        part["mean"] = part["value"].rolling(max(width, 1), min_periods=1).mean()
+        part["head"] = name or job_label(column)
+        parts.append(part.iloc[:: max(1, len(part) // POINTS)])
+    data = pd.concat(parts)
+    several = len(parts) > 1
+    base = alt.Chart(data, height=height).encode(
+        x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format=",d")),
+    )
+    colour = (
+        alt.Color("head:N", title=None, legend=alt.Legend(orient="top"))
+        if several
+        else alt.value(ACCENT)
+    )
+    tip = [
+        alt.Tooltip("step:Q"),
+        alt.Tooltip("value:Q", format=".4g"),
+        alt.Tooltip("mean:Q", format=".4g"),
+    ]
+    value = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
+    dots = base.mark_circle(size=18, opacity=0.45).encode(y=value, color=colour, tooltip=tip)
+    line = base.mark_line(strokeWidth=2).encode(y="mean:Q", color=colour)
+    return dots + line
+
+
+def job_label(column: str) -> str:
+    """What a curve is called where there is only one."""
+    return TERMS.get(column, column)
+
+
+def _sample(job: Job, context: Context) -> None:
+    """The maps of the fixed photos: before training, and at the last checkpoint."""
+    pack = _sample_pack(job, context)
+    if pack is None:
+        return
+    steps = sorted({int(m.rpartition(" ")[2]) for m in pack.entries["method"]})
+    now = steps[-1]
+    st.markdown(
+        f"**Maps of {len(pack.images)} photos**, before training and at step {now:,}, the last checkpoint"
+        if now
+        else f"**Maps of {len(pack.images)} photos** before training; the next ones come with a checkpoint"
+    )
+    cells: list[dict[str, Any]] = []
+    for image_id, row in pack.images.iterrows():
+        entries = pack.entries[pack.entries["image_id"] == image_id]
+        name = str(row["file_name"] or image_id)
+        cells.append(
+            {
+                "id": f"{image_id}",
+                "src": photo_url(pack, str(image_id), SIDE),
+                "title": name,
+                "alt": name,
+            }
+        )
+        for entry_id, entry in entries.iterrows():
+            step = int(str(entry["method"]).rpartition(" ")[2])
+            cells.append(
+                {
+                    "id": f"{image_id}/{step}",
+                    "src": overlay_url(pack, str(entry_id), side=SIDE),
+                    "title": f"Step {step:,}",
+                    "alt": f"{name}: map of {entry['target_name']} at step {step}",
+                    "lines": [str(entry["target_name"])],
+                }
+            )
+    opened = grid(
+        cells, key="sample", label="Maps of the fixed photos", columns=3 if now else 2, width=96
+    )
+    if opened is not None:
+        state.go("image", pack=pack.id, image=opened.partition("/")[0])
+
+
+def _sample_pack(job: Job, context: Context) -> Pack | None:
+    wanted = f"{job.id}/sample"
+    for info in context.library.packs():
+        if info.name == wanted and info.problem is None:
+            return context.library.open(info.id)
+    return None
+
+
+def _results(job: Job) -> None:
+    """The table of ``xattn probe``."""
+    path = job.output / "results.csv"
+    if job.spec.kind == "probe" and path.is_file():
+        st.markdown("**Results** on the photos that were held out")
+        st.dataframe(pd.read_csv(path), hide_index=True, width="stretch")
+
+
+def _next(jobs: Jobs, job: Job) -> None:
+    if job.spec.kind == "demo":
+        if st.button("Open the demo", type="primary", key="open"):
+            state.go("gallery", pack=None)
+        return
+    folder = job.output / ("head" if job.spec.kind == "train" else f"{job.spec.heads[0]}/head")
+    st.markdown(
+        "**Use it** on the page Live, where it is in the list of heads, or on the command line:"
+    )
+    st.code(f"xattn explain PHOTOS --head {folder}", language="sh", wrap_lines=True)
+
+
+def _text(error: Exception) -> str:
+    return str(error.args[-1] if isinstance(error, OSError) and error.args else error)
