@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import html
 import importlib
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Mapping
 from functools import partial
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import streamlit as st
@@ -14,6 +14,11 @@ import streamlit as st
 from xattn.app import state, theme
 from xattn.app.library import PackError
 from xattn.app.state import Context, plain
+
+try:
+    from xattn.app import demo_pack  # type: ignore[attr-defined]
+except ImportError:
+    demo_pack = None
 
 if TYPE_CHECKING:
     from xattn.app.library import Library, Pack, PackInfo
@@ -27,6 +32,7 @@ PAGES = {
     "compare": ("Compare", False),
     "train": ("Train", False),
 }
+LISTED = 20  # packs under a message
 
 
 def main() -> None:
@@ -43,28 +49,17 @@ def main() -> None:
 
 def _run(name: str) -> None:
     st.session_state["_page"] = name
-    module = _module(name)
-    page: Callable[[Context], None] | None = getattr(module, "page", None)
-    if page is None:
-        st.info(f"The page {name} is not built yet.")
-        return
     try:
         context = _context()
         if context.pack is None and PAGES[name][1]:
-            _welcome(context)
-            return
-        page(context)
+            _welcome(context.library)
+        else:
+            # Only the page that is shown: some need torch, which takes seconds to import.
+            importlib.import_module(f"xattn.app.pages.{name}").page(context)
     except (PackError, ValueError) as error:
         st.error(plain(error))
-
-
-def _module(name: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(f"xattn.app.pages.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"xattn.app.pages.{name}":
-            raise
-        return None
+        if PAGES[name][1]:
+            _packs(state.library())
 
 
 # ---------------------------------------------------------------------- the pack
@@ -145,7 +140,6 @@ def _facts(pack: Pack) -> None:
         "methods": f"{pack.entries['method'].nunique():,}",
         "metrics": f"{len(pack.metrics):,}" if pack.metrics else None,
         "network": backbone.get("name"),
-        "version": pack.version,
     }
     terms = "".join(
         f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>"
@@ -166,15 +160,27 @@ def _problems(infos: list[PackInfo]) -> None:
             st.caption(f"**{plain(info.name)}**  \n{plain(info.problem)}")
 
 
-def _welcome(context: Context) -> None:
+def _welcome(library: Library) -> None:
     """The first run: no pack that opens."""
-    root = state.settings().root
     st.header("No pack to show yet", anchor=False)
-    st.markdown(
-        "A pack is a folder of photos with their maps. Make one from your own photos, then reload "
-        "this page:"
-    )
-    st.code(f"xattn explain PHOTOS --output {root.name}/first", language="sh")
-    for info in context.library.packs():
+    st.markdown("A pack is a folder of photos with their maps. Make one of your own photos:")
+    output = state.settings().root / "first"
+    st.code(f"xattn explain PHOTOS --output {shlex.quote(str(output))}", language="sh")
+    if demo_pack is not None:
+        demo_pack.offer()
+    for info in library.packs():
         if info.problem is not None:
             st.warning(f"**{plain(info.name)}**  \n{plain(info.problem)}")
+
+
+def _packs(library: Library) -> None:
+    """Ways on from a page whose pack or image is not there."""
+    good = [info for info in library.packs() if info.problem is None]
+    if good:
+        st.markdown("Packs that can be shown:")
+    for info in good[:LISTED]:
+        st.page_link(
+            state.page_object(state.DEFAULT_PAGE),
+            label=plain(info.name),
+            query_params={"pack": info.id},
+        )

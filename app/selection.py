@@ -62,6 +62,7 @@ class Choices:
     predicted: Mapping[str, str]
     judged: bool  # of some photo it is known whether the prediction is right
     several: bool  # some photo has maps of several classes by one method
+    controls: frozenset[str] = frozenset()  # methods that are sanity controls, not explanations
 
     @property
     def sorts(self) -> dict[str, str]:
@@ -133,9 +134,10 @@ class Table:
 
 
 def defaults(choices: Choices) -> View:
-    """What a URL without parameters shows: the first method."""
+    """What a URL without parameters shows: the first method that is no control."""
+    own = [m for m in choices.methods if m not in choices.controls]
     return View(
-        method=choices.methods[0] if choices.methods else ALL,
+        method=next(iter(own or choices.methods), ALL),
         measure=next(iter(choices.measures), ""),
     )
 
@@ -200,6 +202,7 @@ def make_table(images: pd.DataFrame, entries: pd.DataFrame, metrics: Sequence[An
     for name in named:
         rows["text"] += "\n" + named[name].map(fold)
     methods = tuple(dict.fromkeys(rows["method"]))
+    sanity = entries["sanity"].astype(bool) if "sanity" in entries else rows["first"] & False
     return Table(
         rows,
         Choices(
@@ -209,6 +212,7 @@ def make_table(images: pd.DataFrame, entries: pd.DataFrame, metrics: Sequence[An
             predicted=choices["predicted"],
             judged=bool(rows["right"].notna().any()),
             several=not bool(rows["first"].all()),
+            controls=frozenset(rows["method"][sanity.to_numpy()]),
         ),
     )
 
@@ -322,7 +326,7 @@ def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, 
         return values[-1] if len(values) else None
 
     def refuse(name: str, value: str, instead: str) -> None:
-        messages.append(f"{name}: this pack has no {_short(value)}; {instead}.")
+        messages.append(f"{name}: there is no {_short(value)}; {instead}.")
 
     options: dict[str, tuple[Mapping[str, Any] | Sequence[str], str]] = {
         "method": ((*choices.methods, ALL), f"maps by {usual.method} are shown"),

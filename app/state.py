@@ -132,11 +132,12 @@ def go(page: str, **params: Value) -> NoReturn:
                     current.unbind_widget(binding.widget_id)
                     if page == current_page():
                         query[name] = current.get_all(name)
-    st.switch_page(_page(page), query_params=query)
+    st.switch_page(page_object(page), query_params=query)
     raise AssertionError("st.switch_page ends the run")
 
 
-def _page(name: str) -> Any:
+def page_object(name: str) -> Any:
+    """A page for ``st.switch_page`` and ``st.page_link``."""
     # Streamlit finds a page by its url_path alone; the function is the one given to st.navigation.
     return st.Page(lambda: None, title=name, url_path=name, default=name == DEFAULT_PAGE)
 

@@ -49,7 +49,8 @@ font-variant-numeric:tabular-nums;opacity:.85}
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1rem;margin:0;
 padding:0!important;font-size:.875rem}
 .facts dt{opacity:.75}.facts dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
-@media(max-width:480px){.facts{grid-template-columns:1fr}.facts dd{margin-bottom:.4rem}}
+@media(max-width:480px){[data-testid=stMain] .stHtml dl.facts{grid-template-columns:1fr}
+[data-testid=stMain] .facts dd{margin-bottom:.4rem}}
 </style>"""
 """For all pages; ``legend`` is of ``contact_sheet.legends_html``, ``facts`` of :func:`facts_html`."""
 

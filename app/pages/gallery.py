@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -26,14 +27,11 @@ def page(context: Context) -> None:
     """Show one page of the open pack."""
     pack = context.pack
     assert pack is not None, "main.py calls this page with a pack"
-    opened = st.session_state.pop("_opened", None)
     table = selection.table(pack)
-    if opened is not None and opened in table.rows.index:
-        _open(pack, table, opened)
-    view, messages = _from_url(pack, table.choices)
+    view, messages, seeded = _from_url(pack, table.choices)
     st.header(plain(pack.name), anchor=False)
-    for message in messages:
-        st.warning(plain(message))
+    if messages:
+        st.warning("  \n".join(map(plain, messages)))
     view = _toolbar(view, table.choices)
     found = selection.selected(pack, view)
     count = selection.pages(len(found), view.size)
@@ -46,30 +44,54 @@ def page(context: Context) -> None:
     if shown.empty:
         _nothing(table.choices)
     else:
+        if view.show == "overlay":
+            st.html(legends_html(legends(pack, list(shown.index), Look(side=SIDE))))
         text = selection.to_text(view, table.choices)
         cells = [
             _cell(pack, view, table.choices, text, entry_id, row)
             for entry_id, row in zip(shown.index, shown.to_dict("records"), strict=True)
         ]
         label = f"Maps, page {view.page} of {count}"
-        grid(cells, CELLS, label=label, scroll=view.page, on_open=_opened, on_turn=_turned)
-        _below(pack, view, found, shown, count)
-    _to_url(pack, view, table.choices)
+        grid(
+            cells,
+            CELLS,
+            label=label,
+            scroll=view.page,
+            on_open=partial(_opened, pack, table.choices),
+            on_turn=_turned,
+        )
+        _below(pack, view, found, count)
+    if messages or not seeded:
+        _to_url(pack, view, table.choices)
 
 
 # ---------------------------------------------------------------------- the URL
 
 
-def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str]]:
-    """The view: that of the URL where it is a new one (a link, a reload, Back), else the widgets'."""
-    url = {name: st.query_params.get_all(name) for name in NAMES if name in st.query_params}
-    if st.session_state.get("_gallery") == _mark(pack, url) and "sort" in st.session_state:
-        return _from_widgets(choices), []
-    view, messages = selection.parse(url, choices)
+def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str], bool]:
+    """The view, what was wrong with the URL, and whether it is the URL's and not the widgets'.
+
+    It is where the URL is a new one: a link, a reload, Back. The address of an image that was opened
+    here, on this page, is what Back leads to first; its ``view`` is this page's own.
+    """
+    url = _url()
+    mark = _mark(pack, url)
+    if st.session_state.get("_gallery") == mark and "sort" in st.session_state:
+        return _from_widgets(choices), [], False
+    if "view" in url:
+        view, messages = selection.from_text(url["view"][-1], choices), []
+    else:
+        view, messages = selection.parse(url, choices)
     for name in NAMES:
         value = getattr(view, name)
         st.session_state[name] = list(value) if isinstance(value, tuple) else value
-    return view, messages
+    st.session_state["_gallery"] = mark
+    return view, messages, True
+
+
+def _url() -> dict[str, list[str]]:
+    """The URL's parameters but the pack."""
+    return {name: st.query_params.get_all(name) for name in st.query_params if name != "pack"}
 
 
 def _from_widgets(choices: Choices) -> View:
@@ -82,12 +104,10 @@ def _from_widgets(choices: Choices) -> View:
 
 def _to_url(pack: Pack, view: View, choices: Choices) -> None:
     """Write the view into the URL, unless it is there."""
-    url = {name: st.query_params.get_all(name) for name in NAMES if name in st.query_params}
     wanted = view.params(choices)
     st.session_state["_gallery"] = _mark(pack, wanted)
-    if url != wanted:
-        others = {n: st.query_params.get_all(n) for n in st.query_params if n not in NAMES}
-        st.query_params.from_dict({**others, **wanted})
+    if _url() != wanted:
+        st.query_params.from_dict({"pack": pack.id, **wanted})
 
 
 def _mark(pack: Pack, url: dict[str, list[str]]) -> tuple[Any, ...]:
@@ -97,8 +117,12 @@ def _mark(pack: Pack, url: dict[str, list[str]]) -> tuple[Any, ...]:
 # ---------------------------------------------------------------------- what a person does
 
 
-def _opened() -> None:
-    st.session_state["_opened"] = st.session_state[CELLS].open
+def _opened(pack: Pack, choices: Choices) -> None:
+    """Go to the image, before this page runs again."""
+    opened = st.session_state[CELLS].open
+    if opened in pack.entries.index:
+        text = selection.to_text(_from_widgets(choices), choices)
+        state.go("image", image=pack.entries.at[opened, "image_id"], view=text or None)
 
 
 def _turned() -> None:
@@ -125,12 +149,6 @@ def _clear() -> None:
         st.session_state[name] = list(value) if isinstance(value, tuple) else value
 
 
-def _open(pack: Pack, table: selection.Table, entry_id: str) -> None:
-    view, _ = _from_url(pack, table.choices)
-    text = selection.to_text(view, table.choices)
-    state.go("image", image=table.rows.at[entry_id, "image_id"], view=text or None)
-
-
 # ---------------------------------------------------------------------- the page's parts
 
 
@@ -151,7 +169,7 @@ def _toolbar(view: View, choices: Choices) -> View:
             "Method",
             [*choices.methods, ALL],
             key="method",
-            format_func=lambda m: "All methods" if m == ALL else m,
+            format_func=lambda m: _method_name(m, choices),
             on_change=_restart,
             width=160,
         )
@@ -175,6 +193,12 @@ def _toolbar(view: View, choices: Choices) -> View:
     with bar.popover(f"Filters ({view.filters})" if view.filters else "Filters"):
         _filters(choices)
     return _from_widgets(choices)
+
+
+def _method_name(method: str, choices: Choices) -> str:
+    if method == ALL:
+        return "All methods"
+    return f"{method} (control)" if method in choices.controls else method
 
 
 def _order_names(sort: str) -> dict[str, str]:
@@ -301,6 +325,7 @@ def _cell(
         "title": explained,
         "lines": lines,
         "badge": _badge(row["right"]),
+        "selected": row["image_id"] == st.query_params.get("image"),
         "href": state.link("image", pack=pack.id, image=row["image_id"], view=text or None),
     }
 
@@ -322,10 +347,8 @@ def _figure(key: str, value: float) -> str:
     return f"{value:.1%}" if key == "confidence" else f"{value:.3g}"
 
 
-def _below(pack: Pack, view: View, found: pd.DataFrame, shown: pd.DataFrame, count: int) -> None:
-    """The legend, the way to other pages, and files of the selection."""
-    if view.show == "overlay":
-        st.html(legends_html(legends(pack, list(shown.index), Look(side=SIDE))))
+def _below(pack: Pack, view: View, found: pd.DataFrame, count: int) -> None:
+    """The way to other pages, and files of the selection."""
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     if count > 1:
         _pager(bar, view, count)
@@ -352,7 +375,7 @@ def _pager(bar: Any, view: View, count: int) -> None:
             shortcut=keys,
         )
     bar.number_input(
-        f"Page, of {count:,}", min_value=1, max_value=count, key="jump", on_change=_jump, width=140
+        f"Page of {count:,}", min_value=1, max_value=count, key="jump", on_change=_jump, width=140
     )
 
 
