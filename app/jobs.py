@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from xattn.app import demo_pack
+from xattn.app import demo_job
 from xattn.files import output_error, write_json
 
 JOBS = "jobs"
@@ -193,7 +193,7 @@ class Jobs:
                 record = {"xattn": "job", "spec": dataclasses.asdict(spec), "created": time.time()}
                 write_json(folder / JOB, record, "job")
                 if spec.kind == "demo":
-                    demo_pack.prepare(folder)
+                    demo_job.prepare(folder)
                 self._spawn(folder, arguments)
             except BaseException:
                 with contextlib.suppress(OSError):
@@ -298,7 +298,7 @@ class Jobs:
         """The command line without its program."""
         output = str(self.root / name)
         if spec.kind == "demo":
-            return demo_pack.arguments(Path(output), self.root / JOBS / name)
+            return demo_job.arguments(Path(output), self.root / JOBS / name)
         if not all(HEAD.fullmatch(head) for head in spec.heads) or not spec.heads:
             raise JobError("heads: choose at least one head")
         if spec.kind == "train" and len(spec.heads) != 1:

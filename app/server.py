@@ -186,11 +186,13 @@ def serve(
     """
     import uvicorn
 
-    from xattn.app import state
+    from xattn.app import demo_pack, state
 
     with bind(address) as listener:
         port = listener.getsockname()[1]
         state.configure(settings)
+        if settings.demo:
+            demo_pack.make()
         app = application(Address(address.host, port), upload_mb, password=password, names=names)
         server = uvicorn.Server(
             uvicorn.Config(

@@ -453,6 +453,7 @@ def _sample(job: Job, context: Context) -> None:
                     "lines": [str(entry["target_name"])],
                 }
             )
+    st.html(legends_html(legends(pack, pack.entries.index, Look())))
     opened = grid(
         cells, key="sample", label="Maps of the fixed photos", columns=3 if now else 2, width=96
     )
