@@ -1,0 +1,177 @@
+"""A comparison's ``leaderboard.json``, read with caution: what ``xattn compare`` wrote, as results again.
+
+The file may come from anywhere. Its size is capped before it is read, JSON is strict, and whatever
+does not fit together is a :class:`~xattn.app.library.PackError` for the person at the page.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from xattn import strict_json
+from xattn.app.library import LEADERBOARD, PackError
+from xattn.eval import html_data
+from xattn.eval.compare import Standing
+from xattn.eval.metrics.base import Column
+from xattn.eval.protocol import METRICS
+from xattn.eval.report import from_dict
+from xattn.eval.results import Results, is_baseline
+
+if TYPE_CHECKING:
+    from xattn.app.library import Library
+
+MAX_BYTES = 200 << 20
+MAX_RESAMPLES = 100_000  # the charts draw them again
+MAX_CELLS = 100_000  # methods times columns
+KEPT = 4
+_NUMBERS = ("mean", "lo", "hi", "diff", "diff_lo", "diff_hi")
+_BOARDS: OrderedDict[Any, Board] = OrderedDict()
+_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class Board:
+    """A comparison as the page shows it; ``standings`` by (method, column's key)."""
+
+    results: Results
+    standings: dict[tuple[str, str], Standing]
+    warnings: tuple[str, ...]
+
+    @cached_property
+    def columns(self) -> dict[str, Column]:
+        """Columns by their keys."""
+        return {column.key: column for column in self.results.columns}
+
+    @cached_property
+    def ranked(self) -> list[str]:
+        """Methods under test, the best first, then masks and sanity rows."""
+        best = html_data.ranking(self.results)
+        return best + [name for name in self.results.methods if name not in best]
+
+    @cached_property
+    def curves(self) -> list[dict[str, Any]]:
+        """See :func:`xattn.eval.html_data.curves`; takes seconds for many methods."""
+        return html_data.curves(self.results)
+
+    def kind(self, method: str) -> str:
+        """What a row is: "sanity row", "mask" or "method"."""
+        if is_baseline(method):
+            return "sanity row"
+        return "mask" if self.results.methods[method].is_mask else "method"
+
+    def verdict(self, method: str, key: str) -> str:
+        """Where a method stands in a column, in words."""
+        s = self.standings[method, key]
+        up = METRICS[s.column.metric].higher_is_better
+        if not s.n:
+            return "not measured"
+        if s.best:
+            return "best"
+        if self.kind(method) == "mask":
+            return "a mask, not ranked"
+        if is_baseline(method) and (s.diff_lo > 0 if up else s.diff_hi < 0):
+            return "better than the best method"
+        if s.level_with_best:
+            return "not told apart from the best"
+        return "worse than the best" if math.isfinite(s.diff) else "not compared"
+
+
+def arrow(key: str, board: Board) -> str:
+    """A column's key with the direction that is better, ↑ or ↓."""
+    return f"{key} {'↑' if METRICS[board.columns[key].metric].higher_is_better else '↓'}"
+
+
+def read(library: Library, comparison_id: str) -> Board:
+    """The comparison of that id; kept until its file changes.
+
+    Raises:
+        PackError: no such comparison, or a file that is too large, damaged or of another version.
+    """
+    data = library.read(comparison_id, LEADERBOARD, MAX_BYTES)
+    key = (comparison_id, len(data), hash(data))
+    with _LOCK:
+        if key in _BOARDS:
+            _BOARDS.move_to_end(key)
+            return _BOARDS[key]
+    board = parse(data)
+    with _LOCK:
+        _BOARDS[key] = board
+        while len(_BOARDS) > KEPT:
+            _BOARDS.popitem(last=False)
+    return board
+
+
+def parse(data: bytes) -> Board:
+    """The bytes of a ``leaderboard.json``.
+
+    Raises:
+        PackError: damaged, or of another version.
+    """
+    try:
+        record = strict_json.parse(data)
+        if record.get("standings") is None:
+            raise ValueError("it holds no standings")
+        results = from_dict(record)
+        _check(results)
+        columns = {column.key: column for column in results.columns}
+        standings = [_standing(item, columns) for item in record["standings"]]
+        table = {(s.method, s.column.key): s for s in standings}
+        missing = [(m, c.key) for m in results.methods for c in results.columns]
+        if not set(missing) <= set(table):
+            raise ValueError("a method has no standing")
+        warnings = tuple(str(line)[:1000] for line in record.get("warnings", ()))[:1000]
+    except PackError:
+        raise
+    except Exception as error:  # of any kind: nothing in the file can be relied on
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise PackError(
+            f"{LEADERBOARD} cannot be shown ({type(error).__name__}: {why}); "
+            f"run xattn compare again with the same arguments"
+        ) from None
+    return Board(results, table, warnings)
+
+
+def _check(results: Results) -> None:
+    """Shapes and names that the charts rely on."""
+    n = len(results.images)
+    if not n or not results.methods:
+        raise ValueError("it compares nothing")
+    if not 0 < results.n_resamples <= MAX_RESAMPLES or type(results.protocol.seed) is not int:
+        raise ValueError("its resampling cannot be repeated")
+    columns = results.columns
+    if not columns or len(results.methods) * len(columns) > MAX_CELLS:
+        raise ValueError("it has no columns, or too many")
+    for column in columns:
+        METRICS[column.metric].higher_is_better  # noqa: B018 - KeyError for an unknown metric
+        if column.level is not None and not math.isfinite(column.level):
+            raise ValueError("a level is no number")
+    for image in results.images:
+        if not all(isinstance(text, str) for text in (image.id, image.target_name)):
+            raise TypeError("an image has no name")
+        if type(image.p) not in (int, float):
+            raise TypeError("an image has no probability")
+    for name, method in results.methods.items():
+        if list(method.values) != columns or method.valid.shape != (n,):
+            raise ValueError(f"{name} has other columns or images")
+        arrays = [*method.values.values(), *method.scores.values()]
+        if any(len(values) != n or values.ndim > 2 for values in arrays):
+            raise ValueError(f"{name} has other images")
+        if any(values.ndim != 1 for values in method.values.values()):
+            raise ValueError(f"{name} has more than one value an image")
+
+
+def _standing(item: dict[str, Any], columns: dict[str, Column]) -> Standing:
+    """A line of the file; None there is NaN here."""
+    values: dict[str, Any] = {name: item[name] for name in Standing._fields}
+    for name in _NUMBERS:
+        values[name] = math.nan if values[name] is None else float(values[name])
+    values |= {name: int(values[name]) for name in ("n", "n_invalid")}
+    values |= {name: bool(values[name]) for name in ("best", "level_with_best")}
+    return Standing(
+        **{**values, "method": str(values["method"]), "column": columns[item["column"]]}
+    )

@@ -1,0 +1,537 @@
+"""The compare page: a leaderboard of ``xattn compare``, its curves, and where two methods differ."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+
+from xattn.app import comparison, state
+from xattn.app.comparison import Board, arrow
+from xattn.app.components import grid
+from xattn.app.library import PackError
+from xattn.app.pictures import overlay_url
+from xattn.app.state import Context, plain
+from xattn.eval.differences import Apart, by_maps, by_metric
+from xattn.eval.html_data import MAX_VALUES, case_columns, spread
+from xattn.eval.html_tables import _form, _number
+from xattn.eval.protocol import METRICS
+
+if TYPE_CHECKING:
+    from xattn.app.library import ComparisonInfo, Pack
+
+PARTS = ("Leaderboard", "Curves", "Single images", "Two methods")
+MAPS = "maps"  # compare two methods by the order of their maps
+SIDE = 320  # pixels of a picture's longer side
+SHOWN = 12  # images on which two methods differ most
+MAX_PAIRS = 1000  # of maps whose order is compared
+LINES = 6  # methods in a chart before anybody chooses
+# Told apart without colour as well: by dashes, shapes and names at the end of lines.
+COLOURS = ["#b4441f", "#2f6f9f", "#6a8f2f", "#8a5aa8", "#c08a1e", "#3a8f83", "#a0527c", "#6b6b6b"]
+STYLE = """
+<style>
+[class*="st-key-pair-"]{--cell:120px}
+</style>
+"""
+
+
+def page(context: Context) -> None:
+    """Show the comparison that the URL names, or the first."""
+    found = context.library.comparisons()
+    if not found:
+        _nothing(context)
+        return
+    st.html(STYLE)
+    info = _choose(found)
+    with st.spinner("Reading the comparison", show_time=True):
+        board = comparison.read(context.library, info.id)
+    _about(board)
+    pack, problem = _pack(context, info)
+    tabs = st.tabs(list(PARTS), key="part", bind="query-params")
+    for tab, draw in zip(tabs, (_leaderboard, _curves, _scatter), strict=False):
+        if tab.open:
+            with tab:
+                draw(board)
+    if tabs[3].open:
+        with tabs[3]:
+            _two(board, pack, problem)
+
+
+def _nothing(context: Context) -> None:
+    with st.container(border=True):
+        st.markdown("**There is no comparison yet.**")
+        st.markdown("Measure several methods on your photos and this page shows who is ahead:")
+        root = context.library.root.name
+        st.code(f"xattn compare --data PHOTOS --output {root}/comparison", language=None)
+        st.caption("A folder of an earlier run can be put below the viewer's folder as it is.")
+
+
+def _choose(found: list[ComparisonInfo]) -> ComparisonInfo:
+    by_id = {info.id: info for info in found}
+    wanted = st.query_params.get("board")
+    if wanted is not None and wanted not in by_id:
+        st.warning("The comparison of this address is not here any more; this is another one.")
+    chosen = st.selectbox(
+        "Comparison",
+        list(by_id),
+        key="board",
+        format_func=lambda i: by_id[i].name,
+        bind="query-params",
+        width=420,
+    )
+    return by_id[chosen]
+
+
+def _about(board: Board) -> None:
+    """What was measured, and what the run warns about."""
+    results = board.results
+    protocol = results.protocol
+    left_out = f", {len(results.skipped)} unreadable left out" if results.skipped else ""
+    st.caption(
+        plain(
+            f"{len(results.images)} photos{left_out} on {results.backbone.get('name', '?')}; "
+            f"{protocol.score} of the {protocol.class_policy} class; means with 95 % bootstrap "
+            f"intervals ({results.n_resamples:,} resamples); protocol {protocol.id}"
+        )
+    )
+    if board.warnings:
+        count = len(board.warnings)
+        with st.expander(f"⚠ {count} warning{'s' * (count > 1)}"):
+            st.markdown("\n".join(f"- {plain(line)}" for line in board.warnings))
+
+
+def _pack(context: Context, info: ComparisonInfo) -> tuple[Pack | None, str]:
+    """The comparison's pictures, or why there are none."""
+    if info.pack_id is None:
+        return None, (
+            "This comparison has no pictures: it was made without a pack. Run xattn compare again "
+            "with the same arguments to add one; what was measured is not measured again."
+        )
+    try:
+        return context.library.open(info.pack_id), ""
+    except PackError as error:
+        return None, str(error)
+
+
+# ---------------------------------------------------------------------- leaderboard
+
+
+def _metric(board: Board, key: str, label: str = "Metric", index: int | None = None) -> str:
+    """A select box of the columns, with their direction."""
+    keys = list(board.columns)
+    first = case_columns(board.results)[0].key if index is None else keys[index]
+    return st.selectbox(
+        label,
+        keys,
+        index=keys.index(first),
+        key=key,
+        format_func=lambda k: arrow(k, board),
+        bind="query-params",
+        width=300,
+    )
+
+
+def _leaderboard(board: Board) -> None:
+    key = _metric(board, "metric")
+    column = board.columns[key]
+    about = METRICS[column.metric]
+    better = "higher" if about.higher_is_better else "lower"
+    st.caption(plain(f"{key}: {about.formula}; {better} is better"))
+    table = _standings(board, key)
+    _intervals(board, key, table)
+    st.dataframe(
+        table.drop(columns=["lo", "hi"]),
+        hide_index=True,
+        width="stretch",
+        height="content",
+        column_config={
+            "mean": st.column_config.TextColumn(f"mean {'↑' if about.higher_is_better else '↓'}"),
+            "n": st.column_config.NumberColumn("photos"),
+            "minus best": st.column_config.TextColumn(
+                help="Mean difference to the best method, photo by photo, with its interval."
+            ),
+        },
+    )
+    with st.expander("All metrics"):
+        _everything(board)
+
+
+def _standings(board: Board, key: str) -> pd.DataFrame:
+    """The methods in a column, the best first; numbers as text in the column's own format."""
+    up = METRICS[board.columns[key].metric].higher_is_better
+    cells = [board.standings[name, key] for name in board.results.methods]
+    form = _form(board.columns[key], [s.mean for s in cells])
+    measured = sorted((s for s in cells if s.n), key=lambda s: -s.mean if up else s.mean)
+    rows = []
+    for s in [*measured, *(s for s in cells if not s.n)]:
+        rows.append(
+            {
+                "method": s.method,
+                "row": board.kind(s.method),
+                "mean": _number(s.mean, form) if s.n else "-",
+                "95 % interval": f"{_number(s.lo, form)} to {_number(s.hi, form)}" if s.n else "-",
+                "standing": board.verdict(s.method, key),
+                "minus best": _difference(s, form),
+                "n": s.n,
+                "forward passes": _passes(board, s.method),
+                "lo": s.lo,
+                "hi": s.hi,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _difference(s: Any, form: str) -> str:
+    if not math.isfinite(s.diff):
+        return "-"
+    lo, hi = (_number(v, form) for v in (s.diff_lo, s.diff_hi))
+    return f"{_number(s.diff, form)} [{lo} to {hi}]"
+
+
+def _passes(board: Board, name: str) -> str:
+    passes = board.results.methods[name].forwards
+    return f"{passes:,}" if type(passes) is int else "-"
+
+
+def _intervals(board: Board, key: str, table: pd.DataFrame) -> None:
+    """A dot and its interval for every method, in the table's order."""
+    shown = table[table["n"] > 0].assign(
+        value=[board.standings[m, key].mean for m in table["method"][table["n"] > 0]]
+    )
+    if shown.empty:
+        st.info("No method has a value of this metric.")
+        return
+    order = list(shown["method"])
+    base = alt.Chart(shown).encode(
+        y=alt.Y("method:N", sort=order, title=None, axis=alt.Axis(labelLimit=220)),
+        tooltip=["method", "row", "mean", "95 % interval", "standing"],
+    )
+    kinds = alt.Scale(
+        domain=["method", "sanity row", "mask"], range=[COLOURS[0], "#8a8378", COLOURS[1]]
+    )
+    colour = alt.Color(
+        "row:N", scale=kinds, legend=alt.Legend(title=None, orient="top") if _mixed(shown) else None
+    )
+    rules = base.mark_rule(strokeWidth=2).encode(
+        x=alt.X("lo:Q", title=arrow(key, board), scale=alt.Scale(zero=False)),
+        x2="hi:Q",
+        color=colour,
+    )
+    points = base.mark_point(size=70, filled=True, opacity=1).encode(
+        x="value:Q",
+        color=colour,
+        shape=alt.Shape(
+            "row:N",
+            scale=alt.Scale(domain=kinds.domain, range=["circle", "square", "diamond"]),
+            legend=alt.Legend(title=None, orient="top") if _mixed(shown) else None,
+        ),
+    )
+    st.altair_chart((rules + points).properties(height=alt.Step(26)), width="stretch")
+
+
+def _mixed(table: pd.DataFrame) -> bool:
+    return table["row"].nunique() > 1
+
+
+def _everything(board: Board) -> None:
+    """Every column side by side, with intervals and who is best, in words."""
+    rows: list[dict[str, str]] = []
+    forms = {
+        key: _form(column, [board.standings[m, key].mean for m in board.results.methods])
+        for key, column in board.columns.items()
+    }
+    marks = {"best": ", best", "not told apart from the best": ", not told apart from the best"}
+    for name in board.ranked:
+        row = {"method": name, "row": board.kind(name)}
+        for key, form in forms.items():
+            s = board.standings[name, key]
+            lo, hi = _number(s.lo, form), _number(s.hi, form)
+            mark = marks.get(board.verdict(name, key), "")
+            row[arrow(key, board)] = f"{_number(s.mean, form)} [{lo} to {hi}]{mark}" if s.n else "-"
+        rows.append(row)
+    st.dataframe(
+        pd.DataFrame(rows),
+        hide_index=True,
+        width="stretch",
+        height="content",
+        column_config={"method": st.column_config.TextColumn(pinned=True)},
+    )
+
+
+# ---------------------------------------------------------------------- curves
+
+
+def _methods(board: Board, key: str, names: list[str], count: int = LINES) -> list[str]:
+    """Which methods a chart shows; the best ones and a sanity row by default."""
+    tested = [name for name in names if board.kind(name) == "method"]
+    sane = [name for name in names if name == "random"][:1]
+    first = [*tested[: count - len(sane)], *sane]
+    return st.multiselect(
+        "Methods", names, default=first or names[:count], key=key, bind="query-params"
+    )
+
+
+def _curves(board: Board) -> None:
+    with st.spinner("Drawing intervals", show_time=True):
+        charts = board.curves
+    if not charts:
+        st.info(
+            "This comparison measured no curves. Run xattn compare with --metrics "
+            "insertion-deletion, or direct, to see how the score falls as pixels go."
+        )
+        return
+    names = list(board.results.methods)
+    there = {names[int(m)] for chart in charts for m in chart["lines"]}
+    chosen = _methods(board, "lines", [name for name in board.ranked if name in there])
+    if not chosen:
+        st.info("No method is chosen. Choose one or more above.")
+        return
+    for chart in charts:
+        lines = {names[int(m)]: line for m, line in chart["lines"].items()}
+        shown = [name for name in chosen if name in lines]
+        rows = [
+            {"method": name, "x": x, "score": mean, "lo": lo, "hi": hi}
+            for name in shown
+            for x, mean, lo, hi in zip(chart["x"], *lines[name][:3], strict=True)
+            if mean is not None
+        ]
+        if rows:
+            st.markdown(f"**{plain(chart['title'])}**")
+            st.altair_chart(
+                _lines(pd.DataFrame(rows), shown, chart["axis"], board), width="stretch"
+            )
+            st.caption(plain(_read_as(chart["key"], lines, shown)))
+
+
+def _lines(table: pd.DataFrame, names: list[str], axis: str, board: Board) -> alt.LayerChart:
+    score = board.results.protocol.score
+    colour = _colour(names)
+    dashes = [[1, 0] if board.kind(name) == "method" else [5, 4] for name in names]
+    x = alt.X("x:Q", title=axis, scale=alt.Scale(domain=[0, float(table["x"].max())], nice=False))
+    base = alt.Chart(table).encode(x=x, color=colour)
+    band = base.mark_area(opacity=0.14).encode(y="lo:Q", y2="hi:Q")
+    line = base.mark_line(strokeWidth=2).encode(
+        y=alt.Y("score:Q", title=score),
+        strokeDash=alt.StrokeDash(
+            "method:N", scale=alt.Scale(domain=names, range=dashes), legend=alt.Legend(title=None)
+        ),
+        tooltip=[
+            "method",
+            alt.Tooltip("x:Q", title="share", format=".2f"),
+            alt.Tooltip("score:Q", format=".3f"),
+            alt.Tooltip("lo:Q", format=".3f"),
+            alt.Tooltip("hi:Q", format=".3f"),
+        ],
+    )
+    return (band + line).properties(height=320)
+
+
+def _colour(names: list[str]) -> alt.Color:
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
+    legend = alt.Legend(title=None, orient="top", columns=3, labelLimit=180)
+    return alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), legend=legend)
+
+
+def _read_as(key: str, lines: dict[str, Any], names: list[str]) -> str:
+    falls = key in ("deletion", "morf")
+    counts = sorted({lines[name][3] for name in names})
+    photos = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return (
+        f"{'Lower' if falls else 'Higher'} is better: the pixels that a good map ranks first matter "
+        f"most. Mean of {photos} photos; bands are 95 % intervals."
+    )
+
+
+# ---------------------------------------------------------------------- single images
+
+
+def _scatter(board: Board) -> None:
+    keys = list(board.columns)
+    left, right = st.columns(2)
+    with left:
+        x = _metric(board, "sx", "Across", 0)
+    with right:
+        y = _metric(board, "sy", "Up", min(1, len(keys) - 1))
+    names = _methods(board, "dots", board.ranked, 3)
+    if not names:
+        st.info("No method is chosen. Choose one or more above.")
+        return
+    results = board.results
+    # As many photos as a browser draws at once, evenly spread.
+    points = spread(len(results.images), len(names) * (MAX_VALUES // 5000))
+    rows = [
+        {
+            "method": name,
+            "x": float(results.methods[name].values[board.columns[x]][i]),
+            "y": float(results.methods[name].values[board.columns[y]][i]),
+            "photo": results.images[i].id.rpartition("/")[2],
+            "class": results.images[i].target_name,
+            "p": results.images[i].p,
+        }
+        for name in names
+        for i in points
+    ]
+    table = pd.DataFrame(rows).dropna()
+    if table.empty:
+        st.info("No photo has a value of both metrics.")
+        return
+    chart = (
+        alt.Chart(table)
+        .mark_point(size=45, filled=True, opacity=0.7)
+        .encode(
+            x=alt.X("x:Q", title=arrow(x, board), scale=alt.Scale(zero=False)),
+            y=alt.Y("y:Q", title=arrow(y, board), scale=alt.Scale(zero=False)),
+            color=_colour(names),
+            shape=alt.Shape(
+                "method:N", scale=alt.Scale(domain=names), legend=alt.Legend(title=None)
+            ),
+            tooltip=["photo", "class", alt.Tooltip("p:Q", format=".1%"), "method", "x", "y"],
+        )
+        .properties(height=420)
+    )
+    st.altair_chart(chart, width="stretch")
+    dropped = len(rows) - len(table)
+    few = f"{len(points)} of {len(results.images)} photos, evenly spread. " * (
+        len(points) < len(results.images)
+    )
+    none = f"{dropped} dots have no value of one of them." * (dropped > 0)
+    st.caption(f"A dot is a photo. {few}{none}")
+
+
+# ---------------------------------------------------------------------- two methods
+
+
+def _two(board: Board, pack: Pack | None, problem: str) -> None:
+    names = board.ranked
+    if len(names) < 2:
+        st.info("This comparison has one method; it takes two to differ.")
+        return
+    first, second, third = st.columns(3)
+    with first:
+        a = st.selectbox("Method", names, key="a", bind="query-params")
+    with second:
+        b = st.selectbox("and method", names, index=1, key="b", bind="query-params")
+    by_keys = [*board.columns, *([MAPS] if pack is not None else [])]
+    with third:
+        start = by_keys.index(case_columns(board.results)[0].key)
+        by = st.selectbox(
+            "Differ by",
+            by_keys,
+            index=start,
+            key="by",
+            format_func=lambda k: "Order of their maps" if k == MAPS else arrow(k, board),
+            bind="query-params",
+        )
+    if a == b:
+        st.info("Choose two methods that are not the same.")
+        return
+    if pack is None:
+        st.caption(plain(problem))
+        _without_pictures(board, a, b, by)
+        return
+    pairs = _pairs(pack, a, b)
+    if pairs.empty:
+        st.info(f"The pack of this comparison holds no maps of both {plain(a)} and {plain(b)}.")
+        return
+    if by == MAPS:
+        with st.spinner("Comparing maps", show_time=True):
+            found = _by_maps(pack.id, pack.version, a, b, pack)
+        if len(pairs) > MAX_PAIRS:
+            st.caption(f"Of the first {MAX_PAIRS:,} photos.")
+    elif f"{by}_a" in pairs:
+        found = by_metric(pairs[f"{by}_a"], pairs[f"{by}_b"])
+    else:
+        st.info("The pack of this comparison does not hold this metric.")
+        return
+    if not found:
+        st.info("No photo has a value of both methods.")
+        return
+    st.caption(f"The {min(SHOWN, len(found))} of {len(found)} photos on which they differ most.")
+    columns = st.columns(2)
+    form = ".2f" if by == MAPS else _form(board.columns[by], [v for f in found for v in (f.a, f.b)])
+    for number, apart in enumerate(found[:SHOWN]):
+        with columns[number % 2]:
+            _pair(pack, pairs.iloc[apart.index], (a, b), by, apart, form, number)
+
+
+def _pairs(pack: Pack, a: str, b: str) -> pd.DataFrame:
+    """One row a photo and class that both explain: entry_a, entry_b and their metrics."""
+    keys = ["image_id", "target"]
+    metrics = [metric.key for metric in pack.metrics]
+    sides = [
+        pack.entries[pack.entries["method"] == name]
+        .reset_index()[["entry_id", "target_name", *keys, *metrics]]
+        .rename(columns={"entry_id": "entry"})
+        for name in (a, b)
+    ]
+    return sides[0].merge(sides[1], on=keys, suffixes=("_a", "_b"))
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def _by_maps(pack_id: str, version: str, a: str, b: str, _pack: Pack) -> list[Apart]:
+    pairs = _pairs(_pack, a, b).head(MAX_PAIRS)
+    entries = zip(pairs["entry_a"], pairs["entry_b"], strict=True)
+    return by_maps([_pack.explanation(e).map for e in pair] for pair in entries)
+
+
+def _pair(
+    pack: Pack,
+    row: pd.Series,
+    names: tuple[str, str],
+    by: str,
+    apart: Apart,
+    form: str,
+    number: int,
+) -> None:
+    """The two maps of one photo, side by side."""
+    image_id = row["image_id"]
+    file_name = pack.images.at[image_id, "file_name"] or image_id
+    target = str(row["target_name_a"]).split(",")[0]
+    with st.container(key=f"pair-{number}"):
+        how = (
+            f"rank correlation {1 - apart.distance:.2f}"
+            if by == MAPS
+            else f"apart by {_number(apart.distance, form)}"
+        )
+        st.markdown(f"**{plain(target)}** · {plain(how)}")
+        cells = []
+        for name, side, value in zip(names, "ab", (apart.a, apart.b), strict=True):
+            entry_id = row[f"entry_{side}"]
+            lines = [] if by == MAPS else [f"{by}: {_number(value, form)}"]
+            cells.append(
+                {
+                    "id": entry_id,
+                    "src": overlay_url(pack, entry_id, side=SIDE),
+                    "alt": f"Map by {name} of {target} on {file_name}",
+                    "title": name,
+                    "lines": [*lines, file_name],
+                    "href": state.link("image", pack=pack.id, image=image_id, methods=names),
+                }
+            )
+        opened = grid(cells, f"pair-grid-{number}", label=f"Maps of {file_name}", columns=2)
+        if opened is not None:
+            state.go("image", pack=pack.id, image=image_id, methods=list(names), entry=opened)
+
+
+def _without_pictures(board: Board, a: str, b: str, by: str) -> None:
+    """The photos by name, where there is no pack to show them from."""
+    values = [board.results.methods[name].values[board.columns[by]] for name in (a, b)]
+    found = by_metric(*values)
+    if not found:
+        st.info("No photo has a value of both methods.")
+        return
+    form = _form(board.columns[by], [v for image in found for v in (image.a, image.b)])
+    images = board.results.images
+    table = pd.DataFrame(
+        {
+            "photo": [images[f.index].id.rpartition("/")[2] for f in found],
+            "class": [images[f.index].target_name for f in found],
+            a: [_number(f.a, form) for f in found],
+            b: [_number(f.b, form) for f in found],
+            "apart": [_number(f.distance, form) for f in found],
+        }
+    )
+    st.dataframe(table.head(100), hide_index=True, width="stretch", height="content")
