@@ -13,7 +13,15 @@ function element(tag, name, text) {
   return made;
 }
 
-function picture(cell) {
+function picture(cell, kept) {
+  if (kept) {
+    // The old picture stays until the new one is there.
+    const image = kept.querySelector("img");
+    image.alt = cell.alt || "";
+    if (image.getAttribute("src") !== cell.src) image.src = cell.src;
+    kept.querySelector(".badge")?.remove();
+    return kept;
+  }
   const frame = element("span", "frame");
   const image = element("img");
   image.loading = "lazy";
@@ -29,7 +37,7 @@ function picture(cell) {
   return frame;
 }
 
-function build(cell) {
+function build(cell, before) {
   const link = element("a", "cell");
   link.href = cell.href || "#";
   link.dataset.id = cell.id;
@@ -37,7 +45,8 @@ function build(cell) {
   const text = element("span", "text");
   text.append(element("span", "title", cell.title));
   for (const line of cell.lines || []) text.append(element("span", "line", line));
-  const frame = picture(cell);
+  const kept = before.find((old) => old.dataset.id === cell.id && old.querySelector("img"));
+  const frame = picture(cell, kept?.querySelector(".frame"));
   if (cell.badge) frame.append(element("span", `badge ${cell.badge.kind || "plain"}`, cell.badge.text));
   link.append(frame, text);
   link.title = cell.title;
@@ -105,6 +114,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
     });
   }
   const shown = JSON.stringify(data);
+  const before = [...root.querySelectorAll(".cell")];
+  for (const cell of before) cell.classList.remove("opening");
   if (shown === state.shown) return;
   const inside = root.getRootNode().activeElement?.closest?.(".cell");
   if (state.shown !== null && state.scroll !== data.scroll && root.getBoundingClientRect().top < 0)
@@ -113,10 +124,12 @@ export default function ({ data, parentElement, setTriggerValue }) {
   state.scroll = data.scroll;
   root.setAttribute("role", "group");
   root.setAttribute("aria-label", data.label);
-  root.style.setProperty("--columns", data.columns || "auto-fill");
+  root.style.setProperty("--columns", (!data.width && data.columns) || "auto-fill");
   root.style.setProperty("--aspect", data.aspect);
-  if (data.width) root.style.setProperty("--cell", `${data.width}px`);
-  const cells = data.cells.map(build);
+  // A cell takes its part of a row, gaps of 12 pixels left out, where that is more than its width.
+  const part = data.columns ? `(100% - ${12 * data.columns}px) / ${data.columns}` : "0px";
+  if (data.width) root.style.setProperty("--cell", `max(${data.width}px, ${part})`);
+  const cells = data.cells.map((cell) => build(cell, before));
   cells.forEach((cell, i) => (cell.tabIndex = i === 0 ? 0 : -1));
   root.replaceChildren(...cells);
   if (!cells.length) return;

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SIDE = 480  # pixels of a map's longer side
 SMALL = 320  # of a class's map
-WIDTH = 250  # of a map on the page, at least
+WIDTH = 150  # of a map on the page, at least
 FIRST_METHODS = 6  # that are shown before anybody chooses
 TOP = 5  # classes with a picture each
 TABS = ("Classes", "Before and after", "Fidelity", "Provenance", "Export")
@@ -121,7 +121,7 @@ def _caption(row: pd.Series) -> None:
     if isinstance(row["label_name"], str):
         parts.append(f"true: {row['label_name']}")
     if row["right"] is True or row["right"] is False:
-        parts.append("✓ right" if row["right"] else "✕ wrong")
+        parts.append("the prediction is right" if row["right"] else "the prediction is wrong")
     if row["disagreement"] == row["disagreement"]:
         parts.append(f"disagreement of methods {row['disagreement']:.2f}")
     if parts:
@@ -168,7 +168,7 @@ def _choose(pack: Pack, image_id: str) -> Shown | None:
             key=f"class of {image_id}",
             on_change=_pick_class,
             args=(image_id,),
-            width=260,
+            width=236,
         )
     scale, colours = _colours(bar)
     methods = everything
@@ -268,17 +268,33 @@ def _sliders(bar: Any) -> tuple[float, float]:
 
 def _maps(pack: Pack, shown: Shown) -> None:
     photo = {
-        "id": "",
+        "id": f"photo {shown.image_id}",
         "src": photo_url(pack, shown.image_id, SIDE),
         "alt": f"Photo {_file(pack, shown)}",
         "title": "Photo",
         "lines": [_file(pack, shown)],
     }
     cells = [photo, *(_cell(pack, shown, entry_id) for entry_id in shown.ids)]
-    grid(cells, "maps", label="Photo and maps", width=WIDTH, on_open=_focus)
+    columns = 3 if len(cells) <= 6 else 4
+    aspect = _aspect(pack, shown)
+    grid(
+        cells,
+        "maps",
+        label="Photo and maps",
+        columns=columns,
+        width=WIDTH,
+        aspect=aspect,
+        on_open=lambda: _focus(shown.ids),
+    )
     _legend(pack, shown.ids, shown.look)
     if shown.missing:
         st.caption(plain(f"No map of this class by {', '.join(shown.missing)}."))
+
+
+def _aspect(pack: Pack, shown: Shown) -> float:
+    """Width over height of the photo's place; of a strip or a tower only what the page can show."""
+    height, width = pack.explanation(shown.focus).view.photo_size
+    return min(max(width / height, 0.6), 2.0)
 
 
 def _cell(pack: Pack, shown: Shown, entry_id: str) -> dict[str, Any]:
@@ -294,9 +310,9 @@ def _cell(pack: Pack, shown: Shown, entry_id: str) -> dict[str, Any]:
     }
 
 
-def _focus() -> None:
+def _focus(ids: Sequence[str]) -> None:
     opened = st.session_state["maps"].open
-    if opened:
+    if opened in ids:
         st.query_params["entry"] = opened
 
 
@@ -354,7 +370,15 @@ def _classes(pack: Pack, shown: Shown) -> None:
             f"The classifier's first classes, explained by {method}. Open one to see it by all methods."
         )
     )
-    grid(cells, "classes", label="Classes", on_open=_open_class)
+    grid(
+        cells,
+        "classes",
+        label="Classes",
+        columns=5,
+        width=WIDTH,
+        aspect=_aspect(pack, shown),
+        on_open=_open_class,
+    )
     if len(by_class) > 1:
         _contrast(pack, shown, by_class)
 
@@ -386,7 +410,7 @@ def _contrast(pack: Pack, shown: Shown, by_class: dict[int, str]) -> None:
         key=f"minus of {shown.image_id} {first}",
         on_change=_pick_minus,
         args=(f"minus of {shown.image_id} {first}",),
-        width=260,
+        width=236,
     )
     kind = bar.segmented_control(
         "Difference of",
@@ -406,7 +430,7 @@ def _contrast(pack: Pack, shown: Shown, by_class: dict[int, str]) -> None:
         "alt": f"Difference map: {title}",
         "title": title,
     }
-    grid([cell], "contrast", label="Contrast", width=320)
+    grid([cell], "contrast", label="Contrast", columns=2, width=300, aspect=_aspect(pack, shown))
     _legend(pack, [by_class[first]], look)
 
 
@@ -425,7 +449,7 @@ def _slider(pack: Pack, shown: Shown) -> None:
             list(others),
             format_func=others.get,
             key=f"other of {shown.focus}",
-            width=260,
+            width=236,
         )
     before = _url(pack, other, shown.look) if other else photo_url(pack, shown.image_id, SIDE)
     slide(
@@ -470,7 +494,9 @@ def _fidelity(pack: Pack, shown: Shown) -> None:
         if i % 2 == 0:
             columns = st.columns(2)
         own = {method: found[name] for method, found in curves.items() if name in found}
-        columns[i % 2].altair_chart(_chart(name, own, pack.shares.get(name)), key=f"curve {name}")
+        columns[i % 2].altair_chart(
+            _chart(name, own, pack.shares.get(name)), height=360, key=f"curve {name}"
+        )
 
 
 def _chart(name: str, curves: dict[str, list[float]], shares: list[float] | None) -> Any:
@@ -488,7 +514,7 @@ def _chart(name: str, curves: dict[str, list[float]], shares: list[float] | None
     scale = {"domain": list(curves)}
     colour = alt.Scale(range=LINES, **scale)
     dashes = alt.Scale(range=DASHES, **scale)
-    legend = alt.Legend(orient="bottom", columns=3, symbolSize=300, symbolStrokeWidth=2)
+    legend = alt.Legend(orient="bottom", columns=2, symbolSize=300, symbolStrokeWidth=2)
     return (
         alt.Chart(pd.DataFrame(points), title=name)
         .mark_line()
@@ -503,7 +529,6 @@ def _chart(name: str, curves: dict[str, list[float]], shares: list[float] | None
                 alt.Tooltip("score:Q", format=".3f"),
             ],
         )
-        .properties(height=260)
     )
 
 
