@@ -2,9 +2,10 @@
 
     xattn compare PHOTOS --heads ... --explainers ... --metrics ...
 
-The folder holds ``leaderboard.md``, ``.csv`` and ``.json``, ``images.csv``, ``report.html``, the
-state that a killed run goes on from (``state.sqlite``) and the time it took (``seconds.js``, which
-the page shows). All but the last two are a pure function of the arguments.
+The folder holds ``leaderboard.md``, ``.csv`` and ``.json``, ``images.csv``, ``report.html``,
+``pack/`` with the maps for ``xattn app``, the state that a killed run goes on from (``state.sqlite``)
+and the time it took (``seconds.js``, which the page shows). All but the last two are a pure function
+of the arguments.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from xattn.eval.annotations import load_annotations
 from xattn.eval.engine import create_probes, evaluate
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.registry import DIRECT
+from xattn.eval.packing import can_pack, write_pack
 from xattn.eval.plan import plan
 from xattn.eval.protocol import METRICS, Protocol
 from xattn.eval.report import format_table, to_dict
@@ -30,6 +32,8 @@ from xattn.eval.results import Results, Row, is_baseline
 from xattn.eval.sanity import Cascade, sanity_rows
 from xattn.eval.stream import ImageStream
 from xattn.explainers import create_explainer, list_explainers
+from xattn.explaining import named_photos, true_classes_of
+from xattn.explanation import check_output
 from xattn.files import atomic_file
 from xattn.heads import parse_options
 from xattn.images import MAX_PIXELS, list_images
@@ -40,7 +44,8 @@ from xattn.sources import is_stored
 class Comparison:
     """What to compare, and by what; see ``xattn compare --help``.
 
-    ``heads`` are trained heads by row name; ``options`` are ``explainer.name=value``.
+    ``heads`` are trained heads by row name; ``options`` are ``explainer.name=value``. The maps of the
+    first ``maps`` images go into the pack, with ``labels`` as in :func:`xattn.explaining.explain`.
     """
 
     backbone: Any
@@ -55,6 +60,8 @@ class Comparison:
     max_forward_batch: int = 32
     max_pixels: int | None = MAX_PIXELS
     seed: int = 0
+    maps: int = 1000
+    labels: str | Path | None = None
 
 
 def compare(
@@ -77,6 +84,11 @@ def compare(
         OSError: files that cannot be read or written.
     """
     output.mkdir(parents=True, exist_ok=True)
+    packed = job.maps > 0 and can_pack(images)
+    if packed:
+        check_output(output / "pack")
+    if job.labels is not None:  # refused now rather than after the work
+        true_classes_of(named_photos(images), job.labels, job.backbone)
     methods, made, refused = _methods(job)
     for name, reason in refused.items():
         say(f"left out {name}: {reason}")
@@ -117,11 +129,25 @@ def compare(
         randomized=randomized,
         again_limit=job.again_limit,
         state=output / "state.sqlite",
+        kept_maps=job.maps if packed else 0,
     )
     if rank > 0:
         return results, []
-    photos = _paths(images)
-    return results, write_report(results, output, photos, job.backbone.preprocessing)
+    files = write_report(results, output, _paths(images), job.backbone.preprocessing)
+    if packed:
+        write_pack(
+            output / "pack",
+            results,
+            output / "state.sqlite",
+            images,
+            job.backbone,
+            methods,
+            limit=job.maps,
+            labels=job.labels,
+            say=say,
+        )
+        say(f"pack: {output / 'pack'}")
+    return results, files
 
 
 def _paths(images: Any) -> dict[str, Path]:

@@ -39,6 +39,7 @@ from xattn.eval.results import Results, collect
 from xattn.eval.scorer import MaskedScorer, Ticket, pad_batch
 from xattn.eval.store import ImageRow, ResultRow, Store
 from xattn.eval.stream import ImageStream, Item
+from xattn.explaining import top_classes
 from xattn.images import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def evaluate(
     randomized: Randomized | None = None,
     again_limit: int | None = 2,
     state: str | Path | None = None,
+    kept_maps: int = 0,
 ) -> Results:
     """Every metric of every explainer on the same images; by default AD, IC, ADD and AG.
 
@@ -91,6 +93,8 @@ def evaluate(
             run many perturbed passes; None for all.
         state: an SQLite file that keeps what is finished. A run with the same arguments goes on
             from it.
+        kept_maps: of how many of the first images ``state`` keeps the maps as explained, and the first
+            classes; such that an earlier run did not keep are explained again, and not measured.
 
     Raises:
         ValueError: no image could be read, an explainer returns a wrong shape or fails on all of
@@ -144,6 +148,7 @@ def evaluate(
             annotations,
             randomized or {},
             again_limit,
+            kept_maps if path is not None else 0,
         )
 
         from tqdm import tqdm
@@ -218,7 +223,9 @@ class _Run:
         annotations: Annotations | None,
         randomized: Randomized,
         again_limit: int | None,
+        kept_maps: int = 0,
     ) -> None:
+        self.kept_maps = kept_maps
         self.backbone, self.explainers, self.protocol = backbone, explainers, protocol
         self.probes, self.scorer, self.store = probes, scorer, store
         self.annotations, self.randomized, self.again_limit = annotations, randomized, again_limit
@@ -249,13 +256,16 @@ class _Run:
                     f"state: {item.id} is not the picture that was measured; give another file, or "
                     f"the same images"
                 )
+        if chunk[0].position < self.kept_maps:
+            self._keep_missing(chunk)
         if not left:
             return
         if targets is not None:
             kept = {item.position for item in left}
             targets = targets[[i for i, item in enumerate(chunk) if item.position in kept]]
         images = torch.stack([item.image for item in left]).to(self.backbone.device)
-        scores, classes = self.scorer.clean(images, targets)
+        scores, classes, every = self.scorer.clean_classes(images, targets)
+        self._keep_tops(left, every)
         notes = [self._annotation(item) for item in left]
         self._record(left, scores, classes, [n if isinstance(n, str) else None for n in notes])
         for name in self.explainers:
@@ -281,6 +291,42 @@ class _Run:
             name = names[target]
             rows.append(ImageRow(item.position, item.id, target, name, value, None, note, seen))
         self.store.add_images(rows)
+
+    def _keep_tops(self, items: Sequence[Item], scores: Tensor) -> None:
+        """The first classes of images, from their (b, K) scores."""
+        if self.protocol.score == "logit":
+            scores = self.backbone.probabilities(scores)
+        names = self.backbone.class_names
+        kept = [(item, row) for item, row in zip(items, scores, strict=True) if self._kept(item)]
+        self.store.add_tops([(i.position, top_classes(row, names)) for i, row in kept])
+
+    def _keep_missing(self, chunk: list[Item]) -> None:
+        """Maps and first classes of finished images that an earlier run did not keep."""
+        ends = chunk[0].position, chunk[-1].position
+        bare = self.store.without_top(*ends)
+        items = [item for item in chunk if item.position in bare and self._kept(item)]
+        if items:
+            images = torch.stack([item.image for item in items]).to(self.backbone.device)
+            self._keep_tops(items, self.scorer.clean_classes(images)[2])
+            self.scorer.forget()
+        missing = self.store.without_map(*ends)
+        for name in self.explainers:
+            rows = [i for i in chunk if name in missing.get(i.position, set()) and self._kept(i)]
+            single = bool(getattr(self.explainers[name], "one_by_one", False))
+            for part in [[item] for item in rows] if single else [rows] * bool(rows):
+                images = torch.stack([item.image for item in part]).to(self.backbone.device)
+                known = [self.store.image(item.position) for item in part]
+                targets = torch.tensor([row.target for row in known if row is not None])
+                maps, reasons = self._maps(name, images, targets)
+                for item, values, reason in zip(part, maps, reasons, strict=True):
+                    if reason is None:
+                        self._keep_map(name, item.position, values)
+
+    def _keep_map(self, name: str, position: int, values: Tensor) -> None:
+        self.store.add_map(position, name, values[0].detach().float().cpu().numpy())
+
+    def _kept(self, item: Item) -> bool:
+        return item.position < self.kept_maps
 
     def _annotation(self, item: Item) -> Annotation | str | None:
         """Where objects are, None where nobody asks, or why that cannot be said."""
@@ -325,6 +371,8 @@ class _Run:
                     raw = functional.upsample(one.float(), size, self.protocol.resize)[0]
                     if not is_mask and bool(grey.amax() == grey.amin()):
                         reasons[j] = "constant map after resizing"
+                    elif self._kept(items[i]):
+                        self._keep_map(name, items[i].position, maps[j])
                 else:
                     reasons[j] = "constant map" if one.isfinite().all() else "non-finite map"
             sample = Sample(

@@ -35,7 +35,7 @@ CASE_METHODS = 8
 CASES = 2  # images at each end
 THUMBNAIL = 128  # pixels a side
 MAX_VALUES = 200_000  # of the scatter plot, all methods and columns together
-_CURVES = {
+CURVES = {
     "deletion": ("Deletion", "share of pixels removed, most relevant first"),
     "insertion": ("Insertion", "share of pixels inserted, most relevant first"),
     "morf": ("ROAD-MoRF", "share of pixels imputed, most relevant first"),
@@ -125,15 +125,15 @@ def curves(results: Results) -> list[dict[str, Any]]:
     """One chart a kind of curve: a line a method, mean, lo and hi at each x, and of how many images."""
     clean = np.array([image.p for image in results.images], dtype=np.float64)
     charts = []
-    for key, (title, axis) in _CURVES.items():
+    for key, (title, axis) in CURVES.items():
         lines: dict[str, Any] = {}
         x: list[float] = []
         for m, method in enumerate(results.methods.values()):
             scores = method.scores.get(key)
             if scores is None or scores.ndim != 2 or not np.isfinite(scores).any():
                 continue
-            curve = _with_clean(key, scores, clean)
-            x = _shares(results, key, curve.shape[1])
+            curve = with_clean(key, scores, clean)
+            x = shares_of(results, key, curve.shape[1])
             intervals = bootstrap.mean_intervals(
                 curve, n_resamples=results.n_resamples, seed=results.protocol.seed
             )
@@ -144,7 +144,7 @@ def curves(results: Results) -> list[dict[str, Any]]:
     return charts
 
 
-def _with_clean(
+def with_clean(
     key: str, scores: NDArray[np.float64], clean: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """(n, T) -> (n, T + 1): deletion starts with the clean score, insertion ends with it."""
@@ -153,7 +153,7 @@ def _with_clean(
     return np.concatenate(ends.get(key, [scores]), axis=1)
 
 
-def _shares(results: Results, key: str, count: int) -> list[float]:
+def shares_of(results: Results, key: str, count: int) -> list[float]:
     """x of the curve's values; of ROAD they are its levels, without which there is no chart."""
     if key in ("deletion", "insertion"):
         return [float(f"{t / (count - 1):.5g}") for t in range(count)]

@@ -62,20 +62,26 @@ class MaskedScorer:
         self._known: dict[tuple[bytes, int], Ticket] = {}
         self._weights: Tensor | None = None
 
-    @torch.no_grad()
     def clean(self, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(b, 3, H, W) unmasked images, b <= max_forward_batch -> scores (b,) float64, classes (b,).
 
         Without ``targets`` the class is the prediction. Later requests that equal a clean image
         get its very score.
         """
+        return self.clean_classes(images, targets)[:2]
+
+    @torch.no_grad()
+    def clean_classes(
+        self, images: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`clean`, and the scores (b, K) of all classes."""
         scores = self._forward(pad_batch(images, self.max_forward_batch))[: len(images)]
         self.scored += len(images)
         classes = scores.argmax(1) if targets is None else targets.cpu()
         p = scores.gather(1, classes[:, None])[:, 0]
         for image, target, value in zip(images, classes.tolist(), p.tolist(), strict=True):
             self._known[self._digest(image), target] = Ticket(target, value, done=True)
-        return p, classes
+        return p, classes, scores
 
     def submit(self, perturbed: Tensor, target: int, shared: bool = True) -> Ticket:
         """Ask for the score of ``target`` on one perturbed image (3, H, W), which is copied.

@@ -4,11 +4,15 @@
     images(position, id, target, target_name, score, skipped, note, digest)
     results(position, method, reason, tied, requests, seconds, measured, scores, map,
             failed)
+    maps(position, method, height, width, data)
+    tops(position, top)
 
 ``measured`` is JSON {column: value or null}: null is a value that is undefined, a missing column was
 not measured. ``scores`` is JSON {key: [scores]}; ``map`` is a small grey PNG of the map; ``failed``
 says which metrics raised, and why. A row is
-committed once its image is finished for the method. Of many processes each writes a file of its own,
+committed once its image is finished for the method. ``data`` is the map as explained, float32, little
+endian; ``top`` is JSON [[class, name, probability], ...]; both are there for as many of the first images
+as a run was asked to keep, for packs. Of many processes each writes a file of its own,
 ``name.rankN.sqlite``; they are put together at the end.
 """
 
@@ -19,9 +23,12 @@ import json
 import math
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta(key TEXT PRIMARY KEY, value TEXT);
@@ -31,7 +38,13 @@ CREATE TABLE IF NOT EXISTS images(
 CREATE TABLE IF NOT EXISTS results(
     position INTEGER, method TEXT, reason TEXT, tied INTEGER, requests INTEGER, seconds REAL,
     measured TEXT, scores TEXT, map BLOB, failed TEXT, PRIMARY KEY(position, method));
+CREATE TABLE IF NOT EXISTS maps(
+    position INTEGER, method TEXT, height INTEGER, width INTEGER, data BLOB,
+    PRIMARY KEY(position, method));
+CREATE TABLE IF NOT EXISTS tops(position INTEGER PRIMARY KEY, top TEXT);
 """
+_INSERT_MAP = "INSERT OR REPLACE INTO maps VALUES (?, ?, ?, ?, ?)"
+_INSERT_TOP = "INSERT OR REPLACE INTO tops VALUES (?, ?)"
 _INSERT = "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -134,6 +147,42 @@ class Store:
         each = (self._own, *self._others)
         return any(d.execute(query, (method,)).fetchone() is not None for d in each)
 
+    def without_map(self, first: int, last: int) -> dict[int, set[str]]:
+        """Methods by position that have a valid map which was not kept, as in a state of before."""
+        missing: dict[int, set[str]] = {}
+        query = (
+            "SELECT position, method FROM results WHERE reason IS NULL AND position BETWEEN ? AND ?"
+        )
+        each = (self._own, *self._others)
+        for database in each:
+            for position, method in database.execute(query, (first, last)):
+                missing.setdefault(position, set()).add(method)
+        for database in filter(_keeps, each):
+            query = "SELECT position, method FROM maps WHERE position BETWEEN ? AND ?"
+            for position, method in database.execute(query, (first, last)):
+                missing.get(position, set()).discard(method)
+        return {position: methods for position, methods in missing.items() if methods}
+
+    def without_top(self, first: int, last: int) -> set[int]:
+        """Positions of scored images whose first classes were not kept."""
+        query = "SELECT position FROM images WHERE skipped IS NULL AND position BETWEEN ? AND ?"
+        each = (self._own, *self._others)
+        scored = {p for d in each for (p,) in d.execute(query, (first, last))}
+        query = "SELECT position FROM tops WHERE position BETWEEN ? AND ?"
+        kept = {p for d in filter(_keeps, each) for (p,) in d.execute(query, (first, last))}
+        return scored - kept
+
+    def add_map(self, position: int, method: str, values: NDArray[np.float32]) -> None:
+        """Keep a map (h, w) as it was explained."""
+        data = np.ascontiguousarray(values, dtype="<f4")
+        with self._writing():
+            self._own.execute(_INSERT_MAP, (position, method, *data.shape, data.tobytes()))
+
+    def add_tops(self, rows: Sequence[tuple[int, Sequence[Any]]]) -> None:
+        """Keep the first classes of images by position."""
+        with self._writing():
+            self._own.executemany(_INSERT_TOP, [(p, json.dumps(top)) for p, top in rows])
+
     def add_images(self, rows: Sequence[ImageRow]) -> None:
         with self._writing():
             self._own.executemany(
@@ -178,6 +227,10 @@ class Store:
             if _begun(other):
                 images = [ImageRow(*row) for row in other.execute("SELECT * FROM images")]
                 self.take_in(images, list(other.execute("SELECT * FROM results")))
+            if _keeps(other):
+                with self._own:
+                    self._own.executemany(_INSERT_MAP, other.execute("SELECT * FROM maps"))
+                    self._own.executemany(_INSERT_TOP, other.execute("SELECT * FROM tops"))
             other.close()
             path.unlink()
 
@@ -209,6 +262,48 @@ def _packed(row: ResultRow) -> tuple[Any, ...]:
     measured = {k: None if math.isnan(v) else v for k, v in row.measured.items()}
     scores = {k: [None if math.isnan(v) else v for v in r] for k, r in row.scores.items()}
     return (*row[:6], json.dumps(measured), json.dumps(scores), row.map, row.failed)
+
+
+class KeptImage(NamedTuple):
+    """A scored image of a finished state: ``number`` counts scored images; ``top`` as in the table;
+    ``maps`` (h, w) float32 by method."""
+
+    number: int
+    position: int
+    id: str
+    target: int
+    target_name: str
+    score: float
+    top: list[list[Any]]
+    maps: dict[str, NDArray[np.float32]]
+
+
+def kept_images(path: Path, count: int | None, limit: int) -> Iterator[KeptImage]:
+    """The images of a state whose maps were kept, one after the other, of the first ``limit`` of the
+    ``count`` that the run was of."""
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+        rows = database.execute(
+            "SELECT position, id, target, target_name, score FROM images WHERE skipped IS NULL "
+            "ORDER BY position"
+        ).fetchall()
+        for number, (position, *image) in enumerate(rows):
+            if position >= limit or (count is not None and position >= count):
+                break
+            found = database.execute("SELECT top FROM tops WHERE position = ?", (position,))
+            top = json.loads((found.fetchone() or ("[]",))[0])
+            maps = {
+                method: np.frombuffer(data, "<f4").reshape(height, width)
+                for method, height, width, data in database.execute(
+                    "SELECT method, height, width, data FROM maps WHERE position = ?", (position,)
+                )
+            }
+            yield KeptImage(number, position, *image, top, maps)
+
+
+def _keeps(database: sqlite3.Connection) -> bool:
+    """Whether a state has tables for maps: those of before have not."""
+    query = "SELECT count(*) FROM sqlite_master WHERE name IN ('maps', 'tops')"
+    return bool(database.execute(query).fetchone()[0] == 2)
 
 
 def _begun(database: sqlite3.Connection) -> bool:

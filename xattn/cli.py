@@ -420,6 +420,10 @@ class Compare:
     """Larger photos are skipped."""
     seed: int = 0
     """Of perturbations, random rows and the bootstrap."""
+    maps: int = 1000
+    """Keep the maps of so many photos, for the viewer: up to 0.2 MB a photo and method; 0 keeps none."""
+    labels: str | None = None
+    """True classes, for the viewer: a file as for xattn probe, or "folders" for the photos' folders."""
     output: Path = Path("runs/comparison")
     """Folder of the report and the state; a run with the same arguments goes on where one stopped."""
 
@@ -457,6 +461,8 @@ class Compare:
             max_forward_batch=self.max_forward_batch,
             max_pixels=self.max_pixels,
             seed=self.seed,
+            maps=self.maps,
+            labels=self.labels,
         )
         main = processes(backbone.device)[1] == 0
 

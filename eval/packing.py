@@ -1,0 +1,183 @@
+"""The pack of a comparison: every method's maps with their metrics and curves, for ``xattn app``."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from xattn.eval.engine import describe
+from xattn.eval.html_data import CURVES, shares_of, with_clean
+from xattn.eval.protocol import METRICS
+from xattn.eval.results import Results, is_baseline
+from xattn.eval.store import KeptImage, kept_images
+from xattn.eval.stream import Skipped
+from xattn.explaining import named_photos, protocol_of, true_classes_of
+from xattn.explanation import Explanation, ImageFacts
+from xattn.images import load_image, make_view
+from xattn.pack_writer import pack_writer
+
+DIGITS = 6  # of a curve's values
+
+
+def can_pack(images: Any) -> bool:
+    """Whether photos can be read a second time, for thumbnails: paths, lists of paths and images."""
+    if isinstance(images, list | tuple):
+        return bool(images) and all(isinstance(i, str | Path | Image.Image) for i in images)
+    return isinstance(images, str | Path | Image.Image)
+
+
+def write_pack(
+    folder: Path,
+    results: Results,
+    state: Path,
+    images: Any,
+    backbone: Any,
+    methods: Mapping[str, Any],
+    *,
+    limit: int,
+    labels: str | Path | None = None,
+    say: Callable[[str], Any] = lambda line: None,
+) -> Path:
+    """Write the maps that ``state`` keeps as a pack.
+
+    Args:
+        images: those that were evaluated, see :func:`can_pack`.
+        methods: the explainers by row.
+        limit: of how many of the first images.
+        labels: true classes, as in :func:`xattn.explaining.explain`.
+
+    Raises:
+        ValueError: no map was kept, or wrong labels.
+        OSError: it cannot be written; an earlier pack is intact.
+    """
+    sources = named_photos(images)
+    truth = {} if labels is None else true_classes_of(sources, labels, backbone)
+    records = {name: _record(results, backbone, method) for name, method in methods.items()}
+    curves, shares = _curves(results)
+    count = len(results.images) + len(results.skipped)
+    missing = 0
+    with pack_writer(folder, overlays=False) as writer:
+        for kept in kept_images(state, count, limit):
+            image_id, source = sources[kept.position]
+            label, label_name = truth.get(image_id, (None, None))
+            facts = ImageFacts(
+                tuple((int(i), str(name), float(p)) for i, name, p in kept.top), label, label_name
+            )
+            try:
+                photo = load_image(source, max_pixels=None)
+            except (OSError, ValueError) as error:
+                say(f"pack: left out {kept.id}: {error}")
+                continue
+            view = make_view(
+                (photo.height, photo.width), backbone.preprocessing, results.protocol.view
+            )
+            group = []
+            for name, method in results.methods.items():
+                if not method.valid[kept.number]:
+                    continue
+                if name not in kept.maps:
+                    missing += 1
+                    continue
+                group.append(
+                    Explanation(
+                        map=kept.maps[name],
+                        target=kept.target,
+                        target_name=kept.target_name,
+                        probability=_probability(results, kept),
+                        method=_plain(name),
+                        view=view,
+                        image_id=image_id,
+                        protocol=records[name],
+                        file_name=Path(kept.id).name,
+                        is_mask=method.is_mask,
+                        source=photo,
+                        facts=facts,
+                        metrics=dict(_values(results, name, kept.number)),
+                        curves={
+                            key: [float(f"{v:.{DIGITS}g}") for v in rows[kept.number]]
+                            for key, rows in curves[name].items()
+                            if np.isfinite(rows[kept.number]).all()
+                        },
+                        sanity=is_baseline(name),
+                    )
+                )
+            if group:
+                writer.add(group)
+        writer.skipped = [_skipped(s, images) for s in results.skipped]
+        writer.metrics = {
+            c.key: {
+                "higher_is_better": METRICS[c.metric].higher_is_better,
+                "formula": METRICS[c.metric].formula,
+                "protocol_id": results.metric_id(c),
+            }
+            for c in results.columns
+        }
+        writer.shares = shares
+    if missing:
+        say(f"pack: {missing} maps were not kept")
+    return folder
+
+
+def _record(results: Results, backbone: Any, method: Any) -> dict[str, Any]:
+    """The protocol of a row: how its maps came about, and what its metrics mean."""
+    record = protocol_of(backbone, method, results.protocol.view)
+    fidelity = {k: v for k, v in results.protocol.to_dict().items() if k not in ("n", "n_invalid")}
+    what = describe(method)
+    record["options"] = what["options"]
+    if what.get("backbone") not in (None, backbone.fingerprint):  # a row of randomised weights
+        record["explained_weights"] = what["backbone"]
+    return {**record, "fidelity": {**fidelity, "id": results.protocol.id}}
+
+
+def _skipped(skipped: Skipped, images: Any) -> tuple[str, str]:
+    """File name and reason, without the folders above the photo."""
+    name, reason = Path(skipped.id).name, skipped.reason
+    if isinstance(images, str | Path):
+        reason = reason.replace(str(Path(images) / skipped.id), name)
+    return name, reason.replace(skipped.id, name)
+
+
+def _probability(results: Results, kept: KeptImage) -> float:
+    """Of the explained class; what was scored may be a logit."""
+    if results.protocol.score != "logit":
+        return min(max(kept.score, 0.0), 1.0)
+    return next((float(p) for i, _, p in kept.top if i == kept.target), 0.0)
+
+
+def _values(results: Results, name: str, number: int) -> Iterator[tuple[str, float]]:
+    for column, values in results.methods[name].values.items():
+        if math.isfinite(values[number]):
+            yield column.key, float(values[number])
+
+
+def _curves(results: Results) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
+    """(n, T) curves by method and name, clean scores included; and the shares of pixels of those that
+    are not at equal steps."""
+    clean = np.array([image.p for image in results.images], dtype=np.float64)
+    curves: dict[str, dict[str, Any]] = {}
+    shares: dict[str, list[float]] = {}
+    for name, method in results.methods.items():
+        curves[name] = {}
+        for key in CURVES:
+            scores = method.scores.get(key)
+            if scores is None or scores.ndim != 2:
+                continue
+            curve = with_clean(key, scores, clean)
+            x = shares_of(results, key, curve.shape[1])
+            if not x:
+                continue
+            curves[name][key] = curve
+            if key not in ("deletion", "insertion"):
+                shares[key] = x
+    return curves, shares
+
+
+def _plain(name: str) -> str:
+    """A row's name as part of a file name."""
+    return re.sub(r"[/\\\0]", "_", name)
