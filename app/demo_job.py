@@ -9,8 +9,8 @@ from xattn.files import atomic_file
 NAME = "demo"
 PHOTOS = "photos.txt"
 EXPLAINERS = ("gradcam", "layercam", "gradcam_plusplus")
-METRICS = ("masking", "insertion-deletion")
-LIMIT = 8  # photos: with their curves under a minute on two cores
+METRICS = ("masking", "complexity")  # curves would take minutes
+LIMIT = 8  # photos
 
 
 def missing() -> str | None:

@@ -69,9 +69,8 @@ def _follow(jobs: Jobs, job_id: str) -> None:
     if not job.alive:
         st.rerun()
     st.markdown("**Making the demo pack.** This page shows it as soon as it is there.")
-    lines = jobs.tail(job_id).splitlines()
     found = jobs.progress(job_id)
-    if found is not None:
-        st.progress(min(found[0] / found[1], 1.0), plain(lines[-1]) if lines else None)
+    if found is None:
+        st.progress(0.0, "The network is being loaded")
     else:
-        st.progress(0.0, plain(lines[-1]) if lines else "The network is being loaded")
+        st.progress(min(found[0] / found[1], 1.0), f"{found[0]:,} of {found[1]:,} maps measured")
