@@ -21,12 +21,13 @@ from xattn.contact_sheet import (
 )
 
 if TYPE_CHECKING:
-    from xattn.app.pack import Pack
+    from xattn.app.pack import MetricInfo, Pack
     from xattn.contact_sheet import Row
 
 FORMATS = ("png", "svg")
-MOST_MAPS = {"html": 400, "png": 60, "svg": 60}  # in one file
+MOST_MAPS = {"html": 200, "png": 60, "svg": 60}  # in one file
 SIDE = 320  # of a picture in a figure, in pixels
+COLUMNS = 5  # of a figure of one photo
 _OF_IMAGE = (
     "file_name",
     "label",
@@ -86,6 +87,11 @@ def figure(pack: Pack, entry_ids: Sequence[str], format: str, look: Look | None 
     look = look or Look()
     rows = _rows(pack, entry_ids, format, look)
     legends, notes = pictures.legends(pack, entry_ids, look), provenance(pack, entry_ids, look)
+    if len(rows) == 1:
+        cells = rows[0].cells
+        rows = [
+            replace(rows[0], cells=cells[i : i + COLUMNS]) for i in range(0, len(cells), COLUMNS)
+        ]
     if format == "svg":
         return contact_sheet_svg(
             rows, _title(pack, entry_ids), SIDE, legends=legends, notes=notes
@@ -93,7 +99,7 @@ def figure(pack: Pack, entry_ids: Sequence[str], format: str, look: Look | None 
     sheet = contact_sheet_image(rows, _title(pack, entry_ids), SIDE, legends=legends, notes=notes)
     info = PngInfo()
     info.add_itxt("Description", "\n".join(notes))
-    info.add_text("Software", f"xattn {pack.xattn}")
+    info.add_text("Software", f"xattn {pack.provenance(entry_ids[0])['xattn']}")
     stream = io.BytesIO()
     sheet.save(stream, "PNG", pnginfo=info)
     return stream.getvalue()
@@ -108,18 +114,9 @@ def html(pack: Pack, entry_ids: Sequence[str], look: Look | None = None) -> str:
     look = look or Look()
     rows = _rows(pack, entry_ids, "html", look)
     entries = pack.entries.loc[list(entry_ids)]
-    keys = [m for m in pack.metrics if entries[m.key].notna().any()]
-    table, notes = None, []
-    if keys:
-        table = [["map", *(f"{m.key} {'↑' if m.higher_is_better else '↓'}" for m in keys)]]
-        for entry_id, row in entries.iterrows():
-            table.append(
-                [
-                    entry_id,
-                    *(f"{row[m.key]:.4g}" if row[m.key] == row[m.key] else "–" for m in keys),
-                ]
-            )
-        notes = [f"{m.key}: {m.formula}; protocol {m.protocol_id}" for m in keys]
+    metrics = [m for m in pack.metrics if entries[m.key].notna().any()]
+    table = _table(pack, entries, metrics) if metrics else None
+    notes = [f"{m.key}: {m.formula}; protocol {m.protocol_id}" for m in metrics]
     count = len(rows)
     return contact_sheet_html(
         rows,
@@ -130,6 +127,21 @@ def html(pack: Pack, entry_ids: Sequence[str], look: Look | None = None) -> str:
         [*notes, *provenance(pack, entry_ids, look)],
         legends=pictures.legends(pack, entry_ids, look),
     )
+
+
+def _table(pack: Pack, entries: pd.DataFrame, metrics: Sequence[MetricInfo]) -> list[list[object]]:
+    """Figures by map; the first row is the header."""
+    table: list[list[object]] = [
+        ["map", *(f"{m.key} {'↑' if m.higher_is_better else '↓'}" for m in metrics)]
+    ]
+    several = entries["image_id"].nunique() > 1
+    for row in entries.to_dict("records"):
+        name = f"{row['method']}, {row['target_name'].split(',')[0]}"
+        if several:
+            name += f", {pack.images.loc[row['image_id'], 'file_name']}"
+        values = [row[m.key] for m in metrics]
+        table.append([name, *("–" if v != v else f"{v:.4g}" for v in values)])
+    return table
 
 
 def _rows(pack: Pack, entry_ids: Sequence[str], kind: str, look: Look) -> list[Row]:
@@ -157,16 +169,21 @@ def _title(pack: Pack, entry_ids: Sequence[str]) -> str:
 
 def provenance(pack: Pack, entry_ids: Sequence[str], look: Look) -> list[str]:
     """Where these maps come from and how they are drawn, in sentences, each once."""
-    lines: dict[str, None] = {}
+    methods: dict[str, dict[str, None]] = {}
     for entry_id in entry_ids:
         found = pack.provenance(entry_id)
         backbone, head = (found[name] or {} for name in ("backbone", "head"))
-        line = f"{found['method']}: {backbone.get('name', 'unknown network')}"
-        line += f" (sha256 {str(backbone.get('sha256', 'unknown'))[:12]})"
+        line = f"{backbone.get('name', 'unknown network')} (sha256 {_digits(backbone)})"
         if head:
-            line += f", head {head.get('name', '?')} (sha256 {str(head.get('sha256', '?'))[:12]})"
-        lines[f"{line}, explained by xattn {found['xattn']}."] = None
+            line += f", head {head.get('name', 'unknown')} (sha256 {_digits(head)})"
+        line += f", explained by xattn {found['xattn']}."
+        methods.setdefault(line, {})[found["method"]] = None
+    lines = [f"{', '.join(names)}: {line}" for line, names in methods.items()]
     drawn = f"Drawn with opacity {look.opacity:g}"
     if look.threshold:
         drawn += f", without colour below {look.threshold:g} of the scale"
     return [*lines, f"{drawn}. Pack {pack.name}, version {pack.version}."]
+
+
+def _digits(record: dict[str, Any]) -> str:
+    return str(record.get("sha256", "unknown"))[:12]

@@ -106,6 +106,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
       if (!cell || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
       event.preventDefault();
       cell.classList.add("opening");
+      setTimeout(() => cell.classList.remove("opening"), 1000);
       state.open(cell.dataset.id);
     });
     root.addEventListener("focusin", (event) => {

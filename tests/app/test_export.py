@@ -1,0 +1,158 @@
+"""Exports: CSV, figures and the static report hold what was asked for, as text, and nothing runs."""
+
+import csv
+import io
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from packs import CLASSES, described, explanation, picture
+from PIL import Image
+
+from xattn.app import export
+from xattn.app.library import Library, PackError
+from xattn.app.pictures import Look
+from xattn.explanation import save_pack
+
+NAME = '=cmd|"x"!A1 <script>alert(1)<b> ünï 🦎.jpg'
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("root")
+    found = [
+        explanation(
+            i,
+            method,
+            target=(i + c) % len(CLASSES),
+            signed=method == "lrp",
+            source=picture(i),
+            file_name=NAME if i == 1 else f"photo-{i}.jpg",
+            metrics={} if method == "lrp" and i == 0 else {"AD@50": 12.5, "ROAD": -0.25},
+        )
+        for i in range(3)
+        for method in ("gradcam", "lrp")
+        for c in range(2)
+    ]
+    save_pack(folder / "pack", found, overlays=False, metrics=described())
+    library = Library(folder)
+    return library.open(library.packs()[0].id)
+
+
+def read(text):
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+# ---------------------------------------------------------------------- CSV
+
+
+def test_the_csv_has_one_line_a_map_in_the_order_of_the_images(pack):
+    rows = read(export.csv(pack, ["photo-00002", "photo-00000", "photo-00002"]))
+    assert [r["image_id"] for r in rows] == ["photo-00002"] * 4 + ["photo-00000"] * 4
+    own = pack.entries[pack.entries["image_id"] == "photo-00002"]
+    assert [r["entry_id"] for r in rows[:4]] == list(own.index)
+    assert float(rows[0]["probability"]) == own["probability"].iloc[0]
+    assert rows[0]["AD@50"] == "12.5" and rows[0]["ROAD"] == "-0.25", "numbers stay numbers"
+    assert rows[0]["right"] == str(pack.images.loc["photo-00002", "right"])
+
+
+def test_a_missing_figure_is_an_empty_cell(pack):
+    rows = read(export.csv(pack, ["photo-00000"]))
+    assert [r["AD@50"] for r in rows] == ["12.5", "12.5", "", ""]
+
+
+def test_text_that_would_be_a_formula_is_put_behind_an_apostrophe(pack):
+    rows = read(export.csv(pack, ["photo-00001"]))
+    assert rows[0]["file_name"] == "'" + NAME
+
+
+@given(st.text())
+def test_no_cell_of_text_starts_a_formula(text):
+    found = export.cell(text)
+    assert found[:1] not in ("=", "+", "-", "@") and found.lstrip()[:1] not in tuple("=+-@")
+    assert found in (text, f"'{text}")
+
+
+def test_an_image_that_is_not_there_has_no_lines(pack):
+    assert read(export.csv(pack, ["none"])) == []
+
+
+# ---------------------------------------------------------------------- figures
+
+
+def test_the_png_carries_its_provenance(pack):
+    ids = list(pack.entries.index[:2])
+    image = Image.open(io.BytesIO(export.figure(pack, ids, "png")))
+    assert image.format == "PNG" and image.width > 3 * export.SIDE
+    assert "gradcam: made up (sha256 000000000000)" in image.text["Description"]
+    assert pack.version in image.text["Description"]
+
+
+def test_the_svg_is_one_file_whose_text_is_text(pack):
+    ids = list(pack.entries.index[pack.entries["image_id"] == "photo-00001"])
+    data = export.figure(pack, ids, "svg", Look(opacity=0.4, threshold=0.2)).decode()
+    root = ET.fromstring(data)
+    names = {element.tag.split("}")[1] for element in root.iter()}
+    assert names == {"svg", "title", "rect", "image", "text"}, "no script, no link"
+    links = re.findall(r'href="([^"]{0,30})', data)
+    assert links and all(link.startswith("data:image/jpeg;base64,") for link in links)
+    written = " ".join(element.text or "" for element in root.iter())
+    assert "<script>" in written and "🦎" in written
+    assert "opacity 0.4, without colour below 0.2" in written
+    assert "blue against it" in written, "one of the maps is signed and has its own legend"
+
+
+def test_a_figure_shows_the_maps_as_they_are_looked_at(pack):
+    first, second = pack.entries.index[:2]
+    plain, contrast = (
+        np.asarray(Image.open(io.BytesIO(export.figure(pack, [first], "png", look))))
+        for look in (Look(), Look(minus=second))
+    )
+    side = slice(30, 200)
+    assert not np.array_equal(plain[side, side.stop * 2 :], contrast[side, side.stop * 2 :])
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "html"])
+def test_nothing_too_much_and_unknown_maps_are_refused(pack, kind):
+    make = export.html if kind == "html" else lambda p, ids: export.figure(p, ids, kind)
+    most = export.MOST_MAPS[kind]
+    for ids in ([], list(pack.entries.index[:1]) * (most + 1)):
+        with pytest.raises(ValueError, match=f"entry_ids: got {len(ids)} maps; give 1 to {most}"):
+            make(pack, ids)
+    with pytest.raises(PackError, match="no such map"):
+        make(pack, ["../none"])
+
+
+def test_another_format_is_refused(pack):
+    with pytest.raises(ValueError, match="format: got 'pdf'; give one of png, svg"):
+        export.figure(pack, list(pack.entries.index[:1]), "pdf")
+
+
+# ---------------------------------------------------------------------- report
+
+
+def test_the_report_needs_no_server_and_shows_names_as_text(pack):
+    page = export.html(pack, list(pack.entries.index))
+    assert page.count("<img") == 3 + 12 and page.count("data:image/jpeg;base64,") == 15
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert not re.search(r'(src|href)="(?!data:)', page) and "url(" not in page
+    assert page.count('class="legend"') == 2
+    assert "12 maps of 3 photos" in page
+
+
+def test_the_report_has_every_figure_with_its_direction_and_protocol(pack):
+    page = export.html(pack, list(pack.entries.index[:4]))
+    assert (
+        "AD@50 ↓" in page and "ROAD ↑" in page and "insertion" not in page.split("<table>")[1][:300]
+    )
+    assert "protocol AD@50-made-up" in page and "12.5" in page and "–" in page
+
+
+def test_a_pack_without_figures_has_no_table(tmp_path):
+    save_pack(tmp_path / "pack", [explanation(source=picture(0), metrics={})], overlays=False)
+    library = Library(tmp_path)
+    pack = library.open(library.packs()[0].id)
+    assert "<table>" not in export.html(pack, list(pack.entries.index))
