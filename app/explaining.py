@@ -394,8 +394,8 @@ def _check_length(job: Job) -> None:
         count, every = max(job.total, job.done), job.request.every
         enough = -(-count * every // MAX_FRAMES)
         raise ValueError(
-            f"The clip has {count} frames to explain, {MAX_FRAMES} is the limit; explain each "
-            f"{enough}th frame, or a shorter clip."
+            f"The clip has {count} frames to explain, {MAX_FRAMES} is the limit; set the n of 'each "
+            f"n-th frame' to {enough} or more, or give a shorter clip."
         )
 
 
