@@ -1,0 +1,310 @@
+"""What the gallery shows: filters, order, pages, and the URL that says so."""
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from packs import CLASSES, METRICS, explanation, small_pack
+
+from xattn.app import selection
+from xattn.app.library import Library
+from xattn.app.selection import ALL, NAMES, View, defaults, parse, select
+from xattn.explanation import ImageFacts, save_pack
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    root = tmp_path_factory.mktemp("root")
+    small_pack(root / "pack", 9)
+    library = Library(root)
+    return library.open(library.packs()[0].id)
+
+
+@pytest.fixture(scope="module")
+def table(pack):
+    return selection.table(pack)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Photos without a label, without a figure, with several classes, with names of every kind."""
+    names = ["<b>x<b>", 'a "quote"', "😀.jpg", "تصویر.jpg", "École.jpg"]
+    found = []
+    for i, name in enumerate(names):
+        facts = ImageFacts(((i, CLASSES[i], 0.5),), None if i == 0 else i, None)
+        metrics = {"AD@50": float(i)} if i != 2 else {}
+        for target, p in ((i, 0.5), (i + 1, 0.3)):
+            found.append(
+                explanation(
+                    i,
+                    file_name=name,
+                    target=target,
+                    probability=p,
+                    facts=facts,
+                    metrics=metrics,
+                )
+            )
+    root = tmp_path_factory.mktemp("odd")
+    described = {"AD@50": {"higher_is_better": False, "formula": "", "protocol_id": ""}}
+    save_pack(root / "pack", found, overlays=False, metrics=described)
+    library = Library(root)
+    return library.open(library.packs()[0].id)
+
+
+def shown(table, **changes):
+    return select(table, replace(defaults(table.choices), **changes))
+
+
+# ---------------------------------------------------------------------- order
+
+
+def test_without_parameters_the_first_method_is_shown_in_the_packs_order(pack, table):
+    view, messages = parse({}, table.choices)
+    rows = select(table, view)
+    assert messages == []
+    assert list(rows.index) == list(pack.entries.index[pack.entries["method"] == "gradcam"])
+
+
+def test_a_control_is_not_what_is_shown_first(tmp_path):
+    save_pack(tmp_path / "p", [explanation(0, m) for m in ("random", "gradcam")], overlays=False)
+    library = Library(tmp_path)
+    choices = selection.table(library.open(library.packs()[0].id)).choices
+    assert choices.methods == ("random", "gradcam")
+    assert choices.controls == {"random"}
+    assert defaults(choices).method == "gradcam"
+
+
+@pytest.mark.parametrize("key", ["confidence", "probability", "AD@50", "ROAD"])
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_measures_sort_both_ways(pack, table, key, order):
+    rows = shown(table, method=ALL, sort=key, order=order)
+    values = rows[f"measure:{key}"].tolist()
+    assert len(values) == len(pack.entries)
+    assert values == sorted(values, reverse=order == "desc")
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_a_missing_value_comes_last_and_equal_ones_keep_the_packs_order(odd, order):
+    table = selection.table(odd)
+    rows = shown(table, sort="AD@50", order=order, maps="every")
+    values = rows["measure:AD@50"].tolist()
+    assert all(math.isnan(v) for v in values[-2:])
+    assert not any(math.isnan(v) for v in values[:-2])
+    places = [list(table.rows.index).index(i) for i in rows.index]
+    assert all(a < b for a, b in zip(places[::2], places[1::2], strict=True))
+
+
+def test_names_sort_without_case_and_accents_composed(odd):
+    names = shown(selection.table(odd), sort="name")["file_name"].tolist()
+    assert names == sorted(names, key=selection.fold)
+
+
+def test_the_packs_order_can_be_turned(table):
+    assert list(shown(table, order="desc").index) == list(shown(table).index)[::-1]
+
+
+# ---------------------------------------------------------------------- filters
+
+
+def test_true_and_predicted_class_filter_together(pack, table):
+    rows = shown(table, label=("1",), predicted=("0", "1"))
+    wanted = pack.images[(pack.images["label"] == 1) & pack.images["predicted"].isin([0, 1])]
+    assert set(rows["image_id"]) == set(wanted.index)
+    assert len(rows)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_right_and_wrong_are_all_photos_with_a_label(pack, table, right):
+    rows = shown(table, right="right" if right else "wrong")
+    wanted = [i for i, r in pack.images["right"].items() if r is right]
+    assert list(rows["image_id"]) == wanted
+    assert wanted
+
+
+def test_a_photo_without_a_label_is_neither_right_nor_wrong(odd):
+    table = selection.table(odd)
+    both = [*shown(table, right="right")["image_id"], *shown(table, right="wrong")["image_id"]]
+    assert "photo-00000" not in both
+    assert len(both) == 4
+
+
+def test_a_range_keeps_its_ends_and_drops_missing_values(odd):
+    table = selection.table(odd)
+    rows = shown(table, measure="AD@50", low=1.0, high=3.0)
+    assert rows["measure:AD@50"].tolist() == [1.0, 3.0]
+    assert len(shown(table, measure="AD@50", low=-5.0)) == 4
+
+
+def test_only_the_most_probable_class_is_shown_unless_every_class_is_asked_for(odd):
+    table = selection.table(odd)
+    assert table.choices.several
+    assert shown(table)["probability"].tolist() == [0.5] * 5
+    assert len(shown(table, maps="every")) == 10
+
+
+@pytest.mark.parametrize(
+    ("search", "names"),
+    [
+        ("<B>", ["<b>x<b>"]),
+        ("😀", ["😀.jpg"]),
+        ("تصویر", ["تصویر.jpg"]),
+        ("e\u0301cole", ["École.jpg"]),
+        ("photo-00001", ['a "quote"']),
+        (".*", []),
+        ("jpg 00003", ["تصویر.jpg"]),
+    ],
+)
+def test_search_finds_words_of_file_class_and_id_as_text(odd, search, names):
+    assert shown(selection.table(odd), q=search)["file_name"].tolist() == names
+
+
+def test_search_finds_true_and_predicted_class(pack, table):
+    rows = shown(table, q="TRILOBITE")
+    images = pack.images
+    wanted = images[
+        (images["label_name"] == "trilobite") | (images["predicted_name"] == "trilobite")
+    ]
+    assert set(wanted.index) <= set(rows["image_id"])
+    assert not len(shown(table, q="trilobite zebra"))
+
+
+def test_two_classes_of_one_name_are_told_apart():
+    names = selection._class_names(["134", "517", "1"], ["crane", "crane", "hen"])
+    assert names == {"134": "crane (134)", "517": "crane (517)", "1": "hen"}
+
+
+# ---------------------------------------------------------------------- neighbours and pages
+
+
+def test_neighbours_are_those_of_the_view(pack, table):
+    view = replace(defaults(table.choices), sort="ROAD", order="desc")
+    ids = select(table, view)["image_id"].tolist()
+    assert selection.neighbours(pack, view, ids[0]) == (None, ids[1], 1, 9)
+    assert selection.neighbours(pack, view, ids[4]) == (ids[3], ids[5], 5, 9)
+    assert selection.neighbours(pack, view, ids[-1]) == (ids[-2], None, 9, 9)
+    assert selection.neighbours(pack, view, "another") == (None, None, 0, 9)
+
+
+def test_pages_hold_all_maps():
+    assert [selection.pages(n, 24) for n in (0, 1, 24, 25, 48, 10_000)] == [1, 1, 1, 2, 2, 417]
+
+
+# ---------------------------------------------------------------------- URL
+
+
+def test_a_bad_parameter_leaves_the_default_and_says_so(table):
+    bad = {
+        "method": ["nothing"],
+        "sort": ["<script>"],
+        "order": ["up"],
+        "page": ["0"],
+        "size": ["1000"],
+        "label": ["1", "no class"],
+        "right": ["maybe"],
+        "measure": ["AD@50"],
+        "low": ["nan"],
+        "high": ["1e999"],
+        "another": ["page's"],
+    }
+    view, messages = parse(bad, table.choices)
+    assert view == replace(defaults(table.choices), label=("1",), measure="AD@50")
+    assert [m.partition(":")[0] for m in messages] == [
+        "method",
+        "sort",
+        "order",
+        "size",
+        "right",
+        "label",
+        "page",
+        "low",
+        "high",
+    ]
+
+
+def test_a_range_that_is_upside_down_is_not_used(table):
+    view, messages = parse({"measure": ["ROAD"], "low": ["3"], "high": ["2"]}, table.choices)
+    assert (view.low, view.high) == (None, None)
+    assert len(messages) == 1
+
+
+def test_a_range_of_an_unknown_measure_is_not_put_on_another(table):
+    view, messages = parse({"measure": ["?"], "low": ["3"]}, table.choices)
+    assert view.low is None
+    assert len(messages) == 1
+
+
+TEXTS = st.text(max_size=30) | st.sampled_from(
+    ["", "0", "-1", "1e400", "nan", "1" * 50, "٣", "all", "../../etc/passwd", "%00", "\x00", "1_0"]
+)
+
+
+LIMITS = st.none() | st.floats(-1e9, 1e9)
+VIEWS = st.builds(
+    View,
+    method=st.sampled_from(["gradcam", "saliency", ALL]),
+    maps=st.sampled_from(list(selection.MAPS)),
+    sort=st.sampled_from([*selection.SORTS, "confidence", *METRICS]),
+    order=st.sampled_from(selection.ORDERS),
+    show=st.sampled_from(list(selection.SHOWS)),
+    size=st.sampled_from(selection.SIZES),
+    page=st.integers(1, 10**6),
+    q=st.text(max_size=20).map(lambda t: " ".join(t.split())),
+    label=st.lists(st.sampled_from("1235"), unique=True, max_size=3).map(tuple),
+    predicted=st.lists(st.sampled_from("1235"), unique=True, max_size=3).map(tuple),
+    right=st.sampled_from(list(selection.RIGHT)),
+    measure=st.sampled_from([*METRICS]),
+    low=LIMITS,
+    high=LIMITS,
+).filter(lambda v: v.low is None or v.high is None or v.low <= v.high)
+
+
+EASY = settings(
+    max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+KNOWN = ["gradcam", "saliency", *selection.SORTS, *METRICS, *map(str, range(10)), "desc", "wrong"]
+URLS = st.dictionaries(
+    st.sampled_from([*NAMES, "pack"]) | st.text(max_size=3),
+    st.lists(TEXTS | st.sampled_from(KNOWN), max_size=2),
+    max_size=6,
+)
+
+
+@EASY
+@given(url=URLS)
+def test_any_url_gives_a_view_whose_own_url_has_no_faults(table, url):
+    view, messages = parse(url, table.choices)
+    assert all(len(m) < 200 for m in messages)
+    assert parse(view.params(table.choices), table.choices)[1] == []
+
+
+@settings(EASY, max_examples=200)
+@given(url=URLS)
+def test_what_any_url_gives_can_be_shown(table, url):
+    view, _ = parse(url, table.choices)
+    again, _ = parse(view.params(table.choices), table.choices)
+    rows = select(table, view)
+    assert set(rows.index) <= set(table.rows.index)
+    assert list(select(table, again).index) == list(rows.index)
+
+
+@settings(EASY, max_examples=200)
+@given(view=VIEWS)
+def test_a_view_comes_back_from_its_url_and_from_its_text(table, view):
+    if view.low is None and view.high is None:  # a measure alone is no filter
+        view = replace(view, measure=defaults(table.choices).measure)
+    assert parse(view.params(table.choices), table.choices) == (view, [])
+    assert selection.from_text(selection.to_text(view, table.choices), table.choices) == view
+
+
+@settings(EASY, max_examples=200)
+@given(text=st.text(max_size=60) | st.text("&=%;+0123456789pageqlowhigh", max_size=200))
+def test_any_text_gives_a_view(table, text):
+    assert isinstance(selection.from_text(text, table.choices), View)
+
+
+def test_every_field_of_a_view_has_a_place_in_the_url():
+    assert tuple(f.name for f in fields(View)) == NAMES
