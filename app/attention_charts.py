@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 import altair as alt
 import pandas as pd
+import streamlit as st
 
-from xattn.app.reading import Reading
+from xattn.app.attention_view import KEY, View, change, name_of
+from xattn.app.state import plain
 from xattn.attention.statistics import bits, breadth, uniform_distance
 
+if TYPE_CHECKING:
+    from xattn.app.reading import Reading
+
 SINKS = 5  # patches that count as the most attended ones
-PARTS = ("prefix tokens", f"{SINKS} most attended patches")
+PARTS = ("prefix tokens", f"top {SINKS} patches")
 PICKED = "pick"  # the charts' selection
 _ACCENT, _GREY = "#c9602f", "#8a857e"  # on light and dark ground alike
 _PART_COLOURS = ("#c9602f", "#8a857e")
@@ -64,7 +70,7 @@ def sinks_chart(table: pd.DataFrame, layer: int) -> alt.Chart:
                 "part:N",
                 title=None,
                 scale=alt.Scale(domain=parts, range=list(_PART_COLOURS[-len(parts) :])),
-                legend=alt.Legend(orient="bottom", labelLimit=300),
+                legend=alt.Legend(orient="top", labelLimit=300),
             ),
             order="order:Q",
             opacity=alt.condition(alt.datum.layer == layer, alt.value(1), alt.value(0.6)),
@@ -137,3 +143,113 @@ def entropy_chart(table: pd.DataFrame, most: float, layer: int, head: str) -> al
         )
         .add_params(alt.selection_point(name=PICKED, fields=["layer", "head"]))
     )
+
+
+# ---------------------------------------------------------------------- on the page
+
+
+def show(seen: Reading, view: View) -> None:
+    """Write the charts of the view and what they say; a click on a head shows it."""
+    st.subheader("All layers and heads on this photo", anchor=False)
+    found = seen.statistics[0]
+    count = seen.grid[0] * seen.grid[1]
+    rows = (
+        f"all {count} patches as queries"
+        if found.queries == count
+        else f"a random sample of {found.queries} of the {count} patches as queries"
+    )
+    st.caption(f"Means over {rows}; they do not depend on the picked patch.")
+    heads = heads_table(seen)
+    shown = (view.layer, view.head)
+    left, right = st.columns(2, gap="large")
+    with left:
+        st.markdown("**Sinks: where attention goes**")
+        st.vega_lite_chart(
+            seen.chart(
+                ("sinks", view.layer),
+                lambda: sinks_chart(sinks_table(seen), view.layer).to_dict(),
+            )
+        )
+        st.caption(plain(_sinks_text(seen, view)))
+    with right:
+        st.markdown("**Locality: how far heads look**")
+        st.vega_lite_chart(
+            seen.chart(
+                ("distance", *shown),
+                lambda: distance_chart(heads, seen.grid, *shown).to_dict(),
+            ),
+            key=f"{KEY}distance",
+            on_select=_distance_picked,
+            selection_mode=PICKED,
+        )
+        st.caption(
+            "Distance between patch centres, weighted by attention, prefix tokens left out. A point "
+            "is a head, the line the mean of a layer; click a point to show its head."
+        )
+    st.markdown("**Heads by entropy**, the narrowest first")
+    which = st.segmented_control(
+        "Heads of",
+        ["layer", "all"],
+        key=f"{KEY}ranked",
+        default="layer",
+        required=True,
+        format_func=lambda w: f"Layer {view.layer}" if w == "layer" else "All layers",
+        label_visibility="collapsed",
+    )
+    most = math.log(seen.operators[0].shape[3])
+    chosen = heads if which == "all" else heads[heads["layer"] == view.layer]
+    with st.container(height=420 if len(chosen) > 18 else "content", border=False):
+        st.vega_lite_chart(
+            seen.chart(
+                ("entropy", which, *shown),
+                lambda: entropy_chart(chosen, most, *shown).to_dict(),
+            ),
+            key=f"{KEY}entropy",
+            on_select=_entropy_picked,
+            selection_mode=PICKED,
+        )
+    st.caption(
+        f"Entropy of a row over all tokens, prefix tokens included, mean over queries; uniform "
+        f"attention has {most:.2f} nats. Click a bar to show its head."
+    )
+    with st.expander("The figures as a table"):
+        st.dataframe(
+            heads.drop(columns="name").sort_values("entropy"),
+            hide_index=True,
+            column_config={
+                "layer": "Layer",
+                "head": "Head",
+                "entropy": st.column_config.NumberColumn("Entropy, nats", format="%.3f"),
+                "bits": st.column_config.NumberColumn("Entropy, bits", format="%.3f"),
+                "tokens": st.column_config.NumberColumn("As wide as tokens", format="%.1f"),
+                "distance": st.column_config.NumberColumn("Distance, patches", format="%.2f"),
+                "prefix": st.column_config.NumberColumn("To prefix tokens", format="percent"),
+            },
+        )
+
+
+def _sinks_text(seen: Reading, view: View) -> str:
+    tokens, shares = seen.statistics[view.layer].sinks(SINKS)
+    listed = "; ".join(
+        f"{name_of(int(t), seen)} ({float(s):.1%})"
+        for t, s in zip(tokens[0], shares[0], strict=True)
+    )
+    even = 1 / seen.operators[0].shape[3]
+    return (
+        f"Mean over heads and queries. Most attended patches of layer {view.layer}: {listed}. "
+        f"An even share is {even:.2%}."
+    )
+
+
+def _distance_picked() -> None:
+    _point_picked("distance")
+
+
+def _entropy_picked() -> None:
+    _point_picked("entropy")
+
+
+def _point_picked(chart: str) -> None:
+    points = st.session_state[f"{KEY}{chart}"].selection.get(PICKED) or []
+    if points:
+        change(layer=int(points[0]["layer"]), head=str(int(points[0]["head"])))

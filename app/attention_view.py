@@ -9,15 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import streamlit as st
+
+from xattn.app.attention_pictures import SCALES
 from xattn.app.reading import SIZES, TRAINED, sizes, usual_size
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from xattn.app.reading import Reading
 
 MEAN = "mean"
-SCALES = ("root", "linear", "own")
+KEY = "attention."  # before the names of the page's widgets
 NAMES = ("mechanism", "size", "layer", "head", "patch", "depth", "scale")
 
 
@@ -32,7 +37,7 @@ class View:
     head: str = MEAN
     patch: str = "1,1"
     depth: int = 0
-    scale: str = SCALES[0]
+    scale: str = "root"
 
     def params(self, usual: View) -> dict[str, str]:
         """What differs from the usual view, for a URL."""
@@ -87,7 +92,7 @@ def view_of(params: Mapping[str, str], start: View, reading: Reading) -> tuple[V
                 f"There is no head {_short(params['head'])}; this layer has heads 0 to {heads - 1}."
             )
     if "patch" in params:
-        if token_of(params["patch"], reading) is not None:
+        if _token(params["patch"], reading) is not None:
             view = replace(view, patch=params["patch"])
         else:
             rows, columns = reading.grid
@@ -100,8 +105,14 @@ def view_of(params: Mapping[str, str], start: View, reading: Reading) -> tuple[V
     return view, messages
 
 
-def token_of(patch: str, reading: Reading) -> int | None:
-    """The token that a view's ``patch`` names, or None."""
+def token_of(patch: str, reading: Reading) -> int:
+    """The token of a view's ``patch``."""
+    token = _token(patch, reading)
+    assert token is not None, "view_of has checked it"
+    return token
+
+
+def _token(patch: str, reading: Reading) -> int | None:
     slugs = [slug(name) for name in reading.prefix]
     if patch in slugs:
         return slugs.index(patch)
@@ -112,6 +123,11 @@ def token_of(patch: str, reading: Reading) -> int | None:
     if not (1 <= row <= reading.grid[0] and 1 <= column <= reading.grid[1]):
         return None
     return len(reading.prefix) + (row - 1) * reading.grid[1] + column - 1
+
+
+def fused(per_head: Tensor, head: str) -> Tensor:
+    """(H, N) -> (N,): one head, or their mean."""
+    return per_head.mean(0) if head == MEAN else per_head[int(head)]
 
 
 def place_of(token: int, reading: Reading) -> tuple[int, int] | None:
@@ -141,3 +157,44 @@ def _whole(text: str, count: int) -> int | None:
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 30 else text[:29] + "…")
+
+
+# ---------------------------------------------------------------------- the session
+
+
+def widgets() -> dict[str, str]:
+    """What the page's widgets say, as a URL would."""
+    found = {name: st.session_state.get(KEY + name) for name in NAMES}
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def settle(view: View) -> View:
+    """Give the widgets that are about to be drawn the view's values."""
+    for name in NAMES:
+        st.session_state[KEY + name] = getattr(view, name)
+    return view
+
+
+def change(**values: Any) -> None:
+    """Change what is shown, as every widget does; the next run reads it."""
+    st.session_state[f"{KEY}acted"] = True
+    for name, value in values.items():
+        st.session_state[KEY + name] = value
+
+
+def arrived(pack_id: str, image_id: str, url: Mapping[str, str]) -> bool:
+    """Whether the URL is a new one (a link, a reload, Back), so that it counts and not the widgets."""
+    # A click may be sent before the browser knows the address that the last run wrote.
+    acted = st.session_state.pop(f"{KEY}acted", False)
+    known = st.session_state.get(f"{KEY}url", (None, None, None))
+    return known[:2] != (pack_id, image_id) or (known[2] != url and not acted)
+
+
+def remember(pack_id: str, image_id: str, view: View, start: View) -> None:
+    """Write the view into the URL, unless it is there."""
+    wanted = view.params(start)
+    st.session_state[f"{KEY}url"] = (pack_id, image_id, wanted)
+    whole = {n: st.query_params.get_all(n) for n in st.query_params if n not in NAMES}
+    whole |= {"image": [image_id], **{name: [value] for name, value in wanted.items()}}
+    if whole != {n: st.query_params.get_all(n) for n in st.query_params}:
+        st.query_params.from_dict(whole)

@@ -7,9 +7,10 @@ never N x N. A session keeps the images it looked at last, ``KEPT`` of them.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from PIL import Image
@@ -21,17 +22,31 @@ from xattn.attention.statistics import Statistics, sample_queries, statistics
 from xattn.explainers.attention import read_attention
 from xattn.explainers.rollout import rollout_row
 from xattn.images import prepare
+from xattn.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from xattn.app.library import Pack
     from xattn.backbone import Backbone
 
-KEPT = 2  # readings of a session: queries, keys and values of all layers, 15 MB for a ViT-S at 224 px
+KEPT = (
+    2  # readings of a session: queries, keys and values of all layers, 15 MB for a ViT-S at 224 px
+)
 MOST_QUERIES = 512  # rows that statistics read in a layer
 TRAINED = "trained"
 # Mechanisms that can stand in for trained softmax attention, their one option and its values.
 SIZES = {"gna": ("kernel", range(3, 32, 2)), "agent": ("agents", (4, 9, 16, 25, 49, 100))}
-_ROLLOUTS = 64  # rows kept of a reading
+_MADE = 64  # queries, rollouts and charts kept of a reading
+Made = TypeVar("Made")
+
+
+def keep(cache: OrderedDict[Any, Made], key: Any, make: Callable[[], Made], most: int) -> Made:
+    """What ``cache`` has under ``key``, made where it is missing; the ``most`` last used ones stay."""
+    if key not in cache:
+        cache[key] = make()
+    cache.move_to_end(key)
+    while len(cache) > most:
+        cache.popitem(last=False)
+    return cache[key]
 
 
 @dataclass(eq=False)
@@ -48,31 +63,44 @@ class Reading:
     grid: tuple[int, int]
     prefix: tuple[str, ...]
     """What the prefix tokens are, the first tokens of the sequence."""
-    _rollouts: OrderedDict[tuple[int, int], Tensor] = field(default_factory=OrderedDict)
+    _rows: OrderedDict[Any, list[Tensor]] = field(default_factory=OrderedDict)
+    _rollouts: OrderedDict[Any, Tensor] = field(default_factory=OrderedDict)
+    _charts: OrderedDict[Any, dict[str, Any]] = field(default_factory=OrderedDict)
 
     @property
     def layers(self) -> int:
         return len(self.operators)
+
+    @property
+    def hides(self) -> bool:
+        """Whether the mechanism keeps some keys from its queries: windows, or a choice of keys."""
+        return any(name in maps for maps in self.maps for name in ("received", "kept"))
 
     def heads(self, layer: int) -> int:
         return self.operators[layer].shape[1]
 
     def rows(self, token: int) -> list[Tensor]:
         """The attention of ``token`` in each layer, (H, N)."""
-        return [
-            operator.rows(torch.tensor([token], device=operator.device))[0, :, 0].float().cpu()
-            for operator in self.operators
-        ]
+
+        def make() -> list[Tensor]:
+            return [
+                operator.rows(torch.tensor([token], device=operator.device))[0, :, 0].float().cpu()
+                for operator in self.operators
+            ]
+
+        return keep(self._rows, token, make, _MADE)
 
     def rollout(self, token: int, layer: int) -> Tensor:
         """Rollout up to ``layer`` from ``token``, (N,)."""
-        key = token, layer
-        if key not in self._rollouts:
-            found = rollout_row(self.operators[: layer + 1], token)
-            self._rollouts[key] = found[0].float().cpu()
-            if len(self._rollouts) > _ROLLOUTS:
-                self._rollouts.popitem(last=False)
-        return self._rollouts[key]
+
+        def make() -> Tensor:
+            return rollout_row(self.operators[: layer + 1], token)[0].float().cpu()
+
+        return keep(self._rollouts, (token, layer), make, _MADE)
+
+    def chart(self, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A chart of this reading: altair takes its time to make one."""
+        return keep(self._charts, key, make, _MADE)
 
     @cached_property
     def statistics(self) -> list[Statistics]:
@@ -117,7 +145,7 @@ def read(
     backbone: Backbone,
     mechanism: str,
     size: int | None,
-    kept: OrderedDict[tuple[object, ...], Reading],
+    kept: OrderedDict[Any, Reading],
 ) -> Reading:
     """The reading of an image, from ``kept`` or by a pass.
 
@@ -128,21 +156,32 @@ def read(
         ValueError: the mechanism does not run in it. PackError: the photo is gone or damaged.
     """
     key = (pack.id, pack.version, image_id, backbone.fingerprint, mechanism, size)
-    if key in kept:
-        kept.move_to_end(key)
-        return kept[key]
+    return keep(kept, key, lambda: _read(pack, image_id, backbone, mechanism, size), KEPT)
+
+
+def _read(
+    pack: Pack, image_id: str, backbone: Backbone, mechanism: str, size: int | None
+) -> Reading:
     first = pack.entries.index[pack.entries["image_id"] == image_id][0]
     mode = pack.explanation(first).view.mode
     images, _ = prepare(pack.photo(image_id), backbone.preprocessing, mode)
-    with models.turn(), torch.no_grad():
-        model = backbone
-        if mechanism != TRAINED:
-            options = {SIZES[mechanism][0]: size}
-            if mechanism == "agent":
-                options["training_free"] = True
-            model = converted_copy(backbone, mechanism, **options)
-        found = read_attention(model, images[None].to(model.device, model.mean.dtype))
-    made = Reading(
+    try:
+        with models.turn(), torch.no_grad():
+            model = backbone
+            if mechanism != TRAINED:
+                options = {SIZES[mechanism][0]: size}
+                if mechanism == "agent":
+                    options["training_free"] = True
+                model = converted_copy(backbone, mechanism, **options)
+            found = read_attention(model, images[None].to(model.device, model.mean.dtype))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"There is not enough memory to read the attention of {backbone.name}; close other "
+            f"models, or start the viewer with a smaller --input-size."
+        ) from error
+    return Reading(
         pixels=Image.fromarray((images.permute(1, 2, 0) * 255).round().byte().numpy()),
         operators=[call.operator for call in found.layers],
         maps=[{name: m[0].float().cpu() for name, m in c.maps.items()} for c in found.layers],
@@ -150,10 +189,6 @@ def read(
         grid=found.grid,
         prefix=prefix_names(backbone, found.prefix),
     )
-    kept[key] = made
-    while len(kept) > KEPT:
-        kept.popitem(last=False)
-    return made
 
 
 def prefix_names(backbone: Backbone, count: int) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ def grid(
             ``plain``; everything but ``id``, ``src`` and ``title`` may be left out. ``href`` is
             where the cell leads in another tab.
         label: what the whole is called by a screen reader.
-        columns: how many side by side; by default as many as fit.
+        columns: how many side by side, at most where ``width`` is given; by default as many as fit.
         width: of a cell in pixels, at least; by default 168, or 132 on a narrow screen.
         aspect: width over height of a picture's place.
         scroll: when this changes, the grid's top comes into sight.
