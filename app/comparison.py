@@ -72,7 +72,7 @@ class Board:
             return "not measured"
         if s.best:
             return "best"
-        if self.kind(method) == "mask":
+        if self.results.methods[method].is_mask:
             return "a mask, not ranked"
         if is_baseline(method) and (s.diff_lo > 0 if up else s.diff_hi < 0):
             return "better than the best method"

@@ -23,14 +23,18 @@ from xattn.eval.protocol import METRICS
 if TYPE_CHECKING:
     from xattn.app.library import ComparisonInfo, Pack
 
-PARTS = ("Leaderboard", "Curves", "Single images", "Two methods")
+PARTS = ("Leaderboard", "Curves", "Photos", "Pairs")
 MAPS = "maps"  # compare two methods by the order of their maps
 SIDE = 320  # pixels of a picture's longer side
 SHOWN = 12  # images on which two methods differ most
 MAX_PAIRS = 1000  # of maps whose order is compared
+PER_PHOTO = MAX_VALUES // 2000  # at most 2,000 dots a method
 LINES = 6  # methods in a chart before anybody chooses
-# Told apart without colour as well: by dashes, shapes and names at the end of lines.
-COLOURS = ["#b4441f", "#2f6f9f", "#6a8f2f", "#8a5aa8", "#c08a1e", "#3a8f83", "#a0527c", "#6b6b6b"]
+# Methods are told apart without colour as well: by dashes and shapes.
+LIGHT = ["#b4441f", "#2f6f9f", "#6a8f2f", "#8a5aa8", "#b07a10", "#2f8579", "#a0527c", "#6f6a62"]
+DARK = ["#f08a4b", "#74b3e0", "#a5c964", "#c39ae0", "#e3b64c", "#63c3b4", "#e08fbb", "#b5afa6"]
+DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3]]
+SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 STYLE = """
 <style>
 [class*="st-key-pair-"]{--cell:120px}
@@ -51,13 +55,16 @@ def page(context: Context) -> None:
     _about(board)
     pack, problem = _pack(context, info)
     tabs = st.tabs(list(PARTS), key="part", bind="query-params")
-    for tab, draw in zip(tabs, (_leaderboard, _curves, _scatter), strict=False):
+    draw = (
+        lambda: _leaderboard(board),
+        lambda: _curves(board),
+        lambda: _scatter(board, pack),
+        lambda: _two(board, pack, problem),
+    )
+    for tab, part in zip(tabs, draw, strict=True):
         if tab.open:
             with tab:
-                draw(board)
-    if tabs[3].open:
-        with tabs[3]:
-            _two(board, pack, problem)
+                part()
 
 
 def _nothing(context: Context) -> None:
@@ -119,10 +126,10 @@ def _pack(context: Context, info: ComparisonInfo) -> tuple[Pack | None, str]:
 # ---------------------------------------------------------------------- leaderboard
 
 
-def _metric(board: Board, key: str, label: str = "Metric", index: int | None = None) -> str:
+def _metric(board: Board, key: str, label: str = "Metric", first: str | None = None) -> str:
     """A select box of the columns, with their direction."""
     keys = list(board.columns)
-    first = case_columns(board.results)[0].key if index is None else keys[index]
+    first = first or case_columns(board.results)[0].key
     return st.selectbox(
         label,
         keys,
@@ -140,16 +147,19 @@ def _leaderboard(board: Board) -> None:
     about = METRICS[column.metric]
     better = "higher" if about.higher_is_better else "lower"
     st.caption(plain(f"{key}: {about.formula}; {better} is better"))
-    table = _standings(board, key)
-    _intervals(board, key, table)
+    table, form = _standings(board, key)
+    _intervals(board, key, table, form)
+    number = f"%{form}"
     st.dataframe(
-        table.drop(columns=["lo", "hi"]),
+        table.drop(columns=["lo", "hi", "said"]),
         hide_index=True,
         width="stretch",
         height="content",
         column_config={
-            "mean": st.column_config.TextColumn(f"mean {'↑' if about.higher_is_better else '↓'}"),
-            "n": st.column_config.NumberColumn("photos"),
+            "method": st.column_config.TextColumn(pinned=True),
+            "mean": st.column_config.NumberColumn(
+                f"mean {'↑' if about.higher_is_better else '↓'}", format=number
+            ),
             "minus best": st.column_config.TextColumn(
                 help="Mean difference to the best method, photo by photo, with its interval."
             ),
@@ -159,29 +169,31 @@ def _leaderboard(board: Board) -> None:
         _everything(board)
 
 
-def _standings(board: Board, key: str) -> pd.DataFrame:
-    """The methods in a column, the best first; numbers as text in the column's own format."""
+def _standings(board: Board, key: str) -> tuple[pd.DataFrame, str]:
+    """The methods in a column, the best first, and the column's number format."""
     up = METRICS[board.columns[key].metric].higher_is_better
     cells = [board.standings[name, key] for name in board.results.methods]
     form = _form(board.columns[key], [s.mean for s in cells])
     measured = sorted((s for s in cells if s.n), key=lambda s: -s.mean if up else s.mean)
     rows = []
     for s in [*measured, *(s for s in cells if not s.n)]:
+        interval = f"{_number(s.lo, form)} to {_number(s.hi, form)}" if s.n else "-"
         rows.append(
             {
                 "method": s.method,
                 "row": board.kind(s.method),
-                "mean": _number(s.mean, form) if s.n else "-",
-                "95 % interval": f"{_number(s.lo, form)} to {_number(s.hi, form)}" if s.n else "-",
+                "mean": s.mean if s.n else None,
                 "standing": board.verdict(s.method, key),
+                "95 % interval": interval,
                 "minus best": _difference(s, form),
-                "n": s.n,
+                "photos": s.n,
                 "forward passes": _passes(board, s.method),
                 "lo": s.lo,
                 "hi": s.hi,
+                "said": f"{_number(s.mean, form)} [{interval}]",
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows), form
 
 
 def _difference(s: Any, form: str) -> str:
@@ -191,49 +203,51 @@ def _difference(s: Any, form: str) -> str:
     return f"{_number(s.diff, form)} [{lo} to {hi}]"
 
 
-def _passes(board: Board, name: str) -> str:
+def _passes(board: Board, name: str) -> int | None:
     passes = board.results.methods[name].forwards
-    return f"{passes:,}" if type(passes) is int else "-"
+    return passes if type(passes) is int else None
 
 
-def _intervals(board: Board, key: str, table: pd.DataFrame) -> None:
+def _intervals(board: Board, key: str, table: pd.DataFrame, form: str) -> None:
     """A dot and its interval for every method, in the table's order."""
-    shown = table[table["n"] > 0].assign(
-        value=[board.standings[m, key].mean for m in table["method"][table["n"] > 0]]
-    )
+    shown = table[table["photos"] > 0]
     if shown.empty:
         st.info("No method has a value of this metric.")
         return
     order = list(shown["method"])
     base = alt.Chart(shown).encode(
         y=alt.Y("method:N", sort=order, title=None, axis=alt.Axis(labelLimit=220)),
-        tooltip=["method", "row", "mean", "95 % interval", "standing"],
+        tooltip=["method", "row", alt.Tooltip("said:N", title="mean"), "standing"],
     )
-    kinds = alt.Scale(
-        domain=["method", "sanity row", "mask"], range=[COLOURS[0], "#8a8378", COLOURS[1]]
-    )
+    kinds = [kind for kind in ("method", "sanity row", "mask") if kind in set(shown["row"])]
+    palette = _palette()
+    legend = alt.Legend(title=None, orient="top") if len(kinds) > 1 else None
+    colours = {"method": palette[0], "sanity row": palette[7], "mask": palette[1]}
     colour = alt.Color(
-        "row:N", scale=kinds, legend=alt.Legend(title=None, orient="top") if _mixed(shown) else None
+        "row:N",
+        scale=alt.Scale(domain=kinds, range=[colours[kind] for kind in kinds]),
+        legend=legend,
     )
+    shapes = {"method": "circle", "sanity row": "square", "mask": "diamond"}
     rules = base.mark_rule(strokeWidth=2).encode(
         x=alt.X("lo:Q", title=arrow(key, board), scale=alt.Scale(zero=False)),
         x2="hi:Q",
         color=colour,
     )
     points = base.mark_point(size=70, filled=True, opacity=1).encode(
-        x="value:Q",
+        x="mean:Q",
         color=colour,
         shape=alt.Shape(
             "row:N",
-            scale=alt.Scale(domain=kinds.domain, range=["circle", "square", "diamond"]),
-            legend=alt.Legend(title=None, orient="top") if _mixed(shown) else None,
+            scale=alt.Scale(domain=kinds, range=[shapes[kind] for kind in kinds]),
+            legend=legend,
         ),
     )
     st.altair_chart((rules + points).properties(height=alt.Step(26)), width="stretch")
 
 
-def _mixed(table: pd.DataFrame) -> bool:
-    return table["row"].nunique() > 1
+def _palette() -> list[str]:
+    return DARK if st.context.theme.type == "dark" else LIGHT
 
 
 def _everything(board: Board) -> None:
@@ -309,14 +323,14 @@ def _curves(board: Board) -> None:
 def _lines(table: pd.DataFrame, names: list[str], axis: str, board: Board) -> alt.LayerChart:
     score = board.results.protocol.score
     colour = _colour(names)
-    dashes = [[1, 0] if board.kind(name) == "method" else [5, 4] for name in names]
+    dashes = [DASHES[i % len(DASHES)] for i in range(len(names))]
     x = alt.X("x:Q", title=axis, scale=alt.Scale(domain=[0, float(table["x"].max())], nice=False))
     base = alt.Chart(table).encode(x=x, color=colour)
     band = base.mark_area(opacity=0.14).encode(y="lo:Q", y2="hi:Q")
     line = base.mark_line(strokeWidth=2).encode(
         y=alt.Y("score:Q", title=score),
         strokeDash=alt.StrokeDash(
-            "method:N", scale=alt.Scale(domain=names, range=dashes), legend=alt.Legend(title=None)
+            "method:N", scale=alt.Scale(domain=names, range=dashes), legend=_legend()
         ),
         tooltip=[
             "method",
@@ -330,9 +344,13 @@ def _lines(table: pd.DataFrame, names: list[str], axis: str, board: Board) -> al
 
 
 def _colour(names: list[str]) -> alt.Color:
-    colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
-    legend = alt.Legend(title=None, orient="top", columns=3, labelLimit=180)
-    return alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), legend=legend)
+    palette = _palette()
+    colours = [palette[i % len(palette)] for i in range(len(names))]
+    return alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), legend=_legend())
+
+
+def _legend() -> alt.Legend:
+    return alt.Legend(title=None, orient="bottom", columns=2, labelLimit=150, symbolStrokeWidth=2)
 
 
 def _read_as(key: str, lines: dict[str, Any], names: list[str]) -> str:
@@ -348,57 +366,107 @@ def _read_as(key: str, lines: dict[str, Any], names: list[str]) -> str:
 # ---------------------------------------------------------------------- single images
 
 
-def _scatter(board: Board) -> None:
+def _scatter(board: Board, pack: Pack | None) -> None:
     keys = list(board.columns)
+    good = [column.key for column in case_columns(board.results)]
+    good = list(dict.fromkeys([*good, *keys]))[:2]
     left, right = st.columns(2)
     with left:
-        x = _metric(board, "sx", "Across", 0)
+        x = _metric(board, "sx", "Across", good[0])
     with right:
-        y = _metric(board, "sy", "Up", min(1, len(keys) - 1))
+        y = _metric(board, "sy", "Up", good[-1])
     names = _methods(board, "dots", board.ranked, 3)
     if not names:
         st.info("No method is chosen. Choose one or more above.")
         return
-    results = board.results
-    # As many photos as a browser draws at once, evenly spread.
-    points = spread(len(results.images), len(names) * (MAX_VALUES // 5000))
-    rows = [
-        {
-            "method": name,
-            "x": float(results.methods[name].values[board.columns[x]][i]),
-            "y": float(results.methods[name].values[board.columns[y]][i]),
-            "photo": results.images[i].id.rpartition("/")[2],
-            "class": results.images[i].target_name,
-            "p": results.images[i].p,
-        }
-        for name in names
-        for i in points
-    ]
-    table = pd.DataFrame(rows).dropna()
+    table, note = _dots(board, pack, names, x, y)
+    dots = len(table)
+    table = table.dropna(subset=["x", "y"])
     if table.empty:
         st.info("No photo has a value of both metrics.")
         return
     chart = (
         alt.Chart(table)
-        .mark_point(size=45, filled=True, opacity=0.7)
+        .mark_point(size=50, filled=True)
         .encode(
             x=alt.X("x:Q", title=arrow(x, board), scale=alt.Scale(zero=False)),
             y=alt.Y("y:Q", title=arrow(y, board), scale=alt.Scale(zero=False)),
             color=_colour(names),
             shape=alt.Shape(
-                "method:N", scale=alt.Scale(domain=names), legend=alt.Legend(title=None)
+                "method:N", scale=alt.Scale(domain=names, range=SHAPES), legend=_legend()
             ),
-            tooltip=["photo", "class", alt.Tooltip("p:Q", format=".1%"), "method", "x", "y"],
+            tooltip=[
+                "photo",
+                "class",
+                alt.Tooltip("p:Q", format=".1%"),
+                "method",
+                alt.Tooltip("x:Q", title=x.replace(".", ""), format=".4g"),
+                alt.Tooltip("y:Q", title=y.replace(".", ""), format=".4g"),
+            ],
         )
         .properties(height=420)
     )
-    st.altair_chart(chart, width="stretch")
-    dropped = len(rows) - len(table)
-    few = f"{len(points)} of {len(results.images)} photos, evenly spread. " * (
-        len(points) < len(results.images)
-    )
-    none = f"{dropped} dots have no value of one of them." * (dropped > 0)
-    st.caption(f"A dot is a photo. {few}{none}")
+    if "entry" in table:
+        picked = alt.selection_point(name="dot", fields=["entry"], on="click", clear=False)
+        chart = chart.add_params(picked).encode(
+            opacity=alt.condition(picked, alt.value(0.8), alt.value(0.5), empty=True)
+        )
+        event = st.altair_chart(chart, width="stretch", key="dots_chart", on_select="rerun")
+        dots_picked = event["selection"].get("dot")  # a list, or {} before the first click
+        entry = (
+            dots_picked[0].get("entry") if isinstance(dots_picked, list) and dots_picked else None
+        )
+        if pack is not None and entry in pack.entries.index:
+            image_id = pack.entries.at[entry, "image_id"]
+            state.go("image", pack=pack.id, image=image_id, methods=names, entry=entry)
+    else:
+        st.altair_chart(chart, width="stretch")
+    if dots > len(table):
+        note += f" {dots - len(table)} have no value of one of the two."
+    st.caption(note)
+
+
+def _dots(
+    board: Board, pack: Pack | None, names: list[str], x: str, y: str
+) -> tuple[pd.DataFrame, str]:
+    """A row a photo and method, and what to say of them; with the entry's id where a click opens it."""
+    results = board.results
+    keys = [metric.key for metric in pack.metrics] if pack is not None else []
+    if pack is not None and len(pack.images) == len(results.images) and {x, y} <= set(keys):
+        rows = pack.entries[pack.entries["method"].isin(names)]
+        rows = rows[rows["image_id"].isin(pack.images.index[spread(len(pack.images), PER_PHOTO)])]
+        table = pd.DataFrame(
+            {
+                "entry": rows.index,
+                "method": rows["method"].to_numpy(),
+                "x": rows[x].to_numpy(),
+                "y": rows[y].to_numpy(),
+                "photo": pack.images["file_name"].loc[rows["image_id"]].to_numpy(),
+                "class": rows["target_name"].to_numpy(),
+                "p": rows["probability"].to_numpy(),
+            }
+        )
+        note = "A dot is a photo; click one to open it."
+    else:
+        points = spread(len(results.images), PER_PHOTO)
+        table = pd.concat(
+            pd.DataFrame(
+                {
+                    "method": name,
+                    "x": results.methods[name].values[board.columns[x]][points],
+                    "y": results.methods[name].values[board.columns[y]][points],
+                    "photo": [results.images[i].id.rpartition("/")[2] for i in points],
+                    "class": [results.images[i].target_name for i in points],
+                    "p": [results.images[i].p for i in points],
+                }
+            )
+            for name in names
+        )
+        note = "A dot is a photo."
+    count = len(spread(len(results.images), PER_PHOTO))
+    if count < len(results.images):
+        note += f" {count:,} of {len(results.images):,} photos, evenly spread."
+    return table, note
 
 
 # ---------------------------------------------------------------------- two methods
@@ -450,10 +518,11 @@ def _two(board: Board, pack: Pack | None, problem: str) -> None:
         st.info("No photo has a value of both methods.")
         return
     st.caption(f"The {min(SHOWN, len(found))} of {len(found)} photos on which they differ most.")
-    columns = st.columns(2)
     form = ".2f" if by == MAPS else _form(board.columns[by], [v for f in found for v in (f.a, f.b)])
+    columns: list[Any] = []
     for number, apart in enumerate(found[:SHOWN]):
-        with columns[number % 2]:
+        columns = columns or list(st.columns(2))  # row by row: on a phone they keep their order
+        with columns.pop(0):
             _pair(pack, pairs.iloc[apart.index], (a, b), by, apart, form, number)
 
 
