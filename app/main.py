@@ -15,11 +15,6 @@ from xattn.app import state, theme
 from xattn.app.library import PackError
 from xattn.app.state import Context, plain
 
-try:
-    from xattn.app import demo_pack  # type: ignore[attr-defined]
-except ImportError:
-    demo_pack = None
-
 if TYPE_CHECKING:
     from xattn.app.library import Library, Pack, PackInfo
 
@@ -162,12 +157,13 @@ def _problems(infos: list[PackInfo]) -> None:
 
 def _welcome(library: Library) -> None:
     """The first run: no pack that opens."""
+    from xattn.app import demo_pack  # and with it the jobs, which other pages do without
+
     st.header("No pack to show yet", anchor=False)
     st.markdown("A pack is a folder of photos with their maps. Make one of your own photos:")
     output = state.settings().root / "first"
     st.code(f"xattn explain PHOTOS --output {shlex.quote(str(output))}", language="sh")
-    if demo_pack is not None:
-        demo_pack.offer()
+    demo_pack.offer()
     for info in library.packs():
         if info.problem is not None:
             st.warning(f"**{plain(info.name)}**  \n{plain(info.problem)}")

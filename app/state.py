@@ -126,11 +126,14 @@ def go(page: str, **params: Value) -> NoReturn:
     if context is not None:
         # A parameter cannot be set while a widget is bound to it, so the widgets let go first.
         with context.session_state.query_params() as current:
-            for name in list(current):
+            for name in {*current, *query}:
                 binding = current.get_binding_for_param(name)
-                if binding is not None:
-                    current.unbind_widget(binding.widget_id)
-                    if page == current_page():
+                if binding is None:
+                    continue
+                current.unbind_widget(binding.widget_id)
+                if page == current_page():
+                    query.pop(name, None)
+                    if name in current:
                         query[name] = current.get_all(name)
     st.switch_page(page_object(page), query_params=query)
     raise AssertionError("st.switch_page ends the run")

@@ -1,0 +1,235 @@
+"""The gallery page: widgets, URL, paging, what is sent to the browser, empty and damaged packs."""
+
+import json
+
+import pytest
+from packs import explanation, picture, small_pack
+from streamlit.testing.v1 import AppTest
+
+from xattn.app import state
+from xattn.explanation import MAPS, save_pack
+
+NAMES = [
+    "<img src=x onerror=alert(1)>",
+    'a "quote" & more',
+    "😀 party",
+    "تصویر",
+    "**bold** $x$ :red[y]",
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("root")
+    small_pack(root / "first", 30, ("gradcam", "random"))
+    found = [explanation(i, file_name=name, source=picture(i)) for i, name in enumerate(NAMES)]
+    save_pack(root / "odd <b>", found, overlays=False)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def started(root, monkeypatch):
+    monkeypatch.setattr(state, "_settings", state.Settings(root=root))
+
+
+def run(**params):
+    app = AppTest.from_file(state.SCRIPT, default_timeout=60)
+    app.query_params.update(params)
+    return checked(app.run())
+
+
+def checked(app):
+    assert not app.exception
+    return app
+
+
+def cells(app):
+    """What the grid was given, [] where there is none."""
+    grids = [e for e in app.get("bidi_component") if "cells" in e.proto.json]
+    return json.loads(grids[0].proto.json)["cells"] if grids else []
+
+
+def pack_id(name):
+    return next(info.id for info in state.library().packs() if info.name == name)
+
+
+def frame(name):
+    return state.library().open(pack_id(name))
+
+
+def test_a_page_of_pictures_is_sent_and_no_more():
+    app = run()
+    assert len(cells(app)) == 24
+    assert "1 to 24 of 30 maps" in app.caption[0].value
+    first = cells(app)[0]
+    assert first["src"].startswith("/xattn/overlay?")
+    assert "page=" not in first["href"]
+    assert f"pack={pack_id('first')}" in first["href"]
+
+
+def test_the_next_page_has_the_rest_and_its_own_url():
+    app = run()
+    seen = [c["id"] for c in cells(app)]
+    checked(app.button(key="next").click().run())
+    assert app.query_params["page"] == "2"
+    seen += [c["id"] for c in cells(app)]
+    pack = frame("first")
+    assert seen == list(pack.entries.index[pack.entries["method"] == "gradcam"])
+    assert app.button(key="next").disabled
+    checked(app.button(key="previous").click().run())
+    assert "page" not in app.query_params
+
+
+def test_a_url_restores_every_widget():
+    app = run(
+        pack=pack_id("first"),
+        method="random",
+        sort="ROAD",
+        order="desc",
+        show="photo",
+        size="36",
+        q="photo",
+        label=["1", "2"],
+        predicted=["1", "2"],
+        right="right",
+        measure="AD@50",
+        low="0.1",
+        high="0.9",
+    )
+    assert not app.warning
+    assert app.selectbox(key="method").value == "random"
+    assert app.selectbox(key="sort").value == "ROAD"
+    assert app.selectbox(key="order").value == "desc"
+    assert app.selectbox(key="size").value == 36
+    assert app.text_input(key="q").value == "photo"
+    assert app.multiselect(key="label").value == ["1", "2"]
+    assert app.multiselect(key="predicted").value == ["1", "2"]
+    assert app.radio(key="right").value == "right"
+    assert app.selectbox(key="measure").value == "AD@50"
+    assert (app.number_input(key="low").value, app.number_input(key="high").value) == (0.1, 0.9)
+    pack = frame("first")
+    images, entries = pack.images, pack.entries
+    wanted = images[images["label"].isin([1, 2]) & (images["right"] == True)].index  # noqa: E712
+    rows = entries[entries["image_id"].isin(wanted) & (entries["method"] == "random")]
+    rows = rows[rows["AD@50"].between(0.1, 0.9)].sort_values("ROAD", ascending=False)
+    assert [c["id"] for c in cells(app)] == list(rows.index)
+    assert len(rows)
+    assert all(c["src"].startswith("/xattn/picture?") for c in cells(app))
+
+
+def test_widgets_write_the_url_and_begin_at_the_first_page():
+    app = run(page="2")
+    app.selectbox(key="sort").select("AD@50")
+    app.selectbox(key="order").select("desc")
+    checked(app.run())
+    assert app.query_params == {"pack": pack_id("first"), "sort": "AD@50", "order": "desc"}
+    figures = frame("first").entries
+    figures = figures[figures["method"] == "gradcam"]["AD@50"].sort_values(ascending=False)
+    assert [c["id"] for c in cells(app)] == list(figures.index[:24])
+    assert cells(app)[0]["lines"][-1] == f"AD@50: {figures.iloc[0]:.3g}"
+
+
+def test_another_url_wins_over_the_widgets_and_the_same_does_not():
+    app = run(sort="AD@50")
+    app.query_params["sort"] = "ROAD"  # Back, or an address that was typed
+    checked(app.run())
+    assert app.selectbox(key="sort").value == "ROAD"
+    app.selectbox(key="sort").select("name")
+    checked(app.run())
+    assert app.query_params["sort"] == "name"
+
+
+def test_the_address_that_back_leads_to_after_an_image_restores_the_gallery():
+    app = run(image="photo-00003", view="sort=ROAD&order=desc&size=36")
+    assert app.selectbox(key="sort").value == "ROAD"
+    assert [c["id"] for c in cells(app) if c["selected"]] == ["photo-00003@3.gradcam"]
+    app.selectbox(key="order").select("asc")
+    checked(app.run())
+    assert app.query_params == {"pack": pack_id("first"), "sort": "ROAD", "size": "36"}
+
+
+def test_bad_values_are_defaults_with_a_message():
+    app = run(sort="<script>alert(1)</script>", page="x", low="inf", size="7", label="no class")
+    assert len(app.warning) == 1
+    for name in ("sort", "page", "low", "size", "label"):
+        assert f"{name}:" in app.warning[0].value.replace("\\", "")
+    assert "<script>" not in app.warning[0].value
+    assert len(cells(app)) == 24
+    assert app.query_params == {"pack": pack_id("first")}
+
+
+def test_a_page_beyond_the_last_is_the_last():
+    app = run(page="999")
+    assert len(cells(app)) == 6
+    assert app.number_input(key="jump").value == 2
+
+
+def test_no_result_says_so_and_leads_back():
+    app = run(q="nothing like it", right="wrong")
+    assert not cells(app)
+    assert any("No map passes" in m.value for m in app.markdown)
+    checked(app.button(key="all_maps").click().run())
+    assert len(cells(app)) == 24
+    assert app.query_params == {"pack": pack_id("first")}
+
+
+def test_clearing_the_filters_keeps_the_order():
+    app = run(sort="ROAD", right="wrong", measure="ROAD", low="0.5")
+    checked(app.button(key="clear").click().run())
+    assert app.query_params == {"pack": pack_id("first"), "sort": "ROAD"}
+    assert app.number_input(key="low").value is None
+
+
+def test_names_are_data_and_never_markup():
+    app = run(pack=pack_id("odd <b>"))
+    lines = [c["lines"][-1] for c in cells(app)]
+    assert lines == [name.rpartition("/")[2] for name in NAMES]
+    assert all(h.value != "odd <b>" and "\\<b\\>" in h.value for h in app.header)
+
+
+def test_every_method_is_a_cell_each():
+    app = run(method="all", sort="name")
+    pack = frame("first")
+    assert [c["id"] for c in cells(app)] == list(pack.entries.index[:24])
+    assert "random" in cells(app)[1]["lines"][0]
+
+
+def test_another_pack_is_another_url_without_the_old_filters():
+    app = run(sort="ROAD", right="wrong")
+    app.selectbox(key="pack").select(pack_id("odd <b>"))
+    checked(app.run())
+    assert app.query_params == {"pack": pack_id("odd <b>")}
+    assert len(cells(app)) == len(NAMES)
+
+
+def test_a_pack_that_is_not_there_is_a_message_with_a_way_on():
+    app = run(pack="../../etc/passwd")
+    assert len(app.error) == 1
+    assert not cells(app)
+    assert app.get("page_link")
+    app.selectbox(key="pack").select(pack_id("first"))
+    checked(app.run())
+    assert len(cells(app)) == 24
+
+
+def test_packs_with_problems_are_named_and_do_not_hide_the_others(root):
+    bad = root / "cut *short*"
+    small_pack(bad, 1)
+    (bad / MAPS).write_bytes(b"\x00" * 5)
+    try:
+        app = run()
+        assert len(cells(app)) == 24
+        said = [c.value for c in app.sidebar.caption]
+        assert any("cut \\*short\\*" in text and "maps" in text for text in said)
+    finally:
+        for path in sorted(bad.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        bad.rmdir()
+
+
+def test_without_a_pack_the_first_run_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))
+    app = run()
+    assert app.header[0].value == "No pack to show yet"
+    assert "xattn explain" in app.code[0].value
+    assert not app.sidebar.selectbox
