@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +130,7 @@ def _caption(row: pd.Series) -> None:
 
 def _show(image_id: str) -> None:
     """Another photo; what was chosen of this one is forgotten."""
-    for name in ("entry", "class", "minus"):
+    for name in ("entry", "class", "minus", "against"):
         if name in st.query_params:
             del st.query_params[name]
     st.query_params["image"] = image_id
@@ -160,16 +160,7 @@ def _choose(pack: Pack, image_id: str) -> Shown | None:
     everything = list(selection.table(pack).choices.methods)
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     if len(classes) > 1:
-        bar.selectbox(
-            "Class",
-            list(classes),
-            index=list(classes).index(target),
-            format_func=lambda t: classes[t],
-            key=f"class of {image_id}",
-            on_change=_pick_class,
-            args=(image_id,),
-            width=236,
-        )
+        _select(bar, "Class", classes, target, "class", image_id, forget="entry")
     scale, colours = _colours(bar)
     methods = everything
     if len(everything) > 1:
@@ -215,10 +206,33 @@ def _target(entries: pd.DataFrame, classes: dict[int, str]) -> int:
     return known.get(wanted, next(iter(classes)))
 
 
-def _pick_class(image_id: str) -> None:
-    st.query_params["class"] = str(st.session_state[f"class of {image_id}"])
-    if "entry" in st.query_params:
-        del st.query_params["entry"]
+def _select(
+    bar: Any,
+    label: str,
+    names: Mapping[Any, str],
+    chosen: Any,
+    parameter: str,
+    subject: str,
+    forget: str | None = None,
+) -> None:
+    """A choice that depends on the photo, so that Streamlit cannot bind it: the URL has its value."""
+    key = f"{parameter} of {subject}"
+    st.session_state[key] = chosen
+    bar.selectbox(
+        label,
+        list(names),
+        format_func=lambda value: names[value],
+        key=key,
+        on_change=_selected,
+        args=(parameter, key, forget),
+        width=236,
+    )
+
+
+def _selected(parameter: str, key: str, forget: str | None) -> None:
+    st.query_params[parameter] = str(st.session_state[key])
+    if forget is not None and forget in st.query_params:
+        del st.query_params[forget]
 
 
 def _colours(bar: Any) -> tuple[str, str]:
@@ -400,18 +414,10 @@ def _contrast(pack: Pack, shown: Shown, by_class: dict[int, str]) -> None:
     first = shown.target if shown.target in by_class else next(iter(by_class))
     others = [target for target in by_class if target != first]
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
-    wanted = st.query_params.get("minus", "")
-    known = {str(target): target for target in others}
-    second = bar.selectbox(
-        plain(f"{names[first]} minus"),
-        others,
-        index=others.index(known[wanted]) if wanted in known else 0,
-        format_func=names.get,
-        key=f"minus of {shown.image_id} {first}",
-        on_change=_pick_minus,
-        args=(f"minus of {shown.image_id} {first}",),
-        width=236,
-    )
+    wanted = {str(target): target for target in others}
+    second = wanted.get(st.query_params.get("minus", ""), others[0])
+    label = plain(f"{names[first]} minus")
+    _select(bar, label, {t: names[t] for t in others}, second, "minus", shown.image_id)
     kind = bar.segmented_control(
         "Difference of",
         list(DIFFERENCES),
@@ -434,23 +440,15 @@ def _contrast(pack: Pack, shown: Shown, by_class: dict[int, str]) -> None:
     _legend(pack, [by_class[first]], look)
 
 
-def _pick_minus(key: str) -> None:
-    st.query_params["minus"] = str(st.session_state[key])
-
-
 def _slider(pack: Pack, shown: Shown) -> None:
     """The map in focus against the photo or another map."""
     own = shown.entries.loc[shown.ids, "method"]
     others = {"": "Photo"} | {i: m for i, m in own.items() if i != shown.focus}
-    other = ""
+    other = st.query_params.get("against", "")
+    other = other if other in others else ""
     if len(others) > 1:
-        other = st.selectbox(
-            plain(f"Compare {own[shown.focus]} with"),
-            list(others),
-            format_func=others.get,
-            key=f"other of {shown.focus}",
-            width=236,
-        )
+        label = plain(f"Compare {own[shown.focus]} with")
+        _select(st, label, others, other, "against", shown.focus)
     before = _url(pack, other, shown.look) if other else photo_url(pack, shown.image_id, SIDE)
     slide(
         (before, others[other]),

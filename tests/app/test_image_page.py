@@ -1,0 +1,311 @@
+"""The image page: what a URL shows, what its widgets change, and what it says of bad input."""
+
+import json
+from urllib.parse import parse_qs, urlparse
+
+import pytest
+from packs import CLASSES, described, explanation, picture
+
+from xattn.app import state
+from xattn.app.library import Library
+from xattn.explanation import save_pack
+
+AppTest = pytest.importorskip("streamlit.testing.v1").AppTest
+METHODS = ("gradcam", "saliency", "lrp", "random")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A pack of three photos, four methods and two classes each; one photo has no LRP."""
+    folder = tmp_path_factory.mktemp("root")
+    found = [
+        explanation(
+            i,
+            method,
+            target=(i + c) % len(CLASSES),
+            signed=method == "lrp",
+            source=picture(i),
+            file_name="<b>*bold*</b> $x$.jpg" if i == 1 else f"photo-{i}.jpg",
+        )
+        for i in range(3)
+        for method in METHODS
+        for c in range(2)
+        if (i, method, c) != (0, "lrp", 1)
+    ]
+    save_pack(folder / "rich", found, overlays=False, metrics=described())
+    plain = [explanation(i, metrics={}, curves={}, source=picture(i)) for i in range(2)]
+    save_pack(folder / "plain", plain, overlays=False)
+    return folder
+
+
+@pytest.fixture
+def pack(root):
+    return opened(root, "rich")
+
+
+def opened(root, name):
+    library = Library(root)
+    return next(library.open(p.id) for p in library.packs() if p.name == name)
+
+
+@pytest.fixture
+def show(root, monkeypatch):
+    """``show(pack, **query)`` -> the page that this URL shows, without an exception."""
+    monkeypatch.setenv(state.ROOT_VARIABLE, str(root))
+    monkeypatch.setattr(state, "_settings", None)
+
+    def show(pack, **query):
+        app = AppTest.from_function(script, default_timeout=30)
+        app.query_params.update({"pack": pack.id, **query})
+        return checked(app.run())
+
+    return show
+
+
+def script():
+    import streamlit as st
+
+    from xattn.app import state
+    from xattn.app.pages import image
+    from xattn.app.state import Context
+
+    library = state.library()
+    pack = library.open(st.query_params["pack"])
+    image.page(Context(library, pack, st.query_params.to_dict()))
+
+
+def checked(app):
+    assert not app.exception, [e.value for e in app.exception]
+    return app
+
+
+def data(app, key):
+    """What the component with this key was given."""
+    [element] = [e for e in app.get("bidi_component") if e.proto.id.endswith(f"-{key}")]
+    return json.loads(element.proto.json)
+
+
+def cells(app, key="maps"):
+    return data(app, key)["cells"]
+
+
+def texts(app):
+    return "\n".join(e.value for kind in ("caption", "info", "warning") for e in getattr(app, kind))
+
+
+def query(cell):
+    return {k: v[0] for k, v in parse_qs(urlparse(cell["src"]).query).items()}
+
+
+# ---------------------------------------------------------------------- maps
+
+
+def test_without_an_image_the_first_one_is_shown_with_all_methods_but_sanity_rows(show, pack):
+    app = show(pack)
+    assert [c["title"] for c in cells(app)] == ["Photo", "gradcam", "saliency", "lrp"]
+    assert query(cells(app)[0])["image"] == "photo-00000"
+    assert all(c["alt"] for c in cells(app))
+    assert cells(app)[1]["selected"] and not cells(app)[2]["selected"]
+
+
+def test_each_kind_of_map_has_a_legend(show, pack):
+    legends = [e.proto.body for e in show(pack).get("html")]
+    assert "min-max per map" in legends[0] and "blue against it" in legends[0]
+
+
+def test_the_url_chooses_photo_methods_class_and_look(show, pack):
+    app = show(
+        pack,
+        image="photo-00002",
+        methods=["lrp", "random"],
+        opacity="0.3",
+        threshold="0.2",
+        colours="Viridis",
+        **{"class": "3"},
+    )
+    found = cells(app)
+    assert [c["title"] for c in found[1:]] == ["lrp", "random"]
+    assert query(found[1])["entry"] == "photo-00002@3.lrp"
+    assert {query(c)["opacity"] for c in found[1:]} == {"0.3"}
+    assert {query(c)["cmap"] for c in found[1:]} == {"viridis"}
+
+
+def test_a_map_of_the_url_brings_its_class(show, pack):
+    app = show(pack, image="photo-00002", entry="photo-00002@3.saliency")
+    chosen = [c["id"] for c in cells(app) if c.get("selected")]
+    assert chosen == ["photo-00002@3.saliency"]
+
+
+def test_a_shared_scale_spans_what_is_shown(show, pack):
+    app = show(pack, methods=["gradcam", "saliency"], scale="Shared")
+    own = pack.entries.loc[["photo-00000@0.gradcam", "photo-00000@0.saliency"]]
+    for cell in cells(app)[1:]:
+        assert float(query(cell)["low"]) == own["min"].min()
+        assert float(query(cell)["high"]) == own["max"].max()
+
+
+def test_a_method_without_a_map_of_the_class_is_named(show, pack):
+    app = show(pack, **{"class": "1"})
+    assert [c["title"] for c in cells(app)[1:]] == ["gradcam", "saliency"]
+    assert "No map of this class by lrp" in texts(app)
+    assert "Choose another class or method" in texts(show(pack, methods="lrp", **{"class": "1"}))
+
+
+def test_no_method_at_all_says_what_to_do(show, pack):
+    app = show(pack)
+    app.multiselect(key="methods").set_value([])
+    assert "No method is chosen" in texts(checked(app.run()))
+
+
+def test_another_class_is_written_into_the_url(show, pack):
+    app = show(pack)
+    app.selectbox(key="class of photo-00000").set_value(1)
+    checked(app.run())
+    assert app.query_params["class"] == "1"
+    assert query(cells(app)[1])["entry"] == "photo-00000@1.gradcam"
+
+
+# ---------------------------------------------------------------------- going on
+
+
+def test_next_and_previous_follow_the_gallery(show, pack):
+    app = show(pack, image="photo-00001", view="order=desc", entry="photo-00001@1.lrp")
+    assert "2 of 3" in texts(app)
+    app.button(key="go_Next").click()
+    checked(app.run())
+    assert app.query_params["image"] == "photo-00000" and "entry" not in app.query_params
+    assert query(cells(app)[0])["image"] == "photo-00000"
+    assert app.button(key="go_Next").disabled and not app.button(key="go_Previous").disabled
+
+
+def test_a_photo_outside_the_gallerys_selection_says_so(show, pack):
+    app = show(pack, image="photo-00001", view="q=photo-2.jpg")
+    assert "not in the gallery's selection" in texts(app)
+    assert app.button(key="go_Next").disabled and app.button(key="go_Previous").disabled
+
+
+def test_the_shared_address_has_the_whole_view(show, pack):
+    app = show(pack, image="photo-00001", opacity="0.3", tab="Export", view="order=desc")
+    address = parse_qs(urlparse(app.code[0].value).query)
+    assert address == {
+        "pack": [pack.id],
+        "image": ["photo-00001"],
+        "opacity": ["0.3"],
+        "tab": ["Export"],
+        "view": ["order=desc"],
+    }
+
+
+# ---------------------------------------------------------------------- tabs
+
+
+def test_classes_show_the_first_of_the_classifier_and_those_without_a_map(show, pack):
+    app = show(pack, methods="lrp")
+    found = cells(app, "classes")
+    assert [c["title"] for c in found] == ["tench", "great white shark"]
+    assert found[0]["selected"] and "no map by lrp" in found[1]["lines"]
+    assert "image" in query(found[1]), "the photo stands in"
+
+
+def test_the_contrast_says_of_what_it_is_the_difference(show, pack):
+    app = show(pack)
+    cell = cells(app, "contrast")[0]
+    assert cell["title"] == "tench minus great white shark"
+    assert query(cell)["minus"] == "photo-00000@1.gradcam" and "scale" not in query(cell)
+    assert "difference of the min-maxed maps" in app.get("html")[-1].proto.body
+    app = show(pack, contrast_of="Raw scores")
+    assert query(cells(app, "contrast")[0])["scale"] == "shared"
+    assert "difference of the scores" in app.get("html")[-1].proto.body
+
+
+def test_the_slider_compares_with_the_photo_or_another_map(show, pack):
+    app = show(pack, tab="Before and after")
+    assert data(app, "slide")["before"]["name"] == "Photo"
+    app.selectbox(key="against of photo-00000@0.gradcam").set_value("photo-00000@0.lrp")
+    checked(app.run())
+    assert app.query_params["against"] == "photo-00000@0.lrp"
+    slider = data(app, "slide")
+    assert (slider["before"]["name"], slider["after"]["name"]) == ("lrp", "gradcam")
+    assert slider["label"] and slider["alt"]
+
+
+def test_figures_come_with_direction_formula_protocol_and_curves(show, pack):
+    app = show(pack, tab="Fidelity")
+    table = app.dataframe[0].value
+    assert list(table.index) == ["gradcam", "saliency", "lrp"]
+    assert list(table) == ["AD@50", "insertion", "ROAD"]
+    written = "\n".join(e.value for e in app.text)
+    assert "AD@50 (lower is better)" in written and "protocol ROAD-made-up" in written
+    assert [json.loads(c.proto.spec)["title"] for c in app.get("vega_lite_chart")] == [
+        "deletion",
+        "insertion",
+    ]
+
+
+def test_a_pack_without_figures_says_who_writes_them(show, root):
+    app = show(opened(root, "plain"), tab="Fidelity")
+    assert "xattn compare" in texts(app)
+
+
+def test_provenance_has_hashes_and_protocols(show, pack):
+    app = show(pack, tab="Provenance")
+    body = app.get("html")[-1].proto.body
+    found = pack.provenance("photo-00000@0.gradcam")
+    assert found["sha256"]["map"] in body and "0" * 64 in body and "ROAD-made-up" in body
+    assert json.loads(app.json[0].value)["method"] == "gradcam"
+
+
+def test_export_offers_figure_report_and_selection(show, pack):
+    app = show(pack, tab="Export", view="q=photo-2.jpg&method=all&maps=every")
+    assert [b.proto.label for b in app.get("download_button")] == [
+        "Figure, PNG",
+        "Figure, SVG",
+        "Report, HTML",
+        "Selection, CSV",
+        "Selection, HTML",
+    ]
+    assert "8 maps" in texts(app)
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"image": "../../etc/passwd"},
+        {"image": ""},
+        {"entry": "<script>"},
+        {"class": "-1", "minus": "none"},
+        {"methods": ["none", "gradcam"]},
+        {"methods": ""},
+        {"opacity": "nan"},
+        {"opacity": "7", "threshold": "-inf"},
+        {"scale": "x", "colours": "jet", "contrast_of": "?"},
+        {"tab": "None"},
+        {"view": "sort=none&page=-1&low=x&q=" + "a" * 5000},
+    ],
+)
+def test_a_bad_url_shows_a_page_or_a_message(show, pack, bad):
+    app = show(pack, **bad)
+    assert texts(app) or cells(app)
+
+
+def test_an_unknown_image_leads_to_the_gallery(show, pack):
+    app = show(pack, image="none")
+    assert "no such image" in texts(app) and not app.get("bidi_component")
+
+
+def test_names_are_shown_as_text(show, pack):
+    app = show(pack, image="photo-00001")
+    assert app.subheader[0].value == state.plain("<b>*bold*</b> $x$.jpg".rpartition("/")[2])
+    assert all("<b>" not in e.proto.body for e in app.get("html"))
+
+
+def test_a_pack_whose_pictures_are_gone_still_shows_its_page(show, root, tmp_path):
+    bare = save_pack(tmp_path / "bare", [explanation(0)], overlays=False)
+    library = Library(bare)
+    pack = library.open(library.packs()[0].id)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "library", lambda: library)
+        assert len(cells(show(pack))) == 2
