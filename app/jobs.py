@@ -39,6 +39,7 @@ HEAD = re.compile(r"[a-z0-9_]{1,64}")
 RESERVED = {JOBS, "pack", "packs", "live"}
 TAIL = 64 << 10  # bytes of a log that are looked at
 SAMPLE = 4
+RUNNER = (sys.executable, "-m", "xattn.app.jobs")
 
 State = Literal["running", "stopping", "finished", "stopped", "failed", "killed"]
 Kind = Literal["train", "probe", "demo"]
@@ -337,7 +338,7 @@ class Jobs:
         try:
             with (folder / STDOUT).open("wb") as out, (folder / STDERR).open("wb") as err:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "xattn.app.jobs", str(folder.resolve())],
+                    [*RUNNER, str(folder.resolve())],
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=err,

@@ -1,0 +1,327 @@
+"""Jobs: started once, followed, stopped, resumed and found again, whatever happens to their process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xattn.app import jobs as jobs_module
+from xattn.app.folders import photo_folders
+from xattn.app.jobs import Job, JobError, Jobs, Spec
+from xattn.cli import BackboneArgs
+
+SPEC = Spec("train", "photos", "tf_efficientnet_lite0", ("ttame",))
+# Stands in for the command line: writes a log like that of xattn train, and stops as it does.
+RUNNER = """
+import json, signal, sys, time
+from pathlib import Path
+from xattn.app.jobs import EXIT
+folder = Path(sys.argv[1])
+line = json.loads((folder / "arguments.json").read_text())
+output = Path(line[line.index("--output") + 1])
+epochs = int(line[line.index("--epochs") + 1]) if "--epochs" in line else 1000
+def end(code):
+    (folder / EXIT).write_text(json.dumps({"code": code, "time": time.time()}))
+    sys.exit(code)
+signal.signal(signal.SIGINT, lambda *_: end(130))
+output.mkdir(exist_ok=True)
+log = output / "log.jsonl"
+first = len(log.read_text().splitlines()) if "--resume" in line else 0
+(output / "run.json").write_text("{}")
+if epochs == 13:
+    print("xattn: error: lr: the loss is not finite", file=sys.stderr)
+    end(2)
+for step in range(first, epochs):
+    with log.open("a") as stream:
+        stream.write(json.dumps({"step": step + 1, "epoch": step, "loss": 1 / (step + 1)}) + "\\n")
+    print(f"{step:3}%|#| {step + 1}/{epochs} [00:01<00:09, 1step/s]", end="\\r", file=sys.stderr)
+    sys.stderr.flush()
+    time.sleep(0.02)
+end(0)
+"""
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
+    (tmp_path / "runner.py").write_text(RUNNER)
+    monkeypatch.setattr(jobs_module, "RUNNER", (sys.executable, str(tmp_path / "runner.py")))
+    photos(tmp_path / "data" / "photos")
+    found = Jobs(tmp_path / "root", tmp_path / "data")
+    yield found
+    for job in found.list():
+        found.stop(job.id, at_once=True)
+        ended(found, job.id)
+
+
+def photos(folder: Path, count: int = 4) -> None:
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(random.integers(0, 255, (64, 64, 3), np.uint8)).save(folder / f"{i}.png")
+
+
+def ended(jobs: Jobs, job_id: str, seconds: float = 60) -> Job:
+    until = time.monotonic() + seconds
+    while (job := jobs.get(job_id)).alive:
+        assert time.monotonic() < until, jobs.tail(job_id)
+        time.sleep(0.02)
+    return job
+
+
+def begun(jobs: Jobs, job_id: str, steps: int = 2, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while len(jobs.losses(job_id)[""]) < steps:
+        assert time.monotonic() < until, jobs.tail(job_id)
+        time.sleep(0.02)
+
+
+def pid(jobs: Jobs, job_id: str) -> int:
+    return json.loads((jobs.root / "jobs" / job_id / "process.json").read_text())["pid"]
+
+
+# ---------------------------------------------------------------------- running
+
+
+def test_a_job_runs_to_its_end(jobs: Jobs) -> None:
+    job = jobs.start(Spec("train", "photos", heads=("ttame",), epochs=5), "mine")
+    assert job.state == "running" and [j.id for j in jobs.list()] == ["mine"]
+    job = ended(jobs, "mine")
+    assert job.state == "finished" and job.code == 0 and not job.resumable and job.ended
+    assert [r["step"] for r in jobs.losses("mine")[""]] == [1, 2, 3, 4, 5]
+    assert jobs.progress("mine") == (5, 5, "00:01<00:09, 1step/s")
+    assert jobs.tail("mine") == ""  # progress bars are not what was said
+
+
+def test_stopping_and_resuming_goes_on_from_where_it_was(jobs: Jobs) -> None:
+    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=60), "mine")
+    begun(jobs, "mine")
+    jobs.stop("mine")
+    job = ended(jobs, "mine")
+    assert job.state == "stopped" and job.resumable
+    before = len(jobs.losses("mine")[""])
+    assert 2 <= before < 60
+    jobs.resume("mine")
+    assert ended(jobs, "mine").state == "finished"
+    assert [r["step"] for r in jobs.losses("mine")[""]] == list(range(1, 61))
+
+
+def test_a_failed_job_says_why(jobs: Jobs) -> None:
+    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=13), "mine")
+    job = ended(jobs, "mine")
+    assert job.state == "failed" and job.message == "lr: the loss is not finite"
+
+
+def test_a_killed_job_is_shown_as_such_and_resumes(jobs: Jobs) -> None:
+    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=60), "mine")
+    begun(jobs, "mine")
+    os.kill(pid(jobs, "mine"), signal.SIGKILL)
+    job = ended(jobs, "mine")
+    assert job.state == "killed" and job.code is None and job.resumable
+    jobs.resume("mine")
+    assert ended(jobs, "mine").state == "finished"
+
+
+def test_a_job_that_does_not_stop_can_be_ended(jobs: Jobs) -> None:
+    jobs.start(SPEC, "mine")
+    begun(jobs, "mine")
+    jobs.stop("mine", at_once=True)
+    assert ended(jobs, "mine").state == "killed"
+
+
+def test_another_server_finds_a_running_job_and_stops_it(jobs: Jobs) -> None:
+    """As after a restart: only the files are known."""
+    code = (
+        "import sys; from pathlib import Path; from xattn.app import jobs\n"
+        f"jobs.RUNNER = {jobs_module.RUNNER!r}\n"
+        f"jobs.Jobs(Path({str(jobs.root)!r}), Path({str(jobs.data)!r}))"
+        ".start(jobs.Spec('train', 'photos', heads=('ttame',)), 'mine')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert jobs.get("mine").state == "running"
+    begun(jobs, "mine")
+    jobs.stop("mine")
+    assert ended(jobs, "mine").state == "stopped"
+
+
+def test_another_process_of_the_same_number_is_not_the_job(jobs: Jobs) -> None:
+    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
+    ended(jobs, "mine")
+    folder = jobs.root / "jobs" / "mine"
+    (folder / "exit.json").unlink()
+    record = {"pid": os.getpid(), "born": time.time() - 10**6, "started": 0.0}
+    (folder / "process.json").write_text(json.dumps(record))
+    assert jobs.get("mine").state == "killed"
+    jobs.stop("mine", at_once=True)  # and this test goes on
+
+
+def test_ctrl_c_of_the_server_does_not_reach_a_job(jobs: Jobs) -> None:
+    jobs.start(SPEC, "mine")
+    assert os.getpgid(pid(jobs, "mine")) != os.getpgid(0)
+
+
+# ---------------------------------------------------------------------- starting
+
+
+def test_two_pages_start_a_job_once(jobs: Jobs) -> None:
+    outcomes: list[str] = []
+
+    def start() -> None:
+        try:
+            outcomes.append(jobs.start(SPEC, "mine").id)
+        except JobError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.count("mine") == 1 and len(jobs.list()) == 1
+    assert all("running" in outcome or outcome == "mine" for outcome in outcomes)
+
+
+def test_one_job_runs_at_a_time(jobs: Jobs) -> None:
+    jobs.start(SPEC, "one")
+    with pytest.raises(JobError, match="one is running"):
+        jobs.start(SPEC, "two")
+    jobs.stop("one")
+    ended(jobs, "one")
+    jobs.start(SPEC, "two")
+    with pytest.raises(JobError, match="two is running"):
+        jobs.resume("one")
+
+
+def test_a_name_is_never_used_twice(jobs: Jobs) -> None:
+    (jobs.root / "results").mkdir(parents=True)
+    assert jobs.free_name("results") == "results-2"
+    assert jobs.free_name("Photos of '09 / <b>") == "Photos-of-09-b"
+    assert jobs.free_name("") == "head" and jobs.free_name("jobs") == "jobs-2"
+    with pytest.raises(JobError, match="taken"):
+        jobs.start(SPEC, "results")
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "../x", ".hidden", "-x", "a" * 65, "ä", "a\n"])
+def test_names_are_never_paths(jobs: Jobs, name: str) -> None:
+    with pytest.raises(JobError):
+        jobs.start(SPEC, name)
+    with pytest.raises(JobError):
+        jobs.get(name)
+    assert not jobs.list()
+
+
+@pytest.mark.parametrize("data", ["..", "../root", "/etc", "photos/../..", "link", "gone"])
+def test_photos_are_below_the_data_folder(jobs: Jobs, data: str) -> None:
+    (jobs.data / "link").symlink_to("/etc")
+    with pytest.raises(JobError, match="data"):
+        jobs.start(Spec("train", data, heads=("ttame",)), "mine")
+    assert not (jobs.root / "mine").exists() and not jobs.list()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec("train", "photos", "--weights", ("ttame",)),
+        Spec("train", "photos", "/model.pt", ("ttame",)),
+        Spec("train", "photos", "", ()),
+        Spec("train", "photos", "", ("ttame", "lcam")),
+        Spec("train", "photos", "", ("--output",)),
+        Spec("train", "photos", "", ("ttame",), epochs=0),
+        Spec("probe", "photos", "", ("gap",), labels="../x.csv"),
+    ],
+)
+def test_nothing_of_a_request_becomes_another_option(jobs: Jobs, spec: Spec) -> None:
+    with pytest.raises(JobError):
+        jobs.start(spec, "mine")
+
+
+def test_a_changed_record_runs_nothing_else(jobs: Jobs) -> None:
+    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
+    ended(jobs, "mine")
+    folder = jobs.root / "jobs" / "mine"
+    record = json.loads((folder / "job.json").read_text())
+    record["spec"]["data"] = "../.."
+    (folder / "job.json").write_text(json.dumps(record))
+    (folder / "exit.json").write_text('{"code": 2}')
+    (folder / "arguments.json").write_text('["export", "/tmp/x.pt2"]')
+    with pytest.raises(JobError, match="data"):
+        jobs.resume("mine")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"spec": {"kind": "rm"}, "created": 0}', "\x00"])
+def test_a_damaged_record_hides_no_other_job(jobs: Jobs, text: str) -> None:
+    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), "good")
+    ended(jobs, "good")
+    (jobs.root / "jobs" / "bad").mkdir()
+    (jobs.root / "jobs" / "bad" / "job.json").write_text(text)
+    assert [job.id for job in jobs.list()] == ["good"]
+    with pytest.raises(JobError, match="damaged"):
+        jobs.get("bad")
+
+
+def test_a_root_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    photos(tmp_path / "data" / "photos")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write"):
+        Jobs(tmp_path / "file", tmp_path / "data").start(SPEC, "mine")
+
+
+def test_the_command_line_is_the_one_to_copy(jobs: Jobs) -> None:
+    model = BackboneArgs(backbone="resnet18", weights="random", taps=("stage.2", "head"))
+    line = Jobs(jobs.root, jobs.data, model).preview(Spec("train", "photos", heads=("ttame",)), "x")
+    for part in ("xattn train ", "--backbone resnet18", "--weights random", "--taps stage.2 head"):
+        assert part in line
+    probe = jobs.preview(Spec("probe", "photos", heads=("gap", "abmilp"), batch_size=8), "x")
+    assert "xattn probe" in probe and "--heads gap abmilp" in probe and "--batch-size 8" in probe
+
+
+# ---------------------------------------------------------------------- the real command
+
+
+def test_a_real_training_leaves_head_log_and_maps(tmp_path: Path) -> None:
+    photos(tmp_path / "data" / "photos")
+    model = BackboneArgs(weights="random", device="cpu")
+    jobs = Jobs(tmp_path / "root", tmp_path / "data", model)
+    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2, batch_size=2), "mine")
+    job = ended(jobs, "mine", 120)
+    assert job.state == "finished", jobs.tail("mine")
+    assert (job.output / "head" / "model.safetensors").is_file()
+    assert [r["step"] for r in jobs.losses("mine")[""]] == [1, 2, 3, 4]
+    manifest = json.loads((job.output / "sample" / "manifest.json").read_text())
+    assert {e["method"] for e in manifest["entries"]} == {"step 0", "step 4"}
+
+
+# ---------------------------------------------------------------------- folders of photos
+
+
+def test_folders_of_photos_come_with_their_classes(tmp_path: Path) -> None:
+    for name in ("birds/wren", "birds/tit", "cars", ".hidden", "few"):
+        photos(tmp_path / name, 2 if name == "few" else 5)
+    (tmp_path / "birds" / "labels.csv").write_text("photo,label\n")
+    (tmp_path / "out").symlink_to("/")
+    photos(tmp_path / "pack" / "thumbnails")
+    (tmp_path / "pack" / "manifest.json").write_text("{}")
+    found, whole = photo_folders(tmp_path)
+    assert whole and {f.name: f.photos for f in found} == {
+        ".": 17,
+        "birds": 10,
+        "birds/tit": 5,
+        "birds/wren": 5,
+        "cars": 5,
+    }
+    birds = next(f for f in found if f.name == "birds")
+    assert birds.classes == ("tit", "wren") and birds.labels == ("labels.csv",)
+
+
+def test_a_missing_data_folder_has_no_photos(tmp_path: Path) -> None:
+    assert photo_folders(tmp_path / "none") == ([], True)

@@ -1,0 +1,174 @@
+"""``xattn app``: what it prints, what it refuses, and the page that it starts with."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("streamlit")
+from conftest import served
+
+from xattn.app import index, server
+from xattn.app.server import Address, bind, check_installed, check_open, url
+from xattn.cli import main
+
+
+def run(*arguments: str) -> int:
+    return main(["app", *arguments])
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("xattn: error: "), lines
+    return lines[0]
+
+
+def test_a_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert run(str(tmp_path), "--port", str(port)) == 2
+    line = one_line(capsys)
+    assert str(port) in line and "--port" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--port", "99999"], "port"),
+        (["--host", "not a host"], "host"),
+        (["--host", "203.0.113.7", "--no-password"], "host"),
+        (["--host", "0.0.0.0"], "--password-file"),
+        (["--password-file", "nowhere"], "--set-password"),
+        (["--data", "nowhere"], "data"),
+        (["--upload-mb", "0"], "upload_mb"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(str(tmp_path), *arguments) == 2
+    captured = capsys.readouterr().err
+    assert "xattn: error: " in captured and named in captured and "Traceback" not in captured
+
+
+def test_a_file_is_no_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pack.zip").write_text("")
+    assert run(str(tmp_path / "pack.zip")) == 2
+    assert "name a folder" in one_line(capsys)
+
+
+@pytest.mark.parametrize("missing", ["streamlit", "altair", "pandas"])
+def test_a_missing_package_names_what_to_install(
+    missing: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else found(name)
+    )
+    assert run(str(tmp_path)) == 2
+    line = one_line(capsys)
+    assert missing in line and 'pip install -e ".[app]"' in line
+
+
+def test_an_old_python_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server.sys, "version_info", (3, 10, 12))
+    assert run(str(tmp_path)) == 2
+    assert "3.11" in one_line(capsys)
+
+
+def test_this_python_and_streamlit_suffice() -> None:
+    check_installed()
+
+
+def test_a_network_needs_a_password_or_an_explicit_no(capsys: pytest.CaptureFixture[str]) -> None:
+    everywhere = Address("0.0.0.0")
+    with pytest.raises(ValueError, match="--password-file"):
+        check_open(everywhere, password=False, no_password=False)
+    check_open(everywhere, password=True, no_password=False)
+    assert not capsys.readouterr().err
+    check_open(everywhere, password=False, no_password=True)
+    assert "warning" in capsys.readouterr().err
+    check_open(Address(), password=False, no_password=False)
+    with pytest.raises(ValueError, match="one of the two"):
+        check_open(Address(), password=True, no_password=True)
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        *(("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True)),
+        *(("0.0.0.0", False), ("::", False), ("192.168.0.2", False), ("viewer", False)),
+    ],
+)
+def test_only_this_machine_reaches_loopback(host: str, loopback: bool) -> None:
+    assert Address(host).loopback is loopback
+
+
+def test_port_0_takes_any_free_one() -> None:
+    with bind(Address(port=0)) as listener:
+        assert listener.getsockname()[1] > 0
+    assert url("::1", 8501) == "http://[::1]:8501" and url("0.0.0.0", 1) == "http://127.0.0.1:1"
+
+
+def test_set_password_reads_standard_input(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "xattn.cli", "app", "--set-password", str(tmp_path / "p")]
+    done = subprocess.run(command, input=b"correct horse\n", capture_output=True)
+    assert done.returncode == 0 and b"correct horse" not in done.stdout + done.stderr
+    done = subprocess.run(command, input=b"short\n", capture_output=True)
+    assert done.returncode == 2 and b"give 8" in done.stderr
+
+
+def test_ctrl_c_ends_it_quietly_and_the_root_need_not_exist(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "xattn.cli", "app", str(tmp_path / "none"), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert re.match(r"xattn app: http://127\.0\.0\.1:\d+ ", process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 0 and not out and "Traceback" not in err, err
+    assert not (tmp_path / "none").exists()
+
+
+# ---------------------------------------------------------------------- the start page
+
+
+def test_the_start_page_is_streamlits_with_our_title() -> None:
+    html = index.page()
+    assert "<title>xattn</title>" in html and "<title>Streamlit" not in html
+    assert '<div id="root">' in html and 'type="module"' in html
+    assert "service-desc" not in html
+
+
+def test_the_policy_names_each_inline_script_and_no_other_server() -> None:
+    policy = index.policy()
+    assert policy.count("'sha256-") >= 2
+    assert "unsafe-eval" not in policy and "http" not in policy and "*" not in policy
+    script = next(p for p in policy.split("; ") if p.startswith("script-src"))
+    assert "unsafe-inline" not in script
+
+
+@pytest.mark.parametrize("page", ["", "live", "train"])
+def test_a_page_opened_by_its_address_says_nothing_on_the_console(
+    page: str, tmp_path: Path, open_page: Callable[..., Any]
+) -> None:
+    """A page below / would first ask for /live/_stcore/health; and no policy is broken."""
+    with served(tmp_path, log=tmp_path / "log") as address:
+        opened = open_page(f"{address}/{page}")
+        opened.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]")
+        assert opened.title().endswith("xattn")
