@@ -41,14 +41,19 @@ _OF_IMAGE = (
 
 
 def csv(pack: Pack, image_ids: Iterable[str]) -> str:
-    """One line a map of these images, in their order: classes, probabilities, every metric.
-
-    Text that a spreadsheet would run as a formula is put behind an apostrophe.
-    """
+    """:func:`maps_csv` of all maps of these images, in their order."""
     wanted = list(dict.fromkeys(image_ids))
     entries = pack.entries[pack.entries["image_id"].isin(wanted)]
     order = pd.Categorical(entries["image_id"], wanted, ordered=True).argsort(kind="stable")
-    entries = entries.iloc[order]
+    return maps_csv(pack, entries.index[order])
+
+
+def maps_csv(pack: Pack, entry_ids: Sequence[str] | pd.Index) -> str:
+    """One line a map, in their order: classes, probabilities, every metric.
+
+    Text that a spreadsheet would run as a formula is put behind an apostrophe.
+    """
+    entries = pack.entries.loc[list(entry_ids)]
     of_image = pack.images.reindex(entries["image_id"])
     columns = [name for name in _OF_IMAGE if name in of_image]
     own = [name for name in entries.columns if name != "image_id"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import importlib
 import shlex
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from xattn.app import state, theme
+from xattn.app import selection, state, theme
 from xattn.app.library import PackError
 from xattn.app.state import Context, plain
 
@@ -40,6 +41,17 @@ def main() -> None:
     st.set_page_config(page_title=f"{chosen.title} · xattn", layout="wide")
     st.html(theme.STYLE)
     chosen.run()
+
+
+def warm() -> None:
+    """Read the pack that the first view shows, before anybody asks; ``xattn app`` does so aside."""
+    library = state.library()
+    for info in library.packs():
+        if info.problem is None:
+            with contextlib.suppress(PackError):
+                importlib.import_module(f"xattn.app.pages.{state.DEFAULT_PAGE}")
+                selection.table(library.open(info.id))
+                return
 
 
 def _run(name: str) -> None:

@@ -9,6 +9,7 @@ import importlib.util
 import ipaddress
 import socket
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ def serve(
     """
     import uvicorn
 
-    from xattn.app import demo_pack, state
+    from xattn.app import demo_pack, main, state
 
     with bind(address) as listener:
         port = listener.getsockname()[1]
@@ -207,6 +208,7 @@ def serve(
         )
         print(f"xattn app: {url(address.host, port)}  (root {settings.root}; Ctrl-C stops)")
         sys.stdout.flush()
+        threading.Thread(target=main.warm, name="xattn-warm", daemon=True).start()
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after its clean end
             server.run(sockets=[listener])
     if not server.started:

@@ -219,7 +219,7 @@ def _filters(choices: Choices) -> None:
                 title,
                 list(classes),
                 key=name,
-                format_func=lambda c, classes=classes: classes[c],
+                format_func=classes.__getitem__,
                 placeholder="Any class",
                 on_change=_restart,
             )
@@ -383,7 +383,7 @@ def _export(pack: Pack, found: pd.DataFrame) -> None:
     """Files are made when they are asked for."""
     st.download_button(
         "CSV of the selection",
-        data=lambda: export.csv(pack, found["image_id"]),
+        data=lambda: export.maps_csv(pack, found.index),
         file_name=f"{pack.id}.csv",
         mime="text/csv",
         on_click="ignore",
@@ -400,6 +400,6 @@ def _export(pack: Pack, found: pd.DataFrame) -> None:
         key="export_html",
     )
     st.caption(
-        "The CSV has every map of the selected photos with its figures. The HTML opens without a "
+        "The CSV has a line for each map on all pages, with its figures. The HTML opens without a "
         "server."
     )
