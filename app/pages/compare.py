@@ -9,7 +9,7 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from xattn.app import comparison, state
+from xattn.app import bound, comparison, state
 from xattn.app.comparison import Board, arrow
 from xattn.app.components import grid
 from xattn.app.library import PackError
@@ -50,8 +50,12 @@ def page(context: Context) -> None:
         return
     st.html(STYLE)
     info = _choose(found)
-    with st.spinner("Reading the comparison", show_time=True):
-        board = comparison.read(context.library, info.id)
+    try:
+        with st.spinner("Reading the comparison", show_time=True):
+            board = comparison.read(context.library, info.id)
+    except PackError as error:
+        st.error(plain(error))
+        return
     _about(board)
     pack, problem = _pack(context, info)
     tabs = st.tabs(list(PARTS), key="part", bind="query-params")
@@ -81,13 +85,8 @@ def _choose(found: list[ComparisonInfo]) -> ComparisonInfo:
     wanted = st.query_params.get("board")
     if wanted is not None and wanted not in by_id:
         st.warning("The comparison of this address is not here any more; this is another one.")
-    chosen = st.selectbox(
-        "Comparison",
-        list(by_id),
-        key="board",
-        format_func=lambda i: by_id[i].name,
-        bind="query-params",
-        width=420,
+    chosen = bound.selectbox(
+        "Comparison", list(by_id), "board", format_func=lambda i: by_id[i].name, width=420
     )
     return by_id[chosen]
 
@@ -130,14 +129,8 @@ def _metric(board: Board, key: str, label: str = "Metric", first: str | None = N
     """A select box of the columns, with their direction."""
     keys = list(board.columns)
     first = first or case_columns(board.results)[0].key
-    return st.selectbox(
-        label,
-        keys,
-        index=keys.index(first),
-        key=key,
-        format_func=lambda k: arrow(k, board),
-        bind="query-params",
-        width=300,
+    return bound.selectbox(
+        label, keys, key, default=first, format_func=lambda k: arrow(k, board), width=300
     )
 
 
@@ -283,9 +276,7 @@ def _methods(board: Board, key: str, names: list[str], count: int = LINES) -> li
     tested = [name for name in names if board.kind(name) == "method"]
     sane = [name for name in names if name == "random"][:1]
     first = [*tested[: count - len(sane)], *sane]
-    return st.multiselect(
-        "Methods", names, default=first or names[:count], key=key, bind="query-params"
-    )
+    return bound.multiselect("Methods", names, key, default=first or names[:count])
 
 
 def _curves(board: Board) -> None:
@@ -479,19 +470,17 @@ def _two(board: Board, pack: Pack | None, problem: str) -> None:
         return
     first, second, third = st.columns(3)
     with first:
-        a = st.selectbox("Method", names, key="a", bind="query-params")
+        a = bound.selectbox("Method", names, "a")
     with second:
-        b = st.selectbox("and method", names, index=1, key="b", bind="query-params")
+        b = bound.selectbox("and method", names, "b", default=names[1])
     by_keys = [*board.columns, *([MAPS] if pack is not None else [])]
     with third:
-        start = by_keys.index(case_columns(board.results)[0].key)
-        by = st.selectbox(
+        by = bound.selectbox(
             "Differ by",
             by_keys,
-            index=start,
-            key="by",
+            "by",
+            default=case_columns(board.results)[0].key,
             format_func=lambda k: "Order of their maps" if k == MAPS else arrow(k, board),
-            bind="query-params",
         )
     if a == b:
         st.info("Choose two methods that are not the same.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from xattn.app import explaining, models, state, uploads
+from xattn.app import bound, explaining, models, state, uploads
 from xattn.app import film as films
 from xattn.app.components import film as film_component
 from xattn.app.components import grid
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SIDE = 360  # pixels of a picture's longer side
 QUICK = 0.6  # seconds in which a short job may finish before its progress is shown
 POLL = 0.25  # seconds
-NO_HEAD = ""
+NO_HEAD = "none"
 SANITY = ("random", "centre", "ones")  # explainers that explain nothing, to compare with
 FIRST = ("head", "gradcam", "rollout")  # what is chosen by default, the first that is allowed
 INPUTS = {"photos": "Photos", "clip": "Video"}
@@ -76,15 +76,12 @@ def _nothing_yet() -> None:
 
 def _controls(context: Context, job: Job | None) -> Job | None:
     """The widgets; returns the job that was just started."""
-    kind = st.segmented_control(
+    kind = bound.segmented(
         "Input",
         list(INPUTS),
-        default="photos",
-        key="input",
+        "input",
         format_func=lambda k: INPUTS[k],
-        required=True,
         label_visibility="collapsed",
-        bind="query-params",
     )
     sent = _photos() if kind == "photos" else _clip()
     name, weights = _backbone()
@@ -192,23 +189,21 @@ def _problems(problems: list[uploads.Problem], what: str) -> None:
 def _backbone() -> tuple[str, str]:
     names = models.backbones()
     files = models.weight_files()
-    name = st.selectbox(
+    name = bound.selectbox(
         "Network",
         names,
-        key="model",
+        "model",
         accept_new_options=True,
         placeholder="Name of a timm model",
         help="One of the list, or the name of any timm model; its weights then come from the hub.",
-        bind="query-params",
     )
     weights = "auto"
     if files:
-        weights = st.selectbox(
+        weights = bound.selectbox(
             "Weights",
             ["auto", *files],
-            key="weights",
+            "weights",
             format_func=lambda w: "Its own" if w == "auto" else files[w].name,
-            bind="query-params",
         )
     return name or "", weights
 
@@ -216,16 +211,16 @@ def _backbone() -> tuple[str, str]:
 def _head(name: str) -> str:
     heads = models.heads(name)
     if not heads:
-        return NO_HEAD
-    return st.selectbox(
+        return ""
+    chosen = bound.selectbox(
         "Head",
         [NO_HEAD, *heads],
-        index=1,
-        key="head",
+        "head",
+        default=next(iter(heads)),
         format_func=lambda h: heads.get(h, "None"),
         help="A trained head explains in one pass. One of xattn probe also brings its own classes.",
-        bind="query-params",
     )
+    return "" if chosen == NO_HEAD else chosen
 
 
 def _loaded(name: str, weights: str, head_id: str) -> tuple[Backbone, Head | None]:
@@ -248,20 +243,17 @@ def _explainers(allowed: dict[str, int], several: bool) -> list[str]:
         return f"{name} ({allowed[name]:,} passes)" if allowed[name] > 1 else name
 
     if several:
-        chosen = st.multiselect(
+        chosen = bound.multiselect(
             "Explainers",
             names,
+            "explain",
             default=names[:1],
-            key="by",
             format_func=title,
             placeholder="Choose one or more",
-            bind="query-params",
         )
     else:
-        chosen = [
-            st.selectbox("Explainer", names, key="one", format_func=title, bind="query-params")
-        ]
-    return [name for name in chosen if name is not None]
+        chosen = [bound.selectbox("Explainer", names, "explain_clip", format_func=title)]
+    return chosen
 
 
 def _classes(loaded: Backbone, several: bool) -> tuple[tuple[int, ...], int]:
@@ -289,15 +281,14 @@ def _classes(loaded: Backbone, several: bool) -> tuple[tuple[int, ...], int]:
 
 
 def _view(kind: str) -> dict[str, Any]:
-    view = st.radio(
+    order = list(VIEWS) if kind == "photos" else list(VIEWS)[::-1]
+    view = bound.segmented(
         "What the network sees",
-        list(VIEWS),
-        index=0 if kind == "photos" else 1,
-        key=f"see_{kind}",
+        order,
+        f"see_{kind}",
         format_func=lambda v: VIEWS[v],
         help="The centre crop is what the network was tested on. The whole picture is squeezed "
         "into its input.",
-        bind="query-params",
     )
     return {"view": view}
 

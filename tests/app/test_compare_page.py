@@ -1,0 +1,325 @@
+"""The compare page: leaderboard, curves, dots and pairs; and a file that may be damaged."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("streamlit")
+
+from packs import small_pack
+from streamlit.testing.v1 import AppTest
+
+from xattn.app import comparison, state
+from xattn.app.comparison import parse, read
+from xattn.app.library import LEADERBOARD, Library, PackError
+from xattn.eval.compare import write_report
+from xattn.eval.metrics.base import Column
+from xattn.eval.protocol import Protocol
+from xattn.eval.results import ImageRecord, MethodResult, Results
+
+IMAGES = 12
+COLUMNS = (Column("AD", 0.5), Column("insertion"), Column("ROAD"))
+METHODS = ("gradcam", "saliency", "random", "ones")
+
+
+def results(images: int = IMAGES, steps: int = 5) -> Results:
+    """gradcam is best in everything, saliency close behind; ones is a mask."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.02, (images, len(COLUMNS)))
+    methods = {}
+    for rank, name in enumerate(METHODS):
+        worse = 0.3 * max(rank - 1, 0)
+        ad = 20 + 100 * worse + rng.normal(0, 5, images)
+        good = 0.8 - worse + noise[:, 1] + rng.normal(0, 0.01, images)
+        methods[name] = MethodResult(
+            forwards=1,
+            is_mask=name == "ones",
+            valid=np.ones(images, bool),
+            scores={
+                "deletion": np.linspace(0.8, 0.1 + worse / 2, steps) + noise[:, :1],
+                "insertion": np.linspace(0.1, 0.8 - worse / 2, steps) + noise[:, :1],
+            },
+            values={COLUMNS[0]: ad, COLUMNS[1]: good, COLUMNS[2]: good / 2},
+        )
+    methods["saliency"].values[COLUMNS[2]][3] = np.nan
+    return Results(
+        protocol=Protocol(n=images),
+        images=[
+            ImageRecord(f"photos/photo {i}.jpg", i, f"class {i}, more", 0.9) for i in range(images)
+        ],
+        methods=methods,
+        backbone={"name": "made up", "sha256": "0" * 64},
+        n_resamples=200,
+        options={c.key: {} for c in COLUMNS},
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("root")
+    write_report(results(), root / "first")
+    small_pack(root / "first" / "pack", IMAGES, ("gradcam", "saliency", "random"))
+    write_report(results(), root / "without pictures")
+    return root
+
+
+@pytest.fixture
+def data(made: Path) -> bytes:
+    return (made / "first" / LEADERBOARD).read_bytes()
+
+
+@pytest.fixture
+def library(made: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
+    found = Library(made)
+    monkeypatch.setattr(state, "_settings", state.Settings(root=made))
+    monkeypatch.setattr(state, "library", lambda: found)
+    comparison._BOARDS.clear()
+    return found
+
+
+def ids(library: Library) -> dict[str, str]:
+    return {info.name: info.id for info in library.comparisons()}
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def test_a_board_is_what_was_written(data):
+    board, expected = parse(data), results()
+    assert list(board.columns) == [c.key for c in COLUMNS]
+    for name in METHODS:
+        for column in COLUMNS:
+            np.testing.assert_array_equal(
+                board.results.methods[name].values[column], expected.methods[name].values[column]
+            )
+            mean = expected.mean(name, *column)
+            assert board.standings[name, column.key].mean == pytest.approx(mean, nan_ok=True)
+
+
+def test_standings_in_words(data):
+    board = parse(data)
+    assert board.verdict("gradcam", "insertion") in ("best", "not told apart from the best")
+    assert board.verdict("random", "insertion") == "worse than the best"
+    assert board.verdict("ones", "AD@50") == "a mask, not ranked"
+    assert [board.kind(n) for n in METHODS] == ["method", "method", "sanity row", "sanity row"]
+    assert comparison.arrow("AD@50", board) == "AD@50 ↓"
+    assert comparison.arrow("ROAD", board) == "ROAD ↑"
+    assert set(board.ranked[:2]) == {"gradcam", "saliency"}
+
+
+def test_a_sanity_row_that_beats_the_best_is_said(data):
+    record = json.loads(data)
+    for s in record["standings"]:
+        if s["method"] == "random" and s["column"] == "insertion":
+            s |= {"diff": 0.2, "diff_lo": 0.1, "diff_hi": 0.3, "level_with_best": False}
+    board = parse(json.dumps(record).encode())
+    assert board.verdict("random", "insertion") == "better than the best method"
+
+
+def test_a_board_is_read_again_when_its_file_changes(made, library, tmp_path):
+    root = tmp_path / "root"
+    write_report(results(), root / "one")
+    library = Library(root)
+    (board_id,) = ids(library).values()
+    first = read(library, board_id)
+    assert read(library, board_id) is first
+    write_report(results(IMAGES - 2), root / "one")
+    assert len(read(library, board_id).results.images) == IMAGES - 2
+
+
+def test_an_unknown_comparison_is_an_error_for_a_person(library):
+    with pytest.raises(PackError, match="no such comparison"):
+        read(library, "../first")
+
+
+def test_a_file_over_the_limit_is_not_read(library, monkeypatch):
+    monkeypatch.setattr(comparison, "MAX_BYTES", 100)
+    with pytest.raises(PackError, match="limit"):
+        read(library, ids(library)["first"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.pop("standings"),
+        lambda r: r.update(standings=[]),
+        lambda r: r.update(version=99),
+        lambda r: r.update(n_resamples=10**9),
+        lambda r: r.update(n_resamples=-1),
+        lambda r: r.update(images=[]),
+        lambda r: r.update(methods={}),
+        lambda r: r["images"].pop(),
+        lambda r: r["images"][0].update(id=7),
+        lambda r: r["methods"]["gradcam"]["values"].pop(),
+        lambda r: r["methods"]["gradcam"]["values"][0].update(metric="no such"),
+        lambda r: r["methods"]["gradcam"]["values"][0].update(values="words"),
+        lambda r: r["methods"]["gradcam"]["values"][0]["values"].append(1.0),
+        lambda r: r["methods"]["gradcam"]["scores"].update(deletion=[[1.0]]),
+        lambda r: r["standings"][0].update(mean="much"),
+        lambda r: r["standings"][0].update(column="no such"),
+        lambda r: r["protocol"].update(seed="0"),
+    ],
+)
+def test_what_does_not_fit_together_is_an_error_for_a_person(data, change):
+    record = json.loads(data)
+    change(record)
+    with pytest.raises(PackError, match="run xattn compare again"):
+        parse(json.dumps(record).encode())
+
+
+def test_damaged_bytes_are_an_error_for_a_person(data):
+    rng = random.Random(0)
+    for trial in range(300):
+        at = rng.randrange(len(data))
+        if trial % 3 == 0:
+            damaged = data[:at]
+        elif trial % 3 == 1:
+            damaged = data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
+        else:
+            damaged = data[:at] + rng.choice([b"null", b"[]", b"-1", b'"', b"NaN"]) + data[at:]
+        try:
+            board = parse(damaged)
+        except PackError:
+            continue
+        assert board.ranked and board.columns  # a digit or a letter of a name
+
+
+# ---------------------------------------------------------------------- the page
+
+
+def script() -> None:
+    import streamlit as st
+
+    from xattn.app import state
+    from xattn.app.pages import compare
+
+    compare.page(state.Context(state.library(), None, st.query_params.to_dict()))
+
+
+def shown(**params: str) -> AppTest:
+    page = AppTest.from_function(script, default_timeout=60)
+    for name, value in params.items():
+        page.query_params[name] = value
+    page.run()
+    assert not page.exception
+    return page
+
+
+def texts(page: AppTest) -> str:
+    kinds = (page.markdown, page.caption, page.info, page.warning, page.error)
+    return "\n".join(element.value for kind in kinds for element in kind)
+
+
+def test_without_a_comparison_the_page_says_how_to_make_one(tmp_path, monkeypatch):
+    found = Library(tmp_path)
+    monkeypatch.setattr(state, "library", lambda: found)
+    page = shown()
+    assert "no comparison yet" in texts(page) and "xattn compare" in page.code[0].value
+
+
+def test_the_leaderboard_has_intervals_directions_and_words(library):
+    page = shown(board=ids(library)["first"], metric="insertion")
+    table = page.dataframe[0].value
+    assert list(table["mean"]) == sorted(table["mean"], reverse=True)
+    standing = dict(zip(table["method"], table["standing"], strict=True))
+    assert "best" in standing.values() and standing["ones"] == "a mask, not ranked"
+    assert dict(zip(table["method"], table["row"], strict=True))["random"] == "sanity row"
+    assert all(" to " in interval for interval in table["95 % interval"])
+    assert "higher is better" in texts(page)
+    everything = page.dataframe[1].value
+    assert {"AD@50 ↓", "insertion ↑", "ROAD ↑"} <= set(everything.columns)
+    assert everything["insertion ↑"].str.contains("not told apart|best").any()
+
+
+def test_lower_is_better_turns_the_order(library):
+    table = shown(board=ids(library)["first"], metric="AD@50").dataframe[0].value
+    assert list(table["mean"]) == sorted(table["mean"])
+
+
+def test_warnings_are_shown_as_text(library, made, tmp_path, monkeypatch):
+    record = json.loads((made / "first" / LEADERBOARD).read_bytes())
+    record["warnings"] = ["<img src=x onerror=alert(1)> [link](http://a)"]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / LEADERBOARD).write_text(json.dumps(record))
+    found = Library(tmp_path)
+    monkeypatch.setattr(state, "library", lambda: found)
+    assert r"\<img src\=x onerror\=alert\(1\)\> \[link\]" in texts(shown())
+
+
+def test_curves_of_the_chosen_methods(library):
+    page = shown(board=ids(library)["first"], part="Curves")
+    assert "Deletion" in texts(page) and "Lower is better" in texts(page)
+    assert len(page.get("vega_lite_chart")) == 2
+    few = shown(board=ids(library)["first"], part="Curves", lines="gradcam")
+    assert few.multiselect(key="lines").value == ["gradcam"]
+
+
+def test_photos_as_dots(library):
+    page = shown(board=ids(library)["first"], part="Photos", sx="AD@50", sy="ROAD")
+    assert (page.selectbox(key="sx").value, page.selectbox(key="sy").value) == ("AD@50", "ROAD")
+    assert "click one to open it" in texts(page)
+    plain = shown(board=ids(library)["without pictures"], part="Photos", sy="ROAD")
+    assert "A dot is a photo." in texts(plain) and "1 have no value" in texts(plain)
+
+
+def test_pairs_by_a_metric_come_by_falling_difference(library):
+    page = shown(board=ids(library)["first"], part="Pairs", a="gradcam", b="random", by="ROAD")
+    apart = [
+        float(m.value.split("apart by ")[1].replace("\\", ""))
+        for m in page.markdown
+        if "apart by" in m.value
+    ]
+    assert len(apart) == IMAGES and apart == sorted(apart, reverse=True)
+    pack = library.open(library.comparisons()[0].pack_id)
+    sides = [
+        pack.entries[pack.entries["method"] == m].set_index("image_id")
+        for m in ("gradcam", "random")
+    ]
+    assert apart[0] == pytest.approx((sides[0]["ROAD"] - sides[1]["ROAD"]).abs().max(), abs=1e-4)
+
+
+def test_pairs_by_the_order_of_their_maps(library):
+    page = shown(board=ids(library)["first"], part="Pairs", a="gradcam", b="saliency", by="maps")
+    found = [
+        float(m.value.split("rank correlation ")[1].replace("\\", ""))
+        for m in page.markdown
+        if "rank correlation" in m.value
+    ]
+    assert len(found) == IMAGES and found == sorted(found)
+
+
+def test_without_pictures_photos_are_named(library):
+    page = shown(board=ids(library)["without pictures"], part="Pairs", a="gradcam", b="random")
+    table = page.dataframe[0].value
+    assert "no pictures" in texts(page) and set(table["photo"]) == {
+        f"photo {i}.jpg" for i in range(12)
+    }
+
+
+def test_a_method_is_not_compared_with_itself(library):
+    page = shown(board=ids(library)["first"], part="Pairs", a="gradcam", b="gradcam")
+    assert "not the same" in texts(page)
+
+
+def test_an_address_restores_the_view_and_nonsense_is_passed_over(library):
+    page = shown(board=ids(library)["without pictures"], metric="ROAD")
+    assert page.selectbox(key="metric").value == "ROAD"
+    other = shown(board="gone", metric="no such", part="no such", a="<b>", by="x")
+    assert "not here any more" in texts(other) and other.selectbox(key="metric").value == "AD@50"
+
+
+def test_a_damaged_comparison_is_a_message_and_others_still_open(tmp_path, monkeypatch):
+    write_report(results(), tmp_path / "good")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / LEADERBOARD).write_text("{}")
+    found = Library(tmp_path)
+    monkeypatch.setattr(state, "library", lambda: found)
+    page = shown(board=ids(found)["bad"])
+    assert any("cannot be shown" in e.value for e in page.error)
+    page.selectbox(key="board").set_value(ids(found)["good"]).run()
+    assert not page.exception and page.dataframe
