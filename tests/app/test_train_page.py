@@ -1,0 +1,240 @@
+"""The train page: what it offers, starts, shows and says, by AppTest; a whole training in Chromium."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("streamlit")
+from conftest import served
+from streamlit.testing.v1 import AppTest
+from test_jobs import RUNNER, begun, ended, photos
+
+from xattn.app import demo_job, demo_pack, state
+from xattn.app import jobs as jobs_module
+from xattn.app.jobs import Jobs, Spec
+from xattn.app.state import Settings
+
+SPEC = Spec("train", "photos", heads=("ttame",), epochs=5)
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
+    """Jobs of a root with photos, which run a stand-in for the command line."""
+    (tmp_path / "runner.py").write_text(RUNNER)
+    monkeypatch.setattr(jobs_module, "RUNNER", (sys.executable, str(tmp_path / "runner.py")))
+    for name in ("photos/wren", "photos/tit"):
+        photos(tmp_path / "data" / name)
+    (tmp_path / "root").mkdir()
+    settings = Settings(root=tmp_path / "root", data=tmp_path / "data")
+    monkeypatch.setattr(state, "_settings", settings)
+    found = Jobs(settings.root, settings.data)
+    yield found
+    for job in found.list():
+        found.stop(job.id, at_once=True)
+        ended(found, job.id)
+
+
+def script() -> None:
+    import streamlit as st
+
+    from xattn.app import state
+    from xattn.app.pages import train
+
+    train.page(state.Context(state.library(), None, st.query_params.to_dict()))
+
+
+def welcome() -> None:
+    from xattn.app import demo_pack
+
+    demo_pack.offer()
+
+
+def open_train(**params: str) -> AppTest:
+    page = AppTest.from_function(script, default_timeout=60)
+    for name, value in params.items():
+        page.query_params[name] = value
+    page.run()
+    assert not page.exception
+    return page
+
+
+def texts(page: AppTest) -> str:
+    kinds = ("markdown", "caption", "code", "info", "warning", "error", "subheader")
+    return "\n".join(str(e.value) for kind in kinds for e in getattr(page, kind))
+
+
+def button(page: AppTest, label: str) -> Any:
+    return next(b for b in page.button if b.label == label)
+
+
+def test_the_form_has_sensible_defaults_and_starts_a_job(jobs: Jobs) -> None:
+    page = open_train()
+    assert page.selectbox(key="head").value == "ttame"
+    assert "photos" in [o.partition(" ")[0] for o in page.selectbox(key="data").options]
+    page.selectbox(key="data").set_value("photos").run()
+    button(page, "Start training").click().run()
+    assert not page.exception and not page.error
+    (job,) = jobs.list()
+    assert job.id == "photos-ttame" and job.spec.data == "photos" and job.spec.epochs is None
+    assert page.query_params["job"] == "photos-ttame"
+    assert "photos-ttame" in page.subheader[0].value.replace("\\", "")
+
+
+def test_a_second_start_is_refused_in_words(jobs: Jobs) -> None:
+    page = open_train()
+    jobs.start(Spec("train", "photos", heads=("ttame",)), "other")  # in another tab
+    button(page, "Start training").click().run()
+    assert not page.exception
+    assert "other" in texts(page) and len(jobs.list()) == 1
+
+
+def test_a_job_is_shown_by_its_address_with_its_losses(jobs: Jobs) -> None:
+    jobs.start(SPEC, "mine")
+    ended(jobs, "mine")
+    page = open_train(job="mine")
+    shown = texts(page)
+    assert "step 5, epoch 5" in shown and "--head" in shown
+    assert page.get("vega_lite_chart") or page.get("arrow_vega_lite_chart")
+    assert [b.label for b in page.button] == []
+
+
+def test_a_running_job_stops_and_resumes_by_buttons(jobs: Jobs) -> None:
+    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=200), "mine")
+    begun(jobs, "mine")
+    page = open_train(job="mine")
+    button(page, "Stop").click().run()
+    ended(jobs, "mine")
+    page.run()
+    assert "Resume goes on from there" in texts(page)
+    button(page, "Resume").click().run()
+    assert jobs.get("mine").alive and not page.exception
+
+
+def test_failed_and_killed_jobs_say_what_happened(jobs: Jobs) -> None:
+    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=13), "failed")
+    ended(jobs, "failed")
+    assert "the loss is not finite" in texts(open_train(job="failed"))
+    jobs.start(Spec("train", "photos", heads=("ttame",)), "killed")
+    begun(jobs, "killed")
+    jobs.stop("killed", at_once=True)
+    ended(jobs, "killed")
+    page = open_train(job="killed")
+    assert "ended from outside" in texts(page) and button(page, "Resume")
+
+
+@pytest.mark.parametrize("job", ["gone", "../../etc", "<b>x</b>", "a" * 300, "*x*"])
+def test_an_unknown_job_is_a_message(jobs: Jobs, job: str) -> None:
+    page = open_train(job=job)
+    assert "There is no job" in page.warning[0].value
+    assert "<b>" not in page.warning[0].value.replace("\\<b\\>", "")
+    assert button(page, "Start training")
+
+
+def test_classifier_heads_take_folders_as_labels(jobs: Jobs) -> None:
+    page = open_train(kind="Classifier heads")
+    page.selectbox(key="data").set_value("photos").run()
+    page.multiselect(key="heads").set_value(["gap"]).run()
+    button(page, "Start training").click().run()
+    (job,) = jobs.list()
+    assert job.spec.kind == "probe" and job.spec.heads == ("gap",) and job.spec.labels == ""
+
+
+def test_photos_without_labels_train_no_classifier(jobs: Jobs) -> None:
+    page = open_train(kind="Classifier heads")
+    page.selectbox(key="data").set_value("photos/tit").run()
+    assert button(page, "Start training").disabled and "no labels" in texts(page)
+
+
+def test_no_photos_says_what_to_do(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "_settings", Settings(root=jobs.root))
+    shown = texts(open_train())
+    assert "No photos here yet" in shown and "--data" in shown
+
+
+def test_training_is_off_where_everybody_gets_in(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "_settings", Settings(root=jobs.root, training=False))
+    page = open_train()
+    assert "--password-file" in page.info[0].value and not page.button
+
+
+def test_a_full_disk_is_a_message(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "job: cannot write (No space left on device); free some space")
+
+    page = open_train()
+    monkeypatch.setattr(jobs_module, "write_json", full)
+    button(page, "Start training").click().run()
+    assert not page.exception and "No space left" in texts(page) and not jobs.list()
+
+
+# ---------------------------------------------------------------------- the demo pack
+
+
+def test_the_first_run_offers_the_demo(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_job, "missing", lambda: None)
+    page = AppTest.from_function(welcome, default_timeout=60).run()
+    button(page, "Make the demo pack").click().run()
+    assert not page.exception and not page.error
+    assert demo_pack.demo(jobs) is not None
+    assert "Making the demo pack" in texts(page)
+    page = AppTest.from_function(welcome, default_timeout=60).run()  # another tab
+    assert "Making the demo pack" in texts(page) and len(jobs.list()) == 1
+
+
+def test_a_demo_that_lacks_packages_says_what_to_install(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_job, "missing", lambda: 'pip install -e ".[demo]"')
+    page = AppTest.from_function(welcome, default_timeout=60).run()
+    assert "pip install" in texts(page) and not page.button
+    with pytest.raises(ValueError, match="pip install"):
+        demo_pack.make()
+
+
+def test_the_demo_is_a_comparison_of_photos_that_are_there(tmp_path: Path) -> None:
+    if demo_job.missing():
+        pytest.skip("the demo's packages are not installed")
+    demo_job.prepare(tmp_path)
+    listed = (tmp_path / demo_job.PHOTOS).read_text().splitlines()
+    assert len(listed) >= demo_job.LIMIT and all(Path(path).is_file() for path in listed)
+    line = demo_job.arguments(tmp_path / "demo", tmp_path)
+    assert line[0] == "compare" and str(tmp_path / demo_job.PHOTOS) in line
+
+
+# ---------------------------------------------------------------------- in the browser
+
+
+@pytest.mark.slow
+def test_a_training_survives_reload_and_restart_in_the_browser(
+    tmp_path: Path, open_page: Callable[..., Any]
+) -> None:
+    root = tmp_path / "root"
+    photos(root / "photos", 6)
+    arguments = ("--weights", "random", "--device", "cpu")
+    with served(root, *arguments, log=tmp_path / "log") as address:
+        page = open_page(f"{address}/train")
+        page.get_by_text("Start training").click()
+        page.get_by_text("before training").first.wait_for(timeout=120_000)
+        assert "job=photos-ttame" in page.url
+        page.reload()
+        page.locator(".st-key-stop button").first.click()
+        page.get_by_text("Resume goes on from there").wait_for(timeout=60_000)
+        page.close()
+    with served(root, *arguments, log=tmp_path / "log2") as address:
+        page = open_page(f"{address}/train?job=photos-ttame")
+        page.locator(".st-key-resume button").first.click()
+        page.get_by_text("the last checkpoint").wait_for(timeout=120_000)
+        page.close()
+    jobs = Jobs(root)
+    assert jobs.get("photos-ttame").state != "killed"  # the server has ended, the job has not
+    jobs.stop("photos-ttame")
+    assert ended(jobs, "photos-ttame", 120).state in ("stopped", "finished")
+    assert json.loads((root / "photos-ttame" / "run.json").read_text())
