@@ -57,10 +57,14 @@ def _diverging() -> NDArray[np.uint8]:
 
 def colorize(values: NDArray[Any], cmap: str = "inferno") -> NDArray[np.uint8]:
     """Values (..., H, W) in [0, 1] as colours (..., H, W, 3), uint8; NaN becomes black."""
-    index = np.nan_to_num(np.clip(values, 0, 1)) * 255
-    colours = _lut(cmap)[np.rint(index).astype(np.uint8)]
+    colours = _lut(cmap)[_index(values)]
     colours[np.isnan(values)] = 0
     return colours
+
+
+def _index(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Places in a table of 256 colours; NaN is 0."""
+    return np.rint(np.nan_to_num(np.clip(values, 0, 1)) * 255).astype(np.uint8)
 
 
 def overlay(
@@ -87,23 +91,25 @@ def overlay(
     for name, share in (("opacity", opacity), ("threshold", threshold)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name}: got {share}; give a number from 0 to 1")
-    pixels = np.asarray(photo.convert("RGB"), dtype=np.float32)
-    grey = (pixels @ LUMA)[..., None]
+    pixels = np.asarray(photo if photo.mode == "RGB" else photo.convert("RGB"))
+    out = pixels.astype(np.float32)
+    grey = (out @ LUMA)[..., None]
     # Less colour of its own below the map's: grey takes its place.
-    out = (1 - opacity) ** 2 * pixels
+    out *= (1 - opacity) ** 2
     out += opacity * (1 - opacity) * grey
-    out += opacity * colorize(values, cmap)
+    out += (np.float32(opacity) * _lut(cmap)).astype(np.float32)[_index(values)]
     if threshold > 0:
         strength = np.abs(2 * values - 1) if cmap == DIVERGING else values
         # The map's values are float32: one that equals the threshold is not below it.
-        out = np.where((strength < np.float32(threshold))[..., None], pixels, out)
+        low = strength < np.float32(threshold)
+        out[low] = pixels[low]
     outside = np.isnan(values)
     if outside.any():
-        out = np.where(outside[..., None], 0.35 * grey, out)
+        out[outside] = 0.35 * grey[outside]
         if not outside.all():
             edge = _frame(~outside, width=max(1, round(max(photo.size) / 400)))
             out[edge] = 0.45 * out[edge] + 0.55 * 255
-    return Image.fromarray(np.rint(out).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(np.rint(out, out=out).astype(np.uint8))
 
 
 def _frame(inside: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:

@@ -18,11 +18,12 @@ from xattn.app.pictures import Look, overlay_url, photo_url
 from xattn.app.state import Context, plain
 from xattn.app.theme import facts_html
 from xattn.contact_sheet import legends_html
+from xattn.explanation import THUMBNAIL_SIDE
 
 if TYPE_CHECKING:
     from xattn.app.library import Pack
 
-SIDE = 480  # pixels of a map's longer side
+SIDE = THUMBNAIL_SIDE  # pixels of a map's longer side: a photo is shown as it is stored
 SMALL = 320  # of a class's map
 WIDTH = 150  # of a map on the page, at least
 FIRST_METHODS = 6  # that are shown before anybody chooses
@@ -91,6 +92,12 @@ def _heading(pack: Pack, image_id: str) -> None:
     before, after, number, count = selection.neighbours(pack, view, image_id)
     row = pack.images.loc[image_id]
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
+    bar.button(
+        "Gallery",
+        key="go_gallery",
+        on_click=lambda: state.go("gallery", **view.params(choices)),
+        help="Back to the gallery, where you left it",
+    )
     for text, other, keys in (("Previous", before, "Shift+Left"), ("Next", after, "Shift+Right")):
         bar.button(
             text,
@@ -107,8 +114,12 @@ def _heading(pack: Pack, image_id: str) -> None:
         st.caption("This address shows the same view to whoever can open this viewer.")
         st.code(_address(), language=None, wrap_lines=True)
     if _has_attention(pack, image_id):
-        if bar.button("Attention", help="What each patch attends to", key="go_attention"):
-            state.go("attention", image=image_id)
+        bar.button(
+            "Attention",
+            key="go_attention",
+            on_click=lambda: state.go("attention", image=image_id),
+            help="What each patch attends to",
+        )
     st.subheader(plain(row["file_name"] or image_id), anchor=False)
     _caption(row)
 
@@ -558,9 +569,12 @@ def _provenance(pack: Pack, shown: Shown) -> None:
 
 
 def _export(pack: Pack, shown: Shown) -> None:
-    """Files of what is shown, and of the gallery's selection."""
+    """Files of what is shown; those of a whole selection are the gallery's."""
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in shown.image_id)[:80]
-    st.caption("The maps above, with caption and provenance.")
+    st.caption(
+        "The maps above with caption and provenance, as a figure or as a page that needs no server. "
+        "The gallery exports its whole selection."
+    )
     bar = st.container(horizontal=True, gap="small")
     for kind, mime in (("png", "image/png"), ("svg", "image/svg+xml")):
         bar.download_button(
@@ -579,25 +593,11 @@ def _export(pack: Pack, shown: Shown) -> None:
         on_click="ignore",
         key="export_html",
     )
-    choices = selection.table(pack).choices
-    view = selection.from_text(st.query_params.get("view", ""), choices)
-    chosen = selection.selected(pack, view)
-    st.caption(plain(f"The gallery's selection: {len(chosen):,} maps."))
-    bar = st.container(horizontal=True, gap="small")
     bar.download_button(
-        "Selection, CSV",
-        data=lambda: export.csv(pack, list(dict.fromkeys(chosen["image_id"]))),
-        file_name=f"{pack.id}.csv",
+        "Figures of this photo, CSV",
+        data=lambda: export.csv(pack, [shown.image_id]),
+        file_name=f"{name}.csv",
         mime="text/csv",
         on_click="ignore",
         key="export_csv",
-    )
-    most = export.MOST_MAPS["html"]
-    bar.download_button(
-        "Selection, HTML" if len(chosen) <= most else f"First {most} maps, HTML",
-        data=lambda: export.html(pack, list(chosen.index[:most]), shown.look),
-        file_name=f"{pack.id}.html",
-        mime="text/html",
-        on_click="ignore",
-        key="export_selection",
     )

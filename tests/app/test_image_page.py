@@ -255,16 +255,14 @@ def test_provenance_has_hashes_and_protocols(show, pack):
     assert json.loads(app.json[0].value)["method"] == "gradcam"
 
 
-def test_export_offers_figure_report_and_selection(show, pack):
-    app = show(pack, tab="Export", view="q=photo-2.jpg&method=all&maps=every")
+def test_export_offers_the_figure_the_report_and_the_figures(show, pack):
+    app = show(pack, tab="Export")
     assert [b.proto.label for b in app.get("download_button")] == [
         "Figure, PNG",
         "Figure, SVG",
         "Report, HTML",
-        "Selection, CSV",
-        "Selection, HTML",
+        "Figures of this photo, CSV",
     ]
-    assert "8 maps" in texts(app)
 
 
 # ---------------------------------------------------------------------- bad input
