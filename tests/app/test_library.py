@@ -1,0 +1,684 @@
+"""Packs read for the viewer: lazily, never stale, and nothing from outside whatever lies in them."""
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+pytest.importorskip("pandas")
+
+from packs import METRICS, big_pack, explanation, picture, small_pack
+
+from xattn.app import library as library_module
+from xattn.app.library import Library, PackError
+from xattn.app.pack import Pack, Recent
+from xattn.explanation import load_pack, save_pack
+from xattn.pack_writer import manifest_text
+from xattn.tensor_file import TensorFile
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return small_pack(tmp_path_factory.mktemp("written") / "pack")
+
+
+@pytest.fixture
+def root(tmp_path, written):
+    """A root with one pack, to be damaged."""
+    shutil.copytree(written, tmp_path / "root" / "cats")
+    return tmp_path / "root"
+
+
+def only(root):
+    """The one pack of a root, opened."""
+    library = Library(root)
+    (info,) = library.packs()
+    return library.open(info.id)
+
+
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def edit(folder, change):
+    """Rewrite a manifest after ``change(manifest)``."""
+    manifest = manifest_of(folder)
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def flip(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+# ---------------------------------------------------------------------- what is in a pack
+
+
+def test_a_pack_gives_its_images_entries_and_metrics(root):
+    pack = only(root)
+    assert list(pack.images.index) == [f"photo-{i:05}" for i in range(6)]
+    assert pack.images["right"].tolist() == [False, True, True, True, False, True]
+    assert (pack.images["methods"] == 3).all() and pack.images["disagreement"].between(0, 2).all()
+    assert pack.images["predicted"].tolist() == list(range(6))
+    assert pack.images["label"].tolist() == [1, 1, 2, 3, 5, 5]
+    assert [m.key for m in pack.metrics] == list(METRICS)
+    assert [m.higher_is_better for m in pack.metrics] == [False, True, True]
+    assert list(pack.entries["method"].iloc[:3]) == ["gradcam", "saliency", "random"]
+    assert pack.entries["sanity"].tolist() == [False, False, True] * 6
+    assert pack.entries[list(METRICS)].notna().all().all()
+    entry = pack.entries.index[0]
+    assert list(pack.curves(entry)) == ["deletion", "insertion"]
+    assert pack.top("photo-00003")[0][:2] == (3, "ostrich")
+    assert (
+        pack.version == hashlib.sha256((root / "cats/manifest.json").read_bytes()).hexdigest()[:12]
+    )
+
+
+def test_maps_are_those_that_were_saved(root):
+    pack = only(root)
+    saved = {e.id: e for e in load_pack(root / "cats")}
+    assert set(saved) == set(pack.entries.index)
+    for id, other in saved.items():
+        mine = pack.explanation(id)
+        assert np.array_equal(mine.map, other.map) and not mine.map.flags.writeable
+        assert (mine.view, mine.facts, mine.protocol) == (other.view, other.facts, other.protocol)
+        assert (mine.metrics, mine.curves, mine.sanity) == (
+            other.metrics,
+            other.curves,
+            other.sanity,
+        )
+
+
+def test_opening_reads_no_map_and_asking_reads_one(root, monkeypatch):
+    asked = []
+    real = TensorFile.read
+    monkeypatch.setattr(TensorFile, "read", lambda self, *a: asked.append(a[0]) or real(self, *a))
+    pack = only(root)
+    assert asked == []
+    pack.explanation(pack.entries.index[4])
+    pack.explanation(pack.entries.index[4])
+    assert asked == [pack.entries.index[4]], "the second time from memory"
+
+
+def test_what_is_kept_in_memory_is_bounded():
+    recent = Recent(limit=100)
+    for i in range(50):
+        recent.put(i, f"value {i}", 30)
+    assert [recent.get(i) for i in (46, 47, 48, 49)] == [None, "value 47", "value 48", "value 49"]
+    recent.put(49, "larger", 100)
+    assert recent.get(49) == "larger" and recent.get(48) is None
+    recent.put("huge", 1, 1000)
+    assert recent.get("huge") is None
+
+
+def test_photos_are_thumbnails_of_any_smaller_side(root):
+    pack = only(root)
+    assert pack.photo("photo-00002").size == (128, 96)
+    assert pack.photo("photo-00002", 64).size == (64, 48)
+    want = np.asarray(picture(2)).astype(int)
+    assert np.abs(np.asarray(pack.photo("photo-00002")).astype(int) - want).mean() < 6
+
+
+def test_a_pack_of_before_these_keys_is_readable(root):
+    def strip(manifest):
+        for key in ("metrics", "shares", "images", "video_sha256"):
+            del manifest[key]
+        for entry in manifest["entries"]:
+            for key in ("metrics", "curves", "sha256", "sanity"):
+                del entry[key]
+
+    edit(root / "cats", strip)
+    pack = only(root)
+    assert pack.images["predicted"].tolist() == list(range(6)), "the most probable of top classes"
+    assert pack.images["right"].tolist() == [None] * 6
+    assert pack.images["disagreement"].isna().all() and not pack.entries["sanity"].any()
+    entry = pack.entries.index[0]
+    assert pack.curves(entry) == {} and pack.top("photo-00000") == [] and pack.metrics == []
+    assert pack.explanation(entry).map.shape == (7, 7)
+    assert pack.provenance(entry)["sha256"]["map"] is None
+    edit(root / "cats", lambda m: m["protocols"][0].update(classes="named"))
+    edit(root / "cats", lambda m: m["protocols"][1].update(classes="named"))
+    edit(root / "cats", lambda m: m["protocols"][2].update(classes="named"))
+    assert only(root).images["predicted"].tolist() == [None] * 6, "named classes say nothing"
+
+
+def test_right_needs_a_label_and_a_prediction_of_the_classifier(root):
+    def change(manifest):
+        images = list(manifest["images"].values())
+        images[0]["label"] = None
+        images[1]["label"] = 7
+        for entry in manifest["entries"]:
+            entry["metrics"].pop("ROAD")
+
+    edit(root / "cats", change)
+    pack = only(root)
+    assert pack.images["right"].tolist()[:2] == [None, False]
+    assert pack.entries["ROAD"].isna().all()
+
+
+def test_provenance_names_method_protocol_and_hashes(root):
+    pack = only(root)
+    entry = pack.entries.index[0]
+    found = pack.provenance(entry)
+    assert found["method"] == "gradcam" and found["backbone"]["name"] == "made up"
+    assert found["metrics"]["ROAD"] == "ROAD-made-up"
+    data = pack.explanation(entry).map.tobytes()
+    assert found["sha256"]["map"] == hashlib.sha256(data).hexdigest()
+    jpeg = (root / "cats/thumbnails/photo-00000.jpg").read_bytes()
+    assert found["sha256"]["thumbnail"] == hashlib.sha256(jpeg).hexdigest()
+    json.dumps(found)
+
+
+def test_names_of_users_come_through_as_they_are(tmp_path):
+    name = '<img src=x onerror="alert(1)">&\u202e\U0001f600.jpg'
+    folder = save_pack(
+        tmp_path / "root" / "pack",
+        [explanation(0, file_name=name, target_name="<b>'\"", source=picture(0))],
+    )
+    pack = only(tmp_path / "root")
+    assert pack.images["file_name"].tolist() == [name]
+    assert pack.entries["target_name"].tolist() == ["<b>'\""]
+    edit(folder, lambda m: m["entries"][0].update(target_name="half \ud800 a character"))
+    assert only(tmp_path / "root").entries["target_name"].tolist() == ["half ? a character"]
+
+
+def test_a_film_is_checked_by_its_hash(tmp_path):
+    film = tmp_path / "film.mp4"
+    film.write_bytes(b"a film")
+    folder = save_pack(tmp_path / "root" / "clip", [explanation(0)], video=film)
+    assert only(tmp_path / "root").video == (folder / "overlay.mp4")
+    (folder / "overlay.mp4").write_bytes(b"another")
+    with pytest.raises(PackError, match="not the film that was written"):
+        _ = only(tmp_path / "root").video
+
+
+def test_thousands_of_entries_are_an_index(tmp_path, monkeypatch):
+    big_pack(tmp_path / "root" / "big", images=3000, methods=2, pictures=3)
+    monkeypatch.setattr(TensorFile, "read", lambda *a: pytest.fail("read a map"))
+    pack = only(tmp_path / "root")
+    assert (len(pack.entries), len(pack.images)) == (6000, 3000)
+    assert pack.photo("photo-02999").size == (512, 384)
+
+
+# ---------------------------------------------------------------------- the list
+
+
+def test_packs_are_found_three_folders_deep_and_not_in_hidden_ones(tmp_path, written):
+    places = ("a", "b/c", "b/d/e", "b/d/f/too-deep", ".hidden", "a/thumbnails/inside")
+    for place in places:
+        shutil.copytree(written, tmp_path / place, dirs_exist_ok=True)
+    library = Library(tmp_path)
+    infos = library.packs()
+    assert [info.name for info in infos] == ["a", "b/c", "b/d/e"]
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+", info.id) for info in infos)
+    assert infos == Library(tmp_path).packs(), "the same ids after a restart"
+    assert (infos[0].entries, infos[0].images) == (18, 6)
+    assert infos[0].methods == ("gradcam", "saliency", "random")
+    assert [info.name for info in Library(tmp_path / "a").packs()] == ["a"], "the root itself"
+
+
+def test_an_empty_or_missing_root_has_no_packs(tmp_path):
+    assert Library(tmp_path).packs() == []
+    assert Library(tmp_path / "nowhere").packs() == []
+
+
+def test_other_programs_manifests_are_not_packs(tmp_path):
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "manifest.json").write_text('{"name": "a web app"}')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "manifest.json").write_text("{")
+    assert Library(tmp_path).packs() == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: edit(f, lambda m: m.update(version=2)), r"format version 2.*upgrade xattn"),
+        (
+            lambda f: (f / "manifest.json").write_bytes(b'{"format": "xattn'),
+            r"no readable manifest",
+        ),
+        (lambda f: edit(f, lambda m: m.update(entries=[])), r"is empty; explain"),
+        (lambda f: (f / "maps.safetensors").unlink(), r"maps.safetensors is missing"),
+        (lambda f: os.truncate(f / "maps.safetensors", 999), r"maps.safetensors is damaged"),
+        (lambda f: os.truncate(f / "maps.safetensors", 0), r"maps.safetensors is damaged"),
+        (lambda f: edit(f, lambda m: m["entries"][0].pop("view")), r"manifest.json is damaged"),
+        (lambda f: edit(f, lambda m: m["entries"].append(m["entries"][0])), r"comes twice"),
+        (
+            lambda f: edit(f, lambda m: m["entries"][0].update(thumbnail="thumbnails/../x.jpg")),
+            r"lies outside the pack",
+        ),
+    ],
+)
+def test_a_pack_that_cannot_be_shown_says_why_and_the_others_stay(root, written, damage, says):
+    shutil.copytree(written, root / "dogs")
+    damage(root / "cats")
+    library = Library(root)
+    bad, good = library.packs()
+    assert re.search(says, bad.problem) and good.problem is None
+    assert str(root) not in bad.problem and "\n" not in bad.problem
+    with pytest.raises(PackError, match=says):
+        library.open(bad.id)
+    assert len(library.open(good.id).entries) == 18
+
+
+def test_a_replaced_pack_is_noticed(root):
+    library = Library(root)
+    (info,) = library.packs()
+    before = library.open(info.id)
+    assert library.open(info.id) is before, "the same object while nothing has changed"
+    save_pack(root / "cats", [explanation(8), explanation(9)], overlays=False)
+    (again,) = library.packs()
+    assert again.id == info.id and again.images == 2
+    after = library.open(info.id)
+    assert list(after.images.index) == ["photo-00008", "photo-00009"]
+    assert after.version != before.version
+    shutil.rmtree(root / "cats")
+    assert library.packs() == []
+    with pytest.raises(PackError, match=r"no such pack|is gone"):
+        library.open(info.id)
+
+
+def test_maps_that_come_back_are_noticed(root):
+    library = Library(root)
+    (root / "cats/maps.safetensors").rename(root / "maps")
+    (info,) = library.packs()
+    assert "missing" in info.problem
+    (root / "maps").rename(root / "cats/maps.safetensors")
+    assert library.packs()[0].problem is None
+
+
+@pytest.mark.parametrize(
+    "id", ["", "nothing", "../cats", "/etc/passwd", "cats", "a" * 500, "scratch-x", None, 7, "a\0"]
+)
+def test_an_unknown_id_is_a_message(root, id):
+    library = Library(root)
+    with pytest.raises(PackError, match="no such pack"):
+        library.open(id)
+    pack = only(root)
+    for ask in (pack.explanation, pack.curves, pack.provenance, pack.photo, pack.top):
+        with pytest.raises(PackError, match=r"no such (map|image)"):
+            ask(id)
+    with pytest.raises(PackError, match="no such comparison"):
+        library.read(id, "leaderboard.json")
+
+
+def test_scratch_packs_are_not_listed_and_only_so_many(tmp_path, root, written, monkeypatch):
+    library = Library(root)
+    shutil.copytree(written, tmp_path / "live")
+    first, second = library.add_scratch(tmp_path / "live"), library.add_scratch(tmp_path / "live")
+    assert first != second and len(first) > 32
+    assert len(library.packs()) == 1
+    assert len(library.open(first).entries) == 18
+    monkeypatch.setattr(library_module, "SCRATCH_PACKS", 1)
+    library.add_scratch(tmp_path / "live")
+    with pytest.raises(PackError, match="no such pack"):
+        library.open(first)
+
+
+def test_comparisons_and_heads_are_found_by_what_is_in_them(root, written):
+    folder = root / "runs" / "compared"
+    shutil.copytree(written, folder / "pack")
+    (folder / "leaderboard.json").write_text('{"standings": []}')
+    head = root / "runs" / "head"
+    head.mkdir()
+    (head / "config.json").write_text("{}")
+    (head / "model.safetensors").write_bytes(b"")
+    (root / "config.json").write_text("{}")
+    library = Library(root)
+    (found,) = library.comparisons()
+    assert (found.name, found.folder) == ("runs/compared", folder)
+    assert library.open(found.pack_id).name == "runs/compared", "its pack has its name"
+    assert library.read(found.id, "leaderboard.json") == b'{"standings": []}'
+    for name in ("../../cats/manifest.json", "/etc/passwd", "nothing", "pack"):
+        with pytest.raises(PackError):
+            library.read(found.id, name)
+    assert [(h.name, h.folder) for h in library.heads()] == [("runs/head", head)]
+
+
+def test_threads_share_a_library(root):
+    library = Library(root)
+    (info,) = library.packs()
+    wrong = []
+
+    def work(number):
+        try:
+            for i in range(20):
+                pack = library.open(info.id)
+                entry = pack.entries.index[(number + i) % 18]
+                assert pack.explanation(entry).id == entry
+                library.packs()
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+# ---------------------------------------------------------------------- tampering, links
+
+
+def test_a_changed_byte_spoils_one_map_and_no_other(root):
+    flip(root / "cats/maps.safetensors", -1)
+    pack = only(root)
+    with pytest.raises(
+        PackError, match=r"map photo-00005@5.random is damaged.*not those that were"
+    ):
+        pack.explanation("photo-00005@5.random")
+    assert pack.explanation("photo-00005@5.saliency").map.shape == (28, 28)
+
+
+def test_maps_that_change_under_an_open_pack_are_refused(root):
+    pack = only(root)
+    os.truncate(root / "cats/maps.safetensors", 5000)
+    with pytest.raises(PackError, match="changed since it was opened"):
+        pack.explanation(pack.entries.index[-1])
+    (root / "cats/maps.safetensors").unlink()
+    with pytest.raises(PackError, match="missing"):
+        pack.explanation(pack.entries.index[-1])
+
+
+@pytest.mark.parametrize("key", ["photo_size", "resized", "box", "input_size"])
+def test_a_view_of_absurd_size_is_refused(root, key):
+    def change(manifest):
+        view = manifest["entries"][0]["view"]
+        view[key] = [10**7] * len(view[key])
+
+    edit(root / "cats", change)
+    with pytest.raises(PackError, match="more than a million pixels a side"):
+        Pack(root / "cats")
+
+
+def test_a_changed_thumbnail_is_refused(root):
+    path = root / "cats/thumbnails/photo-00001.jpg"
+    flip(path, -20)
+    pack = only(root)
+    with pytest.raises(PackError, match="not the one that was written"):
+        pack.photo("photo-00001")
+    assert pack.photo("photo-00002").size == (128, 96)
+    path.unlink()
+    with pytest.raises(PackError, match=r"photo-00001.jpg is missing"):
+        pack.photo("photo-00001")
+
+
+@pytest.mark.parametrize("content", ["empty", "noise", "huge"])
+def test_pictures_of_old_packs_are_decoded_within_bounds(root, content):
+    def forget(manifest):
+        for record in manifest["images"].values():
+            del record["thumbnail_sha256"]
+
+    edit(root / "cats", forget)
+    path = root / "cats/thumbnails/photo-00000.jpg"
+    if content == "huge":
+        Image.new("L", (20_000, 400)).save(path)
+    else:
+        path.write_bytes(b"" if content == "empty" else os.urandom(3000))
+    with pytest.raises(PackError, match=r"picture of photo-00000 is damaged"):
+        only(root).photo("photo-00000")
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs links")
+@pytest.mark.parametrize("name", ["manifest.json", "maps.safetensors", "thumbnails"])
+def test_links_out_of_a_pack_are_refused(tmp_path, root, name):
+    outside = tmp_path / "outside"
+    (root / "cats" / name).rename(outside)
+    (root / "cats" / name).symlink_to(outside)
+    library = Library(root)
+    (info,) = library.packs()
+    if name == "thumbnails":
+        pack = library.open(info.id)
+        with pytest.raises(PackError, match="link that leads out"):
+            pack.photo("photo-00000")
+    else:
+        assert "link that leads out" in info.problem
+        with pytest.raises(PackError, match="link that leads out"):
+            library.open(info.id)
+
+
+def test_a_link_to_another_folder_is_listed_and_refused(tmp_path, root, written):
+    (root / "linked").symlink_to(written)
+    (root / "photos").symlink_to(tmp_path)
+    (root / "loop").symlink_to(root)
+    (root / "again").symlink_to(root / "cats")
+    library = Library(root)
+    infos = {info.name: info for info in library.packs()}
+    assert len(infos) == 2 and "link that leads out" in infos["linked"].problem
+    with pytest.raises(PackError, match="link that leads out"):
+        library.open(infos["linked"].id)
+
+
+def test_a_folder_that_becomes_a_link_is_refused(tmp_path, root, written):
+    library = Library(root)
+    (info,) = library.packs()
+    library.open(info.id)
+    shutil.rmtree(root / "cats")
+    (root / "cats").symlink_to(written)
+    with pytest.raises(PackError, match="link that leads out"):
+        library.open(info.id)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "maps.safetensors", "thumbnails/photo-00000.jpg"]
+)
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(root, name):
+    (root / "cats" / name).unlink()
+    os.mkfifo(root / "cats" / name)
+    with pytest.raises(PackError, match="no regular file"):
+        Pack(root / "cats").photo("photo-00000")
+
+
+# ---------------------------------------------------------------------- fuzz
+
+WATCH = {"on": False, "opened": []}
+
+
+def _watch(event, arguments):
+    if WATCH["on"] and event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+        WATCH["opened"].append(os.fsdecode(arguments[0]))
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    """A root with a small pack, beside a file that nobody may open, and its manifest."""
+    base = tmp_path_factory.mktemp("fuzz")
+    root = base / "root"
+    (root / "elsewhere").mkdir(parents=True)
+    for folder in (base, root, root / "elsewhere"):
+        picture(0).save(folder / "secret.jpg")
+    small_pack(root / "pack", images=2, methods=("gradcam", "random"))
+    sys.addaudithook(_watch)
+    return root, manifest_of(root / "pack"), (root / "pack/maps.safetensors").read_bytes()
+
+
+def survives(root):
+    """Open and read all of a root's pack: nothing but PackError, and no file from elsewhere."""
+    WATCH["opened"] = []
+    WATCH["on"] = True
+    try:
+        library = Library(root)
+        for info in library.packs():
+            assert info.problem is None or "\n" not in info.problem
+            with contextlib.suppress(PackError):
+                read_all(library.open(info.id))
+    finally:
+        WATCH["on"] = False
+    inside = str((root / "pack").resolve()) + os.sep
+    code = (sys.prefix, sys.base_prefix, str(os.path.realpath(sys.base_prefix)))
+    strange = [p for p in WATCH["opened"] if not p.startswith((inside, *code)) and ".py" not in p]
+    assert not strange, strange
+
+
+def read_all(pack):
+    for id in pack.entries.index:
+        with contextlib.suppress(PackError):
+            found = pack.explanation(id)
+            assert found.on_photo((12, 16)).shape == (12, 16)
+            json.dumps(pack.provenance(id), allow_nan=True)
+        with contextlib.suppress(PackError):
+            assert all(math.isfinite(v) for values in pack.curves(id).values() for v in values)
+    for id in pack.images.index:
+        pack.top(id)
+        with contextlib.suppress(PackError):
+            pack.photo(id, 20)
+    for table in (pack.images, pack.entries):
+        "".join(map(str, table.to_numpy().ravel())).encode()  # nothing that cannot be sent
+
+
+PATHS = (
+    "../secret.jpg",
+    "../../secret.jpg",
+    "thumbnails/../../elsewhere/secret.jpg",
+    "thumbnails/../../secret.jpg",
+    "/etc/passwd",
+    "thumbnails/..\\..\\secret.jpg",
+    "thumbnails/\0.jpg",
+    "thumbnails/photo-00001.jpg",
+    "thumbnails/.jpg",
+    "thumbnails/" + "x" * 5000 + ".jpg",
+    "file:///etc/passwd",
+    "C:\\secret.jpg",
+    "..",
+    "",
+)
+HOSTILE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.sampled_from([2**31, 2**63, -(2**64), 10**40, 10**400]),
+    st.sampled_from([math.nan, math.inf, -math.inf, 1e308, -1e308, 5e-324, 0.5]),
+    st.sampled_from(PATHS),
+    st.sampled_from(PATHS),
+    st.sampled_from(["\ud800", "\u202e\U0001f600", "<script>", "x" * 100_000, "0" * 64]),
+    st.text(max_size=5),
+    st.builds(lambda: []),
+    st.builds(dict),
+    st.lists(st.integers(-1, 10**9), max_size=4),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+
+
+def places(value, path=()):
+    """Every place of a JSON value, as (keys, ...)."""
+    yield path
+    lists = enumerate(value) if isinstance(value, list) else ()
+    for key, item in value.items() if isinstance(value, dict) else lists:
+        yield from places(item, (*path, key))
+
+
+def chosen(spots, rng):
+    """One place, every kind of value being as likely as any other, however often it comes."""
+    kinds = {}
+    for spot in spots:
+        kinds.setdefault(tuple("#" if isinstance(k, int) else k for k in spot), []).append(spot)
+    return rng.choice(kinds[rng.choice(sorted(kinds))])
+
+
+def mutate(manifest, draws):
+    """A copy with values replaced, removed or added at random places."""
+    manifest = copy.deepcopy(manifest)
+    for seed, action, hostile in draws:
+        spots = [p for p in places(manifest) if p]
+        if not spots:
+            break
+        *above, last = chosen(spots, random.Random(seed))
+        parent = manifest
+        for key in above:
+            parent = parent[key]
+        if action == "remove":
+            del parent[last]
+        elif action == "add" and isinstance(parent, dict):
+            parent[str(hostile)[:20]] = hostile
+        else:
+            parent[last] = hostile
+    return manifest
+
+
+EXAMPLES = settings(
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+)
+
+
+@settings(EXAMPLES, max_examples=1200)
+@given(
+    draws=st.lists(
+        st.tuples(st.integers(0, 10**6), st.sampled_from(["replace", "remove", "add"]), HOSTILE),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_whatever_a_manifest_says_is_a_pack_or_a_message(fuzzed, draws):
+    root, manifest, maps = fuzzed
+    (root / "pack/maps.safetensors").write_bytes(maps)
+    text = json.dumps(mutate(manifest, draws))
+    (root / "pack/manifest.json").write_text(text)
+    survives(root)
+
+
+@settings(EXAMPLES, max_examples=400)
+@given(
+    places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4),
+    cut=st.one_of(st.none(), st.floats(0, 1)),
+    insert=st.sampled_from(
+        [b"", b"[" * 200_000, b'{"a":' * 100_000, b"NaN", b"1e999", b"9" * 5000, b"\xff\xfe", b"\0"]
+    ),
+)
+def test_whatever_the_bytes_of_a_manifest_are_is_a_pack_or_a_message(fuzzed, places, cut, insert):
+    root, manifest, maps = fuzzed
+    (root / "pack/maps.safetensors").write_bytes(maps)
+    data = bytearray(manifest_text(manifest).encode())
+    for share, value in places:
+        data[round(share * (len(data) - 1))] = value
+    at = round(places[0][0] * len(data))
+    data[at:at] = insert
+    (root / "pack/manifest.json").write_bytes(
+        data[: None if cut is None else round(cut * len(data))]
+    )
+    survives(root)
+
+
+@settings(EXAMPLES, max_examples=500)
+@given(
+    draws=st.lists(
+        st.tuples(st.integers(0, 10**6), st.sampled_from(["replace", "remove", "add"]), HOSTILE),
+        max_size=2,
+    ),
+    flips=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
+    cut=st.one_of(st.none(), st.floats(0, 1)),
+    length=st.one_of(st.none(), st.integers(0, 2**64 - 1)),
+)
+def test_whatever_the_maps_are_is_a_pack_or_a_message(fuzzed, draws, flips, cut, length):
+    root, manifest, maps = fuzzed
+    (root / "pack/manifest.json").write_text(manifest_text(manifest))
+    size = int.from_bytes(maps[:8], "little")
+    header = json.dumps(mutate(json.loads(maps[8 : 8 + size]), draws)).encode()
+    data = bytearray((len(header) if length is None else length).to_bytes(8, "little"))
+    data += header + maps[8 + size :]
+    for share, value in flips:
+        data[round(share * (len(data) - 1))] = value
+    (root / "pack/maps.safetensors").write_bytes(
+        data[: None if cut is None else round(cut * len(data))]
+    )
+    survives(root)
