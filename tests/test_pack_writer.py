@@ -1,0 +1,122 @@
+"""What a pack carries beside its maps: hashes, facts, metrics, curves; equal bytes for equal input."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from xattn.correlation import disagreement
+from xattn.explanation import Explanation, ImageFacts, load_pack, save_pack
+from xattn.images import View
+from xattn.pack_writer import pack_writer
+from xattn.tensor_file import TensorFile
+
+VIEW = View("crop", (40, 50), (64, 80), (0, 8, 64, 64), (64, 64))
+
+
+def make(image_id="cat", method="cam", side=7, target=1, **changes):
+    rng = np.random.default_rng([side, target, *method.encode(), *image_id.encode()])
+    changes.setdefault("source", Image.new("RGB", (50, 40), "grey"))
+    return Explanation(
+        rng.random((side, side + 2)),
+        target,
+        "tabby",
+        0.5,
+        method,
+        VIEW,
+        image_id,
+        {"explainer": method},
+        f"{image_id}.jpg",
+        **changes,
+    )
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def test_facts_metrics_and_curves_come_back(tmp_path):
+    facts = ImageFacts(((3, "tabby, cat", 0.75), (1, "dog", 0.125)), 1, "dog")
+    e = make(facts=facts, metrics={"AD@50": 0.25}, curves={"deletion": [0.5, 0.25]}, sanity=True)
+    (again,) = load_pack(save_pack(tmp_path / "pack", [e]))
+    assert (again.facts, again.metrics, again.curves) == (facts, e.metrics, e.curves)
+    assert again.sanity
+
+
+def test_hashes_are_those_of_the_bytes(tmp_path):
+    e = make()
+    folder = save_pack(tmp_path / "pack", [e])
+    found = manifest(folder)
+    assert found["entries"][0]["sha256"] == hashlib.sha256(e.map.tobytes()).hexdigest()
+    jpeg = (folder / "thumbnails/cat.jpg").read_bytes()
+    assert found["images"]["cat"]["thumbnail_sha256"] == hashlib.sha256(jpeg).hexdigest()
+    data = bytearray((folder / "maps.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "maps.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="not those that were written"):
+        load_pack(folder)
+
+
+def test_maps_are_a_safetensors_file(tmp_path):
+    saved = [make(side=3), make("dög", side=8), make("dög", "other", side=1)]
+    folder = save_pack(tmp_path / "pack", saved)
+    theirs = load_file(folder / "maps.safetensors")
+    ours = TensorFile(lambda: (folder / "maps.safetensors").open("rb"))
+    assert set(theirs) == {e.id for e in saved}
+    for e in saved:
+        assert np.array_equal(theirs[e.id], e.map) and np.array_equal(ours.read(e.id), e.map)
+
+
+def test_equal_explanations_give_equal_bytes(tmp_path):
+    for name in ("a", "b"):
+        save_pack(tmp_path / name, [make(), make("dog", side=9), make(method="other")])
+    files = sorted(
+        p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()
+    )
+    assert len(files) == 7
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_entries_keep_their_order_however_photos_are_mixed(tmp_path):
+    given = [make("b"), make("a"), make("b", "other"), make("a", "other")]
+    folder = save_pack(tmp_path / "pack", given)
+    assert [e.id for e in load_pack(folder)] == [e.id for e in given]
+
+
+def test_disagreement_is_between_methods_of_one_class_without_sanity_rows(tmp_path):
+    same = [make(), make(method="other", side=5)]
+    rest = [
+        make(method="random", side=9, sanity=True),
+        make(method="ones", is_mask=True),
+        make(method="third", target=2),
+    ]
+    found = manifest(save_pack(tmp_path / "pack", same + rest))["images"]["cat"]["disagreement"]
+    assert found == round(disagreement([e.map for e in same]), 4)
+    one = manifest(save_pack(tmp_path / "one", [make(), make(target=2)]))
+    assert one["images"]["cat"]["disagreement"] is None, "one method"
+
+
+def test_values_that_are_not_finite_are_left_out(tmp_path):
+    e = make(metrics={"AD@50": float("nan"), "IC": 1.0})
+    assert manifest(save_pack(tmp_path / "pack", [e]))["entries"][0]["metrics"] == {"IC": 1.0}
+
+
+def test_a_photo_is_added_at_once(tmp_path):
+    with (
+        pytest.raises(ValueError, match="'cat' was added before"),
+        pack_writer(tmp_path / "p") as w,
+    ):
+        w.add([make()])
+        w.add([make(method="other")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_photos_without_pixels_have_no_thumbnail(tmp_path):
+    folder = save_pack(tmp_path / "pack", [replace(make(), source=None)])
+    assert manifest(folder)["entries"][0]["thumbnail"] is None
+    assert "thumbnail_sha256" not in manifest(folder)["images"]["cat"]
