@@ -7,6 +7,9 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+
+pytest.importorskip("streamlit")
+
 from hypothesis import given
 from hypothesis import strategies as st
 from packs import CLASSES, described, explanation, picture

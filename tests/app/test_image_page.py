@@ -4,6 +4,9 @@ import json
 from urllib.parse import parse_qs, urlparse
 
 import pytest
+
+pytest.importorskip("streamlit")
+
 from packs import CLASSES, described, explanation, picture
 
 from xattn.app import state

@@ -5,6 +5,9 @@ import math
 
 import numpy as np
 import pytest
+
+pytest.importorskip("streamlit")
+
 from hypothesis import given
 from hypothesis import strategies as st
 from packs import CLASSES, VIEW, explanation, picture, small_pack

@@ -4,6 +4,9 @@ import io
 from urllib.parse import quote, urlencode
 
 import pytest
+
+pytest.importorskip("streamlit")
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packs import small_pack

@@ -1,0 +1,95 @@
+"""The image page in Chromium: keys, the slider, pictures that stay while others load, downloads."""
+
+import re
+from urllib.parse import parse_qs, urlparse
+
+import pytest
+
+pytest.importorskip("streamlit")
+
+from conftest import served
+from packs import small_pack
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("image")
+    small_pack(folder / "root" / "pack", 4)
+    with served(folder / "root", log=folder / "log.txt") as base:
+        yield f"{base}/image"
+
+
+@pytest.fixture
+def page(address, open_page):
+    opened = open_page(address)
+    loaded(opened)
+    return opened
+
+
+def loaded(page):
+    """Wait until the pictures in sight are there."""
+    page.locator(".st-key-maps .frame.there img").nth(2).wait_for()
+
+
+def query(page):
+    return {name: value[-1] for name, value in parse_qs(urlparse(page.url).query).items()}
+
+
+def wait_for(page, pattern):
+    page.wait_for_url(re.compile(pattern))
+
+
+def test_keys_lead_to_the_next_photo_and_back(page):
+    page.keyboard.press("Shift+ArrowRight")
+    wait_for(page, "image=photo-00001")
+    page.get_by_text("2 of 4", exact=True).wait_for()
+    page.keyboard.press("Shift+ArrowLeft")
+    wait_for(page, "image=photo-00000")
+    page.get_by_text("1 of 4", exact=True).wait_for()
+    assert page.get_by_role("button", name="Previous").is_disabled()
+
+
+def test_the_slider_follows_keys_and_pointer(page):
+    page.get_by_role("tab", name="Before and after").click()
+    slider = page.get_by_role("slider", name="How much of the gradcam map is shown")
+    slider.wait_for()
+    slider.focus()
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    assert slider.get_attribute("aria-valuetext") == "55 % gradcam"
+    page.keyboard.press("Shift+ArrowRight")  # not the page's shortcut while the slider has the keys
+    page.locator(".slide img").first.scroll_into_view_if_needed()
+    box = page.locator(".slide .frame").bounding_box()
+    page.mouse.click(box["x"] + 0.25 * box["width"], box["y"] + 0.5 * box["height"])
+    assert abs(int(slider.input_value()) - 25) <= 1
+    share = page.locator(".slide .after").evaluate("e => getComputedStyle(e).clipPath")
+    assert share.startswith("inset(0"), share
+    assert "image" not in query(page)
+
+
+def test_an_opened_map_is_in_focus_and_survives_a_reload(page):
+    page.locator(".st-key-maps .cell").nth(2).click()
+    wait_for(page, "entry=")
+    page.locator(".st-key-maps .cell[aria-current=true][data-id*=saliency]").wait_for()
+    page.reload()
+    page.locator(".st-key-maps .cell[aria-current=true][data-id*=saliency]").wait_for()
+
+
+def test_a_picture_stays_until_its_successor_is_there(page):
+    frame = page.locator(".st-key-maps .frame").nth(1)
+    frame.evaluate("e => { e.marked = true }")
+    slider = page.get_by_role("slider", name="Opacity")
+    slider.focus()
+    page.keyboard.press("ArrowLeft")
+    wait_for(page, "opacity=0.5")
+    page.locator(".st-key-maps img[src*='opacity=0.5']").first.wait_for()
+    assert page.locator(".st-key-maps .frame").nth(1).evaluate("e => e.marked === true")
+
+
+@pytest.mark.parametrize("name, start", [("PNG", b"\x89PNG"), ("SVG", b"<svg"), ("HTML", b"<!doc")])
+def test_exports_are_downloaded(page, name, start):
+    page.get_by_role("tab", name="Export").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name=re.compile(f", {name}$")).click()
+    assert download.value.suggested_filename == f"photo-00000.{name.lower()}"
+    assert download.value.path().read_bytes().startswith(start)
