@@ -41,7 +41,7 @@ def offer() -> None:
 
 def demo(jobs: Jobs) -> Job | None:
     """The demo's job, if there is one."""
-    return next((job for job in jobs.list() if job.spec.kind == "demo"), None)
+    return next((job for job in jobs.all() if job.spec.kind == "demo"), None)
 
 
 def start(jobs: Jobs) -> Job:

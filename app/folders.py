@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,11 @@ class PhotoFolder:
     """Names of its own folders that hold photos."""
     labels: tuple[str, ...]
     """Files beside its photos that may hold their labels."""
+
+    @property
+    def id(self) -> str:
+        """What stands for the folder in a URL."""
+        return hashlib.sha256(os.fsencode(self.name)).hexdigest()[:12]
 
 
 def photo_folders(root: Path) -> tuple[list[PhotoFolder], bool]:

@@ -104,7 +104,7 @@ class Jobs:
 
     # ---------------------------------------------------------------------- looking
 
-    def list(self) -> list[Job]:
+    def all(self) -> list[Job]:
         """All jobs, the latest first; folders that are no jobs are left out."""
         found = []
         with contextlib.suppress(OSError):
@@ -272,7 +272,7 @@ class Jobs:
         return name not in RESERVED and not any(os.path.lexists(path) for path in taken)
 
     def _check_idle(self) -> None:
-        for job in self.list():
+        for job in self.all():
             if job.alive:
                 raise JobError(
                     f"{job.id} is {job.state}; wait until it has ended, or stop it first"
@@ -390,7 +390,8 @@ def model_arguments(model: Any) -> list[str]:
 
 def _spec(record: dict[str, Any]) -> Spec:
     known = {field.name for field in dataclasses.fields(Spec)}
-    spec = Spec(**{k: tuple(v) if k == "heads" else v for k, v in record.items() if k in known})
+    values: dict[str, Any] = {k: v for k, v in record.items() if k in known}
+    spec = Spec(**{**values, "heads": tuple(values.get("heads", ()))})
     texts = (spec.data, spec.model, spec.labels, *spec.heads)
     numbers = (spec.epochs, spec.batch_size, spec.seed)
     if spec.kind not in ("train", "probe", "demo") or not all(isinstance(t, str) for t in texts):

@@ -124,7 +124,7 @@ def read_password(path: Path) -> Password:
         raise ValueError(
             f"password_file: {path} can be used by others on this machine; run: chmod 600 {path}"
         )
-    return Password(**values)
+    return Password(values["salt"], values["hash"], values["key"])
 
 
 def ask_password() -> str:

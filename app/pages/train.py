@@ -9,9 +9,10 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from xattn.app import folders, models, state
+from xattn.app import bound, folders, models, state
 from xattn.app.components import grid
 from xattn.app.jobs import Job, JobError, Jobs, Spec
+from xattn.app.library import PackError
 from xattn.app.pictures import Look, legends, overlay_url, photo_url
 from xattn.app.state import Context, plain
 from xattn.config import PROBE_RECIPES, RECIPES
@@ -33,6 +34,14 @@ POINTS = 1000  # of a curve
 EVERY = 2.0  # seconds between two looks at a running job
 SIDE = 320
 ACCENT = "#d4622f"  # between the accents of the light and the dark theme
+COLOURS = [
+    ACCENT,
+    "#3f86b8",
+    "#8a8f3c",
+    "#a35fa8",
+    "#3f9a82",
+    "#b08440",
+]  # told apart by dashes, too
 STATES = {
     "running": "running",
     "stopping": "stops after this step",
@@ -61,7 +70,7 @@ def page(context: Context) -> None:
         )
         return
     jobs = Jobs(settings.root, settings.data, settings.model)
-    known = {job.id: job for job in jobs.list()}
+    known = {job.id: job for job in jobs.all()}
     chosen = st.query_params.get("job", NEW)
     if chosen and chosen not in known:
         st.warning(f"There is no job {plain(chosen)} here any more.")
@@ -94,28 +103,23 @@ def _choose() -> None:
 
 def _form(jobs: Jobs, running: Job | None) -> None:
     found, whole = folders.photo_folders(jobs.data)
+    st.header("Train a head", anchor=False)
+    if not found:
+        _no_photos(jobs)
+        return
     left, right = st.columns([3, 2], gap="large")
     with left:
-        st.header("Train a head", anchor=False)
-        if not found:
-            _no_photos(jobs)
-            return
-        kind = st.segmented_control(
+        kind = bound.segmented(
             "Kind",
             list(KINDS),
-            default="train",
-            key="kind",
+            "kind",
             format_func=lambda k: KINDS[k],
-            required=True,
             label_visibility="collapsed",
-            bind="query-params",
         )
         st.caption(ABOUT[kind])
-        by_name = {f.name: f for f in found}
-        folder = by_name[
-            st.selectbox(
-                "Photos", list(by_name), key="data", format_func=lambda n: _title(by_name[n])
-            )
+        by_id = {f.id: f for f in found}
+        folder = by_id[
+            bound.selectbox("Photos", list(by_id), "data", format_func=lambda i: _title(by_id[i]))
         ]
         if not whole:
             st.caption("There are more folders than could be looked at; start with --data FOLDER.")
@@ -139,7 +143,7 @@ def _form(jobs: Jobs, running: Job | None) -> None:
             st.caption(plain(problem))
         if pressed and problem is None:
             try:
-                st.query_params["job"] = jobs.start(spec, name).id
+                st.query_params.from_dict({"job": jobs.start(spec, name).id})
             except (JobError, OSError) as error:
                 st.error(plain(_text(error)))
             else:
@@ -168,7 +172,7 @@ def _model() -> str:
     """The network's name for the job: "" is the one that the viewer was started with."""
     names = models.backbones()
     own = names[0] if state.settings().model is not None else None
-    name = st.selectbox("Network", names, key="model")
+    name = bound.selectbox("Network", names, "model")
     return NEW if name == own else name
 
 
@@ -179,7 +183,7 @@ def _heads(kind: str, folder: folders.PhotoFolder) -> tuple[tuple[str, ...], str
     attentive = {name: issubclass(head_class(name), AttentiveHead) for name in list_heads()}
     if kind == "train":
         names = sorted((n for n, a in attentive.items() if not a), key=lambda n: n != "ttame")
-        head = st.selectbox("Head", names, key="head", help="ttame is the library's own default.")
+        head = bound.selectbox("Head", names, "head", help="ttame is the library's own default.")
         return (head,), "", None
     sources = [*([NEW] if len(folder.classes) > 1 else []), *folder.labels]
     if not sources:
@@ -194,11 +198,11 @@ def _heads(kind: str, folder: folders.PhotoFolder) -> tuple[tuple[str, ...], str
         key="labels",
         format_func=lambda s: s or f"The {len(folder.classes):,} folders: {_some(folder.classes)}",
     )
-    heads = st.multiselect(
+    heads = bound.multiselect(
         "Heads",
         [name for name, is_attentive in attentive.items() if is_attentive],
-        default=list(PROBES),
-        key="heads",
+        "heads",
+        default=PROBES,
         help="Each is trained on the same features; their accuracies end in one table.",
     )
     return tuple(heads), labels, None if heads else "Choose at least one head."
@@ -248,7 +252,10 @@ def _job(jobs: Jobs, job_id: str, context: Context) -> None:
 
 
 def _follow(jobs: Jobs, job_id: str, context: Context) -> None:
-    job = jobs.get(job_id)
+    try:
+        job = jobs.get(job_id)
+    except JobError:  # its folder was deleted; the page says so
+        st.rerun()
     if not job.alive:
         st.rerun()
     _show(jobs, job, context)
@@ -257,7 +264,7 @@ def _follow(jobs: Jobs, job_id: str, context: Context) -> None:
 def _show(jobs: Jobs, job: Job, context: Context) -> None:
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
     bar.subheader(plain(job.id), anchor=False, width="content")
-    bar.badge(STATES[job.state], color={"failed": "red", "killed": "red"}.get(job.state, "gray"))
+    bar.badge(STATES[job.state], color="red" if job.state in ("failed", "killed") else "gray")
     bar.space("stretch")
     _buttons(jobs, job, bar)
     st.caption(plain(_facts(jobs, job)))
@@ -393,15 +400,18 @@ def _curve(tables: dict[str, pd.DataFrame], column: str, height: int = 240) -> a
         part["head"] = name or job_label(column)
         parts.append(part.iloc[:: max(1, len(part) // POINTS)])
     data = pd.concat(parts)
-    several = len(parts) > 1
     base = alt.Chart(data, height=height).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format=",d")),
     )
-    colour = (
-        alt.Color("head:N", title=None, legend=alt.Legend(orient="top"))
-        if several
-        else alt.value(ACCENT)
-    )
+    colour: Any = alt.value(ACCENT)
+    dash: Any = alt.value([1, 0])
+    if len(parts) > 1:
+        heads = [part["head"].iloc[0] for part in parts]
+        legend = alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=2)
+        colour = alt.Color(
+            "head:N", title=None, sort=heads, scale=alt.Scale(range=COLOURS), legend=legend
+        )
+        dash = alt.StrokeDash("head:N", title=None, sort=heads, legend=legend)
     tip = [
         alt.Tooltip("step:Q"),
         alt.Tooltip("value:Q", format=".4g"),
@@ -409,7 +419,7 @@ def _curve(tables: dict[str, pd.DataFrame], column: str, height: int = 240) -> a
     ]
     value = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
     dots = base.mark_circle(size=18, opacity=0.45).encode(y=value, color=colour, tooltip=tip)
-    line = base.mark_line(strokeWidth=2).encode(y="mean:Q", color=colour)
+    line = base.mark_line(strokeWidth=2).encode(y="mean:Q", color=colour, strokeDash=dash)
     return dots + line
 
 
@@ -420,9 +430,16 @@ def job_label(column: str) -> str:
 
 def _sample(job: Job, context: Context) -> None:
     """The maps of the fixed photos: before training, and at the last checkpoint."""
-    pack = _sample_pack(job, context)
-    if pack is None:
-        return
+    try:
+        wanted = f"{job.id}/sample"
+        packs = [p.id for p in context.library.packs() if p.name == wanted and p.problem is None]
+        if packs:
+            _maps(context.library.open(packs[0]))
+    except PackError:  # just being replaced by the job
+        st.caption("The maps of a checkpoint are being written.")
+
+
+def _maps(pack: Pack) -> None:
     steps = sorted({int(m.rpartition(" ")[2]) for m in pack.entries["method"]})
     now = steps[-1]
     st.markdown(
@@ -461,20 +478,24 @@ def _sample(job: Job, context: Context) -> None:
         state.go("image", pack=pack.id, image=opened.partition("/")[0])
 
 
-def _sample_pack(job: Job, context: Context) -> Pack | None:
-    wanted = f"{job.id}/sample"
-    for info in context.library.packs():
-        if info.name == wanted and info.problem is None:
-            return context.library.open(info.id)
-    return None
-
-
 def _results(job: Job) -> None:
     """The table of ``xattn probe``."""
     path = job.output / "results.csv"
-    if job.spec.kind == "probe" and path.is_file():
-        st.markdown("**Results** on the photos that were held out")
-        st.dataframe(pd.read_csv(path), hide_index=True, width="stretch")
+    if job.spec.kind != "probe" or not path.is_file():
+        return
+    table = pd.read_csv(path)
+    low, high = table["accuracy_lo"], table["accuracy_hi"]
+    shown = pd.DataFrame(
+        {
+            "Head": table["head"],
+            "Accuracy": [f"{value:.1%}" for value in table["accuracy"]],
+            "95 % interval": [f"{a:.0%} to {b:.0%}" for a, b in zip(low, high, strict=True)],
+            "Calibration error": [f"{value:.3f}" for value in table["ece"]],
+            "Weights": [f"{value:,}" for value in table["parameters"]],
+        }
+    )
+    st.markdown(f"**Results** on {int(table['photos'].iloc[0]):,} photos that were held out")
+    st.dataframe(shown, hide_index=True, width="stretch")
 
 
 def _next(jobs: Jobs, job: Job) -> None:

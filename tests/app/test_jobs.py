@@ -59,7 +59,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
     photos(tmp_path / "data" / "photos")
     found = Jobs(tmp_path / "root", tmp_path / "data")
     yield found
-    for job in found.list():
+    for job in found.all():
         found.stop(job.id, at_once=True)
         ended(found, job.id)
 
@@ -95,7 +95,7 @@ def pid(jobs: Jobs, job_id: str) -> int:
 
 def test_a_job_runs_to_its_end(jobs: Jobs) -> None:
     job = jobs.start(Spec("train", "photos", heads=("ttame",), epochs=5), "mine")
-    assert job.state == "running" and [j.id for j in jobs.list()] == ["mine"]
+    assert job.state == "running" and [j.id for j in jobs.all()] == ["mine"]
     job = ended(jobs, "mine")
     assert job.state == "finished" and job.code == 0 and not job.resumable and job.ended
     assert [r["step"] for r in jobs.losses("mine")[""]] == [1, 2, 3, 4, 5]
@@ -187,7 +187,7 @@ def test_two_pages_start_a_job_once(jobs: Jobs) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert outcomes.count("mine") == 1 and len(jobs.list()) == 1
+    assert outcomes.count("mine") == 1 and len(jobs.all()) == 1
     assert all("running" in outcome or outcome == "mine" for outcome in outcomes)
 
 
@@ -217,7 +217,7 @@ def test_names_are_never_paths(jobs: Jobs, name: str) -> None:
         jobs.start(SPEC, name)
     with pytest.raises(JobError):
         jobs.get(name)
-    assert not jobs.list()
+    assert not jobs.all()
 
 
 @pytest.mark.parametrize("data", ["..", "../root", "/etc", "photos/../..", "link", "gone"])
@@ -225,7 +225,7 @@ def test_photos_are_below_the_data_folder(jobs: Jobs, data: str) -> None:
     (jobs.data / "link").symlink_to("/etc")
     with pytest.raises(JobError, match="data"):
         jobs.start(Spec("train", data, heads=("ttame",)), "mine")
-    assert not (jobs.root / "mine").exists() and not jobs.list()
+    assert not (jobs.root / "mine").exists() and not jobs.all()
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_damaged_record_hides_no_other_job(jobs: Jobs, text: str) -> None:
     ended(jobs, "good")
     (jobs.root / "jobs" / "bad").mkdir()
     (jobs.root / "jobs" / "bad" / "job.json").write_text(text)
-    assert [job.id for job in jobs.list()] == ["good"]
+    assert [job.id for job in jobs.all()] == ["good"]
     with pytest.raises(JobError, match="damaged"):
         jobs.get("bad")
 

@@ -17,6 +17,7 @@ from test_jobs import RUNNER, begun, ended, photos
 
 from xattn.app import demo_job, demo_pack, state
 from xattn.app import jobs as jobs_module
+from xattn.app.folders import PhotoFolder
 from xattn.app.jobs import Jobs, Spec
 from xattn.app.state import Settings
 
@@ -35,7 +36,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
     monkeypatch.setattr(state, "_settings", settings)
     found = Jobs(settings.root, settings.data)
     yield found
-    for job in found.list():
+    for job in found.all():
         found.stop(job.id, at_once=True)
         ended(found, job.id)
 
@@ -73,14 +74,18 @@ def button(page: AppTest, label: str) -> Any:
     return next(b for b in page.button if b.label == label)
 
 
+def choose_photos(page: AppTest, name: str) -> None:
+    page.selectbox(key="data").set_value(PhotoFolder(name, 0, (), ()).id).run()
+    assert page.query_params["data"] != name  # an id, not a path
+
+
 def test_the_form_has_sensible_defaults_and_starts_a_job(jobs: Jobs) -> None:
     page = open_train()
     assert page.selectbox(key="head").value == "ttame"
-    assert "photos" in [o.partition(" ")[0] for o in page.selectbox(key="data").options]
-    page.selectbox(key="data").set_value("photos").run()
+    choose_photos(page, "photos")
     button(page, "Start training").click().run()
     assert not page.exception and not page.error
-    (job,) = jobs.list()
+    (job,) = jobs.all()
     assert job.id == "photos-ttame" and job.spec.data == "photos" and job.spec.epochs is None
     assert page.query_params["job"] == "photos-ttame"
     assert "photos-ttame" in page.subheader[0].value.replace("\\", "")
@@ -91,7 +96,7 @@ def test_a_second_start_is_refused_in_words(jobs: Jobs) -> None:
     jobs.start(Spec("train", "photos", heads=("ttame",)), "other")  # in another tab
     button(page, "Start training").click().run()
     assert not page.exception
-    assert "other" in texts(page) and len(jobs.list()) == 1
+    assert "other" in texts(page) and len(jobs.all()) == 1
 
 
 def test_a_job_is_shown_by_its_address_with_its_losses(jobs: Jobs) -> None:
@@ -137,17 +142,17 @@ def test_an_unknown_job_is_a_message(jobs: Jobs, job: str) -> None:
 
 
 def test_classifier_heads_take_folders_as_labels(jobs: Jobs) -> None:
-    page = open_train(kind="Classifier heads")
-    page.selectbox(key="data").set_value("photos").run()
+    page = open_train(kind="probe")
+    choose_photos(page, "photos")
     page.multiselect(key="heads").set_value(["gap"]).run()
     button(page, "Start training").click().run()
-    (job,) = jobs.list()
+    (job,) = jobs.all()
     assert job.spec.kind == "probe" and job.spec.heads == ("gap",) and job.spec.labels == ""
 
 
 def test_photos_without_labels_train_no_classifier(jobs: Jobs) -> None:
-    page = open_train(kind="Classifier heads")
-    page.selectbox(key="data").set_value("photos/tit").run()
+    page = open_train(kind="probe")
+    choose_photos(page, "photos/tit")
     assert button(page, "Start training").disabled and "no labels" in texts(page)
 
 
@@ -172,7 +177,7 @@ def test_a_full_disk_is_a_message(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -
     page = open_train()
     monkeypatch.setattr(jobs_module, "write_json", full)
     button(page, "Start training").click().run()
-    assert not page.exception and "No space left" in texts(page) and not jobs.list()
+    assert not page.exception and "No space left" in texts(page) and not jobs.all()
 
 
 # ---------------------------------------------------------------------- the demo pack
@@ -186,7 +191,7 @@ def test_the_first_run_offers_the_demo(jobs: Jobs, monkeypatch: pytest.MonkeyPat
     assert demo_pack.demo(jobs) is not None
     assert "Making the demo pack" in texts(page)
     page = AppTest.from_function(welcome, default_timeout=60).run()  # another tab
-    assert "Making the demo pack" in texts(page) and len(jobs.list()) == 1
+    assert "Making the demo pack" in texts(page) and len(jobs.all()) == 1
 
 
 def test_a_demo_that_lacks_packages_says_what_to_install(
