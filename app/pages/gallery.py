@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import streamlit as st
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from xattn.app import export, selection, state
 from xattn.app.components import grid
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 SIDE = 240  # pixels of a picture's longer side
 CELLS = "cells"  # the grid's key
+WRITTEN = 50  # addresses that are remembered as this session's own
 
 
 def page(context: Context) -> None:
@@ -40,7 +43,7 @@ def page(context: Context) -> None:
         st.session_state["page"] = count
     start = (view.page - 1) * view.size
     shown = found[start : start + view.size]
-    view = _line(view, table, len(found), start, len(shown))
+    view = _line(pack, view, len(found), start, len(shown))
     if shown.empty:
         _nothing(table.choices)
     else:
@@ -71,12 +74,20 @@ def page(context: Context) -> None:
 def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str], bool]:
     """The view, what was wrong with the URL, and whether it is the URL's and not the widgets'.
 
-    It is where the URL is a new one: a link, a reload, Back. The address of an image that was opened
-    here, on this page, is what Back leads to first; its ``view`` is this page's own.
+    It is where the URL is a new one: a link, a reload, Back. A click may come with the URL of some
+    clicks ago, which is not new. The address of an image that was opened here, on this page, is what
+    Back leads to first; its ``view`` is this page's own.
     """
     url = _url()
     mark = _mark(pack, url)
-    if st.session_state.get("_gallery") == mark and "sort" in st.session_state:
+    written = st.session_state.setdefault("_gallery", deque(maxlen=WRITTEN))
+    run = get_script_run_ctx()
+    back = run is not None and run.is_history_navigation
+    if (
+        "sort" in st.session_state
+        and written
+        and (mark == written[-1] or (mark in written and not back))
+    ):
         return _from_widgets(choices), [], False
     if "view" in url:
         view, messages = selection.from_text(url["view"][-1], choices), []
@@ -85,7 +96,7 @@ def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str], bool]:
     for name in NAMES:
         value = getattr(view, name)
         st.session_state[name] = list(value) if isinstance(value, tuple) else value
-    st.session_state["_gallery"] = mark
+    written.append(mark)
     return view, messages, True
 
 
@@ -105,7 +116,9 @@ def _from_widgets(choices: Choices) -> View:
 def _to_url(pack: Pack, view: View, choices: Choices) -> None:
     """Write the view into the URL, unless it is there."""
     wanted = view.params(choices)
-    st.session_state["_gallery"] = _mark(pack, wanted)
+    mark = _mark(pack, wanted)
+    if mark != st.session_state["_gallery"][-1]:
+        st.session_state["_gallery"].append(mark)
     if _url() != wanted:
         st.query_params.from_dict({"pack": pack.id, **wanted})
 
@@ -267,11 +280,11 @@ def _filters(choices: Choices) -> None:
     st.selectbox("Maps a page", list(SIZES), key="size", on_change=_restart)
 
 
-def _line(view: View, table: selection.Table, count: int, start: int, shown: int) -> View:
+def _line(pack: Pack, view: View, count: int, start: int, shown: int) -> View:
     """How many maps there are, and whether maps or photos are shown; returns the view."""
     text = f"{start + 1:,} to {start + shown:,} of {count:,} maps" if count else "No maps"
     if view.filters:
-        total = len(selection.select(table, view.unfiltered()))
+        total = len(selection.selected(pack, view.unfiltered()))
         text += f", {total:,} without the filters"
     line = st.container(horizontal=True, vertical_alignment="center", gap="small")
     line.caption(text, width="content")

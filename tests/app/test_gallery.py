@@ -139,6 +139,15 @@ def test_another_url_wins_over_the_widgets_and_the_same_does_not():
     assert app.query_params["sort"] == "name"
 
 
+def test_a_click_that_comes_with_the_url_of_the_click_before_is_not_undone():
+    app = run(method="all")
+    checked(app.button(key="next").click().run())
+    del app.query_params["page"]  # the browser has not heard of the new one yet
+    checked(app.button(key="next").click().run())
+    assert len(cells(app)) == 12
+    assert app.query_params["page"] == "3"
+
+
 def test_the_address_that_back_leads_to_after_an_image_restores_the_gallery():
     app = run(image="photo-00003", view="sort=ROAD&order=desc&size=36")
     assert app.selectbox(key="sort").value == "ROAD"

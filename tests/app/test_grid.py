@@ -1,0 +1,126 @@
+"""The gallery in a browser: keys move, open and turn the page; Back restores; text stays text."""
+
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from conftest import served
+from packs import explanation, picture, small_pack
+
+from xattn.explanation import save_pack
+
+FOCUSED = """() => {
+  let at = document.activeElement;
+  while (at.shadowRoot) at = at.shadowRoot.activeElement;
+  return at.dataset.id ?? null;
+}"""
+NAME = "<img src=x onerror=\"document.title='run'\"> 😀 تصویر"
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    root = tmp_path_factory.mktemp("root")
+    small_pack(root / "first", 30, ("gradcam",))
+    odd = [explanation(0, file_name=NAME, source=picture(0))]
+    save_pack(root / "odd", odd, overlays=False)
+    with served(root, log=root / "log") as address:
+        yield address
+
+
+def query(page):
+    return parse_qs(urlsplit(page.url).query)
+
+
+def cell(page, number):
+    return page.locator(f'.cell[data-id="photo-{number:05}@{number % 10}.gradcam"]')
+
+
+def test_arrow_keys_move_and_enter_opens_and_back_returns(address, open_page):
+    page = open_page(f"{address}/?sort=name&size=24")
+    cell(page, 0).focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate(FOCUSED) == "photo-00001@1.gradcam"
+    top = cell(page, 1).bounding_box()
+    page.keyboard.press("ArrowDown")
+    below = page.locator(".cell:focus").bounding_box()
+    assert below["x"] == top["x"]
+    assert below["y"] > top["y"]
+    page.keyboard.press("Home")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/image?**")
+    assert query(page)["image"] == ["photo-00000"]
+    assert query(page)["view"] == ["sort=name"]
+    page.get_by_text("photo-00000.jpg").first.wait_for()
+    page.go_back()
+    cell(page, 0).wait_for()
+    assert cell(page, 0).get_attribute("aria-current") == "true"
+
+
+def test_one_cell_is_in_the_tab_order(address, open_page):
+    page = open_page(address)
+    cell(page, 3).wait_for()
+    cell(page, 3).focus()
+    inside = page.locator(".cell").evaluate_all("all => all.filter(c => c.tabIndex === 0).length")
+    assert inside == 1
+
+
+@pytest.mark.parametrize("keys", ["PageDown", "End ArrowRight"])
+def test_keys_turn_the_page_and_the_focus_goes_with_them(address, open_page, keys):
+    page = open_page(address)
+    cell(page, 0).focus()
+    for key in keys.split():
+        page.keyboard.press(key)
+    cell(page, 24).wait_for()
+    assert page.evaluate(FOCUSED) == "photo-00024@4.gradcam"
+    page.wait_for_url("**page=2**")
+    page.keyboard.press("ArrowLeft")
+    cell(page, 23).wait_for()
+    page.wait_for_function(f"({FOCUSED})() === 'photo-00023@3.gradcam'")
+
+
+def test_the_shortcut_turns_the_page_and_the_url_restores_it(address, open_page):
+    page = open_page(address)
+    cell(page, 0).wait_for()
+    page.keyboard.press("Shift+ArrowRight")
+    page.wait_for_url("**page=2**")
+    page.reload()
+    cell(page, 24).wait_for()
+    assert page.locator(".cell").count() == 6
+
+
+def test_back_undoes_one_change_at_a_time(address, open_page):
+    page = open_page(f"{address}/?sort=name")
+    cell(page, 0).wait_for()
+    page.get_by_role("radio", name="Photo").click()
+    page.wait_for_url("**show=photo**")
+    page.get_by_role("button", name="Next").click()
+    page.wait_for_url("**page=2**")
+    page.go_back()
+    cell(page, 0).wait_for()
+    assert query(page)["show"] == ["photo"]
+    page.go_back()
+    page.locator('.cell img[src*="/xattn/overlay"]').first.wait_for()
+    assert "show" not in query(page)
+
+
+def test_a_name_with_markup_is_text(address, open_page):
+    page = open_page(address)
+    page.get_by_label("Pack").click()
+    page.get_by_role("option", name="odd").click()
+    page.get_by_role("heading", name="odd").wait_for()
+    cell(page, 1).wait_for(state="detached")
+    assert page.locator(".cell .line").last.text_content() == NAME
+    assert page.title() != "run"
+
+
+def test_pictures_out_of_sight_are_not_loaded(address, open_page):
+    page = open_page(address, "narrow")
+    cell(page, 0).locator("img").wait_for()
+    page.wait_for_function(
+        "() => performance.getEntriesByType('resource').some(e => e.name.includes('/xattn/overlay'))"
+    )
+    loaded = page.evaluate(
+        "() => performance.getEntriesByType('resource').filter(e => e.name.includes('/xattn/overlay')).length"
+    )
+    assert 0 < loaded < 24
