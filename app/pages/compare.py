@@ -29,7 +29,7 @@ SIDE = 320  # pixels of a picture's longer side
 SHOWN = 12  # images on which two methods differ most
 MAX_PAIRS = 1000  # of maps whose order is compared
 PER_PHOTO = MAX_VALUES // 2000  # at most 2,000 dots a method
-LINES = 6  # methods in a chart before anybody chooses
+LINES = 4  # methods in a chart before anybody chooses
 # Methods are told apart without colour as well: by dashes and shapes.
 LIGHT = ["#b4441f", "#2f6f9f", "#6a8f2f", "#8a5aa8", "#b07a10", "#2f8579", "#a0527c", "#6f6a62"]
 DARK = ["#f08a4b", "#74b3e0", "#a5c964", "#c39ae0", "#e3b64c", "#63c3b4", "#e08fbb", "#b5afa6"]
@@ -308,20 +308,27 @@ def _curves(board: Board) -> None:
             st.altair_chart(
                 _lines(pd.DataFrame(rows), shown, chart["axis"], board), width="stretch"
             )
-            st.caption(plain(_read_as(chart["key"], lines, shown)))
+            st.caption(plain(_read_as(chart, lines, shown)))
 
 
 def _lines(table: pd.DataFrame, names: list[str], axis: str, board: Board) -> alt.LayerChart:
     score = board.results.protocol.score
-    colour = _colour(names)
+    legend = _legend(symbolType="stroke", symbolStrokeWidth=2, symbolSize=400)
+    colour = _colour(names, legend)
     dashes = [DASHES[i % len(DASHES)] for i in range(len(names))]
-    x = alt.X("x:Q", title=axis, scale=alt.Scale(domain=[0, float(table["x"].max())], nice=False))
+    share = axis.partition(",")[0]  # which go first stands below the chart
+    x = alt.X(
+        "x:Q",
+        title=share,
+        axis=alt.Axis(format="%", tickCount=5),
+        scale=alt.Scale(domain=[0, float(table["x"].max())], nice=False),
+    )
     base = alt.Chart(table).encode(x=x, color=colour)
     band = base.mark_area(opacity=0.14).encode(y="lo:Q", y2="hi:Q")
     line = base.mark_line(strokeWidth=2).encode(
         y=alt.Y("score:Q", title=score),
         strokeDash=alt.StrokeDash(
-            "method:N", scale=alt.Scale(domain=names, range=dashes), legend=_legend()
+            "method:N", scale=alt.Scale(domain=names, range=dashes), legend=legend
         ),
         tooltip=[
             "method",
@@ -331,26 +338,29 @@ def _lines(table: pd.DataFrame, names: list[str], axis: str, board: Board) -> al
             alt.Tooltip("hi:Q", format=".3f"),
         ],
     )
-    return (band + line).properties(height=320)
+    return (band + line).properties(height=360)
 
 
-def _colour(names: list[str]) -> alt.Color:
+def _colour(names: list[str], legend: alt.Legend) -> alt.Color:
     palette = _palette()
     colours = [palette[i % len(palette)] for i in range(len(names))]
-    return alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), legend=_legend())
+    return alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), legend=legend)
 
 
-def _legend() -> alt.Legend:
-    return alt.Legend(title=None, orient="bottom", columns=2, labelLimit=150, symbolStrokeWidth=2)
+def _legend(**symbol: Any) -> alt.Legend:
+    return alt.Legend(
+        title=None, orient="bottom", columns=2, labelLimit=150, symbolOpacity=1, **symbol
+    )
 
 
-def _read_as(key: str, lines: dict[str, Any], names: list[str]) -> str:
-    falls = key in ("deletion", "morf")
+def _read_as(chart: dict[str, Any], lines: dict[str, Any], names: list[str]) -> str:
+    falls = chart["key"] in ("deletion", "morf")
     counts = sorted({lines[name][3] for name in names})
     photos = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    order = chart["axis"].partition(", ")[2]
     return (
-        f"{'Lower' if falls else 'Higher'} is better: the pixels that a good map ranks first matter "
-        f"most. Mean of {photos} photos; bands are 95 % intervals."
+        f"{order.capitalize()}. {'Lower' if falls else 'Higher'} is better. Mean of {photos} photos; "
+        f"bands are 95 % intervals."
     )
 
 
@@ -382,7 +392,7 @@ def _scatter(board: Board, pack: Pack | None) -> None:
         .encode(
             x=alt.X("x:Q", title=arrow(x, board), scale=alt.Scale(zero=False)),
             y=alt.Y("y:Q", title=arrow(y, board), scale=alt.Scale(zero=False)),
-            color=_colour(names),
+            color=_colour(names, _legend()),
             shape=alt.Shape(
                 "method:N", scale=alt.Scale(domain=names, range=SHAPES), legend=_legend()
             ),

@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from xattn.heads import Head
 
 SIDE = 360  # pixels of a picture's longer side
+FEW = 3  # pictures that fit beside each other on a phone
 QUICK = 0.6  # seconds in which a short job may finish before its progress is shown
 POLL = 0.25  # seconds
 NO_HEAD = "none"
 SANITY = ("random", "centre", "ones")  # explainers that explain nothing, to compare with
 FIRST = ("head", "gradcam", "rollout")  # what is chosen by default, the first that is allowed
 INPUTS = {"photos": "Photos", "clip": "Video"}
+STYLE = """
+<style>[class*="st-key-few-"]{--cell:96px;max-width:960px}</style>
+"""
 VIEWS = {"crop": "Centre crop", "whole": "Whole picture"}
 
 
@@ -34,7 +38,8 @@ def page(context: Context) -> None:
     """Controls on the left, what came out of them on the right."""
     job_id = context.params.get("job") or st.session_state.get("_job")
     job = explaining.jobs().get(job_id)
-    left, right = st.columns([2, 5], gap="large")
+    st.html(STYLE)
+    left, right = st.columns([1, 2], gap="large")
     with left:
         started = _controls(context, job)
     job = started or job
@@ -43,6 +48,11 @@ def page(context: Context) -> None:
         if st.query_params.get("job") != job.id:
             st.query_params["job"] = job.id
     with right:
+        slot = st.empty()
+        if started is not None:
+            slot.empty()  # what was shown before would stand below the progress
+        outcome = slot.container()
+    with outcome:
         if job is not None:
             _outcome(context, job)
         elif job_id is not None and context.params.get("job"):
@@ -114,7 +124,9 @@ def _controls(context: Context, job: Job | None) -> Job | None:
     busy = job is not None and not job.finished.is_set()
     ready = bool(sent) and bool(chosen) and not busy
     pressed = st.button("Explain", type="primary", disabled=not ready, width="stretch")
-    st.caption(_hint(bool(sent), bool(chosen), busy, kind, allowed, chosen))
+    hint = _hint(bool(sent), bool(chosen), busy, kind, allowed, chosen)
+    if hint:
+        st.caption(hint)
     if not (pressed and ready):
         return None
     request |= {"photos": tuple(sent)} if kind == "photos" else {"clip": sent[0]}
@@ -361,7 +373,7 @@ def _progress_text(job: Job) -> str:
         return f"Waiting for other runs; {ahead} before this one." if ahead else "Next in line."
     unit = "frames" if job.request.clip else "photos"
     of = f" of {job.total}" if job.total else ""
-    return f"{job.done}{of} {unit}. {job.step.capitalize()}."
+    return f"{job.done}{of} {unit}: {job.step}"
 
 
 def _unsaved(job: Job) -> None:
@@ -430,9 +442,16 @@ def _pictures(pack: Pack) -> None:
                     "href": state.link("image", pack=pack.id, image=image_id),
                 }
             )
-        opened = grid(cells, f"live-{number}", label=f"Maps of {name}")
+        few = len(cells) <= FEW  # as wide as the page, in one row
+        with st.container(key=f"{'few' if few else 'many'}-{number}"):
+            opened = grid(
+                cells,
+                f"live-{number}",
+                label=f"Maps of {name}",
+                columns=len(cells) if few else None,
+            )
         if opened is not None:
-            state.go("image", pack=pack.id, image=image_id)
+            state.go("image", pack=pack.id, image=image_id, entry=opened or None)
 
 
 # ---------------------------------------------------------------------- films
