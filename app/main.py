@@ -14,6 +14,7 @@ import streamlit as st
 
 from xattn.app import selection, state, theme
 from xattn.app.library import PackError
+from xattn.app.login import LOGOUT
 from xattn.app.state import Context, plain
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ def _sidebar(pack: Pack | None, infos: list[PackInfo], names: Mapping[str, str])
         if pack is not None:
             _facts(pack)
         _problems(infos)
+        if state.settings().password:
+            st.html(f'<a href="{LOGOUT}" target="_self">Log out</a>')
 
 
 def _pick() -> None:
