@@ -168,8 +168,9 @@ def widgets() -> dict[str, str]:
     return {name: str(value) for name, value in found.items() if value is not None}
 
 
-def settle(view: View) -> View:
+def settle(pack_id: str, image_id: str, view: View) -> View:
     """Give the widgets that are about to be drawn the view's values."""
+    st.session_state[f"{KEY}of"] = (pack_id, image_id)
     for name in NAMES:
         st.session_state[KEY + name] = getattr(view, name)
     return view
@@ -184,16 +185,18 @@ def change(**values: Any) -> None:
 
 def arrived(pack_id: str, image_id: str, url: Mapping[str, str]) -> bool:
     """Whether the URL is a new one (a link, a reload, Back), so that it counts and not the widgets."""
-    # A click may be sent before the browser knows the address that the last run wrote.
+    # A click may be sent before the browser knows the address that the last run wrote, or while
+    # that run had yet to write it.
     acted = st.session_state.pop(f"{KEY}acted", False)
-    known = st.session_state.get(f"{KEY}url", (None, None, None))
-    return known[:2] != (pack_id, image_id) or (known[2] != url and not acted)
+    if st.session_state.get(f"{KEY}of") != (pack_id, image_id):
+        return True
+    return not acted and st.session_state.get(f"{KEY}url") != url
 
 
-def remember(pack_id: str, image_id: str, view: View, start: View) -> None:
+def remember(image_id: str, view: View, start: View) -> None:
     """Write the view into the URL, unless it is there."""
     wanted = view.params(start)
-    st.session_state[f"{KEY}url"] = (pack_id, image_id, wanted)
+    st.session_state[f"{KEY}url"] = wanted
     whole = {n: st.query_params.get_all(n) for n in st.query_params if n not in NAMES}
     whole |= {"image": [image_id], **{name: [value] for name, value in wanted.items()}}
     if whole != {n: st.query_params.get_all(n) for n in st.query_params}:

@@ -35,7 +35,7 @@ MOST_QUERIES = 512  # rows that statistics read in a layer
 TRAINED = "trained"
 # Mechanisms that can stand in for trained softmax attention, their one option and its values.
 SIZES = {"gna": ("kernel", range(3, 32, 2)), "agent": ("agents", (4, 9, 16, 25, 49, 100))}
-_MADE = 64  # queries, rollouts and charts kept of a reading
+_MADE = 24  # queries, rollouts and charts kept of a reading
 Made = TypeVar("Made")
 
 

@@ -121,6 +121,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   state.fade.hidden = !data.map;
   state.photo.alt = data.alt;
   state.frame.setAttribute("aria-label", data.label);
+  state.frame.style.setProperty("--aspect", data.aspect);
   state.frame.style.setProperty("--rows", data.rows);
   state.frame.style.setProperty("--columns", data.columns);
   // While keys go on, the cursor is ahead of what the page knows.

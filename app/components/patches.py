@@ -14,6 +14,7 @@ def patches(
     grid: tuple[int, int],
     key: str,
     *,
+    aspect: float,
     map: str | None = None,
     picked: tuple[int, int] | None = None,
     label: str,
@@ -27,7 +28,7 @@ def patches(
 
     Args:
         photo: URL of the picture, which the grid divides evenly.
-        grid: rows and columns.
+        grid: rows and columns; ``aspect``: width over height of the photo, known before it is there.
         map: URL of a picture with one pixel a patch, to lay over the photo.
         picked: the patch that is outlined, (row, column) from 0.
         label: what the whole is called by a screen reader; ``alt``: what the picture shows.
@@ -37,6 +38,7 @@ def patches(
     data = {
         "photo": photo,
         "map": map,
+        "aspect": aspect,
         "rows": rows,
         "columns": columns,
         "picked": None if picked is None else list(picked),

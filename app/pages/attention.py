@@ -67,7 +67,7 @@ def page(context: Context) -> None:
     view, wrong = view_of(url if new else widgets(), start, seen)
     for message in [*messages, *wrong] if new else []:
         st.warning(plain(message))
-    view = _picker(seen, settle(view), size_grid)
+    view = _picker(seen, settle(pack.id, image_id, view), size_grid)
     _notes(pack, image_id, backbone, seen, view, kept)
     rows = seen.rows(token_of(view.patch, seen))
     attention_rows.heads(seen, view, rows)
@@ -75,7 +75,7 @@ def page(context: Context) -> None:
     attention_rows.own_maps(seen, view)
     _rollout(seen, view)
     attention_charts.show(seen, view)
-    remember(pack.id, image_id, view, start)
+    remember(image_id, view, start)
 
 
 def _image(pack: Pack, wanted: str | None) -> str:
@@ -109,10 +109,9 @@ def _leave(image_id: str) -> None:
     state.go("image", image=image_id, view=st.query_params.get("view"))
 
 
-def _carried() -> dict[str, str]:
-    """The view and the gallery's selection as the URL has them, for another photo."""
-    names = (*NAMES, "view")
-    return {name: st.query_params[name] for name in names if name in st.query_params}
+def _carried() -> dict[str, str | None]:
+    """The view, as its widgets say it, and the gallery's selection, for another photo."""
+    return {**widgets(), "view": st.query_params.get("view")}
 
 
 def _nothing(name: str, error: NoAttention, image_id: str) -> None:
@@ -159,6 +158,7 @@ def _picture(name: str, seen: Reading, token: int, map_: str, alt: str) -> None:
         photo(seen),
         seen.grid,
         KEY + name,
+        aspect=seen.pixels.width / seen.pixels.height,
         map=map_,
         picked=place_of(token, seen),
         label=f"Photo in {seen.grid[0]} x {seen.grid[1]} patches: pick the patch that looks",

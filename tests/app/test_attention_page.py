@@ -1,0 +1,461 @@
+"""The attention page: exact rows in words, the URL that restores, messages, conversions, bounds."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import OrderedDict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+pytest.importorskip("streamlit")
+
+from hypothesis import given
+from hypothesis import strategies as st
+from packs import picture
+from streamlit.testing.v1 import AppTest
+
+from xattn.app import attention_charts, models, reading, state
+from xattn.app.attention_pictures import Colours, png, shares
+from xattn.app.attention_view import (
+    MEAN,
+    View,
+    mechanism_of,
+    name_of,
+    place_of,
+    slug,
+    token_of,
+    usual,
+    view_of,
+)
+from xattn.app.components.patches import _checked
+from xattn.app.library import Library
+from xattn.app.reading import KEPT, TRAINED, Reading, keep, prefix_names
+from xattn.attention import SoftmaxOperator
+from xattn.attention.statistics import statistics
+from xattn.backbone import load_backbone
+from xattn.explainers.attention import NoAttention, read_attention
+from xattn.explaining import explain
+from xattn.explanation import save_pack
+from xattn.images import prepare
+from xattn.visualize import Scale, make_scale
+
+GRID = (3, 5)  # of the packs' model: 48 x 80 pixels in patches of 16
+LAYERS, HEADS = 6, 2
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    loaded = load_backbone("test_vit", weights=None, input_size=(48, 80))
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def root(backbone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attention")
+    photos = folder / "photos"
+    photos.mkdir()
+    for i in range(4):
+        picture(i).save(photos / f"photo-{i}.png")
+    save_pack(folder / "root" / "vit", explain(photos, backbone, explainer="rollout"))
+    return folder / "root"
+
+
+@pytest.fixture
+def pack(root, backbone, monkeypatch):
+    monkeypatch.setattr(state, "_settings", state.Settings(root=root))
+    library = Library(root)
+    monkeypatch.setattr(state, "library", lambda: library)
+    monkeypatch.setattr(models, "backbone_of", lambda pack: backbone)
+    return library.open(library.packs()[0].id)
+
+
+def script() -> None:
+    import streamlit as st
+
+    from xattn.app import state
+    from xattn.app.pages.attention import page
+    from xattn.app.state import Context
+
+    library = state.library()
+    page(Context(library, library.open(library.packs()[0].id), st.query_params.to_dict()))
+
+
+def shown(**params: str) -> AppTest:
+    app = AppTest.from_function(script, default_timeout=60)
+    for name, value in params.items():
+        app.query_params[name] = value
+    app.run()
+    assert not app.exception, app.exception
+    return app
+
+
+def words(app: AppTest) -> str:
+    """All text of the page, that of ``st.html`` included, without the escapes of Markdown."""
+    kinds = (app.markdown, app.caption, app.subheader, app.info, app.warning)
+    found = [e.value for kind in kinds for e in kind] + [e.proto.body for e in app.get("html")]
+    return " ".join(found).replace("\\", "")
+
+
+def own_rows(pack, backbone, token, image="photo-0"):
+    """Rows of the photo as the pack holds it, by an own pass."""
+    images, _ = prepare(pack.photo(image), backbone.preprocessing)
+    with torch.no_grad():
+        found = read_attention(backbone, images[None])
+    return [c.operator.rows(torch.tensor([token]))[0, :, 0] for c in found.layers], images
+
+
+# ---------------------------------------------------------------------- what the page says
+
+
+def test_the_row_in_words_is_the_exact_row_of_the_chosen_layer_and_head(pack, backbone):
+    app = shown(layer="2", head="1", patch="2,4")
+    row = own_rows(pack, backbone, 1 + 1 * 5 + 3)[0][2][1].double()
+    text = words(app)
+    best = int(row[1:].argmax())
+    nats = -float((row * row.log()).sum())
+    assert "layer 2, head 1, from row 2, column 4" in text
+    assert f"{float(row[0]):.1%}" in text
+    assert f"row {best // 5 + 1}, column {best % 5 + 1}: {float(row[1:].max()):.1%}" in text
+    assert f"{nats:.2f} nats ({nats / np.log(2):.2f} bits)" in text
+
+
+def test_the_mean_of_heads_and_the_class_token_may_ask(pack, backbone):
+    text = words(shown(layer="0", patch="class-token"))
+    row = own_rows(pack, backbone, 0)[0][0].mean(0)
+    assert "layer 0, mean of all heads, from the class token" in text
+    assert f"{float(row[0]):.1%}" in text and "Mean distance" not in text
+
+
+def test_it_says_that_the_stored_photo_was_read_and_whether_rows_were_sampled(pack, monkeypatch):
+    text = words(shown())
+    assert "stored in the pack (at most 512 pixels a side)" in text
+    assert "all 15 patches as queries" in text
+    monkeypatch.setattr(reading, "MOST_QUERIES", 4)
+    assert "a random sample of 4 of the 15 patches as queries" in words(shown())
+
+
+def test_the_url_restores_the_view(pack):
+    app = shown(
+        image="photo-2", layer="3", head="0", patch="3,1", depth="2", mechanism="gna", size="3",
+        scale="linear",
+    )  # fmt: skip
+    assert not app.warning
+    assert [s.value for s in app.slider] == [3, 2]
+    assert {s.label: s.value for s in app.selectbox} == {
+        "Head": "0",
+        "Colours": "linear",
+        "Mechanism": "gna",
+        "Window, patches a side": 3,
+    }
+    assert "from row 3, column 1" in words(app) and "photo-2" in words(app)
+    assert "up to layer 2" in words(app) or "after layer 2" in words(app)
+
+
+def address(app: AppTest) -> dict[str, str]:
+    return {n: v[0] if isinstance(v, list) else v for n, v in app.query_params.items()}
+
+
+def test_widgets_write_the_url_and_usual_values_stay_out_of_it(pack):
+    app = shown()
+    assert address(app) == {"image": "photo-0"}
+    app.slider[0].set_value(1).run()
+    app.selectbox[0].set_value("1").run()
+    assert address(app) == {"image": "photo-0", "layer": "1", "head": "1"}
+    app.slider[0].set_value(LAYERS - 1).run()
+    assert address(app) == {"image": "photo-0", "head": "1"}
+    assert not app.exception
+
+
+def test_a_new_url_counts_and_not_the_widgets(pack):
+    app = shown(layer="1")
+    app.query_params["layer"] = "4"
+    app.run()
+    assert app.slider[0].value == 4
+
+
+def test_a_click_counts_although_the_browser_sent_an_older_address(pack):
+    app = shown(layer="1")
+    app.selectbox[0].set_value("1").run()
+    app.query_params.clear()
+    app.query_params["layer"] = "1"  # what the browser knew before head=1 was written
+    app.slider[0].set_value(3).run()
+    assert app.slider[0].value == 3 and app.selectbox[0].value == "1"
+
+
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        ("layer", "99", "There is no layer '99'; this model has layers 0 to 5"),
+        ("layer", "-1", "There is no layer '-1'"),
+        ("depth", "x", "There is no depth 'x'"),
+        ("head", "2", "There is no head '2'; this layer has heads 0 to 1"),
+        ("patch", "4,1", "There is no patch '4,1'; the grid has 3 rows and 5 columns"),
+        ("patch", "register-1", "There is no patch 'register-1'"),
+    ],
+)
+def test_a_bad_parameter_leaves_what_is_usual_and_says_so(name, value, says):
+    seen = made(layers=LAYERS)
+    start = usual(seen, TRAINED, None)
+    view, messages = view_of({name: value, "scale": "linear"}, start, seen)
+    assert view == replace(start, scale="linear")
+    assert len(messages) == 1 and says in messages[0]
+
+
+def test_a_mechanism_or_size_that_does_not_fit_leaves_what_is_usual():
+    assert mechanism_of({"mechanism": "nope"}, GRID)[:2] == (TRAINED, None)
+    assert mechanism_of({"mechanism": "gna", "size": "3"}, None)[:2] == (TRAINED, None)
+    assert mechanism_of({"mechanism": "gna"}, (2, 9))[:2] == (TRAINED, None)
+    mechanism, size, messages = mechanism_of({"mechanism": "gna", "size": "5"}, GRID)
+    assert (mechanism, size) == ("gna", 3) and "kernel cannot be '5' here" in messages[0]
+
+
+def test_messages_stand_on_the_page_and_the_rest_is_shown(pack):
+    app = shown(layer="99", patch="4,1", mechanism="nope")
+    assert len(app.warning) == 3
+    assert "layer 5, mean of all heads, from row 2, column 3" in words(app)
+    app.slider[0].set_value(0).run()
+    assert not app.warning
+
+
+def test_an_image_that_is_not_there_is_a_message_for_a_person(pack):
+    app = AppTest.from_function(script, default_timeout=60)
+    app.query_params["image"] = "../../etc/passwd"
+    app.run()
+    assert [e.value for e in app.exception] == [
+        "This pack has no such image; choose one in the gallery."
+    ]
+
+
+def test_without_attention_it_says_so_and_leads_back(pack, monkeypatch):
+    cnn = load_backbone("test_efficientnet", weights=None)
+    monkeypatch.setattr(models, "backbone_of", lambda pack: cnn)
+    app = shown()
+    assert "has no attention" in words(app) and "convolutional" in words(app)
+    assert "Open the maps of this photo" in [b.label for b in app.button]
+    assert not app.slider
+
+
+def test_attention_in_windows_is_told_apart_from_none(pack, monkeypatch):
+    def refuse(*_):
+        raise NoAttention("swin", "attends inside windows (4 x 49 tokens)", 4)
+
+    monkeypatch.setattr(reading, "read", refuse)
+    text = words(shown())
+    assert "attends inside windows (4 x 49 tokens)" in text and "has no attention" not in text
+
+
+# ---------------------------------------------------------------------- conversions
+
+
+def test_a_window_of_three_reads_nine_patches_and_the_class_token(pack, backbone):
+    text = words(shown(mechanism="gna", size="3"))
+    assert "9 of 15 patches; the others have no colour" in text
+    assert "after a conversion without training" in text
+    assert "What each patch receives" in text
+    assert not any(hasattr(m, "mechanism") for m in backbone.model.modules())
+
+
+def test_agents_show_what_they_read_and_the_query_spreads_over_them(pack, backbone):
+    app = shown(mechanism="agent", size="4")
+    assert "What each agent of layer 5 reads" in words(app)
+    seen = next(r for r in app.session_state["attention.kept"].values() if any(r.maps))
+    assert seen.maps[0]["agents"].shape == (4, *GRID)
+    assert torch.allclose(seen.agent_shares(0, 3).sum(-1), torch.ones(HEADS))
+
+
+def test_choosing_a_mechanism_brings_a_size_that_fits(pack):
+    app = shown()
+    app.selectbox[2].set_value("gna").run()
+    assert not app.exception
+    assert app.selectbox[3].value == 3  # of the odd windows up to 3 rows
+    app.selectbox[2].set_value("agent").run()
+    assert app.selectbox[3].value == 9  # 16 agents are more than 15 patches
+    app.selectbox[2].set_value(TRAINED).run()
+    assert len(app.selectbox) == 3 and "mechanism" not in app.query_params
+
+
+def test_keys_kept_by_a_model_of_its_own_mechanism_are_shown(pack, backbone, monkeypatch):
+    from xattn.attention import converted_copy
+
+    torch.manual_seed(1)
+    own = converted_copy(backbone, "dma", window=4)
+    monkeypatch.setattr(models, "backbone_of", lambda pack: own)
+    text = words(shown(head="0"))
+    assert "The keys that each head of layer 5 keeps" in text
+    assert "4 of 15 patches; the others have no colour" in text
+
+
+# ---------------------------------------------------------------------- readings
+
+
+def test_the_grid_lies_on_the_very_pixels_that_the_model_saw(pack, backbone):
+    seen = reading.read(pack, "photo-1", backbone, TRAINED, None, OrderedDict())
+    _, images = own_rows(pack, backbone, 0, "photo-1")
+    assert torch.equal(torch.from_numpy(np.array(seen.pixels)).permute(2, 0, 1) / 255, images)
+
+
+def test_a_session_keeps_a_few_images_and_asks_the_model_once_for_each(pack, monkeypatch):
+    passes = []
+    monkeypatch.setattr(
+        reading, "read_attention", lambda *a: passes.append(1) or read_attention(*a)
+    )
+    app = shown()
+    app.slider[0].set_value(1).run()
+    app.selectbox[0].set_value("1").run()
+    assert len(passes) == 1
+    for i in (1, 2, 3):
+        app.query_params["image"] = f"photo-{i}"
+        app.run()
+    assert len(passes) == 4 and len(app.session_state["attention.kept"]) == KEPT
+
+
+def test_what_was_used_last_is_kept():
+    cache = OrderedDict()
+    for key in (1, 2, 1, 3):
+        keep(cache, key, lambda: object(), 2)
+    assert list(cache) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "name, options, expected",
+    [
+        ("test_vit", {}, ("class token",)),
+        ("deit_tiny_distilled_patch16_224", {}, ("class token", "distillation token")),
+        ("vit_small_patch14_reg4_dinov2", {}, ("class token", *(f"register {i}" for i in range(1, 5)))),
+        ("vit_wee_patch16_reg1_gap_256", {}, ("register 1",)),
+        ("test_vit", {"class_token": False, "global_pool": "avg"}, ()),
+    ],
+)  # fmt: skip
+def test_prefix_tokens_have_their_names(name, options, expected):
+    model = timm.create_model(name, depth=1, img_size=56 if "14" in name else 64, **options)
+    found = load_backbone(model)
+    assert prefix_names(found, found.prefix_tokens) == expected
+
+
+def made(prefix: int = 1, grid: tuple[int, int] = GRID, layers: int = 3) -> Reading:
+    """A reading of random queries and keys."""
+    n = grid[0] * grid[1] + prefix
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(layers, 2, 1, HEADS, n, 4, generator=generator)
+    names = ("class token", *(f"register {i}" for i in range(1, prefix)))[:prefix]
+    operators = [SoftmaxOperator(2 * q, k) for q, k in draws]
+    empty = Image.new("RGB", (grid[1], grid[0]))
+    return Reading(empty, operators, [{}] * layers, torch.zeros(3), grid, names)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+def test_every_token_has_a_name_in_the_url_and_in_words(prefix):
+    seen = made(prefix)
+    for token in range(prefix + 15):
+        place = place_of(token, seen)
+        text = slug(seen.prefix[token]) if place is None else f"{place[0] + 1},{place[1] + 1}"
+        assert token_of(text, seen) == token
+        assert view_of({"patch": text}, usual(seen, TRAINED, None), seen)[0].patch == text
+    assert name_of(prefix + 7, seen) == "row 2, column 3"
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+def test_rows_and_rollouts_are_those_of_the_dense_matrices(prefix):
+    seen = made(prefix)
+    dense = [(o.scale * o.q @ o.k.transpose(-2, -1)).softmax(-1)[0] for o in seen.operators]
+    product = torch.eye(prefix + 15)
+    for layer, a in enumerate(dense):
+        product = (a.mean(0) + torch.eye(prefix + 15)) / 2 @ product
+        torch.testing.assert_close(seen.rows(prefix + 4)[layer], a[:, prefix + 4])
+        torch.testing.assert_close(seen.rollout(prefix + 4, layer), product[prefix + 4])
+
+
+def test_the_charts_tables_are_the_statistics():
+    seen = made(prefix=2)
+    heads, sinks = attention_charts.heads_table(seen), attention_charts.sinks_table(seen)
+    expected = statistics(seen.operators[1], GRID, 2)
+    row = heads[(heads["layer"] == 1) & (heads["head"] == 0)].iloc[0]
+    assert row["entropy"] == pytest.approx(float(expected.entropy[0, 0]))
+    assert row["distance"] == pytest.approx(float(expected.distance[0, 0]))
+    share = sinks[(sinks["layer"] == 1) & (sinks["part"] == attention_charts.PARTS[0])]["share"]
+    assert share.item() == pytest.approx(float(expected.prefix_mass[0].mean()))
+    assert (
+        attention_charts.sinks_table(made(prefix=0))["part"].unique().tolist()
+        == [attention_charts.PARTS[1]]
+    )  # fmt: skip
+
+
+def test_heads_are_ranked_from_the_narrowest():
+    seen = made()
+    table = attention_charts.heads_table(seen)
+    spec = attention_charts.entropy_chart(table, 2.8, 0, "1").to_dict()
+    (rows,) = spec["datasets"].values()
+    entropies = [row["entropy"] for row in rows]
+    assert entropies == sorted(entropies) and len(rows) == 6
+    assert [r["shown"] for r in rows].count(True) == 1
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+def pixels(uri: str) -> np.ndarray:
+    data = base64.b64decode(uri.partition(",")[2])
+    return np.array(Image.open(io.BytesIO(data)))
+
+
+def test_pictures_of_a_row_share_their_colours():
+    first, second = torch.tensor([[0.1, 0.4]]), torch.tensor([[0.1, 0.2]])
+    for kind in ("root", "linear"):
+        scale = shares([first, second], kind)
+        one, two = pixels(png(first, scale, None)), pixels(png(second, scale, None))
+        assert (one[0, 0] == two[0, 0]).all() and (one[0, 1] != two[0, 1]).any()
+    own = shares([first, second], "own")
+    assert (pixels(png(first, own, None))[0, 1] == pixels(png(second, own, None))[0, 1]).all()
+
+
+def test_patches_that_are_not_kept_have_no_colour_and_pixels_stay_whole():
+    values = torch.tensor([[0.0, 1.0], [0.5, 0.0]])
+    image = pixels(png(values, shares([values], "root"), values > 0, side=5))
+    assert image.shape == (6, 6, 4)  # three pixels a patch
+    assert image[:3, :3, 3].max() == 0 and image[:3, 3:, 3].min() == 255
+
+
+def test_the_root_is_for_shares_only():
+    assert Colours(Scale(0, 4), "root")(np.array([1.0])) == pytest.approx(0.5)
+    signed = Colours(make_scale([(-1.0, 1.0)]), "root")
+    assert signed(np.array([-1.0, 0.0, 1.0])).tolist() == [0, 0.5, 1]
+
+
+# ---------------------------------------------------------------------- anything in the URL
+
+TEXT = st.text(max_size=12) | st.sampled_from(
+    ["0", "-1", "1,1", "3,5", "mean", "class-token", "gna"]
+)
+PARAMS = st.dictionaries(
+    st.sampled_from(["layer", "head", "patch", "depth", "scale", "mechanism", "size"]), TEXT
+)
+SEEN = made(prefix=2)
+
+
+@given(PARAMS)
+def test_any_parameters_give_a_view_of_what_is_there(params):
+    mechanism, size, _ = mechanism_of(params, GRID)
+    start = usual(SEEN, mechanism, size)
+    view, _ = view_of(params, start, SEEN)
+    assert 0 <= view.layer < 3 and 0 <= view.depth < 3
+    assert view.head == MEAN or 0 <= int(view.head) < HEADS
+    assert 0 <= token_of(view.patch, SEEN) < 17
+    again, messages = view_of(view.params(start), start, SEEN)
+    assert again == view and not messages
+    assert isinstance(view, View)
+
+
+@given(st.none() | st.integers() | st.text() | st.lists(st.integers() | st.text(), max_size=3))
+def test_whatever_a_browser_sends_is_a_patch_or_nothing(value):
+    found = _checked(value, GRID)
+    assert found is None or (0 <= found[0] < 3 and 0 <= found[1] < 5)
