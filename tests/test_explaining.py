@@ -308,3 +308,53 @@ def test_a_disk_that_fills_up_while_a_pack_is_written_leaves_the_earlier_pack(tm
     assert "output: cannot write" in done.stderr and "earlier results are untouched" in done.stderr
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     assert [p.name for p in tmp_path.iterdir() if "pack" in p.name] == ["pack"]
+
+
+# ---------------------------------------------------------------------- several methods, labels
+
+
+def test_several_explainers_give_their_own_maps_photo_by_photo(backbone, head, folder, tmp_path):
+    output = tmp_path / "pack"
+    both = explain(folder, backbone, head, ["head", "gradcam"], top=2, batch_size=2, output=output)
+    methods = [e.method for e in both]
+    assert methods[:4] == ["head", "head", "gradcam", "gradcam"] and len(both) == 20
+    for name in ("head", "gradcam"):
+        alone = explain(folder, backbone, head, name, top=2, batch_size=2)
+        mine = [e for e in both if e.method == name]
+        assert [e.id for e in mine] == [e.id for e in alone]
+        assert all(np.array_equal(a.map, b.map) for a, b in zip(mine, alone, strict=True))
+    images = read_manifest(output)["images"]
+    assert len(images) == 5 and all(0 <= r["disagreement"] <= 2 for r in images.values())
+
+
+@pytest.mark.parametrize("given", [[], ["gradcam", "gradcam"]])
+def test_a_method_is_given_once(backbone, folder, given):
+    with pytest.raises(ValueError, match=r"explainer: got (none|gradcam twice)"):
+        explain(folder, backbone, explainer=given)
+
+
+def test_a_pack_names_the_first_classes_of_every_photo(backbone, folder):
+    found = explain(folder, backbone, explainer="gradcam", classes="fox")
+    for e in found:
+        pixels, _ = prepare(e.photo(), backbone.preprocessing)
+        p = backbone.probabilities(backbone.logits(pixels[None]))[0]
+        top = e.facts.top
+        assert [i for i, _, _ in top] == p.topk(5).indices.tolist()
+        assert [name for _, name, _ in top] == [CLASSES[i] for i, _, _ in top]
+        assert [v for *_, v in top] == pytest.approx(p.topk(5).values.tolist(), abs=1e-5)
+
+
+def test_labels_go_into_the_pack(backbone, folder, tmp_path):
+    labels = tmp_path / "labels.csv"
+    labels.write_text("a/b.jpg,espresso\na/c.png,owl\nA__b.png,unicorn\nb.jpg,\nb.png,5\n")
+    found = explain(folder, backbone, explainer="gradcam", labels=labels)
+    facts = {e.image_id: (e.facts.label, e.facts.label_name) for e in found}
+    want = {(2, "espresso"), (6, "owl"), (None, "unicorn"), (None, None), (5, "fox")}
+    assert set(facts.values()) == want and len(facts) == 5
+    with pytest.raises(ValueError, match="has no file name"):
+        explain(photo(0), backbone, explainer="gradcam", labels=labels)
+
+
+def test_labels_of_other_classes_warn(backbone, folder):
+    with pytest.warns(UserWarning, match=r"no photo has a class of test_efficientnet"):
+        explain([folder / "a/b.jpg"], backbone, explainer="gradcam", labels="folders")
