@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import html
 import importlib
 import shlex
 from collections.abc import Mapping
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import streamlit as st
@@ -50,9 +53,24 @@ def warm() -> None:
     for info in library.packs():
         if info.problem is None:
             with contextlib.suppress(PackError):
-                importlib.import_module(f"xattn.app.pages.{state.DEFAULT_PAGE}")
                 selection.table(library.open(info.id))
+                for name in (state.DEFAULT_PAGE, "image"):
+                    _module(name)
                 return
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    """The page ``name``, imported when it is first shown: some need what takes seconds to import.
+
+    Streamlit looks for garbage after every run, through all objects of torch and pandas, which holds
+    up the pictures of the page by a fifth of a second. What is there now stays for good: it is left
+    out from here on.
+    """
+    found = importlib.import_module(f"xattn.app.pages.{name}")
+    gc.collect()
+    gc.freeze()
+    return found
 
 
 def _run(name: str) -> None:
@@ -62,8 +80,7 @@ def _run(name: str) -> None:
         if context.pack is None and PAGES[name][1]:
             _welcome(context.library)
         else:
-            # Only the page that is shown: some need torch, which takes seconds to import.
-            importlib.import_module(f"xattn.app.pages.{name}").page(context)
+            _module(name).page(context)
     except (PackError, ValueError) as error:
         st.error(plain(error))
         if PAGES[name][1]:
@@ -131,9 +148,13 @@ def _sidebar(pack: Pack | None, infos: list[PackInfo], names: Mapping[str, str])
             )
         if pack is not None:
             _facts(pack)
-        _problems(infos)
+        if shown:  # else they are what the page itself shows
+            _problems(infos)
         if state.settings().password:
-            st.html(f'<a href="{LOGOUT}" target="_self">Log out</a>')
+            st.html(
+                f'<a href="{LOGOUT}" target="_self" style="color:inherit;font-size:.875rem">'
+                "Log out</a>"
+            )
 
 
 def _pick() -> None:
@@ -177,7 +198,7 @@ def _welcome(library: Library) -> None:
     st.header("No pack to show yet", anchor=False)
     st.markdown("A pack is a folder of photos with their maps. Make one of your own photos:")
     output = state.settings().root / "first"
-    st.code(f"xattn explain PHOTOS --output {shlex.quote(str(output))}", language="sh")
+    st.code(f"xattn explain PHOTOS --output {shlex.quote(str(output))}", language="sh", wrap_lines=True)
     demo_pack.offer()
     for info in library.packs():
         if info.problem is not None:
