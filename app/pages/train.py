@@ -103,6 +103,8 @@ def _choose() -> None:
 
 def _form(jobs: Jobs, running: Job | None) -> None:
     found, whole = folders.photo_folders(jobs.data)
+    if state.settings().data is None:  # the root also holds packs and results
+        found.sort(key=lambda f: f.name == ".")
     st.header("Train a head", anchor=False)
     if not found:
         _no_photos(jobs)
@@ -245,18 +247,16 @@ def _command(jobs: Jobs, spec: Spec, name: str) -> None:
 
 
 def _job(jobs: Jobs, job_id: str, context: Context) -> None:
-    if jobs.get(job_id).alive:
-        st.fragment(_follow, run_every=EVERY)(jobs, job_id, context)
-    else:
-        _show(jobs, jobs.get(job_id), context)
+    every = EVERY if jobs.get(job_id).alive else None
+    st.fragment(_follow, run_every=every)(jobs, job_id, context, every is not None)
 
 
-def _follow(jobs: Jobs, job_id: str, context: Context) -> None:
+def _follow(jobs: Jobs, job_id: str, context: Context, was_alive: bool) -> None:
     try:
         job = jobs.get(job_id)
     except JobError:  # its folder was deleted; the page says so
         st.rerun()
-    if not job.alive:
+    if job.alive is not was_alive:
         st.rerun()
     _show(jobs, job, context)
 
@@ -273,8 +273,8 @@ def _show(jobs: Jobs, job: Job, context: Context) -> None:
     logs = jobs.losses(job.id) if job.spec.kind != "demo" else {}
     if any(logs.values()):
         _losses(job, logs)
-    elif job.alive:
-        st.info(_waiting(job))
+    elif job.alive and jobs.progress(job.id) is None:
+        st.caption(_waiting(job))
     _sample(job, context)
     _results(job)
     if job.state == "finished":
