@@ -217,9 +217,9 @@ def provenance_tab(pack: Pack, shown: Shown) -> None:
     facts = {
         "method": found["method"],
         "network": backbone.get("name"),
-        "its weights, sha256": backbone.get("sha256"),
+        "network's weights, sha256": backbone.get("sha256"),
         "head": head.get("name"),
-        "its weights, sha256 ": head.get("sha256"),
+        "head's weights, sha256": head.get("sha256"),
         "class": f"{shown.name} ({shown.target})",
         "map, sha256": found["sha256"]["map"],
         "pack": f"{pack.name}, version {pack.version}",

@@ -171,7 +171,8 @@ def _legend(pack: Pack, entry_id: str, look: Look) -> Legend:
     scale = _scaled(pack, pack.explanation(entry_id), look)[1]
     if look.minus is None:
         return legend_of(scale, shared=look.scale == "shared")
-    plus, minus = (pack.entries.loc[i, "target_name"] for i in (entry_id, look.minus))
+    names = (pack.entries.loc[i, "target_name"] for i in (entry_id, look.minus))
+    plus, minus = (name.split(",")[0] for name in names)
     kind = "scores" if look.scale == "shared" else "min-maxed maps"
     text = f"difference of the {kind}: orange where {plus} has more, blue where {minus} has"
     return Legend(*scale.ends, text, scale.cmap)
@@ -206,11 +207,11 @@ def _scaled(pack: Pack, explanation: Explanation, look: Look) -> tuple[np.ndarra
     if look.scale == "map":
         return explanation.map, own_scale(explanation, cmap)
     return explanation.map, make_scale(
-        [look.limits] if look.limits else pair_limits(pack, explanation.image_id), cmap
+        [look.limits] if look.limits else _limits(pack, explanation.image_id), cmap
     )
 
 
-def pair_limits(pack: Pack, image_id: str) -> list[tuple[float, float]]:
+def _limits(pack: Pack, image_id: str) -> list[tuple[float, float]]:
     """(least, greatest) value of every map of a photo in the pack."""
     entries = pack.entries
     own = entries[entries["image_id"] == image_id]
