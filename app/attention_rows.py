@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 from torch import Tensor
 
-from xattn.app.attention_pictures import NUMBER, Colours, alt_text, legend, png, shares
+from xattn.app.attention_pictures import NUMBER, SHARE, Colours, alt_text, legend, png, shares
 from xattn.app.attention_view import KEY, MEAN, View, change, fused, name_of, token_of
 from xattn.app.components import grid
 from xattn.app.state import plain
@@ -123,7 +123,7 @@ def own_maps(seen: Reading, view: View) -> None:
             f"{name_of(token, seen)} reads of it."
         )
         maps = dict(enumerate(found["agents"]))
-        _strip("Agent", maps, lines, seen, view, text, "share of an agent's attention")
+        _strip("Agent", maps, lines, seen, view, text, "share of an agent's attention", SHARE)
     if "importance" in found:
         text = f"What each head of layer {view.layer} adds to the scores of a key, for all queries."
         maps = dict(enumerate(found["importance"]))
@@ -143,6 +143,7 @@ def _strip(
     view: View,
     text: str,
     unit: str,
+    number: str = NUMBER,
 ) -> None:
     """Maps of one kind, numbered, on one scale."""
     st.caption(plain(text))
@@ -152,11 +153,11 @@ def _strip(
         {
             "id": str(i),
             "src": png(m, scale, None, SIDE),
-            "alt": alt_text(f"{title} {i}", m, seen, NUMBER),
+            "alt": alt_text(f"{title} {i}", m, seen, number),
             "title": f"{title} {i}",
             "lines": lines.get(i, []),
         }
         for i, m in maps.items()
     ]
     _grid(cells, f"own {title}", text, seen)
-    legend(scale, unit, NUMBER)
+    legend(scale, unit, number)

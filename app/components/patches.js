@@ -86,7 +86,7 @@ function listen(state) {
   frame.addEventListener("pointerleave", () => place(state.cursor, null, state));
   frame.addEventListener("click", (event) => pick(state, under(event, state)));
   frame.addEventListener("keydown", (event) => {
-    if (event.altKey || event.metaKey) return;
+    if (event.altKey || event.metaKey || event.shiftKey) return; // the page's own keys
     const from = state.at ?? [Math.floor(state.rows / 2), Math.floor(state.columns / 2)];
     const chosen = event.key === "Enter" || event.key === " ";
     const to = chosen ? from : moved(event, from, state);
