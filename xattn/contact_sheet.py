@@ -202,11 +202,11 @@ color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-se
 h1{margin:0;font-size:clamp(1.6rem,4vw,2.4rem);line-height:1.15;letter-spacing:-.02em}
 h2{margin:2.5rem 0 .75rem;font-size:1.2rem;letter-spacing:-.01em}
 .sub{margin:.5rem 0 0;max-width:70ch;color:var(--soft)}
-.legend{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem;margin:1.25rem 0 1.75rem;
+.legend{display:flex;flex-wrap:wrap;align-items:center;gap:.1rem .6rem;margin:1.25rem 0 1.75rem;
 color:var(--soft);font-size:.85rem;font-variant-numeric:tabular-nums}
 .legend i{width:180px;height:10px;border-radius:5px}
 .legend+.legend{margin-top:-1.25rem}
-.legend em{font-style:normal;margin-left:.5rem}
+.legend em{font-style:normal}
 main{--gap:clamp(10px,1.5vw,18px);display:grid;gap:18px;align-items:start;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,COLUMNS*240px),1fr))}
 section{display:grid;gap:var(--gap);align-items:start;padding:var(--gap);

@@ -181,6 +181,11 @@ def test_next_and_previous_follow_the_gallery(show, pack):
     assert app.button(key="go_Next").disabled and not app.button(key="go_Previous").disabled
 
 
+def test_the_gallerys_method_is_in_focus(show, pack):
+    app = show(pack, image="photo-00001", view="method=saliency")
+    assert [c["title"] for c in cells(app) if c.get("selected")] == ["saliency"]
+
+
 def test_a_photo_outside_the_gallerys_selection_says_so(show, pack):
     app = show(pack, image="photo-00001", view="q=photo-2.jpg")
     assert "not in the gallery's selection" in texts(app)
