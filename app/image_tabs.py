@@ -26,6 +26,12 @@ SMALL = 320  # of a class's map
 TOP = 5  # classes with a picture each
 LINES = ["#d55e00", "#2a86c8", "#009e73", "#c773a8", "#b58900", "#8a7fd6", "#7f7f7f", "#a0522d"]
 DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [3, 5], [12, 3, 3, 3], [1, 3]]
+CURVES = {
+    "deletion": "Deletion, most relevant pixels first",
+    "insertion": "Insertion, most relevant pixels first",
+    "morf": "ROAD, most relevant pixels first",
+    "lerf": "ROAD, least relevant pixels first",
+}
 DIFFERENCES = {"Min-maxed maps": "map", "Raw scores": "shared"}
 
 
@@ -190,9 +196,11 @@ def _chart(name: str, curves: dict[str, list[float]], shares: list[float] | None
     # By colour and by dashes; colours of one lightness for both grounds, apart for colour-blind eyes.
     colour = alt.Scale(domain=list(curves), range=LINES)
     dashes = alt.Scale(domain=list(curves), range=DASHES)
-    words = alt.Legend(orient="bottom", columns=2, symbolSize=300, symbolStrokeWidth=2)
+    words = alt.Legend(
+        orient="bottom", columns=2, labelLimit=220, symbolSize=300, symbolStrokeWidth=2
+    )
     return (
-        alt.Chart(pd.DataFrame(points), title=name)
+        alt.Chart(pd.DataFrame(points), title=CURVES.get(name, name))
         .mark_line()
         .encode(
             x=alt.X("share:Q", title="share of pixels", axis=alt.Axis(format="%")),

@@ -245,8 +245,8 @@ def test_figures_come_with_direction_formula_protocol_and_curves(show, pack):
     written = "\n".join(e.value for e in app.text)
     assert "AD@50 (lower is better)" in written and "protocol ROAD-made-up" in written
     assert [json.loads(c.proto.spec)["title"] for c in app.get("vega_lite_chart")] == [
-        "deletion",
-        "insertion",
+        "Deletion, most relevant pixels first",
+        "Insertion, most relevant pixels first",
     ]
 
 
