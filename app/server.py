@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import importlib.util
 import ipaddress
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,10 +135,13 @@ def streamlit_options(address: Address, upload_mb: int) -> dict[str, Any]:
     }
 
 
-def application(address: Address, upload_mb: int = 50, **guard: Any) -> Any:
+def application(
+    address: Address, upload_mb: int = 50, ready: Callable[[], None] = lambda: None, **guard: Any
+) -> Any:
     """The ASGI application; ``state.configure`` has to come first.
 
     Args:
+        ready: called once the application runs, when Ctrl-C already is the server's.
         guard: options of ``security.Guard``: ``password``, ``names``.
     """
     from starlette.middleware import Middleware
@@ -153,22 +155,22 @@ def application(address: Address, upload_mb: int = 50, **guard: Any) -> Any:
     before = Middleware(
         Guard, loopback=address.loopback, cookie=f"xattn_session_{address.port}", **guard
     )
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_exception_handler(_quiet)
+        ready()
+        yield
+
     return App(
-        MAIN, routes=[*index.routes(), *routes.routes()], middleware=[before], lifespan=_quiet
+        MAIN, routes=[*index.routes(), *routes.routes()], middleware=[before], lifespan=lifespan
     )
 
 
-@asynccontextmanager
-async def _quiet(app: Any) -> AsyncIterator[None]:
+def _quiet(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """A browser that goes away in the middle of a response is no news."""
-    loop = asyncio.get_running_loop()
-
-    def handler(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        if not isinstance(context.get("exception"), ConnectionError):
-            loop.default_exception_handler(context)
-
-    loop.set_exception_handler(handler)
-    yield
+    if not isinstance(context.get("exception"), ConnectionError):
+        loop.default_exception_handler(context)
 
 
 def serve(
@@ -178,7 +180,7 @@ def serve(
     password: Any = None,
     names: tuple[str, ...] = (),
 ) -> None:
-    """Run until Ctrl-C or SIGTERM; prints the address once the port is ours.
+    """Run until Ctrl-C or SIGTERM; prints the address once it is answered.
 
     Args:
         settings: ``state.Settings``, what pages get to know.
@@ -194,7 +196,15 @@ def serve(
         state.configure(settings)
         if settings.demo:
             demo_pack.make()
-        app = application(Address(address.host, port), upload_mb, password=password, names=names)
+
+        def ready() -> None:
+            print(f"xattn app: {url(address.host, port)}  (root {settings.root}; Ctrl-C stops)")
+            sys.stdout.flush()
+            threading.Thread(target=main.warm, name="xattn-warm", daemon=True).start()
+
+        app = application(
+            Address(address.host, port), upload_mb, ready, password=password, names=names
+        )
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -206,10 +216,9 @@ def serve(
                 timeout_graceful_shutdown=STOP_SECONDS,
             )
         )
-        print(f"xattn app: {url(address.host, port)}  (root {settings.root}; Ctrl-C stops)")
-        sys.stdout.flush()
-        threading.Thread(target=main.warm, name="xattn-warm", daemon=True).start()
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after its clean end
+        try:
             server.run(sockets=[listener])
+        except KeyboardInterrupt:  # uvicorn raises it again after its clean end
+            return
     if not server.started:
         raise OSError(errno.EIO, "app: the server did not start, see the lines above")
