@@ -35,11 +35,6 @@ LIGHT = ["#b4441f", "#2f6f9f", "#6a8f2f", "#8a5aa8", "#b07a10", "#2f8579", "#a05
 DARK = ["#f08a4b", "#74b3e0", "#a5c964", "#c39ae0", "#e3b64c", "#63c3b4", "#e08fbb", "#b5afa6"]
 DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3]]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
-STYLE = """
-<style>
-[class*="st-key-pair-"]{--cell:120px}
-</style>
-"""
 
 
 def page(context: Context) -> None:
@@ -48,7 +43,6 @@ def page(context: Context) -> None:
     if not found:
         _nothing(context)
         return
-    st.html(STYLE)
     info = _choose(found)
     try:
         with st.spinner("Reading the comparison", show_time=True):
@@ -579,7 +573,9 @@ def _pair(
                     "href": state.link("image", pack=pack.id, image=image_id, methods=names),
                 }
             )
-        opened = grid(cells, f"pair-grid-{number}", label=f"Maps of {file_name}", columns=2)
+        opened = grid(
+            cells, f"pair-grid-{number}", label=f"Maps of {file_name}", columns=2, width=120
+        )
         if opened is not None:
             state.go("image", pack=pack.id, image=image_id, methods=list(names), entry=opened)
 

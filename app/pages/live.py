@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 SIDE = 360  # pixels of a picture's longer side
 FEW = 3  # pictures that fit beside each other on a phone
 QUICK = 0.6  # seconds in which a short job may finish before its progress is shown
-POLL = 0.25  # seconds
+POLL = 0.5  # seconds
 NO_HEAD = "none"
 SANITY = ("random", "centre", "ones")  # explainers that explain nothing, to compare with
 FIRST = ("head", "gradcam", "rollout")  # what is chosen by default, the first that is allowed
 INPUTS = {"photos": "Photos", "clip": "Video"}
 STYLE = """
-<style>[class*="st-key-few-"]{--cell:96px;max-width:960px}</style>
+<style>[class*="st-key-few-"]{max-width:960px}</style>
 """
 VIEWS = {"crop": "Centre crop", "whole": "Whole picture"}
 
@@ -54,7 +54,7 @@ def page(context: Context) -> None:
         outcome = slot.container()
     with outcome:
         if job is not None:
-            _outcome(context, job)
+            _outcome(context, job, started is not None)
         elif job_id is not None and context.params.get("job"):
             st.info(
                 "The results of this address are gone: they are kept until the viewer stops, or "
@@ -147,10 +147,10 @@ def _hint(
         return "Choose photos first." if kind == "photos" else "Choose a video first."
     if not chosen:
         return "Choose an explainer."
-    passes = sum(max(1, allowed[name]) for name in names)
+    passes = sum(allowed[name] for name in names)
     each = "photo" if kind == "photos" else "frame"
     if passes < 100:
-        return f"About {passes} forward passes a {each}." if passes > 1 else ""
+        return ""
     return (
         f"About {passes:,} forward passes a {each}: this takes a while. You can stop at any time."
     )
@@ -316,13 +316,13 @@ def _frames() -> dict[str, Any]:
 # ---------------------------------------------------------------------- what came out
 
 
-def _outcome(context: Context, job: Job) -> None:
+def _outcome(context: Context, job: Job, just_started: bool) -> None:
     """Progress while the job runs, and then its results."""
-    if not job.finished.is_set():
+    if just_started and not job.wait(0):
         waiting = st.empty()
-        with waiting.container():
-            st.progress(job.share, text=plain(_progress_text(job)))
-        job.wait(QUICK)
+        waiting.progress(job.share, text=plain(_progress_text(job)))
+        if not job.wait(QUICK):
+            st.rerun()  # the controls above say that a run is under way
         waiting.empty()
     if not job.finished.is_set():
         _follow(job.id)
@@ -449,6 +449,7 @@ def _pictures(pack: Pack) -> None:
                 f"live-{number}",
                 label=f"Maps of {name}",
                 columns=len(cells) if few else None,
+                width=100 if few else None,
             )
         if opened is not None:
             state.go("image", pack=pack.id, image=image_id, entry=opened or None)
