@@ -41,6 +41,9 @@ CONFIG: dict[str, Any] = {
 STYLE = """<style>
 [data-testid=stMainBlockContainer]{padding-inline:clamp(1rem,3vw,2.5rem)}
 [data-testid=stMain] :is(h1,h2,h3){overflow-wrap:anywhere;unicode-bidi:plaintext}
+/* White on the dark theme's accent is hard to read. */
+[data-testid=stBaseButton-primary],[data-testid=stMultiSelect] [data-tag]{
+color:light-dark(#fff,#22201d)}
 .legend{display:flex;flex-wrap:wrap;align-items:center;gap:.1rem .6rem;font-size:.8125rem;
 font-variant-numeric:tabular-nums;opacity:.85}
 .legend+.legend{margin-top:.35rem}
