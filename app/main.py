@@ -198,7 +198,9 @@ def _welcome(library: Library) -> None:
     st.header("No pack to show yet", anchor=False)
     st.markdown("A pack is a folder of photos with their maps. Make one of your own photos:")
     output = state.settings().root / "first"
-    st.code(f"xattn explain PHOTOS --output {shlex.quote(str(output))}", language="sh", wrap_lines=True)
+    st.code(
+        f"xattn explain PHOTOS --output {shlex.quote(str(output))}", language="sh", wrap_lines=True
+    )
     demo_pack.offer()
     for info in library.packs():
         if info.problem is not None:

@@ -81,6 +81,8 @@ def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str], bool]:
     url = _url()
     mark = _mark(pack, url)
     written = st.session_state.setdefault("_gallery", deque(maxlen=WRITTEN))
+    if written and written[-1][:2] != mark[:2]:
+        written.clear()  # they are of another pack
     run = get_script_run_ctx()
     back = run is not None and run.is_history_navigation
     if (

@@ -211,6 +211,18 @@ def test_another_pack_is_another_url_without_the_old_filters():
     assert len(cells(app)) == len(NAMES)
 
 
+def test_back_in_a_pack_the_other_packs_view_is_gone():
+    app = run()
+    app.selectbox(key="pack").select(pack_id("odd <b>"))
+    checked(app.run())
+    app.selectbox(key="sort").select("name")
+    checked(app.run())
+    app.selectbox(key="pack").select(pack_id("first"))
+    checked(app.run())
+    assert app.selectbox(key="sort").value == "pack"
+    assert app.query_params == {"pack": pack_id("first")}
+
+
 def test_a_pack_that_is_not_there_is_a_message_with_a_way_on():
     app = run(pack="../../etc/passwd")
     assert len(app.error) == 1

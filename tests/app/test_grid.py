@@ -124,3 +124,19 @@ def test_pictures_out_of_sight_are_not_loaded(address, open_page):
         "() => performance.getEntriesByType('resource').filter(e => e.name.includes('/xattn/overlay')).length"
     )
     assert 0 < loaded < 24
+
+
+def test_files_of_the_selection_are_made_when_they_are_asked_for(address, open_page):
+    page = open_page(f"{address}/?q=tench&sort=name")
+    cell(page, 0).wait_for()
+    page.get_by_role("button", name="Export").click()
+    with page.expect_download() as got:
+        page.get_by_role("button", name="CSV of the selection").click()
+    lines = got.value.path().read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 + page.locator(".cell").count()
+    assert all("tench" in line for line in lines[1:])
+    with page.expect_download() as got:
+        page.get_by_role("button", name="HTML of the selection").click()
+    report = got.value.path().read_text(encoding="utf-8")
+    assert report.startswith("<!doctype html>")
+    assert 'src="data:image' in report
