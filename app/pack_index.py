@@ -22,7 +22,7 @@ from xattn.images import View
 MAX_NAME = 400  # characters of an id
 MAX_SIDE = 1_000_000  # of a photo or map, in pixels
 MAX_CLASS = 1 << 31
-_COLUMNS = {  # of entries, and what a value may be
+_COLUMNS: dict[str, set[type]] = {  # of entries, and what a value may be
     "id": {str},
     "image_id": {str},
     "method": {str},
@@ -38,7 +38,9 @@ _COLUMNS = {  # of entries, and what a value may be
     "shape": {list},
     "thumbnail": {str, type(None)},
 }
-_OPTIONAL = {  # not in old packs: what stands for a missing one, and what a value may be
+_OPTIONAL: dict[
+    str, tuple[Any, set[type]]
+] = {  # not in old packs: what stands for a missing one, and what a value may be
     "sanity": (False, {bool}),
     "metrics": ({}, {dict}),
     "curves": ({}, {dict}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -125,14 +126,16 @@ def write_pack(
 
 
 def _record(results: Results, backbone: Any, method: Any) -> dict[str, Any]:
-    """The protocol of a row: how its maps came about, and what its metrics mean."""
+    """The protocol of a row: how its maps came about, and what its metrics mean; an option that is not
+    finite becomes a text, as JSON has no such numbers."""
     record = protocol_of(backbone, method, results.protocol.view)
     fidelity = {k: v for k, v in results.protocol.to_dict().items() if k not in ("n", "n_invalid")}
     what = describe(method)
     record["options"] = what["options"]
     if what.get("backbone") not in (None, backbone.fingerprint):  # a row of randomised weights
         record["explained_weights"] = what["backbone"]
-    return {**record, "fidelity": {**fidelity, "id": results.protocol.id}}
+    record["fidelity"] = {**fidelity, "id": results.protocol.id}
+    return json.loads(json.dumps(record), parse_constant=str)  # type: ignore[no-any-return]
 
 
 def _skipped(skipped: Skipped, images: Any) -> tuple[str, str]:

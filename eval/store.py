@@ -286,7 +286,7 @@ def kept_images(path: Path, count: int | None, limit: int) -> Iterator[KeptImage
             "SELECT position, id, target, target_name, score FROM images WHERE skipped IS NULL "
             "ORDER BY position"
         ).fetchall()
-        for number, (position, *image) in enumerate(rows):
+        for number, (position, identity, target, target_name, score) in enumerate(rows):
             if position >= limit or (count is not None and position >= count):
                 break
             found = database.execute("SELECT top FROM tops WHERE position = ?", (position,))
@@ -297,7 +297,8 @@ def kept_images(path: Path, count: int | None, limit: int) -> Iterator[KeptImage
                     "SELECT method, height, width, data FROM maps WHERE position = ?", (position,)
                 )
             }
-            yield KeptImage(number, position, *image, top, maps)
+            image = (number, position, identity, target, target_name, score)
+            yield KeptImage(*image, top, maps)
 
 
 def _keeps(database: sqlite3.Connection) -> bool:

@@ -102,6 +102,18 @@ def test_explain_named_classes_with_another_explainer(setup):
     assert [e.target_name for e in xattn.load_pack(root / "pack2")] == ["bee", "eel"]
 
 
+def test_explain_takes_several_explainers_and_labels(setup):
+    root, model = setup
+    labels = root / "labels.csv"
+    labels.write_text("".join(f"{i}.png,{'ant' if i else 'wasp'}\n" for i in range(5)))
+    arguments = ["--explainer", "gradcam", "--explainer", "cam", str(root / "photos")]
+    more = ["--labels", str(labels), "--output", str(root / "pack3")]
+    assert main(["explain", *arguments, *more, *model]) == 0
+    found = xattn.load_pack(root / "pack3")
+    assert [e.method for e in found[:4]] == ["gradcam", "cam"] * 2 and len(found) == 10
+    assert [e.facts.label for e in found[::2]] == [None, 0, 0, 0, 0]
+
+
 def test_evaluate_prints_a_table_and_writes_json_and_csv(setup, capsys):
     root, model = setup
     arguments = ["--heads", str(root / "run/head"), str(root / "run/head-half")]
@@ -131,6 +143,8 @@ def test_evaluate_prints_a_table_and_writes_json_and_csv(setup, capsys):
         (["explain", "{root}/photos", "--output", "{root}/photos"], "output"),
         (["explain", "{root}/photos", "--every", "2"], "every, smoothing: "),
         (["explain", "{root}/photos", "--smoothing", "0.5"], "every, smoothing: "),
+        (["explain", "{root}/x.mp4", "--labels", "folders"], "explainer, labels: "),
+        (["explain", "{root}/photos", "--labels", "{root}/none.csv"], "labels: no file"),
         (["explain", "{root}/photos", "--explainer", "head"], "head: no shipped head fits"),
         (["export", "{root}/e.onnx"], "head: no shipped head fits"),
         (["evaluate", "{root}/photos", "--output", "{root}/classes.txt"], "output"),

@@ -120,3 +120,9 @@ def test_photos_without_pixels_have_no_thumbnail(tmp_path):
     folder = save_pack(tmp_path / "pack", [replace(make(), source=None)])
     assert manifest(folder)["entries"][0]["thumbnail"] is None
     assert "thumbnail_sha256" not in manifest(folder)["images"]["cat"]
+
+
+def test_a_file_name_that_is_no_utf8_does_not_lose_the_work(tmp_path):
+    name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
+    folder = save_pack(tmp_path / "pack", [replace(make(), file_name=name)])
+    assert [e.file_name for e in load_pack(folder)] == [name]

@@ -100,7 +100,8 @@ def explain(
         check_output(output)
     sources = named_photos(images)
     truth = {} if labels is None else true_classes_of(sources, labels, backbone)
-    given = explainer if isinstance(explainer, list | tuple) else [explainer]
+    given: Sequence[str | Explainer | None]
+    given = [explainer] if isinstance(explainer, str | Explainer | None) else explainer
     jobs = [set_up(backbone, head, e, classes, top, view, batch_size, seed) for e in given]
     _check_names([method.name for method, _, _ in jobs])
     result = Explanations()

@@ -137,7 +137,9 @@ class PackWriter:
             "video": None if self._video is None else VIDEO,
             "video_sha256": self._video,
         }
-        write_file(self.folder / MANIFEST, manifest_text(manifest).encode("utf-8"))
+        # A file name that is no UTF-8 has half characters, which JSON can write as \udc80.
+        data = manifest_text(manifest).encode("utf-8", "backslashreplace")
+        write_file(self.folder / MANIFEST, data)
 
     def abandon(self) -> None:
         """Close what is open."""

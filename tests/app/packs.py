@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -48,7 +49,7 @@ def explanation(
     target: int | None = None,
     source: Image.Image | None = None,
     signed: bool = False,
-    **changes: object,
+    **changes: Any,
 ) -> Explanation:
     """One made-up entry with metrics, curves and facts; a pure function of its arguments."""
     rng = np.random.default_rng([image, side, *method.encode()])
@@ -64,7 +65,7 @@ def explanation(
         CLASSES[label],
     )
     curve = np.linspace(p, 0.01, 12)
-    options = {
+    options: dict[str, Any] = {
         "map": values.astype(np.float32),
         "target": target,
         "target_name": CLASSES[target],
@@ -104,7 +105,7 @@ def small_pack(
     return save_pack(folder, found, overlays=False, metrics=described())
 
 
-def described() -> dict[str, dict[str, object]]:
+def described() -> dict[str, dict[str, Any]]:
     """The metrics of a manifest."""
     return {key: {**info, "protocol_id": f"{key}-made-up"} for key, info in METRICS.items()}
 
