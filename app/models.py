@@ -169,8 +169,8 @@ def _load(arguments: BackboneArgs) -> Backbone:
     taps = arguments.taps
     try:
         if arguments.probe is not None or arguments.backbone.startswith("torchvision/"):
-            return _loaded(arguments, _stamp(arguments))
-        loaded = _loaded(replace(arguments, taps=()), _stamp(arguments))
+            return _loaded(arguments, _stamp(arguments.weights), _stamp(arguments.probe))
+        loaded = _loaded(replace(arguments, taps=()), _stamp(arguments.weights))
         if not taps or tuple(taps) == loaded.taps:
             return loaded
         short = taps[0] if len(taps) == 1 and taps[0] in ("norm1", "block", "stage") else taps
@@ -187,19 +187,19 @@ def _load(arguments: BackboneArgs) -> Backbone:
 
 
 @st.cache_resource(max_entries=KEPT, show_spinner=False)
-def _loaded(arguments: BackboneArgs, stamp: tuple[int, int] | None) -> Any:
+def _loaded(arguments: BackboneArgs, *stamps: Any) -> Any:
     loaded = arguments.load()
     loaded.fingerprint  # noqa: B018 - hashed once, while nobody else can use the model
     return loaded
 
 
-def _stamp(arguments: BackboneArgs) -> tuple[int, int] | None:
-    """Size and time of a weight file: another file of that name is another model."""
-    path = Path(arguments.weights)
-    if path.suffix == "" or not path.is_file():
-        return None
-    about = path.stat()
-    return about.st_size, about.st_mtime_ns
+def _stamp(path: str | Path | None) -> tuple[tuple[int, int], ...]:
+    """Sizes and times of a weight file, or of the files of a head's folder: others of that name are
+    another model."""
+    if path is None:
+        return ()
+    files = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
+    return tuple((f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())
 
 
 # ---------------------------------------------------------------------- what made a pack
@@ -270,13 +270,13 @@ def heads(name: str) -> dict[str, str]:
 
 def with_head(name: str, key: str, weights: str = "auto") -> tuple[Backbone, Head]:
     """Backbone ``name`` and its head ``key`` of :func:`heads`; a head of ``xattn probe`` becomes the
-    classifier of the backbone, too.
+    classifier of the backbone, too. Both are loaded once, and again when the head's files change.
 
     Raises:
         ModelError: no such head, or one of other weights.
     """
     from xattn.app import state
-    from xattn.heads import AttentiveHead, head_class, load_head, read_config, shipped_heads
+    from xattn.heads import AttentiveHead, head_class, read_config, shipped_heads
 
     folders = {**shipped_heads(), **{h.id: h.folder for h in state.library().heads()}}
     if key not in folders:
@@ -290,9 +290,17 @@ def with_head(name: str, key: str, weights: str = "auto") -> tuple[Backbone, Hea
             probed = _load(replace(arguments, probe=str(folder)))
             return probed, probed.probe  # type: ignore[return-value]
         loaded = backbone(name, weights, taps)
-        return loaded, load_head(folder, loaded).to(loaded.device)
+        made_for = f"{loaded.fingerprint}/{loaded.taps}/{loaded.task}"
+        return loaded, _loaded_head(folder, _stamp(folder), made_for, loaded)
     except (ValueError, OSError) as error:
         raise ModelError(str(error)) from error
+
+
+@st.cache_resource(max_entries=KEPT, show_spinner=False)
+def _loaded_head(folder: Path, stamp: Any, made_for: str, _backbone: Backbone) -> Any:
+    from xattn.heads import load_head
+
+    return load_head(folder, _backbone).to(_backbone.device)
 
 
 def explainers(loaded: Backbone, head: Head | None = None) -> tuple[dict[str, int], dict[str, str]]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SIDE = 360  # pixels of a picture's longer side
 FEW = 3  # pictures that fit beside each other on a phone
-QUICK = 0.6  # seconds in which a short job may finish before its progress is shown
+QUICK = 0.8  # seconds in which a short job may finish before its progress is shown
 POLL = 0.5  # seconds
 NO_HEAD = "none"
 SANITY = ("random", "centre", "ones")  # explainers that explain nothing, to compare with
@@ -48,13 +48,10 @@ def page(context: Context) -> None:
         if st.query_params.get("job") != job.id:
             st.query_params["job"] = job.id
     with right:
-        slot = st.empty()
-        if started is not None:
-            slot.empty()  # what was shown before would stand below the progress
-        outcome = slot.container()
-    with outcome:
         if job is not None:
-            _outcome(context, job, started is not None)
+            if started is not None and not job.wait(QUICK):
+                st.rerun()  # a longer run: the controls say so, and its progress is shown
+            _outcome(context, job)
         elif job_id is not None and context.params.get("job"):
             st.info(
                 "The results of this address are gone: they are kept until the viewer stops, or "
@@ -316,14 +313,8 @@ def _frames() -> dict[str, Any]:
 # ---------------------------------------------------------------------- what came out
 
 
-def _outcome(context: Context, job: Job, just_started: bool) -> None:
+def _outcome(context: Context, job: Job) -> None:
     """Progress while the job runs, and then its results."""
-    if just_started and not job.wait(0):
-        waiting = st.empty()
-        waiting.progress(job.share, text=plain(_progress_text(job)))
-        if not job.wait(QUICK):
-            st.rerun()  # the controls above say that a run is under way
-        waiting.empty()
     if not job.finished.is_set():
         _follow(job.id)
         return
@@ -423,7 +414,7 @@ def _pictures(pack: Pack) -> None:
         name = pack.images.at[image_id, "file_name"] or image_id
         cells: list[dict[str, Any]] = [
             {
-                "id": "",
+                "id": f"{pack.id}/{image_id}",  # of the photo itself, and of this run
                 "src": photo_url(pack, image_id, SIDE),
                 "alt": f"Photo {name}",
                 "title": name,
@@ -452,7 +443,8 @@ def _pictures(pack: Pack) -> None:
                 width=100 if few else None,
             )
         if opened is not None:
-            state.go("image", pack=pack.id, image=image_id, entry=opened or None)
+            entry = opened if opened in pack.entries.index else None
+            state.go("image", pack=pack.id, image=image_id, entry=entry)
 
 
 # ---------------------------------------------------------------------- films
