@@ -549,6 +549,7 @@ class Bench:
             "attention",
             "maps",
             "kernels",
+            "app",
             "all",
         ],
         tyro.conf.Positional,
@@ -556,7 +557,8 @@ class Bench:
     """Explaining beside a forward pass, a training step beside its floor, images a second ("all" of
     these), attentive heads beside multi-head cross-attention, epochs from cached features beside running
     the backbone and attention training beside plain steps, metrics beside the passes they need,
-    mechanisms beside dense attention, attention maps beside stored ones, or Triton kernels."""
+    mechanisms beside dense attention, attention maps beside stored ones, Triton kernels, or the viewer's
+    pages in Chromium."""
     backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
     """timm models, with random weights."""
     batches: tuple[int, ...] = (1, 8)
@@ -584,6 +586,10 @@ class Bench:
             if not self.aot:
                 raise ValueError("bench kernels: give --aot, which compiles and times nothing")
             lines = aot.bench(self.filter)
+        elif self.job == "app":
+            from xattn.app import bench as viewer
+
+            lines = viewer.bench(self.rounds)
         elif self.job == "heads":
             from xattn.eval import heads_bench
 

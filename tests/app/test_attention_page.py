@@ -17,7 +17,6 @@ pytest.importorskip("streamlit")
 
 from hypothesis import given
 from hypothesis import strategies as st
-from packs import picture
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import attention_charts, models, reading, state
@@ -35,6 +34,7 @@ from xattn.app.attention_view import (
 )
 from xattn.app.components.patches import _checked
 from xattn.app.library import Library
+from xattn.app.made_up import picture
 from xattn.app.reading import KEPT, TRAINED, Reading, keep, prefix_names
 from xattn.attention import SoftmaxOperator
 from xattn.attention.statistics import statistics

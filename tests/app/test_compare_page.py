@@ -11,12 +11,12 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from packs import small_pack
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import comparison, state
 from xattn.app.comparison import parse, read
 from xattn.app.library import LEADERBOARD, Library, PackError
+from xattn.app.made_up import small_pack
 from xattn.eval.compare import write_report
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol

@@ -12,11 +12,11 @@ pytest.importorskip("streamlit")
 
 from hypothesis import given
 from hypothesis import strategies as st
-from packs import CLASSES, described, explanation, picture
 from PIL import Image
 
 from xattn.app import export
 from xattn.app.library import Library, PackError
+from xattn.app.made_up import CLASSES, described, explanation, picture
 from xattn.app.pictures import Look
 from xattn.explanation import save_pack
 

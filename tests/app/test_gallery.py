@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from packs import explanation, picture, small_pack
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import state
+from xattn.app.made_up import explanation, picture, small_pack
 from xattn.explanation import MAPS, save_pack
 
 NAMES = [

@@ -4,8 +4,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from conftest import served
-from packs import explanation, picture, small_pack
 
+from xattn.app.made_up import explanation, picture, small_pack
 from xattn.explanation import save_pack
 
 FOCUSED = """() => {

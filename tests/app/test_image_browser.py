@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("streamlit")
 
 from conftest import served
-from packs import small_pack
+
+from xattn.app.made_up import small_pack
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from packs import CLASSES, described, explanation, picture
-
 from xattn.app import state
 from xattn.app.library import Library
+from xattn.app.made_up import CLASSES, described, explanation, picture
 from xattn.explanation import save_pack
 
 AppTest = pytest.importorskip("streamlit.testing.v1").AppTest

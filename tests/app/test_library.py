@@ -20,10 +20,9 @@ from PIL import Image
 
 pytest.importorskip("pandas")
 
-from packs import METRICS, big_pack, explanation, picture, small_pack
-
 from xattn.app import library as library_module
 from xattn.app.library import Library, PackError
+from xattn.app.made_up import METRICS, big_pack, explanation, picture, small_pack
 from xattn.app.pack import Pack, Recent
 from xattn.explanation import load_pack, save_pack
 from xattn.pack_writer import manifest_text

@@ -13,12 +13,12 @@ from PIL import Image
 
 pytest.importorskip("streamlit")
 
-from packs import picture
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import explaining, film, models, state
 from xattn.app.explaining import Jobs, Request, keep
 from xattn.app.library import Library, PackError
+from xattn.app.made_up import picture
 from xattn.app.uploads import Upload
 from xattn.cli import BackboneArgs
 from xattn.explaining import explain

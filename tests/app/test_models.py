@@ -10,10 +10,9 @@ import torch
 
 pytest.importorskip("streamlit")
 
-from packs import picture
-
 from xattn.app import models, state
 from xattn.app.library import Library
+from xattn.app.made_up import picture
 from xattn.app.models import ModelError
 from xattn.cli import BackboneArgs
 from xattn.explaining import explain
@@ -140,7 +139,7 @@ def test_other_weights_are_named(start):
 
 
 def test_a_pack_without_a_model_says_so(start):
-    from packs import explanation
+    from xattn.app.made_up import explanation
 
     root = start()
     save_pack(root / "pack", [explanation(0, protocol={"classes": "top"})], overlays=False)

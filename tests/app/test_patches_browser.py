@@ -10,9 +10,9 @@ import torch
 pytest.importorskip("streamlit")
 
 from conftest import served
-from packs import picture
 from safetensors.torch import save_file
 
+from xattn.app.made_up import picture
 from xattn.backbone import load_backbone
 from xattn.explaining import explain
 from xattn.explanation import save_pack

@@ -10,11 +10,11 @@ pytest.importorskip("streamlit")
 
 from hypothesis import given
 from hypothesis import strategies as st
-from packs import CLASSES, VIEW, explanation, picture, small_pack
 from PIL import Image
 
 from xattn.app import pictures
 from xattn.app.library import Library, PackError
+from xattn.app.made_up import CLASSES, VIEW, explanation, picture, small_pack
 from xattn.app.pictures import Look
 from xattn.explanation import save_pack
 from xattn.visualize import (

@@ -9,12 +9,12 @@ pytest.importorskip("streamlit")
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packs import small_pack
 from PIL import Image
 from starlette.applications import Starlette
 
 from xattn.app import pictures, routes, state
 from xattn.app.library import Library
+from xattn.app.made_up import small_pack
 
 TestClient = pytest.importorskip("starlette.testclient").TestClient
 

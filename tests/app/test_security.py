@@ -17,7 +17,6 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 pytest.importorskip("streamlit")
-from conftest import free_port
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.applications import Starlette
@@ -28,6 +27,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from xattn.app import login, password
+from xattn.app.bench import free_port
 from xattn.app.login import FREE, FREE_IN_ALL, LOGIN, LOGOUT, Throttle, login_page, own_path
 from xattn.app.password import LIFETIME, read_password, write_password
 from xattn.app.security import HEADERS, Guard

@@ -6,10 +6,10 @@ from dataclasses import fields, replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packs import CLASSES, METRICS, explanation, small_pack
 
 from xattn.app import selection
 from xattn.app.library import Library
+from xattn.app.made_up import CLASSES, METRICS, explanation, small_pack
 from xattn.app.selection import ALL, NAMES, View, defaults, parse, select
 from xattn.explanation import ImageFacts, save_pack
 

@@ -1,4 +1,4 @@
-"""Packs of any size for the viewer's tests and its benchmark, written without a network or a photo."""
+"""Packs of any size, made up without a photo: for the benchmark of the viewer and for its tests."""
 
 from __future__ import annotations
 

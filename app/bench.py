@@ -1,0 +1,289 @@
+"""What a person waits for in the viewer, measured in Chromium: ``xattn bench app``.
+
+A server of its own shows packs of made-up photos. "Pixels" are there when every picture in sight is
+decoded; the clock runs in this process from the click until a poll of the page says so. Memory is the
+resident set of the server's process. Needs the ``playwright`` package and an installed Chromium.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from xattn.app.made_up import big_pack, picture
+
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+SIZE = {"width": 1280, "height": 900}
+MANY, WARM = 10_000, 1_000  # images of the two packs
+PAINT, TURN, CLICK, LIVE = 2.0, 0.5, 0.3, 0.15  # seconds that are allowed
+GROWTH = 50  # MB that the server may grow by over the views after the first tenth
+VIEWS = 500
+LIVE_BACKBONE = "tf_efficientnet_lite0"
+_IN_SIGHT = """images => images.length > 0 && images.every(i => {
+  const box = i.getBoundingClientRect();
+  return box.bottom < 0 || box.top > innerHeight || (i.complete && i.naturalWidth > 0);
+})"""
+
+
+def chromium() -> str | None:
+    """The path of Debian's Chromium or of Chrome; None if neither is installed."""
+    return next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def served(root: Path, log: Path, *arguments: str) -> Iterator[tuple[str, int]]:
+    """``xattn app root`` on a free port until the block ends: its address and process number.
+
+    Raises:
+        RuntimeError: it ended early or did not answer within a minute; with what it wrote to ``log``.
+    """
+    port = free_port()
+    command = [sys.executable, "-m", "xattn.cli", "app", str(root), "--port", str(port)]
+    with log.open("wb") as stream:
+        process = subprocess.Popen([*command, *arguments], stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        _wait(lambda: process.poll() is not None or _answers(address), log)
+        if process.poll() is not None:
+            raise RuntimeError(f"xattn app ended early:\n{log.read_text()}")
+        yield address, process.pid
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait(ready: Callable[[], bool], log: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > end:
+            raise RuntimeError(f"xattn app did not answer:\n{log.read_text()}")
+        time.sleep(0.05)
+
+
+def _answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/_stcore/health", timeout=1).close()
+    except urllib.error.HTTPError:  # a server with a password
+        return True
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def browser() -> Iterator[Any]:
+    """A running Chromium.
+
+    Raises:
+        ValueError: Chromium or the ``playwright`` package is missing.
+    """
+    path = chromium()
+    if path is None:
+        raise ValueError("bench app: no Chromium; install Debian's chromium, or Chrome")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise ValueError(
+            "bench app: the playwright package is missing; run: pip install playwright"
+        ) from None
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        try:
+            yield running
+        finally:
+            running.close()
+
+
+# ---------------------------------------------------------------------- one measure each
+
+
+def until_pixels(page: Any, key: str = "", seconds: float = 30) -> None:
+    """Wait until all pictures in sight are decoded, in the grid whose first cell is not ``key``."""
+    end = time.monotonic() + seconds
+    pictures = page.locator(".cell img")
+    while True:
+        first = page.locator(".cell").first
+        if first.count() and first.get_attribute("data-id") != key:
+            if pictures.evaluate_all(_IN_SIGHT):
+                return
+        if time.monotonic() > end:
+            raise RuntimeError(f"bench app: no pictures after {seconds:g} s at {page.url}")
+        page.wait_for_timeout(5)
+
+
+def _first_cell(page: Any) -> str:
+    return str(page.locator(".cell").first.get_attribute("data-id"))
+
+
+def _timed(action: Callable[[], Any], page: Any, key: str = "") -> float:
+    start = time.perf_counter()
+    action()
+    until_pixels(page, key)
+    return time.perf_counter() - start
+
+
+def first_paint(running: Any, address: str, rounds: int) -> list[float]:
+    """Seconds from the address to the gallery's pictures, each with a browser that knows nothing."""
+    took = []
+    for _ in range(rounds):
+        context = running.new_context(viewport=SIZE)
+        page = context.new_page()
+        took.append(_timed(partial(page.goto, address), page))
+        context.close()
+    return took
+
+
+def next_pages(page: Any, rounds: int) -> list[float]:
+    """Seconds from a click on the gallery's "Next" to the pictures of the next page."""
+    took = []
+    for _ in range(rounds):
+        key = _first_cell(page)
+        took.append(_timed(page.get_by_role("button", name="Next").click, page, key))
+    return took
+
+
+def open_images(page: Any, address: str, rounds: int) -> list[float]:
+    """Seconds from a click on a picture of the gallery to the pictures of its own page."""
+    took = []
+    for turn in range(rounds):
+        page.goto(address)
+        until_pixels(page)
+        page.wait_for_timeout(300)  # the gallery's own run has ended
+        key = _first_cell(page)
+        cell = page.locator(".cell").nth(turn % 12)
+        took.append(_timed(cell.click, page, key))
+    return took
+
+
+def next_images(page: Any, rounds: int) -> list[float]:
+    """Seconds from a click on the image page's "Next" to the pictures of the next photo."""
+    took = []
+    for _ in range(rounds):
+        key = _first_cell(page)
+        took.append(_timed(page.get_by_role("button", name="Next").click, page, key))
+        page.wait_for_timeout(100)
+    return took
+
+
+def resident(process: int) -> float:
+    """MB of physical memory that a process has; Linux."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def live(page: Any, address: str, photo: Path, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of an explanation on the live page, from click to pixels, and by the library alone.
+
+    Both in every round, in turn; the model is loaded on both sides, the first round is left out.
+    """
+    import xattn
+    from xattn.allocator import keep_memory
+
+    keep_memory()
+    backbone = xattn.load_backbone(LIVE_BACKBONE, weights="package")
+    in_page, alone = [], []
+    page.goto(f"{address}/live")
+    page.locator("input[type=file]").first.set_input_files(str(photo))
+    button = page.get_by_role("button", name="Explain", exact=True)
+    for turn in range(rounds + 1):
+        page.wait_for_timeout(700)
+        key = _first_cell(page) if page.locator(".cell").count() else ""
+        in_page.append(_timed(button.click, page, key))
+        start = time.perf_counter()
+        xattn.explain(photo, backbone, explainer="gradcam")
+        alone.append(time.perf_counter() - start)
+        if turn == 0:
+            in_page.clear()
+            alone.clear()
+    return in_page, alone
+
+
+# ---------------------------------------------------------------------- all of them
+
+
+def bench(
+    rounds: int = 15, views: int = VIEWS, images: tuple[int, int] = (MANY, WARM)
+) -> Iterator[str]:
+    """Lines of a Markdown table; ``images`` of the big pack and of the warm one."""
+    with tempfile.TemporaryDirectory(prefix="xattn-bench-") as name, browser() as running:
+        folder = Path(name)
+        big_pack(folder / "root" / "many", images[0])
+        big_pack(folder / "root" / "warm", images[1], methods=3)
+        photo = folder / "photo.jpg"
+        picture(1, (500, 375)).save(photo)
+        with served(folder / "root", folder / "log") as (address, process):
+            ids = _packs(folder / "root")
+            many, warm = (f"{address}/?pack={ids[n]}" for n in ("many", "warm"))
+            yield "| what | median | slowest | wanted |"
+            yield "| :-- | --: | --: | --: |"
+            took = first_paint(running, many, min(rounds, 9) + 1)
+            yield _line(
+                f"gallery of {images[0]:,} entries, first visit of the server", took[:1], PAINT
+            )
+            yield _line(f"gallery of {images[0]:,} entries, first paint", took[1:], PAINT)
+            context = running.new_context(viewport=SIZE)
+            page = context.new_page()
+            page.goto(many)
+            until_pixels(page)
+            next_pages(page, 2)
+            yield _line("gallery, next page", next_pages(page, rounds), TURN)
+            open_images(page, warm, 2)
+            yield _line("image page from the gallery", open_images(page, warm, rounds), CLICK)
+            next_images(page, 2)
+            yield _line("image page, next image", next_images(page, 2 * rounds), CLICK)
+            yield from _memory(page, process, views)
+            took, alone = live(page, address, photo, rounds)
+            more = [a - b for a, b in zip(took, alone, strict=True)]
+            label = f"live explanation with {LIVE_BACKBONE}, above the library call"
+            yield _line(label, more, LIVE)
+            context.close()
+
+
+def _packs(root: Path) -> dict[str, str]:
+    from xattn.app.library import Library
+
+    return {info.name: info.id for info in Library(root).packs()}
+
+
+def _line(label: str, seconds: list[float], allowed: float) -> str:
+    median, most = statistics.median(seconds), max(seconds)
+    return f"| {label} | {1000 * median:.0f} ms | {1000 * most:.0f} ms | {1000 * allowed:.0f} ms |"
+
+
+def _memory(page: Any, process: int, views: int) -> Iterator[str]:
+    """The server's memory over ``views`` image pages, beginning after the first tenth."""
+    next_images(page, views // 10)
+    before = resident(process)
+    next_images(page, views - views // 10)
+    after = resident(process)
+    yield (
+        f"| server's memory over {views} image pages | {before:.0f} MB, then {after - before:+.0f} MB "
+        f"| | flat: at most +{GROWTH} MB |"
+    )

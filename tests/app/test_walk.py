@@ -1,0 +1,124 @@
+"""The main path in Chromium, from the gallery to an exported file; and every page at two widths and in
+two themes, with screenshots in the folder that ``XATTN_SCREENS`` names."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("streamlit")
+
+from conftest import served
+from safetensors.torch import save_file
+
+from xattn.app.library import Library
+from xattn.app.made_up import picture, small_pack
+from xattn.backbone import load_backbone
+from xattn.explaining import explain
+from xattn.explanation import save_pack
+
+SIDE = 5  # patches a side: 80 pixels in patches of 16
+PAGES = {  # name: the pack, and a text that is there when the page is
+    "gallery": ("measured", "Sort by"),
+    "image": ("measured", "Opacity"),
+    "attention": ("vit", "The figures as a table"),
+    "live": ("measured", "Explain"),
+    "compare": ("measured", "There is no comparison yet."),
+    "train": ("measured", "Train a head"),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A viewer's root: a pack with metrics and one of a ViT, whose weights the viewer was given."""
+    folder = tmp_path_factory.mktemp("walk")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        backbone = load_backbone("test_vit", weights=None, input_size=SIDE * 16)
+    weights = folder / "vit.safetensors"
+    save_file({k: v.contiguous() for k, v in backbone.model.state_dict().items()}, weights)
+    photos = folder / "photos"
+    photos.mkdir()
+    for i in range(2):
+        picture(i).save(photos / f"photo-{i}.png")
+    small_pack(folder / "root" / "measured", 30, ("gradcam", "saliency"))
+    save_pack(folder / "root" / "vit", explain(photos, backbone, explainer="rollout"))
+    options = f"--backbone test_vit --weights {weights} --input-size {SIDE * 16} --device cpu"
+    return folder / "root", options.split()
+
+
+@pytest.fixture(scope="module")
+def address(root, tmp_path_factory):
+    with served(root[0], *root[1], log=tmp_path_factory.mktemp("log") / "log.txt") as base:
+        yield base
+
+
+def choose_pack(page, name):
+    page.get_by_role("combobox", name=re.compile("Pack")).click()
+    page.get_by_role("option", name=name).click()
+
+
+def test_gallery_to_image_to_a_patch_to_a_shared_address_to_a_file(address, open_page):
+    page = open_page(address)
+    page.locator(".cell .frame.there").first.wait_for()
+    choose_pack(page, "vit")
+    page.locator('.cell[data-id^="photo-1@"]').click()
+    page.wait_for_url(re.compile(r"/image\?.*image=photo-1"))
+    page.locator(".st-key-maps .frame.there").nth(1).wait_for()
+
+    page.get_by_role("button", name="Attention").click()
+    page.wait_for_url(re.compile(r"/attention\?.*image=photo-1"))
+    frame = page.locator(".patches .frame").first
+    frame.wait_for()
+    box = frame.bounding_box()
+    frame.click(position={"x": box["width"] * 0.7, "y": box["height"] * 0.3})
+    page.get_by_text(re.compile("from row 2, column 4$")).first.wait_for()
+    page.wait_for_url(re.compile(r"patch=2%2C4"))
+
+    shared = page.url
+    other = open_page(shared)
+    other.get_by_text(re.compile("from row 2, column 4$")).first.wait_for()
+    other.reload()
+    other.get_by_text(re.compile("from row 2, column 4$")).first.wait_for()
+    assert other.url == shared
+
+    page.goto(shared.replace("/attention", "/image"))
+    page.get_by_role("tab", name="Export").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name=re.compile(", PNG$")).click()
+    assert download.value.path().read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", ["wide", "narrow"])
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_fit_the_screen(root, address, open_page, name, size, scheme):
+    pack, text = PAGES[name]
+    ids = {info.name: info.id for info in Library(root[0]).packs()}
+    path = "" if name == "gallery" else name
+    page = open_page(f"{address}/{path}?pack={ids[pack]}", size, scheme)
+    page.get_by_test_id("stMain").get_by_text(text, exact=True).first.wait_for()
+    page.wait_for_load_state("networkidle")
+    wide = page.get_by_test_id("stMain").evaluate("e => e.scrollWidth - e.clientWidth")
+    assert wide <= 0
+    screens = os.environ.get("XATTN_SCREENS")
+    if screens:
+        Path(screens).mkdir(parents=True, exist_ok=True)
+        page.wait_for_timeout(1000)
+        page.screenshot(path=Path(screens, f"{name}-{size}-{scheme}.png"))
+
+
+def test_a_pack_that_goes_or_changes_while_it_is_shown_is_a_message(root, address, open_page):
+    pack = root[0] / "leaving"
+    small_pack(pack, 3, ("gradcam",))
+    page = open_page(address)
+    choose_pack(page, "leaving")
+    page.locator(".cell").nth(2).wait_for()
+    shutil.rmtree(pack)
+    page.locator(".cell").nth(1).click()
+    page.get_by_role("alert").first.wait_for()
+    page.get_by_role("link", name="Gallery").first.click()
+    page.locator(".cell .frame.there").first.wait_for()
