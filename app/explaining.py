@@ -61,6 +61,11 @@ class Request:
     every: int = 1
     smoothing: float = 0.0
 
+    def light(self) -> Request:
+        """The request without the bytes of its uploads."""
+        clip = None if self.clip is None else replace(self.clip, data=b"")
+        return replace(self, photos=tuple(replace(p, data=b"") for p in self.photos), clip=clip)
+
 
 @dataclass(eq=False)
 class Job:
@@ -85,8 +90,12 @@ class Job:
     pack_id: str | None = None
     folder: Path | None = None
     unsaved: list[Explanation] = field(default_factory=list, repr=False)
+    given: Request = field(init=False, repr=False)
     finished: threading.Event = field(default_factory=threading.Event, repr=False)
     stopping: threading.Event = field(default_factory=threading.Event, repr=False)
+
+    def __post_init__(self) -> None:
+        self.given = self.request.light()
 
     def wait(self, seconds: float) -> bool:
         """Whether the job is finished, at the latest after so many seconds."""
@@ -174,7 +183,7 @@ class Jobs:
         job.seconds = time.perf_counter() - started
         with self._lock:
             job.status, job.message, job.share = status, message, 1.0  # type: ignore[assignment]
-            job.request = _light(job.request)
+            job.request = job.given  # the bytes are not needed any more
             job.finished.set()
             self._next()
 
@@ -183,12 +192,6 @@ class Jobs:
 def jobs() -> Jobs:
     """The one queue of the process."""
     return Jobs()
-
-
-def _light(request: Request) -> Request:
-    """The request without the bytes of its uploads, which are not needed any more."""
-    clip = None if request.clip is None else replace(request.clip, data=b"")
-    return replace(request, photos=tuple(replace(p, data=b"") for p in request.photos), clip=clip)
 
 
 def _amount(job: Job) -> str:

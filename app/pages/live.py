@@ -16,7 +16,7 @@ from xattn.app.pictures import overlay_url, photo_url
 from xattn.app.state import Context, plain
 
 if TYPE_CHECKING:
-    from xattn.app.library import Pack
+    from xattn.app.library import Library, Pack
     from xattn.backbone import Backbone
     from xattn.heads import Head
 
@@ -36,23 +36,37 @@ VIEWS = {"crop": "Centre crop", "whole": "Whole picture"}
 
 def page(context: Context) -> None:
     """Controls on the left, what came out of them on the right."""
-    job_id = context.params.get("job") or st.session_state.get("_job")
-    job = explaining.jobs().get(job_id)
     st.html(STYLE)
+    _body(context)
+
+
+@st.fragment
+def _body(context: Context) -> None:
+    """All of the page, which runs without the rest of the script when something on it is used."""
+    try:
+        _both_sides(context)
+    except ValueError as error:
+        st.error(plain(error))
+
+
+def _both_sides(context: Context) -> None:
+    given = st.query_params.get("job")
+    job_id = given or st.session_state.get("_job")
+    job = explaining.jobs().get(job_id)
     left, right = st.columns([1, 2], gap="large")
     with left:
         started = _controls(context, job)
     job = started or job
     if job is not None:
         st.session_state["_job"] = job.id
-        if st.query_params.get("job") != job.id:
+        if given != job.id:
             st.query_params["job"] = job.id
     with right:
         if job is not None:
             if started is not None and not job.wait(QUICK):
-                st.rerun()  # a longer run: the controls say so, and its progress is shown
+                st.rerun(scope="app")  # a longer run: the controls say so, its progress is shown
             _outcome(context, job)
-        elif job_id is not None and context.params.get("job"):
+        elif given is not None:
             st.info(
                 "The results of this address are gone: they are kept until the viewer stops, or "
                 "until many others came after them. Explain the photos again; to keep results, "
@@ -109,29 +123,53 @@ def _controls(context: Context, job: Job | None) -> Job | None:
                 st.caption("What this network, or the lack of a head, does not allow:")
                 for refusal, reason in refused.items():
                     st.markdown(f"**{plain(refusal)}**: {plain(reason)}")
-    request: dict[str, Any] = {
-        "backbone": name,
-        "weights": weights,
-        "head": head_id or None,
-        "explainers": tuple(chosen),
-        "classes": classes,
-        "top": top,
-        **more,
-    }
     busy = job is not None and not job.finished.is_set()
     ready = bool(sent) and bool(chosen) and not busy
-    pressed = st.button("Explain", type="primary", disabled=not ready, width="stretch")
+    request = Request(
+        backbone=name,
+        weights=weights,
+        head=head_id or None,
+        explainers=tuple(chosen),
+        photos=tuple(sent) if kind == "photos" else (),
+        clip=sent[0] if kind == "clip" and sent else None,
+        classes=classes,
+        top=top,
+        **more,
+    )
+    st.button(
+        "Explain",
+        key="explain_now",
+        type="primary",
+        disabled=not ready,
+        width="stretch",
+        on_click=_begin,
+        args=(context.library, request),
+    )
     hint = _hint(bool(sent), bool(chosen), busy, kind, allowed, chosen)
     if hint:
         st.caption(hint)
-    if not (pressed and ready):
-        return None
-    request |= {"photos": tuple(sent)} if kind == "photos" else {"clip": sent[0]}
+    return _begun(context.library, request)
+
+
+def _begin(library: Library, request: Request) -> None:
+    """Start before the script runs again, which then draws the page while the network works."""
     try:
-        return explaining.jobs().start(Request(**request), context.library)
+        st.session_state["_begun"] = explaining.jobs().start(request, library)
     except ValueError as error:
-        st.error(plain(error))
-        return None
+        st.session_state["_refused"] = str(error)
+
+
+def _begun(library: Library, request: Request) -> Job | None:
+    """The job that was just started, if any."""
+    refused = st.session_state.pop("_refused", None)
+    if refused is not None:
+        st.error(plain(refused))
+    job: Job | None = st.session_state.pop("_begun", None)
+    if job is not None and job.given != request.light():
+        explaining.jobs().stop(job)  # a value was typed in the moment before the click
+        _begin(library, request)
+        return _begun(library, request)
+    return job
 
 
 def _hint(
