@@ -37,7 +37,7 @@ PICTURE, OVERLAY = "/xattn/picture", "/xattn/overlay"
 SIDES = (16, 2048)  # least and greatest longer side, in pixels
 SCALES = ("map", "shared")
 COLOURS = ("auto", SEQUENTIAL, DIVERGING, "viridis", "cividis", "gray")
-CACHE_BYTES = 64 << 20
+CACHE_BYTES = 16 << 20
 QUALITY = 85
 LARGEST = 1e30  # of limits: their difference is finite in any float
 
