@@ -26,9 +26,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from xattn.app import demo_job
+from xattn.app.inside import PackError, open_inside, read_inside
 from xattn.files import output_error, write_json
 
 JOBS = "jobs"
@@ -38,6 +39,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 HEAD = re.compile(r"[a-z0-9_]{1,64}")
 RESERVED = {JOBS, "pack", "packs", "live"}
 TAIL = 64 << 10  # bytes of a log that are looked at
+MAX_RECORD, MAX_LOG = 1 << 20, 256 << 20  # bytes of a JSON file, and of the log of losses
+MAX_TIME = 1e11  # Unix seconds; a calendar has them, too
 SAMPLE = 4
 RUNNER = (sys.executable, "-m", "xattn.app.jobs")
 
@@ -118,18 +121,21 @@ class Jobs:
         """A job by its id."""
         folder = self._folder(job_id)
         try:
-            record = json.loads((folder / JOB).read_text(encoding="utf-8"))
+            if not folder.is_dir():
+                raise JobError(f"There is no job {job_id}; choose one of the list")
+            record = self._read(folder / JOB)
             spec = _spec(record["spec"])
-            created = float(record["created"])
-        except FileNotFoundError:
-            raise JobError(f"There is no job {job_id}; choose one of the list") from None
-        except (OSError, ValueError, KeyError, TypeError):
+            created = _time(record["created"])
+            process, end = self._read(folder / PROCESS), self._read(folder / EXIT)
+            started = _time(process.get("started", created))
+            ended = _time(end["time"]) if "time" in end else None
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, JobError):
+                raise
             raise JobError(f"The record of job {job_id} is damaged; start another job") from None
-        process, end = _read(folder / PROCESS), _read(folder / EXIT)
-        started = float(process.get("started", created))
         state: State
         code = end.get("code") if isinstance(end.get("code"), int) else None
-        if code is None and _alive(process):
+        if code is None and _alive(process, folder):
             state = "stopping" if (folder / STOP).exists() else "running"
         elif code is None:
             state = "killed"
@@ -143,9 +149,9 @@ class Jobs:
             output=self.root / job_id,
             created=created,
             started=started,
-            ended=float(end["time"]) if "time" in end else None,
+            ended=ended,
             code=code,
-            message=_message(folder) if state in ("failed", "killed") else "",
+            message=self._message(folder) if state in ("failed", "killed") else "",
         )
 
     def command(self, job_id: str, resume: bool = False) -> str:
@@ -212,6 +218,8 @@ class Jobs:
                 raise JobError(f"{job_id} is {job.state}; there is nothing to go on with")
             self._check_idle()
             self._check_data(job.spec)
+            if job.output.is_symlink():
+                raise JobError(f"{job_id} is a link; put the folder itself below the root")
             begun = job.spec.kind != "train" or (job.output / "run.json").is_file()
             arguments = self._arguments(job.spec, job_id, begun)
             for name in (EXIT, STOP):
@@ -224,7 +232,7 @@ class Jobs:
         job = self.get(job_id)
         if not job.alive:
             return job
-        process = _read(job.folder / PROCESS)
+        process = self._read(job.folder / PROCESS)
         with contextlib.suppress(ProcessLookupError):
             if at_once:
                 os.killpg(int(process["pid"]), signal.SIGKILL)  # the leader of its own group
@@ -241,19 +249,19 @@ class Jobs:
         output = self.get(job_id).output
         spec = self.get(job_id).spec
         places = {"": output} if spec.kind == "train" else {h: output / h for h in spec.heads}
-        return {name: _records(folder / "log.jsonl") for name, folder in places.items()}
+        return {name: self._records(folder / "log.jsonl") for name, folder in places.items()}
 
     def settings(self, job_id: str) -> dict[str, Any]:
         """What the run has written of itself (``run.json``); empty before it begins."""
-        return _read(self.get(job_id).output / "run.json")
+        return self._read(self.get(job_id).output / "run.json")
 
     def tail(self, job_id: str, lines: int = 20) -> str:
         """The last lines on standard error, without progress bars."""
-        return "\n".join(_lines(self._folder(job_id) / STDERR)[-lines:])
+        return "\n".join(self._lines(self._folder(job_id) / STDERR)[-lines:])
 
     def progress(self, job_id: str) -> tuple[int, int, str] | None:
         """(done, all, rest of the line) of the last progress bar on standard error."""
-        for line in reversed(re.split(r"[\r\n]+", _tail(self._folder(job_id) / STDERR))):
+        for line in reversed(re.split(r"[\r\n]+", self._tail(self._folder(job_id) / STDERR))):
             match = re.search(r"(\d+)/(\d+) \[([^\]]*)", line)
             if match and int(match[2]):
                 return int(match[1]), int(match[2]), match[3]
@@ -294,6 +302,8 @@ class Jobs:
             raise JobError(f"data: {spec.data} is a link that leads out of the data folder")
         if spec.labels and not (folder / spec.labels).is_file():
             raise JobError(f"labels: {spec.labels} is gone; put it back, or choose another file")
+        if not (folder / spec.labels).resolve().is_relative_to(self.data.resolve()):
+            raise JobError(f"labels: {spec.labels} is a link that leads out of the data folder")
 
     def _arguments(self, spec: Spec, name: str, resume: bool) -> list[str]:
         """The command line without its program."""
@@ -336,7 +346,7 @@ class Jobs:
         write_json(folder / "arguments.json", arguments, "job")
         environment = {**os.environ, "TQDM_MININTERVAL": "1", "PYTHONUNBUFFERED": "1"}
         try:
-            with (folder / STDOUT).open("wb") as out, (folder / STDERR).open("wb") as err:
+            with _new(folder / STDOUT) as out, _new(folder / STDERR) as err:
                 process = subprocess.Popen(
                     [*RUNNER, str(folder.resolve())],
                     stdin=subprocess.DEVNULL,
@@ -355,14 +365,63 @@ class Jobs:
             process.kill()
             raise
 
+    # Files that somebody else may have put there: opened inside the root, or taken as missing.
+
+    def _inside(self, path: Path) -> tuple[Path, str]:
+        return self.root.resolve(), str(path.relative_to(self.root))
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            found = json.loads(read_inside(*self._inside(path), MAX_RECORD))
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _records(self, path: Path) -> list[dict[str, float]]:
+        """The lines of a log that are tables of numbers."""
+        found = []
+        with contextlib.suppress(PackError):
+            for line in read_inside(*self._inside(path), MAX_LOG).splitlines():
+                with contextlib.suppress(ValueError, RecursionError):  # one that is being written
+                    record = json.loads(line)
+                    if isinstance(record, dict) and _is_count(record.get("step")):
+                        if not _is_count(record.get("epoch", 0)):
+                            del record["epoch"]
+                        found.append({k: v for k, v in record.items() if _is_number(v)})
+        return found
+
+    def _tail(self, path: Path) -> str:
+        try:
+            with open_inside(*self._inside(path)) as stream:
+                stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL))
+                return stream.read(TAIL).decode("utf-8", "replace")
+        except (OSError, PackError):
+            return ""
+
+    def _lines(self, path: Path) -> list[str]:
+        lines = re.split(r"[\r\n]+", self._tail(path))
+        return [line for line in lines if line.strip() and not re.search(r"\d+%\|", line)]
+
+    def _message(self, folder: Path) -> str:
+        """Why a job ended: its error line, or the last lines it printed."""
+        lines = self._lines(folder / STDERR)
+        for line in reversed(lines):
+            if line.startswith("xattn: error: "):
+                return line.removeprefix("xattn: error: ")
+        return "\n".join(lines[-5:])
+
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         """One page, and one server on this root, at a time."""
         folder = self.root / JOBS
         with _starting:
+            if folder.is_symlink():
+                raise JobError(f"{JOBS} is a link; put a folder of this name below the root")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                lock = (folder / ".lock").open("w")
+                # Not what a link of this name leads to.
+                flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+                lock = os.fdopen(os.open(folder / ".lock", flags, 0o644), "r+")
             except OSError as error:
                 raise output_error("job", folder, error) from error
             with lock:
@@ -412,57 +471,51 @@ def _born(pid: int) -> float | None:
         return None
 
 
-def _alive(process: dict[str, Any]) -> bool:
+def _alive(process: dict[str, Any], folder: Path) -> bool:
+    """Whether the process of a record runs, and is that of the job's folder."""
     pid, born = process.get("pid"), process.get("born")
-    if not isinstance(pid, int) or not isinstance(born, int | float) or pid <= 1:
+    if type(pid) is not int or not isinstance(born, int | float) or not 1 < pid < 1 << 31:
         return False
     child = _children.get(pid)
     if child is not None and child.poll() is not None:  # also takes the zombie away
         del _children[pid]
     now = _born(pid)
-    return now is not None and abs(now - born) < 2
+    return now is not None and abs(now - born) < 2 and _runs(pid, folder)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _runs(pid: int, folder: Path) -> bool:
+    """Whether a process was started for this job: a record may name any process there is."""
+    import psutil
+
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        line = psutil.Process(pid).cmdline()
+    except psutil.AccessDenied:
+        return True
+    except psutil.Error:
+        return False
+    return bool(line) and Path(line[-1]).name == folder.name
 
 
-def _records(path: Path) -> list[dict[str, float]]:
-    found = []
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # the line that is being written
-                record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    found.append(record)
-    return found
+def _new(path: Path) -> IO[bytes]:
+    """An empty file in place of what was there; where a link led stays as it is."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
 
 
-def _tail(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            stream.seek(max(0, path.stat().st_size - TAIL))
-            return stream.read(TAIL).decode("utf-8", "replace")
-    except OSError:
-        return ""
+def _time(value: Any) -> float:
+    """Unix seconds of a record."""
+    if type(value) not in (int, float) or not 0 <= value <= MAX_TIME:
+        raise ValueError("time")
+    return float(value)
 
 
-def _lines(path: Path) -> list[str]:
-    lines = re.split(r"[\r\n]+", _tail(path))
-    return [line for line in lines if line.strip() and not re.search(r"\d+%\|", line)]
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
 
 
-def _message(folder: Path) -> str:
-    """Why a job ended: its error line, or the last lines it printed."""
-    lines = _lines(folder / STDERR)
-    for line in reversed(lines):
-        if line.startswith("xattn: error: "):
-            return line.removeprefix("xattn: error: ")
-    return "\n".join(lines[-5:])
+def _is_number(value: Any) -> bool:
+    """Also NaN, which a loss may be."""
+    return type(value) in (int, float) and not abs(value) > 1e300
 
 
 def main(folder: Path) -> int:

@@ -118,7 +118,7 @@ class Guard:
                 "a proxy uses it."
             )
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != hosts[0].lower():
+        if origin is not None and _netloc(origin) != hosts[0].lower():
             return "Requests from pages of other sites are refused."
         changes = scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD", "OPTIONS")
         site = headers.get("sec-fetch-site", "none")
@@ -279,6 +279,14 @@ def _target(scope: Scope) -> str:
     path = scope.get("raw_path") or scope["path"].encode()
     query = scope["query_string"]
     return (path + (b"?" + query if query else b"")).decode("latin-1")
+
+
+def _netloc(origin: str) -> str | None:
+    """Host and port of an Origin header, lower case; None if it is malformed."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def _host_name(host: str) -> str | None:

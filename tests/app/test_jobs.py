@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -267,6 +270,98 @@ def test_a_damaged_record_hides_no_other_job(jobs: Jobs, text: str) -> None:
     assert [job.id for job in jobs.all()] == ["good"]
     with pytest.raises(JobError, match="damaged"):
         jobs.get("bad")
+
+
+@pytest.mark.parametrize("deep", ["[" * 100_000, '{"time": "x"}', '{"code": 0, "time": null}'])
+@pytest.mark.parametrize("name", ["job.json", "exit.json", "process.json", "log.jsonl"])
+def test_damaged_files_of_a_job_hide_no_other(jobs: Jobs, name: str, deep: str) -> None:
+    for job_id in ("good", "bad"):
+        jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), job_id)
+        ended(jobs, job_id)
+    folder = jobs.root / "bad" if name == "log.jsonl" else jobs.root / "jobs" / "bad"
+    (folder / name).write_text(deep)
+    assert "good" in [job.id for job in jobs.all()]
+    with contextlib.suppress(JobError):
+        jobs.losses("bad")
+
+
+@pytest.mark.parametrize("created", [float("nan"), float("inf"), 1e300, -1, "1", None])
+def test_a_time_that_no_calendar_has_is_a_damaged_record(jobs: Jobs, created: object) -> None:
+    folder = jobs.root / "jobs" / "bad"
+    folder.mkdir(parents=True)
+    record = {"spec": {"kind": "train"}, "created": created}
+    (folder / "job.json").write_text(json.dumps(record))
+    with pytest.raises(JobError, match="damaged"):
+        jobs.get("bad")
+
+
+def test_only_numbers_of_a_log_are_losses(jobs: Jobs) -> None:
+    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
+    ended(jobs, "mine")
+    lines = '{"step": 1, "epoch": "x", "loss": "y"}', '{"step": 2, "loss": NaN}', '{"step": 1e400}'
+    (jobs.root / "mine" / "log.jsonl").write_text("\n".join(lines))
+    first, second = jobs.losses("mine")[""]
+    assert first == {"step": 1} and second["step"] == 2 and second["loss"] != second["loss"]
+
+
+def test_links_of_a_job_lead_nowhere(jobs: Jobs, tmp_path: Path) -> None:
+    """Neither is what they lead to shown, nor is it written over."""
+    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=13), "mine")
+    ended(jobs, "mine")
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    for name in ("run.json", "log.jsonl", "key.txt"):
+        (secret / name).write_text('{"step": 7, "secret": 1}\n')
+    folder = jobs.root / "jobs" / "mine"
+    for name in ("stderr.log", "stdout.log"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(secret / "key.txt")
+    (jobs.root / "jobs" / ".lock").unlink()
+    (jobs.root / "jobs" / ".lock").symlink_to(secret / "key.txt")
+    assert jobs.tail("mine") == jobs.get("mine").message == ""
+    with pytest.raises(OSError, match="cannot write"):
+        jobs.resume("mine")
+    (jobs.root / "jobs" / ".lock").unlink()
+    jobs.resume("mine")
+    ended(jobs, "mine")
+    shutil.rmtree(jobs.root / "mine")
+    (jobs.root / "mine").symlink_to(secret)
+    assert jobs.losses("mine") == {"": []} and jobs.settings("mine") == {}
+    with pytest.raises(JobError, match="link"):
+        jobs.resume("mine")
+    assert {path.read_text() for path in secret.iterdir()} == {'{"step": 7, "secret": 1}\n'}
+
+
+def test_jobs_behind_a_link_are_not_started(jobs: Jobs, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    jobs.root.mkdir()
+    (jobs.root / "jobs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(JobError, match="link"):
+        jobs.start(SPEC, "mine")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_labels_are_below_the_data_folder(jobs: Jobs) -> None:
+    (jobs.data / "photos" / "labels.csv").symlink_to("/etc/passwd")
+    with pytest.raises(JobError, match="leads out"):
+        jobs.start(Spec("probe", "photos", heads=("gap",), labels="labels.csv"), "mine")
+
+
+def test_a_record_cannot_name_another_process_to_be_ended(jobs: Jobs) -> None:
+    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
+    ended(jobs, "mine")
+    folder = jobs.root / "jobs" / "mine"
+    (folder / "exit.json").unlink()
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    other = subprocess.Popen(sleeper, start_new_session=True)
+    try:
+        record = {"pid": other.pid, "born": psutil.Process(other.pid).create_time(), "started": 0}
+        (folder / "process.json").write_text(json.dumps(record))
+        assert jobs.stop("mine", at_once=True).state == "killed"
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_a_root_that_cannot_be_written_is_named(tmp_path: Path) -> None:

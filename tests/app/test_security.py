@@ -330,7 +330,9 @@ def test_on_a_network_addresses_and_given_names_are_answered() -> None:
         assert web.get("/", headers={"host": host}).status_code == status
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "http://localhost:3000", "null"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "http://localhost:3000", "null", "http://["]
+)
 def test_pages_of_other_sites_reach_nothing(origin: str) -> None:
     web = client()
     assert web.put("/_stcore/upload_file/a/b", headers={"origin": origin}).status_code == 403
