@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from xattn.app import models, uploads
+from xattn.app.pictures import overlay_bytes, photo_bytes
 from xattn.app.uploads import Problem, Upload
 from xattn.explaining import _unique, explain_batch, set_up
 from xattn.explanation import THUMBNAIL_SIDE, Explanation, load_pack, read_manifest, save_pack
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 RUNNING, WAITING, KEPT = 2, 6, 24  # jobs
 BATCH = 8  # photos or frames a pass
 MAX_FRAMES = 1000  # of a clip
+SIDE = 360  # pixels of a result's longer side on the page
+FIRST = 3  # maps that are drawn before a browser asks for them, and while nobody else computes
 NAME = r"[^\W_][\w .+-]{0,79}"  # of a pack that is kept
 _LOG = logging.getLogger(__name__)
 
@@ -272,8 +275,13 @@ def _save(job: Job, folder: Path) -> None:
         return
     job.step = "saving"
     job.folder = save_pack(folder, job.unsaved, overlays=False, skipped=job.problems)
-    job.pack_id = job.library.add_scratch(folder)
+    pack_id = job.library.add_scratch(folder)
     job.unsaved = []
+    pack = job.library.open(pack_id)
+    for entry_id in pack.entries.index[:FIRST]:
+        overlay_bytes(pack, entry_id, side=SIDE)
+        photo_bytes(pack, pack.entries.at[entry_id, "image_id"], SIDE)
+    job.pack_id = pack_id
 
 
 def save_again(job: Job) -> None:

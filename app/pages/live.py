@@ -10,7 +10,7 @@ from xattn.app import bound, explaining, models, state, uploads
 from xattn.app import film as films
 from xattn.app.components import film as film_component
 from xattn.app.components import grid
-from xattn.app.explaining import Job, Request
+from xattn.app.explaining import SIDE, Job, Request
 from xattn.app.models import ModelError
 from xattn.app.pictures import overlay_url, photo_url
 from xattn.app.state import Context, plain
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from xattn.backbone import Backbone
     from xattn.heads import Head
 
-SIDE = 360  # pixels of a picture's longer side
 FEW = 3  # pictures that fit beside each other on a phone
 QUICK = 0.8  # seconds in which a short job may finish before its progress is shown
 POLL = 0.5  # seconds
@@ -50,21 +49,27 @@ def _body(context: Context) -> None:
 
 
 def _both_sides(context: Context) -> None:
-    given = st.query_params.get("job")
-    job_id = given or st.session_state.get("_job")
-    job = explaining.jobs().get(job_id)
+    """The results first, since they are what somebody waits for."""
     left, right = st.columns([1, 2], gap="large")
     with left:
-        started = _controls(context, job)
-    job = started or job
+        kind = bound.segmented(
+            "Input",
+            list(INPUTS),
+            "input",
+            format_func=lambda k: INPUTS[k],
+            label_visibility="collapsed",
+        )
+    given = st.query_params.get("job")
+    begun: Job | None = st.session_state.pop("_begun", None)
+    job = begun or explaining.jobs().get(given or st.session_state.get("_job"))
+    if begun is not None:
+        begun.wait(QUICK)
     if job is not None:
         st.session_state["_job"] = job.id
         if given != job.id:
             st.query_params["job"] = job.id
     with right:
         if job is not None:
-            if started is not None and not job.wait(QUICK):
-                st.rerun(scope="app")  # a longer run: the controls say so, its progress is shown
             _outcome(context, job)
         elif given is not None:
             st.info(
@@ -72,10 +77,16 @@ def _both_sides(context: Context) -> None:
                 "until many others came after them. Explain the photos again; to keep results, "
                 "save them as a pack."
             )
-        elif st.session_state.get("input") == "clip" and context.pack is not None:
+        elif kind == "clip" and context.pack is not None:
             _film_of(context.pack)
         else:
             _nothing_yet()
+    with left:
+        request = _controls(context, kind, job)
+    if begun is not None and request is not None and begun.given != request.light():
+        explaining.jobs().stop(begun)  # a value was typed in the moment before the click
+        _begin(context.library, request)
+        st.rerun()
 
 
 def _nothing_yet() -> None:
@@ -95,15 +106,8 @@ def _nothing_yet() -> None:
 # ---------------------------------------------------------------------- controls
 
 
-def _controls(context: Context, job: Job | None) -> Job | None:
-    """The widgets; returns the job that was just started."""
-    kind = bound.segmented(
-        "Input",
-        list(INPUTS),
-        "input",
-        format_func=lambda k: INPUTS[k],
-        label_visibility="collapsed",
-    )
+def _controls(context: Context, kind: str, job: Job | None) -> Request | None:
+    """The widgets; returns what they ask for, None without a network."""
     sent = _photos() if kind == "photos" else _clip()
     name, weights = _backbone()
     head_id = _head(name)
@@ -148,28 +152,18 @@ def _controls(context: Context, job: Job | None) -> Job | None:
     hint = _hint(bool(sent), bool(chosen), busy, kind, allowed, chosen)
     if hint:
         st.caption(hint)
-    return _begun(context.library, request)
+    refused = st.session_state.pop("_refused", None)
+    if refused is not None:
+        st.error(plain(refused))
+    return request
 
 
 def _begin(library: Library, request: Request) -> None:
-    """Start before the script runs again, which then draws the page while the network works."""
+    """Start before the script runs again."""
     try:
         st.session_state["_begun"] = explaining.jobs().start(request, library)
     except ValueError as error:
         st.session_state["_refused"] = str(error)
-
-
-def _begun(library: Library, request: Request) -> Job | None:
-    """The job that was just started, if any."""
-    refused = st.session_state.pop("_refused", None)
-    if refused is not None:
-        st.error(plain(refused))
-    job: Job | None = st.session_state.pop("_begun", None)
-    if job is not None and job.given != request.light():
-        explaining.jobs().stop(job)  # a value was typed in the moment before the click
-        _begin(library, request)
-        return _begun(library, request)
-    return job
 
 
 def _hint(
