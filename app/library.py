@@ -219,6 +219,12 @@ class Library:
             self._infos[pack_id] = (signature, info)
         return info
 
+    def _is_head(self, folder: Path, names: set[str]) -> bool:
+        """Whether there are weights, and nothing of the head leads out of the root."""
+        files = [n for n in names if n.endswith(".safetensors") or n == CONFIG_FILE]
+        inside = all((folder / n).resolve().is_relative_to(self.root) for n in files)
+        return len(files) > 1 and inside
+
     def _look(self) -> _Found:
         found = _Found()
         for folder, real, names in _walk(self.root):
@@ -235,7 +241,7 @@ class Library:
                 found.packs[id] = (real, name)
             if LEADERBOARD in names:
                 found.comparisons[id] = (real, name)
-            if CONFIG_FILE in names and any(n.endswith(".safetensors") for n in names):
+            if CONFIG_FILE in names and self._is_head(real, names):
                 found.heads[id] = (real, name)
         with self._lock:
             self._known = found.packs

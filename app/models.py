@@ -238,7 +238,10 @@ def _candidates(record: dict[str, Any]) -> Iterator[BackboneArgs]:
     if own is not None and own.backbone == name and own.probe is None:
         plain = replace(own, taps=taps)  # its weights may come from a file
     for found in state.library().heads():
-        config = read_config(found.folder)
+        try:
+            config = read_config(found.folder)
+        except (ValueError, OSError):
+            continue  # another head's files may be damaged
         if config["head"] == head and config["backbone"].get("name") == name:
             yield replace(plain, probe=str(found.folder))
 

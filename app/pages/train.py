@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import streamlit as st
 
 from xattn.app import bound, folders, models, state
 from xattn.app.components import grid
+from xattn.app.inside import read_inside
 from xattn.app.jobs import Job, JobError, Jobs, Spec
 from xattn.app.library import PackError
 from xattn.app.pictures import Look, legends, overlay_url, photo_url
@@ -31,6 +33,12 @@ ABOUT = {
 }
 PROBES = ("gap", "efficient_probe", "abmilp")
 POINTS = 1000  # of a curve
+MAX_RESULTS = 16 << 20  # bytes
+RESULTS = {
+    "head": str,
+    **dict.fromkeys(("accuracy", "accuracy_lo", "accuracy_hi", "ece"), float),
+    **dict.fromkeys(("parameters", "photos"), int),
+}
 EVERY = 2.0  # seconds between two looks at a running job
 SIDE = 320
 ACCENT = "#d4622f"  # between the accents of the light and the dark theme
@@ -258,7 +266,10 @@ def _follow(jobs: Jobs, job_id: str, context: Context, was_alive: bool) -> None:
         st.rerun()
     if job.alive is not was_alive:
         st.rerun()
-    _show(jobs, job, context)
+    try:
+        _show(jobs, job, context)
+    except (ValueError, OSError) as error:  # a fragment's own runs are not in the page's hands
+        st.error(plain(_text(error)))
 
 
 def _show(jobs: Jobs, job: Job, context: Context) -> None:
@@ -376,8 +387,9 @@ def _losses(job: Job, logs: dict[str, list[dict[str, float]]]) -> None:
             table = pd.DataFrame(records).drop_duplicates("step", keep="last")
             tables[name] = table
     steps = max(int(t["step"].iloc[-1]) for t in tables.values())
-    epoch = max(int(t["epoch"].iloc[-1]) for t in tables.values() if "epoch" in t)
-    st.markdown(f"**Loss**, step {steps:,}, epoch {epoch + 1}")
+    epochs = [t["epoch"].max() for t in tables.values() if "epoch" in t]
+    epoch = f", epoch {int(max(epochs)) + 1:,}" if epochs else ""
+    st.markdown(f"**Loss**, step {steps:,}{epoch}")
     st.altair_chart(_curve(tables, "loss"), width="stretch")
     others = [c for t in tables.values() for c in t.columns if c in TERMS and c != "loss"]
     others = [c for c in TERMS if c in others]
@@ -395,10 +407,12 @@ def _curve(tables: dict[str, pd.DataFrame], column: str, height: int = 240) -> a
         if column not in table:
             continue
         part = table[["step", column]].dropna().rename(columns={column: "value"})
-        width = int(table.groupby("epoch")["step"].count().max()) if "epoch" in table else 1
+        width = int(table["epoch"].value_counts().max()) if "epoch" in table else 1
         part["mean"] = part["value"].rolling(max(width, 1), min_periods=1).mean()
         part["head"] = name or job_label(column)
         parts.append(part.iloc[:: max(1, len(part) // POINTS)])
+    if not parts:
+        raise ValueError(f"log.jsonl of this job holds no {column}; look at what it printed.")
     data = pd.concat(parts)
     base = alt.Chart(data, height=height).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format=",d")),
@@ -440,6 +454,8 @@ def _sample(job: Job, context: Context) -> None:
 
 
 def _maps(pack: Pack) -> None:
+    if not pack.entries["method"].str.fullmatch(r"step [0-9]{1,15}").all():
+        return  # a pack of something else that was put there
     steps = sorted({int(m.rpartition(" ")[2]) for m in pack.entries["method"]})
     now = steps[-1]
     st.markdown(
@@ -480,10 +496,19 @@ def _maps(pack: Pack) -> None:
 
 def _results(job: Job) -> None:
     """The table of ``xattn probe``."""
-    path = job.output / "results.csv"
-    if job.spec.kind != "probe" or not path.is_file():
+    if job.spec.kind != "probe":
         return
-    table = pd.read_csv(path)
+    folder = job.output.parent.resolve()
+    try:
+        data = read_inside(folder, f"{job.output.name}/results.csv", MAX_RESULTS)
+    except PackError:
+        return  # not there yet
+    try:
+        table = pd.read_csv(io.BytesIO(data))[list(RESULTS)].astype(RESULTS)
+    except (ValueError, KeyError):
+        raise ValueError("results.csv of this job is damaged; train again.") from None
+    if table.empty:
+        return
     low, high = table["accuracy_lo"], table["accuracy_hi"]
     shown = pd.DataFrame(
         {

@@ -159,6 +159,34 @@ def test_heads_below_the_root_are_offered_and_loaded(start):
     assert not models.heads(VIT)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[" * 100_000,
+        '{"format": 1, "head": [], "options": {}, "backbone": {"sha256": ""}}',
+        '{"format": 1, "head": "ttame", "options": 3, "backbone": {"sha256": ""}}',
+        '{"format": 1, "head": "ttame", "options": {}, "backbone": {"sha256": "", "taps": 5}}',
+    ],
+)
+def test_a_damaged_head_hides_no_other(start, config):
+    root = start()
+    save_head(create_head("ttame", models.backbone(CNN)), root / "mine" / "head")
+    (root / "bad").mkdir()
+    (root / "bad" / "config.json").write_text(config)
+    (root / "bad" / "model.safetensors").write_bytes(b"")
+    assert len(models.heads(CNN)) == 1 and len(Library(root).heads()) == 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_head_whose_files_lie_elsewhere_is_not_offered(start, name, tmp_path_factory):
+    root = start()
+    folder = save_head(create_head("ttame", models.backbone(CNN)), root / "mine" / "head")
+    outside = tmp_path_factory.mktemp("outside") / name
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    assert not models.heads(CNN)
+
+
 def test_a_head_of_other_weights_is_refused_and_an_unknown_one_too(start):
     root = start()
     save_head(create_head("ttame", models.backbone(CNN)), root / "mine" / "head")

@@ -243,3 +243,35 @@ def test_a_training_survives_reload_and_restart_in_the_browser(
     jobs.stop("photos-ttame")
     assert ended(jobs, "photos-ttame", 120).state in ("stopped", "finished")
     assert json.loads((root / "photos-ttame" / "run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("log.jsonl", '{"step": 1, "epoch": "x", "loss": "y"}\n{"step": 2, "loss": [1]}\n'),
+        ("log.jsonl", '{"step": 1, "epoch": 0, "loss": 1}\n{"step": 2, "loss": 1}\n'),
+        ("gap/log.jsonl", '{"step": 1, "epoch": null}\n'),
+        ("results.csv", "a,b\n1"),
+        ("results.csv", "head,accuracy,accuracy_lo,accuracy_hi,ece,parameters,photos\nx,a,b,,,,"),
+        ("results.csv", "\x00\x00"),
+        ("results.csv", ""),
+    ],
+)
+def test_damaged_results_of_a_job_are_a_message(jobs: Jobs, name: str, text: str) -> None:
+    probe = "gap" in name or name.endswith("csv")
+    spec = Spec("probe", "photos", heads=("gap",), epochs=2) if probe else SPEC
+    jobs.start(spec, "mine")
+    job = ended(jobs, "mine")
+    (job.output / "gap").mkdir(exist_ok=True)
+    (job.output / name).write_text(text)
+    page = open_train(job="mine")
+    assert "mine" in texts(page)
+
+
+def test_results_behind_a_link_are_not_shown(jobs: Jobs, tmp_path: Path) -> None:
+    jobs.start(Spec("probe", "photos", heads=("gap",), epochs=2), "mine")
+    job = ended(jobs, "mine")
+    secret = "head,accuracy,accuracy_lo,accuracy_hi,ece,parameters,photos\nsecret,1,1,1,1,1,1"
+    (tmp_path / "secret.csv").write_text(secret)
+    (job.output / "results.csv").symlink_to(tmp_path / "secret.csv")
+    assert not open_train(job="mine").dataframe

@@ -296,7 +296,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         config["format"], config["head"], config["options"], config["backbone"]["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+        for key, kind in (("head", str), ("options", dict), ("backbone", dict)):
+            if not isinstance(config[key], kind):
+                raise TypeError(f"{key} is no {kind.__name__}")
+        if not all(isinstance(tap, str) for tap in config["backbone"].get("taps") or ()):
+            raise TypeError("a tap is no str")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"head: {path} is damaged ({type(error).__name__}: {error}); save the head again"
         ) from None
