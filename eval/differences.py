@@ -17,7 +17,7 @@ from xattn.correlation import disagreement
 class Apart(NamedTuple):
     """One image, by its place: the two values, NaN where maps are compared, and how far apart."""
 
-    index: int
+    position: int
     a: float
     b: float
     distance: float
@@ -26,7 +26,7 @@ class Apart(NamedTuple):
 def by_metric(a: ArrayLike, b: ArrayLike) -> list[Apart]:
     """Images by falling |a - b|; those without a value of both are left out, ties keep their order.
 
-    >>> [image.index for image in by_metric([1.0, 2.0, np.nan], [1.5, 0.0, 3.0])]
+    >>> [image.position for image in by_metric([1.0, 2.0, np.nan], [1.5, 0.0, 3.0])]
     [1, 0]
 
     Raises:
