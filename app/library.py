@@ -19,6 +19,7 @@ from pathlib import Path
 
 from xattn.app.inside import PackError, Signature, read_inside
 from xattn.app.pack import MAX_MANIFEST, MetricInfo, NoPack, Pack, Recent
+from xattn.app.visible import visible
 from xattn.explanation import MANIFEST, MAPS
 from xattn.heads.base import CONFIG_FILE
 
@@ -232,7 +233,7 @@ class Library:
             name = self.root.name if relative == "." else relative
             if relative.endswith("/pack") and (folder.parent / LEADERBOARD).is_file():
                 name = relative.removesuffix("/pack")
-            id = _id(relative)
+            id, name = _id(relative), visible(name)
             if not real.is_relative_to(self.root):
                 if (real / MANIFEST).exists():
                     found.outside[id] = name

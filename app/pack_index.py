@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from xattn.app.inside import AGAIN, PackError
+from xattn.app.visible import visible
 from xattn.explanation import MANIFEST, THUMBNAIL, VIDEO
 from xattn.images import View
 
@@ -162,7 +163,7 @@ def _checked_columns(manifest: dict[str, Any]) -> dict[str, list[Any]]:
     if len(set(columns["id"])) < len(entries):
         raise damaged("an id comes twice")
     for key in ("file_name", "target_name"):
-        columns[key] = [_text(value) for value in columns[key]]
+        columns[key] = [_shown(value) for value in columns[key]]
     if not all(0 <= value <= 1 for value in columns["probability"]):
         raise damaged("a probability is not in 0..1")
     if not all(0 <= value < MAX_CLASS for value in columns["target"]):
@@ -289,7 +290,7 @@ def _top(given: Any) -> Top:
             raise damaged("an image's top classes are not [class, name, probability]")
         if not 0 <= item[0] < MAX_CLASS:
             raise damaged("an image's top class is no class")
-        top.append((item[0], _text(item[1]), float(item[2])))
+        top.append((item[0], _shown(item[1]), float(item[2])))
     return tuple(top)
 
 
@@ -299,7 +300,7 @@ def _label(record: dict[str, Any]) -> tuple[int | None, str | None]:
         raise damaged("a label is no class")
     if name is not None and not isinstance(name, str):
         raise damaged("the name of a label is no text")
-    return label, None if name is None else _text(name)
+    return label, None if name is None else _shown(name)
 
 
 # ---------------------------------------------------------------------- the rest
@@ -315,7 +316,7 @@ def _metrics(given: dict[str, Any]) -> list[MetricInfo]:
             raise damaged("a metric is not described")
         texts = [record.get(name, "") for name in ("protocol_id", "formula")]
         _check_types(texts, "description of a metric", {str})
-        metrics.append(MetricInfo(key, record["higher_is_better"], *map(_text, texts)))
+        metrics.append(MetricInfo(key, record["higher_is_better"], *map(_shown, texts)))
     return metrics
 
 
@@ -362,6 +363,10 @@ def _check_hash(value: Any) -> str | None:
 
 def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300  # also what float() can hold
+
+
+def _shown(value: str) -> str:
+    return visible(_text(value))
 
 
 def _text(value: str) -> str:

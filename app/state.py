@@ -18,6 +18,8 @@ from urllib.parse import urlencode
 import streamlit as st
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
+from xattn.app.visible import visible
+
 if TYPE_CHECKING:
     from xattn.app.library import Library, Pack
 
@@ -146,11 +148,16 @@ def page_object(name: str) -> Any:
 
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+\-.!|~$:&@/^=\"'])")
+# Where Streamlit makes a link of an address even if its marks are escaped.
+_ADDRESS = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)|(?=@[-\w.]*[^\W\d_])", re.IGNORECASE)
+_JOINER = "\u2060"  # of no width, and no break
 
 
 def plain(text: object) -> str:
     """Text for Markdown (labels, captions, help): shown as it is, on one line.
 
-    Every character with a meaning in Markdown, HTML, LaTeX or Streamlit's directives is escaped.
+    Every character with a meaning in Markdown, HTML, LaTeX or Streamlit's directives is escaped,
+    addresses are no links, and control characters are made visible.
     """
-    return _MARKDOWN.sub(r"\\\1", " ".join(str(text).split()))
+    shown = _ADDRESS.sub(_JOINER, visible(" ".join(str(text).split())))
+    return _MARKDOWN.sub(r"\\\1", shown)

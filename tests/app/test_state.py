@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import state
+from xattn.app.visible import visible
 
 
 def views():
@@ -107,15 +108,33 @@ def test_sessions_share_one_library_a_root(monkeypatch, tmp_path):
 )
 def test_markdown_is_text(text):
     escaped = state.plain(text)
-    assert re.sub(r"\\(.)", r"\1", escaped) == text
+    assert re.sub(r"\\(.)", r"\1", escaped).replace("\u2060", "") == text
     assert not re.search(r"(?<!\\)(\\\\)*[<\[*`$:#]", escaped)
 
 
 @given(st.text())
 def test_plain_text_keeps_every_character_but_white_space(text):
     escaped = state.plain(text)
-    assert re.sub(r"\\(.)", r"\1", escaped) == " ".join(text.split())
+    shown = re.sub(r"\\(.)", r"\1", escaped).replace("\u2060", "")
+    assert shown == visible(" ".join(text.split())).replace("\u2060", "")
     assert not re.search(r"^\d+[.)] |^[-+>=~|]", escaped)
+
+
+@pytest.mark.parametrize(
+    "text", ["http://b.example", "HTTPS://b", "x www.b.example", "a@b.example"]
+)
+def test_an_address_is_no_link(text):
+    """Streamlit looks for them in what is left after the escapes."""
+    unescaped = re.sub(r"\\(.)", r"\1", state.plain(text))
+    assert unescaped != text and unescaped.replace("\u2060", "") == text
+    assert not re.search(r"https?://|www\.|\w@b", unescaped, re.IGNORECASE)
+    assert state.plain("AD@0.5") == r"AD\@0\.5"
+
+
+def test_characters_that_turn_others_around_are_seen():
+    assert visible("\u202egpj.exe\x1b\u2066") == "\ufffdgpj.exe\ufffd\ufffd"
+    for text in ("שלום עולم.jpg", "😀\u200d🔥", "a\u200fb", "line\nline\t"):
+        assert visible(text) == text
 
 
 def test_the_script_lies_apart_from_a_folder_of_pages():
