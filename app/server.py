@@ -150,6 +150,7 @@ def application(
 
     from xattn.app import index, routes
     from xattn.app.security import Guard
+    from xattn.app.upload_room import UploadRoom
 
     load_config_options(streamlit_options(address, upload_mb))
     before = Middleware(
@@ -162,8 +163,12 @@ def application(
         ready()
         yield
 
+    room = Middleware(UploadRoom, largest=upload_mb << 20)
     return App(
-        MAIN, routes=[*index.routes(), *routes.routes()], middleware=[before], lifespan=lifespan
+        MAIN,
+        routes=[*index.routes(), *routes.routes()],
+        middleware=[before, room],
+        lifespan=lifespan,
     )
 
 
