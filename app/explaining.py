@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from xattn.app import models, uploads
 from xattn.app.pictures import overlay_bytes, photo_bytes
 from xattn.app.uploads import Problem, Upload
-from xattn.explaining import _unique, explain_batch, set_up
+from xattn.explaining import explain_batch, set_up, unique_id
 from xattn.explanation import THUMBNAIL_SIDE, Explanation, load_pack, read_manifest, save_pack
 from xattn.images import MAX_PIXELS, prepare
-from xattn.video import _open, _quiet, explain_video
+from xattn.video import explain_video, open_clip, quiet
 
 if TYPE_CHECKING:
     from xattn.app.library import Library
@@ -229,7 +229,7 @@ def _explain(job: Job, folder: Path) -> str:
     size = BATCH if all(method.forwards == 1 for method, *_ in methods) else 1
     work = _Work(job, sum(method.forwards for method, *_ in methods) * job.total)
     taken: set[str] = set()
-    ids = [_unique(PurePosixPath(photo.name).stem, taken) for photo in request.photos]
+    ids = [unique_id(PurePosixPath(photo.name).stem, taken) for photo in request.photos]
     failed: set[str] = set()
     try:
         for start in range(0, job.total, size):
@@ -352,7 +352,7 @@ def _explain_clip(job: Job, folder: Path) -> str:
     path = folder.with_name(f"clip{PurePosixPath(request.clip.name).suffix.lower()}")
     try:
         path.write_bytes(request.clip.data)
-        with _quiet(), _open(path, MAX_PIXELS) as clip:
+        with quiet(), open_clip(path, MAX_PIXELS) as clip:
             job.total = -(-clip.announced // request.every)
         _check_length(job)
         with models.turn():

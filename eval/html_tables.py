@@ -64,7 +64,7 @@ def leaderboard(results: Results, table: Sequence[Standing]) -> str:
     top += f"<th scope=colgroup colspan=2 data-kind={cost}><span>cost</span></th>"
     low += _sortable("forwards", False, cost, "forward passes that one explanation takes")
     low += _sortable("seconds", False, cost, "seconds an image, of the run that measured")
-    forms = {c: _form(c, [s.mean for s in table if s.column == c]) for c in results.columns}
+    forms = {c: number_form(c, [s.mean for s in table if s.column == c]) for c in results.columns}
     body = ""
     for name, method in results.methods.items():
         ordered = [(k, c) for k, columns in enumerate(kinds.values()) for c in columns]
@@ -89,14 +89,14 @@ def _sortable(key: str, up: bool, kind: int, formula: str) -> str:
     )
 
 
-def _form(column: Column, means: Iterable[float]) -> str:
+def numbernumber_form(column: Column, means: Iterable[float]) -> str:
     """A column's number format: the metric's decimals, unless they would show zeros or a tail."""
     digits = METRICS[column.metric].digits
     largest = max((abs(mean) for mean in means if math.isfinite(mean)), default=0.0)
     return ".2e" if 0 < largest < 10 ** (1 - digits) or largest >= 1e4 else f".{digits}f"
 
 
-def _number(value: float, form: str) -> str:
+def format_number(value: float, form: str) -> str:
     shown = f"{value:{form}}"
     return shown.lstrip("-") if float(shown) == 0 else shown  # no "-0.00"
 
@@ -113,14 +113,14 @@ def _cell(s: Standing, method: MethodResult, form: str, kind: int, results: Resu
     elif is_baseline(s.method) and not method.is_mask and better:
         mark = "<i class=mark>!<span class=sr> better than the best method</span></i>"
     if s.diff == s.diff:
-        lo, hi = (_number(v, form) for v in (s.diff_lo, s.diff_hi))
-        title += f"; minus best: {_number(s.diff, form)} [{lo}, {hi}]"
+        lo, hi = (format_number(v, form) for v in (s.diff_lo, s.diff_hi))
+        title += f"; minus best: {format_number(s.diff, form)} [{lo}, {hi}]"
     tag = "b" if s.best else "span"
     few = f"<small>n = {s.n}</small>" if s.n < len(results.images) else ""
     return (
         f'<td data-kind={kind} data-v={float(s.mean)!r} title="{title}">'
-        f"<{tag}>{_number(s.mean, form)}</{tag}>{mark}"
-        f"<small class=ci>[{_number(s.lo, form)}, {_number(s.hi, form)}]</small>{few}</td>"
+        f"<{tag}>{format_number(s.mean, form)}</{tag}>{mark}"
+        f"<small class=ci>[{format_number(s.lo, form)}, {format_number(s.hi, form)}]</small>{few}</td>"
     )
 
 

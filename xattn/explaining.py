@@ -310,11 +310,11 @@ def named_photos(
             name = (source.relative_to(root) if inside else Path(source.name)).with_suffix("")  # type: ignore[arg-type,assignment]
         else:
             raise ValueError(f"images: got a {type(item).__name__}; give paths or PIL images")
-        pairs.append((_unique(name if isinstance(name, str) else name.as_posix(), taken), source))
+        pairs.append((unique_id(name if isinstance(name, str) else name.as_posix(), taken), source))
     return pairs
 
 
-def _unique(name: str, taken: set[str]) -> str:
+def unique_id(name: str, taken: set[str]) -> str:
     """``name`` as part of a file name, unlike all in ``taken`` also when case is ignored."""
     slug = re.sub(r"[^\w.+-]+", "_", name.replace("/", "__")).strip(".") or "image"
     if len(slug.encode()) > 120:  # file names may have 255 bytes

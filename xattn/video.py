@@ -126,7 +126,7 @@ def explain_video(
         raise ValueError(f"every: got {every}; give 1 for each frame, 2 for every second, ...")
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing: got {smoothing}; give 0 (off) or more, below 1")
-    with _quiet(), _open(path, max_pixels) as clip:
+    with quiet(), open_clip(path, max_pixels) as clip:
         method, choose, protocol = set_up(
             backbone, head, explainer, classes, top, view, batch_size, seed
         )
@@ -254,7 +254,8 @@ class _Clip:
 
 
 @contextmanager
-def _open(path: Path, max_pixels: int | None) -> Iterator[_Clip]:
+def open_clip(path: Path, max_pixels: int | None) -> Iterator[_Clip]:
+    """A clip to read frames from, released when the block ends."""
     clip = _Clip(path, max_pixels)
     try:
         yield clip
@@ -263,7 +264,7 @@ def _open(path: Path, max_pixels: int | None) -> Iterator[_Clip]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep what OpenCV and FFmpeg print about damaged clips off the terminal; errors are raised."""
     import cv2
 
