@@ -89,7 +89,7 @@ def _sortable(key: str, up: bool, kind: int, formula: str) -> str:
     )
 
 
-def numbernumber_form(column: Column, means: Iterable[float]) -> str:
+def number_form(column: Column, means: Iterable[float]) -> str:
     """A column's number format: the metric's decimals, unless they would show zeros or a tail."""
     digits = METRICS[column.metric].digits
     largest = max((abs(mean) for mean in means if math.isfinite(mean)), default=0.0)
