@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 import secrets
 import shutil
@@ -23,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from xattn.app import models, uploads
+from xattn.app.jobs import JOBS
 from xattn.app.pictures import overlay_bytes, photo_bytes
 from xattn.app.uploads import Problem, Upload
 from xattn.explaining import explain_batch, set_up, unique_id
@@ -274,7 +276,14 @@ def _save(job: Job, folder: Path) -> None:
     if not job.unsaved:
         return
     job.step = "saving"
-    job.folder = save_pack(folder, job.unsaved, overlays=False, skipped=job.problems)
+    try:
+        job.folder = save_pack(folder, job.unsaved, overlays=False, skipped=job.problems)
+    except OSError as error:
+        raise OSError(
+            error.errno or 0,
+            f"The results cannot be written ({os.strerror(error.errno or 0)}); free some space on the "
+            f"disk of {tempfile.gettempdir()} and write them again. They are still in memory.",
+        ) from None
     pack_id = job.library.add_scratch(folder)
     job.unsaved = []
     pack = job.library.open(pack_id)
@@ -425,6 +434,8 @@ def keep(job: Job, name: str) -> Path:
         raise ValueError(
             "Give a name of letters, digits, spaces, dots and dashes; it becomes a folder's name."
         )
+    if name.casefold() == JOBS:
+        raise ValueError(f"The folder {JOBS} is for trainings; choose another name.")
     if job.folder is None:
         raise ValueError("There are no results to keep.")
     target = job.library.root / name

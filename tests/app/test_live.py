@@ -272,6 +272,14 @@ def test_a_name_is_no_path(jobs, library, name):
     assert not list(library.root.iterdir())
 
 
+@pytest.mark.parametrize("name", ["jobs", "Jobs"])
+def test_the_folder_of_trainings_is_not_taken(jobs, library, name):
+    job = run(jobs, library, photos=photos(1))
+    with pytest.raises(ValueError, match="trainings"):
+        keep(job, name)
+    assert not list(library.root.iterdir())
+
+
 def test_a_taken_name_is_refused_and_nothing_is_overwritten(jobs, library):
     job = run(jobs, library, photos=photos(1))
     (library.root / "mine").mkdir()
@@ -296,13 +304,14 @@ def test_a_full_disk_leaves_no_half_pack_and_the_results_where_they_are(jobs, li
 
 
 def test_results_that_could_not_be_written_are_written_on_request(jobs, library, monkeypatch):
-    def full(*arguments, **options):
-        raise OSError(28, "output: no space left on device")
+    def full(folder, *arguments, **options):
+        raise OSError(28, f"output: cannot write {folder}; choose a writable folder")
 
     with monkeypatch.context() as patched:
         patched.setattr(explaining, "save_pack", full)
         job = run(jobs, library)
-    assert job.status == "failed" and "no space" in job.message
+    assert job.status == "failed" and "No space" in job.message
+    assert "xattn-live" not in job.message and "choose" not in job.message, "what nobody can do"
     assert len(job.unsaved) == 3 and job.pack_id is None
     explaining.save_again(job)
     assert not job.unsaved and len(library.open(job.pack_id).entries) == 3
@@ -409,7 +418,7 @@ def explain_button(page: AppTest):
 def test_the_empty_page_says_what_to_do(page):
     page.run()
     assert not page.exception
-    assert "Choose photos first" in texts(page) and "photos of your own" in texts(page)
+    assert "Choose photos first" in texts(page) and "where a network looks" in texts(page)
     assert explain_button(page).disabled
 
 
