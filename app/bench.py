@@ -34,7 +34,7 @@ MANY, WARM = 10_000, 1_000  # images of the two packs
 PAINT, TURN, CLICK, LIVE = 2.0, 0.5, 0.3, 0.15  # seconds that are allowed
 GROWTH = 50  # MB that the server may grow by over the views after the first tenth
 VIEWS = 500
-LIVE_BACKBONE = "tf_efficientnet_lite0"
+LIVE_BACKBONE, LIVE_HEAD = "tf_efficientnet_lite0", "ttame-efficientnet-lite0"
 _IN_SIGHT = """images => images.length > 0 && images.every(i => {
   const box = i.getBoundingClientRect();
   return box.bottom < 0 || box.top > innerHeight || (i.complete && i.naturalWidth > 0);
@@ -208,6 +208,7 @@ def live(page: Any, address: str, photo: Path, rounds: int) -> tuple[list[float]
 
     keep_memory()
     backbone = xattn.load_backbone(LIVE_BACKBONE, weights="package")
+    head = xattn.load_head(LIVE_HEAD, backbone)  # what the page chooses by itself
     in_page, alone = [], []
     page.goto(f"{address}/live")
     page.locator("input[type=file]").first.set_input_files(str(photo))
@@ -217,7 +218,7 @@ def live(page: Any, address: str, photo: Path, rounds: int) -> tuple[list[float]
         key = _first_cell(page) if page.locator(".cell").count() else ""
         in_page.append(_timed(button.click, page, key))
         start = time.perf_counter()
-        xattn.explain(photo, backbone, explainer="gradcam")
+        xattn.explain(photo, backbone, head)
         alone.append(time.perf_counter() - start)
         if turn == 0:
             in_page.clear()
