@@ -61,7 +61,7 @@ def sinks_chart(table: pd.DataFrame, layer: int) -> alt.Chart:
     """Stacked shares by layer; the layer that is shown is the full-coloured one."""
     parts = [part for part in PARTS if part in set(table["part"])]
     return (
-        alt.Chart(table, height=260)
+        alt.Chart(table, height=260, description="Share of attention on sinks, layer by layer")
         .mark_bar(strokeWidth=1.5)
         .encode(
             x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0)),
@@ -114,14 +114,17 @@ def distance_chart(table: pd.DataFrame, grid: tuple[int, int], layer: int, head:
         .mark_text(align="right", baseline="bottom", dy=-3, color=_GREY)
         .encode(x=alt.value("width"), y="distance:Q", text="text:N")
     )
-    return alt.layer(mean, rule, text, dots).properties(height=260)
+    about = "Mean distance of attention of each head, layer by layer"
+    return alt.layer(mean, rule, text, dots).properties(height=260, description=about)
 
 
 def entropy_chart(table: pd.DataFrame, most: float, layer: int, head: str) -> alt.Chart:
     """Heads from the narrowest to the broadest; ``most`` is the entropy of uniform attention."""
     ranked = _by_head(table, layer, head).sort_values("entropy")
     return (
-        alt.Chart(ranked, height=22 * len(ranked) + 70)
+        alt.Chart(
+            ranked, height=22 * len(ranked) + 70, description="Heads by mean entropy of a row"
+        )
         .mark_bar(cornerRadius=1)
         .encode(
             x=alt.X(
@@ -150,7 +153,7 @@ def entropy_chart(table: pd.DataFrame, most: float, layer: int, head: str) -> al
 
 def show(seen: Reading, view: View) -> None:
     """Write the charts of the view and what they say; a click on a head shows it."""
-    st.subheader("All layers and heads on this photo", anchor=False)
+    st.header("All layers and heads on this photo", anchor=False)
     found = seen.statistics[0]
     count = seen.grid[0] * seen.grid[1]
     rows = (
@@ -163,7 +166,7 @@ def show(seen: Reading, view: View) -> None:
     shown = (view.layer, view.head)
     left, right = st.columns(2, gap="large")
     with left:
-        st.markdown("**Sinks: where attention goes**")
+        st.subheader("Sinks: where attention goes", anchor=False)
         st.vega_lite_chart(
             seen.chart(
                 ("sinks", view.layer),
@@ -172,7 +175,7 @@ def show(seen: Reading, view: View) -> None:
         )
         st.caption(plain(_sinks_text(seen, view)))
     with right:
-        st.markdown("**Locality: how far heads look**")
+        st.subheader("Locality: how far heads look", anchor=False)
         st.vega_lite_chart(
             seen.chart(
                 ("distance", *shown),
@@ -186,7 +189,7 @@ def show(seen: Reading, view: View) -> None:
             "Distance between patch centres, weighted by attention, prefix tokens left out. A point "
             "is a head, the line the mean of a layer; click a point to show its head."
         )
-    st.markdown("**Heads by entropy**, the narrowest first")
+    st.subheader("Heads by entropy, the narrowest first", anchor=False)
     which = st.segmented_control(
         "Heads of",
         ["layer", "all"],
@@ -237,7 +240,7 @@ def _sinks_text(seen: Reading, view: View) -> str:
     even = 1 / seen.operators[0].shape[3]
     return (
         f"Mean over heads and queries. Most attended patches of layer {view.layer}: {listed}. "
-        f"An even share is {even:.2%}."
+        f"An even share is {even:.2%}. Prefix tokens stand before the patches: the class token, registers."
     )
 
 

@@ -24,7 +24,7 @@ SMALL = 96  # pixels of its place on the page, at least
 
 def heads(seen: Reading, view: View, rows: Sequence[Tensor]) -> None:
     """The heads of the view's layer; ``rows`` are the query's, (H, N) a layer."""
-    st.subheader(f"Heads of layer {view.layer}", anchor=False)
+    st.header(f"Heads of layer {view.layer}", anchor=False)
     prefix, token = len(seen.prefix), token_of(view.patch, seen)
     own = rows[view.layer]
     maps = [row[prefix:].unflatten(0, seen.grid) for row in own]
@@ -48,7 +48,7 @@ def heads(seen: Reading, view: View, rows: Sequence[Tensor]) -> None:
 def layers(seen: Reading, view: View, rows: Sequence[Tensor]) -> None:
     """The view's head, or the mean of all, in each layer."""
     what = "Mean of all heads" if view.head == MEAN else f"Head {view.head}"
-    st.subheader(f"{what}, layer by layer", anchor=False)
+    st.header(f"{what}, layer by layer", anchor=False)
     prefix, token = len(seen.prefix), token_of(view.patch, seen)
     there = [i for i in range(seen.layers) if view.head == MEAN or int(view.head) < seen.heads(i)]
     shown = {i: fused(rows[i], view.head) for i in there}
@@ -107,7 +107,7 @@ def own_maps(seen: Reading, view: View) -> None:
     """What a mechanism has beside rows of attention."""
     if not any(seen.maps):
         return
-    st.subheader("The mechanism's own maps", anchor=False)
+    st.header("The mechanism's own maps", anchor=False)
     token, found = token_of(view.patch, seen), seen.maps[view.layer]
     lines: dict[int, list[str]]
     if "received" in found:

@@ -80,7 +80,7 @@ def view_of(params: Mapping[str, str], start: View, reading: Reading) -> tuple[V
             view = replace(view, layer=number) if name == "layer" else replace(view, depth=number)
         elif name in params:
             messages.append(
-                f"There is no {name} {_short(params[name])}; this model has layers 0 to "
+                f"There is no {name} {_short(params[name])}; this network has layers 0 to "
                 f"{reading.layers - 1}."
             )
     if "head" in params:

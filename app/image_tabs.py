@@ -60,7 +60,7 @@ def classes_tab(pack: Pack, shown: Shown) -> None:
                 else photo_url(pack, shown.image_id, SMALL),
                 "alt": f"Map by {method} of {short(name)}" if entry_id else "Photo without a map",
                 "title": short(name),
-                "lines": [f"{probability:.1%}", method if entry_id else f"no map by {method}"],
+                "lines": [f"{probability:.1%}", method if entry_id else "no map"],
                 "selected": target == shown.target,
             }
         )
@@ -69,6 +69,8 @@ def classes_tab(pack: Pack, shown: Shown) -> None:
             f"The classifier's first classes, explained by {method}. Open one to see it by all methods."
         )
     )
+    if any(target not in by_class for target, _, _ in top):
+        st.caption("`xattn explain --top 5` makes the maps of all of them.")
     grid(
         cells,
         "classes",
@@ -95,7 +97,7 @@ def _contrast(pack: Pack, shown: Shown, by_class: dict[int, str]) -> None:
         target: short(shown.entries.loc[entry_id, "target_name"])
         for target, entry_id in by_class.items()
     }
-    st.markdown("**Contrast of two classes**")
+    st.header("Contrast of two classes", anchor=False)
     first = shown.target if shown.target in by_class else next(iter(by_class))
     others = [target for target in by_class if target != first]
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
@@ -200,7 +202,11 @@ def _chart(name: str, curves: dict[str, list[float]], shares: list[float] | None
         orient="bottom", columns=2, labelLimit=220, symbolSize=300, symbolStrokeWidth=2
     )
     return (
-        alt.Chart(pd.DataFrame(points), title=CURVES.get(name, name))
+        alt.Chart(
+            pd.DataFrame(points),
+            title=CURVES.get(name, name),
+            description=f"{CURVES.get(name, name)}: score of the class by {', '.join(curves)}",
+        )
         .mark_line()
         .encode(
             x=alt.X("share:Q", title="share of pixels", axis=alt.Axis(format="%")),

@@ -195,7 +195,7 @@ def _welcome(library: Library) -> None:
     """The first run: no pack that opens."""
     from xattn.app import demo_pack  # and with it the jobs, which other pages do without
 
-    st.header("No pack to show yet", anchor=False)
+    st.title("No pack to show yet", anchor=False)
     st.markdown("A pack is a folder of photos with their maps. Make one of your own photos:")
     output = state.settings().root / "first"
     st.code(

@@ -28,7 +28,7 @@ DARK = {
 CONFIG: dict[str, Any] = {
     "theme.font": FONT,
     "theme.headingFont": FONT,
-    "theme.headingFontSizes": ["1.5rem", "1.3rem", "1.1rem"],
+    "theme.headingFontSizes": ["1.45rem", "1.15rem", "1.05rem"],
     "theme.baseRadius": "6px",
     "theme.showWidgetBorder": True,
     "theme.paddingTop": "1rem",
@@ -39,15 +39,29 @@ CONFIG: dict[str, Any] = {
 """Options for ``streamlit.starlette.App.run(config=...)``."""
 
 STYLE = """<style>
+:root{--quiet:light-dark(#625d56,#a9a49c);--accent:light-dark(#b4441f,#f08a4b)}
 [data-testid=stMainBlockContainer]{padding-inline:clamp(1rem,3vw,2.5rem)}
 [data-testid=stMain] :is(h1,h2,h3){overflow-wrap:anywhere;unicode-bidi:plaintext}
-/* White on the dark theme's accent is hard to read. */
-[data-testid=stBaseButton-primary],[data-testid=stMultiSelect] [data-tag]{
-color:light-dark(#fff,#22201d)}
+/* Streamlit's greys are below a contrast of 4.5 on the light ground. */
+[data-testid=stCaptionContainer],.stButton button:not(:disabled) kbd{color:var(--quiet);opacity:1}
+[data-testid=stCaptionContainer] code{color:inherit}
+[data-testid=stVegaLiteChart] svg text:not([opacity="0"]){fill:light-dark(#55504a,#c9c4bc)}
+[data-testid=stVegaLiteChart] svg .role-title text{fill:currentColor}
+[data-testid=stCode] .token,[data-testid=stJson] .variable-value *{color:inherit!important}
+[data-testid=stBaseButton-primary]{color:light-dark(#fff,#22201d)}
+[data-testid=stMultiSelect] [data-tag]{background:color-mix(in srgb,var(--accent) 14%,transparent);
+color:inherit}
+[data-testid=stMultiSelect] .react-aria-ComboBox>div{height:auto;max-height:none;min-height:2.5rem}
+[data-testid=stMultiSelectTagsContainer]{flex-wrap:wrap;height:auto;overflow:visible;mask-image:none}
+[data-testid^=stTopNav] a:focus-visible,[data-testid^=stSidebarNav] a:focus-visible{
+outline:2px solid var(--accent);outline-offset:1px}
+@media(max-width:640px){.stButton kbd{display:none}
+[data-testid=stMain] :is(.stButton,.stPopover) button{padding-inline:.5rem}}
 .legend{display:flex;flex-wrap:wrap;align-items:center;gap:.1rem .6rem;font-size:.8125rem;
 font-variant-numeric:tabular-nums;opacity:.85}
 .legend+.legend{margin-top:.35rem}
-.legend i{width:160px;height:10px;border-radius:5px;border:1px solid #8885}
+.legend i{width:160px;height:10px;border-radius:5px;border:1px solid #8885;
+background-origin:border-box!important}
 .legend em{font-style:normal}
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1rem;margin:0;
 padding:0!important;font-size:.875rem}

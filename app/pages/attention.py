@@ -50,7 +50,7 @@ def page(context: Context) -> None:
     assert pack is not None, "main.py calls this page with a pack"
     image_id = _image(pack, context.params.get("image"))
     _heading(pack, image_id)
-    with st.spinner("Loading the model that made this pack …"):
+    with st.spinner("Loading the network that made this pack …"):
         backbone = models.backbone_of(pack)
     url = {name: st.query_params[name] for name in NAMES if name in st.query_params}
     new = arrived(pack.id, image_id, url)
@@ -100,9 +100,9 @@ def _heading(pack: Pack, image_id: str) -> None:
     place = f"{number:,} of {count:,}" if number else "not in the gallery's selection"
     bar.caption(place, width="content")
     bar.space("stretch")
-    if bar.button("Maps", key=f"{KEY}maps", help="The maps of this photo"):
+    if bar.button("Image", key=f"{KEY}maps", help="The maps of this photo"):
         _leave(image_id)
-    st.subheader(plain(pack.images.at[image_id, "file_name"] or image_id), anchor=False)
+    st.title(plain(pack.images.at[image_id, "file_name"] or image_id), anchor=False)
 
 
 def _leave(image_id: str) -> None:
@@ -273,7 +273,7 @@ def _facts(
 
 def _notes(pack: Pack, image_id: str, backbone: Any, seen: Reading, view: View, kept: Any) -> None:
     note = (
-        "Read from the photo that is stored in the pack (at most 512 pixels a side), cut as the model "
+        "Read from the photo that is stored in the pack (at most 512 pixels a side), cut as the network "
         "sees it; a larger original may differ slightly. Layers and heads count from 0, as in the "
         "code, rows and columns of patches from 1."
     )
@@ -281,8 +281,8 @@ def _notes(pack: Pack, image_id: str, backbone: Any, seen: Reading, view: View, 
         trained = reading.read(pack, image_id, backbone, TRAINED, None, kept)
         alike = float(torch.cosine_similarity(trained.logits, seen.logits, dim=0))
         st.info(
-            "This is the model after a conversion without training: what you see is not what it "
-            f"learned. Its outputs have a cosine similarity of {alike:.3f} to the trained model's."
+            "This is the network after a conversion without training: what you see is not what it "
+            f"learned. Its outputs have a cosine similarity of {alike:.3f} to the trained network's."
         )
     st.caption(note)
 
@@ -291,7 +291,7 @@ def _notes(pack: Pack, image_id: str, backbone: Any, seen: Reading, view: View, 
 
 
 def _rollout(seen: Reading, view: View) -> None:
-    st.subheader("Rollout", anchor=False)
+    st.header("Rollout", anchor=False)
     picture, words = st.columns([5, 6], gap="large")
     token, prefix = token_of(view.patch, seen), len(seen.prefix)
     with words:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
 import pandas as pd
 import streamlit as st
 
-from xattn.app import bound, comparison, state
+from xattn.app import bound, comparison, demo_pack, state
 from xattn.app.comparison import Board, arrow
 from xattn.app.components import grid
 from xattn.app.library import PackError
-from xattn.app.pictures import overlay_url
+from xattn.app.pictures import Look, legends, overlay_url
 from xattn.app.state import Context, plain
+from xattn.contact_sheet import legends_html
 from xattn.eval.differences import Apart, by_maps, by_metric
 from xattn.eval.html_data import MAX_VALUES, case_columns, spread
-from xattn.eval.html_tables import _form, _number
+from xattn.eval.html_tables import format_number, number_form
 from xattn.eval.protocol import METRICS
 
 if TYPE_CHECKING:
@@ -39,11 +41,12 @@ SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 
 def page(context: Context) -> None:
     """Show the comparison that the URL names, or the first."""
+    st.title("Compare methods", anchor=False)
     found = context.library.comparisons()
     if not found:
         _nothing(context)
         return
-    info = _choose(found)
+    info = _choose(found, context.pack)
     try:
         with st.spinner("Reading the comparison", show_time=True):
             board = comparison.read(context.library, info.id)
@@ -69,18 +72,26 @@ def _nothing(context: Context) -> None:
     with st.container(border=True):
         st.markdown("**There is no comparison yet.**")
         st.markdown("Measure several methods on your photos and this page shows who is ahead:")
-        root = context.library.root.name
-        st.code(f"xattn compare --data PHOTOS --output {root}/comparison", language=None)
+        output = shlex.quote(str(state.settings().root / "comparison"))
+        st.code(f"xattn compare --data PHOTOS --output {output}", language="sh", wrap_lines=True)
         st.caption("A folder of an earlier run can be put below the viewer's folder as it is.")
+        demo_pack.offer()
 
 
-def _choose(found: list[ComparisonInfo]) -> ComparisonInfo:
+def _choose(found: list[ComparisonInfo], pack: Pack | None) -> ComparisonInfo:
+    """The comparison of the URL, or that of the open pack, or the first."""
     by_id = {info.id: info for info in found}
+    own = [info.id for info in found if pack is not None and info.pack_id == pack.id]
     wanted = st.query_params.get("board")
     if wanted is not None and wanted not in by_id:
         st.warning("The comparison of this address is not here any more; this is another one.")
     chosen = bound.selectbox(
-        "Comparison", list(by_id), "board", format_func=lambda i: by_id[i].name, width=420
+        "Comparison",
+        list(by_id),
+        "board",
+        default=own[0] if own else None,
+        format_func=lambda i: by_id[i].name,
+        width=420,
     )
     return by_id[chosen]
 
@@ -99,7 +110,7 @@ def _about(board: Board) -> None:
     )
     if board.warnings:
         count = len(board.warnings)
-        with st.expander(f"⚠ {count} warning{'s' * (count > 1)}"):
+        with st.expander(f"{count} warning{'s' * (count > 1)} about these results"):
             st.markdown("\n".join(f"- {plain(line)}" for line in board.warnings))
 
 
@@ -160,11 +171,11 @@ def _standings(board: Board, key: str) -> tuple[pd.DataFrame, str]:
     """The methods in a column, the best first, and the column's number format."""
     up = METRICS[board.columns[key].metric].higher_is_better
     cells = [board.standings[name, key] for name in board.results.methods]
-    form = _form(board.columns[key], [s.mean for s in cells])
+    form = number_form(board.columns[key], [s.mean for s in cells])
     measured = sorted((s for s in cells if s.n), key=lambda s: -s.mean if up else s.mean)
     rows = []
     for s in [*measured, *(s for s in cells if not s.n)]:
-        interval = f"{_number(s.lo, form)} to {_number(s.hi, form)}" if s.n else "-"
+        interval = f"{format_number(s.lo, form)} to {format_number(s.hi, form)}" if s.n else "-"
         rows.append(
             {
                 "method": s.method,
@@ -177,7 +188,7 @@ def _standings(board: Board, key: str) -> tuple[pd.DataFrame, str]:
                 "forward passes": _passes(board, s.method),
                 "lo": s.lo,
                 "hi": s.hi,
-                "said": f"{_number(s.mean, form)} [{interval}]",
+                "said": f"{format_number(s.mean, form)} [{interval}]",
             }
         )
     return pd.DataFrame(rows), form
@@ -186,8 +197,8 @@ def _standings(board: Board, key: str) -> tuple[pd.DataFrame, str]:
 def _difference(s: Any, form: str) -> str:
     if not math.isfinite(s.diff):
         return "-"
-    lo, hi = (_number(v, form) for v in (s.diff_lo, s.diff_hi))
-    return f"{_number(s.diff, form)} [{lo} to {hi}]"
+    lo, hi = (format_number(v, form) for v in (s.diff_lo, s.diff_hi))
+    return f"{format_number(s.diff, form)} [{lo} to {hi}]"
 
 
 def _passes(board: Board, name: str) -> int | None:
@@ -203,7 +214,12 @@ def _intervals(board: Board, key: str, table: pd.DataFrame, form: str) -> None:
         return
     order = list(shown["method"])
     base = alt.Chart(shown).encode(
-        y=alt.Y("method:N", sort=order, title=None, axis=alt.Axis(labelLimit=220)),
+        y=alt.Y(
+            "method:N",
+            sort=order,
+            title=None,
+            axis=alt.Axis(labelLimit=220, labelFlush=False, labelOverlap=False),
+        ),
         tooltip=["method", "row", alt.Tooltip("said:N", title="mean"), "standing"],
     )
     kinds = [kind for kind in ("method", "sanity row", "mask") if kind in set(shown["row"])]
@@ -230,7 +246,10 @@ def _intervals(board: Board, key: str, table: pd.DataFrame, form: str) -> None:
             legend=legend,
         ),
     )
-    st.altair_chart((rules + points).properties(height=alt.Step(26)), width="stretch")
+    about = f"Mean and 95 % interval of {key} by method; the table below has the figures"
+    # Room for the axis and the legend, and 26 pixels a method.
+    chart = (rules + points).properties(height=26 * len(shown) + 110, description=about)
+    st.altair_chart(chart, width="stretch")
 
 
 def _palette() -> list[str]:
@@ -241,7 +260,7 @@ def _everything(board: Board) -> None:
     """Every column side by side, with intervals and who is best, in words."""
     rows: list[dict[str, str]] = []
     forms = {
-        key: _form(column, [board.standings[m, key].mean for m in board.results.methods])
+        key: number_form(column, [board.standings[m, key].mean for m in board.results.methods])
         for key, column in board.columns.items()
     }
     marks = {"best": ", best", "not told apart from the best": ", not told apart from the best"}
@@ -249,9 +268,11 @@ def _everything(board: Board) -> None:
         row = {"method": name, "row": board.kind(name)}
         for key, form in forms.items():
             s = board.standings[name, key]
-            lo, hi = _number(s.lo, form), _number(s.hi, form)
+            lo, hi = format_number(s.lo, form), format_number(s.hi, form)
             mark = marks.get(board.verdict(name, key), "")
-            row[arrow(key, board)] = f"{_number(s.mean, form)} [{lo} to {hi}]{mark}" if s.n else "-"
+            row[arrow(key, board)] = (
+                f"{format_number(s.mean, form)} [{lo} to {hi}]{mark}" if s.n else "-"
+            )
         rows.append(row)
     st.dataframe(
         pd.DataFrame(rows),
@@ -298,16 +319,16 @@ def _curves(board: Board) -> None:
             if mean is not None
         ]
         if rows:
-            st.markdown(f"**{plain(chart['title'])}**")
-            st.altair_chart(
-                _lines(pd.DataFrame(rows), shown, chart["axis"], board), width="stretch"
-            )
+            st.subheader(plain(chart["title"]), anchor=False)
+            lined = _lines(pd.DataFrame(rows), shown, chart["axis"], board)
+            about = f"{chart['title']}: mean score by {', '.join(shown)}, with 95 % intervals"
+            st.altair_chart(lined.properties(description=about), width="stretch")
             st.caption(plain(_read_as(chart, lines, shown)))
 
 
 def _lines(table: pd.DataFrame, names: list[str], axis: str, board: Board) -> alt.LayerChart:
     score = board.results.protocol.score
-    legend = _legend(symbolType="stroke", symbolStrokeWidth=2, symbolSize=400)
+    legend = _legend(symbolType="stroke", symbolStrokeWidth=2, symbolSize=300)
     colour = _colour(names, legend)
     dashes = [DASHES[i % len(DASHES)] for i in range(len(names))]
     share = axis.partition(",")[0]  # which go first stands below the chart
@@ -343,7 +364,7 @@ def _colour(names: list[str], legend: alt.Legend) -> alt.Color:
 
 def _legend(**symbol: Any) -> alt.Legend:
     return alt.Legend(
-        title=None, orient="bottom", columns=2, labelLimit=150, symbolOpacity=1, **symbol
+        title=None, orient="bottom", columns=2, labelLimit=220, symbolOpacity=1, **symbol
     )
 
 
@@ -399,7 +420,7 @@ def _scatter(board: Board, pack: Pack | None) -> None:
                 alt.Tooltip("y:Q", title=y.replace(".", ""), format=".4g"),
             ],
         )
-        .properties(height=420)
+        .properties(height=420, description=f"{y} against {x}, a dot a photo and method")
     )
     if "entry" in table:
         picked = alt.selection_point(name="dot", fields=["entry"], on="click", clear=False)
@@ -419,6 +440,33 @@ def _scatter(board: Board, pack: Pack | None) -> None:
     if dots > len(table):
         note += f" {dots - len(table)} have no value of one of the two."
     st.caption(note)
+    with st.expander("The dots as a table"):
+        _dots_table(table, pack, names, arrow(x, board), arrow(y, board))
+
+
+def _dots_table(table: pd.DataFrame, pack: Pack | None, names: list[str], x: str, y: str) -> None:
+    """The chart for who does not use a pointer; a row opens its photo, as a dot does."""
+    shown = table[["photo", "method", "x", "y", "class"]]
+    config = {
+        name: st.column_config.NumberColumn(title, format="%.4g")
+        for name, title in (("x", x), ("y", y))
+    }
+    if pack is None or "entry" not in table:
+        st.dataframe(shown, hide_index=True, column_config=config)
+        return
+    st.caption("Choose a row to open its photo.")
+    event = st.dataframe(
+        shown,
+        hide_index=True,
+        column_config=config,
+        key="dots_table",
+        on_select="rerun",
+        selection_mode="single-row",
+    )
+    for row in event["selection"]["rows"][:1]:
+        entry = table["entry"].iloc[row]
+        image_id = pack.entries.at[entry, "image_id"]
+        state.go("image", pack=pack.id, image=image_id, methods=names, entry=entry)
 
 
 def _dots(
@@ -511,12 +559,20 @@ def _two(board: Board, pack: Pack | None, problem: str) -> None:
         st.info("No photo has a value of both methods.")
         return
     st.caption(f"The {min(SHOWN, len(found))} of {len(found)} photos on which they differ most.")
-    form = ".2f" if by == MAPS else _form(board.columns[by], [v for f in found for v in (f.a, f.b)])
+    form = (
+        ".2f"
+        if by == MAPS
+        else number_form(board.columns[by], [v for f in found for v in (f.a, f.b)])
+    )
+    shown = found[:SHOWN]
+    entries = [pairs.iloc[f.position][f"entry_{side}"] for f in shown for side in "ab"]
+    st.html(legends_html(legends(pack, entries, Look(side=SIDE))))
+    title = by if by == MAPS else arrow(by, board)
     columns: list[Any] = []
-    for number, apart in enumerate(found[:SHOWN]):
+    for number, apart in enumerate(shown):
         columns = columns or list(st.columns(2))  # row by row: on a phone they keep their order
         with columns.pop(0):
-            _pair(pack, pairs.iloc[apart.index], (a, b), by, apart, form, number)
+            _pair(pack, pairs.iloc[apart.position], (a, b), title, apart, form, number)
 
 
 def _pairs(pack: Pack, a: str, b: str) -> pd.DataFrame:
@@ -556,13 +612,13 @@ def _pair(
         how = (
             f"rank correlation {1 - apart.distance:.2f}"
             if by == MAPS
-            else f"apart by {_number(apart.distance, form)}"
+            else f"apart by {format_number(apart.distance, form)}"
         )
         st.markdown(f"**{plain(target)}** · {plain(how)}")
         cells = []
         for name, side, value in zip(names, "ab", (apart.a, apart.b), strict=True):
             entry_id = row[f"entry_{side}"]
-            lines = [] if by == MAPS else [f"{by}: {_number(value, form)}"]
+            lines = [] if by == MAPS else [f"{by}: {format_number(value, form)}"]
             cells.append(
                 {
                     "id": entry_id,
@@ -587,15 +643,15 @@ def _without_pictures(board: Board, a: str, b: str, by: str) -> None:
     if not found:
         st.info("No photo has a value of both methods.")
         return
-    form = _form(board.columns[by], [v for image in found for v in (image.a, image.b)])
+    form = number_form(board.columns[by], [v for image in found for v in (image.a, image.b)])
     images = board.results.images
     table = pd.DataFrame(
         {
-            "photo": [images[f.index].id.rpartition("/")[2] for f in found],
-            "class": [images[f.index].target_name for f in found],
-            a: [_number(f.a, form) for f in found],
-            b: [_number(f.b, form) for f in found],
-            "apart": [_number(f.distance, form) for f in found],
+            "photo": [images[f.position].id.rpartition("/")[2] for f in found],
+            "class": [images[f.position].target_name for f in found],
+            a: [format_number(f.a, form) for f in found],
+            b: [format_number(f.b, form) for f in found],
+            "apart": [format_number(f.distance, form) for f in found],
         }
     )
     st.dataframe(table.head(100), hide_index=True, width="stretch", height="content")

@@ -32,7 +32,7 @@ def page(context: Context) -> None:
     assert pack is not None, "main.py calls this page with a pack"
     table = selection.table(pack)
     view, messages, seeded = _from_url(pack, table.choices)
-    st.header(plain(pack.name), anchor=False)
+    st.title(plain(pack.name), anchor=False)
     if messages:
         st.warning("  \n".join(map(plain, messages)))
     view = _toolbar(view, table.choices)
@@ -213,7 +213,7 @@ def _toolbar(view: View, choices: Choices) -> View:
 def _method_name(method: str, choices: Choices) -> str:
     if method == ALL:
         return "All methods"
-    return f"{method} (control)" if method in choices.controls else method
+    return f"{method} (sanity row)" if method in choices.controls else method
 
 
 def _order_names(sort: str) -> dict[str, str]:

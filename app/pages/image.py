@@ -95,7 +95,7 @@ def _heading(pack: Pack, image_id: str) -> None:
             on_click=lambda: state.go("attention", image=image_id),
             help="What each patch attends to",
         )
-    st.subheader(plain(row["file_name"] or image_id), anchor=False)
+    st.title(plain(row["file_name"] or image_id), anchor=False)
     _caption(row)
 
 
@@ -152,7 +152,6 @@ def _choose(pack: Pack, image_id: str) -> Shown | None:
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     if len(classes) > 1:
         select(bar, "Class", classes, target, "class", image_id, forget="entry")
-    scale, colours = _colours(bar)
     methods = everything
     if len(everything) > 1:
         sane = pack.entries["method"][~pack.entries["sanity"].astype(bool)]
@@ -160,7 +159,7 @@ def _choose(pack: Pack, image_id: str) -> Shown | None:
         methods = bar.multiselect(
             "Methods", everything, default=first, key="methods", bind="query-params", width=420
         )
-    look = Look(*_sliders(bar), scale, colours, SIDE)
+    look = Look(*_sliders(bar), *_colours(bar), SIDE)
     if not methods:
         st.info("No method is chosen. Choose one or more above to see their maps.")
         return None
@@ -273,7 +272,10 @@ def _cell(pack: Pack, shown: Shown, entry_id: str) -> dict[str, Any]:
         "src": url(pack, entry_id, shown.look),
         "alt": f"Map by {row['method']} of {short(row['target_name'])} on {file_name(pack, shown)}",
         "title": row["method"],
-        "lines": [f"{short(row['target_name'])}  {row['probability']:.1%}", f"{low} to {high}"],
+        "lines": [
+            f"{short(row['target_name'])}  {row['probability']:.1%}",
+            f"scores {low} to {high}",
+        ],
         "selected": entry_id == shown.focus,
     }
 

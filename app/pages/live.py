@@ -12,8 +12,9 @@ from xattn.app.components import film as film_component
 from xattn.app.components import grid
 from xattn.app.explaining import SIDE, Job, Request
 from xattn.app.models import ModelError
-from xattn.app.pictures import overlay_url, photo_url
+from xattn.app.pictures import Look, legends, overlay_url, photo_url
 from xattn.app.state import Context, plain
+from xattn.contact_sheet import legends_html
 
 if TYPE_CHECKING:
     from xattn.app.library import Library, Pack
@@ -36,6 +37,7 @@ VIEWS = {"crop": "Centre crop", "whole": "Whole picture"}
 def page(context: Context) -> None:
     """Controls on the left, what came out of them on the right."""
     st.html(STYLE)
+    st.title("Explain your own photos", anchor=False)
     _body(context)
 
 
@@ -91,7 +93,7 @@ def _both_sides(context: Context) -> None:
 
 def _nothing_yet() -> None:
     with st.container(border=True):
-        st.markdown("**See where a network looks, on photos of your own.**")
+        st.markdown("**See where a network looks.**")
         st.markdown(
             "1. Choose photos, or a video.\n"
             "2. Choose a network and one or more ways to explain it.\n"
@@ -123,7 +125,7 @@ def _controls(context: Context, kind: str, job: Job | None) -> Request | None:
         classes, top = _classes(loaded, kind == "photos")
         more = _view(kind) if kind == "photos" else {**_view(kind), **_frames()}
         if refused:
-            with st.popover(f"{len(refused)} explainers do not fit", type="tertiary"):
+            with st.popover(f"{len(refused)} methods do not fit", type="tertiary"):
                 st.caption("What this network, or the lack of a head, does not allow:")
                 for refusal, reason in refused.items():
                     st.markdown(f"**{plain(refusal)}**: {plain(reason)}")
@@ -175,7 +177,7 @@ def _hint(
     if not sent:
         return "Choose photos first." if kind == "photos" else "Choose a video first."
     if not chosen:
-        return "Choose an explainer."
+        return "Choose a method."
     passes = sum(allowed[name] for name in names)
     each = "photo" if kind == "photos" else "frame"
     if passes < 100:
@@ -285,7 +287,7 @@ def _explainers(allowed: dict[str, int], several: bool) -> list[str]:
 
     if several:
         chosen = bound.multiselect(
-            "Explainers",
+            "Methods",
             names,
             "explain",
             default=names[:1],
@@ -293,7 +295,7 @@ def _explainers(allowed: dict[str, int], several: bool) -> list[str]:
             placeholder="Choose one or more",
         )
     else:
-        chosen = [bound.selectbox("Explainer", names, "explain_clip", format_func=title)]
+        chosen = [bound.selectbox("Method", names, "explain_clip", format_func=title)]
     return chosen
 
 
@@ -405,7 +407,7 @@ def _unsaved(job: Job) -> None:
         try:
             explaining.save_again(job)
         except (ValueError, OSError) as error:
-            st.error(plain(error))
+            st.error(plain(error.args[-1] if error.args else error))
         else:
             job.message = ""
             st.rerun()
@@ -441,6 +443,7 @@ def _keep(context: Context, job: Job, name: str) -> None:
 
 def _pictures(pack: Pack) -> None:
     """Photo by photo: the photo, then its maps."""
+    st.html(legends_html(legends(pack, list(pack.entries.index), Look(side=SIDE))))
     groups = dict(list(pack.entries.groupby("image_id", sort=False)))
     for number, image_id in enumerate(pack.images.index):
         name = pack.images.at[image_id, "file_name"] or image_id

@@ -17,6 +17,7 @@ from xattn.app.jobs import Job, JobError, Jobs, Spec
 from xattn.app.library import PackError
 from xattn.app.pictures import Look, legends, overlay_url, photo_url
 from xattn.app.state import Context, plain
+from xattn.app.visible import visible
 from xattn.config import PROBE_RECIPES, RECIPES
 from xattn.contact_sheet import legends_html
 
@@ -70,6 +71,7 @@ TERMS = {
 
 def page(context: Context) -> None:
     """The list of jobs, and the one that the URL names, or the form for a new one."""
+    st.title("Train a head", anchor=False)
     settings = state.settings()
     if not settings.training:
         st.info(
@@ -81,7 +83,10 @@ def page(context: Context) -> None:
     known = {job.id: job for job in jobs.all()}
     chosen = st.query_params.get("job", NEW)
     if chosen and chosen not in known:
-        st.warning(f"There is no job {plain(chosen)} here any more.")
+        try:
+            jobs.get(chosen)
+        except JobError as error:
+            st.warning(plain(error))
         chosen = NEW
     if known:
         st.session_state["choice"] = chosen
@@ -113,7 +118,6 @@ def _form(jobs: Jobs, running: Job | None) -> None:
     found, whole = folders.photo_folders(jobs.data)
     if state.settings().data is None:  # the root also holds packs and results
         found.sort(key=lambda f: f.name == ".")
-    st.header("Train a head", anchor=False)
     if not found:
         _no_photos(jobs)
         return
@@ -162,7 +166,7 @@ def _form(jobs: Jobs, running: Job | None) -> None:
 
 
 def _title(folder: folders.PhotoFolder) -> str:
-    name = "All photos of the data folder" if folder.name == "." else folder.name
+    name = "All photos of the data folder" if folder.name == "." else visible(folder.name)
     return f"{name} · {folder.photos:,} photos"
 
 
@@ -274,7 +278,7 @@ def _follow(jobs: Jobs, job_id: str, context: Context, was_alive: bool) -> None:
 
 def _show(jobs: Jobs, job: Job, context: Context) -> None:
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
-    bar.subheader(plain(job.id), anchor=False, width="content")
+    bar.header(plain(job.id), anchor=False, width="content")
     bar.badge(STATES[job.state], color="red" if job.state in ("failed", "killed") else "gray")
     bar.space("stretch")
     _buttons(jobs, job, bar)
@@ -363,7 +367,8 @@ def _progress(jobs: Jobs, job: Job) -> None:
     done, total, rest = found
     left = rest.partition("<")[2].partition(",")[0]
     more = f", about {left} left" if left and "?" not in left else ""
-    st.progress(min(done / total, 1.0), f"{done:,} of {total:,}{more}")
+    unit = " steps" if job.spec.kind == "train" else ""
+    st.progress(min(done / total, 1.0), f"{done:,} of {total:,}{unit}{more}")
 
 
 def _problem(jobs: Jobs, job: Job) -> None:
@@ -391,6 +396,7 @@ def _losses(job: Job, logs: dict[str, list[dict[str, float]]]) -> None:
     epoch = f", epoch {int(max(epochs)) + 1:,}" if epochs else ""
     st.markdown(f"**Loss**, step {steps:,}{epoch}")
     st.altair_chart(_curve(tables, "loss"), width="stretch")
+    st.caption("A dot is a step, the line the mean over an epoch.")
     others = [c for t in tables.values() for c in t.columns if c in TERMS and c != "loss"]
     others = [c for c in TERMS if c in others]
     if others:
@@ -414,7 +420,7 @@ def _curve(tables: dict[str, pd.DataFrame], column: str, height: int = 240) -> a
     if not parts:
         raise ValueError(f"log.jsonl of this job holds no {column}; look at what it printed.")
     data = pd.concat(parts)
-    base = alt.Chart(data, height=height).encode(
+    base = alt.Chart(data, height=height, description=f"{job_label(column)} by step").encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format=",d")),
     )
     colour: Any = alt.value(ACCENT)
@@ -432,7 +438,7 @@ def _curve(tables: dict[str, pd.DataFrame], column: str, height: int = 240) -> a
         alt.Tooltip("mean:Q", format=".4g"),
     ]
     value = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
-    dots = base.mark_circle(size=18, opacity=0.45).encode(y=value, color=colour, tooltip=tip)
+    dots = base.mark_circle(size=28, opacity=0.6).encode(y=value, color=colour, tooltip=tip)
     line = base.mark_line(strokeWidth=2).encode(y="mean:Q", color=colour, strokeDash=dash)
     return dots + line
 

@@ -101,7 +101,7 @@ def shown(**params: str) -> AppTest:
 
 def words(app: AppTest) -> str:
     """All text of the page, that of ``st.html`` included, without the escapes of Markdown."""
-    kinds = (app.markdown, app.caption, app.subheader, app.info, app.warning)
+    kinds = (app.markdown, app.caption, app.header, app.subheader, app.info, app.warning)
     found = [e.value for kind in kinds for e in kind] + [e.proto.body for e in app.get("html")]
     return " ".join(found).replace("\\", "")
 

@@ -211,7 +211,7 @@ def shown(**params: str) -> AppTest:
 
 
 def texts(page: AppTest) -> str:
-    kinds = (page.markdown, page.caption, page.info, page.warning, page.error)
+    kinds = (page.subheader, page.markdown, page.caption, page.info, page.warning, page.error)
     return "\n".join(element.value for kind in kinds for element in kind)
 
 

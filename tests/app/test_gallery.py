@@ -193,7 +193,7 @@ def test_names_are_data_and_never_markup():
     app = run(pack=pack_id("odd <b>"))
     lines = [c["lines"][-1] for c in cells(app)]
     assert lines == [name.rpartition("/")[2] for name in NAMES]
-    assert all(h.value != "odd <b>" and "\\<b\\>" in h.value for h in app.header)
+    assert all(h.value != "odd <b>" and "\\<b\\>" in h.value for h in app.title)
 
 
 def test_every_method_is_a_cell_each():
@@ -251,6 +251,6 @@ def test_packs_with_problems_are_named_and_do_not_hide_the_others(root):
 def test_without_a_pack_the_first_run_is_explained(tmp_path, monkeypatch):
     monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))
     app = run()
-    assert app.header[0].value == "No pack to show yet"
+    assert app.title[0].value == "No pack to show yet"
     assert "xattn explain" in app.code[0].value
     assert not app.sidebar.selectbox

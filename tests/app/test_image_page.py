@@ -303,7 +303,7 @@ def test_an_unknown_image_leads_to_the_gallery(show, pack):
 
 def test_names_are_shown_as_text(show, pack):
     app = show(pack, image="photo-00001")
-    assert app.subheader[0].value == state.plain("<b>*bold*</b> $x$.jpg".rpartition("/")[2])
+    assert app.title[0].value == state.plain("<b>*bold*</b> $x$.jpg".rpartition("/")[2])
     assert all("<b>" not in e.proto.body for e in app.get("html"))
 
 

@@ -66,7 +66,7 @@ def open_train(**params: str) -> AppTest:
 
 
 def texts(page: AppTest) -> str:
-    kinds = ("markdown", "caption", "code", "info", "warning", "error", "subheader")
+    kinds = ("markdown", "caption", "code", "info", "warning", "error", "header", "subheader")
     return "\n".join(str(e.value) for kind in kinds for e in getattr(page, kind))
 
 
@@ -88,7 +88,7 @@ def test_the_form_has_sensible_defaults_and_starts_a_job(jobs: Jobs) -> None:
     (job,) = jobs.all()
     assert job.id == "photos-ttame" and job.spec.data == "photos" and job.spec.epochs is None
     assert page.query_params["job"] == "photos-ttame"
-    assert "photos-ttame" in page.subheader[0].value.replace("\\", "")
+    assert "photos-ttame" in page.header[0].value.replace("\\", "")
 
 
 def test_a_second_start_is_refused_in_words(jobs: Jobs) -> None:
