@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from xattn.app import models, uploads
 from xattn.app.jobs import JOBS
 from xattn.app.pictures import overlay_bytes, photo_bytes
+from xattn.app.scratch import Scratch
 from xattn.app.uploads import Problem, Upload
 from xattn.explaining import explain_batch, set_up, unique_id
 from xattn.explanation import THUMBNAIL_SIDE, Explanation, load_pack, read_manifest, save_pack
@@ -116,7 +117,7 @@ class Jobs:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
-        self._home = tempfile.TemporaryDirectory(prefix="xattn-live-", ignore_cleanup_errors=True)
+        self._home = Scratch()
 
     def start(self, request: Request, library: Library) -> Job:
         """Run ``request`` now, or after those that came before it.
@@ -173,7 +174,7 @@ class Jobs:
         started = time.perf_counter()
         status, message = "failed", ""
         try:
-            folder = Path(tempfile.mkdtemp(dir=self._home.name)) / "pack"
+            folder = Path(tempfile.mkdtemp(dir=self._home.path)) / "pack"
             message = _explain_clip(job, folder) if job.request.clip else _explain(job, folder)
             status = "done"
         except Stopped:
@@ -300,7 +301,7 @@ def save_again(job: Job) -> None:
         ValueError, OSError: it still cannot be written; the results stay in memory.
     """
     if job.unsaved and job.finished.is_set():
-        _save(job, Path(tempfile.mkdtemp(dir=jobs()._home.name)) / "pack")
+        _save(job, Path(tempfile.mkdtemp(dir=jobs()._home.path)) / "pack")
 
 
 def _model(request: Request) -> tuple[Backbone, Any]:

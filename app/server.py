@@ -6,12 +6,14 @@ import asyncio
 import errno
 import importlib.util
 import ipaddress
+import signal
 import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,11 @@ def application(
     )
 
 
+def _stop(server: Any, number: int, frame: Any) -> None:
+    """End as after Ctrl-C; uvicorn sends SIGTERM once more after its clean end."""
+    server.should_exit = True
+
+
 def _quiet(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """A browser that goes away in the middle of a response is no news."""
     if not isinstance(context.get("exception"), ConnectionError):
@@ -194,8 +201,9 @@ def serve(
     """
     import uvicorn
 
-    from xattn.app import demo_pack, main, state
+    from xattn.app import demo_pack, main, scratch, state
 
+    scratch.sweep()
     with bind(address) as listener:
         port = listener.getsockname()[1]
         state.configure(settings)
@@ -221,6 +229,10 @@ def serve(
                 timeout_graceful_shutdown=STOP_SECONDS,
             )
         )
+        # Without these a signal ends the process before it has deleted its temporary files.
+        for name in ("SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), partial(_stop, server))
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:  # uvicorn raises it again after its clean end

@@ -134,12 +134,13 @@ def test_set_password_reads_standard_input(tmp_path: Path) -> None:
     assert done.returncode == 2 and b"give 8" in done.stderr
 
 
-def test_ctrl_c_ends_it_quietly_and_the_root_need_not_exist(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_quietly_and_the_root_need_not_exist(number: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "xattn.cli", "app", str(tmp_path / "none"), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert re.match(r"xattn app: http://127\.0\.0\.1:\d+ ", process.stdout.readline())
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 0 and not out and "Traceback" not in err, err
     assert not (tmp_path / "none").exists()

@@ -1,0 +1,62 @@
+"""The folder of live results: it goes when the viewer ends, and those of viewers that were killed go, too.
+
+A viewer holds a lock on its folder, which the system takes back however the process ends.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+PREFIX, LOCK = "xattn-live-", ".lock"
+YOUNG = 60  # seconds in which a folder may not be locked yet
+
+
+class Scratch:
+    """A new folder below the system's one for temporary files, readable by its owner alone."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+        self.path = Path(self._folder.name)
+        self._lock = _locked(self.path / LOCK, create=True)
+
+
+def sweep() -> None:
+    """Delete what viewers of this user have left that were killed."""
+    if not hasattr(os, "getuid"):
+        return
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            about = folder.lstat()
+            if folder.is_symlink() or not folder.is_dir() or about.st_uid != os.getuid():
+                continue
+            if time.time() - (folder / LOCK).lstat().st_mtime < YOUNG:
+                continue
+            lock = _locked(folder / LOCK)
+            if lock is not None:
+                with lock:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(path: Path, create: bool = False) -> Any:
+    """An open file that nobody else holds; None if somebody does, or where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # not POSIX
+        return None
+    flags = os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
+    try:
+        stream = os.fdopen(os.open(path, flags, 0o600), "r+")
+    except OSError:
+        return None
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stream.close()
+        return None
+    return stream
