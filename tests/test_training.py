@@ -436,6 +436,8 @@ def test_a_signal_to_the_whole_process_group_ends_with_a_checkpoint(
                 os.kill(child.pid, number)
             time.sleep(0.1)
         os.kill(os.getpid(), number)
+        for child in children if number == signal.SIGTERM else ():
+            child.join(20)
         alive = [child.is_alive() for child in children]  # batches under way are still to come
         assert alive == [number == signal.SIGINT] * 2
 

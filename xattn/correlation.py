@@ -37,7 +37,7 @@ def ranks(values: Tensor) -> Tensor:
     non-finite rows."""
     if values.ndim < 2 or values.numel() == 0:
         raise ValueError(f"values: got shape {tuple(values.shape)}; give (B, ...)")
-    flat = values.detach().double().flatten(1)
+    flat = values.detach().double().flatten(1).contiguous()
     ordered = flat.sort(dim=1).values
     below = torch.searchsorted(ordered, flat)
     up_to = torch.searchsorted(ordered, flat, right=True)
