@@ -15,6 +15,7 @@ from typing import Any
 
 PREFIX, LOCK = "xattn-live-", ".lock"
 YOUNG = 60  # seconds in which a folder may not be locked yet
+_MINE: list[Scratch] = []
 
 
 class Scratch:
@@ -24,6 +25,13 @@ class Scratch:
         self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
         self.path = Path(self._folder.name)
         self._lock = _locked(self.path / LOCK, create=True)
+        _MINE.append(self)
+
+
+def clean() -> None:
+    """Delete the folders of this process: after SIGTERM Python does not."""
+    while _MINE:
+        _MINE.pop()._folder.cleanup()
 
 
 def sweep() -> None:

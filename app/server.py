@@ -150,7 +150,7 @@ def application(
     from streamlit.starlette import App
     from streamlit.web.bootstrap import load_config_options
 
-    from xattn.app import index, routes
+    from xattn.app import index, routes, scratch
     from xattn.app.security import Guard
     from xattn.app.upload_room import UploadRoom
 
@@ -163,7 +163,10 @@ def application(
     async def lifespan(app: Any) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_exception_handler(_quiet)
         ready()
-        yield
+        try:
+            yield
+        finally:
+            scratch.clean()
 
     room = Middleware(UploadRoom, largest=upload_mb << 20)
     return App(
@@ -175,7 +178,7 @@ def application(
 
 
 def _stop(server: Any, number: int, frame: Any) -> None:
-    """End as after Ctrl-C; uvicorn sends SIGTERM once more after its clean end."""
+    """End as after Ctrl-C."""
     server.should_exit = True
 
 
@@ -229,10 +232,8 @@ def serve(
                 timeout_graceful_shutdown=STOP_SECONDS,
             )
         )
-        # Without these a signal ends the process before it has deleted its temporary files.
-        for name in ("SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), partial(_stop, server))
+        if hasattr(signal, "SIGHUP"):  # the terminal was closed; uvicorn knows the other signals
+            signal.signal(signal.SIGHUP, partial(_stop, server))
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:  # uvicorn raises it again after its clean end

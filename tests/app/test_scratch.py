@@ -72,6 +72,13 @@ def test_ones_own_and_what_is_no_viewers_stay(temporary: Path) -> None:
     assert (temporary / f"{PREFIX}notes").is_dir()
 
 
+def test_the_end_of_the_server_deletes_its_own() -> None:
+    own = Scratch()
+    (own.path / "photo.jpg").write_bytes(b"private")
+    scratch.clean()
+    assert not own.path.exists()
+
+
 def test_a_folder_that_was_just_made_stays(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
