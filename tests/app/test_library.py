@@ -183,14 +183,14 @@ def test_provenance_names_method_protocol_and_hashes(root):
     json.dumps(found)
 
 
-def test_names_of_users_come_through_as_they_are(tmp_path):
+def test_names_of_users_come_through_as_they_are_but_for_what_would_hide_letters(tmp_path):
     name = '<img src=x onerror="alert(1)">&\u202e\U0001f600.jpg'
     folder = save_pack(
         tmp_path / "root" / "pack",
         [explanation(0, file_name=name, target_name="<b>'\"", source=picture(0))],
     )
     pack = only(tmp_path / "root")
-    assert pack.images["file_name"].tolist() == [name]
+    assert pack.images["file_name"].tolist() == [name.replace("\u202e", "\ufffd")]
     assert pack.entries["target_name"].tolist() == ["<b>'\""]
     edit(folder, lambda m: m["entries"][0].update(target_name="half \ud800 a character"))
     assert only(tmp_path / "root").entries["target_name"].tolist() == ["half ? a character"]
@@ -405,6 +405,19 @@ def test_a_view_of_absurd_size_is_refused(root, key):
     edit(root / "cats", change)
     with pytest.raises(PackError, match="more than a million pixels a side"):
         Pack(root / "cats")
+
+
+def test_an_endless_curve_is_damage(root):
+    edit(root / "cats", lambda manifest: manifest.update(shares={"deletion": [0] * 100_001}))
+    with pytest.raises(PackError, match="more than 100,000 values"):
+        Pack(root / "cats")
+
+
+def test_a_manifest_that_would_fill_the_memory_is_not_read(root):
+    with (root / "cats" / "manifest.json").open("r+b") as stream:
+        stream.truncate(300 << 20)  # a hole, which takes no space
+    (info,) = Library(root).packs()
+    assert "over the limit" in info.problem
 
 
 def test_a_changed_thumbnail_is_refused(root):

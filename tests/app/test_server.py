@@ -174,3 +174,4 @@ def test_a_page_opened_by_its_address_says_nothing_on_the_console(
         opened = open_page(f"{address}/{page}")
         opened.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]")
         assert opened.title().endswith("xattn")
+        opened.close()  # before the server goes, which the page would report
