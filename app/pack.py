@@ -36,7 +36,7 @@ from xattn.tensor_file import TensorFile
 
 __all__ = ["MetricInfo", "NoPack", "Pack", "PackError", "Recent"]
 
-MAX_MANIFEST = 1 << 30  # bytes
+MAX_MANIFEST = 256 << 20  # bytes; 200,000 maps, and reading takes up to 30 times as many
 MAX_THUMBNAIL = 32 << 20  # bytes
 MAX_PIXELS = 4_000_000  # of a thumbnail; xattn writes at most 512 x 512
 RECENT_MAPS = 64 << 20  # bytes of maps that are kept

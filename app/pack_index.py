@@ -23,6 +23,7 @@ from xattn.images import View
 MAX_NAME = 400  # characters of an id
 MAX_SIDE = 1_000_000  # of a photo or map, in pixels
 MAX_CLASS = 1 << 31
+MAX_CURVE = 100_000  # values
 _COLUMNS: dict[str, set[type]] = {  # of entries, and what a value may be
     "id": {str},
     "image_id": {str},
@@ -229,6 +230,8 @@ def _curves(given: dict[str, Any]) -> dict[str, array[float]]:
     try:
         if not all(type(values) is list for values in given.values()):
             raise TypeError
+        if any(len(values) > MAX_CURVE for values in given.values()):
+            raise damaged(f"a curve has more than {MAX_CURVE:,} values")
         return {name: array("d", values) for name, values in given.items()}
     except (TypeError, OverflowError):
         raise damaged("an entry's curves are no numbers") from None

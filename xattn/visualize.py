@@ -248,6 +248,8 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """``text`` on one line, cut to ``width`` pixels; Pillow cannot lay out line breaks of a name."""
+    text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -108,6 +108,15 @@ def test_the_svg_is_one_file_whose_text_is_text(pack):
     assert "blue against it" in written, "one of the maps is signed and has its own legend"
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\x1c", "\x85", "\u2029"])
+def test_a_name_of_two_lines_is_drawn_on_one(tmp_path, end):
+    """Pillow's layout refuses line breaks, which a file name may have."""
+    name = f"two{end}lines.jpg"
+    save_pack(tmp_path / "pack", [explanation(0, "gradcam", source=picture(0), file_name=name)])
+    pack = Library(tmp_path).open(Library(tmp_path).packs()[0].id)
+    assert export.figure(pack, list(pack.entries.index), "png").startswith(b"\x89PNG")
+
+
 def test_a_figure_shows_the_maps_as_they_are_looked_at(pack):
     first, second = pack.entries.index[:2]
     plain, contrast = (
