@@ -122,7 +122,7 @@ class Jobs:
         folder = self._folder(job_id)
         try:
             if not folder.is_dir():
-                raise JobError(f"There is no job {job_id}; choose one of the list")
+                raise JobError("There is no such job; choose one of the list")
             record = self._read(folder / JOB)
             spec = _spec(record["spec"])
             created = _time(record["created"])
