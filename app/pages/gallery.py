@@ -326,6 +326,8 @@ def _cell(
     for key in dict.fromkeys(
         (view.sort, view.measure if view.low is not None or view.high is not None else "")
     ):
+        if key == "confidence" and row["measure:confidence"] == row["probability"]:
+            continue  # it stands there already
         if key in choices.measures and key != "probability":
             lines.append(f"{choices.measures[key].name}: {_figure(key, row[f'measure:{key}'])}")
     if view.show == "photo":

@@ -254,7 +254,7 @@ def _maps(pack: Pack, shown: Shown) -> None:
         cells,
         "maps",
         label="Photo and maps",
-        columns=3 if len(cells) <= 6 else 4,
+        columns=4 if len(cells) == 4 or len(cells) > 6 else 3,  # no lone one in a row
         width=WIDTH,
         aspect=aspect(pack, shown),
         on_open=lambda: _focus(shown.ids),

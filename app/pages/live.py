@@ -514,4 +514,5 @@ def _film_of(pack: Pack) -> None:
         label=f"Frame of {pack.name}",
         on_rest=rest,
     )
+    st.html(legends_html(legends(pack, pack.entries.index[:1], Look())))
     st.caption("Space plays and pauses; the arrow keys go from frame to frame.")

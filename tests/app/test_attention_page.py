@@ -101,7 +101,7 @@ def shown(**params: str) -> AppTest:
 
 def words(app: AppTest) -> str:
     """All text of the page, that of ``st.html`` included, without the escapes of Markdown."""
-    kinds = (app.markdown, app.caption, app.header, app.subheader, app.info, app.warning)
+    kinds = (app.markdown, app.caption, app.title, app.header, app.subheader, app.info, app.warning)
     found = [e.value for kind in kinds for e in kind] + [e.proto.body for e in app.get("html")]
     return " ".join(found).replace("\\", "")
 
@@ -195,7 +195,7 @@ def test_a_click_counts_although_the_browser_sent_an_older_address(pack):
 @pytest.mark.parametrize(
     "name, value, says",
     [
-        ("layer", "99", "There is no layer '99'; this model has layers 0 to 5"),
+        ("layer", "99", "There is no layer '99'; this network has layers 0 to 5"),
         ("layer", "-1", "There is no layer '-1'"),
         ("depth", "x", "There is no depth 'x'"),
         ("head", "2", "There is no head '2'; this layer has heads 0 to 1"),
