@@ -8,6 +8,7 @@ import gc
 import html
 import importlib
 import shlex
+import sys
 from collections.abc import Mapping
 from functools import partial
 from types import ModuleType
@@ -32,6 +33,7 @@ PAGES = {
     "compare": ("Compare", False),
     "train": ("Train", False),
 }
+PACKAGE = "xattn.app.pages"  # of the pages' modules
 LISTED = 20  # packs under a message
 
 
@@ -67,7 +69,7 @@ def _module(name: str) -> ModuleType:
     up the pictures of the page by a fifth of a second. What is there now stays for good: it is left
     out from here on.
     """
-    found = importlib.import_module(f"xattn.app.pages.{name}")
+    found = importlib.import_module(f"{PACKAGE}.{name}")
     gc.collect()
     gc.freeze()
     return found
@@ -80,8 +82,9 @@ def _run(name: str) -> None:
         if context.pack is None and PAGES[name][1]:
             _welcome(context.library)
         else:
+            known = f"{PACKAGE}.{name}" in sys.modules
             # The first time, some pages take seconds to import.
-            with st.spinner("Opening the page"):
+            with contextlib.nullcontext() if known else st.spinner("Opening the page"):
                 module = _module(name)
             module.page(context)
     except (PackError, ValueError) as error:
