@@ -6,6 +6,7 @@ A picture is a pure function of a pack's version, an entry and a :class:`Look`; 
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -223,6 +224,11 @@ def jpeg(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=QUALITY, subsampling=0)
     return stream.getvalue()
+
+
+def data_uri(data: bytes) -> str:
+    """A JPEG as an address that needs no request: for a picture that has to be there at once."""
+    return f"data:image/jpeg;base64,{base64.b64encode(data).decode('ascii')}"
 
 
 _CACHE = Recent(CACHE_BYTES)

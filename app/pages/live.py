@@ -12,7 +12,15 @@ from xattn.app.components import film as film_component
 from xattn.app.components import grid
 from xattn.app.explaining import SIDE, Job, Request
 from xattn.app.models import ModelError
-from xattn.app.pictures import Look, legends, overlay_url, photo_url
+from xattn.app.pictures import (
+    Look,
+    data_uri,
+    legends,
+    overlay_bytes,
+    overlay_url,
+    photo_bytes,
+    photo_url,
+)
 from xattn.app.state import Context, plain
 from xattn.contact_sheet import legends_html
 
@@ -442,15 +450,20 @@ def _keep(context: Context, job: Job, name: str) -> None:
 
 
 def _pictures(pack: Pack) -> None:
-    """Photo by photo: the photo, then its maps."""
+    """Photo by photo: the photo, then its maps; those of the first, which the job has drawn, come with
+    the page."""
     st.html(legends_html(legends(pack, list(pack.entries.index), Look(side=SIDE))))
     groups = dict(list(pack.entries.groupby("image_id", sort=False)))
     for number, image_id in enumerate(pack.images.index):
         name = pack.images.at[image_id, "file_name"] or image_id
+        few = len(groups[image_id]) < FEW  # as wide as the page, in one row
+        inline = few and number == 0
         cells: list[dict[str, Any]] = [
             {
                 "id": f"{pack.id}/{image_id}",  # of the photo itself, and of this run
-                "src": photo_url(pack, image_id, SIDE),
+                "src": data_uri(photo_bytes(pack, image_id, SIDE))
+                if inline
+                else photo_url(pack, image_id, SIDE),
                 "alt": f"Photo {name}",
                 "title": name,
                 "href": state.link("image", pack=pack.id, image=image_id),
@@ -461,14 +474,15 @@ def _pictures(pack: Pack) -> None:
             cells.append(
                 {
                     "id": entry_id,
-                    "src": overlay_url(pack, entry_id, side=SIDE),
+                    "src": data_uri(overlay_bytes(pack, entry_id, side=SIDE))
+                    if inline
+                    else overlay_url(pack, entry_id, side=SIDE),
                     "alt": f"Map by {row['method']} of {target} on {name}",
                     "title": target,
                     "lines": [f"{row['probability']:.1%} · {row['method']}"],
                     "href": state.link("image", pack=pack.id, image=image_id),
                 }
             )
-        few = len(cells) <= FEW  # as wide as the page, in one row
         with st.container(key=f"{'few' if few else 'many'}-{number}"):
             opened = grid(
                 cells,
