@@ -604,6 +604,9 @@ for name in ("at", "iat"):
     found[name] = [p.grad.clone() for p in head.parameters()]
 if rank == 0:
     torch.save(found, sys.argv[1])
+if count > 1:  # a process that leaves while another still talks to it aborts
+    accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()
 """
 
 

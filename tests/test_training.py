@@ -387,7 +387,11 @@ class Deadly(Files):
 
 
 @pytest.mark.parametrize(
-    ("how", "reason"), [("exception", "a bug in the decoder"), ("exit", "exited unexpectedly")]
+    ("how", "reason"),
+    [
+        ("exception", "a bug in the decoder"),
+        ("exit", "(exited unexpectedly|Connection reset by peer)"),  # whichever torch meets first
+    ],
 )
 def test_loader_processes_that_always_die_end_the_run_with_a_checkpoint(
     tmp_path, backbone, impatient, how, reason

@@ -175,56 +175,71 @@ def load_batches(
         ChildProcessError: the loader processes die again and again.
     """
     done = failures = 0
-    while done < len(keys):
-        try:
-            # After a failure no batch waits behind another one: less memory, and what kills a
-            # process cannot take a finished batch with it.
-            batches = _batches(loader(images, keys[done:], workers, prefetch=1 if failures else 2))
-            with contextlib.closing(batches):
-                for batch in batches:
-                    yield batch
-                    done, failures = done + 1, 0
-        except Exception as error:
-            if not workers:
-                raise
-            traceback.clear_frames(error.__traceback__)  # or the old loader would live on
-            reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
-            if failures >= RESTARTS or stopped():
-                raise ChildProcessError(
-                    f"workers: loader processes died {failures + 1} times at the same batch "
-                    f"({reason}); free memory or lower workers from {workers}, then resume"
-                ) from error
-            failures += 1
-            warnings.warn(
-                f"workers: a loader process died ({reason}); new ones go on from the same batch, "
-                f"nothing is lost",
-                stacklevel=2,
-            )
+    with _Quietly() as quietly:
+        while done < len(keys):
+            try:
+                # After a failure no batch waits behind another one: less memory, and what kills a
+                # process cannot take a finished batch with it.
+                batches = _batches(
+                    loader(images, keys[done:], workers, prefetch=1 if failures else 2), quietly
+                )
+                with contextlib.closing(batches):
+                    for batch in batches:
+                        yield batch
+                        done, failures = done + 1, 0
+            except Exception as error:
+                if not workers:
+                    raise
+                traceback.clear_frames(error.__traceback__)  # or the old loader would live on
+                reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
+                if failures >= RESTARTS or stopped():
+                    raise ChildProcessError(
+                        f"workers: loader processes died {failures + 1} times at the same batch "
+                        f"({reason}); free memory or lower workers from {workers}, then resume"
+                    ) from error
+                failures += 1
+                warnings.warn(
+                    f"workers: a loader process died ({reason}); new ones go on from the same batch, "
+                    f"nothing is lost",
+                    stacklevel=2,
+                )
 
 
-def _batches(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
-    """One loader; the death of a worker is an error of the batch that waits for it.
-
-    torch raises it from a SIGCHLD handler too, that is, in the middle of any statement of the main
-    thread: an optimizer step could be left half done.
-    """
+def _batches(loader: DataLoader[Batch], quietly: _Quietly) -> Generator[Batch, None, None]:
+    """One loader; the death of a worker is an error of the batch that waits for it."""
     batches = iter(loader)
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    guard = (
-        loader.num_workers > 0
-        and callable(handler)
-        and threading.current_thread() is threading.main_thread()
-    )
-
-    def quietly(number: int, frame: Any) -> None:
-        with contextlib.suppress(RuntimeError):
-            handler(number, frame)  # type: ignore[operator,misc]
-
-    if guard:
-        signal.signal(signal.SIGCHLD, quietly)
+    if loader.num_workers:
+        quietly.begin()
     try:
         yield from batches
     finally:
-        del batches  # its workers end while the handler is still quiet
-        if guard:
-            signal.signal(signal.SIGCHLD, handler)
+        del batches
+
+
+class _Quietly:
+    """torch's handler of SIGCHLD without its error, from ``begin`` to the end of the block.
+
+    torch raises the death of a worker from that handler, too, that is, in the middle of any
+    statement of the main thread: an optimizer step could be left half done. Old workers end late, so
+    the block holds all loaders, one after the other.
+    """
+
+    def __enter__(self) -> _Quietly:
+        self._handler: Any = None
+        return self
+
+    def begin(self) -> None:
+        """Once a loader has set the handler."""
+        handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+        main = threading.current_thread() is threading.main_thread()
+        if self._handler is None and callable(handler) and main:
+            self._handler = handler
+            signal.signal(signal.SIGCHLD, self._call)
+
+    def _call(self, number: int, frame: Any) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._handler(number, frame)
+
+    def __exit__(self, *_: object) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGCHLD, self._handler)
