@@ -37,18 +37,22 @@ function picture(cell, kept) {
   return frame;
 }
 
+// The link of a cell stays where it is: between press and release of a button it must not be replaced,
+// or the browser knows of no click on it.
 function build(cell, before) {
-  const link = element("a", "cell");
+  const at = before.findIndex((old) => old.dataset.id === cell.id);
+  const [kept] = at < 0 ? [] : before.splice(at, 1);
+  const link = kept ?? element("a", "cell");
   link.href = cell.href || "#";
   link.dataset.id = cell.id;
   if (cell.selected) link.setAttribute("aria-current", "true");
+  else link.removeAttribute("aria-current");
   const text = element("span", "text");
   text.append(element("span", "title", cell.title));
   for (const line of cell.lines || []) text.append(element("span", "line", line));
-  const kept = before.find((old) => old.dataset.id === cell.id && old.querySelector("img"));
-  const frame = picture(cell, kept?.querySelector(".frame"));
+  const frame = picture(cell, kept?.querySelector("img") ? kept.querySelector(".frame") : undefined);
   if (cell.badge) frame.append(element("span", `badge ${cell.badge.kind || "plain"}`, cell.badge.text));
-  link.append(frame, text);
+  link.replaceChildren(frame, text);
   link.title = cell.title;
   return link;
 }
@@ -132,7 +136,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
   if (data.width) root.style.setProperty("--cell", `max(${data.width}px, ${part})`);
   const cells = data.cells.map((cell) => build(cell, before));
   cells.forEach((cell, i) => (cell.tabIndex = i === 0 ? 0 : -1));
-  root.replaceChildren(...cells);
+  if (cells.length !== root.children.length || cells.some((cell, i) => cell !== root.children[i]))
+    root.replaceChildren(...cells);
   if (!cells.length) return;
   const same = inside && cells.findIndex((cell) => cell.dataset.id === inside.dataset.id);
   if (state.arriving) focus(cells, state.arriving === "last" ? cells.length - 1 : 0);
