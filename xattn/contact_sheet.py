@@ -20,6 +20,7 @@ from xattn.visualize import (
     Legend,
     _font,
     _shorten,
+    _wrap,
     colour_bar,
     gradient,
     overlay,
@@ -308,9 +309,7 @@ def _lay_out(
     for legend in legends:
         y = _lay_legend(items, legend, gap, y, min(side, width // 3), text, width - gap)
     for note in notes:
-        for part in _wrap(note, small, width - 2 * gap):
-            items.append(_Line(gap, y, part, small, soft=True))
-            y += round(text * 1.4)
+        y = _lay_words(items, note, gap, y, text, width - 2 * gap)
     return _Sheet((width, y + round(text * 0.9)), items)
 
 
@@ -336,23 +335,19 @@ def _lay_legend(
     if font.getlength(legend.text) > right - x:  # below the bar, over the whole width
         x = left
         y += round(text * 1.4)
-    for part in _wrap(legend.text, small, right - x):
-        items.append(_Line(x, y, part, small, soft=True))
+    return _lay_words(items, legend.text, x, y, text, right - x) + round(text * 0.2)
+
+
+def _lay_words(
+    items: list[_Line | _Picture], words: str, x: float, y: int, text: int, width: float
+) -> int:
+    """Lines of at most ``width`` pixels, in which a longer word is cut; returns the y below them."""
+    small = round(text * 0.9)
+    font = _font(small)
+    for line in _wrap(words, font, width):
+        items.append(_Line(x, y, _shorten(line, font, width), small, soft=True))
         y += round(text * 1.4)
-    return y + round(text * 0.2)
-
-
-def _wrap(text: str, size: int, width: float) -> list[str]:
-    """Words in lines of at most ``width`` pixels; a longer word is cut."""
-    font = _font(size)
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(_shorten(word, font, width))
-    return lines
+    return y
 
 
 def contact_sheet_image(

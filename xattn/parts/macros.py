@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from xattn.files import atomic_folder, write_json
 from xattn.images import MAX_PIXELS
 from xattn.sources import Data, open_photos
+from xattn.visualize import _wrap
 
 BOXES = "boxes.json"
 SMALLEST = 48  # pixels; below, no letter would be legible
@@ -87,17 +88,6 @@ class _Pen:
         mask = Image.new("L", self.image.size)
         ImageDraw.Draw(mask).rectangle(box, fill=opacity)
         return mask
-
-
-def _wrap(text: str, font: Any, width: float) -> list[str]:
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
 
 
 def _fitted(text: str, name: str, size: float, width: float, lines: int) -> tuple[Any, list[str]]:
