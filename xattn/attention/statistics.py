@@ -87,9 +87,9 @@ def statistics(
     entropy = received = distance = count = torch.zeros((), dtype=torch.float64)
     for index in queries.split(size):
         rows = operator.rows(index.to(operator.device)).cpu().double()
-        entropy = entropy + row_entropy(rows).sum(-1)
-        total = rows.sum(-1, keepdim=True)
-        received = received + torch.where(total > 0, rows / total, 0.0).sum(-2)
+        p = _shares(rows)
+        entropy = entropy + _entropy(p).sum(-1)
+        received = received + p.sum(-2)
         away = row_distance(rows, index, grid, prefix)
         distance = distance + away.nan_to_num(0.0).sum(-1)
         count = count + (~away.isnan()).sum(-1)
@@ -103,10 +103,18 @@ def row_entropy(rows: Tensor) -> Tensor:
     Raises:
         ValueError: negative entries.
     """
+    return _entropy(_shares(rows))
+
+
+def _shares(rows: Tensor) -> Tensor:
+    """p of rows of A, each of sum 1; a row of zeros stays one."""
     if (rows < 0).any():
         raise ValueError("rows: got negative entries; entropy needs weights of at least 0")
     total = rows.sum(-1, keepdim=True)
-    p = torch.where(total > 0, rows / total, 0.0)
+    return torch.where(total > 0, rows / total, 0.0)
+
+
+def _entropy(p: Tensor) -> Tensor:
     return -torch.special.xlogy(p, p).sum(-1)
 
 
