@@ -134,8 +134,11 @@ class Explainer(ABC):
         with torch.no_grad():
             logits = self.backbone.logits(images)
         classes = self._chosen(choose, logits)
-        maps = [self._attribute(images, column) for column in classes.unbind(1)]
-        return logits, classes, torch.cat(maps, 1)
+        return logits, classes, self._class_maps(images, classes)
+
+    def _class_maps(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Maps (b, M, h, w) of the classes (b, M) for images (b, 3, H, W)."""
+        return torch.cat([self._attribute(images, column) for column in classes.unbind(1)], 1)
 
     def _chosen(self, choose: Choose, logits: Tensor) -> Tensor:
         classes = choose(logits)
@@ -175,16 +178,10 @@ class ImageByImage(Explainer):
         """Maps (M, h, w) float64 of the classes (M,) for one image (3, H, W)."""
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        return self._maps(images, target[:, None])
-
-    def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad():
-            logits = self.backbone.logits(images)
-        classes = self._chosen(choose, logits)
-        return logits, classes, self._maps(images, classes)
+        return self._class_maps(images, target[:, None])
 
     @torch.no_grad()
-    def _maps(self, images: Tensor, classes: Tensor) -> Tensor:
+    def _class_maps(self, images: Tensor, classes: Tensor) -> Tensor:
         # A half-precision map would round small differences away.
         dtype = torch.promote_types(images.dtype, torch.float32)
         maps = [self._explain(x, c).to(dtype) for x, c in zip(images, classes, strict=True)]
