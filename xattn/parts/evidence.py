@@ -26,6 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from xattn.files import file_sha256
+
 Region: TypeAlias = Sequence[Any]  # [x0, y0, x1, y1] or [[x, y], ...]
 Found: TypeAlias = "Sequence[Region] | NDArray[np.bool_]"
 Source: TypeAlias = Callable[[str, Image.Image], Found]
@@ -333,8 +335,7 @@ class DetectorText:
                 f"evidence: OpenCV cannot read {path} ({_reason(error)}); give an ONNX file"
             ) from None
         self.model.setInputParams(1 / 255, (side, side), _DB_MEAN)
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        self.description = f"onnx {digest} {side}"
+        self.description = f"onnx {file_sha256(self.path)} {side}"
 
     def __call__(self, name: str, image: Image.Image) -> list[Region]:
         import cv2
