@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 
 from xattn.visualize import (
     MINMAX,
+    SEQUENTIAL,
     Legend,
     _font,
     _shorten,
@@ -53,7 +54,7 @@ def sheet_rows(
     explanations: Sequence[Explanation],
     max_side: int = 480,
     opacity: float = 0.55,
-    cmap: str = "inferno",
+    cmap: str = SEQUENTIAL,
     draw: Callable[[Explanation, Image.Image], Image.Image] | None = None,
 ) -> list[Row]:
     """Group explanations by photo, in order of appearance: the photo first, then its overlays.
@@ -99,7 +100,7 @@ def contact_sheet_html(
     table: Sequence[Sequence[object]] | None = None,
     table_title: str = "",
     notes: Sequence[str] = (),
-    cmap: str = "inferno",
+    cmap: str = SEQUENTIAL,
     legends: Sequence[Legend] | None = None,
 ) -> str:
     """One HTML page with everything inside it: images, colours, light and dark.
@@ -355,7 +356,7 @@ def contact_sheet_image(
     title: str = "",
     side: int = 240,
     dark: bool = False,
-    cmap: str = "inferno",
+    cmap: str = SEQUENTIAL,
     legends: Sequence[Legend] | None = None,
     notes: Sequence[str] = (),
 ) -> Image.Image:
@@ -385,7 +386,7 @@ def contact_sheet_svg(
     rows: Sequence[Row] | Sequence[Explanation],
     title: str = "",
     side: int = 240,
-    cmap: str = "inferno",
+    cmap: str = SEQUENTIAL,
     legends: Sequence[Legend] | None = None,
     notes: Sequence[str] = (),
 ) -> str:

@@ -55,7 +55,7 @@ def _diverging() -> NDArray[np.uint8]:
     return np.rint(lab2rgb(lab) * 255).astype(np.uint8)
 
 
-def colorize(values: NDArray[Any], cmap: str = "inferno") -> NDArray[np.uint8]:
+def colorize(values: NDArray[Any], cmap: str = SEQUENTIAL) -> NDArray[np.uint8]:
     """Values (..., H, W) in [0, 1] as colours (..., H, W, 3), uint8; NaN becomes black."""
     colours = _lut(cmap)[_index(values)]
     colours[np.isnan(values)] = 0
@@ -124,7 +124,7 @@ def _frame(inside: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
     return inside & ~core
 
 
-def colour_bar(width: int = 256, height: int = 16, cmap: str = "inferno") -> Image.Image:
+def colour_bar(width: int = 256, height: int = 16, cmap: str = SEQUENTIAL) -> Image.Image:
     """The legend: colours from 0 (left) to 1 (right)."""
     row = colorize(np.linspace(0, 1, width)[None], cmap)
     return Image.fromarray(np.repeat(row, height, axis=0))
