@@ -71,12 +71,9 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 def check(name: str, value: Any, hint: Any) -> None:
     """Raise a ``ValueError`` that names ``name`` unless the annotation ``hint`` allows ``value``."""
     if not _allows(hint, value):
-        text = _texts(hint)
-        note = (
-            ""
-            if text or not isinstance(value, str)
-            else (" (options written as name=value are JSON: true, false, null, 4, 0.5)")
-        )
+        note = ""
+        if isinstance(value, str) and not _texts(hint):
+            note = " (options written as name=value are JSON: true, false, null, 4, 0.5)"
         raise ValueError(f"{name}: got {reprlib.repr(value)}; give {_words(hint)}{note}")
 
 
@@ -136,9 +133,10 @@ def _words_one(hint: Any) -> str:
         bool: "True or False",
         int: "an int",
         float: "a finite number (float32)",
+        str: "a str",
         NoneType: "None",
     }
-    return names.get(hint, "a str" if hint is str else str(hint))
+    return names.get(hint, str(hint))
 
 
 def _texts(hint: Any) -> bool:
