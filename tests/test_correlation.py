@@ -7,11 +7,19 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from xattn.correlation import GRID, disagreement, spearman
+from xattn.correlation import GRID, disagreement, pearson, spearman
 
 
 def maps(n, shape=(GRID, GRID), seed=0):
     return np.random.default_rng(seed).normal(size=(n, *shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [9, 50])
+def test_pearson_is_numpys_and_nan_for_a_constant(n, dtype):
+    a, b = torch.randn(2, n, generator=torch.Generator().manual_seed(0), dtype=dtype).unbind()
+    assert float(pearson(a[None], b[None])) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert np.isnan(float(pearson(a[None], torch.ones(1, n, dtype=dtype))))
 
 
 def test_spearman_is_scipys_with_ties():

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from xattn.backbone import Taps
 from xattn.config import ProbeConfig
+from xattn.correlation import pearson
 from xattn.eval.bootstrap import mean_interval, paired_difference
-from xattn.eval.similarity import pearson
 from xattn.eval.studies.config import ImageStudyConfig
 from xattn.files import atomic_file, check_folder, file_sha256, write_json
 from xattn.heads import AttentiveHead, Tokens, head_class

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xattn.eval.similarity import pearson
+from xattn.correlation import pearson
 from xattn.eval.studies import sst
 from xattn.eval.studies.config import TextStudyConfig
 from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad

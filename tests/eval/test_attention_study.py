@@ -12,7 +12,6 @@ import torch
 
 from xattn.cli import main
 from xattn.eval.bootstrap import t_interval
-from xattn.eval.similarity import pearson
 from xattn.eval.studies import attention_text, sst
 from xattn.eval.studies.attention_text import Run
 from xattn.eval.studies.config import TextStudyConfig
@@ -94,10 +93,6 @@ def test_figures_are_their_definitions():
     predicted, labels = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 1, 0, 1])
     assert attention_text.f1(predicted, labels) == pytest.approx(2 / 3)
     assert attention_text.f1(np.zeros(3), np.zeros(3)) == 0
-    a, b = np.random.default_rng(0).random((2, 9))
-    rows = [torch.from_numpy(v)[None] for v in (a, b, np.ones(9))]
-    assert float(pearson(*rows[:2])) == pytest.approx(np.corrcoef(a, b)[0, 1])
-    assert np.isnan(float(pearson(rows[0], rows[2])))
     scores, positive = np.array([0.9, 0.1, 0.5, 0.2]), np.array([True, False, False, True])
     assert attention_text.average_precision(scores, positive) == pytest.approx((1 + 2 / 3) / 2)
     assert attention_text.top_precision(scores, positive) == 0.5
