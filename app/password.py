@@ -10,7 +10,6 @@ import os
 import secrets
 import stat
 import sys
-import tempfile
 import threading
 import time
 import unicodedata
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xattn.files import output_error
+from xattn.files import write_json
 
 SHORTEST, LONGEST = 8, 1024  # characters; the longest bounds the work of one try
 SCRYPT = {"n": 1 << 15, "r": 8, "p": 3}  # 32 MiB and about 0.2 s a try
@@ -83,20 +82,7 @@ def write_password(path: Path, password: str) -> None:
         "hash": _hash(password, salt).hex(),
         "key": secrets.token_hex(32),
     }
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(record, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise output_error("set_password", path, error) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    write_json(path, record, "set_password", mode=0o600)
 
 
 def read_password(path: Path) -> Password:

@@ -26,8 +26,11 @@ def output_error(argument: str, path: str | Path, error: OSError) -> OSError:
 
 
 @contextmanager
-def atomic_file(path: str | Path, argument: str = "output") -> Iterator[Path]:
-    """Yield a temporary sibling of ``path``; it takes the name of ``path`` when the block ends."""
+def atomic_file(path: str | Path, argument: str = "output", mode: int = 0o644) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path``; it takes the name of ``path`` when the block ends.
+
+    Only its owner can read it until then, when it gets ``mode``.
+    """
     path = Path(path)
     temporary: Path | None = None
     try:
@@ -39,7 +42,7 @@ def atomic_file(path: str | Path, argument: str = "output") -> Iterator[Path]:
         temporary = Path(name)
         yield temporary
         _sync(temporary)
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except OSError as error:
         raise output_error(argument, path, error) from error
@@ -123,9 +126,9 @@ def check_folder(path: str | Path, argument: str = "output") -> None:
         raise output_error(argument, path, error) from error
 
 
-def write_json(path: str | Path, value: Any, argument: str = "output") -> None:
+def write_json(path: str | Path, value: Any, argument: str = "output", mode: int = 0o644) -> None:
     """Write ``value`` as indented JSON, atomically."""
-    with atomic_file(path, argument) as temporary:
+    with atomic_file(path, argument, mode) as temporary:
         temporary.write_text(
             json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
