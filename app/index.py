@@ -48,6 +48,11 @@ def page() -> str:
     return html.replace("<title>Streamlit</title>", _HEAD)
 
 
+def source(text: str) -> str:
+    """What a content security policy calls an inline script or style, by its hash."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
 @functools.cache
 def policy() -> str:
     """The content security policy of pages: nothing is loaded from or sent to another server.
@@ -56,10 +61,7 @@ def policy() -> str:
     as blobs. Streamlit's styles are inline ones.
     """
     scripts = re.findall(r"<script>(.*?)</script>", _streamlit() + page(), flags=re.DOTALL)
-    hashes = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-        for script in dict.fromkeys(scripts)
-    )
+    hashes = " ".join(map(source, dict.fromkeys(scripts)))
     return (
         f"default-src 'self'; script-src 'self' blob: {hashes}; "
         "style-src 'self' 'unsafe-inline' blob:; img-src 'self' data: blob:; "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
 import ipaddress
 import threading
@@ -13,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import quote, urlsplit
 
+from xattn.app.index import source
 from xattn.app.theme import DARK, FONT, LIGHT
 
 LOGIN, LOGOUT = "/xattn/login", "/xattn/logout"
@@ -142,7 +141,10 @@ a {{ color: inherit; }}
 .after {{ margin: 1.25rem 0 0; }}
 .wrong {{ color: var(--wrong); margin: .5rem 0 0; font-size: .9375rem; }}
 """
-STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+POLICY = (
+    f"default-src 'none'; style-src {source(_STYLE)}; img-src data:; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'"
+)
 
 
 def _page(title: str, body: str, head: str = "") -> str:

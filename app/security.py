@@ -30,7 +30,7 @@ from xattn.app.index import policy
 from xattn.app.login import (
     LOGIN,
     LOGOUT,
-    STYLE_HASH,
+    POLICY,
     Throttle,
     again_page,
     login_page,
@@ -51,10 +51,6 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=(), payment=(), usb=()",
 }
-LOGIN_POLICY = (
-    f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; img-src data:; base-uri 'none'; "
-    "form-action 'self'; frame-ancestors 'none'"
-)
 
 
 class Guard:
@@ -118,11 +114,10 @@ class Guard:
                 "a proxy uses it."
             )
         origin = headers.get("origin")
-        if origin is not None and _netloc(origin) != hosts[0].lower():
-            return "Requests from pages of other sites are refused."
+        foreign = origin is not None and _netloc(origin) != hosts[0].lower()
         changes = scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD", "OPTIONS")
         site = headers.get("sec-fetch-site", "none")
-        if changes and site not in ("none", "same-origin"):
+        if foreign or (changes and site not in ("none", "same-origin")):
             return "Requests from pages of other sites are refused."
         return None
 
@@ -158,7 +153,7 @@ class Guard:
                 return _private(RedirectResponse(target, 303))
             return _private(HTMLResponse(login_page(target)))
         if scope["method"] != "POST":
-            return _private(PlainTextResponse("GET or POST.", 405, {"Allow": "GET, HEAD, POST"}))
+            return _no_method()
         form = await _form(receive)
         if form is None:
             return _private(PlainTextResponse("That is more than a password.", 413))
@@ -180,7 +175,7 @@ class Guard:
         if scope["method"] in ("GET", "HEAD"):
             return _private(HTMLResponse(logout_page()))
         if scope["method"] != "POST":
-            return _private(PlainTextResponse("GET or POST.", 405, {"Allow": "GET, HEAD, POST"}))
+            return _no_method()
         now = time.time()
         self._ended = {name: end for name, end in self._ended.items() if end > now}
         self._ended[session[0]] = session[1]
@@ -245,8 +240,12 @@ def _with_headers(send: Send) -> Send:
 
 def _private(response: Response) -> Response:
     response.headers["Cache-Control"] = "no-store"
-    response.headers["Content-Security-Policy"] = LOGIN_POLICY
+    response.headers["Content-Security-Policy"] = POLICY
     return response
+
+
+def _no_method() -> Response:
+    return _private(PlainTextResponse("GET or POST.", 405, {"Allow": "GET, HEAD, POST"}))
 
 
 async def _answer(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
