@@ -120,18 +120,16 @@ class Jobs:
     def get(self, job_id: str) -> Job:
         """A job by its id."""
         folder = self._folder(job_id)
+        if not folder.is_dir():
+            raise JobError("There is no such job; choose one of the list")
         try:
-            if not folder.is_dir():
-                raise JobError("There is no such job; choose one of the list")
             record = self._read(folder / JOB)
             spec = _spec(record["spec"])
             created = _time(record["created"])
             process, end = self._read(folder / PROCESS), self._read(folder / EXIT)
             started = _time(process.get("started", created))
             ended = _time(end["time"]) if "time" in end else None
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, JobError):
-                raise
+        except (ValueError, KeyError, TypeError):
             raise JobError(f"The record of job {job_id} is damaged; start another job") from None
         state: State
         code = end.get("code") if isinstance(end.get("code"), int) else None
@@ -154,14 +152,9 @@ class Jobs:
             message=self._message(folder) if state in ("failed", "killed") else "",
         )
 
-    def command(self, job_id: str, resume: bool = False) -> str:
-        """The same job on the command line, to be copied."""
-        spec = self.get(job_id).spec
-        return self.preview(spec, job_id, resume)
-
-    def preview(self, spec: Spec, name: str, resume: bool = False) -> str:
-        """The command line of a job that does not exist yet."""
-        return shlex.join(["xattn", *self._arguments(spec, name, resume)])
+    def preview(self, spec: Spec, name: str) -> str:
+        """The command line of a job, which need not exist yet, to be copied."""
+        return shlex.join(["xattn", *self._arguments(spec, name, False)])
 
     def free_name(self, wanted: str) -> str:
         """``wanted`` as a name that no job or folder of the root has."""
@@ -246,9 +239,9 @@ class Jobs:
 
     def losses(self, job_id: str) -> dict[str, list[dict[str, float]]]:
         """The log of each head that is trained, a record a step: ``step``, ``epoch`` and the losses."""
-        output = self.get(job_id).output
-        spec = self.get(job_id).spec
-        places = {"": output} if spec.kind == "train" else {h: output / h for h in spec.heads}
+        job = self.get(job_id)
+        heads = ("",) if job.spec.kind == "train" else job.spec.heads
+        places = {head: job.output / head for head in heads}
         return {name: self._records(folder / "log.jsonl") for name, folder in places.items()}
 
     def settings(self, job_id: str) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def page(context: Context) -> None:
             on_change=_choose,
         )
     if chosen in known:
-        _job(jobs, chosen, context)
+        _job(jobs, known[chosen], context)
     else:
         _form(jobs, next((job for job in known.values() if job.alive), None))
 
@@ -258,9 +258,9 @@ def _command(jobs: Jobs, spec: Spec, name: str) -> None:
 # ---------------------------------------------------------------------- a job
 
 
-def _job(jobs: Jobs, job_id: str, context: Context) -> None:
-    every = EVERY if jobs.get(job_id).alive else None
-    st.fragment(_follow, run_every=every)(jobs, job_id, context, every is not None)
+def _job(jobs: Jobs, job: Job, context: Context) -> None:
+    every = EVERY if job.alive else None
+    st.fragment(_follow, run_every=every)(jobs, job.id, context, job.alive)
 
 
 def _follow(jobs: Jobs, job_id: str, context: Context, was_alive: bool) -> None:
@@ -282,22 +282,24 @@ def _show(jobs: Jobs, job: Job, context: Context) -> None:
     bar.badge(STATES[job.state], color="red" if job.state in ("failed", "killed") else "gray")
     bar.space("stretch")
     _buttons(jobs, job, bar)
-    st.caption(plain(_facts(jobs, job)))
-    _progress(jobs, job)
-    _problem(jobs, job)
-    logs = jobs.losses(job.id) if job.spec.kind != "demo" else {}
+    st.caption(plain(_facts(job)))
+    progress = jobs.progress(job.id) if job.alive else None
+    if progress is not None:
+        _progress(job, *progress)
+    _problem(job)
+    logs = jobs.losses(job.id)
     if any(logs.values()):
         _losses(job, logs)
-    elif job.alive and jobs.progress(job.id) is None:
+    elif job.alive and progress is None:
         st.caption(_waiting(job))
     _sample(job, context)
     _results(job)
     if job.state == "finished":
-        _next(jobs, job)
+        _next(job)
     with st.expander("What the job printed"):
         st.code(jobs.tail(job.id) or "Nothing yet.", language=None, wrap_lines=True)
     with st.expander("The same on the command line"):
-        st.code(jobs.command(job.id), language="sh", wrap_lines=True)
+        st.code(jobs.preview(job.spec, job.id), language="sh", wrap_lines=True)
 
 
 def _waiting(job: Job) -> str:
@@ -338,7 +340,7 @@ def _buttons(jobs: Jobs, job: Job, bar: Any) -> None:
         st.error(plain(problem))
 
 
-def _facts(jobs: Jobs, job: Job) -> str:
+def _facts(job: Job) -> str:
     spec = job.spec
     model = spec.model or models.backbones()[0]
     what = {"train": "explanation head", "probe": "classifier heads", "demo": "demo pack"}[
@@ -360,18 +362,14 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _progress(jobs: Jobs, job: Job) -> None:
-    found = jobs.progress(job.id)
-    if found is None or not job.alive:
-        return
-    done, total, rest = found
+def _progress(job: Job, done: int, total: int, rest: str) -> None:
     left = rest.partition("<")[2].partition(",")[0]
     more = f", about {left} left" if left and "?" not in left else ""
     unit = " steps" if job.spec.kind == "train" else ""
     st.progress(min(done / total, 1.0), f"{done:,} of {total:,}{unit}{more}")
 
 
-def _problem(jobs: Jobs, job: Job) -> None:
+def _problem(job: Job) -> None:
     if job.state == "failed":
         st.error(plain(job.message or f"The job ended with exit code {job.code}."))
     elif job.state == "killed":
@@ -386,19 +384,18 @@ def _problem(jobs: Jobs, job: Job) -> None:
 
 
 def _losses(job: Job, logs: dict[str, list[dict[str, float]]]) -> None:
-    tables = {}
-    for name, records in logs.items():
-        if records:
-            table = pd.DataFrame(records).drop_duplicates("step", keep="last")
-            tables[name] = table
+    tables = {
+        name: pd.DataFrame(records).drop_duplicates("step", keep="last")
+        for name, records in logs.items()
+        if records
+    }
     steps = max(int(t["step"].iloc[-1]) for t in tables.values())
     epochs = [t["epoch"].max() for t in tables.values() if "epoch" in t]
     epoch = f", epoch {int(max(epochs)) + 1:,}" if epochs else ""
     st.markdown(f"**Loss**, step {steps:,}{epoch}")
     st.altair_chart(_curve(tables, "loss"), width="stretch")
     st.caption("A dot is a step, the line the mean over an epoch.")
-    others = [c for t in tables.values() for c in t.columns if c in TERMS and c != "loss"]
-    others = [c for c in TERMS if c in others]
+    others = [c for c in TERMS if c != "loss" and any(c in t for t in tables.values())]
     if others:
         with st.expander("Terms of the loss" if job.spec.kind == "train" else "More of the log"):
             for column in others:
@@ -415,12 +412,12 @@ def _curve(tables: dict[str, pd.DataFrame], column: str, height: int = 240) -> a
         part = table[["step", column]].dropna().rename(columns={column: "value"})
         width = int(table["epoch"].value_counts().max()) if "epoch" in table else 1
         part["mean"] = part["value"].rolling(max(width, 1), min_periods=1).mean()
-        part["head"] = name or job_label(column)
+        part["head"] = name or TERMS[column]
         parts.append(part.iloc[:: max(1, len(part) // POINTS)])
     if not parts:
         raise ValueError(f"log.jsonl of this job holds no {column}; look at what it printed.")
     data = pd.concat(parts)
-    base = alt.Chart(data, height=height, description=f"{job_label(column)} by step").encode(
+    base = alt.Chart(data, height=height, description=f"{TERMS[column]} by step").encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format=",d")),
     )
     colour: Any = alt.value(ACCENT)
@@ -443,11 +440,6 @@ def _curve(tables: dict[str, pd.DataFrame], column: str, height: int = 240) -> a
     return dots + line
 
 
-def job_label(column: str) -> str:
-    """What a curve is called where there is only one."""
-    return TERMS.get(column, column)
-
-
 def _sample(job: Job, context: Context) -> None:
     """The maps of the fixed photos: before training, and at the last checkpoint."""
     try:
@@ -460,10 +452,11 @@ def _sample(job: Job, context: Context) -> None:
 
 
 def _maps(pack: Pack) -> None:
-    if not pack.entries["method"].str.fullmatch(r"step [0-9]{1,15}").all():
+    methods = pack.entries["method"]
+    if not methods.str.fullmatch(r"step [0-9]{1,15}").all():
         return  # a pack of something else that was put there
-    steps = sorted({int(m.rpartition(" ")[2]) for m in pack.entries["method"]})
-    now = steps[-1]
+    steps = methods.str.removeprefix("step ").astype(int)
+    now = int(steps.max())
     st.markdown(
         f"**Maps of {len(pack.images)} photos**, before training and at step {now:,}, the last checkpoint"
         if now
@@ -482,7 +475,7 @@ def _maps(pack: Pack) -> None:
             }
         )
         for entry_id, entry in entries.iterrows():
-            step = int(str(entry["method"]).rpartition(" ")[2])
+            step = int(steps[entry_id])
             cells.append(
                 {
                     "id": f"{image_id}/{step}",
@@ -529,7 +522,7 @@ def _results(job: Job) -> None:
     st.dataframe(shown, hide_index=True, width="stretch")
 
 
-def _next(jobs: Jobs, job: Job) -> None:
+def _next(job: Job) -> None:
     if job.spec.kind == "demo":
         if st.button("Open the demo", type="primary", key="open"):
             state.go("gallery", pack=None)
