@@ -1,5 +1,35 @@
-"""Triton kernels run in the interpreter here; it has to be chosen before any of them is imported."""
+"""What all tests have in common: Triton's interpreter, and a run folder that is taken."""
 
+import contextlib
 import os
+import subprocess
+import sys
 
-os.environ["TRITON_INTERPRET"] = "1"
+import pytest
+
+os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+
+
+@pytest.fixture
+def held_elsewhere():
+    """``with held_elsewhere(folder):`` another process owns the run folder, as a run of its own would."""
+    pytest.importorskip("fcntl")
+    code = (
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+
+    @contextlib.contextmanager
+    def hold(folder):
+        folder.mkdir(exist_ok=True)
+        other = subprocess.Popen(
+            [sys.executable, "-c", code, str(folder / "run.lock")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert other.stdout.readline() == "held\n"
+            yield
+        finally:
+            other.communicate("")
+
+    return hold

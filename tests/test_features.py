@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -302,22 +300,12 @@ def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(vit, photos, tmp_path,
     assert same(cached(vit, photos, tmp_path / "c"), cached(vit, photos, tmp_path / "b"))
 
 
-def test_two_runs_do_not_share_a_folder(vit, photos, tmp_path):
-    code = (
-        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
-        "print('held', flush=True); sys.stdin.read()"
-    )
-    (tmp_path / "f").mkdir()
-    held = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "f/run.lock")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert held.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="features: another run"):
-            cached(vit, photos, tmp_path / "f")
-    finally:
-        held.communicate("")
+def test_two_runs_do_not_share_a_folder(vit, photos, tmp_path, held_elsewhere):
+    with (
+        held_elsewhere(tmp_path / "f"),
+        pytest.raises(ValueError, match="features: another run"),
+    ):
+        cached(vit, photos, tmp_path / "f")
     assert len(cached(vit, photos, tmp_path / "f")) == 7
 
 

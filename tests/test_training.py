@@ -256,25 +256,13 @@ def test_a_refused_run_leaves_no_process_state_behind(tmp_path, backbone):
     fit(head, backbone, folder, TrainConfig(epochs=1, workers=0), progress=False)
 
 
-def test_two_runs_into_one_folder_are_refused(tmp_path, backbone):
-    pytest.importorskip("fcntl")
+def test_two_runs_into_one_folder_are_refused(tmp_path, backbone, held_elsewhere):
     folder = write_photos(tmp_path / "p", 2)
     head = create_head("ttame", backbone)
     config = TrainConfig(epochs=1, batch_size=2, workers=0)
     fit(head, backbone, folder, config, output=tmp_path / "run", progress=False)
-    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "run/run.lock")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        other.stdout.readline()
-        with pytest.raises(ValueError, match="another run"):
-            fit(
-                head, backbone, folder, config, output=tmp_path / "run", resume=True, progress=False
-            )
-    finally:
-        other.communicate("\n")
+    with held_elsewhere(tmp_path / "run"), pytest.raises(ValueError, match="another run"):
+        fit(head, backbone, folder, config, output=tmp_path / "run", resume=True, progress=False)
     fit(head, backbone, folder, config, output=tmp_path / "run", resume=True, progress=False)
 
 

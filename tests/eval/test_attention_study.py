@@ -1,8 +1,6 @@
 """The text study: trees, figures by definition, what may be learned from, and a study that goes on."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -274,24 +272,12 @@ def test_other_data_of_equal_size_does_not_go_on(name, tmp_path):
     assert (out / "runs.jsonl").read_bytes() == before
 
 
-def test_two_studies_do_not_share_a_folder(tmp_path):
-    pytest.importorskip("fcntl")
+def test_two_studies_do_not_share_a_folder(tmp_path, held_elsewhere):
     data, out = write_trees(tmp_path), tmp_path / "out"
-    code = (
-        "import sys; from pathlib import Path; from xattn.training.run_folder import locked\n"
-        "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    )
-    held = subprocess.Popen(
-        [sys.executable, "-c", code, str(out)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert held.stdout.readline() == "held\n"
+    with held_elsewhere(out):
         with pytest.raises(ValueError, match="output: another run is writing to"):
             attention_text.study(SMALL, data, out)
         assert not (out / "settings.json").exists()
-    finally:
-        held.communicate("")
     config = replace(SMALL, methods=("none",), seeds=1, epochs=1)
     attention_text.study(config, data, out, say=lambda _: None)
 
