@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import html
 import importlib
 import shlex
 import sys
@@ -178,12 +177,7 @@ def _facts(pack: Pack) -> None:
         "metrics": f"{len(pack.metrics):,}" if pack.metrics else None,
         "network": backbone.get("name"),
     }
-    terms = "".join(
-        f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>"
-        for name, value in facts.items()
-        if value is not None
-    )
-    st.html(f'<dl class="facts">{terms}</dl>')
+    st.html(theme.facts_html(facts))
 
 
 def _problems(infos: list[PackInfo]) -> None:
