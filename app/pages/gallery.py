@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from xattn.app import export, selection, state
 from xattn.app.components import grid
+from xattn.app.image_view import short
 from xattn.app.pictures import Look, legends, overlay_url, photo_url
 from xattn.app.selection import ALL, MAPS, NAMES, RIGHT, SHOWS, SIZES, Choices, View
 from xattn.app.state import Context, plain
@@ -95,9 +97,7 @@ def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str], bool]:
         view, messages = selection.from_text(url["view"][-1], choices), []
     else:
         view, messages = selection.parse(url, choices)
-    for name in NAMES:
-        value = getattr(view, name)
-        st.session_state[name] = list(value) if isinstance(value, tuple) else value
+    _to_widgets(view, NAMES)
     written.append(mark)
     return view, messages, True
 
@@ -105,6 +105,13 @@ def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str], bool]:
 def _url() -> dict[str, list[str]]:
     """The URL's parameters but the pack."""
     return {name: st.query_params.get_all(name) for name in st.query_params if name != "pack"}
+
+
+def _to_widgets(view: View, names: Iterable[str]) -> None:
+    """Put these of the view's values where the next widgets read them."""
+    for name in names:
+        value = getattr(view, name)
+        st.session_state[name] = list(value) if isinstance(value, tuple) else value
 
 
 def _from_widgets(choices: Choices) -> View:
@@ -158,10 +165,7 @@ def _restart() -> None:
 
 def _clear() -> None:
     """No filter; the next run reads the widgets from these values."""
-    usual = View()
-    for name in ("q", "label", "predicted", "right", "low", "high", "page"):
-        value = getattr(usual, name)
-        st.session_state[name] = list(value) if isinstance(value, tuple) else value
+    _to_widgets(View(), ("q", "label", "predicted", "right", "low", "high", "page"))
 
 
 # ---------------------------------------------------------------------- the page's parts
@@ -169,7 +173,6 @@ def _clear() -> None:
 
 def _toolbar(view: View, choices: Choices) -> View:
     """The widgets; returns the view that they say. Their values are in the session already."""
-    sorts = choices.sorts
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     bar.text_input(
         "Search",
@@ -180,34 +183,22 @@ def _toolbar(view: View, choices: Choices) -> View:
         width="stretch",
     )
     if len(choices.methods) > 1:
-        bar.selectbox(
-            "Method",
-            [*choices.methods, ALL],
-            key="method",
-            format_func=lambda m: _method_name(m, choices),
-            on_change=_restart,
-            width=160,
-        )
-    bar.selectbox(
-        "Sort by",
-        list(sorts),
-        key="sort",
-        format_func=lambda s: sorts[s],
-        on_change=_restart,
-        width=180,
-    )
-    names = _order_names(st.session_state["sort"])
-    bar.selectbox(
-        "Order",
-        list(names),
-        key="order",
-        format_func=lambda o: names[o],
-        on_change=_restart,
-        width=150,
-    )
+        methods = {m: _method_name(m, choices) for m in (*choices.methods, ALL)}
+        _choice(bar.selectbox, "Method", methods, "method", width=160)
+    _choice(bar.selectbox, "Sort by", choices.sorts, "sort", width=180)
+    orders = _order_names(st.session_state["sort"])
+    _choice(bar.selectbox, "Order", orders, "order", width=150)
     with bar.popover(f"Filters ({view.filters})" if view.filters else "Filters"):
         _filters(choices)
     return _from_widgets(choices)
+
+
+def _choice(
+    widget: Callable[..., Any], label: str, names: Mapping[str, str], key: str, **rest: Any
+) -> None:
+    """A widget to choose from ``{value: name}``; another choice starts at the first page."""
+    options, name = list(names), names.__getitem__
+    widget(label, options, key=key, format_func=name, on_change=_restart, **rest)
 
 
 def _method_name(method: str, choices: Choices) -> str:
@@ -230,38 +221,14 @@ def _filters(choices: Choices) -> None:
         ("predicted", "Predicted class", choices.predicted),
     ):
         if classes:
-            st.multiselect(
-                title,
-                list(classes),
-                key=name,
-                format_func=classes.__getitem__,
-                placeholder="Any class",
-                on_change=_restart,
-            )
+            _choice(st.multiselect, title, classes, name, placeholder="Any class")
     if choices.judged:
-        st.radio(
-            "Prediction",
-            list(RIGHT),
-            key="right",
-            format_func=lambda r: RIGHT[r],
-            on_change=_restart,
-        )
+        _choice(st.radio, "Prediction", RIGHT, "right")
     if choices.several:
-        st.radio(
-            "Maps of a photo",
-            list(MAPS),
-            key="maps",
-            format_func=lambda m: MAPS[m],
-            on_change=_restart,
-        )
+        _choice(st.radio, "Maps of a photo", MAPS, "maps")
     if choices.measures:
-        st.selectbox(
-            "Range of",
-            list(choices.measures),
-            key="measure",
-            format_func=lambda m: choices.measures[m].name,
-            on_change=_restart,
-        )
+        names = {key: measure.name for key, measure in choices.measures.items()}
+        _choice(st.selectbox, "Range of", names, "measure")
         measure = choices.measures[st.session_state["measure"]]
         low, high = st.columns(2)
         for column, name, title, end in (
@@ -317,11 +284,11 @@ def _nothing(choices: Choices) -> None:
 def _cell(
     pack: Pack, view: View, choices: Choices, text: str, entry_id: str, row: dict[str, Any]
 ) -> dict[str, Any]:
-    explained = _short(row["target_name"])
+    explained = short(row["target_name"])
     name = row["file_name"] or row["image_id"]
     lines = [f"{row['probability']:.1%}" + (f" · {row['method']}" if view.method == ALL else "")]
     if row["label_name"]:
-        lines.append(f"true: {_short(row['label_name'])}")
+        lines.append(f"true: {short(row['label_name'])}")
     lines.append(name)
     for key in dict.fromkeys(
         (view.sort, view.measure if view.low is not None or view.high is not None else "")
@@ -351,11 +318,6 @@ def _badge(right: Any) -> dict[str, str] | None:
     if right is True:
         return {"text": "Right", "kind": "good"}
     return {"text": "Wrong", "kind": "bad"} if right is False else None
-
-
-def _short(name: str) -> str:
-    """The first of a class's names."""
-    return name.split(",")[0].strip() or name
 
 
 def _figure(key: str, value: float) -> str:
