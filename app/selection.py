@@ -65,6 +65,11 @@ class Choices:
     controls: frozenset[str] = frozenset()  # methods that are sanity controls, not explanations
 
     @property
+    def under_test(self) -> tuple[str, ...]:
+        """The methods that are no controls; all of them where there is nothing else."""
+        return tuple(m for m in self.methods if m not in self.controls) or self.methods
+
+    @property
     def sorts(self) -> dict[str, str]:
         """Orders by key, with their names."""
         found = dict(SORTS)
@@ -135,9 +140,8 @@ class Table:
 
 def defaults(choices: Choices) -> View:
     """What a URL without parameters shows: the first method that is no control."""
-    own = [m for m in choices.methods if m not in choices.controls]
     return View(
-        method=next(iter(own or choices.methods), ALL),
+        method=next(iter(choices.under_test), ALL),
         measure=next(iter(choices.measures), ""),
     )
 

@@ -122,8 +122,7 @@ def _caption(row: pd.Series) -> None:
 def _show(image_id: str) -> None:
     """Another photo; what was chosen of this one is forgotten."""
     for name in ("entry", "class", "minus", "against"):
-        if name in st.query_params:
-            del st.query_params[name]
+        st.query_params.pop(name, None)
     st.query_params["image"] = image_id
 
 
@@ -148,16 +147,20 @@ def _choose(pack: Pack, image_id: str) -> Shown | None:
     entries = pack.entries[pack.entries["image_id"] == image_id]
     classes = _explained(entries)
     target = _target(entries, classes)
-    everything = list(selection.table(pack).choices.methods)
+    choices = selection.table(pack).choices
+    everything = list(choices.methods)
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     if len(classes) > 1:
         select(bar, "Class", classes, target, "class", image_id, forget="entry")
     methods = everything
     if len(everything) > 1:
-        sane = pack.entries["method"][~pack.entries["sanity"].astype(bool)]
-        first = list(dict.fromkeys(sane if len(sane) else everything))[:FIRST_METHODS]
         methods = bar.multiselect(
-            "Methods", everything, default=first, key="methods", bind="query-params", width=420
+            "Methods",
+            everything,
+            default=choices.under_test[:FIRST_METHODS],
+            key="methods",
+            bind="query-params",
+            width=420,
         )
     look = Look(*_sliders(bar), *_colours(bar), SIDE)
     if not methods:
