@@ -73,8 +73,8 @@ def _write(key: str, wanted: str | list[str] | None) -> None:
     if now != wanted:
         if wanted:
             st.query_params[key] = wanted
-        elif key in st.query_params:
-            del st.query_params[key]
+        else:
+            st.query_params.pop(key, None)
     st.session_state[_mark(key)] = wanted
 
 

@@ -88,8 +88,7 @@ def _open_class() -> None:
     opened = st.session_state["classes"].open
     if opened:
         st.query_params["class"] = opened
-        if "entry" in st.query_params:
-            del st.query_params["entry"]
+        st.query_params.pop("entry", None)
 
 
 def _contrast(pack: Pack, shown: Shown, by_class: dict[int, str]) -> None:

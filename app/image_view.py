@@ -90,5 +90,5 @@ def select(
 
 def _selected(parameter: str, key: str, forget: str | None) -> None:
     st.query_params[parameter] = str(st.session_state[key])
-    if forget is not None and forget in st.query_params:
-        del st.query_params[forget]
+    if forget is not None:
+        st.query_params.pop(forget, None)
