@@ -90,12 +90,7 @@ class Library:
         """All packs by name, those that cannot be opened among them."""
         found = self._look()
         infos = [
-            PackInfo(
-                pack_id,
-                name,
-                problem=f"{name} is a link that leads out of {self.root.name}; copy the pack "
-                f"there, or start the viewer on its own folder",
-            )
+            PackInfo(pack_id, name, problem=self._leads_out(name))
             for pack_id, name in found.outside.items()
         ]
         for pack_id, (folder, name) in found.packs.items():
@@ -104,7 +99,7 @@ class Library:
                 infos.append(info)
         with self._lock:
             self._infos = {k: v for k, v in self._infos.items() if k in found.packs}
-        return sorted(infos, key=lambda info: (info.name.casefold(), info.id))
+        return sorted(infos, key=_order)
 
     def open(self, pack_id: str) -> Pack:
         """A pack by its id, read again if its manifest has changed.
@@ -131,19 +126,17 @@ class Library:
         """Folders of ``xattn compare`` by name."""
         found = self._look()
         packs = {folder: pack_id for pack_id, (folder, _) in found.packs.items()}
-        return sorted(
-            (
-                ComparisonInfo(id, name, packs.get(folder / "pack"), folder)
-                for id, (folder, name) in found.comparisons.items()
-            ),
-            key=lambda info: (info.name.casefold(), info.id),
+        infos = (
+            ComparisonInfo(id, name, packs.get(folder / "pack"), folder)
+            for id, (folder, name) in found.comparisons.items()
         )
+        return sorted(infos, key=_order)
 
     def heads(self) -> list[HeadInfo]:
         """Folders of heads by name."""
         found = self._look().heads.items()
         infos = (HeadInfo(id, name, folder) for id, (folder, name) in found)
-        return sorted(infos, key=lambda info: (info.name.casefold(), info.id))
+        return sorted(infos, key=_order)
 
     def read(self, comparison_id: str, name: str, limit: int = MAX_MANIFEST) -> bytes:
         """A file of a comparison, by the comparison's id.
@@ -169,14 +162,17 @@ class Library:
         if place is None or place[0].resolve() != place[0]:
             found = self._look()
             if pack_id in found.outside:
-                raise PackError(
-                    f"{found.outside[pack_id]} is a link that leads out of {self.root.name}; copy "
-                    f"the pack there, or start the viewer on its own folder"
-                )
+                raise PackError(self._leads_out(found.outside[pack_id]))
             place = found.packs.get(pack_id)
         if place is None:
             raise unknown
         return place
+
+    def _leads_out(self, name: str) -> str:
+        return (
+            f"{name} is a link that leads out of {self.root.name}; copy the pack there, or start the "
+            f"viewer on its own folder"
+        )
 
     def _opened(self, pack_id: str, folder: Path, name: str) -> Pack:
         try:
@@ -247,6 +243,10 @@ class Library:
         with self._lock:
             self._known = found.packs
         return found
+
+
+def _order(info: PackInfo | ComparisonInfo | HeadInfo) -> tuple[str, str]:
+    return info.name.casefold(), info.id
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, Path, set[str]]]:

@@ -14,10 +14,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-MAIN = Path(__file__).parent / "script" / "run.py"
 BACKLOG = 128
 STOP_SECONDS = 3  # how long open pages may hold up the end of the server
 
@@ -150,7 +148,7 @@ def application(
     from streamlit.starlette import App
     from streamlit.web.bootstrap import load_config_options
 
-    from xattn.app import index, routes, scratch
+    from xattn.app import index, routes, scratch, state
     from xattn.app.security import Guard
     from xattn.app.upload_room import UploadRoom
 
@@ -170,7 +168,7 @@ def application(
 
     room = Middleware(UploadRoom, largest=upload_mb << 20)
     return App(
-        MAIN,
+        state.SCRIPT,
         routes=[*index.routes(), *routes.routes()],
         middleware=[before, room],
         lifespan=lifespan,
