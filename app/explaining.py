@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from xattn.app import models, uploads
 from xattn.app.jobs import JOBS
-from xattn.app.pictures import overlay_bytes, photo_bytes
+from xattn.app.pictures import Look, overlay_bytes, photo_bytes
 from xattn.app.scratch import Scratch
 from xattn.app.uploads import Problem, Upload
 from xattn.explaining import explain_batch, set_up, unique_id
@@ -289,7 +289,7 @@ def _save(job: Job, folder: Path) -> None:
     job.unsaved = []
     pack = job.library.open(pack_id)
     for entry_id in pack.entries.index[:FIRST]:
-        overlay_bytes(pack, entry_id, side=SIDE)
+        overlay_bytes(pack, entry_id, Look(side=SIDE))
         photo_bytes(pack, pack.entries.at[entry_id, "image_id"], SIDE)
     job.pack_id = pack_id
 

@@ -14,8 +14,8 @@ from xattn.app import export, state
 from xattn.app.components import grid
 from xattn.app.components.slide import slide
 from xattn.app.head_card import head_card
-from xattn.app.image_view import SIDE, WIDTH, Shown, aspect, file_name, legend, select, short, url
-from xattn.app.pictures import photo_url
+from xattn.app.image_view import SIDE, WIDTH, Shown, aspect, file_name, legend, select, short
+from xattn.app.pictures import overlay_url, photo_url
 from xattn.app.state import plain
 from xattn.app.theme import facts_html
 
@@ -55,7 +55,7 @@ def classes_tab(pack: Pack, shown: Shown) -> None:
         cells.append(
             {
                 "id": str(target),
-                "src": url(pack, entry_id, look)
+                "src": overlay_url(pack, entry_id, look)
                 if entry_id
                 else photo_url(pack, shown.image_id, SMALL),
                 "alt": f"Map by {method} of {short(name)}" if entry_id else "Photo without a map",
@@ -118,7 +118,7 @@ def _contrast(pack: Pack, shown: Shown, by_class: dict[int, str]) -> None:
     title = f"{names[first]} minus {names[second]}"
     cell = {
         "id": "",
-        "src": url(pack, by_class[first], look),
+        "src": overlay_url(pack, by_class[first], look),
         "alt": f"Difference map: {title}",
         "title": title,
     }
@@ -135,10 +135,12 @@ def slider_tab(pack: Pack, shown: Shown) -> None:
     if len(others) > 1:
         label = plain(f"Compare {own[shown.focus]} with")
         select(st, label, others, other, "against", shown.focus)
-    before = url(pack, other, shown.look) if other else photo_url(pack, shown.image_id, SIDE)
+    before = (
+        overlay_url(pack, other, shown.look) if other else photo_url(pack, shown.image_id, SIDE)
+    )
     slide(
         (before, others[other]),
-        (url(pack, shown.focus, shown.look), own[shown.focus]),
+        (overlay_url(pack, shown.focus, shown.look), own[shown.focus]),
         label=f"How much of the {own[shown.focus]} map is shown",
         alt=f"{file_name(pack, shown)}, with the map by {own[shown.focus]} of {short(shown.name)}",
         key="slide",

@@ -10,7 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app import pictures
-from xattn.app.pictures import Look, overlay_url
+from xattn.app.pictures import Look
 from xattn.contact_sheet import legends_html
 from xattn.explanation import THUMBNAIL_SIDE
 
@@ -37,11 +37,6 @@ class Shown:
     def name(self) -> str:
         """The class that is shown."""
         return str(self.entries.loc[self.focus, "target_name"])
-
-
-def url(pack: Pack, entry_id: str, look: Look) -> str:
-    """Where the browser gets a map as it is looked at."""
-    return overlay_url(pack, entry_id, **vars(look))
 
 
 def legend(pack: Pack, entry_ids: Sequence[str], look: Look) -> None:

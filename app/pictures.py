@@ -141,20 +141,8 @@ def photo_url(pack: Pack, image_id: str, side: int = 240) -> str:
     return f"{PICTURE}?{urlencode(query)}"
 
 
-def overlay_url(
-    pack: Pack,
-    entry_id: str,
-    *,
-    opacity: float = 0.55,
-    threshold: float = 0.0,
-    scale: str = "map",
-    cmap: str = "auto",
-    side: int = 480,
-    minus: str | None = None,
-    limits: tuple[float, float] | None = None,
-) -> str:
-    """Where the browser gets a map over its photo; the arguments are those of :class:`Look`."""
-    look = Look(opacity, threshold, scale, cmap, side, minus, limits)
+def overlay_url(pack: Pack, entry_id: str, look: Look) -> str:
+    """Where the browser gets a map over its photo."""
     query = {"pack": pack.id, "entry": entry_id, **look.query(), "v": pack.version}
     return f"{OVERLAY}?{urlencode(query)}"
 
@@ -248,23 +236,7 @@ def photo_bytes(pack: Pack, image_id: str, side: int = 240) -> bytes:
     return _kept(key, lambda: pack.photo(image_id, side))
 
 
-def overlay_bytes(
-    pack: Pack,
-    entry_id: str,
-    *,
-    opacity: float = 0.55,
-    threshold: float = 0.0,
-    scale: str = "map",
-    cmap: str = "auto",
-    side: int = 480,
-    minus: str | None = None,
-    limits: tuple[float, float] | None = None,
-) -> bytes:
-    """The map over its photo as JPEG; the arguments are those of :class:`Look`."""
-    return drawn_bytes(pack, entry_id, Look(opacity, threshold, scale, cmap, side, minus, limits))
-
-
-def drawn_bytes(pack: Pack, entry_id: str, look: Look) -> bytes:
-    """:func:`overlay_bytes` of a look."""
+def overlay_bytes(pack: Pack, entry_id: str, look: Look) -> bytes:
+    """The map over its photo as JPEG."""
     key = (pack.id, pack.version, entry_id, look)
     return _kept(key, lambda: overlay_image(pack, entry_id, look))

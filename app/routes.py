@@ -63,7 +63,7 @@ def overlay_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], 
     entry_id, look = _id(query, "entry"), Look.from_query(query)
     if look.minus is not None:
         _id(query, "minus")
-    return _id(query, "pack"), (entry_id, look), lambda p: pictures.drawn_bytes(p, entry_id, look)
+    return _id(query, "pack"), (entry_id, look), lambda p: pictures.overlay_bytes(p, entry_id, look)
 
 
 def frame_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Draw]:

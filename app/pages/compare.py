@@ -622,7 +622,7 @@ def _pair(
             cells.append(
                 {
                     "id": entry_id,
-                    "src": overlay_url(pack, entry_id, side=SIDE),
+                    "src": overlay_url(pack, entry_id, Look(side=SIDE)),
                     "alt": f"Map by {name} of {target} on {file_name}",
                     "title": name,
                     "lines": [*lines, file_name],

@@ -300,7 +300,7 @@ def _cell(
     if view.show == "photo":
         source, alt = photo_url(pack, row["image_id"], SIDE), f"Photo {name}"
     else:
-        source = overlay_url(pack, entry_id, side=SIDE)
+        source = overlay_url(pack, entry_id, Look(side=SIDE))
         alt = f"Map by {row['method']} of {explained} on {name}"
     return {
         "id": entry_id,

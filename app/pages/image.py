@@ -11,8 +11,8 @@ import streamlit as st
 
 from xattn.app import image_tabs, selection, state
 from xattn.app.components import grid
-from xattn.app.image_view import SIDE, WIDTH, Shown, aspect, file_name, legend, select, short, url
-from xattn.app.pictures import Look, photo_url
+from xattn.app.image_view import SIDE, WIDTH, Shown, aspect, file_name, legend, select, short
+from xattn.app.pictures import Look, overlay_url, photo_url
 from xattn.app.state import Context, plain
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def _cell(pack: Pack, shown: Shown, entry_id: str) -> dict[str, Any]:
     low, high = f"{row['min']:.3g}", f"{row['max']:.3g}"
     return {
         "id": entry_id,
-        "src": url(pack, entry_id, shown.look),
+        "src": overlay_url(pack, entry_id, shown.look),
         "alt": f"Map by {row['method']} of {short(row['target_name'])} on {file_name(pack, shown)}",
         "title": row["method"],
         "lines": [

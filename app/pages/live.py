@@ -474,9 +474,9 @@ def _pictures(pack: Pack) -> None:
             cells.append(
                 {
                     "id": entry_id,
-                    "src": data_uri(overlay_bytes(pack, entry_id, side=SIDE))
+                    "src": data_uri(overlay_bytes(pack, entry_id, Look(side=SIDE)))
                     if inline
-                    else overlay_url(pack, entry_id, side=SIDE),
+                    else overlay_url(pack, entry_id, Look(side=SIDE)),
                     "alt": f"Map by {row['method']} of {target} on {name}",
                     "title": target,
                     "lines": [f"{row['probability']:.1%} · {row['method']}"],

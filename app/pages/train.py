@@ -479,7 +479,7 @@ def _maps(pack: Pack) -> None:
             cells.append(
                 {
                     "id": f"{image_id}/{step}",
-                    "src": overlay_url(pack, str(entry_id), side=SIDE),
+                    "src": overlay_url(pack, str(entry_id), Look(side=SIDE)),
                     "title": f"Step {step:,}",
                     "alt": f"{name}: map of {entry['target_name']} at step {step}",
                     "lines": [str(entry["target_name"])],

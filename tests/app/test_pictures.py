@@ -188,16 +188,16 @@ def test_contrast_with_another_photo_or_an_unknown_map_is_refused(pack):
     first = ids(pack, image_id="photo-00000", method="gradcam")[0]
     other = ids(pack, image_id="photo-00001", method="gradcam")[0]
     with pytest.raises(ValueError, match="not on the grid"):
-        pictures.overlay_bytes(pack, first, minus=other)
+        pictures.overlay_bytes(pack, first, Look(minus=other))
     with pytest.raises(PackError, match="no such map"):
-        pictures.overlay_bytes(pack, first, minus="none")
+        pictures.overlay_bytes(pack, first, Look(minus="none"))
 
 
 def test_pictures_are_jpegs_of_at_most_the_asked_side(pack):
     entry_id = ids(pack)[0]
     for data in (
         pictures.photo_bytes(pack, "photo-00000", 64),
-        pictures.overlay_bytes(pack, entry_id, side=64),
+        pictures.overlay_bytes(pack, entry_id, Look(side=64)),
     ):
         image = Image.open(io.BytesIO(data))
         assert image.format == "JPEG" and max(image.size) == 64
@@ -207,9 +207,9 @@ def test_a_picture_is_drawn_once(pack, monkeypatch):
     entry_id, calls = ids(pack)[0], []
     draw = pictures.overlay_image
     monkeypatch.setattr(pictures, "overlay_image", lambda *args: calls.append(args) or draw(*args))
-    first = pictures.overlay_bytes(pack, entry_id, opacity=0.31)
-    assert pictures.overlay_bytes(pack, entry_id, opacity=0.31) == first and len(calls) == 1
-    assert pictures.overlay_bytes(pack, entry_id, opacity=0.32) != first and len(calls) == 2
+    first = pictures.overlay_bytes(pack, entry_id, Look(opacity=0.31))
+    assert pictures.overlay_bytes(pack, entry_id, Look(opacity=0.31)) == first and len(calls) == 1
+    assert pictures.overlay_bytes(pack, entry_id, Look(opacity=0.32)) != first and len(calls) == 2
 
 
 # ---------------------------------------------------------------------- looks and URLs
@@ -261,7 +261,7 @@ def test_a_bad_parameter_is_named(query):
 
 
 def test_urls_carry_ids_and_the_version_and_no_markup(pack):
-    url = pictures.overlay_url(pack, 'a&b"<i>@1.x', opacity=0.5, side=64)
+    url = pictures.overlay_url(pack, 'a&b"<i>@1.x', Look(opacity=0.5, side=64))
     assert url.startswith("/xattn/overlay?pack=") and f"v={pack.version}" in url
     assert not set('"<>') & set(url) and "opacity=0.5" in url and "side=64" in url
     assert str(pack.folder) not in url
@@ -275,4 +275,4 @@ def test_a_pack_without_pictures_says_so(tmp_path):
     library = Library(tmp_path)
     bare = next(library.open(p.id) for p in library.packs() if p.name == "bare")
     with pytest.raises(PackError, match="no picture of photo-00000"):
-        pictures.overlay_bytes(bare, bare.entries.index[0])
+        pictures.overlay_bytes(bare, bare.entries.index[0], Look())

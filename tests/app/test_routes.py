@@ -43,7 +43,7 @@ def client(library):
 def test_a_photo_and_an_overlay_are_served_as_jpeg(client, pack):
     for url in (
         pictures.photo_url(pack, "photo-00000", 64),
-        pictures.overlay_url(pack, pack.entries.index[0], side=64, opacity=0.5),
+        pictures.overlay_url(pack, pack.entries.index[0], pictures.Look(side=64, opacity=0.5)),
     ):
         answer = client.get(url)
         assert answer.status_code == 200 and answer.headers["content-type"] == "image/jpeg"
@@ -53,7 +53,7 @@ def test_a_photo_and_an_overlay_are_served_as_jpeg(client, pack):
 
 
 def test_the_browser_keeps_a_picture_and_is_told_when_it_is_the_same(client, pack):
-    url = pictures.overlay_url(pack, pack.entries.index[0])
+    url = pictures.overlay_url(pack, pack.entries.index[0], pictures.Look())
     first = client.get(url)
     assert "max-age" in first.headers["cache-control"]
     again = client.get(url, headers={"If-None-Match": first.headers["etag"]})
