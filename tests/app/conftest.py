@@ -1,4 +1,4 @@
-"""A viewer in a process of its own and a Chromium that fails a test on any error it sees."""
+"""A page by AppTest; a viewer in a process of its own, and a Chromium that fails on any error it sees."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ import pytest
 from xattn.app import bench
 
 SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
+
+
+def opened(script: Callable[[], None], **params: str) -> Any:
+    """The ``AppTest`` of a page's script, run once with these parameters in its URL, without an exception."""
+    from streamlit.testing.v1 import AppTest
+
+    page = AppTest.from_function(script, default_timeout=60)
+    for name, value in params.items():
+        page.query_params[name] = value
+    page.run()
+    assert not page.exception, page.exception
+    return page
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+from conftest import opened
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import comparison, state
@@ -202,12 +203,7 @@ def script() -> None:
 
 
 def shown(**params: str) -> AppTest:
-    page = AppTest.from_function(script, default_timeout=60)
-    for name, value in params.items():
-        page.query_params[name] = value
-    page.run()
-    assert not page.exception
-    return page
+    return opened(script, **params)
 
 
 def texts(page: AppTest) -> str:

@@ -57,14 +57,23 @@ end(0)
 
 @pytest.fixture
 def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
-    (tmp_path / "runner.py").write_text(RUNNER)
-    monkeypatch.setattr(jobs_module, "RUNNER", (sys.executable, str(tmp_path / "runner.py")))
+    stand_in(tmp_path, monkeypatch)
     photos(tmp_path / "data" / "photos")
     found = Jobs(tmp_path / "root", tmp_path / "data")
     yield found
-    for job in found.all():
-        found.stop(job.id, at_once=True)
-        ended(found, job.id)
+    end_all(found)
+
+
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs run ``RUNNER``, which is written into ``folder``."""
+    (folder / "runner.py").write_text(RUNNER)
+    monkeypatch.setattr(jobs_module, "RUNNER", (sys.executable, str(folder / "runner.py")))
+
+
+def end_all(jobs: Jobs) -> None:
+    for job in jobs.all():
+        jobs.stop(job.id, at_once=True)
+        ended(jobs, job.id)
 
 
 def photos(folder: Path, count: int = 4) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("streamlit")
-from conftest import served
+from conftest import opened, served
 from streamlit.testing.v1 import AppTest
-from test_jobs import RUNNER, begun, ended, photos
+from test_jobs import begun, end_all, ended, photos, stand_in
 
 from xattn.app import demo_job, demo_pack, state
 from xattn.app import jobs as jobs_module
@@ -27,8 +26,7 @@ SPEC = Spec("train", "photos", heads=("ttame",), epochs=5)
 @pytest.fixture
 def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
     """Jobs of a root with photos, which run a stand-in for the command line."""
-    (tmp_path / "runner.py").write_text(RUNNER)
-    monkeypatch.setattr(jobs_module, "RUNNER", (sys.executable, str(tmp_path / "runner.py")))
+    stand_in(tmp_path, monkeypatch)
     for name in ("photos/wren", "photos/tit"):
         photos(tmp_path / "data" / name)
     (tmp_path / "root").mkdir()
@@ -36,9 +34,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
     monkeypatch.setattr(state, "_settings", settings)
     found = Jobs(settings.root, settings.data)
     yield found
-    for job in found.all():
-        found.stop(job.id, at_once=True)
-        ended(found, job.id)
+    end_all(found)
 
 
 def script() -> None:
@@ -57,12 +53,7 @@ def welcome() -> None:
 
 
 def open_train(**params: str) -> AppTest:
-    page = AppTest.from_function(script, default_timeout=60)
-    for name, value in params.items():
-        page.query_params[name] = value
-    page.run()
-    assert not page.exception
-    return page
+    return opened(script, **params)
 
 
 def texts(page: AppTest) -> str:
