@@ -177,7 +177,7 @@ def provenance(pack: Pack, entry_ids: Sequence[str], look: Look) -> list[str]:
     methods: dict[str, dict[str, None]] = {}
     for entry_id in entry_ids:
         found = pack.provenance(entry_id)
-        backbone, head = (found[name] or {} for name in ("backbone", "head"))
+        backbone, head = found["backbone"] or {}, found["head"] or {}
         line = f"{backbone.get('name', 'unknown network')} (sha256 {_digits(backbone)})"
         if head:
             line += f", head {head.get('name', 'unknown')} (sha256 {_digits(head)})"

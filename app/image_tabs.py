@@ -226,9 +226,7 @@ def _chart(name: str, curves: dict[str, list[float]], shares: list[float] | None
 def provenance_tab(pack: Pack, shown: Shown) -> None:
     """Where the map in focus comes from."""
     found = pack.provenance(shown.focus)
-    backbone, head = (
-        found[name] if isinstance(found[name], dict) else {} for name in ("backbone", "head")
-    )
+    backbone, head = found["backbone"] or {}, found["head"] or {}
     facts = {
         "method": found["method"],
         "network": backbone.get("name"),

@@ -169,13 +169,12 @@ def _pick() -> None:
 def _facts(pack: Pack) -> None:
     """What is in the pack, in a few words."""
     found = pack.provenance(pack.entries.index[0])
-    backbone = found["backbone"] if isinstance(found["backbone"], dict) else {}
     facts = {
         "photos": f"{len(pack.images):,}",
         "maps": f"{len(pack.entries):,}",
         "methods": f"{pack.entries['method'].nunique():,}",
         "metrics": f"{len(pack.metrics):,}" if pack.metrics else None,
-        "network": backbone.get("name"),
+        "network": (found["backbone"] or {}).get("name"),
     }
     st.html(theme.facts_html(facts))
 

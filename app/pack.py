@@ -187,14 +187,17 @@ class Pack:
         return list(self._index.tops[self._image(image_id)])
 
     def provenance(self, entry_id: str) -> dict[str, Any]:
-        """Where a map comes from: method, head, protocol, versions and hashes."""
+        """Where a map comes from: method, head, protocol, versions and hashes.
+
+        ``backbone`` and ``head`` are tables or None; ``protocol`` is as it was recorded.
+        """
         i = self._entry(entry_id)
         row = self.entries.iloc[i]
         protocol = self._index.protocols[self._index.protocol[i]]
         return {
             "method": row["method"],
-            "backbone": protocol.get("backbone"),
-            "head": protocol.get("head"),
+            "backbone": _table(protocol.get("backbone")),
+            "head": _table(protocol.get("head")),
             "protocol": protocol,
             "xattn": self._index.xattn,
             "metrics": {m.key: m.protocol_id for m in self.metrics if row[m.key] == row[m.key]},
@@ -235,6 +238,10 @@ class Pack:
 
     def _image(self, image_id: str) -> int:
         return _row(self._image_rows, image_id, "image")
+
+
+def _table(value: Any) -> dict[str, Any] | None:
+    return value if isinstance(value, dict) else None
 
 
 def _row(rows: dict[str, int], id: Any, what: str) -> int:

@@ -135,8 +135,7 @@ def _address() -> str:
 def _has_attention(pack: Pack, image_id: str) -> bool:
     """Whether the network has attention: taps before a block's attention are named norm1.N."""
     entry_id = pack.entries.index[pack.entries["image_id"] == image_id][0]
-    backbone = pack.provenance(entry_id)["backbone"]
-    taps = backbone.get("taps") if isinstance(backbone, dict) else None
+    taps = (pack.provenance(entry_id)["backbone"] or {}).get("taps")
     return isinstance(taps, list) and any(str(tap).startswith("norm1.") for tap in taps)
 
 

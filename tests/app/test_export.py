@@ -168,3 +168,11 @@ def test_a_pack_without_figures_has_no_table(tmp_path):
     library = Library(tmp_path)
     pack = library.open(library.packs()[0].id)
     assert "<table>" not in export.html(pack, list(pack.entries.index))
+
+
+def test_a_record_of_a_network_that_is_no_table_is_an_unknown_network(tmp_path):
+    odd = explanation(source=picture(0), protocol={"backbone": "resnet18", "head": ["t-tame"]})
+    save_pack(tmp_path / "pack", [odd], overlays=False)
+    library = Library(tmp_path)
+    pack = library.open(library.packs()[0].id)
+    assert "unknown network" in export.html(pack, list(pack.entries.index))
