@@ -162,25 +162,45 @@ def _short(text: str) -> str:
 # ---------------------------------------------------------------------- the session
 
 
-def widgets() -> dict[str, str]:
-    """What the page's widgets say, as a URL would."""
-    found = {name: st.session_state.get(KEY + name) for name in NAMES}
-    return {name: str(value) for name, value in found.items() if value is not None}
+def current() -> dict[str, str]:
+    """What is shown, or was just chosen, as a URL would say it."""
+    return {name: str(value) for name, value in _values().items() if value is not None}
 
 
-def settle(pack_id: str, image_id: str, view: View) -> View:
-    """Give the widgets that are about to be drawn the view's values."""
+def _values() -> dict[str, Any]:
+    return st.session_state.setdefault(f"{KEY}view", {})  # type: ignore[no-any-return]
+
+
+def settle(pack_id: str, image_id: str, view: View) -> None:
+    """This view is the one that is shown."""
     st.session_state[f"{KEY}of"] = (pack_id, image_id)
-    for name in NAMES:
-        st.session_state[KEY + name] = getattr(view, name)
-    return view
+    _values().update({name: getattr(view, name) for name in NAMES})
 
 
 def change(**values: Any) -> None:
-    """Change what is shown, as every widget does; the next run reads it."""
+    """Show something else; the next run reads it."""
     st.session_state[f"{KEY}acted"] = True
-    for name, value in values.items():
-        st.session_state[KEY + name] = value
+    _values().update(values)
+
+
+def shown(name: str, value: Any) -> str:
+    """The key of the widget ``name``, which shows ``value``.
+
+    A browser sends the values of all widgets with each click, also one that it has not yet heard was
+    changed by the click before. So a value that comes from elsewhere makes a new widget.
+    """
+    count = st.session_state.setdefault(f"{KEY}widgets", {})
+    key = f"{KEY}{name} {count.setdefault(name, 0)}"
+    if key in st.session_state and st.session_state[key] != value:
+        count[name] += 1
+        key = f"{KEY}{name} {count[name]}"
+    st.session_state[key] = value
+    return key
+
+
+def chosen(name: str, key: str) -> None:
+    """The widget ``name`` was used."""
+    change(**{name: st.session_state[key]})
 
 
 def arrived(pack_id: str, image_id: str, url: Mapping[str, str]) -> bool:

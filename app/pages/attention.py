@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
@@ -20,17 +19,19 @@ from xattn.app.attention_view import (
     View,
     arrived,
     change,
+    chosen,
+    current,
     fused,
     mechanism_of,
     name_of,
     place_of,
     remember,
     settle,
+    shown,
     slug,
     token_of,
     usual,
     view_of,
-    widgets,
 )
 from xattn.app.components.patches import patches, picked_patch
 from xattn.app.pack import PackError
@@ -55,7 +56,7 @@ def page(context: Context) -> None:
     url = {name: st.query_params[name] for name in NAMES if name in st.query_params}
     new = arrived(pack.id, image_id, url)
     size_grid = reading.grid_of(backbone)
-    mechanism, size, messages = mechanism_of(url if new else widgets(), size_grid)
+    mechanism, size, messages = mechanism_of(url if new else current(), size_grid)
     kept = st.session_state.setdefault(f"{KEY}kept", OrderedDict())
     try:
         with st.spinner("Reading the attention of this photo …"):
@@ -64,10 +65,11 @@ def page(context: Context) -> None:
         _nothing(backbone.name, error, image_id)
         return
     start = usual(seen, mechanism, size)
-    view, wrong = view_of(url if new else widgets(), start, seen)
+    view, wrong = view_of(url if new else current(), start, seen)
     for message in [*messages, *wrong] if new else []:
         st.warning(plain(message))
-    view = _picker(seen, settle(pack.id, image_id, view), size_grid)
+    settle(pack.id, image_id, view)
+    _picker(seen, view, size_grid)
     _notes(pack, image_id, backbone, seen, view, kept)
     rows = seen.rows(token_of(view.patch, seen))
     attention_rows.heads(seen, view, rows)
@@ -110,8 +112,8 @@ def _leave(image_id: str) -> None:
 
 
 def _carried() -> dict[str, str | None]:
-    """The view, as its widgets say it, and the gallery's selection, for another photo."""
-    return {**widgets(), "view": st.query_params.get("view")}
+    """The view and the gallery's selection, for another photo."""
+    return {**current(), "view": st.query_params.get("view")}
 
 
 def _nothing(name: str, error: NoAttention, image_id: str) -> None:
@@ -131,11 +133,11 @@ def _nothing(name: str, error: NoAttention, image_id: str) -> None:
             _leave(image_id)
 
 
-def _picker(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> View:
-    """The large picture and the controls; returns the view that they say."""
+def _picker(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> None:
+    """The large picture and the controls."""
     picture, controls = st.columns([5, 6], gap="large")
     with controls:
-        view = _controls(seen, view, size_grid)
+        _controls(seen, view, size_grid)
     token = token_of(view.patch, seen)
     row = fused(seen.rows(token)[view.layer], view.head)
     prefix = len(seen.prefix)
@@ -148,7 +150,6 @@ def _picker(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> Vie
         legend(scale, "share of the attention that a patch gets")
     with controls:
         st.html(facts_html(_facts(seen, view, token, row, kept)))
-    return view
 
 
 def _picture(name: str, seen: Reading, token: int, map_: str, alt: str) -> None:
@@ -173,78 +174,75 @@ def _picked(name: str) -> None:
         change(patch=f"{place[0] + 1},{place[1] + 1}")
 
 
-def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> View:
+def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> None:
     if seen.prefix:
         options = ["patch", *map(slug, seen.prefix)]
         names = dict(zip(options, ["A patch", *map(str.capitalize, seen.prefix)], strict=True))
-        st.session_state[f"{KEY}from"] = view.patch if view.patch in options else "patch"
+        key = shown("from", view.patch if view.patch in options else "patch")
         st.segmented_control(
             "Attention from",
             options,
-            key=f"{KEY}from",
+            key=key,
             format_func=lambda o: names[o],
             required=True,
             on_change=_from,
-            args=(seen.grid,),
+            args=(key, seen.grid),
             help="Whose attention is shown. Click a patch in the photo, or move with the arrow keys.",
         )
     else:
         st.caption("Click a patch in the photo, or move with the arrow keys.")
     layer, head = st.columns(2)
     if seen.layers > 1:
-        layer.slider("Layer", 0, seen.layers - 1, key=f"{KEY}layer", on_change=change)
-    heads = [MEAN, *map(str, range(seen.heads(st.session_state[f"{KEY}layer"])))]
-    if st.session_state[f"{KEY}head"] not in heads:
-        st.session_state[f"{KEY}head"] = MEAN
+        layer.slider("Layer", 0, seen.layers - 1, **_widget("layer", view))
     head.selectbox(
         "Head",
-        heads,
-        key=f"{KEY}head",
+        [MEAN, *map(str, range(seen.heads(view.layer)))],
         format_func=lambda h: "Mean of all heads" if h == MEAN else f"Head {h}",
-        on_change=change,
+        **_widget("head", view),
     )
     first, second = st.columns(2)
     first.selectbox(
         "Colours",
         list(SCALES),
-        key=f"{KEY}scale",
         format_func=lambda s: SCALES[s],
-        on_change=change,
         help="Shared: the pictures of a row have one scale. The square root shows small shares.",
+        **_widget("scale", view),
     )
     fitting = [m for m in SIZES if size_grid is not None and reading.sizes(m, size_grid)]
     if fitting:
         titles = {TRAINED: "As trained", "gna": "Neighbourhoods (gna)", "agent": "Agents (agent)"}
+        key = shown("mechanism", view.mechanism)
         second.selectbox(
             "Mechanism",
             [TRAINED, *fitting],
-            key=f"{KEY}mechanism",
+            key=key,
             format_func=lambda m: titles[m],
             on_change=_mechanism,
-            args=(size_grid,),
+            args=(key, size_grid),
             help="Another mechanism in place of the trained one, in all layers and without training.",
         )
     if view.mechanism != TRAINED and size_grid is not None:
         label = {"gna": "Window, patches a side", "agent": "Agents"}[view.mechanism]
         fitting_sizes = reading.sizes(view.mechanism, size_grid)
-        second.selectbox(label, fitting_sizes, key=f"{KEY}size", on_change=change)
-    return replace(
-        view,
-        layer=st.session_state[f"{KEY}layer"],
-        head=st.session_state[f"{KEY}head"],
-        scale=st.session_state[f"{KEY}scale"],
-    )
+        second.selectbox(label, fitting_sizes, **_widget("size", view))
 
 
-def _from(size_grid: tuple[int, int]) -> None:
-    chosen = st.session_state[f"{KEY}from"]
+def _widget(name: str, view: View) -> dict[str, Any]:
+    """The arguments of a widget that shows, and changes, one value of the view."""
+    key = shown(name, getattr(view, name))
+    return {"key": key, "on_change": chosen, "args": (name, key)}
+
+
+def _from(key: str, size_grid: tuple[int, int]) -> None:
+    looks = st.session_state[key]
     middle = f"{(size_grid[0] + 1) // 2},{(size_grid[1] + 1) // 2}"
-    change(patch=middle if chosen == "patch" else chosen)
+    change(patch=middle if looks == "patch" else looks)
 
 
-def _mechanism(size_grid: tuple[int, int]) -> None:
-    chosen = st.session_state[f"{KEY}mechanism"]
-    change(size=None if chosen == TRAINED else reading.usual_size(chosen, size_grid))
+def _mechanism(key: str, size_grid: tuple[int, int]) -> None:
+    wanted = st.session_state[key]
+    size = None if wanted == TRAINED else reading.usual_size(wanted, size_grid)
+    change(mechanism=wanted, size=size)
 
 
 def _facts(
@@ -300,21 +298,19 @@ def _rollout(seen: Reading, view: View) -> None:
                 "Up to layer",
                 0,
                 seen.layers - 1,
-                key=f"{KEY}depth",
-                on_change=change,
                 help="Layers 0 to this one are multiplied, heads averaged, half of each the skip path.",
+                **_widget("depth", view),
             )
-    depth = st.session_state[f"{KEY}depth"]
-    row = seen.rollout(token, depth)
+    row = seen.rollout(token, view.depth)
     map_ = row[prefix:].unflatten(0, seen.grid)
     scale = shares([map_], view.scale)
     with picture:
-        what = f"Rollout from {name_of(token, seen)} up to layer {depth}"
+        what = f"Rollout from {name_of(token, seen)} up to layer {view.depth}"
         _picture("rollout", seen, token, png(map_, scale, None), alt_text(what, map_, seen))
         legend(scale, "share of the token that comes from a patch")
     nats = float(row_entropy(row.double()))
     facts = {
-        "Shown": f"what {name_of(token, seen)} is made of after layer {depth}",
+        "Shown": f"what {name_of(token, seen)} is made of after layer {view.depth}",
         "From itself": f"{float(row[token]):.1%}",
     }
     for i, name in enumerate(seen.prefix):
