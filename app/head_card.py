@@ -6,12 +6,9 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from xattn.app.library import Library
 
 CARD = "README.md"
@@ -45,12 +42,11 @@ def _matches(folder: Path, head: Mapping[str, Any]) -> bool:
 @functools.lru_cache(maxsize=64)
 def _sha256(weights: Path, changed: int) -> str:
     """The hash of the loaded head, whose weights are single precision whatever the file holds."""
-    from xattn.backbone import sha256
+    from xattn.backbone import state_sha256
     from xattn.models.sources import load_weight_file
 
     state = load_weight_file(weights)
-    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-    return sha256(cast("nn.Module", SimpleNamespace(state_dict=lambda: state)))
+    return state_sha256({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
 
 
 def _card(folder: Path) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
@@ -483,9 +483,14 @@ def _parse(tap: str) -> tuple[str, int, bool]:
 
 
 def sha256(module: nn.Module) -> str:
-    """SHA-256 (hex) of names, types, shapes and values of all saved tensors of ``module``."""
+    """:func:`state_sha256` of all saved tensors of ``module``."""
+    return state_sha256(module.state_dict())
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of names, types, shapes and values of a state dict."""
     digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
+    for key, value in sorted(state.items()):
         value = value.detach().cpu().contiguous()
         digest.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
