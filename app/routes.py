@@ -18,7 +18,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from xattn.app import film, pictures
+from xattn.app import film, pictures, state
+from xattn.app.pack import PackError
 from xattn.app.pictures import Look
 
 if TYPE_CHECKING:
@@ -83,16 +84,13 @@ def _id(query: Mapping[str, str], name: str) -> str:
 
 def _answer(parse: Callable[[Mapping[str, str]], tuple[str, tuple[object, ...], Draw]]):
     async def endpoint(request: Request) -> Response:
-        from xattn.app.pack import PackError
-        from xattn.app.state import library
-
         try:
             pack_id, key, draw = parse(request.query_params)
         except ValueError as error:
             return _text(400, error)
         loop = asyncio.get_running_loop()
         try:
-            pack = await loop.run_in_executor(_DRAWING, lambda: library().open(pack_id))
+            pack = await loop.run_in_executor(_DRAWING, lambda: state.library().open(pack_id))
             digest = hashlib.sha256(repr((pack.id, pack.version, key)).encode()).hexdigest()
             fresh = request.query_params.get("v") == pack.version
             headers = {
