@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from xattn.app import bench
+from xattn.app.made_up import picture
+from xattn.backbone import load_backbone
+from xattn.explaining import explain
+from xattn.explanation import save_pack
 
 SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
 
@@ -31,6 +37,24 @@ def served(root: Path, *arguments: str, log: Path) -> Iterator[str]:
     """The address of ``xattn app root``, which runs until the block ends."""
     with bench.served(root, log, *arguments) as (address, _):
         yield address
+
+
+def vit_pack(folder: Path, side: int) -> list[str]:
+    """A pack of two photos in ``folder/root/vit`` by a tiny ViT of ``side`` x ``side`` patches; returns
+    the options by which the viewer is given that network."""
+    pixels = side * 16
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        backbone = load_backbone("test_vit", weights=None, input_size=pixels)
+    weights = folder / "vit.safetensors"
+    save_file({k: v.contiguous() for k, v in backbone.model.state_dict().items()}, weights)
+    photos = folder / "photos"
+    photos.mkdir()
+    for i in range(2):
+        picture(i).save(photos / f"photo-{i}.png")
+    save_pack(folder / "root" / "vit", explain(photos, backbone, explainer="rollout"))
+    options = f"--backbone test_vit --weights {weights} --input-size {pixels} --device cpu"
+    return options.split()
 
 
 @pytest.fixture(scope="session")

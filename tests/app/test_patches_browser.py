@@ -5,17 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
-import torch
 
 pytest.importorskip("streamlit")
 
-from conftest import served
-from safetensors.torch import save_file
-
-from xattn.app.made_up import picture
-from xattn.backbone import load_backbone
-from xattn.explaining import explain
-from xattn.explanation import save_pack
+from conftest import served, vit_pack
 
 SIDE = 5  # patches a side: 80 pixels in patches of 16
 
@@ -24,17 +17,8 @@ SIDE = 5  # patches a side: 80 pixels in patches of 16
 def address(tmp_path_factory):
     """The attention page over a pack of two photos."""
     folder = tmp_path_factory.mktemp("patches")
-    torch.manual_seed(0)
-    backbone = load_backbone("test_vit", weights=None, input_size=SIDE * 16)
-    weights = folder / "vit.safetensors"
-    save_file({k: v.contiguous() for k, v in backbone.model.state_dict().items()}, weights)
-    photos = folder / "photos"
-    photos.mkdir()
-    for i in range(2):
-        picture(i).save(photos / f"photo-{i}.png")
-    save_pack(folder / "root" / "vit", explain(photos, backbone, explainer="rollout"))
-    options = f"--backbone test_vit --weights {weights} --input-size {SIDE * 16} --device cpu"
-    with served(folder / "root", *options.split(), log=folder / "log.txt") as base:
+    options = vit_pack(folder, SIDE)
+    with served(folder / "root", *options, log=folder / "log.txt") as base:
         yield f"{base}/attention"
 
 

@@ -7,18 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("streamlit")
 
-from conftest import served
-from safetensors.torch import save_file
+from conftest import served, vit_pack
 
 from xattn.app.library import Library
-from xattn.app.made_up import picture, small_pack
-from xattn.backbone import load_backbone
-from xattn.explaining import explain
-from xattn.explanation import save_pack
+from xattn.app.made_up import small_pack
 
 SIDE = 5  # patches a side: 80 pixels in patches of 16
 PAGES = {  # name: the pack, and a text that is there when the page is
@@ -35,19 +30,9 @@ PAGES = {  # name: the pack, and a text that is there when the page is
 def root(tmp_path_factory):
     """A viewer's root: a pack with metrics and one of a ViT, whose weights the viewer was given."""
     folder = tmp_path_factory.mktemp("walk")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        backbone = load_backbone("test_vit", weights=None, input_size=SIDE * 16)
-    weights = folder / "vit.safetensors"
-    save_file({k: v.contiguous() for k, v in backbone.model.state_dict().items()}, weights)
-    photos = folder / "photos"
-    photos.mkdir()
-    for i in range(2):
-        picture(i).save(photos / f"photo-{i}.png")
+    options = vit_pack(folder, SIDE)
     small_pack(folder / "root" / "measured", 30, ("gradcam", "saliency"))
-    save_pack(folder / "root" / "vit", explain(photos, backbone, explainer="rollout"))
-    options = f"--backbone test_vit --weights {weights} --input-size {SIDE * 16} --device cpu"
-    return folder / "root", options.split()
+    return folder / "root", options
 
 
 @pytest.fixture(scope="module")
