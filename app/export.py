@@ -28,7 +28,7 @@ FORMATS = ("png", "svg")
 MOST_MAPS = {"html": 200, "png": 60, "svg": 60}  # in one file
 SIDE = 320  # of a picture in a figure, in pixels
 COLUMNS = 5  # of a figure of one photo
-_OF_IMAGE = (
+_OF_IMAGE = [
     "file_name",
     "label",
     "label_name",
@@ -37,7 +37,7 @@ _OF_IMAGE = (
     "confidence",
     "right",
     "disagreement",
-)
+]
 
 
 def csv(pack: Pack, image_ids: Iterable[str]) -> str:
@@ -55,12 +55,11 @@ def maps_csv(pack: Pack, entry_ids: Sequence[str] | pd.Index) -> str:
     """
     entries = pack.entries.loc[list(entry_ids)]
     of_image = pack.images.reindex(entries["image_id"])
-    columns = [name for name in _OF_IMAGE if name in of_image]
     own = [name for name in entries.columns if name != "image_id"]
     stream = io.StringIO()
     writer = csv_module.writer(stream, lineterminator="\r\n")
-    writer.writerow(map(cell, ("image_id", *columns, "entry_id", *own)))
-    images = of_image[columns].itertuples(index=False, name=None)
+    writer.writerow(map(cell, ("image_id", *_OF_IMAGE, "entry_id", *own)))
+    images = of_image[_OF_IMAGE].itertuples(index=False, name=None)
     maps = entries[own].itertuples(index=False, name=None)
     for image_id, entry_id, left, right in zip(
         entries["image_id"], entries.index, images, maps, strict=True

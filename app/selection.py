@@ -171,17 +171,17 @@ def make_table(images: pd.DataFrame, entries: pd.DataFrame, metrics: Sequence[An
         "confidence",
         "disagreement",
     ):
-        rows[name] = of_image[name].to_numpy() if name in of_image else None
+        rows[name] = of_image[name].to_numpy()
     choices: dict[str, dict[str, str]] = {}
     for name in ("label", "predicted"):
-        index = of_image[name].to_numpy() if name in of_image else [None] * len(rows)
-        keys = [_class_key(i, n) for i, n in zip(index, rows[f"{name}_name"], strict=True)]
+        each = zip(of_image[name], rows[f"{name}_name"], strict=True)
+        keys = [_class_key(i, n) for i, n in each]
         rows[name] = pd.Series(keys, index=rows.index, dtype=object)
         choices[name] = _class_names(keys, rows[f"{name}_name"])
     measures = {}
     numbers = {key: (name, rows[key], None, "") for key, name in MEASURES.items()}
     for m in metrics:
-        if m.key in entries and m.key not in numbers and m.key not in SORTS:
+        if m.key not in numbers and m.key not in SORTS:
             numbers[m.key] = (m.key, entries[m.key], m.higher_is_better, m.formula)
     for key, (name, column, better, formula) in numbers.items():
         values = pd.to_numeric(column, errors="coerce")
@@ -192,7 +192,7 @@ def make_table(images: pd.DataFrame, entries: pd.DataFrame, metrics: Sequence[An
                 key, name, float(values.min()), float(values.max()), better, formula
             )
     # The first of the most probable: a stable sort keeps the pack's order among equals.
-    order = (-rows["probability"].fillna(-1)).to_numpy().argsort(kind="stable")
+    order = (-rows["probability"]).to_numpy().argsort(kind="stable")
     ranked = rows.iloc[order]
     later = ranked.duplicated(["image_id", "method"])
     rows["first"] = ~later.reindex(rows.index)
@@ -206,7 +206,6 @@ def make_table(images: pd.DataFrame, entries: pd.DataFrame, metrics: Sequence[An
     for name in named:
         rows["text"] += "\n" + named[name].map(fold)
     methods = tuple(dict.fromkeys(rows["method"]))
-    sanity = entries["sanity"].astype(bool) if "sanity" in entries else rows["first"] & False
     return Table(
         rows,
         Choices(
@@ -216,7 +215,7 @@ def make_table(images: pd.DataFrame, entries: pd.DataFrame, metrics: Sequence[An
             predicted=choices["predicted"],
             judged=bool(rows["right"].notna().any()),
             several=not bool(rows["first"].all()),
-            controls=frozenset(rows["method"][sanity.to_numpy()]),
+            controls=frozenset(rows["method"][entries["sanity"]]),
         ),
     )
 
