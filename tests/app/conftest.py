@@ -32,6 +32,15 @@ def opened(script: Callable[[], None], **params: str) -> Any:
     return page
 
 
+def only(root: Path) -> Any:
+    """The one pack of a root, opened."""
+    from xattn.app.library import Library
+
+    library = Library(root)
+    (info,) = library.packs()
+    return library.open(info.id)
+
+
 @contextmanager
 def served(root: Path, *arguments: str, log: Path) -> Iterator[str]:
     """The address of ``xattn app root``, which runs until the block ends."""

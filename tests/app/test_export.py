@@ -10,12 +10,13 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+from conftest import only
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from xattn.app import export
-from xattn.app.library import Library, PackError
+from xattn.app.library import PackError
 from xattn.app.made_up import CLASSES, described, explanation, picture
 from xattn.app.pictures import Look
 from xattn.explanation import save_pack
@@ -41,8 +42,7 @@ def pack(tmp_path_factory):
         for c in range(2)
     ]
     save_pack(folder / "pack", found, overlays=False, metrics=described())
-    library = Library(folder)
-    return library.open(library.packs()[0].id)
+    return only(folder)
 
 
 def read(text):
@@ -113,7 +113,7 @@ def test_a_name_of_two_lines_is_drawn_on_one(tmp_path, end):
     """Pillow's layout refuses line breaks, which a file name may have."""
     name = f"two{end}lines.jpg"
     save_pack(tmp_path / "pack", [explanation(0, "gradcam", source=picture(0), file_name=name)])
-    pack = Library(tmp_path).open(Library(tmp_path).packs()[0].id)
+    pack = only(tmp_path)
     assert export.figure(pack, list(pack.entries.index), "png").startswith(b"\x89PNG")
 
 
@@ -165,14 +165,12 @@ def test_the_report_has_every_figure_with_its_direction_and_protocol(pack):
 
 def test_a_pack_without_figures_has_no_table(tmp_path):
     save_pack(tmp_path / "pack", [explanation(source=picture(0), metrics={})], overlays=False)
-    library = Library(tmp_path)
-    pack = library.open(library.packs()[0].id)
+    pack = only(tmp_path)
     assert "<table>" not in export.html(pack, list(pack.entries.index))
 
 
 def test_a_record_of_a_network_that_is_no_table_is_an_unknown_network(tmp_path):
     odd = explanation(source=picture(0), protocol={"backbone": "resnet18", "head": ["t-tame"]})
     save_pack(tmp_path / "pack", [odd], overlays=False)
-    library = Library(tmp_path)
-    pack = library.open(library.packs()[0].id)
+    pack = only(tmp_path)
     assert "unknown network" in export.html(pack, list(pack.entries.index))

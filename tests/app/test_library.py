@@ -20,6 +20,8 @@ from PIL import Image
 
 pytest.importorskip("pandas")
 
+from conftest import only
+
 from xattn.app import library as library_module
 from xattn.app.library import Library, PackError
 from xattn.app.made_up import METRICS, big_pack, explanation, picture, small_pack
@@ -39,13 +41,6 @@ def root(tmp_path, written):
     """A root with one pack, to be damaged."""
     shutil.copytree(written, tmp_path / "root" / "cats")
     return tmp_path / "root"
-
-
-def only(root):
-    """The one pack of a root, opened."""
-    library = Library(root)
-    (info,) = library.packs()
-    return library.open(info.id)
 
 
 def manifest_of(folder):

@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("streamlit")
 
+from conftest import only
+
 from xattn.app import models, state
 from xattn.app.library import Library
 from xattn.app.made_up import picture
@@ -115,7 +117,7 @@ def test_a_replaced_weight_file_is_read_again(start):
 def _pack(root: Path, **options) -> object:
     loaded = models.backbone(CNN, **options)
     explain(picture(0), loaded, explainer="gradcam", output=root / "pack")
-    return Library(root).open(Library(root).packs()[0].id)
+    return only(root)
 
 
 def test_a_pack_finds_the_network_that_made_it(start):
@@ -143,7 +145,7 @@ def test_a_pack_without_a_model_says_so(start):
 
     root = start()
     save_pack(root / "pack", [explanation(0, protocol={"classes": "top"})], overlays=False)
-    pack = Library(root).open(Library(root).packs()[0].id)
+    pack = only(root)
     with pytest.raises(ModelError, match="does not say which model"):
         models.backbone_of(pack)
 
@@ -210,7 +212,7 @@ def test_a_probe_head_becomes_the_classifier_and_its_packs_find_it(start):
     again, _ = models.with_head(CNN, key, weights)
     assert again.fingerprint == found.fingerprint
     explain(picture(0), found, explainer="gradcam", output=root / "pack")
-    pack = Library(root).open(Library(root).packs()[0].id)
+    pack = only(root)
     assert models.backbone_of(pack).fingerprint == found.fingerprint
 
 

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+from conftest import only
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -41,8 +42,7 @@ def pack(tmp_path_factory):
         for c in range(2)
     ]
     save_pack(folder / "pack", found, overlays=False)
-    library = Library(folder)
-    return library.open(library.packs()[0].id)
+    return only(folder)
 
 
 def ids(pack, **wanted):

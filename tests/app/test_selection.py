@@ -4,11 +4,11 @@ import math
 from dataclasses import fields, replace
 
 import pytest
+from conftest import only
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xattn.app import selection
-from xattn.app.library import Library
 from xattn.app.made_up import CLASSES, METRICS, explanation, small_pack
 from xattn.app.selection import ALL, NAMES, View, defaults, parse, select
 from xattn.explanation import ImageFacts, save_pack
@@ -18,8 +18,7 @@ from xattn.explanation import ImageFacts, save_pack
 def pack(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
     small_pack(root / "pack", 9)
-    library = Library(root)
-    return library.open(library.packs()[0].id)
+    return only(root)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +48,7 @@ def odd(tmp_path_factory):
     root = tmp_path_factory.mktemp("odd")
     described = {"AD@50": {"higher_is_better": False, "formula": "", "protocol_id": ""}}
     save_pack(root / "pack", found, overlays=False, metrics=described)
-    library = Library(root)
-    return library.open(library.packs()[0].id)
+    return only(root)
 
 
 def shown(table, **changes):
@@ -69,8 +67,7 @@ def test_without_parameters_the_first_method_is_shown_in_the_packs_order(pack, t
 
 def test_a_control_is_not_what_is_shown_first(tmp_path):
     save_pack(tmp_path / "p", [explanation(0, m) for m in ("random", "gradcam")], overlays=False)
-    library = Library(tmp_path)
-    choices = selection.table(library.open(library.packs()[0].id)).choices
+    choices = selection.table(only(tmp_path)).choices
     assert choices.methods == ("random", "gradcam")
     assert choices.controls == {"random"}
     assert defaults(choices).method == "gradcam"
