@@ -3,6 +3,9 @@
 import json
 
 import pytest
+
+pytest.importorskip("streamlit")
+
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import state

@@ -3,6 +3,9 @@
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+
+pytest.importorskip("streamlit")
+
 from conftest import served
 
 from xattn.app.made_up import explanation, picture, small_pack

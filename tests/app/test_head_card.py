@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+pytest.importorskip("pandas")
+
+
 from xattn.app.head_card import head_card
 from xattn.app.library import Library
 from xattn.backbone import load_backbone, sha256

@@ -4,6 +4,9 @@ import math
 from dataclasses import fields, replace
 
 import pytest
+
+pytest.importorskip("streamlit")
+
 from conftest import only
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -5,6 +5,9 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+
+pytest.importorskip("streamlit")
+
 from hypothesis import given
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
