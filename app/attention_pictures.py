@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import streamlit as st
@@ -13,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.contact_sheet import legends_html
-from xattn.visualize import Legend, Scale, colorize, make_scale
+from xattn.visualize import Legend, Scale, colorize, data_url, make_scale
 
 if TYPE_CHECKING:
     from xattn.app.reading import Reading
@@ -57,19 +55,12 @@ def png(values: Tensor, scale: Colours, kept: Tensor | None, side: int = 0) -> s
     image = Image.fromarray(np.dstack([colours, alpha]))
     times = max(1, -(-side // max(image.size)))
     image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-    return _uri(image, "PNG")
+    return data_url(image, "PNG")
 
 
 def photo(seen: Reading) -> str:
     """The pixels that the model saw."""
-    return _uri(seen.pixels, "JPEG", quality=92, subsampling=0)
-
-
-def _uri(image: Image.Image, kind: str, **options: Any) -> str:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    data = base64.b64encode(stream.getvalue()).decode("ascii")
-    return f"data:image/{kind.lower()};base64,{data}"
+    return data_url(seen.pixels, quality=92, subsampling=0)
 
 
 def alt_text(what: str, map_: Tensor, seen: Reading, number: str = SHARE) -> str:

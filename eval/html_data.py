@@ -7,7 +7,6 @@ in the scatter plot.
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 import sqlite3
@@ -26,6 +25,7 @@ from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import METRICS
 from xattn.eval.results import Results, is_baseline
 from xattn.images import load_image, prepare
+from xattn.visualize import data_url
 
 if TYPE_CHECKING:
     from xattn.backbone import Preprocessing
@@ -212,7 +212,7 @@ def _maps(
 def _coloured(png: bytes) -> str:
     image = Image.open(io.BytesIO(png)).convert("L")
     image.putpalette(_palette())
-    return _address(image, "PNG", optimize=True)
+    return data_url(image, "PNG", optimize=True)
 
 
 @cache
@@ -245,12 +245,5 @@ def _photos(
         seen = (pixels * 255).round().byte().permute(1, 2, 0).numpy()
         image = Image.fromarray(np.ascontiguousarray(seen))
         image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-        found[str(i)] = _address(image, "JPEG", quality=80)
+        found[str(i)] = data_url(image, quality=80)
     return found
-
-
-def _address(image: Image.Image, kind: str, **options: Any) -> str:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    text = base64.b64encode(stream.getvalue()).decode("ascii")
-    return f"data:image/{kind.lower()};base64,{text}"

@@ -6,9 +6,7 @@ maps come from; the HTML page and the SVG need no other file.
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +21,7 @@ from xattn.visualize import (
     _shorten,
     _wrap,
     colour_bar,
+    data_url,
     gradient,
     overlay,
 )
@@ -170,9 +169,7 @@ def _html_row(row: Row) -> str:
 
 
 def _data_url(image: Image.Image) -> str:
-    stream = io.BytesIO()
-    image.convert("RGB").save(stream, "JPEG", quality=86, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+    return data_url(image.convert("RGB"), quality=86, optimize=True)
 
 
 def _html_table(table: Sequence[Sequence[object]], title: str) -> str:

@@ -7,8 +7,10 @@ the photo is dimmed and grey.
 
 from __future__ import annotations
 
+import base64
 import difflib
 import functools
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +124,14 @@ def _frame(inside: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
             moved[(rim,) if axis == 0 else (slice(None), rim)] = True  # the photo's own border
             core &= moved
     return inside & ~core
+
+
+def data_url(image: Image.Image, kind: str = "JPEG", **options: Any) -> str:
+    """The picture inside an address, for pages that need no other file; ``options`` are Pillow's."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    text = base64.b64encode(stream.getvalue()).decode("ascii")
+    return f"data:image/{kind.lower()};base64,{text}"
 
 
 def colour_bar(width: int = 256, height: int = 16, cmap: str = SEQUENTIAL) -> Image.Image:
