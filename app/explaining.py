@@ -28,6 +28,7 @@ from xattn.app.jobs import JOBS
 from xattn.app.pictures import Look, overlay_bytes, photo_bytes
 from xattn.app.scratch import Scratch
 from xattn.app.uploads import Problem, Upload
+from xattn.app.visible import reason
 from xattn.explaining import explain_batch, set_up, unique_id
 from xattn.explanation import THUMBNAIL_SIDE, Explanation, load_pack, read_manifest, save_pack
 from xattn.images import MAX_PIXELS, prepare
@@ -127,10 +128,10 @@ class Jobs:
         """
         job = Job(request, library)
         with self._lock:
-            waiting = [j for j in self._jobs.values() if j.status == "waiting"]
-            if len(waiting) >= WAITING:
+            waiting = len(self._waiting())
+            if waiting >= WAITING:
                 raise ValueError(
-                    f"{len(waiting)} other jobs are waiting already; try again when one is done."
+                    f"{waiting} other jobs are waiting already; try again when one is done."
                 )
             self._jobs[job.id] = job
             self._next()
@@ -144,7 +145,7 @@ class Jobs:
     def ahead(self, job: Job) -> int:
         """How many jobs wait before this one."""
         with self._lock:
-            waiting = [j for j in self._jobs.values() if j.status == "waiting"]
+            waiting = self._waiting()
             return waiting.index(job) if job in waiting else 0
 
     def stop(self, job: Job) -> None:
@@ -155,10 +156,14 @@ class Jobs:
                 job.status, job.message = "stopped", "Stopped before it began."
                 job.finished.set()
 
+    def _waiting(self) -> list[Job]:
+        """In their order; the lock is held."""
+        return [job for job in self._jobs.values() if job.status == "waiting"]
+
     def _next(self) -> None:
         """Start what may start, forget what is old; the lock is held."""
         running = sum(j.status == "running" for j in self._jobs.values())
-        for job in [j for j in self._jobs.values() if j.status == "waiting"]:
+        for job in self._waiting():
             if running >= RUNNING:
                 break
             running += 1
@@ -175,12 +180,12 @@ class Jobs:
         status, message = "failed", ""
         try:
             folder = Path(tempfile.mkdtemp(dir=self._home.path)) / "pack"
-            message = _explain_clip(job, folder) if job.request.clip else _explain(job, folder)
+            (_explain_clip if job.request.clip else _explain)(job, folder)
             status = "done"
         except Stopped:
             status = "stopped"
         except (ValueError, OSError, MemoryError) as error:
-            message = str(error.args[-1] if isinstance(error, OSError) and error.args else error)
+            message = reason(error)
         except Exception as error:
             _LOG.exception("a live explanation failed")
             message = f"An error in the program, {type(error).__name__}: {error}"
@@ -209,9 +214,9 @@ def _amount(job: Job) -> str:
 # ---------------------------------------------------------------------- photos
 
 
-def _explain(job: Job, folder: Path) -> str:
+def _explain(job: Job, folder: Path) -> None:
     request = job.request
-    loaded, head = _model(request)
+    loaded, head = models.network(request.backbone, request.weights, request.head)
     job.total = len(request.photos)
     methods = []
     for name in request.explainers:
@@ -253,7 +258,6 @@ def _explain(job: Job, folder: Path) -> str:
             job.done = min(start + size, job.total)
     finally:
         _save(job, folder)
-    return ""
 
 
 def _prepared(job: Job, loaded: Backbone, ids: list[str], start: int, size: int) -> list[Any]:
@@ -304,13 +308,6 @@ def save_again(job: Job) -> None:
         _save(job, Path(tempfile.mkdtemp(dir=jobs()._home.path)) / "pack")
 
 
-def _model(request: Request) -> tuple[Backbone, Any]:
-    if request.head is not None:
-        return models.with_head(request.backbone, request.head, request.weights)
-    loaded = models.backbone(request.backbone, request.weights)
-    return loaded, getattr(loaded, "probe", None)
-
-
 class _Work:
     """Counts forward passes while a model works, and ends the work when its job is to stop."""
 
@@ -355,10 +352,10 @@ def _note_memory(job: Job, method: Explainer) -> None:
 # ---------------------------------------------------------------------- clips
 
 
-def _explain_clip(job: Job, folder: Path) -> str:
+def _explain_clip(job: Job, folder: Path) -> None:
     request = job.request
     assert request.clip is not None
-    loaded, head = _model(request)
+    loaded, head = models.network(request.backbone, request.weights, request.head)
     path = folder.with_name(f"clip{PurePosixPath(request.clip.name).suffix.lower()}")
     try:
         path.write_bytes(request.clip.data)
@@ -392,7 +389,6 @@ def _explain_clip(job: Job, folder: Path) -> str:
         with suppress(ValueError, OSError):  # nothing was explained
             read_manifest(folder)
             job.folder, job.pack_id = folder, job.library.add_scratch(folder)
-    return ""
 
 
 def _watch(job: Job, loaded: Backbone, method: Explainer) -> None:
@@ -469,6 +465,5 @@ def keep(job: Job, name: str) -> Path:
 
 def _again(error: ValueError | OSError, path: Path, name: str) -> ValueError | OSError:
     """The error with a name that people know in place of a path that they do not."""
-    text = str(error.args[-1] if isinstance(error, OSError) and error.args else error)
     kind = OSError if isinstance(error, OSError) else ValueError
-    return kind(text.replace(str(path), name))
+    return kind(reason(error).replace(str(path), name))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from xattn.app.visible import reason
 from xattn.backbone import sha256
 from xattn.cli import BackboneArgs
 from xattn.memory import is_out_of_memory
@@ -177,7 +178,7 @@ def _load(arguments: BackboneArgs) -> Backbone:
         with turn():
             return loaded.with_taps(short)
     except (ValueError, OSError) as error:
-        raise ModelError(str(error.args[-1] if error.args else error)) from error
+        raise ModelError(reason(error)) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -255,13 +256,10 @@ def heads(name: str) -> dict[str, str]:
     They are told by the backbone's name in their card, so nothing is loaded; :func:`with_head`
     compares the weights.
     """
-    from xattn.app import state
-    from xattn.heads import read_config, shipped_heads
+    from xattn.heads import read_config
 
     found = {}
-    places = [(key, key, folder) for key, folder in shipped_heads().items()]
-    places += [(item.id, item.name, item.folder) for item in state.library().heads()]
-    for key, title, folder in places:
+    for key, (title, folder) in _head_folders().items():
         try:
             config = read_config(folder)
         except (ValueError, OSError):
@@ -271,6 +269,28 @@ def heads(name: str) -> dict[str, str]:
     return found
 
 
+def _head_folders() -> dict[str, tuple[str, Path]]:
+    """Title and folder of every head, shipped or below the root, by id."""
+    from xattn.app import state
+    from xattn.heads import shipped_heads
+
+    found = {key: (key, folder) for key, folder in shipped_heads().items()}
+    return found | {item.id: (item.name, item.folder) for item in state.library().heads()}
+
+
+def network(name: str, weights: str, key: str | None) -> tuple[Backbone, Head | None]:
+    """Backbone ``name`` with its head ``key``; without a key, with the head that classifies for it, if
+    there is one.
+
+    Raises:
+        ModelError: as :func:`backbone` and :func:`with_head`.
+    """
+    if key is not None:
+        return with_head(name, key, weights)
+    loaded = backbone(name, weights)
+    return loaded, getattr(loaded, "probe", None)
+
+
 def with_head(name: str, key: str, weights: str = "auto") -> tuple[Backbone, Head]:
     """Backbone ``name`` and its head ``key`` of :func:`heads`; a head of ``xattn probe`` becomes the
     classifier of the backbone, too. Both are loaded once, and again when the head's files change.
@@ -278,13 +298,12 @@ def with_head(name: str, key: str, weights: str = "auto") -> tuple[Backbone, Hea
     Raises:
         ModelError: no such head, or one of other weights.
     """
-    from xattn.app import state
-    from xattn.heads import AttentiveHead, head_class, read_config, shipped_heads
+    from xattn.heads import AttentiveHead, head_class, read_config
 
-    folders = {**shipped_heads(), **{h.id: h.folder for h in state.library().heads()}}
+    folders = _head_folders()
     if key not in folders:
         raise ModelError("This head is not below the root any more; choose another.")
-    folder = folders[key]
+    _, folder = folders[key]
     try:
         config = read_config(folder)
         taps = config["backbone"].get("taps")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
@@ -109,11 +109,6 @@ def clean_name(name: str) -> str:
     if not dot or len(suffix) > 8:
         return shown[:NAME_LENGTH]
     return f"{stem[: NAME_LENGTH - len(suffix) - 1]}.{suffix}"
-
-
-def summary(problems: Iterable[Problem]) -> str:
-    """One line a file."""
-    return "\n".join(f"{name}: {reason}" for name, reason in problems)
 
 
 def _check_bytes(size: int, limit: int) -> None:

@@ -1,4 +1,4 @@
-"""Names of files and classes as a person should see them: no character turns or hides the others."""
+"""Names of files and classes, and the words of errors, as a person should see them."""
 
 from __future__ import annotations
 
@@ -16,3 +16,12 @@ def visible(text: str) -> str:
     '\ufffdgpj.exe'
     """
     return _HIDDEN.sub("\ufffd", text)
+
+
+def reason(error: Exception) -> str:
+    """The words of an error; of an OSError, those behind its number.
+
+    >>> reason(OSError(28, "No space left on device"))
+    'No space left on device'
+    """
+    return str(error.args[-1] if isinstance(error, OSError) and error.args else error)

@@ -22,12 +22,12 @@ from xattn.app.pictures import (
     photo_url,
 )
 from xattn.app.state import Context, plain
+from xattn.app.visible import reason
 from xattn.contact_sheet import legends_html
 
 if TYPE_CHECKING:
     from xattn.app.library import Library, Pack
     from xattn.backbone import Backbone
-    from xattn.heads import Head
 
 FEW = 3  # pictures that fit beside each other on a phone
 QUICK = 0.8  # seconds in which a short job may finish before its progress is shown
@@ -123,7 +123,9 @@ def _controls(context: Context, kind: str, job: Job | None) -> Request | None:
     head_id = _head(name)
     try:
         with st.spinner("Loading the network", show_time=True):
-            loaded, head = _loaded(name, weights, head_id)
+            if not name:
+                raise ModelError("Choose a network.")
+            loaded, head = models.network(name, weights, head_id or None)
             allowed, refused = models.explainers(loaded, head)
     except ModelError as error:
         st.error(plain(error))
@@ -135,8 +137,8 @@ def _controls(context: Context, kind: str, job: Job | None) -> Request | None:
         if refused:
             with st.popover(f"{len(refused)} methods do not fit", type="tertiary"):
                 st.caption("What this network, or the lack of a head, does not allow:")
-                for refusal, reason in refused.items():
-                    st.markdown(f"**{plain(refusal)}**: {plain(reason)}")
+                for method, why in refused.items():
+                    st.markdown(f"**{plain(method)}**: {plain(why)}")
     busy = job is not None and not job.finished.is_set()
     ready = bool(sent) and bool(chosen) and not busy
     request = Request(
@@ -274,15 +276,6 @@ def _head(name: str) -> str:
     return "" if chosen == NO_HEAD else chosen
 
 
-def _loaded(name: str, weights: str, head_id: str) -> tuple[Backbone, Head | None]:
-    if not name:
-        raise ModelError("Choose a network.")
-    if head_id:
-        return models.with_head(name, head_id, weights)
-    loaded = models.backbone(name, weights)
-    return loaded, getattr(loaded, "probe", None)
-
-
 def _explainers(allowed: dict[str, int], several: bool) -> list[str]:
     names = [n for n in FIRST if n in allowed]
     names += [n for n in allowed if n not in (*FIRST, *SANITY)]
@@ -415,7 +408,7 @@ def _unsaved(job: Job) -> None:
         try:
             explaining.save_again(job)
         except (ValueError, OSError) as error:
-            st.error(plain(error.args[-1] if error.args else error))
+            st.error(plain(reason(error)))
         else:
             job.message = ""
             st.rerun()
@@ -444,7 +437,7 @@ def _keep(context: Context, job: Job, name: str) -> None:
     try:
         folder = explaining.keep(job, name)
     except (ValueError, OSError) as error:
-        st.error(plain(error.args[-1] if error.args else error))
+        st.error(plain(reason(error)))
         return
     st.success(f"Kept as {plain(folder.name)}.")
 

@@ -17,7 +17,7 @@ from xattn.app.jobs import Job, JobError, Jobs, Spec
 from xattn.app.library import PackError
 from xattn.app.pictures import Look, legends, overlay_url, photo_url
 from xattn.app.state import Context, plain
-from xattn.app.visible import visible
+from xattn.app.visible import reason, visible
 from xattn.config import PROBE_RECIPES, RECIPES
 from xattn.contact_sheet import legends_html
 
@@ -159,7 +159,7 @@ def _form(jobs: Jobs, running: Job | None) -> None:
             try:
                 st.query_params.from_dict({"job": jobs.start(spec, name).id})
             except (JobError, OSError) as error:
-                st.error(plain(_text(error)))
+                st.error(plain(reason(error)))
             else:
                 st.rerun()
         _command(jobs, spec, name)
@@ -273,7 +273,7 @@ def _follow(jobs: Jobs, job_id: str, context: Context, was_alive: bool) -> None:
     try:
         _show(jobs, job, context)
     except (ValueError, OSError) as error:  # a fragment's own runs are not in the page's hands
-        st.error(plain(_text(error)))
+        st.error(plain(reason(error)))
 
 
 def _show(jobs: Jobs, job: Job, context: Context) -> None:
@@ -315,7 +315,7 @@ def _buttons(jobs: Jobs, job: Job, bar: Any) -> None:
         try:
             action(job.id, **options)
         except (JobError, OSError) as error:
-            st.session_state["_job_problem"] = _text(error)
+            st.session_state["_job_problem"] = reason(error)
 
     if job.state == "running":
         bar.button(
@@ -532,7 +532,3 @@ def _next(job: Job) -> None:
         "**Use it** on the page Live, where it is in the list of heads, or on the command line:"
     )
     st.code(f"xattn explain PHOTOS --head {folder}", language="sh", wrap_lines=True)
-
-
-def _text(error: Exception) -> str:
-    return str(error.args[-1] if isinstance(error, OSError) and error.args else error)

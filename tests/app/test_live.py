@@ -210,7 +210,7 @@ def test_what_was_explained_before_a_stop_is_kept(jobs, library, monkeypatch):
 def gate(monkeypatch: pytest.MonkeyPatch):
     """Jobs that wait at a gate instead of explaining."""
     opened = threading.Event()
-    monkeypatch.setattr(explaining, "_explain", lambda job, folder: opened.wait(LONG) and "")
+    monkeypatch.setattr(explaining, "_explain", lambda job, folder: opened.wait(LONG))
     yield opened
     opened.set()
 
