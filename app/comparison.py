@@ -7,14 +7,13 @@ does not fit together is a :class:`~xattn.app.library.PackError` for the person 
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from xattn import strict_json
 from xattn.app.library import LEADERBOARD, PackError
+from xattn.app.pack import Recent
 from xattn.eval import html_data
 from xattn.eval.compare import Standing
 from xattn.eval.metrics.base import Column
@@ -28,10 +27,9 @@ if TYPE_CHECKING:
 MAX_BYTES = 200 << 20
 MAX_RESAMPLES = 100_000  # the charts draw them again
 MAX_CELLS = 100_000  # methods times columns
-KEPT = 4
+KEPT = 4  # comparisons
 _NUMBERS = ("mean", "lo", "hi", "diff", "diff_lo", "diff_hi")
-_BOARDS: OrderedDict[Any, Board] = OrderedDict()
-_LOCK = threading.Lock()
+_BOARDS = Recent(KEPT)  # each of size 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,15 +92,10 @@ def read(library: Library, comparison_id: str) -> Board:
     """
     data = library.read(comparison_id, LEADERBOARD, MAX_BYTES)
     key = (comparison_id, len(data), hash(data))
-    with _LOCK:
-        if key in _BOARDS:
-            _BOARDS.move_to_end(key)
-            return _BOARDS[key]
-    board = parse(data)
-    with _LOCK:
-        _BOARDS[key] = board
-        while len(_BOARDS) > KEPT:
-            _BOARDS.popitem(last=False)
+    board: Board | None = _BOARDS.get(key)
+    if board is None:
+        board = parse(data)
+        _BOARDS.put(key, board, 1)
     return board
 
 

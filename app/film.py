@@ -5,11 +5,9 @@ MPEG-4 Part 2, which OpenCV writes everywhere, plays in no browser; JPEG frames 
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
 from PIL import Image
@@ -23,8 +21,7 @@ if TYPE_CHECKING:
 FRAME = "/xattn/frame"
 CACHE_BYTES = 32 << 20
 MAX_PIXELS = 40_000_000
-_CHECKED: OrderedDict[Any, Path] = OrderedDict()  # films whose hash was compared
-_LOCK = threading.Lock()
+_CHECKED = Recent(8)  # films whose hash was compared, each of size 1
 _CACHE = Recent(CACHE_BYTES)
 
 
@@ -70,15 +67,11 @@ def _film(pack: Pack) -> Path | None:
     except OSError:
         return pack.video  # None, or the error that says what is missing
     key = (path, pack.version, about.st_mtime_ns, about.st_size)
-    with _LOCK:
-        if key in _CHECKED:
-            return _CHECKED[key]
-    film = pack.video
-    if film is not None:
-        with _LOCK:
-            _CHECKED[key] = film
-            while len(_CHECKED) > 8:
-                _CHECKED.popitem(last=False)
+    film: Path | None = _CHECKED.get(key)
+    if film is None:
+        film = pack.video
+        if film is not None:
+            _CHECKED.put(key, film, 1)
     return film
 
 

@@ -47,7 +47,7 @@ class NoPack(PackError):
 
 
 class Recent:
-    """What was read last, up to so many bytes; threads may share it."""
+    """What was read last, up to a sum of sizes (bytes by default); threads may share it."""
 
     def __init__(self, limit: int = RECENT_MAPS) -> None:
         self._limit, self._bytes = limit, 0

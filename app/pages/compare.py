@@ -474,10 +474,11 @@ def _dots(
 ) -> tuple[pd.DataFrame, str]:
     """A row a photo and method, and what to say of them; with the entry's id where a click opens it."""
     results = board.results
+    points = spread(len(results.images), PER_PHOTO)
     keys = [metric.key for metric in pack.metrics] if pack is not None else []
     if pack is not None and len(pack.images) == len(results.images) and {x, y} <= set(keys):
         rows = pack.entries[pack.entries["method"].isin(names)]
-        rows = rows[rows["image_id"].isin(pack.images.index[spread(len(pack.images), PER_PHOTO)])]
+        rows = rows[rows["image_id"].isin(pack.images.index[points])]
         table = pd.DataFrame(
             {
                 "entry": rows.index,
@@ -491,7 +492,6 @@ def _dots(
         )
         note = "A dot is a photo; click one to open it."
     else:
-        points = spread(len(results.images), PER_PHOTO)
         table = pd.concat(
             pd.DataFrame(
                 {
@@ -506,9 +506,8 @@ def _dots(
             for name in names
         )
         note = "A dot is a photo."
-    count = len(spread(len(results.images), PER_PHOTO))
-    if count < len(results.images):
-        note += f" {count:,} of {len(results.images):,} photos, evenly spread."
+    if len(points) < len(results.images):
+        note += f" {len(points):,} of {len(results.images):,} photos, evenly spread."
     return table, note
 
 

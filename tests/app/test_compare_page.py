@@ -79,7 +79,7 @@ def library(made: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     found = Library(made)
     monkeypatch.setattr(state, "_settings", state.Settings(root=made))
     monkeypatch.setattr(state, "library", lambda: found)
-    comparison._BOARDS.clear()
+    monkeypatch.setattr(comparison, "_BOARDS", comparison.Recent(comparison.KEPT))
     return found
 
 
