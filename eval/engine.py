@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from xattn.eval.annotations import Annotation, Annotations
 
 Randomized = Mapping[str, Callable[[int, Tensor, Tensor], Tensor]]
+_T = TypeVar("_T")
 
 
 def evaluate(
@@ -223,12 +224,12 @@ class _Run:
         annotations: Annotations | None,
         randomized: Randomized,
         again_limit: int | None,
-        kept_maps: int = 0,
+        kept_maps: int,
     ) -> None:
-        self.kept_maps = kept_maps
         self.backbone, self.explainers, self.protocol = backbone, explainers, protocol
         self.probes, self.scorer, self.store = probes, scorer, store
         self.annotations, self.randomized, self.again_limit = annotations, randomized, again_limit
+        self.kept_maps = kept_maps
         self._pending: deque[_Pending] = deque()
         self._worked = {name for name in explainers if store.worked(name)}
         self._failures: dict[str, int] = {}
@@ -270,10 +271,15 @@ class _Run:
         self._record(left, scores, classes, [n if isinstance(n, str) else None for n in notes])
         for name in self.explainers:
             rows = [i for i, x in enumerate(left) if name not in finished.get(x.position, set())]
-            single = bool(getattr(self.explainers[name], "one_by_one", False))
-            for part in [[i] for i in rows] if single else [rows] * bool(rows):
+            for part in self._passes(name, rows):
                 self._explain(name, part, left, images, scores, classes, notes, done)
         self.scorer.forget()
+
+    def _passes(self, name: str, rows: list[_T]) -> list[list[_T]]:
+        """What one method explains at a time."""
+        if getattr(self.explainers[name], "one_by_one", False):
+            return [[row] for row in rows]
+        return [rows] if rows else []
 
     def _left(self, item: Item, finished: Mapping[int, set[str]]) -> int:
         return len(set(self.explainers) - finished.get(item.position, set()))
@@ -312,8 +318,7 @@ class _Run:
         missing = self.store.without_map(*ends)
         for name in self.explainers:
             rows = [i for i in chunk if name in missing.get(i.position, set()) and self._kept(i)]
-            single = bool(getattr(self.explainers[name], "one_by_one", False))
-            for part in [[item] for item in rows] if single else [rows] * bool(rows):
+            for part in self._passes(name, rows):
                 images = torch.stack([item.image for item in part]).to(self.backbone.device)
                 known = [self.store.image(item.position) for item in part]
                 targets = torch.tensor([row.target for row in known if row is not None])

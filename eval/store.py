@@ -22,7 +22,7 @@ import glob
 import json
 import math
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,7 @@ CREATE TABLE IF NOT EXISTS maps(
     PRIMARY KEY(position, method));
 CREATE TABLE IF NOT EXISTS tops(position INTEGER PRIMARY KEY, top TEXT);
 """
+_METHODS = "SELECT position, method FROM results WHERE position BETWEEN ? AND ?"
 _INSERT_MAP = "INSERT OR REPLACE INTO maps VALUES (?, ?, ?, ?, ?)"
 _INSERT_TOP = "INSERT OR REPLACE INTO tops VALUES (?, ?)"
 _INSERT = "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -98,7 +99,7 @@ class Store:
                 self._own.execute("PRAGMA synchronous=NORMAL")
             self._own.executescript(_SCHEMA)
             self._others = [sqlite3.connect(str(p), timeout=60) for p in others]
-            for database in (self._own, *self._others):
+            for database in self._all:
                 self._check(database, facts)
             self._others = [database for database in self._others if _begun(database)]
         except sqlite3.DatabaseError as error:
@@ -110,6 +111,10 @@ class Store:
         with self._own:
             rows = [(key, json.dumps(value, sort_keys=True)) for key, value in facts.items()]
             self._own.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)
+
+    @property
+    def _all(self) -> tuple[sqlite3.Connection, ...]:
+        return (self._own, *self._others)
 
     def _check(self, database: sqlite3.Connection, facts: Mapping[str, Any]) -> None:
         if not _begun(database):  # another process is just making it
@@ -125,17 +130,12 @@ class Store:
 
     def finished(self, first: int, last: int) -> dict[int, set[str]]:
         """Methods by position that are done, of the positions from ``first`` to ``last``."""
-        done: dict[int, set[str]] = {}
-        query = "SELECT position, method FROM results WHERE position BETWEEN ? AND ?"
-        for database in (self._own, *self._others):
-            for position, method in database.execute(query, (first, last)):
-                done.setdefault(position, set()).add(method)
-        return done
+        return _methods(self._all, _METHODS, first, last)
 
     def image(self, position: int) -> ImageRow | None:
         """What is known of an image."""
         query = "SELECT * FROM images WHERE position = ?"
-        for database in (self._own, *self._others):
+        for database in self._all:
             row = database.execute(query, (position,)).fetchone()
             if row is not None:
                 return ImageRow(*row)
@@ -144,32 +144,22 @@ class Store:
     def worked(self, method: str) -> bool:
         """Whether a method has given a valid map of some image."""
         query = "SELECT 1 FROM results WHERE method = ? AND reason IS NULL LIMIT 1"
-        each = (self._own, *self._others)
-        return any(d.execute(query, (method,)).fetchone() is not None for d in each)
+        return any(d.execute(query, (method,)).fetchone() is not None for d in self._all)
 
     def without_map(self, first: int, last: int) -> dict[int, set[str]]:
         """Methods by position that have a valid map which was not kept, as in a state of before."""
-        missing: dict[int, set[str]] = {}
-        query = (
-            "SELECT position, method FROM results WHERE reason IS NULL AND position BETWEEN ? AND ?"
-        )
-        each = (self._own, *self._others)
-        for database in each:
-            for position, method in database.execute(query, (first, last)):
-                missing.setdefault(position, set()).add(method)
-        for database in filter(_keeps, each):
-            query = "SELECT position, method FROM maps WHERE position BETWEEN ? AND ?"
-            for position, method in database.execute(query, (first, last)):
-                missing.get(position, set()).discard(method)
-        return {position: methods for position, methods in missing.items() if methods}
+        valid = _methods(self._all, f"{_METHODS} AND reason IS NULL", first, last)
+        query = "SELECT position, method FROM maps WHERE position BETWEEN ? AND ?"
+        kept = _methods(filter(_keeps, self._all), query, first, last)
+        missing = {position: names - kept.get(position, set()) for position, names in valid.items()}
+        return {position: names for position, names in missing.items() if names}
 
     def without_top(self, first: int, last: int) -> set[int]:
         """Positions of scored images whose first classes were not kept."""
         query = "SELECT position FROM images WHERE skipped IS NULL AND position BETWEEN ? AND ?"
-        each = (self._own, *self._others)
-        scored = {p for d in each for (p,) in d.execute(query, (first, last))}
+        scored = {p for d in self._all for (p,) in d.execute(query, (first, last))}
         query = "SELECT position FROM tops WHERE position BETWEEN ? AND ?"
-        kept = {p for d in filter(_keeps, each) for (p,) in d.execute(query, (first, last))}
+        kept = {p for d in filter(_keeps, self._all) for (p,) in d.execute(query, (first, last))}
         return scored - kept
 
     def add_map(self, position: int, method: str, values: NDArray[np.float32]) -> None:
@@ -254,8 +244,19 @@ class Store:
             yield ResultRow._make((*row[:6], values, curves, *row[8:]))
 
     def close(self) -> None:
-        for database in (self._own, *self._others):
+        for database in self._all:
             database.close()
+
+
+def _methods(
+    databases: Iterable[sqlite3.Connection], query: str, first: int, last: int
+) -> dict[int, set[str]]:
+    """Methods by position, of a query between two positions."""
+    found: dict[int, set[str]] = {}
+    for database in databases:
+        for position, method in database.execute(query, (first, last)):
+            found.setdefault(position, set()).add(method)
+    return found
 
 
 def _packed(row: ResultRow) -> tuple[Any, ...]:
@@ -303,13 +304,16 @@ def kept_images(path: Path, count: int | None, limit: int) -> Iterator[KeptImage
 
 def _keeps(database: sqlite3.Connection) -> bool:
     """Whether a state has tables for maps: those of before have not."""
-    query = "SELECT count(*) FROM sqlite_master WHERE name IN ('maps', 'tops')"
-    return bool(database.execute(query).fetchone()[0] == 2)
+    return _has(database, "maps", "tops")
 
 
 def _begun(database: sqlite3.Connection) -> bool:
-    query = "SELECT count(*) FROM sqlite_master WHERE name IN ('meta', 'images', 'results')"
-    return bool(database.execute(query).fetchone()[0] == 3)
+    return _has(database, "meta", "images", "results")
+
+
+def _has(database: sqlite3.Connection, *tables: str) -> bool:
+    there = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+    return there.issuperset(tables)
 
 
 def _ranked(path: Path, rank: int) -> Path:
