@@ -87,8 +87,9 @@ def compare(
     packed = job.maps > 0 and can_pack(images)
     if packed:
         check_output(output / "pack")
+    truth = None
     if job.labels is not None:  # refused now rather than after the work
-        true_classes_of(named_photos(images), job.labels, job.backbone)
+        truth = true_classes_of(named_photos(images), job.labels, job.backbone)
     methods, made, refused = _methods(job)
     for name, reason in refused.items():
         say(f"left out {name}: {reason}")
@@ -143,7 +144,7 @@ def compare(
             job.backbone,
             methods,
             limit=job.maps,
-            labels=job.labels,
+            truth=truth,
             say=say,
         )
         say(f"pack: {output / 'pack'}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import cache
 from pathlib import Path
@@ -123,28 +123,39 @@ def _goodness(results: Results, name: str, column: Column) -> float:
 
 def curves(results: Results) -> list[dict[str, Any]]:
     """One chart a kind of curve: a line a method, mean, lo and hi at each x, and of how many images."""
-    clean = np.array([image.p for image in results.images], dtype=np.float64)
+    positions = {name: str(m) for m, name in enumerate(results.methods)}
     charts = []
     for key, (title, axis) in CURVES.items():
-        lines: dict[str, Any] = {}
-        x: list[float] = []
-        for m, method in enumerate(results.methods.values()):
-            scores = method.scores.get(key)
-            if scores is None or scores.ndim != 2 or not np.isfinite(scores).any():
-                continue
-            curve = with_clean(key, scores, clean)
-            x = shares_of(results, key, curve.shape[1])
+        chart: dict[str, Any] = {"key": key, "title": title, "axis": axis, "x": [], "lines": {}}
+        for name, curve, x in each_curve(results, key):
+            chart["x"] = x  # that of all methods
             intervals = bootstrap.mean_intervals(
                 curve, n_resamples=results.n_resamples, seed=results.protocol.seed
             )
             *band, counts = zip(*intervals, strict=True)
-            lines[str(m)] = [*([_number(v) for v in part] for part in band), max(counts)]
-        if x:
-            charts.append({"key": key, "title": title, "axis": axis, "x": x, "lines": lines})
+            line = [*([_number(v) for v in part] for part in band), max(counts)]
+            chart["lines"][positions[name]] = line
+        if chart["lines"]:
+            charts.append(chart)
     return charts
 
 
-def with_clean(
+def each_curve(
+    results: Results, key: str
+) -> Iterator[tuple[str, NDArray[np.float64], list[float]]]:
+    """Of every method that has such a curve: its name, (n, T) scores, the clean ones included, and x."""
+    clean = np.array([image.p for image in results.images], dtype=np.float64)
+    for name, method in results.methods.items():
+        scores = method.scores.get(key)
+        if scores is None or scores.ndim != 2 or not np.isfinite(scores).any():
+            continue
+        curve = _with_clean(key, scores, clean)
+        x = _shares(results, key, curve.shape[1])
+        if x:
+            yield name, curve, x
+
+
+def _with_clean(
     key: str, scores: NDArray[np.float64], clean: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """(n, T) -> (n, T + 1): deletion starts with the clean score, insertion ends with it."""
@@ -153,7 +164,7 @@ def with_clean(
     return np.concatenate(ends.get(key, [scores]), axis=1)
 
 
-def shares_of(results: Results, key: str, count: int) -> list[float]:
+def _shares(results: Results, key: str, count: int) -> list[float]:
     """x of the curve's values; of ROAD they are its levels, without which there is no chart."""
     if key in ("deletion", "insertion"):
         return [float(f"{t / (count - 1):.5g}") for t in range(count)]

@@ -13,12 +13,12 @@ import numpy as np
 from PIL import Image
 
 from xattn.eval.engine import describe
-from xattn.eval.html_data import CURVES, shares_of, with_clean
+from xattn.eval.html_data import CURVES, each_curve
 from xattn.eval.protocol import METRICS
 from xattn.eval.results import Results, is_baseline
 from xattn.eval.store import KeptImage, kept_images
 from xattn.eval.stream import Skipped
-from xattn.explaining import named_photos, protocol_of, true_classes_of
+from xattn.explaining import TrueClass, named_photos, protocol_of
 from xattn.explanation import Explanation, ImageFacts
 from xattn.images import load_image, make_view
 from xattn.pack_writer import pack_writer
@@ -42,7 +42,7 @@ def write_pack(
     methods: Mapping[str, Any],
     *,
     limit: int,
-    labels: str | Path | None = None,
+    truth: Mapping[str, TrueClass] | None = None,
     say: Callable[[str], Any] = lambda line: None,
 ) -> Path:
     """Write the maps that ``state`` keeps as a pack.
@@ -51,14 +51,13 @@ def write_pack(
         images: those that were evaluated, see :func:`can_pack`.
         methods: the explainers by row.
         limit: of how many of the first images.
-        labels: true classes, as in :func:`xattn.explaining.explain`.
+        truth: true classes by image_id, see :func:`xattn.explaining.true_classes_of`.
 
     Raises:
-        ValueError: no map was kept, or wrong labels.
+        ValueError: no map was kept.
         OSError: it cannot be written; an earlier pack is intact.
     """
     sources = named_photos(images)
-    truth = {} if labels is None else true_classes_of(sources, labels, backbone)
     records = {name: _record(results, backbone, method) for name, method in methods.items()}
     curves, shares = _curves(results)
     count = len(results.images) + len(results.skipped)
@@ -66,7 +65,7 @@ def write_pack(
     with pack_writer(folder, overlays=False) as writer:
         for kept in kept_images(state, count, limit):
             image_id, source = sources[kept.position]
-            label, label_name = truth.get(image_id, (None, None))
+            label, label_name = (truth or {}).get(image_id, (None, None))
             facts = ImageFacts(
                 tuple((int(i), str(name), float(p)) for i, name, p in kept.top), label, label_name
             )
@@ -162,19 +161,10 @@ def _values(results: Results, name: str, number: int) -> Iterator[tuple[str, flo
 def _curves(results: Results) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
     """(n, T) curves by method and name, clean scores included; and the shares of pixels of those that
     are not at equal steps."""
-    clean = np.array([image.p for image in results.images], dtype=np.float64)
-    curves: dict[str, dict[str, Any]] = {}
+    curves: dict[str, dict[str, Any]] = {name: {} for name in results.methods}
     shares: dict[str, list[float]] = {}
-    for name, method in results.methods.items():
-        curves[name] = {}
-        for key in CURVES:
-            scores = method.scores.get(key)
-            if scores is None or scores.ndim != 2:
-                continue
-            curve = with_clean(key, scores, clean)
-            x = shares_of(results, key, curve.shape[1])
-            if not x:
-                continue
+    for key in CURVES:
+        for name, curve, x in each_curve(results, key):
             curves[name][key] = curve
             if key not in ("deletion", "insertion"):
                 shares[key] = x
