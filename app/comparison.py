@@ -90,11 +90,10 @@ def read(library: Library, comparison_id: str) -> Board:
     Raises:
         PackError: no such comparison, or a file that is too large, damaged or of another version.
     """
-    data = library.read(comparison_id, LEADERBOARD, MAX_BYTES)
-    key = (comparison_id, len(data), hash(data))
+    key = (comparison_id, library.signature(comparison_id, LEADERBOARD))
     board: Board | None = _BOARDS.get(key)
     if board is None:
-        board = parse(data)
+        board = parse(library.read(comparison_id, LEADERBOARD, MAX_BYTES))
         _BOARDS.put(key, board, 1)
     return board
 

@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 
 from PIL import Image
 
+from xattn.app.inside import Signature
 from xattn.app.pack import PackError, Recent
 from xattn.app.pictures import check_side, jpeg
 
@@ -63,10 +64,9 @@ def _film(pack: Pack) -> Path | None:
     """The film; its hash is compared once, and again when the file is another one."""
     path = pack.folder / "overlay.mp4"
     try:
-        about = path.stat()
+        key = (path, pack.version, Signature.of(path.stat()))
     except OSError:
         return pack.video  # None, or the error that says what is missing
-    key = (path, pack.version, about.st_mtime_ns, about.st_size)
     film: Path | None = _CHECKED.get(key)
     if film is None:
         film = pack.video

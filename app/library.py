@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xattn.app.inside import PackError, Signature, read_inside
+from xattn.app.inside import PackError, Signature, open_inside, read_inside
 from xattn.app.pack import MAX_MANIFEST, MetricInfo, NoPack, Pack, Recent
 from xattn.app.visible import visible
 from xattn.explanation import MANIFEST, MAPS
@@ -144,10 +144,22 @@ class Library:
         Raises:
             PackError: no such comparison or file, or one that leads out of it.
         """
+        return read_inside(self._comparison(comparison_id), name, limit)
+
+    def signature(self, comparison_id: str, name: str) -> Signature:
+        """What tells the file that :meth:`read` reads from the one that was there before.
+
+        Raises:
+            PackError: as :meth:`read`.
+        """
+        with open_inside(self._comparison(comparison_id), name) as stream:
+            return Signature.of(os.fstat(stream.fileno()))
+
+    def _comparison(self, comparison_id: str) -> Path:
         found = self._look().comparisons
         if comparison_id not in found:
             raise PackError("There is no such comparison; choose one of the list")
-        return read_inside(found[comparison_id][0], name, limit)
+        return found[comparison_id][0]
 
     # ------------------------------------------------------------------ looking
 

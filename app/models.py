@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from xattn.app.inside import Signature
 from xattn.app.visible import reason
 from xattn.backbone import sha256
 from xattn.cli import BackboneArgs
@@ -194,13 +195,12 @@ def _loaded(arguments: BackboneArgs, *stamps: Any) -> Any:
     return loaded
 
 
-def _stamp(path: str | Path | None) -> tuple[tuple[int, int], ...]:
-    """Sizes and times of a weight file, or of the files of a head's folder: others of that name are
-    another model."""
+def _stamp(path: str | Path | None) -> tuple[Signature, ...]:
+    """Of a weight file, or of the files of a head's folder: others of that name are another model."""
     if path is None:
         return ()
     files = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
-    return tuple((f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())
+    return tuple(Signature.of(f.stat()) for f in files if f.is_file())
 
 
 # ---------------------------------------------------------------------- what made a pack
