@@ -13,6 +13,7 @@ from PIL import Image
 
 pytest.importorskip("streamlit")
 
+from conftest import opened
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import explaining, film, models, state
@@ -401,11 +402,6 @@ def script() -> None:
     live.page(state.Context(state.library(), None, st.query_params.to_dict()))
 
 
-@pytest.fixture
-def page(library, jobs) -> AppTest:
-    return AppTest.from_function(script, default_timeout=60)
-
-
 def texts(page: AppTest) -> str:
     kinds = (page.markdown, page.caption, page.info, page.warning, page.error)
     return "\n".join(element.value for kind in kinds for element in kind)
@@ -415,15 +411,14 @@ def explain_button(page: AppTest):
     return next(b for b in page.button if b.label == "Explain")
 
 
-def test_the_empty_page_says_what_to_do(page):
-    page.run()
-    assert not page.exception
+def test_the_empty_page_says_what_to_do(library, jobs):
+    page = opened(script)
     assert "Choose photos first" in texts(page) and "where a network looks" in texts(page)
     assert explain_button(page).disabled
 
 
-def test_upload_explain_and_a_reload_that_finds_the_results(page, jobs):
-    page.run()
+def test_upload_explain_and_a_reload_that_finds_the_results(library, jobs):
+    page = opened(script)
     page.file_uploader(key="photos").set_value(
         [
             ("cat.png", png(0), "image/png"),
@@ -438,36 +433,28 @@ def test_upload_explain_and_a_reload_that_finds_the_results(page, jobs):
     page.run()
     assert not page.exception and "**2 photos, 2 maps**" in texts(page)
     assert page.query_params["job"] == job.id
-    other = AppTest.from_function(script, default_timeout=60)
-    other.query_params["job"] = job.id
-    other.run()
-    assert not other.exception and "**2 photos, 2 maps**" in texts(other)
+    assert "**2 photos, 2 maps**" in texts(opened(script, job=job.id))
 
 
-def test_an_address_of_results_that_are_gone_says_so(page):
-    page.query_params["job"] = "unknown"
-    page.run()
-    assert not page.exception and "gone" in texts(page)
+def test_an_address_of_results_that_are_gone_says_so(library, jobs):
+    assert "gone" in texts(opened(script, job="unknown"))
 
 
-def test_a_running_job_is_shown_with_a_stop_and_not_started_twice(page, jobs, library, gate):
+def test_a_running_job_is_shown_with_a_stop_and_not_started_twice(jobs, library, gate):
     job = jobs.start(Request(CNN, ("gradcam",), photos()), library)
-    page.query_params["job"] = job.id
-    page.run()
-    assert not page.exception and "goes on if you leave" in texts(page)
+    page = opened(script, job=job.id)
+    assert "goes on if you leave" in texts(page)
     assert explain_button(page).disabled
     next(b for b in page.button if b.label == "Stop").click().run()
     assert job.stopping.is_set()
 
 
-def test_a_waiting_job_says_how_many_are_ahead(page, jobs, library, gate):
+def test_a_waiting_job_says_how_many_are_ahead(jobs, library, gate):
     started = [
         jobs.start(Request(CNN, ("gradcam",), photos()), library)
         for _ in range(explaining.RUNNING + 2)
     ]
-    page.query_params["job"] = started[-1].id
-    page.run()
-    assert not page.exception
+    opened(script, job=started[-1].id)
     assert "1 before this one" in explaining_text(started[-1])
 
 
@@ -477,16 +464,14 @@ def explaining_text(job: explaining.Job) -> str:
     return live._progress_text(job)
 
 
-def test_an_unknown_network_is_a_message(page):
-    page.query_params["model"] = "no_such_network"
-    page.run()
-    assert not page.exception and any("no\\_such\\_network" in e.value for e in page.error)
+def test_an_unknown_network_is_a_message(library, jobs):
+    page = opened(script, model="no_such_network")
+    assert any("no\\_such\\_network" in e.value for e in page.error)
 
 
-def test_results_are_kept_by_name_from_the_page(page, jobs, library):
+def test_results_are_kept_by_name_from_the_page(jobs, library):
     job = run(jobs, library, photos=photos(1))
-    page.query_params["job"] = job.id
-    page.run()
+    page = opened(script, job=job.id)
     page.text_input(key="keep_name").set_value("from the page").run()
     page.button(key="keep").click().run()
     assert not page.exception and (library.root / "from the page").is_dir()
@@ -494,9 +479,7 @@ def test_results_are_kept_by_name_from_the_page(page, jobs, library):
     assert any("already" in e.value for e in page.error)
 
 
-def test_the_film_of_a_pack_is_shown_in_place_of_the_first_steps(page, jobs, library, tmp_path):
+def test_the_film_of_a_pack_is_shown_in_place_of_the_first_steps(jobs, library, tmp_path):
     job = run(jobs, library, photos=(), clip=Upload("w.mp4", clip(tmp_path)), every=4)
-    page.query_params["job"] = job.id
-    page.query_params["frame"] = "nonsense"
-    page.run()
-    assert not page.exception and "3 frames, 3 maps" in texts(page)
+    page = opened(script, job=job.id, frame="nonsense")
+    assert "3 frames, 3 maps" in texts(page)
