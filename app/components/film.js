@@ -21,7 +21,9 @@ function build(root) {
   const title = element("p", "title");
   title.dir = "auto";
   root.append(picture, bar, title);
-  return { picture, play, range, count, title, loaded: new Map(), timer: 0, data: null };
+  const state = { picture, play, range, count, title, loaded: new Map(), timer: 0, data: null };
+  listen(state);
+  return state;
 }
 
 function fetched(state, index) {
@@ -103,8 +105,6 @@ export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".film");
   const state = (root.xattn ??= build(root));
   state.rest = (index) => setTriggerValue("rest", index);
-  if (!state.listening) listen(state);
-  state.listening = true;
   const other = state.data?.source !== data.source;
   state.data = data;
   state.range.max = String(data.titles.length - 1);
