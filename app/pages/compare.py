@@ -433,8 +433,7 @@ def _scatter(board: Board, pack: Pack | None) -> None:
             dots_picked[0].get("entry") if isinstance(dots_picked, list) and dots_picked else None
         )
         if pack is not None and entry in pack.entries.index:
-            image_id = pack.entries.at[entry, "image_id"]
-            state.go("image", pack=pack.id, image=image_id, methods=names, entry=entry)
+            _open(pack, entry, names)
     else:
         st.altair_chart(chart, width="stretch")
     if dots > len(table):
@@ -464,9 +463,13 @@ def _dots_table(table: pd.DataFrame, pack: Pack | None, names: list[str], x: str
         selection_mode="single-row",
     )
     for row in event["selection"]["rows"][:1]:
-        entry = table["entry"].iloc[row]
-        image_id = pack.entries.at[entry, "image_id"]
-        state.go("image", pack=pack.id, image=image_id, methods=names, entry=entry)
+        _open(pack, table["entry"].iloc[row], names)
+
+
+def _open(pack: Pack, entry_id: Any, names: list[str]) -> None:
+    """The photo of a map on its own page, with the methods of the chart."""
+    image_id = pack.entries.at[entry_id, "image_id"]
+    state.go("image", pack=pack.id, image=image_id, methods=names, entry=entry_id)
 
 
 def _dots(
@@ -632,7 +635,7 @@ def _pair(
             cells, f"pair-grid-{number}", label=f"Maps of {file_name}", columns=2, width=120
         )
         if opened is not None:
-            state.go("image", pack=pack.id, image=image_id, methods=list(names), entry=opened)
+            _open(pack, opened, list(names))
 
 
 def _without_pictures(board: Board, a: str, b: str, by: str) -> None:
