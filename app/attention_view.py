@@ -189,18 +189,35 @@ def shown(name: str, value: Any) -> str:
     A browser sends the values of all widgets with each click, also one that it has not yet heard was
     changed by the click before. So a value that comes from elsewhere makes a new widget.
     """
-    count = st.session_state.setdefault(f"{KEY}widgets", {})
-    key = f"{KEY}{name} {count.setdefault(name, 0)}"
+    key = _key(name)
     if key in st.session_state and st.session_state[key] != value:
-        count[name] += 1
-        key = f"{KEY}{name} {count[name]}"
+        _made()[name] += 1
+        key = _key(name)
     st.session_state[key] = value
     return key
 
 
 def chosen(name: str, key: str) -> None:
     """The widget ``name`` was used."""
-    change(**{name: st.session_state[key]})
+    if lives(name, key):
+        change(**{name: st.session_state[key]})
+
+
+def lives(name: str, key: str) -> bool:
+    """Whether ``key`` is still the widget ``name``.
+
+    A browser may send one that the last run replaced; Streamlit has forgotten that one and takes its old
+    value for a choice.
+    """
+    return key == _key(name)
+
+
+def _key(name: str) -> str:
+    return f"{KEY}{name} {_made().setdefault(name, 0)}"
+
+
+def _made() -> dict[str, int]:
+    return st.session_state.setdefault(f"{KEY}widgets", {})  # type: ignore[no-any-return]
 
 
 def arrived(pack_id: str, image_id: str, url: Mapping[str, str]) -> bool:

@@ -22,6 +22,7 @@ from xattn.app.attention_view import (
     chosen,
     current,
     fused,
+    lives,
     mechanism_of,
     name_of,
     place_of,
@@ -234,12 +235,16 @@ def _widget(name: str, view: View) -> dict[str, Any]:
 
 
 def _from(key: str, size_grid: tuple[int, int]) -> None:
+    if not lives("from", key):
+        return
     looks = st.session_state[key]
     middle = f"{(size_grid[0] + 1) // 2},{(size_grid[1] + 1) // 2}"
     change(patch=middle if looks == "patch" else looks)
 
 
 def _mechanism(key: str, size_grid: tuple[int, int]) -> None:
+    if not lives("mechanism", key):
+        return
     wanted = st.session_state[key]
     size = None if wanted == TRAINED else reading.usual_size(wanted, size_grid)
     change(mechanism=wanted, size=size)

@@ -192,6 +192,20 @@ def test_a_click_counts_although_the_browser_sent_an_older_address(pack):
     assert app.slider[0].value == 3 and app.selectbox[0].value == "1"
 
 
+def test_a_browser_may_send_a_widget_that_the_last_run_replaced(pack):
+    app = shown(head="1")
+    replaced = app.selectbox[0]._widget_state
+    app.query_params["head"] = "0"
+    app.run()
+    tree = app._tree
+    states = tree.get_widget_states()
+    states.widgets.append(replaced)
+    tree.get_widget_states = lambda: states
+    app.run()
+    assert not app.exception
+    assert app.selectbox[0].value == "0" and "head 0" in words(app)
+
+
 @pytest.mark.parametrize(
     "name, value, says",
     [
