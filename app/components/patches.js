@@ -36,7 +36,7 @@ function build(root) {
   range.addEventListener("input", show);
   range.addEventListener("keydown", (event) => event.stopPropagation());
   show();
-  return { frame, photo, map, lines, picked, cursor, status, fade, at: null, timer: 0 };
+  return { frame, photo, map, lines, picked, cursor, status, fade, at: null, asked: [], timer: 0 };
 }
 
 function place(box, at, state) {
@@ -59,10 +59,25 @@ function under(event, state) {
 }
 
 function pick(state, at) {
-  clearTimeout(state.timer);
+  rest(state);
   state.at = at;
   place(state.picked, at, state);
+  if (String(at) !== (state.asked.at(-1) ?? String(state.shown.picked))) state.asked.push(String(at));
   state.send(at);
+}
+
+function rest(state) {
+  clearTimeout(state.timer);
+  state.timer = 0;
+}
+
+// An answer to a pick leaves the cursor where it is, which may be ahead; any other change moves it.
+function answered(state, picked) {
+  const at = state.asked.indexOf(String(picked));
+  state.asked = at < 0 ? [] : state.asked.slice(at + 1);
+  if (at >= 0 && (state.timer || state.asked.length)) return;
+  rest(state);
+  state.at = picked;
 }
 
 function moved(event, [row, column], state) {
@@ -99,16 +114,15 @@ function listen(state) {
     state.status.textContent =
       `row ${to[0] + 1} of ${state.rows}, column ${to[1] + 1} of ${state.columns}`;
     clearTimeout(state.timer);
-    state.timer = setTimeout(() => pick(state, to), REST);
+    state.timer = setTimeout(() => frame.isConnected && pick(state, to), REST);
   });
+  return state;
 }
 
 export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".patches");
-  const state = (root.xattn ??= build(root));
+  const state = (root.xattn ??= listen(build(root)));
   state.send = (at) => setTriggerValue("pick", at);
-  if (!state.listening) listen(state);
-  state.listening = true;
   const wasPicked = state.shown?.picked;
   state.shown = data;
   state.rows = data.rows;
@@ -124,12 +138,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   state.frame.style.setProperty("--aspect", data.aspect);
   state.frame.style.setProperty("--rows", data.rows);
   state.frame.style.setProperty("--columns", data.columns);
-  // While keys go on, the cursor is ahead of what the page knows.
-  if (String(wasPicked) !== String(data.picked)) {
-    clearTimeout(state.timer);
-    state.at = data.picked;
-  }
+  if (String(wasPicked) !== String(data.picked)) answered(state, data.picked);
   place(state.picked, state.at, state);
   place(state.cursor, null, state);
-  return () => clearTimeout(state.timer);
 }
