@@ -56,7 +56,7 @@ def test_gallery_to_image_to_a_patch_to_a_shared_address_to_a_file(address, open
 
     page.get_by_role("button", name="Attention").click()
     page.wait_for_url(re.compile(r"/attention\?.*image=photo-1"))
-    frame = page.locator(".patches .frame").first
+    frame = page.locator(".st-key-attention-picker .frame")
     frame.wait_for()
     box = frame.bounding_box()
     frame.click(position={"x": box["width"] * 0.7, "y": box["height"] * 0.3})
