@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from starlette.requests import Request
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, RedirectResponse
 from starlette.routing import Route
 
 from xattn.app.theme import DARK, LIGHT
@@ -20,6 +20,21 @@ _ADDRESS = (
     'window.__streamlit = {BACKEND_BASE_URL: location.origin + "/", '
     'MAIN_PAGE_BASE_URL: location.origin + "/"}'
 )
+# On the way to another page Streamlit first pushes that page's parameters behind the address of this one,
+# a view that nobody asked for; one press of Back has to pass both.
+_HISTORY = """(() => {
+  const SOON = 2000; // milliseconds
+  let [pushed, only] = [0, false];
+  const push = history.pushState.bind(history);
+  history.pushState = (state, title, url) => {
+    const to = new URL(url ?? "", location.href);
+    const [path, search] = [to.pathname !== location.pathname, to.search !== location.search];
+    const second = path && !search && only && performance.now() - pushed < SOON;
+    [pushed, only] = [performance.now(), search && !path];
+    second ? history.replaceState(state, title, url) : push(state, title, url);
+  };
+  addEventListener("popstate", () => (only = false));
+})()"""
 _HEAD = f"""<title>xattn</title>
     <meta name="color-scheme" content="light dark" />
     <style>
@@ -28,7 +43,8 @@ _HEAD = f"""<title>xattn</title>
         body {{ background: {DARK["backgroundColor"]}; color: {DARK["textColor"]}; }}
       }}
     </style>
-    <script>{_ADDRESS}</script>"""
+    <script>{_ADDRESS}</script>
+    <script>{_HISTORY}</script>"""
 _NOSCRIPT = "<noscript><p>The viewer needs JavaScript.</p></noscript>"
 
 
@@ -73,9 +89,18 @@ def policy() -> str:
 
 def routes() -> list[Route]:
     """The start page and the pages of ``app/pages``, by their names."""
-    names = sorted(p.stem for p in PAGES.glob("*.py") if p.stem != "__init__")
-    return [Route(f"/{name}", _serve) for name in ("", *names)]
+    from xattn.app.state import DEFAULT_PAGE
+
+    names = sorted(p.stem for p in PAGES.glob("*.py") if p.stem not in ("__init__", DEFAULT_PAGE))
+    default = Route(f"/{DEFAULT_PAGE}", _default)
+    return [*(Route(f"/{name}", _serve) for name in ("", *names)), default]
 
 
 def _serve(request: Request) -> HTMLResponse:
     return HTMLResponse(page(), headers={"Cache-Control": "no-cache"})
+
+
+def _default(request: Request) -> RedirectResponse:
+    """Streamlit knows its first page by the address ``/`` alone."""
+    query = request.url.query
+    return RedirectResponse(f"/?{query}" if query else "/")

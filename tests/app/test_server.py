@@ -165,6 +165,17 @@ def test_the_policy_names_each_inline_script_and_no_other_server() -> None:
     assert "unsafe-inline" not in script
 
 
+def test_the_gallery_has_an_address_with_and_without_its_name(
+    tmp_path: Path, open_page: Callable[..., Any]
+) -> None:
+    with served(tmp_path, log=tmp_path / "log") as address:
+        opened = open_page(f"{address}/gallery?view=error%3D%22")
+        opened.get_by_role("heading", name="No pack to show yet").wait_for()
+        assert opened.url == f"{address}/?view=error%3D%22"
+        assert not opened.get_by_text("Page not found").count()
+        opened.close()
+
+
 @pytest.mark.parametrize("page", ["", "live", "train"])
 def test_a_page_opened_by_its_address_says_nothing_on_the_console(
     page: str, tmp_path: Path, open_page: Callable[..., Any]

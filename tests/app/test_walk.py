@@ -77,6 +77,22 @@ def test_gallery_to_image_to_a_patch_to_a_shared_address_to_a_file(address, open
     assert download.value.path().read_bytes().startswith(b"\x89PNG")
 
 
+def test_each_view_is_one_press_of_back(root, address, open_page):
+    ids = {info.name: info.id for info in Library(root[0]).packs()}
+    page = open_page(f"{address}/?pack={ids['measured']}")
+    page.locator('.cell[data-id^="photo-00002@"]').click()
+    page.wait_for_url(re.compile(r"/image\?.*image=photo-00002"))
+    page.get_by_role("button", name="Next").click()
+    page.wait_for_url(re.compile(r"/image\?.*image=photo-00003"))
+    page.go_back()
+    page.get_by_role("heading", name="photo-00002").wait_for()
+    page.go_back()
+    page.wait_for_url(f"{address}/?pack={ids['measured']}")
+    page.locator(".cell .frame.there").first.wait_for()
+    page.go_forward()
+    page.get_by_role("heading", name="photo-00002").wait_for()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", ["wide", "narrow"])
 @pytest.mark.parametrize("name", PAGES)
