@@ -92,7 +92,9 @@ def _heading(pack: Pack, image_id: str) -> None:
         bar.button(
             "Attention",
             key="go_attention",
-            on_click=lambda: state.go("attention", image=image_id),
+            on_click=lambda: state.go(
+                "attention", image=image_id, view=st.query_params.get("view")
+            ),
             help="What each patch attends to",
         )
     st.title(plain(row["file_name"] or image_id), anchor=False)
