@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from xattn.app import address
 from xattn.app.attention_pictures import SCALES
 from xattn.app.reading import SIZES, TRAINED, sizes, usual_size
 
@@ -179,7 +180,6 @@ def settle(pack_id: str, image_id: str, view: View) -> None:
 
 def change(**values: Any) -> None:
     """Show something else; the next run reads it."""
-    st.session_state[f"{KEY}acted"] = True
     _values().update(values)
 
 
@@ -221,19 +221,15 @@ def _made() -> dict[str, int]:
 
 
 def arrived(pack_id: str, image_id: str, url: Mapping[str, str]) -> bool:
-    """Whether the URL is a new one (a link, a reload, Back), so that it counts and not the widgets."""
-    # A click may be sent before the browser knows the address that the last run wrote, or while
-    # that run had yet to write it.
-    acted = st.session_state.pop(f"{KEY}acted", False)
-    if st.session_state.get(f"{KEY}of") != (pack_id, image_id):
-        return True
-    return not acted and st.session_state.get(f"{KEY}url") != url
+    """Whether the URL counts (a link, a reload, Back) and not the widgets."""
+    known = st.session_state.get(f"{KEY}of") == (pack_id, image_id)
+    return address.is_new("attention", dict(url), known)
 
 
 def remember(image_id: str, view: View, start: View) -> None:
     """Write the view into the URL, unless it is there."""
     wanted = view.params(start)
-    st.session_state[f"{KEY}url"] = wanted
+    address.wrote("attention", wanted)
     whole = {n: st.query_params.get_all(n) for n in st.query_params if n not in NAMES}
     whole |= {"image": [image_id], **{name: [value] for name, value in wanted.items()}}
     if whole != {n: st.query_params.get_all(n) for n in st.query_params}:

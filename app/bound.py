@@ -11,6 +11,8 @@ from typing import Any
 
 import streamlit as st
 
+from xattn.app import address
+
 
 def selectbox(
     label: str, options: Sequence[str], key: str, *, default: str | None = None, **rest: Any
@@ -61,22 +63,18 @@ def multiselect(
 
 
 def _is_new(key: str, url: Any) -> bool:
-    """Whether the URL says something that this page has not written or read before."""
-    return key not in st.session_state or st.session_state.get(_mark(key)) != url
+    return address.is_new(key, url, known=key in st.session_state)
 
 
 def _write(key: str, wanted: str | list[str] | None) -> None:
     """Put a choice into the URL, unless it is there."""
+    address.wrote(key, wanted)
     now: Any = (
         st.query_params.get_all(key) if isinstance(wanted, list) else st.query_params.get(key)
     )
-    if now != wanted:
-        if wanted:
-            st.query_params[key] = wanted
-        else:
-            st.query_params.pop(key, None)
-    st.session_state[_mark(key)] = wanted
-
-
-def _mark(key: str) -> str:
-    return f"_{key} in the URL"
+    if now == wanted:
+        return
+    if wanted:
+        st.query_params[key] = wanted
+    else:
+        st.query_params.pop(key, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -10,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import streamlit as st
-from streamlit.runtime.scriptrunner import get_script_run_ctx
 
-from xattn.app import export, selection, state
+from xattn.app import address, export, selection, state
 from xattn.app.components import grid
 from xattn.app.image_view import short
 from xattn.app.pictures import Look, legends, overlay_url, photo_url
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 
 SIDE = 240  # pixels of a picture's longer side
 CELLS = "cells"  # the grid's key
-WRITTEN = 50  # addresses that are remembered as this session's own
 
 
 def page(context: Context) -> None:
@@ -76,29 +73,20 @@ def page(context: Context) -> None:
 def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str], bool]:
     """The view, what was wrong with the URL, and whether it is the URL's and not the widgets'.
 
-    It is where the URL is a new one: a link, a reload, Back. A click may come with the URL of some
-    clicks ago, which is not new. The address of an image that was opened here, on this page, is what
-    Back leads to first; its ``view`` is this page's own.
+    It is where the URL is a new one. The address of an image that was opened here, on this page, is
+    what Back may lead to; its ``view`` is this page's own.
     """
     url = _url()
-    mark = _mark(pack, url)
-    written = st.session_state.setdefault("_gallery", deque(maxlen=WRITTEN))
-    if written and written[-1][:2] != mark[:2]:
-        written.clear()  # they are of another pack
-    run = get_script_run_ctx()
-    back = run is not None and run.is_history_navigation
-    if (
-        "sort" in st.session_state
-        and written
-        and (mark == written[-1] or (mark in written and not back))
-    ):
+    subject = (pack.id, pack.version)
+    known = "sort" in st.session_state and st.session_state.get("_gallery") == subject
+    st.session_state["_gallery"] = subject
+    if not address.is_new("gallery", url, known):
         return _from_widgets(choices), [], False
     if "view" in url:
         view, messages = selection.from_text(url["view"][-1], choices), []
     else:
         view, messages = selection.parse(url, choices)
     _to_widgets(view, NAMES)
-    written.append(mark)
     return view, messages, True
 
 
@@ -125,15 +113,9 @@ def _from_widgets(choices: Choices) -> View:
 def _to_url(pack: Pack, view: View, choices: Choices) -> None:
     """Write the view into the URL, unless it is there."""
     wanted = view.params(choices)
-    mark = _mark(pack, wanted)
-    if mark != st.session_state["_gallery"][-1]:
-        st.session_state["_gallery"].append(mark)
+    address.wrote("gallery", wanted)
     if _url() != wanted:
         st.query_params.from_dict({"pack": pack.id, **wanted})
-
-
-def _mark(pack: Pack, url: dict[str, list[str]]) -> tuple[Any, ...]:
-    return (pack.id, pack.version, tuple(sorted((n, tuple(v)) for n, v in url.items())))
 
 
 # ---------------------------------------------------------------------- what a person does

@@ -1,0 +1,49 @@
+"""Whether the address that a run comes with counts, or what the page holds.
+
+A click may be sent before the browser knows the address that the last run wrote. Such an address is
+not new, and following it would undo what was chosen since.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import streamlit as st
+from streamlit.runtime.scriptrunner import get_script_run_ctx
+
+WRITTEN = 50  # addresses that are remembered as a page's own
+
+
+def is_new(key: str, address: Any, known: bool = True) -> bool:
+    """Whether ``address`` is to be shown: after a link, a reload or Back.
+
+    Args:
+        key: what the address, or this part of it, belongs to.
+        known: False where the page holds nothing yet, or something of another subject.
+    """
+    written = _written(key)
+    if not known:
+        written.clear()
+    if written and (address == written[-1] or (address in written and not _back())):
+        return False
+    written.append(address)
+    return True
+
+
+def wrote(key: str, address: Any) -> None:
+    """This is what the page wants the address to be."""
+    written = _written(key)
+    if not written or written[-1] != address:
+        written.append(address)
+
+
+def _written(key: str) -> deque[Any]:
+    found: deque[Any] = st.session_state.setdefault(f"_written {key}", deque(maxlen=WRITTEN))
+    return found
+
+
+def _back() -> bool:
+    """Whether the person went back or forward."""
+    run = get_script_run_ctx()
+    return run is not None and run.is_history_navigation
