@@ -40,6 +40,7 @@ STYLE = """
 <style>[class*="st-key-few-"]{max-width:960px}</style>
 """
 VIEWS = {"crop": "Centre crop", "whole": "Whole picture"}
+_WANTED: set[str] = set()  # networks that somebody chose, or pressed "Load it" for, since the start
 
 
 def page(context: Context) -> None:
@@ -120,6 +121,8 @@ def _controls(context: Context, kind: str, job: Job | None) -> Request | None:
     """The widgets; returns what they ask for, None without a network."""
     sent = _photos() if kind == "photos" else _clip()
     name, weights = _backbone()
+    if not _wanted(name):
+        return None
     head_id = _head(name)
     try:
         with st.spinner("Loading the network", show_time=True):
@@ -247,6 +250,7 @@ def _backbone() -> tuple[str, str]:
         names,
         "model",
         accept_new_options=True,
+        on_change=_want,
         placeholder="Name of a timm model",
         help="One of the list, or the name of any timm model; its weights then come from the hub.",
     )
@@ -259,6 +263,20 @@ def _backbone() -> tuple[str, str]:
             format_func=lambda w: "Its own" if w == "auto" else files[w].name,
         )
     return name or "", weights
+
+
+def _want() -> None:
+    """The network was chosen here, by a person."""
+    _WANTED.add(st.session_state["model"])
+
+
+def _wanted(name: str) -> bool:
+    """Whether the network may be loaded: opening an address alone downloads nothing."""
+    if not name or name in _WANTED or name in models.backbones():
+        return True
+    st.info(f"This address asks for {plain(name)}, whose weights come from the hub.")
+    st.button("Load it", key="load", on_click=_want)
+    return False
 
 
 def _head(name: str) -> str:

@@ -464,9 +464,20 @@ def explaining_text(job: explaining.Job) -> str:
     return live._progress_text(job)
 
 
+def test_an_address_alone_loads_no_network_from_the_hub(library, jobs, monkeypatch):
+    asked = []
+    monkeypatch.setattr(models, "_load", lambda arguments: asked.append(arguments))
+    page = opened(script, model="resnet18")
+    assert not asked and any("come from the hub" in i.value for i in page.info)
+    assert not page.exception and page.button(key="load")
+
+
 def test_an_unknown_network_is_a_message(library, jobs):
     page = opened(script, model="no_such_network")
+    page.selectbox(key="model").options.append("no_such_network")  # AppTest sends options only
+    page.button(key="load").click().run()
     assert any("no\\_such\\_network" in e.value for e in page.error)
+    assert opened(script, model="no_such_network").error  # it was asked for before
 
 
 def test_results_are_kept_by_name_from_the_page(jobs, library):
