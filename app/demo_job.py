@@ -9,7 +9,7 @@ from xattn.files import atomic_file
 NAME = "demo"
 PHOTOS = "photos.txt"
 EXPLAINERS = ("gradcam", "layercam", "gradcam_plusplus")
-METRICS = ("masking", "complexity")  # curves would take minutes
+METRICS = ("masking", "complexity", "insertion-deletion")
 LIMIT = 8  # photos
 
 
