@@ -308,8 +308,9 @@ class Jobs:
         if spec.kind == "train" and len(spec.heads) != 1:
             raise JobError(f"heads: got {len(spec.heads)}; an explanation head is trained alone")
         line = [spec.kind, "--data", str(self._data(spec)), *self._model(spec), "--recipe", "small"]
+        line += ["--sample", str(SAMPLE)]
         if spec.kind == "train":
-            line += ["--head", spec.heads[0], "--sample", str(SAMPLE)]
+            line += ["--head", spec.heads[0]]
         else:
             line += ["--heads", *spec.heads]
             if spec.labels:

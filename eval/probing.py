@@ -36,6 +36,7 @@ from xattn.training.labels import Labels, read_labels, split
 from xattn.training.perturbation import create_perturbation
 from xattn.training.probe import ProbeScores, answers, probe
 from xattn.training.run_folder import RUN_FILE
+from xattn.training.sample import SAMPLE_FOLDER, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class ProbeJob:
     ``heads`` are names, with options in ``options`` as ``head.name=value``. ``folds`` of five tell
     which photos are reported; ``seeds`` are those of the heads' weights and of the order of photos.
     The split is a function of ``split_seed`` alone. ``taps`` replace those that each head asks for.
+    With ``sample`` so many photos are explained at each checkpoint of each head, in ``sample`` beside it.
     """
 
     backbone: Backbone
@@ -62,6 +64,7 @@ class ProbeJob:
     batch_size: int = 16
     workers: int = 0
     features: Path = Path("runs/probe/features")
+    sample: int = 0
 
 
 @dataclass
@@ -115,6 +118,8 @@ def run_probes(
             f"output: {begun[0]} holds a run already; go on with it by --resume, or give another "
             f"--output"
         )
+    if job.sample:  # refused before the features are computed, too
+        Sample(job.backbone, job.data, output / SAMPLE_FOLDER, job.sample)
     photos = open_photos(job.data)
     everything = read_labels([photos.name(i) for i in range(len(photos))], job.labels)
     for fold in job.folds:  # refused before the features are computed
@@ -143,6 +148,10 @@ def run_probes(
                 config = replace(job.config, seed=seed)
                 head = _head(name, backbone, options[name], labels.names, seed)
                 folder = _folder(job, output, name, fold, seed)
+                shown = None
+                if job.sample:
+                    place = folder / SAMPLE_FOLDER
+                    shown = Sample(backbone, job.data, place, job.sample, classifier=True)
                 result = probe(
                     head,
                     cache,
@@ -153,6 +162,7 @@ def run_probes(
                     output=folder,
                     resume=resume and (folder / RUN_FILE).is_file(),
                     progress=progress,
+                    on_checkpoint=shown,
                 )
                 logits = answers(result.head, cache, part.test)
                 collected.append(ProbeScores(logits, labels.index[part.test]))

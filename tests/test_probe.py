@@ -21,12 +21,16 @@ import xattn
 from xattn.cli import main
 from xattn.config import ProbeConfig
 from xattn.eval.probing import ProbeJob, run_probes, write_results
+from xattn.explaining import explain
+from xattn.explanation import load_pack
 from xattn.heads import create_head, load_head
+from xattn.probed import probed
 from xattn.training import probe as module
 from xattn.training.features import cache_features
 from xattn.training.labels import read_labels, split
 from xattn.training.lars import LARS
 from xattn.training.probe import ProbeScores, answers, chunks, learning_rate, probe
+from xattn.training.sample import Sample
 
 TRAIN, VALIDATION = range(0, 16), range(16, 24)
 QUICK = {"recipe": "small", "epochs": 4, "warmup": 1, "batch_size": 5, "lr": 0.01}
@@ -442,6 +446,47 @@ def test_what_does_not_fit_is_refused(backbone, features, tmp_path):
 def test_bad_settings_are_refused(setting, value):
     with pytest.raises(ValueError, match=setting):
         ProbeConfig(**{"attention": "at", setting: value})
+
+
+def test_the_warm_up_of_a_recipe_fits_fewer_epochs():
+    assert [ProbeConfig("small", epochs=n).warmup for n in (1, 4, 5, 60)] == [0, 2, 5, 5]
+    with pytest.raises(ValueError, match="warmup: got 5 of 3 epochs"):
+        ProbeConfig("small", epochs=3, warmup=5)
+
+
+def test_a_sample_shows_each_heads_own_classes_and_training_does_not_notice(backbone, tmp_path):
+    photos = write_photos(tmp_path / "p")
+    table = {f"{i:03d}.png": f"c{i % 3}" for i in range(24)}
+    (tmp_path / "labels.json").write_text(json.dumps(table))
+    plain = ProbeJob(
+        backbone=backbone, data=photos, labels=tmp_path / "labels.json",
+        heads=("abmilp", "efficient_probe"), features=tmp_path / "f",
+        config=ProbeConfig(**{**QUICK, "epochs": 2, "warmup": 0, "checkpoint_every": 1}),
+    )  # fmt: skip
+    silent = {"progress": False, "say": lambda _: None}
+    run_probes(plain, tmp_path / "plain", **silent)
+    rows, *_ = run_probes(dataclasses.replace(plain, sample=3), tmp_path / "shown", **silent)
+    assert not (tmp_path / "plain/abmilp/sample").exists() and len(rows) == 2
+    for name in plain.heads:
+        heads = [load_head(tmp_path / o / name / "head", backbone) for o in ("plain", "shown")]
+        weights = [h.state_dict() for h in heads]
+        assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+        found = load_pack(tmp_path / "shown" / name / "sample")
+        steps = {e.protocol["step"] for e in found}
+        assert len(steps) == 2 and 0 in steps and len(found) == 6
+        assert {e.target_name for e in found} <= {"c0", "c1", "c2"}
+
+
+def test_the_maps_of_a_sample_are_those_of_the_head_at_that_step(backbone, tmp_path):
+    head = fresh(backbone).train()
+    sample = Sample(backbone, write_photos(tmp_path / "p"), tmp_path / "s", 2, classifier=True)
+    sample(7, head)
+    assert head.training and all(p.requires_grad for p in head.parameters())
+    both = probed(backbone, copy.deepcopy(head))
+    again = explain(sample.paths, both, both.probe)
+    for a, b in zip(again, load_pack(tmp_path / "s"), strict=True):
+        np.testing.assert_array_equal(a.map, b.map)
+        assert (b.method, b.target) == ("step 7", a.target)
 
 
 def test_a_second_probe_job_is_told_of_resume_before_it_computes_features(backbone, tmp_path):

@@ -18,6 +18,7 @@ from xattn.eval import evaluate, sanity_rows
 from xattn.eval.probing import ProbeJob, run_probes
 from xattn.eval.sanity import cascade, randomized_backbone
 from xattn.explainers import create_explainer
+from xattn.explanation import load_pack
 from xattn.heads import create_head, load_head
 from xattn.probed import probed
 
@@ -176,7 +177,7 @@ def run(tmp_path_factory):
     arguments = [
         "probe", "--data", str(root / "photos"), *common, "--recipe", "small", "--epochs", "6",
         "--warmup", "1", "--batch-size", "4", "--heads", "gap", "efficient_probe",
-        "--options", "efficient_probe.queries=4", "--output", str(root / "out"),
+        "--options", "efficient_probe.queries=4", "--output", str(root / "out"), "--sample", "2",
     ]  # fmt: skip
     assert main(arguments) == 0
     return root, common, arguments
@@ -196,6 +197,8 @@ def test_probe_writes_a_table_results_and_heads(run, capsys):
     backbone = xattn.load_backbone("test_vit", root / "w.safetensors", ["head"], input_size=64)
     head = load_head(root / "out/efficient_probe/head", backbone)
     assert head.class_names == sorted(NAMES)
+    shown = load_pack(root / "out/efficient_probe/sample")
+    assert len(shown) == 4 and {e.target_name for e in shown} <= set(NAMES)
     assert main(arguments) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
@@ -348,6 +351,7 @@ def test_the_cascade_begins_at_the_head(name, taps, head):
         ({"seeds": (1, 1)}, "seeds: got one twice in 1, 1"),
         ({"folds": (9,)}, "fold: got 9"),
         ({"config": ProbeConfig(attention="at")}, "attention: the scores of gap are fixed"),
+        ({"sample": -1}, "sample: got -1 photos; give at least 1"),
     ],
 )
 def test_a_probe_job_is_refused_before_features_are_computed(change, message, tmp_path):

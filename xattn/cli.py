@@ -182,6 +182,8 @@ class Probe:
     """Folder of the heads, of results.json and of results.csv."""
     resume: bool = False
     """Go on with the heads that are not finished."""
+    sample: int = 0
+    """Explain so many photos of the data at each checkpoint of a head: a pack in HEAD/sample."""
 
     def run(self) -> None:
         from xattn.distributed import processes
@@ -215,6 +217,7 @@ class Probe:
             batch_size=self.cache_batch,
             workers=self.workers,
             features=self.features or self.output / "features",
+            sample=self.sample,
         )
 
         def say(line: str) -> None:

@@ -441,12 +441,19 @@ def _curve(tables: dict[str, pd.DataFrame], column: str, height: int = 240) -> a
 
 
 def _sample(job: Job, context: Context) -> None:
-    """The maps of the fixed photos: before training, and at the last checkpoint."""
+    """The maps of the fixed photos: before training, and at the last checkpoint; of one head at a time."""
     try:
-        wanted = f"{job.id}/sample"
-        packs = [p.id for p in context.library.packs() if p.name == wanted and p.problem is None]
-        if packs:
-            _maps(context.library.open(packs[0]))
+        packs = {p.name: p.id for p in context.library.packs() if p.problem is None}
+        heads = job.spec.heads if job.spec.kind == "probe" else ("",)
+        names = {head: "/".join(filter(None, (job.id, head, "sample"))) for head in heads}
+        there = [head for head in heads if names[head] in packs]
+        if not there:
+            return
+        head = there[-1]
+        if len(there) > 1:  # a new one is shown as soon as it is there
+            key = f"sample of {len(there)} heads"
+            head = st.segmented_control("Head", there, default=head, key=key, required=True)
+        _maps(context.library.open(packs[names[head]]))
     except PackError:  # just being replaced by the job
         st.caption("The maps of a checkpoint are being written.")
 

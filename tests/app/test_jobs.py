@@ -405,6 +405,20 @@ def test_a_real_training_leaves_head_log_and_maps(tmp_path: Path) -> None:
     assert {e["method"] for e in manifest["entries"]} == {"step 0", "step 4"}
 
 
+def test_a_real_probe_leaves_maps_of_each_head(tmp_path: Path) -> None:
+    for name in ("wren", "tit"):
+        photos(tmp_path / "data" / "photos" / name, 10)
+    model = BackboneArgs(weights="random", device="cpu")
+    jobs = Jobs(tmp_path / "root", tmp_path / "data", model)
+    spec = Spec("probe", "photos", heads=("gap", "abmilp"), epochs=3, batch_size=4)
+    jobs.start(spec, "mine")
+    job = ended(jobs, "mine", 120)
+    assert job.state == "finished", jobs.tail("mine")
+    for head in spec.heads:
+        manifest = json.loads((job.output / head / "sample" / "manifest.json").read_text())
+        assert {e["target_name"] for e in manifest["entries"]} <= {"wren", "tit"}
+
+
 # ---------------------------------------------------------------------- folders of photos
 
 

@@ -18,6 +18,7 @@ from xattn.app import demo_job, demo_pack, state
 from xattn.app import jobs as jobs_module
 from xattn.app.folders import PhotoFolder
 from xattn.app.jobs import Jobs, Spec
+from xattn.app.made_up import small_pack
 from xattn.app.state import Settings
 
 SPEC = Spec("train", "photos", heads=("ttame",), epochs=5)
@@ -139,6 +140,21 @@ def test_classifier_heads_take_folders_as_labels(jobs: Jobs) -> None:
     button(page, "Start training").click().run()
     (job,) = jobs.all()
     assert job.spec.kind == "probe" and job.spec.heads == ("gap",) and job.spec.labels == ""
+
+
+def test_the_maps_of_each_head_are_shown_the_last_one_first(jobs: Jobs) -> None:
+    jobs.start(Spec("probe", "photos", heads=("gap", "abmilp", "cait"), epochs=5), "mine")
+    ended(jobs, "mine")
+    assert "Maps of" not in texts(open_train(job="mine"))
+    small_pack(jobs.root / "mine" / "gap" / "sample", 2, ("step 0", "step 3"))
+    page = open_train(job="mine")
+    assert "Maps of 2 photos" in texts(page) and not page.get("button_group")
+    small_pack(jobs.root / "mine" / "abmilp" / "sample", 4, ("step 0", "step 3"))
+    page = open_train(job="mine")
+    (heads,) = page.get("button_group")
+    assert heads.value == "abmilp" and "Maps of 4 photos" in texts(page)
+    heads.set_value("gap").run()
+    assert not page.exception and "Maps of 2 photos" in texts(page)
 
 
 def test_photos_without_labels_train_no_classifier(jobs: Jobs) -> None:

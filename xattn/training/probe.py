@@ -11,7 +11,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -121,6 +121,7 @@ def probe(
     output: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    on_checkpoint: Callable[[int, AttentiveHead], None] | None = None,
 ) -> ProbeResult:
     """Train ``head`` in place.
 
@@ -132,6 +133,8 @@ def probe(
         output: folder for log, checkpoints and the trained head; None keeps everything in memory.
         resume: go on from the last checkpoint in ``output``; the end is bit-identical to a run that
             was never stopped (CPU, equal thread count).
+        on_checkpoint: called in the first process with the step and the head, at step 0 and after each
+            checkpoint.
 
     Ctrl-C and SIGTERM end the run after the current step, with a checkpoint. In several processes
     each takes its share of a batch; BatchNorm sees the whole batch.
@@ -156,7 +159,18 @@ def probe(
     }
     device = next(head.parameters()).device
     with own_accelerator(device, config.precision) as accelerator:
-        return _train(head, features, config, parts, targets, accelerator, output, resume, progress)
+        return _train(
+            head,
+            features,
+            config,
+            parts,
+            targets,
+            accelerator,
+            output,
+            resume,
+            progress,
+            on_checkpoint,
+        )
 
 
 def answers(
@@ -252,6 +266,7 @@ def _train(
     output: str | Path | None,
     resume: bool,
     progress: bool,
+    on_checkpoint: Callable[[int, AttentiveHead], None] | None,
 ) -> ProbeResult:
     from accelerate.utils import broadcast
 
@@ -295,8 +310,14 @@ def _train(
                 accelerator.scaler.load_state_dict(state["scaler"])
 
         def checkpoint() -> None:
-            if folder is None or not main:
+            if not main:
                 return
+            if folder is not None:
+                save(folder)
+            if on_checkpoint is not None:
+                on_checkpoint(step, head)
+
+        def save(folder: Path) -> None:
             scaler = accelerator.scaler
             state = {
                 "step": step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,8 @@ class Sample:
 
     Args:
         data: photos in files; ``count`` of them, evenly spread, are shown.
+        classifier: the head, an attentive one, takes the place of the classifier, and its own classes are
+            explained.
 
     Raises:
         ValueError: a dataset that is not files, or no photo that can be read.
@@ -45,6 +48,7 @@ class Sample:
         folder: str | Path,
         count: int = 4,
         max_pixels: int | None = MAX_PIXELS,
+        classifier: bool = False,
     ) -> None:
         photos = open_photos(data)
         if not isinstance(photos, Files):
@@ -53,19 +57,23 @@ class Sample:
             raise ValueError(f"sample: got {count} photos; give at least 1")
         self.backbone, self.folder = backbone, Path(folder)
         self.paths = _readable(photos.paths, count, max_pixels)
-        self.max_pixels = max_pixels
+        self.max_pixels, self.classifier = max_pixels, classifier
         self._first: list[Explanation] = []
 
     def __call__(self, step: int, head: Head) -> None:
         from xattn.explaining import explain
+        from xattn.probed import probed
 
-        training = head.training
+        backbone, training = self.backbone, head.training
+        if self.classifier:
+            head = copy.deepcopy(head)  # probed() freezes it
+            backbone = probed(backbone, head)  # type: ignore[arg-type]
         head.eval()
         try:
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "explain: skipped")  # a photo that went since
                 found = explain(
-                    self.paths, self.backbone, head, batch_size=4, max_pixels=self.max_pixels
+                    self.paths, backbone, head, batch_size=4, max_pixels=self.max_pixels
                 )
         finally:
             head.train(training)
