@@ -34,7 +34,7 @@ from xattn.sources import Files, Photos, open_photos
 from xattn.training.features import Features, cache_features
 from xattn.training.labels import Labels, read_labels, split
 from xattn.training.perturbation import create_perturbation
-from xattn.training.probe import ProbeScores, answers, probe
+from xattn.training.probe import ProbeScores, answers, create_optimizer, probe
 from xattn.training.run_folder import RUN_FILE
 from xattn.training.sample import SAMPLE_FOLDER, Sample
 
@@ -436,7 +436,7 @@ def step_ratios(
 
 def _stepper(head: AttentiveHead, kind: str) -> Callable[[Any], None]:
     """A training step as :func:`~xattn.training.probe.probe` takes it, labels 0 and 1 in turn."""
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-4)
+    optimizer = create_optimizer(head, ProbeConfig("small", lr=1e-4))
     perturbation = create_perturbation(kind, **({} if kind == "none" else {"epsilon": 1.0}))
     head.train()
 
