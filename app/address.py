@@ -12,11 +12,14 @@ from typing import Any
 import streamlit as st
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
+ADDRESSES = "_addresses"  # the session's key of what pages wrote
 WRITTEN = 50  # addresses that are remembered as a page's own
 
 
 def is_new(key: str, address: Any, known: bool = True) -> bool:
-    """Whether ``address`` is to be shown: after a link, a reload or Back.
+    """Whether ``address`` is to be shown: the first of a page, after a link, a reload or Back.
+
+    It stays new until it is ``wrote``, so that a run that ends early takes nothing from the next one.
 
     Args:
         key: what the address, or this part of it, belongs to.
@@ -25,22 +28,24 @@ def is_new(key: str, address: Any, known: bool = True) -> bool:
     written = _written(key)
     if not known:
         written.clear()
-    if written and (address == written[-1] or (address in written and not _back())):
-        return False
-    written.append(address)
-    return True
+    return not (written and (address == written[-1] or (address in written and not _back())))
 
 
 def wrote(key: str, address: Any) -> None:
-    """This is what the page wants the address to be."""
+    """The page shows what ``address`` says, or wants the address to be this one."""
     written = _written(key)
     if not written or written[-1] != address:
         written.append(address)
 
 
+def forget() -> None:
+    """Another page is shown: each address is new to it."""
+    st.session_state.pop(ADDRESSES, None)
+
+
 def _written(key: str) -> deque[Any]:
-    found: deque[Any] = st.session_state.setdefault(f"_written {key}", deque(maxlen=WRITTEN))
-    return found
+    pages: dict[str, deque[Any]] = st.session_state.setdefault(ADDRESSES, {})
+    return pages.setdefault(key, deque(maxlen=WRITTEN))
 
 
 def _back() -> bool:

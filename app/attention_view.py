@@ -172,10 +172,12 @@ def _values() -> dict[str, Any]:
     return st.session_state.setdefault(f"{KEY}view", {})  # type: ignore[no-any-return]
 
 
-def settle(pack_id: str, image_id: str, view: View) -> None:
-    """This view is the one that is shown."""
+def settle(pack_id: str, image_id: str, view: View, url: Mapping[str, str] | None) -> None:
+    """This view is the one that is shown; ``url`` is where it comes from, None if from the widgets."""
     st.session_state[f"{KEY}of"] = (pack_id, image_id)
     _values().update({name: getattr(view, name) for name in NAMES})
+    if url is not None:
+        address.wrote("attention", dict(url))
 
 
 def change(**values: Any) -> None:

@@ -29,7 +29,7 @@ def selectbox(
 
     url = st.query_params.get(key)
     if _is_new(key, url):
-        st.session_state[key] = url if valid(url) else first
+        _follow(key, url, url if valid(url) else first)
     elif not valid(st.session_state[key]):
         st.session_state[key] = first
     chosen = st.selectbox(label, options, key=key, **rest)
@@ -41,7 +41,7 @@ def segmented(label: str, options: Sequence[str], key: str, **rest: Any) -> str:
     """``st.segmented_control`` under ``key``, the first option by default, in the URL, too."""
     url = st.query_params.get(key)
     if _is_new(key, url) or st.session_state[key] not in options:
-        st.session_state[key] = url if url in options else options[0]
+        _follow(key, url, url if url in options else options[0])
     chosen = st.segmented_control(label, options, key=key, required=True, **rest)
     _write(key, None if chosen == options[0] else chosen)
     return chosen
@@ -53,7 +53,7 @@ def multiselect(
     """``st.multiselect`` under ``key``, in the URL, too; ``rest`` goes to the widget."""
     url = st.query_params.get_all(key)
     if _is_new(key, url):
-        st.session_state[key] = [v for v in dict.fromkeys(url) if v in options] or list(default)
+        _follow(key, url, [v for v in dict.fromkeys(url) if v in options] or list(default))
     else:
         kept = [value for value in st.session_state[key] if value in options]
         st.session_state[key] = kept if kept or not st.session_state[key] else list(default)
@@ -64,6 +64,12 @@ def multiselect(
 
 def _is_new(key: str, url: Any) -> bool:
     return address.is_new(key, url, known=key in st.session_state)
+
+
+def _follow(key: str, url: Any, value: Any) -> None:
+    """Choose what the URL says."""
+    st.session_state[key] = value
+    address.wrote(key, url)
 
 
 def _write(key: str, wanted: str | list[str] | None) -> None:

@@ -20,20 +20,18 @@ _ADDRESS = (
     'window.__streamlit = {BACKEND_BASE_URL: location.origin + "/", '
     'MAIN_PAGE_BASE_URL: location.origin + "/"}'
 )
-# On the way to another page Streamlit first pushes that page's parameters behind the address of this one,
-# a view that nobody asked for; one press of Back has to pass both.
+# One action of a person is one entry of the history. For one click Streamlit may push two: another page's
+# parameters and then its address, or a menu's address and then the page's own parameters.
 _HISTORY = """(() => {
-  const SOON = 2000; // milliseconds
-  let [pushed, only] = [0, false];
+  let acted = false;
+  for (const kind of ["pointerdown", "click", "keydown"])
+    addEventListener(kind, () => (acted = true), true);
+  addEventListener("popstate", () => (acted = false), true);
   const push = history.pushState.bind(history);
-  history.pushState = (state, title, url) => {
-    const to = new URL(url ?? "", location.href);
-    const [path, search] = [to.pathname !== location.pathname, to.search !== location.search];
-    const second = path && !search && only && performance.now() - pushed < SOON;
-    [pushed, only] = [performance.now(), search && !path];
-    second ? history.replaceState(state, title, url) : push(state, title, url);
+  history.pushState = (...entry) => {
+    acted ? push(...entry) : history.replaceState(...entry);
+    acted = false;
   };
-  addEventListener("popstate", () => (only = false));
 })()"""
 _HEAD = f"""<title>xattn</title>
     <meta name="color-scheme" content="light dark" />

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from xattn.app import selection, state, theme
+from xattn.app import address, selection, state, theme
 from xattn.app.library import PackError
 from xattn.app.login import LOGOUT
 from xattn.app.state import Context, plain
@@ -75,6 +75,8 @@ def _module(name: str) -> ModuleType:
 
 
 def _run(name: str) -> None:
+    if st.session_state.get("_page") != name:
+        address.forget()
     st.session_state["_page"] = name
     try:
         context = _context()

@@ -385,6 +385,32 @@ def test_a_stopped_run_resumes_bit_for_bit(backbone, features, tmp_path, stop):
     assert_equal_heads(again.head, whole.head)
 
 
+def test_a_checkpoint_of_another_way_to_step_goes_on_in_this_runs_way(backbone, features, tmp_path):
+    config = {"epochs": 4, "checkpoint_every": 2, "batch_size": 4}
+    whole = train(fresh(backbone), features, **config)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            train(fresh(backbone), features, tmp_path / "b", **config)
+    for path in (tmp_path / "b/checkpoints").glob("step-*/state.pt"):
+        state = torch.load(path, weights_only=True)
+        for group in state["optimizer"]["param_groups"]:
+            assert group["fused"]
+            group["fused"] = None
+        torch.save(state, path)
+    made, real = [], module.create_optimizer
+
+    def creating(*args):
+        made.append(real(*args))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "create_optimizer", creating)
+        resumed = train(fresh(backbone, seed=9), features, tmp_path / "b", resume=True, **config)
+    assert_equal_heads(whole.head, resumed.head)
+    assert all(group["fused"] for group in made[0].param_groups)
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(backbone, features, tmp_path):
     config = {"epochs": 4, "checkpoint_every": 3, "batch_size": 4}
     whole = train(fresh(backbone), features, **config)
@@ -449,7 +475,7 @@ def test_bad_settings_are_refused(setting, value):
 
 
 def test_the_warm_up_of_a_recipe_fits_fewer_epochs():
-    assert [ProbeConfig("small", epochs=n).warmup for n in (1, 4, 5, 60)] == [0, 2, 5, 5]
+    assert [ProbeConfig("small", epochs=n).warmup for n in (1, 4, 9, 10, 60)] == [0, 2, 4, 5, 5]
     with pytest.raises(ValueError, match="warmup: got 5 of 3 epochs"):
         ProbeConfig("small", epochs=3, warmup=5)
 

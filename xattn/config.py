@@ -131,8 +131,8 @@ class ProbeConfig:
     epochs: Int = None  # type: ignore[assignment]
     """Passes over the photos at most (published 90, small 60)."""
     warmup: Int = None  # type: ignore[assignment]
-    """Epochs in which the learning rate rises, before it falls as a cosine (published 10, small 5; half of
-    the epochs where those are fewer)."""
+    """Epochs in which the learning rate rises, before it falls as a cosine (published 10, small 5; at most
+    half of the epochs)."""
     batch_size: Int = None  # type: ignore[assignment]
     """Photos a step, per process (published 256, small 32)."""
     optimizer: ProbeOptimizerName = None  # type: ignore[assignment]
@@ -163,8 +163,8 @@ class ProbeConfig:
         free = self.warmup is None
         _fill_in(self, PROBE_RECIPES)
         _check_positive(self, "epochs", "batch_size", "checkpoint_every", "lr")
-        if free and self.warmup > self.epochs:
-            object.__setattr__(self, "warmup", self.epochs // 2)
+        if free:
+            object.__setattr__(self, "warmup", min(self.warmup, self.epochs // 2))
         for name in ("warmup", "patience", "weight_decay", "attention_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}; give 0 or more")

@@ -73,7 +73,7 @@ function rest(state) {
 
 // An answer to a pick leaves the cursor where it is, which may be ahead; any other change moves it.
 function answered(state, picked) {
-  const at = state.asked.indexOf(String(picked));
+  const at = state.asked.lastIndexOf(String(picked));
   state.asked = at < 0 ? [] : state.asked.slice(at + 1);
   if (at >= 0 && (state.timer || state.asked.length)) return;
   rest(state);
@@ -139,6 +139,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   state.frame.style.setProperty("--rows", data.rows);
   state.frame.style.setProperty("--columns", data.columns);
   if (String(wasPicked) !== String(data.picked)) answered(state, data.picked);
+  else if (String(data.picked) === state.asked.at(-1)) state.asked = [];
   place(state.picked, state.at, state);
   place(state.cursor, null, state);
 }

@@ -69,7 +69,7 @@ def page(context: Context) -> None:
     view, wrong = view_of(url if new else current(), start, seen)
     for message in [*messages, *wrong] if new else []:
         st.warning(plain(message))
-    settle(pack.id, image_id, view)
+    settle(pack.id, image_id, view, url if new else None)
     _picker(seen, view, size_grid)
     _notes(pack, image_id, backbone, seen, view, kept)
     rows = seen.rows(token_of(view.patch, seen))

@@ -87,6 +87,7 @@ def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str], bool]:
     else:
         view, messages = selection.parse(url, choices)
     _to_widgets(view, NAMES)
+    address.wrote("gallery", url)
     return view, messages, True
 
 

@@ -121,7 +121,7 @@ def _controls(context: Context, kind: str, job: Job | None) -> Request | None:
     """The widgets; returns what they ask for, None without a network."""
     sent = _photos() if kind == "photos" else _clip()
     name, weights = _backbone()
-    if not _wanted(name):
+    if not _wanted(name, weights):
         return None
     head_id = _head(name)
     try:
@@ -270,9 +270,9 @@ def _want() -> None:
     _WANTED.add(st.session_state["model"])
 
 
-def _wanted(name: str) -> bool:
+def _wanted(name: str, weights: str) -> bool:
     """Whether the network may be loaded: opening an address alone downloads nothing."""
-    if not name or name in _WANTED or name in models.backbones():
+    if not name or weights != "auto" or name in _WANTED or name in models.backbones():
         return True
     st.info(f"This address asks for {plain(name)}, whose weights come from the hub.")
     st.button("Load it", key="load", on_click=_want)

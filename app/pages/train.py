@@ -463,12 +463,13 @@ def _maps(pack: Pack) -> None:
     if not methods.str.fullmatch(r"step [0-9]{1,15}").all():
         return  # a pack of something else that was put there
     steps = methods.str.removeprefix("step ").astype(int)
-    now = int(steps.max())
-    st.markdown(
-        f"**Maps of {len(pack.images)} photos**, before training and at step {now:,}, the last checkpoint"
-        if now
-        else f"**Maps of {len(pack.images)} photos** before training; the next ones come with a checkpoint"
-    )
+    now, before = int(steps.max()), bool((steps == 0).any())
+    when = {
+        (True, False): " before training; the next ones come with a checkpoint",
+        (True, True): f", before training and at step {now:,}, the last checkpoint",
+        (False, True): f" at step {now:,}, the last checkpoint",
+    }[before, now > 0]
+    st.markdown(f"**Maps of {len(pack.images)} photos**{when}")
     cells: list[dict[str, Any]] = []
     for image_id, row in pack.images.iterrows():
         entries = pack.entries[pack.entries["image_id"] == image_id]
@@ -494,7 +495,7 @@ def _maps(pack: Pack) -> None:
             )
     st.html(legends_html(legends(pack, pack.entries.index, Look())))
     opened = grid(
-        cells, key="sample", label="Maps of the fixed photos", columns=3 if now else 2, width=96
+        cells, key="sample", label="Maps of the fixed photos", columns=1 + len(set(steps)), width=96
     )
     if opened is not None:
         state.go("image", pack=pack.id, image=opened.partition("/")[0])

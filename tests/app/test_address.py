@@ -59,6 +59,26 @@ def test_an_earlier_address_wins_where_the_person_went_back(app, monkeypatch) ->
     assert app.selectbox[0].value == "one" and not app.query_params
 
 
+def test_a_run_that_ends_early_leaves_the_address_to_the_next_one() -> None:
+    app = AppTest.from_function(interrupted).run()
+    assert app.session_state["seen"] == [True]
+    app.run()
+    app.run()
+    assert app.session_state["seen"] == [True, True, False]
+
+
+def interrupted() -> None:
+    """A page that follows an address at its second run only."""
+    import streamlit as st
+
+    from xattn.app import address
+
+    seen = st.session_state.setdefault("seen", [])
+    seen.append(address.is_new("here", {"layer": "5"}))
+    if len(seen) == 2:
+        address.wrote("here", {"layer": "5"})
+
+
 def test_what_is_no_option_is_passed_over(app: AppTest) -> None:
     sent_with(app, model="four", method="z", input="<b>")
     app.run()

@@ -20,6 +20,7 @@ from xattn.app import explaining, film, models, state
 from xattn.app.explaining import Jobs, Request, keep
 from xattn.app.library import Library, PackError
 from xattn.app.made_up import picture
+from xattn.app.pages import live
 from xattn.app.uploads import Upload
 from xattn.cli import BackboneArgs
 from xattn.explaining import explain
@@ -41,6 +42,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     own = BackboneArgs(backbone=CNN, weights="random", device="cpu")
     monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path, model=own))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(live, "_WANTED", set())
     found = Library(tmp_path)
     monkeypatch.setattr(state, "library", lambda: found)
     return found
@@ -459,16 +461,19 @@ def test_a_waiting_job_says_how_many_are_ahead(jobs, library, gate):
 
 
 def explaining_text(job: explaining.Job) -> str:
-    from xattn.app.pages import live
-
     return live._progress_text(job)
 
 
 def test_an_address_alone_loads_no_network_from_the_hub(library, jobs, monkeypatch):
-    asked = []
-    monkeypatch.setattr(models, "_load", lambda arguments: asked.append(arguments))
+    loading, asked = models._load, []
+
+    def load(arguments):
+        asked.append(arguments.backbone)
+        return loading(arguments)
+
+    monkeypatch.setattr(models, "_load", load)
     page = opened(script, model="resnet18")
-    assert not asked and any("come from the hub" in i.value for i in page.info)
+    assert "resnet18" not in asked and any("come from the hub" in i.value for i in page.info)
     assert not page.exception and page.button(key="load")
 
 

@@ -153,6 +153,9 @@ def test_the_maps_of_each_head_are_shown_the_last_one_first(jobs: Jobs) -> None:
     page = open_train(job="mine")
     (heads,) = page.get("button_group")
     assert heads.value == "abmilp" and "Maps of 4 photos" in texts(page)
+    small_pack(jobs.root / "mine" / "cait" / "sample", 2, ("step 9",))  # resumed without a step 0
+    resumed = texts(open_train(job="mine"))
+    assert "at step 9, the last checkpoint" in resumed and "before training" not in resumed
     heads.set_value("gap").run()
     assert not page.exception and "Maps of 2 photos" in texts(page)
 

@@ -94,6 +94,36 @@ def test_each_view_is_one_press_of_back(root, address, open_page):
     page.locator(".cell .frame.there").first.wait_for()
     page.go_forward()
     page.get_by_role("heading", name="photo-00002").wait_for()
+    page.get_by_role("link", name="Compare").first.click()
+    page.wait_for_url(re.compile(r"/compare\?pack="))
+    page.go_back()
+    page.get_by_role("heading", name="photo-00002").wait_for()
+
+
+def test_the_first_address_is_one_entry_of_the_history(address, open_page):
+    page = open_page("about:blank")
+    page.goto(address)
+    page.wait_for_url(re.compile(r"/\?pack="))
+    page.locator(".cell .frame.there").first.wait_for()
+    page.go_back()
+    assert page.url == "about:blank"
+
+
+def test_a_photos_attention_opens_anew_after_another_page(address, open_page):
+    page = open_page(address)
+    page.locator(".cell .frame.there").first.wait_for()
+    choose_pack(page, "vit")
+    page.locator('.cell[data-id^="photo-1@"]').click()
+    page.get_by_role("button", name="Attention").click()
+    page.locator(".cell", has_text="Layer 2").click()
+    page.wait_for_url(re.compile("layer=2"))
+    page.get_by_role("button", name="Image", exact=True).click()
+    page.get_by_role("button", name="Attention").click()
+    page.get_by_text(re.compile("^layer 5, mean of all heads, from row 3, column 3$")).wait_for()
+    assert "layer" not in page.url
+    page.go_back()
+    page.go_back()
+    page.get_by_text(re.compile("^layer 2, mean of all heads, from row 3, column 3$")).wait_for()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -305,6 +305,11 @@ def _train(
         if state is not None:
             step, losses, history, best = (state[k] for k in ("step", "losses", "history", "best"))
             head.load_state_dict(state["head"])
+            for old, group in zip(
+                state["optimizer"]["param_groups"], optimizer.param_groups, strict=True
+            ):
+                if "fused" in group:  # how a step is computed is this run's own
+                    old["fused"] = group["fused"]
             optimizer.load_state_dict(state["optimizer"])
             if accelerator.scaler is not None:
                 accelerator.scaler.load_state_dict(state["scaler"])
