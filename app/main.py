@@ -106,10 +106,11 @@ def _context() -> Context:
     library = state.library()
     infos = library.packs()
     names = {info.id: info.name for info in infos if info.problem is None}
-    picked = st.session_state.pop("_picked", None)
+    picked = st.session_state.get("_picked")
     if picked is not None and picked != st.query_params.get("pack"):
         st.session_state["_pack"] = picked
         state.go(state.current_page(), pack=picked)
+    st.session_state["_picked"] = None  # not before: a click may end the run that was to go there
     pack, problem = _wanted(library, names)
     if pack is not None:
         st.session_state["_pack"] = pack.id

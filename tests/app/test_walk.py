@@ -44,6 +44,7 @@ def address(root, tmp_path_factory):
 def choose_pack(page, name):
     page.get_by_role("combobox", name=re.compile("Pack")).click()
     page.get_by_role("option", name=name).click()
+    page.get_by_role("heading", name=name, exact=True).wait_for()
 
 
 def test_gallery_to_image_to_a_patch_to_a_shared_address_to_a_file(address, open_page):
@@ -118,7 +119,7 @@ def test_a_photos_attention_opens_anew_after_another_page(address, open_page):
     page.locator(".cell", has_text="Layer 2").click()
     page.wait_for_url(re.compile("layer=2"))
     page.get_by_role("button", name="Image", exact=True).click()
-    page.get_by_role("button", name="Attention").click()
+    page.get_by_role("button", name="Attention", exact=True).click()
     page.get_by_text(re.compile("^layer 5, mean of all heads, from row 3, column 3$")).wait_for()
     assert "layer" not in page.url
     page.go_back()
