@@ -123,6 +123,7 @@ def test_a_photos_attention_opens_anew_after_another_page(address, open_page):
     page.get_by_text(re.compile("^layer 5, mean of all heads, from row 3, column 3$")).wait_for()
     assert "layer" not in page.url
     page.go_back()
+    page.locator(".st-key-maps .frame.there").nth(1).wait_for()
     page.go_back()
     page.get_by_text(re.compile("^layer 2, mean of all heads, from row 3, column 3$")).wait_for()
 
