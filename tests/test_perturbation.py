@@ -563,6 +563,7 @@ def test_half_precision_sees_the_direction_of_an_example_that_is_almost_right():
 
 
 JOB = """
+import os
 import sys
 
 import torch
@@ -604,9 +605,8 @@ for name in ("at", "iat"):
     found[name] = [p.grad.clone() for p in head.parameters()]
 if rank == 0:
     torch.save(found, sys.argv[1])
-if count > 1:  # a process that leaves while another still talks to it aborts
-    accelerator.wait_for_everyone()
-    torch.distributed.destroy_process_group()
+accelerator.wait_for_everyone()
+os._exit(0)  # without the end of torch's threads, which now and then aborts the process
 """
 
 

@@ -119,6 +119,12 @@ def _to_url(pack: Pack, view: View, choices: Choices) -> None:
         st.query_params.from_dict({"pack": pack.id, **wanted})
 
 
+def _last(pack: Pack) -> tuple[str, str] | None:
+    """The image that was opened last, to be marked when the person comes back."""
+    named = st.query_params.get("image")
+    return (pack.id, named) if named is not None else st.session_state.get("_opened")
+
+
 # ---------------------------------------------------------------------- what a person does
 
 
@@ -127,7 +133,9 @@ def _opened(pack: Pack, choices: Choices) -> None:
     opened = st.session_state[CELLS].open
     if opened in pack.entries.index:
         text = selection.to_text(_from_widgets(choices), choices)
-        state.go("image", image=pack.entries.at[opened, "image_id"], view=text or None)
+        image_id = pack.entries.at[opened, "image_id"]
+        st.session_state["_opened"] = (pack.id, image_id)
+        state.go("image", image=image_id, view=text or None)
 
 
 def _turned() -> None:
@@ -292,7 +300,7 @@ def _cell(
         "title": explained,
         "lines": lines,
         "badge": _badge(row["right"]),
-        "selected": row["image_id"] == st.query_params.get("image"),
+        "selected": (pack.id, row["image_id"]) == _last(pack),
         "href": state.link("image", pack=pack.id, image=row["image_id"], view=text or None),
     }
 
