@@ -7,7 +7,7 @@ counts. Bad parameters become defaults and a message.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -199,19 +199,15 @@ def shown(name: str, value: Any) -> str:
     return key
 
 
-def chosen(name: str, key: str) -> None:
-    """The widget ``name`` was used."""
-    if lives(name, key):
-        change(**{name: st.session_state[key]})
+def chosen(name: str, key: str, changes: Callable[[Any], dict[str, Any]] | None = None) -> None:
+    """The widget ``name`` was used; its value is that of the view's ``name``, or means ``changes``.
 
-
-def lives(name: str, key: str) -> bool:
-    """Whether ``key`` is still the widget ``name``.
-
-    A browser may send one that the last run replaced; Streamlit has forgotten that one and takes its old
-    value for a choice.
+    A browser may send a widget that the last run replaced; Streamlit has forgotten that one and takes its
+    old value for a choice.
     """
-    return key == _key(name)
+    if key == _key(name):
+        value = st.session_state[key]
+        change(**({name: value} if changes is None else changes(value)))
 
 
 def _key(name: str) -> str:

@@ -118,9 +118,10 @@ def run_probes(
             f"output: {begun[0]} holds a run already; go on with it by --resume, or give another "
             f"--output"
         )
-    if job.sample:  # refused before the features are computed, too
-        Sample(job.backbone, job.data, output / SAMPLE_FOLDER, job.sample)
     photos = open_photos(job.data)
+    seen: list[Path] = []
+    if job.sample:  # refused before the features are computed, too
+        seen = Sample(job.backbone, photos, output / SAMPLE_FOLDER, job.sample).paths
     everything = read_labels([photos.name(i) for i in range(len(photos))], job.labels)
     for fold in job.folds:  # refused before the features are computed
         split(everything, job.split_seed, fold)
@@ -149,9 +150,9 @@ def run_probes(
                 head = _head(name, backbone, options[name], labels.names, seed)
                 folder = _folder(job, output, name, fold, seed)
                 shown = None
-                if job.sample:
+                if seen:
                     place = folder / SAMPLE_FOLDER
-                    shown = Sample(backbone, job.data, place, job.sample, classifier=True)
+                    shown = Sample(backbone, seen, place, job.sample, classifier=True)
                 result = probe(
                     head,
                     cache,

@@ -36,7 +36,9 @@ function build(root) {
   range.addEventListener("input", show);
   range.addEventListener("keydown", (event) => event.stopPropagation());
   show();
-  return { frame, photo, map, lines, picked, cursor, status, fade, at: null, asked: [], timer: 0 };
+  const state = { frame, photo, map, lines, picked, cursor, status, fade, at: null, asked: [], timer: 0 };
+  listen(state);
+  return state;
 }
 
 function place(box, at, state) {
@@ -116,12 +118,11 @@ function listen(state) {
     clearTimeout(state.timer);
     state.timer = setTimeout(() => frame.isConnected && pick(state, to), REST);
   });
-  return state;
 }
 
 export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".patches");
-  const state = (root.xattn ??= listen(build(root)));
+  const state = (root.xattn ??= build(root));
   state.send = (at) => setTriggerValue("pick", at);
   const wasPicked = state.shown?.picked;
   state.shown = data;

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
@@ -22,7 +24,6 @@ from xattn.app.attention_view import (
     chosen,
     current,
     fused,
-    lives,
     mechanism_of,
     name_of,
     place_of,
@@ -179,27 +180,25 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
     if seen.prefix:
         options = ["patch", *map(slug, seen.prefix)]
         names = dict(zip(options, ["A patch", *map(str.capitalize, seen.prefix)], strict=True))
-        key = shown("from", view.patch if view.patch in options else "patch")
+        looks = view.patch if view.patch in options else "patch"
         st.segmented_control(
             "Attention from",
             options,
-            key=key,
             format_func=lambda o: names[o],
             required=True,
-            on_change=_from,
-            args=(key, seen.grid),
             help="Whose attention is shown. Click a patch in the photo, or move with the arrow keys.",
+            **_widget("from", looks, partial(_from, seen.grid)),
         )
     else:
         st.caption("Click a patch in the photo, or move with the arrow keys.")
     layer, head = st.columns(2)
     if seen.layers > 1:
-        layer.slider("Layer", 0, seen.layers - 1, **_widget("layer", view))
+        layer.slider("Layer", 0, seen.layers - 1, **_widget("layer", view.layer))
     head.selectbox(
         "Head",
         [MEAN, *map(str, range(seen.heads(view.layer)))],
         format_func=lambda h: "Mean of all heads" if h == MEAN else f"Head {h}",
-        **_widget("head", view),
+        **_widget("head", view.head),
     )
     first, second = st.columns(2)
     first.selectbox(
@@ -207,47 +206,40 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
         list(SCALES),
         format_func=lambda s: SCALES[s],
         help="Shared: the pictures of a row have one scale. The square root shows small shares.",
-        **_widget("scale", view),
+        **_widget("scale", view.scale),
     )
     fitting = [m for m in SIZES if size_grid is not None and reading.sizes(m, size_grid)]
-    if fitting:
+    if fitting and size_grid is not None:
         titles = {TRAINED: "As trained", "gna": "Neighbourhoods (gna)", "agent": "Agents (agent)"}
-        key = shown("mechanism", view.mechanism)
         second.selectbox(
             "Mechanism",
             [TRAINED, *fitting],
-            key=key,
             format_func=lambda m: titles[m],
-            on_change=_mechanism,
-            args=(key, size_grid),
             help="Another mechanism in place of the trained one, in all layers and without training.",
+            **_widget("mechanism", view.mechanism, partial(_mechanism, size_grid)),
         )
     if view.mechanism != TRAINED and size_grid is not None:
         label = {"gna": "Window, patches a side", "agent": "Agents"}[view.mechanism]
         fitting_sizes = reading.sizes(view.mechanism, size_grid)
-        second.selectbox(label, fitting_sizes, **_widget("size", view))
+        second.selectbox(label, fitting_sizes, **_widget("size", view.size))
 
 
-def _widget(name: str, view: View) -> dict[str, Any]:
+def _widget(
+    name: str, value: Any, changes: Callable[[Any], dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """The arguments of a widget that shows, and changes, one value of the view."""
-    key = shown(name, getattr(view, name))
-    return {"key": key, "on_change": chosen, "args": (name, key)}
+    key = shown(name, value)
+    return {"key": key, "on_change": chosen, "args": (name, key, changes)}
 
 
-def _from(key: str, size_grid: tuple[int, int]) -> None:
-    if not lives("from", key):
-        return
-    looks = st.session_state[key]
+def _from(size_grid: tuple[int, int], looks: str) -> dict[str, Any]:
     middle = f"{(size_grid[0] + 1) // 2},{(size_grid[1] + 1) // 2}"
-    change(patch=middle if looks == "patch" else looks)
+    return {"patch": middle if looks == "patch" else looks}
 
 
-def _mechanism(key: str, size_grid: tuple[int, int]) -> None:
-    if not lives("mechanism", key):
-        return
-    wanted = st.session_state[key]
+def _mechanism(size_grid: tuple[int, int], wanted: str) -> dict[str, Any]:
     size = None if wanted == TRAINED else reading.usual_size(wanted, size_grid)
-    change(mechanism=wanted, size=size)
+    return {"mechanism": wanted, "size": size}
 
 
 def _facts(
@@ -304,7 +296,7 @@ def _rollout(seen: Reading, view: View) -> None:
                 0,
                 seen.layers - 1,
                 help="Layers 0 to this one are multiplied, heads averaged, half of each the skip path.",
-                **_widget("depth", view),
+                **_widget("depth", view.depth),
             )
     row = seen.rollout(token, view.depth)
     map_ = row[prefix:].unflatten(0, seen.grid)

@@ -48,9 +48,9 @@ def page(context: Context) -> None:
     else:
         if view.show == "overlay":
             st.html(legends_html(legends(pack, list(shown.index), Look(side=SIDE))))
-        text = selection.to_text(view, table.choices)
+        text, last = selection.to_text(view, table.choices), _last(pack)
         cells = [
-            _cell(pack, view, table.choices, text, entry_id, row)
+            _cell(pack, view, table.choices, text, last, entry_id, row)
             for entry_id, row in zip(shown.index, shown.to_dict("records"), strict=True)
         ]
         label = f"Maps, page {view.page} of {count}"
@@ -119,10 +119,10 @@ def _to_url(pack: Pack, view: View, choices: Choices) -> None:
         st.query_params.from_dict({"pack": pack.id, **wanted})
 
 
-def _last(pack: Pack) -> tuple[str, str] | None:
+def _last(pack: Pack) -> str | None:
     """The image that was opened last, to be marked when the person comes back."""
-    named = st.query_params.get("image")
-    return (pack.id, named) if named is not None else st.session_state.get("_opened")
+    of, image_id = st.session_state.get("_opened", (None, None))
+    return st.query_params.get("image", image_id if of == pack.id else None)
 
 
 # ---------------------------------------------------------------------- what a person does
@@ -273,7 +273,13 @@ def _nothing(choices: Choices) -> None:
 
 
 def _cell(
-    pack: Pack, view: View, choices: Choices, text: str, entry_id: str, row: dict[str, Any]
+    pack: Pack,
+    view: View,
+    choices: Choices,
+    text: str,
+    last: str | None,
+    entry_id: str,
+    row: dict[str, Any],
 ) -> dict[str, Any]:
     explained = short(row["target_name"])
     name = row["file_name"] or row["image_id"]
@@ -300,7 +306,7 @@ def _cell(
         "title": explained,
         "lines": lines,
         "badge": _badge(row["right"]),
-        "selected": (pack.id, row["image_id"]) == _last(pack),
+        "selected": row["image_id"] == last,
         "href": state.link("image", pack=pack.id, image=row["image_id"], view=text or None),
     }
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 pytest.importorskip("streamlit")
 
+from conftest import opened
 from hypothesis import given
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
@@ -91,12 +92,7 @@ def script() -> None:
 
 
 def shown(**params: str) -> AppTest:
-    app = AppTest.from_function(script, default_timeout=60)
-    for name, value in params.items():
-        app.query_params[name] = value
-    app.run()
-    assert not app.exception, app.exception
-    return app
+    return opened(script, **params)
 
 
 def words(app: AppTest) -> str:

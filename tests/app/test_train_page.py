@@ -195,12 +195,12 @@ def test_a_full_disk_is_a_message(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_first_run_offers_the_demo(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_job, "missing", lambda: None)
-    page = AppTest.from_function(welcome, default_timeout=60).run()
+    page = opened(welcome)
     button(page, "Make the demo pack").click().run()
     assert not page.exception and not page.error
     assert demo_pack.demo(jobs) is not None
     assert "Making the demo pack" in texts(page)
-    page = AppTest.from_function(welcome, default_timeout=60).run()  # another tab
+    page = opened(welcome)  # another tab
     assert "Making the demo pack" in texts(page) and len(jobs.all()) == 1
 
 
@@ -208,7 +208,7 @@ def test_a_demo_that_lacks_packages_says_what_to_install(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo_job, "missing", lambda: 'pip install -e ".[demo]"')
-    page = AppTest.from_function(welcome, default_timeout=60).run()
+    page = opened(welcome)
     assert "pip install" in texts(page) and not page.button
     with pytest.raises(ValueError, match="pip install"):
         demo_pack.make()

@@ -45,6 +45,7 @@ def choose_pack(page, name):
     page.get_by_role("combobox", name=re.compile("Pack")).click()
     page.get_by_role("option", name=name).click()
     page.get_by_role("heading", name=name, exact=True).wait_for()
+    page.wait_for_url(re.compile(rf"pack={name}-"))  # what the next click is sent with
 
 
 def test_gallery_to_image_to_a_patch_to_a_shared_address_to_a_file(address, open_page):
