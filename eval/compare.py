@@ -28,7 +28,7 @@ from xattn.eval.packing import can_pack, write_pack
 from xattn.eval.plan import plan
 from xattn.eval.protocol import METRICS, Protocol
 from xattn.eval.report import format_table, to_dict
-from xattn.eval.results import Results, Row, is_baseline
+from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results, Row, is_baseline
 from xattn.eval.sanity import Cascade, sanity_rows
 from xattn.eval.stream import ImageStream
 from xattn.explainers import create_explainer, list_explainers
@@ -358,9 +358,13 @@ def markdown(results: Results, table: Sequence[Standing]) -> str:
         winner = next((s.method for s in cells if s.best), None)
         if winner is None:
             continue
-        level = [s.method for s in cells if s.level_with_best and not s.best]
-        level = [name for name in level if not is_baseline(name)]
-        best[column.key] = [winner, ", ".join(level) or "none"]
+        rivals = [s for s in cells if not s.best and not is_baseline(s.method)]
+        few = [s for s in rivals if results.images_of_both(s.method, winner, column) < MIN_IMAGES]
+        level = [s.method for s in rivals if s.level_with_best and s not in few]
+        said = [", ".join(level)] if level else []
+        if few:
+            said.append(f"{TOO_FEW}: {', '.join(s.method for s in few)}")
+        best[column.key] = [winner, "; ".join(said) or "none"]
     lines = ["| metric | best | not told apart from the best (paired 95 % interval holds 0) |"]
     lines += ["| :-- | :-- | :-- |"]
     lines += [f"| {key} | {winner} | {level} |" for key, (winner, level) in best.items()]

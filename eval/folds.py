@@ -215,10 +215,9 @@ def format_differences(differences: Sequence[Difference], method: str, reference
         "| :-- | --: | --: | :-- | --: | :-- |",
     ]
     for d in differences:
-        verdict = "better" if d.better else "worse" if d.worse else "no difference shown"
         lines.append(
             f"| {d.metric} | {100 * d.level:g} % | {d.diff:+.2f} | [{d.lo:+.2f}, {d.hi:+.2f}] "
-            f"| {d.n} | {verdict} |"
+            f"| {d.n} | {d.verdict} |"
         )
     return "\n".join(lines)
 

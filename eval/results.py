@@ -21,6 +21,7 @@ BASELINES = ("random", "centre", "ones", "randomized")
 JUDGED = ("faithfulness", "localisation")
 # Fewer images give no verdict: at 2, half of all "95 %" intervals of equal methods exclude zero.
 MIN_IMAGES = 8
+TOO_FEW = "too few images for a verdict"
 # Mean rank correlation with the maps of a randomised network above which a method ignores weights.
 SURVIVES = 0.5
 
@@ -64,6 +65,18 @@ class Difference(NamedTuple):
     n: int
     better: bool
     worse: bool
+
+    @property
+    def judged(self) -> bool:
+        """Whether there are images enough for a verdict."""
+        return self.n >= MIN_IMAGES
+
+    @property
+    def verdict(self) -> str:
+        """Which of the two is better, in words, or why that is not said."""
+        if not self.judged:
+            return TOO_FEW
+        return "better" if self.better else "worse" if self.worse else "no difference shown"
 
 
 @dataclass(eq=False)
@@ -183,14 +196,15 @@ class Results:
         )
         differences = []
         for (metric, level), (diff, lo, hi, n) in zip(columns, intervals, strict=True):
-            above, below = (n >= MIN_IMAGES and lo > 0), (n >= MIN_IMAGES and hi < 0)
+            above, below = lo > 0, hi < 0
             better, worse = (above, below) if METRICS[metric].higher_is_better else (below, above)
-            differences.append(Difference(metric, level, diff, lo, hi, n, better, worse))
+            found = Difference(metric, level, diff, lo, hi, n, better, worse)
+            differences.append(found if found.judged else found._replace(better=False, worse=False))
         return differences
 
     def warnings(self) -> list[str]:
         """One line for each method and sanity row that it does not beat, and for what failed."""
-        lines = []
+        lines = self._too_few()
         for name, failures in self.sanity_failures().items():
             lost: dict[str, list[str]] = {}
             for column, rivals in failures.items():
@@ -228,20 +242,44 @@ class Results:
     def sanity_failures(self) -> dict[str, dict[Column, list[str] | None]]:
         """By method and judged column: the sanity rows that it does not beat.
 
-        None: no image has a value of the method and of a sanity row.
+        None: no verdict, too few images have a value of the method and of a sanity row.
         """
-        columns = self.judged
-        rivals = [n for n, m in self.methods.items() if is_baseline(n) and not m.is_mask]
+        columns, rivals = self.judged, self._sanity_rows
         found: dict[str, dict[Column, list[str] | None]] = {}
         for name in self.judged_methods if rivals else ():
             compared = {rival: self.compare(name, rival, columns) for rival in rivals}
             found[name] = {
-                column: [r for r, ds in compared.items() if ds[c].n and not ds[c].better]
-                if any(ds[c].n for ds in compared.values())
+                column: [r for r, ds in compared.items() if ds[c].judged and not ds[c].better]
+                if any(ds[c].judged for ds in compared.values())
                 else None
                 for c, column in enumerate(columns)
             }
         return found
+
+    @property
+    def _sanity_rows(self) -> list[str]:
+        return [n for n, m in self.methods.items() if is_baseline(n) and not m.is_mask]
+
+    def images_of_both(self, method: str, reference: str, column: Column) -> int:
+        """On how many images both have a value."""
+        a, b = self._method(method).values[column], self._method(reference).values[column]
+        return int((~np.isnan(a - b)).sum())
+
+    def _too_few(self) -> list[str]:
+        """A line for the methods and judged columns that lack images for a verdict."""
+        lacking: dict[tuple[str, ...], list[str]] = {}
+        for name in self.judged_methods:
+            keys = []
+            for column in self.judged:
+                counts = [self.images_of_both(name, r, column) for r in self._sanity_rows]
+                if any(0 < n < MIN_IMAGES for n in counts):
+                    keys.append(column.key)
+            if keys:
+                lacking.setdefault(tuple(keys), []).append(name)
+        return [
+            f"{', '.join(names)}: {TOO_FEW} in {', '.join(keys)}; it takes at least {MIN_IMAGES}"
+            for keys, names in lacking.items()
+        ]
 
     def _survives(self, name: str) -> list[str]:
         """A line if maps stay alike when the network's weights are randomised."""

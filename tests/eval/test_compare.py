@@ -127,6 +127,20 @@ def test_markdown_names_the_best_and_who_is_level(results):
     assert any(x.startswith("- protocol " + results.protocol.id) for x in lines)
 
 
+def test_markdown_calls_nobody_level_by_too_few_images():
+    four = made_up(mine=BASE[:4], twin=BASE[:4] + WIGGLE[:4], poor=BASE[:4] + 30, random=BASE[:4])
+    lines = markdown(four, standings(four)).splitlines()
+    winner = next(s.method for s in standings(four) if s.best)
+    rivals = ", ".join(n for n in ("mine", "twin", "poor") if n != winner)
+    assert f"| AD@50 | {winner} | too few images for a verdict: {rivals} |" in lines
+    holes = np.where(np.arange(10) < 4, BASE, np.nan)
+    some = made_up(mine=BASE - 0.1, twin=BASE + WIGGLE, holes=holes + 40, random=BASE)
+    winner = next(s.method for s in standings(some) if s.best)
+    level = {"mine": "twin", "twin": "mine"}[winner]
+    text = f"| AD@50 | {winner} | {level}; too few images for a verdict: holes |"
+    assert text in markdown(some, standings(some)).splitlines()
+
+
 def test_markdown_leaves_out_columns_that_nobody_has(results):
     nothing = made_up(dead=np.full(10, np.nan), random=BASE)
     assert "| AD@50 |" not in markdown(nothing, standings(nothing))

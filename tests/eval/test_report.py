@@ -85,6 +85,34 @@ def test_a_method_that_does_not_beat_a_sanity_row_is_named():
     assert made_up(mine=hard, random=hard + 5, centre=hard + 1).warnings() == []
 
 
+def test_fewer_than_eight_images_give_no_verdict_however_clear_the_interval():
+    hard = np.linspace(30, 60, 4)
+    results = made_up(good=hard - 20, poor=hard + 9, random=hard, centre=hard + 1)
+    (d,) = results.compare("good", "random")
+    assert d.hi < 0 and not d.better and d.verdict == "too few images for a verdict"
+    words = "good, poor: too few images for a verdict in AD@100; it takes at least 8"
+    assert results.warnings() == [words]
+    assert f"warning: {words}\n" in format_table(results)
+    assert results.sanity_failures()["good"] == {Column("AD", 1.0): None}
+    eight = np.linspace(30, 60, 8)
+    results = made_up(good=eight - 20, poor=eight + 9, random=eight)
+    assert results.warnings() == ["poor does not beat random in AD@100"]
+    assert results.compare("good", "random")[0].verdict == "better"
+    assert results.compare("poor", "random")[0].verdict == "worse"
+
+
+def test_a_column_that_was_measured_on_few_images_is_named_beside_the_verdicts_of_others():
+    hard = np.linspace(30, 60, 20)
+    results = made_up(mine=hard + 9, other=hard - 5, random=hard)
+    few = np.where(np.arange(20) < 2, 0.5, np.nan)
+    for name, method in results.methods.items():
+        method.values[Column("ADCC")] = few + (name == "other")
+    assert results.warnings() == [
+        "mine, other: too few images for a verdict in ADCC; it takes at least 8",
+        "mine does not beat random in AD@100",
+    ]
+
+
 def test_a_method_without_a_valid_map_is_counted_and_not_compared():
     nothing = np.full(20, np.nan)
     results = made_up(mine=nothing, random=np.linspace(30, 60, 20))
