@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
+import torch
 from attentive_fakes import CLASSES, HEADS, SMALL, cnn, four_taps, make, vit
+from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import get_type_hints
 
 import xattn
-from xattn.heads import create_head, head_class, list_heads, parse_options
+from xattn.heads import (
+    create_head,
+    head_class,
+    list_heads,
+    load_head,
+    parse_options,
+    save_head,
+)
 from xattn.heads.attentive import AttentiveHead
 from xattn.heads.options import Count, Positive, Share, check, checked
 
@@ -74,6 +84,53 @@ def test_every_option_of_every_head_refuses_what_is_none_of_its_values(name, opt
         assert "; give " in str(error.value) or "; choose " in str(error.value)
         with pytest.raises(ValueError, match=f"^{option}: got "):
             head_class(name)(backbone, **{option: value})
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches for the largest tensor that takes memory, in bytes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.device.type != "meta":
+            self.size = max(self.size, made.numel() * made.element_size())
+        return made
+
+
+SIZES = [(h, o) for h, o, t in OWN + SHARED if int in kinds(t)]
+SIZES += [(h, o) for h, o, _ in OWN if o in ("mlp_ratio", "hidden")]
+
+
+@pytest.mark.parametrize(("name", "option"), SIZES, ids=[f"{h} {o}" for h, o in SIZES])
+@pytest.mark.parametrize("size", [2**16, 2**62, 2**90], ids=["large", "overflowing", "huge"])
+def test_a_config_that_asks_for_more_than_its_file_holds_takes_no_memory(
+    name, option, size, tmp_path
+):
+    backbone = (
+        cnn() if name in ("ttame", "lcam") else four_taps() if name == "memetector" else vit()
+    )
+    options = {**SMALL.get(name, {}), **({"fusion": "classifier"} if name == "lcam" else {})}
+    head = save_head(create_head(name, backbone, **options), tmp_path / "h")
+    config = json.loads((head / "config.json").read_text())
+    config["options"][option] = [size, 24] if option == "hidden" else size
+    (head / "config.json").write_text(json.dumps(config))
+    with LargestTensor() as largest, pytest.raises(ValueError, match=f"{option}|does not fit"):
+        load_head(head, backbone)
+    assert largest.size < (head / "model.safetensors").stat().st_size
+
+
+def test_a_config_of_anchors_that_its_file_lacks_takes_no_memory(tmp_path):
+    head = save_head(create_head("gap", vit(), reliability={"anchors": 2}), tmp_path / "h")
+    config = json.loads((head / "config.json").read_text())
+    config["options"]["reliability"]["anchors"] = 2**16
+    (head / "config.json").write_text(json.dumps(config))
+    with (
+        LargestTensor() as largest,
+        pytest.raises(ValueError, match=r"does not fit its config.*anchors"),
+    ):
+        load_head(head, vit())
+    assert largest.size < (head / "model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize("pair", ["norm=no", "norm=False", 'norm="false"', "norm=yes", "norm=1"])

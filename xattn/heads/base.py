@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -186,9 +186,13 @@ def create_head(name: str, backbone: Backbone, **options: Any) -> Head:
     Raises:
         ValueError: unknown name (with near matches) or an option that the head does not take.
     """
+    return _construct(name, backbone, options).to(backbone.device)
+
+
+def _construct(name: str, backbone: Backbone, options: Mapping[str, Any]) -> Head:
     cls = head_class(name)
     try:
-        return cls(backbone, **options).to(backbone.device)
+        return cls(backbone, **options)
     except TypeError as error:
         reason = "does not take that option" if "unexpected keyword" in str(error) else "refuses"
         raise ValueError(f"head: {name} {reason} ({error}); its options: {options}") from error
@@ -329,7 +333,6 @@ def _read_head(folder: Path, backbone: Backbone) -> Head:
             f"head: {folder.name} was trained for task={wanted['task']!r}, the backbone has "
             f"task={backbone.task!r}; load the backbone with task={wanted['task']!r}"
         )
-    head = create_head(config["head"], backbone, **config["options"])
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise FileNotFoundError(f"head: {folder} holds no {WEIGHTS_FILE}; save the head again")
@@ -337,12 +340,24 @@ def _read_head(folder: Path, backbone: Backbone) -> Head:
         state = load_weight_file(weights)
     except ValueError as error:
         raise ValueError(str(error).replace("weights", "head", 1)) from None
+    _check_shapes(config, backbone, state, weights)
+    head = create_head(config["head"], backbone, **config["options"])
+    head.load_state_dict(state, strict=True)
+    head.summary = config.get("training", {})
+    return head.eval()
+
+
+def _check_shapes(
+    config: Mapping[str, Any], backbone: Backbone, state: Mapping[str, Tensor], weights: Path
+) -> None:
+    """Raise unless ``state`` has the tensors of the head in ``config``, which is made without memory
+    for them: what a config asks for may be far more than its file holds."""
     try:
-        head.load_state_dict(state, strict=True)
-    except RuntimeError as error:
+        with torch.device("meta"):
+            empty = _construct(config["head"], backbone, config["options"])
+        empty.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:  # of other names, of other shapes, of sizes that overflow
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"head: {weights} does not fit its config ({reason}); save the head again"
         ) from None
-    head.summary = config.get("training", {})
-    return head.eval()
