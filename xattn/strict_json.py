@@ -1,13 +1,28 @@
-"""JSON from files that may be damaged or hostile: whatever is wrong with the text is a ``ValueError``."""
+"""JSON from files that may be damaged or hostile: whatever is wrong with the text is a ``ValueError``.
+
+All JSON that comes from a file or a database is read here.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
+DEEPEST = 64  # levels; what is read is shown, compared and copied by functions that call themselves
 
-def parse(data: bytes) -> Any:
-    """The value of UTF-8 JSON.
+
+def parse(
+    data: bytes | str,
+    *,
+    nan: bool = False,
+    table: Callable[[Sequence[tuple[str, Any]]], Any] | None = None,
+) -> Any:
+    """The value of JSON, as text or as UTF-8 with or without a byte order mark.
+
+    Args:
+        nan: whether NaN and Infinity are numbers, as in a log of losses.
+        table: makes an object of its (key, value) pairs; by default the last of equal keys counts.
 
     Raises:
         ValueError: no UTF-8, no JSON, nested too deep, NaN or Infinity, or a number of too many digits.
@@ -15,11 +30,29 @@ def parse(data: bytes) -> Any:
     >>> parse(b'{"a": [1, null]}')
     {'a': [1, None]}
     """
+    text = data if isinstance(data, str) else data.decode("utf-8-sig")
+    constant = None if nan else _refuse
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_refuse)
+        value = json.loads(text, parse_constant=constant, object_pairs_hook=table)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    except ValueError as error:
+        if type(error) is ValueError and "digits" in str(error):  # Python's words advise a setting
+            raise ValueError("a number in it has too many digits") from None
+        raise
+    _check_depth(value)
+    return value
 
 
 def _refuse(name: str) -> Any:
     raise ValueError(f"it holds {name}, which JSON does not have")
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = [v.values() if type(v) is dict else v for v in level if type(v) in (dict, list)]
+        level = [v for values in inner for v in values if type(v) in (dict, list)]
+        if not level:
+            return
+    raise ValueError("it is nested too deep")
