@@ -267,10 +267,11 @@ def _prepared(job: Job, loaded: Backbone, ids: list[str], start: int, size: int)
     for image_id, upload in list(zip(ids, job.request.photos, strict=True))[start : start + size]:
         try:
             photo = uploads.photo(upload)
+            pixels, view = prepare(photo, loaded.preprocessing, job.request.view)
+            view.check_size()
         except ValueError as error:
-            job.problems.append((upload.name, str(error)))
+            job.problems.append((upload.name, str(error).removeprefix("image: ")))
             continue
-        pixels, view = prepare(photo, loaded.preprocessing, job.request.view)
         photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), 1)  # what the pack keeps; 1 is Lanczos
         batch.append((pixels, view, image_id, photo))
     return batch

@@ -21,7 +21,6 @@ from xattn.explanation import MANIFEST, THUMBNAIL, VIDEO
 from xattn.images import View
 
 MAX_NAME = 400  # characters of an id
-MAX_SIDE = 1_000_000  # of a photo or map, in pixels
 MAX_CLASS = 1 << 31
 MAX_CURVE = 100_000  # values
 _COLUMNS: dict[str, set[type]] = {  # of entries, and what a value may be
@@ -219,10 +218,10 @@ def _view(record: dict[str, Any]) -> View:
         view = View.from_json(record)
     except (ValueError, OverflowError):
         raise damaged("an entry's view is no view") from None
-    sides = (*view.photo_size, *view.resized, *map(abs, view.box), *view.input_size)
-    if max(sides) > MAX_SIDE:
-        raise damaged("an entry's view has more than a million pixels a side")
-    return view
+    try:
+        return view.check_size()
+    except ValueError:
+        raise damaged("an entry's view has more than a million pixels a side") from None
 
 
 def _curves(given: dict[str, Any]) -> dict[str, array[float]]:

@@ -71,12 +71,12 @@ def write_pack(
             )
             try:
                 photo = load_image(source, max_pixels=None)
+                view = make_view(
+                    (photo.height, photo.width), backbone.preprocessing, results.protocol.view
+                ).check_size()
             except (OSError, ValueError) as error:
                 say(f"pack: left out {kept.id}: {error}")
                 continue
-            view = make_view(
-                (photo.height, photo.width), backbone.preprocessing, results.protocol.view
-            )
             group = []
             for name, method in results.methods.items():
                 if not method.valid[kept.number]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import xattn.explaining
+from xattn.app.pack import Pack
 from xattn.backbone import load_backbone
 from xattn.cli import main
 from xattn.explainers import Explainer, create_explainer
@@ -155,6 +156,18 @@ def test_unreadable_photos_of_a_folder_are_skipped_counted_and_reported(
         explain(cut, backbone, head)
     with pytest.raises(ValueError, match=r"max_pixels=100"):
         explain(photo(0), backbone, head, max_pixels=100)
+
+
+def test_a_photo_too_long_and_narrow_for_a_pack_is_left_out_by_name(
+    backbone, head, folder, tmp_path
+):
+    Image.new("RGB", (20_000, 1)).save(folder / "strip.png")
+    with pytest.warns(UserWarning, match=r"skipped 1 of 6 images: strip\.png: .*20000 x 1 pixels"):
+        found = explain(folder, backbone, head, output=tmp_path / "pack")
+    assert len(found) == 5 and [name for name, _ in found.skipped] == ["strip.png"]
+    assert len(Pack(tmp_path / "pack").entries) == 5
+    with pytest.raises(ValueError, match=r"20000 x 1 pixels has .* crop it"):
+        explain(folder / "strip.png", backbone, head)
 
 
 def test_a_pack_holds_provenance_and_no_paths(backbone, head, folder, tmp_path):

@@ -361,3 +361,13 @@ def test_a_view_survives_json():
             View.from_json(bad)
     with pytest.raises(ValueError, match=r"map: got shape \(7,\)"):
         view.to_photo(np.ones(7))
+
+
+def test_a_view_that_is_too_large_for_a_pack_names_the_size_of_the_photo():
+    assert make_view((1, 3900), SQUARE).check_size().resized == (256, 998_400)
+    with pytest.raises(ValueError, match=r"a photo of 20000 x 1 pixels has 5,120,000 x 256 when"):
+        make_view((1, 20_000), SQUARE).check_size()
+    make_view((1, 20_000), SQUARE, "whole").check_size()
+    padded = View("crop", (9, 9), (9, 9), (-2_000_000, 0, 9, 9), (9, 9))
+    with pytest.raises(ValueError, match=r"over the limit of 1,000,000 a side"):
+        padded.check_size()

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from xattn.backbone import Preprocessing
 from xattn.correlation import disagreement
 from xattn.explanation import Explanation, ImageFacts, load_pack, save_pack
-from xattn.images import View
+from xattn.images import View, make_view
 from xattn.pack_writer import pack_writer
 from xattn.tensor_file import TensorFile
 
@@ -59,6 +60,13 @@ def test_hashes_are_those_of_the_bytes(tmp_path):
     (folder / "maps.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match="not those that were written"):
         load_pack(folder)
+
+
+def test_a_view_that_readers_would_refuse_is_not_written(tmp_path):
+    narrow = make_view((1, 20_000), Preprocessing())
+    with pytest.raises(ValueError, match="20000 x 1 pixels"):
+        save_pack(tmp_path / "pack", [make(), replace(make("strip"), view=narrow)])
+    assert not any(tmp_path.iterdir())
 
 
 def test_maps_are_a_safetensors_file(tmp_path):

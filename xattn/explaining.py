@@ -88,9 +88,10 @@ def explain(
     Returns:
         For each photo, method by method, its explanations by falling probability, or in the order of
         ``classes``.
-        A single photo that cannot be read raises; of several, such are skipped with a warning and
-        listed in ``.skipped``. After Ctrl-C or an error ``output`` holds a pack of what was explained
-        until then, or ``<output>-interrupted``, where ``output`` holds a pack already.
+        A single photo that cannot be read, or is too long and narrow for a pack, raises; of several,
+        such are skipped with a warning and listed in ``.skipped``. After Ctrl-C or an error
+        ``output`` holds a pack of what was explained until then, or ``<output>-interrupted``, where
+        ``output`` holds a pack already.
 
     Raises:
         ValueError: unknown explainer, class or view; no image, or none readable; a bad ``output``.
@@ -347,7 +348,8 @@ def _batches(
     from tqdm import tqdm
 
     def read(pair: tuple[str, Source]) -> tuple[Tensor, View]:
-        return prepare(load_image(pair[1], max_pixels), backbone.preprocessing, view)
+        pixels, seen = prepare(load_image(pair[1], max_pixels), backbone.preprocessing, view)
+        return pixels, seen.check_size()
 
     batch: list[Prepared] = []
     ahead = read_ahead(read, sources, 2 * batch_size)
@@ -371,7 +373,8 @@ def _batches(
 
 
 def _report(result: Explanations, count: int) -> None:
-    reasons = "; ".join(reason for _, reason in result.skipped[:3])
+    shown = result.skipped[:3]
+    reasons = "; ".join(why if name in why else f"{name}: {why}" for name, why in shown)
     more = f"; and {len(result.skipped) - 3} more" if len(result.skipped) > 3 else ""
     if not result:
         raise ValueError(f"images: none of the {count} images can be read: {reasons}{more}")

@@ -321,7 +321,7 @@ def _entry(
         target_name=str(entry["target_name"]),
         probability=float(entry["probability"]),
         method=str(entry["method"]),
-        view=View.from_json(entry["view"]),
+        view=View.from_json(entry["view"]).check_size(),
         image_id=str(entry["image_id"]),
         protocol=manifest["protocols"][entry["protocol"]],
         file_name=str(entry["file_name"]),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from xattn.sources import StoredPhoto
 
 MAX_PIXELS = 40_000_000
+MAX_SIDE = 1_000_000  # pixels of a side of a view in a pack, for writers and readers alike
 DIRECT_PIXELS = 8_000_000  # larger resized photos are resampled in the seen part only
 SUFFIXES = frozenset(
     ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif .tga".split()
@@ -293,6 +294,22 @@ class View:
             min(bottom, float(self.photo_size[0])),
             min(right, float(self.photo_size[1])),
         )
+
+    def check_size(self) -> View:
+        """The view itself, if a pack may hold it.
+
+        Raises:
+            ValueError: a side over ``MAX_SIDE``, for example of a photo of 20,000 x 1 pixels whose
+                short side is resized to 256.
+        """
+        sides = (*self.photo_size, *self.resized, *map(abs, self.box), *self.input_size)
+        if max(sides) > MAX_SIDE:
+            (height, width), (tall, wide) = self.photo_size, self.resized
+            raise ValueError(
+                f"image: a photo of {width} x {height} pixels has {wide:,} x {tall:,} when it is resized "
+                f"for the model, over the limit of {MAX_SIDE:,} a side; crop it"
+            )
+        return self
 
     def to_photo(
         self, map: NDArray[Any] | Tensor, size: tuple[int, int] | None = None

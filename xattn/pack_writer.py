@@ -87,7 +87,11 @@ class PackWriter:
         self._maps = (folder / _DRAFT).open("wb")
 
     def add(self, group: Sequence[Explanation]) -> None:
-        """All explanations of one photo."""
+        """All explanations of one photo.
+
+        Raises:
+            ValueError: a photo or an explanation that was added before, or a view that is too large.
+        """
         photo = group[0]
         if photo.image_id in self._images:
             raise ValueError(
@@ -146,6 +150,7 @@ class PackWriter:
         self._maps.close()
 
     def _entry(self, e: Explanation, thumbnail: str | None, drawn: bool) -> dict[str, Any]:
+        e.view.check_size()
         data = np.ascontiguousarray(e.map, dtype="<f4").tobytes()
         begin, self._end = self._end, self._end + len(data)
         self._maps.write(data)

@@ -293,7 +293,8 @@ def _batches(
     for number, photo in tqdm(
         clip.frames(every), desc="explain", unit="frame", total=total, disable=not progress
     ):
-        batch.append((*prepare(photo, preprocessing, view), f"frame-{number:06d}", photo))
+        pixels, seen = prepare(photo, preprocessing, view)
+        batch.append((pixels, seen.check_size(), f"frame-{number:06d}", photo))
         if len(batch) == batch_size:
             yield batch
             batch = []

@@ -103,6 +103,14 @@ def test_a_photo_that_cannot_be_decoded_is_named_and_the_others_go_on(jobs, libr
     assert len(library.open(job.pack_id).images) == 1
 
 
+def test_a_photo_too_long_and_narrow_for_a_pack_is_named_and_the_others_go_on(jobs, library):
+    narrow = Upload("strip.png", png(1, (20_000, 1)))
+    job = run(jobs, library, photos=(photos(1)[0], narrow))
+    assert job.status == "done" and [name for name, _ in job.problems] == ["strip.png"]
+    assert job.problems[0][1].startswith("a photo of 20000 x 1 pixels has ")
+    assert len(library.open(job.pack_id).images) == 1
+
+
 def test_photos_of_one_name_are_told_apart(jobs, library):
     job = run(jobs, library, photos=(Upload("a.png", png(0)), Upload("A.PNG", png(1))))
     assert len(library.open(job.pack_id).images) == 2

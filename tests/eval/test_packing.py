@@ -101,6 +101,19 @@ def test_numbers_are_those_of_the_report(compared):
     assert manifest["metrics"][column.key]["protocol_id"] == results.metric_id(column)
 
 
+def test_a_photo_too_long_and_narrow_is_left_out_of_the_pack_by_name(backbone, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, size in (("fine.png", (80, 70)), ("strip.png", (20_000, 1))):
+        Image.new("RGB", size, "grey").save(folder / name)
+    wanted = job(backbone, metrics=("masking",), explainers=("saliency",))
+    results, said = run(folder, tmp_path / "out", wanted)
+    assert [image.id for image in results.images] == ["fine.png", "strip.png"]
+    assert {e.image_id for e in load_pack(tmp_path / "out/pack")} == {"fine"}
+    (left_out,) = (line for line in said if "left out" in line)
+    assert "strip.png" in left_out and "20000 x 1 pixels" in left_out
+
+
 def test_curves_begin_or_end_with_the_clean_score(backbone, photos, tmp_path):
     wanted = job(backbone, metrics=("insertion-deletion", "road"), explainers=("saliency",))
     results, _ = run(photos, tmp_path, wanted, limit=1)
