@@ -122,6 +122,17 @@ def test_the_released_form_lowers_the_loss_where_at_raises_it():
     assert (loss(scores + at) > loss(scores)).all()
 
 
+def test_the_released_form_has_a_name_of_its_own():
+    scores, predict, target = pooling((3, 2, 7))
+    found = changed("iat_released", scores, predict, target)
+    assert torch.equal(found, changed("iat", scores, predict, target, norm="released"))
+    assert torch.equal(found, -changed("at", scores, predict, target))
+    p = create_perturbation("iat_released", epsilon=1.5)
+    lower = losses(predict, target)
+    expected = (lower(scores) + lower(scores + found)).mean()
+    assert torch.allclose(p.loss(scores, predict, target), expected)
+
+
 def test_ivat_by_rows_is_vat():
     scores, predict, target = pooling((3, 2, 7))
     assert torch.allclose(

@@ -271,6 +271,7 @@ def test_the_learning_rate_rises_and_falls_as_a_cosine():
         {},
         {"precision": "bf16"},
         {"attention": "at"},
+        {"attention": "iat_released"},
         {"attention": "vat", "precision": "bf16"},
     ],
     ids=str,

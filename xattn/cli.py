@@ -685,13 +685,13 @@ class App:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyAt:
-    """Attention training on text: vanilla, random, AT, iAT, VAT, iVAT on sentiment trees (SST)."""
+    """Attention training on text: vanilla, random, AT, iAT, VAT and others on sentiment trees (SST)."""
 
     data: Path
     """A folder with train.txt and dev.txt of the Stanford Sentiment Treebank."""
     study: tyro.conf.OmitArgPrefixes[TextStudyConfig] = field(default_factory=TextStudyConfig)
     output: Path = Path("runs/study-at")
-    """Folder of runs.jsonl, a line a finished run, and of report.md, report.json and epsilon.png."""
+    """Folder of runs.jsonl, a line a finished run, of report.md, report.json and two plots."""
     device: str = "cpu"
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
 

@@ -56,7 +56,7 @@ Optimizer = Literal["sgd", "adamw"]
 ClassMode = Literal["batch", "own", "top"]
 ProbeOptimizer = Literal["lars", "adamw"]
 # See xattn.training.perturbation.
-AttentionTraining = Literal["none", "random", "at", "iat", "vat", "ivat"]
+AttentionTraining = Literal["none", "random", "at", "iat", "iat_released", "vat", "ivat"]
 if TYPE_CHECKING:
     Int: TypeAlias = int
     Float: TypeAlias = float
@@ -147,7 +147,8 @@ class ProbeConfig:
     monitor: Literal["loss", "accuracy"] = "loss"
     """What of the validation photos tells the better epoch, whose weights are kept."""
     attention: AttentionTraining = "none"
-    """Training against changes of the attention scores."""
+    """Training against changes of the attention scores; iat_released is what the authors' program computes
+    as iat."""
     epsilon: float = 1.0
     """Norm of the change, for each query."""
     attention_weight: float = 1.0

@@ -7,7 +7,9 @@ scores (:mod:`xattn.training.perturbation`). Fold k of the photos is tested with
 stops training early, and nothing else is chosen by the study: epsilon is ``strength`` sqrt(N), the same
 change a token for each number N of tokens. With a the mean query map, for every photo of the test fold
 
-    gradient    Pearson(a, |dL/dx_n|), L the cross-entropy of the label, x_n token n of all taps
+    pixels      Pearson(a, |dL/dx_n|), L the cross-entropy of the label, x_n the pixels of cell n
+    tokens      the same for x_n token n of all taps, which the head pools: there the gradient runs
+                through the values alone, a_n times a factor that differs little between tokens
     deletion    Pearson(a, p - p_n), p of the predicted class, p_n without token n in the pooling
     shares      the same for the class map of the prediction, in place of a
     stability   Pearson of a with and without Gaussian noise on the pixels
@@ -28,7 +30,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xattn.backbone import Taps
+from xattn.backbone import Backbone, Taps
 from xattn.config import ProbeConfig
 from xattn.correlation import pearson
 from xattn.eval.bootstrap import mean_interval, paired_difference
@@ -37,7 +39,7 @@ from xattn.files import atomic_file, check_folder, file_sha256, write_json
 from xattn.heads import AttentiveHead, Tokens, head_class
 from xattn.sources import open_photos
 
-METRICS = ("accuracy", "gradient", "deletion", "shares", "stability", "energy")
+METRICS = ("accuracy", "pixels", "tokens", "deletion", "shares", "stability", "energy")
 SETTINGS = "settings.json"
 # MemeTector's MLP of 2048 and 1024 units was made for thousands of photos; AbMILP's self-attention
 # would mix the tokens whose removal is measured.
@@ -95,6 +97,7 @@ def study(
         "data": open_photos(data).describe(),
         "labels": None if labels is None else file_sha256(labels),
         "objects": open_photos(objects / "images").describe(),
+        "metrics": METRICS,
     }
     settings = json.loads(json.dumps({**inputs, **asdict(config)}))
     file = output / SETTINGS
@@ -147,35 +150,47 @@ def _runs(
     classes = read_labels([str(p) for p in photos], labels)
     found = material(backbone, photos, objects, output / f"features-{name}-{kind}", config)
     tokens = int(np.prod(found.clean.grid))
-    for run in runs:
-        path = output / run.file
-        if path.is_file():
-            continue
-        parts = split(classes, 0, run.fold, config.folds)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.fold)
-            head = create_head(kind, backbone, class_names=classes.names, **OPTIONS.get(kind, {}))
-        assert isinstance(head, AttentiveHead)
-        recipe = ProbeConfig(
-            recipe="small",
-            epochs=40,
-            patience=10,
-            attention=run.method,  # type: ignore[arg-type]
-            epsilon=config.strength * tokens**0.5,
-            seed=run.fold,
-        )
-        done = probe(
-            head, found.clean, classes.index, recipe, train=parts.train, validation=parts.validation,
-            progress=False,
-        )  # fmt: skip
-        values = measure(head, found, classes.index, parts.test)
-        values["names"] = np.array(
-            [f"{photos[i].parent.name}/{photos[i].name}" for i in parts.test]
-        )
-        with atomic_file(path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **values)  # type: ignore[arg-type]
-        shown = "  ".join(f"{k} {np.nanmean(v):.3f}" for k, v in values.items() if k in METRICS)
-        yield f"{name} {kind} {run.method} fold {run.fold}: {done.best_epoch + 1} epochs  {shown}"
+    left = [run for run in runs if not (output / run.file).is_file()]
+    for fold in sorted({run.fold for run in left}):
+        parts = split(classes, 0, fold, config.folds)
+        heads: dict[Run, AttentiveHead] = {}
+        epochs: dict[Run, int] = {}
+        for run in (run for run in left if run.fold == fold):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(fold)
+                head = create_head(
+                    kind, backbone, class_names=classes.names, **OPTIONS.get(kind, {})
+                )
+            assert isinstance(head, AttentiveHead)
+            recipe = ProbeConfig(
+                recipe="small",
+                epochs=40,
+                patience=10,
+                attention=run.method,  # type: ignore[arg-type]
+                epsilon=config.strength * tokens**0.5,
+                seed=fold,
+            )
+            done = probe(
+                head, found.clean, classes.index, recipe, train=parts.train,
+                validation=parts.validation, progress=False,
+            )  # fmt: skip
+            heads[run], epochs[run] = head, done.best_epoch + 1
+        # One pass through the backbone serves the heads of all methods.
+        slopes = [
+            pixel_gradients(backbone, photos[i], list(heads.values()), classes.index[i : i + 1])
+            for i in parts.test
+        ]
+        for head, run, by_photo in zip(
+            heads.values(), heads, zip(*slopes, strict=True), strict=True
+        ):
+            values = measure(head, found, classes.index, parts.test, by_photo)
+            values["names"] = np.array(
+                [f"{photos[i].parent.name}/{photos[i].name}" for i in parts.test]
+            )
+            with atomic_file(output / run.file) as temporary, temporary.open("wb") as stream:
+                np.savez(stream, **values)  # type: ignore[arg-type]
+            shown = "  ".join(f"{k} {np.nanmean(v):.3f}" for k, v in values.items() if k in METRICS)
+            yield f"{name} {kind} {run.method} fold {fold}: {epochs[run]} epochs  {shown}"
 
 
 def _attentive(kind: str) -> type[AttentiveHead]:
@@ -225,11 +240,16 @@ def _noisy(backbone: Any, path: Path, seed: int, noise: float) -> Taps:
 
 @torch.no_grad()
 def measure(
-    head: AttentiveHead, found: Material, labels: Tensor, test: Sequence[int]
+    head: AttentiveHead,
+    found: Material,
+    labels: Tensor,
+    test: Sequence[int],
+    slopes: Sequence[Tensor],
 ) -> dict[str, NDArray[Any]]:
-    """Values of the test photos (n,) and, as ``energy``, of the photos with objects."""
+    """Values of the test photos (n,) and, as ``energy``, of the photos with objects; ``slopes`` holds
+    the gradients (N,) of :func:`pixel_gradients` of each test photo."""
     values: dict[str, list[float]] = {name: [] for name in METRICS}
-    for i in test:
+    for i, slope in zip(test, slopes, strict=True):
         tokens = head.tokens(found.clean.taps([i]))
         target = labels[i : i + 1]
         logits = head.logits(tokens)
@@ -239,7 +259,8 @@ def measure(
         noisy = head.query_maps(head.tokens(found.noisy[i])).mean(1).flatten()
         values["accuracy"].append(float(guess == int(target)))
         pairs = {
-            "gradient": (attention, gradient(head, tokens, target)),
+            "pixels": (attention, slope),
+            "tokens": (attention, gradient(head, tokens, target)),
             "deletion": (attention, drop),
             "shares": (head.class_maps(tokens, guess).maps.flatten(), drop),
             "stability": (attention, noisy),
@@ -261,6 +282,26 @@ def gradient(head: AttentiveHead, tokens: Tokens, target: Tensor) -> Tensor:
         loss = F.cross_entropy(head.logits(tokens._replace(patches=patches)), target)
         slopes = torch.autograd.grad(loss, patches)
     return torch.stack([s[0].square().sum(-1) for s in slopes]).sum(0).sqrt()
+
+
+def pixel_gradients(
+    backbone: Backbone, photo: Path, heads: Sequence[AttentiveHead], target: Tensor
+) -> list[Tensor]:
+    """Of each head (N,): root mean square of the loss's gradient by the pixels of each token's cell."""
+    from xattn.images import load_image, prepare
+
+    pixels = prepare(load_image(photo), backbone.preprocessing)[0][None].to(backbone.device)
+    pixels.requires_grad_()
+    found = []
+    with torch.enable_grad():
+        taps = backbone(pixels)
+        for head in heads:
+            tokens = head.tokens(taps)
+            loss = F.cross_entropy(head.logits(tokens), target)
+            slope = torch.autograd.grad(loss, pixels, retain_graph=True)[0]
+            squares = slope.square().sum(1, keepdim=True)
+            found.append(F.adaptive_avg_pool2d(squares, tokens.grid).flatten().sqrt())
+    return found
 
 
 def deletion(head: AttentiveHead, tokens: Tokens, target: int) -> Tensor:

@@ -3,8 +3,8 @@
     xattn study at --data FOLDER
 
 FOLDER holds ``train.txt`` and ``dev.txt``, trees of :mod:`~xattn.eval.studies.sst`. Every tenth
-sentence of ``train.txt`` is held out: it chooses the epoch of each run and the epsilon of each method,
-both by F1; ``dev.txt`` is reported for the chosen epsilon alone. A finished run is a line of
+sentence of ``train.txt`` is held out: it chooses the epoch of each run, and epsilon and weight of each
+method, by AUC or F1; ``dev.txt`` is reported for the choice alone. A finished run is a line of
 ``runs.jsonl`` in the output folder; the same command with the same files goes on from there.
 """
 
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -34,16 +35,31 @@ from xattn.training.run_folder import locked
 RUNS, SETTINGS = "runs.jsonl", "settings.json"
 TRAIN, DEV = "train.txt", "dev.txt"
 HELD_OUT = 10
-AMOUNTS = ("correlation", "auprc", "precision", "entropy")  # one a sentence
+AMOUNTS = ("correlation", "product", "auprc", "precision", "entropy")  # one a sentence
+
+
+class Setting(NamedTuple):
+    """Norm of the change of the scores, and weight of the loss there."""
+
+    epsilon: float
+    weight: float
+
+
+CLEAN = Setting(0.0, 0.0)  # of ``none``
 
 
 class Run(NamedTuple):
-    """One training; ``epsilon`` is 0 for ``none``."""
+    """One training; ``epsilon`` and ``weight`` are 0 for ``none``."""
 
     attention: str
     method: str
     epsilon: float
+    weight: float
     seed: int
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.epsilon, self.weight)
 
 
 class Texts(NamedTuple):
@@ -58,12 +74,14 @@ class Texts(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model does on some sentences: ``f1``, ``accuracy``, and per sentence (n,) ``correct``,
-    ``correlation`` of attention with gradients, ``auprc`` and ``precision`` of attention against the
-    rationale (NaN where there is none), and ``entropy`` of attention / log T."""
+    """What a model does on some sentences: ``f1``, ``accuracy``, ``auc``, and per sentence (n,)
+    ``correct``, ``correlation`` and ``product`` of attention with two kinds of importance (see
+    :func:`measure`), ``auprc`` and ``precision`` of attention against the rationale (NaN where there is
+    none), and ``entropy`` of attention / log T."""
 
     f1: float
     accuracy: float
+    auc: float
     values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
@@ -100,14 +118,15 @@ def batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> Iterato
 def train(
     run: Run, texts: Texts, config: TextStudyConfig, device: str = "cpu"
 ) -> tuple[TextClassifier, list[float]]:
-    """The model of the epoch with the best F1 on the held-out sentences, and F1 by epoch."""
+    """The model of the epoch that is best on the held-out sentences by ``config.monitor``, and that
+    figure by epoch."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         width = config.embedding if texts.vectors is None else texts.vectors.shape[1]
         model = TextClassifier(
             len(texts.vocabulary), 2, run.attention, width, config.width, texts.vectors
         ).to(device)
-    options = {} if run.method == "none" else {"epsilon": run.epsilon, "weight": config.weight}
+    options = {} if run.method == "none" else run.setting._asdict()
     perturbation = create_perturbation(run.method, seed=run.seed, **options)
     attention = list(model.attention.parameters())
     rest = [p for name, p in model.named_parameters() if not name.startswith("attention.")]
@@ -119,7 +138,7 @@ def train(
     words = [texts.vocabulary.encode(s.words) for s in texts.train]
     labels = torch.tensor([s.label for s in texts.train])
     history: list[float] = []
-    best = model.state_dict()
+    best, best_epoch = model.state_dict(), 0
     for epoch in range(config.epochs):
         lengths = [len(w) for w in words]
         for index in batches(lengths, config.batch_size, run.seed, epoch):
@@ -133,9 +152,11 @@ def train(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        history.append(f1(*_predictions(model, texts.held, texts.vocabulary, device)))
-        if history[-1] == max(history) and history.count(history[-1]) == 1:
-            best = copy.deepcopy(model.state_dict())
+        history.append(_monitored(model, texts, config, device))
+        if epoch == 0 or history[-1] > history[best_epoch]:
+            best, best_epoch = copy.deepcopy(model.state_dict()), epoch
+        elif config.patience and epoch - best_epoch >= config.patience:
+            break
     model.load_state_dict(best)
     return model, history
 
@@ -146,40 +167,60 @@ def measure(
     vocabulary: Vocabulary,
     device: str = "cpu",
 ) -> Scores:
-    """Scores of ``model``. Importance of a word is |dL/de_t|, L the cross-entropy of the label."""
+    """Scores of ``model``. Attention is correlated with two kinds of importance of a word, with the
+    cross-entropy L of the label and the vector e_t of the word:
+
+        correlation   |dL/de_t|, the norm, of the whole model
+        product       |dL/de_t . e_t|, of the model with attention held fixed
+    """
     values = {name: np.full(len(sentences), np.nan) for name in ("correct", *AMOUNTS)}
-    predicted = np.zeros(len(sentences), dtype=int)
+    margins = np.zeros(len(sentences))
     labels = np.array([s.label for s in sentences])
     for index, words in _padded(sentences, vocabulary, device):
         encoded = model.encode(words)
         logits = model.classify(encoded)
         target = torch.from_numpy(labels[index]).to(device)
-        loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
-        gradient = torch.autograd.grad(loss, encoded.embedded, retain_graph=True)[0]
-        importance = gradient.norm(dim=-1).double().cpu().numpy()
-        weights = model.weights(encoded).detach().double().cpu().numpy()
-        predicted[index] = logits.argmax(1).cpu().numpy()
+        fixed = model.classify(encoded, encoded.scores.detach())
+        whole, through = (
+            torch.autograd.grad(
+                F.cross_entropy(outputs, target, reduction="sum"),
+                encoded.embedded,
+                retain_graph=True,
+            )[0]
+            for outputs in (logits, fixed)
+        )
+        importance = {
+            "correlation": whole.norm(dim=-1).double(),
+            "product": (through * encoded.embedded.detach()).sum(-1).abs().double(),
+        }
+        attention = model.weights(encoded).detach().double()
+        weights = attention.cpu().numpy()
+        margins[index] = (logits[:, 1] - logits[:, 0]).detach().cpu().numpy()
         for row, i in enumerate(index):
             count = len(sentences[i].words)
             a, rationale = weights[row, :count], sentences[i].rationale
-            correlated = pearson(*(torch.from_numpy(v)[None] for v in (a, importance[row, :count])))
-            values["correlation"][i] = float(correlated)
+            for name, amount in importance.items():
+                found = pearson(attention[row : row + 1, :count], amount[row : row + 1, :count])
+                values[name][i] = float(found)
             values["auprc"][i] = average_precision(a, rationale)
             values["precision"][i] = top_precision(a, rationale)
             if count > 1:
                 values["entropy"][i] = -(a * np.log(a.clip(1e-300))).sum() / np.log(count)
+    predicted = margins > 0
     values["correct"] = (predicted == labels).astype(float)
-    return Scores(f1(predicted, labels), float(values["correct"].mean()), values)
+    return Scores(
+        f1(predicted, labels), float(values["correct"].mean()), auc(margins, labels), values
+    )
 
 
-def _predictions(
-    model: TextClassifier, sentences: Sequence[sst.Sentence], vocabulary: Vocabulary, device: str
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    predicted = np.zeros(len(sentences), dtype=int)
-    with torch.no_grad():
-        for index, words in _padded(sentences, vocabulary, device):
-            predicted[index] = model(words).argmax(1).cpu().numpy()
-    return predicted, np.array([s.label for s in sentences])
+@torch.no_grad()
+def _monitored(model: TextClassifier, texts: Texts, config: TextStudyConfig, device: str) -> float:
+    margins = np.zeros(len(texts.held))
+    for index, words in _padded(texts.held, texts.vocabulary, device):
+        logits = model(words)
+        margins[index] = (logits[:, 1] - logits[:, 0]).cpu().numpy()
+    labels = np.array([s.label for s in texts.held])
+    return auc(margins, labels) if config.monitor == "auc" else f1(margins > 0, labels)
 
 
 def _padded(
@@ -195,6 +236,16 @@ def f1(predicted: NDArray[Any], labels: NDArray[Any]) -> float:
     """Of class 1; 0 where nothing is, or is called, 1."""
     hits = float(((predicted == 1) & (labels == 1)).sum())
     return 2 * hits / max(float((predicted == 1).sum() + (labels == 1).sum()), 1.0)
+
+
+def auc(margins: NDArray[np.float64], labels: NDArray[Any]) -> float:
+    """Share of pairs of class 1 and class 0 in which class 1 has the larger margin, ties by half; 1/2
+    where a class is missing."""
+    ones, zeros = margins[labels == 1], np.sort(margins[labels == 0])
+    if not len(ones) or not len(zeros):
+        return 0.5
+    below = np.searchsorted(zeros, ones, "left") + np.searchsorted(zeros, ones, "right")
+    return float(below.mean() / (2 * len(zeros)))
 
 
 def average_precision(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
@@ -249,18 +300,25 @@ class Progress:
             temporary.write_text("".join(lines), encoding="utf-8")
 
 
+def grid(method: str, config: TextStudyConfig) -> list[Setting]:
+    """What is tried of a method, by rising epsilon, then weight."""
+    if method == "none":
+        return [CLEAN]
+    return [Setting(e, w) for e in sorted(config.epsilons) for w in sorted(config.weights)]
+
+
 def choose(
     rows: dict[Run, dict[str, Any]], attention: str, method: str, config: TextStudyConfig
-) -> float:
-    """The epsilon with the best mean F1 on the held-out sentences; the smaller of two alike."""
-    if method == "none":
-        return 0.0
+) -> Setting:
+    """The setting that is best on the held-out sentences, in the mean of the grid's seeds; of two alike
+    the one with the smaller epsilon."""
 
-    def mean(epsilon: float) -> float:
-        runs = (Run(attention, method, epsilon, seed) for seed in range(config.grid_seeds))
-        return float(np.mean([rows[run]["held"]["f1"] for run in runs]))
+    def mean(setting: Setting) -> float:
+        runs = (Run(attention, method, *setting, seed) for seed in range(config.grid_seeds))
+        return float(np.mean([rows[run]["held"][config.monitor] for run in runs]))
 
-    return max(sorted(config.epsilons), key=mean)
+    settings = grid(method, config)
+    return settings[0] if len(settings) == 1 else max(settings, key=mean)
 
 
 def work(config: TextStudyConfig, rows: dict[Run, dict[str, Any]]) -> Iterator[Run]:
@@ -269,13 +327,11 @@ def work(config: TextStudyConfig, rows: dict[Run, dict[str, Any]]) -> Iterator[R
     for attention in config.attention:
         for seed in range(config.seeds):
             for method in config.methods:
-                epsilons = config.epsilons
-                if method == "none":
-                    epsilons = (0.0,)
-                elif seed >= config.grid_seeds:
-                    epsilons = (choose(rows, attention, method, config),)
-                for epsilon in epsilons:
-                    yield Run(attention, method, epsilon, seed)
+                settings = grid(method, config)
+                if seed >= config.grid_seeds:
+                    settings = [choose(rows, attention, method, config)]
+                for setting in settings:
+                    yield Run(attention, method, *setting, seed)
 
 
 def study(
@@ -291,7 +347,7 @@ def study(
         ValueError: see :func:`load` and :class:`Progress`, or another process writes to ``output``.
     """
     texts = load(data, config)
-    shared = ("epochs", "batch_size", "lr", "embedding", "width", "weight")
+    shared = ("epochs", "patience", "batch_size", "lr", "embedding", "width", "monitor")
     settings = {k: v for k, v in asdict(config).items() if k in shared}
     settings |= {name: file_sha256(data / name) for name in (TRAIN, DEV)}
     settings["vectors"] = None if config.vectors is None else file_sha256(config.vectors)
@@ -321,8 +377,8 @@ def _go_on(
         seconds = round(time.perf_counter() - started, 1)
         done.add(run, {**row, "history": history, "seconds": seconds})
         say(
-            f"{run.attention} {run.method} epsilon {run.epsilon:g} seed {run.seed}: held-out F1 "
-            f"{row['held']['f1']:.4f}, {seconds:.0f} s"
+            f"{run.attention} {run.method} epsilon {run.epsilon:g} weight {run.weight:g} seed "
+            f"{run.seed}: held-out AUC {row['held']['auc']:.4f}, {seconds:.0f} s"
         )
 
 
@@ -331,4 +387,4 @@ def _row(scores: Scores) -> dict[str, Any]:
         k: [None if np.isnan(x) else round(float(x), 5) for x in v]
         for k, v in scores.values.items()
     }
-    return {"f1": scores.f1, "accuracy": scores.accuracy, **values}
+    return {"f1": scores.f1, "accuracy": scores.accuracy, "auc": scores.auc, **values}

@@ -1,4 +1,4 @@
-"""What the text study found: tables with intervals, differences from vanilla, and a plot over epsilon.
+"""What the text study found: tables with intervals, differences from vanilla, every seed, and plots.
 
 A mean over seeds has Student's t interval over the seeds. A difference between two methods is paired
 by seed, with a t interval, which speaks of training once more; in ``report.json`` also by sentence, of
@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 from xattn.eval.bootstrap import Interval, paired_difference, t_interval
 from xattn.eval.studies import sst
 from xattn.eval.studies.attention_text import (
+    CLEAN,
     Run,
+    Setting,
     average_precision,
     choose,
+    grid,
     top_precision,
 )
 from xattn.eval.studies.config import TextStudyConfig
@@ -28,19 +31,23 @@ from xattn.files import atomic_file, write_json
 COLUMNS = {
     "f1": "F1",
     "accuracy": "accuracy",
+    "auc": "AUC",
     "correlation": "correlation",
+    "product": "product",
     "auprc": "AUPRC",
     "precision": "precision",
     "entropy": "entropy",
 }
-COMPARED = ("f1", "accuracy", "correlation", "auprc")
-PERCENT = ("f1", "accuracy")
-SENTENCES = {"accuracy": "correct", "correlation": "correlation", "auprc": "auprc"}
+COMPARED = ("f1", "auc", "correlation", "product", "auprc")
+EVERY_SEED = ("f1", "correlation", "product", "entropy")
+PERCENT = ("f1", "accuracy", "auc")
+SENTENCES = {"correlation": "correlation", "product": "product", "auprc": "auprc"}
 NAMES = {
     "none": "vanilla",
     "random": "random",
     "at": "AT",
     "iat": "iAT",
+    "iat_released": "released iAT",
     "vat": "VAT",
     "ivat": "iVAT",
 }
@@ -49,7 +56,7 @@ Rows = dict[Run, dict[str, Any]]
 
 
 class Difference(NamedTuple):
-    """``seeds``: t interval over the seeds; ``sentences``: bootstrap interval, None for F1."""
+    """``seeds``: t interval over the seeds; ``sentences``: bootstrap interval, None for F1 and AUC."""
 
     attention: str
     left: str
@@ -67,15 +74,14 @@ def amount(row: dict[str, Any], part: str, name: str) -> float:
 
 def table(
     rows: Rows, config: TextStudyConfig
-) -> dict[tuple[str, str], tuple[float, dict[str, Interval]]]:
-    """(attention, method) -> its epsilon and the figures on ``dev.txt`` over its seeds."""
+) -> dict[tuple[str, str], tuple[Setting, dict[str, Interval]]]:
+    """(attention, method) -> its setting and the figures on ``dev.txt`` over its seeds."""
     found = {}
     for attention in config.attention:
         for method in config.methods:
             runs = _runs(rows, config, attention, method)
-            epsilon = choose(rows, attention, method, config)
             found[attention, method] = (
-                epsilon,
+                choose(rows, attention, method, config),
                 {
                     name: t_interval([amount(rows[r], "dev", name) for r in runs])
                     for name in COLUMNS
@@ -85,9 +91,10 @@ def table(
 
 
 def differences(rows: Rows, config: TextStudyConfig) -> list[Difference]:
-    """Each method - vanilla, and iAT - AT, iVAT - VAT, AT - random."""
+    """Each method - vanilla, both iAT - AT, iVAT - VAT, AT and released iAT - random."""
     pairs = [(m, "none") for m in config.methods if m != "none"]
-    pairs += [("iat", "at"), ("ivat", "vat"), ("at", "random")]
+    pairs += [("iat", "at"), ("iat_released", "at"), ("ivat", "vat")]
+    pairs += [("at", "random"), ("iat_released", "random")]
     found = []
     for attention in config.attention:
         for left, right in pairs:
@@ -116,25 +123,24 @@ def _difference(
 
 def sensitivity(
     rows: Rows, config: TextStudyConfig
-) -> dict[tuple[str, str], dict[float, dict[str, float]]]:
-    """(attention, method) -> epsilon -> figures on the held-out sentences, over the grid's seeds."""
-    found: dict[tuple[str, str], dict[float, dict[str, float]]] = {}
+) -> dict[tuple[str, str], dict[Setting, dict[str, float]]]:
+    """(attention, method) -> setting -> figures on the held-out sentences, over the grid's seeds."""
+    found: dict[tuple[str, str], dict[Setting, dict[str, float]]] = {}
     for attention in config.attention:
         for method in config.methods:
-            epsilons = (0.0,) if method == "none" else sorted(config.epsilons)
             found[attention, method] = {
-                epsilon: {
+                setting: {
                     name: float(
                         np.mean(
                             [
-                                amount(rows[Run(attention, method, epsilon, seed)], "held", name)
+                                amount(rows[Run(attention, method, *setting, seed)], "held", name)
                                 for seed in range(config.grid_seeds)
                             ]
                         )
                     )
                     for name in COLUMNS
                 }
-                for epsilon in epsilons
+                for setting in grid(method, config)
             }
     return found
 
@@ -158,11 +164,11 @@ def markdown(
     figures = table(rows, config)
     for attention in config.attention:
         yield f"**{attention} attention, dev.txt**\n"
-        yield "| method | epsilon | " + " | ".join(COLUMNS.values()) + " | seeds |"
-        yield "| :-- | --: |" + " --: |" * (len(COLUMNS) + 1)
+        yield "| method | epsilon | weight | " + " | ".join(COLUMNS.values()) + " | seeds |"
+        yield "| :-- | --: | --: |" + " --: |" * (len(COLUMNS) + 1)
         for method in config.methods:
-            epsilon, cells = figures[attention, method]
-            row = [NAMES[method], f"{epsilon:g}" if epsilon else ""]
+            setting, cells = figures[attention, method]
+            row = [NAMES[method], *(f"{value:g}" if value else "" for value in setting)]
             row += [_cell(cells[name], 100 if name in PERCENT else 1) for name in COLUMNS]
             yield f"| {' | '.join([*row, str(cells['f1'].n)])} |"
         yield ""
@@ -181,83 +187,138 @@ def markdown(
         row += [_cell(d.seeds, 100 if d.amount in PERCENT else 1, sign="+") for d in line]
         yield f"| {' | '.join(row)} |"
     yield ""
-    yield "**over epsilon, held-out tenth: F1 / correlation**\n"
+    seeds = range(config.seeds)
+    yield f"**every seed, dev.txt: {' / '.join(COLUMNS[name] for name in EVERY_SEED)}**\n"
+    yield "| attention | method | " + " | ".join(map(str, seeds)) + " |"
+    yield "| :-- | :-- |" + " --: |" * len(seeds)
+    for attention in config.attention:
+        for method in config.methods:
+            cells_by_seed = {run.seed: "" for run in _runs(rows, config, attention, method)}
+            for run in _runs(rows, config, attention, method):
+                figures_of_run = {name: amount(rows[run], "dev", name) for name in EVERY_SEED}
+                cells_by_seed[run.seed] = " / ".join(
+                    f"{100 * v:.1f}" if name in PERCENT else f"{v:.2f}"
+                    for name, v in figures_of_run.items()
+                )
+            row = [attention, NAMES[method], *(cells_by_seed.get(seed, "") for seed in seeds)]
+            yield f"| {' | '.join(row)} |"
+    yield ""
+    yield "**over epsilon, held-out tenth: AUC / correlation / product**\n"
     epsilons = sorted(config.epsilons)
-    yield "| attention | method | " + " | ".join(f"{e:g}" for e in epsilons) + " | range of F1 |"
-    yield "| :-- | :-- |" + " --: |" * (len(epsilons) + 1)
+    yield "| attention | method | weight | " + " | ".join(f"{e:g}" for e in epsilons) + " |"
+    yield "| :-- | :-- | --: |" + " --: |" * len(epsilons)
     for (attention, method), points in sensitivity(rows, config).items():
-        f1 = [100 * point["f1"] for point in points.values()]
-        text = [f"{100 * p['f1']:.1f} / {p['correlation']:.2f}" for p in points.values()]
-        if method == "none":
-            text = [*text, *[""] * (len(epsilons) - 1)]
-        spread = "" if method == "none" else f"{max(f1) - min(f1):.1f}"
-        yield f"| {attention} | {NAMES[method]} | {' | '.join(text)} | {spread} |"
+        for weight in sorted({setting.weight for setting in points}):
+            text = [
+                f"{100 * p['auc']:.1f} / {p['correlation']:.2f} / {p['product']:.2f}"
+                for setting, p in points.items()
+                if setting.weight == weight
+            ]
+            text += [""] * (len(epsilons) - len(text))
+            row = [attention, NAMES[method], f"{weight:g}" if weight else "", *text]
+            yield f"| {' | '.join(row)} |"
 
 
 def plot(rows: Rows, config: TextStudyConfig, path: Path) -> None:
-    """F1 and correlation on the held-out sentences over epsilon, a PNG."""
+    """AUC, correlation and product on the held-out sentences over epsilon, a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     points = sensitivity(rows, config)
-    columns = len(config.attention)
+    columns = [(a, w) for a in config.attention for w in sorted(config.weights)]
+    shown = ("auc", "correlation", "product")
     figure, axes = plt.subplots(
-        2, columns, figsize=(4.2 * columns, 6), sharex=True, sharey="row", layout="constrained",
-        squeeze=False,
+        len(shown), len(columns), figsize=(4.2 * len(columns), 3 * len(shown)), sharex=True,
+        sharey="row", layout="constrained", squeeze=False,
     )  # fmt: skip
-    for column, attention in enumerate(config.attention):
-        for line, (name, label) in enumerate((("f1", "F1"), ("correlation", "correlation"))):
+    for column, (attention, weight) in enumerate(columns):
+        for line, name in enumerate(shown):
             axis = axes[line, column]
             for method in config.methods:
                 values = points[attention, method]
                 if method == "none":
-                    axis.axhline(values[0.0][name], color="black", linewidth=1, label="vanilla")
+                    clean = values[CLEAN][name]
+                    axis.axhline(clean, color="black", linewidth=1, label="vanilla")
                     continue
-                heights = [values[e][name] for e in sorted(values)]
-                axis.plot(sorted(values), heights, marker="o", markersize=4, label=NAMES[method])
+                epsilons = sorted(config.epsilons)
+                heights = [values[Setting(e, weight)][name] for e in epsilons]
+                axis.plot(epsilons, heights, marker="o", markersize=4, label=NAMES[method])
             axis.set_xscale("log")
             axis.grid(alpha=0.3)
-            axis.set_ylabel(label if column == 0 else "")
-        axes[0, column].set_title(f"{attention} attention")
-        axes[1, column].set_xlabel("epsilon")
+            axis.set_ylabel(COLUMNS[name] if column == 0 else "")
+        axes[0, column].set_title(f"{attention} attention, weight {weight:g}")
+        axes[-1, column].set_xlabel("epsilon")
     axes[0, -1].legend(fontsize=8)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=80)
     plt.close(figure)
 
 
+def plot_seeds(rows: Rows, config: TextStudyConfig, path: Path) -> None:
+    """A dot for every seed on ``dev.txt``, its mean as a line: what a mean alone would hide. A PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(config.attention), len(EVERY_SEED), layout="constrained", squeeze=False,
+        figsize=(3.4 * len(EVERY_SEED), 3.2 * len(config.attention)),
+    )  # fmt: skip
+    for line, attention in enumerate(config.attention):
+        for axis, name in zip(axes[line], EVERY_SEED, strict=True):
+            for place, method in enumerate(config.methods):
+                runs = _runs(rows, config, attention, method)
+                values = [amount(rows[run], "dev", name) for run in runs]
+                around = np.linspace(-0.25, 0.25, len(values)) if len(values) > 1 else [0.0]
+                axis.scatter(place + np.array(around), values, s=16, color=f"C{place}")
+                axis.hlines(np.mean(values), place - 0.35, place + 0.35, color=f"C{place}")
+            axis.set_xticks(range(len(config.methods)), [NAMES[m] for m in config.methods])
+            axis.tick_params(axis="x", labelrotation=30)
+            axis.set_title(COLUMNS[name])
+            axis.grid(alpha=0.3, axis="y")
+        axes[line, 0].set_ylabel(f"{attention} attention")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=80)
+    plt.close(figure)
+
+
 def write(rows: Rows, config: TextStudyConfig, folder: Path, data: Path) -> list[Path]:
-    """``report.md``, ``report.json`` and ``epsilon.png`` in ``folder``."""
+    """``report.md``, ``report.json``, ``epsilon.png`` and ``seeds.png`` in ``folder``."""
     random_scores = chance(sst.read(data / "dev.txt"))
     with atomic_file(folder / "report.md") as temporary:
         lines = markdown(rows, config, random_scores)
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     value = {
         "dev": [
-            {"attention": a, "method": m, "epsilon": e, **{k: v._asdict() for k, v in cells.items()}}
-            for (a, m), (e, cells) in table(rows, config).items()
+            {
+                "attention": a, "method": m, **setting._asdict(),
+                **{k: v._asdict() for k, v in cells.items()},
+            }
+            for (a, m), (setting, cells) in table(rows, config).items()
         ],
         "differences": [
             {**d._asdict(), "seeds": d.seeds._asdict(), "sentences": d.sentences and d.sentences._asdict()}
             for d in differences(rows, config)
         ],
         "held_out": [
-            {"attention": a, "method": m, "epsilon": e, **cells}
+            {"attention": a, "method": m, **setting._asdict(), **cells}
             for (a, m), points in sensitivity(rows, config).items()
-            for e, cells in points.items()
+            for setting, cells in points.items()
         ],
         "random_scores": random_scores,
     }  # fmt: skip
     write_json(folder / "report.json", value)
     plot(rows, config, folder / "epsilon.png")
-    return [folder / name for name in ("report.md", "report.json", "epsilon.png")]
+    plot_seeds(rows, config, folder / "seeds.png")
+    return [folder / name for name in ("report.md", "report.json", "epsilon.png", "seeds.png")]
 
 
 def _runs(rows: Rows, config: TextStudyConfig, attention: str, method: str) -> list[Run]:
-    epsilon = choose(rows, attention, method, config)
-    runs = (Run(attention, method, epsilon, seed) for seed in range(config.seeds))
+    setting = choose(rows, attention, method, config)
+    runs = (Run(attention, method, *setting, seed) for seed in range(config.seeds))
     return [run for run in runs if run in rows]
 
 

@@ -15,30 +15,34 @@ Attention = Literal["additive", "dot"]
 class TextStudyConfig:
     """What is trained, and how often."""
 
-    methods: tuple[AttentionTraining, ...] = ("none", "random", "at", "iat", "vat", "ivat")
+    methods: tuple[AttentionTraining, ...] = ("none", "random", "at", "iat", "iat_released")
     """none is the vanilla model, which the others are compared with."""
-    attention: tuple[Attention, ...] = ("additive", "dot")
+    attention: tuple[Attention, ...] = ("additive",)
     """Scores v . tanh(W h + b), or w . h / sqrt(width of h)."""
-    seeds: int = 5
-    """Runs of each method with its chosen epsilon: seeds 0, 1, ..."""
-    epsilons: tuple[float, ...] = (0.5, 2.0, 8.0, 30.0)
+    seeds: int = 10
+    """Runs of each method with its chosen epsilon and weight: seeds 0, 1, ..."""
+    epsilons: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     """Norms of the perturbation to choose from."""
+    weights: tuple[float, ...] = (0.5, 1.0)
+    """Of the loss at the perturbed scores beside the clean loss, to choose from."""
     grid_seeds: int = 2
-    """Runs of each epsilon that the choice is made from."""
-    epochs: int = 2
-    """Passes over the training sentences; the held-out tenth chooses the best."""
-    batch_size: int = 64
+    """Runs of each epsilon and weight that the choice is made from."""
+    monitor: Literal["auc", "f1"] = "auc"
+    """What of the held-out sentences tells the better epoch, epsilon and weight."""
+    epochs: int = 8
+    """Passes over the training sentences at most; the held-out tenth chooses the best."""
+    patience: int = 2
+    """Epochs without a better one after which training ends; 0 trains all epochs."""
+    batch_size: int = 32
     """Sentences a step."""
-    lr: float = 5e-3
+    lr: float = 1e-3
     """Of Adam with AMSGrad."""
     embedding: int = 100
     """Width of the word vectors, which are trained."""
     width: int = 64
     """Hidden units of the BiLSTM in each direction."""
-    weight: float = 1.0
-    """Of the loss at the perturbed scores beside the clean loss."""
     vectors: Path | None = None
-    """Word vectors to start from, a text file as fastText writes it; random ones by default."""
+    """Word vectors to start from, a text file as fastText or GloVe write it; random ones by default."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "grid_seeds", "epochs", "batch_size", "embedding", "width"):
@@ -48,9 +52,15 @@ class TextStudyConfig:
             raise ValueError(
                 f"grid_seeds: got {self.grid_seeds}; give at most seeds = {self.seeds}"
             )
+        if self.patience < 0:
+            raise ValueError(f"patience: got {self.patience}; give 0 or more")
         _check_methods(self.methods)
         if not self.epsilons or min(self.epsilons) <= 0:
             raise ValueError(f"epsilons: got {self.epsilons}; give positive norms")
+        if not self.weights or min(self.weights) <= 0:
+            raise ValueError(f"weights: got {self.weights}; give positive weights")
+        if self.monitor not in ("auc", "f1"):
+            raise ValueError(f"monitor: got {self.monitor!r}; choose 'auc' or 'f1'")
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class ImageStudyConfig:
     """timm models with package weights."""
     heads: tuple[str, ...] = ("efficient_probe", "memetector", "abmilp")
     """Attentive heads that learn their scores."""
-    methods: tuple[AttentionTraining, ...] = ("none", "random", "at", "iat", "vat", "ivat")
+    methods: tuple[AttentionTraining, ...] = ("none", "random", "at", "iat", "iat_released")
     """none is plain training, which the others are compared with."""
     strength: float = 0.3
     """Root mean square change of a token's score: epsilon / sqrt(tokens)."""

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from torch.nn.utils.rnn import pad_sequence
 
 from xattn.training.perturbation import masked_softmax
 
@@ -65,7 +65,8 @@ class TextClassifier(nn.Module):
         with torch.no_grad():
             self.embedding.weight.copy_(vectors)
             self.embedding.weight[PAD].zero_()
-        self.lstm = nn.LSTM(embedding, width, batch_first=True, bidirectional=True)
+        self.ahead = nn.LSTM(embedding, width, batch_first=True)
+        self.back = nn.LSTM(embedding, width, batch_first=True)
         self.attention = (
             nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
             if attention == "additive"
@@ -81,14 +82,15 @@ class TextClassifier(nn.Module):
             ValueError: a sentence has no words.
         """
         mask = words != PAD
-        lengths = mask.sum(1).cpu()
+        lengths = mask.sum(1, keepdim=True)
         if bool((lengths == 0).any()):
             raise ValueError("words: a sentence is empty; leave it out of the batch")
         embedded = self.embedding(words)
-        packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
-        hidden, _ = pad_packed_sequence(
-            self.lstm(packed)[0], batch_first=True, total_length=words.shape[1]
-        )
+        # Reversed by hand: a packed sequence takes nearly twice the time on a CPU.
+        positions = torch.arange(words.shape[1], device=words.device)
+        order = (lengths - 1 - positions).clamp_min(0)
+        ahead, back = self.ahead(embedded)[0], self.back(_reordered(embedded, order))[0]
+        hidden = torch.cat([ahead, _reordered(back, order)], -1)
         return Encoded(self.scale * self.attention(hidden)[..., 0], hidden, mask, embedded)
 
     def classify(self, encoded: Encoded, scores: Tensor | None = None) -> Tensor:
@@ -158,6 +160,11 @@ class Vocabulary:
         for index, vector in found.items():
             vectors[index] = vector
         return vectors
+
+
+def _reordered(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, T, E) at the positions ``order`` (B, T)."""
+    return x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
 
 
 def pad(sentences: Sequence[Tensor]) -> Tensor:

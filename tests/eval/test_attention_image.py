@@ -17,10 +17,12 @@ from xattn.eval.studies.attention_image import (
     check_photos,
     deletion,
     gradient,
+    pixel_gradients,
     study,
 )
 from xattn.eval.studies.config import ImageStudyConfig
 from xattn.heads import Tokens, create_head
+from xattn.images import load_image, prepare
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,23 @@ def test_gradient_is_the_norm_of_the_losss_slope_by_each_token(head):
             slope[d] = (up - down) / 2e-5
         torch.testing.assert_close(found[n], slope.norm(), rtol=1e-5, atol=1e-8)
     head.float()
+
+
+def test_pixel_gradients_are_the_slopes_by_the_pixels_of_each_cell(backbone, head, tmp_path):
+    torch.manual_seed(2)
+    other = create_head("efficient_probe", backbone, queries=2).eval()
+    size = backbone.preprocessing.input_size
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3)).astype(np.uint8)
+    photo, target = tmp_path / "photo.png", torch.tensor([1])
+    Image.fromarray(pixels).save(photo)
+    found = pixel_gradients(backbone, photo, [head, other], target)
+    x = prepare(load_image(photo), backbone.preprocessing)[0][None].requires_grad_()
+    for kind, slopes in zip((head, other), found, strict=True):
+        tokens = kind.tokens(backbone(x))
+        slope = torch.autograd.grad(F.cross_entropy(kind.logits(tokens), target), x)[0][0]
+        (h, w), side = tokens.grid, size[0] // tokens.grid[0]
+        cells = slope.reshape(3, h, side, w, side).square().mean((2, 4)).sum(0).sqrt()
+        torch.testing.assert_close(slopes, cells.flatten(), rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from xattn.cli import main
 from xattn.eval.bootstrap import t_interval
 from xattn.eval.studies import attention_text, sst
-from xattn.eval.studies.attention_text import Run
+from xattn.eval.studies.attention_text import CLEAN, Run, Setting
 from xattn.eval.studies.config import TextStudyConfig
 from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad
 from xattn.training.perturbation import PERTURBATIONS, create_perturbation
@@ -37,8 +37,8 @@ def write_trees(folder, count=120, seed=0):
 
 
 SMALL = TextStudyConfig(
-    methods=("none", "at"), attention=("dot",), seeds=2, grid_seeds=1, epsilons=(0.5, 2.0), epochs=2,
-    batch_size=8, embedding=8, width=4,
+    methods=("none", "at"), attention=("dot",), seeds=2, grid_seeds=1, epsilons=(0.5, 2.0),
+    weights=(1.0,), epochs=2, batch_size=8, lr=5e-3, embedding=8, width=4,
 )  # fmt: skip
 
 
@@ -94,6 +94,11 @@ def test_figures_are_their_definitions():
     scores, positive = np.array([0.9, 0.1, 0.5, 0.2]), np.array([True, False, False, True])
     assert attention_text.average_precision(scores, positive) == pytest.approx((1 + 2 / 3) / 2)
     assert attention_text.top_precision(scores, positive) == 0.5
+    assert attention_text.auc(scores, positive) == 3 / 4
+    assert (
+        attention_text.auc(np.array([1.0, 1.0, 1.0, 0.0]), positive) == (1 / 2 + 1 / 2 + 0 + 0) / 4
+    )
+    assert attention_text.auc(scores, np.zeros(4)) == 0.5
     for all_or_none in (np.ones(4, bool), np.zeros(4, bool)):
         assert np.isnan(attention_text.average_precision(scores, all_or_none))
         assert np.isnan(attention_text.top_precision(scores, all_or_none))
@@ -115,6 +120,13 @@ def test_importance_is_the_gradient_by_the_word_vectors(tmp_path):
         assert found.values["correlation"][i] == pytest.approx(np.corrcoef(a, g)[0, 1], abs=1e-4)
         entropy = -(a * np.log(a)).sum() / np.log(len(a))
         assert found.values["entropy"][i] == pytest.approx(entropy, abs=1e-5)
+        # with attention held fixed: what e.x of a word adds to the loss through its hidden states
+        encoded = model.encode(vocabulary.encode(sentence.words)[None])
+        logits = model.classify(encoded._replace(scores=torch.from_numpy(a).log().float()[None]))
+        loss = -logits.log_softmax(1)[0, sentence.label]
+        g = torch.autograd.grad(loss, encoded.embedded)[0]
+        product = (g * encoded.embedded).sum(-1).abs()[0].detach().double().numpy()
+        assert found.values["product"][i] == pytest.approx(np.corrcoef(a, product)[0, 1], abs=1e-4)
     assert found.accuracy == np.mean(found.values["correct"])
 
 
@@ -129,6 +141,21 @@ def test_padding_changes_nothing(attention):
     encoded = model.encode(pad(words))
     weights = model.weights(encoded)
     assert torch.allclose(weights.sum(1), torch.ones(3)) and (weights[~encoded.mask] == 0).all()
+
+
+def test_hidden_states_are_those_of_a_bidirectional_lstm():
+    torch.manual_seed(0)
+    model = TextClassifier(9, 2, "dot", 8, 4)
+    whole = torch.nn.LSTM(8, 4, batch_first=True, bidirectional=True)
+    for name, value in model.ahead.named_parameters():
+        getattr(whole, name).data = value.data
+    for name, value in model.back.named_parameters():
+        getattr(whole, f"{name}_reverse").data = value.data
+    sentences = [torch.tensor([3, 4, 5, 6, 7]), torch.tensor([8, 2])]
+    encoded = model.encode(pad(sentences))
+    for row, words in enumerate(sentences):
+        expected = whole(model.embedding(words[None]))[0][0]
+        torch.testing.assert_close(encoded.hidden[row, : len(words)], expected)
 
 
 @pytest.mark.parametrize("name", PERTURBATIONS)
@@ -156,9 +183,13 @@ def test_bad_text_input_is_named(tmp_path):
         TextClassifier(9, embedding=8, vectors=torch.zeros(9, 7))
     for options in (
         {"seeds": 0},
-        {"grid_seeds": 6},
+        {"grid_seeds": 11},
         {"epsilons": ()},
         {"epsilons": (0.0,)},
+        {"weights": ()},
+        {"weights": (0.5, 0.0)},
+        {"monitor": "loss"},
+        {"patience": -1},
         {"methods": ("at",)},
     ):
         with pytest.raises(ValueError, match=f"{next(iter(options))}.*: got"):
@@ -208,24 +239,55 @@ def test_words_of_held_out_sentences_and_dev_are_not_learned(tmp_path):
         attention_text.load(tmp_path / "nowhere", SMALL)
 
 
-def test_epsilon_is_chosen_by_held_out_f1_alone():
-    def row(held, dev):
-        return {"held": {"f1": held}, "dev": {"f1": dev}}
+@pytest.mark.parametrize(("monitor", "other"), [("auc", "f1"), ("f1", "auc")])
+def test_epsilon_and_weight_are_chosen_by_the_monitored_held_out_figure_alone(monitor, other):
+    def row(held, rest):
+        return {"held": {monitor: held, other: rest}, "dev": {monitor: rest, other: rest}}
 
+    config = replace(SMALL, weights=(1.0, 0.5), monitor=monitor)
     rows = {
-        Run("dot", "at", 0.5, 0): row(0.8, 0.1),
-        Run("dot", "at", 2.0, 0): row(0.7, 0.9),
+        Run("dot", "at", 0.5, 0.5, 0): row(0.7, 0.9),
+        Run("dot", "at", 0.5, 1.0, 0): row(0.8, 0.1),
+        Run("dot", "at", 2.0, 0.5, 0): row(0.7, 0.9),
+        Run("dot", "at", 2.0, 1.0, 0): row(0.7, 0.9),
     }
-    assert attention_text.choose(rows, "dot", "at", SMALL) == 0.5
-    rows[Run("dot", "at", 2.0, 0)] = row(0.8, 0.9)
-    assert attention_text.choose(rows, "dot", "at", SMALL) == 0.5  # the smaller of two alike
-    assert attention_text.choose(rows, "dot", "none", SMALL) == 0
+    assert attention_text.choose(rows, "dot", "at", config) == Setting(0.5, 1.0)
+    rows[Run("dot", "at", 2.0, 0.5, 0)] = row(0.8, 0.9)
+    assert attention_text.choose(rows, "dot", "at", config) == Setting(0.5, 1.0)  # smaller epsilon
+    rows[Run("dot", "at", 2.0, 1.0, 0)] = row(0.9, 0.1)
+    assert attention_text.choose(rows, "dot", "at", config) == Setting(2.0, 1.0)
+    assert attention_text.choose({}, "dot", "none", config) == CLEAN
+
+
+@pytest.mark.parametrize("monitor", ["auc", "f1"])
+def test_the_best_epoch_is_kept_and_training_ends_without_a_better_one(monitor, tmp_path):
+    texts = attention_text.load(write_trees(tmp_path), SMALL)
+    config = replace(SMALL, epochs=8, patience=2, lr=0.05, monitor=monitor)
+    model, history = attention_text.train(Run("dot", "none", *CLEAN, 0), texts, config)
+    best = history.index(max(history))
+    assert len(history) == min(best + 3, 8) and len(history) < 8
+    kept = attention_text.measure(model, texts.held, texts.vocabulary)
+    assert getattr(kept, monitor) == max(history)
+    whole = attention_text.train(Run("dot", "none", *CLEAN, 0), texts, replace(config, patience=0))[
+        1
+    ]
+    assert len(whole) == 8 and whole[: len(history)] == history
+
+
+def test_the_weight_of_the_perturbed_loss_is_trained_with(tmp_path):
+    texts = attention_text.load(write_trees(tmp_path), SMALL)
+    config = replace(SMALL, epochs=1)
+    light, heavy = (
+        attention_text.train(Run("dot", "iat_released", 2.0, weight, 0), texts, config)[0]
+        for weight in (0.5, 1.0)
+    )
+    assert not torch.equal(light.attention.weight, heavy.attention.weight)
 
 
 def test_a_stopped_study_goes_on_and_gives_the_same_rows(tmp_path):
     data = write_trees(tmp_path)
     whole = attention_text.study(SMALL, data, tmp_path / "whole", say=lambda _: None)
-    runs = [Run("dot", "none", 0.0, s) for s in (0, 1)]
+    runs = [Run("dot", "none", *CLEAN, s) for s in (0, 1)]
     assert set(runs) < set(whole.rows) and len(whole.rows) == 5
     said = []
 
@@ -238,8 +300,8 @@ def test_a_stopped_study_goes_on_and_gives_the_same_rows(tmp_path):
         attention_text.study(SMALL, data, tmp_path / "part", say=stop)
     lines = (tmp_path / "part" / "runs.jsonl").read_text().splitlines()
     assert [json.loads(line)["run"] for line in lines] == [
-        ["dot", "none", 0.0, 0],
-        ["dot", "at", 0.5, 0],
+        ["dot", "none", 0.0, 0.0, 0],
+        ["dot", "at", 0.5, 1.0, 0],
     ]
     rest = attention_text.study(SMALL, data, tmp_path / "part", say=said.append)
     assert len(said) == 5
@@ -285,17 +347,28 @@ def test_two_studies_do_not_share_a_folder(tmp_path, held_elsewhere):
 def test_the_command_writes_tables_differences_and_a_plot(tmp_path, capsys):
     data = write_trees(tmp_path)
     arguments = ["study", "at", "--data", str(data), "--output", str(tmp_path / "out")]
-    arguments += "--methods none at iat --attention dot --seeds 2 --grid-seeds 1 --epsilons 0.5 2 --epochs 1".split()
+    arguments += (
+        "--methods none at iat iat_released --attention dot --seeds 3 --grid-seeds 1".split()
+    )
+    arguments += "--epsilons 0.5 2 --weights 0.5 1 --epochs 1".split()
     arguments += "--batch-size 16 --embedding 8 --width 4".split()
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert "| vanilla |" in text and "| dot | iAT - AT |" in text
     value = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [row["method"] for row in value["dev"]] == ["none", "at", "iat"]
+    assert "| dot | released iAT - AT |" in text
+    assert [row["method"] for row in value["dev"]] == ["none", "at", "iat", "iat_released"]
+    assert {row["weight"] for row in value["held_out"]} == {0.0, 0.5, 1.0}
     rows = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
     f1 = [r["dev"]["f1"] for r in rows if r["run"][1] == "none"]
-    assert value["dev"][0]["f1"]["mean"] == pytest.approx(np.mean(f1)) and len(f1) == 2
-    assert (tmp_path / "out" / "epsilon.png").read_bytes()[:4] == b"\x89PNG"
+    assert value["dev"][0]["f1"]["mean"] == pytest.approx(np.mean(f1)) and len(f1) == 3
+    every_seed = text.split("every seed")[1].split("over epsilon")[0]
+    vanilla = next(line for line in every_seed.splitlines() if "| vanilla |" in line)
+    assert [cell.split(" / ")[0].strip() for cell in vanilla.split("|")[3:-1]] == [
+        f"{100 * value:.1f}" for value in f1
+    ]
+    for name in ("epsilon.png", "seeds.png"):
+        assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
     assert main(["study", "at", "--data", str(tmp_path / "nowhere")]) == 2
     assert "lacks train.txt" in capsys.readouterr().err
 

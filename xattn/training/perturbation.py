@@ -4,7 +4,8 @@
     iAT   r_t = alpha_t . D_t, D_t = (s_t - s_k)_k / norm: the same in alpha         arXiv 2009.12064
     VAT   d <- dKL(p(s) | p(s + r))/dr at r = xi d / |d|, repeated,  r = eps d / |d| arXiv 2104.08763
     iVAT  the same in alpha
-    loss  L(s) + weight L(s + r)   (AT, iAT, random),   L(s) + weight KL(p(s) | p(s + r))   (VAT, iVAT)
+    released iAT   -1 times the r of AT, as the authors' program has it
+    loss  L(s) + weight L(s + r)   (AT, both iAT, random),   L(s) + weight KL(p(s) | p(s + r))   (VAT, iVAT)
 
 s (B, Q, T) are scores before the softmax; |.| runs over the tokens, so each query of each example has
 a change of its own of norm eps, and r is held fixed in the loss. Only alpha_t along D_t moves r, so iAT
@@ -303,6 +304,19 @@ class AttentionIAT(_Differences, AttentionAT):
         return super()._sized(-r if self.norm == "released" else r)
 
 
+class AttentionIATReleased(AttentionIAT):
+    """iAT as the authors' program computes it: :class:`AttentionIAT` with ``norm="released"``.
+
+    Their step also adds the gradient of the clean loss twice, which is ``weight=0.5`` at twice the
+    learning rate.
+    """
+
+    name = "iat_released"
+
+    def __init__(self, epsilon: float, weight: float = 1.0, seed: int = 0) -> None:
+        super().__init__(epsilon, weight, seed, norm="released")
+
+
 class AttentionIVAT(_Differences, AttentionVAT):
     """VAT in the weights alpha of :class:`AttentionIAT`, with its ``norm`` (``"matrix"`` or
     ``"row"``) and ``rescale``."""
@@ -330,6 +344,7 @@ PERTURBATIONS: dict[str, type[Perturbation]] = {
         RandomPerturbation,
         AttentionAT,
         AttentionIAT,
+        AttentionIATReleased,
         AttentionVAT,
         AttentionIVAT,
     )
@@ -337,7 +352,8 @@ PERTURBATIONS: dict[str, type[Perturbation]] = {
 
 
 def create_perturbation(name: str, **options: Any) -> Perturbation:
-    """``none``, ``random``, ``at``, ``iat``, ``vat`` or ``ivat`` with its ``epsilon`` and options.
+    """``none``, ``random``, ``at``, ``iat``, ``iat_released``, ``vat`` or ``ivat`` with its ``epsilon``
+    and options.
 
     Raises:
         ValueError: an unknown name, or an option that it does not take.
