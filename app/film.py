@@ -81,10 +81,15 @@ class _Reader:
     def __init__(self, pack: Pack) -> None:
         import cv2
 
+        from xattn.video import opencv_path
+
         path = _film(pack)
         if path is None:
             raise PackError("This pack holds no film; explain a clip to make one")
-        self._capture = cv2.VideoCapture(str(path))
+        try:
+            self._capture = cv2.VideoCapture(opencv_path(path, "film"))
+        except ValueError as error:
+            raise PackError(str(error)) from None
         size = [self._capture.get(k) for k in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)]
         if not self._capture.isOpened() or not 0 < size[0] * size[1] <= MAX_PIXELS:
             self.close()

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.eval.coco import THING_IDS, THINGS, model_classes
+from xattn.files import printable
 from xattn.images import View
 
 Region = tuple[str, NDArray[np.bool_]]
@@ -90,7 +91,7 @@ class Annotations(ABC):
         paths = sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
         for path in paths:
             if path.is_file():
-                digest.update(path.name.encode() + path.read_bytes())
+                digest.update(printable(path.name).encode() + path.read_bytes())
         return digest.hexdigest()
 
 

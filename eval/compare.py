@@ -34,7 +34,7 @@ from xattn.eval.stream import ImageStream
 from xattn.explainers import create_explainer, list_explainers
 from xattn.explaining import named_photos, true_classes_of
 from xattn.explanation import check_output
-from xattn.files import atomic_file
+from xattn.files import atomic_file, printable
 from xattn.heads import parse_options
 from xattn.images import MAX_PIXELS, list_images
 from xattn.sources import is_stored
@@ -158,10 +158,7 @@ def _paths(images: Any) -> dict[str, Path]:
     root = Path(images)
     paths = list_images(images)
     names = [str(p.relative_to(root) if root.is_dir() else p) for p in paths]
-    return {
-        name.encode("utf-8", "backslashreplace").decode("utf-8"): path
-        for name, path in zip(names, paths, strict=True)
-    }
+    return {printable(name): path for name, path in zip(names, paths, strict=True)}
 
 
 def _groups(job: Comparison) -> list[str]:

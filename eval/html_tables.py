@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import METRICS
 from xattn.eval.results import SURVIVES, MethodResult, Results, is_baseline
+from xattn.files import printable
 
 if TYPE_CHECKING:
     from xattn.eval.compare import Standing
@@ -22,7 +23,7 @@ Failures = Mapping[str, Mapping[Column, "list[str] | None"]]
 
 def text(value: object) -> str:
     """Any string as HTML text; bytes of a file name that are no UTF-8 show as ``\\udc80``."""
-    return html.escape(str(value).encode("utf-8", "backslashreplace").decode("utf-8"))
+    return html.escape(printable(str(value)))
 
 
 def label(name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xattn.files import printable
 from xattn.images import MAX_PIXELS, View, list_images, load_image, prepare, read_ahead
 from xattn.sources import StoredPhoto, is_stored, open_photos
 
@@ -109,11 +110,11 @@ class ImageStream:
             path = Path(item)
             inside = self._root is not None and path.is_relative_to(self._root)
             name = str(path.relative_to(self._root)) if inside and self._root else str(path)
-            name = name.encode("utf-8", "backslashreplace").decode("utf-8")
+            name = printable(name)
         try:
             photo = load_image(item, self.max_pixels)
         except (ValueError, OSError) as error:
-            self.skipped[position] = Skipped(name, str(error))
+            self.skipped[position] = Skipped(name, printable(str(error)))
             return None
         pixels, view = prepare(photo, self.preprocessing, self.view)
         return Item(name, position, pixels, item, view)

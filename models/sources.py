@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xattn.files import printable
+
 StateDict = dict[str, Tensor]
 
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
@@ -211,9 +213,11 @@ def _check_path(path: Path) -> None:
 
 def _read_safetensors(path: Path) -> StateDict:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load, load_file
 
     try:
+        if printable(str(path)) != str(path):  # load_file wants a UTF-8 name
+            return load(path.read_bytes())
         return load_file(path, device="cpu")
     except SafetensorError as error:
         raise ValueError(

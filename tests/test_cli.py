@@ -189,6 +189,15 @@ def test_bad_input_is_one_line_and_exit_code_2(setup, capsys, arguments, message
     assert "Traceback" not in text
 
 
+def test_ctrl_c_while_arguments_are_parsed_is_one_line(monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("xattn.cli.tyro.cli", interrupted)
+    assert main(["list"]) == 130
+    assert capsys.readouterr().err == "xattn: interrupted\n"
+
+
 def test_a_device_without_data_is_refused(setup, capsys):
     root, model = setup
     model = [*model[:-1], "meta"]

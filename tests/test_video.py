@@ -353,6 +353,9 @@ def test_what_is_no_clip_is_named(backbone, head, tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=rf"video: OpenCV cannot read .*{name}.*ffmpeg"):
             explain_video(tmp_path / name, backbone, head, output=tmp_path / "pack")
+    with pytest.raises(ValueError) as raised:
+        explain_video((tmp_path / "empty.mp4").rename(tmp_path / "a clip.mp4"), backbone, head)
+    assert "ffmpeg -i 'a clip.mp4' 'a clip-converted.mp4'" in str(raised.value)
     with pytest.raises(
         ValueError, match=r"video: no frame of .*z\.avi can be decoded, .* announces 0"
     ):

@@ -6,6 +6,7 @@ load when a job starts. Errors of the user's input are one line and exit code 2.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -909,11 +910,13 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _row_name(source: str, name: str, taken: set[str]) -> str:
+    from xattn.files import printable
+
     path = Path(source)
     label = (
         path.parent.name if path.name in ("head", "head-half") and path.parent.name else path.name
     )
-    label = label or name
+    label = printable(label or name)
     while label in taken:
         label += "'"
     return label
@@ -925,18 +928,22 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"xattn {__version__}")
         return 0
-    command = tyro.cli(
-        Command,  # type: ignore[arg-type]
-        prog="xattn",
-        description="Train, use and measure explanation heads on frozen image classifiers. "
-        "--version prints the version.",
-        args=arguments,
-    )
-    from xattn.allocator import keep_memory
-
-    keep_memory()
+    for stream in (sys.stdout, sys.stderr):  # file names that are not UTF-8 can be printed
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    command: Any = None
     started = time.perf_counter()
     try:
+        command = tyro.cli(
+            Command,  # type: ignore[arg-type]
+            prog="xattn",
+            description="Train, use and measure explanation heads on frozen image classifiers. "
+            "--version prints the version.",
+            args=arguments,
+        )
+        from xattn.allocator import keep_memory
+
+        keep_memory()
         with _plain_warnings():
             command.run()
     except (ValueError, OSError, MemoryError) as error:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from xattn import strict_json
-from xattn.files import output_error
+from xattn.files import follow_link, output_error
 from xattn.images import View, load_image
 from xattn.sources import StoredPhoto
 from xattn.tensor_file import TensorFile
@@ -168,10 +168,11 @@ def check_output(folder: str | Path) -> Path:
     """Refuse ``folder`` now rather than after the work.
 
     Raises:
-        ValueError: it is a file, or a folder with other things in it than a pack.
+        ValueError: it is a file, a link that leads nowhere, or a folder with other things in it than
+            a pack.
         OSError: nothing can be written there.
     """
-    folder = Path(folder)
+    folder = follow_link(folder)
     if folder.is_dir() and any(folder.iterdir()) and not is_pack(folder):
         raise ValueError(
             f"output: {folder} is not empty and is not a pack of xattn; choose a new folder, "

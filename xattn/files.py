@@ -25,6 +25,25 @@ def output_error(argument: str, path: str | Path, error: OSError) -> OSError:
     )
 
 
+def follow_link(path: str | Path, argument: str = "output") -> Path:
+    """Where an output folder is written: a link stays, and what it leads to is written.
+
+    Raises:
+        ValueError: ``path`` is, or lies behind, a link that leads nowhere.
+    """
+    path = Path(path)
+    for part in (path, *path.parents):
+        if not os.path.islink(part) or os.path.exists(part):
+            continue
+        _restore(Path(os.path.realpath(part)))
+        if not os.path.exists(part):
+            raise ValueError(
+                f"{argument}: {part} is a link to {os.readlink(part)}, which is not there; make that "
+                f"folder, or remove the link"
+            )
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
+
+
 @contextmanager
 def atomic_file(path: str | Path, argument: str = "output", mode: int = 0o644) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; it takes the name of ``path`` when the block ends.
@@ -61,12 +80,13 @@ def atomic_folder(
     """Yield a temporary sibling folder that replaces ``path`` when the block ends.
 
     Args:
+        path: a folder, or a link to one, which stays; see :func:`follow_link`.
         owned: names of the files and folders that the caller writes; whatever else lies in an
             existing ``path`` (a README, notes) is carried over.
         is_ours: whether a folder that is not empty may be replaced at all; else it is refused with
             a ``ValueError``. None trusts the caller.
     """
-    path = Path(path)
+    path = follow_link(path, argument)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{argument}: {path} is a file; name a folder")
     temporary: Path | None = None
@@ -115,7 +135,7 @@ def _restore(path: Path) -> None:
 
 def check_folder(path: str | Path, argument: str = "output") -> None:
     """Fail before a long job rather than after it: ``path`` has to be, or become, a writable folder."""
-    path = Path(path)
+    path = follow_link(path, argument)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{argument}: {path} is a file; name a folder")
     try:
@@ -130,8 +150,19 @@ def write_json(path: str | Path, value: Any, argument: str = "output", mode: int
     """Write ``value`` as indented JSON, atomically."""
     with atomic_file(path, argument, mode) as temporary:
         temporary.write_text(
-            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(value, indent=2, ensure_ascii=False) + "\n",
+            encoding="utf-8",
+            errors="backslashreplace",  # half characters, which JSON reads back from \udc80
         )
+
+
+def printable(name: str) -> str:
+    """A file name that can be printed and written as UTF-8, with escapes for bytes that are not.
+
+    >>> printable("caf\\udce9.png")
+    'caf\\\\udce9.png'
+    """
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def file_sha256(path: str | Path) -> str:

@@ -31,6 +31,7 @@ from typing import Any, TypeAlias
 
 from PIL import Image
 
+from xattn.files import printable
 from xattn.images import MAX_PIXELS, SUFFIXES, decode_image, list_images, load_image
 
 SCHEMES = ("hfds", "wds")
@@ -152,7 +153,7 @@ class Files(Photos):
         digest = hashlib.sha256()
         for path in self.paths:
             size = path.stat().st_size if path.is_file() else -1
-            digest.update(f"{path.parent.name}/{path.name}:{size};".encode())
+            digest.update(printable(f"{path.parent.name}/{path.name}:{size};").encode())
             if size > 0:
                 digest.update(_end(path, size))
         return {"count": len(self), "sha256": digest.hexdigest()}
@@ -324,7 +325,7 @@ class Shards(Photos):
         digest = hashlib.sha256()
         for url, length in zip(self.urls, self.lengths, strict=True):
             size = Path(url).stat().st_size if Path(url).is_file() else -1
-            digest.update(f"{_label(url)}:{length}:{size};".encode())
+            digest.update(printable(f"{_label(url)}:{length}:{size};").encode())
         return {"kind": "wds", "count": len(self), "sha256": digest.hexdigest()}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ from xattn.explanation import (
     load_pack,
     save_pack,
 )
-from xattn.files import output_error
+from xattn.files import output_error, printable
 from xattn.images import MAX_PIXELS, prepare
 from xattn.interrupts import deferred_interrupt
 from xattn.visualize import _font, _shorten, overlay
@@ -207,11 +208,12 @@ class _Clip:
         with path.open("rb"):  # OpenCV does not say why a file cannot be read
             pass
         self.path, self.decoded = path, 0
-        self.capture = cv2.VideoCapture(str(path.absolute()))
+        self.capture = cv2.VideoCapture(opencv_path(path, "video"))
         if not self.capture.isOpened():
+            line = shlex.join(["ffmpeg", "-i", path.name, f"{path.stem}-converted.mp4"])
             raise ValueError(
                 f"video: OpenCV cannot read {path}: not a video, cut off before its index, or "
-                f"without a frame; convert it, for example ffmpeg -i {path.name} clip.mp4"
+                f"without a frame; convert it, for example {line}"
             )
         self.capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
         announced = self.capture.get(cv2.CAP_PROP_FRAME_COUNT)
@@ -251,6 +253,20 @@ class _Clip:
                     photo = Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
                     photo.filename = self.path.name  # type: ignore[attr-defined]
                     yield number, photo
+
+
+def opencv_path(path: Path, argument: str) -> str:
+    """``path`` as OpenCV takes it.
+
+    Raises:
+        ValueError: a name that is not UTF-8, at which OpenCV ends the process.
+    """
+    text = str(path.absolute())
+    if printable(text) != text:
+        raise ValueError(
+            f"{argument}: {path} is not a UTF-8 name, which OpenCV needs; rename the file or folder"
+        )
+    return text
 
 
 @contextmanager
@@ -326,6 +342,8 @@ class _Drafts:
     def __init__(self, output: str | Path, fps: float, overlays: bool) -> None:
         self.output = Path(output)
         self.overlays = overlays
+        if overlays:
+            opencv_path(self.output, "output")
         self.fps = max(fps, 0.01)
         if Fraction(round(self.fps * 1000), 1000).numerator > 65535:  # a limit of MPEG-4
             self.fps = float(round(self.fps))
@@ -374,7 +392,7 @@ class _Drafts:
         width, height = image.width + image.width % 2, image.height + image.height % 2
         if self.writer is None:
             self.writer = cv2.VideoWriter(
-                str(self.film.absolute()),
+                opencv_path(self.film, "output"),
                 cv2.VideoWriter.fourcc(*"mp4v"),
                 self.fps,
                 (width, height),
@@ -407,7 +425,7 @@ class _Drafts:
         """OpenCV writes to a full disk without a word, so read the film's header."""
         import cv2
 
-        film = cv2.VideoCapture(str(self.film.absolute()))
+        film = cv2.VideoCapture(opencv_path(self.film, "output"))
         frames = int(film.get(cv2.CAP_PROP_FRAME_COUNT)) if film.isOpened() else 0
         film.release()
         if frames < self.count:

@@ -118,7 +118,7 @@ class Head(
         # Serialised in memory: a full disk is then an OSError of the write.
         (save_directory / WEIGHTS_FILE).write_bytes(save(state, metadata={"format": "pt"}))
         text = json.dumps(self.config(), indent=2, ensure_ascii=False) + "\n"
-        (save_directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+        (save_directory / CONFIG_FILE).write_text(text, "utf-8", "backslashreplace")
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, backbone: Backbone, **options: Any) -> Head:  # type: ignore[override]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xattn.files import printable
 from xattn.images import SUFFIXES
 
 FOLDS = 5
@@ -77,7 +78,9 @@ def read_labels(names: Sequence[str], file: str | Path | None = None) -> Labels:
         FileNotFoundError: no such file.
     """
     found: list[str | None] = (
-        [_folder(name) for name in names] if file is None else _from_file(names, Path(file))
+        [printable(_folder(name)) for name in names]
+        if file is None
+        else _from_file(names, Path(file))
     )
     classes = sorted({c for c in found if c is not None}, key=_natural)
     if len(classes) < 2:
@@ -112,7 +115,7 @@ def true_classes(
         for part in {name.lower(), *(p.strip() for p in name.lower().split(","))}:
             classes.setdefault(part, []).append(i)
     if str(labels) == FOLDERS:
-        given: list[tuple[str, Any]] = [(name, _folder(name)) for name in names]
+        given: list[tuple[str, Any]] = [(name, printable(_folder(name))) for name in names]
     else:
         given = _given(names, Path(labels))
     known: dict[str, tuple[int | None, str | None]] = {}
@@ -288,7 +291,7 @@ def _label(value: Any, key: str, file: Path) -> str | None:
         raise ValueError(
             f"labels: {file} gives {key!r} the label {value!r}; write a name or number"
         )
-    return str(value)
+    return printable(str(value))
 
 
 def _natural(name: str) -> tuple[int, int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from xattn.files import printable
 from xattn.kernels.softmax.reference import widen
 from xattn.training.run_folder import claim
 
@@ -86,7 +88,15 @@ def tensorboard(folder: Path | None, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    try:
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    except UnicodeEncodeError:
+        warnings.warn(
+            f"output: {printable(str(folder))} is not a UTF-8 name, which TensorBoard needs; the losses "
+            f"go to log.jsonl alone",
+            stacklevel=3,
+        )
+        return None
 
 
 @contextmanager

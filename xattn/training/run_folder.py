@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from xattn.files import atomic_file, output_error, write_json
+from xattn.files import atomic_file, follow_link, output_error, write_json
 from xattn.training.checkpoint import last_step
 
 RUN_FILE, LOG_FILE, LOCK_FILE = "run.json", "log.jsonl", "run.lock"
@@ -38,6 +38,7 @@ def claim(
     if not main:
         yield None
         return
+    follow_link(folder)  # refuses one that leads nowhere
     path = folder / RUN_FILE
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output: {folder} is a file; name a folder")
