@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.eval.road import impute
 
-KINDS = ("black", "mean", "blur", "noise", "inpaint", "road")
+KINDS = ("black", "mean", "blur", "rise", "noise", "inpaint", "road")
+COLOURED = ("mean", "rise")  # kinds that need the data set's mean colour
 _TELEA_RADIUS = 3  # pixels
+_RISE_SIZE, _RISE_SIGMA = 11, 5.0  # pixels
 
 
 def fill(
@@ -33,10 +36,10 @@ def fill(
         removed: (1, H, W) bool, the masked pixels; only inpaint and road read it, and they give
             the image's own values at kept pixels.
         kind: ``"black"`` 0; ``"mean"`` the colour ``mean``; ``"blur"`` see :func:`blur`;
-            ``"noise"`` uniform in [0, 1), each pixel and channel for itself; ``"inpaint"`` see
-            :func:`inpaint`; ``"road"`` :func:`xattn.eval.road.impute` with its noise of 0.01,
-            which may leave [0, 1] a little.
-        mean: (3,) the data set's mean colour in [0, 1], for ``"mean"``.
+            ``"rise"`` see :func:`rise_blur`; ``"noise"`` uniform in [0, 1), each pixel and channel
+            for itself; ``"inpaint"`` see :func:`inpaint`; ``"road"``
+            :func:`xattn.eval.road.impute` with its noise of 0.01, which may leave [0, 1] a little.
+        mean: (3,) the data set's mean colour in [0, 1], for ``"mean"`` and ``"rise"``.
         seed: of noise and road, which are pure functions of it.
 
     Black and mean are expanded views of one colour: copy before writing into them.
@@ -47,12 +50,14 @@ def fill(
         )
     if kind == "black":
         return image.new_zeros(()).expand_as(image)
+    if kind in COLOURED and (mean is None or len(mean) != 3):
+        raise ValueError(f"mean: got {mean}; kind={kind!r} needs the mean colour (3,) in [0, 1]")
     if kind == "mean":
-        if mean is None or len(mean) != 3:
-            raise ValueError(f"mean: got {mean}; kind='mean' needs the mean colour (3,) in [0, 1]")
         return torch.as_tensor(mean).to(image)[:, None, None].expand_as(image)
     if kind == "blur":
         return blur(image)
+    if kind == "rise":
+        return rise_blur(image, torch.as_tensor(mean))
     if kind == "noise":
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(image.shape, generator=generator).to(image)
@@ -66,14 +71,36 @@ def fill(
 def blur(images: Tensor) -> Tensor:
     """Gaussian blur of (..., 3, H, W): 11x11 with sigma 5 where the shorter side is 224.
 
-    RISE's starting image for insertion, scaled with the shorter side; the kernel is odd and at
-    least 3x3. Borders are reflected, where RISE's own padding with zeros darkens them.
+    The kernel is scaled with the shorter side, odd, and at least 3x3; borders are reflected. RISE's
+    own blur is :func:`rise_blur`.
     """
     from torchvision.transforms.functional import gaussian_blur
 
     size = max(3, 2 * round((11 * min(images.shape[-2:]) / 224 - 1) / 2) + 1)
     sigma = 5 / 11 * size
     return gaussian_blur(images, [size, size], [sigma, sigma])
+
+
+def rise_blur(images: Tensor, mean: Tensor) -> Tensor:
+    """RISE's starting image for insertion, (..., 3, H, W) raw pixels and the mean colour (3,).
+
+    Its program convolves the normalised image, padded with zeros, so that borders fade to the mean
+    colour. The kernel has 11x11 pixels at every image size and is SciPy's Gaussian filter of an 11x11
+    impulse: sigma is 5, and what lies beyond the 11 pixels is reflected into them, which leaves
+    hardly more than a box.
+    """
+    # The tails that SciPy cuts at 4 sigma, at distance d from the middle: d, d +- 11.
+    reach = int(4 * _RISE_SIGMA)
+    distance = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    weight = torch.exp(-0.5 * (distance / _RISE_SIGMA) ** 2)
+    place = (distance.long() + _RISE_SIZE // 2) % _RISE_SIZE
+    kernel = torch.zeros(_RISE_SIZE, dtype=torch.float64).index_add_(0, place, weight)
+    kernel = (kernel / weight.sum()).to(images)
+    colour = mean.to(images)[:, None, None]
+    planes = (images - colour).flatten(0, -3)[:, None]
+    planes = F.conv2d(planes, kernel[None, None, :, None], padding=(_RISE_SIZE // 2, 0))
+    planes = F.conv2d(planes, kernel[None, None, None, :], padding=(0, _RISE_SIZE // 2))
+    return planes.view_as(images) + colour
 
 
 def inpaint(image: Tensor, removed: Tensor) -> Tensor:

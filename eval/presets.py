@@ -55,15 +55,17 @@ def _opti_cam(mean: Mean) -> tuple[Protocol, list[Probe]]:
 
 
 def _rise(mean: Mean) -> tuple[Protocol, list[Probe]]:
-    """224 pixels a step; deletion to 0 after normalisation, insertion onto the blurred image."""
+    """224 pixels a step; deletion to 0 after normalisation, insertion onto the normalised image,
+    padded with zeros and blurred."""
     probe = create_probe(
-        "insertion-deletion", None, mean, step=224, deletion_fill="mean", insertion_fill="blur"
+        "insertion-deletion", None, mean, step=224, deletion_fill="mean", insertion_fill="rise"
     )
     return Protocol(normalization="minmax_upsampled"), [probe]
 
 
 def _road(mean: Mean) -> tuple[Protocol, list[Probe]]:
-    """Noisy linear imputation at 10, 20, 30, 40, 50, 70 and 90 %, sigma 0.01."""
+    """Noisy linear imputation at 10, 20, 30, 40, 50, 70 and 90 %, sigma 0.01; the class's mean
+    probability, which the authors' program gives beside the accuracy that the paper reports."""
     return Protocol(), [create_probe("road")]
 
 
@@ -74,8 +76,11 @@ def _torch_cam(mean: Mean) -> tuple[Protocol, list[Probe]]:
 
 
 def _grad_cam_lib(mean: Mean) -> tuple[Protocol, list[Probe]]:
-    """pytorch-grad-cam's: the drop is not divided by p; mean colour behind."""
-    protocol = Protocol(levels=(1.0,), masked_value="mean", ic_margin=0.0)
+    """pytorch-grad-cam's: the drop is not divided by p; mean colour behind. It scales its maps to
+    [0, 1] before and after resizing, which is the same as after it."""
+    protocol = Protocol(
+        levels=(1.0,), masked_value="mean", ic_margin=0.0, normalization="minmax_upsampled"
+    )
     return protocol, [create_probe("masking", protocol, mean, metrics=("drop", "IC"))]
 
 

@@ -72,7 +72,7 @@ METRICS: dict[str, MetricInfo] = {
     ),
 }
 
-MASKED_VALUES = ("black", "mean", "blur", "noise", "inpaint", "road")
+MASKED_VALUES = ("black", "mean", "blur", "rise", "noise", "inpaint", "road")
 
 # What p, q and d are, by the backbone's task.
 SCORES = {"multiclass": "probability", "multilabel": "sigmoid", "binary": "binary"}
@@ -108,8 +108,9 @@ class Protocol:
             ties included; ``"kth"`` keeps exactly ceil(level * HW) pixels (TAME, L-CAM).
         levels: retained fractions in (0, 1]; survivors keep their grey level.
         masked_value: what stands behind the mask: ``"black"`` (0 before normalisation), the data
-            set's ``"mean"`` colour, the image's own ``"blur"``, ``"noise"``, or what is removed
-            filled in by ``"inpaint"`` (Telea) or ``"road"`` (:mod:`xattn.eval.road`).
+            set's ``"mean"`` colour, the image's own ``"blur"`` or RISE's of it (``"rise"``),
+            ``"noise"``, or what is removed filled in by ``"inpaint"`` (Telea) or ``"road"``
+            (:mod:`xattn.eval.road`).
         ic_margin: IC counts q > p + ic_margin * max(p, q), so that rounding is no increase.
         resize: how a map reaches the image's size (align_corners=False).
         invalid: constant or non-finite maps are left out of the means, and counted.

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.eval.fills import fill
+from xattn.eval.fills import COLOURED, fill
 from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
 from xattn.eval.protocol import MASKED_VALUES
 
 # The other fills are made from the pixels that remain, so each step needs its own.
-FIXED_FILLS = ("black", "mean", "blur", "noise")
+FIXED_FILLS = ("black", "mean", "blur", "rise", "noise")
 
 
 def auc(scores: Tensor) -> Tensor:
@@ -64,11 +64,11 @@ class InsertionDeletionProbe(Probe):
         step: pixels a step (RISE: the width of the image); None: ceil(HW / ``steps``).
         steps: the number of steps where ``step`` is None; rounding up may need fewer.
         deletion_fill: what replaces a pixel: ``"black"``, the data set's ``"mean"`` colour (RISE:
-            0 after normalisation), ``"blur"``, ``"noise"``, or the estimate from the pixels that
-            remain, ``"inpaint"`` or ``"road"``.
-        insertion_fill: what a pixel is put onto (RISE: ``"blur"``); ``"inpaint"`` and ``"road"``
-            estimate what is missing from the pixels inserted so far.
-        mean: (3,) the colour of ``"mean"``, raw pixels in [0, 1].
+            0 after normalisation), ``"blur"``, ``"rise"``, ``"noise"``, or the estimate from the
+            pixels that remain, ``"inpaint"`` or ``"road"``.
+        insertion_fill: what a pixel is put onto (RISE: its own blur, ``"rise"``); ``"inpaint"`` and
+            ``"road"`` estimate what is missing from the pixels inserted so far.
+        mean: (3,) the colour of ``"mean"`` and ``"rise"``, raw pixels in [0, 1].
 
     Where nothing remains, ``"inpaint"`` and ``"road"`` give the image's own mean colour. They solve
     for a new image every step, which can cost more than the forward pass.
@@ -213,10 +213,10 @@ def check_fill(name: str, kind: str, mean: Sequence[float] | None) -> None:
     """Raise unless ``kind`` is a fill and the mean colour is there where it needs it."""
     if kind not in MASKED_VALUES:
         raise ValueError(f"{name}: got {kind!r}; choose one of {', '.join(MASKED_VALUES)}")
-    if kind == "mean" and mean is None:
-        raise ValueError(f"mean: None; {name}='mean' needs the mean colour (3,)")
+    if kind in COLOURED and mean is None:
+        raise ValueError(f"mean: None; {name}={kind!r} needs the mean colour (3,)")
 
 
 def fill_options(kind: str, mean: Sequence[float] | None) -> dict[str, Any]:
-    """What a fill depends on: its kind, and the colour where it is the mean."""
-    return {"fill": kind, "mean": list(mean)} if kind == "mean" and mean else {"fill": kind}
+    """What a fill depends on: its kind, and the mean colour where it is used."""
+    return {"fill": kind, "mean": list(mean)} if kind in COLOURED and mean else {"fill": kind}

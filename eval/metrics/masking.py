@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xattn.eval import functional
+from xattn.eval.fills import COLOURED, fill
 from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
 from xattn.eval.protocol import MASKED_VALUES, Protocol
 
@@ -30,7 +31,7 @@ class MaskingProbe(Probe):
 
     Args:
         levels, threshold, masked_value, ic_margin: as in :class:`~xattn.eval.Protocol`.
-        mean: (3,) the colour of ``masked_value="mean"``, raw pixels in [0, 1].
+        mean: (3,) the colour of ``masked_value="mean"`` and ``"rise"``, raw pixels in [0, 1].
         metrics: of AD, IC, ADD, AG and drop.
         bounded: scores are probabilities; logits make AD, and only AD, IC and drop, defined.
     """
@@ -48,8 +49,10 @@ class MaskingProbe(Probe):
             raise ValueError(
                 f"masked_value: got {self.masked_value!r}; choose one of {', '.join(MASKED_VALUES)}"
             )
-        if self.masked_value == "mean" and self.mean is None:
-            raise ValueError("mean: None; masked_value='mean' needs the mean colour (3,)")
+        if self.masked_value in COLOURED and self.mean is None:
+            raise ValueError(
+                f"mean: None; masked_value={self.masked_value!r} needs the mean colour (3,)"
+            )
         if not self.metrics or not set(self.metrics) <= set(METRICS):
             raise ValueError(f"metrics: got {self.metrics}; choose among {', '.join(METRICS)}")
         if not self.bounded and not set(self.metrics) <= {"AD", "IC", "drop"}:
@@ -71,7 +74,7 @@ class MaskingProbe(Probe):
     def column_options(self, column: Column) -> dict[str, Any]:
         names = ("threshold", "masked_value", "ic_margin")
         options = {"levels": [column.level], **{name: getattr(self, name) for name in names}}
-        if self.masked_value == "mean":
+        if self.masked_value in COLOURED:
             options["mean"] = list(self.mean or ())
         return options
 
@@ -103,8 +106,6 @@ class MaskingProbe(Probe):
         masked = sample.image * mask
         if self.masked_value == "black":
             return masked
-        from xattn.eval.fills import fill
-
         behind = fill(sample.image, mask == 0, self.masked_value, mean=self.mean, seed=sample.seed)
         return masked + behind * (1 - mask)
 

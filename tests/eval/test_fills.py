@@ -1,9 +1,12 @@
 """What stands behind a mask: known values, borders, and what each kind may look at."""
 
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
+from torch.nn import functional as F
 
-from xattn.eval.fills import KINDS, blur, fill
+from xattn.eval.fills import KINDS, blur, fill, rise_blur
 from xattn.eval.road import impute
 
 MEAN = (0.5, 0.4, 0.3)
@@ -61,6 +64,21 @@ def test_blur_keeps_constants_up_to_the_border_and_smooths(size):
     assert blur(image).std() < image.std()
 
 
+@pytest.mark.parametrize("size", [(2, 2), (7, 40), (64, 64)])
+def test_the_blur_of_rise_is_its_kernel_on_the_normalised_image_padded_with_zeros(size):
+    image, mean = rand(3, *size), torch.tensor(MEAN)
+    std = torch.tensor([0.2, 0.3, 0.25])[:, None, None]
+    impulse = np.zeros((11, 11))
+    impulse[5, 5] = 1
+    kernel = torch.from_numpy(gaussian_filter(impulse, 5)).float().expand(3, 1, 11, 11)
+    colour = mean[:, None, None]
+    expected = F.conv2d((image - colour) / std, kernel, padding=5, groups=3) * std + colour
+    torch.testing.assert_close(rise_blur(image, mean), expected, rtol=0, atol=1e-6)
+    two = torch.stack([image, 1 - image])
+    torch.testing.assert_close(rise_blur(two, mean)[0], expected, rtol=0, atol=1e-6)
+    assert torch.equal(fill(image, hole(*size), "rise", mean=MEAN), rise_blur(image, mean))
+
+
 @pytest.mark.parametrize("kind", ["inpaint", "road"])
 def test_inpainting_keeps_what_is_kept_and_reads_nothing_else(kind):
     image, removed = rand(3, 30, 30), hole(30, 30)
@@ -94,6 +112,7 @@ def test_road_is_the_imputation():
     [
         ({"kind": "grey"}, "kind: got 'grey'"),
         ({"kind": "mean"}, "mean"),
+        ({"kind": "rise"}, "mean: got None; kind='rise' needs the mean colour"),
         ({"image": torch.zeros(1, 3, 8, 8)}, "image"),
         ({"image": torch.zeros(3, 8, 8, dtype=torch.uint8)}, "image"),
         ({"kind": "inpaint", "removed": torch.zeros(1, 8, 8)}, "removed"),
