@@ -24,6 +24,7 @@ from xattn.app.pack_index import MetricInfo, damaged, read_index
 from xattn.explanation import (
     MANIFEST,
     MAPS,
+    MAX_CELLS,
     VIDEO,
     Explanation,
     ImageFacts,
@@ -231,6 +232,11 @@ class Pack:
         for entry_id, shape in zip(self._index.entries.index, self._index.shapes, strict=True):
             if len(shape) != 2 or list(maps.shape(entry_id) or ()) != shape or 0 in shape:
                 raise PackError(f"{MAPS} has no map {entry_id} of shape {str(shape)[:40]}; {AGAIN}")
+            if max(shape) > MAX_CELLS:
+                raise PackError(
+                    f"The map {entry_id} has {shape[0]} x {shape[1]} cells, over the limit of "
+                    f"{MAX_CELLS:,} a side; {AGAIN}"
+                )
         return maps
 
     def _entry(self, entry_id: str) -> int:

@@ -1,6 +1,7 @@
 """Reading of odd and bad files, timm's evaluation crop, and the way back onto the photo."""
 
 import json
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -336,6 +337,47 @@ def test_tiny_and_extreme_photos_get_a_map(size, mode):
     assert back.shape == size and np.isfinite(back).any()
     assert np.nanmin(back) >= 0 and np.nanmax(back) <= 48
     assert tensor.isfinite().all() and 0 <= tensor.min() and tensor.max() <= 1
+
+
+def dense(view, axis, cells, count):
+    """The definition: the weight of every cell for every pixel inside, and which pixels those are."""
+    start, length = view.box[axis], view.box[axis + 2]
+    unit = view.resized[axis] / count
+    centre = (np.arange(count) + 0.5) * unit - start
+    inside = (centre >= 0) & (centre <= length)
+    if not inside.any():
+        inside = (centre + unit / 2 > 0) & (centre - unit / 2 < length)
+    at = np.clip(centre[inside] * cells / length, 0, cells)
+    support = max(1.0, unit * cells / length)
+    distance = np.abs(at[:, None] - (np.arange(cells) + 0.5))
+    weights = np.maximum(1 - distance / support, 0)
+    return weights / weights.sum(1, keepdims=True), inside
+
+
+@pytest.mark.parametrize("mode", ["crop", "whole"])
+@pytest.mark.parametrize("cells", [(7, 9), (1, 30), (16, 1), (56, 61)])
+@pytest.mark.parametrize("size", [(40, 61), (61, 40), (1, 300), (3, 2), (1, 1)])
+def test_resampling_is_triangle_weights_of_every_cell(size, cells, mode):
+    view = make_view((333, 500) if min(size) > 1 else size, SQUARE, mode)
+    grid = np.random.default_rng(0).normal(size=(2, *cells))
+    (rows, y), (columns, x) = (dense(view, i, cells[i], size[i]) for i in (0, 1))
+    expected = np.full((2, *size), np.nan)
+    expected[np.ix_([True, True], y, x)] = rows @ grid @ columns.T
+    found = view.to_photo(grid, size)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    np.testing.assert_array_equal(view.to_photo(grid[1], size), found[1])
+
+
+@pytest.mark.parametrize("shape", [(1, 50_000), (50_000, 1)])
+def test_a_map_of_one_long_side_takes_memory_by_its_cells(shape):
+    view = make_view((500, 500), SQUARE, "whole")
+    grid = np.ones(shape, np.float32)
+    tracemalloc.start()
+    back = view.to_photo(grid)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.allclose(back, 1, atol=1e-5)
+    assert peak < 20e6, f"{peak / 1e6:.0f} MB"
 
 
 def test_one_pixel_gets_the_average_of_a_fine_map():

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from xattn.app.pack import Pack, PackError
 from xattn.backbone import Preprocessing
 from xattn.correlation import disagreement
 from xattn.explanation import Explanation, ImageFacts, load_pack, save_pack
@@ -67,6 +68,32 @@ def test_a_view_that_readers_would_refuse_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="20000 x 1 pixels"):
         save_pack(tmp_path / "pack", [make(), replace(make("strip"), view=narrow)])
     assert not any(tmp_path.iterdir())
+
+
+def with_a_wide_map(folder):
+    """A pack whose one map is 16,385 cells wide, as this xattn does not write it."""
+    save_pack(folder, [make(side=1)])
+    header = json.dumps(
+        {"cat@1.cam": {"dtype": "F32", "shape": [1, 16_385], "data_offsets": [0, 65_540]}}
+    ).encode()
+    data = bytes(65_540)
+    whole = len(header).to_bytes(8, "little") + header + data
+    (folder / "maps.safetensors").write_bytes(whole)
+    found = manifest(folder)
+    found["entries"][0].update(shape=[1, 16_385], sha256=hashlib.sha256(data).hexdigest())
+    (folder / "manifest.json").write_text(json.dumps(found))
+
+
+def test_writers_and_readers_share_the_largest_side_of_a_map(tmp_path):
+    (again,) = load_pack(save_pack(tmp_path / "pack", [replace(make(), map=np.ones((1, 16_384)))]))
+    assert again.map.shape == (1, 16_384)
+    with pytest.raises(ValueError, match=r"map: got shape \(1, 16385\).*16,384 a side"):
+        replace(make(), map=np.ones((1, 16_385)))
+    with_a_wide_map(tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"manifest.json is damaged .*16,384 a side"):
+        load_pack(tmp_path / "wide")
+    with pytest.raises(PackError, match=r"cat@1.cam has 1 x 16385 cells.*16,384 a side"):
+        Pack(tmp_path / "wide")
 
 
 def test_maps_are_a_safetensors_file(tmp_path):

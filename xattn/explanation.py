@@ -30,6 +30,7 @@ FORMAT, VERSION = "xattn-pack", 1
 MANIFEST, MAPS, VIDEO = "manifest.json", "maps.safetensors", "overlay.mp4"
 THUMBNAIL = r"thumbnails/[^/\\\0]+\.jpg"  # what a thumbnail may be named
 THUMBNAIL_SIDE, OVERLAY_SIDE = 512, 2048  # longest side in pixels
+MAX_CELLS = 16_384  # of a side of a map, for writers and readers alike
 
 
 class LaterVersion(ValueError):
@@ -68,7 +69,8 @@ class ImageFacts:
 class Explanation:
     """One class of one photo, explained.
 
-    ``map`` holds raw scores (h, w), float32, read-only, on the grid of the model's input;
+    ``map`` holds raw scores (h, w), float32, read-only, on the grid of the model's input, at most
+    ``MAX_CELLS`` a side;
     ``probability`` is the softmax over all classes, or the class's sigmoid (multi-label);
     ``image_id`` names the photo within its run and ``source`` is where its pixels are: a file, an
     image, or None. ``is_mask`` marks maps that are
@@ -95,8 +97,10 @@ class Explanation:
 
     def __post_init__(self) -> None:
         values = np.array(self.map, dtype=np.float32)
-        if values.ndim != 2 or values.size == 0:
-            raise ValueError(f"map: got shape {values.shape}; give (h, w)")
+        if values.ndim != 2 or values.size == 0 or max(values.shape) > MAX_CELLS:
+            raise ValueError(
+                f"map: got shape {values.shape}; give (h, w), at most {MAX_CELLS:,} a side"
+            )
         if not np.isfinite(values).all():
             raise ValueError(
                 f"map: the {self.method} map of {self.image_id} holds NaN or infinite values; "

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -327,11 +327,13 @@ class View:
         rows, inside_y = self._weights(0, values.shape[-2], height)
         columns, inside_x = self._weights(1, values.shape[-1], width)
         out = np.full((*values.shape[:-2], height, width), np.nan, dtype=np.float32)
-        out[..., inside_y, inside_x] = rows @ values.astype(np.float32) @ columns.T
+        for index in np.ndindex(values.shape[:-2]):
+            one = values[index].astype(np.float32)
+            out[(*index, inside_y, inside_x)] = _resampled(one, rows, columns)
         return out
 
-    def _weights(self, axis: int, cells: int, count: int) -> tuple[NDArray[np.float32], slice]:
-        """Weights (inside, cells) of the map's cells for the pixels inside, and where they are."""
+    def _weights(self, axis: int, cells: int, count: int) -> tuple[_Band, slice]:
+        """The weights of the map's cells for the pixels inside, and where those are."""
         start, length = self.box[axis], self.box[axis + 2]
         unit = self.resized[axis] / count  # one output pixel, in pixels of the resized photo
         centre = (np.arange(count) + 0.5) * unit - start
@@ -340,11 +342,13 @@ class View:
             inside = (centre + unit / 2 > 0) & (centre - unit / 2 < length)
         at = np.clip(centre[inside] * cells / length, 0, cells)
         support = max(1.0, unit * cells / length)
-        weights = 1 - np.abs(at[:, None] - (np.arange(cells) + 0.5)) / support
-        weights = np.maximum(weights, 0)
+        band = min(cells, math.floor(2 * support) + 1)
+        least = np.clip(np.ceil(at - support - 0.5), 0, cells - band).astype(np.int64)
+        near = least[:, None] + np.arange(band)
+        weights = np.maximum(1 - np.abs(at[:, None] - (near + 0.5)) / support, 0)
         weights /= weights.sum(axis=1, keepdims=True)
         first = int(inside.argmax())
-        return weights.astype(np.float32), slice(first, first + int(inside.sum()))
+        return _Band(near, weights.astype(np.float32)), slice(first, first + len(at))
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary of strings and lists."""
@@ -366,6 +370,31 @@ class View:
         if not valid or min(positive) < 1:
             raise ValueError(f"view: got {data!r}; give what View.to_json wrote")
         return view
+
+
+class _Band(NamedTuple):
+    """Weights (pixels, band) of the cells (pixels, band) that are not too far away to count.
+
+    All of them together are about 2 (pixels + cells) numbers, where a matrix has pixels x cells.
+    """
+
+    cells: NDArray[np.int64]
+    weights: NDArray[np.float32]
+
+    def __call__(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Cells (cells, n) to pixels (pixels, n)."""
+        out = self.weights[:, :1] * values[self.cells[:, 0]]
+        for i in range(1, self.cells.shape[1]):
+            out += self.weights[:, i, None] * values[self.cells[:, i]]
+        return out
+
+
+def _resampled(map: NDArray[np.float32], rows: _Band, columns: _Band) -> NDArray[np.float32]:
+    """A map (h, w) at (len(rows), len(columns)) pixels, by way of the smaller of the two halfway."""
+    (height, width), (tall, wide) = map.shape, (len(rows.cells), len(columns.cells))
+    if tall * width <= height * wide:
+        return columns(np.ascontiguousarray(rows(map).T)).T
+    return rows(np.ascontiguousarray(columns(np.ascontiguousarray(map.T)).T))
 
 
 def make_view(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from xattn import strict_json
 
 MAX_HEADER = 100_000_000  # bytes, as in safetensors
+MAX_DIMENSIONS, MAX_SIDE = 8, 1 << 40  # of a tensor, far above any that a file can hold
 _TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
@@ -50,9 +51,7 @@ class TensorFile:
             raise ValueError("its header is no table")
         header.pop("__metadata__", None)
         self._places = {name: _place(entry) for name, entry in header.items()}
-        last = max((end for *_, end in self._places.values()), default=0)
-        if self._start + last != self._size:
-            raise ValueError(f"it has {self._size} bytes, its header says {self._start + last}")
+        _check_places(self._places, self._size - self._start)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Of a tensor, None if there is none of this name."""
@@ -85,12 +84,32 @@ class TensorFile:
 def _place(entry: Any) -> _Place:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = [n for n in (*shape, begin, end) if type(n) is not int or n < 0]
         size = int(_TYPES[dtype][-1])
+        numbers = (*shape, begin, end)
+        if len(shape) > MAX_DIMENSIONS or not all(type(n) is int for n in numbers):
+            raise ValueError
+        if not all(0 <= n <= MAX_SIDE for n in numbers):
+            raise ValueError
     except (KeyError, TypeError, ValueError):
-        raise ValueError(
-            f"its header says {str(entry)[:100]}, which is no tensor of floats"
-        ) from None
-    if whole or end - begin != size * math.prod(shape):
-        raise ValueError(f"its header says {str(entry)[:100]}, which does not add up")
+        raise ValueError(f"its header says {_shown(entry)}, which is no tensor of floats") from None
+    if end - begin != size * math.prod(shape):
+        raise ValueError(f"its header says {_shown(entry)}, which does not add up")
     return _TYPES[dtype], shape, begin, end
+
+
+def _shown(entry: Any) -> str:
+    try:
+        return str(entry)[:100]
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of too many digits"
+
+
+def _check_places(places: Mapping[str, _Place], size: int) -> None:
+    """Tensors fill the file, each its own part of it: what is read is never more than the file holds."""
+    at = 0
+    for _, _, begin, end in sorted(places.values(), key=lambda place: place[2:]):
+        if begin != at:
+            raise ValueError(f"its header says that a tensor begins at byte {begin}, not at {at}")
+        at = end
+    if at != size:
+        raise ValueError(f"it has {size} bytes of tensors, its header says {at}")
