@@ -10,7 +10,6 @@ every map and thumbnail. See :mod:`xattn.pack_writer`.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from xattn import strict_json
-from xattn.files import follow_link, output_error
+from xattn.files import follow_link, output_error, temporary_folder
 from xattn.images import View, load_image
 from xattn.sources import StoredPhoto
 from xattn.tensor_file import TensorFile
@@ -186,7 +185,8 @@ def check_output(folder: str | Path) -> Path:
         raise ValueError(f"output: {folder} is a file; name a folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)).rmdir()
+        with temporary_folder(folder):
+            pass
     except OSError as error:
         raise output_error("output", folder, error) from error
     return folder

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-OLD = ".old"
+NEW, OLD = ".tmp", ".old"  # how hidden folders beside an output end
 
 
 def output_error(argument: str, path: str | Path, error: OSError) -> OSError:
@@ -45,23 +47,20 @@ def follow_link(path: str | Path, argument: str = "output") -> Path:
 
 
 @contextmanager
-def atomic_file(path: str | Path, argument: str = "output", mode: int = 0o644) -> Iterator[Path]:
+def atomic_file(path: str | Path, argument: str = "output", mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; it takes the name of ``path`` when the block ends.
 
-    Only its owner can read it until then, when it gets ``mode``.
+    Its permissions are those of ``mode`` that the umask leaves, from the beginning.
     """
     path = Path(path)
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent
-        )
-        os.close(handle)
-        temporary = Path(name)
+        new = path.parent / f".{path.name}.{secrets.token_hex(4)}{path.suffix}"
+        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+        temporary = new
         yield temporary
         _sync(temporary)
-        temporary.chmod(mode)
         os.replace(temporary, path)
     except OSError as error:
         raise output_error(argument, path, error) from error
@@ -79,6 +78,8 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Yield a temporary sibling folder that replaces ``path`` when the block ends.
 
+    What writers of ``path`` that were killed have left is put back or deleted first.
+
     Args:
         path: a folder, or a link to one, which stays; see :func:`follow_link`.
         owned: names of the files and folders that the caller writes; whatever else lies in an
@@ -89,7 +90,6 @@ def atomic_folder(
     path = follow_link(path, argument)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{argument}: {path} is a file; name a folder")
-    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _restore(path)
@@ -98,39 +98,105 @@ def atomic_folder(
                 f"{argument}: {path} is not empty and was not written by xattn; choose a new "
                 f"folder, nothing was overwritten"
             )
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        yield temporary
-        for entry in path.iterdir() if path.is_dir() else ():
-            if entry.name not in owned and not (temporary / entry.name).exists():
-                copy = shutil.copytree if entry.is_dir() else shutil.copy2
-                copy(entry, temporary / entry.name)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        temporary.chmod(0o755)
-        if path.exists():
-            old = temporary.with_name(temporary.name + OLD)
-            os.replace(path, old)
-            try:
+        _sweep(path)
+        with temporary_folder(path) as temporary:
+            yield temporary
+            for entry in path.iterdir() if path.is_dir() else ():
+                if entry.name not in owned and not (temporary / entry.name).exists():
+                    copy = shutil.copytree if entry.is_dir() else shutil.copy2
+                    copy(entry, temporary / entry.name)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            if path.exists():
+                _swap(temporary, path)
+            else:
                 os.replace(temporary, path)
-            except OSError:
-                os.replace(old, path)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, path)
     except OSError as error:
         raise output_error(argument, path, error) from error
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """``new`` takes the name of the folder ``path``, and the other way round."""
+    old = new.with_suffix(OLD)
+    with _held(path):  # no other writer takes the backup for that of a killed one
+        os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            os.replace(old, path)
+            raise
+        os.replace(old, new)
+
+
+# ---------------------------------------------------------------------- after kills
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a new hidden folder beside ``path``, deleted when the block ends.
+
+    If the process is killed, the next :func:`atomic_folder` of ``path`` deletes it.
+    """
+    while True:
+        folder = path.parent / f".{path.name}.{secrets.token_hex(4)}{NEW}"
+        folder.mkdir()
+        with _held(folder, wait=True):
+            if not folder.exists():  # swept by another process before it was held
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
 
 
 def _restore(path: Path) -> None:
     """Undo a replacement that was killed between its two renames."""
-    if not path.exists():
-        for old in sorted(path.parent.glob(f".{path.name}.*{OLD}"))[-1:]:
-            os.replace(old, path)
+    if path.exists():
+        return
+    backups = _siblings(path, rf"\w+\{OLD}")
+    for old in sorted(backups, key=lambda old: old.stat().st_ctime_ns)[-1:]:
+        with _held(old) as held:
+            if held is not False:
+                os.replace(old, path)
+
+
+def _sweep(path: Path) -> None:
+    """Delete what killed writers of ``path`` have left: unfinished folders, and replaced ones."""
+    for leftover in _siblings(path, rf"[0-9a-f]{{8}}\.({NEW[1:]}|{OLD[1:]})"):
+        with _held(leftover) as held:
+            if held and (leftover.suffix == NEW or path.exists()):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _siblings(path: Path, ending: str) -> list[Path]:
+    """Hidden folders beside ``path`` named ``.<its name>.<ending>``."""
+    pattern = re.compile(re.escape(f".{path.name}.") + ending)
+    found: list[Path] = []
+    with suppress(PermissionError):  # a folder that may be written and not listed
+        found = [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]
+    return [entry for entry in found if entry.is_dir() and not entry.is_symlink()]
+
+
+@contextmanager
+def _held(folder: Path, wait: bool = False) -> Iterator[bool | None]:
+    """Own a folder until the block, or the process, ends: True; False where another process or
+    thread owns it, None where that cannot be known."""
+    with ExitStack() as stack:
+        held: bool | None = None
+        try:
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except BlockingIOError:
+            held = False
+        except (ImportError, OSError):  # not POSIX, or a file system without locks
+            pass
+        yield held
 
 
 def check_folder(path: str | Path, argument: str = "output") -> None:
@@ -146,7 +212,7 @@ def check_folder(path: str | Path, argument: str = "output") -> None:
         raise output_error(argument, path, error) from error
 
 
-def write_json(path: str | Path, value: Any, argument: str = "output", mode: int = 0o644) -> None:
+def write_json(path: str | Path, value: Any, argument: str = "output", mode: int = 0o666) -> None:
     """Write ``value`` as indented JSON, atomically."""
     with atomic_file(path, argument, mode) as temporary:
         temporary.write_text(

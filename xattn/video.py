@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 import os
 import shlex
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -33,7 +32,7 @@ from xattn.explanation import (
     load_pack,
     save_pack,
 )
-from xattn.files import output_error, printable
+from xattn.files import follow_link, output_error, printable, temporary_folder
 from xattn.images import MAX_PIXELS, prepare
 from xattn.interrupts import deferred_interrupt
 from xattn.visualize import _font, _shorten, overlay
@@ -347,10 +346,9 @@ class _Drafts:
         self.fps = max(fps, 0.01)
         if Fraction(round(self.fps * 1000), 1000).numerator > 65535:  # a limit of MPEG-4
             self.fps = float(round(self.fps))
-        self.folder = tempfile.TemporaryDirectory(
-            prefix=f".{self.output.name}.", dir=self.output.parent, ignore_cleanup_errors=True
-        )
-        self.film = Path(self.folder.name) / VIDEO
+        self._stack = ExitStack()
+        self.folder = self._stack.enter_context(temporary_folder(follow_link(self.output)))
+        self.film = self.folder / VIDEO
         self.writer: Any = None
         self.stills: dict[int, tuple[str, Path]] = {}  # explained frame -> its id and picture
         self.count, self.step = 0, 1
@@ -361,7 +359,7 @@ class _Drafts:
     def __exit__(self, *_: object) -> None:
         if self.writer is not None:
             self.writer.release()
-        self.folder.cleanup()
+        self._stack.close()
 
     def add(self, photo: Image.Image, group: Sequence[Explanation]) -> None:
         """One frame and its explanations."""
@@ -377,7 +375,7 @@ class _Drafts:
             self.step *= 2
             for n in [n for n in self.stills if n % self.step]:
                 self.stills.pop(n)[1].unlink()
-        still = Path(self.folder.name) / f"{image_id}.jpg"
+        still = self.folder / f"{image_id}.jpg"
         small = photo.copy()
         small.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE), Image.Resampling.LANCZOS)
         try:
