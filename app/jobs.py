@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -28,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from xattn import strict_json
 from xattn.app import demo_job
 from xattn.app.inside import PackError, open_inside, read_inside
 from xattn.files import output_error, write_json
@@ -366,8 +366,8 @@ class Jobs:
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
-            found = json.loads(read_inside(*self._inside(path), MAX_RECORD))
-        except (ValueError, RecursionError):
+            found = strict_json.parse(read_inside(*self._inside(path), MAX_RECORD), nan=True)
+        except ValueError:
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -376,8 +376,8 @@ class Jobs:
         found = []
         with contextlib.suppress(PackError):
             for line in read_inside(*self._inside(path), MAX_LOG).splitlines():
-                with contextlib.suppress(ValueError, RecursionError):  # one that is being written
-                    record = json.loads(line)
+                with contextlib.suppress(ValueError):  # one that is being written
+                    record = strict_json.parse(line, nan=True)
                     if isinstance(record, dict) and _is_count(record.get("step")):
                         if not _is_count(record.get("epoch", 0)):
                             del record["epoch"]
@@ -519,7 +519,7 @@ def main(folder: Path) -> int:
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a server in the background ignores it
-    arguments = json.loads((folder / "arguments.json").read_text(encoding="utf-8"))
+    arguments = strict_json.read(folder / "arguments.json", "job", "start another job")
     code = 1
     try:
         code = cli.main(arguments)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import hashlib
 import hmac
-import json
 import os
 import secrets
 import stat
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from xattn import strict_json
 from xattn.files import write_json
 
 SHORTEST, LONGEST = 8, 1024  # characters; the longest bounds the work of one try
@@ -97,7 +97,7 @@ def read_password(path: Path) -> Password:
             f"'xattn app --set-password {path}'"
         ) from None
     try:
-        record: dict[str, Any] = json.loads(text)
+        record: dict[str, Any] = strict_json.parse(text)
         values = {name: bytes.fromhex(record[name]) for name in ("salt", "hash", "key")}
         whole = record["xattn"] == "password" and record["scrypt"] == SCRYPT
     except (ValueError, KeyError, TypeError):

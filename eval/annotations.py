@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from xattn import strict_json, strict_yaml
 from xattn.eval.coco import THING_IDS, THINGS, model_classes
 from xattn.files import printable
 from xattn.images import View
@@ -178,7 +179,7 @@ class Boxes(Annotations):
         try:
             x0, y0, x1, y1 = (float(v) for v in entry["box"])
             given = entry["class"]
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             raise ValueError(
                 f"annotations: {label}: got {entry!r}; give "
                 '{"class": name or number, "box": [x0, y0, x1, y1]}'
@@ -293,9 +294,10 @@ def _lines(path: Path) -> list[str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     _check_file(path)
+    text = _text(path)
     try:
-        table = json.loads(_text(path))
-    except json.JSONDecodeError as error:
+        table = strict_json.parse(text)
+    except ValueError as error:
         raise ValueError(f"annotations: {path} is no JSON ({error})") from None
     if not isinstance(table, dict) or not all(isinstance(v, list) for v in table.values()):
         raise ValueError(f"annotations: {path} is no {{file name: [box, ...]}}")
@@ -304,11 +306,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_names(path: Path) -> dict[int, str]:
     """The ``classes`` of a YAML file, without those that mean no class."""
-    import yaml
-
     try:
-        classes = yaml.safe_load(_text(path))["classes"]
-        names = {int(number): str(name) for number, name in classes.items()}
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"annotations: {path} has no 'classes: {{number: name}}'") from error
+        table = strict_yaml.parse(_text(path))
+    except ValueError as error:
+        raise ValueError(f"annotations: {path} is no plain YAML ({error})") from None
+    try:
+        names = {int(number): _name(name) for number, name in table["classes"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+        raise ValueError(f"annotations: {path} has no 'classes: {{number: name}}'") from None
     return {number: name for number, name in names.items() if name not in _NOT_A_CLASS}
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, dict | list):
+        raise TypeError("a name is no text")
+    return str(value)

@@ -10,7 +10,6 @@ finished is not computed again.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 import tyro
 
+from xattn import strict_json
 from xattn.config import TrainConfig
 from xattn.eval.report import format_table, read_json, write_csv, write_json
 from xattn.eval.results import Difference, MethodResult, Results
@@ -139,7 +139,8 @@ def train_and_score(
     }  # fmt: skip
     done = folder / "results.json"
     if done.is_file():
-        if json.loads((folder / "record.json").read_text()) != record:
+        remedy = "choose a new folder"
+        if strict_json.read(folder / "record.json", "output", remedy) != record:
             raise ValueError(f"output: {folder} has other settings; choose a new folder")
         return read_json(done)
     shared: dict[str, Any] = {"seed": config.seed, "max_forward_batch": max_forward_batch}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import math
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from xattn import strict_json
 from xattn.backbone import Backbone, load_backbone
 from xattn.config import ProbeConfig
 from xattn.eval.bootstrap import Interval, mean_intervals
@@ -299,7 +299,7 @@ def format_rows(rows: Sequence[ProbeRow]) -> str:
 def check_results(folder: Path) -> None:
     """Refuse a ``folder`` whose ``results.json`` or ``results.csv`` another job has written."""
     try:
-        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        found = strict_json.parse((folder / RESULTS).read_bytes(), nan=True)
         own = isinstance(found, dict) and {"folds", "seeds", "split_seed", "heads"} <= found.keys()
     except FileNotFoundError:
         own = not (folder / TABLE).exists()

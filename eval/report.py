@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xattn import strict_json
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import METRICS, Protocol
 from xattn.eval.results import ImageRecord, MethodResult, Results, Row
@@ -190,9 +191,10 @@ def read_json(path: str | Path) -> Results:
         OSError: no such file. ValueError: it is not a results file.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        return from_dict(data)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        return from_dict(strict_json.parse(Path(path).read_bytes()))
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        if str(error).startswith("results: "):
+            raise
         raise ValueError(
             f"results: {path} is damaged or not a results file ({type(error).__name__}: {error}); "
             f"evaluate again"

@@ -165,6 +165,7 @@ def test_boxes_partly_outside_are_clipped_and_those_outside_refused():
         [3, 1, 3, 4],
         [0, 4, 3, 1],
         [0, 0, math.nan, 2],
+        [0, 0, 10**400, 2],
         [[0, 0], [1, 1]],
         ["a", 0, 1, 1],
         [[0, 0, 0], [1, 1, 1], [2, 0, 0]],
@@ -206,7 +207,7 @@ def test_box_files_take_boxes_polygons_and_the_form_of_annotations(tmp_path):
         found("data/z/b.jpg", None)
 
 
-@pytest.mark.parametrize("text", ["[]", '{"a.jpg": 3}', "{", '{"a.jpg": [7]}'])
+@pytest.mark.parametrize("text", ["[]", '{"a.jpg": 3}', "{", '{"a.jpg": [7]}', "[" * 50_000])
 def test_damaged_box_files_are_refused(tmp_path, text):
     path = tmp_path / "boxes.json"
     path.write_text(text)

@@ -1,10 +1,11 @@
 """Labels of photos as classes of a classifier: what is right and what is wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from xattn.training.labels import true_classes
+from xattn.training.labels import read_groups, read_labels, true_classes
 
 CLASSES = ["tench, Tinca tinca", "crane", "crane, bird", "fish", "4"]
 NAMES = ["n1/a.jpg", "n1/b.jpg", "n2/c.jpg"]
@@ -52,3 +53,39 @@ def test_photos_without_a_label_are_refused(tmp_path):
         true_classes(NAMES, table(tmp_path, {"a.jpg": "x", "b.jpg": "x"}), CLASSES)
     with pytest.raises(FileNotFoundError, match="labels: no file"):
         true_classes(NAMES, tmp_path / "gone.json", CLASSES)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"n1": {"group": "a"}, "n2": "b"}, {"a.jpg": "a", "b.jpg": "b", "c.jpg": {"label": "c"}}],
+)
+def test_a_file_that_mixes_tables_and_labels_is_refused(tmp_path, content):
+    file = table(tmp_path, content)
+    for read in (lambda: true_classes(NAMES, file, CLASSES), lambda: read_labels(NAMES, file)):
+        with pytest.raises(
+            ValueError, match="labels: .* gives ('n1'|'c.jpg') a table .* throughout"
+        ):
+            read()
+
+
+def test_a_cell_that_is_too_long_is_a_damaged_file(tmp_path):
+    file = table(tmp_path, f"a.jpg,{'x' * 140_000}\n", "labels.csv")
+    with pytest.raises(ValueError, match=r"labels: .* is damaged \(field larger"):
+        read_labels(NAMES, file)
+
+
+def test_a_number_of_thousands_of_digits_is_a_name(tmp_path):
+    long = "9" * 5000
+    file = table(tmp_path, f"a.jpg,{long}\nb.jpg,7\nc.jpg,fish\n", "labels.csv")
+    assert read_labels(NAMES, file).names == ["7", long, "fish"]
+    assert true_classes(NAMES, file, CLASSES)[0] == (None, long)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[", "[" * 50_000, "[]", '{"n1": {"group": "a"}, "n2": {"label": "b"}}', '{"n1": 1, "n2": 2}',
+     '{"n1": {"group": "a"}, "n2": {"group": ["b"]}}'],
+)  # fmt: skip
+def test_a_table_of_groups_of_another_form_is_refused(tmp_path, content):
+    with pytest.raises(ValueError, match="data: .* (is damaged|has another form)"):
+        read_groups([Path(name) for name in NAMES], table(tmp_path, content))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 DEEPEST = 64  # levels; what is read is shown, compared and copied by functions that call themselves
@@ -40,15 +41,29 @@ def parse(
         if type(error) is ValueError and "digits" in str(error):  # Python's words advise a setting
             raise ValueError("a number in it has too many digits") from None
         raise
-    _check_depth(value)
+    check_depth(value)
     return value
+
+
+def read(path: Path, argument: str, remedy: str, nan: bool = False) -> Any:
+    """The value of a JSON file that this project wrote.
+
+    Raises:
+        ValueError: it is damaged; the text names ``argument``, the file and the ``remedy``.
+        OSError: it cannot be read.
+    """
+    try:
+        return parse(path.read_bytes(), nan=nan)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {path} is damaged ({error}); {remedy}") from None
 
 
 def _refuse(name: str) -> Any:
     raise ValueError(f"it holds {name}, which JSON does not have")
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
+    """Raise a ``ValueError`` for lists and tables of more than :data:`DEEPEST` levels."""
     level = [value]
     for _ in range(DEEPEST):
         inner = [v.values() if type(v) is dict else v for v in level if type(v) in (dict, list)]

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xattn import strict_json
 from xattn.backbone import Backbone, Taps
 from xattn.config import ProbeConfig
 from xattn.correlation import pearson
@@ -101,7 +102,8 @@ def study(
     }
     settings = json.loads(json.dumps({**inputs, **asdict(config)}))
     file = output / SETTINGS
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != settings:
+    remedy = "give a new folder"
+    if file.is_file() and strict_json.read(file, "output", remedy) != settings:
         raise ValueError(
             f"output: {output} holds another study; give its settings, or a new folder"
         )

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xattn import strict_json
 from xattn.correlation import pearson
 from xattn.eval.studies import sst
 from xattn.eval.studies.config import TextStudyConfig
@@ -274,7 +275,9 @@ class Progress:
         self.path = folder / RUNS
         stored = folder / SETTINGS
         if stored.exists():
-            before = json.loads(stored.read_text(encoding="utf-8"))
+            remedy = "give another folder, or delete it"
+            before = strict_json.read(stored, "output", remedy)
+            before = before if isinstance(before, dict) else {}
             other = [key for key in settings if before.get(key) != settings[key]]
             if other:
                 raise ValueError(
@@ -284,9 +287,9 @@ class Progress:
         write_json(stored, settings)
         self.rows: dict[Run, dict[str, Any]] = {}
         if self.path.exists():
-            for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
                 try:
-                    row = json.loads(line)
+                    row = strict_json.parse(line, nan=True)
                     self.rows[Run(*row["run"])] = row
                 except (ValueError, KeyError, TypeError) as error:
                     raise ValueError(

@@ -16,7 +16,6 @@ photos become macros, the others web photos; each test photo is tested in every 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from xattn import strict_json
 from xattn.config import ProbeConfig
 from xattn.eval.studies.config import PartStudyConfig
 from xattn.eval.studies.part_report import Values, figure, line, report, summary
@@ -274,7 +274,7 @@ def _claim(output: Path, photos: Sequence[Path], study: PartStudyConfig) -> None
     }
     path = output / "study.json"
     if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")) != own:
+        if strict_json.read(path, "output", "choose another") != own:
             raise ValueError(f"output: {output} is of other photos or settings; choose another")
     elif output.is_dir() and any(output.iterdir()):
         raise ValueError(f"output: {output} is not empty and holds no study; choose a new folder")

@@ -214,6 +214,7 @@ def test_boxes_may_leave_the_photo_by_the_rounding_of_their_numbers(tmp_path):
     [
         ([{"class": "cta", "box": [0, 0, 1, 1]}], "unknown class 'cta'; did you mean cat"),
         ([{"class": 1, "box": [0, 0, 1]}], "give .*name or number"),
+        ([{"class": 1, "box": [0, 0, 1, 10**400]}], "give .*name or number"),
         ([{"box": [0, 0, 1, 1]}], "give .*name or number"),
         (["cat"], "give .*name or number"),
         ([], "no box for a.jpg"),
@@ -234,7 +235,9 @@ def test_a_photo_without_an_entry_or_a_name_is_refused(tmp_path):
 
 
 def test_json_of_another_form_is_refused(tmp_path):
-    for content, message in (("[]", "is no {file name"), ('{"a": 1}', "is no {"), ("{", "no JSON")):
+    for content, message in (
+        ("[]", "is no {file name"), ('{"a": 1}', "is no {"), ("{", "no JSON"), ("[" * 50_000, "no JSON .*too deep"),
+    ):  # fmt: skip
         (tmp_path / "b.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             Boxes(tmp_path / "b.json", NAMES, CLASSES)
@@ -279,8 +282,12 @@ def test_a_folder_of_masks_with_its_own_names_and_a_model_with_the_same(tmp_path
     assert got.mask(1)[0].tolist() == [[False, False, True, True]]
     with pytest.raises(ValueError, match="no class of mine is a category of .* such as Cat, dog"):
         load_annotations(tmp_path, model("bee"))
-    (tmp_path / "classes.yaml").write_text("names: [cat]")
-    with pytest.raises(ValueError, match="has no 'classes: {number: name}'"):
+    for text in ("names: [cat]", "classes: {.inf: cat}", "classes: {1: [cat]}"):
+        (tmp_path / "classes.yaml").write_text(text)
+        with pytest.raises(ValueError, match="has no 'classes: {number: name}'"):
+            load_annotations(tmp_path, model("cat"))
+    (tmp_path / "classes.yaml").write_text("a: &a [cat]\nclasses: {1: *a}")
+    with pytest.raises(ValueError, match="is no plain YAML .an alias"):
         load_annotations(tmp_path, model("cat"))
 
 

@@ -19,6 +19,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from xattn import strict_json
 from xattn.backbone import Backbone, Taps
 from xattn.files import atomic_folder
 from xattn.heads.options import checked
@@ -207,7 +208,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         if not found or not key.isidentifier():
             raise ValueError(f"options: got {pair!r}; write name=value")
         try:
-            options[key] = json.loads(value)
+            options[key] = strict_json.parse(value, nan=True)
         except ValueError:
             options[key] = value
     return options
@@ -298,14 +299,14 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"head: {folder} holds no {CONFIG_FILE}; name a folder that save_head wrote"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = strict_json.parse(path.read_bytes(), nan=True)
         config["format"], config["head"], config["options"], config["backbone"]["sha256"]
         for key, kind in (("head", str), ("options", dict), ("backbone", dict)):
             if not isinstance(config[key], kind):
                 raise TypeError(f"{key} is no {kind.__name__}")
         if not all(isinstance(tap, str) for tap in config["backbone"].get("taps") or ()):
             raise TypeError("a tap is no str")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"head: {path} is damaged ({type(error).__name__}: {error}); save the head again"
         ) from None

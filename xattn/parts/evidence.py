@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from xattn import strict_json
 from xattn.files import file_sha256
 
 Region: TypeAlias = Sequence[Any]  # [x0, y0, x1, y1] or [[x, y], ...]
@@ -73,7 +74,7 @@ def _points(region: Region) -> NDArray[np.float64]:
     """The two corners of a box, (2, 2), or the points of a polygon, (n, 2)."""
     try:
         points = np.asarray(region, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         points = np.empty(0)
     if points.shape == (4,):
         points = points.reshape(2, 2)
@@ -139,7 +140,7 @@ class BoxFile:
         self.path = Path(path)
         try:
             text = self.path.read_text(encoding="utf-8-sig")
-            table = json.loads(text)
+            table = strict_json.parse(text)
         except ValueError as error:
             raise ValueError(
                 f"evidence: {path} is not UTF-8 JSON ({error}); write it anew"

@@ -6,7 +6,6 @@ tell them from their photos. A run with the same arguments goes on where one sto
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from xattn import strict_json
 from xattn.files import atomic_file, check_folder, write_json
 from xattn.images import MAX_PIXELS, read_ahead
 from xattn.parts.crop import area, largest_crop
@@ -155,8 +155,8 @@ def _finished(output: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any
     path = output / RECORD
     if not path.is_file():
         return {}
+    earlier = strict_json.read(path, "output", "choose another folder")
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
         records = {int(record["index"]): record for record in earlier["parts"]}
         same = earlier["settings"] == settings
     except (ValueError, KeyError, TypeError) as error:

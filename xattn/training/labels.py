@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xattn import strict_json
 from xattn.files import printable
 from xattn.images import SUFFIXES
 
@@ -42,10 +42,21 @@ def read_groups(paths: Sequence[Path], file: Path) -> dict[Path, str]:
     """The group of every photo that has one, by the name of its folder."""
     if not file.is_file():
         raise FileNotFoundError(f"data: no file {file}; give {{folder: {{'group': name}}}} as JSON")
-    classes = json.loads(file.read_text(encoding="utf-8"))
-    missing = sorted({p.parent.name for p in paths} - set(classes))
+    try:
+        classes = strict_json.parse(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"data: {file} is damaged ({error}); mend it") from None
+    folders = {p.parent.name for p in paths}
+    missing = sorted(folders - set(classes)) if isinstance(classes, dict) else []
     if missing:
         raise ValueError(f"data: {file} does not name the folders {', '.join(missing[:5])}")
+    if not isinstance(classes, dict) or not all(
+        _has_group(classes[name]) and isinstance(classes[name]["group"], str | None)
+        for name in folders
+    ):
+        raise ValueError(
+            f"data: {file} has another form; give {{folder: {{'group': name or null}}}} as JSON"
+        )
     groups = {p: classes[p.parent.name]["group"] for p in paths}
     return {p: group for p, group in groups.items() if group is not None}
 
@@ -134,8 +145,9 @@ def _class_of(
         index, texts = value.get("index"), [value.get("label"), value["group"]]
     found = [text for text in (_label(text, key, file) for text in texts) if text is not None]
     for text in found:
-        if text.isdecimal() and int(text) < count:
-            return int(text), text
+        number = _number(text) if text.isdecimal() else None
+        if number is not None and number < count:
+            return number, text
         places = classes.get(text.strip().lower(), [])
         exact = [i for i in places if i == index] if len(places) > 1 else places
         if exact:
@@ -219,14 +231,20 @@ def _given(names: Sequence[str], file: Path) -> list[tuple[str, Any]]:
     try:
         text = file.read_text(encoding="utf-8-sig")
         csv_file = file.suffix.lower() == ".csv"
-        table: Any = _csv(text) if csv_file else json.loads(text, object_pairs_hook=_object)
-    except (ValueError, UnicodeDecodeError) as error:
+        table: Any = _csv(text) if csv_file else strict_json.parse(text, table=_object)
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"labels: {file} is damaged ({error}); mend it") from None
     if not isinstance(table, dict) or not table:
         raise ValueError(f"labels: {file} holds no table of labels; see read_labels")
     keys: list[str | None]
-    if all(isinstance(v, dict) and "group" in v for v in table.values()):
+    tables = [key for key, value in table.items() if isinstance(value, dict)]
+    if len(tables) == len(table) and all(map(_has_group, table.values())):
         keys = [_folder(n) if _folder(n) in table else None for n in names]
+    elif tables:
+        raise ValueError(
+            f"labels: {file} gives {tables[0]!r} a table and other photos or folders none, or one "
+            f"without a 'group'; write {{folder: {{'group': name or null}}}} or {{photo: label}} throughout"
+        )
     else:
         keys = _matched(names, table, file)
     missing = [name for name, key in zip(names, keys, strict=True) if key is None]
@@ -236,6 +254,10 @@ def _given(names: Sequence[str], file: Path) -> list[tuple[str, Any]]:
             f"{missing[0]}; add them, or write null to leave a photo out"
         )
     return [(key, table[key]) for key in keys if key is not None]
+
+
+def _has_group(value: Any) -> bool:
+    return isinstance(value, dict) and "group" in value
 
 
 def _csv(text: str) -> dict[str, str | None]:
@@ -296,5 +318,11 @@ def _label(value: Any, key: str, file: Path) -> str | None:
 
 def _natural(name: str) -> tuple[int, int, str]:
     """Numbers by value, before names."""
-    digits = name.removeprefix("-").isdecimal()
-    return (0, int(name), name) if digits else (1, 0, name)
+    number = _number(name)
+    return (1, 0, name) if number is None else (0, number, name)
+
+
+def _number(text: str) -> int | None:
+    """A whole number; Python makes none of thousands of digits."""
+    digits = text.removeprefix("-").isdecimal() and len(text) <= 18
+    return int(text) if digits else None
