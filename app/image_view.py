@@ -56,7 +56,7 @@ def short(name: str) -> str:
 
 def aspect(pack: Pack, shown: Shown) -> float:
     """Width over height of the photo's place; of a strip or a tower only what the page can show."""
-    height, width = pack.explanation(shown.focus).view.photo_size
+    height, width = pack.view(shown.focus).photo_size
     return min(max(width / height, 0.6), 2.0)
 
 

@@ -32,7 +32,7 @@ from xattn.explanation import (
     parse_manifest,
 )
 from xattn.files import file_sha256
-from xattn.images import decode_image
+from xattn.images import View, decode_image
 from xattn.tensor_file import TensorFile
 
 __all__ = ["MetricInfo", "NoPack", "Pack", "PackError", "Recent"]
@@ -148,6 +148,10 @@ class Pack:
             raise PackError(f"The map {entry_id} is damaged ({why(error)}); {AGAIN}") from None
         self._recent.put(key, found, found.map.nbytes)
         return found
+
+    def view(self, entry_id: str) -> View:
+        """Which part of the photo the network saw; nothing is read for it."""
+        return self._index.views[self._entry(entry_id)]
 
     def photo(self, image_id: str, side: int | None = None) -> Image.Image:
         """The stored thumbnail of a photo, RGB, shrunk to ``side`` pixels if it is larger."""

@@ -7,6 +7,7 @@ A picture is a pure function of a pack's version, an entry and a :class:`Look`; 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -17,7 +18,7 @@ from urllib.parse import urlencode
 import numpy as np
 from PIL import Image
 
-from xattn.app.pack import Recent
+from xattn.app.pack import PackError, Recent
 from xattn.visualize import (
     DIVERGING,
     SEQUENTIAL,
@@ -151,9 +152,12 @@ def overlay_url(pack: Pack, entry_id: str, look: Look) -> str:
 
 
 def legends(pack: Pack, entry_ids: Iterable[str], look: Look) -> list[Legend]:
-    """What the colours of these maps mean, each meaning once."""
-    found = [_legend(pack, entry_id, look) for entry_id in entry_ids]
-    return list(dict.fromkeys(found))
+    """What the colours of these maps mean, each meaning once; a map that cannot be read has none."""
+    found: dict[Legend, None] = {}
+    for entry_id in entry_ids:
+        with contextlib.suppress(PackError):  # its picture says so
+            found[_legend(pack, entry_id, look)] = None
+    return list(found)
 
 
 def _legend(pack: Pack, entry_id: str, look: Look) -> Legend:

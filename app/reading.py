@@ -163,7 +163,7 @@ def _read(
     pack: Pack, image_id: str, backbone: Backbone, mechanism: str, size: int | None
 ) -> Reading:
     first = pack.entries.index[pack.entries["image_id"] == image_id][0]
-    mode = pack.explanation(first).view.mode
+    mode = pack.view(first).mode
     images, _ = prepare(pack.photo(image_id), backbone.preprocessing, mode)
     try:
         with models.turn(), torch.no_grad():

@@ -8,9 +8,9 @@ import pytest
 pytest.importorskip("streamlit")
 
 from xattn.app import state
-from xattn.app.library import Library
-from xattn.app.made_up import CLASSES, described, explanation, picture
-from xattn.explanation import save_pack
+from xattn.app.library import Library, PackError
+from xattn.app.made_up import CLASSES, described, explanation, picture, small_pack
+from xattn.explanation import MAPS, save_pack
 
 AppTest = pytest.importorskip("streamlit.testing.v1").AppTest
 METHODS = ("gradcam", "saliency", "lrp", "random")
@@ -108,6 +108,21 @@ def test_without_an_image_the_first_one_is_shown_with_all_methods_but_sanity_row
     assert query(cells(app)[0])["image"] == "photo-00000"
     assert all(c["alt"] for c in cells(app))
     assert cells(app)[1]["selected"] and not cells(app)[2]["selected"]
+
+
+def test_a_damaged_map_leaves_the_other_maps_of_its_photo(show, root):
+    folder = small_pack(root / "damaged", 1, ("gradcam", "saliency"))
+    data = bytearray((folder / MAPS).read_bytes())
+    data[-1] ^= 64  # of the last map
+    (folder / MAPS).write_bytes(data)
+    pack = opened(root, "damaged")
+    bad = "photo-00000@0.saliency"
+    with pytest.raises(PackError, match="damaged"):
+        pack.explanation(bad)
+    for tab in ("Classes", "Before and after", "Provenance"):
+        app = show(pack, entry=bad, tab=tab)
+        assert not app.error
+        assert [c["title"] for c in cells(app)] == ["Photo", "gradcam", "saliency"]
 
 
 def test_each_kind_of_map_has_a_legend(show, pack):
