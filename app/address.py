@@ -28,7 +28,7 @@ def is_new(key: str, address: Any, known: bool = True) -> bool:
     written = _written(key)
     if not known:
         written.clear()
-    return not (written and (address == written[-1] or (address in written and not _back())))
+    return not (written and (address == written[-1] or (address in written and not back())))
 
 
 def wrote(key: str, address: Any) -> None:
@@ -48,7 +48,7 @@ def _written(key: str) -> deque[Any]:
     return pages.setdefault(key, deque(maxlen=WRITTEN))
 
 
-def _back() -> bool:
+def back() -> bool:
     """Whether the person went back or forward."""
     run = get_script_run_ctx()
     return run is not None and run.is_history_navigation

@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,14 +73,18 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(root: Path, log: Path, *arguments: str) -> Iterator[tuple[str, int]]:
+def served(
+    root: Path, log: Path, *arguments: str, run: Sequence[str] = ("-m", "xattn.cli")
+) -> Iterator[tuple[str, int]]:
     """``xattn app root`` on a free port until the block ends: its address and process number.
+
+    ``run`` is what Python gets to be xattn.
 
     Raises:
         RuntimeError: it ended early or did not answer within a minute; with what it wrote to ``log``.
     """
     port = free_port()
-    command = [sys.executable, "-m", "xattn.cli", "app", str(root), "--port", str(port)]
+    command = [sys.executable, *run, "app", str(root), "--port", str(port)]
     with log.open("wb") as stream:
         process = subprocess.Popen([*command, *arguments], stdout=stream, stderr=subprocess.STDOUT)
     try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from xattn.app import address, selection, state, theme
+from xattn.app import address, last_view, selection, state, theme
 from xattn.app.library import PackError
 from xattn.app.login import LOGOUT
 from xattn.app.state import Context, plain
@@ -92,6 +92,25 @@ def _run(name: str) -> None:
         st.error(plain(error))
         if PAGES[name][1]:
             _packs(state.library())
+
+
+def failed(error: Exception) -> bool:
+    """Say in one sentence that a page or a click failed, with a way on; the traceback is in the log.
+
+    For ``streamlit.starlette.App(on_script_error=...)``, which logs ``error`` itself; True keeps
+    Streamlit from showing it.
+    """
+    last_view.forget()  # the gallery must open, whatever it was that failed
+    st.error("The viewer failed here; the window in which xattn app runs shows why.")
+    bar = st.container(horizontal=True, gap="small")
+    here = {name: st.query_params.get_all(name) for name in st.query_params}
+    for label, name, query in (
+        ("Open this page again", state.current_page(), here),
+        ("Open the gallery", state.DEFAULT_PAGE, {}),
+    ):
+        page = state.page_object(name)
+        bar.page_link(page, label=label, query_params=query, width="content")
+    return True
 
 
 # ---------------------------------------------------------------------- the pack

@@ -128,6 +128,7 @@ def streamlit_options(address: Address, upload_mb: int) -> dict[str, Any]:
         "browser.gatherUsageStats": False,
         "client.toolbarMode": "minimal",
         "client.showErrorDetails": "none",
+        "client.showErrorLinks": False,
         "client.showSidebarNavigation": True,
         "logger.level": "error",
         "logger.hideWelcomeMessage": True,
@@ -148,7 +149,7 @@ def application(
     from streamlit.starlette import App
     from streamlit.web.bootstrap import load_config_options
 
-    from xattn.app import index, routes, scratch, state
+    from xattn.app import index, main, routes, scratch, state
     from xattn.app.security import Guard
     from xattn.app.upload_room import UploadRoom
 
@@ -172,6 +173,7 @@ def application(
         routes=[*index.routes(), *routes.routes()],
         middleware=[before, room],
         lifespan=lifespan,
+        on_script_error=main.failed,
     )
 
 

@@ -56,6 +56,11 @@ color:inherit}
 [data-testid=stMultiSelectTagsContainer]{flex-wrap:wrap;height:auto;min-width:0;flex:1;
 overflow:visible;mask-image:none}
 [data-testid=stMultiSelect] [data-tag]{max-width:100%}
+/* Streamlit draws an empty radio button in the colour of borders, below a contrast of 3 on both grounds. */
+[data-testid=stRadioOption]:not([data-selected])>div>div:first-child{border-color:var(--quiet)}
+/* A list is as wide as its box, which cuts off what is longer. */
+[data-testid=stSelectboxVirtualDropdown]{min-width:min(17rem,100vw - 2rem)}
+[data-testid=stSelectboxVirtualDropdown] [role=option]>div{text-overflow:ellipsis}
 [data-testid^=stTopNav] a:focus-visible,[data-testid^=stSidebarNav] a:focus-visible{
 outline:2px solid var(--accent);outline-offset:1px}
 @media(max-width:640px){.stButton kbd{display:none}

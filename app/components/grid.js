@@ -7,7 +7,11 @@ function element(tag, name, text) {
   const made = document.createElement(tag);
   if (name) made.className = name;
   if (text !== undefined) {
-    made.textContent = text;
+    // A long file name may break behind these marks; a <wbr> is not part of what is copied.
+    for (const part of String(text).split(/(?<=[-_./,+])(?=[^-_./,+\s])/)) {
+      if (made.firstChild) made.append(document.createElement("wbr"));
+      made.append(part);
+    }
     made.dir = "auto"; // names from right to left stand by themselves
   }
   return made;

@@ -12,7 +12,7 @@ import streamlit as st
 import torch
 from torch import Tensor
 
-from xattn.app import attention_charts, attention_rows, models, reading, selection, state
+from xattn.app import attention_charts, attention_rows, last_view, models, reading, selection, state
 from xattn.app.attention_pictures import SCALES, alt_text, legend, photo, png, shares
 from xattn.app.attention_view import (
     KEY,
@@ -51,7 +51,9 @@ def page(context: Context) -> None:
     """Show the attention of one image of the open pack."""
     pack = context.pack
     assert pack is not None, "main.py calls this page with a pack"
-    image_id = _image(pack, context.params.get("image"))
+    image_id = last_view.image_of_url(pack)
+    if image_id not in pack.images.index:
+        raise PackError("This pack has no such image; choose one in the gallery.")
     _heading(pack, image_id)
     with st.spinner("Loading the network that made this pack …"):
         backbone = models.backbone_of(pack)
@@ -80,14 +82,6 @@ def page(context: Context) -> None:
     _rollout(seen, view)
     attention_charts.show(seen, view)
     remember(image_id, view, start)
-
-
-def _image(pack: Pack, wanted: str | None) -> str:
-    if wanted is None:
-        return str(pack.images.index[0])
-    if wanted not in pack.images.index:
-        raise PackError("This pack has no such image; choose one in the gallery.")
-    return wanted
 
 
 # ---------------------------------------------------------------------- the top of the page

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
-from xattn.app import address, export, selection, state
+from xattn.app import address, export, last_view, selection, state
 from xattn.app.components import grid
 from xattn.app.image_view import short
 from xattn.app.pictures import Look, legends, overlay_url, photo_url
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from xattn.app.library import Pack
 
 SIDE = 240  # pixels of a picture's longer side
-CELLS = "cells"  # the grid's key
+# Before every key of this page in the session: the names of a view are keys of other pages' widgets, and
+# a value whose widget this page does not show would stay in their place.
+KEY = "gallery."
+CELLS = f"{KEY}cells"
 
 
 def page(context: Context) -> None:
@@ -37,18 +40,20 @@ def page(context: Context) -> None:
     view = _toolbar(view, table.choices)
     found = selection.selected(pack, view)
     count = selection.pages(len(found), view.size)
-    if view.page > count:
+    beyond = view.page > count
+    if beyond:
         view = replace(view, page=count)
-        st.session_state["page"] = count
+        _to_widgets(view, ["page"])
     start = (view.page - 1) * view.size
     shown = found[start : start + view.size]
     view = _line(pack, view, len(found), start, len(shown))
+    text = selection.to_text(view, table.choices)
     if shown.empty:
         _nothing(table.choices)
     else:
         if view.show == "overlay":
             st.html(legends_html(legends(pack, list(shown.index), Look(side=SIDE))))
-        text, last = selection.to_text(view, table.choices), _last(pack)
+        last = _last(pack)
         cells = [
             _cell(pack, view, table.choices, text, last, entry_id, row)
             for entry_id, row in zip(shown.index, shown.to_dict("records"), strict=True)
@@ -63,8 +68,9 @@ def page(context: Context) -> None:
             on_turn=_turned,
         )
         _below(pack, view, found, count)
-    if messages or not seeded:
+    if messages or beyond or not seeded:
         _to_url(pack, view, table.choices)
+    last_view.remember(pack, text)
 
 
 # ---------------------------------------------------------------------- the URL
@@ -74,21 +80,24 @@ def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str], bool]:
     """The view, what was wrong with the URL, and whether it is the URL's and not the widgets'.
 
     It is where the URL is a new one. The address of an image that was opened here, on this page, is
-    what Back may lead to; its ``view`` is this page's own.
+    what Back may lead to; its ``view`` is this page's own. The menu's address has no parameters: it
+    leads to the view that was left.
     """
     url = _url()
     subject = (pack.id, pack.version)
-    known = "sort" in st.session_state and st.session_state.get("_gallery") == subject
+    known = f"{KEY}sort" in st.session_state and st.session_state.get("_gallery") == subject
     st.session_state["_gallery"] = subject
     if not address.is_new("gallery", url, known):
         return _from_widgets(choices), [], False
-    if "view" in url:
-        view, messages = selection.from_text(url["view"][-1], choices), []
+    messages: list[str] = []
+    left = "" if url or address.back() else last_view.remembered(pack)
+    if left or "view" in url:
+        view = selection.from_text(left or url["view"][-1], choices)
     else:
         view, messages = selection.parse(url, choices)
     _to_widgets(view, NAMES)
     address.wrote("gallery", url)
-    return view, messages, True
+    return view, messages, not left
 
 
 def _url() -> dict[str, list[str]]:
@@ -100,11 +109,12 @@ def _to_widgets(view: View, names: Iterable[str]) -> None:
     """Put these of the view's values where the next widgets read them."""
     for name in names:
         value = getattr(view, name)
-        st.session_state[name] = list(value) if isinstance(value, tuple) else value
+        st.session_state[KEY + name] = list(value) if isinstance(value, tuple) else value
 
 
 def _from_widgets(choices: Choices) -> View:
-    values = {name: st.session_state[name] for name in NAMES if name in st.session_state}
+    kept = {name: KEY + name for name in NAMES}
+    values = {n: st.session_state[key] for n, key in kept.items() if key in st.session_state}
     for name in ("label", "predicted"):
         values[name] = tuple(values.get(name) or ())
     values["q"] = " ".join(str(values.get("q") or "").split())[: selection.SEARCH_LENGTH]
@@ -143,15 +153,19 @@ def _turned() -> None:
 
 
 def _turn(by: Any) -> None:
-    st.session_state["page"] = max(1, st.session_state.get("page", 1) + (1 if by == 1 else -1))
+    _go(max(1, st.session_state.get(f"{KEY}page", 1) + (1 if by == 1 else -1)))
 
 
 def _jump() -> None:
-    st.session_state["page"] = int(st.session_state["jump"])
+    _go(int(st.session_state[f"{KEY}jump"]))
 
 
 def _restart() -> None:
-    st.session_state["page"] = 1
+    _go(1)
+
+
+def _go(number: int) -> None:
+    st.session_state[f"{KEY}page"] = number
 
 
 def _clear() -> None:
@@ -167,7 +181,7 @@ def _toolbar(view: View, choices: Choices) -> View:
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     bar.text_input(
         "Search",
-        key="q",
+        key=f"{KEY}q",
         placeholder="File, class or id",
         max_chars=selection.SEARCH_LENGTH,
         on_change=_restart,
@@ -177,7 +191,7 @@ def _toolbar(view: View, choices: Choices) -> View:
         methods = {m: _method_name(m, choices) for m in (*choices.methods, ALL)}
         _choice(bar.selectbox, "Method", methods, "method", width=160)
     _choice(bar.selectbox, "Sort by", choices.sorts, "sort", width=180)
-    orders = _order_names(st.session_state["sort"])
+    orders = _order_names(st.session_state[f"{KEY}sort"])
     _choice(bar.selectbox, "Order", orders, "order", width=150)
     with bar.popover(f"Filters ({view.filters})" if view.filters else "Filters"):
         _filters(choices)
@@ -189,7 +203,7 @@ def _choice(
 ) -> None:
     """A widget to choose from ``{value: name}``; another choice starts at the first page."""
     options, name = list(names), names.__getitem__
-    widget(label, options, key=key, format_func=name, on_change=_restart, **rest)
+    widget(label, options, key=KEY + key, format_func=name, on_change=_restart, **rest)
 
 
 def _method_name(method: str, choices: Choices) -> str:
@@ -220,7 +234,7 @@ def _filters(choices: Choices) -> None:
     if choices.measures:
         names = {key: measure.name for key, measure in choices.measures.items()}
         _choice(st.selectbox, "Range of", names, "measure")
-        measure = choices.measures[st.session_state["measure"]]
+        measure = choices.measures[st.session_state[f"{KEY}measure"]]
         low, high = st.columns(2)
         for column, name, title, end in (
             (low, "low", "From", measure.low),
@@ -228,7 +242,7 @@ def _filters(choices: Choices) -> None:
         ):
             column.number_input(
                 title,
-                key=name,
+                key=KEY + name,
                 value=None,
                 placeholder=f"{end:.4g}",
                 format="%g",
@@ -237,29 +251,40 @@ def _filters(choices: Choices) -> None:
         if measure.higher_is_better is not None:
             better = "Higher" if measure.higher_is_better else "Lower"
             st.caption(plain(f"{better} is better. {measure.formula}"))
-    st.selectbox("Maps a page", list(SIZES), key="size", on_change=_restart)
+    st.selectbox("Maps a page", list(SIZES), key=f"{KEY}size", on_change=_restart)
 
 
 def _line(pack: Pack, view: View, count: int, start: int, shown: int) -> View:
     """How many maps there are, and whether maps or photos are shown; returns the view."""
-    text = f"{start + 1:,} to {start + shown:,} of {count:,} maps" if count else "No maps"
+    text = _count(count, start, shown)
     if view.filters:
-        total = len(selection.selected(pack, view.unfiltered()))
-        text += f", {total:,} without the filters"
+        text += f", filtered from {len(selection.selected(pack, view.unfiltered())):,}"
     line = st.container(horizontal=True, vertical_alignment="center", gap="small")
     line.caption(text, width="content")
     if view.filters:
-        line.button("Clear filters", key="clear", on_click=_clear, type="tertiary")
+        line.button("Clear filters", key=f"{KEY}clear", on_click=_clear, type="tertiary")
     line.space("stretch")
     show = line.segmented_control(
         "Picture",
         list(SHOWS),
-        key="show",
+        key=f"{KEY}show",
         format_func=lambda s: SHOWS[s],
         required=True,
         label_visibility="collapsed",
     )
     return replace(view, show=show)
+
+
+def _count(count: int, start: int, shown: int) -> str:
+    """How many maps there are, and which of them the page shows if not all."""
+    if count == 0:
+        return "No maps"
+    maps = "1 map" if count == 1 else f"{count:,} maps"
+    if shown == count:
+        return maps
+    if shown == 1:
+        return f"Map {start + 1:,} of {count:,}"
+    return f"{start + 1:,} to {start + shown:,} of {maps}"
 
 
 def _nothing(choices: Choices) -> None:
@@ -269,7 +294,7 @@ def _nothing(choices: Choices) -> None:
             "Search for less, or widen the range. A map without a value of the chosen measure is "
             "never in its range."
         )
-        st.button("Show all maps", key="all_maps", on_click=_clear)
+        st.button("Show all maps", key=f"{KEY}all_maps", on_click=_clear)
 
 
 def _cell(
@@ -337,21 +362,26 @@ def _below(pack: Pack, view: View, found: pd.DataFrame, count: int) -> None:
 
 
 def _pager(bar: Any, view: View, count: int) -> None:
-    st.session_state["jump"] = view.page
+    st.session_state[f"{KEY}jump"] = view.page
     for text, by, keys, end in (
         ("Previous", -1, "Shift+Left", 1),
         ("Next", 1, "Shift+Right", count),
     ):
         bar.button(
             text,
-            key=text.lower(),
+            key=KEY + text.lower(),
             on_click=_turn,
             args=(by,),
             disabled=view.page == end,
             shortcut=keys,
         )
     bar.number_input(
-        f"Page of {count:,}", min_value=1, max_value=count, key="jump", on_change=_jump, width=140
+        f"Page of {count:,}",
+        min_value=1,
+        max_value=count,
+        key=f"{KEY}jump",
+        on_change=_jump,
+        width=140,
     )
 
 
@@ -363,7 +393,7 @@ def _export(pack: Pack, found: pd.DataFrame) -> None:
         file_name=f"{pack.id}.csv",
         mime="text/csv",
         on_click="ignore",
-        key="export_csv",
+        key=f"{KEY}export_csv",
     )
     most = export.MOST_MAPS["html"]
     several = len(found) > most
@@ -373,7 +403,7 @@ def _export(pack: Pack, found: pd.DataFrame) -> None:
         file_name=f"{pack.id}.html",
         mime="text/html",
         on_click="ignore",
-        key="export_html",
+        key=f"{KEY}export_html",
     )
     st.caption(
         "The CSV has a line for each map on all pages, with its figures. The HTML opens without a "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
-from xattn.app import image_tabs, selection, state
+from xattn.app import image_tabs, last_view, selection, state
 from xattn.app.components import grid
 from xattn.app.image_view import SIDE, WIDTH, Shown, aspect, file_name, legend, select, short
 from xattn.app.pictures import Look, overlay_url, photo_url
@@ -42,7 +42,7 @@ def page(context: Context) -> None:
     """Show the photo that the URL names, or the first of the pack."""
     pack = context.pack
     assert pack is not None, "main.py calls this page with a pack"
-    image_id = st.query_params.get("image") or pack.images.index[0]
+    image_id = last_view.image_of_url(pack)
     if image_id not in pack.images.index:
         st.warning("This pack has no such image. Choose one in the gallery.")
         st.link_button("Gallery", state.link("gallery", pack=pack.id))

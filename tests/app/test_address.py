@@ -54,7 +54,7 @@ def test_another_address_wins(app: AppTest) -> None:
 def test_an_earlier_address_wins_where_the_person_went_back(app, monkeypatch) -> None:
     app.selectbox[0].set_value("two").run()
     sent_with(app)
-    monkeypatch.setattr(address, "_back", lambda: True)
+    monkeypatch.setattr(address, "back", lambda: True)
     app.run()
     assert app.selectbox[0].value == "one" and not app.query_params
 

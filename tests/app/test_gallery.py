@@ -9,6 +9,7 @@ pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import state
+from xattn.app.library import PackError
 from xattn.app.made_up import explanation, picture, small_pack
 from xattn.explanation import MAPS, save_pack
 
@@ -73,13 +74,13 @@ def test_a_page_of_pictures_is_sent_and_no_more():
 def test_the_next_page_has_the_rest_and_its_own_url():
     app = run()
     seen = [c["id"] for c in cells(app)]
-    checked(app.button(key="next").click().run())
+    checked(app.button(key="gallery.next").click().run())
     assert app.query_params["page"] == "2"
     seen += [c["id"] for c in cells(app)]
     pack = frame("first")
     assert seen == list(pack.entries.index[pack.entries["method"] == "gradcam"])
-    assert app.button(key="next").disabled
-    checked(app.button(key="previous").click().run())
+    assert app.button(key="gallery.next").disabled
+    checked(app.button(key="gallery.previous").click().run())
     assert "page" not in app.query_params
 
 
@@ -100,16 +101,19 @@ def test_a_url_restores_every_widget():
         high="0.9",
     )
     assert not app.warning
-    assert app.selectbox(key="method").value == "random"
-    assert app.selectbox(key="sort").value == "ROAD"
-    assert app.selectbox(key="order").value == "desc"
-    assert app.selectbox(key="size").value == 36
-    assert app.text_input(key="q").value == "photo"
-    assert app.multiselect(key="label").value == ["1", "2"]
-    assert app.multiselect(key="predicted").value == ["1", "2"]
-    assert app.radio(key="right").value == "right"
-    assert app.selectbox(key="measure").value == "AD@50"
-    assert (app.number_input(key="low").value, app.number_input(key="high").value) == (0.1, 0.9)
+    assert app.selectbox(key="gallery.method").value == "random"
+    assert app.selectbox(key="gallery.sort").value == "ROAD"
+    assert app.selectbox(key="gallery.order").value == "desc"
+    assert app.selectbox(key="gallery.size").value == 36
+    assert app.text_input(key="gallery.q").value == "photo"
+    assert app.multiselect(key="gallery.label").value == ["1", "2"]
+    assert app.multiselect(key="gallery.predicted").value == ["1", "2"]
+    assert app.radio(key="gallery.right").value == "right"
+    assert app.selectbox(key="gallery.measure").value == "AD@50"
+    assert (
+        app.number_input(key="gallery.low").value,
+        app.number_input(key="gallery.high").value,
+    ) == (0.1, 0.9)
     pack = frame("first")
     images, entries = pack.images, pack.entries
     wanted = images[images["label"].isin([1, 2]) & (images["right"] == True)].index  # noqa: E712
@@ -122,8 +126,8 @@ def test_a_url_restores_every_widget():
 
 def test_widgets_write_the_url_and_begin_at_the_first_page():
     app = run(page="2")
-    app.selectbox(key="sort").select("AD@50")
-    app.selectbox(key="order").select("desc")
+    app.selectbox(key="gallery.sort").select("AD@50")
+    app.selectbox(key="gallery.order").select("desc")
     checked(app.run())
     assert app.query_params == {"pack": pack_id("first"), "sort": "AD@50", "order": "desc"}
     figures = frame("first").entries
@@ -136,26 +140,26 @@ def test_another_url_wins_over_the_widgets_and_the_same_does_not():
     app = run(sort="AD@50")
     app.query_params["sort"] = "ROAD"  # Back, or an address that was typed
     checked(app.run())
-    assert app.selectbox(key="sort").value == "ROAD"
-    app.selectbox(key="sort").select("name")
+    assert app.selectbox(key="gallery.sort").value == "ROAD"
+    app.selectbox(key="gallery.sort").select("name")
     checked(app.run())
     assert app.query_params["sort"] == "name"
 
 
 def test_a_click_that_comes_with_the_url_of_the_click_before_is_not_undone():
     app = run(method="all")
-    checked(app.button(key="next").click().run())
+    checked(app.button(key="gallery.next").click().run())
     del app.query_params["page"]  # the browser has not heard of the new one yet
-    checked(app.button(key="next").click().run())
+    checked(app.button(key="gallery.next").click().run())
     assert len(cells(app)) == 12
     assert app.query_params["page"] == "3"
 
 
 def test_the_address_that_back_leads_to_after_an_image_restores_the_gallery():
     app = run(image="photo-00003", view="sort=ROAD&order=desc&size=36")
-    assert app.selectbox(key="sort").value == "ROAD"
+    assert app.selectbox(key="gallery.sort").value == "ROAD"
     assert [c["id"] for c in cells(app) if c["selected"]] == ["photo-00003@3.gradcam"]
-    app.selectbox(key="order").select("asc")
+    app.selectbox(key="gallery.order").select("asc")
     checked(app.run())
     assert app.query_params == {"pack": pack_id("first"), "sort": "ROAD", "size": "36"}
 
@@ -173,23 +177,45 @@ def test_bad_values_are_defaults_with_a_message():
 def test_a_page_beyond_the_last_is_the_last():
     app = run(page="999")
     assert len(cells(app)) == 6
-    assert app.number_input(key="jump").value == 2
+    assert app.query_params == {"pack": pack_id("first"), "page": "2"}
+    assert app.number_input(key="gallery.jump").value == 2
 
 
 def test_no_result_says_so_and_leads_back():
     app = run(q="nothing like it", right="wrong")
     assert not cells(app)
     assert any("No map passes" in m.value for m in app.markdown)
-    checked(app.button(key="all_maps").click().run())
+    checked(app.button(key="gallery.all_maps").click().run())
     assert len(cells(app)) == 24
     assert app.query_params == {"pack": pack_id("first")}
 
 
+@pytest.mark.parametrize(
+    "params, text",
+    [
+        ({}, "1 to 24 of 30 maps"),
+        ({"page": "2"}, "25 to 30 of 30 maps"),
+        ({"size": "36"}, "30 maps"),
+        ({"q": "photo-00003"}, "1 map, filtered from 30"),
+        ({"q": "photo", "page": "2"}, "25 to 30 of 30 maps, filtered from 30"),
+        ({"q": "nothing like it"}, "No maps, filtered from 30"),
+    ],
+)
+def test_the_number_of_maps_is_said_in_words_that_fit_it(params, text):
+    assert run(**params).caption[0].value == text
+
+
+def test_a_last_page_of_one_map_names_its_number(tmp_path, monkeypatch):
+    small_pack(tmp_path / "root", 25, ("gradcam",))
+    monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))
+    assert run(page="2").caption[0].value == "Map 25 of 25"
+
+
 def test_clearing_the_filters_keeps_the_order():
     app = run(sort="ROAD", right="wrong", measure="ROAD", low="0.5")
-    checked(app.button(key="clear").click().run())
+    checked(app.button(key="gallery.clear").click().run())
     assert app.query_params == {"pack": pack_id("first"), "sort": "ROAD"}
-    assert app.number_input(key="low").value is None
+    assert app.number_input(key="gallery.low").value is None
 
 
 def test_names_are_data_and_never_markup():
@@ -218,11 +244,11 @@ def test_back_in_a_pack_the_other_packs_view_is_gone():
     app = run()
     app.selectbox(key="pack").select(pack_id("odd <b>"))
     checked(app.run())
-    app.selectbox(key="sort").select("name")
+    app.selectbox(key="gallery.sort").select("name")
     checked(app.run())
     app.selectbox(key="pack").select(pack_id("first"))
     checked(app.run())
-    assert app.selectbox(key="sort").value == "pack"
+    assert app.selectbox(key="gallery.sort").value == "pack"
     assert app.query_params == {"pack": pack_id("first")}
 
 
@@ -249,6 +275,20 @@ def test_packs_with_problems_are_named_and_do_not_hide_the_others(root):
         for path in sorted(bad.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         bad.rmdir()
+
+
+def test_a_damaged_map_leaves_the_others_and_the_page(tmp_path, monkeypatch):
+    pack = small_pack(tmp_path / "root", 3, ("gradcam",))
+    data = bytearray((pack / MAPS).read_bytes())
+    data[-1] ^= 64  # of the last map
+    (pack / MAPS).write_bytes(data)
+    monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))
+    app = run()
+    assert not app.error
+    assert len(cells(app)) == 3
+    with pytest.raises(PackError, match="photo-00002"):
+        frame("root").explanation(cells(app)[2]["id"])
+    assert any("min-max per map" in e.proto.body for e in app.get("html"))
 
 
 def test_without_a_pack_the_first_run_is_explained(tmp_path, monkeypatch):
