@@ -87,6 +87,17 @@ def test_all_questions_to_the_operator_agree_with_its_matrix(name, options, pref
     assert torch.allclose(operator.vecmat(own), own @ a, atol=1e-9)
 
 
+@pytest.mark.parametrize("count", [1, 16, 17, 35])
+@pytest.mark.parametrize("name, options", CASES)
+def test_gradient_weighted_rows_take_any_number_of_row_vectors(name, options, count):
+    q, k, v = inputs(1)
+    operator = mechanism(name, options).operator(q, k, v, GRID, 1)
+    n = q.shape[2]
+    grad, r = torch.randn_like(v), torch.randn(2, count, n, dtype=q.dtype)
+    e = (operator.rows(torch.arange(n)) * (grad @ v.transpose(-2, -1))).clamp_min(0).mean(1)
+    assert torch.allclose(operator.gradient_vecmat(v, grad, r), r @ e, atol=1e-9)
+
+
 @pytest.mark.parametrize("name, options", CASES)
 def test_rows_are_weights(name, options):
     q, k, v = inputs(1)

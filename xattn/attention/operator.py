@@ -206,17 +206,21 @@ class SoftmaxOperator(Operator):
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
     def gradient_vecmat(self, v: Tensor, grad: Tensor, r: Tensor) -> Tensor:
-        return softmax_gradient_vecmat(
-            self.q,
-            self.k,
-            v,
-            self.lse,
-            grad,
-            r.to(self.lse.dtype),
-            bias=self.bias,
-            scale=self.scale,
-            backend=self.backend,
-        )
+        parts = [
+            softmax_gradient_vecmat(
+                self.q,
+                self.k,
+                v,
+                self.lse,
+                grad,
+                some.to(self.lse.dtype),
+                bias=self.bias,
+                scale=self.scale,
+                backend=self.backend,
+            )
+            for some in r.split(ROWS, -2)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
     def row_sums(self) -> Tensor:
         return (~self.lse.isneginf()).to(self.lse.dtype)  # 0 where a row sees no key
