@@ -40,8 +40,8 @@ class ModelError(ValueError):
 def turn() -> Iterator[None]:
     """Hold this around each use of a model.
 
-    Explainers change gradients, hooks and random generators while they run and put them back, so
-    two threads must not be inside at once; and two passes side by side are slower than in turn.
+    Two passes side by side are slower than in turn, whatever their models; and hooks of the viewer's
+    own must not be there while another thread explains.
     """
     with _TURN:
         yield

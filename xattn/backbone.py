@@ -8,10 +8,12 @@ mask multiplies pixels where it should.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
@@ -19,6 +21,8 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkab
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from xattn.locking import alone, lock_of
 
 # Blocks that apply ``norm1`` to their input before attention (timm class names). A block that is
 # not listed may normalise after attention, where ``norm1`` of the block's input means nothing.
@@ -88,6 +92,9 @@ class Backbone(nn.Module):
     (a sigmoid each) or ``"binary"``: a single logit z (B, 1), given on as the two logits -z/2 and z/2
     of the classes "negative" and "positive", whose softmax is sigmoid(z). By default a model with one
     output is binary, every other multiclass.
+
+    Threads may share a backbone: passes run side by side, explanations take turns and let no pass in.
+    What does not go through the backbone does not wait: see :meth:`alone`.
     """
 
     mean: Tensor
@@ -103,7 +110,8 @@ class Backbone(nn.Module):
         task: Task | None = None,
     ) -> None:
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        with alone(model):
+            self.model = model.eval().requires_grad_(False)
         self.name = name
         self.preprocessing = preprocessing
         self.head_point = nn.Identity()
@@ -118,7 +126,8 @@ class Backbone(nn.Module):
         self._fingerprint: str | None = None
         super().train(False)
         self.task: Task = task or "multiclass"
-        self._resolve_taps(taps, task)
+        with self._passing():
+            self._resolve_taps(taps, task)
         if class_names is None and self.task == "binary":
             class_names = ["negative", "positive"]
         self.class_names = _class_names(model, self.num_classes, class_names)
@@ -126,6 +135,27 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode: a frozen backbone never updates BatchNorm or drops units."""
         return self
+
+    # ------------------------------------------------------------------ threads
+
+    def alone(self) -> AbstractContextManager[None]:
+        """``with backbone.alone():`` no other thread explains or runs this network inside.
+
+        For whoever runs or changes ``backbone.model`` itself, hooks included, while other threads
+        explain. The same thread may explain inside.
+        """
+        return alone(self.model)
+
+    def _passing(self) -> AbstractContextManager[None]:
+        """Around every pass; compilers do not know locks."""
+        return nullcontext() if torch.compiler.is_compiling() else lock_of(self.model).shared()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        with self.alone():  # an explanation's hooks are none of the copy's
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     # ------------------------------------------------------------------ taps
 
@@ -296,13 +326,14 @@ class Backbone(nn.Module):
 
     def forward_normalized(self, x: Tensor) -> Taps:
         """One pass on images that are normalised already, (B, 3, H, W)."""
-        if self.adapter:
-            logits, maps = self.model.forward_taps(x)  # type: ignore[operator]
-            return Taps(self._as_classes(logits), tuple(maps))
-        final, inner = self._features(x, self._wanted)
-        final = self._through_head_point(final)
-        logits = self.model.forward_head(final)  # type: ignore[operator]
-        maps = self._select(self.taps, final, dict(zip(self._wanted, inner, strict=True)))
+        with self._passing():
+            if self.adapter:
+                logits, maps = self.model.forward_taps(x)  # type: ignore[operator]
+                return Taps(self._as_classes(logits), tuple(maps))
+            final, inner = self._features(x, self._wanted)
+            final = self._through_head_point(final)
+            logits = self.model.forward_head(final)  # type: ignore[operator]
+            maps = self._select(self.taps, final, dict(zip(self._wanted, inner, strict=True)))
         prefix = final[:, : self.prefix_tokens] if final.ndim == 3 else None
         return Taps(self._as_classes(logits), maps, prefix)
 
@@ -327,17 +358,19 @@ class Backbone(nn.Module):
 
     def logits_normalized(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) normalised images -> (B, K) logits."""
-        if self.adapter:
-            return self._as_classes(self.model.forward_taps(x)[0])  # type: ignore[operator]
-        final = self._through_head_point(self.model.forward_features(x))  # type: ignore[operator]
-        return self._as_classes(self.model.forward_head(final))  # type: ignore[operator]
+        with self._passing():
+            if self.adapter:
+                return self._as_classes(self.model.forward_taps(x)[0])  # type: ignore[operator]
+            final = self._through_head_point(self.model.forward_features(x))  # type: ignore[operator]
+            return self._as_classes(self.model.forward_head(final))  # type: ignore[operator]
 
     def head_logits(self, final: Tensor) -> Tensor:
         """The classifier applied to a (possibly masked) ``"head"`` map (B, C, h, w) -> (B, K)."""
         self.require_pooled_tap()
         if self._channels_last:
             final = final.permute(0, 2, 3, 1)
-        return self._as_classes(self.model.forward_head(final))  # type: ignore[operator]
+        with self._passing():
+            return self._as_classes(self.model.forward_head(final))  # type: ignore[operator]
 
     @property
     def has_pooled_tap(self) -> bool:

@@ -40,9 +40,11 @@ class Probed(Backbone):
         self._fingerprint = self._hash(backbone.fingerprint)
 
     def forward_normalized(self, x: Tensor) -> Taps:
-        taps = super().forward_normalized(x)
-        taps = taps._replace(maps=(*taps.maps[:-1], self.tap_point(taps.maps[-1])))
-        return taps._replace(logits=self.probe.predict(self.probe.attend(self.probe.tokens(taps))))
+        with self._passing():
+            taps = super().forward_normalized(x)
+            taps = taps._replace(maps=(*taps.maps[:-1], self.tap_point(taps.maps[-1])))
+            logits = self.probe.predict(self.probe.attend(self.probe.tokens(taps)))
+        return taps._replace(logits=logits)
 
     def logits_normalized(self, x: Tensor) -> Tensor:
         return self.forward_normalized(x).logits

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from xattn.attention.base import Mechanism, create_mechanism, mechanism_class
-from xattn.attention.record import record
+from xattn.attention.record import FUSED, fused, record
+from xattn.locking import alone
 
 
 def convert(
@@ -42,31 +43,32 @@ def convert(
     """
     mechanism_class(name)
     model = getattr(model, "model", model) if not hasattr(model, "blocks") else model
-    layers = _layers(model, blocks)
-    _check(model, layers, name)
-    made: dict[str, Mechanism] = {}
-    for path, layer in layers.items():
-        heads = _heads(path, layer)
-        width = _width(path, layer)
-        made[path] = create_mechanism(name, width, heads, **options)
-    layout = _layout(model)
-    before = {path: getattr(layer, "mechanism", None) for path, layer in layers.items()}
-    for path, layer in layers.items():
-        weight = next(layer.parameters())
-        _take(layer, made[path].to(weight.device, weight.dtype).train(layer.training), layout)
-    try:
-        _probe(model)
-    except Exception as error:
+    with alone(model):
+        layers = _layers(model, blocks)
+        _check(model, layers, name)
+        made: dict[str, Mechanism] = {}
         for path, layer in layers.items():
-            _release(layer)
-            mechanism = before[path]
-            if mechanism is not None:
-                _take(layer, mechanism, layout)
-        if not any(isinstance(m, _Converted) for m in model.modules()):
-            revert(model)
-        if isinstance(error, ValueError):
-            raise
-        raise ValueError(f"model: {name} does not run in it ({error}); untouched") from error
+            heads = _heads(path, layer)
+            width = _width(path, layer)
+            made[path] = create_mechanism(name, width, heads, **options)
+        layout = _layout(model)
+        before = {path: getattr(layer, "mechanism", None) for path, layer in layers.items()}
+        for path, layer in layers.items():
+            weight = next(layer.parameters())
+            _take(layer, made[path].to(weight.device, weight.dtype).train(layer.training), layout)
+        try:
+            _probe(model)
+        except Exception as error:
+            for path, layer in layers.items():
+                _release(layer)
+                mechanism = before[path]
+                if mechanism is not None:
+                    _take(layer, mechanism, layout)
+            if not any(isinstance(m, _Converted) for m in model.modules()):
+                revert(model)
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(f"model: {name} does not run in it ({error}); untouched") from error
     return model
 
 
@@ -76,7 +78,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def converted_copy(model: Model, name: str, **options: Any) -> Model:
     """:func:`convert` of a copy that shares every weight and buffer; ``model`` stays as it is."""
     shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    copied = copy.deepcopy(model, shared)
+    with alone(model):
+        copied = copy.deepcopy(model, shared)
     convert(copied, name, **options)
     return copied
 
@@ -84,11 +87,12 @@ def converted_copy(model: Model, name: str, **options: Any) -> Model:
 def revert(model: nn.Module) -> nn.Module:
     """Undo :func:`convert` in place; the mechanisms' own weights are dropped."""
     model = getattr(model, "model", model) if not hasattr(model, "blocks") else model
-    for layer in list(model.modules()):
-        _release(layer)
-    hooks = getattr(getattr(model, "patch_embed", None), "_forward_pre_hooks", {})
-    for key in [key for key, hook in hooks.items() if isinstance(hook, _Layout)]:
-        del hooks[key]
+    with alone(model):
+        for layer in list(model.modules()):
+            _release(layer)
+        hooks = getattr(getattr(model, "patch_embed", None), "_forward_pre_hooks", {})
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Layout)]:
+            del hooks[key]
     return model
 
 
@@ -100,12 +104,15 @@ class _Converted:
     fused_attn: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        fused, self.fused_attn = self.fused_attn, True
+        if not torch.compiler.is_compiling():
+            with fused(self), _Swap(self.mechanism, self.layout):  # type: ignore[arg-type]
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+        before, self.fused_attn = self.fused_attn, True  # compilers do not know locks
         try:
             with _Swap(self.mechanism, self.layout):
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            self.fused_attn = fused
+            self.fused_attn = before
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (type(self).__mro__[2],), self.__dict__
@@ -142,17 +149,31 @@ def _release(layer: nn.Module) -> None:
     del layer.__dict__["layout"]
 
 
+class _Grid(threading.local):
+    """The grid of the pass that this thread runs."""
+
+    def __init__(self, sides: tuple[int, ...] | None) -> None:
+        self.sides = sides
+
+    def __reduce__(self) -> Any:
+        return _Grid, (self.sides,)
+
+
 class _Layout:
     """Where a model's tokens stand: prefix tokens, then a grid; told the grid by the patch embedding."""
 
     def __init__(self, prefix: int, grid: tuple[int, ...] | None) -> None:
-        self.prefix, self.grid = prefix, grid
+        self.prefix, self._own = prefix, _Grid(grid)
+
+    @property
+    def grid(self) -> tuple[int, ...] | None:
+        return self._own.sides
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor) and args[0].ndim == 4:
             grid_of_size: Any = getattr(module, "dynamic_feat_size", None)
             if grid_of_size is not None:
-                self.grid = tuple(int(n) for n in grid_of_size(tuple(args[0].shape[-2:])))
+                self._own.sides = tuple(int(n) for n in grid_of_size(tuple(args[0].shape[-2:])))
 
     def grid_of(self, tokens: int, needed: bool) -> tuple[int, ...] | None:
         count = tokens - self.prefix
@@ -173,7 +194,7 @@ class _Swap(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
+        if function is not FUSED:
             return function(*args, **kwargs)
         return self._answer(*args, **kwargs)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.kernels.softmax import softmax_attention
@@ -80,22 +81,42 @@ def record(model: nn.Module | None = None, alone: bool = False) -> Iterator[list
         _STATE.open = before
 
 
-@contextmanager
-def fused_layers(model: nn.Module | None) -> Iterator[None]:
+_SETTINGS = {"fused_attn": True, "grad_checkpointing": False}
+_USERS = WeakIdKeyDictionary()  # layer -> how many threads are inside, its settings before
+_COUNTING = threading.RLock()
+
+
+def fused_layers(model: nn.Module | None) -> AbstractContextManager[None]:
     """Inside, the timm layers of ``model`` call ``F.scaled_dot_product_attention``, and just once."""
-    before = [
-        (m, name, getattr(m, name))
-        for m in ([] if model is None else model.modules())
-        for name in ("fused_attn", "grad_checkpointing")
-        if hasattr(m, name)
-    ]
+    modules = () if model is None else model.modules()
+    return fused(*(m for m in modules if any(hasattr(m, name) for name in _SETTINGS)))
+
+
+@contextmanager
+def fused(*layers: nn.Module) -> Iterator[None]:
+    """:func:`fused_layers` of single layers.
+
+    Of several threads inside, the first one sets this and the last one puts it back.
+    """
+    with _COUNTING:
+        for m in layers:
+            users, before = _USERS.get(m, (0, {}))
+            if not users:
+                before = {name: getattr(m, name) for name in _SETTINGS if hasattr(m, name)}
+                for name in before:
+                    setattr(m, name, _SETTINGS[name])
+            _USERS[m] = users + 1, before
     try:
-        for m, name, _ in before:
-            setattr(m, name, name == "fused_attn")
         yield
     finally:
-        for m, name, value in before:
-            setattr(m, name, value)
+        with _COUNTING:
+            for m in layers:
+                users, before = _USERS.pop(m)
+                if users > 1:
+                    _USERS[m] = users - 1, before
+                    continue
+                for name, value in before.items():
+                    setattr(m, name, value)
 
 
 @contextmanager
@@ -108,17 +129,22 @@ def own_layer() -> Iterator[None]:
         _STATE.inside -= 1
 
 
-_FUSED = F.scaled_dot_product_attention
+FUSED = F.scaled_dot_product_attention
 _ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
 def attending_by(attend: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside, ``F.multi_head_attention_forward`` attends by ``attend``: what PyTorch's own Python
-    functions call in turn is not shown to a ``TorchFunctionMode``."""
+    """Inside, ``F.multi_head_attention_forward`` attends by ``attend`` in this thread: what PyTorch's
+    own Python functions call in turn is not shown to a ``TorchFunctionMode``."""
+    me = threading.get_ident()
     with _ONE_AT_A_TIME:
         before = F.scaled_dot_product_attention
-        F.scaled_dot_product_attention = attend
+
+        def answer(*args: Any, **kwargs: Any) -> Tensor:
+            return (attend if threading.get_ident() == me else before)(*args, **kwargs)
+
+        F.scaled_dot_product_attention = answer
         try:
             yield
         finally:
@@ -131,7 +157,7 @@ class _Interceptor(TorchFunctionMode):
         if function is F.multi_head_attention_forward and not _STATE.inside:  # torchvision's layers
             with attending_by(attend_and_keep):
                 return function(*args, **kwargs)
-        if function is not _FUSED or _STATE.inside:
+        if function is not FUSED or _STATE.inside:
             return function(*args, **kwargs)
         return attend_and_keep(*args, **kwargs)
 

@@ -2,7 +2,7 @@
 
 ``explainer.attribute(inputs, target) -> (B, 1, h, w)``: a raw map of one class an image, at the
 explainer's own resolution and without min-max. Whatever happens inside, the models come out as they
-went in (:func:`preserve_state`).
+went in (:func:`preserve_state`). Any number of threads may explain one backbone: they take turns.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn.backbone import sha256
+from xattn.locking import alone
 from xattn.memory import ForwardBatches
 
 if TYPE_CHECKING:
@@ -161,7 +162,9 @@ class Explainer(ABC):
     @contextmanager
     def _guard(self) -> Iterator[None]:
         modules = [m for m in (self.backbone, self.head) if m is not None]
-        with preserve_state(*modules), torch.inference_mode(False):
+        own = [self.backbone.model, getattr(self.backbone, "probe", None), self.head]
+        held = alone(*(m for m in own if m is not None))
+        with held, preserve_state(*modules), torch.inference_mode(False):
             # Backbone.eval leaves a model alone that a user has set to train.
             for part in {part for module in modules for part in module.modules()}:
                 part.training = False
@@ -268,7 +271,9 @@ def preserve_state(*modules: nn.Module) -> Iterator[None]:
     """Leave modules and random number generators as they were, also after an exception.
 
     Restored are training modes, ``requires_grad``, ``.grad``, buffers, hooks, and the generators of
-    Python, NumPy and torch (CPU, and CUDA once it is in use).
+    Python, NumPy and torch (CPU, and CUDA once it is in use). No other thread may change the modules
+    inside, see :meth:`xattn.Backbone.alone`. The generators are those of the process: numbers that
+    another thread draws from them meanwhile are drawn again.
     """
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
     parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))

@@ -1,0 +1,124 @@
+"""Which thread may use a network: passes run side by side, whoever changes the network has it alone.
+
+Explainers put hooks on layers and change flags while they run. The lock belongs to the weights, so
+that every backbone over one model shares it, and no network holds it: copies and pickles have none.
+Waiting threads take their turn in the order in which they came.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class ModelLock:
+    """A lock that many threads share for passes and one thread holds to change the network.
+
+    A thread that holds it in either way may take it again in either way.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self) -> None:
+        self.number = next(self._numbers)
+        self._changed = threading.Condition()
+        self._line: list[object] = []  # who waits, in order
+        self._passes: dict[int, int] = {}  # thread -> passes it is inside of
+        self._owner: int | None = None
+        self._depth = 0
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Inside, no other thread changes the network."""
+        me = threading.get_ident()
+        with self._changed:
+            if self._owner != me and me not in self._passes:
+                self._wait(lambda: self._owner is None)
+            self._passes[me] = self._passes.get(me, 0) + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._passes[me] -= 1
+                if not self._passes[me]:
+                    del self._passes[me]
+                    self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other thread uses the network."""
+        me = threading.get_ident()
+        with self._changed:
+            # Called from a hook, this thread's own pass stands still and is in nobody's way.
+            halted = self._passes.pop(me, 0)
+            try:
+                if self._owner != me:
+                    self._wait(lambda: self._owner is None and not self._passes)
+            except BaseException:
+                self._resume(me, halted)
+                raise
+            self._owner = me
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._depth -= 1
+                if not self._depth:
+                    self._owner = None
+                self._resume(me, halted)
+                self._changed.notify_all()
+
+    def _wait(self, free: Callable[[], bool]) -> None:
+        place = object()
+        self._line.append(place)
+        try:
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._line[0] is place and free())
+        finally:
+            self._line.remove(place)
+            self._changed.notify_all()
+
+    def _resume(self, thread: int, passes: int) -> None:
+        if passes:
+            self._passes[thread] = passes
+
+
+_LOCKS = WeakIdKeyDictionary()
+_FINDING = threading.Lock()
+
+
+def lock_of(module: nn.Module) -> ModelLock:
+    """The lock of a module's weights; modules with the same first parameter share it."""
+    key = next(module.parameters(), module)
+    with _FINDING:
+        lock = _LOCKS.get(key)
+        if lock is None:
+            lock = _LOCKS[key] = ModelLock()
+        return lock
+
+
+@contextmanager
+def alone(*modules: nn.Module) -> Iterator[None]:
+    """Hold several modules alone; always taken in one order, so that no two threads block each other."""
+    locks = {lock.number: lock for lock in map(lock_of, modules)}
+    with ExitStack() as stack:
+        for _, lock in sorted(locks.items()):
+            stack.enter_context(lock.alone())
+        yield
+
+
+def _forget() -> None:
+    """In a forked child: the threads that held locks are not there."""
+    global _FINDING, _LOCKS
+    _FINDING, _LOCKS = threading.Lock(), WeakIdKeyDictionary()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
