@@ -664,10 +664,11 @@ assert PartialState().num_processes == 2
 assert [p.split("/")[-1] for p, _ in whole.skipped] == ["broken.png"], whole.skipped
 assert all(same(v.detach()) for v in whole.head.state_dict().values())
 assert same(torch.tensor(list(whole.losses.values())))
-keys = [k for epoch in (0, 1) for k in epoch_batches(open_photos(data), 1, 0, epoch, 0, 0, 2)]
-read = sum(index != 4 for ((_, index),) in keys)  # the first process had a photo, its BatchNorm saw it
-assert read < 6, "the broken photo fell to the second process alone"
-assert {int(v) for k, v in whole.head.state_dict().items() if k.endswith("tracked")} == {read}
+# BatchNorm counts the steps in which any process had a photo; the broken one is number 4.
+keys = [[k for rank in (0, 1) for k in epoch_batches(open_photos(data), 1, 0, epoch, first, rank, 2)[0]]
+        for epoch in (0, 1) for first in range(3)]
+seen = sum(any(index != 4 for _, index in batch) for batch in keys)
+assert {int(v) for k, v in whole.head.state_dict().items() if k.endswith("tracked")} == {seen}
 try:
     fit("run", at=4)
     raise SystemExit("was not interrupted")
@@ -685,7 +686,6 @@ try:
     raise SystemExit("was not refused")
 except ValueError as error:
     assert "other settings" in str(error)
-fit("exact", head="lcam", config=TrainConfig(epochs=2, batch_size=2, workers=0, class_mode="own"))
 fit("bf16", config=TrainConfig(epochs=1, batch_size=4, workers=0, precision="bf16"))
 print("agreed")
 """
@@ -724,13 +724,6 @@ def test_two_processes_train_one_head_stop_together_and_resume(tmp_path, backbon
         state = tmp_path / name / "checkpoints"
         assert (state / "latest").read_text() == "step-00000006\n"
         assert {p.name for p in state.iterdir()} <= {"latest", *(f"step-{s:08d}" for s in range(7))}
-    # Unequal shares, 2 + 1 and 1 + 0, weigh as in one process; lcam has no BatchNorm to tell them apart.
-    torch.manual_seed(0)
-    config = TrainConfig(epochs=2, batch_size=4, workers=0, class_mode="own")
-    one = fit(create_head("lcam", backbone), backbone, folder, config, progress=False).head
-    two = load_head(tmp_path / "exact/head", backbone).state_dict()
-    for key, value in one.state_dict().items():
-        torch.testing.assert_close(two[key], value, atol=1e-7, rtol=1e-5)
     head = create_head("ttame", backbone)
     config = TrainConfig(epochs=2, batch_size=1, workers=0, lr=0.01)
     with pytest.raises(ValueError, match="other settings"):  # one process goes on with two's run

@@ -75,7 +75,7 @@ class FeatureNorm(nn.BatchNorm1d):
 
     def gain(self, z: Tensor) -> Tensor:
         """(Z,): what :meth:`forward` multiplies z (B, Z) with, after it has subtracted the mean."""
-        variance = z.var(0, unbiased=False) if self.training else self.running_var
+        variance = self.moments(z)[1] if self.training else self.running_var
         assert variance is not None
         return (variance + self.eps).rsqrt()
 
@@ -85,9 +85,13 @@ class FeatureNorm(nn.BatchNorm1d):
             raise ValueError(
                 "norm: one image has no batch statistics; call eval() on the head first"
             )
-        mean = z.mean(0) if self.training else self.running_mean
+        mean = self.moments(z)[0] if self.training else self.running_mean
         assert mean is not None
         return (other - mean) * self.gain(z)
+
+    def moments(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance (Z,) of a batch z (B, Z)."""
+        return z.mean(0), z.var(0, unbiased=False)
 
 
 class AttentiveHead(Head):

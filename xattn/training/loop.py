@@ -7,10 +7,10 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from xattn.backbone import Backbone, sha256
@@ -22,19 +22,31 @@ from xattn.memory import is_out_of_memory
 from xattn.sources import Data, Photos, open_photos
 from xattn.training.checkpoint import load_checkpoint, save_checkpoint
 from xattn.training.data import TrainImages, epoch_batches, load_batches, steps_per_epoch
-from xattn.training.objective import objective
+from xattn.training.objective import Part, objective
 from xattn.training.processes import (
     FAILED,
+    Share,
     agree,
+    average_gradients,
     claim_together,
     own_accelerator,
+    seeded,
     stopped,
     tensorboard,
+    whole_batch,
 )
 from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, first_workers, report
 
-# epoch, readable images, the others, the error that ends the run
-Delivery: TypeAlias = tuple[int, Tensor | None, list[tuple[int, str]], OSError | None]
+
+class Delivery(NamedTuple):
+    """A batch of ``epoch``: its readable images (B, 3, H, W) or None, (index, reason) of the others,
+    what this process has of the ``share`` of all, and the error that ends the run."""
+
+    epoch: int
+    images: Tensor | None
+    unreadable: list[tuple[int, str]]
+    share: Share
+    failure: OSError | None = None
 
 
 @dataclass
@@ -154,11 +166,18 @@ def _fit(
                 photos, config.batch_size, config.seed, epoch, first, rank, ranks, streams
             )
             with closing(load_batches(images, keys, config.workers, stopped)) as batches:
-                for _ in keys:
+                for own in keys:
                     try:
-                        yield epoch, *next(batches), None
+                        batch, unreadable = next(batches)
                     except ChildProcessError as error:
-                        yield epoch, None, [], error
+                        yield Delivery(epoch, None, [], Share(), error)
+                        continue
+                    lost = {index for index, _ in unreadable}
+                    rows = [
+                        rank + ranks * i for i, (_, index) in enumerate(own) if index not in lost
+                    ]
+                    share = Share(rows, config.batch_size * ranks)
+                    yield Delivery(epoch, batch, unreadable, share)
             step += len(keys)
 
     with ExitStack() as stack:
@@ -171,7 +190,10 @@ def _fit(
             step, skipped, losses = state["step"], dict(state["skipped"]), state["losses"]
             if accelerator.scaler is not None:
                 accelerator.scaler.load_state_dict(state["scaler"])
-        model, optimizer = accelerator.prepare(head, optimizer, device_placement=[False, False])
+        optimizer = accelerator.prepare(optimizer, device_placement=[False])
+        if ranks > 1:
+            broadcast([p.data for p in (*head.parameters(), *head.buffers())])
+        whole = stack.enter_context(whole_batch(head))
         head.train()
 
         def share_skipped() -> None:
@@ -209,7 +231,7 @@ def _fit(
                 deferred_interrupt() as interrupted,
                 closing(deliveries(step, interrupted)) as delivered,
             ):
-                for epoch, batch, unreadable, failure in delivered:
+                for epoch, batch, unreadable, share, failure in delivered:
                     count = 0 if batch is None else len(batch)
                     lost = [reason for i, reason in unreadable if i not in skipped]
                     if epoch and not count and len(lost) > 1:  # one alone may have been deleted
@@ -224,10 +246,11 @@ def _fit(
                         raise stopped(stop, failure)
                     skipped.update(unreadable)
                     if sum(counts):
-                        weight = count * ranks / sum(counts)
+                        whole.rows, whole.count = share.rows, share.count
+                        part = Part(torch.tensor(share.rows or [0]), counts, rank)
                         try:
                             losses = _step(
-                                accelerator, model, head, backbone, optimizer, batch, weight, config
+                                accelerator, head, backbone, optimizer, batch, part, step, config
                             )
                         except Exception as error:
                             if not is_out_of_memory(error):
@@ -255,12 +278,10 @@ def _fit(
             bar.close()
             if writer is not None:
                 writer.close()
-            accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         head.eval()
         if sha256(backbone.model) != before:
             raise RuntimeError("the backbone's weights changed during training: this is a bug")
         share_skipped()
-        broadcast(list(head.buffers()))  # running statistics; those of the saved head
         if len(skipped) == len(photos):
             raise ValueError(
                 f"data: none of the {len(photos)} images could be read; "
@@ -300,27 +321,28 @@ def _optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
 
 def _step(
     accelerator: Any,
-    model: nn.Module,
     head: Head,
     backbone: Backbone,
     optimizer: Any,
     batch: Tensor | None,
-    weight: float,
+    part: Part,
+    step: int,
     config: TrainConfig,
 ) -> dict[str, float]:
     """One step; the losses, averaged over all images of all processes.
 
-    ``weight`` is the process's share of the images, 1 where all have as many. Without a readable
-    image a process takes part with zero gradients and in eval mode, so that no statistics move.
+    Without a readable image a process takes part with a grey one and the weight 0.
     """
-    model.train(batch is not None)
+    weight = part.counts[part.rank] * len(part.counts) / sum(part.counts)
     if batch is None:
         batch = torch.full((1, 3, *backbone.preprocessing.input_size), 0.5)
-    batch = batch.to(backbone.device, non_blocking=True)
-    with accelerator.autocast():
-        terms = objective(model, backbone, batch, config, head.mask_policy)
+    wide = next(backbone.parameters(), batch).dtype == torch.float64
+    batch = batch.to(backbone.device, torch.float64 if wide else batch.dtype, non_blocking=True)
+    with seeded(config.seed, step), accelerator.autocast():
+        terms = objective(head, backbone, batch, config, head.mask_policy, part)
     optimizer.zero_grad(set_to_none=True)
     accelerator.backward(weight * terms.loss)
+    average_gradients(accelerator, head)
     optimizer.step()
     losses = weight * torch.stack([term.detach().float() for term in terms])
     if accelerator.num_processes > 1:

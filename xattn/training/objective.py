@@ -11,6 +11,8 @@ V is a sum over space and over the class axis of A, divided by the batch only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,7 +21,9 @@ from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
 from xattn.config import TrainConfig
+from xattn.distributed import gather
 from xattn.heads.fusion import resize
+from xattn.kernels.softmax.reference import widen
 
 AREA_OFFSET, AREA_POWER, BORDER_WEIGHT = 0.0005, 0.3, 0.3
 
@@ -71,26 +75,49 @@ def masked_logits(
     raise ValueError(f"mask_policy: got {policy!r}; see xattn.heads.base.MASK_POLICIES")
 
 
-def targets(logits: Tensor, task: str) -> Tensor:
+@dataclass(frozen=True)
+class Part:
+    """What one process has of a batch that several train on.
+
+    ``places`` (B,) are those of its images in the whole batch, ``counts`` the images of all processes,
+    of which this one is number ``rank``. One without an image trains on a stand-in.
+    """
+
+    places: Tensor
+    counts: Sequence[int]
+    rank: int = 0
+
+    def together(self, target: Tensor) -> tuple[Tensor, int]:
+        """The targets of all images, process by process, and where this one's begin."""
+        if len(self.counts) == 1:
+            return target, 0
+        own = target[: self.counts[self.rank]]
+        everyone = torch.cat([t.to(target.device) for t in gather(own.cpu())])
+        return everyone, sum(self.counts[: self.rank]) if len(own) else 0
+
+
+def targets(logits: Tensor, task: str, places: Tensor | None = None) -> Tensor:
     """The class (B,) each image is trained on: the prediction.
 
-    Of a multi-label model the place in the batch picks among the labels with p > 0.5, so that over
-    the epochs the B most probable of them have their turn; an image without one gets its most
-    probable label.
+    Of a multi-label model the place in the batch (``places`` (B,), by default the row) picks among the
+    labels with p > 0.5, so that over the epochs the B most probable of them have their turn; an image
+    without one gets its most probable label.
     """
     if task != "multilabel":
         return logits.argmax(1)
     order = logits.argsort(dim=1, descending=True, stable=True)
     positive = (logits > 0).sum(1).clamp_min(1)
-    turn = torch.arange(len(logits), device=logits.device) % positive
+    if places is None:
+        places = torch.arange(len(logits))
+    turn = places.to(logits.device) % positive
     return order.gather(1, turn[:, None])[:, 0]
 
 
 def classification_loss(logits: Tensor, target: Tensor, task: str) -> Tensor:
     """-log p of the target classes, mean over the batch: softmax, or of one sigmoid (multi-label)."""
     if task != "multilabel":
-        return F.cross_entropy(logits.float(), target)
-    return F.softplus(-logits.float().gather(1, target[:, None])).mean()
+        return F.cross_entropy(widen(logits), target)
+    return F.softplus(-widen(logits).gather(1, target[:, None])).mean()
 
 
 def objective(
@@ -99,23 +126,31 @@ def objective(
     images: Tensor,
     config: TrainConfig,
     policy: str = "raw_normalize",
+    part: Part | None = None,
 ) -> Terms:
-    """The loss of one batch of ``images`` (B, 3, H, W) in [0, 1]; gradients reach the head only."""
+    """The loss of one batch of ``images`` (B, 3, H, W) in [0, 1]; gradients reach the head only.
+
+    ``part`` says what they are of the batch of several processes, the classes of whose images all
+    masks are made for; the mean of the losses, each weighted by its number of images, is that of the
+    whole batch.
+    """
     with torch.no_grad():
         taps = backbone(images)
-    batch = images.shape[0]
-    target = targets(taps.logits, backbone.task)
+    batch, first = images.shape[0], 0
+    part = part or Part(torch.arange(batch), [batch])
+    target = targets(taps.logits, backbone.task, part.places)
     if config.class_mode == "own":
         index = target[:, None]
     elif config.class_mode == "top":
         others = taps.logits.scatter(1, target[:, None], torch.inf)  # the own class comes first
-        index = others.topk(min(batch, taps.logits.shape[1]), dim=1).indices
+        index = others.topk(min(sum(part.counts), taps.logits.shape[1]), dim=1).indices
     else:
-        index = target[None]
-    masks = head(taps, index).float().sigmoid()
+        everyone, first = part.together(target)
+        index = everyone[None]
+    masks = widen(head(taps, index)).sigmoid()
     if config.class_mode == "batch":
         own = torch.arange(batch, device=images.device)
-        own_mask = masks[own, own][:, None]
+        own_mask = masks[own, first + own][:, None]
     else:  # the first class is the image's own
         own_mask = masks[:, :1]
     logits = masked_logits(backbone, images, own_mask, policy, taps)

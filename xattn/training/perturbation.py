@@ -15,7 +15,7 @@ never needs the T x T differences: with m_t = |D_t|, alpha_t = a_t D_t / m_t giv
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -59,7 +59,8 @@ class Perturbation:
         epsilon: norm of r over the tokens, for each example and query.
         weight: of the loss at s + r beside the clean loss.
         seed: random numbers are a function of it and of ``step``, which each call of :meth:`loss`
-            raises by 1. A resumed run sets ``step``; of several processes each takes its own seed.
+            raises by 1. A resumed run sets ``step``. Where several processes share a batch, each sets
+            ``examples``: which rows of how many it has; it draws for all and takes its own.
 
     Raises:
         ValueError: epsilon is not a positive number.
@@ -67,6 +68,7 @@ class Perturbation:
 
     name: ClassVar[str]
     needs_target: ClassVar[bool] = True
+    examples: tuple[Sequence[int], int] | None = None
 
     def __init__(self, epsilon: float, weight: float = 1.0, seed: int = 0) -> None:
         if not 0 < epsilon < float("inf"):
@@ -142,7 +144,9 @@ class Perturbation:
     def _noise(self, scores: Tensor, valid: Tensor) -> Tensor:
         """Random unit vectors, drawn on the CPU so that every device sees the same."""
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
-        noise = torch.randn(scores.shape, generator=generator, dtype=scores.dtype)
+        rows, count = self.examples or (range(len(scores)), len(scores))
+        shape = (count, *scores.shape[1:])
+        noise = torch.randn(shape, generator=generator, dtype=scores.dtype)[list(rows)]
         return _unit(noise.to(scores.device).masked_fill(~valid, 0.0))
 
     def _stretch(self, scores: Tensor, valid: Tensor) -> Tensor:

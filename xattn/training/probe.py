@@ -36,12 +36,15 @@ from xattn.training.labels import check_labels
 from xattn.training.lars import LARS
 from xattn.training.perturbation import Perturbation, create_perturbation
 from xattn.training.processes import (
+    Share,
     agree,
+    average_gradients,
     claim_together,
     own_accelerator,
-    shared_statistics,
+    seeded,
     stopped,
     tensorboard,
+    whole_batch,
 )
 from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, report
 
@@ -282,10 +285,7 @@ def _train(
     optimizer = accelerator.prepare(create_optimizer(head, config), device_placement=[False])
     options = {} if config.attention == "none" else {"epsilon": config.epsilon}
     perturbation = create_perturbation(
-        config.attention,
-        **options,
-        weight=config.attention_weight,
-        seed=config.seed * ranks + rank,
+        config.attention, **options, weight=config.attention_weight, seed=config.seed
     )
     folder = None if output is None else Path(output)
     run = {
@@ -339,13 +339,14 @@ def _train(
             late = config.patience and len(history) - 1 - best["epoch"] >= config.patience
             return step >= total or (bool(late) and step % per_epoch == 0 and bool(history))
 
-        def read(chunk: Chunk) -> tuple[Tokens, Tensor, int]:
+        def read(chunk: Chunk) -> tuple[Tokens, Tensor, Share]:
             positions, views = chunk[0][rank::ranks], chunk[1][rank::ranks]
             index = [photos[i] for i in positions]
+            rows = range(rank, len(chunk[0]), ranks)
             return (
                 head.tokens(features.taps(index, torch.tensor(views))),
                 seen[positions],
-                len(chunk[0]),
+                Share(rows, len(chunk[0])),
             )
 
         if state is None:
@@ -355,7 +356,7 @@ def _train(
         stack.callback(bar.close)
         if writer is not None:
             stack.callback(writer.close)
-        stack.enter_context(shared_statistics(head))
+        whole = stack.enter_context(whole_batch(head))
         seconds: list[float] = []
         with deferred_interrupt() as interrupted:
             while not ended():
@@ -368,9 +369,11 @@ def _train(
                         if stop:
                             checkpoint()
                             raise stopped(stop, None)
-                        tokens, target, count = batch.result()
+                        tokens, target, share = batch.result()
                         lr = learning_rate(step, per_epoch, config, config.batch_size * ranks)
-                        weight = len(target) * ranks / count
+                        whole.rows, whole.count = share.rows, share.count
+                        perturbation.examples = share.rows, share.count
+                        weight = len(target) * ranks / share.count
                         loss = _step(
                             accelerator, head, optimizer, perturbation, tokens, target, weight, lr,
                             step, total, config,
@@ -443,8 +446,7 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     try:
-        with torch.random.fork_rng(), accelerator.autocast():
-            torch.manual_seed(_number(config.seed, step, accelerator.process_index))
+        with seeded(config.seed, step), accelerator.autocast():
             attended = head.attend(tokens)
             loss = perturbation.loss(
                 attended.scores,
@@ -458,6 +460,8 @@ def _step(
                 loss = loss + head.trust * anchored
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(weight * loss)
+        for name in head.inert:  # rounding alone, of which LARS would make whole steps
+            head.get_parameter(name).grad = None
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -468,22 +472,13 @@ def _step(
     finally:
         head.trust = 1.0
     mean = weight * loss.detach().float()
+    average_gradients(accelerator, head)
     if accelerator.num_processes > 1:
-        _average_gradients(accelerator, head)
         mean = accelerator.reduce(mean, "mean")
     if not math.isfinite(float(mean)):
         raise _not_finite(step + 1, config)
     optimizer.step()
     return float(mean)
-
-
-def _average_gradients(accelerator: Any, head: AttentiveHead) -> None:
-    """One message for all gradients; heads are small, and some leave a tensor without gradient."""
-    named = [p for p in head.parameters() if p.requires_grad]
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in named]
-    flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), "mean")
-    for p, part in zip(named, flat.split([p.numel() for p in named]), strict=True):
-        p.grad = part.view_as(p).clone()
 
 
 def create_optimizer(head: AttentiveHead, config: ProbeConfig) -> torch.optim.Optimizer:
@@ -504,10 +499,6 @@ def _not_finite(step: int, config: ProbeConfig) -> ValueError:
     return ValueError(
         f"lr: the loss is not finite at step {step}; train with a lower lr than {config.lr:g}"
     )
-
-
-def _number(*parts: int) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
 def _digest(*parts: list[int]) -> str:

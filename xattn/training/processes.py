@@ -1,12 +1,14 @@
-"""What a training run asks of all its processes at once: set up, own the folder, stop together."""
+"""What a training run asks of all its processes at once: own the folder, share a batch, stop together."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from xattn.files import printable
+from xattn.heads.attentive import FeatureNorm
 from xattn.kernels.softmax.reference import widen
 from xattn.training.run_folder import claim
 
 FAILED = 1000  # beside the numbers of signals
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 @contextmanager
@@ -99,23 +103,68 @@ def tensorboard(folder: Path | None, step: int) -> Any:
         return None
 
 
-@contextmanager
-def shared_statistics(module: nn.Module) -> Iterator[None]:
-    """BatchNorm layers of ``module`` in training see the batch of all processes, on any device.
+@dataclass
+class Share:
+    """What one process has of the batch that a step trains on: ``rows`` of its ``count`` images.
 
-    Without it two processes would normalise each half of the batch by itself. Each layer's input has
-    its features on axis 1, or is (n, C).
+    Without a row the process takes part with a stand-in, which counts for nothing.
     """
-    layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        layers = []
+
+    rows: Sequence[int] = ()
+    count: int = 0
+
+
+@contextmanager
+def whole_batch(module: nn.Module) -> Iterator[Share]:
+    """The layers of ``module`` work, in training, on the batch of all processes; the caller says
+    before each step what this one has of it, in what is yielded.
+
+    BatchNorm normalises by the statistics of all images, on any device; without it two processes would
+    normalise each half of the batch by itself. Its input has the features on axis 1, or is (n, C).
+    Dropout of inputs (B, ...) is drawn for the whole batch, so that it does not depend on who has which
+    image, nor on whether another one could be read.
+    """
+    share = Share()
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    layers = [m for m in module.modules() if together and isinstance(m, _BatchNorm)]
+    drops = [m for m in module.modules() if isinstance(m, _DROPOUTS)]
     for layer in layers:
-        layer.forward = functools.partial(_shared_forward, layer)  # type: ignore[method-assign]
+        layer.forward = functools.partial(_shared_forward, layer, share)  # type: ignore[method-assign]
+        if isinstance(layer, FeatureNorm):
+            layer.moments = functools.partial(_shared_moments, share)  # type: ignore[method-assign]
+    for drop in drops:
+        drop.forward = functools.partial(_shared_dropout, drop, share)  # type: ignore[method-assign]
     try:
-        yield
+        yield share
     finally:
-        for layer in layers:
-            del layer.forward
+        for patched in (*layers, *drops):
+            del patched.forward
+            if "moments" in vars(patched):
+                del patched.moments
+
+
+def average_gradients(accelerator: Any, module: nn.Module) -> None:
+    """The mean over all processes, in one message; a tensor that has a gradient in none keeps None,
+    so that the optimizer leaves it alone as it does in one process."""
+    if accelerator.num_processes == 1:
+        return
+    named = [p for p in module.parameters() if p.requires_grad]
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in named]
+    there = parts[0].new_tensor([p.grad is not None for p in named])
+    flat = accelerator.reduce(torch.cat([*(g.flatten() for g in parts), there]), "mean")
+    *means, there = flat.split([*(p.numel() for p in named), len(named)])
+    for p, mean, some in zip(named, means, there.tolist(), strict=True):
+        p.grad = mean.view_as(p).clone() if some else None
+
+
+@contextmanager
+def seeded(seed: int, step: int) -> Iterator[None]:
+    """Random numbers, such as dropout's, as a function of the step and alike in all processes; the
+    caller's go on afterwards as if none had been drawn."""
+    digest = hashlib.sha256(repr((seed, step, 0)).encode()).digest()
+    with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
+        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        yield
 
 
 class _Sum(torch.autograd.Function):
@@ -134,17 +183,28 @@ class _Sum(torch.autograd.Function):
         return total
 
 
-def _shared_forward(layer: _BatchNorm, x: Tensor) -> Tensor:
+def _moments(share: Share, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How many values each feature of ``x`` (B, C, ...) has in all processes, their mean (C,) and
+    biased variance (C,)."""
+    axes = [axis for axis in range(x.ndim) if axis != 1]
+    weight = 1.0 if share.rows else 0.0
+    count = x.new_tensor(weight * x.numel() / x.shape[1])
+    torch.distributed.all_reduce(count)
+    mean = _Sum.apply(weight * x.sum(axes)) / count
+    centred = x - mean.view([1, -1, *[1] * (x.ndim - 2)])
+    return count, mean, _Sum.apply(weight * centred.square().sum(axes)) / count
+
+
+def _shared_moments(share: Share, x: Tensor) -> tuple[Tensor, Tensor]:
+    _, mean, variance = _moments(share, widen(x))
+    return mean.to(x.dtype), variance.to(x.dtype)
+
+
+def _shared_forward(layer: _BatchNorm, share: Share, x: Tensor) -> Tensor:
     if not layer.training:
         return type(layer).forward(layer, x)
-    axes = [axis for axis in range(x.ndim) if axis != 1]
-    shape = [1, -1, *[1] * (x.ndim - 2)]
     wide = widen(x)
-    count = x.new_tensor(x.numel() / x.shape[1], dtype=wide.dtype)
-    torch.distributed.all_reduce(count)
-    mean = _Sum.apply(wide.sum(axes)) / count
-    centred = wide - mean.view(shape)
-    variance = _Sum.apply(centred.square().sum(axes)) / count
+    count, mean, variance = _moments(share, wide)
     if layer.track_running_stats and layer.running_mean is not None:
         assert layer.running_var is not None and layer.num_batches_tracked is not None
         layer.num_batches_tracked.add_(1)
@@ -153,7 +213,17 @@ def _shared_forward(layer: _BatchNorm, x: Tensor) -> Tensor:
             layer.running_mean.lerp_(mean.to(layer.running_mean), rate)
             unbiased = variance * count / (count - 1).clamp_min(1)
             layer.running_var.lerp_(unbiased.to(layer.running_var), rate)
-    y = centred * (variance + layer.eps).rsqrt().view(shape)
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    y = (wide - mean.view(shape)) * (variance + layer.eps).rsqrt().view(shape)
     if layer.affine:
         y = y * layer.weight.view(shape) + layer.bias.view(shape)
     return y.to(x.dtype)
+
+
+def _shared_dropout(layer: nn.Module, share: Share, x: Tensor) -> Tensor:
+    forward = type(layer).forward
+    whole = list(share.rows) == list(range(share.count))
+    if not layer.training or whole or len(x) != len(share.rows):
+        return forward(layer, x)
+    kept = forward(layer, x.new_ones(share.count, *x.shape[1:]))
+    return x * kept[torch.tensor(share.rows, device=x.device)]

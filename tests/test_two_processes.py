@@ -1,0 +1,76 @@
+"""Two processes train the head that one trains: every head of the registry, parameters and buffers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import two_process_job as job
+from PIL import Image
+from safetensors.torch import save_file
+
+import xattn
+from xattn.heads import list_heads
+
+TOLERANCES = {"float32": 1e-4, "float64": 1e-6}  # relative
+
+
+def write_photos(folder, count):
+    """Red, green or blue noise in turn."""
+    folder.mkdir()
+    for i in range(count):
+        noise = np.random.default_rng(i).integers(0, 90, (10, 14, 3), dtype=np.uint8)
+        noise[..., i % 3] += 120
+        Image.fromarray(noise).resize((70, 50)).save(folder / f"{i:03d}.png")
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory):
+    """(of one process, of the first of two, of the second); the two are started once for all heads."""
+    root = tmp_path_factory.mktemp("two")
+    torch.manual_seed(0)
+    cnn = xattn.load_backbone("test_efficientnet", None, input_size=64, num_classes=5)
+    torch.nn.init.constant_(cnn.model.get_classifier().bias, 0.3)  # several labels are positive
+    save_file(cnn.model.state_dict(), str(root / "cnn.safetensors"))
+    vit = xattn.load_backbone("test_vit", None, input_size=64)
+    torch.nn.init.normal_(vit.model.pos_embed)  # tokens and photos apart, or gradients are rounding
+    torch.nn.init.normal_(vit.model.patch_embed.proj.weight, std=0.1)
+    save_file(vit.model.state_dict(), str(root / "vit.safetensors"))
+    write_photos(root / "photos", job.PHOTOS)
+    (root / "photos/003.png").write_bytes(b"no picture")
+    write_photos(root / "probed", job.PROBED + 7)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        job.__file__, str(root),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    two = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    one = job.trained(root, 1)
+    output, _ = two.communicate(timeout=300)
+    assert two.returncode == 0, output.decode()
+    return one, *(torch.load(root / f"states-{rank}.pt") for rank in range(2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "case"), [(d, case[0]) for d in TOLERANCES for case in job.cases(d)]
+)
+def test_two_processes_train_the_head_of_one(states, dtype, case):
+    """Each tensor differs by at most 1e-4 (float32) or 1e-6 (float64) of its largest number. Tensors
+    below 0.01, such as biases that the next norm takes out again, count as 0.01: they are rounding."""
+    one, first, second = (state[f"{case}-{dtype}"] for state in states)
+    for key, value in one.items():
+        assert torch.equal(first[key], second[key]), f"{key} differs between the processes"
+        scale = max(value.abs().max().item(), 0.01)
+        apart = (first[key] - value).abs().max().item()
+        assert apart <= TOLERANCES[dtype] * scale, f"{key}: {apart / scale:.1e}"
+
+
+def test_every_head_of_the_registry_is_trained():
+    for dtype in TOLERANCES:
+        assert {case[1] for case in job.cases(dtype)} == set(list_heads())
