@@ -3,8 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from timm.data import ImageNetInfo
 
+from xattn import explain, load_backbone
+from xattn.app.pack import Pack
 from xattn.training.labels import read_groups, read_labels, true_classes
 
 CLASSES = ["tench, Tinca tinca", "crane", "crane, bird", "fish", "4"]
@@ -89,3 +94,60 @@ def test_a_number_of_thousands_of_digits_is_a_name(tmp_path):
 def test_a_table_of_groups_of_another_form_is_refused(tmp_path, content):
     with pytest.raises(ValueError, match="data: .* (is damaged|has another form)"):
         read_groups([Path(name) for name in NAMES], table(tmp_path, content))
+
+
+# ---------------------------------------------------------------------- ImageNet's own layout
+
+SAMPLE = Path(__file__).parents[2] / "shared/data/imagenet-sample"
+IMAGENET = ImageNetInfo("imagenet-1k").label_descriptions()
+WNIDS = ["train/n01440764/1.JPEG", "train/n02012849/2.JPEG", "train/n00007846/3.JPEG"]
+
+
+@pytest.mark.parametrize("names", [IMAGENET, [name.split(",")[0] for name in IMAGENET]])
+def test_folders_named_by_wordnet_ids_are_classes_of_an_imagenet_classifier(tmp_path, names):
+    expected = [(0, names[0]), (134, names[134]), (None, "n00007846")]  # the last: not of the 1000
+    assert true_classes(WNIDS, "folders", names) == expected
+    file = table(tmp_path, {"1.JPEG": "n01440764", "2.JPEG": "n02012849", "3.JPEG": "n00007846"})
+    assert true_classes(WNIDS, file, names) == expected
+
+
+@pytest.mark.parametrize(
+    "names", [CLASSES, [f"class {i}" for i in range(1000)], sorted(IMAGENET), IMAGENET[:999]]
+)
+def test_wordnet_ids_are_no_classes_of_other_classifiers(names):
+    labels = ["n01440764", "n02012849", "n00007846"]
+    assert true_classes(WNIDS, "folders", names) == [(None, label) for label in labels]
+
+
+def test_a_class_that_is_named_like_an_id_is_the_class():
+    names = [*IMAGENET[:-1], "n01440764"]
+    assert true_classes(WNIDS[:1], "folders", names) == [(999, "n01440764")]
+
+
+def test_a_pack_of_imagenet_folders_says_what_is_right(tmp_path):
+    for i, wnid in enumerate(("n01440764", "n02012849")):
+        (tmp_path / "photos" / wnid).mkdir(parents=True)
+        noise = np.random.default_rng(i).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "photos" / wnid / "photo.png")
+    backbone = load_backbone("test_resnet", weights=None)
+    explain(
+        tmp_path / "photos",
+        backbone,
+        explainer="saliency",
+        labels="folders",
+        output=tmp_path / "pack",
+    )
+    images = Pack(tmp_path / "pack").images
+    assert list(images["label"]) == [0, 134]
+    assert list(images["label_name"]) == [IMAGENET[0], IMAGENET[134]]
+    assert set(images["right"]) <= {True, False}
+
+
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs ../shared/data/imagenet-sample")
+def test_the_ids_of_a_sample_are_those_of_its_own_table():
+    given = json.loads((SAMPLE / "classes.json").read_text())
+    folders = sorted(p.name for p in SAMPLE.iterdir() if p.is_dir())
+    found = true_classes([f"{folder}/a.jpg" for folder in folders], "folders", IMAGENET)
+    assert folders and [number for number, _ in found] == [
+        given[folder]["index"] for folder in folders
+    ]

@@ -114,8 +114,9 @@ def true_classes(
     Args:
         labels: ``"folders"``, or a file as in :func:`read_labels`. Of a table by folder the first of
             its "label" (beside an "index", if two classes have that name) and its "group" counts
-            that is a class. A label is a class by its number, by its name, or by a part of its name
-            between commas.
+            that is a class. A label is a class by its number, by its name, by a part of its name
+            between commas, or, of an ImageNet-1k classifier, by its WordNet id ("n01440764"), which
+            ImageNet's own folders are named by.
 
     Raises:
         ValueError: photos without a label, a damaged file, or a label that names two classes.
@@ -125,6 +126,8 @@ def true_classes(
     for i, name in enumerate(class_names):
         for part in {name.lower(), *(p.strip() for p in name.lower().split(","))}:
             classes.setdefault(part, []).append(i)
+    for identity, i in _wordnet_ids(class_names).items():
+        classes.setdefault(identity, [i])
     if str(labels) == FOLDERS:
         given: list[tuple[str, Any]] = [(name, printable(_folder(name))) for name in names]
     else:
@@ -135,6 +138,23 @@ def true_classes(
             number, label = _class_of(value, key, classes, len(class_names), Path(labels))
             known[key] = (number, label if number is None else class_names[number])
     return [known[key] for key, _ in given]
+
+
+def _wordnet_ids(class_names: Sequence[str]) -> dict[str, int]:
+    """The classes of an ImageNet-1k classifier by WordNet id; {} of any other.
+
+    One is known by the names of its classes: timm's, or the first of each as torchvision has them, but
+    for a few.
+    """
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    if infer_imagenet_subset({"num_classes": len(class_names)}) != "imagenet-1k":
+        return {}
+    info = ImageNetInfo("imagenet-1k")
+    pairs = zip(class_names, info.label_descriptions(), strict=True)
+    alike = sum(name.split(",")[0].lower() == own.split(",")[0].lower() for name, own in pairs)
+    ids: list[str] = info.label_names()
+    return {identity: i for i, identity in enumerate(ids)} if alike > 0.9 * len(ids) else {}
 
 
 def _class_of(
