@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import hashlib
 import hmac
@@ -24,15 +25,69 @@ SHORTEST, LONGEST = 8, 1024  # characters; the longest bounds the work of one tr
 SCRYPT = {"n": 1 << 15, "r": 8, "p": 3}  # 32 MiB and about 0.2 s a try
 MEMORY = 64 << 20
 LIFETIME = 12 * 3600  # seconds until the password is asked for again
+ENDED = ".ended"  # behind the name of the password's file
+
+
+class Ended:
+    """Sessions that logged out before their time, kept in a file so that a restart forgets none.
+
+    Args:
+        path: the file, which need not be there; None keeps them in memory.
+
+    Raises:
+        ValueError: the file is damaged. OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path, self._lock = path, threading.Lock()
+        self._sessions = self._read()  # {id: end in Unix seconds}
+
+    def __contains__(self, session: str) -> bool:
+        return session in self._sessions
+
+    def add(self, session: str, end: int) -> None:
+        """Let a session count as ended, from now on and after a restart.
+
+        Raises:
+            OSError: the file cannot be written; the session has ended all the same.
+        """
+        with self._lock:
+            self._sessions[session] = end
+            with contextlib.suppress(ValueError, OSError):
+                self._sessions |= self._read()  # another server may have the same password
+            now = time.time()
+            self._sessions = {name: end for name, end in self._sessions.items() if end > now}
+            if self._path is not None:
+                record = {"xattn": "ended sessions", "sessions": self._sessions}
+                write_json(self._path, record, "password_file", mode=0o600)
+
+    def _read(self) -> dict[str, int]:
+        if self._path is None or not self._path.exists():
+            return {}
+        remedy = (
+            f"set the password again with 'xattn app --set-password {self._path.with_suffix('')}', "
+            "which ends all sessions"
+        )
+        record = strict_json.read(self._path, "password_file", remedy)
+        found = record.get("sessions") if isinstance(record, dict) else None
+        if not isinstance(found, dict) or not all(type(end) is int for end in found.values()):
+            raise ValueError(f"password_file: {self._path} is damaged; {remedy}")
+        return found
+
+
+def _ended_file(path: Path) -> Path:
+    """Where the sessions are kept that logged out under the password in ``path``."""
+    return path.with_name(f"{path.name}{ENDED}")
 
 
 @dataclass(frozen=True)
 class Password:
-    """What a password is checked against, and the key that signs cookies."""
+    """What a password is checked against, the key that signs cookies, and the sessions that ended."""
 
     salt: bytes
     hash: bytes
     key: bytes
+    ended: Ended = field(default_factory=Ended, repr=False, compare=False)
     _one: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def check(self, password: str) -> bool:
@@ -55,7 +110,7 @@ class Password:
         if not hmac.compare_digest(self._sign(text).encode(), signature.encode("utf-8", "replace")):
             return None
         end, _, session = text.partition(".")  # signed by us, so it has the form of cookie()
-        return (session, int(end)) if int(end) > now() else None
+        return (session, int(end)) if int(end) > now() and session not in self.ended else None
 
     def _sign(self, text: str) -> str:
         return hmac.new(self.key, text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
@@ -73,7 +128,7 @@ def write_password(path: Path, password: str) -> None:
             f"password: got {len(password)} characters; give {SHORTEST} to {LONGEST:,}"
         )
     if path.exists():
-        read_password(path)  # whatever else lies there is not overwritten
+        _read(path)  # whatever else lies there is not overwritten
     salt = secrets.token_bytes(16)
     record = {
         "xattn": "password",
@@ -83,10 +138,25 @@ def write_password(path: Path, password: str) -> None:
         "key": secrets.token_hex(32),
     }
     write_json(path, record, "set_password", mode=0o600)
+    _ended_file(path).unlink(missing_ok=True)  # of the key before
 
 
 def read_password(path: Path) -> Password:
-    """The password of a file of ``xattn app --set-password``, which others must not be able to read."""
+    """The password of a file of ``xattn app --set-password``, which others must not be able to read,
+    with the sessions that ended under it."""
+    values = _read(path)
+    try:
+        ended = Ended(_ended_file(path))
+    except OSError as error:
+        raise ValueError(
+            f"password_file: cannot read {_ended_file(path)} ({error.strerror}), which holds the "
+            "sessions that logged out; make it readable"
+        ) from None
+    return Password(values["salt"], values["hash"], values["key"], ended)
+
+
+def _read(path: Path) -> dict[str, bytes]:
+    """Salt, hash and key of a password's file."""
     try:
         mode = path.stat().st_mode
         text = path.read_text(encoding="utf-8")
@@ -110,7 +180,7 @@ def read_password(path: Path) -> Password:
         raise ValueError(
             f"password_file: {path} can be used by others on this machine; run: chmod 600 {path}"
         )
-    return Password(values["salt"], values["hash"], values["key"])
+    return values
 
 
 def ask_password() -> str:

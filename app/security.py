@@ -16,6 +16,7 @@ import asyncio
 import ipaddress
 import math
 import socket
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Collection
@@ -77,7 +78,6 @@ class Guard:
         if not loopback:
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
         self.throttle = throttle or Throttle()
-        self._ended: dict[str, int] = {}  # sessions that logged out, until their cookies end
         self._open: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -100,7 +100,7 @@ class Guard:
             elif scope["type"] == "websocket":
                 await self._websocket(session, scope, receive, send)
             elif scope["path"] == LOGOUT:
-                await self._logout(session, scope)(scope, receive, send)
+                await (await self._logout(session, scope))(scope, receive, send)
             else:
                 await self.app(scope, receive, send)
 
@@ -125,7 +125,7 @@ class Guard:
         assert self.password is not None
         for line in headers.getlist("cookie"):
             found = self.password.session(cookie_parser(line).get(self.cookie))
-            if found is not None and found[0] not in self._ended:
+            if found is not None:
                 return found
         return None
 
@@ -171,14 +171,17 @@ class Guard:
         self._set_cookie(response, scope, self.password.cookie(), LIFETIME)
         return _private(response)
 
-    def _logout(self, session: tuple[str, int], scope: Scope) -> Response:
+    async def _logout(self, session: tuple[str, int], scope: Scope) -> Response:
+        assert self.password is not None
         if scope["method"] in ("GET", "HEAD"):
             return _private(HTMLResponse(logout_page()))
         if scope["method"] != "POST":
             return _no_method()
-        now = time.time()
-        self._ended = {name: end for name, end in self._ended.items() if end > now}
-        self._ended[session[0]] = session[1]
+        try:
+            await asyncio.to_thread(self.password.ended.add, session[0], session[1])
+        except OSError as error:
+            words = f"{error.args[-1]}; who logged out stays out only until the server stops"
+            print(f"warning: {words}", file=sys.stderr)
         for ended in self._open.pop(session[0], ()):
             ended.set()
         response = RedirectResponse(LOGIN, 303)

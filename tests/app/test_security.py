@@ -288,6 +288,69 @@ def test_logging_out_ends_the_session_on_the_server(file: Path) -> None:
     assert web.get("/").status_code == 401
 
 
+def test_a_session_that_logged_out_stays_out_after_a_restart(file: Path) -> None:
+    gone, stays = client(file), client(file)
+    log_in(gone)
+    log_in(stays)
+    cookies = dict(gone.cookies), dict(stays.cookies)
+    gone.post(LOGOUT)
+    for cookie, status in zip(cookies, (401, 200), strict=True):
+        restarted = client(file)
+        restarted.cookies.update(cookie)
+        assert restarted.get("/").status_code == status
+
+
+def test_two_servers_of_one_password_forget_no_session_that_logged_out(file: Path) -> None:
+    servers = client(file), client(file)
+    cookies = []
+    for web in servers:
+        log_in(web)
+        cookies.append(dict(web.cookies))
+        web.post(LOGOUT)
+    for cookie in cookies:
+        restarted = client(file)
+        restarted.cookies.update(cookie)
+        assert restarted.get("/").status_code == 401
+
+
+def test_ended_sessions_are_kept_as_long_as_their_cookies_and_for_the_owner_alone(
+    file: Path,
+) -> None:
+    found = read_password(file)
+    found.ended.add("old", int(time.time()) - 1)
+    found.ended.add("new", int(time.time()) + 100)
+    kept = file.with_name("password.ended")
+    assert list(json.loads(kept.read_text())["sessions"]) == ["new"]
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"sessions": {"a": "b"}}', '{"sessions": []}'])
+def test_a_damaged_list_of_ended_sessions_is_refused_with_a_remedy_that_works(
+    file: Path, text: str
+) -> None:
+    file.with_name("password.ended").write_text(text)
+    with pytest.raises(ValueError, match=f"password_file: .*--set-password {file}'"):
+        read_password(file)
+    write_password(file, SECRET)
+    assert read_password(file).check(SECRET)
+
+
+def test_logging_out_counts_where_nothing_can_be_written(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "password_file: cannot write")
+
+    web = client(file)
+    log_in(web)
+    cookie = dict(web.cookies)
+    monkeypatch.setattr(password, "write_json", full)
+    assert web.post(LOGOUT).status_code == 303
+    web.cookies.update(cookie)
+    assert web.get("/").status_code == 401
+    assert "only until the server stops" in capsys.readouterr().err
+
+
 def test_a_websocket_needs_the_cookie_and_ends_with_its_session(file: Path) -> None:
     web = client(file)
     with pytest.raises(WebSocketDisconnect), web.websocket_connect("ws://localhost/_stcore/stream"):
