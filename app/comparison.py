@@ -133,7 +133,8 @@ def _check(results: Results) -> None:
     n = len(results.images)
     if not n or not results.methods:
         raise ValueError("it compares nothing")
-    if not 0 < results.n_resamples <= MAX_RESAMPLES or type(results.protocol.seed) is not int:
+    whole = type(results.n_resamples) is int and type(results.protocol.seed) is int
+    if not whole or not 0 < results.n_resamples <= MAX_RESAMPLES:
         raise ValueError("its resampling cannot be repeated")
     columns = results.columns
     if not columns or len(results.methods) * len(columns) > MAX_CELLS:

@@ -129,7 +129,7 @@ class Jobs:
             process, end = self._read(folder / PROCESS), self._read(folder / EXIT)
             started = _time(process.get("started", created))
             ended = _time(end["time"]) if "time" in end else None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise JobError(f"The record of job {job_id} is damaged; start another job") from None
         state: State
         code = end.get("code") if isinstance(end.get("code"), int) else None

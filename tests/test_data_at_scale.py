@@ -199,6 +199,13 @@ def test_missing_data_is_one_line_with_a_remedy(tmp_path, photos):
     write_shards(tmp_path / "none", [], (0,))
     with pytest.raises(ValueError, match="no sample"):
         open_photos(f"wds/{tmp_path}/none")
+    for length in (-3, "3", None, 2.5, 10**30):
+        write_shards(tmp_path / "odd", photos[:3], (3,))
+        info = json.loads((tmp_path / "odd" / "_info.json").read_text())
+        info["splits"]["train"]["shard_lengths"] = [length]
+        (tmp_path / "odd" / "_info.json").write_text(json.dumps(info))
+        with pytest.raises(ValueError, match="_info.json of .* no numbers of samples"):
+            open_photos(f"wds/{tmp_path}/odd")
     with pytest.raises(ValueError, match="lengths.*_info.json"):
         open_photos("wds/https://example.invalid/photos-{0000..0002}.tar")
     with pytest.raises(ValueError, match="hfids.*hfds/"):

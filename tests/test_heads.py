@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import xattn
 from xattn.backbone import Taps
-from xattn.heads import create_head, load_head, save_head
+from xattn.heads import create_head, load_head, parse_options, save_head
 from xattn.heads.ttame import Branch
 
 
@@ -284,6 +284,18 @@ def test_a_head_for_another_backbone_is_refused_with_both_hashes(cnn, tmp_path):
     assert cnn.fingerprint in str(error.value) and other.fingerprint in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["self", "name", "backbone", "seed"])
+def test_an_option_that_is_an_argument_of_its_own_is_refused(cnn, name):
+    with pytest.raises(ValueError, match=f"options: got '{name}=1'; {name} is no option"):
+        parse_options([f"{name}=1"])
+    with pytest.raises(ValueError, match="head: ttame"):
+        create_head("ttame", cnn, **{name: 1})
+
+
+def test_options_nested_too_deep_are_text():
+    assert parse_options(["a=" + "[" * 50_000]) == {"a": "[" * 50_000}
+
+
 def test_damaged_artefacts_are_refused(cnn, tmp_path):
     import pickle
 
@@ -298,6 +310,12 @@ def test_damaged_artefacts_are_refused(cnn, tmp_path):
     for name in ("truncated", "pickle", "config"):
         with pytest.raises(ValueError, match="head"):
             load_head(tmp_path / name, cnn)
+    for taps in (None, 5, "norm1", [5]):
+        config = json.loads((tmp_path / "missing/config.json").read_text())
+        config["backbone"]["taps"] = taps
+        (tmp_path / "config/config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="its taps are no list of str"):
+            load_head(tmp_path / "config", cnn)
     with pytest.raises(FileNotFoundError, match="head"):
         load_head(tmp_path / "missing", cnn)
     with pytest.raises(FileNotFoundError, match="no folder"):

@@ -59,9 +59,10 @@ def test_missing_and_empty_paths_raise_one_clear_line(tmp_path):
     (tmp_path / "empty.txt").write_text("# nothing\n")
     with pytest.raises(ValueError, match=r"names no image"):
         list_images(tmp_path / "empty.txt")
-    (tmp_path / "wrong.txt").write_text("absent.png 3\n")
-    with pytest.raises(FileNotFoundError, match=r"line 1 of .*absent\.png"):
-        list_images(tmp_path / "wrong.txt")
+    for line in ("absent.png 3", f"absent.png {'x' * 5000}"):
+        (tmp_path / "wrong.txt").write_text(line + "\n")
+        with pytest.raises(FileNotFoundError, match=r"line 1 of .*absent\.png"):
+            list_images(tmp_path / "wrong.txt")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(ValueError, match=r"UTF-8"):
         list_images(tmp_path / "binary.txt")

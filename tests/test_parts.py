@@ -433,6 +433,23 @@ def test_an_interrupted_run_goes_on_and_ends_as_a_whole_one(tmp_path, monkeypatc
         cut_parts(macros, boxes, tmp_path / "out", seed=1, progress=False)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"index": "x"}, {"index": 1e999}, {"outcome": "eaten"}, {"outcome": []}, {"photo": 5}, {"file": 5},
+     {"file": "../boxes.json"}, {"file": "crops/" + "x" * 300 + ".png"}],
+)  # fmt: skip
+def test_a_record_that_parts_did_not_write_is_refused(tmp_path, change):
+    PHOTOS["chelsea"].save(tmp_path / "a.png")
+    (tmp_path / "boxes.json").write_text('{"a.png": [[0, 0, 9, 9]]}')
+    run = tmp_path / "a.png", tmp_path / "boxes.json", tmp_path / "out"
+    cut_parts(*run, progress=False)
+    record = json.loads((tmp_path / "out" / "parts.json").read_text())
+    record["parts"][0] |= change
+    (tmp_path / "out" / "parts.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="output: .*parts.json is damaged"):
+        cut_parts(*run, progress=False)
+
+
 def test_an_entry_or_mask_that_stands_for_two_photos_is_refused(tmp_path):
     for folder, name in (("a", "coffee"), ("b", "chelsea")):
         (tmp_path / "p" / folder).mkdir(parents=True)

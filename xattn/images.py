@@ -7,6 +7,7 @@ the original photo (H, W): bilinear, cell centres at half-integers (``align_corn
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import threading
@@ -115,8 +116,12 @@ def _read_lines(path: Path) -> list[str]:
 
 def _listed_file(path: Path, number: int, line: str) -> Path:
     for name in (line, line.rpartition("\t")[0], line.rpartition(" ")[0].rstrip()):
-        if name and (path.parent / name).is_file():
-            return path.parent / name
+        try:
+            if name and (path.parent / name).is_file():
+                return path.parent / name
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
     raise FileNotFoundError(
         f"images: line {number} of {path} names no file ({line!r}); "
         f"paths are relative to {path.parent}"

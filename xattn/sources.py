@@ -36,6 +36,7 @@ from xattn.images import MAX_PIXELS, SUFFIXES, decode_image, list_images, load_i
 
 SCHEMES = ("hfds", "wds")
 BLOCK = 256  # undecoded samples of a shard that a reader holds; training shuffles within them
+MOST_SAMPLES = 1 << 40  # of a shard
 TAIL = 4096  # last bytes of a photo that its description holds
 _READING = threading.Lock()
 
@@ -429,7 +430,13 @@ def _split_files(root: str, split: str, remote: bool) -> tuple[list[str], Sequen
             f"data: wds/{root} cannot be opened ({type(error).__name__}: {error}); give a split of its "
             f"_info.json as wds/PATH:SPLIT"
         ) from error
-    return [f"{root}/{name}" for name in info.filenames], info.shard_lengths
+    urls, lengths = [f"{root}/{name}" for name in info.filenames], info.shard_lengths
+    if not all(type(n) is int and 0 <= n <= MOST_SAMPLES for n in lengths):
+        raise ValueError(
+            f"data: _info.json of {root} has shard_lengths that are no numbers of samples; correct them, "
+            f"or leave them out"
+        )
+    return urls, lengths
 
 
 def _count(path: str) -> int:

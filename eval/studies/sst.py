@@ -86,7 +86,11 @@ def read(path: str | Path) -> list[Sentence]:
         ValueError: a line is no tree; it is named. OSError: the file cannot be read.
     """
     found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"data: {path} is not UTF-8 text; save it as UTF-8") from None
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:

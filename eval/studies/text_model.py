@@ -134,7 +134,7 @@ class Vocabulary:
         that the file lacks are drawn from N(0, 0.3^2).
 
         Raises:
-            ValueError: the file holds no vectors, or of different widths.
+            ValueError: the file holds no vectors, of different widths, or other things than numbers.
         """
         found: dict[int, Tensor] = {}
         width = 0
@@ -151,7 +151,16 @@ class Vocabulary:
                         f"earlier ones {width}; give a text file with a word and E numbers a line"
                     )
                 width = len(numbers)
-                found[self.index[word]] = torch.tensor([float(n) for n in numbers])
+                try:
+                    vector = torch.tensor([float(n) for n in numbers])
+                except ValueError:
+                    vector = torch.tensor(torch.nan)
+                if not vector.isfinite().all():
+                    raise ValueError(
+                        f"vectors: line {number + 1} of {path} holds what is no finite number; give a "
+                        f"text file with a word and E numbers a line"
+                    )
+                found[self.index[word]] = vector
         if not found:
             raise ValueError(
                 f"vectors: {path} has none of the {len(self)} words; give another file"

@@ -164,6 +164,7 @@ def test_a_file_over_the_limit_is_not_read(library, monkeypatch):
         lambda r: r["standings"][0].update(mean="much"),
         lambda r: r["standings"][0].update(column="no such"),
         lambda r: r["protocol"].update(seed="0"),
+        lambda r: r.update(n_resamples=200.5),
     ],
 )
 def test_what_does_not_fit_together_is_an_error_for_a_person(data, change):

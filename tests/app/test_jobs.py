@@ -270,7 +270,9 @@ def test_a_changed_record_runs_nothing_else(jobs: Jobs) -> None:
         jobs.resume("mine")
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"spec": {"kind": "rm"}, "created": 0}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"spec": {"kind": "rm"}, "created": 0}', '{"spec": "train"}', "\x00"]
+)
 def test_a_damaged_record_hides_no_other_job(jobs: Jobs, text: str) -> None:
     jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), "good")
     ended(jobs, "good")

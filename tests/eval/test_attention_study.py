@@ -76,6 +76,12 @@ def test_what_is_no_tree_is_refused_with_its_line(line, tmp_path):
         sst.read(file)
 
 
+def test_trees_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "trees.txt").write_bytes(b"(3 good)\xff")
+    with pytest.raises(ValueError, match=r"data: .*trees.txt is not UTF-8 text"):
+        sst.read(tmp_path / "trees.txt")
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/sst")
 def test_the_treebank_has_its_published_numbers_of_sentences():
     found = sst.read(DATA / "dev.txt")
@@ -209,6 +215,10 @@ def test_word_vectors_come_from_a_file_and_the_rest_at_random(tmp_path):
     file.write_text("film 1 2 3\nfine 4 5\n")
     with pytest.raises(ValueError, match="line 2 of .* has 2 numbers"):
         vocabulary.vectors(file, torch.Generator())
+    for line in ("film 1 2 x\n", "film 1 2 nan\n", "film 1 2 1e50\n"):
+        file.write_text(line)
+        with pytest.raises(ValueError, match="line 1 of .* holds what is no finite number"):
+            vocabulary.vectors(file, torch.Generator())
     file.write_text("other 1 2 3\n")
     with pytest.raises(ValueError, match="has none of the 4 words"):
         vocabulary.vectors(file, torch.Generator())

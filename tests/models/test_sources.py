@@ -367,6 +367,14 @@ def test_non_finite_tensor_is_refused_by_name(tmp_path, suffix, value, dtype):
     assert_one_line(caught)
 
 
+def test_an_expanded_tensor_is_checked_where_it_is_stored(tmp_path):
+    wide = torch.tensor([2.0]).expand(1 << 40)
+    found = load_weight_file(write(tmp_path / "a.pth", {"a": wide}))
+    assert found["a"].shape == wide.shape and found["a"].untyped_storage().nbytes() == 4
+    with pytest.raises(ValueError, match=r"'a'.*NaN or infinity"):
+        load_weight_file(write(tmp_path / "b.pth", {"a": (wide[:1] / 0).expand(1 << 40)}))
+
+
 @pytest.mark.parametrize(
     "content",
     [

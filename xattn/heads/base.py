@@ -181,7 +181,7 @@ def head_class(name: str) -> type[Head]:
     return _REGISTRY[name]
 
 
-def create_head(name: str, backbone: Backbone, **options: Any) -> Head:
+def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
     """Create an untrained head for ``backbone``.
 
     Raises:
@@ -199,6 +199,10 @@ def _construct(name: str, backbone: Backbone, options: Mapping[str, Any]) -> Hea
         raise ValueError(f"head: {name} {reason} ({error}); its options: {options}") from error
 
 
+# What the function that makes a head or an explainer has arguments for.
+_OWN_ARGUMENTS = ("self", "name", "backbone", "head", "seed", "max_forward_batch")
+
+
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     """Options written as ``name=value`` with JSON values; what is not JSON is a string, so that
     ``read=mean`` needs no quotes (and ``norm=no`` is refused by the head)."""
@@ -207,6 +211,8 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         key, found, value = pair.partition("=")
         if not found or not key.isidentifier():
             raise ValueError(f"options: got {pair!r}; write name=value")
+        if key in _OWN_ARGUMENTS:
+            raise ValueError(f"options: got {pair!r}; {key} is no option of a head or an explainer")
         try:
             options[key] = strict_json.parse(value, nan=True)
         except ValueError:
@@ -304,8 +310,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         for key, kind in (("head", str), ("options", dict), ("backbone", dict)):
             if not isinstance(config[key], kind):
                 raise TypeError(f"{key} is no {kind.__name__}")
-        if not all(isinstance(tap, str) for tap in config["backbone"].get("taps") or ()):
-            raise TypeError("a tap is no str")
+        taps = config["backbone"].get("taps", [])
+        if not isinstance(taps, list) or not all(isinstance(tap, str) for tap in taps):
+            raise TypeError("its taps are no list of str")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"head: {path} is damaged ({type(error).__name__}: {error}); save the head again"

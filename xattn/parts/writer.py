@@ -6,6 +6,8 @@ tell them from their photos. A run with the same arguments goes on where one sto
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,9 +159,9 @@ def _finished(output: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any
         return {}
     earlier = strict_json.read(path, "output", "choose another folder")
     try:
-        records = {int(record["index"]): record for record in earlier["parts"]}
+        records = {_checked(record)["index"]: record for record in earlier["parts"]}
         same = earlier["settings"] == settings
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"output: {path} is damaged ({error}); choose another folder") from None
     # A killed run may have cut more than its record says.
     if not same and not any((output / "crops").glob("*.png")):
@@ -172,8 +174,17 @@ def _finished(output: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any
         i: record
         for i, record in records.items()
         if record["outcome"] != "skipped"
-        and ("file" not in record or (output / record["file"]).is_file())
+        and ("file" not in record or os.path.isfile(output / record["file"]))
     }
+
+
+def _checked(record: dict[str, Any]) -> dict[str, Any]:
+    """A record that :func:`_cut` may have made."""
+    crop = re.fullmatch(r"crops/[^/\0]{1,255}\.png", record.get("file", "crops/0.png"))
+    texts = isinstance(record["photo"], str) and record["outcome"] in OUTCOMES
+    if crop is None or type(record["index"]) is not int or not texts:
+        raise ValueError("what it says of a photo is not what xattn parts writes")
+    return record
 
 
 def _save(output: Path, settings: dict[str, Any], done: dict[int, dict[str, Any]]) -> None:
