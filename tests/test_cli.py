@@ -16,6 +16,15 @@ import xattn
 from xattn.cli import main
 
 
+def test_an_error_that_quotes_a_long_text_is_cut_in_the_middle(tmp_path, capsys):
+    photos = tmp_path / "list.txt"
+    photos.write_text("x" * 100_000 + "\n")
+    assert main(["parts", str(photos), "--evidence", "mser", "--output", str(tmp_path / "o")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("xattn: error: images: line 1 of ") and len(line) < 2000
+    assert line.endswith(f"paths are relative to {tmp_path}")
+
+
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
     root = tmp_path_factory.mktemp("cli")

@@ -24,6 +24,7 @@ from xattn.config import ProbeConfig, TrainConfig
 from xattn.eval.studies.config import ImageStudyConfig, PartStudyConfig, TextStudyConfig
 
 SHIPPED_DEFAULT = "ttame-efficientnet-lite0"
+LONGEST_ERROR = 2000  # characters
 
 
 @dataclass(frozen=True)
@@ -922,6 +923,12 @@ def _row_name(source: str, name: str, taken: set[str]) -> str:
     return label
 
 
+def _one_line(text: str) -> str:
+    """What an error says, without the middle where it quotes a file at length."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_ERROR else f"{line[:1000]} ... {line[-500:]}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -949,7 +956,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError) as error:
         named = isinstance(error, OSError) and error.filename is None and error.args
         text = error.args[-1] if named else error
-        print(f"xattn: error: {' '.join(str(text).split())}", file=sys.stderr)
+        print(f"xattn: error: {_one_line(str(text))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = "; --resume goes on" if isinstance(command, Train | Probe) else ""
