@@ -8,8 +8,8 @@ stops training early, and nothing else is chosen by the study: epsilon is ``stre
 change a token for each number N of tokens. With a the mean query map, for every photo of the test fold
 
     pixels      Pearson(a, |dL/dx_n|), L the cross-entropy of the label, x_n the pixels of cell n
-    tokens      the same for x_n token n of all taps, which the head pools: there the gradient runs
-                through the values alone, a_n times a factor that differs little between tokens
+    tokens      the same for x_n token n of all taps, which the head pools: mostly attention itself, as
+                the gradient by value n is a_n times a vector that all tokens share
     deletion    Pearson(a, p - p_n), p of the predicted class, p_n without token n in the pooling
     shares      the same for the class map of the prediction, in place of a
     stability   Pearson of a with and without Gaussian noise on the pixels

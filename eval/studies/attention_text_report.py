@@ -236,7 +236,7 @@ def plot(rows: Rows, config: TextStudyConfig, path: Path) -> None:
     for column, (attention, weight) in enumerate(columns):
         for line, name in enumerate(shown):
             axis = axes[line, column]
-            for method in config.methods:
+            for place, method in enumerate(config.methods):
                 values = points[attention, method]
                 if method == "none":
                     clean = values[CLEAN][name]
@@ -244,7 +244,7 @@ def plot(rows: Rows, config: TextStudyConfig, path: Path) -> None:
                     continue
                 epsilons = sorted(config.epsilons)
                 heights = [values[Setting(e, weight)][name] for e in epsilons]
-                axis.plot(epsilons, heights, marker="o", markersize=4, label=NAMES[method])
+                axis.plot(epsilons, heights, f"oC{place}-", markersize=4, label=NAMES[method])
             axis.set_xscale("log")
             axis.grid(alpha=0.3)
             axis.set_ylabel(COLUMNS[name] if column == 0 else "")
