@@ -250,12 +250,12 @@ class _Run:
             if known is not None and known.id != item.id:
                 raise ValueError(
                     f"state: image {item.position} was {known.id} and is {item.id} now; give another "
-                    f"file, or the same images"
+                    f"file than {self.store.path}, or the same images"
                 )
             if known is not None and known.digest != _digest(item.image):
                 raise ValueError(
-                    f"state: {item.id} is not the picture that was measured; give another file, or "
-                    f"the same images"
+                    f"state: {item.id} is not the picture that was measured; give another file than "
+                    f"{self.store.path}, or the same images"
                 )
         if chunk[0].position < self.kept_maps:
             self._keep_missing(chunk)
@@ -321,7 +321,12 @@ class _Run:
             for part in self._passes(name, rows):
                 images = torch.stack([item.image for item in part]).to(self.backbone.device)
                 known = [self.store.image(item.position) for item in part]
-                targets = torch.tensor([row.target for row in known if row is not None])
+                classes = [row.target for row in known if row is not None]
+                if not all(
+                    k is not None and 0 <= k < len(self.backbone.class_names) for k in classes
+                ):
+                    raise self.store.damaged("a class that the classifier does not have")
+                targets = torch.tensor(classes)
                 maps, reasons = self._maps(name, images, targets)
                 for item, values, reason in zip(part, maps, reasons, strict=True):
                     if reason is None:

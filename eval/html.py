@@ -51,7 +51,7 @@ def html_page(
             is missing or cannot be read leaves its map alone.
 
     Raises:
-        sqlite3.DatabaseError: ``state`` is not the file of an evaluation.
+        ValueError: ``state`` is damaged, or not the file of an evaluation.
     """
     page = resources.files("xattn.eval") / "page"
     # ensure_ascii and the escapes below: no name can close the script element.

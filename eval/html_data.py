@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +22,8 @@ from xattn.eval import bootstrap
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import METRICS
 from xattn.eval.results import Results, is_baseline
-from xattn.images import load_image, prepare
+from xattn.eval.store import damaged, grey_maps
+from xattn.images import MAX_PIXELS, decode_image, load_image, prepare
 from xattn.visualize import data_url
 
 if TYPE_CHECKING:
@@ -203,27 +202,18 @@ def _maps(
     """Coloured maps by "method:image", of those (method, image) that the state has."""
     if state is None:
         return {}
-    names, found = list(results.methods), {}
-    with closing(sqlite3.connect(f"{state.resolve().as_uri()}?mode=ro", uri=True)) as database:
-        positions: dict[str, list[int]] = {}
-        for position, identity in database.execute(
-            "SELECT position, id FROM images WHERE skipped IS NULL ORDER BY position DESC"
-        ):
-            positions.setdefault(identity, []).append(position)
-        # One photo can be listed twice: its first record has the first of its positions.
-        ordered = [positions[i.id].pop() if positions.get(i.id) else None for i in results.images]
-        for m, i in wanted:
-            query = "SELECT map FROM results WHERE position = ? AND method = ?"
-            row = database.execute(query, (ordered[i], names[m])).fetchone()
-            if row is not None and row[0] is not None:
-                found[f"{m}:{i}"] = _coloured(row[0])
+    number = {name: m for m, name in enumerate(results.methods)}
+    names = list(number)
+    identities = [image.id for image in results.images]
+    found = {}
+    for name, i, png in grey_maps(state, identities, ((names[m], i) for m, i in wanted)):
+        try:
+            image = decode_image(io.BytesIO(png), "a map", MAX_PIXELS).convert("L")
+        except ValueError as error:
+            raise damaged(state, str(error)) from None
+        image.putpalette(_palette())
+        found[f"{number[name]}:{i}"] = data_url(image, "PNG", optimize=True)
     return found
-
-
-def _coloured(png: bytes) -> str:
-    image = Image.open(io.BytesIO(png)).convert("L")
-    image.putpalette(_palette())
-    return data_url(image, "PNG", optimize=True)
 
 
 @cache

@@ -365,6 +365,8 @@ def _method(
         method.tied += row.tied
         method.requests += row.requests
         method.seconds += row.seconds
+        if not by_key.keys() >= row.measured.keys():
+            raise store.damaged(f"a number of {name} that was not asked for")
         for key, value in row.measured.items():
             method.values[by_key[key]][i] = value
             method.measured[by_key[key]][i] = True
@@ -372,7 +374,7 @@ def _method(
             if key not in method.scores:
                 shape = (n,) if len(scores) == 1 else (n, len(scores))
                 method.scores[key] = np.full(shape, np.nan)
-            if method.scores[key].shape[1:] not in ((), (len(scores),)):
+            if method.scores[key].shape[1:] != (() if len(scores) == 1 else (len(scores),)):
                 continue  # steps by superpixels: their number differs from image to image
             method.scores[key][i] = scores[0] if len(scores) == 1 else scores
     return method

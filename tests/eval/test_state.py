@@ -10,7 +10,9 @@ import torch
 from eval_fakes import FakeBackbone, Maps
 
 from xattn.eval import evaluate
+from xattn.eval.html_data import _maps
 from xattn.eval.report import to_dict
+from xattn.eval.store import kept_images
 
 
 def run(state=None, rows=None, images=None, **options):
@@ -250,3 +252,121 @@ def test_an_explainer_that_worked_before_the_kill_is_not_given_up(tmp_path):
     assert whole.methods["picky"].valid.tolist() == 4 * [True] + 4 * [False]
     run(tmp_path / "state.sqlite", rows=rows, images=x[:4])
     assert numbers(run(tmp_path / "state.sqlite", rows=rows, images=x)) == numbers(whole)
+
+
+# ---------------------------------------------------------------- damage
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The results of a run and the bytes of its state, with maps."""
+    path = tmp_path_factory.mktemp("finished") / "state.sqlite"
+    return run(path, images=fakes.images(6), kept_maps=6), path.read_bytes()
+
+
+def read_all(path):
+    """All that a comparison reads of its state."""
+    results = run(path, images=fakes.images(6), kept_maps=6)
+    _maps(results, path, [(m, i) for m in range(len(results.methods)) for i in range(6)])
+    list(kept_images(path, None, 6))
+    return results
+
+
+def refused(path):
+    """What is said of a state, None where it is read."""
+    try:
+        read_all(path)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def test_a_state_that_is_cut_or_flipped_anywhere_is_refused_in_one_line_or_read(tmp_path, finished):
+    data = finished[1]
+    rng, messages = np.random.default_rng(0), []
+    for number in range(60):
+        changed = bytearray(data)
+        at = int(rng.integers(len(data)))
+        if number % 3 == 0:
+            changed = changed[:at]
+        elif number % 3 == 1:
+            changed[at] ^= 1 << int(rng.integers(8))
+        else:
+            length = int(rng.integers(1, 4096))
+            changed[at : at + length] = rng.bytes(len(changed[at : at + length]))
+        path = tmp_path / f"{number}.sqlite"
+        path.write_bytes(changed)
+        messages.append(refused(path))
+        if messages[-1] is not None:
+            assert str(path) in messages[-1] and "\n" not in messages[-1]
+            assert "give another file" in messages[-1] and path.read_bytes() is not None
+        assert [p.name for p in tmp_path.iterdir()] == [path.name], "no -wal and no -shm"
+        path.unlink()
+    assert sum(message is not None for message in messages) > 20
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE meta SET value = '{' WHERE key = 'protocol'",
+        "UPDATE meta SET value = NULL",
+        "UPDATE images SET id = x'ff' WHERE position = 1",
+        "UPDATE images SET target = 'cat'",
+        "UPDATE images SET target = NULL",
+        "UPDATE images SET score = 'high' WHERE position = 2",
+        "UPDATE images SET digest = CAST(x'ff' AS TEXT) WHERE position = 2",
+        "UPDATE results SET measured = '[1, 2]'",
+        'UPDATE results SET measured = \'{"AD@50": "high"}\'',
+        "UPDATE results SET measured = '{\"AD@51\": 1.0}'",
+        "UPDATE results SET measured = '{\"AD@50\": 1' || printf('%.400d', 0) || '}'",
+        "UPDATE results SET scores = '{\"deletion\": 1}'",
+        "UPDATE results SET scores = printf('%.*c', 100000, '[')",
+        "UPDATE results SET tied = 'many', seconds = NULL",
+        "UPDATE results SET map = x'89504e47'",
+        "UPDATE results SET map = 'no bytes'",
+        "UPDATE maps SET height = 1000000",
+        "UPDATE maps SET width = NULL",
+        "UPDATE maps SET data = zeroblob(3)",
+        "UPDATE maps SET data = x'0000c07f' || substr(data, 5)",
+        "UPDATE tops SET top = '[[1, 2, 3]]'",
+        "UPDATE tops SET top = '7'",
+        "DELETE FROM maps; UPDATE images SET target = 1000",
+        "ALTER TABLE images DROP COLUMN digest",
+        "ALTER TABLE results RENAME COLUMN measured TO counted; ALTER TABLE results DROP COLUMN map",
+    ],
+)
+def test_a_state_that_says_what_cannot_be_is_refused_by_name_with_the_remedy(
+    tmp_path, finished, statement
+):
+    path = tmp_path / "state.sqlite"
+    path.write_bytes(finished[1])
+    database = sqlite3.connect(path)
+    database.executescript(statement)
+    database.close()
+    message = refused(path)
+    assert message is not None and message.startswith("state: ") and "\n" not in message
+    assert str(path) in message and "give another file" in message
+
+
+def test_the_database_of_another_program_is_refused_and_kept(tmp_path):
+    path = tmp_path / "bills.sqlite"
+    database = sqlite3.connect(path)
+    database.execute("CREATE TABLE bills(id INTEGER)")
+    database.close()
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"bills.sqlite is not of an evaluation.*'bills'"):
+        run(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_state_is_one_file_after_a_run_a_refusal_and_a_reader(tmp_path, finished):
+    path = tmp_path / "state.sqlite"
+    read_all(path)
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="belongs to another run"):
+        run(path, seed=9)
+    assert list(tmp_path.iterdir()) == [path]
+    database = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
+    assert database.execute("SELECT count(*) FROM images").fetchone() == (6,)
+    database.close()
+    assert list(tmp_path.iterdir()) == [path]
