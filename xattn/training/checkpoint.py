@@ -1,9 +1,16 @@
-"""Checkpoints that survive a kill: each is a new folder, and ``latest`` is switched to it by rename."""
+"""Checkpoints that survive a kill and a bad disk: each is a new folder with a checksum beside its state.
+
+The newest two are kept. Of several the newest whole one counts; ``latest`` names it for the reader.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import re
 import shutil
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,48 +18,86 @@ import torch
 
 from xattn.files import atomic_file, atomic_folder
 
-POINTER, STATE = "latest", "state.pt"
+POINTER, STATE, CHECKSUM = "latest", "state.pt", "state.pt.sha256"
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write ``folder/step-<step>/state.pt``, point ``folder/latest`` at it, drop older ones."""
+    """Write ``folder/step-<step>``, point ``folder/latest`` at it, drop all but the one before it."""
     name = f"step-{step:08d}"
     buffer = io.BytesIO()
     torch.save(state, buffer)  # in memory first: a full disk is then an OSError of the write
-    with atomic_folder(folder / name, (STATE,)) as temporary:
-        (temporary / STATE).write_bytes(buffer.getbuffer())
+    data = buffer.getbuffer()
+    with atomic_folder(folder / name, (STATE, CHECKSUM)) as temporary:
+        (temporary / STATE).write_bytes(data)
+        line = f"{hashlib.sha256(data).hexdigest()}  {STATE}\n"  # as sha256sum -c reads it
+        (temporary / CHECKSUM).write_text(line, encoding="utf-8")
     with atomic_file(folder / POINTER) as temporary:
         temporary.write_text(name + "\n", encoding="utf-8")
-    for old in sorted(folder.glob("step-*"))[:-2]:
-        if old.name != name:
-            shutil.rmtree(old, ignore_errors=True)
+    # A later one was damaged, or the run would not have come back to this step.
+    earlier = [found for found in _steps(folder) if found < step]
+    for found, path in _steps(folder).items():
+        if found != step and found not in earlier[:1]:
+            shutil.rmtree(path, ignore_errors=True)
     for leftover in folder.glob(".*"):  # of a run that was killed while it wrote
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
 
 
-def last_step(folder: Path) -> int:
-    """The step of the checkpoint that ``folder/latest`` points at; 0 where there is none."""
-    pointer = folder / POINTER
-    name = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
-    digits = name.removeprefix("step-")
-    return int(digits) if digits.isdigit() else 0
+def load_checkpoint(folder: Path, needed: Collection[str]) -> dict[str, Any] | None:
+    """The state of the newest checkpoint that is whole, or None where none was ever finished.
 
+    For one that is not, the one before it is taken, with a warning. Those that older versions wrote
+    have no checksum and are taken as they are.
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The state that ``folder/latest`` points at, or None where no checkpoint was finished."""
-    pointer = folder / POINTER
-    if not pointer.is_file():
-        return None
-    name = pointer.read_text(encoding="utf-8").strip()
-    path = folder / name / STATE
-    if Path(name).name != name or not path.is_file():
+    Args:
+        needed: the keys that a state must have, ``step`` among them.
+
+    Raises:
+        ValueError: none of them is whole.
+    """
+    damages = []
+    for step, path in _steps(folder).items():
+        try:
+            state = _read(path, needed)
+            if state["step"] != step:
+                raise ValueError(f"it is of step {state['step']!r}")
+        except (ValueError, OSError) as error:
+            damages.append(f"{path / STATE} is damaged ({error})")
+            continue
+        if damages:
+            warnings.warn(
+                f"resume: {'; '.join(damages)}; going on from {path.name}, the one before",
+                stacklevel=2,
+            )
+        return state
+    if damages or (folder / POINTER).exists():
+        reason = "; ".join(damages) or f"{folder} holds no checkpoint any more"
         raise ValueError(
-            f"resume: {pointer} points at {name!r}, which is not there; start a new output"
+            f"resume: {reason}, and no other is whole; bring one back from a copy, or train again "
+            f"into a new output folder"
         )
+    return None
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints by step, the newest first."""
+    found = {}
+    for path in folder.glob("step-*"):
+        if match := re.fullmatch(r"step-(\d+)", path.name):
+            found[int(match[1])] = path
+    return dict(sorted(found.items(), reverse=True))
+
+
+def _read(path: Path, needed: Collection[str]) -> dict[str, Any]:
+    data = (path / STATE).read_bytes()
+    if (path / CHECKSUM).exists():
+        stated = (path / CHECKSUM).read_bytes().split()[:1]
+        if stated != [hashlib.sha256(data).hexdigest().encode()]:
+            raise ValueError(f"its bytes are not those of {CHECKSUM}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(
-            f"resume: checkpoint {path} cannot be read ({type(error).__name__}); delete {folder} "
-            f"and train again"
-        ) from error
+        raise ValueError(f"it cannot be read, {type(error).__name__}") from error
+    missing = set(needed) - set(state) if isinstance(state, dict) else needed
+    if missing:
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    return state

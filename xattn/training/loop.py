@@ -20,7 +20,7 @@ from xattn.heads import Head, save_head
 from xattn.interrupts import deferred_interrupt
 from xattn.memory import is_out_of_memory
 from xattn.sources import Data, Photos, open_photos
-from xattn.training.checkpoint import load_checkpoint, save_checkpoint
+from xattn.training.checkpoint import save_checkpoint
 from xattn.training.data import TrainImages, epoch_batches, load_batches, steps_per_epoch
 from xattn.training.objective import Part, objective
 from xattn.training.processes import (
@@ -30,12 +30,15 @@ from xattn.training.processes import (
     average_gradients,
     claim_together,
     own_accelerator,
+    restoring,
     seeded,
     stopped,
     tensorboard,
     whole_batch,
 )
 from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, first_workers, report
+
+STATE = ("step", "head", "optimizer", "scheduler", "scaler", "skipped", "losses")  # of a checkpoint
 
 
 class Delivery(NamedTuple):
@@ -181,15 +184,16 @@ def _fit(
             step += len(keys)
 
     with ExitStack() as stack:
-        log = claim_together(stack, folder, run, resume, accelerator)
-        state = load_checkpoint(folder / CHECKPOINTS) if folder is not None and resume else None
+        log, state = claim_together(stack, folder, run, resume, accelerator, STATE)
         if state is not None:
-            head.load_state_dict(state["head"])
-            optimizer.load_state_dict(state["optimizer"])
-            scheduler.load_state_dict(state["scheduler"])
-            step, skipped, losses = state["step"], dict(state["skipped"]), state["losses"]
-            if accelerator.scaler is not None:
-                accelerator.scaler.load_state_dict(state["scaler"])
+            with restoring(folder):
+                head.load_state_dict(state["head"])
+                optimizer.load_state_dict(state["optimizer"])
+                scheduler.load_state_dict(state["scheduler"])
+                step, skipped, losses = int(state["step"]), dict(state["skipped"]), state["losses"]
+                losses = {name: float(value) for name, value in losses.items()}
+                if accelerator.scaler is not None:
+                    accelerator.scaler.load_state_dict(state["scaler"])
         optimizer = accelerator.prepare(optimizer, device_placement=[False])
         if ranks > 1:
             broadcast([p.data for p in (*head.parameters(), *head.buffers())])

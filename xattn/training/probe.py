@@ -30,7 +30,7 @@ from xattn.heads.base import keeping_statistics
 from xattn.images import read_ahead
 from xattn.interrupts import deferred_interrupt
 from xattn.memory import is_out_of_memory
-from xattn.training.checkpoint import load_checkpoint, save_checkpoint
+from xattn.training.checkpoint import save_checkpoint
 from xattn.training.features import Features
 from xattn.training.labels import check_labels
 from xattn.training.lars import LARS
@@ -41,6 +41,7 @@ from xattn.training.processes import (
     average_gradients,
     claim_together,
     own_accelerator,
+    restoring,
     seeded,
     stopped,
     tensorboard,
@@ -49,6 +50,7 @@ from xattn.training.processes import (
 from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, report
 
 BINS = 15
+STATE = ("step", "head", "optimizer", "scaler", "losses", "history", "best")  # of a checkpoint
 Chunk = tuple[list[int], list[int]]  # numbers of photos, and the view of each
 
 
@@ -300,19 +302,23 @@ def _train(
     best: dict[str, Any] = {"epoch": -1, "value": [-math.inf, -math.inf], "head": {}}
 
     with ExitStack() as stack:
-        log = claim_together(stack, folder, run, resume, accelerator)
-        state = load_checkpoint(folder / CHECKPOINTS) if folder is not None and resume else None
+        log, state = claim_together(stack, folder, run, resume, accelerator, STATE)
         if state is not None:
-            step, losses, history, best = (state[k] for k in ("step", "losses", "history", "best"))
-            head.load_state_dict(state["head"])
-            for old, group in zip(
-                state["optimizer"]["param_groups"], optimizer.param_groups, strict=True
-            ):
-                if "fused" in group:  # how a step is computed is this run's own
-                    old["fused"] = group["fused"]
-            optimizer.load_state_dict(state["optimizer"])
-            if accelerator.scaler is not None:
-                accelerator.scaler.load_state_dict(state["scaler"])
+            with restoring(folder):
+                step = int(state["step"])
+                losses = {name: float(value) for name, value in state["losses"].items()}
+                history, best = list(state["history"]), state["best"]
+                if best["epoch"] >= 0:  # the weights that the run ends with if none are better
+                    head.load_state_dict(best["head"])
+                head.load_state_dict(state["head"])
+                for old, group in zip(
+                    state["optimizer"]["param_groups"], optimizer.param_groups, strict=True
+                ):
+                    if "fused" in group:  # how a step is computed is this run's own
+                        old["fused"] = group["fused"]
+                optimizer.load_state_dict(state["optimizer"])
+                if accelerator.scaler is not None:
+                    accelerator.scaler.load_state_dict(state["scaler"])
 
         def checkpoint() -> None:
             if not main:

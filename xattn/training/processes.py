@@ -6,7 +6,7 @@ import functools
 import hashlib
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,21 +52,41 @@ def own_accelerator(device: torch.device, precision: str) -> Iterator[Any]:
 
 
 def claim_together(
-    stack: ExitStack, folder: Path | None, run: dict[str, Any], resume: bool, accelerator: Any
-) -> Any:
-    """The log of the claimed folder; what refuses the main process refuses all of them."""
+    stack: ExitStack,
+    folder: Path | None,
+    run: dict[str, Any],
+    resume: bool,
+    accelerator: Any,
+    needed: Collection[str],
+) -> tuple[Any, dict[str, Any] | None]:
+    """The log of the claimed folder, and the state to resume from, in all processes that of the main
+    one; what refuses it refuses all of them."""
     from accelerate.utils import broadcast_object_list
 
-    log, refusal = None, None
+    log, state, refusal = None, None, None
     try:
-        log = stack.enter_context(claim(folder, run, resume, accelerator.is_main_process))
+        claimed = claim(folder, run, resume, accelerator.is_main_process, needed)
+        log, state = stack.enter_context(claimed)
     except (ValueError, OSError) as error:
         refusal = error
     if accelerator.num_processes > 1:
-        refusal = broadcast_object_list([refusal])[0]
+        refusal, state = broadcast_object_list([refusal, state])
     if refusal is not None:
         raise refusal
-    return log
+    return log, state
+
+
+@contextmanager
+def restoring(folder: Path | None) -> Iterator[None]:
+    """Whatever does not fit when a state is taken over is an error of the checkpoint."""
+    try:
+        yield
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"resume: the checkpoint in {folder} does not fit this run ({reason}); train again into a "
+            f"new output folder"
+        ) from error
 
 
 def agree(accelerator: Any, stop: int, count: int) -> tuple[int, list[int]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from xattn import strict_json
 from xattn.files import atomic_file, follow_link, output_error, write_json
-from xattn.training.checkpoint import last_step
+from xattn.training.checkpoint import load_checkpoint
 
 RUN_FILE, LOG_FILE, LOCK_FILE = "run.json", "log.jsonl", "run.lock"
 HEAD_FOLDER, CHECKPOINTS = "head", "checkpoints"
@@ -19,24 +21,25 @@ HEAD_FOLDER, CHECKPOINTS = "head", "checkpoints"
 def first_workers(folder: Path | None, workers: int) -> int:
     """Loader workers that the run in ``folder`` was started with; ``workers`` where there is none."""
     try:
-        old = json.loads((folder / RUN_FILE).read_text(encoding="utf-8")) if folder else {}
+        old = strict_json.parse((folder / RUN_FILE).read_bytes()) if folder else {}
         return int(old["train"]["workers"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return workers  # a damaged record is refused by claim
 
 
 @contextmanager
 def claim(
-    folder: Path | None, run: dict[str, Any], resume: bool, main: bool
-) -> Iterator[TextIO | None]:
-    """Own ``folder`` for this run: refuse a second run, check that a resumed one is the same."""
+    folder: Path | None, run: dict[str, Any], resume: bool, main: bool, needed: Collection[str]
+) -> Iterator[tuple[TextIO | None, dict[str, Any] | None]]:
+    """Own ``folder`` for this run: refuse a second run, check that a resumed one is the same. The log,
+    and of a resumed run the state of its last checkpoint, which has the keys ``needed``."""
     if folder is None:
         if resume:
             raise ValueError("resume: needs output, the folder of the run to go on with")
-        yield None
+        yield None, None
         return
     if not main:
-        yield None
+        yield None, None
         return
     follow_link(folder)  # refuses one that leads nowhere
     path = folder / RUN_FILE
@@ -49,7 +52,7 @@ def claim(
                 f"give another --output"
             )
         try:
-            old = json.loads(path.read_text(encoding="utf-8"))
+            old = strict_json.parse(path.read_bytes())
             same = _comparable(old) == _comparable(json.loads(json.dumps(run)))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"resume: {path} is damaged; choose a new output folder") from None
@@ -64,13 +67,14 @@ def claim(
     with locked(folder):
         if not path.is_file():
             write_json(path, run)
-        _cut_log(folder)
+        state = load_checkpoint(folder / CHECKPOINTS, needed) if resume else None
+        _cut_log(folder, 0 if state is None else state["step"])
         try:
             log = (folder / LOG_FILE).open("a", encoding="utf-8")
         except OSError as error:
             raise output_error("output", folder / LOG_FILE, error) from error
         with log:
-            yield log
+            yield log, state
 
 
 def _comparable(run: dict[str, Any]) -> dict[str, Any]:
@@ -106,21 +110,30 @@ def _lock(lock: TextIO, folder: Path, argument: str) -> None:
         ) from None
 
 
-def _cut_log(folder: Path) -> None:
-    """Drop log lines later than the last checkpoint: the resumed run writes them again."""
+def _cut_log(folder: Path, step: int) -> None:
+    """Drop log lines later than the checkpoint of ``step``: the resumed run writes them again."""
     path = folder / LOG_FILE
     if not path.is_file():
         return
-    step = last_step(folder / CHECKPOINTS)
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    kept, damaged = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue  # the half line of a killed process
+            record = strict_json.parse(line, nan=True)
+            if type(record["step"]) is not int:
+                raise TypeError("step is no number")
+        except (ValueError, KeyError, TypeError):
+            damaged += line.endswith(b"\n")  # else it is the half line of a killed process
+            continue
+        if record["step"] <= step:
+            kept.append(line.rstrip() + b"\n")
+    if damaged:
+        warnings.warn(
+            f"resume: {damaged} lines of {path} are no records of steps and are left out; the training "
+            f"does not depend on them",
+            stacklevel=2,
+        )
     with atomic_file(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_bytes(b"".join(kept))
 
 
 def report(
