@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -161,3 +163,105 @@ def test_a_file_name_that_is_no_utf8_does_not_lose_the_work(tmp_path):
     name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
     folder = save_pack(tmp_path / "pack", [replace(make(), file_name=name)])
     assert [e.file_name for e in load_pack(folder)] == [name]
+
+
+# ---------------------------------------------------------------------- damage
+
+
+def damage(folder, change):
+    found = manifest(folder)
+    change(found["entries"])
+    (folder / "manifest.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda entries: entries.append(entries[0]), "manifest.json.*cat@1.cam comes twice"),
+        (lambda entries: entries[0].update(sha256="0" * 64), "maps.safetensors.*not those that"),
+        (lambda entries: entries[0]["view"].update(mode="x" * 9999, box=[]), "manifest.json.*view"),
+        (lambda entries: entries[0].update(thumbnail="thumbnails/" + "x" * 999 + ".jpg"), "thumb"),
+        (lambda entries: entries[0].update(shape="a\nb"), "manifest.json"),
+    ],
+)
+def test_what_is_wrong_with_a_pack_is_one_short_line_with_the_file_and_the_remedy(
+    tmp_path, change, named
+):
+    folder = save_pack(tmp_path / "pack", [make(), make("dog")])
+    damage(folder, change)
+    with pytest.raises(ValueError, match=named) as caught:
+        load_pack(folder)
+    message = str(caught.value)
+    assert message.startswith(f"pack: {folder}") and message.endswith("; make the pack again")
+    assert "\n" not in message and len(message) < len(str(folder)) + 400
+
+
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    2**63,
+    10**400,
+    1e999,
+    "",
+    "a\nb",
+    "\ud800",
+    "\0",
+    [],
+    [[]],
+    {},
+    [None] * 3,
+)
+
+
+def places(value, at=()):
+    """Every place in JSON, as keys and indices."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in inner:
+        yield (*at, key)
+        if isinstance(item, dict | list):
+            yield from places(item, (*at, key))
+
+
+def test_no_change_of_a_manifest_or_header_gives_a_traceback(tmp_path):
+    folder = save_pack(tmp_path / "pack", [make(), make("dog", metrics={"AD": 0.5})])
+    whole = {name: (folder / name).read_bytes() for name in ("manifest.json", "maps.safetensors")}
+    rng, refused = random.Random(0), 0
+    for number in range(300):
+        for name, data in whole.items():
+            (folder / name).write_bytes(data)
+        if number % 3:
+            found = manifest(folder)
+            *way, last = rng.choice(list(places(found)))
+            at = found
+            for key in way:
+                at = at[key]
+            at[last] = rng.choice(VALUES)
+            (folder / "manifest.json").write_text(json.dumps(found))
+        else:
+            name, data = rng.choice(list(whole.items()))
+            changed = bytearray(data)
+            changed[rng.randrange(min(len(data), 300))] ^= 1 << rng.randrange(8)
+            (folder / name).write_bytes(
+                changed[: rng.choice([len(data), rng.randrange(len(data))])]
+            )
+        for read, error in ((load_pack, ValueError), (read_in_viewer, PackError)):
+            try:
+                read(folder)
+            except error as refusal:
+                message = str(refusal)
+                refused += 1
+                assert "\n" not in message and len(message) < 600
+                assert re.search(
+                    r"manifest\.json|maps\.safetensors|The (map|picture|pack) ", message
+                )
+    assert refused > 200
+
+
+def read_in_viewer(folder):
+    pack = Pack(folder)
+    for entry_id in pack.entries.index:
+        pack.explanation(entry_id)
+    for image_id in pack.images.index:
+        pack.photo(image_id)

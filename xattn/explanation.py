@@ -297,22 +297,49 @@ def load_pack(folder: str | Path) -> list[Explanation]:
     try:
         maps = TensorFile(lambda: (folder / MAPS).open("rb"))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"pack: {folder / MAPS} is missing or damaged ({error}); make the pack again"
-        ) from None
+        raise _damaged(folder / MAPS, "missing or damaged", error) from None
     try:
+        taken: set[str] = set()
+        for entry in manifest["entries"]:
+            if entry["id"] in taken:  # one map may not stand for a million
+                raise ValueError(f"{entry['id']} comes twice")
+            taken.add(entry["id"])
         return [_entry(folder, manifest, maps, entry) for entry in manifest["entries"]]
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
-        raise ValueError(
-            f"pack: {folder / MANIFEST} is damaged ({type(error).__name__}: {error}); "
-            f"make the pack again"
-        ) from None
+    except _DamagedMaps as error:
+        raise _damaged(folder / MAPS, "damaged", error) from None
+    except (
+        KeyError,
+        TypeError,
+        IndexError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        OSError,
+    ) as error:
+        raise _damaged(folder / MANIFEST, "damaged", error) from None
+
+
+class _DamagedMaps(Exception):
+    """The manifest may be right, the file of maps is not."""
+
+
+def _damaged(path: Path, what: str, error: Exception) -> ValueError:
+    spoken = isinstance(error, ValueError | OSError | _DamagedMaps)
+    reason = " ".join((str(error) if spoken else f"{type(error).__name__}: {error}").split())
+    if len(reason) > 300:
+        reason = f"{reason[:200]} ... {reason[-80:]}"
+    return ValueError(f"pack: {path} is {what} ({reason}); make the pack again")
 
 
 def _entry(
     folder: Path, manifest: dict[str, Any], maps: TensorFile, entry: dict[str, Any]
 ) -> Explanation:
-    values = maps.read(entry["id"], entry.get("sha256"))
+    if maps.shape(entry["id"]) is None:
+        raise ValueError(f"{MAPS} has no map {entry['id']}")
+    try:
+        values = maps.read(entry["id"], entry.get("sha256"))
+    except (OSError, ValueError) as error:
+        raise _DamagedMaps(error) from None
     if list(values.shape) != entry["shape"]:
         raise ValueError(f"{entry['id']} has shape {list(values.shape)}, not {entry['shape']}")
     thumbnail = entry["thumbnail"]
