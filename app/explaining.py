@@ -357,8 +357,9 @@ def _explain_clip(job: Job, folder: Path) -> None:
     request = job.request
     assert request.clip is not None
     loaded, head = models.network(request.backbone, request.weights, request.head)
-    path = folder.with_name(f"clip{PurePosixPath(request.clip.name).suffix.lower()}")
+    path = folder.with_name("clip") / request.clip.name  # what errors and frames are to say
     try:
+        path.parent.mkdir()
         path.write_bytes(request.clip.data)
         with quiet(), open_clip(path, MAX_PIXELS) as clip:
             job.total = -(-clip.announced // request.every)
@@ -386,7 +387,7 @@ def _explain_clip(job: Job, folder: Path) -> None:
     except (ValueError, OSError) as error:
         raise _again(error, path, request.clip.name) from None
     finally:
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path.parent, ignore_errors=True)
         with suppress(ValueError, OSError):  # nothing was explained
             read_manifest(folder)
             job.folder, job.pack_id = folder, job.library.add_scratch(folder)

@@ -142,7 +142,7 @@ def _table(pack: Pack, entries: pd.DataFrame, metrics: Sequence[MetricInfo]) -> 
     for row in entries.to_dict("records"):
         name = f"{row['method']}, {row['target_name'].split(',')[0]}"
         if several:
-            name += f", {pack.images.loc[row['image_id'], 'file_name']}"
+            name += f", {pack.images.loc[row['image_id'], 'title']}"
         values = [row[m.key] for m in metrics]
         table.append([name, *("–" if v != v else f"{v:.4g}" for v in values)])
     return table
@@ -168,7 +168,7 @@ def _title(pack: Pack, entry_ids: Sequence[str]) -> str:
     images = pack.entries.loc[list(entry_ids), "image_id"].unique()
     if len(images) > 1:
         return pack.name
-    return str(pack.images.loc[images[0], "file_name"] or images[0])
+    return str(pack.images.loc[images[0], "title"])
 
 
 def provenance(pack: Pack, entry_ids: Sequence[str], look: Look) -> list[str]:

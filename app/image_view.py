@@ -46,7 +46,7 @@ def legend(pack: Pack, entry_ids: Sequence[str], look: Look) -> None:
 
 def file_name(pack: Pack, shown: Shown) -> str:
     """The photo's name."""
-    return str(pack.images.loc[shown.image_id, "file_name"] or shown.image_id)
+    return str(pack.images.loc[shown.image_id, "title"])
 
 
 def short(name: str) -> str:

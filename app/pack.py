@@ -75,10 +75,10 @@ class Pack:
 
     Attributes:
         version: the first 12 hex digits of the manifest's SHA-256, for keys of caches.
-        images: one row an image, by image_id: file_name, label, label_name, predicted,
-            predicted_name, confidence, right, disagreement, methods (how many). ``label`` and
-            ``predicted`` are classes of the classifier, or None; ``right`` is True, False, or None
-            where one of them is not known.
+        images: one row an image, by image_id: file_name, title (what to call it: the file name, of a
+            clip's frame with its number and time), label, label_name, predicted, predicted_name,
+            confidence, right, disagreement, methods (how many). ``label`` and ``predicted`` are classes
+            of the classifier, or None; ``right`` is True, False, or None where one of them is not known.
         entries: one row a map, by entry_id: image_id, method, target, target_name, probability,
             is_mask, sanity (a row that every method has to beat), min, max, and a column a metric.
         metrics: what the metrics' columns are.

@@ -60,6 +60,7 @@ _SHOWN = {
 }
 _IMAGE = {
     "file_name": object,
+    "title": object,
     "label": object,
     "label_name": object,
     "predicted": object,
@@ -262,13 +263,30 @@ def _image_table(
         methods = len({columns["method"][i] for i in group}) if len(group) > 1 else 1
         file_name = columns["file_name"][group[0]]
         about = (label, label_name, predicted, predicted_name, confidence, right)
-        rows.append((file_name, *about, disagreement, methods))
+        title = _title(image_id, file_name, protocols[columns["protocol"][group[0]]])
+        rows.append((file_name, title, *about, disagreement, methods))
         tops.append(top)
         hashes.append(_check_hash(record.get("thumbnail_sha256")))
     index = pd.Index(list(groups), dtype=object, name="image_id")
     each = zip(_IMAGE.items(), zip(*rows, strict=True), strict=True)
     table = {key: pd.Series(values, index, dtype=kind) for (key, kind), values in each}
     return pd.DataFrame(table), tops, hashes
+
+
+def _title(image_id: str, file_name: str, protocol: dict[str, Any]) -> str:
+    """What a person calls an image: its file; of a frame also its number and time, as a player shows it."""
+    name = file_name or image_id
+    video: Any = protocol.get("video")
+    frame = re.fullmatch(r"frame-([0-9]{6,15})", image_id)
+    if frame is None or type(video) is not dict:
+        return name
+    number = int(frame[1])
+    fps: Any = video.get("fps")
+    title = f"{name}, frame {number:,}"
+    if not _is_finite(fps) or not 0.001 <= fps <= 1000:
+        return title
+    minutes, hundredths = divmod(round(100 * number / fps), 6000)
+    return f"{title}, {minutes}:{hundredths / 100:05.2f}"
 
 
 def _best(

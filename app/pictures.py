@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from xattn.app.pack import PackError, Recent
+from xattn.explanation import blank_note, map_name
 from xattn.visualize import (
     DIVERGING,
     SEQUENTIAL,
@@ -158,6 +159,16 @@ def legends(pack: Pack, entry_ids: Iterable[str], look: Look) -> list[Legend]:
         with contextlib.suppress(PackError):  # its picture says so
             found[_legend(pack, entry_id, look)] = None
     return list(found)
+
+
+def blank_maps(pack: Pack, entry_ids: Iterable[str]) -> str:
+    """A sentence about those of these maps that are constant; "" where none is."""
+    rows = pack.entries.loc[list(entry_ids)]
+    rows = rows[(rows["min"] == rows["max"]) & ~(rows["is_mask"] & (rows["max"] == 1))]
+    titles = pack.images["title"].loc[rows["image_id"]]
+    each = zip(rows["method"], rows["target_name"], titles, strict=True)
+    names = [map_name(*row) for row in each]
+    return blank_note(names) if names else ""
 
 
 def _legend(pack: Pack, entry_id: str, look: Look) -> Legend:

@@ -129,7 +129,7 @@ NAMES = tuple(View.__dataclass_fields__)
 class Table:
     """A pack's maps, one a row in the pack's order, with what they are sorted and filtered by.
 
-    Index ``entry_id``; columns ``image_id, file_name, method, target_name, label, label_name,
+    Index ``entry_id``; columns ``image_id, file_name, title, method, target_name, label, label_name,
     predicted, predicted_name, right, first, text, name_key, label_key, predicted_key`` and
     ``measure:<key>``. ``label`` and ``predicted`` are keys of the choices or None.
     """
@@ -165,6 +165,7 @@ def make_table(images: pd.DataFrame, entries: pd.DataFrame, metrics: Sequence[An
     of_image = images.reindex(rows["image_id"])
     for name in (
         "file_name",
+        "title",
         "label_name",
         "predicted_name",
         "right",
@@ -202,7 +203,7 @@ def make_table(images: pd.DataFrame, entries: pd.DataFrame, metrics: Sequence[An
         folded = rows[f"{name}_name"].map(lambda v: fold(v) if isinstance(v, str) else None)
         rows[f"{name}_key"] = folded
     named = rows[["label_name", "predicted_name", "target_name"]].fillna("").astype(str)
-    rows["text"] = rows["name_key"] + "\n" + ids.map(fold)
+    rows["text"] = rows["title"].map(fold) + "\n" + ids.map(fold)
     for name in named:
         rows["text"] += "\n" + named[name].map(fold)
     methods = tuple(dict.fromkeys(rows["method"]))

@@ -27,6 +27,7 @@ MAX_BYTES = 32 << 20  # of a photo
 MAX_TOTAL = 256 << 20  # bytes of all photos
 MAX_CLIP_BYTES = 200 << 20
 NAME_LENGTH = 100  # characters
+NAME_BYTES = 200  # UTF-8; a file's name may have 255
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ def accept(files: Sequence[Any] | None) -> tuple[list[Upload], list[Problem]]:
     for number, file in enumerate(files or ()):
         name = clean_name(file.name)
         if number >= MAX_PHOTOS:
-            problems.append((name, f"left out: {MAX_PHOTOS} photos at a time"))
+            problems.append((name, f"{MAX_PHOTOS} photos at a time are the limit"))
             continue
         try:
             _check_bytes(file.size, MAX_BYTES)
             if total + file.size > MAX_TOTAL:
-                raise ValueError(f"left out: {MAX_TOTAL / 1e6:.0f} MB at a time")
+                raise ValueError(f"{MAX_TOTAL / 1e6:.0f} MB at a time are the limit")
             upload = Upload(name, file.getvalue())
             _check_header(upload)
         except ValueError as error:
@@ -103,12 +104,12 @@ def clean_name(name: str) -> str:
     """The last part of a file name, without control characters, and not endless."""
     last = PureWindowsPath(PurePosixPath(str(name)).name).name
     shown = "".join(c if c.isprintable() else "_" for c in last).strip() or "photo"
-    if len(shown) <= NAME_LENGTH:
-        return shown
     stem, dot, suffix = shown.rpartition(".")
     if not dot or len(suffix) > 8:
-        return shown[:NAME_LENGTH]
-    return f"{stem[: NAME_LENGTH - len(suffix) - 1]}.{suffix}"
+        stem, dot, suffix = shown, "", ""
+    end = dot + suffix
+    stem = stem[: NAME_LENGTH - len(end)]
+    return stem.encode()[: NAME_BYTES - len(end.encode())].decode(errors="ignore") + end
 
 
 def _check_bytes(size: int, limit: int) -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -371,3 +372,26 @@ def test_labels_go_into_the_pack(backbone, folder, tmp_path):
 def test_labels_of_other_classes_warn(backbone, folder):
     with pytest.warns(UserWarning, match=r"no photo has a class of test_efficientnet"):
         explain([folder / "a/b.jpg"], backbone, explainer="gradcam", labels="folders")
+
+
+def test_maps_of_one_value_are_named_once(backbone, folder, monkeypatch):
+    real = xattn.explaining.explain_batch
+
+    def blank(*arguments):
+        return (replace(e, map=np.zeros_like(e.map)) for e in real(*arguments))
+
+    monkeypatch.setattr(xattn.explaining, "explain_batch", blank)
+    with pytest.warns(UserWarning) as caught:
+        explain(folder / "a" / "b.jpg", backbone, explainer="gradcam")
+    (message,) = [str(w.message) for w in caught if "one value" in str(w.message)]
+    assert message.endswith("on b.jpg has one value everywhere; its overlay points at nothing.")
+    with pytest.warns(UserWarning) as caught:
+        explain(folder, backbone, explainer="gradcam")
+    (message,) = [str(w.message) for w in caught if "one value" in str(w.message)]
+    assert message.startswith("explain: 5 maps have one value") and message.endswith(" and 2 more.")
+
+
+def test_the_mask_of_ones_is_constant_on_purpose(backbone, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explain(folder, backbone, explainer=["ones", "gradcam"])

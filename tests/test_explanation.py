@@ -72,6 +72,8 @@ def test_constant_maps_are_zero_and_masks_are_not_stretched():
     assert flat.is_constant and (flat.on_photo() == 0).all()
     ones = Explanation(np.ones((3, 3)), 0, "a", 0.5, "ones", view, "x", is_mask=True)
     assert np.allclose(ones.on_photo(), 1)
+    assert flat.is_blank and not ones.is_blank
+    assert Explanation(np.zeros((3, 3)), 0, "a", 0.5, "head", view, "x", is_mask=True).is_blank
     huge = Explanation(np.array([[-3e38, 3e38]]), 0, "a", 0.5, "cam", view, "x")
     assert huge.normalized().tolist() == [[0, 1]]
 

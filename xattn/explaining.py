@@ -24,8 +24,10 @@ from xattn.explainers.base import Choose
 from xattn.explanation import (
     Explanation,
     ImageFacts,
+    blank_note,
     check_output,
     interrupted_output,
+    map_name,
     save_pack,
 )
 from xattn.images import MAX_PIXELS, View, list_images, load_image, prepare, read_ahead
@@ -119,6 +121,7 @@ def explain(
         raise
     if result.skipped:
         _report(result, len(sources))
+    warn_of_blank([(e, e.file_name or e.image_id) for e in result])
     if output is not None:
         save_pack(output, result, overlays, result.skipped)
     return result
@@ -370,6 +373,13 @@ def _batches(
             batch = []
     if batch:
         yield batch
+
+
+def warn_of_blank(named: Iterable[tuple[Explanation, str]]) -> None:
+    """Say once which maps are constant; each comes with the name of its photo or frame."""
+    blank = [map_name(e.method, e.target_name, name) for e, name in named if e.is_blank]
+    if blank:
+        warnings.warn(f"explain: {blank_note(blank)}", stacklevel=3)
 
 
 def _report(result: Explanations, count: int) -> None:

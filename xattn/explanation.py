@@ -122,6 +122,11 @@ class Explanation:
         """Whether the map says nothing: all values equal."""
         return bool(self.map.min() == self.map.max())
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether the map is constant and not the mask of ones, which keeps every pixel on purpose."""
+        return self.is_constant and not (self.is_mask and self.map.flat[0] == 1)
+
     def normalized(self) -> NDArray[np.float32]:
         """The map (h, w) min-maxed to [0, 1]; a constant map becomes 0, a mask stays as it is."""
         if self.is_mask:
@@ -162,6 +167,26 @@ class Explanation:
 
         photo = self.photo(max_side)
         return overlay(photo, self.on_photo((photo.height, photo.width)), opacity, cmap)
+
+
+def blank_note(names: Sequence[str]) -> str:
+    """What to say of maps that are constant (:attr:`Explanation.is_blank`), by :func:`map_name`.
+
+    >>> blank_note([map_name("cam", "hen, biddy", "a.png")])
+    'The map by cam of hen on a.png has one value everywhere; its overlay points at nothing.'
+    """
+    if len(names) == 1:
+        return f"The map {names[0]} has one value everywhere; its overlay points at nothing."
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"{len(names)} maps have one value everywhere; their overlays point at nothing: "
+        f"{'; '.join(names[:3])}{more}."
+    )
+
+
+def map_name(method: str, target_name: str, photo: str) -> str:
+    """A map in words."""
+    return f"by {method} of {target_name.split(',')[0]} on {photo}"
 
 
 # ---------------------------------------------------------------------- writing

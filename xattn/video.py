@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from xattn.explaining import Explanations, Prepared, explain_batch, set_up
+from xattn.explaining import Explanations, Prepared, explain_batch, set_up, warn_of_blank
 from xattn.explanation import (
     OVERLAY_SIDE,
     VIDEO,
@@ -146,6 +146,7 @@ def explain_video(
                         drafts.add(photo, group)
                     result.extend(group)
                 _check_frames(clip, result)
+                warn_of_blank([(e, e.image_id) for e in result])
             except BaseException as error:
                 if result and drafts is not None:
                     reason = f"stopped after {result[-1].image_id} by {type(error).__name__}"

@@ -100,7 +100,7 @@ def _heading(pack: Pack, image_id: str) -> None:
     bar.space("stretch")
     if bar.button("Image", key=f"{KEY}maps", help="The maps of this photo"):
         _leave(image_id)
-    st.title(plain(pack.images.at[image_id, "file_name"] or image_id), anchor=False)
+    st.title(plain(pack.images.at[image_id, "title"]), anchor=False)
 
 
 def _leave(image_id: str) -> None:

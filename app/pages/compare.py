@@ -488,7 +488,7 @@ def _dots(
                 "method": rows["method"].to_numpy(),
                 "x": rows[x].to_numpy(),
                 "y": rows[y].to_numpy(),
-                "photo": pack.images["file_name"].loc[rows["image_id"]].to_numpy(),
+                "photo": pack.images["title"].loc[rows["image_id"]].to_numpy(),
                 "class": rows["target_name"].to_numpy(),
                 "p": rows["probability"].to_numpy(),
             }
@@ -608,7 +608,7 @@ def _pair(
 ) -> None:
     """The two maps of one photo, side by side."""
     image_id = row["image_id"]
-    file_name = pack.images.at[image_id, "file_name"] or image_id
+    file_name = pack.images.at[image_id, "title"]
     target = str(row["target_name_a"]).split(",")[0]
     with st.container(key=f"pair-{number}"):
         how = (

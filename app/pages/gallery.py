@@ -13,7 +13,7 @@ import streamlit as st
 from xattn.app import address, export, last_view, selection, state
 from xattn.app.components import grid
 from xattn.app.image_view import short
-from xattn.app.pictures import Look, legends, overlay_url, photo_url
+from xattn.app.pictures import Look, blank_maps, legends, overlay_url, photo_url
 from xattn.app.selection import ALL, MAPS, NAMES, RIGHT, SHOWS, SIZES, Choices, View
 from xattn.app.state import Context, plain
 from xattn.contact_sheet import legends_html
@@ -67,6 +67,8 @@ def page(context: Context) -> None:
             on_open=partial(_opened, pack, table.choices),
             on_turn=_turned,
         )
+        if note := blank_maps(pack, shown.index) if view.show == "overlay" else "":
+            st.caption(plain(note))
         _below(pack, view, found, count)
     if messages or beyond or not seeded:
         _to_url(pack, view, table.choices)
@@ -307,7 +309,7 @@ def _cell(
     row: dict[str, Any],
 ) -> dict[str, Any]:
     explained = short(row["target_name"])
-    name = row["file_name"] or row["image_id"]
+    name = row["title"]
     lines = [f"{row['probability']:.1%}" + (f" · {row['method']}" if view.method == ALL else "")]
     if row["label_name"]:
         lines.append(f"true: {short(row['label_name'])}")

@@ -12,7 +12,7 @@ import streamlit as st
 from xattn.app import image_tabs, last_view, selection, state
 from xattn.app.components import grid
 from xattn.app.image_view import SIDE, WIDTH, Shown, aspect, file_name, legend, select, short
-from xattn.app.pictures import Look, overlay_url, photo_url
+from xattn.app.pictures import Look, blank_maps, overlay_url, photo_url
 from xattn.app.state import Context, plain
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _heading(pack: Pack, image_id: str) -> None:
             ),
             help="What each patch attends to",
         )
-    st.title(plain(row["file_name"] or image_id), anchor=False)
+    st.title(plain(row["title"]), anchor=False)
     _caption(row)
 
 
@@ -264,6 +264,8 @@ def _maps(pack: Pack, shown: Shown) -> None:
         on_open=lambda: _focus(shown.ids),
     )
     legend(pack, shown.ids, shown.look)
+    if note := blank_maps(pack, shown.ids):
+        st.warning(plain(note))
     if shown.missing:
         st.caption(plain(f"No map of this class by {', '.join(shown.missing)}."))
 

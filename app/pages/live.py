@@ -14,6 +14,7 @@ from xattn.app.explaining import SIDE, Job, Request
 from xattn.app.models import ModelError
 from xattn.app.pictures import (
     Look,
+    blank_maps,
     data_uri,
     legends,
     overlay_bytes,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from xattn.app.library import Library, Pack
     from xattn.backbone import Backbone
 
+REASONS, NAMED = 4, 2  # lines, and names in a line, about what was left out
 FEW = 3  # pictures that fit beside each other on a phone
 QUICK = 0.8  # seconds in which a short job may finish before its progress is shown
 POLL = 0.5  # seconds
@@ -74,12 +76,14 @@ def _both_sides(context: Context) -> None:
     begun: Job | None = st.session_state.pop("_begun", None)
     job = begun or explaining.jobs().get(given or st.session_state.get("_job"))
     if begun is not None:
+        st.query_params.pop("frame", None)  # of the film that was shown before
         begun.wait(QUICK)
     if job is not None:
         st.session_state["_job"] = job.id
         if given != job.id:
             st.query_params["job"] = job.id
     with right:
+        earlier = st.empty()
         if job is not None:
             _outcome(context, job)
         elif given is not None:
@@ -88,16 +92,39 @@ def _both_sides(context: Context) -> None:
                 "until many others came after them. Explain the photos again; to keep results, "
                 "save them as a pack."
             )
-        elif kind == "clip" and context.pack is not None:
-            _film_of(context.pack)
         else:
             _nothing_yet()
+            if kind == "clip" and context.pack is not None and films.frames(context.pack):
+                _film_of_pack(context.pack)
     with left:
         request = _controls(context, kind, job)
+    other = None if job is None or kind != "clip" else _other_clip(job)
+    if job is not None and other is not None:
+        earlier.info(
+            f"These are the results of {plain(_subject(job))}. To see those of {plain(other)}, press "
+            f"Explain."
+        )
     if begun is not None and request is not None and begun.given != request.light():
         explaining.jobs().stop(begun)  # a value was typed in the moment before the click
         _begin(context.library, request)
         st.rerun()
+
+
+def _other_clip(job: Job) -> str | None:
+    """The name of the clip that is chosen now, if a job is finished and was about another one."""
+    file = st.session_state.get("clip")
+    if file is None or not job.finished.is_set():
+        return None
+    name = uploads.clean_name(file.name)
+    return None if job.given.clip is not None and job.given.clip.name == name else name
+
+
+def _subject(job: Job) -> str:
+    """What a job explains."""
+    if job.given.clip is not None:
+        return job.given.clip.name
+    count = len(job.given.photos)
+    return job.given.photos[0].name if count == 1 else f"{count} photos"
 
 
 def _nothing_yet() -> None:
@@ -236,10 +263,24 @@ def _megabytes(limit: int) -> int:
 
 
 def _problems(problems: list[uploads.Problem], what: str) -> None:
-    """File by file, as plain text."""
-    st.warning(
-        f"{len(problems)} {what}:  \n" + "  \n".join(f"{plain(n)}: {plain(r)}" for n, r in problems)
-    )
+    """A line a reason, as plain text; who they are in full where a line cannot name them all."""
+    names: dict[str, list[str]] = {}
+    for name, why in problems:
+        names.setdefault(why, []).append(name)
+    lines = [f"{_some(found)}: {plain(why)}" for why, found in list(names.items())[:REASONS]]
+    if len(names) > REASONS:
+        lines.append(f"and {len(names) - REASONS} other reasons")
+    st.warning(f"{len(problems)} {what}:  \n" + "  \n".join(lines))
+    if len(names) > REASONS or max(map(len, names.values())) > NAMED:
+        with st.expander(f"All {len(problems)} that are {what}"):
+            for why, found in names.items():
+                st.markdown(f"{plain(why)}:  \n" + "  \n".join(map(plain, found)))
+
+
+def _some(names: list[str]) -> str:
+    """The first names, and how many more."""
+    more = len(names) - NAMED
+    return ", ".join(map(plain, names[:NAMED])) + (f" and {more} more" if more > 0 else "")
 
 
 def _backbone() -> tuple[str, str]:
@@ -323,7 +364,7 @@ def _classes(loaded: Backbone, several: bool) -> tuple[tuple[int, ...], int]:
     classes = st.multiselect(
         "Classes",
         range(len(names)),
-        key="classes",
+        key=f"classes of {loaded.fingerprint}",  # or a browser goes on showing those of another one
         format_func=lambda c: names[c],
         placeholder="The most probable",
         max_selections=5,
@@ -385,6 +426,8 @@ def _outcome(context: Context, job: Job) -> None:
     else:
         pack = context.library.open(job.pack_id)
         _summary(context, job, pack)
+        if note := blank_maps(pack, pack.entries.index):
+            st.warning(plain(note))
         if films.frames(pack):
             _film_of(pack)
         else:
@@ -436,9 +479,10 @@ def _summary(context: Context, job: Job, pack: Pack) -> None:
     """One line on the run, and what to do with its results."""
     images, maps = len(pack.images), len(pack.entries)
     unit = "frame" if films.frames(pack) else "photo"
+    clip = "" if job.given.clip is None else f"{plain(job.given.clip.name)}: "
     line = st.container(horizontal=True, vertical_alignment="center", gap="small")
     line.markdown(
-        f"**{images} {unit}{'s' * (images != 1)}, {maps} map{'s' * (maps != 1)}** "
+        f"**{clip}{images} {unit}{'s' * (images != 1)}, {maps} map{'s' * (maps != 1)}** "
         f"in {job.seconds:.1f} s",
         width="stretch",
     )
@@ -466,7 +510,7 @@ def _pictures(pack: Pack) -> None:
     st.html(legends_html(legends(pack, list(pack.entries.index), Look(side=SIDE))))
     groups = dict(list(pack.entries.groupby("image_id", sort=False)))
     for number, image_id in enumerate(pack.images.index):
-        name = pack.images.at[image_id, "file_name"] or image_id
+        name = pack.images.at[image_id, "title"]
         few = len(groups[image_id]) < FEW  # as wide as the page, in one row
         inline = few and number == 0
         cells: list[dict[str, Any]] = [
@@ -510,15 +554,19 @@ def _pictures(pack: Pack) -> None:
 # ---------------------------------------------------------------------- films
 
 
+def _film_of_pack(pack: Pack) -> None:
+    """The film of the open pack, told apart from results."""
+    with st.container(border=True):
+        st.markdown(f"**An earlier film, of the pack {plain(pack.name)}**")
+        _film_of(pack)
+
+
 def _film_of(pack: Pack) -> None:
     """The film of a clip's pack, frame by frame."""
     ids = films.frames(pack)
-    if not ids:
-        _nothing_yet()
-        return
     best = pack.entries.sort_values("probability", ascending=False).groupby("image_id").first()
     titles = [
-        f"{i.replace('frame-', 'frame ')}: {best.at[i, 'target_name'].split(',')[0]}, "
+        f"{pack.images.at[i, 'title']}: {best.at[i, 'target_name'].split(',')[0]}, "
         f"{best.at[i, 'probability']:.1%} ({best.at[i, 'method']})"
         for i in ids
     ]

@@ -1,7 +1,9 @@
 """The gallery page: widgets, URL, paging, what is sent to the browser, empty and damaged packs."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("streamlit")
@@ -297,3 +299,28 @@ def test_without_a_pack_the_first_run_is_explained(tmp_path, monkeypatch):
     assert app.title[0].value == "No pack to show yet"
     assert "xattn explain" in app.code[0].value
     assert not app.sidebar.selectbox
+
+
+def test_maps_of_one_value_on_the_page_are_named_once(tmp_path, monkeypatch):
+    found = [explanation(i, source=picture(i)) for i in range(3)]
+    found[1] = replace(found[1], map=np.zeros((7, 7)))
+    save_pack(tmp_path / "some", found, overlays=False)
+    monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))
+    (said,) = [c.value for c in run().caption if "one value everywhere" in c.value]
+    assert "gradcam" in said and r"photo\-00001\.jpg" in said
+    assert not [c for c in run(show="photo").caption if "one value" in c.value]
+
+
+def test_frames_of_a_clip_are_told_apart_and_found_by_number(tmp_path, monkeypatch):
+    video = {**explanation().protocol, "video": {"fps": 10.0, "every": 1, "smoothing": 0.0}}
+    found = [
+        explanation(
+            i, image_id=f"frame-{i:06}", file_name="w.mp4", source=picture(i), protocol=video
+        )
+        for i in (3, 14)
+    ]
+    save_pack(tmp_path / "clip", found, overlays=False)
+    monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))
+    names = [cell["lines"][-1] for cell in cells(run())]
+    assert names == ["w.mp4, frame 3, 0:00.30", "w.mp4, frame 14, 0:01.40"]
+    assert len(cells(run(q="frame 14"))) == 1

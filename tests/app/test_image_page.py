@@ -3,6 +3,7 @@
 import json
 from urllib.parse import parse_qs, urlparse
 
+import numpy as np
 import pytest
 
 pytest.importorskip("streamlit")
@@ -329,3 +330,14 @@ def test_a_pack_whose_pictures_are_gone_still_shows_its_page(show, root, tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state, "library", lambda: library)
         assert len(cells(show(pack))) == 2
+
+
+def test_a_map_of_one_value_is_named_once_on_its_page(root, show):
+    found = [
+        explanation(0, m, source=picture(0), **({"map": np.zeros((7, 7))} if m == "lrp" else {}))
+        for m in METHODS[:3]
+    ]
+    save_pack(root / "blank", found, overlays=False)
+    page = show(opened(root, "blank"), image="photo-00000")
+    (warning,) = page.warning
+    assert "by lrp of tench on" in warning.value and "has one value everywhere" in warning.value

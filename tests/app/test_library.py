@@ -63,6 +63,34 @@ def flip(path, position):
 # ---------------------------------------------------------------------- what is in a pack
 
 
+@pytest.mark.parametrize(
+    ("video", "title"),
+    [
+        ({"fps": 25.0}, "w.mp4, frame 1,503, 1:00.12"),
+        ({"fps": 29.97002997}, "w.mp4, frame 1,503, 0:50.15"),
+        ({"fps": 0}, "w.mp4, frame 1,503"),
+        ({"fps": "25"}, "w.mp4, frame 1,503"),
+        ({"fps": 5e-324}, "w.mp4, frame 1,503"),
+        ({"fps": True}, "w.mp4, frame 1,503"),
+        ({}, "w.mp4, frame 1,503"),
+        ([25.0], "w.mp4"),
+        (None, "w.mp4"),
+    ],
+    ids=str,
+)
+def test_a_frame_is_titled_by_its_clip_number_and_time(root, video, title):
+    def as_clip(manifest):
+        manifest["protocols"] = [{**p, "video": video} for p in manifest["protocols"]]
+        for entry in manifest["entries"]:
+            if entry["image_id"] == "photo-00001":
+                entry.update(image_id="frame-001503", file_name="w.mp4")
+        manifest["images"]["frame-001503"] = manifest["images"].pop("photo-00001")
+
+    edit(root / "cats", as_clip)
+    titles = only(root).images["title"]
+    assert titles["frame-001503"] == title and titles["photo-00002"] == "photo-00002.jpg"
+
+
 def test_a_pack_gives_its_images_entries_and_metrics(root):
     pack = only(root)
     assert list(pack.images.index) == [f"photo-{i:05}" for i in range(6)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import threading
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 pytest.importorskip("streamlit")
 
@@ -507,3 +509,125 @@ def test_the_film_of_a_pack_is_shown_in_place_of_the_first_steps(jobs, library, 
     job = run(jobs, library, photos=(), clip=Upload("w.mp4", clip(tmp_path)), every=4)
     page = opened(script, job=job.id, frame="nonsense")
     assert "3 frames, 3 maps" in texts(page)
+
+
+def uploaded(page: AppTest, *files: tuple[str, bytes], key: str = "photos") -> AppTest:
+    kind = "video/mp4" if key == "clip" else "image/png"
+    return page.file_uploader(key=key).set_value([(n, d, kind) for n, d in files]).run()
+
+
+def test_many_files_that_are_left_out_are_one_line_a_reason_and_a_list(library, jobs):
+    files = [(f"p{n:02}.png", png(n, (8, 6))) for n in range(60)]
+    page = uploaded(opened(script), ("empty.png", b""), *files)
+    (warning,) = page.warning
+    lines = warning.value.split("  \n")
+    assert lines[0] == "30 left out:" and len(lines) == 3
+    assert "p31\\.png, p32\\.png and 27 more" in lines[2] and "32 photos at a time" in lines[2]
+    (listed,) = page.expander[:1]
+    assert listed.label.startswith("All 30") and "p59" in "".join(m.value for m in listed.markdown)
+
+
+def test_a_few_files_that_are_left_out_need_no_list(library, jobs):
+    page = uploaded(opened(script), ("a.png", b""), ("b.png", b"words"))
+    assert len(page.warning[0].value.split("  \n")) == 3
+    assert not any("left out" in e.label for e in page.expander)
+
+
+def test_a_photo_of_extreme_shape_is_left_out_by_name(library, jobs):
+    job = run(jobs, library, photos=(*photos(1), Upload("strip.png", png(0, (20_000, 1)))))
+    assert job.status == "done" and [name for name, _ in job.problems] == ["strip.png"]
+    page = opened(script, job=job.id)
+    assert "**1 photo, 1 map**" in texts(page)
+    (warning,) = [w.value for w in page.warning if "strip" in w.value]
+    assert len(warning.split("  \n")) == 2 and "crop it" in warning
+
+
+def test_a_map_of_one_value_is_named_beside_the_results(library, jobs, monkeypatch):
+    real = explaining.explain_batch
+
+    def blank(*arguments):
+        for n, e in enumerate(real(*arguments)):
+            yield e if n else replace(e, map=np.zeros_like(e.map))
+
+    monkeypatch.setattr(explaining, "explain_batch", blank)
+    page = opened(script, job=run(jobs, library).id)
+    (warning,) = page.warning
+    assert (
+        "by gradcam" in warning.value
+        and r"on photo 0\.png has one value everywhere" in warning.value
+    )
+
+
+def test_the_film_of_a_pack_is_not_taken_for_a_result(library, jobs, tmp_path, monkeypatch):
+    job = run(jobs, library, photos=(), clip=Upload("old.mp4", clip(tmp_path)), every=4)
+    monkeypatch.setattr(live, "_film_of", lambda pack: live.st.markdown(f"film of {pack.name}"))
+    info = keep(job, "old")
+    monkeypatch.setattr(explaining, "jobs", Jobs)
+    pack = library.open(library.packs()[0].id)
+    assert info.name == pack.name
+
+    def page_of_pack() -> None:
+        import streamlit as st
+
+        from xattn.app import state
+        from xattn.app.pages import live
+
+        library = state.library()
+        pack = library.open(library.packs()[0].id)
+        live.page(state.Context(library, pack, st.query_params.to_dict()))
+
+    shown = texts(opened(page_of_pack, input="clip"))
+    assert "An earlier film, of the pack old" in shown and "where a network looks" in shown
+
+
+def test_results_of_another_clip_are_told_apart_from_the_chosen_one(library, jobs, tmp_path):
+    data = clip(tmp_path)
+    job = run(jobs, library, photos=(), clip=Upload("old.mp4", data), every=4)
+    page = opened(script, job=job.id, input="clip")
+    assert r"**old\.mp4: 3 frames, 3 maps**" in texts(page) and not page.info
+    page.file_uploader(key="clip").set_value([("new.mp4", data, "video/mp4")]).run()
+    assert r"results of old\.mp4" in page.info[0].value
+    page.file_uploader(key="clip").set_value([("old.mp4", data, "video/mp4")]).run()
+    assert not page.info
+
+
+def test_frames_are_called_by_their_clip_number_and_time(library, jobs, tmp_path):
+    job = run(jobs, library, photos=(), clip=Upload("walk.mp4", clip(tmp_path)), every=4)
+    images = library.open(job.pack_id).images
+    assert list(images["file_name"]) == ["walk.mp4"] * 3
+    assert list(images["title"]) == [
+        "walk.mp4, frame 0, 0:00.00",
+        "walk.mp4, frame 4, 0:00.40",
+        "walk.mp4, frame 8, 0:00.80",
+    ]
+
+
+def test_a_clip_that_cannot_be_read_is_converted_to_another_file(library, jobs):
+    job = run(jobs, library, photos=(), clip=Upload("clip.mp4", b"no clip at all"))
+    assert "ffmpeg -i clip.mp4 clip-converted.mp4" in job.message
+
+
+def test_chosen_classes_are_those_of_the_chosen_network(library, jobs, tmp_path, monkeypatch):
+    state_dict = models.backbone(CNN).model.state_dict()
+    (tmp_path / "weights").mkdir()
+    save_file(state_dict, str(tmp_path / "weights" / "w.safetensors"))
+    own = BackboneArgs(
+        backbone=CNN, weights=str(tmp_path / "weights" / "w.safetensors"), device="cpu"
+    )
+    monkeypatch.setattr(state, "_settings", state.Settings(root=library.root, model=own))
+    loaded = models.backbone(CNN)
+    for folder, names in (("birds", ["wren", "tit"]), ("fish", ["cod", "eel"])):
+        head = create_head("gap", loaded, class_names=names)
+        save_head(head, library.root / folder / "head")
+    page = opened(script)
+
+    def classes():
+        return next(m for m in page.multiselect if m.label == "Classes")
+
+    assert not page.error, page.error[0].value
+    birds, fish = sorted(models.heads(CNN), key=lambda key: models.heads(CNN)[key])
+    page.selectbox(key="head").set_value(birds).run()
+    classes().set_value([1]).run()
+    assert classes().options == ["wren", "tit"]
+    page.selectbox(key="head").set_value(fish).run()
+    assert classes().options == ["cod", "eel"] and classes().value == []

@@ -131,6 +131,9 @@ def test_names_are_file_names_without_control_characters():
     assert uploads.clean_name("<b>'\"🐱 שלום.jpg") == "<b>'\"🐱 שלום.jpg"
     long = uploads.clean_name("x" * 300 + ".jpeg")
     assert len(long) == uploads.NAME_LENGTH and long.endswith(".jpeg")
+    wide = uploads.clean_name("猫" * 300 + ".jpeg")  # three bytes a character, and a file has 255
+    assert len(wide.encode()) <= uploads.NAME_BYTES and wide.startswith("猫" * 60)
+    assert wide.endswith("猫.jpeg")
     assert uploads.clean_name("") and uploads.clean_name("/")
 
 
