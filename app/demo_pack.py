@@ -74,4 +74,6 @@ def _follow(jobs: Jobs, job_id: str) -> None:
     if found is None:
         st.progress(0.0, "The network is being loaded")
     else:
-        st.progress(min(found[0] / found[1], 1.0), f"{found[0]:,} of {found[1]:,} maps measured")
+        left = jobs.time_left(job_id)
+        text = f"{found[0]:,} of {found[1]:,} maps measured" + (f", {left}" if left else "")
+        st.progress(min(found[0] / found[1], 1.0), text)

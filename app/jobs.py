@@ -156,6 +156,11 @@ class Jobs:
         """The command line of a job, which need not exist yet, to be copied."""
         return shlex.join(["xattn", *self._arguments(spec, name, False)])
 
+    def explain_line(self, spec: Spec, head: Path) -> str:
+        """The command line that explains with the head of a job."""
+        line = ["xattn", "explain", "PHOTOS", "--head", str(head), *self._model(spec)]
+        return shlex.join(line)
+
     def free_name(self, wanted: str) -> str:
         """``wanted`` as a name that no job or folder of the root has."""
         slug = re.sub(r"[^A-Za-z0-9]+", "-", wanted).strip("-")[:56] or "head"
@@ -259,6 +264,12 @@ class Jobs:
             if match and int(match[2]):
                 return int(match[1]), int(match[2]), match[3]
         return None
+
+    def time_left(self, job_id: str) -> str:
+        """How long the last progress bar says that it will take, in words, "" where it does not."""
+        found = self.progress(job_id)
+        left = re.search(r"<([0-9:]+)", found[2] if found else "")
+        return f"about {left[1]} left" if left else ""
 
     # ---------------------------------------------------------------------- inside
 

@@ -119,14 +119,18 @@ def run_probes(
             f"--output"
         )
     photos = open_photos(job.data)
-    seen: list[Path] = []
-    if job.sample:  # refused before the features are computed, too
-        seen = Sample(job.backbone, photos, output / SAMPLE_FOLDER, job.sample).paths
     everything = read_labels([photos.name(i) for i in range(len(photos))], job.labels)
     for fold in job.folds:  # refused before the features are computed
         split(everything, job.split_seed, fold)
+    true_names: dict[Path, str] = {}
     if isinstance(photos, Files):  # those without a label need no features
+        true_names = {
+            photos.paths[i]: everything.names[everything.index[i]] for i in everything.used
+        }
         photos = Files([photos.paths[i] for i in everything.used])
+    seen: list[Path] = []
+    if job.sample:  # refused before the features are computed, too
+        seen = Sample(job.backbone, photos, output / SAMPLE_FOLDER, job.sample).paths
     backbones, caches = _features(job, photos, progress)
     features = next(iter(caches.values()))
     labels = read_labels(features.names, job.labels)
@@ -152,7 +156,8 @@ def run_probes(
                 shown = None
                 if seen:
                     place = folder / SAMPLE_FOLDER
-                    shown = Sample(backbone, seen, place, job.sample, classifier=True)
+                    classes = {path: labels.names.index(true_names[path]) for path in seen}
+                    shown = Sample(backbone, seen, place, job.sample, classes=classes)
                 result = probe(
                     head,
                     cache,

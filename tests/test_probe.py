@@ -502,19 +502,32 @@ def test_a_sample_shows_each_heads_own_classes_and_training_does_not_notice(back
         found = load_pack(tmp_path / "shown" / name / "sample")
         steps = {e.protocol["step"] for e in found}
         assert len(steps) == 2 and 0 in steps and len(found) == 6
-        assert {e.target_name for e in found} <= {"c0", "c1", "c2"}
+        own = {f"{i:03d}.png": f"c{i % 3}" for i in range(24)}  # before training, too
+        assert all(e.target_name == own[e.file_name] for e in found)
 
 
 def test_the_maps_of_a_sample_are_those_of_the_head_at_that_step(backbone, tmp_path):
     head = fresh(backbone).train()
-    sample = Sample(backbone, write_photos(tmp_path / "p"), tmp_path / "s", 2, classifier=True)
+    photos = sorted(write_photos(tmp_path / "p").iterdir())
+    classes = {path: i % 3 for i, path in enumerate(photos)}
+    sample = Sample(backbone, photos, tmp_path / "s", 2, classes=classes)
     sample(7, head)
     assert head.training and all(p.requires_grad for p in head.parameters())
     both = probed(backbone, copy.deepcopy(head))
-    again = explain(sample.paths, both, both.probe)
-    for a, b in zip(again, load_pack(tmp_path / "s"), strict=True):
+    shown = load_pack(tmp_path / "s")
+    assert len(shown) == 2
+    for path, b in zip(sample.paths, shown, strict=True):
+        (a,) = explain(path, both, both.probe, classes=classes[path])
         np.testing.assert_array_equal(a.map, b.map)
-        assert (b.method, b.target) == ("step 7", a.target)
+        assert (b.method, b.target, b.file_name) == ("step 7", classes[path], path.name)
+
+
+def test_a_photo_of_a_sample_that_is_gone_is_left_out(backbone, tmp_path):
+    photos = sorted(write_photos(tmp_path / "p").iterdir())
+    sample = Sample(backbone, photos, tmp_path / "s", 2, classes=dict.fromkeys(photos, 0))
+    sample.paths[0].unlink()
+    sample(0, fresh(backbone))
+    assert [e.file_name for e in load_pack(tmp_path / "s")] == [sample.paths[1].name]
 
 
 def test_a_second_probe_job_is_told_of_resume_before_it_computes_features(backbone, tmp_path):

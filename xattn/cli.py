@@ -185,7 +185,8 @@ class Probe:
     resume: bool = False
     """Go on with the heads that are not finished."""
     sample: int = 0
-    """Explain so many photos of the data at each checkpoint of a head: a pack in sample beside the head."""
+    """Explain the own class of so many photos of the data at each checkpoint of a head: a pack in sample
+    beside the head."""
 
     def run(self) -> None:
         from xattn.distributed import processes

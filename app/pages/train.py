@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
@@ -15,7 +16,7 @@ from xattn.app.components import grid
 from xattn.app.inside import read_inside
 from xattn.app.jobs import Job, JobError, Jobs, Spec
 from xattn.app.library import PackError
-from xattn.app.pictures import Look, legends, overlay_url, photo_url
+from xattn.app.pictures import Look, blank_maps, legends, overlay_url, photo_url
 from xattn.app.state import Context, plain
 from xattn.app.visible import reason, visible
 from xattn.config import PROBE_RECIPES, RECIPES
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from xattn.app.library import Pack
 
 NEW = ""
+SCALES = {"Shared": "shared", "Each map": "map"}
 KINDS = {"train": "Explanation head", "probe": "Classifier heads"}
 ABOUT = {
     "train": "Learns from photos alone, without labels, to show what a network looks at: then one pass "
@@ -209,7 +211,7 @@ def _heads(kind: str, folder: folders.PhotoFolder) -> tuple[tuple[str, ...], str
     labels = st.selectbox(
         "Labels",
         sources,
-        key="labels",
+        key=f"labels of {folder.id}",  # or a browser goes on showing those of the folder before
         format_func=lambda s: s or f"The {len(folder.classes):,} folders: {_some(folder.classes)}",
     )
     heads = bound.multiselect(
@@ -285,17 +287,20 @@ def _show(jobs: Jobs, job: Job, context: Context) -> None:
     st.caption(plain(_facts(job)))
     progress = jobs.progress(job.id) if job.alive else None
     if progress is not None:
-        _progress(job, *progress)
+        _progress(job, progress[0], progress[1], jobs.time_left(job.id))
     _problem(job)
     logs = jobs.losses(job.id)
     if any(logs.values()):
         _losses(job, logs)
     elif job.alive and progress is None:
         st.caption(_waiting(job))
-    _sample(job, context)
-    _results(job)
+    results = _table(job)
+    best = None if results is None else str(results.loc[results["accuracy"].idxmax(), "head"])
+    head = _sample(job, context, best)
+    if results is not None:
+        _results(results)
     if job.state == "finished":
-        _next(job)
+        _next(jobs, job, head or best, best)
     with st.expander("What the job printed"):
         st.code(jobs.tail(job.id) or "Nothing yet.", language=None, wrap_lines=True)
     with st.expander("The same on the command line"):
@@ -362,9 +367,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _progress(job: Job, done: int, total: int, rest: str) -> None:
-    left = rest.partition("<")[2].partition(",")[0]
-    more = f", about {left} left" if left and "?" not in left else ""
+def _progress(job: Job, done: int, total: int, left: str) -> None:
+    more = f", {left}" if left else ""
     unit = " steps" if job.spec.kind == "train" else ""
     st.progress(min(done / total, 1.0), f"{done:,} of {total:,}{unit}{more}")
 
@@ -440,22 +444,25 @@ def _curve(tables: dict[str, pd.DataFrame], column: str, height: int = 240) -> a
     return dots + line
 
 
-def _sample(job: Job, context: Context) -> None:
-    """The maps of the fixed photos: before training, and at the last checkpoint; of one head at a time."""
+def _sample(job: Job, context: Context, best: str | None) -> str | None:
+    """The maps of the fixed photos: before training, and at the last checkpoint; of one head at a time,
+    ``best`` at first, or the one that is trained now. Returns that head, None without maps."""
+    head = None
     try:
         packs = {p.name: p.id for p in context.library.packs() if p.problem is None}
         heads = job.spec.heads if job.spec.kind == "probe" else ("",)
         names = {head: "/".join(filter(None, (job.id, head, "sample"))) for head in heads}
         there = [head for head in heads if names[head] in packs]
         if not there:
-            return
-        head = there[-1]
-        if len(there) > 1:  # a new one is shown as soon as it is there
-            key = f"sample of {len(there)} heads"
+            return None
+        head = best if best in there else there[-1]
+        if len(there) > 1:  # a new one, and then the best, is shown as soon as it is there
+            key = f"sample of {len(there)} heads, best {best}"
             head = st.segmented_control("Head", there, default=head, key=key, required=True)
         _maps(context.library.open(packs[names[head]]))
     except PackError:  # just being replaced by the job
         st.caption("The maps of a checkpoint are being written.")
+    return head
 
 
 def _maps(pack: Pack) -> None:
@@ -470,10 +477,23 @@ def _maps(pack: Pack) -> None:
         (False, True): f" at step {now:,}, the last checkpoint",
     }[before, now > 0]
     st.markdown(f"**Maps of {len(pack.images)} photos**{when}")
+    scale = st.segmented_control(
+        "Colour scale",
+        list(SCALES),
+        default=next(iter(SCALES)),
+        required=True,
+        key="sample scale",
+        help="Shared: raw scores on one scale for all these maps, so that steps can be compared. Each map: "
+        "from its least to its greatest value.",
+    )
+    look = Look(side=SIDE, scale=SCALES[scale])
+    if look.scale == "shared":
+        ends = float(pack.entries["min"].min()), float(pack.entries["max"].max())
+        look = replace(look, limits=ends)
     cells: list[dict[str, Any]] = []
     for image_id, row in pack.images.iterrows():
         entries = pack.entries[pack.entries["image_id"] == image_id]
-        name = str(row["file_name"] or image_id)
+        name = str(row["title"])
         cells.append(
             {
                 "id": f"{image_id}",
@@ -487,13 +507,15 @@ def _maps(pack: Pack) -> None:
             cells.append(
                 {
                     "id": f"{image_id}/{step}",
-                    "src": overlay_url(pack, str(entry_id), Look(side=SIDE)),
+                    "src": overlay_url(pack, str(entry_id), look),
                     "title": f"Step {step:,}",
                     "alt": f"{name}: map of {entry['target_name']} at step {step}",
-                    "lines": [str(entry["target_name"])],
+                    "lines": [f"{entry['target_name']}  {entry['probability']:.1%}"],
                 }
             )
-    st.html(legends_html(legends(pack, pack.entries.index, Look())))
+    st.html(legends_html(legends(pack, pack.entries.index, look)))
+    if note := blank_maps(pack, pack.entries.index[steps > 0]):
+        st.warning(plain(note))
     opened = grid(
         cells, key="sample", label="Maps of the fixed photos", columns=1 + len(set(steps)), width=96
     )
@@ -501,21 +523,26 @@ def _maps(pack: Pack) -> None:
         state.go("image", pack=pack.id, image=opened.partition("/")[0])
 
 
-def _results(job: Job) -> None:
-    """The table of ``xattn probe``."""
+def _table(job: Job) -> pd.DataFrame | None:
+    """What ``xattn probe`` has measured of its heads; None before that."""
     if job.spec.kind != "probe":
-        return
+        return None
     folder = job.output.parent.resolve()
     try:
         data = read_inside(folder, f"{job.output.name}/results.csv", MAX_RESULTS)
     except PackError:
-        return  # not there yet
+        return None  # not there yet
     try:
         table = pd.read_csv(io.BytesIO(data))[list(RESULTS)].astype(RESULTS)
     except (ValueError, KeyError):
         raise ValueError("results.csv of this job is damaged; train again.") from None
-    if table.empty:
-        return
+    if not table["accuracy"].between(0, 1).all() or not set(table["head"]) <= set(job.spec.heads):
+        raise ValueError("results.csv of this job is damaged; train again.")
+    return table if len(table) else None
+
+
+def _results(table: pd.DataFrame) -> None:
+    """The accuracies, head by head."""
     low, high = table["accuracy_lo"], table["accuracy_hi"]
     shown = pd.DataFrame(
         {
@@ -530,13 +557,21 @@ def _results(job: Job) -> None:
     st.dataframe(shown, hide_index=True, width="stretch")
 
 
-def _next(job: Job) -> None:
+def _next(jobs: Jobs, job: Job, head: str | None, best: str | None) -> None:
+    """What to do with the results: ``head`` of several is the one that is looked at."""
     if job.spec.kind == "demo":
         if st.button("Open the demo", type="primary", key="open"):
             state.go("gallery", pack=None)
         return
-    folder = job.output / ("head" if job.spec.kind == "train" else f"{job.spec.heads[0]}/head")
+    name = "it"
+    folder = job.output / "head"
+    if job.spec.kind == "probe":
+        head = head or job.spec.heads[0]
+        folder = job.output / head / "head"
+        name = plain(head) + (
+            ", the most accurate," if head == best and len(job.spec.heads) > 1 else ""
+        )
     st.markdown(
-        "**Use it** on the page Live, where it is in the list of heads, or on the command line:"
+        f"**Use {name}** on the page Live, where it is in the list of heads, or on the command line:"
     )
-    st.code(f"xattn explain PHOTOS --head {folder}", language="sh", wrap_lines=True)
+    st.code(jobs.explain_line(job.spec, folder), language="sh", wrap_lines=True)

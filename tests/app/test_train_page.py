@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("streamlit")
-from conftest import opened, served
+from conftest import only, opened, served
 from streamlit.testing.v1 import AppTest
 from test_jobs import begun, end_all, ended, photos, stand_in
 
@@ -19,6 +20,7 @@ from xattn.app import jobs as jobs_module
 from xattn.app.folders import PhotoFolder
 from xattn.app.jobs import Jobs, Spec
 from xattn.app.made_up import small_pack
+from xattn.app.pages import train
 from xattn.app.state import Settings
 
 SPEC = Spec("train", "photos", heads=("ttame",), epochs=5)
@@ -64,6 +66,10 @@ def texts(page: AppTest) -> str:
 
 def button(page: AppTest, label: str) -> Any:
     return next(b for b in page.button if b.label == label)
+
+
+def labels_of_choices(page: AppTest) -> list[str]:
+    return [group.proto.label for group in page.get("button_group")]
 
 
 def choose_photos(page: AppTest, name: str) -> None:
@@ -148,10 +154,11 @@ def test_the_maps_of_each_head_are_shown_the_last_one_first(jobs: Jobs) -> None:
     assert "Maps of" not in texts(open_train(job="mine"))
     small_pack(jobs.root / "mine" / "gap" / "sample", 2, ("step 0", "step 3"))
     page = open_train(job="mine")
-    assert "Maps of 2 photos" in texts(page) and not page.get("button_group")
+    assert "Maps of 2 photos" in texts(page) and "Head" not in labels_of_choices(page)
     small_pack(jobs.root / "mine" / "abmilp" / "sample", 4, ("step 0", "step 3"))
     page = open_train(job="mine")
-    (heads,) = page.get("button_group")
+    assert labels_of_choices(page) == ["Head", "Colour scale"]
+    heads = page.get("button_group")[0]
     assert heads.value == "abmilp" and "Maps of 4 photos" in texts(page)
     small_pack(jobs.root / "mine" / "cait" / "sample", 2, ("step 9",))  # resumed without a step 0
     resumed = texts(open_train(job="mine"))
@@ -285,3 +292,95 @@ def test_results_behind_a_link_are_not_shown(jobs: Jobs, tmp_path: Path) -> None
     (tmp_path / "secret.csv").write_text(secret)
     (job.output / "results.csv").symlink_to(tmp_path / "secret.csv")
     assert not open_train(job="mine").dataframe
+
+
+def results(*accuracies: tuple[str, float]) -> str:
+    header = "head,accuracy,accuracy_lo,accuracy_hi,ece,parameters,photos\n"
+    return header + "".join(f"{name},{value},0,1,0.1,10,20\n" for name, value in accuracies)
+
+
+def line_of_use(page: AppTest) -> str:
+    (line,) = [c.value for c in page.code if c.value.startswith("xattn explain")]
+    return line
+
+
+def test_the_best_head_is_the_one_to_use_or_the_one_that_is_looked_at(jobs: Jobs) -> None:
+    heads = ("gap", "abmilp", "cait")
+    jobs.start(Spec("probe", "photos", "test_vit", heads=heads, epochs=2), "mine")
+    job = ended(jobs, "mine")
+    (job.output / "results.csv").write_text(results(("gap", 0.6), ("abmilp", 0.9), ("cait", 0.7)))
+    page = open_train(job="mine")
+    assert "mine/abmilp/head" in line_of_use(page) and "the most accurate" in texts(page)
+    assert "--backbone test_vit" in line_of_use(page)
+    for head in heads:
+        small_pack(job.output / head / "sample", 2, ("step 0", "step 3"))
+    page = open_train(job="mine")
+    control = page.get("button_group")[0]
+    assert control.value == "abmilp" and "mine/abmilp/head" in line_of_use(page)
+    control.set_value("cait").run()
+    assert "mine/cait/head" in line_of_use(page) and "the most accurate" not in texts(page)
+
+
+def test_maps_of_before_and_after_are_on_one_scale_unless_each_is_asked_for(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    drawn = train.overlay_url
+    monkeypatch.setattr(
+        train,
+        "overlay_url",
+        lambda pack, entry, look: (looks.append(look), drawn(pack, entry, look))[1],
+    )
+    jobs.start(SPEC, "mine")
+    job = ended(jobs, "mine")
+    small_pack(job.output / "sample", 2, ("step 0", "step 3"))
+    page = open_train(job="mine")
+    entries = only(job.output).entries
+    (limits,) = {(look.scale, look.limits) for look in looks}
+    assert limits == ("shared", (entries["min"].min(), entries["max"].max()))
+    looks.clear()
+    page.get("button_group")[-1].set_value("Each map").run()
+    assert {look.scale for look in looks} == {"map"}
+
+
+def test_labels_are_those_of_the_chosen_folder(jobs: Jobs) -> None:
+    for folder in ("photos", "other"):
+        for name in ("cod", "eel", "pike") if folder == "other" else ():
+            photos(jobs.data / folder / name)
+        (jobs.data / folder / "labels.csv").write_text("")
+    page = open_train(kind="probe")
+
+    def labels() -> Any:
+        return next(box for box in page.selectbox if box.label == "Labels")
+
+    choose_photos(page, "photos")
+    labels().set_value("labels.csv").run()
+    choose_photos(page, "other")
+    assert labels().value == "" and labels().options[0] == "The 3 folders: cod, eel, pike"
+
+
+def test_the_labels_that_a_browser_shows_are_those_of_the_chosen_folder(
+    tmp_path: Path, open_page: Callable[..., Any]
+) -> None:
+    for name in ("birds/wren", "birds/tit", "fish/cod", "fish/eel"):
+        photos(tmp_path / "root" / name)
+    arguments = ("--weights", "random", "--device", "cpu")
+    with served(tmp_path / "root", *arguments, log=tmp_path / "log") as address:
+        page = open_page(f"{address}/train?kind=probe&data={PhotoFolder('birds', 0, (), ()).id}")
+        shows = "text => [...document.querySelectorAll('input')].some(i => i.value === text)"
+        page.wait_for_function(shows, arg="The 2 folders: tit, wren")
+        page.locator("[data-testid=stSelectbox] input").first.click()
+        page.get_by_role("option", name="fish · 8 photos").click()
+        page.wait_for_function(shows, arg="The 2 folders: cod, eel")
+        page.close()
+
+
+def test_the_demo_says_how_long_it_takes(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_job, "missing", lambda: None)
+    page = opened(welcome)
+    button(page, "Make the demo pack").click().run()
+    until = time.monotonic() + 60
+    while jobs.progress("demo") is None:
+        assert time.monotonic() < until
+    (bar,) = opened(welcome).get("progress")
+    assert "maps measured, about 00:09 left" in bar.proto.text

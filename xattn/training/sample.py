@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from xattn.sources import Data, Files, open_photos
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
+    from xattn.explaining import Explanations
     from xattn.heads import Head
 
 SAMPLE_FOLDER = "sample"
@@ -27,15 +29,16 @@ def step_method(step: int) -> str:
 
 
 class Sample:
-    """Called at each checkpoint: explains ``count`` photos, the same ones each time, by their top class.
+    """Called at each checkpoint: explains one class of each of ``count`` photos, the same ones each time.
 
     ``folder`` becomes a pack with the maps of step 0 and of the checkpoint; the step is the method's name
     and ``protocol["step"]``. The head's mode and the random numbers are as they were afterwards.
 
     Args:
         data: photos in files; ``count`` of them, evenly spread, are shown.
-        classifier: the head, an attentive one, takes the place of the classifier, and its own classes are
-            explained.
+        classes: of a head that takes the place of the classifier (an attentive one) the class of each
+            photo that is explained, an index into the head's own, by path. Without, the most probable
+            class of the frozen network is explained, which training does not change.
 
     Raises:
         ValueError: a dataset that is not files, or no photo that can be read.
@@ -48,7 +51,7 @@ class Sample:
         folder: str | Path,
         count: int = 4,
         max_pixels: int | None = MAX_PIXELS,
-        classifier: bool = False,
+        classes: Mapping[Path, int] | None = None,
     ) -> None:
         photos = open_photos(data)
         if not isinstance(photos, Files):
@@ -57,24 +60,22 @@ class Sample:
             raise ValueError(f"sample: got {count} photos; give at least 1")
         self.backbone, self.folder = backbone, Path(folder)
         self.paths = _readable(photos.paths, count, max_pixels)
-        self.max_pixels, self.classifier = max_pixels, classifier
+        self.max_pixels, self.classes = max_pixels, classes
         self._first: list[Explanation] = []
 
     def __call__(self, step: int, head: Head) -> None:
-        from xattn.explaining import explain
         from xattn.probed import probed
 
         backbone, training = self.backbone, head.training
-        if self.classifier:
+        if self.classes is not None:
             head = copy.deepcopy(head)  # probed() freezes it
             backbone = probed(backbone, head)  # type: ignore[arg-type]
         head.eval()
         try:
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "explain: skipped")  # a photo that went since
-                found = explain(
-                    self.paths, backbone, head, batch_size=4, max_pixels=self.max_pixels
-                )
+                # A photo that went since, or a map of one value before training.
+                warnings.filterwarnings("ignore", "explain: ")
+                found = self._explained(backbone, head)
         finally:
             head.train(training)
         now = [_at(explanation, step) for explanation in found]
@@ -82,6 +83,25 @@ class Sample:
             self._first = now
         first = [] if step == 0 else self._first or self._saved()
         save_pack(self.folder, [*first, *now], overlays=False, skipped=found.skipped)
+
+    def _explained(self, backbone: Backbone, head: Head) -> Explanations:
+        from xattn.explaining import Explanations, explain, unique_id
+
+        if self.classes is None:
+            return explain(self.paths, backbone, head, batch_size=4, max_pixels=self.max_pixels)
+        found = Explanations()
+        taken: set[str] = set()
+        for path in self.paths:
+            try:
+                one = explain(
+                    path, backbone, head, classes=self.classes[path], max_pixels=self.max_pixels
+                )
+            except (OSError, ValueError) as error:
+                found.skipped.append((path.name, str(error)))
+            else:
+                image_id = unique_id(path.stem, taken)
+                found.extend(replace(e, image_id=image_id) for e in one)
+        return found
 
     def _saved(self) -> list[Explanation]:
         """The maps of step 0, which an interrupted run left."""
