@@ -12,7 +12,7 @@ from eval_fakes import FakeBackbone, Maps
 from xattn.eval import evaluate
 from xattn.eval.html_data import _maps
 from xattn.eval.report import to_dict
-from xattn.eval.store import kept_images
+from xattn.eval.store import ImageRow, Store, kept_images
 
 
 def run(state=None, rows=None, images=None, **options):
@@ -369,4 +369,23 @@ def test_a_state_is_one_file_after_a_run_a_refusal_and_a_reader(tmp_path, finish
     database = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
     assert database.execute("SELECT count(*) FROM images").fetchone() == (6,)
     database.close()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_processes_read_one_file_in_the_end_and_leave_nothing_beside_it(tmp_path, again):
+    path = tmp_path / "state.sqlite"
+    if again:  # both files are there: each process opens the other's
+        for store in [Store(path, {}, rank) for rank in range(2)]:
+            store.close()
+    stores = [Store(path, {}, rank) for rank in range(2)]
+    for rank, store in enumerate(stores):
+        store.add_images([ImageRow(rank, f"{rank}.png", 1, "bee", 0.5)])
+    stores[1].close()
+    stores[0].merge()
+    stores[1].reopen()
+    assert [[image.id for image in store.images()] for store in stores] == 2 * [["0.png", "1.png"]]
+    for store in stores:
+        store.close()
+    assert len(list(kept_images(path, None, 9))) == 2
     assert list(tmp_path.iterdir()) == [path]
