@@ -751,6 +751,26 @@ class StudyVpu:
             print(line, flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudySwap:
+    """Accuracy of a trained ViT whose attention is swapped and not trained again."""
+
+    data: str
+    """Photos, as for explain."""
+    labels: str = "folders"
+    """"folders", or a .json or .csv file of the photos' classes."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    every: int = 1
+    """Classify every n-th photo."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import swapped_attention
+
+        backbone = self.model.load()
+        for line in swapped_attention.study(backbone, self.data, self.labels, self.every):
+            print(line, flush=True)
+
+
 @dataclass(frozen=True)
 class Study:
     """Rerun a study of docs/results.md; a study that was stopped goes on in its output folder."""
@@ -759,6 +779,7 @@ class Study:
         Annotated[StudyAt, tyro.conf.subcommand("at", description=StudyAt.__doc__)]
         | Annotated[StudyImage, tyro.conf.subcommand("image", description=StudyImage.__doc__)]
         | Annotated[StudyVpu, tyro.conf.subcommand("vpu", description=StudyVpu.__doc__)]
+        | Annotated[StudySwap, tyro.conf.subcommand("swap", description=StudySwap.__doc__)]
     ]
 
     def run(self) -> None:

@@ -4,8 +4,9 @@
 
 n agents give rank n at most and 4 N n D operations. Beside A V, a depthwise 3x3 convolution of the
 values restores local detail. Han et al., arXiv 2312.08874. Prefix tokens are queries and keys, but
-are not pooled. ``training_free`` is the form for trained softmax layers: no biases, no convolution,
-sharper second stage and a share of the values added.
+are not pooled. ``training_free`` is the form that its authors put into trained diffusion models: no
+biases, no convolution, sharper second stage and a share of the values added. A trained classifier
+loses most of its accuracy by it (``xattn study swap``): there agents have to be trained.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from xattn.attention.operator import Operator, ProductOperator, SoftmaxOperator
 SIDE = 7  # of the coarse part of the biases
 
 
-@register("agent", paper="arXiv 2312.08874", complexity="N n D", grid=(2,), training_free=True)
+@register("agent", paper="arXiv 2312.08874", complexity="N n D", grid=(2,))
 class Agent(Mechanism):
     """Agent attention on a 2-D grid.
 
