@@ -326,7 +326,7 @@ class _Run:
                     k is not None and 0 <= k < len(self.backbone.class_names) for k in classes
                 ):
                     raise self.store.damaged("a class that the classifier does not have")
-                targets = torch.tensor(classes)
+                targets = torch.tensor(classes, device="cpu")
                 maps, reasons = self._maps(name, images, targets)
                 for item, values, reason in zip(part, maps, reasons, strict=True):
                     if reason is None:
@@ -664,9 +664,9 @@ def _targets(wanted: int | list[int] | None, chunk: list[Item]) -> Tensor | None
     if wanted is None:
         return None
     if isinstance(wanted, int):
-        return torch.full((len(chunk),), wanted)
+        return torch.full((len(chunk),), wanted, device="cpu")
     if chunk[-1].position >= len(wanted):
         raise ValueError(
             f"classes: got {len(wanted)}, and there are more images; give one an image"
         )
-    return torch.tensor([wanted[item.position] for item in chunk])
+    return torch.tensor([wanted[item.position] for item in chunk], device="cpu")

@@ -53,14 +53,14 @@ def fill(
     if kind in COLOURED and (mean is None or len(mean) != 3):
         raise ValueError(f"mean: got {mean}; kind={kind!r} needs the mean colour (3,) in [0, 1]")
     if kind == "mean":
-        return torch.as_tensor(mean).to(image)[:, None, None].expand_as(image)
+        return torch.as_tensor(mean, device="cpu").to(image)[:, None, None].expand_as(image)
     if kind == "blur":
         return blur(image)
     if kind == "rise":
-        return rise_blur(image, torch.as_tensor(mean))
+        return rise_blur(image, torch.as_tensor(mean, device="cpu"))
     if kind == "noise":
         generator = torch.Generator().manual_seed(seed)
-        return torch.rand(image.shape, generator=generator).to(image)
+        return torch.rand(image.shape, generator=generator, device="cpu").to(image)
     if kind == "inpaint":
         return inpaint(image, removed)
     if kind == "road":
@@ -91,10 +91,10 @@ def rise_blur(images: Tensor, mean: Tensor) -> Tensor:
     """
     # The tails that SciPy cuts at 4 sigma, at distance d from the middle: d, d +- 11.
     reach = int(4 * _RISE_SIGMA)
-    distance = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    distance = torch.arange(-reach, reach + 1, dtype=torch.float64, device="cpu")
     weight = torch.exp(-0.5 * (distance / _RISE_SIGMA) ** 2)
     place = (distance.long() + _RISE_SIZE // 2) % _RISE_SIZE
-    kernel = torch.zeros(_RISE_SIZE, dtype=torch.float64).index_add_(0, place, weight)
+    kernel = torch.zeros(_RISE_SIZE, dtype=torch.float64, device="cpu").index_add_(0, place, weight)
     kernel = (kernel / weight.sum()).to(images)
     colour = mean.to(images)[:, None, None]
     planes = (images - colour).flatten(0, -3)[:, None]

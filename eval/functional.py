@@ -14,6 +14,7 @@ them is the metric and a bootstrap can resample them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,8 +172,13 @@ VALUES: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def _tensor(values: Any) -> Tensor:
+    """Numbers as a tensor, where they are or on the CPU, whatever torch's default device is."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+
+
 def _scores(p: Tensor, q: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
-    p, q = torch.as_tensor(p).detach().double(), torch.as_tensor(q).detach().double()
+    p, q = (_tensor(x).detach().double() for x in (p, q))
     if p.shape != q.shape or p.ndim != 1:
         raise ValueError(
             f"p, q: got shapes {tuple(p.shape)} and {tuple(q.shape)}; give (B,) and (B,)"

@@ -106,7 +106,7 @@ def _dry_run(probe: Probe, image: Tensor, stages: int) -> tuple[int, int]:
     """How many images a probe wants scored, and how many explained again."""
     if probe.needs_annotation:
         return 0, 0
-    y, x = (torch.linspace(-1, 1, side) for side in image.shape[-2:])
+    y, x = (torch.linspace(-1, 1, side, device="cpu") for side in image.shape[-2:])
     grey = torch.exp(-2 * (y[:, None] ** 2 + x**2))[None].to(image)
     explained = [0]
 

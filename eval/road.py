@@ -87,7 +87,9 @@ def impute(
     filled = solution.add_(mean)
     if noise > 0:
         generator = torch.Generator().manual_seed(seed)
-        field = torch.randn(images.shape[1:], generator=generator, dtype=torch.float32)
+        field = torch.randn(
+            images.shape[1:], generator=generator, dtype=torch.float32, device="cpu"
+        )
         filled.add_(field.to(filled), alpha=noise)
     return torch.where(removed, filled.to(images.dtype), images)
 
@@ -107,7 +109,7 @@ def impute_direct(image: Tensor, removed: Tensor) -> Tensor:
         return image.clone()
     if flat.all():
         return image.mean((1, 2), keepdim=True).expand_as(image).clone()
-    index = torch.arange(flat.size).view(image.shape[1:])
+    index = torch.arange(flat.size, device="cpu").view(image.shape[1:])
     rows = np.concatenate([index[i].flatten().numpy() for i, _ in _PAIRS])
     columns = np.concatenate([index[j].flatten().numpy() for _, j in _PAIRS])
     weights = np.concatenate(
@@ -401,9 +403,11 @@ def _galerkin() -> Tensor:
     def phi(y: Tensor, x: Tensor) -> Tensor:
         return (1 - y.abs() / 2).clamp_min(0) * (1 - x.abs() / 2).clamp_min(0)
 
-    y, x = torch.meshgrid(torch.arange(-2, 3), torch.arange(-2, 3), indexing="ij")
+    y, x = torch.meshgrid(
+        torch.arange(-2, 3, device="cpu"), torch.arange(-2, 3, device="cpu"), indexing="ij"
+    )
     offsets = [(0, 0), *((dy, dx) for dy, dx, _ in _LINKS)]
-    kernel = torch.empty(5, 5, 5, 5, dtype=torch.float64)
+    kernel = torch.empty(5, 5, 5, 5, dtype=torch.float64, device="cpu")
     for n, (v, u) in enumerate(offsets):
         for m, (dy, dx) in enumerate(offsets):
             entry = phi(y, x) * phi(y + dy - 2 * v, x + dx - 2 * u)

@@ -42,11 +42,15 @@ def randomized_backbone(backbone: Any, seed: int = 0) -> Any:
 
 def _initial(module: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> Tensor:
     if value.ndim < 2:
-        return torch.zeros(value.shape) if "bias" in name else torch.ones(value.shape)
+        return (
+            torch.zeros(value.shape, device="cpu")
+            if "bias" in name
+            else torch.ones(value.shape, device="cpu")
+        )
     std = 0.02
     if name == "weight" and not isinstance(module, nn.Embedding):
         std = (2.0 / value[0].numel()) ** 0.5
-    return torch.randn(value.shape, generator=generator) * std
+    return torch.randn(value.shape, generator=generator, device="cpu") * std
 
 
 def randomized_explainer(

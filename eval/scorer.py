@@ -155,7 +155,9 @@ class MaskedScorer:
         words = words ^ (words >> 32)  # a change of the highest bit alone must reach lower ones
         if self._weights is None or self._weights.shape[1] != len(words):
             generator = torch.Generator().manual_seed(0x5EED)
-            weights = torch.randint(-(2**63), 2**63 - 1, (2, len(words)), generator=generator)
+            weights = torch.randint(
+                -(2**63), 2**63 - 1, (2, len(words)), generator=generator, device="cpu"
+            )
             self._weights = weights.to(words.device)
         return (self._weights * words).sum(1).cpu().numpy().tobytes()
 

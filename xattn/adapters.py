@@ -217,7 +217,7 @@ def _trace(
         graph = tracer.trace(model)
         traced = fx.GraphModule(model, graph, kind)
         run = _Shapes(traced)
-        parameter = next(model.parameters(), torch.zeros(()))
+        parameter = next(model.parameters(), torch.zeros((), device="cpu"))
         run.run(torch.zeros(2, 3, *size, device=parameter.device, dtype=parameter.dtype))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]

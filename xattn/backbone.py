@@ -116,9 +116,9 @@ class Backbone(nn.Module):
         self.preprocessing = preprocessing
         self.head_point = nn.Identity()
         for key in ("mean", "std"):
-            values = torch.tensor(getattr(preprocessing, key), dtype=torch.float32)
+            values = torch.tensor(getattr(preprocessing, key), dtype=torch.float32, device="cpu")
             self.register_buffer(key, values.view(1, -1, 1, 1), persistent=False)
-        reference = next(model.parameters(), torch.zeros(()))
+        reference = next(model.parameters(), torch.zeros((), device="cpu"))
         self.to(device=reference.device)
         self.adapter = not hasattr(model, "forward_intermediates")
         self.prefix_tokens = int(getattr(model, "num_prefix_tokens", 0) or 0)
@@ -161,7 +161,9 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def _resolve_taps(self, taps: str | Sequence[str] | None, task: Task | None) -> None:
-        image = torch.zeros(1, len(self.preprocessing.mean), *self.preprocessing.input_size)
+        image = torch.zeros(
+            1, len(self.preprocessing.mean), *self.preprocessing.input_size, device="cpu"
+        )
         image = image.to(self.device, next(self.model.parameters(), image).dtype)
         if self.adapter:
             logits, maps = self.model.forward_taps(image)  # type: ignore[operator]
@@ -438,13 +440,15 @@ class Backbone(nn.Module):
         generator = torch.Generator().manual_seed(0)
         if self.adapter:
             size = self.preprocessing.input_size
-            image = torch.rand(1, self.mean.shape[1], *size, generator=generator).to(last)
+            image = torch.rand(1, self.mean.shape[1], *size, generator=generator, device="cpu").to(
+                last
+            )
             logits, maps, _ = self.forward_normalized(image)
             final = maps[-1]
         elif self.taps[-1] != "head" or self.is_vit:
             return False
         else:
-            final = torch.rand(last.shape, generator=generator).to(last) - 0.3
+            final = torch.rand(last.shape, generator=generator, device="cpu").to(last) - 0.3
             logits = self.head_logits(final)
         expected = final.mean((2, 3)) @ weight.t() + (0 if bias is None else bias)
         return bool(logits.any()) and torch.allclose(logits, expected, rtol=1e-3, atol=1e-4)
@@ -579,11 +583,13 @@ def load_backbone(
 
         name, overrides = name_or_module, {}
         nodes = [taps] if isinstance(taps, str) else taps
-        model = load_torchvision(name.partition("/")[2], weights, nodes, size, num_classes)
+        with _device_with_values():
+            model = load_torchvision(name.partition("/")[2], weights, nodes, size, num_classes)
         taps = None
     else:
         name = name_or_module
-        model, overrides = _create(name, weights, size, num_classes)
+        with _device_with_values():
+            model, overrides = _create(name, weights, size, num_classes)
     preprocessing = _preprocessing(model, overrides, size)
     try:
         backbone = Backbone(model, name, preprocessing, taps, read_classes(classes), task)
@@ -593,6 +599,12 @@ def load_backbone(
             f"input_size: {name} cannot take {preprocessing.input_size} ({reason}); give another"
         ) from error
     return backbone.to(device) if device is not None else backbone
+
+
+def _device_with_values() -> AbstractContextManager[Any]:
+    """Torch's default device, or the CPU where that is meta: weights are loaded into the model."""
+    meta = torch.get_default_device().type == "meta"
+    return torch.device("cpu") if meta else nullcontext()
 
 
 def read_classes(classes: str | Path | Sequence[str] | None) -> list[str] | None:

@@ -59,7 +59,11 @@ def disagreement(maps: Sequence[NDArray[np.float32]]) -> float:
     Maps are first brought to 28 x 28 cells: the mean over a cell of finer ones, bilinear between the
     cells of coarser ones. NaN where fewer than two maps vary.
     """
-    cells = torch.stack([_to_grid(m) for m in maps]) if len(maps) else torch.empty(0, GRID * GRID)
+    cells = (
+        torch.stack([_to_grid(m) for m in maps])
+        if len(maps)
+        else torch.empty(0, GRID * GRID, device="cpu")
+    )
     if len(cells) < 2:
         return math.nan
     order = ranks(cells)

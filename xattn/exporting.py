@@ -208,10 +208,12 @@ def _example(model: ExplainedClassifier, count: int) -> tuple[Tensor, Tensor]:
     """Images, half noise and half smooth, and classes: the predicted, the first, ..., the last."""
     height, width = model.backbone.preprocessing.input_size
     generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(count, model.backbone.mean.shape[1], height, width, generator=generator)
+    noise = torch.rand(
+        count, model.backbone.mean.shape[1], height, width, generator=generator, device="cpu"
+    )
     smooth = F.interpolate(noise[..., :4, :4], (height, width), mode="bilinear")
     last = model.backbone.num_classes - 1
-    return (noise + smooth) / 2, torch.linspace(-1, last, count).round().long()
+    return (noise + smooth) / 2, torch.linspace(-1, last, count, device="cpu").round().long()
 
 
 def _trace(model: ExplainedClassifier) -> torch.export.ExportedProgram:

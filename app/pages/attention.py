@@ -252,7 +252,11 @@ def _facts(
         f"{nats:.2f} nats ({bits(nats):.2f} bits), as wide as {breadth(nats):.0f} of {n} tokens"
     )
     if place_of(token, seen) is not None:
-        away = float(row_distance(row[None].double(), torch.tensor([token]), seen.grid, prefix)[0])
+        away = float(
+            row_distance(
+                row[None].double(), torch.tensor([token], device="cpu"), seen.grid, prefix
+            )[0]
+        )
         if not math.isnan(away):
             facts["Mean distance"] = f"{away:.1f} patches"
     if kept is not None and not kept.all():

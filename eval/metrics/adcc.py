@@ -109,7 +109,7 @@ class AdccProbe(Probe):
             raw, grey.shape[-2:], normalization=sample.normalization, resize=sample.resize
         )
         coherency, complexity = coherency_values(grey, again), complexity_values(grey)
-        p = torch.tensor([sample.score], dtype=torch.float64)
+        p = torch.tensor([sample.score], dtype=torch.float64, device="cpu")
 
         def finish(scores: Mapping[str, Tensor]) -> dict[Column, float]:
             drop = functional.average_drop_values(p, scores["q"], bounded=False) / 100

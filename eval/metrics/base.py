@@ -141,9 +141,13 @@ class MeanMetric(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("n", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("n_invalid", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state(
+            "total", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum"
+        )
+        self.add_state("n", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state(
+            "n_invalid", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum"
+        )
 
     def _add(self, values: Tensor, valid: Tensor | None = None) -> None:
         """Add per-image values (B,); NaN and those not ``valid`` (B,) bool count as invalid."""

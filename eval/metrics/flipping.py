@@ -132,8 +132,8 @@ class PixelFlipping(MeanMetric):
 
 def grid(height: int, width: int, patch: int) -> Tensor:
     """(H, W) int64: the number of each pixel's square, in row-major order."""
-    columns = torch.arange(width) // patch
-    rows = torch.arange(height) // patch
+    columns = torch.arange(width, device="cpu") // patch
+    rows = torch.arange(height, device="cpu") // patch
     return rows[:, None] * (columns[-1] + 1) + columns
 
 

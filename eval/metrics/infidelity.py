@@ -123,7 +123,9 @@ class InfidelityProbe(Probe):
         phi = raw[0].double()
         if self.perturbation == "noise":
             for _ in range(self.samples):
-                noise = self.sigma * torch.randn(1, height, width, generator=generator)
+                noise = self.sigma * torch.randn(
+                    1, height, width, generator=generator, device="cpu"
+                )
                 noise = noise.to(image)
                 yield image - noise, (phi * noise[0]).sum()
             return
@@ -131,7 +133,8 @@ class InfidelityProbe(Probe):
         side = max(1, round(self.side * min(height, width)))
         for _ in range(self.samples):
             top, left = (
-                int(torch.randint(n - side + 1, (), generator=generator)) for n in (height, width)
+                int(torch.randint(n - side + 1, (), generator=generator, device="cpu"))
+                for n in (height, width)
             )
             square = (..., slice(top, top + side), slice(left, left + side))
             removed = image.clone()

@@ -84,7 +84,7 @@ class MaskingProbe(Probe):
             yield Request(f"q@{100 * level:g}", self._masked(sample, mask))
             if "ADD" in self.metrics:
                 yield Request(f"d@{100 * level:g}", self._masked(sample, 1 - mask))
-        p = torch.full((len(self.levels),), sample.score, dtype=torch.float64)
+        p = torch.full((len(self.levels),), sample.score, dtype=torch.float64, device="cpu")
 
         def finish(scores: Mapping[str, Tensor]) -> dict[Column, float]:
             values = {}

@@ -47,7 +47,9 @@ def measure(
         annotations: one an image, for metrics that need them.
     """
     batch = len(images)
-    classes = torch.full((batch,), targets) if isinstance(targets, int) else targets.cpu()
+    classes = (
+        torch.full((batch,), targets, device="cpu") if isinstance(targets, int) else targets.cpu()
+    )
     if len(maps) != batch or len(classes) != batch:
         raise ValueError(
             f"maps, targets: got {len(maps)} and {len(classes)} for {batch} images; give one an image"
@@ -59,7 +61,8 @@ def measure(
     )
     raw = functional.upsample(maps.detach().float().nan_to_num(), size, resize)
     values = {
-        column: torch.full((batch,), math.nan, dtype=torch.float64) for column in probe.columns
+        column: torch.full((batch,), math.nan, dtype=torch.float64, device="cpu")
+        for column in probe.columns
     }
     for i in range(batch):
         p, _ = scorer.clean(images[i : i + 1], classes[i : i + 1])
@@ -111,7 +114,7 @@ def submit_all(
 def scores_of(tickets: dict[str, list[Ticket]]) -> dict[str, Tensor]:
     """Resolved tickets -> float64 scores (T,) by key."""
     return {
-        key: torch.tensor([t.score for t in row], dtype=torch.float64)
+        key: torch.tensor([t.score for t in row], dtype=torch.float64, device="cpu")
         for key, row in tickets.items()
     }
 
@@ -134,8 +137,8 @@ class _Callable:
 def _at_stage(
     explain: Callable[[int, Tensor, Tensor], Tensor], target: int, stage: int, images: Tensor
 ) -> Tensor:
-    return explain(stage, images, torch.full((len(images),), target))
+    return explain(stage, images, torch.full((len(images),), target, device="cpu"))
 
 
 def _bound(explain: Callable[[Tensor, Tensor], Tensor], target: int) -> Callable[[Tensor], Tensor]:
-    return lambda images: explain(images, torch.full((len(images),), target))
+    return lambda images: explain(images, torch.full((len(images),), target, device="cpu"))

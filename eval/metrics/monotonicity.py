@@ -73,7 +73,7 @@ class MonotonicityProbe(Probe):
         squares = labels.to(image.device)
         generator = torch.Generator().manual_seed(sample.seed)
         for _ in range(self.samples):
-            noise = torch.rand(image.shape, generator=generator).to(image.device)
+            noise = torch.rand(image.shape, generator=generator, device="cpu").to(image.device)
             for i in range(len(attributions)):
                 yield Request("monotonicity", torch.where(squares == i, noise, image))
 

@@ -90,7 +90,7 @@ class MaxSensitivityProbe(Probe):
         # their last bits.
         images, clean, moves = [image], None, []
         for left in reversed(range(self.samples)):
-            d = self.radius * (2 * torch.rand(image.shape, generator=generator) - 1)
+            d = self.radius * (2 * torch.rand(image.shape, generator=generator, device="cpu") - 1)
             images.append((image + d.to(image)).clamp(0, 1))
             if len(images) == BATCH or left == 0:
                 maps = sample.explain(torch.stack(images)).detach().double()

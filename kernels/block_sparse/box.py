@@ -93,7 +93,9 @@ def neighbourhood(
         if not 1 <= s <= k:
             raise ValueError(f"stride: got {s}; give 1 to the kernel's {k}")
         bounds.append(_reach(x, k, s, d, bool(c)))
-    coordinates = torch.cartesian_prod(*(torch.arange(x) for x in shape)).view(-1, len(shape))
+    coordinates = torch.cartesian_prod(*(torch.arange(x, device="cpu") for x in shape)).view(
+        -1, len(shape)
+    )
     low, high = (
         torch.stack([b[side][coordinates[:, t]] for t, b in enumerate(bounds)], -1).int()
         for side in (0, 1)
@@ -129,7 +131,7 @@ def permuted(box: Box, order: Tensor) -> Box:
 def _line(n: int) -> Tensor:
     if n < 1:
         raise ValueError(f"n: got {n}; give a number of tokens of at least 1")
-    return torch.arange(n, dtype=torch.int32)[:, None]
+    return torch.arange(n, dtype=torch.int32, device="cpu")[:, None]
 
 
 def _each(name: str, value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
@@ -141,7 +143,7 @@ def _each(name: str, value: int | Sequence[int], dimensions: int) -> tuple[int, 
 
 def _reach(x: int, k: int, s: int, d: int, causal: bool) -> tuple[Tensor, Tensor]:
     """First and last visible coordinate for each of the ``x`` coordinates of one dimension."""
-    at = torch.arange(x)
+    at = torch.arange(x, device="cpu")
     residue, i = at % d, at // d
     last = (x - residue + d - 1) // d - 1  # of the coordinates with this residue
     leader = torch.minimum(i // s * s + (s - 1 if causal else s // 2), last)

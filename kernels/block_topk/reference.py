@@ -99,7 +99,7 @@ def pool(r: Tensor, spread: list[int], pooling: str) -> Tensor:
 def parents(rows: int, within: Tensor) -> Tensor:
     """The parent of each of ``rows`` query blocks."""
     ratio = -(-rows // within.shape[2])
-    return torch.arange(rows) // ratio
+    return torch.arange(rows, device="cpu") // ratio
 
 
 def is_child(within: Tensor, children: int, candidates: int) -> Tensor:

@@ -50,7 +50,8 @@ def convert(
         for path, layer in layers.items():
             heads = _heads(path, layer)
             width = _width(path, layer)
-            made[path] = create_mechanism(name, width, heads, **options)
+            with torch.device("cpu"):  # whatever torch's default device is
+                made[path] = create_mechanism(name, width, heads, **options)
         layout = _layout(model)
         before = {path: getattr(layer, "mechanism", None) for path, layer in layers.items()}
         for path, layer in layers.items():

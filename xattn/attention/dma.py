@@ -129,7 +129,7 @@ def causal_lists(b: Tensor, window: int) -> Tensor:
         i = torch.arange(start, min(start + step, n), device=b.device)
         later = torch.arange(n, device=b.device) > i[:, None]
         scores = b.detach()[:, :, None].masked_fill(later, -torch.inf)
-        scores[:, :, torch.arange(len(i)), i] = torch.inf
+        scores[:, :, torch.arange(len(i), device="cpu"), i] = torch.inf
         best = scores.topk(window).indices
         lists[:, :, i] = best.masked_fill(best > i[:, None], -1).int()
     return lists

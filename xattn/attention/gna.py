@@ -155,21 +155,23 @@ def mask(
     """The neighbourhood as a bias (1, 1, N, N) of 0 and -inf; prefix tokens see and are seen."""
     rule = neighbourhood(grid, kernel, stride, dilation, causal)
     n = len(rule.position)
-    seen = visible(Segment(torch.empty(1, 1, n, 0), rule=rule), torch.arange(n))
-    hidden = torch.zeros(1, 1, n, n, dtype=dtype).masked_fill_(~seen, -torch.inf)
+    seen = visible(
+        Segment(torch.empty(1, 1, n, 0, device="cpu"), rule=rule), torch.arange(n, device="cpu")
+    )
+    hidden = torch.zeros(1, 1, n, n, dtype=dtype, device="cpu").masked_fill_(~seen, -torch.inf)
     return F.pad(hidden, (prefix, 0, prefix, 0)).to(device)
 
 
 def residue_order(grid: Sequence[int], dilation: Sequence[int], tile: Sequence[int]) -> Order:
     """Tile order inside each class of coordinates that see one another under the dilation."""
-    tokens = torch.arange(math.prod(grid)).view(*grid)
+    tokens = torch.arange(math.prod(grid), device="cpu").view(*grid)
     parts = []
     for start in product(*(range(d) for d in dilation)):
         group = tokens[tuple(slice(s, None, d) for s, d in zip(start, dilation, strict=True))]
         index = tile_order(group.shape, tile).index
         parts.append(torch.where(index < 0, -1, group.flatten()[index.clamp(min=0)]))
     index = torch.cat(parts)
-    inverse = torch.empty(tokens.numel(), dtype=torch.long)
+    inverse = torch.empty(tokens.numel(), dtype=torch.long, device="cpu")
     real = (index >= 0).nonzero()[:, 0]
     inverse[index[real]] = real
     return Order(index, inverse)

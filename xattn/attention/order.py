@@ -88,15 +88,15 @@ def z_order(grid: Sequence[int]) -> Order:
 
 def _padded(grid: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Token numbers on a grid of ``shape``, -1 outside of ``grid``."""
-    places = torch.full(tuple(shape), -1)
+    places = torch.full(tuple(shape), -1, device="cpu")
     inside = tuple(slice(0, n) for n in grid)
-    places[inside] = torch.arange(places[inside].numel()).view(*grid)
+    places[inside] = torch.arange(places[inside].numel(), device="cpu").view(*grid)
     return places
 
 
 def _order(index: Tensor, grid: Sequence[int]) -> Order:
     places = (index >= 0).nonzero()[:, 0]
-    inverse = torch.empty(len(places), dtype=torch.long)
+    inverse = torch.empty(len(places), dtype=torch.long, device="cpu")
     inverse[index[places]] = places
     return Order(index, inverse)
 

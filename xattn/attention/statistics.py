@@ -80,11 +80,11 @@ def statistics(
             f"tokens; give a grid of all tokens behind the prefix"
         )
     if queries is None:
-        queries = torch.arange(prefix, tokens)
+        queries = torch.arange(prefix, tokens, device="cpu")
     elif not len(queries) or int(queries.min()) < prefix or int(queries.max()) >= tokens:
         raise ValueError(f"queries: give at least one token number, each in {prefix}..{tokens - 1}")
     size = operator.row_chunks()[0].stop
-    entropy = received = distance = count = torch.zeros((), dtype=torch.float64)
+    entropy = received = distance = count = torch.zeros((), dtype=torch.float64, device="cpu")
     for index in queries.split(size):
         rows = operator.rows(index.to(operator.device)).cpu().double()
         p = _shares(rows)
@@ -143,7 +143,7 @@ def row_distance(rows: Tensor, index: Tensor, grid: tuple[int, int], prefix: int
 
 def positions(grid: tuple[int, int], dtype: torch.dtype = torch.float64) -> Tensor:
     """(row, column) of the patches in raster order: (h w, 2)."""
-    rows, columns = (torch.arange(n, dtype=dtype) for n in grid)
+    rows, columns = (torch.arange(n, dtype=dtype, device="cpu") for n in grid)
     return torch.cartesian_prod(rows, columns)
 
 
@@ -163,9 +163,9 @@ def sample_queries(tokens: int, prefix: int, most: int, seed: int = 0) -> Tensor
         raise ValueError(f"most: got {most}; give at least 1")
     patches = tokens - prefix
     if patches <= most:
-        return torch.arange(prefix, tokens)
+        return torch.arange(prefix, tokens, device="cpu")
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(patches, generator=generator)[:most].sort().values + prefix
+    return torch.randperm(patches, generator=generator, device="cpu")[:most].sort().values + prefix
 
 
 def kept_keys(rows: Tensor) -> Tensor:

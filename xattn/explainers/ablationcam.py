@@ -60,7 +60,7 @@ class AblationCam(ImageByImage):
             if not self.classifier_only:
                 return self._without(image, index)
             copies = activations.repeat(len(index), 1, 1, 1)
-            copies[torch.arange(len(index)), index] = 0
+            copies[torch.arange(len(index), device="cpu"), index] = 0
             return self.backbone.head_logits(copies)
 
         y = whole[0, classes].double().cpu()
@@ -74,10 +74,10 @@ class AblationCam(ImageByImage):
         batches = ForwardBatches(-(-channels // steps))
 
         def step(index: Tensor) -> Tensor:
-            repeats = torch.arange(batches.size).clamp_max(len(index) - 1)
+            repeats = torch.arange(batches.size, device="cpu").clamp_max(len(index) - 1)
             return ablated(index[repeats])[: len(index), classes].double().cpu()
 
-        scores = torch.cat(batches.run(step, torch.arange(channels)))
+        scores = torch.cat(batches.run(step, torch.arange(channels, device="cpu")))
         if batches.halved:
             self.max_forward_batch = batches.size
         return scores
@@ -88,7 +88,7 @@ class AblationCam(ImageByImage):
         def ablate(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             output = output.clone()
             rows = output.movedim(self.reader.channel_axis(output, image[None]), 1)
-            rows[torch.arange(len(index)), index] = 0
+            rows[torch.arange(len(index), device="cpu"), index] = 0
             return output
 
         handle = self.layer.register_forward_hook(ablate)

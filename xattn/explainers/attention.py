@@ -71,7 +71,9 @@ class AttentionExplainer(Explainer):
     ) -> None:
         super().__init__(backbone, head, seed, max_forward_batch)
         with self._guard(), torch.no_grad():
-            image = torch.zeros(1, backbone.mean.shape[1], *backbone.preprocessing.input_size)
+            image = torch.zeros(
+                1, backbone.mean.shape[1], *backbone.preprocessing.input_size, device="cpu"
+            )
             image = self._move(image)
             reading = read_attention(backbone, image)
         self.start = _start_tokens(backbone, reading, start)
@@ -262,10 +264,10 @@ def _tokens_read(backbone: Backbone, reading: Reading) -> str | tuple[int, ...]:
     with torch.inference_mode(False), torch.enable_grad():
         width: int = backbone.model.num_features  # type: ignore[assignment]
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randn(1, reading.tokens, width, generator=generator)
+        tokens = torch.randn(1, reading.tokens, width, generator=generator, device="cpu")
         tokens = tokens.to(reading.logits).requires_grad_()
         pooled = backbone.model.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
-        direction = torch.randn(pooled.shape, generator=generator).to(pooled)
+        direction = torch.randn(pooled.shape, generator=generator, device="cpu").to(pooled)
         grad = torch.autograd.grad(pooled, tokens, direction)[0]
     weights = grad[0].float().norm(dim=-1)
     read = weights.nonzero()[:, 0].tolist()

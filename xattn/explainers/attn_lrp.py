@@ -60,7 +60,7 @@ class AttnLrp(Explainer):
         self.at = at
         with self._guard(), torch.enable_grad():
             size = backbone.preprocessing.input_size
-            image = self._move(torch.zeros(1, backbone.mean.shape[1], *size))
+            image = self._move(torch.zeros(1, backbone.mean.shape[1], *size, device="cpu"))
             if not self._run(image)[2]:
                 raise ValueError(
                     f"backbone: {backbone.name} makes no call of softmax attention; attn_lrp "

@@ -215,7 +215,7 @@ def check_inputs(inputs: Tensor) -> None:
 def check_target(target: Tensor | int, batch: int, num_classes: int) -> Tensor:
     """``target`` as a LongTensor (B,); ValueError unless it is one class or one an image."""
     if isinstance(target, Integral) and not isinstance(target, bool):
-        target = torch.full((batch,), int(target))
+        target = torch.full((batch,), int(target), device="cpu")
     whole = isinstance(target, Tensor) and target.dtype in (torch.int64, torch.int32)
     if not whole or target.ndim != 1 or target.shape[0] != batch:  # type: ignore[union-attr]
         got = (

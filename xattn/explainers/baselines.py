@@ -63,7 +63,7 @@ class Centre(Explainer):
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         y, x = (
-            ((torch.arange(n, dtype=torch.float64) + 0.5) / n - 0.5).square()
+            ((torch.arange(n, dtype=torch.float64, device="cpu") + 0.5) / n - 0.5).square()
             for n in images.shape[-2:]
         )
         value = torch.exp(-(y[:, None] + x[None]) / (2 * self.sigma**2))

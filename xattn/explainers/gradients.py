@@ -182,7 +182,7 @@ def calling(backbone: nn.Module, inside: list[nn.Module]) -> Iterator[None]:
 def probe_image(backbone: Backbone) -> Tensor:
     """(1, 3, H, W) of noise at the backbone's default size, on which rules are tried."""
     size = (1, backbone.mean.shape[1], *backbone.preprocessing.input_size)
-    return torch.rand(size, generator=torch.Generator().manual_seed(0))
+    return torch.rand(size, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def check_same_logits(backbone: Backbone, method: str, got: Tensor, plain: Tensor) -> None:

@@ -46,7 +46,7 @@ class _GradientSum(Explainer):
             found = (gradient.double() * weights).sum(0)
             total[:] = [total[0] + found] if total else [found]
 
-        self._batches.run(part, torch.arange(self.forwards))
+        self._batches.run(part, torch.arange(self.forwards, device="cpu"))
         return total[0]
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:

@@ -38,20 +38,20 @@ class KernelShap(SuperpixelExplainer):
 
     def _coalitions(self, segments: int) -> Tensor:
         if 2**segments <= self.samples:
-            codes = torch.arange(2**segments)[:, None]
-            return (codes >> torch.arange(segments)) % 2 == 1
+            codes = torch.arange(2**segments, device="cpu")[:, None]
+            return (codes >> torch.arange(segments, device="cpu")) % 2 == 1
         if self.samples < 2 * segments:
             raise ValueError(
                 f"samples: got {self.samples} for {segments} superpixels; give at least "
                 f"{2 * segments}, or a smaller n_segments"
             )
         generator, pairs = self._generator(segments), (self.samples - 2) // 2
-        sizes = torch.arange(1, segments).double()
+        sizes = torch.arange(1, segments, device="cpu").double()
         likely = 1 / (sizes * (segments - sizes))  # k(z) times the binom(M, |z|) coalitions
         drawn = generator.choice(sizes.long().numpy(), pairs, p=(likely / likely.sum()).numpy())
         ranks = generator.random((pairs, segments)).argsort(1).argsort(1)
         kept = torch.from_numpy(ranks < drawn[:, None])
-        ends = torch.ones(1, segments, dtype=torch.bool)
+        ends = torch.ones(1, segments, dtype=torch.bool, device="cpu")
         return torch.cat([~ends, kept, ~kept, ends])  # the ends come first and last, as above
 
     def _coefficients(self, kept: Tensor, scores: Tensor) -> Tensor:
@@ -63,7 +63,9 @@ class KernelShap(SuperpixelExplainer):
         z, y = kept[1:-1].double(), scores[1:-1] - scores[0]
         # b = difference / M + Q u with Q (M, M - 1) an orthonormal basis of {b: sum b = 0}: the
         # constraint holds for every u, and u solves an ordinary least squares problem.
-        basis = torch.linalg.qr(torch.eye(segments, dtype=z.dtype)[:, 1:] - 1 / segments).Q
+        basis = torch.linalg.qr(
+            torch.eye(segments, dtype=z.dtype, device="cpu")[:, 1:] - 1 / segments
+        ).Q
         weights = self._weights(kept[1:-1]).sqrt()[:, None]
         rows, rest = weights * (z @ basis), weights * (y - z @ share)
         return share + basis @ (torch.linalg.pinv(rows) @ rest)
@@ -72,8 +74,8 @@ class KernelShap(SuperpixelExplainer):
         """(T,): the Shapley kernel of all coalitions, or 1 where they were drawn from it."""
         segments = kept.shape[1]
         if 2**segments > self.samples:
-            return torch.ones(len(kept), dtype=torch.float64)
+            return torch.ones(len(kept), dtype=torch.float64, device="cpu")
         kernel = [
             (segments - 1) / (comb(segments, n) * n * (segments - n)) for n in range(1, segments)
         ]
-        return torch.tensor(kernel, dtype=torch.float64)[kept.sum(1) - 1]
+        return torch.tensor(kernel, dtype=torch.float64, device="cpu")[kept.sum(1) - 1]

@@ -68,5 +68,5 @@ class Lime(SuperpixelExplainer):
         weights = torch.exp(-((distance / self.width) ** 2))[:, None]
         # A free intercept is the same as centring both sides at their weighted means.
         z, y = (v - (weights * v).sum(0) / weights.sum() for v in (z, scores))
-        gram = z.T @ (weights * z) + self.ridge * torch.eye(z.shape[1], dtype=z.dtype)
+        gram = z.T @ (weights * z) + self.ridge * torch.eye(z.shape[1], dtype=z.dtype, device="cpu")
         return torch.linalg.solve(gram, z.T @ (weights * y))

@@ -85,6 +85,6 @@ class Occlusion(PerturbationExplainer):
 
 def _intervals(side: int, size: int, stride: int) -> Tensor:
     """bool (windows, side): the pixels of each window along one axis."""
-    starts = torch.arange(-(-(side - size) // stride) + 1)[:, None] * stride
-    pixels = torch.arange(side)
+    starts = torch.arange(-(-(side - size) // stride) + 1, device="cpu")[:, None] * stride
+    pixels = torch.arange(side, device="cpu")
     return (pixels >= starts) & (pixels < starts + size)

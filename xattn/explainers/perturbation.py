@@ -80,7 +80,7 @@ class PerturbationExplainer(ImageByImage):
         fill = self._fill_color(image)
 
         def step(index: Tensor) -> Tensor:
-            repeats = torch.arange(batches.size).clamp_max(len(index) - 1)
+            repeats = torch.arange(batches.size, device="cpu").clamp_max(len(index) - 1)
             mask = masks(index[repeats])
             keep = mask.to(image.dtype)
             images = image * keep
@@ -93,7 +93,7 @@ class PerturbationExplainer(ImageByImage):
                 use(mask[: len(index)], scores)
             return scores
 
-        scores = torch.cat(batches.run(step, torch.arange(count)))
+        scores = torch.cat(batches.run(step, torch.arange(count, device="cpu")))
         if batches.halved:
             self.max_forward_batch = batches.size
         return scores

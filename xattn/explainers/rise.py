@@ -96,6 +96,8 @@ def _cell(side: int, cells: int) -> int:
 def _interpolation(side: int, cells: int) -> Tensor:
     """((cells + 1) cell pixels, cells): bilinear weights of the cells at each enlarged pixel."""
     pixels = (cells + 1) * _cell(side, cells)
-    position = (torch.arange(pixels, dtype=torch.float64) + 0.5) * cells / pixels - 0.5
+    position = (
+        torch.arange(pixels, dtype=torch.float64, device="cpu") + 0.5
+    ) * cells / pixels - 0.5
     position = position.clamp(0, cells - 1)
-    return (1 - (position[:, None] - torch.arange(cells)).abs()).clamp_min(0).float()
+    return (1 - (position[:, None] - torch.arange(cells, device="cpu")).abs()).clamp_min(0).float()

@@ -187,7 +187,9 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
     Raises:
         ValueError: unknown name (with near matches) or an option that the head does not take.
     """
-    return _construct(name, backbone, options).to(backbone.device)
+    with torch.device("cpu"):  # whatever torch's default device is
+        head = _construct(name, backbone, options)
+    return head.to(backbone.device)
 
 
 def _construct(name: str, backbone: Backbone, options: Mapping[str, Any]) -> Head:

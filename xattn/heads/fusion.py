@@ -32,7 +32,7 @@ def class_rows(class_index: Tensor | int | None, num_classes: int, batch: int) -
     if isinstance(class_index, int):
         if not 0 <= class_index < num_classes:
             raise ValueError(f"class_index: {class_index} is out of range 0..{num_classes - 1}")
-        return torch.tensor([[class_index]])
+        return torch.tensor([[class_index]], device="cpu")
     if class_index.is_floating_point() or class_index.ndim not in (1, 2):
         raise ValueError(
             f"class_index: got {class_index.dtype} of shape {tuple(class_index.shape)}; "

@@ -452,7 +452,7 @@ def _maps(
     The pass always has ``batch_size`` photos: another shape may give other last bits.
     """
     size = backbone.preprocessing.input_size
-    images = torch.full((batch_size, len(backbone.preprocessing.mean), *size), 0.5)
+    images = torch.full((batch_size, len(backbone.preprocessing.mean), *size), 0.5, device="cpu")
     if batch is not None:
         images[torch.from_numpy(np.flatnonzero(readable))] = batch
     try:

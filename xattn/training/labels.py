@@ -99,7 +99,7 @@ def read_labels(names: Sequence[str], file: str | Path | None = None) -> Labels:
         where = "the folders of the photos" if file is None else file
         raise ValueError(f"labels: {where} name {got}; a classifier needs two or more")
     number = {name: i for i, name in enumerate(classes)}
-    index = torch.tensor([-1 if c is None else number[c] for c in found])
+    index = torch.tensor([-1 if c is None else number[c] for c in found], device="cpu")
     return Labels(index, classes, [i for i, c in enumerate(found) if c is not None])
 
 
@@ -208,7 +208,7 @@ def check_labels(labels: Tensor, index: Sequence[int], classes: int, part: str) 
         raise ValueError(
             f"labels: got {labels.dtype} of shape {tuple(labels.shape)}; give a LongTensor (n,)"
         )
-    numbers = torch.as_tensor(list(index), dtype=torch.long)
+    numbers = torch.as_tensor(list(index), dtype=torch.long, device="cpu")
     if not len(numbers):
         raise ValueError(f"{part}: got no photo; give some")
     if int(numbers.min()) < 0 or int(numbers.max()) >= len(labels):

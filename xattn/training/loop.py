@@ -251,7 +251,7 @@ def _fit(
                     skipped.update(unreadable)
                     if sum(counts):
                         whole.rows, whole.count = share.rows, share.count
-                        part = Part(torch.tensor(share.rows or [0]), counts, rank)
+                        part = Part(torch.tensor(share.rows or [0], device="cpu"), counts, rank)
                         try:
                             losses = _step(
                                 accelerator, head, backbone, optimizer, batch, part, step, config
@@ -339,7 +339,7 @@ def _step(
     """
     weight = part.counts[part.rank] * len(part.counts) / sum(part.counts)
     if batch is None:
-        batch = torch.full((1, 3, *backbone.preprocessing.input_size), 0.5)
+        batch = torch.full((1, 3, *backbone.preprocessing.input_size), 0.5, device="cpu")
     wide = next(backbone.parameters(), batch).dtype == torch.float64
     batch = batch.to(backbone.device, torch.float64 if wide else batch.dtype, non_blocking=True)
     with seeded(config.seed, step), accelerator.autocast():

@@ -146,7 +146,9 @@ class Perturbation:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
         rows, count = self.examples or (range(len(scores)), len(scores))
         shape = (count, *scores.shape[1:])
-        noise = torch.randn(shape, generator=generator, dtype=scores.dtype)[list(rows)]
+        noise = torch.randn(shape, generator=generator, dtype=scores.dtype, device="cpu")[
+            list(rows)
+        ]
         return _unit(noise.to(scores.device).masked_fill(~valid, 0.0))
 
     def _stretch(self, scores: Tensor, valid: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def answers(
                 parts.append(head.predict(head.attend(tokens)).float().cpu())
     finally:
         head.train(training)
-    own = torch.cat(parts) if parts else torch.zeros(0, head.num_classes)
+    own = torch.cat(parts) if parts else torch.zeros(0, head.num_classes, device="cpu")
     return torch.cat(gather(own))
 
 
@@ -350,7 +350,7 @@ def _train(
             index = [photos[i] for i in positions]
             rows = range(rank, len(chunk[0]), ranks)
             return (
-                head.tokens(features.taps(index, torch.tensor(views))),
+                head.tokens(features.taps(index, torch.tensor(views, device="cpu"))),
                 seen[positions],
                 Share(rows, len(chunk[0])),
             )

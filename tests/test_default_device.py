@@ -1,0 +1,179 @@
+"""Another default device of torch's changes nothing: tensors are made where their input lies.
+
+``meta`` is the strictest of them: a tensor that is made there by mistake has no values.
+"""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from xattn import evaluate, explain, load_backbone
+from xattn.attention import convert, create_mechanism, list_attention, record
+from xattn.attention.statistics import sample_queries, statistics
+from xattn.eval import PROBES, create_probe, randomized_backbone
+from xattn.explainers import create_explainer, list_explainers
+from xattn.heads import create_head, list_heads, load_head, save_head
+
+OPTIONS = {
+    "rise": {"masks": 6},
+    "occlusion": {"size": 16, "stride": 16},
+    "lime": {"samples": 6},
+    "kernel_shap": {"samples": 6},
+    "integrated_gradients": {"steps": 3},
+    "gradient_shap": {"samples": 3},
+    "smoothgrad": {"samples": 3},
+}
+MECHANISMS = {
+    "softmax": {},
+    "gna": {"kernel": 3},
+    "dma": {"window": 4},
+    "agent": {"agents": 4, "window": (3, 3)},
+}
+CNN_ONLY = ("cam", "guided_backprop", "lrp")
+VIT_ONLY = ("rollout", "raw_attention", "column_mass", "generic_relevance", "attn_lrp")
+
+
+def made(kind):
+    torch.manual_seed(0)
+    if kind == "cnn":
+        model = timm.create_model("test_resnet", num_classes=7)
+    else:
+        model = timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=32, num_heads=2,
+            num_classes=7,
+        )  # fmt: skip
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    return load_backbone(model, input_size=32)
+
+
+@pytest.fixture
+def meta():
+    """Call it to make meta the default device."""
+    yield lambda: torch.set_default_device("meta")
+    torch.set_default_device(None)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["cnn", "vit"])
+@pytest.mark.parametrize("name", list_explainers())
+def test_explainers(name, kind, images, meta):
+    if name in (CNN_ONLY if kind == "vit" else VIT_ONLY):
+        pytest.skip(f"{name} does not explain a {kind}")
+    backbone = made(kind)
+    head = create_head("ttame", backbone, fusion="classifier").eval()
+
+    def run():
+        explainer = create_explainer(name, backbone, head, **OPTIONS.get(name, {}))
+        one = explainer.attribute(images, 3)
+        return one, *explainer.attribute_classes(images, lambda z: z.topk(2).indices)
+
+    expected = run()
+    meta()
+    assert all(torch.equal(x, y) for x, y in zip(run(), expected, strict=True))
+
+
+# Localization needs annotations, randomization networks of its own; see the test below.
+@pytest.mark.parametrize("probe", sorted(set(PROBES) - {"localization", "randomization"}))
+def test_metrics(probe, photos, meta):
+    backbone = made("cnn")
+
+    def run():
+        methods = {name: create_explainer(name, backbone) for name in ("gradcam", "random")}
+        found = evaluate(
+            backbone, methods, photos, metrics=[create_probe(probe)], max_forward_batch=2
+        )
+        return [v for m in found.methods.values() for v in m.values.values()]
+
+    expected = run()
+    meta()
+    assert all(np.array_equal(x, y, equal_nan=True) for x, y in zip(run(), expected, strict=True))
+
+
+def test_randomised_networks(images, meta):
+    backbone = made("cnn")
+    expected = randomized_backbone(backbone, seed=3).logits(images)
+    meta()
+    assert torch.equal(randomized_backbone(backbone, seed=3).logits(images), expected)
+
+
+def test_explaining_photos(photos, meta):
+    backbone = made("cnn")
+    expected = [e.map for e in explain(photos, backbone, explainer="gradcam", top=2)]
+    meta()
+    found = [e.map for e in explain(photos, backbone, explainer="gradcam", top=2)]
+    assert all(np.array_equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", list_attention())
+def test_mechanisms(name, meta):
+    q, k, v = torch.randn(3, 1, 2, 31, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    layer = create_mechanism(name, 32, 2, **MECHANISMS[name])
+    r = torch.rand(1, 3, 31, generator=torch.Generator().manual_seed(1))
+    index = torch.tensor([0, 30])
+
+    def run():
+        with torch.no_grad():
+            y = layer(q, k, v, (5, 6), 1)
+            operator = layer.operator(q, k, v, (5, 6), 1)
+            found = statistics(operator, (5, 6), 1)
+            few = sample_queries(31, 1, 4)
+            return (
+                y, operator.rows(index), operator.vecmat(r), operator.gradient_vecmat(v, v, r),
+                operator.row_sums(), found.entropy, found.distance, found.received, few,
+            )  # fmt: skip
+
+    meta()
+    found = run()
+    torch.set_default_device(None)
+    assert all(torch.equal(x, y) for x, y in zip(found, run(), strict=True))
+
+
+@pytest.mark.parametrize("name", list_attention())
+def test_converting(name, images, meta):
+    backbone = made("vit")
+    meta()
+    convert(backbone, name, **MECHANISMS[name])
+    with record(backbone.model) as calls, torch.no_grad():
+        logits = backbone.logits(images)
+    assert logits.device.type == "cpu" and logits.isfinite().all() and len(calls) == 2
+
+
+def test_loading_a_backbone(tmp_path, images, meta):
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=7).eval()
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    expected = load_backbone("test_resnet", tmp_path / "w.pth").logits(images)
+    meta()
+    for found in (load_backbone("test_resnet", tmp_path / "w.pth"), load_backbone(model)):
+        assert torch.equal(found.logits(images), expected)
+
+
+@pytest.mark.parametrize("name", list_heads())
+def test_heads(name, tmp_path, images, meta):
+    backbone = made("vit")
+    meta()
+    head = create_head(name, backbone).eval()
+    save_head(head, tmp_path / name)
+    again = load_head(tmp_path / name, backbone)
+    with torch.no_grad():
+        found = [
+            h.explanation(backbone(images), torch.tensor([1, 2], device="cpu"))
+            for h in (head, again)
+        ]
+    assert found[0].isfinite().all() and torch.equal(*found)
