@@ -52,7 +52,7 @@ def test_a_replacement_behind_a_link_that_was_killed_is_undone(tmp_path: Path) -
     assert len(xattn.load_pack(link)) == 6
 
 
-@pytest.mark.parametrize("target", ["nowhere", "link"])
+@pytest.mark.parametrize("target", ["nowhere", "link", "no/such/folder"])
 @pytest.mark.parametrize("below", ["", "run"])
 def test_a_link_that_leads_nowhere_is_refused_with_the_remedy(
     tmp_path: Path, target: str, below: str

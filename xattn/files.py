@@ -37,7 +37,8 @@ def follow_link(path: str | Path, argument: str = "output") -> Path:
     for part in (path, *path.parents):
         if not os.path.islink(part) or os.path.exists(part):
             continue
-        _restore(Path(os.path.realpath(part)))
+        with suppress(OSError):  # no folder that could hold a backup
+            _restore(Path(os.path.realpath(part)))
         if not os.path.exists(part):
             raise ValueError(
                 f"{argument}: {part} is a link to {os.readlink(part)}, which is not there; make that "
