@@ -35,6 +35,14 @@ def photos(tmp_path_factory):
     return write_photos(tmp_path_factory.mktemp("photos"), 7)
 
 
+@pytest.fixture(scope="module")
+def whole(vit, photos, tmp_path_factory):
+    """The folder of a whole cache, to be copied."""
+    folder = tmp_path_factory.mktemp("whole") / "f"
+    cached(vit, photos, folder)
+    return folder
+
+
 def write_photos(folder, count):
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
@@ -197,6 +205,91 @@ def test_a_damaged_cache_is_refused(vit, photos, tmp_path, damage):
         (folder / name).write_text('{"format": ')
     with pytest.raises(ValueError, match="damaged"):
         cached(vit, photos, folder)
+
+
+@pytest.mark.parametrize("file", ["tap-0", "tap-1", "prefix", "sha256"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_flipped_bit_is_noticed_when_its_row_is_read(vit, photos, tmp_path, file, dtype):
+    folder = tmp_path / "f"
+    cached(vit, photos, folder, dtype=dtype, views=2)
+    data = bytearray((folder / file).read_bytes())
+    row = 7 + 4  # the second view of photo 4
+    data[len(data) // 14 * row + 5] ^= 1
+    (folder / file).write_bytes(data)
+    for features in (cached(vit, photos, folder, dtype=dtype, views=2), open_features(folder)):
+        whole = features.batch([0, 4, 6])
+        assert torch.equal(whole.prefix, features.batch([0, 4, 6]).prefix)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"features: .*004.png in .*cache again") as error:
+                features.taps([0, 4, 6], torch.tensor([0, 1, 0]))
+            assert "\n" not in str(error.value)
+
+
+def test_a_cache_of_an_older_version_has_no_checksums_and_is_read(
+    vit, photos, whole, tmp_path, monkeypatch
+):
+    shutil.copytree(whole, tmp_path / "f")
+    features = open_features(whole)
+    index = json.loads((tmp_path / "f/features.json").read_text())
+    del index["sha256"]
+    (tmp_path / "f/features.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="damaged"):  # it has them, and does not say so
+        open_features(tmp_path / "f")
+    (tmp_path / "f/sha256").unlink()
+    assert same(features, open_features(tmp_path / "f"))
+    calls, real = [], module._maps
+    monkeypatch.setattr(module, "_maps", lambda *args: (calls.append(1), real(*args))[1])
+    (tmp_path / "f/features.json").unlink()  # one that was not finished gets them
+    assert same(features, cached(vit, photos, tmp_path / "f")) and len(calls) == 3
+    assert (tmp_path / "f/sha256").stat().st_size == 7 * 32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"skipped": [[7, "gone"]]},
+        {"skipped": [[-1, "gone"]]},
+        {"skipped": [["x", "gone"]]},
+        {"skipped": [[1]]},
+        {"skipped": 3},
+        {"skipped": None},
+        {"skipped": {"1": "gone"}},
+        {"skipped": [[i, "gone"] for i in range(7)]},
+        {"photos": 8},
+        {"photos": "seven"},
+        {"photos": 1e999},
+        {"photos": 10**18},
+        {"names": ["a"]},
+        {"names": 7},
+        {"shapes": {}},
+        {"shapes": []},
+        {"shapes": {"tap-0": [7, 16, 64]}},
+        {"shapes": {"../f/tap-0": [7, 16, 64], "prefix": [7, 1, 64]}},
+        {"shapes": {"tap-0": [7, 16, 64], "tap-1": [7, -16, -64], "prefix": [7, 1, 64]}},
+        {"shapes": {"tap-0": [7, 2**62, 4], "tap-1": [7, 16, 64], "prefix": [7, 1, 64]}},
+        {"grid": [4]},
+        {"grid": [2, 2]},
+        {"grid": "4x4"},
+    ],
+    ids=lambda change: json.dumps(change)[:40],
+)
+@pytest.mark.parametrize("version", ["checksums", "older"])
+def test_an_index_that_says_what_is_not_so_is_one_line(whole, tmp_path, change, version):
+    folder = tmp_path / "f"
+    shutil.copytree(whole, folder)
+    index = {**json.loads((folder / "features.json").read_text()), **change}
+    if version == "older":
+        del index["sha256"]
+        (folder / "sha256").unlink()
+    else:
+        index["sha256"] = module._index_digest(index)
+    (folder / "features.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"features: .* is damaged .*cache again") as error:
+        open_features(folder)
+    assert "\n" not in str(error.value)
+    (folder / "features.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is damaged"):
+        open_features(folder)
 
 
 def test_bad_arguments_and_folders(vit, photos, tmp_path):

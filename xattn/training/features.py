@@ -1,10 +1,11 @@
 """Features of a frozen backbone, computed once and read from disk: memory-mapped tokens of every photo.
 
 A cache is a folder with one file a tap, (views x n, N, C) numbers in row-major order, one for the
-prefix tokens, (views x n, P, C), ``rows`` with the state of every row, and, once all rows are there,
-``features.json``. Its key is the SHA-256 of what the numbers depend on: the backbone's weights, its
-taps and preprocessing, and the description of the photos. A caching run that was killed goes on with
-the blocks that are missing, and gives the numbers that an undisturbed one gives.
+prefix tokens, (views x n, P, C), ``rows`` with the state of every row, ``sha256`` with the checksum of
+its numbers in all files, and, once all rows are there, ``features.json``. Its key is the SHA-256 of what
+the numbers depend on: the backbone's weights, its taps and preprocessing, and the description of the
+photos. A caching run that was killed goes on with the blocks that are missing, and gives the numbers
+that an undisturbed one gives.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from xattn import strict_json
 from xattn.backbone import Backbone, Taps
 from xattn.distributed import gather, processes
 from xattn.files import output_error, write_json
@@ -36,7 +39,8 @@ from xattn.sources import Data, Photos, open_photos
 from xattn.training.data import TrainImages, load_batches
 from xattn.training.run_folder import LOCK_FILE, locked
 
-INDEX, KEY, ROWS, PREFIX = "features.json", "key.json", "rows", "prefix"
+INDEX, KEY, ROWS, PREFIX, CHECKSUMS = "features.json", "key.json", "rows", "prefix", "sha256"
+DIGEST = 32  # bytes of a SHA-256
 MISSING, STORED, UNREADABLE = 0, 1, 2
 FORMAT = 2  # 1: photos were told apart by names and sizes alone
 
@@ -61,6 +65,8 @@ class Features:
     _rows: NDArray[np.int64] = field(repr=False)
     _photos: int
     _maps: tuple[NDArray[Any], ...] = field(repr=False)
+    _checksums: NDArray[np.uint8] | None = field(default=None, repr=False)
+    _checked: NDArray[np.bool_] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -81,11 +87,32 @@ class Features:
         Args:
             index: numbers of photos, 0 .. len - 1.
             view: which crop, 0 .. views - 1, one for all or one a photo.
+
+        Raises:
+            ValueError: the numbers are not those that were written. Each row is compared with its
+                checksum when it is read for the first time.
         """
         photos = self._rows[np.asarray(index, dtype=np.int64)]
         rows = np.asarray(view, dtype=np.int64) * self._photos + photos
-        *patches, prefix = (torch.from_numpy(m[rows]).float() for m in self._maps)
+        read = [m[rows] for m in self._maps]
+        self._check(rows, read)
+        *patches, prefix = (torch.from_numpy(m).float() for m in read)
         return Tokens(tuple(patches), prefix, self.grid)
+
+    def _check(self, rows: NDArray[np.int64], read: Sequence[NDArray[Any]]) -> None:
+        if self._checksums is None or self._checked is None:
+            return
+        for place in np.flatnonzero(~self._checked[rows]).tolist():
+            row = int(rows[place])
+            if _checksum(read, place) != self._checksums[row].tobytes():
+                raise ValueError(
+                    f"features: the numbers of {self.names[self._position(row)]} in {self.folder} are "
+                    f"not those that were written; delete the folder and cache again"
+                )
+            self._checked[row] = True
+
+    def _position(self, row: int) -> int:
+        return int(np.searchsorted(self._rows, row % self._photos))
 
     def taps(self, index: Sequence[int] | Tensor, view: int | Tensor = 0) -> Taps:
         """The same as :class:`~xattn.backbone.Taps` without logits (B, 0), for a head to read."""
@@ -212,7 +239,7 @@ def _claimed(folder: Path, key: dict[str, Any]) -> Iterator[None]:
         _check_key(folder, key)
     with locked(folder, "features"):
         if not _begun(folder):
-            for path in (*folder.glob("tap-*"), folder / PREFIX, folder / ROWS):
+            for path in (*folder.glob("tap-*"), *(folder / f for f in (PREFIX, ROWS, CHECKSUMS))):
                 path.unlink(missing_ok=True)
             write_json(folder / KEY, key, "features")
         yield
@@ -226,7 +253,7 @@ def _begun(folder: Path) -> bool:
 
 def _check_key(folder: Path, key: dict[str, Any]) -> None:
     try:
-        old = json.loads((folder / KEY).read_text(encoding="utf-8"))
+        old = strict_json.parse((folder / KEY).read_bytes())
         if not isinstance(old, dict):
             raise ValueError("no object")
     except (OSError, ValueError) as error:
@@ -256,46 +283,82 @@ def _digest(key: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
+def _checksum(maps: Sequence[NDArray[Any]], row: int) -> bytes:
+    """SHA-256 of one row of all files, one after the other."""
+    digest = hashlib.sha256()
+    for values in maps:
+        digest.update(np.ascontiguousarray(values[row]).tobytes())
+    return digest.digest()
+
+
 def _opened(folder: Path, key: dict[str, Any] | None, names: list[str] | None) -> Features:
     try:
-        key = key or json.loads((folder / KEY).read_text(encoding="utf-8"))
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        shapes, photos = index["shapes"], index["photos"]
+        key = key or strict_json.parse((folder / KEY).read_bytes())
+        index = strict_json.parse((folder / INDEX).read_bytes())
         if index["key"] != _digest(key):
             raise ValueError(f"it belongs to the key {index['key']}, {KEY} has {_digest(key)}")
-        skipped = {int(i): reason for i, reason in index["skipped"]}
+        old = "sha256" not in index and not (folder / CHECKSUMS).exists()
+        if not old and index["sha256"] != _index_digest(index):
+            raise ValueError(f"{INDEX} is not as it was written")
+        photos, names = int(index["photos"]), names or index["names"]
+        if not isinstance(names, list) or len(names) != photos:
+            raise ValueError(f"{INDEX} does not name {photos} photos")
+        skipped = {int(i): str(reason) for i, reason in index["skipped"]}
+        if not set(skipped) < set(range(photos)):
+            raise ValueError(f"{INDEX} skips photos that there are not, or all")
+        shapes = {str(file): [int(n) for n in shape] for file, shape in index["shapes"].items()}
+        *taps, last = shapes
+        if not taps or last != PREFIX or any(Path(file).name != file for file in shapes):
+            raise ValueError(f"{INDEX} has the files {', '.join(shapes)}")
+        total, grid = photos * int(key["views"]), (int(index["grid"][0]), int(index["grid"][1]))
+        patches = grid[0] * grid[1]
         maps = []
         for file, shape in shapes.items():
-            size = int(np.prod(shape)) * np.dtype(key["dtype"]).itemsize
-            if (folder / file).stat().st_size != size:
-                raise ValueError(f"{file} has {(folder / file).stat().st_size} bytes, not {size}")
+            rows, tokens, _ = shape
+            if rows != total or min(shape) < 0 or (file != PREFIX and tokens != patches):
+                raise ValueError(f"{file} has the shape {shape}")
+            size = math.prod(shape) * np.dtype(key["dtype"]).itemsize
+            _check_size(folder / file, size)
             maps.append(
                 np.memmap(folder / file, key["dtype"], "r", shape=tuple(shape))
                 if size
                 else np.zeros(shape, key["dtype"])
             )
-        grid = (int(index["grid"][0]), int(index["grid"][1]))
-        names = names or index["names"]
-        channels = tuple(int(s[2]) for s in list(shapes.values())[:-1])
-        prefix = int(shapes[PREFIX][1])
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        checksums = None
+        if not old:
+            _check_size(folder / CHECKSUMS, total * DIGEST)
+            checksums = np.fromfile(folder / CHECKSUMS, np.uint8).reshape(total, DIGEST)
+    except (
+        OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError
+    ) as error:  # fmt: skip
         raise ValueError(
             f"features: {folder} is damaged ({type(error).__name__}: {error}); delete it and cache "
             f"again"
         ) from None
-    rows = [i for i in range(photos) if i not in skipped]
+    kept = [i for i in range(photos) if i not in skipped]
     return Features(
         folder=folder,
         key=key,
-        names=[names[i] for i in rows],
+        names=[names[i] for i in kept],
         skipped=[(names[i], reason) for i, reason in sorted(skipped.items())],
-        channels=channels,
+        channels=tuple(shapes[file][2] for file in taps),
         grid=grid,
-        prefix_tokens=prefix,
-        _rows=np.asarray(rows, dtype=np.int64),
+        prefix_tokens=shapes[PREFIX][1],
+        _rows=np.asarray(kept, dtype=np.int64),
         _photos=photos,
         _maps=tuple(maps),
+        _checksums=checksums,
+        _checked=None if checksums is None else np.zeros(total, np.bool_),
     )
+
+
+def _check_size(path: Path, size: int) -> None:
+    if path.stat().st_size != size:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {size}")
+
+
+def _index_digest(index: dict[str, Any]) -> str:
+    return _digest({name: value for name, value in index.items() if name != "sha256"})
 
 
 # ---------------------------------------------------------------------- filling it
@@ -327,7 +390,8 @@ class _Store:
                     f"features: {folder} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
                     f"make room, use dtype='float16', or choose another disk"
                 )
-            for file, size in {**sizes, ROWS: self.total}.items():
+            others = {ROWS: self.total, CHECKSUMS: self.total * DIGEST}
+            for file, size in {**sizes, **others}.items():
                 with (folder / file).open("ab") as stream:  # another process may be here, too
                     if stream.tell() > size:
                         raise ValueError(
@@ -338,6 +402,8 @@ class _Store:
         except OSError as error:
             raise self._error(error) from error
         self.rows = np.fromfile(folder / ROWS, dtype=np.uint8)
+        checksums = np.fromfile(folder / CHECKSUMS, dtype=np.uint8).reshape(-1, DIGEST)
+        self.rows[~checksums.any(1)] = MISSING  # rows of an older version, which wrote none
 
     def _bytes(self, file: str) -> int:
         """Of one row."""
@@ -349,9 +415,12 @@ class _Store:
     def put(self, first: int, states: NDArray[np.uint8], maps: Sequence[Tensor]) -> None:
         """Store rows from ``first`` on; their states last, so that no half row counts."""
         try:
-            for file, values in zip(self.shapes, maps, strict=True):
-                numbers = values.to(getattr(torch, self.dtype.name)).cpu().contiguous().numpy()
-                self._write(file, first * self._bytes(file), numbers.tobytes())
+            dtype = getattr(torch, self.dtype.name)
+            numbers = [values.to(dtype).cpu().contiguous().numpy() for values in maps]
+            for file, values in zip(self.shapes, numbers, strict=True):
+                self._write(file, first * self._bytes(file), values.tobytes())
+            checksums = b"".join(_checksum(numbers, row) for row in range(len(states)))
+            self._write(CHECKSUMS, first * DIGEST, checksums)
             self._write(ROWS, first, states.tobytes())
         except OSError as error:
             raise self._error(error) from error
@@ -378,7 +447,7 @@ class _Store:
             raise ValueError(
                 f"data: none of the {self.count} images could be read; the first: {skipped[0][1]}"
             )
-        for file in (*self.shapes, ROWS):
+        for file in (*self.shapes, CHECKSUMS, ROWS):
             with (self.folder / file).open("rb") as stream:
                 _sync(stream)
         index = {
@@ -389,6 +458,8 @@ class _Store:
             "skipped": skipped,
             "names": [photos.name(i) for i in range(self.count)],
         }
+        index = strict_json.parse(json.dumps(index))  # as it will be read
+        index["sha256"] = _index_digest(index)
         write_json(self.folder / INDEX, index, "features")
 
 
