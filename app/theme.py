@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping
 from typing import Any
+
+from xattn.app.visible import visible
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 
@@ -71,13 +74,24 @@ font-variant-numeric:tabular-nums;opacity:.85}
 .legend i{width:160px;height:10px;border-radius:5px;border:1px solid #8885;
 background-origin:border-box!important}
 .legend em{font-style:normal}
+.name{margin:0 0 -1rem;font-size:1.45rem;line-height:1.2}
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1rem;margin:0;
 padding:0!important;font-size:.875rem}
 .facts dt{opacity:.75}.facts dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
 @media(max-width:480px){[data-testid=stMain] .stHtml dl.facts{grid-template-columns:1fr}
 [data-testid=stMain] .facts dd{margin-bottom:.4rem}}
 </style>"""
-"""For all pages; ``legend`` is of ``contact_sheet.legends_html``, ``facts`` of :func:`facts_html`."""
+"""For all pages; ``legend`` is of ``contact_sheet.legends_html``, ``name`` of :func:`name_html`, ``facts``
+of :func:`facts_html`."""
+
+
+_MARKS = re.compile(r"\S[-_/+](?=[^-_./,+\s])|\S[.,](?=[^-_./,+\s\d])")  # as in components/grid.js
+
+
+def name_html(name: object) -> str:
+    """A file's name as a page's title; a long one breaks behind its marks, not within a word."""
+    parts = _MARKS.sub("\\g<0>\0", visible(" ".join(str(name).split()))).split("\0")
+    return f'<h1 class="name">{"<wbr>".join(map(html.escape, parts))}</h1>'
 
 
 def facts_html(facts: Mapping[str, object]) -> str:

@@ -3,12 +3,14 @@
 Only one cell is in the tab order, the one that had the focus last. All text goes in as text.
 */
 
+// A long file name breaks behind these, as in theme.py, and a number does not; a <wbr> is not copied.
+const MARKS = /\S[-_/+](?=[^-_./,+\s])|\S[.,](?=[^-_./,+\s\d])/g;
+
 function element(tag, name, text) {
   const made = document.createElement(tag);
   if (name) made.className = name;
   if (text !== undefined) {
-    // A long file name may break behind these marks; a <wbr> is not part of what is copied.
-    for (const part of String(text).split(/(?<=[-_./,+])(?=[^-_./,+\s])/)) {
+    for (const part of String(text).replace(MARKS, "$&\0").split("\0")) {
       if (made.firstChild) made.append(document.createElement("wbr"));
       made.append(part);
     }

@@ -39,7 +39,7 @@ from xattn.app.components.patches import patches, picked_patch
 from xattn.app.pack import PackError
 from xattn.app.reading import SIZES, TRAINED, Reading
 from xattn.app.state import Context, plain
-from xattn.app.theme import facts_html
+from xattn.app.theme import facts_html, name_html
 from xattn.attention.statistics import bits, breadth, kept_keys, row_distance, row_entropy
 from xattn.explainers.attention import NoAttention
 
@@ -100,7 +100,7 @@ def _heading(pack: Pack, image_id: str) -> None:
     bar.space("stretch")
     if bar.button("Image", key=f"{KEY}maps", help="The maps of this photo"):
         _leave(image_id)
-    st.title(plain(pack.images.at[image_id, "title"]), anchor=False)
+    st.html(name_html(pack.images.at[image_id, "title"]))
 
 
 def _leave(image_id: str) -> None:

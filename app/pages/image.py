@@ -14,6 +14,7 @@ from xattn.app.components import grid
 from xattn.app.image_view import SIDE, WIDTH, Shown, aspect, file_name, legend, select, short
 from xattn.app.pictures import Look, blank_maps, overlay_url, photo_url
 from xattn.app.state import Context, plain
+from xattn.app.theme import name_html
 
 if TYPE_CHECKING:
     from xattn.app.library import Pack
@@ -97,7 +98,7 @@ def _heading(pack: Pack, image_id: str) -> None:
             ),
             help="What each patch attends to",
         )
-    st.title(plain(row["title"]), anchor=False)
+    st.html(name_html(row["title"]))
     _caption(row)
 
 

@@ -99,7 +99,7 @@ def words(app: AppTest) -> str:
     """All text of the page, that of ``st.html`` included, without the escapes of Markdown."""
     kinds = (app.markdown, app.caption, app.title, app.header, app.subheader, app.info, app.warning)
     found = [e.value for kind in kinds for e in kind] + [e.proto.body for e in app.get("html")]
-    return " ".join(found).replace("\\", "")
+    return " ".join(found).replace("\\", "").replace("<wbr>", "")
 
 
 def own_rows(pack, backbone, token, image="photo-0"):

@@ -11,6 +11,7 @@ pytest.importorskip("streamlit")
 from xattn.app import bench, demo_job
 from xattn.app.library import Library
 from xattn.app.made_up import CLASSES, described, explanation, picture, small_pack
+from xattn.app.theme import name_html
 from xattn.cli import main
 from xattn.explanation import save_pack
 
@@ -189,19 +190,26 @@ def test_no_choice_of_a_list_is_cut_off(root, address, open_page, name):
     assert box["x"] >= 0 and box["x"] + box["width"] <= 1280
 
 
-def test_a_long_file_name_breaks_behind_its_marks(root, address, open_page):
-    page = open_page(gallery(root, address, "many"))
-    line = page.locator(".cell .line").filter(has_text=LONG)
-    line.wait_for()
-    lines = line.evaluate(
-        """line => [...line.childNodes].filter(part => part.nodeType === Node.TEXT_NODE).map(part => {
-          const range = document.createRange();
-          range.selectNode(part);
-          return range.getClientRects().length;
-        })"""
+@pytest.mark.parametrize("path, where", [("", ".cell .line"), ("image", "h1")])
+def test_a_long_file_name_breaks_behind_its_marks(root, address, open_page, path, where):
+    url = gallery(root, address, "many").replace("/?", f"/{path}?")
+    page = open_page(url, size="narrow")
+    name = page.locator(where).filter(has_text=LONG).first
+    name.wait_for()
+    lines, rows = name.evaluate(
+        """name => {
+          const parts = [...name.childNodes].filter(part => part.nodeType === Node.TEXT_NODE);
+          const tops = parts.map(part => {
+            const range = document.createRange();
+            range.selectNode(part);
+            return [...range.getClientRects()].map(box => Math.round(box.top));
+          });
+          return [tops.map(found => found.length), new Set(tops.flat()).size];
+        }"""
     )
-    assert len(lines) > 5 and set(lines) == {1}
-    tops = line.evaluate(
-        "line => line.getBoundingClientRect().height / parseFloat(getComputedStyle(line).lineHeight)"
-    )
-    assert tops > 1.5
+    assert rows > 1 and set(lines) == {1}
+
+
+def test_a_number_does_not_break_and_names_are_text():
+    assert name_html("scores -0.25 to 1,000.5") == '<h1 class="name">scores -0.25 to 1,000.5</h1>'
+    assert "<wbr>&lt;b&gt;.<wbr>jpg" in name_html("a_<b>.jpg")
