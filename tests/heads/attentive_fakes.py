@@ -85,5 +85,11 @@ def random_tokens(head, batch=3, grid=GRID, seed=1, dtype=torch.float32, width=W
     return Tokens(tuple(draw(count) for _ in range(head.num_taps)), draw(prefix), grid)
 
 
+def pool(weights, values):
+    """sum_t A_qt v_qt of (B, Q, T) and (B, G, T, V), each value for Q / G queries in a row."""
+    values = values.repeat_interleave(weights.shape[1] // values.shape[1], 1)
+    return (weights[:, :, None] @ values)[:, :, 0]
+
+
 def map_patches(tokens, function):
     return tokens._replace(patches=tuple(function(x) for x in tokens.patches))

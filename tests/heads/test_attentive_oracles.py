@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy as shallow
 from functools import partial
 
 import pytest
@@ -25,7 +26,7 @@ from torch import nn
 
 import xattn
 from xattn.attention import record
-from xattn.heads import create_head, overlap
+from xattn.heads import SimPool, create_head, overlap
 from xattn.heads.affine import chain, residual, root
 from xattn.heads.attentive import ClassMaps
 from xattn.heads.cross_attention import CrossAttention
@@ -282,8 +283,21 @@ def test_clip_pool_is_multi_head_attention(query):
     torch.testing.assert_close(attention(head, tokens), maps[:, :, 0].detach())
 
 
-def test_siglip_map_is_timms_latent_attention_pool():
+def normed(norm, x, eps):
+    """A layer norm's weights with an epsilon of the reference's own."""
+    return F.layer_norm(x, (WIDTH,), norm.weight, norm.bias, eps)
+
+
+def test_siglip_map_of_the_benchmark_has_no_norm_before_its_mlp():
     head, tokens = double("siglip_map", heads=4)
+    x = tokens.patches[-1]
+    y = attended(head.attention, head.query, x, x)
+    y = y + head.mlp[3](F.gelu(head.mlp[1](y)))
+    torch.testing.assert_close(vector(head, tokens), y[:, 0].detach())
+
+
+def test_siglip_map_of_siglip_is_timms_latent_attention_pool():
+    head, tokens = double("siglip_map", heads=4, form="siglip")
     reference = AttentionPoolLatent(
         WIDTH, num_heads=4, mlp_ratio=4, norm_layer=nn.LayerNorm
     ).double()
@@ -318,19 +332,24 @@ def test_aim_equals_its_equations():
     assert in_training.mean((0, 1)).abs().max() < 1e-9  # of the batch
 
 
-def test_cae_equals_its_equations():
-    head, tokens = double("cae", heads=4)
+@pytest.mark.parametrize(("options", "eps"), [({}, 1e-5), ({"eps": 1e-6}, 1e-6)], ids=str)
+def test_cae_equals_its_equations(options, eps):
+    head, tokens = double("cae", heads=4, **options)
     x = tokens.patches[-1]
-    q, k, v = head.norm_q(head.query), head.norm_k(x), head.norm_v(x)
+    q, k, v = (
+        normed(head.norm_q, head.query, eps),
+        *(normed(norm, x, eps) for norm in (head.norm_k, head.norm_v)),
+    )
     expected = attended(head.attention, q, k, v)[:, 0]
     torch.testing.assert_close(vector(head, tokens), expected.detach())
 
 
-def test_v_jepa_is_a_cross_attention_block():
-    head, tokens = double("v_jepa", heads=4)
-    x = head.tokens_norm(tokens.patches[-1])
+@pytest.mark.parametrize(("options", "eps"), [({}, 1e-5), ({"eps": 1e-6}, 1e-6)], ids=str)
+def test_v_jepa_is_a_cross_attention_block(options, eps):
+    head, tokens = double("v_jepa", heads=4, **options)
+    x = normed(head.tokens_norm, tokens.patches[-1], eps)
     q = head.query + attended(head.attention, head.query, x, x)
-    q = q + head.mlp[3](F.gelu(head.mlp[1](head.mlp[0](q))))
+    q = q + head.mlp[3](F.gelu(head.mlp[1](normed(head.mlp[0], q, eps))))
     torch.testing.assert_close(vector(head, tokens), q[:, 0].detach())
 
 
@@ -367,10 +386,36 @@ def test_cait_is_timms_class_attention_block_and_a_norm(prefix):
     torch.testing.assert_close(vector(head, tokens), expected.detach())
 
 
+@pytest.mark.parametrize("prefix", ["0 prefix tokens", "5 prefix tokens"])
+def test_dino_block_of_the_benchmark_is_the_mean_of_a_block_on_the_patches(prefix):
+    head, tokens = double("dino_block", vit(prefix), heads=4, prefix=int(prefix[0]))
+    x = tokens.patches[-1]
+    attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True).double()
+    copy(attention.in_proj_weight, head.mix.qkv.weight)
+    copy(attention.in_proj_bias, torch.zeros(3 * WIDTH))
+    copy(attention.out_proj.weight, head.mix.proj.weight)
+    copy(attention.out_proj.bias, head.mix.proj.bias)
+    u = normed(head.tokens_norm, x, 1e-5)
+    mixed, maps = attention(u, u, u, average_attn_weights=False)
+    y = x + mixed
+    y = y + head.mlp[3](F.gelu(head.mlp[1](normed(head.mlp[0], y, 1e-5))))
+    torch.testing.assert_close(vector(head, tokens), y.mean(1).detach())
+    torch.testing.assert_close(head.query_maps(tokens).flatten(2), maps.mean(2))
+
+
+def test_a_patch_of_dino_block_keeps_what_goes_past_the_attention():
+    head, tokens = double("dino_block", norm=False)
+    for layer in (head.mix.proj, head.mlp[3]):  # z is then the mean of the patches
+        copy(layer.weight, torch.zeros_like(layer.weight))
+        copy(layer.bias, torch.zeros_like(layer.bias))
+    shares = (tokens.patches[-1] @ head.classifier.weight.T).transpose(1, 2) / N
+    torch.testing.assert_close(head.class_maps(tokens).maps.flatten(2), shares)
+
+
 @pytest.mark.parametrize("prefix", ["1 prefix token", "5 prefix tokens", "2 registers alone"])
 def test_dino_block_is_the_class_token_of_timms_block(prefix):
     count = int(prefix[0])
-    head, tokens = double("dino_block", vit(prefix), heads=4, prefix=count)
+    head, tokens = double("dino_block", vit(prefix), heads=4, prefix=count, form="class_token")
     u = torch.cat([tokens.prefix, tokens.patches[-1]], 1)
     if head.token is not None:
         u = torch.cat([head.token.expand(3, 1, -1), u], 1)
@@ -399,12 +444,15 @@ def copy_block(reference, head):
 
 
 @pytest.mark.parametrize("kind", ["none", "map", "both"])
-def test_abmilp_equals_its_equations(kind):
-    head, tokens = double("abmilp", self_attention=kind)
+@pytest.mark.parametrize("options", [{}, {"projection_bias": False}], ids=str)
+def test_abmilp_equals_its_equations(kind, options):
+    head, tokens = double("abmilp", self_attention=kind, **options)
     x = mixed = tokens.patches[-1]
     if kind != "none":
         q, k, v = (x @ w.T for w in head.mix.qkv.weight.chunk(3))
         mixed = (q @ k.transpose(1, 2) / WIDTH**0.5).softmax(-1) @ v @ head.mix.proj.weight.T
+        if not options:
+            mixed = mixed + head.mix.proj.bias
     first, _, second = head.score
     a = (torch.tanh(mixed @ first.weight.T + first.bias) @ second.weight[0]).softmax(1)
     expected = (a[..., None] * (mixed if kind == "both" else x)).sum(1)
@@ -427,9 +475,41 @@ def test_self_attention_of_abmilp_can_be_recorded():
     torch.testing.assert_close(logits, head.logits(tokens).detach())
 
 
+@pytest.mark.parametrize("heads", [None, 4])
+def test_simpool_without_projections_is_the_benchmarks_esimpool(heads):
+    head, tokens = double("simpool", project=False, heads=heads)
+    x = tokens.patches[-1]
+    q, k = (normed(head.tokens_norm, t, 1e-6) for t in (x.mean(1, keepdim=True), x))
+    d, pooled = WIDTH // head.heads, []
+    for h in range(head.heads):
+        own = slice(d * h, d * (h + 1))
+        a = (q[..., own] @ k[..., own].transpose(1, 2) / d**0.5).softmax(-1)
+        pooled.append((a @ x[..., own])[:, 0])
+    torch.testing.assert_close(vector(head, tokens), torch.cat(pooled, 1).detach())
+
+
+@pytest.mark.parametrize(("width", "heads"), [(24, 12), (192, 12), (32, 1), (1024, 16)])
+def test_esimpool_has_twelve_heads_where_they_divide_the_width(width, heads):
+    backbone = shallow(vit())
+    backbone.channels = (width,)
+    assert SimPool(backbone, project=False).heads == heads
+    assert SimPool(backbone).heads == 1
+
+
+def test_simpool_splits_its_projections_among_heads():
+    head, tokens = double("simpool", heads=4)
+    x = tokens.patches[-1]
+    v = normed(head.tokens_norm, x, 1e-6)
+    q = (x.mean(1, keepdim=True) @ head.q.weight.T).unflatten(-1, (4, -1)).transpose(1, 2)
+    k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in (v @ head.k.weight.T, v))
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
+    torch.testing.assert_close(vector(head, tokens), expected.detach())
+
+
 @pytest.mark.parametrize("project", [True, False])
 def test_simpool_equals_its_equations(project):
-    head, tokens = double("simpool", project=project)
+    form = {} if project else {"project": False, "form": "layer_norm"}
+    head, tokens = double("simpool", **form)
     x = tokens.patches[-1]
     v = k = F.layer_norm(x, (WIDTH,), head.tokens_norm.weight, head.tokens_norm.bias, 1e-6)
     q = x.mean(1)
@@ -440,7 +520,7 @@ def test_simpool_equals_its_equations(project):
     torch.testing.assert_close(vector(head, tokens), plain.detach())
     lowest = v.amin((1, 2))[:, None] - 1e-6
     for gamma in (1.0, 1.25, 2.0):
-        other = make("simpool", project=project, gamma=gamma).double()
+        other = make("simpool", gamma=gamma, **form).double()
         raised = (v - lowest[:, None]) ** gamma
         expected = (a[..., None] * raised).sum(1) ** (1 / gamma)
         torch.testing.assert_close(vector(other, tokens), expected.detach())
@@ -462,8 +542,25 @@ def test_gem_goes_from_the_mean_to_the_maximum():
     torch.testing.assert_close(vector(head, negative), torch.full((3, WIDTH), 1e-6).double())
 
 
-def test_cbam_equals_its_equations():
+def test_cbam_of_the_benchmark_has_a_norm_in_its_gate_a_residual_and_relu():
     head, tokens = double("cbam")
+    x = tokens.patches[-1].transpose(1, 2).unflatten(2, GRID)
+    gate = head.mlp(x.mean((2, 3))) + head.mlp(x.amax((2, 3)))
+    gated = x * gate.sigmoid()[..., None, None]
+    seen = torch.stack([gated.mean(1), gated.amax(1)], 1)
+    norm = head.gate_norm
+    places = F.batch_norm(
+        F.conv2d(seen, head.conv.weight, padding=3),
+        *(norm.running_mean, norm.running_var, norm.weight, norm.bias),
+    )
+    expected = (gated * places.sigmoid() + x).relu().mean((2, 3))
+    torch.testing.assert_close(vector(head, tokens), expected.detach())
+    maps = head.query_maps(tokens).flatten(1) * N
+    torch.testing.assert_close(maps, places.sigmoid().flatten(1))
+
+
+def test_cbam_of_gates_equals_its_equations():
+    head, tokens = double("cbam", form="gates")
     x = tokens.patches[-1].transpose(1, 2).unflatten(2, GRID)
     gate = head.mlp(x.mean((2, 3))) + head.mlp(x.amax((2, 3)))
     x = x * gate.sigmoid()[..., None, None]
@@ -518,19 +615,23 @@ COUNTS = [
     ("efficient_probe", {"queries": 8}, D * D + 8 * D),
     ("efficient_probe", {"queries": 4, "reduction": 2}, D * D // 2 + 4 * D),
     ("abmilp", {"self_attention": "none"}, D * D + 2 * D + 1),
-    ("abmilp", {}, D * D + 2 * D + 1 + 4 * D * D),
+    ("abmilp", {}, D * D + 2 * D + 1 + 4 * D * D + D),
+    ("abmilp", {"projection_bias": False}, D * D + 2 * D + 1 + 4 * D * D),
     ("simpool", {}, 2 * D * D + 2 * D),
     ("simpool", {"project": False}, 2 * D),
     ("clip_pool", {"query": "mean"}, 4 * D * D),
     ("clip_pool", {}, 4 * D * D + D),
-    ("siglip_map", {}, 12 * D * D + (1 + 3 + 2 + 5) * D),
+    ("siglip_map", {}, 12 * D * D + (1 + 3 + 5) * D),
+    ("siglip_map", {"form": "siglip"}, 12 * D * D + (1 + 3 + 2 + 5) * D),
     ("aim", {}, 2 * D * D + D),
     ("cae", {}, 4 * D * D + 10 * D),
     ("v_jepa", {}, 12 * D * D + (1 + 2 + 3 + 2 + 5) * D),
     ("cait", {}, 12 * D * D + (2 + 3 + 2 + 5 + 2 + 2) * D),
-    ("dino_block", {}, 12 * D * D + (2 + 3 + 2 + 5) * D),
+    ("dino_block", {}, 12 * D * D + (2 + 1 + 2 + 5) * D),
+    ("dino_block", {"form": "class_token"}, 12 * D * D + (2 + 3 + 2 + 5) * D),
     ("coca", {"queries": 4}, 4 * D * D + (4 + 4 + 3) * D),
-    ("cbam", {}, D * D // 8 + 98),
+    ("cbam", {}, D * D // 8 + 98 + 2),
+    ("cbam", {"form": "gates"}, D * D // 8 + 98),
     ("delf", {"features": 1024}, 1024 * D + 2 * 1024 + 1024 + 1),
     ("lama", {"heads": 6, "rank": 2}, 2 * D * 6 * 2),
     ("memetector", {"hidden": (24, 12)}, (2 * D + 1) + (4 * D * 24 + 24) + (24 * 12 + 12)),
@@ -563,6 +664,7 @@ def test_parameters_are_as_many_as_the_definition_has(name, options, count):
         ("memetector", {"hidden": ()}, "hidden: got no width"),
         ("abmilp", {"self_attention": True}, "self_attention: got True"),
         ("simpool", {"gamma": 0}, "gamma: got 0"),
+        ("simpool", {"heads": 5}, "heads: got 5; tokens are 32 wide"),
         ("gem", {"p": 0}, "p: got 0"),
         ("clip_pool", {"query": "class"}, "query: got 'class'"),
         ("linear", {"read": "all"}, "read: got 'all'"),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from attentive_fakes import CLASSES, GRID, HEADS, make, map_patches, random_tokens, vit
+from attentive_fakes import CLASSES, GRID, HEADS, make, map_patches, pool, random_tokens, vit
 
 from xattn.heads import load_head, save_head
 from xattn.heads.reliability import ReliabilityBalancing, confidence
@@ -222,6 +222,9 @@ VARIANTS = [
     ("abmilp", {"self_attention": "map"}),
     ("abmilp", {"self_attention": "none"}),
     ("simpool", {"gamma": 1.5}),
+    ("simpool", {"project": False, "heads": 4}),
+    ("dino_block", {"form": "class_token"}),
+    ("cbam", {"form": "gates"}),
     ("efficient_probe", {"prefix": True}),
 ]
 # Heads whose weights are a softmax over patches that do not read each other.
@@ -251,7 +254,7 @@ def test_anchor_maps_move_the_weight_of_all_patches_to_one(name, options, traini
             moved = weights.clone()
             moved[..., front:] = 0
             moved[..., front + patch] = weights[..., front:].sum(-1)
-            z, _ = head.finish((moved[:, :, None] @ values)[:, :, 0], attended)
+            z, _ = head.finish(pool(moved, values), attended)
             e = (z - mean) / (variance + 1e-6).sqrt() if training else head.norm(z)
             expected = head.balancing.geometric(e)
             found = maps.flatten(2)[..., patch]

@@ -2,13 +2,14 @@
 
     s_n = w . tanh(W x_n + b) + c,   z = sum_n softmax(s)_n x_n
 
-with X replaced by S X W_v W_o before, self-attention in one head, for scores and values or for the
-scores alone.
+with X replaced by S X W_v W_o + b_o before, self-attention in one head, for scores and values or for
+the scores alone.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,10 @@ from typing_extensions import Unpack
 
 from xattn.attention.operator import SoftmaxOperator
 from xattn.backbone import Backbone
+from xattn.heads.affine import Step
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
+from xattn.heads.self_attention import SelfAttention
 
 
 @register_head("abmilp")
@@ -26,25 +29,33 @@ class AbMilp(AttentiveHead):
     """A two-layer scorer of tokens.
 
     Maps speak of the patches, not of what self-attention made of them: with ``"both"`` the weights
-    are a S, of values x_n W_v W_o, so that a (S x W_v W_o) = (a S) (x W_v W_o).
+    are a S, of values x_n W_v W_o, so that a (S x W_v W_o) = (a S) (x W_v W_o); the share of b_o
+    belongs to ``rest``.
 
     Args:
         self_attention: ``"both"`` (the default of the probing benchmarks), ``"map"`` or ``"none"``.
+        projection_bias: b_o, which the "abmilp" of the probing benchmark (arXiv 2506.10178) has;
+            heads of earlier versions are without.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 
     inert = ("score.2.bias",)
+    earlier: ClassVar[Mapping[str, Any]] = {"projection_bias": False}
 
     def __init__(
         self,
         backbone: Backbone,
         self_attention: Literal["none", "map", "both"] = "both",
+        projection_bias: bool = True,
         **shared: Unpack[Shared],
     ) -> None:
         width = backbone.channels[-1]
-        super().__init__(backbone, {"self_attention": self_attention}, width, **shared)
+        options = {"self_attention": self_attention, "projection_bias": projection_bias}
+        super().__init__(backbone, options, width, **shared)
         self.self_attention = self_attention
-        self.mix = SelfAttention(width) if self_attention != "none" else None
+        self.mix: SelfAttention | None = None
+        if self_attention != "none":
+            self.mix = SelfAttention(width, bias=projection_bias)
         self.score = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
 
     def attend(self, tokens: Tokens) -> Attended:
@@ -52,11 +63,18 @@ class AbMilp(AttentiveHead):
         if self.mix is None:
             return Attended(self.score(x).transpose(1, 2), x[:, None])
         q, k, v = self.mix.split(x)
-        mixed = self.mix.proj(F.scaled_dot_product_attention(q, k, v))
-        scores = self.score(mixed[:, 0]).transpose(1, 2)
+        mixed = F.linear(F.scaled_dot_product_attention(q, k, v), self.mix.proj.weight)
+        bias = self.mix.proj.bias
+        scores = self.score((mixed if bias is None else mixed + bias)[:, 0]).transpose(1, 2)
         if self.self_attention == "map":
             return Attended(scores, x[:, None])
         return Attended(scores, mixed, (q, k, v))
+
+    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+        y, pull = super().finish(pooled, attended)
+        if attended.context is not None and self.mix is not None and self.mix.proj.bias is not None:
+            y = y + self.mix.proj.bias
+        return y, pull
 
     def sources(self, weights: Tensor, attended: Attended) -> tuple[Tensor, Tensor]:
         if self.mix is None or attended.context is None:
@@ -66,18 +84,4 @@ class AbMilp(AttentiveHead):
             rows = weights @ (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)[:, 0]
         else:
             rows = SoftmaxOperator(q, k).vecmat(weights)[:, 0]
-        return rows.to(weights.dtype), self.mix.proj(v)
-
-
-class SelfAttention(nn.Module):
-    """Weights of softmax(X W_q (X W_k)^T / sqrt(D)) X W_v W_o, without biases: 4 D^2 parameters."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, D) -> q, k and v, (B, 1, N, D)."""
-        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
-        return q, k, v
+        return rows.to(weights.dtype), F.linear(v, self.mix.proj.weight)

@@ -86,8 +86,11 @@ def root(x: Tensor, power: Tensor | float) -> Step:
     return y, lambda rows: rows * gain
 
 
-def mlp(width: int, ratio: float = 4.0) -> nn.Sequential:
+def mlp(width: int, ratio: float = 4.0, eps: float | None = 1e-5) -> nn.Sequential:
     """LayerNorm, Linear to ``ratio`` times the width, GELU, Linear: a pre-norm transformer's MLP.
+
+    Args:
+        eps: of the norm; None leaves it out.
 
     Raises:
         ValueError: that leaves no channel.
@@ -96,7 +99,7 @@ def mlp(width: int, ratio: float = 4.0) -> nn.Sequential:
     if hidden < 1:
         raise ValueError(f"mlp_ratio: got {ratio}; of {width} channels that leaves none, give more")
     return nn.Sequential(
-        nn.LayerNorm(width, eps=1e-6),
+        nn.Identity() if eps is None else nn.LayerNorm(width, eps=eps),
         nn.Linear(width, hidden),
         nn.GELU(),
         nn.Linear(hidden, width),

@@ -52,8 +52,8 @@ class Tokens(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """``scores`` (B, Q, T) before the softmax, ``values`` (B, Q or 1, T, V), and whatever else the
-    head's :meth:`~AttentiveHead.finish` reads."""
+    """``scores`` (B, Q, T) before the softmax, ``values`` (B, G, T, V), each for Q / G queries in a
+    row, and whatever else the head's :meth:`~AttentiveHead.finish` reads."""
 
     scores: Tensor
     values: Tensor
@@ -185,11 +185,12 @@ class AttentiveHead(Head):
         raise NotImplementedError
 
     def weights(self, scores: Tensor) -> Tensor:
-        """A (B, Q, T) of ``scores``: softmax over the tokens, in float32 at least."""
+        """A (B, Q, T) of ``scores``: softmax over the tokens, in float32 at least. A head may add
+        rows that no score stands behind, for what goes past its attention."""
         return widen(scores).softmax(-1).to(scores.dtype)
 
     def sources(self, weights: Tensor, attended: Attended) -> tuple[Tensor, Tensor]:
-        """The weights (B, Q, T) and values (B, Q or 1, T, V) that maps speak of, of the same sum;
+        """The weights (B, Q, T) and values (B, G, T, V) that maps speak of, of the same sum;
         others than the attended ones where the head mixes the patches before it pools them."""
         return weights, attended.values
 
@@ -282,8 +283,9 @@ class AttentiveHead(Head):
         kept = _pool(weights[..., :front], values[:, :, :front])
         moved = weights[..., front:].sum(-1, keepdim=True)
 
-        def alone(value: Tensor) -> Tensor:  # (B, Q or 1, V)
-            own = self.finish(kept + moved * value, attended)[0]
+        def alone(value: Tensor) -> Tensor:  # (B, G, V)
+            share = moved.unflatten(1, (value.shape[1], -1)) * value[:, :, None]
+            own = self.finish(kept + share.flatten(1, 2), attended)[0]
             return balancing.geometric(own if self.norm is None else self.norm.beside(z, own))
 
         # Dropout, in training mode, is drawn for each patch.
@@ -340,6 +342,7 @@ class AttentiveHead(Head):
         with keeping_statistics(self):
             attended = self.attend(tokens)
         weights, _ = self.sources(self.weights(attended.scores), attended)
+        weights = weights[:, : attended.scores.shape[1]]
         return weights[..., weights.shape[-1] - tokens.grid[0] * tokens.grid[1] :].unflatten(
             -1, tokens.grid
         )
@@ -369,19 +372,22 @@ def overlap(query_maps: Tensor) -> Tensor:
 
 
 def _pool(weights: Tensor, values: Tensor) -> Tensor:
-    """sum_t A_qt v_qt: (B, Q, T), (B, Q or 1, T, V) -> (B, Q, V)."""
+    """sum_t A_qt v_qt: (B, Q, T), (B, G, T, V) -> (B, Q, V)."""
     if values.shape[1] == 1:
         return weights @ values[:, 0]
-    return (weights[:, :, None] @ values)[:, :, 0]
+    return (weights.unflatten(1, (values.shape[1], -1)) @ values).flatten(1, 2)
 
 
 def _shares(rows: Tensor, weights: Tensor, values: Tensor) -> Tensor:
     """sum_q A_qt (g_kq . v_qt): rows (B or 1, M, Q, V) -> (B, M, T)."""
-    if values.shape[1] == 1:  # one product for all queries
+    groups = values.shape[1]
+    if groups == 1:  # one product for all queries
         flat = rows.flatten(1, 2) @ values[:, 0].transpose(1, 2)
         products = flat.unflatten(1, rows.shape[1:3])  # (B, M, Q, T)
     else:
-        products = (rows.transpose(1, 2) @ values.transpose(2, 3)).transpose(1, 2)
+        grouped = rows.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3)  # (B, G, M Q/G, V)
+        flat = grouped @ values.transpose(2, 3)
+        products = flat.unflatten(2, (rows.shape[1], -1)).transpose(1, 2).flatten(2, 3)
     return (products * weights[:, None]).sum(2)
 
 

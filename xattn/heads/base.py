@@ -52,6 +52,8 @@ class Head(
     """
 
     name: ClassVar[str]
+    # What a config means that lacks an option: the form a head had before there was a choice.
+    earlier: ClassVar[Mapping[str, Any]] = {}
     options: dict[str, Any]
     mask_policy: str
     backbone_name: str
@@ -201,6 +203,12 @@ def _construct(name: str, backbone: Backbone, options: Mapping[str, Any]) -> Hea
         raise ValueError(f"head: {name} {reason} ({error}); its options: {options}") from error
 
 
+def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a config or a run holds them, with those that its version of xattn did not have at
+    what the head was then; a head of an unknown name has none."""
+    return {**(_REGISTRY[name].earlier if name in _REGISTRY else {}), **options}
+
+
 # What the function that makes a head or an explainer has arguments for.
 _OWN_ARGUMENTS = ("self", "name", "backbone", "head", "seed", "max_forward_batch")
 
@@ -300,7 +308,7 @@ def head_folder(source: str | Path, **hub_options: Any) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checked ``config.json`` of a head's folder."""
+    """The checked ``config.json`` of a head's folder; see :func:`complete_options`."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(
@@ -315,6 +323,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         taps = config["backbone"].get("taps", [])
         if not isinstance(taps, list) or not all(isinstance(tap, str) for tap in taps):
             raise TypeError("its taps are no list of str")
+        config["options"] = complete_options(config["head"], config["options"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"head: {path} is damaged ({type(error).__name__}: {error}); save the head again"

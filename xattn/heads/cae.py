@@ -7,6 +7,9 @@ of one learned query q, with biases of queries, values and output and no residua
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -16,7 +19,7 @@ from xattn.heads.affine import Step, mean
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
-from xattn.heads.options import Count
+from xattn.heads.options import Count, Positive
 
 
 @register_head("cae")
@@ -25,18 +28,25 @@ class Cae(AttentiveHead):
 
     Args:
         heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
+        eps: of the layer norms: 1e-5 is the probing benchmark's (its "cae", arXiv 2506.10178); heads
+            of earlier versions have 1e-6.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 
     inert = ("norm_k.bias",)
+    earlier: ClassVar[Mapping[str, Any]] = {"eps": 1e-6}
 
     def __init__(
-        self, backbone: Backbone, heads: Count | None = None, **shared: Unpack[Shared]
+        self,
+        backbone: Backbone,
+        heads: Count | None = None,
+        eps: Positive = 1e-5,
+        **shared: Unpack[Shared],
     ) -> None:
         width = backbone.channels[-1]
-        super().__init__(backbone, {"heads": heads}, width, **shared)
+        super().__init__(backbone, {"heads": heads, "eps": eps}, width, **shared)
         self.query = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
+        self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(width, eps=eps) for _ in range(3))
         self.attention = CrossAttention(width, heads, bias=True)
 
     def attend(self, tokens: Tokens) -> Attended:

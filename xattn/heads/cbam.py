@@ -1,16 +1,22 @@
 """Convolutional block attention, CBAM (arXiv 1807.06521): gate channels, gate places, then average.
 
 c = sigmoid(MLP(mean_n x_n) + MLP(max_n x_n)),                      x' = c o x
-m = sigmoid(conv_7x7([max_channel x'; mean_channel x'])),           z = 1/N sum_n m_n x'_n
+m = sigmoid(BN(conv_7x7([mean_channel x'; max_channel x']))),       z = 1/N sum_n relu(m_n x'_n + x_n)
+
+or without BN, relu and residual. The gates are positive, so relu(m_n x'_n + x_n) = (m_n c + 1) o relu(x_n).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
+from xattn.heads.affine import Step
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 from xattn.heads.options import Count
@@ -21,10 +27,12 @@ class Cbam(AttentiveHead):
     """Weights are gates m_n / N, no softmax: they do not sum to 1.
 
     The channel gate is held in the shares. The 7 x 7 convolution reads neighbours, so the order of
-    the patches counts. 2 D^2 / reduction + 98 parameters.
+    the patches counts. 2 D^2 / reduction + 98 parameters, and 2 of the norm.
 
     Args:
         reduction: D over the hidden width of the channel gate's MLP; 16 in the paper.
+        form: ``"benchmark"`` is the "cbam" of the probing benchmark (arXiv 2506.10178), with BatchNorm
+            before the gate of places, the residual and relu; ``"gates"`` has the two gates alone.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Raises:
@@ -32,27 +40,46 @@ class Cbam(AttentiveHead):
     """
 
     permutes = False
+    earlier: ClassVar[Mapping[str, Any]] = {"form": "gates"}
 
-    def __init__(self, backbone: Backbone, reduction: Count = 16, **shared: Unpack[Shared]) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        reduction: Count = 16,
+        form: Literal["benchmark", "gates"] = "benchmark",
+        **shared: Unpack[Shared],
+    ) -> None:
         width = backbone.channels[-1]
         if width % reduction:
             raise ValueError(
                 f"reduction: got {reduction}; tokens are {width} wide, choose a divisor of that"
             )
-        super().__init__(backbone, {"reduction": reduction}, width, **shared)
+        super().__init__(backbone, {"reduction": reduction, "form": form}, width, **shared)
         self.mlp = nn.Sequential(
             nn.Linear(width, width // reduction, bias=False),
             nn.ReLU(),
             nn.Linear(width // reduction, width, bias=False),
         )
         self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+        self.gate_norm = nn.BatchNorm2d(1) if form == "benchmark" else None
 
     def attend(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
         channels = (self.mlp(x.mean(1)) + self.mlp(x.amax(1))).sigmoid()[:, None]
         gated = channels * x
-        seen = torch.stack([gated.amax(-1), gated.mean(-1)], 1).unflatten(-1, tokens.grid)
-        return Attended(self.conv(seen).flatten(2), gated[:, None])
+        mean, most = (t.unflatten(-1, tokens.grid) for t in (gated.mean(-1), gated.amax(-1)))
+        if self.gate_norm is None:
+            return Attended(self.conv(torch.stack([most, mean], 1)).flatten(2), gated[:, None])
+        scores = self.gate_norm(self.conv(torch.stack([mean, most], 1))).flatten(2)
+        return Attended(scores, torch.stack([channels * x.relu(), x.relu()], 1))
 
     def weights(self, scores: Tensor) -> Tensor:
-        return scores.sigmoid() / scores.shape[-1]
+        """(B, 1, N) scores -> the gates, and in the benchmark's form the mean beside them."""
+        gates = scores.sigmoid() / scores.shape[-1]
+        if self.gate_norm is None:
+            return gates
+        return torch.cat([gates, torch.full_like(gates, 1 / scores.shape[-1])], 1)
+
+    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+        count = pooled.shape[1]
+        return pooled.sum(1), lambda rows: rows[:, :, None].expand(-1, -1, count, -1)

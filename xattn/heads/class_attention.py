@@ -47,7 +47,7 @@ class ClassAttention(AttentiveHead):
             self.token = nn.Parameter(0.02 * torch.randn(width))
         self.tokens_norm = nn.LayerNorm(width, eps=1e-6)
         self.attention = CrossAttention(width, heads, bias=True)
-        self.mlp = mlp(width, mlp_ratio)
+        self.mlp = mlp(width, mlp_ratio, 1e-6)
         self.gammas = (
             None
             if layer_scale is None

@@ -1,37 +1,100 @@
-"""One more encoder block on frozen tokens, then its class token, as DINO's ViTs are built (2104.14294).
+"""One more encoder block on frozen tokens, as DINO's ViTs are built (arXiv 2104.14294), then one vector.
 
-y = c + MHSA(LN([c; registers; X]))_c,   z = y + MLP(LN(y))
+Y = X + MHSA(LN(X)),   z = mean_t (y_t + MLP(LN(y_t)))                              "benchmark"
+y = c + MHSA(LN([c; registers; X]))_c,   z = y + MLP(LN(y))                         "class_token"
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attentive import Shared
+from xattn.heads.affine import Step, mean, mlp, residual
+from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 from xattn.heads.class_attention import ClassAttention
+from xattn.heads.cross_attention import head_count
 from xattn.heads.options import Count, Positive
+from xattn.heads.self_attention import SelfAttention
 
 
 @register_head("dino_block")
 class DinoBlock(ClassAttention):
-    """A pre-norm ViT block; a learned class token where the backbone has none.
+    """A pre-norm ViT block and the mean of its tokens, or its class token.
+
+    In the mean each token is a query, and what goes past the attention is the patch's own: a patch's
+    share is what all tokens take of it and what it keeps. There is a query map for each head, the mean
+    over the tokens.
 
     Args:
-        heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
+        heads: of the attention, 8 in the benchmark; None: see
+            :func:`~xattn.heads.cross_attention.head_count`.
         mlp_ratio: hidden width over D.
+        form: ``"benchmark"`` is the "dinovit" of the probing benchmark (arXiv 2506.10178): patches
+            alone, averaged, no biases of queries, keys and values, norms of eps 1e-5;
+            ``"class_token"`` reads prefix tokens, too, and ends in the class token (a learned one
+            where the backbone has none), with those biases and an eps of 1e-6.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 
     registers = True
+    earlier: ClassVar[Mapping[str, Any]] = {"form": "class_token"}
 
     def __init__(
         self,
         backbone: Backbone,
         heads: Count | None = None,
         mlp_ratio: Positive = 4.0,
+        form: Literal["benchmark", "class_token"] = "benchmark",
         **shared: Unpack[Shared],
     ) -> None:
-        options = {"heads": heads, "mlp_ratio": mlp_ratio}
-        super().__init__(backbone, options, heads, mlp_ratio, None, False, **shared)
+        options = {"heads": heads, "mlp_ratio": mlp_ratio, "form": form}
+        if form == "class_token":
+            super().__init__(backbone, options, heads, mlp_ratio, None, False, **shared)
+        else:
+            width = backbone.channels[-1]
+            AttentiveHead.__init__(self, backbone, options, width, **shared)
+            self.tokens_norm = nn.LayerNorm(width)
+            self.mix = SelfAttention(width, head_count(width, heads), bias=True)
+            self.mlp = mlp(width, mlp_ratio)
+        self.averages = form == "benchmark"
+
+    def attend(self, tokens: Tokens) -> Attended:
+        if not self.averages:
+            return super().attend(tokens)
+        x = tokens.patches[-1]
+        q, k, v = self.mix.split(self.tokens_norm(x))
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+        return Attended(scores.flatten(1, 2), torch.cat([v, self.mix.by_head(x)], 1))
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """(B, H N, N) scores -> (B, 2 H N, N): the attention, then each token's way past it."""
+        weights = super().weights(scores)
+        if not self.averages:
+            return weights
+        own = torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
+        return torch.cat([weights, own.repeat(self.mix.heads, 1).expand_as(weights)], 1)
+
+    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+        if not self.averages:
+            return super().finish(pooled, attended)
+        parts = pooled.unflatten(1, (2, self.mix.heads, -1)).transpose(2, 3).flatten(3)
+        mixed, x = parts.unbind(1)  # (B, N, D)
+        y, back = residual(x + self.mix.proj(mixed), self.mlp)
+        z, first = mean(y)
+
+        def pull(rows: Tensor) -> Tensor:
+            rows = back(first(rows))
+            both = torch.stack([rows @ self.mix.proj.weight, rows], 2)  # (B, M, 2, N, D)
+            return both.unflatten(-1, (self.mix.heads, -1)).transpose(3, 4).flatten(2, 4)
+
+        return z, pull
+
+    def query_maps(self, tokens: Tokens) -> Tensor:
+        maps = super().query_maps(tokens)
+        return maps.unflatten(1, (self.mix.heads, -1)).mean(2) if self.averages else maps

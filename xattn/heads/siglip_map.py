@@ -1,9 +1,12 @@
 """SigLIP's multi-head attention pooling, MAP (arXiv 2303.15343; Set Transformer, 1810.00825).
 
-y = W_o concat_h W_v,h (A_h X) of one learned query,   z = y + MLP(LN(y))
+y = W_o concat_h W_v,h (A_h X) of one learned query,   z = y + MLP(y)   or   z = y + MLP(LN(y))
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +25,31 @@ class SiglipMap(AttentiveHead):
     """Attention pooling with a residual MLP, whose gates and norm are held in the shares.
 
     Args:
-        heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
+        heads: of the attention, 8 in the probing benchmark; None: see
+            :func:`~xattn.heads.cross_attention.head_count`.
         mlp_ratio: hidden width over D.
+        form: ``"benchmark"`` is the "siglip" of the probing benchmark (arXiv 2506.10178), without a
+            norm before the MLP; ``"siglip"`` has SigLIP's own, of eps 1e-6.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 
     gated = True
+    earlier: ClassVar[Mapping[str, Any]] = {"form": "siglip"}
 
     def __init__(
         self,
         backbone: Backbone,
         heads: Count | None = None,
         mlp_ratio: Positive = 4.0,
+        form: Literal["benchmark", "siglip"] = "benchmark",
         **shared: Unpack[Shared],
     ) -> None:
         width = backbone.channels[-1]
-        super().__init__(backbone, {"heads": heads, "mlp_ratio": mlp_ratio}, width, **shared)
+        options = {"heads": heads, "mlp_ratio": mlp_ratio, "form": form}
+        super().__init__(backbone, options, width, **shared)
         self.attention = CrossAttention(width, heads, bias=True)
         self.query = nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
-        self.mlp = mlp(width, mlp_ratio)
+        self.mlp = mlp(width, mlp_ratio, 1e-6 if form == "siglip" else None)
 
     def attend(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]

@@ -2,9 +2,14 @@
 
 q = W_q mean(X),  K = W_k LN(X),  V = LN(X),  a = softmax(q K^T / sqrt(D)),
 z = sum_n a_n V_n   or, with gamma,   (sum_n a_n (V_n - min V + eps)^gamma)^(1/gamma)
+
+and without projections, "esimpool":  q = LN(mean(X)),  K = LN(X),  V = X, in 12 heads.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -13,14 +18,16 @@ from xattn.backbone import Backbone
 from xattn.heads.affine import Step, root
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
-from xattn.heads.options import Positive
+from xattn.heads.cross_attention import head_count
+from xattn.heads.options import Count, Positive
 
 EPS = 1e-6
+HEADS = 12
 
 
 @register_head("simpool")
 class SimPool(AttentiveHead):
-    """Values are not projected; the keys' projection is folded into the query.
+    """Values are not projected; a head takes its D / H channels of them.
 
     min V is taken over tokens and channels of each image. Shares under ``gamma`` are those of
     (V - min V + eps)^gamma, with the outer root's gain held.
@@ -28,33 +35,63 @@ class SimPool(AttentiveHead):
     Args:
         gamma: the power mean's exponent, published as 1.25 for transformers and 2 for CNNs; None
             leaves the weighted mean.
-        project: False is "esimpool", without W_q and W_k.
+        project: False leaves out W_q and W_k.
+        heads: H. None is one, and with the form "esimpool" its 12, or where those do not divide D see
+            :func:`~xattn.heads.cross_attention.head_count`.
+        form: of ``project=False``. ``"esimpool"`` is that of the probing benchmark (arXiv 2506.10178),
+            as above; ``"layer_norm"`` is SimPool with W_q = W_k = I, whose query is mean(X) and whose
+            values are LN(X).
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Raises:
+        ValueError: ``heads`` does not divide the width.
     """
+
+    earlier: ClassVar[Mapping[str, Any]] = {"form": "layer_norm"}
 
     def __init__(
         self,
         backbone: Backbone,
         gamma: Positive | None = None,
         project: bool = True,
+        heads: Count | None = None,
+        form: Literal["esimpool", "layer_norm"] = "esimpool",
         **shared: Unpack[Shared],
     ) -> None:
         width = backbone.channels[-1]
-        super().__init__(backbone, {"gamma": gamma, "project": project}, width, **shared)
+        options = {"gamma": gamma, "project": project, "heads": heads, "form": form}
+        super().__init__(backbone, options, width, **shared)
         self.gamma, self.gated = gamma, gamma is not None
+        self.raw_values = not project and form == "esimpool"
+        if heads is None and (not self.raw_values or width % HEADS == 0):
+            heads = HEADS if self.raw_values else 1
+        self.heads = head_count(width, heads)
         self.tokens_norm = nn.LayerNorm(width, eps=EPS)
         self.q = nn.Linear(width, width, bias=False) if project else None
         self.k = nn.Linear(width, width, bias=False) if project else None
 
     def attend(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
-        query, v = x.mean(1, keepdim=True), self.tokens_norm(x)
-        if self.q is not None and self.k is not None:
-            query = self.q(query) @ self.k.weight
-        scores = (query * x.shape[-1] ** -0.5) @ v.transpose(1, 2)
+        query, k = x.mean(1, keepdim=True), self.tokens_norm(x)
+        if self.raw_values:
+            query = self.tokens_norm(query)
+        if self.q is not None and self.k is not None and self.heads == 1:
+            query = self.q(query) @ self.k.weight  # cheaper than projected keys
+            scores = (query * x.shape[-1] ** -0.5) @ k.transpose(1, 2)
+        else:
+            keys = k if self.k is None else self.k(k)
+            query = self._split(query if self.q is None else self.q(query))
+            scores = ((query * query.shape[-1] ** -0.5) @ self._split(keys).transpose(2, 3))[
+                :, :, 0
+            ]
+        v = x if self.raw_values else k
         if self.gamma is not None:
             v = (v - v.amin((1, 2), keepdim=True) + EPS) ** self.gamma
-        return Attended(scores, v[:, None])
+        return Attended(scores, self._split(v))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, H, N, D / H)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def finish(self, pooled: Tensor, attended: Attended) -> Step:
         y, pull = super().finish(pooled, attended)

@@ -5,6 +5,9 @@ y = q + W_o concat_h W_v,h (A_h LN(X)),   z = y + MLP(LN(y))
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -24,24 +27,29 @@ class VJepa(AttentiveHead):
     Args:
         heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
         mlp_ratio: hidden width over D.
+        eps: of both layer norms: 1e-5 is the authors' and the probing benchmark's (its "jepa", arXiv
+            2506.10178); heads of earlier versions have 1e-6.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 
     gated = True
+    earlier: ClassVar[Mapping[str, Any]] = {"eps": 1e-6}
 
     def __init__(
         self,
         backbone: Backbone,
         heads: Count | None = None,
         mlp_ratio: Positive = 4.0,
+        eps: Positive = 1e-5,
         **shared: Unpack[Shared],
     ) -> None:
         width = backbone.channels[-1]
-        super().__init__(backbone, {"heads": heads, "mlp_ratio": mlp_ratio}, width, **shared)
+        options = {"heads": heads, "mlp_ratio": mlp_ratio, "eps": eps}
+        super().__init__(backbone, options, width, **shared)
         self.query = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.tokens_norm = nn.LayerNorm(width, eps=1e-6)
+        self.tokens_norm = nn.LayerNorm(width, eps=eps)
         self.attention = CrossAttention(width, heads, bias=True)
-        self.mlp = mlp(width, mlp_ratio)
+        self.mlp = mlp(width, mlp_ratio, eps)
 
     def attend(self, tokens: Tokens) -> Attended:
         x = self.tokens_norm(tokens.patches[-1])

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from xattn import strict_json
 from xattn.files import atomic_file, follow_link, output_error, write_json
+from xattn.heads.base import complete_options
 from xattn.training.checkpoint import load_checkpoint
 
 RUN_FILE, LOG_FILE, LOCK_FILE = "run.json", "log.jsonl", "run.lock"
@@ -81,6 +82,7 @@ def _comparable(run: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a run to go on: all but settings that do not change the result."""
     train = {k: v for k, v in run["train"].items() if k not in ("workers", "checkpoint_every")}
     head = {k: v for k, v in run["head"].items() if k not in ("training", "xattn")}
+    head["options"] = complete_options(head["head"], head["options"])
     return {**run, "train": train, "head": head}
 
 
