@@ -104,6 +104,8 @@ def evaluate(
     """
     if not explainers:
         raise ValueError("explainers: got none; give {name: explainer}")
+    if not getattr(backbone, "has_classes", True):
+        backbone.require_classes()
     given = {"levels": levels, "view": view, "seed": seed}
     protocol = protocol or Protocol()
     protocol = replace(

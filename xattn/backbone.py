@@ -12,8 +12,8 @@ import copy
 import difflib
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.locking import alone, lock_of
+from xattn.memory import is_out_of_memory
 
 # Blocks that apply ``norm1`` to their input before attention (timm class names). A block that is
 # not listed may normalise after attention, where ``norm1`` of the block's input means nothing.
@@ -42,6 +43,14 @@ PRE_NORM_BLOCKS = frozenset(
 
 
 Task = Literal["multiclass", "multilabel", "binary"]
+
+# What a backbone is made with, and how to have it otherwise.
+_SETTLED = {
+    "preprocessing": "backbone.with_preprocessing(...), or input_size= of load_backbone",
+    "taps": "backbone.with_taps(...)",
+    "task": "task= of load_backbone",
+    "num_classes": "num_classes= of load_backbone",
+}
 
 
 class Taps(NamedTuple):
@@ -131,6 +140,14 @@ class Backbone(nn.Module):
         if class_names is None and self.task == "binary":
             class_names = ["negative", "positive"]
         self.class_names = _class_names(model, self.num_classes, class_names)
+        self._settled = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SETTLED and self.__dict__.get("_settled"):
+            raise AttributeError(
+                f"{name}: cannot be changed, {self.name} was set up with it; use {_SETTLED[name]}"
+            )
+        super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode: a frozen backbone never updates BatchNorm or drops units."""
@@ -146,9 +163,27 @@ class Backbone(nn.Module):
         """
         return alone(self.model)
 
-    def _passing(self) -> AbstractContextManager[None]:
-        """Around every pass; compilers do not know locks."""
-        return nullcontext() if torch.compiler.is_compiling() else lock_of(self.model).shared()
+    def _passing(self, x: Tensor | None = None) -> AbstractContextManager[None]:
+        """Around every pass, of images ``x``; compilers know neither locks nor exceptions."""
+        if torch.compiler.is_compiling():
+            return nullcontext()
+        return lock_of(self.model).shared() if x is None else self._pass_of(x)
+
+    @contextmanager
+    def _pass_of(self, x: Tensor) -> Iterator[None]:
+        try:
+            with lock_of(self.model).shared():
+                yield
+        except (AssertionError, RuntimeError) as error:
+            size, own = tuple(x.shape[-2:]), self.preprocessing.input_size
+            # A pass of the own size was tried when the backbone was made.
+            if size == tuple(own) or is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"images: {self.name} takes {own[0]} x {own[1]} pixels and fails on {size[0]} x "
+                f"{size[1]} ({reason}); resize them, or load it with input_size={size} (--input-size)"
+            ) from error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
         twin = self.__class__.__new__(self.__class__)
@@ -328,7 +363,7 @@ class Backbone(nn.Module):
 
     def forward_normalized(self, x: Tensor) -> Taps:
         """One pass on images that are normalised already, (B, 3, H, W)."""
-        with self._passing():
+        with self._passing(x):
             if self.adapter:
                 logits, maps = self.model.forward_taps(x)  # type: ignore[operator]
                 return Taps(self._as_classes(logits), tuple(maps))
@@ -360,7 +395,7 @@ class Backbone(nn.Module):
 
     def logits_normalized(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) normalised images -> (B, K) logits."""
-        with self._passing():
+        with self._passing(x):
             if self.adapter:
                 return self._as_classes(self.model.forward_taps(x)[0])  # type: ignore[operator]
             final = self._through_head_point(self.model.forward_features(x))  # type: ignore[operator]
@@ -387,7 +422,17 @@ class Backbone(nn.Module):
             )
 
     def normalize(self, images: Tensor) -> Tensor:
-        """[0, 1] images -> the model's input range, (B, 3, H, W)."""
+        """[0, 1] images -> the model's input range, (B, 3, H, W).
+
+        Raises:
+            ValueError: images of another number of channels.
+        """
+        channels = self.mean.shape[1]
+        if images.ndim not in (3, 4) or images.shape[-3] != channels:
+            raise ValueError(
+                f"images: got shape {tuple(images.shape)}, {self.name} takes (B, {channels}, H, W); "
+                f"make grey ones images.expand(-1, {channels}, -1, -1), and drop an alpha channel"
+            )
         return (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
 
     def denormalize(self, x: Tensor) -> Tensor:
@@ -472,6 +517,27 @@ class Backbone(nn.Module):
         )
         other._fingerprint = self._fingerprint
         return other
+
+    def with_preprocessing(self, preprocessing: Preprocessing) -> Backbone:
+        """A backbone over the same model that crops, resizes and normalises by ``preprocessing``."""
+        taps = None if self.adapter else self.taps
+        other = Backbone(self.model, self.name, preprocessing, taps, self.class_names, self.task)
+        other._fingerprint = self._fingerprint
+        return other
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether its outputs are logits of classes; those of an encoder are features."""
+        return getattr(self.model, "num_classes", None) != 0
+
+    def require_classes(self) -> None:
+        """Raise a ``ValueError`` unless there are classes to explain."""
+        if not self.has_classes:
+            raise ValueError(
+                f"backbone: {self.name} has no classes (num_classes=0), its {self.num_classes} "
+                f"outputs are features; leave out num_classes, or train a classifier with xattn "
+                f"probe and explain that: --probe FOLDER, xattn.probed.probed(backbone, head)"
+            )
 
     def class_index(self, name: str | int) -> int:
         """The index of a class given by index, name or unique part of a name."""

@@ -154,6 +154,7 @@ def set_up(
     if isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; give at least 1")
     method = _explainer(backbone, head, explainer, seed, batch_size)
+    backbone.require_classes()
     wanted = _classes(backbone, classes, top)
     protocol = protocol_of(backbone, method, view)
     if wanted is not None:

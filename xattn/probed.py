@@ -12,7 +12,7 @@ import hashlib
 
 from torch import Tensor, nn
 
-from xattn.backbone import Backbone, Taps, sha256
+from xattn.backbone import Backbone, Preprocessing, Taps, sha256
 from xattn.heads.attentive import AttentiveHead
 
 
@@ -31,16 +31,26 @@ class Probed(Backbone):
         self.name = f"{backbone.name} + {head.name}"
         self.encoder_fingerprint = backbone.fingerprint
         self.probe = head.to(backbone.device).eval().requires_grad_(False)
-        self.task = "multiclass"
-        self.num_classes = head.num_classes
+        vars(self).update(task="multiclass", num_classes=head.num_classes)
         names = head.class_names or [f"class {i}" for i in range(head.num_classes)]
         self.class_names = list(names)
         self.pools_linearly = False
         self.tap_point = nn.Identity()
         self._fingerprint = self._hash(backbone.fingerprint)
 
+    def with_preprocessing(self, preprocessing: Preprocessing) -> Probed:
+        taps = None if self.adapter else self.taps
+        name = self.name.removesuffix(f" + {self.probe.name}")
+        encoder = Backbone(self.model, name, preprocessing, taps)
+        encoder._fingerprint = self.encoder_fingerprint
+        return Probed(encoder, self.probe)
+
+    @property
+    def has_classes(self) -> bool:
+        return True
+
     def forward_normalized(self, x: Tensor) -> Taps:
-        with self._passing():
+        with self._passing(x):
             taps = super().forward_normalized(x)
             taps = taps._replace(maps=(*taps.maps[:-1], self.tap_point(taps.maps[-1])))
             logits = self.probe.predict(self.probe.attend(self.probe.tokens(taps)))

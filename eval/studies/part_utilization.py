@@ -212,7 +212,8 @@ def run(
     backbone = load_backbone(study.backbone, weights, input_size=study.input_size)
     backbone = backbone.with_taps(kind_of_head.default_taps(backbone.depth))
     # Text stands at the edges: the model sees the whole image, squeezed.
-    backbone.preprocessing = replace(backbone.preprocessing, crop_pct=1.0, crop_mode="squash")
+    whole = replace(backbone.preprocessing, crop_pct=1.0, crop_mode="squash")
+    backbone = backbone.with_preprocessing(whole)
     files = [f for column in forms.files for f in column if f is not None]
     folder = output / study.features / "+".join(backbone.taps)
     features = cache_features(backbone, files, folder, dtype="float16", progress=False)
