@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow fuzz lint bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ test: $(VENV)/.dev $(VENV)/.browser
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+# 24,000 hostile inputs to all that reads files and addresses; COUNT and SEED give others.
+fuzz: $(VENV)/.dev
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz --count $(or $(COUNT),24000) --seed $(or $(SEED),0)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

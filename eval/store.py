@@ -285,7 +285,7 @@ class _Database:
 
         Where another process has the file open, that one does it.
         """
-        with suppress(sqlite3.Error):
+        with suppress(sqlite3.Error, UnicodeDecodeError):
             self._connection.execute("PRAGMA busy_timeout=0")
             self._connection.execute("PRAGMA journal_mode=DELETE")
             self._connection.execute("PRAGMA busy_timeout=60000")
@@ -300,8 +300,8 @@ class _Database:
             yield
         except sqlite3.ProgrammingError:
             raise
-        except sqlite3.Error as error:
-            text = str(error)
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            text = str(error)  # SQLite quotes damaged names as they are, which may be no UTF-8
             if "not a database" in text:
                 raise ValueError(
                     f"state: {self.path} is no SQLite file ({text}); give another file, or delete it"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xattn.files import printable
 
+MOST_LEVELS = 10  # of {"state_dict": ...} about a state dict; one in a pickle may hold itself
 StateDict = dict[str, Tensor]
 
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
@@ -250,7 +251,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _unwrap(content: Any, path: Path) -> StateDict:
-    while isinstance(content, Mapping):
+    for _ in range(MOST_LEVELS if isinstance(content, Mapping) else 0):
         inner = next((k for k in _NESTING_KEYS if isinstance(content.get(k), Mapping)), None)
         if inner is None:
             break

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import xattn
 from xattn.cli import main
+from xattn.config import ProbeConfig, TrainConfig
 
 
 def test_an_error_that_quotes_a_long_text_is_cut_in_the_middle(tmp_path, capsys):
@@ -257,3 +258,23 @@ def test_a_clip_is_explained_and_a_bad_one_is_one_line(tmp_path, capsys):
     (tmp_path / "text.mp4").write_text("no clip")
     assert main(["explain", str(tmp_path / "text.mp4"), *model]) == 2
     assert capsys.readouterr().err.startswith("xattn: error: video: OpenCV cannot read")
+
+
+def test_a_file_that_the_system_cannot_use_is_named_with_its_reason(tmp_path, capsys):
+    name = "x" * 300
+    assert main(["parts", name, "--evidence", "mser", "--output", str(tmp_path / "o")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name!r} cannot be used (File name too long); check the path" in line
+
+
+@pytest.mark.parametrize("config", [TrainConfig, ProbeConfig])
+def test_a_seed_that_no_generator_takes_is_refused(config):
+    assert config(seed=-1).seed == -1
+    with pytest.raises(ValueError, match=r"seed: got 1000000000000000000000; give"):
+        config(seed=10**21)
+
+
+def test_an_input_of_absurd_size_is_refused():
+    for size in (10**30, 65_535, (48, 10**6)):
+        with pytest.raises(ValueError, match="input_size: got .*; give 1 to 8192 pixels"):
+            xattn.load_backbone("test_vit3", None, input_size=size)

@@ -206,6 +206,10 @@ def test_missing_data_is_one_line_with_a_remedy(tmp_path, photos):
         (tmp_path / "odd" / "_info.json").write_text(json.dumps(info))
         with pytest.raises(ValueError, match="_info.json of .* no numbers of samples"):
             open_photos(f"wds/{tmp_path}/odd")
+    with pytest.raises(ValueError, match="more than 1000000 shards"):
+        open_photos(f"wds/{folder}/{{0..9999}}-{{0..9999}}.tar")
+    with pytest.raises(ValueError, match="data: .* close its braces"):
+        open_photos(f"wds/{folder}/{{0..1.tar")
     with pytest.raises(ValueError, match="lengths.*_info.json"):
         open_photos("wds/https://example.invalid/photos-{0000..0002}.tar")
     with pytest.raises(ValueError, match="hfids.*hfds/"):

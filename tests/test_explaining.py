@@ -199,6 +199,9 @@ def test_bad_arguments_are_named(backbone, head, tmp_path):
     image = photo(0)
     for options, message in [
         ({"classes": 7}, r"class 7 is out of range"),
+        ({"classes": "9" * 5000}, r"is not a class of"),
+        ({"classes": "²"}, r"class '²' is not a class of"),
+        ({"classes": "+-1"}, r"class '\+-1' is not a class of"),
         ({"classes": "tobby"}, r"class 'tobby' .*near matches"),
         ({"classes": []}, r"classes: got an empty list"),
         ({"top": 0}, r"top: got 0"),

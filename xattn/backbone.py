@@ -41,6 +41,7 @@ PRE_NORM_BLOCKS = frozenset(
     }
 )
 
+LARGEST_SIDE = 8192  # pixels of an input
 
 Task = Literal["multiclass", "multilabel", "binary"]
 
@@ -542,7 +543,7 @@ class Backbone(nn.Module):
     def class_index(self, name: str | int) -> int:
         """The index of a class given by index, name or unique part of a name."""
         text = str(name).strip()
-        if text.lstrip("+-").isdigit():
+        if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
             if 0 <= int(text) < self.num_classes:
                 return int(text)
             raise ValueError(
@@ -631,8 +632,10 @@ def load_backbone(
         OSError: weights that cannot be read or downloaded.
     """
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise ValueError(f"input_size: got {input_size}; give positive pixels, one side or (H, W)")
+    if size is not None and (len(size) != 2 or not 1 <= min(size) <= max(size) <= LARGEST_SIDE):
+        raise ValueError(
+            f"input_size: got {input_size}; give 1 to {LARGEST_SIDE} pixels, one side or (H, W)"
+        )
     if isinstance(name_or_module, nn.Module):
         model = name_or_module
         name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")) or (

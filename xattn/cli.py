@@ -976,8 +976,11 @@ def main(arguments: list[str] | None = None) -> int:
         with _plain_warnings():
             command.run()
     except (ValueError, OSError, MemoryError) as error:
-        named = isinstance(error, OSError) and error.filename is None and error.args
-        text = error.args[-1] if named else error
+        text: Any = error
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            text = f"files: {error.filename!r} cannot be used ({error.strerror}); check the path"
+        elif isinstance(error, OSError) and error.filename is None and error.args:
+            text = error.args[-1]
         print(f"xattn: error: {_one_line(str(text))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

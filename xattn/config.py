@@ -112,6 +112,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _fill_in(self, RECIPES)
         _check_positive(self, "epochs", "batch_size", "checkpoint_every", "max_pixels", "lr")
+        _check_seed(self.seed)
         if self.workers < 0:
             raise ValueError(f"workers: got {self.workers}; give 0 or more")
         _check_choices(
@@ -164,6 +165,7 @@ class ProbeConfig:
         free = self.warmup is None
         _fill_in(self, PROBE_RECIPES)
         _check_positive(self, "epochs", "batch_size", "checkpoint_every", "lr")
+        _check_seed(self.seed)
         if free:
             object.__setattr__(self, "warmup", min(self.warmup, self.epochs // 2))
         for name in ("warmup", "patience", "weight_decay", "attention_weight"):
@@ -197,6 +199,11 @@ def _check_positive(config: Any, *names: str) -> None:
         if not 0 < value < float("inf"):
             what = "learning rate" if name == "lr" else "number"
             raise ValueError(f"{name}: got {value}; give a positive {what}")
+
+
+def _check_seed(seed: int) -> None:
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"seed: got {seed}; give a number of 64 bits")
 
 
 def _check_choices(config: Any, **choices: tuple[str, ...]) -> None:

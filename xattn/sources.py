@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import random
 import re
 import tarfile
@@ -37,6 +38,7 @@ from xattn.images import MAX_PIXELS, SUFFIXES, decode_image, list_images, load_i
 SCHEMES = ("hfds", "wds")
 BLOCK = 256  # undecoded samples of a shard that a reader holds; training shuffles within them
 MOST_SAMPLES = 1 << 40  # of a shard
+MOST_SHARDS = 1_000_000
 TAIL = 4096  # last bytes of a photo that its description holds
 _READING = threading.Lock()
 
@@ -388,7 +390,13 @@ def _open_shards(path: str, split: str | None) -> Shards:
                 f"data: got the split {split!r} of shards that are named one by one; leave it out, or "
                 f"give a folder with _info.json"
             )
-        urls = expand_urls(path)
+        counts = [int(b) - int(a) + 1 for a, b in re.findall(r"\{(\d{1,18})\.\.(\d{1,18})", path)]
+        if math.prod(counts) > MOST_SHARDS:
+            raise ValueError(f"data: {path} names more than {MOST_SHARDS} shards; name fewer")
+        try:
+            urls = expand_urls(path)
+        except ValueError as error:
+            raise ValueError(f"data: {path} cannot be read ({error}); close its braces") from None
     else:
         urls, lengths = _split_files(path, split or "train", remote)
     if not remote:
@@ -449,7 +457,7 @@ def _count(path: str) -> int:
             return sum(
                 1 for _ in group_by_keys({"fname": n, "data": b"", "__url__": path} for n in names)
             )
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        raise ValueError(
+    except (tarfile.TarError, ValueError, EOFError, MemoryError) as error:
+        raise ValueError(  # damaged, xz may ask for any memory
             f"data: shard {path} is damaged ({error}); fetch or write it again"
         ) from error

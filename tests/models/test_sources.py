@@ -367,6 +367,13 @@ def test_non_finite_tensor_is_refused_by_name(tmp_path, suffix, value, dtype):
     assert_one_line(caught)
 
 
+def test_a_state_dict_that_holds_itself_is_refused(tmp_path):
+    loop = {"a": torch.ones(1)}
+    loop["state_dict"] = loop
+    with pytest.raises(ValueError, match="holds a dict at 'state_dict'"):
+        load_weight_file(write(tmp_path / "a.pth", loop))
+
+
 def test_an_expanded_tensor_is_checked_where_it_is_stored(tmp_path):
     wide = torch.tensor([2.0]).expand(1 << 40)
     found = load_weight_file(write(tmp_path / "a.pth", {"a": wide}))

@@ -58,7 +58,7 @@ def load_checkpoint(folder: Path, needed: Collection[str]) -> dict[str, Any] | N
     for step, path in _steps(folder).items():
         try:
             state = _read(path, needed)
-            if state["step"] != step:
+            if type(state["step"]) is not int or state["step"] != step:
                 raise ValueError(f"it is of step {state['step']!r}")
         except (ValueError, OSError) as error:
             damages.append(f"{path / STATE} is damaged ({error})")

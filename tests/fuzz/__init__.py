@@ -1,0 +1,20 @@
+"""The fuzz suite: ``make fuzz``, and a part of it in ``make test``. A new reader is one entry of a target file."""
+
+from fuzz import commands, heads, labels, packs, photos, regions, states, viewer
+from fuzz.engine import (
+    TARGETS,
+    Failure,
+    Tally,
+    Target,
+    attempt,
+    make_input,
+    run,
+    shares,
+    table,
+    workspace,
+)
+
+__all__ = [
+    "TARGETS", "Failure", "Tally", "Target", "attempt", "commands", "heads", "labels", "make_input", "packs", "photos", "regions",
+    "run", "shares", "states", "table", "viewer", "workspace",
+]  # fmt: skip

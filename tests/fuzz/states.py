@@ -1,0 +1,630 @@
+"""What runs leave and go on from: run records, logs, checkpoints, features, states in SQLite, studies."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import sqlite3
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fuzz.engine import target
+from fuzz.heads import network, saved
+from fuzz.labels import lines, nasty_json
+from fuzz.packs import results
+from xattn.app.made_up import picture
+from xattn.config import TrainConfig
+from xattn.eval.html_data import _maps
+from xattn.eval.probing import check_results
+from xattn.eval.store import ImageRow, ResultRow, Store, kept_images
+from xattn.eval.studies import part_utilization, sst
+from xattn.eval.studies.attention_text import Progress
+from xattn.eval.studies.attention_text import Run as TextRun
+from xattn.eval.studies.config import PartStudyConfig
+from xattn.eval.studies.text_model import Vocabulary
+from xattn.heads import create_head
+from xattn.parts import cut_parts
+from xattn.training import fit
+from xattn.training.features import cache_features, open_features
+from xattn.training.run_folder import claim
+
+QUICK = TrainConfig(recipe="small", epochs=2, batch_size=2, workers=0, checkpoint_every=1)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+def put(files: dict[str, bytes], folder: Path) -> None:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+def photos(folder: Path, count: int = 2) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i}.png" for i in range(count)]
+    for i, path in enumerate(paths):
+        picture(i, (40, 24)).save(path)
+    return paths
+
+
+def edited(data: bytes, change: Callable[[Any], object]) -> bytes:
+    record = json.loads(data)
+    change(record)
+    return json.dumps(record).encode()
+
+
+# ---------------------------------------------------------------------- training
+
+
+def _fit(folder: Path, resume: bool, steps: int | None = None) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        head = create_head("ttame", network(), fusion="per_class")
+
+    def stop(step: int, _: Any) -> None:
+        if step == steps:
+            raise InterruptedError
+
+    fit(
+        head,
+        network(),
+        folder / "photos",
+        QUICK,
+        output=folder / "run",
+        resume=resume,
+        progress=False,
+        on_checkpoint=stop,
+    )
+
+
+@functools.cache
+def run_files() -> dict[str, bytes]:
+    """A run that was stopped after its first step, and its photos."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        photos(folder / "photos")
+        try:
+            _fit(folder, False, 1)
+        except InterruptedError:
+            pass
+        return files_of(folder)
+
+
+def _run(folder: Path) -> None:
+    put(run_files(), folder)
+
+
+def _resume(folder: Path) -> None:
+    _fit(folder, True)
+
+
+def state_name() -> str:
+    return max(name for name in run_files() if name.endswith("state.pt"))
+
+
+def _nasty_runs() -> list[bytes]:
+    whole = run_files()["run/run.json"]
+    return [
+        edited(whole, lambda r: r.update(train=[])), edited(whole, lambda r: r.update(head=None)), edited(whole, lambda r: r.pop("train")),
+        edited(whole, lambda r: r["train"].update(workers="x")), edited(whole, lambda r: r["train"].update(workers=-5)), edited(whole, lambda r: r.update(images=5)),
+        *nasty_json(),
+    ]  # fmt: skip
+
+
+@target(
+    "run record",
+    "run/run.json",
+    lambda: [run_files()["run/run.json"]],
+    _nasty_runs,
+    kind="json",
+    template=_run,
+    says="resume: ",
+    share=0.6,
+)
+def run_record(folder: Path) -> None:
+    _resume(folder)
+
+
+def _claim(folder: Path) -> None:
+    """What :func:`_resume` does with the log, without training."""
+    record = json.loads(run_files()["run/run.json"])
+    with claim(folder / "run", record, True, True, ("step",)) as (log, _):
+        assert log is not None
+
+
+@target(
+    "log",
+    "run/log.jsonl",
+    lambda: [run_files()["run/log.jsonl"]],
+    lambda: [b"5\n", b"null\n", b"[]\n", b'"step"\n', b'{"step": "x"}\n', b'{"step": null}\n', b'{"step": [1]}\n', b'{"step": NaN}\n', b'{"step": 1e999}\n',
+             b'{"step": true}\n', b"\xff\xfe\n", b"\n" * 1000, "\u2028\u0085".encode(), b'{"step": ' + b"9" * 5000 + b"}\n",
+             *(data + b"\n" for data in nasty_json())],
+    kind="json lines",
+    template=_run,
+    share=1,
+)  # fmt: skip
+def log(folder: Path) -> None:
+    _claim(folder)
+
+
+@target("newest checkpoint", "run/checkpoints/latest", lambda: [run_files()["run/checkpoints/latest"]],
+        lambda: [b"", b"\n", b"..", b"../..", b"/", b"step-", b"step-00000000", b"step-" + b"9" * 5000, b"\xff", b"\0", b"step-1\nstep-2", "step-²".encode(),
+                 "step-١".encode(), b"x" * 5000, b"checkpoints"],
+        kind="text", template=_run, says="resume: |output: ", share=0.5)  # fmt: skip
+def newest_checkpoint(folder: Path) -> None:
+    _resume(folder)
+
+
+def _nasty_states() -> list[bytes]:
+    state = torch.load(io.BytesIO(run_files()[state_name()]), weights_only=True)
+    found = [saved({k: v for k, v in state.items() if k != key}) for key in state]
+    for key in state:
+        found += [
+            saved({**state, key: value}) for value in (None, [], {}, 5, "x", torch.ones(2), -1)
+        ]
+    head = state["head"]
+    first = next(iter(head))
+    found += [
+        saved({**state, "head": {**head, first: value}})
+        for value in (torch.ones(1), torch.full_like(head[first], float("nan")), head[first].long())
+    ]
+    found += [saved(value) for value in (None, [], {}, 5, "x", torch.ones(2), head)]
+    return [*found, b"", b"PK\3\4", b"\x80\x02."]
+
+
+@target(
+    "checkpoint",
+    "state.pt",
+    lambda: [run_files()[state_name()]],
+    _nasty_states,
+    template=_run,
+    says="resume: |loss: |lr: |training: ",
+    share=0.4,
+)
+def checkpoint(folder: Path) -> None:
+    (folder / "state.pt").replace(folder / state_name())
+    _resume(folder)
+
+
+@target(
+    "checkpoint without checksum",
+    "state.pt",
+    lambda: [run_files()[state_name()]],
+    _nasty_states,
+    template=_run,
+    says="resume: |loss: |lr: |training: ",
+    share=0.6,
+)
+def checkpoint_without_checksum(folder: Path) -> None:
+    """As earlier versions wrote them: what cannot be read gives way, what can be read is taken."""
+    for checksum in (folder / "run").rglob("*.sha256"):
+        checksum.unlink()
+    checkpoint(folder)
+
+
+# ---------------------------------------------------------------------- cached features
+
+
+@functools.cache
+def feature_files() -> dict[str, bytes]:
+    """Features of two photos."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cache_features(network(), photos(folder / "photos"), folder / "features", progress=False)
+        return files_of(folder / "features")
+
+
+def _features(folder: Path) -> None:
+    put(feature_files(), folder / "features")
+
+
+def _open(folder: Path) -> None:
+    found = open_features(folder / "features")
+    found.taps(range(len(found)))
+    list(found.skipped)
+
+
+def _nasty_indexes() -> list[bytes]:
+    whole = feature_files()["features.json"]
+    skipped = ([[0, "x"]], [[5, "x"]], [[-1, "x"]], [[0, None]], [[None, "x"]], [[[], "x"]], {"0": "x"}, "ab", ["ab"], [[1e999, "x"]], [["0", "x"]], [[1.5, "x"]], [[0, "x"], [0, "y"]],
+               [[0, "x"], [1, "y"]], 5, None, [[10**400, "x"]])  # fmt: skip
+    changes: list[dict[str, Any]] = [{"skipped": value} for value in skipped]
+    changes += [{"photos": value} for value in (-1, 0, 10**6, 10**12, "2", None, 2.5, True)]
+    changes += [
+        {"grid": value}
+        for value in (
+            [],
+            [1, 1],
+            [0, 0],
+            [-3, -5],
+            [10**9, 1],
+            ["3", "5"],
+            None,
+            [3, 5, 7],
+            [1e999, 1],
+        )
+    ]
+    changes += [{"names": value} for value in ([], None, "ab", [1, 2], {}, ["a"])]
+    changes += [
+        {"shapes": value}
+        for value in ({}, [], None, {"../../x": [1]}, {"tap-0": [2, 15]}, {"prefix": [2, 1, 32]})
+    ]
+    found = [edited(whole, lambda r, c=change: r.update(c)) for change in changes]
+
+    def shape(values: Any) -> bytes:
+        return edited(whole, lambda r: r["shapes"].update({next(iter(r["shapes"])): values}))
+
+    return [
+        *found,
+        *map(
+            shape,
+            (
+                [],
+                [2],
+                [-2, -15, 32],
+                [2, 15, 10**12],
+                [0, 15, 32],
+                [15, 2, 32],
+                [2.0, 15, 32],
+                "abc",
+                [True, 30, 32],
+                [10**400],
+            ),
+        ),
+        *nasty_json(),
+    ]
+
+
+@target(
+    "features index",
+    "features/features.json",
+    lambda: [feature_files()["features.json"]],
+    _nasty_indexes,
+    kind="json",
+    template=_features,
+    says="features: ",
+    share=1.5,
+)
+def features_index(folder: Path) -> None:
+    _open(folder)
+
+
+def _nasty_keys() -> list[bytes]:
+    whole = feature_files()["key.json"]
+    return [
+        edited(whole, lambda r, c=change: r.update(c))
+        for change in (
+            {"dtype": "x"},
+            {"dtype": 5},
+            {"dtype": "O"},
+            {"views": 0},
+            {"views": "x"},
+            {"views": 10**9},
+            {"format": 99},
+        )
+    ] + nasty_json()
+
+
+@target(
+    "features key",
+    "features/key.json",
+    lambda: [feature_files()["key.json"]],
+    _nasty_keys,
+    kind="json",
+    template=_features,
+    says="features: ",
+    share=0.7,
+)
+def features_key(folder: Path) -> None:
+    _open(folder)
+
+
+@target(
+    "features of another run",
+    "features/key.json",
+    lambda: [feature_files()["key.json"]],
+    _nasty_keys,
+    kind="json",
+    template=_features,
+    says="features: ",
+    share=0.2,
+)
+def features_again(folder: Path) -> None:
+    cache_features(network(), photos(folder / "photos"), folder / "features", progress=False)
+
+
+# ---------------------------------------------------------------------- evaluations
+
+
+FACTS = {"protocol": {"seed": 0}, "methods": ["gradcam"]}
+
+
+@functools.cache
+def state_file() -> bytes:
+    """A state of two images and two methods."""
+    grey = io.BytesIO()
+    Image.new("L", (7, 7), 9).save(grey, "PNG")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.sqlite"
+        store = Store(path, FACTS)
+        store.add_images([ImageRow(i, f"photo {i}.jpg", 1, "dog", 0.9) for i in range(3)])
+        store.add_images([ImageRow(3, "bad.jpg", None, None, None, "image: damaged")])
+        for i in range(3):
+            for method in ("gradcam", "saliency"):
+                store.add(
+                    ResultRow(
+                        i,
+                        method,
+                        None,
+                        0,
+                        5,
+                        0.1,
+                        {"AD@50": 1.0},
+                        {"deletion": [0.5, 0.1]},
+                        grey.getvalue(),
+                    )
+                )
+                store.add_map(i, method, np.ones((7, 7), np.float32))
+        store.add_tops([(i, [[1, "dog", 0.9]]) for i in range(3)])
+        store.close()
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA journal_mode=DELETE")
+        return path.read_bytes()
+
+
+def _altered(*statements: str) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.sqlite"
+        path.write_bytes(state_file())
+        with closing(sqlite3.connect(path)) as database:
+            for statement in statements:
+                database.execute(statement)
+            database.commit()
+        return path.read_bytes()
+
+
+def _nasty_states_in_sqlite() -> list[bytes]:
+    texts = (
+        "''",
+        "'['",
+        "'5'",
+        "'null'",
+        "'[]'",
+        "x'ff'",
+        "NULL",
+        "5",
+        '\'{"AD@50": "x"}\'',
+        "'{\"AD@50\": [1]}'",
+        f"'{'[' * 50_000}'",
+        "'{\"d\": 5}'",
+        '\'{"d": ["x"]}\'',
+    )
+    found = [
+        _altered(f"UPDATE OR REPLACE results SET {column} = {text}")
+        for column in ("measured", "scores", "map", "tied", "seconds", "method", "reason")
+        for text in texts
+    ]
+    found += [
+        _altered(f"UPDATE OR REPLACE maps SET {column} = {text}")
+        for column in ("height", "width", "data", "method")
+        for text in ("-1", "0", "7.5", "'x'", "NULL", "x'00'", "1000000000")
+    ]
+    found += [
+        _altered(f"UPDATE images SET {column} = {text}")
+        for column in ("id", "target", "target_name", "score", "skipped", "digest")
+        for text in ("-1", "7.5", "'x'", "NULL", "x'00'", "9e999")
+    ]
+    found += [_altered(f"UPDATE tops SET top = {text}") for text in texts]
+    found += [_altered(f"UPDATE OR REPLACE meta SET value = {text}") for text in texts]
+    found += [
+        _altered(f"DROP TABLE {table}") for table in ("meta", "images", "results", "maps", "tops")
+    ]
+    found += [
+        _altered(f"DROP TABLE {table}", f"CREATE TABLE {table}(a, b)")
+        for table in ("meta", "images", "results", "maps", "tops")
+    ]
+    found += [
+        _altered(f"DROP TABLE {table}", f"CREATE VIEW {table} AS SELECT 1")
+        for table in ("meta", "images", "results", "maps")
+    ]
+    found += [
+        _altered("ALTER TABLE images ADD COLUMN more"),
+        _altered("ALTER TABLE results DROP COLUMN failed"),
+        _altered("DELETE FROM images"),
+    ]
+    found += [
+        _altered("CREATE TRIGGER t BEFORE INSERT ON results BEGIN SELECT RAISE(ABORT, 'no'); END")
+    ]
+    whole = state_file()
+    return [
+        *found,
+        b"",
+        b"SQLite format 3\0",
+        whole[:100],
+        whole[:4096],
+        whole[:-4096],
+        whole[:5000],
+        whole[:18] + b"\2\2" + whole[20:],
+        b"x" * 8192,
+    ]
+
+
+def _work(folder: Path) -> None:
+    path = folder / "state.sqlite"
+    store = Store(path, FACTS)
+    try:
+        store.finished(0, 9)
+        store.image(0)
+        store.worked("gradcam")
+        store.without_map(0, 9)
+        store.without_top(0, 9)
+        store.add(ResultRow(9, "gradcam", None, 0, 5, 0.1, {}, {}, None))
+        store.images()
+        for method in ("gradcam", "saliency"):
+            list(store.results(method))
+    finally:
+        store.close()
+    list(kept_images(path, None, 9))
+    _maps(results(), path, [(0, 0), (1, 2)])
+
+
+@target(
+    "state",
+    "state.sqlite",
+    lambda: [state_file()],
+    _nasty_states_in_sqlite,
+    says="state: ",
+    share=2,
+)
+def state(folder: Path) -> None:
+    _work(folder)
+
+
+# ---------------------------------------------------------------------- studies and records
+
+
+@target(
+    "probe results",
+    "results.json",
+    lambda: [b'{"folds": [0], "seeds": [0], "split_seed": 0, "heads": []}'],
+    nasty_json,
+    kind="json",
+    says="output: ",
+    share=0.3,
+)
+def probe_results(folder: Path) -> None:
+    check_results(folder)
+
+
+SETTINGS = {"epochs": 2, "data": {"sha256": "0"}}
+
+
+def _settings(folder: Path) -> None:
+    (folder / "settings.json").write_text(json.dumps(SETTINGS))
+
+
+def _text_run() -> bytes:
+    return json.dumps({"run": TextRun("additive", "at", 0.5, 1.0, 0), "f1": 0.5}).encode() + b"\n"
+
+
+@target("study runs", "runs.jsonl", lambda: [_text_run()], lambda: [b"5\n", b"null\n", b'{"run": 5}\n', b'{"run": []}\n', b'{"run": [[], {}, 1, 2, 3]}\n', b"\xff\n", *nasty_json()],
+        kind="json lines", template=_settings, says="output: ", share=0.6)  # fmt: skip
+def study_runs(folder: Path) -> None:
+    Progress(folder, SETTINGS)
+
+
+@target(
+    "study settings",
+    "settings.json",
+    lambda: [json.dumps(SETTINGS).encode()],
+    nasty_json,
+    kind="json",
+    says="output: ",
+    share=0.4,
+)
+def study_settings(folder: Path) -> None:
+    Progress(folder, SETTINGS)
+
+
+@functools.cache
+def _part_study() -> bytes:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        part_utilization._claim(folder / "study", photos(folder / "photos"), PartStudyConfig())
+        return (folder / "study" / "study.json").read_bytes()
+
+
+@target(
+    "study record",
+    "study/study.json",
+    lambda: [_part_study()],
+    nasty_json,
+    kind="json",
+    says="output: ",
+    share=0.4,
+)
+def study_record(folder: Path) -> None:
+    part_utilization._claim(folder / "study", photos(folder / "photos"), PartStudyConfig())
+
+
+@target(
+    "sentiment trees",
+    "train.txt",
+    valid=lambda: [lines("(3 (2 It) (4 (2 's) (4 lovely)))", "", "(1 (2 a) (0 bore))")],
+    nasty=lambda: [b"", b"(", b")", b"(3", b"(9 x)", b"(3 )", b"()", b"(3 " * 50_000, b"(3 " * 5000 + b"x" + b")" * 5000, b"\xff", "(² x)".encode(), b"(3 x) y", b"(3 x)(2 y)"],
+    kind="text",
+    says="data: ",
+    share=0.6,
+)  # fmt: skip
+def sentiment_trees(folder: Path) -> None:
+    sst.read(folder / "train.txt")
+
+
+@target(
+    "word vectors",
+    "vectors.txt",
+    valid=lambda: [lines("3 4", "cat 1 2 3 4", "dog .5 -1e-3 0 2", "emu 1 2 3 4"), lines("cat 1 2", "dog 3 4")],
+    nasty=lambda: [b"", b"cat", b"cat x y", b"cat 1 2\ndog 3", b"cat nan 1", b"cat 1e999 1", b"cat 1e50 1", b"cat  1 2", b"\xff", b"cat " + b"1 " * 200_000, b"cat " + b"9" * 5000,
+                   b"x" * 1_000_000, b"cat 1 2\ncat 3\n", "cat １ ２".encode()],
+    kind="text",
+    says="vectors: ",
+    share=0.6,
+)  # fmt: skip
+def word_vectors(folder: Path) -> None:
+    found = Vocabulary([["cat", "dog"]], 1).vectors(folder / "vectors.txt", torch.Generator())
+    assert torch.isfinite(found).all()
+
+
+def _parts(folder: Path) -> None:
+    cut_parts(folder / "photos", folder / "boxes.json", folder / "cut")
+
+
+@functools.cache
+def part_files() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        photos(folder / "photos")
+        (folder / "boxes.json").write_text(
+            json.dumps({"0.png": [[5, 5, 12, 12]], "1.png": [[1, 1, 5, 5]]})
+        )
+        _parts(folder)
+        return files_of(folder)
+
+
+def _nasty_parts() -> list[bytes]:
+    whole = part_files()["cut/parts.json"]
+
+    def change(**values: Any) -> bytes:
+        return edited(whole, lambda r: r["parts"][0].update(values))
+
+    return [
+        *(change(index=value) for value in (-1, 99, "x", None, 1e999, 10**400, 1.5, [])), *(change(file=value) for value in (5, None, "../../x", "\0", "x" * 5000, [])),
+        *(change(outcome=value) for value in (5, None, [], "nothing", "skipped")), edited(whole, lambda r: r.update(parts=5)), edited(whole, lambda r: r.update(parts=[5])),
+        edited(whole, lambda r: r["parts"][0].pop("outcome")), edited(whole, lambda r: r.pop("settings")), *nasty_json(),
+    ]  # fmt: skip
+
+
+@target(
+    "parts record",
+    "cut/parts.json",
+    lambda: [part_files()["cut/parts.json"]],
+    _nasty_parts,
+    kind="json",
+    template=lambda folder: put(part_files(), folder),
+    says="output: ",
+    share=0.6,
+)
+def parts_record(folder: Path) -> None:
+    _parts(folder)
