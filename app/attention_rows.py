@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xattn.app.attention_pictures import NUMBER, SHARE, Colours, alt_text, legend, png, shares
 from xattn.app.attention_view import KEY, MEAN, View, change, fused, name_of, token_of
-from xattn.app.components import grid
+from xattn.app.components import grid, sent
 from xattn.app.state import plain
 from xattn.attention.statistics import kept_keys, row_entropy
 from xattn.visualize import make_scale
@@ -88,11 +88,15 @@ def _grid(
 
 
 def _head_opened() -> None:
-    change(head=st.session_state[f"{KEY}heads"].open)
+    opened = sent(f"{KEY}heads", "open")
+    if opened is not None:
+        change(head=opened)
 
 
 def _layer_opened() -> None:
-    change(layer=int(st.session_state[f"{KEY}strip"].open))
+    opened = sent(f"{KEY}strip", "open")
+    if opened is not None:
+        change(layer=int(opened))
 
 
 def _lines(row: Tensor, seen: Reading) -> list[str]:

@@ -11,7 +11,7 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app import export, state
-from xattn.app.components import grid
+from xattn.app.components import grid, sent
 from xattn.app.components.slide import slide
 from xattn.app.head_card import head_card
 from xattn.app.image_view import SIDE, WIDTH, Shown, aspect, file_name, legend, select, short
@@ -85,7 +85,7 @@ def classes_tab(pack: Pack, shown: Shown) -> None:
 
 
 def _open_class() -> None:
-    opened = st.session_state["classes"].open
+    opened = sent("classes", "open")
     if opened:
         st.query_params["class"] = opened
         st.query_params.pop("entry", None)

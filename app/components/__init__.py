@@ -23,6 +23,15 @@ def component(name: str) -> Any:
     return st.components.v2.component(f"xattn_{name}", html=html, css=css, js=js)
 
 
+def sent(key: str, name: str) -> Any:
+    """What the component of ``key`` sent as ``name``, for its callback.
+
+    None where a click ended the run that was to show the component again: Streamlit then calls back, but
+    has forgotten the key.
+    """
+    return getattr(st.session_state.get(key), name, None)
+
+
 def grid(
     cells: Sequence[Mapping[str, Any]],
     key: str,
@@ -51,8 +60,7 @@ def grid(
         aspect: width over height of a picture's place.
         scroll: when this changes, the grid's top comes into sight.
         on_open: called before the script runs again, without arguments.
-        on_turn: as ``on_open``, for page keys inside the grid; ``st.session_state[key].turn`` is
-            -1 or 1.
+        on_turn: as ``on_open``, for page keys inside the grid; ``sent(key, "turn")`` is -1 or 1.
     """
     data = {
         "cells": [dict(cell) for cell in cells],

@@ -11,7 +11,7 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app import address, export, last_view, selection, state
-from xattn.app.components import grid
+from xattn.app.components import grid, sent
 from xattn.app.image_view import short
 from xattn.app.pictures import Look, blank_maps, legends, overlay_url, photo_url
 from xattn.app.selection import ALL, MAPS, NAMES, RIGHT, SHOWS, SIZES, Choices, View
@@ -142,7 +142,7 @@ def _last(pack: Pack) -> str | None:
 
 def _opened(pack: Pack, choices: Choices) -> None:
     """Go to the image, before this page runs again."""
-    opened = st.session_state[CELLS].open
+    opened = sent(CELLS, "open")
     if opened in pack.entries.index:
         text = selection.to_text(_from_widgets(choices), choices)
         image_id = pack.entries.at[opened, "image_id"]
@@ -151,7 +151,9 @@ def _opened(pack: Pack, choices: Choices) -> None:
 
 
 def _turned() -> None:
-    _turn(st.session_state[CELLS].turn)
+    by = sent(CELLS, "turn")
+    if by is not None:
+        _turn(by)
 
 
 def _turn(by: Any) -> None:

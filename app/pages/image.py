@@ -10,7 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app import image_tabs, last_view, selection, state
-from xattn.app.components import grid
+from xattn.app.components import grid, sent
 from xattn.app.image_view import SIDE, WIDTH, Shown, aspect, file_name, legend, select, short
 from xattn.app.pictures import Look, blank_maps, overlay_url, photo_url
 from xattn.app.state import Context, plain
@@ -288,6 +288,6 @@ def _cell(pack: Pack, shown: Shown, entry_id: str) -> dict[str, Any]:
 
 
 def _focus(ids: Sequence[str]) -> None:
-    opened = st.session_state["maps"].open
+    opened = sent("maps", "open")
     if opened in ids:
         st.query_params["entry"] = opened

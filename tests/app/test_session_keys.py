@@ -55,3 +55,30 @@ def test_every_page_has_been_looked_at(session):
     assert all(widgets for _, widgets in session.values())
     assert "gallery.maps" in session["gallery"][0]
     assert "maps" in session["image"][1]
+
+
+def clicks():
+    """The callbacks of grids, called while no grid is there."""
+    from functools import partial
+
+    from xattn.app import attention_rows, image_tabs, selection, state
+    from xattn.app.pages import gallery, image
+
+    library = state.library()
+    pack = library.open(library.packs()[0].id)
+    for callback in (
+        partial(gallery._opened, pack, selection.table(pack).choices),
+        gallery._turned,
+        partial(image._focus, ["a"]),
+        image_tabs._open_class,
+        attention_rows._head_opened,
+        attention_rows._layer_opened,
+    ):
+        callback()
+
+
+def test_a_click_whose_grid_is_forgotten_by_now_does_nothing(tmp_path, monkeypatch):
+    small_pack(tmp_path / "pack", 2, ("gradcam",))
+    monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))
+    page = opened(clicks)
+    assert not page.query_params
