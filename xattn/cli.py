@@ -932,6 +932,20 @@ def _plain_warnings() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _group() -> Iterator[None]:
+    """Leave the process group of a launch of several processes at the end of the block; where another
+    process died, that is one line. A single process does not wait for torch to be imported."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from xattn.distributed import leave, peers
+
+    with peers():
+        yield
+        leave()
+
+
 def _row_name(source: str, name: str, taken: set[str]) -> str:
     from xattn.files import printable
 
@@ -973,7 +987,7 @@ def main(arguments: list[str] | None = None) -> int:
         from xattn.allocator import keep_memory
 
         keep_memory()
-        with _plain_warnings():
+        with _plain_warnings(), _group():
             command.run()
     except (ValueError, OSError, MemoryError) as error:
         text: Any = error
@@ -989,12 +1003,8 @@ def main(arguments: list[str] | None = None) -> int:
             hint = "; the same command goes on"
         print(f"xattn: interrupted{hint}", file=sys.stderr)
         return 130
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from xattn.distributed import leave
-
-        leave()
-        if os.environ.get("RANK", "0") != "0":
-            return 0
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
+        return 0
     print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     return 0
 

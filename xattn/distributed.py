@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +32,29 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def peers(remedy: str = "start all of them again") -> Iterator[None]:
+    """An error of the process group inside the block is one line: another process died.
+
+    Raises:
+        ConnectionError: that, with the ``remedy``.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _joined() or not _of_the_group(error):
+            raise
+        raise ConnectionError(
+            f"processes: another one of this run died or ended with an error; {remedy}, nothing that was "
+            f"written is lost"
+        ) from error
+
+
+def _of_the_group(error: RuntimeError) -> bool:
+    """gloo raises plain RuntimeErrors, which name its source file."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 def leave() -> None:

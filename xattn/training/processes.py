@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from xattn.distributed import peers
 from xattn.files import printable
 from xattn.heads.attentive import FeatureNorm
 from xattn.kernels.softmax.reference import widen
 from xattn.training.run_folder import claim
 
+RESUME = "start all of them again with --resume (resume=True) to go on from the last checkpoint"
 FAILED = 1000  # beside the numbers of signals
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
@@ -43,7 +45,8 @@ def own_accelerator(device: torch.device, precision: str) -> Iterator[Any]:
     )
     alone = accelerator.num_processes == 1
     try:
-        yield accelerator
+        with peers(RESUME):
+            yield accelerator
     finally:
         for state, values in zip(states, before, strict=True):
             if alone or state is not PartialState:  # many processes keep their group

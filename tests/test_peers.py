@@ -1,0 +1,100 @@
+"""A process that dies: the others end with one line, and resume goes on from the last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import xattn
+from xattn.distributed import peers
+
+JOB = """
+import os, signal, sys
+from xattn.cli import main
+from xattn.training import loop, probe
+
+at, kind, *arguments = sys.argv[1:]
+module, calls = {"train": loop, "probe": probe}[kind], []
+step = module._step
+
+def dying(*args):
+    calls.append(1)
+    if len(calls) == int(at) and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)  # as the out-of-memory killer does
+    return step(*args)
+
+module._step = dying
+sys.exit(main([kind, *arguments]))
+"""
+
+
+def two_processes(root, at, *arguments):
+    """Exit codes and standard errors of two processes, the second of which dies in step ``at``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(root / "job.py"), str(at), *map(str, arguments)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=200)[1] for process in running]
+    return [process.returncode for process in running], errors
+
+
+@pytest.mark.parametrize("kind", ["train", "probe"])
+def test_the_survivor_ends_with_one_line_and_resume_goes_on(tmp_path, kind):
+    torch.manual_seed(0)
+    name = {"train": "test_efficientnet", "probe": "test_vit"}[kind]
+    backbone = xattn.load_backbone(name, weights=None, input_size=64)
+    save_file(backbone.model.state_dict(), str(tmp_path / "w.safetensors"))
+    for i in range(16):
+        folder = tmp_path / "p" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+    (tmp_path / "job.py").write_text(JOB)
+    output = tmp_path / "out"
+    arguments = [
+        kind, "--data", tmp_path / "p", "--backbone", name, "--input-size", "64", "--weights",
+        tmp_path / "w.safetensors", "--epochs", "2", "--batch-size", "2", "--checkpoint-every", "2",
+        "--workers", "0", "--device", "cpu", "--output", output,
+    ]  # fmt: skip
+    if kind == "probe":
+        arguments += ["--heads", "gap"]
+    codes, (survivor, _) = two_processes(tmp_path, 4, *arguments)
+    assert codes == [2, -9], survivor
+    assert "Traceback" not in survivor
+    last = survivor.strip().splitlines()[-1]
+    assert last.startswith("xattn: error: processes: another one") and "--resume" in last, survivor
+    run = output if kind == "train" else output / "gap"
+    last_checkpoint = {"train": 2, "probe": 3}[kind]  # every second step; probe's epochs have three
+    assert (run / "checkpoints/latest").read_text() == f"step-{last_checkpoint:08d}\n"
+    assert len((run / "log.jsonl").read_text().splitlines()) == 3
+    codes, errors = two_processes(tmp_path, 0, *arguments, "--resume")
+    assert codes == [0, 0], errors
+    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 4
+    assert (run / "head/model.safetensors").is_file()
+
+
+def test_errors_that_are_not_of_the_group_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="gloo") as error, peers():
+        raise RuntimeError("gloo, in a single process")
+    assert not isinstance(error.value, ConnectionError)
