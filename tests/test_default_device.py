@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_networks import CNN_ONLY, OPTIONS, VIT_ONLY, made
 
 from xattn import evaluate, explain, load_backbone
 from xattn.attention import convert, create_mechanism, list_attention, record
@@ -16,37 +17,12 @@ from xattn.eval import PROBES, create_probe, randomized_backbone
 from xattn.explainers import create_explainer, list_explainers
 from xattn.heads import create_head, list_heads, load_head, save_head
 
-OPTIONS = {
-    "rise": {"masks": 6},
-    "occlusion": {"size": 16, "stride": 16},
-    "lime": {"samples": 6},
-    "kernel_shap": {"samples": 6},
-    "integrated_gradients": {"steps": 3},
-    "gradient_shap": {"samples": 3},
-    "smoothgrad": {"samples": 3},
-}
 MECHANISMS = {
     "softmax": {},
     "gna": {"kernel": 3},
     "dma": {"window": 4},
     "agent": {"agents": 4, "window": (3, 3)},
 }
-CNN_ONLY = ("cam", "guided_backprop", "lrp")
-VIT_ONLY = ("rollout", "raw_attention", "column_mass", "generic_relevance", "attn_lrp")
-
-
-def made(kind):
-    torch.manual_seed(0)
-    if kind == "cnn":
-        model = timm.create_model("test_resnet", num_classes=7)
-    else:
-        model = timm.create_model(
-            "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=32, num_heads=2,
-            num_classes=7,
-        )  # fmt: skip
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.02)
-    return load_backbone(model, input_size=32)
 
 
 @pytest.fixture

@@ -11,39 +11,19 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_networks import CNN_ONLY, OPTIONS, VIT_ONLY, made
 
 from xattn import evaluate, explain
 from xattn.attention import convert, record, revert
-from xattn.backbone import load_backbone
 from xattn.explainers import create_explainer, list_explainers
 from xattn.heads import create_head
 from xattn.locking import alone, lock_of
 
-OPTIONS = {
-    "rise": {"masks": 6},
-    "occlusion": {"size": 16, "stride": 16},
-    "lime": {"samples": 6},
-    "kernel_shap": {"samples": 6},
-    "integrated_gradients": {"steps": 3},
-    "gradient_shap": {"samples": 3},
-    "smoothgrad": {"samples": 3},
-}
-CNN_ONLY = ("cam", "guided_backprop", "lrp")
-VIT_ONLY = ("rollout", "raw_attention", "column_mass", "generic_relevance", "attn_lrp")
 
-
-def made(kind):
-    torch.manual_seed(0)
-    if kind == "cnn":
-        model = timm.create_model("test_resnet", num_classes=7)
-    else:
-        model = timm.create_model(
-            "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=24, num_classes=7
-        )
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.02)
-    backbone = load_backbone(model, input_size=32)
-    backbone.model.get_classifier().train().weight.requires_grad_(True)  # a state to keep
+def kept(kind):
+    """A backbone with a state that is not the default one, which has to be kept."""
+    backbone = made(kind)
+    backbone.model.get_classifier().train().weight.requires_grad_(True)
     return backbone
 
 
@@ -92,7 +72,7 @@ def together(*jobs):
 def test_two_threads_explain_as_one_after_the_other(name, kind):
     if name in (CNN_ONLY if kind == "vit" else VIT_ONLY):
         pytest.skip(f"{name} does not explain a {kind}")
-    backbone = made(kind)
+    backbone = kept(kind)
     head = create_head("ttame", backbone, fusion="classifier").train()
     explainer = create_explainer(name, backbone, head, **OPTIONS.get(name, {}))
     images = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -113,7 +93,7 @@ def test_two_threads_explain_as_one_after_the_other(name, kind):
 @pytest.mark.parametrize("kind", ["cnn", "vit"])
 @pytest.mark.parametrize("name", ["gradcam", "ablationcam"])
 def test_passes_beside_an_explanation_see_nothing_of_it(name, kind):
-    backbone = made(kind)
+    backbone = kept(kind)
     layer = backbone.model.layer1 if kind == "cnn" else None
     explainer = create_explainer(name, backbone, layer=layer)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -129,7 +109,7 @@ def test_passes_beside_an_explanation_see_nothing_of_it(name, kind):
 
 
 def test_explain_and_evaluate_share_a_backbone_with_whoever_converts_it(tmp_path):
-    backbone = made("vit")
+    backbone = kept("vit")
     for i in range(3):
         pixels = np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
@@ -157,7 +137,7 @@ def test_explain_and_evaluate_share_a_backbone_with_whoever_converts_it(tmp_path
 
 
 def test_recordings_side_by_side_keep_the_settings_of_the_layers():
-    backbone = made("vit")
+    backbone = kept("vit")
     for block in backbone.model.blocks:
         block.attn.fused_attn = False
     images = torch.rand(2, 3, 32, 32)
@@ -198,7 +178,7 @@ def test_a_converted_model_takes_images_of_two_sizes_from_two_threads():
 
 
 def test_an_explanation_inside_an_explanation_goes_on():
-    backbone = made("cnn")
+    backbone = kept("cnn")
     outer, inner = create_explainer("gradcam", backbone), create_explainer("saliency", backbone)
     images, found = torch.rand(1, 3, 32, 32), []
 
@@ -211,7 +191,7 @@ def test_an_explanation_inside_an_explanation_goes_on():
 
 
 def test_a_hook_may_explain_from_within_a_pass():
-    backbone = made("cnn")
+    backbone = kept("cnn")
     explainer, images, found = create_explainer("gradcam", backbone), torch.rand(1, 3, 32, 32), []
     expected = explainer.attribute(images, 2)
 
@@ -226,8 +206,16 @@ def test_a_hook_may_explain_from_within_a_pass():
     assert torch.equal(found[1], expected)
 
 
-def test_passes_run_side_by_side_and_whoever_is_wantedwaits_for_them():
-    backbone = made("cnn")
+def wait_until(true):
+    for _ in range(10_000):
+        if true():
+            return
+        time.sleep(0.001)
+    pytest.fail("nobody came to wait")
+
+
+def test_passes_run_side_by_side_and_a_change_waits_for_them():
+    backbone = kept("cnn")
     lock, order = lock_of(backbone.model), []
     inside, go = threading.Barrier(3), threading.Event()
 
@@ -247,7 +235,7 @@ def test_passes_run_side_by_side_and_whoever_is_wantedwaits_for_them():
     inside.wait(10)
     threads.append(threading.Thread(target=change))
     threads[-1].start()
-    time.sleep(0.05)
+    wait_until(lambda: lock._line)
     go.set()
     for thread in threads:
         thread.join(10)
@@ -266,15 +254,14 @@ def test_who_came_first_goes_first_so_that_nobody_waits_for_ever():
         for i, way in enumerate((lock.alone, lock.shared, lock.alone)):
             threads.append(threading.Thread(target=take, args=(way, i)))
             threads[-1].start()
-            while len(lock._line) <= i:
-                time.sleep(0.001)
+            wait_until(lambda: len(lock._line) > i)  # noqa: B023
     for thread in threads:
         thread.join(10)
     assert order == [0, 1, 2]
 
 
 def test_an_error_inside_frees_the_lock():
-    backbone = made("cnn")
+    backbone = kept("cnn")
     with pytest.raises(ZeroDivisionError), backbone.alone():
         1 / 0  # noqa: B018
     with pytest.raises((RuntimeError, ValueError)):
@@ -283,7 +270,7 @@ def test_an_error_inside_frees_the_lock():
 
 
 def test_networks_of_the_same_weights_share_a_lock_and_copies_have_their_own():
-    backbone = made("vit")
+    backbone = kept("vit")
     own = lock_of(backbone.model)
     assert lock_of(backbone.with_taps("block").model) is own
     with backbone.alone():  # copies and pickles of a network in use are free
@@ -295,7 +282,7 @@ def test_networks_of_the_same_weights_share_a_lock_and_copies_have_their_own():
 
 
 def test_a_copy_made_beside_an_explanation_has_none_of_its_hooks():
-    backbone = made("cnn")
+    backbone = kept("cnn")
     explainer, images = create_explainer("gradcam", backbone), torch.rand(1, 3, 32, 32)
     before = state(backbone)
     _, copies = together(

@@ -51,8 +51,12 @@ def states(tmp_path_factory):
     two = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    one = job.trained(root, 1)
-    output, _ = two.communicate(timeout=300)
+    try:
+        one = job.trained(root, 1)
+        output, _ = two.communicate(timeout=300)
+    finally:
+        two.terminate()  # torchrun ends its processes, too
+        two.wait()
     assert two.returncode == 0, output.decode()
     return one, *(torch.load(root / f"states-{rank}.pt") for rank in range(2))
 
