@@ -125,7 +125,9 @@ class Store:
         if not _begun(database):  # another process is just making it
             return
         database.check_pages()
-        stored = {key: database.value(text) for key, text in database.rows("SELECT * FROM meta")}
+        stored = {
+            key: database.value(text) for key, text in database.rows("SELECT key, value FROM meta")
+        }
         fresh = json.loads(json.dumps(dict(facts), sort_keys=True))
         other = [key for key in fresh if key in stored and stored[key] != fresh[key]]
         if other:

@@ -69,7 +69,7 @@ _MODEL = ("--backbone", "test_vit3", "--weights", "random", "--input-size", "48"
     ],
     kind="text",
     template=_files,
-    says=f"class |{OWN}",  # a class that is not one of the network's begins so
+    says=f"class |bench kernels: |{OWN}",  # of these two the first word is no argument
 )  # fmt: skip
 def command_line(folder: Path) -> None:
     """Mutations of lines that need no network from a hub: a word that is no flag changes, at most."""
