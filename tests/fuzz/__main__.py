@@ -21,7 +21,7 @@ from fuzz import TARGETS, Failure, Tally, attempt, make_input, run, shares, tabl
 
 
 def _work(name: str, first: int, count: int, seed: int, pipe: Connection) -> None:
-    """Send each number before its input is read, and then what became of it."""
+    """Send each input's number before it is read, then the result."""
     for what in ("valid", "nasty"):
         TARGETS[name].inputs(what)
     found = run(TARGETS[name], range(first, count), seed)

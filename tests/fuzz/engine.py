@@ -1,10 +1,10 @@
 """Hostile inputs for all that reads a file or an address from outside.
 
 A :class:`Target` is one reader with valid inputs and nasty ones written by hand. Input number i of a
-target is a pure function of (seed, target, i): first the valid inputs, then the nasty ones and mutations of both in turn. A reader passes
-if it takes the input, or refuses it by an error of the project's own: a ``ValueError`` or ``OSError``
-whose text begins with what it is about. Anything else is a failure, and so is
-an input that takes too long or too much memory.
+target is a pure function of (seed, target, i): first the valid inputs, then the nasty ones, then
+mutations of both in turn. A reader passes if it takes the input, or refuses it by an error of the
+project's own: a ``ValueError`` or ``OSError`` whose text begins with what it is about. Anything else is
+a failure, and so is an input that takes too long or too much memory.
 """
 
 from __future__ import annotations
