@@ -10,6 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app.attention_view import KEY, View, change, name_of
+from xattn.app.components import sent
 from xattn.app.state import plain
 from xattn.attention.statistics import bits, breadth, uniform_distance
 
@@ -253,6 +254,7 @@ def _entropy_picked() -> None:
 
 
 def _point_picked(chart: str) -> None:
-    points = st.session_state[f"{KEY}{chart}"].selection.get(PICKED) or []
+    selection = sent(f"{KEY}{chart}", "selection")
+    points = (selection or {}).get(PICKED) or []
     if points:
         change(layer=int(points[0]["layer"]), head=str(int(points[0]["head"])))

@@ -70,8 +70,8 @@ class Request:
 
     def light(self) -> Request:
         """The request without the bytes of its uploads."""
-        clip = None if self.clip is None else replace(self.clip, data=b"")
-        return replace(self, photos=tuple(replace(p, data=b"") for p in self.photos), clip=clip)
+        clip = None if self.clip is None else self.clip.light()
+        return replace(self, photos=tuple(photo.light() for photo in self.photos), clip=clip)
 
 
 @dataclass(eq=False)

@@ -32,11 +32,12 @@ def forget() -> None:
 
 def image_of_url(pack: Pack) -> str:
     """The image that the URL names; without one, as the menu leads here, the gallery's first."""
+    if "view" in st.query_params:  # other pages than the gallery lead to an image without one
+        remember(pack, st.query_params["view"])
     image_id = st.query_params.get("image")
     if image_id:
-        remember(pack, st.query_params.get("view", ""))
         return image_id
-    text = st.query_params.get("view") or remembered(pack)
+    text = remembered(pack)
     if text:
         st.query_params["view"] = text
         shown = selection.selected(pack, selection.from_text(text, selection.table(pack).choices))

@@ -85,7 +85,8 @@ padding:0!important;font-size:.875rem}
 of :func:`facts_html`."""
 
 
-_MARKS = re.compile(r"\S[-_/+](?=[^-_./,+\s])|\S[.,](?=[^-_./,+\s\d])")  # as in components/grid.js
+# As in components/grid.js.
+_MARKS = re.compile(r"\S(?!(?<=\d[eE])[-+]\d)[-_/+](?=[^-_./,+\s])|\S[.,](?=[^-_./,+\s\d])")
 
 
 def name_html(name: object) -> str:

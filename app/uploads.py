@@ -7,6 +7,7 @@ goes on, so that positions, cameras and comments stay behind.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Sequence
@@ -32,10 +33,17 @@ NAME_BYTES = 200  # UTF-8; a file's name may have 255
 
 @dataclass(frozen=True)
 class Upload:
-    """One file as it came: its cleaned name and its bytes."""
+    """One file as it came: its cleaned name and its bytes; without them, their digest."""
 
     name: str
     data: bytes = field(repr=False)
+    digest: str = ""
+
+    def light(self) -> Upload:
+        """The upload without its bytes; two of these are equal where name and bytes were."""
+        if self.digest:
+            return self
+        return Upload(self.name, b"", hashlib.sha256(self.data).hexdigest())
 
 
 Problem = tuple[str, str]  # (file name, what is wrong with it, in a sentence for a person)
@@ -50,12 +58,12 @@ def accept(files: Sequence[Any] | None) -> tuple[list[Upload], list[Problem]]:
     for number, file in enumerate(files or ()):
         name = clean_name(file.name)
         if number >= MAX_PHOTOS:
-            problems.append((name, f"{MAX_PHOTOS} photos at a time are the limit"))
+            problems.append((name, f"only {MAX_PHOTOS} photos can be explained at a time"))
             continue
         try:
             _check_bytes(file.size, MAX_BYTES)
             if total + file.size > MAX_TOTAL:
-                raise ValueError(f"{MAX_TOTAL / 1e6:.0f} MB at a time are the limit")
+                raise ValueError(f"the limit is {MAX_TOTAL / 1e6:.0f} MB at a time")
             upload = Upload(name, file.getvalue())
             _check_header(upload)
         except ValueError as error:

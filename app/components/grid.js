@@ -4,7 +4,7 @@ Only one cell is in the tab order, the one that had the focus last. All text goe
 */
 
 // A long file name breaks behind these, as in theme.py, and a number does not; a <wbr> is not copied.
-const MARKS = /\S[-_/+](?=[^-_./,+\s])|\S[.,](?=[^-_./,+\s\d])/g;
+const MARKS = /\S(?!(?<=\d[eE])[-+]\d)[-_/+](?=[^-_./,+\s])|\S[.,](?=[^-_./,+\s\d])/g;
 
 function element(tag, name, text) {
   const made = document.createElement(tag);

@@ -89,7 +89,7 @@ def page(context: Context) -> None:
 
 def _heading(pack: Pack, image_id: str) -> None:
     choices = selection.table(pack).choices
-    view = selection.from_text(st.query_params.get("view", ""), choices)
+    view = selection.from_text(last_view.remembered(pack), choices)
     before, after, number, count = selection.neighbours(pack, view, image_id)
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
     for label, other, keys in (("Previous", before, "Shift+Left"), ("Next", after, "Shift+Right")):

@@ -147,6 +147,7 @@ def _opened(pack: Pack, choices: Choices) -> None:
         text = selection.to_text(_from_widgets(choices), choices)
         image_id = pack.entries.at[opened, "image_id"]
         st.session_state["_opened"] = (pack.id, image_id)
+        last_view.remember(pack, text)
         state.go("image", image=image_id, view=text or None)
 
 

@@ -104,7 +104,7 @@ def _heading(pack: Pack, image_id: str) -> None:
 
 def _view(pack: Pack) -> selection.View:
     """The gallery's view that led here."""
-    return selection.from_text(st.query_params.get("view", ""), selection.table(pack).choices)
+    return selection.from_text(last_view.remembered(pack), selection.table(pack).choices)
 
 
 def _caption(row: pd.Series) -> None:

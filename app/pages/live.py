@@ -23,6 +23,7 @@ from xattn.app.pictures import (
     photo_url,
 )
 from xattn.app.state import Context, plain
+from xattn.app.uploads import Upload
 from xattn.app.visible import reason
 from xattn.contact_sheet import legends_html
 
@@ -100,10 +101,10 @@ def _both_sides(context: Context) -> None:
         request = _controls(context, kind, job)
     other = None if job is None or kind != "clip" else _other_clip(job)
     if job is not None and other is not None:
-        earlier.info(
-            f"These are the results of {plain(_subject(job))}. To see those of {plain(other)}, press "
-            f"Explain."
-        )
+        shown = _subject(job)
+        which = f"another file named {plain(shown)}" if shown == other else plain(shown)
+        chosen = "the chosen one" if shown == other else plain(other)
+        earlier.info(f"These are the results of {which}. Press Explain for those of {chosen}.")
     if begun is not None and request is not None and begun.given != request.light():
         explaining.jobs().stop(begun)  # a value was typed in the moment before the click
         _begin(context.library, request)
@@ -115,8 +116,11 @@ def _other_clip(job: Job) -> str | None:
     file = st.session_state.get("clip")
     if file is None or not job.finished.is_set():
         return None
-    name = uploads.clean_name(file.name)
-    return None if job.given.clip is not None and job.given.clip.name == name else name
+    kept = st.session_state.get("_light")
+    if kept is None or kept[0] != file.file_id:
+        kept = file.file_id, Upload(uploads.clean_name(file.name), file.getvalue()).light()
+        st.session_state["_light"] = kept
+    return None if kept[1] == job.given.clip else kept[1].name
 
 
 def _subject(job: Job) -> str:
@@ -269,10 +273,11 @@ def _problems(problems: list[uploads.Problem], what: str) -> None:
         names.setdefault(why, []).append(name)
     lines = [f"{_some(found)}: {plain(why)}" for why, found in list(names.items())[:REASONS]]
     if len(names) > REASONS:
-        lines.append(f"and {len(names) - REASONS} other reasons")
+        more = sum(map(len, list(names.values())[REASONS:]))
+        lines.append(f"and {more} more for other reasons")
     st.warning(f"{len(problems)} {what}:  \n" + "  \n".join(lines))
     if len(names) > REASONS or max(map(len, names.values())) > NAMED:
-        with st.expander(f"All {len(problems)} that are {what}"):
+        with st.expander(f"All {len(problems)} {what}"):
             for why, found in names.items():
                 st.markdown(f"{plain(why)}:  \n" + "  \n".join(map(plain, found)))
 

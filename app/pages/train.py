@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -291,10 +293,13 @@ def _show(jobs: Jobs, job: Job, context: Context) -> None:
     _problem(job)
     logs = jobs.losses(job.id)
     if any(logs.values()):
-        _losses(job, logs)
+        with _said():
+            _losses(job, logs)
     elif job.alive and progress is None:
         st.caption(_waiting(job))
-    results = _table(job)
+    results = None
+    with _said():
+        results = _table(job)
     best = None if results is None else str(results.loc[results["accuracy"].idxmax(), "head"])
     head = _sample(job, context, best)
     if results is not None:
@@ -305,6 +310,15 @@ def _show(jobs: Jobs, job: Job, context: Context) -> None:
         st.code(jobs.tail(job.id) or "Nothing yet.", language=None, wrap_lines=True)
     with st.expander("The same on the command line"):
         st.code(jobs.preview(job.spec, job.id), language="sh", wrap_lines=True)
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """A damaged file of a job is a message, and the rest of the job is shown all the same."""
+    try:
+        yield
+    except ValueError as error:
+        st.error(plain(error))
 
 
 def _waiting(job: Job) -> str:

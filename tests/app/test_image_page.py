@@ -210,6 +210,17 @@ def test_a_photo_outside_the_gallerys_selection_says_so(show, pack):
     assert app.button(key="go_Next").disabled and app.button(key="go_Previous").disabled
 
 
+def test_an_image_opened_elsewhere_keeps_the_gallerys_filters(show, pack):
+    app = AppTest.from_function(script, default_timeout=30)
+    app.session_state["_last_view"] = (pack.id, "q=photo-2")
+    app.query_params.update({"pack": pack.id, "image": "photo-00002", "entry": "from a dot"})
+    assert "1 of 1" in texts(checked(app.run()))
+    assert app.session_state["_last_view"] == (pack.id, "q=photo-2")
+    app.query_params["view"] = "q=photo"
+    assert "not in" not in texts(checked(app.run()))
+    assert app.session_state["_last_view"] == (pack.id, "q=photo")
+
+
 def test_the_shared_address_has_the_whole_view(show, pack):
     app = show(pack, image="photo-00001", opacity="0.3", tab="Export", view="order=desc")
     address = parse_qs(urlparse(app.code[0].value).query)

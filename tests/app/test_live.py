@@ -522,9 +522,19 @@ def test_many_files_that_are_left_out_are_one_line_a_reason_and_a_list(library, 
     (warning,) = page.warning
     lines = warning.value.split("  \n")
     assert lines[0] == "30 left out:" and len(lines) == 3
-    assert "p31\\.png, p32\\.png and 27 more" in lines[2] and "32 photos at a time" in lines[2]
+    assert "p31\\.png, p32\\.png and 27 more" in lines[2] and "only 32 photos" in lines[2]
     (listed,) = page.expander[:1]
-    assert listed.label.startswith("All 30") and "p59" in "".join(m.value for m in listed.markdown)
+    assert listed.label == "All 30 left out" and "p59" in "".join(m.value for m in listed.markdown)
+
+
+def test_reasons_beyond_the_first_are_counted_by_their_files() -> None:
+    def several() -> None:
+        from xattn.app.pages import live
+
+        live._problems([(f"{n}.png", f"reason {min(n, 5)}") for n in range(8)], "left out")
+
+    (warning,) = opened(several).warning
+    assert warning.value.endswith("and 4 more for other reasons")
 
 
 def test_a_few_files_that_are_left_out_need_no_list(library, jobs):
@@ -589,6 +599,8 @@ def test_results_of_another_clip_are_told_apart_from_the_chosen_one(library, job
     assert r"results of old\.mp4" in page.info[0].value
     page.file_uploader(key="clip").set_value([("old.mp4", data, "video/mp4")]).run()
     assert not page.info
+    page.file_uploader(key="clip").set_value([("old.mp4", data + b"0", "video/mp4")]).run()
+    assert r"another file named old\.mp4" in page.info[0].value
 
 
 def test_frames_are_called_by_their_clip_number_and_time(library, jobs, tmp_path):

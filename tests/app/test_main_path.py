@@ -2,13 +2,14 @@
 sees when the viewer itself fails."""
 
 import re
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("streamlit")
 
-from xattn.app import bench, demo_job
+from xattn.app import bench, components, demo_job, theme
 from xattn.app.library import Library
 from xattn.app.made_up import CLASSES, described, explanation, picture, small_pack
 from xattn.app.theme import name_html
@@ -210,6 +211,15 @@ def test_a_long_file_name_breaks_behind_its_marks(root, address, open_page, path
     assert rows > 1 and set(lines) == {1}
 
 
-def test_a_number_does_not_break_and_names_are_text():
-    assert name_html("scores -0.25 to 1,000.5") == '<h1 class="name">scores -0.25 to 1,000.5</h1>'
+@pytest.mark.parametrize("text", ["scores -0.25 to 1,000.5", "scores 1e-05 to 3.2e+04"])
+def test_a_number_does_not_break(text):
+    assert name_html(text) == f'<h1 class="name">{text}</h1>'
+
+
+def test_the_grid_breaks_names_as_titles_do():
+    script = (resources.files(components) / "grid.js").read_text(encoding="utf-8")
+    assert f"/{theme._MARKS.pattern}/g" in script
+
+
+def test_names_are_text():
     assert "<wbr>&lt;b&gt;.<wbr>jpg" in name_html("a_<b>.jpg")

@@ -58,10 +58,10 @@ def test_every_page_has_been_looked_at(session):
 
 
 def clicks():
-    """The callbacks of grids, called while no grid is there."""
+    """The callbacks of grids and charts, called while none is there."""
     from functools import partial
 
-    from xattn.app import attention_rows, image_tabs, selection, state
+    from xattn.app import attention_charts, attention_rows, image_tabs, selection, state
     from xattn.app.pages import gallery, image
 
     library = state.library()
@@ -73,6 +73,8 @@ def clicks():
         image_tabs._open_class,
         attention_rows._head_opened,
         attention_rows._layer_opened,
+        attention_charts._distance_picked,
+        attention_charts._entropy_picked,
     ):
         callback()
 

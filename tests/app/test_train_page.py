@@ -23,6 +23,11 @@ from xattn.app.made_up import small_pack
 from xattn.app.pages import train
 from xattn.app.state import Settings
 
+ONE_BAR = """
+import signal, sys
+print("  3%|#| 3/100 [00:01<00:09, 1step/s]", end="\\r", file=sys.stderr, flush=True)
+signal.pause()
+"""
 SPEC = Spec("train", "photos", heads=("ttame",), epochs=5)
 
 
@@ -281,8 +286,12 @@ def test_damaged_results_of_a_job_are_a_message(jobs: Jobs, name: str, text: str
     job = ended(jobs, "mine")
     (job.output / "gap").mkdir(exist_ok=True)
     (job.output / name).write_text(text)
+    if probe:
+        small_pack(job.output / "gap" / "sample", 2, ("step 0", "step 3"))
     page = open_train(job="mine")
     assert "mine" in texts(page)
+    assert not probe or "Maps of 2 photos" in texts(page)
+    assert [e.label for e in page.expander][-1] == "The same on the command line"
 
 
 def test_results_behind_a_link_are_not_shown(jobs: Jobs, tmp_path: Path) -> None:
@@ -376,11 +385,14 @@ def test_the_labels_that_a_browser_shows_are_those_of_the_chosen_folder(
 
 
 def test_the_demo_says_how_long_it_takes(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Path(jobs_module.RUNNER[1])
+    runner.write_text(ONE_BAR)
     monkeypatch.setattr(demo_job, "missing", lambda: None)
     page = opened(welcome)
     button(page, "Make the demo pack").click().run()
     until = time.monotonic() + 60
     while jobs.progress("demo") is None:
-        assert time.monotonic() < until
+        assert time.monotonic() < until, jobs.tail("demo")
+        time.sleep(0.02)
     (bar,) = opened(welcome).get("progress")
     assert "maps measured, about 00:09 left" in bar.proto.text
