@@ -78,7 +78,7 @@ def served(
 ) -> Iterator[tuple[str, int]]:
     """``xattn app root`` on a free port until the block ends: its address and process number.
 
-    ``run`` is what Python gets to be xattn.
+    ``run``: the arguments that make Python run xattn.
 
     Raises:
         RuntimeError: it ended early or did not answer within a minute; with what it wrote to ``log``.

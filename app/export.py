@@ -12,6 +12,7 @@ import pandas as pd
 from PIL.PngImagePlugin import PngInfo
 
 from xattn.app import pictures
+from xattn.app.inside import PackError
 from xattn.app.pictures import Look
 from xattn.contact_sheet import (
     contact_sheet_html,
@@ -19,6 +20,7 @@ from xattn.contact_sheet import (
     contact_sheet_svg,
     sheet_rows,
 )
+from xattn.explanation import map_name
 
 if TYPE_CHECKING:
     from xattn.app.pack import MetricInfo, Pack
@@ -83,14 +85,18 @@ def cell(value: Any) -> Any:
 def figure(pack: Pack, entry_ids: Sequence[str], format: str, look: Look | None = None) -> bytes:
     """The photos of these maps and the maps beside them, as a PNG or SVG file with its provenance.
 
+    A map that cannot be read is left out, and a note says so.
+
     Raises:
-        ValueError: another format, no maps, or too many. PackError: a map that cannot be read.
+        ValueError: another format, no maps, or too many.
+        PackError: an unknown map, or none that can be read.
     """
     if format not in FORMATS:
         raise ValueError(f"format: got {format!r}; give one of {', '.join(FORMATS)}")
     look = look or Look()
-    rows = _rows(pack, entry_ids, format, look)
-    legends, notes = pictures.legends(pack, entry_ids, look), provenance(pack, entry_ids, look)
+    rows, entry_ids, left_out = _rows(pack, entry_ids, format, look)
+    legends = pictures.legends(pack, entry_ids, look)
+    notes = [*left_out, *provenance(pack, entry_ids, look)]
     if len(rows) == 1:
         cells = rows[0].cells
         rows = [
@@ -112,11 +118,14 @@ def figure(pack: Pack, entry_ids: Sequence[str], format: str, look: Look | None 
 def html(pack: Pack, entry_ids: Sequence[str], look: Look | None = None) -> str:
     """A report of these maps as one HTML page that needs no server: maps, metrics, provenance.
 
+    A map that cannot be read is left out, and a note says so.
+
     Raises:
-        ValueError: no maps, or too many. PackError: a map that cannot be read.
+        ValueError: no maps, or too many.
+        PackError: an unknown map, or none that can be read.
     """
     look = look or Look()
-    rows = _rows(pack, entry_ids, "html", look)
+    rows, entry_ids, left_out = _rows(pack, entry_ids, "html", look)
     entries = pack.entries.loc[list(entry_ids)]
     metrics = [m for m in pack.metrics if entries[m.key].notna().any()]
     table = _table(pack, entries, metrics) if metrics else None
@@ -128,7 +137,7 @@ def html(pack: Pack, entry_ids: Sequence[str], look: Look | None = None) -> str:
         f"{len(entries)} map{'s' * (len(entries) != 1)} of {count} photo{'s' * (count != 1)}",
         table,
         "Fidelity of each map (↑ higher is better, ↓ lower)" if table else "",
-        [*notes, *provenance(pack, entry_ids, look)],
+        [*left_out, *notes, *provenance(pack, entry_ids, look)],
         legends=pictures.legends(pack, entry_ids, look),
     )
 
@@ -148,20 +157,43 @@ def _table(pack: Pack, entries: pd.DataFrame, metrics: Sequence[MetricInfo]) -> 
     return table
 
 
-def _rows(pack: Pack, entry_ids: Sequence[str], kind: str, look: Look) -> list[Row]:
+def _rows(
+    pack: Pack, entry_ids: Sequence[str], kind: str, look: Look
+) -> tuple[list[Row], list[str], list[str]]:
+    """The rows of a sheet, the maps that they show, and a note for each map that cannot be read.
+
+    Raises:
+        ValueError: no maps, or too many.
+        PackError: an unknown map, or none that can be read.
+    """
     if not 0 < len(entry_ids) <= MOST_MAPS[kind]:
         raise ValueError(
             f"entry_ids: got {len(entry_ids)} maps; give 1 to {MOST_MAPS[kind]} for {kind}"
         )
     photos: dict[str, Any] = {}
-    explanations = []
+    explanations, kept, notes = [], [], []
+    problems: list[PackError] = []
     for entry_id in entry_ids:
-        explanation = pack.explanation(entry_id)
-        image_id = explanation.image_id
-        if image_id not in photos:
-            photos[image_id] = pack.photo(image_id)
+        try:
+            explanation = pack.explanation(entry_id)
+            image_id = explanation.image_id
+            if image_id not in photos:
+                photos[image_id] = pack.photo(image_id)
+        except PackError as error:
+            if entry_id not in pack.entries.index:
+                raise
+            entry = pack.entries.loc[entry_id]
+            title = pack.images.at[entry["image_id"], "title"]
+            name = map_name(entry["method"], entry["target_name"], title)
+            notes.append(f"The map {name} is left out. {error}")
+            problems.append(error)
+            continue
+        kept.append(entry_id)
         explanations.append(replace(explanation, source=photos[image_id]))
-    return sheet_rows(explanations, draw=lambda e, photo: pictures.draw(pack, e, photo, look))
+    if not explanations:
+        raise problems[0]
+    rows = sheet_rows(explanations, draw=lambda e, photo: pictures.draw(pack, e, photo, look))
+    return rows, kept, notes
 
 
 def _title(pack: Pack, entry_ids: Sequence[str]) -> str:

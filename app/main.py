@@ -101,11 +101,16 @@ def failed(error: Exception) -> bool:
     Streamlit from showing it.
     """
     last_view.forget()  # the gallery must open, whatever it was that failed
-    st.error("The viewer failed here; the window in which xattn app runs shows why.")
+    own = f"{state.current_page()}."  # what the page keeps of itself; the address has it, too
+    for key in [key for key in st.session_state if str(key).startswith(own)]:
+        del st.session_state[key]
+    st.error(
+        "Something went wrong on this page. The terminal that runs `xattn app` shows the details."
+    )
     bar = st.container(horizontal=True, gap="small")
     here = {name: st.query_params.get_all(name) for name in st.query_params}
     for label, name, query in (
-        ("Open this page again", state.current_page(), here),
+        ("Try again", state.current_page(), here),
         ("Open the gallery", state.DEFAULT_PAGE, {}),
     ):
         page = state.page_object(name)

@@ -286,7 +286,9 @@ def _title(image_id: str, file_name: str, protocol: dict[str, Any]) -> str:
     if not _is_finite(fps) or not 0.001 <= fps <= 1000:
         return title
     minutes, hundredths = divmod(round(100 * number / fps), 6000)
-    return f"{title}, {minutes}:{hundredths / 100:05.2f}"
+    hours, left = divmod(minutes, 60)
+    clock = f"{hours:,}:{left:02}" if hours else f"{minutes}"
+    return f"{title}, {clock}:{hundredths / 100:05.2f}"
 
 
 def _best(

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,15 @@ ENDED = ".ended"  # behind the name of the password's file
 
 
 class Ended:
-    """Sessions that logged out before their time, kept in a file so that a restart forgets none.
+    """Sessions that logged out before their time, kept in a file so that they stay logged out after a
+    restart.
 
     Args:
         path: the file, which need not be there; None keeps them in memory.
 
     Raises:
-        ValueError: the file is damaged. OSError: it cannot be read.
+        ValueError: the file is damaged.
+        OSError: it cannot be read.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -49,17 +51,46 @@ class Ended:
         """Let a session count as ended, from now on and after a restart.
 
         Raises:
-            OSError: the file cannot be written; the session has ended all the same.
+            OSError: the file is damaged or cannot be written; the session has ended all the same.
         """
         with self._lock:
             self._sessions[session] = end
-            with contextlib.suppress(ValueError, OSError):
-                self._sessions |= self._read()  # another server may have the same password
-            now = time.time()
-            self._sessions = {name: end for name, end in self._sessions.items() if end > now}
-            if self._path is not None:
-                record = {"xattn": "ended sessions", "sessions": self._sessions}
-                write_json(self._path, record, "password_file", mode=0o600)
+            try:
+                with self._alone():
+                    self._write(self._read())
+            except ValueError:
+                raise OSError(0, f"{self._path} is damaged and was not changed") from None
+            except OSError as error:
+                cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+                raise OSError(
+                    error.errno, f"cannot write {self._path} ({cause.strerror})"
+                ) from error
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other server of the same password reads or writes the file until the block ends."""
+        if self._path is None:
+            yield
+            return
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        lock = os.open(self._path.with_name(f"{self._path.name}.lock"), flags, 0o600)
+        try:
+            with contextlib.suppress(ImportError):  # not POSIX
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+    def _write(self, others: dict[str, int]) -> None:
+        """Add the sessions of other servers to ours, and write those that have not ended by time."""
+        now = time.time()
+        both = self._sessions | others
+        self._sessions = {name: end for name, end in both.items() if end > now}
+        if self._path is not None:
+            record = {"xattn": "ended sessions", "sessions": self._sessions}
+            write_json(self._path, record, "password_file", mode=0o600)
 
     def _read(self) -> dict[str, int]:
         if self._path is None or not self._path.exists():

@@ -33,7 +33,7 @@ KEPT = (
 )
 MOST_QUERIES = 512  # rows that statistics read in a layer
 TRAINED = "trained"
-# Mechanisms that have no weights of their own to train, their one option and its values.
+# Mechanisms without trainable weights, their one option and its values.
 SIZES = {"gna": ("kernel", range(3, 32, 2)), "agent": ("agents", (4, 9, 16, 25, 49, 100))}
 _MADE = 24  # queries, rollouts and charts kept of a reading
 Made = TypeVar("Made")

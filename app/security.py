@@ -180,8 +180,11 @@ class Guard:
         try:
             await asyncio.to_thread(self.password.ended.add, session[0], session[1])
         except OSError as error:
-            words = f"{error.args[-1]}; who logged out stays out only until the server stops"
-            print(f"warning: {words}", file=sys.stderr)
+            print(
+                f"warning: {error.strerror}; sessions that logged out stay logged out only until the "
+                "server stops",
+                file=sys.stderr,
+            )
         for ended in self._open.pop(session[0], ()):
             ended.set()
         response = RedirectResponse(LOGIN, 303)

@@ -26,8 +26,8 @@ def component(name: str) -> Any:
 def sent(key: str, name: str) -> Any:
     """What the component of ``key`` sent as ``name``, for its callback.
 
-    None where a click ended the run that was to show the component again: Streamlit then calls back, but
-    has forgotten the key.
+    None if Streamlit has already forgotten the component, because a click interrupted the run that would
+    have shown it.
     """
     return getattr(st.session_state.get(key), name, None)
 

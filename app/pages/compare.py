@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
@@ -549,7 +550,11 @@ def _two(board: Board, pack: Pack | None, problem: str) -> None:
         return
     if by == MAPS:
         with st.spinner("Comparing maps", show_time=True):
-            found = _by_maps(pack.id, pack.version, a, b, pack)
+            found, damaged = _by_maps(pack.id, pack.version, a, b, pack)
+        if damaged:
+            _by_maps.clear(pack.id, pack.version, a, b)  # they may be repaired
+            count = "One photo has" if damaged == 1 else f"{damaged:,} photos have"
+            st.warning(f"{count} a map that cannot be read, and is left out.")
         if len(pairs) > MAX_PAIRS:
             st.caption(f"Of the first {MAX_PAIRS:,} photos.")
     elif f"{by}_a" in pairs:
@@ -591,10 +596,22 @@ def _pairs(pack: Pack, a: str, b: str) -> pd.DataFrame:
 
 
 @st.cache_data(max_entries=16, show_spinner=False)
-def _by_maps(pack_id: str, version: str, a: str, b: str, _pack: Pack) -> list[Apart]:
+def _by_maps(pack_id: str, version: str, a: str, b: str, _pack: Pack) -> tuple[list[Apart], int]:
+    """The pairs by their maps, and how many are left out because a map of theirs cannot be read."""
     pairs = _pairs(_pack, a, b).head(MAX_PAIRS)
-    entries = zip(pairs["entry_a"], pairs["entry_b"], strict=True)
-    return by_maps([_pack.explanation(e).map for e in pair] for pair in entries)
+    readable: list[int] = []
+
+    def maps() -> Iterator[list[Any]]:
+        for position, pair in enumerate(zip(pairs["entry_a"], pairs["entry_b"], strict=True)):
+            try:
+                both = [_pack.explanation(entry_id).map for entry_id in pair]
+            except PackError:
+                continue
+            readable.append(position)
+            yield both
+
+    found = [apart._replace(position=readable[apart.position]) for apart in by_maps(maps())]
+    return found, len(pairs) - len(readable)
 
 
 def _pair(

@@ -22,6 +22,7 @@ from xattn.eval.compare import write_report
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol
 from xattn.eval.results import ImageRecord, MethodResult, Results
+from xattn.explanation import MAPS
 
 IMAGES = 12
 COLUMNS = (Column("AD", 0.5), Column("insertion"), Column("ROAD"))
@@ -288,6 +289,36 @@ def test_pairs_by_the_order_of_their_maps(library):
         if "rank correlation" in m.value
     ]
     assert len(found) == IMAGES and found == sorted(found)
+
+
+def test_a_damaged_map_leaves_the_other_pairs(tmp_path, monkeypatch):
+    write_report(results(), tmp_path / "first")
+    methods = ("gradcam", "saliency")
+    folder = small_pack(tmp_path / "first" / "pack", IMAGES, methods)
+    data = bytearray((folder / MAPS).read_bytes())
+    data[len(data) // 2] ^= 64
+    (folder / MAPS).write_bytes(data)
+    found = Library(tmp_path)
+    pack = found.open(found.comparisons()[0].pack_id)
+    bad = [entry_id for entry_id in pack.entries.index if not readable(pack, entry_id)]
+    monkeypatch.setattr(state, "library", lambda: found)
+    page = shown(board=ids(found)["first"], part="Pairs", a="gradcam", b="saliency", by="maps")
+    assert "One photo has a map that cannot be read" in texts(page)
+    photos = [
+        json.loads(e.proto.json)["label"]
+        for e in page.get("bidi_component")
+        if "cells" in e.proto.json
+    ]
+    (damaged,) = pack.images["title"].loc[pack.entries.loc[bad, "image_id"]]
+    others = {f"Maps of {title}" for title in pack.images["title"] if title != damaged}
+    assert len(photos) == IMAGES - 1 and set(photos) == others
+
+
+def readable(pack, entry_id):
+    try:
+        return pack.explanation(entry_id) is not None
+    except PackError:
+        return False
 
 
 def test_without_pictures_photos_are_named(library):

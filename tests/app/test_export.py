@@ -17,9 +17,9 @@ from PIL import Image
 
 from xattn.app import export
 from xattn.app.library import PackError
-from xattn.app.made_up import CLASSES, described, explanation, picture
+from xattn.app.made_up import CLASSES, described, explanation, picture, small_pack
 from xattn.app.pictures import Look
-from xattn.explanation import save_pack
+from xattn.explanation import MAPS, save_pack
 
 NAME = '=cmd|"x"!A1 <script>alert(1)<b> ünï 🦎.jpg'
 
@@ -115,6 +115,38 @@ def test_a_name_of_two_lines_is_drawn_on_one(tmp_path, end):
     save_pack(tmp_path / "pack", [explanation(0, "gradcam", source=picture(0), file_name=name)])
     pack = only(tmp_path)
     assert export.figure(pack, list(pack.entries.index), "png").startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def partly_damaged(tmp_path):
+    folder = small_pack(tmp_path / "pack", 2, ("gradcam", "saliency"))
+    data = bytearray((folder / MAPS).read_bytes())
+    data[-1] ^= 64  # of the last map
+    (folder / MAPS).write_bytes(data)
+    return only(tmp_path)
+
+
+def test_a_damaged_map_is_left_out_of_a_report_by_name(partly_damaged):
+    ids = list(partly_damaged.entries.index)
+    report = export.html(partly_damaged, ids)
+    assert "3 maps of 2 photos" in report and report.count("left out") == 1
+    assert "The map by saliency of" in report and "photo-00001.jpg is left out" in report
+
+
+@pytest.mark.parametrize("kind", export.FORMATS)
+def test_a_damaged_map_is_left_out_of_a_figure(partly_damaged, kind):
+    ids = list(partly_damaged.entries.index)
+    data = export.figure(partly_damaged, ids, kind)
+    if kind == "png":
+        assert "is left out" in Image.open(io.BytesIO(data)).text["Description"]
+    else:
+        written = " ".join(element.text or "" for element in ET.fromstring(data).iter())
+        assert "is left out" in written
+
+
+def test_damaged_maps_alone_make_no_figure(partly_damaged):
+    with pytest.raises(PackError, match="damaged"):
+        export.figure(partly_damaged, [partly_damaged.entries.index[-1]], "png")
 
 
 def test_a_figure_shows_the_maps_as_they_are_looked_at(pack):

@@ -68,6 +68,7 @@ def flip(path, position):
     [
         ({"fps": 25.0}, "w.mp4, frame 1,503, 1:00.12"),
         ({"fps": 29.97002997}, "w.mp4, frame 1,503, 0:50.15"),
+        ({"fps": 0.334}, "w.mp4, frame 1,503, 1:15:00.00"),
         ({"fps": 0}, "w.mp4, frame 1,503"),
         ({"fps": "25"}, "w.mp4, frame 1,503"),
         ({"fps": 5e-324}, "w.mp4, frame 1,503"),

@@ -135,7 +135,7 @@ def test_an_error_is_one_sentence_with_a_way_on(root, address, open_page, part):
         page.get_by_role("tab", name="Fidelity").click()
     else:
         page.locator(".st-key-classes .cell").first.click()
-    page.get_by_role("alert").filter(has_text="The viewer failed here").wait_for()
+    page.get_by_role("alert").filter(has_text="Something went wrong on this page").wait_for()
     said = page.locator("body").inner_text()
     assert "Traceback" not in said and "RuntimeError" not in said and "wants it" not in said
     links = page.get_by_role("link").evaluate_all("found => found.map(link => link.href)")

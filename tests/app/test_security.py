@@ -9,6 +9,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from xattn.app.bench import free_port
 from xattn.app.login import FREE, FREE_IN_ALL, LOGIN, LOGOUT, Throttle, login_page, own_path
 from xattn.app.password import LIFETIME, read_password, write_password
 from xattn.app.security import HEADERS, Guard
+from xattn.files import output_error
 
 SECRET = "correct horse"
 PAGE = {"accept": "text/html", "sec-fetch-dest": "document"}
@@ -338,8 +340,9 @@ def test_a_damaged_list_of_ended_sessions_is_refused_with_a_remedy_that_works(
 def test_logging_out_counts_where_nothing_can_be_written(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*args: object, **options: object) -> None:
-        raise OSError(28, "password_file: cannot write")
+    def full(path: Path, *args: object, **options: object) -> None:
+        error = OSError(28, "No space left on device")
+        raise output_error("password_file", path, error) from error
 
     web = client(file)
     log_in(web)
@@ -348,7 +351,50 @@ def test_logging_out_counts_where_nothing_can_be_written(
     assert web.post(LOGOUT).status_code == 303
     web.cookies.update(cookie)
     assert web.get("/").status_code == 401
-    assert "only until the server stops" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"warning: cannot write {file}.ended (No space left on device); sessions that logged out stay "
+        "logged out only until the server stops\n"
+    )
+
+
+@pytest.mark.parametrize("damage", ["file", "folder"])
+def test_a_list_that_cannot_be_read_is_not_written_over(
+    file: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    web = client(file)
+    log_in(web)
+    cookie = dict(web.cookies)
+    kept = file.with_name("password.ended")
+    kept.write_text("damaged") if damage == "file" else kept.mkdir()
+    assert web.post(LOGOUT).status_code == 303
+    web.cookies.update(cookie)
+    assert web.get("/").status_code == 401
+    assert kept.is_dir() or kept.read_text() == "damaged"
+    said = "is damaged and was not changed" if damage == "file" else "Is a directory"
+    assert f"{kept}" in (err := capsys.readouterr().err) and said in err
+
+
+def test_two_servers_that_write_at_once_forget_no_session(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = read_password(file).ended, read_password(file).ended
+    end = int(time.time()) + 100
+    other = threading.Thread(target=two.add, args=("two", end))
+    real = password.write_json
+
+    def slow(*args: Any, **options: Any) -> None:
+        if threading.current_thread() is not other:
+            other.start()
+            other.join(0.3)  # without a lock it reads and writes now
+        real(*args, **options)
+
+    monkeypatch.setattr(password, "write_json", slow)
+    one.add("one", end)
+    other.join()
+    assert set(json.loads(file.with_name("password.ended").read_text())["sessions"]) == {
+        "one",
+        "two",
+    }
 
 
 def test_a_websocket_needs_the_cookie_and_ends_with_its_session(file: Path) -> None:

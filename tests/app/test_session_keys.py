@@ -57,6 +57,27 @@ def test_every_page_has_been_looked_at(session):
     assert "maps" in session["image"][1]
 
 
+def failing():
+    import streamlit as st
+
+    from xattn.app import main
+
+    st.session_state["_page"] = "attention"
+    st.session_state["attention.head"] = "bad"
+    st.session_state["gallery.sort"] = "name"
+    main.failed(ValueError())
+    st.session_state["_left"] = (
+        "attention.head" in st.session_state,
+        "gallery.sort" in st.session_state,
+    )
+
+
+def test_the_page_that_failed_begins_anew():
+    page = opened(failing)
+    assert page.session_state["_left"] == (False, True)
+    assert [link.proto.label for link in page.get("page_link")] == ["Try again", "Open the gallery"]
+
+
 def clicks():
     """The callbacks of grids and charts, called while none is there."""
     from functools import partial
