@@ -366,7 +366,7 @@ def _method(
         method.requests += row.requests
         method.seconds += row.seconds
         if not by_key.keys() >= row.measured.keys():
-            raise store.damaged(f"a number of {name} that was not asked for")
+            raise store.damaged(f"a metric of {name} that was not requested")
         for key, value in row.measured.items():
             method.values[by_key[key]][i] = value
             method.measured[by_key[key]][i] = True

@@ -185,8 +185,8 @@ class Probe:
     resume: bool = False
     """Go on with the heads that are not finished."""
     sample: int = 0
-    """Explain the own class of so many photos of the data at each checkpoint of a head: a pack in sample
-    beside the head."""
+    """At each checkpoint of a head, explain the true class of this many photos; the pack is sample, beside
+    the head."""
 
     def run(self) -> None:
         from xattn.distributed import processes

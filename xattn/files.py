@@ -28,7 +28,7 @@ def output_error(argument: str, path: str | Path, error: OSError) -> OSError:
 
 
 def follow_link(path: str | Path, argument: str = "output") -> Path:
-    """Where an output folder is written: a link stays, and what it leads to is written.
+    """The folder to write: a symbolic link is kept and its target is written.
 
     Raises:
         ValueError: ``path`` is, or lies behind, a link that leads nowhere.
@@ -219,7 +219,7 @@ def write_json(path: str | Path, value: Any, argument: str = "output", mode: int
         temporary.write_text(
             json.dumps(value, indent=2, ensure_ascii=False) + "\n",
             encoding="utf-8",
-            errors="backslashreplace",  # half characters, which JSON reads back from \udc80
+            errors="backslashreplace",  # lone surrogates, which JSON reads back from \udc80
         )
 
 

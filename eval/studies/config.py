@@ -28,11 +28,11 @@ class TextStudyConfig:
     grid_seeds: int = 2
     """Runs of each epsilon and weight that the choice is made from."""
     monitor: Literal["auc", "f1"] = "auc"
-    """What of the held-out sentences tells the better epoch, epsilon and weight."""
+    """Held-out score that chooses the epoch, epsilon and weight."""
     epochs: int = 8
     """Passes over the training sentences at most; the held-out tenth chooses the best."""
     patience: int = 2
-    """Epochs without a better one after which training ends; 0 trains all epochs."""
+    """Stop after this many epochs without improvement; 0 trains all epochs."""
     batch_size: int = 32
     """Sentences a step."""
     lr: float = 1e-3

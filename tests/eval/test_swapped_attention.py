@@ -86,7 +86,7 @@ def test_every_mechanism_is_measured_and_the_readme_says_which_is_training_free(
     rows = dict(re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", text, re.M))
     for name in list_attention():
         free = mechanism_class(name).entry.training_free
-        assert rows[name].startswith("training-free" if free else "trained")
+        assert rows[name].startswith("training-free" if free else "needs training")
         assert bool(re.search(r"\d+(\.\d+)? %", rows[name])) or not free
 
 

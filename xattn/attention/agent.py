@@ -5,8 +5,8 @@
 n agents give rank n at most and 4 N n D operations. Beside A V, a depthwise 3x3 convolution of the
 values restores local detail. Han et al., arXiv 2312.08874. Prefix tokens are queries and keys, but
 are not pooled. ``training_free`` is the form that its authors put into trained diffusion models: no
-biases, no convolution, sharper second stage and a share of the values added. A trained classifier
-loses most of its accuracy by it (``xattn study swap``): there agents have to be trained.
+biases, no convolution, sharper second stage and a share of the values added. In a trained classifier it
+costs most of the accuracy (``xattn study swap``), so agents must be trained there.
 """
 
 from __future__ import annotations

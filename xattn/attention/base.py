@@ -38,8 +38,8 @@ class Entry:
     """Grid dimensions it works on; 0 stands for any tokens, without a grid."""
     causal: bool = False
     training_free: bool = False
-    """Whether it can take the place of all softmax layers of a trained classifier without training, at
-    most of the accuracy: :mod:`xattn.eval.studies.swapped_attention` measures it."""
+    """Whether it can take the place of all softmax layers of a trained classifier without training
+    and keep most of the accuracy; :mod:`xattn.eval.studies.swapped_attention` measures it."""
 
 
 class Mechanism(nn.Module, ABC):

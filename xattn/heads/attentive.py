@@ -185,8 +185,8 @@ class AttentiveHead(Head):
         raise NotImplementedError
 
     def weights(self, scores: Tensor) -> Tensor:
-        """A (B, Q, T) of ``scores``: softmax over the tokens, in float32 at least. A head may add
-        rows that no score stands behind, for what goes past its attention."""
+        """A (B, Q, T) of ``scores``: softmax over the tokens, in float32 at least. A head may append
+        rows without scores, for paths that bypass attention (residuals)."""
         return widen(scores).softmax(-1).to(scores.dtype)
 
     def sources(self, weights: Tensor, attended: Attended) -> tuple[Tensor, Tensor]:

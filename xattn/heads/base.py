@@ -52,7 +52,7 @@ class Head(
     """
 
     name: ClassVar[str]
-    # What a config means that lacks an option: the form a head had before there was a choice.
+    # Values for options that a saved config lacks: what the head did before the option existed.
     earlier: ClassVar[Mapping[str, Any]] = {}
     options: dict[str, Any]
     mask_policy: str
@@ -204,8 +204,8 @@ def _construct(name: str, backbone: Backbone, options: Mapping[str, Any]) -> Hea
 
 
 def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as a config or a run holds them, with those that its version of xattn did not have at
-    what the head was then; a head of an unknown name has none."""
+    """Options from a config or run record. Missing ones get the value that matches what the head did
+    when the file was written; unknown heads get none."""
     return {**(_REGISTRY[name].earlier if name in _REGISTRY else {}), **options}
 
 

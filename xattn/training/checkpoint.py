@@ -1,6 +1,7 @@
 """Checkpoints that survive a kill and a bad disk: each is a new folder with a checksum beside its state.
 
-The newest two are kept. Of several the newest whole one counts; ``latest`` names it for the reader.
+The newest two are kept, and the newest intact one is used. ``latest`` names the newest one written, for
+people who look into the folder.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def load_checkpoint(folder: Path, needed: Collection[str]) -> dict[str, Any] | N
     if damages or (folder / POINTER).exists():
         reason = "; ".join(damages) or f"{folder} holds no checkpoint any more"
         raise ValueError(
-            f"resume: {reason}, and no other is whole; bring one back from a copy, or train again "
+            f"resume: {reason}, and no other is whole; restore one from a backup, or train again "
             f"into a new output folder"
         )
     return None

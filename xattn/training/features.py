@@ -305,7 +305,7 @@ def _opened(folder: Path, key: dict[str, Any] | None, names: list[str] | None) -
             raise ValueError(f"{INDEX} does not name {photos} photos")
         skipped = {int(i): str(reason) for i, reason in index["skipped"]}
         if not set(skipped) < set(range(photos)):
-            raise ValueError(f"{INDEX} skips photos that there are not, or all")
+            raise ValueError(f"{INDEX} skips photos that do not exist, or all of them")
         shapes = {str(file): [int(n) for n in shape] for file, shape in index["shapes"].items()}
         *taps, last = shapes
         if not taps or last != PREFIX or any(Path(file).name != file for file in shapes):

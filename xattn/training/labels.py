@@ -143,8 +143,8 @@ def true_classes(
 def _wordnet_ids(class_names: Sequence[str]) -> dict[str, int]:
     """The classes of an ImageNet-1k classifier by WordNet id; {} of any other.
 
-    One is known by the names of its classes: timm's, or the first of each as torchvision has them, but
-    for a few.
+    A classifier is recognised by its class names: timm's, or (with a few exceptions) their first
+    synonyms, as in torchvision.
     """
     from timm.data import ImageNetInfo, infer_imagenet_subset
 

@@ -81,7 +81,7 @@ def claim_together(
 
 @contextmanager
 def restoring(folder: Path | None) -> Iterator[None]:
-    """Whatever does not fit when a state is taken over is an error of the checkpoint."""
+    """Errors while a state is loaded are reported as errors of the checkpoint."""
     try:
         yield
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
