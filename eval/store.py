@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from xattn import strict_json
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta(key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS images(
@@ -94,9 +96,14 @@ class Store:
         self.path = path
         own = None if path is None else _ranked(path, rank)
         self._own, self._others = _Database(own), []
+        if path is not None:
+            try:
+                self._own.check_tables()
+            except BaseException:
+                self._own.close()  # settling would change another program's file
+                raise
         try:
             if path is not None:
-                self._own.check_tables()
                 self._own.run("PRAGMA journal_mode=WAL")
                 self._own.run("PRAGMA synchronous=NORMAL")
                 self._others = [_Database(p) for p in _files(path) if p != own]
@@ -238,14 +245,15 @@ class Store:
             database.close()
 
 
+_PATIENCE = 60  # seconds to wait for another process that has the file locked
 _TEXT, _WHOLE, _NUMBER = (str, type(None)), (int, type(None)), (float, type(None))
 _IMAGE_TYPES = (int, str, _WHOLE, _TEXT, _NUMBER, _TEXT, _TEXT, _TEXT)
 _RESULT_TYPES = (int, str, _TEXT, int, int, float, str, str, (bytes, type(None)), _TEXT)
 
 
 class _Database:
-    """One SQLite file. What it cannot be read or written for is one line that names it and the remedy;
-    what it holds is checked, since anything may stand in a damaged one."""
+    """One SQLite file. Read and write errors are one line with the file and the remedy; contents are
+    checked because a damaged file can hold anything."""
 
     def __init__(self, path: Path | None, read_only: bool = False) -> None:
         self.path = path
@@ -254,7 +262,7 @@ class _Database:
         if path is not None and read_only:
             name = f"{path.resolve().as_uri()}?mode=ro"
         with self._naming():
-            self._connection = sqlite3.connect(name, timeout=60, uri=read_only)
+            self._connection = sqlite3.connect(name, timeout=_PATIENCE, uri=read_only)
 
     # ------------------------------------------------------------------ SQL
 
@@ -289,8 +297,10 @@ class _Database:
         """
         with suppress(sqlite3.Error, UnicodeDecodeError):
             self._connection.execute("PRAGMA busy_timeout=0")
-            self._connection.execute("PRAGMA journal_mode=DELETE")
-            self._connection.execute("PRAGMA busy_timeout=60000")
+            try:
+                self._connection.execute("PRAGMA journal_mode=DELETE")
+            finally:
+                self._connection.execute(f"PRAGMA busy_timeout={1000 * _PATIENCE}")
 
     def close(self) -> None:
         self.open = False
@@ -338,8 +348,8 @@ class _Database:
     def value(self, text: Any) -> Any:
         """The value of JSON."""
         try:
-            return json.loads(text)
-        except (ValueError, TypeError, RecursionError) as error:
+            return strict_json.parse(text, nan=True)
+        except (ValueError, AttributeError) as error:  # AttributeError: neither text nor bytes
             raise damaged(self.path, f"{type(error).__name__} in a value") from None
 
     def numbers(self, given: Any) -> list[float]:
@@ -349,7 +359,7 @@ class _Database:
                 raise TypeError
             return [math.nan if v is None else float(v) for v in given]
         except (ValueError, TypeError, OverflowError):
-            raise damaged(self.path, "a number that is none") from None
+            raise damaged(self.path, "a value that is not a number") from None
 
     def checked(
         self, row: tuple[Any, ...], kinds: Sequence[type | tuple[type, ...]]
@@ -439,7 +449,7 @@ def kept_images(path: Path, count: int | None, limit: int) -> Iterator[KeptImage
 def _top(database: _Database, text: Any) -> list[list[Any]]:
     top = database.value(text)
     if not isinstance(top, list):
-        raise damaged(database.path, "first classes that are no list")
+        raise damaged(database.path, "top classes that are not a list")
     for item in top:
         row = tuple(item) if isinstance(item, list) else ()
         database.checked(row, (int, str, (int, float)))

@@ -389,3 +389,33 @@ def test_processes_read_one_file_in_the_end_and_leave_nothing_beside_it(tmp_path
         store.close()
     assert len(list(kept_images(path, None, 9))) == 2
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_refusing_another_programs_database_leaves_its_journal_mode(tmp_path):
+    path = tmp_path / "state.sqlite"
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("CREATE TABLE notes(text)")
+    connection.close()
+    with pytest.raises(ValueError, match="'notes'"):
+        Store(path, {})
+    connection = sqlite3.connect(path)
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    connection.close()
+
+
+def test_a_state_that_another_process_reads_at_the_end_still_waits_for_locks(tmp_path):
+    store = Store(tmp_path / "state.sqlite", {})
+    reader = sqlite3.connect(tmp_path / "state.sqlite")
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM meta").fetchall()
+    store._own.settle()
+    assert store._own.rows("PRAGMA busy_timeout") == [(60000,)]
+    reader.close()
+    store.close()
+
+
+@pytest.mark.parametrize("text", ["[" * 70 + "]" * 70, "9" * 5000, 7, None])
+def test_a_value_that_is_no_usable_json_is_damage(text):
+    with pytest.raises(ValueError, match="state: .* is damaged"):
+        Store(None, {})._own.value(text)
