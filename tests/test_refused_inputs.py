@@ -82,6 +82,34 @@ def test_errors_of_other_causes_keep_their_kind(vit):
         vit(torch.rand(1, 3, 32, 32).double())
 
 
+def test_at_another_size_too_errors_of_other_causes_keep_their_kind():
+    def fail(*_):
+        raise RuntimeError("my own bug")
+
+    backbone = load_backbone("test_resnet", weights=None, num_classes=3, input_size=32)
+    handle = backbone.model.layer2.register_forward_hook(fail)
+    for way in (backbone, backbone.logits):
+        with pytest.raises(RuntimeError, match="^my own bug$"):
+            way(torch.rand(1, 3, 48, 40))
+    handle.remove()
+    with pytest.raises(RuntimeError, match="dtype|type"):
+        backbone(torch.rand(1, 3, 48, 40).double())
+
+
+@pytest.mark.parametrize(
+    "shape, remedy",
+    [
+        ((2, 1, 32, 32), r"expand greyscale images with images.expand\(-1, 3, -1, -1\)$"),
+        ((1, 32, 32), r"expand greyscale images with images.expand\(3, -1, -1\)$"),
+        ((2, 4, 32, 32), r"drop an alpha channel with images\[..., :3, :, :\]$"),
+        ((32, 32), "; give images of that shape$"),
+    ],
+)
+def test_the_remedy_for_a_wrong_number_of_channels_fits_the_shape(vit, shape, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        vit.normalize(torch.rand(shape))
+
+
 # ---------------------------------------------------------------------- attributes
 
 

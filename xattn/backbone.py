@@ -45,7 +45,7 @@ LARGEST_SIDE = 8192  # pixels of an input
 
 Task = Literal["multiclass", "multilabel", "binary"]
 
-# What a backbone is made with, and how to have it otherwise.
+# Fixed at construction, with the way to get a backbone that differs.
 _SETTLED = {
     "preprocessing": "backbone.with_preprocessing(...), or input_size= of load_backbone",
     "taps": "backbone.with_taps(...)",
@@ -157,7 +157,7 @@ class Backbone(nn.Module):
     # ------------------------------------------------------------------ threads
 
     def alone(self) -> AbstractContextManager[None]:
-        """``with backbone.alone():`` no other thread explains or runs this network inside.
+        """Inside ``with backbone.alone():`` no other thread explains or runs this network.
 
         For whoever runs or changes ``backbone.model`` itself, hooks included, while other threads
         explain. The same thread may explain inside.
@@ -177,8 +177,7 @@ class Backbone(nn.Module):
                 yield
         except (AssertionError, RuntimeError) as error:
             size, own = tuple(x.shape[-2:]), self.preprocessing.input_size
-            # A pass of the own size was tried when the backbone was made.
-            if size == tuple(own) or is_out_of_memory(error):
+            if size == tuple(own) or is_out_of_memory(error) or not self._takes_own_size(x):
                 raise
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
@@ -186,10 +185,25 @@ class Backbone(nn.Module):
                 f"{size[1]} ({reason}); resize them, or load it with input_size={size} (--input-size)"
             ) from error
 
+    def _takes_own_size(self, x: Tensor) -> bool:
+        """Whether a black image of the own size passes, on the device and in the type of ``x``: if not,
+        the size of ``x`` is not what its pass failed on."""
+        image = x.new_zeros(1, *x.shape[1:-2], *self.preprocessing.input_size)
+        image.requires_grad_(x.requires_grad)  # hooks may ask for gradients
+        try:
+            with lock_of(self.model).shared():
+                if self.adapter:
+                    self.model.forward_taps(image)  # type: ignore[operator]
+                else:
+                    self.model.forward_head(self._features(image, self._wanted)[0])  # type: ignore[operator]
+        except Exception:
+            return False
+        return True
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        with self.alone():  # an explanation's hooks are none of the copy's
+        with self.alone():  # the copy must not inherit hooks of a running explanation
             twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
@@ -430,9 +444,15 @@ class Backbone(nn.Module):
         """
         channels = self.mean.shape[1]
         if images.ndim not in (3, 4) or images.shape[-3] != channels:
+            remedy = "give images of that shape"
+            if images.ndim in (3, 4) and images.shape[-3] == 1:
+                sizes = ", ".join(["-1"] * (images.ndim - 3) + [str(channels), "-1", "-1"])
+                remedy = f"expand greyscale images with images.expand({sizes})"
+            elif images.ndim in (3, 4) and images.shape[-3] == channels + 1:
+                remedy = f"drop an alpha channel with images[..., :{channels}, :, :]"
             raise ValueError(
                 f"images: got shape {tuple(images.shape)}, {self.name} takes (B, {channels}, H, W); "
-                f"make grey ones images.expand(-1, {channels}, -1, -1), and drop an alpha channel"
+                f"{remedy}"
             )
         return (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
 
