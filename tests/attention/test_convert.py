@@ -275,6 +275,19 @@ def test_converted_models_can_be_pickled(tmp_path):
     assert torch.equal(twin(images(net)), net(images(net)))
 
 
+@torch.no_grad()
+def test_converted_models_of_an_earlier_versions_pickles_run():
+    net = model("vit_tiny_patch16_224")
+    convert(net, "gna", kernel=2)
+    expected, layout = net(images(net)), net.blocks[0].attn.layout
+    earlier = {"prefix": layout.prefix, "grid": layout.grid}
+    del layout.__dict__["_own"]
+    layout.__setstate__(earlier)
+    assert torch.equal(net(images(net)), expected) and "grid" in earlier
+    twin = copy.deepcopy(net)
+    assert torch.equal(twin(images(net)), expected)
+
+
 @pytest.mark.parametrize(
     "name, options, message",
     [

@@ -166,6 +166,13 @@ class _Layout:
     def __init__(self, prefix: int, grid: tuple[int, ...] | None) -> None:
         self.prefix, self._own = prefix, _Grid(grid)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pickles of before hold ``grid`` itself."""
+        state = dict(state)
+        if "grid" in state:
+            state["_own"] = _Grid(state.pop("grid"))
+        self.__dict__.update(state)
+
     @property
     def grid(self) -> tuple[int, ...] | None:
         return self._own.sides
