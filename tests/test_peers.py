@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -98,3 +99,11 @@ def test_errors_that_are_not_of_the_group_stay_what_they_are():
     with pytest.raises(RuntimeError, match="gloo") as error, peers():
         raise RuntimeError("gloo, in a single process")
     assert not isinstance(error.value, ConnectionError)
+
+
+def test_a_peer_that_dies_before_the_group_is_joined_is_one_line():
+    with pytest.raises(ConnectionError, match="^processes: another one .* start all of them again"):
+        with peers():
+            torch.distributed.TCPStore(
+                "127.0.0.1", 0, 2, is_master=True, timeout=timedelta(milliseconds=50)
+            )

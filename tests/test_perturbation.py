@@ -304,6 +304,13 @@ def test_a_summed_loss_gives_the_same_r_as_losses_by_example():
     assert torch.allclose(p.perturbation(scores, loss), summed)
 
 
+@pytest.mark.parametrize("seed", [2**62, 2**63 - 1, -(2**63)])
+def test_every_seed_that_a_run_may_have_gives_random_numbers(seed):
+    scores, predict, target = pooling((3, 7))
+    change = create_perturbation("random", epsilon=1.0, seed=seed)
+    assert change.loss(scores, predict, target).isfinite()
+
+
 def test_random_numbers_are_a_function_of_seed_and_step():
     scores, predict, target = pooling((3, 7))
     state = torch.random.get_rng_state()

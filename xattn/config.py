@@ -203,7 +203,7 @@ def _check_positive(config: Any, *names: str) -> None:
 
 def _check_seed(seed: int) -> None:
     if not -(1 << 63) <= seed < 1 << 63:
-        raise ValueError(f"seed: got {seed}; give a number of 64 bits")
+        raise ValueError(f"seed: got {seed}; give a signed 64-bit integer")
 
 
 def _check_choices(config: Any, **choices: tuple[str, ...]) -> None:

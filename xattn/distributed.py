@@ -44,7 +44,7 @@ def peers(remedy: str = "start all of them again") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _joined() or not _of_the_group(error):
+        if not _of_the_group(error):
             raise
         raise ConnectionError(
             f"processes: another one of this run died or ended with an error; {remedy}, nothing that was "
@@ -53,8 +53,10 @@ def peers(remedy: str = "start all of them again") -> Iterator[None]:
 
 
 def _of_the_group(error: RuntimeError) -> bool:
-    """gloo raises plain RuntimeErrors, which name its source file."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+    """gloo raises plain RuntimeErrors, which name its source file; joining raises DistErrors."""
+    if isinstance(error, getattr(torch.distributed, "DistError", ())):
+        return True
+    return _joined() and "gloo" in str(error).lower()
 
 
 def leave() -> None:

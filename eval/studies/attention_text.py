@@ -109,7 +109,7 @@ def load(folder: Path, config: TextStudyConfig) -> Texts:
 
 def batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> Iterator[list[int]]:
     """Sentences of like length together, in an order that is a function of (seed, epoch)."""
-    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    generator = torch.Generator().manual_seed((1_000_003 * seed + epoch) % 2**64)
     keys = torch.tensor(lengths) + 2 * torch.rand(len(lengths), generator=generator)
     parts = keys.argsort().split(size)
     for part in torch.randperm(len(parts), generator=generator).tolist():

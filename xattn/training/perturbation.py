@@ -143,7 +143,7 @@ class Perturbation:
 
     def _noise(self, scores: Tensor, valid: Tensor) -> Tensor:
         """Random unit vectors, drawn on the CPU so that every device sees the same."""
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
+        generator = torch.Generator().manual_seed((1_000_003 * self.seed + self.step) % 2**64)
         rows, count = self.examples or (range(len(scores)), len(scores))
         shape = (count, *scores.shape[1:])
         noise = torch.randn(shape, generator=generator, dtype=scores.dtype, device="cpu")[
