@@ -1,5 +1,6 @@
 """Maps of fixed photos while a head trains: of which step they are, and that training does not notice."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +103,35 @@ def test_photos_that_cannot_be_read_are_passed_over(backbone, photos, tmp_path):
 def test_other_counts_and_datasets_are_refused(backbone, photos, tmp_path):
     with pytest.raises(ValueError, match="at least 1"):
         Sample(backbone, photos, tmp_path / "sample", 0)
+
+
+def test_a_photo_that_went_is_skipped_and_a_class_that_is_none_is_refused(
+    backbone, photos, tmp_path
+):
+    head = create_head("gap", backbone, classes=2)
+    classes = {path: 1 for path in photos.iterdir()}
+    sample = Sample(backbone, photos, tmp_path / "sample", 3, classes=classes)
+    sample.paths[0].unlink()
+    sample(0, head)
+    assert [e.target for e in load_pack(tmp_path / "sample")] == [1, 1]
+    classes[sample.paths[1]] = 2
+    with pytest.raises(ValueError, match="class 2 is out of range"):
+        sample(1, head)
+
+
+def test_only_expected_warnings_are_kept_back(backbone, photos, tmp_path, monkeypatch):
+    def warning(*args, **options):
+        for text in (
+            "skipped 1 of 4 images",
+            "The map by a of b on c has one value everywhere",
+            "new",
+        ):
+            warnings.warn(f"explain: {text}", stacklevel=1)
+        return explain(*args, **options)
+
+    monkeypatch.setattr("xattn.explaining.explain", warning)
+    sample = Sample(backbone, photos, tmp_path / "sample", 1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        sample(0, new_head(backbone))
+    assert [str(w.message) for w in told if "explain" in str(w.message)] == ["explain: new"]

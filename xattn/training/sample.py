@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from xattn.explanation import Explanation, load_pack, save_pack
-from xattn.images import MAX_PIXELS, load_image
+from xattn.images import MAX_PIXELS, load_image, prepare
 from xattn.sources import Data, Files, open_photos
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class Sample:
         try:
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 # A photo that went since, or a map of one value before training.
-                warnings.filterwarnings("ignore", "explain: ")
+                warnings.filterwarnings("ignore", "explain: skipped ")
+                warnings.filterwarnings("ignore", "(?s)explain: .* one value everywhere")
                 found = self._explained(backbone, head)
         finally:
             head.train(training)
@@ -85,7 +86,7 @@ class Sample:
         save_pack(self.folder, [*first, *now], overlays=False, skipped=found.skipped)
 
     def _explained(self, backbone: Backbone, head: Head) -> Explanations:
-        from xattn.explaining import Explanations, explain, unique_id
+        from xattn.explaining import Explanations, explain, explain_batch, set_up, unique_id
 
         if self.classes is None:
             return explain(self.paths, backbone, head, batch_size=4, max_pixels=self.max_pixels)
@@ -93,14 +94,15 @@ class Sample:
         taken: set[str] = set()
         for path in self.paths:
             try:
-                one = explain(
-                    path, backbone, head, classes=self.classes[path], max_pixels=self.max_pixels
-                )
+                photo = load_image(path, self.max_pixels)
+                pixels, seen = prepare(photo, backbone.preprocessing, "crop")
+                seen.check_size()
             except (OSError, ValueError) as error:
                 found.skipped.append((path.name, str(error)))
-            else:
-                image_id = unique_id(path.stem, taken)
-                found.extend(replace(e, image_id=image_id) for e in one)
+                continue
+            job = set_up(backbone, head, None, self.classes[path], 1, "crop", 8, 0)
+            item = (pixels, seen, unique_id(path.stem, taken), path)
+            found.extend(explain_batch([item], backbone, *job))
         return found
 
     def _saved(self) -> list[Explanation]:
