@@ -119,7 +119,24 @@ def test_a_run_from_before_the_choice_goes_on_in_its_form(tmp_path):
     with claim(tmp_path, run(projection_bias=False), resume=True, main=True, needed=()):
         pass
     with (
-        pytest.raises(ValueError, match="other settings"),
+        pytest.raises(ValueError, match=r"\(projection_bias: False then, True now\)"),
         claim(tmp_path, run(), resume=True, main=True, needed=()),
     ):
         pass
+
+
+def test_the_refusal_of_other_settings_names_them_shortly(tmp_path):
+    from xattn.training.run_folder import claim
+
+    def run(**train):
+        return {"train": train, "head": create_head("gap", vit()).config(), "data": "a" * 99}
+
+    (tmp_path / "run.json").write_text(json.dumps(run(lr=0.1, seed=1, epochs=2, warmup=1)))
+    new = {**run(lr=0.2, seed=2, epochs=3, warmup=1), "data": None}
+    with (
+        pytest.raises(ValueError) as error,
+        claim(tmp_path, new, resume=True, main=True, needed=()),
+    ):
+        pass
+    named = "(lr: 0.1 then, 0.2 now; seed: 1 then, 2 now; epochs: 2 then, 3 now and 1 more)"
+    assert named in str(error.value)

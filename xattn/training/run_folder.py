@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -54,12 +55,14 @@ def claim(
             )
         try:
             old = strict_json.parse(path.read_bytes())
-            same = _comparable(old) == _comparable(json.loads(json.dumps(run)))
+            changed = _differences(_comparable(old), _comparable(json.loads(json.dumps(run))))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"resume: {path} is damaged; choose a new output folder") from None
-        if not same:
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ValueError(
-                f"resume: {path} was started with other settings; use the same, or a new output folder"
+                f"resume: {path} was started with other settings ({'; '.join(changed[:3])}{more}); "
+                f"use the same, or a new output folder"
             )
     elif resume:
         raise ValueError(f"resume: {folder} holds no run; check output, or train without resume")
@@ -84,6 +87,21 @@ def _comparable(run: dict[str, Any]) -> dict[str, Any]:
     head = {k: v for k, v in run["head"].items() if k not in ("training", "xattn")}
     head["options"] = complete_options(head["head"], head["options"])
     return {**run, "train": train, "head": head}
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """One phrase a value that differs, by its innermost key."""
+    if old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys((*old, *new))
+        return [text for k in keys for text in _differences(old.get(k), new.get(k), k)]
+    return [f"{name}: {_short(old)} then, {_short(new)} now"]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @contextmanager
@@ -118,7 +136,8 @@ def _cut_log(folder: Path, step: int) -> None:
     if not path.is_file():
         return
     kept, damaged = [], 0
-    for line in path.read_bytes().splitlines(keepends=True):
+    whole = path.read_bytes()
+    for line in whole.splitlines(keepends=True):
         try:
             record = strict_json.parse(line, nan=True)
             if type(record["step"]) is not int:
@@ -129,13 +148,23 @@ def _cut_log(folder: Path, step: int) -> None:
         if record["step"] <= step:
             kept.append(line.rstrip() + b"\n")
     if damaged:
+        copy = _free(path.with_name(f"{LOG_FILE}.damaged"))
+        with atomic_file(copy) as temporary:
+            temporary.write_bytes(whole)
+        lines = "1 line is not a record" if damaged == 1 else f"{damaged} lines are not records"
         warnings.warn(
-            f"resume: {damaged} lines of {path} are no records of steps and are left out; the training "
-            f"does not depend on them",
+            f"resume: {path} is damaged, {lines} of a step; the log goes on without, and the file as "
+            f"it was is kept as {copy.name}; the training does not depend on it",
             stacklevel=2,
         )
     with atomic_file(path) as temporary:
         temporary.write_bytes(b"".join(kept))
+
+
+def _free(path: Path) -> Path:
+    """``path``, with a number behind it where there is such a file."""
+    names = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in count(1))
+    return next(name for name in names if not name.exists())
 
 
 def report(
