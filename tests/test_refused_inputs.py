@@ -170,3 +170,8 @@ def test_an_encoder_without_classes_is_not_explained(tmp_path):
     head = create_head("gap", backbone, classes=2)  # a classifier of its own
     (found,) = explain(tmp_path, probed(backbone, head), explainer="saliency")
     assert found.target_name in ("class 0", "class 1")
+
+
+def test_an_explainer_gives_the_remedy_of_the_backbone(vit):
+    with pytest.raises(ValueError, match=r"^inputs: .*drop an alpha channel with inputs\["):
+        create_explainer("saliency", vit).attribute(torch.rand(2, 4, 32, 32), 1)

@@ -442,19 +442,25 @@ class Backbone(nn.Module):
         Raises:
             ValueError: images of another number of channels.
         """
-        channels = self.mean.shape[1]
-        if images.ndim not in (3, 4) or images.shape[-3] != channels:
-            remedy = "give images of that shape"
-            if images.ndim in (3, 4) and images.shape[-3] == 1:
-                sizes = ", ".join(["-1"] * (images.ndim - 3) + [str(channels), "-1", "-1"])
-                remedy = f"expand greyscale images with images.expand({sizes})"
-            elif images.ndim in (3, 4) and images.shape[-3] == channels + 1:
-                remedy = f"drop an alpha channel with images[..., :{channels}, :, :]"
-            raise ValueError(
-                f"images: got shape {tuple(images.shape)}, {self.name} takes (B, {channels}, H, W); "
-                f"{remedy}"
-            )
+        self.check_channels(images)
         return (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
+
+    def check_channels(self, images: Tensor, argument: str = "images") -> None:
+        """Raise a ``ValueError`` unless ``images`` are (3, H, W) or (B, 3, H, W)."""
+        channels = self.mean.shape[1]
+        pictures = images.ndim in (3, 4)
+        if pictures and images.shape[-3] == channels:
+            return
+        remedy = "give images of that shape"
+        if pictures and images.shape[-3] == 1:
+            sizes = ", ".join(["-1"] * (images.ndim - 3) + [str(channels), "-1", "-1"])
+            remedy = f"expand greyscale images with {argument}.expand({sizes})"
+        elif pictures and images.shape[-3] == channels + 1:
+            remedy = f"drop an alpha channel with {argument}[..., :{channels}, :, :]"
+        raise ValueError(
+            f"{argument}: got shape {tuple(images.shape)}, {self.name} takes (B, {channels}, H, W); "
+            f"{remedy}"
+        )
 
     def denormalize(self, x: Tensor) -> Tensor:
         """Inverse of :meth:`normalize`."""

@@ -46,7 +46,7 @@ def parse(
 
 
 def read(path: Path, argument: str, remedy: str, nan: bool = False) -> Any:
-    """The value of a JSON file that this project wrote.
+    """The value of a JSON file.
 
     Raises:
         ValueError: it is damaged; the text names ``argument``, the file and the ``remedy``.

@@ -79,7 +79,7 @@ def target(
     nasty: Callable[[], Sequence[bytes]] = lambda: (),
     **options: Any,
 ) -> Callable[[Callable[[Path], object]], Callable[[Path], object]]:
-    """Decorator: enter a reader into :data:`TARGETS`."""
+    """Decorator: enter a reader into :data:`TARGETS`; one that several targets share is passed to each."""
 
     def add(read: Callable[[Path], object]) -> Callable[[Path], object]:
         assert name not in TARGETS, name

@@ -123,7 +123,7 @@ def _nasty_runs() -> list[bytes]:
     ]  # fmt: skip
 
 
-@target(
+target(
     "run record",
     "run/run.json",
     lambda: [run_files()["run/run.json"]],
@@ -132,9 +132,7 @@ def _nasty_runs() -> list[bytes]:
     template=_run,
     says="resume: ",
     share=0.6,
-)
-def run_record(folder: Path) -> None:
-    _resume(folder)
+)(_resume)
 
 
 def _claim(folder: Path) -> None:
@@ -144,7 +142,7 @@ def _claim(folder: Path) -> None:
         assert log is not None
 
 
-@target(
+target(
     "log",
     "run/log.jsonl",
     lambda: [run_files()["run/log.jsonl"]],
@@ -154,17 +152,13 @@ def _claim(folder: Path) -> None:
     kind="json lines",
     template=_run,
     share=1,
-)  # fmt: skip
-def log(folder: Path) -> None:
-    _claim(folder)
+)(_claim)  # fmt: skip
 
 
-@target("newest checkpoint", "run/checkpoints/latest", lambda: [run_files()["run/checkpoints/latest"]],
+target("newest checkpoint", "run/checkpoints/latest", lambda: [run_files()["run/checkpoints/latest"]],
         lambda: [b"", b"\n", b"..", b"../..", b"/", b"step-", b"step-00000000", b"step-" + b"9" * 5000, b"\xff", b"\0", b"step-1\nstep-2", "step-²".encode(),
                  "step-١".encode(), b"x" * 5000, b"checkpoints"],
-        kind="text", template=_run, says="resume: |output: ", share=0.5)  # fmt: skip
-def newest_checkpoint(folder: Path) -> None:
-    _resume(folder)
+        kind="text", template=_run, says="resume: |output: ", share=0.5)(_resume)  # fmt: skip
 
 
 def _nasty_states() -> list[bytes]:
@@ -287,7 +281,7 @@ def _nasty_indexes() -> list[bytes]:
     ]
 
 
-@target(
+target(
     "features index",
     "features/features.json",
     lambda: [feature_files()["features.json"]],
@@ -296,9 +290,7 @@ def _nasty_indexes() -> list[bytes]:
     template=_features,
     says="features: ",
     share=1.5,
-)
-def features_index(folder: Path) -> None:
-    _open(folder)
+)(_open)
 
 
 def _nasty_keys() -> list[bytes]:
@@ -317,7 +309,7 @@ def _nasty_keys() -> list[bytes]:
     ] + nasty_json()
 
 
-@target(
+target(
     "features key",
     "features/key.json",
     lambda: [feature_files()["key.json"]],
@@ -326,9 +318,7 @@ def _nasty_keys() -> list[bytes]:
     template=_features,
     says="features: ",
     share=0.7,
-)
-def features_key(folder: Path) -> None:
-    _open(folder)
+)(_open)
 
 
 @target(

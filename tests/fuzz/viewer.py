@@ -307,7 +307,7 @@ def _nasty_jobs() -> list[bytes]:
     ]
 
 
-@target(
+target(
     "job record",
     f"root/{JOBS}/one/{JOB}",
     lambda: [_job_file(f"root/{JOBS}/one/{JOB}")],
@@ -316,9 +316,7 @@ def _nasty_jobs() -> list[bytes]:
     template=_jobs,
     says="$",
     share=0.6,
-)
-def job_record(folder: Path) -> None:
-    _look(folder)
+)(_look)
 
 
 @target("job process", f"root/{JOBS}/one/{PROCESS}", lambda: [_job_file(f"root/{JOBS}/one/{PROCESS}")],
@@ -329,7 +327,7 @@ def job_process(folder: Path) -> None:
     _look(folder)
 
 
-@target(
+target(
     "job end",
     f"root/{JOBS}/one/{EXIT}",
     lambda: [_job_file(f"root/{JOBS}/one/{EXIT}")],
@@ -338,12 +336,10 @@ def job_process(folder: Path) -> None:
     template=_jobs,
     says="$",
     share=0.3,
-)
-def job_end(folder: Path) -> None:
-    _look(folder)
+)(_look)
 
 
-@target(
+target(
     "job log",
     "root/one/log.jsonl",
     lambda: [_job_file("root/one/log.jsonl")],
@@ -352,13 +348,9 @@ def job_end(folder: Path) -> None:
     template=_jobs,
     says="$",
     share=0.4,
-)
-def job_log(folder: Path) -> None:
-    _look(folder)
+)(_look)
 
 
-@target("job messages", f"root/{JOBS}/one/stderr", lambda: [_job_file(f"root/{JOBS}/one/stderr")],
+target("job messages", f"root/{JOBS}/one/stderr", lambda: [_job_file(f"root/{JOBS}/one/stderr")],
         lambda: [b"\xff" * 1000, b"9" * 5000 + b"/" + b"9" * 5000 + b" [x", b"1/0 [", b"\r" * 10_000, "١/٢ [".encode(), b"xattn: error: "],
-        kind="text", template=_jobs, says="$", share=0.4)  # fmt: skip
-def job_messages(folder: Path) -> None:
-    _look(folder)
+        kind="text", template=_jobs, says="$", share=0.4)(_look)  # fmt: skip

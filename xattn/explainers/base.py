@@ -96,7 +96,7 @@ class Explainer(ABC):
             ValueError: inputs of another shape, non-finite or outside [0, 1]; a target that is not
                 one class, not one an image, or out of range.
         """
-        check_inputs(inputs, self.backbone.mean.shape[1])
+        check_inputs(inputs, self.backbone)
         targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
 
         def maps_of(images: Tensor, classes: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Explainer(ABC):
             logits (B, K), the chosen classes (B, M), and raw maps (B, M, h, w). Explainers that
             read class maps from features (``head``, ``cam``) need one backbone pass in all.
         """
-        check_inputs(inputs, self.backbone.mean.shape[1])
+        check_inputs(inputs, self.backbone)
         with self._guard():
             parts = self._batches.run(
                 lambda images: self._attribute_classes(self._move(images), choose), inputs
@@ -191,18 +191,14 @@ class ImageByImage(Explainer):
         return torch.stack(maps)
 
 
-def check_inputs(inputs: Tensor, channels: int = 3) -> None:
-    """Raise a ``ValueError`` unless ``inputs`` is a finite float (B >= 1, channels, H, W) in [0, 1]."""
+def check_inputs(inputs: Tensor, backbone: Backbone) -> None:
+    """Raise a ``ValueError`` unless ``inputs`` is a finite float (B >= 1, 3, H, W) in [0, 1]."""
     if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not inputs.is_floating_point():
         got = (
             f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs)
         )
         raise ValueError(f"inputs: got {got}; give a float tensor (B, 3, H, W)")
-    if inputs.shape[1] != channels:
-        raise ValueError(
-            f"inputs: got {inputs.shape[1]} channels; give a float tensor (B, {channels}, H, W), grey "
-            f"images as inputs.expand(-1, {channels}, -1, -1)"
-        )
+    backbone.check_channels(inputs, "inputs")
     if inputs.numel() == 0:
         raise ValueError(
             f"inputs: got an empty batch {tuple(inputs.shape)}; give one image or more"

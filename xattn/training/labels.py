@@ -42,10 +42,7 @@ def read_groups(paths: Sequence[Path], file: Path) -> dict[Path, str]:
     """The group of every photo that has one, by the name of its folder."""
     if not file.is_file():
         raise FileNotFoundError(f"data: no file {file}; give {{folder: {{'group': name}}}} as JSON")
-    try:
-        classes = strict_json.parse(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"data: {file} is damaged ({error}); mend it") from None
+    classes = strict_json.read(file, "data", "mend it")
     folders = {p.parent.name for p in paths}
     missing = sorted(folders - set(classes)) if isinstance(classes, dict) else []
     if missing:

@@ -108,7 +108,7 @@ def targets(logits: Tensor, task: str, places: Tensor | None = None) -> Tensor:
     order = logits.argsort(dim=1, descending=True, stable=True)
     positive = (logits > 0).sum(1).clamp_min(1)
     if places is None:
-        places = torch.arange(len(logits))
+        places = torch.arange(len(logits), device=logits.device)
     turn = places.to(logits.device) % positive
     return order.gather(1, turn[:, None])[:, 0]
 
@@ -137,7 +137,7 @@ def objective(
     with torch.no_grad():
         taps = backbone(images)
     batch, first = images.shape[0], 0
-    part = part or Part(torch.arange(batch), [batch])
+    part = part or Part(torch.arange(batch, device=images.device), [batch])
     target = targets(taps.logits, backbone.task, part.places)
     if config.class_mode == "own":
         index = target[:, None]
