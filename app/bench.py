@@ -220,7 +220,7 @@ def live(page: Any, address: str, photo: Path, rounds: int) -> tuple[list[float]
     Both in every round, in turn; the model is loaded on both sides, the first round is left out.
     """
     import xattn
-    from xattn.allocator import keep_memory
+    from xattn.runtime.allocator import keep_memory
 
     keep_memory()
     backbone = xattn.load_backbone(LIVE_BACKBONE, weights="package")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from xattn import strict_json
 from xattn.app.library import LEADERBOARD, PackError
 from xattn.app.pack import Recent
 from xattn.eval import html_data
@@ -20,6 +19,7 @@ from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import METRICS
 from xattn.eval.report import from_dict
 from xattn.eval.results import Results, is_baseline
+from xattn.runtime import strict_json
 
 if TYPE_CHECKING:
     from xattn.app.library import Library

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from xattn.allocator import keep_memory
 from xattn.config import TrainConfig
+from xattn.runtime.allocator import keep_memory
 
 BACKBONE, SHIPPED = "tf_efficientnet_lite0", "ttame-efficientnet-lite0"
 PHOTOS = {
@@ -54,8 +54,8 @@ def main(output: Path, epochs: int) -> None:
     from xattn.eval import evaluate, format_table, sanity_rows, write_csv, write_json
     from xattn.explainers import create_explainer
     from xattn.explaining import explain
-    from xattn.files import atomic_file, check_folder
     from xattn.heads import create_head, load_head, save_head
+    from xattn.runtime.files import atomic_file, check_folder
     from xattn.training import fit
 
     started = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from xattn.files import atomic_file
+from xattn.runtime.files import atomic_file
 
 NAME = "demo"
 PHOTOS = "photos.txt"

@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from xattn import strict_json
 from xattn.app import demo_job
 from xattn.app.inside import PackError, open_inside, read_inside
-from xattn.files import output_error, write_json
+from xattn.runtime import strict_json
+from xattn.runtime.files import output_error, write_json
 
 JOBS = "jobs"
 JOB, PROCESS, EXIT, STOP = "job.json", "process.json", "exit.json", "stop.json"

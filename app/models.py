@@ -22,7 +22,7 @@ from xattn.app.inside import Signature
 from xattn.app.visible import reason
 from xattn.backbone import sha256
 from xattn.cli import BackboneArgs
-from xattn.memory import is_out_of_memory
+from xattn.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone

@@ -31,9 +31,9 @@ from xattn.explanation import (
     LaterVersion,
     parse_manifest,
 )
-from xattn.files import file_sha256
 from xattn.images import View, decode_image
-from xattn.tensor_file import TensorFile
+from xattn.runtime.files import file_sha256
+from xattn.runtime.tensor_file import TensorFile
 
 __all__ = ["MetricInfo", "NoPack", "Pack", "PackError", "Recent"]
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xattn import strict_json
-from xattn.files import write_json
+from xattn.runtime import strict_json
+from xattn.runtime.files import write_json
 
 SHORTEST, LONGEST = 8, 1024  # characters; the longest bounds the work of one try
 SCRYPT = {"n": 1 << 15, "r": 8, "p": 3}  # 32 MiB and about 0.2 s a try

@@ -22,7 +22,7 @@ from xattn.attention.statistics import Statistics, sample_queries, statistics
 from xattn.explainers.attention import read_attention
 from xattn.explainers.rollout import rollout_row
 from xattn.images import prepare
-from xattn.memory import is_out_of_memory
+from xattn.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from xattn.app.library import Pack

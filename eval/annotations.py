@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from xattn import strict_json, strict_yaml
 from xattn.eval.coco import THING_IDS, THINGS, model_classes
-from xattn.files import printable
 from xattn.images import View
+from xattn.runtime import strict_json, strict_yaml
+from xattn.runtime.files import printable
 
 Region = tuple[str, NDArray[np.bool_]]
 Box = tuple[str, float, float, float, float]  # category, x0, y0, x1, y1 in pixels of the photo

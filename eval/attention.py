@@ -46,8 +46,8 @@ def bench(
     Raises:
         ValueError: unknown names, or numbers of tokens that are not squares.
     """
-    from xattn.allocator import keep_memory
     from xattn.attention import mechanism_class
+    from xattn.runtime.allocator import keep_memory
 
     names = tuple(names) or tuple(MECHANISMS)
     for name in names:

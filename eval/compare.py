@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xattn.distributed import processes
 from xattn.eval.annotations import load_annotations
 from xattn.eval.engine import create_probes, evaluate
 from xattn.eval.metrics.base import Column
@@ -34,9 +33,10 @@ from xattn.eval.stream import ImageStream
 from xattn.explainers import create_explainer, list_explainers
 from xattn.explaining import named_photos, true_classes_of
 from xattn.explanation import check_output
-from xattn.files import atomic_file, printable
 from xattn.heads import parse_options
 from xattn.images import MAX_PIXELS, list_images
+from xattn.runtime.distributed import processes
+from xattn.runtime.files import atomic_file, printable
 from xattn.sources import is_stored
 
 

@@ -26,8 +26,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xattn import __version__
-from xattn.distributed import gather, processes
 from xattn.eval import functional
 from xattn.eval.metrics.base import Finish, Probe, Sample
 from xattn.eval.metrics.masking import MaskingProbe
@@ -41,6 +39,8 @@ from xattn.eval.store import ImageRow, ResultRow, Store
 from xattn.eval.stream import ImageStream, Item
 from xattn.explaining import top_classes
 from xattn.images import MAX_PIXELS
+from xattn.runtime.distributed import gather, processes
+from xattn.runtime.version import __version__
 
 if TYPE_CHECKING:
     from xattn.eval.annotations import Annotation, Annotations

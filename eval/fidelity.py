@@ -50,8 +50,8 @@ def bench(
     name: str = "tf_efficientnet_lite0", rounds: int = 7, batches: Sequence[int] = (16, 32)
 ) -> Iterator[str]:
     """The lines of the tables, as they are measured."""
-    from xattn.allocator import keep_memory
     from xattn.backbone import load_backbone
+    from xattn.runtime.allocator import keep_memory
 
     kept = keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -194,9 +194,9 @@ def _library_imputer(image: Tensor, removed: Tensor) -> Callable[[], None] | Non
 _JOB = """
 import resource, sys, time
 import torch
-from xattn.allocator import keep_memory
+from xattn.runtime.allocator import keep_memory
 from xattn.backbone import load_backbone
-from xattn.distributed import leave, processes
+from xattn.runtime.distributed import leave, processes
 from xattn.eval.engine import evaluate
 from xattn.eval.fidelity import Given, photos_like
 from xattn.eval.metrics import create_probe

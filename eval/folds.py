@@ -20,10 +20,10 @@ import numpy as np
 import torch
 import tyro
 
-from xattn import strict_json
 from xattn.config import TrainConfig
 from xattn.eval.report import format_table, read_json, write_csv, write_json
 from xattn.eval.results import Difference, MethodResult, Results
+from xattn.runtime import strict_json
 
 
 def class_folds(paths: Sequence[Path], folds: int, seed: int = 0) -> list[list[Path]]:
@@ -127,8 +127,8 @@ def train_and_score(
     from xattn.eval.engine import evaluate
     from xattn.eval.sanity import sanity_rows
     from xattn.explainers import create_explainer
-    from xattn.files import write_json as write_record
     from xattn.heads import create_head
+    from xattn.runtime.files import write_json as write_record
     from xattn.training import fit
     from xattn.training.run_folder import RUN_FILE
 
@@ -251,10 +251,10 @@ class Folds:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from xattn.allocator import keep_memory
     from xattn.backbone import load_backbone
     from xattn.heads import parse_options
     from xattn.images import list_images
+    from xattn.runtime.allocator import keep_memory
 
     args = tyro.cli(Folds, prog="python -m xattn.eval.folds", args=arguments)
     keep_memory()

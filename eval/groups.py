@@ -147,7 +147,7 @@ def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from xattn.allocator import keep_memory
+    from xattn.runtime.allocator import keep_memory
 
     args = tyro.cli(Groups, prog="python -m xattn.eval.groups", args=arguments)
     keep_memory()

@@ -125,7 +125,7 @@ def bench(
         sides: of the square token grids.
         batch: images a step.
     """
-    from xattn.allocator import keep_memory
+    from xattn.runtime.allocator import keep_memory
 
     if rounds < 1 or batch < 2:
         raise ValueError(f"rounds, batch: got {rounds} and {batch}; give at least 1 and 2")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import METRICS
 from xattn.eval.results import SURVIVES, MethodResult, Results, is_baseline
-from xattn.files import printable
+from xattn.runtime.files import printable
 
 if TYPE_CHECKING:
     from xattn.eval.compare import Standing

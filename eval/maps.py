@@ -31,9 +31,9 @@ def bench(tokens: Sequence[int] = (1025, 4097), rounds: int = 3) -> Iterator[str
     Raises:
         ValueError: a number of tokens that is not 1 + a square.
     """
-    from xattn.allocator import keep_memory
     from xattn.backbone import load_backbone
     from xattn.explainers import create_explainer
+    from xattn.runtime.allocator import keep_memory
 
     wrong = [n for n in tokens if n < 2 or math.isqrt(n - 1) ** 2 != n - 1]
     if wrong or not tokens:

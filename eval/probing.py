@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from xattn import strict_json
 from xattn.backbone import Backbone, load_backbone
 from xattn.config import ProbeConfig
 from xattn.eval.bootstrap import Interval, mean_intervals
 from xattn.eval.heads_bench import macs
 from xattn.eval.speed import median_ratio, times, write_photos
-from xattn.files import atomic_file, write_json
 from xattn.heads import AttentiveHead, Tokens, create_head, head_class, parse_options
+from xattn.runtime import strict_json
+from xattn.runtime.files import atomic_file, write_json
 from xattn.sources import Files, Photos, open_photos
 from xattn.training.features import Features, cache_features
 from xattn.training.labels import Labels, read_labels, split

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xattn import strict_json
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import METRICS, Protocol
 from xattn.eval.results import ImageRecord, MethodResult, Results, Row
 from xattn.eval.stream import Skipped
+from xattn.runtime import strict_json
 
 FORMAT = "xattn-results"
 FORMAT_VERSION = 2
@@ -177,7 +177,7 @@ def write_json(results: Results, path: str | Path) -> None:
     Raises:
         OSError: the file cannot be written; an earlier file of that name is intact.
     """
-    from xattn.files import atomic_file
+    from xattn.runtime.files import atomic_file
 
     text = json.dumps(to_dict(results), allow_nan=False, ensure_ascii=False, indent=1)
     with atomic_file(path) as temporary:
@@ -238,7 +238,7 @@ def _array(values: list[Any]) -> NDArray[np.float64]:
 
 
 def _version() -> str:
-    from xattn import __version__
+    from xattn.runtime.version import __version__
 
     return __version__
 
@@ -284,7 +284,7 @@ def image_lines(results: Results) -> list[list[Any]]:
 
 
 def _write_lines(path: Path, lines: list[list[Any]]) -> None:
-    from xattn.files import atomic_file
+    from xattn.runtime.files import atomic_file
 
     with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)

@@ -4,7 +4,7 @@ Every forward pass has exactly ``max_forward_batch`` images. A network may give 
 another batch size, and "q > p" would then hold for identical images; with one shape it cannot.
 The place of an image in the micro-batch does not matter where the size is a multiple of 4 (matrix
 products treat the last rows of other sizes differently: lite0's logits move by 1e-7 at 6). Where
-memory runs out, the passes go on at half the size (:mod:`xattn.memory`).
+memory runs out, the passes go on at half the size (:mod:`xattn.runtime.memory`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.memory import ForwardBatches
+from xattn.runtime.memory import ForwardBatches
 
 
 @dataclass(eq=False, slots=True)

@@ -218,8 +218,8 @@ def bench(
     data: Path | None = None,
 ) -> Iterator[str]:
     """The lines of the tables, as they are measured; for the arguments see ``xattn bench --help``."""
-    from xattn.allocator import keep_memory
     from xattn.backbone import load_backbone
+    from xattn.runtime.allocator import keep_memory
 
     if rounds < 1 or min(batches, default=0) < 1:
         raise ValueError(f"rounds, batches: got {rounds} and {batches}; give at least 1 of each")

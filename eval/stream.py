@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xattn.files import printable
 from xattn.images import MAX_PIXELS, View, list_images, load_image, prepare, read_ahead
+from xattn.runtime.files import printable
 from xattn.sources import StoredPhoto, is_stored, open_photos
 
 

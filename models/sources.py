@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.files import printable
+from xattn.runtime.files import printable
 
 MOST_LEVELS = 10  # of {"state_dict": ...} about a state dict; one in a pickle may hold itself
 StateDict = dict[str, Tensor]

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from xattn import files
 from xattn.app.made_up import small_pack
-from xattn.files import atomic_file, atomic_folder, write_json
+from xattn.runtime import files
+from xattn.runtime.files import atomic_file, atomic_folder, write_json
 
 NAMES = ["exp", "exp.v2", "run[1]"]
 MOMENTS = ["in the block", "before the first rename", "between the renames", "after the second"]

@@ -13,7 +13,7 @@ from PIL import Image
 from xattn import TrainConfig, create_head, fit, load_backbone
 from xattn.eval import evaluate
 from xattn.explainers import create_explainer
-from xattn.memory import ForwardBatches, is_out_of_memory
+from xattn.runtime.memory import ForwardBatches, is_out_of_memory
 
 CPU_TEXT = (
     "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you "
@@ -161,7 +161,7 @@ def test_a_training_batch_that_does_not_fit_names_batch_size(tmp_path):
 def test_a_real_allocation_failure_is_survived():
     script = """
         import resource, warnings, torch
-        from xattn.memory import ForwardBatches
+        from xattn.runtime.memory import ForwardBatches
 
         torch.set_num_threads(1)
         x = torch.zeros(16, 1)

@@ -12,7 +12,7 @@ from PIL import Image
 import xattn
 from xattn.app.made_up import small_pack
 from xattn.cli import main
-from xattn.files import atomic_folder, check_folder
+from xattn.runtime.files import atomic_folder, check_folder
 from xattn.training import fit
 
 MODEL = ["--backbone", "test_efficientnet", "--weights", "random", "--device", "cpu"]

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import xattn
-from xattn.distributed import peers
+from xattn.runtime.distributed import peers
 
 JOB = """
 import os, signal, sys

@@ -604,7 +604,7 @@ try:
 except ValueError as error:
     assert "another folder" in str(error)
     print("agreed")
-from xattn.distributed import leave
+from xattn.runtime.distributed import leave
 leave()
 """
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from xattn.strict_json import DEEPEST, parse
+from xattn.runtime.strict_json import DEEPEST, parse
 
 
 def nested(levels, opening="[", closing="]"):

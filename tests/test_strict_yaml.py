@@ -2,7 +2,7 @@
 
 import pytest
 
-from xattn.strict_yaml import parse
+from xattn.runtime.strict_yaml import parse
 
 
 def powers(first, line, levels=9):

@@ -8,7 +8,7 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from xattn.tensor_file import TensorFile
+from xattn.runtime.tensor_file import TensorFile
 
 
 def f32(*shape, at=(0, 0)):

@@ -17,7 +17,7 @@ from xattn import evaluate, explain
 from xattn.attention import convert, record, revert
 from xattn.explainers import create_explainer, list_explainers
 from xattn.heads import create_head
-from xattn.locking import alone, lock_of
+from xattn.runtime.locking import alone, lock_of
 
 
 def kept(kind):

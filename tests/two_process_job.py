@@ -120,6 +120,6 @@ if __name__ == "__main__":
     states = trained(root, 2)
     rank = torch.distributed.get_rank()
     torch.save(states, root / f"states-{rank}.pt")
-    from xattn.distributed import leave
+    from xattn.runtime.distributed import leave
 
     leave()

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.locking import alone, lock_of
-from xattn.memory import is_out_of_memory
+from xattn.runtime.locking import alone, lock_of
+from xattn.runtime.memory import is_out_of_memory
 
 # Blocks that apply ``norm1`` to their input before attention (timm class names). A block that is
 # not listed may normalise after attention, where ``norm1`` of the block's input means nothing.

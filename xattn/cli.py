@@ -19,9 +19,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from xattn import __version__
 from xattn.config import ProbeConfig, TrainConfig
 from xattn.eval.studies.config import ImageStudyConfig, PartStudyConfig, TextStudyConfig
+from xattn.runtime.version import __version__
 
 SHIPPED_DEFAULT = "ttame-efficientnet-lite0"
 LONGEST_ERROR = 2000  # characters
@@ -189,7 +189,6 @@ class Probe:
     the head."""
 
     def run(self) -> None:
-        from xattn.distributed import processes
         from xattn.eval.probing import (
             ProbeJob,
             check_results,
@@ -197,7 +196,8 @@ class Probe:
             run_probes,
             write_results,
         )
-        from xattn.files import check_folder
+        from xattn.runtime.distributed import processes
+        from xattn.runtime.files import check_folder
 
         if self.model.probe is not None:
             raise ValueError("probe: heads are trained on the network itself; leave out --probe")
@@ -347,11 +347,11 @@ class Evaluate:
     """Folder for results.json and results.csv."""
 
     def run(self) -> None:
-        from xattn.distributed import processes
         from xattn.eval import Protocol, evaluate, format_table, sanity_rows, write_csv, write_json
         from xattn.eval.presets import preset
         from xattn.explainers import create_explainer
-        from xattn.files import check_folder
+        from xattn.runtime.distributed import processes
+        from xattn.runtime.files import check_folder
 
         check_folder(self.output)
         backbone = self.model.load()
@@ -434,10 +434,10 @@ class Compare:
     """Folder of the report and the state; a run with the same arguments goes on where one stopped."""
 
     def run(self) -> None:
-        from xattn.distributed import processes
         from xattn.eval.compare import Comparison, compare
         from xattn.explainers import list_explainers
-        from xattn.files import check_folder
+        from xattn.runtime.distributed import processes
+        from xattn.runtime.files import check_folder
 
         if "head" in self.explainers:
             raise ValueError(
@@ -939,7 +939,7 @@ def _group() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    from xattn.distributed import leave, peers
+    from xattn.runtime.distributed import leave, peers
 
     with peers():
         yield
@@ -947,7 +947,7 @@ def _group() -> Iterator[None]:
 
 
 def _row_name(source: str, name: str, taken: set[str]) -> str:
-    from xattn.files import printable
+    from xattn.runtime.files import printable
 
     path = Path(source)
     label = (
@@ -984,7 +984,7 @@ def main(arguments: list[str] | None = None) -> int:
             "--version prints the version.",
             args=arguments,
         )
-        from xattn.allocator import keep_memory
+        from xattn.runtime.allocator import keep_memory
 
         keep_memory()
         with _plain_warnings(), _group():

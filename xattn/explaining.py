@@ -399,7 +399,7 @@ def _report(result: Explanations, count: int) -> None:
 
 def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any]:
     """How a map of ``method`` came about, for its record."""
-    from xattn import __version__
+    from xattn.runtime.version import __version__
 
     head = method.head if method.needs_head else None
     return {

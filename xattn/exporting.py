@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from xattn.backbone import sha256
 from xattn.explainers.base import _check_head, preserve_state
-from xattn.files import atomic_file, check_folder
+from xattn.runtime.files import atomic_file, check_folder
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone

@@ -36,7 +36,7 @@ from xattn.explanation import (
     check_output,
     is_pack,
 )
-from xattn.files import atomic_folder, file_sha256
+from xattn.runtime.files import atomic_folder, file_sha256
 
 _DRAFT = "maps.data"
 
@@ -117,7 +117,7 @@ class PackWriter:
 
     def close(self) -> None:
         """Write the maps and the manifest."""
-        from xattn import __version__
+        from xattn.runtime.version import __version__
 
         if not self._entries:
             raise ValueError("explanations: got none; a pack needs at least one")

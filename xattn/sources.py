@@ -32,8 +32,8 @@ from typing import Any, TypeAlias
 
 from PIL import Image
 
-from xattn.files import printable
 from xattn.images import MAX_PIXELS, SUFFIXES, decode_image, list_images, load_image
+from xattn.runtime.files import printable
 
 SCHEMES = ("hfds", "wds")
 BLOCK = 256  # undecoded samples of a shard that a reader holds; training shuffles within them

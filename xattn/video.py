@@ -32,9 +32,9 @@ from xattn.explanation import (
     load_pack,
     save_pack,
 )
-from xattn.files import follow_link, output_error, printable, temporary_folder
 from xattn.images import MAX_PIXELS, prepare
-from xattn.interrupts import deferred_interrupt
+from xattn.runtime.files import follow_link, output_error, printable, temporary_folder
+from xattn.runtime.interrupts import deferred_interrupt
 from xattn.visualize import _font, _shorten, overlay
 
 if TYPE_CHECKING:

@@ -30,14 +30,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xattn import strict_json
 from xattn.backbone import Backbone, Taps
 from xattn.config import ProbeConfig
 from xattn.correlation import pearson
 from xattn.eval.bootstrap import mean_interval, paired_difference
 from xattn.eval.studies.config import ImageStudyConfig
-from xattn.files import atomic_file, check_folder, file_sha256, write_json
 from xattn.heads import AttentiveHead, Tokens, head_class
+from xattn.runtime import strict_json
+from xattn.runtime.files import atomic_file, check_folder, file_sha256, write_json
 from xattn.sources import open_photos
 
 METRICS = ("accuracy", "pixels", "tokens", "deletion", "shares", "stability", "energy")

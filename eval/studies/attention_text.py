@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xattn import strict_json
 from xattn.correlation import pearson
 from xattn.eval.studies import sst
 from xattn.eval.studies.config import TextStudyConfig
 from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad
-from xattn.files import atomic_file, check_folder, file_sha256, write_json
+from xattn.runtime import strict_json
+from xattn.runtime.files import atomic_file, check_folder, file_sha256, write_json
 from xattn.training.perturbation import create_perturbation
 from xattn.training.run_folder import locked
 

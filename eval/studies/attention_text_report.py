@@ -26,7 +26,7 @@ from xattn.eval.studies.attention_text import (
     top_precision,
 )
 from xattn.eval.studies.config import TextStudyConfig
-from xattn.files import atomic_file, write_json
+from xattn.runtime.files import atomic_file, write_json
 
 COLUMNS = {
     "f1": "F1",

@@ -14,7 +14,7 @@ from PIL import Image
 
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference, t_interval
 from xattn.eval.studies.config import PartStudyConfig
-from xattn.files import atomic_file
+from xattn.runtime.files import atomic_file
 
 if TYPE_CHECKING:
     from xattn.eval.studies.part_utilization import Scenario

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xattn import strict_json
 from xattn.config import ProbeConfig
 from xattn.eval.studies.config import PartStudyConfig
 from xattn.eval.studies.part_report import Values, figure, line, report, summary
-from xattn.files import atomic_file, write_json
+from xattn.runtime import strict_json
+from xattn.runtime.files import atomic_file, write_json
 from xattn.sources import open_photos
 
 FORMS = ("plain", "text", "macro", "crop")

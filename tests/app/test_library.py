@@ -28,7 +28,7 @@ from xattn.app.made_up import METRICS, big_pack, explanation, picture, small_pac
 from xattn.app.pack import Pack, Recent
 from xattn.explanation import load_pack, save_pack
 from xattn.pack_writer import manifest_text
-from xattn.tensor_file import TensorFile
+from xattn.runtime.tensor_file import TensorFile
 
 
 @pytest.fixture(scope="module")

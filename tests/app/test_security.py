@@ -32,7 +32,7 @@ from xattn.app.bench import free_port
 from xattn.app.login import FREE, FREE_IN_ALL, LOGIN, LOGOUT, Throttle, login_page, own_path
 from xattn.app.password import LIFETIME, read_password, write_password
 from xattn.app.security import HEADERS, Guard
-from xattn.files import output_error
+from xattn.runtime.files import output_error
 
 SECRET = "correct horse"
 PAGE = {"accept": "text/html", "sec-fetch-dest": "document"}

@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 
 from xattn import create_head, load_backbone
-from xattn.distributed import processes
+from xattn.runtime.distributed import processes
 from xattn.eval import evaluate, metrics, sanity_rows, write_json
 from xattn.explainers import create_explainer
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from xattn.attention.base import Mechanism, create_mechanism, mechanism_class
 from xattn.attention.record import FUSED, fused, record
-from xattn.locking import alone
+from xattn.runtime.locking import alone
 
 
 def convert(

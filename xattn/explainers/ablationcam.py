@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from xattn.explainers.base import ImageByImage, register_explainer
 from xattn.explainers.gradients import probe_image
 from xattn.explainers.layers import LayerReader
-from xattn.memory import ForwardBatches
+from xattn.runtime.memory import ForwardBatches
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone

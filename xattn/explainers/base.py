@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from xattn.backbone import sha256
-from xattn.locking import alone
-from xattn.memory import ForwardBatches
+from xattn.runtime.locking import alone
+from xattn.runtime.memory import ForwardBatches
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xattn.explainers.base import ImageByImage
-from xattn.memory import ForwardBatches
+from xattn.runtime.memory import ForwardBatches
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone

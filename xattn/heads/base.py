@@ -19,10 +19,10 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from xattn import strict_json
 from xattn.backbone import Backbone, Taps
-from xattn.files import atomic_folder
 from xattn.heads.options import checked
+from xattn.runtime import strict_json
+from xattn.runtime.files import atomic_folder
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -95,7 +95,7 @@ class Head(
 
     def config(self) -> dict[str, Any]:
         """What ``config.json`` holds."""
-        from xattn import __version__
+        from xattn.runtime.version import __version__
 
         return {
             "format": 1,

@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from xattn import strict_json
-from xattn.files import file_sha256
+from xattn.runtime import strict_json
+from xattn.runtime.files import file_sha256
 
 Region: TypeAlias = Sequence[Any]  # [x0, y0, x1, y1] or [[x, y], ...]
 Found: TypeAlias = "Sequence[Region] | NDArray[np.bool_]"

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from xattn.files import atomic_folder, write_json
 from xattn.images import MAX_PIXELS
+from xattn.runtime.files import atomic_folder, write_json
 from xattn.sources import Data, open_photos
 from xattn.visualize import _wrap
 

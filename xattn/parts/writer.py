@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from xattn import strict_json
-from xattn.files import atomic_file, check_folder, write_json
 from xattn.images import MAX_PIXELS, read_ahead
 from xattn.parts.crop import area, largest_crop
 from xattn.parts.evidence import Source, evidence_mask, open_evidence
+from xattn.runtime import strict_json
+from xattn.runtime.files import atomic_file, check_folder, write_json
 from xattn.sources import Data, StoredPhoto, open_photos
 
 RECORD = "parts.json"

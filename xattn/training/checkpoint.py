@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from xattn.files import atomic_file, atomic_folder
+from xattn.runtime.files import atomic_file, atomic_folder
 
 POINTER, STATE, CHECKSUM = "latest", "state.pt", "state.pt.sha256"
 

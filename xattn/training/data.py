@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from xattn.allocator import keep_memory
 from xattn.backbone import Preprocessing
 from xattn.images import prepare
+from xattn.runtime.allocator import keep_memory
 from xattn.sources import Data, Photos, open_photos
 
 Key = tuple[int, int]

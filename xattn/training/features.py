@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from xattn import strict_json
 from xattn.backbone import Backbone, Taps
-from xattn.distributed import gather, processes
-from xattn.files import output_error, write_json
 from xattn.heads.attentive import Tokens
 from xattn.images import MAX_PIXELS
-from xattn.memory import is_out_of_memory
+from xattn.runtime import strict_json
+from xattn.runtime.distributed import gather, processes
+from xattn.runtime.files import output_error, write_json
+from xattn.runtime.memory import is_out_of_memory
 from xattn.sources import Data, Photos, open_photos
 from xattn.training.data import TrainImages, load_batches
 from xattn.training.run_folder import LOCK_FILE, locked

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xattn import strict_json
-from xattn.files import printable
 from xattn.images import SUFFIXES
+from xattn.runtime import strict_json
+from xattn.runtime.files import printable
 
 FOLDS = 5
 

@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from xattn.backbone import Backbone, sha256
 from xattn.config import TrainConfig
-from xattn.files import write_json
 from xattn.heads import Head, save_head
-from xattn.interrupts import deferred_interrupt
-from xattn.memory import is_out_of_memory
+from xattn.runtime.files import write_json
+from xattn.runtime.interrupts import deferred_interrupt
+from xattn.runtime.memory import is_out_of_memory
 from xattn.sources import Data, Photos, open_photos
 from xattn.training.checkpoint import save_checkpoint
 from xattn.training.data import TrainImages, epoch_batches, load_batches, steps_per_epoch

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
 from xattn.config import TrainConfig
-from xattn.distributed import gather
 from xattn.heads.fusion import resize
 from xattn.kernels.softmax.reference import widen
+from xattn.runtime.distributed import gather
 
 AREA_OFFSET, AREA_POWER, BORDER_WEIGHT = 0.0005, 0.3, 0.3
 

@@ -24,12 +24,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from xattn.config import ProbeConfig
-from xattn.distributed import gather
 from xattn.heads import AttentiveHead, Tokens, save_head
 from xattn.heads.base import keeping_statistics
 from xattn.images import read_ahead
-from xattn.interrupts import deferred_interrupt
-from xattn.memory import is_out_of_memory
+from xattn.runtime.distributed import gather
+from xattn.runtime.interrupts import deferred_interrupt
+from xattn.runtime.memory import is_out_of_memory
 from xattn.training.checkpoint import save_checkpoint
 from xattn.training.features import Features
 from xattn.training.labels import check_labels

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from xattn.distributed import peers
-from xattn.files import printable
 from xattn.heads.attentive import FeatureNorm
 from xattn.kernels.softmax.reference import widen
+from xattn.runtime.distributed import peers
+from xattn.runtime.files import printable
 from xattn.training.run_folder import claim
 
 RESUME = "start all of them again with --resume (resume=True) to go on from the last checkpoint"

@@ -11,9 +11,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
-from xattn import strict_json
-from xattn.files import atomic_file, follow_link, output_error, write_json
 from xattn.heads.base import complete_options
+from xattn.runtime import strict_json
+from xattn.runtime.files import atomic_file, follow_link, output_error, write_json
 from xattn.training.checkpoint import load_checkpoint
 
 RUN_FILE, LOG_FILE, LOCK_FILE = "run.json", "log.jsonl", "run.lock"

@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xattn import strict_json
+from xattn.runtime import strict_json
 
 MAX_HEADER = 100_000_000  # bytes, as in safetensors
 MAX_DIMENSIONS, MAX_SIDE = 8, 1 << 40  # of a tensor, far above any that a file can hold

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from xattn.strict_json import check_depth
+from xattn.runtime.strict_json import check_depth
 
 
 def parse(text: str) -> Any:

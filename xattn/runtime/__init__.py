@@ -1,0 +1,1 @@
+"""What every part needs of the machine: files, locks, memory, signals, processes, strict readers."""
