@@ -31,7 +31,8 @@ from xattn.app.uploads import Problem, Upload
 from xattn.app.visible import reason
 from xattn.explaining import explain_batch, set_up, unique_id
 from xattn.explanation import THUMBNAIL_SIDE, Explanation, load_pack, read_manifest, save_pack
-from xattn.images import MAX_PIXELS, prepare
+from xattn.photos.images import MAX_PIXELS
+from xattn.photos.view import prepare
 from xattn.video import explain_video, open_clip, quiet
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xattn.app.jobs import JOBS
 from xattn.explanation import MANIFEST
-from xattn.images import SUFFIXES
+from xattn.photos.images import SUFFIXES
 
 DEPTH = 4  # folders below the data folder
 MAX_ENTRIES = 200_000  # files that are looked at, so that a page on a huge disk still comes up

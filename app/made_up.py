@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from xattn.explanation import Explanation, ImageFacts, save_pack
-from xattn.images import View
 from xattn.pack_writer import PackWriter, pack_writer
+from xattn.photos.view import View
 
 CLASSES = [
     "tench, Tinca tinca",

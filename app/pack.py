@@ -31,7 +31,8 @@ from xattn.explanation import (
     LaterVersion,
     parse_manifest,
 )
-from xattn.images import View, decode_image
+from xattn.photos.images import decode_image
+from xattn.photos.view import View
 from xattn.runtime.files import file_sha256
 from xattn.runtime.tensor_file import TensorFile
 

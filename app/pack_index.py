@@ -18,7 +18,7 @@ import pandas as pd
 from xattn.app.inside import AGAIN, PackError
 from xattn.app.visible import visible
 from xattn.explanation import MANIFEST, THUMBNAIL, VIDEO
-from xattn.images import View
+from xattn.photos.view import View
 
 MAX_NAME = 400  # characters of an id
 MAX_CLASS = 1 << 31

@@ -21,7 +21,7 @@ from xattn.attention import Operator, ProductOperator, converted_copy
 from xattn.attention.statistics import Statistics, sample_queries, statistics
 from xattn.explainers.attention import read_attention
 from xattn.explainers.rollout import rollout_row
-from xattn.images import prepare
+from xattn.photos.view import prepare
 from xattn.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:

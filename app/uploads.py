@@ -1,8 +1,8 @@
 """Files that a browser sends: what is accepted, and how it is opened.
 
 An upload is data from anywhere. Number, bytes and pixels are capped before anything is decoded; only
-the formats of :data:`xattn.images.FORMATS` are opened; of a photo nothing but its pixels and its name
-goes on, so that positions, cameras and comments stay behind.
+the formats of :data:`xattn.photos.images.FORMATS` are opened; nothing but a photo's pixels and its
+name is kept, so positions, cameras and comments stay behind.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from xattn.images import MAX_PIXELS, SUFFIXES, _formats, decode_image
+from xattn.photos.images import MAX_PIXELS, SUFFIXES, _formats, decode_image
 from xattn.video import SUFFIXES as CLIPS
 
 PHOTO_TYPES = sorted(s.removeprefix(".") for s in SUFFIXES)

@@ -1,8 +1,8 @@
 """Where objects are: masks or boxes of photos, in the coordinates of the model's input.
 
 A pixel of the model's input lies on an object if its centre, carried back onto the photo by the
-:class:`~xattn.images.View`, lies in a pixel of the object's mask, or in its box. What the view cuts off
-is gone, and what it pads is background.
+:class:`~xattn.photos.view.View`, lies in a pixel of the object's mask, or in its box. What the view
+cuts off is gone, and what it pads is background.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.eval.coco import THING_IDS, THINGS, model_classes
-from xattn.images import View
+from xattn.photos.view import View
 from xattn.runtime import strict_json, strict_yaml
 from xattn.runtime.files import printable
 

@@ -34,10 +34,10 @@ from xattn.explainers import create_explainer, list_explainers
 from xattn.explaining import named_photos, true_classes_of
 from xattn.explanation import check_output
 from xattn.heads import parse_options
-from xattn.images import MAX_PIXELS, list_images
+from xattn.photos.images import MAX_PIXELS, list_images
+from xattn.photos.sources import is_stored
 from xattn.runtime.distributed import processes
 from xattn.runtime.files import atomic_file, printable
-from xattn.sources import is_stored
 
 
 @dataclass(frozen=True, kw_only=True)

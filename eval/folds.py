@@ -253,7 +253,7 @@ class Folds:
 def main(arguments: Sequence[str] | None = None) -> None:
     from xattn.backbone import load_backbone
     from xattn.heads import parse_options
-    from xattn.images import list_images
+    from xattn.photos.images import list_images
     from xattn.runtime.allocator import keep_memory
 
     args = tyro.cli(Folds, prog="python -m xattn.eval.folds", args=arguments)

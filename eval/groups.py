@@ -31,7 +31,8 @@ from xattn.training.labels import FOLDS, read_groups, stratified_folds
 @torch.inference_mode()
 def pooled_features(backbone: Any, paths: Sequence[Path], batch_size: int = 16) -> Tensor:
     """(n, C): what the classifier of ``backbone`` reads, for the evaluation crop of every photo."""
-    from xattn.images import load_image, prepare
+    from xattn.photos.images import load_image
+    from xattn.photos.view import prepare
 
     parts = []
     for start in range(0, len(paths), batch_size):
@@ -100,7 +101,7 @@ def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str
         raise ValueError("variants: got none; give an option of ttame, as name=value")
     from xattn.backbone import load_backbone
     from xattn.heads import parse_options
-    from xattn.images import list_images
+    from xattn.photos.images import list_images
 
     group_of = read_groups(list_images(args.data), args.data / "classes.json")
     paths, groups = list(group_of), list(group_of.values())

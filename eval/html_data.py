@@ -23,7 +23,8 @@ from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import METRICS
 from xattn.eval.results import Results, is_baseline
 from xattn.eval.store import damaged, grey_maps
-from xattn.images import MAX_PIXELS, decode_image, load_image, prepare
+from xattn.photos.images import MAX_PIXELS, decode_image, load_image
+from xattn.photos.view import prepare
 from xattn.visualize import data_url
 
 if TYPE_CHECKING:

@@ -20,8 +20,9 @@ from xattn.eval.store import KeptImage, kept_images
 from xattn.eval.stream import Skipped
 from xattn.explaining import TrueClass, named_photos, protocol_of
 from xattn.explanation import Explanation, ImageFacts
-from xattn.images import load_image, make_view
 from xattn.pack_writer import pack_writer
+from xattn.photos.images import load_image
+from xattn.photos.view import make_view
 
 DIGITS = 6  # of a curve's values
 

@@ -173,7 +173,8 @@ def folder_rates(
     """Images a second: decoding alone, the explaining passes alone, ``explain`` over the folder."""
     from xattn.explainers import create_explainer
     from xattn.explaining import explain
-    from xattn.images import list_images, load_image, prepare
+    from xattn.photos.images import list_images, load_image
+    from xattn.photos.view import prepare
 
     paths = list_images(folder)
     method = create_explainer("head", backbone, head, max_forward_batch=batch)

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xattn.images import MAX_PIXELS, View, list_images, load_image, prepare, read_ahead
+from xattn.photos.base import StoredPhoto
+from xattn.photos.images import MAX_PIXELS, list_images, load_image, read_ahead
+from xattn.photos.sources import is_stored, open_photos
+from xattn.photos.view import View, prepare
 from xattn.runtime.files import printable
-from xattn.sources import StoredPhoto, is_stored, open_photos
 
 
 class Item(NamedTuple):
@@ -34,7 +36,7 @@ class Skipped(NamedTuple):
 
 
 class ImageStream:
-    """The images of a file, a folder, a list file, a dataset (:mod:`xattn.sources`), a list of
+    """The images of a file, a folder, a list file, a dataset (:mod:`xattn.photos.sources`), a list of
     paths or PIL images, or tensors.
 
     Tensors are float (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size and are used as

@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 
 import xattn
-from xattn import sources
 from xattn.config import TrainConfig
 from xattn.eval import evaluate
 from xattn.heads import create_head
-from xattn.sources import open_photos
+from xattn.photos import shards as shards_module
+from xattn.photos.sources import open_photos
 from xattn.training import fit, objective
 from xattn.training.data import epoch_batches, steps_per_epoch
 
@@ -142,7 +142,7 @@ def assert_equal_heads(a, b):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_holds_the_same_photos(stored, photos, kind, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 2)
+    monkeypatch.setattr(shards_module, "BLOCK", 2)
     found = open_photos(get(stored, kind))
     assert len(found) == COUNT
     for photo, data in zip(found, photos, strict=True):
@@ -276,7 +276,7 @@ def test_shards_are_streamed_from_a_url(served, photos):
     [((5, 4, 5), 2, 1, 1), ((5, 4, 5), 2, 2, 2), ((7, 1, 9, 3), 3, 2, 3), ((3,), 2, 2, 4)],
 )
 def test_streams_share_out_every_sample_once_in_equally_many_steps(lengths, batch, ranks, streams):
-    shards = sources.Shards([f"{i}.tar" for i in range(len(lengths))], lengths)
+    shards = shards_module.Shards([f"{i}.tar" for i in range(len(lengths))], lengths)
     for epoch in (0, 1):
         plans = [epoch_batches(shards, batch, 0, epoch, 0, r, ranks, streams) for r in range(ranks)]
         steps = steps_per_epoch(sum(lengths), batch, ranks)
@@ -291,13 +291,13 @@ def test_streams_share_out_every_sample_once_in_equally_many_steps(lengths, batc
 
 
 def count_opened(monkeypatch):
-    opened, shard = [], sources._Shard
-    monkeypatch.setattr(sources, "_Shard", lambda url: opened.append(url) or shard(url))
+    opened, shard = [], shards_module._Shard
+    monkeypatch.setattr(shards_module, "_Shard", lambda url: opened.append(url) or shard(url))
     return opened
 
 
 def test_a_shard_is_opened_once_by_the_stream_that_reads_it(tmp_path, photos, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 3)
+    monkeypatch.setattr(shards_module, "BLOCK", 3)
     opened = count_opened(monkeypatch)
     found = open_photos(f"wds/{write_shards(tmp_path / 's', photos)}")
     plan = epoch_batches(found, 2, 0, 0, streams=2)
@@ -316,7 +316,7 @@ def test_a_shard_is_opened_once_by_the_stream_that_reads_it(tmp_path, photos, mo
 
 
 def test_a_shard_that_is_left_is_closed_at_once(tmp_path, photos, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 2)
+    monkeypatch.setattr(shards_module, "BLOCK", 2)
     found = open_photos(f"wds/{write_shards(tmp_path / 's', photos)}")
     gc.disable()
     try:

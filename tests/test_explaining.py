@@ -19,7 +19,7 @@ from xattn.explainers import Explainer, create_explainer
 from xattn.explaining import explain
 from xattn.explanation import load_pack, read_manifest
 from xattn.heads import create_head
-from xattn.images import prepare
+from xattn.photos.view import prepare
 
 CLASSES = ["tabby cat, tabby", "golden retriever", "espresso", "rocket", "tripod", "fox", "owl"]
 

@@ -18,7 +18,7 @@ from xattn.contact_sheet import (
     sheet_rows,
 )
 from xattn.explanation import Explanation, check_output, load_pack, read_manifest, save_pack
-from xattn.images import make_view
+from xattn.photos.view import make_view
 from xattn.visualize import colorize, colour_bar, overlay
 
 SIZE = (60, 90)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import xattn
-from xattn.images import load_image, prepare
+from xattn.photos.images import load_image
+from xattn.photos.view import prepare
 from xattn.training import features as module
 from xattn.training.features import cache_features, open_features
 

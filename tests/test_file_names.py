@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 import xattn
 from xattn.cli import main
+from xattn.photos.sources import open_photos
 from xattn.runtime.files import write_json
-from xattn.sources import open_photos
 
 BYTE = os.fsdecode(b"\xe9")  # e acute in Latin-1
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from xattn import images
 from xattn.backbone import Preprocessing
-from xattn.images import View, list_images, load_image, make_view, prepare
+from xattn.photos import images
+from xattn.photos import view as view_module
+from xattn.photos.images import list_images, load_image
+from xattn.photos.view import View, make_view, prepare
 
 SQUARE = Preprocessing(input_size=(224, 224), crop_pct=0.875, interpolation="bicubic")
 
@@ -254,7 +256,7 @@ def test_a_long_strip_is_prepared_without_resizing_all_of_it(monkeypatch):
     tensor, view = prepare(noise(20, 8000), SQUARE)
     assert view.resized == (256, 102400)
     assert tensor.shape == (3, 224, 224) and tensor.std() > 0.1
-    monkeypatch.setattr(images, "DIRECT_PIXELS", 10**9)
+    monkeypatch.setattr(view_module, "DIRECT_PIXELS", 10**9)
     assert (tensor - prepare(noise(20, 8000), SQUARE)[0]).abs().max() <= 1 / 255 + 1e-6
 
 

@@ -15,7 +15,7 @@ from xattn.adapters import from_torchvision
 from xattn.cli import main
 from xattn.eval import evaluate
 from xattn.explainers import create_explainer
-from xattn.images import prepare
+from xattn.photos.view import prepare
 from xattn.training.objective import classification_loss, objective, targets
 
 IMAGES = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(3))

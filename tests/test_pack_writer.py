@@ -15,8 +15,8 @@ from xattn.app.pack import Pack, PackError
 from xattn.backbone import Preprocessing
 from xattn.correlation import disagreement
 from xattn.explanation import Explanation, ImageFacts, load_pack, save_pack
-from xattn.images import View, make_view
 from xattn.pack_writer import pack_writer
+from xattn.photos.view import View, make_view
 from xattn.runtime.tensor_file import TensorFile
 
 VIEW = View("crop", (40, 50), (64, 80), (0, 8, 64, 64), (64, 64))

@@ -349,7 +349,7 @@ def folder_of_photos(folder):
 
 def test_lettered_data_sets_have_boxes_that_parts_and_annotations_read(tmp_path):
     from xattn.eval.annotations import Boxes
-    from xattn.images import View
+    from xattn.photos.view import View
 
     photos = folder_of_photos(tmp_path / "photos")
     files = write_lettered(photos, tmp_path / "macros", seed=4, worn=True)

@@ -23,7 +23,8 @@ from PIL import Image
 import xattn
 from xattn.config import TrainConfig
 from xattn.heads import create_head, load_head
-from xattn.sources import Files, open_photos
+from xattn.photos.files import Files
+from xattn.photos.sources import open_photos
 from xattn.training import area, fit, masked_logits, objective, variation
 from xattn.training.data import TrainImages, epoch_batches
 from xattn.training.objective import targets
@@ -630,7 +631,7 @@ from pathlib import Path
 from accelerate import PartialState
 from xattn.config import TrainConfig
 from xattn.heads import create_head
-from xattn.sources import open_photos
+from xattn.photos.sources import open_photos
 from xattn.training import loop
 from xattn.training.data import epoch_batches
 

@@ -36,7 +36,7 @@ _EXPORTS = {
     "load_pack": "xattn.explanation",
     "save_pack": "xattn.explanation",
     "evaluate": "xattn.eval",
-    "open_photos": "xattn.sources",
+    "open_photos": "xattn.photos.sources",
 }
 
 __all__ = [
@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     from xattn.explanation import Explanation, load_pack, save_pack
     from xattn.exporting import export
     from xattn.heads import Head, create_head, list_heads, load_head, save_head
-    from xattn.sources import open_photos
+    from xattn.photos.sources import open_photos
     from xattn.training import TrainConfig, fit
     from xattn.training.features import cache_features
     from xattn.training.probe import probe

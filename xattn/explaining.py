@@ -30,8 +30,10 @@ from xattn.explanation import (
     map_name,
     save_pack,
 )
-from xattn.images import MAX_PIXELS, View, list_images, load_image, prepare, read_ahead
-from xattn.sources import StoredPhoto, is_stored, open_photos
+from xattn.photos.base import StoredPhoto
+from xattn.photos.images import MAX_PIXELS, list_images, load_image, read_ahead
+from xattn.photos.sources import is_stored, open_photos
+from xattn.photos.view import View, prepare
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
@@ -72,8 +74,8 @@ def explain(
     """Explain the classes of one photo, of a folder, of a list file, or of given images.
 
     Args:
-        images: see :func:`xattn.images.list_images`; or ``"hfds/..."`` or ``"wds/..."``, see
-            :mod:`xattn.sources`; or a PIL image, or a list of paths and images.
+        images: see :func:`xattn.photos.images.list_images`; or ``"hfds/..."`` or ``"wds/..."``, see
+            :mod:`xattn.photos.sources`; or a PIL image, or a list of paths and images.
         backbone: the classifier; ``head``: a trained head of it.
         explainer: a name of :func:`~xattn.explainers.list_explainers` or an explainer, or several,
             each with a pass of its own; by default the head.

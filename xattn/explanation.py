@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from xattn.images import View, load_image
+from xattn.photos.base import StoredPhoto
+from xattn.photos.images import load_image
+from xattn.photos.view import View
 from xattn.runtime import strict_json
 from xattn.runtime.files import follow_link, output_error, temporary_folder
 from xattn.runtime.tensor_file import TensorFile
-from xattn.sources import StoredPhoto
 
 FORMAT, VERSION = "xattn-pack", 1
 MANIFEST, MAPS, VIDEO = "manifest.json", "maps.safetensors", "overlay.mp4"

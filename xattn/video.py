@@ -32,7 +32,8 @@ from xattn.explanation import (
     load_pack,
     save_pack,
 )
-from xattn.images import MAX_PIXELS, prepare
+from xattn.photos.images import MAX_PIXELS
+from xattn.photos.view import prepare
 from xattn.runtime.files import follow_link, output_error, printable, temporary_folder
 from xattn.runtime.interrupts import deferred_interrupt
 from xattn.visualize import _font, _shorten, overlay

@@ -36,9 +36,9 @@ from xattn.correlation import pearson
 from xattn.eval.bootstrap import mean_interval, paired_difference
 from xattn.eval.studies.config import ImageStudyConfig
 from xattn.heads import AttentiveHead, Tokens, head_class
+from xattn.photos.sources import open_photos
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, file_sha256, write_json
-from xattn.sources import open_photos
 
 METRICS = ("accuracy", "pixels", "tokens", "deletion", "shares", "stability", "energy")
 SETTINGS = "settings.json"
@@ -138,7 +138,7 @@ def _runs(
     """The runs of one backbone and head that are not there yet."""
     from xattn.backbone import load_backbone
     from xattn.heads import create_head
-    from xattn.images import list_images
+    from xattn.photos.images import list_images
     from xattn.training.labels import read_labels, split
     from xattn.training.probe import probe
 
@@ -208,7 +208,8 @@ def material(
     """Features of all photos; those without noise are cached in ``folder``."""
     from xattn.eval.annotations import MaskFolder
     from xattn.eval.coco import THING_IDS
-    from xattn.images import list_images, load_image, make_view
+    from xattn.photos.images import list_images, load_image
+    from xattn.photos.view import make_view
     from xattn.training.features import cache_features
 
     others = list_images(objects / "images")
@@ -232,7 +233,8 @@ def material(
 
 @torch.inference_mode()
 def _noisy(backbone: Any, path: Path, seed: int, noise: float) -> Taps:
-    from xattn.images import load_image, prepare
+    from xattn.photos.images import load_image
+    from xattn.photos.view import prepare
 
     image = prepare(load_image(path), backbone.preprocessing)[0]
     noise_of = torch.Generator().manual_seed(seed)
@@ -290,7 +292,8 @@ def pixel_gradients(
     backbone: Backbone, photo: Path, heads: Sequence[AttentiveHead], target: Tensor
 ) -> list[Tensor]:
     """Of each head (N,): root mean square of the loss's gradient by the pixels of each token's cell."""
-    from xattn.images import load_image, prepare
+    from xattn.photos.images import load_image
+    from xattn.photos.view import prepare
 
     pixels = prepare(load_image(photo), backbone.preprocessing)[0][None].to(backbone.device)
     pixels.requires_grad_()

@@ -149,7 +149,7 @@ def figure(
     import torch
 
     from xattn.eval.functional import upsample
-    from xattn.images import load_image
+    from xattn.photos.images import load_image
     from xattn.visualize import overlay
 
     shares = sorted({scenario.p_txt for scenario in scenarios})

@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from xattn.config import ProbeConfig
 from xattn.eval.studies.config import PartStudyConfig
 from xattn.eval.studies.part_report import Values, figure, line, report, summary
+from xattn.photos.sources import open_photos
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, write_json
-from xattn.sources import open_photos
 
 FORMS = ("plain", "text", "macro", "crop")
 MACRO = FORMS.index("macro")
@@ -196,7 +196,7 @@ def run(
     """
     from xattn.backbone import load_backbone
     from xattn.heads import AttentiveHead, create_head, head_class
-    from xattn.images import list_images
+    from xattn.photos.images import list_images
     from xattn.training.features import cache_features
     from xattn.training.probe import probe
 
@@ -295,7 +295,8 @@ def _split(
 def _masks(forms: Forms, preprocessing: Any) -> torch.Tensor:
     """(n, 1, H, W) bool: the text of every macro in the model's input."""
     from xattn.eval.annotations import Boxes
-    from xattn.images import load_image, make_view
+    from xattn.photos.images import load_image
+    from xattn.photos.view import make_view
 
     boxes = Boxes(forms.boxes, {0: "text"}, {1: "text"})
     masks = []

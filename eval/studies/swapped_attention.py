@@ -97,7 +97,8 @@ def accuracy(
     """Whether each photo is classified right, and as by the trained model: bool (photos, 1 + swaps)."""
     from xattn.attention import converted_copy
     from xattn.explaining import named_photos, true_classes_of
-    from xattn.images import load_image, prepare
+    from xattn.photos.images import load_image
+    from xattn.photos.view import prepare
 
     sources = named_photos(data)[::every]
     truth = true_classes_of(sources, labels, backbone)

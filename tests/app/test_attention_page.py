@@ -43,7 +43,7 @@ from xattn.backbone import load_backbone
 from xattn.explainers.attention import NoAttention, read_attention
 from xattn.explaining import explain
 from xattn.explanation import save_pack
-from xattn.images import prepare
+from xattn.photos.view import prepare
 from xattn.visualize import Scale, make_scale
 
 GRID = (3, 5)  # of the packs' model: 48 x 80 pixels in patches of 16

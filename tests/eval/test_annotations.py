@@ -11,7 +11,8 @@ from PIL import Image
 
 from xattn.eval import coco
 from xattn.eval.annotations import Boxes, MaskFolder, load_annotations
-from xattn.images import View, list_images, load_image, make_view, prepare
+from xattn.photos.images import list_images, load_image
+from xattn.photos.view import View, make_view, prepare
 
 DATA = Path("/work/shared/data/coco-masks")
 NAMES = {1: "cat", 2: "dog", 7: "owl"}

@@ -22,7 +22,8 @@ from xattn.eval.studies.attention_image import (
 )
 from xattn.eval.studies.config import ImageStudyConfig
 from xattn.heads import Tokens, create_head
-from xattn.images import load_image, prepare
+from xattn.photos.images import load_image
+from xattn.photos.view import prepare
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from PIL import Image
 from xattn import TrainConfig, load_backbone
 from xattn.eval import groups as module
 from xattn.eval.groups import Groups, compare_on_groups, fit_probe, read_groups, stratified_folds
-from xattn.images import list_images
+from xattn.photos.images import list_images
 
 
 def test_folds_split_every_group_evenly_and_hold_out_each_photo_once():

@@ -24,7 +24,8 @@ from xattn.eval.report import from_dict, to_dict
 from xattn.eval.results import ImageRecord, MethodResult, Results
 from xattn.eval.store import ImageRow, ResultRow, Store
 from xattn.eval.stream import Skipped
-from xattn.images import load_image, prepare
+from xattn.photos.images import load_image
+from xattn.photos.view import prepare
 
 BOTH = (Column("deletion"), Column("insertion"))
 VOID = {"meta", "link", "input", "img", "wbr"}

@@ -17,7 +17,8 @@ from xattn.eval.compare import Comparison, compare
 from xattn.eval.store import Store, kept_images
 from xattn.explainers import create_explainer
 from xattn.explanation import load_pack, read_manifest
-from xattn.images import load_image, prepare
+from xattn.photos.images import load_image
+from xattn.photos.view import prepare
 
 METRICS = ("masking", "road")
 

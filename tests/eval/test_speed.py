@@ -8,7 +8,7 @@ import torch
 from xattn import load_backbone
 from xattn.cli import main
 from xattn.eval import speed
-from xattn.images import list_images, load_image
+from xattn.photos.images import list_images, load_image
 
 
 @pytest.fixture(scope="module")

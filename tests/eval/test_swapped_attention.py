@@ -13,7 +13,8 @@ from xattn.attention import converted_copy, list_attention, mechanism_class
 from xattn.backbone import load_backbone
 from xattn.cli import main
 from xattn.eval.studies.swapped_attention import SWAPS, Swap, accuracy
-from xattn.images import load_image, prepare
+from xattn.photos.images import load_image
+from xattn.photos.view import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"

@@ -17,8 +17,9 @@ from fuzz.labels import nasty_json
 from xattn.app.made_up import picture
 from xattn.app.uploads import accept, accept_clip, photo
 from xattn.backbone import Preprocessing
-from xattn.images import load_image, prepare
-from xattn.sources import open_photos
+from xattn.photos.images import load_image
+from xattn.photos.sources import open_photos
+from xattn.photos.view import prepare
 from xattn.video import open_clip, quiet
 
 SIZE = (40, 30)

@@ -16,8 +16,8 @@ from fuzz.engine import target
 from fuzz.labels import lines, nasty_json
 from fuzz.mutations import deep
 from xattn.eval.annotations import load_annotations
-from xattn.images import View
 from xattn.parts.evidence import evidence_mask, open_evidence
+from xattn.photos.view import View
 
 NETWORK = SimpleNamespace(name="network", class_names=["cat", "dog", "person", "7"])
 VIEW = View("crop", (24, 32), (24, 32), (0, 4, 24, 24), (24, 24))

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from xattn.images import MAX_PIXELS
+from xattn.photos.base import Data
+from xattn.photos.images import MAX_PIXELS
+from xattn.photos.sources import open_photos
 from xattn.runtime.files import atomic_folder, write_json
-from xattn.sources import Data, open_photos
 from xattn.visualize import _wrap
 
 BOXES = "boxes.json"
@@ -209,7 +210,7 @@ def write_lettered(
     """Write every photo of ``data`` with text, and ``boxes.json`` of where the text is.
 
     Args:
-        data: see :mod:`xattn.sources`.
+        data: see :mod:`xattn.photos.sources`.
         output: a folder that is empty, new, or an earlier one of this function.
         draw: :func:`draw_macro` or :func:`draw_text`.
         worn: make the photos smaller before, and compress them more afterwards, as passing from site

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from xattn.images import MAX_PIXELS, read_ahead
 from xattn.parts.crop import area, largest_crop
 from xattn.parts.evidence import Source, evidence_mask, open_evidence
+from xattn.photos.base import Data, StoredPhoto
+from xattn.photos.images import MAX_PIXELS, read_ahead
+from xattn.photos.sources import open_photos
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, write_json
-from xattn.sources import Data, StoredPhoto, open_photos
 
 RECORD = "parts.json"
 SAVE_EVERY = 100  # photos; a killed run loses at most so many, and makes the same crops again
@@ -66,7 +67,7 @@ def cut_parts(
     """Write the largest crop without evidence of every photo of ``data``.
 
     Args:
-        data: see :mod:`xattn.sources`.
+        data: see :mod:`xattn.photos.sources`.
         evidence: see :mod:`xattn.parts.evidence`, or a function of its form.
         numbers: of a folder of masks, which of their numbers are evidence.
         seed: ties between crops are drawn by (seed, number of the photo).

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from xattn.backbone import Preprocessing
-from xattn.images import prepare
+from xattn.photos.base import Data, Photos
+from xattn.photos.sources import open_photos
+from xattn.photos.view import prepare
 from xattn.runtime.allocator import keep_memory
-from xattn.sources import Data, Photos, open_photos
 
 Key = tuple[int, int]
 Sample = tuple[int, Tensor | None, str]

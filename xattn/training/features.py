@@ -30,12 +30,13 @@ from tqdm.auto import tqdm
 
 from xattn.backbone import Backbone, Taps
 from xattn.heads.attentive import Tokens
-from xattn.images import MAX_PIXELS
+from xattn.photos.base import Data, Photos
+from xattn.photos.images import MAX_PIXELS
+from xattn.photos.sources import open_photos
 from xattn.runtime import strict_json
 from xattn.runtime.distributed import gather, processes
 from xattn.runtime.files import output_error, write_json
 from xattn.runtime.memory import is_out_of_memory
-from xattn.sources import Data, Photos, open_photos
 from xattn.training.data import TrainImages, load_batches
 from xattn.training.run_folder import LOCK_FILE, locked
 
@@ -159,7 +160,7 @@ def cache_features(
     """The features of ``data``, computed into ``folder`` where they are not there yet.
 
     Args:
-        data: see :func:`xattn.sources.open_photos`. The first of its ``views`` is the evaluation
+        data: see :func:`xattn.photos.sources.open_photos`. The first of its ``views`` is the evaluation
             crop, further ones are random crops and flips, pure functions of (seed, view, index).
         batch_size: photos a pass; every pass has this shape.
         dtype: of the numbers on disk; ``"float16"`` halves the space.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xattn.images import SUFFIXES
+from xattn.photos.images import SUFFIXES
 from xattn.runtime import strict_json
 from xattn.runtime.files import printable
 
@@ -73,7 +73,7 @@ def stratified_folds(groups: Sequence[str], folds: int = FOLDS, seed: int = 0) -
 
 
 def read_labels(names: Sequence[str], file: str | Path | None = None) -> Labels:
-    """The classes of photos by their ``names``, as :class:`~xattn.sources.Photos` gives them.
+    """The classes of photos by their ``names``, as :class:`~xattn.photos.base.Photos` gives them.
 
     Args:
         file: None takes the name of each photo's folder. A ``.json`` file holds

@@ -16,10 +16,11 @@ from tqdm.auto import tqdm
 from xattn.backbone import Backbone, sha256
 from xattn.config import TrainConfig
 from xattn.heads import Head, save_head
+from xattn.photos.base import Data, Photos
+from xattn.photos.sources import open_photos
 from xattn.runtime.files import write_json
 from xattn.runtime.interrupts import deferred_interrupt
 from xattn.runtime.memory import is_out_of_memory
-from xattn.sources import Data, Photos, open_photos
 from xattn.training.checkpoint import save_checkpoint
 from xattn.training.data import TrainImages, epoch_batches, load_batches, steps_per_epoch
 from xattn.training.objective import Part, objective
@@ -81,7 +82,7 @@ def fit(
 
     Args:
         data: a folder, a list file, paths of images, ``"hfds/NAME_OR_PATH:SPLIT"`` or
-            ``"wds/PATH:SPLIT"``, see :mod:`xattn.sources`. No labels are read.
+            ``"wds/PATH:SPLIT"``, see :mod:`xattn.photos.sources`. No labels are read.
         config: see :class:`~xattn.config.TrainConfig`.
         output: folder for log, checkpoints and the trained head; None keeps everything in memory.
         resume: go on from the last checkpoint in ``output``; the end is bit-identical to a run that

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from xattn.config import ProbeConfig
 from xattn.heads import AttentiveHead, Tokens, save_head
 from xattn.heads.base import keeping_statistics
-from xattn.images import read_ahead
+from xattn.photos.images import read_ahead
 from xattn.runtime.distributed import gather
 from xattn.runtime.interrupts import deferred_interrupt
 from xattn.runtime.memory import is_out_of_memory

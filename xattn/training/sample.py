@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from xattn.explanation import Explanation, load_pack, save_pack
-from xattn.images import MAX_PIXELS, load_image, prepare
-from xattn.sources import Data, Files, open_photos
+from xattn.photos.base import Data
+from xattn.photos.files import Files
+from xattn.photos.images import MAX_PIXELS, load_image
+from xattn.photos.sources import open_photos
+from xattn.photos.view import prepare
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone

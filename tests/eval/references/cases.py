@@ -132,7 +132,8 @@ def synthetic() -> Case:
 def photos() -> Case:
     """lite0 and its Grad-CAM maps (7 x 7) on four photos; FileNotFoundError where they lack."""
     from xattn import load_backbone
-    from xattn.images import load_image, prepare
+    from xattn.photos.images import load_image
+    from xattn.photos.view import prepare
 
     backbone = load_backbone("tf_efficientnet_lite0", weights="package")
     stored = json.loads((HERE / "photos.json").read_text())

@@ -7,7 +7,8 @@ from cases import HERE, PHOTOS, POSITIONS, _plain, _short_lists
 
 from xattn import load_backbone
 from xattn.explainers import create_explainer
-from xattn.images import list_images, load_image, prepare
+from xattn.photos.images import list_images, load_image
+from xattn.photos.view import prepare
 
 backbone = load_backbone("tf_efficientnet_lite0", weights="package")
 paths = list_images(PHOTOS)

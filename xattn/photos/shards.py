@@ -1,16 +1,4 @@
-"""Photos by number, wherever they are: files, a Hugging Face dataset, or webdataset shards.
-
-``data`` is a folder, a ``.txt`` list, one image, a list of paths, or a dataset by the scheme names of
-``timm.data`` (the split is "train" if left out):
-
-* ``hfds/NAME_OR_PATH[:split]``: a map-style Hugging Face dataset, from the hub or a local folder
-  (images, parquet files, or what ``save_to_disk`` wrote). Its image column is found by its type.
-* ``wds/PATH[:split]``: webdataset shards of a folder or URL whose ``_info.json`` names files and
-  lengths of each split, as ``timm.data`` reads it; or local shards named in braces,
-  ``wds/PATH/photos-{0000..0031}.tar``, whose samples are counted once by their tar headers.
-
-A local folder that is called ``hfds`` or ``wds`` is given as ``./hfds``.
-"""
+"""Samples of webdataset shards, as numbered photos that are read front to back."""
 
 from __future__ import annotations
 
@@ -21,237 +9,23 @@ import random
 import re
 import tarfile
 import threading
-from abc import abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from PIL import Image
 
-from xattn.images import MAX_PIXELS, SUFFIXES, decode_image, list_images, load_image
+from xattn.photos.base import Photos
+from xattn.photos.images import MAX_PIXELS, SUFFIXES, decode_image
 from xattn.runtime.files import printable
 
-SCHEMES = ("hfds", "wds")
 BLOCK = 256  # undecoded samples of a shard that a reader holds; training shuffles within them
 MOST_SAMPLES = 1 << 40  # of a shard
 MOST_SHARDS = 1_000_000
-TAIL = 4096  # last bytes of a photo that its description holds
 _READING = threading.Lock()
-
-
-@dataclass(frozen=True)
-class StoredPhoto:
-    """One photo of a :class:`Photos`, not read yet."""
-
-    photos: Photos
-    index: int
-
-    @property
-    def name(self) -> str:
-        """Path, row number, or shard and position."""
-        return self.photos.name(self.index)
-
-    def load(self, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
-        """8-bit RGB, upright; ValueError or OSError where the photo cannot be read."""
-        return self.photos.load(self.index, max_pixels)
-
-
-class Photos(Sequence[StoredPhoto]):
-    """Photos with fixed numbers 0 .. len - 1; also a sequence of :class:`StoredPhoto`."""
-
-    streamed = False
-    """Whether the photos are read by streams, fast in :meth:`order` only."""
-    open_shards = 1
-    """How many shards a reader keeps open, each with a block of undecoded samples."""
-
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """What the photo is called in lists; nothing is read for it."""
-
-    @abstractmethod
-    def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
-        """8-bit RGB, upright; ValueError or OSError where the photo cannot be read.
-
-        The message names the file or the shard and key. May be called from several threads.
-        """
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Count and hash, to tell whether a resumed run sees the same photos."""
-
-    def close(self) -> None:
-        """Forget open files; processes must not share them."""
-
-    def order(self, seed: int, epoch: int) -> list[int]:
-        """The numbers in the order of training, a pure function of (seed, epoch)."""
-        numbers = list(range(len(self)))
-        random.Random(f"{seed}/{epoch}").shuffle(numbers)
-        return numbers
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [StoredPhoto(self, i) for i in range(*index.indices(len(self)))]
-        return StoredPhoto(self, range(len(self))[index])
-
-
-Data: TypeAlias = str | Path | Sequence[str | Path] | Photos
-
-
-def is_stored(data: Any) -> bool:
-    """Whether ``data`` names a dataset by a scheme rather than files."""
-    return isinstance(data, str) and data.partition("/")[0].lower() in (*SCHEMES, "hfids")
-
-
-def open_photos(data: Data) -> Photos:
-    """The photos that ``data`` stands for (see the module), without opening one.
-
-    Raises:
-        ValueError: no photo, an unknown split, a dataset that cannot be opened, or the extra
-            ``xattn[data]`` is not installed.
-        FileNotFoundError: a missing folder, list file or shard.
-    """
-    if isinstance(data, Photos):
-        return data
-    if is_stored(data):
-        scheme, _, rest = str(data).partition("/")
-        match = re.fullmatch(r"(.+?)(?::([A-Za-z_][\w+-]*(?:\[[^\]]*\])?))?", rest)
-        if match is None:
-            raise ValueError(f"data: got {data!r}; give {scheme}/NAME_OR_PATH[:split]")
-        if scheme.lower() == "hfds":
-            return _open_hf(match[1], match[2])
-        if scheme.lower() == "wds":
-            return _open_shards(match[1], match[2])
-        raise ValueError(
-            "data: hfids/ (Hugging Face streaming) does not say how many samples a shard holds, so "
-            "a run could not resume; give hfds/ (the same dataset, kept on disk) or wds/"
-        )
-    if isinstance(data, str | Path):
-        return Files(list_images(data))
-    paths = [Path(p) for p in data]  # type: ignore[arg-type]
-    if not paths:
-        raise ValueError("data: got an empty list of images; give at least one path")
-    return Files(paths)
-
-
-class Files(Photos):
-    """Image files."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = list(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, index: int) -> str:
-        return str(self.paths[index])
-
-    def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
-        return load_image(self.paths[index], max_pixels)
-
-    def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for path in self.paths:
-            size = path.stat().st_size if path.is_file() else -1
-            digest.update(printable(f"{path.parent.name}/{path.name}:{size};").encode())
-            if size > 0:
-                digest.update(_end(path, size))
-        return {"count": len(self), "sha256": digest.hexdigest()}
-
-
-def _end(path: Path, size: int) -> bytes:
-    """The last bytes of a file: other pixels of the same size differ there, too."""
-    try:
-        with path.open("rb") as stream:
-            stream.seek(max(0, size - TAIL))
-            return stream.read(TAIL)
-    except OSError:  # an unreadable photo is skipped and listed when its turn comes
-        return b""
-
-
-# ---------------------------------------------------------------------- Hugging Face datasets
-
-
-class Rows(Photos):
-    """The image column (undecoded) of a map-style Hugging Face dataset."""
-
-    def __init__(self, dataset: Any, column: str) -> None:
-        self.dataset, self.column = dataset, column
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def name(self, index: int) -> str:
-        return f"row-{index}"
-
-    def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
-        cell = self.dataset[index][self.column] or {}
-        if cell.get("bytes"):
-            label = cell.get("path") or self.name(index)
-            return decode_image(io.BytesIO(cell["bytes"]), label, max_pixels)
-        if not cell.get("path"):
-            raise ValueError(f"image: {self.name(index)} holds no image")
-        return load_image(cell["path"], max_pixels)
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "hfds", "count": len(self), "fingerprint": self.dataset._fingerprint}
-
-
-def _hf_dataset(name: str, split: str | None) -> Any:
-    import datasets
-    from timm.data import create_dataset
-
-    if not any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
-        return create_dataset(f"hfds/{name}", split=split or "train").reader.dataset
-    saved = datasets.load_from_disk(name)  # timm's reader does not open what save_to_disk wrote
-    if not isinstance(saved, dict):
-        split = split or str(saved.split)
-        saved = {str(saved.split): saved}
-    split = split or "train"
-    if split not in saved:
-        raise ValueError(f"unknown split {split!r}, it has {', '.join(saved)}")
-    return saved[split]
-
-
-def _open_hf(name: str, split: str | None) -> Rows:
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError('data: hfds/ needs datasets; run: pip install "xattn[data]"') from None
-    folder = Path(name).expanduser()
-    if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~"))):
-        raise FileNotFoundError(f"data: no folder {name}; check the path after hfds/")
-    try:
-        dataset = _hf_dataset(str(folder) if folder.exists() else name, split)
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"data: hfds/{name} cannot be opened ({reason}); give a dataset as "
-            f"hfds/NAME_OR_PATH:SPLIT"
-        ) from error
-    if not len(dataset):
-        raise ValueError(f"data: hfds/{name} is empty; give another dataset or split")
-    columns = [
-        column
-        for column, feature in dataset.features.items()
-        if isinstance(feature, datasets.Image)
-        # timm adds an empty column "image" where there is none of that name
-        and dataset.data.column(column).null_count < len(dataset.data)
-    ]
-    if "image" not in columns and len(columns) != 1:
-        raise ValueError(
-            f"data: hfds/{name} has the image columns {columns}; it needs just one, or one that is "
-            f"called image"
-        )
-    column = "image" if "image" in columns else columns[0]
-    dataset = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return Rows(dataset, column)
-
-
-# ---------------------------------------------------------------------- webdataset shards
 
 
 class Shards(Photos):
@@ -376,7 +150,7 @@ class _Shard:
         return f"{name} has no image" + (self._error and f", the shard is cut{self._error}"), None
 
 
-def _open_shards(path: str, split: str | None) -> Shards:
+def open_webdataset(path: str, split: str | None) -> Shards:
     try:
         from webdataset.shardlists import expand_urls
     except ImportError:

@@ -1,0 +1,51 @@
+"""Image files as numbered photos."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from xattn.photos.base import Photos
+from xattn.photos.images import MAX_PIXELS, load_image
+from xattn.runtime.files import printable
+
+TAIL = 4096  # last bytes of a photo that its description holds
+
+
+class Files(Photos):
+    """Image files."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
+        return load_image(self.paths[index], max_pixels)
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for path in self.paths:
+            size = path.stat().st_size if path.is_file() else -1
+            digest.update(printable(f"{path.parent.name}/{path.name}:{size};").encode())
+            if size > 0:
+                digest.update(_end(path, size))
+        return {"count": len(self), "sha256": digest.hexdigest()}
+
+
+def _end(path: Path, size: int) -> bytes:
+    """The last bytes of a file: other pixels of the same size differ there, too."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, size - TAIL))
+            return stream.read(TAIL)
+    except OSError:  # an unreadable photo is skipped and listed when its turn comes
+        return b""

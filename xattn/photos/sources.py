@@ -1,0 +1,63 @@
+"""Photos by number, wherever they are: files, a Hugging Face dataset, or webdataset shards.
+
+``data`` is a folder, a ``.txt`` list, one image, a list of paths, or a dataset by the scheme names of
+``timm.data`` (the split is "train" if left out):
+
+* ``hfds/NAME_OR_PATH[:split]``: a map-style Hugging Face dataset, from the hub or a local folder
+  (images, parquet files, or what ``save_to_disk`` wrote). Its image column is found by its type.
+* ``wds/PATH[:split]``: webdataset shards of a folder or URL whose ``_info.json`` names files and
+  lengths of each split, as ``timm.data`` reads it; or local shards named in braces,
+  ``wds/PATH/photos-{0000..0031}.tar``, whose samples are counted once by their tar headers.
+
+A local folder that is called ``hfds`` or ``wds`` is given as ``./hfds``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from xattn.photos.base import Data, Photos
+from xattn.photos.files import Files
+from xattn.photos.huggingface import open_dataset
+from xattn.photos.images import list_images
+from xattn.photos.shards import open_webdataset
+
+SCHEMES = ("hfds", "wds")
+
+
+def is_stored(data: Any) -> bool:
+    """Whether ``data`` names a dataset by a scheme rather than files."""
+    return isinstance(data, str) and data.partition("/")[0].lower() in (*SCHEMES, "hfids")
+
+
+def open_photos(data: Data) -> Photos:
+    """The photos that ``data`` stands for (see the module), without opening one.
+
+    Raises:
+        ValueError: no photo, an unknown split, a dataset that cannot be opened, or the extra
+            ``xattn[data]`` is not installed.
+        FileNotFoundError: a missing folder, list file or shard.
+    """
+    if isinstance(data, Photos):
+        return data
+    if is_stored(data):
+        scheme, _, rest = str(data).partition("/")
+        match = re.fullmatch(r"(.+?)(?::([A-Za-z_][\w+-]*(?:\[[^\]]*\])?))?", rest)
+        if match is None:
+            raise ValueError(f"data: got {data!r}; give {scheme}/NAME_OR_PATH[:split]")
+        if scheme.lower() == "hfds":
+            return open_dataset(match[1], match[2])
+        if scheme.lower() == "wds":
+            return open_webdataset(match[1], match[2])
+        raise ValueError(
+            "data: hfids/ (Hugging Face streaming) does not say how many samples a shard holds, so "
+            "a run could not resume; give hfds/ (the same dataset, kept on disk) or wds/"
+        )
+    if isinstance(data, str | Path):
+        return Files(list_images(data))
+    paths = [Path(p) for p in data]  # type: ignore[arg-type]
+    if not paths:
+        raise ValueError("data: got an empty list of images; give at least one path")
+    return Files(paths)
