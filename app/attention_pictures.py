@@ -10,8 +10,9 @@ import streamlit as st
 from PIL import Image
 from torch import Tensor
 
-from xattn.contact_sheet import legends_html
-from xattn.visualize import Legend, Scale, colorize, data_url, make_scale
+from xattn.pictures.contact_sheet import legends_html
+from xattn.pictures.overlay import colorize, data_url
+from xattn.pictures.scales import Legend, Scale, make_scale
 
 if TYPE_CHECKING:
     from xattn.app.reading import Reading

@@ -13,7 +13,7 @@ from xattn.app.attention_view import KEY, MEAN, View, change, fused, name_of, to
 from xattn.app.components import grid, sent
 from xattn.app.state import plain
 from xattn.attention.statistics import kept_keys, row_entropy
-from xattn.visualize import make_scale
+from xattn.pictures.scales import make_scale
 
 if TYPE_CHECKING:
     from xattn.app.reading import Reading

@@ -30,7 +30,10 @@ from xattn.app.scratch import Scratch
 from xattn.app.uploads import Problem, Upload
 from xattn.app.visible import reason
 from xattn.explaining import explain_batch, set_up, unique_id
-from xattn.explanation import THUMBNAIL_SIDE, Explanation, load_pack, read_manifest, save_pack
+from xattn.packs.explanation import Explanation
+from xattn.packs.format import THUMBNAIL_SIDE, read_manifest
+from xattn.packs.reader import load_pack
+from xattn.packs.writer import save_pack
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.view import prepare
 from xattn.video import explain_video, open_clip, quiet

@@ -14,17 +14,17 @@ from PIL.PngImagePlugin import PngInfo
 from xattn.app import pictures
 from xattn.app.inside import PackError
 from xattn.app.pictures import Look
-from xattn.contact_sheet import (
+from xattn.packs.explanation import map_name
+from xattn.pictures.contact_sheet import (
     contact_sheet_html,
     contact_sheet_image,
     contact_sheet_svg,
     sheet_rows,
 )
-from xattn.explanation import map_name
 
 if TYPE_CHECKING:
     from xattn.app.pack import MetricInfo, Pack
-    from xattn.contact_sheet import Row
+    from xattn.pictures.contact_sheet import Row
 
 FORMATS = ("png", "svg")
 MOST_MAPS = {"html": 200, "png": 60, "svg": 60}  # in one file

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xattn.app.jobs import JOBS
-from xattn.explanation import MANIFEST
+from xattn.packs.format import MANIFEST
 from xattn.photos.images import SUFFIXES
 
 DEPTH = 4  # folders below the data folder

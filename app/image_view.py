@@ -11,8 +11,8 @@ import streamlit as st
 
 from xattn.app import pictures
 from xattn.app.pictures import Look
-from xattn.contact_sheet import legends_html
-from xattn.explanation import THUMBNAIL_SIDE
+from xattn.packs.format import THUMBNAIL_SIDE
+from xattn.pictures.contact_sheet import legends_html
 
 if TYPE_CHECKING:
     from xattn.app.pack import Pack

@@ -20,8 +20,8 @@ from pathlib import Path
 from xattn.app.inside import PackError, Signature, open_inside, read_inside
 from xattn.app.pack import MAX_MANIFEST, MetricInfo, NoPack, Pack, Recent
 from xattn.app.visible import visible
-from xattn.explanation import MANIFEST, MAPS
 from xattn.heads.base import CONFIG_FILE
+from xattn.packs.format import MANIFEST, MAPS
 
 __all__ = ["ComparisonInfo", "HeadInfo", "Library", "MetricInfo", "Pack", "PackError", "PackInfo"]
 

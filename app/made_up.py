@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xattn.explanation import Explanation, ImageFacts, save_pack
-from xattn.pack_writer import PackWriter, pack_writer
+from xattn.packs.explanation import Explanation, ImageFacts
+from xattn.packs.writer import PackWriter, pack_writer, save_pack
 from xattn.photos.view import View
 
 CLASSES = [

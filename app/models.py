@@ -118,7 +118,7 @@ def backbone_of(pack: Any) -> Backbone:
 def weight_files() -> dict[str, Path]:
     """The ``.safetensors`` files of whole networks below the root, by id; heads and maps are not."""
     from xattn.app import state
-    from xattn.explanation import MAPS
+    from xattn.packs.format import MAPS
 
     root = state.settings().root.resolve()
     found = {}

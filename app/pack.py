@@ -21,16 +21,8 @@ from PIL import Image
 
 from xattn.app.inside import AGAIN, PackError, open_inside, read_inside, why
 from xattn.app.pack_index import MetricInfo, damaged, read_index
-from xattn.explanation import (
-    MANIFEST,
-    MAPS,
-    MAX_CELLS,
-    VIDEO,
-    Explanation,
-    ImageFacts,
-    LaterVersion,
-    parse_manifest,
-)
+from xattn.packs.explanation import MAX_CELLS, Explanation, ImageFacts
+from xattn.packs.format import MANIFEST, MAPS, VIDEO, LaterVersion, parse_manifest
 from xattn.photos.images import decode_image
 from xattn.photos.view import View
 from xattn.runtime.files import file_sha256

@@ -17,7 +17,7 @@ import pandas as pd
 
 from xattn.app.inside import AGAIN, PackError
 from xattn.app.visible import visible
-from xattn.explanation import MANIFEST, THUMBNAIL, VIDEO
+from xattn.packs.format import MANIFEST, THUMBNAIL, VIDEO
 from xattn.photos.view import View
 
 MAX_NAME = 400  # characters of an id

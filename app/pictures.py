@@ -1,7 +1,7 @@
 """Pictures of the viewer: how a map is drawn over its photo, the URL of it, and its JPEG bytes.
 
 A picture is a pure function of a pack's version, an entry and a :class:`Look`; all drawing is
-:mod:`xattn.visualize`'s. Encoded pictures are kept in memory up to a number of bytes.
+:mod:`xattn.pictures.overlay`'s. Encoded pictures are kept in memory up to a number of bytes.
 """
 
 from __future__ import annotations
@@ -19,22 +19,13 @@ import numpy as np
 from PIL import Image
 
 from xattn.app.pack import PackError, Recent
-from xattn.explanation import blank_note, map_name
-from xattn.visualize import (
-    DIVERGING,
-    SEQUENTIAL,
-    Legend,
-    Scale,
-    contrast,
-    legend_of,
-    make_scale,
-    overlay,
-    own_scale,
-)
+from xattn.packs.explanation import blank_note, contrast, map_name
+from xattn.pictures.overlay import DIVERGING, SEQUENTIAL, overlay
+from xattn.pictures.scales import Legend, Scale, legend_of, make_scale, own_scale
 
 if TYPE_CHECKING:
     from xattn.app.pack import Pack
-    from xattn.explanation import Explanation
+    from xattn.packs.explanation import Explanation
 
 PICTURE, OVERLAY = "/xattn/picture", "/xattn/overlay"
 SIDES = (16, 2048)  # least and greatest longer side, in pixels

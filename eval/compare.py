@@ -32,8 +32,8 @@ from xattn.eval.sanity import Cascade, sanity_rows
 from xattn.eval.stream import ImageStream
 from xattn.explainers import create_explainer, list_explainers
 from xattn.explaining import named_photos, true_classes_of
-from xattn.explanation import check_output
 from xattn.heads import parse_options
+from xattn.packs.format import check_output
 from xattn.photos.images import MAX_PIXELS, list_images
 from xattn.photos.sources import is_stored
 from xattn.runtime.distributed import processes

@@ -25,7 +25,7 @@ from xattn.eval.results import Results, is_baseline
 from xattn.eval.store import damaged, grey_maps
 from xattn.photos.images import MAX_PIXELS, decode_image, load_image
 from xattn.photos.view import prepare
-from xattn.visualize import data_url
+from xattn.pictures.overlay import data_url
 
 if TYPE_CHECKING:
     from xattn.backbone import Preprocessing

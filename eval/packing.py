@@ -19,8 +19,8 @@ from xattn.eval.results import Results, is_baseline
 from xattn.eval.store import KeptImage, kept_images
 from xattn.eval.stream import Skipped
 from xattn.explaining import TrueClass, named_photos, protocol_of
-from xattn.explanation import Explanation, ImageFacts
-from xattn.pack_writer import pack_writer
+from xattn.packs.explanation import Explanation, ImageFacts
+from xattn.packs.writer import pack_writer
 from xattn.photos.images import load_image
 from xattn.photos.view import make_view
 

@@ -17,8 +17,9 @@ from xattn.backbone import load_backbone
 from xattn.cli import main
 from xattn.explainers import Explainer, create_explainer
 from xattn.explaining import explain
-from xattn.explanation import load_pack, read_manifest
 from xattn.heads import create_head
+from xattn.packs.format import read_manifest
+from xattn.packs.reader import load_pack
 from xattn.photos.view import prepare
 
 CLASSES = ["tabby cat, tabby", "golden retriever", "espresso", "rocket", "tripod", "fox", "owl"]

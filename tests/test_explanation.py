@@ -8,18 +8,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xattn import pack_writer as module
 from xattn.backbone import Preprocessing
-from xattn.contact_sheet import (
+from xattn.packs import writer as module
+from xattn.packs.explanation import Explanation
+from xattn.packs.format import check_output, read_manifest
+from xattn.packs.reader import load_pack
+from xattn.packs.writer import save_pack
+from xattn.photos.view import make_view
+from xattn.pictures.contact_sheet import (
     Cell,
     Row,
     contact_sheet_html,
     contact_sheet_image,
     sheet_rows,
 )
-from xattn.explanation import Explanation, check_output, load_pack, read_manifest, save_pack
-from xattn.photos.view import make_view
-from xattn.visualize import colorize, colour_bar, overlay
+from xattn.pictures.overlay import colorize, colour_bar, overlay
 
 SIZE = (60, 90)
 

@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 from xattn.app.pack import Pack, PackError
 from xattn.backbone import Preprocessing
 from xattn.correlation import disagreement
-from xattn.explanation import Explanation, ImageFacts, load_pack, save_pack
-from xattn.pack_writer import pack_writer
+from xattn.packs.explanation import Explanation, ImageFacts
+from xattn.packs.reader import load_pack
+from xattn.packs.writer import pack_writer, save_pack
 from xattn.photos.view import View, make_view
 from xattn.runtime.tensor_file import TensorFile
 

@@ -22,8 +22,8 @@ from xattn.cli import main
 from xattn.config import ProbeConfig
 from xattn.eval.probing import ProbeJob, run_probes, write_results
 from xattn.explaining import explain
-from xattn.explanation import load_pack
 from xattn.heads import create_head, load_head
+from xattn.packs.reader import load_pack
 from xattn.probed import probed
 from xattn.training import probe as module
 from xattn.training.features import cache_features

@@ -11,8 +11,8 @@ from PIL import Image
 from xattn.backbone import load_backbone
 from xattn.config import TrainConfig
 from xattn.explaining import explain
-from xattn.explanation import load_pack
 from xattn.heads import create_head
+from xattn.packs.reader import load_pack
 from xattn.training import fit
 from xattn.training.sample import Sample
 

@@ -16,10 +16,12 @@ from xattn import video as module
 from xattn.backbone import load_backbone
 from xattn.explainers import Explainer
 from xattn.explaining import explain
-from xattn.explanation import load_pack, read_manifest, save_pack
 from xattn.heads import create_head
+from xattn.packs.format import read_manifest
+from xattn.packs.reader import load_pack
+from xattn.packs.writer import save_pack
+from xattn.pictures.overlay import overlay
 from xattn.video import explain_video, is_video
-from xattn.visualize import overlay
 
 CLASSES = ["tabby cat, tabby", "golden retriever", "espresso", "rocket", "tripod", "fox", "owl"]
 

@@ -32,9 +32,9 @@ _EXPORTS = {
     "explain": "xattn.explaining",
     "explain_video": "xattn.video",
     "export": "xattn.exporting",
-    "Explanation": "xattn.explanation",
-    "load_pack": "xattn.explanation",
-    "save_pack": "xattn.explanation",
+    "Explanation": "xattn.packs.explanation",
+    "load_pack": "xattn.packs.explanation",
+    "save_pack": "xattn.packs.explanation",
     "evaluate": "xattn.eval",
     "open_photos": "xattn.photos.sources",
 }
@@ -74,9 +74,11 @@ if TYPE_CHECKING:
     from xattn.eval import evaluate
     from xattn.explainers import create_explainer, list_explainers
     from xattn.explaining import explain
-    from xattn.explanation import Explanation, load_pack, save_pack
     from xattn.exporting import export
     from xattn.heads import Head, create_head, list_heads, load_head, save_head
+    from xattn.packs.explanation import Explanation
+    from xattn.packs.reader import load_pack
+    from xattn.packs.writer import save_pack
     from xattn.photos.sources import open_photos
     from xattn.training import TrainConfig, fit
     from xattn.training.features import cache_features

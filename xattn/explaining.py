@@ -21,15 +21,9 @@ from torch import Tensor
 from xattn.backbone import sha256
 from xattn.explainers import Explainer, create_explainer
 from xattn.explainers.base import Choose
-from xattn.explanation import (
-    Explanation,
-    ImageFacts,
-    blank_note,
-    check_output,
-    interrupted_output,
-    map_name,
-    save_pack,
-)
+from xattn.packs.explanation import Explanation, ImageFacts, blank_note, map_name
+from xattn.packs.format import check_output, interrupted_output
+from xattn.packs.writer import save_pack
 from xattn.photos.base import StoredPhoto
 from xattn.photos.images import MAX_PIXELS, list_images, load_image, read_ahead
 from xattn.photos.sources import is_stored, open_photos
@@ -81,7 +75,7 @@ def explain(
             each with a pass of its own; by default the head.
         classes: explain these (names or indices) in every photo; else the ``top`` most probable.
         view: ``"crop"``, what the model is evaluated on, or ``"whole"``, the entire photo squeezed.
-        output: folder to write a pack to, see :func:`~xattn.explanation.save_pack`.
+        output: folder to write a pack to, see :func:`~xattn.packs.writer.save_pack`.
         batch_size: images in a pass.
         max_pixels: refuse larger photos before they are decoded.
         overlays: whether the pack gets overlay pictures.

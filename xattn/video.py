@@ -23,20 +23,16 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from xattn.explaining import Explanations, Prepared, explain_batch, set_up, warn_of_blank
-from xattn.explanation import (
-    OVERLAY_SIDE,
-    VIDEO,
-    Explanation,
-    check_output,
-    interrupted_output,
-    load_pack,
-    save_pack,
-)
+from xattn.packs.explanation import Explanation
+from xattn.packs.format import OVERLAY_SIDE, VIDEO, check_output, interrupted_output
+from xattn.packs.reader import load_pack
+from xattn.packs.writer import save_pack
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.view import prepare
+from xattn.pictures.lettering import load_font, shorten
+from xattn.pictures.overlay import overlay
 from xattn.runtime.files import follow_link, output_error, printable, temporary_folder
 from xattn.runtime.interrupts import deferred_interrupt
-from xattn.visualize import _font, _shorten, overlay
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone, Preprocessing
@@ -112,7 +108,7 @@ def explain_video(
 
     Returns:
         Explanations in the order of the frames, named ``frame-000123`` as counted from 0 while
-        decoding; with ``output`` as :func:`~xattn.explanation.load_pack` gives them. Frames that
+        decoding; with ``output`` as :func:`~xattn.packs.reader.load_pack` gives them. Frames that
         the header announces and that cannot be decoded are warned about and noted in ``.skipped``.
 
     Raises:
@@ -441,10 +437,10 @@ def _caption(image: Image.Image, explanation: Explanation) -> Image.Image:
     if image.width < 8 * size or image.height < 4 * size:
         return image
     pad = size // 2
-    font = _font(size, bold=True)
+    font = load_font(size, bold=True)
     share = f"  {explanation.probability:.1%}"
     room = image.width - 4 * pad - font.getlength(share)
-    text = _shorten(explanation.target_name.split(",")[0], font, room) + share
+    text = shorten(explanation.target_name.split(",")[0], font, room) + share
     right, top = 3 * pad + math.ceil(font.getlength(text)), image.height - 3 * pad - size
     box = Image.new("L", image.size)
     ImageDraw.Draw(box).rounded_rectangle((pad, top, right, image.height - pad), pad, fill=176)

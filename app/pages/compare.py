@@ -17,11 +17,11 @@ from xattn.app.components import grid
 from xattn.app.library import PackError
 from xattn.app.pictures import Look, legends, overlay_url
 from xattn.app.state import Context, plain
-from xattn.contact_sheet import legends_html
 from xattn.eval.differences import Apart, by_maps, by_metric
 from xattn.eval.html_data import MAX_VALUES, case_columns, spread
 from xattn.eval.html_tables import format_number, number_form
 from xattn.eval.protocol import METRICS
+from xattn.pictures.contact_sheet import legends_html
 
 if TYPE_CHECKING:
     from xattn.app.library import ComparisonInfo, Pack

@@ -16,7 +16,7 @@ from xattn.app.image_view import short
 from xattn.app.pictures import Look, blank_maps, legends, overlay_url, photo_url
 from xattn.app.selection import ALL, MAPS, NAMES, RIGHT, SHOWS, SIZES, Choices, View
 from xattn.app.state import Context, plain
-from xattn.contact_sheet import legends_html
+from xattn.pictures.contact_sheet import legends_html
 
 if TYPE_CHECKING:
     from xattn.app.library import Pack

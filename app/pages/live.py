@@ -25,7 +25,7 @@ from xattn.app.pictures import (
 from xattn.app.state import Context, plain
 from xattn.app.uploads import Upload
 from xattn.app.visible import reason
-from xattn.contact_sheet import legends_html
+from xattn.pictures.contact_sheet import legends_html
 
 if TYPE_CHECKING:
     from xattn.app.library import Library, Pack

@@ -22,7 +22,7 @@ from xattn.app.pictures import Look, blank_maps, legends, overlay_url, photo_url
 from xattn.app.state import Context, plain
 from xattn.app.visible import reason, visible
 from xattn.config import PROBE_RECIPES, RECIPES
-from xattn.contact_sheet import legends_html
+from xattn.pictures.contact_sheet import legends_html
 
 if TYPE_CHECKING:
     from xattn.app.library import Pack

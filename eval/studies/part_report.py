@@ -150,7 +150,7 @@ def figure(
 
     from xattn.eval.functional import upsample
     from xattn.photos.images import load_image
-    from xattn.visualize import overlay
+    from xattn.pictures.overlay import overlay
 
     shares = sorted({scenario.p_txt for scenario in scenarios})
     same = [s for s in scenarios if s.p_txt == shares[len(shares) // 2]]

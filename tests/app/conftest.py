@@ -15,7 +15,7 @@ from xattn.app import bench
 from xattn.app.made_up import picture
 from xattn.backbone import load_backbone
 from xattn.explaining import explain
-from xattn.explanation import save_pack
+from xattn.packs.writer import save_pack
 
 SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
 

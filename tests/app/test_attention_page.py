@@ -42,9 +42,9 @@ from xattn.attention.statistics import statistics
 from xattn.backbone import load_backbone
 from xattn.explainers.attention import NoAttention, read_attention
 from xattn.explaining import explain
-from xattn.explanation import save_pack
+from xattn.packs.writer import save_pack
 from xattn.photos.view import prepare
-from xattn.visualize import Scale, make_scale
+from xattn.pictures.scales import Scale, make_scale
 
 GRID = (3, 5)  # of the packs' model: 48 x 80 pixels in patches of 16
 LAYERS, HEADS = 6, 2

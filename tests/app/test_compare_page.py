@@ -22,7 +22,7 @@ from xattn.eval.compare import write_report
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol
 from xattn.eval.results import ImageRecord, MethodResult, Results
-from xattn.explanation import MAPS
+from xattn.packs.format import MAPS
 
 IMAGES = 12
 COLUMNS = (Column("AD", 0.5), Column("insertion"), Column("ROAD"))

@@ -19,7 +19,8 @@ from xattn.app import export
 from xattn.app.library import PackError
 from xattn.app.made_up import CLASSES, described, explanation, picture, small_pack
 from xattn.app.pictures import Look
-from xattn.explanation import MAPS, save_pack
+from xattn.packs.format import MAPS
+from xattn.packs.writer import save_pack
 
 NAME = '=cmd|"x"!A1 <script>alert(1)<b> ünï 🦎.jpg'
 

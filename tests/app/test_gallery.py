@@ -13,7 +13,8 @@ from streamlit.testing.v1 import AppTest
 from xattn.app import state
 from xattn.app.library import PackError
 from xattn.app.made_up import explanation, picture, small_pack
-from xattn.explanation import MAPS, save_pack
+from xattn.packs.format import MAPS
+from xattn.packs.writer import save_pack
 
 NAMES = [
     "<img src=x onerror=alert(1)>",

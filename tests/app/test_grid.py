@@ -9,7 +9,7 @@ pytest.importorskip("streamlit")
 from conftest import served
 
 from xattn.app.made_up import explanation, picture, small_pack
-from xattn.explanation import save_pack
+from xattn.packs.writer import save_pack
 
 FOCUSED = """() => {
   let at = document.activeElement;

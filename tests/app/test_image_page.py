@@ -13,7 +13,8 @@ pytest.importorskip("streamlit")
 from xattn.app import state
 from xattn.app.library import Library, PackError
 from xattn.app.made_up import CLASSES, described, explanation, picture, small_pack
-from xattn.explanation import MAPS, save_pack
+from xattn.packs.format import MAPS
+from xattn.packs.writer import save_pack
 
 AppTest = pytest.importorskip("streamlit.testing.v1").AppTest
 METHODS = ("gradcam", "saliency", "lrp", "random")

@@ -26,8 +26,8 @@ from xattn.app import library as library_module
 from xattn.app.library import Library, PackError
 from xattn.app.made_up import METRICS, big_pack, explanation, picture, small_pack
 from xattn.app.pack import Pack, Recent
-from xattn.explanation import load_pack, save_pack
-from xattn.pack_writer import manifest_text
+from xattn.packs.reader import load_pack
+from xattn.packs.writer import manifest_text, save_pack
 from xattn.runtime.tensor_file import TensorFile
 
 

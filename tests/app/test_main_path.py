@@ -14,7 +14,7 @@ from xattn.app.library import Library
 from xattn.app.made_up import CLASSES, described, explanation, picture, small_pack
 from xattn.app.theme import name_html
 from xattn.cli import main
-from xattn.explanation import save_pack
+from xattn.packs.writer import save_pack
 
 LONG = "n01443537_goldfish_swimming_in-a-small_aquarium_0001.jpeg"
 

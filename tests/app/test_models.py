@@ -18,8 +18,8 @@ from xattn.app.made_up import picture
 from xattn.app.models import ModelError
 from xattn.cli import BackboneArgs
 from xattn.explaining import explain
-from xattn.explanation import save_pack
 from xattn.heads import create_head, save_head
+from xattn.packs.writer import save_pack
 
 CNN, VIT = "test_efficientnet", "test_vit"
 

@@ -17,18 +17,10 @@ from xattn.app import pictures
 from xattn.app.library import Library, PackError
 from xattn.app.made_up import CLASSES, VIEW, explanation, picture, small_pack
 from xattn.app.pictures import Look
-from xattn.explanation import save_pack
-from xattn.visualize import (
-    DIVERGING,
-    Scale,
-    colorize,
-    contrast,
-    gradient,
-    legend_of,
-    make_scale,
-    overlay,
-    own_scale,
-)
+from xattn.packs.explanation import contrast
+from xattn.packs.writer import save_pack
+from xattn.pictures.overlay import DIVERGING, colorize, gradient, overlay
+from xattn.pictures.scales import Scale, legend_of, make_scale, own_scale
 
 
 @pytest.fixture(scope="module")

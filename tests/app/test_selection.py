@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from xattn.app import selection
 from xattn.app.made_up import CLASSES, METRICS, explanation, small_pack
 from xattn.app.selection import ALL, NAMES, View, defaults, parse, select
-from xattn.explanation import ImageFacts, save_pack
+from xattn.packs.explanation import ImageFacts
+from xattn.packs.writer import save_pack
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from xattn.eval import evaluate
 from xattn.eval.compare import Comparison, compare
 from xattn.eval.store import Store, kept_images
 from xattn.explainers import create_explainer
-from xattn.explanation import load_pack, read_manifest
+from xattn.packs.format import read_manifest
+from xattn.packs.reader import load_pack
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 

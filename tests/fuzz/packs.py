@@ -28,7 +28,8 @@ from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol
 from xattn.eval.report import read_json
 from xattn.eval.results import ImageRecord, MethodResult, Results
-from xattn.explanation import MANIFEST, MAPS, load_pack
+from xattn.packs.format import MANIFEST, MAPS
+from xattn.packs.reader import load_pack
 
 PERSON = "[A-Z][^\n]{10,}"  # a sentence for the person at the page; its type is checked
 

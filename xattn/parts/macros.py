@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from xattn.photos.base import Data
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.sources import open_photos
+from xattn.pictures.lettering import wrap
 from xattn.runtime.files import atomic_folder, write_json
-from xattn.visualize import _wrap
 
 BOXES = "boxes.json"
 SMALLEST = 48  # pixels; below, no letter would be legible
@@ -95,7 +95,7 @@ def _fitted(text: str, name: str, size: float, width: float, lines: int) -> tupl
     """The largest font up to ``size`` in which ``text`` fits ``width`` in so many lines."""
     for pixels in range(max(int(size), 6), 5, -1):
         font = _font(name, pixels)
-        wrapped = _wrap(text, font, width)
+        wrapped = wrap(text, font, width)
         if len(wrapped) <= lines and all(font.getlength(line) <= width for line in wrapped):
             break
     return font, wrapped

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from xattn.explanation import Explanation, load_pack, save_pack
+from xattn.packs.explanation import Explanation
+from xattn.packs.reader import load_pack
+from xattn.packs.writer import save_pack
 from xattn.photos.base import Data
 from xattn.photos.files import Files
 from xattn.photos.images import MAX_PIXELS, load_image

@@ -13,21 +13,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
-from xattn.visualize import (
-    MINMAX,
-    SEQUENTIAL,
-    Legend,
-    _font,
-    _shorten,
-    _wrap,
-    colour_bar,
-    data_url,
-    gradient,
-    overlay,
-)
+from xattn.pictures.lettering import load_font, shorten, wrap
+from xattn.pictures.overlay import SEQUENTIAL, colour_bar, data_url, gradient, overlay
+from xattn.pictures.scales import MINMAX, Legend
 
 if TYPE_CHECKING:
-    from xattn.explanation import Explanation
+    from xattn.packs.explanation import Explanation
 
 
 @dataclass(frozen=True)
@@ -286,7 +277,7 @@ def _lay_out(
     y = gap
     if title:
         large = round(text * 1.35)
-        name = _shorten(title, _font(large, bold=True), width - 2 * gap)
+        name = shorten(title, load_font(large, bold=True), width - 2 * gap)
         items.append(_Line(gap, gap, name, large, bold=True))
         y = round(text * 3.2)
     for row in lines:
@@ -298,10 +289,10 @@ def _lay_out(
             alt = cell.alt or cell.title
             items.append(_Picture(left, y + tallest - size[1], size, cell.image, alt))
             share = "" if cell.value is None else f"  {cell.value:.1%}"
-            bold = _font(text, bold=True)
-            name = _shorten(cell.title, bold, side - bold.getlength(share)) + share
+            bold = load_font(text, bold=True)
+            name = shorten(cell.title, bold, side - bold.getlength(share)) + share
             items.append(_Line(x, y + tallest + text * 0.4, name, text, bold=True))
-            detail = _shorten(cell.detail, _font(small), side)
+            detail = shorten(cell.detail, load_font(small), side)
             items.append(_Line(x, y + tallest + text * 1.75, detail, small, soft=True))
         y += tallest + caption + gap
     for legend in legends:
@@ -321,7 +312,7 @@ def _lay_legend(
     right: int,
 ) -> int:
     small = round(text * 0.9)
-    font = _font(small)
+    font = load_font(small)
     items.append(_Line(left, y, legend.low, small, soft=True))
     x = left + round(font.getlength(legend.low) + text * 0.4)
     height = max(text // 2, 4)
@@ -341,9 +332,9 @@ def _lay_words(
 ) -> int:
     """Lines of at most ``width`` pixels, in which a longer word is cut; returns the y below them."""
     small = round(text * 0.9)
-    font = _font(small)
-    for line in _wrap(words, font, width):
-        items.append(_Line(x, y, _shorten(line, font, width), small, soft=True))
+    font = load_font(small)
+    for line in wrap(words, font, width):
+        items.append(_Line(x, y, shorten(line, font, width), small, soft=True))
         y += round(text * 1.4)
     return y
 
@@ -375,7 +366,7 @@ def contact_sheet_image(
             sheet.paste(picture, (item.x, item.y))
         else:
             ink = colours.soft if item.soft else colours.ink
-            draw.text((item.x, item.y), item.text, ink, _font(item.size, bold=item.bold))
+            draw.text((item.x, item.y), item.text, ink, load_font(item.size, bold=item.bold))
     return sheet
 
 

@@ -4,8 +4,10 @@
     manifest.json      an entry a line: class, method, view, metrics, curves, hashes; what is known of
                        each image; the protocols
     thumbnails/, overlays/   JPEG files by image and by entry
+    overlay.mp4        the film of a clip
 
-Everything is a pure function of what is written: equal explanations give equal bytes.
+A pack appears whole or not at all, and carries the SHA-256 of every map and thumbnail. Everything
+is a pure function of what is written: equal explanations give equal bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ import numpy as np
 from PIL import Image
 
 from xattn.correlation import disagreement
-from xattn.explanation import (
+from xattn.packs.explanation import Explanation
+from xattn.packs.format import (
     FORMAT,
     MANIFEST,
     MAPS,
@@ -32,10 +35,10 @@ from xattn.explanation import (
     THUMBNAIL_SIDE,
     VERSION,
     VIDEO,
-    Explanation,
     check_output,
     is_pack,
 )
+from xattn.pictures.overlay import overlay
 from xattn.runtime.files import atomic_folder, file_sha256
 
 _DRAFT = "maps.data"
@@ -58,6 +61,42 @@ def pack_writer(folder: str | Path, overlays: bool = True) -> Iterator[PackWrite
             writer.close()
         finally:
             writer.abandon()
+
+
+def save_pack(
+    folder: str | Path,
+    explanations: Iterable[Explanation],
+    overlays: bool = True,
+    skipped: Sequence[tuple[str, str]] = (),
+    video: Path | None = None,
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
+    """Write a pack; an earlier pack in ``folder`` is replaced only once the new one is complete.
+
+    Args:
+        overlays: also write ``overlays/<id>.jpg``, the map in colour over the photo.
+        skipped: (file name, reason) of images that could not be read, for the manifest.
+        video: a film of overlays, moved into the pack.
+        metrics: what the explanations' metrics are, by column:
+            ``{"higher_is_better": bool, "formula": str, "protocol_id": str}``.
+
+    Raises:
+        ValueError: no explanations, two with the same id, or a folder that is not a pack.
+        OSError: the folder cannot be written or the disk is full; earlier results are intact.
+    """
+    explanations = list(explanations)
+    groups: dict[str, list[Explanation]] = {}
+    for explanation in explanations:
+        groups.setdefault(explanation.image_id, []).append(explanation)
+    with pack_writer(folder, overlays) as writer:
+        for group in groups.values():
+            writer.add(group)
+        if video is not None:
+            writer.add_video(video)
+        writer.skipped = list(skipped)
+        writer.order = [e.id for e in explanations]
+        writer.metrics = metrics or {}
+    return Path(folder)
 
 
 class PackWriter:
@@ -183,8 +222,6 @@ class PackWriter:
         """Thumbnail and overlays of a photo; returns the thumbnail's name."""
         photo = group[0].photo(OVERLAY_SIDE)
         if self.overlays:
-            from xattn.visualize import overlay
-
             for e in group:
                 drawn = overlay(photo, e.on_photo((photo.height, photo.width)))
                 write_file(self.folder / "overlays" / f"{e.id}.jpg", _jpeg(drawn))

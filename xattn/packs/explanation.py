@@ -1,0 +1,198 @@
+"""The record of one explanation.
+
+An :class:`Explanation` is a raw map (h, w) of one class of one photo, with all that is needed to
+read it later: the class and its probability, the method, the geometry back onto the photo, and the
+protocol. Many of them make a pack, see :mod:`xattn.packs.writer`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from xattn.photos.base import StoredPhoto
+from xattn.photos.images import load_image
+from xattn.photos.view import View
+from xattn.pictures.overlay import overlay
+
+MAX_CELLS = 16_384  # of a side of a map, for writers and readers alike
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What is known of a photo beside its maps.
+
+    ``top`` are the classifier's first classes, (class, its name, probability); ``label`` is the true
+    class as an index into the classifier's classes, None where it has no such class, and
+    ``label_name`` its name.
+    """
+
+    top: tuple[tuple[int, str, float], ...] = ()
+    label: int | None = None
+    label_name: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "top": [list(item) for item in self.top],
+            "label": self.label,
+            "label_name": self.label_name,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ImageFacts:
+        """What :meth:`to_json` wrote; all of it may be missing."""
+        top = tuple((int(i), str(name), float(p)) for i, name, p in data.get("top", ()))
+        return cls(top, data.get("label"), data.get("label_name"))
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """One class of one photo, explained.
+
+    ``map`` holds raw scores (h, w), float32, read-only, on the grid of the model's input, at most
+    ``MAX_CELLS`` a side;
+    ``probability`` is the softmax over all classes, or the class's sigmoid (multi-label);
+    ``image_id`` names the photo within its run and ``source`` is where its pixels are: a file, an
+    image, or None. ``is_mask`` marks maps that are
+    in [0, 1] by meaning and must not be stretched. ``facts`` are of the photo. ``metrics``, by column
+    such as "AD@50", ``curves``, by name such as "deletion", and ``sanity``, whether this is a row
+    that every method has to beat, come with comparisons.
+    """
+
+    map: NDArray[np.float32]
+    target: int
+    target_name: str
+    probability: float
+    method: str
+    view: View
+    image_id: str
+    protocol: dict[str, Any] = field(default_factory=dict)
+    file_name: str = ""
+    is_mask: bool = False
+    source: Path | Image.Image | StoredPhoto | None = field(default=None, repr=False)
+    facts: ImageFacts = field(default_factory=ImageFacts, repr=False)
+    metrics: Mapping[str, float] = field(default_factory=dict, repr=False)
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict, repr=False)
+    sanity: bool = False
+
+    def __post_init__(self) -> None:
+        values = np.array(self.map, dtype=np.float32)
+        if values.ndim != 2 or values.size == 0 or max(values.shape) > MAX_CELLS:
+            raise ValueError(
+                f"map: got shape {values.shape}; give (h, w), at most {MAX_CELLS:,} a side"
+            )
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"map: the {self.method} map of {self.image_id} holds NaN or infinite values; "
+                f"check the weights of the model"
+            )
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability: got {self.probability} for {self.image_id}; give 0..1")
+        if re.search(r"[/\\\0]", self.id) or self.id.startswith("."):
+            raise ValueError(f"image_id: {self.id!r} cannot name a file; leave out slashes")
+        values.setflags(write=False)
+        object.__setattr__(self, "map", values)
+
+    @property
+    def id(self) -> str:
+        """Unique in a pack: photo, class and method; usable as a file name."""
+        return f"{self.image_id}@{self.target}.{self.method}"
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the map says nothing: all values equal."""
+        return bool(self.map.min() == self.map.max())
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether the map is constant and not the mask of ones, which keeps every pixel on purpose."""
+        return self.is_constant and not (self.is_mask and self.map.flat[0] == 1)
+
+    def normalized(self) -> NDArray[np.float32]:
+        """The map (h, w) min-maxed to [0, 1]; a constant map becomes 0, a mask stays as it is."""
+        if self.is_mask:
+            return np.clip(self.map, 0, 1)
+        low, high = float(self.map.min()), float(self.map.max())
+        if low == high:
+            return np.zeros_like(self.map)
+        scaled = (self.map.astype(np.float64) - low) / (high - low)
+        return scaled.astype(np.float32)
+
+    def on_photo(self, size: tuple[int, int] | None = None) -> NDArray[np.float32]:
+        """The map on the photo's pixels (H, W), in [0, 1]; NaN where the model did not look.
+
+        Min-max comes first, on the coarse map, as in the fidelity metrics. ``size`` asks for
+        another raster (height, width) over the same photo.
+        """
+        return self.view.to_photo(self.normalized(), size)
+
+    def photo(self, max_side: int | None = None) -> Image.Image:
+        """The photo, RGB, shrunk to ``max_side`` if it is larger.
+
+        Raises:
+            ValueError: its pixels are not at hand, or the file is gone or damaged.
+        """
+        if self.source is None:
+            raise ValueError(f"source: the pixels of {self.image_id} are not at hand; set source")
+        try:
+            image = load_image(self.source, max_pixels=None)
+        except OSError as error:
+            raise ValueError(f"source: {error}") from error
+        if max_side is not None:
+            image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        return image
+
+    def overlay(self, opacity: float = 0.55, cmap: str = "inferno", max_side: int | None = None):
+        """The map in colour over the photo, a PIL image; see :func:`xattn.pictures.overlay.overlay`."""
+        photo = self.photo(max_side)
+        return overlay(photo, self.on_photo((photo.height, photo.width)), opacity, cmap)
+
+
+def blank_note(names: Sequence[str]) -> str:
+    """What to say of maps that are constant (:attr:`Explanation.is_blank`), by :func:`map_name`.
+
+    >>> blank_note([map_name("cam", "hen, biddy", "a.png")])
+    'The map by cam of hen on a.png has one value everywhere; its overlay points at nothing.'
+    """
+    if len(names) == 1:
+        return f"The map {names[0]} has one value everywhere; its overlay points at nothing."
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"{len(names)} maps have one value everywhere; their overlays point at nothing: "
+        f"{'; '.join(names[:3])}{more}."
+    )
+
+
+def map_name(method: str, target_name: str, photo: str) -> str:
+    """A map in words."""
+    return f"by {method} of {target_name.split(',')[0]} on {photo}"
+
+
+def contrast(
+    explanation: Explanation, other: Explanation, raw: bool = False
+) -> NDArray[np.float32]:
+    """What speaks for one class rather than the other: the difference of two maps (h, w).
+
+    Of the min-maxed maps, in [-1, 1] (where each map puts its weight), or, with ``raw``, of the
+    scores themselves (which also says how strong they are).
+
+    Raises:
+        ValueError: maps of another photo, crop or size.
+    """
+    same = explanation.image_id == other.image_id and explanation.view == other.view
+    if not same or explanation.map.shape != other.map.shape:
+        raise ValueError(
+            f"other: the map {other.id} is not on the grid of {explanation.id}; give two classes of "
+            f"one photo, explained by one method"
+        )
+    if raw:
+        return explanation.map - other.map
+    return explanation.normalized() - other.normalized()

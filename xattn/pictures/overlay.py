@@ -1,0 +1,135 @@
+"""Heat maps over photos, in perceptually uniform colours; where the model did not look the photo is
+dimmed and grey."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import functools
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+SEQUENTIAL, DIVERGING = "inferno", "diverging"
+
+
+@functools.lru_cache(maxsize=8)
+def _lut(cmap: str) -> NDArray[np.uint8]:
+    """256 RGB colours of ``"diverging"`` or of a matplotlib colour map."""
+    import matplotlib
+
+    if cmap == DIVERGING:
+        return _diverging()
+    if cmap not in matplotlib.colormaps:
+        near = difflib.get_close_matches(cmap, list(matplotlib.colormaps), 3, 0.4)
+        hint = f"; did you mean {', '.join(near)}?" if near else "; see matplotlib.colormaps"
+        raise ValueError(f"cmap: no colour map {cmap!r}{hint}")
+    return np.rint(matplotlib.colormaps[cmap](np.arange(256))[:, :3] * 255).astype(np.uint8)
+
+
+def _diverging() -> NDArray[np.uint8]:
+    """Blue below the centre, orange above, dark at it: CIELAB lightness rises linearly to both sides.
+
+    Dark means nothing, as in inferno, and equal amounts of both signs are equally light.
+    """
+    from skimage.color import lab2rgb
+
+    at = np.linspace(-1, 1, 256)
+    size = np.abs(at)
+    hue = np.deg2rad(np.where(at < 0, 262, 60))
+    # Grey at the centre, paler towards light, where sRGB has little colour left.
+    chroma = np.where(at < 0, 43, 58) * np.minimum(3 * size, 1) * np.minimum((1.35 - size) / 0.6, 1)
+    lab = np.stack([8 + 82 * size, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
+    return np.rint(lab2rgb(lab) * 255).astype(np.uint8)
+
+
+def colorize(values: NDArray[Any], cmap: str = SEQUENTIAL) -> NDArray[np.uint8]:
+    """Values (..., H, W) in [0, 1] as colours (..., H, W, 3), uint8; NaN becomes black."""
+    colours = _lut(cmap)[_index(values)]
+    colours[np.isnan(values)] = 0
+    return colours
+
+
+def _index(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Places in a table of 256 colours; NaN is 0."""
+    return np.rint(np.nan_to_num(np.clip(values, 0, 1)) * 255).astype(np.uint8)
+
+
+def overlay(
+    photo: Image.Image,
+    values: NDArray[Any],
+    opacity: float = 0.55,
+    cmap: str = SEQUENTIAL,
+    threshold: float = 0.0,
+) -> Image.Image:
+    """A map over its photo.
+
+    Args:
+        photo: RGB, H x W pixels.
+        values: (H, W) in [0, 1]; NaN outside the model's view, shown dimmed and without colour.
+        opacity: 0 (photo) to 1 (map), the same everywhere so that a colour has one meaning.
+        threshold: values below stay without colour, 0 to 1; on the diverging scale those nearer to
+            its centre than this share of half its length.
+    """
+    if values.shape != (photo.height, photo.width):
+        raise ValueError(
+            f"values: got shape {values.shape} for a photo of {photo.height} x {photo.width}; "
+            f"give View.to_photo(map, size)"
+        )
+    for name, share in (("opacity", opacity), ("threshold", threshold)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}: got {share}; give a number from 0 to 1")
+    pixels = np.asarray(photo if photo.mode == "RGB" else photo.convert("RGB"))
+    out = pixels.astype(np.float32)
+    grey = (out @ LUMA)[..., None]
+    # Less colour of its own below the map's: grey takes its place.
+    out *= (1 - opacity) ** 2
+    out += opacity * (1 - opacity) * grey
+    out += (np.float32(opacity) * _lut(cmap)).astype(np.float32)[_index(values)]
+    if threshold > 0:
+        strength = np.abs(2 * values - 1) if cmap == DIVERGING else values
+        # The map's values are float32: one that equals the threshold is not below it.
+        low = strength < np.float32(threshold)
+        out[low] = pixels[low]
+    outside = np.isnan(values)
+    if outside.any():
+        out[outside] = 0.35 * grey[outside]
+        if not outside.all():
+            edge = _frame(~outside, width=max(1, round(max(photo.size) / 400)))
+            out[edge] = 0.45 * out[edge] + 0.55 * 255
+    return Image.fromarray(np.rint(out, out=out).astype(np.uint8))
+
+
+def _frame(inside: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
+    """The outermost ``width`` pixels of the rectangle ``inside``, at sides within the photo."""
+    core = inside.copy()
+    for axis in (0, 1):
+        for shift in (width, -width):
+            moved = np.roll(inside, shift, axis)
+            rim = slice(0, shift) if shift > 0 else slice(shift, None)
+            moved[(rim,) if axis == 0 else (slice(None), rim)] = True  # the photo's own border
+            core &= moved
+    return inside & ~core
+
+
+def data_url(image: Image.Image, kind: str = "JPEG", **options: Any) -> str:
+    """The picture inside an address, for pages that need no other file; ``options`` are Pillow's."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    text = base64.b64encode(stream.getvalue()).decode("ascii")
+    return f"data:image/{kind.lower()};base64,{text}"
+
+
+def colour_bar(width: int = 256, height: int = 16, cmap: str = SEQUENTIAL) -> Image.Image:
+    """The legend: colours from 0 (left) to 1 (right)."""
+    row = colorize(np.linspace(0, 1, width)[None], cmap)
+    return Image.fromarray(np.repeat(row, height, axis=0))
+
+
+def gradient(cmap: str = SEQUENTIAL) -> str:
+    """The colour stops of a CSS ``linear-gradient``, from the lowest value to the highest."""
+    return ", ".join("rgb({} {} {})".format(*_lut(cmap)[i]) for i in range(0, 256, 15))

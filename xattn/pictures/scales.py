@@ -1,0 +1,94 @@
+"""What a colour means: scales over the values of a map, and their legends.
+
+A :class:`Scale` says what a colour means: by default the min-maxed map in [0, 1], for a map with
+negative values its own numbers on a diverging scale centred on 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xattn.pictures.overlay import DIVERGING, SEQUENTIAL
+
+if TYPE_CHECKING:
+    from xattn.packs.explanation import Explanation
+
+
+MINMAX = (
+    "0",
+    "1",
+    "relevance for the named class, min-max per map; dimmed: outside the model's view",
+)
+
+
+@dataclass(frozen=True)
+class Legend:
+    """A colour scale in words: its two ends and what lies between."""
+
+    low: str
+    high: str
+    text: str
+    cmap: str = SEQUENTIAL
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The values at the two ends of a colour scale, in the map's own unit."""
+
+    low: float
+    high: float
+    cmap: str = SEQUENTIAL
+
+    def __call__(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        """Values as positions in [0, 1], clipped; all nothing (0, or the centre) if the ends meet."""
+        if self.high <= self.low:
+            return np.full(values.shape, 0.5 if self.cmap == DIVERGING else 0.0, np.float32)
+        at = (values.astype(np.float64) - self.low) / (self.high - self.low)
+        return np.clip(at, 0, 1).astype(np.float32)
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """Both ends as short text."""
+        return f"{self.low:.3g}", f"{self.high:.3g}"
+
+
+def make_scale(limits: Iterable[tuple[float, float]], cmap: str | None = None) -> Scale:
+    """One scale for maps with these (least, greatest) values.
+
+    ``cmap=None`` is inferno from the least to the greatest value, or, where one is negative, the
+    diverging scale; that is always as long on both sides of 0.
+    """
+    pairs = list(limits)
+    if not pairs or not np.isfinite(pairs).all():
+        raise ValueError(f"limits: got {pairs}; give the least and the greatest value of each map")
+    low, high = min(pair[0] for pair in pairs), max(pair[1] for pair in pairs)
+    cmap = cmap or (DIVERGING if low < 0 else SEQUENTIAL)
+    if cmap == DIVERGING:
+        high = max(abs(low), abs(high))
+        low = -high
+    return Scale(low, high, cmap)
+
+
+def own_scale(explanation: Explanation, cmap: str | None = None) -> Scale:
+    """The scale of one map alone: min-max; a mask's is always [0, 1]; see :func:`make_scale`."""
+    if explanation.is_mask and cmap != DIVERGING:
+        return Scale(0.0, 1.0, cmap or SEQUENTIAL)
+    return make_scale([(float(explanation.map.min()), float(explanation.map.max()))], cmap)
+
+
+def legend_of(scale: Scale, shared: bool = False) -> Legend:
+    """What a scale's colours say: of each map by itself, or on one scale for several maps."""
+    if shared:
+        low, high, text = *scale.ends, "score of the named class, one scale for all maps"
+    elif scale.cmap == DIVERGING:
+        low, high, text = "−", "+", "score of the named class, each map up to its own largest"
+    else:
+        low, high, text = MINMAX
+    if scale.cmap == DIVERGING:
+        text += "; orange speaks for the class, blue against it"
+    return Legend(low, high, text, scale.cmap)
