@@ -16,7 +16,7 @@ LIMIT = 8  # photos
 def missing() -> str | None:
     """What has to be installed first, as the line to run; None if nothing."""
     from xattn.app.demo import BACKBONE, embedded_photos
-    from xattn.models.sources import list_package_weights
+    from xattn.models.weights import list_package_weights
 
     weights = {record.name for record in list_package_weights() if record.installed}
     try:

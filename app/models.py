@@ -53,7 +53,7 @@ def turn() -> Iterator[None]:
 def backbones() -> list[str]:
     """Names to choose from: the model that the viewer was started with, then those of installed
     packages. Every other timm model can be named, too; its weights come from the hub."""
-    from xattn.models.sources import list_package_weights
+    from xattn.models.weights import list_package_weights
 
     own = _own()
     names = [] if own is None else [_label(own)]

@@ -33,9 +33,9 @@ from xattn.photos.files import Files
 from xattn.photos.sources import open_photos
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, write_json
+from xattn.training.attention_training import create_perturbation
 from xattn.training.features import Features, cache_features
 from xattn.training.labels import Labels, read_labels, split
-from xattn.training.perturbation import create_perturbation
 from xattn.training.probe import ProbeScores, answers, create_optimizer, probe
 from xattn.training.run_folder import RUN_FILE
 from xattn.training.sample import SAMPLE_FOLDER, Sample

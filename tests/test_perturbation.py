@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from xattn import load_backbone
 from xattn.heads import create_head
 from xattn.heads.attentive import Tokens
-from xattn.training.perturbation import (
+from xattn.training.attention_training import (
     PERTURBATIONS,
     AttentionAT,
     AttentionIAT,
@@ -591,7 +591,7 @@ from torch import nn
 from xattn import load_backbone
 from xattn.heads import create_head
 from xattn.heads.attentive import Tokens
-from xattn.training.perturbation import create_perturbation
+from xattn.training.attention_training import create_perturbation
 
 torch.manual_seed(0)
 accelerator = Accelerator(cpu=True)

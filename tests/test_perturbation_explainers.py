@@ -15,8 +15,8 @@ from xattn.backbone import Preprocessing, load_backbone
 from xattn.explainers import create_explainer
 from xattn.explainers.kernel_shap import KernelShap
 from xattn.explainers.lime import Lime
+from xattn.explainers.masked_passes import superpixels
 from xattn.explainers.occlusion import Occlusion
-from xattn.explainers.perturbation import superpixels
 from xattn.explainers.rise import Rise
 
 CLASSES = 4

@@ -9,7 +9,7 @@ from PIL import Image
 from xattn.backbone import load_backbone
 from xattn.cli import main
 from xattn.heads import create_head
-from xattn.presets import PRESETS, preset
+from xattn.training.ttame_presets import PRESETS, preset
 
 # specs: sum_i (C_i^2 + 3 C_i) + K sum C_i + K with K = 1000.
 PUBLISHED = {

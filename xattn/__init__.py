@@ -33,8 +33,8 @@ _EXPORTS = {
     "explain_video": "xattn.video",
     "export": "xattn.exporting",
     "Explanation": "xattn.packs.explanation",
-    "load_pack": "xattn.packs.explanation",
-    "save_pack": "xattn.packs.explanation",
+    "load_pack": "xattn.packs.reader",
+    "save_pack": "xattn.packs.writer",
     "evaluate": "xattn.eval",
     "open_photos": "xattn.photos.sources",
 }

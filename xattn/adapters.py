@@ -161,7 +161,7 @@ def load_torchvision(
                 f"local file"
             ) from error
         return from_torchvision(model, taps, preprocessing=preprocessing)
-    from xattn.models.sources import load_weight_file
+    from xattn.models.weights import load_weight_file
 
     assert weights is not None
     state = load_weight_file(weights)

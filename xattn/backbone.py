@@ -746,7 +746,7 @@ def _create(
     if weights is None:
         return timm.create_model(name, pretrained=False, **options), {}
     if weights == "package":
-        from xattn.models.sources import package_weights
+        from xattn.models.weights import package_weights
 
         architecture, package_options, state, overrides, count = package_weights(name, size)
         if num_classes not in (None, count):
@@ -757,7 +757,7 @@ def _create(
         model = timm.create_model(architecture, pretrained=False, **{**options, **package_options})
         model.load_state_dict(state, strict=True)
         return model, dict(overrides or {})
-    from xattn.models.sources import load_weight_file
+    from xattn.models.weights import load_weight_file
 
     state = load_weight_file(weights)
     if num_classes is None:

@@ -109,7 +109,7 @@ class Train:
 
         name, options = self.head, {"fusion": self.fusion, **parse_options(self.options)}
         if self.preset is not None:
-            from xattn.presets import preset
+            from xattn.training.ttame_presets import preset
 
             chosen = preset(self.preset)
             name, options = chosen.head, chosen.options
@@ -799,8 +799,8 @@ class List:
         from xattn.eval.presets import PRESETS as PROTOCOLS
         from xattn.explainers import list_explainers
         from xattn.heads import list_heads, shipped_heads
-        from xattn.models.sources import list_package_weights
-        from xattn.presets import PRESETS
+        from xattn.models.weights import list_package_weights
+        from xattn.training.ttame_presets import PRESETS
 
         print("backbones with package weights:")
         for record in list_package_weights():
@@ -840,7 +840,7 @@ Command = (
 
 
 def _weights(source: str, backbone: str) -> str | None:
-    from xattn.models.sources import list_package_weights
+    from xattn.models.weights import list_package_weights
 
     if source == "auto":
         shipped = {record.name for record in list_package_weights() if record.installed}

@@ -55,7 +55,7 @@ PROBE_RECIPES: dict[str, dict[str, Any]] = {
 Optimizer = Literal["sgd", "adamw"]
 ClassMode = Literal["batch", "own", "top"]
 ProbeOptimizer = Literal["lars", "adamw"]
-# See xattn.training.perturbation.
+# See xattn.training.attention_training.
 AttentionTraining = Literal["none", "random", "at", "iat", "iat_released", "vat", "ivat"]
 if TYPE_CHECKING:
     Int: TypeAlias = int

@@ -3,7 +3,7 @@
     xattn study image --data PHOTOS --labels FILE --objects COCO
 
 Heads are trained to tell coarse groups apart on a frozen backbone, without and with changes of their
-scores (:mod:`xattn.training.perturbation`). Fold k of the photos is tested with seed k, the next fold
+scores (:mod:`xattn.training.attention_training`). Fold k of the photos is tested with seed k, the next fold
 stops training early, and nothing else is chosen by the study: epsilon is ``strength`` sqrt(N), the same
 change a token for each number N of tokens. With a the mean query map, for every photo of the test fold
 

@@ -30,7 +30,7 @@ from xattn.eval.studies.config import TextStudyConfig
 from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, file_sha256, write_json
-from xattn.training.perturbation import create_perturbation
+from xattn.training.attention_training import create_perturbation
 from xattn.training.run_folder import locked
 
 RUNS, SETTINGS = "runs.jsonl", "settings.json"

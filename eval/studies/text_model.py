@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from xattn.training.perturbation import masked_softmax
+from xattn.training.attention_training import masked_softmax
 
 PAD, UNKNOWN = 0, 1
 SPREAD = 0.3  # of random word vectors; with 0.1 attention stays near uniform for epochs

@@ -14,7 +14,7 @@ from xattn.eval.studies import attention_text, sst
 from xattn.eval.studies.attention_text import CLEAN, Run, Setting
 from xattn.eval.studies.config import TextStudyConfig
 from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad
-from xattn.training.perturbation import PERTURBATIONS, create_perturbation
+from xattn.training.attention_training import PERTURBATIONS, create_perturbation
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "sst"
 GOOD, BAD, PLAIN = ("fine", "lovely"), ("dull", "awful"), ("film", "the", "it", "is", "a")

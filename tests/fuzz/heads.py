@@ -19,7 +19,7 @@ from fuzz.engine import target
 from fuzz.labels import nasty_json
 from fuzz.mutations import deep
 from xattn.heads import create_head, load_head, parse_options, save_head
-from xattn.models.sources import load_weight_file
+from xattn.models.weights import load_weight_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

@@ -22,8 +22,8 @@ from xattn.explainers.integrated_gradients import GradientShap, IntegratedGradie
 from xattn.explainers.kernel_shap import KernelShap
 from xattn.explainers.lime import Lime
 from xattn.explainers.lrp import Lrp
+from xattn.explainers.masked_passes import PerturbationExplainer
 from xattn.explainers.occlusion import Occlusion
-from xattn.explainers.perturbation import PerturbationExplainer
 from xattn.explainers.raw_attention import ColumnMass, RawAttention
 from xattn.explainers.rise import Rise
 from xattn.explainers.rollout import Rollout

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xattn.explainers.base import register_explainer
-from xattn.explainers.perturbation import SuperpixelExplainer
+from xattn.explainers.masked_passes import SuperpixelExplainer
 
 
 @register_explainer("kernel_shap")
@@ -30,7 +30,7 @@ class KernelShap(SuperpixelExplainer):
         samples: masked copies of an image, at most, the clean and the empty one among them; at
             least twice the number of superpixels. Lundberg's package takes 2 M + 2048.
         n_segments, compactness, fill: see
-            :class:`~xattn.explainers.perturbation.SuperpixelExplainer`.
+            :class:`~xattn.explainers.masked_passes.SuperpixelExplainer`.
 
     Raises:
         ValueError: when an image has more than ``samples / 2`` superpixels.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xattn.explainers.base import register_explainer
-from xattn.explainers.perturbation import SuperpixelExplainer
+from xattn.explainers.masked_passes import SuperpixelExplainer
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
@@ -30,7 +30,7 @@ class Lime(SuperpixelExplainer):
     Args:
         samples: masked copies of an image, the clean one among them.
         n_segments, compactness, fill: see
-            :class:`~xattn.explainers.perturbation.SuperpixelExplainer`.
+            :class:`~xattn.explainers.masked_passes.SuperpixelExplainer`.
         width: width of the weighting kernel, in units of the cosine distance.
         ridge: penalty of the squared coefficients, above 0; the intercept has none. Shrinks them
             by about ridge / (ridge + sum of weights / 4).

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xattn.explainers.base import register_explainer
-from xattn.explainers.perturbation import PerturbationExplainer, at_least
+from xattn.explainers.masked_passes import PerturbationExplainer, at_least
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
@@ -31,7 +31,7 @@ class Occlusion(PerturbationExplainer):
     Args:
         size: the window's side in pixels; a seventh of the image's shorter side by default.
         stride: pixels between windows, at most ``size``; half of it by default.
-        fill: see :class:`~xattn.explainers.perturbation.PerturbationExplainer`.
+        fill: see :class:`~xattn.explainers.masked_passes.PerturbationExplainer`.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xattn.explainers.base import register_explainer
-from xattn.explainers.perturbation import PerturbationExplainer, at_least
+from xattn.explainers.masked_passes import PerturbationExplainer, at_least
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from xattn.explainers.base import register_explainer
 from xattn.explainers.gradients import probe_image
 from xattn.explainers.layers import LayerReader
-from xattn.explainers.perturbation import PerturbationExplainer
+from xattn.explainers.masked_passes import PerturbationExplainer
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone

@@ -332,7 +332,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_head(folder: Path, backbone: Backbone) -> Head:
-    from xattn.models.sources import load_weight_file
+    from xattn.models.weights import load_weight_file
 
     config = read_config(folder)
     wanted = config["backbone"]

@@ -2,7 +2,7 @@
 
 The published recipe is efficient probing's (arXiv 2506.10178): LARS, a linear warm-up and a cosine,
 without weight decay. Training stops early by photos held out, and the best weights are kept. A step
-can also train against changes of the attention scores (:mod:`xattn.training.perturbation`).
+can also train against changes of the attention scores (:mod:`xattn.training.attention_training`).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from xattn.photos.images import read_ahead
 from xattn.runtime.distributed import gather
 from xattn.runtime.interrupts import deferred_interrupt
 from xattn.runtime.memory import is_out_of_memory
+from xattn.training.attention_training import Perturbation, create_perturbation
 from xattn.training.checkpoint import save_checkpoint
 from xattn.training.features import Features
 from xattn.training.labels import check_labels
 from xattn.training.lars import LARS
-from xattn.training.perturbation import Perturbation, create_perturbation
 from xattn.training.processes import (
     Share,
     agree,

