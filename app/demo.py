@@ -52,7 +52,7 @@ def main(output: Path, epochs: int) -> None:
     from xattn.backbone import load_backbone
     from xattn.eval import evaluate, format_table, sanity_rows, write_csv, write_json
     from xattn.explainers import create_explainer
-    from xattn.explaining import explain
+    from xattn.explaining.photos import explain
     from xattn.heads import create_head, load_head, save_head
     from xattn.pictures.contact_sheet import contact_sheet_html, contact_sheet_image, sheet_rows
     from xattn.runtime.files import atomic_file, check_folder

@@ -29,14 +29,16 @@ from xattn.app.pictures import Look, overlay_bytes, photo_bytes
 from xattn.app.scratch import Scratch
 from xattn.app.uploads import Problem, Upload
 from xattn.app.visible import reason
-from xattn.explaining import explain_batch, set_up, unique_id
+from xattn.explaining.clips import explain_video
+from xattn.explaining.naming import unique_id
+from xattn.explaining.photos import explain_batch, set_up
 from xattn.packs.explanation import Explanation
 from xattn.packs.format import THUMBNAIL_SIDE, read_manifest
 from xattn.packs.reader import load_pack
 from xattn.packs.writer import save_pack
+from xattn.photos.clip import open_clip, quiet
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.view import prepare
-from xattn.video import explain_video, open_clip, quiet
 
 if TYPE_CHECKING:
     from xattn.app.library import Library

@@ -81,7 +81,7 @@ class _Reader:
     def __init__(self, pack: Pack) -> None:
         import cv2
 
-        from xattn.video import opencv_path
+        from xattn.photos.clip import opencv_path
 
         path = _film(pack)
         if path is None:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from xattn.photos.clip import SUFFIXES as CLIPS
 from xattn.photos.images import MAX_PIXELS, SUFFIXES, _formats, decode_image
-from xattn.video import SUFFIXES as CLIPS
 
 PHOTO_TYPES = sorted(s.removeprefix(".") for s in SUFFIXES)
 CLIP_TYPES = sorted(s.removeprefix(".") for s in CLIPS)

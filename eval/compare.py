@@ -31,7 +31,8 @@ from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results, Row, is_baseline
 from xattn.eval.sanity import Cascade, sanity_rows
 from xattn.eval.stream import ImageStream
 from xattn.explainers import create_explainer, list_explainers
-from xattn.explaining import named_photos, true_classes_of
+from xattn.explaining.naming import named_photos
+from xattn.explaining.photos import true_classes_of
 from xattn.heads import parse_options
 from xattn.packs.format import check_output
 from xattn.photos.images import MAX_PIXELS, list_images
@@ -45,7 +46,7 @@ class Comparison:
     """What to compare, and by what; see ``xattn compare --help``.
 
     ``heads`` are trained heads by row name; ``options`` are ``explainer.name=value``. The maps of the
-    first ``maps`` images go into the pack, with ``labels`` as in :func:`xattn.explaining.explain`.
+    first ``maps`` images go into the pack, with ``labels`` as in :func:`xattn.explaining.photos.explain`.
     """
 
     backbone: Any

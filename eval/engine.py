@@ -37,7 +37,7 @@ from xattn.eval.results import Results, collect
 from xattn.eval.scorer import MaskedScorer, Ticket, pad_batch
 from xattn.eval.store import ImageRow, ResultRow, Store
 from xattn.eval.stream import ImageStream, Item
-from xattn.explaining import top_classes
+from xattn.explaining.photos import top_classes
 from xattn.photos.images import MAX_PIXELS
 from xattn.runtime.distributed import gather, processes
 from xattn.runtime.version import __version__

@@ -18,7 +18,9 @@ from xattn.eval.protocol import METRICS
 from xattn.eval.results import Results, is_baseline
 from xattn.eval.store import KeptImage, kept_images
 from xattn.eval.stream import Skipped
-from xattn.explaining import TrueClass, named_photos, protocol_of
+from xattn.explaining.naming import named_photos
+from xattn.explaining.photos import TrueClass
+from xattn.explaining.provenance import protocol_of
 from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.writer import pack_writer
 from xattn.photos.images import load_image
@@ -52,7 +54,7 @@ def write_pack(
         images: those that were evaluated, see :func:`can_pack`.
         methods: the explainers by row.
         limit: of how many of the first images.
-        truth: true classes by image_id, see :func:`xattn.explaining.true_classes_of`.
+        truth: true classes by image_id, see :func:`xattn.explaining.photos.true_classes_of`.
 
     Raises:
         ValueError: no map was kept.

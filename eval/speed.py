@@ -172,7 +172,7 @@ def folder_rates(
 ) -> dict[str, float]:
     """Images a second: decoding alone, the explaining passes alone, ``explain`` over the folder."""
     from xattn.explainers import create_explainer
-    from xattn.explaining import explain
+    from xattn.explaining.photos import explain
     from xattn.photos.images import list_images, load_image
     from xattn.photos.view import prepare
 

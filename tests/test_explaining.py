@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-import xattn.explaining
+import xattn.explaining.photos
 from xattn.app.pack import Pack
 from xattn.backbone import load_backbone
 from xattn.cli import main
 from xattn.explainers import Explainer, create_explainer
-from xattn.explaining import explain
+from xattn.explaining.photos import explain
 from xattn.heads import create_head
 from xattn.packs.format import read_manifest
 from xattn.packs.reader import load_pack
@@ -189,7 +189,7 @@ def test_a_pack_holds_provenance_and_no_paths(backbone, head, folder, tmp_path):
 
 def test_a_bad_output_is_refused_before_any_work(backbone, head, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    monkeypatch.setattr("xattn.explaining.load_image", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr("xattn.explaining.photos.load_image", lambda *_: pytest.fail("worked"))
     with pytest.raises(OSError, match=r"output: cannot write"):
         explain(photo(0), backbone, head, output=tmp_path / "file" / "pack")
     with pytest.raises(ValueError, match=r"output: .* is not a pack of xattn"):
@@ -287,8 +287,10 @@ def test_an_error_before_the_first_explanation_writes_nothing(tmp_path, backbone
 def test_no_more_photos_than_two_batches_are_decoded_ahead(tmp_path, backbone, monkeypatch):
     photos = many_photos(tmp_path / "photos", 12)
     decoded, seen = [], []
-    load = xattn.explaining.load_image
-    monkeypatch.setattr(xattn.explaining, "load_image", lambda *a: decoded.append(a[0]) or load(*a))
+    load = xattn.explaining.photos.load_image
+    monkeypatch.setattr(
+        xattn.explaining.photos, "load_image", lambda *a: decoded.append(a[0]) or load(*a)
+    )
 
     class Counts(Stops):
         def _attribute(self, images, target):
@@ -379,12 +381,12 @@ def test_labels_of_other_classes_warn(backbone, folder):
 
 
 def test_maps_of_one_value_are_named_once(backbone, folder, monkeypatch):
-    real = xattn.explaining.explain_batch
+    real = xattn.explaining.photos.explain_batch
 
     def blank(*arguments):
         return (replace(e, map=np.zeros_like(e.map)) for e in real(*arguments))
 
-    monkeypatch.setattr(xattn.explaining, "explain_batch", blank)
+    monkeypatch.setattr(xattn.explaining.photos, "explain_batch", blank)
     with pytest.warns(UserWarning) as caught:
         explain(folder / "a" / "b.jpg", backbone, explainer="gradcam")
     (message,) = [str(w.message) for w in caught if "one value" in str(w.message)]

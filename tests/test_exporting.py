@@ -18,7 +18,7 @@ from torch import nn
 
 from xattn import __version__, exporting
 from xattn.backbone import Preprocessing, load_backbone, sha256
-from xattn.explaining import explain
+from xattn.explaining.photos import explain
 from xattn.exporting import METADATA, ExplainedClassifier, export
 from xattn.heads import create_head, load_head
 from xattn.probed import probed

@@ -21,7 +21,7 @@ import xattn
 from xattn.cli import main
 from xattn.config import ProbeConfig
 from xattn.eval.probing import ProbeJob, run_probes, write_results
-from xattn.explaining import explain
+from xattn.explaining.photos import explain
 from xattn.heads import create_head, load_head
 from xattn.packs.reader import load_pack
 from xattn.probed import probed

@@ -10,7 +10,7 @@ from PIL import Image
 
 from xattn.backbone import load_backbone
 from xattn.config import TrainConfig
-from xattn.explaining import explain
+from xattn.explaining.photos import explain
 from xattn.heads import create_head
 from xattn.packs.reader import load_pack
 from xattn.training import fit
@@ -129,7 +129,7 @@ def test_only_expected_warnings_are_kept_back(backbone, photos, tmp_path, monkey
             warnings.warn(f"explain: {text}", stacklevel=1)
         return explain(*args, **options)
 
-    monkeypatch.setattr("xattn.explaining.explain", warning)
+    monkeypatch.setattr("xattn.explaining.photos.explain", warning)
     sample = Sample(backbone, photos, tmp_path / "sample", 1)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

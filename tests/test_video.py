@@ -12,16 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from xattn import video as module
 from xattn.backbone import load_backbone
 from xattn.explainers import Explainer
-from xattn.explaining import explain
+from xattn.explaining import film
+from xattn.explaining.clips import explain_video
+from xattn.explaining.photos import explain
 from xattn.heads import create_head
 from xattn.packs.format import read_manifest
 from xattn.packs.reader import load_pack
 from xattn.packs.writer import save_pack
+from xattn.photos.clip import Clip, is_video
 from xattn.pictures.overlay import overlay
-from xattn.video import explain_video, is_video
 
 CLASSES = ["tabby cat, tabby", "golden retriever", "espresso", "rocket", "tripod", "fox", "owl"]
 
@@ -175,7 +176,7 @@ def test_the_caption_names_the_most_probable_class_where_it_fits(backbone, tmp_p
     white = Image.new("RGB", (320, 240), "white")
 
     def box(name="fox", probability=0.5, image=white):
-        drawn = module._caption(image.copy(), replace(e, target_name=name, probability=probability))
+        drawn = film._caption(image.copy(), replace(e, target_name=name, probability=probability))
         return np.argwhere((np.asarray(drawn) != 255).any(-1)), drawn
 
     (top, left), (bottom, right) = (f(box()[0], 0) for f in (np.min, np.max))
@@ -188,14 +189,14 @@ def test_the_caption_names_the_most_probable_class_where_it_fits(backbone, tmp_p
 
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_caption", lambda image, e: (seen.append(e), image)[1])
+        patch.setattr(film, "_caption", lambda image, e: (seen.append(e), image)[1])
         path = write(tmp_path / "c.mp4", [np.full((48, 64, 3), 250, np.uint8)] * 2, (64, 48))
         explain_video(path, backbone, None, Half(backbone), [0, 1, 2], output=tmp_path / "pack")
     assert [e.target for e in seen] == [1, 1]
 
 
 def test_a_longer_clip_shows_stills_spread_evenly(backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "STILLS", 2)
+    monkeypatch.setattr(film, "STILLS", 2)
     path = clip(tmp_path / "c.mp4", 19)
     found = explain_video(path, backbone, explainer="centre", output=tmp_path / "pack")
     assert len(found) == 19
@@ -298,7 +299,7 @@ def test_smoothing_starts_anew_when_the_class_changes(backbone, tmp_path):
 
 def test_frames_alive_are_bounded_by_the_batch(backbone, tmp_path, monkeypatch):
     alive, peaks = [], {}
-    real = module._Clip.frames
+    real = Clip.frames
 
     def counted(self, every):
         for number, photo in real(self, every):
@@ -308,7 +309,7 @@ def test_frames_alive_are_bounded_by_the_batch(backbone, tmp_path, monkeypatch):
             yield number, photo
             del photo
 
-    monkeypatch.setattr(module._Clip, "frames", counted)
+    monkeypatch.setattr(Clip, "frames", counted)
     for count in (13, 40):
         path = clip(tmp_path / "c.mp4", count, (32, 32))
         explain_video(path, backbone, explainer="centre", output=tmp_path / "pack", batch_size=4)
@@ -405,7 +406,7 @@ def test_a_header_without_a_frame_rate(backbone, tmp_path, monkeypatch, fps):
 )
 def test_every_frame_rate_makes_a_film(backbone, tmp_path, monkeypatch, fps, every):
     path = clip(tmp_path / "c.mp4", 3)
-    monkeypatch.setattr(module._Clip, "fps", property(lambda s: fps, lambda s, v: None), False)
+    monkeypatch.setattr(Clip, "fps", property(lambda s: fps, lambda s, v: None), False)
     explain_video(path, backbone, explainer="ones", output=tmp_path / "pack", every=every)
     film = cv2.VideoCapture(str(tmp_path / "pack" / "overlay.mp4"))
     assert film.get(cv2.CAP_PROP_FPS) == pytest.approx(max(fps / every, 0.01), rel=0.01)
@@ -474,13 +475,13 @@ def test_an_interrupt_before_the_first_frame_keeps_the_earlier_pack(backbone, tm
 
 
 def test_an_interrupt_while_the_pack_is_written_waits_for_it(backbone, tmp_path, monkeypatch):
-    real = module.save_pack
+    real = film.save_pack
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments)
 
-    monkeypatch.setattr(module, "save_pack", interrupted)
+    monkeypatch.setattr(film, "save_pack", interrupted)
     with pytest.raises(KeyboardInterrupt):
         explain_video(
             clip(tmp_path / "c.mp4", 3), backbone, explainer="ones", output=tmp_path / "pack"

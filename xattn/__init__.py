@@ -29,8 +29,8 @@ _EXPORTS = {
     "probe": "xattn.training.probe",
     "create_explainer": "xattn.explainers",
     "list_explainers": "xattn.explainers",
-    "explain": "xattn.explaining",
-    "explain_video": "xattn.video",
+    "explain": "xattn.explaining.photos",
+    "explain_video": "xattn.explaining.clips",
     "export": "xattn.exporting",
     "Explanation": "xattn.packs.explanation",
     "load_pack": "xattn.packs.reader",
@@ -73,7 +73,8 @@ if TYPE_CHECKING:
     from xattn.config import ProbeConfig
     from xattn.eval import evaluate
     from xattn.explainers import create_explainer, list_explainers
-    from xattn.explaining import explain
+    from xattn.explaining.clips import explain_video
+    from xattn.explaining.photos import explain
     from xattn.exporting import export
     from xattn.heads import Head, create_head, list_heads, load_head, save_head
     from xattn.packs.explanation import Explanation
@@ -83,7 +84,6 @@ if TYPE_CHECKING:
     from xattn.training import TrainConfig, fit
     from xattn.training.features import cache_features
     from xattn.training.probe import probe
-    from xattn.video import explain_video
 
 
 def __getattr__(name: str) -> Any:

@@ -273,8 +273,9 @@ class Explain:
     """Larger photos are refused."""
 
     def run(self) -> None:
-        from xattn.explaining import explain
-        from xattn.video import explain_video, is_video
+        from xattn.explaining.clips import explain_video
+        from xattn.explaining.photos import explain
+        from xattn.photos.clip import is_video
 
         clip = is_video(self.images)
         if clip and (len(self.explainer) > 1 or self.labels is not None):

@@ -63,7 +63,7 @@ def study(
 
     Args:
         backbone: a trained ViT; it stays as it is.
-        data: photos, see :func:`xattn.explaining.named_photos`; every ``every``-th is classified.
+        data: photos, see :func:`xattn.explaining.naming.named_photos`; every ``every``-th is classified.
         labels: their classes, see :func:`xattn.training.labels.true_classes`.
 
     Raises:
@@ -96,7 +96,8 @@ def accuracy(
 ) -> tuple[Tensor, Tensor]:
     """Whether each photo is classified right, and as by the trained model: bool (photos, 1 + swaps)."""
     from xattn.attention import converted_copy
-    from xattn.explaining import named_photos, true_classes_of
+    from xattn.explaining.naming import named_photos
+    from xattn.explaining.photos import true_classes_of
     from xattn.photos.images import load_image
     from xattn.photos.view import prepare
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from xattn.app import bench
 from xattn.app.made_up import picture
 from xattn.backbone import load_backbone
-from xattn.explaining import explain
+from xattn.explaining.photos import explain
 from xattn.packs.writer import save_pack
 
 SIZES = {"wide": (1280, 900), "narrow": (390, 844)}

@@ -41,7 +41,7 @@ from xattn.attention import SoftmaxOperator
 from xattn.attention.statistics import statistics
 from xattn.backbone import load_backbone
 from xattn.explainers.attention import NoAttention, read_attention
-from xattn.explaining import explain
+from xattn.explaining.photos import explain
 from xattn.packs.writer import save_pack
 from xattn.photos.view import prepare
 from xattn.pictures.scales import Scale, make_scale

@@ -25,7 +25,7 @@ from xattn.app.made_up import picture
 from xattn.app.pages import live
 from xattn.app.uploads import Upload
 from xattn.cli import BackboneArgs
-from xattn.explaining import explain
+from xattn.explaining.photos import explain
 from xattn.heads import create_head, save_head
 
 CNN = "test_efficientnet"

@@ -17,10 +17,10 @@ from fuzz.labels import nasty_json
 from xattn.app.made_up import picture
 from xattn.app.uploads import accept, accept_clip, photo
 from xattn.backbone import Preprocessing
+from xattn.photos.clip import open_clip, quiet
 from xattn.photos.images import load_image
 from xattn.photos.sources import open_photos
 from xattn.photos.view import prepare
-from xattn.video import open_clip, quiet
 
 SIZE = (40, 30)
 LARGEST = 2_000_000  # pixels

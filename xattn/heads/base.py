@@ -23,6 +23,7 @@ from xattn.backbone import Backbone, Taps
 from xattn.heads.options import checked
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_folder
+from xattn.runtime.version import __version__
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -95,8 +96,6 @@ class Head(
 
     def config(self) -> dict[str, Any]:
         """What ``config.json`` holds."""
-        from xattn.runtime.version import __version__
-
         return {
             "format": 1,
             "xattn": __version__,

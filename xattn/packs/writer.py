@@ -40,6 +40,7 @@ from xattn.packs.format import (
 )
 from xattn.pictures.overlay import overlay
 from xattn.runtime.files import atomic_folder, file_sha256
+from xattn.runtime.version import __version__
 
 _DRAFT = "maps.data"
 
@@ -156,8 +157,6 @@ class PackWriter:
 
     def close(self) -> None:
         """Write the maps and the manifest."""
-        from xattn.runtime.version import __version__
-
         if not self._entries:
             raise ValueError("explanations: got none; a pack needs at least one")
         self._maps.close()

@@ -22,7 +22,7 @@ from xattn.photos.view import prepare
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
-    from xattn.explaining import Explanations
+    from xattn.explaining.photos import Explanations
     from xattn.heads import Head
 
 SAMPLE_FOLDER = "sample"
@@ -91,7 +91,8 @@ class Sample:
         save_pack(self.folder, [*first, *now], overlays=False, skipped=found.skipped)
 
     def _explained(self, backbone: Backbone, head: Head) -> Explanations:
-        from xattn.explaining import Explanations, explain, explain_batch, set_up, unique_id
+        from xattn.explaining.naming import unique_id
+        from xattn.explaining.photos import Explanations, explain, explain_batch, set_up
 
         if self.classes is None:
             return explain(self.paths, backbone, head, batch_size=4, max_pixels=self.max_pixels)

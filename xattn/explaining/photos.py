@@ -6,8 +6,6 @@ all their maps.
 
 from __future__ import annotations
 
-import hashlib
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -18,22 +16,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xattn.backbone import sha256
 from xattn.explainers import Explainer, create_explainer
 from xattn.explainers.base import Choose
+from xattn.explaining.naming import Source, file_name_of, named_photos
+from xattn.explaining.provenance import protocol_of
 from xattn.packs.explanation import Explanation, ImageFacts, blank_note, map_name
 from xattn.packs.format import check_output, interrupted_output
 from xattn.packs.writer import save_pack
 from xattn.photos.base import StoredPhoto
-from xattn.photos.images import MAX_PIXELS, list_images, load_image, read_ahead
-from xattn.photos.sources import is_stored, open_photos
+from xattn.photos.images import MAX_PIXELS, load_image, read_ahead
 from xattn.photos.view import View, prepare
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
     from xattn.heads import Head
 
-Source = Path | Image.Image | StoredPhoto
+
 Prepared = tuple[Tensor, View, str, Source]
 TrueClass = tuple[int | None, str | None]
 TOP = 5  # classes of every photo that a pack names
@@ -194,7 +192,7 @@ def explain_batch(
                 view=seen,
                 image_id=image_id,
                 protocol=protocol,
-                file_name=_file_name(source),
+                file_name=file_name_of(source),
                 is_mask=method.is_mask,
                 source=source,
                 facts=facts,
@@ -278,64 +276,6 @@ def _classes(
     return list(dict.fromkeys(backbone.class_index(name) for name in names))
 
 
-# ---------------------------------------------------------------------- photos
-
-
-def named_photos(
-    images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
-) -> list[tuple[str, Source]]:
-    """(image_id, photo) pairs; ids are relative paths without suffix, made unique."""
-    root: Path | None = None
-    items: Sequence[str | Path | Image.Image | StoredPhoto]
-    if isinstance(images, Image.Image):
-        items = [images]
-    elif is_stored(images):
-        items = open_photos(images)  # type: ignore[arg-type]
-    elif isinstance(images, str | Path):
-        items = list_images(images)
-        root = Path(images) if Path(images).is_dir() else Path(images).parent
-    else:
-        items = list(images)
-        if not items:
-            raise ValueError("images: got an empty list; give at least one image")
-    taken: set[str] = set()
-    pairs = []
-    for number, item in enumerate(items, start=1):
-        source = Path(item) if isinstance(item, str) else item
-        if isinstance(source, StoredPhoto):
-            name = source.name
-        elif isinstance(source, Image.Image):
-            name = Path(_file_name(source)).stem or f"image-{number}"
-        elif isinstance(source, Path):
-            inside = root is not None and source.is_relative_to(root)
-            name = (source.relative_to(root) if inside else Path(source.name)).with_suffix("")  # type: ignore[arg-type,assignment]
-        else:
-            raise ValueError(f"images: got a {type(item).__name__}; give paths or PIL images")
-        pairs.append((unique_id(name if isinstance(name, str) else name.as_posix(), taken), source))
-    return pairs
-
-
-def unique_id(name: str, taken: set[str]) -> str:
-    """``name`` as part of a file name, unlike all in ``taken`` also when case is ignored."""
-    slug = re.sub(r"[^\w.+-]+", "_", name.replace("/", "__")).strip(".") or "image"
-    if len(slug.encode()) > 120:  # file names may have 255 bytes
-        start = slug.encode()[:96].decode(errors="ignore")
-        slug = f"{start}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    candidate, count = slug, 1
-    while candidate.casefold() in taken:
-        count += 1
-        candidate = f"{slug}-{count}"
-    taken.add(candidate.casefold())
-    return candidate
-
-
-def _file_name(source: Source) -> str:
-    if isinstance(source, StoredPhoto):
-        return source.name
-    path = source if isinstance(source, Path) else getattr(source, "filename", "")
-    return Path(path).name if path else ""
-
-
 def _batches(
     sources: list[tuple[str, Source]],
     backbone: Backbone,
@@ -361,7 +301,7 @@ def _batches(
         except (ValueError, OSError) as error:
             if count == 1:
                 raise
-            name = _file_name(source) or image_id
+            name = file_name_of(source) or image_id
             result.skipped.append((name, str(error).replace(str(source), name)))
             continue
         batch.append((pixels, seen, image_id, source))
@@ -388,35 +328,3 @@ def _report(result: Explanations, count: int) -> None:
     warnings.warn(
         f"explain: skipped {len(result.skipped)} of {count} images: {reasons}{more}", stacklevel=3
     )
-
-
-# ---------------------------------------------------------------------- provenance
-
-
-def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any]:
-    """How a map of ``method`` came about, for its record."""
-    from xattn.runtime.version import __version__
-
-    head = method.head if method.needs_head else None
-    return {
-        "xattn": __version__,
-        "backbone": {
-            "name": backbone.name,
-            "sha256": backbone.fingerprint,
-            "taps": list(backbone.taps),
-            "input_size": list(backbone.preprocessing.input_size),
-        },
-        "head": None if head is None else _head_record(head),
-        "explainer": method.name,
-        "forward_passes": method.forwards,
-        "seed": method.seed,
-        "view": view,
-        "classes": "top",
-        "map": "mask" if method.is_mask else "as explained; min-max before upsampling for display",
-        "probability": "sigmoid" if backbone.task == "multilabel" else "softmax",
-        "task": backbone.task,
-    }
-
-
-def _head_record(head: Head) -> dict[str, Any]:
-    return {"name": head.name, "sha256": sha256(head), "explain_with": head.explain_with}

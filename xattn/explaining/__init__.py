@@ -1,0 +1,6 @@
+"""Photos and clips in, the maps of their top or named classes out."""
+
+from xattn.explaining.clips import VideoExplanations, explain_video
+from xattn.explaining.photos import Explanations, explain
+
+__all__ = ["Explanations", "VideoExplanations", "explain", "explain_video"]

@@ -1,0 +1,225 @@
+"""Explain a clip: a heat map for every frame, as a pack and as a film of overlays.
+
+Frames are decoded, explained and drawn batch by batch with OpenCV, so no more than ``batch_size``
+frames are ever in memory; what grows with the clip is the maps and their records, 2 to 5 kB a frame.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from xattn.explaining.film import Film
+from xattn.explaining.photos import (
+    Explanations,
+    Prepared,
+    explain_batch,
+    set_up,
+    warn_of_blank,
+)
+from xattn.packs.explanation import Explanation
+from xattn.packs.format import check_output, interrupted_output
+from xattn.packs.reader import load_pack
+from xattn.photos.clip import FALLBACK_FPS, Clip, open_clip, quiet
+from xattn.photos.images import MAX_PIXELS
+from xattn.photos.view import prepare
+from xattn.runtime.interrupts import deferred_interrupt
+
+if TYPE_CHECKING:
+    from xattn.backbone import Backbone, Preprocessing
+    from xattn.explainers import Explainer
+    from xattn.heads import Head
+
+
+class VideoExplanations(Explanations):
+    """The explanations of a clip's frames.
+
+    ``frames`` were decoded, ``announced`` stand in the header (0: it does not say), at ``fps``;
+    ``skipped`` says what is missing.
+    """
+
+    fps: float = FALLBACK_FPS
+    frames: int = 0
+    announced: int = 0
+
+
+def explain_video(
+    video: str | Path,
+    backbone: Backbone,
+    head: Head | None = None,
+    explainer: str | Explainer | None = None,
+    classes: int | str | Sequence[int | str] | None = None,
+    top: int = 1,
+    view: str = "whole",
+    output: str | Path | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    max_pixels: int | None = MAX_PIXELS,
+    overlays: bool = True,
+    progress: bool = False,
+    *,
+    every: int = 1,
+    smoothing: float = 0.0,
+) -> VideoExplanations:
+    """Explain the frames of a clip; arguments not named here are those of ``explain``.
+
+    Args:
+        video: a file that OpenCV reads.
+        classes: follow these in every frame; else each frame's own ``top`` most probable.
+        output: folder for a pack: the maps of all frames, ``overlay.mp4``, and pictures of 17 to 32
+            frames spread evenly over the clip.
+        max_pixels: refuse clips with larger frames.
+        overlays: whether the pack gets ``overlay.mp4`` and overlay pictures.
+        every: explain each n-th frame.
+        smoothing: weight in [0, 1) of the past in an exponential moving average of the raw maps,
+            ``m_t = smoothing m_{t-1} + (1 - smoothing) map_t``, started anew for a class that was
+            not explained in the frame before.
+
+    ``overlay.mp4`` (MPEG-4 Part 2, no sound) shows each explained frame with its most probable
+    explained class, at ``fps / every``, so it lasts as long as the clip. Colours mean what they mean
+    on photos. Frames of odd size repeat their last row or column, as the codec wants even sides;
+    those of at least 96 x 48 pixels carry the class's name and probability.
+
+    After an error or Ctrl-C the frames explained so far are a complete pack, ``output``, or
+    ``<output>-interrupted`` where ``output`` holds a pack already.
+
+    Returns:
+        Explanations in the order of the frames, named ``frame-000123`` as counted from 0 while
+        decoding; with ``output`` as :func:`~xattn.packs.reader.load_pack` gives them. Frames that
+        the header announces and that cannot be decoded are warned about and noted in ``.skipped``.
+
+    Raises:
+        ValueError: not a video, no frame that can be decoded, frames over ``max_pixels``, or a bad
+            argument.
+        OSError: a missing file, or an ``output`` that cannot be written.
+    """
+    path = Path(video)
+    _check(output, every, smoothing)
+    with quiet(), open_clip(path, max_pixels) as clip:
+        method, choose, protocol = set_up(
+            backbone, head, explainer, classes, top, view, batch_size, seed
+        )
+        protocol["video"] = {"fps": clip.fps, "every": every, "smoothing": smoothing}
+        result = VideoExplanations()
+        result.fps, result.announced = clip.fps, clip.announced
+        explained = _explained(
+            _batches(clip, backbone.preprocessing, view, batch_size, every, progress),
+            lambda batch: explain_batch(batch, backbone, method, choose, protocol),
+            smoothing,
+        )
+        with nullcontext() if output is None else Film(output, clip.fps / every, overlays) as film:
+            try:
+                for photo, group in explained:
+                    if film is not None:
+                        film.add(photo, group)
+                    result.extend(group)
+                _check_frames(clip, result)
+                warn_of_blank([(e, e.image_id) for e in result])
+            except BaseException as error:
+                if result and film is not None:
+                    _save_interrupted(film, result, path.name, error)
+                raise
+            if film is not None:
+                _save(film, result)
+        result.frames = clip.decoded
+    return result
+
+
+def _check(output: str | Path | None, every: int, smoothing: float) -> None:
+    if output is not None:
+        check_output(output)
+    if isinstance(every, bool) or every < 1:
+        raise ValueError(f"every: got {every}; give 1 for each frame, 2 for every second, ...")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing: got {smoothing}; give 0 (off) or more, below 1")
+
+
+def _save(film: Film, result: VideoExplanations) -> None:
+    """Write the pack, also where Ctrl-C is pressed meanwhile, and read it back into ``result``."""
+    with deferred_interrupt() as interrupted:
+        film.save(result)
+    if interrupted():
+        raise KeyboardInterrupt
+    result[:] = load_pack(film.output)
+
+
+def _save_interrupted(
+    film: Film, result: VideoExplanations, name: str, error: BaseException
+) -> None:
+    reason = f"stopped after {result[-1].image_id} by {type(error).__name__}"
+    result.skipped.append((name, reason))
+    film.output = interrupted_output(film.output)
+    with suppress(OSError, ValueError):  # the first error is the one to report
+        film.save(result)
+        warnings.warn(
+            f"explain_video: {reason}; {film.output} holds what was explained",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _explained(
+    batches: Iterator[list[Prepared]],
+    explain: Callable[[list[Prepared]], Iterator[Explanation]],
+    smoothing: float,
+) -> Iterator[tuple[Image.Image, list[Explanation]]]:
+    """Frame by frame: its picture, and its explanations with averaged maps, without the picture."""
+    past: dict[int, NDArray[np.float64]] = {}
+    for batch in batches:
+        found = list(explain(batch))
+        count = len(found) // len(batch)
+        for i, (*_, photo) in enumerate(batch):
+            group = found[i * count : (i + 1) * count]
+            now = {e.target: e.map.astype(np.float64) for e in group}
+            past = {k: smoothing * past.get(k, m) + (1 - smoothing) * m for k, m in now.items()}
+            maps = {k: m.astype(np.float32) for k, m in past.items()}
+            assert isinstance(photo, Image.Image)
+            yield photo, [replace(e, map=maps[e.target], source=None) for e in group]
+        del batch, found, photo, group  # or two batches of frames would be alive
+
+
+def _batches(
+    clip: Clip,
+    preprocessing: Preprocessing,
+    view: str,
+    batch_size: int,
+    every: int,
+    progress: bool,
+) -> Iterator[list[Prepared]]:
+    total = math.ceil(clip.announced / every) or None
+    batch: list[Prepared] = []
+    for number, photo in tqdm(
+        clip.frames(every), desc="explain", unit="frame", total=total, disable=not progress
+    ):
+        pixels, seen = prepare(photo, preprocessing, view)
+        batch.append((pixels, seen.check_size(), f"frame-{number:06d}", photo))
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _check_frames(clip: Clip, result: VideoExplanations) -> None:
+    if not result:
+        raise ValueError(
+            f"video: no frame of {clip.path} can be decoded, its header announces "
+            f"{clip.announced}; replace the file"
+        )
+    if clip.decoded < clip.announced:
+        reason = f"{clip.decoded} of {clip.announced} announced frames can be decoded"
+        result.skipped.append((clip.path.name, reason))
+        warnings.warn(
+            f"explain_video: {clip.path.name}: {reason}; the file may be cut off or damaged",
+            stacklevel=3,
+        )

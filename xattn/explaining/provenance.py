@@ -1,0 +1,40 @@
+"""How a map came about, as the record that goes into packs and results."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from xattn.backbone import sha256
+from xattn.explainers import Explainer
+from xattn.runtime.version import __version__
+
+if TYPE_CHECKING:
+    from xattn.backbone import Backbone
+    from xattn.heads import Head
+
+
+def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any]:
+    """How a map of ``method`` came about, for its record."""
+    head = method.head if method.needs_head else None
+    return {
+        "xattn": __version__,
+        "backbone": {
+            "name": backbone.name,
+            "sha256": backbone.fingerprint,
+            "taps": list(backbone.taps),
+            "input_size": list(backbone.preprocessing.input_size),
+        },
+        "head": None if head is None else _head_record(head),
+        "explainer": method.name,
+        "forward_passes": method.forwards,
+        "seed": method.seed,
+        "view": view,
+        "classes": "top",
+        "map": "mask" if method.is_mask else "as explained; min-max before upsampling for display",
+        "probability": "sigmoid" if backbone.task == "multilabel" else "softmax",
+        "task": backbone.task,
+    }
+
+
+def _head_record(head: Head) -> dict[str, Any]:
+    return {"name": head.name, "sha256": sha256(head), "explain_with": head.explain_with}

@@ -1,0 +1,128 @@
+"""Clips, frame by frame, read by OpenCV."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+from xattn.runtime.files import printable
+
+SUFFIXES = frozenset(
+    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .ogv .ts .mts .m2ts .3gp .mjpeg".split()
+)
+FALLBACK_FPS = 25.0
+RETRIES = 32  # failed reads in a row before a clip counts as cut off
+
+
+def is_video(path: str | Path) -> bool:
+    """Whether the name is that of a clip: ``.mp4``, ``.mov``, ``.avi``, ``.mkv``, ``.webm``, ..."""
+    return Path(path).suffix.lower() in SUFFIXES
+
+
+class Clip:
+    """An open clip: its header, and its frames one by one."""
+
+    def __init__(self, path: Path, max_pixels: int | None) -> None:
+        import cv2
+
+        if path.is_dir():
+            raise ValueError(f"video: {path} is a folder; give one clip")
+        if not path.exists():
+            raise FileNotFoundError(f"video: no file {path}; check the path")
+        if not path.is_file():
+            raise ValueError(f"video: {path} is not a file; save the clip first")
+        with path.open("rb"):  # OpenCV does not say why a file cannot be read
+            pass
+        self.path, self.decoded = path, 0
+        self.capture = cv2.VideoCapture(opencv_path(path, "video"))
+        if not self.capture.isOpened():
+            line = shlex.join(["ffmpeg", "-i", path.name, f"{path.stem}-converted.mp4"])
+            raise ValueError(
+                f"video: OpenCV cannot read {path}: not a video, cut off before its index, or "
+                f"without a frame; convert it, for example {line}"
+            )
+        self.capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
+        announced = self.capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        self.announced = int(announced) if 0 < announced < 1e12 else 0
+        width, height = (
+            int(self.capture.get(key))
+            for key in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
+        )
+        if max_pixels is not None and width * height > max_pixels:
+            raise ValueError(
+                f"video: {path} has frames of {width} x {height} pixels, over "
+                f"max_pixels={max_pixels}; make it smaller or raise max_pixels"
+            )
+        self.fps = float(self.capture.get(cv2.CAP_PROP_FPS))
+        if not 0 < self.fps <= 1000:
+            warnings.warn(
+                f"explain_video: {path.name} gives {self.fps:g} frames a second; "
+                f"the overlay runs at {FALLBACK_FPS:g}",
+                stacklevel=5,
+            )
+            self.fps = FALLBACK_FPS
+
+    def frames(self, every: int) -> Iterator[tuple[int, Image.Image]]:
+        """(number, RGB frame) of each n-th frame; a damaged one is passed over."""
+        import cv2
+
+        failed = 0
+        while failed <= (RETRIES if self.decoded < self.announced else 0):
+            if not self.capture.grab():
+                failed += 1
+                continue
+            number, failed = self.decoded, 0
+            self.decoded += 1
+            if number % every == 0:
+                valid, frame = self.capture.retrieve()
+                if valid:
+                    photo = Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+                    photo.filename = self.path.name  # type: ignore[attr-defined]
+                    yield number, photo
+
+
+def opencv_path(path: Path, argument: str) -> str:
+    """``path`` as OpenCV takes it.
+
+    Raises:
+        ValueError: a name that is not UTF-8, at which OpenCV ends the process.
+    """
+    text = str(path.absolute())
+    if printable(text) != text:
+        raise ValueError(
+            f"{argument}: {path} is not a UTF-8 name, which OpenCV needs; rename the file or folder"
+        )
+    return text
+
+
+@contextmanager
+def open_clip(path: Path, max_pixels: int | None) -> Iterator[Clip]:
+    """A clip to read frames from, released when the block ends."""
+    clip = Clip(path, max_pixels)
+    try:
+        yield clip
+    finally:
+        clip.capture.release()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what OpenCV and FFmpeg print about damaged clips off the terminal; errors are raised."""
+    import cv2
+
+    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    key = "OPENCV_FFMPEG_LOGLEVEL"  # read once, with the first clip of the process
+    given = key in os.environ
+    os.environ.setdefault(key, "-8")
+    try:
+        yield
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+        if not given:
+            os.environ.pop(key, None)
