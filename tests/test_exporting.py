@@ -21,7 +21,7 @@ from xattn.backbone import Preprocessing, load_backbone, sha256
 from xattn.explaining.photos import explain
 from xattn.exporting import METADATA, ExplainedClassifier, export
 from xattn.heads import create_head, load_head
-from xattn.probed import probed
+from xattn.heads.probed import probed
 
 CLASSES = ["ant", "bee", "löwe", "dog", "eel", "fox", "gnu"]
 

@@ -23,8 +23,8 @@ from xattn.config import ProbeConfig
 from xattn.eval.probing import ProbeJob, run_probes, write_results
 from xattn.explaining.photos import explain
 from xattn.heads import create_head, load_head
+from xattn.heads.probed import probed
 from xattn.packs.reader import load_pack
-from xattn.probed import probed
 from xattn.training import probe as module
 from xattn.training.features import cache_features
 from xattn.training.labels import read_labels, split

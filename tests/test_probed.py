@@ -19,8 +19,8 @@ from xattn.eval.probing import ProbeJob, run_probes
 from xattn.eval.sanity import cascade, randomized_backbone
 from xattn.explainers import create_explainer
 from xattn.heads import create_head, load_head
+from xattn.heads.probed import probed
 from xattn.packs.reader import load_pack
-from xattn.probed import probed
 
 NAMES = ["red", "green", "blue"]
 

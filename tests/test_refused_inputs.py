@@ -12,7 +12,7 @@ from xattn import evaluate, explain, load_backbone
 from xattn.backbone import Preprocessing
 from xattn.explainers import create_explainer
 from xattn.heads import create_head
-from xattn.probed import probed
+from xattn.heads.probed import probed
 
 OTHERS = [
     "saliency",

@@ -51,7 +51,7 @@ class BackboneArgs:
         if self.probe is None:
             return self._load()
         from xattn.heads import head_folder, load_head, read_config
-        from xattn.probed import probed
+        from xattn.heads.probed import probed
 
         taps = self.taps or tuple(read_config(head_folder(self.probe))["backbone"].get("taps", ()))
         if self.backbone.startswith("torchvision/"):

@@ -61,7 +61,7 @@ class ExplainedClassifier(nn.Module):
 
     Args:
         head: one that classifies by itself, as those of ``xattn probe``, has to be the classifier of
-            ``backbone``: :func:`xattn.probed.probed`.
+            ``backbone``: :func:`xattn.heads.probed.probed`.
         normalize: min-max each map, as ``xattn explain`` shows it; a constant map becomes 0. Without
             it the map is what the head gives: scores, or the mask with ``explain_with="mask"``.
 
@@ -82,7 +82,7 @@ class ExplainedClassifier(nn.Module):
         if getattr(head, "is_classifier", False) and (own is None or sha256(own) != sha256(head)):
             raise ValueError(
                 f"head: the maps of {head.name!r} share out its own logits, and {backbone.name} gives "
-                f"others; give xattn.probed.probed(backbone, head) as the backbone"
+                f"others; give xattn.heads.probed.probed(backbone, head) as the backbone"
             )
         self.backbone = backbone
         self.head = head

@@ -7,7 +7,7 @@ import torch
 from attentive_fakes import HEADS, four_taps, make, vit
 
 from xattn.exporting import export
-from xattn.probed import probed
+from xattn.heads.probed import probed
 
 pytestmark = pytest.mark.slow
 

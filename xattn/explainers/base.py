@@ -244,7 +244,7 @@ def _check_head(head: Head, backbone: Backbone) -> None:
         told = f"{', '.join(names[:3])}, ..." if names else f"{count} without names"
         raise ValueError(
             f"head: {head.name!r} has classes of its own ({told}), the backbone {backbone.name} has "
-            f"others; explain xattn.probed.probed(backbone, head), or give --probe FOLDER"
+            f"others; explain xattn.heads.probed.probed(backbone, head), or give --probe FOLDER"
         )
     if theirs is not None and theirs != backbone.fingerprint:
         raise ValueError(

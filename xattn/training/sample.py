@@ -69,7 +69,7 @@ class Sample:
         self._first: list[Explanation] = []
 
     def __call__(self, step: int, head: Head) -> None:
-        from xattn.probed import probed
+        from xattn.heads.probed import probed
 
         backbone, training = self.backbone, head.training
         if self.classes is not None:

@@ -76,7 +76,7 @@ class Probed(Backbone):
         empty = final.new_empty(len(final), 0)
         return self.probe.predict(self.probe.attend(self.probe.tokens(Taps(empty, (final,)))))
 
-    def _linear_classifier(self) -> tuple[Tensor | None, Tensor | None]:
+    def _classifier(self) -> tuple[Tensor | None, Tensor | None]:
         return None, None
 
     @property

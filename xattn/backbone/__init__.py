@@ -1,0 +1,21 @@
+"""A frozen classifier whose logits and feature maps come out of one hook-free pass."""
+
+from xattn.backbone.backbone import Backbone
+from xattn.backbone.classes import Task, read_classes
+from xattn.backbone.fingerprint import sha256, state_sha256
+from xattn.backbone.loading import load_backbone
+from xattn.backbone.preprocessing import Preprocessing
+from xattn.backbone.taps import PRE_NORM_BLOCKS, TapModule, Taps
+
+__all__ = [
+    "PRE_NORM_BLOCKS",
+    "Backbone",
+    "Preprocessing",
+    "TapModule",
+    "Taps",
+    "Task",
+    "load_backbone",
+    "read_classes",
+    "sha256",
+    "state_sha256",
+]

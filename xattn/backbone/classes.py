@@ -1,0 +1,99 @@
+"""What the outputs of a classifier mean: its task and the names of its classes."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+Task = Literal["multiclass", "multilabel", "binary"]
+
+
+def resolve_task(task: Task | None, logits: Tensor, name: str) -> Task:
+    """``task``, checked against the logits (B, K), or the default for that number of outputs."""
+    outputs = 1 if logits.ndim == 1 else logits.shape[1]
+    if task is None:
+        return "binary" if outputs == 1 else "multiclass"
+    if task not in get_args(Task):
+        raise ValueError(f"task: got {task!r}; choose one of {', '.join(get_args(Task))}")
+    if (task == "binary") != (outputs == 1) and task != "multilabel":
+        hint = "binary" if outputs == 1 else "multiclass or multilabel"
+        raise ValueError(f"task={task!r}: {name} has {outputs} outputs; choose {hint}")
+    return task
+
+
+def read_classes(classes: str | Path | Sequence[str] | None) -> list[str] | None:
+    """Class names from a list, or from a text file with one name a line."""
+    if classes is None:
+        return None
+    if isinstance(classes, str | Path):
+        path = Path(classes)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"classes: no file {path}; give a text file with one name a line"
+            )
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"classes: {path} is not UTF-8 text; save it as UTF-8") from None
+        classes = [line.strip() for line in lines if line.strip()]
+    return list(classes)
+
+
+def class_names_of(model: nn.Module, count: int, given: Sequence[str] | None) -> list[str]:
+    """``given``, checked against ``count``, or the names that the model or ImageNet's lists know."""
+    if given is not None:
+        if len(given) != count:
+            raise ValueError(f"classes: got {len(given)} names, the model has {count} classes")
+        return list(given)
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    if getattr(model, "num_classes", None) == 0:  # an encoder: its "logits" are pooled features
+        return [f"feature {i}" for i in range(count)]
+    if not hasattr(model, "pretrained_cfg"):
+        return [f"class {i}" for i in range(count)]
+    config: Any = model.pretrained_cfg
+    own = config.get("label_names") if config else None
+    if own and len(own) == count:
+        return list(own)
+    subset = infer_imagenet_subset(model)
+    if subset is None:
+        return [f"class {i}" for i in range(count)]
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i, detailed=False) for i in range(count)]
+
+
+def find_class(name: str | int, class_names: Sequence[str], model_name: str) -> int:
+    """The index of a class given by index, name or unique part of a name.
+
+    Raises:
+        ValueError: no such class, or several; the message has near matches.
+    """
+    text = str(name).strip()
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        if 0 <= int(text) < len(class_names):
+            return int(text)
+        raise ValueError(
+            f"class {text} is out of range: {model_name} has 0..{len(class_names) - 1}"
+        )
+    lowered = [n.lower() for n in class_names]
+    wanted = text.lower()
+    exact = [i for i, n in enumerate(lowered) if wanted == n]
+    exact = exact or [
+        i for i, n in enumerate(lowered) if wanted in (part.strip() for part in n.split(","))
+    ]
+    if exact:
+        return exact[0]
+    part = [i for i, n in enumerate(lowered) if wanted and wanted in n]
+    if len(part) == 1:
+        return part[0]
+    near = [class_names[i] for i in part[:5]]
+    if not near:
+        short = {part.strip(): n for n in lowered for part in n.split(",")}
+        near = [short[m] for m in difflib.get_close_matches(wanted, short, 5, 0.6)]
+    hint = f"; near matches: {', '.join(map(repr, near))}" if near else ""
+    raise ValueError(f"class {name!r} is not a class of {model_name}{hint}")

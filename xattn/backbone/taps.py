@@ -1,0 +1,140 @@
+"""The feature maps that a pass yields, and their names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+# Blocks that apply ``norm1`` to their input before attention (timm class names). A block that is
+# not listed may normalise after attention, where ``norm1`` of the block's input means nothing.
+PRE_NORM_BLOCKS = frozenset(
+    {
+        "Block",
+        "LayerScaleBlock",
+        "EvaBlock",
+        "XCABlock",
+        "LayerScaleBlockClassAttn",
+        "MixerBlock",
+        "DiffBlock",
+        "RelPosBlock",
+        "DiffParallelScalingBlock",
+    }
+)
+
+
+class Taps(NamedTuple):
+    """What one pass yields: ``logits`` (B, K) and ``maps``, a tuple of (B, C_i, h_i, w_i); of a ViT
+    also ``prefix`` (B, P, C), the class and register tokens that the classifier gets."""
+
+    logits: Tensor
+    maps: tuple[Tensor, ...]
+    prefix: Tensor | None = None
+
+
+@runtime_checkable
+class TapModule(Protocol):
+    """The adapter protocol for modules that are not timm's.
+
+    ``forward_taps(x)`` takes normalised images (B, 3, H, W) and returns ``(logits, maps)`` with
+    4-D NCHW maps; optional attributes ``preprocessing`` (a :class:`Preprocessing`),
+    ``tap_names`` (one a map), ``classifier_weight`` (K, C), ``classifier_bias`` (K,) and
+    ``gradcam_layer`` (the module whose output Grad-CAM reads) are used where present.
+    :func:`xattn.backbone.adapters.from_torchvision` makes one.
+    """
+
+    def forward_taps(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]: ...
+
+
+def parse_tap(tap: str) -> tuple[str, int, bool]:
+    """Kind, index and whether it is pooled.
+
+    >>> parse_tap("stage.2.pool"), parse_tap("head")
+    (('stage', 2, True), ('head', -1, False))
+    """
+    kind, *rest = tap.split(".")
+    return kind, int(rest[0]) if rest else -1, rest[1:] == ["pool"]
+
+
+def vit_blocks(model: nn.Module) -> list[nn.Module] | None:
+    """The transformer blocks of a ViT, each with a ``norm1``; None for other networks."""
+    blocks = getattr(model, "blocks", None)
+    if blocks is None or (not hasattr(model, "patch_embed") and not hasattr(model, "stem")):
+        return None
+    blocks = list(blocks)
+    return blocks if blocks and all(hasattr(b, "norm1") for b in blocks) else None
+
+
+def default_vit_taps(blocks: Sequence[nn.Module], depth: int) -> tuple[str, ...]:
+    """``norm1`` of the last three blocks, or where that means nothing their outputs."""
+    kind = "norm1" if type(blocks[-1]).__name__ in PRE_NORM_BLOCKS and depth > 3 else "block"
+    return tuple(f"{kind}.{i}" for i in range(max(depth - 3, 0), depth))
+
+
+def default_map_taps(final: Tensor | None, inner: Sequence[Tensor]) -> tuple[str, ...]:
+    """Two inner resolutions, then the map ``final`` (B, C, h, w) that the classifier pools.
+
+    ``final`` is None where the classifier reads tokens (MViT, TNT, ...): the intermediates are maps
+    already.
+    """
+    depth = len(inner)
+    if final is None:
+        return tuple(f"stage.{i}" for i in range(max(depth - 3, 0), depth))
+    area = final.shape[2] * final.shape[3]
+    last_of_size = {m.shape[-2] * m.shape[-1]: i for i, m in enumerate(inner)}
+    finer = sorted(i for size, i in last_of_size.items() if size > area)[-2:]
+    if not finer:  # isotropic: every map has the size of the final one
+        finer = list(range(max(depth - 3, 0), depth - 1))
+    return (*(f"stage.{i}" for i in finer), "head")
+
+
+def name_taps(
+    taps: str | Sequence[str],
+    depth: int,
+    model_name: str,
+    blocks: Sequence[nn.Module] | None,
+    is_vit: bool,
+) -> tuple[str, ...]:
+    """The full names of ``taps``, checked against a network of ``depth`` intermediates.
+
+    Raises:
+        ValueError: a tap that the network does not have.
+    """
+    if isinstance(taps, str):
+        plural = {"norm1": "norm1", "block": "block", "blocks": "block", "stage": "stage"}
+        last = range(max(depth - 3, 0), depth)
+        taps = [f"{plural[taps]}.{i}" for i in last] if taps in plural else [taps]
+    named = []
+    for tap in taps:
+        if tap == "head":
+            named.append("head")
+            continue
+        match = re.fullmatch(r"(stage|block|norm1)\.(-?\d+)(\.pool)?", str(tap))
+        i = int(match[2]) if match else depth
+        i = i + depth if i < 0 else i
+        if not match or not 0 <= i < depth or (match[1] == "norm1" and match[3]):
+            raise ValueError(
+                f"taps: got {tap!r}; {model_name} offers 'head', 'stage.i', 'stage.i.pool' or "
+                f"'block.i'{' or norm1.i' if blocks else ''} with i in 0..{depth - 1}"
+            )
+        if match[1] == "norm1":
+            _check_norm1(i, model_name, blocks if is_vit else None)
+        named.append(f"{match[1]}.{i}{match[3] or ''}")
+    if not named:
+        raise ValueError("taps: got an empty list; name at least one tap, or pass None")
+    return tuple(named)
+
+
+def _check_norm1(index: int, model_name: str, blocks: Sequence[nn.Module] | None) -> None:
+    if blocks is None:
+        raise ValueError(f"taps: {model_name} has no blocks with norm1; use 'stage.i' taps")
+    block = type(blocks[index]).__name__
+    if block not in PRE_NORM_BLOCKS:
+        raise ValueError(
+            f"taps: norm1 of a {block} does not normalise the block's input "
+            f"({model_name} is not a pre-norm ViT); use 'block.{index}'"
+        )
+    if index == 0:
+        raise ValueError("taps: 'norm1.0' precedes every block; use 'norm1.1' or later")

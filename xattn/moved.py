@@ -1,0 +1,89 @@
+"""Old import paths that still work.
+
+A module that was moved or split is imported by its old name through this table: each old name finds the
+names of its new modules, in their order. Pickles and scripts of earlier versions need it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MOVED: dict[str, tuple[str, ...]] = {
+    "xattn.adapters": ("xattn.backbone.adapters",),
+    "xattn.allocator": ("xattn.runtime.allocator",),
+    "xattn.contact_sheet": ("xattn.pictures.contact_sheet",),
+    "xattn.distributed": ("xattn.runtime.distributed",),
+    "xattn.explainers.perturbation": ("xattn.explainers.masked_passes",),
+    "xattn.explanation": (
+        "xattn.packs.explanation",
+        "xattn.packs.format",
+        "xattn.packs.reader",
+        "xattn.packs.writer",
+    ),
+    "xattn.files": ("xattn.runtime.files",),
+    "xattn.images": ("xattn.photos.images", "xattn.photos.view"),
+    "xattn.interrupts": ("xattn.runtime.interrupts",),
+    "xattn.locking": ("xattn.runtime.locking",),
+    "xattn.memory": ("xattn.runtime.memory",),
+    "xattn.models.sources": ("xattn.models.weights",),
+    "xattn.pack_writer": ("xattn.packs.writer",),
+    "xattn.presets": ("xattn.training.ttame_presets",),
+    "xattn.probed": ("xattn.heads.probed",),
+    "xattn.sources": (
+        "xattn.photos.sources",
+        "xattn.photos.base",
+        "xattn.photos.files",
+        "xattn.photos.huggingface",
+        "xattn.photos.shards",
+    ),
+    "xattn.strict_json": ("xattn.runtime.strict_json",),
+    "xattn.strict_yaml": ("xattn.runtime.strict_yaml",),
+    "xattn.tensor_file": ("xattn.runtime.tensor_file",),
+    "xattn.training.perturbation": ("xattn.training.attention_training",),
+    "xattn.video": ("xattn.explaining.clips", "xattn.photos.clip"),
+    "xattn.visualize": (
+        "xattn.pictures.overlay",
+        "xattn.pictures.scales",
+        "xattn.pictures.lettering",
+        "xattn.packs.explanation",
+    ),
+}
+
+
+class _Moved(ModuleType):
+    """A module by its old name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__"):
+            for place in MOVED[self.__name__]:
+                module = importlib.import_module(place)
+                if hasattr(module, name):
+                    return getattr(module, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds the old names; behind all other finders, so that nothing else pays for it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Moved(spec.name, f"Moved to {', '.join(MOVED[spec.name])}.")
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing to run: names are looked up when they are asked for."""
+
+
+def install() -> None:
+    """Let the old names be imported; once is enough."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
