@@ -1,0 +1,72 @@
+"""Links between the documentation pages resolve, and the results' index names every page."""
+
+import re
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+    *sorted(ROOT.glob("models/heads/*/README.md")),
+]
+
+
+def text_of(page: Path) -> str:
+    """The page without its code blocks, where # starts no heading."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
+def links_of(page: Path) -> list[str]:
+    """Targets of the page's links and pictures that are not web addresses, code spans aside."""
+    text = re.sub(r"`[^`\n]*`", "code", text_of(page))
+    return re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", text)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Anchors of the headings by GitHub's rule; repeated headings get -1, -2, ..."""
+    anchors: set[str] = set()
+    for heading in re.findall(r"^#{1,6} +(.+?)(?: +#+)? *$", text_of(page), re.M):
+        words = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        anchor = re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-")
+        numbered = (f"{anchor}-{n}" for n in count(1))
+        anchors.add(
+            anchor if anchor not in anchors else next(a for a in numbered if a not in anchors)
+        )
+    return anchors
+
+
+def target_of(page: Path, link: str) -> tuple[Path, str]:
+    path, _, anchor = link.partition("#")
+    return (page.parent / path).resolve() if path else page, anchor
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_resolves(page):
+    for link in links_of(page):
+        target, anchor = target_of(page, link)
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
+def test_anchors_follow_githubs_rule(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# What's `a_b`, in-line?\n## [Linked](x.md) & more\n## Same\n## Same\n```\n# no\n```\n"
+    )
+    assert anchors_of(page) == {"whats-a_b-in-line", "linked--more", "same", "same-1"}
+
+
+def test_the_index_links_every_page_of_results():
+    index = RESULTS / "README.md"
+    linked = {target_of(index, link)[0] for link in links_of(index)}
+    assert set(RESULTS.glob("*.md")) - {index} <= linked
+
+
+def test_every_file_beside_the_results_is_linked_from_a_page():
+    linked = {target_of(page, link)[0] for page in RESULTS.glob("*.md") for link in links_of(page)}
+    assert {file for file in RESULTS.iterdir() if file.suffix != ".md"} <= linked
