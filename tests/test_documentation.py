@@ -70,3 +70,11 @@ def test_the_index_links_every_page_of_results():
 def test_every_file_beside_the_results_is_linked_from_a_page():
     linked = {target_of(page, link)[0] for page in RESULTS.glob("*.md") for link in links_of(page)}
     assert {file for file in RESULTS.iterdir() if file.suffix != ".md"} <= linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page):
+    folders = "app|docs|eval|kernels|models|tests|xattn"
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(rf"(?<![\w./])(?:{folders})/[\w/.-]*\.(?:py|md)\b", text):
+        assert (ROOT / name).is_file(), name

@@ -774,7 +774,7 @@ class StudySwap:
 
 @dataclass(frozen=True)
 class Study:
-    """Rerun a study of docs/results.md; a study that was stopped goes on in its output folder."""
+    """Rerun a study of docs/results/; a study that was stopped goes on in its output folder."""
 
     study: tyro.conf.OmitSubcommandPrefixes[
         Annotated[StudyAt, tyro.conf.subcommand("at", description=StudyAt.__doc__)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 # What a setting is when it is not given. "published" is T-TAME's (arXiv 2403.04523) for ImageNet;
-# "small" was tuned for the classifier fusion on a few hundred photos, see docs/results.md.
+# "small" was tuned for the classifier fusion on a few hundred photos, see docs/results/held-out-classes.md.
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {
         "epochs": 8,
