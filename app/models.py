@@ -21,7 +21,7 @@ import streamlit as st
 from xattn.app.inside import Signature
 from xattn.app.visible import reason
 from xattn.backbone import sha256
-from xattn.cli import BackboneArgs
+from xattn.cli.model import BackboneArgs
 from xattn.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:

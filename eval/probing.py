@@ -29,7 +29,7 @@ from xattn.eval.heads_bench import macs
 from xattn.eval.speed import median_ratio, times, write_photos
 from xattn.heads import AttentiveHead, Tokens, create_head, head_class, parse_options
 from xattn.photos.base import Photos
-from xattn.photos.files import Files
+from xattn.photos.image_files import Files
 from xattn.photos.sources import open_photos
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, write_json

@@ -53,27 +53,3 @@ def test_the_wheel_has_only_xattn_at_its_top_and_imports(tmp_path):
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-
-
-def test_imports_run_downwards_only():
-    allowed = {
-        "kernels": set(),
-        "xattn": {"kernels"},
-        "models": {"kernels", "xattn"},
-        "eval": {"kernels", "xattn"},
-    }
-    for folder, below in allowed.items():
-        for file in (ROOT / folder).rglob("*.py"):
-            if file.name == "cli.py":
-                continue
-            for line in file.read_text().splitlines():
-                words = line.split()
-                if line[:1].isspace() or len(words) < 2 or words[0] not in ("from", "import"):
-                    continue  # a late import inside a function may reach the weight sources
-                for part in ("kernels", "models", "eval", "app"):
-                    if (
-                        words[1].startswith(f"xattn.{part}")
-                        and part not in below
-                        and part != folder
-                    ):
-                        raise AssertionError(f"{file}: {line}")

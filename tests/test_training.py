@@ -23,7 +23,7 @@ from PIL import Image
 import xattn
 from xattn.config import TrainConfig
 from xattn.heads import create_head, load_head
-from xattn.photos.files import Files
+from xattn.photos.image_files import Files
 from xattn.photos.sources import open_photos
 from xattn.training import area, fit, masked_logits, objective, variation
 from xattn.training.data import TrainImages, epoch_batches

@@ -38,7 +38,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "xattn.sources": (
         "xattn.photos.sources",
         "xattn.photos.base",
-        "xattn.photos.files",
+        "xattn.photos.image_files",
         "xattn.photos.huggingface",
         "xattn.photos.shards",
     ),

@@ -22,7 +22,7 @@ from PIL import Image
 from xattn.app import jobs as jobs_module
 from xattn.app.folders import photo_folders
 from xattn.app.jobs import Job, JobError, Jobs, Spec
-from xattn.cli import BackboneArgs
+from xattn.cli.model import BackboneArgs
 
 SPEC = Spec("train", "photos", "tf_efficientnet_lite0", ("ttame",))
 # Stands in for the command line: writes a log like that of xattn train, and stops as it does.

@@ -24,7 +24,7 @@ from xattn.app.library import Library, PackError
 from xattn.app.made_up import picture
 from xattn.app.pages import live
 from xattn.app.uploads import Upload
-from xattn.cli import BackboneArgs
+from xattn.cli.model import BackboneArgs
 from xattn.explaining.photos import explain
 from xattn.heads import create_head, save_head
 

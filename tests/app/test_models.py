@@ -16,7 +16,7 @@ from xattn.app import models, state
 from xattn.app.library import Library
 from xattn.app.made_up import picture
 from xattn.app.models import ModelError
-from xattn.cli import BackboneArgs
+from xattn.cli.model import BackboneArgs
 from xattn.explaining.photos import explain
 from xattn.heads import create_head, save_head
 from xattn.packs.writer import save_pack

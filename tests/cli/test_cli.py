@@ -203,7 +203,7 @@ def test_ctrl_c_while_arguments_are_parsed_is_one_line(monkeypatch, capsys):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("xattn.cli.tyro.cli", interrupted)
+    monkeypatch.setattr("tyro.cli", interrupted)
     assert main(["list"]) == 130
     assert capsys.readouterr().err == "xattn: interrupted\n"
 

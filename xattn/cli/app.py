@@ -1,0 +1,73 @@
+"""``xattn app``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from xattn.cli.model import BackboneArgs
+
+
+@dataclass(frozen=True)
+class App:
+    """Open the viewer: maps, attention, comparisons and training of a folder, in the browser."""
+
+    root: Annotated[Path, tyro.conf.Positional] = Path("runs")
+    """A pack, or the folder of packs, comparisons, heads and jobs; made when something is kept there."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    host: str = "127.0.0.1"
+    """Address to listen on; other machines need one of this machine's, or 0.0.0.0, and a password."""
+    port: int = 8501
+    """Port; 0 takes any free one."""
+    password_file: Path | None = None
+    """File of a password's hash, see --set-password; the viewer then asks for the password."""
+    set_password: Path | None = None
+    """Ask for a password (or read a line of standard input), write its hash to this file, and stop."""
+    no_password: bool = False
+    """Let everybody who reaches --host in without a password."""
+    allow_host: tuple[str, ...] = ()
+    """Names under which browsers reach a proxy before this server, for example viewer.example.org."""
+    data: Path | None = None
+    """Folder whose photos and folders the train page may use; the root by default."""
+    upload_mb: int = 50
+    """Largest upload in megabytes."""
+    demo: bool = False
+    """Make the demo pack in the root first, unless it is there."""
+
+    def run(self) -> None:
+        if self.set_password is not None:
+            from xattn.app.password import ask_password, write_password
+
+            write_password(self.set_password, ask_password())
+            print(f"password: {self.set_password}; start with --password-file {self.set_password}")
+            return
+        from xattn.app.server import Address, check_installed, check_open, serve
+
+        check_installed()
+        address = Address(self.host, self.port)
+        password = None
+        if self.password_file is not None:
+            from xattn.app.password import read_password
+
+            password = read_password(self.password_file)
+        check_open(address, password is not None, self.no_password)
+        if self.root.exists() and not self.root.is_dir():
+            raise ValueError(f"root: {self.root} is a file; name a folder")
+        if self.data is not None and not self.data.is_dir():
+            raise ValueError(f"data: {self.data} is no folder; name the folder of your photos")
+        if self.upload_mb <= 0:
+            raise ValueError(f"upload_mb: got {self.upload_mb}; give a positive number")
+        from xattn.app.state import Settings
+
+        settings = Settings(
+            root=self.root,
+            model=self.model,
+            password=password is not None,
+            training=address.loopback or password is not None,
+            demo=self.demo,
+            data=self.data,
+        )
+        serve(settings, address, self.upload_mb, password, self.allow_host)

@@ -1,0 +1,113 @@
+"""``xattn bench``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure what explaining and training cost beside the backbone alone, as ratios in one run."""
+
+    job: Annotated[
+        Literal[
+            "explain",
+            "train",
+            "folder",
+            "heads",
+            "probe",
+            "fidelity",
+            "attention",
+            "maps",
+            "kernels",
+            "app",
+            "all",
+        ],
+        tyro.conf.Positional,
+    ] = "all"
+    """Explaining beside a forward pass, a training step beside its floor, images a second ("all" of
+    these), attentive heads beside multi-head cross-attention, epochs from cached features beside running
+    the backbone and attention training beside plain steps, metrics beside the passes they need,
+    mechanisms beside dense attention, attention maps beside stored ones, Triton kernels, or the viewer's
+    pages in Chromium."""
+    backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
+    """timm models, with random weights."""
+    batches: tuple[int, ...] = (1, 8)
+    """Batch sizes; training steps use those above 1."""
+    rounds: int = 15
+    """Rounds whose median counts."""
+    data: Path | None = None
+    """Photos for the jobs "folder" and "probe"; by default JPEG photos of 500 x 375 are made."""
+    aot: bool = False
+    """For the job "kernels": compile for A100 and H100, which need not be here, and check that no
+    register spills and that shared memory suffices."""
+    filter: str | None = None
+    """Only kernels whose label contains each of these words, for example "softmax bf16"."""
+    tokens: tuple[int, ...] = ()
+    """For the jobs "attention" (squares, by default 256 1024 4096 16384; more on a GPU) and "maps"
+    (1 + a square, by default 1025 4097; 16385 takes long)."""
+    plot: Path | None = None
+    """For the job "attention": a .png or .svg of times over tokens."""
+
+    def run(self) -> None:
+        name, arguments = JOBS.get(self.job, ("xattn.eval.speed", _speed))
+        for line in importlib.import_module(name).bench(**arguments(self)):
+            print(line, flush=True)
+
+
+def _speed(options: Bench) -> dict[str, Any]:
+    return {
+        "job": options.job,
+        "backbones": options.backbones,
+        "batches": options.batches,
+        "rounds": options.rounds,
+        "data": options.data,
+    }
+
+
+def _kernels(options: Bench) -> dict[str, Any]:
+    if not options.aot:
+        raise ValueError("bench kernels: give --aot, which compiles and times nothing")
+    return {"filter": options.filter}
+
+
+def _probe(options: Bench) -> dict[str, Any]:
+    return {
+        "backbones": options.backbones[:2],
+        "rounds": min(options.rounds, 7),
+        "data": options.data,
+    }
+
+
+def _attention(options: Bench) -> dict[str, Any]:
+    return {
+        "names": (),
+        "tokens": options.tokens,
+        "rounds": min(options.rounds, 5),
+        "plot": options.plot,
+    }
+
+
+# A job's module, whose ``bench`` yields the lines to print, and what it is given. The module is
+# imported when its job runs.
+JOBS: dict[str, tuple[str, Callable[[Bench], dict[str, Any]]]] = {
+    "heads": ("xattn.eval.heads_bench", lambda o: {"rounds": o.rounds}),
+    "probe": ("xattn.eval.probing", _probe),
+    "fidelity": (
+        "xattn.eval.fidelity",
+        lambda o: {"name": o.backbones[0], "rounds": min(o.rounds, 7)},
+    ),
+    "maps": (
+        "xattn.eval.maps",
+        lambda o: {"tokens": o.tokens or (1025, 4097), "rounds": min(o.rounds, 3)},
+    ),
+    "attention": ("xattn.eval.attention", _attention),
+    "kernels": ("xattn.kernels.aot", _kernels),
+    "app": ("xattn.app.bench", lambda o: {"rounds": o.rounds}),
+}

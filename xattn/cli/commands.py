@@ -1,0 +1,101 @@
+"""All commands of ``xattn``, and its entry point.
+
+Only tyro and dataclasses are imported here, so that ``xattn --help`` answers at once; torch and timm
+load when a job starts. Errors of the user's input are one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tyro
+
+from xattn.cli.app import App
+from xattn.cli.bench import Bench
+from xattn.cli.compare import Compare
+from xattn.cli.evaluate import Evaluate
+from xattn.cli.explain import Explain
+from xattn.cli.export import Export
+from xattn.cli.listing import List
+from xattn.cli.parts import Parts
+from xattn.cli.printing import one_line, plain_warnings
+from xattn.cli.probe import Probe
+from xattn.cli.study import Study
+from xattn.cli.subcommands import one_of
+from xattn.cli.train import Train
+from xattn.runtime.version import __version__
+
+COMMANDS: dict[str, type[Any]] = {
+    "train": Train,
+    "probe": Probe,
+    "explain": Explain,
+    "evaluate": Evaluate,
+    "compare": Compare,
+    "parts": Parts,
+    "export": Export,
+    "app": App,
+    "bench": Bench,
+    "study": Study,
+    "list": List,
+}
+
+
+@contextmanager
+def _group() -> Iterator[None]:
+    """Leave the process group of a launch of several processes at the end of the block; where another
+    process died, that is one line. A single process does not wait for torch to be imported."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from xattn.runtime.distributed import leave, peers
+
+    with peers():
+        yield
+        leave()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"xattn {__version__}")
+        return 0
+    for stream in (sys.stdout, sys.stderr):  # file names that are not UTF-8 can be printed
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    command: Any = None
+    started = time.perf_counter()
+    try:
+        command = tyro.cli(
+            one_of(COMMANDS),
+            prog="xattn",
+            description="Train, use and measure explanation heads on frozen image classifiers. "
+            "--version prints the version.",
+            args=arguments,
+        )
+        from xattn.runtime.allocator import keep_memory
+
+        keep_memory()
+        with plain_warnings(), _group():
+            command.run()
+    except (ValueError, OSError, MemoryError) as error:
+        text: Any = error
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            text = f"files: {error.filename!r} cannot be used ({error.strerror}); check the path"
+        elif isinstance(error, OSError) and error.filename is None and error.args:
+            text = error.args[-1]
+        print(f"xattn: error: {one_line(str(text))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"xattn: interrupted{getattr(command, 'after_interrupt', '')}", file=sys.stderr)
+        return 130
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
+        return 0
+    print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    return 0

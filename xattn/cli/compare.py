@@ -1,0 +1,100 @@
+"""``xattn compare``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import tyro
+
+from xattn.cli.heads import choose_heads, row_name
+from xattn.cli.model import BackboneArgs
+from xattn.cli.printing import note, silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Compare heads and explainers by many metrics: one leaderboard as Markdown, CSV, JSON and HTML."""
+
+    after_interrupt: ClassVar[str] = "; the same command goes on"
+
+    data: str
+    """An image, a folder, a .txt list, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    heads: tuple[str, ...] = ()
+    """Heads: folders, shipped names, hub repositories; by default a shipped one that fits."""
+    explainers: tuple[str, ...] = ("gradcam", "layercam", "integrated_gradients", "rise")
+    """Methods of xattn list, or "all" that this backbone allows."""
+    options: tuple[str, ...] = ()
+    """Options of explainers as explainer.name=value, for example rise.masks=1000."""
+    metrics: tuple[str, ...] = ("direct",)
+    """Groups of metrics of xattn list; "direct" (none explains again) or "all"."""
+    annotations: Path | None = None
+    """A folder with images/ and masks/ or boxes/, which adds the metric group localization."""
+    limit: int | None = None
+    """Only the first so many images of a folder or list."""
+    again_limit: int = 2
+    """Metrics that explain again use so many images for methods of many passes; 0 uses all."""
+    view: Literal["crop", "whole"] = "crop"
+    """What the model sees."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the scoring passes."""
+    max_forward_batch: int = 32
+    """How many perturbed images are alive in one pass."""
+    max_pixels: int = 40_000_000
+    """Larger photos are skipped."""
+    seed: int = 0
+    """Of perturbations, random rows and the bootstrap."""
+    maps: int = 1000
+    """Keep the maps of so many photos, for the viewer: up to 0.2 MB a photo and method; 0 keeps none."""
+    labels: str | None = None
+    """True classes, for the viewer: a file as for xattn probe, or "folders" for the photos' folders."""
+    output: Path = Path("runs/comparison")
+    """Folder of the report and the state; a run with the same arguments goes on where one stopped."""
+
+    def run(self) -> None:
+        from xattn.eval.compare import Comparison, compare
+        from xattn.explainers import list_explainers
+        from xattn.runtime.distributed import processes
+        from xattn.runtime.files import check_folder
+
+        if "head" in self.explainers:
+            raise ValueError(
+                "explainers: 'head' needs one; name heads by --heads (that of --probe is compared "
+                "anyway) and leave 'head' out"
+            )
+        check_folder(self.output)
+        backbone = self.model.load()
+        if not backbone.is_vit:
+            import torch
+
+            backbone.model.to(memory_format=torch.channels_last)  # passes take a third less on CPUs
+        heads: dict[str, Any] = {}
+        for source, head in zip(*choose_heads(self.heads, backbone), strict=True):
+            taken = {*heads, *list_explainers()}  # baselines are explainers, too
+            heads[row_name(source, head.name, taken)] = head
+        job = Comparison(
+            backbone=backbone,
+            heads=heads,
+            explainers=self.explainers,
+            options=self.options,
+            metrics=self.metrics,
+            annotations=self.annotations,
+            again_limit=self.again_limit or None,
+            view=self.view,
+            precision=self.precision,
+            max_forward_batch=self.max_forward_batch,
+            max_pixels=self.max_pixels,
+            seed=self.seed,
+            maps=self.maps,
+            labels=self.labels,
+        )
+        main = processes(backbone.device)[1] == 0
+
+        _, files = compare(
+            job, self.data, self.output, limit=self.limit, say=note if main else silent
+        )
+        if main:
+            print((self.output / "leaderboard.md").read_text(encoding="utf-8"))
+            print("report:", ", ".join(str(path) for path in files))

@@ -1,0 +1,93 @@
+"""``xattn explain``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from xattn.cli.heads import choose_head, load_with_classifier
+from xattn.cli.model import BackboneArgs
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Explain an image, a folder or a clip: overlays and a pack of the top or named classes' maps."""
+
+    images: Annotated[str, tyro.conf.Positional]
+    """An image, a folder, a .txt list, hfds/..., wds/..., or a clip (.mp4, .mov, .avi, .mkv, ...)."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    head: str | None = None
+    """Folder of a trained head, a shipped head's name, or a hub repository; the shipped one by default."""
+    explainer: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="NAME"), tyro.conf.UseAppendAction
+    ] = ()
+    """Explain with this method of xattn list instead of a head; give it again for further methods, of
+    which "head" is one."""
+    labels: str | None = None
+    """True classes, for the viewer: a file as for xattn probe, or "folders" for the photos' folders."""
+    classes: tuple[str, ...] = ()
+    """Names or indices of the classes to explain; the most probable ones by default."""
+    top: int = 1
+    """How many of the most probable classes to explain."""
+    view: Literal["crop", "whole"] | None = None
+    """What the model sees: the centre crop of its own preprocessing (photos), or all, squeezed (clips)."""
+    every: int = 1
+    """Of a clip, explain each n-th frame."""
+    smoothing: float = 0.0
+    """Of a clip, the weight of the past in the moving average of its maps, from 0 (off) to below 1."""
+    output: Path = Path("runs/explained")
+    """Folder of the pack, and of a clip's overlay.mp4."""
+    batch_size: int = 8
+    """Images a pass."""
+    seed: int = 0
+    """Of explainers that draw random numbers."""
+    max_pixels: int = 40_000_000
+    """Larger photos are refused."""
+
+    def run(self) -> None:
+        from xattn.explaining.clips import explain_video
+        from xattn.explaining.photos import explain
+        from xattn.photos.clip import is_video
+
+        clip = is_video(self.images)
+        if clip and (len(self.explainer) > 1 or self.labels is not None):
+            raise ValueError(
+                f"explainer, labels: {self.images} is a clip; give one --explainer and no --labels"
+            )
+        if not clip and (self.every != 1 or self.smoothing != 0):
+            raise ValueError(
+                f"every, smoothing: {self.images} is no clip; leave out --every and --smoothing"
+            )
+        backbone, own = load_with_classifier(self.model, self.head)
+        head = None
+        if not self.explainer or "head" in self.explainer or own is not None:
+            head = choose_head(own, backbone)
+        options: dict[str, Any] = {
+            "classes": list(self.classes) or None,
+            "top": self.top,
+            "view": self.view or ("whole" if clip else "crop"),
+            "output": self.output,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "max_pixels": self.max_pixels,
+            "progress": True,
+        }
+        found: Any
+        if clip:
+            options.update(every=self.every, smoothing=self.smoothing)
+            method = self.explainer[0] if self.explainer else None
+            found = explain_video(self.images, backbone, head, method, **options)
+        else:
+            options["labels"] = self.labels
+            found = explain(self.images, backbone, head, self.explainer or None, **options)
+        for name, reason in () if clip else found.skipped:
+            print(f"skipped {name}: {reason}", file=sys.stderr)
+        for item in found[:20]:
+            print(f"{item.image_id}: {item.target_name} ({item.probability:.3f})")
+        if len(found) > 20:
+            print(f"... and {len(found) - 20} more")
+        print(f"pack: {self.output}")

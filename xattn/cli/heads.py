@@ -1,0 +1,77 @@
+"""The heads that a command works on, from its options."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from xattn.cli.model import BackboneArgs
+
+
+def default_head(backbone: Any) -> str | None:
+    """The shipped head that fits ``backbone``, by the hash of its weights; None if there is none."""
+    from xattn.heads import read_config, shipped_heads
+
+    for name, folder in shipped_heads().items():
+        if read_config(folder)["backbone"]["sha256"] == backbone.fingerprint:
+            return name
+    return None
+
+
+def load_with_classifier(model: BackboneArgs, head: str | None) -> tuple[Any, str | None]:
+    """The backbone, and the head to load: one of ``xattn probe`` becomes its classifier, instead."""
+    if head is not None and model.probe is None and probe_options(head) is not None:
+        return replace(model, probe=head).load(), None
+    return model.load(), head
+
+
+def probe_options(source: str) -> dict[str, Any] | None:
+    """The options of a head that is a classifier; None for another head."""
+    from xattn.heads import AttentiveHead, head_class, head_folder, read_config
+
+    config = read_config(head_folder(source))
+    return config["options"] if issubclass(head_class(config["head"]), AttentiveHead) else None
+
+
+def choose_head(source: str | None, backbone: Any) -> Any:
+    from xattn.heads import load_head
+
+    if source is None and hasattr(backbone, "probe"):
+        return backbone.probe
+    source = source or default_head(backbone)
+    if source is None:
+        raise ValueError(
+            f"head: no shipped head fits {backbone.name} with these weights; train one with "
+            f"'xattn train' and give its folder (xattn explain takes --explainer instead)"
+        )
+    return load_head(source, backbone).to(backbone.device)
+
+
+def choose_heads(sources: tuple[str, ...], backbone: Any) -> tuple[list[str], list[Any]]:
+    """Names and heads: those asked for, or else a probed backbone's own, or a shipped one that fits."""
+    if not sources and hasattr(backbone, "probe"):
+        return [backbone.probe.name], [backbone.probe]
+    for source in () if hasattr(backbone, "probe") else sources:
+        options = probe_options(source) or {}
+        names, count = options.get("class_names"), options.get("classes")
+        if names not in (None, backbone.class_names) or count not in (None, backbone.num_classes):
+            raise ValueError(
+                f"heads: {source} has classes of its own; give --probe {source} instead, which puts it "
+                f"in the classifier's place"
+            )
+    names = list(sources) or list(filter(None, [default_head(backbone)]))
+    return names, [choose_head(name, backbone) for name in names]
+
+
+def row_name(source: str, name: str, taken: set[str]) -> str:
+    from xattn.runtime.files import printable
+
+    path = Path(source)
+    label = (
+        path.parent.name if path.name in ("head", "head-half") and path.parent.name else path.name
+    )
+    label = printable(label or name)
+    while label in taken:
+        label += "'"
+    return label

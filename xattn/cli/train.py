@@ -1,0 +1,90 @@
+"""``xattn train``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import tyro
+
+from xattn.cli.model import BackboneArgs
+from xattn.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train an explanation head on a folder of images; no labels are read."""
+
+    after_interrupt: ClassVar[str] = "; --resume goes on"
+
+    data: str
+    """A folder of images, a .txt list with one path a line, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    train: tyro.conf.OmitArgPrefixes[TrainConfig]
+    preset: str | None = None
+    """Published settings by name (xattn list); they replace backbone, taps, head, fusion and options."""
+    head: str = "ttame"
+    """See xattn list."""
+    fusion: Literal["classifier", "per_class"] = "classifier"
+    """Rows of the class maps: made from the classifier's weights, or one free row a class."""
+    options: tuple[str, ...] = ()
+    """Further options of the head as name=value, for example branch_rank=null num_taps=2."""
+    output: Path = Path("runs/head")
+    """Folder for log, checkpoints and the trained head."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output folder."""
+    half: bool = False
+    """Also save the head in half precision, in head-half."""
+    sample: int = 0
+    """Explain so many photos of the data at each checkpoint: a pack of before and now, in sample."""
+
+    def run(self) -> None:
+        import torch
+
+        from xattn.heads import create_head, parse_options, save_head
+        from xattn.training import fit
+
+        name, options = self.head, {"fusion": self.fusion, **parse_options(self.options)}
+        if self.preset is not None:
+            from xattn.training.ttame_presets import preset
+
+            chosen = preset(self.preset)
+            name, options = chosen.head, chosen.options
+            model = replace(self.model, backbone=chosen.backbone, taps=chosen.taps)
+        else:
+            model = self.model
+        backbone = model.load()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.train.seed)
+            head = create_head(name, backbone, **options)
+        shown = None
+        if self.sample:
+            from xattn.training.sample import SAMPLE_FOLDER, Sample
+
+            shown = Sample(
+                backbone,
+                self.data,
+                self.output / SAMPLE_FOLDER,
+                self.sample,
+                self.train.max_pixels,
+            )
+        result = fit(
+            head,
+            backbone,
+            self.data,
+            self.train,
+            output=self.output,
+            resume=self.resume,
+            on_checkpoint=shown,
+        )
+        if not result.main:
+            return
+        if self.half:
+            save_head(head, self.output / "head-half", dtype="float16")
+        for path, reason in result.skipped:
+            print(f"skipped {path}: {reason}", file=sys.stderr)
+        losses = ", ".join(f"{k} {v:.4f}" for k, v in result.losses.items())
+        print(f"{result.steps} steps, {len(result.skipped)} images skipped; {losses}")
+        print(f"head: {self.output / 'head'}")
