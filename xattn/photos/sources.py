@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from xattn.photos.base import Data, Photos
-from xattn.photos.image_files import Files
 from xattn.photos.huggingface import open_dataset
+from xattn.photos.image_files import Files
 from xattn.photos.images import list_images
 from xattn.photos.shards import open_webdataset
 
