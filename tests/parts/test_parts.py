@@ -500,7 +500,7 @@ def test_command_line_says_what_became_of_the_photos(tmp_path, capsys):
 
 
 def test_the_example_of_the_docs_runs_as_printed(tmp_path, monkeypatch):
-    text = (Path(__file__).parents[1] / "docs" / "parts.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "parts.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     exec(compile(text.split("```python\n")[1].split("```")[0], "parts.md", "exec"), {})
     assert Image.open("regular.png").size[0] > 100

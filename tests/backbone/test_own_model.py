@@ -12,7 +12,7 @@ from PIL import Image
 import xattn
 from xattn.cli import main
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def test_a_three_class_resnet18_is_trained_for_explained_and_measured(tmp_path, monkeypatch):
