@@ -1,5 +1,6 @@
 """Every explainer: shape, batch, state and bad-input contracts; and what each one computes."""
 
+import inspect
 import random
 
 import numpy as np
@@ -68,6 +69,17 @@ def test_the_registry_lists_them_all_and_suggests_near_names(pairs):
     for name in NAMES:
         cls = explainer_class(name)
         assert cls.__doc__ and cls.forwards in (0, 1) and cls.is_mask == (name == "ones")
+
+
+@pytest.mark.parametrize("name", list_explainers())
+def test_the_signature_shows_the_shared_arguments_and_then_options_by_keyword(name):
+    cls = explainer_class(name)
+    parameters = list(inspect.signature(cls).parameters.values())
+    shared, own = parameters[:4], parameters[4:]
+    assert [p.name for p in shared] == ["backbone", "head", "seed", "max_forward_batch"]
+    assert [p.default for p in shared[1:]] == [None, 0, 32]
+    assert all(p.kind is p.KEYWORD_ONLY and p.name in cls.__doc__ for p in own)
+    assert cls.__hash__ is object.__hash__ and cls.__repr__ is object.__repr__
 
 
 @pytest.mark.parametrize("kind, name", CASES)

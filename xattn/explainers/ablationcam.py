@@ -9,42 +9,30 @@ negative; here it is |y|, which only scales the map (1 where y = 0).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xattn.explainers.base import ImageByImage, register_explainer
 from xattn.explainers.gradients import probe_image
-from xattn.explainers.layers import LayerReader
+from xattn.explainers.layers import LayerExplainer
 from xattn.runtime.memory import ForwardBatches
-
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
 
 
 @register_explainer("ablationcam")
-class AblationCam(ImageByImage):
+class AblationCam(LayerExplainer, ImageByImage):
     """Ablation-CAM. On the map that a CNN pools only the classifier runs again, once a channel.
 
     Elsewhere (ViTs, other layers) the whole network does, in micro-batches of one shape.
 
     Args:
-        layer: as for Grad-CAM.
+        layer: see :class:`~xattn.explainers.layers.LayerExplainer`.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        layer: nn.Module | None = None,
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch)
-        self.reader = LayerReader(backbone, layer, self.name)
-        self.layer, self.layer_name = self.reader.layer, self.reader.name
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        backbone = self.backbone
         self.classifier_only = backbone.has_pooled_tap and self.layer is backbone.head_point
         if not self.classifier_only:
             with self._guard():
@@ -91,7 +79,7 @@ class AblationCam(ImageByImage):
             rows[torch.arange(len(index), device="cpu"), index] = 0
             return output
 
-        handle = self.layer.register_forward_hook(ablate)
+        handle = self.reader.layer.register_forward_hook(ablate)
         try:
             return self.backbone.logits(image.expand(len(index), -1, -1, -1))
         finally:

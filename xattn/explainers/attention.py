@@ -20,7 +20,6 @@ from xattn.explainers.base import Choose, Explainer
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
-    from xattn.heads import Head
 
 Start = str | Sequence[int]
 
@@ -45,6 +44,7 @@ class Reading:
         return self.tokens - self.grid[0] * self.grid[1]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class AttentionExplainer(Explainer):
     """Base of explainers of ViT-like classifiers that read self-attention over all tokens.
 
@@ -61,22 +61,18 @@ class AttentionExplainer(Explainer):
     gradients: ClassVar[bool] = False
     """Whether the pass is recorded for a backward pass."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        start: Start = "auto",
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch)
+    start: Start | None = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        backbone = self.backbone
         with self._guard(), torch.no_grad():
             image = torch.zeros(
                 1, backbone.mean.shape[1], *backbone.preprocessing.input_size, device="cpu"
             )
             image = self._move(image)
             reading = read_attention(backbone, image)
-        self.start = _start_tokens(backbone, reading, start)
+        self.start = _start_tokens(backbone, reading, self.start)
         self._check(reading)
 
     def _check(self, reading: Reading) -> None:
@@ -230,7 +226,7 @@ def _depth(backbone: Backbone) -> int | None:
 
 
 def _start_tokens(
-    backbone: Backbone, reading: Reading, start: Start
+    backbone: Backbone, reading: Reading, start: Start | None
 ) -> str | tuple[int, ...] | None:
     """Numbers of tokens, "patches", or None for attention pooling's own row."""
     if start == "auto":
@@ -241,7 +237,7 @@ def _start_tokens(
         start = (0,)
         if not reading.prefix:
             raise ValueError(f"start='class': {backbone.name} has no class token; use 'patches'")
-    if isinstance(start, str):
+    if start is None or isinstance(start, str):
         raise ValueError(f"start: got {start!r}; give 'auto', 'class', 'patches' or token numbers")
     chosen = tuple(dict.fromkeys(start))
     if not chosen or min(chosen) < 0 or max(chosen) >= reading.tokens:

@@ -9,7 +9,8 @@ forward and one backward pass with fused attention; biases and softmax absorb a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,9 @@ from xattn.attention.record import attending_by, fused_layers
 from xattn.explainers.attention import patch_grid
 from xattn.explainers.base import Choose, Explainer, register_explainer
 
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
-
 
 @register_explainer("attn_lrp")
+@dataclass(kw_only=True, eq=False, repr=False)
 class AttnLrp(Explainer):
     """AttnLRP of a model with softmax attention.
 
@@ -38,15 +36,11 @@ class AttnLrp(Explainer):
         ValueError: a model that attends in another way or calls a function without a rule, by name.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        at: str = "tokens",
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch)
+    at: str = "tokens"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        backbone, at = self.backbone, self.at
         if at not in ("tokens", "pixels"):
             raise ValueError(f"at: got {at!r}; give 'tokens' or 'pixels'")
         if at == "tokens" and not hasattr(backbone.model, "patch_embed"):
@@ -57,7 +51,6 @@ class AttnLrp(Explainer):
                 f"backbone: {backbone.name} attends by {', '.join(sorted(other))}; attn_lrp has "
                 f"rules for softmax attention only"
             )
-        self.at = at
         with self._guard(), torch.enable_grad():
             size = backbone.preprocessing.input_size
             image = self._move(torch.zeros(1, backbone.mean.shape[1], *size, device="cpu"))

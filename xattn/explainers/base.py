@@ -12,6 +12,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,14 +33,28 @@ Choose = Callable[[Tensor], Tensor]  # logits (B, K) -> classes to explain, Long
 _REGISTRY: dict[str, type[Explainer]] = {}
 
 
+class _MicroBatchSize:
+    """Descriptor of the field ``max_forward_batch``, which lives in the explainer's ``_batches``."""
+
+    def __get__(self, explainer: Explainer | None, cls: type[Explainer]) -> int:
+        return 32 if explainer is None else explainer._batches.size
+
+    def __set__(self, explainer: Explainer, size: int) -> None:
+        explainer._batches = ForwardBatches(size)
+
+
+@dataclass(eq=False, repr=False)
 class Explainer(ABC):
     """One way to explain a classifier's decision for a class.
+
+    A subclass with options of its own is a dataclass, too: it declares each as a field
+    (``@dataclass(kw_only=True, eq=False, repr=False)``) and checks it in ``__post_init__``.
 
     Args:
         backbone: the classifier.
         head: a trained head of that backbone, where the explainer reads one.
         seed: of explainers that draw random numbers; results depend on (seed, image) alone.
-        max_forward_batch: how many images are alive in a pass.
+        max_forward_batch: how many images are alive in a pass; halved for good where memory ran out.
 
     Class attributes: ``name``; ``forwards``, the forward passes an image costs, at most; ``perturbs``,
     whether these are many perturbed images without gradients; ``one_by_one``, whether each image has
@@ -48,39 +63,26 @@ class Explainer(ABC):
     """
 
     name: ClassVar[str]
-    forwards: int = 1
-    perturbs: bool = False
-    one_by_one: bool = False
+    forwards = 1
+    perturbs = False
+    one_by_one = False
     needs_head: ClassVar[bool] = False
     is_mask: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-    ) -> None:
-        self._batches = ForwardBatches(max_forward_batch)
-        if self.needs_head and head is None:
+    backbone: Backbone
+    head: Head | None = None
+    seed: int = 0
+    max_forward_batch: int = _MicroBatchSize()  # type: ignore[assignment]
+    _batches: ForwardBatches = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.needs_head and self.head is None:
             raise ValueError(
                 f"head: explainer {self.name!r} needs one; give head=load_head(...), "
                 f"or a folder: --head, --heads or --probe"
             )
-        if head is not None:
-            _check_head(head, backbone)
-        self.backbone = backbone
-        self.head = head
-        self.seed = seed
-
-    @property
-    def max_forward_batch(self) -> int:
-        """Images a pass; halved for good where memory ran out."""
-        return self._batches.size
-
-    @max_forward_batch.setter
-    def max_forward_batch(self, size: int) -> None:
-        self._batches = ForwardBatches(size)
+        if self.head is not None:
+            _check_head(self.head, self.backbone)
 
     def attribute(self, inputs: Tensor, target: Tensor | int) -> Tensor:
         """Raw maps of one class an image.

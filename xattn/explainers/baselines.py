@@ -7,6 +7,7 @@ the middle of the image, the photographer's prior; ``ones``: the mask that keeps
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,6 @@ from xattn.explainers.base import Explainer, register_explainer
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
-    from xattn.heads import Head
 
 
 @register_explainer("random")
@@ -39,6 +39,7 @@ class Random(Explainer):
 
 
 @register_explainer("centre")
+@dataclass(kw_only=True, eq=False, repr=False)
 class Centre(Explainer):
     """Baseline: a Gaussian around the image's centre.
 
@@ -46,20 +47,13 @@ class Centre(Explainer):
         sigma: standard deviation, in parts of the height and of the width.
     """
 
+    sigma: float = 0.25
     forwards = 0
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        sigma: float = 0.25,
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch)
-        if not sigma > 0:
-            raise ValueError(f"sigma: got {sigma}; give a positive part of the image's side")
-        self.sigma = sigma
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sigma > 0:
+            raise ValueError(f"sigma: got {self.sigma}; give a positive part of the image's side")
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         y, x = (

@@ -7,30 +7,19 @@ Negative evidence stays: no ReLU.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from xattn.explainers.base import Choose, Explainer, register_explainer
-
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
 
 
 @register_explainer("cam")
 class Cam(Explainer):
     """Unrectified CAM: for classifiers that end in average pooling and one linear layer."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        backbone = self.backbone
         if not backbone.pools_linearly:
             raise ValueError(
                 f"explainer: cam needs average pooling, then one linear layer, on the tap 'head'; "

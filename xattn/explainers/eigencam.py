@@ -9,38 +9,20 @@ positive.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from xattn.explainers.base import Explainer, register_explainer
-from xattn.explainers.layers import LayerReader
-
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
+from xattn.explainers.base import register_explainer
+from xattn.explainers.layers import LayerExplainer
 
 
 @register_explainer("eigencam")
-class EigenCam(Explainer):
+class EigenCam(LayerExplainer):
     """Eigen-CAM: what the network sees, not what speaks for a class; no gradient is needed.
 
     Args:
-        layer: as for Grad-CAM.
+        layer: see :class:`~xattn.explainers.layers.LayerExplainer`.
     """
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        layer: nn.Module | None = None,
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch)
-        self.reader = LayerReader(backbone, layer, self.name)
-        self.layer, self.layer_name = self.reader.layer, self.reader.name
 
     @torch.no_grad()
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:

@@ -11,41 +11,25 @@ layer of :mod:`xattn.explainers.layers`. The ReLU is part of the methods.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from xattn.explainers.base import Explainer, register_explainer
-from xattn.explainers.layers import LayerReader
-
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
+from xattn.explainers.base import register_explainer
+from xattn.explainers.layers import LayerExplainer
 
 
-class _GradientCam(Explainer):
+@dataclass(kw_only=True, eq=False, repr=False)
+class GradientCam(LayerExplainer):
     """One forward pass and a backward pass as far as the layer.
 
     Args:
-        layer: the module whose output is read, (B, C, h, w), or (B, N, C) tokens in a ViT; by
-            default the pooled map of a CNN, ``blocks[-1].norm1`` of a ViT.
+        layer: see :class:`~xattn.explainers.layers.LayerExplainer`.
         relu: keep only positive evidence, as the papers do.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        layer: nn.Module | None = None,
-        relu: bool = True,
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch)
-        self.reader = LayerReader(backbone, layer, self.name)
-        self.layer, self.layer_name = self.reader.layer, self.reader.name
-        self.relu = relu
+    relu: bool = True
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         activations, gradients = self.reader.gradients(images, target)
@@ -58,16 +42,24 @@ class _GradientCam(Explainer):
 
 
 @register_explainer("gradcam")
-class GradCam(_GradientCam):
-    """Grad-CAM, with Captum's gradients."""
+class GradCam(GradientCam):
+    """Grad-CAM, with Captum's gradients.
+
+    Args:
+        layer, relu: see :class:`GradientCam`.
+    """
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         return gradients.mean((2, 3), keepdim=True)
 
 
 @register_explainer("gradcam_plusplus")
-class GradCamPlusPlus(_GradientCam):
-    """Grad-CAM++: places are weighed so that several objects of one class count alike."""
+class GradCamPlusPlus(GradientCam):
+    """Grad-CAM++: places are weighed so that several objects of one class count alike.
+
+    Args:
+        layer, relu: see :class:`GradientCam`.
+    """
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         # The reduced fraction: g^2 and g^3 of usual gradients underflow in float16.
@@ -77,8 +69,12 @@ class GradCamPlusPlus(_GradientCam):
 
 
 @register_explainer("layercam")
-class LayerCam(_GradientCam):
-    """LayerCAM: a weight a place, so that early layers can be read, too."""
+class LayerCam(GradientCam):
+    """LayerCAM: one weight per place, so that early layers can be read, too.
+
+    Args:
+        layer, relu: see :class:`GradientCam`.
+    """
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         return torch.relu(gradients)

@@ -22,7 +22,6 @@ from xattn.explainers.base import Explainer, register_explainer
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
-    from xattn.heads import Head
 
 
 @register_explainer("saliency")
@@ -59,15 +58,9 @@ class GuidedBackprop(Explainer):
             others besides warns; those keep their own derivative.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch)
-        guided = _GuidedReLUs()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        backbone, guided = self.backbone, _GuidedReLUs()
         with self._guard(), torch.no_grad():
             images = self._move(probe_image(backbone))
             plain = backbone.logits(images)
@@ -82,7 +75,7 @@ class GuidedBackprop(Explainer):
         if guided.other:
             warnings.warn(
                 f"guided_backprop: {backbone.name} also calls {other}; they keep their own derivative",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from xattn.explainers.base import Choose, Explainer, register_explainer
 
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
-
 
 @register_explainer("head")
+@dataclass(kw_only=True, eq=False, repr=False)
 class HeadExplainer(Explainer):
     """A trained explanation head: any classes from one forward pass.
 
@@ -24,26 +21,19 @@ class HeadExplainer(Explainer):
             of the head's own ``explain_with``.
     """
 
+    maps: str | None = None
     needs_head = True
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        maps: str | None = None,
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         choices = ["scores", "mask"]
         if getattr(self.head, "learns_scores", False):
             choices.append("attention")
-        if maps not in (None, *choices):
-            raise ValueError(f"maps: got {maps!r}; this head shows {', '.join(choices)}")
-        self.maps = maps
-        if maps is not None:
+        if self.maps not in (None, *choices):
+            raise ValueError(f"maps: got {self.maps!r}; this head shows {', '.join(choices)}")
+        if self.maps is not None:
             self.head = copy.copy(self.head)
-            self.head.explain_with = maps  # type: ignore[union-attr]
+            self.head.explain_with = self.maps  # type: ignore[union-attr]
 
     @torch.no_grad()
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:

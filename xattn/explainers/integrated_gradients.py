@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,10 +21,6 @@ from torch import Tensor
 
 from xattn.explainers.base import Explainer, register_explainer
 from xattn.explainers.gradients import pixel_gradient
-
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
 
 # Numbers (n,) of perturbed images -> the images (n, 3, H, W) and their weights, which broadcast.
 Points = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -59,6 +55,7 @@ class _GradientSum(Explainer):
 
 
 @register_explainer("integrated_gradients")
+@dataclass(kw_only=True, eq=False, repr=False)
 class IntegratedGradients(_GradientSum):
     """(x - b) * integral_0^1 df(b + a (x - b))/dx da, summed over the channels, (B, 1, H, W), signed.
 
@@ -72,21 +69,15 @@ class IntegratedGradients(_GradientSum):
             colour by which the backbone normalises (zeros for its first layer).
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        steps: int = 32,
-        baseline: str = "black",
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch)
-        _check_count("steps", steps)
-        if baseline not in ("black", "mean"):
-            raise ValueError(f"baseline: got {baseline!r}; give 'black' or 'mean'")
-        self.forwards = self.steps = steps
-        self.baseline = baseline
+    steps: int = 32
+    baseline: str = "black"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count("steps", self.steps)
+        if self.baseline not in ("black", "mean"):
+            raise ValueError(f"baseline: got {self.baseline!r}; give 'black' or 'mean'")
+        self.forwards = self.steps
 
     def _map(self, image: Tensor, target: Tensor) -> Tensor:
         base = self.backbone.mean[0].to(image) if self.baseline == "mean" else image.new_zeros(())
@@ -101,6 +92,7 @@ class IntegratedGradients(_GradientSum):
 
 
 @register_explainer("gradient_shap")
+@dataclass(kw_only=True, eq=False, repr=False)
 class GradientShap(_GradientSum):
     """mean_k (x_k - b_k) * df(b_k + a_k (x_k - b_k))/dx, summed over the channels, (B, 1, H, W), signed.
 
@@ -115,27 +107,22 @@ class GradientShap(_GradientSum):
         noise: standard deviation of the Gaussian noise, in parts of the image's range of values.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        samples: int = 32,
-        baselines: Tensor | None = None,
-        noise: float = 0.0,
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch)
-        _check_count("samples", samples)
-        _check_noise(noise, 0.0 <= noise)
-        if baselines is None:
-            mean = backbone.mean.detach().cpu()
-            baselines = torch.cat([torch.zeros_like(mean), torch.ones_like(mean), mean])
-        self.forwards = self.samples = samples
-        self.baselines = _checked(baselines, backbone.mean.shape[1])
-        self.noise = noise
+    samples: int = 32
+    baselines: Tensor | None = None
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count("samples", self.samples)
+        _check_noise(self.noise, 0.0 <= self.noise)
+        mean = self.backbone.mean.detach().cpu()
+        if self.baselines is None:
+            self.baselines = torch.cat([torch.zeros_like(mean), torch.ones_like(mean), mean])
+        self.forwards = self.samples
+        self.baselines = _checked(self.baselines, mean.shape[1])
 
     def _map(self, image: Tensor, target: Tensor) -> Tensor:
+        assert self.baselines is not None
         if self.baselines.shape[2:] not in (image.shape[1:], (1, 1)):
             raise ValueError(
                 f"baselines: got images of {tuple(self.baselines.shape[2:])} pixels for images of "
@@ -161,6 +148,7 @@ class GradientShap(_GradientSum):
 
 
 @register_explainer("smoothgrad")
+@dataclass(kw_only=True, eq=False, repr=False)
 class SmoothGrad(_GradientSum):
     """max over the channels of |mean_k df(x + e_k)/dx|, (B, 1, H, W); saliency where e_k is 0.
 
@@ -170,20 +158,14 @@ class SmoothGrad(_GradientSum):
             paper finds 0.1 to 0.2 best. Noisy pixels are not clipped to [0, 1].
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        samples: int = 32,
-        noise: float = 0.15,
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch)
-        _check_count("samples", samples)
-        _check_noise(noise, 0.0 < noise)
-        self.forwards = self.samples = samples
-        self.noise = noise
+    samples: int = 32
+    noise: float = 0.15
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count("samples", self.samples)
+        _check_noise(self.noise, 0.0 < self.noise)
+        self.forwards = self.samples
 
     def _map(self, image: Tensor, target: Tensor) -> Tensor:
         draw = _Draws(self.seed, image)

@@ -6,10 +6,13 @@ tokens left out, as a map.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from xattn.explainers.base import Explainer
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
@@ -120,3 +123,22 @@ class LayerReader:
             layout = isinstance(self.layer, nn.Conv2d | nn.BatchNorm2d | nn.Identity)
             first = not layout and (self.tokens or self.backbone._channels_last)
         return 3 if first else 1
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class LayerExplainer(Explainer):
+    """Base of explainers that read the activations of one layer.
+
+    Args:
+        layer: the module whose output is read, (B, C, h, w), or (B, N, C) tokens in a ViT; by
+            default the pooled map of a CNN, ``blocks[-1].norm1`` of a ViT.
+    """
+
+    layer: nn.Module | None = None
+    layer_name: str = field(init=False)
+    reader: LayerReader = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.reader = LayerReader(self.backbone, self.layer, self.name)
+        self.layer, self.layer_name = self.reader.layer, self.reader.name

@@ -8,7 +8,7 @@ class a run, has a last micro-batch of another shape, and fits in float32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,12 +16,9 @@ from torch import Tensor
 from xattn.explainers.base import register_explainer
 from xattn.explainers.masked_passes import SuperpixelExplainer
 
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
-
 
 @register_explainer("lime")
+@dataclass(kw_only=True, eq=False, repr=False)
 class Lime(SuperpixelExplainer):
     """LIME: a weighted ridge regression of the probability on which superpixels are visible.
 
@@ -36,26 +33,14 @@ class Lime(SuperpixelExplainer):
             by about ridge / (ridge + sum of weights / 4).
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        samples: int = 500,
-        n_segments: int = 50,
-        compactness: float = 10.0,
-        fill: str = "black",
-        width: float = 0.25,
-        ridge: float = 1.0,
-    ) -> None:
-        super().__init__(
-            backbone, head, seed, max_forward_batch, samples, n_segments, compactness, fill
-        )
-        for name, value in (("width", width), ("ridge", ridge)):
+    width: float = 0.25
+    ridge: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("width", self.width), ("ridge", self.ridge)):
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name}: got {value}; give a positive number")
-        self.width, self.ridge = width, ridge
 
     def _coalitions(self, segments: int) -> Tensor:
         kept = self._generator(segments).random((self.samples, segments)) < 0.5

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,9 @@ from torch.overrides import TorchFunctionMode
 from xattn.explainers.base import Choose, Explainer, register_explainer
 from xattn.explainers.gradients import calling, check_same_logits, named, probe_image
 
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
-
 
 @register_explainer("lrp")
+@dataclass(kw_only=True, eq=False, repr=False)
 class Lrp(Explainer):
     """LRP of a CNN: relevance of the normalised image, summed over its channels, (B, 1, H, W), signed.
 
@@ -45,22 +43,16 @@ class Lrp(Explainer):
         ValueError: a network that calls a function without a rule, naming it and the layer's type.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        gamma: float = 0.25,
-        epsilon: float = 1e-6,
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch)
-        for name, value in (("gamma", gamma), ("epsilon", epsilon)):
+    gamma: float = 0.25
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        backbone = self.backbone
+        for name, value in (("gamma", self.gamma), ("epsilon", self.epsilon)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: got {value}; give a finite number of at least 0")
-        self.gamma = gamma
-        self.epsilon = epsilon
-        rules = _Rules(gamma, epsilon)
+        rules = _Rules(self.gamma, self.epsilon)
         with self._guard(), torch.enable_grad():
             images = self._move(probe_image(backbone))
             with calling(backbone, rules.inside):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,13 +19,10 @@ from torch import Tensor
 from xattn.explainers.base import ImageByImage
 from xattn.runtime.memory import ForwardBatches
 
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
-
 FILLS = ("black", "mean")
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class PerturbationExplainer(ImageByImage):
     """An explainer that scores many masked copies of each image.
 
@@ -38,20 +35,13 @@ class PerturbationExplainer(ImageByImage):
             colour of the backbone's preprocessing, 0 after normalisation.
     """
 
+    fill: str = "black"
     perturbs = True
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        fill: str = "black",
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch)
-        if fill not in FILLS:
-            raise ValueError(f"fill: got {fill!r}; choose one of {', '.join(FILLS)}")
-        self.fill = fill
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fill not in FILLS:
+            raise ValueError(f"fill: got {self.fill!r}; choose one of {', '.join(FILLS)}")
 
     def _scores(
         self,
@@ -108,6 +98,7 @@ class PerturbationExplainer(ImageByImage):
         return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SuperpixelExplainer(PerturbationExplainer):
     """Coefficients of superpixels, from the scores of images with some superpixels removed.
 
@@ -121,24 +112,17 @@ class SuperpixelExplainer(PerturbationExplainer):
         fill: see :class:`PerturbationExplainer`.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        samples: int = 500,
-        n_segments: int = 50,
-        compactness: float = 10.0,
-        fill: str = "black",
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch, fill)
-        self.samples = at_least("samples", samples, 2)
-        self.n_segments = at_least("n_segments", n_segments, 1)
-        if not compactness > 0:
-            raise ValueError(f"compactness: got {compactness}; give a positive number")
-        self.compactness = compactness
-        self.forwards = samples
+    samples: int = 500
+    n_segments: int = 50
+    compactness: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.samples = at_least("samples", self.samples, 2)
+        self.n_segments = at_least("n_segments", self.n_segments, 1)
+        if not self.compactness > 0:
+            raise ValueError(f"compactness: got {self.compactness}; give a positive number")
+        self.forwards = self.samples
 
     @abstractmethod
     def _coalitions(self, segments: int) -> Tensor:

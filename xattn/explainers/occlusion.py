@@ -8,7 +8,7 @@ float32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,12 +16,9 @@ from torch import Tensor
 from xattn.explainers.base import register_explainer
 from xattn.explainers.masked_passes import PerturbationExplainer, at_least
 
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
-
 
 @register_explainer("occlusion")
+@dataclass(kw_only=True, eq=False, repr=False)
 class Occlusion(PerturbationExplainer):
     """Occlusion: how much a sliding square window that covers a pixel lowers the probability.
 
@@ -34,20 +31,14 @@ class Occlusion(PerturbationExplainer):
         fill: see :class:`~xattn.explainers.masked_passes.PerturbationExplainer`.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        size: int | None = None,
-        stride: int | None = None,
-        fill: str = "black",
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch, fill)
-        self.size = size if size is None else at_least("size", size, 1)
-        self.stride = stride if stride is None else at_least("stride", stride, 1)
-        rows, columns = self._windows(*backbone.preprocessing.input_size)
+    size: int | None = None
+    stride: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.size = None if self.size is None else at_least("size", self.size, 1)
+        self.stride = None if self.stride is None else at_least("stride", self.stride, 1)
+        rows, columns = self._windows(*self.backbone.preprocessing.input_size)
         self.forwards = 1 + len(rows) * len(columns)
 
     def _windows(self, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ class.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,12 +24,9 @@ from xattn.explainers.attention import (
 )
 from xattn.explainers.base import register_explainer
 
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
-
 
 @register_explainer("raw_attention")
+@dataclass(kw_only=True, eq=False, repr=False)
 class RawAttention(AttentionExplainer):
     """The starting row's attention in one layer, O(N d) where it reads a few tokens.
 
@@ -40,19 +37,13 @@ class RawAttention(AttentionExplainer):
         start: see :class:`~xattn.explainers.attention.AttentionExplainer`.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        layer: int = -1,
-        fusion: str | int = "mean",
-        start: Start = "auto",
-    ) -> None:
-        self.layer = layer
-        self.fusion = fusion if isinstance(fusion, int) else check_fusion(fusion)
-        super().__init__(backbone, head, seed, max_forward_batch, start)
+    layer: int = -1
+    fusion: str | int = "mean"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fusion, int):
+            check_fusion(self.fusion)
+        super().__post_init__()
 
     def _check(self, reading: Reading) -> None:
         layers = len(reading.layers) + (self.start is None)
@@ -85,6 +76,7 @@ class RawAttention(AttentionExplainer):
 
 
 @register_explainer("column_mass")
+@dataclass(kw_only=True, eq=False, repr=False)
 class ColumnMass(AttentionExplainer):
     """Attention that each patch receives: mean over queries and heads.
 
@@ -92,16 +84,8 @@ class ColumnMass(AttentionExplainer):
         layer: negative ones from the end; None averages over all.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        layer: int | None = -1,
-    ) -> None:
-        self.layer = layer
-        super().__init__(backbone, head, seed, max_forward_batch, start="patches")
+    layer: int | None = -1
+    start: Start | None = field(default="patches", init=False)
 
     def _check(self, reading: Reading) -> None:
         if self.layer is not None:

@@ -8,7 +8,7 @@ to H x W at a random offset of less than a cell.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,12 +16,9 @@ from torch import Tensor
 from xattn.explainers.base import register_explainer
 from xattn.explainers.masked_passes import PerturbationExplainer, at_least
 
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
-
 
 @register_explainer("rise")
+@dataclass(kw_only=True, eq=False, repr=False)
 class Rise(PerturbationExplainer):
     """RISE: the mean mask, weighted by the probability that the masked image keeps.
 
@@ -35,24 +32,17 @@ class Rise(PerturbationExplainer):
         fill: ``"mean"`` is the paper's, which masks normalised images with zeros.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        masks: int = 1000,
-        cells: int = 7,
-        keep: float = 0.5,
-        fill: str = "black",
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch, fill)
-        self.masks = at_least("masks", masks, 1)
-        self.cells = at_least("cells", cells, 1)
-        if not 0 < keep < 1:
-            raise ValueError(f"keep: got {keep}; give a probability between 0 and 1")
-        self.keep = keep
-        self.forwards = masks
+    masks: int = 1000
+    cells: int = 7
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.masks = at_least("masks", self.masks, 1)
+        self.cells = at_least("cells", self.cells, 1)
+        if not 0 < self.keep < 1:
+            raise ValueError(f"keep: got {self.keep}; give a probability between 0 and 1")
+        self.forwards = self.masks
 
     def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
         masks = self._random_masks(image)

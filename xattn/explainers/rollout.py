@@ -8,7 +8,7 @@ same map for every class.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from xattn.attention.operator import Operator
 from xattn.explainers.attention import (
     AttentionExplainer,
     Reading,
-    Start,
     check_fusion,
     choose_layer,
     first_row,
@@ -25,12 +24,9 @@ from xattn.explainers.attention import (
 )
 from xattn.explainers.base import register_explainer
 
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
-
 
 @register_explainer("rollout")
+@dataclass(kw_only=True, eq=False, repr=False)
 class Rollout(AttentionExplainer):
     """Attention rollout.
 
@@ -47,27 +43,19 @@ class Rollout(AttentionExplainer):
         start: see :class:`~xattn.explainers.attention.AttentionExplainer`.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        fusion: str = "mean",
-        residual: float = 0.5,
-        discard: float = 0.0,
-        keep_class: bool = True,
-        start_layer: int = 0,
-        start: Start = "auto",
-    ) -> None:
-        self.fusion = check_fusion(fusion)
-        if not 0 <= residual <= 1:
-            raise ValueError(f"residual: got {residual}; give a weight in [0, 1]")
-        if not 0 <= discard < 1:
-            raise ValueError(f"discard: got {discard}; give a share in [0, 1)")
-        self.residual, self.discard, self.keep_class = residual, discard, keep_class
-        self.start_layer = start_layer
-        super().__init__(backbone, head, seed, max_forward_batch, start)
+    fusion: str = "mean"
+    residual: float = 0.5
+    discard: float = 0.0
+    keep_class: bool = True
+    start_layer: int = 0
+
+    def __post_init__(self) -> None:
+        check_fusion(self.fusion)
+        if not 0 <= self.residual <= 1:
+            raise ValueError(f"residual: got {self.residual}; give a weight in [0, 1]")
+        if not 0 <= self.discard < 1:
+            raise ValueError(f"discard: got {self.discard}; give a share in [0, 1)")
+        super().__post_init__()
 
     def _check(self, reading: Reading) -> None:
         self.start_layer = choose_layer(self.start_layer, len(reading.layers), "start_layer")

@@ -8,45 +8,34 @@ the softmax does not notice. Constant channels mask nothing and weigh 0.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from xattn.explainers.base import register_explainer
 from xattn.explainers.gradients import probe_image
-from xattn.explainers.layers import LayerReader
+from xattn.explainers.layers import LayerExplainer
 from xattn.explainers.masked_passes import PerturbationExplainer
-
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
 
 
 @register_explainer("scorecam")
-class ScoreCam(PerturbationExplainer):
+@dataclass(kw_only=True, eq=False, repr=False)
+class ScoreCam(LayerExplainer, PerturbationExplainer):
     """Score-CAM: one forward pass a channel that is not constant.
 
     Args:
-        layer: as for Grad-CAM.
+        layer: see :class:`~xattn.explainers.layers.LayerExplainer`.
         fill: ``"black"`` or ``"mean"`` behind a mask; the paper masks normalised images, ``"mean"``.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head | None = None,
-        seed: int = 0,
-        max_forward_batch: int = 32,
-        layer: nn.Module | None = None,
-        fill: str = "mean",
-    ) -> None:
-        super().__init__(backbone, head, seed, max_forward_batch, fill)
-        self.reader = LayerReader(backbone, layer, self.name)
-        self.layer, self.layer_name = self.reader.layer, self.reader.name
+    fill: str = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         with self._guard():
-            blank = self._move(probe_image(backbone))
+            blank = self._move(probe_image(self.backbone))
             self.forwards = 1 + self.reader.activations(blank).shape[1]
 
     def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
