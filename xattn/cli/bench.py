@@ -13,7 +13,7 @@ import tyro
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure what explaining and training cost beside the backbone alone, as ratios in one run."""
+    """Measure what explaining and training cost compared with the backbone alone, as ratios in one run."""
 
     job: Annotated[
         Literal[
@@ -31,11 +31,12 @@ class Bench:
         ],
         tyro.conf.Positional,
     ] = "all"
-    """Explaining beside a forward pass, a training step beside its floor, images a second ("all" of
-    these), attentive heads beside multi-head cross-attention, epochs from cached features beside running
-    the backbone and attention training beside plain steps, metrics beside the passes they need,
-    mechanisms beside dense attention, attention maps beside stored ones, Triton kernels, or the viewer's
-    pages in Chromium."""
+    """What to measure. explain: explaining against a forward pass; train: a training step against its
+    floor; folder: images per second; all: these three. heads: attentive heads against multi-head
+    cross-attention; probe: epochs from cached features against running the backbone, and attention
+    training against plain steps; fidelity: metrics against the passes they need; attention: mechanisms
+    against dense attention; maps: attention maps against stored ones; kernels: Triton kernels; app:
+    the viewer's pages in Chromium."""
     backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
     """timm models, with random weights."""
     batches: tuple[int, ...] = (1, 8)
@@ -45,13 +46,14 @@ class Bench:
     data: Path | None = None
     """Photos for the jobs "folder" and "probe"; by default JPEG photos of 500 x 375 are made."""
     aot: bool = False
-    """For the job "kernels": compile for A100 and H100, which need not be here, and check that no
-    register spills and that shared memory suffices."""
+    """For the job "kernels": compile for A100 and H100 (neither is needed) and check register spills
+    and shared memory."""
     filter: str | None = None
-    """Only kernels whose label contains each of these words, for example "softmax bf16"."""
+    """For the job "kernels": only those whose label contains each of these words, for example "softmax
+    bf16"."""
     tokens: tuple[int, ...] = ()
-    """For the jobs "attention" (squares, by default 256 1024 4096 16384; more on a GPU) and "maps"
-    (1 + a square, by default 1025 4097; 16385 takes long)."""
+    """For the jobs "attention" (squares, by default 256 1024 4096 16384; more on a GPU) and "maps" (1
+    + a square, by default 1025 4097; 16385 takes long)."""
     plot: Path | None = None
     """For the job "attention": a .png or .svg of times over tokens."""
 

@@ -25,33 +25,33 @@ class Compare:
     heads: tuple[str, ...] = ()
     """Heads: folders, shipped names, hub repositories; by default a shipped one that fits."""
     explainers: tuple[str, ...] = ("gradcam", "layercam", "integrated_gradients", "rise")
-    """Methods of xattn list, or "all" that this backbone allows."""
+    """Methods of xattn list, or "all" for every method that suits this backbone."""
     options: tuple[str, ...] = ()
     """Options of explainers as explainer.name=value, for example rise.masks=1000."""
     metrics: tuple[str, ...] = ("direct",)
-    """Groups of metrics of xattn list; "direct" (none explains again) or "all"."""
+    """Groups of metrics of xattn list; "direct" (all that need no second explanation) or "all"."""
     annotations: Path | None = None
     """A folder with images/ and masks/ or boxes/, which adds the metric group localization."""
     limit: int | None = None
-    """Only the first so many images of a folder or list."""
+    """Use only the first so many images of a folder or list."""
     again_limit: int = 2
-    """Metrics that explain again use so many images for methods of many passes; 0 uses all."""
+    """Images for metrics that explain again, with methods of many passes; 0 uses all."""
     view: Literal["crop", "whole"] = "crop"
     """What the model sees."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the scoring passes."""
+    """Number format of the scoring passes."""
     max_forward_batch: int = 32
-    """How many perturbed images are alive in one pass."""
+    """Perturbed images per pass."""
     max_pixels: int = 40_000_000
     """Larger photos are skipped."""
     seed: int = 0
-    """Of perturbations, random rows and the bootstrap."""
+    """Seed of perturbations, random rows and the bootstrap."""
     maps: int = 1000
-    """Keep the maps of so many photos, for the viewer: up to 0.2 MB a photo and method; 0 keeps none."""
+    """Keep the maps of so many photos for the viewer, up to 0.2 MB per photo and method; 0 keeps none."""
     labels: str | None = None
     """True classes, for the viewer: a file as for xattn probe, or "folders" for the photos' folders."""
     output: Path = Path("runs/comparison")
-    """Folder of the report and the state; a run with the same arguments goes on where one stopped."""
+    """Folder for the report and the state; the same command continues a stopped run."""
 
     def run(self) -> None:
         from xattn.eval.compare import Comparison, compare

@@ -15,7 +15,7 @@ from xattn.cli.model import BackboneArgs
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure how faithful explanations are (AD, IC, ADD, AG), beside Grad-CAM and sanity rows."""
+    """Measure how faithful explanations are (AD, IC, ADD, AG), next to Grad-CAM and sanity rows."""
 
     images: Annotated[str, tyro.conf.Positional]
     """An image, a folder, a .txt list, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
@@ -23,11 +23,11 @@ class Evaluate:
     heads: tuple[str, ...] = ()
     """Heads to measure: folders, shipped names, hub repositories; by default a shipped one that fits."""
     explainers: tuple[str, ...] = ("gradcam",)
-    """Further methods of xattn list."""
+    """Methods of xattn list to measure as well."""
     metrics: tuple[str, ...] = ("masking",)
     """Groups of metrics of xattn list that need no annotations."""
     preset: str | None = None
-    """A published definition of xattn list, which replaces metrics and levels."""
+    """A published metric definition, see xattn list; it replaces metrics and levels."""
     levels: tuple[float, ...] = (1.0, 0.5, 0.15)
     """Shares of the pixels that are kept."""
     sanity: bool = True
@@ -35,11 +35,11 @@ class Evaluate:
     view: Literal["crop", "whole"] = "crop"
     """What the model sees."""
     max_forward_batch: int = 32
-    """How many masked images are alive in one pass."""
+    """Masked images per pass."""
     max_pixels: int = 40_000_000
     """Larger photos are skipped."""
     seed: int = 0
-    """Of the random rows and the bootstrap."""
+    """Seed of the random rows and the bootstrap."""
     output: Path = Path("runs/evaluation")
     """Folder for results.json and results.csv."""
 

@@ -15,18 +15,19 @@ from xattn.cli.model import BackboneArgs
 
 @dataclass(frozen=True)
 class Explain:
-    """Explain an image, a folder or a clip: overlays and a pack of the top or named classes' maps."""
+    """Explain an image, a folder or a clip: overlays, and a pack with maps of the top or named classes."""
 
     images: Annotated[str, tyro.conf.Positional]
     """An image, a folder, a .txt list, hfds/..., wds/..., or a clip (.mp4, .mov, .avi, .mkv, ...)."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     head: str | None = None
-    """Folder of a trained head, a shipped head's name, or a hub repository; the shipped one by default."""
+    """Folder of a trained head, name of a shipped head, or a hub repository; by default the shipped
+    head."""
     explainer: Annotated[
         tuple[str, ...], tyro.conf.arg(metavar="NAME"), tyro.conf.UseAppendAction
     ] = ()
-    """Explain with this method of xattn list instead of a head; give it again for further methods, of
-    which "head" is one."""
+    """Explain with this method of xattn list instead of a head; repeat the option for several methods
+    ("head" is one, too)."""
     labels: str | None = None
     """True classes, for the viewer: a file as for xattn probe, or "folders" for the photos' folders."""
     classes: tuple[str, ...] = ()
@@ -34,17 +35,18 @@ class Explain:
     top: int = 1
     """How many of the most probable classes to explain."""
     view: Literal["crop", "whole"] | None = None
-    """What the model sees: the centre crop of its own preprocessing (photos), or all, squeezed (clips)."""
+    """What the model sees: its own centre crop (the default for photos) or the whole picture, squeezed
+    (clips)."""
     every: int = 1
-    """Of a clip, explain each n-th frame."""
+    """Explain every n-th frame of a clip."""
     smoothing: float = 0.0
-    """Of a clip, the weight of the past in the moving average of its maps, from 0 (off) to below 1."""
+    """Weight of the past in the moving average of a clip's maps, from 0 (off) to below 1."""
     output: Path = Path("runs/explained")
-    """Folder of the pack, and of a clip's overlay.mp4."""
+    """Folder for the pack, and for a clip's overlay.mp4."""
     batch_size: int = 8
-    """Images a pass."""
+    """Images per pass."""
     seed: int = 0
-    """Of explainers that draw random numbers."""
+    """Seed of explainers that draw random numbers."""
     max_pixels: int = 40_000_000
     """Larger photos are refused."""
 

@@ -17,12 +17,13 @@ class Export:
     """Write backbone and head as one graph, for torch.export (.pt2) or ONNX (.onnx)."""
 
     path: Annotated[Path, tyro.conf.Positional]
-    """The file; its suffix decides the format."""
+    """The file to write; its suffix decides the format."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     head: str | None = None
-    """Folder of a trained head, a shipped head's name, or a hub repository; the shipped one by default."""
+    """Folder of a trained head, name of a shipped head, or a hub repository; by default the shipped
+    head."""
     normalize: bool = True
-    """Min-max each map, as explain shows it; without, maps are the head's own scores or mask."""
+    """Scale each map to [0, 1], as explain shows it; otherwise maps are the head's own scores or mask."""
 
     def run(self) -> None:
         from xattn.exporting import export

@@ -20,7 +20,7 @@ def default_head(backbone: Any) -> str | None:
 
 
 def load_with_classifier(model: BackboneArgs, head: str | None) -> tuple[Any, str | None]:
-    """The backbone, and the head to load: one of ``xattn probe`` becomes its classifier, instead."""
+    """The backbone, and the head to load; a head of ``xattn probe`` becomes the classifier instead."""
     if head is not None and model.probe is None and probe_options(head) is not None:
         return replace(model, probe=head).load(), None
     return model.load(), head
@@ -35,6 +35,7 @@ def probe_options(source: str) -> dict[str, Any] | None:
 
 
 def choose_head(source: str | None, backbone: Any) -> Any:
+    """The head ``source``, or else a probed backbone's own, or the shipped one that fits, on its device."""
     from xattn.heads import load_head
 
     if source is None and hasattr(backbone, "probe"):
@@ -49,7 +50,7 @@ def choose_head(source: str | None, backbone: Any) -> Any:
 
 
 def choose_heads(sources: tuple[str, ...], backbone: Any) -> tuple[list[str], list[Any]]:
-    """Names and heads: those asked for, or else a probed backbone's own, or a shipped one that fits."""
+    """Names and heads: those given, or else a probed backbone's own, or a shipped one that fits."""
     if not sources and hasattr(backbone, "probe"):
         return [backbone.probe.name], [backbone.probe]
     for source in () if hasattr(backbone, "probe") else sources:
@@ -65,6 +66,7 @@ def choose_heads(sources: tuple[str, ...], backbone: Any) -> tuple[list[str], li
 
 
 def row_name(source: str, name: str, taken: set[str]) -> str:
+    """What tables call the head of ``source``: the name of its run, with a prime for each one ``taken``."""
     from xattn.runtime.files import printable
 
     path = Path(source)

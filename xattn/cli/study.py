@@ -38,7 +38,7 @@ class StudyAt:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyImage:
-    """Attention training on images: do maps of attentive heads agree better with what matters?"""
+    """Attention training on images: do the maps of attentive heads agree better with what matters?"""
 
     data: Path
     """Photos to tell classes apart."""
@@ -81,7 +81,7 @@ class StudyVpu:
 
 @dataclass(frozen=True, kw_only=True)
 class StudySwap:
-    """Accuracy of a trained ViT whose attention is swapped and not trained again."""
+    """Accuracy of a trained ViT after its attention is swapped, without retraining."""
 
     data: str
     """Photos, as for explain."""
@@ -113,7 +113,7 @@ else:
 
 @dataclass(frozen=True)
 class Study:
-    """Rerun a study of docs/results/; a study that was stopped goes on in its output folder."""
+    """Rerun a study of docs/results/; a stopped study continues in its output folder."""
 
     after_interrupt: ClassVar[str] = "; the same command goes on"
     study: tyro.conf.OmitSubcommandPrefixes[Choice]

@@ -20,25 +20,28 @@ class Train:
     after_interrupt: ClassVar[str] = "; --resume goes on"
 
     data: str
-    """A folder of images, a .txt list with one path a line, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
+    """A folder of images, a .txt list with one path per line, hfds/NAME_OR_PATH:SPLIT or
+    wds/PATH:SPLIT."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     train: tyro.conf.OmitArgPrefixes[TrainConfig]
     preset: str | None = None
-    """Published settings by name (xattn list); they replace backbone, taps, head, fusion and options."""
+    """Published settings by name, see xattn list; they replace backbone, taps, head, fusion and
+    options."""
     head: str = "ttame"
-    """See xattn list."""
+    """Name of the head, see xattn list."""
     fusion: Literal["classifier", "per_class"] = "classifier"
-    """Rows of the class maps: made from the classifier's weights, or one free row a class."""
+    """Where a class's row of the fusion comes from: the classifier's weights, or a free row per class."""
     options: tuple[str, ...] = ()
     """Further options of the head as name=value, for example branch_rank=null num_taps=2."""
     output: Path = Path("runs/head")
     """Folder for log, checkpoints and the trained head."""
     resume: bool = False
-    """Go on from the last checkpoint in the output folder."""
+    """Continue from the last checkpoint in the output folder."""
     half: bool = False
     """Also save the head in half precision, in head-half."""
     sample: int = 0
-    """Explain so many photos of the data at each checkpoint: a pack of before and now, in sample."""
+    """Explain this many photos of the data at each checkpoint; the pack sample holds the maps of
+    before and now."""
 
     def run(self) -> None:
         import torch
