@@ -14,7 +14,7 @@ import xattn
 from xattn.config import ProbeConfig, TrainConfig
 from xattn.heads import create_head
 from xattn.training import fit
-from xattn.training import loop as fit_module
+from xattn.training import fitting as fit_module
 from xattn.training import probe as probe_module
 from xattn.training.checkpoint import load_checkpoint, save_checkpoint
 from xattn.training.features import cache_features

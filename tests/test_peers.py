@@ -21,10 +21,10 @@ from xattn.runtime.distributed import peers
 JOB = """
 import os, signal, sys
 from xattn.cli import main
-from xattn.training import loop, probe
+from xattn.training import fitting, probe
 
 at, kind, *arguments = sys.argv[1:]
-module, calls = {"train": loop, "probe": probe}[kind], []
+module, calls = {"train": fitting, "probe": probe}[kind], []
 step = module._step
 
 def dying(*args):

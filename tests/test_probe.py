@@ -26,10 +26,11 @@ from xattn.heads import create_head, load_head
 from xattn.heads.probed import probed
 from xattn.packs.reader import load_pack
 from xattn.training import probe as module
+from xattn.training.feature_batches import chunks
 from xattn.training.features import cache_features
 from xattn.training.labels import read_labels, split
 from xattn.training.lars import LARS
-from xattn.training.probe import ProbeScores, answers, chunks, learning_rate, probe
+from xattn.training.probe import ProbeScores, answers, learning_rate, probe
 from xattn.training.sample import Sample
 
 TRAIN, VALIDATION = range(0, 16), range(16, 24)

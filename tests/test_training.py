@@ -285,7 +285,7 @@ def test_ctrl_c_in_the_middle_of_a_step_resumes_to_bit_identical_weights(
             os.kill(os.getpid(), signal.SIGINT)
         return objective(*args, **kwargs)
 
-    monkeypatch.setattr("xattn.training.loop.objective", interrupted)
+    monkeypatch.setattr("xattn.training.fitting.objective", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         fit(fresh(), backbone, folder, config, output=tmp_path / "run", progress=False)
@@ -318,7 +318,7 @@ def at_call(monkeypatch, actions):
         actions.get(len(calls), list)()
         return objective(*args, **kwargs)
 
-    monkeypatch.setattr("xattn.training.loop.objective", disturbed)
+    monkeypatch.setattr("xattn.training.fitting.objective", disturbed)
 
 
 @pytest.fixture
@@ -632,13 +632,13 @@ from accelerate import PartialState
 from xattn.config import TrainConfig
 from xattn.heads import create_head
 from xattn.photos.sources import open_photos
-from xattn.training import loop
+from xattn.training import fitting
 from xattn.training.data import epoch_batches
 
 weights, data, out = sys.argv[1:]
 backbone = xattn.load_backbone("test_efficientnet", weights=weights, input_size=64)
 config = TrainConfig(epochs=2, batch_size=1, workers=0, lr=0.01)
-objective, calls = loop.objective, []
+objective, calls = fitting.objective, []
 
 def fit(name, seed=0, at=0, head="ttame", **kwargs):
     def counted(*args):
@@ -648,7 +648,7 @@ def fit(name, seed=0, at=0, head="ttame", **kwargs):
         return objective(*args)
 
     calls.clear()
-    loop.objective = counted
+    fitting.objective = counted
     torch.manual_seed(seed)
     head = create_head(head, backbone)
     return xattn.fit(head, backbone, data, kwargs.pop("config", config), output=f"{out}/{name}",

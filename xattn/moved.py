@@ -45,6 +45,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "xattn.strict_json": ("xattn.runtime.strict_json",),
     "xattn.strict_yaml": ("xattn.runtime.strict_yaml",),
     "xattn.tensor_file": ("xattn.runtime.tensor_file",),
+    "xattn.training.loop": ("xattn.training.fitting",),
     "xattn.training.perturbation": ("xattn.training.attention_training",),
     "xattn.video": ("xattn.explaining.clips", "xattn.photos.clip"),
     "xattn.visualize": (

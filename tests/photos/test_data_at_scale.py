@@ -387,7 +387,7 @@ def kill_at(monkeypatch, step):
             raise Killed
         return objective(*args, **kwargs)
 
-    monkeypatch.setattr("xattn.training.loop.objective", killing)
+    monkeypatch.setattr("xattn.training.fitting.objective", killing)
 
 
 @pytest.mark.parametrize("kind", ["wds", "hfds saved"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -165,27 +164,3 @@ def _free(path: Path) -> Path:
     """``path``, with a number behind it where there is such a file."""
     names = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in count(1))
     return next(name for name in names if not name.exists())
-
-
-def report(
-    log: TextIO | None,
-    writer: Any,
-    bar: Any,
-    step: int,
-    epoch: int,
-    lr: float,
-    losses: dict[str, float],
-) -> None:
-    """One step to the log, to TensorBoard and to the progress bar, where there are such."""
-    if log is not None:
-        record = {"step": step, "epoch": epoch, "lr": lr, **losses, "time": round(time.time(), 3)}
-        try:
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-        except OSError as error:
-            raise output_error("output", log.name, error) from error
-    if writer is not None:
-        for key, value in losses.items():
-            writer.add_scalar(f"train/{key}", value, step)
-    bar.set_postfix({k[:4]: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
-    bar.update()

@@ -1,0 +1,317 @@
+"""A training run: its output folder, resumable state, log and signals, alike in all of its processes.
+
+    run = Run(head, optimizer, accelerator, config, loop_state, total, options)
+    with run.open(record):               # claims the folder and restores the last checkpoint
+        with run.steps():                # Ctrl-C and SIGTERM wait for the end of a step
+            for batch in batches:
+                run.agree()              # where one process has to stop, all do, with a checkpoint
+                run.losses = step(run, batch)
+                run.advance(epoch, lr)
+        run.save_head()
+
+What differs between training on photos and probing is left to their loops in
+:mod:`~xattn.training.fitting` and :mod:`~xattn.training.probe`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TextIO, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from xattn.config import ProbeConfig, TrainConfig
+from xattn.heads import Head, save_head
+from xattn.runtime.files import output_error, printable
+from xattn.runtime.interrupts import deferred_interrupt
+from xattn.runtime.memory import is_out_of_memory
+from xattn.training import processes
+from xattn.training.checkpoint import save_checkpoint
+from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, claim
+from xattn.training.whole_batch import Share, whole_batch
+
+FAILED = 1000  # a reason to stop, graver than the numbers of signals
+SHARED_STATE = ("step", "head", "optimizer", "scaler", "losses")  # of every checkpoint
+
+HeadT = TypeVar("HeadT", bound=Head)
+
+
+class LoopState(Protocol):
+    """What a loop has to restore beside the head and its optimizer."""
+
+    keys: tuple[str, ...]
+
+    def state_dict(self) -> dict[str, Any]:
+        """A value for each of ``keys``; called in all processes."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them from the ``state`` of a whole checkpoint."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is kept and shown, see :func:`~xattn.training.fitting.fit`."""
+
+    output: str | Path | None = None
+    resume: bool = False
+    progress: bool = True
+    on_checkpoint: Callable[[int, Any], None] | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The output folder; None keeps everything in memory."""
+        return None if self.output is None else Path(self.output)
+
+
+class Run(Generic[HeadT]):
+    """One training run of ``head`` over ``total`` steps.
+
+    ``step`` counts the steps taken, ``losses`` are the last ones, ``main`` is False in the processes that
+    write nothing, and ``interrupted()`` is the number of the signal that came, or 0.
+    """
+
+    def __init__(
+        self,
+        head: HeadT,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Any,
+        config: TrainConfig | ProbeConfig,
+        loop_state: LoopState,
+        total: int,
+        options: RunOptions,
+    ) -> None:
+        self.head, self.accelerator, self.config = head, accelerator, config
+        self.optimizer = accelerator.prepare(optimizer, device_placement=[False])
+        self.loop_state, self.total, self.options = loop_state, total, options
+        self.folder = options.folder
+        self.ranks, self.rank = accelerator.num_processes, accelerator.process_index
+        self.main: bool = accelerator.is_main_process
+        self.step = 0
+        self.losses: dict[str, float] = {}
+        self.interrupted: Callable[[], int] = lambda: 0
+        self._share = Share()
+        self._log: TextIO | None = None
+        self._writer: Any = None
+        self._bar: Any = None
+
+    @contextmanager
+    def open(self, record: dict[str, Any]) -> Iterator[None]:
+        """Own the output folder, go on from its last checkpoint, and train mode for the head.
+
+        ``record`` is what a resumed run must agree with, beside the config and the head.
+        """
+        record = {
+            "train": asdict(self.config),
+            "head": self.head.config(),
+            **record,
+            "processes": self.ranks,
+        }
+        with ExitStack() as stack:
+            state = self._claim(stack, record)
+            if state is not None:
+                with _errors_of_the_checkpoint(self.folder):
+                    self._restore(state)
+            processes.share_weights(self.accelerator, self.head)
+            self._share = stack.enter_context(whole_batch(self.head))
+            self.head.train()
+            if state is None:
+                self.checkpoint()  # a run killed before its next checkpoint starts from the same head
+            yield
+        if self.ranks > 1:
+            self.accelerator.wait_for_everyone()
+
+    def _claim(self, stack: ExitStack, record: dict[str, Any]) -> dict[str, Any] | None:
+        """Claim the folder and open its log; the state to resume from, in all processes.
+
+        An error of the main process is raised in all of them.
+        """
+        needed = (*SHARED_STATE, *self.loop_state.keys)
+        state, refusal = None, None
+        try:
+            claimed = claim(self.folder, record, self.options.resume, self.main, needed)
+            self._log, state = stack.enter_context(claimed)
+        except (ValueError, OSError) as error:
+            refusal = error
+        refusal, state = processes.from_main(self.accelerator, refusal, state)
+        if refusal is not None:
+            raise refusal
+        return state
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.step = int(state["step"])
+        self.losses = {name: float(value) for name, value in state["losses"].items()}
+        self.loop_state.load_state_dict(state)
+        self.head.load_state_dict(state["head"])
+        saved = state["optimizer"]["param_groups"]
+        for group, own in zip(saved, self.optimizer.param_groups, strict=True):
+            if "fused" in own:  # how a step is computed is decided anew by each run
+                group["fused"] = own["fused"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint and call ``on_checkpoint``; every process has to call this."""
+        own = self.loop_state.state_dict()
+        if not self.main:
+            return
+        if self.folder is not None:
+            scaler = self.accelerator.scaler
+            state = {
+                "step": self.step,
+                "head": self.head.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "losses": self.losses,
+                **own,
+            }
+            save_checkpoint(self.folder / CHECKPOINTS, self.step, state)
+        if self.options.on_checkpoint is not None:
+            self.options.on_checkpoint(self.step, self.head)
+
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        """Take steps in the block, with a progress bar; a first signal waits for :meth:`agree`."""
+        self._writer = _tensorboard(self.folder, self.step) if self.main else None
+        self._bar = tqdm(
+            total=self.total,
+            initial=self.step,
+            unit="step",
+            disable=not (self.options.progress and self.main),
+        )
+        try:
+            with deferred_interrupt() as self.interrupted:
+                yield
+                stop, _ = processes.agree(self.accelerator, self.interrupted(), 0)
+                if stop:  # after the last checkpoint
+                    raise _stopped(stop, None)
+        finally:
+            self._bar.close()
+            if self._writer is not None:
+                self._writer.close()
+
+    def agree(self, count: int = 0, failure: OSError | None = None) -> list[int]:
+        """The ``count`` of images of every process.
+
+        If a process was interrupted or has a ``failure``, all write a checkpoint and stop.
+        """
+        reason = self.interrupted() or (FAILED if failure else 0)
+        stop, counts = processes.agree(self.accelerator, reason, count)
+        if stop:
+            self.checkpoint()
+            raise _stopped(stop, failure)
+        return counts
+
+    @contextmanager
+    def forward(self, share: Share) -> Iterator[None]:
+        """Mixed precision, and random numbers that depend on nothing but the step.
+
+        ``share`` is what this process has of the batch.
+        """
+        self._share.rows, self._share.count = share.rows, share.count
+        with processes.seeded(self.config.seed, self.step), self.accelerator.autocast():
+            yield
+
+    def backward(self, loss: Tensor, without: Collection[str] = ()) -> None:
+        """Gradients of ``loss``, averaged over all processes; None for the parameters ``without``."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss)
+        for name in without:
+            self.head.get_parameter(name).grad = None
+        processes.average_gradients(self.accelerator, self.head)
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """The mean of the processes' ``losses``, each of which they have weighted by their share."""
+        return processes.average(self.accelerator, losses)
+
+    @contextmanager
+    def naming_batch_size(self, items: str) -> Iterator[None]:
+        """Report exhausted memory as an error of ``batch_size``, which counts ``items``."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryError(
+                f"batch_size: out of memory with {self.config.batch_size} {items} a step; train with "
+                f"fewer, or on more processes"
+            ) from error
+
+    def check_finite(self, step: int, *losses: float) -> None:
+        """Raise a ValueError that names ``step`` and the learning rate unless ``losses`` are finite."""
+        if not all(map(math.isfinite, losses)):
+            raise ValueError(
+                f"lr: the loss is not finite at step {step}; train with a lower lr than "
+                f"{self.config.lr:g}"
+            )
+
+    def advance(self, epoch: int, lr: float) -> None:
+        """Count the step that was taken; its ``losses`` go to log, TensorBoard and progress bar."""
+        self.step += 1
+        if self._log is not None:
+            record = {"step": self.step, "epoch": epoch, "lr": lr, **self.losses}
+            record["time"] = round(time.time(), 3)
+            try:
+                self._log.write(json.dumps(record) + "\n")
+                self._log.flush()
+            except OSError as error:
+                raise output_error("output", self._log.name, error) from error
+        if self._writer is not None:
+            for name, value in self.losses.items():
+                self._writer.add_scalar(f"train/{name}", value, self.step)
+        self._bar.set_postfix({k[:4]: f"{v:.3f}" for k, v in self.losses.items()}, refresh=False)
+        self._bar.update()
+
+    def save_head(self) -> None:
+        """Write the trained head into the output folder, from the main process."""
+        if self.folder is not None and self.main:
+            save_head(self.head, self.folder / HEAD_FOLDER)
+
+
+@contextmanager
+def _errors_of_the_checkpoint(folder: Path | None) -> Iterator[None]:
+    """Report errors while a state is loaded as errors of the checkpoint in ``folder``."""
+    try:
+        yield
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"resume: the checkpoint in {folder} does not fit this run ({reason}); train again into a "
+            f"new output folder"
+        ) from error
+
+
+def _stopped(stop: int, failure: OSError | None) -> BaseException:
+    """The exception that ends all processes for the reason they agreed on."""
+    if stop == FAILED:
+        return failure or ChildProcessError("data: another process cannot read on; see its error")
+    return KeyboardInterrupt() if stop == signal.SIGINT else SystemExit(128 + stop)
+
+
+def _tensorboard(folder: Path | None, step: int) -> Any:
+    """A writer that drops what a killed run wrote after ``step``; None without TensorBoard or a folder."""
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    try:
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    except UnicodeEncodeError:
+        warnings.warn(
+            f"output: {printable(str(folder))} is not a UTF-8 name, which TensorBoard needs; the losses "
+            f"go to log.jsonl alone",
+            stacklevel=3,
+        )
+        return None
