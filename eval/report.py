@@ -21,6 +21,8 @@ from xattn.eval.protocol import METRICS, Protocol
 from xattn.eval.results import ImageRecord, MethodResult, Results, Row
 from xattn.eval.stream import Skipped
 from xattn.runtime import strict_json
+from xattn.runtime.files import atomic_file
+from xattn.runtime.version import __version__
 
 FORMAT = "xattn-results"
 FORMAT_VERSION = 2
@@ -177,8 +179,6 @@ def write_json(results: Results, path: str | Path) -> None:
     Raises:
         OSError: the file cannot be written; an earlier file of that name is intact.
     """
-    from xattn.runtime.files import atomic_file
-
     text = json.dumps(to_dict(results), allow_nan=False, ensure_ascii=False, indent=1)
     with atomic_file(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -238,8 +238,6 @@ def _array(values: list[Any]) -> NDArray[np.float64]:
 
 
 def _version() -> str:
-    from xattn.runtime.version import __version__
-
     return __version__
 
 
@@ -284,7 +282,5 @@ def image_lines(results: Results) -> list[list[Any]]:
 
 
 def _write_lines(path: Path, lines: list[list[Any]]) -> None:
-    from xattn.runtime.files import atomic_file
-
     with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from xattn.explainers import create_explainer
+
 
 def randomized_backbone(backbone: Any, seed: int = 0) -> Any:
     """A deep copy of a frozen backbone with random weights; a pure function of ``seed``.
@@ -60,8 +62,6 @@ def randomized_explainer(
 
     A trained ``head`` is kept as it is and reads the random network's maps.
     """
-    from xattn.explainers import create_explainer
-
     twin = randomized_backbone(backbone, seed)
     if head is not None:
         head = copy.deepcopy(head)
@@ -73,8 +73,6 @@ def sanity_rows(
     backbone: Any, method: str = "gradcam", *, head: Any = None, seed: int = 0, **options: Any
 ) -> dict[str, Any]:
     """Explainers by row name: random, centre, ones and randomized_<method> with its ``options``."""
-    from xattn.explainers import create_explainer
-
     rows = {
         name: create_explainer(name, backbone, seed=seed) for name in ("random", "centre", "ones")
     }
@@ -186,8 +184,6 @@ class Cascade:
         return explain
 
     def _create(self, name: str, head: Any, options: dict[str, Any], twin: Any) -> Any:
-        from xattn.explainers import create_explainer
-
         if head is not None:
             head = copy.copy(head)
             head.backbone_fingerprint = twin.fingerprint

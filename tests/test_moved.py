@@ -35,3 +35,12 @@ def test_old_paths_work_in_a_fresh_process_in_every_form():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("old", ["xattn.eval.folds", "xattn.eval.groups"])
+def test_an_old_path_runs_as_a_program(old):
+    command = [sys.executable, "-m", old, "--data", "no/such/folder"]
+    usage = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert usage.returncode == 0 and f"usage: python -m {MOVED[old][0]}" in usage.stdout
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode != 0 and "no/such/folder" in run.stderr

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 MOVED: dict[str, tuple[str, ...]] = {
@@ -19,6 +19,18 @@ MOVED: dict[str, tuple[str, ...]] = {
     "xattn.allocator": ("xattn.runtime.allocator",),
     "xattn.contact_sheet": ("xattn.pictures.contact_sheet",),
     "xattn.distributed": ("xattn.runtime.distributed",),
+    "xattn.eval.attention": ("xattn.eval.bench.attention",),
+    "xattn.eval.fidelity": ("xattn.eval.bench.fidelity",),
+    "xattn.eval.folds": ("xattn.eval.studies.class_folds",),
+    "xattn.eval.groups": ("xattn.eval.studies.coarse_groups",),
+    "xattn.eval.heads_bench": ("xattn.eval.bench.heads", "xattn.eval.bench.operation_counts"),
+    "xattn.eval.maps": ("xattn.eval.bench.maps", "xattn.eval.bench.tensor_memory"),
+    "xattn.eval.speed": (
+        "xattn.eval.bench.speed",
+        "xattn.eval.bench.timing",
+        "xattn.eval.bench.operation_counts",
+        "xattn.eval.bench.random_photos",
+    ),
     "xattn.explainers.perturbation": ("xattn.explainers.masked_passes",),
     "xattn.explanation": (
         "xattn.packs.explanation",
@@ -82,6 +94,12 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Nothing to run: names are looked up when they are asked for."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """What ``python -m`` runs: the module in its new place."""
+        new = MOVED[fullname][0]
+        source = f"import runpy; runpy.run_module({new!r}, run_name='__main__', alter_sys=True)"
+        return compile(source, fullname, "exec")
 
 
 def install() -> None:

@@ -30,15 +30,22 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xattn.backbone import Backbone, Taps
+from xattn.backbone import Backbone, Taps, load_backbone
 from xattn.config import ProbeConfig
 from xattn.correlation import pearson
+from xattn.eval.annotations import MaskFolder
 from xattn.eval.bootstrap import mean_interval, paired_difference
+from xattn.eval.coco import THING_IDS
 from xattn.eval.studies.config import ImageStudyConfig
-from xattn.heads import AttentiveHead, Tokens, head_class
+from xattn.heads import AttentiveHead, Tokens, create_head, head_class
+from xattn.photos.images import list_images, load_image
 from xattn.photos.sources import open_photos
+from xattn.photos.view import make_view, prepare
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, file_sha256, write_json
+from xattn.training.features import cache_features
+from xattn.training.labels import read_labels, split
+from xattn.training.probe import probe
 
 METRICS = ("accuracy", "pixels", "tokens", "deletion", "shares", "stability", "energy")
 SETTINGS = "settings.json"
@@ -136,12 +143,6 @@ def _runs(
     config: ImageStudyConfig,
 ) -> Iterator[str]:
     """The runs of one backbone and head that are not there yet."""
-    from xattn.backbone import load_backbone
-    from xattn.heads import create_head
-    from xattn.photos.images import list_images
-    from xattn.training.labels import read_labels, split
-    from xattn.training.probe import probe
-
     name, kind = runs[0].backbone, runs[0].head
     backbone = load_backbone(name, "package", input_size=config.input_size)
     if backbone.is_vit or kind != "memetector":  # which reads what a CNN gives by default
@@ -206,12 +207,6 @@ def material(
     backbone: Any, photos: Sequence[Path], objects: Path, folder: Path, config: ImageStudyConfig
 ) -> Material:
     """Features of all photos; those without noise are cached in ``folder``."""
-    from xattn.eval.annotations import MaskFolder
-    from xattn.eval.coco import THING_IDS
-    from xattn.photos.images import list_images, load_image
-    from xattn.photos.view import make_view
-    from xattn.training.features import cache_features
-
     others = list_images(objects / "images")
     clean = cache_features(backbone, photos, folder / "clean", progress=False)
     coco = cache_features(backbone, others, folder / "objects", progress=False)
@@ -233,9 +228,6 @@ def material(
 
 @torch.inference_mode()
 def _noisy(backbone: Any, path: Path, seed: int, noise: float) -> Taps:
-    from xattn.photos.images import load_image
-    from xattn.photos.view import prepare
-
     image = prepare(load_image(path), backbone.preprocessing)[0]
     noise_of = torch.Generator().manual_seed(seed)
     image = (image + noise * torch.randn(image.shape, generator=noise_of)).clamp(0, 1)
@@ -292,9 +284,6 @@ def pixel_gradients(
     backbone: Backbone, photo: Path, heads: Sequence[AttentiveHead], target: Tensor
 ) -> list[Tensor]:
     """Of each head (N,): root mean square of the loss's gradient by the pixels of each token's cell."""
-    from xattn.photos.images import load_image
-    from xattn.photos.view import prepare
-
     pixels = prepare(load_image(photo), backbone.preprocessing)[0][None].to(backbone.device)
     pixels.requires_grad_()
     found = []

@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference, t_interval
+from xattn.eval.functional import upsample
 from xattn.eval.studies.config import PartStudyConfig
+from xattn.photos.images import load_image
+from xattn.pictures.overlay import overlay
 from xattn.runtime.files import atomic_file
 
 if TYPE_CHECKING:
@@ -147,10 +150,6 @@ def figure(
     shown from 0 to its maximum.
     """
     import torch
-
-    from xattn.eval.functional import upsample
-    from xattn.photos.images import load_image
-    from xattn.pictures.overlay import overlay
 
     shares = sorted({scenario.p_txt for scenario in scenarios})
     same = [s for s in scenarios if s.p_txt == shares[len(shares) // 2]]

@@ -26,12 +26,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from xattn.backbone import load_backbone
 from xattn.config import ProbeConfig
+from xattn.eval.annotations import Boxes
+from xattn.eval.functional import upsample
+from xattn.eval.metrics.localization import energy_pointing_values
 from xattn.eval.studies.config import PartStudyConfig
 from xattn.eval.studies.part_report import Values, figure, line, report, summary
+from xattn.heads import AttentiveHead, create_head, head_class
+from xattn.parts import cut_parts, draw_macro, draw_text, write_lettered
+from xattn.parts.macros import BOXES
+from xattn.photos.images import list_images, load_image
 from xattn.photos.sources import open_photos
+from xattn.photos.view import make_view
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, write_json
+from xattn.training.features import cache_features
+from xattn.training.probe import probe
 
 FORMS = ("plain", "text", "macro", "crop")
 MACRO = FORMS.index("macro")
@@ -78,9 +89,6 @@ class Forms:
 
 def make_forms(photos: Sequence[Path], output: Path, worn: bool, seed: int) -> Forms:
     """Make, or find in ``output``, the photos with text, the macros and their crops."""
-    from xattn.parts import cut_parts, draw_macro, draw_text, write_lettered
-    from xattn.parts.macros import BOXES
-
     made: dict[str, list[Path]] = {}
     for form, draw in (("text", draw_text), ("macro", draw_macro)):
         folder = output / form
@@ -127,9 +135,6 @@ def measure(
 ) -> Values:
     """Values of the test photos: ``correct`` (n, 4) by form, NaN where there is no crop, energies and
     area in [0, 1] of their macros, and the attention (n, h, w)."""
-    from xattn.eval.functional import upsample
-    from xattn.eval.metrics.localization import energy_pointing_values
-
     correct = np.full((len(test), len(FORMS)), np.nan)
     attention, difference = [], []
     head.eval()
@@ -194,12 +199,6 @@ def run(
     Raises:
         ValueError: a photo cannot be read, too few photos, or ``output`` is of another study.
     """
-    from xattn.backbone import load_backbone
-    from xattn.heads import AttentiveHead, create_head, head_class
-    from xattn.photos.images import list_images
-    from xattn.training.features import cache_features
-    from xattn.training.probe import probe
-
     kind_of_head = head_class(study.head)
     if not issubclass(kind_of_head, AttentiveHead):
         raise ValueError(f"head: {study.head!r} is no classifier; give an attentive head")
@@ -294,10 +293,6 @@ def _split(
 
 def _masks(forms: Forms, preprocessing: Any) -> torch.Tensor:
     """(n, 1, H, W) bool: the text of every macro in the model's input."""
-    from xattn.eval.annotations import Boxes
-    from xattn.photos.images import load_image
-    from xattn.photos.view import make_view
-
     boxes = Boxes(forms.boxes, {0: "text"}, {1: "text"})
     masks = []
     for path in forms.files[MACRO]:

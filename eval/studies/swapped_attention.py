@@ -16,6 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from xattn.attention import converted_copy
+from xattn.eval.bootstrap import mean_intervals
+from xattn.explaining.naming import named_photos
+from xattn.explaining.photos import true_classes_of
+from xattn.photos.images import load_image
+from xattn.photos.view import prepare
+
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
 
@@ -72,8 +79,6 @@ def study(
     if every < 1:
         raise ValueError(f"every: got {every}; give at least 1")
     right, same = accuracy(backbone, data, labels, every, swaps)
-    from xattn.eval.bootstrap import mean_intervals
-
     depth = len(backbone.model.blocks)  # type: ignore[arg-type]
     yield f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}, {len(right)} photos"
     yield "\n| attention | blocks | right, % | 95 % interval | same class as trained, % |"
@@ -95,12 +100,6 @@ def accuracy(
     swaps: Sequence[Swap] = SWAPS,
 ) -> tuple[Tensor, Tensor]:
     """Whether each photo is classified right, and as by the trained model: bool (photos, 1 + swaps)."""
-    from xattn.attention import converted_copy
-    from xattn.explaining.naming import named_photos
-    from xattn.explaining.photos import true_classes_of
-    from xattn.photos.images import load_image
-    from xattn.photos.view import prepare
-
     sources = named_photos(data)[::every]
     truth = true_classes_of(sources, labels, backbone)
     known = [(s, k) for name, s in sources if (k := truth.get(name, (None, None))[0]) is not None]

@@ -15,7 +15,7 @@ NAMES = get_args(get_args(get_type_hints(Bench, include_extras=True)["job"])[0])
 
 @pytest.mark.parametrize("job", NAMES)
 def test_a_job_is_called_with_arguments_that_it_takes(job):
-    module, arguments = JOBS.get(job, ("xattn.eval.speed", _speed))
+    module, arguments = JOBS.get(job, ("xattn.eval.bench.speed", _speed))
     bench = importlib.import_module(module).bench
     inspect.signature(bench).bind(**arguments(Bench(job=job, aot=True)))
 

@@ -5,7 +5,7 @@ import torch
 
 from xattn.attention import list_attention
 from xattn.cli import main
-from xattn.eval.attention import MECHANISMS, bench, jobs, pairs
+from xattn.eval.bench.attention import MECHANISMS, bench, jobs, pairs
 
 
 def test_every_mechanism_has_a_row_beside_dense():

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xattn.eval.maps import available_memory, bench, peak_memory
+from xattn.eval.bench.maps import bench
+from xattn.eval.bench.tensor_memory import available_memory, peak_memory
 
 
 def test_both_sides_of_the_table_compute_the_same_maps():
@@ -16,7 +17,7 @@ def test_both_sides_of_the_table_compute_the_same_maps():
 
 
 def test_stored_maps_that_do_not_fit_are_left_out(monkeypatch):
-    monkeypatch.setattr("xattn.eval.maps.available_memory", lambda: 1000)
+    monkeypatch.setattr("xattn.eval.bench.maps.available_memory", lambda: 1000)
     *_, rollout, _ = bench((17,), rounds=1)
     assert "needed" in rollout and "x |" not in rollout
     assert available_memory() > 1 << 20

@@ -7,7 +7,9 @@ import torch
 
 from xattn import load_backbone
 from xattn.cli import main
-from xattn.eval import speed
+from xattn.eval.bench import speed, timing
+from xattn.eval.bench.operation_counts import operations
+from xattn.eval.bench.random_photos import write_photos
 from xattn.photos.images import list_images, load_image
 
 
@@ -19,9 +21,9 @@ def backbone():
 
 def test_a_ratio_is_the_median_over_rounds_within_each_round(monkeypatch):
     clock = iter([1, 2, 1, 3, 10, 50, 1, 4, 2, 2])  # base, job, base, job, ...: 2, 3, 5, 4, 1
-    monkeypatch.setattr(speed, "_seconds", lambda job: next(clock))
+    monkeypatch.setattr(timing, "seconds_of", lambda job: next(clock))
     jobs = {"base": None, "job": None}
-    assert speed.ratios(jobs, "base", rounds=3, warmup=2) == {"base": 1, "job": 4}
+    assert timing.ratios(jobs, "base", rounds=3, warmup=2) == {"base": 1, "job": 4}
 
 
 def test_bounds_are_those_of_the_targets_or_follow_the_operations():
@@ -35,7 +37,7 @@ def test_bounds_are_those_of_the_targets_or_follow_the_operations():
 def test_operations_are_counted():
     layer = torch.nn.Conv2d(3, 5, 1, bias=False)
     x = torch.rand(2, 3, 4, 4)
-    assert speed.operations(lambda: layer(x)) == 2 * 2 * 3 * 5 * 16
+    assert operations(lambda: layer(x)) == 2 * 2 * 3 * 5 * 16
 
 
 def test_every_explaining_job_gives_maps_of_the_predicted_class(backbone):
@@ -79,7 +81,7 @@ def test_nothing_to_measure_is_refused(wrong):
 
 
 def test_the_command_prints_the_tables(capsys, tmp_path):
-    folder = speed.write_photos(tmp_path, count=3, size=(80, 60))
+    folder = write_photos(tmp_path, count=3, size=(80, 60))
     assert [load_image(p).size for p in list_images(folder)] == [(80, 60)] * 3
     quick = ["--backbones", "test_resnet", "--batches", "2", "--rounds", "1"]
     assert main(["bench", "all", *quick, "--data", str(folder)]) == 0

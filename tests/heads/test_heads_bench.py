@@ -6,8 +6,9 @@ import pytest
 import torch
 from attentive_fakes import HEADS, random_tokens, vit
 
-from xattn.eval import heads_bench
-from xattn.eval.heads_bench import MultiHeadProbe, macs
+from xattn.eval.bench import heads as heads_bench
+from xattn.eval.bench.heads import MultiHeadProbe
+from xattn.eval.bench.operation_counts import macs
 from xattn.heads import create_head
 
 

@@ -58,7 +58,7 @@ class Bench:
     """For the job "attention": a .png or .svg of times over tokens."""
 
     def run(self) -> None:
-        name, arguments = JOBS.get(self.job, ("xattn.eval.speed", _speed))
+        name, arguments = JOBS.get(self.job, ("xattn.eval.bench.speed", _speed))
         for line in importlib.import_module(name).bench(**arguments(self)):
             print(line, flush=True)
 
@@ -99,17 +99,17 @@ def _attention(options: Bench) -> dict[str, Any]:
 # A job's module, whose ``bench`` yields the lines to print, and what it is given. The module is
 # imported when its job runs.
 JOBS: dict[str, tuple[str, Callable[[Bench], dict[str, Any]]]] = {
-    "heads": ("xattn.eval.heads_bench", lambda o: {"rounds": o.rounds}),
-    "probe": ("xattn.eval.probing", _probe),
+    "heads": ("xattn.eval.bench.heads", lambda o: {"rounds": o.rounds}),
+    "probe": ("xattn.eval.bench.probes", _probe),
     "fidelity": (
-        "xattn.eval.fidelity",
+        "xattn.eval.bench.fidelity",
         lambda o: {"name": o.backbones[0], "rounds": min(o.rounds, 7)},
     ),
     "maps": (
-        "xattn.eval.maps",
+        "xattn.eval.bench.maps",
         lambda o: {"tokens": o.tokens or (1025, 4097), "rounds": min(o.rounds, 3)},
     ),
-    "attention": ("xattn.eval.attention", _attention),
+    "attention": ("xattn.eval.bench.attention", _attention),
     "kernels": ("xattn.kernels.aot", _kernels),
     "app": ("xattn.app.bench", lambda o: {"rounds": o.rounds}),
 }

@@ -1,6 +1,6 @@
 """Cross-validation over classes: every photo is scored by a head that never saw its class.
 
-    python -m xattn.eval.folds --data PHOTOS --output runs/folds
+    python -m xattn.eval.studies.class_folds --data PHOTOS --output runs/folds
 
 ``PHOTOS`` has one folder a class. Each fold's head is trained with :func:`xattn.fit` on the other
 classes; its held-out photos are scored beside Grad-CAM and the sanity rows; the folds' per-image
@@ -20,10 +20,20 @@ import numpy as np
 import torch
 import tyro
 
+from xattn.backbone import load_backbone
 from xattn.config import TrainConfig
+from xattn.eval.engine import evaluate
 from xattn.eval.report import format_table, read_json, write_csv, write_json
 from xattn.eval.results import Difference, MethodResult, Results
+from xattn.eval.sanity import sanity_rows
+from xattn.explainers import create_explainer
+from xattn.heads import create_head, parse_options
+from xattn.photos.images import list_images
 from xattn.runtime import strict_json
+from xattn.runtime.allocator import keep_memory
+from xattn.runtime.files import write_json as write_record
+from xattn.training import fit
+from xattn.training.run_folder import RUN_FILE
 
 
 def class_folds(paths: Sequence[Path], folds: int, seed: int = 0) -> list[list[Path]]:
@@ -124,14 +134,6 @@ def train_and_score(
     Raises:
         ValueError: ``folder`` holds results of other settings (``record`` included).
     """
-    from xattn.eval.engine import evaluate
-    from xattn.eval.sanity import sanity_rows
-    from xattn.explainers import create_explainer
-    from xattn.heads import create_head
-    from xattn.runtime.files import write_json as write_record
-    from xattn.training import fit
-    from xattn.training.run_folder import RUN_FILE
-
     record = {
         "config": asdict(config), "heads": {n: [h, dict(o)] for n, (h, o) in heads.items()},
         "explainers": list(explainers), "backbone": backbone.fingerprint, "seed": seed,
@@ -251,12 +253,7 @@ class Folds:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from xattn.backbone import load_backbone
-    from xattn.heads import parse_options
-    from xattn.photos.images import list_images
-    from xattn.runtime.allocator import keep_memory
-
-    args = tyro.cli(Folds, prog="python -m xattn.eval.folds", args=arguments)
+    args = tyro.cli(Folds, prog="python -m xattn.eval.studies.class_folds", args=arguments)
     keep_memory()
     backbone = load_backbone(args.backbone, args.weights)
     if args.channels_last:

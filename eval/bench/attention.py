@@ -19,9 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.eval.maps import peak_memory
-from xattn.eval.speed import Job, median_ratio
-from xattn.eval.speed import times as measure
+from xattn.attention import (
+    Blocks,
+    ProductOperator,
+    Segment,
+    SegmentsOperator,
+    attend,
+    create_mechanism,
+    mechanism_class,
+)
+from xattn.eval.bench.tensor_memory import peak_memory
+from xattn.eval.bench.timing import Job, median_ratio
+from xattn.eval.bench.timing import times as measure
+from xattn.runtime.allocator import keep_memory
 
 HEADS, WIDTH, BLOCK = 6, 64, 64
 MECHANISMS: dict[str, list[dict[str, Any]]] = {
@@ -46,9 +56,6 @@ def bench(
     Raises:
         ValueError: unknown names, or numbers of tokens that are not squares.
     """
-    from xattn.attention import mechanism_class
-    from xattn.runtime.allocator import keep_memory
-
     names = tuple(names) or tuple(MECHANISMS)
     for name in names:
         mechanism_class(name)
@@ -93,8 +100,6 @@ def jobs(
     names: Sequence[str], n: int, device: str, dtype: torch.dtype
 ) -> tuple[dict[str, tuple[Job, Job]], dict[str, float]]:
     """(forward, forward and backward) by row, and how many query-key pairs each reads."""
-    from xattn.attention import Blocks, Segment, attend, create_mechanism
-
     generator = torch.Generator().manual_seed(0)
     shape = (3, 1, HEADS, n, WIDTH)
     q, k, v = torch.randn(shape, generator=generator).to(device, dtype).unbind(0)
@@ -136,8 +141,6 @@ def jobs(
 
 def pairs(operator: Any) -> float:
     """Query-key pairs an operator reads for an image and head, the part that masks hide included."""
-    from xattn.attention import ProductOperator, SegmentsOperator
-
     if isinstance(operator, ProductOperator):
         return sum(pairs(factor) for factor in operator.factors)
     if not isinstance(operator, SegmentsOperator):

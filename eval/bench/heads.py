@@ -19,9 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from xattn.eval.speed import Job, median_ratio, operations, times
+from xattn.backbone import load_backbone
+from xattn.eval.bench.operation_counts import macs
+from xattn.eval.bench.timing import Job, median_ratio, times
+from xattn.heads import AttentiveHead, Tokens, create_head, list_heads
+from xattn.runtime.allocator import keep_memory
 
 QUERIES, CLASSES = 32, 1000
 WANTED = {384: 7.0, 768: 12.0}  # times faster, by width
@@ -59,8 +62,6 @@ def backbone_of(width: int, side: int) -> Any:
     """A ViT of ``width`` with side x side patches and a class token, whose weights do not matter."""
     from timm.models.vision_transformer import VisionTransformer
 
-    from xattn.backbone import load_backbone
-
     model = VisionTransformer(
         img_size=16 * side, embed_dim=width, depth=4, num_heads=width // 64, num_classes=CLASSES
     )
@@ -69,8 +70,6 @@ def backbone_of(width: int, side: int) -> Any:
 
 def tokens_of(head: Any, batch: int, width: int, side: int) -> Any:
     """Random tokens for ``head``, of one layer or of all that it reads."""
-    from xattn.heads import Tokens
-
     generator = torch.Generator().manual_seed(0)
     patches = [
         torch.randn(batch, side * side, width, generator=generator) for _ in range(head.num_taps)
@@ -82,8 +81,6 @@ def tokens_of(head: Any, batch: int, width: int, side: int) -> Any:
 
 def pooling_jobs(width: int, side: int, batch: int) -> tuple[dict[str, Job], dict[str, int]]:
     """Steps without classifier by name, and the parameters that they train."""
-    from xattn.heads import create_head
-
     backbone = backbone_of(width, side)
     ep: Any = create_head("efficient_probe", backbone, queries=QUERIES, norm=False)
     folded: Any = create_head("clip_pool", backbone, heads=QUERIES, norm=False)
@@ -125,8 +122,6 @@ def bench(
         sides: of the square token grids.
         batch: images a step.
     """
-    from xattn.runtime.allocator import keep_memory
-
     if rounds < 1 or batch < 2:
         raise ValueError(f"rounds, batch: got {rounds} and {batch}; give at least 1 and 2")
     kept = keep_memory()
@@ -162,8 +157,6 @@ def _pooling_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[st
 
 
 def _head_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[str]:
-    from xattn.heads import AttentiveHead, create_head, list_heads
-
     backbone = backbone_of(width, side)
     labels = torch.arange(batch, device=backbone.device) % CLASSES
     heads: dict[str, AttentiveHead] = {}
@@ -189,12 +182,6 @@ def _head_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[str]:
         cells += [f"{median_ratio(took[name], took['efficient_probe']):.2f}x", f"{own:,}"]
         cells += [f"{own + sum(p.numel() for p in head.classifier.parameters()):,}"]
         yield f"| {' | '.join(cells)} | {macs(head, tokens_of(head, 1, width, side)) / 1e6:.2f} |"
-
-
-def macs(head: Any, tokens: Any) -> int:
-    """Multiplications of the products and convolutions from ``tokens`` to the pooled vector."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels are not counted
-        return operations(lambda: head.pooled(head.attend(tokens))) // 2
 
 
 def _parameters(module: nn.Module) -> int:

@@ -10,16 +10,19 @@ than they are. A ViT-S/16 (12 layers of 6 heads of 64) with random weights, one 
 from __future__ import annotations
 
 import math
-import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xattn.eval.speed import Job, _seconds, median_ratio, times
+from xattn.backbone import load_backbone
+from xattn.eval.bench.tensor_memory import available_memory, peak_memory
+from xattn.eval.bench.timing import Job, median_ratio, seconds_of, times
+from xattn.explainers import create_explainer
+from xattn.runtime.allocator import keep_memory
 
 MODEL, PATCH = "vit_small_patch16_224", 16
 MOST_TIME, MOST_MEMORY = 1.5, 0.1  # of the stored side, from 4097 tokens on
@@ -31,10 +34,6 @@ def bench(tokens: Sequence[int] = (1025, 4097), rounds: int = 3) -> Iterator[str
     Raises:
         ValueError: a number of tokens that is not 1 + a square.
     """
-    from xattn.backbone import load_backbone
-    from xattn.explainers import create_explainer
-    from xattn.runtime.allocator import keep_memory
-
     wrong = [n for n in tokens if n < 2 or math.isqrt(n - 1) ** 2 != n - 1]
     if wrong or not tokens:
         raise ValueError(f"tokens: got {wrong or tokens}; give 1 + a square, such as 1025 or 4097")
@@ -73,7 +72,7 @@ def _row(name: str, tokens: int, jobs: dict[str, Job], need: int, rounds: int) -
     cells = [name, str(tokens)]
     if need > 0.9 * available_memory():
         peaks: list[int] = []
-        seconds = _seconds(lambda: peaks.append(peak_memory(jobs["ours"])))  # one run: it is long
+        seconds = seconds_of(lambda: peaks.append(peak_memory(jobs["ours"])))  # one run: it is long
         cells += [f"{seconds:.2f}", f"{peaks[0] / 1e6:.0f}"]
         cells += ["", f"{need / 1e6:.0f} needed", *[""] * 4]
         return f"| {' | '.join(cells)} |"
@@ -87,41 +86,6 @@ def _row(name: str, tokens: int, jobs: dict[str, Job], need: int, rounds: int) -
     holds = "yes" if time <= MOST_TIME and memory <= MOST_MEMORY else "no"
     cells += [f"{time:.2f}x", f"1/{1 / memory:.1f}", f"{difference:.1e}"]
     return f"| {' | '.join([*cells, holds if tokens >= 4097 else ''])} |"
-
-
-def peak_memory(job: Callable[[], Any]) -> int:
-    """Bytes that tensors take at most, beyond those that live before ``job``.
-
-    Counted in the allocator, so that what custom operators and the backward pass allocate is in.
-    """
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        job()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    from torch.profiler import ProfilerActivity, profile
-
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints lines of its own
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as probe:
-        job()
-    live = peak = 0
-    events = probe.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    for _, change in sorted(changes, key=lambda c: c[0]):
-        live += change
-        peak = max(peak, live)
-    return peak
-
-
-def available_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # a system that does not tell
-        return 8 << 30
 
 
 # ---------------------------------------------------------------------- the stored side

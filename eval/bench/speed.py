@@ -12,49 +12,28 @@ from __future__ import annotations
 import copy
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xattn.backbone import load_backbone
 from xattn.config import TrainConfig
+from xattn.eval.bench.operation_counts import operations
+from xattn.eval.bench.random_photos import write_photos
+from xattn.eval.bench.timing import Job, ratios, seconds_of
+from xattn.explainers import create_explainer
+from xattn.explaining.photos import explain
+from xattn.heads import create_head
+from xattn.heads.fusion import resize
+from xattn.photos.images import list_images, load_image
+from xattn.photos.view import prepare
+from xattn.runtime.allocator import keep_memory
+from xattn.training.objective import objective
 
-Job = Callable[[], Any]
 TARGETS = ("tf_efficientnet_lite0", "vit_base_patch16_224")  # with fixed bounds, see bound()
-
-
-def ratios(jobs: dict[str, Job], base: str, rounds: int, warmup: int = 2) -> dict[str, float]:
-    """Median over ``rounds`` of time(job) / time(jobs[base]), each measured within one round."""
-    took = times(jobs, rounds, warmup)
-    return {name: median_ratio(took[name], took[base]) for name in jobs}
-
-
-def times(jobs: dict[str, Job], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every job in each of ``rounds``, in which all run once, in turn."""
-    took: dict[str, list[float]] = {name: [] for name in jobs}
-    for turn in range(warmup + rounds):
-        for name, job in jobs.items():
-            seconds = _seconds(job)
-            if turn >= warmup:
-                took[name].append(seconds)
-    return took
-
-
-def median_ratio(of: list[float], to: list[float]) -> float:
-    """Median of the ratios within each round."""
-    return statistics.median(a / b for a, b in zip(of, to, strict=True))
-
-
-def operations(job: Job) -> int:
-    """Floating-point operations of the matrix products and convolutions of one call."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        job()
-    return counter.get_total_flops()
 
 
 def bound(backbone: str, batch: int, job: str, operations: float) -> float:
@@ -72,8 +51,6 @@ def bound(backbone: str, batch: int, job: str, operations: float) -> float:
 
 def heads_of(backbone: Any) -> dict[str, Any]:
     """The ``ttame`` head, and the one with the published branches where they are another."""
-    from xattn.heads import create_head
-
     heads = {"ttame": create_head("ttame", backbone)}
     if max(backbone.channels) > 512:
         heads["ttame, exact branches"] = create_head("ttame", backbone, branch_rank=None)
@@ -82,9 +59,6 @@ def heads_of(backbone: Any) -> dict[str, Any]:
 
 def explain_jobs(backbone: Any, heads: dict[str, Any], batch: int) -> dict[str, Job]:
     """Explaining the predicted class, up-sampled to the input, beside a plain forward pass."""
-    from xattn.explainers import create_explainer
-    from xattn.heads.fusion import resize
-
     images = _images(backbone, batch)
     size = tuple(images.shape[2:])
     captum = create_explainer("gradcam", backbone)
@@ -141,8 +115,6 @@ def _pytorch_grad_cam(backbone: Any, images: Tensor) -> Job | None:
 
 def step_jobs(backbone: Any, heads: dict[str, Any], batch: int) -> dict[str, Job]:
     """A training step beside its floor: two passes and one backward pass to the image."""
-    from xattn.training.objective import objective
-
     images = _images(backbone, batch)
     config = TrainConfig()
 
@@ -171,11 +143,6 @@ def folder_rates(
     backbone: Any, head: Any, folder: Path, batch: int = 8, rounds: int = 3
 ) -> dict[str, float]:
     """Images a second: decoding alone, the explaining passes alone, ``explain`` over the folder."""
-    from xattn.explainers import create_explainer
-    from xattn.explaining.photos import explain
-    from xattn.photos.images import list_images, load_image
-    from xattn.photos.view import prepare
-
     paths = list_images(folder)
     method = create_explainer("head", backbone, head, max_forward_batch=batch)
 
@@ -195,20 +162,8 @@ def folder_rates(
     took = {name: [] for name in jobs}  # type: dict[str, list[float]]
     for _ in range(rounds):
         for name, job in jobs.items():
-            took[name].append(_seconds(job))
+            took[name].append(seconds_of(job))
     return {name: len(paths) / statistics.median(values) for name, values in took.items()}
-
-
-def write_photos(folder: Path, count: int = 64, size: tuple[int, int] = (500, 375)) -> Path:
-    """``count`` smooth random JPEG photos of ``size`` (width, height)."""
-    import numpy as np
-    from PIL import Image
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        coarse = np.random.default_rng(i).integers(0, 256, (15, 20, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"{i:04}.jpg")
-    return folder
 
 
 def bench(
@@ -219,9 +174,6 @@ def bench(
     data: Path | None = None,
 ) -> Iterator[str]:
     """The lines of the tables, as they are measured; for the arguments see ``xattn bench --help``."""
-    from xattn.backbone import load_backbone
-    from xattn.runtime.allocator import keep_memory
-
     if rounds < 1 or min(batches, default=0) < 1:
         raise ValueError(f"rounds, batches: got {rounds} and {batches}; give at least 1 of each")
     if job == "train" and max(batches) < 2:
@@ -278,16 +230,3 @@ def _images(backbone: Any, batch: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(batch, 3, *backbone.preprocessing.input_size, generator=generator)
     return images.to(backbone.device)
-
-
-def _seconds(job: Job) -> float:
-    _synchronize()
-    start = time.perf_counter()
-    job()
-    _synchronize()
-    return time.perf_counter() - start
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -1,6 +1,6 @@
 """Per-class heads on coarse groups: a linear probe on a frozen encoder, heads with a row a class.
 
-    python -m xattn.eval.groups --data PHOTOS --backbone vit_small_patch14_dinov2
+    python -m xattn.eval.studies.coarse_groups --data PHOTOS --backbone vit_small_patch14_dinov2
 
 ``PHOTOS`` has one folder a class and ``classes.json``, ``{folder: {"group": name or null}}``; photos
 without a group are left out. A linear probe tells the groups apart; ``ttame`` heads with
@@ -21,19 +21,21 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
+from xattn.backbone import load_backbone
 from xattn.config import TrainConfig
-from xattn.eval.folds import format_differences, merge, train_and_score
 from xattn.eval.report import format_table, write_csv, write_json
 from xattn.eval.results import Results
+from xattn.eval.studies.class_folds import format_differences, merge, train_and_score
+from xattn.heads import parse_options
+from xattn.photos.images import list_images, load_image
+from xattn.photos.view import prepare
+from xattn.runtime.allocator import keep_memory
 from xattn.training.labels import FOLDS, read_groups, stratified_folds
 
 
 @torch.inference_mode()
 def pooled_features(backbone: Any, paths: Sequence[Path], batch_size: int = 16) -> Tensor:
     """(n, C): what the classifier of ``backbone`` reads, for the evaluation crop of every photo."""
-    from xattn.photos.images import load_image
-    from xattn.photos.view import prepare
-
     parts = []
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
@@ -99,10 +101,6 @@ def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str
         raise ValueError(f"only: got {args.only}; choose among 0 to {FOLDS - 1}")
     if not args.variants:
         raise ValueError("variants: got none; give an option of ttame, as name=value")
-    from xattn.backbone import load_backbone
-    from xattn.heads import parse_options
-    from xattn.photos.images import list_images
-
     group_of = read_groups(list_images(args.data), args.data / "classes.json")
     paths, groups = list(group_of), list(group_of.values())
     names = sorted(set(groups))
@@ -148,9 +146,7 @@ def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from xattn.runtime.allocator import keep_memory
-
-    args = tyro.cli(Groups, prog="python -m xattn.eval.groups", args=arguments)
+    args = tyro.cli(Groups, prog="python -m xattn.eval.studies.coarse_groups", args=arguments)
     keep_memory()
     results, about = compare_on_groups(args)
     if len(args.only) == FOLDS:

@@ -9,8 +9,14 @@ import torch
 from PIL import Image
 
 from xattn import TrainConfig, load_backbone
-from xattn.eval import groups as module
-from xattn.eval.groups import Groups, compare_on_groups, fit_probe, read_groups, stratified_folds
+from xattn.eval.studies import coarse_groups as module
+from xattn.eval.studies.coarse_groups import (
+    Groups,
+    compare_on_groups,
+    fit_probe,
+    read_groups,
+    stratified_folds,
+)
 from xattn.photos.images import list_images
 
 
@@ -88,7 +94,7 @@ def test_heads_of_all_variants_are_trained_on_four_fifths_and_scored_on_the_othe
 
     monkeypatch.setattr(module, "train_and_score", spy)
     monkeypatch.setattr(module, "fit_probe", probe)
-    monkeypatch.setattr("xattn.backbone.load_backbone", fake_load(encoder))
+    monkeypatch.setattr(module, "load_backbone", fake_load(encoder))
     args = Groups(
         data=photos,
         output=tmp_path / "out",

@@ -21,9 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xattn.backbone import load_backbone
+from xattn.eval.bench.timing import Job, median_ratio, times
+from xattn.eval.engine import evaluate
+from xattn.eval.functional import quantile, saliency
 from xattn.eval.metrics.base import Probe
 from xattn.eval.metrics.registry import create_probe
-from xattn.eval.speed import Job, median_ratio, times
+from xattn.eval.metrics.road import RoadProbe
+from xattn.eval.road import impute
+from xattn.runtime.allocator import keep_memory
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 
@@ -50,9 +56,6 @@ def bench(
     name: str = "tf_efficientnet_lite0", rounds: int = 7, batches: Sequence[int] = (16, 32)
 ) -> Iterator[str]:
     """The lines of the tables, as they are measured."""
-    from xattn.backbone import load_backbone
-    from xattn.runtime.allocator import keep_memory
-
     kept = keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield f"{device}, {torch.get_num_threads()} threads, raised allocator thresholds: {kept}"
@@ -92,8 +95,6 @@ def _passes(backbone: Any, images: Tensor, count: int, batch: int) -> Job:
 
 
 def _evaluation(backbone: Any, images: Tensor, probe: Probe, batch: int) -> Job:
-    from xattn.eval.engine import evaluate
-
     def job() -> None:
         evaluate(
             backbone,
@@ -125,10 +126,6 @@ def _metric_rows(backbone: Any, batch: int, rounds: int) -> Iterator[str]:
 
 
 def _road_rows(backbone: Any, batch: int, rounds: int) -> Iterator[str]:
-    from xattn.eval.functional import quantile, saliency
-    from xattn.eval.metrics.road import RoadProbe
-    from xattn.eval.road import impute
-
     image = photos_like(backbone, 1)
     grey, _ = saliency(Given().attribute(image, image), image.shape[-2:])
     removed = torch.stack(
@@ -159,9 +156,6 @@ def _road_rows(backbone: Any, batch: int, rounds: int) -> Iterator[str]:
 
 def _morf(backbone: Any, images: Tensor, probe: Any, batch: int) -> None:
     """MoRF alone: the probe's first requests."""
-    from xattn.eval.functional import quantile, saliency
-    from xattn.eval.road import impute
-
     grey, _ = saliency(Given().attribute(images, images), images.shape[-2:])
     flat = grey.flatten(1)
     perturbed = [images]
@@ -198,7 +192,7 @@ from xattn.runtime.allocator import keep_memory
 from xattn.backbone import load_backbone
 from xattn.runtime.distributed import leave, processes
 from xattn.eval.engine import evaluate
-from xattn.eval.fidelity import Given, photos_like
+from xattn.eval.bench.fidelity import Given, photos_like
 from xattn.eval.metrics import create_probe
 
 name, count, steps, explainers = sys.argv[1], *map(int, sys.argv[2:5])

@@ -8,7 +8,13 @@ from PIL import Image
 import xattn
 from xattn.config import TrainConfig
 from xattn.eval import evaluate
-from xattn.eval.folds import Squashed, class_folds, cross_validate, format_differences, merge
+from xattn.eval.studies.class_folds import (
+    Squashed,
+    class_folds,
+    cross_validate,
+    format_differences,
+    merge,
+)
 from xattn.explainers import create_explainer
 
 
@@ -52,7 +58,9 @@ def test_every_photo_is_scored_once_and_finished_folds_are_kept(
     )
     text = format_differences(results.compare("ttame", "gradcam"), "ttame", "gradcam")
     assert text.count("\n") == 1 + len(results.columns)
-    monkeypatch.setattr("xattn.training.fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(
+        "xattn.eval.studies.class_folds.fit", lambda *a, **k: pytest.fail("trained again")
+    )
     again = cross_validate(backbone, paths, config, tmp_path, **arguments)
     assert again.rows() == results.rows()
     other = TrainConfig(epochs=2, batch_size=4, workers=0)

@@ -1,0 +1,1 @@
+"""Benchmarks of `xattn bench`: ratios of times measured in one run."""

@@ -1,0 +1,52 @@
+"""Times of jobs as ratios, both sides measured in one run.
+
+Each round times every job once, in turn, so that a slow moment of the machine hits all of them; the
+ratio is taken within the round and its median over rounds is reported.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Job = Callable[[], Any]
+
+
+def ratios(jobs: dict[str, Job], base: str, rounds: int, warmup: int = 2) -> dict[str, float]:
+    """Median over ``rounds`` of time(job) / time(jobs[base]), each measured within one round."""
+    took = times(jobs, rounds, warmup)
+    return {name: median_ratio(took[name], took[base]) for name in jobs}
+
+
+def times(jobs: dict[str, Job], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of every job in each of ``rounds``, in which all run once, in turn."""
+    took: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in range(warmup + rounds):
+        for name, job in jobs.items():
+            seconds = seconds_of(job)
+            if turn >= warmup:
+                took[name].append(seconds)
+    return took
+
+
+def median_ratio(of: list[float], to: list[float]) -> float:
+    """Median of the ratios within each round."""
+    return statistics.median(a / b for a, b in zip(of, to, strict=True))
+
+
+def seconds_of(job: Job) -> float:
+    """Seconds of one call, work on a GPU included."""
+    _synchronize()
+    start = time.perf_counter()
+    job()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

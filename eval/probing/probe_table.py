@@ -1,0 +1,169 @@
+"""The table of probed heads: accuracy, calibration, parameters, operations; as Markdown, JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from xattn.eval.bench.operation_counts import macs
+from xattn.eval.bootstrap import Interval, mean_intervals
+from xattn.eval.probing.probe_job import ProbeJob
+from xattn.heads import AttentiveHead, Tokens
+from xattn.runtime import strict_json
+from xattn.runtime.files import atomic_file, write_json
+from xattn.training.features import Features
+from xattn.training.labels import Labels
+from xattn.training.probe import ProbeScores
+
+
+@dataclass
+class ProbeRow:
+    """One head of the table: ``correct`` (photos, seeds) holds 1 where the answer was right, ``ece`` is
+    that of all answers together, ``macs`` are one photo's multiply-adds from tokens to logits."""
+
+    head: str
+    accuracy: Interval
+    ece: float
+    parameters: int
+    macs: int
+    seconds: float
+    best_epochs: list[int]
+    correct: np.ndarray
+
+
+@dataclass
+class HeadScores:
+    """What the runs of one head gave, fold by fold, of each fold ``seeds`` runs."""
+
+    seeds: int
+    tests: list[ProbeScores] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    best_epochs: list[int] = field(default_factory=list)
+
+
+def table_row(name: str, head: AttentiveHead, features: Features, scores: HeadScores) -> ProbeRow:
+    """The row of a head, of which ``head`` is any of the trained ones."""
+    # Photos are resampled, not answers: seeds answer the same photos.
+    tests = scores.tests
+    folds = [tests[i : i + scores.seeds] for i in range(0, len(tests), scores.seeds)]
+    correct = np.concatenate(
+        [np.stack([s.correct.numpy() for s in fold], 1).astype(np.float64) for fold in folds]
+    )
+    together = ProbeScores(
+        torch.cat([s.logits for s in tests]), torch.cat([s.labels for s in tests])
+    )
+    return ProbeRow(
+        head=name,
+        accuracy=mean_intervals(correct.mean(1, keepdims=True))[0],
+        ece=together.ece,
+        parameters=sum(p.numel() for p in head.parameters()),
+        macs=_macs(head, features),
+        seconds=statistics.median(scores.seconds) if scores.seconds else math.nan,
+        best_epochs=scores.best_epochs,
+        correct=correct,
+    )
+
+
+def _macs(head: AttentiveHead, features: Features) -> int:
+    """Multiply-adds of the products and convolutions from one photo's tokens to its logits."""
+    tokens = moved_to(head.tokens(features.taps([0])), head)
+    return macs(head, tokens) + head.classifier.weight.numel()
+
+
+def moved_to(tokens: Tokens, head: AttentiveHead) -> Tokens:
+    """``tokens`` on the device of ``head``."""
+    device = head.classifier.weight.device
+    patches = tuple(p.to(device) for p in tokens.patches)
+    return Tokens(patches, tokens.prefix.to(device), tokens.grid)
+
+
+COLUMNS = ("head", "accuracy %", "ECE %", "parameters", "MACs", "s an epoch")
+RESULTS, TABLE = "results.json", "results.csv"
+
+
+def format_rows(rows: Sequence[ProbeRow]) -> str:
+    """Markdown: accuracy with its 95 % bootstrap interval over photos, ECE, parameters, MACs, seconds."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "| :-- | --: | --: | --: | --: | --: |"]
+    for row in rows:
+        a = row.accuracy
+        cells = (
+            row.head,
+            f"{100 * a.mean:.1f} [{100 * a.lo:.1f}, {100 * a.hi:.1f}]",
+            f"{100 * row.ece:.1f}",
+            f"{row.parameters:,}",
+            f"{row.macs:,}",
+            f"{row.seconds:.3f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def check_results(folder: Path) -> None:
+    """Refuse a ``folder`` whose ``results.json`` or ``results.csv`` another job has written."""
+    try:
+        found = strict_json.parse((folder / RESULTS).read_bytes(), nan=True)
+        own = isinstance(found, dict) and {"folds", "seeds", "split_seed", "heads"} <= found.keys()
+    except FileNotFoundError:
+        own = not (folder / TABLE).exists()
+    except ValueError:
+        own = False
+    if not own:
+        raise ValueError(
+            f"output: {folder} holds results that are not of xattn probe; give another --output"
+        )
+
+
+def write_results(
+    rows: Sequence[ProbeRow], labels: Labels, job: ProbeJob, folder: Path
+) -> tuple[Path, Path]:
+    """``results.json`` and ``results.csv`` in ``folder``.
+
+    Raises:
+        ValueError: they are there and of another job, see :func:`check_results`.
+    """
+    check_results(folder)
+    records = [
+        {
+            "head": row.head,
+            "accuracy": row.accuracy.mean,
+            "accuracy_lo": row.accuracy.lo,
+            "accuracy_hi": row.accuracy.hi,
+            "photos": row.accuracy.n,
+            "ece": row.ece,
+            "parameters": row.parameters,
+            "macs": row.macs,
+            "seconds_an_epoch": None if math.isnan(row.seconds) else row.seconds,
+        }
+        for row in rows
+    ]
+    write_json(
+        folder / RESULTS,
+        {
+            "backbone": {"name": job.backbone.name, "sha256": job.backbone.fingerprint},
+            "classes": labels.names,
+            "photos": len(labels.used),
+            "folds": list(job.folds),
+            "seeds": list(job.seeds),
+            "split_seed": job.split_seed,
+            "config": asdict(job.config),
+            "heads": [
+                {**record, "best_epochs": row.best_epochs}
+                for record, row in zip(records, rows, strict=True)
+            ],
+        },
+    )
+    with (
+        atomic_file(folder / TABLE) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as stream,
+    ):
+        writer = csv.DictWriter(stream, records[0])
+        writer.writeheader()
+        writer.writerows(records)
+    return folder / RESULTS, folder / TABLE

@@ -1,0 +1,178 @@
+"""Train the heads of a probing job on cached features, and score them on the test photos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xattn.backbone import Backbone
+from xattn.eval.probing.probe_job import ProbeJob
+from xattn.eval.probing.probe_table import HeadScores, ProbeRow, table_row
+from xattn.heads import AttentiveHead, create_head, head_class
+from xattn.photos.base import Photos
+from xattn.photos.image_files import Files
+from xattn.photos.sources import open_photos
+from xattn.training.features import Features, cache_features
+from xattn.training.labels import Labels, Split, read_labels, split
+from xattn.training.probe import ProbeScores, answers, probe
+from xattn.training.run_folder import RUN_FILE
+from xattn.training.sample import SAMPLE_FOLDER, Sample
+
+
+def run_probes(
+    job: ProbeJob,
+    output: Path,
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> tuple[list[ProbeRow], Labels, list[tuple[str, str]]]:
+    """Cache, split, train and report; returns the rows, the labels, and the photos that could not be read.
+
+    The heads lie in ``output/<head>/head``, with several folds or seeds in
+    ``output/<head>/fold-<k>-seed-<s>/head``. With ``resume`` finished heads are not trained again;
+    without it an ``output`` that holds one of them is refused.
+    """
+    job.check()
+    options = job.head_options()
+    job.check_output(output, resume)
+    photos, everything, class_of = _labelled_photos(job)
+    sampled: list[Path] = []
+    if job.sample:  # refused before the features are computed
+        sampled = Sample(job.backbone, photos, output / SAMPLE_FOLDER, job.sample).paths
+    backbones, caches = _cache_taps(job, photos, progress)
+    features = next(iter(caches.values()))
+    labels = read_labels(features.names, job.labels)
+    parts = [split(labels, job.split_seed, fold) for fold in job.folds]
+    say(
+        f"{len(labels.used)} photos of {len(labels.names)} classes: "
+        f"{', '.join(f'{n} {int((labels.index == i).sum())}' for i, n in enumerate(labels.names))}; "
+        f"{len(everything.index) - len(everything.used)} without a label, "
+        f"{len(features.skipped)} not readable"
+    )
+    classes = {path: labels.names.index(class_of[path]) for path in sampled}
+    training = _Training(job, output, labels, classes, resume, progress)
+    rows = []
+    for name in job.heads:
+        backbone = backbones[name]
+        cache = caches[backbone.taps]
+        scores = HeadScores(len(job.seeds))
+        for fold, part in zip(job.folds, parts, strict=True):
+            for seed in job.seeds:
+                head = new_head(name, backbone, options[name], labels.names, seed)
+                training.train(head, name, backbone, cache, fold, part, seed, scores)
+        rows.append(table_row(name, head, cache, scores))
+    return rows, labels, features.skipped
+
+
+def _labelled_photos(job: ProbeJob) -> tuple[Photos, Labels, dict[Path, str]]:
+    """The photos, the labels of all that were given, and the class of each photo that is a file.
+
+    Of photos in files, those without a label are left out: they need no features.
+    """
+    photos = open_photos(job.data)
+    labels = read_labels([photos.name(i) for i in range(len(photos))], job.labels)
+    for fold in job.folds:  # refused before the features are computed
+        split(labels, job.split_seed, fold)
+    if not isinstance(photos, Files):
+        return photos, labels, {}
+    class_of = {photos.paths[i]: labels.names[labels.index[i]] for i in labels.used}
+    return Files([photos.paths[i] for i in labels.used]), labels, class_of
+
+
+def _cache_taps(
+    job: ProbeJob, photos: Photos, progress: bool
+) -> tuple[dict[str, Backbone], dict[tuple[str, ...], Features]]:
+    """The backbone of every head, one for each set of taps over the same weights; a cache for each set."""
+    backbones: dict[str, Backbone] = {}
+    by_taps: dict[tuple[str, ...], Backbone] = {}
+    for name in job.heads:
+        kind = head_class(name)
+        if not issubclass(kind, AttentiveHead):
+            raise ValueError(f"heads: {name!r} is no classifier; give attentive heads")
+        own = job.backbone
+        taps = own.taps if own.adapter else tuple(job.taps or kind.default_taps(own.depth))
+        if taps not in by_taps:
+            by_taps[taps] = own if taps == own.taps else own.with_taps(taps)
+        backbones[name] = by_taps[taps]
+    caches = {}
+    for backbone in dict.fromkeys(backbones.values()):
+        folder = job.features / "+".join(backbone.taps)
+        caches[backbone.taps] = cache_features(
+            backbone,
+            photos,
+            folder,
+            batch_size=job.batch_size,
+            workers=job.workers,
+            dtype=job.dtype,
+            views=job.views,
+            seed=job.split_seed,
+            progress=progress,
+        )
+    return backbones, caches
+
+
+def new_head(
+    name: str, backbone: Backbone, options: dict[str, Any], classes: Sequence[str], seed: int
+) -> AttentiveHead:
+    """An untrained head; its weights depend on ``seed`` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = create_head(name, backbone, class_names=list(classes), **options)
+    assert isinstance(head, AttentiveHead)
+    return head
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What the training of all heads shares; ``sampled`` is the class of each photo to explain."""
+
+    job: ProbeJob
+    output: Path
+    labels: Labels
+    sampled: Mapping[Path, int]
+    resume: bool
+    progress: bool
+
+    def train(
+        self,
+        head: AttentiveHead,
+        name: str,
+        backbone: Backbone,
+        features: Features,
+        fold: int,
+        part: Split,
+        seed: int,
+        scores: HeadScores,
+    ) -> None:
+        """Train ``head`` on one part of the photos, and add what it answers on the test photos."""
+        folder = self.job.folder(self.output, name, fold, seed)
+        sample = None
+        if self.sampled:
+            sample = Sample(
+                backbone,
+                list(self.sampled),
+                folder / SAMPLE_FOLDER,
+                self.job.sample,
+                classes=self.sampled,
+            )
+        index = self.labels.index
+        result = probe(
+            head,
+            features,
+            index,
+            replace(self.job.config, seed=seed),
+            train=part.train,
+            validation=part.validation,
+            output=folder,
+            resume=self.resume and (folder / RUN_FILE).is_file(),
+            progress=self.progress,
+            on_checkpoint=sample,
+        )
+        logits = answers(result.head, features, part.test)
+        scores.tests.append(ProbeScores(logits, index[part.test]))
+        scores.seconds += result.seconds
+        scores.best_epochs.append(result.best_epoch)
