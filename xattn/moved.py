@@ -41,6 +41,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "xattn.files": ("xattn.runtime.files",),
     "xattn.images": ("xattn.photos.images", "xattn.photos.view"),
     "xattn.interrupts": ("xattn.runtime.interrupts",),
+    "xattn.kernels.block_sparse.index": ("xattn.kernels.block_sparse.block_lists",),
     "xattn.locking": ("xattn.runtime.locking",),
     "xattn.memory": ("xattn.runtime.memory",),
     "xattn.models.sources": ("xattn.models.weights",),

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from xattn.kernels.backend import choose, own_precision
 from xattn.kernels.block_sparse import cpu, reference
+from xattn.kernels.block_sparse.block_lists import check_index, transpose_index
 from xattn.kernels.block_sparse.box import Box, causal, neighbourhood, permuted, window
-from xattn.kernels.block_sparse.index import check_index, transpose_index
 
 __all__ = [
     "Box",

@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import Case, make_case
-from xattn.kernels.block_sparse.index import transpose_groups
+from xattn.kernels.block_sparse.block_lists import transpose_groups
 from xattn.kernels.block_sparse.reference import reduce_bias
 from xattn.kernels.softmax.reference import delta
-from xattn.kernels.softmax.triton import _no_bfloat16, _supported
+from xattn.kernels.softmax.triton import lacks_bfloat16, supported
 
 
 @triton.jit
@@ -267,13 +267,13 @@ def forward(
     k_block: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    if _no_bfloat16(q):
+    if lacks_bfloat16(q):
         o, lse = forward(
             q.float(), k.float(), v.float(), index, bias, low, high, position, dilation, q_block,
             k_block, scale,
         )  # fmt: skip
         return o.to(q.dtype), lse
-    q, k, v = (_supported(x, 128).contiguous() for x in (q, k, v))
+    q, k, v = (supported(x, 128).contiguous() for x in (q, k, v))
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     index = index.contiguous()
@@ -307,7 +307,7 @@ def backward(
     scale: float,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    if _no_bfloat16(q):
+    if lacks_bfloat16(q):
         dq, dk, dv, db = backward(
             grad.float(), grad_lse, q.float(), k.float(), v.float(), index, bias, low, high,
             position, o, lse, dilation, q_block, k_block, scale, bias_grad,

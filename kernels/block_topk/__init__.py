@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xattn.kernels.backend import choose, own_precision
-from xattn.kernels.block_sparse.index import check_index
+from xattn.kernels.block_sparse.block_lists import check_index
 from xattn.kernels.block_topk import cpu, reference
 
 __all__ = ["block_topk"]

@@ -61,7 +61,7 @@ def _scores(q, k, bias, stride, rows, columns, N, S, scale, HAS_BIAS: tl.constex
 
 
 @triton.jit
-def _transposed_scores(q, k, bias, stride, rows, columns, N, S, scale, HAS_BIAS: tl.constexpr):
+def transposed_scores(q, k, bias, stride, rows, columns, N, S, scale, HAS_BIAS: tl.constexpr):
     """Scores (columns, rows): where a product needs them so, transposing the weights costs more."""
     s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)
     if HAS_BIAS:
@@ -72,7 +72,7 @@ def _transposed_scores(q, k, bias, stride, rows, columns, N, S, scale, HAS_BIAS:
 
 
 @triton.jit
-def _load(base, rows, columns, count, width, stride: tl.constexpr):
+def load_tile(base, rows, columns, count, width, stride: tl.constexpr):
     """A tile (rows, columns) of a contiguous (count, width) matrix, 0 outside."""
     inside = (rows[:, None] < count) & (columns[None, :] < width)
     at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
@@ -97,14 +97,14 @@ def forward_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d, dv = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
-    q = _load(q_ptr + head * N * D, rows, d, N, D, D)
+    q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
     for start in range(0, S, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        k = _load(k_ptr + head * S * D, columns, d, S, D, D)
-        v = _load(v_ptr + head * S * DV, columns, dv, S, DV, DV)
+        k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
+        v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV, DV)
         s = _scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
         s = tl.where(columns[None, :] < S, s, float("-inf"))
         new = tl.maximum(top, tl.max(s, 1))
@@ -124,7 +124,7 @@ def forward_kernel(
 
 
 @triton.jit
-def _weights(s, lse):
+def softmax_weights(s, lse):
     """exp(score - lse) of scores in base 2; 0 in rows without a key, whose lse is -inf."""
     seen = lse != float("-inf")
     p = tl.exp2(s - tl.where(seen, lse, 0.0) * 1.4426950408889634)
@@ -142,17 +142,17 @@ def dq_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d, dv = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
-    q = _load(q_ptr + head * N * D, rows, d, N, D, D)
-    g = _load(g_ptr + head * N * DV, rows, dv, N, DV, DV)
+    q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
+    g = load_tile(g_ptr + head * N * DV, rows, dv, N, DV, DV)
     lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
     delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, S, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        k = _load(k_ptr + head * S * D, columns, d, S, D, D)
-        v = _load(v_ptr + head * S * DV, columns, dv, S, DV, DV)
+        k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
+        v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV, DV)
         s = _scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
-        p = _weights(tl.where(columns[None, :] < S, s, float("-inf")), lse[:, None])
+        p = softmax_weights(tl.where(columns[None, :] < S, s, float("-inf")), lse[:, None])
         ds = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
         if WRITE:  # of a bias with a value for every score
@@ -173,20 +173,20 @@ def dkv_kernel(
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
-    k = _load(k_ptr + head * S * D, columns, d, S, D, D)
-    v = _load(v_ptr + head * S * DV, columns, w, S, DV, DV)
+    k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
+    v = load_tile(v_ptr + head * S * DV, columns, w, S, DV, DV)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     dv = tl.zeros([COLUMNS, WIDTH_V], tl.float32)
     db = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, N, ROWS):
         rows = start + tl.arange(0, ROWS)
-        q = _load(q_ptr + head * N * D, rows, d, N, D, D)
-        g = _load(g_ptr + head * N * DV, rows, w, N, DV, DV)
+        q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
+        g = load_tile(g_ptr + head * N * DV, rows, w, N, DV, DV)
         lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
         delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
         # Keys outside of the matrix need no mask here: each has its own row of dk and dv.
-        s = _transposed_scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
-        p = _weights(s, lse[None, :])
+        s = transposed_scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
+        p = softmax_weights(s, lse[None, :])
         ds = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - delta[None, :])
         dv += tl.dot(p.to(g.dtype), g, input_precision="ieee")
         dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
@@ -201,17 +201,17 @@ def dkv_kernel(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    if _no_bfloat16(q):
+    if lacks_bfloat16(q):
         o, lse = forward(q.float(), k.float(), v.float(), bias, scale)
         return o.to(q.dtype), lse
-    q, k, v = (_supported(x).contiguous() for x in (q, k, v))
+    q, k, v = (supported(x).contiguous() for x in (q, k, v))
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    bias, strides = _strided(bias, q, k)
+    bias, strides = with_strides(bias, q, k)
     options = _options("forward", q, v, bias)
     grid = (triton.cdiv(q.shape[2], options["ROWS"]), q.shape[0] * q.shape[1])
     forward_kernel[grid](
-        q, k, v, q if bias is None else bias, o, lse, *strides, *_sizes(q, k), scale, **options
+        q, k, v, q if bias is None else bias, o, lse, *strides, *sizes(q, k), scale, **options
     )
     return o, lse
 
@@ -228,7 +228,7 @@ def backward(
     scale: float,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    if _no_bfloat16(q):
+    if lacks_bfloat16(q):
         dq, dk, dv, db = backward(
             grad.float(), grad_lse, q.float(), k.float(), v.float(), bias, o, lse, scale, bias_grad
         )
@@ -241,9 +241,9 @@ def backward(
     full = bias_grad and bias is not None and not per_key
     ds = q.new_empty((batch, heads, n, s) if full else (1,), dtype=torch.float32)
     db = q.new_empty((batch, heads, 1, s) if per_key else (1,), dtype=torch.float32)
-    b, strides = _strided(bias, q, k)
+    b, strides = with_strides(bias, q, k)
     shared = (g, q, k, v, q if b is None else b, lse, d)
-    numbers = (*strides, *_sizes(q, k), scale)
+    numbers = (*strides, *sizes(q, k), scale)
     options = _options("dq", q, v, b)
     dq_kernel[triton.cdiv(n, options["ROWS"]), batch * heads](
         *shared, dq, ds, *numbers, WRITE=full, **options
@@ -256,12 +256,12 @@ def backward(
     return dq, dk, dv, summed
 
 
-def _no_bfloat16(x: Tensor) -> bool:
-    """Whether this is Triton's interpreter, which multiplies the bits of bfloat16 as integers."""
+def lacks_bfloat16(x: Tensor) -> bool:
+    """Whether ``x`` is bfloat16 in Triton's interpreter, which multiplies its bits as integers."""
     return interpreted() and x.dtype == torch.bfloat16
 
 
-def _supported(x: Tensor, widest: int = 256) -> Tensor:
+def supported(x: Tensor, widest: int = 256) -> Tensor:
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[-1] > widest:
         raise ValueError(
             f"backend='triton': got {x.dtype} of width {x.shape[-1]}; give float32, float16 or "
@@ -286,11 +286,13 @@ def options(kernel: str, d: int, dv: int, half: bool, bias: bool) -> dict[str, A
     }  # fmt: skip
 
 
-def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
+def sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
     return q.shape[1], q.shape[2], k.shape[2]
 
 
-def _strided(bias: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
+def with_strides(
+    bias: Tensor | None, q: Tensor, k: Tensor
+) -> tuple[Tensor | None, tuple[int, ...]]:
     """The bias with keys side by side, and its strides over batch, heads and queries."""
     if bias is None:
         return None, (0, 0, 0)

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from xattn.kernels.aot import Case, make_case
 from xattn.kernels.softmax.triton import (
-    _load,
-    _no_bfloat16,
-    _sizes,
-    _strided,
-    _supported,
-    _transposed_scores,
-    _weights,
+    lacks_bfloat16,
+    load_tile,
+    sizes,
+    softmax_weights,
+    supported,
+    transposed_scores,
+    with_strides,
 )
 from xattn.kernels.vecmat.cpu import backward as backward
 
@@ -47,19 +47,19 @@ def vecmat_kernel(
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
     r_base = r_ptr + (head // H) * stride_rb + (head % H) * stride_rh
-    k = _load(k_ptr + head * S * D, columns, d, S, D, D)
+    k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
     if GRADIENT:
-        v = _load(v_ptr + head * S * DV, columns, w, S, DV, DV)
+        v = load_tile(v_ptr + head * S * DV, columns, w, S, DV, DV)
     acc = tl.zeros([COLUMNS, LINES], tl.float32)
     for start in range(0, N, ROWS):
         rows = start + tl.arange(0, ROWS)
-        q = _load(q_ptr + head * N * D, rows, d, N, D, D)
+        q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
         lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
         # Keys outside of the matrix need no mask: each has its own row of the result.
-        s = _transposed_scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
-        p = _weights(s, lse[None, :])
+        s = transposed_scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
+        p = softmax_weights(s, lse[None, :])
         if GRADIENT:
-            g = _load(g_ptr + head * N * DV, rows, w, N, DV, DV)
+            g = load_tile(g_ptr + head * N * DV, rows, w, N, DV, DV)
             p *= tl.maximum(tl.dot(v, tl.trans(g), input_precision="ieee"), 0.0)
         if LINES == 1:
             r = tl.load(r_base + rows, mask=rows < N, other=0.0)
@@ -84,19 +84,19 @@ def forward(
     bias: Tensor | None,
     scale: float,
 ) -> Tensor:
-    if _no_bfloat16(q):
+    if lacks_bfloat16(q):
         v, g = (None if x is None else x.float() for x in (v, g))
         return forward(q.float(), k.float(), lse, r, v, g, bias, scale)
-    q, k = (_supported(x).contiguous() for x in (q, k))
-    v, g = (None if x is None else _supported(x).contiguous() for x in (v, g))
+    q, k = (supported(x).contiguous() for x in (q, k))
+    v, g = (None if x is None else supported(x).contiguous() for x in (v, g))
     lse, r = lse.contiguous(), r if r.stride(-1) == 1 else r.contiguous()
     out = r.new_empty(*q.shape[:2], r.shape[2], k.shape[2])
-    bias, strides = _strided(bias, q, k)
+    bias, strides = with_strides(bias, q, k)
     half = q.dtype != torch.float32
     chosen = options(q.shape[3], 0 if v is None else v.shape[3], half, bias is not None, r.shape[2])
     vecmat_kernel[triton.cdiv(k.shape[2], chosen["COLUMNS"]), q.shape[0] * q.shape[1]](
         q, k, lse, r, q if v is None else v, q if g is None else g, q if bias is None else bias, out,
-        *r.stride()[:3], *strides, *_sizes(q, k), r.shape[2], scale, **chosen,
+        *r.stride()[:3], *strides, *sizes(q, k), r.shape[2], scale, **chosen,
     )  # fmt: skip
     return out
 

@@ -18,7 +18,7 @@ from xattn.kernels.block_sparse import (
     window,
 )
 from xattn.kernels.block_sparse import cpu as cpu_path
-from xattn.kernels.block_sparse.index import transpose_groups
+from xattn.kernels.block_sparse.block_lists import transpose_groups
 from xattn.kernels.block_sparse.reference import inside
 from xattn.kernels.softmax import softmax_attention
 
