@@ -31,19 +31,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.backbone import sha256
-from xattn.explainers.base import _check_head, preserve_state
+from xattn.backbone import Backbone, sha256
+from xattn.explainers.base import check_head, preserve_state, probe_of
+from xattn.heads import Head
 from xattn.runtime.files import atomic_file, check_folder
-
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
 
 SUFFIXES = (".onnx", ".pt2")
 METADATA = "xattn.json"
@@ -72,14 +69,14 @@ class ExplainedClassifier(nn.Module):
 
     def __init__(self, backbone: Backbone, head: Head, normalize: bool = True) -> None:
         super().__init__()
-        _check_head(head, backbone)
+        check_head(head, backbone)
         if tuple(head.backbone_taps) != backbone.taps:
             raise ValueError(
                 f"head: reads the taps {head.backbone_taps}, the backbone gives "
                 f"{list(backbone.taps)}; load the backbone with taps={head.backbone_taps}"
             )
-        own = getattr(backbone, "probe", None)
-        if getattr(head, "is_classifier", False) and (own is None or sha256(own) != sha256(head)):
+        own = probe_of(backbone)
+        if head.is_classifier and (own is None or sha256(own) != sha256(head)):
             raise ValueError(
                 f"head: the maps of {head.name!r} share out its own logits, and {backbone.name} gives "
                 f"others; give xattn.heads.probed.probed(backbone, head) as the backbone"

@@ -4,9 +4,9 @@
 
 n agents give rank n at most and 4 N n D operations. Beside A V, a depthwise 3x3 convolution of the
 values restores local detail. Han et al., arXiv 2312.08874. Prefix tokens are queries and keys, but
-are not pooled. ``training_free`` is the form that its authors put into trained diffusion models: no
-biases, no convolution, sharper second stage and a share of the values added. In a trained classifier it
-costs most of the accuracy (``xattn study swap``), so agents must be trained there.
+are not pooled. ``training_free`` is the form that the authors put into trained diffusion models: no
+biases, no convolution, a sharper second stage and a share of the values added. In a trained classifier
+it costs most of the accuracy (``xattn study swap``), so agents must be trained there.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Agent(Mechanism):
     ) -> Operator:
         assert grid is not None
         patches = merge_heads(q[:, :, prefix:]).transpose(1, 2).unflatten(2, grid)
-        # Contiguous, or compiled code may expect other strides of the pooled map than there are.
+        # Contiguous, or compiled code may assume other strides of the pooled map than it has.
         pooled = F.adaptive_avg_pool2d(patches.contiguous(), self.side).flatten(2).transpose(1, 2)
         agents = split_heads(pooled, self.num_heads)
         scale = q.shape[-1] ** -0.5
@@ -89,7 +89,7 @@ class Agent(Mechanism):
         )
 
     def _bias(self, side: str, grid: tuple[int, ...], prefix: int) -> Tensor:
-        """B1 (side "a", agents read) or B2 transposed: (H, n, N)."""
+        """B1 (side "a": agents read) or B2 transposed: (H, n, N)."""
         names = ("an", "ah", "aw", "ac") if side else ("na", "ha", "wa", "ca")
         coarse, rows, columns, class_token = (self.bias[name] for name in names)
         size = (grid[0], grid[1])

@@ -1,10 +1,10 @@
-"""What all mechanisms share: queries, keys and values in, an operator out; registry and layer.
+"""Base of all mechanisms (queries, keys and values in, an operator out), their registry, and the layer.
 
     layer = create_attention("gna", dim=384, num_heads=6, kernel=7)
     y = layer(x, grid=(32, 32), prefix=1)
 
-A mechanism decides which A stands in Y = A V; projections, prefix tokens' places and recording are
-the same for all. Tokens are ``prefix`` class or register tokens, then the grid in raster order.
+A mechanism decides which A stands in Y = A V; projections, prefix tokens and recording are the same for
+all. Tokens are ``prefix`` class or register tokens, then the grid in raster order.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _REGISTRY: dict[str, type[Mechanism]] = {}
 
 @dataclass(frozen=True)
 class Entry:
-    """What the registry says of a mechanism."""
+    """What the registry knows about a mechanism."""
 
     name: str
     paper: str
     complexity: str
     """Time for N tokens of width D."""
     grid: tuple[int, ...] = (0,)
-    """Grid dimensions it works on; 0 stands for any tokens, without a grid."""
+    """Numbers of grid dimensions that it works on; 0 stands for any tokens, without a grid."""
     causal: bool = False
     training_free: bool = False
-    """Whether it can take the place of all softmax layers of a trained classifier without training
-    and keep most of the accuracy; :mod:`xattn.eval.studies.swapped_attention` measures it."""
+    """Whether it can replace all softmax layers of a trained classifier without training and keep
+    most of the accuracy, as :mod:`xattn.eval.studies.swapped_attention` measures."""
 
 
 class Mechanism(nn.Module, ABC):
@@ -103,7 +103,7 @@ class Mechanism(nn.Module, ABC):
         output = operator.matvec(v)
         if recording():
             with torch.no_grad():
-                if output.requires_grad:  # what is kept has no part in the graph
+                if output.requires_grad:  # the recorded operator is not part of the graph
                     q, k = q.detach(), k.detach()
                     operator = self.operator(q, k, v.detach(), grid, prefix)
                 keep(Call(operator, v.detach(), output, self.maps(operator, grid, prefix)))
@@ -113,7 +113,7 @@ class Mechanism(nn.Module, ABC):
     def check(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int] | None, prefix: int
     ) -> tuple[int, ...] | None:
-        """The grid as a tuple; a ``ValueError`` that names what does not fit."""
+        """The grid as a tuple; raises a ``ValueError`` that names what does not fit."""
         name, tokens = self.entry.name, q.shape[-2]
         if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape:
             shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))

@@ -2,9 +2,9 @@
 
     convert(model, "gna", blocks=range(0, 8), kernel=9)      # and revert(model) puts it back
 
-The layer's own code goes on to make q, k and v (norms, biases, rotary embeddings, gates) and to use
-what comes out; only its call of ``F.scaled_dot_product_attention`` is answered by the mechanism. The
-names of the weights stay as they are; a mechanism's own lie under ``attn.mechanism``.
+The layer's own code still makes q, k and v (norms, biases, rotary embeddings, gates) and uses the
+output; the mechanism only replaces its call of ``F.scaled_dot_product_attention``. Weights keep their
+names; those of the mechanism lie under ``attn.mechanism``.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def convert(
             tokens and whose ``patch_embed`` sees the image. A :class:`~xattn.Backbone` is converted
             inside.
         name: see :func:`~xattn.attention.list_attention`; layers converted before are converted anew.
-        blocks: numbers of the blocks, negative ones from the end; all by default.
+        blocks: numbers of the blocks, negative ones counted from the end; all by default.
         options: of the mechanism.
 
     Raises:
-        ValueError: unknown name or option, a block that is not there, or a layer that cannot be
-            converted, by its name; the model is untouched then.
+        ValueError: unknown name or option, a missing block, or a layer that cannot be converted (it
+            is named); the model is left untouched.
     """
     mechanism_class(name)
     model = getattr(model, "model", model) if not hasattr(model, "blocks") else model
@@ -108,7 +108,7 @@ class _Converted:
         if not torch.compiler.is_compiling():
             with fused(self), _Swap(self.mechanism, self.layout):  # type: ignore[arg-type]
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
-        before, self.fused_attn = self.fused_attn, True  # compilers do not know locks
+        before, self.fused_attn = self.fused_attn, True  # compilers cannot trace locks
         try:
             with _Swap(self.mechanism, self.layout):
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -123,14 +123,14 @@ _CLASSES: dict[type, type] = {}
 
 
 def _converted(cls: type) -> type:
-    """The class of a converted layer: a subclass keeps weights' names, and copies of a model whole."""
+    """The class of a converted layer; as a subclass it keeps the names of weights, also in copies."""
     if cls not in _CLASSES:
         _CLASSES[cls] = type(f"Converted{cls.__name__}", (_Converted, cls), {})
     return _CLASSES[cls]
 
 
 def _blank(cls: type) -> nn.Module:
-    """A converted layer of a pickle, before its attributes are put back."""
+    """A converted layer while unpickling, before its attributes are restored."""
     made: Any = _converted(cls)
     return made.__new__(made)
 
@@ -161,13 +161,13 @@ class _Grid(threading.local):
 
 
 class _Layout:
-    """Where a model's tokens stand: prefix tokens, then a grid; told the grid by the patch embedding."""
+    """How a model's tokens are laid out: prefix tokens, then a grid that the patch embedding reports."""
 
     def __init__(self, prefix: int, grid: tuple[int, ...] | None) -> None:
         self.prefix, self._own = prefix, _Grid(grid)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Pickles of before hold ``grid`` itself."""
+        """Pickles of earlier versions hold ``grid`` itself."""
         state = dict(state)
         if "grid" in state:
             state["_own"] = _Grid(state.pop("grid"))
@@ -347,7 +347,7 @@ def _width(path: str, layer: nn.Module) -> int:
 
 
 def _layout(model: nn.Module) -> _Layout:
-    """The model's layout, made and hooked into its patch embedding once."""
+    """The model's layout, created and hooked into its patch embedding on first use."""
     embed = getattr(model, "patch_embed", None)
     hooks = getattr(embed, "_forward_pre_hooks", {})
     for hook in hooks.values():

@@ -2,11 +2,11 @@
 
     b_j = a softplus(w . V_j),   A = softmax over the kept keys of (q k^T / sqrt(D) + b)
 
-V_j is the value of token j over all heads; a and w are learned for each head through b, the choice
-itself has no gradient. Without a causal mask b does not depend on the query: one list of keys serves
-all, 4 N w D operations, no special kernel. Causal: each query keeps the best w keys up to itself.
-Trainable Dynamic Mask Sparse Attention, arXiv 2508.02124; exp(.) around b as in the paper is left
-out, as in the authors' code.
+V_j is the value of token j over all heads; a and w are learned per head through b, the choice of keys
+has no gradient. Without a causal mask b does not depend on the query, so one list of keys serves all:
+4 N w D operations, no special kernel. Causal: each query keeps the best w keys up to itself.
+Trainable Dynamic Mask Sparse Attention, arXiv 2508.02124; the paper's exp(.) around b is left out, as
+in the authors' code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from xattn.attention.base import Mechanism, register, whole
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.segments import DENSE, Blocks, Piece, Segment, SegmentsOperator
 
-ROWS = 2**22  # scores of a chunk of rows while the causal lists are made
+ROWS = 2**22  # scores held at a time while the causal lists are made
 
 
 @register("dma", paper="arXiv 2508.02124", complexity="N w D", causal=True)
@@ -89,7 +89,7 @@ class DMA(Mechanism):
         return SegmentsOperator(pieces, None, len(every), backend=self.backend)
 
     def _mask(self, lists: Tensor, b: Tensor, prefix: int) -> Tensor:
-        """b of the keys listed, -inf of all others: (B, H, N, N)."""
+        """b for the listed keys, -inf for all others: (B, H, N, N)."""
         n = b.shape[2]
         seen = torch.zeros(*b.shape, n + 1, dtype=torch.bool, device=b.device)
         columns = torch.where(lists < 0, n, lists.long() + prefix)
@@ -100,7 +100,7 @@ class DMA(Mechanism):
     def maps(
         self, operator: Operator, grid: tuple[int, ...] | None, prefix: int
     ) -> dict[str, Tensor]:
-        """``importance``: b of each patch, a head a channel; the same for all queries and classes."""
+        """``importance``: b of each patch, one channel per head; the same for all queries and classes."""
         if grid is None or len(grid) != 2 or self.causal:
             return {}
         if isinstance(operator, SoftmaxOperator):
@@ -120,7 +120,7 @@ class DMA(Mechanism):
 
 
 def causal_lists(b: Tensor, window: int) -> Tensor:
-    """For each query the ``window`` best keys up to itself, itself always: int32 (B, H, N, w)."""
+    """For each query the ``window`` best keys up to itself, always with itself: int32 (B, H, N, w)."""
     batch, heads, n = b.shape
     window = min(window, n)
     lists = torch.empty(batch, heads, n, window, dtype=torch.int32, device=b.device)

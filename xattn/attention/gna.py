@@ -1,8 +1,8 @@
 """Generalized neighborhood attention: every token sees a window of its grid neighbours.
 
-In each dimension a query sees ``kernel`` keys around the leader of its stride group, with ``dilation``
-only keys of its own residue. stride 1 is neighborhood attention (arXiv 2204.07143), stride = kernel
-blocked (window) attention; kernel = length is dense. Prefix tokens are seen by all and see all.
+In each dimension a query sees ``kernel`` keys around the leader of its stride group; with ``dilation``
+only keys of its own residue. Stride 1 is neighborhood attention (arXiv 2204.07143), stride = kernel is
+blocked (window) attention, kernel = length is dense. Prefix tokens see all and are seen by all.
 Hassani et al., arXiv 2504.16922.
 """
 
@@ -75,7 +75,7 @@ class GNA(Mechanism):
             for length in value if isinstance(value, tuple | list) else (value,):
                 whole(name, length)
         self.window = (_hashable(kernel), _hashable(stride), _hashable(dilation), _hashable(causal))
-        # Shared with layers alike by the caches below; kept here, too, for torch.compile to see.
+        # The caches below share them with equal layers; kept here as well so that torch.compile sees them.
         self._plans: dict[Any, tuple[Order, Blocks, Rule]] = {}
         self._masks: dict[Any, Tensor] = {}
 
@@ -97,7 +97,7 @@ class GNA(Mechanism):
     def maps(
         self, operator: Operator, grid: tuple[int, ...] | None, prefix: int
     ) -> dict[str, Tensor]:
-        """``received``: the attention that each patch gets from all, mean over heads."""
+        """``received``: the attention that each patch gets from all tokens, mean over heads."""
         if grid is None or len(grid) != 2:
             return {}
         ones = operator.row_sums().new_ones(operator.shape[0], 1, operator.shape[2])
@@ -106,14 +106,14 @@ class GNA(Mechanism):
     def locality(self, q: Tensor, k: Tensor, grid: Sequence[int], prefix: int = 0) -> Tensor:
         """Share of dense attention that falls into the window (and the prefix), (B, H, N) in [0, 1].
 
-        exp(lse of the window - lse of all keys): where a trained softmax layer is local already.
+        exp(lse of the window - lse of all keys) shows where a trained softmax layer is already local.
         """
         inside = self.operator(q, k, k, tuple(grid), prefix).attend(k)[1]
         return (inside - softmax_attention(q, k, k, backend=self.backend)[1]).exp()
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept may serve training later
+@torch.inference_mode(False)  # cached tensors may serve training later
 def plan(
     grid: tuple[int, ...],
     kernel: Lengths,
@@ -163,7 +163,7 @@ def mask(
 
 
 def residue_order(grid: Sequence[int], dilation: Sequence[int], tile: Sequence[int]) -> Order:
-    """Tile order inside each class of coordinates that see one another under the dilation."""
+    """Tile order within each class of coordinates that see one another under the dilation."""
     tokens = torch.arange(math.prod(grid), device="cpu").view(*grid)
     parts = []
     for start in product(*(range(d) for d in dilation)):
@@ -178,12 +178,12 @@ def residue_order(grid: Sequence[int], dilation: Sequence[int], tile: Sequence[i
 
 
 class Bound(NamedTuple):
-    """What tiling leaves of a neighbourhood's saving."""
+    """How much of a neighbourhood's saving is left with tiles."""
 
     operations: float
     """Dense operations over the window's: N / k^n."""
     tiles: float
-    """Dense tiles over visited tiles: the most that a kernel of these tiles can gain."""
+    """Dense tiles over visited tiles: the largest speed-up of a kernel with these tiles."""
     efficiency: float
     """tiles / operations; 1 is perfectly block-sparse."""
 

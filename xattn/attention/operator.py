@@ -1,4 +1,4 @@
-"""Attention as a linear operator on values, Y = A V: what may be asked of A without ever storing it.
+"""Attention as a linear operator on values, Y = A V: products and rows of A without ever storing it.
 
 A is (B, H, N, S) for N queries and S keys; A_ij = exp(scale q_i . k_j + b_ij - lse_i) in softmax
 attention. One row costs O(S d), a product with a vector O(N S d) time and O(N + S) memory.
@@ -25,7 +25,7 @@ TILE = 2**20  # entries of a chunk of rows, over batch and heads: 4 MB in float3
 class Operator(ABC):
     """A of Y = A V, for every image and head.
 
-    Attributes: ``shape``, (B, H, N, S). A new kind has to give :meth:`matvec`, linear and
+    Attributes: ``shape``, (B, H, N, S). A subclass has to define :meth:`matvec`, linear and
     differentiable in its argument, and :meth:`rows`; the rest follows from these.
     """
 
@@ -54,7 +54,7 @@ class Operator(ABC):
             r: (B, R, N), the same for all heads, or (B, H, R, N).
             heads: "each" gives (B, H, R, S), "mean" their mean over heads, (B, R, S).
 
-        In float32 at least. Whether it has gradients depends on the kind of operator.
+        The result is at least float32. Whether it has gradients depends on the kind of operator.
         """
         product = self._transposed_matvec(self._spread(r).transpose(-2, -1)).transpose(-2, -1)
         return product.mean(1) if check_heads(heads) else product
@@ -123,16 +123,16 @@ def check_heads(heads: str) -> bool:
 
 
 class SoftmaxOperator(Operator):
-    """Dense softmax attention, A = exp(scale q k^T + bias - lse), recomputed where it is asked for.
+    """Dense softmax attention, A = exp(scale q k^T + bias - lse), recomputed on demand.
 
     Args:
         q: (B, H, N, D); ``k``: (B, H, S, D).
         scale: 1 / sqrt(D) by default.
         bias: (B or 1, H or 1, N or 1, S), added to the scores; -inf hides a key.
-        lse: (B, H, N), the log-sum-exp of the scores where it is known already.
+        lse: (B, H, N), the log-sum-exp of the scores, if it is already known.
         backend: see :func:`xattn.kernels.backend.choose`.
         every_row: whether every row is known to see a key, so that under "auto" PyTorch's own
-            attention may give A X; always so without a bias.
+            attention may compute A X; without a bias that is always so.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class LowRankOperator(Operator):
 
 
 class ProductOperator(Operator):
-    """A = A_1 A_2 ...: attention to attention, as with agents, landmarks or inducing points."""
+    """A = A_1 A_2 ...: attention in stages, as with agents, landmarks or inducing points."""
 
     def __init__(self, factors: Sequence[Operator]) -> None:
         self.factors = list(factors)

@@ -1,4 +1,4 @@
-"""Orders of grid tokens in which neighbours in the list are neighbours on the grid.
+"""Orders of grid tokens in which neighbours in the sequence are neighbours on the grid.
 
 Block-sparse attention reads runs of tokens; an image's runs should be squares. ``tile_order`` visits
 a grid tile by tile, ``z_order`` interleaves the bits of the coordinates (Morton 1966), so that runs of
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """A new order of N tokens on M >= N places; the places without a token are padding.
+    """A new order of N tokens on M >= N places; places without a token are padding.
 
     Attributes: ``index``, LongTensor (M,), the token of each place, -1 for padding; ``inverse``,
     LongTensor (N,), the place of each token.
@@ -60,7 +60,7 @@ def tile_order(grid: Sequence[int], tile: Sequence[int] | int) -> Order:
         tile: sides of a tile, one for all dimensions or one for each.
 
     Raises:
-        ValueError: lengths that are not positive, or another number of them.
+        ValueError: lengths that are not positive, or a ``tile`` of other dimensions.
     """
     grid = _lengths("grid", grid)
     tile = _lengths("tile", (tile,) * len(grid) if isinstance(tile, int) else tile, len(grid))

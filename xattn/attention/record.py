@@ -1,12 +1,12 @@
-"""Read the attention of a running model: one operator a call of attention, fused kernels stay on.
+"""Read the attention of a running model: one operator per call of attention, with fused kernels on.
 
     with record(model) as calls:
         logits = model(x)
     calls[-1].operator.rows(torch.tensor([0]))      # the class token's row, O(N d)
 
-Layers of :mod:`xattn.attention` hand in their operator themselves. Every other layer is caught at
-``F.scaled_dot_product_attention``, whatever stands before it (rotary embeddings, normalised queries,
-gates), so stock timm, torchvision and own models need no wrapper and no change.
+Layers of :mod:`xattn.attention` pass on their operator themselves. Every other layer is intercepted at
+``F.scaled_dot_product_attention``, whatever comes before it (rotary embeddings, normalised queries,
+gates), so stock timm and torchvision models, and your own, need no wrapper and no change.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Call:
 
 
 class _State(threading.local):
-    """Of one thread: the lists that want calls, and how deep inside of own layers it is."""
+    """Per thread: the lists that record calls, and how many xattn layers it is inside of."""
 
     def __init__(self) -> None:
         self.open: list[list[Call]] = []
@@ -52,24 +52,24 @@ _STATE = _State()
 
 
 def recording() -> bool:
-    """Whether some :func:`record` is open and wants the attention of the layer that asks."""
+    """Whether some :func:`record` of this thread is open."""
     return bool(_STATE.open)
 
 
 def keep(call: Call) -> None:
-    """Hand ``call`` to every open :func:`record`; layers do this when :func:`recording`."""
+    """Add ``call`` to every open :func:`record`; layers do this when :func:`recording`."""
     for calls in _STATE.open:
         calls.append(call)
 
 
 @contextmanager
 def record(model: nn.Module | None = None, alone: bool = False) -> Iterator[list[Call]]:
-    """The calls of attention that this thread makes inside, in order.
+    """Inside the block, the calls of attention that this thread makes, in order.
 
     Args:
-        model: its timm layers are told to use fused attention and no gradient checkpointing, and are
-            put back afterwards; layers that write out their softmax cannot be seen otherwise.
-        alone: whether a :func:`record` around this one is not to see them.
+        model: its timm layers are switched to fused attention without gradient checkpointing, and
+            back afterwards; layers that write out their softmax cannot be recorded otherwise.
+        alone: whether to hide these calls from a :func:`record` around this one.
     """
     calls: list[Call] = []
     before = _STATE.open
@@ -87,16 +87,16 @@ _COUNTING = threading.RLock()
 
 
 def fused_layers(model: nn.Module | None) -> AbstractContextManager[None]:
-    """Inside, the timm layers of ``model`` call ``F.scaled_dot_product_attention``, and just once."""
+    """Inside, every timm layer of ``model`` calls ``F.scaled_dot_product_attention`` exactly once."""
     modules = () if model is None else model.modules()
     return fused(*(m for m in modules if any(hasattr(m, name) for name in _SETTINGS)))
 
 
 @contextmanager
 def fused(*layers: nn.Module) -> Iterator[None]:
-    """:func:`fused_layers` of single layers.
+    """:func:`fused_layers` for single layers.
 
-    Of several threads inside, the first one sets this and the last one puts it back.
+    If several threads are inside, the first to enter sets it and the last to leave restores it.
     """
     with _COUNTING:
         for m in layers:
@@ -121,7 +121,7 @@ def fused(*layers: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def own_layer() -> Iterator[None]:
-    """Inside, attention is a part of a layer that hands in its operator itself."""
+    """Inside, attention belongs to a layer that records its operator itself."""
     _STATE.inside += 1
     try:
         yield
@@ -135,8 +135,8 @@ _ONE_AT_A_TIME = threading.RLock()
 
 @contextmanager
 def attending_by(attend: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside, ``F.multi_head_attention_forward`` attends by ``attend`` in this thread: what PyTorch's
-    own Python functions call in turn is not shown to a ``TorchFunctionMode``."""
+    """Inside, ``F.multi_head_attention_forward`` attends by ``attend`` in this thread: calls from
+    within PyTorch's own Python functions do not reach a ``TorchFunctionMode``."""
     me = threading.get_ident()
     with _ONE_AT_A_TIME:
         before = F.scaled_dot_product_attention
@@ -173,7 +173,7 @@ def attend_and_keep(
     enable_gqa: bool = False,
     **other: Any,
 ) -> Tensor:
-    """``F.scaled_dot_product_attention`` that also keeps the operator."""
+    """``F.scaled_dot_product_attention`` that also records the operator."""
     if dropout_p > 0:
         raise ValueError("model: drops attention weights at random; call model.eval() first")
     if enable_gqa and key.shape[-3] != query.shape[-3]:
@@ -196,7 +196,7 @@ def attend_and_keep(
 
 
 def _four(x: Tensor) -> Tensor:
-    """Any (..., H, N, D) as (B, H, N, D)."""
+    """(..., H, N, D) as (B, H, N, D)."""
     return x.reshape(-1, *x.shape[-3:]) if x.ndim > 2 else x[None, None]
 
 

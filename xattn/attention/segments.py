@@ -1,4 +1,4 @@
-"""Softmax attention over a union of key segments: the one call most sparse mechanisms are made of.
+"""Softmax attention over a union of key segments, of which most sparse mechanisms are made.
 
     o_i = sum_j p_ij v_j,   p_i = softmax over the union of the segments' visible keys
 
@@ -18,13 +18,13 @@ from torch import Tensor
 from xattn.attention.operator import Operator, products
 from xattn.attention.order import Order
 from xattn.kernels.block_sparse import block_sparse_attention
+from xattn.kernels.block_sparse.block_lists import check_index
 from xattn.kernels.block_sparse.box import Box as Rule
-from xattn.kernels.block_sparse.index import check_index
 from xattn.kernels.block_topk import block_topk
 from xattn.kernels.softmax import softmax_attention
 from xattn.kernels.softmax.reference import widen
 
-DENSE = 2048  # keys up to which a mechanism may keep a mask
+DENSE = 2048  # the most keys for which a mechanism may keep a mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +47,8 @@ class Blocks:
 class Segment:
     """Keys of one kind: ``k`` (B, H, S, D), ``v`` (B, H, S, Dv), and which of them are visible.
 
-    Attributes: ``blocks``, the key blocks that each query block reads (all, without); ``rule``,
-    which keys inside these a query sees; ``bias``, (B or 1, H or 1, S), added to a key's scores.
+    Attributes: ``blocks``, the key blocks that each query block reads (all if None); ``rule``, which
+    keys of these blocks a query sees; ``bias``, (B or 1, H or 1, S), added to a key's scores.
     """
 
     k: Tensor
@@ -109,16 +109,16 @@ def _attend(q: Tensor, s: Segment, scale: float | None, backend: str) -> tuple[T
 
 
 def dense_is_faster(q: Tensor, k: Tensor, blocks: Blocks) -> bool:
-    """Whether a CPU does dense attention under a kept mask sooner than it gathers the lists' keys.
+    """Whether dense attention with a stored mask is faster on a CPU than gathering the listed keys.
 
-    The mask takes N x N; above 2048 keys lists are read whatever they hold.
+    The mask takes N x N entries, so above 2048 keys the answer is always no.
     """
     read, keys = blocks.index.shape[-1] * blocks.k_block, k.shape[2]
     return q.device.type == "cpu" and (keys < 512 or (keys <= DENSE and 3 * read > keys))
 
 
 def _reads_all(k: Tensor, blocks: Blocks) -> bool:
-    """Whether every list holds every block; on a GPU the answer would stall the stream: False."""
+    """Whether every list holds every block; False on a GPU, where looking would stall the stream."""
     count = -(-k.shape[2] // blocks.k_block)
     if k.device.type != "cpu" or blocks.index.shape[-1] != count:
         return False
@@ -127,10 +127,10 @@ def _reads_all(k: Tensor, blocks: Blocks) -> bool:
 
 
 def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
-    """The key blocks that hold any key which some query of a block may see, by bounding boxes.
+    """The key blocks with a key that some query of a query block may see, by bounding boxes.
 
-    With a dilation, a block of single keys (``k_block=1``) is left out also where all queries of
-    the block have one residue and the key another.
+    With a dilation, single keys (``k_block=1``) are also left out if all queries of the block have one
+    residue and the key has another.
     """
     low, high = _per_block(rule.low, q_block, 0), _per_block(rule.high, q_block, 1)
     real = (low <= high).all(-1)  # (blocks, q_block): padding queries have empty boxes
@@ -142,7 +142,7 @@ def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
     if k_block > 1:
         padded = -(-len(position) // k_block) * k_block - len(position)
         groups = F.pad(position, (0, 0, 0, padded), value=-1).unflatten(0, (-1, k_block))
-        key = (groups >= 0) & (groups < 2**30)  # neither filled up here nor padding already
+        key = (groups >= 0) & (groups < 2**30)  # neither added here nor padding before
         start = groups.masked_fill(~key, far).amin(1)
         end = groups.masked_fill(~key, -far).amax(1)
     seen = torch.ones(len(first), len(start), dtype=torch.bool, device=position.device)
@@ -161,7 +161,7 @@ def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
 
 
 def _per_block(x: Tensor, block: int, fill: int) -> Tensor:
-    """(N, n) -> (ceil(N / block), block, n); the rows filled up are empty boxes (1 > 0)."""
+    """(N, n) -> (ceil(N / block), block, n); rows that are added are empty boxes (1 > 0)."""
     missing = -(-len(x) // block) * block - len(x)
     return F.pad(x, (0, 0, 0, missing), value=1 - fill).unflatten(0, (-1, block))
 
@@ -169,8 +169,8 @@ def _per_block(x: Tensor, block: int, fill: int) -> Tensor:
 def pool(x: Tensor, block: int, stride: int | None = None) -> Tensor:
     """Mean over runs of ``block`` tokens every ``stride`` (``block`` by default) tokens.
 
-    (B, H, N, D) -> (B, H, C, D), C = (N - block) // stride + 1; tokens left over at the end are in no
-    run. For a grid, put the tokens in a tile order first.
+    (B, H, N, D) -> (B, H, C, D), C = (N - block) // stride + 1; tokens left over at the end are
+    ignored. For a grid, put the tokens in a tile order first.
 
     Raises:
         ValueError: a block longer than N, or lengths that are not positive.
@@ -190,7 +190,7 @@ def select(
     """The ``s`` best key blocks of every query block by their pooled keys, without gradient.
 
     Args:
-        q: (B, H, N, D); ``k_pooled``: (B, H, C, D), one key a block of ``k_block``.
+        q: (B, H, N, D); ``k_pooled``: (B, H, C, D), one key per block of ``k_block``.
         options: ``reduce``, ``softmax``, ``spread``, ``forced``, ``within`` and the others of
             :func:`xattn.kernels.block_topk.block_topk`.
 
@@ -215,13 +215,13 @@ class Piece:
 
 
 class SegmentsOperator(Operator):
-    """Attention whose rows are :class:`Piece` s: of prefix tokens, of patches in tile order, ...
+    """Attention whose rows come in :class:`Piece` s: prefix tokens, patches in tile order, ...
 
     Args:
         pieces: every token is a query of exactly one.
-        places: LongTensor (N,), where each token stands among the pieces' queries, one after another;
-            None where the pieces hold the tokens in order.
-        keys: S, how many tokens there are to see.
+        places: LongTensor (N,), where each token stands in the concatenated queries of the pieces;
+            None if the pieces hold the tokens in order.
+        keys: S, the number of tokens that can be seen.
         scale, backend: as in :func:`attend`.
         every_row: whether every row is known to see a key, so that under "auto" PyTorch's own
             attention may answer for a single dense segment.
@@ -265,7 +265,7 @@ class SegmentsOperator(Operator):
         return o.index_select(2, self._places), lse.index_select(2, self._places)
 
     def _only_segment(self) -> Segment | None:
-        """The segment, where there is a single, dense one without a learned bias."""
+        """The segment, if there is just one, dense and without a learned bias."""
         segments = [s for piece in self.pieces for s in piece.segments]
         s = segments[0]
         sparse = len(segments) > 1 or s.blocks is not None or s.rule is not None
@@ -342,11 +342,11 @@ def grid_operator(
     bias: Tensor | None = None,
     backend: str = "auto",
 ) -> SegmentsOperator:
-    """Grid tokens by block lists in a new order; prefix tokens see everything and are always seen.
+    """Grid tokens attend by block lists, in another order; prefix tokens see and are seen by all.
 
     Args:
         q, k: (B, H, N, D), the ``prefix`` tokens first.
-        order: of the grid tokens; ``blocks``, ``rule`` and ``bias`` (B or 1, H or 1, M) speak of
+        order: of the grid tokens; ``blocks``, ``rule`` and ``bias`` (B or 1, H or 1, M) refer to
             its places.
     """
     device, tokens = q.device, torch.arange(q.shape[2], device=q.device)

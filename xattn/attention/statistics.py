@@ -5,12 +5,12 @@
     m_j = mean_i p_ij                               what key j receives
 
 i runs over the patches as queries, all of them or a sample; prefix tokens (class token, registers) are
-keys everywhere but have no place, so they count in H and m and are left out of d. Distance as in
-Dosovitskiy et al. 2021, arXiv 2010.11929, section 4.5 and appendix D.7, where the class token's part
-is not said: dividing by the patches' own mass keeps a head that rests on the class token from looking
-local. Sinks as in Xiao et al. 2023, arXiv 2309.17453, and Darcet et al. 2023, arXiv 2309.16588.
+always keys but have no position, so they count in H and m and are left out of d. Distance as in
+Dosovitskiy et al. 2021, arXiv 2010.11929, section 4.5 and appendix D.7, which does not say how the
+class token counts: dividing by the patches' own mass keeps a head that attends to the class token from
+looking local. Sinks as in Xiao et al. 2023, arXiv 2309.17453, and Darcet et al. 2023, arXiv 2309.16588.
 
-A is asked for block by block of rows, so memory is O(block x N), and sums are in float64.
+Rows of A are computed block by block, so memory is O(block x N); sums are in float64.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from xattn.attention.operator import Operator
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Of one layer, float64, for B images and H heads; N tokens, of which ``prefix`` come first."""
+    """One layer's statistics in float64, for B images, H heads and N tokens, ``prefix`` ones first."""
 
     entropy: Tensor
     """Mean of H_i in nats, (B, H), in [0, ln N]; see :func:`bits`."""
     distance: Tensor
-    """Mean of d_i in patches, (B, H); NaN where no query gives anything to a patch."""
+    """Mean of d_i in patches, (B, H); NaN where no query attends to any patch."""
     received: Tensor
-    """m_j, (B, H, N); sums to 1, or less where some query sees no key."""
+    """m_j, (B, H, N); sums to 1, or to less where some query sees no key."""
     queries: int
-    """How many patches were asked as queries."""
+    """How many patches served as queries."""
     prefix: int
 
     @property
@@ -47,8 +47,8 @@ class Statistics:
         """The ``count`` patches that receive most, as a mean over heads.
 
         Returns:
-            their tokens, LongTensor (B, count), most first, and their shares of the attention,
-            (B, count); all patches where there are fewer.
+            their token numbers, LongTensor (B, count), the largest share first, and their shares of
+            the attention, (B, count); all patches if there are fewer.
         """
         if count < 1:
             raise ValueError(f"count: got {count}; give at least 1")
@@ -107,7 +107,7 @@ def row_entropy(rows: Tensor) -> Tensor:
 
 
 def _shares(rows: Tensor) -> Tensor:
-    """p of rows of A, each of sum 1; a row of zeros stays one."""
+    """Rows of A scaled to sum 1; a row of zeros stays zero."""
     if (rows < 0).any():
         raise ValueError("rows: got negative entries; entropy needs weights of at least 0")
     total = rows.sum(-1, keepdim=True)
@@ -124,14 +124,14 @@ def bits(nats: float) -> float:
 
 
 def breadth(nats: float) -> float:
-    """Over how many tokens equal shares have this entropy: exp(H), the perplexity."""
+    """The number of tokens over which equal shares have this entropy: exp(H), the perplexity."""
     return math.exp(nats)
 
 
 def row_distance(rows: Tensor, index: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
     """Mean distance in patches to what rows (..., R, N) of the patches ``index`` (R,) attend to.
 
-    Weighted by the rows over patches only, (..., R); NaN for a row that gives patches nothing.
+    Weighted by the rows over patches only, (..., R); NaN for a row without weight on patches.
     """
     places = positions(grid, rows.dtype)
     away = torch.cdist(
@@ -148,7 +148,7 @@ def positions(grid: tuple[int, int], dtype: torch.dtype = torch.float64) -> Tens
 
 
 def uniform_distance(grid: tuple[int, int]) -> float:
-    """What :func:`row_distance` gives on average where attention is uniform, in patches."""
+    """The mean of :func:`row_distance` for uniform attention, in patches."""
     (height, width), total = grid, 0.0
     for dy in range(height):
         for dx in range(width):  # pairs of patches that lie (dy, dx) apart

@@ -84,7 +84,7 @@ class Backbone(nn.Module):
         self.to(device=reference.device)
         self.adapter = not hasattr(model, "forward_intermediates")
         self.prefix_tokens = int(getattr(model, "num_prefix_tokens", 0) or 0)
-        self._channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         self._fingerprint: str | None = None
         super().train(False)
         self.task: Task = task or "multiclass"
@@ -230,7 +230,7 @@ class Backbone(nn.Module):
     def _as_map(self, final: Tensor, inner: Sequence[Tensor] | dict[int, Tensor]) -> Tensor:
         """The final features as (B, C, h, w): NHWC is permuted, tokens lose their prefix."""
         if final.ndim == 4:
-            return final.permute(0, 3, 1, 2) if self._channels_last else final
+            return final.permute(0, 3, 1, 2) if self.channels_last else final
         if final.ndim == 3:
             sizes = inner.values() if isinstance(inner, dict) else inner
             last = list(sizes)[-1]
@@ -241,6 +241,16 @@ class Backbone(nn.Module):
         """(B, prefix + h*w, C) tokens, prefix dropped, as a (B, C, h, w) map."""
         tokens = tokens[:, tokens.shape[1] - grid[0] * grid[1] :]
         return tokens.transpose(1, 2).unflatten(2, grid)
+
+    @property
+    def knows_grid(self) -> bool:
+        """Whether the model tells its patch grid for any size of image, see :meth:`grid`."""
+        return hasattr(getattr(self.model, "patch_embed", None), "dynamic_feat_size")
+
+    @property
+    def cam_layer(self) -> nn.Module | None:
+        """The layer for CAM methods to read; None leaves the choice to them."""
+        return None
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """The patch grid (h, w) of a ViT for an image of ``height`` x ``width`` pixels."""
@@ -288,7 +298,7 @@ class Backbone(nn.Module):
         return logits.sigmoid() if self.task == "multilabel" else logits.softmax(1)
 
     def _through_head_point(self, final: Tensor) -> Tensor:
-        if final.ndim == 4 and self._channels_last:
+        if final.ndim == 4 and self.channels_last:
             return self.head_point(final.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.head_point(final)
 
@@ -307,7 +317,7 @@ class Backbone(nn.Module):
     def head_logits(self, final: Tensor) -> Tensor:
         """The classifier applied to a (possibly masked) ``"head"`` map (B, C, h, w) -> (B, K)."""
         self.require_pooled_tap()
-        if self._channels_last:
+        if self.channels_last:
             final = final.permute(0, 2, 3, 1)
         with self._passing():
             return self._as_classes(self.model.forward_head(final))  # type: ignore[operator]

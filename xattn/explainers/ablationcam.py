@@ -2,7 +2,7 @@
 
     map = ReLU( sum_c (y - y_c) / |y| f_c ),   y_c the logit with channel c of the layer set to 0
 
-Desai and Ramaswamy, WACV 2020. The paper divides by y, which turns the map over where a logit is
+Desai and Ramaswamy, WACV 2020. The paper divides by y, which inverts the map where the logit is
 negative; here it is |y|, which only scales the map (1 where y = 0).
 """
 
@@ -22,9 +22,10 @@ from xattn.runtime.memory import ForwardBatches
 
 @register_explainer("ablationcam")
 class AblationCam(LayerExplainer, ImageByImage):
-    """Ablation-CAM. On the map that a CNN pools only the classifier runs again, once a channel.
+    """Ablation-CAM: one pass per channel.
 
-    Elsewhere (ViTs, other layers) the whole network does, in micro-batches of one shape.
+    On the map that a CNN pools only the classifier runs again. On other layers, and in ViTs, the
+    whole network does, in micro-batches of one shape.
 
     Args:
         layer: see :class:`~xattn.explainers.layers.LayerExplainer`.
@@ -71,7 +72,7 @@ class AblationCam(LayerExplainer, ImageByImage):
         return scores
 
     def _without(self, image: Tensor, index: Tensor) -> Tensor:
-        """Logits (n, K) of n copies of the image, of each of which one channel is 0."""
+        """Logits (n, K) of n copies of the image; copy i has channel ``index[i]`` of the layer set to 0."""
 
         def ablate(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             output = output.clone()

@@ -1,4 +1,4 @@
-"""What explainers that read attention share: the layers' operators, the row that the classifier reads.
+"""Base of explainers that read attention: the layers' operators and the row that the classifier reads.
 
 A ViT's layers hold one A (N x N) a head; none is ever stored. The explainers start from a row vector
 over the tokens, the share of each in what the classifier reads, and multiply it by A from the last
@@ -10,16 +10,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from xattn.attention.record import Call, record
+from xattn.backbone import Backbone
 from xattn.explainers.base import Choose, Explainer
-
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
 
 Start = str | Sequence[int]
 
@@ -54,8 +52,8 @@ class AttentionExplainer(Explainer):
             the first token, "patches" the average over them, or numbers of tokens, averaged.
 
     Raises:
-        ValueError: a model without such attention, said with what was found instead; or one whose
-            way of pooling gives no row of tokens, unless ``start`` is given.
+        ValueError: a model without such attention (the message says what was found instead), or
+            one that does not pool its tokens by a weighted average, unless ``start`` is given.
     """
 
     gradients: ClassVar[bool] = False
@@ -97,7 +95,7 @@ class AttentionExplainer(Explainer):
         return logits, classes, maps.expand(-1, classes.shape[1], -1, -1)
 
     def _start_row(self, reading: Reading) -> Tensor | None:
-        """(B, 1, N), sums to 1; None where attention pooling's row is to be taken."""
+        """(B, 1, N), sums to 1; None where the row of attention pooling is used instead."""
         if self.start is None:
             return None
         logits = reading.logits.detach()
@@ -128,9 +126,9 @@ def first_row(call: Call) -> Tensor:
 
 
 def patch_grid(backbone: Backbone, images: Tensor, patches: int) -> tuple[int, int]:
-    """(h, w) of the patches; of the image's aspect where the model does not tell."""
+    """(h, w) of the patches; by the image's aspect ratio where the model does not report it."""
     height, width = images.shape[-2:]
-    if hasattr(getattr(backbone.model, "patch_embed", None), "dynamic_feat_size"):
+    if backbone.knows_grid:
         rows, columns = backbone.grid(height, width)
     else:
         rows = max(1, round((patches * height / width) ** 0.5))
@@ -144,7 +142,7 @@ def patch_grid(backbone: Backbone, images: Tensor, patches: int) -> tuple[int, i
 
 
 def choose_layer(layer: int, count: int, argument: str = "layer") -> int:
-    """``layer`` in 0..count-1, negative ones from the end; ``ValueError`` otherwise."""
+    """``layer`` as 0..count-1; negative numbers count from the end. ``ValueError`` otherwise."""
     if not -count <= layer < count:
         raise ValueError(f"{argument}: got {layer}; the model has {count} layers, 0..{count - 1}")
     return layer % count
@@ -167,10 +165,10 @@ def check_fusion(fusion: str) -> str:
 
 
 class NoAttention(ValueError):
-    """A model whose attention cannot be read as (B, H, N, N) a layer.
+    """A model whose attention cannot be read as one (B, H, N, N) per layer.
 
-    Attributes: ``found``, what it does instead, to be read after its name; ``calls``, how many calls
-    of attention it makes.
+    Attributes: ``found``, what the model does instead, a predicate that follows its name; ``calls``,
+    how often it calls attention.
     """
 
     def __init__(self, name: str, found: str, calls: int) -> None:
@@ -195,7 +193,7 @@ def _objection(backbone: Backbone, layers: Sequence[Call], images: Tensor) -> st
     expected = layers[0].operator.shape[2]
     if backbone.is_vit:
         height, width = backbone.tap_sizes[-1]
-        if hasattr(backbone.model.patch_embed, "dynamic_feat_size"):
+        if backbone.knows_grid:
             height, width = backbone.grid(*images.shape[-2:])
         expected = backbone.prefix_tokens + height * width
     for call in layers:
@@ -215,7 +213,7 @@ def _objection(backbone: Backbone, layers: Sequence[Call], images: Tensor) -> st
 
 
 def _depth(backbone: Backbone) -> int | None:
-    """Layers of attention there should be: some may write their softmax out, or attend twice."""
+    """How many attention layers there are: not all may be recorded, and some may attend twice."""
     blocks = getattr(backbone.model, "blocks", None)
     if isinstance(blocks, nn.Sequential | nn.ModuleList):
         return len(blocks)
@@ -246,7 +244,7 @@ def _start_tokens(
 
 
 def _tokens_read(backbone: Backbone, reading: Reading) -> str | tuple[int, ...]:
-    """Measured: the tokens whose gradient is not 0 when the head pools random ones."""
+    """The tokens that the head reads: those with a nonzero gradient when it pools random tokens."""
     remedy = "give start='class', 'patches' or token numbers"
     if backbone.adapter:  # its head cannot be run alone
         if reading.prefix > 1:

@@ -1,4 +1,4 @@
-"""AttnLRP: relevance R = x * grad, the gradient of the class logit taken by rules that share it out.
+"""AttnLRP: relevance R = x * grad, with gradient rules that distribute the class logit.
 
 Achtibat et al., ICML 2024, arXiv 2402.05602, in the form input x gradient: a product of two
 activations gives half the gradient to each, so that in softmax attention dV counts 1/2 and dQ, dK 1/4;
@@ -33,7 +33,7 @@ class AttnLrp(Explainer):
             the normalised image, (H, W). Summed over channels, with its sign.
 
     Raises:
-        ValueError: a model that attends in another way or calls a function without a rule, by name.
+        ValueError: a model with another kind of attention, or that calls a function without a rule.
     """
 
     at: str = "tokens"
@@ -114,7 +114,7 @@ class AttnLrp(Explainer):
         return relevance.unflatten(1, patch_grid(self.backbone, images, relevance.shape[1]))
 
     def _layout(self) -> str:
-        """Of a patch embedding that keeps the grid."""
+        """The memory format, NCHW or NHWC, of a patch embedding that keeps the grid."""
         return str(getattr(self.backbone.model.patch_embed, "output_fmt", "")).rpartition(".")[2]  # type: ignore[union-attr]
 
 
@@ -122,7 +122,7 @@ class AttnLrp(Explainer):
 
 
 class _Share(torch.autograd.Function):
-    """x, whose gradient counts ``share``."""
+    """The identity; its gradient is multiplied by ``share``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, share: float) -> Tensor:
@@ -142,7 +142,7 @@ def _attention(
 
 
 def _product(function: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-    """Products of several activations: each gets its part. Factors without gradient are weights."""
+    """A product of activations gives each an equal share; factors without gradient are weights."""
     if any(isinstance(x, Tensor | list | tuple) for x in kw.values()):
         raise ValueError(f"attn_lrp has no rule for {function.__name__} with tensors by keyword")
     if len(args) == 2 and isinstance(args[1], list | tuple):  # einsum(equation, [a, b])
@@ -172,7 +172,7 @@ def _quotient(function: Callable[..., Any], x: Any, y: Any, **kw: Any) -> Any:
 
 
 def _activation(function: Callable[..., Any], x: Tensor, *args: Any, **kw: Any) -> Tensor:
-    """x (f(x)/x), the quotient a constant; at 0 its limit f'(0), 1/2 or (tanh) 1."""
+    """x (f(x)/x) with the quotient held constant; at 0 its limit f'(0), 1/2 or (tanh) 1."""
     if kw.get("inplace"):
         kw = {**kw, "inplace": False}
     with torch.no_grad():
@@ -182,7 +182,7 @@ def _activation(function: Callable[..., Any], x: Tensor, *args: Any, **kw: Any) 
 
 
 def _constant(function: Callable[..., Any], *args: Any, **kw: Any) -> Tensor:
-    """Gates and inverse standard deviations scale what they multiply and get nothing."""
+    """Gates and inverse standard deviations scale what they multiply and get no relevance."""
     return function(*args, **kw).detach()
 
 
@@ -255,7 +255,7 @@ _REFUSED = frozenset(
 
 
 class _Rules(TorchFunctionMode):
-    """Answers the functions of PyTorch that have a rule; the gradient of all others is their own."""
+    """Replaces the PyTorch functions that have a rule; all others keep their own gradient."""
 
     def __init__(self, model: str) -> None:
         super().__init__()

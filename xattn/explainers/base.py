@@ -1,6 +1,6 @@
-"""What every explainer shares: Captum's call, its checks, micro-batches, and an untouched model.
+"""Base of all explainers: Captum's call, its checks, micro-batches, and an untouched model.
 
-``explainer.attribute(inputs, target) -> (B, 1, h, w)``: a raw map of one class an image, at the
+``explainer.attribute(inputs, target) -> (B, 1, h, w)``: a raw map of one class per image, at the
 explainer's own resolution and without min-max. Whatever happens inside, the models come out as they
 went in (:func:`preserve_state`). Any number of threads may explain one backbone: they take turns.
 """
@@ -14,19 +14,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xattn.backbone import sha256
+from xattn.backbone import Backbone, sha256
+from xattn.heads import AttentiveHead, Head
+from xattn.heads.probed import Probed
 from xattn.runtime.locking import alone
 from xattn.runtime.memory import ForwardBatches
-
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
 
 Choose = Callable[[Tensor], Tensor]  # logits (B, K) -> classes to explain, LongTensor (B, M)
 
@@ -53,13 +51,13 @@ class Explainer(ABC):
     Args:
         backbone: the classifier.
         head: a trained head of that backbone, where the explainer reads one.
-        seed: of explainers that draw random numbers; results depend on (seed, image) alone.
+        seed: for explainers that draw random numbers; results depend on (seed, image) alone.
         max_forward_batch: how many images are alive in a pass; halved for good where memory ran out.
 
-    Class attributes: ``name``; ``forwards``, the forward passes an image costs, at most; ``perturbs``,
-    whether these are many perturbed images without gradients; ``one_by_one``, whether each image has
-    micro-batches of its own, so that a batch of images needs no fixed size; ``needs_head``;
-    ``is_mask``, whether the map is a mask already, so that min-max must leave it alone.
+    Class attributes: ``name``; ``forwards``, the largest number of forward passes per image;
+    ``perturbs``, whether these are many perturbed images without gradients; ``one_by_one``, whether
+    each image has micro-batches of its own, so that a batch of images needs no fixed size;
+    ``needs_head``; ``is_mask``, whether the map is already a mask, to be shown without min-max.
     """
 
     name: ClassVar[str]
@@ -82,21 +80,21 @@ class Explainer(ABC):
                 f"or a folder: --head, --heads or --probe"
             )
         if self.head is not None:
-            _check_head(self.head, self.backbone)
+            check_head(self.head, self.backbone)
 
     def attribute(self, inputs: Tensor, target: Tensor | int) -> Tensor:
-        """Raw maps of one class an image.
+        """Raw maps of one class per image.
 
         Args:
             inputs: float (B, 3, H, W), raw pixels in [0, 1]; the backbone normalises.
-            target: one class for all images, or a LongTensor (B,) with one an image.
+            target: one class for all images, or a LongTensor (B,) with one per image.
 
         Returns:
             (B, 1, h, w), detached, on the device of ``inputs``.
 
         Raises:
             ValueError: inputs of another shape, non-finite or outside [0, 1]; a target that is not
-                one class, not one an image, or out of range.
+                one class or one per image, or is out of range.
         """
         check_inputs(inputs, self.backbone)
         targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
@@ -111,7 +109,7 @@ class Explainer(ABC):
         return torch.cat(maps).detach().to(inputs.device)
 
     def attribute_classes(self, inputs: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps of several classes an image, chosen from the logits of the same pass.
+        """Maps of several classes per image, chosen from the logits of the same pass.
 
         Args:
             inputs: as in :meth:`attribute`.
@@ -164,7 +162,7 @@ class Explainer(ABC):
     @contextmanager
     def _guard(self) -> Iterator[None]:
         modules = [m for m in (self.backbone, self.head) if m is not None]
-        own = [self.backbone.model, getattr(self.backbone, "probe", None), self.head]
+        own = [self.backbone.model, probe_of(self.backbone), self.head]
         held = alone(*(m for m in own if m is not None))
         with held, preserve_state(*modules), torch.inference_mode(False):
             # Backbone.eval leaves a model alone that a user has set to train.
@@ -174,7 +172,7 @@ class Explainer(ABC):
 
 
 class ImageByImage(Explainer):
-    """An explainer of one image at a time, all its classes from the same passes."""
+    """Base of explainers of one image at a time, all its classes from the same passes."""
 
     one_by_one = True
 
@@ -216,7 +214,7 @@ def check_inputs(inputs: Tensor, backbone: Backbone) -> None:
 
 
 def check_target(target: Tensor | int, batch: int, num_classes: int) -> Tensor:
-    """``target`` as a LongTensor (B,); ValueError unless it is one class or one an image."""
+    """``target`` as a LongTensor (B,); ValueError unless it is one class or one per image."""
     if isinstance(target, Integral) and not isinstance(target, bool):
         target = torch.full((batch,), int(target), device="cpu")
     whole = isinstance(target, Tensor) and target.dtype in (torch.int64, torch.int32)
@@ -234,25 +232,31 @@ def check_target(target: Tensor | int, batch: int, num_classes: int) -> Tensor:
     return target.long()  # type: ignore[union-attr]
 
 
-def _check_head(head: Head, backbone: Backbone) -> None:
-    theirs = getattr(head, "backbone_fingerprint", None)
-    own_probe = getattr(backbone, "probe", None)  # reads the maps of the same pass
+def probe_of(backbone: Backbone) -> AttentiveHead | None:
+    """The head that gives the logits of a probed backbone; None for a network's own classifier."""
+    return backbone.probe if isinstance(backbone, Probed) else None
+
+
+def check_head(head: Head, backbone: Backbone) -> None:
+    """Raise a ``ValueError`` unless ``head`` explains the classes and reads the maps of ``backbone``."""
+    own_probe = probe_of(backbone)  # reads the maps of the same pass
     if own_probe is not None and sha256(head) == sha256(own_probe):
         return
-    names = getattr(head, "class_names", None)
-    count = head.num_classes if getattr(head, "is_classifier", False) else backbone.num_classes
-    others = names is not None and list(names) != list(backbone.class_names)
-    if own_probe is None and (others or count != backbone.num_classes):
-        told = f"{', '.join(names[:3])}, ..." if names else f"{count} without names"
+    if own_probe is None and isinstance(head, AttentiveHead):
+        names = head.class_names
+        others = names is not None and names != list(backbone.class_names)
+        if others or head.num_classes != backbone.num_classes:
+            shown = f"{', '.join(names[:3])}, ..." if names else f"{head.num_classes} without names"
+            raise ValueError(
+                f"head: {head.name!r} has classes of its own ({shown}), the backbone "
+                f"{backbone.name} has others; explain xattn.heads.probed.probed(backbone, head), or "
+                f"give --probe FOLDER"
+            )
+    if head.backbone_fingerprint != backbone.fingerprint:
         raise ValueError(
-            f"head: {head.name!r} has classes of its own ({told}), the backbone {backbone.name} has "
-            f"others; explain xattn.heads.probed.probed(backbone, head), or give --probe FOLDER"
-        )
-    if theirs is not None and theirs != backbone.fingerprint:
-        raise ValueError(
-            f"head: trained on {getattr(head, 'backbone_name', '?')} with weights sha256 "
-            f"{theirs[:12]}, the backbone {backbone.name} has {backbone.fingerprint[:12]}; "
-            f"load the matching pair"
+            f"head: trained on {head.backbone_name} with weights sha256 "
+            f"{head.backbone_fingerprint[:12]}, the backbone {backbone.name} has "
+            f"{backbone.fingerprint[:12]}; load the matching pair"
         )
 
 
@@ -275,8 +279,8 @@ def preserve_state(*modules: nn.Module) -> Iterator[None]:
 
     Restored are training modes, ``requires_grad``, ``.grad``, buffers, hooks, and the generators of
     Python, NumPy and torch (CPU, and CUDA once it is in use). No other thread may change the modules
-    inside, see :meth:`xattn.Backbone.alone`. The generators are those of the process: numbers that
-    another thread draws from them meanwhile are drawn again.
+    inside, see :meth:`xattn.Backbone.alone`. The generators belong to the process: numbers that
+    another thread draws from them meanwhile will be drawn again.
     """
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
     parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
@@ -354,7 +358,7 @@ def create_explainer(
     max_forward_batch: int = 32,
     **options: Any,
 ) -> Explainer:
-    """Create an explainer by name; arguments as in :class:`Explainer`, ``options`` are its own.
+    """Create an explainer by name; arguments as in :class:`Explainer`, ``options`` as in its own class.
 
     Raises:
         ValueError: unknown name (with near matches), unknown option, a missing or foreign head, or

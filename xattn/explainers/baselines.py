@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from xattn.backbone import Backbone
 from xattn.explainers.base import Explainer, register_explainer
-
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
 
 
 @register_explainer("random")
@@ -44,7 +41,7 @@ class Centre(Explainer):
     """Baseline: a Gaussian around the image's centre.
 
     Args:
-        sigma: standard deviation, in parts of the height and of the width.
+        sigma: standard deviation, as a fraction of the height and of the width.
     """
 
     sigma: float = 0.25

@@ -1,7 +1,7 @@
-"""Class activation map: the classifier's row of the class, applied at every place of the last map.
+"""Class activation map: the classifier's weights of a class, applied at every position of the last map.
 
 ``map_k = w_k . f``, f (B, C, h, w) the tensor that is average-pooled before the linear classifier:
-its mean over the places is the logit of class k without the bias (Zhou et al., arXiv 1512.04150).
+its mean over the positions is the logit of class k without the bias (Zhou et al., arXiv 1512.04150).
 Negative evidence stays: no ReLU.
 """
 

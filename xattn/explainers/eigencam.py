@@ -3,8 +3,8 @@
     f (hw x C) = U S V^T,   map = f v_1
 
 Muhammad and Yeasin, arXiv 2008.00299. The activations are not centred, as in the paper
-(pytorch-grad-cam centres them). A singular vector has no sign: the map is turned so that its sum is
-positive.
+(pytorch-grad-cam centres them). A singular vector has no sign of its own: it is chosen so that the map's
+sum is positive.
 """
 
 from __future__ import annotations

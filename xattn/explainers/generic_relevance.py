@@ -1,8 +1,8 @@
-"""Generic attention explainability: r <- r + r E_l from the last layer to the first, of one class.
+"""Generic attention explainability: r <- r + r E_l from the last layer to the first, for one class.
 
 E = mean_h max(A * dA, 0), dA the gradient of the class logit with respect to A (Chefer, Gur, Wolf,
-ICCV 2021, arXiv 2103.15679; one row of their R). dA_ij = dY_i . v_j, so that one backward pass to the
-outputs Y = A V of the layers, which fused attention has, is enough.
+ICCV 2021, arXiv 2103.15679; one row of their R). dA_ij = dY_i . v_j, so one backward pass to the
+layers' outputs Y = A V, which fused attention computes anyway, is enough.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xattn.explainers.base import register_explainer
 
 @register_explainer("generic_relevance")
 class GenericRelevance(AttentionExplainer):
-    """Gradient-weighted attention of all layers: one forward pass, a backward pass a class.
+    """Gradient-weighted attention of all layers: one forward pass, and a backward pass per class.
 
     Args:
         start: see :class:`~xattn.explainers.attention.AttentionExplainer`.

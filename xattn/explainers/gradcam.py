@@ -1,4 +1,4 @@
-"""CAM methods that weigh a layer's activations f by gradients g of the class logit.
+"""CAM methods that weight a layer's activations f by gradients g of the class logit.
 
     Grad-CAM    ReLU( sum_c mean(g_c) f_c )                        Selvaraju et al., arXiv 1610.02391
     Grad-CAM++  ReLU( sum_c sum_uv(alpha_c relu(g_c)) f_c )        Chattopadhay et al., arXiv 1710.11063
@@ -22,7 +22,7 @@ from xattn.explainers.layers import LayerExplainer
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class GradientCam(LayerExplainer):
-    """One forward pass and a backward pass as far as the layer.
+    """One forward pass, and a backward pass down to the layer.
 
     Args:
         layer: see :class:`~xattn.explainers.layers.LayerExplainer`.
@@ -37,7 +37,7 @@ class GradientCam(LayerExplainer):
         return torch.relu(maps) if self.relu else maps
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        """Of every channel, (B, C, 1, 1), or of every channel and place, (B, C, h, w)."""
+        """One weight per channel, (B, C, 1, 1), or per channel and position, (B, C, h, w)."""
         raise NotImplementedError
 
 
@@ -55,7 +55,7 @@ class GradCam(GradientCam):
 
 @register_explainer("gradcam_plusplus")
 class GradCamPlusPlus(GradientCam):
-    """Grad-CAM++: places are weighed so that several objects of one class count alike.
+    """Grad-CAM++: positions are weighted so that several objects of one class count equally.
 
     Args:
         layer, relu: see :class:`GradientCam`.
@@ -70,7 +70,7 @@ class GradCamPlusPlus(GradientCam):
 
 @register_explainer("layercam")
 class LayerCam(GradientCam):
-    """LayerCAM: one weight per place, so that early layers can be read, too.
+    """LayerCAM: one weight per position, so that early layers can be read, too.
 
     Args:
         layer, relu: see :class:`GradientCam`.

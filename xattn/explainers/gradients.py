@@ -12,16 +12,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from xattn.backbone import Backbone
 from xattn.explainers.base import Explainer, register_explainer
-
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
 
 
 @register_explainer("saliency")
@@ -50,12 +48,11 @@ class GuidedBackprop(Explainer):
 
     A ReLU passes back max(g, 0) where its own derivative is 1, else 0. ReLU, ReLU6 and
     ``hardtanh(x, 0, b)`` follow the rule, called as a module or as a function, in place or not.
-    Captum's changes modules of type ``nn.ReLU`` alone, through hooks on their inputs, which a skip
-    connection may share.
+    Captum's version changes only modules of type ``nn.ReLU``, through hooks on their inputs, which a
+    skip connection may share. Other activations keep their own derivative, with a warning.
 
     Raises:
-        ValueError: a network that calls no ReLU, with the activations that it calls. One that calls
-            others besides warns; those keep their own derivative.
+        ValueError: a network that calls no ReLU; the message names the activations that it calls.
     """
 
     def __post_init__(self) -> None:
@@ -93,7 +90,7 @@ def pixel_gradient(backbone: Backbone, images: Tensor, target: Tensor) -> Tensor
     return Captum(backbone.logits).attribute(leaf, target, abs=False).detach()
 
 
-# ------------------------------------------------------------------- functions of the network
+# ------------------------------------------------------------------- a network's function calls
 
 
 class _Guided(torch.autograd.Function):
@@ -116,7 +113,7 @@ _OTHER = frozenset(
 
 
 class _GuidedReLUs(TorchFunctionMode):
-    """Answers every call of a ReLU by the guided rule and notes which activations are called."""
+    """Replaces every call of a ReLU by the guided rule and notes which other activations are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +141,7 @@ def _upper(
     *other: Any,
     **kw: Any,
 ) -> float | None:
-    """Where the ReLU of that name saturates; None if it is none."""
+    """The largest value of the ReLU called ``name``; None for other functions."""
     if name in ("relu", "relu_"):
         return torch.inf
     if name in ("relu6", "relu6_"):
@@ -173,13 +170,13 @@ def calling(backbone: nn.Module, inside: list[nn.Module]) -> Iterator[None]:
 
 
 def probe_image(backbone: Backbone) -> Tensor:
-    """(1, 3, H, W) of noise at the backbone's default size, on which rules are tried."""
+    """(1, 3, H, W) of noise at the backbone's default size, to try rules on."""
     size = (1, backbone.mean.shape[1], *backbone.preprocessing.input_size)
     return torch.rand(size, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def check_same_logits(backbone: Backbone, method: str, got: Tensor, plain: Tensor) -> None:
-    """ValueError where rules that work out of place change what the network computes."""
+    """Raise a ``ValueError`` if rules that work out of place change what the network computes."""
     if not torch.allclose(got, plain, rtol=1e-2, atol=1e-2 * float(plain.abs().max())):
         raise ValueError(
             f"backbone: {backbone.name} reads a tensor again that an activation changed in place, "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xattn.explainers.base import Choose, Explainer, register_explainer
+from xattn.heads import AttentiveHead
 
 
 @register_explainer("head")
@@ -17,8 +18,8 @@ class HeadExplainer(Explainer):
     """A trained explanation head: any classes from one forward pass.
 
     Args:
-        maps: ``"scores"``, ``"mask"`` or, of a head that pools by attention, ``"attention"``, instead
-            of the head's own ``explain_with``.
+        maps: what to show instead of the head's own ``explain_with``: ``"scores"``, ``"mask"`` or,
+            for a head that pools by attention, ``"attention"``.
     """
 
     maps: str | None = None
@@ -27,7 +28,7 @@ class HeadExplainer(Explainer):
     def __post_init__(self) -> None:
         super().__post_init__()
         choices = ["scores", "mask"]
-        if getattr(self.head, "learns_scores", False):
+        if isinstance(self.head, AttentiveHead) and self.head.learns_scores:
             choices.append("attention")
         if self.maps not in (None, *choices):
             raise ValueError(f"maps: got {self.maps!r}; this head shows {', '.join(choices)}")

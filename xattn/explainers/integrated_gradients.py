@@ -22,12 +22,12 @@ from torch import Tensor
 from xattn.explainers.base import Explainer, register_explainer
 from xattn.explainers.gradients import pixel_gradient
 
-# Numbers (n,) of perturbed images -> the images (n, 3, H, W) and their weights, which broadcast.
+# Indices (n,) of perturbed images -> these images (n, 3, H, W) and their weights, which broadcast.
 Points = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class _GradientSum(Explainer):
-    """Explainers of ``forwards`` perturbed images an image, ``max_forward_batch`` at a time."""
+    """Base of sums over ``forwards`` perturbed copies of an image, ``max_forward_batch`` at a time."""
 
     one_by_one = True
 
@@ -64,7 +64,7 @@ class IntegratedGradients(_GradientSum):
     with 128.
 
     Args:
-        steps: nodes a_k of the Gauss-Legendre rule, each a forward and a backward pass.
+        steps: nodes a_k of the Gauss-Legendre rule; each takes a forward and a backward pass.
         baseline: "black", pixels of 0 as in the paper, which then get no relevance; or "mean", the mean
             colour by which the backbone normalises (zeros for its first layer).
     """
@@ -100,11 +100,11 @@ class GradientShap(_GradientSum):
     map sums to f(x) minus the mean of f over the baselines, where there is no noise.
 
     Args:
-        samples: draws an image, each a forward and a backward pass.
-        baselines: images (n, 3, H, W), or colours (n, 3, 1, 1), in [0, 1], drawn with equal chance:
-            photos of the data set give expected gradients. By default black, white and the mean
+        samples: random draws per image; each takes a forward and a backward pass.
+        baselines: images (n, 3, H, W), or colours (n, 3, 1, 1), in [0, 1], drawn uniformly: photos
+            of the data set give expected gradients. By default black, white and the mean
             colour of the backbone.
-        noise: standard deviation of the Gaussian noise, in parts of the image's range of values.
+        noise: standard deviation of the Gaussian noise, as a fraction of the image's range of values.
     """
 
     samples: int = 32
@@ -153,9 +153,9 @@ class SmoothGrad(_GradientSum):
     """max over the channels of |mean_k df(x + e_k)/dx|, (B, 1, H, W); saliency where e_k is 0.
 
     Args:
-        samples: draws an image, each a forward and a backward pass.
-        noise: standard deviation of the Gaussian e_k, in parts of the image's range of values; the
-            paper finds 0.1 to 0.2 best. Noisy pixels are not clipped to [0, 1].
+        samples: random draws per image; each takes a forward and a backward pass.
+        noise: standard deviation of the Gaussian e_k, as a fraction of the image's range of values;
+            the paper finds 0.1 to 0.2 best. Noisy pixels are not clipped to [0, 1].
     """
 
     samples: int = 32
@@ -180,9 +180,9 @@ class SmoothGrad(_GradientSum):
 
 
 class _Draws:
-    """Random numbers that depend on the seed and the number of the draw, on nothing else.
+    """Random numbers that depend only on the seed and the index of the draw.
 
-    Not on the pixels: images that hardly differ have maps that hardly differ.
+    They do not depend on the pixels, so images that hardly differ have maps that hardly differ.
     """
 
     def __init__(self, seed: int, image: Tensor) -> None:

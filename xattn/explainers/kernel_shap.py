@@ -27,8 +27,8 @@ class KernelShap(SuperpixelExplainer):
     values where 2^M <= ``samples``, else estimates whose error falls with 1 / sqrt(samples).
 
     Args:
-        samples: masked copies of an image, at most, the clean and the empty one among them; at
-            least twice the number of superpixels. Lundberg's package takes 2 M + 2048.
+        samples: the largest number of masked copies of an image, including the clean and the empty
+            one; at least twice the number of superpixels. Lundberg's package takes 2 M + 2048.
         n_segments, compactness, fill: see
             :class:`~xattn.explainers.masked_passes.SuperpixelExplainer`.
 

@@ -1,33 +1,31 @@
 """The layer that CAM methods read: its activations, and gradients, as maps (B, C, h, w).
 
-By default the map that a CNN pools; in a ViT the tokens after ``norm1`` of the last block, prefix
-tokens left out, as a map.
+By default the map that a CNN pools; in a ViT the tokens after ``norm1`` of the last block, without
+prefix tokens, as a map.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xattn.backbone import Backbone
 from xattn.explainers.base import Explainer
-
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
 
 
 class LayerReader:
     """Reads a module's output, (B, C, h, w), or (B, N, C) tokens in a ViT.
 
     Raises:
-        ValueError: ``layer`` is no module of the backbone, or has to be given and is not.
+        ValueError: ``layer`` is not a module of the backbone, or is needed and was not given.
     """
 
     def __init__(self, backbone: Backbone, layer: nn.Module | None, method: str) -> None:
         if layer is None:
-            layer = getattr(backbone, "cam_layer", None)
+            layer = backbone.cam_layer
         if layer is None and backbone.adapter:
             layer = getattr(backbone.model, "gradcam_layer", None)
         if layer is None and backbone.adapter:
@@ -94,10 +92,10 @@ class LayerReader:
         height, width = images.shape[-2:]
         grids = []
         if output.ndim == 3 and self.tokens:
-            if hasattr(getattr(self.backbone.model, "patch_embed", None), "dynamic_feat_size"):
+            if self.backbone.knows_grid:
                 return self.backbone.tokens_to_map(output, self.backbone.grid(height, width))
-            # Mixers and XCiT do not tell their grid: it has the image's aspect. Their prefix tokens,
-            # if any, may join only after the blocks.
+            # Mixers and XCiT do not report their grid: it has the image's aspect ratio. Their prefix
+            # tokens, if any, may join only after the blocks.
             grids = [output.shape[1] - self.backbone.prefix_tokens, output.shape[1]]
         for count in grids:
             rows = max(1, round((count * height / width) ** 0.5))
@@ -110,7 +108,7 @@ class LayerReader:
         )
 
     def channel_axis(self, output: Tensor, images: Tensor) -> int:
-        """Which axis is the channels: of (B, h, w, C) or (B, C, h, w), h and w have the image's aspect."""
+        """The channel axis of (B, h, w, C) or (B, C, h, w): h and w have the image's aspect ratio."""
         if output.ndim == 3:
             return 2
         height, width = images.shape[-2:]
@@ -119,9 +117,9 @@ class LayerReader:
             return abs(h * width - w * height) < max(height, width)
 
         first, last = fits(*output.shape[1:3]), fits(*output.shape[2:])
-        if first and last:  # as many channels as places a side
+        if first and last:  # as many channels as positions along a side
             layout = isinstance(self.layer, nn.Conv2d | nn.BatchNorm2d | nn.Identity)
-            first = not layout and (self.tokens or self.backbone._channels_last)
+            first = not layout and (self.tokens or self.backbone.channels_last)
         return 3 if first else 1
 
 

@@ -3,7 +3,7 @@
 Ribeiro et al., KDD 2016, arXiv 1602.04938; pi(z) = exp(-d(z)^2 / width^2) with the cosine distance
 d(z) = 1 - sqrt(|z| / M) of z and the vector of ones. The authors' package and Captum take the square
 root of this weight. Captum's ``Lime`` is not used: it draws from the global generator, evaluates one
-class a run, has a last micro-batch of another shape, and fits in float32.
+class per run, has a last micro-batch of another shape, and fits in float32.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Lime(SuperpixelExplainer):
     The first sample is the clean image; the others keep each superpixel with probability 1/2.
 
     Args:
-        samples: masked copies of an image, the clean one among them.
+        samples: masked copies of an image, including the clean one.
         n_segments, compactness, fill: see
             :class:`~xattn.explainers.masked_passes.SuperpixelExplainer`.
         width: width of the weighting kernel, in units of the cosine distance.
-        ridge: penalty of the squared coefficients, above 0; the intercept has none. Shrinks them
-            by about ridge / (ridge + sum of weights / 4).
+        ridge: penalty of the squared coefficients, above 0; the intercept has none. It shrinks the
+            coefficients by about ridge / (ridge + sum of weights / 4).
     """
 
     width: float = 0.25

@@ -1,9 +1,10 @@
 """LRP: R_i = x_i sum_j r(w_ij) R_j / (sum_i x_i r(w_ij) + r(b_j) + eps), layer by layer to the pixels.
 
 Bach et al., PLOS ONE 2015 (epsilon rule, r(w) = w); Montavon et al. 2019, doi 10.1007/978-3-030-28954-6_10
-(gamma rule, r(w) = w + gamma max(w, 0)). Computed as input x gradient of c = R / activation, which one
-backward pass carries: sums, pools and reshapes have the gradient of their own, an activation passes
-f(x)/x on, a gate is a constant, and a linear layer scales c by its output over its denominator.
+(gamma rule, r(w) = w + gamma max(w, 0)). One backward
+pass carries c = R / activation, and R = x c: sums, pools and reshapes keep their own gradient, an
+activation passes f(x)/x on, a gate is a constant, and a linear layer scales c by its output over its
+denominator.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ class Lrp(Explainer):
     ``nn.ReLU``, and a residual sum breaks its conservation.
 
     Args:
-        gamma: of the convolutions, which then prefer positive contributions; 0 is the epsilon rule,
-            which on a ReLU network is close to input x gradient and as noisy. Inputs and outputs below 0
-            follow the same rule with signs turned. Linear layers always follow the epsilon rule.
+        gamma: how strongly convolutions prefer positive contributions; 0 is the epsilon rule, which
+            on a ReLU network is close to input x gradient and as noisy. Inputs and outputs below 0
+            follow the same rule with signs flipped. Linear layers always follow the epsilon rule.
         epsilon: added to the denominators, away from 0.
 
     Raises:
-        ValueError: a network that calls a function without a rule, naming it and the layer's type.
+        ValueError: a network that calls a function without a rule; the message names it and its layer.
     """
 
     gamma: float = 0.25
@@ -100,7 +101,7 @@ class _Layer(NamedTuple):
 
 
 class _Shared(torch.autograd.Function):
-    """z, whose c = R / z goes on to the denominator p as c z / p."""
+    """The identity on z; its gradient c = R / z goes to the denominator p as c z / p."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, z: Tensor, epsilon: float) -> Tensor:
@@ -114,7 +115,7 @@ class _Shared(torch.autograd.Function):
         return c * ctx.saved_tensors[0], None, None
 
 
-# Linear without a weight, or the choice of a value: their gradient passes relevance on.
+# Linear without a weight, or a choice of values: their own gradient passes relevance on.
 _PLAIN = frozenset(
     "add __add__ __radd__ add_ sub __sub__ __rsub__ sub_ neg __neg__ mean sum cat concat stack avg_pool2d "
     "adaptive_avg_pool2d max_pool2d adaptive_max_pool2d amax pad interpolate reshape view flatten "
@@ -135,7 +136,7 @@ _OUT_OF_PLACE = {"add_": torch.add, "sub_": torch.sub, "mul_": torch.mul, "div_"
 
 
 class _Rules(TorchFunctionMode):
-    """Answers the functions of a network by their rules; ``refused`` collects those without one."""
+    """Applies the rules to a network's function calls; ``refused`` collects those without a rule."""
 
     def __init__(self, gamma: float, epsilon: float) -> None:
         super().__init__()
@@ -228,7 +229,7 @@ class _Rules(TorchFunctionMode):
         return value if layer is None else self._shared(value, layer)
 
     def _shared(self, z: Tensor, layer: _Layer | None = None) -> Tensor:
-        """Epsilon rule: the denominator is z. Gamma rule: z + gamma times the part of z's sign.
+        """Epsilon rule: the denominator is z. Gamma rule: z + gamma times the contributions of z's sign.
 
         a, the sum of contributions above 0, is linear(x+, w+) + linear(x-, w-); those below 0 sum to
         z - a. The denominator has the sign of z and is never smaller.
@@ -246,7 +247,7 @@ class _Rules(TorchFunctionMode):
 
 
 def _activation(function: Callable[..., Any], x: Tensor, *args: Any, **kw: Any) -> Tensor:
-    """x (f(x)/x), the quotient a constant; at 0, where nothing is to share, 0."""
+    """x (f(x)/x) with the quotient held constant; at 0, where there is nothing to distribute, 0."""
     if kw.get("inplace"):
         kw = {**kw, "inplace": False}
     if function.__name__.endswith("_"):

@@ -1,7 +1,7 @@
 """Perturbation explainers: p(class | x o m + fill o (1 - m)) for many masks m of one image x.
 
-RISE, occlusion, LIME and KernelSHAP differ in the masks and in what they make of the scores; here
-is what they share: micro-batches of one fixed shape, scores in float64, fills and superpixels.
+RISE, occlusion, LIME and KernelSHAP differ in their masks and in what they make of the scores. They
+share micro-batches of one fixed shape, scores in float64, fills and superpixels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FILLS = ("black", "mean")
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class PerturbationExplainer(ImageByImage):
-    """An explainer that scores many masked copies of each image.
+    """Base of explainers that score many masked copies of each image.
 
     Scores are the probabilities of the explained classes, so the map of a class also depends on
     the other classes. Several classes are explained from the same passes. ``forwards`` counts the
@@ -58,7 +58,7 @@ class PerturbationExplainer(ImageByImage):
             image: (3, H, W).
             classes: (M,).
             count: how many masks there are.
-            masks: indices (n,) -> masks (n, 1, H, W) in [0, 1], 1 keeps the pixel; called once a
+            masks: indices (n,) -> masks (n, 1, H, W) in [0, 1], 1 keeps the pixel; called once per
                 micro-batch, so that no more than one micro-batch of masks is alive.
             use: gets the masks (n, 1, H, W) and scores (n, M) of each micro-batch.
             logits: give logits instead of probabilities.
@@ -93,7 +93,7 @@ class PerturbationExplainer(ImageByImage):
         return self.backbone.mean.view(-1, 1, 1).to(image) if self.fill == "mean" else None
 
     def _generator(self, *key: object) -> np.random.Generator:
-        """Random numbers that depend on the seed and ``key`` alone."""
+        """A generator that depends only on the explainer's name, the seed and ``key``."""
         digest = hashlib.sha256(":".join(map(str, (self.name, self.seed, *key))).encode()).digest()
         return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
@@ -106,7 +106,7 @@ class SuperpixelExplainer(PerturbationExplainer):
     area. An image with a single superpixel (SLIC merges pure noise into one) has a constant map.
 
     Args:
-        samples: masked copies of an image, the clean one among them.
+        samples: masked copies of an image, including the clean one.
         n_segments: superpixels asked for; SLIC returns about as many.
         compactness: SLIC's weight of distance against colour; higher gives squarer superpixels.
         fill: see :class:`PerturbationExplainer`.
@@ -130,7 +130,7 @@ class SuperpixelExplainer(PerturbationExplainer):
 
     @abstractmethod
     def _coefficients(self, kept: Tensor, scores: Tensor) -> Tensor:
-        """One number a superpixel and class, (segments, M) float64.
+        """One number per superpixel and class, (segments, M) float64.
 
         ``kept`` is (T, segments) bool, ``scores`` (T, M) float64.
         """

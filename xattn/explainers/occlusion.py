@@ -1,7 +1,7 @@
 """Occlusion: S_c(u) = mean over the windows w that cover u of f_c(x) - f_c(x without w).
 
 Zeiler and Fergus, arXiv 1311.2901, section 4.2, as a difference of scores. Equal to Captum's
-``Occlusion`` (tested), which is not used here: it explains one class a run, its last micro-batch
+``Occlusion`` (tested), which is not used here: it explains one class per run, its last micro-batch
 has another shape, it keeps a (3, H, W) mask for every image of a micro-batch, and it sums in
 float32.
 """
@@ -20,7 +20,7 @@ from xattn.explainers.masked_passes import PerturbationExplainer, at_least
 @register_explainer("occlusion")
 @dataclass(kw_only=True, eq=False, repr=False)
 class Occlusion(PerturbationExplainer):
-    """Occlusion: how much a sliding square window that covers a pixel lowers the probability.
+    """Occlusion: how much the probability falls, on average, when a square window hides a pixel.
 
     Windows start at 0, stride, 2 stride, ... until one reaches the border, which cuts it. A map is
     (B, 1, H, W), signed, in [-1, 1].
@@ -42,7 +42,7 @@ class Occlusion(PerturbationExplainer):
         self.forwards = 1 + len(rows) * len(columns)
 
     def _windows(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Where windows lie: bool (R, H) rows and (C, W) columns; R x C windows."""
+        """The R x C windows: bool (R, H), the rows that each covers, and (C, W), the columns."""
         size = self.size or max(1, round(min(height, width) / 7))
         stride = self.stride or max(1, size // 2)
         if size > min(height, width):

@@ -1,4 +1,4 @@
-"""Attention of one layer as it is: the row that the classifier reads, or what each token receives.
+"""Attention of a single layer: the row that the classifier reads, or what each token receives.
 
 ``raw_attention``: s A, s the classifier's starting row (e_cls where it reads the class token).
 ``column_mass``: (1/N) sum_i A_ij, the mean attention that token j receives. The same map for every
@@ -31,9 +31,9 @@ class RawAttention(AttentionExplainer):
     """The starting row's attention in one layer, O(N d) where it reads a few tokens.
 
     Args:
-        layer: negative ones from the end. Attention pooling, where a model has it, is the last one;
-            earlier layers then start from its row.
-        fusion: of the heads, after the rows were averaged: "mean", "max", "min", or one head's number.
+        layer: negative numbers count from the end. Attention pooling, where a model has it, is the
+            last layer; earlier layers then start from its row.
+        fusion: of the heads, once rows are averaged: "mean", "max", "min", or the number of a head.
         start: see :class:`~xattn.explainers.attention.AttentionExplainer`.
     """
 
@@ -81,7 +81,7 @@ class ColumnMass(AttentionExplainer):
     """Attention that each patch receives: mean over queries and heads.
 
     Args:
-        layer: negative ones from the end; None averages over all.
+        layer: negative numbers count from the end; None averages over all layers.
     """
 
     layer: int | None = -1

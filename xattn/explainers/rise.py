@@ -22,12 +22,12 @@ from xattn.explainers.masked_passes import PerturbationExplainer, at_least
 class Rise(PerturbationExplainer):
     """RISE: the mean mask, weighted by the probability that the masked image keeps.
 
-    The masks depend on the seed and the image's size alone: all images get the same. A map is
+    The masks depend only on the seed and the image's size, so all images share them. A map is
     (B, 1, H, W), not negative, and noisy: its standard error falls with 1 / sqrt(masks).
 
     Args:
         masks: N; the paper takes 4000 (VGG-16) and 8000 (ResNet-50).
-        cells: s, cells a side.
+        cells: s, the number of cells along a side.
         keep: p, the probability that a cell is 1.
         fill: ``"mean"`` is the paper's, which masks normalised images with zeros.
     """
@@ -79,7 +79,7 @@ class Rise(PerturbationExplainer):
 
 
 def _cell(side: int, cells: int) -> int:
-    """Pixels a cell."""
+    """Pixels along the side of a cell."""
     return -(-side // cells)
 
 

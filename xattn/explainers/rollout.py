@@ -30,15 +30,15 @@ from xattn.explainers.base import register_explainer
 class Rollout(AttentionExplainer):
     """Attention rollout.
 
-    Fusion by mean without ``discard`` takes O(N) memory; otherwise A is computed by chunks of rows,
-    once, or three times where the ``discard`` threshold is sought.
+    Fusion by mean without ``discard`` takes O(N) memory; otherwise A is computed in chunks of rows,
+    once, or three times with ``discard``, whose threshold takes two passes.
 
     Args:
         fusion: of the heads: "mean", "max" or "min".
         residual: weight of the skip connection, in [0, 1].
         discard: share in [0, 1) of the N^2 fused entries of a layer, the smallest ones, that are
             set to 0 before the residual is added; ties with the smallest kept entry are kept.
-        keep_class: never discard what the class token gives, column 0, in models that have one.
+        keep_class: never discard attention to the class token, column 0, in models that have one.
         start_layer: layers before it are left out.
         start: see :class:`~xattn.explainers.attention.AttentionExplainer`.
     """
@@ -145,8 +145,8 @@ def _smallest_kept(operator: Operator, fusion: str, discard: float) -> Tensor:
 
 
 def _bin(chunks: Iterable[Tensor], rank: Tensor) -> tuple[Tensor, Tensor]:
-    """For keys (B, ...) in 0..2^16 - 1, -1 left out: the key of ascending rank (B,), and the rank
-    among those of that key."""
+    """For keys (B, ...) in 0..2^16 - 1 (-1 is ignored): the key of ascending ``rank`` (B,), and the
+    rank that remains among the entries of that key."""
     batch, bins = rank.shape[0], 2**16 + 1
     offset = bins * torch.arange(batch, device=rank.device)[:, None]
     counts = rank.new_zeros(batch * bins)

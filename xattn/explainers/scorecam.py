@@ -1,9 +1,9 @@
-"""Score-CAM: each channel's activation masks the image, and the class logit says what it is worth.
+"""Score-CAM: each channel's activation masks the image; the class logit that remains is its weight.
 
     map = ReLU( sum_c alpha_c f_c ),   alpha = softmax_c S(x o H_c),   H_c = minmax(upsample(f_c))
 
 Wang et al., arXiv 1910.01279. The paper subtracts the logit of a baseline image from every S, which
-the softmax does not notice. Constant channels mask nothing and weigh 0.
+the softmax cancels. Constant channels mask nothing and get weight 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from xattn.explainers.masked_passes import PerturbationExplainer
 @register_explainer("scorecam")
 @dataclass(kw_only=True, eq=False, repr=False)
 class ScoreCam(LayerExplainer, PerturbationExplainer):
-    """Score-CAM: one forward pass a channel that is not constant.
+    """Score-CAM: one forward pass per channel that is not constant.
 
     Args:
         layer: see :class:`~xattn.explainers.layers.LayerExplainer`.

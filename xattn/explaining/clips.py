@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from xattn.backbone import Backbone, Preprocessing
+from xattn.explainers import Explainer
 from xattn.explaining.film import Film
 from xattn.explaining.photos import (
     Explanations,
@@ -27,6 +28,7 @@ from xattn.explaining.photos import (
     set_up,
     warn_of_blank,
 )
+from xattn.heads import Head
 from xattn.packs.explanation import Explanation
 from xattn.packs.format import check_output, interrupted_output
 from xattn.packs.reader import load_pack
@@ -34,11 +36,6 @@ from xattn.photos.clip import FALLBACK_FPS, Clip, open_clip, quiet
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.view import prepare
 from xattn.runtime.interrupts import deferred_interrupt
-
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone, Preprocessing
-    from xattn.explainers import Explainer
-    from xattn.heads import Head
 
 
 class VideoExplanations(Explanations):

@@ -10,27 +10,25 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
+from xattn.backbone import Backbone
 from xattn.explainers import Explainer, create_explainer
 from xattn.explainers.base import Choose
 from xattn.explaining.naming import Source, file_name_of, named_photos
 from xattn.explaining.provenance import protocol_of
+from xattn.heads import Head
 from xattn.packs.explanation import Explanation, ImageFacts, blank_note, map_name
 from xattn.packs.format import check_output, interrupted_output
 from xattn.packs.writer import save_pack
 from xattn.photos.base import StoredPhoto
 from xattn.photos.images import MAX_PIXELS, load_image, read_ahead
 from xattn.photos.view import View, prepare
-
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
-
 
 Prepared = tuple[Tensor, View, str, Source]
 TrueClass = tuple[int | None, str | None]
@@ -285,8 +283,6 @@ def _batches(
     result: Explanations,
     progress: bool,
 ) -> Iterator[list[Prepared]]:
-    from tqdm import tqdm
-
     def read(pair: tuple[str, Source]) -> tuple[Tensor, View]:
         pixels, seen = prepare(load_image(pair[1], max_pixels), backbone.preprocessing, view)
         return pixels, seen.check_size()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from xattn.backbone import sha256
+from xattn.backbone import Backbone, sha256
 from xattn.explainers import Explainer
+from xattn.heads import Head
 from xattn.runtime.version import __version__
-
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.heads import Head
 
 
 def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     s_n = w . tanh(W x_n + b) + c,   z = sum_n softmax(s)_n x_n
 
-with X replaced by S X W_v W_o + b_o before, self-attention in one head, for scores and values or for
-the scores alone.
+Single-head self-attention may come first: it replaces X by S X W_v W_o + b_o for scores and values, or
+for the scores alone.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from xattn.heads.self_attention import SelfAttention
 class AbMilp(AttentiveHead):
     """A two-layer scorer of tokens.
 
-    Maps speak of the patches, not of what self-attention made of them: with ``"both"`` the weights
-    are a S, of values x_n W_v W_o, so that a (S x W_v W_o) = (a S) (x W_v W_o); the share of b_o
-    belongs to ``rest``.
+    Maps show the patches themselves, before self-attention: with ``"both"`` the weights are a S and
+    the values x_n W_v W_o, because a (S x W_v W_o) = (a S) (x W_v W_o); the share of b_o belongs to
+    ``rest``.
 
     Args:
         self_attention: ``"both"`` (the default of the probing benchmarks), ``"map"`` or ``"none"``.
         projection_bias: b_o, which the "abmilp" of the probing benchmark (arXiv 2506.10178) has;
-            heads of earlier versions are without.
+            heads of earlier versions lack it.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 

@@ -1,10 +1,10 @@
-"""Layers behind a pooling, with their rows pulled back: who wants a_k of y = f(x) gets g_k of x.
+"""Layers after the pooling, and how rows are pulled back through them: a_k over y = f(x) to g_k over x.
 
     y = W x + b:   g = a W           y = gelu(x) = Phi(x) x:   g = a Phi(x)
     y = LN(x):     g = c - mean(c),  c = a gamma / sigma(x)          y = x^(1/p):   g = a y / x
 
 so that a . y = g . x + what does not depend on x. Phi(x), sigma(x) and y / x do depend on it and are
-held at their value, as in LRP's rules for gates and norms (AttnLRP, arXiv 2402.05602).
+held constant, as in LRP's rules for gates and norms (AttnLRP, arXiv 2402.05602).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def chain(x: Tensor, *layers: nn.Module) -> Step:
 
 
 def residual(x: Tensor, *layers: nn.Module, scale: Tensor | float = 1.0) -> Step:
-    """x + scale * layers(x), ``scale`` a number or one a channel."""
+    """x + scale * layers(x), ``scale`` one number or one per channel."""
     y, pull = chain(x, *layers)
     return x + scale * y, lambda rows: rows + pull(rows * scale)
 
@@ -93,7 +93,7 @@ def mlp(width: int, ratio: float = 4.0, eps: float | None = 1e-5) -> nn.Sequenti
         eps: of the norm; None leaves it out.
 
     Raises:
-        ValueError: that leaves no channel.
+        ValueError: the ratio leaves no channel.
     """
     hidden = int(width * ratio)
     if hidden < 1:

@@ -1,12 +1,12 @@
-"""Attentive heads: pool tokens by attention, classify, and share every logit out among the patches.
+"""Attentive heads: pool tokens by attention, classify, and distribute every logit over the patches.
 
     A = softmax_t s,   y_q = sum_t A_qt v_qt,   logits = W norm(finish(y)) + b
     C_kt = sum_q A_qt (g_kq . v_qt),            logit_k = rest_k + sum_t C_kt   (exactly)
 
 with scores s (B, Q, T) of Q queries and values v (B, Q or 1, T, V). g_k is row k of W pulled back
 through ``norm`` and ``finish``, whose data-dependent gains (activations, deviations of norms) are held
-at their value; where ``finish`` is linear, rest_k is the classifier's bias (and the norm's), the same
-for every image. T = P + N: a head that attends to prefix tokens has them in front, and their shares
+constant; where ``finish`` is linear, rest_k is the classifier's bias (and the norm's), the same for
+every image. T = P + N: a head that attends to prefix tokens has them in front, and their shares
 belong to rest; maps show the N patches. A head gives :meth:`AttentiveHead.attend` and, unless it
 concatenates its queries, :meth:`AttentiveHead.finish`.
 """
@@ -29,7 +29,7 @@ from xattn.heads.options import Count, Names, checked
 from xattn.heads.reliability import TINY, Balanced, ReliabilityBalancing, create_balancing
 from xattn.kernels.softmax.reference import widen
 
-CHUNK = 2**24  # entries of a tensor (B, classes, Q, tokens or channels) alive at once
+CHUNK = 2**24  # entries alive at once of a tensor (B, classes, Q, tokens or channels)
 
 
 class Shared(TypedDict, total=False):
@@ -61,26 +61,26 @@ class Attended(NamedTuple):
 
 
 class ClassMaps(NamedTuple):
-    """``maps`` (B, M, h, w): each patch's share of a logit; ``rest`` (B, M): what no patch brought."""
+    """``maps`` (B, M, h, w): each patch's share of a logit; ``rest`` (B, M): what no patch contributed."""
 
     maps: Tensor
     rest: Tensor
 
 
 class FeatureNorm(nn.BatchNorm1d):
-    """BatchNorm without affine weights before the classifier, as probing recipes have it."""
+    """BatchNorm without affine weights before the classifier, as in probing recipes."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, affine=False, eps=1e-6)
 
     def gain(self, z: Tensor) -> Tensor:
-        """(Z,): what :meth:`forward` multiplies z (B, Z) with, after it has subtracted the mean."""
+        """(Z,): the factor by which :meth:`forward` multiplies z (B, Z) once the mean is subtracted."""
         variance = self.moments(z)[1] if self.training else self.running_var
         assert variance is not None
         return (variance + self.eps).rsqrt()
 
     def beside(self, z: Tensor, other: Tensor) -> Tensor:
-        """``other`` (..., Z), normed as :meth:`forward` norms z (B, Z)."""
+        """``other`` (..., Z), normalised as :meth:`forward` normalises z (B, Z)."""
         if self.training and z.shape[0] == 1:
             raise ValueError(
                 "norm: one image has no batch statistics; call eval() on the head first"
@@ -100,11 +100,11 @@ class AttentiveHead(Head):
     ``head(taps, class_index)`` gives the shares C as maps (B, M, h, w); :meth:`logits` classifies.
 
     Args:
-        options: the head's own, as its constructor got them.
+        options: the head's own options, as its constructor got them.
         pooled: width Z of the pooled vector.
         num_taps: how many of the backbone's last taps are read.
         classes: how many; by default as many as ``class_names`` has, or the backbone.
-        class_names: their names, one a class, no two alike unless the backbone's own are.
+        class_names: one name per class, no two alike unless these are the backbone's own names.
         norm: a :class:`FeatureNorm` before the classifier.
         explain_with: what the head shows: ``"scores"``, the shares; ``"mask"``, their sigmoid; or
             ``"attention"``, the mean of the query maps, the same for every class.
@@ -116,9 +116,11 @@ class AttentiveHead(Head):
     """
 
     is_classifier: ClassVar[bool] = True
-    learns_scores: ClassVar[bool] = True  # False: weights that no training moves, as a mean's
+    learns_scores: ClassVar[bool] = True  # False: fixed weights, as those of a mean
     gated: bool = False  # whether ``finish`` has gains that depend on the image
-    permutes: ClassVar[bool] = True  # whether permuted patches give permuted maps and equal logits
+    permutes: ClassVar[bool] = (
+        True  # whether permuted patches give permuted maps and the same logits
+    )
     inert: tuple[str, ...] = ()  # published parameters that the softmax cancels
 
     @checked
@@ -190,17 +192,17 @@ class AttentiveHead(Head):
         return widen(scores).softmax(-1).to(scores.dtype)
 
     def sources(self, weights: Tensor, attended: Attended) -> tuple[Tensor, Tensor]:
-        """The weights (B, Q, T) and values (B, G, T, V) that maps speak of, of the same sum;
-        others than the attended ones where the head mixes the patches before it pools them."""
+        """The weights (B, Q, T) and values (B, G, T, V) that maps show. They differ from the attended
+        ones, with the same sum, where the head mixes the patches before it pools them."""
         return weights, attended.values
 
     def finish(self, pooled: Tensor, attended: Attended) -> Step:
-        """The vector (B, Z) of ``pooled`` (B, Q, V), and how rows (B or 1, M, Z) over the former
-        become rows (B or 1, M, Q, V) over the latter; here the queries are concatenated."""
+        """The vector (B, Z) made of ``pooled`` (B, Q, V), and a function that pulls rows
+        (B or 1, M, Z) over it back to rows (B or 1, M, Q, V); here the queries are concatenated."""
         shape = pooled.shape[1:]
         return pooled.flatten(1), lambda rows: rows.unflatten(-1, shape)
 
-    # ------------------------------------------------------------------ what all share
+    # ------------------------------------------------------------------ what all heads share
 
     def class_token(self, tokens: Tokens) -> Tensor | None:
         """(B, C) of the last layer; None where the backbone has none."""
@@ -231,17 +233,17 @@ class AttentiveHead(Head):
         return self.finish(_pool(self.weights(attended.scores), attended.values), attended)[0]
 
     def embed(self, attended: Attended) -> Tensor:
-        """What the classifier reads (B, Z): the pooled vector, normed."""
+        """What the classifier reads (B, Z): the pooled vector, normalised."""
         z = self.pooled(attended)
         return z if self.norm is None else self.norm(z)
 
     def classify(self, attended: Attended) -> Tensor:
-        """(B, K) logits of what :meth:`attend` gave, its scores perhaps perturbed."""
+        """(B, K) logits of what :meth:`attend` gave, possibly with perturbed scores."""
         return self.classifier(self.embed(attended))
 
     def predict(self, attended: Attended) -> Tensor:
-        """(B, K), whose softmax is the head's answer: the logits or, with ``reliability``, log p of
-        the balanced p. Class maps share out the logits."""
+        """(B, K), whose softmax is the head's prediction: the logits or, with ``reliability``, log p
+        of the balanced p. Class maps always distribute the logits."""
         if self.balancing is None:
             return self.classify(attended)
         return self.balance(attended).probabilities.clamp_min(TINY).log()
@@ -261,14 +263,14 @@ class AttentiveHead(Head):
         return balancing.anchor_loss() + balancing.center_loss(e, self.classifier(e), target)
 
     def anchor_maps(self, tokens: Tokens) -> Tensor:
-        """(B, K, h, w): the geometric label distribution of what the classifier would read, if all
-        the weight that patches have lay on this one; over the classes it sums to 1.
+        """(B, K, h, w): for each patch, the geometric label distribution of what the classifier would
+        read if that patch had the weight of all patches; it sums to 1 over the classes.
 
-        The rest stays as in the whole image: the weight of prefix tokens, what the head makes of a
-        patch beside the others (its values and gates) and, in training mode, the batch's statistics.
-        So patches that are all alike have the image's own distribution, and so has every patch where
-        a head reads none of them. Where weights are a softmax over patches whose values do not depend
-        on each other, it is the distribution of an image that is this patch alone.
+        Everything else stays as in the whole image: the weight of prefix tokens, the patch's values
+        and gates and, in training mode, the batch's statistics. So if all patches are alike, or the
+        head reads none of them, every patch has the image's own distribution. Where weights are a
+        softmax over patches whose values do not depend on each other, it is the distribution of an
+        image that consists of this patch alone.
 
         Raises:
             ValueError: the head has no anchors, or it is in training mode and gets a single image.
@@ -301,8 +303,8 @@ class AttentiveHead(Head):
         return self.balancing
 
     def class_maps(self, tokens: Tokens, class_index: Tensor | int | None = None) -> ClassMaps:
-        """Each patch's share of the logits of some classes, see :class:`ClassMaps`. In training mode
-        running statistics stay as they are; they move where the head itself is called.
+        """Each patch's share of the logits of some classes, see :class:`ClassMaps`. Even in training
+        mode this leaves running statistics as they are; only a call of the head updates them.
 
         Args:
             class_index: as for :class:`~xattn.heads.Head`.
@@ -327,7 +329,7 @@ class AttentiveHead(Head):
         weights, values = self.sources(weights, attended)
         batch, queries, count = weights.shape
         size = rows.shape[1]
-        if not torch.compiler.is_compiling():  # a graph knows no batch, and takes all at once
+        if not torch.compiler.is_compiling():  # a graph has no fixed batch and takes all at once
             size = max(1, CHUNK // (batch * queries * max(count, values.shape[-1])))
         parts = [rows] if rows.shape[1] <= size else rows.split(size, 1)
         shares = torch.cat([_shares(pull(part), weights, values) for part in parts], 1)
@@ -338,7 +340,7 @@ class AttentiveHead(Head):
         return self._share_out(self.tokens(taps), class_index).maps
 
     def query_maps(self, tokens: Tokens) -> Tensor:
-        """A of the patches as maps (B, Q, h, w); with prefix tokens a map sums to less than 1."""
+        """The patches' weights as maps (B, Q, h, w); with prefix tokens a map sums to less than 1."""
         with keeping_statistics(self):
             attended = self.attend(tokens)
         weights, _ = self.sources(self.weights(attended.scores), attended)
@@ -362,8 +364,8 @@ def prefixed(tokens: Tokens) -> Tensor:
 
 
 def overlap(query_maps: Tensor) -> Tensor:
-    """(B,): mean cosine similarity of pairs of maps (B, Q, h, w); 1 where all are alike, low where
-    the queries look at different places. NaN for a single query."""
+    """(B,): mean cosine similarity over pairs of maps (B, Q, h, w): 1 if all are alike, low if the
+    queries look at different places. NaN for a single query."""
     unit = F.normalize(query_maps.flatten(2), dim=-1)
     count = unit.shape[1]
     if count == 1:

@@ -1,7 +1,7 @@
-"""What every explanation head shares: the call, the registry, and its artefact on disk.
+"""Base of all explanation heads: the call, the registry, and the files on disk.
 
 A head reads the taps of a frozen backbone and returns raw class scores; it never changes the
-backbone. Its artefact is a folder (or hub repository) with ``model.safetensors``, the head's own
+backbone. On disk it is a folder (or hub repository) with ``model.safetensors``, the head's own
 tensors, and ``config.json``: head, options, backbone name and the SHA-256 of the backbone's weights.
 """
 
@@ -45,7 +45,7 @@ class Head(
 
     Args:
         taps: :class:`~xattn.backbone.Taps` of the head's backbone.
-        class_index: None for all K classes; an int, a LongTensor (B,) (one class a sample) or
+        class_index: None for all K classes; an int, a LongTensor (B,) (one class per sample) or
             (B, M) / (1, M) (several).
 
     Returns:
@@ -55,6 +55,7 @@ class Head(
     name: ClassVar[str]
     # Values for options that a saved config lacks: what the head did before the option existed.
     earlier: ClassVar[Mapping[str, Any]] = {}
+    is_classifier: ClassVar[bool] = False  # True: the head has logits of its own
     options: dict[str, Any]
     mask_policy: str
     backbone_name: str
@@ -143,8 +144,8 @@ def _download(repository: str, options: dict[str, Any]) -> Path:
 
 @contextmanager
 def keeping_statistics(module: nn.Module) -> Iterator[None]:
-    """The BatchNorm layers of ``module`` leave their running statistics as they are; in training mode
-    they go on to use the batch's. A decorator, too."""
+    """Inside, BatchNorm layers of ``module`` do not update their running statistics; in training mode
+    they still use the batch's. Also works as a decorator."""
     layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     layers = [layer for layer in layers if layer.training]
     try:
@@ -157,8 +158,8 @@ def keeping_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def register_head(name: str) -> Callable[[type[Head]], type[Head]]:
-    """Class decorator: make a head known to :func:`create_head` under ``name``, and have its options
-    checked by what its constructor's signature says of them, see :mod:`xattn.heads.options`."""
+    """Class decorator: make a head known to :func:`create_head` under ``name``, and check its options
+    against the annotations of its constructor, see :mod:`xattn.heads.options`."""
 
     def add(cls: type[Head]) -> type[Head]:
         cls.name = name
@@ -208,12 +209,12 @@ def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {**(_REGISTRY[name].earlier if name in _REGISTRY else {}), **options}
 
 
-# What the function that makes a head or an explainer has arguments for.
+# Arguments of create_head and create_explainer themselves.
 _OWN_ARGUMENTS = ("self", "name", "backbone", "head", "seed", "max_forward_batch")
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Options written as ``name=value`` with JSON values; what is not JSON is a string, so that
+    """Options written as ``name=value`` with JSON values. Values that are not JSON are strings, so
     ``read=mean`` needs no quotes (and ``norm=no`` is refused by the head)."""
     options: dict[str, Any] = {}
     for pair in pairs:
@@ -235,7 +236,7 @@ def save_head(
     """Write ``head`` to ``folder`` (``model.safetensors`` + ``config.json``), all or nothing.
 
     Args:
-        summary: what to record of its training in the config.
+        summary: what the config should record of its training.
         dtype: ``"float16"`` or ``"bfloat16"`` stores the weights in half precision.
 
     Raises:
@@ -277,8 +278,8 @@ def load_head(source: str | Path, backbone: Backbone, **hub_options: Any) -> Hea
 
 
 def head_folder(source: str | Path, **hub_options: Any) -> Path:
-    """Where the head's files lie: a folder itself, a shipped head's, or a hub repository's in the
-    cache, downloaded if need be. Arguments and errors are those of :func:`load_head`."""
+    """The folder with the head's files: ``source`` itself, a shipped head's, or that of a hub
+    repository in the cache, downloaded if need be. Arguments and errors as in :func:`load_head`."""
     path = Path(source)
     if path.is_dir():
         return path
@@ -368,8 +369,8 @@ def _read_head(folder: Path, backbone: Backbone) -> Head:
 def _check_shapes(
     config: Mapping[str, Any], backbone: Backbone, state: Mapping[str, Tensor], weights: Path
 ) -> None:
-    """Raise unless ``state`` has the tensors of the head in ``config``, which is made without memory
-    for them: what a config asks for may be far more than its file holds."""
+    """Raise unless ``state`` has the tensors of the head in ``config``. That head is made without
+    memory for its tensors: a config may ask for far more than its file holds."""
     try:
         with torch.device("meta"):
             empty = _construct(config["head"], backbone, config["options"])

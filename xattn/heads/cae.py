@@ -28,8 +28,8 @@ class Cae(AttentiveHead):
 
     Args:
         heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
-        eps: of the layer norms: 1e-5 is the probing benchmark's (its "cae", arXiv 2506.10178); heads
-            of earlier versions have 1e-6.
+        eps: of the layer norms; 1e-5 as in the probing benchmark's "cae" (arXiv 2506.10178), 1e-6 in
+            heads of earlier versions.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 

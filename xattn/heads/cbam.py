@@ -1,4 +1,4 @@
-"""Convolutional block attention, CBAM (arXiv 1807.06521): gate channels, gate places, then average.
+"""Convolutional block attention, CBAM (arXiv 1807.06521): gate channels, gate positions, then average.
 
 c = sigmoid(MLP(mean_n x_n) + MLP(max_n x_n)),                      x' = c o x
 m = sigmoid(BN(conv_7x7([mean_channel x'; max_channel x']))),       z = 1/N sum_n relu(m_n x'_n + x_n)
@@ -32,7 +32,7 @@ class Cbam(AttentiveHead):
     Args:
         reduction: D over the hidden width of the channel gate's MLP; 16 in the paper.
         form: ``"benchmark"`` is the "cbam" of the probing benchmark (arXiv 2506.10178), with BatchNorm
-            before the gate of places, the residual and relu; ``"gates"`` has the two gates alone.
+            before the gate of positions, the residual and relu; ``"gates"`` has the two gates alone.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Raises:
@@ -74,7 +74,7 @@ class Cbam(AttentiveHead):
         return Attended(scores, torch.stack([channels * x.relu(), x.relu()], 1))
 
     def weights(self, scores: Tensor) -> Tensor:
-        """(B, 1, N) scores -> the gates, and in the benchmark's form the mean beside them."""
+        """(B, 1, N) scores -> the gates; in the benchmark's form also a row of 1 / N for the residual."""
         gates = scores.sigmoid() / scores.shape[-1]
         if self.gate_norm is None:
             return gates

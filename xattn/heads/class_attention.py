@@ -1,4 +1,4 @@
-"""One transformer block of which only the class token's row is computed.
+"""One transformer block, computed for the class token alone.
 
     u = LN(S),  y = c + g_1 W_o concat_h W_v,h (A_h u),  z = y + g_2 MLP(LN(y)),
     A_h = softmax(W_q,h u_c (W_k,h u)^T / sqrt(d)),       S = [c; (registers;) X]
@@ -22,9 +22,9 @@ from xattn.heads.cross_attention import CrossAttention
 
 
 class ClassAttention(AttentiveHead):
-    """Base of the heads that end in a class token; a learned one where the backbone has none.
+    """Base of heads that end in a class token, a learned one where the backbone has none.
 
-    The class token's own way to a logit, and the shares of prefix tokens, belong to ``rest``.
+    What reaches a logit from the class token itself and from prefix tokens belongs to ``rest``.
     """
 
     gated = True

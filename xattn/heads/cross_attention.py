@@ -17,7 +17,7 @@ from xattn.heads.affine import Step, step
 
 
 class CrossAttention(nn.Module):
-    """Scores and output of multi-head attention; the pooling A_qh X lies between them.
+    """Scores and output of multi-head attention; the caller pools, A_qh X, in between.
 
     Args:
         width: D of queries and tokens.
@@ -75,7 +75,7 @@ class CrossAttention(nn.Module):
 
 
 def head_count(width: int, heads: int | None) -> int:
-    """``heads``, checked; for None the largest divisor of ``width`` that leaves 64 channels a head.
+    """``heads``, checked; for None the largest divisor of ``width`` with at least 64 channels per head.
 
     >>> head_count(768, None), head_count(1280, None), head_count(40, None)
     (12, 20, 1)

@@ -27,9 +27,9 @@ from xattn.heads.self_attention import SelfAttention
 class DinoBlock(ClassAttention):
     """A pre-norm ViT block and the mean of its tokens, or its class token.
 
-    In the mean each token is a query, and what goes past the attention is the patch's own: a patch's
-    share is what all tokens take of it and what it keeps. There is a query map for each head, the mean
-    over the tokens.
+    For the mean, every token is a query, and the residual keeps each patch's own part: a patch's
+    share is what all tokens take from it plus what it keeps. There is one query map per head, the
+    mean over the tokens.
 
     Args:
         heads: of the attention, 8 in the benchmark; None: see
@@ -73,7 +73,7 @@ class DinoBlock(ClassAttention):
         return Attended(scores.flatten(1, 2), torch.cat([v, self.mix.by_head(x)], 1))
 
     def weights(self, scores: Tensor) -> Tensor:
-        """(B, H N, N) scores -> (B, 2 H N, N): the attention, then each token's way past it."""
+        """(B, H N, N) scores -> (B, 2 H N, N): the attention, then the residual of each token."""
         weights = super().weights(scores)
         if not self.averages:
             return weights

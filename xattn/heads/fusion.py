@@ -3,8 +3,8 @@
     c_k = sum_i up( row_i(k) . u_i ) + bias(k),     u_i (B, C_i, h_i, w_i),  up = bilinear to (r, r)
 
 A 1x1 convolution and bilinear up-sampling commute, so each tap is scored at its own resolution and
-only the asked-for class maps are up-sampled. :class:`PerClassFusion` holds one free row a class, as
-in T-TAME (arXiv 2403.04523); :class:`ClassifierFusion` makes the rows from the frozen classifier.
+only the asked-for class maps are up-sampled. :class:`PerClassFusion` holds one free row per class,
+as in T-TAME (arXiv 2403.04523); :class:`ClassifierFusion` makes the rows from the frozen classifier.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TINY = 1e-30  # a classifier of zeros gives maps of zeros, not NaN
 def class_rows(class_index: Tensor | int | None, num_classes: int, batch: int) -> Tensor | None:
     """Normalise ``class_index`` to a LongTensor (B or 1, M), or None for all classes.
 
-    An int is one class for the batch, (B,) one class a sample, (B, M) or (1, M) several.
+    An int is one class for the batch, (B,) one class per sample, (B, M) or (1, M) several.
     """
     if class_index is None:
         return None
@@ -105,10 +105,10 @@ class ClassifierFusion(Fusion):
         row_i(k) = P_i w~_k + q_i,      row_last(k) = s w_k + P w~_k + q,     bias(k) = b + p . w~_k
 
     with w~ = w scaled to unit root mean square, P_i and q_i starting at 0. The last of ``maps`` is the
-    raw pooled tap, on which w_k itself is the start: an untrained head ranks pixels exactly as
-    unrectified CAM does where the classifier pools linearly (``direct=True``); elsewhere the start is
-    a random projection of w_k. No parameter belongs to a class, so a few hundred photos suffice and
-    classes that were never seen are explained too.
+    raw pooled tap, whose row starts at w_k itself where the classifier pools linearly
+    (``direct=True``): an untrained head then ranks pixels exactly as unrectified CAM does. Elsewhere
+    it starts at a random projection of w_k. No parameter belongs to a class, so a few hundred photos
+    suffice and classes that were never seen are explained too.
     """
 
     weight: Tensor

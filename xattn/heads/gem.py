@@ -17,12 +17,13 @@ from xattn.heads.options import Positive
 class Gem(AttentiveHead):
     """From the mean (p = 1) to the maximum (p large); p is learned.
 
-    As published, what is below ``eps`` counts as ``eps``: made for features behind a ReLU, of a ViT's
-    tokens it sees the positive half. Shares are those of x^p, with the outer root's gain held.
+    As published, values below ``eps`` count as ``eps``: GeM was made for features behind a ReLU, so of
+    a ViT's tokens it sees only the positive half. Shares are those of x^p, with the gain of the outer
+    root held constant.
 
     Args:
         p: where the exponent starts.
-        eps: the smallest value that is told apart.
+        eps: the smallest value; all below count as this.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 
@@ -38,7 +39,7 @@ class Gem(AttentiveHead):
 
     def attend(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1].clamp_min(self.eps)
-        # Each channel over its maximum: the same mean, and no power leaves the range of its dtype.
+        # Dividing each channel by its maximum changes no mean and keeps powers within the dtype's range.
         most = x.amax(1).detach()
         return Attended(
             x.new_zeros(x.shape[0], 1, x.shape[1]), ((x / most[:, None]) ** self.p)[:, None], most

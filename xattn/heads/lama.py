@@ -1,4 +1,4 @@
-"""LAMA: low-rank multi-head attention, one bilinear form a head in two thin matrices (1912.00835).
+"""LAMA: low-rank multi-head attention, one bilinear form per head in two thin matrices (1912.00835).
 
 E_j(t) = c^T W_j h_t,   W_j = sum_r p_jr q_jr^T,   A = softmax_t(act(E)),   S_j = sum_t A_jt h_t
 """

@@ -19,9 +19,9 @@ from xattn.heads.base import register_head
 class Linear(AttentiveHead):
     """The linear probe. Weights are fixed: one token's, or every patch's alike.
 
-    A probe that reads only the class token has zero patch shares: all of a logit is in ``rest``, and
-    its maps are zero. The share that patches had in the class token is the backbone's own affair; ask
-    an explainer of attention for it.
+    A probe that reads only the class token has no patch shares: all of a logit is in ``rest``, and its
+    maps are zero. What patches contributed to the class token happened inside the backbone; an
+    attention explainer shows it.
 
     Args:
         read: ``"class"``, ``"mean"`` or ``"both"``; None takes the class token where the backbone has

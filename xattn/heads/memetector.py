@@ -5,7 +5,7 @@
 
 with the class token y of the last layer and the patches Z_l of tap l. In the published, linear form
 w_y . y + b is the same for every patch and the softmax cancels it: the attention does not depend on y,
-and w_y and b get no gradient. The additive form really asks y.
+and w_y and b get no gradient. In the additive form it does depend on y.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TAPS = 4
 
 @register_head("memetector")
 class MemeTector(AttentiveHead):
-    """One map a tap; y only asks, it does not enter z. The MLP's gates are held in the shares.
+    """One map per tap; y is only the query and does not enter z. Shares hold the MLP's gates constant.
 
     Where the backbone has no class token, y is the mean token of the last tap. Taps of another width
     than the last one's are projected to that width.
@@ -36,7 +36,7 @@ class MemeTector(AttentiveHead):
     Args:
         form: ``"linear"`` (as published) or ``"additive"``.
         hidden: widths of the MLP's layers.
-        dropout: behind each of them.
+        dropout: after each of them.
         num_taps: how many of the backbone's last taps are read; None takes all, at most four.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
@@ -79,7 +79,7 @@ class MemeTector(AttentiveHead):
 
     @staticmethod
     def default_taps(depth: int) -> tuple[str, ...]:
-        """Four blocks at equal distances, the last one untapped: of 8 the 1st, 3rd, 5th and 7th."""
+        """Four evenly spaced blocks, without the last: the 1st, 3rd, 5th and 7th of 8."""
         return tuple(f"block.{i}" for i in sorted({depth * i // TAPS for i in range(TAPS)}))
 
     def attend(self, tokens: Tokens) -> Attended:

@@ -1,4 +1,4 @@
-"""Options are checked by what a constructor's signature says of them: type, None, choices, range.
+"""Options are checked against the annotations of a constructor: type, None, choices, range.
 
     @checked
     def __init__(self, queries: Count = 32, gamma: Positive | None = None, norm: bool = True)
@@ -35,7 +35,7 @@ SMALLEST, LARGEST = 2.0**-126, 2.0**127  # normal float32 numbers, as weights ha
 
 
 class Where(NamedTuple):
-    """What a value has to fulfil beside its type, as a test and in words."""
+    """A condition on a value beside its type, as a test and in words."""
 
     holds: Callable[[Any], bool]
     words: str
@@ -50,10 +50,10 @@ Share: TypeAlias = Annotated[float, Where(lambda x: 0 <= x < 1, "a number from 0
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, which raises a ``ValueError`` for an argument that its annotation does not allow.
+    """``function`` with a check: an argument that its annotation does not allow is a ``ValueError``.
 
-    Known are bool, int, float (finite, an int will do), str, None, Literal, Sequence and Mapping, a
-    union of these, and these with a :class:`Where`; other annotations allow anything.
+    Annotations that are checked: bool, int, float (finite; an int will do), str, None, Literal,
+    Sequence, Mapping, unions of these, and these with a :class:`Where`. Others allow anything.
     """
 
     @functools.wraps(function)
@@ -81,7 +81,7 @@ def check(name: str, value: Any, hint: Any) -> None:
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return get_type_hints(function, include_extras=True)
-    except NameError:  # names that only a type checker sees: nothing is known of the options
+    except NameError:  # names that only a type checker sees: such options are not checked
         return {}
 
 
@@ -140,5 +140,5 @@ def _words_one(hint: Any) -> str:
 
 
 def _texts(hint: Any) -> bool:
-    """Whether texts are all that ``hint`` allows."""
+    """Whether ``hint`` allows nothing but strings."""
     return all(part is str or get_origin(part) is Literal for part in _options(hint))

@@ -1,9 +1,9 @@
-"""A frozen network with a trained head as its classifier: the new classes for every explainer and metric.
+"""A frozen network with a trained head as its classifier, for every explainer and metric.
 
     logits = head(tokens of the backbone),   fingerprint = SHA-256 of both weights
 
-A :class:`Probed` is a :class:`~xattn.backbone.Backbone`, so whatever reads one explains and measures
-the head's classes; the head itself explains them through its exact class maps.
+A :class:`Probed` is a :class:`~xattn.backbone.Backbone`, so every explainer and metric works on the
+head's classes; the head itself explains them through its exact class maps.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from xattn.heads.attentive import AttentiveHead
 
 
 class Probed(Backbone):
-    """``probed(images) -> Taps``, its logits those of ``probe``, the trained head.
+    """``probed(images) -> Taps`` whose logits are those of ``probe``, the trained head.
 
-    ``encoder_fingerprint`` is the hash of the weights that the head was trained on; the last map
-    passes ``tap_point`` on its way to the head.
+    ``encoder_fingerprint`` is the hash of the weights that the head was trained on; ``tap_point`` is
+    an identity through which the last map goes to the head.
     """
 
     probe: AttentiveHead
@@ -61,14 +61,14 @@ class Probed(Backbone):
 
     @property
     def cam_layer(self) -> nn.Module | None:
-        """What CAM methods read where the network's own choice is not on the way to the head."""
+        """``tap_point`` where the network's own layer for CAM methods does not lead to the head."""
         kind, _, index = self.taps[-1].partition(".")
         last_block = self.is_vit and kind == "block" and int(index) == self.depth - 1
         return None if kind == "head" or last_block else self.tap_point
 
     @property
     def has_pooled_tap(self) -> bool:
-        """Whether the head reads nothing but the map that the network itself would pool."""
+        """Whether the head reads only the map that the network itself would pool."""
         return super().has_pooled_tap and self.probe.num_taps == 1
 
     def head_logits(self, final: Tensor) -> Tensor:

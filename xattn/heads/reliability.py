@@ -1,4 +1,4 @@
-"""Reliability balancing: anchors of every class correct a classifier where it is unsure (arXiv 2305.01486).
+"""Reliability balancing: anchors per class correct a classifier where it is unsure (arXiv 2305.01486).
 
     p0 = softmax(logits / T),   conf(p) = 1 + sum_c p_c log p_c / log K    1 one-hot, 0 uniform
     g_c = sum_k softmax_{c,k}(-||e - a_ck|| / delta)              geometric label distribution
@@ -6,10 +6,10 @@
     corr = (conf(g) g + conf(t) t) / (conf(g) + conf(t))
     p = (1 - tau) p0 + tau (conf(p0) p0 + (1 - conf(p0)) corr)    trust tau grows from 0 to 1
 
-What the released code gets wrong is mended: anchors start apart (N(0, 1/D)), not at zero; attention is
-within a sample, so that no prediction depends on the batch; anchors of different classes repel with
-a hinge instead of without bound; entropies survive p = 0. conf(p0) weights the pull to the anchors
-without a gradient of its own, or being unsure would lower the loss.
+This differs from the released code: anchors start apart (N(0, 1/D)), not at zero; attention is within
+a sample, so that no prediction depends on the batch; anchors of different classes repel with a hinge
+instead of without bound; entropies are finite at p = 0. conf(p0) weights the pull to the anchors but
+gets no gradient from it, or being unsure would lower the loss.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class ReliabilityBalancing(nn.Module):
     Args:
         classes: K, at least 2.
         width: D.
-        anchors: k of a class.
-        temperature: T of p0; ``delta``: of the distances.
-        margin: anchors of different classes repel below this distance, over sqrt(D).
+        anchors: k, the number of anchors per class.
+        temperature: T of p0; ``delta``: scale of the distances.
+        margin: anchors of different classes repel below this distance, in units of sqrt(D).
     """
 
     @checked
@@ -78,7 +78,7 @@ class ReliabilityBalancing(nn.Module):
         return _distances(e, anchors).unflatten(-1, self.anchors.shape[:2])
 
     def geometric(self, e: Tensor) -> Tensor:
-        """g (..., K) of embeddings (..., D): how near each class's anchors are."""
+        """g (..., K) of embeddings (..., D): how close the anchors of each class are."""
         return (
             (-self.distances(e) / self.delta)
             .flatten(-2)
@@ -98,7 +98,7 @@ class ReliabilityBalancing(nn.Module):
         g, t = self.geometric(e), self.attention(e)
         weights = torch.stack([confidence(g), confidence(t)])
         total = weights.sum(0)
-        # Where neither knows anything their mean corrects.
+        # Where both are uniform, their mean is the correction.
         shares = torch.where(total > TINY, weights / total.clamp_min(TINY), 0.5)
         correction = shares[0, :, None] * g + shares[1, :, None] * t
         sure = confidence(p0)[:, None]
@@ -125,7 +125,7 @@ def create_balancing(classes: int, width: int, options: dict[str, Any]) -> Relia
     """A :class:`ReliabilityBalancing` with the ``reliability`` of a head.
 
     Raises:
-        ValueError: an option that there is not, or that does not fit.
+        ValueError: an unknown option, or a value that does not fit.
     """
     unknown = [key for key in options if key not in OPTIONS]
     if unknown:

@@ -1,4 +1,4 @@
-"""Self-attention of all tokens, without biases but the output's.
+"""Self-attention of all tokens, without biases except for an optional one of the output.
 
 softmax(X W_q,h (X W_k,h)^T / sqrt(d)) X W_v,h,   concatenated over the heads, then W_o (+ b)
 """
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class SelfAttention(nn.Module):
-    """The weights: 4 D^2 parameters, and D of the output's bias."""
+    """The weights: 4 D^2 parameters, and D for the output's bias."""
 
     def __init__(self, width: int, heads: int = 1, bias: bool = False) -> None:
         super().__init__()

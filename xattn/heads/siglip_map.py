@@ -22,7 +22,7 @@ from xattn.heads.options import Count, Positive
 
 @register_head("siglip_map")
 class SiglipMap(AttentiveHead):
-    """Attention pooling with a residual MLP, whose gates and norm are held in the shares.
+    """Attention pooling with a residual MLP; shares hold its gates and norm constant.
 
     Args:
         heads: of the attention, 8 in the probing benchmark; None: see

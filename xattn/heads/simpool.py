@@ -27,18 +27,18 @@ HEADS = 12
 
 @register_head("simpool")
 class SimPool(AttentiveHead):
-    """Values are not projected; a head takes its D / H channels of them.
+    """Values are not projected; each head takes its own D / H channels.
 
-    min V is taken over tokens and channels of each image. Shares under ``gamma`` are those of
-    (V - min V + eps)^gamma, with the outer root's gain held.
+    min V is taken over tokens and channels of each image. With ``gamma``, shares are those of
+    (V - min V + eps)^gamma, with the gain of the outer root held constant.
 
     Args:
         gamma: the power mean's exponent, published as 1.25 for transformers and 2 for CNNs; None
             leaves the weighted mean.
         project: False leaves out W_q and W_k.
-        heads: H. None is one, and with the form "esimpool" its 12, or where those do not divide D see
-            :func:`~xattn.heads.cross_attention.head_count`.
-        form: of ``project=False``. ``"esimpool"`` is that of the probing benchmark (arXiv 2506.10178),
+        heads: H; None is 1, or 12 for the form "esimpool" (where 12 does not divide D, see
+            :func:`~xattn.heads.cross_attention.head_count`).
+        form: without projections, ``"esimpool"`` is that of the probing benchmark (arXiv 2506.10178),
             as above; ``"layer_norm"`` is SimPool with W_q = W_k = I, whose query is mean(X) and whose
             values are LN(X).
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.

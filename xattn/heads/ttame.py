@@ -1,4 +1,4 @@
-"""T-TAME: attention branches on several taps, fused to one map a class (arXiv 2403.04523, 2301.07407).
+"""T-TAME: attention branches on several taps, fused to one map per class (arXiv 2403.04523, 2301.07407).
 
     u_i = ReLU( BN_i(W_i * f_i + b_i) + f_i )        1x1 convolutions W_i, taps f_i (B, C_i, h_i, w_i)
     c_k = sum_i up( row_i(k) . u_i ) + bias(k)       (B, K, r, r),  r = min(side of the first tap, 56)
@@ -73,7 +73,7 @@ def _fusion(kind: str, backbone: Backbone, channels: list[int], rank: int | None
 
 
 def _shown(explain_with: str | None, fusion: str) -> str:
-    """The published head shows its scores; the classifier fusion shows the mask it was trained as."""
+    """The published head shows its scores; with classifier fusion it shows the mask that is trained."""
     return explain_with or ("scores" if fusion == "per_class" else "mask")
 
 

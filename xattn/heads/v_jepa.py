@@ -22,13 +22,13 @@ from xattn.heads.options import Count, Positive
 
 @register_head("v_jepa")
 class VJepa(AttentiveHead):
-    """Residual around attention and MLP; the query's own way to a logit belongs to ``rest``.
+    """Residuals around attention and MLP; what the query itself adds to a logit belongs to ``rest``.
 
     Args:
         heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
         mlp_ratio: hidden width over D.
-        eps: of both layer norms: 1e-5 is the authors' and the probing benchmark's (its "jepa", arXiv
-            2506.10178); heads of earlier versions have 1e-6.
+        eps: of both layer norms; 1e-5 as in the authors' code and the probing benchmark's "jepa"
+            (arXiv 2506.10178), 1e-6 in heads of earlier versions.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 
