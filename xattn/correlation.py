@@ -1,4 +1,4 @@
-"""How alike two maps are by order: Spearman's rank correlation, in float64.
+"""How alike two maps rank their cells: Spearman's rank correlation, in float64.
 
     rho = Pearson(rank(a), rank(b)),    disagreement = 1 - mean rho over all pairs of maps
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-GRID = 28  # cells a side, on which maps of different sizes are compared
+GRID = 28  # cells per side, on which maps of different sizes are compared
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
@@ -27,14 +27,14 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
     1.0
 
     Raises:
-        ValueError: other shapes.
+        ValueError: different shapes.
     """
     return pearson(ranks(a), ranks(b))
 
 
 def ranks(values: Tensor) -> Tensor:
-    """(B, ...) -> (B, N) float64: ranks 1..N, of equal values their mean; NaN for constant or
-    non-finite rows."""
+    """(B, ...) -> (B, N) float64: ranks 1..N, equal values share their mean rank; NaN for constant
+    or non-finite rows."""
     if values.ndim < 2 or values.numel() == 0:
         raise ValueError(f"values: got shape {tuple(values.shape)}; give (B, ...)")
     flat = values.detach().double().flatten(1).contiguous()
@@ -56,8 +56,8 @@ def pearson(a: Tensor, b: Tensor) -> Tensor:
 def disagreement(maps: Sequence[NDArray[np.float32]]) -> float:
     """1 - the mean rank correlation of all pairs of maps (h, w) of one class over one view, in [0, 2].
 
-    Maps are first brought to 28 x 28 cells: the mean over a cell of finer ones, bilinear between the
-    cells of coarser ones. NaN where fewer than two maps vary.
+    Maps are first resampled to 28 x 28 cells: finer maps by means, coarser ones bilinearly. NaN if
+    fewer than two maps vary.
     """
     cells = (
         torch.stack([_to_grid(m) for m in maps])

@@ -1,4 +1,4 @@
-"""Backbone and head as one graph in one file, for ``torch.export`` (.pt2) or ONNX (.onnx).
+"""Export backbone and head as one graph in one file, for ``torch.export`` (.pt2) or ONNX (.onnx).
 
     (images (B, 3, H, W), class_index (B,)) -> (logits (B, K), map (B, 1, H, W))
 
@@ -57,13 +57,13 @@ class ExplainedClassifier(nn.Module):
     """A backbone and its head as one module: ``model(images, class_index) -> (logits, map)``.
 
     Args:
-        head: one that classifies by itself, as those of ``xattn probe``, has to be the classifier of
-            ``backbone``: :func:`xattn.heads.probed.probed`.
-        normalize: min-max each map, as ``xattn explain`` shows it; a constant map becomes 0. Without
-            it the map is what the head gives: scores, or the mask with ``explain_with="mask"``.
+        head: one that is a classifier itself, as those of ``xattn probe``, has to be the classifier
+            of ``backbone``: :func:`xattn.heads.probed.probed`.
+        normalize: min-max each map, as ``xattn explain`` shows it; a constant map becomes 0. If False,
+            the map is what the head gives: scores, or the mask with ``explain_with="mask"``.
 
     ``images`` (B, 3, H, W) are pixels in [0, 1], float32, of the backbone's input size;
-    ``class_index`` (B,), int64, names one class an image, -1 the predicted one. ``logits`` are (B, K),
+    ``class_index`` (B,), int64, names one class per image, -1 the predicted one. ``logits`` are (B, K),
     ``map`` is (B, 1, H, W), up-sampled bilinearly after min-max.
     """
 
@@ -115,8 +115,8 @@ def export(backbone: Backbone, head: Head, path: str | Path, normalize: bool = T
     the head's ``config.json`` with the SHA-256 of backbone and head, ``preprocessing``,
     ``class_names``, ``task``, and ``map``, what its values are.
 
-    Before the file takes its name it is read back and has to agree with PyTorch to 1e-4: relative to
-    the largest logit, and on maps in [0, 1], or less strictly where a map is so flat that min-max
+    The file gets its name only after it was read back and agreed with PyTorch to 1e-4: relative to the
+    largest logit, and on maps in [0, 1], or less strictly where a map is so flat that min-max
     magnifies rounding. Without onnxruntime an ``.onnx`` file is not compared, and a warning says so.
 
     Args:
@@ -124,9 +124,9 @@ def export(backbone: Backbone, head: Head, path: str | Path, normalize: bool = T
         normalize: see :class:`ExplainedClassifier`.
 
     Raises:
-        ValueError: another suffix, the head of another backbone or of other logits, a missing extra, a
+        ValueError: another suffix, a head of another backbone or other logits, a missing extra, or a
             model that cannot be traced, is too large for ONNX, or whose graph gives other values.
-        OSError: ``path`` cannot be written. In all cases an earlier file stays as it was.
+        OSError: ``path`` cannot be written. An earlier file always stays as it was.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES or path.is_dir():
@@ -149,7 +149,7 @@ def export(backbone: Backbone, head: Head, path: str | Path, normalize: bool = T
                 proto.metadata_props.add(key=METADATA, value=about)
                 temporary.write_bytes(proto.SerializeToString())
             else:
-                archive = io.BytesIO()  # torch aborts the process where a disk is full
+                archive = io.BytesIO()  # torch would abort the process on a full disk
                 torch.export.save(program, archive, extra_files={METADATA: about})
                 temporary.write_bytes(archive.getbuffer())
             try:
@@ -158,7 +158,7 @@ def export(backbone: Backbone, head: Head, path: str | Path, normalize: bool = T
                     _verify(model, run, path)
             except ValueError:
                 raise
-            except Exception as error:  # nor have the runtimes
+            except Exception as error:  # the runtimes have no common exception either
                 raise _failed("does not run as", model, path, error) from error
     return path
 
@@ -262,7 +262,7 @@ def _onnx_runner(path: Path) -> Run | None:
 
 
 def _verify(model: ExplainedClassifier, run: Run, path: Path) -> None:
-    """Raise a ``ValueError`` unless ``run`` agrees with ``model``, for other batches than traced."""
+    """Raise a ``ValueError`` unless ``run`` agrees with ``model``, also for other batch sizes."""
     for count in (1, 3):
         images, index = _example(model, count)
         logits, maps = run(images, index)

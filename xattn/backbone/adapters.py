@@ -1,4 +1,4 @@
-"""Modules that are not timm's, as a backbone: torchvision's classifiers through their traced graph.
+"""Backbones of modules that are not timm's: torchvision's classifiers through their traced graph.
 
     backbone = load_backbone(from_torchvision(torchvision.models.resnet18(weights="DEFAULT")))
 
@@ -26,8 +26,8 @@ class TracedClassifier(nn.Module):
 
     Attributes:
         tap_names: module paths or graph nodes of the taps.
-        gradcam_layer: an identity behind the last tap.
-        num_prefix_tokens, token_taps: of a ViT's tokens (B, N, C).
+        gradcam_layer: an identity after the last tap.
+        num_prefix_tokens, token_taps: of a ViT, whose taps are tokens (B, N, C).
         classifier: the linear layer that gives the logits, or None.
     """
 
@@ -78,14 +78,14 @@ def from_torchvision(
     """A torchvision classifier (or any module that ``torch.fx`` can trace) for ``load_backbone``.
 
     Args:
-        model: takes normalised images (B, 3, H, W), gives logits (B, K); put in eval mode.
+        model: maps normalised images (B, 3, H, W) to logits (B, K); it is put in eval mode.
         taps: module paths or graph nodes, such as ``["layer2", "layer3", "layer4"]`` or, of a ViT,
-            ``["encoder.layers.encoder_layer_11.ln_1"]``, whose class token is left out. By default
-            the last map on each of the three coarsest grids of a CNN; a ViT has no default.
+            ``["encoder.layers.encoder_layer_11.ln_1"]``, without its class token. By default the
+            last map on each of the three coarsest grids of a CNN; a ViT has no default.
         preprocessing: 224 pixels and ImageNet's mean and std by default.
 
     Raises:
-        ValueError: the module cannot be traced, a tap is unknown or no map.
+        ValueError: the module cannot be traced, or a tap is unknown or not a map.
     """
     preprocessing = preprocessing or Preprocessing(interpolation="bilinear")
     size = preprocessing.input_size
@@ -238,7 +238,7 @@ def _trace(
 
 
 def _find(tap: str, names: dict[fx.Node, str]) -> fx.Node:
-    """The node of that path, or the last one of the module of that path."""
+    """The node with the path ``tap``, or the last node of the module with that path."""
     found = [n for n, path in names.items() if path == tap or path.startswith(f"{tap}.")]
     if not found:
         near = difflib.get_close_matches(tap, list(names.values()), 3, 0.3)
@@ -248,10 +248,10 @@ def _find(tap: str, names: dict[fx.Node, str]) -> fx.Node:
 
 
 def _coarsest(shapes: Shapes, size: tuple[int, int]) -> list[fx.Node]:
-    """The last map of each of the three coarsest grids of more than one place, fine to coarse.
+    """The last map on each of the three coarsest grids of more than one cell, fine to coarse.
 
-    Grids have the aspect of the input: (B, h, w, C) and position tables are no maps. None where
-    tokens (B, N, C) follow the maps, which are only a ViT's patches then.
+    Grids have the aspect ratio of the input, which tells maps from (B, h, w, C) and position tables.
+    Empty if tokens (B, N, C) follow the maps: these are just a ViT's patches then.
     """
     last: dict[tuple[int, ...], fx.Node] = {}
     tokens = False
@@ -279,7 +279,7 @@ def _kept(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 
 def _grid(name: str, shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int] | None:
-    """None for a map (B, C, h, w); the (h, w) of tokens (B, N, C), a class token left out."""
+    """None for a map (B, C, h, w); the (h, w) of tokens (B, N, C), without a class token."""
     if len(shape) == 4 and shape[0] == 2:
         return None
     if len(shape) == 3:

@@ -32,7 +32,7 @@ from xattn.backbone.taps import (
 from xattn.runtime.locking import alone, lock_of
 from xattn.runtime.memory import is_out_of_memory
 
-# Fixed at construction, with the way to get a backbone that differs.
+# What is fixed at construction, and how to get a backbone that differs in it.
 _SETTLED = {
     "preprocessing": "backbone.with_preprocessing(...), or input_size= of load_backbone",
     "taps": "backbone.with_taps(...)",
@@ -46,17 +46,17 @@ class Backbone(nn.Module):
 
     ``taps`` names the maps: ``"stage.i"`` (i-th output of timm's ``forward_intermediates``; for a
     ViT ``"block.i"``, the output of block i), ``"norm1.i"`` (normalised input of ViT block i, the
-    T-TAME tap), ``"stage.i.pool"`` (max-pooled by 2, VGG's tensors behind its pools) and ``"head"``
-    (the tensor that the classifier pools). ``"norm1"`` and ``"block"``
-    stand for the last three; None takes the default of the architecture.
+    T-TAME tap), ``"stage.i.pool"`` (max-pooled by 2, VGG's tensors after its pools) and ``"head"`` (the
+    tensor that the classifier pools). ``"norm1"`` and ``"block"`` stand for the last three; None takes
+    the default of the architecture.
 
     ``task`` says what a logit means: ``"multiclass"`` (softmax over the classes), ``"multilabel"``
-    (a sigmoid each) or ``"binary"``: a single logit z (B, 1), given on as the two logits -z/2 and z/2
-    of the classes "negative" and "positive", whose softmax is sigmoid(z). By default a model with one
+    (one sigmoid per class) or ``"binary"``: a single logit z (B, 1), returned as the two logits -z/2 and
+    z/2 of the classes "negative" and "positive", whose softmax is sigmoid(z). By default a model with one
     output is binary, every other multiclass.
 
-    Threads may share a backbone: passes run side by side, explanations take turns and let no pass in.
-    What does not go through the backbone does not wait: see :meth:`alone`.
+    Threads may share a backbone: passes run side by side, and an explanation runs alone. Code that
+    calls the model directly is not synchronised: see :meth:`alone`.
     """
 
     mean: Tensor
@@ -111,13 +111,13 @@ class Backbone(nn.Module):
     def alone(self) -> AbstractContextManager[None]:
         """Inside ``with backbone.alone():`` no other thread explains or runs this network.
 
-        For whoever runs or changes ``backbone.model`` itself, hooks included, while other threads
-        explain. The same thread may explain inside.
+        Needed to run or change ``backbone.model`` itself, hooks included, while other threads explain.
+        The same thread may explain inside.
         """
         return alone(self.model)
 
     def _passing(self, x: Tensor | None = None) -> AbstractContextManager[None]:
-        """Around every pass, of images ``x``; compilers know neither locks nor exceptions."""
+        """Wraps every pass, of images ``x``; compilers cannot trace locks and exceptions."""
         if torch.compiler.is_compiling():
             return nullcontext()
         return lock_of(self.model).shared() if x is None else self._pass_of(x)
@@ -138,8 +138,8 @@ class Backbone(nn.Module):
             ) from error
 
     def _takes_own_size(self, x: Tensor) -> bool:
-        """Whether a black image of the own size passes, on the device and in the type of ``x``: if not,
-        the size of ``x`` is not what its pass failed on."""
+        """Whether a black image of the backbone's own size passes, with the device and type of ``x``.
+        If not, the size of ``x`` was not the cause of its failure."""
         image = x.new_zeros(1, *x.shape[1:-2], *self.preprocessing.input_size)
         image.requires_grad_(x.requires_grad)  # hooks may ask for gradients
         try:
@@ -275,7 +275,7 @@ class Backbone(nn.Module):
         return self.forward_normalized(self.normalize(images))
 
     def forward_normalized(self, x: Tensor) -> Taps:
-        """One pass on images that are normalised already, (B, 3, H, W)."""
+        """One pass on images that are already normalised, (B, 3, H, W)."""
         with self._passing(x):
             if self.adapter:
                 logits, maps = self.model.forward_taps(x)  # type: ignore[operator]
@@ -288,12 +288,12 @@ class Backbone(nn.Module):
         return Taps(self._as_classes(logits), maps, prefix)
 
     def _as_classes(self, logits: Tensor) -> Tensor:
-        """A binary model's (B,) or (B, 1) logits as (B, 2); others as they are."""
+        """A binary model's (B,) or (B, 1) logits as (B, 2); other logits unchanged."""
         logits = logits[:, None] if logits.ndim == 1 else logits
         return torch.cat([-logits / 2, logits / 2], 1) if self.task == "binary" else logits
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, K) logits -> (B, K) probabilities in float64: softmax, or a sigmoid each (multilabel)."""
+        """(B, K) logits -> (B, K) probabilities in float64: softmax, or sigmoids (multilabel)."""
         logits = logits.double()
         return logits.sigmoid() if self.task == "multilabel" else logits.softmax(1)
 
@@ -372,7 +372,7 @@ class Backbone(nn.Module):
 
     @property
     def classifier_weight(self) -> Tensor | None:
-        """(K, C): one row a class; None where the model has no single linear classifier."""
+        """(K, C): one row per class; None if the model has no single linear classifier."""
         return self._classifier()[0]
 
     @property
@@ -410,14 +410,14 @@ class Backbone(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights as they were loaded; a later cast keeps it, see :func:`sha256`."""
+        """SHA-256 of the weights as they were loaded, before any later cast; see :func:`sha256`."""
         if self._fingerprint is None:
             self._fingerprint = sha256(self.model)
         return self._fingerprint
 
     @property
     def depth(self) -> int:
-        """How many intermediates there are to tap: blocks of a ViT, stages of a CNN."""
+        """How many intermediates can be tapped: blocks of a ViT, stages of a CNN."""
         return self._depth
 
     def with_taps(self, taps: str | Sequence[str]) -> Backbone:
@@ -437,7 +437,7 @@ class Backbone(nn.Module):
 
     @property
     def has_classes(self) -> bool:
-        """Whether its outputs are logits of classes; those of an encoder are features."""
+        """Whether its outputs are class logits; an encoder's outputs are features."""
         return getattr(self.model, "num_classes", None) != 0
 
     def require_classes(self) -> None:

@@ -27,7 +27,7 @@ def resolve_task(task: Task | None, logits: Tensor, name: str) -> Task:
 
 
 def read_classes(classes: str | Path | Sequence[str] | None) -> list[str] | None:
-    """Class names from a list, or from a text file with one name a line."""
+    """Class names from a list, or from a text file with one name per line."""
     if classes is None:
         return None
     if isinstance(classes, str | Path):
@@ -45,7 +45,7 @@ def read_classes(classes: str | Path | Sequence[str] | None) -> list[str] | None
 
 
 def class_names_of(model: nn.Module, count: int, given: Sequence[str] | None) -> list[str]:
-    """``given``, checked against ``count``, or the names that the model or ImageNet's lists know."""
+    """``given``, checked against ``count``, or the names in the model's config or ImageNet's lists."""
     if given is not None:
         if len(given) != count:
             raise ValueError(f"classes: got {len(given)} names, the model has {count} classes")

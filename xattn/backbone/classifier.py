@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 def linear_classifier(model: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Weight (K, C) and bias (K,) of the layer that gives the logits; None where there is no single one.
+    """Weight (K, C) and bias (K,) of the layer that gives the logits; None if there is no single one.
 
-    A module that is not timm's says them itself, see :class:`~xattn.backbone.taps.TapModule`.
+    A module that is not timm's provides them itself, see :class:`~xattn.backbone.taps.TapModule`.
     """
     if not hasattr(model, "forward_intermediates"):
         weight = getattr(model, "classifier_weight", None)

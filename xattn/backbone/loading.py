@@ -1,4 +1,4 @@
-"""Load a backbone by name, from a module, or with weights of a file or package."""
+"""Load a backbone: by name or from a module, with weights from the hub, a package or a file."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def load_backbone(
         taps: see :class:`Backbone`.
         input_size: (H, W) in pixels, or one side; the model's own size by default. A ViT's
             positions are resized to it.
-        num_classes: for a local file of another class count it is read from the file.
-        classes: class names in order, or the path of a ``classes.txt`` with one a line.
+        num_classes: the number of classes; for a local file it is read from the file by default.
+        classes: class names in order, or the path of a ``classes.txt`` with one per line.
         task: ``"multiclass"``, ``"multilabel"`` or ``"binary"``, see :class:`Backbone`.
 
     Raises:
@@ -86,7 +86,7 @@ def load_backbone(
 
 
 def _device_with_values() -> AbstractContextManager[Any]:
-    """Torch's default device, or the CPU where that is meta: weights are loaded into the model."""
+    """Torch's default device, or the CPU if that is meta: weights need memory to be loaded into."""
     meta = torch.get_default_device().type == "meta"
     return torch.device("cpu") if meta else nullcontext()
 
@@ -141,7 +141,7 @@ def _create(
         try:
             model.load_state_dict(state, strict=True)
         except RuntimeError:
-            # A ViT's file may be of its own size; its positions are resized afterwards.
+            # A ViT's file may hold the positions of its own size, to be resized afterwards.
             own = options.pop("img_size", None)
             if own is None or not hasattr(model, "set_input_size"):
                 raise

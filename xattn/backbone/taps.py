@@ -27,7 +27,7 @@ PRE_NORM_BLOCKS = frozenset(
 
 class Taps(NamedTuple):
     """What one pass yields: ``logits`` (B, K) and ``maps``, a tuple of (B, C_i, h_i, w_i); of a ViT
-    also ``prefix`` (B, P, C), the class and register tokens that the classifier gets."""
+    also ``prefix`` (B, P, C), the class and register tokens that reach the classifier."""
 
     logits: Tensor
     maps: tuple[Tensor, ...]
@@ -40,7 +40,7 @@ class TapModule(Protocol):
 
     ``forward_taps(x)`` takes normalised images (B, 3, H, W) and returns ``(logits, maps)`` with
     4-D NCHW maps; optional attributes ``preprocessing`` (a :class:`Preprocessing`),
-    ``tap_names`` (one a map), ``classifier_weight`` (K, C), ``classifier_bias`` (K,) and
+    ``tap_names`` (one per map), ``classifier_weight`` (K, C), ``classifier_bias`` (K,) and
     ``gradcam_layer`` (the module whose output Grad-CAM reads) are used where present.
     :func:`xattn.backbone.adapters.from_torchvision` makes one.
     """
@@ -49,7 +49,7 @@ class TapModule(Protocol):
 
 
 def parse_tap(tap: str) -> tuple[str, int, bool]:
-    """Kind, index and whether it is pooled.
+    """Kind and index of a tap, and whether it is pooled.
 
     >>> parse_tap("stage.2.pool"), parse_tap("head")
     (('stage', 2, True), ('head', -1, False))
@@ -68,7 +68,7 @@ def vit_blocks(model: nn.Module) -> list[nn.Module] | None:
 
 
 def default_vit_taps(blocks: Sequence[nn.Module], depth: int) -> tuple[str, ...]:
-    """``norm1`` of the last three blocks, or where that means nothing their outputs."""
+    """``norm1`` of the last three blocks, or their outputs if the blocks are not pre-norm."""
     kind = "norm1" if type(blocks[-1]).__name__ in PRE_NORM_BLOCKS and depth > 3 else "block"
     return tuple(f"{kind}.{i}" for i in range(max(depth - 3, 0), depth))
 
@@ -76,7 +76,7 @@ def default_vit_taps(blocks: Sequence[nn.Module], depth: int) -> tuple[str, ...]
 def default_map_taps(final: Tensor | None, inner: Sequence[Tensor]) -> tuple[str, ...]:
     """Two inner resolutions, then the map ``final`` (B, C, h, w) that the classifier pools.
 
-    ``final`` is None where the classifier reads tokens (MViT, TNT, ...): the intermediates are maps
+    ``final`` is None if the classifier reads tokens (MViT, TNT, ...), whose intermediates are maps
     already.
     """
     depth = len(inner)

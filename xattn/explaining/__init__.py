@@ -1,4 +1,4 @@
-"""Photos and clips in, the maps of their top or named classes out."""
+"""Explain photos and clips: the maps of their top or named classes."""
 
 from xattn.explaining.clips import VideoExplanations, explain_video
 from xattn.explaining.photos import Explanations, explain

@@ -1,7 +1,7 @@
 """Explain a clip: a heat map for every frame, as a pack and as a film of overlays.
 
 Frames are decoded, explained and drawn batch by batch with OpenCV, so no more than ``batch_size``
-frames are ever in memory; what grows with the clip is the maps and their records, 2 to 5 kB a frame.
+frames are ever in memory; only maps and their records grow with the clip, by 2 to 5 kB per frame.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from xattn.runtime.interrupts import deferred_interrupt
 class VideoExplanations(Explanations):
     """The explanations of a clip's frames.
 
-    ``frames`` were decoded, ``announced`` stand in the header (0: it does not say), at ``fps``;
-    ``skipped`` says what is missing.
+    ``frames`` is the number of decoded frames, ``announced`` the number in the header (0 if it has
+    none), ``fps`` their rate; ``skipped`` lists what is missing.
     """
 
     fps: float = FALLBACK_FPS
@@ -72,32 +72,31 @@ def explain_video(
 
     Args:
         video: a file that OpenCV reads.
-        classes: follow these in every frame; else each frame's own ``top`` most probable.
+        classes: follow these in every frame; by default each frame's own ``top`` most probable.
         output: folder for a pack: the maps of all frames, ``overlay.mp4``, and pictures of 17 to 32
             frames spread evenly over the clip.
         max_pixels: refuse clips with larger frames.
         overlays: whether the pack gets ``overlay.mp4`` and overlay pictures.
-        every: explain each n-th frame.
+        every: explain every n-th frame only.
         smoothing: weight in [0, 1) of the past in an exponential moving average of the raw maps,
-            ``m_t = smoothing m_{t-1} + (1 - smoothing) map_t``, started anew for a class that was
-            not explained in the frame before.
+            ``m_t = smoothing m_{t-1} + (1 - smoothing) map_t``; it starts anew for a class that was
+            not explained in the previous frame.
 
     ``overlay.mp4`` (MPEG-4 Part 2, no sound) shows each explained frame with its most probable
-    explained class, at ``fps / every``, so it lasts as long as the clip. Colours mean what they mean
-    on photos. Frames of odd size repeat their last row or column, as the codec wants even sides;
-    those of at least 96 x 48 pixels carry the class's name and probability.
+    explained class, at ``fps / every``, so it lasts as long as the clip. Colours are those of photos.
+    Frames of odd size repeat their last row or column, because the codec needs even sides; frames of
+    at least 96 x 48 pixels carry the class's name and probability.
 
-    After an error or Ctrl-C the frames explained so far are a complete pack, ``output``, or
-    ``<output>-interrupted`` where ``output`` holds a pack already.
+    After an error or Ctrl-C the frames explained so far are saved as a complete pack, in ``output`` or,
+    if that already holds a pack, in ``<output>-interrupted``.
 
     Returns:
-        Explanations in the order of the frames, named ``frame-000123`` as counted from 0 while
-        decoding; with ``output`` as :func:`~xattn.packs.reader.load_pack` gives them. Frames that
-        the header announces and that cannot be decoded are warned about and noted in ``.skipped``.
+        Explanations in the order of the frames, named ``frame-000123`` (decoded frames count from 0);
+        with ``output`` as :func:`~xattn.packs.reader.load_pack` returns them. Announced frames that
+        cannot be decoded cause a warning and are noted in ``.skipped``.
 
     Raises:
-        ValueError: not a video, no frame that can be decoded, frames over ``max_pixels``, or a bad
-            argument.
+        ValueError: not a video, no decodable frame, frames over ``max_pixels``, or a bad argument.
         OSError: a missing file, or an ``output`` that cannot be written.
     """
     path = Path(video)
@@ -142,7 +141,7 @@ def _check(output: str | Path | None, every: int, smoothing: float) -> None:
 
 
 def _save(film: Film, result: VideoExplanations) -> None:
-    """Write the pack, also where Ctrl-C is pressed meanwhile, and read it back into ``result``."""
+    """Write the pack, even if Ctrl-C is pressed meanwhile, and read it back into ``result``."""
     with deferred_interrupt() as interrupted:
         film.save(result)
     if interrupted():
@@ -170,7 +169,7 @@ def _explained(
     explain: Callable[[list[Prepared]], Iterator[Explanation]],
     smoothing: float,
 ) -> Iterator[tuple[Image.Image, list[Explanation]]]:
-    """Frame by frame: its picture, and its explanations with averaged maps, without the picture."""
+    """Each frame's picture, and its explanations with averaged maps (without the picture)."""
     past: dict[int, NDArray[np.float64]] = {}
     for batch in batches:
         found = list(explain(batch))
@@ -182,7 +181,7 @@ def _explained(
             maps = {k: m.astype(np.float32) for k, m in past.items()}
             assert isinstance(photo, Image.Image)
             yield photo, [replace(e, map=maps[e.target], source=None) for e in group]
-        del batch, found, photo, group  # or two batches of frames would be alive
+        del batch, found, photo, group  # otherwise two batches of frames would be alive
 
 
 def _batches(

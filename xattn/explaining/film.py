@@ -1,4 +1,4 @@
-"""The film of overlays that an explained clip becomes, and its stills."""
+"""The film of overlays of an explained clip, and its stills."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STILLS = 16  # a pack shows more than this many frames of a long clip, up to twi
 
 
 class Film:
-    """What the pack will show, kept beside it on disk while it grows: the film and some stills."""
+    """The film and some stills for a pack, kept in a folder beside it while they grow."""
 
     def __init__(self, output: str | Path, fps: float, overlays: bool) -> None:
         self.output = Path(output)
@@ -110,7 +110,7 @@ class Film:
         save_pack(self.output, explanations, self.overlays, result.skipped, film)
 
     def _check_film(self) -> None:
-        """OpenCV writes to a full disk without a word, so read the film's header."""
+        """Read the film's header back: OpenCV does not report a full disk."""
         import cv2
 
         film = cv2.VideoCapture(opencv_path(self.film, "output"))
@@ -124,7 +124,7 @@ class Film:
 
 
 def _caption(image: Image.Image, explanation: Explanation) -> Image.Image:
-    """Class and probability in the lower left corner, where there is room for them."""
+    """``image`` with class and probability in the lower left corner, if there is room for them."""
     size = max(12, round(min(image.size) / 22))
     if image.width < 8 * size or image.height < 4 * size:
         return image

@@ -1,4 +1,4 @@
-"""Which photos are explained, and under what name each appears in a pack."""
+"""The photos to explain, and the id of each in a pack."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def named_photos(
 
 
 def unique_id(name: str, taken: set[str]) -> str:
-    """``name`` as part of a file name, unlike all in ``taken`` also when case is ignored."""
+    """``name`` as part of a file name, different from all in ``taken`` even if case is ignored."""
     slug = re.sub(r"[^\w.+-]+", "_", name.replace("/", "__")).strip(".") or "image"
     if len(slug.encode()) > 120:  # file names may have 255 bytes
         start = slug.encode()[:96].decode(errors="ignore")

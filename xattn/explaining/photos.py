@@ -1,6 +1,6 @@
-"""Explain photos: files or folders in, the maps of their top or named classes out.
+"""Explain photos: the maps of their top or named classes.
 
-One backbone pass an image gives the logits, the classes to explain and, with a trained head or CAM,
+One backbone pass per image gives the logits, the classes to explain and, with a trained head or CAM,
 all their maps.
 """
 
@@ -32,11 +32,11 @@ from xattn.photos.view import View, prepare
 
 Prepared = tuple[Tensor, View, str, Source]
 TrueClass = tuple[int | None, str | None]
-TOP = 5  # classes of every photo that a pack names
+TOP = 5  # how many classes of every photo a pack names
 
 
 class Explanations(list[Explanation]):
-    """A list of explanations; ``skipped`` holds (file name, reason) of images not readable."""
+    """A list of explanations; ``skipped`` holds (file name, reason) of images that were left out."""
 
     skipped: list[tuple[str, str]]
 
@@ -69,26 +69,25 @@ def explain(
         backbone: the classifier; ``head``: a trained head of it.
         explainer: a name of :func:`~xattn.explainers.list_explainers` or an explainer, or several,
             each with a pass of its own; by default the head.
-        classes: explain these (names or indices) in every photo; else the ``top`` most probable.
-        view: ``"crop"``, what the model is evaluated on, or ``"whole"``, the entire photo squeezed.
+        classes: explain these (names or indices) in every photo; by default the ``top`` most probable.
+        view: ``"crop"``, as models are evaluated, or ``"whole"``, the entire photo, squeezed.
         output: folder to write a pack to, see :func:`~xattn.packs.writer.save_pack`.
-        batch_size: images in a pass.
+        batch_size: images per pass.
         max_pixels: refuse larger photos before they are decoded.
         overlays: whether the pack gets overlay pictures.
-        progress: show a progress bar, where there is more than one photo.
+        progress: show a progress bar if there is more than one photo.
         labels: the true classes of photos on disk, for the pack: ``"folders"`` or a file, see
             :func:`xattn.training.labels.true_classes`.
 
     Returns:
-        For each photo, method by method, its explanations by falling probability, or in the order of
-        ``classes``.
-        A single photo that cannot be read, or is too long and narrow for a pack, raises; of several,
-        such are skipped with a warning and listed in ``.skipped``. After Ctrl-C or an error
-        ``output`` holds a pack of what was explained until then, or ``<output>-interrupted``, where
-        ``output`` holds a pack already.
+        For each photo, method by method, its explanations by descending probability, or in the order
+        of ``classes``. Photos that cannot be read, or are too long and narrow for a pack, are skipped
+        with a warning and listed in ``.skipped``; a single such photo raises. After Ctrl-C or an error
+        what was explained until then is a pack in ``output`` or, if that already holds a pack, in
+        ``<output>-interrupted``.
 
     Raises:
-        ValueError: unknown explainer, class or view; no image, or none readable; a bad ``output``.
+        ValueError: unknown explainer, class or view; no readable image; a bad ``output``.
         OSError: a missing path, or an ``output`` that cannot be written.
     """
     if output is not None:
@@ -168,9 +167,9 @@ def explain_batch(
     protocol: dict[str, Any],
     truth: Mapping[str, TrueClass] | None = None,
 ) -> Iterator[Explanation]:
-    """The explanations of prepared photos, photo by photo, each photo's in the order chosen.
+    """The explanations of prepared photos, photo by photo, in the order chosen for each.
 
-    ``truth`` is the true class, by image_id.
+    ``truth`` has the true class by image_id.
     """
     pixels = torch.stack([item[0] for item in batch]).to(backbone.device)
     logits, targets, maps = method.attribute_classes(pixels, choose)
@@ -309,7 +308,7 @@ def _batches(
 
 
 def warn_of_blank(named: Iterable[tuple[Explanation, str]]) -> None:
-    """Say once which maps are constant; each comes with the name of its photo or frame."""
+    """Warn once about all constant maps; each comes with the name of its photo or frame."""
     blank = [map_name(e.method, e.target_name, name) for e, name in named if e.is_blank]
     if blank:
         warnings.warn(f"explain: {blank_note(blank)}", stacklevel=3)

@@ -1,4 +1,4 @@
-"""How a map came about, as the record that goes into packs and results."""
+"""How a map was made: the record that goes into packs and results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xattn.runtime.version import __version__
 
 
 def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any]:
-    """How a map of ``method`` came about, for its record."""
+    """The record of how maps of ``method`` are made."""
     head = method.head if method.needs_head else None
     return {
         "xattn": __version__,

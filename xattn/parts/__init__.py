@@ -1,4 +1,4 @@
-"""Parts of images: the largest crop without evidence, where the evidence is, and images made with text."""
+"""Parts of images: finding evidence, the largest crop without it, and images with drawn text."""
 
 from xattn.parts.crop import Crop, largest_crop, rectangles
 from xattn.parts.evidence import (

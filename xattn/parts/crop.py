@@ -3,10 +3,10 @@
     p in linspace(.1, .9, 17),   r in linspace(sqrt(p), 1 / sqrt(p), 10)
     width = sqrt(p) r W,   height = sqrt(p) / r H
 
-at 10 x 10 places whose centres are evenly spread over where the rectangle stays inside the image; of
-those that hold no evidence the largest p, at random among equals. Published for the text of image
-macros; evidence may be any pixels. The crop is a hard negative: it shares with its image everything
-but the evidence.
+at 10 x 10 positions, evenly spread so that the rectangle stays inside the image. Of the rectangles
+without evidence the one of the largest p is taken, at random among equals. Published for the text of
+image macros; evidence may be any pixels. The crop is a hard negative: it shares everything with its
+image except the evidence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from PIL import Image
 FRACTIONS = tuple(np.linspace(0.1, 0.9, 17).tolist())
 ASPECTS = 10
 CENTRES = 10
-_ROUNDING = 1e-6  # pixels; an edge that falls on a pixel's border stays there
+_ROUNDING = 1e-6  # pixels; keeps edges that lie on a pixel's border there
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Crop:
 def rectangles(
     fractions: tuple[float, ...] = FRACTIONS, aspects: int = ASPECTS, centres: int = CENTRES
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """All rectangles of the search: p (n,), and (n, 4) as x0, y0, x1, y1 in [0, 1] of width and height."""
+    """All rectangles of the search: p (n,), and x0, y0, x1, y1 as fractions of width and height, (n, 4)."""
     if not fractions or not all(0 < p <= 1 for p in fractions) or aspects < 1 or centres < 1:
         raise ValueError(
             f"fractions, aspects, centres: got {fractions}, {aspects}, {centres}; give fractions in "
@@ -62,14 +62,14 @@ def largest_crop(
 ) -> Crop | None:
     """The largest rectangle of the search without a pixel of ``evidence`` (H, W).
 
-    Rectangles are shrunk to whole pixels. Ties are drawn by (seed, index) alone; ``index`` is the
-    image's number.
+    Rectangles are shrunk to whole pixels. Ties are broken at random by (seed, index) alone; ``index`` is
+    the image's number.
 
     Args:
         search: ``fractions``, ``aspects`` and ``centres`` of :func:`rectangles`.
 
     Returns:
-        None if no rectangle is free, as in an image that is all evidence.
+        None if every rectangle holds evidence.
 
     Raises:
         ValueError: ``evidence`` is not a bool map with pixels, or ``seed`` or ``index`` is negative.

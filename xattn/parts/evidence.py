@@ -1,16 +1,16 @@
-"""Where an image's evidence is: boxes and polygons of a detector's file, masks, or text that is found here.
+"""Sources of evidence in images: a file of boxes and polygons, masks, or text detectors.
 
-A source is called with the photo's name and the photo and gives boxes [x0, y0, x1, y1] and polygons
+A source is called with the photo's name and the photo, and returns boxes [x0, y0, x1, y1] and polygons
 [[x, y], ...] in pixels of the upright photo, or a mask (H, W). :func:`open_evidence` makes one of
 
-* a JSON file ``{"7.jpg": [box or polygon, ...]}``; an entry may also be ``{"box": ...}`` with other keys
-  beside it, as the files of :class:`xattn.eval.annotations.Boxes` have;
+* a JSON file ``{"7.jpg": [box or polygon, ...]}``; an entry may also be ``{"box": ...}`` with further
+  keys, as in the files of :class:`xattn.eval.annotations.Boxes`;
 * a folder of masks, ``7.png`` for ``7.jpg``, whose non-zero pixels (or given numbers) are evidence;
 * ``"mser"``, text lines by maximally stable extremal regions (Matas et al. 2002), no weights needed;
-* ``"onnx:PATH"``, a text detector in the form of DB (arXiv 1911.08947), run by OpenCV.
+* ``"onnx:PATH"``, a text detector of the kind of DB (arXiv 1911.08947), run by OpenCV.
 
-Boxes and masks stand for one photo each: the file and the folder have a method ``check(names)`` that
-refuses two photos of one entry.
+Each entry of boxes and each mask belongs to one photo: these two sources have a method
+``check(names)`` that refuses two photos with the same entry.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Found: TypeAlias = "Sequence[Region] | NDArray[np.bool_]"
 Source: TypeAlias = Callable[[str, Image.Image], Found]
 
 MSER_SIDE = 256  # pixels of the shorter side at which MSER looks for letters
-_DB_MEAN = (122.67891434, 116.66876762, 104.00698793)  # of B, G, R, as DB's own models take it
+_DB_MEAN = (122.67891434, 116.66876762, 104.00698793)  # of B, G, R, as in DB's own models
 
 
 def evidence_mask(found: Found, size: tuple[int, int]) -> NDArray[np.bool_]:
     """The pixels of an image of ``size`` (width, height) that a box or polygon touches, (H, W).
 
-    What lies partly outside the image is clipped. A polygon counts with the pixels next to it.
+    Regions are clipped at the image's border. A polygon includes the pixels next to it.
 
     Raises:
         ValueError: a region lies outside the image or has no area, or a mask is of another size.
@@ -98,7 +98,7 @@ def _brief(region: Any) -> str:
 def _filled(points: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.uint8]:
     import cv2
 
-    bits = 8  # fractions of a pixel; OpenCV's whole numbers are the centres of pixels
+    bits = 8  # fractions of a pixel; in OpenCV whole numbers are the centres of pixels
     limit = 2 ** (30 - bits)
     fixed = np.rint((np.clip(points, -limit, limit) - 0.5) * 2**bits).astype(np.int32)
     filled: Any = np.zeros(shape, np.uint8)
@@ -110,10 +110,10 @@ def _filled(points: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.u
 
 
 def open_evidence(source: str | Path, numbers: Sequence[int] = ()) -> Source:
-    """The source that ``source`` names (see the module); ``numbers`` choose among a mask's.
+    """The source that ``source`` names (see the module); ``numbers`` select values of masks.
 
     Raises:
-        ValueError: no such form, or a damaged file. FileNotFoundError: no such file or folder.
+        ValueError: an unknown form, or a damaged file. FileNotFoundError: no such file or folder.
     """
     text = str(source)
     if numbers and not Path(text).is_dir():
@@ -134,7 +134,7 @@ def open_evidence(source: str | Path, numbers: Sequence[int] = ()) -> Source:
 
 
 class BoxFile:
-    """Boxes and polygons of a JSON file by the photo's file name, or by more of its path."""
+    """Boxes and polygons from a JSON file, by the photo's file name or a longer end of its path."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -159,13 +159,13 @@ class BoxFile:
         return [_region(entry) for entry in self.table[key]]
 
     def _key(self, name: str) -> str | None:
-        """The longest end of ``name`` that the table has: names may repeat among folders."""
+        """The longest end of ``name`` in the table: file names may repeat among folders."""
         parts = PurePath(name).parts
         ends = (PurePath(*parts[start:]).as_posix() for start in range(len(parts)))
         return next((end for end in ends if end in self.table), None)
 
     def check(self, names: Iterable[str]) -> None:
-        """Refuse two photos of one entry."""
+        """Raise a ``ValueError`` if two photos have the same entry."""
         if (shared := _shared(names, self._key)) is not None:
             key, first, second = shared
             raise ValueError(
@@ -177,7 +177,7 @@ class BoxFile:
 def _shared(
     names: Iterable[str], key_of: Callable[[str], str | None]
 ) -> tuple[str, str, str] | None:
-    """A key that two names have, and these names."""
+    """A key that two names share, and these names."""
     owners: dict[str, str] = {}
     for name in names:
         key = key_of(name)
@@ -197,8 +197,8 @@ def _region(entry: Any) -> Region:
 
 
 class Masks:
-    """A folder of masks, ``7.png`` for ``7.jpg``: evidence is where the number is one of ``numbers``,
-    or not 0 if none are given."""
+    """A folder of masks, ``7.png`` for ``7.jpg``: evidence is where the value is one of ``numbers``, or
+    not 0 if none are given."""
 
     def __init__(self, folder: str | Path, numbers: Sequence[int] = ()) -> None:
         self.folder, self.numbers = Path(folder), tuple(numbers)
@@ -212,7 +212,7 @@ class Masks:
         return self.folder / f"{PurePath(name).stem}.png"
 
     def check(self, names: Iterable[str]) -> None:
-        """Refuse two photos of one mask."""
+        """Raise a ``ValueError`` if two photos have the same mask."""
 
         def mask_of(name: str) -> str | None:
             return str(path) if (path := self._path(name)).is_file() else None
@@ -243,8 +243,8 @@ class Masks:
 class MserText:
     """Lines of text by MSER: stable regions of a letter's size, three or more in a row.
 
-    A fallback that reads nothing: it finds bold lettering, marks some rows of other small things, and
-    misses faint, slanted or very small text.
+    A fallback that does not recognise letters: it finds bold lettering, but also some rows of other
+    small objects, and misses faint, slanted or very small text.
     """
 
     description = "mser"
@@ -265,7 +265,7 @@ class MserText:
             letters = 1 + int((np.diff(centres) > 0.3 * size_of_letter).sum())
             if letters < 3:  # regions nest: several may be one letter
                 continue
-            rim = 0.15 * size_of_letter  # an outline, and what the blur took
+            rim = 0.15 * size_of_letter  # for an outline, and for what the blur removed
             box = (
                 max(x[row].min() - rim, 0) / scale,
                 max(y[row].min() - rim, 0) / scale,
@@ -277,7 +277,7 @@ class MserText:
 
 
 def _letters(grey: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """(4, n): left, top, width, height of stable regions of ``grey`` (H, W) that may be letters."""
+    """(4, n): left, top, width, height of stable regions of ``grey`` (H, W) of a letter's shape."""
     import cv2
 
     height, width = grey.shape
@@ -311,12 +311,12 @@ def _components(linked: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
 
 
 class DetectorText:
-    """Text by a network of yours in ONNX form: DB's probability map, read by OpenCV's post-processing.
+    """Text by your own ONNX network: DB's probability map with OpenCV's post-processing.
 
     Args:
-        path: the ONNX file; from (BGR - mean) / 255 of shape (1, 3, side, side) to probabilities
-            (side, side): OpenCV wants them without further axes.
-        side: of the network's input in pixels, a multiple of 32.
+        path: the ONNX file; it maps (BGR - mean) / 255 of shape (1, 3, side, side) to probabilities
+            (side, side), without further axes, as OpenCV requires.
+        side: side of the network's input in pixels, a multiple of 32.
     """
 
     def __init__(self, path: str | Path, side: int = 736) -> None:

@@ -1,8 +1,8 @@
-"""Photos with text on them whose place is known: image macros, and text that makes no macro.
+"""Draw text on photos, with known boxes: image macros, and text that makes no macro.
 
 A macro has white capitals with a black outline at the top, the bottom or both. Other text is a
 caption bar, a watermark, a date stamp or a sign. What is drawn is a pure function of (seed, index)
-and of the photo's size. Fonts are Pillow's default and matplotlib's DejaVu, none is shipped.
+and the photo's size. Fonts are Pillow's default and matplotlib's DejaVu; xattn ships none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from xattn.pictures.lettering import wrap
 from xattn.runtime.files import atomic_folder, write_json
 
 BOXES = "boxes.json"
-SMALLEST = 48  # pixels; below, no letter would be legible
+SMALLEST = 48  # pixels per side; on smaller photos no letter would be legible
 Box = tuple[int, int, int, int]
 
 _WHO = """my cat|the boss|nobody|your code|the printer|every monday|my brain|this guy|the intern|
@@ -35,8 +35,8 @@ _NAMES = "photo desk|jan novak|stock image|holiday 2019|city archive|sample|pres
 
 
 class Lettered(NamedTuple):
-    """An image, and for each line of its text the box (x0, y0, x1, y1) of all pixels that it may have
-    changed: tight, in whole pixels, ends excluded."""
+    """An image, and for each line of text the tight box (x0, y0, x1, y1) of the pixels that it may
+    have changed, in whole pixels, ends excluded."""
 
     image: Image.Image
     boxes: list[Box]
@@ -72,7 +72,7 @@ class _Pen:
         self.boxes: list[Box] = []
 
     def ink(self, layers: Sequence[tuple[Image.Image, tuple[int, int, int]]]) -> None:
-        """Lay colours over the photo, each through its mask ("L"); their union is one box."""
+        """Paint colours on the photo, each through its mask ("L"); all masks together get one box."""
         boxes = [box for mask, _ in layers if (box := mask.getbbox()) is not None]
         for mask, colour in layers:
             self.image.paste(colour, (0, 0), mask)
@@ -92,7 +92,7 @@ class _Pen:
 
 
 def _fitted(text: str, name: str, size: float, width: float, lines: int) -> tuple[Any, list[str]]:
-    """The largest font up to ``size`` in which ``text`` fits ``width`` in so many lines."""
+    """The largest font up to ``size`` in which ``text`` fits into ``lines`` lines of ``width``."""
     for pixels in range(max(int(size), 6), 5, -1):
         font = _font(name, pixels)
         wrapped = wrap(text, font, width)
@@ -207,15 +207,14 @@ def write_lettered(
     worn: bool = False,
     max_pixels: int | None = MAX_PIXELS,
 ) -> list[Path]:
-    """Write every photo of ``data`` with text, and ``boxes.json`` of where the text is.
+    """Write every photo of ``data`` with text drawn on it, and the text's boxes as ``boxes.json``.
 
     Args:
         data: see :mod:`xattn.photos.sources`.
         output: a folder that is empty, new, or an earlier one of this function.
         draw: :func:`draw_macro` or :func:`draw_text`.
-        worn: make the photos smaller before, and compress them more afterwards, as passing from site
-            to site does: by (seed, number), to a shorter side of at most 160 to 224 pixels and JPEG
-            quality 15 to 40 instead of 95.
+        worn: make photos look shared many times: by (seed, number), first shrink the shorter side to
+            at most 160 to 224 pixels, and save with JPEG quality 15 to 40 instead of 95.
 
     Returns:
         The files, in the order of the photos. ``boxes.json`` is read by ``xattn parts --evidence`` and

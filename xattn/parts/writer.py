@@ -1,7 +1,7 @@
-"""Cut the evidence away from a whole data set: crops, and a JSON of what was cut.
+"""Cut the evidence away from a whole data set: crops, and a JSON file about them.
 
-``crops/000012-cat.png`` belongs to photo 12. Crops are stored without loss: another compression would
-tell them from their photos. A run with the same arguments goes on where one stopped.
+``crops/000012-cat.png`` belongs to photo 12. Crops are stored without loss: further compression would
+distinguish them from their photos. A run with the same arguments continues where the last one stopped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, write_json
 
 RECORD = "parts.json"
-SAVE_EVERY = 100  # photos; a killed run loses at most so many, and makes the same crops again
+SAVE_EVERY = 100  # photos; a killed run loses at most this many records and repeats their crops
 OUTCOMES = {
     "cut": "crops written",
     "covered": "no crop: every rectangle of a tenth of the photo holds evidence",
@@ -37,7 +37,7 @@ OUTCOMES = {
 
 @dataclass(frozen=True)
 class Parts:
-    """``records``: one a photo, in order, as in ``parts.json``; ``output``: the folder."""
+    """``records``: one per photo, in order, as in ``parts.json``; ``output``: the folder."""
 
     output: Path
     records: list[dict[str, Any]]
@@ -68,17 +68,17 @@ def cut_parts(
 
     Args:
         data: see :mod:`xattn.photos.sources`.
-        evidence: see :mod:`xattn.parts.evidence`, or a function of its form.
-        numbers: of a folder of masks, which of their numbers are evidence.
-        seed: ties between crops are drawn by (seed, number of the photo).
+        evidence: see :mod:`xattn.parts.evidence`, or a function with the same signature.
+        numbers: for a folder of masks, the values that are evidence.
+        seed: ties between crops are broken at random by (seed, number of the photo).
 
     Returns:
-        What became of each photo. A photo that is all evidence, has none, cannot be read or has no
-        or bad boxes is counted and the others go on.
+        The outcome of each photo. One that is all evidence, has none, cannot be read, or has missing or
+        bad boxes is counted, and the run continues.
 
     Raises:
-        ValueError: ``output`` holds crops of other arguments, every photo was skipped, or a box entry
-            or mask stands for two photos.
+        ValueError: ``output`` holds crops of a run with other arguments, every photo was skipped, or
+            two photos have the same box entry or mask.
         OSError: a missing file of evidence, or an ``output`` that cannot be written.
     """
     output = Path(output)
@@ -97,7 +97,7 @@ def cut_parts(
     root = Path(data) if isinstance(data, str | Path) and Path(data).is_dir() else None
     left = [photo for photo in photos if photo.index not in done]
     if not done:
-        _save(output, settings, done)  # before the first crop: a killed run leaves none unclaimed
+        _save(output, settings, done)  # before the first crop, so that every crop has a record file
     unsaved = 0
     try:
         ahead = read_ahead(lambda photo: photo.load(max_pixels), left, 4)
@@ -166,7 +166,7 @@ def _finished(output: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any
         raise ValueError(f"output: {path} is damaged ({error}); choose another folder") from None
     # A killed run may have cut more than its record says.
     if not same and not any((output / "crops").glob("*.png")):
-        return {}  # nothing was cut: with mended boxes the same folder will do
+        return {}  # nothing was cut yet: after boxes are corrected the same folder can be used
     if not same:
         raise ValueError(
             f"output: {output} holds crops of other photos, evidence or options; choose another folder"

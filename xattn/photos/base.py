@@ -1,4 +1,4 @@
-"""Photos by number, wherever they are stored."""
+"""Numbered photos, wherever they are stored."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StoredPhoto:
         return self.photos.name(self.index)
 
     def load(self, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
-        """8-bit RGB, upright; ValueError or OSError where the photo cannot be read."""
+        """8-bit RGB, upright; ValueError or OSError if the photo cannot be read."""
         return self.photos.load(self.index, max_pixels)
 
 
@@ -35,30 +35,30 @@ class Photos(Sequence[StoredPhoto]):
     """Photos with fixed numbers 0 .. len - 1; also a sequence of :class:`StoredPhoto`."""
 
     streamed = False
-    """Whether the photos are read by streams, fast in :meth:`order` only."""
+    """Whether photos are streamed: reading is fast only in the order of :meth:`order`."""
     open_shards = 1
     """How many shards a reader keeps open, each with a block of undecoded samples."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What the photo is called in lists; nothing is read for it."""
+        """The photo's name in lists, known without reading it."""
 
     @abstractmethod
     def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
-        """8-bit RGB, upright; ValueError or OSError where the photo cannot be read.
+        """8-bit RGB, upright; ValueError or OSError if the photo cannot be read.
 
         The message names the file or the shard and key. May be called from several threads.
         """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Count and hash, to tell whether a resumed run sees the same photos."""
+        """Count and hash, which show whether a resumed run sees the same photos."""
 
     def close(self) -> None:
-        """Forget open files; processes must not share them."""
+        """Close open files, which processes must not share."""
 
     def order(self, seed: int, epoch: int) -> list[int]:
-        """The numbers in the order of training, a pure function of (seed, epoch)."""
+        """The numbers in training order, a pure function of (seed, epoch)."""
         numbers = list(range(len(self)))
         random.Random(f"{seed}/{epoch}").shuffle(numbers)
         return numbers

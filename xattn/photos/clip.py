@@ -1,4 +1,4 @@
-"""Clips, frame by frame, read by OpenCV."""
+"""Clips, read frame by frame with OpenCV."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RETRIES = 32  # failed reads in a row before a clip counts as cut off
 
 
 def is_video(path: str | Path) -> bool:
-    """Whether the name is that of a clip: ``.mp4``, ``.mov``, ``.avi``, ``.mkv``, ``.webm``, ..."""
+    """Whether ``path`` is named like a clip: ``.mp4``, ``.mov``, ``.avi``, ``.mkv``, ``.webm``, ..."""
     return Path(path).suffix.lower() in SUFFIXES
 
 
@@ -69,7 +69,7 @@ class Clip:
             self.fps = FALLBACK_FPS
 
     def frames(self, every: int) -> Iterator[tuple[int, Image.Image]]:
-        """(number, RGB frame) of each n-th frame; a damaged one is passed over."""
+        """(number, RGB frame) of every n-th frame (n = ``every``); damaged frames are skipped."""
         import cv2
 
         failed = 0
@@ -88,10 +88,10 @@ class Clip:
 
 
 def opencv_path(path: Path, argument: str) -> str:
-    """``path`` as OpenCV takes it.
+    """``path`` in the form that OpenCV takes.
 
     Raises:
-        ValueError: a name that is not UTF-8, at which OpenCV ends the process.
+        ValueError: a name that is not UTF-8, on which OpenCV would abort the process.
     """
     text = str(path.absolute())
     if printable(text) != text:

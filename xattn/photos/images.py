@@ -1,4 +1,4 @@
-"""Image files: which there are, and reading each as an upright 8-bit RGB photo."""
+"""Image files: listing them, and reading each as an upright 8-bit RGB photo."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def list_images(path: str | Path) -> list[Path]:
     """The image files that ``path`` stands for, in a fixed order.
 
     ``path`` is one image, a folder (searched recursively, hidden entries left out, sorted), or a
-    ``.txt`` list with one ``path [label]`` a line, relative to the list's own folder; empty lines
+    ``.txt`` list with one ``path [label]`` per line, relative to the list's own folder; empty lines
     and lines that start with ``#`` are skipped. Listed files are not opened here.
 
     Raises:
@@ -76,7 +76,7 @@ def list_images(path: str | Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Image files below ``folder``; linked folders are followed once each, so loops end."""
+    """Image files below ``folder``; each linked folder is followed once, so loops end."""
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -127,8 +127,8 @@ def load_image(
 ) -> Image.Image:
     """One photo, a file, an image or one of :mod:`xattn.photos.sources`, as 8-bit RGB, upright.
 
-    EXIF rotation is applied; transparency is laid over white; 16-bit, 32-bit and float grey values
-    are scaled to 8 bit and never clipped; of an animation the first frame counts. The size in the
+    EXIF rotation is applied; transparency is blended over white; 16-bit, 32-bit and float grey values
+    are scaled to 8 bit and never clipped; an animation is read as its first frame. The size in the
     header is compared with ``max_pixels`` (None: no cap) before anything is decoded.
 
     Raises:
@@ -177,9 +177,9 @@ Read = TypeVar("Read")
 def read_ahead(
     read: Callable[[Thing], Read], things: Iterable[Thing], count: int, threads: int = 2
 ) -> Iterator[tuple[Thing, Future[Read]]]:
-    """Each thing with the future of ``read(thing)``, in order, begun ``count`` things ahead.
+    """Each thing with the future of ``read(thing)``, in order, started ``count`` things ahead.
 
-    Decoding runs in ``threads`` while the caller computes; no more than ``count`` results wait.
+    Reading runs in ``threads`` while the caller computes; no more than ``count`` results wait.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
         waiting: deque[tuple[Thing, Future[Read]]] = deque()

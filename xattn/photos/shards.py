@@ -1,4 +1,4 @@
-"""Samples of webdataset shards, as numbered photos that are read front to back."""
+"""Samples of webdataset shards, as numbered photos that are read from front to back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from xattn.photos.base import Photos
 from xattn.photos.images import MAX_PIXELS, SUFFIXES, decode_image
 from xattn.runtime.files import printable
 
-BLOCK = 256  # undecoded samples of a shard that a reader holds; training shuffles within them
+BLOCK = 256  # undecoded samples that a reader holds at a time; training shuffles within them
 MOST_SAMPLES = 1 << 40  # of a shard
 MOST_SHARDS = 1_000_000
 _READING = threading.Lock()
@@ -31,18 +31,19 @@ _READING = threading.Lock()
 class Shards(Photos):
     """Samples of webdataset shards, numbered as they are stored.
 
-    A sample's image is its member with the suffix jpg, jpeg, png, webp, ... A shard is read front
-    to back and once where it is asked for in stored order, or in :meth:`order`, which permutes the
-    shards and the samples within blocks of :data:`BLOCK`: shards have to be written shuffled.
-    Numbers that a truncated shard does not hold are unreadable photos.
+    A sample's image is its member with the suffix jpg, jpeg, png, webp, ... Each shard is read once
+    from front to back if samples are requested in stored order, or in that of :meth:`order`, which
+    permutes the shards and the samples within blocks of :data:`BLOCK`: shards should be written
+    shuffled. Numbers beyond the end of a truncated shard are unreadable photos.
 
-    In training each loader worker reads shards of its own. A resumed run starts every worker at the
-    beginning of the first shard that it had not finished and reads over, without decoding, what was
-    trained on: at most one shard a worker is read twice, no sample is trained on twice or lost. The
-    order depends on how many workers a run was started with; a resumed run keeps it with any number.
+    In training each loader worker reads its own shards. A resumed run starts every worker at the
+    beginning of its first unfinished shard and skips, without decoding, the samples already trained
+    on: at most one shard per worker is read twice, and no sample is trained on twice or lost. The
+    order depends on the number of workers at the start of a run; a resumed run keeps it with any
+    number.
 
-    timm's reader gives files and lengths. Its sample stream is not used: a shuffle buffer that spans
-    shards, and repeats until a count is reached, cannot be put back to where it was.
+    timm's reader gives files and lengths. Its sample stream is not used: the state of a shuffle buffer
+    that spans shards, and repeats until a count is reached, cannot be restored.
     """
 
     streamed = True
@@ -59,7 +60,7 @@ class Shards(Photos):
         self._open.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files, so that explanations of its photos can be pickled and copied."""
+        """Without open files, so that explanations of these photos can be pickled and copied."""
         return {**self.__dict__, "_open": OrderedDict()}
 
     def order(self, seed: int, epoch: int) -> list[int]:
@@ -111,7 +112,7 @@ def _label(url: str) -> str:
 
 
 class _Shard:
-    """One shard, read forwards; the samples of the current block are at hand in any order."""
+    """One shard, read forwards; samples of the current block are available in any order."""
 
     def __init__(self, url: str) -> None:
         from webdataset.tariterators import tarfile_samples
@@ -133,7 +134,7 @@ class _Shard:
         return self._errors[-1] if self._errors else ""
 
     def sample(self, position: int) -> tuple[str, bytes | None]:
-        """Shard/key and the encoded image; or what is wrong, and None."""
+        """Shard/key and the encoded image; or the reason why there is none, and None."""
         while self.block < position // BLOCK:
             self._held = [self._image(s) for s in islice(self._samples, BLOCK)]
             self.block += 1
@@ -194,7 +195,7 @@ def open_webdataset(path: str, split: str | None) -> Shards:
 
 
 def _split_files(root: str, split: str, remote: bool) -> tuple[list[str], Sequence[int]]:
-    """Files and lengths of ``split`` by the ``_info.json`` in ``root``."""
+    """Files and lengths of ``split`` from the ``_info.json`` in ``root``."""
     from timm.data import create_dataset
 
     if not remote:
@@ -222,7 +223,7 @@ def _split_files(root: str, split: str, remote: bool) -> tuple[list[str], Sequen
 
 
 def _count(path: str) -> int:
-    """Samples in a local shard by its headers alone; the same grouping as when it is read."""
+    """Number of samples in a local shard, from its headers alone, grouped as when it is read."""
     from webdataset.tariterators import group_by_keys
 
     try:

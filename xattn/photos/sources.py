@@ -1,7 +1,7 @@
-"""Photos by number, wherever they are: files, a Hugging Face dataset, or webdataset shards.
+"""Opens numbered photos from files, a Hugging Face dataset, or webdataset shards.
 
-``data`` is a folder, a ``.txt`` list, one image, a list of paths, or a dataset by the scheme names of
-``timm.data`` (the split is "train" if left out):
+``data`` is a folder, a ``.txt`` list, one image, a list of paths, or a dataset in the notation of
+``timm.data`` (the split is "train" by default):
 
 * ``hfds/NAME_OR_PATH[:split]``: a map-style Hugging Face dataset, from the hub or a local folder
   (images, parquet files, or what ``save_to_disk`` wrote). Its image column is found by its type.
@@ -9,7 +9,7 @@
   lengths of each split, as ``timm.data`` reads it; or local shards named in braces,
   ``wds/PATH/photos-{0000..0031}.tar``, whose samples are counted once by their tar headers.
 
-A local folder that is called ``hfds`` or ``wds`` is given as ``./hfds``.
+A local folder named ``hfds`` or ``wds`` is written ``./hfds``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def is_stored(data: Any) -> bool:
 
 
 def open_photos(data: Data) -> Photos:
-    """The photos that ``data`` stands for (see the module), without opening one.
+    """The photos that ``data`` stands for (see the module); none is read yet.
 
     Raises:
         ValueError: no photo, an unknown split, a dataset that cannot be opened, or the extra

@@ -1,8 +1,8 @@
 """The model's crop of a photo, and its inverse.
 
-``prepare`` gives the very pixels of timm's evaluation transform (resize, then crop), and keeps the
-geometry as a :class:`View`, so that a map (h, w) over the model's input comes back on the pixels of
-the original photo (H, W): bilinear, cell centres at half-integers (``align_corners=False``).
+``prepare`` gives exactly the pixels of timm's evaluation transform (resize, then crop) and keeps the
+geometry as a :class:`View`, which brings a map (h, w) over the model's input back to the pixels of the
+original photo (H, W): bilinear, cell centres at half-integers (``align_corners=False``).
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ if TYPE_CHECKING:
     from xattn.backbone import Preprocessing
 
 MAX_SIDE = 1_000_000  # pixels of a side of a view in a pack, for writers and readers alike
-DIRECT_PIXELS = 8_000_000  # larger resized photos are resampled in the seen part only
+DIRECT_PIXELS = (
+    8_000_000  # of photos that would be larger when resized, only the seen part is resampled
+)
 
 
 @dataclass(frozen=True)
 class View:
-    """What part of a photo the model saw; sizes are (height, width) in pixels.
+    """The part of a photo that the model saw; sizes are (height, width) in pixels.
 
     The photo is resized to ``resized``; ``box`` (top, left, height, width) of that is the model's
-    input, of ``input_size``. A box may reach over the edge (timm's ``crop_mode="border"`` pads).
+    input, of ``input_size``. A box may extend beyond the edge (timm's ``crop_mode="border"`` pads).
     """
 
     mode: str
@@ -54,7 +56,7 @@ class View:
         )
 
     def check_size(self) -> View:
-        """The view itself, if a pack may hold it.
+        """The view itself, if it is small enough for a pack.
 
         Raises:
             ValueError: a side over ``MAX_SIDE``, for example of a photo of 20,000 x 1 pixels whose
@@ -74,8 +76,8 @@ class View:
     ) -> NDArray[np.float32]:
         """A map over the model's input, (h, w) or (M, h, w), on the photo: (..., H, W), float32.
 
-        Bilinear between cell centres, constant beyond the outermost; where the photo is coarser
-        than the map the kernel widens (an average, not a sample). NaN outside the seen region.
+        Bilinear between cell centres, constant beyond the outermost; if the photo is coarser than the
+        map the kernel widens, so that cells are averaged. NaN outside the seen region.
         ``size`` asks for another raster over the whole photo, e.g. a thumbnail's (height, width).
         """
         values = np.asarray(map.detach().cpu().float() if hasattr(map, "detach") else map)
@@ -91,7 +93,7 @@ class View:
         return out
 
     def _weights(self, axis: int, cells: int, count: int) -> tuple[_Band, slice]:
-        """The weights of the map's cells for the pixels inside, and where those are."""
+        """The weights of the map's cells for the pixels inside the view, and where these pixels are."""
         start, length = self.box[axis], self.box[axis + 2]
         unit = self.resized[axis] / count  # one output pixel, in pixels of the resized photo
         centre = (np.arange(count) + 0.5) * unit - start
@@ -131,9 +133,9 @@ class View:
 
 
 class _Band(NamedTuple):
-    """Weights (pixels, band) of the cells (pixels, band) that are not too far away to count.
+    """For each pixel the cells near enough to count, (pixels, band), and their weights.
 
-    All of them together are about 2 (pixels + cells) numbers, where a matrix has pixels x cells.
+    This takes about 2 (pixels + cells) numbers; a full matrix would take pixels x cells.
     """
 
     cells: NDArray[np.int64]
@@ -148,7 +150,7 @@ class _Band(NamedTuple):
 
 
 def _resampled(map: NDArray[np.float32], rows: _Band, columns: _Band) -> NDArray[np.float32]:
-    """A map (h, w) at (len(rows), len(columns)) pixels, by way of the smaller of the two halfway."""
+    """A map (h, w) at (len(rows), len(columns)) pixels; the axis with the smaller result goes first."""
     (height, width), (tall, wide) = map.shape, (len(rows.cells), len(columns.cells))
     if tall * width <= height * wide:
         return columns(np.ascontiguousarray(rows(map).T)).T
@@ -161,7 +163,8 @@ def make_view(
     """The geometry of ``prepare`` for a photo of (height, width) pixels.
 
     ``mode="crop"`` follows timm's evaluation transform for the model's ``crop_mode`` ("center",
-    "squash", "border"); ``mode="whole"`` squeezes the entire photo into the input, aspect not kept.
+    "squash", "border"); ``mode="whole"`` squeezes the entire photo into the input, whatever its
+    aspect ratio.
     """
     if mode not in ("crop", "whole"):
         raise ValueError(f"view: got {mode!r}; give 'crop' (the model's own) or 'whole'")

@@ -1,1 +1,1 @@
-"""Maps for the eye: colours, overlays, scales, lettering and contact sheets."""
+"""Pictures of maps: colours, overlays, scales, lettering and contact sheets."""

@@ -1,7 +1,7 @@
 """Contact sheets: each photo beside its explanations, as one HTML page, one image or one SVG.
 
-A sheet says with each picture whose map it is, and at its foot what the colours mean and where the
-maps come from; the HTML page and the SVG need no other file.
+Each picture is labelled with its class and method; legends say what the colours mean, and notes where
+the maps come from. The HTML page and the SVG need no other file.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def sheet_rows(
 ) -> list[Row]:
     """Group explanations by photo, in order of appearance: the photo first, then its overlays.
 
-    ``draw`` puts a map over its photo in another way than min-maxed, in ``cmap``.
+    ``draw`` replaces the default overlay, the min-maxed map in ``cmap``.
     """
     groups: dict[str, list[Explanation]] = {}
     for explanation in explanations:
@@ -267,7 +267,7 @@ def _lay_out(
     legends: Sequence[Legend],
     notes: Sequence[str],
 ) -> _Sheet:
-    """Where everything stands: a line per photo, every picture in a square of ``side``."""
+    """The positions of all items: a line per photo, every picture in a square of ``side`` pixels."""
     gap, text = round(side * 0.075), max(round(side * 0.07), 11)
     small = round(text * 0.9)
     caption = round(text * 3.1)
@@ -330,7 +330,7 @@ def _lay_legend(
 def _lay_words(
     items: list[_Line | _Picture], words: str, x: float, y: int, text: int, width: float
 ) -> int:
-    """Lines of at most ``width`` pixels, in which a longer word is cut; returns the y below them."""
+    """Add lines of at most ``width`` pixels, with longer words cut; returns the y below them."""
     small = round(text * 0.9)
     font = load_font(small)
     for line in wrap(words, font, width):
@@ -407,7 +407,7 @@ def contact_sheet_svg(
 
 
 def _xml(value: str) -> str:
-    """Text in XML, which has no control characters at all, not even escaped."""
+    """``value`` as XML text, without control characters, which XML does not allow even escaped."""
     kept = "".join(c for c in value if c in "\t\n\r" or (c >= " " and c not in "\ufffe\uffff"))
     return html.escape(kept.encode("utf-8", "replace").decode("utf-8"))
 

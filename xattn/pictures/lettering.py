@@ -10,7 +10,7 @@ from PIL import ImageFont
 
 @functools.lru_cache(maxsize=16)
 def load_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib ships."""
+    """DejaVu Sans, as shipped with matplotlib."""
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
@@ -18,7 +18,7 @@ def load_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """``text`` on one line, cut to ``width`` pixels; Pillow cannot lay out line breaks of a name."""
+    """``text`` on one line, cut to ``width`` pixels; line breaks become spaces."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
@@ -28,7 +28,7 @@ def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """Words in lines of at most ``width`` pixels; a longer word is a line of its own."""
+    """Lines of words, at most ``width`` pixels wide; a longer word gets a line of its own."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word

@@ -1,5 +1,5 @@
-"""Heat maps over photos, in perceptually uniform colours; where the model did not look the photo is
-dimmed and grey."""
+"""Heat maps over photos, in perceptually uniform colours; the photo is dimmed and grey outside the
+model's view."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def _lut(cmap: str) -> NDArray[np.uint8]:
 def _diverging() -> NDArray[np.uint8]:
     """Blue below the centre, orange above, dark at it: CIELAB lightness rises linearly to both sides.
 
-    Dark means nothing, as in inferno, and equal amounts of both signs are equally light.
+    Dark stands for no relevance, as in inferno, and equal amounts of both signs are equally light.
     """
     from skimage.color import lab2rgb
 
     at = np.linspace(-1, 1, 256)
     size = np.abs(at)
     hue = np.deg2rad(np.where(at < 0, 262, 60))
-    # Grey at the centre, paler towards light, where sRGB has little colour left.
+    # Grey at the centre, and pale at the light ends, where sRGB has little chroma left.
     chroma = np.where(at < 0, 43, 58) * np.minimum(3 * size, 1) * np.minimum((1.35 - size) / 0.6, 1)
     lab = np.stack([8 + 82 * size, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
     return np.rint(lab2rgb(lab) * 255).astype(np.uint8)
@@ -55,7 +55,7 @@ def colorize(values: NDArray[Any], cmap: str = SEQUENTIAL) -> NDArray[np.uint8]:
 
 
 def _index(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Places in a table of 256 colours; NaN is 0."""
+    """Indices into a table of 256 colours; 0 for NaN."""
     return np.rint(np.nan_to_num(np.clip(values, 0, 1)) * 255).astype(np.uint8)
 
 
@@ -72,8 +72,8 @@ def overlay(
         photo: RGB, H x W pixels.
         values: (H, W) in [0, 1]; NaN outside the model's view, shown dimmed and without colour.
         opacity: 0 (photo) to 1 (map), the same everywhere so that a colour has one meaning.
-        threshold: values below stay without colour, 0 to 1; on the diverging scale those nearer to
-            its centre than this share of half its length.
+        threshold: in [0, 1]; values below it get no colour. On the diverging scale this is the
+            distance to the centre, as a share of half the scale.
     """
     if values.shape != (photo.height, photo.width):
         raise ValueError(
@@ -86,13 +86,13 @@ def overlay(
     pixels = np.asarray(photo if photo.mode == "RGB" else photo.convert("RGB"))
     out = pixels.astype(np.float32)
     grey = (out @ LUMA)[..., None]
-    # Less colour of its own below the map's: grey takes its place.
+    # Below the map the photo loses part of its own colour to grey.
     out *= (1 - opacity) ** 2
     out += opacity * (1 - opacity) * grey
     out += (np.float32(opacity) * _lut(cmap)).astype(np.float32)[_index(values)]
     if threshold > 0:
         strength = np.abs(2 * values - 1) if cmap == DIVERGING else values
-        # The map's values are float32: one that equals the threshold is not below it.
+        # In float32, like the values: one that equals the threshold is not below it.
         low = strength < np.float32(threshold)
         out[low] = pixels[low]
     outside = np.isnan(values)
@@ -105,7 +105,7 @@ def overlay(
 
 
 def _frame(inside: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
-    """The outermost ``width`` pixels of the rectangle ``inside``, at sides within the photo."""
+    """The outermost ``width`` pixels of the rectangle ``inside``, except along the photo's border."""
     core = inside.copy()
     for axis in (0, 1):
         for shift in (width, -width):
@@ -117,7 +117,7 @@ def _frame(inside: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
 
 
 def data_url(image: Image.Image, kind: str = "JPEG", **options: Any) -> str:
-    """The picture inside an address, for pages that need no other file; ``options`` are Pillow's."""
+    """The picture as a data URL, for self-contained pages; ``options`` are Pillow's."""
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     text = base64.b64encode(stream.getvalue()).decode("ascii")
@@ -125,7 +125,7 @@ def data_url(image: Image.Image, kind: str = "JPEG", **options: Any) -> str:
 
 
 def colour_bar(width: int = 256, height: int = 16, cmap: str = SEQUENTIAL) -> Image.Image:
-    """The legend: colours from 0 (left) to 1 (right)."""
+    """The colour scale as an image, from 0 (left) to 1 (right)."""
     row = colorize(np.linspace(0, 1, width)[None], cmap)
     return Image.fromarray(np.repeat(row, height, axis=0))
 

@@ -1,7 +1,7 @@
-"""What a colour means: scales over the values of a map, and their legends.
+"""Colour scales over the values of a map, and their legends.
 
-A :class:`Scale` says what a colour means: by default the min-maxed map in [0, 1], for a map with
-negative values its own numbers on a diverging scale centred on 0.
+A :class:`Scale` says what a colour means: by default the min-maxed map in [0, 1]; for a map with
+negative values its own values on a diverging scale centred on 0.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MINMAX = (
 
 @dataclass(frozen=True)
 class Legend:
-    """A colour scale in words: its two ends and what lies between."""
+    """A colour scale in words: its two ends and what the colours mean."""
 
     low: str
     high: str
@@ -38,14 +38,14 @@ class Legend:
 
 @dataclass(frozen=True)
 class Scale:
-    """The values at the two ends of a colour scale, in the map's own unit."""
+    """A colour scale by the values at its two ends, in the map's own unit."""
 
     low: float
     high: float
     cmap: str = SEQUENTIAL
 
     def __call__(self, values: NDArray[Any]) -> NDArray[np.float32]:
-        """Values as positions in [0, 1], clipped; all nothing (0, or the centre) if the ends meet."""
+        """Values as positions in [0, 1], clipped; all 0 (or the centre) if both ends are equal."""
         if self.high <= self.low:
             return np.full(values.shape, 0.5 if self.cmap == DIVERGING else 0.0, np.float32)
         at = (values.astype(np.float64) - self.low) / (self.high - self.low)
@@ -60,8 +60,8 @@ class Scale:
 def make_scale(limits: Iterable[tuple[float, float]], cmap: str | None = None) -> Scale:
     """One scale for maps with these (least, greatest) values.
 
-    ``cmap=None`` is inferno from the least to the greatest value, or, where one is negative, the
-    diverging scale; that is always as long on both sides of 0.
+    ``cmap=None`` is inferno from the least to the greatest value or, if one is negative, the diverging
+    scale, which always reaches equally far on both sides of 0.
     """
     pairs = list(limits)
     if not pairs or not np.isfinite(pairs).all():
@@ -82,7 +82,7 @@ def own_scale(explanation: Explanation, cmap: str | None = None) -> Scale:
 
 
 def legend_of(scale: Scale, shared: bool = False) -> Legend:
-    """What a scale's colours say: of each map by itself, or on one scale for several maps."""
+    """The legend of a scale: for each map by itself, or one scale shared by several maps."""
     if shared:
         low, high, text = *scale.ends, "score of the named class, one scale for all maps"
     elif scale.cmap == DIVERGING:

@@ -1,1 +1,1 @@
-"""What every part needs of the machine: files, locks, memory, signals, processes, strict readers."""
+"""Services for all packages: files, locks, memory, signals, processes, strict readers."""

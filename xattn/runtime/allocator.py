@@ -1,6 +1,6 @@
-"""Keep freed memory in the process: glibc's defaults hand big tensors back to the kernel every time.
+"""Keep freed memory in the process: by default glibc returns large tensors to the kernel each time.
 
-On a CPU a convolutional network spends most of its time in page faults otherwise. The CLI, the
+On a CPU, convolutional networks then spend most of their time in page faults. The CLI, the
 benchmarks and the data workers call :func:`keep_memory` once; ``XATTN_ALLOCATOR=system`` opts out.
 """
 

@@ -1,4 +1,4 @@
-"""Many processes, started by ``torchrun`` or ``accelerate launch``: who am I, what have the others?"""
+"""Several processes, started by ``torchrun`` or ``accelerate launch``: count, rank, gathering."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 
 def processes(device: torch.device) -> tuple[int, int]:
-    """(count, rank) in the process group; a launch of several processes joins one first.
+    """(count, rank) in the process group, which is joined first if several processes were launched.
 
-    It talks over gloo for a CPU ``device``, over nccl for a GPU. (1, 0) where there is no group, or
-    it was left: the very processes that :func:`gather` asks.
+    The group uses gloo for a CPU ``device`` and nccl for a GPU. (1, 0) if there is no group, or this
+    process has left it; :func:`gather` collects from the same processes.
     """
     if not _joined() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
@@ -26,7 +26,7 @@ def processes(device: torch.device) -> tuple[int, int]:
 
 
 def gather(value: Any) -> list[Any]:
-    """``value`` of every process, by rank; call it in all of them."""
+    """The ``value`` of every process, by rank; all of them must call it."""
     if not _joined():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
@@ -36,10 +36,10 @@ def gather(value: Any) -> list[Any]:
 
 @contextmanager
 def peers(remedy: str = "start all of them again") -> Iterator[None]:
-    """An error of the process group inside the block is one line: another process died.
+    """Turn an error of the process group into one line: another process died.
 
     Raises:
-        ConnectionError: that, with the ``remedy``.
+        ConnectionError: such an error, with the ``remedy``.
     """
     try:
         yield
@@ -53,14 +53,14 @@ def peers(remedy: str = "start all of them again") -> Iterator[None]:
 
 
 def _of_the_group(error: RuntimeError) -> bool:
-    """gloo raises plain RuntimeErrors, which name its source file; joining raises DistErrors."""
+    """Whether gloo (a plain RuntimeError that names its source file) or joining (DistError) failed."""
     if isinstance(error, getattr(torch.distributed, "DistError", ())):
         return True
     return _joined() and "gloo" in str(error).lower()
 
 
 def leave() -> None:
-    """Wait for the others and leave the process group, if there is one."""
+    """Wait for the other processes and leave the group, if there is one."""
     if _joined():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old or the new state, never a half (DESIGN contract 8)."""
+"""Writing files and folders so that a reader sees the old or the new state, never a part of it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-NEW, OLD = ".tmp", ".old"  # how hidden folders beside an output end
+NEW, OLD = ".tmp", ".old"  # suffixes of hidden folders beside an output
 
 
 def output_error(argument: str, path: str | Path, error: OSError) -> OSError:
-    """One clear line for a failed write: the argument, the reason, the remedy."""
+    """A one-line error for a failed write: the argument, the reason, the remedy."""
     reason = error.strerror or str(error)
     return OSError(
         error.errno or 0,
@@ -28,7 +28,7 @@ def output_error(argument: str, path: str | Path, error: OSError) -> OSError:
 
 
 def follow_link(path: str | Path, argument: str = "output") -> Path:
-    """The folder to write: a symbolic link is kept and its target is written.
+    """The folder to write to: a symbolic link is kept, and its target is written.
 
     Raises:
         ValueError: ``path`` is, or lies behind, a link that leads nowhere.
@@ -51,7 +51,7 @@ def follow_link(path: str | Path, argument: str = "output") -> Path:
 def atomic_file(path: str | Path, argument: str = "output", mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; it takes the name of ``path`` when the block ends.
 
-    Its permissions are those of ``mode`` that the umask leaves, from the beginning.
+    From the start its permissions are ``mode`` less the umask.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -79,14 +79,14 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Yield a temporary sibling folder that replaces ``path`` when the block ends.
 
-    What writers of ``path`` that were killed have left is put back or deleted first.
+    First, whatever killed writers of ``path`` have left behind is restored or deleted.
 
     Args:
         path: a folder, or a link to one, which stays; see :func:`follow_link`.
-        owned: names of the files and folders that the caller writes; whatever else lies in an
-            existing ``path`` (a README, notes) is carried over.
-        is_ours: whether a folder that is not empty may be replaced at all; else it is refused with
-            a ``ValueError``. None trusts the caller.
+        owned: names of the files and folders that the caller writes; anything else in an existing
+            ``path`` (a README, notes) is carried over.
+        is_ours: tells whether a folder that is not empty may be replaced; if not, a ``ValueError``.
+            None trusts the caller.
     """
     path = follow_link(path, argument)
     if path.exists() and not path.is_dir():
@@ -118,9 +118,9 @@ def atomic_folder(
 
 
 def _swap(new: Path, path: Path) -> None:
-    """``new`` takes the name of the folder ``path``, and the other way round."""
+    """Exchange the names of the folders ``new`` and ``path``."""
     old = new.with_suffix(OLD)
-    with _held(path):  # no other writer takes the backup for that of a killed one
+    with _held(path):  # so that no other writer takes the backup for one of a killed writer
         os.replace(path, old)
         try:
             os.replace(new, path)
@@ -164,7 +164,7 @@ def _restore(path: Path) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Delete what killed writers of ``path`` have left: unfinished folders, and replaced ones."""
+    """Delete what killed writers of ``path`` have left: unfinished folders and replaced ones."""
     for leftover in _siblings(path, rf"[0-9a-f]{{8}}\.({NEW[1:]}|{OLD[1:]})"):
         with _held(leftover) as held:
             if held and (leftover.suffix == NEW or path.exists()):
@@ -175,15 +175,15 @@ def _siblings(path: Path, ending: str) -> list[Path]:
     """Hidden folders beside ``path`` named ``.<its name>.<ending>``."""
     pattern = re.compile(re.escape(f".{path.name}.") + ending)
     found: list[Path] = []
-    with suppress(PermissionError):  # a folder that may be written and not listed
+    with suppress(PermissionError):  # a folder that may be written but not listed
         found = [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]
     return [entry for entry in found if entry.is_dir() and not entry.is_symlink()]
 
 
 @contextmanager
 def _held(folder: Path, wait: bool = False) -> Iterator[bool | None]:
-    """Own a folder until the block, or the process, ends: True; False where another process or
-    thread owns it, None where that cannot be known."""
+    """Lock a folder until the block, or the process, ends. Yields True, False if another process or
+    thread holds it, or None if that cannot be known."""
     with ExitStack() as stack:
         held: bool | None = None
         try:
@@ -201,7 +201,7 @@ def _held(folder: Path, wait: bool = False) -> Iterator[bool | None]:
 
 
 def check_folder(path: str | Path, argument: str = "output") -> None:
-    """Fail before a long job rather than after it: ``path`` has to be, or become, a writable folder."""
+    """Fail before a long job instead of after it unless ``path`` is, or can become, a writable folder."""
     path = follow_link(path, argument)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{argument}: {path} is a file; name a folder")
@@ -224,7 +224,7 @@ def write_json(path: str | Path, value: Any, argument: str = "output", mode: int
 
 
 def printable(name: str) -> str:
-    """A file name that can be printed and written as UTF-8, with escapes for bytes that are not.
+    """A file name that can be printed and written as UTF-8, with escapes for other bytes.
 
     >>> printable("caf\\udce9.png")
     'caf\\\\udce9.png'
@@ -233,7 +233,7 @@ def printable(name: str) -> str:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Of a file's bytes, which need not fit in memory."""
+    """SHA-256 (hex) of a file, which need not fit in memory."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
         while block := stream.read(1 << 20):

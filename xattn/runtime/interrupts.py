@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment of the program's own choice."""
+"""Handle Ctrl-C at a moment that the program chooses."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], int]]:
-    """Hold the first Ctrl-C (or SIGTERM) back until the caller asks; a second one acts at once.
+    """Hold back the first Ctrl-C (or SIGTERM) until the caller asks; a second one acts at once.
 
-    A checkpoint taken in the middle of a step would not be a state that a whole run passes. The
-    caller gets the number of the signal, or 0. A program's own handler of SIGTERM is left alone.
+    A checkpoint taken in the middle of a step would not be a state of an uninterrupted run. The caller
+    gets the number of the signal, or 0. A program's own handler of SIGTERM is left in place.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0

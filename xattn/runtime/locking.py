@@ -1,8 +1,8 @@
-"""Which thread may use a network: passes run side by side, whoever changes the network has it alone.
+"""Which thread may use a network: passes run side by side, a thread that changes it has it alone.
 
-Explainers put hooks on layers and change flags while they run. The lock belongs to the weights, so
-that every backbone over one model shares it, and no network holds it: copies and pickles have none.
-Waiting threads take their turn in the order in which they came.
+Explainers put hooks on layers and change flags while they run. A lock belongs to the weights, so all
+backbones over one model share it; it is stored outside the network, so copies and pickles have none.
+Waiting threads take turns in the order of their arrival.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class ModelLock:
-    """A lock that many threads share for passes and one thread holds to change the network.
+    """A lock that many threads share for passes, or one thread holds alone to change the network.
 
     A thread that holds it in either way may take it again in either way.
     """
@@ -28,8 +28,8 @@ class ModelLock:
     def __init__(self) -> None:
         self.number = next(self._numbers)
         self._changed = threading.Condition()
-        self._line: list[object] = []  # who waits, in order
-        self._passes: dict[int, int] = {}  # thread -> passes it is inside of
+        self._line: list[object] = []  # waiting threads, in order
+        self._passes: dict[int, int] = {}  # thread -> number of its running passes
         self._owner: int | None = None
         self._depth = 0
 
@@ -55,7 +55,7 @@ class ModelLock:
         """Inside, no other thread uses the network."""
         me = threading.get_ident()
         with self._changed:
-            # Called from a hook, this thread's own pass stands still and is in nobody's way.
+            # Called from a hook: this thread's own pass is halted and does not count.
             halted = self._passes.pop(me, 0)
             try:
                 if self._owner != me:
@@ -106,7 +106,7 @@ def lock_of(module: nn.Module) -> ModelLock:
 
 @contextmanager
 def alone(*modules: nn.Module) -> Iterator[None]:
-    """Hold several modules alone; always taken in one order, so that no two threads block each other."""
+    """Hold several modules alone; locks are always taken in one order, so threads cannot deadlock."""
     locks = {lock.number: lock for lock in map(lock_of, modules)}
     with ExitStack() as stack:
         for _, lock in sorted(locks.items()):
@@ -115,7 +115,7 @@ def alone(*modules: nn.Module) -> Iterator[None]:
 
 
 def _forget() -> None:
-    """In a forked child: the threads that held locks are not there."""
+    """In a forked child: threads that held locks do not exist there."""
     global _FINDING, _LOCKS
     _FINDING, _LOCKS = threading.Lock(), WeakIdKeyDictionary()
 

@@ -1,4 +1,4 @@
-"""Out of memory: go on with half the batch, and say so once."""
+"""Out of memory: continue with half the batch, and warn once."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class _Exhausted(MemoryError):
-    """One image alone does not fit: no use in halving again."""
+    """A single image does not fit: halving again is of no use."""
 
 
 class ForwardBatches:
     """Runs a function on slices of at most ``size`` images; halves ``size`` when memory runs out.
 
-    ``size`` keeps its smaller value, so that the rest of the job does not run out again.
+    ``size`` keeps the smaller value, so that the rest of the job does not run out of memory again.
     """
 
     def __init__(self, size: int) -> None:
@@ -41,7 +41,7 @@ class ForwardBatches:
         """``function`` on equal slices of ``inputs`` (B, ...), results in order.
 
         Raises:
-            MemoryError: one image alone does not fit.
+            MemoryError: a single image does not fit.
         """
         results = []
         start = 0

@@ -1,6 +1,6 @@
-"""JSON from files that may be damaged or hostile: whatever is wrong with the text is a ``ValueError``.
+"""JSON from files that may be damaged or hostile: any fault of the text is a ``ValueError``.
 
-All JSON that comes from a file or a database is read here.
+All JSON from files and databases is read with this module.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-DEEPEST = 64  # levels; what is read is shown, compared and copied by functions that call themselves
+DEEPEST = 64  # levels; recursive functions show, compare and copy the values
 
 
 def parse(
@@ -23,10 +23,10 @@ def parse(
 
     Args:
         nan: whether NaN and Infinity are numbers, as in a log of losses.
-        table: makes an object of its (key, value) pairs; by default the last of equal keys counts.
+        table: makes an object from its (key, value) pairs; by default the last of equal keys wins.
 
     Raises:
-        ValueError: no UTF-8, no JSON, nested too deep, NaN or Infinity, or a number of too many digits.
+        ValueError: not UTF-8, not JSON, nested too deep, NaN or Infinity, or too many digits.
 
     >>> parse(b'{"a": [1, null]}')
     {'a': [1, None]}
@@ -38,7 +38,8 @@ def parse(
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except ValueError as error:
-        if type(error) is ValueError and "digits" in str(error):  # Python's words advise a setting
+        # Python's own message advises changing a setting.
+        if type(error) is ValueError and "digits" in str(error):
             raise ValueError("a number in it has too many digits") from None
         raise
     check_depth(value)

@@ -1,4 +1,4 @@
-"""YAML from files that may be damaged or hostile: whatever is wrong with the text is a ``ValueError``."""
+"""YAML from files that may be damaged or hostile: any fault of the text is a ``ValueError``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from xattn.runtime.strict_json import check_depth
 
 
 def parse(text: str) -> Any:
-    """The value of YAML, of plain types alone.
+    """The value of YAML with plain types only.
 
-    An alias may stand for a text or number, not for a list or table: nine lists, each of nine aliases
-    of the one before, stand for 9^9 values.
+    An alias may stand for a text or number, but not for a list or table: nine lists, each with nine
+    aliases of the previous one, stand for 9^9 values.
 
     Raises:
-        ValueError: no YAML, nested too deep, or an alias of a list or table.
+        ValueError: not YAML, nested too deep, or an alias of a list or table.
 
     >>> parse("names: {1: &cat cat, 2: *cat}")
     {'names': {1: 'cat', 2: 'cat'}}
@@ -35,7 +35,7 @@ def parse(text: str) -> Any:
         raise
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    except Exception as error:  # what makes numbers and dates of text can fail in any way
+    except Exception as error:  # parsing numbers and dates can fail in any way
         raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
     check_depth(value)
     return value

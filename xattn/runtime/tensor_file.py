@@ -1,9 +1,9 @@
-"""One tensor at a time out of a safetensors file, read by its place in the file.
+"""Read one tensor at a time from a safetensors file, by its position in the file.
 
     8 bytes n | n bytes JSON {name: {dtype, shape, data_offsets}} | the tensors' bytes
 
 The format is https://github.com/huggingface/safetensors. Its own ``safe_open`` maps the file into
-memory, where a file that is cut short while a server reads it kills the process.
+memory, so a file that is truncated while a server reads it kills the process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from xattn.runtime import strict_json
 
 MAX_HEADER = 100_000_000  # bytes, as in safetensors
-MAX_DIMENSIONS, MAX_SIDE = 8, 1 << 40  # of a tensor, far above any that a file can hold
+MAX_DIMENSIONS, MAX_SIDE = 8, 1 << 40  # of a tensor, far more than any file can hold
 _TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
@@ -27,13 +27,13 @@ _Place = tuple[str, tuple[int, ...], int, int]  # dtype, shape, begin, end
 
 
 class TensorFile:
-    """The header of a safetensors file of floats.
+    """A safetensors file of float tensors.
 
     Args:
         opener: opens the file for reading bytes; called for every tensor, so that nothing stays open.
 
     Raises:
-        ValueError: no safetensors file, or one that is cut short.
+        ValueError: not a safetensors file, or truncated.
         OSError: it cannot be read.
     """
 
@@ -54,12 +54,12 @@ class TensorFile:
         _check_places(self._places, self._size - self._start)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Of a tensor, None if there is none of this name."""
+        """The shape of a tensor; None if there is none of this name."""
         place = self._places.get(name)
         return None if place is None else place[1]
 
     def read(self, name: str, sha256: str | None = None) -> NDArray[np.float32]:
-        """A tensor as float32; ``sha256`` is what its bytes have to have.
+        """A tensor as float32; ``sha256`` is the expected hash of its bytes.
 
         Raises:
             KeyError: no such tensor.
@@ -105,7 +105,7 @@ def _shown(entry: Any) -> str:
 
 
 def _check_places(places: Mapping[str, _Place], size: int) -> None:
-    """Tensors fill the file, each its own part of it: what is read is never more than the file holds."""
+    """Raise unless the tensors fill the file without overlap, so that no more is read than it holds."""
     at = 0
     for _, _, begin, end in sorted(places.values(), key=lambda place: place[2:]):
         if begin != at:
