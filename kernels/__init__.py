@@ -1,1 +1,1 @@
-"""Numerics of xattn: one folder an op, each with a plain-torch reference; imports torch and triton only."""
+"""Kernels of xattn: one folder per op, each with a plain PyTorch reference; needs only torch and Triton."""

@@ -1,8 +1,8 @@
-"""Ahead-of-time check of the Triton kernels: compiled for a GPU that need not be there.
+"""Ahead-of-time check of the Triton kernels: compilation for GPUs that need not be present.
 
 Each kernel's registers, shared memory and spills are read from its cubin, for the tiles and options
-that its launch would use; the roofline time is max(operations / peak, bytes / bandwidth) (Williams,
-Waterman, Patterson 2009), which no implementation can beat.
+that its launch would use; the roofline time, max(operations / peak, bytes / bandwidth) (Williams, Waterman,
+Patterson 2009), is a lower bound for any implementation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from xattn.kernels.backend import HAS_TRITON, interpreted
 
 OPS = ("softmax", "block_sparse", "block_topk", "vecmat")
-"""Folders of ``xattn.kernels`` with Triton kernels; column_mass runs the one of vecmat."""
+"""Folders of ``xattn.kernels`` with Triton kernels; column_mass uses the one of vecmat."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Case:
     operations: float
     """Floating-point operations of the launch."""
     bytes: float
-    """Bytes it has to read and write at least."""
+    """The least number of bytes that it reads and writes."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Target:
 
     name: str
     tensor: float
-    """Operations a second in bfloat16 or float16 with float32 sums, dense."""
+    """Dense operations per second in bfloat16 or float16 with float32 sums."""
     single: float
-    """Operations a second in float32 outside of the tensor cores, as input_precision="ieee" runs."""
+    """Operations per second in float32 outside the tensor cores, as with input_precision="ieee"."""
     bandwidth: float
-    """Bytes a second."""
+    """Bytes per second."""
     shared: int
-    """Bytes of shared memory that one program can have."""
+    """Bytes of shared memory per program."""
 
 
 TARGETS = {
@@ -64,20 +64,20 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What one kernel takes on one target; memory in bytes."""
+    """The resources of one kernel on one target; memory in bytes."""
 
     label: str
     capability: int
     registers: int
-    """A thread."""
+    """Per thread."""
     shared: int
-    """A program."""
+    """Per program."""
     stack: int
-    """A thread: registers that spilled, above all."""
+    """Per thread: mainly spilled registers."""
     local: int
     cubin: int
     roofline: float
-    """Seconds that the launch takes at least."""
+    """A lower bound of the launch's time in seconds."""
 
 
 def make_case(
@@ -118,10 +118,10 @@ def cases() -> Iterator[Case]:
 def compile_case(case: Case, capability: int) -> Report:
     """Compile for ``capability``, 80 or 90.
 
-    Pointers count as aligned to 16 bytes, as PyTorch's are, and sizes as not divisible by anything.
+    Pointers count as aligned to 16 bytes, like PyTorch's, and sizes as divisible by nothing in particular.
 
     Raises:
-        ValueError: Triton is missing, runs its interpreter, or came without ``cuobjdump``.
+        ValueError: Triton is missing, runs in its interpreter, or was installed without ``cuobjdump``.
     """
     tool = _cuobjdump()
     import triton
@@ -160,7 +160,7 @@ def compile_case(case: Case, capability: int) -> Report:
 
 
 def resources(cubin: bytes, tool: Path) -> tuple[int, int, int, int]:
-    """Registers, stack, static shared memory and local memory, as ``cuobjdump -res-usage`` says."""
+    """Registers, stack, static shared memory and local memory, from ``cuobjdump -res-usage``."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -173,14 +173,14 @@ def resources(cubin: bytes, tool: Path) -> tuple[int, int, int, int]:
 
 
 def roofline(case: Case, target: Target) -> float:
-    """Seconds that ``case`` takes at least."""
+    """A lower bound of the time of ``case`` on ``target``, in seconds."""
     half = any(kind in ("*bf16", "*fp16") for kind in case.signature.values())
     peak = target.tensor if half else target.single
     return max(case.operations / peak, case.bytes / target.bandwidth)
 
 
 def check(reports: Iterable[Report]) -> list[str]:
-    """What is wrong, a line each: spilled registers, or more shared memory than the target has."""
+    """One line per problem: spilled registers, or more shared memory than the target has."""
     failures = []
     for report in reports:
         target = TARGETS[report.capability]
@@ -207,7 +207,7 @@ def bench(filter: str | None = None) -> Iterator[str]:
     """Lines of the table of all kernels, or of those whose label contains each word of ``filter``.
 
     Raises:
-        ValueError: at the end, with the kernels that fail :func:`check`.
+        ValueError: raised at the end if kernels fail :func:`check`, with their names.
     """
     _cuobjdump()
     words = (filter or "").split()

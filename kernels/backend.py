@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the definition, the CPU path, or the Triton kernels."""
+"""The choice of an op's implementation: the definition, the CPU path, or the Triton kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def choose(backend: str, device: torch.device) -> str:
     """``"reference"``, ``"cpu"`` or ``"triton"``; ``"auto"`` is Triton on GPUs and cpu elsewhere.
 
-    The ``cpu`` path is plain PyTorch and runs on every device. Triton runs on a CPU only under its
+    The ``cpu`` path is plain PyTorch and runs on every device. Triton runs on a CPU only in its
     interpreter (``TRITON_INTERPRET=1``).
 
     Raises:
@@ -35,10 +35,10 @@ def choose(backend: str, device: torch.device) -> str:
 
 
 def own_precision(x: Tensor) -> torch.autocast:
-    """Context in which an op's products run in the types it chose, also under a user's autocast."""
+    """Context in which an op's products keep its own types, even under a user's autocast."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter."""
+    """Whether Triton kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

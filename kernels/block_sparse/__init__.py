@@ -3,7 +3,7 @@
     s_ij = scale q_i . k_j + b_j,   lse_i = log sum_{j in J(i)} exp s_ij,
     o_i = sum_{j in J(i)} exp(s_ij - lse_i) v_j
 
-J(i) holds the keys of the blocks that the query's block lists, less those outside of the query's box
+J(i) holds the keys of the blocks that the query's block lists, without those outside the query's box
 (:mod:`xattn.kernels.block_sparse.box`: causal, window, n-dimensional neighbourhood). Both outputs are
 differentiable, so that segments of keys merge exactly, see :mod:`xattn.kernels.softmax`. Source: block
 lists as in Native Sparse Attention (arXiv 2502.11089).
@@ -52,8 +52,8 @@ def block_sparse_attention(
         q: (B, H, N, D); ``k``: (B, Hk, S, D); ``v``: (B, Hk, S, Dv), of one dtype and device. Query
             head h reads key head h // (H // Hk).
         index: (B or 1, 1 or Hk or H, ceil(N / q_block), s) int32: numbers of key blocks, each at
-            most once in a row; -1 is an empty entry.
-        q_block, k_block: tokens of a block; the last block may be shorter.
+            most once per row; -1 is an empty entry.
+        q_block, k_block: tokens per block; the last block may be shorter.
         bias: (B or 1, 1 or Hk or H, S), added to the scores of a key; -inf hides it. Differentiable.
         box: which keys of these blocks a query sees; all by default.
         scale: 1 / sqrt(D) by default.

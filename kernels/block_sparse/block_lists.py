@@ -1,6 +1,6 @@
-"""Lists of key blocks: their checks, and the transposed lists that the gradient of keys walks.
+"""Lists of key blocks: checks, and the transposed lists that the gradient of keys needs.
 
-Everything is a stable sort, a count and a cumulative sum: no atomics, so two runs agree to the bit.
+All of it is stable sorts, counts and cumulative sums without atomics, so two runs agree to the bit.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def check_index(index: Tensor, blocks: int, name: str = "index") -> None:
-    """Raise a ``ValueError`` for a block out of range or twice in a row.
+    """Raise a ``ValueError`` for a block that is out of range or twice in a row.
 
-    On a GPU the answer would stall the stream: there this looks only with ``XATTN_CHECK=1``.
+    On a GPU, where it would stall the stream, this checks only with ``XATTN_CHECK=1``.
 
     Args:
         index: (..., Mq, s) int32, -1 for an empty entry.
@@ -47,7 +47,7 @@ def transpose_index(index: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         pointer (B, H, Mk + 1) and queries (B, H, Mq * s), both int32: block m is read by
-        ``queries[..., pointer[m] : pointer[m + 1]]``. What follows the last pointer has no meaning.
+        ``queries[..., pointer[m] : pointer[m + 1]]``. Entries after the last pointer are undefined.
     """
     pointer, queries, _ = transpose_groups(index, blocks, 1)
     return pointer, queries
@@ -56,7 +56,7 @@ def transpose_index(index: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
 def transpose_groups(index: Tensor, blocks: int, pack: int) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`transpose_index` for groups of ``pack`` (at most 63) neighbouring key blocks.
 
-    Bit j of the third tensor, int64 (B, H, Mq * s), tells that the query block of that entry reads
+    Bit j of the third tensor, int64 (B, H, Mq * s), says whether the query block of that entry reads
     block j of the group.
     """
     batch, heads, rows, s = index.shape
@@ -64,23 +64,23 @@ def transpose_groups(index: Tensor, blocks: int, pack: int) -> tuple[Tensor, Ten
     entries = index.reshape(batch * heads, rows * s).long()
     group = torch.where(entries < 0, groups, entries.div(pack, rounding_mode="floor"))
     row = torch.arange(rows, device=index.device).repeat_interleave(s)
-    # Sorted by (group, query block), so the entries of one pair stand next to each other.
+    # Sorted by (group, query block), so the entries of a pair are adjacent.
     pair, order = torch.sort(group * rows + row, dim=-1, stable=True)
     change = pair[:, 1:] != pair[:, :-1]
     first, last = F.pad(change, (1, 0), value=True), F.pad(change, (0, 1), value=True)
     place = first.cumsum(-1) - 1  # of each entry's pair in the list of pairs
-    place = torch.where(last, place, rows * s)  # one entry of a pair writes it
+    place = torch.where(last, place, rows * s)  # only one entry writes each pair
 
     def compact(values: Tensor) -> Tensor:
         out = values.new_zeros(batch * heads, rows * s + 1)
         return out.scatter_(-1, place, values)[:, :-1].reshape(batch, heads, rows * s)
 
-    # Distinct bits add up to the set; the sum over all entries wraps around, its differences do not.
+    # Distinct bits add up to the set; the cumulative sum may wrap around, its differences are right.
     bits = compact(
         (torch.ones_like(entries) << entries.clamp(min=0) % pack).gather(-1, order).cumsum(-1)
     )
     bits = bits - F.pad(bits, (1, -1))
-    # A search in the sorted pairs counts like bincount, but asks the device for no number.
+    # Searching the sorted pairs counts like bincount, but without a transfer from the device.
     edges = torch.arange(groups + 1, device=index.device) * rows
     below = torch.searchsorted(pair, edges.expand(batch * heads, -1).contiguous())
     pairs = F.pad(first.cumsum(-1), (1, 0))

@@ -1,10 +1,10 @@
-"""Which keys a query may see, as one box of grid positions a query.
+"""Which keys a query may see, as one box of grid positions per query.
 
     key j is visible to query i  <=>  for every dimension t:
         low[i, t] <= position[j, t] <= high[i, t]  and  (position[j, t] - low[i, t]) mod dilation[t] = 0
 
 Causal attention, windows and n-dimensional neighbourhoods are such boxes; an empty box (low > high)
-is a padding query, a position beyond every box a padding key. The neighbourhood follows Generalized
+marks a padding query, a position beyond every box a padding key. The neighbourhood follows Generalized
 Neighborhood Attention (arXiv 2504.16922) and, at stride 1, Neighborhood Attention (arXiv 2204.07143).
 """
 
@@ -61,8 +61,8 @@ def neighbourhood(
     """Generalized neighbourhood attention on a grid whose tokens stand in raster order.
 
     A query sees ``kernel`` keys in each dimension, shifted inwards at the border. The queries of a
-    stride group share the keys of the group's leader; with a dilation d only coordinates of equal
-    residue modulo d meet. A causal dimension hides later keys, so that fewer may be left.
+    stride group share the keys of the group's leader; with a dilation d queries see only coordinates of
+    their own residue modulo d. A causal dimension hides later keys, so fewer may remain.
 
     Args:
         shape: length of the grid in 1 to 3 dimensions; N = S = their product.
@@ -108,8 +108,8 @@ def permuted(box: Box, order: Tensor) -> Box:
 
     Args:
         box: of N queries and as many keys.
-        order: (P,) integers: the token that each place takes; -1 is padding, which neither sees
-            nor is seen.
+        order: (P,) integers: the token at each place; -1 is padding, which neither sees nor is
+            seen.
     """
     n = box.low.shape[0]
     if box.position.shape[0] != n:

@@ -1,8 +1,8 @@
 """Attention over lists of key blocks by gathers of a few megabytes and batched dense products.
 
 Query blocks are independent problems of the same size, so a chunk of them is one batch of PyTorch's
-fused attention; its keys and values are gathered into buffers that every chunk uses again, small
-enough to stay in the cache. Backward gathers again, recomputes the weights, and adds up by key block.
+fused attention. Its keys and values are gathered into buffers that all chunks reuse, small enough to
+stay in the cache. Backward gathers again, recomputes the weights, and adds up by key block.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from xattn.kernels.block_sparse.reference import inside, reduce_bias
 from xattn.kernels.softmax import cpu as dense
 from xattn.kernels.softmax.reference import delta, widen
 
-FORWARD, BACKWARD = 2**22, 2**21  # bytes of the keys and values that are gathered at a time
+FORWARD, BACKWARD = 2**22, 2**21  # bytes of keys and values gathered at a time
 
 
 def forward(
@@ -65,7 +65,7 @@ def backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     work = _Work(q, k, index, bias, low, high, position, dilation, q_block, k_block)
-    # Rows without a key, and those that fill up the last block, get the weights exp(s - inf) = 0.
+    # Rows without a key, and padding rows of the last block, get the weights exp(s - inf) = 0.
     lse = torch.where(lse.isneginf(), torch.inf, lse)[..., None]
     lse_rows, delta_rows = work.rows(lse, torch.inf), work.rows(delta(grad, grad_lse, o)[..., None])
     queries, grads, keys, values = work.rows(q), work.rows(grad), work.blocks(k), work.blocks(v)
@@ -86,7 +86,7 @@ def backward(
         p.exp_()
         ds = torch.baddbmm(dc, gc, vc.transpose(1, 2), beta=-1).mul_(p)
         dq[part] = torch.bmm(ds, kc).view(*shape[:3], -1)
-        # The gathered keys and values have served: their memory takes the gradients.
+        # The gathered keys and values are no longer needed: their memory takes the gradients.
         torch.bmm(ds.transpose(1, 2), qc, out=kc)
         torch.bmm(p.transpose(1, 2), gc, out=vc)
         where = work.where[entries].flatten()
@@ -103,10 +103,10 @@ def backward(
 
 
 class _Work:
-    """The op as equal problems, one a query block, in a (lines, problems) table.
+    """The op as equal problems, one per query block, in a (lines, problems) table.
 
-    A list that all heads share makes one line a head, so that masks are built once a query block;
-    else all problems stand in one line. Query heads of one key head share the rows of a problem,
+    If all heads share a list there is one line per head, so that masks are built once per query block;
+    otherwise all problems are in one line. Query heads of one key head share the rows of a problem,
     unless their lists or biases differ.
     """
 
@@ -179,7 +179,7 @@ class _Work:
     def chunks(
         self, limit: int, width_v: int
     ) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], Tensor | None]]:
-        """Slices of the table whose keys and values fit the limit, and the mask to add, if any."""
+        """Parts of the table whose keys and values fit into ``limit`` bytes; a mask to add, or None."""
         bytes_each = self.where.shape[2] * self.k_block * (self.width + width_v)
         bytes_each *= 8 if self.dtype == torch.float64 else 4
         problems = max(1, limit // (bytes_each * self.lines))
@@ -196,7 +196,7 @@ class _Work:
         return x.reshape(self.query_blocks, self.q_block, -1)
 
     def _mask(self, column: slice) -> Tensor | None:
-        """(problems, rows or 1, keys of a problem), 0 or -inf; None where all keys are seen."""
+        """(problems, rows or 1, keys of a problem), 0 or -inf; None if all keys are seen."""
         index, seen = self.index[column], None
         lane = torch.arange(self.k_block, device=index.device)
         keys = (index[..., None] * self.k_block + lane).flatten(1)
@@ -226,6 +226,6 @@ class _Work:
 
 
 def _lengthen(x: Tensor, rows: int, fill: float = 0.0) -> Tensor:
-    """(..., rows, width); unlike ``F.pad``, no copy of what is long enough."""
+    """``x`` padded to (..., rows, width); unlike ``F.pad``, without a copy if it is long enough."""
     missing = rows - x.shape[-2]
     return F.pad(x, (0, 0, 0, missing), value=fill) if missing else x

@@ -4,7 +4,7 @@
     s_ij = scale q_i . k_j + b_j,   lse_i = log sum_{j in J(i)} exp s_ij,
     o_i = sum_{j in J(i)} exp(s_ij - lse_i) v_j
 
-Dense softmax attention whose bias is -inf outside of J; with H / Hk query heads a key head.
+Dense softmax attention whose bias is -inf outside J; each key head has H / Hk query heads.
 """
 
 from __future__ import annotations
@@ -97,14 +97,14 @@ def inside(low: Tensor, high: Tensor, position: Tensor, dilation: list[int]) -> 
 
 
 def reduce_bias(db: Tensor, bias: Tensor) -> Tensor:
-    """(B, heads, S) to the shape of a bias that these heads share, in its dtype."""
+    """(B, heads, S) summed to the shape of a bias that these heads share, in its dtype."""
     if bias.shape[1] not in (1, db.shape[1]):
         db = db.unflatten(1, (bias.shape[1], -1)).sum(2)
     return db.sum_to_size(bias.shape).to(bias.dtype)
 
 
 def _bias(q, k, index, bias, low, high, position, dilation, q_block, k_block):  # type: ignore[no-untyped-def]
-    """(B, H, N, S): the bias of visible keys, -inf of others."""
+    """(B, H, N, S): the bias of visible keys, -inf for others."""
     n, s = q.shape[2], k.shape[2]
     seen = visible(index, low, high, position, dilation, n, s, q_block, k_block)
     seen = _heads(seen, q).expand(*q.shape[:3], s)
@@ -115,10 +115,10 @@ def _bias(q, k, index, bias, low, high, position, dilation, q_block, k_block):  
 
 
 def _heads(x: Tensor, q: Tensor) -> Tensor:
-    """One entry a query head of what has one, one a key head, or one a query head."""
+    """``x`` with one entry per query head (or one for all), from one per key head or per query head."""
     return x if x.shape[1] == 1 else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 
 def _group(x: Tensor, k: Tensor) -> Tensor:
-    """The gradient of keys that a group of query heads shared."""
+    """The gradient of keys that a group of query heads share."""
     return x.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype)

@@ -1,8 +1,8 @@
 """Triton kernels of attention over lists of key blocks: forward, dq by queries, dk and dv by keys.
 
-A tile of keys is cut from the list of its query block: part of one large block, or several small ones
-side by side. dk and dv walk the transposed list of their keys. Every output element is written by one
-program, so there are no atomics and two runs agree to the bit. Exponentials run in base 2.
+A tile of keys comes from the list of its query block: part of one large block, or several small ones
+side by side. dk and dv follow the transposed list of their keys. Every output element is written by one
+program, so there are no atomics and two runs agree to the bit. Exponentials are in base 2.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xattn.kernels.softmax.triton import lacks_bfloat16, supported
 
 @triton.jit
 def _tokens(blocks, start, count, limit, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Tokens of the lanes ``start`` onwards of a list of ``count`` blocks; -1 where there is none."""
+    """Tokens of a list of ``count`` blocks, from lane ``start``; -1 where there is none."""
     lane = tl.arange(0, TILE)
     if BLOCK % TILE == 0:
         block = tl.load(blocks + start // BLOCK)
@@ -39,7 +39,7 @@ def _tokens(blocks, start, count, limit, BLOCK: tl.constexpr, TILE: tl.constexpr
 
 @triton.jit
 def _load(base, rows, columns, width, stride: tl.constexpr):
-    """Rows of a contiguous matrix; 0 for rows of -1 and beyond its width."""
+    """Rows of a contiguous matrix; 0 for row -1 and beyond its width."""
     at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
     return tl.load(at, mask=(rows[:, None] >= 0) & (columns[None, :] < width), other=0.0)
 
@@ -93,7 +93,7 @@ def _scores(
 
 @triton.jit
 def _own_rows(N, Q_BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Query block of this program and its rows, -1 where there is none."""
+    """The query block of this program and its rows; -1 where there is none."""
     tiles: tl.constexpr = (Q_BLOCK + ROWS - 1) // ROWS
     block = tl.program_id(0) // tiles
     inner = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
@@ -201,7 +201,7 @@ def dkv_kernel(
     PACK: tl.constexpr, HAS_BIAS: tl.constexpr, DIMENSIONS: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: part of a block, or ``PACK`` blocks that share a list with a set of bits."""
+    """One tile of keys: part of a block, or ``PACK`` blocks that share a list, told apart by bits."""
     line = tl.program_id(1).to(tl.int64)
     batch, key_head = line // (H // GROUP), line % (H // GROUP)
     span: tl.constexpr = K_BLOCK * PACK
@@ -341,7 +341,7 @@ def backward(
 
 
 def compile_cases() -> Iterator[Case]:
-    """Each kernel at 16,384 tokens that read 8 blocks of 64, and 32 of 16 with a bias and a box."""
+    """Each kernel at 16,384 tokens, reading 8 blocks of 64, and 32 of 16 with a bias and a box."""
     for dtype in (torch.bfloat16, torch.float32):
         for width in (64, 128):
             for kernel in (forward_kernel, dq_kernel, dkv_kernel):
@@ -394,7 +394,7 @@ _TILES = {
 
 
 def _tile(role: str, q: Tensor, v: Tensor, q_block: int) -> dict[str, int]:
-    """Tile and launch options; dkv fills its rows from several query blocks, the others cannot."""
+    """Tile and launch options; only dkv can fill its rows from several query blocks."""
     wide = max(q.shape[-1], v.shape[-1]) > 64
     rows, columns, warps, stages = _TILES[role, q.dtype != torch.float32, wide]
     if role != "dkv":
@@ -403,7 +403,7 @@ def _tile(role: str, q: Tensor, v: Tensor, q_block: int) -> dict[str, int]:
 
 
 def _pack(tile: dict[str, int], k_block: int) -> int:
-    """Key blocks of a tile of dkv; their set has to fit a signed 64-bit integer."""
+    """Key blocks per tile of dkv; their bits have to fit into a signed 64-bit integer."""
     return max(1, min(63, tile["COLUMNS"] // k_block))
 
 
@@ -418,7 +418,7 @@ def _optional(
     high: Tensor | None,
     position: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Tensors to pass; where one is absent the kernel is compiled without it."""
+    """The tensors to pass; for a missing one, of which the kernel has no use, ``q`` stands in."""
     return tuple(q if x is None else x.contiguous() for x in (bias, low, high, position))
 
 
@@ -447,7 +447,7 @@ def _constants(
 
 
 def _strides(index: Tensor, list_strides: tuple[int, ...], bias: Tensor | None) -> tuple[int, ...]:
-    """Steps to the next batch and head of the lists and of the bias; 0 where one serves all."""
+    """Strides to the next batch and head of the lists and of the bias; 0 if one serves all."""
     steps = [*list_strides] + ([0, 0] if bias is None else list(bias.contiguous().stride()[:2]))
     sizes = (*index.shape[:2], *((1, 1) if bias is None else bias.shape[:2]))
     return tuple(0 if size == 1 else step for size, step in zip(sizes, steps, strict=True))

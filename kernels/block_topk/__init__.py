@@ -4,7 +4,7 @@
 
 Candidates are pooled keys. Native Sparse Attention (arXiv 2502.11089) scores by softmax and sums over
 the heads of a group, InfLLM v2 (arXiv 2509.24663) pools the scores of overlapping windows, Log-linear
-Sparse Attention (arXiv 2512.16615) searches level by level among the children of the blocks found.
+Sparse Attention (arXiv 2512.16615) searches level by level among the children of chosen blocks.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ def block_topk(
     Args:
         q: (B, H, N, D); ``k``: (B, Hk, C, D), the candidates. The H // Hk query heads of a key head
             choose together. Mq = ceil(N / q_block).
-        s: length of the lists; more than there are candidates is filled with -1.
+        s: length of the lists; if there are fewer candidates, the rest is -1.
         reduce: "sum", "mean" or "max" over the queries of a block and the heads of a group.
         softmax: of each query over the candidates that it may see, before the reduction.
         spread: (kernel, stride, padding, "max" | "sum" | "mean") pools the reduced scores of the C
-            candidates into those of M = (C + 2 padding - kernel) // stride + 1 blocks, which then are
-            the candidates. What is padded or not visible does not enter.
-        forced: (B or 1, 1 or Hk, Mq, f) int32, candidates to take first, with score +inf, whatever
-            else holds; -1 is ignored.
+            candidates into those of M = (C + 2 padding - kernel) // stride + 1 blocks, which are the
+            candidates from then on. Padding and hidden candidates do not count.
+        forced: (B or 1, 1 or Hk, Mq, f) int32, candidates that are always taken, first and with score
+            +inf; -1 is ignored.
         within: (B or 1, 1 or Hk, Mp, sp) int32, the choice of a coarser level; -1 is ignored. Query
             block m belongs to row m // ceil(Mq / Mp), and takes only candidates c whose parent
             c // children is in that row.
-        children: number of candidates of a parent; needed with ``within``.
-        visible: (Mq,) int32, how many of the C candidates, from the first, a query block may see.
+        children: number of candidates per parent; needed with ``within``.
+        visible: (Mq,) int32, how many of the C candidates, counted from the first, a query block sees.
         scale: 1 / sqrt(D) by default.
         backend: see :func:`xattn.kernels.backend.choose`.
 

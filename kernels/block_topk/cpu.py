@@ -1,7 +1,7 @@
-"""The best blocks by chunks of query blocks: batched products, then one partial sort a chunk.
+"""The best blocks by chunks of query blocks: batched products, then one partial sort per chunk.
 
-A sum over queries is the score of their sum, so only ``max`` and ``softmax`` visit every query. Score
-and number of a candidate make one 64-bit integer, so that ties have one order on every machine.
+The sum of the scores of queries is the score of their sum, so only ``max`` and ``softmax`` visit every
+query. Score and number of a candidate form one 64-bit integer, so ties have one order on every machine.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def topk(
         )  # fmt: skip
     for part, *best in chunks:
         index[:, :, part], values[:, :, part] = best
-    # The order is that of the sums: a division before could make ties of what are none.
+    # Sums decide the order: dividing before could create ties.
     return index, values / members if linear and reduce == "mean" else values
 
 
 def sum_queries(q: Tensor, key_heads: int, q_block: int) -> tuple[Tensor, Tensor]:
-    """Sums over blocks and groups of heads, (B, Hk, ceil(N / q_block), D), and how many of each."""
+    """Sums over blocks and groups of heads, (B, Hk, ceil(N / q_block), D), and the number of terms."""
     n, group = q.shape[2], q.shape[1] // key_heads
     if q_block > 1:
         rows = -(-n // q_block)
@@ -69,8 +69,9 @@ def best(values: Tensor, number: Tensor, s: int) -> tuple[Tensor, Tensor]:
     """The ``s`` candidates of the highest value; -1 and -inf where there are fewer.
 
     Args:
-        values: (..., C), -inf for those that are none.
-        number: integers that broadcast to it, different within a row but for values of -inf.
+        values: (..., C), -inf for entries that are no candidates.
+        number: the candidates' numbers, which broadcast to ``values``; distinct within a row except
+            where values are -inf.
     """
     number = number.expand(values.shape)
     if values.dtype == torch.float64:
@@ -78,7 +79,7 @@ def best(values: Tensor, number: Tensor, s: int) -> tuple[Tensor, Tensor]:
         found, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
         found, index = found[..., :s], number.gather(-1, order)[..., :s]
     else:
-        bits = (values + 0.0).view(torch.int32)  # + 0.0 makes one zero of two
+        bits = (values + 0.0).view(torch.int32)  # + 0.0 turns -0 into 0
         rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # in the order of the floats
         key = (rising.long() << 32) | (0x7FFFFFFF - number)
         key = key.topk(min(s, values.shape[-1]), -1).values

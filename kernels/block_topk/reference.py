@@ -1,4 +1,4 @@
-"""The definition of block scores and of the choice among them, in plain torch; stores N x C scores.
+"""The definition of block scores and of the choice of blocks, in plain torch; stores N x C scores.
 
     t_ic = scale q_i . k_c                      or its softmax over the candidates c that i may see
     r_mc = sum, mean or max of t_ic over the queries i of block m and the heads of the group
@@ -57,7 +57,7 @@ def scores(
     pooling: str,
     scale: float,
 ) -> Tensor:
-    """r' (B, Hk, ceil(N / q_block), C or what ``spread`` makes of it); -inf where nothing is seen.
+    """r' (B, Hk, ceil(N / q_block), C or M with ``spread``); -inf where nothing is seen.
 
     Differentiable, unlike the choice.
     """
@@ -82,7 +82,7 @@ def scores(
 
 
 def pool(r: Tensor, spread: list[int], pooling: str) -> Tensor:
-    """Pooling over (..., C) of the candidates that exist and are seen; -inf where none is."""
+    """Pooled scores (..., M) of the candidates (..., C) that are visible; -inf where none is."""
     kernel, stride, padding = spread
     if (kernel, stride, padding) == (1, 1, 0):
         return r
@@ -103,7 +103,7 @@ def parents(rows: int, within: Tensor) -> Tensor:
 
 
 def is_child(within: Tensor, children: int, candidates: int) -> Tensor:
-    """(..., rows, sp) to bool (..., rows, candidates): whether a listed parent has the candidate."""
+    """(..., rows, sp) to bool (..., rows, candidates): whether a candidate's parent is listed."""
     blocks = -(-candidates // children)
     table = within.new_zeros(*within.shape[:3], blocks + 1, dtype=torch.bool)
     table.scatter_(-1, torch.where(within < 0, blocks, within).long(), True)
@@ -111,7 +111,7 @@ def is_child(within: Tensor, children: int, candidates: int) -> Tensor:
 
 
 def force(values: Tensor, forced: Tensor | None) -> Tensor:
-    """Scores of +inf for the forced candidates."""
+    """``values`` with +inf for the forced candidates."""
     if forced is None:
         return values
     where = torch.where(forced < 0, values.shape[-1], forced).long()

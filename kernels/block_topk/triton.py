@@ -1,9 +1,10 @@
-"""Triton kernel of block choice: a running list of the best of each query block, one tile of scores alive.
+"""Triton kernel of block choice: a running list of the best per query block, one tile of scores at a time.
 
-Program = some query blocks of one parent (all, without a parent list), one key head. Each tile of
-candidates is scored, reduced and pooled in registers; then rounds of arg-max move into the lists
-what beats their worst entry. A sum over queries is the score of their sum, which is taken before:
-only "max" and softmax visit every query, the latter after a pass that leaves the log-sum-exp.
+A program handles some query blocks of one parent (or of all, without a parent list) and one key head.
+Each tile of candidates is scored, reduced and pooled in registers; rounds of arg-max then move into
+the lists whatever beats their worst entry. The sum of the scores of queries is the score of their sum,
+which is formed before: only "max" and softmax visit every query, softmax after a pass that computes
+its log-sum-exp.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ BEYOND = tl.constexpr(2**30)  # above every candidate's number
 
 @triton.jit
 def _products(q_ptr, k_ptr, rows, candidates, scale, D: tl.constexpr, WIDTH: tl.constexpr):
-    """scale q_i . k_c of some rows and candidates; -1 reads zeros."""
+    """scale q_i . k_c for some rows and candidates; -1 stands for zeros."""
     d = tl.arange(0, WIDTH)[None, :]
     at = rows[:, None].to(tl.int64) * D + d
     q = tl.load(q_ptr + at, mask=(rows[:, None] >= 0) & (d < D), other=0.0)
@@ -97,7 +98,7 @@ def _reduced(
 
 @triton.jit
 def _insert(t, c, values, numbers):
-    """Move into the lists whatever of the scores ``t`` of candidates ``c`` beats their worst entry."""
+    """Move scores ``t`` of candidates ``c`` into the lists while they beat the worst entry."""
     more = 1
     while more > 0:
         high = tl.max(t, 1)
@@ -126,7 +127,7 @@ def topk_kernel(
 ):  # fmt: skip
     """``LISTS`` of the R query blocks choose K of the M blocks that C candidates pool into.
 
-    REDUCE "none": q has one row a query block. Else LISTS is 1.
+    With REDUCE "none", q has one row per query block; otherwise LISTS is 1.
     """
     line = tl.program_id(1).to(tl.int64)
     heads = H // GROUP
@@ -139,7 +140,7 @@ def topk_kernel(
     rows = tl.where(real, block, -1)
     only = parent * RATIO + tl.program_id(0) % per_parent  # the query block if LISTS is 1
     slot = tl.arange(0, SLOTS)[None, :] + tl.zeros([LISTS, SLOTS], tl.int32)
-    # Slots that the result has not are never the worst, empty ones always are.
+    # Padding slots (beyond K) never rank last, empty slots always do.
     values = tl.where(slot < K, float("-inf"), float("inf"))
     numbers = tl.where(slot < K, BEYOND + slot, -1)
     forced = forced_ptr + batch * stride_fb + head * stride_fh + block * F
@@ -224,7 +225,9 @@ def topk(
             f"backend='triton': got {q.dtype} of width {q.shape[-1]}; give float32, float16 or "
             f"bfloat16 of at most 128, or use backend='cpu'"
         )
-    if interpreted() and q.dtype == torch.bfloat16:  # it multiplies the bits as integers
+    if (
+        interpreted() and q.dtype == torch.bfloat16
+    ):  # the interpreter multiplies its bits as integers
         q, k = q.float(), k.float()
     n, heads, group = q.shape[2], q.shape[1], q.shape[1] // k.shape[1]
     rows, c = -(-n // q_block), k.shape[2]
@@ -264,7 +267,7 @@ def topk(
 
 
 def compile_cases() -> Iterator[Case]:
-    """16 of 256 blocks for 256 query blocks; and with all options, for softmax and group sums."""
+    """The best 16 of 256 blocks for 256 query blocks, by sums, and by softmax with all options."""
     n = 16384
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for width in (64, 128):
@@ -341,7 +344,7 @@ def _options(
 
 
 def _strides(x: Tensor | None) -> tuple[int, int]:
-    """Steps to the next batch and head, 0 where one serves all."""
+    """Strides to the next batch and head; 0 if one serves all."""
     if x is None:
         return 0, 0
     return tuple(0 if size == 1 else step for size, step in zip(x.shape[:2], x.stride()[:2], strict=True))  # type: ignore[return-value]  # fmt: skip

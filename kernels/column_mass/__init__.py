@@ -2,8 +2,8 @@
 
     m_j = sum_i w_i P_ij,   P_ij = exp(scale q_i . k_j + bias_ij - lse_i)
 
-A column mass is the product of one row vector a head with attention, so it runs on the kernels of
-:mod:`xattn.kernels.vecmat`. Source of the use as token importance: SpAtten (arXiv 2012.09852).
+A column mass is the product of one row vector per head with attention, so it runs on the kernels of
+:mod:`xattn.kernels.vecmat`. Its use as token importance follows SpAtten (arXiv 2012.09852).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def column_mass(
     Args:
         q: (B, H, N, D); ``k``: (B, H, S, D), of one dtype and device.
         lse: (B, H, N), as :func:`xattn.kernels.softmax.softmax_attention` returns it.
-        weights: (B or 1, H or 1, N) of the queries; 1 each by default. 1 / N gives a mean, and a
-            single 1 the row of that query.
+        weights: (B or 1, H or 1, N), w of the queries; 1 by default. 1 / N gives a mean, and a single
+            1 the row of that query.
         bias, scale, backend: as for :func:`xattn.kernels.vecmat.vecmat`.
 
     Returns:
         (B, H, S) in float32 (float64 for float64), with gradients for every tensor given. Without
-        weights its sum over keys is the number of queries that see a key.
+        weights, the sum over keys is the number of queries that see a key.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not match.

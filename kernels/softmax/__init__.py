@@ -2,7 +2,7 @@
 
     o, lse = softmax_attention(q, k, v)
 
-That gradient makes attention over a union of key segments plain PyTorch: attend each, then merge with
+With that gradient, attention over a union of key segments is plain PyTorch: attend each, then merge by
 L = logsumexp(lse), o = sum exp(lse - L) o. Sources: FlashAttention-2 (arXiv 2307.08691).
 """
 

@@ -1,6 +1,6 @@
 """Softmax attention with log-sum-exp by PyTorch's fused CPU kernel; backward by tiles of rows.
 
-No N x S matrix is stored but the bias that the caller gave.
+No N x S matrix is stored except a bias of the caller.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from xattn.kernels.softmax import reference
 from xattn.kernels.softmax.reference import delta, widen
 
-TILE = 2**20  # scores of a tile of rows, over batch and heads: 4 MB in float32
+TILE = 2**20  # scores in a tile of rows, over batch and heads: 4 MB in float32
 
 
 def forward(
@@ -33,7 +33,7 @@ def forward(
         )
     if bias is None:
         return o, lse
-    # What the fused kernels give for rows without a key is not defined.
+    # For rows without a key the output of the fused kernels is undefined.
     empty = bias.isneginf().all(-1)
     if not empty.any():
         return o, lse
@@ -79,7 +79,7 @@ def backward(
 
 
 def _rows(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, Tensor | None]]:
-    """Slices of the rows with their part of the bias, of at most ``TILE`` scores each."""
+    """Slices of at most ``TILE`` scores over the rows, with their part of the bias."""
     size = max(1, TILE // max(1, q.shape[0] * q.shape[1] * k.shape[-2]))
     tiles: list[tuple[slice, Tensor | None]] = []
     for start in range(0, q.shape[-2], size):
@@ -92,7 +92,7 @@ def _rows(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, Tensor
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor] | None:
-    """(o, lse) of PyTorch's CPU flash attention; None where this build or input has none."""
+    """(o, lse) of PyTorch's CPU flash attention; None if this build or input does not support it."""
     op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     if op is None or q.device.type != "cpu" or q.shape[-1] != v.shape[-1]:
         return None
@@ -115,9 +115,9 @@ def _fused_backward(
     scale: float,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
-    """The same kernel's gradients; None also where a row sees no key, which it does not know.
+    """The same kernel's gradients; None also if a row sees no key, which it does not support.
 
-    The gradient of a bias a key is that of one more feature: q . k + b / scale = (q, 1/scale) . (k, b).
+    A bias per key gets its gradient as one more feature: q . k + b / scale = (q, 1/scale) . (k, b).
     """
     op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
     if op is None or q.device.type != "cpu" or q.shape[-1] != v.shape[-1]:

@@ -55,7 +55,7 @@ def backward(
 
 
 def delta(grad: Tensor, grad_lse: Tensor | None, o: Tensor) -> Tensor:
-    """rowsum(dO o O) - dlse, (B, H, N): one number a row carries the whole gradient into lse."""
+    """rowsum(dO o O) - dlse, (B, H, N): one number per row carries the whole gradient into lse."""
     d = (widen(grad) * widen(o)).sum(-1)
     return d if grad_lse is None else d - grad_lse
 

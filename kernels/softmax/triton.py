@@ -1,7 +1,7 @@
 """Triton kernels of softmax attention: forward with log-sum-exp, dq by query tiles, dk and dv by key tiles.
 
 Scores are recomputed tile by tile from q, k and lse; every output element is written by one program,
-so there are no atomics and two runs agree to the bit. Exponentials run in base 2.
+so there are no atomics and two runs agree to the bit. Exponentials are in base 2.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from xattn.kernels.aot import Case, make_case
 from xattn.kernels.backend import interpreted
 from xattn.kernels.softmax.reference import delta, reduce_to
 
-# (kernel, half precision, wider than 64, bias): rows and columns of a tile, warps, stages. Chosen to be
-# large without spills on sm_80 and sm_90, see compile_cases; not timed on a GPU.
+# (kernel, half precision, wider than 64, bias): rows and columns of a tile, warps, stages. As large as
+# possible without spills on sm_80 and sm_90, see compile_cases; not timed on a GPU.
 TILES = {
     ("forward", True, False, False): (128, 64, 4, 3),
     ("forward", True, False, True): (64, 32, 4, 2),
@@ -62,7 +62,7 @@ def _scores(q, k, bias, stride, rows, columns, N, S, scale, HAS_BIAS: tl.constex
 
 @triton.jit
 def transposed_scores(q, k, bias, stride, rows, columns, N, S, scale, HAS_BIAS: tl.constexpr):
-    """Scores (columns, rows): where a product needs them so, transposing the weights costs more."""
+    """Scores (columns, rows), for products that need them so: transposing the weights costs more."""
     s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)
     if HAS_BIAS:
         inside = (rows[None, :] < N) & (columns[:, None] < S)
@@ -155,7 +155,7 @@ def dq_kernel(
         p = softmax_weights(tl.where(columns[None, :] < S, s, float("-inf")), lse[:, None])
         ds = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
-        if WRITE:  # of a bias with a value for every score
+        if WRITE:  # the gradient of a bias with a value for every score
             inside = (rows[:, None] < N) & (columns[None, :] < S)
             at = ds_ptr + head * N * S + rows[:, None].to(tl.int64) * S + columns[None, :]
             tl.store(at, ds, mask=inside)
@@ -184,7 +184,7 @@ def dkv_kernel(
         g = load_tile(g_ptr + head * N * DV, rows, w, N, DV, DV)
         lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
         delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
-        # Keys outside of the matrix need no mask here: each has its own row of dk and dv.
+        # Keys outside the matrix need no mask here: each has its own row of dk and dv.
         s = transposed_scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
         p = softmax_weights(s, lse[None, :])
         ds = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - delta[None, :])
@@ -194,7 +194,7 @@ def dkv_kernel(
             db += tl.sum(ds, 1)
     _store(dk_ptr + head * S * D, columns, d, S, D, dk * scale, D)
     _store(dv_ptr + head * S * DV, columns, w, S, DV, dv, DV)
-    if WRITE:  # of a bias a key
+    if WRITE:  # the gradient of a bias per key
         tl.store(db_ptr + head * S + columns, db, mask=columns < S)
 
 
@@ -277,7 +277,7 @@ def _options(kernel: str, q: Tensor, v: Tensor, bias: Tensor | None) -> dict[str
 def options(kernel: str, d: int, dv: int, half: bool, bias: bool) -> dict[str, Any]:
     """Shapes, tile and launch options of a kernel for heads of width d and dv."""
     rows, columns, warps, stages = TILES[kernel, half, max(d, dv) > 64, bias]
-    if max(d, dv) > 128:  # more shared memory than there is
+    if max(d, dv) > 128:  # the tile would need more shared memory than there is
         rows, columns, stages = max(16, rows // 2), max(16, columns // 2), 2
     width, width_v = (max(16, triton.next_power_of_2(x)) for x in (d, dv))
     return {
@@ -301,7 +301,7 @@ def with_strides(
 
 
 def compile_cases() -> Iterator[Case]:
-    """Every kernel at N = S = 4096 with 12 heads, without and with a bias of every score."""
+    """Every kernel at N = S = 4096 with 12 heads, without a bias and with one for every score."""
     n, heads = 4096, 12
     kernels = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
     products, tensors = {"forward": 2, "dq": 3, "dkv": 4}, {"forward": 4, "dq": 5, "dkv": 6}

@@ -1,9 +1,9 @@
-"""Row vectors times attention, r P and its gradient-weighted form, without ever storing N x S.
+"""Row vectors times attention, r P, and a gradient-weighted form r E, without ever storing N x S.
 
     P_ij = exp(scale q_i . k_j + bias_ij - lse_i),   E_ij = mean over heads of max(P_ij (grad_i . v_j), 0)
 
 A rollout (Abnar, Zuidema 2020, arXiv 2005.00928) is a chain of r P, generic relevance (Chefer, Gur,
-Wolf 2021, arXiv 2103.15679) one of r + r E: O(N) memory where others store every map.
+Wolf 2021, arXiv 2103.15679) one of r + r E: O(N) memory instead of a stored map per layer.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ def gradient_vecmat(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``r E``, where E is the positive part of attention times its gradient, as a mean over heads.
+    """``r E``, where E is the positive part of attention times its gradient, averaged over heads.
 
     Args:
         v: (B, H, S, Dv), the values; ``grad``: (B, H, N, Dv), the gradient of what is explained with
-            respect to the attention's output, so that grad_i . v_j is the one with respect to P_ij.
+            respect to the attention's output; grad_i . v_j is then the gradient with respect to P_ij.
 
     The other arguments, the result (B, R, S) and errors are those of :func:`vecmat`.
     """

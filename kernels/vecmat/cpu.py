@@ -1,8 +1,8 @@
-"""Row vectors times attention, tile by tile: forward key-major in reused buffers, and the backward of
-all fast paths.
+"""Row vectors times attention, tile by tile: a forward in reused buffers, and the backward of all fast
+paths.
 
-Scale and log-sum-exp ride along in the product, P = exp([scale q, -lse] [k, 1]^T), so that a tile is
-one matrix product and one exponential in place.
+Scale and log-sum-exp are part of the product, P = exp([scale q, -lse] [k, 1]^T), so a tile takes one
+matrix product and one exponential in place.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from xattn.kernels.softmax.reference import widen
 
-QUERIES, KEYS = 1024, 512  # of a tile: 2 MB in float32, which stays in the cache
-HIDDEN = -1e30  # in place of -lse in a row without a key: exp gives 0, and no inf - inf arises
+QUERIES, KEYS = 1024, 512  # per tile: 2 MB in float32, which stay in the cache
+HIDDEN = -1e30  # instead of -lse in a row without a key: exp gives 0, and inf - inf never occurs
 
 Index = tuple[int, slice, slice]
 
@@ -55,7 +55,7 @@ def backward(
     scale: float,
     bias_grad: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, lse, r, v, g and bias; None for those that are not there."""
+    """Gradients of q, k, lse, r, v, g and bias; None for those that are None."""
     qw, kw = widen(q), widen(k)
     vw, gw = (None if x is None else widen(x) for x in (v, g))
     dq, dk, dlse, dr = (torch.zeros_like(x) for x in (qw, kw, lse, r))
@@ -90,7 +90,7 @@ def backward(
 def _tiles(
     q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, scale: float
 ) -> Iterator[tuple[Index, Index, Tensor]]:
-    """(batch, heads, rows), (batch, heads, columns) and P there; P lies in one buffer for all tiles."""
+    """(batch, heads, rows), (batch, heads, columns) and P there; all tiles share one buffer for P."""
     minus = torch.where(lse.isneginf(), HIDDEN, -lse)[..., None].to(lse.dtype)
     left = torch.cat([widen(q) * scale, minus], -1)
     right = torch.cat([widen(k), torch.ones_like(k[..., :1], dtype=lse.dtype)], -1)
@@ -114,7 +114,7 @@ def _tiles(
 
 
 def _group(q: Tensor, k: Tensor) -> int:
-    """Heads of a tile: as many as fill it where there are few tokens."""
+    """Heads per tile: several if there are few tokens."""
     tile = min(q.shape[2], QUERIES) * min(k.shape[2], KEYS)
     return max(1, min(q.shape[1], QUERIES * KEYS // tile))
 

@@ -2,8 +2,8 @@
 
     P_ij = exp(scale q_i . k_j + b_ij - lse_i),   out = r W,   W = P   or   W = max(P o (G V^T), 0)
 
-G is the gradient of a class score with respect to the attention's output, so that G V^T is the one with
-respect to P and W the relevance of Chefer, Gur, Wolf (ICCV 2021, arXiv 2103.15679). With dout given:
+G is the gradient of a class score with respect to the attention's output, so G V^T is that with respect
+to P, and W the relevance of Chefer, Gur, Wolf (ICCV 2021, arXiv 2103.15679). With dout given:
 
     dW = r^T dout,   dS = W o dW,   dr = dout W^T,   d(G V^T) = dW o P where G V^T > 0
 
@@ -28,7 +28,7 @@ def forward(
     bias: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """(B, H, R, S); r (B, H, R, N). With v and g the relevance, without them P."""
+    """r W (B, H, R, S) for r (B, H, R, N); W is the relevance with v and g, P without."""
     w = weights(scores(q, k, bias, scale), lse)
     if v is not None and g is not None:
         w = w * (widen(g) @ widen(v).transpose(-2, -1)).relu()
@@ -47,7 +47,7 @@ def backward(
     scale: float,
     bias_grad: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, lse, r, v, g and bias; None for those that are not there."""
+    """Gradients of q, k, lse, r, v, g and bias; None for those that are None."""
     p = w = weights(scores(q, k, bias, scale), lse)
     dw = r.transpose(-2, -1) @ grad
     dv = dg = None

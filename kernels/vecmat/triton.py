@@ -1,8 +1,8 @@
-"""Triton kernel of row vectors times attention: one program a tile of keys and head, over all queries.
+"""Triton kernel of row vectors times attention: one program per head and tile of keys, over all queries.
 
 Every head writes its own R x S result, which is no larger than the keys; their mean is plain PyTorch.
-A loop over the heads inside of the program would be as deterministic and keep fewer programs busy.
-The backward is the tiled one of the cpu path, which runs on any device.
+A loop over heads inside the program would be just as deterministic, but keep fewer programs busy. The
+backward is the tiled one of the cpu path, which runs on any device.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from xattn.kernels.softmax.triton import (
 )
 from xattn.kernels.vecmat.cpu import backward as backward
 
-# Half precision or not: queries and keys of a tile, warps, stages. Without spills on sm_80 and sm_90 for
-# one row or many, with gradient and bias, see compile_cases; not timed on a GPU.
+# Half precision or not: queries and keys per tile, warps, stages. No spills on sm_80 and sm_90 for one
+# row or many, with gradient and bias, see compile_cases; not timed on a GPU.
 TILES = {True: (64, 64, 4, 2), False: (32, 32, 8, 2)}
 
 
@@ -55,7 +55,7 @@ def vecmat_kernel(
         rows = start + tl.arange(0, ROWS)
         q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
         lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
-        # Keys outside of the matrix need no mask: each has its own row of the result.
+        # Keys outside the matrix need no mask: each has its own row of the result.
         s = transposed_scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
         p = softmax_weights(s, lse[None, :])
         if GRADIENT:
@@ -102,13 +102,13 @@ def forward(
 
 
 def options(d: int, dv: int, half: bool, bias: bool, r: int) -> dict[str, Any]:
-    """Shapes, tile and launch options for heads of width d, and of values dv or 0 without a gradient."""
+    """Shapes, tile and launch options for heads of width d and values of width dv (0: no gradient)."""
     rows, columns, warps, stages = TILES[half]
     width, width_v = (max(16, triton.next_power_of_2(x)) for x in (d, dv))
     return {
         "D": d, "DV": dv, "WIDTH": width, "WIDTH_V": width_v, "ROWS": rows, "COLUMNS": columns,
-        # A single line is a sum; more are a product of at least 16. In half precision three products
-        # of tensor cores are as exact as float32 and faster than its own units.
+        # A single line is summed; more form a product of at least 16. In half precision, three tensor
+        # core products are as exact as float32 and faster than the float32 units.
         "LINES": 1 if r == 1 else 16, "PRECISION": "tf32x3" if half else "ieee",
         "HAS_BIAS": bias, "GRADIENT": dv > 0,
         "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
