@@ -8,11 +8,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import xattn
-from xattn.heads import AttentiveHead, Tokens, create_head, list_heads
-from xattn.heads.base import _REGISTRY
+from xattn.heads import AttentiveHead, Tokens, create_head, head_class, list_heads
 
 WIDTH, CLASSES, GRID = 32, 5, (3, 5)
-HEADS = [name for name in list_heads() if issubclass(_REGISTRY[name], AttentiveHead)]
+HEADS = [name for name in list_heads() if issubclass(head_class(name), AttentiveHead)]
 PREFIXES = {  # name -> (class token, registers)
     "0 prefix tokens": (False, 0),
     "1 prefix token": (True, 0),

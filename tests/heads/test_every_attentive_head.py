@@ -87,8 +87,10 @@ def test_where_nothing_is_gated_the_rest_is_the_folded_bias_of_every_image(name)
     with torch.no_grad():
         attended = head.attend(tokens)
         maps, rest = head.class_maps(tokens)
-        if head.gated or attended.values.shape[2] != N:
-            return
+        if head.gated:
+            pytest.skip("its gains depend on the image, and so may the rest")
+        if attended.values.shape[2] != N:
+            pytest.skip("it attends to prefix tokens, whose shares are in the rest")
         folded = head.classify(attended._replace(values=torch.zeros_like(attended.values)))
     scale = (maps.sum((2, 3)) + rest).abs().max()
     torch.testing.assert_close(rest, folded, rtol=0, atol=float(1e-5 * scale))
