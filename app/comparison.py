@@ -1,7 +1,7 @@
 """A comparison's ``leaderboard.json``, read with caution: what ``xattn compare`` wrote, as results again.
 
 The file may come from anywhere. Its size is capped before it is read, JSON is strict, and whatever
-does not fit together is a :class:`~xattn.app.library.PackError` for the person at the page.
+does not fit together is a :class:`~xattn.packs.contained_files.PackError` for the person at the page.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from xattn.app.library import LEADERBOARD, PackError
-from xattn.app.pack import Recent
+from xattn.app.library import LEADERBOARD
 from xattn.eval import html_data
 from xattn.eval.compare import Standing
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import METRICS
 from xattn.eval.report import from_dict
 from xattn.eval.results import Results, is_baseline
+from xattn.packs.contained_files import PackError
 from xattn.runtime import strict_json
+from xattn.runtime.lru_cache import LRUCache
 
 if TYPE_CHECKING:
     from xattn.app.library import Library
@@ -29,7 +30,7 @@ MAX_RESAMPLES = 100_000  # the charts draw them again
 MAX_CELLS = 100_000  # methods times columns
 KEPT = 4  # comparisons
 _NUMBERS = ("mean", "lo", "hi", "diff", "diff_lo", "diff_hi")
-_BOARDS = Recent(KEPT)  # each of size 1
+_BOARDS = LRUCache(KEPT)  # each of size 1
 
 
 @dataclass(frozen=True, eq=False)

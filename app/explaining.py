@@ -28,7 +28,6 @@ from xattn.app.jobs import JOBS
 from xattn.app.pictures import Look, overlay_bytes, photo_bytes
 from xattn.app.scratch import Scratch
 from xattn.app.uploads import Problem, Upload
-from xattn.app.visible import reason
 from xattn.explaining.clips import explain_video
 from xattn.explaining.naming import unique_id
 from xattn.explaining.photos import explain_batch, set_up
@@ -39,6 +38,7 @@ from xattn.packs.writer import save_pack
 from xattn.photos.clip import open_clip, quiet
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.view import prepare
+from xattn.runtime.display_text import reason
 
 if TYPE_CHECKING:
     from xattn.app.library import Library

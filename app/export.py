@@ -12,8 +12,8 @@ import pandas as pd
 from PIL.PngImagePlugin import PngInfo
 
 from xattn.app import pictures
-from xattn.app.inside import PackError
 from xattn.app.pictures import Look
+from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import map_name
 from xattn.pictures.contact_sheet import (
     contact_sheet_html,
@@ -23,7 +23,8 @@ from xattn.pictures.contact_sheet import (
 )
 
 if TYPE_CHECKING:
-    from xattn.app.pack import MetricInfo, Pack
+    from xattn.packs.manifest import MetricInfo
+    from xattn.packs.reader import Pack
     from xattn.pictures.contact_sheet import Row
 
 FORMATS = ("png", "svg")

@@ -12,18 +12,18 @@ from urllib.parse import urlencode
 
 from PIL import Image
 
-from xattn.app.inside import Signature
-from xattn.app.pack import PackError, Recent
 from xattn.app.pictures import check_side, jpeg
+from xattn.packs.contained_files import PackError, Signature
+from xattn.runtime.lru_cache import LRUCache
 
 if TYPE_CHECKING:
-    from xattn.app.library import Pack
+    from xattn.packs.reader import Pack
 
 FRAME = "/xattn/frame"
 CACHE_BYTES = 32 << 20
 MAX_PIXELS = 40_000_000
-_CHECKED = Recent(8)  # films whose hash was compared, each of size 1
-_CACHE = Recent(CACHE_BYTES)
+_CHECKED = LRUCache(8)  # films whose hash was compared, each of size 1
+_CACHE = LRUCache(CACHE_BYTES)
 
 
 def frames(pack: Pack) -> list[str]:

@@ -20,7 +20,7 @@ from xattn.app.state import plain
 from xattn.app.theme import facts_html
 
 if TYPE_CHECKING:
-    from xattn.app.pack import Pack
+    from xattn.packs.reader import Pack
 
 SMALL = 320  # of a class's map
 TOP = 5  # classes with a picture each

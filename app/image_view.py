@@ -15,7 +15,7 @@ from xattn.packs.format import THUMBNAIL_SIDE
 from xattn.pictures.contact_sheet import legends_html
 
 if TYPE_CHECKING:
-    from xattn.app.pack import Pack
+    from xattn.packs.reader import Pack
 
 SIDE = THUMBNAIL_SIDE  # pixels of a map's longer side: a photo is shown as it is stored
 WIDTH = 150  # of a map on the page, at least

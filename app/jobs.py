@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from xattn.app import demo_job
-from xattn.app.inside import PackError, open_inside, read_inside
+from xattn.packs.contained_files import PackError, open_inside, read_inside
 from xattn.runtime import strict_json
 from xattn.runtime.files import output_error, write_json
 

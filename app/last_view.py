@@ -9,7 +9,7 @@ import streamlit as st
 from xattn.app import selection
 
 if TYPE_CHECKING:
-    from xattn.app.pack import Pack
+    from xattn.packs.reader import Pack
 
 _KEY = "_last_view"
 

@@ -1,8 +1,7 @@
-"""What lies below a folder: packs, comparisons and heads, each by an id that is not a path.
+"""The packs, comparisons and heads below a folder, each by an id that is not a path.
 
-The folders are looked through at every question, which is cheap; what a pack holds is read again only
-when its manifest is another file than before (time, size, inode). Links that lead out of the folder are
-not followed.
+The folders are searched anew for every question, which is cheap; a pack is read again only when its stat
+signature (time, size, inode) has changed. Links that lead out of the folder are not followed.
 """
 
 from __future__ import annotations
@@ -17,13 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xattn.app.inside import PackError, Signature, open_inside, read_inside
-from xattn.app.pack import MAX_MANIFEST, MetricInfo, NoPack, Pack, Recent
-from xattn.app.visible import visible
 from xattn.heads.base import CONFIG_FILE
+from xattn.packs.contained_files import PackError, Signature, open_inside, read_inside
 from xattn.packs.format import MANIFEST, MAPS
-
-__all__ = ["ComparisonInfo", "HeadInfo", "Library", "MetricInfo", "Pack", "PackError", "PackInfo"]
+from xattn.packs.reader import MAX_MANIFEST, RECENT_MAPS, NotAPack, Pack
+from xattn.runtime.display_text import visible
+from xattn.runtime.lru_cache import LRUCache
 
 LEADERBOARD = "leaderboard.json"
 DEPTH = 3  # folders below the root
@@ -80,7 +78,7 @@ class Library:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).resolve()
         self._lock = threading.Lock()
-        self._recent = Recent()
+        self._maps = LRUCache(RECENT_MAPS)
         self._open: OrderedDict[str, tuple[_Signatures, Pack]] = OrderedDict()
         self._infos: dict[str, tuple[_Signatures, PackInfo | None]] = {}
         self._known: dict[str, tuple[Path, str]] = {}
@@ -196,7 +194,7 @@ class Library:
             if known is not None and known[0] == signature and known[1].folder == folder:
                 self._open.move_to_end(pack_id)
                 return known[1]
-        pack = Pack(folder, pack_id, name, self._recent)
+        pack = Pack(folder, pack_id, name, self._maps)
         with self._lock:
             self._open[pack_id] = (signature, pack)
             self._open.move_to_end(pack_id)
@@ -219,7 +217,7 @@ class Library:
             pack = self._opened(pack_id, folder, name)
             methods = tuple(dict.fromkeys(pack.entries["method"]))
             info = PackInfo(pack_id, name, len(pack.entries), len(pack.images), methods)
-        except NoPack as error:  # a manifest.json alone is likely to be of something else
+        except NotAPack as error:  # a manifest.json alone is likely to be of something else
             damaged = (folder / MAPS).exists()
             info = PackInfo(pack_id, name, problem=str(error)) if damaged else None
         except PackError as error:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from xattn.app import address, last_view, selection, state, theme
-from xattn.app.library import PackError
 from xattn.app.login import LOGOUT
 from xattn.app.state import Context, plain
+from xattn.packs.contained_files import PackError
 
 if TYPE_CHECKING:
-    from xattn.app.library import Library, Pack, PackInfo
+    from xattn.app.library import Library, PackInfo
+    from xattn.packs.reader import Pack
 
 # name: title, and whether the page shows a pack (without one it is not called)
 PAGES = {

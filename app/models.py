@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from xattn.app.inside import Signature
-from xattn.app.visible import reason
 from xattn.backbone import sha256
 from xattn.cli.model import BackboneArgs
+from xattn.packs.contained_files import Signature
+from xattn.runtime.display_text import reason
 from xattn.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def backbone(
 
 
 def backbone_of(pack: Any) -> Backbone:
-    """The very network that the maps of ``pack`` (:class:`xattn.app.library.Pack`) explain.
+    """The very network that the maps of ``pack`` (:class:`xattn.packs.reader.Pack`) explain.
 
     Raises:
         ModelError: the pack does not say, the model is gone, or its weights are others now.

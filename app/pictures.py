@@ -18,14 +18,15 @@ from urllib.parse import urlencode
 import numpy as np
 from PIL import Image
 
-from xattn.app.pack import PackError, Recent
+from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import blank_note, contrast, map_name
 from xattn.pictures.overlay import DIVERGING, SEQUENTIAL, overlay
 from xattn.pictures.scales import Legend, Scale, legend_of, make_scale, own_scale
+from xattn.runtime.lru_cache import LRUCache
 
 if TYPE_CHECKING:
-    from xattn.app.pack import Pack
     from xattn.packs.explanation import Explanation
+    from xattn.packs.reader import Pack
 
 PICTURE, OVERLAY = "/xattn/picture", "/xattn/overlay"
 SIDES = (16, 2048)  # least and greatest longer side, in pixels
@@ -225,7 +226,7 @@ def data_uri(data: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(data).decode('ascii')}"
 
 
-_CACHE = Recent(CACHE_BYTES)
+_CACHE = LRUCache(CACHE_BYTES)
 
 
 def _kept(key: Hashable, make: Callable[[], Image.Image]) -> bytes:

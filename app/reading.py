@@ -25,8 +25,8 @@ from xattn.photos.view import prepare
 from xattn.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
-    from xattn.app.library import Pack
     from xattn.backbone import Backbone
+    from xattn.packs.reader import Pack
 
 KEPT = (
     2  # readings of a session: queries, keys and values of all layers, 15 MB for a ViT-S at 224 px

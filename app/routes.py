@@ -19,11 +19,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from xattn.app import film, pictures, state
-from xattn.app.pack import PackError
 from xattn.app.pictures import Look
+from xattn.packs.contained_files import PackError
 
 if TYPE_CHECKING:
-    from xattn.app.pack import Pack
+    from xattn.packs.reader import Pack
 
 THREADS = 2  # drawing holds numpy and the decoder, not the event loop; more only wait for cores
 LONGEST_ID = 1000  # characters

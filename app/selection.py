@@ -17,7 +17,7 @@ import pandas as pd
 import streamlit as st
 
 if TYPE_CHECKING:
-    from xattn.app.library import Pack
+    from xattn.packs.reader import Pack
 
 ALL = "all"  # every method
 SIZES = (24, 36, 60)

@@ -18,10 +18,11 @@ from urllib.parse import urlencode
 import streamlit as st
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
-from xattn.app.visible import visible
+from xattn.runtime.display_text import visible
 
 if TYPE_CHECKING:
-    from xattn.app.library import Library, Pack
+    from xattn.app.library import Library
+    from xattn.packs.reader import Pack
 
 DEFAULT_PAGE = "gallery"
 ROOT_VARIABLE = "XATTN_APP_ROOT"

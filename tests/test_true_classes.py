@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from xattn import explain, load_backbone
-from xattn.app.pack import Pack
+from xattn.packs.reader import Pack
 from xattn.training.labels import read_groups, read_labels, true_classes
 
 CLASSES = ["tench, Tinca tinca", "crane", "crane, bird", "fish", "4"]

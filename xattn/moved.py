@@ -17,6 +17,10 @@ from typing import Any
 MOVED: dict[str, tuple[str, ...]] = {
     "xattn.adapters": ("xattn.backbone.adapters",),
     "xattn.allocator": ("xattn.runtime.allocator",),
+    "xattn.app.inside": ("xattn.packs.contained_files",),
+    "xattn.app.pack": ("xattn.packs.reader", "xattn.packs.contained_files"),
+    "xattn.app.pack_index": ("xattn.packs.manifest",),
+    "xattn.app.visible": ("xattn.runtime.display_text",),
     "xattn.contact_sheet": ("xattn.pictures.contact_sheet",),
     "xattn.distributed": ("xattn.runtime.distributed",),
     "xattn.eval.attention": ("xattn.eval.bench.attention",),

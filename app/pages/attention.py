@@ -36,15 +36,15 @@ from xattn.app.attention_view import (
     view_of,
 )
 from xattn.app.components.patches import patches, picked_patch
-from xattn.app.pack import PackError
 from xattn.app.reading import SIZES, TRAINED, Reading
 from xattn.app.state import Context, plain
 from xattn.app.theme import facts_html, name_html
 from xattn.attention.statistics import bits, breadth, kept_keys, row_distance, row_entropy
 from xattn.explainers.attention import NoAttention
+from xattn.packs.contained_files import PackError
 
 if TYPE_CHECKING:
-    from xattn.app.library import Pack
+    from xattn.packs.reader import Pack
 
 
 def page(context: Context) -> None:

@@ -14,17 +14,18 @@ import streamlit as st
 from xattn.app import bound, comparison, demo_pack, state
 from xattn.app.comparison import Board, arrow
 from xattn.app.components import grid
-from xattn.app.library import PackError
 from xattn.app.pictures import Look, legends, overlay_url
 from xattn.app.state import Context, plain
 from xattn.eval.differences import Apart, by_maps, by_metric
 from xattn.eval.html_data import MAX_VALUES, case_columns, spread
 from xattn.eval.html_tables import format_number, number_form
 from xattn.eval.protocol import METRICS
+from xattn.packs.contained_files import PackError
 from xattn.pictures.contact_sheet import legends_html
 
 if TYPE_CHECKING:
-    from xattn.app.library import ComparisonInfo, Pack
+    from xattn.app.library import ComparisonInfo
+    from xattn.packs.reader import Pack
 
 PARTS = ("Leaderboard", "Curves", "Photos", "Pairs")
 MAPS = "maps"  # compare two methods by the order of their maps

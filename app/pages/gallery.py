@@ -19,7 +19,7 @@ from xattn.app.state import Context, plain
 from xattn.pictures.contact_sheet import legends_html
 
 if TYPE_CHECKING:
-    from xattn.app.library import Pack
+    from xattn.packs.reader import Pack
 
 SIDE = 240  # pixels of a picture's longer side
 # Before every key of this page in the session: the names of a view are keys of other pages' widgets, and

@@ -17,7 +17,7 @@ from xattn.app.state import Context, plain
 from xattn.app.theme import name_html
 
 if TYPE_CHECKING:
-    from xattn.app.library import Pack
+    from xattn.packs.reader import Pack
 
 FIRST_METHODS = 6  # that are shown before anybody chooses
 TABS = {

@@ -24,12 +24,13 @@ from xattn.app.pictures import (
 )
 from xattn.app.state import Context, plain
 from xattn.app.uploads import Upload
-from xattn.app.visible import reason
 from xattn.pictures.contact_sheet import legends_html
+from xattn.runtime.display_text import reason
 
 if TYPE_CHECKING:
-    from xattn.app.library import Library, Pack
+    from xattn.app.library import Library
     from xattn.backbone import Backbone
+    from xattn.packs.reader import Pack
 
 REASONS, NAMED = 4, 2  # lines, and names in a line, about what was left out
 FEW = 3  # pictures that fit beside each other on a phone

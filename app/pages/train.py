@@ -15,17 +15,16 @@ import streamlit as st
 
 from xattn.app import bound, folders, models, state
 from xattn.app.components import grid
-from xattn.app.inside import read_inside
 from xattn.app.jobs import Job, JobError, Jobs, Spec
-from xattn.app.library import PackError
 from xattn.app.pictures import Look, blank_maps, legends, overlay_url, photo_url
 from xattn.app.state import Context, plain
-from xattn.app.visible import reason, visible
 from xattn.config import PROBE_RECIPES, RECIPES
+from xattn.packs.contained_files import PackError, read_inside
 from xattn.pictures.contact_sheet import legends_html
+from xattn.runtime.display_text import reason, visible
 
 if TYPE_CHECKING:
-    from xattn.app.library import Pack
+    from xattn.packs.reader import Pack
 
 NEW = ""
 SCALES = {"Shared": "shared", "Each map": "map"}

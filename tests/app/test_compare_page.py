@@ -16,12 +16,13 @@ from streamlit.testing.v1 import AppTest
 
 from xattn.app import comparison, state
 from xattn.app.comparison import parse, read
-from xattn.app.library import LEADERBOARD, Library, PackError
+from xattn.app.library import LEADERBOARD, Library
 from xattn.app.made_up import small_pack
 from xattn.eval.compare import write_report
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol
 from xattn.eval.results import ImageRecord, MethodResult, Results
+from xattn.packs.contained_files import PackError
 from xattn.packs.format import MAPS
 
 IMAGES = 12
@@ -80,7 +81,7 @@ def library(made: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     found = Library(made)
     monkeypatch.setattr(state, "_settings", state.Settings(root=made))
     monkeypatch.setattr(state, "library", lambda: found)
-    monkeypatch.setattr(comparison, "_BOARDS", comparison.Recent(comparison.KEPT))
+    monkeypatch.setattr(comparison, "_BOARDS", comparison.LRUCache(comparison.KEPT))
     return found
 
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from xattn.app import export
-from xattn.app.library import PackError
 from xattn.app.made_up import CLASSES, described, explanation, picture, small_pack
 from xattn.app.pictures import Look
+from xattn.packs.contained_files import PackError
 from xattn.packs.format import MAPS
 from xattn.packs.writer import save_pack
 

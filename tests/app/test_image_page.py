@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("streamlit")
 
 from xattn.app import state
-from xattn.app.library import Library, PackError
+from xattn.app.library import Library
 from xattn.app.made_up import CLASSES, described, explanation, picture, small_pack
+from xattn.packs.contained_files import PackError
 from xattn.packs.format import MAPS
 from xattn.packs.writer import save_pack
 

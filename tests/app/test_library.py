@@ -23,11 +23,12 @@ pytest.importorskip("pandas")
 from conftest import only
 
 from xattn.app import library as library_module
-from xattn.app.library import Library, PackError
+from xattn.app.library import Library
 from xattn.app.made_up import METRICS, big_pack, explanation, picture, small_pack
-from xattn.app.pack import Pack, Recent
-from xattn.packs.reader import load_pack
+from xattn.packs.contained_files import PackError
+from xattn.packs.reader import Pack, load_pack
 from xattn.packs.writer import manifest_text, save_pack
+from xattn.runtime.lru_cache import LRUCache
 from xattn.runtime.tensor_file import TensorFile
 
 
@@ -139,7 +140,7 @@ def test_opening_reads_no_map_and_asking_reads_one(root, monkeypatch):
 
 
 def test_what_is_kept_in_memory_is_bounded():
-    recent = Recent(limit=100)
+    recent = LRUCache(limit=100)
     for i in range(50):
         recent.put(i, f"value {i}", 30)
     assert [recent.get(i) for i in (46, 47, 48, 49)] == [None, "value 47", "value 48", "value 49"]

@@ -20,13 +20,14 @@ from streamlit.testing.v1 import AppTest
 
 from xattn.app import explaining, film, models, state
 from xattn.app.explaining import Jobs, Request, keep
-from xattn.app.library import Library, PackError
+from xattn.app.library import Library
 from xattn.app.made_up import picture
 from xattn.app.pages import live
 from xattn.app.uploads import Upload
 from xattn.cli.model import BackboneArgs
 from xattn.explaining.photos import explain
 from xattn.heads import create_head, save_head
+from xattn.packs.contained_files import PackError
 
 CNN = "test_efficientnet"
 LONG = 60  # seconds, after which a job counts as hung
@@ -358,7 +359,7 @@ def test_a_clip_becomes_a_pack_whose_film_is_read_frame_by_frame(jobs, library, 
     pixels = [np.asarray(image).astype(int) for image in shown]
     assert min(np.abs(a - b).mean() for a, b in pairwise(pixels)) > 3
     # A frame is the same whichever was asked for before.
-    film._CACHE = film.Recent(film.CACHE_BYTES)
+    film._CACHE = film.LRUCache(film.CACHE_BYTES)
     again = np.asarray(Image.open(io.BytesIO(film.frame_bytes(pack, 2, 128)))).astype(int)
     np.testing.assert_array_equal(again, pixels[2])
     with pytest.raises(PackError, match="0 to 3"):

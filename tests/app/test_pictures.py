@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from xattn.app import pictures
-from xattn.app.library import Library, PackError
+from xattn.app.library import Library
 from xattn.app.made_up import CLASSES, VIEW, explanation, picture, small_pack
 from xattn.app.pictures import Look
+from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import contrast
 from xattn.packs.writer import save_pack
 from xattn.pictures.overlay import DIVERGING, colorize, gradient, overlay

@@ -12,14 +12,13 @@ import torch
 from PIL import Image
 
 import xattn.explaining.photos
-from xattn.app.pack import Pack
 from xattn.backbone import load_backbone
 from xattn.cli import main
 from xattn.explainers import Explainer, create_explainer
 from xattn.explaining.photos import explain
 from xattn.heads import create_head
 from xattn.packs.format import read_manifest
-from xattn.packs.reader import load_pack
+from xattn.packs.reader import Pack, load_pack
 from xattn.photos.view import prepare
 
 CLASSES = ["tabby cat, tabby", "golden retriever", "espresso", "rocket", "tripod", "fox", "owl"]

@@ -18,7 +18,6 @@ from fuzz.mutations import deep
 from fuzz.photos import _nasty_photos, photos
 from xattn.app import comparison, pictures
 from xattn.app.export import maps_csv
-from xattn.app.inside import PackError
 from xattn.app.library import Library
 from xattn.app.made_up import small_pack
 from xattn.app.pictures import Look
@@ -28,6 +27,7 @@ from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol
 from xattn.eval.report import read_json
 from xattn.eval.results import ImageRecord, MethodResult, Results
+from xattn.packs.contained_files import PackError
 from xattn.packs.format import MANIFEST, MAPS
 from xattn.packs.reader import load_pack
 
@@ -39,6 +39,7 @@ def pack_files() -> dict[str, bytes]:
     """The files of a pack, by their paths."""
     with tempfile.TemporaryDirectory() as folder:
         small_pack(Path(folder) / "pack", 2, ("gradcam", "random"))
+        Library(folder).packs()  # the first table of pandas reserves a gigabyte of address space
         root = Path(folder) / "pack"
         return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 

@@ -62,7 +62,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     try:
         data = (folder / MANIFEST).read_bytes()
     except OSError as error:
-        raise _unreadable(str(folder), error) from None
+        raise unreadable_manifest(str(folder), error) from None
     return parse_manifest(data, str(folder))
 
 
@@ -76,7 +76,7 @@ def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
         manifest = strict_json.parse(data)
         found, version = manifest["format"], manifest["version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise _unreadable(name, error) from None
+        raise unreadable_manifest(name, error) from None
     if found != FORMAT or type(version) is not int or version < 1:
         raise ValueError(
             f"pack: {MANIFEST} of {name} is not of a pack; it says format {found!r:.60}"
@@ -89,7 +89,8 @@ def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
     return manifest  # type: ignore[no-any-return]
 
 
-def _unreadable(name: str, error: Exception) -> ValueError:
+def unreadable_manifest(name: str, error: Exception) -> ValueError:
+    """The error of a pack, called ``name``, whose manifest cannot be read or parsed."""
     return ValueError(
         f"pack: {name} holds no readable {MANIFEST} ({type(error).__name__}); "
         f"give a folder that save_pack wrote"

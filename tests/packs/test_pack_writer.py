@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from xattn.app.pack import Pack, PackError
 from xattn.backbone import Preprocessing
 from xattn.correlation import disagreement
+from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import Explanation, ImageFacts
-from xattn.packs.reader import load_pack
+from xattn.packs.reader import Pack, load_pack
 from xattn.packs.writer import pack_writer, save_pack
 from xattn.photos.view import View, make_view
 from xattn.runtime.tensor_file import TensorFile

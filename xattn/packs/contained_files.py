@@ -1,4 +1,4 @@
-"""Files of a folder that somebody else may have filled: opened inside it, or not at all."""
+"""Files of a folder that somebody else may have filled: opened inside that folder, or not at all."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ AGAIN = "make the pack again"
 
 
 class PackError(ValueError):
-    """What is wrong with a pack, and what to do, in words for the person who opens it."""
+    """What is wrong with a pack, and what to do about it, in words for the person who opens it."""
 
 
 class Signature(NamedTuple):
-    """What tells a file from the one that was there before, without reading it."""
+    """The stat signature of a file: it differs once the file was changed or replaced."""
 
     mtime_ns: int
     size: int
@@ -23,14 +23,15 @@ class Signature(NamedTuple):
 
     @classmethod
     def of(cls, found: os.stat_result) -> Signature:
+        """The signature in a result of ``os.stat``."""
         return cls(found.st_mtime_ns, found.st_size, found.st_ino)
 
 
 def open_inside(folder: Path, name: str) -> IO[bytes]:
-    """A regular file of ``folder`` (a resolved path) for reading; links that lead out are refused.
+    """Open a regular file of ``folder`` (a resolved path) for reading; links that lead out are refused.
 
     Raises:
-        PackError: it is gone, leads out of the folder, is no file, or may not be read.
+        PackError: it is missing, leads out of the folder, is not a regular file, or may not be read.
     """
     try:
         path = (folder / name).resolve(strict=True)
@@ -41,7 +42,7 @@ def open_inside(folder: Path, name: str) -> IO[bytes]:
     if not path.is_relative_to(folder):
         raise PackError(f"{name} is a link that leads out of the folder; put the file itself there")
     try:
-        stream = open(path, "rb", opener=_open)
+        stream = open(path, "rb", opener=_open_without_waiting)
     except OSError as error:
         raise PackError(f"{name} cannot be read ({why(error)}); check its permissions") from None
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
@@ -50,8 +51,8 @@ def open_inside(folder: Path, name: str) -> IO[bytes]:
     return stream
 
 
-def _open(path: str, flags: int) -> int:
-    # Not to wait for a pipe that somebody named like a picture.
+def _open_without_waiting(path: str, flags: int) -> int:
+    # Opening a named pipe would otherwise block until somebody writes to it.
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
 
 
@@ -59,7 +60,7 @@ def read_inside(folder: Path, name: str, limit: int) -> bytes:
     """All bytes of a file of ``folder``, at most ``limit``.
 
     Raises:
-        PackError: as :func:`open_inside`, or larger.
+        PackError: as :func:`open_inside`, or the file is larger.
     """
     with open_inside(folder, name) as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -72,7 +73,7 @@ def read_inside(folder: Path, name: str, limit: int) -> bytes:
 
 
 def why(error: BaseException) -> str:
-    """A reason in one line without a path."""
+    """The reason in an error, on one line and without a path."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
     return " ".join(str(error).split())[:200] or type(error).__name__
