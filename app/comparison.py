@@ -12,11 +12,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from xattn.app.library import LEADERBOARD
-from xattn.eval import html_data
-from xattn.eval.compare import Standing
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import METRICS
-from xattn.eval.report import from_dict
+from xattn.eval.report import html_data
+from xattn.eval.report.results_files import from_dict
+from xattn.eval.report.standings import Standing
 from xattn.eval.results import Results, is_baseline
 from xattn.packs.contained_files import PackError
 from xattn.runtime import strict_json
@@ -54,7 +54,7 @@ class Board:
 
     @cached_property
     def curves(self) -> list[dict[str, Any]]:
-        """See :func:`xattn.eval.html_data.curves`; takes seconds for many methods."""
+        """See :func:`xattn.eval.report.html_data.curves`; takes seconds for many methods."""
         return html_data.curves(self.results)
 
     def kind(self, method: str) -> str:

@@ -23,8 +23,8 @@ _EXPORTS = {
     "Annotations": "annotations",
     "load_annotations": "annotations",
     "preset": "presets",
-    "Comparison": "compare",
-    "compare": "compare",
+    "Comparison": "leaderboard",
+    "compare": "leaderboard",
     "Column": "metrics.base",
     "Probe": "metrics.base",
     "Request": "metrics.base",
@@ -104,7 +104,6 @@ __all__ = [
 if TYPE_CHECKING:
     from xattn.eval.annotations import Annotation, Annotations, load_annotations
     from xattn.eval.bootstrap import mean_interval, paired_difference
-    from xattn.eval.compare import Comparison, compare
     from xattn.eval.engine import evaluate
     from xattn.eval.functional import (
         average_drop,
@@ -114,6 +113,7 @@ if TYPE_CHECKING:
         saliency,
         threshold_mask,
     )
+    from xattn.eval.leaderboard import Comparison, compare
     from xattn.eval.metrics.base import Column, Probe, Request, Sample
     from xattn.eval.metrics.masking import (
         AverageDrop,
@@ -126,7 +126,8 @@ if TYPE_CHECKING:
     from xattn.eval.metrics.registry import PROBES, create_probe
     from xattn.eval.presets import preset
     from xattn.eval.protocol import METRICS, Protocol
-    from xattn.eval.report import format_table, read_json, write_csv, write_json
+    from xattn.eval.report.results_files import read_json, write_csv, write_json
+    from xattn.eval.report.text_tables import format_table
     from xattn.eval.results import (
         Difference,
         ImageRecord,

@@ -16,10 +16,10 @@ from xattn.app.comparison import Board, arrow
 from xattn.app.components import grid
 from xattn.app.pictures import Look, legends, overlay_url
 from xattn.app.state import Context, plain
-from xattn.eval.differences import Apart, by_maps, by_metric
-from xattn.eval.html_data import MAX_VALUES, case_columns, spread
-from xattn.eval.html_tables import format_number, number_form
 from xattn.eval.protocol import METRICS
+from xattn.eval.report.differences import Apart, by_maps, by_metric
+from xattn.eval.report.html_data import MAX_VALUES, case_columns, spread
+from xattn.eval.report.html_tables import format_number, number_form
 from xattn.packs.contained_files import PackError
 from xattn.pictures.contact_sheet import legends_html
 

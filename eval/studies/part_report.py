@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,10 @@ from PIL import Image
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference, t_interval
 from xattn.eval.functional import upsample
 from xattn.eval.studies.config import PartStudyConfig
+from xattn.eval.studies.part_scenarios import Scenario
 from xattn.photos.images import load_image
 from xattn.pictures.overlay import overlay
 from xattn.runtime.files import atomic_file
-
-if TYPE_CHECKING:
-    from xattn.eval.studies.part_utilization import Scenario
 
 TESTS = {  # of the regular class: (share of web photos, share of them with text)
     "web": (1.0, 0.0),

@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xattn.backbone import load_backbone
+from xattn.backbone import Backbone, load_backbone
 from xattn.config import ProbeConfig
 from xattn.eval.annotations import Boxes
 from xattn.eval.functional import upsample
 from xattn.eval.metrics.localization import energy_pointing_values
 from xattn.eval.studies.config import PartStudyConfig
 from xattn.eval.studies.part_report import Values, figure, line, report, summary
+from xattn.eval.studies.part_scenarios import Scenario, scenarios
 from xattn.heads import AttentiveHead, create_head, head_class
 from xattn.parts import cut_parts, draw_macro, draw_text, write_lettered
 from xattn.parts.macros import BOXES
@@ -41,35 +42,12 @@ from xattn.photos.sources import open_photos
 from xattn.photos.view import make_view
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, write_json
-from xattn.training.features import cache_features
+from xattn.training.features import Features, cache_features
 from xattn.training.probe import probe
 
 FORMS = ("plain", "text", "macro", "crop")
 MACRO = FORMS.index("macro")
 CLASSES = ("no macro", "macro")
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """What the regular class of a training set is made of."""
-
-    p_conc: float
-    p_txt: float
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.p_conc <= 1 and 0 <= self.p_txt <= 1):
-            raise ValueError(
-                f"p_conc, p_txt: got {self.p_conc}, {self.p_txt}; give shares in [0, 1]"
-            )
-
-    @property
-    def label(self) -> str:
-        """Both shares with all their digits: a third is not 0.33."""
-        return f"{float(self.p_conc)!r}-{float(self.p_txt)!r}"
-
-
-def scenarios(study: PartStudyConfig) -> list[Scenario]:
-    return [Scenario(c, t) for t in study.p_txt for c in study.p_conc]
 
 
 # ---------------------------------------------------------------------- data
@@ -208,6 +186,54 @@ def run(
     _claim(output, photos, study)
     forms = make_forms(photos, output / study.images, study.worn, study.seed)
     yield f"{len(photos)} photos, {sum(f is not None for f in forms.files[-1])} of whose macros have a crop"
+    inputs = _inputs(study, kind_of_head, forms, output, weights)
+    results: dict[str, Values] = {}
+    planned = scenarios(study)
+    for scenario in planned:
+        stored = []
+        for fold in range(study.folds):
+            path = output / "heads" / f"{study.name}-{scenario.label}-{fold}.npz"
+            if not path.is_file():
+                values = _train_and_measure(study, inputs, scenario, fold)
+                with atomic_file(path) as temporary:
+                    np.savez(temporary, **values)
+                yield line(scenario, fold, values)
+            with np.load(path) as file:
+                stored.append(dict(file))
+        results[scenario.label] = {
+            key: np.concatenate([part[key] for part in stored]) for key in stored[0]
+        } | {"fold": np.repeat(np.arange(study.folds), [len(p["photos"]) for p in stored])}
+    table, picture = (output / f"{study.name}.{suffix}" for suffix in ("json", "jpg"))
+    write_json(table, summary(study, planned, results))
+    macros = [f for f in forms.files[MACRO] if f is not None]
+    figure(picture, planned, results, macros)
+    yield from report(study, planned, results)
+    yield f"{table}, {picture}"
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What all heads are trained and tested on.
+
+    ``rows`` (forms, photos): the place of each image among the ``features``, -1 where there is none;
+    ``labels`` by that place; ``masks`` (photos, 1, H, W): where the text of each macro is.
+    """
+
+    backbone: Backbone
+    features: Features
+    rows: NDArray[np.int64]
+    labels: torch.Tensor
+    masks: torch.Tensor
+
+
+def _inputs(
+    study: PartStudyConfig,
+    kind_of_head: type[AttentiveHead],
+    forms: Forms,
+    output: Path,
+    weights: str | Path | None,
+) -> _Inputs:
+    """The features of every form of every photo, computed or found in ``output``."""
     backbone = load_backbone(study.backbone, weights, input_size=study.input_size)
     backbone = backbone.with_taps(kind_of_head.default_taps(backbone.depth))
     # Text stands at the edges: the model sees the whole image, squeezed.
@@ -223,44 +249,35 @@ def run(
     rows[there] = np.arange(len(files))
     labels = torch.tensor([int(form == MACRO) for form in np.nonzero(there)[0]])
     masks = _masks(forms, backbone.preprocessing)
+    return _Inputs(backbone, features, rows, labels, masks)
+
+
+def _train_and_measure(
+    study: PartStudyConfig, inputs: _Inputs, scenario: Scenario, fold: int
+) -> Values:
+    """The values of the head that is trained on one scenario and tested on one fold."""
+    rows = inputs.rows
+    test, rest = _split(rows.shape[1], study.folds, fold, study.seed)
+    seed = study.seed * study.folds + fold
+    parts = np.split(np.random.default_rng(seed).permutation(rest), [len(rest) // 10])
+    validation, train = (
+        [int(rows[form, i]) for form, i in training_set(part, scenario, rows[-1] >= 0)]
+        for part in parts
+    )
     options: dict[str, Any] = {"hidden": study.hidden} if study.head == "memetector" else {}
-    results: dict[str, Values] = {}
-    planned = scenarios(study)
-    for scenario in planned:
-        stored = []
-        for fold in range(study.folds):
-            path = output / "heads" / f"{study.name}-{scenario.label}-{fold}.npz"
-            if not path.is_file():
-                test, rest = _split(len(photos), study.folds, fold, study.seed)
-                seed = study.seed * study.folds + fold
-                held = len(rest) // 10
-                parts = np.split(np.random.default_rng(seed).permutation(rest), [held])
-                held_out, trained_on = (
-                    [int(rows[form, i]) for form, i in training_set(p, scenario, there[-1])]
-                    for p in parts
-                )
-                torch.manual_seed(seed)
-                head = create_head(study.head, backbone, class_names=CLASSES, **options)
-                assert isinstance(head, AttentiveHead)
-                probe(
-                    head, features, labels, recipe(seed), train=trained_on, validation=held_out,
-                    progress=False,
-                )  # fmt: skip
-                values = measure(head, features, rows, masks, test)
-                with atomic_file(path) as temporary:
-                    np.savez(temporary, **values)
-                yield line(scenario, fold, values)
-            with np.load(path) as file:
-                stored.append(dict(file))
-        results[scenario.label] = {
-            key: np.concatenate([part[key] for part in stored]) for key in stored[0]
-        } | {"fold": np.repeat(np.arange(study.folds), [len(p["photos"]) for p in stored])}
-    table, picture = (output / f"{study.name}.{suffix}" for suffix in ("json", "jpg"))
-    write_json(table, summary(study, planned, results))
-    macros = [f for f in forms.files[MACRO] if f is not None]
-    figure(picture, planned, results, macros)
-    yield from report(study, planned, results)
-    yield f"{table}, {picture}"
+    torch.manual_seed(seed)
+    head = create_head(study.head, inputs.backbone, class_names=CLASSES, **options)
+    assert isinstance(head, AttentiveHead)
+    probe(
+        head,
+        inputs.features,
+        inputs.labels,
+        recipe(seed),
+        train=train,
+        validation=validation,
+        progress=False,
+    )
+    return measure(head, inputs.features, rows, inputs.masks, test)
 
 
 def _claim(output: Path, photos: Sequence[Path], study: PartStudyConfig) -> None:

@@ -18,9 +18,9 @@ from xattn.app import comparison, state
 from xattn.app.comparison import parse, read
 from xattn.app.library import LEADERBOARD, Library
 from xattn.app.made_up import small_pack
-from xattn.eval.compare import write_report
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol
+from xattn.eval.report.leaderboard_files import write_report
 from xattn.eval.results import ImageRecord, MethodResult, Results
 from xattn.packs.contained_files import PackError
 from xattn.packs.format import MAPS

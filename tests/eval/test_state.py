@@ -10,8 +10,8 @@ import torch
 from eval_fakes import FakeBackbone, Maps
 
 from xattn.eval import evaluate
-from xattn.eval.html_data import _maps
-from xattn.eval.report import to_dict
+from xattn.eval.report.html_data import map_images
+from xattn.eval.report.results_files import to_dict
 from xattn.eval.store import ImageRow, Store, kept_images
 
 
@@ -267,7 +267,7 @@ def finished(tmp_path_factory):
 def read_all(path):
     """All that a comparison reads of its state."""
     results = run(path, images=fakes.images(6), kept_maps=6)
-    _maps(results, path, [(m, i) for m in range(len(results.methods)) for i in range(6)])
+    map_images(results, path, [(m, i) for m in range(len(results.methods)) for i in range(6)])
     list(kept_images(path, None, 6))
     return results
 

@@ -22,10 +22,10 @@ from xattn.app.library import Library
 from xattn.app.made_up import small_pack
 from xattn.app.pictures import Look
 from xattn.app.selection import make_table
-from xattn.eval.compare import write_report
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol
-from xattn.eval.report import read_json
+from xattn.eval.report.leaderboard_files import write_report
+from xattn.eval.report.results_files import read_json
 from xattn.eval.results import ImageRecord, MethodResult, Results
 from xattn.packs.contained_files import PackError
 from xattn.packs.format import MANIFEST, MAPS

@@ -22,8 +22,8 @@ from fuzz.labels import lines, nasty_json
 from fuzz.packs import results
 from xattn.app.made_up import picture
 from xattn.config import TrainConfig
-from xattn.eval.html_data import _maps
 from xattn.eval.probing import check_results
+from xattn.eval.report.html_data import map_images
 from xattn.eval.store import ImageRow, ResultRow, Store, kept_images
 from xattn.eval.studies import part_utilization, sst
 from xattn.eval.studies.attention_text import Progress
@@ -467,7 +467,7 @@ def _work(folder: Path) -> None:
     finally:
         store.close()
     list(kept_images(path, None, 9))
-    _maps(results(), path, [(0, 0), (1, 2)])
+    map_images(results(), path, [(0, 0), (1, 2)])
 
 
 @target(

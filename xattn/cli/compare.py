@@ -54,7 +54,7 @@ class Compare:
     """Folder for the report and the state; the same command continues a stopped run."""
 
     def run(self) -> None:
-        from xattn.eval.compare import Comparison, compare
+        from xattn.eval.leaderboard import Comparison, compare
         from xattn.explainers import list_explainers
         from xattn.runtime.distributed import processes
         from xattn.runtime.files import check_folder

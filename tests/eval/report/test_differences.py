@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from xattn.eval.differences import by_maps, by_metric
+from xattn.eval.report.differences import by_maps, by_metric
 
 
 def test_images_come_by_falling_distance_and_ties_keep_their_order():

@@ -16,7 +16,7 @@ from xattn.eval.studies.swapped_attention import SWAPS, Swap, accuracy
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SHARED = ROOT.parent / "shared" / "data"
 NAMES = ("tench", "goldfish", "great white shark")
 

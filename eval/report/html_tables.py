@@ -16,7 +16,7 @@ from xattn.eval.results import SURVIVES, MethodResult, Results, is_baseline
 from xattn.runtime.files import printable
 
 if TYPE_CHECKING:
-    from xattn.eval.compare import Standing
+    from xattn.eval.report.standings import Standing
 
 Failures = Mapping[str, Mapping[Column, "list[str] | None"]]
 

@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xattn.eval.html_data import page_data
-from xattn.eval.html_tables import (
+from xattn.eval.report.html_data import page_data
+from xattn.eval.report.html_tables import (
     Failures,
     formulas,
     label,
@@ -24,12 +24,12 @@ from xattn.eval.html_tables import (
     text,
     toggles,
 )
-from xattn.eval.report import _notes
+from xattn.eval.report.text_tables import protocol_notes
 from xattn.eval.results import SURVIVES, Results, is_baseline
 
 if TYPE_CHECKING:
     from xattn.backbone import Preprocessing
-    from xattn.eval.compare import Standing
+    from xattn.eval.report.standings import Standing
 
 _LISTED = 20  # images of one method, or skipped photos, before "and n more"
 
@@ -45,7 +45,7 @@ def html_page(
     """The page as text; equal arguments give equal bytes.
 
     Args:
-        table: what :func:`xattn.eval.compare.standings` makes of ``results``.
+        table: what :func:`xattn.eval.report.standings.standings` makes of ``results``.
         state: the evaluation's SQLite file, whose maps are shown; None: no maps.
         photos: by image id; shown as the model saw them, which needs ``preprocessing``. A photo that
             is missing or cannot be read leaves its map alone.
@@ -53,7 +53,7 @@ def html_page(
     Raises:
         ValueError: ``state`` is damaged, or not the file of an evaluation.
     """
-    page = resources.files("xattn.eval") / "page"
+    page = resources.files("xattn.eval.report") / "page"
     # ensure_ascii and the escapes below: no name can close the script element.
     data = json.dumps(
         page_data(results, state, photos, preprocessing), allow_nan=False, separators=(",", ":")
@@ -79,7 +79,7 @@ def html_page(
 
 
 def _facts(results: Results) -> str:
-    protocol, *rest = _notes(results)
+    protocol, *rest = protocol_notes(results)
     backbone = results.backbone.get("name", "?")
     sane = sum(map(is_baseline, results.methods))
     digest = str(results.backbone.get("sha256", ""))[:12]

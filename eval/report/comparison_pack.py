@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from xattn.eval.engine import describe
-from xattn.eval.html_data import CURVES, each_curve
 from xattn.eval.protocol import METRICS
+from xattn.eval.report.html_data import CURVES, each_curve
 from xattn.eval.results import Results, is_baseline
 from xattn.eval.store import KeptImage, kept_images
 from xattn.eval.stream import Skipped
@@ -24,7 +24,7 @@ from xattn.explaining.provenance import protocol_of
 from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.writer import pack_writer
 from xattn.photos.images import load_image
-from xattn.photos.view import make_view
+from xattn.photos.view import View, make_view
 
 DIGITS = 6  # of a curve's values
 
@@ -60,18 +60,12 @@ def write_pack(
         ValueError: no map was kept.
         OSError: it cannot be written; an earlier pack is intact.
     """
+    maker = _ExplanationMaker(results, backbone, methods)
     sources = named_photos(images)
-    records = {name: _record(results, backbone, method) for name, method in methods.items()}
-    curves, shares = _curves(results)
     count = len(results.images) + len(results.skipped)
-    missing = 0
     with pack_writer(folder, overlays=False) as writer:
         for kept in kept_images(state, count, limit):
             image_id, source = sources[kept.position]
-            label, label_name = (truth or {}).get(image_id, (None, None))
-            facts = ImageFacts(
-                tuple((int(i), str(name), float(p)) for i, name, p in kept.top), label, label_name
-            )
             try:
                 photo = load_image(source, max_pixels=None)
                 view = make_view(
@@ -80,51 +74,81 @@ def write_pack(
             except (OSError, ValueError) as error:
                 say(f"pack: left out {kept.id}: {error}")
                 continue
-            group = []
-            for name, method in results.methods.items():
-                if not method.valid[kept.number]:
-                    continue
-                if name not in kept.maps:
-                    missing += 1
-                    continue
-                group.append(
-                    Explanation(
-                        map=kept.maps[name],
-                        target=kept.target,
-                        target_name=kept.target_name,
-                        probability=_probability(results, kept),
-                        method=_plain(name),
-                        view=view,
-                        image_id=image_id,
-                        protocol=records[name],
-                        file_name=Path(kept.id).name,
-                        is_mask=method.is_mask,
-                        source=photo,
-                        facts=facts,
-                        metrics=dict(_values(results, name, kept.number)),
-                        curves={
-                            key: [float(f"{v:.{DIGITS}g}") for v in rows[kept.number]]
-                            for key, rows in curves[name].items()
-                            if np.isfinite(rows[kept.number]).all()
-                        },
-                        sanity=is_baseline(name),
-                    )
-                )
+            label = (truth or {}).get(image_id, (None, None))
+            group = maker.explanations(kept, image_id, photo, view, label)
             if group:
                 writer.add(group)
         writer.skipped = [_skipped(s, images) for s in results.skipped]
-        writer.metrics = {
-            c.key: {
-                "higher_is_better": METRICS[c.metric].higher_is_better,
-                "formula": METRICS[c.metric].formula,
-                "protocol_id": results.metric_id(c),
-            }
-            for c in results.columns
-        }
-        writer.shares = shares
-    if missing:
-        say(f"pack: {missing} maps were not kept")
+        writer.metrics = _columns(results)
+        writer.shares = maker.shares
+    if maker.missing:
+        say(f"pack: {maker.missing} maps were not kept")
     return folder
+
+
+class _ExplanationMaker:
+    """Makes the explanations of one image after the other; ``missing`` counts maps that were not kept."""
+
+    def __init__(self, results: Results, backbone: Any, methods: Mapping[str, Any]) -> None:
+        self.results = results
+        self.records = {name: _record(results, backbone, m) for name, m in methods.items()}
+        self.curves, self.shares = _curves(results)
+        self.missing = 0
+
+    def explanations(
+        self, kept: KeptImage, image_id: str, photo: Image.Image, view: View, label: TrueClass
+    ) -> list[Explanation]:
+        """One explanation a method that has a valid map of the image, and whose map was kept."""
+        top = tuple((int(i), str(name), float(p)) for i, name, p in kept.top)
+        facts = ImageFacts(top, *label)
+        group = []
+        for name, method in self.results.methods.items():
+            if not method.valid[kept.number]:
+                continue
+            if name not in kept.maps:
+                self.missing += 1
+                continue
+            group.append(
+                Explanation(
+                    map=kept.maps[name],
+                    target=kept.target,
+                    target_name=kept.target_name,
+                    probability=_probability(self.results, kept),
+                    method=_plain(name),
+                    view=view,
+                    image_id=image_id,
+                    protocol=self.records[name],
+                    file_name=Path(kept.id).name,
+                    is_mask=method.is_mask,
+                    source=photo,
+                    facts=facts,
+                    metrics=dict(_values(self.results, name, kept.number)),
+                    curves=self._curves_of(name, kept.number),
+                    sanity=is_baseline(name),
+                )
+            )
+        return group
+
+    def _curves_of(self, name: str, number: int) -> dict[str, list[float]]:
+        """The finite curves of one method on one image, by name."""
+        rows = {key: curve[number] for key, curve in self.curves[name].items()}
+        return {
+            key: [float(f"{value:.{DIGITS}g}") for value in row]
+            for key, row in rows.items()
+            if np.isfinite(row).all()
+        }
+
+
+def _columns(results: Results) -> dict[str, dict[str, Any]]:
+    """What each metric of the pack is, by the key of its column."""
+    return {
+        column.key: {
+            "higher_is_better": METRICS[column.metric].higher_is_better,
+            "formula": METRICS[column.metric].formula,
+            "protocol_id": results.metric_id(column),
+        }
+        for column in results.columns
+    }
 
 
 def _record(results: Results, backbone: Any, method: Any) -> dict[str, Any]:

@@ -10,15 +10,10 @@ import pytest
 from PIL import Image
 
 from xattn.eval import Column, Protocol
-from xattn.eval.compare import (
-    Comparison,
-    compare,
-    markdown,
-    seconds_script,
-    standings,
-    write_report,
-)
-from xattn.eval.report import from_dict
+from xattn.eval.leaderboard import Comparison, compare
+from xattn.eval.report.leaderboard_files import markdown, seconds_script, write_report
+from xattn.eval.report.results_files import from_dict
+from xattn.eval.report.standings import standings
 from xattn.eval.results import ImageRecord, MethodResult, Results
 
 AD, IC = Column("AD", 0.5), Column("IC", 0.5)  # lower and higher is better

@@ -49,7 +49,7 @@ def page_data(
     photos: Mapping[str, Path],
     preprocessing: Preprocessing | None,
 ) -> dict[str, Any]:
-    """What the page's script draws from; arguments as in :func:`xattn.eval.html.html_page`.
+    """What the page's script draws from; arguments as in :func:`xattn.eval.report.html_page.html_page`.
 
     Methods, columns and images go by their index in the results. Pictures are ``data:`` addresses:
     ``photos`` by image, ``maps`` by "method:image".
@@ -77,7 +77,7 @@ def page_data(
         ],
         "curves": curves(results),
         "cases": cases,
-        "maps": _maps(results, state, sorted(shown)),
+        "maps": map_images(results, state, sorted(shown)),
         "photos": _photos(results, photos, preprocessing, sorted({i for _, i in shown})),
     }
 
@@ -197,7 +197,7 @@ def _cases(results: Results, names: Iterable[str]) -> list[dict[str, Any]]:
     return cases
 
 
-def _maps(
+def map_images(
     results: Results, state: Path | None, wanted: Iterable[tuple[int, int]]
 ) -> dict[str, str]:
     """Coloured maps by "method:image", of those (method, image) that the state has."""

@@ -17,10 +17,10 @@ from PIL import Image
 
 from xattn.backbone import Preprocessing
 from xattn.eval import Column, Protocol, evaluate
-from xattn.eval.compare import standings
-from xattn.eval.html import html_page
 from xattn.eval.metrics import create_probe
-from xattn.eval.report import from_dict, to_dict
+from xattn.eval.report.html_page import html_page
+from xattn.eval.report.results_files import from_dict, to_dict
+from xattn.eval.report.standings import standings
 from xattn.eval.results import ImageRecord, MethodResult, Results
 from xattn.eval.store import ImageRow, ResultRow, Store
 from xattn.eval.stream import Skipped
@@ -112,7 +112,7 @@ def test_the_page_is_whole_html_with_one_row_a_method(run):
     assert "flat: 7 invalid maps" in parsed.text, "warnings are in the page"
     ids = [a["id"] for _, a in parsed.elements if "id" in a]
     assert len(ids) == len(set(ids))
-    script = (resources.files("xattn.eval") / "page" / "report.js").read_text()
+    script = (resources.files("xattn.eval.report") / "page" / "report.js").read_text()
     assert set(re.findall(r'byId\("([\w-]+)"\)', script)) <= set(ids)
 
 
@@ -298,7 +298,7 @@ def test_few_images_are_not_best_and_worst_at_once():
 
 
 def test_many_images_and_methods_do_not_swell_the_page(monkeypatch):
-    monkeypatch.setattr("xattn.eval.html_data.MAX_VALUES", 400)
+    monkeypatch.setattr("xattn.eval.report.html_data.MAX_VALUES", 400)
     results = made_up(n=1000, **{f"method {i}": 0.1 * i for i in range(10)})
     data = Page(page(results)).data
     assert len(data["points"]) == 20 and data["points"][-1] == 999 and data["n"] == 1000

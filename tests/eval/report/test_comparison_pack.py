@@ -13,7 +13,7 @@ from PIL import Image
 
 from xattn import load_backbone
 from xattn.eval import evaluate
-from xattn.eval.compare import Comparison, compare
+from xattn.eval.leaderboard import Comparison, compare
 from xattn.eval.store import Store, kept_images
 from xattn.explainers import create_explainer
 from xattn.packs.format import read_manifest

@@ -16,7 +16,7 @@ from xattn.eval.studies.config import TextStudyConfig
 from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad
 from xattn.training.attention_training import PERTURBATIONS, create_perturbation
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data" / "sst"
+DATA = Path(__file__).parents[3].parent / "shared" / "data" / "sst"
 GOOD, BAD, PLAIN = ("fine", "lovely"), ("dull", "awful"), ("film", "the", "it", "is", "a")
 
 

@@ -1,0 +1,241 @@
+"""One leaderboard of heads and explainers: every metric, sanity rows, intervals, and a report.
+
+    xattn compare PHOTOS --heads ... --explainers ... --metrics ...
+
+The folder holds ``leaderboard.md``, ``.csv`` and ``.json``, ``images.csv``, ``report.html``,
+``pack/`` with the maps for ``xattn app``, the state that a killed run goes on from (``state.sqlite``)
+and the time it took (``seconds.js``, which the page shows). All but the last two are a pure function
+of the arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xattn.eval.annotations import load_annotations
+from xattn.eval.engine import create_probes, evaluate
+from xattn.eval.metrics.base import Probe
+from xattn.eval.metrics.registry import DIRECT
+from xattn.eval.plan import plan
+from xattn.eval.protocol import Protocol
+from xattn.eval.report.comparison_pack import can_pack, write_pack
+from xattn.eval.report.leaderboard_files import write_report
+from xattn.eval.results import Results
+from xattn.eval.sanity import Cascade, sanity_rows
+from xattn.eval.stream import ImageStream
+from xattn.explainers import create_explainer, list_explainers
+from xattn.explaining.naming import named_photos
+from xattn.explaining.photos import true_classes_of
+from xattn.heads import parse_options
+from xattn.packs.format import check_output
+from xattn.photos.images import MAX_PIXELS, list_images
+from xattn.photos.sources import is_stored
+from xattn.runtime.distributed import processes
+from xattn.runtime.files import printable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What to compare, and by what; see ``xattn compare --help``.
+
+    ``heads`` are trained heads by row name; ``options`` are ``explainer.name=value``. The maps of the
+    first ``maps`` images go into the pack, with ``labels`` as in :func:`xattn.explaining.photos.explain`.
+    """
+
+    backbone: Any
+    heads: Mapping[str, Any] = field(default_factory=dict)
+    explainers: Sequence[str] = ("gradcam",)
+    options: Sequence[str] = ()
+    metrics: Sequence[str] = ("direct",)
+    annotations: Path | None = None
+    again_limit: int | None = 2
+    view: str = "crop"
+    precision: str = "float32"
+    max_forward_batch: int = 32
+    max_pixels: int | None = MAX_PIXELS
+    seed: int = 0
+    maps: int = 1000
+    labels: str | Path | None = None
+
+
+def compare(
+    job: Comparison,
+    images: Any,
+    output: Path,
+    *,
+    limit: int | None = None,
+    progress: bool = True,
+    say: Callable[[str], Any] = lambda line: None,
+) -> tuple[Results, list[Path]]:
+    """Run a comparison and write its report to ``output``; goes on from ``output/state.sqlite``.
+
+    Args:
+        images: as in :func:`xattn.eval.evaluate`; ``limit`` takes the first of a folder or list.
+        say: gets the plan, and which explainers this backbone does not allow, before the start.
+
+    Raises:
+        ValueError: an unknown name or option, no image, or a state of another run.
+        OSError: files that cannot be read or written.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    packed = job.maps > 0 and can_pack(images)
+    if packed:
+        check_output(output / "pack")
+    truth = None
+    if job.labels is not None:  # refused now rather than after the work
+        truth = true_classes_of(named_photos(images), job.labels, job.backbone)
+    methods, made, refused = _methods(job)
+    for name, reason in refused.items():
+        say(f"left out {name}: {reason}")
+    protocol = Protocol(precision=job.precision, seed=job.seed, view=job.view)
+    probes = create_probes(_groups(job), protocol, job.backbone.preprocessing.mean)
+    annotations = None
+    if job.annotations is not None:
+        annotations = load_annotations(job.annotations, job.backbone)
+    ranks, rank = processes(job.backbone.device)
+    _say_plan(job, methods, probes, images, limit, ranks, say)
+    results = evaluate(
+        job.backbone,
+        methods,
+        images,
+        metrics=probes,
+        protocol=protocol,
+        max_forward_batch=job.max_forward_batch,
+        max_pixels=job.max_pixels,
+        limit=limit,
+        progress=progress,
+        annotations=annotations,
+        randomized=_randomized(job, made) if "randomization" in _groups(job) else {},
+        again_limit=job.again_limit,
+        state=output / "state.sqlite",
+        kept_maps=job.maps if packed else 0,
+    )
+    if rank > 0:
+        return results, []
+    files = write_report(results, output, _paths(images), job.backbone.preprocessing)
+    if packed:
+        write_pack(
+            output / "pack",
+            results,
+            output / "state.sqlite",
+            images,
+            job.backbone,
+            methods,
+            limit=job.maps,
+            truth=truth,
+            say=say,
+        )
+        say(f"pack: {output / 'pack'}")
+    return results, files
+
+
+def _say_plan(
+    job: Comparison,
+    methods: Mapping[str, Any],
+    probes: Sequence[Probe],
+    images: Any,
+    limit: int | None,
+    ranks: int,
+    say: Callable[[str], Any],
+) -> None:
+    """Say what the comparison will cost, if the number of images is known.
+
+    Reading ahead would take images from a generator.
+    """
+    stream = ImageStream(images, job.backbone.preprocessing, job.view, job.max_pixels, limit)
+    if stream.length is None:
+        return
+    first = next((block for block in stream.blocks(1) if block), None)
+    if first:
+        expected = plan(
+            job.backbone,
+            methods,
+            probes,
+            first[0].image,
+            stream.length,
+            max_forward_batch=job.max_forward_batch,
+            again_limit=job.again_limit,
+            processes=ranks,
+        )
+        say(str(expected))
+
+
+def _paths(images: Any) -> dict[str, Path]:
+    """The photos of a file, folder or list by the id that results have for them."""
+    if not isinstance(images, str | Path) or is_stored(images):
+        return {}
+    root = Path(images)
+    paths = list_images(images)
+    names = [str(p.relative_to(root) if root.is_dir() else p) for p in paths]
+    return {printable(name): path for name, path in zip(names, paths, strict=True)}
+
+
+def _groups(job: Comparison) -> list[str]:
+    """The names of the groups of metrics; localization comes with annotations."""
+    names: list[str] = []
+    for name in job.metrics:
+        again = ("adcc", "sensitivity", "randomization")
+        names += DIRECT if name == "direct" else (*DIRECT, *again) if name == "all" else (name,)
+    if job.annotations is not None:
+        names.append("localization")
+    return list(dict.fromkeys(names))
+
+
+def _methods(
+    job: Comparison,
+) -> tuple[dict[str, Any], dict[str, tuple[str, Any, dict[str, Any]]], dict[str, str]]:
+    """Explainers by row; how each was made (name, head, options); those "all" had to leave out."""
+    names = list(dict.fromkeys(job.explainers))
+    every = "all" in names
+    if every:
+        baselines = ("random", "centre", "ones", "head")
+        names = [name for name in list_explainers() if name not in baselines]
+    options = _options(job.options, names)
+    shared: dict[str, Any] = {"seed": job.seed, "max_forward_batch": job.max_forward_batch}
+    first = next(iter(job.heads.values()), None)
+    made: dict[str, tuple[str, Any, dict[str, Any]]] = {
+        label: ("head", head, {}) for label, head in job.heads.items()
+    }
+    made.update({name: (name, None, options.get(name, {})) for name in names})
+    methods, refused = {}, {}
+    for label, (name, head, chosen) in made.items():
+        try:
+            methods[label] = create_explainer(name, job.backbone, head, **shared, **chosen)
+        except ValueError as error:
+            if not every or label in job.heads:
+                raise
+            refused[label] = str(error)
+    if not methods:
+        raise ValueError("explainers: got none; give names of xattn list, or heads")
+    made = {label: made[label] for label in methods}
+    row, head, chosen = next(iter(made.values()))
+    sanity = sanity_rows(job.backbone, row, head=head or first, **shared, **chosen)
+    taken = sorted(set(job.heads) & {*sanity, *names})
+    if taken:
+        raise ValueError(f"heads: {', '.join(taken)} is the name of another row; give another")
+    return {**methods, **{k: v for k, v in sanity.items() if k not in methods}}, made, refused
+
+
+def _randomized(
+    job: Comparison, made: Mapping[str, tuple[str, Any, dict[str, Any]]]
+) -> dict[str, Callable[[int, Any, Any], Any]]:
+    """Each method on networks whose weights are randomised from the classifier down."""
+    cascade = Cascade(job.backbone, seed=job.seed, max_forward_batch=job.max_forward_batch)
+    rows = {**made, "random": ("random", None, {}), "centre": ("centre", None, {})}
+    return {label: cascade.method(name, head, **own) for label, (name, head, own) in rows.items()}
+
+
+def _options(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``["rise.masks=1000"]`` -> ``{"rise": {"masks": 1000}}``."""
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        name, dot, option = text.partition(".")
+        if not dot or name not in names:
+            raise ValueError(
+                f"options: got {text!r}; give explainer.name=value of an explainer that is compared"
+            )
+        found.setdefault(name, {}).update(parse_options([option]))
+    return found

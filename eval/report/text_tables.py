@@ -1,0 +1,89 @@
+"""Results as text or Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from xattn.eval.metrics.base import Column
+from xattn.eval.protocol import METRICS
+from xattn.eval.results import Results, Row
+
+# ---------------------------------------------------------------- tables
+
+
+def format_table(results: Results, style: str = "text") -> str:
+    """One table a level and kind of metric, with 95 % intervals; then protocol and warnings.
+
+    Args:
+        style: ``"text"`` (aligned columns) or ``"markdown"``.
+    """
+    if style not in ("text", "markdown"):
+        raise ValueError(f"style: got {style!r}; choose 'text' or 'markdown'")
+    by_cell = {(r.method, r.metric, r.level): r for r in results.rows()}
+    levels = list(dict.fromkeys(c.level for c in results.columns if c.level is not None))
+    groups: list[tuple[str, list[Column]]] = [
+        (f"retained {100 * level:g} %", [c for c in results.columns if c.level == level])
+        for level in levels
+    ]
+    for kind in dict.fromkeys(METRICS[c.metric].kind for c in results.columns if c.level is None):
+        columns = [c for c in results.columns if c.level is None and METRICS[c.metric].kind == kind]
+        groups += [(kind, columns[i : i + 5]) for i in range(0, len(columns), 5)]
+    parts = []
+    for title, columns in groups:
+        heads = [
+            f"{c.metric} {'↑' if METRICS[c.metric].higher_is_better else '↓'}" for c in columns
+        ]
+        lines = [["method", *heads, "n", "invalid", "forwards"]]
+        for name in results.methods:
+            rows = [by_cell[name, c.metric, c.level] for c in columns]
+            cost = rows[0].forwards
+            counts = [_span(r.n for r in rows), _span(r.n_invalid for r in rows)]
+            lines.append([name, *map(_cell, rows), *counts, "-" if cost is None else str(cost)])
+        parts.append(_table(title, lines, style))
+    notes = [*protocol_notes(results), *(f"warning: {line}" for line in results.warnings())]
+    bullet = "- " if style == "markdown" else ""
+    parts.append("\n".join(bullet + note for note in notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(row: Row) -> str:
+    digits = METRICS[row.metric].digits
+    return f"{row.mean:.{digits}f} [{row.lo:.{digits}f}, {row.hi:.{digits}f}]" if row.n else "-"
+
+
+def _span(counts: Iterable[int]) -> str:
+    """Equal counts as one number, others as a range."""
+    numbers = sorted(set(counts))
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+
+
+def _table(title: str, lines: list[list[str]], style: str) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+
+    def padded(line: list[str]) -> list[str]:
+        rest = zip(line[1:], widths[1:], strict=True)
+        return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in rest)]
+
+    body = [padded(line) for line in lines]
+    if style == "text":
+        text = ["  ".join(line) for line in body]
+        return "\n".join([title, text[0], "-" * len(text[0]), *text[1:]])
+    rule = [":" + "-" * max(2, widths[0] - 1), *("-" * max(2, w - 1) + ":" for w in widths[1:])]
+    return "\n".join(
+        [f"**{title}**", "", *("| " + " | ".join(x) + " |" for x in (body[0], rule))]
+        + ["| " + " | ".join(line) + " |" for line in body[1:]]
+    )
+
+
+def protocol_notes(results: Results) -> list[str]:
+    """What was measured and how, in three lines."""
+    p = results.protocol
+    name = results.backbone.get("name", "?")
+    return [
+        f"protocol {p.id}: {p.score} of the {p.class_policy} class, {p.normalization} maps, "
+        f"{p.resize} resize, {p.threshold} threshold, {p.masked_value} behind the mask, "
+        f"view {p.view}, IC margin {p.ic_margin:g}",
+        f"{p.n} images on {name}; mean with 95 % bootstrap interval "
+        f"({results.n_resamples} resamples, seed {p.seed}); forwards: passes an explanation costs",
+        "all-ones has AD 0 by definition: read AD together with IC and ADD",
+    ]

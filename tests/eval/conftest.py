@@ -1,0 +1,1 @@
+"""Makes ``eval_fakes`` importable by the tests in the folders below."""
