@@ -16,6 +16,8 @@ import xattn
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 from xattn.training import features as module
+from xattn.training.feature_files import index_digest
+from xattn.training.feature_store import FeatureStore
 from xattn.training.features import cache_features, open_features
 
 
@@ -87,7 +89,7 @@ def test_features_are_those_of_the_backbone(name, request, photos, tmp_path):
 
 def test_a_finished_cache_is_read_without_the_backbone(vit, photos, tmp_path, monkeypatch):
     first = cached(vit, photos, tmp_path / "f")
-    monkeypatch.setattr(module, "_maps", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(module, "_block_tokens", lambda *_: pytest.fail("computed again"))
     assert same(first, cached(vit, photos, tmp_path / "f"))
     assert same(first, open_features(tmp_path / "f"))
 
@@ -238,8 +240,8 @@ def test_a_cache_of_an_older_version_has_no_checksums_and_is_read(
         open_features(tmp_path / "f")
     (tmp_path / "f/sha256").unlink()
     assert same(features, open_features(tmp_path / "f"))
-    calls, real = [], module._maps
-    monkeypatch.setattr(module, "_maps", lambda *args: (calls.append(1), real(*args))[1])
+    calls, real = [], module._block_tokens
+    monkeypatch.setattr(module, "_block_tokens", lambda *args: (calls.append(1), real(*args))[1])
     (tmp_path / "f/features.json").unlink()  # one that was not finished gets them
     assert same(features, cached(vit, photos, tmp_path / "f")) and len(calls) == 3
     assert (tmp_path / "f/sha256").stat().st_size == 7 * 32
@@ -283,7 +285,7 @@ def test_an_index_that_says_what_is_not_so_is_one_line(whole, tmp_path, change, 
         del index["sha256"]
         (folder / "sha256").unlink()
     else:
-        index["sha256"] = module._index_digest(index)
+        index["sha256"] = index_digest(index)
     (folder / "features.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"features: .* is damaged .*cache again") as error:
         open_features(folder)
@@ -309,14 +311,14 @@ def test_bad_arguments_and_folders(vit, photos, tmp_path):
 
 
 def test_features_that_are_not_finite_are_refused(vit, photos, tmp_path, monkeypatch):
-    real = module._maps
+    real = module._block_tokens
 
     def broken(*args):
         maps = [m.clone() for m in real(*args)]
         maps[0][1, 0, 0] = 1e6
         return maps
 
-    monkeypatch.setattr(module, "_maps", broken)
+    monkeypatch.setattr(module, "_block_tokens", broken)
     with pytest.raises(ValueError, match=r"001.png are not finite in float16"):
         cached(vit, photos, tmp_path / "f", dtype="float16")
 
@@ -329,7 +331,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     vit, photos, tmp_path, monkeypatch, block
 ):
     whole = cached(vit, photos, tmp_path / "a")
-    real, calls = module._maps, []
+    real, calls = module._block_tokens, []
 
     def stop(*args):
         calls.append(1)
@@ -338,13 +340,13 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_maps", stop)
+        patch.setattr(module, "_block_tokens", stop)
         with pytest.raises(KeyboardInterrupt):
             cached(vit, photos, tmp_path / "b")
     with pytest.raises(ValueError, match="not finished"):
         open_features(tmp_path / "b")
     calls.clear()
-    monkeypatch.setattr(module, "_maps", lambda *args: (calls.append(1), real(*args))[1])
+    monkeypatch.setattr(module, "_block_tokens", lambda *args: (calls.append(1), real(*args))[1])
     resumed = cached(vit, photos, tmp_path / "b")
     assert len(calls) == 3 - block
     assert same(whole, resumed)
@@ -354,7 +356,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
 def test_a_run_that_dies_in_a_block_computes_the_block_again(
     vit, photos, tmp_path, monkeypatch, write
 ):
-    real, calls = module._Store._write, []
+    real, calls = FeatureStore._write, []
 
     def dying(self, file, at, data):
         calls.append(1)
@@ -364,7 +366,7 @@ def test_a_run_that_dies_in_a_block_computes_the_block_again(
         return real(self, file, at, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Store, "_write", dying)
+        patch.setattr(FeatureStore, "_write", dying)
         with pytest.raises(SystemExit):
             cached(vit, photos, tmp_path / "b")
     assert not (tmp_path / "b/features.json").exists()
@@ -374,12 +376,12 @@ def test_a_run_that_dies_in_a_block_computes_the_block_again(
 def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(vit, photos, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
         with pytest.raises(OSError, match="GB are free"):
             cached(vit, photos, tmp_path / "a")
     assert len(cached(vit, photos, tmp_path / "a", dtype="float16")) == 7  # nothing was stored yet
 
-    real, calls = module._Store._write, []
+    real, calls = FeatureStore._write, []
 
     def full(self, *args):
         calls.append(1)
@@ -388,7 +390,7 @@ def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(vit, photos, tmp_path,
         return real(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Store, "_write", full)
+        patch.setattr(FeatureStore, "_write", full)
         with pytest.raises(OSError, match=r"features: cannot write .*No space left"):
             cached(vit, photos, tmp_path / "b")
     assert same(cached(vit, photos, tmp_path / "c"), cached(vit, photos, tmp_path / "b"))
