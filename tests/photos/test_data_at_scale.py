@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training_runs import check_killed_and_resumed, write_weights
 
 import xattn
 from xattn.config import TrainConfig
@@ -448,8 +449,6 @@ def test_resume_on_other_data_is_refused(tmp_path, stored, photos, backbone, kin
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wds", "hfds saved"])
 def test_a_run_ended_by_sigkill_resumes_to_bit_identical_weights(tmp_path, stored, backbone, kind):
-    from test_training import check_killed_and_resumed, write_weights
-
     weights = write_weights(tmp_path / "w.safetensors", backbone)
     command = [
         "--data", get(stored, kind), "--backbone", "test_efficientnet", "--input-size", "64",
