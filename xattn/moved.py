@@ -72,6 +72,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "xattn.strict_json": ("xattn.runtime.strict_json",),
     "xattn.strict_yaml": ("xattn.runtime.strict_yaml",),
     "xattn.tensor_file": ("xattn.runtime.tensor_file",),
+    "xattn.training.labels": ("xattn.photos.labels", "xattn.training.splits"),
     "xattn.training.loop": ("xattn.training.fitting",),
     "xattn.training.perturbation": ("xattn.training.attention_training",),
     "xattn.video": ("xattn.explaining.clips", "xattn.photos.clip"),

@@ -16,10 +16,10 @@ from xattn.eval.bench.operation_counts import macs
 from xattn.eval.bootstrap import Interval, mean_intervals
 from xattn.eval.probing.probe_job import ProbeJob
 from xattn.heads import AttentiveHead, Tokens
+from xattn.photos.labels import Labels
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, write_json
 from xattn.training.features import Features
-from xattn.training.labels import Labels
 from xattn.training.probe import ProbeScores
 
 

@@ -15,12 +15,13 @@ from xattn.eval.probing.probe_table import HeadScores, ProbeRow, table_row
 from xattn.heads import AttentiveHead, create_head, head_class
 from xattn.photos.base import Photos
 from xattn.photos.image_files import Files
+from xattn.photos.labels import Labels, read_labels
 from xattn.photos.sources import open_photos
 from xattn.training.features import Features, cache_features
-from xattn.training.labels import Labels, Split, read_labels, split
 from xattn.training.probe import ProbeScores, answers, probe
 from xattn.training.run_folder import RUN_FILE
 from xattn.training.sample import SAMPLE_FOLDER, Sample
+from xattn.training.splits import Split, split
 
 
 def run_probes(

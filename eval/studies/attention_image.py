@@ -39,13 +39,14 @@ from xattn.eval.coco import THING_IDS
 from xattn.eval.studies.config import ImageStudyConfig
 from xattn.heads import AttentiveHead, Tokens, create_head, head_class
 from xattn.photos.images import list_images, load_image
+from xattn.photos.labels import read_labels
 from xattn.photos.sources import open_photos
 from xattn.photos.view import make_view, prepare
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, file_sha256, write_json
 from xattn.training.features import cache_features
-from xattn.training.labels import read_labels, split
 from xattn.training.probe import probe
+from xattn.training.splits import split
 
 METRICS = ("accuracy", "pixels", "tokens", "deletion", "shares", "stability", "energy")
 SETTINGS = "settings.json"
@@ -87,7 +88,7 @@ def study(
 
     Args:
         data: photos, in a folder of their class each.
-        labels: see :func:`~xattn.training.labels.read_labels`.
+        labels: see :func:`~xattn.photos.labels.read_labels`.
         objects: a folder with ``images/`` and ``masks/`` or ``boxes/``.
         output: keeps features and the values of every run; the same command goes on from there.
 

@@ -29,9 +29,10 @@ from xattn.eval.results import Results
 from xattn.eval.studies.class_folds import format_differences, merge, train_and_score
 from xattn.heads import parse_options
 from xattn.photos.images import list_images, load_image
+from xattn.photos.labels import read_groups
 from xattn.photos.view import prepare
 from xattn.runtime.allocator import keep_memory
-from xattn.training.labels import FOLDS, read_groups, stratified_folds
+from xattn.training.splits import FOLDS, stratified_folds
 
 
 @torch.inference_mode()

@@ -71,7 +71,7 @@ def study(
     Args:
         backbone: a trained ViT; it stays as it is.
         data: photos, see :func:`xattn.explaining.naming.named_photos`; every ``every``-th is classified.
-        labels: their classes, see :func:`xattn.training.labels.true_classes`.
+        labels: their classes, see :func:`xattn.photos.labels.true_classes`.
 
     Raises:
         ValueError: no photo has a class of the backbone, or a model whose attention cannot be swapped.

@@ -9,7 +9,7 @@ from fuzz.engine import target
 from fuzz.mutations import deep
 from xattn.backbone import read_classes
 from xattn.photos.images import list_images
-from xattn.training.labels import read_groups, read_labels, true_classes
+from xattn.photos.labels import read_groups, read_labels, true_classes
 
 PHOTOS = ["photos/cat/1.jpg", "photos/cat/2.jpg", "photos/dog/1.jpg", "photos/dog/3.jpg"]
 CLASSES = ["tench, cat", "dog", "house cat", "house cat", "1"]

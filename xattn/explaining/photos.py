@@ -28,6 +28,7 @@ from xattn.packs.format import check_output, interrupted_output
 from xattn.packs.writer import save_pack
 from xattn.photos.base import StoredPhoto
 from xattn.photos.images import MAX_PIXELS, load_image, read_ahead
+from xattn.photos.labels import true_classes
 from xattn.photos.view import View, prepare
 
 Prepared = tuple[Tensor, View, str, Source]
@@ -77,7 +78,7 @@ def explain(
         overlays: whether the pack gets overlay pictures.
         progress: show a progress bar if there is more than one photo.
         labels: the true classes of photos on disk, for the pack: ``"folders"`` or a file, see
-            :func:`xattn.training.labels.true_classes`.
+            :func:`xattn.photos.labels.true_classes`.
 
     Returns:
         For each photo, method by method, its explanations by descending probability, or in the order
@@ -208,9 +209,7 @@ def top_classes(
 def true_classes_of(
     sources: Sequence[tuple[str, Source]], labels: str | Path, backbone: Backbone
 ) -> dict[str, TrueClass]:
-    """The true classes of photos by image_id, see :func:`xattn.training.labels.true_classes`."""
-    from xattn.training.labels import true_classes
-
+    """The true classes of photos by image_id, see :func:`xattn.photos.labels.true_classes`."""
     names = []
     for image_id, source in sources:
         if isinstance(source, Image.Image):

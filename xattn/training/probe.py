@@ -25,11 +25,11 @@ from xattn.heads.base import keeping_statistics
 from xattn.training.attention_training import Perturbation, create_perturbation
 from xattn.training.feature_batches import FeatureBatch, FeatureBatches, LabelledPhotos
 from xattn.training.features import Features
-from xattn.training.labels import check_labels
 from xattn.training.lars import LARS
 from xattn.training.probe_scores import ProbeScores, answers, check_features, to_head
 from xattn.training.processes import own_accelerator
 from xattn.training.run import Run, RunOptions
+from xattn.training.splits import check_labels
 
 __all__ = ["ProbeResult", "ProbeScores", "answers", "create_optimizer", "learning_rate", "probe"]
 

@@ -10,7 +10,7 @@ from timm.data import ImageNetInfo
 
 from xattn import explain, load_backbone
 from xattn.packs.reader import Pack
-from xattn.training.labels import read_groups, read_labels, true_classes
+from xattn.photos.labels import read_groups, read_labels, true_classes
 
 CLASSES = ["tench, Tinca tinca", "crane", "crane, bird", "fish", "4"]
 NAMES = ["n1/a.jpg", "n1/b.jpg", "n2/c.jpg"]

@@ -1,14 +1,12 @@
-"""Labels of photos: from folder names, a table of groups, or a file; and splits that keep classes even."""
+"""Labels of photos: from folder names, a table of groups, or a file."""
 
 from __future__ import annotations
 
 import csv
-import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,29 +15,19 @@ from xattn.photos.images import SUFFIXES
 from xattn.runtime import strict_json
 from xattn.runtime.files import printable
 
-FOLDS = 5
-
 
 @dataclass(frozen=True)
 class Labels:
-    """``index`` LongTensor (n,): the class of every photo, -1 where it has none; ``names`` of the K
-    classes in order; ``used``: numbers of the photos with a class."""
+    """``index``, a LongTensor (n,), is the class of every photo, -1 for none; ``names`` are those of the K
+    classes in order, ``used`` the numbers of the photos with a class."""
 
     index: Tensor
     names: list[str]
     used: list[int]
 
 
-class Split(NamedTuple):
-    """Numbers of the photos to train on, to stop early by, and to report."""
-
-    train: list[int]
-    validation: list[int]
-    test: list[int]
-
-
 def read_groups(paths: Sequence[Path], file: Path) -> dict[Path, str]:
-    """The group of every photo that has one, by the name of its folder."""
+    """The group of every photo whose folder has one in the JSON ``file``."""
     if not file.is_file():
         raise FileNotFoundError(f"data: no file {file}; give {{folder: {{'group': name}}}} as JSON")
     classes = strict_json.read(file, "data", "mend it")
@@ -58,32 +46,18 @@ def read_groups(paths: Sequence[Path], file: Path) -> dict[Path, str]:
     return {p: group for p, group in groups.items() if group is not None}
 
 
-def stratified_folds(groups: Sequence[str], folds: int = FOLDS, seed: int = 0) -> list[list[int]]:
-    """Numbers of the photos in each of ``folds`` parts that split every group evenly."""
-    rng = random.Random(seed)
-    parts: list[list[int]] = [[] for _ in range(folds)]
-    dealt = 0
-    for name in sorted(set(groups)):
-        members = [i for i, group in enumerate(groups) if group == name]
-        rng.shuffle(members)
-        for i in members:
-            parts[dealt % folds].append(i)
-            dealt += 1
-    return [sorted(part) for part in parts]
-
-
 def read_labels(names: Sequence[str], file: str | Path | None = None) -> Labels:
     """The classes of photos by their ``names``, as :class:`~xattn.photos.base.Photos` gives them.
 
     Args:
-        file: None takes the name of each photo's folder. A ``.json`` file holds
-            ``{folder: {"group": name or null}}`` or ``{photo: label}``, a ``.csv`` file lines
-            ``photo,label``. A photo is named by its full name, by its last parts ("cat/7.jpg") or its
-            file name, where that is unique. Null, or an empty cell, leaves a photo out.
+        file: a ``.json`` file with ``{folder: {"group": name or null}}`` or ``{photo: label}``, or a
+            ``.csv`` file with lines ``photo,label``. A photo is given by its full name, by its last
+            parts ("cat/7.jpg"), or by its file name if that is unique. Null, or an empty cell, leaves a
+            photo out. Without a file, the label is the name of the photo's folder.
 
     Raises:
-        ValueError: photos without a label, or with two, a damaged file, or fewer than two classes.
-        FileNotFoundError: no such file.
+        ValueError: a photo has no label, or two; the file is damaged; there are fewer than two classes.
+        FileNotFoundError: there is no such file.
     """
     found: list[str | None] = (
         [printable(_folder(name)) for name in names]
@@ -106,18 +80,18 @@ FOLDERS = "folders"
 def true_classes(
     names: Sequence[str], labels: str | Path, class_names: Sequence[str]
 ) -> list[tuple[int | None, str | None]]:
-    """The class of every photo among a classifier's own, and its name; (None, name) for other labels.
+    """(class, its name) of every photo among a classifier's classes; (None, label) for other labels.
 
     Args:
-        labels: ``"folders"``, or a file as in :func:`read_labels`. Of a table by folder the first of
-            its "label" (beside an "index", if two classes have that name) and its "group" counts
-            that is a class. A label is a class by its number, by its name, by a part of its name
-            between commas, or, of an ImageNet-1k classifier, by its WordNet id ("n01440764"), which
-            ImageNet's own folders are named by.
+        labels: ``"folders"``, or a file as in :func:`read_labels`. A table by folder may have a "label"
+            beside its "group"; the first of the two that is a class counts, and an "index" decides
+            between classes of one name. A label is the number of a class, its name, a part of that name
+            between commas, or, for an ImageNet-1k classifier, its WordNet id ("n01440764"), as
+            ImageNet's own folders are named.
 
     Raises:
-        ValueError: photos without a label, a damaged file, or a label that names two classes.
-        FileNotFoundError: no such file.
+        ValueError: a photo has no label; the file is damaged; a label names two classes.
+        FileNotFoundError: there is no such file.
     """
     classes: dict[str, list[int]] = {}
     for i, name in enumerate(class_names):
@@ -138,10 +112,10 @@ def true_classes(
 
 
 def _wordnet_ids(class_names: Sequence[str]) -> dict[str, int]:
-    """The classes of an ImageNet-1k classifier by WordNet id; {} of any other.
+    """The classes of an ImageNet-1k classifier by WordNet id; {} for any other classifier.
 
-    A classifier is recognised by its class names: timm's, or (with a few exceptions) their first
-    synonyms, as in torchvision.
+    It is recognised by its class names: timm's, or (with a few exceptions) their first synonyms, as in
+    torchvision.
     """
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
@@ -177,58 +151,6 @@ def _class_of(
     return None, found[0] if found else None
 
 
-def split(labels: Labels, seed: int = 0, fold: int = 0, folds: int = FOLDS) -> Split:
-    """Fold ``fold`` of the labelled photos to report, the next to stop early by, the others to train.
-
-    Raises:
-        ValueError: a class too small to be in all three parts.
-    """
-    if not 0 <= fold < folds or folds < 3:
-        raise ValueError(f"fold: got {fold} of {folds}; give 0..{folds - 1} of at least 3 folds")
-    classes = [labels.names[labels.index[i]] for i in labels.used]
-    small = [f"{name!r} ({count})" for name, count in Counter(classes).items() if count < 3]
-    if small:
-        raise ValueError(
-            f"labels: {len(small)} classes have fewer than 3 photos, such as {small[0]}; a class has "
-            f"to be in the training, validation and test parts: give coarser labels or more photos"
-        )
-    parts = [[labels.used[i] for i in p] for p in stratified_folds(classes, folds, seed)]
-    held = {fold, (fold + 1) % folds}
-    train = sorted(i for k, part in enumerate(parts) if k not in held for i in part)
-    return Split(train, parts[(fold + 1) % folds], parts[fold])
-
-
-def check_labels(labels: Tensor, index: Sequence[int], classes: int, part: str) -> Tensor:
-    """``labels[index]``; a ValueError that names ``part`` for a label that is missing or none of
-    0..classes - 1, for no photo at all, and in training for a single class."""
-    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"labels: got {labels.dtype} of shape {tuple(labels.shape)}; give a LongTensor (n,)"
-        )
-    numbers = torch.as_tensor(list(index), dtype=torch.long, device="cpu")
-    if not len(numbers):
-        raise ValueError(f"{part}: got no photo; give some")
-    if int(numbers.min()) < 0 or int(numbers.max()) >= len(labels):
-        raise ValueError(f"{part}: got photo {int(numbers.max())}, there are {len(labels)} labels")
-    chosen = labels[numbers].long()
-    bad = (chosen < 0) | (chosen >= classes)
-    if bad.any():
-        at = int(bad.nonzero()[0])
-        raise ValueError(
-            f"labels: photo {int(numbers[at])} of {part} has {int(chosen[at])}, the head has the "
-            f"classes 0..{classes - 1}; leave out photos without a label, or create the head with "
-            f"more classes"
-        )
-    if part == "train" and len(chosen.unique()) < 2:
-        raise ValueError(
-            f"labels: all photos of train have the class {int(chosen[0])}; give two classes or more"
-        )
-    return chosen
-
-
-# ---------------------------------------------------------------------- reading
-
-
 def _folder(name: str) -> str:
     folder = PurePath(name).parent.name
     if not folder or PurePath(name).suffix.lower() not in SUFFIXES:
@@ -242,7 +164,7 @@ def _from_file(names: Sequence[str], file: Path) -> list[str | None]:
 
 
 def _given(names: Sequence[str], file: Path) -> list[tuple[str, Any]]:
-    """What a file says of every photo, a label or a table with a "group", and under which name."""
+    """(key, value) of every photo in ``file``; the value is a label or a table with a "group"."""
     if not file.is_file():
         raise FileNotFoundError(f"labels: no file {file}; give a .json or .csv file")
     try:
@@ -299,7 +221,7 @@ def _csv(text: str) -> dict[str, str | None]:
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; json itself takes the last of two values of one key."""
+    """A JSON object without contradictions; json itself takes the last of two values of one key."""
     table: dict[str, Any] = {}
     for key, value in pairs:
         if table.setdefault(key, value) != value:
@@ -308,7 +230,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _matched(names: Sequence[str], table: dict[str, Any], file: Path) -> list[str | None]:
-    """The key of every photo: the longest end of its name that the table has."""
+    """The key of every photo: the longest ending of its name that is in the table."""
     keys: list[str | None] = []
     used: dict[str, str] = {}
     for name in names:
@@ -334,12 +256,12 @@ def _label(value: Any, key: str, file: Path) -> str | None:
 
 
 def _natural(name: str) -> tuple[int, int, str]:
-    """Numbers by value, before names."""
+    """A sort key: numbers by value, before names."""
     number = _number(name)
     return (1, 0, name) if number is None else (0, number, name)
 
 
 def _number(text: str) -> int | None:
-    """A whole number; Python makes none of thousands of digits."""
+    """A whole number, or None; Python refuses to read thousands of digits."""
     digits = text.removeprefix("-").isdecimal() and len(text) <= 18
     return int(text) if digits else None
