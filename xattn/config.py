@@ -1,12 +1,12 @@
-"""Settings of a training run: plain dataclasses, importable without torch, read by the CLI as they are."""
+"""Settings of training: plain dataclasses without torch; the CLI takes its options and help from them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-# What a setting is when it is not given. "published" is T-TAME's (arXiv 2403.04523) for ImageNet;
-# "small" was tuned for the classifier fusion on a few hundred photos, see docs/results/held-out-classes.md.
+# Defaults by recipe. "published" is T-TAME's for ImageNet (arXiv 2403.04523); "small" was tuned for the
+# classifier fusion on a few hundred photos, see docs/results/held-out-classes.md.
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {
         "epochs": 8,
@@ -29,8 +29,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-# "published" is efficient probing's (arXiv 2506.10178), there with 4,096 photos a step; "small" is for a
-# few hundred photos, where LARS, whose steps are small beside the weights, would need far more epochs.
+# "published" is efficient probing's (arXiv 2506.10178), which has 4,096 photos a step; "small" is for a few
+# hundred photos. LARS, whose steps are small relative to the weights, would need far more epochs there.
 PROBE_RECIPES: dict[str, dict[str, Any]] = {
     "published": {
         "epochs": 90,
@@ -51,11 +51,11 @@ PROBE_RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-# Left out (None) until the recipe fills it in, and never None afterwards.
+# A setting that is left out is None until the recipe fills it in, and never afterwards.
 Optimizer = Literal["sgd", "adamw"]
 ClassMode = Literal["batch", "own", "top"]
 ProbeOptimizer = Literal["lars", "adamw"]
-# See xattn.training.attention_training.
+# The methods of xattn.training.attention_training.
 AttentionTraining = Literal["none", "random", "at", "iat", "iat_released", "vat", "ivat"]
 if TYPE_CHECKING:
     Int: TypeAlias = int
@@ -71,43 +71,44 @@ else:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a head is trained; settings left out come from the recipe.
+    """How a head is trained on photos; settings that are left out come from the recipe.
 
     "published" is T-TAME's, for ImageNet; "small" is for a few hundred photos.
     """
 
     recipe: Literal["published", "small"] = "published"
-    """Where the settings come from that are not given."""
+    """Source of all settings that are not given."""
     epochs: Int = None  # type: ignore[assignment]
     """Passes over the data (published 8, small 14)."""
     batch_size: Int = None  # type: ignore[assignment]
     """Images a step, per process (published 32, small 16)."""
     optimizer: OptimizerName = None  # type: ignore[assignment]
-    """SGD with Nesterov momentum, cycled .95 to .85 by OneCycle (published), or AdamW (small)."""
+    """SGD with Nesterov momentum, cycled by OneCycle between .95 and .85 (published), or AdamW (small)."""
     lr: Float = None  # type: ignore[assignment]
     """Peak learning rate of the OneCycle schedule (published 1e-3, small 3e-4)."""
     weight_decay: Float = None  # type: ignore[assignment]
-    """On all tensors except biases (published 5e-4, small 0.01)."""
+    """Weight decay of all tensors except biases (published 5e-4, small 0.01)."""
     class_mode: ClassModeName = None  # type: ignore[assignment]
-    """Whose maps the area and variation terms see: batch's classes (published), own (small), top."""
+    """Classes whose maps enter the area and variation terms: the batch's (published), each image's own
+    (small), or each image's most probable (top)."""
     cross_entropy: float = 1.5
-    """Weight of the cross-entropy of the masked image."""
+    """Weight of the cross-entropy on the masked image."""
     area: Float = None  # type: ignore[assignment]
     """Weight of mean((A + 0.0005)^0.3) (published 2, small 1)."""
     variation: float = 0.01
     """Weight of the variation term, a sum over space."""
     augment: bool = True
-    """Random crop and flip; otherwise the centre crop."""
+    """Random crop and flip; without it, the centre crop."""
     workers: int = 2
-    """Data-loader processes."""
+    """Number of data loader processes."""
     seed: int = 0
-    """Order of the images and augmentation are pure functions of (seed, epoch, index)."""
+    """Seed of the order of images and of augmentation, pure functions of (seed, epoch, index)."""
     precision: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision."""
     checkpoint_every: int = 50
-    """Steps between checkpoints; one is written at the end of every epoch, too."""
+    """Steps between checkpoints; there is also one after every epoch."""
     max_pixels: int = 40_000_000
-    """Larger photos are skipped as decompression bombs."""
+    """Photos with more pixels are skipped as possible decompression bombs."""
 
     def __post_init__(self) -> None:
         _fill_in(self, RECIPES)
@@ -128,38 +129,37 @@ class ProbeConfig:
     """How a head is trained as a classifier on cached features; settings left out come from the recipe."""
 
     recipe: Literal["published", "small"] = "published"
-    """Where the settings come from that are not given."""
+    """Source of all settings that are not given."""
     epochs: Int = None  # type: ignore[assignment]
-    """Passes over the photos at most (published 90, small 60)."""
+    """Largest number of passes over the photos (published 90, small 60)."""
     warmup: Int = None  # type: ignore[assignment]
-    """Epochs in which the learning rate rises, before it falls as a cosine (published 10, small 5; at most
-    half of the epochs)."""
+    """Epochs in which the learning rate rises before it falls as a cosine (published 10, small 5; not more
+    than half of the epochs unless given)."""
     batch_size: Int = None  # type: ignore[assignment]
     """Photos a step, per process (published 256, small 32)."""
     optimizer: ProbeOptimizerName = None  # type: ignore[assignment]
     """LARS with momentum .9 (published), or AdamW (small)."""
     lr: Float = None  # type: ignore[assignment]
-    """Peak learning rate: of LARS for 256 photos a step, times their number / 256; of AdamW as it is
-    (published 0.1, small 1e-3)."""
+    """Peak learning rate (published 0.1, small 1e-3); LARS scales it by photos a step / 256."""
     weight_decay: Float = None  # type: ignore[assignment]
-    """On tensors with two axes or more (published 0, small 0.01)."""
+    """Weight decay of tensors with two axes or more (published 0, small 0.01)."""
     patience: int = 20
-    """Epochs without a better validation after which training ends; 0 trains all epochs."""
+    """Training stops after this many epochs without a better validation; 0 trains all epochs."""
     monitor: Literal["loss", "accuracy"] = "loss"
-    """What of the validation photos tells the better epoch, whose weights are kept."""
+    """Validation figure by which the best epoch is chosen, whose weights are kept."""
     attention: AttentionTraining = "none"
-    """Training against changes of the attention scores; iat_released is what the authors' program computes
-    as iat."""
+    """Adversarial training on attention scores; iat_released is what the authors' program computes as
+    iat."""
     epsilon: float = 1.0
-    """Norm of the change, for each query."""
+    """Norm of the change of the scores, for each query."""
     attention_weight: float = 1.0
-    """Weight of the loss under the change."""
+    """Weight of the loss at the changed scores."""
     seed: int = 0
-    """Order of the photos, views and noise are pure functions of (seed, epoch or step)."""
+    """Seed of order, views and noise, pure functions of (seed, epoch or step)."""
     precision: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision."""
     checkpoint_every: int = 200
-    """Steps between checkpoints; one is written at the end, too."""
+    """Steps between checkpoints; there is also one at the end."""
 
     def __post_init__(self) -> None:
         free = self.warmup is None
@@ -185,7 +185,7 @@ class ProbeConfig:
 
 
 def _fill_in(config: Any, recipes: dict[str, dict[str, Any]]) -> None:
-    """What was left out, from the recipe."""
+    """Fill in the settings that were left out, from the recipe."""
     if config.recipe not in recipes:
         raise ValueError(f"recipe: got {config.recipe!r}; choose one of {', '.join(recipes)}")
     for name, value in recipes[config.recipe].items():

@@ -19,7 +19,7 @@ from xattn.training import probe as probe_module
 from xattn.training.checkpoint import load_checkpoint, save_checkpoint
 from xattn.training.features import cache_features
 from xattn.training.probe import probe
-from xattn.training.run_folder import _cut_log
+from xattn.training.run_folder import cut_log
 
 KEYS = ("step", "head")
 
@@ -217,7 +217,7 @@ def test_a_damaged_log_is_kept_beside_the_one_that_goes_on(tmp_path, bad, told):
     whole = b'{"step": 1}\n' + bad * b"\xff mine\n" + b'{"step": 2}\n{"step": 3}\n'
     log.write_bytes(whole)
     with pytest.warns(UserWarning, match=rf"{told} .* kept as log.jsonl.damaged-2;"):
-        _cut_log(tmp_path, 2)
+        cut_log(tmp_path, 2)
     assert log.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
     assert (tmp_path / "log.jsonl.damaged-2").read_bytes() == whole
     assert kept.read_text() == "of an earlier time"

@@ -129,7 +129,7 @@ def test_only_expected_warnings_are_kept_back(backbone, photos, tmp_path, monkey
             warnings.warn(f"explain: {text}", stacklevel=1)
         return explain(*args, **options)
 
-    monkeypatch.setattr("xattn.explaining.photos.explain", warning)
+    monkeypatch.setattr("xattn.training.sample.explain", warning)
     sample = Sample(backbone, photos, tmp_path / "sample", 1)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

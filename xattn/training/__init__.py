@@ -1,4 +1,4 @@
-"""Training a head: the objective, deterministic data, checkpoints and the loop."""
+"""Training heads: on photos (``fit``) and on cached features (``probe``), with runs that resume exactly."""
 
 from xattn.config import TrainConfig
 from xattn.training.fitting import FitResult, fit

@@ -1,14 +1,14 @@
-"""Attention AT, iAT, VAT and iVAT: train a head against small changes of its attention scores.
+"""Attention AT, iAT, VAT and iVAT: adversarial training on the attention scores of a head.
 
     AT    g = dL(s + r)/dr at r = 0,            r = eps g / |g|                      arXiv 2009.12064
     iAT   r_t = alpha_t . D_t, D_t = (s_t - s_k)_k / norm: the same in alpha         arXiv 2009.12064
     VAT   d <- dKL(p(s) | p(s + r))/dr at r = xi d / |d|, repeated,  r = eps d / |d| arXiv 2104.08763
     iVAT  the same in alpha
-    released iAT   -1 times the r of AT, as the authors' program has it
+    released iAT   -1 times the r of AT, which is what the authors' program computes
     loss  L(s) + weight L(s + r)   (AT, both iAT, random),   L(s) + weight KL(p(s) | p(s + r))   (VAT, iVAT)
 
-s (B, Q, T) are scores before the softmax; |.| runs over the tokens, so each query of each example has
-a change of its own of norm eps, and r is held fixed in the loss. Only alpha_t along D_t moves r, so iAT
+s (B, Q, T) are scores before the softmax. |.| runs over the tokens, so each query of each example has its
+own change r of norm eps; r is held fixed in the loss. Only the part of alpha_t along D_t moves r, so iAT
 never needs the T x T differences: with m_t = |D_t|, alpha_t = a_t D_t / m_t gives r = m a, dL/da = m g.
 """
 
@@ -32,7 +32,7 @@ SCALE = 2.0**7
 
 
 class _Clean(NamedTuple):
-    """What :meth:`Perturbation.loss` has when it comes to r: ``clean`` (B,) are the losses at s."""
+    """The clean pass of :meth:`Perturbation.loss`; ``clean`` (B,) are the losses at s."""
 
     scores: Tensor
     valid: Tensor
@@ -45,7 +45,7 @@ class _Clean(NamedTuple):
 def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax over the last axis where ``mask`` is true and scores are above -inf, 0 elsewhere.
 
-    A row without any such position is all 0, and so is its gradient.
+    A row without any such position is 0, and so is its gradient.
     """
     valid = _valid(scores, mask)
     weights = scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(-1)
@@ -53,14 +53,14 @@ def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 class Perturbation:
-    """Base of the changes r of attention scores, and the loss that trains with them.
+    """Base of the changes r of attention scores, and of the loss that trains with them.
 
     Args:
         epsilon: norm of r over the tokens, for each example and query.
-        weight: of the loss at s + r beside the clean loss.
+        weight: of the loss at s + r, added to the clean loss.
         seed: random numbers are a function of it and of ``step``, which each call of :meth:`loss`
             raises by 1. A resumed run sets ``step``. Where several processes share a batch, each sets
-            ``examples``: which rows of how many it has; it draws for all and takes its own.
+            ``examples`` to its rows and the size of the batch: numbers are drawn for the whole batch.
 
     Raises:
         ValueError: epsilon is not a positive number.
@@ -79,13 +79,13 @@ class Perturbation:
         self.epsilon, self.weight, self.seed, self.step = epsilon, weight, seed, 0
 
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
-        """r of the shape of ``scores``, detached, in float32 at least.
+        """r, in the shape of ``scores``, detached, in float32 or wider.
 
         Args:
             scores: (B, Q, T) or (B, T), before the softmax; -inf masks a position.
-            loss_fn: scores -> losses (B,), or their sum. AT and iAT raise it; VAT and iVAT take
-                the divergence from the prediction at ``scores``, see :func:`divergence`.
-            mask: (B, T), true at real tokens. At masked ones r is exactly 0.
+            loss_fn: scores -> losses (B,), or their sum. AT and iAT raise it; for VAT and iVAT it is the
+                divergence from the prediction at ``scores``, see :func:`divergence`.
+            mask: (B, T), true at real tokens. At masked tokens r is exactly 0.
         """
         raise NotImplementedError
 
@@ -100,12 +100,12 @@ class Perturbation:
         """The training loss of a batch, a mean over its examples.
 
         Args:
-            scores: as for :meth:`perturbation`, with the graph that made them.
-            predict: scores -> logits (B, K). It runs on s and s + r, for VAT also in each iteration,
-                with the same dropout each time; what made the scores runs once.
+            scores: as for :meth:`perturbation`, with the graph that computed them.
+            predict: scores -> logits (B, K). It runs on s and on s + r, for VAT also in each iteration,
+                with the same dropout each time; the scores themselves are computed once.
             target: class indices (B,), -100 for an unlabelled example. VAT and iVAT also take None.
-            module: whose BatchNorm layers ``predict`` runs; their running statistics then follow
-                the clean pass alone.
+            module: the module whose BatchNorm layers ``predict`` runs; their running statistics are then
+                updated by the clean pass only.
 
         Raises:
             ValueError: ``target`` is missing or not (B,) integers, a shape does not fit.
@@ -142,7 +142,7 @@ class Perturbation:
             )
 
     def _noise(self, scores: Tensor, valid: Tensor) -> Tensor:
-        """Random unit vectors, drawn on the CPU so that every device sees the same."""
+        """Random unit vectors, drawn on the CPU so that they are the same for every device."""
         generator = torch.Generator().manual_seed((1_000_003 * self.seed + self.step) % 2**64)
         rows, count = self.examples or (range(len(scores)), len(scores))
         shape = (count, *scores.shape[1:])
@@ -152,7 +152,7 @@ class Perturbation:
         return _unit(noise.to(scores.device).masked_fill(~valid, 0.0))
 
     def _stretch(self, scores: Tensor, valid: Tensor) -> Tensor:
-        """m: r = m a, where a is what the gradient is taken by."""
+        """m in r = m a, where a is the variable of the gradient."""
         return scores.new_ones(())
 
     def _sized(self, r: Tensor) -> Tensor:
@@ -191,14 +191,14 @@ class AttentionAT(Perturbation):
 
     def _extra(self, done: _Clean) -> Tensor:
         assert done.clean is not None and done.target is not None
-        # The clean pass is differentiated twice: here by the scores, later by the parameters.
+        # The clean pass is differentiated twice: here w.r.t. the scores, later w.r.t. the parameters.
         gradient = _gradient(done.clean, done.scores, retain_graph=True)
         r = self._along(gradient, done.scores.detach(), done.valid)
         return _mean(_cross_entropy(done.predict(done.scores + r), done.target), done.target)
 
 
 class RandomPerturbation(Perturbation):
-    """A random direction in the place of AT's, the control."""
+    """The control: a random direction instead of AT's."""
 
     name = "random"
 
@@ -212,10 +212,10 @@ class RandomPerturbation(Perturbation):
 
 
 class AttentionVAT(Perturbation):
-    """The change that moves the prediction most; it reads no labels.
+    """The change that moves the prediction most; no labels are read.
 
     Args:
-        xi: length of the step at which the divergence is differentiated; at 0 its gradient is 0.
+        xi: length of the step at which the divergence is differentiated (its gradient at 0 is 0).
         iterations: of the power method.
     """
 
@@ -260,7 +260,7 @@ class AttentionVAT(Perturbation):
 
 
 class _Differences(Perturbation):
-    """The stretch of iAT and iVAT: m_t = |D_t|, by the matrix or the rows."""
+    """The stretch of iAT and iVAT: m_t = |D_t|, normalised by the matrix or by its rows."""
 
     norm: str = "matrix"
     rescale: bool = True
@@ -283,14 +283,14 @@ class _Differences(Perturbation):
 
 
 class AttentionIAT(_Differences, AttentionAT):
-    """AT in the weights alpha of the differences between the scores of one example.
+    """AT w.r.t. the weights alpha of the differences between the scores of an example.
 
     Args:
-        norm: ``"matrix"`` divides all differences by |D|, so that r is larger where a score stands
-            out. ``"row"`` divides each D_t by its own norm, which gives AT's r wherever scores
-            differ. ``"released"`` is what the authors' program computes, -1 times AT's r: its
-            differences between sentences drop out of the gradient by r, and the sign is turned.
-        rescale: r has norm epsilon, for comparison with AT; else alpha has it, as in the paper.
+        norm: ``"matrix"`` divides all differences by |D|, so that r is larger where a score stands out.
+            ``"row"`` divides each D_t by its own norm, which gives AT's r wherever scores differ.
+            ``"released"`` is what the authors' program computes, -1 times AT's r: it takes differences
+            between sentences, which cancel in the gradient w.r.t. r, and flips the sign.
+        rescale: whether r has norm epsilon, for comparison with AT; otherwise alpha has, as in the paper.
     """
 
     name = "iat"
@@ -313,7 +313,7 @@ class AttentionIAT(_Differences, AttentionAT):
 class AttentionIATReleased(AttentionIAT):
     """iAT as the authors' program computes it: :class:`AttentionIAT` with ``norm="released"``.
 
-    Their step also adds the gradient of the clean loss twice, which is ``weight=0.5`` at twice the
+    Their step also adds the gradient of the clean loss twice, which equals ``weight=0.5`` at twice the
     learning rate.
     """
 
@@ -324,8 +324,8 @@ class AttentionIATReleased(AttentionIAT):
 
 
 class AttentionIVAT(_Differences, AttentionVAT):
-    """VAT in the weights alpha of :class:`AttentionIAT`, with its ``norm`` (``"matrix"`` or
-    ``"row"``) and ``rescale``."""
+    """VAT w.r.t. the weights alpha of :class:`AttentionIAT`, with its ``rescale`` and its ``norm``
+    (``"matrix"`` or ``"row"``)."""
 
     name = "ivat"
 
@@ -358,11 +358,10 @@ PERTURBATIONS: dict[str, type[Perturbation]] = {
 
 
 def create_perturbation(name: str, **options: Any) -> Perturbation:
-    """``none``, ``random``, ``at``, ``iat``, ``iat_released``, ``vat`` or ``ivat`` with its ``epsilon``
-    and options.
+    """The method ``name`` of :data:`PERTURBATIONS`, with its ``epsilon`` and other options.
 
     Raises:
-        ValueError: an unknown name, or an option that it does not take.
+        ValueError: an unknown name, or an option that the method does not take.
     """
     if name not in PERTURBATIONS:
         near = difflib.get_close_matches(name, PERTURBATIONS, 3, 0.4) or list(PERTURBATIONS)
@@ -391,15 +390,17 @@ def _mean(losses: Tensor, target: Tensor) -> Tensor:
 
 
 def _gradient(loss: Tensor, at: Tensor, retain_graph: bool = False) -> Tensor:
-    """dL/d(at) up to a positive factor: only directions count. The factor keeps small gradients inside
-    the range of half precision. It is one for all examples, of all processes: BatchNorm may couple
-    them, and factors of their own would then turn the directions."""
+    """dL/d(at) up to a positive factor, since only directions count.
+
+    The factor keeps small gradients in the range of half precision. All examples of all processes have the
+    same one: BatchNorm may couple them, and different factors would then change the directions.
+    """
     loss = SCALE * loss.sum()
     return torch.autograd.grad(loss, at, retain_graph=retain_graph)[0]
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / |x| over the last axis, 0 where x is 0; no square under- or overflows."""
+    """x / |x| over the last axis, 0 where x is 0; squares neither underflow nor overflow."""
     tiny = torch.finfo(x.dtype).tiny
     x = x / x.abs().amax(-1, keepdim=True).clamp_min(tiny)
     return x / x.norm(dim=-1, keepdim=True).clamp_min(tiny)
@@ -423,8 +424,10 @@ def _valid(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _replaying(predict: LossFn, device: torch.device) -> LossFn:
-    """``predict`` with the random numbers, such as dropout's, that it would draw now. Two passes then
-    differ by their scores alone: with other dropout KL(p(s) | p(s)) would not be 0."""
+    """``predict`` with the random numbers, such as dropout's, that it would draw now.
+
+    Two passes then differ by their scores only; with different dropout KL(p(s) | p(s)) would not be 0.
+    """
     state = torch.get_rng_state()
     cuda = [device] if device.type == "cuda" else []
     states = [torch.cuda.get_rng_state(d) for d in cuda]

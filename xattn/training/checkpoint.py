@@ -1,6 +1,6 @@
 """Checkpoints that survive a kill and a bad disk: each is a new folder with a checksum beside its state.
 
-The newest two are kept, and the newest intact one is used. ``latest`` names the newest one written, for
+The newest two are kept, and the newest intact one is read. The file ``latest`` names the newest one, for
 people who look into the folder.
 """
 
@@ -23,7 +23,7 @@ POINTER, STATE, CHECKSUM = "latest", "state.pt", "state.pt.sha256"
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write ``folder/step-<step>``, point ``folder/latest`` at it, drop all but the one before it."""
+    """Write ``folder/step-<step>``, point ``folder/latest`` at it, and drop all but the one before it."""
     name = f"step-{step:08d}"
     buffer = io.BytesIO()
     torch.save(state, buffer)  # in memory first: a full disk is then an OSError of the write
@@ -34,26 +34,26 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
         (temporary / CHECKSUM).write_text(line, encoding="utf-8")
     with atomic_file(folder / POINTER) as temporary:
         temporary.write_text(name + "\n", encoding="utf-8")
-    # A later one was damaged, or the run would not have come back to this step.
+    # Later checkpoints must have been damaged, or the run would have resumed from one of them.
     earlier = [found for found in _steps(folder) if found < step]
     for found, path in _steps(folder).items():
         if found != step and found not in earlier[:1]:
             shutil.rmtree(path, ignore_errors=True)
-    for leftover in folder.glob(".*"):  # of a run that was killed while it wrote
+    for leftover in folder.glob(".*"):  # of a run that was killed while writing
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
 
 
 def load_checkpoint(folder: Path, needed: Collection[str]) -> dict[str, Any] | None:
-    """The state of the newest checkpoint that is whole, or None where none was ever finished.
+    """The state of the newest intact checkpoint, or None if none was ever finished.
 
-    For one that is not, the one before it is taken, with a warning. Those that older versions wrote
-    have no checksum and are taken as they are.
+    A damaged checkpoint is passed over for the one before it, with a warning. Checkpoints of older
+    versions have no checksum and are taken as they are.
 
     Args:
         needed: the keys that a state must have, ``step`` among them.
 
     Raises:
-        ValueError: none of them is whole.
+        ValueError: there are checkpoints, and all are damaged.
     """
     damages = []
     for step, path in _steps(folder).items():
@@ -80,7 +80,7 @@ def load_checkpoint(folder: Path, needed: Collection[str]) -> dict[str, Any] | N
 
 
 def _steps(folder: Path) -> dict[int, Path]:
-    """The checkpoints by step, the newest first."""
+    """The folders of the checkpoints by step, newest first."""
     found = {}
     for path in folder.glob("step-*"):
         if match := re.fullmatch(r"step-(\d+)", path.name):

@@ -1,7 +1,7 @@
 """Training images whose augmentation is a pure function of (seed, epoch, index).
 
-Nothing here reads global random state, so a resumed run, with or without loader workers, sees the
-very pixels that an undisturbed run sees.
+Nothing here reads global random state, so a resumed run sees the same pixels as an uninterrupted one, with
+or without loader workers.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ RESTARTS = 3
 
 
 class TrainImages(Dataset[Sample]):
-    """Photos as (3, H, W) tensors in [0, 1]; item ``(epoch, index)`` -> (index, image | None, error).
+    """Photos as (3, H, W) tensors in [0, 1]; item ``(epoch, index)`` is (index, image or None, error).
 
-    With ``augment`` the shorter side is resized to input / crop_pct, then a random crop and a flip
-    follow (T-TAME's recipe); otherwise the photo gets the model's own evaluation transform. A photo
-    that cannot be read yields None and the reason.
+    With ``augment`` the shorter side is resized to input / crop_pct, then follow a random crop and a
+    flip (T-TAME's recipe); without it, photos get the model's own evaluation transform. For a photo that
+    cannot be read the image is None, and the error is the reason.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class TrainImages(Dataset[Sample]):
             math.ceil(width / self.preprocessing.crop_pct) / photo.width,
             math.ceil(height / self.preprocessing.crop_pct) / photo.height,
         )
-        # The crop in photo pixels: cut first, then resize the cut alone.
+        # The crop in pixels of the photo, so that only the crop is resized.
         crop_w, crop_h = width / scale, height / scale
         left = rng.random() * max(photo.width - crop_w, 0)
         top = rng.random() * max(photo.height - crop_h, 0)
@@ -101,9 +101,9 @@ def epoch_batches(
 ) -> list[list[Key]]:
     """Keys of the batches of ``epoch`` from step ``first`` on, for process ``rank`` of ``ranks``.
 
-    All processes take the same number of steps; the last batch of some may be empty. Streamed
-    photos are dealt out in pieces: batch i of a process continues the piece i % ``streams``, so that
-    each of as many loader workers reads its own shards, forwards. Pieces are equally long, so two
+    All processes take the same number of steps; the last batch of some may be empty. Streamed photos are
+    dealt out in ``streams`` pieces: batch i of a process continues piece i % ``streams``, so that each of
+    as many loader workers reads its own shards front to back. Pieces are equally long, so two of them
     may share a shard.
     """
     order = photos.order(seed, epoch)
@@ -130,14 +130,14 @@ def steps_per_epoch(count: int, batch_size: int, ranks: int = 1) -> int:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Readable images (B, 3, H, W), or None, and (index, reason) of the others."""
+    """Readable images (B, 3, H, W), or None, and (index, reason) of the unreadable ones."""
     images = [image for _, image, _ in samples if image is not None]
     skipped = [(index, reason) for index, image, reason in samples if image is None]
     return (torch.stack(images) if images else None), skipped
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process still needs its next batch.
+    # Ctrl-C reaches the whole process group, but the main process still needs its next batch.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_memory()
     torch.set_num_threads(1)
@@ -146,7 +146,7 @@ def _start_worker(worker: int) -> None:
 def loader(
     images: TrainImages, keys: Sequence[list[Key]], workers: int, prefetch: int = 2
 ) -> DataLoader[Batch]:
-    """A loader of batches by their keys; it draws nothing from the global generator."""
+    """A loader of batches by their keys, which draws nothing from the global generator."""
     images.photos.close()
     return DataLoader(
         images,  # type: ignore[arg-type]
@@ -167,22 +167,23 @@ def load_batches(
     workers: int,
     stopped: Callable[[], Any] = lambda: False,
 ) -> Generator[Batch, None, None]:
-    """The batches of ``keys``, also if loader processes die.
+    """The batches of ``keys``, even if loader processes die.
 
-    Batches are a function of their keys, so new processes go on from the batch that is due, with
-    the same pixels. After :data:`RESTARTS` failures without one batch, or when ``stopped``:
+    Batches are a function of their keys, so new processes go on from the batch that is due, with the
+    same pixels.
 
     Raises:
-        ChildProcessError: the loader processes die again and again.
+        ChildProcessError: the loader processes died more than :data:`RESTARTS` times at one batch, or once
+            when the run was being ``stopped()``.
     """
     done = failures = 0
-    with _Quietly() as quietly:
+    with _QuietSigchld() as quiet:
         while done < len(keys):
             try:
-                # After a failure no batch waits behind another one: less memory, and what kills a
-                # process cannot take a finished batch with it.
+                # After a failure no batch is prepared while another waits: this takes less memory, and
+                # a process that is killed cannot take a finished batch with it.
                 batches = _batches(
-                    loader(images, keys[done:], workers, prefetch=1 if failures else 2), quietly
+                    loader(images, keys[done:], workers, prefetch=1 if failures else 2), quiet
                 )
                 with contextlib.closing(batches):
                     for batch in batches:
@@ -206,31 +207,31 @@ def load_batches(
                 )
 
 
-def _batches(loader: DataLoader[Batch], quietly: _Quietly) -> Generator[Batch, None, None]:
-    """One loader; the death of a worker is an error of the batch that waits for it."""
+def _batches(loader: DataLoader[Batch], quiet: _QuietSigchld) -> Generator[Batch, None, None]:
+    """The batches of one loader; a worker's death is an error of the batch that waits for it."""
     batches = iter(loader)
     if loader.num_workers:
-        quietly.begin()
+        quiet.install()
     try:
         yield from batches
     finally:
         del batches
 
 
-class _Quietly:
-    """torch's handler of SIGCHLD without its error, from ``begin`` to the end of the block.
+class _QuietSigchld:
+    """Suppresses the errors of torch's SIGCHLD handler, from ``install`` to the end of the block.
 
-    torch raises the death of a worker from that handler, too, that is, in the middle of any
-    statement of the main thread: an optimizer step could be left half done. Old workers end late, so
-    the block holds all loaders, one after the other.
+    torch also raises a worker's death from that handler, that is, in the middle of any statement of the
+    main thread: an optimizer step could be left half done. Old workers may end late, so the block spans
+    all loaders, one after the other.
     """
 
-    def __enter__(self) -> _Quietly:
+    def __enter__(self) -> _QuietSigchld:
         self._handler: Any = None
         return self
 
-    def begin(self) -> None:
-        """Once a loader has set the handler."""
+    def install(self) -> None:
+        """Replace the handler, after a loader has set it."""
         handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         main = threading.current_thread() is threading.main_thread()
         if self._handler is None and callable(handler) and main:

@@ -1,8 +1,8 @@
-"""LARS: SGD whose step in every layer has the size of the layer's weights (arXiv 1708.03888).
+"""LARS: SGD whose step in each layer is in proportion to the layer's weights (arXiv 1708.03888).
 
     trust = eta |w| / (|g| + decay |w|),   v <- momentum v + lr trust (g + decay w),   w <- w - v
 
-Vectors and scalars (biases, gains) take neither trust ratio nor decay: their step is plain SGD.
+Vectors and scalars (biases, gains) get neither trust ratio nor decay: their step is plain SGD.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling.
 
     Args:
-        lr: global learning rate, > 0; large, since ``trust`` multiplies it.
+        lr: global learning rate, > 0; typically large, since ``trust`` multiplies it.
         momentum: in [0, 1).
-        weight_decay: of tensors with two axes or more.
-        trust: eta, the size of a step beside the weights.
+        weight_decay: for tensors with two axes or more.
+        trust: eta, the size of a step relative to the weights.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def _direction(w: Tensor, decay: float, trust: float) -> Tensor:
-    """trust (g + decay w); a layer whose weights or gradient are 0 has the ratio 1."""
+    """trust (g + decay w); the ratio is 1 where weights or gradient are 0."""
     assert w.grad is not None
     if w.ndim < 2:
         return w.grad

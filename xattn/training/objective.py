@@ -1,12 +1,12 @@
-"""The T-TAME training objective (arXiv 2403.04523), for any head that gives class scores.
+"""The T-TAME training objective (arXiv 2403.04523), for any head with class scores.
 
     A = sigmoid(head(taps)),   m = bilinear(A[own class], input size),   y = argmax f(x)
     L = 1.5 CE(f(mask(x, m)), y) + 2 mean((A + 0.0005)^0.3) + 0.01 V(A)
     V(A) = [ sum |d_h A|^2 + sum |d_w A|^2 + 0.3 sum_border A^2 ] / (2 B)
 
-The target is the model's own prediction, so no labels are needed; for a multi-label model it is one
-of its positive labels, and -log sigmoid of that label's logit takes the place of the cross-entropy.
-V is a sum over space and over the class axis of A, divided by the batch only.
+The target is the model's own prediction, so no labels are needed. For a multi-label model it is one of
+its positive labels, and -log sigmoid of that label's logit replaces the cross-entropy. V is a sum over
+space and over the class axis of A, divided by the batch size only.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def variation(masks: Tensor) -> Tensor:
 def masked_logits(
     backbone: Backbone, images: Tensor, mask: Tensor, policy: str, taps: Taps | None = None
 ) -> Tensor:
-    """Logits (B, K) of masked ``images`` (B, 3, H, W) in [0, 1]; ``mask`` (B, 1, h, w) in [0, 1].
+    """Logits (B, K) of ``images`` (B, 3, H, W) under a ``mask`` (B, 1, h, w), both in [0, 1].
 
-    ``policy``: ``"raw_normalize"`` multiplies pixels, masked = black (T-TAME's CNNs);
-    ``"renormalize"`` says the same from the normalised image; ``"normalized"`` multiplies the
-    normalised image, masked = the data set's mean colour (T-TAME's ViT); ``"feature"`` multiplies the
-    pooled map of ``taps`` and continues with the classifier (L-CAM-Fm).
+    ``policy``: ``"raw_normalize"`` multiplies pixels, so that masked means black (T-TAME's CNNs);
+    ``"renormalize"`` does the same to the denormalised image; ``"normalized"`` multiplies the normalised
+    image, so that masked means the data set's mean colour (T-TAME's ViT); ``"feature"`` multiplies the
+    last map of ``taps`` and continues with the classifier (L-CAM-Fm).
     """
     if policy == "feature":
         last = (backbone(images) if taps is None else taps).maps[-1]
@@ -77,10 +77,10 @@ def masked_logits(
 
 @dataclass(frozen=True)
 class Part:
-    """What one process has of a batch that several train on.
+    """The part of a batch that one of several processes holds.
 
-    ``places`` (B,) are those of its images in the whole batch, ``counts`` the images of all processes,
-    of which this one is number ``rank``. One without an image trains on a stand-in.
+    ``places`` (B,) are the positions of its images in the whole batch, ``counts`` the numbers of images of
+    all processes, of which this is number ``rank``. A process without an image trains on a stand-in.
     """
 
     places: Tensor
@@ -88,7 +88,7 @@ class Part:
     rank: int = 0
 
     def together(self, target: Tensor) -> tuple[Tensor, int]:
-        """The targets of all images, process by process, and where this one's begin."""
+        """The targets of all images, process by process, and the place of this process's first one."""
         if len(self.counts) == 1:
             return target, 0
         own = target[: self.counts[self.rank]]
@@ -97,11 +97,11 @@ class Part:
 
 
 def targets(logits: Tensor, task: str, places: Tensor | None = None) -> Tensor:
-    """The class (B,) each image is trained on: the prediction.
+    """The class (B,) that each image is trained on: the prediction.
 
-    Of a multi-label model the place in the batch (``places`` (B,), by default the row) picks among the
-    labels with p > 0.5, so that over the epochs the B most probable of them have their turn; an image
-    without one gets its most probable label.
+    For a multi-label model the place of the image in the batch (``places`` (B,), by default the row) picks
+    one of its labels with p > 0.5, so that over the epochs the B most probable ones take turns. An image
+    without such a label gets its most probable one.
     """
     if task != "multilabel":
         return logits.argmax(1)
@@ -114,7 +114,7 @@ def targets(logits: Tensor, task: str, places: Tensor | None = None) -> Tensor:
 
 
 def classification_loss(logits: Tensor, target: Tensor, task: str) -> Tensor:
-    """-log p of the target classes, mean over the batch: softmax, or of one sigmoid (multi-label)."""
+    """Mean of -log p of the target classes; p is a softmax, or a sigmoid for multi-label models."""
     if task != "multilabel":
         return F.cross_entropy(widen(logits), target)
     return F.softplus(-widen(logits).gather(1, target[:, None])).mean()
@@ -128,11 +128,11 @@ def objective(
     policy: str = "raw_normalize",
     part: Part | None = None,
 ) -> Terms:
-    """The loss of one batch of ``images`` (B, 3, H, W) in [0, 1]; gradients reach the head only.
+    """The loss of a batch of ``images`` (B, 3, H, W) in [0, 1]; gradients reach only the head.
 
-    ``part`` says what they are of the batch of several processes, the classes of whose images all
-    masks are made for; the mean of the losses, each weighted by its number of images, is that of the
-    whole batch.
+    ``part`` places the images in a batch that several processes share; with ``class_mode`` "batch" the
+    masks are made for the classes of the whole batch. The mean of the processes' losses, weighted by their
+    numbers of images, is the loss of the whole batch.
     """
     with torch.no_grad():
         taps = backbone(images)

@@ -1,4 +1,4 @@
-"""The folder of a training run: who owns it, what it must agree with, its log."""
+"""The output folder of a training run: who owns it, which settings a resumed run must repeat, its log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEAD_FOLDER, CHECKPOINTS = "head", "checkpoints"
 
 
 def first_workers(folder: Path | None, workers: int) -> int:
-    """Loader workers that the run in ``folder`` was started with; ``workers`` where there is none."""
+    """The number of workers that the run in ``folder`` was started with; ``workers`` if there is none."""
     try:
         old = strict_json.parse((folder / RUN_FILE).read_bytes()) if folder else {}
         return int(old["train"]["workers"])
@@ -32,14 +32,14 @@ def first_workers(folder: Path | None, workers: int) -> int:
 def claim(
     folder: Path | None, run: dict[str, Any], resume: bool, main: bool, needed: Collection[str]
 ) -> Iterator[tuple[TextIO | None, dict[str, Any] | None]]:
-    """Own ``folder`` for this run: refuse a second run, check that a resumed one is the same. The log,
-    and of a resumed run the state of its last checkpoint, which has the keys ``needed``."""
-    if folder is None:
-        if resume:
-            raise ValueError("resume: needs output, the folder of the run to go on with")
-        yield None, None
-        return
-    if not main:
+    """Own ``folder`` for this run; refuse a second run, or resuming with other settings.
+
+    Yields the log, and for a resumed run the state of its last checkpoint, with the keys ``needed``. Both
+    are None without a folder, and in all processes but the ``main`` one.
+    """
+    if folder is None and resume:
+        raise ValueError("resume: needs output, the folder of the run to go on with")
+    if folder is None or not main:
         yield None, None
         return
     follow_link(folder)  # refuses one that leads nowhere
@@ -71,7 +71,7 @@ def claim(
         if not path.is_file():
             write_json(path, run)
         state = load_checkpoint(folder / CHECKPOINTS, needed) if resume else None
-        _cut_log(folder, 0 if state is None else state["step"])
+        cut_log(folder, 0 if state is None else state["step"])
         try:
             log = (folder / LOG_FILE).open("a", encoding="utf-8")
         except OSError as error:
@@ -81,7 +81,7 @@ def claim(
 
 
 def _comparable(run: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for a run to go on: all but settings that do not change the result."""
+    """What must be equal for a run to be resumed: everything but settings that do not change the result."""
     train = {k: v for k, v in run["train"].items() if k not in ("workers", "checkpoint_every")}
     head = {k: v for k, v in run["head"].items() if k not in ("training", "xattn")}
     head["options"] = complete_options(head["head"], head["options"])
@@ -89,7 +89,7 @@ def _comparable(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """One phrase a value that differs, by its innermost key."""
+    """A phrase for each value that differs, named by its innermost key."""
     if old == new:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
@@ -105,7 +105,7 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def locked(folder: Path, argument: str = "output") -> Iterator[None]:
-    """Own ``folder``, which is made if it is missing; one that another process owns is refused."""
+    """Own ``folder``, which is created if it is missing; a ValueError if another process owns it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK_FILE).open("w")
@@ -129,8 +129,8 @@ def _lock(lock: TextIO, folder: Path, argument: str) -> None:
         ) from None
 
 
-def _cut_log(folder: Path, step: int) -> None:
-    """Drop log lines later than the checkpoint of ``step``: the resumed run writes them again."""
+def cut_log(folder: Path, step: int) -> None:
+    """Drop the log lines after ``step``, that of the checkpoint: the resumed run writes them again."""
     path = folder / LOG_FILE
     if not path.is_file():
         return
@@ -142,7 +142,7 @@ def _cut_log(folder: Path, step: int) -> None:
             if type(record["step"]) is not int:
                 raise TypeError("step is no number")
         except (ValueError, KeyError, TypeError):
-            damaged += line.endswith(b"\n")  # else it is the half line of a killed process
+            damaged += line.endswith(b"\n")  # otherwise a killed process left half a line
             continue
         if record["step"] <= step:
             kept.append(line.rstrip() + b"\n")
@@ -161,6 +161,6 @@ def _cut_log(folder: Path, step: int) -> None:
 
 
 def _free(path: Path) -> Path:
-    """``path``, with a number behind it where there is such a file."""
+    """``path``, with a number appended if such a file exists."""
     names = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in count(1))
     return next(name for name in names if not name.exists())

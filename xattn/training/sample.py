@@ -1,4 +1,4 @@
-"""Maps of a few fixed photos while a head trains: a pack of before the training and of now."""
+"""Maps of a few fixed photos while a head trains: a pack of those of step 0 and of the last checkpoint."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from xattn.backbone import Backbone
+from xattn.explaining.naming import unique_id
+from xattn.explaining.photos import Explanations, explain, explain_batch, set_up
+from xattn.heads import Head
+from xattn.heads.probed import probed
 from xattn.packs.explanation import Explanation
 from xattn.packs.reader import load_pack
 from xattn.packs.writer import save_pack
@@ -20,33 +25,29 @@ from xattn.photos.images import MAX_PIXELS, load_image
 from xattn.photos.sources import open_photos
 from xattn.photos.view import prepare
 
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
-    from xattn.explaining.photos import Explanations
-    from xattn.heads import Head
-
 SAMPLE_FOLDER = "sample"
 
 
 def step_method(step: int) -> str:
-    """What the pack calls the maps of a step in the place of a method."""
+    """The method's name in the pack for the maps of ``step``."""
     return f"step {step}"
 
 
 class Sample:
-    """Called at each checkpoint: explains one class of each of ``count`` photos, the same ones each time.
+    """An ``on_checkpoint`` that explains one class of each of ``count`` photos, the same ones each time.
 
-    ``folder`` becomes a pack with the maps of step 0 and of the checkpoint; the step is the method's name
-    and ``protocol["step"]``. The head's mode and the random numbers are as they were afterwards.
+    ``folder`` becomes a pack with the maps of step 0 and of the checkpoint; the method's name and
+    ``protocol["step"]`` have the step. The head's mode and the random number generators are left as they
+    were.
 
     Args:
-        data: photos in files; ``count`` of them, evenly spread, are shown.
-        classes: of a head that takes the place of the classifier (an attentive one) the class of each
-            photo that is explained, an index into the head's own, by path. Without, the most probable
-            class of the frozen network is explained, which training does not change.
+        data: photos in files, of which ``count``, evenly spread, are shown.
+        classes: for a head that replaces the classifier (an attentive one): the class to explain for each
+            photo, by path, an index into the head's classes. Without it, the most probable class of the
+            frozen network is explained, which training does not change.
 
     Raises:
-        ValueError: a dataset that is not files, or no photo that can be read.
+        ValueError: the data are not files, or no photo can be read.
     """
 
     def __init__(
@@ -69,8 +70,6 @@ class Sample:
         self._first: list[Explanation] = []
 
     def __call__(self, step: int, head: Head) -> None:
-        from xattn.heads.probed import probed
-
         backbone, training = self.backbone, head.training
         if self.classes is not None:
             head = copy.deepcopy(head)  # probed() freezes it
@@ -78,7 +77,7 @@ class Sample:
         head.eval()
         try:
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-                # A photo that went since, or a map of one value before training.
+                # A photo may be gone by now, and a map may have a single value before training.
                 warnings.filterwarnings("ignore", "explain: skipped ")
                 warnings.filterwarnings("ignore", "(?s)explain: .* one value everywhere")
                 found = self._explained(backbone, head)
@@ -91,9 +90,6 @@ class Sample:
         save_pack(self.folder, [*first, *now], overlays=False, skipped=found.skipped)
 
     def _explained(self, backbone: Backbone, head: Head) -> Explanations:
-        from xattn.explaining.naming import unique_id
-        from xattn.explaining.photos import Explanations, explain, explain_batch, set_up
-
         if self.classes is None:
             return explain(self.paths, backbone, head, batch_size=4, max_pixels=self.max_pixels)
         found = Explanations()
@@ -112,7 +108,7 @@ class Sample:
         return found
 
     def _saved(self) -> list[Explanation]:
-        """The maps of step 0, which an interrupted run left."""
+        """The maps of step 0 that an interrupted run left."""
         try:
             self._first = [e for e in load_pack(self.folder) if e.method == step_method(0)]
         except (OSError, ValueError):
@@ -126,7 +122,7 @@ def _at(explanation: Explanation, step: int) -> Explanation:
 
 
 def _readable(paths: list[Path], count: int, max_pixels: int | None) -> list[Path]:
-    """``count`` evenly spread paths; for one that cannot be read the next one."""
+    """``count`` evenly spread paths; a photo that cannot be read is replaced by the next one."""
     chosen: list[Path] = []
     reason: Exception | None = None
     for place in range(min(count, len(paths))):

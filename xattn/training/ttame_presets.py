@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """A timm ``backbone`` with its ``taps``, a ``head`` and its ``options``; trained as published."""
+    """A timm ``backbone`` with its ``taps``, and a ``head`` with its ``options``."""
 
     backbone: str
     taps: tuple[str, ...]
@@ -29,7 +29,7 @@ class Preset:
 
 
 PRESETS = {
-    # VGG: the tensors behind the last three max-pools; timm's intermediates lie before them.
+    # VGG: the outputs of the last three max-pools; timm's intermediates lie before them.
     "ttame-vgg16": Preset(
         "vgg16", ("stage.2.pool", "stage.3.pool", "stage.4.pool"), "raw_normalize"
     ),
@@ -41,7 +41,7 @@ PRESETS = {
 
 
 def preset(name: str) -> Preset:
-    """The preset of that name; a ``ValueError`` with near matches for an unknown one."""
+    """The preset called ``name``; a ``ValueError`` lists similar names if there is none."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 3, 0.3) or list(PRESETS)
         raise ValueError(f"preset: unknown preset {name!r}; did you mean {', '.join(near)}?")

@@ -26,7 +26,7 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 class Share:
     """What one process has of the batch that a step trains on: ``rows`` of its ``count`` images.
 
-    Without a row the process takes part with a stand-in, which counts for nothing.
+    A process without a row takes part with a stand-in of weight 0.
     """
 
     rows: Sequence[int] = ()
@@ -35,13 +35,14 @@ class Share:
 
 @contextmanager
 def whole_batch(module: nn.Module) -> Iterator[Share]:
-    """The layers of ``module`` work, in training, on the batch of all processes; the caller says
-    before each step what this one has of it, in what is yielded.
+    """In the block, the layers of ``module`` train on the batch of all processes.
 
-    BatchNorm normalises by the statistics of all images, on any device; without it two processes would
-    normalise each half of the batch by itself. Its input has the features on axis 1, or is (n, C).
-    Dropout of inputs (B, ...) is drawn for the whole batch, so that it does not depend on who has which
-    image, nor on whether another one could be read.
+    Before each step the caller writes into the yielded :class:`Share` what this process has of the batch.
+
+    BatchNorm normalises by the statistics of all images, on any device; otherwise each process would
+    normalise its own part by itself. The features of its input lie on axis 1, or the input is (n, C).
+    Dropout of inputs (B, ...) is drawn for the whole batch: it depends neither on which process has an
+    image, nor on whether another image could be read.
     """
     share = Share()
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -63,7 +64,7 @@ def whole_batch(module: nn.Module) -> Iterator[Share]:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes; every process's loss depends on it, so its gradient is their sum."""
+    """The sum over all processes. The losses of all of them depend on it, so its gradient is a sum, too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -79,8 +80,8 @@ class _Sum(torch.autograd.Function):
 
 
 def _moments(share: Share, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How many values each feature of ``x`` (B, C, ...) has in all processes, their mean (C,) and
-    biased variance (C,)."""
+    """Of each feature of ``x`` (B, C, ...): the number of values in all processes, their mean (C,) and
+    their biased variance (C,)."""
     axes = [axis for axis in range(x.ndim) if axis != 1]
     weight = 1.0 if share.rows else 0.0
     count = x.new_tensor(weight * x.numel() / x.shape[1])
