@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
-    "evaluate": "engine",
+    "evaluate": "evaluation.engine",
     "Results": "results",
     "Row": "results",
     "Difference": "results",
@@ -22,7 +22,7 @@ _EXPORTS = {
     "Annotation": "annotations",
     "Annotations": "annotations",
     "load_annotations": "annotations",
-    "preset": "presets",
+    "preset": "metric_presets",
     "Comparison": "leaderboard",
     "compare": "leaderboard",
     "Column": "metrics.base",
@@ -33,7 +33,7 @@ _EXPORTS = {
     "measure": "metrics.measure",
     "create_probe": "metrics.registry",
     "PROBES": "metrics.registry",
-    "MaskedScorer": "scorer",
+    "MaskedScorer": "evaluation.scorer",
     "AverageDrop": "metrics.masking",
     "AverageDropInDeletion": "metrics.masking",
     "AverageGain": "metrics.masking",
@@ -102,9 +102,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from xattn.eval.annotations import Annotation, Annotations, load_annotations
+    from xattn.eval.annotations.objects import Annotation, Annotations, load_annotations
     from xattn.eval.bootstrap import mean_interval, paired_difference
-    from xattn.eval.engine import evaluate
+    from xattn.eval.evaluation.engine import evaluate
+    from xattn.eval.evaluation.scorer import MaskedScorer
     from xattn.eval.functional import (
         average_drop,
         average_drop_in_deletion,
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
         threshold_mask,
     )
     from xattn.eval.leaderboard import Comparison, compare
+    from xattn.eval.metric_presets import preset
     from xattn.eval.metrics.base import Column, Probe, Request, Sample
     from xattn.eval.metrics.masking import (
         AverageDrop,
@@ -124,7 +126,6 @@ if TYPE_CHECKING:
     )
     from xattn.eval.metrics.measure import measure
     from xattn.eval.metrics.registry import PROBES, create_probe
-    from xattn.eval.presets import preset
     from xattn.eval.protocol import METRICS, Protocol
     from xattn.eval.report.results_files import read_json, write_csv, write_json
     from xattn.eval.report.text_tables import format_table
@@ -137,7 +138,6 @@ if TYPE_CHECKING:
         is_baseline,
     )
     from xattn.eval.sanity import randomized_backbone, randomized_explainer, sanity_rows
-    from xattn.eval.scorer import MaskedScorer
 
 
 def __getattr__(name: str) -> Any:

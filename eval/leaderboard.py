@@ -15,17 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xattn.eval.annotations import load_annotations
-from xattn.eval.engine import create_probes, evaluate
+from xattn.eval.annotations.objects import load_annotations
+from xattn.eval.evaluation.engine import create_probes, evaluate
+from xattn.eval.evaluation.plan import plan
+from xattn.eval.evaluation.stream import ImageStream
 from xattn.eval.metrics.base import Probe
 from xattn.eval.metrics.registry import DIRECT
-from xattn.eval.plan import plan
 from xattn.eval.protocol import Protocol
 from xattn.eval.report.comparison_pack import can_pack, write_pack
 from xattn.eval.report.leaderboard_files import write_report
 from xattn.eval.results import Results
 from xattn.eval.sanity import Cascade, sanity_rows
-from xattn.eval.stream import ImageStream
 from xattn.explainers import create_explainer, list_explainers
 from xattn.explaining.naming import named_photos
 from xattn.explaining.photos import true_classes_of

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xattn.eval import bootstrap
+from xattn.eval.evaluation.database import ImageRow
+from xattn.eval.evaluation.store import Store
+from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.metrics.base import Column, Probe
 from xattn.eval.protocol import METRICS, Protocol
-from xattn.eval.store import ImageRow, Store
-from xattn.eval.stream import Skipped
 
 # Rows that a method has to beat; a name may continue, as in "randomized_gradcam".
 BASELINES = ("random", "centre", "ones", "randomized")

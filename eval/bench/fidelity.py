@@ -23,12 +23,12 @@ from torch import Tensor
 
 from xattn.backbone import load_backbone
 from xattn.eval.bench.timing import Job, median_ratio, times
-from xattn.eval.engine import evaluate
+from xattn.eval.evaluation.engine import evaluate
+from xattn.eval.fills.imputation import impute
 from xattn.eval.functional import quantile, saliency
 from xattn.eval.metrics.base import Probe
 from xattn.eval.metrics.registry import create_probe
 from xattn.eval.metrics.road import RoadProbe
-from xattn.eval.road import impute
 from xattn.runtime.allocator import keep_memory
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
@@ -191,7 +191,7 @@ import torch
 from xattn.runtime.allocator import keep_memory
 from xattn.backbone import load_backbone
 from xattn.runtime.distributed import leave, processes
-from xattn.eval.engine import evaluate
+from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.bench.fidelity import Given, photos_like
 from xattn.eval.metrics import create_probe
 

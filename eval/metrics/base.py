@@ -20,7 +20,7 @@ from torchmetrics import Metric
 from xattn.eval import functional
 
 if TYPE_CHECKING:
-    from xattn.eval.annotations import Annotation
+    from xattn.eval.annotations.objects import Annotation
 
 Finish = Callable[[Mapping[str, Tensor]], Mapping["Column", float]]
 

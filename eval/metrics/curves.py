@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.eval.fills import COLOURED, fill
+from xattn.eval.fills.fill import COLOURED, fill
 from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
 from xattn.eval.protocol import MASKED_VALUES
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xattn.eval import functional
-from xattn.eval.fills import COLOURED, fill
+from xattn.eval.fills.fill import COLOURED, fill
 from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
 from xattn.eval.protocol import MASKED_VALUES, Protocol
 

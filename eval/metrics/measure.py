@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from xattn.eval import functional
+from xattn.eval.evaluation.scorer import MaskedScorer, Ticket
 from xattn.eval.metrics.base import Column, Finish, Probe, Request, Sample
-from xattn.eval.scorer import MaskedScorer, Ticket
 
 
 def measure(

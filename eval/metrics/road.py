@@ -4,8 +4,8 @@
     ROAD = mean_l (s_LeRF(l) - s_MoRF(l)) / 2
 
 At level l the pixels with a value >= the linearly interpolated (1 - l) quantile of the map go, ties
-included, and :func:`xattn.eval.road.impute` fills the hole, so that its shape says nothing about
-the class. Rong et al. 2022 (arXiv 2202.00449).
+included, and :func:`xattn.eval.fills.impute` fills the hole, so that its shape says nothing about the
+class. Rong et al. 2022 (arXiv 2202.00449).
 
 s is the protocol's score of the imputed image. pytorch-grad-cam's ROADMostRelevantFirstAverage and
 ROADLeastRelevantFirstAverage give the mean change s(imputed) - s(clean) instead: its values are
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from xattn.eval import functional
+from xattn.eval.fills.imputation import impute
 from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
-from xattn.eval.road import impute
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 
@@ -95,7 +95,7 @@ class RoadProbe(Probe):
         levels: removed fractions, in (0, 1).
         noise: standard deviation of the noise on imputed pixels, the same field at all levels and
             for all methods.
-        tolerance: of the imputation, see :func:`xattn.eval.road.impute`.
+        tolerance: of the imputation, see :func:`xattn.eval.fills.imputation.impute`.
 
     A constant map has no order: NaN.
     """

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xattn.eval.engine import describe
+from xattn.eval.evaluation.facts import describe
+from xattn.eval.evaluation.kept_maps import KeptImage, kept_images
+from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.protocol import METRICS
 from xattn.eval.report.html_data import CURVES, each_curve
 from xattn.eval.results import Results, is_baseline
-from xattn.eval.store import KeptImage, kept_images
-from xattn.eval.stream import Skipped
 from xattn.explaining.naming import named_photos
 from xattn.explaining.photos import TrueClass
 from xattn.explaining.provenance import protocol_of

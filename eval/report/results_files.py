@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import METRICS, Protocol
 from xattn.eval.results import ImageRecord, MethodResult, Results, Row
-from xattn.eval.stream import Skipped
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file
 from xattn.runtime.version import __version__

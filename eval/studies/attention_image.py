@@ -34,8 +34,8 @@ from xattn.backbone import Backbone, Taps, load_backbone
 from xattn.config import ProbeConfig
 from xattn.correlation import pearson
 from xattn.eval.annotations import MaskFolder
+from xattn.eval.annotations.coco import THING_IDS
 from xattn.eval.bootstrap import mean_interval, paired_difference
-from xattn.eval.coco import THING_IDS
 from xattn.eval.studies.config import ImageStudyConfig
 from xattn.heads import AttentiveHead, Tokens, create_head, head_class
 from xattn.photos.images import list_images, load_image

@@ -22,7 +22,7 @@ import tyro
 
 from xattn.backbone import load_backbone
 from xattn.config import TrainConfig
-from xattn.eval.engine import evaluate
+from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.report.results_files import read_json, write_csv, write_json
 from xattn.eval.report.text_tables import format_table
 from xattn.eval.results import Difference, MethodResult, Results

@@ -13,9 +13,9 @@ import torch
 from references import cases
 from torch import Tensor
 
+from xattn.eval.metric_presets import preset
 from xattn.eval.metrics import Column, Probe, Sample, create_probe
 from xattn.eval.metrics import measure as measure_in_batches
-from xattn.eval.presets import preset
 
 TOLERANCE = 1e-4
 
@@ -94,8 +94,8 @@ def test_confidence_change_of_pytorch_grad_cam(case, setting):
 
 
 def test_filled_pixels_of_pytorch_grad_cam(case):
+    from xattn.eval.fills.imputation import impute, impute_direct
     from xattn.eval.metrics.road import removed_pixels
-    from xattn.eval.road import impute, impute_direct
 
     theirs = stored("gradcam", case)["filled"]
     removed = removed_pixels(case.grey[:1], [0.5])
@@ -109,8 +109,8 @@ def test_filled_pixels_of_pytorch_grad_cam(case):
 @pytest.mark.parametrize("order", ["MoRF", "LeRF"])
 def test_road_of_pytorch_grad_cam_level_by_level(slow_case, order):
     """Percentile p removes 100 - p percent; its class returns s(filled) - s(clean)."""
+    from xattn.eval.fills.imputation import impute
     from xattn.eval.metrics.road import removed_pixels
-    from xattn.eval.road import impute
 
     case = slow_case
     theirs = {setting: stored("gradcam", case)[setting][order] for setting in ("softmax", "logits")}

@@ -11,8 +11,8 @@ from references import cases
 from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
+from xattn.eval.metric_presets import PRESETS, preset
 from xattn.eval.metrics import Column, measure
-from xattn.eval.presets import PRESETS, preset
 
 
 @pytest.fixture(scope="module")

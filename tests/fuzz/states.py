@@ -22,9 +22,11 @@ from fuzz.labels import lines, nasty_json
 from fuzz.packs import results
 from xattn.app.made_up import picture
 from xattn.config import TrainConfig
+from xattn.eval.evaluation.database import ImageRow, ResultRow
+from xattn.eval.evaluation.kept_maps import kept_images
+from xattn.eval.evaluation.store import Store
 from xattn.eval.probing import check_results
 from xattn.eval.report.html_data import map_images
-from xattn.eval.store import ImageRow, ResultRow, Store, kept_images
 from xattn.eval.studies import part_utilization, sst
 from xattn.eval.studies.attention_text import Progress
 from xattn.eval.studies.attention_text import Run as TextRun

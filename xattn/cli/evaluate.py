@@ -45,7 +45,7 @@ class Evaluate:
 
     def run(self) -> None:
         from xattn.eval import Protocol, evaluate, format_table, sanity_rows, write_csv, write_json
-        from xattn.eval.presets import preset
+        from xattn.eval.metric_presets import preset
         from xattn.explainers import create_explainer
         from xattn.runtime.distributed import processes
         from xattn.runtime.files import check_folder

@@ -15,7 +15,7 @@ class List:
     def run(self) -> None:
         from xattn.attention import list_attention
         from xattn.eval import METRICS, PROBES
-        from xattn.eval.presets import PRESETS as PROTOCOLS
+        from xattn.eval.metric_presets import PRESETS as PROTOCOLS
         from xattn.explainers import list_explainers
         from xattn.heads import list_heads, shipped_heads
         from xattn.models.weights import list_package_weights

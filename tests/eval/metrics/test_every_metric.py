@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from xattn.eval import METRICS, PROBES, Protocol, create_probe, evaluate, measure
 from xattn.eval.annotations import Annotation
+from xattn.eval.metric_presets import PRESETS, preset
 from xattn.eval.metrics.base import Column
-from xattn.eval.presets import PRESETS, preset
 
 NAMES = sorted(PROBES)
 MEAN = (0.5, 0.4, 0.3)

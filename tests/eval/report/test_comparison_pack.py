@@ -13,8 +13,9 @@ from PIL import Image
 
 from xattn import load_backbone
 from xattn.eval import evaluate
+from xattn.eval.evaluation.kept_maps import kept_images
+from xattn.eval.evaluation.store import Store
 from xattn.eval.leaderboard import Comparison, compare
-from xattn.eval.store import Store, kept_images
 from xattn.explainers import create_explainer
 from xattn.packs.format import read_manifest
 from xattn.packs.reader import load_pack

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from xattn.eval.coco import THING_IDS, THINGS, model_classes
+from xattn.eval.annotations.coco import THING_IDS, THINGS, model_classes
 from xattn.photos.view import View
 from xattn.runtime import strict_json, strict_yaml
 from xattn.runtime.files import printable
@@ -202,7 +202,7 @@ def load_annotations(path: str | Path, backbone: Any) -> Annotations:
     Masks are taken where there are both. Their class numbers are those of ``classes.yaml`` beside
     the folders (``classes: {number: name}``), or COCO's category ids; those of boxes count COCO's
     80 thing categories from 0. The classes of an ImageNet-1k model become COCO categories by
-    :data:`xattn.eval.coco.IMAGENET_TO_COCO`, those of another model by equal names.
+    :data:`xattn.eval.annotations.coco.IMAGENET_TO_COCO`, those of another model by equal names.
 
     Raises:
         ValueError: nothing of the kind is there, or the model has none of its categories.

@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from xattn.eval import coco
-from xattn.eval.annotations import Boxes, MaskFolder, load_annotations
+from xattn.eval.annotations import Boxes, MaskFolder, coco, load_annotations
 from xattn.photos.images import list_images, load_image
 from xattn.photos.view import View, make_view, prepare
 

@@ -7,7 +7,7 @@ from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
 from xattn.eval.fills import KINDS, blur, fill, rise_blur
-from xattn.eval.road import impute
+from xattn.eval.fills.imputation import impute
 
 MEAN = (0.5, 0.4, 0.3)
 

@@ -101,7 +101,7 @@ def preset_table(backbone: Any, explainers: Mapping[str, Any], images: Any) -> s
     Args:
         backbone, explainers, images: as in :func:`xattn.eval.evaluate`.
     """
-    from xattn.eval.engine import evaluate
+    from xattn.eval.evaluation.engine import evaluate
 
     names = list(explainers)
     lines = [f"| preset | metric | {' | '.join(names)} | id |"]

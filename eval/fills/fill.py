@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.eval.road import impute
+from xattn.eval.fills.imputation import impute
 
 KINDS = ("black", "mean", "blur", "rise", "noise", "inpaint", "road")
 COLOURED = ("mean", "rise")  # kinds that need the data set's mean colour
@@ -38,7 +38,7 @@ def fill(
         kind: ``"black"`` 0; ``"mean"`` the colour ``mean``; ``"blur"`` see :func:`blur`;
             ``"rise"`` see :func:`rise_blur`; ``"noise"`` uniform in [0, 1), each pixel and channel
             for itself; ``"inpaint"`` see :func:`inpaint`; ``"road"``
-            :func:`xattn.eval.road.impute` with its noise of 0.01, which may leave [0, 1] a little.
+            :func:`~xattn.eval.fills.imputation.impute` with noise 0.01, which may leave [0, 1] a little.
         mean: (3,) the data set's mean colour in [0, 1], for ``"mean"`` and ``"rise"``.
         seed: of noise and road, which are pure functions of it.
 

@@ -10,9 +10,11 @@ import torch
 from eval_fakes import FakeBackbone, Maps
 
 from xattn.eval import evaluate
+from xattn.eval.evaluation.database import ImageRow
+from xattn.eval.evaluation.kept_maps import kept_images
+from xattn.eval.evaluation.store import Store
 from xattn.eval.report.html_data import map_images
 from xattn.eval.report.results_files import to_dict
-from xattn.eval.store import ImageRow, Store, kept_images
 
 
 def run(state=None, rows=None, images=None, **options):
@@ -194,7 +196,7 @@ def test_explainers_with_batches_of_their_own_get_images_unpadded_one_by_one():
 
 def test_a_state_tells_options_apart_that_are_no_plain_values():
     from xattn import create_head, load_backbone
-    from xattn.eval.engine import describe
+    from xattn.eval.evaluation.facts import describe
     from xattn.explainers import create_explainer
 
     backbone = load_backbone("test_resnet", weights=None, input_size=64, num_classes=5)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from xattn.eval.fills.imputation import impute, impute_direct
 from xattn.eval.metrics import Column, measure
 from xattn.eval.metrics.road import (
     LEVELS,
@@ -22,9 +23,8 @@ from xattn.eval.metrics.road import (
     road_combined_values,
     road_values,
 )
-from xattn.eval.road import impute, impute_direct
 
-PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "imagenet-sample"
+PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "imagenet-sample"
 
 
 def rand(*shape, seed=0):

@@ -1,0 +1,11 @@
+"""Where objects are in photos: masks, boxes, and COCO's names of them."""
+
+from xattn.eval.annotations.objects import (
+    Annotation,
+    Annotations,
+    Boxes,
+    MaskFolder,
+    load_annotations,
+)
+
+__all__ = ["Annotation", "Annotations", "Boxes", "MaskFolder", "load_annotations"]

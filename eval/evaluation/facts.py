@@ -1,0 +1,77 @@
+"""What a stored result depends on: protocol, backbone, metrics, and each explainer with its options."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xattn.eval.evaluation.scorer import MaskedScorer
+from xattn.eval.metrics.base import Probe
+from xattn.eval.protocol import Protocol
+from xattn.runtime.version import __version__
+
+
+def run_facts(
+    backbone: Any,
+    explainers: Mapping[str, Any],
+    protocol: Protocol,
+    probes: Sequence[Probe],
+    scorer: MaskedScorer,
+    again_limit: int | None,
+) -> dict[str, Any]:
+    """What a stored result depends on; methods each under a key, so that one can be added."""
+    return {
+        "protocol": {**protocol.to_dict(), "id": protocol.id},
+        "backbone": [backbone.fingerprint, backbone.task, repr(backbone.preprocessing)],
+        "metrics": [[type(p).__name__, p.options()] for p in probes],
+        "xattn": __version__,
+        "max_forward_batch": scorer.max_forward_batch,
+        "again_limit": again_limit,
+        **{f"method {name}": describe(method) for name, method in explainers.items()},
+    }
+
+
+def describe(explainer: Any) -> dict[str, Any]:
+    """What an explainer is: its class, options, and the hashes of its head and network."""
+    hidden = ("head", "backbone", "reader")  # a reader's layer has a name among the options
+    options = {
+        key: _fact(value)
+        for key, value in getattr(explainer, "__dict__", {}).items()
+        if not key.startswith("_") and key not in hidden
+    }
+    record = {"class": type(explainer).__qualname__, "options": options}
+    head = getattr(explainer, "head", None)
+    if head is not None:
+        from xattn.backbone import sha256
+
+        record["head"] = [sha256(head), getattr(head, "explain_with", None)]
+    network = getattr(getattr(explainer, "backbone", None), "fingerprint", None)
+    if network is not None:
+        record["backbone"] = network
+    return record
+
+
+def _fact(value: Any) -> Any:
+    """An option as JSON: tensors and modules by hash, functions and objects by name."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        return [list(value.shape), hashlib.sha256(data.numpy().tobytes()).hexdigest()]
+    if isinstance(value, torch.nn.Module):
+        from xattn.backbone import sha256
+
+        return [type(value).__qualname__, sha256(value)]
+    if isinstance(value, list | tuple):
+        return [_fact(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _fact(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return _fact(torch.from_numpy(value))
+    where = value if hasattr(value, "__qualname__") else type(value)
+    return f"{where.__module__}.{where.__qualname__}"
