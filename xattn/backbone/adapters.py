@@ -133,15 +133,6 @@ def load_torchvision(
     if name not in zoo.list_models(zoo):
         near = difflib.get_close_matches(name, zoo.list_models(zoo), 3, 0.3)
         raise ValueError(f"backbone: torchvision has no classifier {name!r}; {_or(near)}")
-    transforms = zoo.get_model_weights(name).DEFAULT.transforms()
-    side = transforms.crop_size[0]
-    preprocessing = Preprocessing(
-        input_size=size or (side, side),
-        mean=tuple(transforms.mean),
-        std=tuple(transforms.std),
-        interpolation=transforms.interpolation.value,
-        crop_pct=side / transforms.resize_size[0],
-    )
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if size is not None and name.startswith("vit_"):
         if size[0] != size[1]:
@@ -151,6 +142,7 @@ def load_torchvision(
         options["image_size"] = size[0]
     if weights == "package":
         raise ValueError("weights='package' has no torchvision models; give a file of weights")
+    preprocessing = _evaluation_preprocessing(name, size)
     if weights in (None, "timm"):
         source = None if weights is None else "DEFAULT"
         try:
@@ -160,16 +152,39 @@ def load_torchvision(
                 f"weights: those of torchvision's {name} could not be downloaded ({error}); give a "
                 f"local file"
             ) from error
-        return from_torchvision(model, taps, preprocessing=preprocessing)
+    else:
+        assert weights is not None
+        model = _with_file(name, weights, options)
+    return from_torchvision(model, taps, preprocessing=preprocessing)
+
+
+def _evaluation_preprocessing(name: str, size: tuple[int, int] | None) -> Preprocessing:
+    """How torchvision prepares photos for its default weights; at ``size`` if given."""
+    import torchvision.models as zoo
+
+    transforms = zoo.get_model_weights(name).DEFAULT.transforms()
+    side = transforms.crop_size[0]
+    return Preprocessing(
+        input_size=size or (side, side),
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+        interpolation=transforms.interpolation.value,
+        crop_pct=side / transforms.resize_size[0],
+    )
+
+
+def _with_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
+    """torchvision's ``name`` with the weights of a file, and its number of classes by default."""
+    import torchvision.models as zoo
+
     from xattn.models.weights import load_weight_file
 
-    assert weights is not None
     state = load_weight_file(weights)
-    if num_classes is None:  # the last linear or 1x1 layer is the classifier
+    if "num_classes" not in options:  # the last linear or 1x1 layer is the classifier
         layers = dict(zoo.get_model(name, weights=None).named_modules())
         last = [n for n, m in layers.items() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
         if f"{last}.weight" in state:
-            options["num_classes"] = int(state[f"{last}.weight"].shape[0])
+            options = {**options, "num_classes": int(state[f"{last}.weight"].shape[0])}
     model = zoo.get_model(name, weights=None, **options)
     try:
         model.load_state_dict(state)
@@ -180,7 +195,7 @@ def load_torchvision(
             f"weights: {weights} does not fit torchvision's {name} ({reason}); give the file of this "
             f"architecture, of a ViT with its own input_size"
         ) from None
-    return from_torchvision(model, taps, preprocessing=preprocessing)
+    return model
 
 
 def _or(near: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ from xattn.backbone.backbone import Backbone
 from xattn.backbone.classes import Task, read_classes
 from xattn.backbone.preprocessing import LARGEST_SIDE, preprocessing_of
 from xattn.backbone.taps import TapModule
+from xattn.backbone.timm_models import create_timm_model
 
 
 def load_backbone(
@@ -53,19 +53,11 @@ def load_backbone(
         raise ValueError(
             f"input_size: got {input_size}; give 1 to {LARGEST_SIDE} pixels, one side or (H, W)"
         )
+    overrides: dict[str, Any] = {}
     if isinstance(name_or_module, nn.Module):
-        model = name_or_module
-        name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")) or (
-            type(model).__name__
-        )
-        if not hasattr(model, "forward_intermediates") and not isinstance(model, TapModule):
-            raise ValueError(
-                f"name_or_module: a {type(model).__name__} is no timm model with "
-                f"forward_intermediates; give it a method forward_taps(x) -> (logits, maps)"
-            )
-        overrides: dict[str, Any] = {}
+        model, name = name_or_module, _name_of(name_or_module)
     elif name_or_module.startswith("torchvision/"):
-        name, overrides = name_or_module, {}
+        name = name_or_module
         nodes = [taps] if isinstance(taps, str) else taps
         with _device_with_values():
             model = load_torchvision(name.partition("/")[2], weights, nodes, size, num_classes)
@@ -73,7 +65,7 @@ def load_backbone(
     else:
         name = name_or_module
         with _device_with_values():
-            model, overrides = _create(name, weights, size, num_classes)
+            model, overrides = create_timm_model(name, weights, size, num_classes)
     preprocessing = preprocessing_of(model, overrides, size)
     try:
         backbone = Backbone(model, name, preprocessing, taps, read_classes(classes), task)
@@ -85,81 +77,18 @@ def load_backbone(
     return backbone.to(device) if device is not None else backbone
 
 
+def _name_of(module: nn.Module) -> str:
+    """A module's name; a ``ValueError`` if it is neither timm's nor has ``forward_taps``."""
+    if not hasattr(module, "forward_intermediates") and not isinstance(module, TapModule):
+        raise ValueError(
+            f"name_or_module: a {type(module).__name__} is no timm model with "
+            f"forward_intermediates; give it a method forward_taps(x) -> (logits, maps)"
+        )
+    config = getattr(module, "pretrained_cfg", None) or {}
+    return str(config.get("architecture", "")) or type(module).__name__
+
+
 def _device_with_values() -> AbstractContextManager[Any]:
     """Torch's default device, or the CPU if that is meta: weights need memory to be loaded into."""
     meta = torch.get_default_device().type == "meta"
     return torch.device("cpu") if meta else nullcontext()
-
-
-def _create(
-    name: str, weights: str | Path | None, size: tuple[int, int] | None, num_classes: int | None
-) -> tuple[nn.Module, dict[str, Any]]:
-    import timm
-
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 5, 0.5)
-        hint = f"near matches: {', '.join(near)}" if near else 'see xattn list --filter "*"'
-        raise ValueError(f"backbone: timm has no model {name!r}; {hint}")
-    options: dict[str, Any] = {}
-    if num_classes is not None:
-        options["num_classes"] = num_classes
-    if size is not None:
-        if _takes_img_size(name):
-            options["img_size"] = size
-    if weights == "timm":
-        try:
-            return timm.create_model(name, pretrained=True, **options), {}
-        except Exception as error:
-            raise OSError(
-                f"weights='timm': the weights of {name} could not be loaded from the hub "
-                f"({type(error).__name__}: {error}); give a local file or weights='package'"
-            ) from error
-    if weights is None:
-        return timm.create_model(name, pretrained=False, **options), {}
-    if weights == "package":
-        from xattn.models.weights import package_weights
-
-        architecture, package_options, state, overrides, count = package_weights(name, size)
-        if num_classes not in (None, count):
-            raise ValueError(
-                f"num_classes: got {num_classes}, the package's weights for {name} have {count} "
-                f"classes; leave it out"
-            )
-        model = timm.create_model(architecture, pretrained=False, **{**options, **package_options})
-        model.load_state_dict(state, strict=True)
-        return model, dict(overrides or {})
-    from xattn.models.weights import load_weight_file
-
-    state = load_weight_file(weights)
-    if num_classes is None:
-        key = timm.get_pretrained_cfg_value(name, "classifier")
-        found = state.get(f"{key}.weight") if isinstance(key, str) else None
-        if found is not None:
-            options["num_classes"] = int(found.shape[0])
-    model = timm.create_model(name, pretrained=False, **options)
-    try:
-        try:
-            model.load_state_dict(state, strict=True)
-        except RuntimeError:
-            # A ViT's file may hold the positions of its own size, to be resized afterwards.
-            own = options.pop("img_size", None)
-            if own is None or not hasattr(model, "set_input_size"):
-                raise
-            model = timm.create_model(name, pretrained=False, **options)
-            model.load_state_dict(state, strict=True)
-            model.set_input_size(img_size=own)  # type: ignore[operator]
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()
-        reason = " ".join(line.strip() for line in first[1:3])[:300]
-        raise ValueError(
-            f"weights: {weights} does not fit {name} ({reason}); give the file of this architecture"
-        ) from None
-    return model, {}
-
-
-def _takes_img_size(name: str) -> bool:
-    """Whether the architecture takes ``img_size``: ViTs do, CNNs do not."""
-    import timm
-
-    config = timm.get_pretrained_cfg(name)
-    return bool(config is not None and getattr(config, "fixed_input_size", False))

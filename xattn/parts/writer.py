@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from xattn.parts.crop import area, largest_crop
 from xattn.parts.evidence import Source, evidence_mask, open_evidence
-from xattn.photos.base import Data, StoredPhoto
+from xattn.photos.base import Data, Photos, StoredPhoto
 from xattn.photos.images import MAX_PIXELS, read_ahead
 from xattn.photos.sources import open_photos
 from xattn.runtime import strict_json
@@ -87,12 +87,7 @@ def cut_parts(
     if (check := getattr(source, "check", None)) is not None:
         check(photos.name(i) for i in range(len(photos)))
     check_folder(output / "crops")
-    settings = {
-        "data": photos.describe(),
-        "evidence": getattr(source, "description", getattr(source, "__name__", "a function")),
-        "seed": seed,
-        "max_pixels": max_pixels,
-    }
+    settings = _settings(photos, source, seed, max_pixels)
     done = _finished(output, settings)
     root = Path(data) if isinstance(data, str | Path) and Path(data).is_dir() else None
     left = [photo for photo in photos if photo.index not in done]
@@ -117,6 +112,16 @@ def cut_parts(
             f"{records[0]['reason']}"
         )
     return Parts(output, records)
+
+
+def _settings(photos: Photos, source: Source, seed: int, max_pixels: int | None) -> dict[str, Any]:
+    """What has to be the same for a run to continue an earlier one."""
+    return {
+        "data": photos.describe(),
+        "evidence": getattr(source, "description", getattr(source, "__name__", "a function")),
+        "seed": seed,
+        "max_pixels": max_pixels,
+    }
 
 
 def _cut(

@@ -1,0 +1,103 @@
+"""timm models by name, with weights from the hub, a package, a file, or none."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+def create_timm_model(
+    name: str, weights: str | Path | None, size: tuple[int, int] | None, num_classes: int | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A timm model, and what overrides its ``pretrained_cfg``; arguments as in ``load_backbone``."""
+    import timm
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 5, 0.5)
+        hint = f"near matches: {', '.join(near)}" if near else 'see xattn list --filter "*"'
+        raise ValueError(f"backbone: timm has no model {name!r}; {hint}")
+    options: dict[str, Any] = {}
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    if size is not None and _takes_img_size(name):
+        options["img_size"] = size
+    if weights is None:
+        return timm.create_model(name, pretrained=False, **options), {}
+    if weights == "timm":
+        return _from_hub(name, options), {}
+    if weights == "package":
+        return _from_package(name, size, options)
+    return _from_file(name, weights, options), {}
+
+
+def _takes_img_size(name: str) -> bool:
+    """Whether the architecture takes ``img_size``: ViTs do, CNNs do not."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    return bool(config is not None and config.fixed_input_size)
+
+
+def _from_hub(name: str, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=True, **options)
+    except Exception as error:
+        raise OSError(
+            f"weights='timm': the weights of {name} could not be loaded from the hub "
+            f"({type(error).__name__}: {error}); give a local file or weights='package'"
+        ) from error
+
+
+def _from_package(
+    name: str, size: tuple[int, int] | None, options: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    import timm
+
+    from xattn.models.weights import package_weights
+
+    architecture, package_options, state, overrides, count = package_weights(name, size)
+    if options.get("num_classes") not in (None, count):
+        raise ValueError(
+            f"num_classes: got {options['num_classes']}, the package's weights for {name} have "
+            f"{count} classes; leave it out"
+        )
+    model = timm.create_model(architecture, pretrained=False, **{**options, **package_options})
+    model.load_state_dict(state, strict=True)
+    return model, dict(overrides or {})
+
+
+def _from_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
+    """With as many classes as the file has, unless ``options`` say otherwise."""
+    import timm
+
+    from xattn.models.weights import load_weight_file
+
+    state = load_weight_file(weights)
+    key = timm.get_pretrained_cfg_value(name, "classifier")
+    found = state.get(f"{key}.weight") if isinstance(key, str) else None
+    if found is not None:
+        options = {"num_classes": int(found.shape[0]), **options}
+    model = timm.create_model(name, pretrained=False, **options)
+    try:
+        try:
+            model.load_state_dict(state, strict=True)
+        except RuntimeError:
+            # A ViT's file may hold the positions of its own size, to be resized afterwards.
+            own = options.pop("img_size", None)
+            if own is None or not hasattr(model, "set_input_size"):
+                raise
+            model = timm.create_model(name, pretrained=False, **options)
+            model.load_state_dict(state, strict=True)
+            model.set_input_size(img_size=own)  # type: ignore[operator]
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()
+        reason = " ".join(line.strip() for line in first[1:3])[:300]
+        raise ValueError(
+            f"weights: {weights} does not fit {name} ({reason}); give the file of this architecture"
+        ) from None
+    return model
