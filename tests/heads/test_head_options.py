@@ -189,7 +189,7 @@ def test_a_list_and_a_tuple_are_lists_and_an_int_is_a_number():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("abc", "got 'abc'; give a list of names, one a class"),
+        ("abc", "got 'abc'; give a list of names, one per class"),
         ([], "got []; give a list of names"),
         ({"a": 0}, "got {'a': 0}; give a list of names"),
         ([1, 2, 3], "got [1, 2, 3]; give a list of names"),
@@ -207,7 +207,7 @@ def test_names_of_classes_are_told_apart(names, message):
 
 def test_as_many_names_as_classes():
     with pytest.raises(
-        ValueError, match="class_names: got 2 names for 3 classes; give one a class"
+        ValueError, match="class_names: got 2 names for 3 classes; give one per class"
     ):
         create_head("gap", vit(), classes=3, class_names=["a", "b"])
     assert create_head("gap", vit(), class_names=["a", "b"]).num_classes == 2

@@ -34,7 +34,7 @@ def read_classes(classes: str | Path | Sequence[str] | None) -> list[str] | None
         path = Path(classes)
         if not path.is_file():
             raise FileNotFoundError(
-                f"classes: no file {path}; give a text file with one name a line"
+                f"classes: no file {path}; give a text file with one name per line"
             )
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()

@@ -22,8 +22,8 @@ class Cam(Explainer):
         backbone = self.backbone
         if not backbone.pools_linearly:
             raise ValueError(
-                f"explainer: cam needs average pooling, then one linear layer, on the tap 'head'; "
-                f"{backbone.name} with taps {backbone.taps} has not; use 'gradcam' or a head"
+                f"explainer: cam needs average pooling and one linear layer after the tap 'head', "
+                f"which {backbone.name} with taps {backbone.taps} does not have; use 'gradcam' or a head"
             )
 
     @torch.no_grad()

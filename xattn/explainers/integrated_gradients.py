@@ -5,8 +5,8 @@ GradientSHAP: random points of lines from random baselines (Lundberg and Lee, ar
 et al., arXiv 1906.10670); SmoothGrad: x plus Gaussian noise (Smilkov et al., arXiv 1706.03825).
 
 The gradients are Captum's, the sums are not. Captum draws noise for the whole batch from the global
-generators, so that a map depends on its neighbours and on the micro-batch; and its loops cannot go on
-with smaller micro-batches when memory runs out. Here each image is summed alone, in float64.
+generators, so that a map depends on its neighbours and on the micro-batch; and its loops cannot
+continue with smaller micro-batches when memory runs out. Here each image is summed alone, in float64.
 """
 
 from __future__ import annotations

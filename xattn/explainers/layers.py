@@ -103,7 +103,7 @@ class LayerReader:
                 return self.backbone.tokens_to_map(output, (rows, count // rows))
         raise ValueError(
             f"layer: {self.name or type(self.layer).__name__} of {self.backbone.name} gives "
-            f"{tuple(output.shape)} for images of {height} x {width}, which is no map; give "
+            f"{tuple(output.shape)} for images of {height} x {width}, which is not a map; give "
             f"layer=<a module whose output is (B, C, h, w)>"
         )
 

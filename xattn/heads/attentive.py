@@ -406,7 +406,7 @@ def _class_count(classes: int | None, names: list[str] | None, backbone: Backbon
     count = len(names) if classes is None else classes
     if len(names) != count:
         raise ValueError(
-            f"class_names: got {len(names)} names for {count} classes; give one a class"
+            f"class_names: got {len(names)} names for {count} classes; give one per class"
         )
     for index, name in enumerate(names):
         if not name.strip():

@@ -45,7 +45,7 @@ Count: TypeAlias = Annotated[int, Where(lambda n: n >= 1, "an int of at least 1"
 Positive: TypeAlias = Annotated[
     float, Where(lambda x: x >= SMALLEST, "a positive, finite number (float32)")
 ]
-Names: TypeAlias = Annotated[Sequence[str], Where(bool, "a list of names, one a class")]
+Names: TypeAlias = Annotated[Sequence[str], Where(bool, "a list of names, one per class")]
 Share: TypeAlias = Annotated[float, Where(lambda x: 0 <= x < 1, "a number from 0 to below 1")]
 
 

@@ -191,7 +191,7 @@ def _region(entry: Any) -> Region:
         entry = entry.get("box", entry.get("polygon"))
     if not isinstance(entry, list):
         raise ValueError(
-            'evidence: an entry is no box; give [x0, y0, x1, y1], [[x, y], ...] or {"box": ...}'
+            'evidence: an entry is not a box; give [x0, y0, x1, y1], [[x, y], ...] or {"box": ...}'
         )
     return entry
 

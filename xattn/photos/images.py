@@ -71,7 +71,7 @@ def list_images(path: str | Path) -> list[Path]:
         if line and not line.startswith("#"):
             found.append(_listed_file(path, number, line))
     if not found:
-        raise ValueError(f"images: the list {path} names no image; write one path a line")
+        raise ValueError(f"images: the list {path} names no image; write one path per line")
     return found
 
 
@@ -95,7 +95,7 @@ def _read_lines(path: Path) -> list[str]:
         return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise ValueError(
-            f"images: {path} is not a UTF-8 text list; write one path a line"
+            f"images: {path} is not a UTF-8 text list; write one path per line"
         ) from None
 
 

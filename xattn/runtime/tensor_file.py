@@ -91,7 +91,9 @@ def _place(entry: Any) -> _Place:
         if not all(0 <= n <= MAX_SIDE for n in numbers):
             raise ValueError
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"its header says {_shown(entry)}, which is no tensor of floats") from None
+        raise ValueError(
+            f"its header says {_shown(entry)}, which is not a tensor of floats"
+        ) from None
     if end - begin != size * math.prod(shape):
         raise ValueError(f"its header says {_shown(entry)}, which does not add up")
     return _TYPES[dtype], shape, begin, end
