@@ -203,7 +203,7 @@ def test_compiles_without_graph_breaks(name):
 
 
 class Adapted(nn.Module):
-    """A module that is no timm model but speaks the adapter protocol."""
+    """A module that is not a timm model but speaks the adapter protocol."""
 
     def __init__(self):
         super().__init__()

@@ -363,5 +363,5 @@ def test_gradcam_finds_the_grid_of_models_that_do_not_tell_it():
 
 def test_gradcam_refuses_models_that_end_in_tokens():
     backbone = load_backbone("levit_128s", weights=None)
-    with pytest.raises(ValueError, match=r"layer: head_point of levit_128s gives .* no map"):
+    with pytest.raises(ValueError, match=r"layer: head_point of levit_128s gives .* not a map"):
         create_explainer("gradcam", backbone).attribute(torch.rand(1, 3, 224, 224), 3)

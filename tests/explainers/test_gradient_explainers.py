@@ -180,7 +180,7 @@ def test_memory_that_runs_out_halves_the_steps_of_one_image(images, name):
             raise MemoryError("out of memory")
 
     net.model.stem.register_forward_pre_hook(fail)
-    with pytest.warns(RuntimeWarning, match=r"out of memory with 5 images; going on with 2"):
+    with pytest.warns(RuntimeWarning, match=r"out of memory with 5 images; continuing with 2"):
         got = explainer.attribute(images[:1], 3)
     assert close(got, expected) and explainer.max_forward_batch == 2
 

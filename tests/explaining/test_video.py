@@ -394,7 +394,7 @@ def test_a_header_without_a_frame_rate(backbone, tmp_path, monkeypatch, fps):
 
     with monkeypatch.context() as patch:
         patch.setattr(cv2, "VideoCapture", Capture)
-        with pytest.warns(UserWarning, match=r"c\.mp4 gives .* frames a second; .* at 25"):
+        with pytest.warns(UserWarning, match=r"c\.mp4 gives .* frames per second; .* at 25"):
             found = explain_video(path, backbone, explainer="ones", output=tmp_path / "pack")
     assert found.fps == 25.0
     film = cv2.VideoCapture(str(tmp_path / "pack" / "overlay.mp4"))

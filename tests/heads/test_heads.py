@@ -286,7 +286,7 @@ def test_a_head_for_another_backbone_is_refused_with_both_hashes(cnn, tmp_path):
 
 @pytest.mark.parametrize("name", ["self", "name", "backbone", "seed"])
 def test_an_option_that_is_an_argument_of_its_own_is_refused(cnn, name):
-    with pytest.raises(ValueError, match=f"options: got '{name}=1'; {name} is no option"):
+    with pytest.raises(ValueError, match=f"options: got '{name}=1'; {name} is not an option"):
         parse_options([f"{name}=1"])
     with pytest.raises(ValueError, match="head: ttame"):
         create_head("ttame", cnn, **{name: 1})
@@ -314,7 +314,7 @@ def test_damaged_artefacts_are_refused(cnn, tmp_path):
         config = json.loads((tmp_path / "missing/config.json").read_text())
         config["backbone"]["taps"] = taps
         (tmp_path / "config/config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match="its taps are no list of str"):
+        with pytest.raises(ValueError, match="its taps are not a list of str"):
             load_head(tmp_path / "config", cnn)
     with pytest.raises(FileNotFoundError, match="head"):
         load_head(tmp_path / "missing", cnn)

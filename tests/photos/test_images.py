@@ -414,5 +414,5 @@ def test_a_view_that_is_too_large_for_a_pack_names_the_size_of_the_photo():
         make_view((1, 20_000), SQUARE).check_size()
     make_view((1, 20_000), SQUARE, "whole").check_size()
     padded = View("crop", (9, 9), (9, 9), (-2_000_000, 0, 9, 9), (9, 9))
-    with pytest.raises(ValueError, match=r"over the limit of 1,000,000 a side"):
+    with pytest.raises(ValueError, match=r"over the limit of 1,000,000 per side"):
         padded.check_size()

@@ -87,7 +87,7 @@ def test_metrics_go_on_with_half_the_batch_and_say_so_once():
             )
         said = [str(w.message) for w in caught if "max_forward_batch" in str(w.message)]
         assert len(said) == (backbone is small)
-    assert "out of memory with 8 images; going on with 4" in said[0]
+    assert "out of memory with 8 images; continuing with 4" in said[0]
     assert small.model.seen[:3] == [8, 4, 2] and set(small.model.seen[3:]) == {2}
     for name in ("cam", "random"):
         for key, expected in found[full].methods[name].scores.items():
@@ -100,7 +100,7 @@ def test_explainers_go_on_with_half_the_batch(name):
     head = create_head("ttame", full).eval()
     expected = create_explainer(name, full, head, max_forward_batch=8).attribute(IMAGES, 1)
     explainer = create_explainer(name, small, head, max_forward_batch=8)
-    with pytest.warns(RuntimeWarning, match="out of memory with 8 images; going on with 4"):
+    with pytest.warns(RuntimeWarning, match="out of memory with 8 images; continuing with 4"):
         found = explainer.attribute(IMAGES, 1)
     assert explainer.max_forward_batch == 2
     assert torch.allclose(found, expected, atol=1e-6)
@@ -120,7 +120,7 @@ def test_a_batch_smaller_than_allowed_is_halved_itself():
         return x
 
     batches = ForwardBatches(32)
-    with pytest.warns(RuntimeWarning, match="out of memory with 6 images; going on with 3"):
+    with pytest.warns(RuntimeWarning, match="out of memory with 6 images; continuing with 3"):
         found = batches.run(two_fit, IMAGES[:6])
     assert seen == [6, 3, 1, 1, 1, 1, 1, 1] and torch.equal(torch.cat(found), IMAGES[:6])
     with warnings.catch_warnings():

@@ -81,7 +81,7 @@ def _name_of(module: nn.Module) -> str:
     """A module's name; a ``ValueError`` if it is neither timm's nor has ``forward_taps``."""
     if not hasattr(module, "forward_intermediates") and not isinstance(module, TapModule):
         raise ValueError(
-            f"name_or_module: a {type(module).__name__} is no timm model with "
+            f"name_or_module: a {type(module).__name__} is not a timm model with "
             f"forward_intermediates; give it a method forward_taps(x) -> (logits, maps)"
         )
     config = getattr(module, "pretrained_cfg", None) or {}

@@ -254,7 +254,9 @@ def _tokens_read(backbone: Backbone, reading: Reading) -> str | tuple[int, ...]:
             )
         return (0,) if reading.prefix else "patches"
     if "max" in str(getattr(backbone.model, "global_pool", "")):
-        raise ValueError(f"start: {backbone.name} pools by a maximum, not one row; {remedy}")
+        raise ValueError(
+            f"start: {backbone.name} pools by a maximum, not by one row of weights; {remedy}"
+        )
     with torch.inference_mode(False), torch.enable_grad():
         width: int = backbone.model.num_features  # type: ignore[assignment]
         generator = torch.Generator().manual_seed(0)
@@ -267,7 +269,7 @@ def _tokens_read(backbone: Backbone, reading: Reading) -> str | tuple[int, ...]:
     read = weights.nonzero()[:, 0].tolist()
     if not read or weights[read].min() < 0.9 * weights.max():
         raise ValueError(
-            f"start: the head of {backbone.name} reads {len(read)} of {reading.tokens} tokens, not "
-            f"by one average; {remedy}"
+            f"start: the head of {backbone.name} reads {len(read)} of {reading.tokens} tokens, but not "
+            f"as one average; {remedy}"
         )
     return "patches" if read == list(range(reading.prefix, reading.tokens)) else tuple(read)

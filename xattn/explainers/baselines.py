@@ -50,7 +50,9 @@ class Centre(Explainer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.sigma > 0:
-            raise ValueError(f"sigma: got {self.sigma}; give a positive part of the image's side")
+            raise ValueError(
+                f"sigma: got {self.sigma}; give a positive fraction of the image's side"
+            )
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         y, x = (

@@ -210,7 +210,8 @@ def _check_count(name: str, value: int) -> None:
 def _check_noise(noise: float, allowed: bool) -> None:
     if not allowed or not math.isfinite(noise):
         raise ValueError(
-            f"noise: got {noise}; give the standard deviation in parts of the image's range, such as 0.15"
+            f"noise: got {noise}; give the standard deviation as a fraction of the image's range, "
+            f"such as 0.15"
         )
 
 

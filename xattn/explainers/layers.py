@@ -30,7 +30,7 @@ class LayerReader:
             layer = getattr(backbone.model, "gradcam_layer", None)
         if layer is None and backbone.adapter:
             raise ValueError(
-                f"layer: {backbone.name} is no timm model, so {method} does not know its last map; "
+                f"layer: {backbone.name} is not a timm model, so {method} does not know its last map; "
                 f"give layer=<the module whose output is (B, C, h, w)>"
             )
         if layer is not None and not any(layer is m for m in backbone.modules()):

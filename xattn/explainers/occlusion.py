@@ -52,7 +52,7 @@ class Occlusion(PerturbationExplainer):
             )
         if stride > size:
             raise ValueError(
-                f"stride: got {stride} with windows of {size} pixels, which leaves pixels out; "
+                f"stride: got {stride} with windows of {size} pixels, which would leave pixels out; "
                 f"give at most {size}"
             )
         return _intervals(height, size, stride), _intervals(width, size, stride)

@@ -219,8 +219,8 @@ def true_classes_of(
     if all(number is None for number, _ in found):
         shown = next((name for _, name in found if name is not None), "none")
         warnings.warn(
-            f"labels: no photo has a class of {backbone.name} (the first: {shown}); what is right "
-            f"and what is wrong stays open",
+            f"labels: no photo has a class of {backbone.name} (the first: {shown}), so no prediction "
+            f"can be called right or wrong",
             stacklevel=3,
         )
     return {image_id: label for (image_id, _), label in zip(sources, found, strict=True)}

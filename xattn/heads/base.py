@@ -222,7 +222,9 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         if not found or not key.isidentifier():
             raise ValueError(f"options: got {pair!r}; write name=value")
         if key in _OWN_ARGUMENTS:
-            raise ValueError(f"options: got {pair!r}; {key} is no option of a head or an explainer")
+            raise ValueError(
+                f"options: got {pair!r}; {key} is not an option of a head or an explainer"
+            )
         try:
             options[key] = strict_json.parse(value, nan=True)
         except ValueError:
@@ -302,7 +304,7 @@ def head_folder(source: str | Path, **hub_options: Any) -> Path:
         raise
     except Exception as error:
         raise OSError(
-            f"head: {source} is no local folder and could not be fetched from the hub "
+            f"head: {source} is not a local folder and could not be fetched from the hub "
             f"({type(error).__name__}); check the name or the connection"
         ) from error
 
@@ -322,7 +324,7 @@ def read_config(folder: Path) -> dict[str, Any]:
                 raise TypeError(f"{key} is no {kind.__name__}")
         taps = config["backbone"].get("taps", [])
         if not isinstance(taps, list) or not all(isinstance(tap, str) for tap in taps):
-            raise TypeError("its taps are no list of str")
+            raise TypeError("its taps are not a list of str")
         config["options"] = complete_options(config["head"], config["options"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -97,7 +97,7 @@ def probed(backbone: Backbone, head: AttentiveHead) -> Probed:
         ValueError: ``head`` is no classifier, or belongs to another backbone or other taps.
     """
     if not isinstance(head, AttentiveHead):
-        raise ValueError(f"head: {head.name!r} is no classifier; give a head of 'xattn probe'")
+        raise ValueError(f"head: {head.name!r} is not a classifier; give a head of 'xattn probe'")
     theirs = head.backbone_fingerprint, head.backbone_taps
     own = backbone.fingerprint, list(backbone.taps)
     if theirs != own:

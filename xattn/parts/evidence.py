@@ -147,7 +147,7 @@ class BoxFile:
             ) from None
         if not isinstance(table, dict) or not all(isinstance(v, list) for v in table.values()):
             raise ValueError(
-                f'evidence: {path} has another form; give {{"7.jpg": [[x0, y0, x1, y1], ...]}}'
+                f'evidence: {path} has the wrong form; give {{"7.jpg": [[x0, y0, x1, y1], ...]}}'
             )
         self.table: dict[str, list[Any]] = {PurePath(k).as_posix(): v for k, v in table.items()}
         self.description = f"boxes {hashlib.sha256(text.encode()).hexdigest()}"
@@ -169,7 +169,7 @@ class BoxFile:
         if (shared := _shared(names, self._key)) is not None:
             key, first, second = shared
             raise ValueError(
-                f"evidence: the entry {key!r} of {self.path} stands for {first} and {second}; give "
+                f"evidence: the entry {key!r} of {self.path} belongs to {first} and {second}; give "
                 f"each an entry with its folder"
             )
 
@@ -220,7 +220,7 @@ class Masks:
         if (shared := _shared(names, mask_of)) is not None:
             mask, first, second = shared
             raise ValueError(
-                f"evidence: the mask {mask} stands for {first} and {second}; give photos names of "
+                f"evidence: the mask {mask} belongs to {first} and {second}; give photos names of "
                 f"their own, or cut each folder with its own masks"
             )
 
@@ -346,7 +346,7 @@ class DetectorText:
             polygons, _ = self.model.detect(frame)
         except cv2.error as error:
             raise ValueError(
-                f"evidence: {self.path} is no DB text detector ({_reason(error)}); give a network that "
+                f"evidence: {self.path} is not a DB text detector ({_reason(error)}); give a network that "
                 f"maps (1, 3, {self.side}, {self.side}) to probabilities ({self.side}, {self.side})"
             ) from None
         return [np.asarray(polygon).tolist() for polygon in polygons]

@@ -66,7 +66,8 @@ class _Pen:
     def __init__(self, photo: Image.Image) -> None:
         if min(photo.size) < SMALLEST:
             raise ValueError(
-                f"photo: got {photo.width} x {photo.height} pixels; text needs {SMALLEST} of each"
+                f"photo: got {photo.width} x {photo.height} pixels; text needs at least {SMALLEST} x "
+                f"{SMALLEST}"
             )
         self.image = photo.convert("RGB")
         self.boxes: list[Box] = []

@@ -189,7 +189,7 @@ def _checked(record: dict[str, Any]) -> dict[str, Any]:
     crop = re.fullmatch(r"crops/[^/\0]{1,255}\.png", record.get("file", "crops/0.png"))
     texts = isinstance(record["photo"], str) and record["outcome"] in OUTCOMES
     if crop is None or type(record["index"]) is not int or not texts:
-        raise ValueError("what it says of a photo is not what xattn parts writes")
+        raise ValueError("its record of a photo is not one that xattn parts writes")
     return record
 
 

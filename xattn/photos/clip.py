@@ -62,7 +62,7 @@ class Clip:
         self.fps = float(self.capture.get(cv2.CAP_PROP_FPS))
         if not 0 < self.fps <= 1000:
             warnings.warn(
-                f"explain_video: {path.name} gives {self.fps:g} frames a second; "
+                f"explain_video: {path.name} gives {self.fps:g} frames per second; "
                 f"the overlay runs at {FALLBACK_FPS:g}",
                 stacklevel=5,
             )

@@ -57,7 +57,7 @@ def list_images(path: str | Path) -> list[Path]:
         found = sorted(_walk(path))
         if not found:
             raise ValueError(
-                f"images: no image in folder {path}; files named .jpg, .png, .webp, .tif, ... count"
+                f"images: no image in folder {path}; image files end in .jpg, .png, .webp, .tif, ..."
             )
         return found
     if not path.exists():

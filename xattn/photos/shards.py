@@ -216,7 +216,7 @@ def _split_files(root: str, split: str, remote: bool) -> tuple[list[str], Sequen
     urls, lengths = [f"{root}/{name}" for name in info.filenames], info.shard_lengths
     if not all(type(n) is int and 0 <= n <= MOST_SAMPLES for n in lengths):
         raise ValueError(
-            f"data: _info.json of {root} has shard_lengths that are no numbers of samples; correct them, "
+            f"data: _info.json of {root} has shard_lengths that are not numbers of samples; correct them, "
             f"or leave them out"
         )
     return urls, lengths

@@ -67,7 +67,7 @@ class View:
             (height, width), (tall, wide) = self.photo_size, self.resized
             raise ValueError(
                 f"image: a photo of {width} x {height} pixels has {wide:,} x {tall:,} when it is resized "
-                f"for the model, over the limit of {MAX_SIDE:,} a side; crop it"
+                f"for the model, over the limit of {MAX_SIDE:,} per side; crop it"
             )
         return self
 

@@ -47,8 +47,8 @@ def peers(remedy: str = "start all of them again") -> Iterator[None]:
         if not _of_the_group(error):
             raise
         raise ConnectionError(
-            f"processes: another one of this run died or ended with an error; {remedy}, nothing that was "
-            f"written is lost"
+            f"processes: another process of this run died or ended with an error; {remedy}, nothing "
+            f"that was written is lost"
         ) from error
 
 

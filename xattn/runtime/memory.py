@@ -71,8 +71,8 @@ class ForwardBatches:
         if not self.halved:
             self.halved = True
             warnings.warn(
-                f"max_forward_batch: out of memory with {count} images; going on with "
-                f"{self.size}, or fewer if need be",
+                f"max_forward_batch: out of memory with {count} images; continuing with "
+                f"{self.size}, or fewer if needed",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -44,7 +44,7 @@ class TensorFile:
             stream.seek(0)
             length = int.from_bytes(stream.read(8), "little")
             if self._size < 8 or length > min(self._size - 8, MAX_HEADER):
-                raise ValueError("it is cut short, or no safetensors file")
+                raise ValueError("it is truncated, or not a safetensors file")
             header = strict_json.parse(stream.read(length))
         self._start = 8 + length
         if not isinstance(header, dict):
@@ -73,7 +73,7 @@ class TensorFile:
             stream.seek(self._start + begin)
             data = stream.read(end - begin)
         if len(data) != end - begin:
-            raise ValueError("it is cut short")
+            raise ValueError("it is truncated")
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
             raise ValueError(f"the bytes of {name} are not those that were written")
         values = np.frombuffer(data, dtype).reshape(shape)
