@@ -65,6 +65,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "xattn.packs.writer",
     ),
     "xattn.files": ("xattn.runtime.files",),
+    "xattn.heads.affine": ("xattn.heads.pullback",),
     "xattn.images": ("xattn.photos.images", "xattn.photos.view"),
     "xattn.interrupts": ("xattn.runtime.interrupts",),
     "xattn.kernels.block_sparse.index": ("xattn.kernels.block_sparse.block_lists",),
@@ -72,6 +73,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "xattn.memory": ("xattn.runtime.memory",),
     "xattn.models.sources": ("xattn.models.weights",),
     "xattn.pack_writer": ("xattn.packs.writer",),
+    "xattn.parts.writer": ("xattn.parts.cutting",),
     "xattn.presets": ("xattn.training.ttame_presets",),
     "xattn.probed": ("xattn.heads.probed",),
     "xattn.sources": (

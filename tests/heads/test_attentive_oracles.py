@@ -27,9 +27,9 @@ from torch import nn
 import xattn
 from xattn.attention import record
 from xattn.heads import SimPool, create_head, overlap
-from xattn.heads.affine import chain, residual, root
 from xattn.heads.attentive import ClassMaps
 from xattn.heads.cross_attention import CrossAttention
+from xattn.heads.pullback import chain, residual, root
 
 N = GRID[0] * GRID[1]
 

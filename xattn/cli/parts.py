@@ -32,7 +32,7 @@ class Parts:
 
     def run(self) -> None:
         from xattn.parts import cut_parts
-        from xattn.parts.writer import OUTCOMES
+        from xattn.parts.cutting import OUTCOMES
 
         parts = cut_parts(
             self.data,

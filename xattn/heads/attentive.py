@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
-from xattn.heads.affine import Step
 from xattn.heads.base import Head, keeping_statistics
 from xattn.heads.fusion import class_rows
 from xattn.heads.options import Count, Names, checked
+from xattn.heads.pullback import Step
 from xattn.heads.reliability import TINY, Balanced, ReliabilityBalancing, create_balancing
 from xattn.kernels.softmax.reference import widen
 

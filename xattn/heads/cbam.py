@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.affine import Step
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 from xattn.heads.options import Count
+from xattn.heads.pullback import Step
 
 
 @register_head("cbam")

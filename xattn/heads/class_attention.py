@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.affine import Step, mean, mlp, residual, step
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.cross_attention import CrossAttention
+from xattn.heads.pullback import Step, mean, mlp, residual, step
 
 
 class ClassAttention(AttentiveHead):

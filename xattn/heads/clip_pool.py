@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.affine import Step, mean
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
 from xattn.heads.options import Count
+from xattn.heads.pullback import Step, mean
 
 
 @register_head("clip_pool")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from xattn.heads.affine import Step, step
+from xattn.heads.pullback import Step, step
 
 
 class CrossAttention(nn.Module):

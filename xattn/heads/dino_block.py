@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.affine import Step, mean, mlp, residual
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 from xattn.heads.class_attention import ClassAttention
 from xattn.heads.cross_attention import head_count
 from xattn.heads.options import Count, Positive
+from xattn.heads.pullback import Step, mean, mlp, residual
 from xattn.heads.self_attention import SelfAttention
 
 

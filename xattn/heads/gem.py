@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.affine import Step, root
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 from xattn.heads.options import Positive
+from xattn.heads.pullback import Step, root
 
 
 @register_head("gem")

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.affine import Step, chain
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 from xattn.heads.options import Count, Share
+from xattn.heads.pullback import Step, chain
 
 TAPS = 4
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.affine import Step, root
 from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import head_count
 from xattn.heads.options import Count, Positive
+from xattn.heads.pullback import Step, root
 
 EPS = 1e-6
 HEADS = 12

@@ -1,6 +1,7 @@
 """Parts of images: finding evidence, the largest crop without it, and images with drawn text."""
 
 from xattn.parts.crop import Crop, largest_crop, rectangles
+from xattn.parts.cutting import Parts, cut_parts
 from xattn.parts.evidence import (
     BoxFile,
     DetectorText,
@@ -10,7 +11,6 @@ from xattn.parts.evidence import (
     open_evidence,
 )
 from xattn.parts.macros import Lettered, draw_macro, draw_text, write_lettered
-from xattn.parts.writer import Parts, cut_parts
 
 __all__ = [
     "BoxFile",
