@@ -1,4 +1,4 @@
-"""What all tests have in common: Triton's interpreter, and a run folder that is taken."""
+"""Shared by all tests: Triton's interpreter, and a run folder that another process holds."""
 
 import contextlib
 import os

@@ -1,6 +1,6 @@
-"""Another default device of torch's changes nothing: tensors are made where their input lies.
+"""Another default device of torch changes nothing: tensors are created on the device of their input.
 
-``meta`` is the strictest of them: a tensor that is made there by mistake has no values.
+``meta`` is the strictest choice: a tensor created there by mistake has no values.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Photos, folders and outputs whose names are not UTF-8: they work, or are named in a form that prints."""
+"""Photos, folders and outputs whose names are not UTF-8: they work, or errors name them in printable form."""
 
 from __future__ import annotations
 

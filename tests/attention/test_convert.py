@@ -1,4 +1,4 @@
-"""Converting timm ViTs: same logits with softmax, reversible, refused by name where it cannot be."""
+"""Converting timm ViTs: softmax keeps the logits, revert undoes it, unsuitable layers are refused."""
 
 import copy
 

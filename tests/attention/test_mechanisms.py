@@ -1,4 +1,4 @@
-"""Every registered mechanism: A V is its output, and all questions to A agree with a dense A."""
+"""Every registered mechanism: A V is its output, and every operator method agrees with a dense A."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What a backbone cannot take or be told is refused in one line that names the argument and the remedy."""
+"""Images and settings that a backbone cannot use are refused, naming the argument and the remedy."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Small backbones with 0, 1, 2 and 5 prefix tokens, and heads with weights that hide nothing."""
+"""Small backbones with 0, 1, 2 and 5 prefix tokens, and heads with random weights, so that no mistake is hidden by zeros."""
 
 from __future__ import annotations
 

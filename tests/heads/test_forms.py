@@ -1,4 +1,4 @@
-"""Heads with a choice of form: each form's maps are exact, and configs from before the choice load as they were."""
+"""Heads with a choice of form: each form's maps are exact, and configs older than the choice load unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of heads: what is no option's value is refused by name, for every head and every option."""
+"""Options of heads: invalid values are refused by the option's name, for every head and option."""
 
 from __future__ import annotations
 

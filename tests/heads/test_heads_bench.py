@@ -1,4 +1,4 @@
-"""The bench of heads: what it compares gives the same numbers, and its tables are whole."""
+"""The benchmark of heads: what it compares gives the same numbers, and its tables are complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading of odd and bad files, timm's evaluation crop, and the way back onto the photo."""
+"""Reading odd and damaged files, timm's evaluation crop, and the way back to the photo."""
 
 import json
 import tracemalloc

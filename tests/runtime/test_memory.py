@@ -1,4 +1,4 @@
-"""Out of memory: the batch is halved, once said, and the numbers stay."""
+"""Out of memory: the batch is halved with one warning, and the numbers stay the same."""
 
 import subprocess
 import sys

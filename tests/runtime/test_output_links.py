@@ -1,4 +1,4 @@
-"""Outputs that are links: one to a folder is written through and stays, one that leads nowhere is refused."""
+"""Outputs that are links: a link to a folder stays and its target is written; a dangling one is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON of files: what is wrong with it is a ValueError in words of its own."""
+"""Strict JSON: any fault is a ValueError with a message of its own."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""YAML of files: plain values, and aliases that cannot grow."""
+"""Strict YAML: plain values, and aliases that cannot grow."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from xattn.runtime.strict_yaml import parse
 
 
 def powers(first, line, levels=9):
-    """Each level stands for nine of the one before."""
+    """Each level stands for nine of the previous one."""
     lines = [f"a: &a {first}"]
     for letter in map(chr, range(ord("b"), ord("a") + levels)):
         before = chr(ord(letter) - 1)

@@ -1,4 +1,4 @@
-"""Headers that a hostile safetensors file may have: none makes the reader ask for more than the file holds."""
+"""Hostile headers of safetensors files: none makes the reader request more than the file holds."""
 
 import io
 import json

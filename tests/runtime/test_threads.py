@@ -1,4 +1,4 @@
-"""Threads that share a network: each gets what it would get alone, and the network stays as it was."""
+"""Threads that share a network: each gets the results it would get alone; the network stays unchanged."""
 
 import copy
 import pickle
