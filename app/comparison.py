@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from xattn.app.library import LEADERBOARD
 from xattn.eval.metrics.base import Column
-from xattn.eval.protocol import METRICS
+from xattn.eval.metrics.registry import METRICS
 from xattn.eval.report import html_data
 from xattn.eval.report.results_files import from_dict
 from xattn.eval.report.standings import Standing

@@ -18,7 +18,7 @@ _EXPORTS = {
     "MethodResult": "results",
     "is_baseline": "results",
     "Protocol": "protocol",
-    "METRICS": "protocol",
+    "METRICS": "metrics.registry",
     "Annotation": "annotations",
     "Annotations": "annotations",
     "load_annotations": "annotations",
@@ -125,8 +125,8 @@ if TYPE_CHECKING:
         MaskingProbe,
     )
     from xattn.eval.metrics.measure import measure
-    from xattn.eval.metrics.registry import PROBES, create_probe
-    from xattn.eval.protocol import METRICS, Protocol
+    from xattn.eval.metrics.registry import METRICS, PROBES, create_probe
+    from xattn.eval.protocol import Protocol
     from xattn.eval.report.results_files import read_json, write_csv, write_json
     from xattn.eval.report.text_tables import format_table
     from xattn.eval.results import (

@@ -20,7 +20,11 @@ from xattn.eval.evaluation.engine import create_probes, evaluate
 from xattn.eval.evaluation.plan import plan
 from xattn.eval.evaluation.stream import ImageStream
 from xattn.eval.metrics.base import Probe
-from xattn.eval.metrics.registry import DIRECT
+from xattn.eval.metrics.registry import (
+    direct_groups,
+    groups_with_annotations,
+    groups_without_annotations,
+)
 from xattn.eval.protocol import Protocol
 from xattn.eval.report.comparison_pack import can_pack, write_pack
 from xattn.eval.report.leaderboard_files import write_report
@@ -91,7 +95,7 @@ def compare(
     for name, reason in refused.items():
         say(f"left out {name}: {reason}")
     protocol = Protocol(precision=job.precision, seed=job.seed, view=job.view)
-    probes = create_probes(_groups(job), protocol, job.backbone.preprocessing.mean)
+    probes = create_probes(groups_of(job), protocol, job.backbone.preprocessing.mean)
     annotations = None
     if job.annotations is not None:
         annotations = load_annotations(job.annotations, job.backbone)
@@ -108,7 +112,7 @@ def compare(
         limit=limit,
         progress=progress,
         annotations=annotations,
-        randomized=_randomized(job, made) if "randomization" in _groups(job) else {},
+        randomized=_randomized(job, made) if any(p.explains_randomized for p in probes) else {},
         again_limit=job.again_limit,
         state=output / "state.sqlite",
         kept_maps=job.maps if packed else 0,
@@ -173,14 +177,18 @@ def _paths(images: Any) -> dict[str, Path]:
     return {printable(name): path for name, path in zip(names, paths, strict=True)}
 
 
-def _groups(job: Comparison) -> list[str]:
-    """The names of the groups of metrics; localization comes with annotations."""
+def groups_of(job: Comparison) -> list[str]:
+    """The names of the groups of metrics; those that need annotations come with them."""
     names: list[str] = []
     for name in job.metrics:
-        again = ("adcc", "sensitivity", "randomization")
-        names += DIRECT if name == "direct" else (*DIRECT, *again) if name == "all" else (name,)
+        if name == "direct":
+            names += direct_groups()
+        elif name == "all":
+            names += groups_without_annotations()
+        else:
+            names.append(name)
     if job.annotations is not None:
-        names.append("localization")
+        names += groups_with_annotations()
     return list(dict.fromkeys(names))
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from xattn.eval.metrics.base import Probe
-from xattn.eval.metrics.registry import create_probe
-from xattn.eval.protocol import METRICS, Protocol
+from xattn.eval.metrics.registry import METRICS, create_probe
+from xattn.eval.protocol import Protocol
 
 Mean = tuple[float, ...] | None
 

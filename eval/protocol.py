@@ -11,68 +11,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class MetricInfo(NamedTuple):
-    """A metric's formula in words, which direction is better, and the range of its values."""
-
-    formula: str
-    higher_is_better: bool
-    low: float = 0.0
-    high: float = 1.0
-    kind: str = "faithfulness"
-
-    @property
-    def digits(self) -> int:
-        """Decimals to show: percentages have two, the others four."""
-        return 2 if self.high == 100 else 4
-
-
-_INF = float("inf")
-
-# p, q, d: score of the class on the image x, on x o m and on x o (1 - m).
-METRICS: dict[str, MetricInfo] = {
-    "AD": MetricInfo("100 mean max(0, p - q) / p", False, 0, 100),
-    "IC": MetricInfo("100 mean [q > p + margin max(p, q)]", True, 0, 100),
-    "ADD": MetricInfo("100 mean (p - d) / p, signed", True, -_INF, 100),
-    "AG": MetricInfo("100 mean max(0, q - p) / (1 - p)", True, 0, 100),
-    "drop": MetricInfo("100 mean max(0, p - q)", False, 0, 100),
-    "deletion": MetricInfo("area under the score while pixels are removed by rank", False),
-    "insertion": MetricInfo("area under the score while pixels are inserted by rank", True),
-    "ROAD-MoRF": MetricInfo("mean score with the most relevant pixels imputed", False),
-    "ROAD-LeRF": MetricInfo("mean score with the least relevant pixels imputed", True),
-    "ROAD": MetricInfo("mean (LeRF - MoRF) / 2", True, -0.5, 0.5),
-    "AOPC": MetricInfo("mean over steps of f(x) - f(x_t), patches removed by rank", True, -1),
-    "IROF": MetricInfo("1 - area under f(x_t) / f(x), superpixels removed by rank", True, -_INF),
-    "infidelity": MetricInfo("E (I . phi - (f(x) - f(x - I)))^2", False, 0, _INF),
-    "monotonicity": MetricInfo(
-        "Spearman correlation of |phi| of a patch and the change of f under noise there", True, -1
-    ),
-    "Gini": MetricInfo(
-        "sum (2 i - n - 1) v_i / (n sum v), v = |phi| ascending", True, kind="complexity"
-    ),
-    "entropy": MetricInfo("-sum pi log pi, pi = |phi| / sum |phi|", False, 0, _INF, "complexity"),
-    "pointing": MetricInfo("100 mean [argmax lies on the object]", True, 0, 100, "localisation"),
-    "energy-pointing": MetricInfo("sum of the map on the object / sum", True, kind="localisation"),
-    "IoU": MetricInfo(
-        "intersection / union of the map's top pixels and the object", True, 0, 1, "localisation"
-    ),
-    "coherency": MetricInfo("(Pearson(m(x), m(x o m)) + 1) / 2", True, kind="robustness"),
-    "complexity": MetricInfo("mean of the grey map", False, kind="complexity"),
-    "ADCC": MetricInfo("harmonic mean of coherency, 1 - complexity and 1 - AD", True),
-    "max-sensitivity": MetricInfo(
-        "max |phi(x + d) - phi(x)| / |phi(x)|, |d| <= r", False, 0, _INF, "robustness"
-    ),
-    "randomization-Spearman": MetricInfo(
-        "rank correlation with the map after randomising weights", False, -1, 1, "sanity"
-    ),
-    "randomization-SSIM": MetricInfo(
-        "structural similarity to the map after randomising weights", False, -1, 1, "sanity"
-    ),
-}
-
-MASKED_VALUES = ("black", "mean", "blur", "rise", "noise", "inpaint", "road")
+from xattn.eval.fills import KINDS
+from xattn.eval.metrics.registry import METRICS
 
 # What p, q and d are, by the backbone's task.
 SCORES = {"multiclass": "probability", "multilabel": "sigmoid", "binary": "binary"}
@@ -82,7 +24,7 @@ _CHOICES = {
     "class_policy": ("predicted", "given"),
     "normalization": ("minmax", "minmax_upsampled"),
     "threshold": ("quantile", "kth"),
-    "masked_value": MASKED_VALUES,
+    "masked_value": KINDS,
     "resize": ("bilinear", "nearest"),
     "invalid": ("excluded",),
     "view": ("crop", "whole", "tensor"),

@@ -14,7 +14,8 @@ from xattn.eval.evaluation.database import ImageRow
 from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.metrics.base import Column, Probe
-from xattn.eval.protocol import METRICS, Protocol
+from xattn.eval.metrics.registry import METRICS
+from xattn.eval.protocol import Protocol
 
 # Rows that a method has to beat; a name may continue, as in "randomized_gradcam".
 BASELINES = ("random", "centre", "ones", "randomized")

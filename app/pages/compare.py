@@ -16,7 +16,7 @@ from xattn.app.comparison import Board, arrow
 from xattn.app.components import grid
 from xattn.app.pictures import Look, legends, overlay_url
 from xattn.app.state import Context, plain
-from xattn.eval.protocol import METRICS
+from xattn.eval.metrics.registry import METRICS
 from xattn.eval.report.differences import Apart, by_maps, by_metric
 from xattn.eval.report.html_data import MAX_VALUES, case_columns, spread
 from xattn.eval.report.html_tables import format_number, number_form

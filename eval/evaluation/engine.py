@@ -26,8 +26,6 @@ from xattn.eval.evaluation.scorer import MaskedScorer
 from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import ImageStream, Item
 from xattn.eval.metrics.base import Probe
-from xattn.eval.metrics.masking import MaskingProbe
-from xattn.eval.metrics.randomization import RandomizationProbe
 from xattn.eval.metrics.registry import create_probe
 from xattn.eval.protocol import SCORES, Protocol
 from xattn.eval.results import Results, collect
@@ -112,7 +110,7 @@ def evaluate(
         )
     if any(probe.needs_annotation for probe in probes) and stream.tensors:
         raise ValueError("metrics: localization needs photos with file names; tensors have none")
-    if randomized is None and any(isinstance(p, RandomizationProbe) for p in probes):
+    if randomized is None and any(probe.explains_randomized for probe in probes):
         raise ValueError(
             "metrics: randomization needs each method on randomised networks; give randomized, see "
             "Cascade (xattn compare does)"
@@ -174,11 +172,9 @@ def create_probes(
         for m in metrics
     ]
     for probe in probes:
-        if protocol.score == "logit" and isinstance(probe, MaskingProbe) and probe.bounded:
-            raise ValueError(
-                "score: AD, ADD and AG are of probabilities; for logits give MaskingProbe(bounded=False, "
-                "metrics=('AD', 'IC')), or the preset torch-cam"
-            )
+        problem = probe.score_problem(protocol.score)
+        if problem is not None:
+            raise ValueError(problem)
     columns = [column for probe in probes for column in probe.columns]
     twice = sorted({c.key for c in columns if columns.count(c) > 1})
     if twice:

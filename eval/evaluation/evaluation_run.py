@@ -272,9 +272,8 @@ class EvaluationRun:
             return note is not None and note.mask(sample.target) is not None
         if not probe.explains_again:
             return True
-        if any(column.metric.startswith("randomization") for column in probe.columns):
-            if name not in self.randomized:
-                return False
+        if probe.explains_randomized and name not in self.randomized:
+            return False
         limited = bool(getattr(self.explainers[name], "perturbs", False))
         return not limited or self.again_limit is None or position < self.again_limit
 

@@ -1,16 +1,24 @@
 """The metrics: one file a family, with pure functions, torchmetrics classes and the probe.
 
-Classes such as ``AverageDrop`` or ``Deletion`` load on first use.
+The torchmetrics classes, such as ``AverageDrop`` or ``Deletion``, are attributes of this package.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MeanMetric,
+    MetricGroup,
+    MetricInfo,
+    Probe,
+    Request,
+    Sample,
+)
 from xattn.eval.metrics.measure import measure
-from xattn.eval.metrics.registry import CLASSES, DIRECT, PROBES, create_probe
+from xattn.eval.metrics.registry import CLASSES, PROBES, create_probe, direct_groups, register
 
 __all__ = [
     "DIRECT",
@@ -18,20 +26,23 @@ __all__ = [
     "Column",
     "Finish",
     "MeanMetric",
+    "MetricGroup",
+    "MetricInfo",
     "Probe",
     "Request",
     "Sample",
     "create_probe",
     "measure",
+    "register",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in CLASSES:
-        raise AttributeError(f"module 'xattn.eval.metrics' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"xattn.eval.metrics.{CLASSES[name]}"), name)
-    globals()[name] = value
-    return value
+    if name == "DIRECT":
+        return tuple(direct_groups())
+    if name in CLASSES:
+        return CLASSES[name]
+    raise AttributeError(f"module 'xattn.eval.metrics' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -24,7 +24,16 @@ import torch
 from torch import Tensor
 
 from xattn.eval import functional
-from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MeanMetric,
+    MetricGroup,
+    MetricInfo,
+    Probe,
+    Request,
+    Sample,
+)
 
 
 def coherency_values(maps: Tensor, others: Tensor) -> Tensor:
@@ -149,3 +158,15 @@ class ADCC(MeanMetric):
         self, coherency: Tensor, complexity: Tensor, drop: Tensor, valid: Tensor | None = None
     ) -> None:
         self._add(adcc_values(coherency, complexity, drop), valid)
+
+
+GROUP = MetricGroup(
+    "adcc",
+    AdccProbe,
+    {
+        "coherency": MetricInfo("(Pearson(m(x), m(x o m)) + 1) / 2", True, kind="robustness"),
+        "complexity": MetricInfo("mean of the grey map", False, kind="complexity"),
+        "ADCC": MetricInfo("harmonic mean of coherency, 1 - complexity and 1 - AD", True),
+    },
+    classes=(Coherency, Complexity, ADCC),
+)

@@ -11,16 +11,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from xattn.eval import functional
-
-if TYPE_CHECKING:
-    from xattn.eval.annotations.objects import Annotation
+from xattn.eval.annotations import Annotation
 
 Finish = Callable[[Mapping[str, Tensor]], Mapping["Column", float]]
 
@@ -35,6 +33,21 @@ class Column(NamedTuple):
     def key(self) -> str:
         """Such as ``"AD@15"`` or ``"deletion"``."""
         return self.metric if self.level is None else f"{self.metric}@{100 * self.level:g}"
+
+
+class MetricInfo(NamedTuple):
+    """A metric's formula in words, which direction is better, and the range of its values."""
+
+    formula: str
+    higher_is_better: bool
+    low: float = 0.0
+    high: float = 1.0
+    kind: str = "faithfulness"
+
+    @property
+    def digits(self) -> int:
+        """Decimals to show: percentages have two, the others four."""
+        return 2 if self.high == 100 else 4
 
 
 class Request(NamedTuple):
@@ -92,14 +105,41 @@ class Sample:
         return self._masks[level, method]
 
 
-class Probe(ABC):
-    """A group of metrics that share perturbed images: a frozen dataclass, its fields are options.
+class MaskingChoices(Protocol):
+    """The choices of a protocol that a probe may take over."""
 
-    Class attributes: ``explains_again``, whether it calls ``sample.explain``; ``needs_annotation``.
+    @property
+    def levels(self) -> tuple[float, ...]: ...
+    @property
+    def threshold(self) -> str: ...
+    @property
+    def masked_value(self) -> str: ...
+    @property
+    def ic_margin(self) -> float: ...
+
+
+class Probe(ABC):
+    """A group of metrics that share perturbed images: a frozen dataclass whose fields are options.
+
+    Class attributes tell the engine what ``measure`` needs beside the image and its map:
+
+    * ``explains_again``: calls ``sample.explain`` or ``sample.explain_randomized``;
+    * ``explains_randomized``: calls ``sample.explain_randomized``;
+    * ``needs_annotation``: reads ``sample.annotation``.
     """
 
     explains_again: ClassVar[bool] = False
+    explains_randomized: ClassVar[bool] = False
     needs_annotation: ClassVar[bool] = False
+
+    @classmethod
+    def protocol_options(cls, protocol: MaskingChoices) -> dict[str, Any]:
+        """The options that this probe takes from a protocol."""
+        return {}
+
+    def score_problem(self, score: str) -> str | None:
+        """Why the metrics are not defined for this kind of score, with the remedy; None if they are."""
+        return None
 
     @property
     @abstractmethod
@@ -121,6 +161,28 @@ class Probe(ABC):
     def column_options(self, column: Column) -> dict[str, Any]:
         """The options that this column depends on."""
         return self.options()
+
+
+@dataclass(frozen=True)
+class MetricGroup:
+    """What a metric's file declares; :mod:`xattn.eval.metrics.registry` makes all tables of it.
+
+    Attributes:
+        name: what ``--metrics`` calls the group.
+        probe: what measures it.
+        metrics: its metrics by name; the probe's columns are of these.
+        classes: its torchmetrics classes.
+    """
+
+    name: str
+    probe: type[Probe]
+    metrics: Mapping[str, MetricInfo]
+    classes: tuple[type[MeanMetric], ...] = ()
+
+    @property
+    def direct(self) -> bool:
+        """Whether it needs no annotation and explains nothing again."""
+        return not (self.probe.explains_again or self.probe.needs_annotation)
 
 
 def _plain(value: Any) -> Any:

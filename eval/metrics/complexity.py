@@ -11,13 +11,23 @@ with n: compare values at one image size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MeanMetric,
+    MetricGroup,
+    MetricInfo,
+    Probe,
+    Request,
+    Sample,
+)
 
 
 def gini_values(maps: Tensor) -> Tensor:
@@ -89,3 +99,18 @@ class Entropy(MeanMetric):
 
     def update(self, maps: Tensor, valid: Tensor | None = None) -> None:
         self._add(entropy_values(maps), valid)
+
+
+GROUP = MetricGroup(
+    "complexity",
+    ComplexityProbe,
+    {
+        "Gini": MetricInfo(
+            "sum (2 i - n - 1) v_i / (n sum v), v = |phi| ascending", True, kind="complexity"
+        ),
+        "entropy": MetricInfo(
+            "-sum pi log pi, pi = |phi| / sum |phi|", False, 0, math.inf, "complexity"
+        ),
+    },
+    classes=(Gini, Entropy),
+)

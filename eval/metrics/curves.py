@@ -17,9 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.eval.fills.fill import COLOURED, fill
-from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
-from xattn.eval.protocol import MASKED_VALUES
+from xattn.eval.fills import COLOURED, KINDS, fill
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MeanMetric,
+    MetricGroup,
+    MetricInfo,
+    Probe,
+    Request,
+    Sample,
+)
 
 # The other fills are made from the pixels that remain, so each step needs its own.
 FIXED_FILLS = ("black", "mean", "blur", "rise", "noise")
@@ -211,8 +219,8 @@ def check_count(name: str, value: int) -> None:
 
 def check_fill(name: str, kind: str, mean: Sequence[float] | None) -> None:
     """Raise unless ``kind`` is a fill and the mean colour is there where it needs it."""
-    if kind not in MASKED_VALUES:
-        raise ValueError(f"{name}: got {kind!r}; choose one of {', '.join(MASKED_VALUES)}")
+    if kind not in KINDS:
+        raise ValueError(f"{name}: got {kind!r}; choose one of {', '.join(KINDS)}")
     if kind in COLOURED and mean is None:
         raise ValueError(f"mean: None; {name}={kind!r} needs the mean colour (3,)")
 
@@ -220,3 +228,14 @@ def check_fill(name: str, kind: str, mean: Sequence[float] | None) -> None:
 def fill_options(kind: str, mean: Sequence[float] | None) -> dict[str, Any]:
     """What a fill depends on: its kind, and the mean colour where it is used."""
     return {"fill": kind, "mean": list(mean)} if kind in COLOURED and mean else {"fill": kind}
+
+
+GROUP = MetricGroup(
+    "insertion-deletion",
+    InsertionDeletionProbe,
+    {
+        "deletion": MetricInfo("area under the score while pixels are removed by rank", False),
+        "insertion": MetricInfo("area under the score while pixels are inserted by rank", True),
+    },
+    classes=(Deletion, Insertion),
+)

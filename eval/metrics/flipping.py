@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MeanMetric,
+    MetricGroup,
+    MetricInfo,
+    Probe,
+    Request,
+    Sample,
+)
 from xattn.eval.metrics.curves import (
     check_count,
     check_fill,
@@ -160,3 +169,13 @@ def rank_regions(labels: Tensor, values: Tensor) -> list[Tensor]:
 def with_clean(clean: float, scores: Tensor) -> Tensor:
     """Scores (T,) of the steps -> the curve (T + 1,) float64 that starts with the clean score."""
     return torch.cat([scores.new_full((1,), clean, dtype=torch.float64), scores.double()])
+
+
+GROUP = MetricGroup(
+    "pixel-flipping",
+    PixelFlippingProbe,
+    {
+        "AOPC": MetricInfo("mean over steps of f(x) - f(x_t), patches removed by rank", True, -1),
+    },
+    classes=(PixelFlipping,),
+)

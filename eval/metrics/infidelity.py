@@ -9,6 +9,7 @@ code uses and their definition does not, makes the value independent of the map'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MeanMetric,
+    MetricGroup,
+    MetricInfo,
+    Probe,
+    Request,
+    Sample,
+)
 from xattn.eval.metrics.curves import check_count
 
 PERTURBATIONS = ("square", "occlusion", "noise")
@@ -153,3 +163,13 @@ class Infidelity(MeanMetric):
 
     def update(self, products: Tensor, changes: Tensor, valid: Tensor | None = None) -> None:
         self._add(infidelity_values(products, changes, self.scale), valid)
+
+
+GROUP = MetricGroup(
+    "infidelity",
+    InfidelityProbe,
+    {
+        "infidelity": MetricInfo("E (I . phi - (f(x) - f(x - I)))^2", False, 0, math.inf),
+    },
+    classes=(Infidelity,),
+)

@@ -18,7 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MeanMetric,
+    MetricGroup,
+    MetricInfo,
+    Probe,
+    Request,
+    Sample,
+)
 from xattn.eval.metrics.curves import (
     auc,
     check_count,
@@ -157,3 +166,15 @@ def superpixels(
     if len(_segments) > _KEPT:
         _segments.popitem(last=False)
     return labels
+
+
+GROUP = MetricGroup(
+    "irof",
+    IrofProbe,
+    {
+        "IROF": MetricInfo(
+            "1 - area under f(x_t) / f(x), superpixels removed by rank", True, -math.inf
+        ),
+    },
+    classes=(IROF,),
+)

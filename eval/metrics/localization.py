@@ -20,7 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MeanMetric,
+    MetricGroup,
+    MetricInfo,
+    Probe,
+    Request,
+    Sample,
+)
 
 POINTING, ENERGY, IOU = Column("pointing"), Column("energy-pointing"), Column("IoU")
 
@@ -209,3 +218,25 @@ class LocalizationIoU(MeanMetric):
 
     def update(self, maps: Tensor, masks: Tensor, valid: Tensor | None = None) -> None:
         self._add(iou_values(maps, masks, self.threshold), valid)
+
+
+GROUP = MetricGroup(
+    "localization",
+    LocalizationProbe,
+    {
+        "pointing": MetricInfo(
+            "100 mean [argmax lies on the object]", True, 0, 100, "localisation"
+        ),
+        "energy-pointing": MetricInfo(
+            "sum of the map on the object / sum", True, kind="localisation"
+        ),
+        "IoU": MetricInfo(
+            "intersection / union of the map's top pixels and the object",
+            True,
+            0,
+            1,
+            "localisation",
+        ),
+    },
+    classes=(PointingGame, EnergyPointingGame, LocalizationIoU),
+)

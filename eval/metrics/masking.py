@@ -8,6 +8,7 @@ m is the grey map, thresholded at each level; b is what stands behind the mask. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,18 @@ import torch
 from torch import Tensor
 
 from xattn.eval import functional
-from xattn.eval.fills.fill import COLOURED, fill
-from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
-from xattn.eval.protocol import MASKED_VALUES, Protocol
+from xattn.eval.fills import COLOURED, KINDS, fill
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MaskingChoices,
+    MeanMetric,
+    MetricGroup,
+    MetricInfo,
+    Probe,
+    Request,
+    Sample,
+)
 
 METRICS = ("AD", "IC", "ADD", "AG", "drop")
 
@@ -45,9 +55,9 @@ class MaskingProbe(Probe):
     bounded: bool = True
 
     def __post_init__(self) -> None:
-        if self.masked_value not in MASKED_VALUES:
+        if self.masked_value not in KINDS:
             raise ValueError(
-                f"masked_value: got {self.masked_value!r}; choose one of {', '.join(MASKED_VALUES)}"
+                f"masked_value: got {self.masked_value!r}; choose one of {', '.join(KINDS)}"
             )
         if self.masked_value in COLOURED and self.mean is None:
             raise ValueError(
@@ -59,13 +69,17 @@ class MaskingProbe(Probe):
             raise ValueError(f"metrics: got {self.metrics}; logits have only AD, IC and drop")
 
     @classmethod
-    def of(
-        cls, protocol: Protocol, mean: tuple[float, ...] | None = None, **options: Any
-    ) -> MaskingProbe:
-        """The probe with a protocol's levels, threshold, masked value and margin."""
+    def protocol_options(cls, protocol: MaskingChoices) -> dict[str, Any]:
         names = ("levels", "threshold", "masked_value", "ic_margin")
-        chosen: dict[str, Any] = {name: getattr(protocol, name) for name in names}
-        return cls(**{**chosen, "mean": mean, **options})
+        return {name: getattr(protocol, name) for name in names}
+
+    def score_problem(self, score: str) -> str | None:
+        if score != "logit" or not self.bounded:
+            return None
+        return (
+            "score: AD, ADD and AG are of probabilities; for logits give MaskingProbe(bounded=False, "
+            "metrics=('AD', 'IC')), or the preset torch-cam"
+        )
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -151,3 +165,17 @@ class AverageGain(_MaskingMetric):
 
     higher_is_better = True
     values = functional.average_gain_values
+
+
+GROUP = MetricGroup(
+    "masking",
+    MaskingProbe,
+    {
+        "AD": MetricInfo("100 mean max(0, p - q) / p", False, 0, 100),
+        "IC": MetricInfo("100 mean [q > p + margin max(p, q)]", True, 0, 100),
+        "ADD": MetricInfo("100 mean (p - d) / p, signed", True, -math.inf, 100),
+        "AG": MetricInfo("100 mean max(0, q - p) / (1 - p)", True, 0, 100),
+        "drop": MetricInfo("100 mean max(0, p - q)", False, 0, 100),
+    },
+    classes=(AverageDrop, AverageDropInDeletion, AverageGain, IncreaseInConfidence),
+)

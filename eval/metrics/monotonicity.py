@@ -15,7 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MeanMetric,
+    MetricGroup,
+    MetricInfo,
+    Probe,
+    Request,
+    Sample,
+)
 from xattn.eval.metrics.curves import check_count, is_constant
 from xattn.eval.metrics.flipping import grid, region_sums
 from xattn.eval.similarity import spearman
@@ -93,3 +102,17 @@ class MonotonicityCorrelation(MeanMetric):
 
     def update(self, attributions: Tensor, effects: Tensor, valid: Tensor | None = None) -> None:
         self._add(monotonicity_values(attributions, effects), valid)
+
+
+GROUP = MetricGroup(
+    "monotonicity",
+    MonotonicityProbe,
+    {
+        "monotonicity": MetricInfo(
+            "Spearman correlation of |phi| of a patch and the change of f under noise there",
+            True,
+            -1,
+        ),
+    },
+    classes=(MonotonicityCorrelation,),
+)

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from xattn.eval import functional
-from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MeanMetric,
+    MetricGroup,
+    MetricInfo,
+    Probe,
+    Request,
+    Sample,
+)
 from xattn.eval.metrics.curves import check_count
 from xattn.eval.similarity import pearson, ranks, ssim
 
@@ -92,6 +101,7 @@ class RandomizationProbe(Probe):
     stages: int = 5
     absolute: bool = True
     explains_again: ClassVar[bool] = True
+    explains_randomized: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("stages", self.stages)
@@ -135,3 +145,18 @@ class RandomizationSSIM(_Similarity):
     """Mean structural similarity to the maps of randomised networks."""
 
     column = SSIM
+
+
+GROUP = MetricGroup(
+    "randomization",
+    RandomizationProbe,
+    {
+        "randomization-Spearman": MetricInfo(
+            "rank correlation with the map after randomising weights", False, -1, 1, "sanity"
+        ),
+        "randomization-SSIM": MetricInfo(
+            "structural similarity to the map after randomising weights", False, -1, 1, "sanity"
+        ),
+    },
+    classes=(RandomizationSpearman, RandomizationSSIM),
+)

@@ -25,7 +25,16 @@ from torch import Tensor
 
 from xattn.eval import functional
 from xattn.eval.fills.imputation import impute
-from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MeanMetric,
+    MetricGroup,
+    MetricInfo,
+    Probe,
+    Request,
+    Sample,
+)
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 
@@ -142,3 +151,15 @@ class RoadProbe(Probe):
 def _check_levels(levels: Sequence[float]) -> None:
     if not levels or not all(0 < level < 1 for level in levels):
         raise ValueError(f"levels: got {tuple(levels)}; give removed fractions in (0, 1)")
+
+
+GROUP = MetricGroup(
+    "road",
+    RoadProbe,
+    {
+        "ROAD-MoRF": MetricInfo("mean score with the most relevant pixels imputed", False),
+        "ROAD-LeRF": MetricInfo("mean score with the least relevant pixels imputed", True),
+        "ROAD": MetricInfo("mean (LeRF - MoRF) / 2", True, -0.5, 0.5),
+    },
+    classes=(RoadMoRF, RoadLeRF, RoadCombined),
+)

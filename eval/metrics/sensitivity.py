@@ -8,6 +8,7 @@ d, uniform in the ball, and so a lower bound of the true one. Yeh et al. 2019, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +16,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from xattn.eval.metrics.base import Column, Finish, MeanMetric, Probe, Request, Sample
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MeanMetric,
+    MetricGroup,
+    MetricInfo,
+    Probe,
+    Request,
+    Sample,
+)
 from xattn.eval.metrics.curves import check_count
 
 BATCH = 16  # images alive at a time
@@ -111,3 +121,15 @@ class MaxSensitivity(MeanMetric):
 
     def update(self, maps: Tensor, perturbed: Tensor, valid: Tensor | None = None) -> None:
         self._add(max_sensitivity_values(maps, perturbed), valid)
+
+
+GROUP = MetricGroup(
+    "sensitivity",
+    MaxSensitivityProbe,
+    {
+        "max-sensitivity": MetricInfo(
+            "max |phi(x + d) - phi(x)| / |phi(x)|, |d| <= r", False, 0, math.inf, "robustness"
+        ),
+    },
+    classes=(MaxSensitivity,),
+)

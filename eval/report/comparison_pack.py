@@ -15,7 +15,7 @@ from PIL import Image
 from xattn.eval.evaluation.facts import describe
 from xattn.eval.evaluation.kept_maps import KeptImage, kept_images
 from xattn.eval.evaluation.stream import Skipped
-from xattn.eval.protocol import METRICS
+from xattn.eval.metrics.registry import METRICS
 from xattn.eval.report.html_data import CURVES, each_curve
 from xattn.eval.results import Results, is_baseline
 from xattn.explaining.naming import named_photos

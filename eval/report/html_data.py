@@ -22,7 +22,7 @@ from xattn.eval import bootstrap
 from xattn.eval.evaluation.database import damaged
 from xattn.eval.evaluation.kept_maps import grey_maps
 from xattn.eval.metrics.base import Column
-from xattn.eval.protocol import METRICS
+from xattn.eval.metrics.registry import METRICS
 from xattn.eval.results import Results, is_baseline
 from xattn.photos.images import MAX_PIXELS, decode_image, load_image
 from xattn.photos.view import prepare

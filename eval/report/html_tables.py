@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from xattn.eval.metrics.base import Column
-from xattn.eval.protocol import METRICS
+from xattn.eval.metrics.registry import METRICS
 from xattn.eval.results import SURVIVES, MethodResult, Results, is_baseline
 from xattn.runtime.files import printable
 

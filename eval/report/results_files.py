@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.metrics.base import Column
-from xattn.eval.protocol import METRICS, Protocol
+from xattn.eval.metrics.registry import METRICS
+from xattn.eval.protocol import Protocol
 from xattn.eval.results import ImageRecord, MethodResult, Results, Row
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from xattn.eval.metrics.base import Column
-from xattn.eval.protocol import METRICS
+from xattn.eval.metrics.registry import METRICS
 from xattn.eval.results import Results, Row
 
 # ---------------------------------------------------------------- tables

@@ -1,0 +1,95 @@
+"""A new metric is declared in one place, and every table knows it."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import eval_fakes as fakes
+import pytest
+from eval_fakes import FakeBackbone
+
+from xattn.eval import METRICS, PROBES, create_probe, evaluate, format_table, metrics
+from xattn.eval.leaderboard import Comparison, groups_of
+from xattn.eval.metrics import registry
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MeanMetric,
+    MetricGroup,
+    MetricInfo,
+    Probe,
+    Request,
+    Sample,
+)
+from xattn.eval.report.standings import standings
+
+
+@dataclass(frozen=True)
+class Brightness(Probe):
+    """The mean of the grey map."""
+
+    gain: float = 1.0
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (Column("brightness"),)
+
+    def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
+        yield from ()
+        return lambda scores: {Column("brightness"): self.gain * float(sample.grey.mean())}
+
+
+class MeanBrightness(MeanMetric):
+    """Nothing but a name in a table."""
+
+
+GROUP = MetricGroup(
+    "brightness",
+    Brightness,
+    {"brightness": MetricInfo("mean of m", True, kind="complexity")},
+    classes=(MeanBrightness,),
+)
+
+
+@pytest.fixture(autouse=True)
+def made_up():
+    tables = (registry.GROUPS, registry.PROBES, registry.METRICS, registry.CLASSES)
+    before = [dict(table) for table in tables]
+    registry.register(GROUP)
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+def test_it_is_a_group_a_metric_and_a_class():
+    assert PROBES["brightness"] is Brightness and METRICS["brightness"].higher_is_better
+    assert metrics.MeanBrightness is MeanBrightness
+    assert create_probe("brightness", gain=2.0) == Brightness(2.0)
+    with pytest.raises(ValueError, match="brightness takes no speed; it has gain"):
+        create_probe("brightness", speed=1)
+
+
+@pytest.mark.parametrize("choice", ["direct", "all"])
+def test_compare_measures_it(choice):
+    groups = groups_of(Comparison(backbone=FakeBackbone(), metrics=(choice,)))
+    assert groups[-1] == "brightness" and len(groups) > 8
+    assert "localization" not in groups
+
+
+def test_evaluate_and_the_leaderboard_have_its_column():
+    results = evaluate(
+        FakeBackbone(), fakes.rows(), fakes.images(3), metrics=["brightness"], progress=False
+    )
+    column = Column("brightness")
+    assert results.columns == [column] and results.mean("bright", "brightness") > 0
+    assert results.metric_id(column).startswith("brightness-prob-pred-")
+    assert {s.column for s in standings(results)} == {column}
+    assert "complexity" in format_table(results).splitlines()[0]
+    assert "brightness ↑" in format_table(results)
+
+
+def test_names_that_are_taken_are_refused():
+    with pytest.raises(ValueError, match="group: brightness is taken"):
+        registry.register(MetricGroup("brightness", Brightness, {}))
+    with pytest.raises(ValueError, match="group: AD is taken"):
+        registry.register(MetricGroup("new", Brightness, {"AD": GROUP.metrics["brightness"]}))
