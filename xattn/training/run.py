@@ -47,7 +47,7 @@ HeadT = TypeVar("HeadT", bound=Head)
 
 
 class LoopState(Protocol):
-    """What a loop has to restore beside the head and its optimizer."""
+    """What a loop must restore in addition to the head and its optimizer."""
 
     keys: tuple[str, ...]
 
@@ -106,7 +106,7 @@ class Run(Generic[HeadT]):
 
     @contextmanager
     def open(self, record: dict[str, Any]) -> Iterator[None]:
-        """Own the output folder, go on from its last checkpoint, and train mode for the head.
+        """Own the output folder in the block, restore its last checkpoint, and put the head in train mode.
 
         ``record`` is what a resumed run must agree with, beside the config and the head.
         """
