@@ -12,6 +12,8 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from xattn.eval.evaluation.engine import evaluate
+from xattn.eval.interfaces import Classifier, Explainer
 from xattn.eval.metrics.base import Probe
 from xattn.eval.metrics.registry import METRICS, create_probe
 from xattn.eval.protocol import Protocol
@@ -95,14 +97,12 @@ PRESETS: dict[str, Callable[[Mean], tuple[Protocol, list[Probe]]]] = {
 }
 
 
-def preset_table(backbone: Any, explainers: Mapping[str, Any], images: Any) -> str:
+def preset_table(backbone: Classifier, explainers: Mapping[str, Explainer], images: Any) -> str:
     """The same maps under every preset, as a Markdown table: one row a preset and column.
 
     Args:
         backbone, explainers, images: as in :func:`xattn.eval.evaluate`.
     """
-    from xattn.eval.evaluation.engine import evaluate
-
     names = list(explainers)
     lines = [f"| preset | metric | {' | '.join(names)} | id |"]
     lines.append(f"| :-- | :-- |{' --: |' * len(names)} :-- |")

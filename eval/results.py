@@ -13,6 +13,7 @@ from xattn.eval import bootstrap
 from xattn.eval.evaluation.database import ImageRow
 from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import Skipped
+from xattn.eval.interfaces import Classifier, Explainer, ExplainerFacts
 from xattn.eval.metrics.base import Column, Probe
 from xattn.eval.metrics.registry import METRICS
 from xattn.eval.protocol import Protocol
@@ -310,8 +311,8 @@ def collect(
     store: Store,
     protocol: Protocol,
     probes: Sequence[Probe],
-    explainers: Mapping[str, Any],
-    backbone: Any,
+    explainers: Mapping[str, Explainer],
+    backbone: Classifier,
     cost: dict[str, int],
     count: int | None = None,
 ) -> Results:
@@ -343,12 +344,13 @@ def collect(
 
 
 def _method(
-    store: Store, name: str, explainer: Any, columns: Iterable[Column], index: dict[int, int]
+    store: Store, name: str, explainer: Explainer, columns: Iterable[Column], index: dict[int, int]
 ) -> MethodResult:
     n = len(index)
+    facts = ExplainerFacts.of(explainer)
     method = MethodResult(
-        forwards=getattr(explainer, "forwards", None),
-        is_mask=bool(getattr(explainer, "is_mask", False)),
+        forwards=facts.forwards,
+        is_mask=facts.is_mask,
         valid=np.zeros(n, bool),
         scores={},
         values={column: np.full(n, np.nan) for column in columns},

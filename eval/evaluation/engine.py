@@ -18,15 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from xattn.eval.annotations import Annotations
-from xattn.eval.evaluation.evaluation_run import EvaluationRun, Randomized
+from xattn.eval.evaluation.evaluation_run import Evaluation, EvaluationRun
 from xattn.eval.evaluation.facts import run_facts
+from xattn.eval.evaluation.map_maker import Randomized
 from xattn.eval.evaluation.scorer import MaskedScorer
 from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import ImageStream, Item
+from xattn.eval.interfaces import Classifier, Explainer, check_classes
 from xattn.eval.metrics.base import Probe
-from xattn.eval.metrics.registry import create_probe
+from xattn.eval.metrics.registry import create_probe, group_name
 from xattn.eval.protocol import SCORES, Protocol
 from xattn.eval.results import Results, collect
 from xattn.photos.images import MAX_PIXELS
@@ -34,8 +37,8 @@ from xattn.runtime.distributed import gather, processes
 
 
 def evaluate(
-    backbone: Any,
-    explainers: Mapping[str, Any],
+    backbone: Classifier,
+    explainers: Mapping[str, Explainer],
     images: Any,
     *,
     metrics: Sequence[str | Probe] = ("masking",),
@@ -76,10 +79,10 @@ def evaluate(
             weights, see :class:`xattn.eval.Cascade`.
         again_limit: metrics that explain again are measured on this many images for explainers that
             run many perturbed passes; None for all.
-        state: an SQLite file that keeps what is finished. A run with the same arguments goes on
+        state: an SQLite file that keeps what is finished. A run with the same arguments resumes
             from it.
-        kept_maps: of how many of the first images ``state`` keeps the maps as explained, and the first
-            classes; such that an earlier run did not keep are explained again, and not measured.
+        kept_maps: of how many of the first images ``state`` keeps the maps as explained and the
+            top classes. What an earlier run did not keep is explained again, and not measured again.
 
     Raises:
         ValueError: no image could be read, an explainer returns a wrong shape or fails on all of
@@ -88,60 +91,85 @@ def evaluate(
     """
     if not explainers:
         raise ValueError("explainers: got none; give {name: explainer}")
-    if not getattr(backbone, "has_classes", True):
-        backbone.require_classes()
+    check_classes(backbone)
     given = {"levels": levels, "view": view, "seed": seed}
-    protocol = protocol or Protocol()
-    protocol = replace(
-        protocol,
-        score="logit" if protocol.score == "logit" else SCORES[backbone.task],
-        class_policy="predicted" if classes is None else "given",
-        **{k: v for k, v in given.items() if v is not None},  # type: ignore[arg-type]
-    )
+    protocol = _settled(protocol or Protocol(), backbone, classes is not None, given)
     stream = ImageStream(images, backbone.preprocessing, protocol.view, max_pixels, limit)
     if stream.tensors:
         protocol = replace(protocol, view="tensor")
     elif protocol.view == "tensor":
         raise ValueError("view: 'tensor' is for images given as tensors; choose 'crop' or 'whole'")
-    probes = create_probes(metrics, protocol, backbone.preprocessing.mean)
-    if any(probe.needs_annotation for probe in probes) and annotations is None:
-        raise ValueError(
-            "metrics: localization needs to know where objects are; give annotations, or leave it out"
-        )
-    if any(probe.needs_annotation for probe in probes) and stream.tensors:
-        raise ValueError("metrics: localization needs photos with file names; tensors have none")
-    if randomized is None and any(probe.explains_randomized for probe in probes):
-        raise ValueError(
-            "metrics: randomization needs each method on randomised networks; give randomized, see "
-            "Cascade (xattn compare does)"
-        )
-    if again_limit is not None and again_limit < 1:
-        raise ValueError(f"again_limit: got {again_limit}; give at least 1, or None for all images")
+    evaluation = Evaluation(
+        backbone,
+        explainers,
+        protocol,
+        create_probes(metrics, protocol, backbone.preprocessing.mean),
+        annotations,
+        randomized or {},
+        again_limit,
+        kept_maps if state is not None else 0,
+    )
+    _check_needs(evaluation, stream, randomized)
     wanted = _wanted_classes(backbone, classes, stream.length)
+    path = None if state is None else Path(state)
+    return _run(evaluation, stream, wanted, path, max_forward_batch, progress)
+
+
+def _settled(
+    protocol: Protocol, backbone: Classifier, classes_given: bool, given: Mapping[str, Any]
+) -> Protocol:
+    """A protocol with the score of the backbone's task, and with what was ``given``."""
+    return replace(
+        protocol,
+        score="logit" if protocol.score == "logit" else SCORES[backbone.task],
+        class_policy="given" if classes_given else "predicted",
+        **{key: value for key, value in given.items() if value is not None},
+    )
+
+
+def _check_needs(
+    evaluation: Evaluation, stream: ImageStream, randomized: Randomized | None
+) -> None:
+    """Raise a ValueError if a probe lacks what it measures with."""
+    for probe in evaluation.probes:
+        if probe.needs_annotation and evaluation.annotations is None:
+            raise ValueError(
+                f"metrics: {group_name(probe)} needs to know where objects are; give annotations, or "
+                f"leave it out"
+            )
+        if probe.needs_annotation and stream.tensors:
+            raise ValueError(
+                f"metrics: {group_name(probe)} needs photos with file names; tensors have none"
+            )
+    for probe in evaluation.probes:
+        if probe.explains_randomized and randomized is None:
+            raise ValueError(
+                f"metrics: {group_name(probe)} needs each method on randomised networks; give "
+                f"randomized, see Cascade (xattn compare does)"
+            )
+    limit = evaluation.again_limit
+    if limit is not None and limit < 1:
+        raise ValueError(f"again_limit: got {limit}; give at least 1, or None for all images")
+
+
+def _run(
+    evaluation: Evaluation,
+    stream: ImageStream,
+    wanted: int | list[int] | None,
+    path: Path | None,
+    max_forward_batch: int,
+    progress: bool,
+) -> Results:
+    """Measure this process's share of the images, and collect the results of all."""
+    backbone, protocol = evaluation.backbone, evaluation.protocol
+    methods = len(evaluation.explainers)
     ranks, rank = processes(backbone.device)
     scorer = MaskedScorer(backbone, max_forward_batch, protocol.score, protocol.precision)
-    facts = run_facts(backbone, explainers, protocol, probes, scorer, again_limit)
-    facts["annotations"] = None if annotations is None else annotations.fingerprint
-    facts["classes"], facts["randomized"] = wanted, sorted(randomized or {})
-    path = None if state is None else Path(state)
+    facts = {**run_facts(evaluation, max_forward_batch), "classes": wanted}
     with closing(Store(path, facts, rank)) as store:
-        run = EvaluationRun(
-            backbone,
-            explainers,
-            protocol,
-            probes,
-            scorer,
-            store,
-            annotations,
-            randomized or {},
-            again_limit,
-            kept_maps if path is not None else 0,
-        )
-
-        from tqdm import tqdm
-
+        run = EvaluationRun(evaluation, scorer, store)
         with tqdm(
-            total=None if stream.length is None else stream.length * len(explainers),
+            total=None if stream.length is None else stream.length * methods,
             desc="evaluate",
             unit="map",
             disable=not progress or rank > 0,
@@ -152,13 +180,21 @@ def evaluate(
                     run.add(chunk, _targets(wanted, chunk), bar.update)
                 bar.set_postfix_str(f"{len(stream.skipped)} skipped" if stream.skipped else "")
                 if ranks > 1 and chunk:  # the other processes' share
-                    bar.update((chunk[-1].position + 1) * len(explainers) - bar.n)
+                    bar.update((chunk[-1].position + 1) * methods - bar.n)
         run.finish(stream)
         costs = gather(run.cost())
         cost = {key: sum(part[key] for part in costs) for key in costs[0]}
         cost["max_forward_batch"] = max_forward_batch
-        _put_together(store, ranks, rank, path)
-        return collect(store, protocol, probes, explainers, backbone, cost, stream.length)
+        _merge_processes(store, ranks, rank, path)
+        return collect(
+            store,
+            protocol,
+            evaluation.probes,
+            evaluation.explainers,
+            backbone,
+            cost,
+            stream.length,
+        )
 
 
 def create_probes(
@@ -182,7 +218,7 @@ def create_probes(
     return probes
 
 
-def _put_together(store: Store, ranks: int, rank: int, path: Path | None) -> None:
+def _merge_processes(store: Store, ranks: int, rank: int, path: Path | None) -> None:
     """All processes' rows into the store of each, or into the one file."""
     if path is None:
         for other, (images, results) in enumerate(gather(store.rows()) if ranks > 1 else []):
@@ -200,7 +236,7 @@ def _put_together(store: Store, ranks: int, rank: int, path: Path | None) -> Non
 
 
 def _wanted_classes(
-    backbone: Any, classes: int | str | Sequence[int | str] | None, length: int | None
+    backbone: Classifier, classes: int | str | Sequence[int | str] | None, length: int | None
 ) -> int | list[int] | None:
     if classes is None:
         return None

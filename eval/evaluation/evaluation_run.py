@@ -1,4 +1,4 @@
-"""One evaluation on its way: clean passes, maps, the requests of all probes, and what they give."""
+"""One evaluation under way: clean passes, maps, the requests of all probes, and what they give."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,16 +18,52 @@ from torch import Tensor
 from xattn.eval import functional
 from xattn.eval.annotations import Annotation, Annotations
 from xattn.eval.evaluation.database import ImageRow, ResultRow
-from xattn.eval.evaluation.scorer import MaskedScorer, Ticket, pad_batch
+from xattn.eval.evaluation.map_maker import MapMaker, Randomized, reason
+from xattn.eval.evaluation.scorer import MaskedScorer, Ticket
 from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import ImageStream, Item
+from xattn.eval.interfaces import Classifier, Explainer
 from xattn.eval.metrics.base import Finish, Probe, Sample
 from xattn.eval.metrics.measure import sample_seed, scores_of, submit_all
 from xattn.eval.protocol import Protocol
 from xattn.explaining.photos import top_classes
 
-Randomized = Mapping[str, Callable[[int, Tensor, Tensor], Tensor]]
-_T = TypeVar("_T")
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What is evaluated, how, and by which probes; see :func:`~xattn.eval.evaluate`.
+
+    ``kept_maps``: of how many of the first images the state keeps the maps.
+    """
+
+    backbone: Classifier
+    explainers: Mapping[str, Explainer]
+    protocol: Protocol
+    probes: Sequence[Probe]
+    annotations: Annotations | None = None
+    randomized: Randomized = field(default_factory=dict)
+    again_limit: int | None = None
+    kept_maps: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredImage:
+    """An image with its clean score and the class that is explained.
+
+    ``pixels`` (3, H, W) on the backbone's device; ``annotation`` None where there is none, with a
+    ``note`` where it cannot be used.
+    """
+
+    item: Item
+    pixels: Tensor
+    score: float
+    target: int
+    annotation: Annotation | None = None
+    note: str | None = None
+
+    @property
+    def position(self) -> int:
+        return self.item.position
 
 
 @dataclass(eq=False)
@@ -43,209 +79,232 @@ class _Pending:
 
 
 class EvaluationRun:
-    """The state of one evaluation: what waits for its scores; all else is in the store."""
+    """Measures chunk after chunk. It holds what waits for its scores; all else is in the store."""
 
-    def __init__(
-        self,
-        backbone: Any,
-        explainers: Mapping[str, Any],
-        protocol: Protocol,
-        probes: Sequence[Probe],
-        scorer: MaskedScorer,
-        store: Store,
-        annotations: Annotations | None,
-        randomized: Randomized,
-        again_limit: int | None,
-        kept_maps: int,
-    ) -> None:
-        self.backbone, self.explainers, self.protocol = backbone, explainers, protocol
-        self.probes, self.scorer, self.store = probes, scorer, store
-        self.annotations, self.randomized, self.again_limit = annotations, randomized, again_limit
-        self.kept_maps = kept_maps
+    def __init__(self, evaluation: Evaluation, scorer: MaskedScorer, store: Store) -> None:
+        self.evaluation, self.scorer, self.store = evaluation, scorer, store
+        self.backbone, self.protocol = evaluation.backbone, evaluation.protocol
+        self.methods = list(evaluation.explainers)
+        self.maker = MapMaker(
+            evaluation.explainers,
+            evaluation.randomized,
+            scorer.max_forward_batch,
+            {name for name in self.methods if store.worked(name)},
+        )
         self._pending: deque[_Pending] = deque()
-        self._worked = {name for name in explainers if store.worked(name)}
-        self._failures: dict[str, int] = {}
 
     # ------------------------------------------------------------------ chunks
 
     def add(self, chunk: list[Item], targets: Tensor | None, done: Callable[[int], Any]) -> None:
-        """Clean pass, explanations and requests of one chunk; stores what is finished."""
+        """Clean pass, explanations and requests of one chunk; stores what is finished.
+
+        ``done`` is told how many explanations are finished.
+        """
         sizes = {tuple(item.image.shape) for item in chunk}
         if len(sizes) > 1:
             raise ValueError(f"images: got sizes {sorted(sizes)}; prepare them to one size")
         finished = self.store.finished(chunk[0].position, chunk[-1].position)
-        names = set(self.explainers)
-        left = [item for item in chunk if not names <= finished.get(item.position, set())]
-        done(len(names) * len(chunk) - sum(self._left(i, finished) for i in left))
+        missing = {i.position: self._missing(i, finished) for i in chunk}
+        done(len(self.methods) * len(chunk) - sum(map(len, missing.values())))
+        self._check_known(chunk, finished)
+        if chunk[0].position < self.evaluation.kept_maps:
+            self._keep_missing(chunk)
+        numbers = [i for i, item in enumerate(chunk) if missing[item.position]]
+        if not numbers:
+            return
+        images = self._scored(
+            [chunk[i] for i in numbers], None if targets is None else targets[numbers]
+        )
+        for name in self.methods:
+            left = [image for image in images if name in missing[image.position]]
+            for part in self.maker.passes(name, left):
+                self._explain(name, part, done)
+        self.scorer.forget()
+
+    def _missing(self, item: Item, finished: Mapping[int, set[str]]) -> set[str]:
+        """The methods that have no result of an image yet."""
+        return set(self.methods) - finished.get(item.position, set())
+
+    def _check_known(self, chunk: Sequence[Item], finished: Mapping[int, set[str]]) -> None:
+        """Raise a ValueError if the state measured other images at these positions."""
         for item in chunk:
             known = self.store.image(item.position) if item.position in finished else None
-            if known is not None and known.id != item.id:
+            if known is None:
+                continue
+            if known.id != item.id:
                 raise ValueError(
                     f"state: image {item.position} was {known.id} and is {item.id} now; give another "
                     f"file than {self.store.path}, or the same images"
                 )
-            if known is not None and known.digest != _digest(item.image):
+            if known.digest != _digest(item.image):
                 raise ValueError(
                     f"state: {item.id} is not the picture that was measured; give another file than "
                     f"{self.store.path}, or the same images"
                 )
-        if chunk[0].position < self.kept_maps:
-            self._keep_missing(chunk)
-        if not left:
-            return
-        if targets is not None:
-            kept = {item.position for item in left}
-            targets = targets[[i for i, item in enumerate(chunk) if item.position in kept]]
-        images = torch.stack([item.image for item in left]).to(self.backbone.device)
-        scores, classes, every = self.scorer.clean_classes(images, targets)
-        self._keep_tops(left, every)
-        notes = [self._annotation(item) for item in left]
-        self._record(left, scores, classes, [n if isinstance(n, str) else None for n in notes])
-        for name in self.explainers:
-            rows = [i for i, x in enumerate(left) if name not in finished.get(x.position, set())]
-            for part in self._passes(name, rows):
-                self._explain(name, part, left, images, scores, classes, notes, done)
-        self.scorer.forget()
 
-    def _passes(self, name: str, rows: list[_T]) -> list[list[_T]]:
-        """What one method explains at a time."""
-        if getattr(self.explainers[name], "one_by_one", False):
-            return [[row] for row in rows]
-        return [rows] if rows else []
+    def _scored(self, items: list[Item], targets: Tensor | None) -> list[ScoredImage]:
+        """The clean pass of images; without ``targets`` the predicted class is explained."""
+        pixels = self._on_device(items)
+        scores, classes, every = self.scorer.clean_classes(pixels, targets)
+        self._keep_tops(items, every)
+        images = []
+        for i, (item, score, target) in enumerate(
+            zip(items, scores.tolist(), classes.tolist(), strict=True)
+        ):
+            images.append(ScoredImage(item, pixels[i], score, target, *self._annotation(item)))
+        self._record(images)
+        return images
 
-    def _left(self, item: Item, finished: Mapping[int, set[str]]) -> int:
-        return len(set(self.explainers) - finished.get(item.position, set()))
+    def _on_device(self, items: Sequence[Item]) -> Tensor:
+        return torch.stack([item.image for item in items]).to(self.backbone.device)
 
-    def _record(
-        self, items: list[Item], scores: Tensor, classes: Tensor, notes: list[str | None]
-    ) -> None:
+    def _annotation(self, item: Item) -> tuple[Annotation | None, str | None]:
+        """Where objects are, or why that cannot be said."""
+        annotations = self.evaluation.annotations
+        if annotations is None or item.source is None or item.view is None:
+            return None, None
+        try:
+            return annotations.of(item.source, item.view), None
+        except (ValueError, OSError) as error:
+            return None, " ".join(str(error).split())
+
+    def _record(self, images: Sequence[ScoredImage]) -> None:
         names = self.backbone.class_names
         rows = []
-        each = zip(items, scores.tolist(), classes.tolist(), notes, strict=True)
-        for item, value, target, note in each:
-            if not math.isfinite(value):
+        for image in images:
+            item = image.item
+            if not math.isfinite(image.score):
                 raise ValueError(f"backbone: its logits for {item.id} are not finite")
-            seen = _digest(item.image)
-            name = names[target]
-            rows.append(ImageRow(item.position, item.id, target, name, value, None, note, seen))
+            rows.append(
+                ImageRow(
+                    item.position,
+                    item.id,
+                    image.target,
+                    names[image.target],
+                    image.score,
+                    None,
+                    image.note,
+                    _digest(item.image),
+                )
+            )
         self.store.add_images(rows)
 
+    # ------------------------------------------------------------------ kept maps
+
+    def _kept(self, position: int) -> bool:
+        return position < self.evaluation.kept_maps
+
     def _keep_tops(self, items: Sequence[Item], scores: Tensor) -> None:
-        """The first classes of images, from their (b, K) scores."""
+        """Store the first classes of the images that are kept, from the (b, K) scores of all."""
         if self.protocol.score == "logit":
             scores = self.backbone.probabilities(scores)
         names = self.backbone.class_names
-        kept = [(item, row) for item, row in zip(items, scores, strict=True) if self._kept(item)]
-        self.store.add_tops([(i.position, top_classes(row, names)) for i, row in kept])
-
-    def _keep_missing(self, chunk: list[Item]) -> None:
-        """Maps and first classes of finished images that an earlier run did not keep."""
-        ends = chunk[0].position, chunk[-1].position
-        bare = self.store.without_top(*ends)
-        items = [item for item in chunk if item.position in bare and self._kept(item)]
-        if items:
-            images = torch.stack([item.image for item in items]).to(self.backbone.device)
-            self._keep_tops(items, self.scorer.clean_classes(images)[2])
-            self.scorer.forget()
-        missing = self.store.without_map(*ends)
-        for name in self.explainers:
-            rows = [i for i in chunk if name in missing.get(i.position, set()) and self._kept(i)]
-            for part in self._passes(name, rows):
-                images = torch.stack([item.image for item in part]).to(self.backbone.device)
-                known = [self.store.image(item.position) for item in part]
-                classes = [row.target for row in known if row is not None]
-                if not all(
-                    k is not None and 0 <= k < len(self.backbone.class_names) for k in classes
-                ):
-                    raise self.store.damaged("a class that the classifier does not have")
-                targets = torch.tensor(classes, device="cpu")
-                maps, reasons = self._maps(name, images, targets)
-                for item, values, reason in zip(part, maps, reasons, strict=True):
-                    if reason is None:
-                        self._keep_map(name, item.position, values)
+        self.store.add_tops(
+            [
+                (item.position, top_classes(row, names))
+                for item, row in zip(items, scores, strict=True)
+                if self._kept(item.position)
+            ]
+        )
 
     def _keep_map(self, name: str, position: int, values: Tensor) -> None:
         self.store.add_map(position, name, values[0].detach().float().cpu().numpy())
 
-    def _kept(self, item: Item) -> bool:
-        return item.position < self.kept_maps
+    def _keep_missing(self, chunk: list[Item]) -> None:
+        """Store maps and first classes of finished images that an earlier run did not keep."""
+        ends = chunk[0].position, chunk[-1].position
+        kept = [item for item in chunk if self._kept(item.position)]
+        without_top = self.store.without_top(*ends)
+        items = [item for item in kept if item.position in without_top]
+        if items:
+            self._keep_tops(items, self.scorer.clean_classes(self._on_device(items))[2])
+            self.scorer.forget()
+        without_map = self.store.without_map(*ends)
+        for name in self.methods:
+            items = [i for i in kept if name in without_map.get(i.position, set())]
+            for part in self.maker.passes(name, items):
+                targets = self._stored_targets(part)
+                maps, reasons = self.maker.maps(name, self._on_device(part), targets)
+                for item, values, why in zip(part, maps, reasons, strict=True):
+                    if why is None:
+                        self._keep_map(name, item.position, values)
 
-    def _annotation(self, item: Item) -> Annotation | str | None:
-        """Where objects are, None where nobody asks, or why that cannot be said."""
-        if self.annotations is None or item.source is None or item.view is None:
-            return None
-        try:
-            return self.annotations.of(item.source, item.view)
-        except (ValueError, OSError) as error:
-            return " ".join(str(error).split())
+    def _stored_targets(self, items: Sequence[Item]) -> Tensor:
+        """The explained classes of images that an earlier run has measured."""
+        known = [self.store.image(item.position) for item in items]
+        classes = [row.target for row in known if row is not None]
+        if not all(k is not None and 0 <= k < len(self.backbone.class_names) for k in classes):
+            raise self.store.damaged("a class that the classifier does not have")
+        return torch.tensor(classes, device="cpu")
 
-    def _explain(
-        self,
-        name: str,
-        rows: list[int],
-        items: list[Item],
-        images: Tensor,
-        scores: Tensor,
-        classes: Tensor,
-        notes: list[Annotation | str | None],
-        done: Callable[[int], Any],
-    ) -> None:
+    # ------------------------------------------------------------------ explanations
+
+    def _explain(self, name: str, images: list[ScoredImage], done: Callable[[int], Any]) -> None:
         """Maps of one method on some images of a chunk, and the requests of all probes on them."""
         started = time.perf_counter()
-        maps, reasons = self._maps(name, images[rows], classes[rows])
-        seconds = (time.perf_counter() - started) / len(rows)
-        is_mask = bool(getattr(self.explainers[name], "is_mask", False))
-        size = images.shape[-2:]
-        for j, i in enumerate(rows):
-            note = notes[i]
-            grey = raw = images.new_zeros(1, *size)
-            if reasons[j] is None:
-                one = maps[j][None].detach().to(images.device)
-                grey_one, valid = functional.saliency(
-                    one,
-                    size,
-                    is_mask=is_mask,
-                    normalization=self.protocol.normalization,
-                    resize=self.protocol.resize,
-                )
-                grey = grey_one[0]
-                if bool(valid):
-                    raw = functional.upsample(one.float(), size, self.protocol.resize)[0]
-                    if not is_mask and bool(grey.amax() == grey.amin()):
-                        reasons[j] = "constant map after resizing"
-                    elif self._kept(items[i]):
-                        self._keep_map(name, items[i].position, maps[j])
-                else:
-                    reasons[j] = "constant map" if one.isfinite().all() else "non-finite map"
-            sample = Sample(
-                image=images[i],
-                grey=grey,
-                raw=raw,
-                target=int(classes[i]),
-                score=float(scores[i]),
-                seed=sample_seed(self.protocol.seed, items[i].position),
-                is_mask=is_mask,
-                resize=self.protocol.resize,
-                normalization=self.protocol.normalization,
-                explain=self._again(name, int(classes[i])),
-                explain_randomized=self._randomized(name, int(classes[i])),
-                annotation=None if isinstance(note, str) else note,
-            )
-            self._request(name, items[i].position, sample, reasons[j], seconds)
+        targets = torch.tensor([image.target for image in images], device="cpu")
+        maps, reasons = self.maker.maps(name, torch.stack([i.pixels for i in images]), targets)
+        seconds = (time.perf_counter() - started) / len(images)
+        for image, values, why in zip(images, maps, reasons, strict=True):
+            grey = raw = image.pixels.new_zeros(1, *image.pixels.shape[-2:])
+            if why is None:
+                grey, raw, why = self._prepared(name, image, values)
+            if why is None and self._kept(image.position):
+                self._keep_map(name, image.position, values)
+            self._request(name, image, self._sample(name, image, grey, raw), why, seconds)
             self._collect()
             done(1)
 
+    def _prepared(
+        self, name: str, image: ScoredImage, values: Tensor
+    ) -> tuple[Tensor, Tensor, str | None]:
+        """Grey map and raw map (1, H, W) of a map (1, h, w), and why it is invalid, or None."""
+        size, is_mask = image.pixels.shape[-2:], self.maker.facts[name].is_mask
+        one = values[None].detach().to(image.pixels.device)
+        grey, valid = functional.saliency(
+            one,
+            size,
+            is_mask=is_mask,
+            normalization=self.protocol.normalization,
+            resize=self.protocol.resize,
+        )
+        if not bool(valid):
+            why = "constant map" if one.isfinite().all() else "non-finite map"
+            return grey[0], image.pixels.new_zeros(1, *size), why
+        raw = functional.upsample(one.float(), size, self.protocol.resize)[0]
+        constant = not is_mask and bool(grey.amax() == grey.amin())
+        return grey[0], raw, "constant map after resizing" if constant else None
+
+    def _sample(self, name: str, image: ScoredImage, grey: Tensor, raw: Tensor) -> Sample:
+        return Sample(
+            image=image.pixels,
+            grey=grey,
+            raw=raw,
+            target=image.target,
+            score=image.score,
+            seed=sample_seed(self.protocol.seed, image.position),
+            is_mask=self.maker.facts[name].is_mask,
+            resize=self.protocol.resize,
+            normalization=self.protocol.normalization,
+            explain=self.maker.again(name, image.target),
+            explain_randomized=self.maker.at_stage(name, image.target),
+            annotation=image.annotation,
+        )
+
+    # ------------------------------------------------------------------ requests
+
     def _request(
-        self, name: str, position: int, sample: Sample, reason: str | None, seconds: float
+        self, name: str, image: ScoredImage, sample: Sample, why: str | None, seconds: float
     ) -> None:
+        """Hand the requests of all probes to the scorer; ``why`` says that the map is invalid."""
         measured: dict[str, float] = {}
         finishes, failed = [], []
         before = self.scorer.requested
-        for probe in self.probes:
-            if not self._applies(probe, name, position, sample):
+        for probe in self.evaluation.probes:
+            if not self._applies(probe, name, image):
                 continue
             measured.update({column.key: math.nan for column in probe.columns})
-            if reason is not None:
+            if why is not None:
                 continue
             tickets: dict[str, list[Ticket]] = {}
             try:
@@ -255,83 +314,35 @@ class EvaluationRun:
             except Exception as error:
                 if not probe.explains_again:
                     raise
-                failed.append(f"{probe.columns[0].metric}: {_reason(error)}")
+                failed.append(f"{probe.columns[0].metric}: {reason(error)}")
                 continue
             finishes.append((finish, tickets))
-        tied = int(reason is None and self._tied(sample))
-        requests = self.scorer.requested - before
-        keep = reason is None and self.store.path is not None
-        small = _png(sample.grey) if keep else None
-        why = "; ".join(failed) or None
-        row = ResultRow(position, name, reason, tied, requests, seconds, measured, {}, small, why)
+        keep = why is None and self.store.path is not None
+        row = ResultRow(
+            position=image.position,
+            method=name,
+            reason=why,
+            tied=int(why is None and self._tied(sample)),
+            requests=self.scorer.requested - before,
+            seconds=seconds,
+            measured=measured,
+            scores={},
+            map=_png(sample.grey) if keep else None,
+            failed="; ".join(failed) or None,
+        )
         self._pending.append(_Pending(row, finishes))
 
-    def _applies(self, probe: Probe, name: str, position: int, sample: Sample) -> bool:
+    def _applies(self, probe: Probe, name: str, image: ScoredImage) -> bool:
+        """Whether a probe is measured on an image for a method."""
         if probe.needs_annotation:
-            note = sample.annotation
-            return note is not None and note.mask(sample.target) is not None
+            note = image.annotation
+            return note is not None and note.mask(image.target) is not None
         if not probe.explains_again:
             return True
-        if probe.explains_randomized and name not in self.randomized:
+        if probe.explains_randomized and name not in self.evaluation.randomized:
             return False
-        limited = bool(getattr(self.explainers[name], "perturbs", False))
-        return not limited or self.again_limit is None or position < self.again_limit
-
-    # ------------------------------------------------------------------ maps
-
-    def _maps(
-        self, name: str, images: Tensor, targets: Tensor
-    ) -> tuple[Sequence[Tensor], list[str | None]]:
-        """Raw maps (1, h, w), and for each the reason why there is none.
-
-        An explainer that never worked and fails on its first three images does not work at all:
-        its error is raised.
-        """
-        try:
-            maps = self._attribute(name, images, targets)
-            self._worked.add(name)
-            return list(maps), [None] * len(images)
-        except (MemoryError, _Refused):
-            raise
-        except Exception as error:
-            failure = error
-        if len(images) > 1:
-            parts = [
-                self._maps(name, images[i : i + 1], targets[i : i + 1]) for i in range(len(images))
-            ]
-            return [p[0][0] for p in parts], [p[1][0] for p in parts]
-        self._failures[name] = self._failures.get(name, 0) + 1
-        if name not in self._worked and self._failures[name] == 3:
-            raise failure
-        return [images[0, :1]], [_reason(failure)]
-
-    def _attribute(self, name: str, images: Tensor, targets: Tensor) -> Tensor:
-        """(b, 1, h, w); padded to the one batch shape, but for methods that see to theirs."""
-        explainer, count = self.explainers[name], len(images)
-        targets = targets.to(images.device)
-        if not getattr(explainer, "one_by_one", False):
-            size = self.scorer.max_forward_batch
-            images, targets = pad_batch(images, size), pad_batch(targets, size)
-        maps = explainer.attribute(images, targets)
-        if not isinstance(maps, Tensor) or maps.ndim != 4 or maps.shape[:2] != (len(images), 1):
-            got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
-            raise _Refused(f"explainers: {name} returned {got}; it has to return (B, 1, h, w)")
-        return maps[:count]
-
-    def _again(self, name: str, target: int) -> Callable[[Tensor], Tensor]:
-        def explain(images: Tensor) -> Tensor:
-            targets = torch.full((len(images),), target, device=images.device)
-            return self.explainers[name].attribute(images, targets)  # type: ignore[no-any-return]
-
-        return explain
-
-    def _randomized(self, name: str, target: int) -> Callable[[int, Tensor], Tensor] | None:
-        function = self.randomized.get(name)
-        if function is None:
-            return None
-        return lambda stage, images: function(
-            stage, images, torch.full((len(images),), target, device=images.device)
-        )
+        limit = self.evaluation.again_limit
+        return not self.maker.facts[name].perturbs or limit is None or image.position < limit
 
     def _tied(self, sample: Sample) -> bool:
         """Whether ties at a threshold keep more than 2 points above a level."""
@@ -344,18 +355,17 @@ class EvaluationRun:
     # ------------------------------------------------------------------ results
 
     def _collect(self) -> None:
+        """Store the explanations whose scores are all there, in their order."""
         while self._pending and self._pending[0].done:
             pending = self._pending.popleft()
             row = pending.row
             for finish, tickets in pending.finishes:
                 scores = scores_of(tickets)
-                if not all(bool(values.isfinite().all()) for values in scores.values()):
-                    row = row._replace(
-                        failed="; ".join(filter(None, [row.failed, "non-finite score"]))
-                    )
-                    row.scores.update({key: values.tolist() for key, values in scores.items()})
-                    continue
-                row.measured.update({c.key: float(v) for c, v in finish(scores).items()})
+                if all(bool(values.isfinite().all()) for values in scores.values()):
+                    row.measured.update({c.key: float(v) for c, v in finish(scores).items()})
+                else:
+                    failed = "; ".join(filter(None, [row.failed, "non-finite score"]))
+                    row = row._replace(failed=failed)
                 row.scores.update({key: values.tolist() for key, values in scores.items()})
             self.store.add(row)
 
@@ -371,19 +381,12 @@ class EvaluationRun:
         )
 
     def cost(self) -> dict[str, int]:
+        """What this process has asked for and run."""
         return {
             "scores_requested": self.scorer.requested,
             "images_scored": self.scorer.scored,
             "forward_batches": self.scorer.batches,
         }
-
-
-class _Refused(ValueError):
-    """What an explainer returns is no map at all: a mistake of the program, not of one image."""
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _digest(image: Tensor) -> str:

@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xattn.eval.evaluation.scorer import MaskedScorer
-from xattn.eval.metrics.base import Probe
-from xattn.eval.protocol import Protocol
+from xattn.backbone import sha256
+from xattn.eval.evaluation.evaluation_run import Evaluation
+from xattn.eval.interfaces import Explainer
 from xattn.runtime.version import __version__
 
 
-def run_facts(
-    backbone: Any,
-    explainers: Mapping[str, Any],
-    protocol: Protocol,
-    probes: Sequence[Probe],
-    scorer: MaskedScorer,
-    again_limit: int | None,
-) -> dict[str, Any]:
-    """What a stored result depends on; methods each under a key, so that one can be added."""
+def run_facts(evaluation: Evaluation, max_forward_batch: int) -> dict[str, Any]:
+    """What the results of a run depend on; each method under a key of its own, so that one can be added.
+
+    The explained classes are not among them.
+    """
+    backbone, protocol = evaluation.backbone, evaluation.protocol
+    annotations = evaluation.annotations
     return {
         "protocol": {**protocol.to_dict(), "id": protocol.id},
         "backbone": [backbone.fingerprint, backbone.task, repr(backbone.preprocessing)],
-        "metrics": [[type(p).__name__, p.options()] for p in probes],
+        "metrics": [[type(p).__name__, p.options()] for p in evaluation.probes],
         "xattn": __version__,
-        "max_forward_batch": scorer.max_forward_batch,
-        "again_limit": again_limit,
-        **{f"method {name}": describe(method) for name, method in explainers.items()},
+        "max_forward_batch": max_forward_batch,
+        "again_limit": evaluation.again_limit,
+        **{f"method {name}": describe(method) for name, method in evaluation.explainers.items()},
+        "annotations": None if annotations is None else annotations.fingerprint,
+        "randomized": sorted(evaluation.randomized),
     }
 
 
-def describe(explainer: Any) -> dict[str, Any]:
+def describe(explainer: Explainer) -> dict[str, Any]:
     """What an explainer is: its class, options, and the hashes of its head and network."""
     hidden = ("head", "backbone", "reader")  # a reader's layer has a name among the options
     options = {
@@ -47,8 +46,6 @@ def describe(explainer: Any) -> dict[str, Any]:
     record = {"class": type(explainer).__qualname__, "options": options}
     head = getattr(explainer, "head", None)
     if head is not None:
-        from xattn.backbone import sha256
-
         record["head"] = [sha256(head), getattr(head, "explain_with", None)]
     network = getattr(getattr(explainer, "backbone", None), "fingerprint", None)
     if network is not None:
@@ -64,8 +61,6 @@ def _fact(value: Any) -> Any:
         data = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
         return [list(value.shape), hashlib.sha256(data.numpy().tobytes()).hexdigest()]
     if isinstance(value, torch.nn.Module):
-        from xattn.backbone import sha256
-
         return [type(value).__qualname__, sha256(value)]
     if isinstance(value, list | tuple):
         return [_fact(v) for v in value]

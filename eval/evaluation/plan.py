@@ -10,11 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from xattn.eval.interfaces import Classifier, Explainer, ExplainerFacts, ScoredModel
 from xattn.eval.metrics.base import Probe, Sample
 
 
@@ -53,8 +53,8 @@ class Plan:
 
 
 def plan(
-    backbone: Any,
-    explainers: Mapping[str, Any],
+    backbone: Classifier,
+    explainers: Mapping[str, Explainer],
     probes: Sequence[Probe],
     image: Tensor,
     count: int,
@@ -82,17 +82,17 @@ def plan(
         requests, again = requests + scored, again + explained
     explaining, scoring, seconds = {}, {}, count * seconds_a_pass
     for name, explainer in explainers.items():
-        forwards = getattr(explainer, "forwards", None) or 0
-        perturbs = bool(getattr(explainer, "perturbs", False))
-        repeated = count if not perturbs or again_limit is None else min(count, again_limit)
+        facts = ExplainerFacts.of(explainer)
+        forwards = facts.forwards or 0
+        repeated = count if not facts.perturbs or again_limit is None else min(count, again_limit)
         explaining[name] = forwards * (count + again * repeated)
         scoring[name] = requests * count
-        passes = scoring[name] + explaining[name] * (1 if perturbs or not forwards else 3)
+        passes = scoring[name] + explaining[name] * (1 if facts.perturbs or not forwards else 3)
         seconds += passes * seconds_a_pass + making * count
     return Plan(count, explaining, scoring, seconds_a_pass, seconds / processes)
 
 
-def _seconds_a_pass(backbone: Any, batch: Tensor) -> float:
+def _seconds_a_pass(backbone: ScoredModel, batch: Tensor) -> float:
     """The second of two passes: the first one warms up."""
     for _ in range(2):
         started = time.perf_counter()

@@ -10,12 +10,12 @@ memory runs out, the passes go on at half the size (:mod:`xattn.runtime.memory`)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xattn.eval.interfaces import ScoredModel
 from xattn.runtime.memory import ForwardBatches
 
 
@@ -46,7 +46,7 @@ class MaskedScorer:
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: ScoredModel,
         max_forward_batch: int = 32,
         score: str = "probability",
         precision: str = "float32",

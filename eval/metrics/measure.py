@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from xattn.eval import functional
+from xattn.eval.annotations import Annotation
 from xattn.eval.evaluation.scorer import MaskedScorer, Ticket
 from xattn.eval.metrics.base import Column, Finish, Probe, Request, Sample
 
@@ -30,7 +30,7 @@ def measure(
     is_mask: bool = False,
     explain: Callable[[Tensor, Tensor], Tensor] | None = None,
     explain_randomized: Callable[[int, Tensor, Tensor], Tensor] | None = None,
-    annotations: Sequence[Any] | None = None,
+    annotations: Sequence[Annotation | None] | None = None,
 ) -> dict[Column, Tensor]:
     """Values (B,) float64 by column; NaN where a map is constant or not finite, or undefined.
 
@@ -78,21 +78,23 @@ def measure(
                 is_mask=is_mask,
                 resize=resize,
                 normalization=normalization,
-                explain=None if explain is None else _bound(explain, target),
-                explain_randomized=(
-                    None
-                    if explain_randomized is None
-                    else partial(_at_stage, explain_randomized, target)
-                ),
+                explain=explain and partial(_explain, explain, target),
+                explain_randomized=explain_randomized
+                and partial(_explain_at_stage, explain_randomized, target),
                 annotation=None if annotations is None else annotations[i],
             )
-            tickets: dict[str, list[Ticket]] = {}
-            finish = submit_all(probe.measure(sample), scorer, target, tickets)
-            scorer.flush()
-            for column, value in finish(scores_of(tickets)).items():
+            for column, value in _values(probe, sample, scorer).items():
                 values[column][i] = value
         scorer.forget()
     return values
+
+
+def _values(probe: Probe, sample: Sample, scorer: MaskedScorer) -> Mapping[Column, float]:
+    """The values of one explanation, scored at once."""
+    tickets: dict[str, list[Ticket]] = {}
+    finish = submit_all(probe.measure(sample), scorer, sample.target, tickets)
+    scorer.flush()
+    return finish(scores_of(tickets))
 
 
 def submit_all(
@@ -134,11 +136,11 @@ class _Callable:
         return logits.double().softmax(1)
 
 
-def _at_stage(
+def _explain(explain: Callable[[Tensor, Tensor], Tensor], target: int, images: Tensor) -> Tensor:
+    return explain(images, torch.full((len(images),), target, device="cpu"))
+
+
+def _explain_at_stage(
     explain: Callable[[int, Tensor, Tensor], Tensor], target: int, stage: int, images: Tensor
 ) -> Tensor:
     return explain(stage, images, torch.full((len(images),), target, device="cpu"))
-
-
-def _bound(explain: Callable[[Tensor, Tensor], Tensor], target: int) -> Callable[[Tensor], Tensor]:
-    return lambda images: explain(images, torch.full((len(images),), target, device="cpu"))

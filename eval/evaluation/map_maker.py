@@ -1,0 +1,111 @@
+"""Maps of several methods: padded to one batch shape, image by image where a batch fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from xattn.eval.evaluation.scorer import pad_batch
+from xattn.eval.interfaces import Explainer, ExplainerFacts
+
+Randomized = Mapping[str, Callable[[int, Tensor, Tensor], Tensor]]
+"""By method: (stage, images, targets) -> its maps on a network with randomised weights."""
+T = TypeVar("T")
+
+
+class WrongShapeError(ValueError):
+    """What an explainer returns is not a map: a mistake of the program, not of one image."""
+
+
+class MapMaker:
+    """Explains images with every method by name.
+
+    Args:
+        randomized: the methods on randomised networks, for those that have such.
+        size: of the micro-batches that explainers get, except those that see to theirs.
+        worked: the methods that have given a valid map before.
+    """
+
+    def __init__(
+        self,
+        explainers: Mapping[str, Explainer],
+        randomized: Randomized,
+        size: int,
+        worked: set[str],
+    ) -> None:
+        self.explainers, self.randomized, self.size = explainers, randomized, size
+        self.facts = {name: ExplainerFacts.of(e) for name, e in explainers.items()}
+        self._worked = worked
+        self._failures: dict[str, int] = {}
+
+    def passes(self, name: str, items: list[T]) -> list[list[T]]:
+        """What one method explains at a time."""
+        if self.facts[name].one_by_one:
+            return [[item] for item in items]
+        return [items] if items else []
+
+    def maps(
+        self, name: str, images: Tensor, targets: Tensor
+    ) -> tuple[Sequence[Tensor], list[str | None]]:
+        """Raw maps (1, h, w), and for each image the reason why it has none.
+
+        An explainer that never worked and fails on its first three images does not work at all:
+        its error is raised.
+        """
+        try:
+            maps = self._attribute(name, images, targets)
+            self._worked.add(name)
+            return list(maps), [None] * len(images)
+        except (MemoryError, WrongShapeError):
+            raise
+        except Exception as error:
+            failure = error
+        if len(images) > 1:
+            parts = [
+                self.maps(name, images[i : i + 1], targets[i : i + 1]) for i in range(len(images))
+            ]
+            return [p[0][0] for p in parts], [p[1][0] for p in parts]
+        self._failures[name] = self._failures.get(name, 0) + 1
+        if name not in self._worked and self._failures[name] == 3:
+            raise failure
+        return [images[0, :1]], [reason(failure)]
+
+    def _attribute(self, name: str, images: Tensor, targets: Tensor) -> Tensor:
+        """Raw maps (b, 1, h, w) of a batch."""
+        count = len(images)
+        targets = targets.to(images.device)
+        if not self.facts[name].one_by_one:
+            images, targets = pad_batch(images, self.size), pad_batch(targets, self.size)
+        maps = self.explainers[name].attribute(images, targets)
+        if not isinstance(maps, Tensor) or maps.ndim != 4 or maps.shape[:2] != (len(images), 1):
+            got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+            raise WrongShapeError(
+                f"explainers: {name} returned {got}; it has to return (B, 1, h, w)"
+            )
+        return maps[:count]
+
+    def again(self, name: str, target: int) -> Callable[[Tensor], Tensor]:
+        """The method as a function of images alone, for metrics that explain again."""
+
+        def explain(images: Tensor) -> Tensor:
+            targets = torch.full((len(images),), target, device=images.device)
+            return self.explainers[name].attribute(images, targets)
+
+        return explain
+
+    def at_stage(self, name: str, target: int) -> Callable[[int, Tensor], Tensor] | None:
+        """The method on randomised networks as a function of stage and images, where it has such."""
+        function = self.randomized.get(name)
+        if function is None:
+            return None
+        return lambda stage, images: function(
+            stage, images, torch.full((len(images),), target, device=images.device)
+        )
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
