@@ -3,7 +3,7 @@
     xattn compare PHOTOS --heads ... --explainers ... --metrics ...
 
 The folder holds ``leaderboard.md``, ``.csv`` and ``.json``, ``images.csv``, ``report.html``,
-``pack/`` with the maps for ``xattn app``, the state that a killed run goes on from (``state.sqlite``)
+``pack/`` with the maps for ``xattn app``, the state from which a killed run resumes (``state.sqlite``)
 and the time it took (``seconds.js``, which the page shows). All but the last two are a pure function
 of the arguments.
 """
@@ -74,7 +74,7 @@ def compare(
     progress: bool = True,
     say: Callable[[str], Any] = lambda line: None,
 ) -> tuple[Results, list[Path]]:
-    """Run a comparison and write its report to ``output``; goes on from ``output/state.sqlite``.
+    """Run a comparison and write its report to ``output``; resumes from ``output/state.sqlite``.
 
     Args:
         images: as in :func:`xattn.eval.evaluate`; ``limit`` takes the first of a folder or list.
@@ -168,7 +168,7 @@ def _say_plan(
 
 
 def _paths(images: Any) -> dict[str, Path]:
-    """The photos of a file, folder or list by the id that results have for them."""
+    """Paths of the photos of a file, folder or list, by image id."""
     if not isinstance(images, str | Path) or is_stored(images):
         return {}
     root = Path(images)

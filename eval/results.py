@@ -22,7 +22,7 @@ from xattn.eval.protocol import Protocol
 BASELINES = ("random", "centre", "ones", "randomized")
 # Kinds of metrics in which a method has to be better than every sanity row, or a warning says so.
 JUDGED = ("faithfulness", "localisation")
-# Fewer images give no verdict: at 2, half of all "95 %" intervals of equal methods exclude zero.
+# With fewer images there is no verdict: at 2, half of all "95 %" intervals of equal methods exclude zero.
 MIN_IMAGES = 8
 TOO_FEW = "too few images for a verdict"
 # Mean rank correlation with the maps of a randomised network above which a method ignores weights.
@@ -71,7 +71,7 @@ class Difference(NamedTuple):
 
     @property
     def judged(self) -> bool:
-        """Whether there are images enough for a verdict."""
+        """Whether there are enough images for a verdict."""
         return self.n >= MIN_IMAGES
 
     @property
@@ -91,11 +91,11 @@ class MethodResult:
         valid: (n,) whether there is a map that is neither constant nor non-finite.
         scores: (n,) scores of perturbed images by key, or curves (n, T); NaN where invalid.
         values: (n,) by column; NaN where undefined or not measured.
-        measured: (n,) by column: whether it was to be measured on this image; all, where missing.
+        measured: (n,) by column: whether it was to be measured on this image; on all, where missing.
         reasons: why a map is invalid, by image.
         failed: which metrics that explain again raised, and why, by image.
-        tied: maps of which ties at the threshold keep more pixels than a level says, as a saturated
-            map does.
+        tied: how many maps keep more pixels than a level says, because values at the threshold are
+            equal, as in saturated maps.
         requests: perturbed images that all metrics asked for.
         seconds: of explaining, all images together; of the run that measured.
     """
@@ -124,8 +124,8 @@ class Results:
 
     ``protocol.n`` counts images and ``protocol.n_invalid`` the invalid maps of all methods;
     ``skipped`` lists unreadable images; ``cost`` counts forward passes of the run that measured;
-    ``options`` are the metrics' own, by column key; ``notes`` say of which images the annotation
-    cannot be used, by id.
+    ``options`` are the metrics' own, by column key; ``notes`` say why the
+    annotation of an image cannot be used, by image id.
     """
 
     protocol: Protocol

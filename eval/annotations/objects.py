@@ -46,7 +46,7 @@ class Annotation:
 
 
 class Annotations(ABC):
-    """Annotations of photos, by the photo's file name: photos in several folders need different ones.
+    """Annotations of photos, found by the photo's file name, which must be unique over all folders.
 
     Args:
         path: the file or folder they are in.
@@ -65,11 +65,10 @@ class Annotations(ABC):
             raise ValueError(f"annotations: classes name {unknown}, which names does not have")
 
     def of(self, photo: Any, view: View) -> Annotation:
-        """What the model sees of the objects of a photo, given as its path.
+        """The objects of a photo, given as its path, as the model sees them.
 
         Raises:
-            ValueError: with the reason: there are none for this photo, or they are damaged, or do
-                not fit it.
+            ValueError: there are none for this photo, or they are damaged, or do not fit it.
         """
         name = photo if isinstance(photo, str | Path) else getattr(photo, "name", None)
         if not name:
@@ -83,7 +82,7 @@ class Annotations(ABC):
 
     @abstractmethod
     def regions(self, photo: Path, view: View) -> Iterator[Region]:
-        """Category and pixels (H, W) bool of the model's input, several of one category or one."""
+        """Yield category and pixels (H, W) bool of the model's input; a category may come several times."""
 
     @property
     def fingerprint(self) -> str:

@@ -53,8 +53,8 @@ _RESULT_TYPES = (int, str, _TEXT, int, int, float, str, str, (bytes, type(None))
 
 
 class Database:
-    """One SQLite file. Read and write errors are one line with the file and the remedy; contents are
-    checked because a damaged file can hold anything."""
+    """One SQLite file. An error becomes one line that names the file and the remedy; contents are checked,
+    because a damaged file can hold anything."""
 
     def __init__(self, path: Path | None, read_only: bool = False) -> None:
         self.path = path
@@ -87,14 +87,14 @@ class Database:
             self._connection.executescript(statements)
 
     def write(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
-        """One transaction; of a full disk what was committed before stays."""
+        """One transaction; if the disk is full, what was committed before stays."""
         with self._naming(), self._connection:
             self._connection.executemany(statement, rows)
 
     def settle(self) -> None:
-        """Everything into the one file, without a journal beside it that readers would make anew.
+        """Move everything into the one file, so that no journal lies beside it.
 
-        Where another process has the file open, that one does it.
+        If another process has the file open, that process does so later.
         """
         with suppress(sqlite3.Error, UnicodeDecodeError):
             self._connection.execute("PRAGMA busy_timeout=0")
@@ -129,7 +129,7 @@ class Database:
     # ------------------------------------------------------------------ what it holds
 
     def check_tables(self) -> None:
-        """A file with other tables than a state's is another program's."""
+        """Refuse a file with other tables, which belongs to another program."""
         found = [
             name for (name,) in self.rows("SELECT name FROM sqlite_master WHERE type = 'table'")
         ]
@@ -141,13 +141,13 @@ class Database:
             )
 
     def check_pages(self) -> None:
-        """Damage that SQLite can see anywhere in the file, before any work is done."""
+        """Refuse a file in which SQLite finds damage, before any work is done."""
         found = self.rows("PRAGMA quick_check(1)")
         if found != [("ok",)]:
             raise damaged(self.path, " ".join(str(found[0][0]).split()) if found else "no answer")
 
     def value(self, text: Any) -> Any:
-        """The value of JSON."""
+        """Parsed JSON."""
         try:
             return strict_json.parse(text, nan=True)
         except (ValueError, AttributeError) as error:  # AttributeError: neither text nor bytes
@@ -165,7 +165,7 @@ class Database:
     def checked(
         self, row: tuple[Any, ...], kinds: Sequence[type | tuple[type, ...]]
     ) -> tuple[Any, ...]:
-        """A row, if its values are of these types."""
+        """The row, if its values have these types."""
         if len(row) != len(kinds) or not all(map(isinstance, row, kinds)):
             raise damaged(self.path, "a row of another form")
         return row
@@ -187,7 +187,7 @@ class Database:
 
 
 def damaged(path: Path | None, what: str) -> ValueError:
-    """What to raise where a state says what cannot be."""
+    """The error of a state that is damaged."""
     return ValueError(
         f"state: {path} is damaged ({what}); delete it to measure everything again, or give another "
         f"file"

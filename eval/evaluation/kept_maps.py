@@ -14,7 +14,7 @@ from xattn.eval.evaluation.database import Database, damaged
 
 
 class KeptImage(NamedTuple):
-    """A scored image of a finished state: ``number`` counts scored images; ``top`` as in the table;
+    """An image of a finished state: ``number`` counts the scored images, ``top`` are the first classes,
     ``maps`` (h, w) float32 by method."""
 
     number: int
@@ -28,8 +28,7 @@ class KeptImage(NamedTuple):
 
 
 def kept_images(path: Path, count: int | None, limit: int) -> Iterator[KeptImage]:
-    """The images of a state whose maps were kept, one after the other, of the first ``limit`` of the
-    ``count`` that the run was of.
+    """Yield the images of a state with their kept maps, up to image ``limit`` of the run's ``count``.
 
     Raises:
         ValueError: the file is damaged, or no SQLite file. OSError: it cannot be read.
@@ -72,8 +71,9 @@ def _kept_map(database: Database, row: tuple[Any, ...]) -> tuple[str, NDArray[np
 def grey_maps(
     path: Path, identities: Sequence[str], wanted: Iterable[tuple[str, int]]
 ) -> Iterator[tuple[str, int, bytes]]:
-    """(method, i, small grey PNG) of a state, of those ``wanted`` (method, i) that it has, where i
-    counts ``identities``, the images of a run in their order.
+    """Yield (method, i, small grey PNG) for each ``wanted`` (method, i) that a state has.
+
+    i counts ``identities``, the ids of a run's images in their order.
 
     Raises:
         ValueError: the file is damaged, or no SQLite file. OSError: it cannot be read.

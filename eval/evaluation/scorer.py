@@ -1,4 +1,4 @@
-"""One scheduler for all perturbed images: fixed micro-batches, bounded memory, no image twice.
+"""One scheduler for all perturbed images: fixed micro-batches, bounded memory, no image scored twice.
 
 Every forward pass has exactly ``max_forward_batch`` images. A network may give other bits at
 another batch size, and "q > p" would then hold for identical images; with one shape it cannot.
@@ -66,7 +66,7 @@ class MaskedScorer:
         """(b, 3, H, W) unmasked images, b <= max_forward_batch -> scores (b,) float64, classes (b,).
 
         Without ``targets`` the class is the prediction. Later requests that equal a clean image
-        get its very score.
+        get the same score.
         """
         return self.clean_classes(images, targets)[:2]
 
@@ -112,7 +112,7 @@ class MaskedScorer:
             self._run()
 
     def forget(self) -> None:
-        """Drop what is known of earlier images, so that memory stays flat. Tickets stay valid."""
+        """Forget earlier images, so that memory stays flat. Tickets stay valid."""
         self._known.clear()
 
     # ------------------------------------------------------------------ micro-batches

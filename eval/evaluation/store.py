@@ -1,4 +1,4 @@
-"""The state of an evaluation: an SQLite file that a killed run goes on from, and that a user can open.
+"""The state of an evaluation: an SQLite file from which a killed run resumes, and which a user can open.
 
     meta(key, value)                              what the run is: protocol, backbone, metrics, methods
     images(position, id, target, target_name, score, skipped, note, digest)
@@ -7,13 +7,12 @@
     maps(position, method, height, width, data)
     tops(position, top)
 
-``measured`` is JSON {column: value or null}: null is a value that is undefined, a missing column was
-not measured. ``scores`` is JSON {key: [scores]}; ``map`` is a small grey PNG of the map; ``failed``
-says which metrics raised, and why. A row is
-committed once its image is finished for the method. ``data`` is the map as explained, float32, little
-endian; ``top`` is JSON [[class, name, probability], ...]; both are there for as many of the first images
-as a run was asked to keep, for packs. Of many processes each writes a file of its own,
-``name.rankN.sqlite``; they are put together at the end.
+``measured`` is JSON {column: value or null}: null is an undefined value, and a column that
+is missing was not measured. ``scores`` is JSON {key: [scores]}; ``map`` is a small grey PNG of the map;
+``failed`` says which metrics raised an error, and which. A row is committed once a method is finished
+with its image. ``data`` is the raw map, float32, little endian; ``top`` is JSON [[class, name,
+probability], ...]; both are kept for packs, for as many of the first images as the run was asked for.
+Each of several processes writes a file of its own, ``name.rankN.sqlite``; these are merged at the end.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Store:
     """Reads and writes one state; ``path`` None keeps it in memory.
 
     Every method may raise:
-        ValueError: the file belongs to another run or program, is damaged, or is no SQLite file.
+        ValueError: the file belongs to another run or program, is damaged, or is not an SQLite file.
         OSError: it cannot be read or written.
     """
 
@@ -91,7 +90,7 @@ class Store:
         return (self._own, *self._others)
 
     def damaged(self, what: str) -> ValueError:
-        """What to raise where the state says what cannot be."""
+        """The error of a state that is damaged."""
         return damaged(self.path, what)
 
     def _check(self, database: Database, facts: Mapping[str, Any]) -> None:
@@ -110,11 +109,11 @@ class Store:
             )
 
     def finished(self, first: int, last: int) -> dict[int, set[str]]:
-        """Methods by position that are done, of the positions from ``first`` to ``last``."""
+        """The finished methods by position, for the positions from ``first`` to ``last``."""
         return _methods(self._all, _METHODS, first, last)
 
     def image(self, position: int) -> ImageRow | None:
-        """What is known of an image."""
+        """The row of an image, if there is one."""
         query = "SELECT * FROM images WHERE position = ?"
         for database in self._all:
             for row in database.rows(query, (position,)):
@@ -127,7 +126,7 @@ class Store:
         return any(database.rows(query, (method,)) for database in self._all)
 
     def without_map(self, first: int, last: int) -> dict[int, set[str]]:
-        """Methods by position that have a valid map which was not kept, as in a state of before."""
+        """Methods by position whose valid map was not kept (older versions kept none)."""
         valid = _methods(self._all, f"{_METHODS} AND reason IS NULL", first, last)
         query = "SELECT position, method FROM maps WHERE position BETWEEN ? AND ?"
         kept = _methods(filter(_keeps, self._all), query, first, last)
@@ -143,7 +142,7 @@ class Store:
         return scored - kept
 
     def add_map(self, position: int, method: str, values: NDArray[np.float32]) -> None:
-        """Keep a map (h, w) as it was explained."""
+        """Keep a raw map (h, w)."""
         data = np.ascontiguousarray(values, dtype="<f4")
         self._own.write(_INSERT_MAP, [(position, method, *data.shape, data.tobytes())])
 
@@ -164,12 +163,12 @@ class Store:
         return images, self._own.rows("SELECT * FROM results")
 
     def take_in(self, images: Sequence[ImageRow], results: Sequence[tuple[Any, ...]]) -> None:
-        """Rows of another process."""
+        """Add the rows of another process."""
         self.add_images(images)
         self._own.write(_INSERT, results)
 
     def merge(self) -> None:
-        """Take in the files of the other processes and delete them."""
+        """Merge the files of the other processes into this one, and delete them."""
         assert self.path is not None
         for database in self._others:
             database.close()
@@ -188,13 +187,13 @@ class Store:
         self._own.settle()
 
     def reopen(self) -> None:
-        """Read from the one file that :meth:`merge` of another process has made."""
+        """Read from the file that another process has merged (:meth:`merge`)."""
         self.close()
         self._others = []
         self._own = Database(self.path)
 
     def images(self) -> list[ImageRow]:
-        """By position."""
+        """All images, by position."""
         query = "SELECT * FROM images ORDER BY position"
         return [self._own.image(row) for row in self._own.rows(query)]
 
@@ -205,7 +204,7 @@ class Store:
             yield self._own.result(row)
 
     def close(self) -> None:
-        """Leave one file a state, without ``-wal`` and ``-shm`` beside it."""
+        """Close the file, and leave no ``-wal`` or ``-shm`` beside it."""
         self._own.settle()
         for database in self._all:
             database.close()
@@ -214,7 +213,7 @@ class Store:
 def _methods(
     databases: Iterable[Database], query: str, first: int, last: int
 ) -> dict[int, set[str]]:
-    """Methods by position, of a query between two positions."""
+    """Methods by position, from a query over a range of positions."""
     found: dict[int, set[str]] = {}
     for database in databases:
         for position, method in database.rows(query, (first, last)):
@@ -229,7 +228,7 @@ def _packed(row: ResultRow) -> tuple[Any, ...]:
 
 
 def _keeps(database: Database) -> bool:
-    """Whether a state has tables for maps: those of before have not."""
+    """Whether this state has map tables (older versions do not)."""
     return _has(database, "maps", "tops")
 
 

@@ -83,7 +83,7 @@ class ImageStream:
     def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Item]]:
         """Readable images of every ``ranks``-th block of ``size`` positions, from the ``rank``-th on.
 
-        Which images share a block depends on neither ``ranks`` nor on the unreadable ones.
+        Which images share a block depends neither on ``ranks`` nor on unreadable images.
         """
         owned = (
             (position, item)

@@ -43,7 +43,7 @@ class MaskingProbe(Probe):
         levels, threshold, masked_value, ic_margin: as in :class:`~xattn.eval.Protocol`.
         mean: (3,) the colour of ``masked_value="mean"`` and ``"rise"``, raw pixels in [0, 1].
         metrics: of AD, IC, ADD, AG and drop.
-        bounded: scores are probabilities; logits make AD, and only AD, IC and drop, defined.
+        bounded: scores are probabilities; for logits only AD, IC and drop are defined.
     """
 
     levels: tuple[float, ...] = (1.0, 0.5, 0.15)

@@ -53,7 +53,7 @@ def write_pack(
     Args:
         images: those that were evaluated, see :func:`can_pack`.
         methods: the explainers by row.
-        limit: of how many of the first images.
+        limit: how many of the first images to pack.
         truth: true classes by image_id, see :func:`xattn.explaining.photos.true_classes_of`.
 
     Raises:
@@ -152,8 +152,8 @@ def _columns(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def _record(results: Results, backbone: Any, method: Any) -> dict[str, Any]:
-    """The protocol of a row: how its maps came about, and what its metrics mean; an option that is not
-    finite becomes a text, as JSON has no such numbers."""
+    """The protocol of a row: how its maps came about, and what its metrics mean. Options that
+    are not finite become text, as JSON has no such numbers."""
     record = protocol_of(backbone, method, results.protocol.view)
     fidelity = {k: v for k, v in results.protocol.to_dict().items() if k not in ("n", "n_invalid")}
     what = describe(method)
@@ -173,7 +173,7 @@ def _skipped(skipped: Skipped, images: Any) -> tuple[str, str]:
 
 
 def _probability(results: Results, kept: KeptImage) -> float:
-    """Of the explained class; what was scored may be a logit."""
+    """The probability of the explained class, also where logits were scored."""
     if results.protocol.score != "logit":
         return min(max(kept.score, 0.0), 1.0)
     return next((float(p) for i, _, p in kept.top if i == kept.target), 0.0)
@@ -186,8 +186,8 @@ def _values(results: Results, name: str, number: int) -> Iterator[tuple[str, flo
 
 
 def _curves(results: Results) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
-    """(n, T) curves by method and name, clean scores included; and the shares of pixels of those that
-    are not at equal steps."""
+    """Curves (n, T) by method and name, with the clean scores; and the shares of pixels of those whose
+    steps are not equal."""
     curves: dict[str, dict[str, Any]] = {name: {} for name in results.methods}
     shares: dict[str, list[float]] = {}
     for key in CURVES:

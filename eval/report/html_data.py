@@ -123,7 +123,7 @@ def _goodness(results: Results, name: str, column: Column) -> float:
 
 
 def curves(results: Results) -> list[dict[str, Any]]:
-    """One chart a kind of curve: a line a method, mean, lo and hi at each x, and of how many images."""
+    """A chart for each kind of curve, a line for each method: mean, lo, hi at each x, number of images."""
     positions = {name: str(m) for m, name in enumerate(results.methods)}
     charts = []
     for key, (title, axis) in CURVES.items():
@@ -144,7 +144,7 @@ def curves(results: Results) -> list[dict[str, Any]]:
 def each_curve(
     results: Results, key: str
 ) -> Iterator[tuple[str, NDArray[np.float64], list[float]]]:
-    """Of every method that has such a curve: its name, (n, T) scores, the clean ones included, and x."""
+    """Yield, for each method with such a curve, its name, scores (n, T) with the clean ones, and x."""
     clean = np.array([image.p for image in results.images], dtype=np.float64)
     for name, method in results.methods.items():
         scores = method.scores.get(key)
@@ -166,7 +166,7 @@ def _with_clean(
 
 
 def _shares(results: Results, key: str, count: int) -> list[float]:
-    """x of the curve's values; of ROAD they are its levels, without which there is no chart."""
+    """The x of a curve's values; for ROAD its levels, without which there is no chart."""
     if key in ("deletion", "insertion"):
         return [float(f"{t / (count - 1):.5g}") for t in range(count)]
     column = "ROAD-MoRF" if key == "morf" else "ROAD-LeRF"

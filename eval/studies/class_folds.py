@@ -4,7 +4,7 @@
 
 ``PHOTOS`` has one folder a class. Each fold's head is trained with :func:`xattn.fit` on the other
 classes; its held-out photos are scored beside Grad-CAM and the sanity rows; the folds' per-image
-numbers are put together, so that intervals and paired differences cover all photos. A fold that is
+numbers are merged, so that intervals and paired differences cover all photos. A fold that is
 finished is not computed again.
 """
 
@@ -86,7 +86,7 @@ def merge(parts: Sequence[Results]) -> Results:
 
 
 def _shifted(parts: Sequence[Mapping[int, str]], sizes: Sequence[int]) -> dict[int, str]:
-    """By number of the image among all, what each part has by number among its own."""
+    """Entries by image number among all images, from entries by number in each part."""
     starts = np.cumsum([0, *sizes]).tolist()
     return {
         start + i: value

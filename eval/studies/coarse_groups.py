@@ -6,7 +6,7 @@
 without a group are left out. A linear probe tells the groups apart; ``ttame`` heads with
 ``fusion="per_class"`` are trained on four fifths of the photos, the same that the probe saw, and
 scored on the other fifth beside Grad-CAM and the sanity rows. ``--only 0 1 2 3 4`` holds out every
-fifth in turn, with a probe and heads of its own, and puts the numbers together.
+fifth in turn, with a probe and heads of its own, and merges the numbers.
 """
 
 from __future__ import annotations

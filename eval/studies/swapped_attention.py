@@ -1,4 +1,4 @@
-"""Accuracy of a trained ViT whose attention is swapped and not trained again, mechanism by mechanism.
+"""Accuracy of a trained ViT whose attention is swapped without retraining, mechanism by mechanism.
 
     xattn study swap --data photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 

@@ -13,7 +13,7 @@ from xattn.eval.annotations import Boxes, MaskFolder, coco, load_annotations
 from xattn.photos.images import list_images, load_image
 from xattn.photos.view import View, make_view, prepare
 
-DATA = Path("/work/shared/data/coco-masks")
+DATA = Path(__file__).parents[4] / "shared" / "data" / "coco-masks"
 NAMES = {1: "cat", 2: "dog", 7: "owl"}
 CLASSES = {0: "cat", 4: "dog", 5: "dog"}
 
@@ -429,7 +429,7 @@ def test_a_model_that_only_shares_some_names_goes_by_its_names():
 # ---------------------------------------------------------------- real photos
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs {DATA}")
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/coco-masks")
 def test_masks_and_boxes_of_the_coco_photos_agree():
     categories = model(*coco.THINGS)
     masks = load_annotations(DATA, categories)
