@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from xattn.app import address, last_view, selection, state, theme
-from xattn.app.login import LOGOUT
+from xattn.app import state
+from xattn.app.components import theme
+from xattn.app.navigation import address, last_view, selection
+from xattn.app.pages import PAGES
+from xattn.app.serving.login import LOGOUT
 from xattn.app.state import Context, plain
 from xattn.packs.contained_files import PackError
 
@@ -24,24 +27,19 @@ if TYPE_CHECKING:
     from xattn.app.library import Library, PackInfo
     from xattn.packs.reader import Pack
 
-# name: title, and whether the page shows a pack (without one it is not called)
-PAGES = {
-    "gallery": ("Gallery", True),
-    "image": ("Image", True),
-    "attention": ("Attention", True),
-    "live": ("Live", False),
-    "compare": ("Compare", False),
-    "train": ("Train", False),
-}
-PACKAGE = "xattn.app.pages"  # of the pages' modules
 LISTED = 20  # packs under a message
 
 
 def main() -> None:
     """Show the page that the URL names."""
     pages = [
-        st.Page(partial(_run, name), title=title, url_path=name, default=name == state.DEFAULT_PAGE)
-        for name, (title, _) in PAGES.items()
+        st.Page(
+            partial(_run, name),
+            title=about.title,
+            url_path=name,
+            default=name == state.DEFAULT_PAGE,
+        )
+        for name, about in PAGES.items()
     ]
     chosen = st.navigation(pages, position="top")
     st.set_page_config(page_title=f"{chosen.title} · xattn", layout="wide")
@@ -69,7 +67,7 @@ def _module(name: str) -> ModuleType:
     up the pictures of the page by a fifth of a second. What is there now stays for good: it is left
     out from here on.
     """
-    found = importlib.import_module(f"{PACKAGE}.{name}")
+    found = importlib.import_module(PAGES[name].module)
     gc.collect()
     gc.freeze()
     return found
@@ -81,17 +79,17 @@ def _run(name: str) -> None:
     st.session_state["_page"] = name
     try:
         context = _context()
-        if context.pack is None and PAGES[name][1]:
+        if context.pack is None and PAGES[name].shows_pack:
             _welcome(context.library)
         else:
-            known = f"{PACKAGE}.{name}" in sys.modules
+            known = PAGES[name].module in sys.modules
             # The first time, some pages take seconds to import.
             with contextlib.nullcontext() if known else st.spinner("Opening the page"):
                 module = _module(name)
             module.page(context)
     except (PackError, ValueError) as error:
         st.error(plain(error))
-        if PAGES[name][1]:
+        if PAGES[name].shows_pack:
             _packs(state.library())
 
 
@@ -220,7 +218,7 @@ def _problems(infos: list[PackInfo]) -> None:
 
 def _welcome(library: Library) -> None:
     """The first run: no pack that opens."""
-    from xattn.app import demo_pack  # and with it the jobs, which other pages do without
+    from xattn.app.demo import pack_offer  # and with it the jobs, which other pages do without
 
     st.title("No pack to show yet", anchor=False)
     st.markdown("A pack is a folder of photos with their maps. Make one of your own photos:")
@@ -228,7 +226,7 @@ def _welcome(library: Library) -> None:
     st.code(
         f"xattn explain PHOTOS --output {shlex.quote(str(output))}", language="sh", wrap_lines=True
     )
-    demo_pack.offer()
+    pack_offer.offer()
     for info in library.packs():
         if info.problem is not None:
             st.warning(f"**{plain(info.name)}**  \n{plain(info.problem)}")

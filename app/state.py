@@ -162,3 +162,8 @@ def plain(text: object) -> str:
     """
     shown = _ADDRESS.sub(_JOINER, visible(" ".join(str(text).split())))
     return _MARKDOWN.sub(r"\\\1", shown)
+
+
+def short(name: str) -> str:
+    """The first of the names of a class: "tabby" of "tabby, tabby cat"."""
+    return name.split(",")[0].strip() or name

@@ -1,1 +1,21 @@
-"""The pages of the viewer, one module each with a function ``page(context)``."""
+"""The pages of the viewer: for each a module with a function ``page(context)``."""
+
+from typing import NamedTuple
+
+
+class Page(NamedTuple):
+    """A page: its title, whether it shows a pack (without one it is not called), and its module."""
+
+    title: str
+    shows_pack: bool
+    module: str
+
+
+PAGES = {
+    "gallery": Page("Gallery", True, f"{__name__}.gallery"),
+    "image": Page("Image", True, f"{__name__}.image.page"),
+    "attention": Page("Attention", True, f"{__name__}.attention"),
+    "live": Page("Live", False, f"{__name__}.live.page"),
+    "compare": Page("Compare", False, f"{__name__}.compare.page"),
+    "train": Page("Train", False, f"{__name__}.train.page"),
+}

@@ -12,9 +12,11 @@ import streamlit as st
 import torch
 from torch import Tensor
 
-from xattn.app import attention_charts, attention_rows, last_view, models, reading, selection, state
-from xattn.app.attention_pictures import SCALES, alt_text, legend, photo, png, shares
-from xattn.app.attention_view import (
+from xattn.app import models, state
+from xattn.app.attention import attention_pass, charts, map_rows
+from xattn.app.attention.attention_pass import SIZES, TRAINED, Reading
+from xattn.app.attention.pictures import SCALES, alt_text, legend, photo, png, shares
+from xattn.app.attention.view import (
     KEY,
     MEAN,
     NAMES,
@@ -36,9 +38,9 @@ from xattn.app.attention_view import (
     view_of,
 )
 from xattn.app.components.patches import patches, picked_patch
-from xattn.app.reading import SIZES, TRAINED, Reading
+from xattn.app.components.theme import facts_html, name_html
+from xattn.app.navigation import last_view, selection
 from xattn.app.state import Context, plain
-from xattn.app.theme import facts_html, name_html
 from xattn.attention.statistics import bits, breadth, kept_keys, row_distance, row_entropy
 from xattn.explainers.attention import NoAttention
 from xattn.packs.contained_files import PackError
@@ -59,12 +61,12 @@ def page(context: Context) -> None:
         backbone = models.backbone_of(pack)
     url = {name: st.query_params[name] for name in NAMES if name in st.query_params}
     new = arrived(pack.id, image_id, url)
-    size_grid = reading.grid_of(backbone)
+    size_grid = attention_pass.grid_of(backbone)
     mechanism, size, messages = mechanism_of(url if new else current(), size_grid)
     kept = st.session_state.setdefault(f"{KEY}kept", OrderedDict())
     try:
         with st.spinner("Reading the attention of this photo …"):
-            seen = reading.read(pack, image_id, backbone, mechanism, size, kept)
+            seen = attention_pass.read(pack, image_id, backbone, mechanism, size, kept)
     except NoAttention as error:
         _nothing(backbone.name, error, image_id)
         return
@@ -76,11 +78,11 @@ def page(context: Context) -> None:
     _picker(seen, view, size_grid)
     _notes(pack, image_id, backbone, seen, view, kept)
     rows = seen.rows(token_of(view.patch, seen))
-    attention_rows.heads(seen, view, rows)
-    attention_rows.layers(seen, view, rows)
-    attention_rows.own_maps(seen, view)
+    map_rows.heads(seen, view, rows)
+    map_rows.layers(seen, view, rows)
+    map_rows.own_maps(seen, view)
     _rollout(seen, view)
-    attention_charts.show(seen, view)
+    charts.show(seen, view)
     remember(image_id, view, start)
 
 
@@ -202,7 +204,7 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
         help="Shared: the pictures of a row have one scale. The square root shows small shares.",
         **_widget("scale", view.scale),
     )
-    fitting = [m for m in SIZES if size_grid is not None and reading.sizes(m, size_grid)]
+    fitting = [m for m in SIZES if size_grid is not None and attention_pass.sizes(m, size_grid)]
     if fitting and size_grid is not None:
         titles = {TRAINED: "As trained", "gna": "Neighbourhoods (gna)", "agent": "Agents (agent)"}
         second.selectbox(
@@ -214,7 +216,7 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
         )
     if view.mechanism != TRAINED and size_grid is not None:
         label = {"gna": "Window, patches a side", "agent": "Agents"}[view.mechanism]
-        fitting_sizes = reading.sizes(view.mechanism, size_grid)
+        fitting_sizes = attention_pass.sizes(view.mechanism, size_grid)
         second.selectbox(label, fitting_sizes, **_widget("size", view.size))
 
 
@@ -232,7 +234,7 @@ def _from(size_grid: tuple[int, int], looks: str) -> dict[str, Any]:
 
 
 def _mechanism(size_grid: tuple[int, int], wanted: str) -> dict[str, Any]:
-    size = None if wanted == TRAINED else reading.usual_size(wanted, size_grid)
+    size = None if wanted == TRAINED else attention_pass.usual_size(wanted, size_grid)
     return {"mechanism": wanted, "size": size}
 
 
@@ -271,7 +273,7 @@ def _notes(pack: Pack, image_id: str, backbone: Any, seen: Reading, view: View, 
         "code, rows and columns of patches from 1."
     )
     if view.mechanism != TRAINED:
-        trained = reading.read(pack, image_id, backbone, TRAINED, None, kept)
+        trained = attention_pass.read(pack, image_id, backbone, TRAINED, None, kept)
         alike = float(torch.cosine_similarity(trained.logits, seen.logits, dim=0))
         st.info(
             "This is the network after a conversion without training: what you see is not what it "

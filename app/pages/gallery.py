@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
-from xattn.app import address, export, last_view, selection, state
+from xattn.app import state
 from xattn.app.components import grid, sent
-from xattn.app.image_view import short
-from xattn.app.pictures import Look, blank_maps, legends, overlay_url, photo_url
-from xattn.app.selection import ALL, MAPS, NAMES, RIGHT, SHOWS, SIZES, Choices, View
-from xattn.app.state import Context, plain
+from xattn.app.navigation import address, last_view, selection
+from xattn.app.navigation.selection import ALL, MAPS, NAMES, RIGHT, SHOWS, SIZES, Choices, View
+from xattn.app.pictures import export
+from xattn.app.pictures.rendering import Look, blank_maps, legends, overlay_url, photo_url
+from xattn.app.state import Context, plain, short
 from xattn.pictures.contact_sheet import legends_html
 
 if TYPE_CHECKING:

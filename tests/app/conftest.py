@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from xattn.app import bench
-from xattn.app.made_up import picture
+from xattn.app.synthetic_packs import picture
 from xattn.backbone import load_backbone
 from xattn.explaining.photos import explain
 from xattn.packs.writer import save_pack

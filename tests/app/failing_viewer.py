@@ -1,7 +1,7 @@
 """xattn with a viewer that fails: in the body of the tab "Fidelity", and at a click on a class."""
 
-from xattn.app import image_tabs
-from xattn.app.pages import image
+from xattn.app.pages.image import page as image
+from xattn.app.pages.image import photo_tabs
 from xattn.cli import main
 
 
@@ -10,7 +10,7 @@ def fail(*args: object) -> None:
 
 
 image.TABS["Fidelity"] = fail
-image_tabs._open_class = fail
+photo_tabs._open_class = fail
 
 if __name__ == "__main__":
     raise SystemExit(main())

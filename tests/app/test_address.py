@@ -8,15 +8,15 @@ pytest.importorskip("streamlit")
 
 from streamlit.testing.v1 import AppTest
 
-from xattn.app import address
+from xattn.app.navigation import address
 
 
 def script() -> None:
-    from xattn.app import bound
+    from xattn.app.navigation import url_widgets
 
-    bound.selectbox("Network", ["one", "two", "three"], "model")
-    bound.multiselect("Methods", ["a", "b", "c"], "method")
-    bound.segmented("Input", ["photos", "clip"], "input")
+    url_widgets.selectbox("Network", ["one", "two", "three"], "model")
+    url_widgets.multiselect("Methods", ["a", "b", "c"], "method")
+    url_widgets.segmented("Input", ["photos", "clip"], "input")
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def interrupted() -> None:
     """A page that follows an address at its second run only."""
     import streamlit as st
 
-    from xattn.app import address
+    from xattn.app.navigation import address
 
     seen = st.session_state.setdefault("seen", [])
     seen.append(address.is_new("here", {"layer": "5"}))

@@ -20,9 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
-from xattn.app import attention_charts, models, reading, state
-from xattn.app.attention_pictures import Colours, png, shares
-from xattn.app.attention_view import (
+from xattn.app import models, state
+from xattn.app.attention import attention_pass, charts
+from xattn.app.attention.attention_pass import KEPT, TRAINED, Reading, keep, prefix_names
+from xattn.app.attention.pictures import Colours, png, shares
+from xattn.app.attention.view import (
     MEAN,
     View,
     mechanism_of,
@@ -35,8 +37,7 @@ from xattn.app.attention_view import (
 )
 from xattn.app.components.patches import _checked
 from xattn.app.library import Library
-from xattn.app.made_up import picture
-from xattn.app.reading import KEPT, TRAINED, Reading, keep, prefix_names
+from xattn.app.synthetic_packs import picture
 from xattn.attention import SoftmaxOperator
 from xattn.attention.statistics import statistics
 from xattn.backbone import load_backbone
@@ -136,7 +137,7 @@ def test_it_says_that_the_stored_photo_was_read_and_whether_rows_were_sampled(pa
     text = words(shown())
     assert "stored in the pack (at most 512 pixels a side)" in text
     assert "all 15 patches as queries" in text
-    monkeypatch.setattr(reading, "MOST_QUERIES", 4)
+    monkeypatch.setattr(attention_pass, "MOST_QUERIES", 4)
     assert "a random sample of 4 of the 15 patches as queries" in words(shown())
 
 
@@ -259,7 +260,7 @@ def test_attention_in_windows_is_told_apart_from_none(pack, monkeypatch):
     def refuse(*_):
         raise NoAttention("swin", "attends inside windows (4 x 49 tokens)", 4)
 
-    monkeypatch.setattr(reading, "read", refuse)
+    monkeypatch.setattr(attention_pass, "read", refuse)
     text = words(shown())
     assert "attends inside windows (4 x 49 tokens)" in text and "has no attention" not in text
 
@@ -309,7 +310,7 @@ def test_keys_kept_by_a_model_of_its_own_mechanism_are_shown(pack, backbone, mon
 
 
 def test_the_grid_lies_on_the_very_pixels_that_the_model_saw(pack, backbone):
-    seen = reading.read(pack, "photo-1", backbone, TRAINED, None, OrderedDict())
+    seen = attention_pass.read(pack, "photo-1", backbone, TRAINED, None, OrderedDict())
     _, images = own_rows(pack, backbone, 0, "photo-1")
     assert torch.equal(torch.from_numpy(np.array(seen.pixels)).permute(2, 0, 1) / 255, images)
 
@@ -317,7 +318,7 @@ def test_the_grid_lies_on_the_very_pixels_that_the_model_saw(pack, backbone):
 def test_a_session_keeps_a_few_images_and_asks_the_model_once_for_each(pack, monkeypatch):
     passes = []
     monkeypatch.setattr(
-        reading, "read_attention", lambda *a: passes.append(1) or read_attention(*a)
+        attention_pass, "read_attention", lambda *a: passes.append(1) or read_attention(*a)
     )
     app = shown()
     app.slider[0].set_value(1).run()
@@ -387,23 +388,23 @@ def test_rows_and_rollouts_are_those_of_the_dense_matrices(prefix):
 
 def test_the_charts_tables_are_the_statistics():
     seen = made(prefix=2)
-    heads, sinks = attention_charts.heads_table(seen), attention_charts.sinks_table(seen)
+    heads, sinks = charts.heads_table(seen), charts.sinks_table(seen)
     expected = statistics(seen.operators[1], GRID, 2)
     row = heads[(heads["layer"] == 1) & (heads["head"] == 0)].iloc[0]
     assert row["entropy"] == pytest.approx(float(expected.entropy[0, 0]))
     assert row["distance"] == pytest.approx(float(expected.distance[0, 0]))
-    share = sinks[(sinks["layer"] == 1) & (sinks["part"] == attention_charts.PARTS[0])]["share"]
+    share = sinks[(sinks["layer"] == 1) & (sinks["part"] == charts.PARTS[0])]["share"]
     assert share.item() == pytest.approx(float(expected.prefix_mass[0].mean()))
     assert (
-        attention_charts.sinks_table(made(prefix=0))["part"].unique().tolist()
-        == [attention_charts.PARTS[1]]
+        charts.sinks_table(made(prefix=0))["part"].unique().tolist()
+        == [charts.PARTS[1]]
     )  # fmt: skip
 
 
 def test_heads_are_ranked_from_the_narrowest():
     seen = made()
-    table = attention_charts.heads_table(seen)
-    spec = attention_charts.entropy_chart(table, 2.8, 0, "1").to_dict()
+    table = charts.heads_table(seen)
+    spec = charts.entropy_chart(table, 2.8, 0, "1").to_dict()
     (rows,) = spec["datasets"].values()
     entropies = [row["entropy"] for row in rows]
     assert entropies == sorted(entropies) and len(rows) == 6

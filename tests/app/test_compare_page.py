@@ -14,10 +14,11 @@ pytest.importorskip("streamlit")
 from conftest import opened
 from streamlit.testing.v1 import AppTest
 
-from xattn.app import comparison, state
-from xattn.app.comparison import parse, read
+from xattn.app import state
 from xattn.app.library import LEADERBOARD, Library
-from xattn.app.made_up import small_pack
+from xattn.app.pages.compare import leaderboard_file
+from xattn.app.pages.compare.leaderboard_file import parse, read
+from xattn.app.synthetic_packs import small_pack
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol
 from xattn.eval.report.leaderboard_files import write_report
@@ -81,7 +82,9 @@ def library(made: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     found = Library(made)
     monkeypatch.setattr(state, "_settings", state.Settings(root=made))
     monkeypatch.setattr(state, "library", lambda: found)
-    monkeypatch.setattr(comparison, "_BOARDS", comparison.LRUCache(comparison.KEPT))
+    monkeypatch.setattr(
+        leaderboard_file, "_BOARDS", leaderboard_file.LRUCache(leaderboard_file.KEPT)
+    )
     return found
 
 
@@ -110,8 +113,8 @@ def test_standings_in_words(data):
     assert board.verdict("random", "insertion") == "worse than the best"
     assert board.verdict("ones", "AD@50") == "a mask, not ranked"
     assert [board.kind(n) for n in METHODS] == ["method", "method", "sanity row", "sanity row"]
-    assert comparison.arrow("AD@50", board) == "AD@50 ↓"
-    assert comparison.arrow("ROAD", board) == "ROAD ↑"
+    assert leaderboard_file.arrow("AD@50", board) == "AD@50 ↓"
+    assert leaderboard_file.arrow("ROAD", board) == "ROAD ↑"
     assert set(board.ranked[:2]) == {"gradcam", "saliency"}
 
 
@@ -141,7 +144,7 @@ def test_an_unknown_comparison_is_an_error_for_a_person(library):
 
 
 def test_a_file_over_the_limit_is_not_read(library, monkeypatch):
-    monkeypatch.setattr(comparison, "MAX_BYTES", 100)
+    monkeypatch.setattr(leaderboard_file, "MAX_BYTES", 100)
     with pytest.raises(PackError, match="limit"):
         read(library, ids(library)["first"])
 
@@ -200,7 +203,7 @@ def script() -> None:
     import streamlit as st
 
     from xattn.app import state
-    from xattn.app.pages import compare
+    from xattn.app.pages.compare import page as compare
 
     compare.page(state.Context(state.library(), None, st.query_params.to_dict()))
 

@@ -11,7 +11,7 @@ pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import state
-from xattn.app.made_up import explanation, picture, small_pack
+from xattn.app.synthetic_packs import explanation, picture, small_pack
 from xattn.packs.contained_files import PackError
 from xattn.packs.format import MAPS
 from xattn.packs.writer import save_pack

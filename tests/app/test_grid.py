@@ -8,7 +8,7 @@ pytest.importorskip("streamlit")
 
 from conftest import served
 
-from xattn.app.made_up import explanation, picture, small_pack
+from xattn.app.synthetic_packs import explanation, picture, small_pack
 from xattn.packs.writer import save_pack
 
 FOCUSED = """() => {

@@ -9,7 +9,7 @@ pytest.importorskip("streamlit")
 
 from conftest import served
 
-from xattn.app.made_up import small_pack
+from xattn.app.synthetic_packs import small_pack
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ pytest.importorskip("streamlit")
 
 from xattn.app import state
 from xattn.app.library import Library
-from xattn.app.made_up import CLASSES, described, explanation, picture, small_pack
+from xattn.app.synthetic_packs import CLASSES, described, explanation, picture, small_pack
 from xattn.packs.contained_files import PackError
 from xattn.packs.format import MAPS
 from xattn.packs.writer import save_pack
@@ -73,7 +73,7 @@ def script():
     import streamlit as st
 
     from xattn.app import state
-    from xattn.app.pages import image
+    from xattn.app.pages.image import page as image
     from xattn.app.state import Context
 
     library = state.library()

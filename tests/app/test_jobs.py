@@ -19,9 +19,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from xattn.app import jobs as jobs_module
-from xattn.app.folders import photo_folders
-from xattn.app.jobs import Job, JobError, Jobs, Spec
+from xattn.app.jobs import jobs as jobs_module
+from xattn.app.jobs.jobs import Job, JobError, Jobs, Spec
+from xattn.app.jobs.photo_folders import photo_folders
 from xattn.cli.model import BackboneArgs
 
 SPEC = Spec("train", "photos", "tf_efficientnet_lite0", ("ttame",))
@@ -29,7 +29,7 @@ SPEC = Spec("train", "photos", "tf_efficientnet_lite0", ("ttame",))
 RUNNER = """
 import json, signal, sys, time
 from pathlib import Path
-from xattn.app.jobs import EXIT
+from xattn.app.jobs.jobs import EXIT
 folder = Path(sys.argv[1])
 line = json.loads((folder / "arguments.json").read_text())
 output = Path(line[line.index("--output") + 1])
@@ -154,7 +154,7 @@ def test_a_job_that_does_not_stop_can_be_ended(jobs: Jobs) -> None:
 def test_another_server_finds_a_running_job_and_stops_it(jobs: Jobs) -> None:
     """As after a restart: only the files are known."""
     code = (
-        "import sys; from pathlib import Path; from xattn.app import jobs\n"
+        "import sys; from pathlib import Path; from xattn.app.jobs import jobs\n"
         f"jobs.RUNNER = {jobs_module.RUNNER!r}\n"
         f"jobs.Jobs(Path({str(jobs.root)!r}), Path({str(jobs.data)!r}))"
         ".start(jobs.Spec('train', 'photos', heads=('ttame',)), 'mine')"

@@ -24,7 +24,7 @@ from conftest import only
 
 from xattn.app import library as library_module
 from xattn.app.library import Library
-from xattn.app.made_up import METRICS, big_pack, explanation, picture, small_pack
+from xattn.app.synthetic_packs import METRICS, big_pack, explanation, picture, small_pack
 from xattn.packs.contained_files import PackError
 from xattn.packs.reader import Pack, load_pack
 from xattn.packs.writer import manifest_text, save_pack

@@ -18,12 +18,14 @@ pytest.importorskip("streamlit")
 from conftest import opened
 from streamlit.testing.v1 import AppTest
 
-from xattn.app import explaining, film, models, state
-from xattn.app.explaining import Jobs, Request, keep
+from xattn.app import models, state
 from xattn.app.library import Library
-from xattn.app.made_up import picture
-from xattn.app.pages import live
-from xattn.app.uploads import Upload
+from xattn.app.live import explaining
+from xattn.app.live.explaining import Jobs, Request, keep
+from xattn.app.live.uploads import Upload
+from xattn.app.pages.live import page as live
+from xattn.app.pictures import film
+from xattn.app.synthetic_packs import picture
 from xattn.cli.model import BackboneArgs
 from xattn.explaining.photos import explain
 from xattn.heads import create_head, save_head
@@ -410,7 +412,7 @@ def script() -> None:
     import streamlit as st
 
     from xattn.app import state
-    from xattn.app.pages import live
+    from xattn.app.pages.live import page as live
 
     live.page(state.Context(state.library(), None, st.query_params.to_dict()))
 
@@ -530,7 +532,7 @@ def test_many_files_that_are_left_out_are_one_line_a_reason_and_a_list(library, 
 
 def test_reasons_beyond_the_first_are_counted_by_their_files() -> None:
     def several() -> None:
-        from xattn.app.pages import live
+        from xattn.app.pages.live import page as live
 
         live._problems([(f"{n}.png", f"reason {min(n, 5)}") for n in range(8)], "left out")
 
@@ -581,7 +583,7 @@ def test_the_film_of_a_pack_is_not_taken_for_a_result(library, jobs, tmp_path, m
         import streamlit as st
 
         from xattn.app import state
-        from xattn.app.pages import live
+        from xattn.app.pages.live import page as live
 
         library = state.library()
         pack = library.open(library.packs()[0].id)

@@ -9,10 +9,12 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from xattn.app import bench, components, demo_job, theme
+from xattn.app import bench, components
+from xattn.app.components import theme
+from xattn.app.components.theme import name_html
+from xattn.app.demo import pack_job
 from xattn.app.library import Library
-from xattn.app.made_up import CLASSES, described, explanation, picture, small_pack
-from xattn.app.theme import name_html
+from xattn.app.synthetic_packs import CLASSES, described, explanation, picture, small_pack
 from xattn.cli import main
 from xattn.packs.writer import save_pack
 
@@ -36,15 +38,15 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def demo(root, tmp_path_factory):
     """The demo pack as its button makes it, but of fewer photos, methods and metrics."""
-    if demo_job.missing():
+    if pack_job.missing():
         pytest.skip("the demo's packages are not installed")
     folder = tmp_path_factory.mktemp("job")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_job, "LIMIT", 1)
-        patch.setattr(demo_job, "EXPLAINERS", ("gradcam",))
-        patch.setattr(demo_job, "METRICS", ("masking",))
-        demo_job.prepare(folder)
-        assert main(demo_job.arguments(root / "demo", folder)) == 0
+        patch.setattr(pack_job, "LIMIT", 1)
+        patch.setattr(pack_job, "EXPLAINERS", ("gradcam",))
+        patch.setattr(pack_job, "METRICS", ("masking",))
+        pack_job.prepare(folder)
+        assert main(pack_job.arguments(root / "demo", folder)) == 0
 
 
 @pytest.fixture(scope="module")

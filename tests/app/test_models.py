@@ -14,8 +14,8 @@ from conftest import only
 
 from xattn.app import models, state
 from xattn.app.library import Library
-from xattn.app.made_up import picture
 from xattn.app.models import ModelError
+from xattn.app.synthetic_packs import picture
 from xattn.cli.model import BackboneArgs
 from xattn.explaining.photos import explain
 from xattn.heads import create_head, save_head
@@ -141,7 +141,7 @@ def test_other_weights_are_named(start):
 
 
 def test_a_pack_without_a_model_says_so(start):
-    from xattn.app.made_up import explanation
+    from xattn.app.synthetic_packs import explanation
 
     root = start()
     save_pack(root / "pack", [explanation(0, protocol={"classes": "top"})], overlays=False)

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from xattn.app import pictures
 from xattn.app.library import Library
-from xattn.app.made_up import CLASSES, VIEW, explanation, picture, small_pack
-from xattn.app.pictures import Look
+from xattn.app.pictures import rendering
+from xattn.app.pictures.rendering import Look
+from xattn.app.synthetic_packs import CLASSES, VIEW, explanation, picture, small_pack
 from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import contrast
 from xattn.packs.writer import save_pack
@@ -148,21 +148,21 @@ def test_an_overlay_is_the_map_over_its_photo(pack):
     entry_id = ids(pack, method="gradcam")[0]
     e, photo = pack.explanation(entry_id), pack.photo("photo-00000")
     wanted = overlay(photo, VIEW.to_photo(e.normalized(), (96, 128)))
-    assert pictures.overlay_image(pack, entry_id, Look()).tobytes() == wanted.tobytes()
+    assert rendering.overlay_image(pack, entry_id, Look()).tobytes() == wanted.tobytes()
 
 
 def test_the_shared_scale_spans_all_maps_of_the_photo_or_what_it_is_told(pack):
     entry_id = ids(pack, image_id="photo-00000", method="gradcam")[0]
     own = pack.entries[pack.entries["image_id"] == "photo-00000"]
-    [legend] = pictures.legends(pack, [entry_id], Look(scale="shared"))
+    [legend] = rendering.legends(pack, [entry_id], Look(scale="shared"))
     largest = max(own["max"].max(), -own["min"].min())
     assert legend.low == f"{-largest:.3g}", "another method's map is negative"
-    [told] = pictures.legends(pack, [entry_id], Look(scale="shared", limits=(0.0, 2.0)))
+    [told] = rendering.legends(pack, [entry_id], Look(scale="shared", limits=(0.0, 2.0)))
     assert (told.low, told.high, told.cmap) == ("0", "2", "inferno")
 
 
 def test_each_meaning_of_the_colours_has_one_legend(pack):
-    everything = pictures.legends(pack, ids(pack), Look())
+    everything = rendering.legends(pack, ids(pack), Look())
     assert {legend.cmap for legend in everything} == {"inferno", DIVERGING}
     assert len(everything) == 2
 
@@ -170,9 +170,9 @@ def test_each_meaning_of_the_colours_has_one_legend(pack):
 def test_a_contrast_picture_says_which_class_is_which(pack):
     first, second = ids(pack, image_id="photo-00000", method="gradcam")
     for scale, kind in (("map", "min-maxed maps"), ("shared", "scores")):
-        [legend] = pictures.legends(pack, [first], Look(scale=scale, minus=second))
+        [legend] = rendering.legends(pack, [first], Look(scale=scale, minus=second))
         assert kind in legend.text and "orange where tench" in legend.text
-    same = pictures.overlay_image(pack, first, Look(minus=first, opacity=1))
+    same = rendering.overlay_image(pack, first, Look(minus=first, opacity=1))
     box = np.asarray(same)[48, 64]
     assert box.max() < 40, "nothing differs, and nothing is dark"
 
@@ -181,16 +181,16 @@ def test_contrast_with_another_photo_or_an_unknown_map_is_refused(pack):
     first = ids(pack, image_id="photo-00000", method="gradcam")[0]
     other = ids(pack, image_id="photo-00001", method="gradcam")[0]
     with pytest.raises(ValueError, match="not on the grid"):
-        pictures.overlay_bytes(pack, first, Look(minus=other))
+        rendering.overlay_bytes(pack, first, Look(minus=other))
     with pytest.raises(PackError, match="no such map"):
-        pictures.overlay_bytes(pack, first, Look(minus="none"))
+        rendering.overlay_bytes(pack, first, Look(minus="none"))
 
 
 def test_pictures_are_jpegs_of_at_most_the_asked_side(pack):
     entry_id = ids(pack)[0]
     for data in (
-        pictures.photo_bytes(pack, "photo-00000", 64),
-        pictures.overlay_bytes(pack, entry_id, Look(side=64)),
+        rendering.photo_bytes(pack, "photo-00000", 64),
+        rendering.overlay_bytes(pack, entry_id, Look(side=64)),
     ):
         image = Image.open(io.BytesIO(data))
         assert image.format == "JPEG" and max(image.size) == 64
@@ -198,11 +198,11 @@ def test_pictures_are_jpegs_of_at_most_the_asked_side(pack):
 
 def test_a_picture_is_drawn_once(pack, monkeypatch):
     entry_id, calls = ids(pack)[0], []
-    draw = pictures.overlay_image
-    monkeypatch.setattr(pictures, "overlay_image", lambda *args: calls.append(args) or draw(*args))
-    first = pictures.overlay_bytes(pack, entry_id, Look(opacity=0.31))
-    assert pictures.overlay_bytes(pack, entry_id, Look(opacity=0.31)) == first and len(calls) == 1
-    assert pictures.overlay_bytes(pack, entry_id, Look(opacity=0.32)) != first and len(calls) == 2
+    draw = rendering.overlay_image
+    monkeypatch.setattr(rendering, "overlay_image", lambda *args: calls.append(args) or draw(*args))
+    first = rendering.overlay_bytes(pack, entry_id, Look(opacity=0.31))
+    assert rendering.overlay_bytes(pack, entry_id, Look(opacity=0.31)) == first and len(calls) == 1
+    assert rendering.overlay_bytes(pack, entry_id, Look(opacity=0.32)) != first and len(calls) == 2
 
 
 # ---------------------------------------------------------------------- looks and URLs
@@ -211,9 +211,9 @@ looks = st.builds(
     Look,
     opacity=st.floats(0, 1),
     threshold=st.floats(0, 1),
-    scale=st.sampled_from(pictures.SCALES),
-    cmap=st.sampled_from(pictures.COLOURS),
-    side=st.integers(*pictures.SIDES),
+    scale=st.sampled_from(rendering.SCALES),
+    cmap=st.sampled_from(rendering.COLOURS),
+    side=st.integers(*rendering.SIDES),
     minus=st.none() | st.text(min_size=1, max_size=20),
     limits=st.none()
     | st.lists(st.floats(-1e30, 1e30), min_size=2, max_size=2).map(lambda v: tuple(sorted(v))),
@@ -254,12 +254,12 @@ def test_a_bad_parameter_is_named(query):
 
 
 def test_urls_carry_ids_and_the_version_and_no_markup(pack):
-    url = pictures.overlay_url(pack, 'a&b"<i>@1.x', Look(opacity=0.5, side=64))
+    url = rendering.overlay_url(pack, 'a&b"<i>@1.x', Look(opacity=0.5, side=64))
     assert url.startswith("/xattn/overlay?pack=") and f"v={pack.version}" in url
     assert not set('"<>') & set(url) and "opacity=0.5" in url and "side=64" in url
     assert str(pack.folder) not in url
     with pytest.raises(ValueError, match="side: got 5000"):
-        pictures.photo_url(pack, "x", 5000)
+        rendering.photo_url(pack, "x", 5000)
 
 
 def test_a_pack_without_pictures_says_so(tmp_path):
@@ -268,4 +268,4 @@ def test_a_pack_without_pictures_says_so(tmp_path):
     library = Library(tmp_path)
     bare = next(library.open(p.id) for p in library.packs() if p.name == "bare")
     with pytest.raises(PackError, match="no picture of photo-00000"):
-        pictures.overlay_bytes(bare, bare.entries.index[0], Look())
+        rendering.overlay_bytes(bare, bare.entries.index[0], Look())

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from starlette.applications import Starlette
 
-from xattn.app import pictures, routes, state
+from xattn.app import state
 from xattn.app.library import Library
-from xattn.app.made_up import small_pack
+from xattn.app.pictures import rendering
+from xattn.app.serving import routes
+from xattn.app.synthetic_packs import small_pack
 
 TestClient = pytest.importorskip("starlette.testclient").TestClient
 
@@ -42,8 +44,8 @@ def client(library):
 
 def test_a_photo_and_an_overlay_are_served_as_jpeg(client, pack):
     for url in (
-        pictures.photo_url(pack, "photo-00000", 64),
-        pictures.overlay_url(pack, pack.entries.index[0], pictures.Look(side=64, opacity=0.5)),
+        rendering.photo_url(pack, "photo-00000", 64),
+        rendering.overlay_url(pack, pack.entries.index[0], rendering.Look(side=64, opacity=0.5)),
     ):
         answer = client.get(url)
         assert answer.status_code == 200 and answer.headers["content-type"] == "image/jpeg"
@@ -53,7 +55,7 @@ def test_a_photo_and_an_overlay_are_served_as_jpeg(client, pack):
 
 
 def test_the_browser_keeps_a_picture_and_is_told_when_it_is_the_same(client, pack):
-    url = pictures.overlay_url(pack, pack.entries.index[0], pictures.Look())
+    url = rendering.overlay_url(pack, pack.entries.index[0], rendering.Look())
     first = client.get(url)
     assert "max-age" in first.headers["cache-control"]
     again = client.get(url, headers={"If-None-Match": first.headers["etag"]})
@@ -64,7 +66,7 @@ def test_the_browser_keeps_a_picture_and_is_told_when_it_is_the_same(client, pac
 
 
 def test_a_url_of_another_version_is_asked_for_each_time(client, pack):
-    url = pictures.photo_url(pack, "photo-00000").replace(pack.version, "0" * 12)
+    url = rendering.photo_url(pack, "photo-00000").replace(pack.version, "0" * 12)
     answer = client.get(url)
     assert answer.status_code == 200 and answer.headers["cache-control"] == "private, no-cache"
 
@@ -85,23 +87,23 @@ def test_a_url_of_another_version_is_asked_for_each_time(client, pack):
 )
 def test_a_bad_query_gets_one_line_of_text(client, pack, change, status, says):
     query = {"pack": pack.id, "entry": pack.entries.index[0], **change}
-    answer = client.get(f"{pictures.OVERLAY}?{urlencode(query)}")
+    answer = client.get(f"{rendering.OVERLAY}?{urlencode(query)}")
     assert answer.status_code == status and says in answer.text
     assert answer.text.count("\n") == 1 and answer.headers["content-type"].startswith("text/plain")
     assert answer.headers["cache-control"] == "no-store"
 
 
 def test_other_methods_and_paths_are_not_there(client):
-    assert client.post(pictures.PICTURE).status_code == 405
-    assert client.get(f"{pictures.PICTURE}/../secret.jpg").status_code == 404
+    assert client.post(rendering.PICTURE).status_code == 405
+    assert client.get(f"{rendering.PICTURE}/../secret.jpg").status_code == 404
 
 
 def test_a_bug_is_logged_and_not_shown(client, pack, monkeypatch, caplog):
     def broken(*args):
         raise RuntimeError("inside")
 
-    monkeypatch.setattr(pictures, "photo_bytes", broken)
-    answer = client.get(pictures.photo_url(pack, "photo-00000"))
+    monkeypatch.setattr(rendering, "photo_bytes", broken)
+    answer = client.get(rendering.photo_url(pack, "photo-00000"))
     assert answer.status_code == 404 and "inside" not in answer.text
     assert "RuntimeError: inside" in caplog.text
 
@@ -128,7 +130,7 @@ def accepted(query):
             assert ": got " in str(error) and "; give " in str(error)
             continue
         found += 1
-        look = next((v for v in key if isinstance(v, pictures.Look)), None)
+        look = next((v for v in key if isinstance(v, rendering.Look)), None)
         side = key[1] if look is None else look.side
         assert 16 <= side <= 2048
         if look is not None:
@@ -147,7 +149,7 @@ def test_any_query_is_a_bounded_request_or_an_error_that_names_it(query):
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(queries, st.booleans(), st.sampled_from([pictures.PICTURE, pictures.OVERLAY]))
+@given(queries, st.booleans(), st.sampled_from([rendering.PICTURE, rendering.OVERLAY]))
 def test_any_query_gets_a_picture_or_a_line_of_text(client, pack, query, known, path):
     if known:
         ids = {"pack": pack.id, "image": "photo-00000", "entry": pack.entries.index[0]}
@@ -167,4 +169,4 @@ def test_any_query_gets_a_picture_or_a_line_of_text(client, pack, query, known, 
 )
 @given(st.binary(max_size=60))
 def test_any_bytes_as_a_query_string_get_an_answer(client, raw):
-    assert client.get(f"{pictures.OVERLAY}?{quote(raw, safe='&=%')}").status_code in (400, 404)
+    assert client.get(f"{rendering.OVERLAY}?{quote(raw, safe='&=%')}").status_code in (400, 404)

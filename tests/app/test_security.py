@@ -27,11 +27,11 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from xattn.app import login, password
 from xattn.app.bench import free_port
-from xattn.app.login import FREE, FREE_IN_ALL, LOGIN, LOGOUT, Throttle, login_page, own_path
-from xattn.app.password import LIFETIME, read_password, write_password
-from xattn.app.security import HEADERS, Guard
+from xattn.app.serving import login, password
+from xattn.app.serving.guard import HEADERS, Guard
+from xattn.app.serving.login import FREE, FREE_IN_ALL, LOGIN, LOGOUT, Throttle, login_page, own_path
+from xattn.app.serving.password import LIFETIME, read_password, write_password
 from xattn.runtime.files import output_error
 
 SECRET = "correct horse"
@@ -513,7 +513,7 @@ def _paths() -> list[tuple[str, str]]:
     """Methods and paths of all routes of the application, with something in the place of parameters."""
     code = (
         "import json, re\n"
-        "from xattn.app import state\nfrom xattn.app.server import Address, application\n"
+        "from xattn.app import state\nfrom xattn.app.serving.server import Address, application\n"
         "from pathlib import Path\n"
         "state.configure(state.Settings(root=Path('.')))\n"
         "routes = application(Address())._build_starlette_app().routes\n"

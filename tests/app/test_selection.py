@@ -11,9 +11,9 @@ from conftest import only
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xattn.app import selection
-from xattn.app.made_up import CLASSES, METRICS, explanation, small_pack
-from xattn.app.selection import ALL, NAMES, View, defaults, parse, select
+from xattn.app.navigation import selection
+from xattn.app.navigation.selection import ALL, NAMES, View, defaults, parse, select
+from xattn.app.synthetic_packs import CLASSES, METRICS, explanation, small_pack
 from xattn.packs.explanation import ImageFacts
 from xattn.packs.writer import save_pack
 

@@ -17,8 +17,8 @@ import pytest
 pytest.importorskip("streamlit")
 from conftest import served
 
-from xattn.app import index, server
-from xattn.app.server import Address, bind, check_installed, check_open, url
+from xattn.app.serving import server, start_page
+from xattn.app.serving.server import Address, bind, check_installed, check_open, url
 from xattn.cli import main
 
 
@@ -151,14 +151,14 @@ def test_a_signal_ends_it_quietly_and_the_root_need_not_exist(number: int, tmp_p
 
 
 def test_the_start_page_is_streamlits_with_our_title() -> None:
-    html = index.page()
+    html = start_page.page()
     assert "<title>xattn</title>" in html and "<title>Streamlit" not in html
     assert '<div id="root">' in html and 'type="module"' in html
     assert "service-desc" not in html
 
 
 def test_the_policy_names_each_inline_script_and_no_other_server() -> None:
-    policy = index.policy()
+    policy = start_page.policy()
     assert policy.count("'sha256-") >= 2
     assert "unsafe-eval" not in policy and "http" not in policy and "*" not in policy
     script = next(p for p in policy.split("; ") if p.startswith("script-src"))

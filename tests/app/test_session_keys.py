@@ -7,8 +7,8 @@ pytest.importorskip("streamlit")
 from conftest import opened
 
 from xattn.app import state
-from xattn.app.made_up import small_pack
 from xattn.app.main import PAGES
+from xattn.app.synthetic_packs import small_pack
 
 
 def script():
@@ -82,20 +82,24 @@ def clicks():
     """The callbacks of grids and charts, called while none is there."""
     from functools import partial
 
-    from xattn.app import attention_charts, attention_rows, image_tabs, selection, state
-    from xattn.app.pages import gallery, image
+    from xattn.app import state
+    from xattn.app.attention import charts, map_rows
+    from xattn.app.navigation import selection
+    from xattn.app.pages import gallery
+    from xattn.app.pages.image import page as image_page
+    from xattn.app.pages.image import photo_tabs
 
     library = state.library()
     pack = library.open(library.packs()[0].id)
     for callback in (
         partial(gallery._opened, pack, selection.table(pack).choices),
         gallery._turned,
-        partial(image._focus, ["a"]),
-        image_tabs._open_class,
-        attention_rows._head_opened,
-        attention_rows._layer_opened,
-        attention_charts._distance_picked,
-        attention_charts._entropy_picked,
+        partial(image_page._focus, ["a"]),
+        photo_tabs._open_class,
+        map_rows._head_opened,
+        map_rows._layer_opened,
+        charts._distance_picked,
+        charts._entropy_picked,
     ):
         callback()
 

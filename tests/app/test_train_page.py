@@ -15,13 +15,14 @@ from conftest import only, opened, served
 from streamlit.testing.v1 import AppTest
 from test_jobs import begun, end_all, ended, photos, stand_in
 
-from xattn.app import demo_job, demo_pack, state
-from xattn.app import jobs as jobs_module
-from xattn.app.folders import PhotoFolder
-from xattn.app.jobs import Jobs, Spec
-from xattn.app.made_up import small_pack
-from xattn.app.pages import train
+from xattn.app import state
+from xattn.app.demo import pack_job, pack_offer
+from xattn.app.jobs import jobs as jobs_module
+from xattn.app.jobs.jobs import Jobs, Spec
+from xattn.app.jobs.photo_folders import PhotoFolder
+from xattn.app.pages.train import page as train
 from xattn.app.state import Settings
+from xattn.app.synthetic_packs import small_pack
 
 ONE_BAR = """
 import signal, sys
@@ -49,15 +50,15 @@ def script() -> None:
     import streamlit as st
 
     from xattn.app import state
-    from xattn.app.pages import train
+    from xattn.app.pages.train import page as train
 
     train.page(state.Context(state.library(), None, st.query_params.to_dict()))
 
 
 def welcome() -> None:
-    from xattn.app import demo_pack
+    from xattn.app.demo import pack_offer
 
-    demo_pack.offer()
+    pack_offer.offer()
 
 
 def open_train(**params: str) -> AppTest:
@@ -206,11 +207,11 @@ def test_a_full_disk_is_a_message(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_first_run_offers_the_demo(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_job, "missing", lambda: None)
+    monkeypatch.setattr(pack_job, "missing", lambda: None)
     page = opened(welcome)
     button(page, "Make the demo pack").click().run()
     assert not page.exception and not page.error
-    assert demo_pack.demo(jobs) is not None
+    assert pack_offer.demo(jobs) is not None
     assert "Making the demo pack" in texts(page)
     page = opened(welcome)  # another tab
     assert "Making the demo pack" in texts(page) and len(jobs.all()) == 1
@@ -219,21 +220,21 @@ def test_the_first_run_offers_the_demo(jobs: Jobs, monkeypatch: pytest.MonkeyPat
 def test_a_demo_that_lacks_packages_says_what_to_install(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_job, "missing", lambda: 'pip install -e ".[demo]"')
+    monkeypatch.setattr(pack_job, "missing", lambda: 'pip install -e ".[demo]"')
     page = opened(welcome)
     assert "pip install" in texts(page) and not page.button
     with pytest.raises(ValueError, match="pip install"):
-        demo_pack.make()
+        pack_offer.make()
 
 
 def test_the_demo_is_a_comparison_of_photos_that_are_there(tmp_path: Path) -> None:
-    if demo_job.missing():
+    if pack_job.missing():
         pytest.skip("the demo's packages are not installed")
-    demo_job.prepare(tmp_path)
-    listed = (tmp_path / demo_job.PHOTOS).read_text().splitlines()
-    assert len(listed) >= demo_job.LIMIT and all(Path(path).is_file() for path in listed)
-    line = demo_job.arguments(tmp_path / "demo", tmp_path)
-    assert line[0] == "compare" and str(tmp_path / demo_job.PHOTOS) in line
+    pack_job.prepare(tmp_path)
+    listed = (tmp_path / pack_job.PHOTOS).read_text().splitlines()
+    assert len(listed) >= pack_job.LIMIT and all(Path(path).is_file() for path in listed)
+    line = pack_job.arguments(tmp_path / "demo", tmp_path)
+    assert line[0] == "compare" and str(tmp_path / pack_job.PHOTOS) in line
 
 
 # ---------------------------------------------------------------------- in the browser
@@ -387,7 +388,7 @@ def test_the_labels_that_a_browser_shows_are_those_of_the_chosen_folder(
 def test_the_demo_says_how_long_it_takes(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = Path(jobs_module.RUNNER[1])
     runner.write_text(ONE_BAR)
-    monkeypatch.setattr(demo_job, "missing", lambda: None)
+    monkeypatch.setattr(pack_job, "missing", lambda: None)
     page = opened(welcome)
     button(page, "Make the demo pack").click().run()
     until = time.monotonic() + 60

@@ -13,7 +13,7 @@ from PIL import Image
 
 pytest.importorskip("streamlit")
 
-from xattn.app import uploads
+from xattn.app.live import uploads
 
 
 @dataclass

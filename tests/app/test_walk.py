@@ -13,7 +13,7 @@ pytest.importorskip("streamlit")
 from conftest import served, vit_pack
 
 from xattn.app.library import Library
-from xattn.app.made_up import small_pack
+from xattn.app.synthetic_packs import small_pack
 
 SIDE = 5  # patches a side: 80 pixels in patches of 16
 PAGES = {  # name: the pack, and a text that is there when the page is

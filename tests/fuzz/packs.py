@@ -16,12 +16,13 @@ from fuzz.heads import nasty_safetensors
 from fuzz.labels import nasty_json
 from fuzz.mutations import deep
 from fuzz.photos import _nasty_photos, photos
-from xattn.app import comparison, pictures
-from xattn.app.export import maps_csv
 from xattn.app.library import Library
-from xattn.app.made_up import small_pack
-from xattn.app.pictures import Look
-from xattn.app.selection import make_table
+from xattn.app.navigation.selection import make_table
+from xattn.app.pages.compare import leaderboard_file
+from xattn.app.pictures import rendering
+from xattn.app.pictures.export import maps_csv
+from xattn.app.pictures.rendering import Look
+from xattn.app.synthetic_packs import small_pack
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol
 from xattn.eval.report.leaderboard_files import write_report
@@ -70,7 +71,7 @@ def _show(folder: Path) -> None:
             maps_csv(pack, pack.entries.index)
             for entry_id in pack.entries.index[:4]:
                 pack.provenance(entry_id)
-                pictures.overlay_bytes(pack, entry_id, Look(side=64))
+                rendering.overlay_bytes(pack, entry_id, Look(side=64))
     except PackError:
         raise
     except ValueError as error:  # of another kind: the page shows a traceback
@@ -278,11 +279,11 @@ def _nasty_leaderboards() -> list[bytes]:
 def leaderboard_page(folder: Path) -> None:
     library = Library(folder)
     info = library.comparisons()[0]
-    board = comparison.read(library, info.id)
+    board = leaderboard_file.read(library, info.id)
     for method in board.ranked:
         for key in board.columns:
             board.verdict(method, key)
-            comparison.arrow(key, board)
+            leaderboard_file.arrow(key, board)
     assert isinstance(board.curves, list)
     board.results.warnings()
 

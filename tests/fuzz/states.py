@@ -20,7 +20,7 @@ from fuzz.engine import target
 from fuzz.heads import network, saved
 from fuzz.labels import lines, nasty_json
 from fuzz.packs import results
-from xattn.app.made_up import picture
+from xattn.app.synthetic_packs import picture
 from xattn.config import TrainConfig
 from xattn.eval.evaluation.database import ImageRow, ResultRow
 from xattn.eval.evaluation.kept_maps import kept_images

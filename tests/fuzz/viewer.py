@@ -16,13 +16,15 @@ from fuzz.engine import target
 from fuzz.labels import nasty_json
 from fuzz.packs import pack_files
 from fuzz.states import edited, put
-from xattn.app import attention_view, routes, selection
-from xattn.app.jobs import EXIT, JOB, JOBS, PROCESS, Jobs, Spec
+from xattn.app.attention import view as attention_view
+from xattn.app.jobs.jobs import EXIT, JOB, JOBS, PROCESS, Jobs, Spec
 from xattn.app.library import Library
-from xattn.app.login import login_url, own_path
-from xattn.app.password import Password, read_password, write_password
-from xattn.app.security import Guard
-from xattn.app.selection import Choices, Measure
+from xattn.app.navigation import selection
+from xattn.app.navigation.selection import Choices, Measure
+from xattn.app.serving import routes
+from xattn.app.serving.guard import Guard
+from xattn.app.serving.login import login_url, own_path
+from xattn.app.serving.password import Password, read_password, write_password
 
 HOST = b"localhost:8501"
 NOW = 1_800_000_000.0

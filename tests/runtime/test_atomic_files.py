@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from xattn.app.made_up import small_pack
+from xattn.app.synthetic_packs import small_pack
 from xattn.runtime import files
 from xattn.runtime.files import atomic_file, atomic_folder, write_json
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import xattn
-from xattn.app.made_up import small_pack
+from xattn.app.synthetic_packs import small_pack
 from xattn.cli import main
 from xattn.runtime.files import atomic_folder, check_folder
 from xattn.training import fit

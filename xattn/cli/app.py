@@ -39,18 +39,18 @@ class App:
 
     def run(self) -> None:
         if self.set_password is not None:
-            from xattn.app.password import ask_password, write_password
+            from xattn.app.serving.password import ask_password, write_password
 
             write_password(self.set_password, ask_password())
             print(f"password: {self.set_password}; start with --password-file {self.set_password}")
             return
-        from xattn.app.server import Address, check_installed, check_open, serve
+        from xattn.app.serving.server import Address, check_installed, check_open, serve
 
         check_installed()
         address = Address(self.host, self.port)
         password = None
         if self.password_file is not None:
-            from xattn.app.password import read_password
+            from xattn.app.serving.password import read_password
 
             password = read_password(self.password_file)
         check_open(address, password is not None, self.no_password)

@@ -1,0 +1,1 @@
+"""The attention of one image: how it is read, pictured and charted."""

@@ -1,0 +1,260 @@
+"""Charts of a model's attention on one image: sinks, distance and entropy, by layer and head."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+
+from xattn.app.attention.view import KEY, View, change, name_of
+from xattn.app.components import sent
+from xattn.app.state import plain
+from xattn.attention.statistics import bits, breadth, uniform_distance
+
+if TYPE_CHECKING:
+    from xattn.app.attention.attention_pass import Reading
+
+SINKS = 5  # patches that count as the most attended ones
+PARTS = ("prefix tokens", f"top {SINKS} patches")
+PICKED = "pick"  # the charts' selection
+_ACCENT, _GREY = "#c9602f", "#8a857e"  # on light and dark ground alike
+_PART_COLOURS = ("#c9602f", "#8a857e")
+
+
+def heads_table(reading: Reading) -> pd.DataFrame:
+    """One row a head: layer, head, entropy (nats), bits, tokens, distance (patches), prefix share."""
+    rows = []
+    for layer, found in enumerate(reading.statistics):
+        for head in range(reading.heads(layer)):
+            nats = float(found.entropy[0, head])
+            rows.append(
+                {
+                    "layer": layer,
+                    "head": head,
+                    "entropy": nats,
+                    "bits": bits(nats),
+                    "tokens": breadth(nats),
+                    "distance": float(found.distance[0, head]),
+                    "prefix": float(found.prefix_mass[0, head]),
+                }
+            )
+    table = pd.DataFrame(rows)
+    table["name"] = "layer " + table["layer"].astype(str) + ", head " + table["head"].astype(str)
+    return table
+
+
+def sinks_table(reading: Reading) -> pd.DataFrame:
+    """One row a layer and kind of sink: its share of the attention, mean over heads."""
+    rows = []
+    for layer, found in enumerate(reading.statistics):
+        prefix = float(found.prefix_mass[0].mean())
+        most = float(found.sinks(SINKS)[1][0].sum())
+        for order, share in enumerate((prefix, most)):
+            rows.append({"layer": layer, "part": PARTS[order], "share": share, "order": order})
+    table = pd.DataFrame(rows)
+    return table if reading.prefix else table[table["order"] == 1]
+
+
+def sinks_chart(table: pd.DataFrame, layer: int) -> alt.Chart:
+    """Stacked shares by layer; the layer that is shown is the full-coloured one."""
+    parts = [part for part in PARTS if part in set(table["part"])]
+    return (
+        alt.Chart(table, height=260, description="Share of attention on sinks, layer by layer")
+        .mark_bar(strokeWidth=1.5)
+        .encode(
+            x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("share:Q", title="share of attention", axis=alt.Axis(format="%")),
+            color=alt.Color(
+                "part:N",
+                title=None,
+                scale=alt.Scale(domain=parts, range=list(_PART_COLOURS[-len(parts) :])),
+                legend=alt.Legend(orient="top", labelLimit=300),
+            ),
+            order="order:Q",
+            opacity=alt.condition(alt.datum.layer == layer, alt.value(1), alt.value(0.6)),
+            tooltip=["layer:O", "part:N", alt.Tooltip("share:Q", format=".1%")],
+        )
+    )
+
+
+def _by_head(table: pd.DataFrame, layer: int, head: str) -> pd.DataFrame:
+    shown = (table["layer"] == layer) & (table["head"].astype(str) == head)
+    return table.assign(shown=shown)
+
+
+def distance_chart(table: pd.DataFrame, grid: tuple[int, int], layer: int, head: str) -> Any:
+    """A point a head, a line for the mean of a layer, a rule for uniform attention."""
+    points = _by_head(table, layer, head)
+    uniform = pd.DataFrame({"distance": [uniform_distance(grid)], "text": ["uniform attention"]})
+    x = alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0))
+    y = alt.Y("distance:Q", title="mean distance in patches", scale=alt.Scale(zero=True))
+    dots = (
+        alt.Chart(points)
+        .mark_point(filled=True, opacity=0.9)
+        .encode(
+            x=x,
+            y=y,
+            color=alt.condition(alt.datum.shown, alt.value(_ACCENT), alt.value(_GREY)),
+            size=alt.condition(alt.datum.shown, alt.value(170), alt.value(55)),
+            shape=alt.condition(alt.datum.shown, alt.value("diamond"), alt.value("circle")),
+            tooltip=["layer:O", "head:O", alt.Tooltip("distance:Q", format=".2f")],
+        )
+        .add_params(alt.selection_point(name=PICKED, fields=["layer", "head"]))
+    )
+    mean = (
+        alt.Chart(table)
+        .mark_line(color=_GREY, strokeWidth=2, opacity=0.6)
+        .encode(x=x, y=alt.Y("mean(distance):Q", title="mean distance in patches"))
+    )
+    rule = alt.Chart(uniform).mark_rule(color=_GREY, strokeDash=[4, 4]).encode(y="distance:Q")
+    text = (
+        alt.Chart(uniform)
+        .mark_text(align="right", baseline="bottom", dy=-3, color=_GREY)
+        .encode(x=alt.value("width"), y="distance:Q", text="text:N")
+    )
+    about = "Mean distance of attention of each head, layer by layer"
+    return alt.layer(mean, rule, text, dots).properties(height=260, description=about)
+
+
+def entropy_chart(table: pd.DataFrame, most: float, layer: int, head: str) -> alt.Chart:
+    """Heads from the narrowest to the broadest; ``most`` is the entropy of uniform attention."""
+    ranked = _by_head(table, layer, head).sort_values("entropy")
+    return (
+        alt.Chart(
+            ranked, height=22 * len(ranked) + 70, description="Heads by mean entropy of a row"
+        )
+        .mark_bar(cornerRadius=1)
+        .encode(
+            x=alt.X(
+                "entropy:Q",
+                title="mean entropy of a row in nats",
+                scale=alt.Scale(domain=[0, most]),
+                axis=alt.Axis(orient="top", tickCount=6),
+            ),
+            y=alt.Y(
+                "name:N", title=None, sort=None, axis=alt.Axis(labelLimit=160, labelOverlap=False)
+            ),
+            color=alt.condition(alt.datum.shown, alt.value(_ACCENT), alt.value(_GREY)),
+            tooltip=[
+                alt.Tooltip("name:N", title="head"),
+                alt.Tooltip("entropy:Q", format=".2f", title="nats"),
+                alt.Tooltip("bits:Q", format=".2f"),
+                alt.Tooltip("tokens:Q", format=".1f", title="as wide as tokens"),
+            ],
+        )
+        .add_params(alt.selection_point(name=PICKED, fields=["layer", "head"]))
+    )
+
+
+# ---------------------------------------------------------------------- on the page
+
+
+def show(seen: Reading, view: View) -> None:
+    """Write the charts of the view and what they say; a click on a head shows it."""
+    st.header("All layers and heads on this photo", anchor=False)
+    found = seen.statistics[0]
+    count = seen.grid[0] * seen.grid[1]
+    rows = (
+        f"all {count} patches as queries"
+        if found.queries == count
+        else f"a random sample of {found.queries} of the {count} patches as queries"
+    )
+    st.caption(f"Means over {rows}; they do not depend on the picked patch.")
+    heads = heads_table(seen)
+    shown = (view.layer, view.head)
+    left, right = st.columns(2, gap="large")
+    with left:
+        st.subheader("Sinks: where attention goes", anchor=False)
+        st.vega_lite_chart(
+            seen.chart(
+                ("sinks", view.layer),
+                lambda: sinks_chart(sinks_table(seen), view.layer).to_dict(),
+            )
+        )
+        st.caption(plain(_sinks_text(seen, view)))
+    with right:
+        st.subheader("Locality: how far heads look", anchor=False)
+        st.vega_lite_chart(
+            seen.chart(
+                ("distance", *shown),
+                lambda: distance_chart(heads, seen.grid, *shown).to_dict(),
+            ),
+            key=f"{KEY}distance",
+            on_select=_distance_picked,
+            selection_mode=PICKED,
+        )
+        st.caption(
+            "Distance between patch centres, weighted by attention, prefix tokens left out. A point "
+            "is a head, the line the mean of a layer; click a point to show its head."
+        )
+    st.subheader("Heads by entropy, the narrowest first", anchor=False)
+    which = st.segmented_control(
+        "Heads of",
+        ["layer", "all"],
+        key=f"{KEY}ranked",
+        default="layer",
+        required=True,
+        format_func=lambda w: f"Layer {view.layer}" if w == "layer" else "All layers",
+        label_visibility="collapsed",
+    )
+    most = math.log(seen.operators[0].shape[3])
+    chosen = heads if which == "all" else heads[heads["layer"] == view.layer]
+    with st.container(height=420 if len(chosen) > 18 else "content", border=False):
+        st.vega_lite_chart(
+            seen.chart(
+                ("entropy", which, *shown),
+                lambda: entropy_chart(chosen, most, *shown).to_dict(),
+            ),
+            key=f"{KEY}entropy",
+            on_select=_entropy_picked,
+            selection_mode=PICKED,
+        )
+    st.caption(
+        f"Entropy of a row over all tokens, prefix tokens included, mean over queries; uniform "
+        f"attention has {most:.2f} nats. Click a bar to show its head."
+    )
+    with st.expander("The figures as a table"):
+        st.dataframe(
+            heads.drop(columns="name").sort_values("entropy"),
+            hide_index=True,
+            column_config={
+                "layer": "Layer",
+                "head": "Head",
+                "entropy": st.column_config.NumberColumn("Entropy, nats", format="%.3f"),
+                "bits": st.column_config.NumberColumn("Entropy, bits", format="%.3f"),
+                "tokens": st.column_config.NumberColumn("As wide as tokens", format="%.1f"),
+                "distance": st.column_config.NumberColumn("Distance, patches", format="%.2f"),
+                "prefix": st.column_config.NumberColumn("To prefix tokens", format="percent"),
+            },
+        )
+
+
+def _sinks_text(seen: Reading, view: View) -> str:
+    tokens, shares = seen.statistics[view.layer].sinks(SINKS)
+    listed = "; ".join(
+        f"{name_of(int(t), seen)} ({float(s):.1%})"
+        for t, s in zip(tokens[0], shares[0], strict=True)
+    )
+    even = 1 / seen.operators[0].shape[3]
+    return (
+        f"Mean over heads and queries. Most attended patches of layer {view.layer}: {listed}. "
+        f"An even share is {even:.2%}. Prefix tokens stand before the patches: the class token, registers."
+    )
+
+
+def _distance_picked() -> None:
+    _point_picked("distance")
+
+
+def _entropy_picked() -> None:
+    _point_picked("entropy")
+
+
+def _point_picked(chart: str) -> None:
+    selection = sent(f"{KEY}{chart}", "selection")
+    points = (selection or {}).get(PICKED) or []
+    if points:
+        change(layer=int(points[0]["layer"]), head=str(int(points[0]["head"])))

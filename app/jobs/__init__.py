@@ -1,0 +1,1 @@
+"""Training jobs: processes that outlive the server, recorded in folders."""

@@ -1,0 +1,35 @@
+"""The process of a job: ``python -m xattn.app.jobs.child FOLDER`` runs the command of a job folder."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+from xattn import cli
+from xattn.app.jobs.jobs import ARGUMENTS, EXIT
+from xattn.runtime import strict_json
+from xattn.runtime.files import write_json
+
+
+def main(folder: Path) -> int:
+    """Run the command in this process, and record how it ended."""
+    # A process that a server in the background has started would ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    arguments = strict_json.read(folder / ARGUMENTS, "job", "start another job")
+    code = 1
+    try:
+        code = cli.main(arguments)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+        raise
+    except KeyboardInterrupt:
+        code = 130
+    finally:
+        write_json(folder / EXIT, {"code": code, "time": time.time()}, "job")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

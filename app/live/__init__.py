@@ -1,0 +1,1 @@
+"""Photos and clips that somebody uploads, explained while the page waits."""

@@ -1,0 +1,1 @@
+"""Views as addresses: the URL, the widgets it holds, and what the gallery selects."""

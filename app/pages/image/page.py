@@ -1,0 +1,295 @@
+"""One photo: its maps side by side, its classes, how faithful the maps are, where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import streamlit as st
+
+from xattn.app import state
+from xattn.app.components import grid, sent
+from xattn.app.components.theme import name_html
+from xattn.app.navigation import last_view, selection
+from xattn.app.pages.image import photo_tabs
+from xattn.app.pages.image.shown import SIDE, WIDTH, Shown, aspect, file_name, legend, select
+from xattn.app.pictures.rendering import Look, blank_maps, overlay_url, photo_url
+from xattn.app.state import Context, plain, short
+
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
+
+FIRST_METHODS = 6  # that are shown before anybody chooses
+TABS = {
+    "Classes": photo_tabs.classes_tab,
+    "Before and after": photo_tabs.slider_tab,
+    "Fidelity": photo_tabs.fidelity_tab,
+    "Provenance": photo_tabs.provenance_tab,
+    "Export": photo_tabs.export_tab,
+}
+# Streamlit writes what a choice is called into the URL, so these names are part of links.
+SCALE_NAMES = {"Each map": "map", "Shared": "shared"}
+COLOUR_NAMES = {
+    "Automatic": "auto",
+    "Inferno": "inferno",
+    "Diverging": "diverging",
+    "Viridis": "viridis",
+    "Cividis": "cividis",
+    "Grey": "gray",
+}
+
+
+def page(context: Context) -> None:
+    """Show the photo that the URL names, or the first of the pack."""
+    pack = context.pack
+    assert pack is not None, "main.py calls this page with a pack"
+    image_id = last_view.image_of_url(pack)
+    if image_id not in pack.images.index:
+        st.warning("This pack has no such image. Choose one in the gallery.")
+        st.link_button("Gallery", state.link("gallery", pack=pack.id))
+        return
+    _heading(pack, image_id)
+    shown = _choose(pack, image_id)
+    if shown is None:
+        return
+    _maps(pack, shown)
+    tabs = st.tabs(list(TABS), key="tab", bind="query-params")
+    for tab, part in zip(tabs, TABS.values(), strict=True):
+        if tab.open:
+            with tab:
+                part(pack, shown)
+
+
+# ---------------------------------------------------------------------- where we are
+
+
+def _heading(pack: Pack, image_id: str) -> None:
+    view = _view(pack)
+    before, after, number, count = selection.neighbours(pack, view, image_id)
+    row = pack.images.loc[image_id]
+    bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
+    bar.button(
+        "Gallery",
+        key="go_gallery",
+        on_click=lambda: state.go("gallery", **view.params(selection.table(pack).choices)),
+        help="Back to the gallery, where you left it",
+    )
+    for text, other, keys in (("Previous", before, "Shift+Left"), ("Next", after, "Shift+Right")):
+        bar.button(
+            text,
+            key=f"go_{text}",
+            on_click=_show,
+            args=(other,),
+            disabled=other is None,
+            shortcut=keys,
+        )
+    place = f"{number:,} of {count:,}" if number else "not in the gallery's selection"
+    bar.caption(place, width="content")
+    bar.space("stretch")
+    with bar.popover("Share"):
+        st.caption("This address shows the same view to whoever can open this viewer.")
+        st.code(_address(), language=None, wrap_lines=True)
+    if _has_attention(pack, image_id):
+        bar.button(
+            "Attention",
+            key="go_attention",
+            on_click=lambda: state.go(
+                "attention", image=image_id, view=st.query_params.get("view")
+            ),
+            help="What each patch attends to",
+        )
+    st.html(name_html(row["title"]))
+    _caption(row)
+
+
+def _view(pack: Pack) -> selection.View:
+    """The gallery's view that led here."""
+    return selection.from_text(last_view.remembered(pack), selection.table(pack).choices)
+
+
+def _caption(row: pd.Series) -> None:
+    parts = []
+    if isinstance(row["predicted_name"], str):
+        sure = "" if row["confidence"] != row["confidence"] else f" {row['confidence']:.1%}"
+        parts.append(f"predicted: {row['predicted_name']}{sure}")
+    if isinstance(row["label_name"], str):
+        parts.append(f"true: {row['label_name']}")
+    if row["right"] is True or row["right"] is False:
+        parts.append("the prediction is right" if row["right"] else "the prediction is wrong")
+    if row["disagreement"] == row["disagreement"]:
+        parts.append(f"disagreement of methods {row['disagreement']:.2f}")
+    if parts:
+        st.caption(plain(" · ".join(parts)))
+
+
+def _show(image_id: str) -> None:
+    """Another photo; what was chosen of this one is forgotten."""
+    for name in ("entry", "class", "minus", "against"):
+        st.query_params.pop(name, None)
+    st.query_params["image"] = image_id
+
+
+def _address() -> str:
+    base = str(st.context.url or "").split("?")[0]
+    query = {name: st.query_params.get_all(name) for name in st.query_params}
+    return base + "?" + state.link("image", **query).partition("?")[2]
+
+
+def _has_attention(pack: Pack, image_id: str) -> bool:
+    """Whether the network has attention: taps before a block's attention are named norm1.N."""
+    entry_id = pack.entries.index[pack.entries["image_id"] == image_id][0]
+    taps = (pack.provenance(entry_id)["backbone"] or {}).get("taps")
+    return isinstance(taps, list) and any(str(tap).startswith("norm1.") for tap in taps)
+
+
+# ---------------------------------------------------------------------- what to show
+
+
+def _choose(pack: Pack, image_id: str) -> Shown | None:
+    entries = pack.entries[pack.entries["image_id"] == image_id]
+    classes = _explained(entries)
+    target = _target(entries, classes)
+    choices = selection.table(pack).choices
+    everything = list(choices.methods)
+    bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
+    if len(classes) > 1:
+        select(bar, "Class", classes, target, "class", image_id, forget="entry")
+    methods = everything
+    if len(everything) > 1:
+        methods = bar.multiselect(
+            "Methods",
+            everything,
+            default=choices.under_test[:FIRST_METHODS],
+            key="methods",
+            bind="query-params",
+            width=420,
+        )
+    look = Look(*_sliders(bar), *_colours(bar), SIDE)
+    if not methods:
+        st.info("No method is chosen. Choose one or more above to see their maps.")
+        return None
+    found = entries[entries["target"] == target]
+    by_method = dict(zip(found["method"], found.index, strict=True))
+    ids = [by_method[m] for m in methods if m in by_method]
+    missing = [m for m in methods if m not in by_method]
+    if not ids:
+        names = plain(", ".join(methods))
+        st.info(f"No map of this class by {names}. Choose another class or method above.")
+        return None
+    focus = st.query_params.get("entry") or by_method.get(_view(pack).method, ids[0])
+    if look.scale == "shared":
+        own = entries.loc[ids]
+        look = replace(look, limits=(float(own["min"].min()), float(own["max"].max())))
+    return Shown(image_id, entries, target, ids, focus if focus in ids else ids[0], missing, look)
+
+
+def _explained(entries: pd.DataFrame) -> dict[int, str]:
+    """Names of the classes that have a map, the most probable first."""
+    ranked = entries.sort_values("probability", ascending=False, kind="stable")
+    return {
+        int(row.target): f"{short(row.target_name)}  {row.probability:.1%}"
+        for row in ranked.drop_duplicates("target").itertuples()
+    }
+
+
+def _target(entries: pd.DataFrame, classes: dict[int, str]) -> int:
+    """The class of the URL, else that of the map it names, else the most probable one."""
+    wanted, entry_id = st.query_params.get("class", ""), st.query_params.get("entry", "")
+    known = {str(target): target for target in classes}
+    if wanted not in known and entry_id in entries.index:
+        return int(entries.loc[entry_id, "target"])
+    return known.get(wanted, next(iter(classes)))
+
+
+def _colours(bar: Any) -> tuple[str, str]:
+    """The scale and the colours of a :class:`Look`."""
+    with bar.popover("Colours"):
+        scale = st.segmented_control(
+            "Colour scale",
+            list(SCALE_NAMES),
+            default="Each map",
+            required=True,
+            key="scale",
+            bind="query-params",
+            help="Each map: from its least to its greatest value. Shared: raw scores on one scale "
+            "for all maps, which compares methods only where their scores have one unit.",
+        )
+        colours = st.selectbox(
+            "Colours",
+            list(COLOUR_NAMES),
+            key="colours",
+            bind="query-params",
+            help="Automatic is Inferno, and blue to orange for maps with negative values.",
+        )
+    return SCALE_NAMES[scale], COLOUR_NAMES[colours]
+
+
+def _sliders(bar: Any) -> tuple[float, float]:
+    """Opacity and threshold."""
+    opacity = bar.slider(
+        "Opacity", 0.0, 1.0, 0.55, 0.05, key="opacity", bind="query-params", width=140
+    )
+    threshold = bar.slider(
+        "Threshold",
+        0.0,
+        1.0,
+        0.0,
+        0.05,
+        key="threshold",
+        bind="query-params",
+        width=140,
+        help="Where the map is below this share of the scale, the photo stays as it is.",
+    )
+    return opacity, threshold
+
+
+# ---------------------------------------------------------------------- maps
+
+
+def _maps(pack: Pack, shown: Shown) -> None:
+    photo = {
+        "id": f"photo {shown.image_id}",
+        "src": photo_url(pack, shown.image_id, SIDE),
+        "alt": f"Photo {file_name(pack, shown)}",
+        "title": "Photo",
+        "lines": [file_name(pack, shown)],
+    }
+    cells = [photo, *(_cell(pack, shown, entry_id) for entry_id in shown.ids)]
+    grid(
+        cells,
+        "maps",
+        label="Photo and maps",
+        columns=4 if len(cells) == 4 or len(cells) > 6 else 3,  # no lone one in a row
+        width=WIDTH,
+        aspect=aspect(pack, shown),
+        on_open=lambda: _focus(shown.ids),
+    )
+    legend(pack, shown.ids, shown.look)
+    if note := blank_maps(pack, shown.ids):
+        st.warning(plain(note))
+    if shown.missing:
+        st.caption(plain(f"No map of this class by {', '.join(shown.missing)}."))
+
+
+def _cell(pack: Pack, shown: Shown, entry_id: str) -> dict[str, Any]:
+    row = shown.entries.loc[entry_id]
+    low, high = f"{row['min']:.3g}", f"{row['max']:.3g}"
+    return {
+        "id": entry_id,
+        "src": overlay_url(pack, entry_id, shown.look),
+        "alt": f"Map by {row['method']} of {short(row['target_name'])} on {file_name(pack, shown)}",
+        "title": row["method"],
+        "lines": [
+            f"{short(row['target_name'])}  {row['probability']:.1%}",
+            f"scores {low} to {high}",
+        ],
+        "selected": entry_id == shown.focus,
+    }
+
+
+def _focus(ids: Sequence[str]) -> None:
+    opened = sent("maps", "open")
+    if opened in ids:
+        st.query_params["entry"] = opened

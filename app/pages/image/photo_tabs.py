@@ -1,0 +1,284 @@
+"""The tabs of the image page: classes, slider, fidelity, provenance, export."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from xattn.app import state
+from xattn.app.components import grid, sent
+from xattn.app.components.slide import slide
+from xattn.app.components.theme import facts_html
+from xattn.app.pages.image.head_card import head_card
+from xattn.app.pages.image.shown import SIDE, WIDTH, Shown, aspect, file_name, legend, select
+from xattn.app.pictures import export
+from xattn.app.pictures.rendering import overlay_url, photo_url
+from xattn.app.state import plain, short
+
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
+
+SMALL = 320  # of a class's map
+TOP = 5  # classes with a picture each
+LINES = ["#d55e00", "#2a86c8", "#009e73", "#c773a8", "#b58900", "#8a7fd6", "#7f7f7f", "#a0522d"]
+DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [3, 5], [12, 3, 3, 3], [1, 3]]
+CURVES = {
+    "deletion": "Deletion, most relevant pixels first",
+    "insertion": "Insertion, most relevant pixels first",
+    "morf": "ROAD, most relevant pixels first",
+    "lerf": "ROAD, least relevant pixels first",
+}
+DIFFERENCES = {"Min-maxed maps": "map", "Raw scores": "shared"}
+
+
+def classes_tab(pack: Pack, shown: Shown) -> None:
+    """The classifier's first classes with their maps by the method in focus, and a contrast."""
+    method = shown.entries.loc[shown.focus, "method"]
+    own = shown.entries[shown.entries["method"] == method]
+    by_class = dict(zip(own["target"].astype(int), own.index, strict=True))
+    top = pack.top(shown.image_id)[:TOP]
+    known = {target for target, _, _ in top}
+    ranked = own.sort_values("probability", ascending=False, kind="stable")
+    top += [
+        (int(r.target), str(r.target_name), float(r.probability))
+        for r in ranked.itertuples()
+        if int(r.target) not in known
+    ]
+    look = replace(shown.look, side=SMALL)
+    cells = []
+    for target, name, probability in top:
+        entry_id = by_class.get(target)
+        cells.append(
+            {
+                "id": str(target),
+                "src": overlay_url(pack, entry_id, look)
+                if entry_id
+                else photo_url(pack, shown.image_id, SMALL),
+                "alt": f"Map by {method} of {short(name)}" if entry_id else "Photo without a map",
+                "title": short(name),
+                "lines": [f"{probability:.1%}", method if entry_id else "no map"],
+                "selected": target == shown.target,
+            }
+        )
+    st.caption(
+        plain(
+            f"The classifier's first classes, explained by {method}. Open one to see it by all methods."
+        )
+    )
+    if any(target not in by_class for target, _, _ in top):
+        st.caption("`xattn explain --top 5` makes the maps of all of them.")
+    grid(
+        cells,
+        "classes",
+        label="Classes",
+        columns=5,
+        width=WIDTH,
+        aspect=aspect(pack, shown),
+        on_open=_open_class,
+    )
+    if len(by_class) > 1:
+        _contrast(pack, shown, by_class)
+
+
+def _open_class() -> None:
+    opened = sent("classes", "open")
+    if opened:
+        st.query_params["class"] = opened
+        st.query_params.pop("entry", None)
+
+
+def _contrast(pack: Pack, shown: Shown, by_class: dict[int, str]) -> None:
+    names = {
+        target: short(shown.entries.loc[entry_id, "target_name"])
+        for target, entry_id in by_class.items()
+    }
+    st.header("Contrast of two classes", anchor=False)
+    first = shown.target if shown.target in by_class else next(iter(by_class))
+    others = [target for target in by_class if target != first]
+    bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
+    wanted = {str(target): target for target in others}
+    second = wanted.get(st.query_params.get("minus", ""), others[0])
+    label = plain(f"{names[first]} minus")
+    select(bar, label, {t: names[t] for t in others}, second, "minus", shown.image_id)
+    kind = bar.segmented_control(
+        "Difference of",
+        list(DIFFERENCES),
+        default="Min-maxed maps",
+        required=True,
+        key="contrast_of",
+        bind="query-params",
+    )
+    look = replace(
+        shown.look, scale=DIFFERENCES[kind], limits=None, cmap="auto", minus=by_class[second]
+    )
+    title = f"{names[first]} minus {names[second]}"
+    cell = {
+        "id": "",
+        "src": overlay_url(pack, by_class[first], look),
+        "alt": f"Difference map: {title}",
+        "title": title,
+    }
+    grid([cell], "contrast", label="Contrast", columns=2, width=300, aspect=aspect(pack, shown))
+    legend(pack, [by_class[first]], look)
+
+
+def slider_tab(pack: Pack, shown: Shown) -> None:
+    """The map in focus against the photo or another map."""
+    own = shown.entries.loc[shown.ids, "method"]
+    others = {"": "Photo"} | {i: m for i, m in own.items() if i != shown.focus}
+    other = st.query_params.get("against", "")
+    other = other if other in others else ""
+    if len(others) > 1:
+        label = plain(f"Compare {own[shown.focus]} with")
+        select(st, label, others, other, "against", shown.focus)
+    before = (
+        overlay_url(pack, other, shown.look) if other else photo_url(pack, shown.image_id, SIDE)
+    )
+    slide(
+        (before, others[other]),
+        (overlay_url(pack, shown.focus, shown.look), own[shown.focus]),
+        label=f"How much of the {own[shown.focus]} map is shown",
+        alt=f"{file_name(pack, shown)}, with the map by {own[shown.focus]} of {short(shown.name)}",
+        key="slide",
+    )
+
+
+def fidelity_tab(pack: Pack, shown: Shown) -> None:
+    """This photo's figures by method, and its curves."""
+    rows = shown.entries.loc[shown.ids]
+    metrics = [m for m in pack.metrics if rows[m.key].notna().any()]
+    curves = {rows.loc[i, "method"]: found for i in shown.ids if (found := pack.curves(i))}
+    if not metrics and not curves:
+        st.info("This pack has no fidelity figures. `xattn compare` writes a pack with them.")
+        return
+    if metrics:
+        table = rows[[m.key for m in metrics]].set_axis(rows["method"], axis=0)
+        arrow = {True: "↑", False: "↓"}
+        config = {
+            m.key: st.column_config.NumberColumn(
+                f"{m.key} {arrow[m.higher_is_better]}",
+                format="%.4g",
+                help=plain(f"{m.formula}. Protocol {m.protocol_id}"),
+            )
+            for m in metrics
+        }
+        st.dataframe(table, column_config=config, alt="Fidelity figures by method")
+        st.caption(
+            "↑ higher is better, ↓ lower is better. Of this photo alone: one photo says little about "
+            "a method. Formula and protocol stand in each column's help."
+        )
+        with st.expander("Formulas and protocols"):
+            for m in metrics:
+                better = "higher" if m.higher_is_better else "lower"
+                st.text(f"{m.key} ({better} is better): {m.formula}\nprotocol {m.protocol_id}")
+    names = list(dict.fromkeys(name for found in curves.values() for name in found))
+    for i, name in enumerate(names):
+        if i % 2 == 0:
+            columns = st.columns(2)
+        own = {method: found[name] for method, found in curves.items() if name in found}
+        columns[i % 2].altair_chart(
+            _chart(name, own, pack.shares.get(name)), height=360, key=f"curve {name}"
+        )
+
+
+def _chart(name: str, curves: dict[str, list[float]], shares: list[float] | None) -> Any:
+    """One curve of every method: the score of the class against the share of changed pixels."""
+    import altair as alt
+
+    points = []
+    for method, values in curves.items():
+        at = shares if shares and len(shares) == len(values) else np.linspace(0, 1, len(values))
+        points += [
+            {"method": method, "share": float(share), "score": score}
+            for share, score in zip(at, values, strict=True)
+        ]
+    # By colour and by dashes; colours of one lightness for both grounds, apart for colour-blind eyes.
+    colour = alt.Scale(domain=list(curves), range=LINES)
+    dashes = alt.Scale(domain=list(curves), range=DASHES)
+    words = alt.Legend(
+        orient="bottom", columns=2, labelLimit=220, symbolSize=300, symbolStrokeWidth=2
+    )
+    return (
+        alt.Chart(
+            pd.DataFrame(points),
+            title=CURVES.get(name, name),
+            description=f"{CURVES.get(name, name)}: score of the class by {', '.join(curves)}",
+        )
+        .mark_line()
+        .encode(
+            x=alt.X("share:Q", title="share of pixels", axis=alt.Axis(format="%")),
+            y=alt.Y("score:Q", title="score of the class"),
+            color=alt.Color("method:N", title=None, legend=words, scale=colour),
+            strokeDash=alt.StrokeDash("method:N", title=None, legend=words, scale=dashes),
+            tooltip=[
+                "method:N",
+                alt.Tooltip("share:Q", format=".0%"),
+                alt.Tooltip("score:Q", format=".3f"),
+            ],
+        )
+    )
+
+
+def provenance_tab(pack: Pack, shown: Shown) -> None:
+    """Where the map in focus comes from."""
+    found = pack.provenance(shown.focus)
+    backbone, head = found["backbone"] or {}, found["head"] or {}
+    facts = {
+        "method": found["method"],
+        "network": backbone.get("name"),
+        "network's weights, sha256": backbone.get("sha256"),
+        "head": head.get("name"),
+        "head's weights, sha256": head.get("sha256"),
+        "class": f"{shown.name} ({shown.target})",
+        "map, sha256": found["sha256"]["map"],
+        "pack": f"{pack.name}, version {pack.version}",
+        "written by": f"xattn {found['xattn']}",
+    }
+    facts |= {f"protocol of {key}": protocol for key, protocol in found["metrics"].items()}
+    st.html(facts_html({name: value for name, value in facts.items() if value}))
+    card = head_card(state.library(), head) if head else None
+    if card is not None:
+        with st.expander("The head's card"):
+            st.text(card)
+    with st.expander("Everything that was recorded"):
+        st.json(found, expanded=2)
+
+
+def export_tab(pack: Pack, shown: Shown) -> None:
+    """Files of what is shown; those of a whole selection are the gallery's."""
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in shown.image_id)[:80]
+    st.caption(
+        "The maps above with caption and provenance, as a figure or as a page that needs no server. "
+        "The gallery exports its whole selection."
+    )
+    bar = st.container(horizontal=True, gap="small")
+    for kind, mime in (("png", "image/png"), ("svg", "image/svg+xml")):
+        bar.download_button(
+            f"Figure, {kind.upper()}",
+            data=partial(export.figure, pack, shown.ids, kind, shown.look),
+            file_name=f"{name}.{kind}",
+            mime=mime,
+            on_click="ignore",
+            key=f"export_{kind}",
+        )
+    bar.download_button(
+        "Report, HTML",
+        data=lambda: export.html(pack, shown.ids, shown.look),
+        file_name=f"{name}.html",
+        mime="text/html",
+        on_click="ignore",
+        key="export_html",
+    )
+    bar.download_button(
+        "Figures of this photo, CSV",
+        data=lambda: export.csv(pack, [shown.image_id]),
+        file_name=f"{name}.csv",
+        mime="text/csv",
+        on_click="ignore",
+        key="export_csv",
+    )

@@ -1,0 +1,84 @@
+"""What the image page shows of a photo, and the choices and pictures that its parts share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import streamlit as st
+
+from xattn.app.pictures import rendering
+from xattn.app.pictures.rendering import Look
+from xattn.packs.format import THUMBNAIL_SIDE
+from xattn.pictures.contact_sheet import legends_html
+
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
+
+SIDE = THUMBNAIL_SIDE  # pixels of a map's longer side: a photo is shown as it is stored
+WIDTH = 150  # of a map on the page, at least
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the page shows of a photo: the entries in their order, one of them in focus."""
+
+    image_id: str
+    entries: pd.DataFrame  # all of the photo
+    target: int
+    ids: list[str]
+    focus: str
+    missing: list[str]  # methods that did not explain this class
+    look: Look
+
+    @property
+    def name(self) -> str:
+        """The class that is shown."""
+        return str(self.entries.loc[self.focus, "target_name"])
+
+
+def legend(pack: Pack, entry_ids: Sequence[str], look: Look) -> None:
+    """Show what the colours of these maps mean."""
+    st.html(legends_html(rendering.legends(pack, entry_ids, look)))
+
+
+def file_name(pack: Pack, shown: Shown) -> str:
+    """The photo's name."""
+    return str(pack.images.loc[shown.image_id, "title"])
+
+
+def aspect(pack: Pack, shown: Shown) -> float:
+    """Width over height of the photo's place; of a strip or a tower only what the page can show."""
+    height, width = pack.view(shown.focus).photo_size
+    return min(max(width / height, 0.6), 2.0)
+
+
+def select(
+    bar: Any,
+    label: str,
+    names: Mapping[Any, str],
+    chosen: Any,
+    parameter: str,
+    subject: str,
+    forget: str | None = None,
+) -> None:
+    """A choice that depends on the photo, so that Streamlit cannot bind it: the URL has its value."""
+    key = f"{parameter} of {subject}"
+    st.session_state[key] = chosen
+    bar.selectbox(
+        label,
+        list(names),
+        format_func=lambda value: names[value],
+        key=key,
+        on_change=_selected,
+        args=(parameter, key, forget),
+        width=236,
+    )
+
+
+def _selected(parameter: str, key: str, forget: str | None) -> None:
+    st.query_params[parameter] = str(st.session_state[key])
+    if forget is not None:
+        st.query_params.pop(forget, None)

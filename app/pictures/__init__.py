@@ -1,0 +1,1 @@
+"""What leaves a pack as pixels or files: overlays, films, exports."""

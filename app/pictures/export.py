@@ -1,0 +1,226 @@
+"""What leaves the viewer: a CSV of maps, a figure with caption and provenance, a static HTML report."""
+
+from __future__ import annotations
+
+import csv as csv_module
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from PIL.PngImagePlugin import PngInfo
+
+from xattn.app.pictures import rendering
+from xattn.app.pictures.rendering import Look
+from xattn.packs.contained_files import PackError
+from xattn.packs.explanation import map_name
+from xattn.pictures.contact_sheet import (
+    contact_sheet_html,
+    contact_sheet_image,
+    contact_sheet_svg,
+    sheet_rows,
+)
+
+if TYPE_CHECKING:
+    from xattn.packs.manifest import MetricInfo
+    from xattn.packs.reader import Pack
+    from xattn.pictures.contact_sheet import Row
+
+FORMATS = ("png", "svg")
+MOST_MAPS = {"html": 200, "png": 60, "svg": 60}  # in one file
+SIDE = 320  # of a picture in a figure, in pixels
+COLUMNS = 5  # of a figure of one photo
+_OF_IMAGE = [
+    "file_name",
+    "label",
+    "label_name",
+    "predicted",
+    "predicted_name",
+    "confidence",
+    "right",
+    "disagreement",
+]
+
+
+def csv(pack: Pack, image_ids: Iterable[str]) -> str:
+    """:func:`maps_csv` of all maps of these images, in their order."""
+    wanted = list(dict.fromkeys(image_ids))
+    entries = pack.entries[pack.entries["image_id"].isin(wanted)]
+    order = pd.Categorical(entries["image_id"], wanted, ordered=True).argsort(kind="stable")
+    return maps_csv(pack, entries.index[order])
+
+
+def maps_csv(pack: Pack, entry_ids: Sequence[str] | pd.Index) -> str:
+    """One line a map, in their order: classes, probabilities, every metric.
+
+    Text that a spreadsheet would run as a formula is put behind an apostrophe.
+    """
+    entries = pack.entries.loc[list(entry_ids)]
+    of_image = pack.images.reindex(entries["image_id"])
+    own = [name for name in entries.columns if name != "image_id"]
+    stream = io.StringIO()
+    writer = csv_module.writer(stream, lineterminator="\r\n")
+    writer.writerow(map(cell, ("image_id", *_OF_IMAGE, "entry_id", *own)))
+    images = of_image[_OF_IMAGE].itertuples(index=False, name=None)
+    maps = entries[own].itertuples(index=False, name=None)
+    for image_id, entry_id, left, right in zip(
+        entries["image_id"], entries.index, images, maps, strict=True
+    ):
+        writer.writerow(map(cell, (image_id, *left, entry_id, *right)))
+    return stream.getvalue()
+
+
+def cell(value: Any) -> Any:
+    """A value as a cell of a CSV: missing is empty, and text never starts a formula."""
+    if isinstance(value, str):
+        return f"'{value}" if value.lstrip()[:1] in ("=", "+", "-", "@") else value
+    if value is None or value != value:
+        return ""
+    return value
+
+
+# ---------------------------------------------------------------------- figure and report
+
+
+def figure(pack: Pack, entry_ids: Sequence[str], format: str, look: Look | None = None) -> bytes:
+    """The photos of these maps and the maps beside them, as a PNG or SVG file with its provenance.
+
+    A map that cannot be read is left out, and a note says so.
+
+    Raises:
+        ValueError: another format, no maps, or too many.
+        PackError: an unknown map, or none that can be read.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format: got {format!r}; give one of {', '.join(FORMATS)}")
+    look = look or Look()
+    rows, entry_ids, left_out = _rows(pack, entry_ids, format, look)
+    legends = rendering.legends(pack, entry_ids, look)
+    notes = [*left_out, *provenance(pack, entry_ids, look)]
+    if len(rows) == 1:
+        cells = rows[0].cells
+        rows = [
+            replace(rows[0], cells=cells[i : i + COLUMNS]) for i in range(0, len(cells), COLUMNS)
+        ]
+    if format == "svg":
+        return contact_sheet_svg(
+            rows, _title(pack, entry_ids), SIDE, legends=legends, notes=notes
+        ).encode()
+    sheet = contact_sheet_image(rows, _title(pack, entry_ids), SIDE, legends=legends, notes=notes)
+    info = PngInfo()
+    info.add_itxt("Description", "\n".join(notes))
+    info.add_text("Software", f"xattn {pack.provenance(entry_ids[0])['xattn']}")
+    stream = io.BytesIO()
+    sheet.save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def html(pack: Pack, entry_ids: Sequence[str], look: Look | None = None) -> str:
+    """A report of these maps as one HTML page that needs no server: maps, metrics, provenance.
+
+    A map that cannot be read is left out, and a note says so.
+
+    Raises:
+        ValueError: no maps, or too many.
+        PackError: an unknown map, or none that can be read.
+    """
+    look = look or Look()
+    rows, entry_ids, left_out = _rows(pack, entry_ids, "html", look)
+    entries = pack.entries.loc[list(entry_ids)]
+    metrics = [m for m in pack.metrics if entries[m.key].notna().any()]
+    table = _table(pack, entries, metrics) if metrics else None
+    notes = [f"{m.key}: {m.formula}; protocol {m.protocol_id}" for m in metrics]
+    count = len(rows)
+    return contact_sheet_html(
+        rows,
+        _title(pack, entry_ids),
+        f"{len(entries)} map{'s' * (len(entries) != 1)} of {count} photo{'s' * (count != 1)}",
+        table,
+        "Fidelity of each map (↑ higher is better, ↓ lower)" if table else "",
+        [*left_out, *notes, *provenance(pack, entry_ids, look)],
+        legends=rendering.legends(pack, entry_ids, look),
+    )
+
+
+def _table(pack: Pack, entries: pd.DataFrame, metrics: Sequence[MetricInfo]) -> list[list[object]]:
+    """Figures by map; the first row is the header."""
+    table: list[list[object]] = [
+        ["map", *(f"{m.key} {'↑' if m.higher_is_better else '↓'}" for m in metrics)]
+    ]
+    several = entries["image_id"].nunique() > 1
+    for row in entries.to_dict("records"):
+        name = f"{row['method']}, {row['target_name'].split(',')[0]}"
+        if several:
+            name += f", {pack.images.loc[row['image_id'], 'title']}"
+        values = [row[m.key] for m in metrics]
+        table.append([name, *("–" if v != v else f"{v:.4g}" for v in values)])
+    return table
+
+
+def _rows(
+    pack: Pack, entry_ids: Sequence[str], kind: str, look: Look
+) -> tuple[list[Row], list[str], list[str]]:
+    """The rows of a sheet, the maps that they show, and a note for each map that cannot be read.
+
+    Raises:
+        ValueError: no maps, or too many.
+        PackError: an unknown map, or none that can be read.
+    """
+    if not 0 < len(entry_ids) <= MOST_MAPS[kind]:
+        raise ValueError(
+            f"entry_ids: got {len(entry_ids)} maps; give 1 to {MOST_MAPS[kind]} for {kind}"
+        )
+    photos: dict[str, Any] = {}
+    explanations, kept, notes = [], [], []
+    problems: list[PackError] = []
+    for entry_id in entry_ids:
+        try:
+            explanation = pack.explanation(entry_id)
+            image_id = explanation.image_id
+            if image_id not in photos:
+                photos[image_id] = pack.photo(image_id)
+        except PackError as error:
+            if entry_id not in pack.entries.index:
+                raise
+            entry = pack.entries.loc[entry_id]
+            title = pack.images.at[entry["image_id"], "title"]
+            name = map_name(entry["method"], entry["target_name"], title)
+            notes.append(f"The map {name} is left out. {error}")
+            problems.append(error)
+            continue
+        kept.append(entry_id)
+        explanations.append(replace(explanation, source=photos[image_id]))
+    if not explanations:
+        raise problems[0]
+    rows = sheet_rows(explanations, draw=lambda e, photo: rendering.draw(pack, e, photo, look))
+    return rows, kept, notes
+
+
+def _title(pack: Pack, entry_ids: Sequence[str]) -> str:
+    images = pack.entries.loc[list(entry_ids), "image_id"].unique()
+    if len(images) > 1:
+        return pack.name
+    return str(pack.images.loc[images[0], "title"])
+
+
+def provenance(pack: Pack, entry_ids: Sequence[str], look: Look) -> list[str]:
+    """Where these maps come from and how they are drawn, in sentences, each once."""
+    methods: dict[str, dict[str, None]] = {}
+    for entry_id in entry_ids:
+        found = pack.provenance(entry_id)
+        backbone, head = found["backbone"] or {}, found["head"] or {}
+        line = f"{backbone.get('name', 'unknown network')} (sha256 {_digits(backbone)})"
+        if head:
+            line += f", head {head.get('name', 'unknown')} (sha256 {_digits(head)})"
+        line += f", explained by xattn {found['xattn']}."
+        methods.setdefault(line, {})[found["method"]] = None
+    lines = [f"{', '.join(names)}: {line}" for line, names in methods.items()]
+    drawn = f"Drawn with opacity {look.opacity:g}"
+    if look.threshold:
+        drawn += f", without colour below {look.threshold:g} of the scale"
+    return [*lines, f"{drawn}. Pack {pack.name}, version {pack.version}."]
+
+
+def _digits(record: dict[str, Any]) -> str:
+    return str(record.get("sha256", "unknown"))[:12]

@@ -1,0 +1,1 @@
+"""The server of ``xattn app``: addresses, pictures, login and limits."""

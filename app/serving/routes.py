@@ -1,0 +1,124 @@
+"""The viewer's own HTTP routes: photos and overlays as JPEG, addressed by ids alone.
+
+``GET /xattn/picture?pack&image[&side]``, ``GET /xattn/overlay?pack&entry[&look]`` and
+``GET /xattn/frame?pack&frame[&side]``. A bad parameter is a 400 and an unknown id a
+404, both with one line of text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from xattn.app import state
+from xattn.app.pictures import film, rendering
+from xattn.app.pictures.rendering import Look
+from xattn.packs.contained_files import PackError
+
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
+
+THREADS = 2  # drawing holds numpy and the decoder, not the event loop; more only wait for cores
+LONGEST_ID = 1000  # characters
+SAFE = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+_LOG = logging.getLogger(__name__)
+_DRAWING = ThreadPoolExecutor(THREADS, "xattn-drawing")
+
+
+def routes() -> list[Route]:
+    """For ``streamlit.starlette.App(routes=...)``."""
+    return [
+        Route(rendering.PICTURE, _answer(photo_request), methods=["GET"]),
+        Route(rendering.OVERLAY, _answer(overlay_request), methods=["GET"]),
+        Route(film.FRAME, _answer(frame_request), methods=["GET"]),
+    ]
+
+
+Draw = Callable[["Pack"], bytes]
+
+
+def photo_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Draw]:
+    """What ``/xattn/picture`` is asked for: the pack's id, a key of the picture, and its drawing.
+
+    Raises:
+        ValueError: a parameter is missing or bad.
+    """
+    image_id = _id(query, "image")
+    side = rendering.check_side(rendering.whole(query.get("side", "240"), "side"))
+    return _id(query, "pack"), (image_id, side), lambda p: rendering.photo_bytes(p, image_id, side)
+
+
+def overlay_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Draw]:
+    """What ``/xattn/overlay`` is asked for, as :func:`photo_request`."""
+    entry_id, look = _id(query, "entry"), Look.from_query(query)
+    if look.minus is not None:
+        _id(query, "minus")
+    return (
+        _id(query, "pack"),
+        (entry_id, look),
+        lambda p: rendering.overlay_bytes(p, entry_id, look),
+    )
+
+
+def frame_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Draw]:
+    """What ``/xattn/frame`` is asked for, as :func:`photo_request`."""
+    index = rendering.whole(query.get("frame", "0"), "frame")
+    side = rendering.check_side(rendering.whole(query.get("side", "960"), "side"))
+    key = ("frame", index, side)
+    return _id(query, "pack"), key, lambda p: film.frame_bytes(p, index, side)
+
+
+def _id(query: Mapping[str, str], name: str) -> str:
+    value = query.get(name, "")
+    if not 0 < len(value) <= LONGEST_ID:
+        raise ValueError(f"{name}: got {value[:40]!r}; give an id")
+    return value
+
+
+def _answer(parse: Callable[[Mapping[str, str]], tuple[str, tuple[object, ...], Draw]]):
+    async def endpoint(request: Request) -> Response:
+        try:
+            pack_id, key, draw = parse(request.query_params)
+        except ValueError as error:
+            return _text(400, error)
+        loop = asyncio.get_running_loop()
+        try:
+            pack = await loop.run_in_executor(_DRAWING, lambda: state.library().open(pack_id))
+            digest = hashlib.sha256(repr((pack.id, pack.version, key)).encode()).hexdigest()
+            fresh = request.query_params.get("v") == pack.version
+            headers = {
+                **SAFE,
+                "ETag": f'"{digest[:32]}"',
+                # The URL of another version is asked for again each time.
+                "Cache-Control": f"private, {'max-age=3600' if fresh else 'no-cache'}",
+            }
+            if headers["ETag"] in request.headers.get("if-none-match", ""):
+                return Response(status_code=304, headers=headers)
+            data = await loop.run_in_executor(_DRAWING, lambda: draw(pack))
+        except PackError as error:
+            return _text(404, error)
+        except ValueError as error:
+            return _text(400, error)
+        except Exception:
+            _LOG.exception("a picture could not be drawn")
+            return _text(404, "this picture cannot be drawn; see the server's log")
+        return Response(data, media_type="image/jpeg", headers=headers)
+
+    return endpoint
+
+
+def _text(status: int, message: object) -> Response:
+    headers = {**SAFE, "Cache-Control": "no-store"}
+    return PlainTextResponse(f"{message}\n", status, headers=headers)

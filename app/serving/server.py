@@ -1,0 +1,246 @@
+"""The server of ``xattn app``: Streamlit's own ASGI application, our routes before it, one process."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import importlib.util
+import ipaddress
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+BACKLOG = 128
+STOP_SECONDS = 3  # how long open pages may hold up the end of the server
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen: ``port`` 0 takes any free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 8501
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def check_installed() -> None:
+    """Say in one line what is missing; nothing of Streamlit is imported."""
+    if sys.version_info < (3, 11):
+        version = ".".join(map(str, sys.version_info[:2]))
+        raise ValueError(f"app: Streamlit's server needs Python 3.11 or newer; this is {version}")
+    missing = [n for n in ("streamlit", "altair", "pandas") if importlib.util.find_spec(n) is None]
+    if missing:
+        raise ValueError(f'app: {", ".join(missing)} missing; run: pip install -e ".[app]"')
+    if importlib.util.find_spec("streamlit.starlette") is None:
+        raise ValueError('app: this streamlit is too old; run: pip install -U -e ".[app]"')
+
+
+def check_open(address: Address, password: bool, no_password: bool) -> None:
+    """Refuse to show everything below the root to a network without a password, unless told to."""
+    if password and no_password:
+        raise ValueError("no_password: got with password_file; give one of the two")
+    if not address.loopback and not password:
+        open_to_all = (
+            f"host: whoever reaches {address.host}:{address.port} sees all packs of the root"
+        )
+        if not no_password:
+            raise ValueError(
+                f"{open_to_all}; give --password-file (made by --set-password), or --no-password"
+            )
+        print(f"warning: {open_to_all}; training is off", file=sys.stderr)
+
+
+def bind(address: Address) -> socket.socket:
+    """A listening socket; a taken port or a foreign address is a ``ValueError`` of one line."""
+    if not 0 <= address.port <= 65535:
+        raise ValueError(f"port: got {address.port}; give 1 to 65535, or 0 for any free one")
+    try:
+        family, _, _, _, where = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError):
+        raise ValueError(
+            f"host: {address.host!r} is no address of this machine; give 127.0.0.1"
+        ) from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(
+                f"port: {address.port} is taken, perhaps by another xattn app; give another --port"
+            ) from None
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ValueError(
+                f"host: {address.host} is no address of this machine; give 127.0.0.1"
+            ) from None
+        raise ValueError(
+            f"port: cannot listen on {address.host}:{address.port} ({error.strerror}); "
+            f"give another --port"
+        ) from None
+    return listener
+
+
+def url(host: str, port: int) -> str:
+    """What a browser on this machine opens."""
+    if host in ("0.0.0.0", "::", ""):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def streamlit_options(address: Address, upload_mb: int) -> dict[str, Any]:
+    """Streamlit's configuration; what a user's own ``config.toml`` says of these is overridden."""
+    from xattn.app.components.theme import CONFIG
+
+    return {
+        **CONFIG,
+        "server.address": address.host,
+        "server.port": address.port,
+        "server.baseUrlPath": "",
+        "server.headless": True,
+        "server.fileWatcherType": "none",
+        "server.runOnSave": False,
+        "server.enableXsrfProtection": True,
+        "server.enableCORS": True,  # cross-origin requests are refused
+        "server.xsrfCookieSameSite": "strict",
+        "server.enableStaticServing": False,
+        "server.enableAgentApi": False,
+        "server.scriptHealthCheckEnabled": False,
+        "server.maxUploadSize": upload_mb,
+        "browser.gatherUsageStats": False,
+        "client.toolbarMode": "minimal",
+        "client.showErrorDetails": "none",
+        "client.showErrorLinks": False,
+        "client.showSidebarNavigation": True,
+        "logger.level": "error",
+        "logger.hideWelcomeMessage": True,
+        "global.developmentMode": False,
+    }
+
+
+def application(
+    address: Address, upload_mb: int = 50, ready: Callable[[], None] = lambda: None, **guard: Any
+) -> Any:
+    """The ASGI application; ``state.configure`` has to come first.
+
+    Args:
+        ready: called once the application runs, when Ctrl-C already is the server's.
+        guard: options of ``security.Guard``: ``password``, ``names``.
+    """
+    from starlette.middleware import Middleware
+    from streamlit.starlette import App
+    from streamlit.web.bootstrap import load_config_options
+
+    from xattn.app import main, state
+    from xattn.app.live import scratch
+    from xattn.app.serving import routes, start_page
+    from xattn.app.serving.guard import Guard
+    from xattn.app.serving.upload_limits import UploadRoom
+
+    load_config_options(streamlit_options(address, upload_mb))
+    before = Middleware(
+        Guard, loopback=address.loopback, cookie=f"xattn_session_{address.port}", **guard
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_exception_handler(_quiet)
+        ready()
+        try:
+            yield
+        finally:
+            scratch.clean()
+
+    room = Middleware(UploadRoom, largest=upload_mb << 20)
+    return App(
+        state.SCRIPT,
+        routes=[*start_page.routes(), *routes.routes()],
+        middleware=[before, room],
+        lifespan=lifespan,
+        on_script_error=main.failed,
+    )
+
+
+def _stop(server: Any, number: int, frame: Any) -> None:
+    """End as after Ctrl-C."""
+    server.should_exit = True
+
+
+def _quiet(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A browser that goes away in the middle of a response is no news."""
+    if not isinstance(context.get("exception"), ConnectionError):
+        loop.default_exception_handler(context)
+
+
+def serve(
+    settings: Any,
+    address: Address,
+    upload_mb: int = 50,
+    password: Any = None,
+    names: tuple[str, ...] = (),
+) -> None:
+    """Run until Ctrl-C or SIGTERM; prints the address once it is answered.
+
+    Args:
+        settings: ``state.Settings``, what pages get to know.
+        password: ``password.Password``, or None.
+        names: host names of a proxy before this server, whose ``X-Forwarded-*`` headers then count.
+    """
+    import uvicorn
+
+    from xattn.app import main, state
+    from xattn.app.demo import pack_offer
+    from xattn.app.live import scratch
+
+    scratch.sweep()
+    with bind(address) as listener:
+        port = listener.getsockname()[1]
+        state.configure(settings)
+        if settings.demo:
+            pack_offer.make()
+
+        def ready() -> None:
+            print(f"xattn app: {url(address.host, port)}  (root {settings.root}; Ctrl-C stops)")
+            sys.stdout.flush()
+            threading.Thread(target=main.warm, name="xattn-warm", daemon=True).start()
+
+        app = application(
+            Address(address.host, port), upload_mb, ready, password=password, names=names
+        )
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                access_log=False,
+                log_level="warning",
+                server_header=False,
+                proxy_headers=bool(names),
+                ws_max_size=64 << 20,
+                timeout_graceful_shutdown=STOP_SECONDS,
+            )
+        )
+        if hasattr(signal, "SIGHUP"):  # the terminal was closed; uvicorn knows the other signals
+            signal.signal(signal.SIGHUP, partial(_stop, server))
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:  # uvicorn raises it again after its clean end
+            return
+    if not server.started:
+        raise OSError(errno.EIO, "app: the server did not start, see the lines above")
