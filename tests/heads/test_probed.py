@@ -119,7 +119,7 @@ def test_foreign_heads_are_refused():
     torch.manual_seed(1)
     with pytest.raises(ValueError, match="matching pair"):
         probed(xattn.load_backbone("test_vit", None, ["head"], input_size=64), made)
-    with pytest.raises(ValueError, match="no classifier"):
+    with pytest.raises(ValueError, match="not a classifier"):
         probed(backbone, create_head("ttame", backbone))
 
 

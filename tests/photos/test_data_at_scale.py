@@ -205,7 +205,7 @@ def test_missing_data_is_one_line_with_a_remedy(tmp_path, photos):
         info = json.loads((tmp_path / "odd" / "_info.json").read_text())
         info["splits"]["train"]["shard_lengths"] = [length]
         (tmp_path / "odd" / "_info.json").write_text(json.dumps(info))
-        with pytest.raises(ValueError, match="_info.json of .* no numbers of samples"):
+        with pytest.raises(ValueError, match="_info.json of .* not numbers of samples"):
             open_photos(f"wds/{tmp_path}/odd")
     with pytest.raises(ValueError, match="more than 1000000 shards"):
         open_photos(f"wds/{folder}/{{0..9999}}-{{0..9999}}.tar")
