@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from xattn.backbone import Backbone
 from xattn.eval.annotations.objects import load_annotations
 from xattn.eval.evaluation.engine import create_probes, evaluate
 from xattn.eval.evaluation.plan import plan
@@ -49,7 +50,7 @@ class Comparison:
     first ``maps`` images go into the pack, with ``labels`` as in :func:`xattn.explaining.photos.explain`.
     """
 
-    backbone: Any
+    backbone: Backbone
     heads: Mapping[str, Any] = field(default_factory=dict)
     explainers: Sequence[str] = ("gradcam",)
     options: Sequence[str] = ()

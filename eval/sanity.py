@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from xattn.backbone import Backbone
 from xattn.explainers import create_explainer
+from xattn.heads.probed import Probed
 
 
-def randomized_backbone(backbone: Any, seed: int = 0) -> Any:
+def randomized_backbone(backbone: Backbone, seed: int = 0) -> Backbone:
     """A deep copy of a frozen backbone with random weights; a pure function of ``seed``.
 
     Matrices and kernels are drawn from He's normal distribution, whose ReLU networks keep the size
@@ -30,13 +32,13 @@ def randomized_backbone(backbone: Any, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in twin.modules():
-            for name, value in module.named_parameters(recurse=False):
-                value.copy_(_initial(module, name, value, generator).to(value))
-            for name, value in module.named_buffers(recurse=False):
+            for name, weight in module.named_parameters(recurse=False):
+                weight.copy_(_initial(module, name, weight, generator).to(weight))
+            for name, statistic in module.named_buffers(recurse=False):
                 if name == "running_mean":
-                    value.zero_()
+                    statistic.zero_()
                 elif name == "running_var":
-                    value.fill_(1.0)
+                    statistic.fill_(1.0)
     if hasattr(twin, "_fingerprint"):
         twin._fingerprint = None  # cached for the trained weights
     return twin
@@ -56,7 +58,7 @@ def _initial(module: nn.Module, name: str, value: Tensor, generator: torch.Gener
 
 
 def randomized_explainer(
-    name: str, backbone: Any, *, head: Any = None, seed: int = 0, **options: Any
+    name: str, backbone: Backbone, *, head: Any = None, seed: int = 0, **options: Any
 ) -> Any:
     """The explainer ``name`` (see ``xattn.list_explainers``) on :func:`randomized_backbone`.
 
@@ -70,7 +72,7 @@ def randomized_explainer(
 
 
 def sanity_rows(
-    backbone: Any, method: str = "gradcam", *, head: Any = None, seed: int = 0, **options: Any
+    backbone: Backbone, method: str = "gradcam", *, head: Any = None, seed: int = 0, **options: Any
 ) -> dict[str, Any]:
     """Explainers by row name: random, centre, ones and randomized_<method> with its ``options``."""
     rows = {
@@ -93,7 +95,7 @@ class _Block(NamedTuple):
     tensors: list[Tensor]
 
 
-def cascade(backbone: Any, stages: int = 5, seed: int = 0) -> list[tuple[str, Any]]:
+def cascade(backbone: Backbone, stages: int = 5, seed: int = 0) -> list[tuple[str, Backbone]]:
     """Twins of a backbone, randomised from the top: (lowest random block, twin), one a stage.
 
     The first twin has a random classifier, of a probed backbone also a random head; each further
@@ -143,16 +145,16 @@ class Cascade:
     """
 
     def __init__(
-        self, backbone: Any, stages: int = 5, seed: int = 0, max_forward_batch: int = 32
+        self, backbone: Backbone, stages: int = 5, seed: int = 0, max_forward_batch: int = 32
     ) -> None:
         self.backbone, self.stages, self.seed = backbone, stages, seed
         self.max_forward_batch = max_forward_batch
-        self._twins: list[tuple[str, Any]] | None = None
+        self._twins: list[tuple[str, Backbone]] | None = None
         self._methods = 0
         self._explainers: OrderedDict[tuple[int, int], Any] = OrderedDict()
 
     @property
-    def twins(self) -> list[tuple[str, Any]]:
+    def twins(self) -> list[tuple[str, Backbone]]:
         """See :func:`cascade`."""
         if self._twins is None:
             self._twins = cascade(self.backbone, self.stages, self.seed)
@@ -183,7 +185,7 @@ class Cascade:
 
         return explain
 
-    def _create(self, name: str, head: Any, options: dict[str, Any], twin: Any) -> Any:
+    def _create(self, name: str, head: Any, options: dict[str, Any], twin: Backbone) -> Any:
         if head is not None:
             head = copy.copy(head)
             head.backbone_fingerprint = twin.fingerprint
@@ -200,7 +202,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _groups(backbone: Any, stages: int) -> list[list[_Block]]:
+def _groups(backbone: Backbone, stages: int) -> list[list[_Block]]:
     """The classifier, then ``stages - 1`` groups of blocks, each from the top down."""
     model = backbone.model
     tops = _classifiers(model)
@@ -221,7 +223,7 @@ def _groups(backbone: Any, stages: int) -> list[list[_Block]]:
         done += block.layers
     names = {module: name for name, module in model.named_modules()}
     first = [_Block(names[top], 1, _tensors(top)) for top in tops]
-    if hasattr(backbone, "probe"):  # the trained head in the classifier's place
+    if isinstance(backbone, Probed):  # the trained head in the classifier's place
         first.append(_Block("probe", 1, _tensors(backbone.probe)))
     return [first, *groups]
 

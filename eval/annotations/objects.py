@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.eval.annotations.coco import THING_IDS, THINGS, model_classes
+from xattn.eval.interfaces import Classifier
 from xattn.photos.view import View
 from xattn.runtime import strict_json, strict_yaml
 from xattn.runtime.files import printable
@@ -195,7 +196,7 @@ class Boxes(Annotations):
         raise ValueError(f"annotations: {label}: unknown class {given!r}; {hint}")
 
 
-def load_annotations(path: str | Path, backbone: Any) -> Annotations:
+def load_annotations(path: str | Path, backbone: Classifier) -> Annotations:
     """Annotations of a folder with ``masks/`` or ``boxes/``, or of a JSON file of boxes.
 
     Masks are taken where there are both. Their class numbers are those of ``classes.yaml`` beside

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.backbone import load_backbone
+from xattn.backbone import Backbone, load_backbone
 from xattn.eval.bench.timing import Job, median_ratio, times
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.fills.imputation import impute
@@ -43,7 +43,7 @@ class Given:
         return torch.nn.functional.avg_pool2d(inputs.mean(1, keepdim=True), 32)
 
 
-def photos_like(backbone: Any, count: int) -> Tensor:
+def photos_like(backbone: Backbone, count: int) -> Tensor:
     """(count, 3, H, W) smooth random images with some noise."""
     generator = torch.Generator().manual_seed(0)
     size = backbone.preprocessing.input_size
@@ -74,7 +74,7 @@ def bench(
     yield from _memory_rows(name)
 
 
-def _best_batch(backbone: Any, batches: Sequence[int]) -> int:
+def _best_batch(backbone: Backbone, batches: Sequence[int]) -> int:
     """The batch size with the fastest passes."""
     images = photos_like(backbone, max(batches)).to(backbone.device)
     jobs = {str(size): _passes(backbone, images, 2 * max(batches), size) for size in batches}
@@ -82,7 +82,7 @@ def _best_batch(backbone: Any, batches: Sequence[int]) -> int:
     return int(min(took, key=lambda size: statistics.median(took[size])))
 
 
-def _passes(backbone: Any, images: Tensor, count: int, batch: int) -> Job:
+def _passes(backbone: Backbone, images: Tensor, count: int, batch: int) -> Job:
     """``count`` bare forward passes in micro-batches."""
     full = images[:batch] if len(images) >= batch else images.repeat(batch, 1, 1, 1)[:batch]
 
@@ -94,7 +94,7 @@ def _passes(backbone: Any, images: Tensor, count: int, batch: int) -> Job:
     return job
 
 
-def _evaluation(backbone: Any, images: Tensor, probe: Probe, batch: int) -> Job:
+def _evaluation(backbone: Backbone, images: Tensor, probe: Probe, batch: int) -> Job:
     def job() -> None:
         evaluate(
             backbone,
@@ -108,7 +108,7 @@ def _evaluation(backbone: Any, images: Tensor, probe: Probe, batch: int) -> Job:
     return job
 
 
-def _metric_rows(backbone: Any, batch: int, rounds: int) -> Iterator[str]:
+def _metric_rows(backbone: Backbone, batch: int, rounds: int) -> Iterator[str]:
     mean = tuple(backbone.preprocessing.mean)
     curves = create_probe("insertion-deletion", None, mean)
     cases = (
@@ -125,7 +125,7 @@ def _metric_rows(backbone: Any, batch: int, rounds: int) -> Iterator[str]:
         yield _row(label, f"{passes} passes an image", took["job"], took["floor"], most)
 
 
-def _road_rows(backbone: Any, batch: int, rounds: int) -> Iterator[str]:
+def _road_rows(backbone: Backbone, batch: int, rounds: int) -> Iterator[str]:
     image = photos_like(backbone, 1)
     grey, _ = saliency(Given().attribute(image, image), image.shape[-2:])
     removed = torch.stack(
@@ -154,7 +154,7 @@ def _road_rows(backbone: Any, batch: int, rounds: int) -> Iterator[str]:
     yield _row("ROAD, MoRF in total", "8 passes an image", took["job"], took["floor"], 6)
 
 
-def _morf(backbone: Any, images: Tensor, probe: Any, batch: int) -> None:
+def _morf(backbone: Backbone, images: Tensor, probe: Any, batch: int) -> None:
     """MoRF alone: the probe's first requests."""
     grey, _ = saliency(Given().attribute(images, images), images.shape[-2:])
     flat = grey.flatten(1)
@@ -189,7 +189,7 @@ _JOB = """
 import resource, sys, time
 import torch
 from xattn.runtime.allocator import keep_memory
-from xattn.backbone import load_backbone
+from xattn.backbone import Backbone, load_backbone
 from xattn.runtime.distributed import leave, processes
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.bench.fidelity import Given, photos_like

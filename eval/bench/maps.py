@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.backbone import load_backbone
+from xattn.backbone import Backbone, load_backbone
 from xattn.eval.bench.tensor_memory import available_memory, peak_memory
 from xattn.eval.bench.timing import Job, median_ratio, seconds_of, times
 from xattn.explainers import create_explainer
@@ -62,9 +62,9 @@ def bench(tokens: Sequence[int] = (1025, 4097), rounds: int = 3) -> Iterator[str
             yield _row(name, n, jobs, need, rounds)
 
 
-def stored_bytes(backbone: Any, tokens: int) -> int:
+def stored_bytes(backbone: Backbone, tokens: int) -> int:
     """Bytes of the maps of all layers, for one image."""
-    blocks = backbone.model.blocks
+    blocks: Any = backbone.model.blocks
     return len(blocks) * blocks[0].attn.num_heads * tokens**2 * backbone.mean.element_size()
 
 
@@ -91,10 +91,11 @@ def _row(name: str, tokens: int, jobs: dict[str, Job], need: int, rounds: int) -
 # ---------------------------------------------------------------------- the stored side
 
 
-def stored_maps(backbone: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+def stored_maps(backbone: Backbone, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Logits, and the softmax (B, H, N, N) of every layer, written out and kept."""
     maps: list[Tensor] = []
-    layers = [block.attn for block in backbone.model.blocks]
+    blocks: Any = backbone.model.blocks
+    layers = [block.attn for block in blocks]
     flags = [layer.fused_attn for layer in layers]
     handles = [
         layer.attn_drop.register_forward_hook(lambda module, args, out: maps.append(out))
@@ -111,7 +112,7 @@ def stored_maps(backbone: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 @torch.no_grad()
-def stored_rollout(backbone: Any, images: Tensor, target: int) -> Tensor:
+def stored_rollout(backbone: Backbone, images: Tensor, target: int) -> Tensor:
     _, maps = stored_maps(backbone, images)
     r = _class_row(maps)
     for a in reversed(maps):
@@ -119,7 +120,7 @@ def stored_rollout(backbone: Any, images: Tensor, target: int) -> Tensor:
     return _as_map(backbone, r, images)
 
 
-def stored_relevance(backbone: Any, images: Tensor, target: int) -> Tensor:
+def stored_relevance(backbone: Backbone, images: Tensor, target: int) -> Tensor:
     logits, maps = stored_maps(backbone, images.clone().requires_grad_())
     grads = torch.autograd.grad(logits[:, target].sum(), maps)
     with torch.no_grad():
@@ -135,5 +136,5 @@ def _class_row(maps: Sequence[Tensor]) -> Tensor:
     return row
 
 
-def _as_map(backbone: Any, row: Tensor, images: Tensor) -> Tensor:
+def _as_map(backbone: Backbone, row: Tensor, images: Tensor) -> Tensor:
     return row[..., 1:].unflatten(-1, backbone.grid(*images.shape[-2:]))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xattn.backbone import load_backbone
+from xattn.backbone import Backbone, load_backbone
 from xattn.config import TrainConfig
 from xattn.eval.bench.operation_counts import operations
 from xattn.eval.bench.random_photos import write_photos
@@ -49,7 +49,7 @@ def bound(backbone: str, batch: int, job: str, operations: float) -> float:
     return 1.1 * operations
 
 
-def heads_of(backbone: Any) -> dict[str, Any]:
+def heads_of(backbone: Backbone) -> dict[str, Any]:
     """The ``ttame`` head, and the one with the published branches where they are another."""
     heads = {"ttame": create_head("ttame", backbone)}
     if max(backbone.channels) > 512:
@@ -57,7 +57,7 @@ def heads_of(backbone: Any) -> dict[str, Any]:
     return heads
 
 
-def explain_jobs(backbone: Any, heads: dict[str, Any], batch: int) -> dict[str, Job]:
+def explain_jobs(backbone: Backbone, heads: dict[str, Any], batch: int) -> dict[str, Job]:
     """Explaining the predicted class, up-sampled to the input, beside a plain forward pass."""
     images = _images(backbone, batch)
     size = tuple(images.shape[2:])
@@ -88,7 +88,7 @@ def explain_jobs(backbone: Any, heads: dict[str, Any], batch: int) -> dict[str, 
 
 
 class _Classifier(nn.Module):
-    def __init__(self, backbone: Any) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
 
@@ -96,13 +96,13 @@ class _Classifier(nn.Module):
         return self.backbone.logits_normalized(x)
 
 
-def _pytorch_grad_cam(backbone: Any, images: Tensor) -> Job | None:
+def _pytorch_grad_cam(backbone: Backbone, images: Tensor) -> Job | None:
     """As that library's README uses it: a model whose parameters want gradients; None without it."""
     try:
         from pytorch_grad_cam import GradCAM
     except ImportError:
         return None
-    twin = copy.deepcopy(backbone)
+    twin: Any = copy.deepcopy(backbone)
     twin.requires_grad_(True)
     grid = twin.tap_sizes[-1]
     if twin.is_vit:
@@ -113,7 +113,7 @@ def _pytorch_grad_cam(backbone: Any, images: Tensor) -> Job | None:
     return lambda: cam(twin.normalize(images), None)
 
 
-def step_jobs(backbone: Any, heads: dict[str, Any], batch: int) -> dict[str, Job]:
+def step_jobs(backbone: Backbone, heads: dict[str, Any], batch: int) -> dict[str, Job]:
     """A training step beside its floor: two passes and one backward pass to the image."""
     images = _images(backbone, batch)
     config = TrainConfig()
@@ -140,7 +140,7 @@ def step_jobs(backbone: Any, heads: dict[str, Any], batch: int) -> dict[str, Job
 
 
 def folder_rates(
-    backbone: Any, head: Any, folder: Path, batch: int = 8, rounds: int = 3
+    backbone: Backbone, head: Any, folder: Path, batch: int = 8, rounds: int = 3
 ) -> dict[str, float]:
     """Images a second: decoding alone, the explaining passes alone, ``explain`` over the folder."""
     paths = list_images(folder)
@@ -226,7 +226,7 @@ def _rows(
         yield f"| {' | '.join(cells)} |"
 
 
-def _images(backbone: Any, batch: int) -> Tensor:
+def _images(backbone: Backbone, batch: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(batch, 3, *backbone.preprocessing.input_size, generator=generator)
     return images.to(backbone.device)

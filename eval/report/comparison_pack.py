@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from xattn.backbone import Backbone
 from xattn.eval.evaluation.facts import describe
 from xattn.eval.evaluation.kept_maps import KeptImage, kept_images
 from xattn.eval.evaluation.stream import Skipped
@@ -41,7 +42,7 @@ def write_pack(
     results: Results,
     state: Path,
     images: Any,
-    backbone: Any,
+    backbone: Backbone,
     methods: Mapping[str, Any],
     *,
     limit: int,
@@ -89,7 +90,7 @@ def write_pack(
 class _ExplanationMaker:
     """Makes the explanations of one image after the other; ``missing`` counts maps that were not kept."""
 
-    def __init__(self, results: Results, backbone: Any, methods: Mapping[str, Any]) -> None:
+    def __init__(self, results: Results, backbone: Backbone, methods: Mapping[str, Any]) -> None:
         self.results = results
         self.records = {name: _record(results, backbone, m) for name, m in methods.items()}
         self.curves, self.shares = _curves(results)
@@ -151,7 +152,7 @@ def _columns(results: Results) -> dict[str, dict[str, Any]]:
     }
 
 
-def _record(results: Results, backbone: Any, method: Any) -> dict[str, Any]:
+def _record(results: Results, backbone: Backbone, method: Any) -> dict[str, Any]:
     """The protocol of a row: how its maps came about, and what its metrics mean. Options that
     are not finite become text, as JSON has no such numbers."""
     record = protocol_of(backbone, method, results.protocol.view)

@@ -205,7 +205,11 @@ def _attentive(kind: str) -> type[AttentiveHead]:
 
 
 def material(
-    backbone: Any, photos: Sequence[Path], objects: Path, folder: Path, config: ImageStudyConfig
+    backbone: Backbone,
+    photos: Sequence[Path],
+    objects: Path,
+    folder: Path,
+    config: ImageStudyConfig,
 ) -> Material:
     """Features of all photos; those without noise are cached in ``folder``."""
     others = list_images(objects / "images")
@@ -228,7 +232,7 @@ def material(
 
 
 @torch.inference_mode()
-def _noisy(backbone: Any, path: Path, seed: int, noise: float) -> Taps:
+def _noisy(backbone: Backbone, path: Path, seed: int, noise: float) -> Taps:
     image = prepare(load_image(path), backbone.preprocessing)[0]
     noise_of = torch.Generator().manual_seed(seed)
     image = (image + noise * torch.randn(image.shape, generator=noise_of)).clamp(0, 1)

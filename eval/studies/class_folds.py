@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import tyro
 
-from xattn.backbone import load_backbone
+from xattn.backbone import Backbone, load_backbone
 from xattn.config import TrainConfig
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.report.results_files import read_json, write_csv, write_json
@@ -113,7 +113,7 @@ class Squashed:
 
 
 def train_and_score(
-    backbone: Any,
+    backbone: Backbone,
     train: Sequence[Path],
     held_out: Sequence[Path],
     config: TrainConfig,
@@ -175,7 +175,7 @@ def train_and_score(
 
 
 def cross_validate(
-    backbone: Any,
+    backbone: Backbone,
     paths: Sequence[Path],
     config: TrainConfig,
     output: Path,

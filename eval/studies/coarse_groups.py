@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from xattn.backbone import load_backbone
+from xattn.backbone import Backbone, load_backbone
 from xattn.config import TrainConfig
 from xattn.eval.report.results_files import write_csv, write_json
 from xattn.eval.report.text_tables import format_table
@@ -36,15 +36,16 @@ from xattn.training.splits import FOLDS, stratified_folds
 
 
 @torch.inference_mode()
-def pooled_features(backbone: Any, paths: Sequence[Path], batch_size: int = 16) -> Tensor:
+def pooled_features(backbone: Backbone, paths: Sequence[Path], batch_size: int = 16) -> Tensor:
     """(n, C): what the classifier of ``backbone`` reads, for the evaluation crop of every photo."""
+    model: Any = backbone.model
     parts = []
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
         images = torch.stack([prepare(load_image(p), backbone.preprocessing)[0] for p in batch])
         x = backbone.normalize(images.to(backbone.device))
-        final = backbone.model.forward_features(x)
-        parts.append(backbone.model.forward_head(final, pre_logits=True).cpu())
+        final = model.forward_features(x)
+        parts.append(model.forward_head(final, pre_logits=True).cpu())
     return torch.cat(parts)
 
 
