@@ -220,7 +220,7 @@ def load_annotations(path: str | Path, backbone: Classifier) -> Annotations:
         source = path
     else:
         raise ValueError(
-            f"annotations: {path} is no folder with masks/ or boxes/ in it, and no .json file"
+            f"annotations: {path} is neither a folder with masks/ or boxes/ nor a .json file"
         )
     classes = model_classes(backbone.class_names, list(names.values()))
     if not classes:
@@ -298,9 +298,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         table = strict_json.parse(text)
     except ValueError as error:
-        raise ValueError(f"annotations: {path} is no JSON ({error})") from None
+        raise ValueError(f"annotations: {path} is not JSON ({error})") from None
     if not isinstance(table, dict) or not all(isinstance(v, list) for v in table.values()):
-        raise ValueError(f"annotations: {path} is no {{file name: [box, ...]}}")
+        raise ValueError(f"annotations: {path} is not {{file name: [box, ...]}}")
     return table
 
 
@@ -309,7 +309,7 @@ def _read_names(path: Path) -> dict[int, str]:
     try:
         table = strict_yaml.parse(_text(path))
     except ValueError as error:
-        raise ValueError(f"annotations: {path} is no plain YAML ({error})") from None
+        raise ValueError(f"annotations: {path} is not plain YAML ({error})") from None
     try:
         names = {int(number): _name(name) for number, name in table["classes"].items()}
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
@@ -319,5 +319,5 @@ def _read_names(path: Path) -> dict[int, str]:
 
 def _name(value: Any) -> str:
     if isinstance(value, dict | list):
-        raise TypeError("a name is no text")
+        raise TypeError("a name is not text")
     return str(value)

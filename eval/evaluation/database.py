@@ -117,7 +117,7 @@ class Database:
             text = str(error)  # SQLite quotes damaged names as they are, which may be no UTF-8
             if "not a database" in text:
                 raise ValueError(
-                    f"state: {self.path} is no SQLite file ({text}); give another file, or delete it"
+                    f"state: {self.path} is not an SQLite file ({text}); give another file, or delete it"
                 ) from None
             if re.search(r"locked|full|read-?only|unable to open|disk I/O", text):
                 raise OSError(
@@ -180,7 +180,7 @@ class Database:
         self.checked(row, _RESULT_TYPES)
         measured, scores = self.value(row[6]), self.value(row[7])
         if not (isinstance(measured, dict) and isinstance(scores, dict)):
-            raise damaged(self.path, "a result that is no table")
+            raise damaged(self.path, "a result that is not a table")
         values = dict(zip(measured, self.numbers(list(measured.values())), strict=True))
         curves = {key: self.numbers(curve) for key, curve in scores.items()}
         return ResultRow._make((*row[:6], values, curves, *row[8:]))

@@ -31,7 +31,7 @@ def kept_images(path: Path, count: int | None, limit: int) -> Iterator[KeptImage
     """Yield the images of a state with their kept maps, up to image ``limit`` of the run's ``count``.
 
     Raises:
-        ValueError: the file is damaged, or no SQLite file. OSError: it cannot be read.
+        ValueError: the file is damaged, or not an SQLite file. OSError: it cannot be read.
     """
     with closing(Database(path, read_only=True)) as database:
         query = "SELECT * FROM images WHERE skipped IS NULL ORDER BY position"
@@ -76,7 +76,7 @@ def grey_maps(
     i counts ``identities``, the ids of a run's images in their order.
 
     Raises:
-        ValueError: the file is damaged, or no SQLite file. OSError: it cannot be read.
+        ValueError: the file is damaged, or not an SQLite file. OSError: it cannot be read.
     """
     with closing(Database(path, read_only=True)) as database:
         positions: dict[str, list[int]] = {}

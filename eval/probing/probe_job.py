@@ -83,6 +83,6 @@ class ProbeJob:
         begun = [f for run in runs if ((f := self.folder(output, *run)) / RUN_FILE).is_file()]
         if begun and not resume:
             raise ValueError(
-                f"output: {begun[0]} holds a run already; go on with it by --resume, or give another "
+                f"output: {begun[0]} holds a run already; resume it with --resume, or give another "
                 f"--output"
             )

@@ -93,7 +93,7 @@ def _cache_taps(
     for name in job.heads:
         kind = head_class(name)
         if not issubclass(kind, AttentiveHead):
-            raise ValueError(f"heads: {name!r} is no classifier; give attentive heads")
+            raise ValueError(f"heads: {name!r} is not a classifier; give attentive heads")
         own = job.backbone
         taps = own.taps if own.adapter else tuple(job.taps or kind.default_taps(own.depth))
         if taps not in by_taps:

@@ -2,8 +2,8 @@
 
     xattn study image --data PHOTOS --labels FILE --objects COCO
 
-Heads are trained to tell coarse groups apart on a frozen backbone, without and with changes of their
-scores (:mod:`xattn.training.attention_training`). Fold k of the photos is tested with seed k, the next fold
+Heads on a frozen backbone learn to tell coarse groups apart, without and with changes of their scores
+ (:mod:`xattn.training.attention_training`). Fold k of the photos is tested with seed k, the next fold
 stops training early, and nothing else is chosen by the study: epsilon is ``strength`` sqrt(N), the same
 change a token for each number N of tokens. With a the mean query map, for every photo of the test fold
 
@@ -72,8 +72,9 @@ class Run(NamedTuple):
 
 
 class Material(NamedTuple):
-    """Features of one backbone with the taps of one head: of the photos with a label, of those with
-    noise (Taps each), of COCO photos, and their objects (n, h, w): the share of each patch inside."""
+    """Features of one backbone at the taps of one head: ``clean`` of the labelled photos, ``noisy`` (Taps
+    each) of the same with noise, ``objects`` of COCO photos; ``inside`` (n, h, w) is the share of each
+    patch that lies on an object."""
 
     clean: Any
     noisy: list[Taps]
@@ -87,14 +88,14 @@ def study(
     """Train and test everything; yields lines of progress, then the tables.
 
     Args:
-        data: photos, in a folder of their class each.
+        data: photos, one folder a class.
         labels: see :func:`~xattn.photos.labels.read_labels`.
         objects: a folder with ``images/`` and ``masks/`` or ``boxes/``.
-        output: keeps features and the values of every run; the same command goes on from there.
+        output: keeps features and the values of every run; the same command resumes from there.
 
     Raises:
-        ValueError: ``output`` is of another study, a photo cannot be read, or runs that are compared
-            tested other photos.
+        ValueError: ``output`` belongs to another study, a photo cannot be read, or runs that are
+            compared tested different photos.
     """
     for kind in config.heads:
         _attentive(kind)

@@ -5,7 +5,7 @@
 FOLDER holds ``train.txt`` and ``dev.txt``, trees of :mod:`~xattn.eval.studies.sst`. Every tenth
 sentence of ``train.txt`` is held out: it chooses the epoch of each run, and epsilon and weight of each
 method, by AUC or F1; ``dev.txt`` is reported for the choice alone. A finished run is a line of
-``runs.jsonl`` in the output folder; the same command with the same files goes on from there.
+``runs.jsonl`` in the output folder; the same command with the same files resumes from there.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Texts(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model does on some sentences: ``f1``, ``accuracy``, ``auc``, and per sentence (n,)
+    """How a model does on some sentences: ``f1``, ``accuracy``, ``auc``, and per sentence (n,)
     ``correct``, ``correlation`` and ``product`` of attention with two kinds of importance (see
     :func:`measure`), ``auprc`` and ``precision`` of attention against the rationale (NaN where there is
     none), and ``entropy`` of attention / log T."""
@@ -90,7 +90,7 @@ def load(folder: Path, config: TextStudyConfig) -> Texts:
     """Read the trees in ``folder``.
 
     Raises:
-        ValueError: a file is missing, or a line is no tree.
+        ValueError: a file is missing, or a line is not a tree.
     """
     missing = [name for name in (TRAIN, DEV) if not (folder / name).is_file()]
     if missing:
@@ -108,7 +108,7 @@ def load(folder: Path, config: TextStudyConfig) -> Texts:
 
 
 def batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> Iterator[list[int]]:
-    """Sentences of like length together, in an order that is a function of (seed, epoch)."""
+    """Batches of sentences of similar length, in an order that is a function of (seed, epoch)."""
     generator = torch.Generator().manual_seed((1_000_003 * seed + epoch) % 2**64)
     keys = torch.tensor(lengths) + 2 * torch.rand(len(lengths), generator=generator)
     parts = keys.argsort().split(size)
@@ -119,8 +119,8 @@ def batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> Iterato
 def train(
     run: Run, texts: Texts, config: TextStudyConfig, device: str = "cpu"
 ) -> tuple[TextClassifier, list[float]]:
-    """The model of the epoch that is best on the held-out sentences by ``config.monitor``, and that
-    figure by epoch."""
+    """The model of the epoch with the best ``config.monitor`` on the held-out sentences, and that figure
+    by epoch."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         width = config.embedding if texts.vectors is None else texts.vectors.shape[1]
@@ -234,7 +234,7 @@ def _padded(
 
 
 def f1(predicted: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Of class 1; 0 where nothing is, or is called, 1."""
+    """F1 of class 1; 0 where no sentence is, or is predicted as, class 1."""
     hits = float(((predicted == 1) & (labels == 1)).sum())
     return 2 * hits / max(float((predicted == 1).sum() + (labels == 1).sum()), 1.0)
 
@@ -250,7 +250,7 @@ def auc(margins: NDArray[np.float64], labels: NDArray[Any]) -> float:
 
 
 def average_precision(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
-    """Mean precision at the positives, by falling score; NaN where all or none are positive."""
+    """Mean precision at the positives, by decreasing score; NaN where all or none are positive."""
     if positive.all() or not positive.any():
         return float("nan")
     hits = positive[np.argsort(-scores, kind="stable")]
@@ -304,7 +304,7 @@ class Progress:
 
 
 def grid(method: str, config: TextStudyConfig) -> list[Setting]:
-    """What is tried of a method, by rising epsilon, then weight."""
+    """The settings to try for a method, by increasing epsilon, then weight."""
     if method == "none":
         return [CLEAN]
     return [Setting(e, w) for e in sorted(config.epsilons) for w in sorted(config.weights)]
@@ -313,8 +313,8 @@ def grid(method: str, config: TextStudyConfig) -> list[Setting]:
 def choose(
     rows: dict[Run, dict[str, Any]], attention: str, method: str, config: TextStudyConfig
 ) -> Setting:
-    """The setting that is best on the held-out sentences, in the mean of the grid's seeds; of two alike
-    the one with the smaller epsilon."""
+    """The setting with the best mean over the grid's seeds on the held-out sentences; of equal ones the
+    smallest epsilon."""
 
     def mean(setting: Setting) -> float:
         runs = (Run(attention, method, *setting, seed) for seed in range(config.grid_seeds))
@@ -325,8 +325,8 @@ def choose(
 
 
 def work(config: TextStudyConfig, rows: dict[Run, dict[str, Any]]) -> Iterator[Run]:
-    """All runs of the study in turn, one kind of attention after the other. The runs beyond the grid
-    depend on the rows that the grid has given."""
+    """All runs of the study, one kind of attention after the other. Which runs follow the grid depends
+    on its rows."""
     for attention in config.attention:
         for seed in range(config.seeds):
             for method in config.methods:

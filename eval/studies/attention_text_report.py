@@ -1,7 +1,7 @@
 """What the text study found: tables with intervals, differences from vanilla, every seed, and plots.
 
 A mean over seeds has Student's t interval over the seeds. A difference between two methods is paired
-by seed, with a t interval, which speaks of training once more; in ``report.json`` also by sentence, of
+by seed, with a t interval, which is about training again; in ``report.json`` also by sentence, of
 the seeds' mean values, with a bootstrap interval, which speaks of these very models on other sentences.
 """
 
@@ -257,7 +257,7 @@ def plot(rows: Rows, config: TextStudyConfig, path: Path) -> None:
 
 
 def plot_seeds(rows: Rows, config: TextStudyConfig, path: Path) -> None:
-    """A dot for every seed on ``dev.txt``, its mean as a line: what a mean alone would hide. A PNG."""
+    """A PNG with a dot for every seed on ``dev.txt`` and their mean as a line."""
     import matplotlib
 
     matplotlib.use("Agg")

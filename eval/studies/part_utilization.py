@@ -3,10 +3,10 @@
 The task is macro or no macro, on a frozen backbone. Macros are photos with white capitals (their place
 is known); the regular class has a share p_conc of web photos, of which a share p_txt carries text that
 makes no macro, and for the rest the largest text-free crops of the very macros (VPU). p_conc = 1 is
-training without VPU. With ``worn`` the macros, and so their crops, were made smaller and compressed
-more, as an image is that passed from site to site, and the web photos were not: a head can tell them by
-that alone, wherever it looks. Evidence is where the letters are; a head that relies on them has the
-energy of its attention there,
+training without VPU. With ``worn`` the macros, and so their crops, were scaled down and compressed
+more, like an image that is passed from site to site, and the web photos were not: a head can tell them
+apart by that alone, wherever it looks. Evidence is where the letters are; a head that relies on them
+has the energy of its attention there,
 
     energy = sum of the map inside the text boxes / sum of the map    (area: the same of a flat map)
 
@@ -172,14 +172,15 @@ def run(
     """Train and test every scenario and fold; yields lines of progress, then the report.
 
     ``output`` keeps images, features and the values of every trained head: a run with the same
-    arguments goes on where one stopped.
+    arguments resumes where one stopped.
 
     Raises:
-        ValueError: a photo cannot be read, too few photos, or ``output`` is of another study.
+        ValueError: a photo cannot be read, there are too few photos, or ``output`` belongs to another
+            study.
     """
     kind_of_head = head_class(study.head)
     if not issubclass(kind_of_head, AttentiveHead):
-        raise ValueError(f"head: {study.head!r} is no classifier; give an attentive head")
+        raise ValueError(f"head: {study.head!r} is not a classifier; give an attentive head")
     output, photos = Path(output), list_images(data)[: study.limit]
     if len(photos) < 20 * study.folds:
         raise ValueError(f"data: got {len(photos)} photos; give at least {20 * study.folds}")
@@ -281,7 +282,7 @@ def _train_and_measure(
 
 
 def _claim(output: Path, photos: Sequence[Path], study: PartStudyConfig) -> None:
-    """``output`` is new, or of the same photos, folds and recipe."""
+    """Refuse an ``output`` of other photos, folds or recipe."""
     own = {
         "photos": open_photos(photos).describe(),
         "folds": study.folds,

@@ -83,7 +83,7 @@ def read(path: str | Path) -> list[Sentence]:
     """The sentences of a file of trees that are not neutral.
 
     Raises:
-        ValueError: a line is no tree; it is named. OSError: the file cannot be read.
+        ValueError: a line is not a tree; it is named. OSError: the file cannot be read.
     """
     found = []
     try:

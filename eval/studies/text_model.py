@@ -157,8 +157,8 @@ class Vocabulary:
                     vector = torch.tensor(torch.nan)
                 if not vector.isfinite().all():
                     raise ValueError(
-                        f"vectors: line {number + 1} of {path} holds what is no finite number; give a "
-                        f"text file with a word and E numbers a line"
+                        f"vectors: line {number + 1} of {path} holds something that is not a "
+                        f"finite number; give a text file with a word and E numbers a line"
                     )
                 found[self.index[word]] = vector
         if not found:

@@ -299,7 +299,7 @@ def test_evaluate_takes_a_probe_with_its_own_head(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--heads", "ttame", "--options"], "heads: 'ttame' is no classifier"),
+        (["--heads", "ttame", "--options"], "heads: 'ttame' is not a classifier"),
         (["--heads", "efficient_prob", "--options"], "did you mean efficient_probe"),
         (["--heads", "gap", "gap"], "heads: got one twice"),
         (["--heads", "gap", "--options", "queries=4"], "options: got 'queries=4'"),

@@ -236,7 +236,7 @@ def test_a_photo_without_an_entry_or_a_name_is_refused(tmp_path):
 
 def test_json_of_another_form_is_refused(tmp_path):
     for content, message in (
-        ("[]", "is no {file name"), ('{"a": 1}', "is no {"), ("{", "no JSON"), ("[" * 50_000, "no JSON .*too deep"),
+        ("[]", "is not {file name"), ('{"a": 1}', "is not {"), ("{", "not JSON"), ("[" * 50_000, "not JSON .*too deep"),
     ):  # fmt: skip
         (tmp_path / "b.json").write_text(content)
         with pytest.raises(ValueError, match=message):
@@ -287,7 +287,7 @@ def test_a_folder_of_masks_with_its_own_names_and_a_model_with_the_same(tmp_path
         with pytest.raises(ValueError, match="has no 'classes: {number: name}'"):
             load_annotations(tmp_path, model("cat"))
     (tmp_path / "classes.yaml").write_text("a: &a [cat]\nclasses: {1: *a}")
-    with pytest.raises(ValueError, match="is no plain YAML .an alias"):
+    with pytest.raises(ValueError, match="is not plain YAML .an alias"):
         load_annotations(tmp_path, model("cat"))
 
 
@@ -303,7 +303,7 @@ def test_a_folder_of_masks_or_boxes_without_names_has_cocos(tmp_path):
 
 
 def test_a_folder_with_neither_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"is no folder with masks/ or boxes/"):
+    with pytest.raises(ValueError, match=r"is neither a folder with masks/ or boxes/"):
         load_annotations(tmp_path, model("cat"))
 
 

@@ -123,7 +123,7 @@ def test_fewer_and_more_images_of_one_state_are_those_that_were_asked_for(tmp_pa
 def test_a_file_that_is_no_state_is_refused_and_kept(tmp_path):
     path = tmp_path / "state.sqlite"
     path.write_bytes(b"my thesis, do not delete" * 100)
-    with pytest.raises(ValueError, match="state: .* is no SQLite file"):
+    with pytest.raises(ValueError, match="state: .* is not an SQLite file"):
         run(path)
     assert path.read_bytes() == b"my thesis, do not delete" * 100
 

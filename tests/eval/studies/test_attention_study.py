@@ -217,7 +217,9 @@ def test_word_vectors_come_from_a_file_and_the_rest_at_random(tmp_path):
         vocabulary.vectors(file, torch.Generator())
     for line in ("film 1 2 x\n", "film 1 2 nan\n", "film 1 2 1e50\n"):
         file.write_text(line)
-        with pytest.raises(ValueError, match="line 1 of .* holds what is no finite number"):
+        with pytest.raises(
+            ValueError, match="line 1 of .* holds something that is not a finite number"
+        ):
             vocabulary.vectors(file, torch.Generator())
     file.write_text("other 1 2 3\n")
     with pytest.raises(ValueError, match="has none of the 4 words"):

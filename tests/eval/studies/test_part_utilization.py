@@ -68,7 +68,8 @@ def test_close_shares_are_other_scenarios():
 
 
 @pytest.mark.parametrize(
-    ("head", "message"), [("abmlip", "did you mean abmilp"), ("ttame", "'ttame' is no classifier")]
+    ("head", "message"),
+    [("abmlip", "did you mean abmilp"), ("ttame", "'ttame' is not a classifier")],
 )
 def test_an_unknown_head_is_refused_before_any_work(head, message, photos, tmp_path):
     study = PartStudyConfig(backbone="test_vit", head=head, folds=2)
