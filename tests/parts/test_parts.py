@@ -24,7 +24,7 @@ from xattn.parts import (
     rectangles,
     write_lettered,
 )
-from xattn.parts import writer as writer_module
+from xattn.parts import cutting
 
 PHOTOS = {name: Image.fromarray(getattr(data, name)()) for name in ("chelsea", "coffee", "rocket")}
 
@@ -427,7 +427,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_a_whole_one(tmp_path, monkeypatc
     again = cut_parts(macros, boxes, tmp_path / "out", progress=False)
     assert again.counts["cut"] == 3
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    monkeypatch.setattr(writer_module, "largest_crop", None)  # nothing is searched again
+    monkeypatch.setattr(cutting, "largest_crop", None)  # nothing is searched again
     cut_parts(macros, boxes, tmp_path / "out", progress=False)
     with pytest.raises(ValueError, match="crops of other photos, evidence or options"):
         cut_parts(macros, boxes, tmp_path / "out", seed=1, progress=False)
@@ -511,14 +511,14 @@ def test_crops_of_a_killed_run_are_not_taken_for_those_of_other_evidence(tmp_pat
     for i in range(3):
         Image.new("RGB", (60, 40), (40 * i, 90, 0)).save(tmp_path / "p" / f"{i}.png")
     saved = []
-    real = writer_module._save
+    real = cutting._save
 
     def save_once(*args):  # a killed process writes nothing more
         if not saved:
             saved.append(1)
             real(*args)
 
-    monkeypatch.setattr(writer_module, "_save", save_once)
+    monkeypatch.setattr(cutting, "_save", save_once)
     cut_parts(tmp_path / "p", lambda name, image: [(0, 0, 9, 9)], tmp_path / "o", progress=False)
     monkeypatch.undo()
     assert len(list((tmp_path / "o" / "crops").iterdir())) == 3
