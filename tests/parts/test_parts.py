@@ -16,6 +16,7 @@ from xattn.parts import (
     BoxFile,
     MserText,
     cut_parts,
+    cutting,
     draw_macro,
     draw_text,
     evidence_mask,
@@ -24,7 +25,6 @@ from xattn.parts import (
     rectangles,
     write_lettered,
 )
-from xattn.parts import cutting
 
 PHOTOS = {name: Image.fromarray(getattr(data, name)()) for name in ("chelsea", "coffee", "rocket")}
 

@@ -83,7 +83,9 @@ def test_the_survivor_ends_with_one_line_and_resume_goes_on(tmp_path, kind):
     assert codes == [2, -9], survivor
     assert "Traceback" not in survivor
     last = survivor.strip().splitlines()[-1]
-    assert last.startswith("xattn: error: processes: another process") and "--resume" in last, survivor
+    assert last.startswith("xattn: error: processes: another process") and "--resume" in last, (
+        survivor
+    )
     run = output if kind == "train" else output / "gap"
     last_checkpoint = {"train": 2, "probe": 3}[kind]  # every second step; probe's epochs have three
     assert (run / "checkpoints/latest").read_text() == f"step-{last_checkpoint:08d}\n"
@@ -102,7 +104,9 @@ def test_errors_that_are_not_of_the_group_stay_what_they_are():
 
 
 def test_a_peer_that_dies_before_the_group_is_joined_is_one_line():
-    with pytest.raises(ConnectionError, match="^processes: another process .* start all of them again"):
+    with pytest.raises(
+        ConnectionError, match="^processes: another process .* start all of them again"
+    ):
         with peers():
             torch.distributed.TCPStore(
                 "127.0.0.1", 0, 2, is_master=True, timeout=timedelta(milliseconds=50)
