@@ -73,6 +73,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "xattn.eval.evaluation.kept_maps",
     ),
     "xattn.eval.stream": ("xattn.eval.evaluation.stream",),
+    "xattn.eval.studies.config": ("xattn.eval.studies.study_configs",),
     "xattn.explainers.perturbation": ("xattn.explainers.masked_passes",),
     "xattn.explanation": (
         "xattn.packs.explanation",

@@ -8,8 +8,6 @@ from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.registry import METRICS
 from xattn.eval.results import Results, Row
 
-# ---------------------------------------------------------------- tables
-
 
 def format_table(results: Results, style: str = "text") -> str:
     """One table a level and kind of metric, with 95 % intervals; then protocol and warnings.

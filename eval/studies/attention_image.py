@@ -36,7 +36,7 @@ from xattn.correlation import pearson
 from xattn.eval.annotations import MaskFolder
 from xattn.eval.annotations.coco import THING_IDS
 from xattn.eval.bootstrap import mean_interval, paired_difference
-from xattn.eval.studies.config import ImageStudyConfig
+from xattn.eval.studies.study_configs import ImageStudyConfig
 from xattn.heads import AttentiveHead, Tokens, create_head, head_class
 from xattn.photos.images import list_images, load_image
 from xattn.photos.labels import read_labels

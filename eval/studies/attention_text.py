@@ -26,7 +26,7 @@ from torch import Tensor
 
 from xattn.correlation import pearson
 from xattn.eval.studies import sst
-from xattn.eval.studies.config import TextStudyConfig
+from xattn.eval.studies.study_configs import TextStudyConfig
 from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, file_sha256, write_json

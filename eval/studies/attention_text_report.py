@@ -25,7 +25,7 @@ from xattn.eval.studies.attention_text import (
     grid,
     top_precision,
 )
-from xattn.eval.studies.config import TextStudyConfig
+from xattn.eval.studies.study_configs import TextStudyConfig
 from xattn.runtime.files import atomic_file, write_json
 
 COLUMNS = {

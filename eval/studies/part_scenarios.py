@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xattn.eval.studies.config import PartStudyConfig
+from xattn.eval.studies.study_configs import PartStudyConfig
 
 
 @dataclass(frozen=True)

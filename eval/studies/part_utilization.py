@@ -31,9 +31,9 @@ from xattn.config import ProbeConfig
 from xattn.eval.annotations import Boxes
 from xattn.eval.functional import upsample
 from xattn.eval.metrics.localization import energy_pointing_values
-from xattn.eval.studies.config import PartStudyConfig
 from xattn.eval.studies.part_report import Values, figure, line, report, summary
 from xattn.eval.studies.part_scenarios import Scenario, scenarios
+from xattn.eval.studies.study_configs import PartStudyConfig
 from xattn.heads import AttentiveHead, create_head, head_class
 from xattn.parts import cut_parts, draw_macro, draw_text, write_lettered
 from xattn.parts.macros import BOXES

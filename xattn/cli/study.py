@@ -11,7 +11,7 @@ import tyro
 from xattn.cli.model import BackboneArgs, device_name, weight_source
 from xattn.cli.printing import note
 from xattn.cli.subcommands import one_of
-from xattn.eval.studies.config import ImageStudyConfig, PartStudyConfig, TextStudyConfig
+from xattn.eval.studies.study_configs import ImageStudyConfig, PartStudyConfig, TextStudyConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from xattn.eval.studies.attention_image import (
     pixel_gradients,
     study,
 )
-from xattn.eval.studies.config import ImageStudyConfig
+from xattn.eval.studies.study_configs import ImageStudyConfig
 from xattn.heads import Tokens, create_head
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare

@@ -12,7 +12,7 @@ from xattn.cli import main
 from xattn.eval.bootstrap import t_interval
 from xattn.eval.studies import attention_text, sst
 from xattn.eval.studies.attention_text import CLEAN, Run, Setting
-from xattn.eval.studies.config import TextStudyConfig
+from xattn.eval.studies.study_configs import TextStudyConfig
 from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad
 from xattn.training.attention_training import PERTURBATIONS, create_perturbation
 

@@ -13,10 +13,10 @@ from skimage import data
 
 from xattn.config import ProbeConfig
 from xattn.eval.studies import part_utilization
-from xattn.eval.studies.config import PartStudyConfig
 from xattn.eval.studies.part_report import TESTS, accuracy, summary
 from xattn.eval.studies.part_scenarios import Scenario, scenarios
 from xattn.eval.studies.part_utilization import FORMS, run, training_set
+from xattn.eval.studies.study_configs import PartStudyConfig
 
 PLAIN, TEXT, MACRO, CROP = range(4)
 
