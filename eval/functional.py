@@ -32,7 +32,7 @@ def minmax(maps: Tensor) -> tuple[Tensor, Tensor]:
 
     A constant or non-finite map is invalid and comes back as zeros.
     """
-    _check_maps(maps)
+    check_maps(maps)
     x = maps.detach().double()
     finite = x.isfinite().flatten(1).all(1)
     x = torch.where(finite[:, None, None, None], x, 0.0)
@@ -46,7 +46,7 @@ def minmax(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 def upsample(maps: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
     """(B, 1, h, w) -> (B, 1, H, W), align_corners=False; never leaves the range of the input."""
-    _check_maps(maps)
+    check_maps(maps)
     corners = None if mode == "nearest" else False
     resized = F.interpolate(maps, tuple(size), mode=mode, align_corners=corners)
     # Interpolation weights sum to 1 only up to rounding: all-ones has to stay exactly one.
@@ -69,7 +69,7 @@ def saliency(
     [0, 1]: the all-ones mask is a mask, a constant map from an explainer is not.
     """
     if is_mask:
-        _check_maps(maps)
+        check_maps(maps)
         grey = maps.detach().float()
         # NaN fails both comparisons.
         if not bool(((grey >= 0) & (grey <= 1)).all()):
@@ -104,7 +104,7 @@ def threshold_mask(masks: Tensor, level: float, method: str = "quantile") -> Ten
     so a constant mask keeps everything; ``"kth"`` keeps exactly ceil(level * HW) pixels, of equal
     values the first in row-major order.
     """
-    _check_maps(masks)
+    check_maps(masks)
     if not 0 < level <= 1:
         raise ValueError(f"level: got {level}; give a retained fraction in (0, 1]")
     if level == 1:
@@ -122,7 +122,8 @@ def threshold_mask(masks: Tensor, level: float, method: str = "quantile") -> Ten
     return torch.where(keep, flat, 0.0).view_as(masks)
 
 
-def _check_maps(maps: Tensor) -> None:
+def check_maps(maps: Tensor) -> None:
+    """Raise a ValueError unless ``maps`` are (B, 1, h, w)."""
     if maps.ndim != 4 or maps.shape[1] != 1 or 0 in maps.shape[2:]:
         raise ValueError(f"maps: got shape {tuple(maps.shape)}; give (B, 1, h, w)")
 
@@ -172,13 +173,13 @@ VALUES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _tensor(values: Any) -> Tensor:
+def as_tensor(values: Any) -> Tensor:
     """Numbers as a tensor, where they are or on the CPU, whatever torch's default device is."""
     return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
 def _scores(p: Tensor, q: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
-    p, q = (_tensor(x).detach().double() for x in (p, q))
+    p, q = (as_tensor(x).detach().double() for x in (p, q))
     if p.shape != q.shape or p.ndim != 1:
         raise ValueError(
             f"p, q: got shapes {tuple(p.shape)} and {tuple(q.shape)}; give (B,) and (B,)"
@@ -203,7 +204,7 @@ def _scores(p: Tensor, q: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- sums and means
 
 
-def _mean_update(values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def mean_update(values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Per-image values (B,) -> (float64 sum over the valid ones, n, n_invalid)."""
     good = ~values.isnan()
     if valid is not None:
@@ -216,7 +217,7 @@ def _mean_update(values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, T
     return torch.where(good, values, 0.0).sum(), good.sum(), (~good).sum()
 
 
-def _mean_compute(total: Tensor, n: Tensor) -> Tensor:
+def mean_compute(total: Tensor, n: Tensor) -> Tensor:
     """Sum and count -> mean; NaN where nothing was valid."""
     return torch.where(n > 0, total / n.clamp_min(1), torch.nan)
 
@@ -224,25 +225,25 @@ def _mean_compute(total: Tensor, n: Tensor) -> Tensor:
 def _average_drop_update(
     p: Tensor, q: Tensor, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _mean_update(average_drop_values(p, q), valid)
+    return mean_update(average_drop_values(p, q), valid)
 
 
 def _increase_in_confidence_update(
     p: Tensor, q: Tensor, valid: Tensor | None = None, margin: float = IC_MARGIN
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _mean_update(increase_in_confidence_values(p, q, margin), valid)
+    return mean_update(increase_in_confidence_values(p, q, margin), valid)
 
 
 def _average_drop_in_deletion_update(
     p: Tensor, d: Tensor, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _mean_update(average_drop_in_deletion_values(p, d), valid)
+    return mean_update(average_drop_in_deletion_values(p, d), valid)
 
 
 def _average_gain_update(
     p: Tensor, q: Tensor, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _mean_update(average_gain_values(p, q), valid)
+    return mean_update(average_gain_values(p, q), valid)
 
 
 def average_drop(p: Tensor, q: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -251,21 +252,21 @@ def average_drop(p: Tensor, q: Tensor, valid: Tensor | None = None) -> Tensor:
     >>> average_drop(torch.tensor([0.8]), torch.tensor([0.6])).round(decimals=4)
     tensor(25., dtype=torch.float64)
     """
-    return _mean_compute(*_average_drop_update(p, q, valid)[:2])
+    return mean_compute(*_average_drop_update(p, q, valid)[:2])
 
 
 def increase_in_confidence(
     p: Tensor, q: Tensor, valid: Tensor | None = None, margin: float = IC_MARGIN
 ) -> Tensor:
     """Share of images whose masked image scores higher, in percent, higher is better."""
-    return _mean_compute(*_increase_in_confidence_update(p, q, valid, margin)[:2])
+    return mean_compute(*_increase_in_confidence_update(p, q, valid, margin)[:2])
 
 
 def average_drop_in_deletion(p: Tensor, d: Tensor, valid: Tensor | None = None) -> Tensor:
     """Signed drop on x o (1 - m) in percent, higher is better; d (B,) in [0, 1]."""
-    return _mean_compute(*_average_drop_in_deletion_update(p, d, valid)[:2])
+    return mean_compute(*_average_drop_in_deletion_update(p, d, valid)[:2])
 
 
 def average_gain(p: Tensor, q: Tensor, valid: Tensor | None = None) -> Tensor:
     """Average gain in percent, higher is better."""
-    return _mean_compute(*_average_gain_update(p, q, valid)[:2])
+    return mean_compute(*_average_gain_update(p, q, valid)[:2])

@@ -140,7 +140,7 @@ def jobs(
 
 
 def pairs(operator: Any) -> float:
-    """Query-key pairs an operator reads for an image and head, the part that masks hide included."""
+    """Query-key pairs an operator reads for an image and head, pairs hidden by masks included."""
     if isinstance(operator, ProductOperator):
         return sum(pairs(factor) for factor in operator.factors)
     if not isinstance(operator, SegmentsOperator):

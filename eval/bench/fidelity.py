@@ -2,8 +2,8 @@
 
     xattn bench fidelity
 
-Every round runs each job once, in turn; ratios are taken within a round. Explanations are given maps:
-only metrics, scheduler and state are timed. Both sides run the same passes in micro-batches of one
+Every round runs each job once, in turn; ratios are taken within a round. The maps are given, so
+that only metrics, scheduler and state are timed. Both sides run the same passes in micro-batches of one
 size, with real images' size and random weights.
 """
 
@@ -35,7 +35,7 @@ LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 
 
 class Given:
-    """Smooth maps that need no pass, another one for every image."""
+    """Smooth maps that need no forward pass, a different one for every image."""
 
     is_mask, forwards = False, 0
 
@@ -169,7 +169,7 @@ def _morf(backbone: Backbone, images: Tensor, probe: Any, batch: int) -> None:
 
 
 def _library_imputer(image: Tensor, removed: Tensor) -> Callable[[], None] | None:
-    """pytorch-grad-cam's imputer on the same masks, level by level; None without it."""
+    """pytorch-grad-cam's imputer on the same masks, level by level; None if it is not installed."""
     try:
         from pytorch_grad_cam.metrics.road import NoisyLinearImputer
     except ImportError:

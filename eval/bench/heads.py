@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from xattn.backbone import load_backbone
@@ -60,8 +61,6 @@ class MultiHeadProbe(nn.Module):
 
 def backbone_of(width: int, side: int) -> Any:
     """A ViT of ``width`` with side x side patches and a class token, whose weights do not matter."""
-    from timm.models.vision_transformer import VisionTransformer
-
     model = VisionTransformer(
         img_size=16 * side, embed_dim=width, depth=4, num_heads=width // 64, num_classes=CLASSES
     )

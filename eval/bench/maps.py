@@ -3,8 +3,8 @@
     xattn bench maps --tokens 1025 4097
 
 The stored side is what implementations of rollout do: softmax written out, the maps (B, H, N, N) of
-every layer kept until the end. It multiplies one row only, too, which most do not, and so is faster
-than they are. A ViT-S/16 (12 layers of 6 heads of 64) with random weights, one image.
+every layer kept until the end. Like ours it multiplies one row only, which most do not, and so it is
+faster than they are. A ViT-S/16 (12 layers of 6 heads of 64) with random weights, one image.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def bound(backbone: str, batch: int, job: str, operations: float) -> float:
 
 
 def heads_of(backbone: Backbone) -> dict[str, Any]:
-    """The ``ttame`` head, and the one with the published branches where they are another."""
+    """The ``ttame`` head, and one with the published branches where these differ."""
     heads = {"ttame": create_head("ttame", backbone)}
     if max(backbone.channels) > 512:
         heads["ttame, exact branches"] = create_head("ttame", backbone, branch_rank=None)
@@ -97,7 +97,7 @@ class _Classifier(nn.Module):
 
 
 def _pytorch_grad_cam(backbone: Backbone, images: Tensor) -> Job | None:
-    """As that library's README uses it: a model whose parameters want gradients; None without it."""
+    """As that library's README uses it: with gradients of all parameters; None if it is not installed."""
     try:
         from pytorch_grad_cam import GradCAM
     except ImportError:

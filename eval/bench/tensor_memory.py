@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def peak_memory(job: Callable[[], Any]) -> int:
@@ -21,8 +22,6 @@ def peak_memory(job: Callable[[], Any]) -> int:
         job()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    from torch.profiler import ProfilerActivity, profile
-
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints lines of its own
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as probe:
         job()

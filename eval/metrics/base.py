@@ -213,11 +213,11 @@ class MeanMetric(Metric):
 
     def _add(self, values: Tensor, valid: Tensor | None = None) -> None:
         """Add per-image values (B,); NaN and those not ``valid`` (B,) bool count as invalid."""
-        total, n, n_invalid = functional._mean_update(values, valid)
+        total, n, n_invalid = functional.mean_update(values, valid)
         self.total += total
         self.n += n
         self.n_invalid += n_invalid
 
     def compute(self) -> Tensor:
         """The mean over valid images, float64; NaN if there was none."""
-        return functional._mean_compute(self.total, self.n)
+        return functional.mean_compute(self.total, self.n)

@@ -44,7 +44,7 @@ def removed_pixels(maps: Tensor, levels: Sequence[float] = LEVELS) -> Tensor:
 
     Where the quantile is the smallest value of a map, everything is removed.
     """
-    functional._check_maps(maps)
+    functional.check_maps(maps)
     _check_levels(levels)
     flat = maps.flatten(1)
     thresholds = [functional.quantile(flat, 1 - level) for level in levels]
@@ -53,7 +53,7 @@ def removed_pixels(maps: Tensor, levels: Sequence[float] = LEVELS) -> Tensor:
 
 def road_values(scores: Tensor) -> Tensor:
     """Mean over the levels, (B, L) -> (B,) float64; NaN where a score is not finite."""
-    scores = functional._tensor(scores).detach().double()
+    scores = functional.as_tensor(scores).detach().double()
     if scores.ndim != 2 or scores.shape[1] == 0:
         raise ValueError(f"scores: got shape {tuple(scores.shape)}; give (B, L), one a level")
     return torch.where(scores.isfinite().all(1), scores.mean(1), torch.nan)

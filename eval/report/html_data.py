@@ -12,12 +12,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from xattn.backbone import Preprocessing
 from xattn.eval import bootstrap
 from xattn.eval.evaluation.database import damaged
 from xattn.eval.evaluation.kept_maps import grey_maps
@@ -27,9 +28,6 @@ from xattn.eval.results import Results, is_baseline
 from xattn.photos.images import MAX_PIXELS, decode_image, load_image
 from xattn.photos.view import prepare
 from xattn.pictures.overlay import data_url
-
-if TYPE_CHECKING:
-    from xattn.backbone import Preprocessing
 
 CASE_METRICS = ("AD", "deletion", "insertion", "ROAD")
 CASE_METHODS = 8

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from xattn.backbone import Preprocessing
 from xattn.eval.report.html_data import page_data
 from xattn.eval.report.html_tables import (
     Failures,
@@ -24,12 +24,9 @@ from xattn.eval.report.html_tables import (
     text,
     toggles,
 )
+from xattn.eval.report.standings import Standing
 from xattn.eval.report.text_tables import protocol_notes
 from xattn.eval.results import SURVIVES, Results, is_baseline
-
-if TYPE_CHECKING:
-    from xattn.backbone import Preprocessing
-    from xattn.eval.report.standings import Standing
 
 _LISTED = 20  # images of one method, or skipped photos, before "and n more"
 

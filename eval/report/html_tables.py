@@ -8,15 +8,12 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.registry import METRICS
+from xattn.eval.report.standings import Standing
 from xattn.eval.results import SURVIVES, MethodResult, Results, is_baseline
 from xattn.runtime.files import printable
-
-if TYPE_CHECKING:
-    from xattn.eval.report.standings import Standing
 
 Failures = Mapping[str, Mapping[Column, "list[str] | None"]]
 

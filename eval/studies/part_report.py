@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -147,8 +148,6 @@ def figure(
     Both are of p_txt = 0.5, or the middle one of the study; VPU with its smallest p_conc. A map is
     shown from 0 to its maximum.
     """
-    import torch
-
     shares = sorted({scenario.p_txt for scenario in scenarios})
     same = [s for s in scenarios if s.p_txt == shares[len(shares) // 2]]
     pair = [max(same, key=lambda s: s.p_conc), min(same, key=lambda s: s.p_conc)]

@@ -11,20 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from xattn.attention import converted_copy
+from xattn.backbone import Backbone
 from xattn.eval.bootstrap import mean_intervals
 from xattn.explaining.naming import named_photos
 from xattn.explaining.photos import true_classes_of
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
-
-if TYPE_CHECKING:
-    from xattn.backbone import Backbone
 
 BATCH = 8  # photos alive at a time
 
