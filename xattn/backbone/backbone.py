@@ -47,7 +47,7 @@ class Backbone(nn.Module):
     ``taps`` names the maps: ``"stage.i"`` (i-th output of timm's ``forward_intermediates``; for a
     ViT ``"block.i"``, the output of block i), ``"norm1.i"`` (normalised input of ViT block i, the
     T-TAME tap), ``"stage.i.pool"`` (max-pooled by 2, VGG's tensors after its pools) and ``"head"`` (the
-    tensor that the classifier pools). ``"norm1"`` and ``"block"`` stand for the last three; None takes
+    tensor that the classifier pools). ``"norm1"`` and ``"block"`` mean the last three blocks; None takes
     the default of the architecture.
 
     ``task`` says what a logit means: ``"multiclass"`` (softmax over the classes), ``"multilabel"``

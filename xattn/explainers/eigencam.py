@@ -18,7 +18,7 @@ from xattn.explainers.layers import LayerExplainer
 
 @register_explainer("eigencam")
 class EigenCam(LayerExplainer):
-    """Eigen-CAM: what the network sees, not what speaks for a class; no gradient is needed.
+    """Eigen-CAM: what activates the network, not what supports a class; no gradient is needed.
 
     Args:
         layer: see :class:`~xattn.explainers.layers.LayerExplainer`.
