@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,10 +26,12 @@ from xattn.explainers.gradients import pixel_gradient
 Points = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class _GradientSum(Explainer):
     """Base of sums over ``forwards`` perturbed copies of an image, ``max_forward_batch`` at a time."""
 
     one_by_one = True
+    forwards: int = field(init=False, default=1)
 
     def _sum(self, points: Points, target: Tensor) -> Tensor:
         """sum_k w_k d f(x_k) / d x of one image, (3, H, W) in float64; target (1,)."""

@@ -133,7 +133,7 @@ class LayerExplainer(Explainer):
     """
 
     layer: nn.Module | None = None
-    layer_name: str = field(init=False)
+    layer_name: str = field(init=False, default="")
     reader: LayerReader = field(init=False)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 
 import numpy as np
@@ -115,6 +115,7 @@ class SuperpixelExplainer(PerturbationExplainer):
     samples: int = 500
     n_segments: int = 50
     compactness: float = 10.0
+    forwards: int = field(init=False, default=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
