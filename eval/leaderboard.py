@@ -13,13 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from xattn.backbone import Backbone
 from xattn.eval.annotations.objects import load_annotations
 from xattn.eval.evaluation.engine import create_probes, evaluate
+from xattn.eval.evaluation.map_maker import Randomized
 from xattn.eval.evaluation.plan import plan
 from xattn.eval.evaluation.stream import ImageStream
+from xattn.eval.interfaces import Explainer
 from xattn.eval.metrics.base import Probe
 from xattn.eval.metrics.registry import (
     direct_groups,
@@ -34,7 +36,7 @@ from xattn.eval.sanity import Cascade, sanity_rows
 from xattn.explainers import create_explainer, list_explainers
 from xattn.explaining.naming import named_photos
 from xattn.explaining.photos import true_classes_of
-from xattn.heads import parse_options
+from xattn.heads import Head, parse_options
 from xattn.packs.format import check_output
 from xattn.photos.images import MAX_PIXELS, list_images
 from xattn.photos.sources import is_stored
@@ -51,7 +53,7 @@ class Comparison:
     """
 
     backbone: Backbone
-    heads: Mapping[str, Any] = field(default_factory=dict)
+    heads: Mapping[str, Head] = field(default_factory=dict)
     explainers: Sequence[str] = ("gradcam",)
     options: Sequence[str] = ()
     metrics: Sequence[str] = ("direct",)
@@ -92,7 +94,7 @@ def compare(
     truth = None
     if job.labels is not None:  # refused now rather than after the work
         truth = true_classes_of(named_photos(images), job.labels, job.backbone)
-    methods, made, refused = _methods(job)
+    methods, recipes, refused = _methods(job)
     for name, reason in refused.items():
         say(f"left out {name}: {reason}")
     protocol = Protocol(precision=job.precision, seed=job.seed, view=job.view)
@@ -113,7 +115,7 @@ def compare(
         limit=limit,
         progress=progress,
         annotations=annotations,
-        randomized=_randomized(job, made) if any(p.explains_randomized for p in probes) else {},
+        randomized=_randomized(job, recipes) if any(p.explains_randomized for p in probes) else {},
         again_limit=job.again_limit,
         state=output / "state.sqlite",
         kept_maps=job.maps if packed else 0,
@@ -139,7 +141,7 @@ def compare(
 
 def _say_plan(
     job: Comparison,
-    methods: Mapping[str, Any],
+    methods: Mapping[str, Explainer],
     probes: Sequence[Probe],
     images: Any,
     limit: int | None,
@@ -193,10 +195,25 @@ def groups_of(job: Comparison) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _methods(
-    job: Comparison,
-) -> tuple[dict[str, Any], dict[str, tuple[str, Any, dict[str, Any]]], dict[str, str]]:
-    """Explainers by row; how each was made (name, head, options); those "all" had to leave out."""
+class _Recipe(NamedTuple):
+    """How to make an explainer: its name, a trained head where it takes one, and options."""
+
+    name: str
+    head: Head | None = None
+    options: Mapping[str, Any] = {}
+
+
+class _Methods(NamedTuple):
+    """``explainers`` by row with the sanity rows, the ``recipes`` of those that are compared, and why
+    the backbone does not allow those that "all" had to leave out."""
+
+    explainers: dict[str, Explainer]
+    recipes: dict[str, _Recipe]
+    refused: dict[str, str]
+
+
+def _methods(job: Comparison) -> _Methods:
+    """Make every explainer that is compared."""
     names = list(dict.fromkeys(job.explainers))
     every = "all" in names
     if every:
@@ -204,36 +221,35 @@ def _methods(
         names = [name for name in list_explainers() if name not in baselines]
     options = _options(job.options, names)
     shared: dict[str, Any] = {"seed": job.seed, "max_forward_batch": job.max_forward_batch}
-    first = next(iter(job.heads.values()), None)
-    made: dict[str, tuple[str, Any, dict[str, Any]]] = {
-        label: ("head", head, {}) for label, head in job.heads.items()
-    }
-    made.update({name: (name, None, options.get(name, {})) for name in names})
-    methods, refused = {}, {}
-    for label, (name, head, chosen) in made.items():
+    recipes = {label: _Recipe("head", head) for label, head in job.heads.items()}
+    recipes |= {name: _Recipe(name, None, options.get(name, {})) for name in names}
+    explainers: dict[str, Explainer] = {}
+    refused = {}
+    for label, (name, head, chosen) in recipes.items():
         try:
-            methods[label] = create_explainer(name, job.backbone, head, **shared, **chosen)
+            explainers[label] = create_explainer(name, job.backbone, head, **shared, **chosen)
         except ValueError as error:
             if not every or label in job.heads:
                 raise
             refused[label] = str(error)
-    if not methods:
+    if not explainers:
         raise ValueError("explainers: got none; give names of xattn list, or heads")
-    made = {label: made[label] for label in methods}
-    row, head, chosen = next(iter(made.values()))
-    sanity = sanity_rows(job.backbone, row, head=head or first, **shared, **chosen)
+    recipes = {label: recipes[label] for label in explainers}
+    row, head, chosen = next(iter(recipes.values()))
+    head = head or next(iter(job.heads.values()), None)
+    sanity = sanity_rows(job.backbone, row, head=head, **shared, **chosen)
     taken = sorted(set(job.heads) & {*sanity, *names})
     if taken:
         raise ValueError(f"heads: {', '.join(taken)} is the name of another row; give another")
-    return {**methods, **{k: v for k, v in sanity.items() if k not in methods}}, made, refused
+    for label, explainer in sanity.items():
+        explainers.setdefault(label, explainer)
+    return _Methods(explainers, recipes, refused)
 
 
-def _randomized(
-    job: Comparison, made: Mapping[str, tuple[str, Any, dict[str, Any]]]
-) -> dict[str, Callable[[int, Any, Any], Any]]:
+def _randomized(job: Comparison, recipes: Mapping[str, _Recipe]) -> Randomized:
     """Each method on networks whose weights are randomised from the classifier down."""
     cascade = Cascade(job.backbone, seed=job.seed, max_forward_batch=job.max_forward_batch)
-    rows = {**made, "random": ("random", None, {}), "centre": ("centre", None, {})}
+    rows = {**recipes, "random": _Recipe("random"), "centre": _Recipe("centre")}
     return {label: cascade.method(name, head, **own) for label, (name, head, own) in rows.items()}
 
 
