@@ -53,7 +53,7 @@ class Protocol:
             set's ``"mean"`` colour, the image's own ``"blur"`` or RISE's of it (``"rise"``),
             ``"noise"``, or what is removed filled in by ``"inpaint"`` (Telea) or ``"road"``
             (:mod:`xattn.eval.fills.imputation`).
-        ic_margin: IC counts q > p + ic_margin * max(p, q), so that rounding is no increase.
+        ic_margin: IC counts q > p + ic_margin * max(p, q), so that rounding does not count.
         resize: how a map reaches the image's size (align_corners=False).
         invalid: constant or non-finite maps are left out of the means, and counted.
         view: ``"crop"`` (the model's own evaluation crop), ``"whole"``, or ``"tensor"`` (prepared

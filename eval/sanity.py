@@ -122,7 +122,7 @@ def cascade(backbone: Backbone, stages: int = 5, seed: int = 0) -> list[tuple[st
     twins = []
     for blocks in groups:
         memo.update({id(t): swap[id(t)] for block in blocks for t in block.tensors})
-        # A copy of its own, for the modules of this twin are not those of the next.
+        # Each twin is a copy of its own: its modules differ from those of the next.
         twin = copy.deepcopy(backbone, dict(memo))
         if hasattr(twin, "_fingerprint"):
             twin._fingerprint = None

@@ -111,7 +111,7 @@ IMAGENET_TO_COCO: dict[int, str] = {
 def model_classes(class_names: Sequence[str], categories: Sequence[str]) -> dict[int, str]:
     """Which of a data set's ``categories`` each class of a model is; classes without are left out.
 
-    timm's names of ImageNet-1k go by the table above, all others by equal names, whatever the case.
+    timm's names of ImageNet-1k go by the table above; all others are matched by name, ignoring case.
     """
     from timm.data import ImageNetInfo
 

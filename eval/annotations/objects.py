@@ -199,10 +199,11 @@ class Boxes(Annotations):
 def load_annotations(path: str | Path, backbone: Classifier) -> Annotations:
     """Annotations of a folder with ``masks/`` or ``boxes/``, or of a JSON file of boxes.
 
-    Masks are taken where there are both. Their class numbers are those of ``classes.yaml`` beside
+    Where both exist, masks are used. Their class numbers are those of ``classes.yaml`` beside
     the folders (``classes: {number: name}``), or COCO's category ids; those of boxes count COCO's
     80 thing categories from 0. The classes of an ImageNet-1k model become COCO categories by
-    :data:`xattn.eval.annotations.coco.IMAGENET_TO_COCO`, those of another model by equal names.
+    :data:`xattn.eval.annotations.coco.IMAGENET_TO_COCO`, those of another model are matched
+    by name.
 
     Raises:
         ValueError: nothing of the kind is there, or the model has none of its categories.

@@ -8,9 +8,9 @@
 Poppi et al. 2021 (arXiv 2104.10252). m is the grey map of image x, m(x o m) the map of the same
 method and class on the image under it, p and q are the class's scores on both; all are fractions.
 
-The paper's equation is of one image, and so is its published code (github.com/aimagelab/ADCC), which
-has no loop over a data set. The value of a data set is here the mean of per-image values; the
-harmonic mean is concave, so that this is at most the harmonic mean of the three means.
+The paper's equation and its published code (github.com/aimagelab/ADCC) are for one image, without a
+loop over a data set. Here the value of a data set is the mean of per-image values; the harmonic mean
+is concave, so that this is at most the harmonic mean of the three means.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class AdccProbe(Probe):
     The pass is on image * grey, the very image of AD at level 1 with black behind it. Pearson's
     correlation does not change with min-max, so that the map is compared as it was resized. A
     method that fails to give a finite, varying map of the masked image has coherency 0. ADCC of
-    logits is NaN unless 0 <= p - q <= p or q >= p >= 0: AD is no fraction otherwise.
+    logits is NaN unless 0 <= p - q <= p or q >= p >= 0: otherwise AD is not a fraction.
     """
 
     explains_again: ClassVar[bool] = True

@@ -6,7 +6,7 @@
 
 m is the grey map, M the pixels of all objects of the explained class, as a mask or as boxes, both
 in the model's input. A large object is easy to hit: the centre row of a table tells how easy. What a
-network looks at need not lie on the object: these metrics are no faithfulness.
+network looks at need not lie on the object: these metrics do not measure faithfulness.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def pointing_values(maps: Tensor, masks: Tensor, tolerance: float = 15.0) -> Ten
 def energy_pointing_values(maps: Tensor, masks: Tensor) -> Tensor:
     """Share of the map that lies on the object, (B,) float64 in [0, 1]; higher is better.
 
-    The share of the area for a constant map. NaN where the mask is empty, the map 0 everywhere or
-    not finite.
+    For a constant map it is the object's share of the area. NaN where the mask is empty, or the map 0
+    everywhere or not finite.
 
     Raises:
         ValueError: other shapes, masks that are not bool, or maps below 0.

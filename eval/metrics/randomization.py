@@ -94,7 +94,7 @@ class RandomizationProbe(Probe):
     it has NaN. Maps are compared at the image's resolution.
 
     Args:
-        stages: of the cascade that ``explain_randomized`` speaks of.
+        stages: how many stages the cascade behind ``explain_randomized`` has.
         absolute: compare absolute values, as most of the paper does; False for signed maps.
     """
 

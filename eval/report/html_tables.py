@@ -19,7 +19,7 @@ Failures = Mapping[str, Mapping[Column, "list[str] | None"]]
 
 
 def text(value: object) -> str:
-    """Any string as HTML text; bytes of a file name that are no UTF-8 show as ``\\udc80``."""
+    """Any string as HTML text; bytes of a file name that are not UTF-8 show as ``\\udc80``."""
     return html.escape(printable(str(value)))
 
 

@@ -2,7 +2,7 @@
 
 A mean over seeds has Student's t interval over the seeds. A difference between two methods is paired
 by seed, with a t interval, which is about training again; in ``report.json`` also by sentence, of
-the seeds' mean values, with a bootstrap interval, which speaks of these very models on other sentences.
+the seeds' mean values, with a bootstrap interval, which is about these models on other sentences.
 """
 
 from __future__ import annotations
