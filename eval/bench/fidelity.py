@@ -189,7 +189,7 @@ _JOB = """
 import resource, sys, time
 import torch
 from xattn.runtime.allocator import keep_memory
-from xattn.backbone import Backbone, load_backbone
+from xattn.backbone import load_backbone
 from xattn.runtime.distributed import leave, processes
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.bench.fidelity import Given, photos_like
