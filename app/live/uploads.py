@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from xattn.photos.clip import SUFFIXES as CLIPS
-from xattn.photos.images import MAX_PIXELS, SUFFIXES, _formats, decode_image
+from xattn.photos.images import MAX_PIXELS, SUFFIXES, decode_image, readable_formats
 
 PHOTO_TYPES = sorted(s.removeprefix(".") for s in SUFFIXES)
 CLIP_TYPES = sorted(s.removeprefix(".") for s in CLIPS)
@@ -131,7 +131,7 @@ def _check_header(upload: Upload) -> None:
     """Format and size as the header gives them; no pixel is decoded."""
     limit = f"{MAX_PIXELS / 1e6:.0f} million pixels is the limit; make it smaller"
     try:
-        with Image.open(io.BytesIO(upload.data), formats=_formats()) as image:
+        with Image.open(io.BytesIO(upload.data), formats=readable_formats()) as image:
             width, height = image.size
     except Image.DecompressionBombError:
         raise ValueError(f"too many pixels: {limit}") from None

@@ -23,7 +23,7 @@ from xattn.app.library import Library
 from xattn.app.live import explaining
 from xattn.app.live.explaining import Jobs, Request, keep
 from xattn.app.live.uploads import Upload
-from xattn.app.pages.live import page as live
+from xattn.app.pages.live import controls, results
 from xattn.app.pictures import film
 from xattn.app.synthetic_packs import picture
 from xattn.cli.model import BackboneArgs
@@ -47,7 +47,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     own = BackboneArgs(backbone=CNN, weights="random", device="cpu")
     monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path, model=own))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(live, "_WANTED", set())
+    monkeypatch.setattr(controls, "_WANTED", set())
     found = Library(tmp_path)
     monkeypatch.setattr(state, "library", lambda: found)
     return found
@@ -474,7 +474,7 @@ def test_a_waiting_job_says_how_many_are_ahead(jobs, library, gate):
 
 
 def explaining_text(job: explaining.Job) -> str:
-    return live._progress_text(job)
+    return results._progress_text(job)
 
 
 def test_an_address_alone_loads_no_network_from_the_hub(library, jobs, monkeypatch):
@@ -532,9 +532,9 @@ def test_many_files_that_are_left_out_are_one_line_a_reason_and_a_list(library, 
 
 def test_reasons_beyond_the_first_are_counted_by_their_files() -> None:
     def several() -> None:
-        from xattn.app.pages.live import page as live
+        from xattn.app.pages.live.left_out import left_out
 
-        live._problems([(f"{n}.png", f"reason {min(n, 5)}") for n in range(8)], "left out")
+        left_out([(f"{n}.png", f"reason {min(n, 5)}") for n in range(8)], "left out")
 
     (warning,) = opened(several).warning
     assert warning.value.endswith("and 4 more for other reasons")
@@ -573,7 +573,9 @@ def test_a_map_of_one_value_is_named_beside_the_results(library, jobs, monkeypat
 
 def test_the_film_of_a_pack_is_not_taken_for_a_result(library, jobs, tmp_path, monkeypatch):
     job = run(jobs, library, photos=(), clip=Upload("old.mp4", clip(tmp_path)), every=4)
-    monkeypatch.setattr(live, "_film_of", lambda pack: live.st.markdown(f"film of {pack.name}"))
+    monkeypatch.setattr(
+        results, "_film_of", lambda pack: results.st.markdown(f"film of {pack.name}")
+    )
     info = keep(job, "old")
     monkeypatch.setattr(explaining, "jobs", Jobs)
     pack = library.open(library.packs()[0].id)

@@ -20,7 +20,7 @@ from xattn.app.demo import pack_job, pack_offer
 from xattn.app.jobs import jobs as jobs_module
 from xattn.app.jobs.jobs import Jobs, Spec
 from xattn.app.jobs.photo_folders import PhotoFolder
-from xattn.app.pages.train import page as train
+from xattn.app.pages.train import sample_maps
 from xattn.app.state import Settings
 from xattn.app.synthetic_packs import small_pack
 
@@ -335,9 +335,9 @@ def test_maps_of_before_and_after_are_on_one_scale_unless_each_is_asked_for(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = []
-    drawn = train.overlay_url
+    drawn = sample_maps.overlay_url
     monkeypatch.setattr(
-        train,
+        sample_maps,
         "overlay_url",
         lambda pack, entry, look: (looks.append(look), drawn(pack, entry, look))[1],
     )

@@ -154,7 +154,7 @@ def load_image(
 def decode_image(stream: IO[bytes], label: str, max_pixels: int | None) -> Image.Image:
     """:func:`load_image` for an open file; ``label`` names it in errors."""
     try:
-        image = Image.open(stream, formats=_formats())
+        image = Image.open(stream, formats=readable_formats())
     except Image.DecompressionBombError:
         raise ValueError(
             f"image: {label} holds more pixels than Pillow's own limit; "
@@ -195,7 +195,8 @@ def read_ahead(
                 future.cancel()
 
 
-def _formats() -> list[str]:
+def readable_formats() -> list[str]:
+    """The formats of Pillow that are opened and that this installation can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 

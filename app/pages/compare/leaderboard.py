@@ -1,0 +1,162 @@
+"""The leaderboard: methods by a metric, with intervals, and all metrics side by side."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+
+from xattn.app.pages.compare.colours import palette
+from xattn.app.pages.compare.leaderboard_file import Board, arrow
+from xattn.app.pages.compare.method_choice import metric_box
+from xattn.app.state import plain
+from xattn.eval.metrics.registry import METRICS
+from xattn.eval.report.html_tables import format_number, number_form
+
+
+def leaderboard_tab(board: Board) -> None:
+    """Show the methods by one metric, and in a folded part by all of them."""
+    key = metric_box(board, "metric")
+    column = board.columns[key]
+    about = METRICS[column.metric]
+    better = "higher" if about.higher_is_better else "lower"
+    st.caption(plain(f"{key}: {about.formula}; {better} is better"))
+    table, form = _standings(board, key)
+    _intervals(board, key, table, form)
+    number = f"%{form}"
+    st.dataframe(
+        table.drop(columns=["lo", "hi", "said"]),
+        hide_index=True,
+        width="stretch",
+        height="content",
+        column_config={
+            "method": st.column_config.TextColumn(pinned=True),
+            "mean": st.column_config.NumberColumn(
+                f"mean {'↑' if about.higher_is_better else '↓'}", format=number
+            ),
+            "minus best": st.column_config.TextColumn(
+                help="Mean difference to the best method, photo by photo, with its interval."
+            ),
+        },
+    )
+    with st.expander("All metrics"):
+        _everything(board)
+
+
+def _standings(board: Board, key: str) -> tuple[pd.DataFrame, str]:
+    """The methods in a column, the best first, and the column's number format."""
+    up = METRICS[board.columns[key].metric].higher_is_better
+    cells = [board.standings[name, key] for name in board.results.methods]
+    form = number_form(board.columns[key], [s.mean for s in cells])
+    measured = sorted((s for s in cells if s.n), key=lambda s: -s.mean if up else s.mean)
+    rows = []
+    for s in [*measured, *(s for s in cells if not s.n)]:
+        interval = f"{format_number(s.lo, form)} to {format_number(s.hi, form)}" if s.n else "-"
+        rows.append(
+            {
+                "method": s.method,
+                "row": board.kind(s.method),
+                "mean": s.mean if s.n else None,
+                "standing": board.verdict(s.method, key),
+                "95 % interval": interval,
+                "minus best": _difference(s, form),
+                "photos": s.n,
+                "forward passes": _passes(board, s.method),
+                "lo": s.lo,
+                "hi": s.hi,
+                "said": f"{format_number(s.mean, form)} [{interval}]",
+            }
+        )
+    return pd.DataFrame(rows), form
+
+
+def _difference(s: Any, form: str) -> str:
+    if not math.isfinite(s.diff):
+        return "-"
+    lo, hi = (format_number(v, form) for v in (s.diff_lo, s.diff_hi))
+    return f"{format_number(s.diff, form)} [{lo} to {hi}]"
+
+
+def _passes(board: Board, name: str) -> int | None:
+    passes = board.results.methods[name].forwards
+    return passes if type(passes) is int else None
+
+
+def _intervals(board: Board, key: str, table: pd.DataFrame, form: str) -> None:
+    """A dot and its interval for every method, in the table's order."""
+    shown = table[table["photos"] > 0]
+    if shown.empty:
+        st.info("No method has a value of this metric.")
+        return
+    order = list(shown["method"])
+    base = alt.Chart(shown).encode(
+        y=alt.Y(
+            "method:N",
+            sort=order,
+            title=None,
+            axis=alt.Axis(labelLimit=220, labelFlush=False, labelOverlap=False),
+        ),
+        tooltip=["method", "row", alt.Tooltip("said:N", title="mean"), "standing"],
+    )
+    kinds = [kind for kind in ("method", "sanity row", "mask") if kind in set(shown["row"])]
+    colours_of_theme = palette()
+    legend = alt.Legend(title=None, orient="top") if len(kinds) > 1 else None
+    colours = {
+        "method": colours_of_theme[0],
+        "sanity row": colours_of_theme[7],
+        "mask": colours_of_theme[1],
+    }
+    colour = alt.Color(
+        "row:N",
+        scale=alt.Scale(domain=kinds, range=[colours[kind] for kind in kinds]),
+        legend=legend,
+    )
+    shapes = {"method": "circle", "sanity row": "square", "mask": "diamond"}
+    rules = base.mark_rule(strokeWidth=2).encode(
+        x=alt.X("lo:Q", title=arrow(key, board), scale=alt.Scale(zero=False)),
+        x2="hi:Q",
+        color=colour,
+    )
+    points = base.mark_point(size=70, filled=True, opacity=1).encode(
+        x="mean:Q",
+        color=colour,
+        shape=alt.Shape(
+            "row:N",
+            scale=alt.Scale(domain=kinds, range=[shapes[kind] for kind in kinds]),
+            legend=legend,
+        ),
+    )
+    about = f"Mean and 95 % interval of {key} by method; the table below has the figures"
+    # Room for the axis and the legend, and 26 pixels a method.
+    chart = (rules + points).properties(height=26 * len(shown) + 110, description=about)
+    st.altair_chart(chart, width="stretch")
+
+
+def _everything(board: Board) -> None:
+    """Every column side by side, with intervals and who is best, in words."""
+    rows: list[dict[str, str]] = []
+    forms = {
+        key: number_form(column, [board.standings[m, key].mean for m in board.results.methods])
+        for key, column in board.columns.items()
+    }
+    marks = {"best": ", best", "not told apart from the best": ", not told apart from the best"}
+    for name in board.ranked:
+        row = {"method": name, "row": board.kind(name)}
+        for key, form in forms.items():
+            s = board.standings[name, key]
+            lo, hi = format_number(s.lo, form), format_number(s.hi, form)
+            mark = marks.get(board.verdict(name, key), "")
+            row[arrow(key, board)] = (
+                f"{format_number(s.mean, form)} [{lo} to {hi}]{mark}" if s.n else "-"
+            )
+        rows.append(row)
+    st.dataframe(
+        pd.DataFrame(rows),
+        hide_index=True,
+        width="stretch",
+        height="content",
+        column_config={"method": st.column_config.TextColumn(pinned=True)},
+    )

@@ -1,0 +1,265 @@
+"""The controls of the live page: photos or a clip, the network, the methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from xattn.app import models
+from xattn.app.live import explaining, uploads
+from xattn.app.live.explaining import Job, Request
+from xattn.app.models import ModelError
+from xattn.app.navigation import url_widgets
+from xattn.app.pages.live.left_out import left_out
+from xattn.app.state import Context, plain
+
+if TYPE_CHECKING:
+    from xattn.app.library import Library
+    from xattn.backbone import Backbone
+
+
+NO_HEAD = "none"
+SANITY = ("random", "centre", "ones")  # explainers that explain nothing, to compare with
+FIRST = ("head", "gradcam", "rollout")  # what is chosen by default, the first that is allowed
+VIEWS = {"crop": "Centre crop", "whole": "Whole picture"}
+_WANTED: set[str] = set()  # networks that somebody chose, or pressed "Load it" for, since the start
+
+
+def controls(context: Context, kind: str, job: Job | None) -> Request | None:
+    """The widgets; returns what they ask for, None without a network."""
+    sent = _photos() if kind == "photos" else _clip()
+    name, weights = _backbone()
+    if not _wanted(name, weights):
+        return None
+    head_id = _head(name)
+    try:
+        with st.spinner("Loading the network", show_time=True):
+            if not name:
+                raise ModelError("Choose a network.")
+            loaded, head = models.network(name, weights, head_id or None)
+            allowed, refused = models.explainers(loaded, head)
+    except ModelError as error:
+        st.error(plain(error))
+        return None
+    chosen = _explainers(allowed, kind == "photos")
+    with st.expander("More choices"):
+        classes, top = _classes(loaded, kind == "photos")
+        more = _view(kind) if kind == "photos" else {**_view(kind), **_frames()}
+        if refused:
+            with st.popover(f"{len(refused)} methods do not fit", type="tertiary"):
+                st.caption("What this network, or the lack of a head, does not allow:")
+                for method, why in refused.items():
+                    st.markdown(f"**{plain(method)}**: {plain(why)}")
+    busy = job is not None and not job.finished.is_set()
+    ready = bool(sent) and bool(chosen) and not busy
+    request = Request(
+        backbone=name,
+        weights=weights,
+        head=head_id or None,
+        explainers=tuple(chosen),
+        photos=tuple(sent) if kind == "photos" else (),
+        clip=sent[0] if kind == "clip" and sent else None,
+        classes=classes,
+        top=top,
+        **more,
+    )
+    st.button(
+        "Explain",
+        key="explain_now",
+        type="primary",
+        disabled=not ready,
+        width="stretch",
+        on_click=begin,
+        args=(context.library, request),
+    )
+    hint = _hint(bool(sent), bool(chosen), busy, kind, allowed, chosen)
+    if hint:
+        st.caption(hint)
+    refused = st.session_state.pop("_refused", None)
+    if refused is not None:
+        st.error(plain(refused))
+    return request
+
+
+def begin(library: Library, request: Request) -> None:
+    """Start before the script runs again."""
+    try:
+        st.session_state["_begun"] = explaining.jobs().start(request, library)
+    except ValueError as error:
+        st.session_state["_refused"] = str(error)
+
+
+def _hint(
+    sent: bool, chosen: bool, busy: bool, kind: str, allowed: dict[str, int], names: list[str]
+) -> str:
+    """One line on what is missing, or what the run costs."""
+    if busy:
+        return "A run is under way. It goes on if you leave or reload this page."
+    if not sent:
+        return "Choose photos first." if kind == "photos" else "Choose a video first."
+    if not chosen:
+        return "Choose a method."
+    passes = sum(allowed[name] for name in names)
+    each = "photo" if kind == "photos" else "frame"
+    if passes < 100:
+        return ""
+    return (
+        f"About {passes:,} forward passes a {each}: this takes a while. You can stop at any time."
+    )
+
+
+def _photos() -> list[uploads.Upload]:
+    files = st.file_uploader(
+        f"Photos, up to {uploads.MAX_PHOTOS}",
+        type=uploads.PHOTO_TYPES,
+        accept_multiple_files=True,
+        key="photos",
+        max_upload_size=_megabytes(uploads.MAX_BYTES),
+    )
+    good, problems = uploads.accept(files)
+    if problems:
+        left_out(problems, "left out")
+    return good
+
+
+def _clip() -> list[uploads.Upload]:
+    file = st.file_uploader(
+        "Video",
+        type=uploads.CLIP_TYPES,
+        key="clip",
+        max_upload_size=_megabytes(uploads.MAX_CLIP_BYTES),
+    )
+    if file is None:
+        return []
+    try:
+        return [uploads.accept_clip(file)]
+    except ValueError as error:
+        left_out([(uploads.clean_name(file.name), str(error))], "left out")
+        return []
+
+
+def _megabytes(limit: int) -> int:
+    """Our limit of bytes, or the server's where that is lower."""
+    return min(limit >> 20, int(st.get_option("server.maxUploadSize")))
+
+
+def _backbone() -> tuple[str, str]:
+    names = models.backbones()
+    files = models.weight_files()
+    name = url_widgets.selectbox(
+        "Network",
+        names,
+        "model",
+        accept_new_options=True,
+        on_change=_want,
+        placeholder="Name of a timm model",
+        help="One of the list, or the name of any timm model; its weights then come from the hub.",
+    )
+    weights = "auto"
+    if files:
+        weights = url_widgets.selectbox(
+            "Weights",
+            ["auto", *files],
+            "weights",
+            format_func=lambda w: "Its own" if w == "auto" else files[w].name,
+        )
+    return name or "", weights
+
+
+def _want() -> None:
+    """The network was chosen here, by a person."""
+    _WANTED.add(st.session_state["model"])
+
+
+def _wanted(name: str, weights: str) -> bool:
+    """Whether the network may be loaded: opening an address alone downloads nothing."""
+    if not name or weights != "auto" or name in _WANTED or name in models.backbones():
+        return True
+    st.info(f"This address asks for {plain(name)}, whose weights come from the hub.")
+    st.button("Load it", key="load", on_click=_want)
+    return False
+
+
+def _head(name: str) -> str:
+    heads = models.heads(name)
+    if not heads:
+        return ""
+    chosen = url_widgets.selectbox(
+        "Head",
+        [NO_HEAD, *heads],
+        "head",
+        default=next(iter(heads)),
+        format_func=lambda h: heads.get(h, "None"),
+        help="A trained head explains in one pass. One of xattn probe also brings its own classes.",
+    )
+    return "" if chosen == NO_HEAD else chosen
+
+
+def _explainers(allowed: dict[str, int], several: bool) -> list[str]:
+    names = [n for n in FIRST if n in allowed]
+    names += [n for n in allowed if n not in (*FIRST, *SANITY)]
+    names += [n for n in SANITY if n in allowed]
+
+    def title(name: str) -> str:
+        if name in SANITY:
+            return f"{name} (no explanation, to compare with)"
+        return f"{name} ({allowed[name]:,} passes)" if allowed[name] > 1 else name
+
+    if several:
+        chosen = url_widgets.multiselect(
+            "Methods",
+            names,
+            "explain",
+            default=names[:1],
+            format_func=title,
+            placeholder="Choose one or more",
+        )
+    else:
+        chosen = [url_widgets.selectbox("Method", names, "explain_clip", format_func=title)]
+    return chosen
+
+
+def _classes(loaded: Backbone, several: bool) -> tuple[tuple[int, ...], int]:
+    names = loaded.class_names
+    classes = st.multiselect(
+        "Classes",
+        range(len(names)),
+        key=f"classes of {loaded.fingerprint}",  # or a browser goes on showing those of another one
+        format_func=lambda c: names[c],
+        placeholder="The most probable",
+        max_selections=5,
+        help="Explain these classes in every picture; by default the most probable ones.",
+    )
+    top = 1
+    if several and not classes and len(names) > 1:
+        top = st.number_input(
+            "How many of the most probable",
+            1,
+            min(5, len(names)),
+            1,
+            key="top",
+            bind="query-params",
+        )
+    return tuple(classes), int(top)
+
+
+def _view(kind: str) -> dict[str, Any]:
+    order = list(VIEWS) if kind == "photos" else list(VIEWS)[::-1]
+    view = url_widgets.segmented(
+        "What the network sees",
+        order,
+        f"see_{kind}",
+        format_func=lambda v: VIEWS[v],
+        help="The centre crop is what the network was tested on. The whole picture is squeezed "
+        "into its input.",
+    )
+    return {"view": view}
+
+
+def _frames() -> dict[str, Any]:
+    every = st.number_input("Explain each n-th frame", 1, 1000, 5, key="every", bind="query-params")
+    smoothing = st.slider(
+        "Smoothing over frames", 0.0, 0.95, 0.0, 0.05, key="smoothing", bind="query-params"
+    )
+    return {"every": int(every), "smoothing": smoothing}
