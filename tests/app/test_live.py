@@ -20,8 +20,10 @@ from streamlit.testing.v1 import AppTest
 
 from xattn.app import models, state
 from xattn.app.library import Library
-from xattn.app.live import explaining
-from xattn.app.live.explaining import Jobs, Request, keep
+from xattn.app.live import clip_run, photo_run, queue, saving
+from xattn.app.live.queue import LiveQueue
+from xattn.app.live.run import LiveRun, Request
+from xattn.app.live.saving import keep
 from xattn.app.live.uploads import Upload
 from xattn.app.pages.live import controls, results
 from xattn.app.pictures import film
@@ -54,10 +56,10 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
 
 
 @pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
-    queue = Jobs()
-    monkeypatch.setattr(explaining, "jobs", lambda: queue)
-    return queue
+def jobs(monkeypatch: pytest.MonkeyPatch) -> LiveQueue:
+    found = LiveQueue()
+    monkeypatch.setattr(queue, "live_queue", lambda: found)
+    return found
 
 
 def png(number: int, size: tuple[int, int] = (128, 96)) -> bytes:
@@ -70,7 +72,7 @@ def photos(count: int = 3) -> tuple[Upload, ...]:
     return tuple(Upload(f"photo {n}.png", png(n)) for n in range(count))
 
 
-def run(jobs: Jobs, library: Library, **options) -> explaining.Job:
+def run(jobs: LiveQueue, library: Library, **options) -> LiveRun:
     request = {"backbone": CNN, "explainers": ("gradcam",), "photos": photos(), **options}
     job = jobs.start(Request(**request), library)
     assert job.wait(LONG)
@@ -135,14 +137,14 @@ def test_a_head_below_the_root_explains(jobs, library):
 
 
 def test_a_method_that_fails_leaves_the_others(jobs, library, monkeypatch):
-    real = explaining.explain_batch
+    real = photo_run.explain_batch
 
     def fails(batch, loaded, method, *rest):
         if method.name == "layercam":
             raise ValueError("map: the layercam map holds NaN")
         return real(batch, loaded, method, *rest)
 
-    monkeypatch.setattr(explaining, "explain_batch", fails)
+    monkeypatch.setattr(photo_run, "explain_batch", fails)
     job = run(jobs, library, explainers=("layercam", "gradcam"))
     assert job.status == "done"
     assert job.problems == [("layercam", "map: the layercam map holds NaN")]
@@ -159,19 +161,19 @@ def test_too_little_memory_is_a_message(jobs, library, monkeypatch):
     def exhausted(*arguments):
         raise MemoryError("max_forward_batch: out of memory with one image; free memory")
 
-    monkeypatch.setattr(explaining, "explain_batch", exhausted)
+    monkeypatch.setattr(photo_run, "explain_batch", exhausted)
     job = run(jobs, library)
     assert job.status == "failed" and "free memory" in job.message
 
 
 def test_a_batch_that_was_halved_is_noted(jobs, library, monkeypatch):
-    real = explaining.explain_batch
+    real = photo_run.explain_batch
 
     def halved(batch, loaded, method, *rest):
         method.max_forward_batch = 2
         return real(batch, loaded, method, *rest)
 
-    monkeypatch.setattr(explaining, "explain_batch", halved)
+    monkeypatch.setattr(photo_run, "explain_batch", halved)
     job = run(jobs, library)
     assert job.status == "done"
     assert job.notes == ["Memory ran out: gradcam went on with 2 images a pass."]
@@ -179,7 +181,7 @@ def test_a_batch_that_was_halved_is_noted(jobs, library, monkeypatch):
 
 def test_an_error_in_the_program_ends_its_job_alone(jobs, library, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(explaining, "_explain", lambda *arguments: 1 / 0)
+        patched.setattr(queue, "explain_photos", lambda *arguments: 1 / 0)
         assert "ZeroDivisionError" in run(jobs, library).message
     assert run(jobs, library).status == "done"
 
@@ -207,10 +209,10 @@ def test_stop_ends_a_long_method_between_two_passes_and_leaves_the_model_as_it_w
 
 
 def test_what_was_explained_before_a_stop_is_kept(jobs, library, monkeypatch):
-    monkeypatch.setattr(explaining, "BATCH", 1)
-    real = explaining._prepared
+    monkeypatch.setattr(photo_run, "BATCH", 1)
+    real = photo_run._prepared
     monkeypatch.setattr(
-        explaining,
+        photo_run,
         "_prepared",
         lambda job, loaded, ids, start, size: (
             jobs.stop(job) if start == 1 else None,
@@ -226,16 +228,14 @@ def test_what_was_explained_before_a_stop_is_kept(jobs, library, monkeypatch):
 def gate(monkeypatch: pytest.MonkeyPatch):
     """Jobs that wait at a gate instead of explaining."""
     opened = threading.Event()
-    monkeypatch.setattr(explaining, "_explain", lambda job, folder: opened.wait(LONG))
+    monkeypatch.setattr(queue, "explain_photos", lambda job, folder: opened.wait(LONG))
     yield opened
     opened.set()
 
 
 def test_jobs_run_in_their_order_and_only_some_at_once(jobs, library, gate):
-    started = [
-        jobs.start(Request(CNN, ("gradcam",)), library) for _ in range(explaining.RUNNING + 2)
-    ]
-    assert [j.status for j in started] == ["running"] * explaining.RUNNING + ["waiting"] * 2
+    started = [jobs.start(Request(CNN, ("gradcam",)), library) for _ in range(queue.RUNNING + 2)]
+    assert [j.status for j in started] == ["running"] * queue.RUNNING + ["waiting"] * 2
     assert jobs.ahead(started[-1]) == 1
     jobs.stop(started[-2])
     assert started[-2].status == "stopped" and jobs.ahead(started[-1]) == 0
@@ -244,14 +244,14 @@ def test_jobs_run_in_their_order_and_only_some_at_once(jobs, library, gate):
 
 
 def test_too_many_jobs_are_refused_with_a_message(jobs, library, gate):
-    for _ in range(explaining.RUNNING + explaining.WAITING):
+    for _ in range(queue.RUNNING + queue.WAITING):
         jobs.start(Request(CNN, ("gradcam",)), library)
     with pytest.raises(ValueError, match="try again"):
         jobs.start(Request(CNN, ("gradcam",)), library)
 
 
 def test_a_job_is_found_by_its_token_alone_and_old_ones_are_forgotten(jobs, library, monkeypatch):
-    monkeypatch.setattr(explaining, "KEPT", 1)
+    monkeypatch.setattr(queue, "KEPT", 1)
     first = run(jobs, library)
     folder = first.folder
     assert jobs.get(first.id) is first
@@ -312,7 +312,7 @@ def test_a_full_disk_leaves_no_half_pack_and_the_results_where_they_are(jobs, li
         raise OSError(28, f"output: cannot write {folder} (No space left on device)")
 
     with monkeypatch.context() as patched:
-        patched.setattr(explaining, "save_pack", full)
+        patched.setattr(saving, "save_pack", full)
         with pytest.raises(OSError, match="cannot write mine"):
             keep(job, "mine")
     assert not list(library.root.iterdir())
@@ -324,12 +324,12 @@ def test_results_that_could_not_be_written_are_written_on_request(jobs, library,
         raise OSError(28, f"output: cannot write {folder}; choose a writable folder")
 
     with monkeypatch.context() as patched:
-        patched.setattr(explaining, "save_pack", full)
+        patched.setattr(saving, "save_pack", full)
         job = run(jobs, library)
     assert job.status == "failed" and "No space" in job.message
     assert "xattn-live" not in job.message and "choose" not in job.message, "what nobody can do"
     assert len(job.unsaved) == 3 and job.pack_id is None
-    explaining.save_again(job)
+    queue.save_again(job)
     assert not job.unsaved and len(library.open(job.pack_id).entries) == 3
 
 
@@ -379,7 +379,7 @@ def test_a_pack_of_photos_has_no_frames(jobs, library):
 
 
 def test_a_clip_of_too_many_frames_says_which_to_explain(jobs, library, tmp_path, monkeypatch):
-    monkeypatch.setattr(explaining, "MAX_FRAMES", 5)
+    monkeypatch.setattr(clip_run, "MAX_FRAMES", 5)
     job = run(jobs, library, photos=(), clip=Upload("walk.mp4", clip(tmp_path)))
     assert job.status == "failed" and "to 3 or more" in job.message
 
@@ -390,15 +390,15 @@ def test_what_is_no_clip_is_a_message_by_its_name(jobs, library):
 
 
 def test_a_stopped_clip_keeps_its_frames(jobs, library, tmp_path, monkeypatch):
-    monkeypatch.setattr(explaining, "BATCH", 2)
-    job = explaining.Job(Request(CNN, ("gradcam",), clip=Upload("w.mp4", clip(tmp_path))), library)
-    real = explaining._check_length
+    monkeypatch.setattr(clip_run, "BATCH", 2)
+    job = LiveRun(Request(CNN, ("gradcam",), clip=Upload("w.mp4", clip(tmp_path))), library)
+    real = clip_run._check_length
     monkeypatch.setattr(
-        explaining,
+        clip_run,
         "_check_length",
         lambda j: (j.done >= 4 and j.stopping.set(), real(j))[1],
     )
-    jobs._jobs[job.id] = job
+    jobs._runs[job.id] = job
     with jobs._lock:
         jobs._next()
     assert job.wait(LONG) and job.status == "stopped"
@@ -443,7 +443,7 @@ def test_upload_explain_and_a_reload_that_finds_the_results(library, jobs):
     ).run()
     assert r"\<b\>half\.png" in texts(page) and not explain_button(page).disabled
     explain_button(page).click().run()
-    (job,) = jobs._jobs.values()
+    (job,) = jobs._runs.values()
     assert job.wait(LONG)
     page.run()
     assert not page.exception and "**2 photos, 2 maps**" in texts(page)
@@ -466,14 +466,13 @@ def test_a_running_job_is_shown_with_a_stop_and_not_started_twice(jobs, library,
 
 def test_a_waiting_job_says_how_many_are_ahead(jobs, library, gate):
     started = [
-        jobs.start(Request(CNN, ("gradcam",), photos()), library)
-        for _ in range(explaining.RUNNING + 2)
+        jobs.start(Request(CNN, ("gradcam",), photos()), library) for _ in range(queue.RUNNING + 2)
     ]
     opened(script, job=started[-1].id)
     assert "1 before this one" in explaining_text(started[-1])
 
 
-def explaining_text(job: explaining.Job) -> str:
+def explaining_text(job: LiveRun) -> str:
     return results._progress_text(job)
 
 
@@ -556,13 +555,13 @@ def test_a_photo_of_extreme_shape_is_left_out_by_name(library, jobs):
 
 
 def test_a_map_of_one_value_is_named_beside_the_results(library, jobs, monkeypatch):
-    real = explaining.explain_batch
+    real = photo_run.explain_batch
 
     def blank(*arguments):
         for n, e in enumerate(real(*arguments)):
             yield e if n else replace(e, map=np.zeros_like(e.map))
 
-    monkeypatch.setattr(explaining, "explain_batch", blank)
+    monkeypatch.setattr(photo_run, "explain_batch", blank)
     page = opened(script, job=run(jobs, library).id)
     (warning,) = page.warning
     assert (
@@ -577,7 +576,7 @@ def test_the_film_of_a_pack_is_not_taken_for_a_result(library, jobs, tmp_path, m
         results, "_film_of", lambda pack: results.st.markdown(f"film of {pack.name}")
     )
     info = keep(job, "old")
-    monkeypatch.setattr(explaining, "jobs", Jobs)
+    monkeypatch.setattr(queue, "live_queue", LiveQueue)
     pack = library.open(library.packs()[0].id)
     assert info.name == pack.name
 

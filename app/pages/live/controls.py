@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from xattn.app import models
-from xattn.app.live import explaining, uploads
-from xattn.app.live.explaining import Job, Request
+from xattn.app.live import queue, uploads
+from xattn.app.live.run import LiveRun, Request
 from xattn.app.models import ModelError
 from xattn.app.navigation import url_widgets
 from xattn.app.pages.live.left_out import left_out
@@ -26,7 +26,7 @@ VIEWS = {"crop": "Centre crop", "whole": "Whole picture"}
 _WANTED: set[str] = set()  # networks that somebody chose, or pressed "Load it" for, since the start
 
 
-def controls(context: Context, kind: str, job: Job | None) -> Request | None:
+def controls(context: Context, kind: str, run: LiveRun | None) -> Request | None:
     """The widgets; returns what they ask for, None without a network."""
     sent = _photos() if kind == "photos" else _clip()
     name, weights = _backbone()
@@ -51,7 +51,7 @@ def controls(context: Context, kind: str, job: Job | None) -> Request | None:
                 st.caption("What this network, or the lack of a head, does not allow:")
                 for method, why in refused.items():
                     st.markdown(f"**{plain(method)}**: {plain(why)}")
-    busy = job is not None and not job.finished.is_set()
+    busy = run is not None and not run.finished.is_set()
     ready = bool(sent) and bool(chosen) and not busy
     request = Request(
         backbone=name,
@@ -85,7 +85,7 @@ def controls(context: Context, kind: str, job: Job | None) -> Request | None:
 def begin(library: Library, request: Request) -> None:
     """Start before the script runs again."""
     try:
-        st.session_state["_begun"] = explaining.jobs().start(request, library)
+        st.session_state["_begun"] = queue.live_queue().start(request, library)
     except ValueError as error:
         st.session_state["_refused"] = str(error)
 

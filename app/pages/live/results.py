@@ -9,8 +9,8 @@ import streamlit as st
 from xattn.app import state
 from xattn.app.components import film as film_component
 from xattn.app.components import grid
-from xattn.app.live import explaining
-from xattn.app.live.explaining import SIDE, Job
+from xattn.app.live import queue, saving
+from xattn.app.live.run import SIDE, LiveRun
 from xattn.app.pages.live.left_out import left_out
 from xattn.app.pictures import film as films
 from xattn.app.pictures.rendering import (
@@ -35,25 +35,25 @@ FEW = 3  # pictures that fit beside each other on a phone
 POLL = 0.5  # seconds
 
 
-def outcome(context: Context, job: Job) -> None:
-    """Progress while the job runs, and then its results."""
-    if not job.finished.is_set():
-        _follow(job.id)
+def outcome(context: Context, run: LiveRun) -> None:
+    """Progress while the run runs, and then its results."""
+    if not run.finished.is_set():
+        _follow(run.id)
         return
-    if job.message:
-        (st.info if job.status == "stopped" else st.error)(plain(job.message))
-    for note in job.notes:
+    if run.message:
+        (st.info if run.status == "stopped" else st.error)(plain(run.message))
+    for note in run.notes:
         st.info(plain(note))
-    if job.problems:
-        left_out(job.problems, "left out")
-    if job.unsaved:
-        _unsaved(job)
-    elif job.pack_id is None:
-        if not job.message:
+    if run.problems:
+        left_out(run.problems, "left out")
+    if run.unsaved:
+        _unsaved(run)
+    elif run.pack_id is None:
+        if not run.message:
             st.error("No photo could be explained.")
     else:
-        pack = context.library.open(job.pack_id)
-        _summary(context, job, pack)
+        pack = context.library.open(run.pack_id)
+        _summary(context, run, pack)
         if note := blank_maps(pack, pack.entries.index):
             st.warning(plain(note))
         if films.frames(pack):
@@ -63,55 +63,55 @@ def outcome(context: Context, job: Job) -> None:
 
 
 @st.fragment(run_every=POLL)
-def _follow(job_id: str) -> None:
-    """The progress of a job, asked for again and again; the whole page runs when it is done."""
-    job = explaining.jobs().get(job_id)
-    if job is None or job.finished.is_set():
+def _follow(run_id: str) -> None:
+    """The progress of a run, asked for again and again; the whole page runs when it is done."""
+    run = queue.live_queue().get(run_id)
+    if run is None or run.finished.is_set():
         st.rerun()
-    st.progress(job.share, text=plain(_progress_text(job)))
-    stopping = job.stopping.is_set()
+    st.progress(run.share, text=plain(_progress_text(run)))
+    stopping = run.stopping.is_set()
     st.button(
         "Stopping" if stopping else "Stop",
         key="stop",
         disabled=stopping,
-        on_click=explaining.jobs().stop,
-        args=(job,),
+        on_click=queue.live_queue().stop,
+        args=(run,),
         help="What is explained until then is kept.",
     )
-    if job.wait(POLL / 2):
+    if run.wait(POLL / 2):
         st.rerun()
 
 
-def _progress_text(job: Job) -> str:
-    if job.status == "waiting":
-        ahead = explaining.jobs().ahead(job)
+def _progress_text(run: LiveRun) -> str:
+    if run.status == "waiting":
+        ahead = queue.live_queue().ahead(run)
         return f"Waiting for other runs; {ahead} before this one." if ahead else "Next in line."
-    unit = "frames" if job.request.clip else "photos"
-    of = f" of {job.total}" if job.total else ""
-    return f"{job.done}{of} {unit}: {job.step}"
+    unit = "frames" if run.request.clip else "photos"
+    of = f" of {run.total}" if run.total else ""
+    return f"{run.done}{of} {unit}: {run.step}"
 
 
-def _unsaved(job: Job) -> None:
+def _unsaved(run: LiveRun) -> None:
     """The disk was full: the results are in memory."""
     if st.button("Try to write the results again", key="again"):
         try:
-            explaining.save_again(job)
+            queue.save_again(run)
         except (ValueError, OSError) as error:
             st.error(plain(reason(error)))
         else:
-            job.message = ""
+            run.message = ""
             st.rerun()
 
 
-def _summary(context: Context, job: Job, pack: Pack) -> None:
+def _summary(context: Context, run: LiveRun, pack: Pack) -> None:
     """One line on the run, and what to do with its results."""
     images, maps = len(pack.images), len(pack.entries)
     unit = "frame" if films.frames(pack) else "photo"
-    clip = "" if job.given.clip is None else f"{plain(job.given.clip.name)}: "
+    clip = "" if run.given.clip is None else f"{plain(run.given.clip.name)}: "
     line = st.container(horizontal=True, vertical_alignment="center", gap="small")
     line.markdown(
         f"**{clip}{images} {unit}{'s' * (images != 1)}, {maps} map{'s' * (maps != 1)}** "
-        f"in {job.seconds:.1f} s",
+        f"in {run.seconds:.1f} s",
         width="stretch",
     )
     if line.button("Open in the gallery", key="open", type="tertiary"):
@@ -120,12 +120,12 @@ def _summary(context: Context, job: Job, pack: Pack) -> None:
         name = st.text_input("Name", key="keep_name", placeholder="my photos", max_chars=80)
         st.caption("Becomes a folder beside the other packs.")
         if st.button("Keep", key="keep", type="primary", disabled=not name.strip()):
-            _keep(context, job, name)
+            _keep(context, run, name)
 
 
-def _keep(context: Context, job: Job, name: str) -> None:
+def _keep(context: Context, run: LiveRun, name: str) -> None:
     try:
-        folder = explaining.keep(job, name)
+        folder = saving.keep(run, name)
     except (ValueError, OSError) as error:
         st.error(plain(reason(error)))
         return
@@ -133,7 +133,7 @@ def _keep(context: Context, job: Job, name: str) -> None:
 
 
 def _pictures(pack: Pack) -> None:
-    """Photo by photo: the photo, then its maps; those of the first, which the job has drawn, come with
+    """Photo by photo: the photo, then its maps; those of the first, which the run has drawn, come with
     the page."""
     st.html(legends_html(legends(pack, list(pack.entries.index), Look(side=SIDE))))
     groups = dict(list(pack.entries.groupby("image_id", sort=False)))

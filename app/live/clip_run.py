@@ -1,0 +1,88 @@
+"""Explain the clip of a run, frame by frame."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xattn.app import models
+from xattn.app.live.progress import PassCounter, note_memory
+from xattn.app.live.run import BATCH, MAX_FRAMES, LiveRun
+from xattn.app.live.saving import with_name
+from xattn.explaining.clips import explain_video
+from xattn.explaining.photos import set_up
+from xattn.packs.format import read_manifest
+from xattn.photos.clip import open_clip, quiet
+from xattn.photos.images import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from xattn.backbone import Backbone
+    from xattn.explainers import Explainer
+
+
+def explain_clip(run: LiveRun, folder: Path) -> None:
+    """Explain the clip of a run, and write the pack ``folder`` with a film."""
+    request = run.request
+    assert request.clip is not None
+    loaded, head = models.network(request.backbone, request.weights, request.head)
+    path = folder.with_name("clip") / request.clip.name  # what errors and frames are to say
+    try:
+        path.parent.mkdir()
+        path.write_bytes(request.clip.data)
+        with quiet(), open_clip(path, MAX_PIXELS) as clip:
+            run.total = -(-clip.announced // request.every)
+        _check_length(run)
+        with models.turn():
+            method, *_ = set_up(loaded, head, request.explainers[0], None, 1, "whole", BATCH, 0)
+        _watch(run, loaded, method)
+        run.step = method.name
+        found = explain_video(
+            path,
+            loaded,
+            head,
+            method,
+            classes=list(request.classes) or None,
+            top=1,
+            view=request.view,
+            output=folder,
+            batch_size=BATCH,
+            every=request.every,
+            smoothing=request.smoothing,
+        )
+        run.done = len({e.image_id for e in found})
+        run.problems += [(request.clip.name, reason) for _, reason in found.skipped]
+        note_memory(run, method)
+    except (ValueError, OSError) as error:
+        raise with_name(error, path, request.clip.name) from None
+    finally:
+        shutil.rmtree(path.parent, ignore_errors=True)
+        with suppress(ValueError, OSError):  # nothing was explained
+            read_manifest(folder)
+            run.folder, run.pack_id = folder, run.library.add_scratch(folder)
+
+
+def _watch(run: LiveRun, loaded: Backbone, method: Explainer) -> None:
+    """Let ``method`` take its turn, tell its run how far it is, and stop with it."""
+    work = PassCounter(run, run.total * method.forwards)
+    attribute = method.attribute_classes
+
+    def watched(inputs: Any, choose: Any) -> Any:
+        with work.watched(loaded):
+            found = attribute(inputs, choose)
+        run.done += len(inputs)
+        _check_length(run)
+        return found
+
+    method.attribute_classes = watched  # type: ignore[method-assign]
+
+
+def _check_length(run: LiveRun) -> None:
+    if max(run.total, run.done) > MAX_FRAMES:
+        count, every = max(run.total, run.done), run.request.every
+        enough = -(-count * every // MAX_FRAMES)
+        raise ValueError(
+            f"The clip has {count} frames to explain, {MAX_FRAMES} is the limit; set the n of 'each "
+            f"n-th frame' to {enough} or more, or give a shorter clip."
+        )

@@ -1,0 +1,83 @@
+"""Explain the photos of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from xattn.app import models
+from xattn.app.live import uploads
+from xattn.app.live.progress import PassCounter, note_memory
+from xattn.app.live.run import BATCH, LiveRun
+from xattn.app.live.saving import save_results
+from xattn.explaining.naming import unique_id
+from xattn.explaining.photos import explain_batch, set_up
+from xattn.packs.format import THUMBNAIL_SIDE
+from xattn.photos.view import prepare
+
+if TYPE_CHECKING:
+    from xattn.backbone import Backbone
+
+
+def explain_photos(run: LiveRun, folder: Path) -> None:
+    """Explain all photos of a run by each of its methods, and write the pack ``folder``."""
+    request = run.request
+    loaded, head = models.network(request.backbone, request.weights, request.head)
+    run.total = len(request.photos)
+    methods = []
+    for name in request.explainers:
+        with models.turn():
+            methods.append(
+                set_up(
+                    loaded,
+                    head,
+                    name,
+                    list(request.classes) or None,
+                    request.top,
+                    request.view,
+                    BATCH,
+                    0,
+                )
+            )
+    # Methods of many passes have all a pass can hold from one photo.
+    size = BATCH if all(method.forwards == 1 for method, *_ in methods) else 1
+    work = PassCounter(run, sum(method.forwards for method, *_ in methods) * run.total)
+    taken: set[str] = set()
+    ids = [unique_id(PurePosixPath(photo.name).stem, taken) for photo in request.photos]
+    failed: set[str] = set()
+    try:
+        for start in range(0, run.total, size):
+            batch = _prepared(run, loaded, ids, start, size)
+            for method, choose, protocol in methods if batch else ():
+                if method.name in failed:
+                    continue
+                run.step = method.name
+                try:
+                    with work.watched(loaded):
+                        found = list(explain_batch(batch, loaded, method, choose, protocol))
+                except ValueError as error:  # this method cannot; the others can
+                    failed.add(method.name)
+                    run.problems.append((method.name, str(error)))
+                else:
+                    run.unsaved.extend(found)
+                note_memory(run, method)
+            run.done = min(start + size, run.total)
+    finally:
+        save_results(run, folder)
+
+
+def _prepared(run: LiveRun, loaded: Backbone, ids: list[str], start: int, size: int) -> list[Any]:
+    """The photos from ``start`` on that can be decoded; no others are in memory."""
+    run.step = "reading photos"
+    batch = []
+    for image_id, upload in list(zip(ids, run.request.photos, strict=True))[start : start + size]:
+        try:
+            photo = uploads.photo(upload)
+            pixels, view = prepare(photo, loaded.preprocessing, run.request.view)
+            view.check_size()
+        except ValueError as error:
+            run.problems.append((upload.name, str(error).removeprefix("image: ")))
+            continue
+        photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), 1)  # what the pack keeps; 1 is Lanczos
+        batch.append((pixels, view, image_id, photo))
+    return batch

@@ -1,0 +1,145 @@
+"""The queue of the live page: uploads in, a pack outside the root out, in a thread that no page owns.
+
+A run is known by a token that nobody can guess. The page has it in its URL, so a reload finds the run
+again, and nobody else does. Two runs go on at once, the others wait in their order; the oldest finished
+ones are forgotten, and their packs deleted.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xattn.app.live.clip_run import explain_clip
+from xattn.app.live.photo_run import explain_photos
+from xattn.app.live.run import LiveRun, Request, Stopped
+from xattn.app.live.saving import save_results
+from xattn.app.live.scratch import Scratch
+from xattn.runtime.display_text import reason
+
+if TYPE_CHECKING:
+    from xattn.app.library import Library
+
+
+RUNNING, WAITING, KEPT = 2, 6, 24  # runs
+_LOG = logging.getLogger(__name__)
+
+
+class LiveQueue:
+    """The runs of this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs: OrderedDict[str, LiveRun] = OrderedDict()
+        self._scratch = Scratch()
+
+    def start(self, request: Request, library: Library) -> LiveRun:
+        """Run ``request`` now, or after those that came before it.
+
+        Raises:
+            ValueError: too many are waiting.
+        """
+        run = LiveRun(request, library)
+        with self._lock:
+            waiting = len(self._waiting())
+            if waiting >= WAITING:
+                raise ValueError(
+                    f"{waiting} other jobs are waiting already; try again when one is done."
+                )
+            self._runs[run.id] = run
+            self._next()
+        return run
+
+    def get(self, run_id: str | None) -> LiveRun | None:
+        """The run of a token; None if there is none, or it was long ago."""
+        with self._lock:
+            return None if run_id is None else self._runs.get(run_id)
+
+    def ahead(self, run: LiveRun) -> int:
+        """How many runs wait before this one."""
+        with self._lock:
+            waiting = self._waiting()
+            return waiting.index(run) if run in waiting else 0
+
+    def stop(self, run: LiveRun) -> None:
+        """End a run; what it explained until then is kept."""
+        run.stopping.set()
+        with self._lock:
+            if run.status == "waiting":
+                run.status, run.message = "stopped", "Stopped before it began."
+                run.finished.set()
+
+    def new_folder(self) -> Path:
+        """Where the pack of a run goes, in a new folder of the scratch space."""
+        return Path(tempfile.mkdtemp(dir=self._scratch.path)) / "pack"
+
+    def _waiting(self) -> list[LiveRun]:
+        """In their order; the lock is held."""
+        return [run for run in self._runs.values() if run.status == "waiting"]
+
+    def _next(self) -> None:
+        """Start what may start, forget what is old; the lock is held."""
+        running = sum(j.status == "running" for j in self._runs.values())
+        for run in self._waiting():
+            if running >= RUNNING:
+                break
+            running += 1
+            run.status, run.step = "running", "loading the model"
+            threading.Thread(target=self._run, args=(run,), name="xattn-live", daemon=True).start()
+        finished = [j for j in self._runs.values() if j.finished.is_set()]
+        for run in finished[: max(0, len(finished) - KEPT)]:
+            del self._runs[run.id]
+            if run.folder is not None:
+                shutil.rmtree(run.folder.parent, ignore_errors=True)
+
+    def _run(self, run: LiveRun) -> None:
+        started = time.perf_counter()
+        status, message = "failed", ""
+        try:
+            folder = self.new_folder()
+            (explain_clip if run.request.clip else explain_photos)(run, folder)
+            status = "done"
+        except Stopped:
+            status = "stopped"
+        except (ValueError, OSError, MemoryError) as error:
+            message = reason(error)
+        except Exception as error:
+            _LOG.exception("a live explanation failed")
+            message = f"An error in the program, {type(error).__name__}: {error}"
+        if status == "stopped":
+            message = f"Stopped after {_amount(run)}."
+        run.seconds = time.perf_counter() - started
+        with self._lock:
+            run.status, run.message, run.share = status, message, 1.0  # type: ignore[assignment]
+            run.request = run.given  # the bytes are not needed any more
+            run.finished.set()
+            self._next()
+
+
+@functools.cache
+def live_queue() -> LiveQueue:
+    """The one queue of the process."""
+    return LiveQueue()
+
+
+def _amount(run: LiveRun) -> str:
+    unit = "frame" if run.request.clip else "photo"
+    of = f" of {run.total}" if run.total else ""
+    return f"{run.done}{of} {unit}{'s' if (run.total or run.done) != 1 else ''}"
+
+
+def save_again(run: LiveRun) -> None:
+    """Write the results of a run whose disk was full.
+
+    Raises:
+        ValueError, OSError: it still cannot be written; the results stay in memory.
+    """
+    if run.unsaved and run.finished.is_set():
+        save_results(run, live_queue().new_folder())
