@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from xattn import cli
-from xattn.app.jobs.jobs import ARGUMENTS, EXIT
+from xattn.app.jobs.job_files import ARGUMENTS, EXIT
 from xattn.runtime import strict_json
 from xattn.runtime.files import write_json
 

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from xattn.app.jobs.jobs import JOBS
+from xattn.app.jobs.job_files import JOBS
 from xattn.packs.format import MANIFEST
 from xattn.photos.images import SUFFIXES
 

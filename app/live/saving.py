@@ -9,7 +9,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from xattn.app.jobs.jobs import JOBS
+from xattn.app.jobs.job_files import JOBS
 from xattn.app.live.run import SIDE, LiveRun
 from xattn.app.pictures.rendering import Look, overlay_bytes, photo_bytes
 from xattn.packs.format import read_manifest

@@ -18,8 +18,10 @@ from test_jobs import begun, end_all, ended, photos, stand_in
 from xattn.app import state
 from xattn.app.demo import pack_job, pack_offer
 from xattn.app.jobs import jobs as jobs_module
-from xattn.app.jobs.jobs import Jobs, Spec
+from xattn.app.jobs import process
+from xattn.app.jobs.jobs import Jobs
 from xattn.app.jobs.photo_folders import PhotoFolder
+from xattn.app.jobs.spec import Spec
 from xattn.app.pages.train import sample_maps
 from xattn.app.state import Settings
 from xattn.app.synthetic_packs import small_pack
@@ -386,7 +388,7 @@ def test_the_labels_that_a_browser_shows_are_those_of_the_chosen_folder(
 
 
 def test_the_demo_says_how_long_it_takes(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = Path(jobs_module.RUNNER[1])
+    runner = Path(process.RUNNER[1])
     runner.write_text(ONE_BAR)
     monkeypatch.setattr(pack_job, "missing", lambda: None)
     page = opened(welcome)

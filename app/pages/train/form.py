@@ -5,8 +5,9 @@ from __future__ import annotations
 import streamlit as st
 
 from xattn.app import models, state
-from xattn.app.jobs.jobs import Job, JobError, Jobs, Spec
+from xattn.app.jobs.jobs import Job, Jobs
 from xattn.app.jobs.photo_folders import PhotoFolder, photo_folders
+from xattn.app.jobs.spec import JobError, Spec
 from xattn.app.navigation import url_widgets
 from xattn.app.pages.train.job_view import STATES
 from xattn.app.state import plain

@@ -10,7 +10,8 @@ from typing import Any
 import streamlit as st
 
 from xattn.app import models
-from xattn.app.jobs.jobs import Job, JobError, Jobs
+from xattn.app.jobs.jobs import Job, Jobs
+from xattn.app.jobs.spec import JobError
 from xattn.app.pages.train.losses import losses_view
 from xattn.app.pages.train.results import next_steps, results_table, results_view
 from xattn.app.pages.train.sample_maps import sample_maps

@@ -5,7 +5,8 @@ from __future__ import annotations
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.jobs.jobs import JobError, Jobs
+from xattn.app.jobs.jobs import Jobs
+from xattn.app.jobs.spec import JobError
 from xattn.app.pages.train.form import NEW, form
 from xattn.app.pages.train.job_view import STATES, job_view
 from xattn.app.state import Context, plain

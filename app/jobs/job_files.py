@@ -1,0 +1,82 @@
+"""The files of jobs, which somebody else may have put there: opened inside the root, or missing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xattn.packs.contained_files import PackError, open_inside, read_inside
+from xattn.runtime import strict_json
+
+JOBS = "jobs"  # the folder of all jobs, below the root
+JOB, PROCESS, EXIT, STOP = "job.json", "process.json", "exit.json", "stop.json"
+ARGUMENTS = "arguments.json"
+STDOUT, STDERR = "stdout.log", "stderr.log"
+TAIL = 64 << 10  # bytes of a log that are looked at
+MAX_RECORD, MAX_LOG = 1 << 20, 256 << 20  # bytes of a JSON file, and of the log of losses
+
+
+@dataclass(frozen=True)
+class JobFiles:
+    """Reads files below ``root``."""
+
+    root: Path
+
+    def _inside(self, path: Path) -> tuple[Path, str]:
+        return self.root.resolve(), str(path.relative_to(self.root))
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """A JSON table; {} where there is none that can be read."""
+        try:
+            found = strict_json.parse(read_inside(*self._inside(path), MAX_RECORD), nan=True)
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def records(self, path: Path) -> list[dict[str, float]]:
+        """The lines of a log that are tables of numbers."""
+        found = []
+        with contextlib.suppress(PackError):
+            for line in read_inside(*self._inside(path), MAX_LOG).splitlines():
+                with contextlib.suppress(ValueError):  # one that is being written
+                    record = strict_json.parse(line, nan=True)
+                    if isinstance(record, dict) and _is_count(record.get("step")):
+                        if not _is_count(record.get("epoch", 0)):
+                            del record["epoch"]
+                        found.append({k: v for k, v in record.items() if _is_number(v)})
+        return found
+
+    def tail(self, path: Path) -> str:
+        """The end of a log."""
+        try:
+            with open_inside(*self._inside(path)) as stream:
+                stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL))
+                return stream.read(TAIL).decode("utf-8", "replace")
+        except (OSError, PackError):
+            return ""
+
+    def lines(self, path: Path) -> list[str]:
+        """The last lines of a log, without progress bars."""
+        lines = re.split(r"[\r\n]+", self.tail(path))
+        return [line for line in lines if line.strip() and not re.search(r"\d+%\|", line)]
+
+    def message(self, folder: Path) -> str:
+        """Why a job ended: its error line, or the last lines it printed."""
+        lines = self.lines(folder / STDERR)
+        for line in reversed(lines):
+            if line.startswith("xattn: error: "):
+                return line.removeprefix("xattn: error: ")
+        return "\n".join(lines[-5:])
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def _is_number(value: Any) -> bool:
+    """Also NaN, which a loss may be."""
+    return type(value) in (int, float) and not abs(value) > 1e300
