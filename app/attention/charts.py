@@ -164,32 +164,47 @@ def show(seen: Reading, view: View) -> None:
     )
     st.caption(f"Means over {rows}; they do not depend on the picked patch.")
     heads = heads_table(seen)
-    shown = (view.layer, view.head)
     left, right = st.columns(2, gap="large")
     with left:
-        st.subheader("Sinks: where attention goes", anchor=False)
-        st.vega_lite_chart(
-            seen.chart(
-                ("sinks", view.layer),
-                lambda: sinks_chart(sinks_table(seen), view.layer).to_dict(),
-            )
-        )
-        st.caption(plain(_sinks_text(seen, view)))
+        _show_sinks(seen, view)
     with right:
-        st.subheader("Locality: how far heads look", anchor=False)
-        st.vega_lite_chart(
-            seen.chart(
-                ("distance", *shown),
-                lambda: distance_chart(heads, seen.grid, *shown).to_dict(),
-            ),
-            key=f"{KEY}distance",
-            on_select=_distance_picked,
-            selection_mode=PICKED,
+        _show_distance(seen, view, heads)
+    _show_entropy(seen, view, heads)
+    with st.expander("The figures as a table"):
+        _show_table(heads)
+
+
+def _show_sinks(seen: Reading, view: View) -> None:
+    st.subheader("Sinks: where attention goes", anchor=False)
+    st.vega_lite_chart(
+        seen.chart(
+            ("sinks", view.layer),
+            lambda: sinks_chart(sinks_table(seen), view.layer).to_dict(),
         )
-        st.caption(
-            "Distance between patch centres, weighted by attention, prefix tokens left out. A point "
-            "is a head, the line the mean of a layer; click a point to show its head."
-        )
+    )
+    st.caption(plain(_sinks_text(seen, view)))
+
+
+def _show_distance(seen: Reading, view: View, heads: pd.DataFrame) -> None:
+    shown = (view.layer, view.head)
+    st.subheader("Locality: how far heads look", anchor=False)
+    st.vega_lite_chart(
+        seen.chart(
+            ("distance", *shown),
+            lambda: distance_chart(heads, seen.grid, *shown).to_dict(),
+        ),
+        key=f"{KEY}distance",
+        on_select=_distance_picked,
+        selection_mode=PICKED,
+    )
+    st.caption(
+        "Distance between patch centres, weighted by attention, prefix tokens left out. A point "
+        "is a head, the line the mean of a layer; click a point to show its head."
+    )
+
+
+def _show_entropy(seen: Reading, view: View, heads: pd.DataFrame) -> None:
+    shown = (view.layer, view.head)
     st.subheader("Heads by entropy, the narrowest first", anchor=False)
     which = st.segmented_control(
         "Heads of",
@@ -216,20 +231,22 @@ def show(seen: Reading, view: View) -> None:
         f"Entropy of a row over all tokens, prefix tokens included, mean over queries; uniform "
         f"attention has {most:.2f} nats. Click a bar to show its head."
     )
-    with st.expander("The figures as a table"):
-        st.dataframe(
-            heads.drop(columns="name").sort_values("entropy"),
-            hide_index=True,
-            column_config={
-                "layer": "Layer",
-                "head": "Head",
-                "entropy": st.column_config.NumberColumn("Entropy, nats", format="%.3f"),
-                "bits": st.column_config.NumberColumn("Entropy, bits", format="%.3f"),
-                "tokens": st.column_config.NumberColumn("As wide as tokens", format="%.1f"),
-                "distance": st.column_config.NumberColumn("Distance, patches", format="%.2f"),
-                "prefix": st.column_config.NumberColumn("To prefix tokens", format="percent"),
-            },
-        )
+
+
+def _show_table(heads: pd.DataFrame) -> None:
+    st.dataframe(
+        heads.drop(columns="name").sort_values("entropy"),
+        hide_index=True,
+        column_config={
+            "layer": "Layer",
+            "head": "Head",
+            "entropy": st.column_config.NumberColumn("Entropy, nats", format="%.3f"),
+            "bits": st.column_config.NumberColumn("Entropy, bits", format="%.3f"),
+            "tokens": st.column_config.NumberColumn("As wide as tokens", format="%.1f"),
+            "distance": st.column_config.NumberColumn("Distance, patches", format="%.2f"),
+            "prefix": st.column_config.NumberColumn("To prefix tokens", format="percent"),
+        },
+    )
 
 
 def _sinks_text(seen: Reading, view: View) -> str:

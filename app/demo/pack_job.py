@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from xattn.app.demo.photos import BACKBONE, embedded_photos
 from xattn.runtime.files import atomic_file
 
 NAME = "demo"
@@ -15,7 +16,6 @@ LIMIT = 8  # photos
 
 def missing() -> str | None:
     """What has to be installed first, as the line to run; None if nothing."""
-    from xattn.app.demo.run import BACKBONE, embedded_photos
     from xattn.models.weights import list_package_weights
 
     weights = {record.name for record in list_package_weights() if record.installed}
@@ -28,8 +28,6 @@ def missing() -> str | None:
 
 def prepare(folder: Path) -> None:
     """Write the list of photos into the job's folder."""
-    from xattn.app.demo.run import embedded_photos
-
     with atomic_file(folder / PHOTOS, "job") as temporary:
         lines = [str(path.resolve()) for path in embedded_photos()]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -37,8 +35,6 @@ def prepare(folder: Path) -> None:
 
 def arguments(output: Path, folder: Path) -> list[str]:
     """The command line of the demo: a comparison, which also writes a pack of all its maps."""
-    from xattn.app.demo.run import BACKBONE
-
     return [
         "compare",
         *("--data", str(folder / PHOTOS), "--limit", str(LIMIT)),

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from xattn.app.demo.photos import BACKBONE, embedded_photos
+from xattn.backbone import Backbone, load_backbone
 from xattn.config import TrainConfig
+from xattn.eval import Results, evaluate, format_table, sanity_rows, write_csv, write_json
+from xattn.explainers import Explainer, create_explainer
+from xattn.explaining.photos import explain
+from xattn.heads import Head, create_head, load_head, save_head
+from xattn.packs.explanation import Explanation
+from xattn.pictures.contact_sheet import contact_sheet_html, contact_sheet_image, sheet_rows
 from xattn.runtime.allocator import keep_memory
+from xattn.runtime.files import atomic_file, check_folder
+from xattn.training import fit
 
-BACKBONE, SHIPPED = "tf_efficientnet_lite0", "ttame-efficientnet-lite0"
-PHOTOS = {
-    "skimage": "data: astronaut.png camera.png chelsea.png clock_motion.png coffee.png coins.png "
-    "horse.png motorcycle_left.png motorcycle_right.png retina.jpg rocket.jpg",
-    "sklearn": "datasets/images: china.jpg flower.jpg",
-}
+SHIPPED = "ttame-efficientnet-lite0"
 SHOWN = (
     "chelsea.png",
     "coffee.png",
@@ -34,29 +39,8 @@ SHOWN = (
 METRICS = (("AD", 1.0), ("IC", 1.0), ("AD", 0.5), ("IC", 0.5), ("AD", 0.15), ("ADD", 1.0))
 
 
-def embedded_photos() -> list[Path]:
-    """The photos inside the scikit-image and scikit-learn packages."""
-    found = []
-    for package, line in PHOTOS.items():
-        folder, _, names = line.partition(": ")
-        spec = find_spec(package)
-        for root in (spec.submodule_search_locations or []) if spec else []:
-            found += [p for name in names.split() if (p := Path(root, folder, name)).is_file()]
-    if not found:
-        raise OSError("demo: no photos found; run: pip install scikit-image scikit-learn")
-    return found
-
-
 def main(output: Path, epochs: int) -> None:
-    from xattn.backbone import load_backbone
-    from xattn.eval import evaluate, format_table, sanity_rows, write_csv, write_json
-    from xattn.explainers import create_explainer
-    from xattn.explaining.photos import explain
-    from xattn.heads import create_head, load_head, save_head
-    from xattn.pictures.contact_sheet import contact_sheet_html, contact_sheet_image, sheet_rows
-    from xattn.runtime.files import atomic_file, check_folder
-    from xattn.training import fit
-
+    """Run the demo; its results go to the folder ``output``."""
     started = time.perf_counter()
     keep_memory()
     check_folder(output)
@@ -67,11 +51,7 @@ def main(output: Path, epochs: int) -> None:
     backbone = load_backbone(BACKBONE, weights="package")
 
     print(f"[2/4] training a T-TAME head on them for {epochs} epochs")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        head = create_head("ttame", backbone)
-    config = TrainConfig("small", epochs=epochs, batch_size=13, workers=0)
-    fit(head, backbone, photos, config)
+    head = _train(backbone, photos, epochs)
     save_head(head, output / "head")
     shipped = load_head(SHIPPED, backbone)
 
@@ -87,13 +67,32 @@ def main(output: Path, epochs: int) -> None:
         for name, method in methods.items()
         for e in explain(shown, backbone, explainer=method)
     ]
-    rows = {**methods, **sanity_rows(backbone, "head", head=shipped)}
+    rows: Mapping[str, Explainer] = {**methods, **sanity_rows(backbone, "head", head=shipped)}
     results = evaluate(backbone, rows, photos)
     write_json(results, output / "results.json")
     write_csv(results, output / "results.csv")
     print(format_table(results))
 
     print("[4/4] writing the contact sheet")
+    _write_sheet(output, found, results, list(rows), len(photos))
+    print(
+        f"open {output / 'index.html'} in a browser ({time.perf_counter() - started:.0f} s in all)"
+    )
+    _print_next_steps()
+
+
+def _train(backbone: Backbone, photos: Sequence[Path], epochs: int) -> Head:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        head = create_head("ttame", backbone)
+    fit(head, backbone, photos, TrainConfig("small", epochs=epochs, batch_size=13, workers=0))
+    return head
+
+
+def _write_sheet(
+    output: Path, found: list[Explanation], results: Results, rows: Sequence[str], count: int
+) -> None:
+    """Write ``index.html`` and ``sheet.png``: the maps, and the metrics of the methods ``rows``."""
     table: list[list[str]] = [["method", *(f"{m} {100 * level:g} %" for m, level in METRICS)]]
     for name in rows:
         table.append([name, *(f"{results.mean(name, m, level):.1f}" for m, level in METRICS)])
@@ -102,10 +101,10 @@ def main(output: Path, epochs: int) -> None:
     html = contact_sheet_html(
         sheet,
         "What did the network look at?",
-        f"{BACKBONE} explained by Grad-CAM, by a head trained on {len(photos)} photos in this demo "
+        f"{BACKBONE} explained by Grad-CAM, by a head trained on {count} photos in this demo "
         f"and by the head that ships with xattn. One forward pass a photo for the heads.",
         table,
-        f"Fidelity on these {len(photos)} photos (percent; AD lower is better, IC and ADD higher)",
+        f"Fidelity on these {count} photos (percent; AD lower is better, IC and ADD higher)",
         [
             "AD: average drop of the class probability on the masked photo; IC: share of photos whose "
             "confidence rises; ADD: average drop when the map is deleted. The demo's head is scored on "
@@ -116,9 +115,9 @@ def main(output: Path, epochs: int) -> None:
         temporary.write_text(html, encoding="utf-8")
     with atomic_file(output / "sheet.png") as temporary:
         contact_sheet_image(sheet).save(temporary, "PNG")
-    print(
-        f"open {output / 'index.html'} in a browser ({time.perf_counter() - started:.0f} s in all)"
-    )
+
+
+def _print_next_steps() -> None:
     print("\nTrain on your own folder (no labels needed), explain, measure:")
     command = str(Path(sys.executable).parent / "xattn")
     print(f"  {command} train --data PHOTOS --recipe small --output runs/mine")

@@ -77,7 +77,6 @@ class Jobs:
         self._files = JobFiles(self.root)
         self._commands = CommandLines(self.root, self.data, model)
 
-
     def all(self) -> list[Job]:
         """All jobs, the latest first; folders that are no jobs are left out."""
         found = []
@@ -148,7 +147,6 @@ class Jobs:
             name = f"{slug}-{count}"
         return name
 
-
     def start(self, spec: Spec, name: str) -> Job:
         """Start a job; one at a time, and each name once, however many pages ask at once.
 
@@ -217,7 +215,6 @@ class Jobs:
                 os.kill(int(process["pid"]), signal.SIGINT)
         return self.get(job_id)
 
-
     def losses(self, job_id: str) -> dict[str, list[dict[str, float]]]:
         """The log of each head that is trained, a record a step: ``step``, ``epoch`` and the losses."""
         job = self.get(job_id)
@@ -246,7 +243,6 @@ class Jobs:
         found = self.progress(job_id)
         left = re.search(r"<([0-9:]+)", found[2] if found else "")
         return f"about {left[1]} left" if left else ""
-
 
     def _folder(self, job_id: str) -> Path:
         folder = self.root / JOBS / job_id
