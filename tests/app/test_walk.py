@@ -144,8 +144,7 @@ def test_pages_fit_the_screen(root, address, open_page, name, size, scheme):
     screens = os.environ.get("XATTN_SCREENS")
     if screens:
         Path(screens).mkdir(parents=True, exist_ok=True)
-        page.wait_for_timeout(1000)
-        page.screenshot(path=Path(screens, f"{name}-{size}-{scheme}.png"))
+        page.screenshot(path=Path(screens, f"{name}-{size}-{scheme}.png"), animations="disabled")
 
 
 def test_a_pack_that_goes_or_changes_while_it_is_shown_is_a_message(root, address, open_page):

@@ -111,10 +111,10 @@ def test_the_answer_to_an_earlier_key_does_not_move_the_cursor_back(address, ope
     holding = True
     picker(page).focus()
     page.keyboard.press("ArrowRight")
-    deadline = time.monotonic() + 30
-    while not held and time.monotonic() < deadline:  # until the cursor rests and is answered
+    deadline, known, still = time.monotonic() + 30, 0, 0
+    while still < 10 and time.monotonic() < deadline:  # until the cursor rests and is answered
         page.wait_for_timeout(50)
-    page.wait_for_timeout(1000)
+        still, known = still + 1 if held and len(held) == known else 0, len(held)
     page.keyboard.press("ArrowDown")
     holding = False
     for browser, message in held:
