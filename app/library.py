@@ -145,7 +145,7 @@ class Library:
         return read_inside(self._comparison(comparison_id), name, limit)
 
     def signature(self, comparison_id: str, name: str) -> Signature:
-        """What tells the file that :meth:`read` reads from the one that was there before.
+        """The stat signature of the file that :meth:`read` reads, which shows whether it has changed.
 
         Raises:
             PackError: as :meth:`read`.
@@ -227,7 +227,7 @@ class Library:
         return info
 
     def _is_head(self, folder: Path, names: set[str]) -> bool:
-        """Whether there are weights, and nothing of the head leads out of the root."""
+        """Whether the folder has weights, and no file of the head is a link out of the root."""
         files = [n for n in names if n.endswith(".safetensors") or n == CONFIG_FILE]
         inside = all((folder / n).resolve().is_relative_to(self.root) for n in files)
         return len(files) > 1 and inside
@@ -286,7 +286,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, Path, set[str]]]:
 
 
 def _id(relative: str) -> str:
-    """Stable from start to start, and no path: a few letters for people, a hash for the rest."""
+    """An id that is no path and the same after a restart: a few letters for people, and a hash."""
     letters = re.sub(r"[^A-Za-z0-9]+", "-", relative).strip("-")[:40] or "root"
     return f"{letters}-{hashlib.sha256(os.fsencode(relative)).hexdigest()[:12]}"
 

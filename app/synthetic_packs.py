@@ -1,4 +1,4 @@
-"""Packs of any size, made up without a photo: for the benchmark of the viewer and for its tests."""
+"""Synthetic packs of any size, for the benchmark of the viewer and for its tests."""
 
 from __future__ import annotations
 

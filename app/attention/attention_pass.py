@@ -1,7 +1,7 @@
-"""The attention of one image of a pack, read in one pass and kept for a session's questions.
+"""The attention of one image of a pack, read in one forward pass and kept for the session.
 
-Rows and rollouts are asked of the layers' operators when they are wanted: O(N d) a row and layer, and
-never N x N. A session keeps the images it looked at last, ``KEPT`` of them.
+Rows and rollouts come from the layers' operators on demand: O(N d) per row and layer, never N x N. A
+session keeps the ``KEPT`` images that it looked at last.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Made = TypeVar("Made")
 
 
 def keep(cache: OrderedDict[Any, Made], key: Any, make: Callable[[], Made], most: int) -> Made:
-    """What ``cache`` has under ``key``, made where it is missing; the ``most`` last used ones stay."""
+    """The value of ``key`` in ``cache``, made if it is missing; the ``most`` last used ones are kept."""
     if key not in cache:
         cache[key] = make()
     cache.move_to_end(key)

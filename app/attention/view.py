@@ -1,4 +1,4 @@
-"""What the attention page shows of an image, read from a URL and written to one.
+"""The view of the attention page, read from a URL and written to one.
 
 Layers and heads count from 0, as in the model's code; rows and columns of patches from 1, as a person
 counts. Bad parameters become defaults and a message.

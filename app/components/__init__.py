@@ -1,4 +1,4 @@
-"""Parts of pages that Streamlit does not have, and the grid of pictures.
+"""Components that Streamlit lacks, such as the grid of pictures.
 
 A component is a ``.js`` and a ``.css`` file of its name in this folder. What it shows comes in as
 data and becomes text by ``textContent``, never HTML.

@@ -1,4 +1,4 @@
-"""The viewer's look: colours and type for Streamlit's light and dark themes, and styles of its own."""
+"""The colours and fonts of the viewer in light and dark, and its own CSS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo pack: what a viewer without a pack offers to make, and how that goes."""
+"""The demo pack that a viewer without packs offers to make, and its progress."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 A job is a folder ``ROOT/jobs/NAME`` with what was asked for (``job.json``), its process (``process.json``),
 what it printed and, once it has ended, its exit code (``exit.json``); its results lie in ``ROOT/NAME``,
 where the command line would put them. Nothing of it is kept in memory, so jobs survive a reload and the
-end of the server, and another server on the same root finds them again. A process is told from a later one
-of the same number by the time it started.
+end of the server, and another server on the same root finds them again. A process is told apart from a
+later one with the same number by its start time.
 
 What a page asks for is a :class:`Spec` of names; command lines are made from it here, each time anew, so
 that a changed ``job.json`` cannot run anything else.

@@ -1,6 +1,6 @@
-"""The folder of live results: it goes when the viewer ends, and those of viewers that were killed go, too.
+"""The folder of live results: deleted when the viewer ends, or by the next viewer if it was killed.
 
-A viewer holds a lock on its folder, which the system takes back however the process ends.
+A viewer holds a lock on its folder, which the system releases however the process ends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Whether the address that a run comes with counts, or what the page holds.
+"""Whether the URL of a script run is followed, or the state that the page holds.
 
-A click may be sent before the browser knows the address that the last run wrote. Such an address is
-not new, and following it would undo what was chosen since.
+A click may be sent before the browser knows the URL that the last run wrote. Such a URL is not new, and
+following it would undo what was chosen since.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The gallery's view that a session used last, so that the menu leads back to it as the button does."""
+"""The last gallery view of a session, to which the menu leads back, as the button does."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Choices that the URL holds: by their own values, where Streamlit's ``bind`` writes the labels.
+"""Widgets whose value is in the URL, too: the value itself, where Streamlit's ``bind`` writes the label.
 
 A choice that equals its default is not in the URL. A new value in the URL (a link, a reload, Back)
-wins over the widget; one that is no option is passed over.
+overrides the widget; a value that is no option is ignored.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What stands before every request of the viewer: names, origins, the password, headers.
+"""The middleware before every request of the viewer: host names, origins, the password, headers.
 
 Streamlit serves ``/media``, ``/component``, ``/_stcore/upload_file`` and more without looking at a
 session, so this ASGI middleware decides before any of its routes is reached, websockets included:

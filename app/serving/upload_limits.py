@@ -1,6 +1,7 @@
-"""How much of what browsers send is kept in memory: a session's share, and that of all together.
+"""Limits on the uploads that are kept in memory, for each session and for all sessions together.
 
-Streamlit caps each file, but takes any number of them, and a page sees them only when all are there.
+Streamlit limits the size of a file but not the number of files, and a page sees them only once all of
+them have arrived.
 """
 
 from __future__ import annotations

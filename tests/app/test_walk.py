@@ -26,6 +26,15 @@ PAGES = {  # name: the pack, and a text that is there when the page is
 }
 
 
+# Whether every picture in sight is there, those in the shadow roots of grids included.
+ALL_LOADED = """() => {
+  const roots = root => [root, ...[...root.querySelectorAll("*")].filter(e => e.shadowRoot)
+    .flatMap(e => roots(e.shadowRoot))];
+  return roots(document).flatMap(root => [...root.querySelectorAll("img")]).every(i =>
+    i.getBoundingClientRect().top > innerHeight || (i.complete && i.naturalWidth > 0));
+}"""
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A viewer's root: a pack with metrics and one of a ViT, whose weights the viewer was given."""
@@ -144,6 +153,7 @@ def test_pages_fit_the_screen(root, address, open_page, name, size, scheme):
     screens = os.environ.get("XATTN_SCREENS")
     if screens:
         Path(screens).mkdir(parents=True, exist_ok=True)
+        page.wait_for_function(ALL_LOADED)
         page.screenshot(path=Path(screens, f"{name}-{size}-{scheme}.png"), animations="disabled")
 
 

@@ -1,7 +1,7 @@
-"""A comparison's ``leaderboard.json``, read with caution: what ``xattn compare`` wrote, as results again.
+"""The ``leaderboard.json`` of ``xattn compare``, read with caution and turned into results again.
 
-The file may come from anywhere. Its size is capped before it is read, JSON is strict, and whatever
-does not fit together is a :class:`~xattn.packs.contained_files.PackError` for the person at the page.
+The file may come from anywhere: its size is capped before it is read, its JSON is strict, and anything
+inconsistent is a :class:`~xattn.packs.contained_files.PackError` for the person at the page.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def arrow(key: str, board: Board) -> str:
 
 
 def read(library: Library, comparison_id: str) -> Board:
-    """The comparison of that id; kept until its file changes.
+    """The comparison of that id, kept until the stat signature of its file changes.
 
     Raises:
         PackError: no such comparison, or a file that is too large, damaged or of another version.

@@ -1,4 +1,4 @@
-"""A job as it goes: its state, its buttons, and what it has brought so far."""
+"""A job on the train page: its state, its buttons, and its results so far."""
 
 from __future__ import annotations
 
