@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -36,12 +37,18 @@ def run_facts(evaluation: Evaluation, max_forward_batch: int) -> dict[str, Any]:
 
 
 def describe(explainer: Explainer) -> dict[str, Any]:
-    """What an explainer is: its class, options, and the hashes of its head and network."""
+    """What an explainer is: its class, options, and the hashes of its head and network.
+
+    Options come in the order in which the explainer declares them.
+    """
     hidden = ("head", "backbone", "reader")  # a reader's layer has a name among the options
+    values = getattr(explainer, "__dict__", {})
+    declared = list(getattr(explainer, "listed_first", ()))
+    declared += [f.name for f in fields(explainer)] if is_dataclass(explainer) else []
     options = {
-        key: _fact(value)
-        for key, value in getattr(explainer, "__dict__", {}).items()
-        if not key.startswith("_") and key not in hidden
+        key: _fact(values[key])
+        for key in dict.fromkeys([*declared, *values])
+        if key in values and not key.startswith("_") and key not in hidden
     }
     record = {"class": type(explainer).__qualname__, "options": options}
     head = getattr(explainer, "head", None)

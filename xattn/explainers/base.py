@@ -57,7 +57,8 @@ class Explainer(ABC):
     Class attributes: ``name``; ``forwards``, the largest number of forward passes per image;
     ``perturbs``, whether these are many perturbed images without gradients; ``one_by_one``, whether
     each image has micro-batches of its own, so that a batch of images needs no fixed size;
-    ``needs_head``; ``is_mask``, whether the map is already a mask, to be shown without min-max.
+    ``needs_head``; ``is_mask``, whether the map is already a mask, to be shown without min-max;
+    ``listed_first``, options that records of results list before all others, as they always did.
     """
 
     name: ClassVar[str]
@@ -66,6 +67,7 @@ class Explainer(ABC):
     one_by_one = False
     needs_head: ClassVar[bool] = False
     is_mask: ClassVar[bool] = False
+    listed_first: ClassVar[tuple[str, ...]] = ()
 
     backbone: Backbone
     head: Head | None = None

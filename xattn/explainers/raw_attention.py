@@ -37,6 +37,8 @@ class RawAttention(AttentionExplainer):
         start: see :class:`~xattn.explainers.attention.AttentionExplainer`.
     """
 
+    listed_first = ("layer", "fusion")
+
     layer: int = -1
     fusion: str | int = "mean"
 
@@ -83,6 +85,8 @@ class ColumnMass(AttentionExplainer):
     Args:
         layer: negative numbers count from the end; None averages over all layers.
     """
+
+    listed_first = ("layer",)
 
     layer: int | None = -1
     start: Start | None = field(default="patches", init=False)
