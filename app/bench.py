@@ -219,12 +219,14 @@ def live(page: Any, address: str, photo: Path, rounds: int) -> tuple[list[float]
 
     Both in every round, in turn; the model is loaded on both sides, the first round is left out.
     """
-    import xattn
+    from xattn.backbone import load_backbone
+    from xattn.explaining.photos import explain
+    from xattn.heads import load_head
     from xattn.runtime.allocator import keep_memory
 
     keep_memory()
-    backbone = xattn.load_backbone(LIVE_BACKBONE, weights="package")
-    head = xattn.load_head(LIVE_HEAD, backbone)  # what the page chooses by itself
+    backbone = load_backbone(LIVE_BACKBONE, weights="package")
+    head = load_head(LIVE_HEAD, backbone)  # what the page chooses by itself
     in_page, alone = [], []
     page.goto(f"{address}/live")
     page.locator("input[type=file]").first.set_input_files(str(photo))
@@ -233,7 +235,7 @@ def live(page: Any, address: str, photo: Path, rounds: int) -> tuple[list[float]
         page.wait_for_timeout(700)
         in_page.append(_clicked(page, button))
         start = time.perf_counter()
-        xattn.explain(photo, backbone, head)
+        explain(photo, backbone, head)
         alone.append(time.perf_counter() - start)
         if turn == 0:
             in_page.clear()

@@ -1,6 +1,7 @@
 """Links between the documentation pages resolve, and the results' index names every page."""
 
 import re
+import runpy
 from itertools import count
 from pathlib import Path
 
@@ -78,3 +79,9 @@ def test_files_that_a_page_names_exist(page):
     text = page.read_text(encoding="utf-8")
     for name in re.findall(rf"(?<![\w./])(?:{folders})/[\w/.-]*\.(?:py|md)\b", text):
         assert (ROOT / name).is_file(), name
+
+
+def test_the_page_of_modules_is_up_to_date():
+    """``python docs/modules.py`` writes it from the code."""
+    writer = runpy.run_path(str(ROOT / "docs" / "modules.py"))
+    assert (ROOT / "docs" / "modules.md").read_text(encoding="utf-8") == writer["page"]()

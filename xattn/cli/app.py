@@ -1,4 +1,4 @@
-"""``xattn app``."""
+"""``xattn app``: open the viewer in the browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``xattn compare``."""
+"""``xattn compare``: compare methods by many metrics."""
 
 from __future__ import annotations
 

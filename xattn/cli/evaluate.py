@@ -1,4 +1,4 @@
-"""``xattn evaluate``."""
+"""``xattn evaluate``: measure how faithful explanations are."""
 
 from __future__ import annotations
 

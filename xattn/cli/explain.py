@@ -1,4 +1,4 @@
-"""``xattn explain``."""
+"""``xattn explain``: explain photos or a clip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``xattn export``."""
+"""``xattn export``: write backbone and head as one graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``xattn list``."""
+"""``xattn list``: list backbones, heads, explainers and metrics."""
 
 from __future__ import annotations
 

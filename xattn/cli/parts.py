@@ -1,4 +1,4 @@
-"""``xattn parts``."""
+"""``xattn parts``: crop the evidence out of photos."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``xattn probe``."""
+"""``xattn probe``: train attentive heads as classifiers of your own classes."""
 
 from __future__ import annotations
 

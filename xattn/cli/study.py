@@ -1,4 +1,4 @@
-"""``xattn study``."""
+"""``xattn study``: rerun a study of ``docs/results/``."""
 
 from __future__ import annotations
 

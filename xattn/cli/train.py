@@ -1,4 +1,4 @@
-"""``xattn train``."""
+"""``xattn train``: train an explanation head on photos."""
 
 from __future__ import annotations
 

@@ -1,0 +1,145 @@
+"""How the code is laid out: imports, lengths of files and functions, entries of folders."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACES = {
+    "xattn": "xattn",
+    "kernels": "xattn.kernels",
+    "models": "xattn.models",
+    "eval": "xattn.eval",
+    "app": "xattn.app",
+}
+# Parts, each with the parts it may import from.
+LAYERS = {
+    "xattn.kernels": set(),
+    "xattn": {"xattn.kernels"},
+    "xattn.models": {"xattn.kernels", "xattn"},
+    "xattn.eval": {"xattn.kernels", "xattn"},
+    "xattn.app": {"xattn.kernels", "xattn", "xattn.models", "xattn.eval"},
+    "xattn.cli": {"xattn.kernels", "xattn", "xattn.models", "xattn.eval", "xattn.app"},
+}
+# Imports that reach upwards, each for a reason.
+UPWARD = {
+    ("xattn", "xattn.eval"): "evaluate is a public name of the package",
+    ("xattn.backbone.timm_models", "xattn.models.weights"): "where shipped weights lie",
+    ("xattn.backbone.adapters", "xattn.models.weights"): "how a file of weights is read",
+    ("xattn.heads.base", "xattn.models.weights"): "how a file of weights is read",
+    ("xattn.app.models", "xattn.cli.model"): "the viewer takes the options of xattn explain",
+    ("xattn.app.jobs.child", "xattn.cli"): "a job's process runs a command line",
+}
+LONGEST_FUNCTION, LONGEST_KERNEL, LONGEST_FILE, MOST_ENTRIES = 80, 100, 500, 20
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for folder, package in PLACES.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            name = ".".join((package, *parts)).removesuffix(".__init__")
+            found[name] = path
+    return found
+
+
+MODULES = modules()
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+def imported(name: str) -> Iterator[str]:
+    """The modules of xattn that ``name`` imports: at its top, in functions, and for types alone."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            wanted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name}:{node.lineno}: import by the full path"
+            base = node.module or ""
+            wanted = [
+                f"{base}.{a.name}" if f"{base}.{a.name}" in MODULES else base for a in node.names
+            ]
+        else:
+            continue
+        for found in wanted:
+            if found == "xattn" or found.startswith("xattn."):
+                assert found in MODULES, f"{name}:{node.lineno}: no module {found}"
+                yield found
+
+
+IMPORTS = {name: set(imported(name)) - {name} for name in MODULES}
+
+
+def layer(name: str) -> str:
+    return max((part for part in LAYERS if f"{name}.".startswith(f"{part}.")), key=len)
+
+
+def test_imports_run_downwards_only():
+    upward = {
+        (name, found)
+        for name, all_of in IMPORTS.items()
+        for found in all_of
+        if layer(found) != layer(name) and layer(found) not in LAYERS[layer(name)]
+    }
+    assert upward == set(UPWARD)
+
+
+def test_nothing_inside_imports_the_public_facade():
+    for name, all_of in IMPORTS.items():
+        assert "xattn" not in all_of, f"{name} imports from xattn itself; name the module"
+
+
+def test_there_is_no_import_cycle():
+    """Late imports count, and those for types alone; the names that xattn itself exports are lazy."""
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for found in sorted(IMPORTS[name]):
+                visit(found, [*path, name])
+            done.add(name)
+
+    for name in MODULES:
+        visit(name, [])
+
+
+@pytest.mark.parametrize("folder", ["xattn", "eval", "app"])
+def test_a_folder_holds_at_most_twenty_entries(folder):
+    ignored = {"__pycache__", "py.typed"}
+    entries = [p.name for p in (ROOT / folder).iterdir() if p.name not in ignored]
+    assert len(entries) <= MOST_ENTRIES, sorted(entries)
+
+
+def test_files_and_functions_have_a_readable_length():
+    too_long = []
+    for name, path in MODULES.items():
+        lines = len(path.read_text().splitlines())
+        if lines > LONGEST_FILE:
+            too_long.append(f"{name}: {lines} lines")
+        for node in ast.walk(TREES[name]):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            decorators = [ast.unparse(d) for d in node.decorator_list]
+            kernel = any(d.startswith(("triton.jit", "triton.autotune")) for d in decorators)
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            assert node.end_lineno is not None
+            lines = node.end_lineno - first + 1
+            if lines > (LONGEST_KERNEL if kernel else LONGEST_FUNCTION):
+                too_long.append(f"{name}.{node.name}: {lines} lines")
+    assert not too_long, too_long
+
+
+def test_no_private_name_is_imported_from_another_module():
+    private = [
+        f"{name}:{node.lineno}: {alias.name}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("xattn")
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+    assert not private, private
