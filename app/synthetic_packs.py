@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from xattn.packs.explanation import Explanation, ImageFacts
-from xattn.packs.writer import PackWriter, pack_writer, save_pack
+from xattn.packs.writer import pack_writer, save_pack
 from xattn.photos.view import View
 
 CLASSES = [
@@ -123,16 +123,10 @@ def big_pack(folder: Path, images: int = 10_000, methods: int = 1, pictures: int
             (writer.folder / name).write_bytes(data)
         for i in range(images):
             n = i % len(jpegs)
-            _add(writer, [explanation(i, name) for name in names], thumbnails[n], hashes[n])
+            group = [explanation(i, name) for name in names]
+            writer.add(group)
+            writer.use_thumbnail(group, thumbnails[n], hashes[n])
     return folder
-
-
-def _add(writer: PackWriter, group: list[Explanation], thumbnail: str, sha256: str) -> None:
-    """Entries whose thumbnail is already there."""
-    writer.add(group)
-    writer._images[group[0].image_id]["thumbnail_sha256"] = sha256
-    for e in group:
-        writer._entries[e.id]["thumbnail"] = thumbnail
 
 
 def _jpeg(image: Image.Image) -> bytes:

@@ -150,6 +150,12 @@ class PackWriter:
             self._entries[e.id] = self._entry(e, thumbnail, drawn)
         self._images[photo.image_id] = record
 
+    def use_thumbnail(self, group: Sequence[Explanation], name: str, sha256: str) -> None:
+        """Let a photo that was added without pixels use a thumbnail that is in the folder already."""
+        self._images[group[0].image_id]["thumbnail_sha256"] = sha256
+        for e in group:
+            self._entries[e.id]["thumbnail"] = name
+
     def add_video(self, film: Path) -> None:
         """Move a film of overlays into the pack."""
         shutil.move(film, self.folder / VIDEO)
