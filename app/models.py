@@ -33,7 +33,7 @@ _TURN = threading.RLock()
 
 
 class ModelError(ValueError):
-    """A model cannot be had, or is another than a pack was made with; the text is for a person."""
+    """A model is not available, or not the one that made a pack; the text is for a person."""
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def backbone(
 
 
 def backbone_of(pack: Any) -> Backbone:
-    """The very network that the maps of ``pack`` (:class:`xattn.packs.reader.Pack`) explain.
+    """The network whose predictions the maps of ``pack`` (:class:`xattn.packs.reader.Pack`) explain.
 
     Raises:
         ModelError: the pack does not say, the model is gone, or its weights are others now.
@@ -253,7 +253,7 @@ def _candidates(record: dict[str, Any]) -> Iterator[BackboneArgs]:
 def heads(name: str) -> dict[str, str]:
     """Trained heads of the backbone ``name``, shipped or below the root: id -> what to call it.
 
-    They are told by the backbone's name in their card, so nothing is loaded; :func:`with_head`
+    They are found by the backbone's name in their config, so nothing is loaded; :func:`with_head`
     compares the weights.
     """
     from xattn.heads import read_config

@@ -188,8 +188,8 @@ def change(**values: Any) -> None:
 def shown(name: str, value: Any) -> str:
     """The key of the widget ``name``, which shows ``value``.
 
-    A browser sends the values of all widgets with each click, also one that it has not yet heard was
-    changed by the click before. So a value that comes from elsewhere makes a new widget.
+    With each click a browser sends the values of all widgets, even of one that the click before has
+    changed without its knowing. So a value that comes from elsewhere makes a new widget.
     """
     key = _key(name)
     if key in st.session_state and st.session_state[key] != value:

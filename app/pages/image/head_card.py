@@ -1,4 +1,4 @@
-"""The card of the head that made a map: found by the hash of its weights, among heads at hand."""
+"""The model card of the head that made a map, found by the hash of the head's weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LONGEST = 20_000  # characters that are shown
 
 
 def head_card(library: Library, head: Mapping[str, Any]) -> str | None:
-    """What a pack's ``head`` record (name, sha256) is told of elsewhere: the README.md in its folder,
-    else its training record; None if no head that ships with xattn or lies below the root is it."""
+    """The model card of the head recorded in a pack (name, sha256): the README.md in its folder, else its
+    training record; None if it is neither a shipped head nor one below the root."""
     from xattn.heads.base import shipped_heads
 
     folders = [*shipped_heads().values(), *(info.folder for info in library.heads())]
@@ -41,7 +41,7 @@ def _matches(folder: Path, head: Mapping[str, Any]) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _sha256(weights: Path, changed: int) -> str:
-    """The hash of the loaded head, whose weights are single precision whatever the file holds."""
+    """The hash of the head as loaded: in single precision, whatever the file holds."""
     from xattn.backbone import state_sha256
     from xattn.models.weights import load_weight_file
 
