@@ -12,23 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "modules.md"
 FOLDERS = {"xattn": "", "kernels": "kernels", "models": "models", "eval": "eval", "app": "app"}
-SHOWN = 6  # neighbours in a cell
-
-# Packages with one file for each of a kind, which only the package's list of them imports.
-KINDS = {
-    "attention": "mechanism",
-    "heads": "head",
-    "explainers": "method",
-    "eval.metrics": "metric",
-}
-LISTS = {"eval.metrics": "eval.metrics.registry"}
+SHOWN = 10  # importers in a cell
 
 INTRODUCTION = """# Modules
 
 Every Python file: the first sentence of its docstring, the modules of xattn that it imports, and
 those that import it; `a.b` is `xattn.a.b`. [design.md](design.md) says how the parts work together.
-Heads, explainers, mechanisms and metrics that no other file imports are not listed one by one: each
-file is named after the one thing in it, and `a.*` stands for them. Written by `python docs/modules.py`.
+Written by `python docs/modules.py`.
 """
 
 
@@ -66,11 +56,11 @@ def imports(tree: ast.Module, names: dict[str, Path]) -> set[str]:
     return found
 
 
-def cell(modules: set[str]) -> str:
-    """Module names for a table cell."""
-    shown = sorted(modules)
-    more = f", and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
-    return ", ".join(f"`{name}`" for name in shown[:SHOWN]) + more
+def listed(modules: set[str], most: int | None = None) -> str:
+    """Module names, at most so many of them."""
+    names = [f"`{name or 'xattn'}`" for name in sorted(modules)]
+    more = f", and {len(names) - most} more" if most and len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def page() -> str:
@@ -82,17 +72,6 @@ def page() -> str:
     for name, found in uses.items():
         for other in found:
             used[other].add(name)
-    alone = {
-        name
-        for name in names
-        if (package := name.rpartition(".")[0]) in KINDS
-        and used[name] <= {package, LISTS.get(package, package)}
-        and name not in LISTS.values()
-    }
-    for name in names:
-        used[name] = {
-            f"{n.rpartition('.')[0]}.*" if n in alone else n or "xattn" for n in used[name]
-        }
     folders: dict[Path, list[str]] = defaultdict(list)
     for name, path in names.items():
         folders[path.parent].append(name)
@@ -105,17 +84,16 @@ def page() -> str:
         for name in folders[folder]:
             path = names[name]
             if path.name == "__init__.py":
-                if text := purpose(trees[name]):
-                    lines.append(f"{text}\n")
+                lines.append(f"{purpose(trees[name])}\n")
+                if used[name]:
+                    lines.append(
+                        f"The package itself is imported by {listed(used[name], SHOWN)}.\n"
+                    )
                 continue
-            if name in alone:
-                continue
+            imported_by = listed(used[name], SHOWN)
             rows.append(
-                f"| `{path.name}` | {purpose(trees[name])} | {cell(uses[name])} | {cell(used[name])} |"
+                f"| `{path.name}` | {purpose(trees[name])} | {listed(uses[name])} | {imported_by} |"
             )
-        kinds = {KINDS[name.rpartition(".")[0]] for name in folders[folder] if name in alone}
-        for kind in kinds:
-            lines.append(f"A file per {kind}, named after it, and:\n")
         if rows:
             lines += [
                 "| file | is | imports | imported by |",

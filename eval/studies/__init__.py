@@ -1,0 +1,1 @@
+"""The experiments behind ``docs/results/``, each rerun by ``xattn study`` or ``python -m``."""
