@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from xattn.heads.base import CONFIG_FILE
-from xattn.packs.contained_files import PackError, Signature, open_inside, read_inside
+from xattn.packs.contained_files import PackError, open_inside, read_inside
 from xattn.packs.format import MANIFEST, MAPS
 from xattn.packs.reader import MAX_MANIFEST, RECENT_MAPS, NotAPack, Pack
 from xattn.runtime.display_text import visible
+from xattn.runtime.files import Signature
 from xattn.runtime.lru_cache import LRUCache
 
 LEADERBOARD = "leaderboard.json"
@@ -156,13 +157,13 @@ class Library:
     def _comparison(self, comparison_id: str) -> Path:
         found = self._look().comparisons
         if comparison_id not in found:
-            raise PackError("There is no such comparison; choose one of the list")
+            raise PackError("There is no such comparison; choose one from the list")
         return found[comparison_id][0]
 
     # ------------------------------------------------------------------ looking
 
     def _place(self, pack_id: str) -> tuple[Path, str]:
-        unknown = PackError("There is no such pack; choose one of the list")
+        unknown = PackError("There is no such pack; choose one from the list")
         if not isinstance(pack_id, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,120}", pack_id):
             raise unknown
         with self._lock:

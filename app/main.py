@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def warm() -> None:
-    """Read the pack that the first view shows, before anybody asks; ``xattn app`` does so aside."""
+    """Read the pack of the first view in advance; ``xattn app`` does so in a thread of its own."""
     library = state.library()
     for info in library.packs():
         if info.problem is None:
@@ -61,11 +61,10 @@ def warm() -> None:
 
 @functools.cache
 def _module(name: str) -> ModuleType:
-    """The page ``name``, imported when it is first shown: some need what takes seconds to import.
+    """The page ``name``, imported when it is first shown: some imports take seconds.
 
-    Streamlit looks for garbage after every run, through all objects of torch and pandas, which holds
-    up the pictures of the page by a fifth of a second. What is there now stays for good: it is left
-    out from here on.
+    Streamlit collects garbage after every run, which delays the page's pictures by a fifth of a second
+    with torch and pandas imported. Objects that exist now live until the end, so they are frozen.
     """
     found = importlib.import_module(PAGES[name].module)
     gc.collect()

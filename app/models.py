@@ -20,8 +20,8 @@ import streamlit as st
 
 from xattn.backbone import sha256
 from xattn.cli.model import BackboneArgs
-from xattn.packs.contained_files import Signature
 from xattn.runtime.display_text import reason
+from xattn.runtime.files import Signature
 from xattn.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def backbone_of(pack: Any) -> Backbone:
     if problems:
         raise ModelError(f"The maps of this pack explain {name}. {problems[0]}")
     raise ModelError(
-        f"The maps of this pack explain {name}, whose head is not below the root any more; "
+        f"The maps of this pack explain {name}, whose head is no longer below the root; "
         f"put the head's folder back."
     )
 
@@ -154,7 +154,7 @@ def _arguments(name: str, weights: str, taps: Any, input_size: Any) -> BackboneA
     if weights not in ("auto", "package", "timm"):
         files = weight_files()
         if weights not in files:
-            raise ModelError("These weights are not below the root any more; choose others.")
+            raise ModelError("These weights are no longer below the root; choose others.")
         weights = str(files[weights])
     return BackboneArgs(
         backbone=name, weights=weights, taps=chosen, input_size=input_size, device=_device()
@@ -196,7 +196,7 @@ def _loaded(arguments: BackboneArgs, *stamps: Any) -> Any:
 
 
 def _stamp(path: str | Path | None) -> tuple[Signature, ...]:
-    """Of a weight file, or of the files of a head's folder: others of that name are another model."""
+    """Stat signatures of a weight file, or of the files of a head; if they change, the model has."""
     if path is None:
         return ()
     files = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
@@ -302,7 +302,7 @@ def with_head(name: str, key: str, weights: str = "auto") -> tuple[Backbone, Hea
 
     folders = _head_folders()
     if key not in folders:
-        raise ModelError("This head is not below the root any more; choose another.")
+        raise ModelError("This head is no longer below the root; choose another.")
     _, folder = folders[key]
     try:
         config = read_config(folder)

@@ -6,6 +6,7 @@ python docs/modules.py
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "modules.md"
 FOLDERS = {"xattn": "", "kernels": "kernels", "models": "models", "eval": "eval", "app": "app"}
 SHOWN = 10  # importers in a cell
+BAR = "\\|"  # a bar within a table cell
 
 INTRODUCTION = """# Modules
 
@@ -36,7 +38,7 @@ def module_names() -> dict[str, Path]:
 def purpose(tree: ast.Module) -> str:
     """The first sentence of the docstring, on one line."""
     text = " ".join((ast.get_docstring(tree) or "").split("\n\n")[0].split())
-    return text.replace("|", "\\|").replace("``", "`")
+    return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
 
 
 def imports(tree: ast.Module, names: dict[str, Path]) -> set[str]:
@@ -90,10 +92,8 @@ def page() -> str:
                         f"The package itself is imported by {listed(used[name], SHOWN)}.\n"
                     )
                 continue
-            imported_by = listed(used[name], SHOWN)
-            rows.append(
-                f"| `{path.name}` | {purpose(trees[name])} | {listed(uses[name])} | {imported_by} |"
-            )
+            cells = f"`{path.name}`", purpose(trees[name]).replace("|", BAR), listed(uses[name])
+            rows.append(f"| {' | '.join(cells)} | {listed(used[name], SHOWN)} |")
         if rows:
             lines += [
                 "| file | is | imports | imported by |",

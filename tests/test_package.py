@@ -37,6 +37,9 @@ def test_the_wheel_has_only_xattn_at_its_top_and_imports(tmp_path):
     for folder, place in {"xattn": "xattn", "app": "xattn/app", **folders}.items():
         for file in (source / folder).rglob("*.py"):
             assert f"{place}/{file.relative_to(source / folder).as_posix()}" in names
+    data = [f for kind in ("*.js", "*.css", "*.html") for f in (ROOT / "app").rglob(kind)]
+    data += [f for f in (ROOT / "eval").rglob("page/*") if f.is_file()]
+    assert data and all(f"xattn/{f.relative_to(ROOT).as_posix()}" in names for f in data)
     assert "xattn/py.typed" in names
     assert any(n.startswith("xattn/models/heads/") and n.endswith(".safetensors") for n in names)
     code = (

@@ -119,7 +119,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "xattn.training.labels": ("xattn.photos.labels", "xattn.training.splits"),
     "xattn.training.loop": ("xattn.training.fitting",),
     "xattn.training.perturbation": ("xattn.training.attention_training",),
-    "xattn.video": ("xattn.explaining.clips", "xattn.photos.clip"),
+    "xattn.video": ("xattn.explaining.clips", "xattn.explaining.film", "xattn.photos.clip"),
     "xattn.visualize": (
         "xattn.pictures.overlay",
         "xattn.pictures.scales",

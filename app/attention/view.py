@@ -173,7 +173,7 @@ def _values() -> dict[str, Any]:
 
 
 def settle(pack_id: str, image_id: str, view: View, url: Mapping[str, str] | None) -> None:
-    """This view is the one that is shown; ``url`` is where it comes from, None if from the widgets."""
+    """Record the view that is shown now; ``url`` is where it came from, None for the widgets."""
     st.session_state[f"{KEY}of"] = (pack_id, image_id)
     _values().update({name: getattr(view, name) for name in NAMES})
     if url is not None:
@@ -188,8 +188,8 @@ def change(**values: Any) -> None:
 def shown(name: str, value: Any) -> str:
     """The key of the widget ``name``, which shows ``value``.
 
-    With each click a browser sends the values of all widgets, even of one that the click before has
-    changed without its knowing. So a value that comes from elsewhere makes a new widget.
+    With each click a browser sends the values of all widgets, even stale ones. So a value that was set
+    elsewhere gets a widget with a new key.
     """
     key = _key(name)
     if key in st.session_state and st.session_state[key] != value:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from xattn.app.demo import run
 
-parser = argparse.ArgumentParser(description=run.__doc__)
+parser = argparse.ArgumentParser(prog="python -m xattn.app.demo", description=run.__doc__)
 parser.add_argument("--output", type=Path, default=Path("demo-output"))
 parser.add_argument("--epochs", type=int, default=40)
 arguments = parser.parse_args()

@@ -91,7 +91,7 @@ class Jobs:
         """A job by its id."""
         folder = self._folder(job_id)
         if not folder.is_dir():
-            raise JobError("There is no such job; choose one of the list")
+            raise JobError("There is no such job; choose one from the list")
         try:
             record = self._files.read(folder / JOB)
             spec = spec_of(record["spec"])
@@ -156,7 +156,8 @@ class Jobs:
         """
         if not NAME.fullmatch(name):
             raise JobError(
-                f"name: got {name!r}; give up to 64 letters, digits, - and _, and begin with no sign"
+                f"name: got {name!r}; give up to 64 letters, digits, - and _, and start with a "
+                f"letter or digit"
             )
         arguments = self._commands.arguments(spec, name, False)
         self._commands.check_data(spec)
@@ -188,7 +189,7 @@ class Jobs:
         with self._turn():
             job = self.get(job_id)
             if not job.resumable:
-                raise JobError(f"{job_id} is {job.state}; there is nothing to go on with")
+                raise JobError(f"{job_id} is {job.state}; it cannot be resumed")
             self._check_idle()
             self._commands.check_data(job.spec)
             if job.output.is_symlink():
@@ -247,7 +248,7 @@ class Jobs:
     def _folder(self, job_id: str) -> Path:
         folder = self.root / JOBS / job_id
         if not NAME.fullmatch(job_id) or folder.is_symlink() or (self.root / JOBS).is_symlink():
-            raise JobError("There is no such job; choose one of the list")
+            raise JobError("There is no such job; choose one from the list")
         return folder
 
     def _is_free(self, name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from xattn.app import models
 from xattn.app.live.progress import PassCounter, note_memory
 from xattn.app.live.run import BATCH, MAX_FRAMES, LiveRun
-from xattn.app.live.saving import with_name
+from xattn.app.live.saving import named_error
 from xattn.explaining.clips import explain_video
 from xattn.explaining.photos import set_up
 from xattn.packs.format import read_manifest
@@ -55,7 +55,7 @@ def explain_clip(run: LiveRun, folder: Path) -> None:
         run.problems += [(request.clip.name, reason) for _, reason in found.skipped]
         note_memory(run, method)
     except (ValueError, OSError) as error:
-        raise with_name(error, path, request.clip.name) from None
+        raise named_error(error, path, request.clip.name) from None
     finally:
         shutil.rmtree(path.parent, ignore_errors=True)
         with suppress(ValueError, OSError):  # nothing was explained

@@ -1,4 +1,4 @@
-"""How far a run is, counted in forward passes; where it stops."""
+"""Progress in forward passes, and the check that stops a run."""
 
 from __future__ import annotations
 

@@ -77,5 +77,5 @@ class LiveRun:
         self.given = self.request.light()
 
     def wait(self, seconds: float) -> bool:
-        """Whether the run is finished, at the latest after so many seconds."""
+        """Wait at most so many seconds; whether the run has finished."""
         return self.finished.wait(seconds)

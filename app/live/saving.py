@@ -81,13 +81,13 @@ def keep(run: LiveRun, name: str) -> Path:
     except (ValueError, OSError) as error:
         with suppress(OSError):
             target.rmdir()  # empty still
-        raise with_name(error, target, name) from None
+        raise named_error(error, target, name) from None
     finally:
         if film is not None:
             film.unlink(missing_ok=True)
 
 
-def with_name(error: ValueError | OSError, path: Path, name: str) -> ValueError | OSError:
+def named_error(error: ValueError | OSError, path: Path, name: str) -> ValueError | OSError:
     """The error with a name that people know in place of a path that they do not."""
     kind = OSError if isinstance(error, OSError) else ValueError
     return kind(reason(error).replace(str(path), name))

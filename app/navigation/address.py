@@ -32,14 +32,14 @@ def is_new(key: str, address: Any, known: bool = True) -> bool:
 
 
 def wrote(key: str, address: Any) -> None:
-    """The page shows what ``address`` says, or wants the address to be this one."""
+    """Record that the page shows ``address``, or has asked for it."""
     written = _written(key)
     if not written or written[-1] != address:
         written.append(address)
 
 
 def forget() -> None:
-    """Another page is shown: each address is new to it."""
+    """Forget all addresses, because another page is shown."""
     st.session_state.pop(ADDRESSES, None)
 
 

@@ -1,4 +1,4 @@
-"""The last gallery view of a session, to which the menu leads back, as the button does."""
+"""The last gallery view of a session, to which the menu and the button return."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def remembered(pack: Pack) -> str:
 
 
 def forget() -> None:
-    """The gallery opens without filters."""
+    """Forget the view; the gallery then opens without filters."""
     st.session_state.pop(_KEY, None)
 
 

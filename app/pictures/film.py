@@ -13,7 +13,8 @@ from urllib.parse import urlencode
 from PIL import Image
 
 from xattn.app.pictures.rendering import check_side, jpeg
-from xattn.packs.contained_files import PackError, Signature
+from xattn.packs.contained_files import PackError
+from xattn.runtime.files import Signature
 from xattn.runtime.lru_cache import LRUCache
 
 if TYPE_CHECKING:

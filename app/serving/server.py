@@ -143,7 +143,7 @@ def application(
 
     Args:
         ready: called once the application runs, when Ctrl-C already is the server's.
-        guard: options of ``security.Guard``: ``password``, ``names``.
+        guard: options of ``guard.Guard``: ``password``, ``names``.
     """
     from starlette.middleware import Middleware
     from streamlit.starlette import App
@@ -185,7 +185,7 @@ def _stop(server: Any, number: int, frame: Any) -> None:
 
 
 def _quiet(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """A browser that goes away in the middle of a response is no news."""
+    """Do not log browsers that disconnect in the middle of a response."""
     if not isinstance(context.get("exception"), ConnectionError):
         loop.default_exception_handler(context)
 

@@ -76,7 +76,7 @@ def evaluate(
         limit: only the first so many images.
         annotations: where objects are, see :func:`xattn.eval.load_annotations`.
         randomized: by method, (stage, images, targets) -> its maps on a network with randomised
-            weights, see :class:`xattn.eval.Cascade`.
+            weights, see :class:`xattn.eval.sanity.Cascade`.
         again_limit: metrics that explain again are measured on this many images for explainers that
             run many perturbed passes; None for all.
         state: an SQLite file that keeps what is finished. A run with the same arguments resumes

@@ -48,7 +48,7 @@ class Plan:
             f"plan: at most {self.passes:,} forward passes for {len(self.explaining)} methods on "
             f"{self.images} images: {sum(self.explaining.values()):,} explain ({named}), "
             f"{sum(self.scoring.values()):,} score; {1000 * self.seconds_a_pass:.1f} ms a pass, "
-            f"about {_duration(self.seconds)}"
+            f"about {duration(self.seconds)}"
         )
 
 
@@ -77,7 +77,7 @@ def plan(
     requests, again, making = 0, 0, 0.0
     for probe in probes:
         started = time.perf_counter()
-        scored, explained = _dry_run(probe, image.to(backbone.device), stages)
+        scored, explained = _dry_run(probe, image.to(backbone.device))
         making += time.perf_counter() - started
         requests, again = requests + scored, again + explained
     explaining, scoring, seconds = {}, {}, count * seconds_a_pass
@@ -102,7 +102,7 @@ def _seconds_a_pass(backbone: ScoredModel, batch: Tensor) -> float:
     return took / len(batch)
 
 
-def _dry_run(probe: Probe, image: Tensor, stages: int) -> tuple[int, int]:
+def _dry_run(probe: Probe, image: Tensor) -> tuple[int, int]:
     """How many images a probe wants scored, and how many explained again."""
     if probe.needs_annotation:
         return 0, 0
@@ -126,7 +126,8 @@ def _dry_run(probe: Probe, image: Tensor, stages: int) -> tuple[int, int]:
     return sum(1 for _ in probe.measure(sample)), explained[0]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words: s, min or h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

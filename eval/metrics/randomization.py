@@ -3,7 +3,7 @@
     mean_k similarity(|phi|, |phi_k|),    phi_k on the network of which k + 1 parts are random
 
 Adebayo et al. 2018 (arXiv 1810.03292): cascading, from the classifier down to the first layer
-(:func:`xattn.eval.cascade`). A map that stays the same does not depend on what the network has
+(:func:`xattn.eval.sanity.cascade`). A map that stays the same does not depend on what the network has
 learned. Low is good, and no proof: noise is dissimilar too. A map that never reads the classifier
 (a trained head, Eigen-CAM) rightly stays the same at the first stage.
 """
@@ -90,7 +90,7 @@ def _prepared(maps: Tensor, absolute: bool) -> tuple[Tensor, Tensor]:
 class RandomizationProbe(Probe):
     """Similarity of a map to those of the method on randomised networks, mean over ``stages``.
 
-    Needs ``sample.explain_randomized``, which :class:`xattn.eval.Cascade` gives; a method without
+    Needs ``sample.explain_randomized``, which :class:`xattn.eval.sanity.Cascade` gives; a method without
     it has NaN. Maps are compared at the image's resolution.
 
     Args:

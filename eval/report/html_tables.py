@@ -1,6 +1,6 @@
 """The tables of the report page as HTML: leaderboard, formulas, who beats which sanity row.
 
-Names of methods come from users: everything passes through :func:`text` or :func:`name`.
+Names of methods come from users: everything passes through :func:`text` or ``name``.
 """
 
 from __future__ import annotations

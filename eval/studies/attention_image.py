@@ -132,7 +132,7 @@ def study(
             for method in config.methods:
                 parts = [values for run, values in stored.items() if run.method == method]
                 results[backbone, head, method] = _joined(parts)
-    write_json(output / "results.json", summary(results, config))
+    write_json(output / "results.json", summary(results))
     yield from report(results, config)
 
 
@@ -368,9 +368,7 @@ def _joined(parts: Sequence[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]
     return {**joined, "energy": np.mean([p["energy"] for p in parts], 0)}
 
 
-def summary(
-    results: dict[tuple[str, str, str], dict[str, NDArray[Any]]], config: ImageStudyConfig
-) -> list[dict[str, Any]]:
+def summary(results: dict[tuple[str, str, str], dict[str, NDArray[Any]]]) -> list[dict[str, Any]]:
     """A record a backbone, head and method: means, and differences from ``none``, with intervals."""
     records = []
     for (backbone, head, method), values in results.items():
@@ -389,7 +387,7 @@ def report(
     results: dict[tuple[str, str, str], dict[str, NDArray[Any]]], config: ImageStudyConfig
 ) -> Iterator[str]:
     """Tables in Markdown: of none the means, of the others the differences; bold without 0."""
-    records = summary(results, config)
+    records = summary(results)
     for backbone in config.backbones:
         yield ""
         yield f"{backbone}: `none`, and differences from it with paired 95 % intervals"

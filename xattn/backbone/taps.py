@@ -39,9 +39,10 @@ class TapModule(Protocol):
     """The adapter protocol for modules that are not timm's.
 
     ``forward_taps(x)`` takes normalised images (B, 3, H, W) and returns ``(logits, maps)`` with
-    4-D NCHW maps; optional attributes ``preprocessing`` (a :class:`Preprocessing`),
-    ``tap_names`` (one per map), ``classifier_weight`` (K, C), ``classifier_bias`` (K,) and
-    ``gradcam_layer`` (the module whose output Grad-CAM reads) are used where present.
+    4-D NCHW maps; optional attributes ``preprocessing`` (a
+    :class:`~xattn.backbone.preprocessing.Preprocessing`), ``tap_names`` (one per map),
+    ``classifier_weight`` (K, C), ``classifier_bias`` (K,) and ``gradcam_layer`` (the module whose
+    output Grad-CAM reads) are used where present.
     :func:`xattn.backbone.adapters.from_torchvision` makes one.
     """
 

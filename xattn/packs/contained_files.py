@@ -5,26 +5,13 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 AGAIN = "make the pack again"
 
 
 class PackError(ValueError):
     """What is wrong with a pack, and what to do about it, in words for the person who opens it."""
-
-
-class Signature(NamedTuple):
-    """The stat signature of a file: it differs once the file was changed or replaced."""
-
-    mtime_ns: int
-    size: int
-    inode: int
-
-    @classmethod
-    def of(cls, found: os.stat_result) -> Signature:
-        """The signature in a result of ``os.stat``."""
-        return cls(found.st_mtime_ns, found.st_size, found.st_ino)
 
 
 def open_inside(folder: Path, name: str) -> IO[bytes]:

@@ -203,7 +203,7 @@ def _column(entries: Sequence[dict[str, Any]], key: str, kinds: set[type]) -> li
 
 
 def _check_ids(ids: list[str]) -> None:
-    """No id twice: one map must not stand for a million."""
+    """Raise unless the ids are unique; else one map could be listed a million times."""
     if len(set(ids)) == len(ids):
         return
     seen: set[str] = set()
@@ -345,8 +345,8 @@ def _label(record: dict[str, Any], trusted: bool) -> tuple[int | None, str | Non
 
 def _metrics(given: dict[str, Any], trusted: bool) -> list[MetricInfo]:
     if trusted:
-        described = ((key, _metric(key, record)) for key, record in given.items())
-        return [info for _, info in described if info is not None]
+        described = (_metric(key, record) for key, record in given.items())
+        return [info for info in described if info is not None]
     if len(given) > MAX_METRICS:
         raise damaged("it has more than a thousand metrics")
     _check_names(given, "metric")

@@ -267,6 +267,8 @@ class Pack:
         try:
             parsed = parse_manifest(data, self.name)
         except LaterVersion as error:
+            if self._trusted:
+                raise
             raise PackError(str(error)) from None
         except ValueError as error:
             raise NotAPack(str(error)) from None
@@ -305,7 +307,8 @@ def load_pack(folder: str | Path) -> list[Explanation]:
     """The explanations of a pack, in their order; photos come as thumbnails.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: not a pack, or a damaged one.
+        FileNotFoundError: no such folder. ValueError: not a pack, or a damaged one;
+            :class:`~xattn.packs.format.LaterVersion` for one that a later xattn wrote.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""The entries and images of a pack as pandas tables, for whoever has pandas: the viewer does."""
+"""The entries and images of a pack as pandas tables; the only module of packs that needs pandas."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 NEW, OLD = ".tmp", ".old"  # suffixes of hidden folders beside an output
 
@@ -244,3 +244,16 @@ def file_sha256(path: str | Path) -> str:
 def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+class Signature(NamedTuple):
+    """The stat signature of a file: it differs once the file was changed or replaced."""
+
+    mtime_ns: int
+    size: int
+    inode: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Signature:
+        """The signature in a result of ``os.stat``."""
+        return cls(found.st_mtime_ns, found.st_size, found.st_ino)

@@ -312,6 +312,6 @@ def _tensorboard(folder: Path | None, step: int) -> Any:
         warnings.warn(
             f"output: {printable(str(folder))} is not a UTF-8 name, which TensorBoard needs; the losses "
             f"go to log.jsonl alone",
-            stacklevel=3,
+            stacklevel=5,  # fit or probe
         )
         return None

@@ -25,7 +25,7 @@ def leaderboard_tab(board: Board) -> None:
     better = "higher" if about.higher_is_better else "lower"
     st.caption(plain(f"{key}: {about.formula}; {better} is better"))
     table, form = _standings(board, key)
-    _intervals(board, key, table, form)
+    _intervals(board, key, table)
     number = f"%{form}"
     st.dataframe(
         table.drop(columns=["lo", "hi", "said"]),
@@ -85,7 +85,7 @@ def _passes(board: Board, name: str) -> int | None:
     return passes if type(passes) is int else None
 
 
-def _intervals(board: Board, key: str, table: pd.DataFrame, form: str) -> None:
+def _intervals(board: Board, key: str, table: pd.DataFrame) -> None:
     """A dot and its interval for every method, in the table's order."""
     shown = table[table["photos"] > 0]
     if shown.empty:

@@ -84,7 +84,7 @@ def photos_tab(board: Board, pack: Pack | None) -> None:
 
 
 def _dots_table(table: pd.DataFrame, pack: Pack | None, names: list[str], x: str, y: str) -> None:
-    """The chart for who does not use a pointer; a row opens its photo, as a dot does."""
+    """The chart as a table, for use without a pointer; a row opens its photo, as a dot does."""
     shown = table[["photo", "method", "x", "y", "class"]]
     config = {
         name: st.column_config.NumberColumn(title, format="%.4g")

@@ -125,7 +125,7 @@ def _caption(row: pd.Series) -> None:
 
 
 def _show(image_id: str) -> None:
-    """Another photo; what was chosen of this one is forgotten."""
+    """Go to another photo and drop the choices made for this one."""
     for name in ("entry", "class", "minus", "against"):
         st.query_params.pop(name, None)
     st.query_params["image"] = image_id

@@ -11,7 +11,7 @@ REASONS, NAMED = 4, 2  # lines, and names in a line, about what was left out
 
 
 def left_out(problems: list[uploads.Problem], what: str) -> None:
-    """A line a reason, as plain text; who they are in full where a line cannot name them all."""
+    """One line per reason, as plain text, and a folded list of names that do not fit on a line."""
     names: dict[str, list[str]] = {}
     for name, why in problems:
         names.setdefault(why, []).append(name)

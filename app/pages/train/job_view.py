@@ -16,6 +16,7 @@ from xattn.app.pages.train.losses import losses_view
 from xattn.app.pages.train.results import next_steps, results_table, results_view
 from xattn.app.pages.train.sample_maps import sample_maps
 from xattn.app.state import Context, plain
+from xattn.eval.evaluation.plan import duration
 from xattn.runtime.display_text import reason
 
 EVERY = 2.0  # seconds between two looks at a running job
@@ -82,7 +83,7 @@ def _show(jobs: Jobs, job: Job, context: Context) -> None:
 
 @contextmanager
 def _said() -> Iterator[None]:
-    """A damaged file of a job is a message, and the rest of the job is shown all the same."""
+    """Report a damaged file of a job, and still show the rest of the job."""
     try:
         yield
     except ValueError as error:
@@ -139,14 +140,8 @@ def _facts(job: Job) -> str:
         parts += [f"on {model}", f"photos in {place}"]
     parts.append(f"started {time.strftime('%d %b, %H:%M', time.localtime(job.started))}")
     if job.ended is not None:
-        parts.append(f"took {_duration(job.ended - job.started)}")
+        parts.append(f"took {duration(job.ended - job.started)}")
     return " · ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _progress(job: Job, done: int, total: int, left: str) -> None:
