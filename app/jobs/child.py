@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 from xattn import cli
 from xattn.app.jobs.job_files import ARGUMENTS, EXIT
@@ -15,8 +16,14 @@ from xattn.runtime.files import write_json
 
 def main(folder: Path) -> int:
     """Run the command in this process, and record how it ended."""
+    stops: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stops.append(number)
+        signal.default_int_handler(number, frame)
+
     # A process that a server in the background has started would ignore Ctrl-C.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, stop)
     arguments = strict_json.read(folder / ARGUMENTS, "job", "start another job")
     code = 1
     try:
@@ -27,6 +34,8 @@ def main(folder: Path) -> int:
     except KeyboardInterrupt:
         code = 130
     finally:
+        if stops and code == 1:  # an import that is cut short may fail with any error
+            code = 130
         write_json(folder / EXIT, {"code": code, "time": time.time()}, "job")
     return code
 

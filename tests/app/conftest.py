@@ -79,11 +79,14 @@ def browser() -> Iterator[Any]:
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     """``open_page(address, size="wide", scheme="light")`` -> a page of its own.
 
-    After the test every page is checked: no console error, no exception box, no failed request.
+    After the test every page is checked: no console error, no exception box, no failed request, unless
+    pictures may be gone because their pack is ``replaced`` meanwhile.
     """
     opened: list[tuple[Any, Any, list[str]]] = []
 
-    def open_page(address: str, size: str = "wide", scheme: str = "light") -> Any:
+    def open_page(
+        address: str, size: str = "wide", scheme: str = "light", replaced: bool = False
+    ) -> Any:
         width, height = SIZES[size]
         context = browser.new_context(
             viewport={"width": width, "height": height}, color_scheme=scheme
@@ -91,7 +94,13 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
         page = context.new_page()
         page.set_default_timeout(30_000)
         wrong: list[str] = []
-        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+
+        def note(message: Any) -> None:
+            gone = replaced and "404" in message.text
+            if message.type == "error" and not gone:
+                wrong.append(message.text)
+
+        page.on("console", note)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         opened.append((context, page, wrong))
         page.goto(address)

@@ -250,7 +250,7 @@ def test_a_training_survives_reload_and_restart_in_the_browser(
     photos(root / "photos", 6)
     arguments = ("--weights", "random", "--device", "cpu")
     with served(root, *arguments, log=tmp_path / "log") as address:
-        page = open_page(f"{address}/train")
+        page = open_page(f"{address}/train", replaced=True)
         page.get_by_text("Start training").click()
         page.get_by_text("before training").first.wait_for(timeout=120_000)
         assert "job=photos-ttame" in page.url
@@ -259,7 +259,7 @@ def test_a_training_survives_reload_and_restart_in_the_browser(
         page.get_by_text("Resume goes on from there").wait_for(timeout=60_000)
         page.close()
     with served(root, *arguments, log=tmp_path / "log2") as address:
-        page = open_page(f"{address}/train?job=photos-ttame")
+        page = open_page(f"{address}/train?job=photos-ttame", replaced=True)
         page.locator(".st-key-resume button").first.click()
         page.get_by_text("the last checkpoint").wait_for(timeout=120_000)
         page.close()
