@@ -8,11 +8,18 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "modules.md"
-FOLDERS = {"xattn": "", "kernels": "kernels", "models": "models", "eval": "eval", "app": "app"}
+PACKAGES = {
+    "xattn": "xattn",
+    "kernels": "xattn.kernels",
+    "models": "xattn.models",
+    "eval": "xattn.eval",
+    "app": "xattn.app",
+}  # by folder
 SHOWN = 10  # importers in a cell
 BAR = "\\|"  # a bar within a table cell
 
@@ -25,13 +32,12 @@ Written by `python docs/modules.py`.
 
 
 def module_names() -> dict[str, Path]:
-    """Path by module name, without the leading ``xattn.``."""
+    """Path by full module name."""
     found = {}
-    for folder, package in FOLDERS.items():
+    for folder, package in PACKAGES.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            name = ".".join((*package.split("."), *parts)).strip(".")
-            found[name.removesuffix(".__init__").removesuffix("__init__")] = path
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
     return found
 
 
@@ -41,26 +47,33 @@ def purpose(tree: ast.Module) -> str:
     return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
 
 
-def imports(tree: ast.Module, names: dict[str, Path]) -> set[str]:
-    """The modules of xattn that a file imports."""
+def imports(tree: ast.Module, names: Collection[str]) -> set[str]:
+    """The modules of xattn that a file imports: at its top, in functions, and for types alone.
+
+    Raises:
+        ValueError: a relative import, or one of a module that is not there.
+    """
     found = set()
     for node in ast.walk(tree):
         wanted: list[str] = []
         if isinstance(node, ast.Import):
             wanted = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise ValueError(f"line {node.lineno}: import by the full path")
             whole = [f"{node.module}.{alias.name}" for alias in node.names]
-            inside = [n for n in whole if n.removeprefix("xattn.") in names]
-            wanted = inside or [node.module or ""]
+            wanted = [name if name in names else str(node.module) for name in whole]
         for name in wanted:
-            if name.startswith("xattn.") and name.removeprefix("xattn.") in names:
-                found.add(name.removeprefix("xattn."))
+            if name.partition(".")[0] == "xattn":
+                if name not in names:
+                    raise ValueError(f"line {node.lineno}: no module {name}")
+                found.add(name)
     return found
 
 
 def listed(modules: set[str], most: int | None = None) -> str:
     """Module names, at most so many of them."""
-    names = [f"`{name or 'xattn'}`" for name in sorted(modules)]
+    names = [f"`{name.removeprefix('xattn.')}`" for name in sorted(modules)]
     more = f", and {len(names) - most} more" if most and len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -79,7 +92,7 @@ def page() -> str:
         folders[path.parent].append(name)
     lines = [INTRODUCTION]
     for folder in sorted(
-        folders, key=lambda f: (list(FOLDERS).index(f.relative_to(ROOT).parts[0]), f)
+        folders, key=lambda f: (list(PACKAGES).index(f.relative_to(ROOT).parts[0]), f)
     ):
         lines.append(f"## `{folder.relative_to(ROOT).as_posix()}/`\n")
         rows = []

@@ -1,4 +1,4 @@
-"""Photos of noise, and explanations of them with small maps."""
+"""Photos of noise, explanations of them with small maps, and names of classes."""
 
 import numpy as np
 from PIL import Image
@@ -8,6 +8,7 @@ from xattn.packs.explanation import Explanation
 from xattn.photos.view import make_view
 
 SIZE = (60, 90)
+CLASSES = ["tabby cat, tabby", "golden retriever", "espresso", "rocket", "tripod", "fox", "owl"]
 
 
 def photo(seed=0, size=SIZE):

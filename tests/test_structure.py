@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import runpy
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACES = {
-    "xattn": "xattn",
-    "kernels": "xattn.kernels",
-    "models": "xattn.models",
-    "eval": "xattn.eval",
-    "app": "xattn.app",
-}
 # Parts, each with the parts it may import from.
 LAYERS = {
     "xattn.kernels": set(),
@@ -37,40 +30,10 @@ UPWARD = {
 LONGEST_FUNCTION, LONGEST_KERNEL, LONGEST_FILE, MOST_ENTRIES = 80, 100, 500, 20
 
 
-def modules() -> dict[str, Path]:
-    found = {}
-    for folder, package in PLACES.items():
-        for path in (ROOT / folder).rglob("*.py"):
-            parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            name = ".".join((package, *parts)).removesuffix(".__init__")
-            found[name] = path
-    return found
-
-
-MODULES = modules()
+READER = runpy.run_path(str(ROOT / "docs" / "modules.py"))
+MODULES: dict[str, Path] = READER["module_names"]()
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
-
-
-def imported(name: str) -> Iterator[str]:
-    """The modules of xattn that ``name`` imports: at its top, in functions, and for types alone."""
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.Import):
-            wanted = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{name}:{node.lineno}: import by the full path"
-            base = node.module or ""
-            wanted = [
-                f"{base}.{a.name}" if f"{base}.{a.name}" in MODULES else base for a in node.names
-            ]
-        else:
-            continue
-        for found in wanted:
-            if found == "xattn" or found.startswith("xattn."):
-                assert found in MODULES, f"{name}:{node.lineno}: no module {found}"
-                yield found
-
-
-IMPORTS = {name: set(imported(name)) - {name} for name in MODULES}
+IMPORTS = {name: READER["imports"](tree, MODULES) - {name} for name, tree in TREES.items()}
 
 
 def layer(name: str) -> str:

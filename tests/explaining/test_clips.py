@@ -12,33 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from xattn.backbone import load_backbone
 from xattn.explainers import Explainer
 from xattn.explaining import film
 from xattn.explaining.clips import explain_video
 from xattn.explaining.photos import explain
-from xattn.heads import create_head
 from xattn.packs.format import read_manifest
 from xattn.packs.reader import load_pack
 from xattn.packs.writer import save_pack
 from xattn.photos.clip import Clip, is_video
 from xattn.pictures.overlay import overlay
-
-CLASSES = ["tabby cat, tabby", "golden retriever", "espresso", "rocket", "tripod", "fox", "owl"]
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    torch.manual_seed(0)
-    return load_backbone(
-        "test_efficientnet", weights=None, input_size=64, num_classes=7, classes=CLASSES
-    )
-
-
-@pytest.fixture(scope="module")
-def head(backbone):
-    torch.manual_seed(1)
-    return create_head("ttame", backbone).eval()
 
 
 def textures(count, size, seed=0):

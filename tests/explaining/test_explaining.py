@@ -10,32 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_explanations import CLASSES
 
 import xattn.explaining.photos
 from xattn.backbone import load_backbone
 from xattn.cli import main
 from xattn.explainers import Explainer, create_explainer
 from xattn.explaining.photos import explain
-from xattn.heads import create_head
 from xattn.packs.format import read_manifest
 from xattn.packs.reader import Pack, load_pack
 from xattn.photos.view import prepare
-
-CLASSES = ["tabby cat, tabby", "golden retriever", "espresso", "rocket", "tripod", "fox", "owl"]
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    torch.manual_seed(0)
-    return load_backbone(
-        "test_efficientnet", weights=None, input_size=64, num_classes=7, classes=CLASSES
-    )
-
-
-@pytest.fixture(scope="module")
-def head(backbone):
-    torch.manual_seed(1)
-    return create_head("ttame", backbone).eval()
 
 
 def photo(seed, size=(50, 70)):

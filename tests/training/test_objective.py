@@ -13,12 +13,6 @@ from xattn.training import area, masked_logits, objective, variation
 from xattn.training.objective import targets
 
 
-@pytest.fixture(scope="module")
-def backbone():
-    torch.manual_seed(0)
-    return xattn.load_backbone("test_efficientnet", weights=None, input_size=64, num_classes=7)
-
-
 def rand(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 

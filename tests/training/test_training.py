@@ -32,12 +32,6 @@ from xattn.training.data import TrainImages, epoch_batches
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def backbone():
-    torch.manual_seed(0)
-    return xattn.load_backbone("test_efficientnet", weights=None, input_size=64, num_classes=7)
-
-
 def rand(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
