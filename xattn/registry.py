@@ -1,0 +1,330 @@
+"""Names of things that are created by name, for every kind alike: mechanisms, heads, explainers, probes.
+
+    HEADS: Registry[Head, HeadEntry] = Registry("xattn.heads", argument="head", noun="head")
+
+    @HEADS.register(HeadEntry("mine"))
+    class Mine(Head): ...
+
+    HEADS.create("mine", backbone, width=3)
+
+A kind's entry is a frozen dataclass with a ``name`` and whatever else is to be known of a thing: its
+paper, test cases, sizes. Installed packages add things through entry points of the registry's group,
+which are read when a name that is not there yet, or the list of names, is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any, Generic, Protocol, TypeVar
+
+REFUSAL = "{name} does not take that option ({option}); its options: {options}"
+
+
+class Named(Protocol):
+    """What every entry has."""
+
+    @property
+    def name(self) -> str: ...
+
+
+T = TypeVar("T")
+E = TypeVar("E", bound=Named)
+V = TypeVar("V")
+Class = TypeVar("Class", bound=type)
+
+
+class Registry(Generic[T, E]):
+    """Classes of T by name, each with its entry of type E. Any thread may read and add.
+
+    Args:
+        group: of the entry points, such as ``"xattn.heads"``. An entry point names a module that
+            registers things when it is imported, or a registered class.
+        argument: the name that errors begin with; ``noun``: what they call a thing.
+        options_argument: as ``argument``, for errors about options.
+        given: parameters of the constructors that :meth:`create` is given by position, or that are not
+            for users; they are no options.
+        adopt: ``adopt(name, value)`` registers what an entry point names if it is not registered yet.
+        ordered: whether names keep the order of registration; else they are sorted.
+        refusal: the error for an option that is not there, with ``{name}``, ``{option}`` and
+            ``{options}``.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        *,
+        argument: str,
+        noun: str = "",
+        options_argument: str | None = None,
+        given: Collection[str] = (),
+        adopt: Callable[[str, Any], object] | None = None,
+        ordered: bool = False,
+        refusal: str = REFUSAL,
+    ) -> None:
+        self.group, self.argument, self.noun = group, argument, noun
+        self.options_argument = options_argument or argument
+        self.given, self.ordered, self.refusal = frozenset(given), ordered, refusal
+        self._adopt = adopt
+        self._found: dict[str, tuple[type[T], E]] = {}  # replaced, never changed
+        self._failures: dict[str, str] = {}
+        self._loaded = False
+        self._lock = threading.Lock()  # never held while anything is imported
+        self._here = threading.local()
+
+    def __repr__(self) -> str:
+        return f"Registry({self.group!r}, {len(self._found)} names)"
+
+    # ------------------------------------------------------------------ adding
+
+    def register(self, entry: E) -> Callable[[Class], Class]:
+        """Class decorator: :meth:`add` the class with ``entry``."""
+
+        def add(cls: Class) -> Class:
+            self.add(cls, entry)
+            return cls
+
+        return add
+
+    def add(self, cls: type[T], entry: E) -> None:
+        """Make ``cls`` known under ``entry.name``; a class that was reloaded replaces itself.
+
+        Raises:
+            ValueError: the name is none, or belongs to another class.
+        """
+        name = entry.name
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name: got {name!r}; give a name such as 'mine'")
+        with self._lock:
+            before = self._found.get(name)
+            if before is not None and not _same(before[0], cls):
+                raise ValueError(
+                    f"name: {name!r} is taken by {_path(before[0])}; choose another name for "
+                    f"{_path(cls)}"
+                )
+            self._found = {**self._found, name: (cls, entry)}
+
+    def remove(self, name: str) -> None:
+        """Forget ``name`` if it is there, for example at the end of a test."""
+        with self._lock:
+            self._found = {key: value for key, value in self._found.items() if key != name}
+
+    # ------------------------------------------------------------------ asking
+
+    def names(self) -> list[str]:
+        """All names, with those of installed packages."""
+        self.load()
+        return list(self._found) if self.ordered else sorted(self._found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        return self._find(name) is not None
+
+    def get(self, name: str) -> type[T]:
+        """The class of that name.
+
+        Raises:
+            ValueError: no such name (with near matches), or its package could not be imported.
+        """
+        return self._known(name)[0]
+
+    def entry(self, name: str) -> E:
+        """The entry of that name; raises as :meth:`get` does."""
+        return self._known(name)[1]
+
+    def entries(self) -> list[E]:
+        """All entries, in the order of :meth:`names`."""
+        return [self.entry(name) for name in self.names()]
+
+    def failures(self) -> dict[str, str]:
+        """Entry points that could not be imported: by their name, the distribution and the error."""
+        self.load()
+        return dict(self._failures)
+
+    def classes(self) -> Table[type[T]]:
+        """The classes by name, as a mapping that grows with the registry."""
+        return Table(self, lambda cls, entry: {entry.name: cls})
+
+    def table(self, rows: Callable[[E], Mapping[str, V]]) -> Table[V]:
+        """What ``rows`` reads from each entry, all in one mapping that grows with the registry."""
+        return Table(self, lambda cls, entry: rows(entry))
+
+    def _find(self, name: object) -> tuple[type[T], E] | None:
+        if not isinstance(name, str):
+            return None
+        if name not in self._found:
+            self.load()
+        return self._found.get(name)
+
+    def _known(self, name: str) -> tuple[type[T], E]:
+        found = self._find(name)
+        if found is not None:
+            return found
+        if isinstance(name, str) and name in self._failures:
+            what = f"{self.noun} {name!r}".strip()
+            raise ValueError(f"{self.argument}: {what} cannot be loaded: {self._failures[name]}")
+        near = near_matches(name, self.names()) or self.names()
+        hint = f"did you mean {', '.join(near)}?" if near else f"{self.group} has no names yet"
+        unknown = f"unknown {self.noun}".strip()
+        raise ValueError(f"{self.argument}: {unknown} {name!r}; {hint}")
+
+    # ------------------------------------------------------------------ creating
+
+    def options(self, name: str) -> tuple[str, ...] | None:
+        """The options that the constructor takes; None if it takes any."""
+        return options_of(self.get(name), self.given)
+
+    def check_options(self, name: str, options: Collection[str]) -> None:
+        """Raise a ``ValueError`` that names the first option that the constructor lacks."""
+        own = self.options(name)
+        unknown = [] if own is None else [option for option in options if option not in own]
+        if own is None or not unknown:
+            return
+        listed = ", ".join(own) or "none"
+        message = self.refusal.format(name=name, option=", ".join(unknown), options=listed)
+        near = near_matches(unknown[0], own)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"{self.options_argument}: {message}{hint}")
+
+    def create(self, name: str, /, *given: Any, **options: Any) -> T:
+        """``cls(*given, **options)`` of that name.
+
+        Raises:
+            ValueError: as :meth:`get` and :meth:`check_options`, and what the constructor raises.
+        """
+        cls = self.get(name)
+        self.check_options(name, options)
+        return cls(*given, **options)
+
+    # ------------------------------------------------------------------ installed packages
+
+    def load(self) -> None:
+        """Import what installed packages offer, once. A package that fails is named in a warning.
+
+        Nothing waits for a lock here: a module that is being imported may ask the registry, and two
+        threads that load at once only import the same modules.
+        """
+        if self._loaded or getattr(self._here, "loading", False):
+            return
+        self._here.loading = True
+        try:
+            for point in self._points():
+                try:
+                    self._accept(point, point.load())
+                except Exception as error:
+                    self._fail(point.name, f"{_origin(point)} failed", error)
+        finally:
+            self._here.loading = False
+        self._loaded = True
+
+    def _points(self) -> list[EntryPoint]:
+        try:
+            return list(entry_points(group=self.group))
+        except Exception as error:  # some distribution's file of entry points is damaged
+            self._fail("", "entry points cannot be read", error)
+            return []
+
+    def _accept(self, point: EntryPoint, value: Any) -> None:
+        if isinstance(value, ModuleType) or any(
+            value is cls or value is entry for cls, entry in self._found.values()
+        ):
+            return
+        if self._adopt is None:
+            raise ValueError(f"{point.value} is not registered; decorate it, or name its module")
+        self._adopt(point.name, value)
+
+    def _fail(self, name: str, what: str, error: Exception) -> None:
+        reason = f"{what} ({type(error).__name__}: {' '.join(str(error).split())})"
+        with self._lock:
+            if name in self._failures:
+                return
+            self._failures = {**self._failures, name: reason}
+        warnings.warn(f"{self.group}: {reason}; the rest goes on", stacklevel=4)
+
+
+class Table(Mapping[str, V]):
+    """Values by name that are made of the entries of a registry, always up to date."""
+
+    def __init__(
+        self, registry: Registry[Any, Any], rows: Callable[[Any, Any], Mapping[str, V]]
+    ) -> None:
+        self._registry, self._rows = registry, rows
+        self._made: tuple[object, dict[str, V]] = (None, {})  # of which state, the values
+
+    def __getitem__(self, name: str) -> V:
+        if name not in self._current():
+            self._registry.load()
+        return self._current()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._registry.load()
+        return iter(self._current())
+
+    def __len__(self) -> int:
+        self._registry.load()
+        return len(self._current())
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def _current(self) -> dict[str, V]:
+        found = self._registry._found
+        state, values = self._made
+        if state is not found:
+            values = {}
+            for name in found if self._registry.ordered else sorted(found):
+                values.update(self._rows(*found[name]))
+            self._made = found, values
+        return values
+
+
+def near_matches(name: object, names: Collection[str]) -> list[str]:
+    """Up to three of ``names`` that ``name`` may have meant."""
+    return difflib.get_close_matches(str(name), names, 3, 0.4)
+
+
+def options_of(cls: type, given: Collection[str] = ()) -> tuple[str, ...] | None:
+    """The keyword arguments of a constructor without those ``given``; None if it takes any.
+
+    Where it passes ``**options`` on, those of the next class count: its keyword-only parameters and
+    those with a default.
+    """
+    names: dict[str, None] = {}
+    inherited = False
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())
+        for p in parameters[1:]:
+            if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) or p.name in given:
+                continue
+            if not inherited or p.kind is p.KEYWORD_ONLY or p.default is not p.empty:
+                names[p.name] = None
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            return tuple(names)
+        inherited = True
+    return None
+
+
+def _same(one: type, other: type) -> bool:
+    return one is other or _path(one) == _path(other)
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _origin(point: EntryPoint) -> str:
+    """Such as ``entry point 'mine' (mine.heads) of mine-package``."""
+    distribution = getattr(point.dist, "name", None) or "an unnamed package"
+    return f"entry point {point.name!r} ({point.value}) of {distribution}"
