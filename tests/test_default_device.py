@@ -11,7 +11,7 @@ from PIL import Image
 from small_networks import CNN_ONLY, OPTIONS, VIT_ONLY, made
 
 from xattn import evaluate, explain, load_backbone
-from xattn.attention import convert, create_mechanism, list_attention, record
+from xattn.attention import Inputs, convert, create_mechanism, list_attention, record
 from xattn.attention.statistics import sample_queries, statistics
 from xattn.eval import PROBES, create_probe, randomized_backbone
 from xattn.explainers import create_explainer, list_explainers
@@ -106,7 +106,7 @@ def test_mechanisms(name, meta):
     def run():
         with torch.no_grad():
             y = layer(q, k, v, (5, 6), 1)
-            operator = layer.operator(q, k, v, (5, 6), 1)
+            operator = layer.operator(Inputs(q, k, v, None, (5, 6), 1))
             found = statistics(operator, (5, 6), 1)
             few = sample_queries(31, 1, 4)
             return (

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from xattn.attention import (
     Blocks,
+    Inputs,
     ProductOperator,
     Segment,
     SegmentsOperator,
@@ -125,7 +126,7 @@ def jobs(
         said = [f"{key}={value}" for key, value in options.items() if key != "training_free"]
         label = " ".join([name, *said])
         made[label] = pair(lambda *x, layer=layer: layer(*x, (side, side)))
-        visited[label] = pairs(layer.operator(q, k, v, (side, side), 0))
+        visited[label] = pairs(layer.operator(Inputs(q, k, v, None, (side, side))))
     for s in LISTS:
         if s * BLOCK > n:
             continue

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from xattn.attention import (
+    Inputs,
     create_attention,
     create_mechanism,
     list_attention,
     mechanism_class,
     record,
 )
-from xattn.attention.gna import speedup_bound
+from xattn.attention.tile_simulator import speedup_bound
 from xattn.kernels.backend import HAS_TRITON
 from xattn.kernels.block_sparse.box import neighbourhood
 
@@ -65,11 +66,11 @@ def test_every_mechanism_is_tested_here():
 def test_all_questions_to_the_operator_agree_with_its_matrix(name, options, prefix):
     q, k, v = inputs(prefix)
     layer = mechanism(name, options)
-    operator = layer.operator(q, k, v, GRID, prefix)
+    operator = layer.operator(Inputs(q, k, v, None, GRID, prefix))
     n = q.shape[2]
     assert operator.shape == (2, HEADS, n, n)
     a = operator.rows(torch.arange(n))
-    local = layer.local(v, GRID, prefix)
+    local = layer.local(Inputs(q, k, v, None, GRID, prefix))
     output = layer(q, k, v, GRID, prefix)
     assert torch.allclose(a @ v + (0 if local is None else local), output, atol=1e-10)
     x = torch.randn(2, HEADS, n, 3, dtype=q.dtype)
@@ -91,7 +92,7 @@ def test_all_questions_to_the_operator_agree_with_its_matrix(name, options, pref
 @pytest.mark.parametrize("name, options", CASES)
 def test_gradient_weighted_rows_take_any_number_of_row_vectors(name, options, count):
     q, k, v = inputs(1)
-    operator = mechanism(name, options).operator(q, k, v, GRID, 1)
+    operator = mechanism(name, options).operator(Inputs(q, k, v, None, GRID, 1))
     n = q.shape[2]
     grad, r = torch.randn_like(v), torch.randn(2, count, n, dtype=q.dtype)
     e = (operator.rows(torch.arange(n)) * (grad @ v.transpose(-2, -1))).clamp_min(0).mean(1)
@@ -101,7 +102,7 @@ def test_gradient_weighted_rows_take_any_number_of_row_vectors(name, options, co
 @pytest.mark.parametrize("name, options", CASES)
 def test_rows_are_weights(name, options):
     q, k, v = inputs(1)
-    operator = mechanism(name, options).operator(q, k, v, GRID, 1)
+    operator = mechanism(name, options).operator(Inputs(q, k, v, None, GRID, 1))
     assert torch.allclose(operator.row_sums(), torch.ones(2, HEADS, 31, dtype=q.dtype))
     assert (operator.rows(torch.arange(31)) >= 0).all()
 
@@ -192,7 +193,7 @@ def test_gna_sees_exactly_the_kernel(grid, options, backend):
     q, k = torch.randn(2, 1, HEADS, n, 16, generator=generator, dtype=torch.float64)
     a = (
         mechanism("gna", {**options, "backend": backend})
-        .operator(q, k, k, grid, 0)
+        .operator(Inputs(q, k, k, None, grid))
         .rows(torch.arange(n))
     )
     assert ((a > 0).sum(-1) == options["kernel"] ** len(grid)).all()
@@ -204,7 +205,7 @@ def test_gna_sees_exactly_the_kernel(grid, options, backend):
 def test_gna_is_causal_in_the_dimensions_asked_for():
     q, k, _ = inputs(0)
     layer = mechanism("gna", {"kernel": 3, "causal": (True, False), "backend": "cpu"})
-    a = layer.operator(q, k, k, GRID, 0).rows(torch.arange(30)).unflatten(-1, GRID)
+    a = layer.operator(Inputs(q, k, k, None, GRID)).rows(torch.arange(30)).unflatten(-1, GRID)
     a = a.unflatten(2, GRID)
     for y in range(GRID[0]):
         assert (a[:, :, y, :, y + 1 :] == 0).all() and (a[:, :, y, :, y] > 0).any()
@@ -213,7 +214,7 @@ def test_gna_is_causal_in_the_dimensions_asked_for():
 def test_gna_locality_is_the_dense_mass_inside_the_window():
     q, k, v = inputs(1)
     layer = mechanism("gna", {"kernel": 3})
-    seen = layer.operator(q, k, v, GRID, 1).rows(torch.arange(31)) > 0
+    seen = layer.operator(Inputs(q, k, v, None, GRID, 1)).rows(torch.arange(31)) > 0
     scores = (q @ k.transpose(-2, -1) / 4).softmax(-1)
     expected = torch.where(seen, scores, 0.0).sum(-1)
     assert torch.allclose(layer.locality(q, k, GRID, 1), expected)
@@ -272,9 +273,13 @@ def test_agents_that_are_the_queries_give_two_dense_stages():
 def test_one_agent_gives_all_tokens_the_same_and_rank_is_bounded():
     q, k, v = inputs(1)
     layer = mechanism("agent", {"agents": 1})
-    a = layer.operator(q, k, v, GRID, 1).rows(torch.arange(31))
+    a = layer.operator(Inputs(q, k, v, None, GRID, 1)).rows(torch.arange(31))
     assert torch.allclose(a, a[:, :, :1].expand_as(a))
-    four = mechanism("agent", {"agents": 4}).operator(q, k, v, GRID, 1).rows(torch.arange(31))
+    four = (
+        mechanism("agent", {"agents": 4})
+        .operator(Inputs(q, k, v, None, GRID, 1))
+        .rows(torch.arange(31))
+    )
     assert (torch.linalg.matrix_rank(four) <= 4).all()
 
 
@@ -284,7 +289,7 @@ def test_permuting_patches_inside_a_pooling_cell_leaves_what_agents_read():
     order = torch.arange(16)
     order[[0, 1, 4, 5]] = torch.tensor([5, 4, 0, 1])  # the first 2 x 2 cell
     read = [
-        layer.operator(*x, (4, 4), 0).factors[1].matvec(x[2])
+        layer.operator(Inputs(*x, None, (4, 4))).factors[1].matvec(x[2])
         for x in ((q, k, v), tuple(x[:, :, order] for x in (q, k, v)))
     ]
     assert torch.allclose(*read)
@@ -326,7 +331,7 @@ def test_agent_biases_fit_other_grids():
         ),
         (
             lambda: create_mechanism("softmax", 32, 2).operator(
-                *torch.zeros(3, 1, 2, 9, 16), None, 0
+                Inputs(*torch.zeros(3, 1, 2, 9, 16))
             ).vecmat(torch.zeros(1, 3, 8)),
             r"r: got shape \(1, 3, 8\)",
         ),
@@ -413,10 +418,10 @@ def test_it_works_under_autocast(name, options):
 def test_half_precision_answers_in_single(name, options):
     q, k, v = inputs(1)
     layer = mechanism(name, options)
-    exact = layer.operator(q, k, v, GRID, 1)
+    exact = layer.operator(Inputs(q, k, v, None, GRID, 1))
     half = [x.bfloat16() for x in (q, k, v)]
-    near = layer.operator(*(x.double() for x in half), GRID, 1)
-    found = copy.deepcopy(layer).bfloat16().operator(*half, GRID, 1)
+    near = layer.operator(Inputs(*(x.double() for x in half), None, GRID, 1))
+    found = copy.deepcopy(layer).bfloat16().operator(Inputs(*half, None, GRID, 1))
     r = torch.rand(2, 1, 31, dtype=torch.float64)
     assert found.rows(torch.tensor([0])).dtype == torch.float32
     assert found.vecmat(r).dtype == torch.float32

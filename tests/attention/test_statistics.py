@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from xattn.attention import ProductOperator, SoftmaxOperator, create_mechanism
+from xattn.attention import Inputs, ProductOperator, SoftmaxOperator, create_mechanism
 from xattn.attention import operator as operators
 from xattn.attention.statistics import (
     kept_keys,
@@ -148,7 +148,7 @@ def test_they_read_every_mechanism(name, options, prefix):
     grid, op = (5, 7), operator((5, 7), prefix, seed=1)
     mechanism = create_mechanism(name, 18, 3, **options).double()
     with torch.no_grad():
-        made = mechanism.operator(op.q, op.k, op.k, grid, prefix)
+        made = mechanism.operator(Inputs(op.q, op.k, op.k, None, grid, prefix))
     a = made.rows(torch.arange(35 + prefix))
     found = statistics(made, grid, prefix)
     torch.testing.assert_close(found.entropy, row_entropy(a[:, :, prefix:]).mean(-1))
@@ -161,7 +161,7 @@ def test_they_read_every_mechanism(name, options, prefix):
 def test_kept_keys_of_a_neighbourhood_are_its_window_and_the_prefix(prefix):
     grid, op = (5, 7), operator((5, 7), prefix, sharpness=0.3)
     mechanism = create_mechanism("gna", 18, 3, kernel=3).double()
-    made = mechanism.operator(op.q, op.k, op.k, grid, prefix)
+    made = mechanism.operator(Inputs(op.q, op.k, op.k, None, grid, prefix))
     kept = kept_keys(made.rows(torch.tensor([prefix + 2 * 7 + 3])))[:, :, 0]
     assert kept[..., :prefix].all()
     window = torch.zeros(5, 7, dtype=torch.bool)

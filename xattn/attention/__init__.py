@@ -1,6 +1,14 @@
 """Attention mechanisms, one file each, behind one operator interface; see :func:`create_attention`."""
 
 from xattn.attention import agent, dma, gna, softmax  # noqa: F401  (they register themselves)
+from xattn.attention.algebra import (
+    GatedOperator,
+    LowRankOperator,
+    PoolOperator,
+    ProductOperator,
+    SumOperator,
+    pool,
+)
 from xattn.attention.base import (
     Attention,
     Entry,
@@ -12,39 +20,34 @@ from xattn.attention.base import (
     register,
 )
 from xattn.attention.convert import convert, converted_copy, revert
-from xattn.attention.operator import (
-    LowRankOperator,
-    Operator,
-    ProductOperator,
-    SoftmaxOperator,
-)
+from xattn.attention.inputs import Inputs
+from xattn.attention.lowering import attend
+from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import Order, tile_order, z_order
+from xattn.attention.patterns import Pattern, pattern_operator
 from xattn.attention.record import Call, record
-from xattn.attention.segments import (
-    Blocks,
-    Rule,
-    Segment,
-    SegmentsOperator,
-    attend,
-    pool,
-    select,
-    visible_blocks,
-)
+from xattn.attention.segments import Blocks, Rule, Segment, select, visible_blocks
+from xattn.attention.segments_operator import SegmentsOperator
 
 __all__ = [
     "Attention",
     "Blocks",
     "Call",
     "Entry",
+    "GatedOperator",
+    "Inputs",
     "LowRankOperator",
     "Mechanism",
     "Operator",
     "Order",
+    "Pattern",
+    "PoolOperator",
     "ProductOperator",
     "Rule",
     "Segment",
     "SegmentsOperator",
     "SoftmaxOperator",
+    "SumOperator",
     "attend",
     "convert",
     "converted_copy",
@@ -52,6 +55,7 @@ __all__ = [
     "create_mechanism",
     "list_attention",
     "mechanism_class",
+    "pattern_operator",
     "pool",
     "record",
     "register",

@@ -17,13 +17,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import Mechanism, merge_heads, register, split_heads, whole
-from xattn.attention.operator import Operator, ProductOperator, SoftmaxOperator
+from xattn.attention.algebra import ProductOperator
+from xattn.attention.base import Mechanism, Size, merge_heads, register, split_heads, whole
+from xattn.attention.inputs import Inputs
+from xattn.attention.operator import Operator, SoftmaxOperator
 
 SIDE = 7  # of the coarse part of the biases
 
 
-@register("agent", paper="arXiv 2312.08874", complexity="N n D", grid=(2,))
+@register(
+    "agent",
+    paper="arXiv 2312.08874",
+    complexity="N n D",
+    grid=(2,),
+    cases=({"agents": 4, "window": (3, 3)}, {"agents": 9, "training_free": True}),
+    bench=({"agents": 49, "training_free": True},),
+    size=Size("agents", "Agents", (4, 9, 16, 25, 49, 100), 16, options={"training_free": True}),
+)
 class Agent(Mechanism):
     """Agent attention on a 2-D grid.
 
@@ -66,15 +76,14 @@ class Agent(Mechanism):
             nn.init.trunc_normal_(parameter, std=0.02)
         self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
-    def operator(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...] | None, prefix: int
-    ) -> Operator:
-        assert grid is not None
+    def operator(self, inputs: Inputs) -> Operator:
+        q, k, grid, prefix = inputs.q, inputs.k, inputs.grid, inputs.prefix
+        assert grid is not None and inputs.scale is not None
         patches = merge_heads(q[:, :, prefix:]).transpose(1, 2).unflatten(2, grid)
         # Contiguous, or compiled code may assume other strides of the pooled map than it has.
         pooled = F.adaptive_avg_pool2d(patches.contiguous(), self.side).flatten(2).transpose(1, 2)
         agents = split_heads(pooled, self.num_heads)
-        scale = q.shape[-1] ** -0.5
+        scale = inputs.scale
         if self.training_free:
             first, second, last = None, None, scale**0.3
         else:
@@ -97,7 +106,8 @@ class Agent(Mechanism):
         full = full + _resize(rows, size[0])[..., None] + _resize(columns, size[1])[..., None, :]
         return torch.cat([class_token[..., None].expand(-1, -1, prefix), full.flatten(2)], 2)
 
-    def local(self, v: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Tensor:
+    def local(self, inputs: Inputs) -> Tensor:
+        v, grid, prefix = inputs.v, inputs.grid, inputs.prefix
         if self.training_free:
             return 0.075 * v
         assert grid is not None
@@ -105,13 +115,11 @@ class Agent(Mechanism):
         out = split_heads(self.depthwise(patches).flatten(2).transpose(1, 2), self.num_heads)
         return F.pad(out, (0, 0, prefix, 0))
 
-    def maps(
-        self, operator: Operator, grid: tuple[int, ...] | None, prefix: int
-    ) -> dict[str, Tensor]:
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``agents``: what each agent reads, mean over heads: (B, n, h, w)."""
-        assert isinstance(operator, ProductOperator) and grid is not None
-        reads = operator.factors[1].tile(slice(None), slice(prefix, None)).mean(1).detach()
-        return {"agents": reads.unflatten(-1, grid)}
+        assert isinstance(operator, ProductOperator) and inputs.grid is not None
+        reads = operator.factors[1].tile(slice(None), slice(inputs.prefix, None)).mean(1)
+        return {"agents": reads.unflatten(-1, inputs.grid)}
 
 
 def _resize(table: Tensor, length: int) -> Tensor:

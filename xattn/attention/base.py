@@ -12,16 +12,19 @@ from __future__ import annotations
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
 from xattn.attention.record import Call, keep, own_layer, recording
 from xattn.kernels.backend import choose
+
+Rotate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _REGISTRY: dict[str, type[Mechanism]] = {}
 
@@ -37,9 +40,39 @@ class Entry:
     grid: tuple[int, ...] = (0,)
     """Numbers of grid dimensions that it works on; 0 stands for any tokens, without a grid."""
     causal: bool = False
+    """Whether it has a causal form."""
+    cross: bool = False
+    """Whether keys may be others than the queries' own tokens, of any number."""
+    grouped: bool = False
+    """Whether it handles fewer key heads itself; the others get one for each query head."""
+    needs_tokens: bool = False
+    """Whether it reads the layer's tokens x, for gates or routers."""
     training_free: bool = False
     """Whether it can replace all softmax layers of a trained classifier without training and keep
     most of the accuracy, as :mod:`xattn.eval.studies.swapped_attention` measures."""
+    cases: tuple[Mapping[str, Any], ...] = ({},)
+    """Options with which the tests run it, on a grid of 5 x 6 tokens, 32 wide, with 2 heads."""
+    bench: tuple[Mapping[str, Any], ...] = ({},)
+    """Options with which ``xattn bench attention`` times it."""
+    size: Size | None = None
+    """The option that the viewer's attention page offers, where it converts a model."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A whole-number option that sets how much a mechanism reads.
+
+    Attributes: ``option``, its name; ``title``, of its control in the viewer; ``values``, offered if
+    they fit the grid; ``usual``, the one chosen first; ``per_side``, whether it counts patches along
+    a side, not patches; ``options``, the others that the viewer sets.
+    """
+
+    option: str
+    title: str
+    values: tuple[int, ...]
+    usual: int
+    per_side: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Mechanism(nn.Module, ABC):
@@ -60,18 +93,15 @@ class Mechanism(nn.Module, ABC):
         self.dim, self.num_heads, self.backend = dim, num_heads, backend
 
     @abstractmethod
-    def operator(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...] | None, prefix: int
-    ) -> Operator:
-        """A for q, k, v (B, H, N, D) in the order of the tokens."""
+    def operator(self, inputs: Inputs) -> Operator:
+        """A for one call. Losses for training go into its ``aux``, and whatever :meth:`maps` needs
+        beside the operator into its ``context``."""
 
-    def local(self, v: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Tensor | None:
-        """What is added to A V, (B, H, N, D); None adds nothing."""
+    def local(self, inputs: Inputs) -> Tensor | None:
+        """What is added to A V, (B, H, N, Dv); None adds nothing."""
         return None
 
-    def maps(
-        self, operator: Operator, grid: tuple[int, ...] | None, prefix: int
-    ) -> dict[str, Tensor]:
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """The mechanism's own maps for an operator that it made: (B, K, h, w) by name."""
         return {}
 
@@ -83,63 +113,99 @@ class Mechanism(nn.Module, ABC):
         grid: Sequence[int] | None = None,
         prefix: int = 0,
         scale: float | None = None,
+        *,
+        x: Tensor | None = None,
+        causal: bool = False,
     ) -> Tensor:
-        """Y (B, H, N, D) for q, k, v (B, H, N, D), already normalised, rotated, ...
+        """Y (B, H, N, Dv); arguments as in :class:`~xattn.attention.inputs.Inputs`.
 
-        Args:
-            grid: lengths of the token grid behind the prefix; optional for mechanisms without one.
-            scale: of the scores, where it is not 1 / sqrt(D).
+        Raises:
+            ValueError: an argument that does not fit the others or this mechanism.
         """
-        grid = self.check(q, k, v, grid, prefix)
-        if scale is not None and not math.isclose(scale, q.shape[-1] ** -0.5):
-            q = q * (scale * math.sqrt(q.shape[-1]))
-        with own_layer():
-            return self._run(q, k, v, grid, prefix)
+        sides = None if grid is None else tuple(grid)
+        return self.attend(Inputs(q, k, v, x, sides, prefix, scale, causal))
 
-    def _run(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...] | None, prefix: int
-    ) -> Tensor:
-        operator = self.operator(q, k, v, grid, prefix)
-        output = operator.matvec(v)
-        if recording():
-            with torch.no_grad():
-                if output.requires_grad:  # the recorded operator is not part of the graph
-                    q, k = q.detach(), k.detach()
-                    operator = self.operator(q, k, v.detach(), grid, prefix)
-                keep(Call(operator, v.detach(), output, self.maps(operator, grid, prefix)))
-        local = self.local(v, grid, prefix)
+    def attend(self, inputs: Inputs) -> Tensor:
+        """:meth:`forward` of a record."""
+        self.check(inputs)
+        if not self.entry.grouped:
+            inputs = inputs.ungrouped()
+        with own_layer():
+            operator = self.operator(inputs)
+            if recording():
+                output = operator.matvec_and_keep(inputs.v)
+                keep(self._call(operator, inputs, output))
+            else:
+                output = operator.matvec(inputs.v)
+            local = self.local(inputs)
         return output if local is None else output + local
 
-    def check(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int] | None, prefix: int
-    ) -> tuple[int, ...] | None:
-        """The grid as a tuple; raises a ``ValueError`` that names what does not fit."""
-        name, tokens = self.entry.name, q.shape[-2]
-        if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape:
-            shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-            raise ValueError(f"q, k, v: got {shapes}; {name} needs three of shape (B, H, N, D)")
+    def _call(self, operator: Operator, inputs: Inputs, output: Tensor) -> Call:
+        seen = operator.detach()  # the recorded operator is not part of the graph
+
+        @torch.no_grad()
+        def maps() -> dict[str, Tensor]:
+            with own_layer():
+                return self.maps(seen, inputs)
+
+        return Call(seen, inputs.v.detach(), output, dict(operator.aux), maps)
+
+    def check(self, inputs: Inputs) -> None:
+        """Raise a ``ValueError`` that names what does not fit."""
+        q, k, v, entry = inputs.q, inputs.k, inputs.v, self.entry
+        name = entry.name
+        self._check_shapes(q, k, v)
         if q.shape[1] * q.shape[3] != self.dim or q.shape[1] != self.num_heads:
             raise ValueError(
                 f"q: got {q.shape[1]} heads of {q.shape[3]}; {name} was made for {self.num_heads} "
                 f"heads of {self.dim // self.num_heads}"
             )
+        if entry.needs_tokens and inputs.x is None:
+            raise ValueError(f"x: {name} reads the layer's tokens; give x (B, N, {self.dim})")
+        if inputs.x is not None and inputs.x.shape[:2] != (q.shape[0], q.shape[2]):
+            raise ValueError(
+                f"x: got shape {tuple(inputs.x.shape)}; give ({q.shape[0]}, {q.shape[2]}, C)"
+            )
+        if inputs.causal and not entry.causal:
+            raise ValueError(f"causal: {name} has no causal form; leave it False")
+        self._check_grid(inputs.grid, inputs.prefix, q.shape[2])
+
+    def _check_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        name = self.entry.name
+        fits = q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3]
+        if not fits or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+            shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+            raise ValueError(
+                f"q, k, v: got {shapes}; {name} needs (B, H, N, D), (B, Hk, S, D), (B, Hk, S, Dv)"
+            )
+        if q.shape[1] % k.shape[1]:
+            raise ValueError(
+                f"k: got {k.shape[1]} heads for {q.shape[1]} of the queries; give a number that "
+                f"divides it"
+            )
+        if q.shape[2] != k.shape[2] and not self.entry.cross:
+            raise ValueError(
+                f"k: got {k.shape[2]} keys for {q.shape[2]} queries; {name} needs as many, use a "
+                f"mechanism with cross-attention, such as softmax"
+            )
+
+    def _check_grid(self, grid: tuple[int, ...] | None, prefix: int, tokens: int) -> None:
+        name, fitting = self.entry.name, self.entry.grid
         if not 0 <= prefix < tokens:
             raise ValueError(f"prefix: got {prefix} of {tokens} tokens; give 0 to {tokens - 1}")
         if grid is None:
-            if 0 not in self.entry.grid:
+            if 0 not in fitting:
                 raise ValueError(f"grid: {name} needs the grid of the tokens, for example (14, 14)")
-            return None
-        grid = tuple(grid)
+            return
         if math.prod(grid) != tokens - prefix:
             raise ValueError(
                 f"grid: {grid} holds {math.prod(grid)} tokens; got {tokens} with {prefix} prefix tokens"
             )
-        if 0 not in self.entry.grid and len(grid) not in self.entry.grid:
+        if 0 not in fitting and len(grid) not in fitting:
             raise ValueError(
                 f"grid: got {len(grid)} dimensions; {name} works on "
-                f"{' or '.join(str(n) for n in self.entry.grid)}"
+                f"{' or '.join(str(n) for n in fitting)}"
             )
-        return grid
 
 
 class Attention(nn.Module):
@@ -149,6 +215,9 @@ class Attention(nn.Module):
         mechanism: what stands between the projections.
         qkv_bias, proj_bias: whether the projections have biases.
         qk_norm: layer norm of queries and keys in each head.
+        kv_heads: Hk, heads of keys and values; it divides the number of heads, which is the default.
+        rotate: rotates queries and keys by their places, (q, k, positions) -> (q, k), with
+            positions (N, n) on the grid, 0 at prefix tokens; see :mod:`xattn.attention.positions`.
     """
 
     def __init__(
@@ -157,24 +226,50 @@ class Attention(nn.Module):
         qkv_bias: bool = True,
         proj_bias: bool = True,
         qk_norm: bool = False,
+        kv_heads: int | None = None,
+        rotate: Rotate | None = None,
     ) -> None:
         super().__init__()
         dim, self.num_heads = mechanism.dim, mechanism.num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.q_norm: nn.Module = nn.LayerNorm(dim // self.num_heads) if qk_norm else nn.Identity()
-        self.k_norm: nn.Module = nn.LayerNorm(dim // self.num_heads) if qk_norm else nn.Identity()
+        self.kv_heads = self.num_heads if kv_heads is None else whole("kv_heads", kv_heads)
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"kv_heads: got {kv_heads} for {self.num_heads} heads; give a number that divides it"
+            )
+        width = dim // self.num_heads
+        self.qkv = nn.Linear(dim, dim + 2 * self.kv_heads * width, bias=qkv_bias)
+        self.q_norm: nn.Module = nn.LayerNorm(width) if qk_norm else nn.Identity()
+        self.k_norm: nn.Module = nn.LayerNorm(width) if qk_norm else nn.Identity()
+        self.rotate = rotate
         self.mechanism = mechanism
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def forward(self, x: Tensor, grid: Sequence[int] | None = None, prefix: int = 0) -> Tensor:
-        """(B, N, C) -> (B, N, C); ``grid`` and ``prefix`` as in :meth:`Mechanism.forward`."""
+    def forward(
+        self,
+        x: Tensor,
+        grid: Sequence[int] | None = None,
+        prefix: int = 0,
+        causal: bool = False,
+    ) -> Tensor:
+        """(B, N, C) -> (B, N, C); the others as in :meth:`Mechanism.forward`."""
         if x.ndim != 3 or x.shape[2] != self.mechanism.dim:
             raise ValueError(f"x: got {tuple(x.shape)}; give (B, N, {self.mechanism.dim})")
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        y = self.mechanism(self.q_norm(q), self.k_norm(k), v, grid, prefix)
+        qkv = self.qkv(x).unflatten(2, (self.num_heads + 2 * self.kv_heads, -1)).transpose(1, 2)
+        q, k, v = qkv.split((self.num_heads, self.kv_heads, self.kv_heads), 1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotate is not None:
+            if grid is None:
+                raise ValueError("grid: rotated queries and keys need the grid of the tokens")
+            q, k = self.rotate(q, k, positions(grid, prefix, x))
+        y = self.mechanism(q, k, v, grid, prefix, x=x, causal=causal)
         return self.proj(merge_heads(y))
+
+
+def positions(grid: Sequence[int], prefix: int, like: Tensor) -> Tensor:
+    """Coordinates (N, n) of the tokens on their grid, 0 at prefix tokens, in the dtype of ``like``."""
+    axes = (torch.arange(length, device=like.device, dtype=like.dtype) for length in grid)
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
+    return torch.cat([places.new_zeros(prefix, len(grid)), places])
 
 
 def whole(name: str, value: Any) -> int:
@@ -246,6 +341,8 @@ def create_attention(
     qkv_bias: bool = True,
     proj_bias: bool = True,
     qk_norm: bool = False,
+    kv_heads: int | None = None,
+    rotate: Rotate | None = None,
     **options: Any,
 ) -> Attention:
     """An attention layer by the mechanism's name; arguments as in :class:`Attention`.
@@ -254,4 +351,4 @@ def create_attention(
         ValueError: as in :func:`create_mechanism`.
     """
     mechanism = create_mechanism(name, dim, num_heads, **options)
-    return Attention(mechanism, qkv_bias, proj_bias, qk_norm)
+    return Attention(mechanism, qkv_bias, proj_bias, qk_norm, kv_heads, rotate)

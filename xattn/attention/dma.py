@@ -16,20 +16,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.attention.base import Mechanism, register, whole
+from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator, SoftmaxOperator
-from xattn.attention.segments import DENSE, Blocks, Piece, Segment, SegmentsOperator
+from xattn.attention.patterns import Pattern, chosen_keys_operator, pattern_operator
+from xattn.attention.segments import Blocks
 
 ROWS = 2**22  # scores held at a time while the causal lists are made
 
 
-@register("dma", paper="arXiv 2508.02124", complexity="N w D", causal=True)
+@register(
+    "dma",
+    paper="arXiv 2508.02124",
+    complexity="N w D",
+    causal=True,
+    cases=(
+        {"window": 4},
+        {"window": 4, "causal": True},
+        {"window": 4, "causal": True, "backend": "cpu"},
+        {"window": 64},
+    ),
+    bench=({"window": 128}, {"window": 512}),
+)
 class DMA(Mechanism):
     """Dynamic mask attention.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         window: w, how many keys are kept beside the prefix tokens, whose b is 0.
-        causal: whether a token sees only earlier tokens and itself; prefix tokens see one another.
+        causal: whether a token sees only earlier tokens and itself, always or where a call asks for
+            it; prefix tokens see one another.
 
     ``a`` starts at zero: with ``window`` at least N the layer is softmax attention until it learns.
     """
@@ -54,68 +69,38 @@ class DMA(Mechanism):
         z = torch.matmul(v, weight.permute(1, 2, 0)).sum(1).transpose(1, 2)
         return self.a[:, None] * F.softplus(z)
 
-    def operator(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...] | None, prefix: int
-    ) -> Operator:
-        b = F.pad(self.key_bias(v[:, :, prefix:]), (prefix, 0))
-        if self.causal:
-            return self._causal(q, k, b, prefix)
-        tokens = k.shape[2]
-        if self.window >= tokens - prefix:
-            bias = b[:, :, None]
-            return SoftmaxOperator(q, k, None, bias, None, self.backend, every_row=True)
-        keep = b[:, :, prefix:].detach().topk(self.window).indices.sort(-1).values + prefix
-        always = torch.arange(prefix, device=q.device).expand(*keep.shape[:2], -1)
-        columns = torch.cat([always, keep], -1)
-        kept = k.gather(2, columns[..., None].expand(-1, -1, -1, k.shape[-1]))
-        segment = Segment(kept, bias=b.gather(2, columns))
-        piece = Piece(q, (segment,), (columns,))
-        return SegmentsOperator([piece], None, tokens, None, self.backend, every_row=True)
+    def operator(self, inputs: Inputs) -> Operator:
+        b = self.key_bias(inputs.v[:, :, inputs.prefix :])
+        if self.causal or inputs.causal:
+            blocks = Blocks(causal_lists(b, self.window), 1, 1)
+            pattern = Pattern(blocks, bias=b)
+            return pattern_operator(inputs.replace(causal=True), pattern, backend=self.backend)
+        bias, keep = F.pad(b, (inputs.prefix, 0)), None
+        operator: Operator
+        if self.window >= b.shape[2]:
+            operator = SoftmaxOperator(
+                inputs.q, inputs.k, inputs.scale, bias[:, :, None], None, self.backend, True
+            )
+        else:
+            keep = b.detach().topk(self.window).indices.sort(-1).values
+            operator = chosen_keys_operator(
+                inputs, keep + inputs.prefix, bias, backend=self.backend
+            )
+        operator.context = b.detach(), keep
+        return operator
 
-    def _causal(self, q: Tensor, k: Tensor, b: Tensor, prefix: int) -> Operator:
-        every = torch.arange(q.shape[2], device=q.device)
-        lists = causal_lists(b[:, :, prefix:], self.window)
-        if self.backend == "auto" and q.device.type == "cpu" and len(every) <= DENSE:
-            return SoftmaxOperator(q, k, None, self._mask(lists, b, prefix), None, "auto", True)
-        segments = [Segment(k[:, :, prefix:], None, Blocks(lists, 1, 1), bias=b[:, :, prefix:])]
-        columns = [every[prefix:]]
-        pieces = []
-        if prefix:
-            first, own = Segment(k[:, :, :prefix]), every[:prefix]
-            segments.append(first)
-            columns.append(own)
-            pieces.append(Piece(q[:, :, :prefix], (first,), (own,)))
-        pieces.append(Piece(q[:, :, prefix:], tuple(segments), tuple(columns)))
-        return SegmentsOperator(pieces, None, len(every), backend=self.backend)
-
-    def _mask(self, lists: Tensor, b: Tensor, prefix: int) -> Tensor:
-        """b for the listed keys, -inf for all others: (B, H, N, N)."""
-        n = b.shape[2]
-        seen = torch.zeros(*b.shape, n + 1, dtype=torch.bool, device=b.device)
-        columns = torch.where(lists < 0, n, lists.long() + prefix)
-        seen[:, :, prefix:].scatter_(-1, columns, True)
-        seen[..., :prefix] = True
-        return b[:, :, None].masked_fill(~seen[..., :n], -torch.inf)
-
-    def maps(
-        self, operator: Operator, grid: tuple[int, ...] | None, prefix: int
-    ) -> dict[str, Tensor]:
-        """``importance``: b of each patch, one channel per head; the same for all queries and classes."""
-        if grid is None or len(grid) != 2 or self.causal:
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+        """``importance``: b of each patch that is kept, one channel per head, the same for all
+        queries and classes; ``kept``: 1 where it is kept."""
+        if operator.context is None or inputs.grid is None or len(inputs.grid) != 2:
             return {}
-        if isinstance(operator, SoftmaxOperator):
-            assert operator.bias is not None
-            return {"importance": operator.bias[:, :, 0, prefix:].detach().unflatten(-1, grid)}
-        (piece,) = operator.pieces  # type: ignore[attr-defined]
-        columns, bias = (
-            piece.columns[0][..., prefix:],
-            piece.segments[0].bias[..., prefix:].detach(),
-        )
-        full = bias.new_zeros(*bias.shape[:2], operator.shape[3]).scatter_(-1, columns, bias)
-        kept = torch.zeros_like(full).scatter_(-1, columns, 1.0)
+        b, keep = operator.context
+        if keep is None:
+            return {"importance": b.unflatten(-1, inputs.grid)}
+        kept = torch.zeros_like(b).scatter_(-1, keep, 1.0)
         return {
-            "importance": full[..., prefix:].unflatten(-1, grid),
-            "kept": kept[..., prefix:].unflatten(-1, grid),
+            "importance": (b * kept).unflatten(-1, inputs.grid),
+            "kept": kept.unflatten(-1, inputs.grid),
         }
 
 

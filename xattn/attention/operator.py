@@ -6,13 +6,20 @@ attention. One row costs O(S d), a product with a vector O(N S d) time and O(N +
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from itertools import product
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Self
 
+from xattn.attention.inputs import spread_heads
 from xattn.kernels.softmax import softmax_attention
 from xattn.kernels.softmax.reference import widen
 from xattn.kernels.vecmat import ROWS
@@ -25,11 +32,22 @@ TILE = 2**20  # entries of a chunk of rows, over batch and heads: 4 MB in float3
 class Operator(ABC):
     """A of Y = A V, for every image and head.
 
-    Attributes: ``shape``, (B, H, N, S). A subclass has to define :meth:`matvec`, linear and
-    differentiable in its argument, and :meth:`rows`; the rest follows from these.
+    A subclass has to define :meth:`matvec`, linear and differentiable in its argument, and
+    :meth:`rows`; the rest follows from these.
     """
 
     shape: tuple[int, int, int, int]
+    """(B, H, N, S)"""
+    stochastic: bool = False
+    """Whether every row that sees a key is known to sum to 1."""
+    signed: bool = False
+    """Whether entries may be negative."""
+    causal: bool = False
+    """Whether entries above the diagonal are known to be 0, but for those among prefix tokens."""
+    aux: Mapping[str, Tensor] = MappingProxyType({})
+    """Scalar losses that a mechanism asks training to add, by name, with their graph."""
+    context: Any = None
+    """Whatever else the mechanism that made it needs for its maps."""
 
     @property
     def device(self) -> torch.device:
@@ -37,7 +55,11 @@ class Operator(ABC):
 
     @abstractmethod
     def matvec(self, x: Tensor) -> Tensor:
-        """A X: (B, H, S, m) -> (B, H, N, m)."""
+        """A X: (B, H, S, m) -> (B, H, N, m); operators of grouped keys also take (B, Hk, S, m)."""
+
+    def matvec_and_keep(self, x: Tensor) -> Tensor:
+        """A X, keeping what later questions can use again, such as the log-sum-exp."""
+        return self.matvec(x)
 
     @abstractmethod
     def rows(self, index: Tensor) -> Tensor:
@@ -63,11 +85,12 @@ class Operator(ABC):
         """r E, E_ij = mean_h max(A_ij dA_ij, 0) with dA = grad v^T, the gradient that reaches A.
 
         Args:
-            v: the values, (B, H, S, Dv).
+            v: the values, (B, H or Hk, S, Dv).
             grad: of a score with respect to A V, (B, H, N, Dv).
             r: (B, R, N). Returns (B, R, S).
         """
         out = r.new_zeros(*r.shape[:2], self.shape[3])
+        v = spread_heads(v, self.shape[1])
         for i in self.row_chunks():
             a = self.tile(i, slice(None))
             e = (a * (grad[:, :, i] @ v.transpose(-2, -1)).to(a.dtype)).clamp_min(0).mean(1)
@@ -85,6 +108,20 @@ class Operator(ABC):
         batch, heads, _, keys = self.shape
         return self.matvec(self._anchor().new_ones(batch, heads, keys, 1))[..., 0]
 
+    def matvec_where(self, x: Tensor, keep: Tensor) -> Tensor:
+        """A X in the rows where ``keep`` (B, H, N) is true, 0 elsewhere."""
+        return self.matvec(x).masked_fill(~keep[..., None], 0.0)
+
+    def detach(self) -> Self:
+        """The same operator, outside of the graph that made it."""
+        return self.apply(Tensor.detach)
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same operator with ``change(x)`` in place of every tensor x."""
+        made = copy.copy(self)
+        made.__dict__.update({key: _changed(value, change) for key, value in vars(self).items()})
+        return made
+
     def _transposed_matvec(self, y: Tensor) -> Tensor:
         """A^T Y, (B, H, N, m) -> (B, H, S, m): the derivative of the linear map X -> A X."""
         batch, heads, _, keys = self.shape
@@ -94,9 +131,14 @@ class Operator(ABC):
             (out,) = torch.autograd.grad(product, x, y.clone() if y.is_inference() else y)
         return out
 
-    def _wide(self) -> Operator:
+    def _wide(self) -> Self:
         """The same operator in float32 at least, of tensors that autograd may save."""
-        return self
+
+        def wide(x: Tensor) -> Tensor:
+            x = widen(x) if x.is_floating_point() else x
+            return x.clone() if x.is_inference() else x
+
+        return self.apply(wide)
 
     def _spread(self, r: Tensor) -> Tensor:
         """(B, R, N) or (B, H, R, N) as the latter, in the operator's dtype."""
@@ -115,6 +157,26 @@ class Operator(ABC):
         """Any tensor of the operator's dtype and device."""
 
 
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with every tensor in it changed: in operators, records, tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Operator):
+        return value.apply(change)
+    if isinstance(value, dict):
+        return {key: _changed(item, change) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        items = [_changed(item, change) for item in value]
+        named = hasattr(value, "_fields")
+        return type(value)(*items) if named else type(value)(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        made = copy.copy(value)
+        for f in fields(value):
+            object.__setattr__(made, f.name, _changed(getattr(value, f.name), change))
+        return made
+    return value
+
+
 def check_heads(heads: str) -> bool:
     """Whether ``heads`` is "mean"; a ``ValueError`` unless it is that or "each"."""
     if heads not in ("each", "mean"):
@@ -126,14 +188,17 @@ class SoftmaxOperator(Operator):
     """Dense softmax attention, A = exp(scale q k^T + bias - lse), recomputed on demand.
 
     Args:
-        q: (B, H, N, D); ``k``: (B, H, S, D).
+        q: (B, H, N, D); ``k``: (B, H or Hk, S, D).
         scale: 1 / sqrt(D) by default.
         bias: (B or 1, H or 1, N or 1, S), added to the scores; -inf hides a key.
         lse: (B, H, N), the log-sum-exp of the scores, if it is already known.
         backend: see :func:`xattn.kernels.backend.choose`.
         every_row: whether every row is known to see a key, so that under "auto" PyTorch's own
             attention may compute A X; without a bias that is always so.
+        causal: whether query i sees only keys 0 to i; needs N = S.
     """
+
+    stochastic = True
 
     def __init__(
         self,
@@ -144,14 +209,20 @@ class SoftmaxOperator(Operator):
         lse: Tensor | None = None,
         backend: str = "auto",
         every_row: bool = False,
+        causal: bool = False,
     ) -> None:
         self.q, self.k, self.bias = q, k, bias
+        self.causal = self._by_place = causal  # a bias may hide later keys, too
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.backend = backend
-        fixed = bias is None or (every_row and not bias.requires_grad)
+        fixed = bias is None or (every_row and not causal and not bias.requires_grad)
         self._fused = backend == "auto" and fixed
         self.shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         self._lse = lse
+
+    @property
+    def _tmp(self):
+        return {"causal": True} if self._by_place else {}
 
     @property
     def lse(self) -> Tensor:
@@ -166,15 +237,40 @@ class SoftmaxOperator(Operator):
 
     def attend(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """(A V, lse)."""
+        k = spread_heads(self.k, v.shape[1])
         return softmax_attention(
-            self.q, self.k, v, self.bias, scale=self.scale, backend=self.backend
+            self.q, k, v, self.bias, scale=self.scale, backend=self.backend, **self._tmp
         )
 
     def matvec(self, x: Tensor) -> Tensor:
         if not self._fused:
             return self.attend(x)[0]
-        q, k, bias = self.q, self.k, self.bias
-        return F.scaled_dot_product_attention(q, k, x, attn_mask=bias, scale=self.scale)
+        k, x = spread_heads(self.k, self.shape[1]), spread_heads(x, self.shape[1])
+        return F.scaled_dot_product_attention(
+            self.q, k, x, self.bias, is_causal=self._by_place, scale=self.scale
+        )
+
+    def matvec_and_keep(self, x: Tensor) -> Tensor:
+        y, self._lse = self.attend(x)
+        return y
+
+    def matvec_where(self, x: Tensor, keep: Tensor) -> Tensor:
+        """A CPU computes only the rows that are kept, head by head."""
+        if not self._fused or self._by_place or self.q.device.type != "cpu":
+            return super().matvec_where(x, keep)
+        batch, heads, n, _ = self.shape
+        k, x = spread_heads(self.k, heads), spread_heads(x, heads)
+        bias = None if self.bias is None else self.bias.expand(self.shape)
+        out = []
+        for b, h in product(range(batch), range(heads)):
+            at = keep[b, h].nonzero()[:, 0]
+            mask = None if bias is None else bias[b, h, at]
+            some = F.scaled_dot_product_attention(
+                self.q[b, h, at][None, None], k[b, h][None, None], x[b, h][None, None], mask,
+                scale=self.scale,
+            )  # fmt: skip
+            out.append(x.new_zeros(n, x.shape[3]).index_copy(0, at, some[0, 0]))
+        return torch.stack(out).unflatten(0, (batch, heads))
 
     def rows(self, index: Tensor) -> Tensor:
         return self.tile(index, slice(None))
@@ -183,44 +279,36 @@ class SoftmaxOperator(Operator):
         bias = self.bias
         if bias is not None:
             bias = bias[:, :, rows if bias.shape[2] > 1 else slice(None), columns]
-        s = products(self.q[:, :, rows], self.k[:, :, columns], self.scale)
+        k = spread_heads(self.k, self.shape[1])
+        s = products(self.q[:, :, rows], k[:, :, columns], self.scale)
         s = s if bias is None else s + bias
+        if self._by_place:
+            every = torch.arange(self.shape[3], device=s.device)
+            s = s.masked_fill(every[columns] > every[rows][:, None], -torch.inf)
         lse = self.lse[:, :, rows, None]
         return torch.where(lse.isneginf(), 0.0, (s - lse).exp())
 
     def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
         self._spread(r)  # checks
-        parts = [
-            softmax_vecmat(
-                self.q,
-                self.k,
-                self.lse,
-                some.to(self.lse.dtype),
-                bias=self.bias,
-                scale=self.scale,
-                reduce="mean" if check_heads(heads) else "none",
-                backend=self.backend,
-            )
-            for some in r.split(ROWS, -2)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+        reduce = "mean" if check_heads(heads) else "none"
+        k, lse = spread_heads(self.k, self.shape[1]), self.lse
+        options = {"bias": self.bias, "scale": self.scale, **self._tmp}
+        return _in_parts(
+            lambda some: softmax_vecmat(
+                self.q, k, lse, some, reduce=reduce, backend=self.backend, **options
+            ),
+            r.to(lse.dtype),
+        )
 
     def gradient_vecmat(self, v: Tensor, grad: Tensor, r: Tensor) -> Tensor:
-        parts = [
-            softmax_gradient_vecmat(
-                self.q,
-                self.k,
-                v,
-                self.lse,
-                grad,
-                some.to(self.lse.dtype),
-                bias=self.bias,
-                scale=self.scale,
-                backend=self.backend,
-            )
-            for some in r.split(ROWS, -2)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+        k, v, lse = spread_heads(self.k, self.shape[1]), spread_heads(v, self.shape[1]), self.lse
+        options = {"bias": self.bias, "scale": self.scale, **self._tmp}
+        return _in_parts(
+            lambda some: softmax_gradient_vecmat(
+                self.q, k, v, lse, grad, some, backend=self.backend, **options
+            ),
+            r.to(lse.dtype),
+        )
 
     def row_sums(self) -> Tensor:
         return (~self.lse.isneginf()).to(self.lse.dtype)  # 0 where a row sees no key
@@ -229,57 +317,13 @@ class SoftmaxOperator(Operator):
         return self.q
 
 
+def _in_parts(times: Callable[[Tensor], Tensor], r: Tensor) -> Tensor:
+    """``times`` of any number of row vectors, as many at a time as a kernel takes."""
+    parts = [times(some) for some in r.split(ROWS, -2)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+
 def products(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """scale q k^T, in float32 at least, also under autocast."""
     with torch.autocast(q.device.type, enabled=False):
         return scale * (widen(q) @ widen(k).transpose(-2, -1))
-
-
-class LowRankOperator(Operator):
-    """A = L R with L (B, H, N, f) and R (B, H, f, S), f much smaller than N and S."""
-
-    def __init__(self, left: Tensor, right: Tensor) -> None:
-        self.left, self.right = left, right
-        self.shape = (left.shape[0], left.shape[1], left.shape[2], right.shape[3])
-
-    def matvec(self, x: Tensor) -> Tensor:
-        return self.left @ (self.right @ x)
-
-    def rows(self, index: Tensor) -> Tensor:
-        return self.left[:, :, index] @ self.right
-
-    def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
-        product = (self._spread(r) @ widen(self.left)) @ widen(self.right)
-        return product.mean(1) if check_heads(heads) else product
-
-    def _anchor(self) -> Tensor:
-        return self.left
-
-
-class ProductOperator(Operator):
-    """A = A_1 A_2 ...: attention in stages, as with agents, landmarks or inducing points."""
-
-    def __init__(self, factors: Sequence[Operator]) -> None:
-        self.factors = list(factors)
-        first, last = self.factors[0], self.factors[-1]
-        self.shape = (*first.shape[:3], last.shape[3])
-
-    def matvec(self, x: Tensor) -> Tensor:
-        for factor in reversed(self.factors):
-            x = factor.matvec(x)
-        return x
-
-    def rows(self, index: Tensor) -> Tensor:
-        r = self.factors[0].rows(index)
-        for factor in self.factors[1:]:
-            r = factor.vecmat(r)
-        return r
-
-    def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
-        r = self._spread(r)
-        for factor in self.factors:
-            r = factor.vecmat(r)
-        return r.mean(1) if check_heads(heads) else r
-
-    def _anchor(self) -> Tensor:
-        return self.factors[0]._anchor()

@@ -7,8 +7,10 @@ a grid tile by tile, ``z_order`` interleaves the bits of the coordinates (Morton
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -84,6 +86,21 @@ def z_order(grid: Sequence[int]) -> Order:
     split = places.view([2] * (bits * len(grid)))
     axes = [d * bits + b for b in range(bits) for d in range(len(grid))]
     return _order(split.permute(axes).flatten() if bits else places.flatten(), grid)
+
+
+def residue_order(grid: Sequence[int], dilation: Sequence[int], tile: Sequence[int]) -> Order:
+    """Tile order within each class of coordinates that see one another under the dilation."""
+    tokens = torch.arange(math.prod(grid), device="cpu").view(*grid)
+    parts = []
+    for start in product(*(range(d) for d in dilation)):
+        group = tokens[tuple(slice(s, None, d) for s, d in zip(start, dilation, strict=True))]
+        index = tile_order(group.shape, tile).index
+        parts.append(torch.where(index < 0, -1, group.flatten()[index.clamp(min=0)]))
+    index = torch.cat(parts)
+    inverse = torch.empty(tokens.numel(), dtype=torch.long, device="cpu")
+    real = (index >= 0).nonzero()[:, 0]
+    inverse[index[real]] = real
+    return Order(index, inverse)
 
 
 def _padded(grid: Sequence[int], shape: Sequence[int]) -> Tensor:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,12 +33,19 @@ class Call:
     """One call of attention: ``output = operator.matvec(value)``."""
 
     operator: Operator
+    """A, outside of the model's graph."""
     value: Tensor
-    """V, (B, H, S, Dv)."""
+    """V, (B, H or Hk, S, Dv)."""
     output: Tensor
     """A V, (B, H, N, Dv), part of the model's graph: gradients may be taken with respect to it."""
-    maps: dict[str, Tensor] = field(default_factory=dict)
-    """A mechanism's own maps, (B, K, h, w) by name."""
+    aux: dict[str, Tensor] = field(default_factory=dict)
+    """Scalar losses that the mechanism asks training to add, by name, part of the model's graph."""
+    make_maps: Callable[[], dict[str, Tensor]] = dict
+
+    @cached_property
+    def maps(self) -> dict[str, Tensor]:
+        """A mechanism's own maps, (B, K, h, w) by name; computed when first asked for."""
+        return self.make_maps()
 
 
 class _State(threading.local):

@@ -1,0 +1,53 @@
+"""What a mechanism of attention gets: queries, keys and values, the layer's tokens, and their layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """One call of a mechanism.
+
+    N queries attend to S keys; S = N in self-attention. Where fewer heads serve keys (Hk divides H),
+    query head h reads key head h // (H // Hk). Tokens are ``prefix`` class or register tokens, then
+    the ``grid`` in raster order.
+    """
+
+    q: Tensor
+    """(B, H, N, D), already normalised, rotated, ..."""
+    k: Tensor
+    """(B, Hk, S, D)"""
+    v: Tensor
+    """(B, Hk, S, Dv)"""
+    x: Tensor | None = None
+    """(B, N, C), the tokens that the layer read, for gates and routers."""
+    grid: tuple[int, ...] | None = None
+    """Lengths of the token grid behind the prefix."""
+    prefix: int = 0
+    scale: float | None = None
+    """Of the scores, 1 / sqrt(D) by default; never None once the record is made."""
+    causal: bool = False
+    """Whether token i sees only tokens 0 to i, and the prefix tokens see one another."""
+
+    def __post_init__(self) -> None:
+        if self.scale is None:
+            object.__setattr__(self, "scale", self.q.shape[-1] ** -0.5)
+
+    def replace(self, **changes: Any) -> Inputs:
+        return replace(self, **changes)
+
+    def ungrouped(self) -> Inputs:
+        """The same with one key head for every query head."""
+        heads = self.q.shape[1]
+        if self.k.shape[1] == heads:
+            return self
+        return replace(self, k=spread_heads(self.k, heads), v=spread_heads(self.v, heads))
+
+
+def spread_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, Hk, S, D) -> (B, H, S, D): each key head repeated for the query heads that read it."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)

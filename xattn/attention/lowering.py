@@ -1,0 +1,93 @@
+"""Which path attention over key segments takes: dense, dense with a mask, or lists of key blocks.
+
+    o_i = sum_j p_ij v_j,   p_i = softmax over the union of the segments' visible keys
+
+Each segment is attended alone; log-sum-exps L_s merge the parts exactly, L = logsumexp_s L_s and
+o = sum_s exp(L_s - L) o_s, and because they are differentiable so is the whole. Mechanisms say what is
+visible; only this module decides how that is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from xattn.attention.segments import Blocks, Segment, visible_blocks
+from xattn.kernels.block_sparse import block_sparse_attention
+from xattn.kernels.block_sparse.block_lists import check_index
+from xattn.kernels.softmax import softmax_attention
+
+DENSE = 2048  # the most keys for which a mask is stored
+SMALL = 512  # below so many keys gathering never pays
+
+
+def attend(
+    q: Tensor, segments: Sequence[Segment], *, scale: float | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``q`` (B, H, N, D) over the union of the segments' keys.
+
+    Returns:
+        o (B, H, N, Dv) and the log-sum-exp (B, H, N); a row that sees no key has 0 and -inf.
+
+    Raises:
+        ValueError: no segment, or shapes, dtypes and indices that do not match.
+    """
+    if not segments:
+        raise ValueError("segments: got none; give at least one Segment(k, v)")
+    parts = [_attend(q, s, scale, backend) for s in segments]
+    if len(parts) == 1:
+        return parts[0]
+    lse = torch.stack([part[1] for part in parts])
+    # Where no segment has a key, exp(-inf - -inf) would be NaN, also in the backward pass.
+    empty = lse.isneginf().all(0)
+    lse = lse.masked_fill(empty, 0.0)
+    total = lse.logsumexp(0)
+    share = (lse - total).exp()[..., None].to(q.dtype)
+    first, *rest = (w * part[0] for w, part in zip(share, parts, strict=True))
+    return sum(rest, first), total.masked_fill(empty, -torch.inf)
+
+
+def _attend(q: Tensor, s: Segment, scale: float | None, backend: str) -> tuple[Tensor, Tensor]:
+    if s.v is None:
+        raise ValueError("segments: got one without values; give Segment(k, v)")
+    bias = None if s.bias is None else s.bias[:, :, None, :]
+    if s.blocks is None and s.rule is None:
+        return softmax_attention(q, s.k, s.v, bias, scale=scale, backend=backend)
+    blocks = s.blocks or visible_blocks(s.rule, 64, 64)  # type: ignore[arg-type]
+    if backend == "auto" and s.rule is None and reads_all(s.k, blocks):
+        return softmax_attention(q, s.k, s.v, bias, scale=scale)
+    return block_sparse_attention(
+        q,
+        s.k,
+        s.v,
+        blocks.index.to(q.device),
+        q_block=blocks.q_block,
+        k_block=blocks.k_block,
+        bias=s.bias,
+        box=None if s.rule is None else s.rule.to(q.device),
+        scale=scale,
+        backend=backend,
+    )
+
+
+def mask_is_faster(q: Tensor, keys: int, blocks: Blocks, backend: str) -> bool:
+    """Whether dense attention with a stored mask beats gathering the listed keys.
+
+    Never on a GPU, with a backend of the caller's choice, or above 2048 keys, where the mask would
+    take too much memory. Lists of single queries share no gathered key, so they need longer inputs.
+    """
+    if backend != "auto" or q.device.type != "cpu" or keys > DENSE:
+        return False
+    read = blocks.index.shape[-1] * blocks.k_block
+    return keys < SMALL or 3 * read > keys or blocks.q_block == 1
+
+
+def reads_all(k: Tensor, blocks: Blocks) -> bool:
+    """Whether every list holds every block; False on a GPU, where looking would stall the stream."""
+    count = -(-k.shape[2] // blocks.k_block)
+    if k.device.type != "cpu" or blocks.index.shape[-1] != count:
+        return False
+    check_index(blocks.index, count)
+    return bool((blocks.index >= 0).all())

@@ -1,0 +1,129 @@
+"""Sparse attention of grid tokens: which of them see which, beside prefix tokens.
+
+    operator = pattern_operator(inputs, Pattern(blocks, order, rule), backend=backend)
+
+Prefix tokens see all tokens and are seen by all; in causal attention they see one another only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.attention.inputs import Inputs
+from xattn.attention.lowering import mask_is_faster
+from xattn.attention.operator import Operator, SoftmaxOperator
+from xattn.attention.order import Order
+from xattn.attention.segments import Blocks, Rule, Segment, visible
+from xattn.attention.segments_operator import Piece, SegmentsOperator
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Block lists over the grid tokens (all tokens behind the prefix), which are M places long.
+
+    A mechanism that keeps a pattern keeps its masks with it, where they do not depend on the image.
+    """
+
+    blocks: Blocks
+    order: Order | None = None
+    """Of the grid tokens, to which all else refers; the given order by default."""
+    rule: Rule | None = None
+    """Which keys of the listed blocks a query sees."""
+    bias: Tensor | None = None
+    """(B or 1, H or 1, M), added to a key's scores."""
+    masks: dict[tuple[int, bool, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+
+
+def pattern_operator(
+    inputs: Inputs, pattern: Pattern, *, backend: str = "auto", every_row: bool = True
+) -> Operator:
+    """Softmax attention over what ``pattern`` lists.
+
+    Args:
+        every_row: whether every query is known to see a key; with a prefix each does.
+    """
+    q, k, prefix = inputs.q, inputs.k, inputs.prefix
+    if mask_is_faster(q, k.shape[2], pattern.blocks, backend):
+        mask = _mask(inputs, pattern)
+        return _facts(SoftmaxOperator(q, k, inputs.scale, mask, every_row=every_row), inputs)
+    device, tokens = q.device, torch.arange(q.shape[2], device=q.device)
+    order, bias = pattern.order, pattern.bias
+    grid_q, grid_k, places = q[:, :, prefix:], k[:, :, prefix:], tokens[prefix:]
+    where = None
+    if order is not None:
+        order = order.to(device)
+        grid_q, grid_k = order.apply(grid_q), order.apply(grid_k)
+        places = torch.where(order.padding, -1, order.index + prefix)
+        where = torch.cat([tokens[:prefix], order.inverse + prefix])
+        if order.is_padded and pattern.rule is None:
+            hidden = torch.zeros(len(places), dtype=q.dtype, device=device)
+            hidden = hidden.masked_fill(order.padding, -torch.inf)[None, None]
+            bias = hidden if bias is None else bias + hidden
+    segments = [Segment(grid_k, None, pattern.blocks, pattern.rule, bias)]
+    columns = [places]
+    pieces = []
+    if prefix:
+        first, own = Segment(k[:, :, :prefix]), tokens[:prefix]
+        segments.append(first)
+        columns.append(own)
+        seen = (first, own) if inputs.causal else (Segment(k), tokens)
+        pieces.append(Piece(q[:, :, :prefix], (seen[0],), (seen[1],)))
+    pieces.append(Piece(grid_q, tuple(segments), tuple(columns)))
+    operator = SegmentsOperator(pieces, where, len(tokens), inputs.scale, backend)
+    return _facts(operator, inputs)
+
+
+def chosen_keys_operator(
+    inputs: Inputs, keep: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+) -> SegmentsOperator:
+    """Softmax attention of all queries to the prefix tokens and to one list of keys per head.
+
+    Args:
+        keep: LongTensor (B, H, w), numbers of tokens behind the prefix.
+        bias: (B, H, S), added to a key's scores.
+    """
+    k, prefix = inputs.k, inputs.prefix
+    always = torch.arange(prefix, device=k.device).expand(*keep.shape[:2], -1)
+    columns = torch.cat([always, keep], -1)
+    kept = k.gather(2, columns[..., None].expand(-1, -1, -1, k.shape[-1]))
+    segment = Segment(kept, bias=None if bias is None else bias.gather(2, columns))
+    piece = Piece(inputs.q, (segment,), (columns,))
+    return SegmentsOperator([piece], None, k.shape[2], inputs.scale, backend, every_row=True)
+
+
+def _facts(operator: Operator, inputs: Inputs) -> Operator:
+    operator.causal = inputs.causal
+    return operator
+
+
+@torch.inference_mode(False)  # kept masks may serve training later
+def _mask(inputs: Inputs, pattern: Pattern) -> Tensor:
+    """The pattern as a bias (B or 1, H or 1, N, N): 0 or the key's own, and -inf where hidden."""
+    q, prefix = inputs.q, inputs.prefix
+    key = prefix, inputs.causal, q.dtype, q.device
+    mask = pattern.masks.get(key)
+    if mask is not None:
+        return mask
+    order, lists = pattern.order, pattern.blocks.index
+    device, heads = lists.device, (*lists.shape[:2],)
+    count = inputs.k.shape[2] - prefix if order is None else len(order.index)
+    segment = Segment(
+        torch.empty(1, 1, count, 0, device=device), None, pattern.blocks, pattern.rule
+    )
+    seen = visible(segment, torch.arange(count, device=device)).expand(*heads, -1, -1)
+    bias = pattern.bias
+    if order is not None:
+        seen = order.undo(order.undo(seen, 2), 3)
+        bias = None if bias is None else order.undo(bias, 2)
+    added = torch.zeros((), dtype=q.dtype, device=device) if bias is None else bias[:, :, None]
+    mask = added.masked_fill(~seen, -torch.inf)
+    mask = F.pad(mask, (prefix, 0, prefix, 0)).to(q.device)
+    if inputs.causal and prefix:
+        mask[..., :prefix, prefix:] = -torch.inf
+    if bias is None and heads == (1, 1):
+        pattern.masks[key] = mask
+    return mask

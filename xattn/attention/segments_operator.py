@@ -1,0 +1,158 @@
+"""Softmax attention over unions of key segments as an operator on values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.attention.inputs import spread_heads
+from xattn.attention.lowering import attend
+from xattn.attention.operator import Operator, products
+from xattn.attention.segments import Segment, visible
+from xattn.kernels.softmax.reference import widen
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Queries ``q`` (B, H, M, D) and what they see.
+
+    Attributes: ``segments``, without values; ``columns``, for each segment the token that each of
+    its keys is: LongTensor (S,) or (B, H or Hk, S), -1 = padding.
+    """
+
+    q: Tensor
+    segments: tuple[Segment, ...]
+    columns: tuple[Tensor, ...]
+
+
+class SegmentsOperator(Operator):
+    """Attention whose rows come in :class:`Piece` s: prefix tokens, patches in tile order, ...
+
+    Args:
+        pieces: every token is a query of exactly one.
+        places: LongTensor (N,), where each token stands in the concatenated queries of the pieces;
+            None if the pieces hold the tokens in order.
+        keys: S, the number of tokens that can be seen.
+        scale, backend: as in :func:`attend`.
+        every_row: whether every row is known to see a key, so that under "auto" PyTorch's own
+            attention may answer for a single dense segment.
+        causal: whether the pieces are known to hide later keys.
+    """
+
+    stochastic = True
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        places: Tensor | None,
+        keys: int,
+        scale: float | None = None,
+        backend: str = "auto",
+        every_row: bool = False,
+        causal: bool = False,
+    ) -> None:
+        self.causal = causal
+        self.pieces = tuple(pieces)
+        q = self.pieces[0].q
+        self.scale = q.shape[-1] ** -0.5 if scale is None else scale
+        self.backend = backend
+        self._places, self._every_row = places, every_row
+        self._alone = self._only_segment() if every_row and backend == "auto" else None
+        queries = sum(p.q.shape[2] for p in self.pieces) if places is None else len(places)
+        self.shape = (q.shape[0], q.shape[1], queries, keys)
+
+    def matvec(self, x: Tensor) -> Tensor:
+        s = self._alone
+        if s is None:
+            return self.attend(x)[0]
+        (piece,) = self.pieces
+        bias = None if s.bias is None else s.bias[:, :, None, :]
+        k, v = spread_heads(s.k, self.shape[1]), spread_heads(x, self.shape[1])
+        v = _take(v, piece.columns[0])
+        return F.scaled_dot_product_attention(piece.q, k, v, attn_mask=bias, scale=self.scale)
+
+    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(A X, log-sum-exp) in the order of the tokens."""
+        parts = [self._attend(piece, x) for piece in self.pieces]
+        o, lse = (
+            parts[0] if len(parts) == 1 else (torch.cat(p, 2) for p in zip(*parts, strict=True))
+        )
+        if self._places is None:
+            return o, lse
+        return o.index_select(2, self._places), lse.index_select(2, self._places)
+
+    def _only_segment(self) -> Segment | None:
+        """The segment, if there is just one, dense and without a learned bias."""
+        segments = [s for piece in self.pieces for s in piece.segments]
+        s = segments[0]
+        sparse = len(segments) > 1 or s.blocks is not None or s.rule is not None
+        learned = s.bias is not None and torch.is_grad_enabled() and s.bias.requires_grad
+        return None if sparse or learned or self._places is not None else s
+
+    def _attend(self, piece: Piece, x: Tensor) -> tuple[Tensor, Tensor]:
+        heads = max(x.shape[1], *(s.k.shape[1] for s in piece.segments))  # H, or Hk for all
+        x = spread_heads(x, heads)
+        segments = [
+            replace(s, k=spread_heads(s.k, heads), v=_take(x, columns))
+            for s, columns in zip(piece.segments, piece.columns, strict=True)
+        ]
+        return attend(piece.q, segments, scale=self.scale, backend=self.backend)
+
+    def rows(self, index: Tensor) -> Tensor:
+        batch, heads, _, keys = self.shape
+        places, offset = index if self._places is None else self._places[index], 0
+        out = widen(self.pieces[0].q.new_zeros(batch, heads, len(index), keys))
+        for piece in self.pieces:
+            inside = (places >= offset) & (places < offset + piece.q.shape[2])
+            at = inside.nonzero()[:, 0]
+            if len(at):
+                out[:, :, at] = self._rows(piece, places[at] - offset)
+            offset += piece.q.shape[2]
+        return out
+
+    def _rows(self, piece: Piece, places: Tensor) -> Tensor:
+        """Rows of A of one piece, (B, H, R, S)."""
+        batch, heads, _, keys = self.shape
+        q = piece.q[:, :, places]
+        scores = []
+        for s in piece.segments:
+            part = products(q, spread_heads(s.k, heads), self.scale)
+            if s.bias is not None:
+                part = part + _to_heads(s.bias[:, :, None, :], heads)
+            scores.append(part.masked_fill(~_to_heads(visible(s, places), heads), -torch.inf))
+        weights = torch.cat(scores, -1).softmax(-1).nan_to_num(0.0)
+        columns = torch.cat([_spread(c, batch, heads) for c in piece.columns], -1)
+        target = columns.clamp(min=0)[:, :, None].expand_as(weights)
+        weights = weights.masked_fill((columns < 0)[:, :, None], 0.0)
+        return weights.new_zeros(batch, heads, len(places), keys).scatter_add_(-1, target, weights)
+
+    def _anchor(self) -> Tensor:
+        return self.pieces[0].q
+
+
+def _take(x: Tensor, columns: Tensor) -> Tensor:
+    """Rows of ``x`` (B, H, S, m) for token numbers (K,) or (B, H, K); zeros for -1."""
+    at = columns.clamp(min=0)
+    if at.ndim == 1:
+        out = x.index_select(2, at)
+    else:
+        at = spread_heads(at, x.shape[1])
+        columns = spread_heads(columns, x.shape[1])
+        out = x.gather(2, at[..., None].expand(*at.shape, x.shape[-1]))
+    return out.masked_fill((columns < 0)[..., None], 0.0)
+
+
+def _to_heads(x: Tensor, heads: int) -> Tensor:
+    """One (B, 1 or Hk or H, ...) as (B, 1 or H, ...)."""
+    return x if x.shape[1] == 1 else spread_heads(x, heads)
+
+
+def _spread(columns: Tensor, batch: int, heads: int) -> Tensor:
+    """(K,) or (B, H or Hk, K) as (B, H, K)."""
+    if columns.ndim == 1:
+        return columns.expand(batch, heads, -1)
+    return spread_heads(columns, heads)
