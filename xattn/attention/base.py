@@ -9,12 +9,11 @@ all. Tokens are ``prefix`` class or register tokens, then the grid in raster ord
 
 from __future__ import annotations
 
-import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +22,9 @@ from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
 from xattn.attention.record import Call, keep, own_layer, recording
 from xattn.kernels.backend import choose
+from xattn.registry import Registry
 
 Rotate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-_REGISTRY: dict[str, type[Mechanism]] = {}
 
 
 @dataclass(frozen=True)
@@ -208,6 +206,16 @@ class Mechanism(nn.Module, ABC):
             )
 
 
+MECHANISMS: Registry[Mechanism, Entry] = Registry(
+    "xattn.attention",
+    argument="name",
+    noun="attention",
+    options_argument="options",
+    given=("dim", "num_heads"),
+)
+Made = TypeVar("Made", bound=Mechanism)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention around a mechanism: projections as in a timm ViT.
 
@@ -294,12 +302,17 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 def register(
     name: str, *, paper: str, complexity: str, **properties: Any
-) -> Callable[[type[Mechanism]], type[Mechanism]]:
-    """Class decorator: make a mechanism known under ``name``; ``properties`` as in :class:`Entry`."""
+) -> Callable[[type[Made]], type[Made]]:
+    """Class decorator: make a mechanism known under ``name``; ``properties`` as in :class:`Entry`.
 
-    def add(cls: type[Mechanism]) -> type[Mechanism]:
-        cls.entry = Entry(name, paper, complexity, **properties)
-        _REGISTRY[name] = cls
+    Raises:
+        ValueError: another mechanism has that name.
+    """
+    entry = Entry(name, paper, complexity, **properties)
+
+    def add(cls: type[Made]) -> type[Made]:
+        MECHANISMS.add(cls, entry)
+        cls.entry = entry
         return cls
 
     return add
@@ -307,30 +320,21 @@ def register(
 
 def list_attention() -> list[str]:
     """Names that :func:`create_attention` accepts."""
-    return sorted(_REGISTRY)
+    return MECHANISMS.names()
 
 
 def mechanism_class(name: str) -> type[Mechanism]:
     """The registered class; a ``ValueError`` with near matches for an unknown name."""
-    if name not in _REGISTRY:
-        near = difflib.get_close_matches(str(name), _REGISTRY, 3, 0.4) or list_attention()
-        raise ValueError(f"name: unknown attention {name!r}; did you mean {', '.join(near)}?")
-    return _REGISTRY[name]
+    return MECHANISMS.get(name)
 
 
 def create_mechanism(name: str, dim: int, num_heads: int, **options: Any) -> Mechanism:
-    """A mechanism alone, for q, k, v of :attr:`num_heads` heads; ``options`` are its own.
+    """A mechanism alone, for q, k, v of ``num_heads`` heads; ``options`` are its own.
 
     Raises:
         ValueError: unknown name (with near matches), unknown option, or values that do not fit.
     """
-    cls = mechanism_class(name)
-    try:
-        return cls(dim, num_heads, **options)
-    except TypeError as error:
-        if "unexpected keyword" in str(error):
-            raise ValueError(f"options: {name} does not take that option ({error})") from None
-        raise
+    return MECHANISMS.create(name, dim, num_heads, **options)
 
 
 def create_attention(
