@@ -124,7 +124,7 @@ def test_mechanisms(name, meta):
 def test_converting(name, images, meta):
     backbone = made("vit")
     meta()
-    convert(backbone, name, **MECHANISMS[name])
+    convert(backbone, name, options=MECHANISMS[name])
     with record(backbone.model) as calls, torch.no_grad():
         logits = backbone.logits(images)
     assert logits.device.type == "cpu" and logits.isfinite().all() and len(calls) == 2

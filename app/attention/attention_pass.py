@@ -172,7 +172,7 @@ def _read(
                 options = {SIZES[mechanism][0]: size}
                 if mechanism == "agent":
                     options["training_free"] = True
-                model = converted_copy(backbone, mechanism, **options)
+                model = converted_copy(backbone, mechanism, options=options)
             found = read_attention(model, images[None].to(model.device, model.mean.dtype))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -110,8 +110,8 @@ def accuracy(
     with torch.random.fork_rng(devices=[]):
         for swap in swaps:
             torch.manual_seed(0)  # of what a mechanism would learn
-            options = {"blocks": swap.blocks(depth), **swap.options}
-            networks.append(converted_copy(backbone, swap.name, **options))
+            layers = swap.blocks(depth)
+            networks.append(converted_copy(backbone, swap.name, layers, swap.options))
     right, same = [], []
     for start in range(0, len(known), BATCH):
         part = known[start : start + BATCH]

@@ -6,7 +6,22 @@ import pytest
 import timm
 import torch
 
-from xattn.attention import convert, converted_copy, create_mechanism, record, revert
+from xattn.attention import (
+    Conversion,
+    conversion,
+    convert,
+    converted_copy,
+    create_mechanism,
+    record,
+    revert,
+)
+from xattn.attention.conversion import (
+    describe,
+    format_layers,
+    format_mechanism,
+    parse_layers,
+    parse_mechanism,
+)
 
 FAMILIES = {
     "vit_tiny_patch16_224": "class token",
@@ -72,7 +87,7 @@ def test_the_mechanism_gets_the_layers_own_queries_grid_and_prefix(name, options
     x = images(net)
     with record(net) as before:
         net(x)
-    convert(net, name, blocks=[0], **options)
+    convert(net, name, [0], options)
     with record(net) as after:
         logits = net(x)
     assert len(after) == 3
@@ -91,9 +106,9 @@ def test_gna_and_dma_that_see_everything_leave_the_logits():
     net = model("vit_tiny_patch16_224", depth=2)
     x = images(net)
     before = net(x)
-    convert(net, "gna", kernel=4)
+    convert(net, "gna", options={"kernel": 4})
     assert torch.allclose(net(x), before, atol=1e-5)
-    convert(net, "dma", window=16)  # converted anew
+    convert(net, "dma", options={"window": 16})  # converted anew
     assert torch.allclose(net(x), before, atol=1e-5)
 
 
@@ -102,8 +117,8 @@ def test_a_converted_copy_shares_all_weights_and_leaves_the_model():
     net = model("vit_tiny_patch16_224", depth=2)
     x = images(net)
     before, shared = net(x), {name: p.data_ptr() for name, p in net.named_parameters()}
-    expected = convert(copy.deepcopy(net), "gna", kernel=3)(x)
-    other = converted_copy(net, "gna", kernel=3)
+    expected = convert(copy.deepcopy(net), "gna", options={"kernel": 3})(x)
+    other = converted_copy(net, "gna", options={"kernel": 3})
     assert torch.equal(other(x), expected) and not torch.equal(expected, before)
     assert {name: p.data_ptr() for name, p in other.named_parameters()} == shared
     assert torch.equal(net(x), before) and not net.patch_embed._forward_pre_hooks
@@ -113,7 +128,7 @@ def test_a_converted_copy_shares_all_weights_and_leaves_the_model():
 @torch.no_grad()
 def test_grids_follow_the_image():
     net = model("vit_tiny_patch16_224", depth=2, dynamic_img_size=True)
-    convert(net, "gna", kernel=2)
+    convert(net, "gna", options={"kernel": 2})
     for size in ((64, 96), (96, 64), (64, 64)):
         with record(net) as calls:
             net(torch.randn(1, 3, *size))
@@ -122,7 +137,7 @@ def test_grids_follow_the_image():
 
 def test_it_trains_copies_and_keeps_its_weights_apart():
     net = model("vit_tiny_patch16_224", depth=2)
-    convert(net, "dma", blocks=[-1], window=8)
+    convert(net, "dma", [-1], {"window": 8})
     assert [n for n in net.state_dict() if "mechanism" in n] == [
         "blocks.1.attn.mechanism.a",
         "blocks.1.attn.mechanism.score.weight",
@@ -141,10 +156,10 @@ def test_it_trains_copies_and_keeps_its_weights_apart():
 
 def test_only_the_blocks_asked_for_change_and_numbers_are_checked():
     net = model("vit_tiny_patch16_224", depth=3)
-    convert(net, "softmax", blocks=[0, -1])
+    convert(net, "softmax", layers=[0, -1])
     assert [hasattr(b.attn, "mechanism") for b in net.blocks] == [True, False, True]
-    with pytest.raises(ValueError, match="blocks: got 3; VisionTransformer has 0 to 2"):
-        convert(net, "softmax", blocks=[3])
+    with pytest.raises(ValueError, match="layers: got 3; VisionTransformer has 0 to 2"):
+        convert(net, "softmax", layers=[3])
 
 
 @pytest.mark.parametrize(
@@ -170,13 +185,13 @@ def test_wrong_options_leave_the_model_untouched():
     with pytest.raises(ValueError, match="name: unknown attention 'gnaa'; did you mean gna"):
         convert(net, "gnaa")
     with pytest.raises(ValueError, match="options: gna does not take that option"):
-        convert(net, "gna", size=3)
+        convert(net, "gna", options={"size": 3})
     assert not hasattr(net.blocks[0].attn, "mechanism")
 
 
 def test_dropping_attention_weights_is_refused_in_training():
     net = model("vit_tiny_patch16_224", depth=1, attn_drop_rate=0.1)
-    convert(net, "gna", kernel=2)
+    convert(net, "gna", options={"kernel": 2})
     net(images(net))
     with pytest.raises(ValueError, match="at random, which gna cannot do; set its attn_drop to 0"):
         net.train()(images(net))
@@ -201,7 +216,7 @@ def test_a_backbone_is_converted_inside_and_still_gives_its_taps():
     assert torch.allclose(after.logits, before.logits, atol=1e-5)
     for found, expected in zip(after.maps, before.maps, strict=True):
         assert torch.allclose(found, expected, atol=1e-5)
-    convert(backbone, "gna", kernel=2)
+    convert(backbone, "gna", options={"kernel": 2})
     assert not torch.allclose(backbone(x).logits, before.logits, atol=1e-5)
     revert(backbone)
     assert torch.equal(backbone(x).logits, before.logits)
@@ -218,7 +233,7 @@ def test_a_backbone_is_converted_inside_and_still_gives_its_taps():
 )
 def test_a_converted_model_compiles_as_one_graph(name, options):
     net = model("vit_tiny_patch16_224")
-    convert(net, name, **options)
+    convert(net, name, options=options)
     x = images(net)
     expected = net(x)
     torch._dynamo.reset()
@@ -230,7 +245,7 @@ def test_a_converted_model_compiles_as_one_graph(name, options):
 @torch.no_grad()
 def test_compiled_agents_equal_eager_ones_at_any_batch(batch):
     net = model("vit_tiny_patch16_224")
-    convert(net, "agent", agents=4, training_free=True)
+    convert(net, "agent", options={"agents": 4, "training_free": True})
     x = images(net)[:batch]
     torch._dynamo.reset()
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
@@ -243,11 +258,11 @@ def test_masks_and_dropped_patches_are_refused_not_ignored():
     with pytest.raises(ValueError, match="gives a mask, which softmax cannot do; leave out"):
         net(images(net), attn_mask=torch.zeros(1, 1, 17, 17))
     net = model("vit_tiny_patch16_224", patch_drop_rate=0.75)
-    convert(net, "gna", kernel=2)
+    convert(net, "gna", options={"kernel": 2})
     net(images(net))
     with pytest.raises(ValueError, match="no patch dropping"):
         net.train()(images(net))
-    convert(net, "dma", window=2)
+    convert(net, "dma", options={"window": 2})
     net.train()(images(net))  # needs no grid
 
 
@@ -257,7 +272,7 @@ def test_a_converted_layer_attends_by_its_mechanism_whatever_the_flag_says():
     for block in net.blocks:
         block.attn.fused_attn = False
     with record(net) as calls:
-        convert(net, "gna", kernel=2)
+        convert(net, "gna", options={"kernel": 2})
         assert calls == []  # the probe is nobody's business
         expected = net(images(net))
     assert torch.equal(net(images(net)), expected)
@@ -269,7 +284,7 @@ def test_a_converted_layer_attends_by_its_mechanism_whatever_the_flag_says():
 @torch.no_grad()
 def test_converted_models_can_be_pickled(tmp_path):
     net = model("vit_tiny_patch16_224")
-    convert(net, "gna", kernel=2)
+    convert(net, "gna", options={"kernel": 2})
     torch.save(net, tmp_path / "net.pt")
     twin = torch.load(tmp_path / "net.pt", weights_only=False)
     assert torch.equal(twin(images(net)), net(images(net)))
@@ -278,7 +293,7 @@ def test_converted_models_can_be_pickled(tmp_path):
 @torch.no_grad()
 def test_converted_models_of_an_earlier_versions_pickles_run():
     net = model("vit_tiny_patch16_224")
-    convert(net, "gna", kernel=2)
+    convert(net, "gna", options={"kernel": 2})
     expected, layout = net(images(net)), net.blocks[0].attn.layout
     earlier = {"prefix": layout.prefix, "grid": layout.grid}
     del layout.__dict__["_own"]
@@ -303,12 +318,12 @@ def test_options_that_do_not_fit_leave_the_model_as_it_was(name, options, messag
     net = model("vit_tiny_patch16_224")
     before = net(images(net))
     with pytest.raises(ValueError, match=message):
-        convert(net, name, **options)
+        convert(net, name, options=options)
     assert torch.equal(net(images(net)), before) and not net.patch_embed._forward_pre_hooks
-    convert(net, "gna", kernel=2)
+    convert(net, "gna", options={"kernel": 2})
     mine, before = net.blocks[0].attn.mechanism, net(images(net))
     with pytest.raises(ValueError, match=message):
-        convert(net, name, **options)
+        convert(net, name, options=options)
     assert net.blocks[0].attn.mechanism is mine and torch.equal(net(images(net)), before)
 
 
@@ -316,3 +331,97 @@ def test_attention_over_channels_is_no_attention_over_tokens():
     net = timm.create_model("xcit_nano_12_p16_224", num_classes=5).eval()
     with pytest.raises(ValueError, match=r"blocks.0.attn \(XCA\) .*untouched"):
         convert(net, "softmax")
+
+
+# ---------------------------------------------------------------- layers, options, the record
+
+
+@pytest.mark.parametrize(
+    "layers, expected",
+    [("1", [1]), ("0-1", [0, 1]), ("0,2", [0, 2]), ([0, -1], [0, 2]), (None, [0, 1, 2])],
+)
+def test_layers_are_numbers_or_a_text_of_them(layers, expected):
+    net = convert(model("vit_tiny_patch16_224", depth=3), "gna", layers, {"kernel": 2})
+    assert [i for i, b in enumerate(net.blocks) if hasattr(b.attn, "mechanism")] == expected
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        ("-1", 'got .-1.; give numbers and ranges, such as "4-11" or "0,3,8-11"'),
+        ("2-0", "got .2-0."),
+        ("0-", "got .0-."),
+        ("", "got ..;"),
+        ("0-3", "layers: got 3; VisionTransformer has 0 to 2"),
+        ([-4], "layers: got -4"),
+        ([True and "a"], "layers: got 'a'"),
+        ([], "layers: got none"),
+    ],
+)
+def test_layers_of_another_form_are_refused(layers, message):
+    net = model("vit_tiny_patch16_224", depth=3)
+    with pytest.raises(ValueError, match=message):
+        convert(net, "softmax", layers)
+    assert conversion(net) is None
+
+
+def test_the_earlier_forms_of_layers_and_options_still_work_with_a_warning():
+    net, twin = model("vit_tiny_patch16_224"), model("vit_tiny_patch16_224")
+    with pytest.warns(
+        DeprecationWarning, match="write convert.model, 'gna', layers=.*options="
+    ) as told:
+        convert(net, "gna", blocks=[0], kernel=2)
+    assert told[0].filename == __file__
+    convert(twin, "gna", [0], {"kernel": 2})
+    assert conversion(net) == conversion(twin) == [Conversion("gna", (0,), {"kernel": 2})]
+    with pytest.warns(DeprecationWarning) as told:
+        other = converted_copy(model("vit_tiny_patch16_224"), "gna", kernel=2)
+    assert told[0].filename == __file__ and len(conversion(other)[0].layers) == 2
+    with pytest.raises(ValueError, match="blocks: an earlier name of layers"):
+        convert(net, "gna", [0], blocks=[0])
+
+
+def test_a_model_knows_its_conversion_through_copies_pickles_and_revert(tmp_path):
+    net = model("vit_tiny_patch16_224", depth=4)
+    assert conversion(net) is None and conversion(torch.nn.Linear(2, 2)) is None
+    convert(net, "gna", "0-2", {"kernel": 2, "backend": "cpu"})
+    convert(net, "dma", [1], {"window": 4})
+    expected = [Conversion("gna", (0, 2), {"kernel": 2}), Conversion("dma", (1,), {"window": 4})]
+    assert conversion(net) == expected
+    assert describe(expected) == "gna:kernel=2 in layers 0,2 and dma:window=4 in layers 1"
+    torch.save(net, tmp_path / "net.pt")
+    for twin in (copy.deepcopy(net), torch.load(tmp_path / "net.pt", weights_only=False)):
+        assert conversion(twin) == expected
+    with pytest.raises(ValueError):
+        convert(net, "gna", options={"kernel": 99})
+    assert conversion(net) == expected
+    assert conversion(revert(net)) is None
+    assert not any("mechanism_options" in vars(m) for m in net.modules())
+
+
+@pytest.mark.parametrize(
+    "text, name, options",
+    [
+        ("softmax", "softmax", {}),
+        ("gna:kernel=7,causal=[true,false]", "gna", {"kernel": 7, "causal": [True, False]}),
+        ('x:a="7",b=c d', "x", {"a": "7", "b": "c d"}),
+        ("hedgehog:feature=elu", "hedgehog", {"feature": "elu"}),
+        ("agent:agents=49,training_free=true", "agent", {"agents": 49, "training_free": True}),
+    ],
+)
+def test_mechanisms_are_read_and_written_in_one_form(text, name, options):
+    assert parse_mechanism(text) == (name, options)
+    assert format_mechanism(name, options) == text
+    record = Conversion(name, (0, 1, 3), options).record()
+    assert Conversion.of_record(record) == Conversion(name, (0, 1, 3), options)
+
+
+def test_bad_texts_of_mechanisms_and_records_are_named():
+    with pytest.raises(
+        ValueError, match="mechanism: got 'kernel' in 'gna:kernel'; write NAME:option"
+    ):
+        parse_mechanism("gna:kernel")
+    for bad in (None, {}, {"mechanism": 1, "layers": "0", "options": {}}):
+        with pytest.raises(ValueError, match="conversion: got"):
+            Conversion.of_record(bad)
+    assert parse_layers(format_layers([5, 0, 1])) == [0, 1, 5]

@@ -580,7 +580,7 @@ def test_other_mechanisms_answer_the_same_questions():
     from xattn.attention import convert
 
     backbone = tiny(grid=(5, 5)).double()
-    convert(backbone, "gna", kernel=3)
+    convert(backbone, "gna", options={"kernel": 3})
     images = photos(backbone)
     for name in READERS:
         maps = create_explainer(name, backbone).attribute(images, TARGET)

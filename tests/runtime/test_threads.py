@@ -160,7 +160,7 @@ def test_a_converted_model_takes_images_of_two_sizes_from_two_threads():
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=24, num_classes=7,
         dynamic_img_size=True,
     ).eval()  # fmt: skip
-    convert(model, "gna", kernel=2)
+    convert(model, "gna", options={"kernel": 2})
     for block in model.blocks:
         block.attn.fused_attn = False
     images = [torch.rand(1, 3, 16, 64), torch.rand(1, 3, 64, 16)]

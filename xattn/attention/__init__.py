@@ -19,7 +19,8 @@ from xattn.attention.base import (
     mechanism_class,
     register,
 )
-from xattn.attention.convert import convert, converted_copy, revert
+from xattn.attention.conversion import Conversion
+from xattn.attention.convert import conversion, convert, converted_copy, revert
 from xattn.attention.inputs import Inputs
 from xattn.attention.lowering import attend
 from xattn.attention.operator import Operator, SoftmaxOperator
@@ -33,6 +34,7 @@ __all__ = [
     "Attention",
     "Blocks",
     "Call",
+    "Conversion",
     "Entry",
     "GatedOperator",
     "Inputs",
@@ -49,6 +51,7 @@ __all__ = [
     "SoftmaxOperator",
     "SumOperator",
     "attend",
+    "conversion",
     "convert",
     "converted_copy",
     "create_attention",

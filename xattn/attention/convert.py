@@ -1,6 +1,6 @@
 """Put another mechanism into the attention layers of a timm ViT, keeping every weight.
 
-    convert(model, "gna", blocks=range(0, 8), kernel=9)      # and revert(model) puts it back
+    convert(model, "gna", layers="0-7", options={"kernel": 9})      # and revert(model) puts it back
 
 The layer's own code still makes q, k and v (norms, biases, rotary embeddings, gates) and uses the
 output; the mechanism only replaces its call of ``F.scaled_dot_product_attention``. Weights keep their
@@ -10,9 +10,11 @@ names; those of the mechanism lie under ``attn.mechanism``.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import threading
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -20,12 +22,26 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from xattn.attention.base import Mechanism, create_mechanism, mechanism_class
+from xattn.attention.conversion import Conversion
+from xattn.attention.convertible import (
+    check,
+    chosen_layers,
+    heads_of,
+    run_one_image,
+    width_of,
+)
 from xattn.attention.record import FUSED, fused, record
 from xattn.runtime.locking import alone
 
 
 def convert(
-    model: nn.Module, name: str, blocks: Iterable[int] | None = None, **options: Any
+    model: nn.Module,
+    name: str,
+    layers: Iterable[int] | str | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    blocks: Iterable[int] | None = None,
+    **keywords: Any,
 ) -> nn.Module:
     """Swap the attention of ``model.blocks`` in place; returns the model.
 
@@ -34,66 +50,124 @@ def convert(
             tokens and whose ``patch_embed`` sees the image. A :class:`~xattn.Backbone` is converted
             inside.
         name: see :func:`~xattn.attention.list_attention`; layers converted before are converted anew.
-        blocks: numbers of the blocks, negative ones counted from the end; all by default.
+        layers: numbers of the blocks, negative ones counted from the end, or a str such as "4-11" or
+            "0,3,8-11"; all by default.
         options: of the mechanism.
+        blocks, keywords: earlier forms of ``layers`` and ``options``; deprecated.
 
     Raises:
         ValueError: unknown name or option, a missing block, or a layer that cannot be converted (it
             is named); the model is left untouched.
     """
-    mechanism_class(name)
-    model = getattr(model, "model", model) if not hasattr(model, "blocks") else model
-    with alone(model):
-        layers = _layers(model, blocks)
-        _check(model, layers, name)
-        made: dict[str, Mechanism] = {}
-        for path, layer in layers.items():
-            heads = _heads(path, layer)
-            width = _width(path, layer)
-            with torch.device("cpu"):  # whatever torch's default device is
-                made[path] = create_mechanism(name, width, heads, **options)
-        layout = _layout(model)
-        before = {path: getattr(layer, "mechanism", None) for path, layer in layers.items()}
-        for path, layer in layers.items():
-            weight = next(layer.parameters())
-            _take(layer, made[path].to(weight.device, weight.dtype).train(layer.training), layout)
-        try:
-            _probe(model)
-        except Exception as error:
-            for path, layer in layers.items():
-                _release(layer)
-                mechanism = before[path]
-                if mechanism is not None:
-                    _take(layer, mechanism, layout)
-            if not any(isinstance(m, _Converted) for m in model.modules()):
-                revert(model)
-            if isinstance(error, ValueError):
-                raise
-            raise ValueError(f"model: {name} does not run in it ({error}); untouched") from error
-    return model
+    layers, options = _earlier_forms(name, layers, options, blocks, keywords)
+    return _convert(model, name, layers, options)
 
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def converted_copy(model: Model, name: str, **options: Any) -> Model:
+def converted_copy(
+    model: Model,
+    name: str,
+    layers: Iterable[int] | str | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    blocks: Iterable[int] | None = None,
+    **keywords: Any,
+) -> Model:
     """:func:`convert` of a copy that shares every weight and buffer; ``model`` stays as it is."""
+    layers, options = _earlier_forms(name, layers, options, blocks, keywords)
     shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     with alone(model):
         copied = copy.deepcopy(model, shared)
-    convert(copied, name, **options)
+    _convert(copied, name, layers, options)
     return copied
+
+
+def conversion(model: nn.Module) -> list[Conversion] | None:
+    """What :func:`convert` has put into ``model``, as (name, layers, options); None if nothing.
+
+    Layers with one mechanism and equal options are one entry.
+    """
+    found: dict[str, Conversion] = {}
+    blocks = getattr(_network(model), "blocks", None)
+    for i, block in enumerate(blocks if isinstance(blocks, nn.Sequential | nn.ModuleList) else ()):
+        taken = _taken(getattr(block, "attn", None))
+        if taken is not None:
+            name, options = taken[0].entry.name, taken[1]
+            key = json.dumps([name, options], sort_keys=True, default=str)
+            before = found.get(key, Conversion(name, (), options))
+            found[key] = before._replace(layers=(*before.layers, i))
+    return list(found.values()) or None
 
 
 def revert(model: nn.Module) -> nn.Module:
     """Undo :func:`convert` in place; the mechanisms' own weights are dropped."""
-    model = getattr(model, "model", model) if not hasattr(model, "blocks") else model
+    model = _network(model)
     with alone(model):
         for layer in list(model.modules()):
             _release(layer)
         hooks = getattr(getattr(model, "patch_embed", None), "_forward_pre_hooks", {})
         for key in [key for key, hook in hooks.items() if isinstance(hook, _Layout)]:
             del hooks[key]
+    return model
+
+
+def _network(model: nn.Module) -> nn.Module:
+    """The module with the blocks: ``model`` itself, or what a backbone wraps."""
+    return getattr(model, "model", model) if not hasattr(model, "blocks") else model
+
+
+def _earlier_forms(
+    name: str, layers: Any, options: Any, blocks: Any, keywords: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """``layers`` and ``options``, whichever way they were given."""
+    if blocks is not None:
+        if layers is not None:
+            raise ValueError("blocks: an earlier name of layers; give layers alone")
+        layers = blocks
+    if blocks is not None or keywords:
+        warnings.warn(
+            f"convert: blocks= and options by keyword are deprecated; write convert(model, {name!r}, "
+            f"layers=..., options={{...}})",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    return layers, {**(options or {}), **keywords}
+
+
+def _convert(model: nn.Module, name: str, numbers: Any, options: dict[str, Any]) -> nn.Module:
+    cls = mechanism_class(name)
+    model = _network(model)
+    with alone(model):
+        layers = chosen_layers(model, numbers)
+        known = {path for path, layer in layers.items() if isinstance(layer, _Converted)}
+        check(model, layers, name, cls.entry.causal, known)
+        made: dict[str, Mechanism] = {}
+        for path, layer in layers.items():
+            heads, width = heads_of(path, layer), width_of(path, layer)
+            with torch.device("cpu"):  # whatever torch's default device is
+                made[path] = create_mechanism(name, width, heads, **options)
+        layout = _layout(model)
+        before = {path: _taken(layer) for path, layer in layers.items()}
+        for path, layer in layers.items():
+            weight = next(layer.parameters())
+            mechanism = made[path].to(weight.device, weight.dtype).train(layer.training)
+            _take(layer, mechanism, options, layout)
+        try:
+            with record(model, alone=True):
+                run_one_image(model)
+        except Exception as error:
+            for path, layer in layers.items():
+                _release(layer)
+                earlier = before[path]
+                if earlier is not None:
+                    _take(layer, *earlier, layout)
+            if not any(isinstance(m, _Converted) for m in model.modules()):
+                revert(model)
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(f"model: {name} does not run in it ({error}); untouched") from error
     return model
 
 
@@ -135,9 +209,17 @@ def _blank(cls: type) -> nn.Module:
     return made.__new__(made)
 
 
-def _take(layer: nn.Module, mechanism: Mechanism, layout: _Layout) -> None:
+def _taken(layer: Any) -> tuple[Mechanism, dict[str, Any]] | None:
+    """The mechanism of a converted layer and its options."""
+    if not isinstance(layer, _Converted):
+        return None
+    return layer.mechanism, layer.__dict__.get("mechanism_options", {})  # older pickles have none
+
+
+def _take(layer: nn.Module, mechanism: Mechanism, options: dict[str, Any], layout: _Layout) -> None:
     _release(layer)
     layer.__dict__["layout"] = layout
+    layer.__dict__["mechanism_options"] = {k: v for k, v in options.items() if k != "backend"}
     layer.mechanism = mechanism
     layer.__class__ = _converted(type(layer))
 
@@ -148,6 +230,7 @@ def _release(layer: nn.Module) -> None:
     layer.__class__ = type(layer).__mro__[2]
     del layer.mechanism
     del layer.__dict__["layout"]
+    layer.__dict__.pop("mechanism_options", None)
 
 
 class _Grid(threading.local):
@@ -228,122 +311,6 @@ class _Swap(TorchFunctionMode):
                 raise ValueError(f"model: its layer {what}, which {name} cannot do; {remedy}")
         grid = self.layout.grid_of(query.shape[-2], 0 not in self.mechanism.entry.grid)
         return self.mechanism(query, key, value, grid, self.layout.prefix, scale)
-
-
-def _layers(model: nn.Module, blocks: Iterable[int] | None) -> dict[str, nn.Module]:
-    found = getattr(model, "blocks", None)
-    if not isinstance(found, (nn.Sequential, nn.ModuleList)) or not len(found):
-        raise ValueError(
-            f"model: {type(model).__name__} has no list of blocks; only ViT-like models are converted"
-        )
-    numbers = range(len(found)) if blocks is None else list(blocks)
-    wrong = [i for i in numbers if not -len(found) <= i < len(found)]
-    if wrong:
-        raise ValueError(
-            f"blocks: got {wrong[0]}; {type(model).__name__} has 0 to {len(found) - 1}"
-        )
-    layers = {}
-    for i in sorted({i % len(found) for i in numbers}):
-        layer = getattr(found[i], "attn", None)
-        if not isinstance(layer, nn.Module):
-            raise ValueError(
-                f"model: block {i} ({type(found[i]).__name__}) has no attention 'attn'; untouched"
-            )
-        layers[f"blocks.{i}.attn"] = layer
-    return layers
-
-
-def _check(model: nn.Module, layers: dict[str, nn.Module], name: str) -> None:
-    """Raise unless each layer calls fused attention once, over all tokens and without a mask."""
-    for path, layer in layers.items():
-        if not hasattr(layer, "fused_attn"):
-            raise ValueError(
-                f"model: {path} ({type(layer).__name__}) does not use fused attention; untouched"
-            )
-    seen: dict[str, list[tuple[tuple[int, ...], bool, int]]] = {path: [] for path in layers}
-    handles = []
-    with record(model, alone=True) as calls:
-        for path, layer in layers.items():
-            start: list[int] = []
-            handles.append(
-                layer.register_forward_pre_hook(lambda m, a, s=start: s.append(len(calls)))
-            )
-
-            def after(m: nn.Module, a: Any, o: Any, path: str = path, s: list[int] = start) -> None:
-                for call in calls[s.pop() :]:
-                    masked = getattr(call.operator, "bias", None) is not None
-                    seen[path].append((call.operator.shape, masked, call.value.shape[-1]))
-
-            handles.append(layer.register_forward_hook(after))
-        try:
-            _run(model)
-        finally:
-            for handle in handles:
-                handle.remove()
-    tokens = max((call[0][2] for found in seen.values() for call in found), default=0)
-    for path, layer in layers.items():
-        found, kind = seen[path], type(layer).__name__
-        if isinstance(layer, _Converted):
-            continue
-        if len(found) != 1:
-            why = f"calls fused attention {len(found)} times"
-        elif found[0][0][2] != found[0][0][3] or found[0][0][2] != tokens or found[0][0][0] != 1:
-            batch, _, n, s = found[0][0]
-            why = f"attends {n} to {s} tokens ({batch} windows), not all to all"
-        elif found[0][1]:
-            why = "adds a bias or mask to its scores"
-        elif found[0][0][1] * found[0][2] != _width(path, layer):
-            why = f"does not attend by heads of its {_width(path, layer)} channels"
-        else:
-            continue
-        raise ValueError(f"model: {path} ({kind}) {why}; {name} cannot stand in for it; untouched")
-
-
-def _run(model: nn.Module) -> None:
-    """One image through the model, in evaluation mode and without gradients."""
-    training = {m: m.training for m in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(_example(model))
-    finally:
-        for m, mode in training.items():
-            m.training = mode
-
-
-def _probe(model: nn.Module) -> None:
-    with record(model, alone=True):
-        _run(model)
-
-
-def _example(model: nn.Module) -> Tensor:
-    weight = next(model.parameters())
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    config = getattr(model, "pretrained_cfg", None) or {}
-    height, width = size or config.get("input_size", (3, 224, 224))[-2:]
-    channels = getattr(model, "in_chans", 3) or 3
-    return torch.zeros(1, channels, height, width, device=weight.device, dtype=weight.dtype)
-
-
-def _heads(path: str, layer: nn.Module) -> int:
-    heads = getattr(layer, "num_heads", None)
-    if not isinstance(heads, int):
-        raise ValueError(f"model: {path} ({type(layer).__name__}) has no num_heads; untouched")
-    return heads
-
-
-def _width(path: str, layer: nn.Module) -> int:
-    """C of queries, keys and values, over all heads."""
-    attn_dim = getattr(layer, "attn_dim", None)
-    if isinstance(attn_dim, int):
-        return attn_dim
-    head_dim = getattr(layer, "head_dim", None)
-    if isinstance(head_dim, int):
-        return head_dim * _heads(path, layer)
-    projection = getattr(layer, "proj", None)
-    if isinstance(projection, nn.Linear):
-        return projection.in_features
-    raise ValueError(f"model: {path} ({type(layer).__name__}) does not tell its width; untouched")
 
 
 def _layout(model: nn.Module) -> _Layout:

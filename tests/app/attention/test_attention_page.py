@@ -299,7 +299,7 @@ def test_keys_kept_by_a_model_of_its_own_mechanism_are_shown(pack, backbone, mon
     from xattn.attention import converted_copy
 
     torch.manual_seed(1)
-    own = converted_copy(backbone, "dma", window=4)
+    own = converted_copy(backbone, "dma", options={"window": 4})
     monkeypatch.setattr(models, "backbone_of", lambda pack: own)
     text = words(shown(head="0"))
     assert "The keys that each head of layer 5 keeps" in text

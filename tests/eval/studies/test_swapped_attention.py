@@ -50,7 +50,7 @@ def test_right_and_same_are_those_of_each_network_alone(photos, tmp_path):
     networks = [
         backbone,
         converted_copy(backbone, "softmax"),
-        converted_copy(backbone, "gna", blocks=half, kernel=3),
+        converted_copy(backbone, "gna", half, {"kernel": 3}),
     ]
     with torch.no_grad():
         classes = torch.stack([n.logits(images).argmax(1) for n in networks], 1)

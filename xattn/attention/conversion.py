@@ -1,0 +1,137 @@
+"""What stands in the layers of a converted model, and how it is written: ``gna:kernel=7`` in ``0-7``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from xattn.runtime import strict_json
+
+LAYERS_FORM = 'numbers and ranges, such as "4-11" or "0,3,8-11"'
+
+
+class Conversion(NamedTuple):
+    """One mechanism in some layers of a model; ``str()`` gives ``gna:kernel=7 in layers 0-7``."""
+
+    name: str
+    layers: tuple[int, ...]
+    """Numbers of the blocks, rising."""
+    options: dict[str, Any]
+    """Of the mechanism, as far as they were given; ``backend``, which changes no result, is left out."""
+
+    def __str__(self) -> str:
+        return f"{format_mechanism(self.name, self.options)} in layers {format_layers(self.layers)}"
+
+    def record(self) -> dict[str, Any]:
+        """What files hold: ``{"mechanism", "layers", "options"}`` of JSON values."""
+        return {
+            "mechanism": self.name,
+            "layers": format_layers(self.layers),
+            "options": json.loads(json.dumps(self.options, default=str)),
+        }
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Conversion:
+        """The inverse of :meth:`record`.
+
+        Raises:
+            ValueError: no such record.
+        """
+        try:
+            name, layers, options = (record[key] for key in ("mechanism", "layers", "options"))
+        except (KeyError, TypeError):
+            raise ValueError(
+                f"conversion: got {record!r}; give mechanism, layers, options"
+            ) from None
+        if (
+            not isinstance(name, str)
+            or not isinstance(layers, str)
+            or not isinstance(options, dict)
+        ):
+            raise ValueError(f"conversion: got {record!r}; give a name, a str and an object")
+        return cls(name, tuple(parse_layers(layers)), dict(options))
+
+
+def describe(made: Iterable[Conversion]) -> str:
+    """Several conversions of one model, in words."""
+    return " and ".join(map(str, made))
+
+
+def parse_layers(text: str) -> list[int]:
+    """The numbers that ``text`` lists.
+
+    >>> parse_layers("0,3,8-11")
+    [0, 3, 8, 9, 10, 11]
+
+    Raises:
+        ValueError: it has another form.
+    """
+    numbers: set[int] = set()
+    for part in text.replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        last = int(match[2] or match[1]) if match else -1
+        if match is None or last < int(match[1]):
+            raise ValueError(f"layers: got {text!r}; give {LAYERS_FORM}")
+        numbers.update(range(int(match[1]), last + 1))
+    return sorted(numbers)
+
+
+def format_layers(numbers: Iterable[int]) -> str:
+    """The inverse of :func:`parse_layers`.
+
+    >>> format_layers([0, 3, 8, 9, 10, 11])
+    '0,3,8-11'
+    """
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+def parse_mechanism(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and options of ``NAME[:option=value,...]``; values are JSON, or else plain text.
+
+    >>> parse_mechanism("gna:kernel=7,causal=[true,false]")
+    ('gna', {'kernel': 7, 'causal': [True, False]})
+
+    Raises:
+        ValueError: an option without a value.
+    """
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for pair in re.split(r",(?![^\[\]]*\])", rest) if rest else ():
+        key, found, value = pair.partition("=")
+        if not found or not key.strip().isidentifier():
+            raise ValueError(
+                f"mechanism: got {pair!r} in {text!r}; write NAME:option=value,option=value"
+            )
+        options[key.strip()] = _value(value)
+    return name.strip(), options
+
+
+def format_mechanism(name: str, options: Mapping[str, Any]) -> str:
+    """The inverse of :func:`parse_mechanism`.
+
+    >>> format_mechanism("gna", {"kernel": 7, "causal": [True, False]})
+    'gna:kernel=7,causal=[true,false]'
+    """
+    pairs = [f"{key}={_text(value)}" for key, value in options.items()]
+    return f"{name}:{','.join(pairs)}" if pairs else name
+
+
+def _value(text: str) -> Any:
+    try:
+        return strict_json.parse(text, nan=True)
+    except ValueError:
+        return text.strip()
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str) and _value(value) == value:
+        return value  # without quotes
+    return json.dumps(value, separators=(",", ":"), default=str)
