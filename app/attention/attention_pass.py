@@ -17,7 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.app import models
-from xattn.attention import Operator, ProductOperator, converted_copy
+from xattn.attention import (
+    Operator,
+    ProductOperator,
+    converted_copy,
+    list_attention,
+    mechanism_class,
+)
+from xattn.attention.base import Size
 from xattn.attention.statistics import Statistics, sample_queries, statistics
 from xattn.explainers.attention import read_attention
 from xattn.explainers.rollout import rollout_row
@@ -33,8 +40,6 @@ KEPT = (
 )
 MOST_QUERIES = 512  # rows that statistics read in a layer
 TRAINED = "trained"
-# Mechanisms without trainable weights, their one option and its values.
-SIZES = {"gna": ("kernel", range(3, 32, 2)), "agent": ("agents", (4, 9, 16, 25, 49, 100))}
 _MADE = 24  # queries, rollouts and charts kept of a reading
 Made = TypeVar("Made")
 
@@ -117,18 +122,25 @@ class Reading:
         return operator.factors[0].rows(index)[0, :, 0].float().cpu()
 
 
+def offered() -> dict[str, Size]:
+    """The mechanisms that can be tried without training, with the option that the page shows."""
+    entries = (mechanism_class(name).entry for name in list_attention())
+    return {entry.name: entry.size for entry in entries if entry.size is not None}
+
+
 def sizes(mechanism: str, grid: tuple[int, int]) -> list[int]:
     """Values of a mechanism's option that fit a grid."""
-    if mechanism == TRAINED:
+    size = offered().get(mechanism)
+    if size is None:
         return []
-    most = min(grid) if mechanism == "gna" else grid[0] * grid[1]
-    return [n for n in SIZES[mechanism][1] if n <= most]
+    most = min(grid) if size.per_side else grid[0] * grid[1]
+    return [n for n in size.values if n <= most]
 
 
 def usual_size(mechanism: str, grid: tuple[int, int]) -> int | None:
-    """The value to begin with: a window of 7, 16 agents, or what fits."""
-    fitting = sizes(mechanism, grid)
-    return min(fitting, key=lambda n: abs(n - {"gna": 7, "agent": 16}[mechanism]), default=None)
+    """The value to begin with, or the nearest that fits."""
+    usual = offered()[mechanism].usual
+    return min(sizes(mechanism, grid), key=lambda n: abs(n - usual), default=None)
 
 
 def grid_of(backbone: Backbone) -> tuple[int, int] | None:
@@ -169,9 +181,8 @@ def _read(
         with models.turn(), torch.no_grad():
             model = backbone
             if mechanism != TRAINED:
-                options = {SIZES[mechanism][0]: size}
-                if mechanism == "agent":
-                    options["training_free"] = True
+                own = offered()[mechanism]
+                options = {**own.options, own.option: size}
                 model = converted_copy(backbone, mechanism, options=options)
             found = read_attention(model, images[None].to(model.device, model.mean.dtype))
     except (RuntimeError, MemoryError) as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from xattn.app.attention.attention_pass import SIZES, TRAINED, sizes, usual_size
+from xattn.app.attention.attention_pass import TRAINED, offered, sizes, usual_size
 from xattn.app.attention.pictures import SCALES
 from xattn.app.navigation import address
 
@@ -53,14 +53,14 @@ def mechanism_of(
     wanted = params.get("mechanism", TRAINED)
     if wanted == TRAINED:
         return TRAINED, None, []
-    if wanted not in SIZES or grid is None or not sizes(wanted, grid):
+    if grid is None or not sizes(wanted, grid):
         return TRAINED, None, [f"{_short(wanted)} cannot be shown here; this is trained attention."]
     usual = usual_size(wanted, grid)
     size = params.get("size")
     if size is None:
         return wanted, usual, []
     if size not in map(str, sizes(wanted, grid)):
-        what = SIZES[wanted][0]
+        what = offered()[wanted].option
         return wanted, usual, [f"{what} cannot be {_short(size)} here; {usual} is shown."]
     return wanted, int(size), []
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xattn.app import models, state
 from xattn.app.attention import attention_pass, charts, map_rows
-from xattn.app.attention.attention_pass import SIZES, TRAINED, Reading
+from xattn.app.attention.attention_pass import TRAINED, Reading
 from xattn.app.attention.pictures import SCALES, alt_text, legend, photo, png, shares
 from xattn.app.attention.view import (
     KEY,
@@ -204,9 +204,10 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
         help="Shared: the pictures of a row have one scale. The square root shows small shares.",
         **_widget("scale", view.scale),
     )
-    fitting = [m for m in SIZES if size_grid is not None and attention_pass.sizes(m, size_grid)]
+    offered = {} if size_grid is None else attention_pass.offered()
+    fitting = [m for m in offered if attention_pass.sizes(m, size_grid)]  # type: ignore[arg-type]
     if fitting and size_grid is not None:
-        titles = {TRAINED: "As trained", "gna": "Neighbourhoods (gna)", "agent": "Agents (agent)"}
+        titles = {m: f"{offered[m].what} ({m})" for m in fitting} | {TRAINED: "As trained"}
         second.selectbox(
             "Mechanism",
             [TRAINED, *fitting],
@@ -215,7 +216,7 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
             **_widget("mechanism", view.mechanism, partial(_mechanism, size_grid)),
         )
     if view.mechanism != TRAINED and size_grid is not None:
-        label = {"gna": "Window, patches a side", "agent": "Agents"}[view.mechanism]
+        label = offered[view.mechanism].title
         fitting_sizes = attention_pass.sizes(view.mechanism, size_grid)
         second.selectbox(label, fitting_sizes, **_widget("size", view.size))
 

@@ -22,28 +22,19 @@ from torch import Tensor
 from xattn.attention import (
     Blocks,
     Inputs,
-    ProductOperator,
     Segment,
-    SegmentsOperator,
     attend,
     create_mechanism,
+    list_attention,
     mechanism_class,
 )
 from xattn.eval.bench.tensor_memory import peak_memory
 from xattn.eval.bench.timing import Job, median_ratio
 from xattn.eval.bench.timing import times as measure
-from xattn.kernels.causal_product import causal_product
 from xattn.runtime.allocator import keep_memory
 
 HEADS, WIDTH, BLOCK = 6, 64, 64
-MECHANISMS: dict[str, list[dict[str, Any]]] = {
-    "softmax": [{}],
-    "gna": [{"kernel": 7}],
-    "dma": [{"window": 128}, {"window": 512}],
-    "agent": [{"agents": 49, "training_free": True}],
-}
 LISTS = (4, 8, 16)
-LOW_RANK, CAUSAL = "low rank", "causal low rank"  # both with features as wide as a head
 
 
 def bench(
@@ -59,7 +50,7 @@ def bench(
     Raises:
         ValueError: unknown names, or numbers of tokens that are not squares.
     """
-    names = tuple(names) or tuple(MECHANISMS)
+    names = tuple(names) or tuple(list_attention())
     for name in names:
         mechanism_class(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,7 +73,6 @@ def bench(
     )
     yield "| :-- | --: | --: | --: | --: | --: | --: | --: | --: |"
     times: dict[str, list[tuple[int, float]]] = {}
-    compared: list[str] = []
     for n in tokens:
         made, visited = jobs(names, n, device, dtype)
         forward = measure({name: job[0] for name, job in made.items()}, rounds)
@@ -95,9 +85,6 @@ def bench(
             cells += [f"{1e3 * statistics.median(both[name]):.1f}", _gain(both, name)]
             cells += [f"{memory[name] / 1e6:.1f}", f"{memory['dense (SDPA)'] / 1e6:.1f}"]
             yield f"| {' | '.join(cells)} |"
-        slower = [median_ratio(took[CAUSAL], took[LOW_RANK]) for took in (forward, both)]
-        compared.append(f"{slower[0]:.2f}x, {slower[1]:.2f}x at {n} tokens")
-    yield f"\n{CAUSAL} to {LOW_RANK}, forward, forward + backward: {'; '.join(compared)}"
     if plot is not None:
         draw(times, plot)
         yield f"\nplot: {plot}"
@@ -126,16 +113,14 @@ def jobs(
 
     made = {"dense (SDPA)": pair(F.scaled_dot_product_attention)}
     visited: dict[str, float] = {"dense (SDPA)": float(n * n)}
-    made[LOW_RANK] = pair(lambda q, k, v: q @ (k.transpose(-2, -1) @ v))
-    made[CAUSAL] = pair(causal_product)
-    visited[LOW_RANK] = visited[CAUSAL] = float(n * WIDTH)
-    for name, options in ((key, o) for key in names for o in MECHANISMS.get(key, [{}])):
+    x = torch.randn(1, n, HEADS * WIDTH, generator=generator).to(device, dtype)
+    for name, options in ((key, o) for key in names for o in mechanism_class(key).entry.bench):
         torch.manual_seed(0)
         layer = create_mechanism(name, HEADS * WIDTH, HEADS, **options).to(device, dtype)
         said = [f"{key}={value}" for key, value in options.items() if key != "training_free"]
         label = " ".join([name, *said])
-        made[label] = pair(lambda *x, layer=layer: layer(*x, (side, side)))
-        visited[label] = pairs(layer.operator(Inputs(q, k, v, None, (side, side))))
+        made[label] = pair(lambda *qkv, layer=layer: layer(*qkv, (side, side), x=x))
+        visited[label] = layer.operator(Inputs(q, k, v, x, (side, side))).pairs
     for s in LISTS:
         if s * BLOCK > n:
             continue
@@ -147,25 +132,6 @@ def jobs(
         )
         visited[f"block lists S={s}"] = float(n * s * BLOCK)
     return made, visited
-
-
-def pairs(operator: Any) -> float:
-    """Query-key pairs an operator reads for an image and head, pairs hidden by masks included."""
-    if isinstance(operator, ProductOperator):
-        return sum(pairs(factor) for factor in operator.factors)
-    if not isinstance(operator, SegmentsOperator):
-        return float(operator.shape[2] * operator.shape[3])
-    total = 0.0
-    for piece in operator.pieces:
-        for segment in piece.segments:
-            if segment.blocks is None:
-                total += piece.q.shape[2] * segment.k.shape[2]
-            else:
-                index = segment.blocks.index
-                lists = index.shape[0] * index.shape[1]
-                size = segment.blocks.q_block * segment.blocks.k_block
-                total += float((index >= 0).sum()) / lists * size
-    return total
 
 
 def _gain(took: dict[str, list[float]], name: str) -> str:

@@ -30,9 +30,12 @@ SIDE = 7  # of the coarse part of the biases
     paper="arXiv 2312.08874",
     complexity="N n D",
     grid=(2,),
+    reads_values=True,
     cases=({"agents": 4, "window": (3, 3)}, {"agents": 9, "training_free": True}),
     bench=({"agents": 49, "training_free": True},),
-    size=Size("agents", "Agents", (4, 9, 16, 25, 49, 100), 16, options={"training_free": True}),
+    size=Size(
+        "agents", "Agents", "Agents", (4, 9, 16, 25, 49, 100), 16, options={"training_free": True}
+    ),
 )
 class Agent(Mechanism):
     """Agent attention on a 2-D grid.

@@ -29,6 +29,10 @@ class LowRankOperator(Operator):
         self.stochastic, self.signed = stochastic, signed
         self.shape = (left.shape[0], left.shape[1], left.shape[2], right.shape[3])
 
+    @property
+    def pairs(self) -> float:
+        return self.left.shape[3] * (self.shape[2] + self.shape[3]) / 2
+
     def matvec(self, x: Tensor) -> Tensor:
         return self.left @ (self.right @ x)
 
@@ -52,6 +56,10 @@ class ProductOperator(Operator):
         self.shape = (*first.shape[:3], last.shape[3])
         self.stochastic = all(f.stochastic for f in self.factors)
         self.signed = any(f.signed for f in self.factors)
+
+    @property
+    def pairs(self) -> float:
+        return sum(factor.pairs for factor in self.factors)
 
     def matvec(self, x: Tensor) -> Tensor:
         for factor in reversed(self.factors):
@@ -85,6 +93,10 @@ class SumOperator(Operator):
             raise ValueError(f"terms: got shapes {self.shape} and {wrong[0]}; give equal ones")
         self.signed = any(term.signed for term in self.terms)
         self.causal = all(term.causal for term in self.terms)
+
+    @property
+    def pairs(self) -> float:
+        return sum(term.pairs for term in self.terms)
 
     def matvec(self, x: Tensor) -> Tensor:
         first, *rest = (term.matvec(x) for term in self.terms)
@@ -127,6 +139,11 @@ class GatedOperator(Operator):
         self.operator, self.factor, self.sparse = operator, factor, sparse
         self.shape, self.causal = operator.shape, operator.causal
         self.signed = signed or operator.signed
+
+    @property
+    def pairs(self) -> float:
+        kept = float((self.factor != 0).float().mean()) if self.sparse else 1.0
+        return kept * self.operator.pairs
 
     def matvec(self, x: Tensor) -> Tensor:
         if self.sparse:
@@ -195,6 +212,10 @@ class PoolOperator(Operator):
         if weight is None and order is not None and order.is_padded:
             real = (~order.padding).to(like.dtype).unfold(0, block, stride)
             self._share = 1 / real.sum(-1).clamp_min(1)
+
+    @property
+    def pairs(self) -> float:
+        return self.shape[2] * self.block / 4  # one addition a token and channel
 
     def matvec(self, x: Tensor) -> Tensor:
         x = x[:, :, self.prefix :]

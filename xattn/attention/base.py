@@ -43,6 +43,8 @@ class Entry:
     """Whether keys may be others than the queries' own tokens, of any number."""
     grouped: bool = False
     """Whether it handles fewer key heads itself; the others get one for each query head."""
+    reads_values: bool = False
+    """Whether it reads the values beside mixing them, so that they must be as wide as the keys."""
     needs_tokens: bool = False
     """Whether it reads the layer's tokens x, for gates or routers."""
     training_free: bool = False
@@ -60,12 +62,13 @@ class Entry:
 class Size:
     """A whole-number option that sets how much a mechanism reads.
 
-    Attributes: ``option``, its name; ``title``, of its control in the viewer; ``values``, offered if
-    they fit the grid; ``usual``, the one chosen first; ``per_side``, whether it counts patches along
-    a side, not patches; ``options``, the others that the viewer sets.
+    Attributes: ``option``, its name; ``what``, the mechanism in a word; ``title``, of the control in
+    the viewer; ``values``, offered if they fit the grid; ``usual``, the one chosen first; ``per_side``,
+    whether it counts patches along a side, not patches; ``options``, the others that the viewer sets.
     """
 
     option: str
+    what: str
     title: str
     values: tuple[int, ...]
     usual: int
@@ -180,6 +183,10 @@ class Mechanism(nn.Module, ABC):
             raise ValueError(
                 f"k: got {k.shape[1]} heads for {q.shape[1]} of the queries; give a number that "
                 f"divides it"
+            )
+        if self.entry.reads_values and v.shape[3] != k.shape[3]:
+            raise ValueError(
+                f"v: got width {v.shape[3]}; {name} needs {k.shape[3]}, that of the keys"
             )
         if q.shape[2] != k.shape[2] and not self.entry.cross:
             raise ValueError(

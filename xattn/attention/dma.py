@@ -29,6 +29,7 @@ ROWS = 2**22  # scores held at a time while the causal lists are made
     paper="arXiv 2508.02124",
     complexity="N w D",
     causal=True,
+    reads_values=True,
     cases=(
         {"window": 4},
         {"window": 4, "causal": True},

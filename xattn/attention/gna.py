@@ -43,7 +43,14 @@ TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
         {"kernel": 2, "dilation": (2, 1), "backend": "cpu"},
     ),
     bench=({"kernel": 7},),
-    size=Size("kernel", "Window, patches a side", tuple(range(3, 32, 2)), 7, per_side=True),
+    size=Size(
+        "kernel",
+        "Neighbourhoods",
+        "Window, patches a side",
+        tuple(range(3, 32, 2)),
+        7,
+        per_side=True,
+    ),
 )
 class GNA(Mechanism):
     """Generalized neighborhood attention on grids of 1 to 3 dimensions.

@@ -50,6 +50,11 @@ class Operator(ABC):
     """Whatever else the mechanism that made it needs for its maps."""
 
     @property
+    def pairs(self) -> float:
+        """Work of one A X for an image and head, in query-key pairs of dense attention."""
+        return float(self.shape[2] * self.shape[3])
+
+    @property
     def device(self) -> torch.device:
         return self._anchor().device
 
@@ -237,7 +242,7 @@ class SoftmaxOperator(Operator):
 
     def attend(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """(A V, lse)."""
-        k = spread_heads(self.k, v.shape[1])
+        k, v = spread_heads(self.k, self.shape[1]), spread_heads(v, self.shape[1])
         return softmax_attention(
             self.q, k, v, self.bias, scale=self.scale, backend=self.backend, **self._tmp
         )

@@ -65,6 +65,20 @@ class SegmentsOperator(Operator):
         queries = sum(p.q.shape[2] for p in self.pieces) if places is None else len(places)
         self.shape = (q.shape[0], q.shape[1], queries, keys)
 
+    @property
+    def pairs(self) -> float:
+        """Those that are read, pairs hidden inside a block included."""
+        total = 0.0
+        for piece in self.pieces:
+            for segment in piece.segments:
+                if segment.blocks is None:
+                    total += piece.q.shape[2] * segment.k.shape[2]
+                    continue
+                index = segment.blocks.index
+                size = segment.blocks.q_block * segment.blocks.k_block
+                total += float((index >= 0).sum()) / (index.shape[0] * index.shape[1]) * size
+        return total
+
     def matvec(self, x: Tensor) -> Tensor:
         s = self._alone
         if s is None:
