@@ -31,10 +31,12 @@ from xattn.attention import (
 from xattn.eval.bench.tensor_memory import peak_memory
 from xattn.eval.bench.timing import Job, median_ratio
 from xattn.eval.bench.timing import times as measure
+from xattn.kernels.causal_product import causal_product
 from xattn.runtime.allocator import keep_memory
 
 HEADS, WIDTH, BLOCK = 6, 64, 64
 LISTS = (4, 8, 16)
+LOW_RANK, CAUSAL = "low rank", "causal low rank"  # both with features as wide as a head
 
 
 def bench(
@@ -73,6 +75,7 @@ def bench(
     )
     yield "| :-- | --: | --: | --: | --: | --: | --: | --: | --: |"
     times: dict[str, list[tuple[int, float]]] = {}
+    compared: list[str] = []
     for n in tokens:
         made, visited = jobs(names, n, device, dtype)
         forward = measure({name: job[0] for name, job in made.items()}, rounds)
@@ -85,6 +88,9 @@ def bench(
             cells += [f"{1e3 * statistics.median(both[name]):.1f}", _gain(both, name)]
             cells += [f"{memory[name] / 1e6:.1f}", f"{memory['dense (SDPA)'] / 1e6:.1f}"]
             yield f"| {' | '.join(cells)} |"
+        slower = [median_ratio(took[CAUSAL], took[LOW_RANK]) for took in (forward, both)]
+        compared.append(f"{slower[0]:.2f}x, {slower[1]:.2f}x at {n} tokens")
+    yield f"\n{CAUSAL} to {LOW_RANK}, forward, forward + backward: {'; '.join(compared)}"
     if plot is not None:
         draw(times, plot)
         yield f"\nplot: {plot}"
@@ -113,6 +119,9 @@ def jobs(
 
     made = {"dense (SDPA)": pair(F.scaled_dot_product_attention)}
     visited: dict[str, float] = {"dense (SDPA)": float(n * n)}
+    made[LOW_RANK] = pair(lambda q, k, v: q @ (k.transpose(-2, -1) @ v))
+    made[CAUSAL] = pair(causal_product)
+    visited[LOW_RANK] = visited[CAUSAL] = float(n * WIDTH)
     x = torch.randn(1, n, HEADS * WIDTH, generator=generator).to(device, dtype)
     for name, options in ((key, o) for key in names for o in mechanism_class(key).entry.bench):
         torch.manual_seed(0)

@@ -8,13 +8,17 @@ import torch
 
 from xattn.attention import (
     Conversion,
+    Mechanism,
+    SoftmaxOperator,
     conversion,
     convert,
     converted_copy,
     create_mechanism,
     record,
+    register,
     revert,
 )
+from xattn.attention.base import MECHANISMS
 from xattn.attention.conversion import (
     describe,
     format_layers,
@@ -425,3 +429,98 @@ def test_bad_texts_of_mechanisms_and_records_are_named():
         with pytest.raises(ValueError, match="conversion: got"):
             Conversion.of_record(bad)
     assert parse_layers(format_layers([5, 0, 1])) == [0, 1, 5]
+
+
+# ---------------------------------------------------------------- the layer's tokens, causal calls, shared keys
+
+
+class GatedByTokens(Mechanism):
+    """Softmax whose output is scaled by what the layer reads."""
+
+    def operator(self, inputs):
+        assert inputs.x is not None
+        self.seen = inputs
+        return SoftmaxOperator(inputs.q, inputs.k, inputs.scale, causal=inputs.causal)
+
+
+class Causal(torch.nn.Module):
+    """Attention of a small causal model; of its heads, two share a key head."""
+
+    def __init__(self, kv_heads=2):
+        super().__init__()
+        self.num_heads, self.head_dim, self.kv_heads, self.fused_attn = 4, 8, kv_heads, True
+        self.qkv = torch.nn.Linear(32, 8 * (4 + 2 * kv_heads))
+        self.proj = torch.nn.Linear(32, 32)
+
+    def forward(self, x):
+        qkv = self.qkv(x).unflatten(2, (-1, 8)).transpose(1, 2)
+        q, k, v = qkv.split((4, self.kv_heads, self.kv_heads), 1)
+        y = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=self.kv_heads != 4
+        )
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class CausalModel(torch.nn.Module):
+    def __init__(self, kv_heads=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch_embed = torch.nn.Conv2d(3, 32, 8, stride=8)
+        self.blocks = torch.nn.ModuleList()
+        for _ in range(2):
+            block = torch.nn.Module()
+            block.attn = Causal(kv_heads)
+            self.blocks.append(block)
+        self.pretrained_cfg = {"input_size": (3, 32, 32)}
+
+    def forward(self, x):
+        tokens = self.patch_embed(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            tokens = tokens + block.attn(tokens)
+        return tokens
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("name, options", [("gna", {"kernel": 16}), ("dma", {"window": 16})])
+@torch.no_grad()
+def test_causal_models_convert_to_the_causal_form_whatever_the_key_heads(name, options, kv_heads):
+    net = CausalModel(kv_heads).eval()
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    expected = net(x)
+    convert(net, name, options=options)
+    assert torch.allclose(net(x), expected, atol=1e-5)
+    with record(net) as calls:
+        net(x)
+    assert all(call.operator.causal for call in calls)
+
+
+def test_a_mechanism_without_a_causal_form_is_refused_for_a_causal_model():
+    net = CausalModel()
+    with pytest.raises(
+        ValueError, match="attends causally; agent cannot stand in for it; untouched"
+    ):
+        convert(net, "agent", options={"agents": 4, "window": (4, 4)})
+    assert conversion(net) is None
+    net = model("vit_tiny_patch16_224")
+    convert(net, "agent", options={"agents": 4, "training_free": True})
+    with pytest.raises(
+        ValueError, match="asks for causal attention, which agent cannot do; leave out"
+    ):
+        net(images(net), is_causal=True)
+
+
+@torch.no_grad()
+def test_the_mechanism_gets_what_the_layer_reads():
+    register("tokens", paper="", complexity="", causal=True, needs_tokens=True, grouped=True)(
+        GatedByTokens
+    )
+    try:
+        net = model("vit_tiny_patch16_224")
+        x, read = images(net), []
+        net.blocks[1].attn.register_forward_pre_hook(lambda m, a: read.append(a[0]))
+        expected = net(x)
+        convert(net, "tokens", [1])
+        assert torch.allclose(net(x), expected, atol=1e-5)
+        assert torch.equal(net.blocks[1].attn.mechanism.seen.x, read[-1])
+    finally:
+        MECHANISMS.remove("tokens")

@@ -179,12 +179,13 @@ class _Converted:
     fused_attn: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        tokens = args[0] if args else None  # what the layer reads
         if not torch.compiler.is_compiling():
-            with fused(self), _Swap(self.mechanism, self.layout):  # type: ignore[arg-type]
+            with fused(self), _Swap(self.mechanism, self.layout, tokens):  # type: ignore[arg-type]
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
         before, self.fused_attn = self.fused_attn, True  # compilers cannot trace locks
         try:
-            with _Swap(self.mechanism, self.layout):
+            with _Swap(self.mechanism, self.layout, tokens):
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.fused_attn = before
@@ -279,9 +280,11 @@ class _Layout:
 
 
 class _Swap(TorchFunctionMode):
-    def __init__(self, mechanism: Mechanism, layout: _Layout) -> None:
+    """Answers fused attention by ``mechanism`` in a layer that reads ``tokens`` (B, N, C)."""
+
+    def __init__(self, mechanism: Mechanism, layout: _Layout, tokens: Any) -> None:
         super().__init__()
-        self.mechanism, self.layout = mechanism, layout
+        self.mechanism, self.layout, self.tokens = mechanism, layout, tokens
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
@@ -300,17 +303,21 @@ class _Swap(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        name = self.mechanism.entry.name
+        entry, count = self.mechanism.entry, query.shape[-2]
         for wanted, what, remedy in (
             (dropout_p > 0, "drops attention weights at random", "set its attn_drop to 0"),
             (attn_mask is not None, "gives a mask", "leave out attn_mask"),
-            (is_causal, "asks for causal attention", "leave out is_causal"),
-            (enable_gqa, "shares keys among heads", "do not convert it"),
+            (is_causal and not entry.causal, "asks for causal attention", "leave out is_causal"),
         ):
             if wanted:
-                raise ValueError(f"model: its layer {what}, which {name} cannot do; {remedy}")
-        grid = self.layout.grid_of(query.shape[-2], 0 not in self.mechanism.entry.grid)
-        return self.mechanism(query, key, value, grid, self.layout.prefix, scale)
+                raise ValueError(f"model: its layer {what}, which {entry.name} cannot do; {remedy}")
+        if is_causal:  # an order of the tokens, so they lie in a row
+            grid, prefix = (None if 0 in entry.grid else (count,)), 0
+        else:
+            grid, prefix = self.layout.grid_of(count, 0 not in entry.grid), self.layout.prefix
+        x = self.tokens
+        x = x if isinstance(x, Tensor) and x.shape[:2] == (len(query), count) else None
+        return self.mechanism(query, key, value, grid, prefix, scale, x=x, causal=is_causal)
 
 
 def _layout(model: nn.Module) -> _Layout:

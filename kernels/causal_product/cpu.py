@@ -1,0 +1,77 @@
+"""Causal low-rank products chunk by chunk, with the sum over all earlier chunks carried along.
+
+    Y_c = tril(L_c R_c^T) X_c + L_c S_c,   S_(c+1) = S_c + R_c^T X_c
+
+Plain PyTorch on every device. With chunks of c tokens a token costs c (f + m) + 2 f m multiplications
+against the 2 f m of the bidirectional L (R^T X), so chunks are short. Many chunks of several heads are
+multiplied at once, few enough to stay in the cache. Each tensor is copied there once, as float32 at
+least, so neither strides nor padding of the last chunk cost anything more.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from xattn.kernels.softmax.reference import widen
+
+CHUNK = 32  # tokens
+STEPS = 16  # chunks of a head that are multiplied at once
+BATCH = 96  # chunks of all heads that are multiplied at once
+
+
+def forward(left: Tensor, right: Tensor, x: Tensor, reverse: bool) -> Tensor:
+    """Y (H, N, m) of left and right (H, N, f) and x (H, N, m)."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    steps = min(STEPS, -(-x.shape[1] // CHUNK))
+    parts = (t.split(max(1, BATCH // steps)) for t in (left, right, x, out))
+    for some in zip(*parts, strict=True):
+        _scan(*some, steps * CHUNK, reverse)
+    return out
+
+
+def _scan(left: Tensor, right: Tensor, x: Tensor, out: Tensor, span: int, reverse: bool) -> None:
+    """Fill ``out`` for a few heads, ``span`` tokens at a time, from the end if ``reverse``."""
+    heads, tokens, m = x.shape
+    carried = widen(x).new_zeros(heads, left.shape[2], m)
+    buffers = [widen(t[:, :0]).new_empty(heads, span, t.shape[2]) for t in (left, right, x)]
+    starts = range(0, tokens, span)
+    for start in reversed(starts) if reverse else starts:
+        count = min(span, tokens - start)
+        a, b, c = (
+            _chunks(t[:, start : start + count], buffer)
+            for t, buffer in zip((left, right, x), buffers, strict=True)
+        )
+        inside = a @ b.transpose(1, 2)
+        y = (inside.triu_() if reverse else inside.tril_()) @ c
+        sums = (b.transpose(1, 2) @ c).unflatten(0, (heads, -1))
+        before, carried = _running_sums(sums, carried, reverse)
+        y.baddbmm_(a, before.flatten(0, 1))
+        out[:, start : start + count] = y.view(heads, -1, m)[:, :count]
+
+
+def _chunks(x: Tensor, buffer: Tensor) -> Tensor:
+    """x (H, n, w), copied into the buffer and padded with zeros, as (H chunks, CHUNK, w)."""
+    heads, tokens, width = x.shape
+    size = -(-tokens // CHUNK) * CHUNK
+    if size < buffer.shape[1]:
+        buffer = buffer.new_empty(heads, size, width)
+    buffer[:, :tokens] = x
+    buffer[:, tokens:] = 0
+    return buffer.view(-1, CHUNK, width)
+
+
+def _running_sums(sums: Tensor, carried: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Sums over all earlier chunks (later ones if ``reverse``), as ``sums``, and over these as well.
+
+    A loop of additions: at these shapes ``torch.cumsum`` takes ten times as long.
+    """
+    before = torch.empty_like(sums)
+    own, total = sums.unbind(1), before.unbind(1)
+    order = list(range(len(own)))[:: -1 if reverse else 1]
+    total[order[0]].copy_(carried)
+    for last, i in pairwise(order):
+        torch.add(total[last], own[last], out=total[i])
+    return before, total[order[-1]] + own[order[-1]]

@@ -1,0 +1,125 @@
+"""Causal low-rank products: equal to a masked matrix, linear in memory, and blind to later tokens."""
+
+import pytest
+import torch
+
+from xattn.eval.bench.tensor_memory import peak_memory
+from xattn.kernels.causal_product import causal_product, cpu
+
+SPAN = cpu.CHUNK * cpu.STEPS
+
+
+def inputs(n, f, m, *, leading=(2, 3), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    widths = (f, f, m)
+    made = (torch.randn(*leading, n, w, generator=generator, dtype=torch.float64) for w in widths)
+    return [x.to(dtype) for x in made]
+
+
+def masked(left, right, x, reverse=False):
+    a = left @ right.transpose(-2, -1)
+    return (a.triu() if reverse else a.tril()) @ x
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 197, SPAN, SPAN + 1, 2 * SPAN - 33])
+def test_it_is_the_masked_matrix_times_the_values(backend, reverse, n):
+    given = inputs(n, 5, 7)
+    found = causal_product(*given, reverse=reverse, backend=backend)
+    assert torch.allclose(found, masked(*given, reverse))
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (3, 70), (2, 1, 3)])
+def test_any_leading_dimensions_and_strides(leading):
+    left, right, x = inputs(100, 4, 3, leading=leading)
+    assert torch.allclose(causal_product(left, right, x), masked(left, right, x))
+    strided = [t.transpose(-2, -1).contiguous().transpose(-2, -1) for t in (left, right, x)]
+    assert torch.allclose(causal_product(*strided), masked(left, right, x))
+    one = x[..., :1].expand_as(x)
+    assert torch.allclose(causal_product(left, right, one), masked(left, right, one))
+
+
+def test_the_transposed_product_is_a_reversed_one():
+    left, right, _ = inputs(70, 4, 1)
+    r = torch.randn(2, 3, 6, 70, dtype=torch.float64)
+    found = causal_product(right, left, r.transpose(-2, -1), reverse=True).transpose(-2, -1)
+    assert torch.allclose(found, r @ (left @ right.transpose(-2, -1)).tril())
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradients_of_first_and_second_order(reverse, monkeypatch):
+    monkeypatch.setattr(cpu, "CHUNK", 3)
+    monkeypatch.setattr(cpu, "STEPS", 2)
+    leaves = [x.requires_grad_() for x in inputs(8, 2, 3, leading=(2,))]
+    assert torch.autograd.gradcheck(lambda *x: causal_product(*x, reverse=reverse), leaves)
+    assert torch.autograd.gradgradcheck(
+        lambda *x: causal_product(*x, reverse=reverse), leaves, fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("n", [45, SPAN + 40])
+def test_no_gradient_and_no_bit_comes_from_later_tokens(n):
+    given = inputs(n, 4, 3, dtype=torch.float32)
+    i = n - 20
+    leaves = [x.clone().requires_grad_() for x in given]
+    whole = causal_product(*leaves)
+    for grad in torch.autograd.grad(whole[..., : i + 1, :].sum(), leaves):
+        assert (grad[..., i + 1 :, :] == 0).all() and (grad[..., i, :] != 0).any()
+    for x in given[1:]:
+        x[..., i + 1 :, :] *= 1000
+    assert torch.equal(causal_product(*given)[..., : i + 1, :], whole[..., : i + 1, :])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_sums_in_float32(dtype):
+    given = inputs(2 * SPAN, 4, 1, dtype=dtype)
+    given[1], given[2] = given[1].abs(), given[2].abs() + 0.5  # sums far beyond 8 bits
+    exact = masked(*(x.double() for x in given))
+    leaves = [x.requires_grad_() for x in given]
+    found = causal_product(*leaves)
+    assert found.dtype == dtype
+    error = (found.double() - exact).abs() / (exact.abs() + 1e-2 * exact.abs().max())
+    assert error.max() < torch.finfo(dtype).eps
+    assert all(x.dtype == dtype for x in torch.autograd.grad(found.sum(), leaves))
+
+
+def test_autocast_leaves_its_sums_alone():
+    given = inputs(70, 4, 3, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(causal_product(*given), causal_product(*given))
+        found = causal_product(*given)
+    assert torch.equal(found, causal_product(*given)) and found.dtype == torch.float32
+
+
+def test_memory_grows_with_tokens_and_not_with_their_square():
+    def peak(n):
+        leaves = [x.requires_grad_() for x in inputs(n, 8, 8, leading=(2,), dtype=torch.float32)]
+        g = torch.ones_like(leaves[0])
+        return peak_memory(lambda: torch.autograd.grad(causal_product(*leaves), leaves, g))
+
+    assert peak(8 * SPAN) < 3 * peak(4 * SPAN) < 9 * 4 * 2 * 8 * 4 * SPAN * 4
+
+
+def test_it_passes_torch_checks_of_operators_and_compiles():
+    given = [x.requires_grad_() for x in inputs(40, 4, 3, leading=(2,), dtype=torch.float32)]
+    torch.library.opcheck(torch.ops.xattn.causal_product, (*given, False, "cpu"))
+    compiled = torch.compile(causal_product, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(*given), causal_product(*given))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"left": torch.zeros(4)}, r"left: got shape \(4,\)"),
+        ({"right": torch.zeros(2, 9, 5)}, r"right: got shape \(2, 9, 5\); left has \(2, 9, 4\)"),
+        ({"x": torch.zeros(2, 8, 3)}, r"x: got shape \(2, 8, 3\); left needs \(2, 9, m\)"),
+        ({"x": torch.zeros(2, 9, 3).double()}, "x: got torch.float64"),
+        ({"backend": "triton"}, "backend: got 'triton'"),
+        ({"backend": "gpu"}, "backend: got 'gpu'"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    given = {"left": torch.zeros(2, 9, 4), "right": torch.zeros(2, 9, 4), "x": torch.zeros(2, 9, 3)}
+    with pytest.raises(ValueError, match=message):
+        causal_product(**{**given, **change})
