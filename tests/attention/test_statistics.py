@@ -9,7 +9,9 @@ from xattn.attention import Inputs, ProductOperator, SoftmaxOperator, create_mec
 from xattn.attention import operator as operators
 from xattn.attention.statistics import (
     kept_keys,
+    mean_row_divergence,
     row_distance,
+    row_divergence,
     row_entropy,
     sample_queries,
     statistics,
@@ -181,3 +183,48 @@ def test_misfits_are_refused_by_name():
         statistics(op, (3, 5), 1).sinks(0)
     with pytest.raises(ValueError, match="most"):
         sample_queries(10, 1, 0)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_the_divergence_of_rows_is_that_of_the_dense_matrices(prefix, monkeypatch):
+    teacher, student = operator((3, 5), prefix), operator((3, 5), prefix, seed=1)
+    p, other = dense(teacher), dense(student)
+    expected = (p * (p / other).log()).sum(-1)
+    monkeypatch.setattr(operators, "TILE", 1)
+    assert torch.allclose(mean_row_divergence(teacher, student), expected.mean(-1))
+    some = torch.tensor([0, 7, 2])
+    found = mean_row_divergence(teacher, student, some)
+    assert torch.allclose(found, expected[..., some].mean(-1))
+    assert torch.allclose(mean_row_divergence(teacher, teacher), torch.zeros(2, 3).double())
+
+
+def test_the_divergence_ignores_the_rows_scale_and_hidden_keys_of_the_first():
+    p, other = torch.rand(2, 4, 9).double(), torch.rand(2, 4, 9).double()
+    p[..., :3] = 0
+    by_torch = torch.distributions.kl_divergence(
+        *(torch.distributions.Categorical(probs=x) for x in (p, other))
+    )
+    assert torch.allclose(row_divergence(5 * p, other / 3), by_torch)
+    other[..., :3] = 0  # keys that neither reads
+    assert row_divergence(p, other).isfinite().all()
+
+
+def test_the_divergence_has_gradients_also_at_keys_that_are_not_read():
+    p, other = torch.rand(4, 9).double(), torch.rand(4, 9).double()
+    assert torch.autograd.gradcheck(row_divergence, (p.requires_grad_(), other.requires_grad_()))
+    hidden = other.detach().clone()
+    hidden[:, 2], hidden[0] = 0, 0
+    hidden.requires_grad_()
+    found = row_divergence(p, hidden)
+    assert (found[1:] > 10 * p[1:, 2] / p[1:].sum(-1)).all()
+    assert torch.autograd.grad(found.sum(), hidden)[0].isfinite().all()
+
+
+def test_divergences_of_what_does_not_match_are_refused():
+    one, other = operator((3, 5), 0), operator((3, 5), 1)
+    with pytest.raises(ValueError, match=r"student: got shape \(2, 3, 16, 16\); the teacher's is"):
+        mean_row_divergence(one, other)
+    with pytest.raises(ValueError, match=r"queries: give at least one token number, each in 0..14"):
+        mean_row_divergence(one, one, torch.tensor([15]))
+    with pytest.raises(ValueError, match="rows: got negative entries"):
+        row_divergence(torch.rand(2, 3), -torch.rand(2, 3))

@@ -1,8 +1,10 @@
-"""How a layer's heads attend: entropy of rows, distance on the grid, mass on prefix tokens and sinks.
+"""How a layer's heads attend: entropy of rows, distance on the grid, mass on prefix tokens and sinks,
+and how far its rows are from another layer's.
 
     H_i = - sum_j p_ij ln p_ij                      p_ij = A_ij / sum_k A_ik, over all keys
     d_i = sum_j A_ij |x_i - x_j| / sum_j A_ij       j over patches only, x in patches
     m_j = mean_i p_ij                               what key j receives
+    KL_i = sum_j p_ij ln(p_ij / p'_ij)              from rows p to rows p' of another A
 
 i runs over the patches as queries, all of them or a sample; prefix tokens (class token, registers) are
 always keys but have no position, so they count in H and m and are left out of d. Distance as in
@@ -111,11 +113,55 @@ def _shares(rows: Tensor) -> Tensor:
     if (rows < 0).any():
         raise ValueError("rows: got negative entries; entropy needs weights of at least 0")
     total = rows.sum(-1, keepdim=True)
-    return torch.where(total > 0, rows / total, 0.0)
+    return rows / torch.where(total > 0, total, 1.0)
 
 
 def _entropy(p: Tensor) -> Tensor:
     return -torch.special.xlogy(p, p).sum(-1)
+
+
+@torch.no_grad()
+def mean_row_divergence(
+    teacher: Operator, student: Operator, queries: Tensor | None = None
+) -> Tensor:
+    """Mean of KL(teacher's row || student's row) in nats, (B, H) in float64, in blocks of rows.
+
+    Args:
+        teacher, student: of one shape (B, H, N, S).
+        queries: LongTensor (R,) of rows in 0..N - 1; all by default, and see :func:`sample_queries`.
+
+    Raises:
+        ValueError: different shapes, rows out of range, or negative entries.
+    """
+    if teacher.shape != student.shape:
+        raise ValueError(f"student: got shape {student.shape}; the teacher's is {teacher.shape}")
+    tokens = teacher.shape[2]
+    if queries is None:
+        queries = torch.arange(tokens, device="cpu")
+    elif not len(queries) or int(queries.min()) < 0 or int(queries.max()) >= tokens:
+        raise ValueError(f"queries: give at least one token number, each in 0..{tokens - 1}")
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
+    for index in queries.split(teacher.row_chunks()[0].stop):
+        given, found = (
+            operator.rows(index.to(operator.device)).cpu().double()
+            for operator in (teacher, student)
+        )
+        total = total + row_divergence(given, found).sum(-1)
+    return total / len(queries)
+
+
+def row_divergence(rows: Tensor, others: Tensor) -> Tensor:
+    """KL(rows || others) of rows (..., S) in nats, (...); differentiable in both.
+
+    Both are scaled to sum 1. Weights of ``others`` below the smallest normal number of its dtype count
+    as that number, so a key that it does not read gives a large divergence, not an infinite one.
+
+    Raises:
+        ValueError: negative entries.
+    """
+    p, other = _shares(rows), _shares(others)
+    floor = torch.finfo(other.dtype).tiny
+    return -_entropy(p) - (p * other.clamp_min(floor).log()).sum(-1)
 
 
 def bits(nats: float) -> float:
