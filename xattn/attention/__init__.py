@@ -19,6 +19,7 @@ from xattn.attention.base import (
     mechanism_class,
     register,
 )
+from xattn.attention.causal_low_rank import CausalLowRankOperator
 from xattn.attention.conversion import Conversion
 from xattn.attention.convert import conversion, convert, converted_copy, revert
 from xattn.attention.inputs import Inputs
@@ -34,6 +35,7 @@ __all__ = [
     "Attention",
     "Blocks",
     "Call",
+    "CausalLowRankOperator",
     "Conversion",
     "Entry",
     "GatedOperator",
