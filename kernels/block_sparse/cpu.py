@@ -41,7 +41,7 @@ def forward(
     buffers = keys.new_empty(0), values.new_empty(0)
     for part, entries, mask in work.chunks(FORWARD, v.shape[3]):
         kc, vc = work.gather(keys, entries, buffers[0]), work.gather(values, entries, buffers[1])
-        o[part], lse[part] = dense.forward(widen(queries[part]), kc, vc, mask, scale)
+        o[part], lse[part] = dense.forward(widen(queries[part]), kc, vc, mask, scale, False)
     return work.tokens(o), work.tokens(lse[..., None])[..., 0].contiguous()
 
 

@@ -30,7 +30,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     full = _bias(q, k, index, bias, low, high, position, dilation, q_block, k_block)
-    return softmax.forward(q, _heads(k, q), _heads(v, q), full, scale)
+    return softmax.forward(q, k, v, full, scale, False)
 
 
 def backward(
@@ -53,12 +53,11 @@ def backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     full = _bias(q, k, index, bias, low, high, position, dilation, q_block, k_block)
-    kw, vw = (softmax.widen(_heads(x, q)) for x in (k, v))
     dq, dk, dv, ds = softmax.backward(
-        grad, grad_lse, softmax.widen(q), kw, vw, full, o, lse, scale, bias_grad
+        grad, grad_lse, q, k, v, full, o, lse, scale, False, bias_grad
     )
     db = None if ds is None or bias is None else reduce_bias(ds.sum(2), bias)
-    return dq.to(q.dtype), _group(dk, k), _group(dv, v), db
+    return dq, dk, dv, db
 
 
 def visible(
@@ -117,8 +116,3 @@ def _bias(q, k, index, bias, low, high, position, dilation, q_block, k_block):  
 def _heads(x: Tensor, q: Tensor) -> Tensor:
     """``x`` with one entry per query head (or one for all), from one per key head or per query head."""
     return x if x.shape[1] == 1 else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
-
-
-def _group(x: Tensor, k: Tensor) -> Tensor:
-    """The gradient of keys that a group of query heads share."""
-    return x.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype)

@@ -22,16 +22,17 @@ def column_mass(
     weights: Tensor | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
+    causal: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """How much attention each key receives from all queries.
 
     Args:
-        q: (B, H, N, D); ``k``: (B, H, S, D), of one dtype and device.
+        q: (B, H, N, D); ``k``: (B, Hk, S, D), of one dtype and device.
         lse: (B, H, N), as :func:`xattn.kernels.softmax.softmax_attention` returns it.
         weights: (B or 1, H or 1, N), w of the queries; 1 by default. 1 / N gives a mean, and a single
             1 the row of that query.
-        bias, scale, backend: as for :func:`xattn.kernels.vecmat.vecmat`.
+        bias, scale, causal, backend: as for :func:`xattn.kernels.vecmat.vecmat`.
 
     Returns:
         (B, H, S) in float32 (float64 for float64), with gradients for every tensor given. Without
@@ -40,7 +41,7 @@ def column_mass(
     Raises:
         ValueError: shapes, dtypes or devices that do not match.
     """
-    check(q, k, k, bias)
+    check(q, k, k, bias, causal)
     shape = tuple(q.shape[:3])
     if weights is None:
         weights = lse.new_ones((shape[0], 1, shape[2]))
@@ -54,4 +55,7 @@ def column_mass(
             f"weights: got {weights.dtype} on {weights.device}; give floating point on {q.device}"
         )
     r = weights[:, :, None].expand(*shape[:2], 1, shape[2])
-    return vecmat(q, k, lse, r, bias=bias, scale=scale, reduce="none", backend=backend).squeeze(2)
+    mass = vecmat(
+        q, k, lse, r, bias=bias, scale=scale, causal=causal, reduce="none", backend=backend
+    )
+    return mass.squeeze(2)

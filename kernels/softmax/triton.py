@@ -47,6 +47,12 @@ TILES = {
     ("dkv", False, True, False): (32, 16, 8, 2),
     ("dkv", False, True, True): (32, 16, 8, 2),
 }
+# The same for causal attention where it needs another tile.
+CAUSAL_TILES = {
+    ("forward", True, True, True): (64, 64, 8, 2),
+    ("dq", True, True, True): (64, 32, 8, 2),
+    ("forward", False, True, False): (32, 16, 8, 2),
+}
 
 
 @triton.jit
@@ -89,11 +95,12 @@ def _store(base, rows, columns, count, width, value, stride: tl.constexpr):
 @triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, o_ptr, lse_ptr,
-    stride_bb, stride_bh, stride_bn, H, N, S, scale,
+    stride_bb, stride_bh, stride_bn, H, N, S, scale, GROUP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
+    key_head = head // GROUP  # batch * Hk + key head, because H is GROUP * Hk
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d, dv = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
@@ -101,12 +108,17 @@ def forward_kernel(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
-    for start in range(0, S, COLUMNS):
+    # A tile of causal queries reads the keys up to its last query.
+    stop = tl.minimum(S, (tl.program_id(0) + 1) * ROWS) if CAUSAL else S
+    for start in range(0, stop, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
-        v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV, DV)
+        k = load_tile(k_ptr + key_head * S * D, columns, d, S, D, D)
+        v = load_tile(v_ptr + key_head * S * DV, columns, dv, S, DV, DV)
         s = _scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
-        s = tl.where(columns[None, :] < S, s, float("-inf"))
+        seen = columns[None, :] < S
+        if CAUSAL:
+            seen = seen & (columns[None, :] <= rows[:, None])
+        s = tl.where(seen, s, float("-inf"))
         new = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp2(s - safe[:, None])
@@ -134,11 +146,13 @@ def softmax_weights(s, lse):
 @triton.jit
 def dq_kernel(
     g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, delta_ptr, dq_ptr, ds_ptr,
-    stride_bb, stride_bh, stride_bn, H, N, S, scale,
+    stride_bb, stride_bh, stride_bn, H, N, S, scale, GROUP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, WRITE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
+    WRITE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
+    key_head = head // GROUP
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d, dv = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
@@ -147,12 +161,17 @@ def dq_kernel(
     lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
     delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
-    for start in range(0, S, COLUMNS):
+    # A tile of causal queries reads the keys up to its last query.
+    stop = tl.minimum(S, (tl.program_id(0) + 1) * ROWS) if CAUSAL else S
+    for start in range(0, stop, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
-        v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV, DV)
+        k = load_tile(k_ptr + key_head * S * D, columns, d, S, D, D)
+        v = load_tile(v_ptr + key_head * S * DV, columns, dv, S, DV, DV)
         s = _scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
-        p = softmax_weights(tl.where(columns[None, :] < S, s, float("-inf")), lse[:, None])
+        seen = columns[None, :] < S
+        if CAUSAL:
+            seen = seen & (columns[None, :] <= rows[:, None])
+        p = softmax_weights(tl.where(seen, s, float("-inf")), lse[:, None])
         ds = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
         if WRITE:  # the gradient of a bias with a value for every score
@@ -165,50 +184,57 @@ def dq_kernel(
 @triton.jit
 def dkv_kernel(
     g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, db_ptr,
-    stride_bb, stride_bh, stride_bn, H, N, S, scale,
+    stride_bb, stride_bh, stride_bn, H, N, S, scale, GROUP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, WRITE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
+    WRITE: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
+    """One tile of keys of one key head, over the queries of all heads that read it."""
+    key_head = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
-    bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
-    k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
-    v = load_tile(v_ptr + head * S * DV, columns, w, S, DV, DV)
+    k = load_tile(k_ptr + key_head * S * D, columns, d, S, D, D)
+    v = load_tile(v_ptr + key_head * S * DV, columns, w, S, DV, DV)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     dv = tl.zeros([COLUMNS, WIDTH_V], tl.float32)
-    db = tl.zeros([COLUMNS], tl.float32)
-    for start in range(0, N, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
-        g = load_tile(g_ptr + head * N * DV, rows, w, N, DV, DV)
-        lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
-        delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
-        # Keys outside the matrix need no mask here: each has its own row of dk and dv.
-        s = transposed_scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
-        p = softmax_weights(s, lse[None, :])
-        ds = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - delta[None, :])
-        dv += tl.dot(p.to(g.dtype), g, input_precision="ieee")
-        dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
-        if WRITE:
-            db += tl.sum(ds, 1)
-    _store(dk_ptr + head * S * D, columns, d, S, D, dk * scale, D)
-    _store(dv_ptr + head * S * DV, columns, w, S, DV, dv, DV)
-    if WRITE:  # the gradient of a bias per key
-        tl.store(db_ptr + head * S + columns, db, mask=columns < S)
+    first = tl.program_id(0) * COLUMNS // ROWS * ROWS if CAUSAL else 0
+    for member in range(0, GROUP):
+        head = key_head * GROUP + member
+        bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
+        db = tl.zeros([COLUMNS], tl.float32)
+        for start in range(first, N, ROWS):
+            rows = start + tl.arange(0, ROWS)
+            q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
+            g = load_tile(g_ptr + head * N * DV, rows, w, N, DV, DV)
+            lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
+            delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
+            # Keys outside the matrix need no mask here: each has its own row of dk and dv.
+            s = transposed_scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
+            if CAUSAL:
+                s = tl.where(columns[:, None] <= rows[None, :], s, float("-inf"))
+            p = softmax_weights(s, lse[None, :])
+            ds = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - delta[None, :])
+            dv += tl.dot(p.to(g.dtype), g, input_precision="ieee")
+            dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
+            if WRITE:
+                db += tl.sum(ds, 1)
+        if WRITE:  # the gradient of a bias per key
+            tl.store(db_ptr + head * S + columns, db, mask=columns < S)
+    _store(dk_ptr + key_head * S * D, columns, d, S, D, dk * scale, D)
+    _store(dv_ptr + key_head * S * DV, columns, w, S, DV, dv, DV)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
     if lacks_bfloat16(q):
-        o, lse = forward(q.float(), k.float(), v.float(), bias, scale)
+        o, lse = forward(q.float(), k.float(), v.float(), bias, scale, causal)
         return o.to(q.dtype), lse
     q, k, v = (supported(x).contiguous() for x in (q, k, v))
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     bias, strides = with_strides(bias, q, k)
-    options = _options("forward", q, v, bias)
+    options = _options("forward", q, k, v, bias, causal)
     grid = (triton.cdiv(q.shape[2], options["ROWS"]), q.shape[0] * q.shape[1])
     forward_kernel[grid](
         q, k, v, q if bias is None else bias, o, lse, *strides, *sizes(q, k), scale, **options
@@ -226,12 +252,14 @@ def backward(
     o: Tensor,
     lse: Tensor,
     scale: float,
+    causal: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     if lacks_bfloat16(q):
         dq, dk, dv, db = backward(
-            grad.float(), grad_lse, q.float(), k.float(), v.float(), bias, o, lse, scale, bias_grad
-        )
+            grad.float(), grad_lse, q.float(), k.float(), v.float(), bias, o, lse, scale, causal,
+            bias_grad,
+        )  # fmt: skip
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), db
     d = delta(grad, grad_lse, o).contiguous()
     g, q, k, v, lse = (x.contiguous() for x in (grad.to(q.dtype), q, k, v, lse))
@@ -239,17 +267,18 @@ def backward(
     batch, heads, n, s = *q.shape[:3], k.shape[2]
     per_key = bias_grad and bias is not None and bias.shape[2] == 1
     full = bias_grad and bias is not None and not per_key
-    ds = q.new_empty((batch, heads, n, s) if full else (1,), dtype=torch.float32)
+    make = q.new_zeros if causal else q.new_empty  # no program visits tiles that are hidden
+    ds = make((batch, heads, n, s) if full else (1,), dtype=torch.float32)
     db = q.new_empty((batch, heads, 1, s) if per_key else (1,), dtype=torch.float32)
     b, strides = with_strides(bias, q, k)
     shared = (g, q, k, v, q if b is None else b, lse, d)
     numbers = (*strides, *sizes(q, k), scale)
-    options = _options("dq", q, v, b)
+    options = _options("dq", q, k, v, b, causal)
     dq_kernel[triton.cdiv(n, options["ROWS"]), batch * heads](
         *shared, dq, ds, *numbers, WRITE=full, **options
     )
-    options = _options("dkv", q, v, b)
-    dkv_kernel[triton.cdiv(s, options["COLUMNS"]), batch * heads](
+    options = _options("dkv", q, k, v, b, causal)
+    dkv_kernel[triton.cdiv(s, options["COLUMNS"]), batch * k.shape[1]](
         *shared, dk, dv, db, *numbers, WRITE=per_key, **options
     )
     summed = reduce_to(ds if full else db, bias) if bias_grad and bias is not None else None
@@ -270,19 +299,30 @@ def supported(x: Tensor, widest: int = 256) -> Tensor:
     return x
 
 
-def _options(kernel: str, q: Tensor, v: Tensor, bias: Tensor | None) -> dict[str, Any]:
-    return options(kernel, q.shape[3], v.shape[3], q.dtype != torch.float32, bias is not None)
+def _options(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool
+) -> dict[str, Any]:
+    half, group = q.dtype != torch.float32, q.shape[1] // k.shape[1]
+    return {
+        **options(kernel, q.shape[3], v.shape[3], half, bias is not None, causal),
+        "GROUP": group,
+    }
 
 
-def options(kernel: str, d: int, dv: int, half: bool, bias: bool) -> dict[str, Any]:
+def options(
+    kernel: str, d: int, dv: int, half: bool, bias: bool, causal: bool = False
+) -> dict[str, Any]:
     """Shapes, tile and launch options of a kernel for heads of width d and dv."""
-    rows, columns, warps, stages = TILES[kernel, half, max(d, dv) > 64, bias]
+    kind = kernel, half, max(d, dv) > 64, bias
+    tile = CAUSAL_TILES.get(kind) if causal else None
+    rows, columns, warps, stages = tile or TILES[kind]
     if max(d, dv) > 128:  # the tile would need more shared memory than there is
         rows, columns, stages = max(16, rows // 2), max(16, columns // 2), 2
     width, width_v = (max(16, triton.next_power_of_2(x)) for x in (d, dv))
     return {
         "D": d, "DV": dv, "WIDTH": width, "WIDTH_V": width_v, "ROWS": rows, "COLUMNS": columns,
-        "HAS_BIAS": bias, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
+        "GROUP": 1, "HAS_BIAS": bias, "CAUSAL": causal,
+        "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
     }  # fmt: skip
 
 
@@ -301,20 +341,22 @@ def with_strides(
 
 
 def compile_cases() -> Iterator[Case]:
-    """Every kernel at N = S = 4096 with 12 heads, without a bias and with one for every score."""
+    """Every kernel at N = S = 4096 with 12 heads: plain, with a bias for every score, and causal."""
     n, heads = 4096, 12
     kernels = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
     products, tensors = {"forward": 2, "dq": 3, "dkv": 4}, {"forward": 4, "dq": 5, "dkv": 6}
-    for name, dtype, d, bias in product(kernels, ("bf16", "fp32"), (64, 128), (False, True)):
+    kinds = ((False, False), (True, False), (False, True), (True, True))
+    for name, dtype, d, (bias, causal) in product(kernels, ("bf16", "fp32"), (64, 128), kinds):
         size = 2 if dtype == "bf16" else 4
+        share = 0.5 if causal else 1.0
         scores = bias * (size + 4 * (name == "dq"))  # dq also writes the gradient of the bias
         flags = {} if name == "forward" else {"WRITE": bias}
         yield make_case(
             kernels[name],
             dtype,
-            {**options(name, d, d, dtype == "bf16", bias), **flags},
-            f"softmax {name} {dtype} D={d}{' bias' if bias else ''}",
-            operations=2.0 * products[name] * heads * n * n * d,
-            bytes=heads * n * (tensors[name] * d * size + n * scores),
+            {**options(name, d, d, dtype == "bf16", bias, causal), **flags},
+            f"softmax {name} {dtype} D={d}{' bias' if bias else ''}{' causal' if causal else ''}",
+            operations=2.0 * products[name] * heads * n * n * d * share,
+            bytes=heads * n * (tensors[name] * d * size + n * scores * share),
             wide=("lse_ptr", "delta_ptr", "ds_ptr", "db_ptr"),
         )

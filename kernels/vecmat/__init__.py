@@ -28,18 +28,21 @@ def vecmat(
     *,
     bias: Tensor | None = None,
     scale: float | None = None,
+    causal: bool = False,
     reduce: Literal["mean", "none"] = "mean",
     backend: str = "auto",
 ) -> Tensor:
     """``r P`` of softmax attention, with P recomputed from q, k and the log-sum-exp.
 
     Args:
-        q: (B, H, N, D); ``k``: (B, H, S, D), of one dtype and device.
-        lse: (B, H, N), from :func:`xattn.kernels.softmax.softmax_attention` with the same q, k, bias
-            and scale; a row with -inf has no weights.
+        q: (B, H, N, D); ``k``: (B, Hk, S, D), of one dtype and device. Query head h reads key head
+            h // (H // Hk).
+        lse: (B, H, N), from :func:`xattn.kernels.softmax.softmax_attention` with the same q, k, bias,
+            scale and ``causal``; a row with -inf has no weights.
         r: (B, R, N) for all heads alike, or (B, H, R, N); R is 1 to 16.
         bias: (B or 1, H or 1, N or 1, S), as attention had it.
         scale: 1 / sqrt(D) by default.
+        causal: whether query i sees keys 0 to i only, as attention had it; needs N = S.
         reduce: "mean" over the heads, or "none".
         backend: see :func:`xattn.kernels.backend.choose`.
 
@@ -50,10 +53,10 @@ def vecmat(
     Raises:
         ValueError: shapes, dtypes or devices that do not match, or an unknown ``reduce``.
     """
-    check(q, k, k, bias)
+    check(q, k, k, bias, causal)
     if reduce not in ("mean", "none"):
         raise ValueError(f"reduce: got {reduce!r}; choose 'mean' or 'none'")
-    out = _product(q, k, lse, r, None, None, bias, scale, backend)
+    out = _product(q, k, lse, r, None, None, bias, scale, causal, backend)
     return out.mean(1) if reduce == "mean" else out
 
 
@@ -67,24 +70,25 @@ def gradient_vecmat(
     *,
     bias: Tensor | None = None,
     scale: float | None = None,
+    causal: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """``r E``, where E is the positive part of attention times its gradient, averaged over heads.
 
     Args:
-        v: (B, H, S, Dv), the values; ``grad``: (B, H, N, Dv), the gradient of what is explained with
+        v: (B, Hk, S, Dv), the values; ``grad``: (B, H, N, Dv), the gradient of what is explained with
             respect to the attention's output; grad_i . v_j is then the gradient with respect to P_ij.
 
     The other arguments, the result (B, R, S) and errors are those of :func:`vecmat`.
     """
-    check(q, k, v, bias)
+    check(q, k, v, bias, causal)
     shape = (*q.shape[:3], v.shape[3])
     if grad.shape != shape or grad.dtype != q.dtype or grad.device != q.device:
         raise ValueError(
             f"grad: got {tuple(grad.shape)} of {grad.dtype} on {grad.device}; give {shape} of "
             f"{q.dtype} on {q.device}"
         )
-    return _product(q, k, lse, r, v, grad, bias, scale, backend).mean(1)
+    return _product(q, k, lse, r, v, grad, bias, scale, causal, backend).mean(1)
 
 
 def _product(
@@ -96,6 +100,7 @@ def _product(
     grad: Tensor | None,
     bias: Tensor | None,
     scale: float | None,
+    causal: bool,
     backend: str,
 ) -> Tensor:
     batch, heads, n, d = q.shape
@@ -116,7 +121,7 @@ def _product(
     r = (r if r.ndim == 4 else r[:, None]).to(wide).expand(-1, heads, -1, -1)
     scale = d**-0.5 if scale is None else float(scale)
     return torch.ops.xattn.vecmat_forward(
-        q, k, lse.to(wide), r, v, grad, bias, scale, choose(backend, q.device)
+        q, k, lse.to(wide), r, v, grad, bias, scale, causal, choose(backend, q.device)
     )
 
 
@@ -133,16 +138,16 @@ def _path(backend: str) -> Any:
     mutates_args=(),
     schema=(
         "(Tensor q, Tensor k, Tensor lse, Tensor r, Tensor? v, Tensor? g, Tensor? bias, float scale, "
-        "str backend) -> Tensor"
+        "bool causal, str backend) -> Tensor"
     ),
 )
-def _forward(q, k, lse, r, v, g, bias, scale, backend):  # type: ignore[no-untyped-def]
+def _forward(q, k, lse, r, v, g, bias, scale, causal, backend):  # type: ignore[no-untyped-def]
     with own_precision(q):
-        return _path(backend).forward(q, k, lse, r, v, g, bias, scale).contiguous()
+        return _path(backend).forward(q, k, lse, r, v, g, bias, scale, causal).contiguous()
 
 
 @_forward.register_fake
-def _(q, k, lse, r, v, g, bias, scale, backend):  # type: ignore[no-untyped-def]
+def _(q, k, lse, r, v, g, bias, scale, causal, backend):  # type: ignore[no-untyped-def]
     return r.new_empty(*r.shape[:3], k.shape[2])
 
 
@@ -151,32 +156,32 @@ def _(q, k, lse, r, v, g, bias, scale, backend):  # type: ignore[no-untyped-def]
     mutates_args=(),
     schema=(
         "(Tensor grad, Tensor q, Tensor k, Tensor lse, Tensor r, Tensor? v, Tensor? g, Tensor? bias, "
-        "float scale, bool bias_grad, str backend) -> Tensor[]"
+        "float scale, bool causal, bool bias_grad, str backend) -> Tensor[]"
     ),
 )
-def _backward(grad, q, k, lse, r, v, g, bias, scale, bias_grad, backend):  # type: ignore[no-untyped-def]
+def _backward(grad, q, k, lse, r, v, g, bias, scale, causal, bias_grad, backend):  # type: ignore[no-untyped-def]
     with own_precision(q):
-        grads = _path(backend).backward(grad, q, k, lse, r, v, g, bias, scale, bias_grad)
+        grads = _path(backend).backward(grad, q, k, lse, r, v, g, bias, scale, causal, bias_grad)
     return [q.new_empty(0) if x is None else x.contiguous() for x in grads]
 
 
 @_backward.register_fake
-def _(grad, q, k, lse, r, v, g, bias, scale, bias_grad, backend):  # type: ignore[no-untyped-def]
+def _(grad, q, k, lse, r, v, g, bias, scale, causal, bias_grad, backend):  # type: ignore[no-untyped-def]
     inputs = (q, k, lse, r, v, g, bias if bias_grad else None)
     return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, scale, backend = inputs
+    *tensors, scale, causal, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
-    ctx.scale, ctx.backend = scale, backend
+    ctx.options = scale, causal
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> Any:
     tensors = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    grads = torch.ops.xattn.vecmat_backward(grad, *tensors, ctx.scale, wanted[6], ctx.backend)
-    return *(g if w else None for g, w in zip(grads, wanted, strict=False)), None, None
+    grads = torch.ops.xattn.vecmat_backward(grad, *tensors, *ctx.options, wanted[6], ctx.backend)
+    return *(g if w else None for g, w in zip(grads, wanted, strict=False)), None, None, None
 
 
 torch.library.register_autograd("xattn::vecmat_forward", _differentiate, setup_context=_setup)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from xattn.kernels.softmax.reference import widen
+from xattn.kernels.softmax.reference import per_key_head, per_query_head, widen
 
 QUERIES, KEYS = 1024, 512  # per tile: 2 MB in float32, which stay in the cache
 HIDDEN = -1e30  # instead of -lse in a row without a key: exp gives 0, and inf - inf never occurs
@@ -29,11 +29,13 @@ def forward(
     g: Tensor | None,
     bias: Tensor | None,
     scale: float,
+    causal: bool,
 ) -> Tensor:
+    k, v = per_query_head(k, q), None if v is None else per_query_head(v, q)
     out = r.new_zeros(*q.shape[:2], r.shape[2], k.shape[2])
     v, g = (None if x is None else widen(x) for x in (v, g))
     buffer = r.new_empty(_size(q, k)) if g is not None else None
-    for i, j, p in _tiles(q, k, lse, bias, scale):
+    for i, j, p in _tiles(q, k, lse, bias, scale, causal):
         if v is not None and g is not None and buffer is not None:
             product = buffer[: p.numel()].view(p.shape)
             torch.bmm(g[i], v[j].transpose(1, 2), out=product)
@@ -53,15 +55,16 @@ def backward(
     g: Tensor | None,
     bias: Tensor | None,
     scale: float,
+    causal: bool,
     bias_grad: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, lse, r, v, g and bias; None for those that are None."""
-    qw, kw = widen(q), widen(k)
-    vw, gw = (None if x is None else widen(x) for x in (v, g))
+    qw, kw = widen(q), widen(per_query_head(k, q))
+    vw, gw = (None if x is None else widen(per_query_head(x, q)) for x in (v, g))
     dq, dk, dlse, dr = (torch.zeros_like(x) for x in (qw, kw, lse, r))
     dv, dg = (None if x is None else torch.zeros_like(x) for x in (vw, gw))
     db = torch.zeros_like(widen(bias)) if bias_grad and bias is not None else None
-    for i, j, p in _tiles(q, k, lse, bias, scale):
+    for i, j, p in _tiles(q, kw, lse, bias, scale, causal):
         b, heads, rows = i
         columns = j[2]
         dw = r[b, heads, :, rows].transpose(1, 2) @ grad[b, heads, :, columns]
@@ -80,15 +83,14 @@ def backward(
         if db is not None:
             part = _part(db, b, heads, rows, columns)
             part += ds.sum_to_size(part.shape)
-    dq, dk = (dq * scale).to(q.dtype), (dk * scale).to(k.dtype)
-    dv, dg, db = (
-        None if d is None or x is None else d.to(x.dtype) for d, x in ((dv, v), (dg, g), (db, bias))
-    )
+    dq, dk = (dq * scale).to(q.dtype), per_key_head(dk * scale, k)
+    dv = None if dv is None or v is None else per_key_head(dv, v)
+    dg, db = (None if d is None or x is None else d.to(x.dtype) for d, x in ((dg, g), (db, bias)))
     return dq, dk, dlse, dr, dv, dg, db
 
 
 def _tiles(
-    q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, scale: float
+    q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, scale: float, causal: bool
 ) -> Iterator[tuple[Index, Index, Tensor]]:
     """(batch, heads, rows), (batch, heads, columns) and P there; all tiles share one buffer for P."""
     minus = torch.where(lse.isneginf(), HIDDEN, -lse)[..., None].to(lse.dtype)
@@ -102,7 +104,7 @@ def _tiles(
             hs = slice(h, min(h + group, heads))
             for start in range(0, s, KEYS):
                 j = (b, hs, slice(start, min(start + KEYS, s)))
-                for first in range(0, n, QUERIES):
+                for first in range(start if causal else 0, n, QUERIES):
                     i = (b, hs, slice(first, min(first + QUERIES, n)))
                     a, c = left[i], right[j].transpose(1, 2)
                     shape = (a.shape[0], a.shape[1], c.shape[2])
@@ -110,7 +112,8 @@ def _tiles(
                     torch.bmm(a, c, out=p)
                     if bias is not None:
                         p += _part(bias, b, hs, i[2], j[2])
-                    yield i, j, p.exp_()
+                    p.exp_()
+                    yield i, j, p.tril_(first - start) if causal else p
 
 
 def _group(q: Tensor, k: Tensor) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xattn.kernels.softmax.reference import scores, weights, widen
+from xattn.kernels.softmax.reference import per_key_head, per_query_head, scores, weights, widen
 
 
 def forward(
@@ -27,11 +27,12 @@ def forward(
     g: Tensor | None,
     bias: Tensor | None,
     scale: float,
+    causal: bool,
 ) -> Tensor:
     """r W (B, H, R, S) for r (B, H, R, N); W is the relevance with v and g, P without."""
-    w = weights(scores(q, k, bias, scale), lse)
+    w = weights(scores(q, per_query_head(k, q), bias, scale, causal), lse)
     if v is not None and g is not None:
-        w = w * (widen(g) @ widen(v).transpose(-2, -1)).relu()
+        w = w * (widen(g) @ widen(per_query_head(v, q)).transpose(-2, -1)).relu()
     return r @ w
 
 
@@ -45,20 +46,22 @@ def backward(
     g: Tensor | None,
     bias: Tensor | None,
     scale: float,
+    causal: bool,
     bias_grad: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, lse, r, v, g and bias; None for those that are None."""
-    p = w = weights(scores(q, k, bias, scale), lse)
+    kw = widen(per_query_head(k, q))
+    p = w = weights(scores(q, kw, bias, scale, causal), lse)
     dw = r.transpose(-2, -1) @ grad
     dv = dg = None
     if v is not None and g is not None:
-        product = widen(g) @ widen(v).transpose(-2, -1)
+        vw = widen(per_query_head(v, q))
+        product = widen(g) @ vw.transpose(-2, -1)
         w = p * product.relu()
         dproduct = torch.where(product > 0, dw * p, 0.0)
-        dv, dg = dproduct.transpose(-2, -1) @ widen(g), dproduct @ widen(v)
-        dv, dg = dv.to(v.dtype), dg.to(g.dtype)
+        dv, dg = per_key_head(dproduct.mT @ widen(g), v), (dproduct @ vw).to(g.dtype)
     ds = w * dw
-    dq, dk = scale * (ds @ widen(k)), scale * (ds.transpose(-2, -1) @ widen(q))
+    dq, dk = scale * (ds @ kw), scale * (ds.transpose(-2, -1) @ widen(q))
     dr = grad @ w.transpose(-2, -1)
     db = ds.sum_to_size(bias.shape).to(bias.dtype) if bias_grad and bias is not None else None
-    return dq.to(q.dtype), dk.to(k.dtype), -ds.sum(-1), dr, dv, dg, db
+    return dq.to(q.dtype), per_key_head(dk, k), -ds.sum(-1), dr, dv, dg, db

@@ -37,26 +37,30 @@ TILES = {True: (64, 64, 4, 2), False: (32, 32, 8, 2)}
 def vecmat_kernel(
     q_ptr, k_ptr, lse_ptr, r_ptr, v_ptr, g_ptr, bias_ptr, out_ptr,
     stride_rb, stride_rh, stride_rr, stride_bb, stride_bh, stride_bn, H, N, S, R, scale,
-    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, GRADIENT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
+    key_head = head // GROUP  # batch * Hk + key head, because H is GROUP * Hk
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     lines = tl.arange(0, LINES)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
     r_base = r_ptr + (head // H) * stride_rb + (head % H) * stride_rh
-    k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
+    k = load_tile(k_ptr + key_head * S * D, columns, d, S, D, D)
     if GRADIENT:
-        v = load_tile(v_ptr + head * S * DV, columns, w, S, DV, DV)
+        v = load_tile(v_ptr + key_head * S * DV, columns, w, S, DV, DV)
     acc = tl.zeros([COLUMNS, LINES], tl.float32)
-    for start in range(0, N, ROWS):
+    first = tl.program_id(0) * COLUMNS // ROWS * ROWS if CAUSAL else 0
+    for start in range(first, N, ROWS):
         rows = start + tl.arange(0, ROWS)
         q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
         lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
         # Keys outside the matrix need no mask: each has its own row of the result.
         s = transposed_scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
+        if CAUSAL:
+            s = tl.where(columns[:, None] <= rows[None, :], s, float("-inf"))
         p = softmax_weights(s, lse[None, :])
         if GRADIENT:
             g = load_tile(g_ptr + head * N * DV, rows, w, N, DV, DV)
@@ -83,17 +87,20 @@ def forward(
     g: Tensor | None,
     bias: Tensor | None,
     scale: float,
+    causal: bool,
 ) -> Tensor:
     if lacks_bfloat16(q):
         v, g = (None if x is None else x.float() for x in (v, g))
-        return forward(q.float(), k.float(), lse, r, v, g, bias, scale)
+        return forward(q.float(), k.float(), lse, r, v, g, bias, scale, causal)
     q, k = (supported(x).contiguous() for x in (q, k))
     v, g = (None if x is None else supported(x).contiguous() for x in (v, g))
     lse, r = lse.contiguous(), r if r.stride(-1) == 1 else r.contiguous()
     out = r.new_empty(*q.shape[:2], r.shape[2], k.shape[2])
     bias, strides = with_strides(bias, q, k)
     half = q.dtype != torch.float32
-    chosen = options(q.shape[3], 0 if v is None else v.shape[3], half, bias is not None, r.shape[2])
+    width_v = 0 if v is None else v.shape[3]
+    chosen = options(q.shape[3], width_v, half, bias is not None, r.shape[2], causal)
+    chosen["GROUP"] = q.shape[1] // k.shape[1]
     vecmat_kernel[triton.cdiv(k.shape[2], chosen["COLUMNS"]), q.shape[0] * q.shape[1]](
         q, k, lse, r, q if v is None else v, q if g is None else g, q if bias is None else bias, out,
         *r.stride()[:3], *strides, *sizes(q, k), r.shape[2], scale, **chosen,
@@ -101,16 +108,20 @@ def forward(
     return out
 
 
-def options(d: int, dv: int, half: bool, bias: bool, r: int) -> dict[str, Any]:
+def options(
+    d: int, dv: int, half: bool, bias: bool, r: int, causal: bool = False
+) -> dict[str, Any]:
     """Shapes, tile and launch options for heads of width d and values of width dv (0: no gradient)."""
     rows, columns, warps, stages = TILES[half]
+    if half and bias and causal:
+        warps = 8
     width, width_v = (max(16, triton.next_power_of_2(x)) for x in (d, dv))
     return {
         "D": d, "DV": dv, "WIDTH": width, "WIDTH_V": width_v, "ROWS": rows, "COLUMNS": columns,
         # A single line is summed; more form a product of at least 16. In half precision, three tensor
         # core products are as exact as float32 and faster than the float32 units.
         "LINES": 1 if r == 1 else 16, "PRECISION": "tf32x3" if half else "ieee",
-        "HAS_BIAS": bias, "GRADIENT": dv > 0,
+        "GROUP": 1, "HAS_BIAS": bias, "CAUSAL": causal, "GRADIENT": dv > 0,
         "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
     }  # fmt: skip
 
@@ -120,20 +131,25 @@ def compile_cases() -> Iterator[Case]:
     is the plain case of one row."""
     n, heads = 4096, 12
     kinds = (
-        (False, 1, False),
-        (False, 16, False),
-        (True, 1, False),
-        (True, 16, False),
-        (True, 16, True),
+        (False, 1, False, False),
+        (False, 1, False, True),
+        (False, 16, False, False),
+        (True, 1, False, False),
+        (True, 16, False, False),
+        (True, 16, True, False),
+        (True, 16, True, True),
     )
-    for (gradient, r, bias), dtype, d in product(kinds, ("bf16", "fp32"), (64, 128)):
-        size = 2 if dtype == "bf16" else 4
+    for (gradient, r, bias, causal), dtype, d in product(kinds, ("bf16", "fp32"), (64, 128)):
+        size, share = 2 if dtype == "bf16" else 4, 0.5 if causal else 1.0
         yield make_case(
             vecmat_kernel,
             dtype,
-            options(d, d if gradient else 0, dtype == "bf16", bias, r),
-            f"{'gradient_' if gradient else ''}vecmat {dtype} D={d} R={r}{' bias' if bias else ''}",
-            operations=2.0 * heads * n * n * d * (1 + gradient),
-            bytes=heads * n * (2 * d * size * (1 + gradient) + 4 * (1 + 2 * r) + n * size * bias),
+            options(d, d if gradient else 0, dtype == "bf16", bias, r, causal),
+            f"{'gradient_' if gradient else ''}vecmat {dtype} D={d} R={r}{' bias' if bias else ''}"
+            f"{' causal' if causal else ''}",
+            operations=2.0 * heads * n * n * d * (1 + gradient) * share,
+            bytes=heads
+            * n
+            * (2 * d * size * (1 + gradient) + 4 * (1 + 2 * r) + n * size * bias * share),
             wide=("lse_ptr", "r_ptr", "out_ptr"),
         )

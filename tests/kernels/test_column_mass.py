@@ -100,8 +100,8 @@ def test_the_cpu_path_never_stores_the_matrix():
     lse = softmax_attention(q, k, k)[1]
     r, grad = torch.ones(1, 1, 1, n), torch.randn(1, 1, 1, n)
     with Largest() as largest:
-        cpu.forward(q, k, lse, r, None, None, None, 0.5)
-        cpu.backward(grad, q, k, lse, r, k, q, None, 0.5, False)
+        cpu.forward(q, k, lse, r, None, None, None, 0.5, False)
+        cpu.backward(grad, q, k, lse, r, k, q, None, 0.5, False, False)
     assert largest.size <= cpu.QUERIES * cpu.KEYS < n * n / 10
 
 

@@ -187,8 +187,8 @@ def test_every_element_is_written(bias, monkeypatch):
 def test_the_op_keeps_torchs_rules_and_compiles(backend):
     (q, k, v, b), _ = inputs(9, 9, 16, bias=(1, 2, 1, 9), dtype=torch.float32)
     args = [x.requires_grad_() for x in (q, k, v, b)]
-    torch.library.opcheck(torch.ops.xattn.softmax_forward, (*args, 0.25, backend))
-    torch.library.opcheck(torch.ops.xattn.softmax_forward, (*args[:3], None, 0.25, backend))
+    torch.library.opcheck(torch.ops.xattn.softmax_forward, (*args, 0.25, False, backend))
+    torch.library.opcheck(torch.ops.xattn.softmax_forward, (*args[:3], None, 0.25, False, backend))
 
     def loss(*a):
         return softmax_attention(*a, backend=backend)[0].square().sum()
@@ -220,8 +220,8 @@ def test_views_of_any_layout_and_rows_in_tiles_give_the_same(monkeypatch):
     "change, message",
     [
         ({"q": (2, 9, 16)}, r"q: got shape \(2, 9, 16\)"),
-        ({"k": (2, 2, 9, 8)}, r"k: got shape .* needs the same B, H and D"),
-        ({"v": (2, 2, 8, 16)}, r"v: got shape .* needs the same B, H, S"),
+        ({"k": (2, 2, 9, 8)}, r"k: got shape .* needs the same B and D, and heads"),
+        ({"v": (2, 2, 8, 16)}, r"v: got shape .* needs the same B, heads and S"),
         ({"bias": (2, 2, 9, 8)}, r"bias: got shape .*give \(B or 1"),
         ({"bias": (3, 1, 1, 9)}, r"bias: got shape"),
     ],

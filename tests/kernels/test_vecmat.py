@@ -202,8 +202,8 @@ def test_tiles_of_any_size_give_the_same(bias, monkeypatch):
 def test_the_op_keeps_torchs_rules_and_compiles(backend):
     given = inputs(9, 9, 16, 2, shared=False, bias=(1, 2, 1, 9), dtype=torch.float32)
     args = [given[name].requires_grad_() for name in NAMES]
-    torch.library.opcheck(torch.ops.xattn.vecmat_forward, (*args, 0.25, backend))
-    without = (*args[:4], None, None, None, 0.25, backend)
+    torch.library.opcheck(torch.ops.xattn.vecmat_forward, (*args, 0.25, False, backend))
+    without = (*args[:4], None, None, None, 0.25, False, backend)
     torch.library.opcheck(torch.ops.xattn.vecmat_forward, without)
 
     def loss(r):
@@ -229,7 +229,7 @@ def test_views_of_any_layout_give_the_same(backend):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"k": torch.zeros(2, 2, 9, 8)}, r"k: got shape .* needs the same B, H and D"),
+        ({"k": torch.zeros(2, 2, 9, 8)}, r"k: got shape .* needs the same B and D, and heads"),
         ({"lse": torch.zeros(2, 2, 8)}, r"lse: got \(2, 2, 8\) .*give \(2, 2, 9\)"),
         ({"lse": torch.zeros(2, 2, 9, dtype=torch.int64)}, r"lse: got .*torch.int64"),
         ({"r": torch.zeros(2, 9)}, r"r: got shape \(2, 9\); give \(2, R, 9\)"),
