@@ -17,15 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.app import models
-from xattn.attention import (
-    Operator,
-    ProductOperator,
-    converted_copy,
-    list_attention,
-    mechanism_class,
-)
+from xattn.attention import Operator, converted_copy, list_attention, mechanism_class
 from xattn.attention.base import Size
-from xattn.attention.statistics import Statistics, sample_queries, statistics
+from xattn.attention.statistics import Statistics, row_shares, sample_queries, statistics
 from xattn.explainers.attention import read_attention
 from xattn.explainers.rollout import rollout_row
 from xattn.photos.view import prepare
@@ -79,18 +73,24 @@ class Reading:
     @property
     def hides(self) -> bool:
         """Whether the mechanism keeps some keys from its queries: windows, or a choice of keys."""
-        return any(name in maps for maps in self.maps for name in ("received", "kept"))
+        return any(operator.hides or operator.causal for operator in self.operators)
+
+    @property
+    def scaled(self) -> list[int]:
+        """Layers whose rows are no shares by themselves; rows of |A|, scaled to 1, are shown."""
+        return [i for i, o in enumerate(self.operators) if o.signed or not o.stochastic]
 
     def heads(self, layer: int) -> int:
         return self.operators[layer].shape[1]
 
     def rows(self, token: int) -> list[Tensor]:
-        """The attention of ``token`` in each layer, (H, N)."""
+        """The attention of ``token`` in each layer, (H, N), as shares; see :attr:`scaled`."""
 
         def make() -> list[Tensor]:
+            rows = (_row(operator, token) for operator in self.operators)
             return [
-                operator.rows(torch.tensor([token], device=operator.device))[0, :, 0].float().cpu()
-                for operator in self.operators
+                row if operator.stochastic and not operator.signed else row_shares(row)
+                for operator, row in zip(self.operators, rows, strict=True)
             ]
 
         return keep(self._rows, token, make, _MADE)
@@ -111,15 +111,21 @@ class Reading:
     def statistics(self) -> list[Statistics]:
         """Of each layer, over all patches as queries or a sample of ``MOST_QUERIES``."""
         queries = sample_queries(self.operators[0].shape[2], len(self.prefix), MOST_QUERIES)
-        return [statistics(o, self.grid, len(self.prefix), queries) for o in self.operators]
+        return [
+            statistics(o, self.grid, len(self.prefix), queries, absolute=o.signed)
+            for o in self.operators
+        ]
 
     def agent_shares(self, layer: int, token: int) -> Tensor | None:
-        """How ``token`` spreads over the agents of a layer, (H, n); None without agents."""
-        operator = self.operators[layer]
-        if not isinstance(operator, ProductOperator):
-            return None
-        index = torch.tensor([token], device=operator.device)
-        return operator.factors[0].rows(index)[0, :, 0].float().cpu()
+        """How ``token`` spreads over the agents of a layer, (H, n); None without such a stage."""
+        factors = self.operators[layer].factors
+        return _row(factors[0], token) if factors else None
+
+
+def _row(operator: Operator, token: int) -> Tensor:
+    """The row of A of one token, (H, S)."""
+    index = torch.tensor([token], device=operator.device)
+    return operator.rows(index)[0, :, 0].float().cpu()
 
 
 def offered() -> dict[str, Size]:

@@ -42,7 +42,7 @@ from xattn.app.components.theme import facts_html, name_html
 from xattn.app.navigation import last_view, selection
 from xattn.app.state import Context, plain
 from xattn.attention.statistics import bits, breadth, kept_keys, row_distance, row_entropy
-from xattn.explainers.attention import NoAttention
+from xattn.explainers.attention import NoAttention, layers_text
 from xattn.packs.contained_files import PackError
 
 if TYPE_CHECKING:
@@ -273,6 +273,11 @@ def _notes(pack: Pack, image_id: str, backbone: Any, seen: Reading, view: View, 
         "sees it; a larger original may differ slightly. Layers and heads count from 0, as in the "
         "code, rows and columns of patches from 1."
     )
+    if seen.scaled:
+        note += (
+            f" In {layers_text(seen.scaled)} the rows of attention are no shares: entries may be "
+            f"negative, or do not sum to 1. Rows of |A|, scaled to sum to 1, are shown."
+        )
     if view.mechanism != TRAINED:
         trained = attention_pass.read(pack, image_id, backbone, TRAINED, None, kept)
         alike = float(torch.cosine_similarity(trained.logits, seen.logits, dim=0))

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from small_transformers import FUSE, GRID, PREFIX, TARGET, VARIANTS, assert_equal, photos, tiny
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -17,36 +16,7 @@ from xattn.explainers.rollout import rollout_row
 
 READERS = ["rollout", "raw_attention", "generic_relevance", "column_mass"]
 NAMES = [*READERS, "attn_lrp"]
-GRID = (3, 5)
-VARIANTS = {
-    "class": (VisionTransformer, {}),
-    "distilled": (VisionTransformerDistilled, {}),
-    "registers": (VisionTransformer, {"reg_tokens": 4}),
-    "none": (VisionTransformer, {"class_token": False, "global_pool": "avg"}),
-    "average": (VisionTransformer, {"reg_tokens": 1, "global_pool": "avg"}),
-    "pool": (VisionTransformer, {"class_token": False, "global_pool": "map"}),
-}
-PREFIX = {"class": 1, "distilled": 2, "registers": 5, "none": 0, "average": 2, "pool": 0}
 READ = {"class": [0], "distilled": [0, 1], "registers": [0]}  # others: patches, or the pool's row
-
-
-def tiny(variant="class", grid=GRID, depth=3, seed=0, **options):
-    """A backbone of width 16 with 2 heads on patches of 4 pixels, weights far from uniform attention."""
-    cls, own = VARIANTS[variant]
-    sizes = {"img_size": (4 * grid[0], 4 * grid[1]), "patch_size": 4, "embed_dim": 16}
-    options = {"depth": depth, "num_heads": 2, "num_classes": 7, "mlp_ratio": 2, **own, **options}
-    torch.manual_seed(seed)
-    model = cls(**sizes, **options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return load_backbone(model)
-
-
-def photos(backbone, count=2, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    size = backbone.preprocessing.input_size
-    return torch.rand(count, 3, *size, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def materialised(backbone, images, target):
@@ -79,9 +49,6 @@ def starting_row(variant, tokens, batch):
     return row / row.sum(-1, keepdim=True)
 
 
-FUSE = {"mean": lambda a: a.mean(1), "max": lambda a: a.amax(1), "min": lambda a: a.amin(1)}
-
-
 def plain_rollout(variant, maps, fusion, residual, discard, keep_class=True):
     maps = [FUSE[fusion](a) for a in maps]
     r = starting_row(variant, maps[0].shape[-1], len(maps[0]))
@@ -104,12 +71,6 @@ def as_map(rows, variant):
     return rows[..., PREFIX[variant] :].unflatten(-1, GRID)
 
 
-def assert_equal(got, expected, tolerance=1e-6):
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
-
-
-TARGET = torch.tensor([3, 6])
 DTYPES = ["float64", "float32"]
 
 
@@ -184,6 +145,8 @@ def test_the_discard_threshold_is_an_order_statistic(discard, monkeypatch):
     from xattn.explainers.rollout import _ordered, _smallest_kept
 
     class Given(Operator):
+        stochastic = True  # entries are taken as they are
+
         def __init__(self, a):
             self.a, self.shape = a, tuple(a.shape)
 
@@ -197,7 +160,7 @@ def test_the_discard_threshold_is_an_order_statistic(discard, monkeypatch):
             return self.a
 
     monkeypatch.setattr("xattn.attention.operator.TILE", 100)
-    a = torch.randn(3, 1, 17, 19)  # signed: mechanisms need not be softmax
+    a = torch.randn(3, 1, 17, 19)
     a[1] = a[1].abs() * 1e-30
     a[2] = (a[2] * 2).round()  # ties
     expected = a[:, 0].flatten(1).sort(1).values[:, int(discard * 17 * 19)]

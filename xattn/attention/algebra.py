@@ -93,6 +93,7 @@ class SumOperator(Operator):
             raise ValueError(f"terms: got shapes {self.shape} and {wrong[0]}; give equal ones")
         self.signed = any(term.signed for term in self.terms)
         self.causal = all(term.causal for term in self.terms)
+        self.hides = all(term.hides for term in self.terms)
 
     @property
     def pairs(self) -> float:
@@ -138,7 +139,7 @@ class GatedOperator(Operator):
             )
         self.operator, self.factor, self.sparse = operator, factor, sparse
         self.shape, self.causal = operator.shape, operator.causal
-        self.signed = signed or operator.signed
+        self.signed, self.hides = signed or operator.signed, operator.hides
 
     @property
     def pairs(self) -> float:

@@ -44,6 +44,10 @@ class Operator(ABC):
     """Whether entries may be negative."""
     causal: bool = False
     """Whether entries above the diagonal are known to be 0, but for those among prefix tokens."""
+    hides: bool = False
+    """Whether a query is kept from seeing some keys, whose entries are exactly 0."""
+    factors: tuple[Operator, ...] = ()
+    """A_1, A_2, ... of A = A_1 A_2 ..., if attention goes in stages."""
     aux: Mapping[str, Tensor] = MappingProxyType({})
     """Scalar losses that a mechanism asks training to add, by name, with their graph."""
     context: Any = None

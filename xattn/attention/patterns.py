@@ -96,7 +96,7 @@ def chosen_keys_operator(
 
 
 def _facts(operator: Operator, inputs: Inputs) -> Operator:
-    operator.causal = inputs.causal
+    operator.causal, operator.hides = inputs.causal, True
     return operator
 
 

@@ -44,6 +44,7 @@ class SegmentsOperator(Operator):
     """
 
     stochastic = True
+    hides = True
 
     def __init__(
         self,

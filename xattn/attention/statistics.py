@@ -12,6 +12,9 @@ Dosovitskiy et al. 2021, arXiv 2010.11929, section 4.5 and appendix D.7, which d
 class token counts: dividing by the patches' own mass keeps a head that attends to the class token from
 looking local. Sinks as in Xiao et al. 2023, arXiv 2309.17453, and Darcet et al. 2023, arXiv 2309.16588.
 
+The statistics are of weights: where rows of A do not sum to 1, m_j counts each query once, and of an
+operator with negative entries they are those of |A|, if the caller asks for that.
+
 Rows of A are computed block by block, so memory is O(block x N); sums are in float64.
 """
 
@@ -61,7 +64,11 @@ class Statistics:
 
 @torch.no_grad()
 def statistics(
-    operator: Operator, grid: tuple[int, int], prefix: int, queries: Tensor | None = None
+    operator: Operator,
+    grid: tuple[int, int],
+    prefix: int,
+    queries: Tensor | None = None,
+    absolute: bool = False,
 ) -> Statistics:
     """Entropy, distance and received attention of one layer, in blocks of rows.
 
@@ -70,10 +77,17 @@ def statistics(
         grid: (h, w) of the patches behind the ``prefix`` tokens, h w = N - prefix.
         queries: LongTensor (R,) of patches' tokens, in prefix..N - 1; all patches by default, and
             see :func:`sample_queries`.
+        absolute: whether to take |A| in place of A; signed operators need it.
 
     Raises:
-        ValueError: a grid that does not fit, queries that are no patches, or negative entries of A.
+        ValueError: a grid that does not fit, queries that are no patches, or an operator with
+            negative entries without ``absolute``.
     """
+    if operator.signed and not absolute:
+        raise ValueError(
+            "operator: its entries may be negative, and entropy needs weights of at least 0; give "
+            "absolute=True for the statistics of |A|"
+        )
     tokens, keys = operator.shape[2:]
     height, width = grid
     if tokens != keys or height * width != tokens - prefix or prefix < 0:
@@ -89,6 +103,7 @@ def statistics(
     entropy = received = distance = count = torch.zeros((), dtype=torch.float64, device="cpu")
     for index in queries.split(size):
         rows = operator.rows(index.to(operator.device)).cpu().double()
+        rows = rows.abs() if absolute else rows
         p = _shares(rows)
         entropy = entropy + _entropy(p).sum(-1)
         received = received + p.sum(-2)
@@ -108,12 +123,19 @@ def row_entropy(rows: Tensor) -> Tensor:
     return _entropy(_shares(rows))
 
 
-def _shares(rows: Tensor) -> Tensor:
-    """Rows of A scaled to sum 1; a row of zeros stays zero."""
-    if (rows < 0).any():
-        raise ValueError("rows: got negative entries; entropy needs weights of at least 0")
+def row_shares(rows: Tensor) -> Tensor:
+    """Rows of |A|, (..., S), scaled to sum 1; a row of zeros stays zero."""
+    rows = rows.abs()
     total = rows.sum(-1, keepdim=True)
     return rows / torch.where(total > 0, total, 1.0)
+
+
+def _shares(rows: Tensor) -> Tensor:
+    if (rows < 0).any():
+        raise ValueError(
+            "rows: got negative entries; entropy needs weights of at least 0, give rows.abs()"
+        )
+    return row_shares(rows)
 
 
 def _entropy(p: Tensor) -> Tensor:

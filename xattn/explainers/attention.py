@@ -148,6 +148,15 @@ def choose_layer(layer: int, count: int, argument: str = "layer") -> int:
     return layer % count
 
 
+def layers_text(layers: Sequence[int]) -> str:
+    """Numbers of layers, in order, in words: "layer 3", "layers 0 to 5", "layers 1, 4"."""
+    first, last = layers[0], layers[-1]
+    if len(layers) == 1:
+        return f"layer {first}"
+    whole = len(layers) > 2 and last - first == len(layers) - 1
+    return f"layers {first} to {last}" if whole else f"layers {', '.join(map(str, layers))}"
+
+
 def fuse(per_head: Tensor, fusion: str) -> Tensor:
     """Mean, max or min over heads, (B, H, ...) -> (B, ...)."""
     if fusion == "mean":

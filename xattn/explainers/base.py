@@ -74,6 +74,7 @@ class Explainer(ABC):
     seed: int = 0
     max_forward_batch: int = _MicroBatchSize()  # type: ignore[assignment]
     _batches: ForwardBatches = field(init=False)
+    _notes: tuple[str, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         if self.needs_head and self.head is None:
@@ -83,6 +84,14 @@ class Explainer(ABC):
             )
         if self.head is not None:
             check_head(self.head, self.backbone)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Where its maps of this backbone depart from the method's definition; part of provenance."""
+        return self._notes
+
+    def _note(self, text: str) -> None:
+        self._notes = *self._notes, text
 
     def attribute(self, inputs: Tensor, target: Tensor | int) -> Tensor:
         """Raw maps of one class per image.

@@ -3,6 +3,10 @@
 ``raw_attention``: s A, s the classifier's starting row (e_cls where it reads the class token).
 ``column_mass``: (1/N) sum_i A_ij, the mean attention that token j receives. The same map for every
 class.
+
+Both show A as it is: an entry is the weight of a token's value in the layer's output, whether rows sum
+to 1 or not. The weights of a row may be negative; a mean over queries in which they cancel is no mass
+that a token receives, so ``column_mass`` refuses them.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from xattn.explainers.attention import (
     choose_layer,
     first_row,
     fuse,
+    layers_text,
 )
 from xattn.explainers.base import register_explainer
 
@@ -28,7 +33,7 @@ from xattn.explainers.base import register_explainer
 @register_explainer("raw_attention")
 @dataclass(kw_only=True, eq=False, repr=False)
 class RawAttention(AttentionExplainer):
-    """The starting row's attention in one layer, O(N d) where it reads a few tokens.
+    """The starting row's attention in one layer, O(N d) where it reads a few tokens; with its sign.
 
     Args:
         layer: negative numbers count from the end. Attention pooling, where a model has it, is the
@@ -80,10 +85,14 @@ class RawAttention(AttentionExplainer):
 @register_explainer("column_mass")
 @dataclass(kw_only=True, eq=False, repr=False)
 class ColumnMass(AttentionExplainer):
-    """Attention that each patch receives: mean over queries and heads.
+    """Attention that each patch receives: mean over queries and heads; queries whose rows sum to more
+    count for more.
 
     Args:
         layer: negative numbers count from the end; None averages over all layers.
+
+    Raises:
+        ValueError: a layer whose attention may be negative.
     """
 
     listed_first = ("layer",)
@@ -94,9 +103,18 @@ class ColumnMass(AttentionExplainer):
     def _check(self, reading: Reading) -> None:
         if self.layer is not None:
             self.layer = choose_layer(self.layer, len(reading.layers))
+        signed = [i for i in self._layers(reading) if reading.layers[i].operator.signed]
+        if signed:
+            raise ValueError(
+                f"layer: attention of {layers_text(signed)} may be negative, so it is no mass that "
+                f"patches receive; use 'rollout', which takes |A|, or 'generic_relevance'"
+            )
+
+    def _layers(self, reading: Reading) -> list[int]:
+        return list(range(len(reading.layers))) if self.layer is None else [self.layer]
 
     @torch.no_grad()
     def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
-        layers = reading.layers if self.layer is None else [reading.layers[self.layer]]
+        layers = [reading.layers[i] for i in self._layers(reading)]
         start = torch.ones_like(first_row(layers[0])[:, 0]) / reading.tokens
         return torch.stack([call.operator.vecmat(start, "mean") for call in layers]).mean(0)

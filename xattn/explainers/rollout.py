@@ -3,6 +3,11 @@
 Abnar & Zuidema 2020, arXiv 2005.00928. A is the layer's attention with its heads fused, rows of M are
 normalised, r starts as the row that the classifier reads: the product of all M is never formed. The
 same map for every class.
+
+Rollout follows shares. Where rows of A do not sum to 1, the fused rows are divided by their sums before
+the residual is added; where entries may be negative, |A| stands for A, before heads are fused, and its
+rows are divided likewise. A row of zeros leaves a token as it is. The operator itself says which holds
+(``stochastic``, ``signed``), and the map's provenance which layers were changed so.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import torch
 from torch import Tensor
 
 from xattn.attention.operator import Operator
+from xattn.attention.statistics import row_shares
 from xattn.explainers.attention import (
     AttentionExplainer,
     Reading,
@@ -21,6 +27,7 @@ from xattn.explainers.attention import (
     choose_layer,
     first_row,
     fuse,
+    layers_text,
 )
 from xattn.explainers.base import register_explainer
 
@@ -30,8 +37,8 @@ from xattn.explainers.base import register_explainer
 class Rollout(AttentionExplainer):
     """Attention rollout.
 
-    Fusion by mean without ``discard`` takes O(N) memory; otherwise A is computed in chunks of rows,
-    once, or three times with ``discard``, whose threshold takes two passes.
+    Fusion by mean without ``discard`` takes O(N) memory; otherwise, and of a signed A, A is computed in
+    chunks of rows, once, or three times with ``discard``, whose threshold takes two passes.
 
     Args:
         fusion: of the heads: "mean", "max" or "min".
@@ -61,43 +68,68 @@ class Rollout(AttentionExplainer):
 
     def _check(self, reading: Reading) -> None:
         self.start_layer = choose_layer(self.start_layer, len(reading.layers), "start_layer")
+        used = list(enumerate(call.operator for call in reading.layers))[self.start_layer :]
+        signed = [i for i, operator in used if operator.signed]
+        scaled = [i for i, o in used if not (o.signed or o.stochastic)]
+        if signed:
+            self._note(
+                f"{layers_text(signed)}: entries of A may be negative; rows of |A|, normalised"
+            )
+        if scaled:
+            self._note(f"{layers_text(scaled)}: rows of A do not sum to 1; rows of A, normalised")
 
     @torch.no_grad()
     def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
         r = self._start_row(reading)
         if r is None:
             assert reading.pool is not None
-            r = fuse(first_row(reading.pool), self.fusion)
-            r = r / r.sum(-1, keepdim=True)
+            r = row_shares(_fused(reading.pool.operator, first_row(reading.pool), self.fusion))
         kept_columns = 1 if self.keep_class and reading.prefix else 0
         for call in reversed(reading.layers[self.start_layer :]):
             r = self._through(call.operator, r, kept_columns)
         return r
 
     def _through(self, operator: Operator, r: Tensor, kept_columns: int) -> Tensor:
-        residual, share = self.residual, 1 - self.residual
         if self.fusion == "mean" and not self.discard:
-            return through(operator, r, residual)
+            return through(operator, r, self.residual)
         lowest = _smallest_kept(operator, self.fusion, self.discard) if self.discard else None
-        out = torch.zeros_like(r)
-        for i, a in _fused_rows(operator, self.fusion):
-            if lowest is not None:
-                kept = _ordered(a) >= lowest[:, None, None]
-                kept[..., :kept_columns] = True
-                a = a * kept
-            sums = (residual + share * a.sum(-1))[:, None]
-            part = torch.where(sums > 0, r[..., i] / sums, 0.0)
-            out[..., i] += residual * part
-            out += share * (part @ a)
-        return out
+        chunks = _fused_rows(operator, self.fusion)
+        if lowest is not None:
+            chunks = ((i, _keep(a, lowest, kept_columns)) for i, a in chunks)
+        return _through_rows(chunks, r, self.residual)
 
 
 def through(operator: Operator, r: Tensor, residual: float = 0.5) -> Tensor:
-    """r M, M = residual I + (1 - residual) mean_h A with normalised rows: (B, R, N), in O(N) memory."""
+    """r M, M = residual I + (1 - residual) A with normalised rows: (B, R, N) -> (B, R, N).
+
+    A is the mean over heads of a stochastic operator; of another one that mean with each row divided
+    by its sum, both in O(N) memory; of a signed one the mean of |A|, divided likewise, computed in
+    chunks of rows, since |A| has no product with a vector that avoids its entries. Rows of zeros stay.
+    """
+    if operator.signed:
+        return _through_rows(_fused_rows(operator, "mean"), r, residual)
     share = 1 - residual
     sums = operator.row_sums().mean(1)[:, None]
-    r = r / (residual + share * sums)
-    return residual * r + share * operator.vecmat(r, "mean")
+    if operator.stochastic:
+        r = _over(r, residual + share * sums)
+        return residual * r + share * operator.vecmat(r, "mean")
+    r = _over(r, residual + share * (sums > 0))
+    return residual * r + share * operator.vecmat(_over(r, sums), "mean")
+
+
+def _through_rows(chunks: Iterable[tuple[slice, Tensor]], r: Tensor, residual: float) -> Tensor:
+    """r M as in :func:`through`, from rows of the fused A."""
+    share, out = 1 - residual, torch.zeros_like(r)
+    for i, a in chunks:
+        part = _over(r[..., i], (residual + share * a.sum(-1))[:, None])
+        out[..., i] += residual * part
+        out += share * (part @ a)
+    return out
+
+
+def _over(r: Tensor, sums: Tensor) -> Tensor:
+    """r / sums; 0 where a row has nothing to share out."""
+    return torch.where(sums > 0, r / sums, 0.0)
 
 
 @torch.no_grad()
@@ -105,7 +137,7 @@ def rollout_row(operators: Sequence[Operator], token: int, residual: float = 0.5
     """What ``token`` of the last operator's output is made of: its row of M_l ... M_0, (B, N).
 
     Args:
-        operators: of shape (B, H, N, N), first layer to layer l.
+        operators: of shape (B, H, N, N), first layer to layer l; each as in :func:`through`.
     """
     r = torch.zeros_like(operators[-1].row_sums()[:, :1])
     r[..., token] = 1
@@ -117,7 +149,23 @@ def rollout_row(operators: Sequence[Operator], token: int, residual: float = 0.5
 def _fused_rows(operator: Operator, fusion: str) -> Iterator[tuple[slice, Tensor]]:
     """Chunks of rows of A, heads fused: (B, rows, N)."""
     for i in operator.row_chunks():
-        yield i, fuse(operator.tile(i, slice(None)), fusion)
+        yield i, _fused(operator, operator.tile(i, slice(None)), fusion)
+
+
+def _fused(operator: Operator, rows: Tensor, fusion: str) -> Tensor:
+    """Rows (B, H, R, S) of A, or of |A| if it is signed, fused to (B, R, S); shares of 1 unless rows
+    of A are."""
+    if operator.signed:
+        return row_shares(fuse(rows.abs(), fusion))
+    fused = fuse(rows, fusion)
+    return fused if operator.stochastic else row_shares(fused)
+
+
+def _keep(a: Tensor, lowest: Tensor, columns: int) -> Tensor:
+    """``a`` (B, R, S) without entries below ``lowest`` (B,), but for those of the first ``columns``."""
+    kept = _ordered(a) >= lowest[:, None, None]
+    kept[..., :columns] = True
+    return a * kept
 
 
 # ---------------------------------------------------------------------- the exact discard threshold

@@ -11,8 +11,9 @@ from xattn.runtime.version import __version__
 
 
 def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any]:
-    """The record of how maps of ``method`` are made."""
+    """The record of how maps of ``method`` are made; ``notes`` only where there are any."""
     head = method.head if method.needs_head else None
+    notes = {"notes": list(method.notes)} if method.notes else {}
     return {
         "xattn": __version__,
         "backbone": {
@@ -30,6 +31,7 @@ def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, A
         "map": "mask" if method.is_mask else "as explained; min-max before upsampling for display",
         "probability": "sigmoid" if backbone.task == "multilabel" else "softmax",
         "task": backbone.task,
+        **notes,
     }
 
 

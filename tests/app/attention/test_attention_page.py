@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -38,7 +39,13 @@ from xattn.app.attention.view import (
 from xattn.app.components.patches import _checked
 from xattn.app.library import Library
 from xattn.app.synthetic_packs import picture
-from xattn.attention import SoftmaxOperator
+from xattn.attention import (
+    Inputs,
+    LowRankOperator,
+    ProductOperator,
+    SoftmaxOperator,
+    create_mechanism,
+)
 from xattn.attention.statistics import statistics
 from xattn.backbone import load_backbone
 from xattn.explainers.attention import NoAttention, read_attention
@@ -384,6 +391,34 @@ def test_rows_and_rollouts_are_those_of_the_dense_matrices(prefix):
         product = (a.mean(0) + torch.eye(prefix + 15)) / 2 @ product
         torch.testing.assert_close(seen.rows(prefix + 4)[layer], a[:, prefix + 4])
         torch.testing.assert_close(seen.rollout(prefix + 4, layer), product[prefix + 4])
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+def test_rows_that_are_no_shares_are_shown_as_those_of_the_absolute_matrix(prefix):
+    seen = made(prefix)
+    q, k = seen.operators[1].q, seen.operators[1].k
+    signed = seen.operators[1] = LowRankOperator(q, k.transpose(-2, -1))
+    assert seen.scaled == [1] and not seen.hides
+    a = signed.rows(torch.tensor([prefix + 4]))[0, :, 0]
+    rows = seen.rows(prefix + 4)
+    torch.testing.assert_close(rows[1], a.abs() / a.abs().sum(-1, keepdim=True))
+    assert all(row.sum(-1).allclose(torch.ones(HEADS)) for row in rows)
+    assert seen.rollout(prefix + 4, 2).sum().item() == pytest.approx(1)
+    assert charts.heads_table(seen)["entropy"].between(0, math.log(prefix + 15)).all()
+
+
+def test_the_operator_says_whether_keys_are_hidden_and_whether_it_goes_in_stages():
+    seen = made()
+    q, k = seen.operators[0].q, seen.operators[0].k
+    assert seen.agent_shares(0, 3) is None
+    first, second = SoftmaxOperator(q, k[:, :, :4]), SoftmaxOperator(k[:, :, :4], k)
+    seen.operators[0] = ProductOperator([first, second])
+    assert not seen.hides
+    torch.testing.assert_close(seen.agent_shares(0, 3), first.rows(torch.tensor([3]))[0, :, 0])
+    for name, options in (("gna", {"kernel": 3}), ("gna", {"kernel": 3, "backend": "cpu"})):
+        window = create_mechanism(name, q.shape[3] * HEADS, HEADS, **options)
+        seen.operators[2] = window.operator(Inputs(q, k, k, None, GRID, 1))
+        assert seen.hides
 
 
 def test_the_charts_tables_are_the_statistics():
