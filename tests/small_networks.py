@@ -1,21 +1,17 @@
-"""Small networks, and options that make every explainer of the registry cheap on them."""
+"""Small networks, and the explainers of the registry that explain them."""
 
 import timm
 import torch
 
 from xattn import load_backbone
+from xattn.explainers import create_explainer, explainer_entry, list_explainers
 
-OPTIONS = {
-    "rise": {"masks": 6},
-    "occlusion": {"size": 16, "stride": 16},
-    "lime": {"samples": 6},
-    "kernel_shap": {"samples": 6},
-    "integrated_gradients": {"steps": 3},
-    "gradient_shap": {"samples": 3},
-    "smoothgrad": {"samples": 3},
-}
-CNN_ONLY = ("cam", "guided_backprop", "lrp")
-VIT_ONLY = ("rollout", "raw_attention", "column_mass", "generic_relevance", "attn_lrp")
+PAIRS = [(name, kind) for name in list_explainers() for kind in explainer_entry(name).networks]
+
+
+def cheap(name, backbone, head=None):
+    """The explainer of that name with the first options of its entry."""
+    return create_explainer(name, backbone, head, **explainer_entry(name).cases[0])
 
 
 def made(kind):

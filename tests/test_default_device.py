@@ -8,13 +8,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from small_networks import CNN_ONLY, OPTIONS, VIT_ONLY, made
+from small_networks import PAIRS, cheap, made
 
 from xattn import evaluate, explain, load_backbone
 from xattn.attention import Inputs, convert, create_mechanism, list_attention, record
 from xattn.attention.statistics import sample_queries, statistics
 from xattn.eval import PROBES, create_probe, randomized_backbone
-from xattn.explainers import create_explainer, list_explainers
+from xattn.explainers import create_explainer
 from xattn.heads import create_head, list_heads, load_head, save_head
 
 MECHANISMS = {
@@ -46,16 +46,13 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["cnn", "vit"])
-@pytest.mark.parametrize("name", list_explainers())
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_explainers(name, kind, images, meta):
-    if name in (CNN_ONLY if kind == "vit" else VIT_ONLY):
-        pytest.skip(f"{name} does not explain a {kind}")
     backbone = made(kind)
     head = create_head("ttame", backbone, fusion="classifier").eval()
 
     def run():
-        explainer = create_explainer(name, backbone, head, **OPTIONS.get(name, {}))
+        explainer = cheap(name, backbone, head)
         one = explainer.attribute(images, 3)
         return one, *explainer.attribute_classes(images, lambda z: z.topk(2).indices)
 

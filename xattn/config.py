@@ -55,7 +55,7 @@ PROBE_RECIPES: dict[str, dict[str, Any]] = {
 Optimizer = Literal["sgd", "adamw"]
 ClassMode = Literal["batch", "own", "top"]
 ProbeOptimizer = Literal["lars", "adamw"]
-# The methods of xattn.training.attention_training.
+# The package's own methods of xattn.training.attention_training.
 AttentionTraining = Literal["none", "random", "at", "iat", "iat_released", "vat", "ivat"]
 if TYPE_CHECKING:
     Int: TypeAlias = int
@@ -147,9 +147,9 @@ class ProbeConfig:
     """Training stops after this many epochs without a better validation; 0 trains all epochs."""
     monitor: Literal["loss", "accuracy"] = "loss"
     """Validation figure by which the best epoch is chosen, whose weights are kept."""
-    attention: AttentionTraining = "none"
-    """Adversarial training on attention scores; iat_released is what the authors' program computes as
-    iat."""
+    attention: str = "none"
+    """Adversarial training on attention scores, a method of xattn list: random, at, iat, vat, ivat, ...;
+    iat_released is what the authors' program computes as iat."""
     epsilon: float = 1.0
     """Norm of the change of the scores, for each query."""
     attention_weight: float = 1.0
@@ -179,9 +179,12 @@ class ProbeConfig:
             self,
             optimizer=("lars", "adamw"),
             monitor=("loss", "accuracy"),
-            attention=get_args(AttentionTraining),
             precision=("no", "fp16", "bf16"),
         )
+        if self.attention not in get_args(AttentionTraining):
+            from xattn.training.attention_training import perturbation_class
+
+            perturbation_class(self.attention)  # registered by others, or unknown
 
 
 def _fill_in(config: Any, recipes: dict[str, dict[str, Any]]) -> None:

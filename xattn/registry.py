@@ -114,6 +114,10 @@ class Registry(Generic[T, E]):
         with self._lock:
             self._found = {key: value for key, value in self._found.items() if key != name}
 
+    def registered(self) -> Mapping[str, tuple[type[T], E]]:
+        """Class and entry by name of what is there now; nothing is imported."""
+        return self._found
+
     # ------------------------------------------------------------------ asking
 
     def names(self) -> list[str]:
@@ -278,7 +282,7 @@ class Table(Mapping[str, V]):
         return repr(dict(self))
 
     def _current(self) -> dict[str, V]:
-        found = self._registry._found
+        found = self._registry.registered()
         state, values = self._made
         if state is not found:
             values = {}
@@ -286,6 +290,19 @@ class Table(Mapping[str, V]):
                 values.update(self._rows(*found[name]))
             self._made = found, values
         return values
+
+
+def adopting(
+    base: type, register: Callable[[str], Callable[[Any], object]]
+) -> Callable[[str, Any], None]:
+    """For :class:`Registry`: registers a class that an entry point names, if it is one of ``base``."""
+
+    def adopt(name: str, value: Any) -> None:
+        if not (isinstance(value, type) and issubclass(value, base)):
+            raise ValueError(f"{value!r} is neither a module nor a subclass of {base.__name__}")
+        register(name)(value)
+
+    return adopt
 
 
 def near_matches(name: object, names: Collection[str]) -> list[str]:

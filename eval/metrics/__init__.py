@@ -40,7 +40,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "DIRECT":
         return tuple(direct_groups())
-    if name in CLASSES:
+    if name[:1].isupper() and name in CLASSES:
         return CLASSES[name]
     raise AttributeError(f"module 'xattn.eval.metrics' has no attribute {name!r}")
 

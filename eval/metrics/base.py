@@ -172,12 +172,14 @@ class MetricGroup:
         probe: what measures it.
         metrics: its metrics by name; the probe's columns are of these.
         classes: its torchmetrics classes.
+        cases: options that the tests of every group try; the first are cheap.
     """
 
     name: str
     probe: type[Probe]
     metrics: Mapping[str, MetricInfo]
     classes: tuple[type[MeanMetric], ...] = ()
+    cases: tuple[Mapping[str, Any], ...] = ({},)
 
     @property
     def direct(self) -> bool:

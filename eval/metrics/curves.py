@@ -238,4 +238,5 @@ GROUP = MetricGroup(
         "insertion": MetricInfo("area under the score while pixels are inserted by rank", True),
     },
     classes=(Deletion, Insertion),
+    cases=({"steps": 6},),
 )

@@ -178,4 +178,5 @@ GROUP = MetricGroup(
         "AOPC": MetricInfo("mean over steps of f(x) - f(x_t), patches removed by rank", True, -1),
     },
     classes=(PixelFlipping,),
+    cases=({"patch": 5},),
 )

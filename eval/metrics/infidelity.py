@@ -172,4 +172,5 @@ GROUP = MetricGroup(
         "infidelity": MetricInfo("E (I . phi - (f(x) - f(x - I)))^2", False, 0, math.inf),
     },
     classes=(Infidelity,),
+    cases=({"samples": 5},),
 )

@@ -177,4 +177,5 @@ GROUP = MetricGroup(
         ),
     },
     classes=(IROF,),
+    cases=({"n_segments": 8},),
 )

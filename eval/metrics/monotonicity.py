@@ -115,4 +115,5 @@ GROUP = MetricGroup(
         ),
     },
     classes=(MonotonicityCorrelation,),
+    cases=({"patch": 6},),
 )

@@ -1,16 +1,18 @@
 """Every group of metrics, and the tables by name that are made of what their files declare.
 
 A new metric is a file that ends with its :class:`~xattn.eval.metrics.base.MetricGroup`, and a line in
-:data:`FILES`. A group of your own is added by :func:`register`.
+:data:`FILES`. A group of your own is added by :func:`register`, or by an entry point of the group
+``xattn.metrics`` that names a module which registers it, or the :class:`MetricGroup` itself. The tables
+grow with every group.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import Any
 
 from xattn.eval.metrics.base import MaskingChoices, MeanMetric, MetricGroup, MetricInfo, Probe
+from xattn.registry import Registry, Table
 
 FILES = (
     "masking",
@@ -27,13 +29,6 @@ FILES = (
     "randomization",
 )
 """The files of metrics, in the order of the tables."""
-GROUPS: dict[str, MetricGroup] = {}
-PROBES: dict[str, type[Probe]] = {}
-"""The probe of each group."""
-METRICS: dict[str, MetricInfo] = {}
-"""Every metric by its name in a table."""
-CLASSES: dict[str, type[MeanMetric]] = {}
-"""torchmetrics classes."""
 
 
 def register(group: MetricGroup) -> None:
@@ -42,18 +37,48 @@ def register(group: MetricGroup) -> None:
     Raises:
         ValueError: the group, or one of its metrics or classes, has the name of another.
     """
-    classes = {cls.__name__: cls for cls in group.classes}
-    taken = [
-        *({group.name} & GROUPS.keys()),
-        *(group.metrics.keys() & METRICS.keys()),
-        *(classes.keys() & CLASSES.keys()),
-    ]
+    taken: set[str] = set()
+    for _, other in REGISTRY.registered().values():
+        if not _reloaded(other, group):
+            taken |= {group.name} & {other.name}
+            taken |= group.metrics.keys() & other.metrics.keys()
+            taken |= _classes(group).keys() & _classes(other).keys()
     if taken:
         raise ValueError(f"group: {', '.join(sorted(taken))} is taken; choose another name")
-    GROUPS[group.name], PROBES[group.name] = group, group.probe
-    METRICS.update(group.metrics)
-    CLASSES.update(classes)
+    REGISTRY.add(group.probe, group)
 
+
+def _reloaded(one: MetricGroup, other: MetricGroup) -> bool:
+    """Whether both are the same declaration, of a module that was imported again."""
+    names = [(g.name, g.probe.__module__, g.probe.__qualname__, {*g.metrics}) for g in (one, other)]
+    return names[0] == names[1]
+
+
+def _classes(group: MetricGroup) -> dict[str, type[MeanMetric]]:
+    return {cls.__name__: cls for cls in group.classes}
+
+
+def _adopt(name: str, value: Any) -> None:
+    if not isinstance(value, MetricGroup):
+        raise ValueError(f"{value!r} is neither a module nor a MetricGroup")
+    register(value)
+
+
+REGISTRY: Registry[Probe, MetricGroup] = Registry(
+    "xattn.metrics",
+    argument="metrics",
+    noun="group",
+    adopt=_adopt,
+    ordered=True,
+    refusal="{name} takes no {option}; it has {options}",
+)
+GROUPS: Table[MetricGroup] = REGISTRY.table(lambda group: {group.name: group})
+PROBES: Table[type[Probe]] = REGISTRY.classes()
+"""The probe of each group."""
+METRICS: Table[MetricInfo] = REGISTRY.table(lambda group: group.metrics)
+"""Every metric by its name in a table."""
+CLASSES: Table[type[MeanMetric]] = REGISTRY.table(_classes)
+"""torchmetrics classes."""
 
 for _file in FILES:
     register(importlib.import_module(f"xattn.eval.metrics.{_file}").GROUP)
@@ -95,18 +120,10 @@ def create_probe(
     Raises:
         ValueError: an unknown name (with near matches) or option.
     """
-    if name not in PROBES:
-        near = difflib.get_close_matches(name, PROBES, 3, 0.4) or list(PROBES)
-        raise ValueError(f"metrics: unknown group {name!r}; did you mean {', '.join(near)}?")
-    cls = PROBES[name]
-    known = cls.__dataclass_fields__  # type: ignore[attr-defined]
-    if "mean" in known:
+    cls = REGISTRY.get(name)
+    if "mean" in (REGISTRY.options(name) or ()):
         options.setdefault("mean", mean)
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(
-            f"metrics: {name} takes no {', '.join(unknown)}; it has {', '.join(known)}"
-        )
+    REGISTRY.check_options(name, options)
     if protocol is not None:
         options = {**cls.protocol_options(protocol), **options}
     return cls(**options)

@@ -132,4 +132,5 @@ GROUP = MetricGroup(
         ),
     },
     classes=(MaxSensitivity,),
+    cases=({"samples": 3},),
 )

@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import xattn
-from xattn.heads import AttentiveHead, Tokens, create_head, head_class, list_heads
+from xattn.heads import AttentiveHead, Tokens, create_head, head_class, head_entry, list_heads
 
 WIDTH, CLASSES, GRID = 32, 5, (3, 5)
 HEADS = [name for name in list_heads() if issubclass(head_class(name), AttentiveHead)]
@@ -18,11 +18,6 @@ PREFIXES = {  # name -> (class token, registers)
     "2 prefix tokens": (True, 1),
     "5 prefix tokens": (True, 4),
     "2 registers alone": (False, 2),
-}
-SMALL = {
-    "efficient_probe": {"queries": 8},
-    "memetector": {"hidden": (24, 12)},
-    "delf": {"features": 24},
 }
 
 
@@ -56,10 +51,21 @@ def four_taps(prefix="1 prefix token"):
     return vit(prefix, MemeTector.default_taps(4))
 
 
+def small(name):
+    """The first options of the head's entry."""
+    return dict(head_entry(name).cases[0])
+
+
+def read_by(name, prefix="1 prefix token"):
+    """A backbone with the taps that the head reads by default."""
+    cls = head_class(name)
+    return vit(prefix, cls.default_taps(4)) if issubclass(cls, AttentiveHead) else cnn()
+
+
 def make(name, backbone=None, seed=0, **options):
     """A head in eval mode, random weights and statistics everywhere."""
     backbone = backbone or (four_taps() if name == "memetector" else vit())
-    head = create_head(name, backbone, **{**SMALL.get(name, {}), **options})
+    head = create_head(name, backbone, **{**small(name), **options})
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in head.parameters():

@@ -13,10 +13,10 @@ from attentive_fakes import (
     GRID,
     WIDTH,
     cnn,
-    four_taps,
     make,
     map_patches,
     random_tokens,
+    read_by,
     vit,
 )
 from timm.layers import AttentionPoolLatent
@@ -678,7 +678,7 @@ def test_parameters_are_as_many_as_the_definition_has(name, options, count):
 )
 def test_options_that_do_not_fit_are_refused(name, options, words):
     with pytest.raises(ValueError, match=words):
-        create_head(name, four_taps() if name == "memetector" else vit(), **options)
+        create_head(name, read_by(name), **options)
 
 
 def test_pulled_rows_are_the_slopes_of_layers_whose_gates_are_held():

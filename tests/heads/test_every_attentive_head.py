@@ -16,12 +16,11 @@ from attentive_fakes import (
     HEADS,
     PREFIXES,
     cnn,
-    four_taps,
     make,
     map_patches,
     pool,
     random_tokens,
-    vit,
+    read_by,
 )
 from torch.overrides import TorchFunctionMode
 
@@ -110,7 +109,7 @@ def test_class_maps_are_exact_in_training_mode_too(name):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_explaining_in_training_mode_moves_no_running_statistics(name):
-    backbone = four_taps() if name == "memetector" else vit()
+    backbone = read_by(name)
     head = make(name, backbone, reliability={"anchors": 2}).train()
     with torch.no_grad():
         taps = backbone(torch.rand(4, 3, 24, 40, generator=torch.Generator().manual_seed(4)))
@@ -176,7 +175,7 @@ def test_gradients_reach_every_parameter(name):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_saved_heads_load_bit_identical(name, tmp_path):
-    backbone = four_taps() if name == "memetector" else vit()
+    backbone = read_by(name)
     head = make(name, classes=3, class_names=["a", "b", "c"], norm=False)
     save_head(head, tmp_path / "h")
     loaded = load_head(tmp_path / "h", backbone)
@@ -258,7 +257,7 @@ def test_classes_that_are_asked_for_are_slices_of_all(name, monkeypatch):
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("name", HEADS)
 def test_prefix_tokens_never_become_patches(name, prefix):
-    backbone = four_taps(prefix) if name == "memetector" else vit(prefix)
+    backbone = read_by(name, prefix)
     head = make(name, backbone)
     with torch.no_grad():
         taps = backbone(torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(4)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attentive_fakes import HEADS, four_taps, make, vit
+from attentive_fakes import HEADS, make, read_by
 
 from xattn.exporting import export
 from xattn.heads.probed import probed
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def pair(name):
-    backbone = four_taps() if name == "memetector" else vit()
+    backbone = read_by(name)
     head = make(name, backbone)
     return probed(backbone, head), head
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
 import torch
-from attentive_fakes import CLASSES, HEADS, SMALL, cnn, four_taps, make, vit
+from attentive_fakes import CLASSES, HEADS, make, read_by, small, vit
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import get_type_hints
 
@@ -72,9 +72,7 @@ def test_every_option_of_every_head_refuses_what_is_none_of_its_values(name, opt
         hint = Literal["raw_normalize"]
     found = kinds(hint)
     assert found and found <= WRONG.keys()
-    backbone = (
-        cnn() if name in ("ttame", "lcam") else four_taps() if name == "memetector" else vit()
-    )
+    backbone = read_by(name)
     wrong = [v for v in WRONG[min(found, key=str)] if type(v) not in found]
     wrong += [v for v in (math.nan, math.inf) if float in found]
     assert wrong
@@ -107,11 +105,8 @@ SIZES += [(h, o) for h, o, _ in OWN if o in ("mlp_ratio", "hidden")]
 def test_a_config_that_asks_for_more_than_its_file_holds_takes_no_memory(
     name, option, size, tmp_path
 ):
-    backbone = (
-        cnn() if name in ("ttame", "lcam") else four_taps() if name == "memetector" else vit()
-    )
-    options = {**SMALL.get(name, {}), **({"fusion": "classifier"} if name == "lcam" else {})}
-    head = save_head(create_head(name, backbone, **options), tmp_path / "h")
+    backbone = read_by(name)
+    head = save_head(create_head(name, backbone, **small(name)), tmp_path / "h")
     config = json.loads((head / "config.json").read_text())
     config["options"][option] = [size, 24] if option == "hidden" else size
     (head / "config.json").write_text(json.dumps(config))
@@ -168,15 +163,15 @@ def test_booleans_of_the_command_line_are_json(pair):
     ],
 )
 def test_a_refusal_says_what_was_given_and_what_is_wanted(name, pair, message):
-    backbone = four_taps() if name == "memetector" else vit()
+    backbone = read_by(name)
     with pytest.raises(ValueError, match=message):
         create_head(name, backbone, **parse_options([pair]))
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_saved_options_make_the_head_again(name):
-    backbone = four_taps() if name == "memetector" else vit()
-    head = create_head(name, backbone, **SMALL.get(name, {}))
+    backbone = read_by(name)
+    head = create_head(name, backbone, **small(name))
     assert create_head(name, backbone, **head.options).options == head.options
 
 

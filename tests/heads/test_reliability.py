@@ -8,7 +8,7 @@ import pytest
 import torch
 from attentive_fakes import CLASSES, GRID, HEADS, make, map_patches, pool, random_tokens, vit
 
-from xattn.heads import load_head, save_head
+from xattn.heads import head_entry, load_head, save_head
 from xattn.heads.reliability import ReliabilityBalancing, confidence
 
 K, D = 4, 6
@@ -215,18 +215,7 @@ def test_class_maps_of_a_head_with_anchors_still_share_out_its_logits():
         torch.testing.assert_close(maps.sum((2, 3)) + rest, head.logits(tokens))
 
 
-VARIANTS = [
-    *[(name, {}) for name in HEADS],
-    ("linear", {"read": "mean"}),
-    ("linear", {"read": "both"}),
-    ("abmilp", {"self_attention": "map"}),
-    ("abmilp", {"self_attention": "none"}),
-    ("simpool", {"gamma": 1.5}),
-    ("simpool", {"project": False, "heads": 4}),
-    ("dino_block", {"form": "class_token"}),
-    ("cbam", {"form": "gates"}),
-    ("efficient_probe", {"prefix": True}),
-]
+VARIANTS = [(name, case) for name in HEADS for case in head_entry(name).cases]
 # Heads whose weights are a softmax over patches that do not read each other.
 APART = [
     *["gap", "efficient_probe", "abmilp", "aim", "cae", "clip_pool", "coca", "lama", "memetector"],
@@ -238,7 +227,7 @@ APART = [
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
 def test_anchor_maps_move_the_weight_of_all_patches_to_one(name, options, training):
     if name == "memetector":
-        options = {"dropout": 0.0}
+        options = {**options, "dropout": 0.0}
     head = make(name, reliability={"anchors": 2}, **options).train(training)
     tokens = random_tokens(head)
     with torch.no_grad():
@@ -267,7 +256,7 @@ def test_patches_that_are_all_alike_have_the_anchor_distribution_of_their_image(
     name, options, training
 ):
     if name == "memetector":
-        options = {"dropout": 0.0}
+        options = {**options, "dropout": 0.0}
     head = make(name, reliability={"anchors": 2}, **options).train(training)
     tokens = map_patches(random_tokens(head), lambda x: x[:, :1].expand_as(x).contiguous())
     with torch.no_grad():

@@ -11,11 +11,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from small_networks import CNN_ONLY, OPTIONS, VIT_ONLY, made
+from small_networks import PAIRS, cheap, made
 
 from xattn import evaluate, explain
 from xattn.attention import convert, record, revert
-from xattn.explainers import create_explainer, list_explainers
+from xattn.explainers import create_explainer
 from xattn.heads import create_head
 from xattn.runtime.locking import alone, lock_of
 
@@ -67,20 +67,17 @@ def together(*jobs):
     return results
 
 
-@pytest.mark.parametrize("kind", ["cnn", "vit"])
-@pytest.mark.parametrize("name", list_explainers())
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_two_threads_explain_as_one_after_the_other(name, kind):
-    if name in (CNN_ONLY if kind == "vit" else VIT_ONLY):
-        pytest.skip(f"{name} does not explain a {kind}")
     backbone = kept(kind)
     head = create_head("ttame", backbone, fusion="classifier").train()
-    explainer = create_explainer(name, backbone, head, **OPTIONS.get(name, {}))
+    explainer = cheap(name, backbone, head)
     images = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     expected = [explainer.attribute(x, 3) for x in images]
     before = state(backbone, head)
 
     def explain(i):
-        method = create_explainer(name, backbone, head, **OPTIONS.get(name, {}))
+        method = cheap(name, backbone, head)
         return [method.attribute(images[i], 3) for _ in range(3)]
 
     for found, wanted in zip(

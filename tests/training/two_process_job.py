@@ -14,7 +14,7 @@ import torch
 
 import xattn
 from xattn.config import AttentionTraining, ProbeConfig, TrainConfig
-from xattn.heads import AttentiveHead, MemeTector, create_head, head_class, list_heads
+from xattn.heads import AttentiveHead, MemeTector, create_head, head_class, head_entry, list_heads
 from xattn.training import fit
 from xattn.training.features import cache_features
 from xattn.training.probe import probe
@@ -24,12 +24,7 @@ BATCH = 4  # images a step, of all processes together
 PHOTOS, PROBED = 9, 17  # neither divides evenly
 CLASSES = 3
 DEPTH = 4  # of test_vit
-OPTIONS = {
-    "efficient_probe": {"queries": 4},
-    "memetector": {"hidden": (24, 12)},
-    "delf": {"features": 24},
-    "cait": {"layer_scale": 0.1},  # at 1e-5 BatchNorm divides by what float32 rounds off
-}
+OPTIONS = {"cait": {"layer_scale": 0.1}}  # at 1e-5 BatchNorm divides by what float32 rounds off
 HEADS = list_heads()
 CLASSIFIERS = [name for name in HEADS if issubclass(head_class(name), AttentiveHead)]
 COUPLED = ["aim", "delf", "gap", "memetector"]  # BatchNorm of tokens or none, dropout
@@ -96,7 +91,7 @@ def trained(root: Path, processes: int) -> dict[str, dict[str, torch.Tensor]]:
         for case, name, options, config, data in cases(kind):
             backbone = backbones[data]
             torch.manual_seed(0)
-            options = {**OPTIONS.get(name, {}), **options}
+            options = {**head_entry(name).cases[0], **OPTIONS.get(name, {}), **options}
             if data == "features":
                 options["classes"] = CLASSES
             elif name == "memetector":

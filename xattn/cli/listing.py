@@ -1,8 +1,10 @@
-"""``xattn list``: list backbones, heads, explainers and metrics."""
+"""``xattn list``: list backbones, and what is created by name: heads, explainers, attention, metrics."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -13,13 +15,7 @@ class List:
     """Also list timm backbones that match this pattern, for example "vit_*"."""
 
     def run(self) -> None:
-        from xattn.attention import list_attention
-        from xattn.eval import METRICS, PROBES
-        from xattn.eval.metric_presets import PRESETS as PROTOCOLS
-        from xattn.explainers import list_explainers
-        from xattn.heads import list_heads, shipped_heads
         from xattn.models.weights import list_package_weights
-        from xattn.training.ttame_presets import PRESETS
 
         print("backbones with package weights:")
         for record in list_package_weights():
@@ -33,11 +29,33 @@ class List:
                 print(f"  {name}")
         else:
             print('  and every timm model by name; xattn list --filter "vit_*" shows them')
-        print("heads to train:", ", ".join(list_heads()))
-        print("presets:", ", ".join(PRESETS))
-        print("trained heads:", ", ".join(shipped_heads()) or "none")
-        print("explainers:", ", ".join(list_explainers()))
-        print("attention mechanisms:", ", ".join(list_attention()))
-        print("metrics:", ", ".join(METRICS))
-        print("groups of metrics:", ", ".join(PROBES))
-        print("protocols:", ", ".join(PROTOCOLS))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what cannot be loaded is listed
+            _print_names()
+
+
+def _print_names() -> None:
+    from xattn.attention import list_attention
+    from xattn.eval.metric_presets import PRESETS as PROTOCOLS
+    from xattn.eval.metrics.registry import METRICS, REGISTRY
+    from xattn.explainers.base import EXPLAINERS
+    from xattn.heads.base import HEADS, shipped_heads
+    from xattn.training.attention_training import METHODS
+    from xattn.training.ttame_presets import PRESETS
+
+    rows: dict[str, Any] = {
+        "heads to train": HEADS,
+        "presets": PRESETS,
+        "trained heads": shipped_heads(),
+        "explainers": EXPLAINERS,
+        "attention mechanisms": list_attention(),
+        "attention training": METHODS,
+        "metrics": METRICS,
+        "groups of metrics": REGISTRY,
+        "protocols": PROTOCOLS,
+    }
+    for title, names in rows.items():
+        print(f"{title}:", ", ".join(names) or "none")
+    for registry in (HEADS, EXPLAINERS, METHODS, REGISTRY):
+        for reason in registry.failures().values():
+            print(f"not loaded, {registry.group}: {reason}")

@@ -46,10 +46,12 @@ class Train:
     def run(self) -> None:
         import torch
 
-        from xattn.heads import create_head, parse_options, save_head
+        from xattn.heads import create_head, head_options, parse_options, save_head
         from xattn.training import fit
 
-        name, options = self.head, {"fusion": self.fusion, **parse_options(self.options)}
+        name, options = self.head, parse_options(self.options)
+        if self.fusion != "classifier" or "fusion" in head_options(self.head):
+            options = {"fusion": self.fusion, **options}
         if self.preset is not None:
             from xattn.training.ttame_presets import preset
 

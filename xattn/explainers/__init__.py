@@ -5,8 +5,10 @@ from xattn.explainers.attention import AttentionExplainer
 from xattn.explainers.attn_lrp import AttnLrp
 from xattn.explainers.base import (
     Explainer,
+    ExplainerEntry,
     create_explainer,
     explainer_class,
+    explainer_entry,
     list_explainers,
     preserve_state,
     register_explainer,
@@ -38,6 +40,7 @@ __all__ = [
     "ColumnMass",
     "EigenCam",
     "Explainer",
+    "ExplainerEntry",
     "GenericRelevance",
     "GradCam",
     "GradCamPlusPlus",
@@ -62,6 +65,7 @@ __all__ = [
     "SmoothGrad",
     "create_explainer",
     "explainer_class",
+    "explainer_entry",
     "list_explainers",
     "preserve_state",
     "register_explainer",

@@ -23,7 +23,7 @@ from xattn.explainers.attention import patch_grid
 from xattn.explainers.base import Choose, Explainer, register_explainer
 
 
-@register_explainer("attn_lrp")
+@register_explainer("attn_lrp", networks=("vit",))
 @dataclass(kw_only=True, eq=False, repr=False)
 class AttnLrp(Explainer):
     """AttnLRP of a model with softmax attention.

@@ -7,10 +7,9 @@ went in (:func:`preserve_state`). Any number of threads may explain one backbone
 
 from __future__ import annotations
 
-import difflib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -23,12 +22,11 @@ from torch import Tensor, nn
 from xattn.backbone import Backbone, sha256
 from xattn.heads import AttentiveHead, Head
 from xattn.heads.probed import Probed
+from xattn.registry import Registry, adopting
 from xattn.runtime.locking import alone
 from xattn.runtime.memory import ForwardBatches
 
 Choose = Callable[[Tensor], Tensor]  # logits (B, K) -> classes to explain, LongTensor (B, M)
-
-_REGISTRY: dict[str, type[Explainer]] = {}
 
 
 class _MicroBatchSize:
@@ -337,28 +335,55 @@ def preserve_state(*modules: nn.Module) -> Iterator[None]:
 # ---------------------------------------------------------------------- registry
 
 
-def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]]:
-    """Class decorator: make an explainer known to :func:`create_explainer` under ``name``."""
+@dataclass(frozen=True)
+class ExplainerEntry:
+    """What the registry knows about an explainer."""
+
+    name: str
+    networks: tuple[str, ...] = ("cnn", "vit")
+    """The kinds of network that it explains."""
+    cases: tuple[Mapping[str, Any], ...] = ({},)
+    """Options that the tests of every explainer try; the first are cheap."""
+
+
+def register_explainer(name: str, **about: Any) -> Callable[[type[Explainer]], type[Explainer]]:
+    """Class decorator: make an explainer known to :func:`create_explainer` under ``name``.
+
+    Args:
+        about: further fields of :class:`ExplainerEntry`.
+    """
+    entry = ExplainerEntry(name, **about)
 
     def add(cls: type[Explainer]) -> type[Explainer]:
+        EXPLAINERS.add(cls, entry)
         cls.name = name
-        _REGISTRY[name] = cls
         return cls
 
     return add
 
 
+EXPLAINERS: Registry[Explainer, ExplainerEntry] = Registry(
+    "xattn.explainers",
+    argument="explainer",
+    noun="explainer",
+    given=("backbone", "head", "seed", "max_forward_batch"),
+    adopt=adopting(Explainer, register_explainer),
+)
+
+
 def list_explainers() -> list[str]:
     """Names that :func:`create_explainer` accepts."""
-    return sorted(_REGISTRY)
+    return EXPLAINERS.names()
 
 
 def explainer_class(name: str) -> type[Explainer]:
     """The registered class; a ``ValueError`` with near matches for an unknown name."""
-    if name not in _REGISTRY:
-        near = difflib.get_close_matches(str(name), _REGISTRY, 3, 0.4) or list_explainers()
-        raise ValueError(f"explainer: unknown explainer {name!r}; did you mean {', '.join(near)}?")
-    return _REGISTRY[name]
+    return EXPLAINERS.get(name)
+
+
+def explainer_entry(name: str) -> ExplainerEntry:
+    """What the registry knows about an explainer; raises as :func:`explainer_class` does."""
+    return EXPLAINERS.entry(name)
 
 
 def create_explainer(
@@ -376,9 +401,5 @@ def create_explainer(
             a backbone that the explainer cannot read.
     """
     cls = explainer_class(name)
-    try:
-        return cls(backbone, head, seed=seed, max_forward_batch=max_forward_batch, **options)
-    except TypeError as error:
-        if "unexpected keyword" in str(error):
-            raise ValueError(f"explainer: {name} does not take that option ({error})") from None
-        raise
+    EXPLAINERS.check_options(name, options)
+    return cls(backbone, head, seed=seed, max_forward_batch=max_forward_batch, **options)

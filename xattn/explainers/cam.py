@@ -13,7 +13,7 @@ from torch import Tensor
 from xattn.explainers.base import Choose, Explainer, register_explainer
 
 
-@register_explainer("cam")
+@register_explainer("cam", networks=("cnn",))
 class Cam(Explainer):
     """Unrectified CAM: for classifiers that end in average pooling and one linear layer."""
 

@@ -19,7 +19,7 @@ from xattn.explainers.attention import AttentionExplainer, Reading
 from xattn.explainers.base import register_explainer
 
 
-@register_explainer("generic_relevance")
+@register_explainer("generic_relevance", networks=("vit",))
 class GenericRelevance(AttentionExplainer):
     """Gradient-weighted attention of all layers: one forward pass, and a backward pass per class.
 

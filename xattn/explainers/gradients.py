@@ -42,7 +42,7 @@ class InputXGradient(Explainer):
         return maps.detach().sum(1, keepdim=True)
 
 
-@register_explainer("guided_backprop")
+@register_explainer("guided_backprop", networks=("cnn",))
 class GuidedBackprop(Explainer):
     """max over the three channels of the absolute guided gradient, (B, 1, H, W), never negative.
 

@@ -30,7 +30,7 @@ from xattn.explainers.attention import (
 from xattn.explainers.base import register_explainer
 
 
-@register_explainer("raw_attention")
+@register_explainer("raw_attention", networks=("vit",))
 @dataclass(kw_only=True, eq=False, repr=False)
 class RawAttention(AttentionExplainer):
     """The starting row's attention in one layer, O(N d) where it reads a few tokens; with its sign.
@@ -82,7 +82,7 @@ class RawAttention(AttentionExplainer):
         return fuse(rows, self.fusion) if isinstance(self.fusion, str) else rows[:, self.fusion]
 
 
-@register_explainer("column_mass")
+@register_explainer("column_mass", networks=("vit",))
 @dataclass(kw_only=True, eq=False, repr=False)
 class ColumnMass(AttentionExplainer):
     """Attention that each patch receives: mean over queries and heads; queries whose rows sum to more

@@ -32,7 +32,7 @@ from xattn.explainers.attention import (
 from xattn.explainers.base import register_explainer
 
 
-@register_explainer("rollout")
+@register_explainer("rollout", networks=("vit",))
 @dataclass(kw_only=True, eq=False, repr=False)
 class Rollout(AttentionExplainer):
     """Attention rollout.

@@ -24,7 +24,7 @@ from xattn.heads.pullback import Step
 from xattn.heads.self_attention import SelfAttention
 
 
-@register_head("abmilp")
+@register_head("abmilp", cases=({}, {"self_attention": "map"}, {"self_attention": "none"}))
 class AbMilp(AttentiveHead):
     """A two-layer scorer of tokens.
 

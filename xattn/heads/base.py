@@ -11,6 +11,7 @@ import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from xattn.backbone import Backbone, Taps
 from xattn.heads.options import checked
+from xattn.registry import Registry, adopting
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_folder
 from xattn.runtime.version import __version__
@@ -30,8 +32,6 @@ CONFIG_FILE = "config.json"
 MASK_POLICIES = ("raw_normalize", "renormalize", "normalized", "feature")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-_REGISTRY: dict[str, type[Head]] = {}
 
 
 class Head(
@@ -157,30 +157,60 @@ def keeping_statistics(module: nn.Module) -> Iterator[None]:
             layer.track_running_stats = True
 
 
-def register_head(name: str) -> Callable[[type[Head]], type[Head]]:
+@dataclass(frozen=True)
+class HeadEntry:
+    """What the registry knows about a head."""
+
+    name: str
+    cases: tuple[Mapping[str, Any], ...] = ({},)
+    """Options that the tests of every head try; the first are small."""
+
+
+def register_head(name: str, **about: Any) -> Callable[[type[Head]], type[Head]]:
     """Class decorator: make a head known to :func:`create_head` under ``name``, and check its options
-    against the annotations of its constructor, see :mod:`xattn.heads.options`."""
+    against the annotations of its constructor, see :mod:`xattn.heads.options`.
+
+    Args:
+        about: further fields of :class:`HeadEntry`.
+    """
+    entry = HeadEntry(name, **about)
 
     def add(cls: type[Head]) -> type[Head]:
+        HEADS.add(cls, entry)
         cls.name = name
         cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign, misc]
-        _REGISTRY[name] = cls
         return cls
 
     return add
 
 
+HEADS: Registry[Head, HeadEntry] = Registry(
+    "xattn.heads",
+    argument="head",
+    noun="head",
+    given=("backbone", "options"),
+    adopt=adopting(Head, register_head),
+)
+
+
 def list_heads() -> list[str]:
     """Names that :func:`create_head` accepts."""
-    return sorted(_REGISTRY)
+    return HEADS.names()
 
 
 def head_class(name: str) -> type[Head]:
     """The registered class; a ``ValueError`` with near matches for an unknown name."""
-    if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, _REGISTRY, 3, 0.4) or list_heads()
-        raise ValueError(f"head: unknown head {name!r}; did you mean {', '.join(near)}?")
-    return _REGISTRY[name]
+    return HEADS.get(name)
+
+
+def head_entry(name: str) -> HeadEntry:
+    """What the registry knows about a head; raises as :func:`head_class` does."""
+    return HEADS.entry(name)
+
+
+def head_options(name: str) -> tuple[str, ...]:
+    """The options that a head has; raises as :func:`head_class` does."""
+    return HEADS.options(name) or ()
 
 
 def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
@@ -195,18 +225,16 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
 
 
 def _construct(name: str, backbone: Backbone, options: Mapping[str, Any]) -> Head:
-    cls = head_class(name)
     try:
-        return cls(backbone, **options)
+        return HEADS.create(name, backbone, **options)
     except TypeError as error:
-        reason = "does not take that option" if "unexpected keyword" in str(error) else "refuses"
-        raise ValueError(f"head: {name} {reason} ({error}); its options: {options}") from error
+        raise ValueError(f"head: {name} refuses {dict(options)} ({error})") from error
 
 
 def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options from a config or run record. Missing ones get the value that matches what the head did
     when the file was written; unknown heads get none."""
-    return {**(_REGISTRY[name].earlier if name in _REGISTRY else {}), **options}
+    return {**(HEADS.get(name).earlier if name in HEADS else {}), **options}
 
 
 # Arguments of create_head and create_explainer themselves.

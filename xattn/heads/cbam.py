@@ -22,7 +22,7 @@ from xattn.heads.options import Count
 from xattn.heads.pullback import Step
 
 
-@register_head("cbam")
+@register_head("cbam", cases=({}, {"form": "gates"}))
 class Cbam(AttentiveHead):
     """Weights are gates m_n / N, no softmax: they do not sum to 1.
 

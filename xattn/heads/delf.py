@@ -15,7 +15,7 @@ from xattn.heads.base import register_head
 from xattn.heads.options import Count
 
 
-@register_head("delf")
+@register_head("delf", cases=({"features": 24},))
 class Delf(AttentiveHead):
     """Local features of one width, weighted by a positive score that does not sum to 1.
 

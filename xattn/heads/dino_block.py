@@ -23,7 +23,7 @@ from xattn.heads.pullback import Step, mean, mlp, residual
 from xattn.heads.self_attention import SelfAttention
 
 
-@register_head("dino_block")
+@register_head("dino_block", cases=({}, {"form": "class_token"}))
 class DinoBlock(ClassAttention):
     """A pre-norm ViT block and the mean of its tokens, or its class token.
 

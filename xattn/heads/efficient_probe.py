@@ -18,7 +18,7 @@ from xattn.heads.options import Count
 from xattn.heads.pullback import Step
 
 
-@register_head("efficient_probe")
+@register_head("efficient_probe", cases=({"queries": 8}, {"queries": 8, "prefix": True}))
 class EfficientProbe(AttentiveHead):
     """Multi-query attention whose keys are the tokens themselves.
 

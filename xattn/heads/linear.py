@@ -15,7 +15,7 @@ from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
 from xattn.heads.base import register_head
 
 
-@register_head("linear")
+@register_head("linear", cases=({}, {"read": "mean"}, {"read": "both"}))
 class Linear(AttentiveHead):
     """The linear probe. Weights are fixed: one token's, or every patch's alike.
 

@@ -26,7 +26,7 @@ from xattn.heads.pullback import Step, chain
 TAPS = 4
 
 
-@register_head("memetector")
+@register_head("memetector", cases=({"hidden": (24, 12)},))
 class MemeTector(AttentiveHead):
     """One map per tap; y is only the query and does not enter z. Shares hold the MLP's gates constant.
 

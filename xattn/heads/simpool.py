@@ -25,7 +25,7 @@ EPS = 1e-6
 HEADS = 12
 
 
-@register_head("simpool")
+@register_head("simpool", cases=({}, {"gamma": 1.5}, {"project": False, "heads": 4}))
 class SimPool(AttentiveHead):
     """Values are not projected; each head takes its own D / H channels.
 

@@ -145,7 +145,7 @@ class TTame(Head):
         return self.fusion(used, class_index, size)
 
 
-@register_head("lcam")
+@register_head("lcam", cases=({"fusion": "classifier"},))
 class LCam(Head):
     """L-CAM: one 1x1 convolution on the last tap, no branch.
 

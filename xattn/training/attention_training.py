@@ -14,8 +14,8 @@ never needs the T x T differences: with m_t = |D_t|, alpha_t = a_t D_t / m_t giv
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from xattn.heads.base import keeping_statistics
 from xattn.kernels.softmax.reference import widen
+from xattn.registry import Registry, Table, adopting
 
 LossFn: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -159,10 +160,38 @@ class Perturbation:
         return self.epsilon * _unit(r)
 
 
+@dataclass(frozen=True)
+class PerturbationEntry:
+    """What the registry knows about a way to perturb the scores."""
+
+    name: str
+
+
+def register_perturbation(name: str) -> Callable[[type[Perturbation]], type[Perturbation]]:
+    """Class decorator: make a method known to :func:`create_perturbation` under ``name``."""
+
+    def add(cls: type[Perturbation]) -> type[Perturbation]:
+        METHODS.add(cls, PerturbationEntry(name))
+        cls.name = name
+        return cls
+
+    return add
+
+
+METHODS: Registry[Perturbation, PerturbationEntry] = Registry(
+    "xattn.perturbations",
+    argument="attention training",
+    ordered=True,
+    adopt=adopting(Perturbation, register_perturbation),
+    refusal="{name} refuses {option}; its options: {options}",
+)
+PERTURBATIONS: Table[type[Perturbation]] = METHODS.classes()
+"""The methods by name."""
+
+
+@register_perturbation("none")
 class NoPerturbation(Perturbation):
     """The clean loss alone."""
-
-    name = "none"
 
     def __init__(self, epsilon: float = 0.0, weight: float = 0.0, seed: int = 0) -> None:
         self.epsilon, self.weight, self.seed, self.step = epsilon, weight, seed, 0
@@ -174,10 +203,9 @@ class NoPerturbation(Perturbation):
         return done.scores.new_zeros(())
 
 
+@register_perturbation("at")
 class AttentionAT(Perturbation):
     """The change that raises the loss most, to first order."""
-
-    name = "at"
 
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
         leaf = widen(scores).detach().requires_grad_()
@@ -197,10 +225,9 @@ class AttentionAT(Perturbation):
         return _mean(_cross_entropy(done.predict(done.scores + r), done.target), done.target)
 
 
+@register_perturbation("random")
 class RandomPerturbation(Perturbation):
     """The control: a random direction instead of AT's."""
-
-    name = "random"
 
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
         return self._sized(self._noise(widen(scores.detach()), _valid(scores, mask)))
@@ -211,6 +238,7 @@ class RandomPerturbation(Perturbation):
         return _mean(_cross_entropy(done.predict(done.scores + r), done.target), done.target)
 
 
+@register_perturbation("vat")
 class AttentionVAT(Perturbation):
     """The change that moves the prediction most; no labels are read.
 
@@ -219,7 +247,6 @@ class AttentionVAT(Perturbation):
         iterations: of the power method.
     """
 
-    name = "vat"
     needs_target = False
 
     def __init__(
@@ -282,6 +309,7 @@ class _Differences(Perturbation):
         return super()._sized(r) if self.rescale else self.epsilon * r
 
 
+@register_perturbation("iat")
 class AttentionIAT(_Differences, AttentionAT):
     """AT w.r.t. the weights alpha of the differences between the scores of an example.
 
@@ -292,8 +320,6 @@ class AttentionIAT(_Differences, AttentionAT):
             between sentences, which cancel in the gradient w.r.t. r, and flips the sign.
         rescale: whether r has norm epsilon, for comparison with AT; otherwise alpha has, as in the paper.
     """
-
-    name = "iat"
 
     def __init__(
         self,
@@ -310,6 +336,7 @@ class AttentionIAT(_Differences, AttentionAT):
         return super()._sized(-r if self.norm == "released" else r)
 
 
+@register_perturbation("iat_released")
 class AttentionIATReleased(AttentionIAT):
     """iAT as the authors' program computes it: :class:`AttentionIAT` with ``norm="released"``.
 
@@ -317,17 +344,14 @@ class AttentionIATReleased(AttentionIAT):
     learning rate.
     """
 
-    name = "iat_released"
-
     def __init__(self, epsilon: float, weight: float = 1.0, seed: int = 0) -> None:
         super().__init__(epsilon, weight, seed, norm="released")
 
 
+@register_perturbation("ivat")
 class AttentionIVAT(_Differences, AttentionVAT):
     """VAT w.r.t. the weights alpha of :class:`AttentionIAT`, with its ``rescale`` and its ``norm``
     (``"matrix"`` or ``"row"``)."""
-
-    name = "ivat"
 
     def __init__(
         self,
@@ -343,31 +367,19 @@ class AttentionIVAT(_Differences, AttentionVAT):
         self.norm, self.rescale = _one_of(norm, ("matrix", "row")), rescale
 
 
-PERTURBATIONS: dict[str, type[Perturbation]] = {
-    kind.name: kind
-    for kind in (
-        NoPerturbation,
-        RandomPerturbation,
-        AttentionAT,
-        AttentionIAT,
-        AttentionIATReleased,
-        AttentionVAT,
-        AttentionIVAT,
-    )
-}
+def perturbation_class(name: str) -> type[Perturbation]:
+    """The registered class; a ``ValueError`` with near matches for an unknown name."""
+    return METHODS.get(name)
 
 
 def create_perturbation(name: str, **options: Any) -> Perturbation:
-    """The method ``name`` of :data:`PERTURBATIONS`, with its ``epsilon`` and other options.
+    """The method ``name`` of :data:`PERTURBATIONS` with its ``epsilon`` and other options.
 
     Raises:
         ValueError: an unknown name, or an option that the method does not take.
     """
-    if name not in PERTURBATIONS:
-        near = difflib.get_close_matches(name, PERTURBATIONS, 3, 0.4) or list(PERTURBATIONS)
-        raise ValueError(f"attention training: unknown {name!r}; did you mean {', '.join(near)}?")
     try:
-        return PERTURBATIONS[name](**options)
+        return METHODS.create(name, **options)
     except TypeError as error:
         raise ValueError(
             f"attention training: {name} refuses {options} ({error}); give its own options"

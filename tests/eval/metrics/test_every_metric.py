@@ -14,22 +14,15 @@ from xattn.eval import METRICS, PROBES, Protocol, create_probe, evaluate, measur
 from xattn.eval.annotations import Annotation
 from xattn.eval.metric_presets import PRESETS, preset
 from xattn.eval.metrics.base import Column
+from xattn.eval.metrics.registry import GROUPS
 
 NAMES = sorted(PROBES)
 MEAN = (0.5, 0.4, 0.3)
-SMALL = {
-    "insertion-deletion": {"steps": 6},
-    "pixel-flipping": {"patch": 5},
-    "irof": {"n_segments": 8},
-    "monotonicity": {"patch": 6},
-    "infidelity": {"samples": 5},
-    "sensitivity": {"samples": 3},
-}
 RANKING = ("insertion-deletion", "irof", "pixel-flipping")
 
 
 def probe_of(name):
-    return create_probe(name, mean=MEAN, **SMALL.get(name, {}))
+    return create_probe(name, mean=MEAN, **GROUPS[name].cases[0])
 
 
 def object_at(size, target):
