@@ -230,21 +230,49 @@ def _candidates(record: dict[str, Any]) -> Iterator[BackboneArgs]:
     own = _own()
     name, _, head = record["name"].partition(" + ")
     taps = tuple(record.get("taps") or ())
+    attention = _attention(record)
+    if attention:  # the name says so, too
+        name = name.partition(" (")[0]
     if own is not None and own.backbone == name and bool(own.probe) == bool(head):
         yield replace(own, taps=taps or own.taps)
-    plain = BackboneArgs(backbone=name, taps=taps, device=_device())
+        if attention or own.mechanism:
+            yield replace(own, taps=taps or own.taps, **(attention or _NOT_CONVERTED))
+    plain = BackboneArgs(backbone=name, taps=taps, device=_device(), **attention)
     if not head:
         yield plain
         return
     if own is not None and own.backbone == name and own.probe is None:
-        plain = replace(own, taps=taps)  # its weights may come from a file
+        plain = replace(
+            own, taps=taps, **(attention or _NOT_CONVERTED)
+        )  # its weights may come from a file
+    whole = record["name"].partition(" + ")[0]
     for found in state.library().heads():
         try:
             config = read_config(found.folder)
         except (ValueError, OSError):
             continue  # another head's files may be damaged
-        if config["head"] == head and config["backbone"].get("name") == name:
+        if config["head"] == head and config["backbone"].get("name") == whole:
             yield replace(plain, probe=str(found.folder))
+
+
+_NOT_CONVERTED: dict[str, Any] = {"mechanism": None, "layers": None}
+
+
+def _attention(record: dict[str, Any]) -> dict[str, Any]:
+    """The options of a command for the mechanism of ``record``; none where nothing was converted.
+
+    Only one mechanism can be given so; a network with several is not found.
+    """
+    from xattn.attention.conversion import Conversion, format_layers, format_mechanism
+
+    try:
+        made = [Conversion.of_record(one) for one in record.get("conversion") or ()]
+    except (ValueError, TypeError):
+        return {}
+    if len(made) != 1:
+        return {}
+    name, layers, options = made[0]
+    return {"mechanism": format_mechanism(name, options), "layers": format_layers(layers)}
 
 
 # ---------------------------------------------------------------------- heads and explainers

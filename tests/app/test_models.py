@@ -216,6 +216,24 @@ def test_a_probe_head_becomes_the_classifier_and_its_packs_find_it(start):
     assert models.backbone_of(pack).fingerprint == found.fingerprint
 
 
+def test_the_packs_of_a_converted_network_find_it_whatever_the_viewer_was_started_with(start):
+    from safetensors.torch import save_file
+
+    root = start(backbone=VIT)
+    save_file(models.backbone(VIT).model.state_dict(), root / "net.safetensors")
+    options = {"backbone": VIT, "weights": str(root / "net.safetensors")}
+    start(**options)
+    plain = models.backbone(VIT)
+    explain(picture(0), plain, explainer="rollout", output=root / "pack")
+    start(**options, mechanism="gna:kernel=3", layers="0-3")
+    converted = models.backbone(VIT)
+    assert converted.fingerprint != plain.fingerprint
+    assert models.backbone_of(only(root)).fingerprint == plain.fingerprint
+    explain(picture(0), converted, explainer="rollout", output=root / "pack")
+    start(**options)
+    assert models.backbone_of(only(root)).fingerprint == converted.fingerprint
+
+
 def test_explainers_that_fit_are_told_from_those_that_do_not(start):
     start()
     loaded = models.backbone(CNN)

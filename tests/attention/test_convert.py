@@ -481,7 +481,9 @@ class CausalModel(torch.nn.Module):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("name, options", [("gna", {"kernel": 16}), ("dma", {"window": 16})])
+@pytest.mark.parametrize(
+    "name, options", [("softmax", {}), ("gna", {"kernel": 16}), ("dma", {"window": 16})]
+)
 @torch.no_grad()
 def test_causal_models_convert_to_the_causal_form_whatever_the_key_heads(name, options, kv_heads):
     net = CausalModel(kv_heads).eval()
@@ -507,6 +509,10 @@ def test_a_mechanism_without_a_causal_form_is_refused_for_a_causal_model():
         ValueError, match="asks for causal attention, which agent cannot do; leave out"
     ):
         net(images(net), is_causal=True)
+    revert(net)
+    expected = net(images(net), is_causal=True)
+    convert(net, "softmax")
+    assert torch.allclose(net(images(net), is_causal=True), expected, atol=1e-5)
 
 
 @torch.no_grad()

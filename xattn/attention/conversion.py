@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from xattn.runtime import strict_json
@@ -57,6 +57,14 @@ class Conversion(NamedTuple):
 def describe(made: Iterable[Conversion]) -> str:
     """Several conversions of one model, in words."""
     return " and ".join(map(str, made))
+
+
+def how_to_convert(made: Sequence[Conversion]) -> str:
+    """The options of a command that convert a model so, or how it is done in Python."""
+    if len(made) > 1:
+        return "xattn.backbone.conversion.converted(...), once for each mechanism"
+    name, layers, options = made[0]
+    return f"--mechanism {format_mechanism(name, options)} --layers {format_layers(layers)}"
 
 
 def parse_layers(text: str) -> list[int]:

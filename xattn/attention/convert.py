@@ -311,12 +311,14 @@ class _Swap(TorchFunctionMode):
         ):
             if wanted:
                 raise ValueError(f"model: its layer {what}, which {entry.name} cannot do; {remedy}")
-        if is_causal:  # an order of the tokens, so they lie in a row
-            grid, prefix = (None if 0 in entry.grid else (count,)), 0
-        else:
+        grid: tuple[int, ...] | None = None
+        if not is_causal:
             grid, prefix = self.layout.grid_of(count, 0 not in entry.grid), self.layout.prefix
+        else:  # tokens in a row
+            grid, prefix = (None if 0 in entry.grid else (count,)), 0
         x = self.tokens
-        x = x if isinstance(x, Tensor) and x.shape[:2] == (len(query), count) else None
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[:2] != (query.shape[0], count):
+            x = None
         return self.mechanism(query, key, value, grid, prefix, scale, x=x, causal=is_causal)
 
 

@@ -2,6 +2,7 @@
 
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.classes import Task, read_classes
+from xattn.backbone.conversion import converted
 from xattn.backbone.fingerprint import sha256, state_sha256
 from xattn.backbone.loading import load_backbone
 from xattn.backbone.preprocessing import Preprocessing
@@ -14,6 +15,7 @@ __all__ = [
     "TapModule",
     "Taps",
     "Task",
+    "converted",
     "load_backbone",
     "read_classes",
     "sha256",

@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xattn.attention.conversion import Conversion, describe
+from xattn.attention.convert import conversion
 from xattn.backbone.classes import Task, class_names_of, find_class, resolve_task
 from xattn.backbone.classifier import linear_classifier
-from xattn.backbone.fingerprint import sha256
+from xattn.backbone.fingerprint import network_sha256
 from xattn.backbone.preprocessing import Preprocessing
 from xattn.backbone.taps import (
     Taps,
@@ -86,6 +88,7 @@ class Backbone(nn.Module):
         self.prefix_tokens = int(getattr(model, "num_prefix_tokens", 0) or 0)
         self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         self._fingerprint: str | None = None
+        self._hashed: list[Conversion] | None = None  # the conversion that it belongs to
         super().train(False)
         self.task: Task = task or "multiclass"
         with self._passing():
@@ -410,10 +413,18 @@ class Backbone(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights as they were loaded, before any later cast; see :func:`sha256`."""
-        if self._fingerprint is None:
-            self._fingerprint = sha256(self.model)
+        """SHA-256 of the weights as they were loaded, before any later cast; see :func:`sha256`.
+
+        Of a converted model, of its conversion, too."""
+        made = self.conversion
+        if self._fingerprint is None or made != self._hashed:
+            self._fingerprint, self._hashed = network_sha256(self.model), made
         return self._fingerprint
+
+    def _share_fingerprint(self, other: Backbone) -> Backbone:
+        """``other``, a backbone over the same model, with the hash of this one."""
+        other._fingerprint, other._hashed = self._fingerprint, self._hashed
+        return other
 
     @property
     def depth(self) -> int:
@@ -422,18 +433,37 @@ class Backbone(nn.Module):
 
     def with_taps(self, taps: str | Sequence[str]) -> Backbone:
         """A backbone with other taps over the same model."""
-        other = Backbone(
-            self.model, self.name, self.preprocessing, taps, self.class_names, self.task
+        return self._share_fingerprint(
+            Backbone(self.model, self.name, self.preprocessing, taps, self.class_names, self.task)
         )
-        other._fingerprint = self._fingerprint
-        return other
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> Backbone:
         """A backbone over the same model that crops, resizes and normalises by ``preprocessing``."""
         taps = None if self.adapter else self.taps
-        other = Backbone(self.model, self.name, preprocessing, taps, self.class_names, self.task)
-        other._fingerprint = self._fingerprint
-        return other
+        return self._share_fingerprint(
+            Backbone(self.model, self.name, preprocessing, taps, self.class_names, self.task)
+        )
+
+    # ------------------------------------------------------------------ conversions
+
+    @property
+    def conversion(self) -> list[Conversion] | None:
+        """What :func:`~xattn.attention.convert` has put into the model; None if nothing."""
+        return conversion(self.model)
+
+    def conversion_record(self) -> dict[str, Any]:
+        """``{"conversion": [...]}`` for files, or nothing where nothing was converted."""
+        made = self.conversion
+        return {} if made is None else {"conversion": [one.record() for one in made]}
+
+    def with_converted(self, model: nn.Module) -> Backbone:
+        """A backbone like this one over ``model``, a converted copy of its own; see
+        :func:`~xattn.backbone.conversion.converted`."""
+        made, earlier = conversion(model), self.conversion
+        name = self.name.removesuffix(f" ({describe(earlier or [])})")
+        name = name if made is None else f"{name} ({describe(made)})"
+        taps = None if self.adapter else self.taps
+        return Backbone(model, name, self.preprocessing, taps, self.class_names, self.task)
 
     @property
     def has_classes(self) -> bool:

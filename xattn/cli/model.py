@@ -30,9 +30,14 @@ class BackboneArgs:
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
     probe: str | None = None
     """Folder of a head trained by xattn probe; it replaces the classifier."""
+    mechanism: Annotated[str | None, tyro.conf.arg(metavar="NAME[:option=value,...]|FOLDER")] = None
+    """Attention mechanism of xattn list, with its options, that stands in for the model's own, for
+    example gna:kernel=7; or the folder of a conversion that xattn distill has trained."""
+    layers: str | None = None
+    """Layers that get the mechanism, for example 4-11 or 0,3,8-11; all by default."""
 
     def load(self) -> Any:
-        """The backbone; with ``probe``, that head is its classifier."""
+        """The backbone, with the mechanism; with ``probe``, that head is its classifier."""
         if self.probe is None:
             return self._load()
         from xattn.heads import head_folder, load_head, read_config
@@ -50,7 +55,7 @@ class BackboneArgs:
         taps: Any = self.taps or None
         if len(self.taps) == 1 and self.taps[0] in ("norm1", "block", "stage"):
             taps = self.taps[0]
-        return load_backbone(
+        backbone = load_backbone(
             self.backbone,
             weight_source(self.weights, self.backbone),
             taps,
@@ -59,6 +64,18 @@ class BackboneArgs:
             classes=self.classes_file,
             task=self.task,
         )
+        return self._converted(backbone)
+
+    def _converted(self, backbone: Any) -> Any:
+        from xattn.attention.conversion import parse_mechanism
+        from xattn.backbone import converted
+
+        if self.mechanism is None:
+            if self.layers is not None:
+                raise ValueError(f"layers: got {self.layers} without --mechanism; give both")
+            return backbone
+        name, options = parse_mechanism(self.mechanism)
+        return converted(backbone, name, self.layers, options)
 
 
 def weight_source(source: str, backbone: str) -> str | None:

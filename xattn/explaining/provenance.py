@@ -21,6 +21,7 @@ def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, A
             "sha256": backbone.fingerprint,
             "taps": list(backbone.taps),
             "input_size": list(backbone.preprocessing.input_size),
+            **backbone.conversion_record(),
         },
         "head": None if head is None else _head_record(head),
         "explainer": method.name,

@@ -20,6 +20,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from xattn.attention.conversion import Conversion, describe, how_to_convert
 from xattn.backbone import Backbone, Taps
 from xattn.heads.options import checked
 from xattn.registry import Registry, adopting
@@ -69,6 +70,7 @@ class Head(
         self.backbone_fingerprint = backbone.fingerprint
         self.backbone_taps = list(backbone.taps)
         self.backbone_task = backbone.task
+        self.backbone_conversion = backbone.conversion_record()
         self.num_classes = backbone.num_classes
         self.summary = {}
         self.mask_policy = options.get("mask_policy", "raw_normalize")
@@ -108,6 +110,7 @@ class Head(
                 "taps": self.backbone_taps,
                 "num_classes": self.num_classes,
                 "task": self.backbone_task,
+                **self.backbone_conversion,
             },
             "training": self.summary,
         }
@@ -366,6 +369,7 @@ def _read_head(folder: Path, backbone: Backbone) -> Head:
 
     config = read_config(folder)
     wanted = config["backbone"]
+    _check_conversion(folder, wanted, backbone)
     if wanted["sha256"] != backbone.fingerprint:
         raise ValueError(
             f"head: {folder.name} was trained on {wanted.get('name')} with weights sha256 "
@@ -394,6 +398,22 @@ def _read_head(folder: Path, backbone: Backbone) -> Head:
     head.load_state_dict(state, strict=True)
     head.summary = config.get("training", {})
     return head.eval()
+
+
+def _check_conversion(folder: Path, wanted: Mapping[str, Any], backbone: Backbone) -> None:
+    """Raise unless the backbone is converted as the head's was."""
+    theirs, own = wanted.get("conversion"), backbone.conversion_record().get("conversion")
+    if theirs == own:
+        return
+    try:
+        made = [Conversion.of_record(record) for record in theirs or ()]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"head: the config of {folder.name} is damaged ({error})") from None
+    remedy = f"load the backbone with {how_to_convert(made)}" if made else "leave out --mechanism"
+    raise ValueError(
+        f"head: {folder.name} was trained with {describe(made) or 'the attention of the model itself'}, "
+        f"the backbone has {describe(backbone.conversion or ()) or 'its own'}; {remedy}"
+    )
 
 
 def _check_shapes(

@@ -13,6 +13,7 @@ import hashlib
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Preprocessing, Taps, sha256
+from xattn.backbone.fingerprint import network_sha256
 from xattn.heads.attentive import AttentiveHead
 
 
@@ -36,14 +37,20 @@ class Probed(Backbone):
         self.class_names = list(names)
         self.pools_linearly = False
         self.tap_point = nn.Identity()
-        self._fingerprint = self._hash(backbone.fingerprint)
+        self._fingerprint, self._hashed = self._hash(backbone.fingerprint), backbone.conversion
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> Probed:
         taps = None if self.adapter else self.taps
         name = self.name.removesuffix(f" + {self.probe.name}")
         encoder = Backbone(self.model, name, preprocessing, taps)
-        encoder._fingerprint = self.encoder_fingerprint
+        encoder._fingerprint, encoder._hashed = self.encoder_fingerprint, encoder.conversion
         return Probed(encoder, self.probe)
+
+    def with_converted(self, model: nn.Module) -> Backbone:
+        raise ValueError(
+            f"backbone: the head of {self.name} was trained on it as it is; convert the backbone, then "
+            f"train a head on that"
+        )
 
     @property
     def has_classes(self) -> bool:
@@ -81,8 +88,9 @@ class Probed(Backbone):
 
     @property
     def fingerprint(self) -> str:
-        if self._fingerprint is None:
-            self._fingerprint = self._hash(sha256(self.model))
+        made = self.conversion
+        if self._fingerprint is None or made != self._hashed:
+            self._fingerprint, self._hashed = self._hash(network_sha256(self.model)), made
         return self._fingerprint
 
     def _hash(self, encoder: str) -> str:
