@@ -82,10 +82,11 @@ class Agent(Mechanism):
     def operator(self, inputs: Inputs) -> Operator:
         q, k, grid, prefix = inputs.q, inputs.k, inputs.grid, inputs.prefix
         assert grid is not None and inputs.scale is not None
-        patches = merge_heads(q[:, :, prefix:]).transpose(1, 2).unflatten(2, grid)
-        # Contiguous, or compiled code may assume other strides of the pooled map than it has.
-        pooled = F.adaptive_avg_pool2d(patches.contiguous(), self.side).flatten(2).transpose(1, 2)
-        agents = split_heads(pooled, self.num_heads)
+        patches = q[:, :, prefix:].transpose(2, 3).unflatten(3, grid).flatten(0, 1)
+        if torch.compiler.is_compiling():  # compiled code assumes the strides of a contiguous map
+            patches = patches.contiguous()
+        pooled = F.adaptive_avg_pool2d(patches, self.side).flatten(2).transpose(1, 2)
+        agents = pooled.unflatten(0, q.shape[:2])
         scale = inputs.scale
         if self.training_free:
             first, second, last = None, None, scale**0.3

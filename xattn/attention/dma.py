@@ -66,8 +66,8 @@ class DMA(Mechanism):
 
     def key_bias(self, v: Tensor) -> Tensor:
         """b, (B, H, N), from values (B, H, N, D)."""
-        weight = self.score.weight.unflatten(1, (self.num_heads, -1))  # no copy of v by token
-        z = torch.matmul(v, weight.permute(1, 2, 0)).sum(1).transpose(1, 2)
+        weight = self.score.weight.unflatten(1, (self.num_heads, -1)).transpose(0, 1)
+        z = (weight @ v.transpose(2, 3)).sum(1)  # no copy of v by token
         return self.a[:, None] * F.softplus(z)
 
     def operator(self, inputs: Inputs) -> Operator:
@@ -83,7 +83,7 @@ class DMA(Mechanism):
                 inputs.q, inputs.k, inputs.scale, bias[:, :, None], None, self.backend, True
             )
         else:
-            keep = b.detach().topk(self.window).indices.sort(-1).values
+            keep = b.detach().topk(self.window, sorted=False).indices.sort(-1).values
             operator = chosen_keys_operator(
                 inputs, keep + inputs.prefix, bias, backend=self.backend
             )

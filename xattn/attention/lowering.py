@@ -16,7 +16,6 @@ from torch import Tensor
 
 from xattn.attention.segments import Blocks, Segment, visible_blocks
 from xattn.kernels.block_sparse import block_sparse_attention
-from xattn.kernels.block_sparse.block_lists import check_index
 from xattn.kernels.softmax import softmax_attention
 
 DENSE = 2048  # the most keys for which a mask is stored
@@ -86,8 +85,4 @@ def mask_is_faster(q: Tensor, keys: int, blocks: Blocks, backend: str) -> bool:
 
 def reads_all(k: Tensor, blocks: Blocks) -> bool:
     """Whether every list holds every block; False on a GPU, where looking would stall the stream."""
-    count = -(-k.shape[2] // blocks.k_block)
-    if k.device.type != "cpu" or blocks.index.shape[-1] != count:
-        return False
-    check_index(blocks.index, count)
-    return bool((blocks.index >= 0).all())
+    return k.device.type == "cpu" and blocks.holds_all(-(-k.shape[2] // blocks.k_block))

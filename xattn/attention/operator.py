@@ -230,10 +230,6 @@ class SoftmaxOperator(Operator):
         self._lse = lse
 
     @property
-    def _tmp(self):
-        return {"causal": True} if self._by_place else {}
-
-    @property
     def lse(self) -> Tensor:
         """Log-sum-exp of every row's scores, (B, H, N)."""
         if self._lse is not None:
@@ -248,7 +244,7 @@ class SoftmaxOperator(Operator):
         """(A V, lse)."""
         k, v = spread_heads(self.k, self.shape[1]), spread_heads(v, self.shape[1])
         return softmax_attention(
-            self.q, k, v, self.bias, scale=self.scale, backend=self.backend, **self._tmp
+            self.q, k, v, self.bias, scale=self.scale, causal=self._by_place, backend=self.backend
         )
 
     def matvec(self, x: Tensor) -> Tensor:
@@ -301,7 +297,7 @@ class SoftmaxOperator(Operator):
         self._spread(r)  # checks
         reduce = "mean" if check_heads(heads) else "none"
         k, lse = spread_heads(self.k, self.shape[1]), self.lse
-        options = {"bias": self.bias, "scale": self.scale, **self._tmp}
+        options = {"bias": self.bias, "scale": self.scale, "causal": self._by_place}
         return _in_parts(
             lambda some: softmax_vecmat(
                 self.q, k, lse, some, reduce=reduce, backend=self.backend, **options
@@ -311,7 +307,7 @@ class SoftmaxOperator(Operator):
 
     def gradient_vecmat(self, v: Tensor, grad: Tensor, r: Tensor) -> Tensor:
         k, v, lse = spread_heads(self.k, self.shape[1]), spread_heads(v, self.shape[1]), self.lse
-        options = {"bias": self.bias, "scale": self.scale, **self._tmp}
+        options = {"bias": self.bias, "scale": self.scale, "causal": self._by_place}
         return _in_parts(
             lambda some: softmax_gradient_vecmat(
                 self.q, k, v, lse, grad, some, backend=self.backend, **options

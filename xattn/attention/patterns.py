@@ -18,7 +18,7 @@ from xattn.attention.lowering import mask_is_faster
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import Order
 from xattn.attention.segments import Blocks, Rule, Segment, visible
-from xattn.attention.segments_operator import Piece, SegmentsOperator
+from xattn.attention.segments_operator import Piece, SegmentsOperator, take_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +87,13 @@ def chosen_keys_operator(
         bias: (B, H, S), added to a key's scores.
     """
     k, prefix = inputs.k, inputs.prefix
-    always = torch.arange(prefix, device=k.device).expand(*keep.shape[:2], -1)
-    columns = torch.cat([always, keep], -1)
-    kept = k.gather(2, columns[..., None].expand(-1, -1, -1, k.shape[-1]))
+    columns = keep
+    if prefix:
+        always = torch.arange(prefix, device=k.device).expand(*keep.shape[:2], -1)
+        columns = torch.cat([always, keep], -1)
+    kept = take_rows(k, columns)
     segment = Segment(kept, bias=None if bias is None else bias.gather(2, columns))
-    piece = Piece(inputs.q, (segment,), (columns,))
+    piece = Piece(inputs.q, (segment,), (columns,), padded=False)
     return SegmentsOperator([piece], None, k.shape[2], inputs.scale, backend, every_row=True)
 
 

@@ -184,12 +184,9 @@ def attend_and_keep(
     """``F.scaled_dot_product_attention`` that also records the operator."""
     if dropout_p > 0:
         raise ValueError("model: drops attention weights at random; call model.eval() first")
-    if enable_gqa and key.shape[-3] != query.shape[-3]:
-        times = query.shape[-3] // key.shape[-3]
-        key, value = (x.repeat_interleave(times, -3) for x in (key, value))
     q, k, v = (_four(x) for x in (query, key, value))
-    bias = attn_mask
-    if is_causal:
+    bias, causal = attn_mask, is_causal and q.shape[2] == k.shape[2]
+    if is_causal and not causal:
         shape = q.shape[2], k.shape[2]
         bias = torch.ones(shape, dtype=torch.bool, device=q.device).tril()
     if bias is not None:
@@ -197,8 +194,10 @@ def attend_and_keep(
             hidden = ~bias
             bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill(hidden, -torch.inf)
         bias = _four(bias.expand(*query.shape[:-3], *bias.shape[-3:]) if query.ndim > 4 else bias)
-    o, lse = softmax_attention(q, k, v, bias, scale=scale)
-    operator = SoftmaxOperator(q.detach(), k.detach(), scale, _detach(bias), lse.detach())
+    o, lse = softmax_attention(q, k, v, bias, scale=scale, causal=causal)
+    operator = SoftmaxOperator(
+        q.detach(), k.detach(), scale, _detach(bias), lse.detach(), causal=causal
+    )
     keep(Call(operator, v.detach(), o))
     return o.reshape(*query.shape[:-1], value.shape[-1])
 

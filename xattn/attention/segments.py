@@ -5,12 +5,14 @@ Most sparse mechanisms are a softmax over a union of such segments, see :mod:`xa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xattn.kernels.block_sparse.block_lists import check_index
 from xattn.kernels.block_sparse.box import Box as Rule
 from xattn.kernels.block_topk import block_topk
 
@@ -26,9 +28,25 @@ class Blocks:
     index: Tensor
     q_block: int
     k_block: int
+    known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def to(self, device: torch.device | str) -> Blocks:
         return replace(self, index=self.index.to(device))
+
+    def holds_all(self, count: int) -> bool:
+        """Whether every list holds all ``count`` blocks; looked up once, until ``index`` changes.
+
+        Raises:
+            ValueError: a number that is out of range or twice in a list.
+        """
+        if self.index.shape[-1] != count:
+            return False
+        counted = not self.index.is_inference()  # such tensors count no changes
+        key = (count, self.index._version) if counted else None
+        if key is None or self.known.get("key") != key:
+            check_index(self.index, count)
+            self.known.update(key=key, all=bool((self.index >= 0).all()))
+        return bool(self.known["all"])
 
 
 @dataclass(frozen=True, eq=False)

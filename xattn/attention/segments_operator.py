@@ -27,6 +27,8 @@ class Piece:
     q: Tensor
     segments: tuple[Segment, ...]
     columns: tuple[Tensor, ...]
+    padded: bool = True
+    """Whether there may be padding among the columns."""
 
 
 class SegmentsOperator(Operator):
@@ -87,7 +89,7 @@ class SegmentsOperator(Operator):
         (piece,) = self.pieces
         bias = None if s.bias is None else s.bias[:, :, None, :]
         k, v = spread_heads(s.k, self.shape[1]), spread_heads(x, self.shape[1])
-        v = _take(v, piece.columns[0])
+        v = _take(v, piece.columns[0], piece.padded)
         return F.scaled_dot_product_attention(piece.q, k, v, attn_mask=bias, scale=self.scale)
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +114,7 @@ class SegmentsOperator(Operator):
         heads = max(x.shape[1], *(s.k.shape[1] for s in piece.segments))  # H, or Hk for all
         x = spread_heads(x, heads)
         segments = [
-            replace(s, k=spread_heads(s.k, heads), v=_take(x, columns))
+            replace(s, k=spread_heads(s.k, heads), v=_take(x, columns, piece.padded))
             for s, columns in zip(piece.segments, piece.columns, strict=True)
         ]
         return attend(piece.q, segments, scale=self.scale, backend=self.backend)
@@ -149,16 +151,23 @@ class SegmentsOperator(Operator):
         return self.pieces[0].q
 
 
-def _take(x: Tensor, columns: Tensor) -> Tensor:
-    """Rows of ``x`` (B, H, S, m) for token numbers (K,) or (B, H, K); zeros for -1."""
-    at = columns.clamp(min=0)
-    if at.ndim == 1:
+def _take(x: Tensor, columns: Tensor, padded: bool) -> Tensor:
+    """Rows of ``x`` (B, H, S, m) for token numbers (K,) or (B, H or Hk, K); zeros for -1."""
+    at = columns.clamp(min=0) if padded else columns
+    if columns.ndim == 1:
         out = x.index_select(2, at)
     else:
-        at = spread_heads(at, x.shape[1])
         columns = spread_heads(columns, x.shape[1])
-        out = x.gather(2, at[..., None].expand(*at.shape, x.shape[-1]))
-    return out.masked_fill((columns < 0)[..., None], 0.0)
+        out = take_rows(x, spread_heads(at, x.shape[1]))
+    return out.masked_fill((columns < 0)[..., None], 0.0) if padded else out
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``x`` (B, H, S, m) for a LongTensor (B, H, K) of their numbers: (B, H, K, m)."""
+    batch, heads, rows, width = x.shape
+    first = rows * torch.arange(batch * heads, device=x.device).view(batch, heads, 1)
+    taken = x.reshape(-1, width).index_select(0, (first + index).flatten())
+    return taken.view(*index.shape, width)  # twice as fast as gather, which copies single numbers
 
 
 def _to_heads(x: Tensor, heads: int) -> Tensor:
