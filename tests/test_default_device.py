@@ -12,17 +12,13 @@ from small_networks import PAIRS, cheap, made
 
 from xattn import evaluate, explain, load_backbone
 from xattn.attention import Inputs, convert, create_mechanism, list_attention, record
+from xattn.attention.base import MECHANISMS as REGISTERED
 from xattn.attention.statistics import sample_queries, statistics
 from xattn.eval import PROBES, create_probe, randomized_backbone
 from xattn.explainers import create_explainer
 from xattn.heads import create_head, list_heads, load_head, save_head
 
-MECHANISMS = {
-    "softmax": {},
-    "gna": {"kernel": 3},
-    "dma": {"window": 4},
-    "agent": {"agents": 4, "window": (3, 3)},
-}
+MECHANISMS = {entry.name: entry.cases[0] for entry in REGISTERED.entries()}
 
 
 @pytest.fixture
@@ -96,14 +92,15 @@ def test_explaining_photos(photos, meta):
 @pytest.mark.parametrize("name", list_attention())
 def test_mechanisms(name, meta):
     q, k, v = torch.randn(3, 1, 2, 31, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    x = torch.randn(1, 31, 32, generator=torch.Generator().manual_seed(2))
     layer = create_mechanism(name, 32, 2, **MECHANISMS[name])
     r = torch.rand(1, 3, 31, generator=torch.Generator().manual_seed(1))
     index = torch.tensor([0, 30])
 
     def run():
         with torch.no_grad():
-            y = layer(q, k, v, (5, 6), 1)
-            operator = layer.operator(Inputs(q, k, v, None, (5, 6), 1))
+            y = layer(q, k, v, (5, 6), 1, x=x)
+            operator = layer.operator(Inputs(q, k, v, x, (5, 6), 1))
             found = statistics(operator, (5, 6), 1)
             few = sample_queries(31, 1, 4)
             return (

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from xattn.attention import Inputs, convert, create_attention, create_mechanism, record, revert
 from xattn.attention.base import MECHANISMS
 from xattn.attention.tile_simulator import speedup_bound
+from xattn.eval.bench.tensor_memory import peak_memory
 from xattn.kernels.backend import HAS_TRITON
 from xattn.kernels.block_sparse.box import neighbourhood
 
@@ -360,6 +361,21 @@ def test_gna_is_causal_in_the_dimensions_asked_for():
     a = a.unflatten(2, GRID)
     for y in range(GRID[0]):
         assert (a[:, :, y, :, y + 1 :] == 0).all() and (a[:, :, y, :, y] > 0).any()
+
+
+def test_causal_softmax_stores_no_square_matrix():
+    n = 4096
+    q, k, v = (x.float()[:1, :1] for x in inputs(0, (64, 64)))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    layer, r = create_mechanism("softmax", 16, 1), torch.ones(1, 1, n)
+
+    def run():
+        layer(*leaves, causal=True).sum().backward()
+        with torch.no_grad():
+            operator = layer.operator(Inputs(q, k, v, causal=True))
+            operator.vecmat(r), operator.rows(torch.tensor([5, 4095]))
+
+    assert peak_memory(run) < 4 * n * n / 4
 
 
 def test_gna_locality_is_the_dense_mass_inside_the_window():
