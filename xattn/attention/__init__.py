@@ -10,10 +10,8 @@ from xattn.attention.algebra import (
     pool,
 )
 from xattn.attention.base import (
-    Attention,
     Entry,
     Mechanism,
-    create_attention,
     create_mechanism,
     list_attention,
     mechanism_class,
@@ -23,6 +21,7 @@ from xattn.attention.causal_low_rank import CausalLowRankOperator
 from xattn.attention.conversion import Conversion
 from xattn.attention.convert import conversion, convert, converted_copy, revert
 from xattn.attention.inputs import Inputs
+from xattn.attention.layer import Attention, create_attention
 from xattn.attention.lowering import attend
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import Order, tile_order, z_order

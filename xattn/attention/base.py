@@ -1,10 +1,6 @@
-"""Base of all mechanisms (queries, keys and values in, an operator out), their registry, and the layer.
+"""Base of all mechanisms, queries, keys and values in, an operator out, and their registry.
 
-    layer = create_attention("gna", dim=384, num_heads=6, kernel=7)
-    y = layer(x, grid=(32, 32), prefix=1)
-
-A mechanism decides which A stands in Y = A V; projections, prefix tokens and recording are the same for
-all. Tokens are ``prefix`` class or register tokens, then the grid in raster order.
+A mechanism decides which A stands in Y = A V; checks, prefix tokens and recording are the same for all.
 """
 
 from __future__ import annotations
@@ -23,8 +19,6 @@ from xattn.attention.operator import Operator
 from xattn.attention.record import Call, keep, own_layer, recording
 from xattn.kernels.backend import choose
 from xattn.registry import Registry
-
-Rotate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -223,70 +217,6 @@ MECHANISMS: Registry[Mechanism, Entry] = Registry(
 Made = TypeVar("Made", bound=Mechanism)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention around a mechanism: projections as in a timm ViT.
-
-    Args:
-        mechanism: what stands between the projections.
-        qkv_bias, proj_bias: whether the projections have biases.
-        qk_norm: layer norm of queries and keys in each head.
-        kv_heads: Hk, heads of keys and values; it divides the number of heads, which is the default.
-        rotate: rotates queries and keys by their places, (q, k, positions) -> (q, k), with
-            positions (N, n) on the grid, 0 at prefix tokens; see :mod:`xattn.attention.positions`.
-    """
-
-    def __init__(
-        self,
-        mechanism: Mechanism,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        qk_norm: bool = False,
-        kv_heads: int | None = None,
-        rotate: Rotate | None = None,
-    ) -> None:
-        super().__init__()
-        dim, self.num_heads = mechanism.dim, mechanism.num_heads
-        self.kv_heads = self.num_heads if kv_heads is None else whole("kv_heads", kv_heads)
-        if self.num_heads % self.kv_heads:
-            raise ValueError(
-                f"kv_heads: got {kv_heads} for {self.num_heads} heads; give a number that divides it"
-            )
-        width = dim // self.num_heads
-        self.qkv = nn.Linear(dim, dim + 2 * self.kv_heads * width, bias=qkv_bias)
-        self.q_norm: nn.Module = nn.LayerNorm(width) if qk_norm else nn.Identity()
-        self.k_norm: nn.Module = nn.LayerNorm(width) if qk_norm else nn.Identity()
-        self.rotate = rotate
-        self.mechanism = mechanism
-        self.proj = nn.Linear(dim, dim, bias=proj_bias)
-
-    def forward(
-        self,
-        x: Tensor,
-        grid: Sequence[int] | None = None,
-        prefix: int = 0,
-        causal: bool = False,
-    ) -> Tensor:
-        """(B, N, C) -> (B, N, C); the others as in :meth:`Mechanism.forward`."""
-        if x.ndim != 3 or x.shape[2] != self.mechanism.dim:
-            raise ValueError(f"x: got {tuple(x.shape)}; give (B, N, {self.mechanism.dim})")
-        qkv = self.qkv(x).unflatten(2, (self.num_heads + 2 * self.kv_heads, -1)).transpose(1, 2)
-        q, k, v = qkv.split((self.num_heads, self.kv_heads, self.kv_heads), 1)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotate is not None:
-            if grid is None:
-                raise ValueError("grid: rotated queries and keys need the grid of the tokens")
-            q, k = self.rotate(q, k, positions(grid, prefix, x))
-        y = self.mechanism(q, k, v, grid, prefix, x=x, causal=causal)
-        return self.proj(merge_heads(y))
-
-
-def positions(grid: Sequence[int], prefix: int, like: Tensor) -> Tensor:
-    """Coordinates (N, n) of the tokens on their grid, 0 at prefix tokens, in the dtype of ``like``."""
-    axes = (torch.arange(length, device=like.device, dtype=like.dtype) for length in grid)
-    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
-    return torch.cat([places.new_zeros(prefix, len(grid)), places])
-
-
 def whole(name: str, value: Any) -> int:
     """``value`` if it is a whole number of at least 1; else a ``ValueError`` that names it."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -302,9 +232,6 @@ def merge_heads(x: Tensor) -> Tensor:
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, N, H D) -> (B, H, N, D)."""
     return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
-
-
-# ---------------------------------------------------------------------- registry
 
 
 def register(
@@ -342,24 +269,3 @@ def create_mechanism(name: str, dim: int, num_heads: int, **options: Any) -> Mec
         ValueError: unknown name (with near matches), unknown option, or values that do not fit.
     """
     return MECHANISMS.create(name, dim, num_heads, **options)
-
-
-def create_attention(
-    name: str,
-    dim: int,
-    num_heads: int,
-    *,
-    qkv_bias: bool = True,
-    proj_bias: bool = True,
-    qk_norm: bool = False,
-    kv_heads: int | None = None,
-    rotate: Rotate | None = None,
-    **options: Any,
-) -> Attention:
-    """An attention layer by the mechanism's name; arguments as in :class:`Attention`.
-
-    Raises:
-        ValueError: as in :func:`create_mechanism`.
-    """
-    mechanism = create_mechanism(name, dim, num_heads, **options)
-    return Attention(mechanism, qkv_bias, proj_bias, qk_norm, kv_heads, rotate)
