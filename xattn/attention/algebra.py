@@ -13,13 +13,15 @@ from torch import Tensor
 
 from xattn.attention.operator import Operator, check_heads
 from xattn.attention.order import Order
+from xattn.kernels.backend import own_precision
 from xattn.kernels.softmax.reference import widen
 
 
 class LowRankOperator(Operator):
     """A = L R with L (B, H, N, f) and R (B, H, f, S), f much smaller than N and S.
 
-    ``stochastic`` and ``signed`` say what the caller knows of A.
+    ``stochastic`` and ``signed`` say what the caller knows of A. Products with values are computed in
+    the wider type of both.
     """
 
     def __init__(
@@ -34,10 +36,13 @@ class LowRankOperator(Operator):
         return self.left.shape[3] * (self.shape[2] + self.shape[3]) / 2
 
     def matvec(self, x: Tensor) -> Tensor:
-        return self.left @ (self.right @ x)
+        dtype = torch.promote_types(self.left.dtype, x.dtype)
+        with own_precision(x):
+            return (self.left.to(dtype) @ (self.right.to(dtype) @ x.to(dtype))).to(x.dtype)
 
     def rows(self, index: Tensor) -> Tensor:
-        return widen(self.left[:, :, index]) @ widen(self.right)
+        with own_precision(self.left):
+            return widen(self.left[:, :, index]) @ widen(self.right)
 
     def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
         product = (self._spread(r) @ widen(self.left)) @ widen(self.right)

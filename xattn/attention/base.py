@@ -163,6 +163,10 @@ class Mechanism(nn.Module, ABC):
             )
         if inputs.causal and not entry.causal:
             raise ValueError(f"causal: {name} has no causal form; leave it False")
+        if inputs.causal and k.shape[2] != q.shape[2]:
+            raise ValueError(
+                f"causal: got {k.shape[2]} keys for {q.shape[2]} queries; a causal call needs as many"
+            )
         self._check_grid(inputs.grid, inputs.prefix, q.shape[2])
 
     def _check_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:

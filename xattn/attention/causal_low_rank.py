@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from xattn.attention.operator import Operator, check_heads
+from xattn.kernels.backend import own_precision
 from xattn.kernels.causal_product import causal_product
+from xattn.kernels.causal_product.cpu import CHUNK
 from xattn.kernels.softmax.reference import widen
 
 
@@ -35,6 +37,10 @@ class CausalLowRankOperator(Operator):
         self.stochastic, self.signed = stochastic, signed
         self.shape = (left.shape[0], left.shape[1], left.shape[2], left.shape[2])
 
+    @property
+    def pairs(self) -> float:
+        return self.shape[2] * (self.left.shape[3] + CHUNK)
+
     def matvec(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(self.left.dtype, x.dtype)
         left, right = self.left.to(dtype), self.right.to(dtype)
@@ -45,7 +51,7 @@ class CausalLowRankOperator(Operator):
 
     def tile(self, rows: slice | Tensor, columns: slice) -> Tensor:
         every = torch.arange(self.shape[2], device=self.device)
-        with torch.autocast(self.device.type, enabled=False):
+        with own_precision(self.left):
             a = widen(self.left[:, :, rows]) @ widen(self.right[..., columns])
         return a.masked_fill(every[columns] > every[rows][:, None], 0.0)
 

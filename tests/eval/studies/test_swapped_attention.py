@@ -81,14 +81,15 @@ def test_the_command_prints_a_row_for_every_swap(photos, tmp_path, capsys):
     ]
 
 
-def test_every_mechanism_is_measured_and_the_readme_says_which_is_training_free():
-    assert {swap.name for swap in SWAPS} == set(list_attention())
+def test_what_is_called_training_free_is_measured_and_the_readme_says_so():
+    measured = {swap.name for swap in SWAPS}
+    assert measured <= set(list_attention())
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", text, re.M))
     for name in list_attention():
         free = mechanism_class(name).entry.training_free
         assert rows[name].startswith("training-free" if free else "needs training")
-        assert bool(re.search(r"\d+(\.\d+)? %", rows[name])) or not free
+        assert not free or (name in measured and re.search(r"\d+(\.\d+)? %", rows[name]))
 
 
 @pytest.mark.slow

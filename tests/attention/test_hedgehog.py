@@ -1,0 +1,228 @@
+"""Hedgehog: its feature maps, its two forms, and the limits in which its matrix is known."""
+
+import pytest
+import torch
+
+from xattn.attention import (
+    CausalLowRankOperator,
+    Inputs,
+    LowRankOperator,
+    SoftmaxOperator,
+    create_mechanism,
+)
+from xattn.attention.statistics import mean_row_divergence, row_divergence
+
+FEATURES = ["exp", "softmax", "joint", "elu"]
+LEARNED = ["exp", "softmax", "joint"]
+MAPS = [(feature, {"bias": bias, "width": 5}) for feature in LEARNED for bias in (False, True)]
+HEADS, WIDTH = 3, 8
+
+
+def made(feature="exp", random=True, **options):
+    torch.manual_seed(0)
+    layer = create_mechanism("hedgehog", HEADS * WIDTH, HEADS, feature=feature, **options).double()
+    for parameter in layer.parameters():
+        if random:
+            parameter.data.normal_()
+    return layer
+
+
+def inputs(n=37, s=None, heads=HEADS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(heads, tokens):
+        return torch.randn(2, heads, tokens, WIDTH, generator=generator, dtype=torch.float64)
+
+    return normal(HEADS, n), normal(heads, s or n), normal(heads, s or n)
+
+
+def quadratic(layer, q, k, causal=False):
+    """A by its definition, from plain feature maps."""
+
+    def phi(x, name):
+        if layer.feature == "elu":
+            return torch.nn.functional.elu(x) + 1
+        u = x @ getattr(layer, f"{name}_map")
+        bias = getattr(layer, f"{name}_bias")
+        u = u if bias is None else u + bias
+        if layer.feature == "exp":
+            return torch.cat([u.exp(), (-u).exp()], -1)
+        if layer.feature == "softmax":
+            return torch.cat([u.softmax(-1), (-u).softmax(-1)], -1)
+        return torch.cat([2 * u, -2 * u], -1).softmax(-1)
+
+    a = phi(q, "q") @ phi(k, "k").transpose(-2, -1)
+    a = a.tril() if causal else a
+    return a / a.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("feature, options", [("elu", {}), *MAPS])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_linear_form_is_the_quadratic_one(feature, options, causal):
+    layer = made(feature, **options)
+    q, k, v = inputs()
+    a = quadratic(layer, q, k, causal)
+    assert torch.allclose(layer(q, k, v, causal=causal), a @ v)
+    operator = layer.operator(Inputs(q, k, v, causal=causal))
+    assert type(operator) is (CausalLowRankOperator if causal else LowRankOperator)
+    assert torch.allclose(operator.rows(torch.arange(37)), a)
+    assert torch.allclose(operator.row_sums(), torch.ones(()).double())
+
+
+@pytest.mark.parametrize("feature", LEARNED)
+@pytest.mark.parametrize("causal", [False, True])
+def test_without_weights_attention_is_uniform(feature, causal):
+    layer = made(feature, bias=True)
+    for name, parameter in layer.named_parameters():
+        if name.startswith("k"):
+            parameter.data.zero_()
+    q, k, v = inputs()
+    means = v.cumsum(2) / torch.arange(1, 38)[:, None] if causal else v.mean(2, True).expand_as(v)
+    assert torch.allclose(layer(q, k, v, causal=causal), means)
+
+
+@pytest.mark.parametrize("feature", LEARNED)
+def test_it_starts_as_the_identity_with_separate_weights_for_queries_keys_and_heads(feature):
+    layer = made(feature, random=False)
+    assert torch.equal(layer.q_map, torch.eye(WIDTH).double().expand(HEADS, -1, -1))
+    assert torch.equal(layer.q_map, layer.k_map) and layer.q_bias is None
+    q, k, v = inputs()
+    before = layer(q, k, v)
+    layer.k_map.data[1] *= 2
+    changed = (layer(q, k, v) != before).flatten(2).any(-1).all(0)
+    assert changed.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("feature", LEARNED)
+def test_the_opposite_sign_exchanges_the_halves(feature):
+    layer = made(feature)
+    q, k, _ = inputs()
+    for one, other in zip(layer.features(q, k), layer.features(-q, -k), strict=True):
+        if feature != "exp":  # whose factors depend on the tokens, and cancel in A
+            assert torch.allclose(one, other.roll(WIDTH, -1))
+    assert torch.allclose(quadratic(layer, -q, -k), quadratic(layer, q, k))
+    asked, signs = (layer.operator(Inputs(s * q, s * k, k)) for s in (1, -1))
+    assert torch.allclose(asked.rows(torch.arange(37)), signs.rows(torch.arange(37)))
+
+
+def test_the_halves_of_softmax_and_all_of_joint_sum_to_one():
+    q, k, _ = inputs()
+    for phi in made("softmax").features(q, k):
+        assert torch.allclose(phi.unflatten(-1, (2, -1)).sum(-1), torch.ones(()).double())
+    for phi in made("joint").features(q, k):
+        assert torch.allclose(phi.sum(-1), torch.ones(()).double())
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_no_row_is_empty_however_large_the_scores(feature):
+    layer = made(feature, random=False).float()
+    q, k, v = (x.float() for x in inputs())
+    operator = layer.operator(Inputs(300 * q, 300 * k, v))
+    rows = operator.rows(torch.arange(37))
+    assert torch.allclose(rows.sum(-1), torch.ones(()), atol=1e-4) and rows.isfinite().all()
+
+
+def test_large_scores_pick_the_nearest_key():
+    layer = made("exp", random=False)
+    q, k, _ = inputs()
+    nearest = torch.cat([q[..., None, :] + k[:, :, None], -q[..., None, :] - k[:, :, None]], -1)
+    rows = layer.operator(Inputs(500 * q, 500 * k, k)).rows(torch.arange(37))
+    assert torch.equal(rows.argmax(-1), nearest.amax(-1).argmax(-1))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_the_last_causal_row_is_bidirectional_and_nothing_leaks(feature):
+    layer = made(feature)
+    q, k, v = (x.requires_grad_() for x in inputs())
+    y = layer(q, k, v, causal=True)
+    assert torch.allclose(y[:, :, -1], layer(q, k, v)[:, :, -1])
+    for grad in torch.autograd.grad(y[:, :, :20].sum(), (q, k, v)):
+        assert (grad[:, :, 20:] == 0).all()
+    later = v.detach().clone()
+    later[:, :, 20:] = 1e6
+    assert torch.equal(layer(q, k, later, causal=True)[:, :, :20], y[:, :, :20])
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_in_float64(feature, causal):
+    layer = made(feature, **({} if feature == "elu" else {"bias": True}))
+    given = [x[:1, :, :6].requires_grad_() for x in inputs()]
+    names = [name for name, _ in layer.named_parameters()]
+
+    def call(q, k, v, *weights):
+        values = dict(zip(names, weights, strict=True))
+        return torch.func.functional_call(layer, values, (q, k, v), {"causal": causal})
+
+    leaves = [p.detach().requires_grad_() for p in layer.parameters()]
+    assert torch.autograd.gradcheck(call, (*given, *leaves), fast_mode=True)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_other_keys_and_shared_keys(feature):
+    layer = made(feature)
+    q, k, v = inputs(5, 37)
+    assert torch.allclose(layer(q, k, v), quadratic(layer, q, k) @ v)
+    _, k, v = inputs(5, 37, heads=1)
+    assert torch.allclose(layer(q, k, v), quadratic(layer, q, k.expand(-1, HEADS, -1, -1)) @ v)
+
+
+def test_what_patches_receive_sums_to_the_queries_without_a_prefix():
+    layer = made()
+    q, k, v = inputs(30)
+    asked = Inputs(q, k, v, grid=(5, 6))
+    received = layer.maps(layer.operator(asked), asked)["received"]
+    assert received.shape == (2, 1, 5, 6)
+    assert torch.allclose(received.sum((-2, -1)), torch.tensor(30.0).double())
+    few = Inputs(q, k[:, :, :20], v[:, :, :20], grid=(5, 6))
+    assert layer.maps(layer.operator(few), few) == {}
+
+
+def test_another_scale_acts_on_the_queries():
+    layer = made()
+    q, k, v = inputs()
+    assert torch.allclose(layer(q, k, v, scale=1.0), layer(q * WIDTH**0.5, k, v))
+
+
+def test_half_precision_is_close_and_keeps_its_type():
+    given = [x.bfloat16() for x in inputs()]
+    for causal in (False, True):
+        exact = made(random=False)(*(x.double() for x in given), causal=causal)
+        y = made(random=False).bfloat16()(*given, causal=causal)
+        assert y.dtype == torch.bfloat16
+        assert torch.allclose(y.double(), exact, atol=0.02)
+
+
+@pytest.mark.parametrize("feature", LEARNED)
+def test_it_learns_softmax_rows_that_elu_cannot_give(feature):
+    q, k, v = inputs(24)
+    teacher = SoftmaxOperator(3 * q, k)
+    target, every = teacher.rows(torch.arange(24)), torch.arange(24)
+    layer = made(feature, random=False)
+    steps = torch.optim.Adam(layer.parameters(), lr=3e-2)
+    for _ in range(60):
+        loss = row_divergence(target, layer.operator(Inputs(q, k, v)).rows(every)).mean()
+        steps.zero_grad()
+        loss.backward()
+        steps.step()
+    control = made("elu").operator(Inputs(q, k, v))
+    assert loss < 0.5 * mean_row_divergence(teacher, control).mean()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"feature": "relu"}, "feature: got 'relu'; choose one of exp, softmax, joint, elu"),
+        ({"width": 0}, "width: got 0"),
+        ({"feature": "elu", "bias": True}, "width, bias: the feature map 'elu' has none"),
+        ({"featur": "exp"}, "hedgehog does not take that option .*; did you mean feature"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        create_mechanism("hedgehog", 24, 3, **options)
+
+
+def test_a_causal_call_with_other_keys_is_refused():
+    with pytest.raises(ValueError, match="causal: got 37 keys for 5 queries"):
+        made()(*inputs(5, 37), causal=True)
