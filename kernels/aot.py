@@ -18,7 +18,7 @@ from typing import Any
 
 from xattn.kernels.backend import HAS_TRITON, interpreted
 
-OPS = ("softmax", "block_sparse", "block_topk", "vecmat")
+OPS = ("softmax", "block_sparse", "block_topk", "vecmat", "pooling")
 """Folders of ``xattn.kernels`` with Triton kernels; column_mass uses the one of vecmat."""
 
 

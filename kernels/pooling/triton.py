@@ -1,0 +1,302 @@
+"""Triton kernels of softmax pooling, tiled over the width of the tokens, which may be any.
+
+    scores    s = scale q k^T + b            a program per tile of tokens, a loop over the width
+    pool      o = softmax(s) v, or ds k      a program per tile of the width, a loop over the tokens
+    slope     ds = p o (dO v^T - d)          a program per tile of tokens, a loop over the width
+    spread    dV = p^T dO, dK = ds^T q       a program per tile of tokens and width, a loop over queries
+
+Scores (B, Q, T) and their gradient are written once each. Every output element is written by one
+program, so two runs agree to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xattn.kernels.aot import Case, make_case
+from xattn.kernels.backend import interpreted
+from xattn.kernels.softmax.reference import delta
+
+# Of a tile; with 8 warps no kernel spills on sm_80 and sm_90, see compile_cases. Not timed on a GPU.
+TOKENS, WIDTH = 64, 64
+
+
+@triton.jit
+def _load(base, rows, columns, count, width, stride):
+    """A tile (rows, columns) of a (count, width) matrix, 0 outside."""
+    inside = (rows[:, None] < count) & (columns[None, :] < width)
+    return tl.load(base + rows[:, None].to(tl.int64) * stride + columns[None, :], inside, 0.0)
+
+
+@triton.jit
+def _store(base, rows, columns, count, width, stride, value):
+    inside = (rows[:, None] < count) & (columns[None, :] < width)
+    at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
+    tl.store(at, value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weights(s, lse):
+    """exp(s - lse); 0 in rows without a token."""
+    seen = lse != float("-inf")
+    return tl.where(seen, tl.exp(s - tl.where(seen, lse, 0.0)), 0.0)
+
+
+@triton.jit
+def scores_kernel(
+    q_ptr, k_ptr, bias_ptr, s_ptr, stride_qb, Q, T, D, scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        q = _load(q_ptr + image * stride_qb, rows, d, Q, D, D)
+        k = _load(k_ptr + image * T * D, columns, d, T, D, D)
+        acc += tl.dot(q, tl.trans(k), input_precision="ieee")
+    acc = acc * scale
+    if HAS_BIAS:
+        acc += _load(bias_ptr + image * Q * T, rows, columns, Q, T, T).to(tl.float32)
+    _store(s_ptr + image * Q * T, rows, columns, Q, T, T, acc)
+
+
+@triton.jit
+def pool_kernel(
+    s_ptr, v_ptr, o_ptr, lse_ptr, Q, T, V, scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SOFTMAX: tl.constexpr,
+):  # fmt: skip
+    """Q is the number of queries of a group; ``scale`` multiplies what is summed without softmax."""
+    group = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    w = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, T, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        v = _load(v_ptr + group * T * V, columns, w, T, V, V)
+        p = _load(s_ptr + group * Q * T, rows, columns, Q, T, T)
+        if SOFTMAX:
+            p = tl.where(columns[None, :] < T, p, float("-inf"))
+            new = tl.maximum(top, tl.max(p, 1))
+            safe = tl.where(new == float("-inf"), 0.0, new)
+            p = tl.exp(p - safe[:, None])
+            keep = tl.exp(top - safe)
+            total = total * keep + tl.sum(p, 1)
+            acc = acc * keep[:, None]
+            top = new
+        acc += tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    if SOFTMAX:
+        some = total != 0
+        whole = tl.where(some, total, 1.0)
+        acc = acc / whole[:, None]
+        lse = tl.where(some, top + tl.log(whole), float("-inf"))
+        if tl.program_id(0) == 0:
+            tl.store(lse_ptr + group * Q + rows, lse, mask=rows < Q)
+    else:
+        acc = acc * scale
+    _store(o_ptr + group * Q * V, rows, w, Q, V, V, acc)
+
+
+@triton.jit
+def slope_kernel(
+    g_ptr, v_ptr, s_ptr, lse_ptr, delta_ptr, ds_ptr, Q, T, V,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, V, BLOCK):
+        w = start + tl.arange(0, BLOCK)
+        g = _load(g_ptr + group * Q * V, rows, w, Q, V, V)
+        v = _load(v_ptr + group * T * V, columns, w, T, V, V)
+        acc += tl.dot(g, tl.trans(v), input_precision="ieee")
+    lse = tl.load(lse_ptr + group * Q + rows, mask=rows < Q, other=float("-inf"))
+    delta = tl.load(delta_ptr + group * Q + rows, mask=rows < Q, other=0.0)
+    s = _load(s_ptr + group * Q * T, rows, columns, Q, T, T)
+    ds = _weights(s, lse[:, None]) * (acc - delta[:, None])
+    _store(ds_ptr + group * Q * T, rows, columns, Q, T, T, ds)
+
+
+@triton.jit
+def spread_kernel(
+    s_ptr, lse_ptr, x_ptr, out_ptr, stride_xb, Q, T, W, scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, EXP: tl.constexpr,
+):  # fmt: skip
+    """out_t = scale sum_q w_qt x_q, w the weights of scores s or, without EXP, s itself."""
+    group = tl.program_id(2).to(tl.int64)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([COLUMNS, BLOCK], tl.float32)
+    for start in range(0, Q, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        x = _load(x_ptr + group * stride_xb, rows, w, Q, W, W)
+        p = _load(s_ptr + group * Q * T, rows, columns, Q, T, T)
+        if EXP:
+            lse = tl.load(lse_ptr + group * Q + rows, mask=rows < Q, other=float("-inf"))
+            p = _weights(p, lse[:, None])
+        acc += tl.dot(tl.trans(p).to(x.dtype), x, input_precision="ieee")
+    _store(out_ptr + group * T * W, columns, w, T, W, W, acc * scale)
+
+
+def forward(
+    q: Tensor | None, k: Tensor | None, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _lacks_bfloat16(v):
+        o, lse, kept = forward(_float(q), _float(k), v.float(), bias, scale)
+        return o.to(v.dtype), lse, kept
+    v = _supported(v).contiguous()
+    batch, groups, tokens, width = v.shape
+    if q is None or k is None:
+        assert bias is not None
+        queries, s = bias.shape[1], bias.float().contiguous()
+        kept = s.new_empty(0)
+    else:
+        queries = q.shape[1]
+        s = kept = _scores(q.contiguous(), k.contiguous(), bias, scale)
+    o = v.new_empty(batch, queries, width)
+    lse = v.new_empty(batch, queries, dtype=torch.float32)
+    each = queries // groups
+    _pool(s, v, o, lse, (each, tokens, width), batch * groups)
+    return o, lse, kept
+
+
+def backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor,
+    bias: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    scale: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    if _lacks_bfloat16(v):
+        wide = grad.float(), grad_lse, _float(q), _float(k), v.float()
+        grads = backward(*wide, bias, o, lse, kept, scale, wanted)
+        return *(None if x is None else x.to(v.dtype) for x in grads[:3]), grads[3]
+    d = delta(grad, grad_lse, o).float().contiguous()
+    g, v, lse = grad.to(v.dtype).contiguous(), v.contiguous(), lse.contiguous()
+    source = bias if q is None else kept
+    assert source is not None
+    s = source.float().contiguous()
+    batch, groups, tokens, width = v.shape
+    each = s.shape[1] // groups
+    dq = dk = dv = ds = None
+    if wanted[2]:
+        dv = torch.empty_like(v)
+        _spread(s, lse, g, dv, each * width, (each, tokens, width), 1.0, exp=True)
+    if wanted[0] or wanted[1] or wanted[3]:
+        ds = torch.empty_like(s)
+        options = _options(each)
+        grid = (triton.cdiv(tokens, TOKENS), batch * groups, triton.cdiv(each, options["ROWS"]))
+        slope_kernel[grid](g, v, s, lse, d, ds, each, tokens, width, **options)
+    if q is not None and k is not None and ds is not None:
+        q, k, (queries, depth) = q.contiguous(), k.contiguous(), q.shape[1:]
+        if wanted[0]:
+            dq = k.new_empty(batch, queries, depth, dtype=torch.float32)
+            _pool(ds, k, dq, None, (queries, tokens, depth), batch, scale)
+            dq = dq.sum_to_size(q.shape).to(q.dtype)
+        if wanted[1]:
+            dk, step = torch.empty_like(k), 0 if q.shape[0] == 1 else queries * depth
+            _spread(ds, lse, q, dk, step, (queries, tokens, depth), scale, exp=False)
+    db = None if bias is None or ds is None or not wanted[3] else ds.to(bias.dtype)
+    return dq, dk, dv, db
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    (batch, tokens, depth), queries = k.shape, q.shape[1]
+    s = k.new_empty(batch, queries, tokens, dtype=torch.float32)
+    options = _options(queries)
+    grid = (triton.cdiv(tokens, TOKENS), batch, triton.cdiv(queries, options["ROWS"]))
+    added = q if bias is None else bias.contiguous()
+    step = 0 if q.shape[0] == 1 else queries * depth
+    scores_kernel[grid](
+        q, k, added, s, step, queries, tokens, depth, scale, HAS_BIAS=bias is not None, **options
+    )
+    return s
+
+
+def _pool(
+    s: Tensor, v: Tensor, o: Tensor, lse: Tensor | None, sizes: Any, count: int, scale: float = 1.0
+) -> None:
+    options = _options(sizes[0])
+    grid = (triton.cdiv(sizes[2], WIDTH), count, triton.cdiv(sizes[0], options["ROWS"]))
+    target = s if lse is None else lse
+    pool_kernel[grid](s, v, o, target, *sizes, scale, SOFTMAX=lse is not None, **options)
+
+
+def _spread(
+    s: Tensor, lse: Tensor, x: Tensor, out: Tensor, step: int, sizes: Any, scale: float, exp: bool
+) -> None:
+    options = _options(sizes[0])
+    count = out.numel() // (sizes[1] * sizes[2])
+    grid = (triton.cdiv(sizes[1], TOKENS), triton.cdiv(sizes[2], WIDTH), count)
+    spread_kernel[grid](s, lse, x, out, step, *sizes, scale, EXP=exp, **options)
+
+
+def _options(queries: int) -> dict[str, Any]:
+    """The tile and launch options for a number of queries a group."""
+    rows = 16 if queries <= 16 else 32
+    return {
+        "ROWS": rows, "COLUMNS": TOKENS, "BLOCK": WIDTH,
+        "num_warps": 8, "num_stages": 2, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+def _supported(x: Tensor) -> Tensor:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"backend='triton': got {x.dtype}; give float32, float16 or bfloat16, or use "
+            f"backend='cpu'"
+        )
+    return x
+
+
+def _lacks_bfloat16(x: Tensor) -> bool:
+    """Whether ``x`` is bfloat16 in Triton's interpreter, which multiplies its bits as integers."""
+    return interpreted() and x.dtype == torch.bfloat16
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float()
+
+
+def compile_cases() -> Iterator[Case]:
+    """Every kernel for 32 queries over 4,096 tokens, of widths 768 and 1,536, in a batch of 8."""
+    batch, queries, tokens = 8, 32, 4096
+    kernels = {
+        "scores": (scores_kernel, {"HAS_BIAS": True}),
+        "pool": (pool_kernel, {"SOFTMAX": True}),
+        "sum": (pool_kernel, {"SOFTMAX": False}),
+        "slope": (slope_kernel, {}),
+        "spread weights": (spread_kernel, {"EXP": True}),
+        "spread": (spread_kernel, {"EXP": False}),
+    }
+    for name, dtype, width in product(kernels, ("bf16", "fp16", "fp32"), (768, 1536)):
+        kernel, flags = kernels[name]
+        size = 4 if dtype == "fp32" else 2
+        matrix = 4 * queries * tokens
+        written = 2 if name in ("scores", "slope") else 1  # scores with a bias, or with ds
+        yield make_case(
+            kernel,
+            dtype,
+            {**_options(queries), **flags},
+            f"pooling {name} {dtype} D={width}",
+            operations=2.0 * batch * queries * tokens * width,
+            bytes=batch * (size * width * (tokens + queries) + written * matrix),
+            wide=("s_ptr", "lse_ptr", "delta_ptr", "ds_ptr", "bias_ptr"),
+        )
