@@ -59,7 +59,27 @@ from xattn.heads.efficient_probe import EfficientProbe
 class ToyProbe(EfficientProbe):
     pass
 """
+MIXERS = """
+from xattn.attention import SoftmaxOperator, Mechanism, register
+from xattn.blocks import Block, register_block
+
+
+@register("toy_attention", paper="none", complexity="N^2 D")
+class ToyAttention(Mechanism):
+    def operator(self, inputs):
+        return SoftmaxOperator(inputs.q, inputs.k, inputs.scale)
+
+
+@register_block("toy_block", paper="none", complexity="N C")
+class ToyBlock(Block):
+    def run(self, x, grid, prefix):
+        return 2 * x
+"""
 POINTS = """
+[xattn.attention]
+toy_attention = toy_mixers:ToyAttention
+[xattn.blocks]
+toy_block = toy_mixers
 [xattn.heads]
 toy_head = toys:ToyHead
 toy_probe = toy_probes
@@ -105,7 +125,7 @@ def install(folder: Path, name: str, points: str, **modules: str) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("packages")
-    install(root / "site", "toys", POINTS, toys=TOYS, toy_probes=PROBES)
+    install(root / "site", "toys", POINTS, toys=TOYS, toy_probes=PROBES, toy_mixers=MIXERS)
     install(root / "site", "broken", "[xattn.explainers]\nlost = lost_module:Lost\n")
     for i in range(10):
         folder = root / "photos" / ("cat" if i % 2 else "dog")
@@ -136,6 +156,8 @@ def test_the_list_has_them_and_one_line_for_the_broken_package(run):
         ("heads to train", "toy_head"),
         ("heads to train", "toy_probe"),
         ("explainers", "toy_map"),
+        ("attention mechanisms", "toy_attention"),
+        ("blocks", "toy_block"),
         ("attention training", "toy_change"),
         ("metrics", "toy_metric"),
         ("groups of metrics", "toy_group"),

@@ -26,12 +26,14 @@ from xattn.attention.lowering import attend
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import Order, tile_order, z_order
 from xattn.attention.patterns import Pattern, pattern_operator
+from xattn.attention.positions import AxialRotation, Rotation
 from xattn.attention.record import Call, record
 from xattn.attention.segments import Blocks, Rule, Segment, select, visible_blocks
 from xattn.attention.segments_operator import SegmentsOperator
 
 __all__ = [
     "Attention",
+    "AxialRotation",
     "Blocks",
     "Call",
     "CausalLowRankOperator",
@@ -46,6 +48,7 @@ __all__ = [
     "Pattern",
     "PoolOperator",
     "ProductOperator",
+    "Rotation",
     "Rule",
     "Segment",
     "SegmentsOperator",

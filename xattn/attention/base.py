@@ -5,7 +5,6 @@ A mechanism decides which A stands in Y = A V; checks, prefix tokens and recordi
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
+from xattn.attention.positions import check_grid
 from xattn.attention.record import Call, keep, own_layer, recording
 from xattn.kernels.backend import choose
 from xattn.registry import Registry
@@ -167,7 +167,7 @@ class Mechanism(nn.Module, ABC):
             raise ValueError(
                 f"causal: got {k.shape[2]} keys for {q.shape[2]} queries; a causal call needs as many"
             )
-        self._check_grid(inputs.grid, inputs.prefix, q.shape[2])
+        check_grid(name, entry.grid, inputs.grid, inputs.prefix, q.shape[2])
 
     def _check_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         name = self.entry.name
@@ -190,24 +190,6 @@ class Mechanism(nn.Module, ABC):
             raise ValueError(
                 f"k: got {k.shape[2]} keys for {q.shape[2]} queries; {name} needs as many, use a "
                 f"mechanism with cross-attention, such as softmax"
-            )
-
-    def _check_grid(self, grid: tuple[int, ...] | None, prefix: int, tokens: int) -> None:
-        name, fitting = self.entry.name, self.entry.grid
-        if not 0 <= prefix < tokens:
-            raise ValueError(f"prefix: got {prefix} of {tokens} tokens; give 0 to {tokens - 1}")
-        if grid is None:
-            if 0 not in fitting:
-                raise ValueError(f"grid: {name} needs the grid of the tokens, for example (14, 14)")
-            return
-        if math.prod(grid) != tokens - prefix:
-            raise ValueError(
-                f"grid: {grid} holds {math.prod(grid)} tokens; got {tokens} with {prefix} prefix tokens"
-            )
-        if 0 not in fitting and len(grid) not in fitting:
-            raise ValueError(
-                f"grid: got {len(grid)} dimensions; {name} works on "
-                f"{' or '.join(str(n) for n in fitting)}"
             )
 
 

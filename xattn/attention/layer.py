@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from xattn.attention.base import Mechanism, create_mechanism, merge_heads, whole
+from xattn.attention.positions import positions
 
 Rotate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -72,13 +72,6 @@ class Attention(nn.Module):
             q, k = self.rotate(q, k, positions(grid, prefix, x))
         y = self.mechanism(q, k, v, grid, prefix, x=x, causal=causal)
         return self.proj(merge_heads(y))
-
-
-def positions(grid: Sequence[int], prefix: int, like: Tensor) -> Tensor:
-    """Coordinates (N, n) of the tokens on their grid, 0 at prefix tokens, in the dtype of ``like``."""
-    axes = (torch.arange(length, device=like.device, dtype=like.dtype) for length in grid)
-    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
-    return torch.cat([places.new_zeros(prefix, len(grid)), places])
 
 
 def create_attention(

@@ -35,7 +35,8 @@ class List:
 
 
 def _print_names() -> None:
-    from xattn.attention import list_attention
+    from xattn.attention.base import MECHANISMS
+    from xattn.blocks.base import BLOCKS
     from xattn.eval.metric_presets import PRESETS as PROTOCOLS
     from xattn.eval.metrics.registry import METRICS, REGISTRY
     from xattn.explainers.base import EXPLAINERS
@@ -48,7 +49,8 @@ def _print_names() -> None:
         "presets": PRESETS,
         "trained heads": shipped_heads(),
         "explainers": EXPLAINERS,
-        "attention mechanisms": list_attention(),
+        "attention mechanisms": MECHANISMS,
+        "blocks": BLOCKS,
         "attention training": METHODS,
         "metrics": METRICS,
         "groups of metrics": REGISTRY,
@@ -56,6 +58,6 @@ def _print_names() -> None:
     }
     for title, names in rows.items():
         print(f"{title}:", ", ".join(names) or "none")
-    for registry in (HEADS, EXPLAINERS, METHODS, REGISTRY):
+    for registry in (HEADS, EXPLAINERS, MECHANISMS, BLOCKS, METHODS, REGISTRY):
         for reason in registry.failures().values():
             print(f"not loaded, {registry.group}: {reason}")

@@ -1,0 +1,20 @@
+"""Blocks that mix tokens, one file each, behind one interface; see :func:`create_block`."""
+
+from xattn.blocks import transformer  # noqa: F401  (it registers itself)
+from xattn.blocks.base import (
+    Block,
+    BlockEntry,
+    block_class,
+    create_block,
+    list_blocks,
+    register_block,
+)
+
+__all__ = [
+    "Block",
+    "BlockEntry",
+    "block_class",
+    "create_block",
+    "list_blocks",
+    "register_block",
+]

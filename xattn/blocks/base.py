@@ -1,0 +1,176 @@
+"""Base of blocks that mix tokens, and their registry: the place for what is no mechanism A(q, k, v).
+
+    block = create_block("attention", 384, mechanism="gna", num_heads=6)
+    y = block(x, grid=(14, 14), prefix=1)
+
+A mechanism of :mod:`xattn.attention` gets queries, keys and values from its layer. A block gets the tokens
+alone and may do anything with them: gates, token MLPs, kernels of coordinates, routed heads. It says how
+tokens were mixed by an operator where it has one, and by maps of its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from xattn.attention.base import merge_heads, split_heads, whole
+from xattn.attention.operator import Operator
+from xattn.attention.positions import check_grid
+from xattn.attention.record import Call, keep, own_layer, record, recording
+from xattn.registry import Registry
+
+
+@dataclass(frozen=True)
+class BlockEntry:
+    """What the registry knows about a block."""
+
+    name: str
+    paper: str
+    complexity: str
+    """Time for N tokens of width C."""
+    grid: tuple[int, ...] = (0,)
+    """Numbers of grid dimensions that it works on; 0 stands for any tokens, without a grid."""
+    cases: tuple[Mapping[str, Any], ...] = ({},)
+    """Options with which the tests run it, on a grid of 5 x 6 tokens, 32 wide."""
+
+
+class Block(nn.Module, ABC):
+    """Tokens (B, N, C) to tokens (B, N, C): ``block(x, grid, prefix)``.
+
+    A subclass defines :meth:`run`, and :meth:`operator` and :meth:`maps` if it has them. Tokens are
+    ``prefix`` class or register tokens, then the grid in raster order.
+
+    Under :func:`xattn.attention.record` a block is recorded like a layer of attention. Calls that are
+    kept while it runs, by layers of attention or by :meth:`mix`, are its calls. Only if there are none
+    and it has an operator A, one call is kept for the block as a whole: its value is x and its output
+    is y, in as many heads as A has, and A V is the output only as far as A says how y depends on x.
+
+    Args:
+        dim: C, width of the tokens.
+    """
+
+    entry: ClassVar[BlockEntry]
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = whole("dim", dim)
+
+    @abstractmethod
+    def run(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Tensor:
+        """The block's output (B, N, C), with its residuals."""
+
+    def operator(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Operator | None:
+        """How tokens x are mixed, (B, H, N, N), without the residual: the matrix that multiplies them
+        or the Jacobian over tokens; None if there is no such matrix. H divides C. Losses for training
+        go into its ``aux``."""
+        return None
+
+    def maps(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
+        """The block's own maps of tokens x: (B, K, h, w) by name."""
+        return {}
+
+    def forward(self, x: Tensor, grid: Sequence[int] | None = None, prefix: int = 0) -> Tensor:
+        """(B, N, C) -> (B, N, C).
+
+        Raises:
+            ValueError: tokens of another width, or a grid or prefix that does not fit them.
+        """
+        sides = None if grid is None else tuple(grid)
+        self.check(x, sides, prefix)
+        if not recording():
+            return self.run(x, sides, prefix)
+        with record() as inside:
+            y = self.run(x, sides, prefix)
+        return y if inside else self._keep(x, y, sides, prefix)
+
+    def mix(
+        self,
+        operator: Operator,
+        value: Tensor,
+        maps: Callable[[], dict[str, Tensor]] = dict,
+    ) -> Tensor:
+        """A V (B, H, N, Dv) for value (B, H, N, Dv), to be called in :meth:`run` by blocks that mix
+        tokens by an operator; kept as a call where attention is recorded, with what ``maps()`` gives
+        when it is first asked for."""
+        with own_layer():
+            if not recording():
+                return operator.matvec(value)
+            output = operator.matvec_and_keep(value)
+        keep(Call(operator.detach(), value.detach(), output, dict(operator.aux), maps))
+        return output
+
+    def _keep(self, x: Tensor, y: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Tensor:
+        """``y``, through the output of the call that is kept, so that gradients reach it."""
+        with record(alone=True):  # what it runs is no part of the model
+            operator = self.operator(x, grid, prefix)
+        if operator is None:
+            return y
+        heads, seen = operator.shape[1], x.detach()
+        output = split_heads(y, heads)
+
+        @torch.no_grad()
+        def maps() -> dict[str, Tensor]:
+            with record(alone=True):
+                return self.maps(seen, grid, prefix)
+
+        value = split_heads(seen, heads)
+        keep(Call(operator.detach(), value, output, dict(operator.aux), maps))
+        return merge_heads(output)
+
+    def check(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> None:
+        """Raise a ``ValueError`` that names what does not fit."""
+        if x.ndim != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"x: got {tuple(x.shape)}; {self.entry.name} needs (B, N, {self.dim})")
+        check_grid(self.entry.name, self.entry.grid, grid, prefix, x.shape[1])
+
+
+BLOCKS: Registry[Block, BlockEntry] = Registry(
+    "xattn.blocks",
+    argument="name",
+    noun="block",
+    options_argument="options",
+    given=("dim",),
+)
+Made = TypeVar("Made", bound=Block)
+
+
+def register_block(
+    name: str, *, paper: str, complexity: str, **properties: Any
+) -> Callable[[type[Made]], type[Made]]:
+    """Class decorator: make a block known under ``name``; ``properties`` as in :class:`BlockEntry`.
+
+    Raises:
+        ValueError: another block has that name.
+    """
+    entry = BlockEntry(name, paper, complexity, **properties)
+
+    def add(cls: type[Made]) -> type[Made]:
+        BLOCKS.add(cls, entry)
+        cls.entry = entry
+        return cls
+
+    return add
+
+
+def list_blocks() -> list[str]:
+    """Names that :func:`create_block` accepts."""
+    return BLOCKS.names()
+
+
+def block_class(name: str) -> type[Block]:
+    """The registered class; a ``ValueError`` with near matches for an unknown name."""
+    return BLOCKS.get(name)
+
+
+def create_block(name: str, dim: int, **options: Any) -> Block:
+    """A block for tokens of width ``dim``; ``options`` are its own.
+
+    Raises:
+        ValueError: unknown name (with near matches), unknown option, or values that do not fit.
+    """
+    return BLOCKS.create(name, dim, **options)
