@@ -49,11 +49,13 @@ class Call:
 
 
 class _State(threading.local):
-    """Per thread: the lists that record calls, and how many xattn layers it is inside of."""
+    """Per thread: the lists that record calls, how many xattn layers it is inside of, and what answers
+    for them."""
 
     def __init__(self) -> None:
         self.open: list[list[Call]] = []
         self.inside = 0
+        self.answer: Callable[..., Tensor] | None = None
 
 
 _STATE = _State()
@@ -135,6 +137,23 @@ def own_layer() -> Iterator[None]:
         yield
     finally:
         _STATE.inside -= 1
+
+
+@contextmanager
+def answering_by(answer: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside, each mechanism that this thread calls gives ``answer(mechanism, inputs)`` as its output,
+    and records nothing."""
+    before = _STATE.answer
+    _STATE.answer = answer
+    try:
+        yield
+    finally:
+        _STATE.answer = before
+
+
+def answered_by() -> Callable[..., Tensor] | None:
+    """What :func:`answering_by` set, or None."""
+    return _STATE.answer
 
 
 FUSED = F.scaled_dot_product_attention
