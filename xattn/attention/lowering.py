@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from xattn.attention.inputs import to_heads
 from xattn.attention.segments import Blocks, Segment, visible_blocks
 from xattn.kernels.block_sparse import block_sparse_attention
 from xattn.kernels.softmax import softmax_attention
@@ -51,7 +52,7 @@ def attend(
 def _attend(q: Tensor, s: Segment, scale: float | None, backend: str) -> tuple[Tensor, Tensor]:
     if s.v is None:
         raise ValueError("segments: got one without values; give Segment(k, v)")
-    bias = None if s.bias is None else s.bias[:, :, None, :]
+    bias = None if s.bias is None else to_heads(s.bias, q.shape[1])[:, :, None, :]
     if s.blocks is None and s.rule is None:
         return softmax_attention(q, s.k, s.v, bias, scale=scale, backend=backend)
     blocks = s.blocks or visible_blocks(s.rule, 64, 64)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.inputs import Inputs
+from xattn.attention.inputs import Inputs, to_heads
 from xattn.attention.lowering import mask_is_faster
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import Order
@@ -128,4 +128,4 @@ def _mask(inputs: Inputs, pattern: Pattern) -> Tensor:
         mask[..., :prefix, prefix:] = -torch.inf
     if bias is None and heads == (1, 1):
         pattern.masks[key] = mask
-    return mask
+    return to_heads(mask, q.shape[1])
