@@ -24,10 +24,12 @@ from xattn.attention import (
 )
 from xattn.attention.base import MECHANISMS
 from xattn.attention.record import answering_by
+from xattn.blocks.base import Block, BlockEntry
 from xattn.explainers import create_explainer
 from xattn.explainers.attn_lrp_functions import Rules
 from xattn.explainers.attn_lrp_operators import depends, times
 from xattn.explaining.provenance import protocol_of
+from xattn.kernels.pooling import softmax_pooling
 
 B, H, D = 2, 3, 4
 PREFIXES = [0, 1, 2, 5]
@@ -48,7 +50,7 @@ def draw(*shape, seed=0):
 
 def relevance(y, dy, leaves):
     """x * grad, summed, of the output and of each leaf; hidden keys, whose bias is -inf, have none."""
-    grads = torch.autograd.grad(y, leaves, dy, allow_unused=True)
+    grads = torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True)
     pairs = zip(
         leaves, (0 * x if g is None else g for x, g in zip(leaves, grads, strict=True)), strict=True
     )
@@ -208,7 +210,7 @@ def test_the_note_says_if_only_a_part_is_held_constant():
             return SumOperator([super().operator(inputs), Scores(inputs.q, inputs.k)])
 
     rules, x = Rules("toy"), draw(B, 2, 9, 8)
-    with answering_by(rules.attend), rules:
+    with answering_by(rules), rules:
         Both(16, 2)(x, x, x)
     assert rules.notes == ["layer 0: A of linear is held constant in part (no rule for Scores)"]
 
@@ -303,13 +305,14 @@ def test_the_map_of_a_converted_network_accounts_for_its_logit(name, options):
     # Relevance is in the tokens, in what is added to them, and in what attention absorbs.
     added = [p for n, p in backbone.model.named_parameters() if _is_added(n)]
     steps = []
-    rules = Rules("toy")
 
-    def attend(mechanism, inputs):
-        y = rules.attend(mechanism, inputs)
-        steps.append((y, inputs))
-        return y
+    class Kept(Rules):
+        def attend(self, mechanism, inputs):
+            y = super().attend(mechanism, inputs)
+            steps.append((y, inputs))
+            return y
 
+    rules = Kept("toy")
     backbone.requires_grad_(False)
     tokens = []
     backbone.model.patch_embed.register_forward_hook(
@@ -317,7 +320,7 @@ def test_the_map_of_a_converted_network_accounts_for_its_logit(name, options):
     )
     for p in added:
         p.requires_grad_()
-    with answering_by(attend), rules:
+    with answering_by(rules), rules:
         logits = backbone.logits(images)
     score = logits.gather(1, TARGET[:, None]).sum()
     outer = [tokens[0], *added, *(y for y, _ in steps)]
@@ -406,7 +409,7 @@ def test_a_network_without_biases_and_softmax_conserves_its_logit():
 def test_normalisers_of_features_are_constants_and_features_keep_their_gradient():
     q, k, v = (draw(B, H, 9, D, seed=i) for i in range(3))
     dy, rules = draw(B, H, 9, D, seed=3).detach(), Rules("toy")
-    with answering_by(rules.attend), rules:
+    with answering_by(rules), rules:
         y = Features(H * D, H)(q, k, v)
     a = q.exp() @ k.exp().mT
     left, right = share(q.exp(), 0.5), share(k.exp(), 0.5)
@@ -469,10 +472,47 @@ def test_a_mechanism_of_the_module_list_alone_is_attention_enough():
 def test_local_terms_keep_their_own_gradient():
     q, k, v = (draw(B, 2, 30, 16, seed=i) for i in range(3))
     rules, layer = Rules("toy"), create_mechanism("agent", 32, 2, agents=4, training_free=True)
-    with answering_by(rules.attend), rules:
+    with answering_by(rules), rules:
         y = layer.double()(q, k, v, (5, 6))
     assert torch.allclose(y, layer(q, k, v, (5, 6)))
     dy = F.normalize(draw(*y.shape, seed=4).detach(), dim=-1)
     whole, (rv,) = relevance(y, dy, [v])
     local = (0.075 * v * dy).sum().item()
     assert rv == pytest.approx((whole - local) / 2 + local)
+
+
+# ---------------------------------------------------------------------- blocks and heads
+
+
+def test_what_a_block_mixes_is_one_step_too():
+    class Mixes(Block):
+        entry = BlockEntry("mixes", "none", "N D^2")
+
+        def run(self, x, grid, prefix):
+            heads = x.unflatten(2, (2, -1)).transpose(1, 2)
+            y = self.mix(LowRankOperator(heads, heads.mT), heads)
+            return x + y.transpose(1, 2).flatten(2)
+
+    x, rules = draw(B, 9, 8), Rules("toy")
+    with answering_by(rules), rules:
+        y = Mixes(8)(x)
+    assert torch.allclose(y, Mixes(8)(x)) and rules.notes == []
+    whole, (rx,) = relevance(y, draw(*y.shape, seed=1).detach(), [x])
+    assert rx == pytest.approx(whole)
+    heads = x.unflatten(2, (2, -1)).transpose(1, 2)
+    by_hand = share(share(heads, 0.5) @ share(heads, 0.5).mT, 0.5) @ share(heads, 0.5)
+    by_hand = x + by_hand.transpose(1, 2).flatten(2)
+    assert same_gradients(y, by_hand, [x], draw(*y.shape, seed=2).detach())
+
+
+@pytest.mark.parametrize("live", ["kv", "qkv", "vb", "qkvb", "k", "v", "b"])
+def test_pooling_in_one_op_has_the_relevance_of_the_products_written_out(live):
+    shapes = {"q": (B, 2, 5), "k": (B, 9, 5), "v": (B, 1, 9, 4), "b": (B, 2, 9)}
+    x = {n: draw(*s, seed=i).detach() for i, (n, s) in enumerate(shapes.items())}
+    leaves = [x[n].requires_grad_() for n in live]
+    dy = draw(B, 2, 4, seed=5).detach()
+    with Rules("toy"):
+        y = softmax_pooling(x["q"], x["k"], x["v"], x["b"], scale=0.5)[0]
+        scores = 0.5 * (x["q"] @ x["k"].mT) + x["b"]
+        by_hand = scores.softmax(-1) @ x["v"][:, 0]
+    assert torch.allclose(y, by_hand) and same_gradients(y, by_hand, leaves, dy)

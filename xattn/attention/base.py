@@ -128,7 +128,7 @@ class Mechanism(nn.Module, ABC):
         answer = answered_by()
         with own_layer():
             if answer is not None:
-                return answer(self, inputs)
+                return answer.attend(self, inputs)
             operator = self.operator(inputs)
             if recording():
                 output = operator.matvec_and_keep(inputs.v)

@@ -102,7 +102,7 @@ class AttnLrp(Explainer):
         return logits, embedded[0], rules
 
     def _logits(self, x: Tensor, rules: Rules) -> Tensor:
-        with fused_layers(self.backbone.model), answering_by(rules.attend), rules:
+        with fused_layers(self.backbone.model), answering_by(rules), rules:
             return self.backbone.logits_normalized(x)
 
     def _map(self, relevance: Tensor, images: Tensor) -> Tensor:

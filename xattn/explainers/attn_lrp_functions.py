@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from xattn.attention.base import Mechanism
 from xattn.attention.inputs import Inputs
+from xattn.attention.operator import Operator
 from xattn.attention.record import attending_by
 from xattn.explainers.attention import layers_text
 from xattn.explainers.attn_lrp_operators import Held, depends, share, times
@@ -33,6 +34,23 @@ def _attention(
 ) -> Any:
     q, k = (share(x, 0.25) for x in (query, key))
     return function(q, k, share(value, 0.5), *args, **kw)
+
+
+def _pooling(
+    function: Callable[..., Any],
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor,
+    bias: Tensor | None,
+    *args: Any,
+) -> Any:
+    """As the products that a head would write out: learned queries are weights, and get nothing."""
+    read = [x is not None and x.requires_grad for x in (query, key)]
+    scored = any(read) or (bias is not None and bias.requires_grad)
+    part = 0.5 if scored and value.requires_grad else 1.0
+    parts = (part / max(1, sum(read)), part / max(1, sum(read)), part, part)
+    tensors = zip((query, key, value, bias), parts, strict=True)
+    return function(*(x if x is None else share(x, part) for x, part in tensors), *args)
 
 
 def _product(function: Callable[..., Any], *args: Any, **kw: Any) -> Any:
@@ -128,6 +146,7 @@ _FUSED = F.scaled_dot_product_attention
 _ATTENTION = ("scaled_dot_product_attention", "softmax_forward", "block_sparse_forward")
 _RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(_ATTENTION, _attention),  # the last two are ops of xattn.kernels
+    "pooling_forward": _pooling,  # too
     **dict.fromkeys(
         "mul multiply matmul bmm mm mv einsum inner outer dot tensordot __rmatmul__".split(),
         _product,
@@ -187,15 +206,23 @@ class Rules(TorchFunctionMode):
                 held[error.function] = None
                 operator = mechanism.operator(_constant_inputs(inputs))
             local = mechanism.local(inputs)
+        output = self._times(mechanism.entry.name, operator, inputs.v, held)
+        return output if local is None else output + local
+
+    def mix(self, name: str, operator: Operator, value: Tensor) -> Tensor:
+        """A V of a block, by the rules of its operator."""
+        return self._times(name, operator, value, {})
+
+    def _times(self, name: str, operator: Operator, value: Tensor, held: Held) -> Tensor:
         with self._while("_paused"):
-            output = times(operator, inputs.v, held)
+            output = times(operator, value, held)
         if held or not depends(operator):
             some = " in part" if depends(operator) else ""
             why = f"no rule for {', '.join(held)}" if held else "it depends on no activation"
-            what = f"A of {mechanism.entry.name} is held constant{some} ({why})"
+            what = f"A of {name} is held constant{some} ({why})"
             self._held.setdefault(what, []).append(self.attended)
         self.attended += 1
-        return output if local is None else output + local
+        return output
 
     @contextmanager
     def _while(self, name: str) -> Iterator[None]:
