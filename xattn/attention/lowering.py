@@ -1,4 +1,4 @@
-"""Which path attention over key segments takes: dense, dense with a mask, or lists of key blocks.
+"""Which path attention over key segments takes: dense, with a mask, in bands, or lists of key blocks.
 
     o_i = sum_j p_ij v_j,   p_i = softmax over the union of the segments' visible keys
 
@@ -20,6 +20,7 @@ from xattn.kernels.block_sparse import block_sparse_attention
 from xattn.kernels.softmax import softmax_attention
 
 DENSE = 2048  # the most keys for which a mask is stored
+BANDED = 1280  # up to so many keys bands of a stored mask beat lists
 SMALL = 512  # below so many keys gathering never pays
 
 
@@ -82,6 +83,11 @@ def mask_is_faster(q: Tensor, keys: int, blocks: Blocks, backend: str) -> bool:
         return False
     read = blocks.index.shape[-1] * blocks.k_block
     return keys < SMALL or 3 * read > keys or blocks.q_block == 1
+
+
+def bands_are_faster(q: Tensor, keys: int, backend: str) -> bool:
+    """Whether a kept mask in bands, where it falls into some, beats gathering the listed keys."""
+    return backend == "auto" and q.device.type == "cpu" and keys <= BANDED
 
 
 def reads_all(k: Tensor, blocks: Blocks) -> bool:
