@@ -245,27 +245,51 @@ def test_a_block_that_mixes_by_an_operator_keeps_that_call_and_no_other():
         torch.testing.assert_close(y, a @ x + (x if name == "nested" else 0))
 
 
-def test_rollout_goes_through_blocks_as_through_layers_of_attention():
-    class InViT(nn.Module):
-        def __init__(self, block, grid):
-            super().__init__()
-            self.norm1, self.block, self.grid = nn.Identity(), block, grid
+class InViT(nn.Module):
+    """A block in the place of a timm ViT's."""
 
-        def forward(self, x):
-            return self.block(x, self.grid, 1)
+    def __init__(self, block):
+        super().__init__()
+        self.norm1, self.block = nn.Identity(), block
 
+    def forward(self, x):
+        return self.block(x, GRID, 1)
+
+
+def vit_of_blocks():
     torch.manual_seed(0)
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=(40, 48), patch_size=8, depth=2, embed_dim=32, num_heads=2,
         num_classes=7,
     )  # fmt: skip
     blocks = [create_block("tokenmixing", 32) for _ in range(2)]
-    model.blocks = nn.Sequential(*(InViT(block, GRID) for block in blocks))
-    backbone = load_backbone(model, taps=["head"])
-    found = create_explainer("rollout", backbone).attribute(torch.rand(2, 3, 40, 48), 3)
-    first, second = ((b.matrix + torch.eye(31)) / 2 for b in blocks)
+    model.blocks = nn.Sequential(*map(InViT, blocks))
+    return load_backbone(model.double(), taps=["head"]), [block.matrix.detach() for block in blocks]
+
+
+def test_rollout_goes_through_blocks_as_through_layers_of_attention():
+    backbone, matrices = vit_of_blocks()
+    images = torch.rand(2, 3, 40, 48, dtype=torch.float64)
+    found = create_explainer("rollout", backbone).attribute(images, 3)
+    first, second = ((m + torch.eye(31)) / 2 for m in matrices)
     expected = (second @ first)[0, 1:].view(1, 1, *GRID).expand(2, -1, -1, -1)
     torch.testing.assert_close(found, expected)
+
+
+def test_generic_relevance_reads_gradients_at_the_outputs_of_blocks():
+    backbone, matrices = vit_of_blocks()
+    images = torch.rand(2, 3, 40, 48, dtype=torch.float64)
+    found = create_explainer("generic_relevance", backbone).attribute(images, 3)
+    model, streams = backbone.model, []
+    hooks = [b.register_forward_hook(lambda m, x, y: streams.extend([*x, y])) for b in model.blocks]
+    score = backbone.logits(images.requires_grad_())[:, 3].sum()
+    for hook in hooks:
+        hook.remove()
+    gradients = torch.autograd.grad(score, streams[1::2])
+    r = torch.eye(31, dtype=torch.float64)[:1].expand(2, 1, 31)
+    for m, x, gradient in reversed(list(zip(matrices, streams[::2], gradients, strict=True))):
+        r = r + r @ (m * (gradient @ x.transpose(1, 2))).clamp_min(0)
+    torch.testing.assert_close(found, r[..., 1:].unflatten(2, GRID))
 
 
 def test_names_and_options_that_are_not_there_are_refused():
