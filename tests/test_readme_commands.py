@@ -47,6 +47,7 @@ NOT_RUN = (
     ["bench", "explain"],
     ["study", "at"],
     ["explain", "photo.jpg", "-b", "vit_small_patch16_224"],
+    ["distill"],
     ["train", "--preset"],
     ["compare", "--data", "photos/", "--heads"],  # --metrics all explains again, with RISE
 )

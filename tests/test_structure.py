@@ -23,6 +23,7 @@ UPWARD = {
     ("xattn", "xattn.eval"): "evaluate is a public name of the package",
     ("xattn.backbone.timm_models", "xattn.models.weights"): "where shipped weights lie",
     ("xattn.backbone.adapters", "xattn.models.weights"): "how a file of weights is read",
+    ("xattn.backbone.conversion", "xattn.models.weights"): "how a file of weights is read",
     ("xattn.heads.base", "xattn.models.weights"): "how a file of weights is read",
     ("xattn.app.models", "xattn.cli.model"): "the viewer takes the options of xattn explain",
     ("xattn.app.jobs.child", "xattn.cli"): "a job's process runs a command line",

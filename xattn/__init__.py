@@ -32,6 +32,9 @@ _EXPORTS = {
     "probe": "xattn.training.probe",
     "create_explainer": "xattn.explainers",
     "list_explainers": "xattn.explainers",
+    "distill": "xattn.training.distilling",
+    "DistillConfig": "xattn.config",
+    "load_conversion": "xattn.backbone",
     "explain": "xattn.explaining.photos",
     "explain_video": "xattn.explaining.clips",
     "export": "xattn.exporting",
@@ -44,6 +47,7 @@ _EXPORTS = {
 
 __all__ = [
     "Backbone",
+    "DistillConfig",
     "Explanation",
     "Head",
     "Preprocessing",
@@ -55,6 +59,7 @@ __all__ = [
     "cache_features",
     "create_explainer",
     "create_head",
+    "distill",
     "evaluate",
     "explain",
     "explain_video",
@@ -63,6 +68,7 @@ __all__ = [
     "list_explainers",
     "list_heads",
     "load_backbone",
+    "load_conversion",
     "load_head",
     "load_pack",
     "open_photos",
@@ -72,8 +78,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from xattn.backbone import Backbone, Preprocessing, TapModule, Taps, load_backbone
-    from xattn.config import ProbeConfig
+    from xattn.backbone import (
+        Backbone,
+        Preprocessing,
+        TapModule,
+        Taps,
+        load_backbone,
+        load_conversion,
+    )
+    from xattn.config import DistillConfig, ProbeConfig
     from xattn.eval import evaluate
     from xattn.explainers import create_explainer, list_explainers
     from xattn.explaining.clips import explain_video
@@ -85,6 +98,7 @@ if TYPE_CHECKING:
     from xattn.packs.writer import save_pack
     from xattn.photos.sources import open_photos
     from xattn.training import TrainConfig, fit
+    from xattn.training.distilling import distill
     from xattn.training.features import cache_features
     from xattn.training.probe import probe
 

@@ -187,6 +187,67 @@ class ProbeConfig:
             perturbation_class(self.attention)  # registered by others, or unknown
 
 
+@dataclass(frozen=True)
+class DistillConfig:
+    """How a mechanism is trained to attend as the softmax that it replaces; no labels are read."""
+
+    epochs: int = 4
+    """Passes over the photos in which each layer learns for itself, all of them side by side; 0, as for
+    a mechanism without parameters, leaves this part out."""
+    batch_size: int = 8
+    """Photos a step, per process."""
+    lr: float = 1e-2
+    """Peak learning rate of the mechanism's parameters (AdamW, half a cosine after a short rise)."""
+    weight_decay: float = 0.0
+    """Weight decay of tensors with two axes or more."""
+    rows: int = 64
+    """Rows of attention in each head that are compared with the softmax's by cross-entropy; 0 leaves
+    them out."""
+    outputs: float = 1.0
+    """Weight of the squared error of a layer's attention output, relative to the output."""
+    finetune: Literal["none", "lora", "all"] = "none"
+    """What is trained afterwards against the network's own logits: nothing, low-rank updates of qkv and
+    proj in the converted layers, or the whole network; the mechanism's parameters are, too."""
+    finetune_epochs: int = 2
+    """Passes over the photos of that training."""
+    finetune_lr: float = 1e-4
+    """Its peak learning rate."""
+    rank: int = 8
+    """Rank of the low-rank updates."""
+    measured: int = 256
+    """At most so many photos show how close the network is, before and after."""
+    augment: bool = True
+    """Random crop and flip; without it, the centre crop."""
+    workers: int = 2
+    """Number of data loader processes."""
+    seed: int = 0
+    """Seed of order, augmentation and sampled rows, pure functions of (seed, epoch, index) or step."""
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    """Mixed precision."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; there is also one after every epoch."""
+    max_pixels: int = 40_000_000
+    """Photos with more pixels are skipped as possible decompression bombs."""
+
+    def __post_init__(self) -> None:
+        names = "batch_size", "lr", "finetune_epochs", "finetune_lr", "rank", "measured"
+        _check_positive(self, *names, "checkpoint_every", "max_pixels")
+        _check_seed(self.seed)
+        for name in ("epochs", "weight_decay", "rows", "outputs", "workers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}; give 0 or more")
+        if not self.all_epochs:
+            raise ValueError("epochs: got 0 without finetune; give at least 1")
+        if not self.rows and not self.outputs:
+            raise ValueError("rows, outputs: got 0 and 0; give at least one of them a weight")
+        _check_choices(self, finetune=("none", "lora", "all"), precision=("no", "fp16", "bf16"))
+
+    @property
+    def all_epochs(self) -> int:
+        """Passes over the photos in all."""
+        return self.epochs + (0 if self.finetune == "none" else self.finetune_epochs)
+
+
 def _fill_in(config: Any, recipes: dict[str, dict[str, Any]]) -> None:
     """Fill in the settings that were left out, from the recipe."""
     if config.recipe not in recipes:

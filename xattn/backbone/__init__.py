@@ -2,7 +2,7 @@
 
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.classes import Task, read_classes
-from xattn.backbone.conversion import converted
+from xattn.backbone.conversion import converted, load_conversion
 from xattn.backbone.fingerprint import sha256, state_sha256
 from xattn.backbone.loading import load_backbone
 from xattn.backbone.preprocessing import Preprocessing
@@ -17,6 +17,7 @@ __all__ = [
     "Task",
     "converted",
     "load_backbone",
+    "load_conversion",
     "read_classes",
     "sha256",
     "state_sha256",

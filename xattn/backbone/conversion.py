@@ -10,13 +10,24 @@ and SHA-256 of the backbone that it belongs to.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from xattn.attention.conversion import Conversion
 from xattn.attention.convert import converted_copy
 from xattn.backbone.backbone import Backbone
+from xattn.runtime import strict_json
+from xattn.runtime.files import atomic_folder
+from xattn.runtime.version import __version__
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+UPDATES = (".lora_a", ".lora_b")
+UPDATE_SCALE = 2.0  # of low-rank updates, as alpha / r = 16 / 8
 
 
 def converted(
@@ -37,3 +48,139 @@ def converted(
         torch.manual_seed(0)
         model = converted_copy(backbone.model, name, layers, options)
     return backbone.with_converted(model)
+
+
+def save_conversion(
+    folder: str | Path,
+    backbone: Backbone,
+    conversion: Conversion,
+    trained: Mapping[str, Tensor],
+    summary: Mapping[str, Any],
+) -> Path:
+    """Write a trained conversion of ``backbone``, all or nothing.
+
+    Args:
+        trained: tensors by their names in the converted model; a low-rank update of a weight W as
+            ``NAME.lora_a`` (r, in) and ``NAME.lora_b`` (out, r).
+        summary: of the training, for the config.
+
+    Raises:
+        ValueError: ``folder`` exists and holds something else. OSError: it cannot be written.
+    """
+    from safetensors.torch import save
+
+    config = {
+        "format": 1,
+        "xattn": __version__,
+        "conversion": conversion.record(),
+        "backbone": {"name": backbone.name, "sha256": backbone.fingerprint},
+        "training": dict(summary),
+    }
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in trained.items()}
+    with atomic_folder(folder, (WEIGHTS_FILE, CONFIG_FILE), _is_conversion) as temporary:
+        (temporary / WEIGHTS_FILE).write_bytes(save(state, metadata={"format": "pt"}))
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (temporary / CONFIG_FILE).write_text(text, "utf-8", "backslashreplace")
+    return Path(folder)
+
+
+def _is_conversion(folder: Path) -> bool:
+    try:
+        read_conversion(folder)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def read_conversion(folder: str | Path) -> tuple[Conversion, dict[str, Any]]:
+    """The conversion in ``folder``, and the config that holds it.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: its config is damaged.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"mechanism: {folder} holds no {CONFIG_FILE}; give the folder 'conversion' that xattn "
+            f"distill wrote, or a name of xattn list"
+        )
+    try:
+        config = strict_json.parse(path.read_bytes(), nan=True)
+        made = Conversion.of_record(config["conversion"])
+        if not isinstance(config["backbone"]["sha256"], str):
+            raise TypeError("the backbone has no sha256")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"mechanism: {path} is no trained conversion ({type(error).__name__}: {error}); train it "
+            f"again"
+        ) from None
+    return made, config
+
+
+def load_conversion(folder: str | Path, backbone: Backbone) -> Backbone:
+    """``backbone`` with the conversion in ``folder``; it shares all weights that were not trained.
+
+    Raises:
+        ValueError: the conversion belongs to another backbone (both hashes are named), or its files
+            are damaged. FileNotFoundError: nothing is there.
+    """
+    from xattn.models.weights import load_weight_file
+
+    made, config = read_conversion(folder)
+    if config["backbone"]["sha256"] != backbone.fingerprint:
+        raise ValueError(
+            f"mechanism: {folder} was trained on {config['backbone'].get('name')} with weights sha256 "
+            f"{config['backbone']['sha256']}, the backbone {backbone.name} has {backbone.fingerprint}; "
+            f"load the backbone it was trained on"
+        )
+    weights = Path(folder) / WEIGHTS_FILE
+    if not weights.is_file():
+        raise FileNotFoundError(f"mechanism: {folder} holds no {WEIGHTS_FILE}; train it again")
+    try:
+        state = load_weight_file(weights)
+    except ValueError as error:
+        raise ValueError(str(error).replace("weights", "mechanism", 1)) from None
+    return with_trained(backbone, made, state, str(weights))
+
+
+@torch.no_grad()
+def with_trained(
+    backbone: Backbone, made: Conversion, state: Mapping[str, Tensor], source: str = "the state"
+) -> Backbone:
+    """``backbone`` converted as ``made`` says, with the tensors of ``state``, see :func:`save_conversion`.
+
+    Raises:
+        ValueError: the tensors do not fit the converted model.
+    """
+    found = converted(backbone, made.name, made.layers, made.options)
+    model = found.model
+    own = dict(model.state_dict())
+    new = {name: value for name, value in state.items() if not name.endswith(UPDATES)}
+    mechanism = {name for name in own if ".attn.mechanism." in name}
+    try:
+        for name in {name.rpartition(".")[0] for name in state if name.endswith(UPDATES)}:
+            a, b = (state[name + end].to(own[f"{name}.weight"]) for end in UPDATES)
+            new[f"{name}.weight"] = own[f"{name}.weight"] + UPDATE_SCALE * b @ a
+        if wrong := (mechanism - set(new)) | (set(new) - set(own)):
+            raise KeyError(f"{len(wrong)} names differ, such as {min(wrong)}")
+        for name, value in new.items():
+            if value.shape != own[name].shape:
+                raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(own[name].shape)}")
+            _put(model, name, value.to(own[name]))
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"mechanism: {source} does not fit {made} ({reason}); train it again"
+        ) from None
+    return backbone.with_converted(model)
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a tensor of ``model``; one that another model shares stays as it is."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    value = value.clone()
+    if leaf in module._parameters:
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    else:
+        module._buffers[leaf] = value

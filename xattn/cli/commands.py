@@ -19,6 +19,7 @@ import tyro
 from xattn.cli.app import App
 from xattn.cli.bench import Bench
 from xattn.cli.compare import Compare
+from xattn.cli.distill import Distill
 from xattn.cli.evaluate import Evaluate
 from xattn.cli.explain import Explain
 from xattn.cli.export import Export
@@ -34,6 +35,7 @@ from xattn.runtime.version import __version__
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "probe": Probe,
+    "distill": Distill,
     "explain": Explain,
     "evaluate": Evaluate,
     "compare": Compare,

@@ -67,14 +67,22 @@ class BackboneArgs:
         return self._converted(backbone)
 
     def _converted(self, backbone: Any) -> Any:
+        from xattn.attention import list_attention
         from xattn.attention.conversion import parse_mechanism
-        from xattn.backbone import converted
+        from xattn.backbone import converted, load_conversion
 
         if self.mechanism is None:
             if self.layers is not None:
                 raise ValueError(f"layers: got {self.layers} without --mechanism; give both")
             return backbone
         name, options = parse_mechanism(self.mechanism)
+        if name not in list_attention() and (Path(self.mechanism).exists() or "/" in name):
+            if self.layers is not None:
+                raise ValueError(
+                    f"layers: got {self.layers}; {self.mechanism} says itself which layers it converts, "
+                    f"leave out --layers"
+                )
+            return load_conversion(self.mechanism, backbone)
         return converted(backbone, name, self.layers, options)
 
 

@@ -2,8 +2,7 @@
 
 from xattn.heads.abmilp import AbMilp
 from xattn.heads.aim import Aim
-from xattn.heads.attended import Tokens
-from xattn.heads.attentive import AttentiveHead, ClassMaps, overlap
+from xattn.heads.attentive import AttentiveHead, ClassMaps, Tokens, overlap
 from xattn.heads.base import (
     Head,
     HeadEntry,

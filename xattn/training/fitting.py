@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from xattn.runtime.files import write_json
 from xattn.training import processes
 from xattn.training.objective import Part, objective
 from xattn.training.photo_batches import PhotoBatch, PhotoBatches
+from xattn.training.photo_loop import PhotoLoopState, train_on_photos
 from xattn.training.run import Run, RunOptions
 
 
@@ -85,39 +85,26 @@ def fit(
         return _fit(head, backbone, photos, config, accelerator, options)
 
 
-class _FitState:
-    """The learning rate schedule, and (index, reason) of the images that could not be read."""
+class _FitState(PhotoLoopState):
+    """The learning rate schedule, and the images that could not be read."""
 
     keys: tuple[str, ...] = ("scheduler", "skipped")
 
     def __init__(self, scheduler: LRScheduler, accelerator: Any) -> None:
-        self.scheduler, self.accelerator = scheduler, accelerator
-        self.skipped: dict[int, str] = {}
+        super().__init__(accelerator)
+        self.scheduler = scheduler
 
     def state_dict(self) -> dict[str, Any]:
-        self.merge_skipped()
-        return {
-            "scheduler": self.scheduler.state_dict(),
-            "skipped": sorted(self.skipped.items()),
-        }
+        return {"scheduler": self.scheduler.state_dict(), **super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scheduler.load_state_dict(state["scheduler"])
-        self.skipped = dict(state["skipped"])
+        super().load_state_dict(state)
 
-    def merge_skipped(self) -> None:
-        """Let every process know what any of them could not read."""
-        self.skipped = processes.merge(self.accelerator, self.skipped)
-
-    def failure(self, batch: PhotoBatch) -> OSError | None:
-        """The error that ends the run at ``batch``: its own, or images that are gone since."""
-        gone = [reason for index, reason in batch.unreadable if index not in self.skipped]
-        if batch.epoch and not len(batch) and len(gone) > 1:  # a single one may have been deleted
-            return OSError(
-                f"data: images that could be read before no longer can ({gone[0]}); bring them back, "
-                f"then resume"
-            )
-        return batch.failure
+    def next_lr(self) -> float:
+        if self.scheduler.last_epoch + 1 < self.scheduler.total_steps:  # type: ignore[attr-defined]
+            self.scheduler.step()
+        return float(self.scheduler.get_last_lr()[0])
 
 
 def _fit(
@@ -141,29 +128,17 @@ def _fit(
     run = Run(head, optimizer, accelerator, config, state, batches.total, options)
     record = {"images": batches.describe(), "preprocessing": asdict(backbone.preprocessing)}
     with run.open(record):
-        with run.steps(), closing(batches.from_step(run.step, run.interrupted)) as delivered:
-            for batch in delivered:
-                counts = run.agree(len(batch), state.failure(batch))
-                state.skipped.update(batch.unreadable)
-                if sum(counts):
-                    with run.naming_batch_size("images"):
-                        run.losses = _step(run, backbone, batch, counts, config)
-                run.check_finite(run.step + 1, *run.losses.values())
-                if run.step + 1 < scheduler.total_steps:
-                    scheduler.step()
-                run.advance(batch.epoch, float(scheduler.get_last_lr()[0]))
-                if run.step % config.checkpoint_every == 0 or run.step % batches.per_epoch == 0:
-                    run.checkpoint()
+        train_on_photos(
+            run,
+            batches,
+            state,
+            lambda batch, counts: _step(run, backbone, batch, counts, config),
+            state.next_lr,
+        )
         head.eval()
         if sha256(backbone.model) != before:
             raise RuntimeError("the backbone's weights changed during training: this is a bug")
-        state.merge_skipped()
-        if len(state.skipped) == len(photos):
-            raise ValueError(
-                f"data: none of the {len(photos)} images could be read; "
-                f"the first: {next(iter(state.skipped.values()))}"
-            )
-        skipped = [(photos.name(i), why) for i, why in sorted(state.skipped.items())]
+        skipped = state.names(batches)
         head.summary = _summary(run, len(photos), len(skipped))
         run.save_head()
         if run.folder is not None and run.main:

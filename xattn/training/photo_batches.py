@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from xattn.backbone import Preprocessing
-from xattn.config import TrainConfig
+from xattn.config import DistillConfig, TrainConfig
 from xattn.photos.base import Photos
 from xattn.training.data import TrainImages, epoch_batches, load_batches, steps_per_epoch
 from xattn.training.run_folder import first_workers
@@ -53,7 +53,7 @@ class PhotoBatches:
         self,
         photos: Photos,
         preprocessing: Preprocessing,
-        config: TrainConfig,
+        config: TrainConfig | DistillConfig,
         rank: int,
         ranks: int,
         resumed: Path | None,
@@ -67,7 +67,8 @@ class PhotoBatches:
             photos, preprocessing, config.seed, config.augment, config.max_pixels
         )
         self.per_epoch = steps_per_epoch(len(photos), config.batch_size, ranks)
-        self.total = self.per_epoch * config.epochs
+        epochs = config.all_epochs if isinstance(config, DistillConfig) else config.epochs
+        self.total = self.per_epoch * epochs
         self.streams = 1
         if photos.streamed:
             self.streams = max(first_workers(resumed, config.workers), 1)

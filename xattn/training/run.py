@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from xattn.config import ProbeConfig, TrainConfig
+from xattn.config import DistillConfig, ProbeConfig, TrainConfig
 from xattn.heads import Head, save_head
 from xattn.runtime.files import output_error, printable
 from xattn.runtime.interrupts import deferred_interrupt
@@ -38,12 +38,13 @@ from xattn.runtime.memory import is_out_of_memory
 from xattn.training import processes
 from xattn.training.checkpoint import save_checkpoint
 from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, claim
+from xattn.training.student import Student
 from xattn.training.whole_batch import Share, whole_batch
 
 FAILED = 1000  # a reason to stop, graver than the numbers of signals
 SHARED_STATE = ("step", "head", "optimizer", "scaler", "losses")  # of every checkpoint
 
-HeadT = TypeVar("HeadT", bound=Head)
+HeadT = TypeVar("HeadT", bound=Head | Student)
 
 
 class LoopState(Protocol):
@@ -74,7 +75,7 @@ class RunOptions:
 
 
 class Run(Generic[HeadT]):
-    """One training run of ``head`` over ``total`` steps.
+    """One training run of ``head`` (or the student of a distillation) over ``total`` steps.
 
     ``step`` counts the steps taken, ``losses`` are the last ones, ``main`` is False in the processes that
     write nothing, and ``interrupted()`` is the number of the signal that came, or 0.
@@ -85,7 +86,7 @@ class Run(Generic[HeadT]):
         head: HeadT,
         optimizer: torch.optim.Optimizer,
         accelerator: Any,
-        config: TrainConfig | ProbeConfig,
+        config: TrainConfig | ProbeConfig | DistillConfig,
         loop_state: LoopState,
         total: int,
         options: RunOptions,
@@ -274,7 +275,7 @@ class Run(Generic[HeadT]):
 
     def save_head(self) -> None:
         """Write the trained head into the output folder, from the main process."""
-        if self.folder is not None and self.main:
+        if self.folder is not None and self.main and isinstance(self.head, Head):
             save_head(self.head, self.folder / HEAD_FOLDER)
 
 

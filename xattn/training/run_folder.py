@@ -84,7 +84,8 @@ def _comparable(run: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a run to be resumed: everything but settings that do not change the result."""
     train = {k: v for k, v in run["train"].items() if k not in ("workers", "checkpoint_every")}
     head = {k: v for k, v in run["head"].items() if k not in ("training", "xattn")}
-    head["options"] = complete_options(head["head"], head["options"])
+    if "conversion" not in head:  # of a distillation
+        head["options"] = complete_options(head["head"], head["options"])
     return {**run, "train": train, "head": head}
 
 

@@ -1,0 +1,64 @@
+"""``xattn distill``: train another attention mechanism to attend as the network's own."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tyro
+
+from xattn.cli.model import BackboneArgs
+from xattn.config import DistillConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    """Train an attention mechanism in a ViT's layers to attend as its softmax; no labels are read."""
+
+    after_interrupt: ClassVar[str] = "; --resume goes on"
+
+    data: str
+    """A folder of images, a .txt list with one path per line, hfds/NAME_OR_PATH:SPLIT or
+    wds/PATH:SPLIT."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    train: tyro.conf.OmitArgPrefixes[DistillConfig]
+    validation: str | None = None
+    """Photos to measure on; by default one of ten of the data, which is not trained on."""
+    output: Path = Path("runs/distilled")
+    """Folder for log, checkpoints, report.json and the trained conversion."""
+    resume: bool = False
+    """Continue from the last checkpoint in the output folder."""
+
+    def run(self) -> None:
+        from xattn.attention.conversion import parse_mechanism
+        from xattn.training.closeness import comparison
+        from xattn.training.distilling import CONVERSION_FOLDER, distill
+
+        if self.model.mechanism is None:
+            raise ValueError(
+                "mechanism: got none; name the one to train, such as --mechanism agent"
+            )
+        if self.model.probe is not None:
+            raise ValueError("probe: attention is trained in the network itself; leave out --probe")
+        name, options = parse_mechanism(self.model.mechanism)
+        backbone: Any = replace(self.model, mechanism=None, layers=None).load()
+        result = distill(
+            backbone,
+            name,
+            self.model.layers,
+            options,
+            data=self.data,
+            validation=self.validation,
+            config=self.train,
+            output=self.output,
+            resume=self.resume,
+        )
+        if not result.main:
+            return
+        for path, reason in result.skipped:
+            print(f"skipped {path}: {reason}", file=sys.stderr)
+        print("\n".join(comparison(result.before, result.after)))
+        print(f"{result.steps} steps, {len(result.skipped)} images skipped")
+        print(f"conversion: {self.output / CONVERSION_FOLDER}")

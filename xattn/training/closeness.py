@@ -1,0 +1,196 @@
+"""How close a converted network is to the network that it replaces, layer by layer and as a whole.
+
+error_l = mean |y' - y|^2 / mean |y|^2         y, y' outputs of attention layer l, given the same tokens
+KL_l    = mean_i sum_j P_ij ln(P_ij / A_ij)     rows of the softmax and of the mechanism, in nats
+agreement, the share of photos with the same most probable class;  cosine of the last patch tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.attention import Operator
+from xattn.backbone import Backbone
+from xattn.photos.base import Photos
+from xattn.training.data import TrainImages
+from xattn.training.teacher_stream import LayerPass, layer_passes
+
+LEAST = 1e-12  # of an entry of A in a logarithm
+
+
+@dataclass(frozen=True)
+class LayerCloseness:
+    """One converted layer; ``row_kl`` is None where the mechanism's rows are no shares of attention."""
+
+    layer: int
+    error: float
+    row_kl: float | None
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """Means over ``photos`` photos; ``agreement`` is None for a network without classes."""
+
+    photos: int
+    layers: tuple[LayerCloseness, ...]
+    agreement: float | None
+    cosine: float
+
+    @property
+    def row_kl(self) -> float | None:
+        """The mean over the layers whose rows can be compared."""
+        known = [layer.row_kl for layer in self.layers if layer.row_kl is not None]
+        return sum(known) / len(known) if known else None
+
+    @property
+    def error(self) -> float:
+        """The mean over the layers."""
+        return sum(layer.error for layer in self.layers) / len(self.layers)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers]}
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> Closeness:
+        """The inverse of :meth:`record`."""
+        layers = tuple(LayerCloseness(**layer) for layer in record["layers"])
+        return cls(record["photos"], layers, record["agreement"], record["cosine"])
+
+
+def comparison(before: Closeness, after: Closeness) -> list[str]:
+    """Markdown lines: a table of the layers and of the whole, before and after training."""
+    lines = [
+        f"On {after.photos} photos, before and after training:",
+        "",
+        "| | error of outputs, % | after | KL of rows, nats | after |",
+        "| :-- | --: | --: | --: | --: |",
+    ]
+    names = [f"layer {layer.layer}" for layer in after.layers]
+    pairs: list[Any] = [*zip(before.layers, after.layers, strict=True), (before, after)]
+    for name, (one, two) in zip([*names, "mean"], pairs, strict=True):
+        errors = f"{100 * one.error:.1f} | {100 * two.error:.1f}"
+        lines.append(f"| {name} | {errors} | {_nats(one.row_kl)} | {_nats(two.row_kl)} |")
+    lines.append("")
+    if after.agreement is not None and before.agreement is not None:
+        shares = f"{100 * before.agreement:.1f} %, {100 * after.agreement:.1f} %"
+        lines.append(f"same class as the network itself: {shares}")
+    lines.append(f"cosine of patch tokens: {before.cosine:.3f}, {after.cosine:.3f}")
+    return lines
+
+
+def _nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def row_kl(teacher: Operator, student: Operator, chunk: int = 64) -> Tensor:
+    """sum_j P_ij ln(P_ij / A_ij) of all rows, (B, H, N) in nats; 1e-12 stands for smaller A_ij."""
+    found = []
+    for index in torch.arange(teacher.shape[2], device=teacher.device).split(chunk):
+        p, a = teacher.rows(index).float(), student.rows(index).float()
+        found.append((torch.xlogy(p, p) - p * a.clamp_min(LEAST).log()).sum(-1))
+    return torch.cat(found, -1)
+
+
+@torch.no_grad()
+def closeness(
+    teacher: Backbone,
+    student: Backbone,
+    photos: Photos,
+    most: int = 256,
+    batch_size: int = 8,
+    max_pixels: int = 40_000_000,
+) -> Closeness:
+    """Measure ``student``, a converted copy of ``teacher``, on the first ``most`` photos that can be read.
+
+    Raises:
+        ValueError: nothing is converted, or no photo can be read.
+    """
+    layers = sorted(i for made in student.conversion or () for i in made.layers)
+    if not layers:
+        raise ValueError(f"student: {student.name} is not converted; give a converted copy")
+    sums, count = _Sums(layers), 0
+    for images in _batches(teacher, photos, most, batch_size, max_pixels):
+        sums.add(teacher, student, images)
+        count += len(images)
+    if not count:
+        raise ValueError("validation: none of the photos could be read; give others")
+    return sums.means(count, teacher.has_classes)
+
+
+def _batches(
+    backbone: Backbone, photos: Photos, most: int, batch_size: int, max_pixels: int
+) -> Iterable[Tensor]:
+    """Evaluation crops in the order of their numbers."""
+    images = TrainImages(photos, backbone.preprocessing, 0, augment=False, max_pixels=max_pixels)
+    dtype = next(backbone.parameters()).dtype
+    for start in range(0, min(most, len(photos)), batch_size):
+        numbers = range(start, min(start + batch_size, most, len(photos)))
+        found = [image for i in numbers if (image := images[0, i][1]) is not None]
+        if found:
+            yield torch.stack(found).to(backbone.device, dtype)
+
+
+class _Sums:
+    """Sums over photos, in float64."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers = layers
+        self.difference = dict.fromkeys(layers, 0.0)
+        self.size = dict.fromkeys(layers, 0.0)
+        self.kl: dict[int, float | None] = dict.fromkeys(layers, 0.0)
+        self.same = self.cosine = 0.0
+
+    def add(self, teacher: Backbone, student: Backbone, images: Tensor) -> None:
+        with layer_passes(teacher, self.layers) as passes:
+            found, logits = _features(teacher, images)
+        for i, of_layer in passes.items():
+            self._add_layer(i, of_layer, student)
+        own, own_logits = _features(student, images)
+        patches = slice(teacher.prefix_tokens, None)
+        cosine = F.cosine_similarity(found[:, patches].double(), own[:, patches].double(), dim=-1)
+        self.cosine += float(cosine.mean(1).sum())
+        self.same += float((logits.argmax(1) == own_logits.argmax(1)).sum())
+
+    def _add_layer(self, i: int, theirs: LayerPass, student: Backbone) -> None:
+        layer: Any = student.model.blocks[i].attn  # type: ignore[index, union-attr]
+        with layer_passes(student, [i]) as passes:
+            result = layer(*theirs.args, **theirs.kwargs)
+        operator = passes[i].call.operator
+        self.difference[i] += float(
+            (result - theirs.result).double().square().flatten(1).mean(1).sum()
+        )
+        self.size[i] += float(theirs.result.double().square().flatten(1).mean(1).sum())
+        before = self.kl[i]
+        if before is None or not operator.stochastic or operator.signed:
+            self.kl[i] = None
+            return
+        kl = row_kl(theirs.call.operator, operator)
+        self.kl[i] = before + float(kl.double().mean((1, 2)).sum())
+
+    def means(self, count: int, has_classes: bool) -> Closeness:
+        layers = []
+        for i in self.layers:
+            kl = self.kl[i]
+            error = self.difference[i] / max(self.size[i], 1e-30)
+            layers.append(LayerCloseness(i, error, None if kl is None else kl / count))
+        agreement = self.same / count if has_classes else None
+        return Closeness(count, tuple(layers), agreement, self.cosine / count)
+
+
+def _features(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The last tokens (B, N, C) and the logits."""
+    found: list[Tensor] = []
+    with backbone.alone():
+        handle = backbone.head_point.register_forward_hook(lambda m, a, out: found.append(out))
+        try:
+            logits = backbone.logits(images)
+        finally:
+            handle.remove()
+    return found[-1], logits

@@ -1,0 +1,332 @@
+"""``distill``: train the mechanism of a converted network to attend as the softmax that it replaces.
+
+    L = mean over layers of   w |y' - y|^2 / |y|^2  -  mean_i sum_j P_ij ln A_ij  +  own losses
+
+y and P are outputs and sampled rows of the trained softmax, y' and A those of the mechanism, for the
+tokens that reach the layer in the network as it was trained, so all layers learn in one pass. Rows are
+left out where they are no shares of attention. Afterwards the mechanism and low-rank updates of the
+projections, or the whole network, may be trained on KL(softmax z || softmax z'), z being the network's own
+logits. No labels are read. The procedure is that of Hedgehog (arXiv 2402.04347) and LoLCATs
+(arXiv 2410.10254).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.attention import record
+from xattn.backbone import Backbone, load_backbone
+from xattn.backbone.conversion import save_conversion, with_trained
+from xattn.backbone.fingerprint import network_sha256
+from xattn.config import DistillConfig
+from xattn.photos.base import Data, Photos
+from xattn.photos.part import every_nth
+from xattn.photos.sources import open_photos
+from xattn.runtime.files import write_json
+from xattn.training import processes
+from xattn.training.closeness import Closeness, closeness
+from xattn.training.photo_batches import PhotoBatch, PhotoBatches
+from xattn.training.photo_loop import PhotoLoopState, train_on_photos
+from xattn.training.run import Run, RunOptions
+from xattn.training.student import Student
+from xattn.training.teacher_stream import (
+    attended,
+    cross_entropy,
+    grid_of,
+    layer_passes,
+    sampled_rows,
+)
+
+CONVERSION_FOLDER, REPORT = "conversion", "report.json"
+HELD_OUT = 10  # one of so many photos is measured on, not trained on
+RISE = 0.05  # of the steps, in which the learning rate rises
+
+
+@dataclass
+class DistillResult:
+    """What :func:`distill` returns.
+
+    ``backbone`` is the converted one with what was trained, ``before`` and ``after`` say how close it is
+    to the one it was made from. ``main`` is False in the other processes of a distributed run.
+    """
+
+    backbone: Backbone
+    before: Closeness
+    after: Closeness
+    steps: int
+    seconds: float
+    losses: dict[str, float] = field(default_factory=dict)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    output: Path | None = None
+    main: bool = True
+
+
+def distill(
+    model: nn.Module,
+    name: str,
+    layers: Iterable[int] | str | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    data: Data,
+    validation: Data | None = None,
+    config: DistillConfig | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> DistillResult:
+    """Convert a copy of ``model`` and train what the mechanism adds; ``model`` stays as it is, bit for bit.
+
+    Args:
+        model: a backbone, or a timm ViT.
+        name, layers, options: of the mechanism, as in :func:`~xattn.attention.convert`.
+        data: photos, see :mod:`xattn.photos.sources`. No labels are read.
+        validation: photos to measure on; by default one of ten of ``data``, which is not trained on.
+        config: see :class:`~xattn.config.DistillConfig`.
+        output: folder for log, checkpoints, ``report.json`` and the folder ``conversion``, see
+            :func:`~xattn.backbone.load_conversion`; None keeps everything in memory.
+        resume: go on from the last checkpoint in ``output``. The result is bit-identical to that of an
+            uninterrupted run (on a CPU, with the same number of threads).
+
+    Raises:
+        ValueError: a model that is converted already or cannot be, nothing to train, no photos, a loss that
+            is not finite, or ``output`` holds another run.
+        OSError: ``output`` cannot be written, or a file of ``data`` is missing.
+    """
+    config = config or DistillConfig()
+    teacher = model if isinstance(model, Backbone) else load_backbone(model)
+    if teacher.conversion is not None:
+        raise ValueError(
+            f"model: {teacher.name} is converted already; give the network with its own attention"
+        )
+    if config.finetune != "none" and not teacher.has_classes:
+        raise ValueError(
+            f"finetune: {teacher.name} has no classes, whose logits it needs; leave it out"
+        )
+    student = Student(teacher, name, layers, options, config)
+    if not any(True for _ in student.mechanisms.parameters()):
+        config = replace(config, epochs=0)
+    photos = open_photos(data)
+    kept = None if validation is None else open_photos(validation)
+    if kept is None:
+        photos, kept = every_nth(photos, HELD_OUT)
+    run_options = RunOptions(output, resume, progress)
+    with processes.own_accelerator(teacher.device, config.precision) as accelerator:
+        return _distill(student, photos, kept, config, accelerator, run_options)
+
+
+class _State(PhotoLoopState):
+    """How close the network was before, the seconds of training, and the unreadable photos."""
+
+    keys: tuple[str, ...] = ("before", "seconds", "skipped")
+
+    def __init__(self, accelerator: Any) -> None:
+        super().__init__(accelerator)
+        self.before: Closeness | None = None
+        self._earlier, self._started = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Of training, with the runs that this one resumes."""
+        return self._earlier + time.perf_counter() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        before = None if self.before is None else self.before.record()
+        return {"before": before, "seconds": self.seconds, **super().state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._earlier = float(state["seconds"])
+        if state["before"] is not None:
+            self.before = Closeness.of_record(state["before"])
+
+
+def _distill(
+    student: Student,
+    photos: Photos,
+    kept: Photos,
+    config: DistillConfig,
+    accelerator: Any,
+    options: RunOptions,
+) -> DistillResult:
+    teacher = student.teacher
+    weights = network_sha256(teacher.model)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    resumed = options.folder if options.resume else None
+    batches = PhotoBatches(photos, teacher.preprocessing, config, rank, ranks, resumed)
+    state = _State(accelerator)
+    optimizer = _optimizer(student, config)
+    run = Run(student, optimizer, accelerator, config, state, batches.total, options)
+    facts = {
+        "images": batches.describe(),
+        "validation": kept.describe(),
+        "preprocessing": asdict(teacher.preprocessing),
+    }
+
+    def measure() -> Closeness:
+        network = student.eval().network
+        size = config.measured, config.batch_size, config.max_pixels
+        return closeness(teacher, network, kept, *size)
+
+    with run.open(facts):
+        if state.before is None:
+            state.before = measure()
+            student.train()
+        train_on_photos(
+            run,
+            batches,
+            state,
+            lambda batch, counts: _step(run, batch, counts, batches.per_epoch),
+            lambda: learning_rate(run.step, batches.per_epoch, config),
+        )
+        if network_sha256(teacher.model) != weights:
+            raise RuntimeError("the network's weights changed during training: this is a bug")
+        skipped, after = state.names(batches), measure()
+        result = DistillResult(
+            with_trained(teacher, student.conversion, student.trained()),
+            state.before,
+            after,
+            run.step,
+            state.seconds,
+            run.losses,
+            skipped,
+            run.folder,
+            run.main,
+        )
+        if run.folder is not None and run.main:
+            _write(result, student, run.folder, config)
+    return result
+
+
+def _write(result: DistillResult, student: Student, folder: Path, config: DistillConfig) -> None:
+    summary = {
+        "steps": result.steps,
+        "skipped": len(result.skipped),
+        "losses": {name: round(value, 6) for name, value in result.losses.items()},
+        "config": asdict(config),
+    }
+    conversion = student.conversion
+    target = folder / CONVERSION_FOLDER
+    save_conversion(target, student.teacher, conversion, student.trained(), summary)
+    write_json(folder / "skipped.json", result.skipped)
+    write_json(
+        folder / REPORT,
+        {
+            **student.config(),
+            "before": result.before.record(),
+            "after": result.after.record(),
+            "seconds": round(result.seconds, 1),
+            **summary,
+        },
+    )
+
+
+# ---------------------------------------------------------------------- steps
+
+
+def _step(
+    run: Run[Student], batch: PhotoBatch, counts: list[int], per_epoch: int
+) -> dict[str, float]:
+    """Take one step; the losses, averaged over all images of all processes.
+
+    A process without a readable image takes part with a grey one, of weight 0.
+    """
+    student, config = run.head.train(), run.config
+    assert isinstance(config, DistillConfig)
+    teacher = student.teacher
+    weight = counts[run.rank] * run.ranks / sum(counts)
+    images = batch.images
+    if images is None:
+        images = torch.full((1, 3, *teacher.preprocessing.input_size), 0.5, device="cpu")
+    dtype = next(teacher.parameters(), images).dtype
+    images = images.to(teacher.device, dtype, non_blocking=True)
+    alone = run.step < config.epochs * per_epoch
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.step, per_epoch, config)
+    with run.forward(batch.share):
+        if alone:
+            terms = layer_losses(student, images, config, run.step)
+        else:
+            terms = logit_losses(student, images)
+    run.backward(weight * terms["loss"])
+    run.optimizer.step()
+    losses = run.mean(weight * torch.stack([term.detach().float() for term in terms.values()]))
+    return dict(zip(terms, losses.tolist(), strict=True))
+
+
+def layer_losses(
+    student: Student, images: Tensor, config: DistillConfig, step: int
+) -> dict[str, Tensor]:
+    """``loss`` and its terms, means over the layers; gradients reach the mechanisms alone."""
+    teacher, numbers = student.teacher, student.conversion.layers
+    with torch.no_grad(), layer_passes(teacher, numbers) as passes:
+        teacher.logits(images)
+    grid = grid_of(teacher, images)
+    zero = torch.zeros((), device=images.device)
+    outputs, rows, own = zero, zero, zero
+    for i in numbers:
+        inputs = passes[i].inputs(grid, teacher.prefix_tokens)
+        target, softmax = passes[i].call.output.float(), passes[i].call.operator
+        found = attended(student.mechanism(i), inputs)
+        difference = F.mse_loss(found.output.float(), target)
+        outputs = outputs + difference / target.square().mean().clamp_min(1e-12)
+        operator = found.operator
+        if config.rows and operator.stochastic and not operator.signed:
+            index = sampled_rows(operator.shape[2], config.rows, config.seed, step)
+            index = index.to(images.device)
+            rows = rows + cross_entropy(softmax.rows(index).float(), operator.rows(index).float())
+        own = own + sum(operator.aux.values(), zero)
+    terms = {"outputs": outputs, "rows": rows, "own": own}
+    terms = {name: term / len(numbers) for name, term in terms.items()}
+    loss = config.outputs * terms["outputs"] + terms["rows"] + terms["own"]
+    return {"loss": loss, **terms}
+
+
+def logit_losses(student: Student, images: Tensor) -> dict[str, Tensor]:
+    """``loss`` and its terms: KL from the network's own logits, and the mechanisms' own losses."""
+    teacher, network = student.teacher, student.network
+    with torch.no_grad():
+        wanted = teacher.logits(images).float()
+    with network.alone(), record(network.model, alone=True) as calls:
+        logits = network.logits(images).float()
+    if teacher.task == "multilabel":
+        p = wanted.sigmoid()
+        least = F.binary_cross_entropy_with_logits(wanted, p)
+        kl = F.binary_cross_entropy_with_logits(logits, p) - least
+    else:
+        kl = F.kl_div(logits.log_softmax(1), wanted.log_softmax(1), None, None, "batchmean", True)
+    zero = torch.zeros((), device=images.device)
+    own = sum((value for call in calls for value in call.aux.values()), zero)
+    own = own / len(student.conversion.layers)
+    return {"loss": kl + own, "logits": kl, "own": own}
+
+
+def learning_rate(step: int, per_epoch: int, config: DistillConfig) -> float:
+    """The rate of step 0, 1, ...: in each part a short linear rise, then half a cosine to 0."""
+    first = config.epochs * per_epoch
+    peak, total = config.lr, first
+    if step >= first and config.finetune != "none":
+        step, peak, total = step - first, config.finetune_lr, config.finetune_epochs * per_epoch
+    rise = max(1, round(RISE * total))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * min(step - rise, total) / max(total - rise, 1)))
+
+
+def _optimizer(student: Student, config: DistillConfig) -> torch.optim.Optimizer:
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+    )

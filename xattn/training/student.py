@@ -1,0 +1,142 @@
+"""What a distillation trains of a converted network, and how that becomes part of the network.
+
+mechanism's parameters,   and with ``finetune``:   W' = W + 2 b a  for qkv and proj ("lora", Hu et al.
+                                                   2021, arXiv 2106.09685), or all weights ("all")
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from xattn.attention.base import Mechanism
+from xattn.attention.conversion import Conversion
+from xattn.backbone import Backbone
+from xattn.backbone.conversion import UPDATE_SCALE, converted
+from xattn.config import DistillConfig
+
+PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
+
+
+class LowRankUpdate(nn.Module):
+    """W -> W + 2 b a for W (out, in), with a (r, in) random and b (out, r) zero at first."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        self.a = nn.Parameter(torch.randn(rank, columns, device="cpu").to(weight) * columns**-0.5)
+        self.b = nn.Parameter(weight.new_zeros(rows, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + UPDATE_SCALE * self.b @ self.a
+
+
+class Student(nn.Module):
+    """The trainable part of a converted copy of ``teacher``; the frozen rest of it is no submodule.
+
+    Attributes: ``mechanisms`` by number of their layer; ``network``, the converted backbone.
+
+    Raises:
+        ValueError: as in :func:`~xattn.attention.convert`, or nothing to train.
+    """
+
+    def __init__(
+        self,
+        teacher: Backbone,
+        name: str,
+        layers: Iterable[int] | str | None,
+        options: Mapping[str, Any] | None,
+        config: DistillConfig,
+    ) -> None:
+        super().__init__()
+        whole = config.finetune == "all"
+        network = converted(copy.deepcopy(teacher) if whole else teacher, name, layers, options)
+        self._unregistered = [network, teacher]
+        assert network.conversion is not None
+        self.conversion: Conversion = network.conversion[0]
+        blocks: Any = network.model.blocks
+        self.mechanisms = nn.ModuleDict(
+            {str(i): blocks[i].attn.mechanism for i in self.conversion.layers}
+        )
+        self.finetune = config.finetune
+        if whole:
+            self.model = network.model
+        self.updates = nn.ModuleDict()
+        if config.finetune == "lora":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                self._add_updates(config.rank)
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
+        if not any(True for _ in self.parameters()):
+            raise ValueError(
+                f"name: {name} has no parameters, so there is nothing to train; use it as it is "
+                f"(--mechanism {name}), or train the network around it (--finetune lora)"
+            )
+
+    def _add_updates(self, rank: int) -> None:
+        for i, layer in self.layers():
+            for name in PROJECTIONS:
+                linear = getattr(layer, name, None)
+                if isinstance(linear, nn.Linear):
+                    update = LowRankUpdate(linear.weight, rank)
+                    self.updates[f"{i}_{name}"] = update
+                    parametrize.register_parametrization(linear, "weight", update)
+
+    @property
+    def network(self) -> Backbone:
+        """The converted backbone that is trained."""
+        return self._unregistered[0]
+
+    @property
+    def teacher(self) -> Backbone:
+        """The backbone as it was."""
+        return self._unregistered[1]
+
+    def layers(self) -> Iterator[tuple[int, nn.Module]]:
+        """Number and module of each converted attention layer."""
+        blocks: Any = self.network.model.blocks
+        for i in self.conversion.layers:
+            yield i, blocks[i].attn
+
+    def mechanism(self, layer: int) -> Mechanism:
+        """That of a converted layer, by its number."""
+        found = self.mechanisms[str(layer)]
+        assert isinstance(found, Mechanism)
+        return found
+
+    def train(self, mode: bool = True) -> Student:
+        """Only mechanisms train; the network drops nothing and updates no statistics."""
+        self.training = mode
+        for module in self.mechanisms.values():
+            module.train(mode)
+        return self
+
+    def config(self) -> dict[str, Any]:
+        """What a resumed run must agree with."""
+        teacher = self.teacher
+        return {
+            "conversion": self.conversion.record(),
+            "backbone": {"name": teacher.name, "sha256": teacher.fingerprint},
+        }
+
+    def trained(self) -> dict[str, Tensor]:
+        """The trained tensors under their names in the model; updates as ``NAME.lora_a``, ``.lora_b``."""
+        if self.finetune == "all":
+            return dict(self.network.model.state_dict())
+        state = {}
+        for i in self.conversion.layers:
+            path = f"blocks.{i}.attn"
+            for name, value in self.mechanism(i).state_dict().items():
+                state[f"{path}.mechanism.{name}"] = value
+            for name in PROJECTIONS:
+                if f"{i}_{name}" in self.updates:
+                    update: Any = self.updates[f"{i}_{name}"]
+                    state[f"{path}.{name}.lora_a"] = update.a.detach()
+                    state[f"{path}.{name}.lora_b"] = update.b.detach()
+        return state
