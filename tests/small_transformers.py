@@ -26,7 +26,7 @@ def tiny(variant="class", grid=GRID, depth=3, seed=0, **options):
     sizes = {"img_size": (4 * grid[0], 4 * grid[1]), "patch_size": 4, "embed_dim": 16}
     options = {"depth": depth, "num_heads": 2, "num_classes": 7, "mlp_ratio": 2, **own, **options}
     torch.manual_seed(seed)
-    model = cls(**sizes, **options)
+    model = cls(**{**sizes, **options})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -42,3 +42,8 @@ def photos(backbone, count=2, dtype=torch.float64):
 def assert_equal(got, expected, tolerance=1e-6):
     assert got.shape == expected.shape
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def share(x, part):
+    """``x``, with ``part`` of its gradient."""
+    return part * x + (1 - part) * x.detach()

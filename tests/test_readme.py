@@ -42,5 +42,5 @@ def test_the_evaluation_example_runs_as_printed(tmp_path, monkeypatch, capsys):
 
 def test_files_that_the_readme_names_exist():
     text = README.read_text(encoding="utf-8")
-    for name in re.findall(r"\]\((?!http)([^)]+)\)", text):
+    for name in re.findall(r"\]\((?!http|#)([^)]+)\)", text):
         assert (README.parent / name.partition("#")[0]).is_file(), name

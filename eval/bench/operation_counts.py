@@ -11,9 +11,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from xattn.eval.bench.timing import Job
 
 
+def _pooling(q: Any, k: Any, v: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    """Of the scores, if they are products, and of the weighted sum."""
+    (batch, queries, width), tokens = out_shape[0], v[2]
+    return 2 * batch * queries * tokens * (width + (0 if q is None else q[2]))
+
+
+OWN_OPS = {torch.ops.xattn.pooling_forward: _pooling}
+
+
 def operations(job: Job) -> int:
     """Floating-point operations of the matrix products and convolutions of one call."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=OWN_OPS) as counter:
         job()
     return counter.get_total_flops()
 

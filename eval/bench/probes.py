@@ -19,7 +19,7 @@ from xattn.eval.bench.timing import median_ratio, times
 from xattn.eval.probing.probe_table import moved_to
 from xattn.eval.probing.runner import new_head
 from xattn.heads import AttentiveHead
-from xattn.training.attention_training import create_perturbation
+from xattn.training.attention_training import create_perturbation, head_loss
 from xattn.training.features import Features, cache_features
 from xattn.training.probe import create_optimizer
 
@@ -104,13 +104,8 @@ def _stepper(head: AttentiveHead, kind: str) -> Callable[[Any], None]:
 
     def step(tokens: Any) -> None:
         attended = head.attend(moved_to(tokens, head))
-        target = torch.arange(len(attended.scores), device=attended.scores.device) % 2
-        loss = perturbation.loss(
-            attended.scores,
-            lambda scores: head.classify(attended._replace(scores=scores)),
-            target,
-            module=head,
-        )
+        target = torch.arange(len(attended.values), device=attended.values.device) % 2
+        loss = head_loss(perturbation, head, attended, target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

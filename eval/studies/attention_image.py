@@ -312,7 +312,7 @@ def deletion(head: AttentiveHead, tokens: Tokens, target: int) -> Tensor:
     def without(position: Tensor) -> Tensor:
         hidden = torch.arange(attended.scores.shape[-1]) == position
         scores = attended.scores.masked_fill(hidden, -torch.inf)
-        return head.classify(attended._replace(scores=scores)).softmax(1)[0, target]
+        return head.classify(attended.with_scores(scores)).softmax(1)[0, target]
 
     positions = torch.arange(first, attended.scores.shape[-1])
     left = torch.vmap(without, chunk_size=64)(positions)

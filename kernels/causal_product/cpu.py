@@ -26,9 +26,9 @@ def forward(left: Tensor, right: Tensor, x: Tensor, reverse: bool) -> Tensor:
     """Y (H, N, m) of left and right (H, N, f) and x (H, N, m)."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     steps = min(STEPS, -(-x.shape[1] // CHUNK))
-    parts = (t.split(max(1, BATCH // steps)) for t in (left, right, x, out))
-    for some in zip(*parts, strict=True):
-        _scan(*some, steps * CHUNK, reverse)
+    parts = [t.split(max(1, BATCH // steps)) for t in (left, right, x, out)]
+    for a, b, c, y in zip(*parts, strict=True):
+        _scan(a, b, c, y, steps * CHUNK, reverse)
     return out
 
 

@@ -121,12 +121,42 @@ def test_pooling_over_tiles_counts_only_real_tokens(weighted):
     check(operator, expected)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pooling_can_keep_the_prefix_in_front(weighted):
+    weight = random(HEADS, 4, seed=8) if weighted else None
+    like, order = random(BATCH, HEADS, 2 + 27, WIDTH), tile_order((3, 9), 2)
+    plain = PoolOperator(like, 4, weight=weight, order=order, prefix=2)
+    kept = PoolOperator(like, 4, weight=weight, order=order, prefix=2, keep_prefix=True)
+    first = torch.eye(2, 29, dtype=torch.float64).expand(BATCH, HEADS, -1, -1)
+    check(kept, torch.cat([first, matrix(plain)], 2))
+
+
+def test_heads_of_one_key_head_share_its_pooling_weights():
+    weight, few = random(1, 4, seed=8), random(BATCH, 1, N, WIDTH)
+    like = few.expand(-1, HEADS, -1, -1)
+    grouped = PoolOperator(like, 4, weight=weight)
+    repeated = PoolOperator(like, 4, weight=weight.expand(HEADS, -1))
+    check(grouped, matrix(repeated))
+    assert torch.equal(grouped.matvec(few), grouped.matvec(like)[:, :1])
+    assert torch.equal(repeated.matvec(few), repeated.matvec(like))
+
+
+def test_a_sum_of_gated_products_keeps_every_log_sum_exp():
+    one, two, pooled = softmax(), softmax(keys=5), PoolOperator(random(BATCH, HEADS, N, 2), 5, 6)
+    gate = torch.rand(BATCH, HEADS, N, dtype=torch.float64)
+    operator = SumOperator([GatedOperator(one, gate), ProductOperator([two, pooled])])
+    x = random(BATCH, HEADS, N, 3, seed=3)
+    assert torch.allclose(operator.matvec_and_keep(x), operator.matvec(x))
+    assert one._lse is not None and two._lse is not None
+
+
 def test_pooled_attention_is_a_product():
     like = random(BATCH, HEADS, N, WIDTH)
     pooled = PoolOperator(like, 5, 3)
     first = softmax(keys=pooled.shape[2])
     operator = ProductOperator([first, pooled])
-    assert operator.stochastic and not operator.signed
+    assert operator.stochastic and not operator.signed and not operator.causal
+    assert ProductOperator([first, pooled], causal=True).causal
     check(operator, matrix(first) @ matrix(pooled))
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from xattn.attention import Inputs, convert, create_attention, create_mechanism, record, revert
+from xattn.attention.bands import BandedOperator
 from xattn.attention.base import MECHANISMS
 from xattn.attention.tile_simulator import speedup_bound
 from xattn.eval.bench.tensor_memory import peak_memory
@@ -352,6 +353,22 @@ def test_gna_sees_exactly_the_kernel(grid, options, backend):
     i, j = (a[0, 0] > 0).nonzero().unbind(-1)
     at = torch.stack(torch.unravel_index(torch.stack([i, j]), grid))
     assert ((at[:, 0] - at[:, 1]) % options.get("dilation", 1) == 0).all()
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("causal", [False, (True, False)])
+def test_gna_in_bands_of_queries_equals_the_definition(causal, prefix):
+    grid = (16, 17)
+    q, k, v = (x.requires_grad_() for x in inputs(prefix, grid, batch=1))
+    found = []
+    for backend in ("auto", "reference"):
+        layer = mechanism("gna", {"kernel": 5, "causal": causal, "backend": backend})
+        operator = layer.operator(given(q, k, v, grid, prefix))
+        assert isinstance(operator, BandedOperator) == (backend == "auto")
+        y = layer(q, k, v, grid, prefix)
+        found.append((y, operator.matvec(v), *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    for bands, definition in zip(*found, strict=True):
+        assert torch.allclose(bands, definition, atol=1e-10)
 
 
 def test_gna_is_causal_in_the_dimensions_asked_for():

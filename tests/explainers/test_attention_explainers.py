@@ -3,7 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_transformers import FUSE, GRID, PREFIX, TARGET, VARIANTS, assert_equal, photos, tiny
+from small_transformers import (
+    FUSE,
+    GRID,
+    PREFIX,
+    TARGET,
+    VARIANTS,
+    assert_equal,
+    photos,
+    share,
+    tiny,
+)
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -238,10 +248,6 @@ def test_the_start_may_be_given(start, read):
 # ---------------------------------------------------------------------- AttnLRP
 
 
-def share(x, part):
-    return part * x + (1 - part) * x.detach()
-
-
 class ByHand(nn.Module):
     """The rules as an equation: a factor that gets no gradient is detached."""
 
@@ -285,11 +291,11 @@ def test_attn_lrp_equals_the_rules_written_out():
 
 
 def test_attn_lrp_gives_half_the_relevance_of_attention_to_the_values():
-    from xattn.explainers.attn_lrp import _Rules
+    from xattn.explainers.attn_lrp_functions import Rules
 
     shape = 2, 3, 17, 8
     q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    with _Rules("toy"):
+    with Rules("toy"):
         y = F.scaled_dot_product_attention(q, k, v)
     dy = torch.randn(shape, dtype=torch.float64)
     dq, _, dv = torch.autograd.grad(y, (q, k, v), dy)
@@ -301,13 +307,13 @@ def test_attn_lrp_gives_half_the_relevance_of_attention_to_the_values():
 @pytest.mark.parametrize("gate", [nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.ReLU(), nn.Tanh()])
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
 def test_attn_lrp_conserves_relevance_without_biases(gate, norm):
-    from xattn.explainers.attn_lrp import _Rules
+    from xattn.explainers.attn_lrp_functions import Rules
 
     torch.manual_seed(0)
     inner = norm(12, eps=1e-9)
     layers = nn.Sequential(nn.Linear(6, 12, bias=False), gate, inner, nn.Linear(12, 4, bias=False))
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
-    with _Rules("toy"):
+    with Rules("toy"):
         y = layers.double()(x)
         gated = y * torch.sigmoid(1.7 * y) + F.silu(y) * y.flip(1)  # QuickGELU, SwiGLU
     for out in (y, gated):
@@ -551,8 +557,6 @@ def test_other_mechanisms_answer_the_same_questions():
     for options in ({"fusion": "max"}, {"discard": 0.5}):
         maps = create_explainer("rollout", backbone, **options).attribute(images, TARGET)
         assert maps.isfinite().all() and maps.std() > 0
-    with pytest.raises(ValueError, match=r"attends by gna; attn_lrp has rules for softmax"):
-        create_explainer("attn_lrp", backbone)
 
 
 @pytest.mark.parametrize(

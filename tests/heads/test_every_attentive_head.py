@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -90,7 +91,9 @@ def test_where_nothing_is_gated_the_rest_is_the_folded_bias_of_every_image(name)
             pytest.skip("its gains depend on the image, and so may the rest")
         if attended.values.shape[2] != N:
             pytest.skip("it attends to prefix tokens, whose shares are in the rest")
-        folded = head.classify(attended._replace(values=torch.zeros_like(attended.values)))
+        folded = head.classify(
+            dataclasses.replace(attended, values=torch.zeros_like(attended.values))
+        )
     scale = (maps.sum((2, 3)) + rest).abs().max()
     torch.testing.assert_close(rest, folded, rtol=0, atol=float(1e-5 * scale))
     torch.testing.assert_close(rest, rest[:1].expand_as(rest), rtol=0, atol=float(1e-5 * scale))
@@ -389,3 +392,37 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
                 torch.testing.assert_close(
                     found[name][parameter], value.grad, rtol=1e-4, atol=1e-6 * scale
                 )
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_core_pools_as_the_weights_do_and_with_the_same_gradients(name):
+    head = make(name).double()
+    tokens = random_tokens(head, dtype=torch.float64)
+
+    def gradients(pooled):
+        head.zero_grad()
+        head.finish(pooled, attended)[0].square().sum().backward()
+        return {k: p.grad for k, p in head.named_parameters() if p.grad is not None}
+
+    attended = head.attend(tokens)
+    found = head.pool(attended)
+    expected = pool(head.weights(attended.scores), attended.values)
+    torch.testing.assert_close(found, expected)
+    given = attended.with_scores(attended.scores.detach() + 0.1)
+    torch.testing.assert_close(head.pool(given), pool(head.weights(given.scores), given.values))
+    if not found.requires_grad:
+        pytest.skip("no parameter comes before its pooling")
+    slopes = gradients(found)
+    attended = head.attend(tokens)
+    for parameter, slope in gradients(pool(head.weights(attended.scores), attended.values)).items():
+        torch.testing.assert_close(slopes[parameter], slope)
+
+
+def test_scores_of_queries_and_keys_are_formed_in_the_op_unless_asked_for(monkeypatch):
+    head = make("efficient_probe")
+    attended = head.attend(random_tokens(head))
+    expected = head.pool(attended)
+    assert "scores" not in vars(attended)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as in an export
+    torch.testing.assert_close(head.pool(attended), expected)
+    assert "scores" in vars(attended)

@@ -491,7 +491,7 @@ def test_closed_forms_hold_on_a_head(backbone, norm):
 def step(head, tokens, target, perturbation, **options):
     attended = head.attend(tokens)
     return perturbation.loss(
-        attended.scores, lambda s: head.classify(attended._replace(scores=s)), target, **options
+        attended.scores, lambda s: head.classify(attended.with_scores(s)), target, **options
     )
 
 
@@ -518,7 +518,7 @@ def test_the_gradient_on_a_head_is_that_of_the_two_losses_with_r_held(backbone):
     head.zero_grad()
     attended = head.attend(tokens)
     both = sum(
-        F.cross_entropy(head.classify(attended._replace(scores=s)), target)
+        F.cross_entropy(head.classify(attended.with_scores(s)), target)
         for s in (attended.scores, attended.scores + r)
     )
     both.backward()
@@ -611,7 +611,7 @@ class Job(nn.Module):
     def forward(self, x, target):
         attended = self.head.attend(Tokens((x,), x[:, :0], (3, 3)))
         return self.perturbation.loss(
-            attended.scores, lambda s: self.head.classify(attended._replace(scores=s)), target
+            attended.scores, lambda s: self.head.classify(attended.with_scores(s)), target
         )
 
 
@@ -677,7 +677,7 @@ def test_two_passes_of_a_step_have_the_same_dropout(backbone):
     attended = head.attend(tokens)
 
     def predict(scores):
-        return head.classify(attended._replace(scores=scores))
+        return head.classify(attended.with_scores(scores))
 
     assert not torch.equal(predict(attended.scores), predict(attended.scores))  # dropout is on
     assert _Unmoved(1.0).loss(attended.scores, predict, module=head) == 0

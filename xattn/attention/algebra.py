@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from xattn.attention.inputs import spread_heads
 from xattn.attention.operator import Operator, check_heads
 from xattn.attention.order import Order
 from xattn.kernels.backend import own_precision
@@ -53,10 +54,13 @@ class LowRankOperator(Operator):
 
 
 class ProductOperator(Operator):
-    """A = A_1 A_2 ...: attention in stages, as with agents, landmarks or pooled keys."""
+    """A = A_1 A_2 ...: attention in stages, as with agents, landmarks or pooled keys.
 
-    def __init__(self, factors: Sequence[Operator]) -> None:
-        self.factors = tuple(factors)
+    ``causal`` says what the caller knows of A.
+    """
+
+    def __init__(self, factors: Sequence[Operator], *, causal: bool = False) -> None:
+        self.factors, self.causal = tuple(factors), causal
         first, last = self.factors[0], self.factors[-1]
         self.shape = (*first.shape[:3], last.shape[3])
         self.stochastic = all(f.stochastic for f in self.factors)
@@ -69,6 +73,11 @@ class ProductOperator(Operator):
     def matvec(self, x: Tensor) -> Tensor:
         for factor in reversed(self.factors):
             x = factor.matvec(x)
+        return x
+
+    def matvec_and_keep(self, x: Tensor) -> Tensor:
+        for factor in reversed(self.factors):
+            x = factor.matvec_and_keep(x)
         return x
 
     def rows(self, index: Tensor) -> Tensor:
@@ -106,6 +115,10 @@ class SumOperator(Operator):
 
     def matvec(self, x: Tensor) -> Tensor:
         first, *rest = (term.matvec(x) for term in self.terms)
+        return sum(rest, first)
+
+    def matvec_and_keep(self, x: Tensor) -> Tensor:
+        first, *rest = (term.matvec_and_keep(x) for term in self.terms)
         return sum(rest, first)
 
     def rows(self, index: Tensor) -> Tensor:
@@ -158,6 +171,12 @@ class GatedOperator(Operator):
             y = self.operator.matvec(x)
         return self.factor[..., None].to(y.dtype) * y
 
+    def matvec_and_keep(self, x: Tensor) -> Tensor:
+        if self.sparse:  # rows that are not computed have nothing to keep
+            return self.matvec(x)
+        y = self.operator.matvec_and_keep(x)
+        return self.factor[..., None].to(y.dtype) * y
+
     def rows(self, index: Tensor) -> Tensor:
         rows = self.operator.rows(index)
         return self.factor[:, :, index, None].to(rows.dtype) * rows
@@ -184,9 +203,10 @@ class PoolOperator(Operator):
     Args:
         like: a tensor (B, H, S, ...) whose sizes, dtype and device it takes.
         block: tokens in a run; ``stride``: from the start of one run to the next, ``block`` by default.
-        weight: (H, block), a convolution with one kernel per head; None takes the mean.
+        weight: (H or Hk, block), a convolution with one kernel per head; None takes the mean.
         order: of the tokens behind the prefix, in which runs are counted; padding counts for nothing.
         prefix: tokens in front that belong to no run.
+        keep_prefix: whether each of these stands, as it is, in front of the pooled tokens.
 
     Raises:
         ValueError: a block longer than the tokens, or lengths that are not positive.
@@ -201,6 +221,7 @@ class PoolOperator(Operator):
         weight: Tensor | None = None,
         order: Order | None = None,
         prefix: int = 0,
+        keep_prefix: bool = False,
     ) -> None:
         batch, heads, tokens = like.shape[:3]
         places = tokens - prefix if order is None else len(order.index)
@@ -212,8 +233,9 @@ class PoolOperator(Operator):
             )
         self.block, self.stride, self.order, self.prefix = block, stride, order, prefix
         self.weight, self._like = weight, like.new_empty(0)
+        self.kept = prefix if keep_prefix else 0
         self.stochastic, self.signed = weight is None, weight is not None
-        self.shape = (batch, heads, (places - block) // stride + 1, tokens)
+        self.shape = (batch, heads, self.kept + (places - block) // stride + 1, tokens)
         self._share: Tensor | None = None
         if weight is None and order is not None and order.is_padded:
             real = (~order.padding).to(like.dtype).unfold(0, block, stride)
@@ -224,22 +246,36 @@ class PoolOperator(Operator):
         return self.shape[2] * self.block / 4  # one addition a token and channel
 
     def matvec(self, x: Tensor) -> Tensor:
-        x = x[:, :, self.prefix :]
+        if self.weight is not None:
+            x = spread_heads(x, max(x.shape[1], self.weight.shape[0]))
+        pooled = self._pool(x[:, :, self.prefix :])
+        return torch.cat([x[:, :, : self.kept], pooled], 2) if self.kept else pooled
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """The pooled tokens of those behind the prefix."""
         x = x if self.order is None else self.order.apply(x)
         runs = x.unfold(2, self.block, self.stride)  # (B, H, C, m, block)
         if self.weight is not None:
-            return (runs @ self.weight.to(x.dtype)[:, None, :, None])[..., 0]
+            weight = spread_heads(self.weight[None], x.shape[1]).to(x.dtype)
+            return (runs @ weight[:, :, None, :, None])[..., 0]
         if self._share is None:
             return runs.mean(-1)
         return runs.sum(-1) * self._share.to(x.dtype)[:, None]
 
     def rows(self, index: Tensor) -> Tensor:
+        kept, tokens = index < self.kept, self.shape[3]
+        pooled = self._pooled_rows((index - self.kept).clamp(min=0))
+        alone = torch.arange(tokens, device=index.device) == index[:, None]
+        return torch.where(kept[:, None], alone.to(pooled.dtype), pooled)
+
+    def _pooled_rows(self, index: Tensor) -> Tensor:
         batch, heads, _, tokens = self.shape
         at = index[:, None] * self.stride + torch.arange(self.block, device=index.device)
         token = at if self.order is None else self.order.index[at]  # (R, block)
         share = torch.ones_like(at, dtype=widen(self._like).dtype)[None].expand(heads, -1, -1)
         if self.weight is not None:
-            share = widen(self.weight)[:, None].expand_as(share)
+            weight = spread_heads(widen(self.weight)[None], heads)[0]
+            share = weight[:, None].expand_as(share)
         elif self._share is not None:
             share = share * widen(self._share)[index][:, None]
         else:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
 from xattn.attention.positions import check_grid
-from xattn.attention.record import Call, keep, own_layer, recording
+from xattn.attention.record import Call, answered_by, keep, own_layer, recording
 from xattn.kernels.backend import choose
 from xattn.registry import Registry
 
@@ -125,7 +125,10 @@ class Mechanism(nn.Module, ABC):
         self.check(inputs)
         if not self.entry.grouped:
             inputs = inputs.ungrouped()
+        answer = answered_by()
         with own_layer():
+            if answer is not None:
+                return answer.attend(self, inputs)
             operator = self.operator(inputs)
             if recording():
                 output = operator.matvec_and_keep(inputs.v)

@@ -145,7 +145,7 @@ def plan(
     rule = permuted(rule, order.index)
     size = math.prod(tile)
     blocks = visible_blocks(rule, size, 1 if single_keys else size)
-    return Pattern(blocks.to(device), order.to(device), rule.to(device))
+    return Pattern(blocks.to(device), order.to(device), rule.to(device), fixed=True)
 
 
 def _hashable(value: Any) -> Any:

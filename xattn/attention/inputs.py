@@ -51,3 +51,8 @@ class Inputs:
 def spread_heads(x: Tensor, heads: int) -> Tensor:
     """(B, Hk, S, D) -> (B, H, S, D): each key head repeated for the query heads that read it."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def to_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, 1 or Hk or H, ...) -> (B, 1 or H, ...), where one head stands for all."""
+    return x if x.shape[1] == 1 else spread_heads(x, heads)

@@ -1,4 +1,4 @@
-"""Which path attention over key segments takes: dense, dense with a mask, or lists of key blocks.
+"""Which path attention over key segments takes: dense, with a mask, in bands, or lists of key blocks.
 
     o_i = sum_j p_ij v_j,   p_i = softmax over the union of the segments' visible keys
 
@@ -14,11 +14,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from xattn.attention.inputs import to_heads
 from xattn.attention.segments import Blocks, Segment, visible_blocks
 from xattn.kernels.block_sparse import block_sparse_attention
 from xattn.kernels.softmax import softmax_attention
 
 DENSE = 2048  # the most keys for which a mask is stored
+BANDED = 1280  # up to so many keys bands of a stored mask beat lists
 SMALL = 512  # below so many keys gathering never pays
 
 
@@ -51,7 +53,7 @@ def attend(
 def _attend(q: Tensor, s: Segment, scale: float | None, backend: str) -> tuple[Tensor, Tensor]:
     if s.v is None:
         raise ValueError("segments: got one without values; give Segment(k, v)")
-    bias = None if s.bias is None else s.bias[:, :, None, :]
+    bias = None if s.bias is None else to_heads(s.bias, q.shape[1])[:, :, None, :]
     if s.blocks is None and s.rule is None:
         return softmax_attention(q, s.k, s.v, bias, scale=scale, backend=backend)
     blocks = s.blocks or visible_blocks(s.rule, 64, 64)  # type: ignore[arg-type]
@@ -81,6 +83,11 @@ def mask_is_faster(q: Tensor, keys: int, blocks: Blocks, backend: str) -> bool:
         return False
     read = blocks.index.shape[-1] * blocks.k_block
     return keys < SMALL or 3 * read > keys or blocks.q_block == 1
+
+
+def bands_are_faster(q: Tensor, keys: int, backend: str) -> bool:
+    """Whether a kept mask in bands, where it falls into some, beats gathering the listed keys."""
+    return backend == "auto" and q.device.type == "cpu" and keys <= BANDED
 
 
 def reads_all(k: Tensor, blocks: Blocks) -> bool:

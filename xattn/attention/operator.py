@@ -10,7 +10,6 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from itertools import product
 from types import MappingProxyType
 from typing import Any
 
@@ -260,21 +259,21 @@ class SoftmaxOperator(Operator):
         return y
 
     def matvec_where(self, x: Tensor, keep: Tensor) -> Tensor:
-        """A CPU computes only the rows that are kept, head by head."""
-        if not self._fused or self._by_place or self.q.device.type != "cpu":
+        """A CPU computes only the rows that are kept, head by head, unless attention is causal."""
+        every = torch.compiler.is_compiling() or self.q.device.type != "cpu"
+        if not self._fused or self._by_place or every:
             return super().matvec_where(x, keep)
         batch, heads, n, _ = self.shape
-        k, x = spread_heads(self.k, heads), spread_heads(x, heads)
-        bias = None if self.bias is None else self.bias.expand(self.shape)
+        each = self.q, spread_heads(self.k, heads), spread_heads(x, heads), keep
+        bias = None if self.bias is None else self.bias.expand(self.shape).flatten(0, 1)
         out = []
-        for b, h in product(range(batch), range(heads)):
-            at = keep[b, h].nonzero()[:, 0]
-            mask = None if bias is None else bias[b, h, at]
+        for i, (q, k, v, kept) in enumerate(zip(*(t.flatten(0, 1) for t in each), strict=True)):
+            at = kept.nonzero()[:, 0]
+            mask = None if bias is None else bias[i, at]
             some = F.scaled_dot_product_attention(
-                self.q[b, h, at][None, None], k[b, h][None, None], x[b, h][None, None], mask,
-                scale=self.scale,
-            )  # fmt: skip
-            out.append(x.new_zeros(n, x.shape[3]).index_copy(0, at, some[0, 0]))
+                q[at][None, None], k[None, None], v[None, None], mask, scale=self.scale
+            )
+            out.append(v.new_zeros(n, v.shape[1]).index_copy(0, at, some[0, 0]))
         return torch.stack(out).unflatten(0, (batch, heads))
 
     def rows(self, index: Tensor) -> Tensor:

@@ -8,13 +8,15 @@ Prefix tokens see all tokens and are seen by all; in causal attention they see o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.inputs import Inputs
-from xattn.attention.lowering import mask_is_faster
+from xattn.attention.bands import Band, BandedOperator, bands_of
+from xattn.attention.inputs import Inputs, to_heads
+from xattn.attention.lowering import bands_are_faster, mask_is_faster
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import Order
 from xattn.attention.segments import Blocks, Rule, Segment, visible
@@ -23,10 +25,7 @@ from xattn.attention.segments_operator import Piece, SegmentsOperator, take_rows
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """Block lists over the grid tokens (all tokens behind the prefix), which are M places long.
-
-    A mechanism that keeps a pattern keeps its masks with it, where they do not depend on the image.
-    """
+    """Block lists over the grid tokens, all tokens behind the prefix, on M places."""
 
     blocks: Blocks
     order: Order | None = None
@@ -35,7 +34,9 @@ class Pattern:
     """Which keys of the listed blocks a query sees."""
     bias: Tensor | None = None
     """(B or 1, H or 1, M), added to a key's scores."""
-    masks: dict[tuple[int, bool, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+    fixed: bool = False
+    """Whether it is the same for all images and heads, so that its masks are worth keeping."""
+    masks: dict[Any, tuple[Tensor, tuple[Band, ...]]] = field(default_factory=dict)
 
 
 def pattern_operator(
@@ -47,8 +48,12 @@ def pattern_operator(
         every_row: whether every query is known to see a key; with a prefix each does.
     """
     q, k, prefix = inputs.q, inputs.k, inputs.prefix
+    if pattern.fixed and every_row and bands_are_faster(q, k.shape[2], backend):
+        mask, bands = _kept_mask(inputs, pattern)
+        if bands:
+            return _facts(BandedOperator(q, k, inputs.scale, mask, bands, prefix), inputs)
     if mask_is_faster(q, k.shape[2], pattern.blocks, backend):
-        mask = _mask(inputs, pattern)
+        mask = _kept_mask(inputs, pattern)[0] if pattern.fixed else _mask(inputs, pattern)
         return _facts(SoftmaxOperator(q, k, inputs.scale, mask, every_row=every_row), inputs)
     device, tokens = q.device, torch.arange(q.shape[2], device=q.device)
     order, bias = pattern.order, pattern.bias
@@ -102,14 +107,19 @@ def _facts(operator: Operator, inputs: Inputs) -> Operator:
     return operator
 
 
+def _kept_mask(inputs: Inputs, pattern: Pattern) -> tuple[Tensor, tuple[Band, ...]]:
+    """The mask of a fixed pattern and its bands, made once."""
+    key = inputs.prefix, inputs.causal, inputs.q.dtype, inputs.q.device
+    if key not in pattern.masks:
+        mask = _mask(inputs, pattern)
+        pattern.masks[key] = mask, bands_of(mask, inputs.prefix)
+    return pattern.masks[key]
+
+
 @torch.inference_mode(False)  # kept masks may serve training later
 def _mask(inputs: Inputs, pattern: Pattern) -> Tensor:
-    """The pattern as a bias (B or 1, H or 1, N, N): 0 or the key's own, and -inf where hidden."""
+    """(B or 1, H or 1, N, N): 0 or the key's own bias, and -inf where it is hidden."""
     q, prefix = inputs.q, inputs.prefix
-    key = prefix, inputs.causal, q.dtype, q.device
-    mask = pattern.masks.get(key)
-    if mask is not None:
-        return mask
     order, lists = pattern.order, pattern.blocks.index
     device, heads = lists.device, (*lists.shape[:2],)
     count = inputs.k.shape[2] - prefix if order is None else len(order.index)
@@ -126,6 +136,4 @@ def _mask(inputs: Inputs, pattern: Pattern) -> Tensor:
     mask = F.pad(mask, (prefix, 0, prefix, 0)).to(q.device)
     if inputs.causal and prefix:
         mask[..., :prefix, prefix:] = -torch.inf
-    if bias is None and heads == (1, 1):
-        pattern.masks[key] = mask
-    return mask
+    return to_heads(mask, q.shape[1])

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,12 +48,24 @@ class Call:
         return self.make_maps()
 
 
+class Answers(Protocol):
+    """What :func:`answering_by` puts in the place of the products of layers and blocks."""
+
+    def attend(self, mechanism: Any, inputs: Any) -> Tensor:
+        """The output of a mechanism for its :class:`~xattn.attention.inputs.Inputs`."""
+
+    def mix(self, name: str, operator: Operator, value: Tensor) -> Tensor:
+        """A V of the block ``name``."""
+
+
 class _State(threading.local):
-    """Per thread: the lists that record calls, and how many xattn layers it is inside of."""
+    """Per thread: the lists that record calls, how many xattn layers it is inside of, and what answers
+    for them."""
 
     def __init__(self) -> None:
         self.open: list[list[Call]] = []
         self.inside = 0
+        self.answer: Answers | None = None
 
 
 _STATE = _State()
@@ -135,6 +147,23 @@ def own_layer() -> Iterator[None]:
         yield
     finally:
         _STATE.inside -= 1
+
+
+@contextmanager
+def answering_by(answer: Answers) -> Iterator[None]:
+    """Inside, ``answer`` gives the outputs of the mechanisms that this thread calls, and what its blocks
+    mix; these record nothing."""
+    before = _STATE.answer
+    _STATE.answer = answer
+    try:
+        yield
+    finally:
+        _STATE.answer = before
+
+
+def answered_by() -> Answers | None:
+    """What :func:`answering_by` set, or None."""
+    return _STATE.answer
 
 
 FUSED = F.scaled_dot_product_attention

@@ -12,9 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xattn.attention.inputs import spread_heads
 from xattn.kernels.block_sparse.block_lists import check_index
 from xattn.kernels.block_sparse.box import Box as Rule
 from xattn.kernels.block_topk import block_topk
+from xattn.kernels.softmax.reference import widen
+
+SCORES = 2**20  # held at a time where blocks overlap, over batch and heads: 4 MB in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,20 +109,75 @@ def _per_block(x: Tensor, block: int, fill: int) -> Tensor:
 
 
 def select(
-    q: Tensor, k_pooled: Tensor, s: int, *, q_block: int, k_block: int, **options: object
+    q: Tensor,
+    k_pooled: Tensor,
+    s: int,
+    *,
+    q_block: int,
+    k_block: int,
+    overlap: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Blocks, Tensor]:
     """The ``s`` best key blocks of every query block by their pooled keys, without gradient.
 
     Args:
-        q: (B, H, N, D); ``k_pooled``: (B, H, C, D), one key per block of ``k_block``.
+        q: (B, H, N, D); ``k_pooled``: (B, Hk, C, D), one key per block of ``k_block``.
+        overlap: (C, M), where the pooled keys stand for others than the M blocks of ``k_block``: the
+            share of each that lies in each block. Scores are the softmax, summed, times this; of the
+            ``options`` only ``forced``, ``visible`` and ``scale`` are taken then.
         options: ``reduce``, ``softmax``, ``spread``, ``forced``, ``within`` and the others of
             :func:`xattn.kernels.block_topk.block_topk`.
 
     Returns:
-        the blocks, and their scores (B, H, ceil(N / q_block), s).
+        the blocks, and their scores (B, Hk, ceil(N / q_block), s).
     """
-    index, scores = block_topk(q, k_pooled, s, q_block=q_block, **options)  # type: ignore[arg-type]
+    if overlap is None:
+        index, scores = block_topk(q, k_pooled, s, q_block=q_block, **options)
+    else:
+        index, scores = _overlapping(q, k_pooled, s, q_block, overlap, **options)
     return Blocks(index, q_block, k_block), scores
+
+
+@torch.no_grad()
+def _overlapping(
+    q: Tensor,
+    k: Tensor,
+    s: int,
+    q_block: int,
+    overlap: Tensor,
+    *,
+    forced: Tensor | None = None,
+    visible: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`block_topk` with a softmax, by sums over the candidates that a block overlaps."""
+    batch, heads, n, width = q.shape
+    groups, rows = k.shape[1], -(-n // q_block)
+    scale = width**-0.5 if scale is None else scale
+    k, overlap = spread_heads(widen(k), heads), overlap.to(widen(q).dtype)
+    candidate = torch.arange(k.shape[2], device=q.device)
+    step = max(1, SCORES // (batch * heads * q_block * k.shape[2]))
+    found = []
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        t = scale * widen(q[:, :, start * q_block : part.stop * q_block]) @ k.transpose(-2, -1)
+        if visible is not None:
+            each = visible[part].repeat_interleave(q_block)[: t.shape[2], None]
+            t = t.masked_fill(candidate >= each, -torch.inf)
+        t = t.softmax(-1).nan_to_num(0.0) @ overlap
+        t = F.pad(t, (0, 0, 0, -t.shape[2] % q_block)).unflatten(2, (-1, q_block)).sum(3)
+        t = t.unflatten(1, (groups, -1)).sum(2)
+        if visible is not None:
+            t = t.masked_fill(t == 0, -torch.inf)
+        if forced is not None:
+            own = forced[:, :, part].long().expand(*t.shape[:3], -1)
+            own = torch.where(own < 0, t.shape[3], own)
+            t = F.pad(t, (0, 1)).scatter(-1, own, torch.inf)[..., :-1]
+        values, index = t.topk(min(s, t.shape[3]), -1)
+        found.append((index.masked_fill(values.isneginf(), -1).int(), values))
+    index, values = (torch.cat(x, 2) for x in zip(*found, strict=True))
+    missing = (0, max(0, s - index.shape[3]))
+    return F.pad(index, missing, value=-1), F.pad(values, missing, value=-torch.inf)
 
 
 def visible(segment: Segment, queries: Tensor) -> Tensor:

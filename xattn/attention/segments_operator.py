@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.inputs import spread_heads
+from xattn.attention.inputs import spread_heads, to_heads
 from xattn.attention.lowering import attend
 from xattn.attention.operator import Operator, products
 from xattn.attention.segments import Segment, visible
@@ -114,7 +114,7 @@ class SegmentsOperator(Operator):
         heads = max(x.shape[1], *(s.k.shape[1] for s in piece.segments))  # H, or Hk for all
         x = spread_heads(x, heads)
         segments = [
-            replace(s, k=spread_heads(s.k, heads), v=_take(x, columns, piece.padded))
+            replace(_with_heads(s, heads), v=_take(x, columns, piece.padded))
             for s, columns in zip(piece.segments, piece.columns, strict=True)
         ]
         return attend(piece.q, segments, scale=self.scale, backend=self.backend)
@@ -139,8 +139,8 @@ class SegmentsOperator(Operator):
         for s in piece.segments:
             part = products(q, spread_heads(s.k, heads), self.scale)
             if s.bias is not None:
-                part = part + _to_heads(s.bias[:, :, None, :], heads)
-            scores.append(part.masked_fill(~_to_heads(visible(s, places), heads), -torch.inf))
+                part = part + to_heads(s.bias[:, :, None, :], heads)
+            scores.append(part.masked_fill(~to_heads(visible(s, places), heads), -torch.inf))
         weights = torch.cat(scores, -1).softmax(-1).nan_to_num(0.0)
         columns = torch.cat([_spread(c, batch, heads) for c in piece.columns], -1)
         target = columns.clamp(min=0)[:, :, None].expand_as(weights)
@@ -170,9 +170,15 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return taken.view(*index.shape, width)  # twice as fast as gather, which copies single numbers
 
 
-def _to_heads(x: Tensor, heads: int) -> Tensor:
-    """One (B, 1 or Hk or H, ...) as (B, 1 or H, ...)."""
-    return x if x.shape[1] == 1 else spread_heads(x, heads)
+def _with_heads(s: Segment, heads: int) -> Segment:
+    """The segment with a key head for each of ``heads``, and lists and biases that fit them."""
+    if s.k.shape[1] == heads:
+        return s
+    blocks, bias = s.blocks, s.bias
+    if blocks is not None:
+        blocks = replace(blocks, index=to_heads(blocks.index, heads))
+    bias = None if bias is None else to_heads(bias, heads)
+    return replace(s, k=spread_heads(s.k, heads), blocks=blocks, bias=bias)
 
 
 def _spread(columns: Tensor, batch: int, heads: int) -> Tensor:

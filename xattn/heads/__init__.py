@@ -2,7 +2,8 @@
 
 from xattn.heads.abmilp import AbMilp
 from xattn.heads.aim import Aim
-from xattn.heads.attentive import AttentiveHead, ClassMaps, Tokens, overlap
+from xattn.heads.attended import Tokens
+from xattn.heads.attentive import AttentiveHead, ClassMaps, overlap
 from xattn.heads.base import (
     Head,
     HeadEntry,

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
+from xattn.heads.attended import Attended, Tokens, pool_by, softmax
 from xattn.heads.base import Head, keeping_statistics
 from xattn.heads.fusion import class_rows
 from xattn.heads.options import Count, Names, checked
 from xattn.heads.pullback import Step
 from xattn.heads.reliability import TINY, Balanced, ReliabilityBalancing, create_balancing
-from xattn.kernels.softmax.reference import widen
 
 CHUNK = 2**24  # entries alive at once of a tensor (B, classes, Q, tokens or channels)
 
@@ -40,24 +40,6 @@ class Shared(TypedDict, total=False):
     norm: bool
     explain_with: Literal["scores", "mask", "attention"]
     reliability: dict[str, Any] | None
-
-
-class Tokens(NamedTuple):
-    """What an attentive head reads: a (B, N, C_i) of every used tap, in row-major order of ``grid``
-    (h, w), and the last layer's ``prefix`` (B, P, C): class and register tokens, P may be 0."""
-
-    patches: tuple[Tensor, ...]
-    prefix: Tensor
-    grid: tuple[int, int]
-
-
-class Attended(NamedTuple):
-    """``scores`` (B, Q, T) before the softmax, ``values`` (B, G, T, V), each for Q / G queries in a
-    row, and whatever else the head's :meth:`~AttentiveHead.finish` reads."""
-
-    scores: Tensor
-    values: Tensor
-    context: Any = None
 
 
 class ClassMaps(NamedTuple):
@@ -189,7 +171,13 @@ class AttentiveHead(Head):
     def weights(self, scores: Tensor) -> Tensor:
         """A (B, Q, T) of ``scores``: softmax over the tokens, in float32 at least. A head may append
         rows without scores, for paths that bypass attention (residuals)."""
-        return widen(scores).softmax(-1).to(scores.dtype)
+        return softmax(scores)
+
+    def pool(self, attended: Attended) -> Tensor:
+        """sum_t A_qt v_qt, (B, Q, V): by the core's op, or by the head's own :meth:`weights`."""
+        if type(self).weights is AttentiveHead.weights:
+            return attended.pool()
+        return pool_by(self.weights(attended.scores), attended.values)
 
     def sources(self, weights: Tensor, attended: Attended) -> tuple[Tensor, Tensor]:
         """The weights (B, Q, T) and values (B, G, T, V) that maps show. They differ from the attended
@@ -226,11 +214,11 @@ class AttentiveHead(Head):
     def logits(self, tokens: Tokens, scores: Tensor | None = None) -> Tensor:
         """(B, K) logits; ``scores`` (B, Q, T) take the place of the head's own."""
         attended = self.attend(tokens)
-        return self.classify(attended if scores is None else attended._replace(scores=scores))
+        return self.classify(attended if scores is None else attended.with_scores(scores))
 
     def pooled(self, attended: Attended) -> Tensor:
         """The vector (B, Z) before norm and classifier."""
-        return self.finish(_pool(self.weights(attended.scores), attended.values), attended)[0]
+        return self.finish(self.pool(attended), attended)[0]
 
     def embed(self, attended: Attended) -> Tensor:
         """What the classifier reads (B, Z): the pooled vector, normalised."""
@@ -279,10 +267,10 @@ class AttentiveHead(Head):
         with keeping_statistics(self):
             attended = self.attend(tokens)
         weights = self.weights(attended.scores)
-        z = self.finish(_pool(weights, attended.values), attended)[0]
+        z = self.finish(pool_by(weights, attended.values), attended)[0]
         weights, values = self.sources(weights, attended)
         front = weights.shape[-1] - tokens.grid[0] * tokens.grid[1]
-        kept = _pool(weights[..., :front], values[:, :, :front])
+        kept = pool_by(weights[..., :front], values[:, :, :front])
         moved = weights[..., front:].sum(-1, keepdim=True)
 
         def alone(value: Tensor) -> Tensor:  # (B, G, V)
@@ -315,7 +303,7 @@ class AttentiveHead(Head):
     def _share_out(self, tokens: Tokens, class_index: Tensor | int | None) -> ClassMaps:
         attended = self.attend(tokens)
         weights = self.weights(attended.scores)
-        z, pull = self.finish(_pool(weights, attended.values), attended)
+        z, pull = self.finish(pool_by(weights, attended.values), attended)
         index = class_rows(class_index, self.num_classes, z.shape[0])
         rows = self.classifier.weight[None]
         normed = z if self.norm is None else self.norm(z)
@@ -371,13 +359,6 @@ def overlap(query_maps: Tensor) -> Tensor:
     if count == 1:
         return unit.new_full((unit.shape[0],), torch.nan)
     return ((unit @ unit.transpose(1, 2)).sum((1, 2)) - count) / (count * (count - 1))
-
-
-def _pool(weights: Tensor, values: Tensor) -> Tensor:
-    """sum_t A_qt v_qt: (B, Q, T), (B, G, T, V) -> (B, Q, V)."""
-    if values.shape[1] == 1:
-        return weights @ values[:, 0]
-    return (weights.unflatten(1, (values.shape[1], -1)) @ values).flatten(1, 2)
 
 
 def _shares(rows: Tensor, weights: Tensor, values: Tensor) -> Tensor:

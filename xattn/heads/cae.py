@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.attended import Attended, Tokens
+from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
 from xattn.heads.options import Count, Positive
@@ -51,7 +52,7 @@ class Cae(AttentiveHead):
 
     def attend(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
-        scores = self.attention.scores(self.norm_q(self.query), self.norm_k(x))
+        scores = self.attention.queries(self.norm_q(self.query), self.norm_k(x))
         return Attended(scores, self.norm_v(x)[:, None])
 
     def finish(self, pooled: Tensor, attended: Attended) -> Step:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.attended import Attended, Tokens
+from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.cross_attention import CrossAttention
 from xattn.heads.pullback import Step, mean, mlp, residual, step
 
@@ -64,7 +65,7 @@ class ClassAttention(AttentiveHead):
             parts = [parts[0][:, :1], x]
         u = torch.cat(parts, 1)
         normed = self.tokens_norm(u)
-        return Attended(self.attention.scores(normed[:, :1], normed), normed[:, None], u[:, 0])
+        return Attended(self.attention.queries(normed[:, :1], normed), normed[:, None], u[:, 0])
 
     def finish(self, pooled: Tensor, attended: Attended) -> Step:
         scales: Any = (1.0, 1.0) if self.gammas is None else self.gammas

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.attended import Attended, Tokens
+from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
 from xattn.heads.options import Count
@@ -47,7 +48,7 @@ class ClipPool(AttentiveHead):
     def attend(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
         query = x.mean(1, keepdim=True) if self.query is None else self.query
-        return Attended(self.attention.scores(query, x), x[:, None])
+        return Attended(self.attention.queries(query, x), x[:, None])
 
     def finish(self, pooled: Tensor, attended: Attended) -> Step:
         y, back = self.attention.project(pooled)

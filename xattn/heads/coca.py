@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.attended import Attended, Tokens
+from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
 from xattn.heads.options import Count
@@ -42,7 +43,7 @@ class Coca(AttentiveHead):
 
     def attend(self, tokens: Tokens) -> Attended:
         x = self.norm_k(tokens.patches[-1])
-        return Attended(self.attention.scores(self.norm_q(self.queries), x), x[:, None])
+        return Attended(self.attention.queries(self.norm_q(self.queries), x), x[:, None])
 
     def finish(self, pooled: Tensor, attended: Attended) -> Step:
         y, back = self.attention.project(pooled)

@@ -13,11 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from xattn.heads.attended import Queries
 from xattn.heads.pullback import Step, step
 
 
 class CrossAttention(nn.Module):
-    """Scores and output of multi-head attention; the caller pools, A_qh X, in between.
+    """Queries and output of multi-head attention; the caller pools, A_qh X, in between.
 
     Args:
         width: D of queries and tokens.
@@ -49,11 +50,11 @@ class CrossAttention(nn.Module):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
-    def scores(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """(B or 1, Q, D) queries, (B, T, D) tokens -> (B, Q H, T) before the softmax."""
+    def queries(self, queries: Tensor, tokens: Tensor) -> Queries:
+        """(B or 1, Q, D) queries, (B, T, D) tokens -> Q H queries that ask the tokens themselves."""
         q = self.q(queries).unflatten(-1, (self.heads, -1))
         rows = torch.einsum("bqhd,hdc->bqhc", q * q.shape[-1] ** -0.5, self._split(self.k.weight))
-        return rows.flatten(1, 2) @ tokens.transpose(1, 2)
+        return Queries(rows.flatten(1, 2), tokens)
 
     def project(self, pooled: Tensor) -> Step:
         """(B, Q H, D) pooled tokens -> (B, Q, D), and the pull."""

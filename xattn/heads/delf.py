@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.attended import Attended, Tokens
+from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
 from xattn.heads.options import Count
 

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.attended import Attended, Queries, Tokens
+from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
 from xattn.heads.class_attention import ClassAttention
 from xattn.heads.cross_attention import head_count
@@ -69,8 +71,17 @@ class DinoBlock(ClassAttention):
             return super().attend(tokens)
         x = tokens.patches[-1]
         q, k, v = self.mix.split(self.tokens_norm(x))
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
-        return Attended(scores.flatten(1, 2), torch.cat([v, self.mix.by_head(x)], 1))
+        values = torch.cat([v, self.mix.by_head(x)], 1)
+        return Attended(Queries(q, k, q.shape[-1] ** -0.5), values)
+
+    def pool(self, attended: Attended) -> Tensor:
+        if not self.averages:
+            return attended.pool()
+        if not isinstance(attended.source, Queries):
+            return super().pool(attended)
+        (q, k, scale), v = attended.source, attended.values
+        mixed = F.scaled_dot_product_attention(q, k, v[:, : self.mix.heads], scale=scale)
+        return torch.cat([mixed, v[:, self.mix.heads :]], 1).flatten(1, 2)
 
     def weights(self, scores: Tensor) -> Tensor:
         """(B, H N, N) scores -> (B, 2 H N, N): the attention, then the residual of each token."""

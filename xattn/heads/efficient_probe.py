@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens, prefixed
+from xattn.heads.attended import Attended, Queries, Tokens
+from xattn.heads.attentive import AttentiveHead, Shared, prefixed
 from xattn.heads.base import register_head
 from xattn.heads.options import Count
 from xattn.heads.pullback import Step
@@ -54,7 +55,7 @@ class EfficientProbe(AttentiveHead):
 
     def attend(self, tokens: Tokens) -> Attended:
         x = prefixed(tokens) if self.prefix else tokens.patches[-1]
-        return Attended((self.queries * x.shape[-1] ** -0.5) @ x.transpose(1, 2), x[:, None])
+        return Attended(Queries(self.queries[None], x, x.shape[-1] ** -0.5), x[:, None])
 
     def finish(self, pooled: Tensor, attended: Attended) -> Step:
         queries, _, width = self.value.shape

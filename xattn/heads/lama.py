@@ -12,7 +12,8 @@ from torch import nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.attended import Attended, Queries, Tokens
+from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
 from xattn.heads.options import Count
 
@@ -52,5 +53,6 @@ class Lama(AttentiveHead):
         c = h.mean(1) if self.context is None else self.context[None]
         # sum_r (p_jr . c) q_jr, so that a score is one product with the token
         rows = torch.einsum("bd,mrd,mre->bme", c, self.p, self.q)
-        scores = rows @ h.transpose(1, 2)
-        return Attended(scores.tanh() if self.act == "tanh" else scores, h[:, None])
+        if self.act == "none":
+            return Attended(Queries(rows, h), h[:, None])
+        return Attended((rows @ h.transpose(1, 2)).tanh(), h[:, None])

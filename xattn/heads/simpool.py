@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.attended import Attended, Queries, Tokens
+from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import head_count
 from xattn.heads.options import Count, Positive
@@ -77,17 +78,16 @@ class SimPool(AttentiveHead):
             query = self.tokens_norm(query)
         if self.q is not None and self.k is not None and self.heads == 1:
             query = self.q(query) @ self.k.weight  # cheaper than projected keys
-            scores = (query * x.shape[-1] ** -0.5) @ k.transpose(1, 2)
+            source: Tensor | Queries = Queries(query, k, x.shape[-1] ** -0.5)
         else:
             keys = k if self.k is None else self.k(k)
             query = self._split(query if self.q is None else self.q(query))
-            scores = ((query * query.shape[-1] ** -0.5) @ self._split(keys).transpose(2, 3))[
-                :, :, 0
-            ]
+            query = query * query.shape[-1] ** -0.5
+            source = (query @ self._split(keys).transpose(2, 3))[:, :, 0]
         v = x if self.raw_values else k
         if self.gamma is not None:
             v = (v - v.amin((1, 2), keepdim=True) + EPS) ** self.gamma
-        return Attended(scores, self._split(v))
+        return Attended(source, self._split(v))
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, H, N, D / H)."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
-from xattn.heads.attentive import Attended, AttentiveHead, Shared, Tokens
+from xattn.heads.attended import Attended, Tokens
+from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
 from xattn.heads.options import Count, Positive
@@ -53,7 +54,7 @@ class VJepa(AttentiveHead):
 
     def attend(self, tokens: Tokens) -> Attended:
         x = self.tokens_norm(tokens.patches[-1])
-        return Attended(self.attention.scores(self.query, x), x[:, None])
+        return Attended(self.attention.queries(self.query, x), x[:, None])
 
     def finish(self, pooled: Tensor, attended: Attended) -> Step:
         y, back = self.attention.project(pooled)

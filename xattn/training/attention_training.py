@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xattn.heads.attended import Attended
+from xattn.heads.attentive import AttentiveHead
 from xattn.heads.base import keeping_statistics
 from xattn.kernels.softmax.reference import widen
 from xattn.registry import Registry, Table, adopting
@@ -384,6 +386,26 @@ def create_perturbation(name: str, **options: Any) -> Perturbation:
         raise ValueError(
             f"attention training: {name} refuses {options} ({error}); give its own options"
         ) from error
+
+
+def head_loss(
+    perturbation: Perturbation, head: AttentiveHead, attended: Attended, target: Tensor
+) -> Tensor:
+    """:meth:`Perturbation.loss` of a head's predictions for labels (B,).
+
+    s + r takes the place of the head's scores, which are formed once for all passes; without a
+    perturbation they stay inside the pooling op.
+    """
+    if isinstance(perturbation, NoPerturbation):
+        perturbation._check_target(target, len(attended.values))
+        perturbation.step += 1
+        return _mean(_cross_entropy(head.predict(attended), target), target)
+    return perturbation.loss(
+        attended.scores,
+        lambda scores: head.predict(attended.with_scores(scores)),
+        target,
+        module=head,
+    )
 
 
 def divergence(clean: Tensor, changed: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from xattn.config import ProbeConfig
 from xattn.heads import AttentiveHead
 from xattn.heads.base import keeping_statistics
-from xattn.training.attention_training import Perturbation, create_perturbation
+from xattn.training.attention_training import Perturbation, create_perturbation, head_loss
 from xattn.training.feature_batches import FeatureBatch, FeatureBatches, LabelledPhotos
 from xattn.training.features import Features
 from xattn.training.lars import LARS
@@ -252,12 +252,7 @@ def _step(
     try:
         with run.forward(batch.share):
             attended = head.attend(tokens)
-            loss = perturbation.loss(
-                attended.scores,
-                lambda scores: head.predict(attended._replace(scores=scores)),
-                target,
-                module=head,
-            )
+            loss = head_loss(perturbation, head, attended, target)
             if head.balancing is not None:
                 with keeping_statistics(head):
                     anchored = head.anchor_loss(attended, target)

@@ -1,0 +1,264 @@
+"""AttnLRP's rules for PyTorch's functions: which gradient each passes on, so that x * grad is relevance.
+
+Achtibat et al., arXiv 2402.05602: a product of activations gives each an equal share (the uniform
+rule), an activation passes f(x)/x on (the identity rule), a normaliser is a constant; linear functions
+and softmax keep their own gradient. A gate of a sigmoid is a constant, too: it scales what it multiplies,
+and that takes all relevance (Arras et al. 2019, arXiv 1909.12114).
+
+In attention of :mod:`xattn.attention`, these rules hold where a mechanism makes its operator of queries,
+keys and tokens; there, functions with a value at 0, such as exp in feature maps, keep their own gradient,
+as softmax does. The rules of operators follow, see :mod:`xattn.explainers.attn_lrp_operators`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from xattn.attention.base import Mechanism
+from xattn.attention.inputs import Inputs
+from xattn.attention.operator import Operator
+from xattn.attention.record import attending_by
+from xattn.explainers.attention import layers_text
+from xattn.explainers.attn_lrp_operators import Held, depends, share, times
+
+
+def _attention(
+    function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
+) -> Any:
+    q, k = (share(x, 0.25) for x in (query, key))
+    return function(q, k, share(value, 0.5), *args, **kw)
+
+
+def _pooling(
+    function: Callable[..., Any],
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor,
+    bias: Tensor | None,
+    *args: Any,
+) -> Any:
+    """As the products that a head would write out: learned queries are weights, and get nothing."""
+    read = [x is not None and x.requires_grad for x in (query, key)]
+    scored = any(read) or (bias is not None and bias.requires_grad)
+    part = 0.5 if scored and value.requires_grad else 1.0
+    parts = (part / max(1, sum(read)), part / max(1, sum(read)), part, part)
+    tensors = zip((query, key, value, bias), parts, strict=True)
+    return function(*(x if x is None else share(x, part) for x, part in tensors), *args)
+
+
+def _product(function: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+    """A product of activations gives each an equal share; factors without gradient are weights."""
+    if any(isinstance(x, Tensor | list | tuple) for x in kw.values()):
+        raise ValueError(f"attn_lrp has no rule for {function.__name__} with tensors by keyword")
+    if len(args) == 2 and isinstance(args[1], list | tuple):  # einsum(equation, [a, b])
+        args = (args[0], *args[1])
+    live = sum(isinstance(x, Tensor) and x.requires_grad for x in args)
+    if live < 2:
+        return function(*args, **kw)
+    shared = (share(x, 1 / live) if isinstance(x, Tensor) else x for x in args)
+    return function(*shared, **kw)
+
+
+def _added_product(function: Callable[..., Any], x: Any, *args: Any, **kw: Any) -> Any:
+    return _product(lambda *factors, **kw: function(x, *factors, **kw), *args, **kw)
+
+
+def _power(function: Callable[..., Any], x: Any, exponent: Any = 2, **kw: Any) -> Any:
+    if not isinstance(exponent, int | float):
+        raise ValueError("attn_lrp has no rule for powers whose exponent is a tensor")
+    x = share(x, 1 / exponent) if isinstance(x, Tensor) and exponent else x
+    return function(x, **kw) if function.__name__ == "square" else function(x, exponent, **kw)
+
+
+def _quotient(function: Callable[..., Any], x: Any, y: Any, **kw: Any) -> Any:
+    if function.__name__ == "__rdiv__":  # y / x
+        return function(x.detach(), y, **kw)
+    return function(x, y.detach() if isinstance(y, Tensor) else y, **kw)
+
+
+def _activation(function: Callable[..., Any], x: Tensor, *args: Any, **kw: Any) -> Tensor:
+    """x (f(x)/x) with the quotient held constant; at 0 its limit f'(0), 1/2 or (tanh) 1."""
+    if kw.get("inplace"):
+        kw = {**kw, "inplace": False}
+    with torch.no_grad():
+        limit = 1.0 if function.__name__ == "tanh" else 0.5
+        gate = torch.where(x == 0, limit, function(x, *args, **kw) / x)
+    return x * gate
+
+
+def _constant(function: Callable[..., Any], *args: Any, **kw: Any) -> Tensor:
+    """Gates and inverse standard deviations scale what they multiply and get no relevance."""
+    return function(*args, **kw).detach()
+
+
+def _layer_norm(
+    function: Callable[..., Any],
+    x: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *other: Any,
+) -> Tensor:
+    dims = tuple(range(-len(tuple(normalized_shape)), 0))
+    return _scaled(x - x.mean(dims, keepdim=True), dims, weight, bias, eps)
+
+
+def _rms_norm(
+    function: Callable[..., Any],
+    x: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    dims = tuple(range(-len(tuple(normalized_shape)), 0))
+    return _scaled(x, dims, weight, None, torch.finfo(x.dtype).eps if eps is None else eps)
+
+
+def _scaled(
+    x: Tensor, dims: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    y = (wide / (wide.detach().square().mean(dims, keepdim=True) + eps).sqrt()).to(x.dtype)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _normalize(
+    function: Callable[..., Any],
+    x: Tensor,
+    p: float = 2.0,
+    dim: int = 1,
+    eps: float = 1e-12,
+    out: None = None,
+) -> Tensor:
+    return x / x.detach().norm(p, dim, keepdim=True).clamp_min(eps)
+
+
+_FUSED = F.scaled_dot_product_attention
+_ATTENTION = ("scaled_dot_product_attention", "softmax_forward", "block_sparse_forward")
+_RULES: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(_ATTENTION, _attention),  # the last two are ops of xattn.kernels
+    "pooling_forward": _pooling,  # too
+    **dict.fromkeys(
+        "mul multiply matmul bmm mm mv einsum inner outer dot tensordot __rmatmul__".split(),
+        _product,
+    ),
+    **dict.fromkeys(("addcmul", "baddbmm", "addmm"), _added_product),
+    **dict.fromkeys(("pow", "square"), _power),
+    **dict.fromkeys(("div", "true_divide", "__rdiv__"), _quotient),
+    **dict.fromkeys(("gelu", "silu", "hardswish", "tanh"), _activation),
+    **dict.fromkeys(("sigmoid", "hardsigmoid", "rsqrt"), _constant),
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "normalize": _normalize,
+}
+_FEATURES = frozenset(  # of one activation, with a value at 0 or without f(x)/x at hand
+    "exp exp2 expm1 log softplus mish elu selu celu erf sin cos __rpow__ relu6 logsigmoid log_sigmoid "
+    "hardtanh".split()
+)
+_REFUSED = frozenset(
+    "addcdiv addbmm mul_ div_ tanh_ sigmoid_ group_norm instance_norm cosine_similarity reciprocal prod "
+    "bilinear linalg_matmul linalg_multi_dot multi_dot chain_matmul cumprod glu pow_".split()
+)
+
+
+class _NoRule(ValueError):
+    """``function`` is called on activations, and there is no rule for it."""
+
+    def __init__(self, model: str, function: str) -> None:
+        super().__init__(f"backbone: {model} calls {function}; attn_lrp has no rule for it")
+        self.function = function
+
+
+class Rules(TorchFunctionMode):
+    """Replaces the PyTorch functions that have a rule; all others keep their own gradient.
+
+    Attributes: ``attended``, how many calls of attention there were; ``notes``, where attention was
+    held constant for lack of a rule.
+    """
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self.model = model
+        self.attended = 0
+        self._held: dict[str, list[int]] = {}  # what was held constant: the numbers of its calls
+        self._of_mechanism = self._paused = False
+
+    @property
+    def notes(self) -> list[str]:
+        return [f"{layers_text(calls)}: {what}" for what, calls in self._held.items()]
+
+    def attend(self, mechanism: Mechanism, inputs: Inputs) -> Tensor:
+        """The mechanism's output, by the rules of its operator."""
+        held: Held = {}
+        with self._while("_of_mechanism"):
+            try:
+                operator = mechanism.operator(inputs)
+            except _NoRule as error:
+                held[error.function] = None
+                operator = mechanism.operator(_constant_inputs(inputs))
+            local = mechanism.local(inputs)
+        output = self._times(mechanism.entry.name, operator, inputs.v, held)
+        return output if local is None else output + local
+
+    def mix(self, name: str, operator: Operator, value: Tensor) -> Tensor:
+        """A V of a block, by the rules of its operator."""
+        return self._times(name, operator, value, {})
+
+    def _times(self, name: str, operator: Operator, value: Tensor, held: Held) -> Tensor:
+        with self._while("_paused"):
+            output = times(operator, value, held)
+        if held or not depends(operator):
+            some = " in part" if depends(operator) else ""
+            why = f"no rule for {', '.join(held)}" if held else "it depends on no activation"
+            what = f"A of {name} is held constant{some} ({why})"
+            self._held.setdefault(what, []).append(self.attended)
+        self.attended += 1
+        return output
+
+    @contextmanager
+    def _while(self, name: str) -> Iterator[None]:
+        before = getattr(self, name)
+        setattr(self, name, True)
+        try:
+            yield
+        finally:
+            setattr(self, name, before)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if self._paused:
+            return function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if function is F.multi_head_attention_forward:
+            if kwargs.get("need_weights", True):
+                raise _NoRule(self.model, "multi_head_attention_forward(need_weights=True)")
+            with attending_by(lambda *a, **kw: self._apply(_FUSED, a, kw)):
+                return function(*args, **kwargs)
+        live = args[1:] if name in ("mul_", "div_") else args  # in place, by a weight: linear
+        if self._refuses(name) and any(isinstance(x, Tensor) and x.requires_grad for x in live):
+            raise _NoRule(self.model, name)
+        return self._apply(function, args, kwargs)
+
+    def _refuses(self, name: str) -> bool:
+        return name in _REFUSED or (name in _FEATURES and not self._of_mechanism)
+
+    def _apply(self, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        name = getattr(function, "__name__", "")
+        if not self._of_mechanism:
+            self.attended += name in (*_ATTENTION, "softmax")
+        rule = _RULES.get(name)
+        return function(*args, **kwargs) if rule is None else rule(function, *args, **kwargs)
+
+
+def _constant_inputs(inputs: Inputs) -> Inputs:
+    x = None if inputs.x is None else inputs.x.detach()
+    return inputs.replace(q=inputs.q.detach(), k=inputs.k.detach(), v=inputs.v.detach(), x=x)

@@ -1,0 +1,87 @@
+"""What a head attends with, and softmax pooling by it in the attention core.
+
+    s_qt = scale q_q . k_t  (or s as the head gives it),   o_q = sum_t softmax_t(s)_qt v_qt
+
+Scores that are products of queries and keys are formed inside the op, beside the weights, unless
+something else asks for them: class maps, or attention training, which adds its perturbation to them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xattn.kernels.pooling import softmax_pooling
+from xattn.kernels.softmax.reference import widen
+
+
+class Tokens(NamedTuple):
+    """What an attentive head reads: a (B, N, C_i) of every used tap, in row-major order of ``grid``
+    (h, w), and the last layer's ``prefix`` (B, P, C): class and register tokens, P may be 0."""
+
+    patches: tuple[Tensor, ...]
+    prefix: Tensor
+    grid: tuple[int, int]
+
+
+class Queries(NamedTuple):
+    """Scores as products: ``q`` (B or 1, Q, D) and ``k`` (B, T, D) for few queries, or both
+    (B, H, N, D) where every token asks in each of H heads, which makes Q = H N."""
+
+    q: Tensor
+    k: Tensor
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """``source``: the scores (B, Q, T) before the softmax, or the :class:`Queries` that make them;
+    ``values`` (B, G, T, V), each for Q / G queries in a row; and whatever else the head's
+    :meth:`~xattn.heads.attentive.AttentiveHead.finish` reads."""
+
+    source: Tensor | Queries
+    values: Tensor
+    context: Any = None
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """(B, Q, T), formed when they are first asked for."""
+        if isinstance(self.source, Tensor):
+            return self.source
+        q, k, scale = self.source
+        scores = (q * scale) @ k.transpose(-2, -1)
+        return scores.flatten(1, 2) if scores.ndim == 4 else scores
+
+    def with_scores(self, scores: Tensor) -> Attended:
+        """The same with other ``scores`` (B, Q, T), such as perturbed ones."""
+        return replace(self, source=scores)
+
+    def pool(self) -> Tensor:
+        """softmax(s) v, (B, Q, V). A query that sees no token gives 0."""
+        v = self.values
+        keyed = isinstance(self.source, Queries) and self.source.q.ndim == 3
+        if torch.compiler.is_compiling():
+            return pool_by(softmax(self.scores), v)  # exported graphs have no custom operators
+        kind = v.dtype
+        if torch.is_autocast_enabled(v.device.type):
+            kind = torch.get_autocast_dtype(v.device.type)
+        if keyed:
+            q, k, scale = self.source
+            return softmax_pooling(q.to(kind), k.to(kind), v.to(kind), scale=scale)[0]
+        return softmax_pooling(None, None, v.to(kind), self.scores)[0]
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """A (B, Q, T) of ``scores``, computed in float32 at least."""
+    return widen(scores).softmax(-1).to(scores.dtype)
+
+
+def pool_by(weights: Tensor, values: Tensor) -> Tensor:
+    """sum_t A_qt v_qt: (B, Q, T), (B, G, T, V) -> (B, Q, V)."""
+    if values.shape[1] == 1:
+        return weights @ values[:, 0]
+    return (weights.unflatten(1, (values.shape[1], -1)) @ values).flatten(1, 2)
