@@ -1,5 +1,10 @@
 """A toy that a test registers is created by name like the package's own, with no other edit."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from small_networks import made
@@ -23,6 +28,9 @@ from xattn.training.attention_training import (
     create_perturbation,
     register_perturbation,
 )
+
+TESTS = Path(__file__).resolve().parent
+PATH = filter(None, [os.environ.get("PYTHONPATH")])
 
 
 def test_a_head():
@@ -80,3 +88,41 @@ def test_a_change_of_attention_scores():
     finally:
         METHODS.remove("toy")
     assert RandomPerturbation.name == "random" and "toy" not in PERTURBATIONS
+
+
+PLUGIN = """
+from xattn.explainers import Explainer, register_explainer
+from xattn.heads import register_head
+from xattn.heads.efficient_probe import EfficientProbe
+from xattn.heads.options import Count
+
+
+@register_head("toy_head", cases=({"queries": 4}, {"queries": 2}))
+class ToyHead(EfficientProbe):
+    def __init__(self, backbone, queries: Count = 8, **shared):
+        super().__init__(backbone, queries=queries, **shared)
+
+
+@register_explainer("toy_map", networks=("vit",))
+class ToyMap(Explainer):
+    def _attribute(self, images, target):
+        return images.mean(1, keepdim=True)
+"""
+
+
+def test_the_tests_of_every_head_and_explainer_run_toys(tmp_path):
+    (tmp_path / "toy_plugin.py").write_text(PLUGIN)
+    files = [str(TESTS / name) for name in ("heads/test_reliability.py", "test_default_device.py")]
+    run = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-p", "toy_plugin", *files, "-k", "toy_", "-rA", "-q",
+            "-n", "0", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'base'}",
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *PATH])},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    passed = [line.split("::")[1] for line in run.stdout.splitlines() if line.startswith("PASSED")]
+    assert "test_explainers[toy_map-vit]" in passed and "test_heads[toy_head]" in passed
+    assert "test_explainers[toy_map-cnn]" not in passed
+    assert sum("queries': 2" in name for name in passed) > 0, "the second case, too"
