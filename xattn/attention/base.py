@@ -160,10 +160,13 @@ class Mechanism(nn.Module, ABC):
             )
         if entry.needs_tokens and inputs.x is None:
             raise ValueError(f"x: {name} reads the layer's tokens; give x (B, N, {self.dim})")
-        if inputs.x is not None and inputs.x.shape[:2] != (q.shape[0], q.shape[2]):
-            raise ValueError(
-                f"x: got shape {tuple(inputs.x.shape)}; give ({q.shape[0]}, {q.shape[2]}, C)"
-            )
+        if inputs.x is not None:
+            shape = tuple(inputs.x.shape)
+            width = self.dim if entry.needs_tokens or len(shape) != 3 else shape[2]
+            if shape != (q.shape[0], q.shape[2], width):
+                raise ValueError(
+                    f"x: got shape {shape}; give ({q.shape[0]}, {q.shape[2]}, {self.dim})"
+                )
         if inputs.causal and not entry.causal:
             raise ValueError(f"causal: {name} has no causal form; leave it False")
         if inputs.causal and k.shape[2] != q.shape[2]:
