@@ -26,6 +26,7 @@ from xattn.kernels.vecmat import gradient_vecmat as softmax_gradient_vecmat
 from xattn.kernels.vecmat import vecmat as softmax_vecmat
 
 TILE = 2**20  # entries of a chunk of rows, over batch and heads: 4 MB in float32
+FEW = 256  # below so many keys, leaving rows out saves no time
 
 
 class Operator(ABC):
@@ -260,8 +261,8 @@ class SoftmaxOperator(Operator):
 
     def matvec_where(self, x: Tensor, keep: Tensor) -> Tensor:
         """A CPU computes only the rows that are kept, head by head, unless attention is causal."""
-        every = torch.compiler.is_compiling() or self.q.device.type != "cpu"
-        if not self._fused or self._by_place or every:
+        few = self.shape[3] < FEW or torch.compiler.is_compiling()
+        if few or not self._fused or self._by_place or self.q.device.type != "cpu":
             return super().matvec_where(x, keep)
         batch, heads, n, _ = self.shape
         each = self.q, spread_heads(self.k, heads), spread_heads(x, heads), keep
