@@ -1,0 +1,173 @@
+"""Native sparse attention: three branches, weighed token by token by gates that read the tokens.
+
+    A = diag(g_1) softmax(q K^T / sqrt(D)) P  +  diag(g_2) A_selected  +  diag(g_3) A_near
+    g = sigmoid(W x + b),   K = P k,   P = means over blocks (or learned sums)
+
+The first branch reads every block as one pooled key, the second reads the tokens of the n blocks to
+which the first gives most, the third those close by. On a grid a block is a tile and the queries of a
+tile choose together; in a row of tokens, bidirectional or causal, blocks may overlap. The heads of a
+key head choose together; the choice has no gradient. Prefix tokens are read in every branch, and see
+all tokens, with the gates (0, 1, 0). Yuan et al., arXiv 2502.11089; without the paper's position
+embedding within a block, and with means or sums in place of its network over a block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.attention import gna
+from xattn.attention.algebra import GatedOperator, ProductOperator, SumOperator
+from xattn.attention.base import Mechanism, register, whole
+from xattn.attention.inputs import Inputs
+from xattn.attention.operator import Operator
+from xattn.attention.patterns import Pattern, pattern_operator
+from xattn.attention.pooled_blocks import PooledBlocks, pooled_blocks
+
+BRANCHES = ("compressed", "selected", "near")
+START = (-2.0, -2.0, 2.0)  # of the gates' biases: training begins with what is near
+
+
+@register(
+    "nsa",
+    paper="arXiv 2502.11089",
+    complexity="N (N / l + n l + w) D",
+    grid=(0, 1, 2),
+    causal=True,
+    grouped=True,
+    needs_tokens=True,
+    cases=(
+        {"block": 2, "selected": 2, "window": 3},
+        {"block": 2, "selected": 3, "window": 3, "backend": "cpu"},
+        {"block": 4, "selected": 2, "window": 3, "pooling": "conv"},
+    ),
+    bench=({"block": 8, "selected": 8, "window": 7},),
+)
+class NSA(Mechanism):
+    """Native sparse attention, on a grid or in a row of tokens; causal over tokens in their order.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        block: l, tokens of a pooled block: in a row, or along each side of a tile of the grid.
+        selected: n, how many blocks a query reads token by token.
+        window: tokens of the third branch: along each side of the grid or row; causal, the last ones
+            up to the query. Longer than the grid, it holds all.
+        stride: from one pooled block to the next, in a row only; ``block`` by default.
+        select_block: l', tokens of a block that is chosen, in a row only; ``block`` by default.
+        pooling: "mean", or "conv" for the mean of tokens times a factor that is learned for each head
+            and place in a block (in a row, those of a tile's first row) and starts at 1. Places of a
+            tile beyond the grid count as zeros.
+        forced: whether a query's own block is always chosen; causal, also the first and the one before.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        block: int = 8,
+        selected: int = 8,
+        window: int = 7,
+        stride: int | None = None,
+        select_block: int | None = None,
+        pooling: str = "mean",
+        forced: bool = True,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        self.selected, self.pooling, self.forced = whole("selected", selected), pooling, forced
+        stride = whole("stride", block if stride is None else stride)
+        chosen = whole("select_block", block if select_block is None else select_block)
+        self.blocks, self.window = (whole("block", block), stride, chosen), whole("window", window)
+        if stride > block:
+            raise ValueError(f"stride: got {stride}; give at most the block's {block}")
+        if pooling not in ("mean", "conv"):
+            raise ValueError(f"pooling: got {pooling!r}; give 'mean' or 'conv'")
+        self.gate = nn.Linear(dim, 3 * num_heads)
+        nn.init.zeros_(self.gate.weight)
+        self.gate.bias.data = torch.tensor(START).repeat_interleave(num_heads)
+        if pooling == "conv":
+            self.weight = nn.Parameter(torch.ones(2, num_heads, block, block))  # keys, values
+        # Equal layers share them by the cache below; kept here so that torch.compile sees them.
+        self._kept: dict[Any, tuple[PooledBlocks, Pattern]] = {}
+
+    def operator(self, inputs: Inputs) -> Operator:
+        blocks, near = self._places(inputs)
+        pool = blocks.pool(inputs.k, inputs.prefix, self._weight(inputs, blocks, 0))
+        keys = pool.matvec(inputs.k)
+        values = blocks.pool(inputs.q, inputs.prefix, self._weight(inputs, blocks, 1))
+        compressed = ProductOperator(
+            [blocks.read(inputs, keys, backend=self.backend), values], causal=inputs.causal
+        )
+        chosen = blocks.choose(
+            inputs, keys[:, :, inputs.prefix :], self.selected, forced=self.forced,
+            backend=self.backend,
+        )  # fmt: skip
+        selected = pattern_operator(
+            inputs,
+            blocks.pattern(chosen),
+            backend=self.backend,
+            every_row=self.forced or inputs.prefix > 0 or not inputs.causal,
+        )
+        branches = [compressed, selected, pattern_operator(inputs, near, backend=self.backend)]
+        gates = self.gates(inputs)
+        operator = SumOperator([GatedOperator(*x) for x in zip(branches, gates, strict=True)])
+        operator.context = chosen
+        return operator
+
+    def gates(self, inputs: Inputs) -> Tensor:
+        """g of the three branches, (3, B, H, N) in [0, 1]; (0, 1, 0) at prefix tokens."""
+        assert inputs.x is not None
+        g = torch.sigmoid(self.gate(inputs.x[:, inputs.prefix :]))
+        g = g.unflatten(2, (3, self.num_heads)).permute(2, 0, 3, 1)
+        first = g.new_tensor([0.0, 1.0, 0.0]).view(3, 1, 1, 1).expand(*g.shape[:3], inputs.prefix)
+        return torch.cat([first, g], 3)
+
+    def _places(self, inputs: Inputs) -> tuple[PooledBlocks, Pattern]:
+        """The blocks, and the pattern of what is near."""
+        q, grid = inputs.q, inputs.grid
+        if grid is None or inputs.causal:
+            grid = (q.shape[2] - inputs.prefix,)
+        key = grid, inputs.prefix, inputs.causal, q.device
+        if key not in self._kept:
+            blocks = pooled_blocks(grid, *self.blocks, *key[1:])
+            window = tuple(min(self.window, length) for length in grid)
+            on_cpu = q.device.type == "cpu"
+            near = gna.plan(grid, window, 1, 1, inputs.causal, on_cpu, q.device)
+            self._kept[key] = blocks, near
+        return self._kept[key]
+
+    def _weight(self, inputs: Inputs, blocks: PooledBlocks, which: int) -> Tensor | None:
+        """Weights of the tokens in a block, (Hk, tokens), for keys (0) or values (1)."""
+        if self.pooling == "mean":
+            return None
+        row, *column = blocks.tile
+        weight = self.weight[which, :, 0, :row]
+        if column:
+            weight = self.weight[which, :, :row, : column[0]].flatten(1)
+        weight = weight.unflatten(0, (inputs.k.shape[1], -1)).mean(1)
+        return weight / weight.shape[1]
+
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+        """``importance``: what the compressed branch gives to each block, mean over heads and
+        patches; ``selected``: share of the query blocks that chose it, for each key head;
+        ``gate_compressed``, ``gate_selected``, ``gate_near``: g of the patches, for each head."""
+        grid, prefix, gated = inputs.grid, inputs.prefix, operator.terms  # type: ignore[attr-defined]
+        if grid is None or len(grid) != 2:
+            return {}
+        blocks = self._places(inputs)[0]
+        count = inputs.q.shape[2] - prefix
+        r = F.pad(inputs.q.new_full((len(inputs.q), 1, count), 1 / count), (prefix, 0))
+        mass = gated[0].operator.factors[0].vecmat(r, "mean")[..., prefix:]
+        if blocks.overlap is not None:
+            mass = mass @ blocks.overlap.to(mass.dtype)
+        found = {
+            "importance": blocks.on_tokens(mass),
+            "selected": blocks.on_tokens(blocks.frequency(operator.context)),
+        }
+        for name, term in zip(BRANCHES, gated, strict=True):
+            found[f"gate_{name}"] = term.factor[..., prefix:]
+        return {name: x.unflatten(-1, grid) for name, x in found.items()}
