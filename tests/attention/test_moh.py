@@ -1,0 +1,154 @@
+"""Mixture-of-head attention: which heads a token uses, how much, and what it costs to leave them out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from xattn.attention import Inputs, create_attention, create_mechanism, record
+
+HEADS, WIDTH, N = 6, 4, 17
+DIM = HEADS * WIDTH
+FORMS = [(1, None), (2, 1), (2, 4), (0, 3), (3, 2)]
+
+
+def random(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def inputs(key_heads=HEADS, n=N, **more):
+    q, x = random(2, HEADS, n, WIDTH), random(2, n, DIM, seed=3)
+    k, v = (random(2, key_heads, n, WIDTH, seed=i) for i in (1, 2))
+    return Inputs(q, k, v, x, **more)
+
+
+def moh(zero=False, **options):
+    torch.manual_seed(0)
+    layer = create_mechanism("moh", DIM, HEADS, **options).double()
+    for parameter in layer.parameters():
+        parameter.data = torch.zeros_like(parameter) if zero else torch.randn_like(parameter)
+    return layer
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+@pytest.mark.parametrize("shared", [0, 1, 2, HEADS])
+def test_all_heads_with_a_zero_router_are_multi_head_attention(shared, key_heads, causal):
+    asked = inputs(key_heads, causal=causal)
+    layer = moh(zero=True, shared=shared, active=HEADS - shared or None)
+    k, v = (x.repeat_interleave(HEADS // key_heads, 1) for x in (asked.k, asked.v))
+    expected = F.scaled_dot_product_attention(asked.q, k, v, is_causal=causal)
+    assert torch.allclose(layer.attend(asked), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("shared, active", FORMS)
+def test_gates_are_what_their_equations_say(shared, active):
+    layer, x = moh(shared=shared, active=active), inputs().x
+    routed, k = HEADS - shared, layer.active
+    assert k == (active or 3)
+    weights = {name: (x @ w.T).softmax(-1) for name, w in layer.router.items()}
+    g = torch.zeros(2, N, HEADS, dtype=torch.float64)
+    b = 2 * weights["share"] if shared else torch.ones(2, N, 2, dtype=torch.float64)
+    for image in range(2):
+        for n in range(N):
+            for i in range(shared):
+                share = weights["shared"][image, n, i] if shared > 1 else 1.0
+                g[image, n, i] = b[image, n, 0] * shared * share
+            p = weights["routed"][image, n]
+            chosen = sorted(range(routed), key=lambda i, p=p: -p[i])[:k]
+            for i in chosen:
+                g[image, n, shared + i] = b[image, n, 1] * k * p[i] / p[chosen].sum()
+    found, loss = layer.gates(x)
+    assert torch.allclose(found, g.transpose(1, 2))
+    used = (g[..., shared:] > 0).double().mean((0, 1))
+    assert torch.allclose(loss, routed**2 * (weights["routed"].mean((0, 1)) * used).mean())
+
+
+@pytest.mark.parametrize("shared, active", FORMS)
+def test_exactly_k_routed_heads_are_used_and_the_two_parts_share_two(shared, active):
+    layer = moh(shared=shared, active=active)
+    g = layer.gates(inputs().x)[0]
+    k = layer.active
+    assert ((g[:, shared:] != 0).sum(1) == k).all() and (g[:, :shared] > 0).all()
+    second = g[:, shared:].sum(1) / k  # b_2
+    first = g[:, :shared].sum(1) / shared if shared else 2 - second  # b_1
+    assert torch.allclose(first + second, torch.tensor(2.0).double())
+    assert shared or torch.allclose(second, torch.ones(()).double())
+
+
+@pytest.mark.parametrize("active", [1, 3, 5])
+def test_the_balance_loss_is_k_where_heads_are_used_alike(active):
+    k = torch.tensor(float(active)).double()
+    layer = moh(zero=True, shared=1, active=active)
+    assert torch.allclose(layer.gates(inputs().x)[1], k)
+    layer.router["routed"].data[:, :5] = 9 * torch.eye(5)
+    each = F.one_hot(torch.arange(20) % 5, DIM).double()[
+        None
+    ]  # tokens of five that prefer their own
+    assert torch.allclose(layer.gates(each)[1], k)
+    if active == 1:
+        assert torch.allclose(layer.gates(each[:, :1])[1], torch.tensor(5.0).double(), rtol=0.01)
+
+
+def test_a_record_hands_the_weighted_loss_on_to_training():
+    layer = create_attention("moh", DIM, HEADS, balance=0.5)
+    x = torch.randn(2, N, DIM)
+    with record() as calls:
+        layer(x)
+    (call,) = calls
+    loss = layer.mechanism.gates(x)[1]
+    assert torch.allclose(call.aux["balance"], 0.5 * loss)
+    call.aux["balance"].backward()
+    assert layer.mechanism.router["routed"].grad.abs().sum() > 0
+    with record() as calls:
+        create_attention("moh", DIM, HEADS, shared=HEADS)(x)
+    assert calls[0].aux == {}
+
+
+@pytest.mark.parametrize("shared, active", FORMS)
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+def test_leaving_heads_out_changes_neither_output_nor_gradients(shared, active, key_heads):
+    layer, asked = moh(shared=shared, active=active), inputs(key_heads, n=257)
+    leaves = [t.requires_grad_() for t in (asked.q, asked.k, asked.v, asked.x)]
+    found = []
+    for sparse in (True, False):
+        operator = layer.operator(asked)
+        assert operator.sparse == (layer.active < layer.routed)
+        operator.sparse = sparse
+        y = operator.matvec(asked.v)
+        found.append((y, *torch.autograd.grad(y.square().sum(), [*leaves, *layer.parameters()])))
+    for skipping, every in zip(*found, strict=True):
+        assert torch.allclose(skipping, every, atol=1e-12)
+
+
+def test_a_token_passes_no_gradient_to_heads_that_it_leaves_out():
+    layer, asked = moh(shared=1, active=2), inputs()
+    v = asked.v.requires_grad_()
+    operator = layer.operator(asked)
+    token = 4
+    (grad,) = torch.autograd.grad(operator.matvec(v)[0, :, token].square().sum(), v)
+    used = operator.factor[0, :, token] != 0
+    assert used.sum() == 3
+    assert (grad[0, ~used] == 0).all() and (grad[0, used] != 0).any((-2, -1)).all()
+
+
+def test_gates_are_maps_of_the_patches():
+    layer, asked = moh(), inputs(n=2 + 15, grid=(3, 5), prefix=2)
+    with record() as calls:
+        layer.attend(asked)
+    maps = calls[0].maps
+    assert torch.equal(maps["gates"], layer.gates(asked.x)[0][..., 2:].unflatten(-1, (3, 5)))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"shared": 7}, "shared: got 7; give at most the 6 heads"),
+        ({"shared": 2, "active": 5}, "active: got 5; give at most the 4 routed heads"),
+        ({"active": 0}, "active: got 0; give a whole number of at least 1"),
+        ({"balance": -1.0}, "balance: got -1.0; give a weight of 0 or more"),
+    ],
+)
+def test_what_does_not_fit_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        moh(**options)
