@@ -8,6 +8,10 @@ heads as efficient probing has queries, so that both make 32 maps and one vector
 is that vector, its product with a fixed cotangent, and the gradients of all parameters; classifier and
 feature norm are left out on both sides and tokens need no gradient, as on a frozen backbone. Random
 tokens; in each round every job runs once, in turn, and ratios are taken within the round.
+
+Training steps of all heads, with N and batch as their tables say, have the classifier; "plain" is the
+same step with softmax pooling written out, scores, softmax and product. The last table is of a head with
+a mixer, one attention layer between tap and head.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +27,24 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from xattn.backbone import load_backbone
+from xattn.eval.bench import pooling
 from xattn.eval.bench.operation_counts import macs
 from xattn.eval.bench.timing import Job, median_ratio, times
 from xattn.heads import AttentiveHead, Tokens, create_head, list_heads
+from xattn.heads.attended import Attended, pool_by, softmax
 from xattn.runtime.allocator import keep_memory
 
 QUERIES, CLASSES = 32, 1000
 WANTED = {384: 7.0, 768: 12.0}  # times faster, by width
 FEWER = 3.5  # times fewer parameters
 BASE = "multi-head"
+STEPS = ((14, 16), (32, 4), (64, 2))  # sides and batches of training steps
+MIXED = "efficient_probe"
+HEAD_COLUMNS = (
+    "| head | ms | of efficient_probe | plain / op | parameters | with classifier "
+    "| M MACs an image |"
+)
+MIXERS: dict[str, dict[str, Any]] = {"softmax": {}, "agent": {}, "gna": {"kernel": 7}}
 
 
 class MultiHeadProbe(nn.Module):
@@ -113,13 +127,15 @@ def bench(
     sides: Sequence[int] = (14, 32),
     batch: int = 16,
     rounds: int = 15,
+    steps: Sequence[tuple[int, int]] = STEPS,
 ) -> Iterator[str]:
-    """The lines of both tables, as they are measured.
+    """The lines of all tables, as they are measured.
 
     Args:
         widths: D.
         sides: of the square token grids.
         batch: images a step.
+        steps: sides and batches of training steps; from N = 1,024 on they take a third of the rounds.
     """
     if rounds < 1 or batch < 2:
         raise ValueError(f"rounds, batch: got {rounds} and {batch}; give at least 1 and 2")
@@ -134,10 +150,18 @@ def bench(
     for width in widths:
         for side in sides:
             yield from _pooling_rows(width, side, batch, rounds)
-    yield f"\ntraining steps with a classifier of {CLASSES}, N = 196, D = 384\n"
-    yield "| head | ms | of efficient_probe | parameters | with classifier | M MACs an image |"
-    yield "| :-- | --: | --: | --: | --: | --: |"
-    yield from _head_rows(384, 14, batch, rounds)
+    yield from pooling.rows([side * side for side, _ in steps], rounds)
+    for side, images in steps:
+        some = rounds if side < 32 else max(1, rounds // 3)
+        where = f"N = {side * side:,}, D = 384, batch {images}"
+        yield f"\ntraining steps with a classifier of {CLASSES}, {where}\n"
+        yield HEAD_COLUMNS
+        yield "| :-- | --: | --: | --: | --: | --: | --: |"
+        yield from _head_rows(384, side, images, some)
+        yield f"\ntraining steps with a mixer, {where}\n"
+        yield "| head and mixer | ms | of the head alone | parameters |"
+        yield "| :-- | --: | --: | --: |"
+        yield from _mixer_rows(384, side, images, some)
 
 
 def _pooling_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[str]:
@@ -157,30 +181,69 @@ def _pooling_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[st
 
 def _head_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[str]:
     backbone = backbone_of(width, side)
-    labels = torch.arange(batch, device=backbone.device) % CLASSES
     heads: dict[str, AttentiveHead] = {}
     for name in list_heads():
         head = create_head(name, backbone)
         if isinstance(head, AttentiveHead):
             heads[name] = head.train()
-
-    def step(head: AttentiveHead) -> Job:
-        tokens = tokens_of(head, batch, width, side)
-
-        def job() -> None:
-            head.zero_grad(set_to_none=True)
-            F.cross_entropy(head.logits(tokens), labels).backward()
-
-        return job
-
-    took = times({name: step(head) for name, head in heads.items()}, rounds)
+    jobs = {name: training_step(head, batch, width, side) for name, head in heads.items()}
+    pooling_by_op = [name for name, head in heads.items() if pools_by_op(head)]
+    took = times({**jobs, **{f"{n}, plain": written_out(jobs[n]) for n in pooling_by_op}}, rounds)
     for name in sorted(heads, key=lambda name: statistics.median(took[name])):
         head = heads[name]
         own = _parameters(head)
         cells = [name, f"{1e3 * statistics.median(took[name]):.1f}"]
-        cells += [f"{median_ratio(took[name], took['efficient_probe']):.2f}x", f"{own:,}"]
+        cells += [f"{median_ratio(took[name], took['efficient_probe']):.2f}x"]
+        by_op = name in pooling_by_op
+        cells += [f"{median_ratio(took[f'{name}, plain'], took[name]):.2f}x" if by_op else ""]
+        cells += [f"{own:,}"]
         cells += [f"{own + sum(p.numel() for p in head.classifier.parameters()):,}"]
         yield f"| {' | '.join(cells)} | {macs(head, tokens_of(head, 1, width, side)) / 1e6:.2f} |"
+
+
+def _mixer_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[str]:
+    backbone = backbone_of(width, side)
+    heads: dict[str, Any] = {MIXED: create_head(MIXED, backbone).train()}
+    for mixer, options in MIXERS.items():
+        if options.get("kernel", 1) <= side:
+            made = create_head(MIXED, backbone, mixer=mixer, mixer_options=options)
+            heads[f"{MIXED}, {mixer}"] = made.train()
+    jobs = {name: training_step(head, batch, width, side) for name, head in heads.items()}
+    took = times(jobs, rounds)
+    for name, head in heads.items():
+        cells = [name, f"{1e3 * statistics.median(took[name]):.1f}"]
+        cells += [f"{median_ratio(took[name], took[MIXED]):.2f}x", f"{_parameters(head):,}"]
+        yield f"| {' | '.join(cells)} |"
+
+
+def training_step(head: AttentiveHead, batch: int, width: int, side: int) -> Job:
+    """Logits of random tokens, cross-entropy, and the gradients of all parameters."""
+    tokens = tokens_of(head, batch, width, side)
+    labels = torch.arange(batch, device=tokens.prefix.device) % CLASSES
+
+    def job() -> None:
+        head.zero_grad(set_to_none=True)
+        F.cross_entropy(head.logits(tokens), labels).backward()
+
+    return job
+
+
+def pools_by_op(head: AttentiveHead) -> bool:
+    """Whether the head's weights are a softmax, and no token is a query."""
+    return type(head).weights is AttentiveHead.weights
+
+
+def written_out(job: Job) -> Job:
+    """``job`` with softmax pooling as scores, softmax and a product."""
+
+    def pool(attended: Attended) -> Tensor:
+        return pool_by(softmax(attended.scores), attended.values)
+
+    def run() -> None:
+        with patch.object(Attended, "pool", pool):
+            job()
+
+    return run
 
 
 def _parameters(module: nn.Module) -> int:

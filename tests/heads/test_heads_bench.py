@@ -7,6 +7,7 @@ import torch
 from attentive_fakes import HEADS, random_tokens, vit
 
 from xattn.eval.bench import heads as heads_bench
+from xattn.eval.bench import pooling
 from xattn.eval.bench.heads import MultiHeadProbe
 from xattn.eval.bench.operation_counts import macs
 from xattn.heads import create_head
@@ -33,11 +34,31 @@ def test_multiplications_are_those_of_the_formula():
     assert macs(mil, random_tokens(mil, batch=1)) == expected
 
 
-def test_both_tables_are_whole(monkeypatch):
+def test_all_tables_are_whole(monkeypatch):
     monkeypatch.setattr(heads_bench, "CLASSES", 10)
-    lines = list(heads_bench.bench(widths=(64,), sides=(3,), batch=2, rounds=1))
+    lines = list(heads_bench.bench(widths=(64,), sides=(3,), batch=2, rounds=1, steps=((7, 2),)))
     rows = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
     assert set(HEADS) <= set(rows)
     assert sum(row == "64" for row in rows) == 4
+    assert sum(row == "49" for row in rows) == 2  # pooling beside two products
+    assert {f"efficient_probe, {mixer}" for mixer in heads_bench.MIXERS} <= set(rows)
     with pytest.raises(ValueError, match="rounds, batch: got 0"):
         next(heads_bench.bench(rounds=0))
+
+
+def test_pooling_written_out_gives_the_loss_and_gradients_of_the_op():
+    head = create_head("efficient_probe", vit(), queries=8)
+    head.eval()
+    job = heads_bench.training_step(head, 3, 32, 5)
+    found = []
+    for run in (job, heads_bench.written_out(job)):
+        run()
+        found.append([p.grad for p in head.parameters()])
+    for by_op, plain in zip(*found, strict=True):
+        torch.testing.assert_close(by_op, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_the_two_sides_of_the_pooling_table_differ_by_the_softmax_alone():
+    q, k, v = (torch.randn(2, n, 5, dtype=torch.float64) for n in (3, 7, 7))
+    torch.testing.assert_close(pooling.pooled(q, k, v), pooling.plain(q, k, v))
+    torch.testing.assert_close(pooling.products(q, k, v), q @ (k.transpose(1, 2) @ v))

@@ -529,7 +529,7 @@ def test_the_gradient_on_a_head_is_that_of_the_two_losses_with_r_held(backbone):
 @pytest.mark.parametrize("name", ["at", "vat"])
 def test_running_statistics_follow_the_clean_pass_alone(backbone, name):
     head, tokens, target = probe(backbone, norm=True)
-    head.logits(tokens)
+    head.logits(tokens, head.attend(tokens).scores)  # formed outside of the op, as in the step
     mean, seen = head.norm.running_mean.clone(), int(head.norm.num_batches_tracked)
     head.norm.reset_running_stats()
     step(head, tokens, target, create_perturbation(name, epsilon=5.0), module=head)

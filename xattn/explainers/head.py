@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xattn.explainers.base import Choose, Explainer, register_explainer
 from xattn.heads import AttentiveHead
+from xattn.heads.mixer import SHARES
 
 
 @register_explainer("head")
@@ -35,6 +36,8 @@ class HeadExplainer(Explainer):
         if self.maps is not None:
             self.head = copy.copy(self.head)
             self.head.explain_with = self.maps  # type: ignore[union-attr]
+        if self.head is not None and self.head.mixer is not None:
+            self._note(SHARES.format(name=self.head.mixer.name))
 
     @torch.no_grad()
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class AbMilp(AttentiveHead):
             self.mix = SelfAttention(width, bias=projection_bias)
         self.score = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
         if self.mix is None:
             return Attended(self.score(x).transpose(1, 2), x[:, None])

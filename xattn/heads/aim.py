@@ -41,7 +41,7 @@ class Aim(AttentiveHead):
         self.attention = CrossAttention(width, heads, query=False, output=False)
         self.query = nn.Parameter(0.02 * torch.randn(1, queries, width))
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
         x = self.tokens_norm(x.flatten(0, 1)).view_as(x)
         return Attended(self.attention.queries(self.query, x), x[:, None])

@@ -7,8 +7,9 @@ with scores s (B, Q, T) of Q queries and values v (B, Q or 1, T, V). g_k is row 
 through ``norm`` and ``finish``, whose data-dependent gains (activations, deviations of norms) are held
 constant; where ``finish`` is linear, rest_k is the classifier's bias (and the norm's), the same for
 every image. T = P + N: a head that attends to prefix tokens has them in front, and their shares
-belong to rest; maps show the N patches. A head gives :meth:`AttentiveHead.attend` and, unless it
-concatenates its queries, :meth:`AttentiveHead.finish`.
+belong to rest; maps show the N patches. With a ``mixer``, tokens are those that it mixed. A head gives
+:meth:`AttentiveHead.scores_and_values` and, unless it concatenates its queries,
+:meth:`AttentiveHead.finish`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from xattn.backbone import Backbone, Taps
 from xattn.heads.attended import Attended, Tokens, pool_by, softmax
 from xattn.heads.base import Head, keeping_statistics
 from xattn.heads.fusion import class_rows
+from xattn.heads.mixer import Depth
 from xattn.heads.options import Count, Names, checked
 from xattn.heads.pullback import Step
 from xattn.heads.reliability import TINY, Balanced, ReliabilityBalancing, create_balancing
@@ -40,6 +42,9 @@ class Shared(TypedDict, total=False):
     norm: bool
     explain_with: Literal["scores", "mask", "attention"]
     reliability: dict[str, Any] | None
+    mixer: str | None
+    mixer_depth: int
+    mixer_options: dict[str, Any] | None
 
 
 class ClassMaps(NamedTuple):
@@ -84,7 +89,8 @@ class AttentiveHead(Head):
     Args:
         options: the head's own options, as its constructor got them.
         pooled: width Z of the pooled vector.
-        num_taps: how many of the backbone's last taps are read.
+        num_taps: how many of the backbone's last taps are read; ``reads_prefix``: whether the last
+            layer's prefix tokens are, too.
         classes: how many; by default as many as ``class_names`` has, or the backbone.
         class_names: one name per class, no two alike unless these are the backbone's own names.
         norm: a :class:`FeatureNorm` before the classifier.
@@ -92,9 +98,14 @@ class AttentiveHead(Head):
             ``"attention"``, the mean of the query maps, the same for every class.
         reliability: options of :class:`~xattn.heads.reliability.ReliabilityBalancing`, such as
             ``{"anchors": 8}``, to correct the predictions; None leaves them alone.
+        mixer: a mechanism of :func:`~xattn.attention.list_attention`, such as ``"gna"``, whose layers
+            mix the last tap's tokens before the head reads them, see :mod:`xattn.heads.mixer`; None
+            leaves them as they are. Maps then hold the shares of the mixed tokens, exactly.
+        mixer_depth: how many layers.
+        mixer_options: of :func:`~xattn.attention.create_attention`, for example ``{"kernel": 7}``.
 
     Raises:
-        ValueError: the last tap is a single token, or an option that does not fit.
+        ValueError: the last tap is a single token, or an option or a mixer that does not fit.
     """
 
     is_classifier: ClassVar[bool] = True
@@ -112,12 +123,16 @@ class AttentiveHead(Head):
         options: dict[str, Any],
         pooled: int,
         num_taps: int = 1,
+        reads_prefix: bool = False,
         *,
         classes: Count | None = None,
         class_names: Names | None = None,
         norm: bool = True,
         explain_with: Literal["scores", "mask", "attention"] = "scores",
         reliability: dict[str, Any] | None = None,
+        mixer: str | None = None,
+        mixer_depth: Depth = 1,
+        mixer_options: dict[str, Any] | None = None,
     ) -> None:
         plain = "scores" if explain_with == "attention" else explain_with
         super().__init__(backbone, {**options, "explain_with": plain})
@@ -144,8 +159,15 @@ class AttentiveHead(Head):
                 f"nothing to attend to; load the backbone with an earlier tap last (taps=['stage.-2']) "
                 f"or a larger input_size"
             )
-        self.num_taps = num_taps
-        self.has_class_token = _has_class_token(backbone)
+        self.num_taps, self.reads_prefix = num_taps, reads_prefix
+        if mixer is not None and type(self).attend is not AttentiveHead.attend:
+            raise ValueError(
+                f"mixer: got {mixer!r}; {self.name} replaces attend, which would leave it out; let it "
+                f"define scores_and_values instead"
+            )
+        prefix = backbone.prefix_tokens if reads_prefix else 0
+        self.add_mixer(backbone, mixer, mixer_depth, mixer_options, prefix)
+        self.has_class_token = has_class_token(backbone)
         self.num_classes = _class_count(classes, names, backbone)
         self.class_names = names
         self.norm: FeatureNorm | None = FeatureNorm(pooled) if norm else None
@@ -164,8 +186,8 @@ class AttentiveHead(Head):
 
     # ------------------------------------------------------------------ what a head defines
 
-    def attend(self, tokens: Tokens) -> Attended:
-        """Scores and values of ``tokens``."""
+    def scores_and_values(self, tokens: Tokens) -> Attended:
+        """Scores and values of ``tokens``, which the head's mixer has mixed."""
         raise NotImplementedError
 
     def weights(self, scores: Tensor) -> Tensor:
@@ -191,6 +213,22 @@ class AttentiveHead(Head):
         return pooled.flatten(1), lambda rows: rows.unflatten(-1, shape)
 
     # ------------------------------------------------------------------ what all heads share
+
+    def attend(self, tokens: Tokens) -> Attended:
+        """Scores and values of ``tokens``."""
+        return self.scores_and_values(self.mixed_tokens(tokens))
+
+    def mixed_tokens(self, tokens: Tokens) -> Tokens:
+        """``tokens`` with the last tap as the head's mixer leaves it; prefix tokens are mixed with the
+        patches where the head reads them."""
+        if self.mixer is None:
+            return tokens
+        patches = tokens.patches[-1]
+        prefix = tokens.prefix if self.reads_prefix else tokens.prefix[:, :0]
+        count = prefix.shape[1]
+        x = self.mixer(torch.cat([prefix.to(patches.dtype), patches], 1), tokens.grid, count)
+        kept = x[:, :count] if self.reads_prefix else tokens.prefix
+        return Tokens((*tokens.patches[:-1], x[:, count:]), kept, tokens.grid)
 
     def class_token(self, tokens: Tokens) -> Tensor | None:
         """(B, C) of the last layer; None where the backbone has none."""
@@ -374,7 +412,7 @@ def _shares(rows: Tensor, weights: Tensor, values: Tensor) -> Tensor:
     return (products * weights[:, None]).sum(2)
 
 
-def _has_class_token(backbone: Backbone) -> bool:
+def has_class_token(backbone: Backbone) -> bool:
     """Whether the first prefix token is a class token; it may be a register."""
     model = backbone.model
     own = getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)

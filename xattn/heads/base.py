@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from xattn.attention.conversion import Conversion, describe, how_to_convert
 from xattn.backbone import Backbone, Taps
+from xattn.heads.mixer import Mixer, create_mixer
 from xattn.heads.options import checked
 from xattn.registry import Registry, adopting
 from xattn.runtime import strict_json
@@ -80,12 +81,54 @@ class Head(
             )
         if self.mask_policy == "feature":
             backbone.require_pooled_tap()
+        self.mixer: Mixer | None = None
         self.explain_with = options.get("explain_with", "scores")
         if self.explain_with not in ("scores", "mask"):
             raise ValueError(f"explain_with: got {self.explain_with!r}; choose 'scores' or 'mask'")
 
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
         raise NotImplementedError
+
+    def add_mixer(
+        self,
+        backbone: Backbone,
+        name: str | None,
+        depth: int,
+        options: Mapping[str, Any] | None,
+        prefix: int = 0,
+    ) -> None:
+        """Put a :class:`~xattn.heads.mixer.Mixer` before the head, unless ``name`` is None; config.json
+        holds it only then.
+
+        Raises:
+            ValueError: it does not fit the last tap with ``prefix`` tokens before its patches, or there
+                are options but no name.
+        """
+        if name is None:
+            for option, value in (
+                ("mixer_depth", depth != 1 and depth),
+                ("mixer_options", options),
+            ):
+                if value:
+                    raise ValueError(
+                        f"{option}: got {value!r} without a mixer; choose one, such as mixer='softmax'"
+                    )
+            return
+        self.mixer = create_mixer(name, depth, options, backbone, prefix)
+        self.options.update(mixer=name, mixer_depth=depth, mixer_options=dict(options or {}))
+
+    def mixed(self, taps: Taps) -> Taps:
+        """``taps`` with the last map as the head's mixer leaves it."""
+        if self.mixer is None:
+            return taps
+        last = taps.maps[-1]
+        grid = (int(last.shape[2]), int(last.shape[3]))
+        x = self.mixer(last.flatten(2).transpose(1, 2), grid)
+        return taps._replace(maps=(*taps.maps[:-1], x.transpose(1, 2).unflatten(2, grid)))
+
+    def auxiliary_loss(self) -> Tensor | float:
+        """What the mixer's mechanisms asked training to add in the last call, once; 0 without any."""
+        return 0.0 if self.mixer is None else self.mixer.take_losses()
 
     def mask(self, scores: Tensor) -> Tensor:
         """The mask in (0, 1) that training multiplies images with: sigmoid(scores)."""

@@ -50,7 +50,7 @@ class Cae(AttentiveHead):
         self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(width, eps=eps) for _ in range(3))
         self.attention = CrossAttention(width, heads, bias=True)
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
         scores = self.attention.queries(self.norm_q(self.query), self.norm_k(x))
         return Attended(scores, self.norm_v(x)[:, None])

@@ -64,7 +64,7 @@ class Cbam(AttentiveHead):
         self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
         self.gate_norm = nn.BatchNorm2d(1) if form == "benchmark" else None
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
         channels = (self.mlp(x.mean(1)) + self.mlp(x.amax(1))).sigmoid()[:, None]
         gated = channels * x

@@ -42,7 +42,7 @@ class ClassAttention(AttentiveHead):
         **shared: Unpack[Shared],
     ) -> None:
         width = backbone.channels[-1]
-        super().__init__(backbone, options, width, **shared)
+        super().__init__(backbone, options, width, reads_prefix=True, **shared)
         self.token: nn.Parameter | None = None
         if not self.has_class_token:
             self.token = nn.Parameter(0.02 * torch.randn(width))
@@ -56,7 +56,7 @@ class ClassAttention(AttentiveHead):
         )
         self.final = nn.LayerNorm(width, eps=1e-6) if final_norm else nn.Identity()
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
         parts = [tokens.prefix.to(x.dtype), x]
         if self.token is not None:

@@ -45,7 +45,7 @@ class ClipPool(AttentiveHead):
         self.attention = CrossAttention(width, heads)
         self.query = nn.Parameter(0.02 * torch.randn(1, 1, width)) if query == "learned" else None
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
         query = x.mean(1, keepdim=True) if self.query is None else self.query
         return Attended(self.attention.queries(query, x), x[:, None])

@@ -41,7 +41,7 @@ class Coca(AttentiveHead):
         self.norm_q, self.norm_k = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
         self.attention = CrossAttention(width, heads, bias=True)
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         x = self.norm_k(tokens.patches[-1])
         return Attended(self.attention.queries(self.norm_q(self.queries), x), x[:, None])
 

@@ -33,7 +33,7 @@ class Delf(AttentiveHead):
         self.feature_norm = nn.BatchNorm1d(features)
         self.score = nn.Linear(features, 1)
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         f = self.feature(tokens.patches[-1])
         f = self.feature_norm(f.flatten(0, 1)).view_as(f)
         scores = self.score(F.relu(f)).transpose(1, 2)

@@ -66,9 +66,9 @@ class DinoBlock(ClassAttention):
             self.mlp = mlp(width, mlp_ratio)
         self.averages = form == "benchmark"
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         if not self.averages:
-            return super().attend(tokens)
+            return super().scores_and_values(tokens)
         x = tokens.patches[-1]
         q, k, v = self.mix.split(self.tokens_norm(x))
         values = torch.cat([v, self.mix.by_head(x)], 1)

@@ -46,14 +46,14 @@ class EfficientProbe(AttentiveHead):
                 f"have to divide {width} / reduction evenly"
             )
         options = {"queries": queries, "reduction": reduction, "prefix": prefix}
-        super().__init__(backbone, options, pooled, **shared)
+        super().__init__(backbone, options, pooled, reads_prefix=prefix, **shared)
         self.prefix = prefix
         self.queries = nn.Parameter(0.02 * torch.randn(queries, width))
         # W_q of all queries, (Q, D, D / reduction / Q)
         self.value = nn.Parameter(torch.empty(queries, width, pooled // queries))
         nn.init.uniform_(self.value, -(width**-0.5), width**-0.5)
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         x = prefixed(tokens) if self.prefix else tokens.patches[-1]
         return Attended(Queries(self.queries[None], x, x.shape[-1] ** -0.5), x[:, None])
 

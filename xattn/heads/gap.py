@@ -23,6 +23,6 @@ class Gap(AttentiveHead):
     def __init__(self, backbone: Backbone, **shared: Unpack[Shared]) -> None:
         super().__init__(backbone, {}, backbone.channels[-1], **shared)
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
         return Attended(x.new_zeros(x.shape[0], 1, x.shape[1]), x[:, None])

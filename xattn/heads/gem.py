@@ -38,7 +38,7 @@ class Gem(AttentiveHead):
         self.p = nn.Parameter(torch.tensor(float(p)))
         self.eps = eps
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1].clamp_min(self.eps)
         # Dividing each channel by its maximum changes no mean and keeps powers within the dtype's range.
         most = x.amax(1).detach()

@@ -48,7 +48,7 @@ class Lama(AttentiveHead):
         self.p, self.q = (nn.Parameter(torch.randn(shape) * scale) for _ in range(2))
         self.context = nn.Parameter(torch.randn(width)) if context == "learned" else None
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         h = tokens.patches[-1]
         c = h.mean(1) if self.context is None else self.context[None]
         # sum_r (p_jr . c) q_jr, so that a score is one product with the token

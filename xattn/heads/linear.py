@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
 from xattn.heads.attended import Attended, Tokens
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attentive import AttentiveHead, Shared, has_class_token
 from xattn.heads.base import register_head
 
 
@@ -39,7 +39,8 @@ class Linear(AttentiveHead):
         **shared: Unpack[Shared],
     ) -> None:
         width = backbone.channels[-1] * (2 if read == "both" else 1)
-        super().__init__(backbone, {"read": read}, width, **shared)
+        reads_prefix = read in ("class", "both") or (read is None and has_class_token(backbone))
+        super().__init__(backbone, {"read": read}, width, reads_prefix=reads_prefix, **shared)
         if read in ("class", "both") and not self.has_class_token:
             raise ValueError(
                 f"read={read!r}: {backbone.name} has no class token; choose read='mean'"
@@ -47,7 +48,7 @@ class Linear(AttentiveHead):
         self.read = read or ("class" if self.has_class_token else "mean")
         self.options["read"] = self.read
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
         scores = x.new_zeros(1, x.shape[1])
         token = self.class_token(tokens)

@@ -57,7 +57,7 @@ class MemeTector(AttentiveHead):
             raise ValueError("hidden: got no width; give one or more")
         count = min(TAPS, len(backbone.taps)) if num_taps is None else num_taps
         options = {"form": form, "hidden": list(hidden), "dropout": dropout, "num_taps": count}
-        super().__init__(backbone, options, hidden[-1], count, **shared)
+        super().__init__(backbone, options, hidden[-1], count, True, **shared)
         self.form = form
         width = backbone.channels[-1]
         self.projections = nn.ModuleList(
@@ -83,7 +83,7 @@ class MemeTector(AttentiveHead):
         """Four evenly spaced blocks, without the last: the 1st, 3rd, 5th and 7th of 8."""
         return tuple(f"block.{i}" for i in sorted({depth * i // TAPS for i in range(TAPS)}))
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         taps = [project(z) for project, z in zip(self.projections, tokens.patches, strict=True)]
         z = torch.stack(taps, 1)  # (B, L, N, D)
         token = self.class_token(tokens)

@@ -52,7 +52,7 @@ class SiglipMap(AttentiveHead):
         self.query = nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
         self.mlp = mlp(width, mlp_ratio, 1e-6 if form == "siglip" else None)
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
         return Attended(self.attention.queries(self.query, x), x[:, None])
 

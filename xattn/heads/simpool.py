@@ -71,7 +71,7 @@ class SimPool(AttentiveHead):
         self.q = nn.Linear(width, width, bias=False) if project else None
         self.k = nn.Linear(width, width, bias=False) if project else None
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
         query, k = x.mean(1, keepdim=True), self.tokens_norm(x)
         if self.raw_values:

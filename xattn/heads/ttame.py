@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from xattn.backbone import Backbone, Taps
 from xattn.heads.base import Head, register_head
 from xattn.heads.fusion import ClassifierFusion, Fusion, PerClassFusion
+from xattn.heads.mixer import Depth
 from xattn.heads.options import Count
 
 FULL_RANK_CHANNELS = 512
@@ -91,6 +92,8 @@ class TTame(Head):
         fusion_rank: inner width of the classifier fusion's projections.
         explain_with: show raw ``"scores"`` or the trained ``"mask"``, sigmoid(scores), which ranks
             pixels alike; by default as published (scores) with ``fusion="per_class"``, else the mask.
+        mixer, mixer_depth, mixer_options: attention layers that mix the tokens of the last tap before
+            the head reads it, see :mod:`xattn.heads.mixer`; by default none.
     """
 
     def __init__(
@@ -105,6 +108,9 @@ class TTame(Head):
         mask_policy: str = "raw_normalize",
         fusion_rank: Count | None = 64,
         explain_with: Literal["scores", "mask"] | None = None,
+        mixer: str | None = None,
+        mixer_depth: Depth = 1,
+        mixer_options: dict[str, Any] | None = None,
     ) -> None:
         options: dict[str, Any] = {
             "fusion": fusion,
@@ -118,6 +124,7 @@ class TTame(Head):
             "explain_with": _shown(explain_with, fusion),
         }
         super().__init__(backbone, options)
+        self.add_mixer(backbone, mixer, mixer_depth, mixer_options)
         count = len(backbone.taps) if num_taps is None else num_taps
         if not 1 <= count <= len(backbone.taps):
             raise ValueError(
@@ -137,7 +144,7 @@ class TTame(Head):
         self.raw_last = isinstance(self.fusion, ClassifierFusion)
 
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
-        maps = taps.maps[-self.num_taps :]
+        maps = self.mixed(taps).maps[-self.num_taps :]
         size = tuple(min(side, MAX_SIZE) for side in maps[0].shape[2:])
         used = [branch(f) for branch, f in zip(self.branches, maps, strict=True)]
         if self.raw_last:
@@ -152,7 +159,7 @@ class LCam(Head):
     Args:
         mask_policy: ``"raw_normalize"`` masks the image (L-CAM-Img), ``"feature"`` multiplies the
             pooled feature map and continues with the classifier (L-CAM-Fm).
-        fusion, fusion_rank, explain_with: as in :class:`TTame`.
+        fusion, fusion_rank, explain_with, mixer, mixer_depth, mixer_options: as in :class:`TTame`.
     """
 
     def __init__(
@@ -162,6 +169,9 @@ class LCam(Head):
         mask_policy: str = "raw_normalize",
         fusion_rank: Count | None = 64,
         explain_with: Literal["scores", "mask"] | None = None,
+        mixer: str | None = None,
+        mixer_depth: Depth = 1,
+        mixer_options: dict[str, Any] | None = None,
     ) -> None:
         options = {
             "fusion": fusion,
@@ -170,9 +180,10 @@ class LCam(Head):
             "explain_with": _shown(explain_with, fusion),
         }
         super().__init__(backbone, options)
+        self.add_mixer(backbone, mixer, mixer_depth, mixer_options)
         channels = [] if fusion == "classifier" else [backbone.channels[-1]]
         self.fusion = _fusion(fusion, backbone, channels, fusion_rank)
 
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
-        last = taps.maps[-1]
+        last = self.mixed(taps).maps[-1]
         return self.fusion([last], class_index, tuple(last.shape[2:]))

@@ -52,7 +52,7 @@ class VJepa(AttentiveHead):
         self.attention = CrossAttention(width, heads, bias=True)
         self.mlp = mlp(width, mlp_ratio, eps)
 
-    def attend(self, tokens: Tokens) -> Attended:
+    def scores_and_values(self, tokens: Tokens) -> Attended:
         x = self.tokens_norm(tokens.patches[-1])
         return Attended(self.attention.queries(self.query, x), x[:, None])
 

@@ -162,6 +162,7 @@ def _step(
     part = Part(torch.tensor(batch.share.rows or [0], device="cpu"), counts, run.rank)
     with run.forward(batch.share):
         terms = objective(run.head, backbone, images, config, run.head.mask_policy, part)
+        terms = terms._replace(loss=terms.loss + run.head.auxiliary_loss())
     run.backward(weight * terms.loss)
     run.optimizer.step()
     losses = run.mean(weight * torch.stack([term.detach().float() for term in terms]))

@@ -252,7 +252,7 @@ def _step(
     try:
         with run.forward(batch.share):
             attended = head.attend(tokens)
-            loss = head_loss(perturbation, head, attended, target)
+            loss = head.auxiliary_loss() + head_loss(perturbation, head, attended, target)
             if head.balancing is not None:
                 with keeping_statistics(head):
                     anchored = head.anchor_loss(attended, target)
