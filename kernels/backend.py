@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ def choose(backend: str, device: torch.device) -> str:
     Raises:
         ValueError: an unknown backend, or Triton where it cannot run.
     """
+    if backend == "auto" and device.type != "cuda":
+        return "cpu"
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; choose one of {', '.join(BACKENDS)}")
     runs = HAS_TRITON and (device.type == "cuda" or interpreted())
@@ -30,13 +34,16 @@ def choose(backend: str, device: torch.device) -> str:
             f"backend='triton': {why}; use 'auto', or set TRITON_INTERPRET=1 for tests"
         )
     if backend == "auto":
-        return "triton" if runs and device.type == "cuda" else "cpu"
+        return "triton" if runs else "cpu"
     return backend
 
 
-def own_precision(x: Tensor) -> torch.autocast:
+def own_precision(x: Tensor) -> AbstractContextManager[Any]:
     """Context in which an op's products keep its own types, even under a user's autocast."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def interpreted() -> bool:

@@ -11,15 +11,21 @@ lists as in Native Sparse Attention (arXiv 2502.11089).
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from xattn.kernels.backend import choose, own_precision
-from xattn.kernels.block_sparse import cpu, reference
+from xattn.kernels.backend import choose
 from xattn.kernels.block_sparse.block_lists import check_index, transpose_index
 from xattn.kernels.block_sparse.box import Box, causal, neighbourhood, permuted, window
+from xattn.kernels.block_sparse.problem import Problem
+from xattn.kernels.checks import (
+    check_attention,
+    check_floating,
+    check_int32,
+    check_positive,
+    score_scale,
+)
+from xattn.kernels.op import register
+from xattn.kernels.softmax.reference import wide
 
 __all__ = [
     "Box",
@@ -67,73 +73,41 @@ def block_sparse_attention(
         ValueError: shapes, dtypes or devices that do not match; an index out of range or twice in a
             row (on a GPU only with ``XATTN_CHECK=1``, because looking stalls the stream).
     """
-    check(q, k, v, index, q_block, k_block, bias, box)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    check_attention(q, k, v)
+    check_positive(q_block=q_block, k_block=k_block)
+    _check_lists(q, k, index, q_block, bias)
+    if box is not None:
+        _check_box(box, q, k)
     low, high, position, dilation = (None, None, None, ()) if box is None else box
-    return torch.ops.xattn.block_sparse_forward(
-        q, k, v, index, bias, low, high, position, list(dilation), q_block, k_block, scale,
-        choose(backend, q.device),
+    return _op(
+        Problem(
+            q, k, v, index, bias, low, high, position, list(dilation), q_block, k_block,
+            score_scale(scale, q), choose(backend, q.device),
+        )
     )  # fmt: skip
 
 
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    q_block: int,
-    k_block: int,
-    bias: Tensor | None,
-    box: Box | None,
-) -> None:
-    """Raise a ``ValueError`` that names the argument whose shape, dtype or device does not match."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}; give (B, H, tokens, width)")
-        if x.dtype != q.dtype or x.device != q.device or not x.is_floating_point():
-            raise ValueError(
-                f"{name}: got {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; give floating "
-                f"point of one kind"
-            )
-    batch, heads, n, width = q.shape
-    key_heads, s = k.shape[1:3]
-    if k.shape[0] != batch or k.shape[3] != width or heads % key_heads:
-        raise ValueError(
-            f"k: got shape {tuple(k.shape)}; q {tuple(q.shape)} needs the same B and D, and heads "
-            f"that divide its {heads}"
-        )
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"v: got shape {tuple(v.shape)}; k {tuple(k.shape)} needs the same B, heads and S"
-        )
-    if q_block < 1 or k_block < 1:
-        raise ValueError(f"q_block, k_block: got {q_block}, {k_block}; give at least 1")
-    rows = -(-n // q_block)
-    some_heads = (1, key_heads, heads)
+def _check_lists(q: Tensor, k: Tensor, index: Tensor, q_block: int, bias: Tensor | None) -> None:
+    (batch, heads, n, _), (_, key_heads, s, _) = q.shape, k.shape
+    rows, some_heads = -(-n // q_block), (1, key_heads, heads)
     fits = index.ndim == 4 and index.shape[0] in (1, batch) and index.shape[1] in some_heads
     if not fits or index.shape[2] != rows or index.shape[3] < 1:
         raise ValueError(
             f"index: got shape {tuple(index.shape)}; give (1 or {batch}, one of {some_heads}, "
             f"{rows}, s) for {n} queries in blocks of {q_block}"
         )
-    if index.dtype != torch.int32 or index.device != q.device:
-        raise ValueError(f"index: got {index.dtype} on {index.device}; give int32 on {q.device}")
+    check_int32("index", index, q)
     if bias is not None:
         fits = bias.ndim == 3 and bias.shape[0] in (1, batch) and bias.shape[1] in some_heads
         if not fits or bias.shape[2] != s:
             raise ValueError(
                 f"bias: got shape {tuple(bias.shape)}; give (1 or {batch}, one of {some_heads}, {s})"
             )
-        if not bias.is_floating_point() or bias.device != q.device:
-            raise ValueError(
-                f"bias: got {bias.dtype} on {bias.device}; give floating point on {q.device}"
-            )
-    if box is not None:
-        _check_box(box, n, s, q.device)
+        check_floating("bias", bias, q)
 
 
-def _check_box(box: Box, n: int, s: int, device: torch.device) -> None:
-    dimensions = len(box.dilation)
+def _check_box(box: Box, q: Tensor, k: Tensor) -> None:
+    dimensions, (n, s) = len(box.dilation), (q.shape[2], k.shape[2])
     if not 1 <= dimensions <= 3 or min(box.dilation) < 1:
         raise ValueError(f"box.dilation: got {box.dilation}; give 1 to 3 numbers of at least 1")
     for name, x, rows in (
@@ -143,84 +117,19 @@ def _check_box(box: Box, n: int, s: int, device: torch.device) -> None:
     ):
         if x.shape != (rows, dimensions):
             raise ValueError(f"box.{name}: got shape {tuple(x.shape)}; give ({rows}, {dimensions})")
-        if x.dtype != torch.int32 or x.device != device:
-            raise ValueError(f"box.{name}: got {x.dtype} on {x.device}; give int32 on {device}")
+        check_int32(f"box.{name}", x, q)
 
 
-def _path(backend: str) -> Any:
-    if backend == "triton":
-        from xattn.kernels.block_sparse import triton
-
-        return triton
-    return reference if backend == "reference" else cpu
+def _empty(p: Problem) -> tuple[Tensor, Tensor]:
+    shape = p.q.shape[:3]
+    return p.q.new_empty(*shape, p.v.shape[3]), p.q.new_empty(shape, dtype=wide(p.q.dtype))
 
 
-_LISTS = "Tensor index, Tensor? bias, Tensor? low, Tensor? high, Tensor? position"
-_NUMBERS = "int[] dilation, int q_block, int k_block, float scale"
-
-
-@torch.library.custom_op(
-    "xattn::block_sparse_forward",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_LISTS}, {_NUMBERS}, str backend) -> (Tensor, Tensor)",
+_op = register(
+    "block_sparse",
+    Problem,
+    outputs=("o", "lse"),
+    empty=_empty,
+    gradients=("q", "k", "v", "bias"),
+    check=lambda p: check_index(p.lists, p.key_blocks),
 )
-def _forward(q, k, v, index, bias, low, high, position, dilation, q_block, k_block, scale, backend):  # type: ignore[no-untyped-def]
-    check_index(index, -(-k.shape[2] // k_block))
-    with own_precision(q):
-        o, lse = _path(backend).forward(
-            q, k, v, index, bias, low, high, position, dilation, q_block, k_block, scale
-        )
-    return o.contiguous(), lse.contiguous()
-
-
-@_forward.register_fake
-def _(q, k, v, index, bias, low, high, position, dilation, q_block, k_block, scale, backend):  # type: ignore[no-untyped-def]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide)
-
-
-@torch.library.custom_op(
-    "xattn::block_sparse_backward",
-    mutates_args=(),
-    schema=(
-        f"(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, {_LISTS}, Tensor o, "
-        f"Tensor lse, {_NUMBERS}, bool bias_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
-)
-def _backward(grad, grad_lse, q, k, v, index, bias, low, high, position, o, lse, *numbers):  # type: ignore[no-untyped-def]
-    *numbers, backend = numbers
-    with own_precision(q):
-        *grads, db = _path(backend).backward(
-            grad, grad_lse, q, k, v, index, bias, low, high, position, o, lse, *numbers
-        )
-    return *(g.contiguous() for g in grads), q.new_empty(0) if db is None else db.contiguous()
-
-
-@_backward.register_fake
-def _(grad, grad_lse, q, k, v, index, bias, low, high, position, o, lse, *numbers):  # type: ignore[no-untyped-def]
-    bias_grad = numbers[-2]
-    fresh = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    return (*fresh, q.new_empty(bias.shape, dtype=bias.dtype) if bias_grad else q.new_empty(0))
-
-
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, dilation, q_block, k_block, scale, backend = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.numbers, ctx.backend = (dilation, q_block, k_block, scale), backend
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
-    rest = (None,) * 8  # the box, the numbers and the backend
-    if grad is None and grad_lse is None:
-        return None, None, None, None, None, *rest
-    *tensors, o, lse = ctx.saved_tensors
-    grad = torch.zeros_like(o) if grad is None else grad
-    wants_bias = tensors[4] is not None and ctx.needs_input_grad[4]
-    dq, dk, dv, db = torch.ops.xattn.block_sparse_backward(
-        grad, grad_lse, *tensors, o, lse, *ctx.numbers, wants_bias, ctx.backend
-    )
-    return dq, dk, dv, None, db if wants_bias else None, *rest
-
-
-torch.library.register_autograd("xattn::block_sparse_forward", _differentiate, setup_context=_setup)

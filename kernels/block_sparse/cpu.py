@@ -7,99 +7,82 @@ stay in the cache. Backward gathers again, recomputes the weights, and adds up b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xattn.kernels.block_sparse.problem import Problem
 from xattn.kernels.block_sparse.reference import inside, reduce_bias
 from xattn.kernels.softmax import cpu as dense
-from xattn.kernels.softmax.reference import delta, widen
+from xattn.kernels.softmax.problem import Problem as DenseProblem
+from xattn.kernels.softmax.reference import delta, wide, widen
 
 FORWARD, BACKWARD = 2**22, 2**21  # bytes of keys and values gathered at a time
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    low: Tensor | None,
-    high: Tensor | None,
-    position: Tensor | None,
-    dilation: list[int],
-    q_block: int,
-    k_block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    work = _Work(q, k, index, bias, low, high, position, dilation, q_block, k_block)
-    queries, keys, values = work.rows(q), work.blocks(k), work.blocks(v)
-    o = queries.new_empty(*queries.shape[:3], v.shape[3])
-    lse = queries.new_empty(queries.shape[:3], dtype=widen(q).dtype)
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    work = _Work(p)
+    queries, keys, values = work.rows(p.q), work.blocks(p.k), work.blocks(p.v)
+    o = queries.new_empty(*queries.shape[:3], p.v.shape[3])
+    lse = queries.new_empty(queries.shape[:3], dtype=wide(p.q.dtype))
     buffers = keys.new_empty(0), values.new_empty(0)
-    for part, entries, mask in work.chunks(FORWARD, v.shape[3]):
+    for part, entries, mask in work.chunks(FORWARD):
         kc, vc = work.gather(keys, entries, buffers[0]), work.gather(values, entries, buffers[1])
-        o[part], lse[part] = dense.forward(widen(queries[part]), kc, vc, mask, scale, False)
+        problem = DenseProblem(widen(queries[part]), kc, vc, mask, p.scale, False, p.backend)
+        o[part], lse[part] = dense.forward(problem)
     return work.tokens(o), work.tokens(lse[..., None])[..., 0].contiguous()
 
 
 def backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    low: Tensor | None,
-    high: Tensor | None,
-    position: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    dilation: list[int],
-    q_block: int,
-    k_block: int,
-    scale: float,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    work = _Work(q, k, index, bias, low, high, position, dilation, q_block, k_block)
+    p: Problem,
+    outputs: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor | None],
+    wanted: Collection[str],
+) -> dict[str, Tensor]:
+    (o, lse), (grad, grad_lse), work = outputs, grads, _Work(p)
     # Rows without a key, and padding rows of the last block, get the weights exp(s - inf) = 0.
     lse = torch.where(lse.isneginf(), torch.inf, lse)[..., None]
     lse_rows, delta_rows = work.rows(lse, torch.inf), work.rows(delta(grad, grad_lse, o)[..., None])
-    queries, grads, keys, values = work.rows(q), work.rows(grad), work.blocks(k), work.blocks(v)
+    queries, grads_o, keys, values = (
+        work.rows(p.q), work.rows(grad), work.blocks(p.k), work.blocks(p.v),
+    )  # fmt: skip
     dq = queries.new_empty(queries.shape, dtype=lse.dtype)
     dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (keys, values))
-    db = work.bias.new_zeros(work.bias.shape) if bias_grad and work.bias is not None else None
+    db = None if work.bias is None or "bias" not in wanted else torch.zeros_like(work.bias)
     buffers = keys.new_empty(0), values.new_empty(0)
-    for part, entries, mask in work.chunks(BACKWARD, v.shape[3]):
+    for part, entries, mask in work.chunks(BACKWARD):
         kc, vc = work.gather(keys, entries, buffers[0]), work.gather(values, entries, buffers[1])
         shape = (*kc.shape[:2], queries.shape[2], kc.shape[2])
         kc, vc = kc.flatten(0, 1), vc.flatten(0, 1)
         qc, gc, lc, dc = (
-            widen(x[part]).flatten(0, 1) for x in (queries, grads, lse_rows, delta_rows)
+            widen(x[part]).flatten(0, 1) for x in (queries, grads_o, lse_rows, delta_rows)
         )
-        p = torch.baddbmm(lc, qc, kc.transpose(1, 2), beta=-1, alpha=scale)
+        a = torch.baddbmm(lc, qc, kc.transpose(1, 2), beta=-1, alpha=p.scale)
         if mask is not None:
-            p.view(shape).add_(mask)
-        p.exp_()
-        ds = torch.baddbmm(dc, gc, vc.transpose(1, 2), beta=-1).mul_(p)
+            a.view(shape).add_(mask)
+        a.exp_()
+        ds = torch.baddbmm(dc, gc, vc.transpose(1, 2), beta=-1).mul_(a)
         dq[part] = torch.bmm(ds, kc).view(*shape[:3], -1)
         # The gathered keys and values are no longer needed: their memory takes the gradients.
         torch.bmm(ds.transpose(1, 2), qc, out=kc)
-        torch.bmm(p.transpose(1, 2), gc, out=vc)
+        torch.bmm(a.transpose(1, 2), gc, out=vc)
         where = work.where[entries].flatten()
         dk.index_add_(0, where, kc.view(where.numel(), -1))
         dv.index_add_(0, where, vc.view(where.numel(), -1))
         if db is not None:
             sums = ds.view(shape).sum(2).view(where.numel(), -1)
             db.index_add_(0, work.where_bias[entries].flatten(), sums)
-    if db is not None and bias is not None:
-        per_head = db.view(q.shape[0], work.heads, -1)[..., : k.shape[2]]
-        db = reduce_bias(per_head, bias)
-    dq = work.tokens(dq.mul_(scale)).to(q.dtype)
-    return dq, work.unblock(dk.mul_(scale), k), work.unblock(dv, v), db
+    found = {
+        "q": work.tokens(dq.mul_(p.scale)).to(p.q.dtype),
+        "k": work.unblock(dk.mul_(p.scale), p.k),
+        "v": work.unblock(dv, p.v),
+    }
+    if db is not None and p.bias is not None:
+        per_head = db.view(p.q.shape[0], work.heads, -1)[..., : p.k.shape[2]]
+        found["bias"] = reduce_bias(per_head, p.bias)
+    return found
 
 
 class _Work:
@@ -110,20 +93,18 @@ class _Work:
     unless their lists or biases differ.
     """
 
-    def __init__(self, q, k, index, bias, low, high, position, dilation, q_block, k_block):  # type: ignore[no-untyped-def]
-        batch, heads, self.n, width = q.shape
-        key_heads, self.s = k.shape[1:3]
-        self.q_block, self.k_block, self.dilation = q_block, k_block, dilation
-        self.query_blocks, self.key_blocks = -(-self.n // q_block), -(-self.s // k_block)
+    def __init__(self, p: Problem) -> None:
+        self.p = p
+        batch, heads = p.q.shape[:2]
+        key_heads, index, bias = p.k.shape[1], p.lists, p.bias
         own = heads in (index.shape[1], 1 if bias is None else bias.shape[1])
-        self.batch, self.heads = batch, heads if own else key_heads
+        self.heads = heads if own else key_heads
         self.group = heads // self.heads
-        self.width, self.dtype = width, q.dtype
         shared = index.shape[:2] == (1, 1)
         self.lines = batch * self.heads if shared else 1
         # First block of each (batch, head) among the blocks of all keys, and among those of biases.
-        line = torch.arange(batch * self.heads, device=q.device)
-        first = line.div(self.heads // key_heads, rounding_mode="floor") * self.key_blocks
+        line = torch.arange(batch * self.heads, device=p.q.device)
+        first = line.div(self.heads // key_heads, rounding_mode="floor") * p.key_blocks
         lists = index
         if not shared:
             lists = lists.expand(batch, *index.shape[1:])
@@ -131,40 +112,38 @@ class _Work:
         lists = lists.flatten(0, 1)
         self.where, self.where_bias = (
             (lists.clamp(min=0) + x[:, None, None]).view(self.lines, -1, index.shape[3])
-            for x in (first, line * self.key_blocks)
+            for x in (first, line * p.key_blocks)
         )
         self.index = lists.flatten(0, 1)
-        self.holes = bool((index < 0).any()) or self.s % k_block > 0
-        self.box = (
-            None if low is None else (self._box_rows(low, 1), self._box_rows(high, 0), position)
-        )
+        self.holes = bool((index < 0).any()) or p.k.shape[2] % p.k_block > 0
+        self.low, self.high = self._box_rows(p.low, 1), self._box_rows(p.high, 0)
         self.bias = None
         if bias is not None:
-            full = widen(bias).to(widen(q).dtype).expand(batch, *bias.shape[1:])
+            full = widen(bias).to(wide(p.q.dtype)).expand(batch, *bias.shape[1:])
             full = full.repeat_interleave(self.heads // bias.shape[1], 1)[..., None]
             self.bias = self.blocks(full)
 
     def rows(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """(B, H, N, width) to (lines, problems, rows of a problem, width)."""
-        x = _lengthen(x, self.query_blocks * self.q_block, fill)
-        x = x.reshape(self.batch, self.heads, self.group, self.query_blocks, self.q_block, -1)
-        return x.transpose(2, 3).reshape(self.lines, -1, self.group * self.q_block, x.shape[-1])
+        blocks, size = self.p.query_blocks, self.p.q_block
+        x = _lengthen(x, blocks * size, fill)
+        x = x.reshape(x.shape[0], self.heads, self.group, blocks, size, -1)
+        return x.transpose(2, 3).reshape(self.lines, -1, self.group * size, x.shape[-1])
 
     def tokens(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`rows`."""
-        x = x.view(self.batch, self.heads, self.query_blocks, self.group, self.q_block, -1)
-        return x.transpose(2, 3).reshape(self.batch, self.heads * self.group, -1, x.shape[-1])[
-            :, :, : self.n
-        ]
+        batch, heads, n, _ = self.p.q.shape
+        x = x.view(batch, self.heads, self.p.query_blocks, self.group, self.p.q_block, -1)
+        return x.transpose(2, 3).reshape(batch, heads, -1, x.shape[-1])[:, :, :n]
 
     def blocks(self, x: Tensor) -> Tensor:
         """(B, heads, S, width) to (B * heads * blocks, block * width)."""
-        x = _lengthen(x, self.key_blocks * self.k_block)
-        return x.reshape(-1, self.k_block * x.shape[-1])
+        x = _lengthen(x, self.p.key_blocks * self.p.k_block)
+        return x.reshape(-1, self.p.k_block * x.shape[-1])
 
     def unblock(self, x: Tensor, like: Tensor) -> Tensor:
         """The inverse of :meth:`blocks`."""
-        return x.view(*like.shape[:2], -1, like.shape[3])[:, :, : self.s].to(like.dtype)
+        return x.view(*like.shape[:2], -1, like.shape[3])[:, :, : like.shape[2]].to(like.dtype)
 
     def gather(self, blocks: Tensor, entries: tuple[slice, slice], buffer: Tensor) -> Tensor:
         """(lines, problems, keys of a problem, width) in at least float32."""
@@ -174,14 +153,14 @@ class _Work:
             buffer.resize_(size * blocks.shape[1])
         out = buffer[: size * blocks.shape[1]].view(size, -1)
         torch.index_select(blocks, 0, where.flatten(), out=out)
-        return widen(out.view(*where.shape[:2], where.shape[2] * self.k_block, -1))
+        return widen(out.view(*where.shape[:2], where.shape[2] * self.p.k_block, -1))
 
     def chunks(
-        self, limit: int, width_v: int
+        self, limit: int
     ) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], Tensor | None]]:
         """Parts of the table whose keys and values fit into ``limit`` bytes; a mask to add, or None."""
-        bytes_each = self.where.shape[2] * self.k_block * (self.width + width_v)
-        bytes_each *= 8 if self.dtype == torch.float64 else 4
+        width = self.p.k.shape[3] + self.p.v.shape[3]
+        bytes_each = self.where.shape[2] * self.p.k_block * width * wide(self.p.q.dtype).itemsize
         problems = max(1, limit // (bytes_each * self.lines))
         lines = self.lines if problems > 1 else max(1, min(self.lines, limit // bytes_each))
         for start in range(0, self.where.shape[1], problems):
@@ -191,24 +170,25 @@ class _Work:
                 part = (slice(line, line + lines), column)
                 yield part, part, self._with_bias(mask, part)
 
-    def _box_rows(self, x: Tensor, fill: int) -> Tensor:
-        x = _lengthen(x, self.query_blocks * self.q_block, fill)
-        return x.reshape(self.query_blocks, self.q_block, -1)
+    def _box_rows(self, x: Tensor | None, fill: int) -> Tensor | None:
+        if x is None:
+            return None
+        x = _lengthen(x, self.p.query_blocks * self.p.q_block, fill)
+        return x.reshape(self.p.query_blocks, self.p.q_block, -1)
 
     def _mask(self, column: slice) -> Tensor | None:
         """(problems, rows or 1, keys of a problem), 0 or -inf; None if all keys are seen."""
-        index, seen = self.index[column], None
-        lane = torch.arange(self.k_block, device=index.device)
-        keys = (index[..., None] * self.k_block + lane).flatten(1)
+        index, seen, p = self.index[column], None, self.p
+        lane, s = torch.arange(p.k_block, device=index.device), p.k.shape[2]
+        keys = (index[..., None] * p.k_block + lane).flatten(1)
         if self.holes:
-            seen = ((keys >= 0) & (keys < self.s))[:, None]
+            seen = ((keys >= 0) & (keys < s))[:, None]
             seen = None if seen.all() else seen
-        if self.box is not None:
-            low, high, position = self.box
+        if self.low is not None and self.high is not None and p.position is not None:
             problem = torch.arange(column.start, column.start + len(index), device=index.device)
-            block = problem % self.query_blocks
-            at = position[keys.clamp(0, self.s - 1)]
-            near = inside(low[block], high[block], at, self.dilation)
+            block = problem % p.query_blocks
+            at = p.position[keys.clamp(0, s - 1)]
+            near = inside(self.low[block], self.high[block], at, p.dilation)
             near = near.repeat(1, self.group, 1)
             seen = near if seen is None else seen & near
         if seen is None:

@@ -9,76 +9,41 @@ Dense softmax attention whose bias is -inf outside J; each key head has H / Hk q
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
+from xattn.kernels.block_sparse.problem import Problem
 from xattn.kernels.softmax import reference as softmax
+from xattn.kernels.softmax.problem import Problem as DenseProblem
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    low: Tensor | None,
-    high: Tensor | None,
-    position: Tensor | None,
-    dilation: list[int],
-    q_block: int,
-    k_block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    full = _bias(q, k, index, bias, low, high, position, dilation, q_block, k_block)
-    return softmax.forward(q, k, v, full, scale, False)
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    return softmax.forward(_dense(p))
 
 
 def backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    low: Tensor | None,
-    high: Tensor | None,
-    position: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    dilation: list[int],
-    q_block: int,
-    k_block: int,
-    scale: float,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    full = _bias(q, k, index, bias, low, high, position, dilation, q_block, k_block)
-    dq, dk, dv, ds = softmax.backward(
-        grad, grad_lse, q, k, v, full, o, lse, scale, False, bias_grad
-    )
-    db = None if ds is None or bias is None else reduce_bias(ds.sum(2), bias)
-    return dq, dk, dv, db
+    p: Problem,
+    outputs: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor | None],
+    wanted: Collection[str],
+) -> dict[str, Tensor]:
+    found = softmax.backward(_dense(p), outputs, grads, wanted)
+    if p.bias is not None and "bias" in wanted:
+        found["bias"] = reduce_bias(found["bias"].sum(2), p.bias)
+    return found
 
 
-def visible(
-    index: Tensor,
-    low: Tensor | None,
-    high: Tensor | None,
-    position: Tensor | None,
-    dilation: list[int],
-    n: int,
-    s: int,
-    q_block: int,
-    k_block: int,
-) -> Tensor:
+def visible(p: Problem) -> Tensor:
     """Whether key j is in J(i): bool (B or 1, heads of the index, N, S)."""
-    blocks = -(-s // k_block)
-    table = index.new_zeros(*index.shape[:3], blocks + 1, dtype=torch.bool)
-    table.scatter_(-1, torch.where(index < 0, blocks, index).long(), True)
-    seen = table[..., :-1].repeat_interleave(q_block, 2)[:, :, :n]
-    seen = seen.repeat_interleave(k_block, 3)[..., :s]
-    if low is not None and high is not None and position is not None:
-        seen = seen & inside(low, high, position, dilation)
+    blocks = p.key_blocks
+    table = p.lists.new_zeros(*p.lists.shape[:3], blocks + 1, dtype=torch.bool)
+    table.scatter_(-1, torch.where(p.lists < 0, blocks, p.lists).long(), True)
+    seen = table[..., :-1].repeat_interleave(p.q_block, 2)[:, :, : p.q.shape[2]]
+    seen = seen.repeat_interleave(p.k_block, 3)[..., : p.k.shape[2]]
+    if p.low is not None and p.high is not None and p.position is not None:
+        seen = seen & inside(p.low, p.high, p.position, p.dilation)
     return seen
 
 
@@ -102,15 +67,14 @@ def reduce_bias(db: Tensor, bias: Tensor) -> Tensor:
     return db.sum_to_size(bias.shape).to(bias.dtype)
 
 
-def _bias(q, k, index, bias, low, high, position, dilation, q_block, k_block):  # type: ignore[no-untyped-def]
-    """(B, H, N, S): the bias of visible keys, -inf for others."""
-    n, s = q.shape[2], k.shape[2]
-    seen = visible(index, low, high, position, dilation, n, s, q_block, k_block)
-    seen = _heads(seen, q).expand(*q.shape[:3], s)
-    values = q.new_zeros((), dtype=softmax.widen(q).dtype)
-    if bias is not None:
-        values = _heads(bias[:, :, None], q)
-    return torch.where(seen, values, -torch.inf)
+def _dense(p: Problem) -> DenseProblem:
+    """The same attention with a bias (B, H, N, S) that is -inf where a key is not visible."""
+    seen = _heads(visible(p), p.q).expand(*p.q.shape[:3], p.k.shape[2])
+    values = p.q.new_zeros((), dtype=softmax.wide(p.q.dtype))
+    if p.bias is not None:
+        values = _heads(p.bias[:, :, None], p.q)
+    bias = torch.where(seen, values, -torch.inf)
+    return DenseProblem(p.q, p.k, p.v, bias, p.scale, False, p.backend)
 
 
 def _heads(x: Tensor, q: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ program, so there are no atomics and two runs agree to the bit. Exponentials are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xattn.kernels.aot import Case, make_case
 from xattn.kernels.block_sparse.block_lists import transpose_groups
+from xattn.kernels.block_sparse.problem import Problem
 from xattn.kernels.block_sparse.reference import reduce_bias
 from xattn.kernels.softmax.reference import delta
 from xattn.kernels.softmax.triton import lacks_bfloat16, supported
@@ -253,91 +254,59 @@ def dkv_kernel(
     _store(dv_ptr + line * S * DV, keys, w, DV, dv, DV)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    low: Tensor | None,
-    high: Tensor | None,
-    position: Tensor | None,
-    dilation: list[int],
-    q_block: int,
-    k_block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    if lacks_bfloat16(q):
-        o, lse = forward(
-            q.float(), k.float(), v.float(), index, bias, low, high, position, dilation, q_block,
-            k_block, scale,
-        )  # fmt: skip
-        return o.to(q.dtype), lse
-    q, k, v = (supported(x, 128).contiguous() for x in (q, k, v))
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    if lacks_bfloat16(p.q):
+        o, lse = forward(p.to(torch.float32))
+        return o.to(p.q.dtype), lse
+    q, k, v = (supported(x, 128).contiguous() for x in (p.q, p.k, p.v))
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    index = index.contiguous()
-    tile = _tile("forward", q, v, q_block)
-    grid = (_programs(q.shape[2], q_block, tile["ROWS"]), q.shape[0] * q.shape[1])
-    tensors = _optional(q, bias, low, high, position)
+    index, tile = p.lists.contiguous(), _tile("forward", p)
+    grid = (_programs(q.shape[2], p.q_block, tile["ROWS"]), q.shape[0] * q.shape[1])
     forward_kernel[grid](
-        q, k, v, index, *tensors, o, lse, *_strides(index, index.stride()[:2], bias),
-        q.shape[1], q.shape[2], k.shape[2], 0, index.shape[3], scale,
-        **_constants(q, k, v, index, bias, dilation, q_block, k_block), **tile,
+        q, k, v, index, *_optional(p), o, lse, *_strides(index, index.stride()[:2], p.bias),
+        q.shape[1], q.shape[2], k.shape[2], 0, index.shape[3], p.scale, **_constants(p), **tile,
     )  # fmt: skip
     return o, lse
 
 
 def backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    low: Tensor | None,
-    high: Tensor | None,
-    position: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    dilation: list[int],
-    q_block: int,
-    k_block: int,
-    scale: float,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    if lacks_bfloat16(q):
-        dq, dk, dv, db = backward(
-            grad.float(), grad_lse, q.float(), k.float(), v.float(), index, bias, low, high,
-            position, o, lse, dilation, q_block, k_block, scale, bias_grad,
-        )  # fmt: skip
-        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), db
+    p: Problem,
+    outputs: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor | None],
+    wanted: Collection[str],
+) -> dict[str, Tensor]:
+    (o, lse), (grad, grad_lse) = outputs, grads
+    if lacks_bfloat16(p.q):
+        found = backward(p.to(torch.float32), outputs, (grad.float(), grad_lse), wanted)
+        return {name: x if name == "bias" else x.to(p.q.dtype) for name, x in found.items()}
     d = delta(grad, grad_lse, o).contiguous()
-    g, q, k, v, lse = (x.contiguous() for x in (grad.to(q.dtype), q, k, v, lse))
-    index = index.contiguous()
+    g, q, k, v, lse = (x.contiguous() for x in (grad.to(p.q.dtype), p.q, p.k, p.v, lse))
+    index = p.lists.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    batch, heads, n, s = *q.shape[:3], k.shape[2]
-    write = bias_grad and bias is not None
+    (batch, heads, n), s = q.shape[:3], k.shape[2]
+    write = p.bias is not None and "bias" in wanted
     db = q.new_empty((batch, heads, s) if write else (1,), dtype=torch.float32)
-    tensors = _optional(q, bias, low, high, position)
-    constants = _constants(q, k, v, index, bias, dilation, q_block, k_block)
-    tile = _tile("dq", q, v, q_block)
-    dq_kernel[_programs(n, q_block, tile["ROWS"]), batch * heads](
-        g, q, k, v, index, *tensors, lse, d, dq, *_strides(index, index.stride()[:2], bias),
-        heads, n, s, 0, index.shape[3], scale, **constants, **tile,
+    tensors, constants = _optional(p), _constants(p)
+    tile = _tile("dq", p)
+    dq_kernel[_programs(n, p.q_block, tile["ROWS"]), batch * heads](
+        g, q, k, v, index, *tensors, lse, d, dq, *_strides(index, index.stride()[:2], p.bias),
+        heads, n, s, 0, index.shape[3], p.scale, **constants, **tile,
     )  # fmt: skip
-    tile = _tile("dkv", q, v, q_block)
-    pack = _pack(tile, k_block)
-    pointer, queries, bits = transpose_groups(index, triton.cdiv(s, k_block), pack)
-    span, lists = k_block * pack, (index.shape[1], 1)
+    tile = _tile("dkv", p)
+    pack = _pack(tile, p.k_block)
+    pointer, queries, bits = transpose_groups(index, p.key_blocks, pack)
+    span, lists = p.k_block * pack, (index.shape[1], 1)
     grid = (_programs(s, span, tile["COLUMNS"]), batch * k.shape[1])
     dkv_kernel[grid](
         g, q, k, v, pointer, queries, bits, *tensors, lse, d, dk, dv, db,
-        *_strides(index, lists, bias), heads, n, s, pointer.shape[2] - 1, queries.shape[2], scale,
+        *_strides(index, lists, p.bias), heads, n, s, pointer.shape[2] - 1, queries.shape[2], p.scale,
         **constants, **tile, PACK=pack, WRITE=write,
     )  # fmt: skip
-    return dq, dk, dv, reduce_bias(db, bias) if write and bias is not None else None
+    found = {"q": dq, "k": dk, "v": dv}
+    if write and p.bias is not None:
+        found["bias"] = reduce_bias(db, p.bias)
+    return found
 
 
 def compile_cases() -> Iterator[Case]:
@@ -357,9 +326,8 @@ def _case(
     q = torch.empty(1, 1, n, width, dtype=dtype, device="meta")
     index = torch.empty(1, 1, n // block, s, dtype=torch.int32, device="meta")
     bias = None if dilation is None else q[..., 0]
-    options = _tile(role, q, q, block) | _constants(
-        q, q, q, index, bias, dilation or [], block, block
-    )
+    p = Problem(q, q, q, index, bias, None, None, None, dilation or [], block, block, 1.0, "triton")
+    options = _tile(role, p) | _constants(p)
     if role == "dkv":
         options |= {"PACK": _pack(options, block), "WRITE": bias is not None}
     products, tensors = {"forward": (2, 4), "dq": (3, 5), "dkv": (4, 6)}[role]
@@ -393,12 +361,12 @@ _TILES = {
 }
 
 
-def _tile(role: str, q: Tensor, v: Tensor, q_block: int) -> dict[str, int]:
+def _tile(role: str, p: Problem) -> dict[str, int]:
     """Tile and launch options; only dkv can fill its rows from several query blocks."""
-    wide = max(q.shape[-1], v.shape[-1]) > 64
-    rows, columns, warps, stages = _TILES[role, q.dtype != torch.float32, wide]
+    wide = max(p.q.shape[-1], p.v.shape[-1]) > 64
+    rows, columns, warps, stages = _TILES[role, p.q.dtype != torch.float32, wide]
     if role != "dkv":
-        rows = min(rows, max(16, triton.next_power_of_2(q_block)))
+        rows = min(rows, max(16, triton.next_power_of_2(p.q_block)))
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
 
 
@@ -411,38 +379,23 @@ def _programs(tokens: int, block: int, tile: int) -> int:
     return triton.cdiv(tokens, block) * triton.cdiv(block, tile)
 
 
-def _optional(
-    q: Tensor,
-    bias: Tensor | None,
-    low: Tensor | None,
-    high: Tensor | None,
-    position: Tensor | None,
-) -> tuple[Tensor, ...]:
+def _optional(p: Problem) -> tuple[Tensor, ...]:
     """The tensors to pass; for a missing one, of which the kernel has no use, ``q`` stands in."""
-    return tuple(q if x is None else x.contiguous() for x in (bias, low, high, position))
+    return tuple(p.q if x is None else x.contiguous() for x in (p.bias, p.low, p.high, p.position))
 
 
-def _constants(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    dilation: list[int],
-    q_block: int,
-    k_block: int,
-) -> dict[str, Any]:
-    d, dv, heads = q.shape[3], v.shape[3], q.shape[1]
+def _constants(p: Problem) -> dict[str, Any]:
+    d, dv, heads = p.q.shape[3], p.v.shape[3], p.q.shape[1]
     width, width_v = (max(16, triton.next_power_of_2(x)) for x in (d, dv))
-    d0, d1, d2 = (*dilation, 1, 1, 1)[:3]
+    d0, d1, d2 = (*p.dilation, 1, 1, 1)[:3]
     return {
-        "GROUP": heads // k.shape[1],
-        "GROUP_I": heads // index.shape[1],
-        "GROUP_B": 1 if bias is None else heads // bias.shape[1],
+        "GROUP": heads // p.k.shape[1],
+        "GROUP_I": heads // p.lists.shape[1],
+        "GROUP_B": 1 if p.bias is None else heads // p.bias.shape[1],
         "D": d, "DV": dv, "WIDTH": width, "WIDTH_V": width_v,
-        "Q_BLOCK": q_block, "K_BLOCK": k_block,
-        "HAS_BIAS": bias is not None,
-        "DIMENSIONS": len(dilation), "D0": d0, "D1": d1, "D2": d2,
+        "Q_BLOCK": p.q_block, "K_BLOCK": p.k_block,
+        "HAS_BIAS": p.bias is not None,
+        "DIMENSIONS": len(p.dilation), "D0": d0, "D1": d1, "D2": d2,
     }  # fmt: skip
 
 

@@ -10,14 +10,16 @@ Sparse Attention (arXiv 2512.16615) searches level by level among the children o
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from xattn.kernels.backend import choose, own_precision
+from xattn.kernels.backend import choose
 from xattn.kernels.block_sparse.block_lists import check_index
-from xattn.kernels.block_topk import cpu, reference
+from xattn.kernels.block_topk.problem import Problem
+from xattn.kernels.checks import check_attention, check_int32, check_positive, score_scale
+from xattn.kernels.op import register
+from xattn.kernels.softmax.reference import wide
 
 __all__ = ["block_topk"]
 
@@ -69,65 +71,40 @@ def block_topk(
         ValueError: shapes, dtypes, devices or options that do not match; a number out of range (on
             a GPU only with ``XATTN_CHECK=1``).
     """
-    kernel, stride, padding, pooling = (1, 1, 0, "max") if spread is None else spread
-    _check(q, k, s, q_block, reduce, kernel, stride, padding, pooling)
-    _check_lists(q, k, q_block, forced, within, children, visible)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return torch.ops.xattn.block_topk(
-        q.detach(), k.detach(), forced, within, visible, s, q_block, reduce, softmax,
-        [kernel, stride, padding], pooling, children or 1, scale, choose(backend, q.device),
+    *window, pooling = (1, 1, 0, "max") if spread is None else spread
+    check_attention(q, k)
+    check_positive(s=s, q_block=q_block)
+    p = Problem(
+        q.detach(), k.detach(), forced, within, visible, s, q_block, reduce, softmax, window, pooling,
+        children or 1, score_scale(scale, q), choose(backend, q.device),
     )  # fmt: skip
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    s: int,
-    q_block: int,
-    reduce: str,
-    kernel: int,
-    stride: int,
-    padding: int,
-    pooling: str,
-) -> None:
-    for name, x in (("q", q), ("k", k)):
-        if x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}; give (B, H, tokens, width)")
-        if x.dtype != q.dtype or x.device != q.device or not x.is_floating_point():
-            raise ValueError(
-                f"{name}: got {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; give floating "
-                f"point of one kind"
-            )
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[1] % k.shape[1]:
+    _check_reductions(p)
+    _check_lists(p)
+    if (within is None) != (children is None) or (children is not None and children < 1):
         raise ValueError(
-            f"k: got shape {tuple(k.shape)}; q {tuple(q.shape)} needs the same B and D, and heads "
-            f"that divide its {q.shape[1]}"
+            f"children: got {children}; give the number of candidates of a parent with within, and "
+            f"only then"
         )
-    if s < 1 or q_block < 1:
-        raise ValueError(f"s, q_block: got {s}, {q_block}; give at least 1")
-    for name, value in (("reduce", reduce), ("spread", pooling)):
+    return _op(p)
+
+
+def _check_reductions(p: Problem) -> None:
+    for name, value in (("reduce", p.reduce), ("spread", p.pooling)):
         if value not in REDUCTIONS:
             raise ValueError(f"{name}: got {value!r}; choose one of {', '.join(REDUCTIONS)}")
+    (kernel, stride, padding), c = p.spread, p.k.shape[2]
     fits = kernel >= 1 and stride >= 1 and 0 <= padding < kernel
-    if not fits or k.shape[2] + 2 * padding < kernel:
+    if not fits or c + 2 * padding < kernel:
         raise ValueError(
-            f"spread: got kernel {kernel}, stride {stride}, padding {padding} for {k.shape[2]} "
+            f"spread: got kernel {kernel}, stride {stride}, padding {padding} for {c} "
             f"candidates; give a kernel of 1 to C + 2 padding, a stride of at least 1 and a padding "
             f"below the kernel"
         )
 
 
-def _check_lists(
-    q: Tensor,
-    k: Tensor,
-    q_block: int,
-    forced: Tensor | None,
-    within: Tensor | None,
-    children: int | None,
-    visible: Tensor | None,
-) -> None:
-    batch, heads, rows = k.shape[0], k.shape[1], -(-q.shape[2] // q_block)
-    for name, x, length in (("forced", forced, rows), ("within", within, None)):
+def _check_lists(p: Problem) -> None:
+    batch, heads, rows = p.k.shape[0], p.k.shape[1], p.query_blocks
+    for name, x, length in (("forced", p.forced, rows), ("within", p.within, None)):
         if x is None:
             continue
         fits = x.ndim == 4 and x.shape[0] in (1, batch) and x.shape[1] in (1, heads)
@@ -136,67 +113,30 @@ def _check_lists(
                 f"{name}: got shape {tuple(x.shape)}; give (1 or {batch}, 1 or {heads}, "
                 f"{length or 'parents'}, entries)"
             )
-    if visible is not None and visible.shape != (rows,):
-        raise ValueError(f"visible: got shape {tuple(visible.shape)}; give ({rows},)")
-    for name, x in (("forced", forced), ("within", within), ("visible", visible)):
-        if x is not None and (x.dtype != torch.int32 or x.device != q.device):
-            raise ValueError(f"{name}: got {x.dtype} on {x.device}; give int32 on {q.device}")
-    if (within is None) != (children is None) or (children is not None and children < 1):
-        raise ValueError(
-            f"children: got {children}; give the number of candidates of a parent with within, and "
-            f"only then"
-        )
+    if p.visible is not None and p.visible.shape != (rows,):
+        raise ValueError(f"visible: got shape {tuple(p.visible.shape)}; give ({rows},)")
+    for name, x in (("forced", p.forced), ("within", p.within), ("visible", p.visible)):
+        if x is not None:
+            check_int32(name, x, p.q)
 
 
-def _path(backend: str) -> Any:
-    if backend == "triton":
-        from xattn.kernels.block_topk import triton
-
-        return triton
-    return reference if backend == "reference" else cpu
-
-
-@torch.library.custom_op(
-    "xattn::block_topk",
-    mutates_args=(),
-    schema=(
-        "(Tensor q, Tensor k, Tensor? forced, Tensor? within, Tensor? visible, int s, int q_block, "
-        "str reduce, bool softmax, int[] spread, str pooling, int children, float scale, str backend)"
-        " -> (Tensor, Tensor)"
-    ),
-)
-def _topk(q, k, forced, within, visible, s, q_block, reduce, softmax, spread, *rest):  # type: ignore[no-untyped-def]
-    pooling, children, scale, backend = rest
-    candidates = (k.shape[2] + 2 * spread[2] - spread[0]) // spread[1] + 1
-    if within is not None:
-        check_index(within, -(-candidates // children), "within")
+def _check_numbers(p: Problem) -> None:
+    candidates, forced = p.candidates, p.forced
+    if p.within is not None:
+        check_index(p.within, -(-candidates // p.children), "within")
     if forced is not None and (forced.device.type == "cpu" or os.environ.get("XATTN_CHECK") == "1"):
         low, high = (int(x) for x in forced.aminmax())
         if low < -1 or high >= candidates:
             raise ValueError(
                 f"forced: got {low if low < -1 else high}; give -1 (ignored) to {candidates - 1}"
             )
-    with own_precision(q):
-        index, scores = _path(backend).topk(
-            q,
-            k,
-            forced,
-            within,
-            visible,
-            s,
-            q_block,
-            reduce,
-            softmax,
-            spread,
-            pooling,
-            children,
-            scale,
-        )
-    return index.contiguous(), scores.contiguous()
 
 
-@_topk.register_fake
-def _(q, k, forced, within, visible, s, q_block, *rest):  # type: ignore[no-untyped-def]
-    shape = (*k.shape[:2], -(-q.shape[2] // q_block), s)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=wide)
+def _empty(p: Problem) -> tuple[Tensor, Tensor]:
+    shape = (*p.k.shape[:2], p.query_blocks, p.s)
+    return p.q.new_empty(shape, dtype=torch.int32), p.q.new_empty(shape, dtype=wide(p.q.dtype))
+
+
+_op = register(
+    "block_topk", Problem, outputs=("index", "scores"), empty=_empty, check=_check_numbers
+)

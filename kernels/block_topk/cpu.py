@@ -13,44 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.kernels.block_topk import reference
+from xattn.kernels.block_topk.problem import Problem
 from xattn.kernels.softmax.reference import widen
 
 TILE = 2**20  # scores of a chunk, over batch and heads: 4 MB in float32
 
 
-def topk(
-    q: Tensor,
-    k: Tensor,
-    forced: Tensor | None,
-    within: Tensor | None,
-    visible: Tensor | None,
-    s: int,
-    q_block: int,
-    reduce: str,
-    softmax: bool,
-    spread: list[int],
-    pooling: str,
-    children: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    rows = -(-q.shape[2] // q_block)
-    q, k, linear = widen(q), widen(k), reduce != "max" and not softmax
-    if linear:
-        q, members = sum_queries(q, k.shape[1], q_block)
-        q_block = 1
-    index = q.new_empty((*k.shape[:2], rows, s), dtype=torch.int32)
-    values = q.new_empty(index.shape)
-    if within is not None and linear and spread == [1, 1, 0]:
-        chunks = _among_children(q, k, forced, within, visible, s, children, scale)
-    else:
-        chunks = _among_all(
-            q, k, forced, within, visible, s, q_block, reduce, softmax, spread, pooling, children,
-            scale,
-        )  # fmt: skip
-    for part, *best in chunks:
-        index[:, :, part], values[:, :, part] = best
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    p = p._replace(q=widen(p.q), k=widen(p.k))
+    rows, members, mean = p.query_blocks, None, p.reduce == "mean"
+    if p.linear:
+        q, members = sum_queries(p.q, p.k.shape[1], p.q_block)
+        p = p._replace(q=q, q_block=1, reduce="sum")
+    index = p.q.new_empty((*p.k.shape[:2], rows, p.s), dtype=torch.int32)
+    values = p.q.new_empty(index.shape)
+    near = p.within is not None and p.linear and not p.pools
+    for part, *found in _among_children(p) if near else _among_all(p):
+        index[:, :, part], values[:, :, part] = found
     # Sums decide the order: dividing before could create ties.
-    return index, values / members if linear and reduce == "mean" else values
+    return index, values / members if mean and members is not None else values
 
 
 def sum_queries(q: Tensor, key_heads: int, q_block: int) -> tuple[Tensor, Tensor]:
@@ -90,76 +71,54 @@ def best(values: Tensor, number: Tensor, s: int) -> tuple[Tensor, Tensor]:
     return F.pad(index, missing, value=-1).int(), F.pad(found, missing, value=-torch.inf)
 
 
-def _among_all(
-    q: Tensor,
-    k: Tensor,
-    forced: Tensor | None,
-    within: Tensor | None,
-    visible: Tensor | None,
-    s: int,
-    q_block: int,
-    reduce: str,
-    softmax: bool,
-    spread: list[int],
-    pooling: str,
-    children: int,
-    scale: float,
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _among_all(p: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Every candidate is scored."""
-    n, c = q.shape[2], k.shape[2]
-    rows = -(-n // q_block)
-    step = max(1, TILE // (q.shape[0] * q.shape[1] * q_block * c))
+    rows, heads = p.query_blocks, p.q.shape[0] * p.q.shape[1]
+    step = max(1, TILE // (heads * p.q_block * p.k.shape[2]))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
-        tokens = slice(start * q_block, part.stop * q_block)
-        some = None if visible is None else visible[part]
-        values = reference.scores(
-            q[:, :, tokens], k, some, q_block, reduce, softmax, spread, pooling, scale
-        )
-        if within is not None:
-            own = reference.parents(rows, within)[part].to(q.device)
-            allowed = reference.is_child(within[:, :, own], children, values.shape[3])
+        some = p.part(part)
+        values = reference.scores(some)
+        if p.within is not None:
+            own = reference.parents(rows, p.within)[part].to(p.q.device)
+            allowed = reference.is_child(p.within[:, :, own], p.children, values.shape[3])
             values = values.masked_fill(~allowed, -torch.inf)
-        values = reference.force(values, None if forced is None else forced[:, :, part])
-        yield part, *best(values, torch.arange(values.shape[3], device=q.device), s)
+        values = reference.force(values, some.forced)
+        yield part, *best(values, torch.arange(values.shape[3], device=p.q.device), p.s)
 
 
-def _among_children(
-    q: Tensor,
-    k: Tensor,
-    forced: Tensor | None,
-    within: Tensor,
-    visible: Tensor | None,
-    s: int,
-    children: int,
-    scale: float,
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Only the children of the listed parents are scored; ``q`` has one row a query block."""
-    batch, heads, c, width = k.shape
-    rows = q.shape[2]
-    ratio = -(-rows // within.shape[2])
-    number = within.long()[..., None] * children + torch.arange(children, device=k.device)
+def _among_children(p: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Only the children of the listed parents are scored; q has one row a query block."""
+    assert p.within is not None
+    (batch, heads, c, width), rows, device = p.k.shape, p.q.shape[2], p.k.device
+    ratio = -(-rows // p.within.shape[2])
+    number = p.within.long()[..., None] * p.children + torch.arange(p.children, device=device)
     number = number.flatten(3).expand(batch, heads, -1, -1)
-    line = (torch.arange(batch * heads, device=k.device) * c).view(batch, heads, 1, 1)
-    keys = k.reshape(-1, width)
+    line = (torch.arange(batch * heads, device=device) * c).view(batch, heads, 1, 1)
+    keys = p.k.reshape(-1, width)
     step = max(1, TILE // (batch * heads * number.shape[3] * max(ratio, width)))
     for start in range(0, -(-rows // ratio), step):
         part = slice(start * ratio, min((start + step) * ratio, rows))
+        some, count = p.part(part), part.stop - part.start
         own = number[:, :, start : start + step]
         real = (own >= 0) & (own < c)
         near = keys[(torch.where(real, own, 0) + line).flatten()].view(*own.shape, width)
-        qc = F.pad(q[:, :, part], (0, 0, 0, own.shape[2] * ratio - (part.stop - part.start)))
-        values = scale * (qc.unflatten(2, (-1, ratio)) @ near.transpose(-2, -1))
+        q = F.pad(some.q, (0, 0, 0, own.shape[2] * ratio - count))
+        values = p.scale * (q.unflatten(2, (-1, ratio)) @ near.transpose(-2, -1))
         values = values.masked_fill(~real[:, :, :, None], -torch.inf).flatten(2, 3)
-        own = own.repeat_interleave(ratio, 2)[:, :, : part.stop - part.start]
-        values = values[:, :, : part.stop - part.start]
-        if visible is not None:
-            values = values.masked_fill(own >= visible[part, None], -torch.inf)
-        if forced is not None:
-            first = forced[:, :, part].long().expand(*own.shape[:3], -1).sort(-1).values
-            again = F.pad(first[..., 1:] == first[..., :-1], (1, 0))
-            for f in first.unbind(-1):
-                values = values.masked_fill(own == f[..., None], -torch.inf)
-            certain = torch.where((first < 0) | again, -torch.inf, torch.inf).to(values.dtype)
-            values, own = torch.cat([values, certain], -1), torch.cat([own, first], -1)
-        yield part, *best(values, own, s)
+        own, values = own.repeat_interleave(ratio, 2)[:, :, :count], values[:, :, :count]
+        if some.visible is not None:
+            values = values.masked_fill(own >= some.visible[:, None], -torch.inf)
+        if some.forced is not None:
+            values, own = _with_forced(values, own, some.forced)
+        yield part, *best(values, own, p.s)
+
+
+def _with_forced(values: Tensor, own: Tensor, forced: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and numbers of candidates, and of the forced ones, which score +inf once each."""
+    first = forced.long().expand(*own.shape[:3], -1).sort(-1).values
+    again = F.pad(first[..., 1:] == first[..., :-1], (1, 0))
+    for f in first.unbind(-1):
+        values = values.masked_fill(own == f[..., None], -torch.inf)
+    certain = torch.where((first < 0) | again, -torch.inf, torch.inf).to(values.dtype)
+    return torch.cat([values, certain], -1), torch.cat([own, first], -1)

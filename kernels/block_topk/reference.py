@@ -13,79 +13,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xattn.kernels.block_topk.problem import Problem
 from xattn.kernels.softmax.reference import widen
 
 
-def topk(
-    q: Tensor,
-    k: Tensor,
-    forced: Tensor | None,
-    within: Tensor | None,
-    visible: Tensor | None,
-    s: int,
-    q_block: int,
-    reduce: str,
-    softmax: bool,
-    spread: list[int],
-    pooling: str,
-    children: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    values = scores(q, k, visible, q_block, reduce, softmax, spread, pooling, scale)
-    if within is not None:
-        parent = parents(values.shape[2], within).to(values.device)
-        allowed = is_child(within[:, :, parent], children, values.shape[3])
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    values = scores(p)
+    if p.within is not None:
+        parent = parents(p.query_blocks, p.within).to(values.device)
+        allowed = is_child(p.within[:, :, parent], p.children, values.shape[3])
         values = values.masked_fill(~allowed, -torch.inf)
-    values = force(values, forced)
+    values = force(values, p.forced)
     values, index = values.sort(dim=-1, descending=True, stable=True)
     index = torch.where(values.isneginf(), -1, index)
-    missing = max(0, s - values.shape[3])
+    missing = max(0, p.s - values.shape[3])
     return (
-        F.pad(index[..., :s], (0, missing), value=-1).int(),
-        F.pad(values[..., :s], (0, missing), value=-torch.inf),
+        F.pad(index[..., : p.s], (0, missing), value=-1).int(),
+        F.pad(values[..., : p.s], (0, missing), value=-torch.inf),
     )
 
 
-def scores(
-    q: Tensor,
-    k: Tensor,
-    visible: Tensor | None,
-    q_block: int,
-    reduce: str,
-    softmax: bool,
-    spread: list[int],
-    pooling: str,
-    scale: float,
-) -> Tensor:
-    """r' (B, Hk, ceil(N / q_block), C or M with ``spread``); -inf where nothing is seen.
+def scores(p: Problem) -> Tensor:
+    """r' (B, Hk, query blocks, candidates); -inf where nothing is seen.
 
     Differentiable, unlike the choice.
     """
-    n, c = q.shape[2], k.shape[2]
-    rows = -(-n // q_block)
-    t = scale * (widen(q).unflatten(1, (k.shape[1], -1)) @ widen(k)[:, :, None].transpose(-2, -1))
-    hidden = None if visible is None else torch.arange(c, device=k.device) >= visible[:, None]
-    if softmax:
+    (n, c), rows, key_heads = (p.q.shape[2], p.k.shape[2]), p.query_blocks, p.k.shape[1]
+    t = p.scale * (
+        widen(p.q).unflatten(1, (key_heads, -1)) @ widen(p.k)[:, :, None].transpose(-2, -1)
+    )
+    hidden = None
+    if p.visible is not None:
+        hidden = torch.arange(c, device=p.k.device) >= p.visible[:, None]
+    if p.softmax:
         if hidden is not None:  # a query that sees nothing is overwritten below
-            each = (hidden & ~hidden.all(1, keepdim=True)).repeat_interleave(q_block, 0)[:n]
-            t = t.masked_fill(each, -torch.inf)
+            each = hidden & ~hidden.all(1, keepdim=True)
+            t = t.masked_fill(each.repeat_interleave(p.q_block, 0)[:n], -torch.inf)
         t = t.softmax(-1)
-    fill = -torch.inf if reduce == "max" else 0.0
-    t = F.pad(t, (0, 0, 0, rows * q_block - n), value=fill).unflatten(3, (rows, q_block))
-    r = t.amax((2, 4)) if reduce == "max" else t.sum((2, 4))
-    if reduce == "mean":
-        count = (n - torch.arange(rows, device=q.device) * q_block).clamp(max=q_block)
-        r = r / (count * (q.shape[1] // k.shape[1]))[:, None]
+    fill = -torch.inf if p.reduce == "max" else 0.0
+    t = F.pad(t, (0, 0, 0, rows * p.q_block - n), value=fill).unflatten(3, (rows, p.q_block))
+    r = t.amax((2, 4)) if p.reduce == "max" else t.sum((2, 4))
+    if p.reduce == "mean":
+        count = (n - torch.arange(rows, device=p.q.device) * p.q_block).clamp(max=p.q_block)
+        r = r / (count * (p.q.shape[1] // key_heads))[:, None]
     if hidden is not None:
         r = r.masked_fill(hidden, -torch.inf)
-    return pool(r, spread, pooling)
+    return pool(r, p.spread, p.pooling) if p.pools else r
 
 
 def pool(r: Tensor, spread: list[int], pooling: str) -> Tensor:
     """Pooled scores (..., M) of the candidates (..., C) that are visible; -inf where none is."""
     kernel, stride, padding = spread
-    if (kernel, stride, padding) == (1, 1, 0):
-        return r
     r = F.pad(r, (padding, padding), value=-torch.inf).unfold(-1, kernel, stride)
     if pooling == "max":
         return r.amax(-1)

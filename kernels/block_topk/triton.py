@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import Case, make_case
-from xattn.kernels.backend import interpreted
 from xattn.kernels.block_topk.cpu import sum_queries
+from xattn.kernels.block_topk.problem import Problem
+from xattn.kernels.softmax.triton import lacks_bfloat16, supported
 
 BEYOND = tl.constexpr(2**30)  # above every candidate's number
 
@@ -205,65 +206,47 @@ def topk_kernel(
         values = tl.where(numbers == number[:, None], float("-inf"), values)
 
 
-def topk(
-    q: Tensor,
-    k: Tensor,
-    forced: Tensor | None,
-    within: Tensor | None,
-    visible: Tensor | None,
-    s: int,
-    q_block: int,
-    reduce: str,
-    softmax: bool,
-    spread: list[int],
-    pooling: str,
-    children: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or q.shape[-1] > 128:
-        raise ValueError(
-            f"backend='triton': got {q.dtype} of width {q.shape[-1]}; give float32, float16 or "
-            f"bfloat16 of at most 128, or use backend='cpu'"
-        )
-    if (
-        interpreted() and q.dtype == torch.bfloat16
-    ):  # the interpreter multiplies its bits as integers
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    _check_supported(p)
+    q, k, rows, c, m = p.q, p.k, p.query_blocks, p.k.shape[2], p.candidates
+    if lacks_bfloat16(q):
         q, k = q.float(), k.float()
     n, heads, group = q.shape[2], q.shape[1], q.shape[1] // k.shape[1]
-    rows, c = -(-n // q_block), k.shape[2]
-    m = (c + 2 * spread[2] - spread[0]) // spread[1] + 1
-    if min(s, m) > 256:
-        raise ValueError(f"backend='triton': got s = {s}; give at most 256, or use backend='cpu'")
-    linear = reduce != "max" and not softmax
-    if linear and (q_block > 1 or group > 1):
-        q, members = sum_queries(q.float(), k.shape[1], q_block)
+    members = None
+    if p.linear and (p.q_block > 1 or group > 1):
+        q, members = sum_queries(q.float(), k.shape[1], p.q_block)
         k = k.float()
     q, k = q.contiguous(), k.contiguous()
-    index = q.new_empty((*k.shape[:2], rows, min(s, m)), dtype=torch.int32)
+    index = q.new_empty((*k.shape[:2], rows, min(p.s, m)), dtype=torch.int32)
     values = q.new_empty(index.shape, dtype=torch.float32)
-    tile = _tile(q, min(s, m), linear)
-    shapes = _shapes(group, q_block, q) | tile
-    lse = q.new_empty((q.shape[:3] if softmax else (1,)), dtype=torch.float32)
-    if softmax:
+    tile = _tile(q, min(p.s, m), p.linear)
+    shapes = _shapes(group, p.q_block, q) | tile
+    lse = q.new_empty((q.shape[:3] if p.softmax else (1,)), dtype=torch.float32)
+    lists = [None if x is None else x.contiguous() for x in (p.forced, p.within, p.visible)]
+    passed = [q if x is None else x for x in lists]  # q stands in for a missing one
+    if p.softmax:
         lse_kernel[triton.cdiv(n, tile["ROWS"]), q.shape[0] * heads](
-            q, k, q if visible is None else visible.contiguous(), lse, heads, n, c, scale,
-            HAS_VISIBLE=visible is not None, **{x: y for x, y in shapes.items() if x in _LSE},
+            q, k, passed[2], lse, heads, n, c, p.scale, HAS_VISIBLE=p.visible is not None,
+            **{x: y for x, y in shapes.items() if x in _LSE},
         )  # fmt: skip
-    parents = 1 if within is None else within.shape[2]
-    ratio = -(-rows // parents)
+    ratio = rows if p.within is None else -(-rows // p.within.shape[2])
     grid = (-(-rows // ratio) * triton.cdiv(ratio, tile["LISTS"]), k.shape[0] * k.shape[1])
-    lists = [None if x is None else x.contiguous() for x in (forced, within, visible)]
     topk_kernel[grid](
-        q, k, lse, *(q if x is None else x for x in lists), index, values,
-        *_strides(lists[0]), *_strides(lists[1]), heads, n, c, m, rows, ratio, children,
-        1 if within is None else within.shape[3], 1 if forced is None else forced.shape[3],
-        index.shape[3], scale, **shapes,
-        **_options(reduce, softmax, spread, pooling, forced, within, visible),
+        q, k, lse, *passed, index, values, *_strides(lists[0]), *_strides(lists[1]),
+        heads, n, c, m, rows, ratio, p.children, 1 if p.within is None else p.within.shape[3],
+        1 if p.forced is None else p.forced.shape[3], index.shape[3], p.scale,
+        **shapes, **_options(p),
     )  # fmt: skip
-    if linear and reduce == "mean" and (q_block > 1 or group > 1):
+    if p.reduce == "mean" and members is not None:
         values = values / members
-    missing = (0, s - index.shape[3])
+    missing = (0, p.s - index.shape[3])
     return F.pad(index, missing, value=-1), F.pad(values, missing, value=-torch.inf)
+
+
+def _check_supported(p: Problem) -> None:
+    supported(p.q, 128)
+    if min(p.s, p.candidates) > 256:
+        raise ValueError(f"backend='triton': got s = {p.s}; give at most 256, or use backend='cpu'")
 
 
 def compile_cases() -> Iterator[Case]:
@@ -276,12 +259,15 @@ def compile_cases() -> Iterator[Case]:
                 q = torch.empty(1, 1, blocks if linear else n, width, dtype=dtype, device="meta")
                 options = _shapes(1, 64, q) | _tile(q, 16, linear)
                 size = dtype.itemsize
+                p = Problem(
+                    q, q, *([None if linear else q] * 3), 16, 64, "sum", not linear,
+                    [1, 1, 0] if linear else [5, 4, 1], "max", 1, 1.0, "triton",
+                )  # fmt: skip
+                extra = _options(p)
                 if linear:
                     kind, work = "topk", 2.0 * 256 * blocks * width
-                    extra = _options("sum", False, [1, 1, 0], "max", None, None, None)
                 else:
                     kind, work = "topk-softmax", 2.0 * 5 * n * 256 * width
-                    extra = _options("sum", True, [5, 4, 1], "max", q, q, q)
                     yield _integers(make_case(
                         lse_kernel, name, options | {"HAS_VISIBLE": True},
                         f"block_topk lse {name} D={width}", 2.0 * n * blocks * width,
@@ -326,20 +312,12 @@ def _shapes(group: int, q_block: int, q: Tensor) -> dict[str, int]:
     return {"GROUP": group, "Q_BLOCK": q_block, "D": q.shape[-1], "WIDTH": width}
 
 
-def _options(
-    reduce: str,
-    softmax: bool,
-    spread: list[int],
-    pooling: str,
-    forced: Tensor | None,
-    within: Tensor | None,
-    visible: Tensor | None,
-) -> dict[str, Any]:
+def _options(p: Problem) -> dict[str, Any]:
     return {
-        "KERNEL": spread[0], "STRIDE": spread[1], "PADDING": spread[2], "POOLING": pooling,
-        "REDUCE": reduce if reduce == "max" or softmax else "none", "SOFTMAX": softmax,
-        "HAS_FORCED": forced is not None, "HAS_WITHIN": within is not None,
-        "HAS_VISIBLE": visible is not None,
+        "KERNEL": p.spread[0], "STRIDE": p.spread[1], "PADDING": p.spread[2], "POOLING": p.pooling,
+        "REDUCE": "none" if p.linear else p.reduce, "SOFTMAX": p.softmax,
+        "HAS_FORCED": p.forced is not None, "HAS_WITHIN": p.within is not None,
+        "HAS_VISIBLE": p.visible is not None,
     }  # fmt: skip
 
 

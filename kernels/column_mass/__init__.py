@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from xattn.kernels.softmax import check
+from xattn.kernels.checks import broadcasts, check_attention, check_bias, check_floating
 from xattn.kernels.vecmat import vecmat
 
 
@@ -41,19 +41,16 @@ def column_mass(
     Raises:
         ValueError: shapes, dtypes or devices that do not match.
     """
-    check(q, k, k, bias, causal)
+    check_attention(q, k, causal=causal)
+    check_bias(bias, q, k)
     shape = tuple(q.shape[:3])
     if weights is None:
         weights = lse.new_ones((shape[0], 1, shape[2]))
-    fits = weights.ndim == 3 and weights.shape[2] == shape[2]
-    if not fits or any(w not in (1, f) for w, f in zip(weights.shape, shape, strict=True)):
+    if not broadcasts(weights, shape) or weights.shape[2] != shape[2]:
         raise ValueError(
             f"weights: got shape {tuple(weights.shape)}; give (B or 1, H or 1, N) for {shape}"
         )
-    if not weights.is_floating_point() or weights.device != q.device:
-        raise ValueError(
-            f"weights: got {weights.dtype} on {weights.device}; give floating point on {q.device}"
-        )
+    check_floating("weights", weights, q)
     r = weights[:, :, None].expand(*shape[:2], 1, shape[2])
     mass = vecmat(
         q, k, lse, r, bias=bias, scale=scale, causal=causal, reduce="none", backend=backend

@@ -10,8 +10,12 @@ H / Hk query heads read one key head. With dO and dlse given, P the weights:
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
+
+from xattn.kernels.softmax.problem import Problem
 
 
 def scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, causal: bool = False) -> Tensor:
@@ -33,34 +37,30 @@ def weights(s: Tensor, lse: Tensor) -> Tensor:
     return torch.where(lse.isneginf()[..., None], 0.0, (s - lse[..., None]).exp())
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
-    s = scores(q, per_query_head(k, q), bias, scale, causal)
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    s = scores(p.q, per_query_head(p.k, p.q), p.bias, p.scale, p.causal)
     lse = s.logsumexp(-1)
-    return (weights(s, lse) @ widen(per_query_head(v, q))).to(q.dtype), lse
+    return (weights(s, lse) @ widen(per_query_head(p.v, p.q))).to(p.q.dtype), lse
 
 
 def backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    kw, vw, g = widen(per_query_head(k, q)), widen(per_query_head(v, q)), widen(grad)
-    p = weights(scores(q, kw, bias, scale, causal), lse)
-    ds = p * (g @ vw.transpose(-2, -1) - delta(grad, grad_lse, o)[..., None])
-    dq, dk = scale * (ds @ kw), scale * (ds.transpose(-2, -1) @ widen(q))
-    dv = p.transpose(-2, -1) @ g
-    db = reduce_to(ds, bias) if bias_grad and bias is not None else None
-    return dq.to(q.dtype), per_key_head(dk, k), per_key_head(dv, v), db
+    p: Problem,
+    outputs: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor | None],
+    wanted: Collection[str],
+) -> dict[str, Tensor]:
+    (o, lse), (grad, grad_lse) = outputs, grads
+    k, v, g = widen(per_query_head(p.k, p.q)), widen(per_query_head(p.v, p.q)), widen(grad)
+    a = weights(scores(p.q, k, p.bias, p.scale, p.causal), lse)
+    ds = a * (g @ v.transpose(-2, -1) - delta(grad, grad_lse, o)[..., None])
+    found = {
+        "q": (p.scale * (ds @ k)).to(p.q.dtype),
+        "k": per_key_head(p.scale * (ds.transpose(-2, -1) @ widen(p.q)), p.k),
+        "v": per_key_head(a.transpose(-2, -1) @ g, p.v),
+    }
+    if "bias" in wanted and p.bias is not None:
+        found["bias"] = reduce_to(ds, p.bias)
+    return found
 
 
 def per_query_head(x: Tensor, q: Tensor) -> Tensor:
@@ -88,3 +88,8 @@ def reduce_to(ds: Tensor, bias: Tensor) -> Tensor:
 def widen(x: Tensor) -> Tensor:
     """Half precision as float32; float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

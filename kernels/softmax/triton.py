@@ -6,7 +6,7 @@ so there are no atomics and two runs agree to the bit. Exponentials are in base 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import product
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xattn.kernels.aot import Case, make_case
 from xattn.kernels.backend import interpreted
+from xattn.kernels.softmax.problem import Problem
 from xattn.kernels.softmax.reference import delta, reduce_to
 
 # (kernel, half precision, wider than 64, bias): rows and columns of a tile, warps, stages. As large as
@@ -224,65 +225,57 @@ def dkv_kernel(
     _store(dv_ptr + key_head * S * DV, columns, w, S, DV, dv, DV)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
-    if lacks_bfloat16(q):
-        o, lse = forward(q.float(), k.float(), v.float(), bias, scale, causal)
-        return o.to(q.dtype), lse
-    q, k, v = (supported(x).contiguous() for x in (q, k, v))
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    if lacks_bfloat16(p.q):
+        o, lse = forward(p.to(torch.float32))
+        return o.to(p.q.dtype), lse
+    q, k, v = (supported(x).contiguous() for x in (p.q, p.k, p.v))
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    bias, strides = with_strides(bias, q, k)
-    options = _options("forward", q, k, v, bias, causal)
+    bias, strides = with_strides(p.bias, q, k)
+    options = _options("forward", p)
     grid = (triton.cdiv(q.shape[2], options["ROWS"]), q.shape[0] * q.shape[1])
     forward_kernel[grid](
-        q, k, v, q if bias is None else bias, o, lse, *strides, *sizes(q, k), scale, **options
+        q, k, v, q if bias is None else bias, o, lse, *strides, *sizes(q, k), p.scale, **options
     )
     return o, lse
 
 
 def backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    if lacks_bfloat16(q):
-        dq, dk, dv, db = backward(
-            grad.float(), grad_lse, q.float(), k.float(), v.float(), bias, o, lse, scale, causal,
-            bias_grad,
-        )  # fmt: skip
-        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), db
+    p: Problem,
+    outputs: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor | None],
+    wanted: Collection[str],
+) -> dict[str, Tensor]:
+    (o, lse), (grad, grad_lse) = outputs, grads
+    if lacks_bfloat16(p.q):
+        found = backward(p.to(torch.float32), outputs, (grad.float(), grad_lse), wanted)
+        return {name: x if name == "bias" else x.to(p.q.dtype) for name, x in found.items()}
     d = delta(grad, grad_lse, o).contiguous()
-    g, q, k, v, lse = (x.contiguous() for x in (grad.to(q.dtype), q, k, v, lse))
+    g, q, k, v, lse = (x.contiguous() for x in (grad.to(p.q.dtype), p.q, p.k, p.v, lse))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    batch, heads, n, s = *q.shape[:3], k.shape[2]
-    per_key = bias_grad and bias is not None and bias.shape[2] == 1
-    full = bias_grad and bias is not None and not per_key
-    make = q.new_zeros if causal else q.new_empty  # no program visits tiles that are hidden
+    (batch, heads, n), s = q.shape[:3], k.shape[2]
+    bias_grad = p.bias is not None and "bias" in wanted
+    per_key = bias_grad and p.bias is not None and p.bias.shape[2] == 1
+    full = bias_grad and not per_key
+    make = q.new_zeros if p.causal else q.new_empty  # no program visits tiles that are hidden
     ds = make((batch, heads, n, s) if full else (1,), dtype=torch.float32)
     db = q.new_empty((batch, heads, 1, s) if per_key else (1,), dtype=torch.float32)
-    b, strides = with_strides(bias, q, k)
+    b, strides = with_strides(p.bias, q, k)
     shared = (g, q, k, v, q if b is None else b, lse, d)
-    numbers = (*strides, *sizes(q, k), scale)
-    options = _options("dq", q, k, v, b, causal)
+    numbers = (*strides, *sizes(q, k), p.scale)
+    options = _options("dq", p)
     dq_kernel[triton.cdiv(n, options["ROWS"]), batch * heads](
         *shared, dq, ds, *numbers, WRITE=full, **options
     )
-    options = _options("dkv", q, k, v, b, causal)
+    options = _options("dkv", p)
     dkv_kernel[triton.cdiv(s, options["COLUMNS"]), batch * k.shape[1]](
         *shared, dk, dv, db, *numbers, WRITE=per_key, **options
     )
-    summed = reduce_to(ds if full else db, bias) if bias_grad and bias is not None else None
-    return dq, dk, dv, summed
+    found = {"q": dq, "k": dk, "v": dv}
+    if bias_grad and p.bias is not None:
+        found["bias"] = reduce_to(ds if full else db, p.bias)
+    return found
 
 
 def lacks_bfloat16(x: Tensor) -> bool:
@@ -299,14 +292,10 @@ def supported(x: Tensor, widest: int = 256) -> Tensor:
     return x
 
 
-def _options(
-    kernel: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool
-) -> dict[str, Any]:
-    half, group = q.dtype != torch.float32, q.shape[1] // k.shape[1]
-    return {
-        **options(kernel, q.shape[3], v.shape[3], half, bias is not None, causal),
-        "GROUP": group,
-    }
+def _options(kernel: str, p: Problem) -> dict[str, Any]:
+    half, group = p.q.dtype != torch.float32, p.q.shape[1] // p.k.shape[1]
+    d, dv = p.q.shape[3], p.v.shape[3]
+    return {**options(kernel, d, dv, half, p.bias is not None, p.causal), "GROUP": group}
 
 
 def options(

@@ -8,14 +8,15 @@ Wolf 2021, arXiv 2103.15679) one of r + r E: O(N) memory instead of a stored map
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from xattn.kernels.backend import choose, own_precision
-from xattn.kernels.softmax import check
-from xattn.kernels.vecmat import cpu, reference
+from xattn.kernels.backend import choose
+from xattn.kernels.checks import check_attention, check_bias, check_floating, score_scale
+from xattn.kernels.op import register
+from xattn.kernels.softmax.reference import wide
+from xattn.kernels.vecmat.problem import Problem
 
 ROWS = 16
 
@@ -53,10 +54,12 @@ def vecmat(
     Raises:
         ValueError: shapes, dtypes or devices that do not match, or an unknown ``reduce``.
     """
-    check(q, k, k, bias, causal)
+    check_attention(q, k, causal=causal)
+    check_bias(bias, q, k)
     if reduce not in ("mean", "none"):
         raise ValueError(f"reduce: got {reduce!r}; choose 'mean' or 'none'")
-    out = _product(q, k, lse, r, None, None, bias, scale, causal, backend)
+    scale = score_scale(scale, q)
+    out = _product(Problem(q, k, lse, r, None, None, bias, scale, causal, backend))
     return out.mean(1) if reduce == "mean" else out
 
 
@@ -81,29 +84,21 @@ def gradient_vecmat(
 
     The other arguments, the result (B, R, S) and errors are those of :func:`vecmat`.
     """
-    check(q, k, v, bias, causal)
+    check_attention(q, k, v, causal)
+    check_bias(bias, q, k)
     shape = (*q.shape[:3], v.shape[3])
     if grad.shape != shape or grad.dtype != q.dtype or grad.device != q.device:
         raise ValueError(
             f"grad: got {tuple(grad.shape)} of {grad.dtype} on {grad.device}; give {shape} of "
             f"{q.dtype} on {q.device}"
         )
-    return _product(q, k, lse, r, v, grad, bias, scale, causal, backend).mean(1)
+    scale = score_scale(scale, q)
+    return _product(Problem(q, k, lse, r, v, grad, bias, scale, causal, backend)).mean(1)
 
 
-def _product(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    r: Tensor,
-    v: Tensor | None,
-    grad: Tensor | None,
-    bias: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    backend: str,
-) -> Tensor:
-    batch, heads, n, d = q.shape
+def _product(p: Problem) -> Tensor:
+    """r W (B, H, R, S), once lse and r are checked and have one shape and dtype."""
+    q, lse, r, (batch, heads, n) = p.q, p.lse, p.r, p.q.shape[:3]
     if lse.shape != (batch, heads, n) or not lse.is_floating_point() or lse.device != q.device:
         raise ValueError(
             f"lse: got {tuple(lse.shape)} of {lse.dtype} on {lse.device}; give {(batch, heads, n)} "
@@ -115,73 +110,16 @@ def _product(
             f"r: got shape {tuple(r.shape)}; give ({batch}, R, {n}) or ({batch}, {heads}, R, {n}) "
             f"with R of 1 to {ROWS}, and more rows in several calls"
         )
-    if not r.is_floating_point() or r.device != q.device:
-        raise ValueError(f"r: got {r.dtype} on {r.device}; give floating point on {q.device}")
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    r = (r if r.ndim == 4 else r[:, None]).to(wide).expand(-1, heads, -1, -1)
-    scale = d**-0.5 if scale is None else float(scale)
-    return torch.ops.xattn.vecmat_forward(
-        q, k, lse.to(wide), r, v, grad, bias, scale, causal, choose(backend, q.device)
-    )
+    check_floating("r", r, q)
+    kind = wide(q.dtype)
+    r = (r if r.ndim == 4 else r[:, None]).to(kind).expand(-1, heads, -1, -1)
+    return _op(p._replace(lse=lse.to(kind), r=r, backend=choose(p.backend, q.device)))
 
 
-def _path(backend: str) -> Any:
-    if backend == "triton":
-        from xattn.kernels.vecmat import triton
-
-        return triton
-    return reference if backend == "reference" else cpu
-
-
-@torch.library.custom_op(
-    "xattn::vecmat_forward",
-    mutates_args=(),
-    schema=(
-        "(Tensor q, Tensor k, Tensor lse, Tensor r, Tensor? v, Tensor? g, Tensor? bias, float scale, "
-        "bool causal, str backend) -> Tensor"
-    ),
+_op = register(
+    "vecmat",
+    Problem,
+    outputs=("out",),
+    empty=lambda p: (p.r.new_empty(*p.r.shape[:3], p.k.shape[2]),),
+    gradients=("q", "k", "lse", "r", "v", "grad", "bias"),
 )
-def _forward(q, k, lse, r, v, g, bias, scale, causal, backend):  # type: ignore[no-untyped-def]
-    with own_precision(q):
-        return _path(backend).forward(q, k, lse, r, v, g, bias, scale, causal).contiguous()
-
-
-@_forward.register_fake
-def _(q, k, lse, r, v, g, bias, scale, causal, backend):  # type: ignore[no-untyped-def]
-    return r.new_empty(*r.shape[:3], k.shape[2])
-
-
-@torch.library.custom_op(
-    "xattn::vecmat_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad, Tensor q, Tensor k, Tensor lse, Tensor r, Tensor? v, Tensor? g, Tensor? bias, "
-        "float scale, bool causal, bool bias_grad, str backend) -> Tensor[]"
-    ),
-)
-def _backward(grad, q, k, lse, r, v, g, bias, scale, causal, bias_grad, backend):  # type: ignore[no-untyped-def]
-    with own_precision(q):
-        grads = _path(backend).backward(grad, q, k, lse, r, v, g, bias, scale, causal, bias_grad)
-    return [q.new_empty(0) if x is None else x.contiguous() for x in grads]
-
-
-@_backward.register_fake
-def _(grad, q, k, lse, r, v, g, bias, scale, causal, bias_grad, backend):  # type: ignore[no-untyped-def]
-    inputs = (q, k, lse, r, v, g, bias if bias_grad else None)
-    return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
-
-
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, scale, causal, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.options = scale, causal
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> Any:
-    tensors = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
-    grads = torch.ops.xattn.vecmat_backward(grad, *tensors, *ctx.options, wanted[6], ctx.backend)
-    return *(g if w else None for g, w in zip(grads, wanted, strict=False)), None, None, None
-
-
-torch.library.register_autograd("xattn::vecmat_forward", _differentiate, setup_context=_setup)

@@ -7,12 +7,13 @@ matrix product and one exponential in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
 from xattn.kernels.softmax.reference import per_key_head, per_query_head, widen
+from xattn.kernels.vecmat.problem import Problem
 
 QUERIES, KEYS = 1024, 512  # per tile: 2 MB in float32, which stay in the cache
 HIDDEN = -1e30  # instead of -lse in a row without a key: exp gives 0, and inf - inf never occurs
@@ -20,110 +21,101 @@ HIDDEN = -1e30  # instead of -lse in a row without a key: exp gives 0, and inf -
 Index = tuple[int, slice, slice]
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    r: Tensor,
-    v: Tensor | None,
-    g: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    causal: bool,
-) -> Tensor:
-    k, v = per_query_head(k, q), None if v is None else per_query_head(v, q)
-    out = r.new_zeros(*q.shape[:2], r.shape[2], k.shape[2])
-    v, g = (None if x is None else widen(x) for x in (v, g))
-    buffer = r.new_empty(_size(q, k)) if g is not None else None
-    for i, j, p in _tiles(q, k, lse, bias, scale, causal):
+def forward(p: Problem) -> tuple[Tensor]:
+    p = _each_head(p)
+    out = p.r.new_zeros(*p.q.shape[:2], p.r.shape[2], p.k.shape[2])
+    v, g = (None if x is None else widen(x) for x in (p.v, p.grad))
+    buffer = p.r.new_empty(_size(p)) if g is not None else None
+    for i, j, w in _tiles(p):
         if v is not None and g is not None and buffer is not None:
-            product = buffer[: p.numel()].view(p.shape)
+            product = buffer[: w.numel()].view(w.shape)
             torch.bmm(g[i], v[j].transpose(1, 2), out=product)
-            p.mul_(product.relu_())
+            w.mul_(product.relu_())
         b, heads, columns = j
-        out[b, heads, :, columns] += r[b, heads, :, i[2]] @ p
-    return out
+        out[b, heads, :, columns] += p.r[b, heads, :, i[2]] @ w
+    return (out,)
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    r: Tensor,
-    v: Tensor | None,
-    g: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    causal: bool,
-    bias_grad: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, lse, r, v, g and bias; None for those that are None."""
-    qw, kw = widen(q), widen(per_query_head(k, q))
-    vw, gw = (None if x is None else widen(per_query_head(x, q)) for x in (v, g))
-    dq, dk, dlse, dr = (torch.zeros_like(x) for x in (qw, kw, lse, r))
-    dv, dg = (None if x is None else torch.zeros_like(x) for x in (vw, gw))
-    db = torch.zeros_like(widen(bias)) if bias_grad and bias is not None else None
-    for i, j, p in _tiles(q, kw, lse, bias, scale, causal):
+    p: Problem, outputs: tuple[Tensor], grads: tuple[Tensor], wanted: Collection[str]
+) -> dict[str, Tensor]:
+    own, dout, bias_grad = _each_head(p), grads[0], p.bias is not None and "bias" in wanted
+    q, k = widen(own.q), widen(own.k)
+    v, g = (None if x is None else widen(x) for x in (own.v, own.grad))
+    found = {"q": torch.zeros_like(q), "k": torch.zeros_like(k)}
+    found |= {name: torch.zeros_like(x) for name, x in (("lse", p.lse), ("r", p.r))}
+    found |= {name: torch.zeros_like(x) for name, x in (("v", v), ("grad", g)) if x is not None}
+    if p.bias is not None and bias_grad:
+        found["bias"] = torch.zeros_like(widen(p.bias))
+    for i, j, a in _tiles(own):
         b, heads, rows = i
         columns = j[2]
-        dw = r[b, heads, :, rows].transpose(1, 2) @ grad[b, heads, :, columns]
-        w = p
-        if vw is not None and gw is not None and dv is not None and dg is not None:
-            product = gw[i] @ vw[j].transpose(1, 2)
-            dproduct = torch.where(product > 0, dw * p, 0.0)
-            dg[i] += dproduct @ vw[j]
-            dv[j] += dproduct.transpose(1, 2) @ gw[i]
-            w = p * product.relu_()
-        dr[b, heads, :, rows] += grad[b, heads, :, columns] @ w.transpose(1, 2)
+        dw = p.r[b, heads, :, rows].transpose(1, 2) @ dout[b, heads, :, columns]
+        w = a
+        if v is not None and g is not None:
+            product = g[i] @ v[j].transpose(1, 2)
+            dproduct = torch.where(product > 0, dw * a, 0.0)
+            found["grad"][i] += dproduct @ v[j]
+            found["v"][j] += dproduct.transpose(1, 2) @ g[i]
+            w = a * product.relu_()
+        found["r"][b, heads, :, rows] += dout[b, heads, :, columns] @ w.transpose(1, 2)
         ds = dw.mul_(w)
-        dq[i] += ds @ kw[j]
-        dk[j] += ds.transpose(1, 2) @ qw[i]
-        dlse[i] -= ds.sum(-1)
-        if db is not None:
-            part = _part(db, b, heads, rows, columns)
+        found["q"][i] += ds @ k[j]
+        found["k"][j] += ds.transpose(1, 2) @ q[i]
+        found["lse"][i] -= ds.sum(-1)
+        if bias_grad:
+            part = _part(found["bias"], b, heads, rows, columns)
             part += ds.sum_to_size(part.shape)
-    dq, dk = (dq * scale).to(q.dtype), per_key_head(dk * scale, k)
-    dv = None if dv is None or v is None else per_key_head(dv, v)
-    dg, db = (None if d is None or x is None else d.to(x.dtype) for d, x in ((dg, g), (db, bias)))
-    return dq, dk, dlse, dr, dv, dg, db
+    found["q"] *= p.scale
+    found["k"] *= p.scale
+    return {name: _as_given(x, getattr(p, name), name) for name, x in found.items()}
 
 
-def _tiles(
-    q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, scale: float, causal: bool
-) -> Iterator[tuple[Index, Index, Tensor]]:
+def _as_given(grad: Tensor, x: Tensor, name: str) -> Tensor:
+    return per_key_head(grad, x) if name in ("k", "v") else grad.to(x.dtype)
+
+
+def _each_head(p: Problem) -> Problem:
+    """The same problem with keys and values for every query head."""
+    if p.k.shape[1] == p.q.shape[1]:
+        return p
+    v = None if p.v is None else per_query_head(p.v, p.q)
+    return p._replace(k=per_query_head(p.k, p.q), v=v)
+
+
+def _tiles(p: Problem) -> Iterator[tuple[Index, Index, Tensor]]:
     """(batch, heads, rows), (batch, heads, columns) and P there; all tiles share one buffer for P."""
-    minus = torch.where(lse.isneginf(), HIDDEN, -lse)[..., None].to(lse.dtype)
-    left = torch.cat([widen(q) * scale, minus], -1)
-    right = torch.cat([widen(k), torch.ones_like(k[..., :1], dtype=lse.dtype)], -1)
-    buffer = lse.new_empty(_size(q, k))
-    (batch, heads, n), s = q.shape[:3], k.shape[2]
-    group = _group(q, k)
+    minus = torch.where(p.lse.isneginf(), HIDDEN, -p.lse)[..., None].to(p.lse.dtype)
+    left = torch.cat([widen(p.q) * p.scale, minus], -1)
+    right = torch.cat([widen(p.k), torch.ones_like(p.k[..., :1], dtype=p.lse.dtype)], -1)
+    buffer = p.lse.new_empty(_size(p))
+    (batch, heads, n), s = p.q.shape[:3], p.k.shape[2]
+    group = _group(p)
     for b in range(batch):
         for h in range(0, heads, group):
             hs = slice(h, min(h + group, heads))
             for start in range(0, s, KEYS):
                 j = (b, hs, slice(start, min(start + KEYS, s)))
-                for first in range(start if causal else 0, n, QUERIES):
+                for first in range(start if p.causal else 0, n, QUERIES):
                     i = (b, hs, slice(first, min(first + QUERIES, n)))
-                    a, c = left[i], right[j].transpose(1, 2)
-                    shape = (a.shape[0], a.shape[1], c.shape[2])
-                    p = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-                    torch.bmm(a, c, out=p)
-                    if bias is not None:
-                        p += _part(bias, b, hs, i[2], j[2])
-                    p.exp_()
-                    yield i, j, p.tril_(first - start) if causal else p
+                    x, y = left[i], right[j].transpose(1, 2)
+                    shape = (x.shape[0], x.shape[1], y.shape[2])
+                    a = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+                    torch.bmm(x, y, out=a)
+                    if p.bias is not None:
+                        a += _part(p.bias, b, hs, i[2], j[2])
+                    a.exp_()
+                    yield i, j, a.tril_(first - start) if p.causal else a
 
 
-def _group(q: Tensor, k: Tensor) -> int:
+def _group(p: Problem) -> int:
     """Heads per tile: several if there are few tokens."""
-    tile = min(q.shape[2], QUERIES) * min(k.shape[2], KEYS)
-    return max(1, min(q.shape[1], QUERIES * KEYS // tile))
+    tile = min(p.q.shape[2], QUERIES) * min(p.k.shape[2], KEYS)
+    return max(1, min(p.q.shape[1], QUERIES * KEYS // tile))
 
 
-def _size(q: Tensor, k: Tensor) -> int:
-    return _group(q, k) * min(q.shape[2], QUERIES) * min(k.shape[2], KEYS)
+def _size(p: Problem) -> int:
+    return _group(p) * min(p.q.shape[2], QUERIES) * min(p.k.shape[2], KEYS)
 
 
 def _part(bias: Tensor, b: int, heads: slice, rows: slice, columns: slice) -> Tensor:

@@ -2,8 +2,8 @@
 
     P_ij = exp(scale q_i . k_j + b_ij - lse_i),   out = r W,   W = P   or   W = max(P o (G V^T), 0)
 
-G is the gradient of a class score with respect to the attention's output, so G V^T is that with respect
-to P, and W the relevance of Chefer, Gur, Wolf (ICCV 2021, arXiv 2103.15679). With dout given:
+G (``grad``) is the gradient of a class score with respect to the attention's output, so G V^T is that
+with respect to P, and W the relevance of Chefer, Gur, Wolf (ICCV 2021, arXiv 2103.15679). With dout:
 
     dW = r^T dout,   dS = W o dW,   dr = dout W^T,   d(G V^T) = dW o P where G V^T > 0
 
@@ -12,56 +12,41 @@ and from dS on as in softmax attention: dQ = scale dS K, dK = scale dS^T Q, dlse
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from xattn.kernels.softmax.reference import per_key_head, per_query_head, scores, weights, widen
+from xattn.kernels.vecmat.problem import Problem
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    r: Tensor,
-    v: Tensor | None,
-    g: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    causal: bool,
-) -> Tensor:
-    """r W (B, H, R, S) for r (B, H, R, N); W is the relevance with v and g, P without."""
-    w = weights(scores(q, per_query_head(k, q), bias, scale, causal), lse)
-    if v is not None and g is not None:
-        w = w * (widen(g) @ widen(per_query_head(v, q)).transpose(-2, -1)).relu()
-    return r @ w
+def forward(p: Problem) -> tuple[Tensor]:
+    """r W (B, H, R, S); W is the relevance with v and grad, P without."""
+    w = weights(scores(p.q, per_query_head(p.k, p.q), p.bias, p.scale, p.causal), p.lse)
+    if p.v is not None and p.grad is not None:
+        w = w * (widen(p.grad) @ widen(per_query_head(p.v, p.q)).transpose(-2, -1)).relu()
+    return (p.r @ w,)
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    r: Tensor,
-    v: Tensor | None,
-    g: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    causal: bool,
-    bias_grad: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, lse, r, v, g and bias; None for those that are None."""
-    kw = widen(per_query_head(k, q))
-    p = w = weights(scores(q, kw, bias, scale, causal), lse)
-    dw = r.transpose(-2, -1) @ grad
-    dv = dg = None
-    if v is not None and g is not None:
-        vw = widen(per_query_head(v, q))
-        product = widen(g) @ vw.transpose(-2, -1)
-        w = p * product.relu()
-        dproduct = torch.where(product > 0, dw * p, 0.0)
-        dv, dg = per_key_head(dproduct.mT @ widen(g), v), (dproduct @ vw).to(g.dtype)
+    p: Problem, outputs: tuple[Tensor], grads: tuple[Tensor], wanted: Collection[str]
+) -> dict[str, Tensor]:
+    k, dout = widen(per_query_head(p.k, p.q)), grads[0]
+    a = w = weights(scores(p.q, k, p.bias, p.scale, p.causal), p.lse)
+    dw = p.r.transpose(-2, -1) @ dout
+    found = {}
+    if p.v is not None and p.grad is not None:
+        v, g = widen(per_query_head(p.v, p.q)), widen(p.grad)
+        product = g @ v.transpose(-2, -1)
+        w = a * product.relu()
+        dproduct = torch.where(product > 0, dw * a, 0.0)
+        found["v"] = per_key_head(dproduct.transpose(-2, -1) @ g, p.v)
+        found["grad"] = (dproduct @ v).to(p.grad.dtype)
     ds = w * dw
-    dq, dk = scale * (ds @ kw), scale * (ds.transpose(-2, -1) @ widen(q))
-    dr = grad @ w.transpose(-2, -1)
-    db = ds.sum_to_size(bias.shape).to(bias.dtype) if bias_grad and bias is not None else None
-    return dq.to(q.dtype), per_key_head(dk, k), -ds.sum(-1), dr, dv, dg, db
+    found["q"] = (p.scale * (ds @ k)).to(p.q.dtype)
+    found["k"] = per_key_head(p.scale * (ds.transpose(-2, -1) @ widen(p.q)), p.k)
+    found["lse"], found["r"] = -ds.sum(-1), dout @ w.transpose(-2, -1)
+    if p.bias is not None and "bias" in wanted:
+        found["bias"] = ds.sum_to_size(p.bias.shape).to(p.bias.dtype)
+    return found

@@ -27,6 +27,7 @@ from xattn.kernels.softmax.triton import (
     with_strides,
 )
 from xattn.kernels.vecmat.cpu import backward as backward
+from xattn.kernels.vecmat.problem import Problem
 
 # Half precision or not: queries and keys per tile, warps, stages. No spills on sm_80 and sm_90 for one
 # row or many, with gradient and bias, see compile_cases; not timed on a GPU.
@@ -78,34 +79,23 @@ def vecmat_kernel(
     tl.store(at, acc, mask=inside)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    r: Tensor,
-    v: Tensor | None,
-    g: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    causal: bool,
-) -> Tensor:
-    if lacks_bfloat16(q):
-        v, g = (None if x is None else x.float() for x in (v, g))
-        return forward(q.float(), k.float(), lse, r, v, g, bias, scale, causal)
-    q, k = (supported(x).contiguous() for x in (q, k))
-    v, g = (None if x is None else supported(x).contiguous() for x in (v, g))
-    lse, r = lse.contiguous(), r if r.stride(-1) == 1 else r.contiguous()
+def forward(p: Problem) -> tuple[Tensor]:
+    if lacks_bfloat16(p.q):
+        return forward(p.to(torch.float32))
+    q, k = (supported(x).contiguous() for x in (p.q, p.k))
+    v, g = (None if x is None else supported(x).contiguous() for x in (p.v, p.grad))
+    lse, r = p.lse.contiguous(), p.r if p.r.stride(-1) == 1 else p.r.contiguous()
     out = r.new_empty(*q.shape[:2], r.shape[2], k.shape[2])
-    bias, strides = with_strides(bias, q, k)
-    half = q.dtype != torch.float32
+    bias, strides = with_strides(p.bias, q, k)
     width_v = 0 if v is None else v.shape[3]
-    chosen = options(q.shape[3], width_v, half, bias is not None, r.shape[2], causal)
+    half, with_bias = q.dtype != torch.float32, bias is not None
+    chosen = options(q.shape[3], width_v, half, with_bias, r.shape[2], p.causal)
     chosen["GROUP"] = q.shape[1] // k.shape[1]
     vecmat_kernel[triton.cdiv(k.shape[2], chosen["COLUMNS"]), q.shape[0] * q.shape[1]](
         q, k, lse, r, q if v is None else v, q if g is None else g, q if bias is None else bias, out,
-        *r.stride()[:3], *strides, *sizes(q, k), r.shape[2], scale, **chosen,
+        *r.stride()[:3], *strides, *sizes(q, k), r.shape[2], p.scale, **chosen,
     )  # fmt: skip
-    return out
+    return (out,)
 
 
 def options(

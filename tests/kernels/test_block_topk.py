@@ -7,6 +7,7 @@ import torch
 
 from xattn.kernels.backend import HAS_TRITON
 from xattn.kernels.block_topk import block_topk, cpu, reference
+from xattn.kernels.block_topk.problem import Problem
 
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))
 ALL = ["reference", "cpu", TRITON]
@@ -193,7 +194,8 @@ def test_scores_have_a_gradient_and_the_choice_has_none(softmax, reduce):
     visible = torch.tensor([0, 4, 7], dtype=torch.int32)
 
     def scores(q, k):
-        found = reference.scores(q, k, visible, 2, reduce, softmax, [3, 2, 1], "mean", 0.7)
+        options = (None, None, visible, 1, 2, reduce, softmax, [3, 2, 1], "mean", 1, 0.7, "")
+        found = reference.scores(Problem(q, k, *options))
         return torch.where(found.isneginf(), 0.0, found)
 
     assert torch.autograd.gradcheck(scores, (q, k))
@@ -206,7 +208,7 @@ def test_the_op_keeps_torchs_rules_and_compiles(backend):
     q, k, s, options = case("max", torch.float32)
     lists = (options["forced"], None, None)
     args = (q, k, *lists, s, 4, "max", False, [1, 1, 0], "max", 1, 0.25, backend)
-    torch.library.opcheck(torch.ops.xattn.block_topk, args)
+    torch.library.opcheck(torch.ops.xattn.block_topk_forward, args)
     chosen = torch.compile(
         lambda q, k: block_topk(q, k, s, backend=backend, **options),
         fullgraph=True,

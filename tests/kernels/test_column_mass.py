@@ -94,14 +94,16 @@ class Largest(TorchDispatchMode):
 
 def test_the_cpu_path_never_stores_the_matrix():
     from xattn.kernels.vecmat import cpu
+    from xattn.kernels.vecmat.problem import Problem
 
     n = 3000
     q, k = torch.randn(1, 1, n, 8), torch.randn(1, 1, n, 8)
     lse = softmax_attention(q, k, k)[1]
     r, grad = torch.ones(1, 1, 1, n), torch.randn(1, 1, 1, n)
     with Largest() as largest:
-        cpu.forward(q, k, lse, r, None, None, None, 0.5, False)
-        cpu.backward(grad, q, k, lse, r, k, q, None, 0.5, False, False)
+        cpu.forward(Problem(q, k, lse, r, None, None, None, 0.5, False, "cpu"))
+        weighted = Problem(q, k, lse, r, k, q, None, 0.5, False, "cpu")
+        cpu.backward(weighted, (), (grad,), {"q"})
     assert largest.size <= cpu.QUERIES * cpu.KEYS < n * n / 10
 
 

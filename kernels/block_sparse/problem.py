@@ -1,0 +1,47 @@
+"""The arguments of attention over lists of key blocks, as one record."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Problem(NamedTuple):
+    """See :func:`xattn.kernels.block_sparse.block_sparse_attention`; the box may be None."""
+
+    q: Tensor
+    """(B, H, N, D)"""
+    k: Tensor
+    """(B, Hk, S, D)"""
+    v: Tensor
+    """(B, Hk, S, Dv)"""
+    lists: Tensor
+    """(B or 1, 1 or Hk or H, query blocks, entries) int32"""
+    bias: Tensor | None
+    """(B or 1, 1 or Hk or H, S)"""
+    low: Tensor | None
+    """(N, n) int32, of the box"""
+    high: Tensor | None
+    """(N, n) int32"""
+    position: Tensor | None
+    """(S, n) int32"""
+    dilation: list[int]
+    """n numbers"""
+    q_block: int
+    k_block: int
+    scale: float
+    backend: str
+
+    @property
+    def query_blocks(self) -> int:
+        return -(-self.q.shape[2] // self.q_block)
+
+    @property
+    def key_blocks(self) -> int:
+        return -(-self.k.shape[2] // self.k_block)
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same problem for queries, keys and values of another dtype."""
+        return self._replace(q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
