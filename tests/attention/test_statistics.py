@@ -151,7 +151,8 @@ def test_they_read_every_mechanism(entry, prefix):
     a = made.rows(torch.arange(35 + prefix))
     found = statistics(made, grid, prefix)
     torch.testing.assert_close(found.entropy, row_entropy(a[:, :, prefix:]).mean(-1))
-    torch.testing.assert_close(found.received, a[:, :, prefix:].mean(-2))
+    shares = (a / a.sum(-1, keepdim=True)).nan_to_num(0.0)  # rows need not sum to 1
+    torch.testing.assert_close(found.received, shares[:, :, prefix:].mean(-2))
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
