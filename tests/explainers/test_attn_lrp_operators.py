@@ -209,10 +209,18 @@ def test_the_note_says_if_only_a_part_is_held_constant():
         def operator(self, inputs):
             return SumOperator([super().operator(inputs), Scores(inputs.q, inputs.k)])
 
+    class Powers(Linear):
+        def operator(self, inputs):
+            return LowRankOperator(inputs.q.abs() ** inputs.k.abs(), inputs.k.mT)
+
     rules, x = Rules("toy"), draw(B, 2, 9, 8)
     with answering_by(rules), rules:
-        Both(16, 2)(x, x, x)
-    assert rules.notes == ["layer 0: A of linear is held constant in part (no rule for Scores)"]
+        for cls in (Both, Linear, Powers, Both):
+            cls(16, 2)(x, x, x)
+    assert rules.notes == [
+        "layers 0, 3: A of linear is held constant in part (no rule for Scores)",
+        "layer 2: A of linear is held constant (no rule for powers whose exponent is a tensor)",
+    ]
 
 
 # ---------------------------------------------------------------------- every registered mechanism
@@ -423,7 +431,7 @@ def test_normalisers_of_features_are_constants_and_features_keep_their_gradient(
     [
         (Unknown, "layers 0, 2: A of unknown is held constant (no rule for Scores)"),
         (Refused, "layers 0, 2: A of refused is held constant (no rule for cumprod)"),
-        (Gates, "layers 0, 2: A of gates is held constant (it depends on no activation)"),
+        (Gates, "layers 0, 2: A of gates is held constant (it is made of constants)"),
     ],
 )
 def test_the_provenance_of_a_map_says_what_was_held_constant(cls, note):

@@ -29,6 +29,14 @@ from xattn.explainers.attention import layers_text
 from xattn.explainers.attn_lrp_operators import Held, depends, share, times
 
 
+class _NoRule(ValueError):
+    """There is no rule for ``what``, which is done with activations."""
+
+    def __init__(self, what: str, message: str = "") -> None:
+        super().__init__(message or f"attn_lrp has no rule for {what}")
+        self.what = what
+
+
 def _attention(
     function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
 ) -> Any:
@@ -56,7 +64,7 @@ def _pooling(
 def _product(function: Callable[..., Any], *args: Any, **kw: Any) -> Any:
     """A product of activations gives each an equal share; factors without gradient are weights."""
     if any(isinstance(x, Tensor | list | tuple) for x in kw.values()):
-        raise ValueError(f"attn_lrp has no rule for {function.__name__} with tensors by keyword")
+        raise _NoRule(f"{function.__name__} with tensors by keyword")
     if len(args) == 2 and isinstance(args[1], list | tuple):  # einsum(equation, [a, b])
         args = (args[0], *args[1])
     live = sum(isinstance(x, Tensor) and x.requires_grad for x in args)
@@ -71,9 +79,10 @@ def _added_product(function: Callable[..., Any], x: Any, *args: Any, **kw: Any) 
 
 
 def _power(function: Callable[..., Any], x: Any, exponent: Any = 2, **kw: Any) -> Any:
-    if not isinstance(exponent, int | float):
-        raise ValueError("attn_lrp has no rule for powers whose exponent is a tensor")
-    x = share(x, 1 / exponent) if isinstance(x, Tensor) and exponent else x
+    live = any(isinstance(t, Tensor) and t.requires_grad for t in (x, exponent))
+    if live and not isinstance(exponent, int | float):
+        raise _NoRule("powers whose exponent is a tensor")
+    x = share(x, 1 / exponent) if live and exponent else x
     return function(x, **kw) if function.__name__ == "square" else function(x, exponent, **kw)
 
 
@@ -170,14 +179,6 @@ _REFUSED = frozenset(
 )
 
 
-class _NoRule(ValueError):
-    """``function`` is called on activations, and there is no rule for it."""
-
-    def __init__(self, model: str, function: str) -> None:
-        super().__init__(f"backbone: {model} calls {function}; attn_lrp has no rule for it")
-        self.function = function
-
-
 class Rules(TorchFunctionMode):
     """Replaces the PyTorch functions that have a rule; all others keep their own gradient.
 
@@ -203,7 +204,7 @@ class Rules(TorchFunctionMode):
             try:
                 operator = mechanism.operator(inputs)
             except _NoRule as error:
-                held[error.function] = None
+                held[error.what] = None
                 operator = mechanism.operator(_constant_inputs(inputs))
             local = mechanism.local(inputs)
         output = self._times(mechanism.entry.name, operator, inputs.v, held)
@@ -218,7 +219,7 @@ class Rules(TorchFunctionMode):
             output = times(operator, value, held)
         if held or not depends(operator):
             some = " in part" if depends(operator) else ""
-            why = f"no rule for {', '.join(held)}" if held else "it depends on no activation"
+            why = f"no rule for {', '.join(held)}" if held else "it is made of constants"
             what = f"A of {name} is held constant{some} ({why})"
             self._held.setdefault(what, []).append(self.attended)
         self.attended += 1
@@ -240,13 +241,17 @@ class Rules(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if function is F.multi_head_attention_forward:
             if kwargs.get("need_weights", True):
-                raise _NoRule(self.model, "multi_head_attention_forward(need_weights=True)")
+                raise self._no_rule("multi_head_attention_forward(need_weights=True)")
             with attending_by(lambda *a, **kw: self._apply(_FUSED, a, kw)):
                 return function(*args, **kwargs)
         live = args[1:] if name in ("mul_", "div_") else args  # in place, by a weight: linear
         if self._refuses(name) and any(isinstance(x, Tensor) and x.requires_grad for x in live):
-            raise _NoRule(self.model, name)
+            raise self._no_rule(name)
         return self._apply(function, args, kwargs)
+
+    def _no_rule(self, name: str) -> _NoRule:
+        message = f"backbone: {self.model} calls {name}; attn_lrp has no rule for it"
+        return _NoRule(name, message)
 
     def _refuses(self, name: str) -> bool:
         return name in _REFUSED or (name in _FEATURES and not self._of_mechanism)
