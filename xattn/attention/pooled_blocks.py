@@ -75,7 +75,7 @@ class PooledBlocks:
         if self.ended is None:
             return SoftmaxOperator(inputs.q, keys, inputs.scale, backend=backend)
         columns = torch.arange(keys.shape[2], device=keys.device)
-        piece = Piece(inputs.q, (replace(self.ended, k=keys),), (columns,))
+        piece = Piece(inputs.q, (replace(self.ended, k=keys),), (columns,), padded=False)
         return SegmentsOperator([piece], None, len(columns), inputs.scale, backend)
 
     def choose(
