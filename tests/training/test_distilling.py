@@ -307,6 +307,11 @@ def command(vit, photos, tmp_path):
     return network, ["distill", *network, "--data", str(photos), *agent, *train]
 
 
+def loaded_backbone(network, folder):
+    backbone = xattn.load_backbone(network[1], network[3], input_size=64)
+    return xattn.load_conversion(folder, backbone)
+
+
 def test_the_command_trains_and_other_jobs_load_the_folder(command, photos, tmp_path, capsys):
     network, distill = command
     assert main([*distill, "--output", str(tmp_path / "run")]) == 0
@@ -315,6 +320,13 @@ def test_the_command_trains_and_other_jobs_load_the_folder(command, photos, tmp_
     folder = str(tmp_path / "run" / "conversion")
     out = ["--output", str(tmp_path / "pack"), "--explainer", "raw_attention"]
     assert main(["explain", str(photos), *network, "--mechanism", folder, *out]) == 0
+    head = xattn.create_head("ttame", loaded_backbone(network, folder))
+    xattn.save_head(head, tmp_path / "head")
+    explain = ["explain", str(photos), *network, "--head", str(tmp_path / "head")]
+    assert main([*explain, "--mechanism", folder, *out[:2]]) == 0
+    untrained = ["--mechanism", "agent:agents=4,window=[4,4]", "--layers", "2-3"]
+    assert main([*explain, *untrained, *out[:2]]) == 2
+    assert "trained on, such as --mechanism FOLDER of xattn distill" in capsys.readouterr().err
     for wrong, message in (
         (["--mechanism", folder, "--layers", "1"], "layers: got 1; "),
         (

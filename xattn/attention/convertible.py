@@ -59,16 +59,8 @@ class _Attended(NamedTuple):
     @classmethod
     def of(cls, call: Call) -> _Attended:
         operator = call.operator
-        bias = getattr(operator, "bias", None)
-        causal = operator.causal or (bias is not None and _hides_later_keys(bias))
-        masked = bias is not None and not causal
-        return cls(operator.shape, call.value.shape[-1], masked, causal)
-
-
-def _hides_later_keys(bias: Tensor) -> bool:
-    """Whether ``bias`` (..., N, S) is nothing but a causal mask."""
-    later = torch.full(bias.shape[-2:], -torch.inf, device=bias.device, dtype=bias.dtype).triu(1)
-    return bool((bias == later).all())
+        masked = getattr(operator, "bias", None) is not None
+        return cls(operator.shape, call.value.shape[-1], masked, operator.causal)
 
 
 def check(

@@ -414,10 +414,11 @@ def _read_head(folder: Path, backbone: Backbone) -> Head:
     wanted = config["backbone"]
     _check_conversion(folder, wanted, backbone)
     if wanted["sha256"] != backbone.fingerprint:
+        distilled = ", such as --mechanism FOLDER of xattn distill" if backbone.conversion else ""
         raise ValueError(
             f"head: {folder.name} was trained on {wanted.get('name')} with weights sha256 "
             f"{wanted['sha256']}, the backbone {backbone.name} has {backbone.fingerprint}; "
-            f"load the backbone it was trained on"
+            f"load the backbone it was trained on{distilled}"
         )
     if tuple(wanted.get("taps", backbone.taps)) != backbone.taps:
         raise ValueError(

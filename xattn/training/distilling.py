@@ -1,6 +1,6 @@
 """``distill``: train the mechanism of a converted network to attend as the softmax that it replaces.
 
-    L = mean over layers of   w |y' - y|^2 / |y|^2  -  mean_i sum_j P_ij ln A_ij  +  own losses
+    L = mean over layers and photos of   w |y' - y|^2 / |y|^2  -  mean_i sum_j P_ij ln A_ij  +  own losses
 
 y and P are outputs and sampled rows of the trained softmax, y' and A those of the mechanism, for the
 tokens that reach the layer in the network as it was trained, so all layers learn in one pass. Rows are
@@ -276,8 +276,10 @@ def layer_losses(
         inputs = passes[i].inputs(grid, teacher.prefix_tokens)
         target, softmax = passes[i].call.output.float(), passes[i].call.operator
         found = attended(student.mechanism(i), inputs)
-        difference = F.mse_loss(found.output.float(), target)
-        outputs = outputs + difference / target.square().mean().clamp_min(1e-12)
+        difference, size = (
+            x.square().flatten(1).mean(1) for x in (found.output.float() - target, target)
+        )
+        outputs = outputs + (difference / size.clamp_min(1e-12)).mean()
         operator = found.operator
         if config.rows and operator.stochastic and not operator.signed:
             index = sampled_rows(operator.shape[2], config.rows, config.seed, step)
