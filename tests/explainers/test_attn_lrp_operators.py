@@ -29,6 +29,7 @@ from xattn.explainers import create_explainer
 from xattn.explainers.attn_lrp_functions import Rules
 from xattn.explainers.attn_lrp_operators import depends, times
 from xattn.explaining.provenance import protocol_of
+from xattn.kernels.causal_product import causal_product
 from xattn.kernels.pooling import softmax_pooling
 
 B, H, D = 2, 3, 4
@@ -523,4 +524,16 @@ def test_pooling_in_one_op_has_the_relevance_of_the_products_written_out(live):
         y = softmax_pooling(x["q"], x["k"], x["v"], x["b"], scale=0.5)[0]
         scores = 0.5 * (x["q"] @ x["k"].mT) + x["b"]
         by_hand = scores.softmax(-1) @ x["v"][:, 0]
+    assert torch.allclose(y, by_hand) and same_gradients(y, by_hand, leaves, dy)
+
+
+@pytest.mark.parametrize("live", ["lrx", "lr", "lx", "x", "r"])
+def test_causal_products_in_one_op_are_shared_as_products_written_out(live):
+    shapes = {"l": (B, 9, 5), "r": (B, 9, 5), "x": (B, 9, 4)}
+    t = {n: draw(*s, seed=i).detach() for i, (n, s) in enumerate(shapes.items())}
+    leaves = [t[n].requires_grad_() for n in live]
+    with Rules("toy"):
+        y = causal_product(t["l"], t["r"], t["x"])
+        by_hand = (t["l"] @ t["r"].mT).tril() @ t["x"]
+    dy = draw(B, 9, 4, seed=5).detach()
     assert torch.allclose(y, by_hand) and same_gradients(y, by_hand, leaves, dy)

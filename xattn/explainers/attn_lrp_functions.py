@@ -44,21 +44,25 @@ def _attention(
     return function(q, k, share(value, 0.5), *args, **kw)
 
 
-def _pooling(
-    function: Callable[..., Any],
-    query: Tensor | None,
-    key: Tensor | None,
-    value: Tensor,
-    bias: Tensor | None,
-    *args: Any,
-) -> Any:
-    """As the products that a head would write out: learned queries are weights, and get nothing."""
+def _pooling(function: Callable[..., Any], *given: Any) -> Any:
+    return function(*_attended(*given[:4]), *given[4:])
+
+
+def _causal_product(function: Callable[..., Any], *given: Any) -> Any:
+    return function(*_attended(*given[:3])[:3], *given[3:])
+
+
+def _attended(
+    query: Tensor | None, key: Tensor | None, value: Tensor, bias: Tensor | None = None
+) -> list[Tensor | None]:
+    """Factors of A V as the products written out would share them: what is learned gets nothing."""
     read = [x is not None and x.requires_grad for x in (query, key)]
     scored = any(read) or (bias is not None and bias.requires_grad)
     part = 0.5 if scored and value.requires_grad else 1.0
-    parts = (part / max(1, sum(read)), part / max(1, sum(read)), part, part)
-    tensors = zip((query, key, value, bias), parts, strict=True)
-    return function(*(x if x is None else share(x, part) for x, part in tensors), *args)
+    own = part / max(1, sum(read))
+    tensors = (query, key, value, bias)
+    parts = (own, own, part, part)
+    return [None if x is None else share(x, p) for x, p in zip(tensors, parts, strict=True)]
 
 
 def _product(function: Callable[..., Any], *args: Any, **kw: Any) -> Any:
@@ -155,7 +159,8 @@ _FUSED = F.scaled_dot_product_attention
 _ATTENTION = ("scaled_dot_product_attention", "softmax_forward", "block_sparse_forward")
 _RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(_ATTENTION, _attention),  # the last two are ops of xattn.kernels
-    "pooling_forward": _pooling,  # too
+    "pooling_forward": _pooling,  # these, too
+    "causal_product": _causal_product,
     **dict.fromkeys(
         "mul multiply matmul bmm mm mv einsum inner outer dot tensordot __rmatmul__".split(),
         _product,
