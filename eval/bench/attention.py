@@ -23,11 +23,11 @@ from xattn.attention import (
     Blocks,
     Inputs,
     Segment,
-    attend,
     create_mechanism,
     list_attention,
     mechanism_class,
 )
+from xattn.attention.lowering import attend_output
 from xattn.eval.bench.tensor_memory import peak_memory
 from xattn.eval.bench.timing import Job, median_ratio
 from xattn.eval.bench.timing import times as measure
@@ -137,7 +137,7 @@ def jobs(
         order = torch.rand(1, HEADS, count, count, generator=generator).argsort(dim=-1)
         blocks = Blocks(order[..., :s].int().contiguous().to(device), BLOCK, BLOCK)
         made[f"block lists S={s}"] = pair(
-            lambda q, k, v, blocks=blocks: attend(q, [Segment(k, v, blocks)])[0]
+            lambda q, k, v, blocks=blocks: attend_output(q, [Segment(k, v, blocks)])
         )
         visited[f"block lists S={s}"] = float(n * s * BLOCK)
     return made, visited

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.attention.inputs import spread_heads, to_heads
-from xattn.attention.lowering import attend
+from xattn.attention.lowering import attend, attend_output
 from xattn.attention.operator import Operator, products
 from xattn.attention.segments import Segment, visible
 from xattn.kernels.softmax.reference import widen
@@ -41,7 +40,7 @@ class SegmentsOperator(Operator):
         keys: S, the number of tokens that can be seen.
         scale, backend: as in :func:`attend`.
         every_row: whether every row is known to see a key, so that under "auto" PyTorch's own
-            attention may answer for a single dense segment.
+            attention may answer for a single dense segment with a bias.
         causal: whether the pieces are known to hide later keys.
     """
 
@@ -64,7 +63,6 @@ class SegmentsOperator(Operator):
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.backend = backend
         self._places, self._every_row = places, every_row
-        self._alone = self._only_segment() if every_row and backend == "auto" else None
         queries = sum(p.q.shape[2] for p in self.pieces) if places is None else len(places)
         self.shape = (q.shape[0], q.shape[1], queries, keys)
 
@@ -83,41 +81,37 @@ class SegmentsOperator(Operator):
         return total
 
     def matvec(self, x: Tensor) -> Tensor:
-        s = self._alone
-        if s is None:
-            return self.attend(x)[0]
-        (piece,) = self.pieces
-        bias = None if s.bias is None else s.bias[:, :, None, :]
-        k, v = spread_heads(s.k, self.shape[1]), spread_heads(x, self.shape[1])
-        v = _take(v, piece.columns[0], piece.padded)
-        return F.scaled_dot_product_attention(piece.q, k, v, attn_mask=bias, scale=self.scale)
+        parts = [
+            attend_output(
+                piece.q,
+                self._segments(piece, x),
+                scale=self.scale,
+                backend=self.backend,
+                every_row=self._every_row,
+            )
+            for piece in self.pieces
+        ]
+        return self._in_order(parts)
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(A X, log-sum-exp) in the order of the tokens."""
-        parts = [self._attend(piece, x) for piece in self.pieces]
-        o, lse = (
-            parts[0] if len(parts) == 1 else (torch.cat(p, 2) for p in zip(*parts, strict=True))
-        )
-        if self._places is None:
-            return o, lse
-        return o.index_select(2, self._places), lse.index_select(2, self._places)
+        parts = [
+            attend(piece.q, self._segments(piece, x), scale=self.scale, backend=self.backend)
+            for piece in self.pieces
+        ]
+        return self._in_order([o for o, _ in parts]), self._in_order([lse for _, lse in parts])
 
-    def _only_segment(self) -> Segment | None:
-        """The segment, if there is just one, dense and without a learned bias."""
-        segments = [s for piece in self.pieces for s in piece.segments]
-        s = segments[0]
-        sparse = len(segments) > 1 or s.blocks is not None or s.rule is not None
-        learned = s.bias is not None and torch.is_grad_enabled() and s.bias.requires_grad
-        return None if sparse or learned or self._places is not None else s
+    def _in_order(self, parts: Sequence[Tensor]) -> Tensor:
+        whole = parts[0] if len(parts) == 1 else torch.cat(tuple(parts), 2)
+        return whole if self._places is None else whole.index_select(2, self._places)
 
-    def _attend(self, piece: Piece, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _segments(self, piece: Piece, x: Tensor) -> list[Segment]:
         heads = max(x.shape[1], *(s.k.shape[1] for s in piece.segments))  # H, or Hk for all
         x = spread_heads(x, heads)
-        segments = [
+        return [
             replace(_with_heads(s, heads), v=_take(x, columns, piece.padded))
             for s, columns in zip(piece.segments, piece.columns, strict=True)
         ]
-        return attend(piece.q, segments, scale=self.scale, backend=self.backend)
 
     def rows(self, index: Tensor) -> Tensor:
         batch, heads, _, keys = self.shape
