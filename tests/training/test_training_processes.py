@@ -1,4 +1,4 @@
-"""Two processes train the head that one trains: every head of the registry, parameters and buffers."""
+"""Two processes train the head or mechanism that one trains: each parameter and buffer."""
 
 from __future__ import annotations
 
@@ -61,9 +61,10 @@ def states(tmp_path_factory):
     return one, *(torch.load(root / f"states-{rank}.pt") for rank in range(2))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "case"), [(d, case[0]) for d in TOLERANCES for case in job.cases(d)]
-)
+CASES = [(d, case[0]) for d in TOLERANCES for case in job.cases(d)]
+
+
+@pytest.mark.parametrize(("dtype", "case"), [*CASES, ("float64", "distill")])
 def test_two_processes_train_the_head_of_one(states, dtype, case):
     """Each tensor differs by at most 1e-4 (float32) or 1e-6 (float64) of its largest number. Tensors
     below 0.01, such as biases that the next norm takes out again, count as 0.01: they are rounding."""

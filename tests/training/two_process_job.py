@@ -1,10 +1,11 @@
-"""Train every head of the registry, in one process or as one of two that torchrun started.
+"""Train every head of the registry and a converted network, in one process or as one of two that torchrun started.
 
 python two_process_job.py FOLDER      the folder that the test made: weights, photos
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import get_args
 import torch
 
 import xattn
-from xattn.config import AttentionTraining, ProbeConfig, TrainConfig
+from xattn.config import AttentionTraining, DistillConfig, ProbeConfig, TrainConfig
 from xattn.heads import AttentiveHead, MemeTector, create_head, head_class, head_entry, list_heads
 from xattn.training import fit
+from xattn.training.distilling import distill
 from xattn.training.features import cache_features
 from xattn.training.probe import probe
 
@@ -59,6 +61,19 @@ def cases(dtype):
             anchors = {"reliability": {"anchors": 2}}
             config = ProbeConfig(**probing, attention=attention)
             yield f"probe-anchors-{attention}", "efficient_probe", anchors, config, "features"
+
+
+def distilled(vit, folder, processes):
+    """State of a distilled network."""
+    size = BATCH // processes
+    config = DistillConfig(batch_size=size, workers=0, epochs=2, finetune="lora", finetune_epochs=1)
+    photos, options = sorted(folder.iterdir()), {"agents": 4, "window": [4, 4]}
+    kept = photos[:2]
+    result = distill(
+        vit, "agent", "2-3", options, data=photos, validation=kept, config=config, progress=False
+    )
+    assert result.steps >= 5 and len(result.skipped) == 1
+    return result.backbone.model.state_dict()
 
 
 def trained(root: Path, processes: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -107,6 +122,7 @@ def trained(root: Path, processes: int) -> dict[str, dict[str, torch.Tensor]]:
                 result = fit(head, backbone, photos, config, progress=False)
             assert result.steps >= 5, (case, result.steps)
             states[f"{case}-{kind}"] = head.state_dict()
+    states["distill-float64"] = distilled(copy.deepcopy(vit).double(), root / "photos", processes)
     return states
 
 
