@@ -266,6 +266,10 @@ def test_one_photo_of_ten_is_measured_on_and_not_trained_on(photos):
             {"name": "softmax", "options": None},
             "name: softmax has no parameters, so there is nothing",
         ),
+        (
+            {"name": "gna", "options": {"kernel": 2}},
+            "use it as it is (--mechanism gna:kernel=2), or",
+        ),
         ({"name": "agentt"}, "unknown attention 'agentt'"),
         ({"data": "nowhere/"}, "nowhere"),
         ({"data": []}, "data: got an empty list"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from xattn.attention.base import Mechanism
-from xattn.attention.conversion import Conversion
+from xattn.attention.conversion import Conversion, format_mechanism
 from xattn.backbone import Backbone
 from xattn.backbone.conversion import UPDATE_SCALE, converted
 from xattn.config import DistillConfig
@@ -74,9 +74,10 @@ class Student(nn.Module):
         for parameter in self.parameters():
             parameter.requires_grad_(True)
         if not any(True for _ in self.parameters()):
+            own = format_mechanism(name, self.conversion.options)
             raise ValueError(
                 f"name: {name} has no parameters, so there is nothing to train; use it as it is "
-                f"(--mechanism {name}), or train the network around it (--finetune lora)"
+                f"(--mechanism {own}), or train the network around it (--finetune lora)"
             )
 
     def _add_updates(self, rank: int) -> None:
