@@ -118,7 +118,7 @@ def _(q, k, v, bias, scale, backend):  # type: ignore[no-untyped-def]
     queries = (bias if q is None else q).shape[1]
     shape = v.shape[0], queries, v.shape[2]
     lse = v.new_empty(shape[:2], dtype=wide)
-    kept = v.new_empty((0,) if q is None else shape, dtype=wide)
+    kept = v.new_empty((0,) if q is None and backend == "triton" else shape, dtype=wide)
     return v.new_empty(*shape[:2], v.shape[3]), lse, kept
 
 

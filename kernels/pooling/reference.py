@@ -46,10 +46,10 @@ def pooled(p: Tensor, v: Tensor) -> Tensor:
 def forward(
     q: Tensor | None, k: Tensor | None, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o, lse and the scores, an empty tensor where they are the bias."""
+    """o, lse, and what the backward pass keeps: here the weights."""
     s = scores(q, k, bias, scale).to(widen(v).dtype)
     p, lse = normalise(s)
-    return pooled(p, widen(v)).to(v.dtype), lse, s.new_empty(0) if q is None else s
+    return pooled(p, widen(v)).to(v.dtype), lse, p
 
 
 def backward(
@@ -65,10 +65,9 @@ def backward(
     scale: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v and bias, None for those that are not ``wanted``; ``kept`` are the scores
-    of :func:`forward`, which the definition computes again."""
-    s = scores(q, k, bias, scale).to(widen(v).dtype)
-    return gradients(normalise(s)[0], grad, delta(grad, grad_lse, o), q, k, v, bias, scale, wanted)
+    """Gradients of q, k, v and bias, None for those that are not ``wanted``; ``kept`` as
+    :func:`forward` returned it."""
+    return gradients(kept, grad, delta(grad, grad_lse, o), q, k, v, bias, scale, wanted)
 
 
 def second(

@@ -152,6 +152,7 @@ def spread_kernel(
 def forward(
     q: Tensor | None, k: Tensor | None, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """o, lse and the scores, an empty tensor where they are the bias."""
     if _lacks_bfloat16(v):
         o, lse, kept = forward(_float(q), _float(k), v.float(), bias, scale)
         return o.to(v.dtype), lse, kept
