@@ -220,3 +220,12 @@ def test_a_probe_with_a_mixer_is_exported(mixer, tmp_path):
     backbone = vit()
     head = make("efficient_probe", backbone, mixer=mixer, **MIXERS[mixer])
     export(probed(backbone, head), head, tmp_path / "h.pt2")
+
+
+def test_the_balance_loss_of_a_router_reaches_training():
+    head = create_head("gap", vit(), mixer="moh", mixer_options={"num_heads": 4}).train()
+    head.attend(random_tokens(head))
+    loss = head.auxiliary_loss()
+    assert loss > 0 and loss.requires_grad
+    loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in head.mixer.parameters())
