@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from xattn.attention import Blocks, Inputs, Pattern, pattern_operator, select, tile_order
+from xattn.attention import (
+    Blocks,
+    Inputs,
+    Pattern,
+    SegmentsOperator,
+    SoftmaxOperator,
+    pattern_operator,
+    select,
+    tile_order,
+)
 from xattn.attention.pooled_blocks import pooled_blocks
 
 BATCH, HEADS, WIDTH = 2, 4, 8
@@ -161,6 +170,14 @@ def test_values_of_blocks_reach_their_tokens():
     lists = torch.tensor([[0, 2, -1], [1, 2, 5], [2, -1, -1], [0, 1, 2]], dtype=torch.int32)
     share = blocks.frequency(Blocks(lists[None, None], 9, 9))
     assert torch.equal(share, torch.tensor([[[0.5, 0.5, 1.0, 0.0, 0.0, 0.25]]]))
+
+
+def test_lists_of_one_call_are_gathered_and_only_those_of_single_queries_become_a_mask():
+    for causal, kind in ((False, SegmentsOperator), (True, SoftmaxOperator)):
+        blocks = pooled_blocks((24,), 4, 4, 4, 0, causal)
+        asked = inputs(24, HEADS, causal=causal)
+        chosen = blocks.choose(asked, pooled_keys(blocks, asked), 2)
+        assert type(pattern_operator(asked, blocks.pattern(chosen))) is kind
 
 
 def test_tiles_of_a_grid_that_should_overlap_are_refused():

@@ -103,16 +103,18 @@ def _attend(q: Tensor, s: Segment, scale: float | None, backend: str) -> tuple[T
     )
 
 
-def mask_is_faster(q: Tensor, keys: int, blocks: Blocks, backend: str) -> bool:
+def mask_is_faster(q: Tensor, keys: int, blocks: Blocks, backend: str, fixed: bool) -> bool:
     """Whether dense attention with a stored mask beats gathering the listed keys.
 
     Never on a GPU, with a backend of the caller's choice, or above 2048 keys, where the mask would
     take too much memory. Lists of single queries share no gathered key, so they need longer inputs.
+    Of other lists a mask has to be ``fixed``, made once: to make one takes longer than to gather.
     """
     if backend != "auto" or q.device.type != "cpu" or keys > DENSE:
         return False
-    read = blocks.index.shape[-1] * blocks.k_block
-    return keys < SMALL or 3 * read > keys or blocks.q_block == 1
+    if blocks.q_block == 1:
+        return True
+    return fixed and (keys < SMALL or 3 * blocks.index.shape[-1] * blocks.k_block > keys)
 
 
 def bands_are_faster(q: Tensor, keys: int, backend: str) -> bool:
@@ -121,5 +123,8 @@ def bands_are_faster(q: Tensor, keys: int, backend: str) -> bool:
 
 
 def reads_all(k: Tensor, blocks: Blocks) -> bool:
-    """Whether every list holds every block; False on a GPU, where looking would stall the stream."""
-    return k.device.type == "cpu" and blocks.holds_all(-(-k.shape[2] // blocks.k_block))
+    """Whether every list holds every block; False on a GPU, where looking would stall the stream, and
+    in compiled code, which cannot look."""
+    if k.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return blocks.holds_all(-(-k.shape[2] // blocks.k_block))

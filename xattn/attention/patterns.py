@@ -52,7 +52,7 @@ def pattern_operator(
         mask, bands = _kept_mask(inputs, pattern)
         if bands:
             return _facts(BandedOperator(q, k, inputs.scale, mask, bands, prefix), inputs)
-    if mask_is_faster(q, k.shape[2], pattern.blocks, backend):
+    if mask_is_faster(q, k.shape[2], pattern.blocks, backend, pattern.fixed):
         mask = _kept_mask(inputs, pattern)[0] if pattern.fixed else _mask(inputs, pattern)
         return _facts(SoftmaxOperator(q, k, inputs.scale, mask, every_row=every_row), inputs)
     device, tokens = q.device, torch.arange(q.shape[2], device=q.device)
