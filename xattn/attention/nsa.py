@@ -41,8 +41,7 @@ START = (-2.0, -2.0, 2.0)  # of the gates' biases: training begins with what is 
     needs_tokens=True,
     cases=(
         {"block": 2, "selected": 2, "window": 3},
-        {"block": 2, "selected": 3, "window": 3, "backend": "cpu"},
-        {"block": 4, "selected": 2, "window": 3, "pooling": "conv"},
+        {"block": 4, "selected": 2, "window": 3, "pooling": "conv", "backend": "cpu"},
     ),
     bench=({"block": 8, "selected": 8, "window": 7},),
 )
