@@ -201,8 +201,8 @@ class DistillConfig:
     weight_decay: float = 0.0
     """Weight decay of tensors with two axes or more."""
     rows: int = 64
-    """Rows of attention in each head that are compared with the softmax's by cross-entropy; 0 leaves
-    them out."""
+    """Rows of attention in each head that are compared with the softmax's by their KL divergence; 0
+    leaves them out."""
     outputs: float = 1.0
     """Weight of the squared error of a layer's attention output, relative to the output."""
     finetune: Literal["none", "lora", "all"] = "none"

@@ -19,15 +19,14 @@ from safetensors.torch import load_file, save_file
 from small_networks import made
 
 import xattn
-from xattn.attention import SoftmaxOperator
 from xattn.backbone import converted, sha256
 from xattn.cli import main
 from xattn.photos.part import every_nth
 from xattn.photos.sources import open_photos
-from xattn.training.closeness import Closeness, closeness, row_kl
+from xattn.training.closeness import Closeness, closeness
 from xattn.training.distilling import learning_rate
 from xattn.training.student import Student
-from xattn.training.teacher_stream import attended, cross_entropy, layer_passes, sampled_rows
+from xattn.training.teacher_stream import attended, layer_passes, sampled_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENT = {"agents": 4, "window": [4, 4]}
@@ -93,17 +92,6 @@ def test_figures_do_not_depend_on_the_batches_and_can_be_read_back(vit, photos):
     assert one.error == pytest.approx(two.error, rel=1e-4)
     assert one.cosine == pytest.approx(two.cosine, rel=1e-5)
     assert Closeness.of_record(json.loads(json.dumps(one.record()))) == one
-
-
-def test_row_kl_is_that_of_the_rows():
-    g = torch.Generator().manual_seed(0)
-    q, k, r, s = torch.randn(4, 2, 3, 7, 4, generator=g)
-    one, two = SoftmaxOperator(q, k), SoftmaxOperator(r, s)
-    p, a = (x.rows(torch.arange(7)) for x in (one, two))
-    expected = torch.nn.functional.kl_div(a.log(), p, reduction="none").sum(-1)
-    assert torch.allclose(row_kl(one, two, chunk=3), expected, atol=1e-5)
-    entropy = -(p * p.log()).sum(-1).mean()
-    assert torch.allclose(cross_entropy(p, a) - entropy, expected.mean(), atol=1e-5)
 
 
 @pytest.mark.parametrize("name, options", [("agent", AGENT), ("dma", {"window": 9})])

@@ -15,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention import Operator
+from xattn.attention.statistics import mean_row_divergence
 from xattn.backbone import Backbone
 from xattn.photos.base import Photos
 from xattn.training.data import TrainImages
 from xattn.training.teacher_stream import LayerPass, layer_passes
-
-LEAST = 1e-12  # of an entry of A in a logarithm
 
 
 @dataclass(frozen=True)
@@ -87,15 +85,6 @@ def comparison(before: Closeness, after: Closeness) -> list[str]:
 
 def _nats(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def row_kl(teacher: Operator, student: Operator, chunk: int = 64) -> Tensor:
-    """sum_j P_ij ln(P_ij / A_ij) of all rows, (B, H, N) in nats; 1e-12 stands for smaller A_ij."""
-    found = []
-    for index in torch.arange(teacher.shape[2], device=teacher.device).split(chunk):
-        p, a = teacher.rows(index).float(), student.rows(index).float()
-        found.append((torch.xlogy(p, p) - p * a.clamp_min(LEAST).log()).sum(-1))
-    return torch.cat(found, -1)
 
 
 @torch.no_grad()
@@ -171,8 +160,8 @@ class _Sums:
         if before is None or not operator.stochastic or operator.signed:
             self.kl[i] = None
             return
-        kl = row_kl(theirs.call.operator, operator)
-        self.kl[i] = before + float(kl.double().mean((1, 2)).sum())
+        kl = mean_row_divergence(theirs.call.operator, operator)
+        self.kl[i] = before + float(kl.mean(1).sum())
 
     def means(self, count: int, has_classes: bool) -> Closeness:
         layers = []

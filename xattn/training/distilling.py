@@ -1,6 +1,6 @@
 """``distill``: train the mechanism of a converted network to attend as the softmax that it replaces.
 
-    L = mean over layers and photos of   w |y' - y|^2 / |y|^2  -  mean_i sum_j P_ij ln A_ij  +  own losses
+    L = mean over layers and photos of   w |y' - y|^2 / |y|^2 + mean_i KL(P_i || A_i) + own losses
 
 y and P are outputs and sampled rows of the trained softmax, y' and A those of the mechanism, for the
 tokens that reach the layer in the network as it was trained, so all layers learn in one pass. Rows are
@@ -24,10 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.attention import record
+from xattn.attention.statistics import row_divergence
 from xattn.backbone import Backbone, load_backbone
 from xattn.backbone.conversion import save_conversion, with_trained
 from xattn.backbone.fingerprint import network_sha256
 from xattn.config import DistillConfig
+from xattn.kernels.softmax.reference import widen
 from xattn.photos.base import Data, Photos
 from xattn.photos.part import every_nth
 from xattn.photos.sources import open_photos
@@ -40,7 +42,6 @@ from xattn.training.run import Run, RunOptions
 from xattn.training.student import Student
 from xattn.training.teacher_stream import (
     attended,
-    cross_entropy,
     grid_of,
     layer_passes,
     sampled_rows,
@@ -274,17 +275,18 @@ def layer_losses(
     outputs, rows, own = zero, zero, zero
     for i in numbers:
         inputs = passes[i].inputs(grid, teacher.prefix_tokens)
-        target, softmax = passes[i].call.output.float(), passes[i].call.operator
+        target, softmax = widen(passes[i].call.output), passes[i].call.operator
         found = attended(student.mechanism(i), inputs)
         difference, size = (
-            x.square().flatten(1).mean(1) for x in (found.output.float() - target, target)
+            x.square().flatten(1).mean(1) for x in (widen(found.output) - target, target)
         )
         outputs = outputs + (difference / size.clamp_min(1e-12)).mean()
         operator = found.operator
         if config.rows and operator.stochastic and not operator.signed:
             index = sampled_rows(operator.shape[2], config.rows, config.seed, step)
             index = index.to(images.device)
-            rows = rows + cross_entropy(softmax.rows(index).float(), operator.rows(index).float())
+            given, own_rows = widen(softmax.rows(index)), widen(operator.rows(index))
+            rows = rows + row_divergence(given, own_rows).mean()
         own = own + sum(operator.aux.values(), zero)
     terms = {"outputs": outputs, "rows": rows, "own": own}
     terms = {name: term / len(numbers) for name, term in terms.items()}

@@ -107,8 +107,3 @@ def sampled_rows(tokens: int, most: int, seed: int, step: int) -> Tensor:
         return torch.arange(tokens, device="cpu")
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
     return torch.randperm(tokens, generator=generator, device="cpu")[:most].sort().values
-
-
-def cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
-    """- sum_j P_ij ln A_ij for rows P and A (..., S), the mean over all rows; 0 counts as 1e-12."""
-    return -(teacher * student.clamp_min(1e-12).log()).sum(-1).mean()
