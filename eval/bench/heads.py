@@ -11,7 +11,9 @@ tokens; in each round every job runs once, in turn, and ratios are taken within 
 
 Training steps of all heads, with N and batch as their tables say, have the classifier; "plain" is the
 same step with softmax pooling written out, scores, softmax and product. The last table is of a head with
-a mixer, one attention layer between tap and head.
+a mixer, one attention layer between tap and head. Times are those of the processor, all threads
+together: with one thread, what a wall clock shows on a quiet machine. Of pooling the wall clock is
+shown, too.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from xattn.backbone import load_backbone
 from xattn.eval.bench import pooling
 from xattn.eval.bench.operation_counts import macs
-from xattn.eval.bench.timing import Job, median_ratio, times
+from xattn.eval.bench.timing import Job, median_ratio, processor_clock, times
 from xattn.heads import AttentiveHead, Tokens, create_head, list_heads
 from xattn.heads.attended import Attended, pool_by, softmax
 from xattn.runtime.allocator import keep_memory
@@ -166,7 +168,7 @@ def bench(
 
 def _pooling_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[str]:
     jobs, counts = pooling_jobs(width, side, batch)
-    took = times(jobs, rounds, warmup=2)
+    took = times(jobs, rounds, 2, processor_clock())
     base = min((n for n in took if n.startswith(BASE)), key=lambda n: statistics.median(took[n]))
     for name in jobs:
         each = [b / a for a, b in zip(took[name], took[base], strict=True)]
@@ -188,7 +190,12 @@ def _head_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[str]:
             heads[name] = head.train()
     jobs = {name: training_step(head, batch, width, side) for name, head in heads.items()}
     pooling_by_op = [name for name, head in heads.items() if pools_by_op(head)]
-    took = times({**jobs, **{f"{n}, plain": written_out(jobs[n]) for n in pooling_by_op}}, rounds)
+    took = times(
+        {**jobs, **{f"{n}, plain": written_out(jobs[n]) for n in pooling_by_op}},
+        rounds,
+        1,
+        processor_clock(),
+    )
     for name in sorted(heads, key=lambda name: statistics.median(took[name])):
         head = heads[name]
         own = _parameters(head)
@@ -209,7 +216,7 @@ def _mixer_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[str]
             made = create_head(MIXED, backbone, mixer=mixer, mixer_options=options)
             heads[f"{MIXED}, {mixer}"] = made.train()
     jobs = {name: training_step(head, batch, width, side) for name, head in heads.items()}
-    took = times(jobs, rounds)
+    took = times(jobs, rounds, 1, processor_clock())
     for name, head in heads.items():
         cells = [name, f"{1e3 * statistics.median(took[name]):.1f}"]
         cells += [f"{median_ratio(took[name], took[MIXED]):.2f}x", f"{_parameters(head):,}"]
