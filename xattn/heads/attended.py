@@ -18,6 +18,8 @@ from torch import Tensor
 from xattn.kernels.pooling import softmax_pooling
 from xattn.kernels.softmax.reference import widen
 
+FEW = 2**22  # entries of values below which calling the op costs a CPU more than it saves
+
 
 class Tokens(NamedTuple):
     """What an attentive head reads: a (B, N, C_i) of every used tap, in row-major order of ``grid``
@@ -61,11 +63,17 @@ class Attended:
         return replace(self, source=scores)
 
     def pool(self) -> Tensor:
-        """softmax(s) v, (B, Q, V). A query that sees no token gives 0."""
+        """softmax(s) v, (B, Q, V), by the op. Written out in exported graphs, which have no custom
+        operators, and for few tokens on a CPU, unless every image has queries of its own."""
         v = self.values
         keyed = isinstance(self.source, Queries) and self.source.q.ndim == 3
-        if torch.compiler.is_compiling():
-            return pool_by(softmax(self.scores), v)  # exported graphs have no custom operators
+        few = (
+            v.device.type == "cpu"
+            and v.numel() <= FEW
+            and not (keyed and self.source[0].shape[0] > 1)
+        )
+        if few or torch.compiler.is_compiling():
+            return pool_by(softmax(self.scores), v)
         kind = v.dtype
         if torch.is_autocast_enabled(v.device.type):
             kind = torch.get_autocast_dtype(v.device.type)

@@ -21,7 +21,7 @@ def backbone():
 
 def test_a_ratio_is_the_median_over_rounds_within_each_round(monkeypatch):
     clock = iter([1, 2, 1, 3, 10, 50, 1, 4, 2, 2])  # base, job, base, job, ...: 2, 3, 5, 4, 1
-    monkeypatch.setattr(timing, "seconds_of", lambda job: next(clock))
+    monkeypatch.setattr(timing, "seconds_of", lambda job, _: next(clock))
     jobs = {"base": None, "job": None}
     assert timing.ratios(jobs, "base", rounds=3, warmup=2) == {"base": 1, "job": 4}
 
