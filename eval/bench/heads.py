@@ -43,7 +43,7 @@ BASE = "multi-head"
 STEPS = ((14, 16), (32, 4), (64, 2))  # sides and batches of training steps
 MIXED = "efficient_probe"
 HEAD_COLUMNS = (
-    "| head | ms | of efficient_probe | plain / op | parameters | with classifier "
+    "| head | ms | of efficient_probe | plain / head | parameters | with classifier "
     "| M MACs an image |"
 )
 MIXERS: dict[str, dict[str, Any]] = {"softmax": {}, "agent": {}, "gna": {"kernel": 7}}
