@@ -67,12 +67,7 @@ class Attended:
         operators, and for few tokens on a CPU, unless every image has queries of its own."""
         v = self.values
         keyed = isinstance(self.source, Queries) and self.source.q.ndim == 3
-        few = (
-            v.device.type == "cpu"
-            and v.numel() <= FEW
-            and not (keyed and self.source[0].shape[0] > 1)
-        )
-        if few or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._few(keyed):
             return pool_by(softmax(self.scores), v)
         kind = v.dtype
         if torch.is_autocast_enabled(v.device.type):
@@ -81,6 +76,12 @@ class Attended:
             q, k, scale = self.source
             return softmax_pooling(q.to(kind), k.to(kind), v.to(kind), scale=scale)[0]
         return softmax_pooling(None, None, v.to(kind), self.scores)[0]
+
+    def _few(self, keyed: bool) -> bool:
+        """Whether pooling written out is faster: a graph that is traced must not ask for sizes."""
+        if self.values.device.type != "cpu" or self.values.numel() > FEW:
+            return False
+        return not (keyed and self.source[0].shape[0] > 1)
 
 
 def softmax(scores: Tensor) -> Tensor:
