@@ -16,10 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from xattn.kernels.backend import HAS_TRITON, interpreted
 
 OPS = ("softmax", "block_sparse", "block_topk", "vecmat", "pooling")
 """Folders of ``xattn.kernels`` with Triton kernels; column_mass uses the one of vecmat."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WIDTHS = (16, 24, 32, 48, 64, 80, 96, 128)
+"""Of heads; tiles are padded to powers of two, so each tile is met full and with a masked rest."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Case:
 
     kernel: Any
     signature: dict[str, str]
-    """Argument name to type: "*bf16", "*fp32", "*i32", "i32", "i64", "fp32" or "constexpr"."""
+    """Argument name to type: "*bf16", "*fp16", "*fp32", "*i32", "i32", "i64", "fp32" or "constexpr"."""
     constants: dict[str, Any]
     """Value of every constexpr."""
     num_warps: int
@@ -92,7 +98,7 @@ def make_case(
     """A case from the keyword arguments of a launch.
 
     Args:
-        kernel: arguments that end in ``_ptr`` are pointers to ``dtype`` ("bf16" or "fp32"), those
+        kernel: arguments that end in ``_ptr`` are pointers to ``dtype``, one of ``DTYPES``, those
             in ``wide`` to float32; ``scale`` is float32, and every other argument an int32.
         options: every constexpr and the launch options.
     """

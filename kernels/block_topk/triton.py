@@ -10,6 +10,7 @@ its log-sum-exp.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xattn.kernels.aot import Case, make_case
+from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.block_topk.cpu import sum_queries
 from xattn.kernels.block_topk.problem import Problem
-from xattn.kernels.softmax.triton import lacks_bfloat16, supported
+from xattn.kernels.softmax.triton import lacks_bfloat16, padded, supported
 
 BEYOND = tl.constexpr(2**30)  # above every candidate's number
 
@@ -252,32 +253,26 @@ def _check_supported(p: Problem) -> None:
 def compile_cases() -> Iterator[Case]:
     """The best 16 of 256 blocks for 256 query blocks, by sums, and by softmax with all options."""
     n = 16384
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for width in (64, 128):
-            for linear in (True, False):
-                blocks = 256 if linear else n // 16
-                q = torch.empty(1, 1, blocks if linear else n, width, dtype=dtype, device="meta")
-                options = _shapes(1, 64, q) | _tile(q, 16, linear)
-                size = dtype.itemsize
-                p = Problem(
-                    q, q, *([None if linear else q] * 3), 16, 64, "sum", not linear,
-                    [1, 1, 0] if linear else [5, 4, 1], "max", 1, 1.0, "triton",
-                )  # fmt: skip
-                extra = _options(p)
-                if linear:
-                    kind, work = "topk", 2.0 * 256 * blocks * width
-                else:
-                    kind, work = "topk-softmax", 2.0 * 5 * n * 256 * width
-                    yield _integers(make_case(
-                        lse_kernel, name, options | {"HAS_VISIBLE": True},
-                        f"block_topk lse {name} D={width}", 2.0 * n * blocks * width,
-                        float(size * width * (n + blocks)), wide=("lse_ptr",),
-                    ))  # fmt: skip
-                yield _integers(make_case(
-                    topk_kernel, name, options | extra, f"block_topk {kind} {name} D={width}",
-                    work, float(size * width * (q.shape[2] + blocks)),
-                    wide=("lse_ptr", "scores_ptr"),
-                ))  # fmt: skip
+    for (name, dtype), width, linear in product(DTYPES.items(), WIDTHS, (True, False)):
+        if name == "fp16" and linear:
+            continue
+        blocks, size = 256 if linear else n // 16, dtype.itemsize
+        q = torch.empty(1, 1, blocks if linear else n, width, dtype=dtype, device="meta")
+        options = _shapes(1, 64, q) | _tile(q, 16, linear)
+        lists = [None if linear else q] * 3
+        spread = [1, 1, 0] if linear else [5, 4, 1]
+        p = Problem(q, q, *lists, 16, 64, "sum", not linear, spread, "max", 1, 1.0, "triton")
+        kind, work = "topk", 2.0 * 256 * blocks * width
+        if not linear:
+            kind, work = "topk-softmax", 2.0 * 5 * n * 256 * width
+            yield _integers(make_case(
+                lse_kernel, name, options | {"HAS_VISIBLE": True}, f"block_topk lse {name} D={width}",
+                2.0 * n * blocks * width, float(size * width * (n + blocks)), wide=("lse_ptr",),
+            ))  # fmt: skip
+        yield _integers(make_case(
+            topk_kernel, name, options | _options(p), f"block_topk {kind} {name} D={width}",
+            work, float(size * width * (q.shape[2] + blocks)), wide=("lse_ptr", "scores_ptr"),
+        ))  # fmt: skip
 
 
 def _integers(case: Case) -> Case:
@@ -290,6 +285,10 @@ def _integers(case: Case) -> Case:
 _LSE = ("GROUP", "Q_BLOCK", "D", "WIDTH", "ROWS", "COLUMNS", "num_warps", "num_stages")
 
 
+# (single precision, padded width, linear): columns and warps, where the usual ones spill.
+_OTHER_TILES = {(False, 16, False): (64, 8), (True, 32, False): (64, 8)}
+
+
 def _tile(q: Tensor, s: int, linear: bool) -> dict[str, int]:
     """LISTS query blocks choose at a time from COLUMNS scores; ROWS queries enter a product."""
     single, wide = q.dtype == torch.float32, q.shape[-1] > 64
@@ -299,6 +298,7 @@ def _tile(q: Tensor, s: int, linear: bool) -> dict[str, int]:
         columns = 32 if wide else 64
     elif single:
         columns, warps = (16 if wide else 32), 8
+    columns, warps = _OTHER_TILES.get((single, padded(q.shape[-1]), linear), (columns, warps))
     slots = max(16, triton.next_power_of_2(s))
     lists = 16 if linear else 1
     return {
@@ -308,8 +308,8 @@ def _tile(q: Tensor, s: int, linear: bool) -> dict[str, int]:
 
 
 def _shapes(group: int, q_block: int, q: Tensor) -> dict[str, int]:
-    width = max(16, triton.next_power_of_2(q.shape[-1]))
-    return {"GROUP": group, "Q_BLOCK": q_block, "D": q.shape[-1], "WIDTH": width}
+    d = q.shape[-1]
+    return {"GROUP": group, "Q_BLOCK": q_block, "D": d, "WIDTH": padded(d)}
 
 
 def _options(p: Problem) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xattn.kernels.backend import choose, own_precision
 from xattn.kernels.causal_product import cpu, reference
+from xattn.kernels.op import define
 
 
 def causal_product(
@@ -65,15 +66,17 @@ def _check(left: Tensor, right: Tensor, x: Tensor) -> None:
         raise ValueError(f"x: got shape {tuple(x.shape)}; left needs ({needed}, m)")
 
 
-@torch.library.custom_op("xattn::causal_product", mutates_args=())
 def _product(left: Tensor, right: Tensor, x: Tensor, reverse: bool, backend: str) -> Tensor:
     with own_precision(x):
         return (reference if backend == "reference" else cpu).forward(left, right, x, reverse)
 
 
-@_product.register_fake
-def _(left, right, x, reverse, backend):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape)
+define(
+    "xattn::causal_product",
+    "(Tensor left, Tensor right, Tensor x, bool reverse, str backend) -> Tensor",
+    _product,
+    lambda left, right, x, reverse, backend: x.new_empty(x.shape),
+)
 
 
 def _setup(ctx: Any, inputs: Any, output: Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from xattn.kernels.backend import choose, own_precision
+from xattn.kernels.op import define
 from xattn.kernels.pooling import cpu, reference
 from xattn.kernels.softmax.reference import widen
 
@@ -99,21 +100,12 @@ def _path(backend: str) -> Any:
     return reference if backend == "reference" else cpu
 
 
-@torch.library.custom_op(
-    "xattn::pooling_forward",
-    mutates_args=(),
-    schema=(
-        "(Tensor? q, Tensor? k, Tensor v, Tensor? bias, float scale, str backend) "
-        "-> (Tensor, Tensor, Tensor)"
-    ),
-)
 def _forward(q, k, v, bias, scale, backend):  # type: ignore[no-untyped-def]
     with own_precision(v):
         return tuple(x.contiguous() for x in _path(backend).forward(q, k, v, bias, scale))
 
 
-@_forward.register_fake
-def _(q, k, v, bias, scale, backend):  # type: ignore[no-untyped-def]
+def _empty(q, k, v, bias, scale, backend):  # type: ignore[no-untyped-def]
     wide = widen(v.new_empty(0)).dtype
     queries = (bias if q is None else q).shape[1]
     shape = v.shape[0], queries, v.shape[2]
@@ -122,27 +114,34 @@ def _(q, k, v, bias, scale, backend):  # type: ignore[no-untyped-def]
     return v.new_empty(*shape[:2], v.shape[3]), lse, kept
 
 
-@torch.library.custom_op(
-    "xattn::pooling_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad, Tensor? grad_lse, Tensor? q, Tensor? k, Tensor v, Tensor? bias, Tensor o, "
-        "Tensor lse, Tensor kept, float scale, bool[] wanted, str backend) "
-        "-> (Tensor, Tensor, Tensor, Tensor)"
-    ),
-)
 def _backward(grad, grad_lse, q, k, v, bias, o, lse, kept, scale, wanted, backend):  # type: ignore[no-untyped-def]
     with own_precision(v):
         grads = _path(backend).backward(grad, grad_lse, q, k, v, bias, o, lse, kept, scale, wanted)
     return tuple(v.new_empty(0) if x is None else x.contiguous() for x in grads)
 
 
-@_backward.register_fake
-def _(grad, grad_lse, q, k, v, bias, o, lse, kept, scale, wanted, backend):  # type: ignore[no-untyped-def]
+def _empty_gradients(grad, grad_lse, q, k, v, bias, o, lse, kept, scale, wanted, backend):  # type: ignore[no-untyped-def]
     inputs = zip((q, k, v, bias), wanted, strict=True)
     return tuple(
         x.new_empty(x.shape) if want and x is not None else v.new_empty(0) for x, want in inputs
     )
+
+
+define(
+    "xattn::pooling_forward",
+    "(Tensor? q, Tensor? k, Tensor v, Tensor? bias, float scale, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _forward,
+    _empty,
+)
+define(
+    "xattn::pooling_backward",
+    "(Tensor grad, Tensor? grad_lse, Tensor? q, Tensor? k, Tensor v, Tensor? bias, Tensor o, "
+    "Tensor lse, Tensor kept, float scale, bool[] wanted, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _empty_gradients,
+)
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:

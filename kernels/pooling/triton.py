@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import Case, make_case
-from xattn.kernels.backend import interpreted
 from xattn.kernels.softmax.reference import delta
+from xattn.kernels.softmax.triton import lacks_bfloat16
 
 # Of a tile; with 8 warps no kernel spills on sm_80 and sm_90, see compile_cases. Not timed on a GPU.
 TOKENS, WIDTH = 64, 64
@@ -153,7 +153,7 @@ def forward(
     q: Tensor | None, k: Tensor | None, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, lse and the scores, an empty tensor where they are the bias."""
-    if _lacks_bfloat16(v):
+    if lacks_bfloat16(v):
         o, lse, kept = forward(_float(q), _float(k), v.float(), bias, scale)
         return o.to(v.dtype), lse, kept
     v = _supported(v).contiguous()
@@ -185,7 +185,7 @@ def backward(
     scale: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    if _lacks_bfloat16(v):
+    if lacks_bfloat16(v):
         wide = grad.float(), grad_lse, _float(q), _float(k), v.float()
         grads = backward(*wide, bias, o, lse, kept, scale, wanted)
         return *(None if x is None else x.to(v.dtype) for x in grads[:3]), grads[3]
@@ -265,11 +265,6 @@ def _supported(x: Tensor) -> Tensor:
             f"backend='cpu'"
         )
     return x
-
-
-def _lacks_bfloat16(x: Tensor) -> bool:
-    """Whether ``x`` is bfloat16 in Triton's interpreter, which multiplies its bits as integers."""
-    return interpreted() and x.dtype == torch.bfloat16
 
 
 def _float(x: Tensor | None) -> Tensor | None:

@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xattn.kernels.aot import Case, make_case
+from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.softmax.triton import (
     lacks_bfloat16,
     load_tile,
+    padded,
     sizes,
     softmax_weights,
     supported,
@@ -32,6 +33,13 @@ from xattn.kernels.vecmat.problem import Problem
 # Half precision or not: queries and keys per tile, warps, stages. No spills on sm_80 and sm_90 for one
 # row or many, with gradient and bias, see compile_cases; not timed on a GPU.
 TILES = {True: (64, 64, 4, 2), False: (32, 32, 8, 2)}
+# (half precision, padded width, gradient, one row, bias, causal): the same, where that one spills.
+OTHER_TILES = {
+    (True, 64, False, True, False, False): (64, 64, 8, 2),
+    (True, 32, True, True, False, False): (64, 32, 4, 2),
+    (True, 32, True, False, False, False): (64, 64, 8, 2),
+    (True, 64, True, False, True, False): (64, 64, 8, 2),
+}
 
 
 @triton.jit
@@ -102,16 +110,17 @@ def options(
     d: int, dv: int, half: bool, bias: bool, r: int, causal: bool = False
 ) -> dict[str, Any]:
     """Shapes, tile and launch options for heads of width d and values of width dv (0: no gradient)."""
-    rows, columns, warps, stages = TILES[half]
+    width, width_v, gradient = padded(d), padded(dv), dv > 0
+    kind = half, min(128, max(width, width_v)), gradient, r == 1, bias, causal
+    rows, columns, warps, stages = OTHER_TILES.get(kind, TILES[half])
     if half and bias and causal:
         warps = 8
-    width, width_v = (max(16, triton.next_power_of_2(x)) for x in (d, dv))
     return {
         "D": d, "DV": dv, "WIDTH": width, "WIDTH_V": width_v, "ROWS": rows, "COLUMNS": columns,
         # A single line is summed; more form a product of at least 16. In half precision, three tensor
         # core products are as exact as float32 and faster than the float32 units.
         "LINES": 1 if r == 1 else 16, "PRECISION": "tf32x3" if half else "ieee",
-        "GROUP": 1, "HAS_BIAS": bias, "CAUSAL": causal, "GRADIENT": dv > 0,
+        "GROUP": 1, "HAS_BIAS": bias, "CAUSAL": causal, "GRADIENT": gradient,
         "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
     }  # fmt: skip
 
@@ -129,12 +138,14 @@ def compile_cases() -> Iterator[Case]:
         (True, 16, True, False),
         (True, 16, True, True),
     )
-    for (gradient, r, bias, causal), dtype, d in product(kinds, ("bf16", "fp32"), (64, 128)):
-        size, share = 2 if dtype == "bf16" else 4, 0.5 if causal else 1.0
+    for (gradient, r, bias, causal), dtype, d in product(kinds, DTYPES, WIDTHS):
+        if dtype == "fp16" and not (bias and causal):
+            continue
+        size, share = 4 if dtype == "fp32" else 2, 0.5 if causal else 1.0
         yield make_case(
             vecmat_kernel,
             dtype,
-            options(d, d if gradient else 0, dtype == "bf16", bias, r, causal),
+            options(d, d if gradient else 0, dtype != "fp32", bias, r, causal),
             f"{'gradient_' if gradient else ''}vecmat {dtype} D={d} R={r}{' bias' if bias else ''}"
             f"{' causal' if causal else ''}",
             operations=2.0 * heads * n * n * d * (1 + gradient) * share,
