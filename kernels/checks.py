@@ -19,11 +19,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor | None = None, causal: bool 
             continue
         if x.ndim != 4 or 0 in x.shape:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}; give (B, H, tokens, width)")
-        if x.dtype != q.dtype or x.device != q.device or not x.is_floating_point():
-            raise ValueError(
-                f"{name}: got {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; give floating "
-                f"point of one kind"
-            )
+        check_alike(name, x, "q", q)
     (batch, heads, n, width), (key_batch, key_heads, s, key_width) = q.shape, k.shape
     if key_batch != batch or key_width != width or heads % key_heads:
         raise ValueError(
@@ -55,6 +51,15 @@ def check_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> None:
 def broadcasts(x: Tensor, shape: Sequence[int]) -> bool:
     """Whether every dimension of ``x`` is 1 or that of ``shape``."""
     return x.ndim == len(shape) and all(a in (1, b) for a, b in zip(x.shape, shape, strict=True))
+
+
+def check_alike(name: str, x: Tensor, other: str, y: Tensor) -> None:
+    """``x`` in floating point, of the dtype and on the device of ``y``, whose name is ``other``."""
+    if x.dtype != y.dtype or x.device != y.device or not x.is_floating_point():
+        raise ValueError(
+            f"{name}: got {x.dtype} on {x.device}, {other} is {y.dtype} on {y.device}; give "
+            f"floating point of one kind"
+        )
 
 
 def check_floating(name: str, x: Tensor, q: Tensor) -> None:

@@ -7,8 +7,9 @@ arguments of ``torch.ops.xattn.<name>_forward``, whose schema is read from their
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 from xattn.kernels.backend import own_precision
 
 P = TypeVar("P", bound=NamedTuple)
+
+Derivative = Callable[[P, Sequence[Tensor | None], Collection[str]], dict[str, Tensor]]
+"""(problem, gradients of the outputs, fields that are wanted) to gradients by field."""
 
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -35,39 +39,100 @@ def register(
     *,
     outputs: Sequence[str],
     empty: Callable[[P], Sequence[Tensor]],
+    kept: Sequence[str] = (),
     gradients: Sequence[str] = (),
+    backward: Derivative[P] | None = None,
+    second: Derivative[P] | None = None,
+    batched: bool = False,
     check: Callable[[P], None] | None = None,
 ) -> Callable[[P], Any]:
     """Make ``xattn::<name>_forward`` and, with gradients, ``xattn::<name>_backward``.
 
     The modules ``reference``, ``cpu`` and ``triton`` of ``xattn.kernels.<name>`` each have
 
-        forward(problem) -> outputs
+        forward(problem) -> outputs, then what is kept
         backward(problem, outputs, grads, wanted) -> gradients by field, for at least those in ``wanted``
 
-    and ``problem.backend`` names the one that runs. ``grads`` has None for an output that has no
-    gradient; the first output's is then zeros.
+    and ``problem.backend`` names the one that runs. ``backward`` gets all that ``forward`` returned.
+    ``grads`` has None for an output that has no gradient; the first output's is then zeros.
 
     Args:
         problem: the record, with its tensors first, a ``backend`` among the others.
         outputs: their names.
-        empty: new tensors of their shapes and dtypes, also for tensors without memory.
+        empty: new tensors like those that ``forward`` returns, also for tensors without memory.
+        kept: names of what is returned for the backward pass alone and has no gradient.
         gradients: the fields that have one.
+        backward: gradients made of ops that have gradients themselves, in place of a ``backward`` of
+            each module; there is no ``xattn::<name>_backward`` then.
+        second: the gradients in plain PyTorch, which is differentiated for second derivatives.
+        batched: whether the first axis of every tensor is the batch, or 1 if all of it shares the
+            tensor; then ``torch.vmap`` makes the batch longer.
         check: raises a ``ValueError`` for values that do not fit; reads the tensors' elements.
 
     Returns:
-        the op as a function of a problem: one tensor, or a tuple of several.
+        the op as a function of a problem: one tensor, or a tuple of several, without what is kept.
     """
-    hints = get_type_hints(problem)
-    fields = [(field, _TYPES[hints[field]]) for field in problem._fields]
-    arguments = ", ".join(f"{kind} {field}" for field, kind in fields)
-    single = len(outputs) == 1
+    op = _Op(name, problem, tuple(outputs), tuple(kept), tuple(gradients))
+    _define_forward(op, empty, check)
+    if gradients:
+        if backward is None:
+            _define_backward(op)
+        _register_autograd(op, backward)
+    if second is not None:
+        _register_second(op, second)
+    if batched:
+        _register_vmap(op)
+    call, n = op.forward, len(outputs)
+    if not kept:
+        return lambda p: call(*p)
+    chosen = 0 if n == 1 else slice(n)
+    return lambda p: call(*p)[chosen]
+
+
+@dataclass(frozen=True)
+class _Op:
+    """The arguments of :func:`register` that are names."""
+
+    name: str
+    problem: type[Any]
+    outputs: tuple[str, ...]
+    kept: tuple[str, ...]
+    gradients: tuple[str, ...]
+
+    @cached_property
+    def arguments(self) -> str:
+        hints = get_type_hints(self.problem)
+        return ", ".join(f"{_TYPES[hints[field]]} {field}" for field in self.problem._fields)
+
+    @cached_property
+    def tensors(self) -> int:
+        """How many fields, from the first, are tensors."""
+        hints = get_type_hints(self.problem)
+        return sum(hints[field] in (Tensor, Tensor | None) for field in self.problem._fields)
+
+    @property
+    def returned(self) -> tuple[str, ...]:
+        return self.outputs + self.kept
+
+    @property
+    def forward(self) -> Any:
+        return getattr(torch.ops.xattn, f"{self.name}_forward")
+
+    @property
+    def backward(self) -> Any:
+        return getattr(torch.ops.xattn, f"{self.name}_backward")
+
+
+def _define_forward(
+    op: _Op, empty: Callable[[Any], Sequence[Tensor]], check: Callable[[Any], None] | None
+) -> None:
+    name, problem, single = op.name, op.problem, len(op.returned) == 1
 
     def run(*values: Any) -> Any:
         p = problem(*values)
         if check is not None:
             check(p)
-        with own_precision(p[0]):
+        with own_precision(_given(p)):
             found = tuple(x.contiguous() for x in _path(name, p).forward(p))
         return found[0] if single else found
 
@@ -75,69 +140,145 @@ def register(
         found = tuple(empty(problem(*values)))
         return found[0] if single else found
 
-    forward = f"xattn::{name}_forward"
-    kinds = "Tensor" if single else f"({', '.join(['Tensor'] * len(outputs))})"
-    define(forward, f"({arguments}) -> {kinds}", run, fake)
-    if gradients:
-        _register_backward(name, problem, arguments, outputs, gradients)
-    op = getattr(torch.ops.xattn, f"{name}_forward")
-    return lambda p: op(*p)
+    kinds = "Tensor" if single else f"({', '.join(['Tensor'] * len(op.returned))})"
+    define(f"xattn::{name}_forward", f"({op.arguments}) -> {kinds}", run, fake)
 
 
-def _register_backward(
-    name: str,
-    problem: type[Any],
-    arguments: str,
-    outputs: Sequence[str],
-    gradients: Sequence[str],
-) -> None:
-    n, at = len(outputs), [problem._fields.index(field) for field in gradients]
+def _define_backward(op: _Op) -> None:
+    """Gradients of the outputs, what ``forward`` returned, the problem's fields, which are wanted."""
+    name, problem, gradients, n = op.name, op.problem, op.gradients, len(op.outputs)
+    first = n + len(op.returned)
 
     def run(*values: Any) -> list[Tensor]:
-        grads, found, wanted = values[:n], values[n : 2 * n], values[-1]
-        p = problem(*values[2 * n : -1])
-        names = {field for field, wants in zip(gradients, wanted, strict=True) if wants}
-        with own_precision(p[0]):
+        grads, found, wanted = values[:n], values[n:first], values[-1]
+        p = problem(*values[first:-1])
+        names = _names(gradients, wanted)
+        with own_precision(_given(p)):
             by_field = _path(name, p).backward(p, found, grads, names)
         return [
-            by_field[field].contiguous() if field in names else p[0].new_empty(0)
+            by_field[field].contiguous() if field in names else _given(p).new_empty(0)
             for field in gradients
         ]
 
     def fake(*values: Any) -> list[Tensor]:
-        p, wanted = problem(*values[2 * n : -1]), values[-1]
+        p, wanted = problem(*values[first:-1]), values[-1]
         return [
-            torch.empty_like(p[i], memory_format=torch.contiguous_format)
+            torch.empty_like(getattr(p, field), memory_format=torch.contiguous_format)
             if wants
-            else p[0].new_empty(0)
-            for i, wants in zip(at, wanted, strict=True)
+            else _given(p).new_empty(0)
+            for field, wants in zip(gradients, wanted, strict=True)
         ]
 
-    upstream = ", ".join(f"Tensor? grad_{x}" for x in outputs)
-    results = ", ".join(f"Tensor {x}" for x in outputs)
-    schema = f"({upstream}, {results}, {arguments}, bool[] wanted) -> Tensor[]"
+    upstream = ", ".join(f"Tensor? grad_{x}" for x in op.outputs)
+    results = ", ".join(f"Tensor {x}" for x in op.returned)
+    schema = f"({upstream}, {results}, {op.arguments}, bool[] wanted) -> Tensor[]"
     define(f"xattn::{name}_backward", schema, run, fake)
-    op = getattr(torch.ops.xattn, f"{name}_backward")
-    tensors = sum(kind in (Tensor, Tensor | None) for kind in get_type_hints(problem).values())
+
+
+def _register_autograd(op: _Op, derivative: Derivative[Any] | None) -> None:
+    """Gradients by ``xattn::<name>_backward``, or by ``derivative``, for which no output is stored."""
+    problem, gradients, n, tensors = op.problem, op.gradients, len(op.outputs), op.tensors
+    at = [problem._fields.index(field) for field in gradients]
+    backward: Any = op.backward if derivative is None else None
 
     def save(ctx: Any, inputs: Any, output: Any) -> None:
-        found = (output,) if n == 1 else output
-        ctx.save_for_backward(*inputs[:tensors], *found)
+        found = output if isinstance(output, tuple) else (output,)
+        ctx.save_for_backward(*inputs[:tensors], *(found if derivative is None else ()))
+        ctx.mark_non_differentiable(*found[n:])
         ctx.rest = inputs[tensors:]
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> Any:
         result: list[Tensor | None] = [None] * len(problem._fields)
+        grads = grads[:n]
         if any(grad is not None for grad in grads):
             inputs, found = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:]
-            first = torch.zeros_like(found[0]) if grads[0] is None else grads[0]
             wanted = [ctx.needs_input_grad[i] for i in at]
-            flat = op(first, *grads[1:], *found, *inputs, *ctx.rest, wanted)
+            if derivative is None:
+                first = torch.zeros_like(found[0]) if grads[0] is None else grads[0]
+                flat = backward(first, *grads[1:], *found, *inputs, *ctx.rest, wanted)
+            else:
+                names = _names(gradients, wanted)
+                by_field = derivative(problem(*inputs, *ctx.rest), grads, names)
+                flat = [by_field.get(field) for field in gradients]
             for i, grad, wants in zip(at, flat, wanted, strict=True):
                 result[i] = grad if wants else None
         return tuple(result)
 
-    torch.library.register_autograd(f"xattn::{name}_forward", differentiate, setup_context=save)
+    name = f"xattn::{op.name}_forward"
+    torch.library.register_autograd(name, differentiate, setup_context=save)
+
+
+def _register_second(op: _Op, derivative: Derivative[Any]) -> None:
+    """Derivatives of the gradients by all that they are made of, so that outputs get none."""
+    n, first = len(op.outputs), len(op.outputs) + len(op.returned)
+    end = first + op.tensors
+    at = [*range(n), *range(first, end)]
+
+    def save(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*(inputs[i] for i in at))
+        ctx.rest, ctx.names = inputs[end:-1], _names(op.gradients, inputs[-1])
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
+        needed = [ctx.needs_input_grad[i] for i in at]
+        with torch.enable_grad(), own_precision(_given(ctx.saved_tensors)):
+            leaves = [
+                None if x is None else x.detach().requires_grad_(need)
+                for x, need in zip(ctx.saved_tensors, needed, strict=True)
+            ]
+            by_field = derivative(op.problem(*leaves[n:], *ctx.rest), leaves[:n], ctx.names)
+            slopes = {
+                field: grad
+                for field, grad in zip(op.gradients, grads, strict=True)
+                if field in ctx.names and grad is not None
+            }
+            found = torch.autograd.grad(
+                [by_field[field] for field in slopes],
+                [x for x in leaves if x is not None and x.requires_grad],
+                list(slopes.values()),
+                allow_unused=True,
+            )
+        result: list[Tensor | None] = [None] * (end + len(ctx.rest) + 1)
+        by_leaf = iter(found)
+        for i, x in zip(at, leaves, strict=True):
+            if x is not None and x.requires_grad:
+                result[i] = next(by_leaf)
+        return tuple(result)
+
+    name = f"xattn::{op.name}_backward"
+    torch.library.register_autograd(name, differentiate, setup_context=save)
+
+
+def _register_vmap(op: _Op) -> None:
+    """A longer batch; a tensor that all examples of it share is not copied."""
+    forward, tensors, single = op.forward, op.tensors, len(op.returned) == 1
+
+    def run(info: Any, in_dims: Any, *values: Any) -> Any:
+        many = info.batch_size
+        whole = [
+            None if x is None else x.expand(many, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(values[:tensors], in_dims[:tensors], strict=True)
+        ]
+        batch = max(x.shape[1] for x in whole if x is not None)
+        folded = [
+            None if x is None else x.expand(many, batch, *x.shape[2:]).flatten(0, 1) for x in whole
+        ]
+        found = forward(*folded, *values[tensors:])
+        if single:
+            return found.unflatten(0, (many, batch)), 0
+        return tuple(x.unflatten(0, (many, batch)) for x in found), (0,) * len(found)
+
+    torch.library.register_vmap(f"xattn::{op.name}_forward", run)
+
+
+def _names(gradients: Sequence[str], wanted: Sequence[bool]) -> set[str]:
+    return {field for field, wants in zip(gradients, wanted, strict=True) if wants}
+
+
+def _given(values: Sequence[Any]) -> Tensor:
+    """The first tensor of a problem that is not None, whose dtype and device are those of the others."""
+    return next(x for x in values if isinstance(x, Tensor))
 
 
 def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -9,14 +9,15 @@ Hua et al. 2022, arXiv 2202.10447, and Yang et al. 2023, arXiv 2312.06635.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from xattn.kernels.backend import choose, own_precision
-from xattn.kernels.causal_product import cpu, reference
-from xattn.kernels.op import define
+from xattn.kernels.backend import choose
+from xattn.kernels.causal_product.problem import Problem
+from xattn.kernels.checks import check_alike
+from xattn.kernels.op import register
 
 
 def causal_product(
@@ -47,18 +48,14 @@ def causal_product(
         )
     backend = "cpu" if backend == "auto" else choose(backend, x.device)
     flat = (t.flatten(0, -3) if t.ndim > 2 else t[None] for t in (left, right, x))
-    return torch.ops.xattn.causal_product(*flat, reverse, backend).view(x.shape)
+    return _op(Problem(*flat, reverse, backend)).view(x.shape)
 
 
 def _check(left: Tensor, right: Tensor, x: Tensor) -> None:
     for name, t in (("left", left), ("right", right), ("x", x)):
         if t.ndim < 2 or 0 in t.shape:
             raise ValueError(f"{name}: got shape {tuple(t.shape)}; give (..., N, width)")
-        if t.dtype != left.dtype or t.device != left.device or not t.is_floating_point():
-            raise ValueError(
-                f"{name}: got {t.dtype} on {t.device}, left is {left.dtype} on {left.device}; give "
-                f"floating point of one kind"
-            )
+        check_alike(name, t, "left", left)
     if right.shape != left.shape:
         raise ValueError(f"right: got shape {tuple(right.shape)}; left has {tuple(left.shape)}")
     if x.shape[:-1] != left.shape[:-1]:
@@ -66,37 +63,26 @@ def _check(left: Tensor, right: Tensor, x: Tensor) -> None:
         raise ValueError(f"x: got shape {tuple(x.shape)}; left needs ({needed}, m)")
 
 
-def _product(left: Tensor, right: Tensor, x: Tensor, reverse: bool, backend: str) -> Tensor:
-    with own_precision(x):
-        return (reference if backend == "reference" else cpu).forward(left, right, x, reverse)
-
-
-define(
-    "xattn::causal_product",
-    "(Tensor left, Tensor right, Tensor x, bool reverse, str backend) -> Tensor",
-    _product,
-    lambda left, right, x, reverse, backend: x.new_empty(x.shape),
-)
-
-
-def _setup(ctx: Any, inputs: Any, output: Tensor) -> None:
-    *tensors, ctx.reverse, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> Any:
+def _backward(
+    p: Problem, grads: Sequence[Tensor | None], wanted: Collection[str]
+) -> dict[str, Tensor]:
     """dL_i = sum_j R_j (X_j . dY_i),  dR_j = sum_i L_i (X_j . dY_i),  dX_j = sum_i dY_i (L_i . R_j)."""
-    left, right, x = ctx.saved_tensors
-    product = torch.ops.xattn.causal_product
-    same, other = (ctx.reverse, ctx.backend), (not ctx.reverse, ctx.backend)
-    wanted = ctx.needs_input_grad
-    return (
-        product(grad, x, right, *same) if wanted[0] else None,
-        product(x, grad, left, *other) if wanted[1] else None,
-        product(right, left, grad, *other) if wanted[2] else None,
-        None,
-        None,
-    )
+    (grad,) = grads
+    assert grad is not None
+    later = not p.reverse
+    problems = {
+        "left": p._replace(left=grad, right=p.x, x=p.right),
+        "right": p._replace(left=p.x, right=grad, x=p.left, reverse=later),
+        "x": p._replace(left=p.right, right=p.left, x=grad, reverse=later),
+    }
+    return {field: _op(problem) for field, problem in problems.items() if field in wanted}
 
 
-torch.library.register_autograd("xattn::causal_product", _differentiate, setup_context=_setup)
+_op = register(
+    "causal_product",
+    Problem,
+    outputs=("out",),
+    empty=lambda p: (torch.empty_like(p.x, memory_format=torch.contiguous_format),),
+    gradients=("left", "right", "x"),
+    backward=_backward,
+)

@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from xattn.kernels.causal_product.problem import Problem
 from xattn.kernels.softmax.reference import widen
 
 CHUNK = 32  # tokens
@@ -22,14 +23,14 @@ STEPS = 16  # chunks of a head that are multiplied at once
 BATCH = 96  # chunks of all heads that are multiplied at once
 
 
-def forward(left: Tensor, right: Tensor, x: Tensor, reverse: bool) -> Tensor:
-    """Y (H, N, m) of left and right (H, N, f) and x (H, N, m)."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    steps = min(STEPS, -(-x.shape[1] // CHUNK))
-    parts = [t.split(max(1, BATCH // steps)) for t in (left, right, x, out)]
+def forward(p: Problem) -> tuple[Tensor]:
+    """Y (H, N, m)."""
+    out = torch.empty_like(p.x, memory_format=torch.contiguous_format)
+    steps = min(STEPS, -(-p.x.shape[1] // CHUNK))
+    parts = [t.split(max(1, BATCH // steps)) for t in (p.left, p.right, p.x, out)]
     for a, b, c, y in zip(*parts, strict=True):
-        _scan(a, b, c, y, steps * CHUNK, reverse)
-    return out
+        _scan(a, b, c, y, steps * CHUNK, p.reverse)
+    return (out,)
 
 
 def _scan(left: Tensor, right: Tensor, x: Tensor, out: Tensor, span: int, reverse: bool) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from xattn.kernels.causal_product.problem import Problem
 from xattn.kernels.softmax.reference import widen
 
 
-def forward(left: Tensor, right: Tensor, x: Tensor, reverse: bool) -> Tensor:
-    """Y (H, N, m) of left and right (H, N, f) and x (H, N, m)."""
-    a = widen(left) @ widen(right).transpose(-2, -1)
-    return ((a.triu() if reverse else a.tril()) @ widen(x)).to(x.dtype)
+def forward(p: Problem) -> tuple[Tensor]:
+    """Y (H, N, m)."""
+    a = widen(p.left) @ widen(p.right).transpose(-2, -1)
+    return (((a.triu() if p.reverse else a.tril()) @ widen(p.x)).to(p.x.dtype),)

@@ -9,15 +9,14 @@ one by the scores. Without q and k the bias is all there is of the scores.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from xattn.kernels.backend import choose, own_precision
-from xattn.kernels.op import define
-from xattn.kernels.pooling import cpu, reference
-from xattn.kernels.softmax.reference import widen
+from xattn.kernels.backend import choose
+from xattn.kernels.checks import check_alike
+from xattn.kernels.op import register
+from xattn.kernels.pooling import reference
+from xattn.kernels.pooling.problem import Problem
+from xattn.kernels.softmax.reference import wide
 
 
 def softmax_pooling(
@@ -51,8 +50,10 @@ def softmax_pooling(
     check(q, k, v, bias)
     if scale is None:
         scale = 1.0 if q is None else q.shape[-1] ** -0.5
-    path = choose(backend, v.device)
-    return torch.ops.xattn.pooling_forward(q, k, v, bias, float(scale), path)[:2]
+    found: tuple[Tensor, Tensor] = _op(
+        Problem(q, k, v, bias, float(scale), choose(backend, v.device))
+    )
+    return found
 
 
 def check(q: Tensor | None, k: Tensor | None, v: Tensor, bias: Tensor | None) -> None:
@@ -64,16 +65,13 @@ def check(q: Tensor | None, k: Tensor | None, v: Tensor, bias: Tensor | None) ->
     batch, groups, tokens, _ = v.shape
     if (q is None) != (k is None) or (q is None and bias is None):
         raise ValueError("q, k, bias: give queries and keys, or the scores as bias, or all three")
-    for name, x in (("q", q), ("k", k)):
-        if x is not None and (x.ndim != 3 or x.dtype != v.dtype or x.device != v.device):
-            raise ValueError(
-                f"{name}: got {x.dtype} of shape {tuple(x.shape)} on {x.device}; give three axes in "
-                f"{v.dtype} on {v.device}, as v has"
-            )
     if q is not None and k is not None:
-        if k.shape[:2] != (batch, tokens):
+        check_alike("q", q, "v", v)
+        check_alike("k", k, "v", v)
+        if k.ndim != 3 or k.shape[:2] != (batch, tokens):
             raise ValueError(f"k: got shape {tuple(k.shape)}; v needs ({batch}, {tokens}, D)")
-        if q.shape[0] not in (1, batch) or q.shape[2] != k.shape[2] or not q.shape[1]:
+        fits = q.ndim == 3 and q.shape[0] in (1, batch) and q.shape[2] == k.shape[2]
+        if not fits or not q.shape[1]:
             raise ValueError(
                 f"q: got shape {tuple(q.shape)}; keys {tuple(k.shape)} need ({batch} or 1, Q, "
                 f"{k.shape[2]})"
@@ -92,127 +90,23 @@ def check(q: Tensor | None, k: Tensor | None, v: Tensor, bias: Tensor | None) ->
         raise ValueError(f"v: got {groups} groups for {queries} queries; give a divisor of them")
 
 
-def _path(backend: str) -> Any:
-    if backend == "triton":
-        from xattn.kernels.pooling import triton
-
-        return triton
-    return reference if backend == "reference" else cpu
-
-
-def _forward(q, k, v, bias, scale, backend):  # type: ignore[no-untyped-def]
-    with own_precision(v):
-        return tuple(x.contiguous() for x in _path(backend).forward(q, k, v, bias, scale))
-
-
-def _empty(q, k, v, bias, scale, backend):  # type: ignore[no-untyped-def]
-    wide = widen(v.new_empty(0)).dtype
-    queries = (bias if q is None else q).shape[1]
-    shape = v.shape[0], queries, v.shape[2]
-    lse = v.new_empty(shape[:2], dtype=wide)
-    kept = v.new_empty((0,) if q is None and backend == "triton" else shape, dtype=wide)
-    return v.new_empty(*shape[:2], v.shape[3]), lse, kept
-
-
-def _backward(grad, grad_lse, q, k, v, bias, o, lse, kept, scale, wanted, backend):  # type: ignore[no-untyped-def]
-    with own_precision(v):
-        grads = _path(backend).backward(grad, grad_lse, q, k, v, bias, o, lse, kept, scale, wanted)
-    return tuple(v.new_empty(0) if x is None else x.contiguous() for x in grads)
-
-
-def _empty_gradients(grad, grad_lse, q, k, v, bias, o, lse, kept, scale, wanted, backend):  # type: ignore[no-untyped-def]
-    inputs = zip((q, k, v, bias), wanted, strict=True)
-    return tuple(
-        x.new_empty(x.shape) if want and x is not None else v.new_empty(0) for x, want in inputs
+def _empty(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, queries, tokens), kind = p.sizes, wide(p.v.dtype)
+    kept = (0,) if p.q is None and p.backend == "triton" else (queries, tokens)
+    return (
+        p.v.new_empty(batch, queries, p.v.shape[3]),
+        p.v.new_empty(batch, queries, dtype=kind),
+        p.v.new_empty(batch, *kept, dtype=kind),
     )
 
 
-define(
-    "xattn::pooling_forward",
-    "(Tensor? q, Tensor? k, Tensor v, Tensor? bias, float scale, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-    _forward,
-    _empty,
-)
-define(
-    "xattn::pooling_backward",
-    "(Tensor grad, Tensor? grad_lse, Tensor? q, Tensor? k, Tensor v, Tensor? bias, Tensor o, "
-    "Tensor lse, Tensor kept, float scale, bool[] wanted, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _empty_gradients,
-)
-
-
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, bias, scale, backend = inputs
-    ctx.save_for_backward(q, k, v, bias, *output)
-    ctx.mark_non_differentiable(output[2])
-    ctx.scale, ctx.backend = scale, backend
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, _: Any) -> Any:
-    q, k, v, bias, o, lse, kept = ctx.saved_tensors
-    if grad is None and grad_lse is None:
-        return (None,) * 6
-    grad = torch.zeros_like(o) if grad is None else grad
-    wanted = list(ctx.needs_input_grad[:4])
-    grads = torch.ops.xattn.pooling_backward(
-        grad, grad_lse, q, k, v, bias, o, lse, kept, ctx.scale, wanted, ctx.backend
-    )
-    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None, None
-
-
-torch.library.register_autograd("xattn::pooling_forward", _differentiate, setup_context=_setup)
-
-
-@torch.library.register_vmap("xattn::pooling_forward")
-def _(info, in_dims, q, k, v, bias, scale, backend):  # type: ignore[no-untyped-def]
-    """More examples of a batch; one image in many versions is not copied."""
-    many = info.batch_size
-    dims = in_dims[:4]
-    whole = [
-        None if x is None else x.expand(many, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in zip((q, k, v, bias), dims, strict=True)
-    ]
-    batch = whole[2].shape[1]
-    folded = [
-        None if x is None else x.expand(many, batch, *x.shape[2:]).flatten(0, 1) for x in whole
-    ]
-    out = torch.ops.xattn.pooling_forward(*folded, scale, backend)
-    parts = [x if x.ndim == 1 else x.unflatten(0, (many, batch)) for x in out]
-    return tuple(parts), tuple(None if x.ndim == 1 else 0 for x in out)
-
-
-def _setup_second(ctx: Any, inputs: Any, output: Any) -> None:
-    grad, grad_lse, q, k, v, bias, _, _, _, scale, wanted, _ = inputs
-    ctx.save_for_backward(grad, grad_lse, q, k, v, bias)
-    ctx.scale, ctx.wanted = scale, wanted
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate_again(ctx: Any, *grads: Tensor | None) -> Any:
-    """The derivatives of the gradients by all that they are made of, o and lse included."""
-    needed = ctx.needs_input_grad[:6]
-    with torch.enable_grad(), own_precision(ctx.saved_tensors[4]):
-        leaves = [
-            None if x is None else x.detach().requires_grad_(need)
-            for x, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
-        found = reference.second(*leaves, ctx.scale, ctx.wanted)
-        pairs = [
-            (x, g) for x, g in zip(found, grads, strict=True) if x is not None and g is not None
-        ]
-        asked = [x for x in leaves if x is not None and x.requires_grad]
-        slopes = torch.autograd.grad(
-            [x for x, _ in pairs], asked, [g for _, g in pairs], allow_unused=True
-        )
-    by_leaf = iter(slopes)
-    first = [next(by_leaf) if x is not None and x.requires_grad else None for x in leaves]
-    return *first, *(None,) * 6
-
-
-torch.library.register_autograd(
-    "xattn::pooling_backward", _differentiate_again, setup_context=_setup_second
+_op = register(
+    "pooling",
+    Problem,
+    outputs=("o", "lse"),
+    kept=("kept",),
+    empty=_empty,
+    gradients=("q", "k", "v", "bias"),
+    second=reference.second,
+    batched=True,
 )

@@ -7,89 +7,77 @@ where weights underflow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from xattn.kernels.softmax.reference import widen
+from xattn.kernels.pooling.problem import Problem
+from xattn.kernels.softmax.reference import wide, widen
 
 CHUNK = 2**20  # scores of a chunk of images: 4 MB in float32
 Part = slice
 
 
-def forward(
-    q: Tensor | None, k: Tensor | None, v: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """o, lse and the weights."""
-    batch, queries, tokens = _sizes(q, v, bias)
-    wide = widen(v).dtype
+    (batch, queries, tokens), v, kind = p.sizes, p.v, wide(p.v.dtype)
     o = v.new_empty(batch, queries, v.shape[3])
-    lse = v.new_empty(batch, queries, dtype=wide)
-    weights = v.new_empty(batch, queries, tokens, dtype=wide)
+    lse = v.new_empty(batch, queries, dtype=kind)
+    weights = v.new_empty(batch, queries, tokens, dtype=kind)
     for i in _chunks(batch, queries * tokens):
-        added = None if bias is None else bias[i].to(wide)
-        s = added if q is None or k is None else _scores(_of(q, i), k[i], added, scale)
-        assert s is not None
-        p = torch.softmax(s, -1, out=weights[i])
-        largest, at = p.max(-1, keepdim=True)  # exp(its score - lse)
+        s = _scores(p, i)
+        w = torch.softmax(s, -1, out=weights[i])
+        largest, at = w.max(-1, keepdim=True)  # exp(its score - lse)
         top = s.gather(-1, at)
-        if bias is not None:  # rows without a token are NaN where all scores are -inf
+        if p.bias is not None:  # rows without a token are NaN where all scores are -inf
             empty = top.isneginf()
-            p.masked_fill_(empty, 0.0)
+            w.masked_fill_(empty, 0.0)
             largest.masked_fill_(empty, 1.0)
         lse[i] = (top - largest.log())[..., 0]
-        o[i] = _product(_groups(p, v), widen(v[i])).flatten(1, 2)
+        o[i] = _product(_groups(w, v), widen(v[i])).flatten(1, 2)
     return o, lse, weights
 
 
 def backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor,
-    bias: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    weights: Tensor,
-    scale: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    batch, queries, tokens = _sizes(q, v, bias)
-    keyed = q is not None and k is not None
-    dq = q.new_zeros(q.shape, dtype=lse.dtype) if q is not None and keyed and wanted[0] else None
-    dk = k.new_empty(k.shape) if k is not None and keyed and wanted[1] else None
-    dv = v.new_empty(v.shape) if wanted[2] else None
-    db = bias.new_empty(bias.shape) if bias is not None and wanted[3] else None
+    p: Problem,
+    outputs: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor | None],
+    wanted: Collection[str],
+) -> dict[str, Tensor]:
+    (batch, queries, tokens), (_, lse, weights) = p.sizes, outputs
+    grad, grad_lse = grads
+    found = {
+        name: torch.empty_like(x, memory_format=torch.contiguous_format)
+        for name, x in (("k", p.k), ("v", p.v), ("bias", p.bias))
+        if x is not None and name in wanted
+    }
+    if p.q is not None and "q" in wanted:
+        found["q"] = p.q.new_zeros(p.q.shape, dtype=lse.dtype)
     for i in _chunks(batch, queries * tokens):
-        p, g = weights[i], widen(grad[i])
-        if dv is not None:
-            _product(_groups(p, v).transpose(2, 3), _groups(g, v), dv[i])
-        if dq is None and dk is None and db is None:
+        w, g = weights[i], widen(grad[i])
+        if "v" in found:
+            _product(_groups(w, p.v).transpose(2, 3), _groups(g, p.v), found["v"][i])
+        if set(found) == {"v"}:
             continue
-        dp = _product(_groups(g, v), widen(v[i]).transpose(2, 3)).flatten(1, 2)
+        dw = _product(_groups(g, p.v), widen(p.v[i]).transpose(2, 3)).flatten(1, 2)
         # p o (dp - rowsum(p o dp)), in one pass
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+        ds = torch.ops.aten._softmax_backward_data(dw, w, -1, w.dtype)
         if grad_lse is not None:
-            ds.addcmul_(p, grad_lse[i, :, None].to(p.dtype))
-        if db is not None:
-            db[i] = ds
-        if q is None or k is None:
+            ds.addcmul_(w, grad_lse[i, :, None].to(w.dtype))
+        if "bias" in found:
+            found["bias"][i] = ds
+        if p.q is None or p.k is None:
             continue
-        if dq is not None:
-            part = torch.bmm(ds, widen(k[i]))
-            dq[_rows(dq, i)] += part.sum_to_size(dq[_rows(dq, i)].shape).mul_(scale)
-        if dk is not None:
-            turned, own = ds.transpose(1, 2)[:, None], widen(_of(q, i)) * scale
-            _product(turned, own[:, None], dk[i][:, None])
-    return None if dq is None or q is None else dq.to(q.dtype), dk, dv, db
-
-
-def _sizes(q: Tensor | None, v: Tensor, bias: Tensor | None) -> tuple[int, int, int]:
-    queries = q if q is not None else bias
-    assert queries is not None
-    return v.shape[0], queries.shape[1], v.shape[2]
+        if "q" in found:
+            own = found["q"][_rows(p.q, i)]
+            own += torch.bmm(ds, widen(p.k[i])).sum_to_size(own.shape).mul_(p.scale)
+        if "k" in found:
+            turned, own = ds.transpose(1, 2)[:, None], widen(_of(p.q, i)) * p.scale
+            _product(turned, own[:, None], found["k"][i][:, None])
+    if p.q is not None and "q" in found:
+        found["q"] = found["q"].to(p.q.dtype)
+    return found
 
 
 def _chunks(batch: int, each: int) -> list[Part]:
@@ -107,12 +95,16 @@ def _of(q: Tensor, i: Part) -> Tensor:
     return part.expand(i.stop - i.start, -1, -1)
 
 
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """scale q k^T + bias."""
-    q, keys = widen(q), widen(k).transpose(1, 2)
+def _scores(p: Problem, i: Part) -> Tensor:
+    """scale q k^T + bias, of some images."""
+    bias = None if p.bias is None else p.bias[i].to(wide(p.v.dtype))
+    if p.q is None or p.k is None:
+        assert bias is not None
+        return bias
+    q, keys = widen(_of(p.q, i)), widen(p.k[i]).transpose(1, 2)
     if bias is None:
-        return torch.bmm(q * scale, keys)  # the queries are few
-    return torch.baddbmm(bias, q, keys, alpha=scale)
+        return torch.bmm(q * p.scale, keys)  # the queries are few
+    return torch.baddbmm(bias, q, keys, alpha=p.scale)
 
 
 def _groups(x: Tensor, v: Tensor) -> Tensor:

@@ -9,21 +9,22 @@ A row whose scores are all -inf has p = 0, o = 0 and lse = -inf. With dO and dls
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from xattn.kernels.softmax.reference import delta, widen
+from xattn.kernels.pooling.problem import Problem
+from xattn.kernels.softmax.reference import delta, wide, widen
 
 
-def scores(q: Tensor | None, k: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+def scores(p: Problem) -> Tensor:
     """(B, Q, T) in at least float32; ``bias`` alone where there are no queries and keys."""
-    if q is None or k is None:
-        assert bias is not None
-        return widen(bias)
-    s = scale * (widen(q) @ widen(k).transpose(1, 2))
-    return s if bias is None else s + bias.to(s.dtype)
+    if p.q is None or p.k is None:
+        assert p.bias is not None
+        return widen(p.bias).to(wide(p.v.dtype))
+    s = p.scale * (widen(p.q) @ widen(p.k).transpose(1, 2))
+    return s if p.bias is None else s + p.bias.to(s.dtype)
 
 
 def normalise(s: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,72 +44,47 @@ def pooled(p: Tensor, v: Tensor) -> Tensor:
     return (p.unflatten(1, (v.shape[1], -1)) @ v).flatten(1, 2)
 
 
-def forward(
-    q: Tensor | None, k: Tensor | None, v: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """o, lse, and what the backward pass keeps: here the weights."""
-    s = scores(q, k, bias, scale).to(widen(v).dtype)
-    p, lse = normalise(s)
-    return pooled(p, widen(v)).to(v.dtype), lse, p
+    weights, lse = normalise(scores(p))
+    return pooled(weights, widen(p.v)).to(p.v.dtype), lse, weights
 
 
 def backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor,
-    bias: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    kept: Tensor,
-    scale: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v and bias, None for those that are not ``wanted``; ``kept`` as
-    :func:`forward` returned it."""
-    return gradients(kept, grad, delta(grad, grad_lse, o), q, k, v, bias, scale, wanted)
+    p: Problem,
+    outputs: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor | None],
+    wanted: Collection[str],
+) -> dict[str, Tensor]:
+    (o, _, weights), (grad, grad_lse) = outputs, grads
+    return _gradients(p, weights, grad, delta(grad, grad_lse, o), wanted)
 
 
 def second(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+    p: Problem, grads: Sequence[Tensor | None], wanted: Collection[str]
+) -> dict[str, Tensor]:
     """:func:`backward` from the inputs alone, so that it can be differentiated once more."""
-    p, _ = normalise(scores(q, k, bias, scale).to(widen(v).dtype))
-    d = delta(grad, grad_lse, pooled(p, widen(v)))
-    return gradients(p, grad, d, q, k, v, bias, scale, wanted)
+    grad, grad_lse = grads
+    assert grad is not None
+    weights, _ = normalise(scores(p))
+    d = delta(grad, grad_lse, pooled(weights, widen(p.v)))
+    return _gradients(p, weights, grad, d, wanted)
 
 
-def gradients(
-    p: Tensor,
-    grad: Tensor,
-    d: Tensor,
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """dQ, dK, dV and dB from weights p, dO and d = rowsum(dO o O) - dlse."""
-    groups = v.shape[1]
+def _gradients(
+    p: Problem, weights: Tensor, grad: Tensor, d: Tensor, wanted: Collection[str]
+) -> dict[str, Tensor]:
+    """dQ, dK, dV and dB from the weights, dO and d = rowsum(dO o O) - dlse."""
+    groups, found = p.v.shape[1], {}
     g = widen(grad).unflatten(1, (groups, -1))
-    ds = p * ((g @ widen(v).transpose(2, 3)).flatten(1, 2) - d[..., None])
-    dq = dk = dv = db = None
-    if q is not None and k is not None:
-        if wanted[0]:
-            dq = (scale * (ds @ widen(k))).sum_to_size(q.shape).to(q.dtype)
-        if wanted[1]:
-            dk = (scale * (ds.transpose(1, 2) @ widen(q))).to(k.dtype)
-    if wanted[2]:
-        dv = (p.unflatten(1, (groups, -1)).transpose(2, 3) @ g).to(v.dtype)
-    if wanted[3] and bias is not None:
-        db = ds.to(bias.dtype)
-    return dq, dk, dv, db
+    ds = weights * ((g @ widen(p.v).transpose(2, 3)).flatten(1, 2) - d[..., None])
+    if p.q is not None and p.k is not None:
+        if "q" in wanted:
+            found["q"] = (p.scale * (ds @ widen(p.k))).sum_to_size(p.q.shape).to(p.q.dtype)
+        if "k" in wanted:
+            found["k"] = (p.scale * (ds.transpose(1, 2) @ widen(p.q))).to(p.k.dtype)
+    if "v" in wanted:
+        found["v"] = (weights.unflatten(1, (groups, -1)).transpose(2, 3) @ g).to(p.v.dtype)
+    if "bias" in wanted and p.bias is not None:
+        found["bias"] = ds.to(p.bias.dtype)
+    return found

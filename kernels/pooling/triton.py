@@ -11,7 +11,7 @@ program, so two runs agree to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from itertools import product
 from typing import Any
 
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import Case, make_case
+from xattn.kernels.pooling.problem import Problem
 from xattn.kernels.softmax.reference import delta
 from xattn.kernels.softmax.triton import lacks_bfloat16
 
@@ -149,22 +150,19 @@ def spread_kernel(
     _store(out_ptr + group * T * W, columns, w, T, W, W, acc * scale)
 
 
-def forward(
-    q: Tensor | None, k: Tensor | None, v: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """o, lse and the scores, an empty tensor where they are the bias."""
-    if lacks_bfloat16(v):
-        o, lse, kept = forward(_float(q), _float(k), v.float(), bias, scale)
-        return o.to(v.dtype), lse, kept
-    v = _supported(v).contiguous()
-    batch, groups, tokens, width = v.shape
-    if q is None or k is None:
-        assert bias is not None
-        queries, s = bias.shape[1], bias.float().contiguous()
-        kept = s.new_empty(0)
+    if lacks_bfloat16(p.v):
+        o, lse, kept = forward(p.to(torch.float32))
+        return o.to(p.v.dtype), lse, kept
+    v = _supported(p.v).contiguous()
+    (batch, queries, _), (groups, tokens, width) = p.sizes, v.shape[1:]
+    if p.q is None or p.k is None:
+        assert p.bias is not None
+        s = p.bias.float().contiguous()
+        kept = s.new_empty(batch, 0)
     else:
-        queries = q.shape[1]
-        s = kept = _scores(q.contiguous(), k.contiguous(), bias, scale)
+        s = kept = _scores(p.q.contiguous(), p.k.contiguous(), p.bias, p.scale)
     o = v.new_empty(batch, queries, width)
     lse = v.new_empty(batch, queries, dtype=torch.float32)
     each = queries // groups
@@ -173,49 +171,52 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor,
-    bias: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    kept: Tensor,
-    scale: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    if lacks_bfloat16(v):
-        wide = grad.float(), grad_lse, _float(q), _float(k), v.float()
-        grads = backward(*wide, bias, o, lse, kept, scale, wanted)
-        return *(None if x is None else x.to(v.dtype) for x in grads[:3]), grads[3]
+    p: Problem,
+    outputs: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor | None],
+    wanted: Collection[str],
+) -> dict[str, Tensor]:
+    (o, lse, kept), (grad, grad_lse) = outputs, grads
+    if lacks_bfloat16(p.v):
+        found = backward(p.to(torch.float32), outputs, (grad.float(), grad_lse), wanted)
+        return {name: x if name == "bias" else x.to(p.v.dtype) for name, x in found.items()}
     d = delta(grad, grad_lse, o).float().contiguous()
-    g, v, lse = grad.to(v.dtype).contiguous(), v.contiguous(), lse.contiguous()
-    source = bias if q is None else kept
+    g, v, lse = grad.to(p.v.dtype).contiguous(), p.v.contiguous(), lse.contiguous()
+    source = p.bias if p.q is None else kept
     assert source is not None
     s = source.float().contiguous()
     batch, groups, tokens, width = v.shape
     each = s.shape[1] // groups
-    dq = dk = dv = ds = None
-    if wanted[2]:
-        dv = torch.empty_like(v)
-        _spread(s, lse, g, dv, each * width, (each, tokens, width), 1.0, exp=True)
-    if wanted[0] or wanted[1] or wanted[3]:
-        ds = torch.empty_like(s)
-        options = _options(each)
-        grid = (triton.cdiv(tokens, TOKENS), batch * groups, triton.cdiv(each, options["ROWS"]))
-        slope_kernel[grid](g, v, s, lse, d, ds, each, tokens, width, **options)
-    if q is not None and k is not None and ds is not None:
-        q, k, (queries, depth) = q.contiguous(), k.contiguous(), q.shape[1:]
-        if wanted[0]:
-            dq = k.new_empty(batch, queries, depth, dtype=torch.float32)
-            _pool(ds, k, dq, None, (queries, tokens, depth), batch, scale)
-            dq = dq.sum_to_size(q.shape).to(q.dtype)
-        if wanted[1]:
-            dk, step = torch.empty_like(k), 0 if q.shape[0] == 1 else queries * depth
-            _spread(ds, lse, q, dk, step, (queries, tokens, depth), scale, exp=False)
-    db = None if bias is None or ds is None or not wanted[3] else ds.to(bias.dtype)
-    return dq, dk, dv, db
+    found = {}
+    if "v" in wanted:
+        found["v"] = torch.empty_like(v)
+        _spread(s, lse, g, found["v"], each * width, (each, tokens, width), 1.0, exp=True)
+    if set(wanted) <= {"v"}:
+        return found
+    ds = torch.empty_like(s)
+    options = _options(each)
+    grid = (triton.cdiv(tokens, TOKENS), batch * groups, triton.cdiv(each, options["ROWS"]))
+    slope_kernel[grid](g, v, s, lse, d, ds, each, tokens, width, **options)
+    if p.bias is not None and "bias" in wanted:
+        found["bias"] = ds.to(p.bias.dtype)
+    return found | _products(p, ds, lse, wanted)
+
+
+def _products(p: Problem, ds: Tensor, lse: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Gradients of queries and keys from that of the scores."""
+    found: dict[str, Tensor] = {}
+    if p.q is None or p.k is None:
+        return found
+    q, k = p.q.contiguous(), p.k.contiguous()
+    (batch, tokens, depth), queries = k.shape, q.shape[1]
+    if "q" in wanted:
+        dq = k.new_empty(batch, queries, depth, dtype=torch.float32)
+        _pool(ds, k, dq, None, (queries, tokens, depth), batch, p.scale)
+        found["q"] = dq.sum_to_size(q.shape).to(q.dtype)
+    if "k" in wanted:
+        found["k"], step = torch.empty_like(k), 0 if q.shape[0] == 1 else queries * depth
+        _spread(ds, lse, q, found["k"], step, (queries, tokens, depth), p.scale, exp=False)
+    return found
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -265,10 +266,6 @@ def _supported(x: Tensor) -> Tensor:
             f"backend='cpu'"
         )
     return x
-
-
-def _float(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float()
 
 
 def compile_cases() -> Iterator[Case]:

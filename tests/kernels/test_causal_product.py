@@ -103,7 +103,7 @@ def test_memory_grows_with_tokens_and_not_with_their_square():
 
 def test_it_passes_torch_checks_of_operators_and_compiles():
     given = [x.requires_grad_() for x in inputs(40, 4, 3, leading=(2,), dtype=torch.float32)]
-    torch.library.opcheck(torch.ops.xattn.causal_product, (*given, False, "cpu"))
+    torch.library.opcheck(torch.ops.xattn.causal_product_forward, (*given, False, "cpu"))
     compiled = torch.compile(causal_product, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(*given), causal_product(*given))
 

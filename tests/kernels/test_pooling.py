@@ -149,12 +149,12 @@ def test_frozen_tokens_get_no_gradient_computed(monkeypatch):
 
     def spy(*args):
         out = backward(*args)
-        seen.append((list(args[-1]), [x is None for x in out]))
+        seen.append((args[-1], set(out)))
         return out
 
     monkeypatch.setattr(cpu, "backward", spy)
     (softmax_pooling(q.requires_grad_(), k, v, backend="cpu")[0] * g).sum().backward()
-    assert seen == [([True, False, False, False], [False, True, True, True])]
+    assert seen == [({"q"}, {"q"})]
 
 
 def test_chunks_and_layouts_of_memory_change_nothing(monkeypatch):

@@ -158,9 +158,9 @@ def _normalize(
 _FUSED = F.scaled_dot_product_attention
 _ATTENTION = ("scaled_dot_product_attention", "softmax_forward", "block_sparse_forward")
 _RULES: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(_ATTENTION, _attention),  # the last two are ops of xattn.kernels
-    "pooling_forward": _pooling,  # these, too
-    "causal_product": _causal_product,
+    **dict.fromkeys(_ATTENTION, _attention),  # the last two are ops of xattn.kernels,
+    "pooling_forward": _pooling,  # as are these
+    "causal_product_forward": _causal_product,
     **dict.fromkeys(
         "mul multiply matmul bmm mm mv einsum inner outer dot tensordot __rmatmul__".split(),
         _product,
