@@ -428,3 +428,47 @@ def test_scores_of_queries_and_keys_are_formed_in_the_op_unless_asked_for(monkey
     monkeypatch.setattr("xattn.heads.attended.FEW", 2**30)
     torch.testing.assert_close(head.pool(attended), expected)
     assert "scores" in vars(attended)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_scores_of_another_shape_or_type_are_refused(name):
+    head = make(name)
+    tokens = random_tokens(head)
+    attended = head.attend(tokens)
+    scores = attended.scores.detach()
+    torch.testing.assert_close(head.logits(tokens, scores), head.logits(tokens))
+    for wrong in (scores[:1], scores[0], scores[..., 1:], scores[:, :0], scores[None], scores > 0):
+        with pytest.raises(ValueError, match=rf"^scores: .*\(B, Q, T\), here \({len(scores)}, "):
+            attended.with_scores(wrong)
+        with pytest.raises(ValueError, match=r"^scores: "):
+            head.logits(tokens, wrong)
+
+
+@pytest.mark.parametrize("few", [0, 2**30])
+def test_a_query_without_a_token_pools_zeros_and_passes_no_gradient_on(few, monkeypatch):
+    monkeypatch.setattr("xattn.heads.attended.FEW", few)
+    head = make("efficient_probe")
+    attended = head.attend(random_tokens(head))
+    hidden = attended.scores.detach().clone()
+    hidden[0, 1] = -torch.inf
+    hidden[1, 0, 2:] = -torch.inf
+    hidden.requires_grad_()
+    pooled = head.pool(attended.with_scores(hidden))
+    assert not pooled[0, 1].any() and pooled.isfinite().all()
+    weights = head.weights(hidden)
+    assert not weights[0, 1].any()
+    torch.testing.assert_close(pooled, pool(weights, attended.values))
+    for loss in (pooled.square().sum(), weights.square().sum()):
+        (slope,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+        assert slope.isfinite().all() and slope.any() and not slope[0, 1].any()
+
+
+@pytest.mark.parametrize("few", [0, 2**30])
+@pytest.mark.parametrize("name", HEADS)
+def test_autocast_leaves_float64_as_it_is(name, few, monkeypatch):
+    monkeypatch.setattr("xattn.heads.attended.FEW", few)
+    head = make(name).double()
+    tokens = random_tokens(head, dtype=torch.float64)
+    expected = head.logits(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(head.logits(tokens), expected)

@@ -689,3 +689,14 @@ def test_two_passes_of_a_step_have_the_same_dropout(backbone):
         attended.scores, predict, torch.arange(6) % 5, module=head
     )
     assert torch.equal(torch.get_rng_state(), after)  # one pass was drawn for
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 5), (2, 5), (3, 2, 4)])
+def test_a_change_of_another_shape_than_the_scores_is_refused(shape):
+    class Own(AttentionVAT):
+        def perturbation(self, scores, loss_fn, mask=None):
+            return torch.ones(shape)
+
+    scores, target = torch.randn(3, 2, 5), torch.tensor([0, 1, 1])
+    with pytest.raises(ValueError, match=r"^perturbation: got r .*scores' shape \(3, 2, 5\)$"):
+        Own(0.1).loss(scores, lambda s: s[:, 0], target)

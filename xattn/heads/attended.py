@@ -59,8 +59,26 @@ class Attended:
         return scores.flatten(1, 2) if scores.ndim == 4 else scores
 
     def with_scores(self, scores: Tensor) -> Attended:
-        """The same with other ``scores`` (B, Q, T), such as perturbed ones."""
+        """The same with other ``scores`` (B, Q, T), such as perturbed ones.
+
+        Raises:
+            ValueError: they are not floating point, or not of the shape of these.
+        """
+        shape = self._shape()
+        if scores.shape != shape or not scores.is_floating_point():
+            raise ValueError(
+                f"scores: got {scores.dtype} of shape {tuple(scores.shape)}; give floating point "
+                f"(B, Q, T), here {shape}"
+            )
         return replace(self, source=scores)
+
+    def _shape(self) -> tuple[int, ...]:
+        """(B, Q, T), without forming the scores."""
+        if isinstance(self.source, Tensor):
+            return tuple(self.source.shape)
+        q, k, _ = self.source
+        batch, tokens = max(q.shape[0], k.shape[0]), k.shape[-2]
+        return batch, (q.shape[1] if q.ndim == 3 else q.shape[1] * q.shape[2]), tokens
 
     def pool(self) -> Tensor:
         """softmax(s) v, (B, Q, V), by the op. Written out in exported graphs, which have no custom
@@ -70,7 +88,7 @@ class Attended:
         if torch.compiler.is_compiling() or self._few(keyed):
             return pool_by(softmax(self.scores), v)
         kind = v.dtype
-        if torch.is_autocast_enabled(v.device.type):
+        if kind != torch.float64 and torch.is_autocast_enabled(v.device.type):
             kind = torch.get_autocast_dtype(v.device.type)
         if keyed:
             q, k, scale = self.source
@@ -85,8 +103,14 @@ class Attended:
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """A (B, Q, T) of ``scores``, computed in float32 at least."""
-    return widen(scores).softmax(-1).to(scores.dtype)
+    """A (B, Q, T) of ``scores``, computed in float32 at least. A row of -inf alone is 0, and so is its
+    gradient."""
+    wide = widen(scores)
+    empty = wide.detach().amax(-1, keepdim=True) == -torch.inf
+    if wide.device.type == "cpu" and not torch.compiler.is_compiling() and not empty.any():
+        return wide.softmax(-1).to(scores.dtype)  # in less time; a GPU would have to wait
+    weights = wide.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    return weights.to(scores.dtype)
 
 
 def pool_by(weights: Tensor, values: Tensor) -> Tensor:

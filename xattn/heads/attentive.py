@@ -250,7 +250,11 @@ class AttentiveHead(Head):
         return Tokens(patches, prefix, grid)
 
     def logits(self, tokens: Tokens, scores: Tensor | None = None) -> Tensor:
-        """(B, K) logits; ``scores`` (B, Q, T) take the place of the head's own."""
+        """(B, K) logits; ``scores`` (B, Q, T) take the place of the head's own.
+
+        Raises:
+            ValueError: ``scores`` are not floating point, or of another shape.
+        """
         attended = self.attend(tokens)
         return self.classify(attended if scores is None else attended.with_scores(scores))
 

@@ -224,7 +224,7 @@ class AttentionAT(Perturbation):
         # The clean pass is differentiated twice: here w.r.t. the scores, later w.r.t. the parameters.
         gradient = _gradient(done.clean, done.scores, retain_graph=True)
         r = self._along(gradient, done.scores.detach(), done.valid)
-        return _mean(_cross_entropy(done.predict(done.scores + r), done.target), done.target)
+        return _mean(_cross_entropy(done.predict(_added(done.scores, r)), done.target), done.target)
 
 
 @register_perturbation("random")
@@ -237,7 +237,7 @@ class RandomPerturbation(Perturbation):
     def _extra(self, done: _Clean) -> Tensor:
         assert done.target is not None
         r = self._sized(self._noise(done.scores.detach(), done.valid))
-        return _mean(_cross_entropy(done.predict(done.scores + r), done.target), done.target)
+        return _mean(_cross_entropy(done.predict(_added(done.scores, r)), done.target), done.target)
 
 
 @register_perturbation("vat")
@@ -285,7 +285,7 @@ class AttentionVAT(Perturbation):
             return divergence(done.logits, done.predict(scores))
 
         r = self.perturbation(done.scores, moved, done.valid)
-        return moved(done.scores + r).mean()
+        return moved(_added(done.scores, r)).mean()
 
 
 class _Differences(Perturbation):
@@ -421,6 +421,16 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 def _mean(losses: Tensor, target: Tensor) -> Tensor:
     """Over the labelled examples; the losses of the others are 0."""
     return losses.sum() / (target != UNLABELLED).sum().clamp_min(1)
+
+
+def _added(scores: Tensor, r: Tensor) -> Tensor:
+    """s + r, of one shape: a broadcast r would have another norm than epsilon."""
+    if r.shape != scores.shape or not r.is_floating_point():
+        raise ValueError(
+            f"perturbation: got r in {r.dtype} of shape {tuple(r.shape)}; give floating point of the "
+            f"scores' shape {tuple(scores.shape)}"
+        )
+    return scores + r
 
 
 def _gradient(loss: Tensor, at: Tensor, retain_graph: bool = False) -> Tensor:
