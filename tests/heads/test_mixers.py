@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
+import warnings
 
 import pytest
 import torch
@@ -129,6 +132,15 @@ def test_saved_mixers_load_bit_identical_and_config_names_them_only_where_used(n
         ({"mixer": "agent", "mixer_options": {"kernel": 3}}, "agent does not take that option"),
         ({"mixer": "softmax", "mixer_options": {"num_heads": 5}}, "num_heads has to divide dim"),
         ({"mixer": "softmax", "mixer_options": {"dim": 5}}, "mixer_options: got 'dim'"),
+        (
+            {"mixer": "softmax", "mixer_options": {"rotate": nn.Identity()}},
+            "got 'rotate'.*leave it",
+        ),
+        (
+            {"mixer": "gna", "mixer_options": {"kernel": torch.tensor(3)}},
+            r"got kernel=tensor\(3\),",
+        ),
+        ({"mixer": "moh", "mixer_options": {"balance": torch.nan}}, "balance=nan, .*config.json"),
         ({"mixer_depth": 2}, "mixer_depth: got 2 without a mixer"),
         ({"mixer_options": {"kernel": 3}}, "mixer_options: got .* without a mixer"),
         ({"mixer": "softmax", "mixer_depth": 65}, "mixer_depth: got 65; give an int from 1 to 64"),
@@ -182,6 +194,66 @@ def test_losses_of_a_mixers_mechanisms_are_taken_once_and_only_in_training(balan
     head.eval().attend(tokens)
     assert head.auxiliary_loss() == 0
     copy.deepcopy(head)
+
+
+def test_losses_of_several_passes_add_up_until_they_are_taken_in_each_thread(balanced):
+    head = create_head("gap", vit(), mixer="agent", mixer_options={"agents": 4}).train()
+    tokens = random_tokens(head)
+    found = []
+
+    def other():
+        head.attend(tokens)
+        found.append(head.auxiliary_loss().item())
+
+    head.attend(tokens)
+    head.attend(tokens)
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert found == [7] and head.auxiliary_loss() == 14
+
+
+def test_copies_and_pickles_hold_no_losses_and_work_on(balanced):
+    head = create_head("gap", vit(), mixer="agent", mixer_options={"agents": 4}).train()
+    tokens = random_tokens(head)
+    head.attend(tokens)
+    for mixer in (copy.deepcopy(head).mixer, pickle.loads(pickle.dumps(head.mixer))):
+        assert mixer.take_losses() == 0
+        mixer(tokens.patches[-1], tokens.grid)
+        assert mixer.take_losses() == 7
+    assert head.auxiliary_loss() == 7
+
+
+def test_losses_that_nothing_takes_are_dropped_with_a_warning(balanced, monkeypatch):
+    monkeypatch.setattr("xattn.heads.mixer.UNTAKEN", 2)
+    head = create_head("gap", vit(), mixer="agent", mixer_options={"agents": 4}).train()
+    tokens = random_tokens(head)
+    head.attend(tokens)
+    head.attend(tokens)
+    with pytest.warns(UserWarning, match="agent asked .* in 3 calls.*head.auxiliary_loss()"):
+        head.attend(tokens)
+    assert head.auxiliary_loss() == 0
+
+
+@pytest.mark.parametrize(("mixer", "asks"), [("moh", True), ("softmax", False)])
+def test_compiled_training_warns_once_that_it_leaves_out_the_losses(mixer, asks):
+    head = create_head("gap", vit(), mixer=mixer, mixer_options={"num_heads": 4}).train()
+    tokens = random_tokens(head)
+    compiled = torch.compile(head.mixer, fullgraph=True, backend="eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            compiled(tokens.patches[-1], tokens.grid)
+    assert sum("compiled training leaves out" in str(w.message) for w in caught) == asks
+    assert head.auxiliary_loss() == 0
+
+
+def test_a_grid_that_the_mechanism_does_not_fit_is_refused_in_the_name_of_the_mixer():
+    head = make("gap", mixer="gna", mixer_options={"kernel": 3})
+    message = r"mixer: gna does not fit .* grid 2 x 6 .*kernel.*give images of the size"
+    with pytest.raises(ValueError, match=message) as error:
+        head.mixer(torch.zeros(1, 12, WIDTH), (2, 6))
+    assert "\n" not in str(error.value)
 
 
 def test_probing_and_fitting_add_them_to_their_loss(balanced, tmp_path, monkeypatch):

@@ -7,6 +7,9 @@ starts at zero, and the untrained layers are the identity.
 
 from __future__ import annotations
 
+import json
+import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, TypeAlias
@@ -24,6 +27,19 @@ SHARES = (
     "shares of mixed tokens: each place holds what its token, after the layers of mixer={name!r}, "
     "contributes; what these layers brought there from other tokens is not traced back"
 )
+
+
+UNTAKEN = 64  # passes whose losses are kept; each keeps its graph alive
+
+
+class Losses(threading.local):
+    """What the passes of this thread asked training to add; no part of copies and pickles."""
+
+    def __init__(self) -> None:
+        self.passes: list[list[Tensor]] = []
+
+    def __reduce__(self) -> tuple[type[Losses], tuple[()]]:
+        return Losses, ()
 
 
 class Mixer(nn.Module):
@@ -50,24 +66,68 @@ class Mixer(nn.Module):
             nn.init.zeros_(layer.proj.weight)
             if layer.proj.bias is not None:
                 nn.init.zeros_(layer.proj.bias)
-        self._losses: list[Tensor] = []
+        self.asks = False  # whether its mechanisms ask training to add losses
+        self._losses = Losses()
 
     def forward(self, x: Tensor, grid: Sequence[int], prefix: int = 0) -> Tensor:
-        """(B, prefix + h w, C) -> the same; ``grid`` is (h, w)."""
-        watching = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        """(B, prefix + h w, C) -> the same; ``grid`` is (h, w).
+
+        Raises:
+            ValueError: the mechanism does not fit ``grid``.
+        """
+        training = self.training and torch.is_grad_enabled()
+        compiling = torch.compiler.is_compiling()
+        if training and compiling and self.asks:
+            _warn_of_compiling()
         recording: AbstractContextManager[list[Call]] = (
-            record(alone=True) if watching else nullcontext([])
+            record(alone=True) if training and not compiling else nullcontext([])
         )
-        with recording as calls:
-            for norm, layer in zip(self.norms, self.layers, strict=True):
-                x = x + layer(norm(x), tuple(grid), prefix)
-        self._losses = [loss for call in calls for loss in call.aux.values()]
+        try:
+            with recording as calls:
+                x = self.mix(x, grid, prefix)
+        except ValueError as error:
+            raise ValueError(
+                f"mixer: {self.name} does not fit tokens {tuple(x.shape)} of a grid {grid[0]} x "
+                f"{grid[1]} with {prefix} prefix tokens ({_line(error)}); give images of the size that "
+                f"the head was created for, or create it with other mixer_options"
+            ) from None
+        if training and not compiling:
+            self._keep([loss for call in calls for loss in call.aux.values()])
         return x
 
+    def mix(self, x: Tensor, grid: Sequence[int], prefix: int) -> Tensor:
+        """:meth:`forward` without losses, with the mechanism's own errors."""
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + layer(norm(x), tuple(grid), prefix)
+        return x
+
+    def _keep(self, losses: list[Tensor]) -> None:
+        if losses:
+            self._losses.passes.append(losses)
+        if len(self._losses.passes) > UNTAKEN:
+            self._losses.passes.clear()
+            warnings.warn(
+                f"mixer: {self.name} asked training to add losses in {UNTAKEN + 1} calls, and nothing "
+                f"took them, so they are dropped; add head.auxiliary_loss() to the loss of each step",
+                stacklevel=2,
+            )
+
     def take_losses(self) -> Tensor | float:
-        """The sum of what the mechanisms asked training to add in the last call, once; 0 without any."""
-        found, self._losses = self._losses, []
+        """The sum of what the mechanisms asked training to add in this thread's calls since it was last
+        taken; 0 without any, and in compiled code."""
+        passes, self._losses.passes = self._losses.passes, []
+        found = [loss for losses in passes for loss in losses]
         return torch.stack(found).sum() if found else 0.0
+
+
+@torch.compiler.assume_constant_result
+def _warn_of_compiling() -> None:
+    """Warn while the code is compiled, not whenever it runs."""
+    warnings.warn(
+        "mixer: compiled training leaves out the losses that the mixer asks it to add, such as the "
+        "balance of a router; train without torch.compile to add them",
+        stacklevel=2,
+    )
 
 
 def create_mixer(
@@ -83,6 +143,7 @@ def create_mixer(
     """
     if options and "dim" in options:
         raise ValueError("mixer_options: got 'dim'; the width is the tap's, leave it out")
+    _check_saved(options or {})
     (height, width), channels = backbone.tap_sizes[-1], backbone.channels[-1]
     try:
         mixer = Mixer(name, channels, depth, options or {})
@@ -94,16 +155,35 @@ def create_mixer(
     if next(mixer.parameters()).is_meta:
         return mixer
     try:
-        with torch.no_grad(), record(alone=True):
-            mixer.eval()(torch.zeros(1, prefix + height * width, channels), (height, width), prefix)
+        tokens = torch.zeros(1, prefix + height * width, channels)
+        with torch.no_grad(), record(alone=True) as calls:
+            mixer.eval().mix(tokens, (height, width), prefix)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"mixer: {name!r} does not fit the tap {backbone.taps[-1]!r}, whose grid is {height} x "
             f"{width} with {prefix} prefix tokens ({_line(error)}); change mixer_options, or choose "
             f"another mixer"
         ) from None
+    mixer.asks = any(call.aux for call in calls)
     return mixer.train()
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _check_saved(options: Mapping[str, Any]) -> None:
+    """Raise unless config.json can hold the options."""
+    for name, value in options.items():
+        if name == "rotate" and value is not None:
+            raise ValueError(
+                "mixer_options: got 'rotate'; its layers would share one rotation, and config.json "
+                "cannot hold it; leave it out"
+            )
+        try:
+            json.dumps({name: value}, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"mixer_options: got {name}={_line(value)}, which config.json cannot hold; give "
+                f"numbers, strings, True, False, None, or lists and dicts of them"
+            ) from None
+
+
+def _line(of: object) -> str:
+    return " ".join(str(of).split())[:300]
