@@ -457,6 +457,7 @@ def test_a_query_without_a_token_pools_zeros_and_passes_no_gradient_on(few, monk
     assert not pooled[0, 1].any() and pooled.isfinite().all()
     weights = head.weights(hidden)
     assert not weights[0, 1].any()
+    torch.testing.assert_close(torch.vmap(head.weights)(hidden[None])[0], weights)
     torch.testing.assert_close(pooled, pool(weights, attended.values))
     for loss in (pooled.square().sum(), weights.square().sum()):
         (slope,) = torch.autograd.grad(loss, hidden, retain_graph=True)
