@@ -192,7 +192,8 @@ def _register_autograd(op: _Op, derivative: Derivative[Any] | None) -> None:
         result: list[Tensor | None] = [None] * len(problem._fields)
         grads = grads[:n]
         if any(grad is not None for grad in grads):
-            inputs, found = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:]
+            saved = ctx.saved_tensors  # read once: every access unpacks them anew
+            inputs, found = saved[:tensors], saved[tensors:]
             wanted = [ctx.needs_input_grad[i] for i in at]
             if derivative is None:
                 first = torch.zeros_like(found[0]) if grads[0] is None else grads[0]
@@ -222,10 +223,11 @@ def _register_second(op: _Op, derivative: Derivative[Any]) -> None:
 
     def differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
         needed = [ctx.needs_input_grad[i] for i in at]
-        with torch.enable_grad(), own_precision(_given(ctx.saved_tensors)):
+        saved = ctx.saved_tensors
+        with torch.enable_grad(), own_precision(_given(saved)):
             leaves = [
                 None if x is None else x.detach().requires_grad_(need)
-                for x, need in zip(ctx.saved_tensors, needed, strict=True)
+                for x, need in zip(saved, needed, strict=True)
             ]
             by_field = derivative(op.problem(*leaves[n:], *ctx.rest), leaves[:n], ctx.names)
             slopes = {

@@ -20,7 +20,7 @@ from xattn.explainers.base import EXPLAINERS
 from xattn.heads import create_head, head_entry, head_options, list_heads, register_head
 from xattn.heads.base import HEADS
 from xattn.heads.gap import Gap
-from xattn.heads.options import Count
+from xattn.runtime.option_checks import Count
 from xattn.training.attention_training import (
     METHODS,
     PERTURBATIONS,
@@ -94,7 +94,7 @@ PLUGIN = """
 from xattn.explainers import Explainer, register_explainer
 from xattn.heads import register_head
 from xattn.heads.efficient_probe import EfficientProbe
-from xattn.heads.options import Count
+from xattn.runtime.option_checks import Count
 
 
 @register_head("toy_head", cases=({"queries": 4}, {"queries": 2}))

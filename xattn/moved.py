@@ -96,6 +96,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     ),
     "xattn.files": ("xattn.runtime.files",),
     "xattn.heads.affine": ("xattn.heads.pullback",),
+    "xattn.heads.options": ("xattn.runtime.option_checks",),
     "xattn.images": ("xattn.photos.images", "xattn.photos.view"),
     "xattn.interrupts": ("xattn.runtime.interrupts",),
     "xattn.kernels.block_sparse.index": ("xattn.kernels.block_sparse.block_lists",),

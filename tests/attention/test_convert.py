@@ -311,7 +311,7 @@ def test_converted_models_of_an_earlier_versions_pickles_run():
     "name, options, message",
     [
         ("gna", {"kernel": 9}, "kernel, dilation: got 9"),
-        ("gna", {"kernel": 2.5}, "kernel: got 2.5; give a whole number"),
+        ("gna", {"kernel": 2.5}, "kernel: got 2.5; give an int or a list"),
         ("gna", {"kernel": 2, "backend": "cup"}, "backend: got 'cup'"),
         ("dma", {"window": "3"}, "window: got '3'"),
         ("agent", {"window": 14}, "window: got 14; give"),
@@ -530,3 +530,19 @@ def test_the_mechanism_gets_what_the_layer_reads():
         assert torch.equal(net.blocks[1].attn.mechanism.seen.x, read[-1])
     finally:
         MECHANISMS.remove("tokens")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"options": "kernel=7"}, "options: got 'kernel=7'; give a dict"),
+        ({"layers": 3}, "layers: got 3; give a list"),
+        ({"options": {"num_heads": 3}}, "options: gna does not take that option .num_heads"),
+        ({"options": {"name": "x"}}, "options: gna does not take that option .name"),
+        ({"options": {"kernel": 2}, "kernel": 3}, "options: got 'kernel' also by keyword"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_arguments_of_another_kind_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        convert(model("vit_tiny_patch16_224"), "gna", **arguments)

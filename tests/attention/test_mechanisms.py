@@ -1,11 +1,13 @@
 """Every registered mechanism: A V is its output, and every operator method agrees with a dense A."""
 
 import copy
+import pickle
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from xattn.attention import Inputs, convert, create_attention, create_mechanism, record, revert
 from xattn.attention.bands import BandedOperator
@@ -229,6 +231,39 @@ def test_a_causal_call_sees_nothing_later_or_is_refused(entry):
     for gradient in found[:3]:
         assert (gradient[:, :, 11:] == 0).all() and gradient.abs().sum() > 0
     assert found[3] is None or (found[3][:, 11:] == 0).all()
+
+
+@pytest.mark.parametrize("prefix", [1, 2, 5])
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.causal], ids=lambda entry: entry.name)
+def test_prefix_tokens_of_a_causal_call_see_nothing_later_either(entry, prefix):
+    q, k, v = inputs(prefix)
+    layer = mechanism(entry.name, entry.cases[0])
+    asked = given(q, k, v, (30,), prefix, causal=True)
+    a = layer.operator(asked).rows(torch.arange(q.shape[2]))
+    assert (a.triu(1) == 0).all()
+    assert torch.allclose(layer.attend(asked), a @ v, atol=1e-10)
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_layers_work_under_gradient_checkpointing(name, options):
+    layer, x = create_attention(name, DIM, HEADS, **options), torch.randn(1, 31, DIM)
+    expected = torch.autograd.grad(layer(x, GRID, 1).square().sum(), layer.qkv.weight)[0]
+    y = checkpoint(layer, x, GRID, 1, use_reentrant=False)
+    found = torch.autograd.grad(y.square().sum(), layer.qkv.weight)[0]
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_recorded_calls_and_layers_can_be_pickled_and_stay_small(name, options):
+    layer, x = create_attention(name, DIM, HEADS, **options), torch.randn(1, 31, DIM)
+    before = len(pickle.dumps(layer))
+    with record() as calls, torch.no_grad():
+        y = layer(x, GRID, 1)
+    (twin,) = pickle.loads(pickle.dumps(calls))
+    assert torch.allclose(twin.operator.matvec(twin.value), calls[0].output, atol=1e-5)
+    assert twin.maps.keys() == calls[0].maps.keys()
+    assert len(pickle.dumps(layer)) == before
+    assert torch.allclose(copy.deepcopy(layer)(x, GRID, 1), y, atol=1e-6)
 
 
 @pytest.mark.parametrize("name, options", CASES)
@@ -494,6 +529,9 @@ def test_agent_biases_fit_other_grids():
         (lambda: create_attention("gna", 30, 4), "num_heads has to divide dim"),
         (lambda: create_attention("agent", 32, 2, agents=5), "agents: got 5; give a square"),
         (lambda: create_attention("dma", 32, 2, window=0), "window: got 0"),
+        (lambda: create_attention("dma", 32, 2, causal="no"), "causal: got 'no'; give True or False"),
+        (lambda: create_attention("softmax", 32, 2)(torch.zeros(1, 9, 32), 9), "grid: got 9; give its"),
+        (lambda: create_attention("softmax", 32, 2)(torch.zeros(1, 9, 32), (-3, -3)), "whole lengths"),
         (lambda: create_attention("gna", 32, 2)(torch.zeros(1, 9, 32)), "grid: gna needs the grid"),
         (lambda: create_attention("gna", 32, 2)(torch.zeros(1, 9, 32), (3, 3)), "kernel, dilation: got 7"),
         (

@@ -67,8 +67,7 @@ def defined(layer, asked, cells, lists, near):
     hidden[:, :, :, :prefix] = False
     if asked.causal:
         hidden |= torch.ones(n, n, dtype=torch.bool).triu(1)
-        hidden[:, :, :, :prefix, :prefix] = False
-        every = torch.tensor([[max(c) > max(i, prefix - 1) for c in tokens] for i in range(n)])
+        every = torch.tensor([[max(c) > i for c in tokens] for i in range(n)])
     parts = [dense(asked, every, keys, values), dense(asked, hidden[0]), dense(asked, hidden[1])]
     g = torch.sigmoid(asked.x @ layer.gate.weight.T + layer.gate.bias)
     g = g.unflatten(2, (3, HEADS)).permute(2, 0, 3, 1)[..., None].clone()

@@ -24,7 +24,7 @@ from xattn.heads import (
     save_head,
 )
 from xattn.heads.attentive import AttentiveHead
-from xattn.heads.options import Count, Positive, Share, check, checked
+from xattn.runtime.option_checks import Count, Positive, Share, check, checked
 
 # By the type of an option, what is none of its values; a Literal's choices are texts.
 WRONG = {

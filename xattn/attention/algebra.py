@@ -101,6 +101,8 @@ class SumOperator(Operator):
 
     def __init__(self, terms: Sequence[Operator]) -> None:
         self.terms = tuple(terms)
+        if not self.terms:
+            raise ValueError("terms: got none; give at least one operator")
         self.shape = self.terms[0].shape
         wrong = [term.shape for term in self.terms if term.shape != self.shape]
         if wrong:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from xattn.attention.positions import check_grid
 from xattn.attention.record import Call, answered_by, keep, own_layer, recording
 from xattn.kernels.backend import choose
 from xattn.registry import Registry
+from xattn.runtime.option_checks import checked
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class Mechanism(nn.Module, ABC):
         Raises:
             ValueError: an argument that does not fit the others or this mechanism.
         """
+        if isinstance(grid, int):
+            raise ValueError(f"grid: got {grid}; give its lengths, for example (14, 14)")
         sides = None if grid is None else tuple(grid)
         return self.attend(Inputs(q, k, v, x, sides, prefix, scale, causal))
 
@@ -139,14 +143,12 @@ class Mechanism(nn.Module, ABC):
         return output if local is None else output + local
 
     def _call(self, operator: Operator, inputs: Inputs, output: Tensor) -> Call:
-        seen = operator.detach()  # the recorded operator is not part of the graph
-
-        @torch.no_grad()
-        def maps() -> dict[str, Tensor]:
-            with own_layer():
-                return self.maps(seen, inputs)
-
-        return Call(seen, inputs.v.detach(), output, dict(operator.aux), maps)
+        seen, inputs = (
+            operator.detach(),
+            inputs.detach(),
+        )  # what is recorded is not part of the graph
+        maps = partial(_maps, self, seen, inputs)
+        return Call(seen, inputs.v, output, dict(operator.aux), maps)
 
     def check(self, inputs: Inputs) -> None:
         """Raise a ``ValueError`` that names what does not fit."""
@@ -183,7 +185,7 @@ class Mechanism(nn.Module, ABC):
             raise ValueError(
                 f"q, k, v: got {shapes}; {name} needs (B, H, N, D), (B, Hk, S, D), (B, Hk, S, Dv)"
             )
-        if q.shape[1] % k.shape[1]:
+        if not k.shape[1] or q.shape[1] % k.shape[1]:
             raise ValueError(
                 f"k: got {k.shape[1]} heads for {q.shape[1]} of the queries; give a number that "
                 f"divides it"
@@ -199,6 +201,26 @@ class Mechanism(nn.Module, ABC):
             )
 
 
+@torch.no_grad()
+def _maps(mechanism: Mechanism, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+    with own_layer():
+        return mechanism.maps(operator, inputs)
+
+
+class Kept(dict[Any, Any]):
+    """What a mechanism keeps from call to call because it only depends on the grid: the newest few,
+    and nothing in copies and pickles, which make it anew."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        if len(self) > KEPT:
+            del self[next(iter(self))]
+
+    def __reduce__(self) -> Any:
+        return Kept, ()
+
+
+KEPT = 8
 MECHANISMS: Registry[Mechanism, Entry] = Registry(
     "xattn.attention",
     argument="name",
@@ -231,6 +253,9 @@ def register(
 ) -> Callable[[type[Made]], type[Made]]:
     """Class decorator: make a mechanism known under ``name``; ``properties`` as in :class:`Entry`.
 
+    Options are checked against the annotations of its constructor, see
+    :mod:`xattn.runtime.option_checks`.
+
     Raises:
         ValueError: another mechanism has that name.
     """
@@ -239,6 +264,7 @@ def register(
     def add(cls: type[Made]) -> type[Made]:
         MECHANISMS.add(cls, entry)
         cls.entry = entry
+        cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
         return cls
 
     return add

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from xattn.attention.base import Mechanism, create_mechanism, mechanism_class
+from xattn.attention.base import MECHANISMS, Mechanism, create_mechanism, mechanism_class
 from xattn.attention.conversion import Conversion
 from xattn.attention.convertible import (
     check,
@@ -133,11 +133,18 @@ def _earlier_forms(
             DeprecationWarning,
             stacklevel=3,
         )
-    return layers, {**(options or {}), **keywords}
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"options: got {options!r}; give a dict, such as {{'kernel': 7}}")
+    options = dict(options or {})
+    twice = sorted(options.keys() & keywords.keys())
+    if twice:
+        raise ValueError(f"options: got {twice[0]!r} also by keyword; give it once, in options")
+    return layers, {**options, **keywords}
 
 
 def _convert(model: nn.Module, name: str, numbers: Any, options: dict[str, Any]) -> nn.Module:
     cls = mechanism_class(name)
+    MECHANISMS.check_options(name, [str(option) for option in options])
     model = _network(model)
     with alone(model):
         layers = chosen_layers(model, numbers)

@@ -38,6 +38,8 @@ def chosen_layers(model: nn.Module, numbers: Iterable[int] | str | None) -> Laye
 def _numbers(given: Iterable[int] | str | None, count: int, kind: str) -> list[int]:
     """Rising numbers of blocks, none negative."""
     numbers = parse_layers(given) if isinstance(given, str) else given
+    if numbers is not None and not isinstance(numbers, Iterable):
+        raise ValueError(f"layers: got {numbers!r}; give a list of them or {LAYERS_FORM}")
     numbers = list(range(count) if numbers is None else numbers)
     wrong = [i for i in numbers if not isinstance(i, int) or not -count <= i < count]
     if wrong or not numbers:

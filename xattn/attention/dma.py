@@ -45,7 +45,7 @@ class DMA(Mechanism):
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         window: w, how many keys are kept beside the prefix tokens, whose b is 0.
         causal: whether a token sees only earlier tokens and itself, always or where a call asks for
-            it; prefix tokens see one another.
+            it.
 
     ``a`` starts at zero: with ``window`` at least N the layer is softmax attention until it learns.
     """
@@ -110,7 +110,7 @@ def causal_lists(b: Tensor, window: int) -> Tensor:
     batch, heads, n = b.shape
     window = min(window, n)
     lists = torch.empty(batch, heads, n, window, dtype=torch.int32, device=b.device)
-    step = max(1, ROWS // (batch * heads * n))
+    step = max(1, ROWS // max(1, batch * heads * n))
     for start in range(0, n, step):
         i = torch.arange(start, min(start + step, n), device=b.device)
         later = torch.arange(n, device=b.device) > i[:, None]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.attention.base import Mechanism, Size, register, whole
+from xattn.attention.base import Kept, Mechanism, Size, register, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
 from xattn.attention.order import residue_order
@@ -83,7 +83,7 @@ class GNA(Mechanism):
         self.window = (_hashable(kernel), _hashable(stride), _hashable(dilation))
         self.causal = _hashable(causal)
         # Equal layers share them by the cache below; kept here so that torch.compile sees them.
-        self._plans: dict[Any, Pattern] = {}
+        self._plans = Kept()
 
     def operator(self, inputs: Inputs) -> Operator:
         return pattern_operator(inputs, self._plan(inputs), backend=self.backend)
@@ -120,7 +120,7 @@ class GNA(Mechanism):
         return (inside.attend(k)[1] - every).exp()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 @torch.inference_mode(False)  # cached tensors may serve training later
 def plan(
     grid: tuple[int, ...],

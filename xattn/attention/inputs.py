@@ -31,7 +31,7 @@ class Inputs:
     scale: float | None = None
     """Of the scores, 1 / sqrt(D) by default; never None once the record is made."""
     causal: bool = False
-    """Whether token i sees only tokens 0 to i, and the prefix tokens see one another."""
+    """Whether token i, a prefix token too, sees only tokens 0 to i."""
 
     def __post_init__(self) -> None:
         if self.scale is None:
@@ -39,6 +39,11 @@ class Inputs:
 
     def replace(self, **changes: Any) -> Inputs:
         return replace(self, **changes)
+
+    def detach(self) -> Inputs:
+        """The same, outside of the graph."""
+        x = None if self.x is None else self.x.detach()
+        return replace(self, q=self.q.detach(), k=self.k.detach(), v=self.v.detach(), x=x)
 
     def ungrouped(self) -> Inputs:
         """The same with one key head for every query head."""

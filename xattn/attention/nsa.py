@@ -13,15 +13,13 @@ embedding within a block, and with means or sums in place of its network over a 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.attention import gna
 from xattn.attention.algebra import GatedOperator, ProductOperator, SumOperator
-from xattn.attention.base import Mechanism, register, whole
+from xattn.attention.base import Kept, Mechanism, register, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
 from xattn.attention.patterns import Pattern, pattern_operator
@@ -91,7 +89,7 @@ class NSA(Mechanism):
         if pooling == "conv":
             self.weight = nn.Parameter(torch.ones(2, num_heads, block, block))  # keys, values
         # Equal layers share them by the cache below; kept here so that torch.compile sees them.
-        self._kept: dict[Any, tuple[PooledBlocks, Pattern]] = {}
+        self._kept = Kept()
 
     def operator(self, inputs: Inputs) -> Operator:
         blocks, near = self._places(inputs)

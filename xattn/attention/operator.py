@@ -45,7 +45,8 @@ class Operator(ABC):
     causal: bool = False
     """Whether entries above the diagonal are known to be 0, but for those among prefix tokens."""
     hides: bool = False
-    """Whether a query is kept from seeing some keys, whose entries are exactly 0."""
+    """Whether a query may be kept from seeing some keys, whose entries are exactly 0, for another
+    reason than that they are later."""
     factors: tuple[Operator, ...] = ()
     """A_1, A_2, ... of A = A_1 A_2 ..., if attention goes in stages."""
     aux: Mapping[str, Tensor] = MappingProxyType({})
@@ -109,7 +110,7 @@ class Operator(ABC):
     def row_chunks(self) -> list[slice]:
         """Slices of the rows, of at most ``TILE`` entries of A each (one row at least)."""
         batch, heads, queries, keys = self.shape
-        size = max(1, TILE // (batch * heads * keys))
+        size = max(1, TILE // max(1, batch * heads * keys))
         return [slice(start, start + size) for start in range(0, queries, size)]
 
     def row_sums(self) -> Tensor:

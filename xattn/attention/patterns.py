@@ -2,7 +2,7 @@
 
     operator = pattern_operator(inputs, Pattern(blocks, order, rule), backend=backend)
 
-Prefix tokens see all tokens and are seen by all; in causal attention they see one another only.
+Prefix tokens see all tokens and are seen by all; in causal attention each sees those up to itself.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import Order
 from xattn.attention.segments import Blocks, Rule, Segment, visible
 from xattn.attention.segments_operator import Piece, SegmentsOperator, take_rows
+from xattn.kernels.block_sparse.box import causal
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,9 @@ def pattern_operator(
         first, own = Segment(k[:, :, :prefix]), tokens[:prefix]
         segments.append(first)
         columns.append(own)
-        seen = (first, own) if inputs.causal else (Segment(k), tokens)
+        seen = Segment(k), tokens
+        if inputs.causal:
+            seen = Segment(first.k, rule=causal(prefix).to(device)), own
         pieces.append(Piece(q[:, :, :prefix], (seen[0],), (seen[1],)))
     pieces.append(Piece(grid_q, tuple(segments), tuple(columns)))
     operator = SegmentsOperator(pieces, where, len(tokens), inputs.scale, backend)
@@ -135,5 +138,7 @@ def _mask(inputs: Inputs, pattern: Pattern) -> Tensor:
     mask = added.masked_fill(~seen, -torch.inf)
     mask = F.pad(mask, (prefix, 0, prefix, 0)).to(q.device)
     if inputs.causal and prefix:
-        mask[..., :prefix, prefix:] = -torch.inf
+        every = torch.arange(mask.shape[3], device=mask.device)
+        mask[..., :prefix, :] = 0.0
+        mask[..., :prefix, :].masked_fill_(every > every[:prefix, None], -torch.inf)
     return to_heads(mask, q.shape[1])

@@ -34,12 +34,14 @@ def check_grid(
 ) -> None:
     """Raise a ``ValueError`` unless ``prefix`` and ``grid`` lay out so many tokens for ``name``, which
     works on grids of the numbers of dimensions ``fitting``; 0 among them stands for no grid."""
-    if not 0 <= prefix < tokens:
+    if isinstance(prefix, float) or not 0 <= prefix < tokens:
         raise ValueError(f"prefix: got {prefix} of {tokens} tokens; give 0 to {tokens - 1}")
     if grid is None:
         if 0 not in fitting:
             raise ValueError(f"grid: {name} needs the grid of the tokens, for example (14, 14)")
         return
+    if any(isinstance(length, float) or length < 1 for length in grid):
+        raise ValueError(f"grid: got {grid}; give whole lengths of at least 1")
     if math.prod(grid) != tokens - prefix:
         raise ValueError(
             f"grid: {grid} holds {math.prod(grid)} tokens; got {tokens} with {prefix} prefix tokens"

@@ -23,6 +23,7 @@ from xattn.attention.operator import Operator
 from xattn.attention.positions import check_grid
 from xattn.attention.record import Call, answered_by, keep, own_layer, record, recording
 from xattn.registry import Registry
+from xattn.runtime.option_checks import checked
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ def register_block(
     def add(cls: type[Made]) -> type[Made]:
         BLOCKS.add(cls, entry)
         cls.entry = entry
+        cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
         return cls
 
     return add

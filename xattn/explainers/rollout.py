@@ -6,8 +6,8 @@ same map for every class.
 
 Rollout follows shares. Where rows of A do not sum to 1, the fused rows are divided by their sums before
 the residual is added; where entries may be negative, |A| stands for A, before heads are fused, and its
-rows are divided likewise. A row of zeros leaves a token as it is. The operator itself says which holds
-(``stochastic``, ``signed``), and the map's provenance which layers were changed so.
+rows are divided likewise. With a residual, a row of zeros leaves a token as it is. The operator itself
+says which holds (``stochastic``, ``signed``), and the map's provenance which layers were changed so.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from xattn.heads.attended import Attended, Tokens
 from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
-from xattn.heads.options import Count
 from xattn.heads.pullback import Step, mean
+from xattn.runtime.option_checks import Count
 
 
 @register_head("aim")

@@ -27,9 +27,9 @@ from xattn.heads.attended import Attended, Tokens, pool_by, softmax
 from xattn.heads.base import Head, keeping_statistics
 from xattn.heads.fusion import class_rows
 from xattn.heads.mixer import Depth
-from xattn.heads.options import Count, Names, checked
 from xattn.heads.pullback import Step
 from xattn.heads.reliability import TINY, Balanced, ReliabilityBalancing, create_balancing
+from xattn.runtime.option_checks import Count, Names, checked
 
 CHUNK = 2**24  # entries alive at once of a tensor (B, classes, Q, tokens or channels)
 

@@ -23,10 +23,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from xattn.attention.conversion import Conversion, describe, how_to_convert
 from xattn.backbone import Backbone, Taps
 from xattn.heads.mixer import Mixer, create_mixer
-from xattn.heads.options import checked
 from xattn.registry import Registry, adopting
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_folder
+from xattn.runtime.option_checks import checked
 from xattn.runtime.version import __version__
 
 WEIGHTS_FILE = "model.safetensors"
@@ -214,7 +214,7 @@ class HeadEntry:
 
 def register_head(name: str, **about: Any) -> Callable[[type[Head]], type[Head]]:
     """Class decorator: make a head known to :func:`create_head` under ``name``, and check its options
-    against the annotations of its constructor, see :mod:`xattn.heads.options`.
+    against the annotations of its constructor, see :mod:`xattn.runtime.option_checks`.
 
     Args:
         about: further fields of :class:`HeadEntry`.

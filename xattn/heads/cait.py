@@ -11,7 +11,7 @@ from xattn.backbone import Backbone
 from xattn.heads.attentive import Shared
 from xattn.heads.base import register_head
 from xattn.heads.class_attention import ClassAttention
-from xattn.heads.options import Count, Positive
+from xattn.runtime.option_checks import Count, Positive
 
 
 @register_head("cait")

@@ -19,8 +19,8 @@ from xattn.backbone import Backbone
 from xattn.heads.attended import Attended, Tokens
 from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
-from xattn.heads.options import Count
 from xattn.heads.pullback import Step
+from xattn.runtime.option_checks import Count
 
 
 @register_head("cbam", cases=({}, {"form": "gates"}))

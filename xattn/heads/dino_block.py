@@ -20,9 +20,9 @@ from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
 from xattn.heads.class_attention import ClassAttention
 from xattn.heads.cross_attention import head_count
-from xattn.heads.options import Count, Positive
 from xattn.heads.pullback import Step, mean, mlp, residual
 from xattn.heads.self_attention import SelfAttention
+from xattn.runtime.option_checks import Count, Positive
 
 
 @register_head("dino_block", cases=({}, {"form": "class_token"}))

@@ -15,8 +15,8 @@ from xattn.backbone import Backbone
 from xattn.heads.attended import Attended, Queries, Tokens
 from xattn.heads.attentive import AttentiveHead, Shared, prefixed
 from xattn.heads.base import register_head
-from xattn.heads.options import Count
 from xattn.heads.pullback import Step
+from xattn.runtime.option_checks import Count
 
 
 @register_head("efficient_probe", cases=({"queries": 8}, {"queries": 8, "prefix": True}))

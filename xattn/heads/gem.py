@@ -10,8 +10,8 @@ from xattn.backbone import Backbone
 from xattn.heads.attended import Attended, Tokens
 from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
-from xattn.heads.options import Positive
 from xattn.heads.pullback import Step, root
+from xattn.runtime.option_checks import Positive
 
 
 @register_head("gem")

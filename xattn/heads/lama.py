@@ -15,7 +15,7 @@ from xattn.backbone import Backbone
 from xattn.heads.attended import Attended, Queries, Tokens
 from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
-from xattn.heads.options import Count
+from xattn.runtime.option_checks import Count
 
 
 @register_head("lama")

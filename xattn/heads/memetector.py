@@ -21,8 +21,8 @@ from xattn.backbone import Backbone
 from xattn.heads.attended import Attended, Tokens
 from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
-from xattn.heads.options import Count, Share
 from xattn.heads.pullback import Step, chain
+from xattn.runtime.option_checks import Count, Share
 
 TAPS = 4
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from xattn.attention import Call, create_attention, record
 from xattn.backbone import Backbone
 from xattn.heads.cross_attention import head_count
-from xattn.heads.options import Where
+from xattn.runtime.option_checks import Where
 
 Depth: TypeAlias = Annotated[int, Where(lambda n: 1 <= n <= 64, "an int from 1 to 64")]
 SHARES = (

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xattn.heads.options import Count, Positive, checked
 from xattn.kernels.softmax.reference import widen
+from xattn.runtime.option_checks import Count, Positive, checked
 
 TINY = 1e-12
 OPTIONS = ("anchors", "temperature", "delta", "margin")

@@ -17,8 +17,8 @@ from xattn.heads.attended import Attended, Tokens
 from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import CrossAttention
-from xattn.heads.options import Count, Positive
 from xattn.heads.pullback import Step, mean, mlp, residual
+from xattn.runtime.option_checks import Count, Positive
 
 
 @register_head("siglip_map")

@@ -19,8 +19,8 @@ from xattn.heads.attended import Attended, Queries, Tokens
 from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
 from xattn.heads.cross_attention import head_count
-from xattn.heads.options import Count, Positive
 from xattn.heads.pullback import Step, root
+from xattn.runtime.option_checks import Count, Positive
 
 EPS = 1e-6
 HEADS = 12

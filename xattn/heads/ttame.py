@@ -19,7 +19,7 @@ from xattn.backbone import Backbone, Taps
 from xattn.heads.base import Head, register_head
 from xattn.heads.fusion import ClassifierFusion, Fusion, PerClassFusion
 from xattn.heads.mixer import Depth
-from xattn.heads.options import Count
+from xattn.runtime.option_checks import Count
 
 FULL_RANK_CHANNELS = 512
 MAX_SIZE = 56
