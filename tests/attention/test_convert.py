@@ -425,6 +425,8 @@ def test_bad_texts_of_mechanisms_and_records_are_named():
         ValueError, match="mechanism: got 'kernel' in 'gna:kernel'; write NAME:option"
     ):
         parse_mechanism("gna:kernel")
+    with pytest.raises(ValueError, match="mechanism: got kernel twice"):
+        parse_mechanism("gna:kernel=5,kernel=7")
     for bad in (None, {}, {"mechanism": 1, "layers": "0", "options": {}}):
         with pytest.raises(ValueError, match="conversion: got"):
             Conversion.of_record(bad)

@@ -64,8 +64,12 @@ def operators(kind, prefix, batch=2, heads=3, seed=0):
     gates = torch.rand(batch, heads, n, generator=generator, dtype=torch.float64)
     gates[:, 0, ::2] = 0
     gates[:, :, 3] = 0  # token 3 attends to nothing
-    gated = GatedOperator(SoftmaxOperator(q, k), gates, sparse=True)
-    return gated if kind == "gated" else SumOperator([gated, GatedOperator(gated, gates)])
+    gated = GatedOperator(SoftmaxOperator(q, k), gates, signed=False, sparse=True)
+    return (
+        gated
+        if kind == "gated"
+        else SumOperator([gated, GatedOperator(gated, gates, signed=False)])
+    )
 
 
 def mixing(a, residual, fusion="mean", stochastic=False):

@@ -145,12 +145,12 @@ class GatedOperator(Operator):
     Args:
         operator: A.
         factor: g, (B, H, N).
-        signed: whether g may be negative.
+        signed: whether g may be negative; say False of gates that cannot.
         sparse: whether many g are 0, so that these rows need not be computed.
     """
 
     def __init__(
-        self, operator: Operator, factor: Tensor, *, signed: bool = False, sparse: bool = False
+        self, operator: Operator, factor: Tensor, *, signed: bool = True, sparse: bool = False
     ) -> None:
         if factor.shape != operator.shape[:3]:
             raise ValueError(

@@ -118,6 +118,8 @@ def parse_mechanism(text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(
                 f"mechanism: got {pair!r} in {text!r}; write NAME:option=value,option=value"
             )
+        if key.strip() in options:
+            raise ValueError(f"mechanism: got {key.strip()} twice in {text!r}; give it once")
         options[key.strip()] = _value(value)
     return name.strip(), options
 

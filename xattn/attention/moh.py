@@ -88,7 +88,7 @@ class MoH(Mechanism):
         softmax = SoftmaxOperator(
             inputs.q, inputs.k, inputs.scale, backend=self.backend, causal=inputs.causal
         )
-        operator = GatedOperator(softmax, gates, sparse=self.active < self.routed)
+        operator = GatedOperator(softmax, gates, signed=False, sparse=self.active < self.routed)
         if loss is not None:
             operator.aux = {"balance": self.balance * loss}
         return operator

@@ -111,7 +111,9 @@ class NSA(Mechanism):
         )
         branches = [compressed, selected, pattern_operator(inputs, near, backend=self.backend)]
         gates = self.gates(inputs)
-        operator = SumOperator([GatedOperator(*x) for x in zip(branches, gates, strict=True)])
+        operator = SumOperator(
+            [GatedOperator(a, g, signed=False) for a, g in zip(branches, gates, strict=True)]
+        )
         operator.context = chosen
         return operator
 
