@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 from unittest.mock import patch
 
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from xattn.attention.base import MECHANISMS
 from xattn.backbone import load_backbone
 from xattn.eval.bench import pooling
 from xattn.eval.bench.operation_counts import macs
@@ -46,7 +48,6 @@ HEAD_COLUMNS = (
     "| head | ms | of efficient_probe | plain / head | parameters | with classifier "
     "| M MACs an image |"
 )
-MIXERS: dict[str, dict[str, Any]] = {"softmax": {}, "agent": {}, "gna": {"kernel": 7}}
 
 
 class MultiHeadProbe(nn.Module):
@@ -211,10 +212,11 @@ def _head_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[str]:
 def _mixer_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[str]:
     backbone = backbone_of(width, side)
     heads: dict[str, Any] = {MIXED: create_head(MIXED, backbone).train()}
-    for mixer, options in MIXERS.items():
-        if options.get("kernel", 1) <= side:
-            made = create_head(MIXED, backbone, mixer=mixer, mixer_options=options)
-            heads[f"{MIXED}, {mixer}"] = made.train()
+    for entry in MECHANISMS.entries():
+        options = {k: v for k, v in entry.bench[0].items() if k != "training_free"}
+        with suppress(ValueError):  # a window that is larger than the grid
+            made = create_head(MIXED, backbone, mixer=entry.name, mixer_options=options)
+            heads[f"{MIXED}, {entry.name}"] = made.train()
     jobs = {name: training_step(head, batch, width, side) for name, head in heads.items()}
     took = times(jobs, rounds, 1, processor_clock())
     for name, head in heads.items():

@@ -41,7 +41,7 @@ def test_all_tables_are_whole(monkeypatch):
     assert set(HEADS) <= set(rows)
     assert sum(row == "64" for row in rows) == 4
     assert sum(row == "49" for row in rows) == 2  # pooling beside two products
-    assert {f"efficient_probe, {mixer}" for mixer in heads_bench.MIXERS} <= set(rows)
+    assert {f"efficient_probe, {name}" for name in ("softmax", "agent", "gna")} <= set(rows)
     with pytest.raises(ValueError, match="rounds, batch: got 0"):
         next(heads_bench.bench(rounds=0))
 
