@@ -219,7 +219,25 @@ def test_a_broken_package_is_one_warning_and_the_rest_goes_on(packages):
         warnings.simplefilter("error")
         assert message(REGISTRY.get, "oval") == f"shape: shape 'oval' cannot be loaded: {reason}"
         assert "did you mean" in message(REGISTRY.get, "ovl")
-    assert REGISTRY.failures() == {"oval": reason}
+    assert REGISTRY.failures() == {("a-broken", "oval"): reason}
+
+
+def test_a_package_that_exits_on_import_is_a_failure(packages):
+    points = "[xattn.test_shapes]\noval = an_oval\n"
+    distribution(packages, "a-quitter", points, an_oval="import sys; sys.exit('needs a display')")
+    with pytest.warns(UserWarning, match="of a-quitter failed .SystemExit: needs a display."):
+        assert REGISTRY.names() == ["circle", "square"]
+
+
+def test_two_broken_packages_with_one_name_are_both_named(packages):
+    points = "[xattn.test_shapes]\noval = {}\n"
+    distribution(packages, "first", points.format("not_there"))
+    distribution(packages, "second", points.format("nor_there"))
+    with pytest.warns(UserWarning):
+        REGISTRY.load()
+    assert set(REGISTRY.failures()) == {("first", "oval"), ("second", "oval")}
+    told = message(REGISTRY.get, "oval")
+    assert "of first failed" in told and "of second failed" in told
 
 
 @pytest.mark.parametrize(
@@ -239,7 +257,7 @@ def test_what_cannot_be_registered_is_named(packages, value, text, expected):
     distribution(packages, "odd", f"[xattn.test_shapes]\nthing = {value}\n", a_thing=text)
     with pytest.warns(UserWarning, match=expected):
         REGISTRY.load()
-    assert expected in REGISTRY.failures()["thing"] and REGISTRY.get("square") is Square
+    assert expected in REGISTRY.failures()["odd", "thing"] and REGISTRY.get("square") is Square
 
 
 def test_a_registry_without_adoption_wants_registered_classes(packages):

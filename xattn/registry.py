@@ -72,7 +72,7 @@ class Registry(Generic[T, E]):
         self.given, self.ordered, self.refusal = frozenset(given), ordered, refusal
         self._adopt = adopt
         self._found: dict[str, tuple[type[T], E]] = {}  # replaced, never changed
-        self._failures: dict[str, str] = {}
+        self._failures: dict[tuple[str, str], str] = {}  # by distribution and name
         self._loaded = False
         self._lock = threading.Lock()  # never held while anything is imported
         self._here = threading.local()
@@ -150,8 +150,8 @@ class Registry(Generic[T, E]):
         """All entries, in the order of :meth:`names`."""
         return [self.entry(name) for name in self.names()]
 
-    def failures(self) -> dict[str, str]:
-        """Entry points that could not be imported: by their name, the distribution and the error."""
+    def failures(self) -> dict[tuple[str, str], str]:
+        """Why entry points could not be imported, by (distribution, name of the entry point)."""
         self.load()
         return dict(self._failures)
 
@@ -174,9 +174,10 @@ class Registry(Generic[T, E]):
         found = self._find(name)
         if found is not None:
             return found
-        if isinstance(name, str) and name in self._failures:
+        reasons = [reason for (_, point), reason in self._failures.items() if point == name]
+        if reasons:
             what = f"{self.noun} {name!r}".strip()
-            raise ValueError(f"{self.argument}: {what} cannot be loaded: {self._failures[name]}")
+            raise ValueError(f"{self.argument}: {what} cannot be loaded: {' and '.join(reasons)}")
         near = near_matches(name, self.names()) or self.names()
         hint = f"did you mean {', '.join(near)}?" if near else f"{self.group} has no names yet"
         unknown = f"unknown {self.noun}".strip()
@@ -225,8 +226,9 @@ class Registry(Generic[T, E]):
             for point in self._points():
                 try:
                     self._accept(point, point.load())
-                except Exception as error:
-                    self._fail(point.name, f"{_origin(point)} failed", error)
+                except (Exception, SystemExit) as error:
+                    key = _distribution(point), point.name
+                    self._fail(key, f"{_origin(point)} failed", error)
         finally:
             self._here.loading = False
         self._loaded = True
@@ -235,7 +237,7 @@ class Registry(Generic[T, E]):
         try:
             return list(entry_points(group=self.group))
         except Exception as error:  # some distribution's file of entry points is damaged
-            self._fail("", "entry points cannot be read", error)
+            self._fail(("", ""), "entry points cannot be read", error)
             return []
 
     def _accept(self, point: EntryPoint, value: Any) -> None:
@@ -247,12 +249,12 @@ class Registry(Generic[T, E]):
             raise ValueError(f"{point.value} is not registered; decorate it, or name its module")
         self._adopt(point.name, value)
 
-    def _fail(self, name: str, what: str, error: Exception) -> None:
+    def _fail(self, key: tuple[str, str], what: str, error: BaseException) -> None:
         reason = f"{what} ({type(error).__name__}: {' '.join(str(error).split())})"
         with self._lock:
-            if name in self._failures:
+            if key in self._failures:
                 return
-            self._failures = {**self._failures, name: reason}
+            self._failures = {**self._failures, key: reason}
         warnings.warn(f"{self.group}: {reason}; the rest goes on", stacklevel=4)
 
 
@@ -343,5 +345,8 @@ def _path(cls: type) -> str:
 
 def _origin(point: EntryPoint) -> str:
     """Such as ``entry point 'mine' (mine.heads) of mine-package``."""
-    distribution = getattr(point.dist, "name", None) or "an unnamed package"
-    return f"entry point {point.name!r} ({point.value}) of {distribution}"
+    return f"entry point {point.name!r} ({point.value}) of {_distribution(point)}"
+
+
+def _distribution(point: EntryPoint) -> str:
+    return getattr(point.dist, "name", None) or "an unnamed package"
