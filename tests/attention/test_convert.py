@@ -169,10 +169,13 @@ def test_only_the_blocks_asked_for_change_and_numbers_are_checked():
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("swin_tiny_patch4_window7_224", "SwinTransformer has no list of blocks"),
+        (
+            "swin_tiny_patch4_window7_224",
+            "^mechanism: SwinTransformer .*timm ViT, such as -b vit_tiny_",
+        ),
         ("cait_xxs24_224", r"blocks.0.attn \(TalkingHeadAttn\) does not use fused attention"),
         ("vit_relpos_small_patch16_224", r"blocks.0.attn \(RelPosAttention\) adds a bias or mask"),
-        ("resnet18", "ResNet has no list of blocks"),
+        ("resnet18", "^mechanism: ResNet has no list of blocks with attention; a mechanism needs"),
     ],
 )
 def test_models_that_cannot_be_converted_are_named_and_untouched(name, message):

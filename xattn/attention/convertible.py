@@ -12,6 +12,7 @@ from xattn.attention.conversion import LAYERS_FORM, parse_layers
 from xattn.attention.record import Call, record
 
 Layers = dict[str, nn.Module]
+NEEDED = "a mechanism needs a timm ViT, such as -b vit_tiny_patch16_224"
 
 
 def chosen_layers(model: nn.Module, numbers: Iterable[int] | str | None) -> Layers:
@@ -23,13 +24,13 @@ def chosen_layers(model: nn.Module, numbers: Iterable[int] | str | None) -> Laye
     blocks = getattr(model, "blocks", None)
     kind = type(model).__name__
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or not len(blocks):
-        raise ValueError(f"model: {kind} has no list of blocks; only ViT-like models are converted")
+        raise ValueError(f"mechanism: {kind} has no list of blocks with attention; {NEEDED}")
     found = {}
     for i in _numbers(numbers, len(blocks), kind):
         layer = getattr(blocks[i], "attn", None)
         if not isinstance(layer, nn.Module):
             raise ValueError(
-                f"model: block {i} ({type(blocks[i]).__name__}) has no attention 'attn'; untouched"
+                f"mechanism: block {i} ({type(blocks[i]).__name__}) has no attention 'attn'; {NEEDED}"
             )
         found[f"blocks.{i}.attn"] = layer
     return found
