@@ -195,6 +195,12 @@ def test_wide_taps_are_low_rank_by_default():
         ("ttame", {"mask_policy": "white"}, "mask_policy"),
         ("ttame", {"activation": "gelu"}, "activation"),
         ("ttame", {"wings": 2}, "does not take"),
+        (
+            "gap",
+            {"reads_prefix": True},
+            "gap does not take that option .reads_prefix.; its options",
+        ),
+        ("gap", {"pooled": 4}, "gap does not take that option .pooled.; its options"),
         ("ttame", {"num_taps": "two"}, "options"),
         ("ttame", {"branch_rank": "x"}, "branch_rank"),
         ("ttame", {"skip": "false"}, "skip"),

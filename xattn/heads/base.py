@@ -234,7 +234,7 @@ HEADS: Registry[Head, HeadEntry] = Registry(
     "xattn.heads",
     argument="head",
     noun="head",
-    given=("backbone", "options"),
+    given=("backbone", "options", "pooled", "reads_prefix"),
     adopt=adopting(Head, register_head),
 )
 
