@@ -13,6 +13,7 @@ from small_networks import made
 import xattn
 from xattn.attention import Conversion, convert, revert
 from xattn.backbone import converted
+from xattn.backbone.conversion import save_conversion, with_trained
 from xattn.cli import main
 from xattn.heads.probed import probed
 from xattn.packs.reader import Pack
@@ -100,6 +101,33 @@ def test_heads_remember_the_conversion_and_refuse_another(vit, tmp_path):
     )
     with pytest.raises(ValueError, match="head: the config of head is damaged"):
         xattn.load_head(folder, vit)
+
+
+def test_heads_of_a_trained_conversion_ask_for_its_folder(vit, tmp_path):
+    made = Conversion("agent", (0,), {"agents": 4, "window": [4, 4]})
+    start = converted(vit, *made)
+    state = {
+        name: value + 1
+        for name, value in start.model.state_dict().items()
+        if ".attn.mechanism." in name
+    }
+    trained = with_trained(vit, made, state)
+    save_conversion(tmp_path / "conversion", vit, made, state, {})
+    folder = xattn.save_head(xattn.create_head("ttame", trained), tmp_path / "head")
+    record = json.loads((folder / "config.json").read_text())["backbone"]
+    written = json.loads((tmp_path / "conversion" / "config.json").read_text())
+    assert record["conversion_sha256"] == written["sha256"]
+    assert trained.with_taps("block").conversion_record() == trained.conversion_record()
+    assert copy.deepcopy(trained).conversion_record() == trained.conversion_record()
+    ask = r"--mechanism FOLDER \(what xattn distill wrote\)$"
+    with pytest.raises(ValueError, match=f"the backbone has its own; load the backbone with {ask}"):
+        xattn.load_head(folder, vit)
+    with pytest.raises(ValueError, match=f"load the backbone it was trained on, with {ask}"):
+        xattn.load_head(folder, start)
+    xattn.load_head(folder, xattn.load_conversion(tmp_path / "conversion", vit))
+    xattn.save_head(xattn.create_head("ttame", start), folder)
+    with pytest.raises(ValueError, match="trained on, with --mechanism agent:.* --layers 0$"):
+        xattn.load_head(folder, trained)
 
 
 def test_caches_and_runs_of_another_conversion_are_refused(vit, photos, tmp_path):

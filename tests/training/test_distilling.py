@@ -20,6 +20,7 @@ from small_networks import made
 
 import xattn
 from xattn.backbone import converted, sha256
+from xattn.backbone.conversion import with_trained
 from xattn.cli import main
 from xattn.photos.part import every_nth
 from xattn.photos.sources import open_photos
@@ -226,12 +227,37 @@ def test_a_conversion_belongs_to_its_backbone(vit, photos, tmp_path):
     state = load_file(folder / "model.safetensors")
     missing = dict(list(state.items())[1:])
     for damaged in (missing, {**state, "x.y": torch.zeros(1)}):
-        save_file(damaged, folder / "model.safetensors")
         with pytest.raises(ValueError, match="does not fit agent:.*names differ"):
-            xattn.load_conversion(folder, vit)
+            with_trained(vit, result.backbone.conversion[0], damaged)
     (folder / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is no trained conversion .KeyError"):
         xattn.load_conversion(folder, vit)
+
+
+def test_a_conversion_that_was_changed_on_disk_is_refused(vit, photos, tmp_path):
+    train(vit, photos, config=replace(SMALL, epochs=1), output=tmp_path / "run")
+    folder = tmp_path / "run" / "conversion"
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    bytes_, text = weights.read_bytes(), config.read_text()
+    hashed = json.loads(text)["sha256"]
+    assert xattn.load_conversion(folder, vit).conversion_record()["conversion_sha256"] == hashed
+    assert "conversion_sha256" not in converted(vit, "agent", None, AGENT).conversion_record()
+
+    def refused() -> bool:
+        with pytest.raises(ValueError, match=f"was changed or damaged .*{hashed}.; train") as error:
+            xattn.load_conversion(folder, vit)
+        return "\n" not in str(error.value)
+
+    weights.write_bytes(bytes_[:-4] + bytes([bytes_[-4] ^ 1]) + bytes_[-3:])
+    assert refused()
+    weights.write_bytes(bytes_)
+    config.write_text(text.replace('"layers": "0-1"', '"layers": "1"'))
+    assert refused()
+    config.write_text(text.replace('"agents": 4', '"agents": 9'))
+    assert refused()
+    earlier = {key: value for key, value in json.loads(text).items() if key != "sha256"}
+    config.write_text(json.dumps(earlier))
+    assert xattn.load_conversion(folder, vit).fingerprint, "written before there was a checksum"
 
 
 def test_one_photo_of_ten_is_measured_on_and_not_trained_on(photos):
@@ -318,7 +344,9 @@ def test_the_command_trains_and_other_jobs_load_the_folder(command, photos, tmp_
     assert main([*explain, "--mechanism", folder, *out[:2]]) == 0
     untrained = ["--mechanism", "agent:agents=4,window=[4,4]", "--layers", "2-3"]
     assert main([*explain, *untrained, *out[:2]]) == 2
-    assert "trained on, such as --mechanism FOLDER of xattn distill" in capsys.readouterr().err
+    assert (
+        "trained on, with --mechanism FOLDER (what xattn distill wrote)" in capsys.readouterr().err
+    )
     for wrong, message in (
         (["--mechanism", folder, "--layers", "1"], "layers: got 1; "),
         (

@@ -452,9 +452,14 @@ class Backbone(nn.Module):
         return conversion(self.model)
 
     def conversion_record(self) -> dict[str, Any]:
-        """``{"conversion": [...]}`` for files, or nothing where nothing was converted."""
+        """``{"conversion": [...]}`` for files, or nothing where nothing was converted; of a trained
+        conversion ``"conversion_sha256"``, too, as in its config."""
         made = self.conversion
-        return {} if made is None else {"conversion": [one.record() for one in made]}
+        if made is None:
+            return {}
+        hashes = {vars(module).get("trained_sha256") for module in self.model.modules()} - {None}
+        trained = {"conversion_sha256": hashes.pop()} if len(hashes) == 1 else {}
+        return {"conversion": [one.record() for one in made], **trained}
 
     def with_converted(self, model: nn.Module) -> Backbone:
         """A backbone like this one over ``model``, a converted copy of its own; see

@@ -4,12 +4,13 @@
     backbone = load_conversion("runs/distilled/conversion", backbone)
 
 A trained conversion is a folder with ``model.safetensors``, the tensors that the mechanism adds (and
-those of the network that were trained with it), and ``config.json``: what was converted, and the name
-and SHA-256 of the backbone that it belongs to.
+those of the network that were trained with it), and ``config.json``: what was converted, the SHA-256
+of that and the tensors, and the name and SHA-256 of the backbone that it belongs to.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from xattn.attention.conversion import Conversion
 from xattn.attention.convert import converted_copy
 from xattn.backbone.backbone import Backbone
+from xattn.backbone.fingerprint import state_sha256
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_folder
 from xattn.runtime.version import __version__
@@ -73,6 +75,7 @@ def save_conversion(
         "format": 1,
         "xattn": __version__,
         "conversion": conversion.record(),
+        "sha256": trained_sha256(conversion, trained),
         "backbone": {"name": backbone.name, "sha256": backbone.fingerprint},
         "training": dict(summary),
     }
@@ -82,6 +85,12 @@ def save_conversion(
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (temporary / CONFIG_FILE).write_text(text, "utf-8", "backslashreplace")
     return Path(folder)
+
+
+def trained_sha256(made: Conversion, state: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of mechanism, layers, options and tensors of a trained conversion."""
+    text = json.dumps([state_sha256(state), made.record()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _is_conversion(folder: Path) -> bool:
@@ -109,6 +118,8 @@ def read_conversion(folder: str | Path) -> tuple[Conversion, dict[str, Any]]:
         made = Conversion.of_record(config["conversion"])
         if not isinstance(config["backbone"]["sha256"], str):
             raise TypeError("the backbone has no sha256")
+        if not isinstance(config.get("sha256", ""), str):
+            raise TypeError("its sha256 is no str")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"mechanism: {path} is no trained conversion ({type(error).__name__}: {error}); train it "
@@ -120,9 +131,11 @@ def read_conversion(folder: str | Path) -> tuple[Conversion, dict[str, Any]]:
 def load_conversion(folder: str | Path, backbone: Backbone) -> Backbone:
     """``backbone`` with the conversion in ``folder``; it shares all weights that were not trained.
 
+    A folder without a checksum, which the first versions wrote, is not compared with one.
+
     Raises:
         ValueError: the conversion belongs to another backbone (both hashes are named), or its files
-            are damaged. FileNotFoundError: nothing is there.
+            are damaged or changed. FileNotFoundError: nothing is there.
     """
     from xattn.models.weights import load_weight_file
 
@@ -140,6 +153,12 @@ def load_conversion(folder: str | Path, backbone: Backbone) -> Backbone:
         state = load_weight_file(weights)
     except ValueError as error:
         raise ValueError(str(error).replace("weights", "mechanism", 1)) from None
+    wanted, own = config.get("sha256"), trained_sha256(made, state)
+    if wanted not in (None, own):
+        raise ValueError(
+            f"mechanism: {folder} was changed or damaged after it was written (sha256 {own}, "
+            f"{CONFIG_FILE} says {wanted}); train it again"
+        )
     return with_trained(backbone, made, state, str(weights))
 
 
@@ -167,6 +186,9 @@ def with_trained(
             if value.shape != own[name].shape:
                 raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(own[name].shape)}")
             _put(model, name, value.to(own[name]))
+        hashed = trained_sha256(made, state)
+        for i in made.layers:
+            vars(model.get_submodule(f"blocks.{i}.attn.mechanism"))["trained_sha256"] = hashed
     except (KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

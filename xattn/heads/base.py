@@ -32,6 +32,7 @@ from xattn.runtime.version import __version__
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 MASK_POLICIES = ("raw_normalize", "renormalize", "normalized", "feature")
+TRAINED = "--mechanism FOLDER (what xattn distill wrote)"
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -414,11 +415,10 @@ def _read_head(folder: Path, backbone: Backbone) -> Head:
     wanted = config["backbone"]
     _check_conversion(folder, wanted, backbone)
     if wanted["sha256"] != backbone.fingerprint:
-        distilled = ", such as --mechanism FOLDER of xattn distill" if backbone.conversion else ""
         raise ValueError(
             f"head: {folder.name} was trained on {wanted.get('name')} with weights sha256 "
             f"{wanted['sha256']}, the backbone {backbone.name} has {backbone.fingerprint}; "
-            f"load the backbone it was trained on{distilled}"
+            f"load the backbone it was trained on{_how_to_get_weights(wanted, backbone)}"
         )
     if tuple(wanted.get("taps", backbone.taps)) != backbone.taps:
         raise ValueError(
@@ -453,11 +453,23 @@ def _check_conversion(folder: Path, wanted: Mapping[str, Any], backbone: Backbon
         made = [Conversion.of_record(record) for record in theirs or ()]
     except (ValueError, TypeError) as error:
         raise ValueError(f"head: the config of {folder.name} is damaged ({error})") from None
-    remedy = f"load the backbone with {how_to_convert(made)}" if made else "leave out --mechanism"
+    how = TRAINED if "conversion_sha256" in wanted else how_to_convert(made) if made else ""
+    remedy = f"load the backbone with {how}" if made else "leave out --mechanism"
     raise ValueError(
         f"head: {folder.name} was trained with {describe(made) or 'the attention of the model itself'}, "
         f"the backbone has {describe(backbone.conversion or ()) or 'its own'}; {remedy}"
     )
+
+
+def _how_to_get_weights(wanted: Mapping[str, Any], backbone: Backbone) -> str:
+    """The rest of a remedy: whether the head's mechanism was trained, if it has one."""
+    if backbone.conversion is None:
+        return ""
+    if "conversion_sha256" in wanted:
+        return f", with {TRAINED}"
+    if "conversion_sha256" in backbone.conversion_record():
+        return f", with {how_to_convert(backbone.conversion)}"
+    return ", such as --mechanism FOLDER of xattn distill"
 
 
 def _check_shapes(
