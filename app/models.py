@@ -105,7 +105,7 @@ def backbone_of(pack: Any) -> Backbone:
         raise ModelError(
             f"The maps of this pack explain {name} with weights sha256 {wanted[:12]}; the weights at "
             f"hand are {', '.join(others)}. Start the viewer with the model it was made with: "
-            f"xattn app --backbone {name} --weights FILE."
+            f"xattn app {_command_options(record)}"
         )
     if problems:
         raise ModelError(f"The maps of this pack explain {name}. {problems[0]}")
@@ -171,8 +171,8 @@ def _load(arguments: BackboneArgs) -> Backbone:
     taps = arguments.taps
     try:
         if arguments.probe is not None or arguments.backbone.startswith("torchvision/"):
-            return _loaded(arguments, _stamp(arguments.weights), _stamp(arguments.probe))
-        loaded = _loaded(replace(arguments, taps=()), _stamp(arguments.weights))
+            return _loaded(arguments, *_stamps(arguments))
+        loaded = _loaded(replace(arguments, taps=()), *_stamps(arguments))
         if not taps or tuple(taps) == loaded.taps:
             return loaded
         short = taps[0] if len(taps) == 1 and taps[0] in ("norm1", "block", "stage") else taps
@@ -195,8 +195,14 @@ def _loaded(arguments: BackboneArgs, *stamps: Any) -> Any:
     return loaded
 
 
+def _stamps(arguments: BackboneArgs) -> Iterator[tuple[Signature, ...]]:
+    """:func:`_stamp` of all files that a model is made of."""
+    return map(_stamp, (arguments.weights, arguments.probe, arguments.mechanism))
+
+
 def _stamp(path: str | Path | None) -> tuple[Signature, ...]:
-    """Stat signatures of a weight file, or of the files of a head; if they change, the model has."""
+    """Stat signatures of a weight file, or of the files of a head or a trained conversion; if they
+    change, the model has. A name has none."""
     if path is None:
         return ()
     files = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
@@ -253,6 +259,17 @@ def _candidates(record: dict[str, Any]) -> Iterator[BackboneArgs]:
             continue  # another head's files may be damaged
         if config["head"] == head and config["backbone"].get("name") == whole:
             yield replace(plain, probe=str(found.folder))
+
+
+def _command_options(record: dict[str, Any]) -> str:
+    """The options of a command that loads the network of ``record`` without its head."""
+    name, attention = record["name"].partition(" + ")[0], _attention(record)
+    if attention:
+        name = name.partition(" (")[0]
+    plain = f"--backbone {name} --weights FILE"
+    if "conversion_sha256" in record:
+        return f"{plain} --mechanism FOLDER (what xattn distill wrote)"
+    return " ".join([plain, *(f"--{option} {value}" for option, value in attention.items())])
 
 
 _NOT_CONVERTED: dict[str, Any] = {"mechanism": None, "layers": None}

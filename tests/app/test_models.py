@@ -16,6 +16,9 @@ from xattn.app import models, state
 from xattn.app.library import Library
 from xattn.app.models import ModelError
 from xattn.app.synthetic_packs import picture
+from xattn.attention import Conversion
+from xattn.backbone import converted
+from xattn.backbone.conversion import save_conversion
 from xattn.cli.model import BackboneArgs
 from xattn.explaining.photos import explain
 from xattn.heads import create_head, save_head
@@ -217,10 +220,7 @@ def test_a_probe_head_becomes_the_classifier_and_its_packs_find_it(start):
 
 
 def test_the_packs_of_a_converted_network_find_it_whatever_the_viewer_was_started_with(start):
-    from safetensors.torch import save_file
-
-    root = start(backbone=VIT)
-    save_file(models.backbone(VIT).model.state_dict(), root / "net.safetensors")
+    root = _a_vit_in_a_file(start)
     options = {"backbone": VIT, "weights": str(root / "net.safetensors")}
     start(**options)
     plain = models.backbone(VIT)
@@ -232,6 +232,58 @@ def test_the_packs_of_a_converted_network_find_it_whatever_the_viewer_was_starte
     explain(picture(0), converted, explainer="rollout", output=root / "pack")
     start(**options)
     assert models.backbone_of(only(root)).fingerprint == converted.fingerprint
+
+
+def test_a_conversion_that_was_trained_again_is_read_again(start):
+    root = _a_vit_in_a_file(start)
+    options = {"backbone": VIT, "weights": str(root / "net.safetensors")}
+    _train_conversion(models.backbone(VIT), root / "conversion", 1.0)
+    start(**options, mechanism=str(root / "conversion"))
+    before = models.backbone(VIT)
+    assert models.backbone(VIT) is before
+    start(**options)
+    _train_conversion(models.backbone(VIT), root / "conversion", 2.0)
+    start(**options, mechanism=str(root / "conversion"))
+    assert models.backbone(VIT).fingerprint != before.fingerprint
+
+
+def test_a_pack_of_a_converted_network_names_options_that_can_be_given(start):
+    root = _a_vit_in_a_file(start)
+    options = {"backbone": VIT, "weights": str(root / "net.safetensors")}
+    _train_conversion(models.backbone(VIT), root / "conversion", 1.0)
+    start(**options, mechanism=str(root / "conversion"))
+    explain(picture(0), models.backbone(VIT), explainer="rollout", output=root / "pack")
+    start(**options)
+    command = f"xattn app --backbone {VIT} --weights FILE --mechanism "
+    with pytest.raises(ModelError) as error:
+        models.backbone_of(only(root))
+    assert str(error.value).endswith(f"{command}FOLDER (what xattn distill wrote)")
+    start(**options, mechanism="gna:kernel=3", layers="0-2")
+    explain(picture(0), models.backbone(VIT), explainer="rollout", output=root / "pack")
+    start(backbone=VIT)  # with other weights
+    with pytest.raises(ModelError) as error:
+        models.backbone_of(only(root))
+    assert str(error.value).endswith(f"{command}gna:kernel=3 --layers 0-2")
+
+
+def _a_vit_in_a_file(start) -> Path:
+    from safetensors.torch import save_file
+
+    root = start(backbone=VIT)
+    save_file(models.backbone(VIT).model.state_dict(), root / "net.safetensors")
+    return start(backbone=VIT, weights=str(root / "net.safetensors"))
+
+
+def _train_conversion(plain, folder: Path, value: float) -> None:
+    """A folder as ``xattn distill`` writes it, whose mechanism holds ``value`` everywhere."""
+    made = Conversion("hedgehog", (0,), {})
+    model = converted(plain, *made).model
+    state = {
+        name: torch.full_like(tensor, value)
+        for name, tensor in model.state_dict().items()
+        if ".attn.mechanism." in name
+    }
+    save_conversion(folder, plain, made, state, {})
 
 
 def test_explainers_that_fit_are_told_from_those_that_do_not(start):
