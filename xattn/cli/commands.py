@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import tyro
-
 from xattn.cli.app import App
 from xattn.cli.bench import Bench
 from xattn.cli.compare import Compare
@@ -28,7 +26,7 @@ from xattn.cli.parts import Parts
 from xattn.cli.printing import one_line, plain_warnings
 from xattn.cli.probe import Probe
 from xattn.cli.study import Study
-from xattn.cli.subcommands import one_of
+from xattn.cli.subcommands import parsed
 from xattn.cli.train import Train
 from xattn.runtime.version import __version__
 
@@ -74,12 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
     command: Any = None
     started = time.perf_counter()
     try:
-        command = tyro.cli(
-            one_of(COMMANDS),
+        command = parsed(
+            COMMANDS,
+            arguments,
             prog="xattn",
             description="Train, use and measure explanation heads on frozen image classifiers. "
             "--version prints the version.",
-            args=arguments,
         )
         from xattn.runtime.allocator import keep_memory
 
