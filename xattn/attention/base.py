@@ -143,10 +143,8 @@ class Mechanism(nn.Module, ABC):
         return output if local is None else output + local
 
     def _call(self, operator: Operator, inputs: Inputs, output: Tensor) -> Call:
-        seen, inputs = (
-            operator.detach(),
-            inputs.detach(),
-        )  # what is recorded is not part of the graph
+        # What is recorded is not part of the graph.
+        seen, inputs = operator.detach(), inputs.detach()
         maps = partial(_maps, self, seen, inputs)
         return Call(seen, inputs.v, output, dict(operator.aux), maps)
 
