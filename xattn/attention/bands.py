@@ -67,6 +67,13 @@ class BandedOperator(SoftmaxOperator):
         super().__init__(q, k, scale, mask, every_row=True)
         self.bands, self.prefix = bands, prefix
 
+    @property
+    def pairs(self) -> float:
+        p = self.prefix
+        return p * self.shape[3] + sum(
+            (rows[1] - rows[0]) * (p + keys[1] - keys[0]) for rows, keys, _ in self.bands
+        )
+
     def matvec(self, x: Tensor) -> Tensor:
         p, scale = self.prefix, self.scale
         q, k, x = self.q, spread_heads(self.k, self.shape[1]), spread_heads(x, self.shape[1])

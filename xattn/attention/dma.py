@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from xattn.attention.base import Mechanism, register, whole
 from xattn.attention.inputs import Inputs
+from xattn.attention.lowering import needs_grad
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.patterns import Pattern, chosen_keys_operator, pattern_operator
 from xattn.attention.segments import Blocks
@@ -66,8 +67,11 @@ class DMA(Mechanism):
 
     def key_bias(self, v: Tensor) -> Tensor:
         """b, (B, H, N), from values (B, H, N, D)."""
-        weight = self.score.weight.unflatten(1, (self.num_heads, -1)).transpose(0, 1)
-        z = (weight @ v.transpose(2, 3)).sum(1)  # no copy of v by token
+        weight = self.score.weight.unflatten(1, (self.num_heads, -1))  # no copy of v by token
+        if needs_grad(v):  # whose gradient then lies as v does
+            z = (v @ weight.permute(1, 2, 0)).sum(1).transpose(1, 2)
+        else:
+            z = (weight.transpose(0, 1) @ v.transpose(2, 3)).sum(1)
         return self.a[:, None] * F.softplus(z)
 
     def operator(self, inputs: Inputs) -> Operator:
