@@ -91,6 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
         elif isinstance(error, OSError) and error.filename is None and error.args:
             text = error.args[-1]
         print(f"xattn: error: {one_line(str(text))}", file=sys.stderr)
+        if isinstance(error, ConnectionError) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(2)  # threads of a broken process group may abort an orderly exit
         return 2
     except KeyboardInterrupt:
         print(f"xattn: interrupted{getattr(command, 'after_interrupt', '')}", file=sys.stderr)
