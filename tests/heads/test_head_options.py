@@ -24,7 +24,7 @@ from xattn.heads import (
     save_head,
 )
 from xattn.heads.attentive import AttentiveHead
-from xattn.heads.base import HEADS
+from xattn.heads.base import HEADS as REGISTERED
 from xattn.runtime.option_checks import Count, Positive, Share, check, checked
 
 # By the type of an option, what is none of its values; a Literal's choices are texts.
@@ -61,7 +61,7 @@ def options_of(function):
     return {name: hints[name] for name in names if name not in skipped and name in hints}
 
 
-APART = {"num_taps", *HEADS.given}  # what heads set themselves is no option
+APART = {"num_taps", *REGISTERED.given}  # what heads set themselves is no option
 OWN = [(h, o, t) for h in list_heads() for o, t in options_of(head_class(h).__init__).items()]
 SHARED = [("gap", o, t) for o, t in options_of(AttentiveHead.__init__).items() if o not in APART]
 
