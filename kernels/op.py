@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
-from xattn.kernels.backend import own_precision
+from xattn.kernels.backend import interpreted, own_precision
 
 P = TypeVar("P", bound=NamedTuple)
 
@@ -133,7 +133,10 @@ def _define_forward(
         if check is not None:
             check(p)
         with own_precision(_given(p)):
-            found = tuple(x.contiguous() for x in _path(name, p).forward(p))
+            found = _path(name, p).forward(_single(p))
+            if _lacks_bfloat16(p):
+                found = [x.to(y.dtype) for x, y in zip(found, empty(p), strict=True)]
+            found = tuple(x.contiguous() for x in found)
         return found[0] if single else found
 
     def fake(*values: Any) -> Any:
@@ -154,9 +157,11 @@ def _define_backward(op: _Op) -> None:
         p = problem(*values[first:-1])
         names = _names(gradients, wanted)
         with own_precision(_given(p)):
-            by_field = _path(name, p).backward(p, found, grads, names)
+            by_field = _path(name, p).backward(_single(p), found, _single(p, grads), names)
         return [
-            by_field[field].contiguous() if field in names else _given(p).new_empty(0)
+            by_field[field].to(getattr(p, field).dtype).contiguous()
+            if field in names
+            else _given(p).new_empty(0)
             for field in gradients
         ]
 
@@ -272,6 +277,24 @@ def _register_vmap(op: _Op) -> None:
         return tuple(x.unflatten(0, (many, batch)) for x in found), (0,) * len(found)
 
     torch.library.register_vmap(f"xattn::{op.name}_forward", run)
+
+
+def _lacks_bfloat16(p: Any) -> bool:
+    """Whether ``p`` is for Triton's interpreter, which multiplies the bits of bfloat16 as integers."""
+    return p.backend == "triton" and interpreted() and _given(p).dtype == torch.bfloat16
+
+
+def _single(p: Any, values: Any = None) -> Any:
+    """``values``, by default ``p`` itself, with float32 in place of bfloat16 where ``p`` lacks it."""
+    values = p if values is None else values
+    if not _lacks_bfloat16(p):
+        return values
+    changed = [x.float() if _is_bfloat16(x) else x for x in values]
+    return type(p)(*changed) if values is p else tuple(changed)
+
+
+def _is_bfloat16(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype == torch.bfloat16
 
 
 def _names(gradients: Sequence[str], wanted: Sequence[bool]) -> set[str]:

@@ -25,7 +25,7 @@ from xattn.kernels.checks import (
     score_scale,
 )
 from xattn.kernels.op import register
-from xattn.kernels.softmax.reference import wide
+from xattn.kernels.softmax.reference import empty_outputs
 
 __all__ = [
     "Box",
@@ -120,16 +120,11 @@ def _check_box(box: Box, q: Tensor, k: Tensor) -> None:
         check_int32(f"box.{name}", x, q)
 
 
-def _empty(p: Problem) -> tuple[Tensor, Tensor]:
-    shape = p.q.shape[:3]
-    return p.q.new_empty(*shape, p.v.shape[3]), p.q.new_empty(shape, dtype=wide(p.q.dtype))
-
-
 _op = register(
     "block_sparse",
     Problem,
     outputs=("o", "lse"),
-    empty=_empty,
+    empty=empty_outputs,
     gradients=("q", "k", "v", "bias"),
     check=lambda p: check_index(p.lists, p.key_blocks),
 )

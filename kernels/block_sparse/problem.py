@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -41,7 +40,3 @@ class Problem(NamedTuple):
     @property
     def key_blocks(self) -> int:
         return -(-self.k.shape[2] // self.k_block)
-
-    def to(self, dtype: torch.dtype) -> Problem:
-        """The same problem for queries, keys and values of another dtype."""
-        return self._replace(q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))

@@ -21,7 +21,7 @@ from xattn.kernels.block_sparse.block_lists import transpose_groups
 from xattn.kernels.block_sparse.problem import Problem
 from xattn.kernels.block_sparse.reference import reduce_bias
 from xattn.kernels.softmax.reference import delta
-from xattn.kernels.softmax.triton import lacks_bfloat16, padded, supported
+from xattn.kernels.softmax.triton import padded, supported
 
 
 @triton.jit
@@ -256,9 +256,6 @@ def dkv_kernel(
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
-    if lacks_bfloat16(p.q):
-        o, lse = forward(p.to(torch.float32))
-        return o.to(p.q.dtype), lse
     q, k, v = (supported(x, 128).contiguous() for x in (p.q, p.k, p.v))
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -278,9 +275,6 @@ def backward(
     wanted: Collection[str],
 ) -> dict[str, Tensor]:
     (o, lse), (grad, grad_lse) = outputs, grads
-    if lacks_bfloat16(p.q):
-        found = backward(p.to(torch.float32), outputs, (grad.float(), grad_lse), wanted)
-        return {name: x if name == "bias" else x.to(p.q.dtype) for name, x in found.items()}
     d = delta(grad, grad_lse, o).contiguous()
     g, q, k, v, lse = (x.contiguous() for x in (grad.to(p.q.dtype), p.q, p.k, p.v, lse))
     index = p.lists.contiguous()

@@ -22,7 +22,7 @@ from torch import Tensor
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.block_topk.cpu import sum_queries
 from xattn.kernels.block_topk.problem import Problem
-from xattn.kernels.softmax.triton import lacks_bfloat16, padded, supported
+from xattn.kernels.softmax.triton import padded, supported
 
 BEYOND = tl.constexpr(2**30)  # above every candidate's number
 
@@ -210,8 +210,6 @@ def topk_kernel(
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     _check_supported(p)
     q, k, rows, c, m = p.q, p.k, p.query_blocks, p.k.shape[2], p.candidates
-    if lacks_bfloat16(q):
-        q, k = q.float(), k.float()
     n, heads, group = q.shape[2], q.shape[1], q.shape[1] // k.shape[1]
     members = None
     if p.linear and (p.q_block > 1 or group > 1):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -29,8 +28,3 @@ class Problem(NamedTuple):
         rows = self.bias if self.q is None else self.q
         assert rows is not None
         return self.v.shape[0], rows.shape[1], self.v.shape[2]
-
-    def to(self, dtype: torch.dtype) -> Problem:
-        """The same problem for queries, keys and values of another dtype."""
-        q, k = (None if x is None else x.to(dtype) for x in (self.q, self.k))
-        return self._replace(q=q, k=k, v=self.v.to(dtype))

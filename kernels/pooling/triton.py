@@ -23,7 +23,6 @@ from torch import Tensor
 from xattn.kernels.aot import Case, make_case
 from xattn.kernels.pooling.problem import Problem
 from xattn.kernels.softmax.reference import delta
-from xattn.kernels.softmax.triton import lacks_bfloat16
 
 # Of a tile; with 8 warps no kernel spills on sm_80 and sm_90, see compile_cases. Not timed on a GPU.
 TOKENS, WIDTH = 64, 64
@@ -152,9 +151,6 @@ def spread_kernel(
 
 def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """o, lse and the scores, an empty tensor where they are the bias."""
-    if lacks_bfloat16(p.v):
-        o, lse, kept = forward(p.to(torch.float32))
-        return o.to(p.v.dtype), lse, kept
     v = _supported(p.v).contiguous()
     (batch, queries, _), (groups, tokens, width) = p.sizes, v.shape[1:]
     if p.q is None or p.k is None:
@@ -177,9 +173,6 @@ def backward(
     wanted: Collection[str],
 ) -> dict[str, Tensor]:
     (o, lse, kept), (grad, grad_lse) = outputs, grads
-    if lacks_bfloat16(p.v):
-        found = backward(p.to(torch.float32), outputs, (grad.float(), grad_lse), wanted)
-        return {name: x if name == "bias" else x.to(p.v.dtype) for name, x in found.items()}
     d = delta(grad, grad_lse, o).float().contiguous()
     g, v, lse = grad.to(p.v.dtype).contiguous(), p.v.contiguous(), lse.contiguous()
     source = p.bias if p.q is None else kept

@@ -14,7 +14,7 @@ from xattn.kernels.backend import choose
 from xattn.kernels.checks import check_attention, check_bias, score_scale
 from xattn.kernels.op import register
 from xattn.kernels.softmax.problem import Problem
-from xattn.kernels.softmax.reference import wide
+from xattn.kernels.softmax.reference import empty_outputs
 
 
 def softmax_attention(
@@ -50,15 +50,10 @@ def softmax_attention(
     return _op(Problem(q, k, v, bias, score_scale(scale, q), causal, backend))
 
 
-def _empty(p: Problem) -> tuple[Tensor, Tensor]:
-    shape = p.q.shape[:3]
-    return p.q.new_empty(*shape, p.v.shape[3]), p.q.new_empty(shape, dtype=wide(p.q.dtype))
-
-
 _op = register(
     "softmax",
     Problem,
     outputs=("o", "lse"),
-    empty=_empty,
+    empty=empty_outputs,
     gradients=("q", "k", "v", "bias"),
 )

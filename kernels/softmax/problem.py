@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -22,7 +21,3 @@ class Problem(NamedTuple):
     scale: float
     causal: bool
     backend: str
-
-    def to(self, dtype: torch.dtype) -> Problem:
-        """The same problem for queries, keys and values of another dtype."""
-        return self._replace(q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))

@@ -11,11 +11,18 @@ H / Hk query heads read one key head. With dO and dlse given, P the weights:
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from xattn.kernels.softmax.problem import Problem
+
+
+def empty_outputs(p: Any) -> tuple[Tensor, Tensor]:
+    """New o and lse of attention for a problem with ``q`` and ``v``."""
+    shape = p.q.shape[:3]
+    return p.q.new_empty(*shape, p.v.shape[3]), p.q.new_empty(shape, dtype=wide(p.q.dtype))
 
 
 def scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, causal: bool = False) -> Tensor:

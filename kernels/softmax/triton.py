@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
-from xattn.kernels.backend import interpreted
 from xattn.kernels.softmax.problem import Problem
 from xattn.kernels.softmax.reference import delta, reduce_to
 
@@ -239,9 +238,6 @@ def dkv_kernel(
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
-    if lacks_bfloat16(p.q):
-        o, lse = forward(p.to(torch.float32))
-        return o.to(p.q.dtype), lse
     q, k, v = (supported(x).contiguous() for x in (p.q, p.k, p.v))
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -261,9 +257,6 @@ def backward(
     wanted: Collection[str],
 ) -> dict[str, Tensor]:
     (o, lse), (grad, grad_lse) = outputs, grads
-    if lacks_bfloat16(p.q):
-        found = backward(p.to(torch.float32), outputs, (grad.float(), grad_lse), wanted)
-        return {name: x if name == "bias" else x.to(p.q.dtype) for name, x in found.items()}
     d = delta(grad, grad_lse, o).contiguous()
     g, q, k, v, lse = (x.contiguous() for x in (grad.to(p.q.dtype), p.q, p.k, p.v, lse))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -289,11 +282,6 @@ def backward(
     if bias_grad and p.bias is not None:
         found["bias"] = reduce_to(ds if full else db, p.bias)
     return found
-
-
-def lacks_bfloat16(x: Tensor) -> bool:
-    """Whether ``x`` is bfloat16 in Triton's interpreter, which multiplies its bits as integers."""
-    return interpreted() and x.dtype == torch.bfloat16
 
 
 def supported(x: Tensor, widest: int = 256) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -28,8 +27,3 @@ class Problem(NamedTuple):
     scale: float
     causal: bool
     backend: str
-
-    def to(self, dtype: torch.dtype) -> Problem:
-        """The same problem for queries, keys, values and gradients of another dtype."""
-        v, grad = (None if x is None else x.to(dtype) for x in (self.v, self.grad))
-        return self._replace(q=self.q.to(dtype), k=self.k.to(dtype), v=v, grad=grad)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.softmax.triton import (
-    lacks_bfloat16,
     load_tile,
     padded,
     sizes,
@@ -88,8 +87,6 @@ def vecmat_kernel(
 
 
 def forward(p: Problem) -> tuple[Tensor]:
-    if lacks_bfloat16(p.q):
-        return forward(p.to(torch.float32))
     q, k = (supported(x).contiguous() for x in (p.q, p.k))
     v, g = (None if x is None else supported(x).contiguous() for x in (p.v, p.grad))
     lse, r = p.lse.contiguous(), p.r if p.r.stride(-1) == 1 else p.r.contiguous()
