@@ -17,22 +17,22 @@ def write_weights(path, backbone):
 
 
 def check_killed_and_resumed(command, root, steps, environment):
-    """Run ``command`` whole, then killed by SIGKILL half-way and resumed: the heads are equal."""
-    command = [
-        sys.executable,
-        "-m",
-        "xattn.cli",
-        "train",
-        *command,
-        "--workers",
-        "2",
-        "--device",
-        "cpu",
-    ]
+    """:func:`killed_and_resumed` of ``xattn train``."""
+    command = ["train", *command, "--workers", "2", "--device", "cpu"]
+    killed_and_resumed(command, root, steps, environment, "head", steps // 3)
+
+
+def killed_and_resumed(command, root, steps, environment, made, enough):
+    """Run ``command`` whole, then killed by SIGKILL after more than ``enough`` steps and resumed: the
+    tensors in the folder ``made`` are equal. Seconds of the whole run, and those of a core's work."""
+    command = [sys.executable, "-m", "xattn.cli", *command]
     environment = {**os.environ, **environment}
+    started = time.perf_counter(), os.times()
     whole = subprocess.run(
         [*command, "--output", str(root / "whole")], env=environment, capture_output=True, text=True
     )
+    work = sum(b - a for a, b in zip(started[1][2:4], os.times()[2:4], strict=True))
+    seconds = time.perf_counter() - started[0]
     assert whole.returncode == 0, whole.stderr
 
     killed = [*command, "--output", str(root / "killed")]
@@ -42,19 +42,19 @@ def check_killed_and_resumed(command, root, steps, environment):
     log = root / "killed/log.jsonl"
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
-        if log.is_file() and len(log.read_text().splitlines()) > steps // 3:
+        if log.is_file() and len(log.read_text().splitlines()) > enough:
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     seen = len(log.read_text().splitlines())
-    assert steps // 3 < seen < steps, "the run was not killed half-way"
-    assert not (root / "killed/head").exists()
+    assert enough < seen < steps, "the run was not killed half-way"
+    assert not (root / "killed" / made).exists()
 
     again = subprocess.run([*killed, "--resume"], env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    a = load_file(str(root / "whole/head/model.safetensors"))
-    b = load_file(str(root / "killed/head/model.safetensors"))
+    a, b = (load_file(root / run / made / "model.safetensors") for run in ("whole", "killed"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    return seconds, work

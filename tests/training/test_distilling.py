@@ -2,12 +2,7 @@
 
 import copy
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_networks import made
+from training_runs import killed_and_resumed
 
 import xattn
 from xattn.backbone import converted, sha256
@@ -362,39 +358,6 @@ def test_the_command_trains_and_other_jobs_load_the_folder(command, photos, tmp_
     assert "holds a run already" in capsys.readouterr().err
 
 
-def killed_and_resumed(command, root, steps, threads):
-    """Run ``command`` whole, then killed by SIGKILL half-way and resumed; seconds of the whole run, and
-    those of a core's work."""
-    command = [sys.executable, "-m", "xattn.cli", *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    started = time.perf_counter(), os.times()
-    whole = subprocess.run(
-        [*command, "--output", str(root / "whole")], env=environment, capture_output=True, text=True
-    )
-    used = [b - a for a, b in zip(started[1][2:4], os.times()[2:4], strict=True)]
-    seconds = time.perf_counter() - started[0], sum(used)
-    assert whole.returncode == 0, whole.stderr
-    killed = [*command, "--output", str(root / "killed")]
-    process = subprocess.Popen(
-        killed, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    log = root / "killed/log.jsonl"
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline and process.poll() is None:
-        if log.is_file() and len(log.read_text().splitlines()) > steps // 2:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert steps // 2 < len(log.read_text().splitlines()) < steps, "not killed half-way"
-    assert not (root / "killed/conversion").exists()
-    again = subprocess.run([*killed, "--resume"], env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    a, b = (load_file(root / run / "conversion/model.safetensors") for run in ("whole", "killed"))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    return seconds
-
-
 DATA = ROOT.parent / "shared" / "data"
 
 
@@ -415,7 +378,9 @@ def test_hedgehog_learns_the_rows_of_a_trained_vit_twice_as_well_as_elu(tmp_path
     ]
     command += ["--data", str(photos), "--mechanism", "hedgehog", "--layers", "8-11"]
     command += ["--workers", "0", "--epochs", "1"]
-    seconds, work = killed_and_resumed(command, tmp_path, steps=57, threads=1)
+    seconds, work = killed_and_resumed(
+        command, tmp_path, 57, {"OMP_NUM_THREADS": "1"}, "conversion", 57 // 2
+    )
     report = json.loads((tmp_path / "whole/report.json").read_text())
     before, after = (Closeness.of_record(report[key]) for key in ("before", "after"))
     backbone = xattn.load_backbone("vit_tiny_patch16_224", weights)
