@@ -54,6 +54,9 @@ SWAPS = (
     Swap("agent", {"agents": 49, **_AGENTS}, 1 / 4),
     Swap("agent", {"agents": 196, **_AGENTS}),
     Swap("agent", {"agents": 196, **_AGENTS}, 1 / 4),
+    Swap("hedgehog"),
+    Swap("nsa"),
+    Swap("moh"),
 )
 
 
