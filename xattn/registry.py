@@ -50,6 +50,7 @@ class Registry(Generic[T, E]):
         given: parameters of the constructors that :meth:`create` is given by position, or that are not
             for users; they are no options.
         adopt: ``adopt(name, value)`` registers what an entry point names if it is not registered yet.
+        mark: ``mark(cls, entry)`` changes what :meth:`register` has added, for example gives it its name.
         ordered: whether names keep the order of registration; else they are sorted.
         refusal: the error for an option that is not there, with ``{name}``, ``{option}`` and
             ``{options}``.
@@ -64,13 +65,14 @@ class Registry(Generic[T, E]):
         options_argument: str | None = None,
         given: Collection[str] = (),
         adopt: Callable[[str, Any], object] | None = None,
+        mark: Callable[[Any, Any], object] | None = None,
         ordered: bool = False,
         refusal: str = REFUSAL,
     ) -> None:
         self.group, self.argument, self.noun = group, argument, noun
         self.options_argument = options_argument or argument
         self.given, self.ordered, self.refusal = frozenset(given), ordered, refusal
-        self._adopt = adopt
+        self._adopt, self._mark = adopt, mark
         self._found: dict[str, tuple[type[T], E]] = {}  # replaced, never changed
         self._failures: dict[tuple[str, str], str] = {}  # by distribution and name
         self._loaded = False
@@ -83,10 +85,12 @@ class Registry(Generic[T, E]):
     # ------------------------------------------------------------------ adding
 
     def register(self, entry: E) -> Callable[[Class], Class]:
-        """Class decorator: :meth:`add` the class with ``entry``."""
+        """Class decorator: :meth:`add` the class with ``entry``, then ``mark`` it."""
 
         def add(cls: Class) -> Class:
             self.add(cls, entry)
+            if self._mark is not None:
+                self._mark(cls, entry)
             return cls
 
         return add
@@ -305,6 +309,11 @@ def adopting(
         register(name)(value)
 
     return adopt
+
+
+def with_name(cls: Any, entry: Named) -> None:
+    """``mark`` of :class:`Registry`: the class knows its name."""
+    cls.name = entry.name
 
 
 def near_matches(name: object, names: Collection[str]) -> list[str]:

@@ -6,7 +6,7 @@ LowRank  L R              Pool  means or weighted sums over runs of keys
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -116,27 +116,28 @@ class SumOperator(Operator):
         return sum(term.pairs for term in self.terms)
 
     def matvec(self, x: Tensor) -> Tensor:
-        first, *rest = (term.matvec(x) for term in self.terms)
-        return sum(rest, first)
+        return total(term.matvec(x) for term in self.terms)
 
     def matvec_and_keep(self, x: Tensor) -> Tensor:
-        first, *rest = (term.matvec_and_keep(x) for term in self.terms)
-        return sum(rest, first)
+        return total(term.matvec_and_keep(x) for term in self.terms)
 
     def rows(self, index: Tensor) -> Tensor:
-        first, *rest = (term.rows(index) for term in self.terms)
-        return sum(rest, first)
+        return total(term.rows(index) for term in self.terms)
 
     def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
-        first, *rest = (term.vecmat(r, heads) for term in self.terms)
-        return sum(rest, first)
+        return total(term.vecmat(r, heads) for term in self.terms)
 
     def row_sums(self) -> Tensor:
-        first, *rest = (term.row_sums() for term in self.terms)
-        return sum(rest, first)
+        return total(term.row_sums() for term in self.terms)
 
     def _anchor(self) -> Tensor:
         return self.terms[0]._anchor()
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """Their sum, without a zero to begin with."""
+    first, *rest = terms
+    return sum(rest, first)
 
 
 class GatedOperator(Operator):

@@ -126,9 +126,7 @@ class Mechanism(nn.Module, ABC):
 
     def attend(self, inputs: Inputs) -> Tensor:
         """:meth:`forward` of a record."""
-        self.check(inputs)
-        if not self.entry.grouped:
-            inputs = inputs.ungrouped()
+        inputs = self.accepted(inputs)
         answer = answered_by()
         with own_layer():
             if answer is not None:
@@ -147,6 +145,11 @@ class Mechanism(nn.Module, ABC):
         seen, inputs = operator.detach(), inputs.detach()
         maps = partial(_maps, self, seen, inputs)
         return Call(seen, inputs.v, output, dict(operator.aux), maps)
+
+    def accepted(self, inputs: Inputs) -> Inputs:
+        """``inputs``, checked, as :meth:`operator` takes them."""
+        self.check(inputs)
+        return inputs if self.entry.grouped else inputs.ungrouped()
 
     def check(self, inputs: Inputs) -> None:
         """Raise a ``ValueError`` that names what does not fit."""
@@ -219,12 +222,21 @@ class Kept(dict[Any, Any]):
 
 
 KEPT = 8
+
+
+def with_entry(cls: Any, entry: Any) -> None:
+    """Give a registered class its entry, and check what its constructor gets."""
+    cls.entry = entry
+    cls.__init__ = checked(cls.__init__)
+
+
 MECHANISMS: Registry[Mechanism, Entry] = Registry(
     "xattn.attention",
     argument="name",
     noun="attention",
     options_argument="options",
     given=("dim", "num_heads"),
+    mark=with_entry,
 )
 Made = TypeVar("Made", bound=Mechanism)
 
@@ -257,15 +269,7 @@ def register(
     Raises:
         ValueError: another mechanism has that name.
     """
-    entry = Entry(name, paper, complexity, **properties)
-
-    def add(cls: type[Made]) -> type[Made]:
-        MECHANISMS.add(cls, entry)
-        cls.entry = entry
-        cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
-        return cls
-
-    return add
+    return MECHANISMS.register(Entry(name, paper, complexity, **properties))
 
 
 def list_attention() -> list[str]:

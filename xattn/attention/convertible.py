@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn.attention.conversion import LAYERS_FORM, parse_layers
-from xattn.attention.record import Call, record
+from xattn.attention.record import Call, record_layers
 
 Layers = dict[str, nn.Module]
 NEEDED = "a mechanism needs a timm ViT, such as -b vit_tiny_patch16_224"
@@ -111,23 +111,12 @@ def _obstacle(call: _Attended, tokens: int, width: int, causal: bool) -> str:
 def _attended(model: nn.Module, layers: Layers) -> dict[str, list[_Attended]]:
     """The calls of fused attention that each layer makes in a pass of one image."""
     seen: dict[str, list[_Attended]] = {path: [] for path in layers}
-    handles = []
-    with record(model, alone=True) as calls:
-        for path, layer in layers.items():
-            start: list[int] = []
-            handles.append(
-                layer.register_forward_pre_hook(lambda m, a, s=start: s.append(len(calls)))
-            )
 
-            def after(m: nn.Module, a: Any, o: Any, path: str = path, s: list[int] = start) -> None:
-                seen[path] += [_Attended.of(call) for call in calls[s.pop() :]]
+    def after(path: str, args: Any, kwargs: Any, calls: list[Call], result: Any) -> None:
+        seen[path] += map(_Attended.of, calls)
 
-            handles.append(layer.register_forward_hook(after))
-        try:
-            run_one_image(model)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with record_layers(model, layers, after):
+        run_one_image(model)
     return seen
 
 

@@ -43,7 +43,7 @@ class Operator(ABC):
     signed: bool = False
     """Whether entries may be negative."""
     causal: bool = False
-    """Whether entries above the diagonal are known to be 0, but for those among prefix tokens."""
+    """Whether entries above the diagonal are known to be 0."""
     hides: bool = False
     """Whether a query may be kept from seeing some keys, whose entries are exactly 0, for another
     reason than that they are later."""

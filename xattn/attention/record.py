@@ -12,11 +12,11 @@ gates), so stock timm and torchvision models, and your own, need no wrapper and 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +99,42 @@ def record(model: nn.Module | None = None, alone: bool = False) -> Iterator[list
             yield calls
     finally:
         _STATE.open = before
+
+
+Key = TypeVar("Key")
+
+
+@contextmanager
+def record_layers(
+    model: nn.Module, layers: Mapping[Key, nn.Module], after: Callable[..., object]
+) -> Iterator[None]:
+    """Inside, ``after(key, args, kwargs, calls, result)`` runs when one of ``layers`` has run: what it
+    was called with, the calls of attention that it made, and what it returned."""
+    handles = []
+    with record(model, alone=True) as calls:
+        for key, layer in layers.items():
+            start: list[int] = []
+
+            def enter(m: Any, args: Any, kwargs: Any, start: list[int] = start) -> None:
+                start.append(len(calls))
+
+            def leave(
+                m: Any,
+                args: Any,
+                kwargs: Any,
+                result: Any,
+                key: Key = key,
+                start: list[int] = start,
+            ) -> None:
+                after(key, args, kwargs, calls[start.pop() :], result)
+
+            handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(layer.register_forward_hook(leave, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 _SETTINGS = {"fused_attn": True, "grad_checkpointing": False}

@@ -18,12 +18,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from xattn.attention.base import merge_heads, split_heads, whole
+from xattn.attention.base import merge_heads, split_heads, whole, with_entry
 from xattn.attention.operator import Operator
 from xattn.attention.positions import check_grid
 from xattn.attention.record import Call, answered_by, keep, own_layer, record, recording
 from xattn.registry import Registry
-from xattn.runtime.option_checks import checked
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,7 @@ BLOCKS: Registry[Block, BlockEntry] = Registry(
     noun="block",
     options_argument="options",
     given=("dim",),
+    mark=with_entry,
 )
 Made = TypeVar("Made", bound=Block)
 
@@ -151,15 +151,7 @@ def register_block(
     Raises:
         ValueError: another block has that name.
     """
-    entry = BlockEntry(name, paper, complexity, **properties)
-
-    def add(cls: type[Made]) -> type[Made]:
-        BLOCKS.add(cls, entry)
-        cls.entry = entry
-        cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
-        return cls
-
-    return add
+    return BLOCKS.register(BlockEntry(name, paper, complexity, **properties))
 
 
 def list_blocks() -> list[str]:

@@ -31,6 +31,7 @@ from xattn.attention.algebra import (
     PoolOperator,
     ProductOperator,
     SumOperator,
+    total,
 )
 from xattn.attention.causal_low_rank import CausalLowRankOperator
 from xattn.attention.operator import Operator, SoftmaxOperator
@@ -162,8 +163,7 @@ def _(operator: ProductOperator) -> bool:
 
 @times.register
 def _(operator: SumOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
-    first, *rest = (times(term, x, held, part) for term in operator.terms)
-    return sum(rest, first)
+    return total(times(term, x, held, part) for term in operator.terms)
 
 
 @depends.register

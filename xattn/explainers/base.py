@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from xattn.backbone import Backbone, sha256
 from xattn.heads import AttentiveHead, Head
 from xattn.heads.probed import Probed
-from xattn.registry import Registry, adopting
+from xattn.registry import Registry, adopting, with_name
 from xattn.runtime.locking import alone
 from xattn.runtime.memory import ForwardBatches
 
@@ -352,14 +352,7 @@ def register_explainer(name: str, **about: Any) -> Callable[[type[Explainer]], t
     Args:
         about: further fields of :class:`ExplainerEntry`.
     """
-    entry = ExplainerEntry(name, **about)
-
-    def add(cls: type[Explainer]) -> type[Explainer]:
-        EXPLAINERS.add(cls, entry)
-        cls.name = name
-        return cls
-
-    return add
+    return EXPLAINERS.register(ExplainerEntry(name, **about))
 
 
 EXPLAINERS: Registry[Explainer, ExplainerEntry] = Registry(
@@ -368,6 +361,7 @@ EXPLAINERS: Registry[Explainer, ExplainerEntry] = Registry(
     noun="explainer",
     given=("backbone", "head", "seed", "max_forward_batch"),
     adopt=adopting(Explainer, register_explainer),
+    mark=with_name,
 )
 
 

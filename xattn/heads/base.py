@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from xattn.attention.conversion import Conversion, describe, how_to_convert
 from xattn.backbone import Backbone, Taps
 from xattn.heads.mixer import Mixer, create_mixer
-from xattn.registry import Registry, adopting
+from xattn.registry import Registry, adopting, with_name
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_folder
 from xattn.runtime.option_checks import checked
@@ -220,15 +220,12 @@ def register_head(name: str, **about: Any) -> Callable[[type[Head]], type[Head]]
     Args:
         about: further fields of :class:`HeadEntry`.
     """
-    entry = HeadEntry(name, **about)
+    return HEADS.register(HeadEntry(name, **about))
 
-    def add(cls: type[Head]) -> type[Head]:
-        HEADS.add(cls, entry)
-        cls.name = name
-        cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign, misc]
-        return cls
 
-    return add
+def _with_name(cls: Any, entry: HeadEntry) -> None:
+    with_name(cls, entry)
+    cls.__init__ = checked(cls.__init__)
 
 
 HEADS: Registry[Head, HeadEntry] = Registry(
@@ -237,6 +234,7 @@ HEADS: Registry[Head, HeadEntry] = Registry(
     noun="head",
     given=("backbone", "options", "pooled", "reads_prefix"),
     adopt=adopting(Head, register_head),
+    mark=_with_name,
 )
 
 

@@ -150,7 +150,7 @@ def create_mixer(
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"mixer: {name!r} with mixer_options={dict(options or {})} is refused ({_line(error)}); "
-            f"see xattn.create_attention"
+            f"see xattn.attention.create_attention"
         ) from None
     if next(mixer.parameters()).is_meta:
         return mixer

@@ -26,7 +26,7 @@ from xattn.heads.attended import Attended
 from xattn.heads.attentive import AttentiveHead
 from xattn.heads.base import keeping_statistics
 from xattn.kernels.softmax.reference import widen
-from xattn.registry import Registry, Table, adopting
+from xattn.registry import Registry, Table, adopting, with_name
 
 LossFn: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -171,13 +171,7 @@ class PerturbationEntry:
 
 def register_perturbation(name: str) -> Callable[[type[Perturbation]], type[Perturbation]]:
     """Class decorator: make a method known to :func:`create_perturbation` under ``name``."""
-
-    def add(cls: type[Perturbation]) -> type[Perturbation]:
-        METHODS.add(cls, PerturbationEntry(name))
-        cls.name = name
-        return cls
-
-    return add
+    return METHODS.register(PerturbationEntry(name))
 
 
 METHODS: Registry[Perturbation, PerturbationEntry] = Registry(
@@ -185,6 +179,7 @@ METHODS: Registry[Perturbation, PerturbationEntry] = Registry(
     argument="attention training",
     ordered=True,
     adopt=adopting(Perturbation, register_perturbation),
+    mark=with_name,
     refusal="{name} refuses {option}; its options: {options}",
 )
 PERTURBATIONS: Table[type[Perturbation]] = METHODS.classes()

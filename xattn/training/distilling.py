@@ -190,9 +190,9 @@ def _distill(
         )
         if network_sha256(teacher.model) != weights:
             raise RuntimeError("the network's weights changed during training: this is a bug")
-        skipped, after = state.names(batches), measure()
+        skipped, after, trained = state.names(batches), measure(), student.trained()
         result = DistillResult(
-            with_trained(teacher, student.conversion, student.trained()),
+            with_trained(teacher, student.conversion, trained),
             state.before,
             after,
             run.step,
@@ -203,11 +203,17 @@ def _distill(
             run.main,
         )
         if run.folder is not None and run.main:
-            _write(result, student, run.folder, config)
+            _write(result, student, trained, run.folder, config)
     return result
 
 
-def _write(result: DistillResult, student: Student, folder: Path, config: DistillConfig) -> None:
+def _write(
+    result: DistillResult,
+    student: Student,
+    trained: Mapping[str, Tensor],
+    folder: Path,
+    config: DistillConfig,
+) -> None:
     summary = {
         "steps": result.steps,
         "skipped": len(result.skipped),
@@ -216,7 +222,7 @@ def _write(result: DistillResult, student: Student, folder: Path, config: Distil
     }
     conversion = student.conversion
     target = folder / CONVERSION_FOLDER
-    save_conversion(target, student.teacher, conversion, student.trained(), summary)
+    save_conversion(target, student.teacher, conversion, trained, summary)
     write_json(folder / "skipped.json", result.skipped)
     write_json(
         folder / REPORT,

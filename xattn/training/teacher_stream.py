@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from xattn.attention import Call, Inputs, Mechanism, Operator, SoftmaxOperator, record
-from xattn.attention.record import own_layer
+from xattn.attention import Call, Inputs, Mechanism, Operator, SoftmaxOperator
+from xattn.attention.record import own_layer, record_layers
 from xattn.backbone import Backbone
 
 
@@ -53,8 +53,7 @@ class Attended(NamedTuple):
 
 def attended(mechanism: Mechanism, inputs: Inputs) -> Attended:
     """Run ``mechanism``, and keep its operator inside the graph."""
-    mechanism.check(inputs)
-    inputs = inputs if mechanism.entry.grouped else inputs.ungrouped()
+    inputs = mechanism.accepted(inputs)
     with own_layer():
         operator = mechanism.operator(inputs)
         output, local = operator.matvec(inputs.v), mechanism.local(inputs)
@@ -78,27 +77,13 @@ def layer_passes(backbone: Backbone, layers: Iterable[int]) -> Iterator[dict[int
     """
     found: dict[int, LayerPass] = {}
     blocks: Any = backbone.model.blocks
-    handles = []
-    with backbone.alone(), record(backbone.model, alone=True) as calls:
-        for i in layers:
-            layer: nn.Module = blocks[i].attn
-            start: list[int] = []
 
-            def before(m: nn.Module, a: Any, k: Any, s: list[int] = start) -> None:
-                s.append(len(calls))
+    def after(i: int, args: Any, kwargs: Any, calls: list[Call], result: Tensor) -> None:
+        found[i] = LayerPass(args, kwargs, calls[0], result)
 
-            def after(
-                m: nn.Module, a: Any, k: Any, result: Any, i: int = i, s: list[int] = start
-            ) -> None:
-                found[i] = LayerPass(a, k, calls[s.pop() :][0], result)
-
-            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(layer.register_forward_hook(after, with_kwargs=True))
-        try:
-            yield found
-        finally:
-            for handle in handles:
-                handle.remove()
+    attention = {i: blocks[i].attn for i in layers}
+    with backbone.alone(), record_layers(backbone.model, attention, after):
+        yield found
 
 
 def sampled_rows(tokens: int, most: int, seed: int, step: int) -> Tensor:
