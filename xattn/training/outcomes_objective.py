@@ -1,0 +1,58 @@
+"""The objective of masked outcomes: a map explains how the network's output depends on what is kept.
+
+    L = 1 - corr( P <m_j, S_k>, P y_jk ),    j = 1..N masks m_j of a photo,  y_jk the outcome of class k
+
+S_k (h, w) is the map, <m, S> the sum of S over what mask m keeps, and P removes the mean over the masks
+and what is linear in the area they keep. So neither a constant added to a map nor the network's liking for
+much or little picture counts, only which parts matter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xattn.kernels.softmax.reference import widen
+
+TINY = 1e-12
+REACTS = 1e-6
+"""Outcomes whose variance, relative to their mean square, is less than this do not react to masks."""
+
+
+def area_adjusted(values: Tensor, area: Tensor) -> Tensor:
+    """``values`` (..., N) without their mean and without what is linear in ``area`` (..., N)."""
+    centred = values - values.mean(-1, keepdim=True)
+    slope = area - area.mean(-1, keepdim=True)
+    square = slope.square().sum(-1, keepdim=True).clamp_min(TINY)
+    return centred - (centred * slope).sum(-1, keepdim=True) / square * slope
+
+
+def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
+    """Area-adjusted correlation (B, M) of maps (B, M, h, w) with outcomes (B, M, N) of masks (B, N, h, w).
+
+    It is 0 where a map or an outcome does not vary over the masks.
+    """
+    maps, masks, outcomes = widen(maps), widen(masks), widen(outcomes)
+    effects = maps.flatten(2) @ masks.flatten(2).transpose(1, 2)
+    area = masks.mean((2, 3))[:, None]
+    x, y = area_adjusted(effects, area), area_adjusted(outcomes, area)
+    scale = (x.square().sum(-1) * y.square().sum(-1)).clamp_min(TINY**2).sqrt()
+    return (x * y).sum(-1) / scale
+
+
+def reacts(masks: Tensor, outcomes: Tensor) -> Tensor:
+    """Whether outcomes (B, M, N) vary over masks (B, N, h, w) beyond what their area explains, (B, M)."""
+    outcomes = widen(outcomes)
+    left = area_adjusted(outcomes, widen(masks).mean((2, 3))[:, None]).square().mean(-1)
+    return left > REACTS * outcomes.square().mean(-1).clamp_min(TINY)
+
+
+def log_odds(logits: Tensor, index: Tensor, task: str) -> Tensor:
+    """log p / (1 - p) of classes ``index`` (..., M) by ``logits`` (..., K), (..., M)."""
+    chosen = logits.gather(-1, index)
+    if task == "multilabel":
+        return chosen
+    other = torch.logsumexp(logits, -1, keepdim=True)
+    # log sum_{j != k} exp z_j = lse + log(1 - p_k)
+    p = (chosen - other).exp()
+    return chosen - other - torch.log1p(-p.clamp_max(1 - 1e-7))
