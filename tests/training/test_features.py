@@ -16,9 +16,9 @@ import xattn
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 from xattn.training import features as module
-from xattn.training.feature_files import index_digest
 from xattn.training.feature_store import FeatureStore
 from xattn.training.features import cache_features, open_features
+from xattn.training.row_files import index_digest
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def processes(device: torch.device) -> tuple[int, int]:
@@ -32,6 +34,23 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def together(function: Callable[[], T]) -> T:
+    """``function()``, which all processes call: if one of them fails, all raise its error.
+
+    Raises:
+        ValueError, OSError, MemoryError: as ``function``; other errors end their own process alone.
+    """
+    failure: Exception | None = None
+    try:
+        value = function()
+    except (ValueError, OSError, MemoryError) as error:
+        failure = error
+    failures = [found for found in gather(failure) if found is not None]
+    if failures:
+        raise failure or failures[0]
+    return value
 
 
 @contextmanager

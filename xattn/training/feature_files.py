@@ -1,16 +1,11 @@
 """The files of a feature cache, and reading them: memory-mapped tokens of every photo.
 
-A cache is a folder with one file a tap, (views x n, N, C) numbers in row-major order; one for the prefix
-tokens, (views x n, P, C); ``rows`` with the state of every row; ``sha256`` with the checksum of every row
-over all files; ``key.json`` with what the numbers depend on; and, once all rows are there,
-``features.json``.
+A cache is a folder of :mod:`~xattn.training.row_files` with one file a tap, (views x n, N, C), and one for
+the prefix tokens, (views x n, P, C). Its index is ``features.json``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +18,30 @@ from torch import Tensor
 
 from xattn.backbone import Taps
 from xattn.heads.attentive import Tokens
-from xattn.runtime import strict_json
+from xattn.training.row_files import (
+    Index,
+    RowFormat,
+    checksum,
+    damage_named,
+    key_digest,
+    listing,
+    mapped,
+    read_checksums,
+    read_index,
+    require_whole,
+)
 
-INDEX, KEY, ROWS, PREFIX, CHECKSUMS = "features.json", "key.json", "rows", "prefix", "sha256"
-DIGEST = 32  # bytes of a SHA-256
-MISSING, STORED, UNREADABLE = 0, 1, 2  # states of a row
-FORMAT = 2  # format 1 told photos apart by their names and sizes alone
+PREFIX = "prefix"
+FEATURES = RowFormat(
+    argument="features",
+    holds="features",
+    index="features.json",
+    version=2,  # format 1 told photos apart by their names and sizes alone
+    files=("tap-*", PREFIX),
+    writer="cache_features",
+    verb="cache",
+    smaller="use dtype='float16', ",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,14 +126,7 @@ def open_features(folder: str | Path) -> Features:
         ValueError: they are damaged, or not finished. FileNotFoundError: there are none.
     """
     folder = Path(folder)
-    if not (folder / KEY).is_file():
-        raise FileNotFoundError(
-            f"features: no features in {folder}; name a folder of cache_features"
-        )
-    if not (folder / INDEX).is_file():
-        raise ValueError(
-            f"features: {folder} is not finished; cache the same photos again to go on"
-        )
+    require_whole(folder, FEATURES)
     return read_features(folder)
 
 
@@ -128,53 +134,29 @@ def read_features(
     folder: Path, key: dict[str, Any] | None = None, names: list[str] | None = None
 ) -> Features:
     """The features in ``folder``; ``key`` and the ``names`` of the photos are read there, too, if None."""
-    try:
-        return _read(folder, key, names)
-    except (
-        OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError
-    ) as error:  # fmt: skip
-        raise ValueError(
-            f"features: {folder} is damaged ({type(error).__name__}: {error}); delete it and cache "
-            f"again"
-        ) from None
+    with damage_named(folder, FEATURES):
+        return _read(folder, read_index(folder, FEATURES, key, older=True), names)
 
 
-def _read(folder: Path, key: dict[str, Any] | None, names: list[str] | None) -> Features:
-    key = key or strict_json.parse((folder / KEY).read_bytes())
-    index = strict_json.parse((folder / INDEX).read_bytes())
-    if index["key"] != key_digest(key):
-        raise ValueError(f"it belongs to the key {index['key']}, {KEY} has {key_digest(key)}")
-    unchecked = "sha256" not in index and not (folder / CHECKSUMS).exists()  # of an older version
-    if not unchecked and index["sha256"] != index_digest(index):
-        raise ValueError(f"{INDEX} is not as it was written")
-    photos, names = int(index["photos"]), names or index["names"]
-    if not isinstance(names, list) or len(names) != photos:
-        raise ValueError(f"{INDEX} does not name {photos} photos")
-    skipped = {int(i): str(reason) for i, reason in index["skipped"]}
-    if not set(skipped) < set(range(photos)):
-        raise ValueError(f"{INDEX} skips photos that do not exist, or all of them")
-    total, grid = photos * int(key["views"]), (int(index["grid"][0]), int(index["grid"][1]))
-    shapes = _shapes(index, total, grid)
+def _read(folder: Path, index: Index, names: list[str] | None) -> Features:
+    found, key = listing(index, FEATURES, names), index.key
+    total = found.photos * int(key["views"])
+    grid = (int(index.values["grid"][0]), int(index.values["grid"][1]))
+    shapes = _shapes(index.values, total, grid)
     *taps, _ = shapes
-    maps = tuple(_mapped(folder / file, shape, key["dtype"]) for file, shape in shapes.items())
-    checksums = None
-    if not unchecked:
-        _check_size(folder / CHECKSUMS, total * DIGEST)
-        checksums = np.fromfile(folder / CHECKSUMS, np.uint8).reshape(total, DIGEST)
-    kept = [i for i in range(photos) if i not in skipped]
     return Features(
         folder=folder,
         key=key,
-        names=[names[i] for i in kept],
-        skipped=[(names[i], reason) for i, reason in sorted(skipped.items())],
+        names=found.names,
+        skipped=found.skipped,
         channels=tuple(shapes[file][2] for file in taps),
         grid=grid,
         prefix_tokens=shapes[PREFIX][1],
-        _rows=np.asarray(kept, dtype=np.int64),
-        _photos=photos,
-        _maps=maps,
-        _checksums=checksums,
-        _checked=None if checksums is None else np.zeros(total, np.bool_),
+        _rows=np.asarray(found.kept, dtype=np.int64),
+        _photos=found.photos,
+        _maps=tuple(mapped(folder / file, shape, key["dtype"]) for file, shape in shapes.items()),
+        _checksums=read_checksums(folder, total) if index.checked else None,
+        _checked=np.zeros(total, np.bool_) if index.checked else None,
     )
 
 
@@ -183,41 +165,10 @@ def _shapes(index: dict[str, Any], total: int, grid: tuple[int, int]) -> dict[st
     shapes = {str(file): [int(n) for n in shape] for file, shape in index["shapes"].items()}
     *taps, last = shapes
     if not taps or last != PREFIX or any(Path(file).name != file for file in shapes):
-        raise ValueError(f"{INDEX} has the files {', '.join(shapes)}")
+        raise ValueError(f"{FEATURES.index} has the files {', '.join(shapes)}")
     for file, shape in shapes.items():
         rows, tokens, _ = shape
         wrong = file != PREFIX and tokens != grid[0] * grid[1]
         if rows != total or min(shape) < 0 or wrong:
             raise ValueError(f"{file} has the shape {shape}")
     return shapes
-
-
-def _mapped(path: Path, shape: list[int], dtype: str) -> NDArray[Any]:
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    _check_size(path, size)
-    if not size:  # an empty file cannot be mapped
-        return np.zeros(shape, dtype)
-    return np.memmap(path, dtype, "r", shape=tuple(shape))
-
-
-def _check_size(path: Path, size: int) -> None:
-    if path.stat().st_size != size:
-        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {size}")
-
-
-def key_digest(key: dict[str, Any]) -> str:
-    """SHA-256 of a key, whatever the order of its entries."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-
-
-def index_digest(index: dict[str, Any]) -> str:
-    """SHA-256 of the index in ``features.json``, its own entry aside."""
-    return key_digest({name: value for name, value in index.items() if name != "sha256"})
-
-
-def checksum(maps: Sequence[NDArray[Any]], row: int) -> bytes:
-    """SHA-256 of one row of all files, one after the other."""
-    digest = hashlib.sha256()
-    for values in maps:
-        digest.update(np.ascontiguousarray(values[row]).tobytes())
-    return digest.digest()

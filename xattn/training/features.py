@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -27,20 +26,13 @@ from xattn.backbone import Backbone
 from xattn.photos.base import Data, Photos
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.sources import open_photos
-from xattn.runtime.distributed import gather, processes
+from xattn.runtime.distributed import processes, together
 from xattn.runtime.memory import is_out_of_memory
 from xattn.training.data import TrainImages, load_batches
-from xattn.training.feature_files import (
-    FORMAT,
-    INDEX,
-    MISSING,
-    STORED,
-    UNREADABLE,
-    Features,
-    open_features,
-    read_features,
-)
-from xattn.training.feature_store import FeatureStore, claimed
+from xattn.training.feature_files import FEATURES, Features, open_features, read_features
+from xattn.training.feature_store import FeatureStore
+from xattn.training.row_files import STORED, UNREADABLE
+from xattn.training.row_store import claimed, share_of
 
 __all__ = ["Features", "Kind", "cache_features", "feature_key", "open_features"]
 
@@ -57,7 +49,7 @@ def feature_key(
 ) -> dict[str, Any]:
     """Everything that the numbers of a cache depend on."""
     return {
-        "format": FORMAT,
+        "format": FEATURES.version,
         "backbone": {"name": backbone.name, "sha256": backbone.fingerprint},
         "taps": list(backbone.taps),
         "preprocessing": json.loads(json.dumps(asdict(backbone.preprocessing))),
@@ -107,29 +99,12 @@ def cache_features(
     folder, photos = Path(folder), open_photos(data)
     ranks, rank = processes(backbone.device)
     key = feature_key(backbone, photos, dtype, views, seed, max_pixels)
-    with ExitStack() as stack:
-        refusal: Exception | None = None
-        try:
-            if rank == 0:
-                stack.enter_context(claimed(folder, key))
-        except (ValueError, OSError) as error:
-            refusal = error
-        if (refusal := gather(refusal)[0]) is not None:
-            raise refusal
-        if not (folder / INDEX).is_file():
-            failure: Exception | None = None
-            try:
-                store = FeatureStore(folder, backbone, photos, key)
-                gather(None)
-                _fill(store, backbone, photos, batch_size, workers, rank, ranks, progress)
-            except (ValueError, OSError, MemoryError) as error:
-                failure = error
-            failures = [f for f in gather(failure) if f is not None]
-            if failures:
-                raise failure or failures[0]
-            if rank == 0:
-                store.finish(photos)
-            gather(None)
+    with claimed(folder, key, FEATURES, rank):
+        if not (folder / FEATURES.index).is_file():
+            store = together(lambda: FeatureStore(folder, backbone, photos, key))
+            process = (rank, ranks)
+            together(lambda: _fill(store, backbone, photos, batch_size, workers, process, progress))
+            together(lambda: None if rank else store.finish(photos))
     return read_features(folder, key, [photos.name(i) for i in range(len(photos))])
 
 
@@ -139,12 +114,12 @@ def _fill(
     photos: Photos,
     batch_size: int,
     workers: int,
-    rank: int,
-    ranks: int,
+    process: tuple[int, int],
     progress: bool,
 ) -> None:
-    """Compute this process's share of the blocks of ``batch_size`` rows that are missing."""
+    """Compute the missing blocks of ``batch_size`` rows that fall to ``process``, (rank, ranks)."""
     n, key = store.count, store.key
+    rank, ranks = process
     photos.open_shards = max(photos.open_shards, 2)
     with tqdm(
         total=store.total, desc="features", unit="photo", disable=not progress or rank > 0
@@ -153,22 +128,17 @@ def _fill(
             images = TrainImages(
                 photos, backbone.preprocessing, key["seed"] or 0, view > 0, key["max_pixels"]
             )
-            starts = [
-                start
-                for start in range(0, n, batch_size)
-                if (store.rows[view * n :][start : min(start + batch_size, n)] == MISSING).any()
-            ]
-            bar.update(n - sum(min(batch_size, n - start) for start in starts))
-            share = -(-len(starts) // ranks)
-            mine = starts[rank * share : (rank + 1) * share]
-            keys = [[(view, i) for i in range(s, min(s + batch_size, n))] for s in mine]
+            blocks = store.missing(view, batch_size)
+            bar.update(n - sum(map(len, blocks)))
+            mine = share_of(blocks, rank, ranks)
+            keys = [[(view, i) for i in block] for block in mine]
             with contextlib.closing(load_batches(images, keys, workers)) as batches:
-                for start, block, (batch, unreadable) in zip(mine, keys, batches, strict=True):
+                for block, (batch, unreadable) in zip(mine, batches, strict=True):
                     lost = {i for i, _ in unreadable}
-                    states = np.array([UNREADABLE if i in lost else STORED for _, i in block])
+                    states = np.array([UNREADABLE if i in lost else STORED for i in block])
                     maps = _block_tokens(backbone, batch, states == STORED, batch_size)
-                    _check_numbers(maps, states == STORED, store.dtype, photos, start)
-                    store.put(view * n + start, states.astype(np.uint8), maps)
+                    _check_numbers(maps, states == STORED, store.dtype, photos, block.start)
+                    store.put(view * n + block.start, states.astype(np.uint8), maps)
                     bar.update(min(len(block) * ranks, store.total - bar.n))
 
 
