@@ -34,9 +34,10 @@ from xattn.eval.report.leaderboard_files import write_report
 from xattn.eval.results import Results
 from xattn.eval.sanity import Cascade, sanity_rows
 from xattn.explainers import create_explainer, list_explainers
+from xattn.explainers.options import options_by_name
 from xattn.explaining.naming import named_photos
 from xattn.explaining.photos import true_classes_of
-from xattn.heads import Head, parse_options
+from xattn.heads import Head
 from xattn.packs.format import check_output
 from xattn.photos.images import MAX_PIXELS, list_images
 from xattn.photos.sources import is_stored
@@ -48,8 +49,9 @@ from xattn.runtime.files import printable
 class Comparison:
     """What to compare, and by what; see ``xattn compare --help``.
 
-    ``heads`` are trained heads by row name; ``options`` are ``explainer.name=value``. The maps of the
-    first ``maps`` images go into the pack, with ``labels`` as in :func:`xattn.explaining.photos.explain`.
+    ``heads`` are trained heads by row name; ``options`` are ``explainer.name=value``, for heads
+    ``head.name=value`` or ``row.name=value``. The maps of the first ``maps`` images go into the pack,
+    with ``labels`` as in :func:`xattn.explaining.photos.explain`.
     """
 
     backbone: Backbone
@@ -219,9 +221,13 @@ def _methods(job: Comparison) -> _Methods:
     if every:
         baselines = ("random", "centre", "ones", "head")
         names = [name for name in list_explainers() if name not in baselines]
-    options = _options(job.options, names)
+    rows = [*job.heads, *(["head"] if job.heads else []), *names]
+    options = options_by_name(job.options, rows)
     shared: dict[str, Any] = {"seed": job.seed, "max_forward_batch": job.max_forward_batch}
-    recipes = {label: _Recipe("head", head) for label, head in job.heads.items()}
+    recipes = {
+        label: _Recipe("head", head, options.get("head", {}) | options.get(label, {}))
+        for label, head in job.heads.items()
+    }
     recipes |= {name: _Recipe(name, None, options.get(name, {})) for name in names}
     explainers: dict[str, Explainer] = {}
     refused = {}
@@ -251,16 +257,3 @@ def _randomized(job: Comparison, recipes: Mapping[str, _Recipe]) -> Randomized:
     cascade = Cascade(job.backbone, seed=job.seed, max_forward_batch=job.max_forward_batch)
     rows = {**recipes, "random": _Recipe("random"), "centre": _Recipe("centre")}
     return {label: cascade.method(name, head, **own) for label, (name, head, own) in rows.items()}
-
-
-def _options(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """``["rise.masks=1000"]`` -> ``{"rise": {"masks": 1000}}``."""
-    found: dict[str, dict[str, Any]] = {}
-    for text in given:
-        name, dot, option = text.partition(".")
-        if not dot or name not in names:
-            raise ValueError(
-                f"options: got {text!r}; give explainer.name=value of an explainer that is compared"
-            )
-        found.setdefault(name, {}).update(parse_options([option]))
-    return found

@@ -124,6 +124,15 @@ def test_explain_takes_several_explainers_and_labels(setup):
     assert [e.facts.label for e in found[::2]] == [None, 0, 0, 0, 0]
 
 
+def test_explain_gives_explainers_their_options(setup):
+    root, model = setup
+    arguments = ["--explainer", "head", "--explainer", "rise", "--head", str(root / "run/head")]
+    more = ["--options", "head.passes=4", "rise.masks=6", "--output", str(root / "pack4")]
+    assert main(["explain", str(root / "photos/0.png"), *arguments, *more, *model]) == 0
+    found = {e.method: e.protocol for e in xattn.load_pack(root / "pack4")}
+    assert found["head"]["forward_passes"] == 4 and found["rise"]["forward_passes"] == 6
+
+
 def test_evaluate_prints_a_table_and_writes_json_and_csv(setup, capsys):
     root, model = setup
     arguments = ["--heads", str(root / "run/head"), str(root / "run/head-half")]
@@ -149,6 +158,7 @@ def test_evaluate_prints_a_table_and_writes_json_and_csv(setup, capsys):
         (["explain", "{root}/photos", "--head", "{root}/cut"], "head"),
         (["explain", "{root}/photos", "--head", "{root}/other"], "sha256"),
         (["explain", "{root}/photos", "--explainer", "gradcan"], "gradcam"),
+        (["explain", "{root}/photos", "--options", "rise.masks=8"], "options: got 'rise.masks=8'"),
         (["explain", "{root}/photos", "--output", "{root}/classes.txt/x"], "output"),
         (["explain", "{root}/photos", "--output", "{root}/photos"], "output"),
         (["explain", "{root}/photos", "--every", "2"], "every, smoothing: "),

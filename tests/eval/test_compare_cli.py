@@ -97,3 +97,19 @@ def test_explainers_that_a_backbone_does_not_allow_are_left_out_of_all(photos, t
     assert "left out rollout" in err
     for name in ("cam", "scorecam", "lrp", "occlusion", "kernel_shap", "guided_backprop"):
         assert f"| {name} " in out
+
+
+def test_heads_take_options_all_of_them_or_one_row(photos, tmp_path, capsys):
+    from xattn import create_head, load_backbone, save_head
+
+    torch.manual_seed(0)
+    backbone = load_backbone("test_resnet", weights=None, input_size=64)
+    folders = [str(save_head(create_head("lcam", backbone), tmp_path / name)) for name in ("a", "b")]
+    heads = ["--heads", *folders, "--explainers", "gradcam", "--metrics", "masking", "--limit", "1"]
+    options = ["--options", "head.passes=2", "b.passes=4"]
+    assert compare(photos, tmp_path / "out", *heads, *options) == 0
+    data = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
+    forwards = {name: method["forwards"] for name, method in data["methods"].items()}
+    assert (forwards["a"], forwards["b"], forwards["randomized_head"]) == (2, 4, 2)
+    assert compare(photos, tmp_path / "no", *heads, "--options", "c.passes=4") == 2
+    assert "options: got 'c.passes=4'; write name.option=value" in capsys.readouterr().err

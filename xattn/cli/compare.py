@@ -27,7 +27,8 @@ class Compare:
     explainers: tuple[str, ...] = ("gradcam", "layercam", "integrated_gradients", "rise")
     """Methods of xattn list, or "all" for every method that suits this backbone."""
     options: tuple[str, ...] = ()
-    """Options of explainers as explainer.name=value, for example rise.masks=1000."""
+    """Options of explainers as explainer.name=value, for example rise.masks=1000; head.name=value is for
+    all heads, and the name of a head's row for that one alone."""
     metrics: tuple[str, ...] = ("direct",)
     """Groups of metrics of xattn list; "direct" (all that need no second explanation) or "all"."""
     annotations: Path | None = None

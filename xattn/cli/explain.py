@@ -28,6 +28,8 @@ class Explain:
     ] = ()
     """Explain with this method of xattn list instead of a head; repeat the option for several methods
     ("head" is one, too)."""
+    options: tuple[str, ...] = ()
+    """Options of explainers as explainer.name=value, for example head.passes=4 or rise.masks=1000."""
     labels: str | None = None
     """True classes, for the viewer: a file as for xattn probe, or "folders" for the photos' folders."""
     classes: tuple[str, ...] = ()
@@ -78,14 +80,14 @@ class Explain:
             "max_pixels": self.max_pixels,
             "progress": True,
         }
+        methods = self._methods(backbone, head)
         found: Any
         if clip:
             options.update(every=self.every, smoothing=self.smoothing)
-            method = self.explainer[0] if self.explainer else None
-            found = explain_video(self.images, backbone, head, method, **options)
+            found = explain_video(self.images, backbone, head, methods[0], **options)
         else:
             options["labels"] = self.labels
-            found = explain(self.images, backbone, head, self.explainer or None, **options)
+            found = explain(self.images, backbone, head, methods, **options)
         for name, reason in () if clip else found.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
         for item in found[:20]:
@@ -93,3 +95,13 @@ class Explain:
         if len(found) > 20:
             print(f"... and {len(found) - 20} more")
         print(f"pack: {self.output}")
+
+    def _methods(self, backbone: Any, head: Any) -> list[Any]:
+        """The explainers, with their options."""
+        from xattn.explainers import create_explainer
+        from xattn.explainers.options import options_by_name
+
+        names = self.explainer or ("head",)
+        options = options_by_name(self.options, names)
+        shared = {"seed": self.seed, "max_forward_batch": self.batch_size}
+        return [create_explainer(n, backbone, head, **shared, **options.get(n, {})) for n in names]

@@ -56,7 +56,9 @@ class Explainer(ABC):
     ``perturbs``, whether these are many perturbed images without gradients; ``one_by_one``, whether
     each image has micro-batches of its own, so that a batch of images needs no fixed size;
     ``needs_head``; ``is_mask``, whether the map is already a mask, to be shown without min-max;
-    ``listed_first``, options that records of results list before all others, as they always did.
+    ``listed_first``, options that records of results list before all others, as they always did;
+    ``added_later``, options whose default is what was done before there was a choice: records leave it
+    out, so that earlier results still count.
     """
 
     name: ClassVar[str]
@@ -66,6 +68,7 @@ class Explainer(ABC):
     needs_head: ClassVar[bool] = False
     is_mask: ClassVar[bool] = False
     listed_first: ClassVar[tuple[str, ...]] = ()
+    added_later: ClassVar[tuple[str, ...]] = ()
 
     backbone: Backbone
     head: Head | None = None

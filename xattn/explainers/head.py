@@ -1,4 +1,10 @@
-"""A trained head as an explainer: any number of classes from one backbone pass."""
+"""A trained head as an explainer: any number of classes from one backbone pass, or the mean of several.
+
+    S(x) = mean_i T_i^-1 S_1(T_i x),    T_i: identity, mirror, shift by half a cell, both the other way
+
+S_1 are the head's scores of one pass. Shifts fill in what a coarse grid of cells leaves open: they read
+the network between its cells.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +14,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xattn.backbone import Taps
 from xattn.explainers.base import Choose, Explainer, register_explainer
+from xattn.explainers.poses import POSES, Poser
 from xattn.heads import AttentiveHead
 from xattn.heads.mixer import SHARES
 
+PASSES = (1, 2, 4)
 
-@register_explainer("head")
+
+@register_explainer("head", cases=({}, {"passes": 4}))
 @dataclass(kw_only=True, eq=False, repr=False)
 class HeadExplainer(Explainer):
     """A trained explanation head: any classes from one forward pass.
 
+    With several passes the *scores* of each class are averaged, and a head that shows its mask makes it
+    of the mean: mask(mean of scores) is still a mask as the head was trained to give it, 1/2 where the
+    mean score is 0, which a mean of masks is not. Attention is averaged as it is.
+
     Args:
         maps: what to show instead of the head's own ``explain_with``: ``"scores"``, ``"mask"`` or,
             for a head that pools by attention, ``"attention"``.
+        passes: 1; 2 averages the maps of the image and of its mirror image; 4 also those of both moved
+            by half a cell of the coarsest tap, with the image's edge repeated. Each costs a forward
+            pass. Where half a cell is no whole number of the map's cells, the map is up-sampled until
+            it is.
     """
 
     maps: str | None = None
+    passes: int = 1
     needs_head = True
+    added_later = ("passes",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,6 +53,12 @@ class HeadExplainer(Explainer):
             choices.append("attention")
         if self.maps not in (None, *choices):
             raise ValueError(f"maps: got {self.maps!r}; this head shows {', '.join(choices)}")
+        if type(self.passes) is not int or self.passes not in PASSES:
+            raise ValueError(
+                f"passes: got {self.passes!r}; choose 1, 2 (with the mirror image) or 4 (with shifts)"
+            )
+        if self.passes > 1:  # records of results list what an explainer sets, so one pass sets nothing
+            self.forwards = self.passes
         if self.maps is not None:
             self.head = copy.copy(self.head)
             self.head.explain_with = self.maps  # type: ignore[union-attr]
@@ -41,12 +67,36 @@ class HeadExplainer(Explainer):
 
     @torch.no_grad()
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        assert self.head is not None
-        return self.head.explanation(self.backbone(images), target)
+        return self._explanation(images, self.backbone(images), target)
 
     @torch.no_grad()
     def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.head is not None
         taps = self.backbone(images)
         classes = self._chosen(choose, taps.logits)
-        return taps.logits, classes, self.head.explanation(taps, classes)
+        return taps.logits, classes, self._explanation(images, taps, classes)
+
+    def _explanation(self, images: Tensor, taps: Taps, classes: Tensor) -> Tensor:
+        """Maps (b, M, h, w) of classes (b,) or (b, M); ``taps`` are those of the image as it is."""
+        assert self.head is not None
+        if self.passes == 1:
+            return self.head.explanation(taps, classes)
+        mask = self.head.explain_with == "mask"
+        read = self.head if mask else self.head.explanation
+        poser = Poser(_sides(images), _coarsest(taps), moves=self.passes > 2)
+        parts: list[tuple[Tensor, Tensor]] = []
+        for pose in POSES[: self.passes]:
+            if pose != POSES[0]:
+                taps = self.backbone(poser.posed(images, pose))
+            parts.append(poser.aligned(read(taps, classes), pose))
+        total = torch.stack([maps * known for maps, known in parts]).sum(0)
+        scores = total / torch.stack([known for _, known in parts]).sum(0)
+        return self.head.mask(scores) if mask else scores
+
+
+def _sides(images: Tensor) -> tuple[int, int]:
+    return int(images.shape[2]), int(images.shape[3])
+
+
+def _coarsest(taps: Taps) -> tuple[int, int]:
+    """The cells (h, w) of the tap that has the fewest."""
+    return min((_sides(maps) for maps in taps.maps), key=lambda sides: sides[0] * sides[1])
