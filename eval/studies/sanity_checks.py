@@ -1,0 +1,200 @@
+"""Checks that maps depend on the network's weights, on the photo, on the class, and follow the object.
+
+    weights    rank correlation of a photo's map with that on a network with random weights
+    photo      rank correlation with the map of another photo for the same class, and its fidelity here
+    class      rank correlation of the maps of the two most probable classes
+    corners    whether the map lies on the photo when that is shrunk into a corner of a larger canvas
+
+Weights: Adebayo et al. 2018 (arXiv 1810.03292). A head's map of another photo is what the head makes of the
+other photo's taps; if it is as faithful as the photo's own, the head has not read the photo.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xattn.backbone import Backbone
+from xattn.eval.evaluation.engine import evaluate
+from xattn.eval.functional import upsample
+from xattn.eval.metrics.base import Column
+from xattn.eval.metrics.randomization import SPEARMAN, randomization_curves
+from xattn.eval.similarity import spearman
+from xattn.eval.studies.corner_canvases import CORNERS, MEASURES, corner_canvases, placement
+
+Explain = Callable[[Tensor, Tensor], Tensor]
+"""Images (b, 3, H, W) in [0, 1] and classes (b,) -> raw maps (b, 1, h, w)."""
+FIDELITY = {"deletion": False, "insertion": True, "ROAD": True}
+"""Whether higher is better, by metric."""
+ALL_RANDOM, ANOTHER = "all weights random", "map of another photo"
+CORRELATION, TWO_CLASSES, SAME_CLASS = "correlation", "two classes", "class stays"
+OWN, OTHER = "own", "other"
+
+
+class Block(NamedTuple):
+    """Photos that are measured together.
+
+    ``images`` (n, 3, H, W) in [0, 1]; ``classes`` (n, 2), the two most probable; ``partners`` (n,), a photo
+    of the block with another predicted class, -1 where there is none.
+    """
+
+    images: Tensor
+    classes: Tensor
+    partners: Tensor
+
+    @classmethod
+    def of(cls, backbone: Backbone, images: Tensor) -> Block:
+        """Classify ``images`` and pair them.
+
+        Raises:
+            ValueError: the network has fewer than two classes.
+        """
+        if backbone.num_classes < 2:
+            raise ValueError(f"backbone: {backbone.name} has one class; give one with two or more")
+        with torch.no_grad():
+            classes = backbone.logits(images.to(backbone.device)).cpu().topk(2).indices
+        return cls(images, classes, partners(classes[:, 0]))
+
+
+def partners(classes: Tensor) -> Tensor:
+    """For each of ``classes`` (n,) the index of the next other class, in a circle; -1 if all are equal."""
+    found = []
+    for i in range(len(classes)):
+        after = ((i + step) % len(classes) for step in range(1, len(classes)))
+        found.append(next((j for j in after if classes[j] != classes[i]), -1))
+    return torch.tensor(found, device="cpu")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method under test: its maps, and those ``on_random`` weights at each of ``stages``, of which the
+    last has no trained weight left (:class:`xattn.eval.sanity.Cascade`)."""
+
+    label: str
+    explain: Explain
+    on_random: Callable[[int, Tensor, Tensor], Tensor]
+    stages: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the checks are made.
+
+    ``fills`` are the canvases of the corners (:func:`~xattn.training.outcome_masks.background`).
+    """
+
+    fills: tuple[str, ...] = ("mean", "blur")
+    metrics: tuple[str, ...] = ("insertion-deletion", "road")
+    max_forward_batch: int = 16
+
+
+def weights(
+    backbone: Backbone, method: Method, block: Block, settings: Settings
+) -> dict[str, Tensor]:
+    """Rank correlation with the maps at each stage of randomisation, (n,) each; a constant map of a random
+    network shares nothing: 0. What chance gives is the correlation with another photo's own map."""
+    size, asked = block.images.shape[2:], block.classes[:, 0]
+    own = upsample(method.explain(block.images, asked).float(), size)
+    stages = [
+        upsample(method.on_random(stage, block.images, asked).float(), size)
+        for stage in range(len(method.stages))
+    ]
+    curves = randomization_curves(own, torch.stack(stages, 1), absolute=False)[SPEARMAN]
+    names = [*(f"random down to {name}" for name in method.stages[:-1]), ALL_RANDOM]
+    values = dict(zip(names, curves.unbind(1), strict=True))
+    values[ANOTHER] = _paired(spearman(own, own[block.partners]), block)
+    return values
+
+
+def photo(
+    backbone: Backbone, method: Method, block: Block, settings: Settings
+) -> dict[str, Tensor]:
+    """Rank correlation of the own map with the method's map of another photo for the class of this one, and
+    the fidelity of both maps on this photo, (n,) each."""
+    asked = block.classes[:, 0]
+    maps = {
+        OWN: method.explain(block.images, asked),
+        OTHER: method.explain(block.images[block.partners], asked),
+    }
+    # No partner, no map: the engine leaves maps out that are not finite.
+    maps[OTHER] = torch.where((block.partners < 0)[:, None, None, None], torch.nan, maps[OTHER])
+    results = evaluate(
+        backbone,
+        {name: _Given(block.images, values) for name, values in maps.items()},
+        block.images,
+        classes=asked.tolist(),
+        metrics=settings.metrics,
+        max_forward_batch=settings.max_forward_batch,
+        progress=False,
+    )
+    values = {CORRELATION: spearman(maps[OWN], maps[OTHER])}
+    for metric in FIDELITY:
+        for name in maps:
+            measured = results.methods[name].values[Column(metric)]
+            values[f"{metric}, {name}"] = torch.from_numpy(measured)
+    return values
+
+
+def two_classes(
+    backbone: Backbone, method: Method, block: Block, settings: Settings
+) -> dict[str, Tensor]:
+    """Rank correlation of the maps of the two most probable classes, (n,)."""
+    first, second = (method.explain(block.images, column) for column in block.classes.unbind(1))
+    return {TWO_CLASSES: spearman(first, second)}
+
+
+def corners(
+    backbone: Backbone, method: Method, block: Block, settings: Settings
+) -> dict[str, Tensor]:
+    """Where maps lie when the photo is in a corner, means (n,) over the corners in which it is still given
+    the class that it has in full, and their share."""
+    values = {}
+    for fill in settings.fills:
+        canvases = corner_canvases(block.images, fill).flatten(0, 1)
+        with torch.no_grad():
+            found = backbone.logits(canvases.to(backbone.device)).argmax(1).cpu()
+        same = found == block.classes[:, 0].repeat_interleave(len(CORNERS))
+        at = torch.arange(len(CORNERS), device="cpu").repeat(len(block.images))
+        measured = {name: torch.full((len(same),), torch.nan).double() for name in MEASURES}
+        if bool(same.any()):
+            maps = method.explain(canvases[same], found[same])
+            maps = upsample(maps.float(), canvases.shape[2:])
+            for name, column in placement(maps, at[same]).items():
+                measured[name][same] = column
+        for name, column in measured.items():
+            values[f"{name}, {fill}"] = column.view(-1, len(CORNERS)).nanmean(1)
+        kept = same.double().view(-1, len(CORNERS)).mean(1)
+        values[f"{SAME_CLASS}, {fill}"] = kept
+    return values
+
+
+Check = Callable[[Backbone, Method, Block, Settings], dict[str, Tensor]]
+CHECKS: Mapping[str, Check] = {
+    "weights": weights,
+    "photo": photo,
+    "class": two_classes,
+    "corners": corners,
+}
+
+
+def _paired(values: Tensor, block: Block) -> Tensor:
+    return torch.where(block.partners < 0, torch.nan, values)
+
+
+class _Given:
+    """An explainer that returns maps (n, 1, h, w) which are there already, found by the image's pixels."""
+
+    def __init__(self, images: Tensor, maps: Tensor) -> None:
+        self._maps = dict(zip(map(_digest, images), maps, strict=True))
+
+    def attribute(self, inputs: Tensor, target: Any) -> Tensor:
+        return torch.stack([self._maps[_digest(image)] for image in inputs]).to(inputs.device)
+
+
+def _digest(image: Tensor) -> str:
+    return hashlib.sha256(image.float().cpu().contiguous().numpy().data).hexdigest()
