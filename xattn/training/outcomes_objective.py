@@ -48,11 +48,11 @@ def reacts(masks: Tensor, outcomes: Tensor) -> Tensor:
 
 
 def log_odds(logits: Tensor, index: Tensor, task: str) -> Tensor:
-    """log p / (1 - p) of classes ``index`` (..., M) by ``logits`` (..., K), (..., M)."""
+    """log p / (1 - p) of classes ``index`` (..., M) by ``logits`` (..., K), (..., M): z_k less the
+    log-sum-exp of all other logits, or z_k (multilabel)."""
     chosen = logits.gather(-1, index)
     if task == "multilabel":
         return chosen
-    other = torch.logsumexp(logits, -1, keepdim=True)
-    # log sum_{j != k} exp z_j = lse + log(1 - p_k)
-    p = (chosen - other).exp()
-    return chosen - other - torch.log1p(-p.clamp_max(1 - 1e-7))
+    others = logits.unsqueeze(-2).expand(*index.shape, logits.shape[-1])
+    others = others.scatter(-1, index.unsqueeze(-1), -torch.inf)
+    return chosen - others.logsumexp(-1)

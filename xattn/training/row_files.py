@@ -47,8 +47,8 @@ class RowFormat:
     """What that function does, for "delete it and VERB again"."""
     smaller: str = ""
     """An option that takes less space, as a part of a sentence."""
-    seals_state: bool = False
-    """Whether checksums include the row's state."""
+    repairs: bool = False
+    """Whether what is damaged is written again. Checksums include the row's state, then."""
 
 
 class RowFile(NamedTuple):
@@ -90,6 +90,14 @@ def read_index(
     if not unchecked and index["sha256"] != index_digest(index):
         raise ValueError(f"{kind.index} is not as it was written")
     return Index(key, index, not unchecked)
+
+
+def is_indexed(folder: Path, kind: RowFormat, key: dict[str, Any]) -> bool:
+    """Whether ``folder`` has an undamaged index that belongs to ``key``."""
+    try:
+        return read_index(folder, kind, key).checked
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 class Listing(NamedTuple):
@@ -181,7 +189,7 @@ def rows_as_written(
         read = [np.asarray(values[start : start + BLOCK]) for values in numbers]
         own = states[start : start + BLOCK]
         for row in np.flatnonzero(own != MISSING).tolist():
-            found = checksum(read, row, own[row] if kind.seals_state else None)
+            found = checksum(read, row, own[row] if kind.repairs else None)
             good[start + row] = found == checksums[start + row].tobytes()
     return good
 

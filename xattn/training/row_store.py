@@ -33,6 +33,7 @@ from xattn.training.row_files import (
     RowFormat,
     checksum,
     index_digest,
+    is_indexed,
     key_digest,
     mapped,
     rows_as_written,
@@ -59,19 +60,29 @@ def _claimed(folder: Path, key: dict[str, Any], kind: RowFormat) -> Iterator[Non
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{kind.argument}: {folder} is a file; name a folder")
     held = folder.is_dir() and {p.name for p in folder.iterdir()} - {LOCK_FILE}
-    if held and not (folder / KEY).is_file():
+    ours = kind.repairs and is_indexed(folder, kind, key)  # whatever became of the key
+    if held and not ours and not (folder / KEY).is_file():
         raise ValueError(
             f"{kind.argument}: {folder} is not empty and holds no {kind.holds}; choose a new one"
         )
-    if held and _begun(folder, kind):
+    if held and not ours and _begun(folder, kind):
         _check_key(folder, key, kind)
     with locked(folder, kind.argument):
         if not _begun(folder, kind):
             numbers = [path for pattern in kind.files for path in folder.glob(pattern)]
             for path in (*numbers, folder / ROWS, folder / CHECKSUMS):
                 path.unlink(missing_ok=True)
+        if not is_key(folder, key):
             write_json(folder / KEY, key, kind.argument)
         yield
+
+
+def is_key(folder: Path, key: dict[str, Any]) -> bool:
+    """Whether ``key`` is the one that ``folder`` says it has."""
+    try:
+        return bool(strict_json.parse((folder / KEY).read_bytes()) == key)
+    except (OSError, ValueError):
+        return False
 
 
 def _begun(folder: Path, kind: RowFormat) -> bool:
@@ -123,8 +134,9 @@ class RowStore:
 
     Args:
         files: the numbers of a row in each file, by its name.
-        repair: check every row that is there. Those that are not as they were written are ``damaged``, and
-            missing again; a file that is too long is cut.
+
+    Where ``kind`` repairs, every row that is there is checked. Those that are not as they were written are
+    ``damaged`` and missing again, and a file that is too long is cut.
 
     Attributes: ``rows``, the states of all rows; ``damaged``, numbers of rows.
     """
@@ -137,18 +149,17 @@ class RowStore:
         files: Mapping[str, RowFile],
         count: int,
         crops: int,
-        repair: bool = False,
     ) -> None:
         self.folder, self.key, self.kind, self.files = folder, key, kind, dict(files)
         self.count, self.total = count, count * crops
         try:
-            self._allocate(repair)
+            self._allocate()
         except OSError as error:
             raise self._error(error) from error
         self.rows = np.fromfile(folder / ROWS, dtype=np.uint8)
         checksums = np.fromfile(folder / CHECKSUMS, dtype=np.uint8).reshape(-1, DIGEST)
         self.damaged: list[int] = []
-        if repair:
+        if kind.repairs:
             numbers = [mapped(folder / f, s, self.files[f].dtype) for f, s in self.shapes.items()]
             bad = ~rows_as_written(numbers, self.rows, checksums, kind)
             self.damaged = np.flatnonzero(bad & (self.rows != MISSING)).tolist()
@@ -160,7 +171,7 @@ class RowStore:
         """Of every file."""
         return {name: [self.total, *file.shape] for name, file in self.files.items()}
 
-    def _allocate(self, cut: bool) -> None:
+    def _allocate(self) -> None:
         """Give every file its length, if the disk has room for all of them."""
         sizes = {name: file.bytes * self.total for name, file in self.files.items()}
         there = sum(f.stat().st_blocks * 512 for f in self.folder.iterdir() if f.is_file())
@@ -173,7 +184,7 @@ class RowStore:
         others = {ROWS: self.total, CHECKSUMS: self.total * DIGEST}
         for file, size in {**sizes, **others}.items():
             with (self.folder / file).open("ab") as stream:  # another process may be here, too
-                if stream.tell() > size and not cut:
+                if stream.tell() > size and not self.kind.repairs:
                     raise ValueError(
                         f"{self.kind.argument}: {self.folder / file} is longer than it should be; "
                         f"delete {self.folder} and {self.kind.verb} again"
@@ -199,7 +210,7 @@ class RowStore:
         try:
             for (name, file), values in zip(self.files.items(), numbers, strict=True):
                 self._write(name, first * file.bytes, values.tobytes())
-            sealed = states.tolist() if self.kind.seals_state else [None] * len(states)
+            sealed = states.tolist() if self.kind.repairs else [None] * len(states)
             checksums = [checksum(numbers, row, state) for row, state in enumerate(sealed)]
             self._write(CHECKSUMS, first * DIGEST, b"".join(checksums))
             self._write(ROWS, first, states.tobytes())

@@ -1,0 +1,274 @@
+"""One row of a table of outcomes: a network's logits for a photo and for the photo under masks.
+
+A row takes two passes, of the photo alone and of all masked images together, always of the same shapes, so
+no row depends on another. Where a network has more than 2,000 classes, the logits z of 256 are kept, the
+highest ones on the photo, and the log-sum-exp r_j of all others, so that
+
+    p_jk = exp z_jk / (sum_{i kept} exp z_ji + exp r_j),    r_j = log sum_{i not kept} exp z_ji
+
+is the softmax over all classes k under mask j.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xattn.backbone import Backbone, Taps, sha256
+from xattn.heads import Head
+from xattn.runtime.memory import is_out_of_memory
+from xattn.training.outcome_masks import CELLS, FILLS, KINDS, mask_pairs
+from xattn.training.row_files import RowFile
+
+MANY, KEPT = 2_000, 256  # of networks with more classes than that, so many are kept
+EVIDENCE = "evidence"  # the kind of masks that read a first guess
+Precision = Literal["no", "bf16"]
+
+
+class Guide(Protocol):
+    """A first guess of the evidence for a class, ``guide(taps, class_index (1, 1)) -> (1, 1, h, w)``;
+    ``id`` names it in the key of a table."""
+
+    @property
+    def id(self) -> str: ...
+
+    def __call__(self, taps: Taps, class_index: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class HeadGuide:
+    """The scores of a trained ``head`` as a guide, for a second table with masks from its own maps."""
+
+    head: Head
+
+    @property
+    def id(self) -> str:
+        """The head's name and the SHA-256 of its weights."""
+        return f"{self.head.name} {sha256(self.head)}"
+
+    def __call__(self, taps: Taps, class_index: Tensor, /) -> Tensor:
+        if self.head.training:
+            raise ValueError("guide: the head is in training mode; call head.eval() first")
+        return self.head(taps, class_index)
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """What is asked of each photo, see :func:`~xattn.training.outcomes.cache_outcomes`."""
+
+    crops: int = 1
+    masks: int = 16
+    kinds: Sequence[str] = KINDS
+    fills: Sequence[str] = FILLS
+    seed: int = 0
+    precision: Precision = "no"
+
+    def __post_init__(self) -> None:
+        for name in ("crops", "masks"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: got {value!r}; give a positive number")
+        if self.masks % 2:
+            raise ValueError(f"masks: got {self.masks}; give an even number, masks come in pairs")
+        for name, known in (("kinds", (*KINDS, "superpixels")), ("fills", FILLS)):
+            given = getattr(self, name)
+            if isinstance(given, str) or not given or not set(given) <= set(known):
+                raise ValueError(f"{name}: got {given!r}; give a list of {', '.join(known)}")
+        if self.precision not in ("no", "bf16"):
+            raise ValueError(f"precision: got {self.precision!r}; choose 'no' or 'bf16'")
+
+
+def row_layout(masks: int, classes: int) -> dict[str, RowFile]:
+    """The numbers of one row, by file: ``cells``, ``logits`` with those of the clean image first, and of a
+    network with more than :data:`MANY` classes ``classes`` and ``rest``."""
+    many = classes > MANY
+    files = {
+        "cells": RowFile((masks // 2, CELLS, CELLS), np.dtype("uint8")),
+        "logits": RowFile((1 + masks, KEPT if many else classes), np.dtype("float16")),
+    }
+    if many:
+        files["classes"] = RowFile((KEPT,), np.dtype("int32"))
+        files["rest"] = RowFile((1 + masks,), np.dtype("float32"))
+    return files
+
+
+def guess_name(backbone: Backbone, guide: Guide | None, kinds: Sequence[str]) -> str | None:
+    """What the ``"evidence"`` masks come from, for the key; None if there are no such masks.
+
+    Raises:
+        ValueError: there are none, but a ``guide``.
+    """
+    if EVIDENCE not in kinds:
+        if guide is not None:
+            raise ValueError(f"guide: only masks of the kind {EVIDENCE!r} read it; add it to kinds")
+        return None
+    if guide is not None:
+        return guide.id
+    of = "norm" if _class_rows(backbone) is None else "classifier's row"
+    return f"{of} on {backbone.taps[-1]}"
+
+
+def _class_rows(backbone: Backbone) -> Tensor | None:
+    """The classifier's rows (K, C), if they fit the last tap."""
+    weight = backbone.classifier_weight
+    fits = weight is not None and weight.shape == (backbone.num_classes, backbone.channels[-1])
+    return weight if fits else None
+
+
+class RowMaker:
+    """Computes rows. ``maker(image, seed, name)`` -> one array a file, each with a first axis of 1.
+
+    Args:
+        image: (3, H, W) in [0, 1].
+        seed: names the draws of the masks.
+        name: of the photo, for messages.
+    """
+
+    def __init__(
+        self, backbone: Backbone, settings: MaskSettings, guide: Guide | None = None
+    ) -> None:
+        self.backbone, self.settings, self.guide = backbone, settings, guide
+        self.layout = row_layout(settings.masks, backbone.num_classes)
+        self.rows = _class_rows(backbone)
+        reference = next(backbone.parameters(), torch.zeros((), device="cpu"))
+        self.dtype = reference.dtype
+
+    @torch.inference_mode()
+    def __call__(self, image: Tensor, seed: str, name: str) -> list[NDArray[Any]]:
+        """The row of one photo.
+
+        Raises:
+            ValueError: logits that float16 cannot hold. MemoryError: the masked images do not fit.
+        """
+        settings = self.settings
+        taps: Taps = self._pass(image[None], self.backbone)
+        clean = _representable(taps.logits, name)
+        pairs = mask_pairs(
+            image, self._guess(taps), settings.masks // 2, seed, settings.kinds, settings.fills
+        )
+        masked = _representable(self._pass(pairs.images, self.backbone.logits), name)
+        numbers = [pairs.cells.numpy(), *kept_logits(torch.cat([clean, masked]))]
+        return [
+            np.ascontiguousarray(values, file.dtype)[None]
+            for values, file in zip(numbers, self.layout.values(), strict=True)
+        ]
+
+    def empty(self) -> list[NDArray[Any]]:
+        """Zeros in place of a photo that cannot be read."""
+        return [np.zeros((1, *file.shape), file.dtype) for file in self.layout.values()]
+
+    def _pass(self, images: Tensor, function: Any) -> Any:
+        device = self.backbone.device
+        half = self.settings.precision == "bf16"
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                return function(images.to(device, self.dtype))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryError(
+                f"masks: out of memory with {len(images)} images a pass; give fewer masks"
+            ) from error
+
+    def _guess(self, taps: Taps) -> Tensor:
+        """A first guess (h, w) of the evidence for the most probable class, standardised."""
+        last = taps.maps[-1][0].float()
+        if EVIDENCE not in self.settings.kinds:
+            return last.new_zeros(last.shape[1:])
+        top = taps.logits.argmax(1, keepdim=True)
+        if self.guide is not None:
+            maps = tuple(m.to(self.dtype) for m in taps.maps)
+            prefix = None if taps.prefix is None else taps.prefix.to(self.dtype)
+            guess = self.guide(Taps(taps.logits, maps, prefix), top)[0, 0].float()
+        elif self.rows is not None:
+            guess = torch.einsum("c,chw->hw", self.rows[int(top)].float(), last)
+        else:
+            guess = last.norm(dim=0)
+        return (guess - guess.mean()) / guess.std(correction=0).clamp_min(1e-12)
+
+
+def _representable(logits: Tensor, name: str) -> Tensor:
+    """Logits in float32 on the CPU; a ``ValueError`` that names the photo if float16 cannot hold them."""
+    wide = logits.float().cpu()
+    if not bool((wide.abs() <= torch.finfo(torch.float16).max).all()):  # NaN is not, either
+        raise ValueError(
+            f"table: the logits of {name} are not finite in float16; check the backbone's weights"
+        )
+    return wide
+
+
+def kept_logits(logits: Tensor) -> list[NDArray[Any]]:
+    """Logits (1 + N, K), those of the clean image first, as they are stored.
+
+    Those of few classes are stored as they are; of many, the logits (1 + N, T) of the classes that are
+    kept, from the most probable one on, these classes (T,), and the rest (1 + N,).
+    """
+    if logits.shape[1] <= MANY:
+        return [logits.numpy()]
+    order = logits[0].argsort(descending=True, stable=True)
+    kept, left = order[:KEPT], order[KEPT:]
+    rest = logits[:, left].double().logsumexp(1)
+    return [logits[:, kept].numpy(), kept.numpy(), rest.numpy()]
+
+
+# ---------------------------------------------------------------------- the price
+
+
+@dataclass(frozen=True)
+class OutcomeCost:
+    """What a table costs: ``rows`` of it are to be computed in about ``seconds``; ``row_bytes`` on disk
+    a row."""
+
+    photos: int
+    crops: int
+    masks: int
+    rows: int
+    row_bytes: int
+    seconds: float
+
+    @property
+    def passes(self) -> int:
+        """Images that pass through the network."""
+        return self.rows * (1 + self.masks)
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole table on disk."""
+        return self.photos * self.crops * self.row_bytes
+
+    def __str__(self) -> str:
+        photos, crops = _counted(self.photos, "photo"), _counted(self.crops, "crop")
+        what = f"{photos} x {crops} x {self.masks:,} masks"
+        whole = self.photos * self.crops
+        left = "" if self.rows == whole else f", {self.rows:,} of {whole:,} rows to compute"
+        return (
+            f"table of outcomes: {what}{left} = {self.passes:,} passes, about "
+            f"{_duration(self.seconds)}, {self.bytes / 1e6:,.1f} MB"
+        )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} seconds"
+    return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def time_row(maker: RowMaker) -> float:
+    """Seconds of one row, measured on noise after one row to warm up."""
+    size = (len(maker.backbone.preprocessing.mean), *maker.backbone.preprocessing.input_size)
+    image = torch.rand(size, generator=torch.Generator().manual_seed(0), device="cpu")
+    maker(image, "warm-up", "noise")
+    started = time.perf_counter()
+    maker(image, "timed", "noise")
+    return time.perf_counter() - started
