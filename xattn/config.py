@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 # Defaults by recipe. "published" is T-TAME's for ImageNet (arXiv 2403.04523); "small" was tuned for the
-# classifier fusion on a few hundred photos, see docs/results/held-out-classes.md.
+# classifier fusion on a few hundred photos, see docs/results/held-out-classes.md; "outcomes" trains on a
+# table of masked photos, see docs/results/evidence.md.
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {
         "epochs": 8,
@@ -16,6 +17,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_decay": 5e-4,
         "class_mode": "batch",
         "area": 2.0,
+        "objective": "masking",
     },
     "small": {
         "epochs": 14,
@@ -25,6 +27,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_decay": 0.01,
         "class_mode": "own",
         "area": 1.0,
+        "objective": "masking",
+    },
+    "outcomes": {
+        "epochs": 30,
+        "batch_size": 32,
+        "optimizer": "adamw",
+        "lr": 2e-3,
+        "weight_decay": 0.01,
+        "class_mode": "own",
+        "area": 0.0,
+        "objective": "outcomes",
     },
 }
 
@@ -54,6 +67,7 @@ PROBE_RECIPES: dict[str, dict[str, Any]] = {
 # A setting that is left out is None until the recipe fills it in, and never afterwards.
 Optimizer = Literal["sgd", "adamw"]
 ClassMode = Literal["batch", "own", "top"]
+Objective = Literal["masking", "outcomes"]
 ProbeOptimizer = Literal["lars", "adamw"]
 # The package's own methods of xattn.training.attention_training.
 AttentionTraining = Literal["none", "random", "at", "iat", "iat_released", "vat", "ivat"]
@@ -62,10 +76,11 @@ if TYPE_CHECKING:
     Float: TypeAlias = float
     OptimizerName: TypeAlias = Optimizer
     ClassModeName: TypeAlias = ClassMode
+    ObjectiveName: TypeAlias = Objective
     ProbeOptimizerName: TypeAlias = ProbeOptimizer
 else:
-    Int, Float, OptimizerName, ClassModeName, ProbeOptimizerName = (
-        t | None for t in (int, float, Optimizer, ClassMode, ProbeOptimizer)
+    Int, Float, OptimizerName, ClassModeName, ObjectiveName, ProbeOptimizerName = (
+        t | None for t in (int, float, Optimizer, ClassMode, Objective, ProbeOptimizer)
     )
 
 
@@ -73,21 +88,26 @@ else:
 class TrainConfig:
     """How a head is trained on photos; settings that are left out come from the recipe.
 
-    "published" is T-TAME's, for ImageNet; "small" is for a few hundred photos.
+    "published" is T-TAME's, for ImageNet; "small" is for a few hundred photos; "outcomes" trains on what
+    the network answers for masked photos.
     """
 
-    recipe: Literal["published", "small"] = "published"
+    recipe: Literal["published", "small", "outcomes"] = "published"
     """Source of all settings that are not given."""
+    objective: ObjectiveName = None  # type: ignore[assignment]
+    """What is learned: masks that keep the prediction (masking; published, small), or maps that explain the
+    outcomes of a table of masks (outcomes)."""
     epochs: Int = None  # type: ignore[assignment]
-    """Passes over the data (published 8, small 14)."""
+    """Passes over the data (published 8, small 14, outcomes 30)."""
     batch_size: Int = None  # type: ignore[assignment]
-    """Images a step, per process (published 32, small 16)."""
+    """Images a step, per process (published 32, small 16, outcomes 32)."""
     optimizer: OptimizerName = None  # type: ignore[assignment]
-    """SGD with Nesterov momentum, cycled by OneCycle between .95 and .85 (published), or AdamW (small)."""
+    """SGD with Nesterov momentum, cycled by OneCycle between .95 and .85 (published), or AdamW (small,
+    outcomes)."""
     lr: Float = None  # type: ignore[assignment]
-    """Peak learning rate of the OneCycle schedule (published 1e-3, small 3e-4)."""
+    """Peak learning rate of the OneCycle schedule (published 1e-3, small 3e-4, outcomes 2e-3)."""
     weight_decay: Float = None  # type: ignore[assignment]
-    """Weight decay of all tensors except biases (published 5e-4, small 0.01)."""
+    """Weight decay of all tensors except biases (published 5e-4, small and outcomes 0.01)."""
     class_mode: ClassModeName = None  # type: ignore[assignment]
     """Classes whose maps enter the area and variation terms: the batch's (published), each image's own
     (small), or each image's most probable (top)."""
@@ -97,6 +117,12 @@ class TrainConfig:
     """Weight of mean((A + 0.0005)^0.3) (published 2, small 1)."""
     variation: float = 0.01
     """Weight of the variation term, a sum over space."""
+    crops: int = 1
+    """Crops of each photo in the table of outcomes: the model's own, then random ones."""
+    masks: int = 16
+    """Masks of each crop in the table, half of them the complements of the others."""
+    others: int = 2
+    """Further classes of each photo whose outcomes are learned, drawn from its twelve most probable."""
     augment: bool = True
     """Random crop and flip; without it, the centre crop."""
     workers: int = 2
@@ -113,13 +139,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _fill_in(self, RECIPES)
         _check_positive(self, "epochs", "batch_size", "checkpoint_every", "max_pixels", "lr")
+        _check_positive(self, "crops", "masks")
         _check_seed(self.seed)
-        if self.workers < 0:
-            raise ValueError(f"workers: got {self.workers}; give 0 or more")
+        for name in ("workers", "others"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}; give 0 or more")
         _check_choices(
             self,
             optimizer=("sgd", "adamw"),
             class_mode=("batch", "own", "top"),
+            objective=("masking", "outcomes"),
             precision=("no", "fp16", "bf16"),
         )
 

@@ -29,6 +29,8 @@ from xattn.backbone.taps import (
     default_vit_taps,
     name_taps,
     parse_tap,
+    read_prefixes,
+    reads_prefix,
     vit_blocks,
 )
 from xattn.runtime.locking import alone, lock_of
@@ -87,6 +89,7 @@ class Backbone(nn.Module):
         self.adapter = not hasattr(model, "forward_intermediates")
         self.prefix_tokens = int(getattr(model, "num_prefix_tokens", 0) or 0)
         self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        self._reads_prefix = False
         self._fingerprint: str | None = None
         self._hashed: list[Conversion] | None = None  # the conversion that it belongs to
         super().train(False)
@@ -179,7 +182,7 @@ class Backbone(nn.Module):
             self.taps: tuple[str, ...] = tuple(names or (f"adapter.{i}" for i in range(len(maps))))
             self.is_vit = False
         else:
-            final, inner = self._features(image, None)
+            final, inner, _ = self._features(image, None)
             if not isinstance(final, Tensor):
                 raise ValueError(
                     f"name_or_module: the features of {self.name} are several token sequences, not one "
@@ -204,15 +207,23 @@ class Backbone(nn.Module):
                     f"choose other taps"
                 )
         self._wanted = self._wanted_indices()
+        self._reads_prefix = reads_prefix(self.model, self.taps, self.prefix_tokens)
         self.task = resolve_task(task, logits, self.name)
         self.num_classes = int(self._as_classes(logits).shape[1])
         self.channels = tuple(m.shape[1] for m in maps)
         self.tap_sizes = tuple((m.shape[2], m.shape[3]) for m in maps)
         self.pools_linearly = self._pools_linearly(maps[-1])
 
-    def _features(self, x: Tensor, indices: list[int] | None) -> tuple[Tensor, list[Tensor]]:
-        final, inner = self.model.forward_intermediates(x, indices=indices, output_fmt="NCHW")  # type: ignore[operator]
-        return final, [m if isinstance(m, Tensor) else m[0] for m in inner]
+    def _features(
+        self, x: Tensor, indices: list[int] | None
+    ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+        """The final features, and the intermediates as maps and, of a ViT's taps, as prefix tokens."""
+        prefix = {"return_prefix_tokens": True} if indices and self._reads_prefix else {}
+        final, inner = self.model.forward_intermediates(  # type: ignore[operator]
+            x, indices=indices, output_fmt="NCHW", **prefix
+        )
+        maps = [m if isinstance(m, Tensor) else m[0] for m in inner]
+        return final, maps, [None if isinstance(m, Tensor) else m[1] for m in inner]
 
     def _select(
         self, taps: Sequence[str], final: Tensor, inner: Sequence[Tensor] | dict[int, Tensor]
@@ -283,12 +294,15 @@ class Backbone(nn.Module):
             if self.adapter:
                 logits, maps = self.model.forward_taps(x)  # type: ignore[operator]
                 return Taps(self._as_classes(logits), tuple(maps))
-            final, inner = self._features(x, self._wanted)
+            final, inner, tokens = self._features(x, self._wanted)
             final = self._through_head_point(final)
             logits = self.model.forward_head(final)  # type: ignore[operator]
             maps = self._select(self.taps, final, dict(zip(self._wanted, inner, strict=True)))
+            read = read_prefixes(
+                self.model, self.taps, dict(zip(self._wanted, tokens, strict=True))
+            )
         prefix = final[:, : self.prefix_tokens] if final.ndim == 3 else None
-        return Taps(self._as_classes(logits), maps, prefix)
+        return Taps(self._as_classes(logits), maps, prefix, read)
 
     def _as_classes(self, logits: Tensor) -> Tensor:
         """A binary model's (B,) or (B, 1) logits as (B, 2); other logits unchanged."""

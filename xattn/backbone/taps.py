@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 # Blocks that apply ``norm1`` to their input before attention (timm class names). A block that is
@@ -27,11 +29,20 @@ PRE_NORM_BLOCKS = frozenset(
 
 class Taps(NamedTuple):
     """What one pass yields: ``logits`` (B, K) and ``maps``, a tuple of (B, C_i, h_i, w_i); of a ViT
-    also ``prefix`` (B, P, C), the class and register tokens that reach the classifier."""
+    also ``prefix`` (B, P, C), the class and register tokens that reach the classifier, and ``prefixes``,
+    those tokens (B, P, C) beside each ``norm1`` tap, as that block's attention reads them."""
 
     logits: Tensor
     maps: tuple[Tensor, ...]
     prefix: Tensor | None = None
+    prefixes: tuple[Tensor | None, ...] = ()
+
+    def to(self, target: torch.dtype | torch.device | str) -> Taps:
+        """The taps with all tensors of another type, or on another device."""
+        maps = tuple(m.to(target) for m in self.maps)
+        prefix = None if self.prefix is None else self.prefix.to(target)
+        prefixes = tuple(None if p is None else p.to(target) for p in self.prefixes)
+        return Taps(self.logits.to(target), maps, prefix, prefixes)
 
 
 @runtime_checkable
@@ -57,6 +68,27 @@ def parse_tap(tap: str) -> tuple[str, int, bool]:
     """
     kind, *rest = tap.split(".")
     return kind, int(rest[0]) if rest else -1, rest[1:] == ["pool"]
+
+
+def reads_prefix(model: nn.Module, taps: Sequence[str], prefix_tokens: int) -> bool:
+    """Whether ``taps`` read blocks that see prefix tokens, and the model hands these out."""
+    if not prefix_tokens or not any(parse_tap(tap)[0] == "norm1" for tap in taps):
+        return False
+    forward = model.forward_intermediates
+    return "return_prefix_tokens" in inspect.signature(forward).parameters  # type: ignore[arg-type]
+
+
+def read_prefixes(
+    model: nn.Module, taps: Sequence[str], tokens: dict[int, Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The prefix tokens (B, P, C) that attention reads beside each ``norm1`` tap, None beside others; empty
+    if there are none. ``tokens`` are the blocks' outputs."""
+    found: list[Tensor | None] = []
+    for tap in taps:
+        kind, index, _ = parse_tap(tap)
+        prefix = tokens.get(index - 1) if kind == "norm1" else None
+        found.append(None if prefix is None else model.blocks[index].norm1(prefix))  # type: ignore[index,union-attr]
+    return tuple(found) if any(p is not None for p in found) else ()
 
 
 def vit_blocks(model: nn.Module) -> list[nn.Module] | None:

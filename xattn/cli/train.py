@@ -35,6 +35,9 @@ class Train:
     """Further options of the head as name=value, for example branch_rank=null num_taps=2."""
     output: Path = Path("runs/head")
     """Folder for log, checkpoints and the trained head."""
+    table: Path | None = None
+    """Folder of the table of outcomes (recipe outcomes), which heads and runs may share; by default beside
+    the output folder, named like it with -outcomes."""
     resume: bool = False
     """Continue from the last checkpoint in the output folder."""
     half: bool = False
@@ -83,6 +86,8 @@ class Train:
             output=self.output,
             resume=self.resume,
             on_checkpoint=shown,
+            table=self.table,
+            say=print,
         )
         if not result.main:
             return

@@ -28,6 +28,7 @@ from xattn.heads.coca import Coca
 from xattn.heads.delf import Delf
 from xattn.heads.dino_block import DinoBlock
 from xattn.heads.efficient_probe import EfficientProbe
+from xattn.heads.evidence import Evidence
 from xattn.heads.gap import Gap
 from xattn.heads.gem import Gem
 from xattn.heads.lama import Lama
@@ -51,6 +52,7 @@ __all__ = [
     "Delf",
     "DinoBlock",
     "EfficientProbe",
+    "Evidence",
     "Gap",
     "Gem",
     "Head",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,9 @@ class Head(
     # Values for options that a saved config lacks: what the head did before the option existed.
     earlier: ClassVar[Mapping[str, Any]] = {}
     is_classifier: ClassVar[bool] = False  # True: the head has logits of its own
+    reads_statistics: ClassVar[bool] = (
+        False  # True: the head has to be calibrated before it is trained
+    )
     options: dict[str, Any]
     mask_policy: str
     backbone_name: str
@@ -126,6 +129,9 @@ class Head(
         grid = (int(last.shape[2]), int(last.shape[3]))
         x = self.mixer(last.flatten(2).transpose(1, 2), grid)
         return taps._replace(maps=(*taps.maps[:-1], x.transpose(1, 2).unflatten(2, grid)))
+
+    def calibrate(self, batches: Iterable[Taps]) -> None:
+        """Take statistics of the taps of photos, before training; most heads need none."""
 
     def auxiliary_loss(self) -> Tensor | float:
         """What the mixer's mechanisms asked training to add in the last call, once; 0 without any."""

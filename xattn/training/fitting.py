@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from xattn.backbone import Backbone, sha256
+from xattn.backbone import Backbone, Taps, sha256
 from xattn.config import TrainConfig
 from xattn.heads import Head
 from xattn.photos.base import Data, Photos
 from xattn.photos.sources import open_photos
 from xattn.runtime.files import write_json
 from xattn.training import processes
+from xattn.training.head_optimizer import FitState, head_optimizer, one_cycle
 from xattn.training.objective import Part, objective
+from xattn.training.outcome_fitting import OutcomesJob, table_for
+from xattn.training.outcome_table import Outcomes
 from xattn.training.photo_batches import PhotoBatch, PhotoBatches
-from xattn.training.photo_loop import PhotoLoopState, train_on_photos
+from xattn.training.photo_loop import Batches, train_on_photos
 from xattn.training.run import Run, RunOptions
+from xattn.training.tap_store import TapStore
+
+CALIBRATED = 256  # photos whose taps a head takes statistics of
 
 
 @dataclass
@@ -49,6 +55,8 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     on_checkpoint: Callable[[int, Head], None] | None = None,
+    table: str | Path | Outcomes | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> FitResult:
     """Train ``head`` in place; the backbone stays as it is, bit for bit.
 
@@ -63,6 +71,10 @@ def fit(
             trained on.
         on_checkpoint: called in the first process with the step and the head, at step 0 and after each
             checkpoint. It must leave the head and the random number generators as they were.
+        table: of outcomes, for that objective: a folder, filled now as far as it is not
+            (:func:`~xattn.training.outcomes.cache_outcomes`), or a finished table that has the photos of
+            ``data``. By default a folder beside ``output``, named like it with ``-outcomes``.
+        say: is handed one line on what a table will cost, before it is computed.
 
     Ctrl-C and SIGTERM end the run after the current step, the same one in all processes, with a
     checkpoint. Loader processes that die are replaced, with a warning.
@@ -79,94 +91,120 @@ def fit(
             f"head: made for weights sha256 {head.backbone_fingerprint}, the backbone has "
             f"{backbone.fingerprint}; create the head with this backbone"
         )
+    if head.is_classifier:
+        raise ValueError(
+            f"head: {head.name!r} is a classifier; train it with xattn probe, or choose an explanation "
+            f"head such as 'evidence' or 'ttame'"
+        )
     photos = open_photos(data)
     options = RunOptions(output, resume, progress, on_checkpoint)
     with processes.own_accelerator(backbone.device, config.precision) as accelerator:
-        return _fit(head, backbone, photos, config, accelerator, options)
-
-
-class _FitState(PhotoLoopState):
-    """The learning rate schedule, and the images that could not be read."""
-
-    keys: tuple[str, ...] = ("scheduler", "skipped")
-
-    def __init__(self, scheduler: LRScheduler, accelerator: Any) -> None:
-        super().__init__(accelerator)
-        self.scheduler = scheduler
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"scheduler": self.scheduler.state_dict(), **super().state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scheduler.load_state_dict(state["scheduler"])
-        super().load_state_dict(state)
-
-    def next_lr(self) -> float:
-        if self.scheduler.last_epoch + 1 < self.scheduler.total_steps:  # type: ignore[attr-defined]
-            self.scheduler.step()
-        return float(self.scheduler.get_last_lr()[0])
+        with ExitStack() as stack:
+            resumed = options.folder if options.resume else None
+            if config.objective == "masking":
+                job: Job = MaskingJob(backbone, photos, config, accelerator, resumed)
+            else:
+                ranks = accelerator.num_processes
+                found, numbers = stack.enter_context(
+                    table_for(backbone, photos, config, table, options, ranks, say)
+                )
+                job = OutcomesJob(backbone, photos, found, numbers, config, accelerator)
+            return _fit(head, backbone, job, config, accelerator, options)
 
 
 def _fit(
     head: Head,
     backbone: Backbone,
-    photos: Photos,
+    job: Job,
     config: TrainConfig,
     accelerator: Any,
     options: RunOptions,
 ) -> FitResult:
     before = sha256(backbone.model)
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    resumed = options.folder if options.resume else None
-    batches = PhotoBatches(photos, backbone.preprocessing, config, rank, ranks, resumed)
-    device = backbone.device if ranks == 1 else accelerator.device
+    device = backbone.device if accelerator.num_processes == 1 else accelerator.device
     backbone.to(device)
     head.to(device)
-    optimizer = _optimizer(head, config)
-    scheduler = _one_cycle(optimizer, config.lr, batches.total)
-    state = _FitState(scheduler, accelerator)
-    run = Run(head, optimizer, accelerator, config, state, batches.total, options)
-    record = {"images": batches.describe(), "preprocessing": asdict(backbone.preprocessing)}
+    if head.reads_statistics and not options.resume:
+        head.calibrate(job.calibration(backbone))
+    optimizer = head_optimizer(head, config)
+    scheduler = one_cycle(optimizer, config.lr, job.batches.total)
+    state = FitState(scheduler, accelerator)
+    run = Run(head, optimizer, accelerator, config, state, job.batches.total, options)
+    record = {"images": job.batches.describe(), "preprocessing": asdict(backbone.preprocessing)}
     with run.open(record):
         train_on_photos(
             run,
-            batches,
+            job.batches,
             state,
-            lambda batch, counts: _step(run, backbone, batch, counts, config),
+            lambda batch, counts: job.step(run, backbone, batch, counts),
             state.next_lr,
         )
         head.eval()
         if sha256(backbone.model) != before:
             raise RuntimeError("the backbone's weights changed during training: this is a bug")
-        skipped = state.names(batches)
-        head.summary = _summary(run, len(photos), len(skipped))
+        skipped = [*job.left_out, *state.names(job.batches)]
+        head.summary = _summary(run, len(job.batches.photos), len(skipped))
         run.save_head()
         if run.folder is not None and run.main:
             write_json(run.folder / "skipped.json", skipped)
     return FitResult(head, run.step, run.losses, skipped, run.folder, run.main)
 
 
-def _step(
-    run: Run[Head], backbone: Backbone, batch: PhotoBatch, counts: list[int], config: TrainConfig
-) -> dict[str, float]:
-    """Take one step; the losses, averaged over all images of all processes.
+class Job(Protocol):
+    """What one objective adds to a run: its batches, what it has left out of the photos, and its step."""
 
-    A process without a readable image takes part with a grey one, of weight 0.
-    """
-    weight = counts[run.rank] * run.ranks / sum(counts)
-    images = batch.images
-    if images is None:
-        images = torch.full((1, 3, *backbone.preprocessing.input_size), 0.5, device="cpu")
-    wide = next(backbone.parameters(), images).dtype == torch.float64
-    images = images.to(backbone.device, torch.float64 if wide else images.dtype, non_blocking=True)
-    part = Part(torch.tensor(batch.share.rows or [0], device="cpu"), counts, run.rank)
-    with run.forward(batch.share):
-        terms = objective(run.head, backbone, images, config, run.head.mask_policy, part)
-        terms = terms._replace(loss=terms.loss + run.head.auxiliary_loss())
-    run.backward(weight * terms.loss)
-    run.optimizer.step()
-    losses = run.mean(weight * torch.stack([term.detach().float() for term in terms]))
-    return dict(zip(terms._fields, losses.tolist(), strict=True))
+    batches: Batches
+    left_out: list[tuple[str, str]]
+
+    def calibration(self, backbone: Backbone) -> Iterable[Taps]:
+        """Taps of photos, for a head that takes statistics before it is trained."""
+
+    def step(
+        self, run: Run[Head], backbone: Backbone, batch: Any, counts: list[int]
+    ) -> dict[str, float]:
+        """Take a step on a batch, of which each process has so many images; the losses, averaged over all
+        images of all processes."""
+
+
+class MaskingJob:
+    """The objective of T-TAME: masks that keep the prediction, see :mod:`xattn.training.objective`."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        photos: Photos,
+        config: TrainConfig,
+        accelerator: Any,
+        resumed: Path | None,
+    ) -> None:
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        self.batches = PhotoBatches(photos, backbone.preprocessing, config, rank, ranks, resumed)
+        self.left_out: list[tuple[str, str]] = []
+        self.config = config
+
+    def calibration(self, backbone: Backbone) -> Iterable[Taps]:
+        """Of the evaluation crops of the first photos."""
+        photos = self.batches.photos
+        store = TapStore(backbone, photos, self.config, range(min(len(photos), CALIBRATED)))
+        return store.all()
+
+    def step(
+        self, run: Run[Head], backbone: Backbone, batch: PhotoBatch, counts: list[int]
+    ) -> dict[str, float]:
+        """A process without a readable image takes part with a grey one, of weight 0."""
+        weight = counts[run.rank] * run.ranks / sum(counts)
+        images = batch.images
+        if images is None:
+            images = torch.full((1, 3, *backbone.preprocessing.input_size), 0.5, device="cpu")
+        wide = next(backbone.parameters(), images).dtype == torch.float64
+        images = images.to(
+            backbone.device, torch.float64 if wide else images.dtype, non_blocking=True
+        )
+        part = Part(torch.tensor(batch.share.rows or [0], device="cpu"), counts, run.rank)
+        with run.forward(batch.share):
+            terms = objective(run.head, backbone, images, self.config, run.head.mask_policy, part)
+            terms = terms._replace(loss=terms.loss + run.head.auxiliary_loss())
+        return run.take_step(terms._asdict(), weight)
 
 
 def _summary(run: Run[Head], images: int, skipped: int) -> dict[str, Any]:
@@ -177,27 +215,3 @@ def _summary(run: Run[Head], images: int, skipped: int) -> dict[str, Any]:
         "config": asdict(run.config),
         "losses": {name: round(value, 6) for name, value in run.losses.items()},
     }
-
-
-def _one_cycle(optimizer: torch.optim.Optimizer, lr: float, total: int) -> OneCycleLR:
-    scheduler = OneCycleLR(
-        optimizer, max_lr=lr, total_steps=max(total, 2), pct_start=0.3, final_div_factor=1e4
-    )
-    optimizer.zero_grad(set_to_none=True)
-    optimizer.step()  # moves nothing; else the scheduler warns where the first batch is unreadable
-    return scheduler
-
-
-def _optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
-    """Weight decay on everything but biases, BatchNorm gains included, as in T-TAME's code."""
-    named = [(n, p) for n, p in head.named_parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for n, p in named if not n.endswith("bias")],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for n, p in named if n.endswith("bias")], "weight_decay": 0.0},
-    ]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)

@@ -184,9 +184,7 @@ class RowMaker:
             return last.new_zeros(last.shape[1:])
         top = taps.logits.argmax(1, keepdim=True)
         if self.guide is not None:
-            maps = tuple(m.to(self.dtype) for m in taps.maps)
-            prefix = None if taps.prefix is None else taps.prefix.to(self.dtype)
-            guess = self.guide(Taps(taps.logits, maps, prefix), top)[0, 0].float()
+            guess = self.guide(taps.to(self.dtype), top)[0, 0].float()
         elif self.rows is not None:
             guess = torch.einsum("c,chw->hw", self.rows[int(top)].float(), last)
         else:

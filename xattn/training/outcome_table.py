@@ -159,6 +159,11 @@ class Outcomes:
         return len(self.names)
 
     @property
+    def numbers(self) -> list[int]:
+        """The place of each photo in the data that the table was made of."""
+        return self._rows.tolist()
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the key; a subset has one of its own."""
         return key_digest(self.key)

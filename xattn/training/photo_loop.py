@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
-from typing import Any
+from typing import Any, Protocol
 
+from xattn.photos.base import Photos
 from xattn.training import processes
-from xattn.training.photo_batches import PhotoBatch, PhotoBatches
+from xattn.training.photo_batches import PhotoBatch
 from xattn.training.run import Run
 
-Step = Callable[[PhotoBatch, list[int]], dict[str, float]]
+
+class Batches(Protocol):
+    """The batches of a run, see :class:`~xattn.training.photo_batches.PhotoBatches`."""
+
+    photos: Photos
+    per_epoch: int
+    total: int
+
+    def describe(self) -> dict[str, Any]: ...
+    def from_step(self, step: int, stopped: Callable[[], int]) -> Generator[Any, None, None]: ...
+
+
+Step = Callable[[Any, list[int]], dict[str, float]]
 """Takes a step on a batch, of which each process has so many readable images; returns the losses."""
 
 
@@ -44,7 +57,7 @@ class PhotoLoopState:
             )
         return batch.failure
 
-    def names(self, batches: PhotoBatches) -> list[tuple[str, str]]:
+    def names(self, batches: Batches) -> list[tuple[str, str]]:
         """Name and reason of every image that could not be read.
 
         Raises:
@@ -62,7 +75,7 @@ class PhotoLoopState:
 
 def train_on_photos(
     run: Run[Any],
-    batches: PhotoBatches,
+    batches: Batches,
     state: PhotoLoopState,
     step: Step,
     next_lr: Callable[[], float],

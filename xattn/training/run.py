@@ -231,6 +231,16 @@ class Run(Generic[HeadT]):
             self.head.get_parameter(name).grad = None
         processes.average_gradients(self.accelerator, self.head)
 
+    def take_step(self, losses: dict[str, Tensor], weight: float) -> dict[str, float]:
+        """A step down the gradient of ``losses["loss"]``; all ``losses``, averaged over the processes.
+
+        ``weight`` is this process's share of the batch, times the number of processes.
+        """
+        self.backward(weight * losses["loss"])
+        self.optimizer.step()
+        mean = self.mean(weight * torch.stack([v.detach().float() for v in losses.values()]))
+        return dict(zip(losses, mean.tolist(), strict=True))
+
     def mean(self, losses: Tensor) -> Tensor:
         """The mean of the processes' ``losses``, each of which they have weighted by their share."""
         return processes.average(self.accelerator, losses)

@@ -1,0 +1,261 @@
+"""Training heads on a table of outcomes: the classes and batches of its photos, and a step on them.
+
+The maps of a photo's own class are compared with its probability and its log-odds under the masks, those of
+others, drawn from its most probable classes, with their log-odds; see
+:mod:`~xattn.training.outcomes_objective`.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn.backbone import Backbone, Taps
+from xattn.config import TrainConfig
+from xattn.heads import Head
+from xattn.heads.fusion import resize
+from xattn.photos.base import Photos
+from xattn.training.data import steps_per_epoch
+from xattn.training.outcome_table import OutcomeBatch, Outcomes
+from xattn.training.outcomes import cache_outcomes
+from xattn.training.outcomes_objective import correlation, reacts
+from xattn.training.run import Run, RunOptions
+from xattn.training.tap_store import Place, TapStore
+from xattn.training.whole_batch import Share
+
+TOP = 12  # a photo's most probable classes, whose outcomes are learned
+NO_REACTION = "its class does not react to masks"
+
+
+@contextmanager
+def table_for(
+    backbone: Backbone,
+    photos: Photos,
+    config: TrainConfig,
+    table: str | Path | Outcomes | None,
+    options: RunOptions,
+    ranks: int,
+    say: Callable[[str], object] | None,
+) -> Iterator[tuple[Outcomes, list[int]]]:
+    """The table of ``photos`` in the block, computed as far as it is not there yet, see
+    :func:`~xattn.training.fitting.fit`; and which of ``photos`` each of its photos is.
+
+    Raises:
+        ValueError: ``table`` belongs to another network, or lacks photos.
+    """
+    if isinstance(table, Outcomes):
+        theirs = table.key["backbone"]["sha256"]
+        if theirs != backbone.fingerprint:
+            raise ValueError(
+                f"table: its outcomes are those of weights sha256 {theirs}, the backbone has "
+                f"{backbone.fingerprint}; compute a table for this backbone"
+            )
+        yield _part(table, photos)
+        return
+    with tempfile.TemporaryDirectory(prefix="xattn-outcomes-") as temporary:
+        folder = options.folder
+        if table is not None:
+            place = Path(table)
+        elif folder is not None:
+            place = folder.with_name(f"{folder.name}-outcomes")
+        elif ranks > 1:
+            raise ValueError("table: several processes need one folder; give table or output")
+        else:
+            place = Path(temporary) / "outcomes"
+        found = cache_outcomes(
+            backbone,
+            photos,
+            place,
+            crops=config.crops,
+            masks=config.masks,
+            seed=config.seed,
+            workers=config.workers,
+            max_pixels=config.max_pixels,
+            precision="bf16" if config.precision == "bf16" else "no",
+            progress=options.progress,
+            say=say,
+        )
+        yield found, found.numbers
+
+
+def _part(table: Outcomes, photos: Photos) -> tuple[Outcomes, list[int]]:
+    """The rows of ``photos`` in a finished table, and which of them each row is."""
+    if table.crops > 1:
+        raise ValueError(
+            f"table: it has {table.crops} crops, which are known by the photos' places in its own data; "
+            f"give its folder, with that data"
+        )
+    numbers = []
+    for i in range(len(photos)):
+        try:
+            table.subset([photos.name(i)])
+        except ValueError:
+            continue
+        numbers.append(i)
+    return table.subset([photos.name(i) for i in range(len(photos))]), numbers
+
+
+@dataclass(frozen=True)
+class OutcomePlaces:
+    """One process's share of a batch of ``epoch``: (crop, number in the table)."""
+
+    epoch: int
+    places: list[Place]
+    share: Share
+    unreadable: list[tuple[int, str]] = field(default_factory=list)
+    failure: OSError | None = None
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+class OutcomeBatches:
+    """The batches of a run on ``places`` of a table; their order is a pure function of (seed, epoch)."""
+
+    def __init__(
+        self,
+        photos: Photos,
+        table: Outcomes,
+        places: list[Place],
+        config: TrainConfig,
+        rank: int,
+        ranks: int,
+    ) -> None:
+        if len(places) < ranks:
+            raise ValueError(
+                f"data: got {len(places)} photos for {ranks} processes; give more photos"
+            )
+        self.photos, self.table, self.places, self.config = photos, table, places, config
+        self.rank, self.ranks = rank, ranks
+        self.per_epoch = steps_per_epoch(len(places), config.batch_size, ranks)
+        self.total = self.per_epoch * config.epochs
+
+    def describe(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run it resumes."""
+        return {**self.photos.describe(), "table": self.table.digest}
+
+    def from_step(
+        self, step: int, stopped: Callable[[], int]
+    ) -> Generator[OutcomePlaces, None, None]:
+        """The batches from ``step`` on, to the end of the last epoch."""
+        size = self.config.batch_size * self.ranks
+        for number in range(step, self.total):
+            epoch, place = divmod(number, self.per_epoch)
+            if place == 0 or number == step:
+                order = list(self.places)
+                random.Random(f"{self.config.seed}/{epoch}").shuffle(order)
+            batch = order[place * size : (place + 1) * size]
+            rows = list(range(self.rank, len(batch), self.ranks))
+            yield OutcomePlaces(epoch, [batch[i] for i in rows], Share(rows, size))
+
+
+class OutcomesJob:
+    """The objective of outcomes on a ``table``, whose row i is number ``numbers[i]`` of ``photos``."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        photos: Photos,
+        table: Outcomes,
+        numbers: list[int],
+        config: TrainConfig,
+        accelerator: Any,
+    ) -> None:
+        self.table, self.numbers, self.config = table, numbers, config
+        react = [
+            _reacting(table, crop, config.batch_size, backbone.task) for crop in range(table.crops)
+        ]
+        kept = [i for i in range(len(table)) if all(of_crop[i] for of_crop in react)]
+        self.left_out = [*table.skipped]
+        self.left_out += [(n, NO_REACTION) for i, n in enumerate(table.names) if i not in set(kept)]
+        if not kept:
+            raise ValueError(
+                f"data: the network's answers do not react to masks in any of {len(table)} photos, so "
+                f"there is nothing to learn; check the backbone's weights"
+            )
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        places = [(crop, i) for crop in range(table.crops) for i in kept]
+        self.batches = OutcomeBatches(photos, table, places, config, rank, ranks)
+        self.store = TapStore(backbone, photos, config, [numbers[i] for i in kept], table.crops)
+
+    def calibration(self, backbone: Backbone) -> Iterable[Taps]:
+        """Of all photos, in all crops."""
+        return self.store.all()
+
+    def step(
+        self, run: Run[Head], backbone: Backbone, batch: OutcomePlaces, counts: list[int]
+    ) -> dict[str, float]:
+        """A process without a photo takes part with another one, of weight 0."""
+        weight = counts[run.rank] * run.ranks / sum(counts)
+        places = batch.places or self.batches.places[:1]
+        taps = self.store.taps([(crop, self.numbers[i]) for crop, i in places])
+        outcomes = self.table.batch([i for _, i in places], torch.tensor([c for c, _ in places]))
+        outcomes = outcomes.to(backbone.device)
+        seeds = [f"{self.config.seed}/{batch.epoch}/{crop}/{i}" for crop, i in places]
+        index = drawn_classes(outcomes, seeds, self.config.others)
+        with run.forward(batch.share):
+            scores = run.head(taps, index)
+            terms = outcome_terms(scores, outcomes, index)
+            terms["loss"] = terms["loss"] + run.head.auxiliary_loss()
+        return run.take_step(terms, weight)
+
+
+def _reacting(table: Outcomes, crop: int, batch_size: int, task: str) -> list[bool]:
+    """Of each photo, whether its own class reacts to the masks of a crop."""
+    found: list[bool] = []
+    for first in range(0, len(table), batch_size):
+        batch = table.batch(range(first, min(first + batch_size, len(table))), crop)
+        own = batch.top(1)
+        found += reacts(batch.masks, batch.log_odds(own))[:, 0].tolist()
+    return found
+
+
+def drawn_classes(outcomes: OutcomeBatch, seeds: Iterable[str], others: int) -> Tensor:
+    """The own class of each photo and ``others`` of its most probable ones, (B, 1 + others).
+
+    Of a multi-label network the own class is one of the labels with p > 0.5, if there are any.
+    """
+    count = min(TOP, outcomes.logits.shape[2])
+    top = outcomes.top(count)
+    positive = torch.ones(len(top), dtype=torch.long)
+    if outcomes.task == "multilabel":
+        positive = (outcomes.logits[:, 0] > 0).sum(1).clamp(1, count).cpu()
+    places = []
+    for seed, labels in zip(seeds, positive.tolist(), strict=True):
+        draw = random.Random(seed)
+        own = draw.randrange(labels)
+        rest = [i for i in range(count) if i != own]
+        places.append([own, *draw.sample(rest, min(others, len(rest)))])
+    return top.gather(1, torch.tensor(places, device=top.device))
+
+
+def outcome_terms(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict[str, Tensor]:
+    """The loss of ``scores`` (B, M, r, r') of the classes ``index`` (B, M), the own one first, and the mean
+    correlations of its parts.
+
+    Of each photo the outcomes that react to masks count alike.
+    """
+    maps = resize(scores, tuple(outcomes.masks.shape[2:]))
+    odds = outcomes.log_odds(index).to(maps.dtype)
+    answers = torch.cat([outcomes.probabilities(index[:, :1]).to(maps.dtype), odds], 1)
+    maps = torch.cat([maps[:, :1], maps], 1)
+    masks = outcomes.masks.to(maps.dtype)
+    counted = reacts(masks, answers).to(maps.dtype)
+    found = correlation(maps, masks, answers)
+    share = counted / counted.sum(1, keepdim=True).clamp_min(1)
+    loss = 1 - (share * found).sum(1).mean()
+    others = found[:, 2:].mean() if found.shape[1] > 2 else found.new_zeros(())
+    return {
+        "loss": loss,
+        "probability": found[:, 0].mean(),
+        "log_odds": found[:, 1].mean(),
+        "others": others,
+    }
