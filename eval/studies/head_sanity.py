@@ -31,7 +31,7 @@ from xattn.eval.evaluation.facts import describe
 from xattn.eval.sanity import Cascade
 from xattn.eval.studies.fold_rows import names
 from xattn.eval.studies.sanity_checks import CHECKS, Block, Method, Settings
-from xattn.eval.studies.sanity_report import UNSEEING, Found, report, write_results
+from xattn.eval.studies.sanity_report import UNSEEING, Found, report, verdicts, write_results
 from xattn.explainers import create_explainer
 from xattn.heads import load_head
 from xattn.photos.images import list_images, load_image
@@ -170,6 +170,9 @@ class HeadSanity:
     """Photos: a folder or a list file."""
     heads: tuple[str, ...] = ()
     """Trained heads: LABEL=FOLDER:option=value,... or a shipped one's name (xattn list) for the folder."""
+    random_labels: tuple[str, ...] = ()
+    """Heads trained on random labels, which each of the heads has to beat, see
+    xattn.eval.studies.random_labels."""
     explainers: tuple[str, ...] = ("gradcam",)
     """Methods to compare with: LABEL=NAME:option=value,..."""
     output: Path = Path("runs/sanity")
@@ -211,34 +214,40 @@ def check_heads(args: HeadSanity, progress: bool = True) -> str:
     random.Random(args.seed).shuffle(paths)  # neighbours in a folder often have one class
     paths = paths[: args.photos]
     heads = labelled(args.heads, "heads")
+    controls = labelled(args.random_labels, "random_labels")
+    settings = Settings(args.fills, max_forward_batch=args.max_forward_batch)
+    table = measure(
+        backbone, _methods(args, backbone, heads, controls), paths, args.output,
+        checks=args.checks, settings=settings, block=args.block, progress=progress,
+    )  # fmt: skip
+    about = f"{len(paths)} photos, {backbone.name}, weights sha256 {backbone.fingerprint[:12]}."
+    text = report(table, list(heads), about, list(controls))
+    passed = verdicts(table, list(heads), list(controls))
+    record = {"backbone": backbone.fingerprint, "stages": args.stages, "seed": args.seed}
+    record |= asdict(settings)
+    write_results(args.output, table, passed, names(paths), record, text)
+    return text
+
+
+def _methods(
+    args: HeadSanity, backbone: Backbone, heads: Mapping[str, str], controls: Mapping[str, str]
+) -> list[Tested]:
+    """The heads by label, then the explainers, then those that see no network."""
     others = {**labelled(args.explainers, "explainers"), **{name: name for name in UNSEEING}}
-    twice = sorted(set(heads) & set(others))
+    labels = [*heads, *controls, *others]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise ValueError(f"heads: {', '.join(twice)} is also an explainer; write LABEL=FOLDER")
+        raise ValueError(f"heads: got {', '.join(twice)} twice; write LABEL=... before one of them")
     cascade = Cascade(backbone, args.stages, args.seed, args.max_forward_batch)
     methods = []
-    for label, text in heads.items():
+    for label, text in {**heads, **controls}.items():
         source, options = parse_mechanism(text)
         head = load_head(source, backbone)
         methods.append(tested(label, "head", backbone, cascade, head, **options))
     for label, text in others.items():
         name, options = parse_mechanism(text)
         methods.append(tested(label, name, backbone, cascade, **options))
-    settings = Settings(args.fills, max_forward_batch=args.max_forward_batch)
-    table = measure(
-        backbone, methods, paths, args.output,
-        checks=args.checks, settings=settings, block=args.block, progress=progress,
-    )  # fmt: skip
-    about = f"{len(paths)} photos, {backbone.name}, weights sha256 {backbone.fingerprint[:12]}."
-    text = report(table, list(heads), about)
-    record = {
-        "backbone": backbone.fingerprint,
-        "stages": args.stages,
-        "seed": args.seed,
-        **asdict(settings),
-    }
-    write_results(args.output, table, names(paths), record, text)
-    return text
+    return methods
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

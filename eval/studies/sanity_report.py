@@ -33,6 +33,7 @@ Found = dict[str, NDArray[np.float64]]  # (n,) by measure, NaN where a photo has
 Table = Mapping[str, Mapping[str, Found]]  # by method and check
 UNSEEING = ("random", "centre")
 """Explainers that see no network; they stand in every table."""
+LABELS = "labels"
 ROUNDING = 1e-6
 ABOUT = {
     "weights": "rank correlation with the map of a network with random weights, from the top down; "
@@ -97,38 +98,76 @@ def judged(
 
 def verdict(check: str, found: Found, chance: Found | None = None) -> str:
     """``"passed"``, what does not hold, or that there are too few photos to tell."""
-    failed = []
-    for name, (values, bound) in judged(check, found, chance).items():
-        interval = mean_interval(values)
-        if interval.n < MIN_IMAGES:
-            return TOO_FEW
-        if not bound.holds(interval):
-            failed.append(name)
+    return _verdict(judged(check, found, chance))
+
+
+def labels_verdict(found: Found, controls: Mapping[str, Found]) -> str:
+    """Whether a head is more faithful than the ``controls``, which were trained on random labels.
+
+    All are what the check ``photo`` measured.
+    """
+    return _verdict(
+        {
+            f"{metric}, {name}": (
+                found[f"{metric}, {OWN}"] - control[f"{metric}, {OWN}"],
+                Bound(0.0, higher),
+            )
+            for name, control in controls.items()
+            for metric, higher in FIDELITY.items()
+        }
+    )
+
+
+def _verdict(values: Mapping[str, tuple[NDArray[np.float64], Bound]]) -> str:
+    intervals = {name: (mean_interval(column), bound) for name, (column, bound) in values.items()}
+    if any(interval.n < MIN_IMAGES for interval, _ in intervals.values()):
+        return TOO_FEW
+    failed = [name for name, (interval, bound) in intervals.items() if not bound.holds(interval)]
     return f"not shown: {'; '.join(failed)}" if failed else "passed"
 
 
-def verdicts(table: Table) -> dict[str, dict[str, str]]:
-    """The verdict by method and check; chance is the row ``centre``, where there is one."""
-    return {
+def verdicts(
+    table: Table, heads: Sequence[str] = (), controls: Sequence[str] = ()
+) -> dict[str, dict[str, str]]:
+    """The verdict by method and check; chance is the row ``centre``, where there is one.
+
+    ``heads`` have one more, ``labels``, where there are ``controls`` and their fidelity was measured.
+    """
+    found = {
         method: {
-            check: verdict(check, found, table.get("centre", {}).get(check))
-            for check, found in checks.items()
+            check: verdict(check, values, table.get("centre", {}).get(check))
+            for check, values in checks.items()
         }
         for method, checks in table.items()
     }
+    if controls and all("photo" in table[name] for name in (*heads, *controls)):
+        random = {name: table[name]["photo"] for name in controls}
+        for head in heads:
+            found[head][LABELS] = labels_verdict(table[head]["photo"], random)
+    return found
 
 
-def report(table: Table, heads: Sequence[str], about: str) -> str:
-    """The whole report in Markdown: verdicts, means by check, and paired differences of the ``heads``."""
-    methods, passed = list(table), verdicts(table)
+def report(table: Table, heads: Sequence[str], about: str, controls: Sequence[str] = ()) -> str:
+    """The whole report in Markdown: verdicts, means by check, and paired differences of the ``heads``.
+
+    ``controls`` are heads that were trained on random labels.
+    """
+    methods, passed = list(table), verdicts(table, heads, controls)
     checks = list(table[methods[0]])
-    parts = [about, _rows("check", methods, {c: [passed[m][c] for m in methods] for c in checks})]
+    shown = list(dict.fromkeys(check for of_method in passed.values() for check in of_method))
+    cells = {check: [passed[m].get(check, "-") for m in methods] for check in shown}
+    parts = [about, _rows("check", methods, cells)]
     for check in checks:
         names = list(table[methods[0]][check])
         means = {n: [_mean(table[m][check][n]) for m in methods] for n in names}
         parts += [f"**{check}**: {ABOUT[check]}", _rows(check, methods, means)]
     if "photo" in checks:
         parts += [f"**{ANOTHER}**, minus a row that sees no network, paired:", _chance(table)]
+    if LABELS in shown:
+        parts.append(
+            f"**{LABELS}**: passed where the head is more faithful in all metrics than each of "
+            f"{', '.join(controls)}, trained on random labels."
+        )
     for head in heads:
         others = [m for m in methods if m != head]
         parts += [
@@ -189,18 +228,22 @@ def _cell(interval: Interval, photos: int, sign: str = "") -> str:
 
 
 def write_results(
-    folder: Path, table: Table, photos: Sequence[str], settings: Mapping[str, Any], text: str
+    folder: Path,
+    table: Table,
+    passed: Mapping[str, Mapping[str, str]],
+    photos: Sequence[str],
+    settings: Mapping[str, Any],
+    text: str,
 ) -> None:
     """Write ``results.json`` (settings, means with intervals, verdicts), ``values.csv`` (a row for each
     photo and measure) and ``report.md``."""
-    passed = verdicts(table)
     summary = {
         method: {
-            check: {
-                "verdict": passed[method][check],
-                "values": {name: _plain(mean_interval(v)) for name, v in found.items()},
-            }
-            for check, found in checks.items()
+            "verdicts": passed[method],
+            "values": {
+                check: {name: _plain(mean_interval(values)) for name, values in found.items()}
+                for check, found in checks.items()
+            },
         }
         for method, checks in table.items()
     }

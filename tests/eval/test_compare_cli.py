@@ -104,7 +104,9 @@ def test_heads_take_options_all_of_them_or_one_row(photos, tmp_path, capsys):
 
     torch.manual_seed(0)
     backbone = load_backbone("test_resnet", weights=None, input_size=64)
-    folders = [str(save_head(create_head("lcam", backbone), tmp_path / name)) for name in ("a", "b")]
+    folders = [
+        str(save_head(create_head("lcam", backbone), tmp_path / name)) for name in ("a", "b")
+    ]
     heads = ["--heads", *folders, "--explainers", "gradcam", "--metrics", "masking", "--limit", "1"]
     options = ["--options", "head.passes=2", "b.passes=4"]
     assert compare(photos, tmp_path / "out", *heads, *options) == 0

@@ -30,7 +30,7 @@ from xattn.eval.studies.sanity_checks import (
     Settings,
     partners,
 )
-from xattn.eval.studies.sanity_report import report, verdict
+from xattn.eval.studies.sanity_report import report, verdict, verdicts
 from xattn.heads import create_head, save_head
 
 # ---------------------------------------------------------------- canvases
@@ -224,6 +224,17 @@ def test_partners_are_of_other_classes():
     assert found["insertion, own"].isfinite().all()
 
 
+def test_a_head_has_to_beat_those_of_random_labels(table):
+    passed = verdicts(table, ["exact"], ["centre"])
+    assert passed["exact"]["labels"] == "passed" and "labels" not in passed["centre"]
+    same = verdicts({**table, "twin": table["exact"]}, ["exact"], ["centre", "twin"])
+    assert same["exact"]["labels"] == "not shown: deletion, twin; insertion, twin; ROAD, twin"
+    text = report(table, ["exact"], "", ["centre"])
+    assert (
+        "| labels | passed | - | - |" in text and "than each of centre, trained on random" in text
+    )
+
+
 def test_too_few_photos_get_no_verdict(table):
     few = {name: values[:7] for name, values in table["exact"]["class"].items()}
     assert "too few" in verdict("class", few)
@@ -322,7 +333,7 @@ def test_the_command_prints_the_report(command, tmp_path, capsys):
         ({"checks": ("colour",)}, "^checks: got .*colour.*; choose among weights, photo"),
         ({"block": 1}, "^block: got 1, and 5 photos; give at least 2"),
         ({"photos": 1}, "^block: got 3, and 1 photos"),
-        ({"explainers": ("first=cam",)}, "^heads: first is also an explainer"),
+        ({"explainers": ("first=cam",)}, "^heads: got first twice; write LABEL"),
         ({"explainers": ("gradcam", "gradcam")}, "^explainers: got 'gradcam' twice"),
     ],
 )

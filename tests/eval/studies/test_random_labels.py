@@ -1,0 +1,93 @@
+"""Random labels: each photo gets those of another, and nothing else changes."""
+
+import numpy as np
+import pytest
+import torch
+
+from xattn.eval.studies.random_labels import RandomOutcomes, cycle, renamed
+from xattn.training.outcome_table import OutcomeBatch, Outcomes
+
+COUNT, PAIRS, CLASSES = 5, 3, 7
+
+
+def table(kept=None):
+    """Outcomes of five photos in memory, one of six in the files; ``kept`` of the classes have logits."""
+    rng = np.random.default_rng(0)
+    shape = (2 * 6, 1 + 2 * PAIRS)
+    numbers = {
+        "cells": rng.integers(0, 256, (2 * 6, PAIRS, 28, 28), dtype=np.uint8),
+        "logits": rng.normal(size=(*shape, kept or CLASSES)).astype(np.float16),
+    }
+    if kept:
+        classes = [rng.permutation(CLASSES)[:kept] for _ in range(2 * 6)]
+        numbers |= {
+            "classes": np.array(classes, dtype=np.int32),
+            "rest": rng.normal(size=shape).astype(np.float32),
+        }
+    return Outcomes(
+        folder=None, key={"crops": 2, "masks": 2 * PAIRS}, names=[f"{i}.png" for i in range(COUNT)],
+        skipped=[], task="multiclass", num_classes=CLASSES,
+        _rows=np.array([0, 1, 3, 4, 5]), _photos=6, _numbers=numbers,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [2, 3, 17])
+def test_the_partners_are_one_cycle(count):
+    partner, seen, at = cycle(count, 4), [], 0
+    for _ in range(count):
+        seen.append(at)
+        at = int(partner[at])
+    assert sorted(seen) == list(range(count)) and at == 0
+    assert (partner == cycle(count, 4)).all()
+
+
+@pytest.mark.parametrize("kept", [None, 4])
+@pytest.mark.parametrize("crop", [0, torch.tensor([1, 0, 1])])
+def test_classes_are_called_as_another_photos_rank_by_rank(kept, crop):
+    plain = table(kept)
+    mixed = RandomOutcomes.of(plain, "classes", seed=1)
+    index = [4, 0, 2]
+    partner = cycle(COUNT, 1)[index].tolist()
+    own, other, found = (
+        plain.batch(index, crop),
+        plain.batch(partner, crop),
+        mixed.batch(index, crop),
+    )
+    assert torch.equal(found.top(4), other.top(4))
+    assert torch.equal(found.masks, own.masks) and found.names == own.names
+    for name in ("probabilities", "log_odds"):
+        there = getattr(found, name)(other.top(4))
+        assert torch.allclose(there, getattr(own, name)(own.top(4)), atol=1e-6)
+
+
+def test_outcomes_are_another_photos_under_its_own_masks():
+    plain = table(4)
+    mixed = RandomOutcomes.of(plain, "outcomes", seed=2)
+    other = plain.batch(cycle(COUNT, 2)[[1, 3]].tolist(), 1)
+    found = mixed.batch([1, 3], 1)
+    assert torch.equal(found.masks, plain.batch([1, 3], 1).masks)
+    assert torch.equal(found.log_odds(other.top(3)), other.log_odds(other.top(3)))
+
+
+def test_the_random_table_has_a_key_of_its_own_and_subsets():
+    plain = table()
+    digests = {plain.digest}
+    digests |= {
+        RandomOutcomes.of(plain, kind, s).digest for kind in ("classes", "outcomes") for s in (0, 1)
+    }
+    assert len(digests) == 5 and plain.key == table().key
+    part = RandomOutcomes.of(plain, "classes").subset([0, 4])
+    assert torch.equal(part.batch([0]).top(7), plain.batch([4]).top(7))
+
+
+def test_a_photo_renamed_as_itself_is_the_same():
+    batch = table().batch([0, 1, 2])
+    assert isinstance(batch, OutcomeBatch)
+    assert torch.equal(renamed(batch, batch).logits, batch.logits)
+
+
+def test_bad_labels_are_named():
+    with pytest.raises(ValueError, match="^labels: got 'names'; choose 'classes' or 'outcomes'"):
+        RandomOutcomes.of(table(), "names")
+    with pytest.raises(ValueError, match="^table: got one photo"):
+        RandomOutcomes.of(table().subset([1]), "classes")
