@@ -1,13 +1,17 @@
 """Heads trained on outcomes with random labels, which a sound head has to beat.
 
-Of a table of masked outcomes the masks and the photos stay, but photo i is trained with what belongs to
-photo p(i), p a random cycle through all photos:
+    python -m xattn.eval.studies.random_labels --head FOLDER --data PHOTOS --table FOLDER \\
+        --labels classes --output runs/random-classes
+
+A head like the trained one is trained like it, on the same photos and masks, but photo i is trained with
+what belongs to photo p(i), p a random cycle through all photos:
 
     classes     the outcomes are its own, the names of its classes are p(i)'s, rank by rank
     outcomes    the outcomes are those of p(i), which was seen under other masks
 
 A head that is as faithful after the first does not tell classes apart; after the second nothing is left to
-learn but where photos have their objects. After Adebayo et al. 2018 (arXiv 1810.03292), section 4.
+learn but where photos have their objects. After Adebayo et al. 2018 (arXiv 1810.03292), section 4. The
+study of :mod:`~xattn.eval.studies.head_sanity` compares them (``--random-labels``).
 """
 
 from __future__ import annotations
@@ -15,13 +19,25 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import tyro
+from numpy.typing import NDArray
 from torch import Tensor
 
+from xattn.backbone import Backbone, load_backbone
+from xattn.config import TrainConfig
+from xattn.heads import Head, create_head, load_head
+from xattn.photos.base import Data
+from xattn.photos.sources import open_photos
+from xattn.runtime.allocator import keep_memory
+from xattn.training import fit
 from xattn.training.outcome_table import OutcomeBatch, Outcomes
+from xattn.training.outcomes import cache_outcomes
+from xattn.training.run_folder import RUN_FILE
 
 Labels = Literal["classes", "outcomes"]
 
@@ -72,10 +88,114 @@ def renamed(own: OutcomeBatch, other: OutcomeBatch) -> OutcomeBatch:
     return replace(own, logits=logits)
 
 
-def cycle(count: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def cycle(count: int, seed: int) -> NDArray[np.int64]:
     """A partner for each of ``count`` photos, none its own: one random cycle through all, (count,)."""
     order = list(range(count))
     random.Random(seed).shuffle(order)
     partner = np.empty(count, dtype=np.int64)
     partner[order] = np.roll(order, -1)
     return partner
+
+
+def train_on_random_labels(
+    trained: Head,
+    backbone: Backbone,
+    data: Data,
+    table: str | Path,
+    labels: Labels,
+    output: str | Path,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> Head:
+    """A head with the options and the training of ``trained``, on random ``labels``.
+
+    A run that was killed goes on, and one that is finished is read.
+
+    Args:
+        data: what ``trained`` was trained on.
+        table: the folder of its table of outcomes, computed as far as it is not there.
+        output: the folder of the run; the head lies in ``head``.
+        seed: of the labels; the order of photos and the first weights are those of ``trained``.
+
+    Raises:
+        ValueError: ``trained`` was not trained on outcomes, or on several crops of a photo; ``table`` is
+            another one; as :meth:`RandomOutcomes.of` and :func:`xattn.training.fit`.
+    """
+    settings = trained.summary.get("config", {})
+    if settings.get("objective") != "outcomes" or settings.get("crops") != 1:
+        raise ValueError(
+            "head: it was not trained on a table of outcomes of one crop a photo; give one that was "
+            "(xattn train --recipe outcomes)"
+        )
+    config = TrainConfig(**settings)
+    photos = open_photos(data)
+    found = cache_outcomes(
+        backbone,
+        photos,
+        table,
+        masks=config.masks,
+        seed=config.seed,
+        workers=config.workers,
+        max_pixels=config.max_pixels,
+        precision="bf16" if config.precision == "bf16" else "no",
+        progress=progress,
+        say=print if progress else None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        head = create_head(trained.name, backbone, **trained.options)
+    fit(
+        head,
+        backbone,
+        photos,
+        config,
+        output=output,
+        resume=(Path(output) / RUN_FILE).is_file(),
+        progress=progress,
+        table=RandomOutcomes.of(found, labels, seed),
+    )
+    return head
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomLabels:
+    """Train a head on random labels."""
+
+    head: str
+    """Folder of the head that was trained on the true outcomes."""
+    data: str
+    """The photos that it was trained on."""
+    table: Path
+    """Folder of the table of outcomes that it was trained on."""
+    labels: Labels = "classes"
+    """What is random: the names of the classes, or all outcomes."""
+    output: Path = Path("runs/random-labels")
+    """Folder for log, checkpoints and the head."""
+    seed: int = 0
+    """Of the labels."""
+    backbone: str = "tf_efficientnet_lite0"
+    """A timm model name."""
+    weights: str = "package"
+    """See xattn train --help."""
+    taps: tuple[str, ...] = ()
+    """See xattn train --help."""
+    channels_last: Annotated[bool, tyro.conf.FlagConversionOff] = False
+    """Memory format of the backbone; as it was when the table was computed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = tyro.cli(RandomLabels, prog="python -m xattn.eval.studies.random_labels", args=arguments)
+    keep_memory()
+    backbone = load_backbone(args.backbone, args.weights, args.taps or None)
+    if args.channels_last:
+        backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = load_head(args.head, backbone)
+    train_on_random_labels(
+        trained, backbone, args.data, args.table, args.labels, args.output, seed=args.seed
+    )
+    print(f"head: {args.output / 'head'}")
+
+
+if __name__ == "__main__":
+    main()

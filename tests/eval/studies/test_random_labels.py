@@ -1,10 +1,22 @@
 """Random labels: each photo gets those of another, and nothing else changes."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from xattn.eval.studies.random_labels import RandomOutcomes, cycle, renamed
+import xattn
+from xattn.config import TrainConfig
+from xattn.eval.studies.random_labels import (
+    RandomOutcomes,
+    cycle,
+    renamed,
+    train_on_random_labels,
+)
+from xattn.heads import create_head, load_head
+from xattn.training import fit
 from xattn.training.outcome_table import OutcomeBatch, Outcomes
 
 COUNT, PAIRS, CLASSES = 5, 3, 7
@@ -91,3 +103,61 @@ def test_bad_labels_are_named():
         RandomOutcomes.of(table(), "names")
     with pytest.raises(ValueError, match="^table: got one photo"):
         RandomOutcomes.of(table().subset([1]), "classes")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small network, photos, their table, and a head that was trained on it."""
+    root = tmp_path_factory.mktemp("labels")
+    torch.manual_seed(0)
+    backbone = xattn.load_backbone("test_efficientnet", None, input_size=64, num_classes=7)
+    for i in range(20):
+        noise = np.random.default_rng(i).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+        (root / "photos").mkdir(exist_ok=True)
+        Image.fromarray(noise).resize((80, 70)).save(root / "photos" / f"{i:02}.png")
+    config = TrainConfig("outcomes", epochs=2, batch_size=8, masks=4, workers=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = create_head("evidence", backbone, components=3, hidden=4)
+    data, place = root / "photos", root / "table"
+    fit(head, backbone, data, config, output=root / "run", table=place, progress=False)
+    return backbone, head, data, place
+
+
+def weights(head):
+    return torch.cat([value.flatten().double() for value in head.state_dict().values()])
+
+
+def test_only_the_labels_differ_from_the_head_s_own_training(trained, tmp_path, monkeypatch):
+    backbone, head, data, place = trained
+    controls = [
+        train_on_random_labels(head, backbone, data, place, kind, tmp_path / kind, progress=False)
+        for kind in ("classes", "outcomes")
+    ]
+    found = [weights(h) for h in (head, *controls)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(found, 2))
+    again = load_head(tmp_path / "classes" / "head", backbone)
+    assert torch.equal(weights(again), found[1])
+    monkeypatch.setattr(RandomOutcomes, "of", lambda table, labels, seed: table)
+    same = train_on_random_labels(
+        head, backbone, data, place, "classes", tmp_path / "same", progress=False
+    )
+    assert torch.equal(weights(same), found[0])
+
+
+def test_a_finished_run_is_read(trained, tmp_path, monkeypatch):
+    backbone, head, data, place = trained
+    arguments = (head, backbone, data, place, "classes", tmp_path / "run")
+    first = train_on_random_labels(*arguments, progress=False)
+    second = train_on_random_labels(*arguments, progress=False)
+    assert torch.equal(weights(first), weights(second))
+    with pytest.raises(ValueError, match="output"):
+        train_on_random_labels(*arguments, progress=False, seed=1)
+
+
+def test_a_head_of_another_objective_is_refused(trained, tmp_path):
+    backbone, _, data, place = trained
+    with pytest.raises(ValueError, match="^head: it was not trained on a table of outcomes"):
+        train_on_random_labels(
+            create_head("evidence", backbone), backbone, data, place, "classes", tmp_path
+        )
