@@ -1,6 +1,6 @@
 """The fuzz suite: ``make fuzz``, and a part of it in ``make test``. A new reader is one entry of a target file."""
 
-from fuzz import commands, heads, labels, packs, photos, regions, states, viewer
+from fuzz import commands, heads, labels, outcomes, packs, photos, regions, states, viewer
 from fuzz.engine import (
     TARGETS,
     Failure,
@@ -15,6 +15,6 @@ from fuzz.engine import (
 )
 
 __all__ = [
-    "TARGETS", "Failure", "Tally", "Target", "attempt", "commands", "heads", "labels", "make_input", "packs", "photos", "regions",
+    "TARGETS", "Failure", "Tally", "Target", "attempt", "commands", "heads", "labels", "make_input", "outcomes", "packs", "photos", "regions",
     "run", "shares", "states", "table", "viewer", "workspace",
 ]  # fmt: skip

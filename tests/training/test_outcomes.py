@@ -314,6 +314,28 @@ def test_unreadable_photos_are_listed_and_leave_the_others_alone(cnn, photos, wh
         cached(cnn, data, tmp_path / "u")
 
 
+def test_photos_of_shards_read_by_workers_give_the_same_table(cnn, few, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "s-0.tar")) as tar:
+        for i, path in enumerate(few):
+            tar.write({"__key__": f"{i:03d}", "png": path.read_bytes()})
+    files = cached(cnn, few, tmp_path / "a", crops=2)
+    shards = cached(cnn, f"wds/{tmp_path}/s-{{0..0}}.tar", tmp_path / "b", crops=2, workers=2)
+    assert shards.names[2] == "s-0.tar#2"
+    for crop in (0, 1):
+        a, b = (t.batch([0, 1, 2], crop) for t in (files, shards))
+        assert torch.equal(a.logits, b.logits) and torch.equal(a.masks, b.masks)
+
+
+def test_masked_images_that_do_not_fit_name_the_option(cnn, few, tmp_path, monkeypatch):
+    def full(images):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setitem(vars(cnn), "logits", full)
+    with pytest.raises(MemoryError, match="masks: out of memory with 8 images a pass"):
+        cached(cnn, few, tmp_path / "t")
+
+
 def test_few_photos_are_a_warning(cnn, few, photos, tmp_path):
     with pytest.warns(UserWarning, match="table: 3 photos could be read; a head needs 20"):
         cache_outcomes(cnn, few, tmp_path / "t", masks=2, progress=False)

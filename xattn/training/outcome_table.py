@@ -25,6 +25,7 @@ from xattn.training.outcomes_objective import log_odds
 from xattn.training.row_files import (
     ROWS,
     STORED,
+    RowFile,
     RowFormat,
     check_size,
     damage_named,
@@ -263,6 +264,14 @@ def open_outcomes(folder: str | Path) -> Outcomes:
     return read_outcomes(folder)
 
 
+def file_records(layout: Mapping[str, RowFile], total: int) -> dict[str, Any]:
+    """Shape and type of every file of ``total`` rows, as the index says them."""
+    return {
+        name: {"shape": [total, *file.shape], "dtype": file.dtype.name}
+        for name, file in layout.items()
+    }
+
+
 def read_outcomes(
     folder: Path, key: dict[str, Any] | None = None, names: list[str] | None = None
 ) -> Outcomes:
@@ -272,6 +281,8 @@ def read_outcomes(
         found, key, classes = listing(index, TABLE, names), index.key, int(index.values["classes"])
         total = found.photos * int(key["crops"])
         layout = row_layout(int(key["masks"]), classes)
+        if index.values["files"] != file_records(layout, total):
+            raise ValueError(f"{TABLE.index} has the files {str(index.values['files'])[:200]}")
         numbers = {
             name: mapped(folder / name, (total, *file.shape), file.dtype)
             for name, file in layout.items()

@@ -40,6 +40,7 @@ from xattn.training.outcome_table import (
     TABLE,
     OutcomeBatch,
     Outcomes,
+    file_records,
     open_outcomes,
     read_outcomes,
 )
@@ -199,11 +200,7 @@ class _Store(RowStore):
 
     def finish(self, photos: Photos, classes: int) -> None:
         """Write the index, which makes the folder a whole table."""
-        files = {
-            name: {"shape": shape, "dtype": self.files[name].dtype.name}
-            for name, shape in self.shapes.items()
-        }
-        about = {"files": files, "classes": classes}
+        about = {"files": file_records(self.files, self.total), "classes": classes}
         self.finish_rows(photos, about, "could not be read when the table was computed")
 
 
