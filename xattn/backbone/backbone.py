@@ -415,8 +415,8 @@ class Backbone(nn.Module):
             image = torch.rand(1, self.mean.shape[1], *size, generator=generator, device="cpu").to(
                 last
             )
-            logits, maps, _ = self.forward_normalized(image)
-            final = maps[-1]
+            taps = self.forward_normalized(image)
+            logits, final = taps.logits, taps.maps[-1]
         elif self.taps[-1] != "head" or self.is_vit:
             return False
         else:
