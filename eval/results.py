@@ -15,6 +15,7 @@ from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.interfaces import Classifier, Explainer, ExplainerFacts
 from xattn.eval.metrics.base import Column, Probe
+from xattn.eval.metrics.objectives import TRAINED_ON, is_trained_on, objective_of
 from xattn.eval.metrics.registry import METRICS
 from xattn.eval.protocol import Protocol
 
@@ -39,7 +40,10 @@ class ImageRecord(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One number of the table: mean over ``n`` images with its 95 % bootstrap interval."""
+    """One number of the table: mean over ``n`` images with its 95 % bootstrap interval.
+
+    ``trained_on``: the metric is one that the row's head was trained on.
+    """
 
     method: str
     metric: str
@@ -51,6 +55,7 @@ class Row(NamedTuple):
     n_invalid: int
     forwards: int | None
     protocol_id: str
+    trained_on: bool = False
 
 
 class Difference(NamedTuple):
@@ -98,6 +103,8 @@ class MethodResult:
             equal, as in saturated maps.
         requests: perturbed images that all metrics asked for.
         seconds: of explaining, all images together; of the run that measured.
+        objective: what the method's head was trained on, see :mod:`xattn.eval.metrics.objectives`;
+            None for other methods, and in files of earlier versions.
     """
 
     forwards: int | None
@@ -111,6 +118,7 @@ class MethodResult:
     tied: int = 0
     requests: int = 0
     seconds: float = 0.0
+    objective: str | None = None
 
     def attempts(self, column: Column) -> int:
         """On how many images a column was to be measured."""
@@ -169,6 +177,7 @@ class Results:
                         method.attempts(Column(metric, level)) - interval.n,
                         method.forwards,
                         self.metric_id(Column(metric, level)),
+                        is_trained_on(method.objective, metric),
                     )
                 )
         return rows
@@ -227,6 +236,11 @@ class Results:
             if method.tied and not method.is_mask and not is_baseline(name):
                 lines.append(
                     f"{name}: ties keep more pixels than the level says on {method.tied} images"
+                )
+            if method.objective is not None and method.objective not in TRAINED_ON:
+                lines.append(
+                    f"{name}: trained on {method.objective!r}, which this version does not know, so "
+                    f"no metric is marked"
                 )
         if self.notes:
             shown = "; ".join(list(dict.fromkeys(self.notes.values()))[:3])
@@ -351,6 +365,7 @@ def _method(
     method = MethodResult(
         forwards=facts.forwards,
         is_mask=facts.is_mask,
+        objective=objective_of(explainer),
         valid=np.zeros(n, bool),
         scores={},
         values={column: np.full(n, np.nan) for column in columns},

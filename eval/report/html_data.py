@@ -23,6 +23,7 @@ from xattn.eval import bootstrap
 from xattn.eval.evaluation.database import damaged
 from xattn.eval.evaluation.kept_maps import grey_maps
 from xattn.eval.metrics.base import Column
+from xattn.eval.metrics.objectives import is_trained_on
 from xattn.eval.metrics.registry import METRICS
 from xattn.eval.results import Results, is_baseline
 from xattn.photos.images import MAX_PIXELS, decode_image, load_image
@@ -60,7 +61,18 @@ def page_data(
     points = spread(len(results.images), len(names) * len(columns))
     listed = sorted({*points, *(i for _, i in shown)})
     return {
-        "methods": [{"name": name, "sanity": is_baseline(name)} for name in names],
+        "methods": [
+            {
+                "name": name,
+                "sanity": is_baseline(name),
+                "trained": [
+                    c
+                    for c, column in enumerate(columns)
+                    if is_trained_on(method.objective, column.metric)
+                ],
+            }
+            for name, method in results.methods.items()
+        ],
         "ranked": [names.index(name) for name in ranked],
         "columns": [{"key": c.key, "up": METRICS[c.metric].higher_is_better} for c in columns],
         "images": {

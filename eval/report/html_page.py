@@ -19,10 +19,12 @@ from xattn.eval.report.html_tables import (
     formulas,
     label,
     leaderboard,
+    legend,
     sanity_table,
     similarity,
     text,
     toggles,
+    verdicts,
 )
 from xattn.eval.report.standings import Standing
 from xattn.eval.report.text_tables import protocol_notes
@@ -58,6 +60,7 @@ def html_page(
     for sign in "<>&":
         data = data.replace(sign, f"\\u{ord(sign):04x}")
     failures = results.sanity_failures()
+    key, point = legend(table)
     parts = {
         "style": (page / "report.css").read_text(encoding="utf-8"),
         "script": (page / "report.js").read_text(encoding="utf-8"),
@@ -65,6 +68,9 @@ def html_page(
         "warnings": _warnings(results, failures),
         "sanity": sanity_table(results, failures),
         "toggles": toggles(results),
+        "verdicts": verdicts(results, table),
+        "legend": key,
+        "trained": point,
         "board": leaderboard(results, table),
         "columns": formulas(results),
         "invalid": _invalid(results),

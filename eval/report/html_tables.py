@@ -1,4 +1,4 @@
-"""The tables of the report page as HTML: leaderboard, formulas, who beats which sanity row.
+"""The tables of the report page as HTML: leaderboard, who is best, formulas, who beats which sanity row.
 
 Names of methods come from users: everything passes through :func:`text` or ``name``.
 """
@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from xattn.eval.metrics.base import Column
+from xattn.eval.metrics.objectives import LEGEND, MARK, is_trained_on
 from xattn.eval.metrics.registry import METRICS
-from xattn.eval.report.standings import Standing
+from xattn.eval.report.standings import Standing, wins
 from xattn.eval.results import SURVIVES, MethodResult, Results, is_baseline
 from xattn.runtime.files import printable
 
@@ -63,10 +64,13 @@ def leaderboard(results: Results, table: Sequence[Standing]) -> str:
     low += _sortable("forwards", False, cost, "forward passes that one explanation takes")
     low += _sortable("seconds", False, cost, "seconds an image, of the run that measured")
     forms = {c: number_form(c, [s.mean for s in table if s.column == c]) for c in results.columns}
+    marked = {s.column for s in table if s.trained_on and s.n}
     body = ""
     for name, method in results.methods.items():
         ordered = [(k, c) for k, columns in enumerate(kinds.values()) for c in columns]
-        row = "".join(_cell(cells[name, c], method, forms[c], k, results) for k, c in ordered)
+        row = "".join(
+            _cell(cells[name, c], method, forms[c], k, results, c in marked) for k, c in ordered
+        )
         forwards = "-" if method.forwards is None else str(method.forwards)
         row += f"<td data-kind={cost} data-v={forwards}>{forwards}</td>"
         row += f"<td data-kind={cost} data-v=- data-seconds>-</td>"
@@ -99,7 +103,10 @@ def format_number(value: float, form: str) -> str:
     return shown.lstrip("-") if float(shown) == 0 else shown  # no "-0.00"
 
 
-def _cell(s: Standing, method: MethodResult, form: str, kind: int, results: Results) -> str:
+def _cell(
+    s: Standing, method: MethodResult, form: str, kind: int, results: Results, marked: bool
+) -> str:
+    """One mean; ``marked``: the column has a dagger somewhere, so all leave it room."""
     if not s.n:
         return f"<td data-kind={kind} data-v=->-</td>"
     better = s.diff_lo > 0 if METRICS[s.column.metric].higher_is_better else s.diff_hi < 0
@@ -113,12 +120,36 @@ def _cell(s: Standing, method: MethodResult, form: str, kind: int, results: Resu
     if s.diff == s.diff:
         lo, hi = (format_number(v, form) for v in (s.diff_lo, s.diff_hi))
         title += f"; minus best: {format_number(s.diff, form)} [{lo}, {hi}]"
+    if s.trained_on:
+        title += f"; {LEGEND}"
+        mark += f"<i class=dagger>{MARK}<span class=sr> {LEGEND}</span></i>"
+    elif marked:
+        mark += "<i class=dagger></i>"
     tag = "b" if s.best else "span"
     few = f"<small>n = {s.n}</small>" if s.n < len(results.images) else ""
     return (
         f'<td data-kind={kind} data-v={float(s.mean)!r} title="{title}">'
         f"<{tag}>{format_number(s.mean, form)}</{tag}>{mark}"
         f"<small class=ci>[{format_number(s.lo, form)}, {format_number(s.hi, form)}]</small>{few}</td>"
+    )
+
+
+def verdicts(results: Results, table: Sequence[Standing]) -> str:
+    """Who is best where, a line a method, and how much of that it was trained on."""
+    said = "".join(
+        f"<li><b class=name>{label(found.method)}</b>: {text(found.verdict)}</li>"
+        for found in wins(results, table)
+    )
+    return f"<ul class=verdicts>{said}</ul>" if said else ""
+
+
+def legend(table: Sequence[Standing]) -> tuple[str, str]:
+    """What a dagger means, in few words and as a point of how to read the page; empty without daggers."""
+    if not any(s.trained_on and s.n for s in table):
+        return "", ""
+    return f" <span><b>{MARK}</b> {LEGEND}</span>", (
+        f"<li><b>{MARK}</b> A head does well in what it was trained on: being best there says that "
+        f"training worked. How faithful its maps are is for the other metrics to say.</li>\n"
     )
 
 
@@ -155,7 +186,11 @@ def sanity_table(results: Results, failures: Failures) -> str:
     heads = ["method", *metrics, *(["rank correlation after randomising weights"] if means else [])]
     body = ""
     for name in results.judged_methods:
-        cells = "".join(f"<td>{_verdict(failures[name], metric)}</td>" for metric in metrics)
+        objective = results.methods[name].objective
+        cells = "".join(
+            f"<td>{_verdict(failures[name], metric, is_trained_on(objective, metric))}</td>"
+            for metric in metrics
+        )
         if means:
             mean = means[name]
             sign = "✗" if mean > SURVIVES else "✓"
@@ -167,7 +202,7 @@ def sanity_table(results: Results, failures: Failures) -> str:
     return f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
 
 
-def _verdict(row: Mapping[Column, list[str] | None], metric: str) -> str:
+def _verdict(row: Mapping[Column, list[str] | None], metric: str, trained_on: bool) -> str:
     lost: dict[str, list[str]] = {}
     judged = {c: rivals for c, rivals in row.items() if c.metric == metric and rivals is not None}
     for column, rivals in judged.items():
@@ -176,4 +211,5 @@ def _verdict(row: Mapping[Column, list[str] | None], metric: str) -> str:
     said = "".join(
         f"<li>✗ {' '.join([label(rival), *filter(None, at)])}</li>" for rival, at in lost.items()
     )
-    return f"<ul>{said}</ul>" if said else "✓" if judged else "-"
+    dagger = f" {MARK}" if trained_on else ""
+    return f"<ul>{said}</ul>" if said else f"✓{dagger}" if judged else "-"

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xattn.eval.metrics.objectives import MARK
 from xattn.eval.report.html_page import html_page
 from xattn.eval.report.results_files import image_lines, to_dict
-from xattn.eval.report.standings import Standing, standings
+from xattn.eval.report.standings import Standing, standings, wins
 from xattn.eval.report.text_tables import format_table
 from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results, is_baseline
 from xattn.runtime.files import atomic_file
@@ -59,24 +60,39 @@ def write_report(
 
 
 def markdown(results: Results, table: Sequence[Standing]) -> str:
-    """The tables, who is best and who is level with the best, then protocol and warnings."""
-    best: dict[str, list[str]] = {}
+    """The tables with protocol and warnings; who is best, in words; and who is level with the best."""
+    verdicts = [f"- {found.method}: {found.verdict}" for found in wins(results, table)]
+    lines = [*verdicts, ""] if verdicts else []
+    lines += ["| metric | best | not told apart from the best (paired 95 % interval holds 0) |"]
+    lines += ["| :-- | :-- | :-- |"]
     for column in results.columns:
         cells = [s for s in table if s.column == column and s.n]
-        winner = next((s.method for s in cells if s.best), None)
-        if winner is None:
-            continue
-        rivals = [s for s in cells if not s.best and not is_baseline(s.method)]
-        few = [s for s in rivals if results.images_of_both(s.method, winner, column) < MIN_IMAGES]
-        level = [s.method for s in rivals if s.level_with_best and s not in few]
-        said = [", ".join(level)] if level else []
-        if few:
-            said.append(f"{TOO_FEW}: {', '.join(s.method for s in few)}")
-        best[column.key] = [winner, "; ".join(said) or "none"]
-    lines = ["| metric | best | not told apart from the best (paired 95 % interval holds 0) |"]
-    lines += ["| :-- | :-- | :-- |"]
-    lines += [f"| {key} | {winner} | {level} |" for key, (winner, level) in best.items()]
+        winner = next((s for s in cells if s.best), None)
+        if winner is not None:
+            level = _level_with(winner, cells, results)
+            lines.append(f"| {column.key} | {_marked(winner)} | {level} |")
     return "# Leaderboard\n\n" + format_table(results, "markdown") + "\n" + "\n".join(lines) + "\n"
+
+
+def _level_with(winner: Standing, cells: Sequence[Standing], results: Results) -> str:
+    """The methods of a column that are not told apart from the best, or that too few images compare."""
+    few, level = [], []
+    for s in cells:
+        if s.best or is_baseline(s.method):
+            continue
+        if results.images_of_both(s.method, winner.method, s.column) < MIN_IMAGES:
+            few.append(_marked(s))
+        elif s.level_with_best:
+            level.append(_marked(s))
+    said = [", ".join(level)] if level else []
+    if few:
+        said.append(f"{TOO_FEW}: {', '.join(few)}")
+    return "; ".join(said) or "none"
+
+
+def _marked(s: Standing) -> str:
+    """A method's name, with a dagger in a metric that it was trained on."""
+    return f"{s.method} {MARK}" if s.trained_on else s.method
 
 
 def seconds_script(results: Results) -> str:
@@ -89,16 +105,14 @@ def seconds_script(results: Results) -> str:
 
 
 def _standing_lines(results: Results, table: Sequence[Standing]) -> list[list[Any]]:
-    lines: list[list[Any]] = [
-        ["method", "metric", "level", *Standing._fields[2:], "forwards", "protocol_id"]
-    ]
+    last = ("forwards", "protocol_id", "trained_on")
+    lines: list[list[Any]] = [["method", "metric", "level", *Standing._fields[2:-1], *last]]
     for s in table:
-        numbers = ["" if v != v else v for v in s[2:]]
+        numbers = ["" if v != v else v for v in s[2:-1]]
         cost = results.methods[s.method].forwards
         level = "" if s.column.level is None else s.column.level
-        lines.append(
-            [s.method, s.column.metric, level, *numbers, cost, results.metric_id(s.column)]
-        )
+        facts = (cost, results.metric_id(s.column), s.trained_on)
+        lines.append([s.method, s.column.metric, level, *numbers, *facts])
     return lines
 
 

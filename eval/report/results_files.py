@@ -67,6 +67,7 @@ def from_dict(data: dict[str, Any]) -> Results:
         methods[name] = MethodResult(
             forwards=record["forwards"],
             is_mask=record["is_mask"],
+            objective=_objective(name, record.get("objective")),
             tied=record["tied"],
             requests=record["requests"],
             reasons={int(i): reason for i, reason in record["reasons"].items()},
@@ -125,6 +126,7 @@ def _method_dict(method: MethodResult) -> dict[str, Any]:
     return {
         "forwards": method.forwards,
         "is_mask": method.is_mask,
+        "objective": method.objective,
         "valid": method.valid.tolist(),
         "reasons": {str(i): reason for i, reason in method.reasons.items()},
         "failed": {str(i): reason for i, reason in method.failed.items()},
@@ -141,6 +143,13 @@ def _method_dict(method: MethodResult) -> dict[str, Any]:
             for column, values in method.values.items()
         ],
     }
+
+
+def _objective(name: str, value: Any) -> str | None:
+    """What a head was trained on; files of earlier versions do not say."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"results: the objective of {name} is {value!r}; evaluate again")
+    return value
 
 
 def _plain(value: Any) -> Any:

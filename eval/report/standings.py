@@ -1,21 +1,23 @@
-"""Where each method stands: every mean beside the best of its column."""
+"""Where each method stands: every mean beside the best of its column, and who is best, in words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from xattn.eval.metrics.base import Column
+from xattn.eval.metrics.objectives import TRAINED_ON
 from xattn.eval.metrics.registry import METRICS
-from xattn.eval.results import Results, Row, is_baseline
+from xattn.eval.results import MIN_IMAGES, Results, Row, is_baseline
 
 
 class Standing(NamedTuple):
     """One cell of the leaderboard beside the best method of its column.
 
     ``diff`` = mean(method - best) over images valid in both, with its paired 95 % interval, NaN for
-    the best itself. ``level_with_best``: the interval holds zero.
+    the best itself. ``level_with_best``: the interval holds zero. ``trained_on``: the metric is one that
+    the method's head was trained on; nobody is left out of the comparison for that.
     """
 
     method: str
@@ -30,6 +32,7 @@ class Standing(NamedTuple):
     diff_lo: float
     diff_hi: float
     level_with_best: bool
+    trained_on: bool = False
 
 
 def standings(results: Results) -> list[Standing]:
@@ -69,9 +72,57 @@ def standings(results: Results) -> list[Standing]:
                     diff_lo=diff[1],
                     diff_hi=diff[2],
                     level_with_best=level,
+                    trained_on=row.trained_on,
                 )
             )
     return table
+
+
+class Wins(NamedTuple):
+    """The columns in which a method is best: those that its head was ``trained_on``, and others.
+
+    ``is_trained``: the method is a head that was trained on some metrics.
+    """
+
+    method: str
+    trained_on: tuple[Column, ...]
+    others: tuple[Column, ...]
+    is_trained: bool
+
+    @property
+    def verdict(self) -> str:
+        """What follows the method's name.
+
+        >>> own = Column("AD", 0.5), Column("IC", 0.5), Column("AD", 0.15)
+        >>> Wins("mine", own, (Column("ROAD"),), True).verdict
+        'best in AD@50/15, IC@50, which it was trained on; and in ROAD, which it was not'
+        """
+        own, others = _named(self.trained_on), _named(self.others)
+        if own and others:
+            return f"best in {own}, which it was trained on; and in {others}, which it was not"
+        if own:
+            return f"best only in what it was trained on: {own}"
+        return f"best in {others}" + (", which it was not trained on" if self.is_trained else "")
+
+
+def _named(columns: Sequence[Column]) -> str:
+    """Keys of columns, each metric once with all its levels."""
+    levels: dict[str, list[str]] = {}
+    for metric, level in columns:
+        levels.setdefault(metric, []).extend([] if level is None else [f"{100 * level:g}"])
+    return ", ".join(f"{m}@{'/'.join(found)}" if found else m for m, found in levels.items())
+
+
+def wins(results: Results, table: Sequence[Standing]) -> list[Wins]:
+    """Who is best where, in the order of the methods; columns of too few images are left out."""
+    found = []
+    for name, method in results.methods.items():
+        best = [s for s in table if s.method == name and s.best and s.n >= MIN_IMAGES]
+        own = tuple(s.column for s in best if s.trained_on)
+        others = tuple(s.column for s in best if not s.trained_on)
+        if best:
+            found.append(Wins(name, own, others, method.objective in TRAINED_ON))
+    return found
 
 
 def _best(results: Results, rows: Mapping[tuple[str, Column], Row], column: Column) -> str | None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from xattn.eval.metrics.base import Column
+from xattn.eval.metrics.objectives import LEGEND, MARK
 from xattn.eval.metrics.registry import METRICS
 from xattn.eval.results import Results, Row
 
 
 def format_table(results: Results, style: str = "text") -> str:
     """One table a level and kind of metric, with 95 % intervals; then protocol and warnings.
+
+    A dagger stands beside a value in a metric that the row's head was trained on.
 
     Args:
         style: ``"text"`` (aligned columns) or ``"markdown"``.
@@ -32,21 +35,28 @@ def format_table(results: Results, style: str = "text") -> str:
             f"{c.metric} {'↑' if METRICS[c.metric].higher_is_better else '↓'}" for c in columns
         ]
         lines = [["method", *heads, "n", "invalid", "forwards"]]
+        marked = [any(by_cell[(m, *c)].trained_on for m in results.methods) for c in columns]
         for name in results.methods:
-            rows = [by_cell[name, c.metric, c.level] for c in columns]
+            rows = [by_cell[(name, *c)] for c in columns]
             cost = rows[0].forwards
             counts = [_span(r.n for r in rows), _span(r.n_invalid for r in rows)]
-            lines.append([name, *map(_cell, rows), *counts, "-" if cost is None else str(cost)])
+            cells = map(_cell, rows, marked)
+            lines.append([name, *cells, *counts, "-" if cost is None else str(cost)])
         parts.append(_table(title, lines, style))
     notes = [*protocol_notes(results), *(f"warning: {line}" for line in results.warnings())]
+    if any(row.trained_on and row.n for row in by_cell.values()):
+        notes.insert(0, f"{MARK} {LEGEND}")
     bullet = "- " if style == "markdown" else ""
     parts.append("\n".join(bullet + note for note in notes))
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(row: Row) -> str:
+def _cell(row: Row, marked: bool) -> str:
+    """A mean with its interval; ``marked``: the column has a dagger somewhere, so all leave it room."""
     digits = METRICS[row.metric].digits
-    return f"{row.mean:.{digits}f} [{row.lo:.{digits}f}, {row.hi:.{digits}f}]" if row.n else "-"
+    dagger = f" {MARK}" if row.trained_on and row.n else "  " * marked
+    shown = f"{row.mean:.{digits}f} [{row.lo:.{digits}f}, {row.hi:.{digits}f}]" if row.n else "-"
+    return shown + dagger
 
 
 def _span(counts: Iterable[int]) -> str:

@@ -60,6 +60,7 @@ def merge(parts: Sequence[Results]) -> Results:
         methods[name] = MethodResult(
             forwards=method.forwards,
             is_mask=method.is_mask,
+            objective=method.objective,
             tied=sum(m.tied for m in same),
             requests=sum(m.requests for m in same),
             seconds=sum(m.seconds for m in same),

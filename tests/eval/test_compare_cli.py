@@ -99,13 +99,18 @@ def test_explainers_that_a_backbone_does_not_allow_are_left_out_of_all(photos, t
         assert f"| {name} " in out
 
 
-def test_heads_take_options_all_of_them_or_one_row(photos, tmp_path, capsys):
+def test_heads_take_options_and_say_what_they_were_trained_on(photos, tmp_path, capsys):
     from xattn import create_head, load_backbone, save_head
 
     torch.manual_seed(0)
     backbone = load_backbone("test_resnet", weights=None, input_size=64)
+    trained = {
+        "a": {"config": {"objective": "masking"}},
+        "b": {"config": {"objective": "outcomes"}},
+    }
     folders = [
-        str(save_head(create_head("lcam", backbone), tmp_path / name)) for name in ("a", "b")
+        str(save_head(create_head("lcam", backbone), tmp_path / name, summary))
+        for name, summary in trained.items()
     ]
     heads = ["--heads", *folders, "--explainers", "gradcam", "--metrics", "masking", "--limit", "1"]
     options = ["--options", "head.passes=2", "b.passes=4"]
@@ -113,5 +118,8 @@ def test_heads_take_options_all_of_them_or_one_row(photos, tmp_path, capsys):
     data = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
     forwards = {name: method["forwards"] for name, method in data["methods"].items()}
     assert (forwards["a"], forwards["b"], forwards["randomized_head"]) == (2, 4, 2)
+    objectives = {name: method["objective"] for name, method in data["methods"].items()}
+    assert objectives.pop("randomized_head") == objectives.pop("a") == "masking"
+    assert objectives.pop("b") == "outcomes" and set(objectives.values()) == {None}
     assert compare(photos, tmp_path / "no", *heads, "--options", "c.passes=4") == 2
     assert "options: got 'c.passes=4'; write name.option=value" in capsys.readouterr().err

@@ -13,18 +13,25 @@ from xattn.eval import Column, Protocol
 from xattn.eval.leaderboard import Comparison, compare
 from xattn.eval.report.leaderboard_files import markdown, seconds_script, write_report
 from xattn.eval.report.results_files import from_dict
-from xattn.eval.report.standings import standings
+from xattn.eval.report.standings import standings, wins
 from xattn.eval.results import ImageRecord, MethodResult, Results
 
 AD, IC = Column("AD", 0.5), Column("IC", 0.5)  # lower and higher is better
 
 
-def made_up(is_mask=(), **values):
+def made_up(is_mask=(), objectives=(), **values):
     """Results whose methods have the given per-image values in both columns."""
+    objectives = dict(objectives)
     n = len(next(iter(values.values())))
     methods = {
         name: MethodResult(
-            3, name in is_mask, np.isfinite(x), {}, {AD: np.array(x), IC: np.array(x)}, seconds=2.0
+            3,
+            name in is_mask,
+            np.isfinite(x),
+            {},
+            {AD: np.array(x), IC: np.array(x)},
+            seconds=2.0,
+            objective=objectives.get(name),
         )
         for name, x in values.items()
     }
@@ -102,6 +109,84 @@ def test_every_method_and_column_has_one_standing_in_order():
     assert [(s.method, s.column) for s in standings(results)] == [
         (name, column) for column in (AD, IC) for name in ("b", "a", "random")
     ]
+
+
+# ---------------------------------------------------------------- metrics that a head was trained on
+
+
+ROAD = Column("ROAD")
+
+
+def trained(objective, **shifts):
+    """A head, a rival and a sanity row in AD, IC and ROAD; by default the head is best in AD alone."""
+    shifts = {"AD": -5, "IC": -5, "ROAD": -5, **shifts}
+    results = made_up(
+        objectives={"mine": objective, "randomized_head": objective},
+        mine=BASE, rival=BASE, randomized_head=BASE,
+    )  # fmt: skip
+    for name, method in results.methods.items():
+        method.values[ROAD] = BASE.copy()
+        for column in method.values:
+            method.values[column] = method.values[column] + (
+                shifts[column.metric] if name == "mine" else 0
+            )
+    return results
+
+
+def test_cells_of_metrics_that_a_head_was_trained_on_are_marked_and_may_be_best():
+    cells = table(trained("masking"))
+    marked = {(s.method, s.column) for s in cells.values() if s.trained_on}
+    assert marked == {(m, c) for m in ("mine", "randomized_head") for c in (AD, IC)}
+    assert cells["mine", AD].best and cells["rival", IC].best
+    assert not any(s.trained_on for s in table(trained("outcomes")).values())
+    assert not any(s.trained_on for s in table(trained(None)).values())
+
+
+@pytest.mark.parametrize(
+    ("objective", "shifts", "verdict"),
+    [
+        ("masking", {}, "best only in what it was trained on: AD@50"),
+        ("masking", {"IC": 5}, "best only in what it was trained on: AD@50, IC@50"),
+        (
+            *("masking", {"ROAD": 5}),
+            "best in AD@50, which it was trained on; and in ROAD, which it was not",
+        ),
+        ("masking", {"AD": 5, "ROAD": 5}, "best in ROAD, which it was not trained on"),
+        ("outcomes", {}, "best in AD@50, which it was not trained on"),
+        (None, {}, "best in AD@50"),
+    ],
+)
+def test_the_verdict_says_what_a_head_was_trained_on(objective, shifts, verdict):
+    results = trained(objective, **shifts)
+    said = {found.method: found.verdict for found in wins(results, standings(results))}
+    assert said["mine"] == verdict
+    assert "trained" not in said.get("rival", "")
+    assert f"- mine: {verdict}" in markdown(results, standings(results)).splitlines()
+
+
+def test_the_table_of_the_best_marks_names_in_metrics_that_they_were_trained_on():
+    results = trained("masking", IC=0.0)
+    lines = markdown(results, standings(results)).splitlines()
+    assert "| AD@50 | mine † | none |" in lines
+    assert "| IC@50 | mine † | rival |" in lines or "| IC@50 | rival | mine † |" in lines
+    assert "| ROAD | rival | none |" in lines
+    assert "- † a metric that this head was trained on" in lines
+
+
+def test_too_few_images_give_no_verdict_on_who_is_best():
+    few = made_up(mine=BASE[:4], rival=BASE[:4] + 30, random=BASE[:4] + 50)
+    assert wins(few, standings(few)) == []
+
+
+def test_csv_and_json_say_what_a_head_was_trained_on(tmp_path):
+    write_report(trained("masking"), tmp_path)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "leaderboard.csv").read_text())))
+    found = {(row["method"], row["metric"]) for row in rows if row["trained_on"] == "True"}
+    data = json.loads((tmp_path / "leaderboard.json").read_text())
+    assert found == {(s["method"], s["column"][:2]) for s in data["standings"] if s["trained_on"]}
+    assert found == {(m, c) for m in ("mine", "randomized_head") for c in ("AD", "IC")}
+    assert data["methods"]["mine"]["objective"] == "masking"
+    assert data["methods"]["rival"]["objective"] is None
 
 
 # ---------------------------------------------------------------- files

@@ -13,22 +13,26 @@ from xattn.app.pages.compare.colours import palette
 from xattn.app.pages.compare.leaderboard_file import Board, arrow
 from xattn.app.pages.compare.method_choice import metric_box
 from xattn.app.state import plain
+from xattn.eval.metrics.objectives import LEGEND, MARK
 from xattn.eval.metrics.registry import METRICS
 from xattn.eval.report.html_tables import format_number, number_form
 
 
 def leaderboard_tab(board: Board) -> None:
-    """Show the methods by one metric, and in a folded part by all of them."""
+    """Show the methods by one metric, who is best in which, and in a folded part all metrics."""
     key = metric_box(board, "metric")
     column = board.columns[key]
     about = METRICS[column.metric]
     better = "higher" if about.higher_is_better else "lower"
     st.caption(plain(f"{key}: {about.formula}; {better} is better"))
     table, form = _standings(board, key)
+    trained = bool(table[MARK].any())
+    if trained:
+        st.caption(f"{MARK} {LEGEND}")
     _intervals(board, key, table)
     number = f"%{form}"
     st.dataframe(
-        table.drop(columns=["lo", "hi", "said"]),
+        table.drop(columns=["lo", "hi", "said", "label", *([] if trained else [MARK])]),
         hide_index=True,
         width="stretch",
         height="content",
@@ -37,11 +41,14 @@ def leaderboard_tab(board: Board) -> None:
             "mean": st.column_config.NumberColumn(
                 f"mean {'↑' if about.higher_is_better else '↓'}", format=number
             ),
+            MARK: st.column_config.TextColumn(help=LEGEND),
             "minus best": st.column_config.TextColumn(
                 help="Mean difference to the best method, photo by photo, with its interval."
             ),
         },
     )
+    if board.wins:
+        st.markdown("\n".join(f"- **{plain(w.method)}**: {plain(w.verdict)}" for w in board.wins))
     with st.expander("All metrics"):
         _everything(board)
 
@@ -60,11 +67,13 @@ def _standings(board: Board, key: str) -> tuple[pd.DataFrame, str]:
                 "method": s.method,
                 "row": board.kind(s.method),
                 "mean": s.mean if s.n else None,
+                MARK: MARK if s.trained_on else "",
                 "standing": board.verdict(s.method, key),
                 "95 % interval": interval,
                 "minus best": _difference(s, form),
                 "photos": s.n,
                 "forward passes": _passes(board, s.method),
+                "label": board.marked(s.method, key),
                 "lo": s.lo,
                 "hi": s.hi,
                 "said": f"{format_number(s.mean, form)} [{interval}]",
@@ -91,10 +100,10 @@ def _intervals(board: Board, key: str, table: pd.DataFrame) -> None:
     if shown.empty:
         st.info("No method has a value of this metric.")
         return
-    order = list(shown["method"])
+    order = list(shown["label"])
     base = alt.Chart(shown).encode(
         y=alt.Y(
-            "method:N",
+            "label:N",
             sort=order,
             title=None,
             axis=alt.Axis(labelLimit=220, labelFlush=False, labelOverlap=False),
@@ -142,13 +151,12 @@ def _everything(board: Board) -> None:
         key: number_form(column, [board.standings[m, key].mean for m in board.results.methods])
         for key, column in board.columns.items()
     }
-    marks = {"best": ", best", "not told apart from the best": ", not told apart from the best"}
     for name in board.ranked:
         row = {"method": name, "row": board.kind(name)}
         for key, form in forms.items():
             s = board.standings[name, key]
             lo, hi = format_number(s.lo, form), format_number(s.hi, form)
-            mark = marks.get(board.verdict(name, key), "")
+            mark = _mark(board, name, key)
             row[arrow(key, board)] = (
                 f"{format_number(s.mean, form)} [{lo} to {hi}]{mark}" if s.n else "-"
             )
@@ -160,3 +168,15 @@ def _everything(board: Board) -> None:
         height="content",
         column_config={"method": st.column_config.TextColumn(pinned=True)},
     )
+    if any(s.trained_on and s.n for s in board.standings.values()):
+        st.caption(f"{MARK} {LEGEND}")
+
+
+def _mark(board: Board, method: str, key: str) -> str:
+    """What stands behind a figure: a dagger, and whether it is the best."""
+    s = board.standings[method, key]
+    dagger = f" {MARK}" if s.trained_on else ""
+    if s.best:
+        return f"{dagger}, best"
+    level = board.verdict(method, key).startswith("not told apart from the best")
+    return f"{dagger}, not told apart from the best" if level else dagger

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from xattn.app.library import LEADERBOARD
 from xattn.eval.metrics.base import Column
+from xattn.eval.metrics.objectives import MARK
 from xattn.eval.metrics.registry import METRICS
 from xattn.eval.report import html_data
 from xattn.eval.report.results_files import from_dict
-from xattn.eval.report.standings import Standing
+from xattn.eval.report.standings import Standing, Wins, wins
 from xattn.eval.results import Results, is_baseline
 from xattn.packs.contained_files import PackError
 from xattn.runtime import strict_json
@@ -57,6 +58,24 @@ class Board:
         """See :func:`xattn.eval.report.html_data.curves`; takes seconds for many methods."""
         return html_data.curves(self.results)
 
+    @cached_property
+    def wins(self) -> list[Wins]:
+        """Who is best where."""
+        return wins(self.results, list(self.standings.values()))
+
+    def marked(self, method: str, key: str) -> str:
+        """A method's name, with a dagger if its head was trained on that column's metric."""
+        return f"{method} {MARK}" if self.standings[method, key].trained_on else method
+
+    def training(self, methods: list[str], keys: list[str]) -> str:
+        """Which of the methods were trained on metrics of these columns, in words; "" if none was."""
+        said = []
+        for name in dict.fromkeys(methods):
+            own = [key for key in dict.fromkeys(keys) if self.standings[name, key].trained_on]
+            if own:
+                said.append(f"{name} was trained on {' and '.join(own)}.")
+        return " ".join(said)
+
     def kind(self, method: str) -> str:
         """What a row is: "sanity row", "mask" or "method"."""
         if is_baseline(method):
@@ -69,14 +88,15 @@ class Board:
         up = METRICS[s.column.metric].higher_is_better
         if not s.n:
             return "not measured"
+        trained = ", in what it was trained on" if s.trained_on else ""
         if s.best:
-            return "best"
+            return f"best{trained}"
         if self.results.methods[method].is_mask:
             return "a mask, not ranked"
         if is_baseline(method) and (s.diff_lo > 0 if up else s.diff_hi < 0):
             return "better than the best method"
         if s.level_with_best:
-            return "not told apart from the best"
+            return f"not told apart from the best{trained}"
         return "worse than the best" if math.isfinite(s.diff) else "not compared"
 
 
@@ -160,12 +180,13 @@ def _check(results: Results) -> None:
 
 
 def _standing(item: dict[str, Any], columns: dict[str, Column]) -> Standing:
-    """A line of the file; None there is NaN here."""
+    """A line of the file; None there is NaN here. Earlier versions do not say ``trained_on``."""
+    item = {"trained_on": False, **item}
     values: dict[str, Any] = {name: item[name] for name in Standing._fields}
     for name in _NUMBERS:
         values[name] = math.nan if values[name] is None else float(values[name])
     values |= {name: int(values[name]) for name in ("n", "n_invalid")}
-    values |= {name: bool(values[name]) for name in ("best", "level_with_best")}
+    values |= {name: bool(values[name]) for name in ("best", "level_with_best", "trained_on")}
     return Standing(
         **{**values, "method": str(values["method"]), "column": columns[item["column"]]}
     )

@@ -54,6 +54,8 @@ def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
     if a == b:
         st.info("Choose two methods that are not the same.")
         return
+    if by != MAPS and (trained := board.training([a, b], [by])):
+        st.caption(plain(trained))
     if pack is None:
         st.caption(plain(problem))
         _without_pictures(board, a, b, by)

@@ -12,6 +12,7 @@ from xattn.app import state
 from xattn.app.pages.compare.colours import SHAPES, method_colour, method_legend
 from xattn.app.pages.compare.leaderboard_file import Board, arrow
 from xattn.app.pages.compare.method_choice import methods_box, metric_box
+from xattn.app.state import plain
 from xattn.eval.report.html_data import MAX_VALUES, case_columns, spread
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def photos_tab(board: Board, pack: Pack | None) -> None:
     if dots > len(table):
         note += f" {dots - len(table)} have no value of one of the two."
     st.caption(note)
+    if trained := board.training(names, [x, y]):
+        st.caption(plain(trained))
     with st.expander("The dots as a table"):
         _dots_table(table, pack, names, arrow(x, board), arrow(y, board))
 

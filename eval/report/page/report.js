@@ -14,6 +14,8 @@ const make = (tag, attributes = {}, ...children) =>
   fill(document.createElement(tag), attributes, children);
 const draw = (tag, attributes = {}, ...children) =>
   fill(document.createElementNS(SVG, tag), attributes, children);
+// A dagger after the name of a method in a column that its head was trained on.
+const named = (m, c) => data.methods[m].name + (data.methods[m].trained.includes(c) ? " †" : "");
 const show = (value) => value === null ? "-" : Number(value.toPrecision(4)).toString();
 
 // ---------------------------------------------------------------- leaderboard
@@ -233,6 +235,11 @@ function scatter() {
       summary += `${methodNames[ym]} (y) is better on ${better}, worse on ${worse}, equal on ` +
         `${points.length - above - below}. Dashed: equal values. `;
     }
+    for (const [m, c] of same && xm === ym ? [[xm, xc]] : [[xm, xc], [ym, yc]]) {
+      if (data.methods[m].trained.includes(c)) {
+        summary += `${methodNames[m]} was trained on ${data.columns[c].key}. `;
+      }
+    }
     const describe = ({ image, a, b }) => {
       const { id, class: name } = data.images[image];
       return `${id}\n${name}, ${data.score} ${show(data.images[image].p)}\n` +
@@ -306,9 +313,11 @@ function cases() {
     const rest = data.ranked.length - chosenCase.methods.length;
     byId("cases-note").textContent = `Each method's own extremes in ${columnNames[chosenCase.column]}; ` +
       "of equal values the earlier image." +
-      (rest > 0 ? ` ${chosenCase.methods.length} of ${data.ranked.length} methods, by mean rank.` : "");
+      (rest > 0 ? ` ${chosenCase.methods.length} of ${data.ranked.length} methods, by mean rank.` : "") +
+      (chosenCase.methods.some(([m]) => data.methods[m].trained.includes(chosenCase.column))
+        ? " † was trained on this metric." : "");
     byId("grid").replaceChildren(...chosenCase.methods.map(([m, best, worst]) =>
-      make("article", { class: "card" }, make("h3", { class: "name" }, methodNames[m]),
+      make("article", { class: "card" }, make("h3", { class: "name" }, named(m, chosenCase.column)),
         make("div", { class: "ends" },
           end("best", m, best, (v) => `${key} ${show(v)}`),
           ...(worst.length ? [end("worst", m, worst, (v) => `${key} ${show(v)}`)] : [])))));

@@ -149,9 +149,44 @@ def test_a_file_over_the_limit_is_not_read(library, monkeypatch):
         read(library, ids(library)["first"])
 
 
+def trained() -> Results:
+    """gradcam as a head that was trained on masked images."""
+    found = results()
+    found.methods["gradcam"].objective = "masking"
+    return found
+
+
+def test_a_board_says_what_a_head_was_trained_on(tmp_path):
+    write_report(trained(), tmp_path)
+    board = parse((tmp_path / LEADERBOARD).read_bytes())
+    assert (
+        board.marked("gradcam", "AD@50") == "gradcam †"
+        and board.marked("random", "AD@50") == "random"
+    )
+    assert board.marked("gradcam", "ROAD") == "gradcam"
+    assert board.verdict("gradcam", "AD@50").endswith(", in what it was trained on")
+    assert "trained" not in board.verdict("gradcam", "ROAD")
+    assert (
+        board.training(["gradcam", "random"], ["AD@50", "ROAD"]) == "gradcam was trained on AD@50."
+    )
+    assert board.training(["random"], ["AD@50"]) == board.training(["gradcam"], ["ROAD"]) == ""
+
+
+def test_a_file_of_an_earlier_version_opens_without_marks(data):
+    record = json.loads(data)
+    for method in record["methods"].values():
+        del method["objective"]
+    for line in record["standings"]:
+        del line["trained_on"]
+    board = parse(json.dumps(record).encode())
+    assert board.marked("gradcam", "AD@50") == "gradcam"
+    assert not any(s.trained_on for s in board.standings.values())
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        lambda r: r["methods"]["gradcam"].update(objective=["masking"]),
         lambda r: r.pop("standings"),
         lambda r: r.update(standings=[]),
         lambda r: r.update(version=99),
@@ -236,6 +271,27 @@ def test_the_leaderboard_has_intervals_directions_and_words(library):
     everything = page.dataframe[1].value
     assert {"AD@50 ↓", "insertion ↑", "ROAD ↑"} <= set(everything.columns)
     assert everything["insertion ↑"].str.contains("not told apart|best").any()
+
+
+def test_metrics_that_a_head_was_trained_on_are_marked(tmp_path, monkeypatch):
+    write_report(trained(), tmp_path / "first")
+    found = Library(tmp_path)
+    monkeypatch.setattr(state, "library", lambda: found)
+    page = shown(metric="AD@50")
+    table = page.dataframe[0].value
+    assert list(table.loc[table["†"] == "†", "method"]) == ["gradcam"]
+    assert texts(page).count("† a metric that this head was trained on") == 2, "of both tables"
+    assert "trained on" in "\n".join(m.value for m in page.markdown), "who is best, in words"
+    everything = page.dataframe[1].value.set_index("method")
+    assert "†" in everything.loc["gradcam", "AD@50 ↓"]
+    assert "†" not in everything.loc["gradcam", "ROAD ↑"] + everything.loc["saliency", "AD@50 ↓"]
+    other = shown(metric="ROAD")
+    assert "†" not in other.dataframe[0].value
+    said = r"gradcam was trained on AD\@50\."
+    assert said in texts(shown(part="Photos", sx="AD@50", sy="ROAD"))
+    pairs = {"part": "Pairs", "a": "saliency", "b": "gradcam"}
+    assert said in texts(shown(**pairs, by="AD@50"))
+    assert "was trained" not in texts(shown(**pairs, by="ROAD"))
 
 
 def test_lower_is_better_turns_the_order(library):

@@ -208,6 +208,34 @@ def test_small_values_are_not_shown_as_zero():
     assert "0.0000" not in page(results)
 
 
+def test_what_a_head_was_trained_on_is_marked_and_said():
+    columns = (Column("AD", 0.5), Column("insertion"))
+    results = made_up(n=12, columns=columns, **{EVIL: -0.2}, rival=0.0, randomized_head=0.5)
+    results.methods[EVIL].values[columns[1]] -= 0.1
+    for name in (EVIL, "randomized_head"):
+        results.methods[name].objective = "masking"
+    source = page(results)
+    parsed = Page(source)
+    assert f"{EVIL}: best only in what it was trained on: AD@50" in parsed.text
+    assert "rival: best in insertion" in parsed.text
+    assert parsed.text.count("† a metric that this head was trained on") == 3, (
+        "legend and two cells"
+    )
+    assert "A head does well in what it was trained on" in parsed.text
+    assert [m["trained"] for m in parsed.data["methods"]] == [[0], [], [0]]
+    cells = re.findall(r"<td data-kind=0.*?</td>", source)
+    assert [("†" in cell, "<i class=dagger></i>" in cell) for cell in cells] == [
+        (True, False), (False, False), (False, True), (False, False), (True, False), (False, False),
+    ]  # fmt: skip
+    assert "<td>✓ †</td>" in source, "beating the sanity rows there is no surprise, either"
+
+
+def test_without_trained_heads_there_is_no_dagger(run):
+    results, state = run
+    assert "†" not in Page(page(results, state)).text
+    assert [m["trained"] for m in Page(page(results, state)).data["methods"]] == [[]] * 5
+
+
 # ---------------------------------------------------------------- sanity rows
 
 

@@ -11,6 +11,7 @@ import torch
 from eval_fakes import FakeBackbone, Maps
 
 from xattn.eval import Column, evaluate, format_table, functional, read_json, write_csv, write_json
+from xattn.eval.report.results_files import from_dict, to_dict
 from xattn.eval.results import ImageRecord, MethodResult, Results
 
 
@@ -139,6 +140,55 @@ def test_json_reads_back_equal_and_can_be_recomputed(results, tmp_path):
     recomputed = functional.average_drop(p, torch.from_numpy(method.scores["q@50"])).item()
     assert recomputed == pytest.approx(again.mean("bright", "AD", 0.5), rel=1e-12)
     assert "NaN" not in path.read_text()
+
+
+def trained():
+    """A head that was trained on masked images, one on other things, and a method that was not trained."""
+    hard = np.linspace(30, 60, 20)
+    results = made_up(mine=hard - 9, later=hard, gradcam=hard, random=hard + 9)
+    results.methods["mine"].objective = "masking"
+    results.methods["later"].objective = "of a later version"
+    return results
+
+
+def test_a_dagger_stands_beside_a_metric_that_a_head_was_trained_on():
+    text = format_table(trained())
+    _, _, _, *rows = text.split("\n\n")[0].splitlines()
+    assert [row.split()[0] for row in rows if "†" in row] == ["mine"]
+    assert len({len(row) for row in rows}) == 1 and len({row.rindex("]") for row in rows}) == 1
+    assert "\n† a metric that this head was trained on\n" in text
+    assert "†" not in format_table(made_up(gradcam=np.linspace(30, 60, 20)))
+
+
+def test_an_objective_that_is_not_known_is_a_warning():
+    (line,) = trained().warnings()[-1:]
+    assert line == (
+        "later: trained on 'of a later version', which this version does not know, so no metric is "
+        "marked"
+    )
+
+
+def test_what_heads_were_trained_on_is_in_the_files(tmp_path):
+    results = trained()
+    write_json(results, tmp_path / "r.json")
+    again = read_json(tmp_path / "r.json")
+    assert again.rows() == results.rows() and again.methods["mine"].objective == "masking"
+    write_csv(results, tmp_path / "r.csv")
+    with (tmp_path / "r.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["trained_on"] for row in rows] == ["True", "False", "False", "False"]
+
+
+def test_files_of_earlier_versions_open_without_marks(tmp_path):
+    data = to_dict(trained())
+    for method in data["methods"].values():
+        del method["objective"]
+    for row in data["summary"]:
+        del row["trained_on"]
+    assert not any(row.trained_on for row in from_dict(data).rows())
+    data["methods"]["mine"]["objective"] = ["masking"]
+    with pytest.raises(ValueError, match="objective of mine"):
+        from_dict(data)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": "xattn-results", "version": 1}'])
