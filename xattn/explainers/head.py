@@ -57,9 +57,7 @@ class HeadExplainer(Explainer):
             raise ValueError(
                 f"passes: got {self.passes!r}; choose 1, 2 (with the mirror image) or 4 (with shifts)"
             )
-        if (
-            self.passes > 1
-        ):  # records of results list what an explainer sets, so one pass sets nothing
+        if self.passes > 1:  # else nothing is set, as records of results list what is set
             self.forwards = self.passes
         if self.maps is not None:
             self.head = copy.copy(self.head)
