@@ -26,14 +26,20 @@ def with_head(kind, name="ttame", **options):
     return (probed(backbone, head) if head.is_classifier else backbone), head
 
 
-@pytest.fixture(scope="module", params=["cnn", "vit"])
+@pytest.fixture(
+    scope="module", params=[("cnn", "ttame"), ("vit", "ttame"), ("cnn", "evidence")], ids="-".join
+)
 def pair(request):
-    return with_head(request.param)
+    backbone, head = with_head(*request.param)
+    return (
+        backbone.double(),
+        head.double(),
+    )  # the last tap of the CNN has one cell: its spread is rounding
 
 
 @pytest.fixture(scope="module")
 def images():
-    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
 
 
 class PixelByPixel(torch.nn.Module):
