@@ -11,6 +11,7 @@ from typing import Any
 from xattn.app.demo import pack_job
 from xattn.app.jobs.job_files import JOBS
 from xattn.app.jobs.spec import JobError, Spec
+from xattn.config import PROBE_RECIPES, RECIPES
 
 HEAD = re.compile(r"[a-z0-9_]{1,64}")
 SAMPLE = 4  # photos whose maps are made before training and at each checkpoint
@@ -53,13 +54,15 @@ class CommandLines:
             raise JobError("heads: choose at least one head")
         if spec.kind == "train" and len(spec.heads) != 1:
             raise JobError(f"heads: got {len(spec.heads)}; an explanation head is trained alone")
+        if spec.recipe not in (RECIPES if spec.kind == "train" else PROBE_RECIPES):
+            raise JobError(f"recipe: got {spec.recipe!r}; choose one of {', '.join(RECIPES)}")
         line = [
             spec.kind,
             "--data",
             str(self._data(spec)),
             *self.model_options(spec),
             "--recipe",
-            "small",
+            spec.recipe,
         ]
         line += ["--sample", str(SAMPLE)]
         if spec.kind == "train":

@@ -28,6 +28,7 @@ class Spec:
     epochs: int | None = None
     batch_size: int | None = None
     seed: int = 0
+    recipe: str = "small"
 
 
 def spec_of(record: dict[str, Any]) -> Spec:
@@ -39,7 +40,7 @@ def spec_of(record: dict[str, Any]) -> Spec:
     known = {field.name for field in dataclasses.fields(Spec)}
     values: dict[str, Any] = {k: v for k, v in record.items() if k in known}
     spec = Spec(**{**values, "heads": tuple(values.get("heads", ()))})
-    texts = (spec.data, spec.model, spec.labels, *spec.heads)
+    texts = (spec.data, spec.model, spec.labels, spec.recipe, *spec.heads)
     numbers = (spec.epochs, spec.batch_size, spec.seed)
     if spec.kind not in ("train", "probe", "demo") or not all(isinstance(t, str) for t in texts):
         raise ValueError("job")

@@ -1,6 +1,6 @@
 """Rows of one table, each trained and scored alone on photos of classes that its head never saw.
 
-    python -m xattn.eval.studies.fold_rows --data PHOTOS --rows gradcam ttame:recipe=small --output runs/rows
+    python -m xattn.eval.studies.fold_rows --data PHOTOS --rows gradcam ttame:recipe=small
 
 A row is an explainer or a head by name, with options: those of :class:`~xattn.config.TrainConfig` train
 the head, ``photos`` limits the photos that it is trained on, all others belong to the head or explainer.
@@ -34,6 +34,8 @@ from xattn.runtime import strict_json
 from xattn.runtime.allocator import keep_memory
 from xattn.runtime.files import write_json as write_record
 from xattn.training import fit
+from xattn.training.outcome_table import Outcomes
+from xattn.training.outcomes import cache_outcomes
 from xattn.training.run_folder import RUN_FILE
 
 METRICS = ("masking", "insertion-deletion", "road", "irof", "pixel-flipping")
@@ -83,11 +85,14 @@ def score_row(
     folder: Path,
     *,
     metrics: Sequence[str] = METRICS,
+    table: Outcomes | None = None,
     max_forward_batch: int = 16,
     seed: int = 0,
     progress: bool = True,
 ) -> Results:
     """Train the head of ``row`` on ``train``, if it is one, and score it on ``held_out``.
+
+    ``table`` has the outcomes of all photos, for heads that are trained on them.
 
     Raises:
         ValueError: ``folder`` holds a row of other settings.
@@ -112,7 +117,7 @@ def score_row(
         run = folder / "run"
         photos = random.Random(seed).sample(list(train), row.photos or len(train))
         fit(
-            head, backbone, photos, config,
+            head, backbone, photos, config, table=table,
             output=run, resume=(run / RUN_FILE).is_file(), progress=progress,
         )  # fmt: skip
         explainer = create_explainer("head", backbone, head, **shared)
@@ -125,6 +130,17 @@ def score_row(
     )  # fmt: skip
     write_json(results, done)
     return results
+
+
+def table_of(row: Row, backbone: Backbone, paths: Sequence[Path], folder: Path) -> Outcomes | None:
+    """The table of outcomes of ``paths`` with the settings of ``row``; None where it needs none."""
+    if row.name not in list_heads():
+        return None
+    config = TrainConfig(**row.train)
+    if config.objective != "outcomes":
+        return None
+    place = folder / f"{backbone.name}-{config.crops}x{config.masks}"
+    return cache_outcomes(backbone, paths, place, crops=config.crops, masks=config.masks)
 
 
 def names(paths: Sequence[Path]) -> list[str]:
@@ -199,6 +215,8 @@ class FoldRows:
     """Score these photos with heads trained on all of the data, instead of folds."""
     metrics: tuple[str, ...] = METRICS
     """Groups of metrics, see xattn list."""
+    tables: Path = Path("runs/tables")
+    """Folder of the tables of outcomes of all data, which rows and folds share."""
     compiled: bool = False
     """Compile the scoring passes."""
     channels_last: Annotated[bool, tyro.conf.FlagConversionOff] = True
@@ -220,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parts = {f"fold-{k}": part for k, part in enumerate(class_folds(paths, args.folds))}
         parts = {f"fold-{k}": parts[f"fold-{k}"] for k in args.only or range(args.folds)}
     rows = [Row.parse(text) for text in args.rows]
+    outcomes = {row.label: table_of(row, backbone, paths, args.tables) for row in rows}
     tables = []
     for number, (part, held_out) in enumerate(parts.items()):
         train = sorted(set(paths) - set(held_out))
@@ -227,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scored = [
             score_row(
                 backbone, row, train, held_out, args.output / part / row.label,
-                metrics=args.metrics, seed=seed,
+                metrics=args.metrics, table=outcomes[row.label], seed=seed,
             )
             for row in rows
         ]  # fmt: skip

@@ -217,6 +217,8 @@ class HeadEntry:
     name: str
     cases: tuple[Mapping[str, Any], ...] = ({},)
     """Options that the tests of every head try; the first are small."""
+    recipe: str = "small"
+    """The recipe of training for a few hundred photos."""
 
 
 def register_head(name: str, **about: Any) -> Callable[[type[Head]], type[Head]]:

@@ -70,7 +70,9 @@ class Components(nn.Module):
 
 
 @register_head(
-    "evidence", cases=({"components": 4, "hidden": 5}, {"parts": [], "explain_with": "scores"})
+    "evidence",
+    cases=({"components": 4, "hidden": 5}, {"parts": [], "explain_with": "scores"}),
+    recipe="outcomes",
 )
 class Evidence(Head):
     """The evidence head on the taps of ``backbone``.

@@ -53,8 +53,9 @@ def form(jobs: Jobs, running: Job | None) -> None:
             st.caption("There are more folders than could be looked at; start with --data FOLDER.")
         model = _model()
         heads, labels, problem = _heads(kind, folder)
-        epochs, batch_size, seed = _more(kind)
-    spec = Spec(kind, folder.name, model, heads, labels, epochs, batch_size, seed)
+        recipe = _recipe(heads[0]) if kind == "train" else "small"
+        epochs, batch_size, seed = _more(kind, recipe)
+    spec = Spec(kind, folder.name, model, heads, labels, epochs, batch_size, seed, recipe)
     with right:
         suggested = jobs.free_name(f"{_short(folder.name)}-{'-'.join(heads) or kind}"[:56])
         name = st.text_input("Name", suggested, key=f"name-{suggested}", max_chars=64).strip()
@@ -112,7 +113,11 @@ def _heads(kind: str, folder: PhotoFolder) -> tuple[tuple[str, ...], str, str | 
     if kind == "train":
         names = sorted((n for n, a in attentive.items() if not a), key=lambda n: n != "ttame")
         head = url_widgets.selectbox(
-            "Head", names, "head", help="ttame is the library's own default."
+            "Head",
+            names,
+            "head",
+            help="ttame learns masks that keep the prediction; evidence learns what the network answers "
+            "for masked photos, which takes minutes to ask before it trains.",
         )
         return (head,), "", None
     sources = [*([NEW] if len(folder.classes) > 1 else []), *folder.labels]
@@ -138,12 +143,19 @@ def _heads(kind: str, folder: PhotoFolder) -> tuple[tuple[str, ...], str, str | 
     return tuple(heads), labels, None if heads else "Choose at least one head."
 
 
+def _recipe(head: str) -> str:
+    from xattn.heads import head_entry
+
+    return head_entry(head).recipe
+
+
 def _some(names: tuple[str, ...], most: int = 4) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _more(kind: str) -> tuple[int | None, int | None, int]:
-    recipe = (RECIPES if kind == "train" else PROBE_RECIPES)["small"]
+def _more(kind: str, name: str) -> tuple[int | None, int | None, int]:
+    recipe = (RECIPES if kind == "train" else PROBE_RECIPES)[name]
+    kind = f"{kind}-{name}"  # each recipe has numbers of its own
     with st.expander("More choices"):
         epochs = st.number_input("Epochs", 1, 10_000, recipe["epochs"], key=f"epochs-{kind}")
         size = st.number_input(
