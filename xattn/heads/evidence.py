@@ -91,7 +91,7 @@ class Evidence(Head):
         self,
         backbone: Backbone,
         parts: Sequence[str] = PARTS,
-        components: Count = 64,
+        components: Count = 8,
         hidden: Count = 32,
         explain_with: Literal["scores", "mask"] = "mask",
     ) -> None:
