@@ -21,7 +21,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -34,7 +34,7 @@ from xattn.backbone import load_backbone
 from xattn.eval.bench import pooling
 from xattn.eval.bench.operation_counts import macs
 from xattn.eval.bench.timing import Job, median_ratio, processor_clock, times
-from xattn.heads import AttentiveHead, Tokens, create_head, list_heads
+from xattn.heads import AttentiveHead, Tokens, create_head, head_class, list_heads
 from xattn.heads.attended import Attended, pool_by, softmax
 from xattn.runtime.allocator import keep_memory
 
@@ -186,9 +186,8 @@ def _head_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[str]:
     backbone = backbone_of(width, side)
     heads: dict[str, AttentiveHead] = {}
     for name in list_heads():
-        head = create_head(name, backbone)
-        if isinstance(head, AttentiveHead):
-            heads[name] = head.train()
+        if issubclass(head_class(name), AttentiveHead):
+            heads[name] = cast(AttentiveHead, create_head(name, backbone).train())
     jobs = {name: training_step(head, batch, width, side) for name, head in heads.items()}
     pooling_by_op = [name for name, head in heads.items() if pools_by_op(head)]
     took = times(

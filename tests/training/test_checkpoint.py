@@ -129,7 +129,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(photos, tmp_path_factory):
-    """kind -> (module of its steps, function that trains into a folder)."""
+    """kind -> (where its steps are taken, the function's name there, function that trains into a folder)."""
     torch.manual_seed(0)
     cnn = xattn.load_backbone("test_efficientnet", weights=None, input_size=64, num_classes=7)
     cached = tmp_path_factory.mktemp("features") / "f"
@@ -152,12 +152,15 @@ def runs(photos, tmp_path_factory):
             resume=resume, progress=False,
         ).head  # fmt: skip
 
-    return {"fit": (fit_module, fitting), "probe": (probe_module, probing)}
+    return {
+        "fit": (fit_module.MaskingJob, "step", fitting),
+        "probe": (probe_module, "_step", probing),
+    }
 
 
-def killed(module, train, folder, step, monkeypatch):
+def killed(owner, name, train, folder, step, monkeypatch):
     """Train until ``step`` steps are done."""
-    real, calls = module._step, []
+    real, calls = getattr(owner, name), []
 
     def dying(*args):
         calls.append(1)
@@ -166,7 +169,7 @@ def killed(module, train, folder, step, monkeypatch):
         return real(*args)
 
     with monkeypatch.context() as patch, pytest.raises(SystemError):
-        patch.setattr(module, "_step", dying)
+        patch.setattr(owner, name, dying)
         train(folder)
 
 
@@ -174,9 +177,9 @@ def killed(module, train, folder, step, monkeypatch):
 def test_a_run_goes_on_bit_for_bit_from_the_checkpoint_before_the_damaged_one(
     runs, tmp_path, monkeypatch, kind
 ):
-    module, train = runs[kind]
+    *where, train = runs[kind]
     whole = train(tmp_path / "whole")
-    killed(module, train, tmp_path / "run", 5, monkeypatch)
+    killed(*where, train, tmp_path / "run", 5, monkeypatch)
     folder = tmp_path / "run/checkpoints"
     assert names(folder) == ["step-00000002", "step-00000004"]
     flip(folder / "step-00000004/state.pt")
@@ -197,8 +200,8 @@ def test_a_run_goes_on_bit_for_bit_from_the_checkpoint_before_the_damaged_one(
 @pytest.mark.parametrize("kind", ["fit", "probe"])
 @pytest.mark.parametrize("key", ["head", "optimizer", "losses"])
 def test_a_state_that_does_not_fit_is_one_line(runs, tmp_path, monkeypatch, kind, key):
-    module, train = runs[kind]
-    killed(module, train, tmp_path / "run", 1, monkeypatch)
+    *where, train = runs[kind]
+    killed(*where, train, tmp_path / "run", 1, monkeypatch)
     folder = tmp_path / "run/checkpoints"
     state = torch.load(folder / "step-00000000/state.pt")
     for value in ({"x": torch.zeros(2)}, {}, [1], "words", None):

@@ -32,6 +32,7 @@ from xattn.backbone.taps import (
     read_prefixes,
     reads_prefix,
     vit_blocks,
+    wanted_intermediates,
 )
 from xattn.runtime.locking import alone, lock_of
 from xattn.runtime.memory import is_out_of_memory
@@ -206,8 +207,10 @@ class Backbone(nn.Module):
                     f"taps: {name!r} of {self.name} has shape {tuple(value.shape)}, not (B, C, h, w); "
                     f"choose other taps"
                 )
-        self._wanted = self._wanted_indices()
-        self._reads_prefix = reads_prefix(self.model, self.taps, self.prefix_tokens)
+        self._wanted = [] if self.adapter else wanted_intermediates(self.taps, self._depth)
+        self._reads_prefix = not self.adapter and reads_prefix(
+            self.model, self.taps, self.prefix_tokens
+        )
         self.task = resolve_task(task, logits, self.name)
         self.num_classes = int(self._as_classes(logits).shape[1])
         self.channels = tuple(m.shape[1] for m in maps)
@@ -271,19 +274,6 @@ class Backbone(nn.Module):
         return self.model.patch_embed.dynamic_feat_size((height, width))  # type: ignore[union-attr,operator]
 
     # ------------------------------------------------------------------ passes
-
-    def _wanted_indices(self) -> list[int]:
-        """The intermediates that the taps need, in rising order."""
-        if self.adapter:
-            return []
-        wanted = set()
-        for tap in self.taps:
-            kind, index, _ = parse_tap(tap)
-            if kind != "head":
-                wanted.add(index - (kind == "norm1"))
-        if not wanted:  # "head" alone still needs a map to know its grid
-            wanted.add(self._depth - 1)
-        return sorted(wanted)
 
     def forward(self, images: Tensor) -> Taps:
         return self.forward_normalized(self.normalize(images))

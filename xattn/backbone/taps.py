@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -37,12 +37,15 @@ class Taps(NamedTuple):
     prefix: Tensor | None = None
     prefixes: tuple[Tensor | None, ...] = ()
 
+    def each(self, function: Callable[[Tensor], Tensor]) -> Taps:
+        """The taps with ``function`` of every tensor."""
+        prefix = None if self.prefix is None else function(self.prefix)
+        prefixes = tuple(None if p is None else function(p) for p in self.prefixes)
+        return Taps(function(self.logits), tuple(map(function, self.maps)), prefix, prefixes)
+
     def to(self, target: torch.dtype | torch.device | str) -> Taps:
         """The taps with all tensors of another type, or on another device."""
-        maps = tuple(m.to(target) for m in self.maps)
-        prefix = None if self.prefix is None else self.prefix.to(target)
-        prefixes = tuple(None if p is None else p.to(target) for p in self.prefixes)
-        return Taps(self.logits.to(target), maps, prefix, prefixes)
+        return self.each(lambda tensor: tensor.to(target))
 
 
 @runtime_checkable
@@ -68,6 +71,13 @@ def parse_tap(tap: str) -> tuple[str, int, bool]:
     """
     kind, *rest = tap.split(".")
     return kind, int(rest[0]) if rest else -1, rest[1:] == ["pool"]
+
+
+def wanted_intermediates(taps: Sequence[str], depth: int) -> list[int]:
+    """The intermediates that ``taps`` need of a network that has ``depth`` of them, in rising order."""
+    named = [parse_tap(tap) for tap in taps]
+    wanted = {index - (kind == "norm1") for kind, index, _ in named if kind != "head"}
+    return sorted(wanted) or [depth - 1]  # "head" alone still needs a map to know its grid
 
 
 def reads_prefix(model: nn.Module, taps: Sequence[str], prefix_tokens: int) -> bool:

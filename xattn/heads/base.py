@@ -59,9 +59,7 @@ class Head(
     # Values for options that a saved config lacks: what the head did before the option existed.
     earlier: ClassVar[Mapping[str, Any]] = {}
     is_classifier: ClassVar[bool] = False  # True: the head has logits of its own
-    reads_statistics: ClassVar[bool] = (
-        False  # True: the head has to be calibrated before it is trained
-    )
+    reads_statistics: ClassVar[bool] = False  # True: training begins with calibrate
     options: dict[str, Any]
     mask_policy: str
     backbone_name: str

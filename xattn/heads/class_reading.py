@@ -1,71 +1,111 @@
 """How a classifier reads the places of a feature map: one map per class, linear in the classifier's rows.
 
-    pooled maps        map_k = w_k . f
+    pooled maps        map_k = w_k . f,   or (w_k o gamma) . f where a norm follows the mean
     a class token      map_k = sum_i sum_h A_ih o (w_k o gamma) O_ih V_ih x_i
     a probed network   the exact class maps of the trained head
 
-f (B, C, h, w) is averaged and then classified; x_i (B, C, N) are the patches that block i reads. A class
-token sees the patches through attention: A_ih (N) are its weights in head h of block i, V and O the block's
-projections of values and outputs, gamma the gain of the final norm. The map is the part of logit k that the
-blocks add to the class token, patch by patch, with the final norm's scale left out.
+f (B, C, h, w) is averaged and then classified, gamma is the gain of the last norm; x_i (B, C, N) are the
+patches that block i reads. A class token sees the patches through attention: A_ih (N) are its weights in
+head h of block i, V and O the block's projections of values and outputs. The map is what the blocks add to
+the class token's part of logit k, patch by patch. What the norm divides by is left out: it is the same at
+all places.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
+from xattn.backbone.classifier import linear_classifier
 from xattn.backbone.taps import parse_tap
 from xattn.heads.attentive import AttentiveHead
 from xattn.heads.probed import Probed
+from xattn.kernels.softmax.reference import widen
 
 
 class ReadMaps(NamedTuple):
-    """``own`` (B, M, h, w) of the classes asked for; ``mean`` (B, 1, h, w) over all classes, weighted by
-    their probabilities; ``extra`` (B, E, h, w), maps that belong to no class."""
+    """``own`` (B, M, h, w) of the classes asked for; ``others`` (B, M, h, w), for each of them the mean of
+    all other classes, weighted by their probabilities; ``extra`` (B, E, h, w), maps that belong to no
+    class."""
 
     own: Tensor
-    mean: Tensor
+    others: Tensor
     extra: Tensor | None = None
 
 
 class ClassReading(nn.Module):
-    """``reading(taps, index, p) -> ReadMaps``, index (B, M) or None for all classes, p (B, K).
+    """``reading(taps, index, task) -> ReadMaps``, index (B, M) or None for all classes.
 
     It holds weights of the backbone, which are looked up there and never saved with a head.
     """
 
     extras = 0
 
-    def forward(self, taps: Taps, index: Tensor | None, p: Tensor) -> ReadMaps:
+    def forward(self, taps: Taps, index: Tensor | None, task: str) -> ReadMaps:
         raise NotImplementedError
 
 
-class _RowReading(ClassReading):
-    """A reading by the rows (K, C) of one linear classifier."""
+class ClassWeights(NamedTuple):
+    """Probabilities ``p`` (B, K), the likeliest classes ``top`` (B, 1), and ``rest`` (B, K), the weights of
+    all others once these are left out."""
+
+    p: Tensor
+    top: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, task: str) -> ClassWeights:
+        log_p = F.logsigmoid(logits) if task == "multilabel" else logits.log_softmax(1)
+        top = log_p.argmax(1, keepdim=True)
+        others = log_p.scatter(1, top, -torch.inf)
+        rest = others.softmax(1) if logits.shape[1] > 1 else torch.zeros_like(logits)
+        return cls(log_p.exp(), top, rest)
+
+    def others(self, own: Tensor, mean: Tensor, rest: Tensor, index: Tensor | None) -> Tensor:
+        """The mean of all classes but each of ``index`` (B, M), from its ``own`` map (B, M, h, w), the sum
+        of all maps by ``p`` and by ``rest``, both (B, 1, h, w).
+
+        One class may hold nearly all of p. What is left without it is not a difference but ``rest``, so
+        nothing is lost in rounding.
+        """
+        if index is None:
+            index = torch.arange(self.p.shape[1], device=self.p.device).expand_as(self.p)
+        p = self.p.gather(1, index)
+        is_top = index == self.top
+        left = torch.where(is_top, 1.0, self.p.sum(1, keepdim=True) - p)[..., None, None]
+        return torch.where(is_top[..., None, None], rest, (mean - p[..., None, None] * own) / left)
+
+
+class RowReading(ClassReading):
+    """Base of readings by the rows (K, C) of one linear classifier."""
 
     weight: Tensor
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.register_buffer("weight", weight.detach().float().clone(), persistent=False)
+        self.register_buffer("weight", widen(weight.detach()).clone(), persistent=False)
 
-    def forward(self, taps: Taps, index: Tensor | None, p: Tensor) -> ReadMaps:
-        weight = self.weight.to(p.dtype)
-        own = weight.expand(len(p), -1, -1) if index is None else weight[index]
-        rows = torch.cat([own, (p @ weight)[:, None]], 1)
+    def forward(self, taps: Taps, index: Tensor | None, task: str) -> ReadMaps:
+        weights = ClassWeights.of(taps.logits, task)
+        weight = self.weight.to(weights.p.dtype)
+        own = weight.expand(len(weights.p), -1, -1) if index is None else weight[index]
+        rows = torch.cat([own, (weights.p @ weight)[:, None], (weights.rest @ weight)[:, None]], 1)
         maps, extra = self.read(taps, rows)
-        return ReadMaps(maps[:, :-1], maps[:, -1:], extra)
+        others = weights.others(maps[:, :-2], maps[:, -2:-1], maps[:, -1:], index)
+        return ReadMaps(maps[:, :-2], others, extra)
 
     def read(self, taps: Taps, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Maps (B, R, h, w) of ``rows`` (B, R, C), and the maps that belong to no class."""
         raise NotImplementedError
 
 
-class PooledReading(_RowReading):
+class PooledReading(RowReading):
     """Rows of the classifier on the last map, which is averaged before it."""
 
     def read(self, taps: Taps, rows: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -73,68 +113,69 @@ class PooledReading(_RowReading):
         return torch.matmul(rows, last.flatten(2)).unflatten(2, last.shape[2:]), None
 
 
-class TokenReading(_RowReading):
-    """What the class token read from each patch in the blocks whose ``norm1`` is tapped."""
+class TokenReading(RowReading):
+    """What the class token read from each patch in ``blocks``, by the place of the tap before each."""
 
-    def __init__(self, backbone: Backbone, blocks: dict[int, nn.Module]) -> None:
-        weight = backbone.classifier_weight
-        assert weight is not None
-        super().__init__(_before_final_norm(weight, backbone.model))
-        self.places = list(blocks)  # of the taps that are read
+    def __init__(self, weight: Tensor, blocks: dict[int, Block]) -> None:
+        super().__init__(weight)
+        self.places = list(blocks)
         self.extras = len(blocks)
-        self.layers = nn.ModuleList(_TokenAttention(block) for block in blocks.values())
+        self.layers = nn.ModuleList(TokenAttention(block) for block in blocks.values())
 
     def read(self, taps: Taps, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        total: Tensor | None = None
-        weights = []
+        added, weights = [], []
         for place, layer in zip(self.places, self.layers, strict=True):
             prefix = taps.prefixes[place] if taps.prefixes else None
             if prefix is None:
-                raise ValueError("taps: they lack the class tokens; take them from a pass")
-            added, attention = layer(taps.maps[place], prefix, rows)
-            total = added if total is None else total + added
+                raise ValueError(
+                    "taps: they lack the prefix tokens of the norm1 taps (prefixes); take them from a "
+                    "pass of the backbone"
+                )
+            of_rows, attention = layer(taps.maps[place], prefix, rows)
+            added.append(of_rows)
             weights.append(attention)
-        assert total is not None
-        return total, torch.cat(weights, 1)
+        return torch.stack(added).sum(0), torch.cat(weights, 1)
 
 
-class _TokenAttention(nn.Module):
-    """The class token's row of softmax attention in one block: (B, C, h, w), (B, P, C), (B, R, C) -> what
-    it adds to each row of the classifier (B, R, h, w), and its mean weights (B, 1, h, w)."""
+class TokenAttention(nn.Module):
+    """The class token's row of softmax attention in one block: ``layer(patches, prefix, rows)`` of
+    (B, C, h, w), (B, P, C) and (B, R, C) -> what each patch adds to the products of the class token with
+    the rows (B, R, h, w), biases left out, and the mean of the heads' weights (B, 1, h, w)."""
 
-    q_weight: Tensor
-    q_bias: Tensor
+    q_weight: Tensor  # (H, D, C), as k_weight and v_weight
+    q_bias: Tensor  # (H, D); the keys' adds the same to all scores, the values' to all patches
     k_weight: Tensor
     v_weight: Tensor
-    out: Tensor
+    out: Tensor  # (C, H, D)
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Block) -> None:
         super().__init__()
-        attention = block.attn
-        heads = int(attention.num_heads)  # type: ignore[arg-type,union-attr]
-        q, k, v = attention.qkv.weight.detach().float().chunk(3)  # type: ignore[union-attr,operator]
-        self.scale = float(attention.scale)  # type: ignore[arg-type,union-attr]
-        bias = attention.qkv.bias  # type: ignore[union-attr]
-        q_bias = q.new_zeros(len(q)) if bias is None else bias.detach().float().chunk(3)[0]  # type: ignore[operator]
-        out = attention.proj.weight.detach().float()  # type: ignore[union-attr,operator]
-        gamma = getattr(getattr(block, "ls1", None), "gamma", None)
-        if gamma is not None:
-            out = out * gamma.detach().float()[:, None]
-        for name, value in (("q_weight", q), ("k_weight", k), ("v_weight", v)):
-            self.register_buffer(name, value.unflatten(0, (heads, -1)).clone(), persistent=False)
-        self.register_buffer("q_bias", q_bias.unflatten(0, (heads, -1)).clone(), persistent=False)
-        self.register_buffer("out", out.unflatten(1, (heads, -1)).clone(), persistent=False)
+        attention: Any = block.attn
+        heads = int(attention.num_heads)
+        self.scale = float(attention.scale)
+        weights = widen(attention.qkv.weight.detach()).chunk(3)
+        for name, value in zip(("q_weight", "k_weight", "v_weight"), weights, strict=True):
+            self._keep(name, value.unflatten(0, (heads, -1)))
+        bias = attention.qkv.bias
+        bias = weights[0].new_zeros(len(weights[0])) if bias is None else widen(bias.detach())
+        self._keep("q_bias", bias[: len(weights[0])].unflatten(0, (heads, -1)))
+        out = widen(attention.proj.weight.detach())
+        gamma = getattr(block.ls1, "gamma", None)  # of a layer scale
+        out = out if gamma is None else out * widen(gamma.detach())[:, None]
+        self._keep("out", out.unflatten(1, (heads, -1)))
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value.clone(), persistent=False)
 
     def forward(self, patches: Tensor, prefix: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         grid, x = patches.shape[2:], patches.flatten(2)
-        kept = {n: b.to(x.dtype) for n, b in self.named_buffers()}
+        kept = {name: buffer.to(x.dtype) for name, buffer in self.named_buffers()}
         q = torch.einsum("hdc,bc->bhd", kept["q_weight"], prefix[:, 0]) + kept["q_bias"]
         keys = torch.einsum("bhd,hdc->bhc", q * self.scale, kept["k_weight"])
         scores = torch.cat([keys @ prefix.transpose(1, 2), keys @ x], -1)
         attention = scores.softmax(-1)[..., prefix.shape[1] :]
         values = torch.einsum("brc,chd,hde->brhe", rows, kept["out"], kept["v_weight"])
-        added = torch.einsum("brhe,ben->brhn", values, x)
-        added = (added * attention[:, None]).sum(2)
+        added = (torch.einsum("brhe,ben->brhn", values, x) * attention[:, None]).sum(2)
         return added.unflatten(2, grid), attention.mean(1, keepdim=True).unflatten(2, grid)
 
 
@@ -145,23 +186,28 @@ class ProbeReading(ClassReading):
         super().__init__()
         self._probe = [probe]  # in a list, so that its weights are not this module's
 
-    def forward(self, taps: Taps, index: Tensor | None, p: Tensor) -> ReadMaps:
+    def forward(self, taps: Taps, index: Tensor | None, task: str) -> ReadMaps:
+        weights = ClassWeights.of(taps.logits, task)
         with torch.no_grad():
             maps = self._probe[0](taps)
-        mean = torch.einsum("bk,bkhw->bhw", p, maps)[:, None]
+        mean, rest = (torch.einsum("bk,bkhw->bhw", w, maps)[:, None] for w in weights[::2])
         if index is None:
-            return ReadMaps(maps, mean)
-        return ReadMaps(
-            maps.gather(1, index[..., None, None].expand(-1, -1, *maps.shape[2:])), mean
-        )
+            return ReadMaps(maps, weights.others(maps, mean, rest, index))
+        own = maps.gather(1, index[..., None, None].expand(-1, -1, *maps.shape[2:]))
+        return ReadMaps(own, weights.others(own, mean, rest, index))
+
+
+# ---------------------------------------------------------------------- which reading fits a network
 
 
 def class_reading(backbone: Backbone) -> ClassReading:
     """How ``backbone`` reads its last taps, by class.
 
     Raises:
-        ValueError: it does not end in one linear classifier of pooled maps or of a class token.
+        ValueError: it has no classes, or does not end in one linear classifier of pooled maps or of a
+            class token.
     """
+    backbone.require_classes()
     if isinstance(backbone, Probed):
         return ProbeReading(backbone.probe)
     weight = backbone.classifier_weight
@@ -169,9 +215,26 @@ def class_reading(backbone: Backbone) -> ClassReading:
         raise _refusal(backbone, "it has no single linear classifier")
     if backbone.pools_linearly:
         return PooledReading(weight)
-    if not backbone.is_vit:
-        raise _refusal(backbone, "its last tap is not the map that is averaged and classified")
-    pool = getattr(backbone.model, "global_pool", None)
+    if backbone.is_vit:
+        return _vit_reading(backbone, weight)
+    if backbone.adapter:
+        raise _refusal(backbone, "its last map is not averaged and classified by one linear layer")
+    if backbone.taps[-1] != "head":
+        raise _refusal(backbone, f"its last tap, {backbone.taps[-1]}, is not the map that it pools")
+    norm = getattr(getattr(backbone.model, "head", None), "norm", None)  # as ConvNeXt's
+    return _pooled_reading(backbone, weight, norm)
+
+
+def _pooled_reading(backbone: Backbone, weight: Tensor, norm: nn.Module | None) -> PooledReading:
+    """Of a network that averages the tap ``"head"``, then normalises and classifies."""
+    if weight.shape[1] != backbone.channels[-1] or not _averages(backbone, norm):
+        raise _refusal(backbone, "it does more than average its last map and classify it linearly")
+    return PooledReading(before_norms(weight, norm))
+
+
+def _vit_reading(backbone: Backbone, weight: Tensor) -> RowReading:
+    model: Any = backbone.model
+    pool, fc_norm = getattr(model, "global_pool", None), getattr(model, "fc_norm", None)
     if pool == "avg":
         if backbone.taps[-1] != "head":
             taps = " ".join([*backbone.taps[1:], "head"])
@@ -179,45 +242,28 @@ def class_reading(backbone: Backbone) -> ClassReading:
                 backbone,
                 f"it averages its final tokens, which are not tapped; load it with --taps {taps}",
             )
-        return PooledReading(_before_fc_norm(weight, backbone.model))
-    if pool != "token":
-        raise _refusal(backbone, f"it pools its tokens by {pool!r}")
-    return TokenReading(backbone, _read_blocks(backbone))
-
-
-def _read_blocks(backbone: Backbone) -> dict[int, nn.Module]:
-    """The blocks behind the ``norm1`` taps, by the place of the tap."""
-    if getattr(backbone.model, "head_dist", None) is not None:
+        return _pooled_reading(backbone, weight, fc_norm)
+    if pool != "token" or backbone.prefix_tokens == 0:
+        raise _refusal(backbone, f"it pools its tokens by {pool!r}, not by 'token' or 'avg'")
+    if getattr(model, "head_dist", None) is not None:
         raise _refusal(backbone, "it classifies two tokens")
+    rows = before_norms(weight, fc_norm, getattr(model, "norm", None))
+    return TokenReading(rows, _read_blocks(backbone))
+
+
+def _read_blocks(backbone: Backbone) -> dict[int, Block]:
+    """The blocks behind the ``norm1`` taps, by the place of the tap."""
     if backbone.conversion:
         raise _refusal(backbone, "its attention is not the softmax that it was built with")
-    blocks = {}
+    blocks: dict[int, Block] = {}
     for place, tap in enumerate(backbone.taps):
         kind, index, _ = parse_tap(tap)
         if kind != "norm1":
             continue
         block = backbone.model.blocks[index]  # type: ignore[index,union-attr]
-        attention = getattr(block, "attn", None)
-        plain = type(attention).__name__ == "Attention" and hasattr(attention, "qkv")
-        identity = all(
-            isinstance(getattr(attention, name, nn.Identity()), nn.Identity)
-            for name in ("q_norm", "k_norm", "norm")
-        )
-        odd = [
-            n
-            for n in ("gate", "relative_position_bias_table")
-            if getattr(attention, n, None) is not None
-        ]
-        if (
-            not plain
-            or not identity
-            or odd
-            or attention.qkv.out_features != 3 * attention.proj.in_features
-        ):  # type: ignore[union-attr]
-            raise _refusal(
-                backbone,
-                f"the class token's attention in a {type(block).__name__} cannot be read from taps",
-            )
+        if not isinstance(block, Block) or not _is_plain(block.attn):
+            name = f"{type(block).__name__} with {type(getattr(block, 'attn', block)).__name__}"
+            raise _refusal(backbone, f"what the class token reads in its {name} is not known")
         blocks[place] = block
     if not blocks:
         raise _refusal(
@@ -227,25 +273,53 @@ def _read_blocks(backbone: Backbone) -> dict[int, nn.Module]:
     return blocks
 
 
-def _before_final_norm(weight: Tensor, model: nn.Module) -> Tensor:
-    """Rows for what is added to the class token, by the gains of the norms before the classifier."""
-    for name in ("fc_norm", "norm"):
-        norm = getattr(model, name, None)
-        if isinstance(norm, nn.LayerNorm) and norm.weight is not None:
-            weight = weight * norm.weight
-            weight = weight - weight.mean(
-                1, keepdim=True
-            )  # the norm removes the mean over channels
-    return weight
+def _is_plain(attention: Any) -> bool:
+    """Whether an attention module is softmax(q k) v and a projection, with nothing normalised or gated."""
+    if (
+        type(attention) is not Attention
+        or attention.qkv.out_features != 3 * attention.proj.in_features
+    ):
+        return False
+    if getattr(attention, "gate", None) is not None:
+        return False
+    between = (getattr(attention, name, None) for name in ("q_norm", "k_norm", "norm"))
+    return all(norm is None or isinstance(norm, nn.Identity) for norm in between)
 
 
-def _before_fc_norm(weight: Tensor, model: nn.Module) -> Tensor:
-    norm = getattr(model, "fc_norm", None)
-    return (
-        weight * norm.weight
-        if isinstance(norm, nn.LayerNorm) and norm.weight is not None
-        else weight
-    )
+def before_norms(rows: Tensor, *norms: nn.Module | None) -> Tensor:
+    """Rows (K, C) for what goes into ``norms``, the last one first, up to the scale by which they divide.
+
+    w . LayerNorm(x) = (w gamma - mean(w gamma)) . x / deviation(x) + constant
+    """
+    for norm in norms:
+        gain = getattr(norm, "weight", None)
+        rows = rows if gain is None else rows * gain
+        if isinstance(norm, nn.LayerNorm):
+            rows = rows - rows.mean(1, keepdim=True)
+    return rows
+
+
+@torch.no_grad()
+def _averages(backbone: Backbone, norm: nn.Module | None) -> bool:
+    """Whether the logits of final features are W norm(their mean over patches) + b."""
+    model: Any = backbone.model
+    weight, bias = linear_classifier(model)
+    assert weight is not None
+    count = math.prod(backbone.tap_sizes[-1])
+    draw = torch.Generator().manual_seed(0)
+    size = (2, backbone.prefix_tokens + count, weight.shape[1])
+    tokens = torch.rand(size, generator=draw, device="cpu").to(weight) - 0.3
+    mean = tokens[:, backbone.prefix_tokens :].mean(1)
+    if isinstance(norm, nn.LayerNorm):  # of maps, too
+        mean = F.layer_norm(mean, mean.shape[1:], norm.weight, norm.bias, norm.eps)
+    elif norm is not None:
+        mean = norm(mean)
+    if not backbone.is_vit:
+        tokens = tokens.unflatten(1, backbone.tap_sizes[-1])
+        tokens = tokens if backbone.channels_last else tokens.permute(0, 3, 1, 2)
+    logits = model.forward_head(tokens)
+    expected = F.linear(mean, weight, bias)
+    return logits.shape == expected.shape and torch.allclose(logits, expected, rtol=1e-3, atol=1e-4)
 
 
 def _refusal(backbone: Backbone, reason: str) -> ValueError:

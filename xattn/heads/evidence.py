@@ -23,18 +23,31 @@ from xattn.backbone import Backbone, Taps
 from xattn.heads.base import Head, register_head
 from xattn.heads.class_reading import class_reading
 from xattn.heads.fusion import class_rows, resize
+from xattn.kernels.softmax.reference import widen
 from xattn.runtime.option_checks import Count
 
 SIZE = 28  # cells of a side of the maps, at most
 TINY = 1e-6
+SMALLEST = 1e-30
 PARTS = ("contrast", "features", "u", "g", "h")
 
 
 def standardised(maps: Tensor) -> Tensor:
-    """Maps (..., h, w) with mean 0 and standard deviation 1 over space; 0 where a map is constant."""
-    centred = maps - maps.mean((-2, -1), keepdim=True)
-    scale = centred.square().mean((-2, -1), keepdim=True).sqrt()
-    return centred / scale.clamp_min(TINY)
+    """Maps (..., h, w) with mean 0 and standard deviation 1 over space; 0 where a map is constant, up to
+    rounding."""
+    wide = widen(maps)
+    centred = wide - wide.mean((-2, -1), keepdim=True)
+    least = TINY**2 * wide.square().mean((-2, -1), keepdim=True) + SMALLEST
+    variance = centred.square().mean((-2, -1), keepdim=True)
+    return torch.where(variance > least, centred / variance.clamp_min(least).sqrt(), 0).to(
+        maps.dtype
+    )
+
+
+def size_of(taps: Taps) -> tuple[int, int]:
+    """Cells (r, r') of the maps: those of the finest tap, at most 28 a side."""
+    height, width = (max(sides) for sides in zip(*(f.shape[2:] for f in taps.maps), strict=True))
+    return min(SIZE, height), min(SIZE, width)
 
 
 class Components(nn.Module):
@@ -56,17 +69,19 @@ class Components(nn.Module):
 
     def fit(self, count: int, total: Tensor, square: Tensor) -> None:
         """Set mean and basis from ``count`` vectors with the sum ``total`` (C,) and the sum of outer
-        products ``square`` (C, C)."""
+        products ``square`` (C, C). Channels of any size count alike, those that never change not at all."""
         mean = total / count
         covariance = square / count - torch.outer(mean, mean)
-        scale = covariance.diagonal().clamp_min(TINY).sqrt()  # channels of any size count alike
-        values, vectors = torch.linalg.eigh(covariance / torch.outer(scale, scale))
+        scale = covariance.diagonal().clamp_min(0).sqrt()
+        changes = scale > TINY * (mean.abs() + scale.max())
+        inverse = torch.where(changes, 1 / scale.clamp_min(SMALLEST), 0)
+        values, vectors = torch.linalg.eigh(covariance * torch.outer(inverse, inverse))
         best = values.argsort(descending=True)[: len(self.basis)]
         basis = vectors[:, best] / values[best].clamp_min(1e-4).sqrt()
         largest = basis.abs().argmax(0)  # the sign of an eigenvector is arbitrary
         basis = basis * basis.gather(0, largest[None]).sign()
         self.mean.copy_(mean)
-        self.basis.copy_((basis / scale[:, None]).t())
+        self.basis.copy_((basis * inverse[:, None]).t())
 
 
 @register_head(
@@ -107,12 +122,12 @@ class Evidence(Head):
         super().__init__(backbone, options)
         self.parts = frozenset(parts)
         self.reading = class_reading(backbone)
-        self.size = tuple(min(SIZE, max(sides)) for sides in zip(*backbone.tap_sizes, strict=True))
         self.cam = nn.Parameter(torch.ones(()))
         self.contrast = nn.Parameter(torch.zeros(()))
         self.features = nn.Parameter(torch.zeros(len(backbone.taps) + 1 + self.reading.extras))
-        self.components = nn.ModuleList(Components(c, components) for c in backbone.channels)
-        width = sum(len(component.basis) for component in self.components)  # type: ignore[arg-type]
+        readers = [Components(channels, components) for channels in backbone.channels]
+        self.components = nn.ModuleList(readers)
+        width = sum(len(reader.basis) for reader in readers)
         self.network = nn.Sequential(
             nn.Conv2d(width, hidden, 1),
             nn.GELU(),
@@ -126,24 +141,24 @@ class Evidence(Head):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Taps]) -> None:
-        count = 0
+        counts = [0] * len(self.components)
         sums = [torch.zeros(())] * len(self.components)
         squares = [torch.zeros(())] * len(self.components)
         for taps in batches:
-            vectors = [f.double().transpose(0, 1).flatten(1) for f in taps.maps]
-            sums = [a.to(v) + v.sum(1) for a, v in zip(sums, vectors, strict=True)]
-            squares = [a.to(v) + v @ v.t() for a, v in zip(squares, vectors, strict=True)]
-            count += len(taps.logits)
-        for component, total, square, f in zip(
-            self.components, sums, squares, taps.maps, strict=True
-        ):
-            component.fit(count * f.shape[2] * f.shape[3], total, square)  # type: ignore[operator]
+            for i, f in enumerate(taps.maps):
+                vectors = f.double().transpose(0, 1).flatten(1)
+                counts[i] += vectors.shape[1]
+                sums[i] = sums[i].to(vectors) + vectors.sum(1)
+                squares[i] = squares[i].to(vectors) + vectors @ vectors.t()
+        for component, *found in zip(self.components, counts, sums, squares, strict=True):
+            if found[0]:
+                component.fit(*found)  # type: ignore[operator]
 
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
-        last = taps.maps[-1]
-        index = class_rows(class_index, self.num_classes, len(last))
+        logits, size = taps.logits, size_of(taps)
+        index = class_rows(class_index, self.num_classes, len(logits))
         if index is not None:
-            index = index.to(last.device).expand(len(last), -1)
+            index = index.to(logits.device).expand(len(logits), -1)
         cam, contrast, extra = self.class_maps(taps, index)
         total = self.cam * cam
         if "contrast" in self.parts:
@@ -153,7 +168,7 @@ class Evidence(Head):
             total = total + torch.einsum("f,bfhw->bhw", self.features, features)[:, None]
         if self.parts & {"u", "g", "h"}:
             components = zip(self.components, taps.maps, strict=True)
-            x = torch.cat([resize(component(f), self.size) for component, f in components], 1)
+            x = torch.cat([resize(component(f), size) for component, f in components], 1)
             for part, gate in zip("ugh", self.network(x).split(1, 1), strict=True):
                 if part in self.parts:
                     total = total + {"u": gate, "g": gate * cam, "h": gate * contrast}[part]
@@ -162,16 +177,9 @@ class Evidence(Head):
     def class_maps(self, taps: Taps, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """CAM and contrast (B, M, r, r) of the classes ``index`` (B, M), or of all, standardised; and the
         reading's other maps."""
-        logits = taps.logits
-        p = logits.sigmoid() if self.backbone_task == "multilabel" else logits.softmax(1)
-        found = self.reading(taps, index, p)
-        own = p if index is None else p.gather(1, index)
-        rest = (p.sum(1, keepdim=True) - own).clamp_min(TINY)[..., None, None]
-        others = (found.mean - own[..., None, None] * found.own) / rest
-        # A class of p = 1 leaves the others no weight: its contrast is its CAM.
-        others = torch.where(rest > TINY, others, 0.0)
-        maps = (standardised(resize(m, self.size)) for m in (found.own, found.own - others))
-        return *maps, found.extra  # type: ignore[return-value]
+        found, size = self.reading(taps, index, self.backbone_task), size_of(taps)
+        own, contrast = (resize(m, size) for m in (found.own, found.own - found.others))
+        return standardised(own), standardised(contrast), found.extra
 
     def plain_features(self, taps: Taps, extra: Tensor | None) -> Tensor:
         """Norms of all taps, texture of the first, the reading's ``extra``: (B, F, r, r), standardised."""
@@ -183,7 +191,7 @@ class Evidence(Head):
         ]
         if extra is not None:
             norms.append(extra)
-        return torch.cat([standardised(resize(n, self.size)) for n in norms], 1)
+        return torch.cat([standardised(resize(n, size_of(taps))) for n in norms], 1)
 
     def mask(self, scores: Tensor) -> Tensor:
         """sigmoid(2 z + 1) of the standardised scores z: about two thirds of the cells are above 1/2."""

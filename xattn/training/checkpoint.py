@@ -79,6 +79,11 @@ def load_checkpoint(folder: Path, needed: Collection[str]) -> dict[str, Any] | N
     return None
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a checkpoint was ever finished in ``folder``, intact or not."""
+    return bool(_steps(folder))
+
+
 def _steps(folder: Path) -> dict[int, Path]:
     """The folders of the checkpoints by step, newest first."""
     found = {}

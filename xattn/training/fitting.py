@@ -17,6 +17,7 @@ from xattn.photos.base import Data, Photos
 from xattn.photos.sources import open_photos
 from xattn.runtime.files import write_json
 from xattn.training import processes
+from xattn.training.checkpoint import has_checkpoint
 from xattn.training.head_optimizer import FitState, head_optimizer, one_cycle
 from xattn.training.objective import Part, objective
 from xattn.training.outcome_fitting import OutcomesJob, table_for
@@ -24,7 +25,8 @@ from xattn.training.outcome_table import Outcomes
 from xattn.training.photo_batches import PhotoBatch, PhotoBatches
 from xattn.training.photo_loop import Batches, train_on_photos
 from xattn.training.run import Run, RunOptions
-from xattn.training.tap_store import TapStore
+from xattn.training.run_folder import CHECKPOINTS, check_folder
+from xattn.training.tap_store import first_taps
 
 CALIBRATED = 256  # photos whose taps a head takes statistics of
 
@@ -80,7 +82,9 @@ def fit(
     checkpoint. Loader processes that die are replaced, with a warning.
 
     Raises:
-        ValueError: no images, or ``output`` holds another run (or any run, without ``resume``).
+        ValueError: no images, or ``output`` holds another run (or any run, without ``resume``). Of
+            outcomes: ``head`` is a classifier, ``table`` belongs to other weights, photos or masks, or no
+            photo's class reacts to masks.
         OSError: ``output`` cannot be written, or a file of ``data`` is missing. After a checkpoint:
             loader processes die repeatedly (``ChildProcessError``), or a batch has no readable image
             although its images could be read before, as if a disk or server were gone.
@@ -91,10 +95,15 @@ def fit(
             f"head: made for weights sha256 {head.backbone_fingerprint}, the backbone has "
             f"{backbone.fingerprint}; create the head with this backbone"
         )
-    if head.is_classifier:
+    if head.is_classifier and config.objective == "outcomes":
         raise ValueError(
-            f"head: {head.name!r} is a classifier; train it with xattn probe, or choose an explanation "
-            f"head such as 'evidence' or 'ttame'"
+            f"head: {head.name!r} is a classifier, whose maps share out its own logits; train it with "
+            f"xattn probe, or give outcomes to an explanation head such as 'evidence' or 'ttame'"
+        )
+    if table is not None and config.objective != "outcomes":
+        raise ValueError(
+            f"table: got one for objective={config.objective!r}, which reads none; train with "
+            f"TrainConfig('outcomes'), --recipe outcomes"
         )
     photos = open_photos(data)
     options = RunOptions(output, resume, progress, on_checkpoint)
@@ -104,6 +113,8 @@ def fit(
             if config.objective == "masking":
                 job: Job = MaskingJob(backbone, photos, config, accelerator, resumed)
             else:
+                if options.folder is not None:  # before a table is computed in vain
+                    check_folder(options.folder, resume)
                 ranks = accelerator.num_processes
                 found, numbers = stack.enter_context(
                     table_for(backbone, photos, config, table, options, ranks, say)
@@ -124,7 +135,7 @@ def _fit(
     device = backbone.device if accelerator.num_processes == 1 else accelerator.device
     backbone.to(device)
     head.to(device)
-    if head.reads_statistics and not options.resume:
+    if head.reads_statistics and not _resumes(options):
         head.calibrate(job.calibration(backbone))
     optimizer = head_optimizer(head, config)
     scheduler = one_cycle(optimizer, config.lr, job.batches.total)
@@ -150,11 +161,19 @@ def _fit(
     return FitResult(head, run.step, run.losses, skipped, run.folder, run.main)
 
 
+def _resumes(options: RunOptions) -> bool:
+    """Whether the run has a checkpoint to go on from, which holds the head's statistics, too."""
+    folder = options.folder
+    return options.resume and folder is not None and has_checkpoint(folder / CHECKPOINTS)
+
+
 class Job(Protocol):
     """What one objective adds to a run: its batches, what it has left out of the photos, and its step."""
 
-    batches: Batches
     left_out: list[tuple[str, str]]
+
+    @property
+    def batches(self) -> Batches: ...
 
     def calibration(self, backbone: Backbone) -> Iterable[Taps]:
         """Taps of photos, for a head that takes statistics before it is trained."""
@@ -183,10 +202,8 @@ class MaskingJob:
         self.config = config
 
     def calibration(self, backbone: Backbone) -> Iterable[Taps]:
-        """Of the evaluation crops of the first photos."""
-        photos = self.batches.photos
-        store = TapStore(backbone, photos, self.config, range(min(len(photos), CALIBRATED)))
-        return store.all()
+        """Of the first photos."""
+        return first_taps(backbone, self.batches.photos, self.config, CALIBRATED)
 
     def step(
         self, run: Run[Head], backbone: Backbone, batch: PhotoBatch, counts: list[int]

@@ -7,11 +7,14 @@ others, drawn from its most probable classes, with their log-odds; see
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import tempfile
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,11 @@ from xattn.backbone import Backbone, Taps
 from xattn.config import TrainConfig
 from xattn.heads import Head
 from xattn.heads.fusion import resize
+from xattn.kernels.softmax.reference import widen
 from xattn.photos.base import Photos
 from xattn.training.data import steps_per_epoch
 from xattn.training.outcome_table import OutcomeBatch, Outcomes
-from xattn.training.outcomes import cache_outcomes
+from xattn.training.outcomes import FEW, cache_outcomes
 from xattn.training.outcomes_objective import correlation, reacts
 from xattn.training.run import Run, RunOptions
 from xattn.training.tap_store import Place, TapStore
@@ -52,28 +56,14 @@ def table_for(
         ValueError: ``table`` belongs to another network, or lacks photos.
     """
     if isinstance(table, Outcomes):
-        theirs = table.key["backbone"]["sha256"]
-        if theirs != backbone.fingerprint:
-            raise ValueError(
-                f"table: its outcomes are those of weights sha256 {theirs}, the backbone has "
-                f"{backbone.fingerprint}; compute a table for this backbone"
-            )
+        _check_network(table, backbone)
         yield _part(table, photos)
         return
     with tempfile.TemporaryDirectory(prefix="xattn-outcomes-") as temporary:
-        folder = options.folder
-        if table is not None:
-            place = Path(table)
-        elif folder is not None:
-            place = folder.with_name(f"{folder.name}-outcomes")
-        elif ranks > 1:
-            raise ValueError("table: several processes need one folder; give table or output")
-        else:
-            place = Path(temporary) / "outcomes"
         found = cache_outcomes(
             backbone,
             photos,
-            place,
+            _table_folder(table, options.folder, ranks) or Path(temporary) / "outcomes",
             crops=config.crops,
             masks=config.masks,
             seed=config.seed,
@@ -86,6 +76,40 @@ def table_for(
         yield found, found.numbers
 
 
+def _table_folder(table: str | Path | None, output: Path | None, ranks: int) -> Path | None:
+    """Where the table is kept; None keeps it no longer than the run."""
+    if table is None and output is None:
+        if ranks > 1:
+            raise ValueError("table: several processes need one folder; give table or output")
+        return None
+    if output is None:
+        return Path(str(table))
+    place = Path(os.path.abspath(output))  # "." has no name
+    if table is None:
+        return place.with_name(f"{place.name}-outcomes")
+    if place.resolve() in (Path(table).resolve(), *Path(table).resolve().parents):
+        raise ValueError(
+            f"table: {table} lies in output, the folder of the run; choose another one"
+        )
+    return Path(table)
+
+
+def _check_network(table: Outcomes, backbone: Backbone) -> None:
+    """Raise a ``ValueError`` unless ``table`` holds the answers of ``backbone``."""
+    theirs = {**table.key, "weights": table.key["backbone"]["sha256"]}
+    own = {
+        "weights": backbone.fingerprint,
+        "preprocessing": json.loads(json.dumps(asdict(backbone.preprocessing))),
+        "task": backbone.task,
+    }
+    for name, value in own.items():
+        if theirs[name] != value:
+            raise ValueError(
+                f"table: its outcomes are those of {name} {theirs[name]}, the backbone has {value}; "
+                f"compute a table for this backbone"
+            )
+
+
 def _part(table: Outcomes, photos: Photos) -> tuple[Outcomes, list[int]]:
     """The rows of ``photos`` in a finished table, and which of them each row is."""
     if table.crops > 1:
@@ -93,14 +117,18 @@ def _part(table: Outcomes, photos: Photos) -> tuple[Outcomes, list[int]]:
             f"table: it has {table.crops} crops, which are known by the photos' places in its own data; "
             f"give its folder, with that data"
         )
-    numbers = []
-    for i in range(len(photos)):
-        try:
-            table.subset([photos.name(i)])
-        except ValueError:
-            continue
-        numbers.append(i)
-    return table.subset([photos.name(i) for i in range(len(photos))]), numbers
+    names = [photos.name(i) for i in range(len(photos))]
+    part = table.subset(names)
+    _warn_of_few(part.folder, len(part))
+    return part, [i for i, found in enumerate(table.find(names)) if found is not None]
+
+
+def _warn_of_few(folder: Path, photos: int) -> None:
+    if photos < FEW:
+        warnings.warn(
+            f"table: {photos} photos of {folder} can be used; a head needs {FEW} or more to learn from",
+            stacklevel=4,  # fit
+        )
 
 
 @dataclass(frozen=True)
@@ -170,17 +198,17 @@ class OutcomesJob:
         accelerator: Any,
     ) -> None:
         self.table, self.numbers, self.config = table, numbers, config
-        react = [
-            _reacting(table, crop, config.batch_size, backbone.task) for crop in range(table.crops)
-        ]
-        kept = [i for i in range(len(table)) if all(of_crop[i] for of_crop in react)]
-        self.left_out = [*table.skipped]
-        self.left_out += [(n, NO_REACTION) for i, n in enumerate(table.names) if i not in set(kept)]
+        reacting = _reacting(table, config.batch_size)
+        kept = [i for i, found in enumerate(reacting) if found]
+        unmoved = [name for name, found in zip(table.names, reacting, strict=True) if not found]
+        self.left_out = [*table.skipped, *((name, NO_REACTION) for name in unmoved)]
         if not kept:
             raise ValueError(
                 f"data: the network's answers do not react to masks in any of {len(table)} photos, so "
                 f"there is nothing to learn; check the backbone's weights"
             )
+        if unmoved and len(table) >= FEW:
+            _warn_of_few(table.folder, len(kept))
         rank, ranks = accelerator.process_index, accelerator.num_processes
         places = [(crop, i) for crop in range(table.crops) for i in kept]
         self.batches = OutcomeBatches(photos, table, places, config, rank, ranks)
@@ -203,18 +231,22 @@ class OutcomesJob:
         index = drawn_classes(outcomes, seeds, self.config.others)
         with run.forward(batch.share):
             scores = run.head(taps, index)
-            terms = outcome_terms(scores, outcomes, index)
-            terms["loss"] = terms["loss"] + run.head.auxiliary_loss()
+            auxiliary = run.head.auxiliary_loss()
+        terms = outcome_terms(
+            scores, outcomes, index
+        )  # outside, where mixed precision does not round
+        terms["loss"] = terms["loss"] + auxiliary
         return run.take_step(terms, weight)
 
 
-def _reacting(table: Outcomes, crop: int, batch_size: int, task: str) -> list[bool]:
-    """Of each photo, whether its own class reacts to the masks of a crop."""
+def _reacting(table: Outcomes, batch_size: int) -> list[bool]:
+    """Of each photo, whether its most probable class reacts to the masks of every crop."""
     found: list[bool] = []
     for first in range(0, len(table), batch_size):
-        batch = table.batch(range(first, min(first + batch_size, len(table))), crop)
-        own = batch.top(1)
-        found += reacts(batch.masks, batch.log_odds(own))[:, 0].tolist()
+        photos = range(first, min(first + batch_size, len(table)))
+        crops = [table.batch(photos, crop) for crop in range(table.crops)]
+        react = [reacts(batch.masks, batch.log_odds(batch.top(1))) for batch in crops]
+        found += torch.cat(react, 1).all(1).tolist()
     return found
 
 
@@ -225,11 +257,11 @@ def drawn_classes(outcomes: OutcomeBatch, seeds: Iterable[str], others: int) -> 
     """
     count = min(TOP, outcomes.logits.shape[2])
     top = outcomes.top(count)
-    positive = torch.ones(len(top), dtype=torch.long)
+    positive = [1] * len(top)
     if outcomes.task == "multilabel":
-        positive = (outcomes.logits[:, 0] > 0).sum(1).clamp(1, count).cpu()
+        positive = (outcomes.logits[:, 0] > 0).sum(1).clamp(1, count).tolist()
     places = []
-    for seed, labels in zip(seeds, positive.tolist(), strict=True):
+    for seed, labels in zip(seeds, positive, strict=True):
         draw = random.Random(seed)
         own = draw.randrange(labels)
         rest = [i for i in range(count) if i != own]
@@ -243,7 +275,7 @@ def outcome_terms(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict
 
     Of each photo the outcomes that react to masks count alike.
     """
-    maps = resize(scores, tuple(outcomes.masks.shape[2:]))
+    maps = resize(widen(scores), tuple(outcomes.masks.shape[2:]))
     odds = outcomes.log_odds(index).to(maps.dtype)
     answers = torch.cat([outcomes.probabilities(index[:, :1]).to(maps.dtype), odds], 1)
     maps = torch.cat([maps[:, :1], maps], 1)

@@ -217,10 +217,10 @@ class Outcomes:
         given: list[Any] = photos.tolist() if isinstance(photos, Tensor) else list(photos)
         skipped: list[tuple[str, str]] = []
         if all(isinstance(photo, str | Path) for photo in given):
-            own, reasons = {name: i for i, name in enumerate(self.names)}, dict(self.skipped)
-            named = self._named(given, (*own, *reasons))
+            reasons = dict(self.skipped)
+            named = self._named(given)
             skipped = [(name, reasons[name]) for name in named if name in reasons]
-            given = [own[name] for name in named if name in own]
+            given = [number for number in self.find(given) if number is not None]
         if not given or not set(given) <= set(range(len(self))):
             raise ValueError(
                 f"photos: got {len(given)} readable photos {str(given)[:40]}; give some of the numbers "
@@ -236,8 +236,19 @@ class Outcomes:
             _rows=rows,
         )
 
-    def _named(self, photos: Sequence[str | Path], names: Sequence[str]) -> list[str]:
+    def find(self, photos: Sequence[str | Path]) -> list[int | None]:
+        """The number of each photo, by the paths or names that the table was made of; None for those that
+        were skipped.
+
+        Raises:
+            ValueError: a photo that the table was not made of.
+        """
+        numbers = {name: i for i, name in enumerate(self.names)}
+        return [numbers.get(name) for name in self._named(photos)]
+
+    def _named(self, photos: Sequence[str | Path]) -> list[str]:
         """The table's names of ``photos``, which may be given by other paths to the same files."""
+        names = (*self.names, *(name for name, _ in self.skipped))
         known = {name: name for name in names}
         if any(str(photo) not in known for photo in photos):
             known.update({str(Path(name).resolve()): name for name in names})

@@ -17,6 +17,8 @@ from xattn.training.checkpoint import load_checkpoint
 
 RUN_FILE, LOG_FILE, LOCK_FILE = "run.json", "log.jsonl", "run.lock"
 HEAD_FOLDER, CHECKPOINTS = "head", "checkpoints"
+# Settings that records of earlier versions lack.
+BEFORE_OUTCOMES = {"objective": "masking", "crops": 1, "masks": 16, "others": 2}
 
 
 def first_workers(folder: Path | None, workers: int) -> int:
@@ -26,6 +28,23 @@ def first_workers(folder: Path | None, workers: int) -> int:
         return int(old["train"]["workers"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return workers  # a damaged record is refused by claim
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Raise a ``ValueError`` unless ``folder`` is free for a new run, or holds one to resume."""
+    follow_link(folder)  # refuses one that leads nowhere
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output: {folder} is a file; name a folder")
+    if (folder / RUN_FILE).is_file():
+        if not resume:
+            raise ValueError(
+                f"output: {folder} holds a run already; go on with it by --resume (resume=True), or "
+                f"give another --output"
+            )
+    elif resume:
+        raise ValueError(f"resume: {folder} holds no run; check output, or train without resume")
+    elif folder.is_dir() and any(p.name != LOCK_FILE for p in folder.iterdir()):
+        raise ValueError(f"output: {folder} is not empty and holds no run; choose a new folder")
 
 
 @contextmanager
@@ -42,16 +61,9 @@ def claim(
     if folder is None or not main:
         yield None, None
         return
-    follow_link(folder)  # refuses one that leads nowhere
+    check_folder(folder, resume)
     path = folder / RUN_FILE
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output: {folder} is a file; name a folder")
-    if path.is_file():
-        if not resume:
-            raise ValueError(
-                f"output: {folder} holds a run already; go on with it by --resume (resume=True), or "
-                f"give another --output"
-            )
+    if resume:
         try:
             old = strict_json.parse(path.read_bytes())
             changed = _differences(_comparable(old), _comparable(json.loads(json.dumps(run))))
@@ -63,10 +75,6 @@ def claim(
                 f"resume: {path} was started with other settings ({'; '.join(changed[:3])}{more}); "
                 f"use the same, or a new output folder"
             )
-    elif resume:
-        raise ValueError(f"resume: {folder} holds no run; check output, or train without resume")
-    elif folder.is_dir() and any(p.name != LOCK_FILE for p in folder.iterdir()):
-        raise ValueError(f"output: {folder} is not empty and holds no run; choose a new folder")
     with locked(folder):
         if not path.is_file():
             write_json(path, run)
@@ -82,7 +90,8 @@ def claim(
 
 def _comparable(run: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a run to be resumed: everything but settings that do not change the result."""
-    train = {k: v for k, v in run["train"].items() if k not in ("workers", "checkpoint_every")}
+    train = {**BEFORE_OUTCOMES, **run["train"]}
+    train = {k: v for k, v in train.items() if k not in ("workers", "checkpoint_every")}
     head = {k: v for k, v in run["head"].items() if k not in ("training", "xattn")}
     if "conversion" not in head:  # of a distillation
         head["options"] = complete_options(head["head"], head["options"])

@@ -44,8 +44,6 @@ class TapStore:
         self.places = [(crop, photo) for crop in range(crops) for photo in numbers]
         self._kept: dict[Place, Taps] = {}
         self._filled = False
-        reference = next(backbone.parameters(), torch.zeros((), device="cpu"))
-        self._target = torch.float64 if reference.dtype == torch.float64 else torch.float32
 
     def _fill(self) -> None:
         """Compute the taps that are kept, in blocks, from the first place on."""
@@ -75,30 +73,49 @@ class TapStore:
             rows = {place: row(computed, i) for i, place in enumerate(lost)}
         return stack([self._kept.get(place) or rows[place] for place in places])
 
-    @torch.no_grad()
     def _computed(self, blocks: Sequence[Sequence[Place]]) -> Generator[Taps, None, None]:
-        config, device = self.config, self.backbone.device
-        images = _Crops(
-            self.photos, self.backbone.preprocessing, config.seed, True, config.max_pixels
-        )
-        keys = [list(block) for block in blocks]
-        with closing(load_batches(images, keys, config.workers if len(keys) > 1 else 0)) as batches:
-            for block, (batch, unreadable) in zip(keys, batches, strict=True):
-                if batch is None or unreadable:
-                    reason = unreadable[0][1] if unreadable else f"{len(block)} photos"
+        with closing(passes(self.backbone, self.photos, self.config, blocks)) as computed:
+            for taps, unreadable in computed:
+                if taps is None or unreadable:
+                    reason = unreadable[0] if unreadable else "no photo"
                     raise OSError(
                         f"data: an image that could be read before no longer can ({reason}); bring it "
                         f"back, then go on"
                     )
-                yield self.backbone(batch.to(device, self._target))
+                yield taps
+
+
+@torch.no_grad()
+def passes(
+    backbone: Backbone, photos: Photos, config: TrainConfig, blocks: Sequence[Sequence[Place]]
+) -> Generator[tuple[Taps | None, list[str]], None, None]:
+    """Of each block the taps of the photos that can be read, None without any, and why others cannot."""
+    reference = next(backbone.parameters(), torch.zeros((), device="cpu"))
+    dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
+    images = _Crops(photos, backbone.preprocessing, config.seed, max_pixels=config.max_pixels)
+    keys = [list(block) for block in blocks]
+    with closing(load_batches(images, keys, config.workers if len(keys) > 1 else 0)) as batches:
+        for batch, unreadable in batches:
+            taps = None if batch is None else backbone(batch.to(backbone.device, dtype))
+            yield taps, [reason for _, reason in unreadable]
+
+
+def first_taps(
+    backbone: Backbone, photos: Photos, config: TrainConfig, count: int
+) -> Iterator[Taps]:
+    """Taps of the evaluation crops of the first ``count`` photos, without those that cannot be read."""
+    places = [(0, photo) for photo in range(min(count, len(photos)))]
+    blocks = [places[i : i + BLOCK] for i in range(0, len(places), BLOCK)]
+    with closing(passes(backbone, photos, config, blocks)) as computed:
+        yield from (taps for taps, _ in computed if taps is not None)
 
 
 class _Crops(TrainImages):
     """The evaluation crop of each photo for "epoch" 0, and augmented ones for others."""
 
     def __getitem__(self, key: Place) -> Any:  # type: ignore[override]
-        plain = TrainImages(self.photos, self.preprocessing, self.seed, key[0] > 0, self.max_pixels)
-        return plain[key]
+        self.augment = key[0] > 0
+        return super().__getitem__(key)
 
 
 def tensors(taps: Taps) -> list[Tensor]:
@@ -109,7 +126,7 @@ def tensors(taps: Taps) -> list[Tensor]:
 
 def row(taps: Taps, index: int) -> Taps:
     """One image's taps, without the axis of the batch."""
-    return _each(lambda t: t[index].clone(), taps)
+    return taps.each(lambda tensor: tensor[index].clone())
 
 
 def stack(rows: Sequence[Taps]) -> Taps:
@@ -124,11 +141,3 @@ def stack(rows: Sequence[Taps]) -> Taps:
             for p in zip(*(r.prefixes for r in rows), strict=True)
         ),
     )
-
-
-def _each(function: Any, taps: Taps) -> Taps:
-    def of(value: Tensor | None) -> Tensor | None:
-        return None if value is None else function(value)
-
-    maps = tuple(function(m) for m in taps.maps)
-    return Taps(function(taps.logits), maps, of(taps.prefix), tuple(of(p) for p in taps.prefixes))
