@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
+from numpy.typing import NDArray
 
 from xattn.backbone import Backbone, load_backbone
 from xattn.config import TrainConfig
@@ -68,7 +69,7 @@ def merge(parts: Sequence[Results]) -> Results:
             failed=_shifted([m.failed for m in same], [len(m.valid) for m in same]),
             measured={c: np.concatenate([m.measured[c] for m in same]) for c in method.measured},
             valid=np.concatenate([m.valid for m in same]),
-            scores={k: np.concatenate([m.scores[k] for m in same]) for k in method.scores},
+            scores={k: _stacked([m.scores[k] for m in same]) for k in method.scores},
             values={c: np.concatenate([m.values[c] for m in same]) for c in method.values},
         )
     images = [image for p in parts for image in p.images]
@@ -84,6 +85,15 @@ def merge(parts: Sequence[Results]) -> Results:
         options=first.options,
         notes={k: v for p in parts for k, v in p.notes.items()},
     )
+
+
+def _stacked(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Scores (n,) or curves (n, T) one after the other; curves of fewer steps end in NaN."""
+    if parts[0].ndim == 1:
+        return np.concatenate(parts)
+    steps = max(part.shape[1] for part in parts)
+    padded = [np.pad(p, ((0, 0), (0, steps - p.shape[1])), constant_values=np.nan) for p in parts]
+    return np.concatenate(padded)
 
 
 def _shifted(parts: Sequence[Mapping[int, str]], sizes: Sequence[int]) -> dict[int, str]:
