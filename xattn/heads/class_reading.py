@@ -94,7 +94,7 @@ class RowReading(ClassReading):
     def forward(self, taps: Taps, index: Tensor | None, task: str) -> ReadMaps:
         weights = ClassWeights.of(taps.logits, task)
         weight = self.weight.to(weights.p.dtype)
-        own = weight.expand(len(weights.p), -1, -1) if index is None else weight[index]
+        own = weight.expand(weights.p.shape[0], -1, -1) if index is None else weight[index]
         rows = torch.cat([own, (weights.p @ weight)[:, None], (weights.rest @ weight)[:, None]], 1)
         maps, extra = self.read(taps, rows)
         others = weights.others(maps[:, :-2], maps[:, -2:-1], maps[:, -1:], index)

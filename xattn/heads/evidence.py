@@ -156,9 +156,9 @@ class Evidence(Head):
 
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
         logits, size = taps.logits, size_of(taps)
-        index = class_rows(class_index, self.num_classes, len(logits))
-        if index is not None:
-            index = index.to(logits.device).expand(len(logits), -1)
+        index = class_rows(class_index, self.num_classes, logits.shape[0])
+        if index is not None:  # shape[0], since len would fix an exported graph's batch size
+            index = index.to(logits.device).expand(logits.shape[0], -1)
         cam, contrast, extra = self.class_maps(taps, index)
         total = self.cam * cam
         if "contrast" in self.parts:

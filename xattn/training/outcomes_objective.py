@@ -15,6 +15,7 @@ from torch import Tensor
 from xattn.kernels.softmax.reference import widen
 
 TINY = 1e-12
+ROUNDING = 100  # sums over cells and masks are off by less than so many times the precision
 REACTS = 1e-6
 """Outcomes whose variance, relative to their mean square, is less than this do not react to masks."""
 
@@ -36,8 +37,18 @@ def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
     effects = maps.flatten(2) @ masks.flatten(2).transpose(1, 2)
     area = masks.mean((2, 3))[:, None]
     x, y = area_adjusted(effects, area), area_adjusted(outcomes, area)
-    scale = (x.square().sum(-1) * y.square().sum(-1)).clamp_min(TINY**2).sqrt()
-    return (x * y).sum(-1) / scale
+    square_x, square_y = _variation(x, effects), _variation(y, outcomes)
+    varies = (square_x > 0) & (square_y > 0)
+    scale = torch.where(varies, square_x, 1).sqrt() * torch.where(varies, square_y, 1).sqrt()
+    return torch.where(varies, (x * y).sum(-1) / scale, 0)
+
+
+def _variation(adjusted: Tensor, values: Tensor) -> Tensor:
+    """Sum of squares (...) of ``adjusted`` (..., N); 0 where it is no more than rounding of ``values``:
+    its direction is noise and its gradient has no bound."""
+    square = adjusted.square().sum(-1)
+    rounding = ROUNDING * torch.finfo(values.dtype).eps
+    return torch.where(square > rounding**2 * values.square().sum(-1), square, 0)
 
 
 def reacts(masks: Tensor, outcomes: Tensor) -> Tensor:
