@@ -2,8 +2,9 @@
 
     python -m xattn.eval.studies.fold_rows --data PHOTOS --rows gradcam ttame:recipe=small
 
-A row is an explainer or a head by name, with options: those of :class:`~xattn.config.TrainConfig` train
-the head, ``photos`` limits the photos that it is trained on, all others belong to the head or explainer.
+A row is an explainer or a head by name, with options. Of a head those of :class:`~xattn.config.TrainConfig`
+train it, ``photos`` limits the photos that it is trained on, ``passes`` and ``maps`` say how it is shown,
+and all others are its own.
 ``LABEL=NAME:option=value`` gives it a label. ``PHOTOS`` has one folder a class; each fold's photos are
 scored by a head trained on the other classes, or the photos of ``--held-out`` by a head trained on all.
 A row that is finished is read, a killed one goes on, and a new row needs none of the others again.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,11 +25,12 @@ from xattn.attention.conversion import parse_mechanism
 from xattn.backbone import Backbone, load_backbone
 from xattn.config import TrainConfig
 from xattn.eval.evaluation.engine import evaluate
+from xattn.eval.metrics.base import Probe
 from xattn.eval.report.results_files import read_json, write_json
 from xattn.eval.results import Results
 from xattn.eval.studies.class_folds import class_folds, merge
 from xattn.explainers import create_explainer
-from xattn.heads import create_head, list_heads
+from xattn.heads import Head, create_head, list_heads
 from xattn.photos.images import list_images
 from xattn.runtime import strict_json
 from xattn.runtime.allocator import keep_memory
@@ -39,42 +41,64 @@ from xattn.training.outcomes import cache_outcomes
 from xattn.training.run_folder import RUN_FILE
 
 METRICS = ("masking", "insertion-deletion", "road", "irof", "pixel-flipping")
-TRAINING = {field.name for field in fields(TrainConfig)}
+TRAINING = {setting.name for setting in fields(TrainConfig)}
+SHOWN = ("passes", "maps")  # options of the head as an explainer
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a head (with the settings of its training) or an explainer, and its options."""
+    """One row: a head or an explainer, and its options; of a head also the settings of its training, how
+    many photos it is trained on, and how it is shown."""
 
     label: str
     name: str
     options: Mapping[str, Any]
-    train: Mapping[str, Any]
+    train: Mapping[str, Any] = field(default_factory=dict)
     photos: int | None = None
+    shown: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> Row:
         """``LABEL=NAME:option=value,...``; without a label the text is the label.
 
         Raises:
-            ValueError: it has another form, or an explainer is given settings of training.
+            ValueError: it has another form.
         """
         label, equals, rest = text.partition("=")
         if not equals or ":" in label:
             label, rest = text, text
         name, options = parse_mechanism(rest)
+        if name not in list_heads():
+            return cls(label, name, options)
         photos = options.pop("photos", None)
         train = {key: options.pop(key) for key in list(options) if key in TRAINING}
-        if name not in list_heads() and (train or photos):
-            raise ValueError(f"rows: got {text!r}; {name} is no head, so nothing trains it")
-        return cls(label, name, options, train, photos)
+        shown = {key: options.pop(key) for key in list(options) if key in SHOWN}
+        return cls(label, name, options, train, photos, shown)
 
     @property
-    def record(self) -> dict[str, Any]:
-        """What the row's numbers depend on, beside the network, the photos and the metrics."""
-        head = self.name in list_heads()
-        training = {"training": dict(self.train), "photos": self.photos} if head else {}
-        return {"name": self.name, "options": dict(self.options), **training}
+    def is_head(self) -> bool:
+        """Whether it is trained."""
+        return self.name in list_heads()
+
+    def config(self, seed: int) -> TrainConfig:
+        """The settings of training."""
+        return TrainConfig(**{"seed": seed, **self.train})
+
+    def untrained(self, backbone: Backbone, seed: int) -> Head:
+        """The head as training begins."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config(seed).seed)
+            return create_head(self.name, backbone, **self.options)
+
+    def record(self, backbone: Backbone, seed: int) -> dict[str, Any]:
+        """What the row's numbers depend on, beside the photos and the metrics."""
+        of_head: dict[str, Any] = {}
+        if self.is_head:
+            config = asdict(self.config(seed))
+            del config["workers"], config["checkpoint_every"]
+            options = self.untrained(backbone, seed).options
+            of_head = {"config": config, "head": options, "photos": self.photos, **self.shown}
+        return {"name": self.name, "options": dict(self.options), "seed": seed, **of_head}
 
 
 def score_row(
@@ -84,7 +108,7 @@ def score_row(
     held_out: Sequence[Path],
     folder: Path,
     *,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str | Probe] = METRICS,
     table: Outcomes | None = None,
     max_forward_batch: int = 16,
     seed: int = 0,
@@ -98,7 +122,8 @@ def score_row(
         ValueError: ``folder`` holds a row of other settings.
     """
     record = {
-        **row.record, "backbone": backbone.fingerprint, "seed": seed, "metrics": list(metrics),
+        **row.record(backbone, seed), "backbone": backbone.fingerprint,
+        "metrics": [m if isinstance(m, str) else repr(m) for m in metrics],
         "train": names(train), "held_out": names(held_out),
     }  # fmt: skip
     done, kept = folder / "results.json", folder / "record.json"
@@ -109,18 +134,14 @@ def score_row(
     folder.mkdir(parents=True, exist_ok=True)
     write_record(kept, record)
     shared: dict[str, Any] = {"seed": seed, "max_forward_batch": max_forward_batch}
-    if row.name in list_heads():
-        config = TrainConfig(**{"seed": seed, **row.train})
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            head = create_head(row.name, backbone, **row.options)
-        run = folder / "run"
+    if row.is_head:
+        head, run = row.untrained(backbone, seed), folder / "run"
         photos = random.Random(seed).sample(list(train), row.photos or len(train))
         fit(
-            head, backbone, photos, config, table=table,
+            head, backbone, photos, row.config(seed), table=table,
             output=run, resume=(run / RUN_FILE).is_file(), progress=progress,
         )  # fmt: skip
-        explainer = create_explainer("head", backbone, head, **shared)
+        explainer = create_explainer("head", backbone, head, **shared, **row.shown)
     else:
         explainer = create_explainer(row.name, backbone, **shared, **row.options)
     results = evaluate(
@@ -134,9 +155,9 @@ def score_row(
 
 def table_of(row: Row, backbone: Backbone, paths: Sequence[Path], folder: Path) -> Outcomes | None:
     """The table of outcomes of ``paths`` with the settings of ``row``; None where it needs none."""
-    if row.name not in list_heads():
+    if not row.is_head:
         return None
-    config = TrainConfig(**row.train)
+    config = row.config(0)
     if config.objective != "outcomes":
         return None
     place = folder / f"{backbone.name}-{config.crops}x{config.masks}"
