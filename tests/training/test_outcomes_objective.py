@@ -85,12 +85,14 @@ def test_a_free_map_recovers_what_is_additive_in_cells():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [0.0, 0.1, 2.0, 1e5])
-def test_what_does_not_vary_has_correlation_0_and_no_gradient(dtype, value):
+def test_what_does_not_vary_has_no_correlation_and_a_bounded_gradient(dtype, value):
     masks = pairs(1, 16, 28).to(dtype)
     flat = torch.full((1, 1, 28, 28), value, dtype=dtype, requires_grad=True)
     found = correlation(flat, masks, rand(1, 1, 32).to(dtype))
     found.sum().backward()
-    assert found == 0 and (flat.grad == 0).all()
+    assert found.abs() < 0.2
+    bound = masks.flatten(2).norm(dim=2).max() / torch.finfo(dtype).eps
+    assert (flat.grad != 0).any() and flat.grad.norm() < bound
     area = masks.mean((2, 3))[:, None]
     for outcomes in (torch.full_like(area, value), value * (3 - area)):
         assert correlation(rand(1, 1, 28, 28).to(dtype), masks, outcomes) == 0

@@ -31,24 +31,20 @@ def area_adjusted(values: Tensor, area: Tensor) -> Tensor:
 def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
     """Area-adjusted correlation (B, M) of maps (B, M, h, w) with outcomes (B, M, N) of masks (B, N, h, w).
 
-    It is 0 where a map or an outcome does not vary over the masks.
+    It is 0 where an outcome does not vary over the masks, and near 0, with a bounded gradient, where a map
+    does not.
     """
     maps, masks, outcomes = widen(maps), widen(masks), widen(outcomes)
     effects = maps.flatten(2) @ masks.flatten(2).transpose(1, 2)
     area = masks.mean((2, 3))[:, None]
     x, y = area_adjusted(effects, area), area_adjusted(outcomes, area)
-    square_x, square_y = _variation(x, effects), _variation(y, outcomes)
-    varies = (square_x > 0) & (square_y > 0)
-    scale = torch.where(varies, square_x, 1).sqrt() * torch.where(varies, square_y, 1).sqrt()
+    size_x, size_y = x.norm(dim=-1), y.norm(dim=-1)
+    # Of what rounding leaves of a constant the direction is noise.
+    rounding = ROUNDING * torch.finfo(effects.dtype).eps
+    least = rounding * (effects.detach().norm(dim=-1) + 1)
+    varies = size_y > rounding * outcomes.norm(dim=-1)
+    scale = torch.maximum(size_x, least) * torch.where(varies, size_y, 1)
     return torch.where(varies, (x * y).sum(-1) / scale, 0)
-
-
-def _variation(adjusted: Tensor, values: Tensor) -> Tensor:
-    """Sum of squares (...) of ``adjusted`` (..., N); 0 where it is no more than rounding of ``values``:
-    its direction is noise and its gradient has no bound."""
-    square = adjusted.square().sum(-1)
-    rounding = ROUNDING * torch.finfo(values.dtype).eps
-    return torch.where(square > rounding**2 * values.square().sum(-1), square, 0)
 
 
 def reacts(masks: Tensor, outcomes: Tensor) -> Tensor:
