@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from attentive_fakes import HEADS, make, read_by
 from timm.models.beit import Beit
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.swin_transformer import SwinTransformer
@@ -247,6 +248,19 @@ def test_a_probed_network_is_read_by_its_heads_class_maps():
         p, maps = taps.logits.softmax(1), head(taps)
     others = (p[0, 0] * maps[0, 0] + p[0, 1] * maps[0, 1]) / (p[0, 0] + p[0, 1])
     torch.testing.assert_close(found.others[0, 0], others)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_attentive_head_can_be_read(name):
+    backbone = read_by(name)
+    head = make(name, backbone)
+    both = probed(backbone, head)
+    own = create_head("evidence", both, parts=["contrast", "u"], components=2, hidden=3).eval()
+    with torch.no_grad():
+        taps = both(rand(2, 3, *backbone.preprocessing.input_size, dtype=torch.float32))
+        cam = class_reading(both)(taps, None, "multiclass").own
+        torch.testing.assert_close(cam, head(taps))
+        assert own(taps, torch.tensor([4, 0])).isfinite().all()
 
 
 # ---------------------------------------------------------------- refusals

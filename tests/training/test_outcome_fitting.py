@@ -14,6 +14,7 @@ from torch import nn
 from training_runs import killed_and_resumed, write_weights
 
 import xattn
+from xattn.cli import main
 from xattn.config import TrainConfig
 from xattn.heads import create_head, head_class, list_heads, load_head
 from xattn.heads.probed import probed
@@ -132,6 +133,7 @@ def test_every_explanation_head_learns_from_outcomes(cnn, photos, table, name):
     assert result.steps == 6 and set(result.losses) == {"loss", "probability", "log_odds", "others"}
     assert any(not torch.equal(v, before[k]) for k, v in head.state_dict().items())
     assert head.summary["config"]["objective"] == "outcomes"
+    assert head.summary["table"]["masks"] == MASKS and "squares32" in head.summary["table"]["kinds"]
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -374,6 +376,22 @@ def test_heads_that_read_statistics_train_by_masking_beside_unreadable_photos(
     head = evidence(cnn)
     result = fitted(head, cnn, folder, TrainConfig("small", epochs=1, workers=0, batch_size=2))
     assert len(result.skipped) == 1 and (head.components[0].mean != 0).any()
+
+
+def test_the_command_says_what_a_table_costs_and_shares_it(cnn, photos, tmp_path, capsys):
+    weights = write_weights(tmp_path / "cnn.safetensors", cnn)
+    command = [
+        "train", "--data", str(photos), "--backbone", "test_resnet", "--weights", str(weights),
+        "--input-size", "64", "--recipe", "outcomes", "--masks", "4", "--epochs", "1",
+        "--workers", "0", "--table", str(tmp_path / "table"), "--device", "cpu",
+    ]  # fmt: skip
+    said = []
+    for name in ("evidence", "ttame"):
+        assert main([*command, "--head", name, "--output", str(tmp_path / name)]) == 0
+        said.append(capsys.readouterr().out)
+        assert "head: " in said[-1] and (tmp_path / name / "head/config.json").is_file()
+    assert f"{COUNT} photos" in said[0].splitlines()[0] and "MB" in said[0].splitlines()[0]
+    assert "MB" not in said[1]
 
 
 def test_a_run_killed_by_sigkill_is_resumed_bit_for_bit(cnn, photos, tmp_path):

@@ -154,7 +154,7 @@ def _fit(
         if sha256(backbone.model) != before:
             raise RuntimeError("the backbone's weights changed during training: this is a bug")
         skipped = [*job.left_out, *state.names(job.batches)]
-        head.summary = _summary(run, len(job.batches.photos), len(skipped))
+        head.summary = {**_summary(run, len(job.batches.photos), len(skipped)), **job.about}
         run.save_head()
         if run.folder is not None and run.main:
             write_json(run.folder / "skipped.json", skipped)
@@ -171,6 +171,7 @@ class Job(Protocol):
     """What one objective adds to a run: its batches, what it has left out of the photos, and its step."""
 
     left_out: list[tuple[str, str]]
+    about: dict[str, Any]  # for the head's record of its training
 
     @property
     def batches(self) -> Batches: ...
@@ -199,6 +200,7 @@ class MaskingJob:
         rank, ranks = accelerator.process_index, accelerator.num_processes
         self.batches = PhotoBatches(photos, backbone.preprocessing, config, rank, ranks, resumed)
         self.left_out: list[tuple[str, str]] = []
+        self.about: dict[str, Any] = {}
         self.config = config
 
     def calibration(self, backbone: Backbone) -> Iterable[Taps]:

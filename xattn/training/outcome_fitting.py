@@ -36,6 +36,7 @@ from xattn.training.tap_store import Place, TapStore
 from xattn.training.whole_batch import Share
 
 TOP = 12  # a photo's most probable classes, whose outcomes are learned
+ABOUT = ("crops", "masks", "kinds", "fills", "seed", "precision", "guide")  # in the head's record
 NO_REACTION = "its class does not react to masks"
 
 
@@ -212,6 +213,7 @@ class OutcomesJob:
         rank, ranks = accelerator.process_index, accelerator.num_processes
         places = [(crop, i) for crop in range(table.crops) for i in kept]
         self.batches = OutcomeBatches(photos, table, places, config, rank, ranks)
+        self.about = {"table": {name: table.key[name] for name in ABOUT}}
         self.store = TapStore(backbone, photos, config, [numbers[i] for i in kept], table.crops)
 
     def calibration(self, backbone: Backbone) -> Iterable[Taps]:
@@ -225,16 +227,15 @@ class OutcomesJob:
         weight = counts[run.rank] * run.ranks / sum(counts)
         places = batch.places or self.batches.places[:1]
         taps = self.store.taps([(crop, self.numbers[i]) for crop, i in places])
-        outcomes = self.table.batch([i for _, i in places], torch.tensor([c for c, _ in places]))
-        outcomes = outcomes.to(backbone.device)
+        crops = torch.tensor([crop for crop, _ in places], device="cpu")
+        outcomes = self.table.batch([i for _, i in places], crops).to(backbone.device)
         seeds = [f"{self.config.seed}/{batch.epoch}/{crop}/{i}" for crop, i in places]
         index = drawn_classes(outcomes, seeds, self.config.others)
         with run.forward(batch.share):
             scores = run.head(taps, index)
             auxiliary = run.head.auxiliary_loss()
-        terms = outcome_terms(
-            scores, outcomes, index
-        )  # outside, where mixed precision does not round
+        # Outside mixed precision: sums over cells and masks need float32.
+        terms = outcome_terms(scores, outcomes, index)
         terms["loss"] = terms["loss"] + auxiliary
         return run.take_step(terms, weight)
 
