@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -26,6 +26,7 @@ from xattn.backbone import Backbone, load_backbone
 from xattn.config import TrainConfig
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.metrics.base import Probe
+from xattn.eval.protocol import Protocol
 from xattn.eval.report.results_files import read_json, write_json
 from xattn.eval.results import Results
 from xattn.eval.studies.class_folds import class_folds, merge
@@ -110,6 +111,7 @@ def score_row(
     *,
     metrics: Sequence[str | Probe] = METRICS,
     table: Outcomes | None = None,
+    precision: str = "float32",
     max_forward_batch: int = 16,
     seed: int = 0,
     progress: bool = True,
@@ -125,6 +127,7 @@ def score_row(
         **row.record(backbone, seed), "backbone": backbone.fingerprint,
         "metrics": [m if isinstance(m, str) else repr(m) for m in metrics],
         "train": names(train), "held_out": names(held_out),
+        **({} if precision == "float32" else {"precision": precision}),
     }  # fmt: skip
     done, kept = folder / "results.json", folder / "record.json"
     if kept.is_file() and strict_json.read(kept, "output", "choose a new folder") != record:
@@ -146,8 +149,8 @@ def score_row(
         explainer = create_explainer(row.name, backbone, **shared, **row.options)
     results = evaluate(
         backbone, {row.label: explainer}, held_out,
-        metrics=metrics, max_forward_batch=max_forward_batch, progress=progress,
-        state=folder / "state.sqlite",
+        metrics=metrics, protocol=Protocol(precision=precision),
+        max_forward_batch=max_forward_batch, progress=progress, state=folder / "state.sqlite",
     )  # fmt: skip
     write_json(results, done)
     return results
@@ -238,6 +241,8 @@ class FoldRows:
     """Groups of metrics, see xattn list."""
     tables: Path = Path("runs/tables")
     """Folder of the tables of outcomes of all data, which rows and folds share."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the scoring passes."""
     compiled: bool = False
     """Compile the scoring passes."""
     channels_last: Annotated[bool, tyro.conf.FlagConversionOff] = True
@@ -267,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scored = [
             score_row(
                 backbone, row, train, held_out, args.output / part / row.label,
-                metrics=args.metrics, table=outcomes[row.label], seed=seed,
+                metrics=args.metrics, table=outcomes[row.label], precision=args.precision, seed=seed,
             )
             for row in rows
         ]  # fmt: skip
