@@ -119,17 +119,8 @@ def _part(table: Outcomes, photos: Photos) -> tuple[Outcomes, list[int]]:
             f"give its folder, with that data"
         )
     names = [photos.name(i) for i in range(len(photos))]
-    part = table.subset(names)
-    _warn_of_few(part.folder, len(part))
-    return part, [i for i, found in enumerate(table.find(names)) if found is not None]
-
-
-def _warn_of_few(folder: Path, photos: int) -> None:
-    if photos < FEW:
-        warnings.warn(
-            f"table: {photos} photos of {folder} can be used; a head needs {FEW} or more to learn from",
-            stacklevel=4,  # fit
-        )
+    numbers = [i for i, found in enumerate(table.find(names)) if found is not None]
+    return table.subset(names), numbers
 
 
 @dataclass(frozen=True)
@@ -208,8 +199,13 @@ class OutcomesJob:
                 f"data: the network's answers do not react to masks in any of {len(table)} photos, so "
                 f"there is nothing to learn; check the backbone's weights"
             )
-        if unmoved and len(table) >= FEW:
-            _warn_of_few(table.folder, len(kept))
+        warned = len(table) < FEW and "subset" not in table.key  # when the table was opened
+        if len(kept) < FEW and not warned and accelerator.is_main_process:
+            warnings.warn(
+                f"table: {len(kept)} photos of {table.folder} can be used; a head needs {FEW} or more to "
+                f"learn from",
+                stacklevel=3,  # fit
+            )
         rank, ranks = accelerator.process_index, accelerator.num_processes
         places = [(crop, i) for crop in range(table.crops) for i in kept]
         self.batches = OutcomeBatches(photos, table, places, config, rank, ranks)
