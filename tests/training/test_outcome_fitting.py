@@ -21,6 +21,7 @@ from xattn.heads.probed import probed
 from xattn.photos.sources import open_photos
 from xattn.training import fit
 from xattn.training.outcome_fitting import NO_REACTION, drawn_classes, outcome_terms
+from xattn.training.outcome_rows import RowMaker
 from xattn.training.outcome_table import OutcomeBatch
 from xattn.training.outcomes import cache_outcomes
 from xattn.training.tap_store import TapStore, stack, tensors
@@ -378,28 +379,46 @@ def test_heads_that_read_statistics_train_by_masking_beside_unreadable_photos(
     assert len(result.skipped) == 1 and (head.components[0].mean != 0).any()
 
 
-def test_the_command_says_what_a_table_costs_and_shares_it(cnn, photos, tmp_path, capsys):
+@pytest.fixture
+def command(cnn, photos, tmp_path):
+    """``xattn train`` on a table, with the run folder still to come."""
     weights = write_weights(tmp_path / "cnn.safetensors", cnn)
-    command = [
+    return [
         "train", "--data", str(photos), "--backbone", "test_resnet", "--weights", str(weights),
-        "--input-size", "64", "--recipe", "outcomes", "--masks", "4", "--epochs", "1",
-        "--workers", "0", "--table", str(tmp_path / "table"), "--device", "cpu",
+        "--input-size", "64", "--recipe", "outcomes", "--masks", str(MASKS), "--workers", "0",
+        "--table", str(tmp_path / "table"), "--device", "cpu",
     ]  # fmt: skip
+
+
+def test_the_command_says_what_a_table_costs_and_shares_it(command, tmp_path, capsys):
     said = []
     for name in ("evidence", "ttame"):
-        assert main([*command, "--head", name, "--output", str(tmp_path / name)]) == 0
+        output = ["--head", name, "--output", str(tmp_path / name), "--epochs", "1"]
+        assert main([*command, *output]) == 0
         said.append(capsys.readouterr().out)
         assert "head: " in said[-1] and (tmp_path / name / "head/config.json").is_file()
     assert f"{COUNT} photos" in said[0].splitlines()[0] and "MB" in said[0].splitlines()[0]
     assert "MB" not in said[1]
 
 
-def test_a_run_killed_by_sigkill_is_resumed_bit_for_bit(cnn, photos, tmp_path):
-    weights = write_weights(tmp_path / "cnn.safetensors", cnn)
-    command = [
-        "train", "--data", str(photos), "--backbone", "test_resnet", "--weights", str(weights),
-        "--input-size", "64", "--head", "evidence", "--recipe", "outcomes", "--masks", "8",
-        "--epochs", "12", "--batch-size", "2", "--workers", "0", "--checkpoint-every", "5",
-        "--table", str(tmp_path / "table"), "--device", "cpu",
-    ]  # fmt: skip
-    killed_and_resumed(command, tmp_path, 132, {"OMP_NUM_THREADS": "1"}, "head", 40)
+def test_an_interrupted_table_goes_on_by_the_same_command(command, tmp_path, capsys, monkeypatch):
+    real, seen = RowMaker.__call__, []
+
+    def interrupted(self, image, seed, name):
+        seen.append(name)
+        if name.endswith("004.png") and seen.count(name) == 1:
+            raise KeyboardInterrupt
+        return real(self, image, seed, name)
+
+    monkeypatch.setattr(RowMaker, "__call__", interrupted)
+    line = [*command, "--output", str(tmp_path / "run"), "--epochs", "1"]
+    assert main(line) == 130
+    assert "; the same command goes on" in capsys.readouterr().err
+    assert main(line) == 0
+    assert f"{COUNT - 4} of {COUNT} rows to compute" in capsys.readouterr().out
+
+
+def test_a_run_killed_by_sigkill_is_resumed_bit_for_bit(command, tmp_path):
+    line = [*command, "--head", "evidence", "--epochs", "12", "--batch-size", "2"]
+    line += ["--checkpoint-every", "5"]
+    killed_and_resumed(line, tmp_path, 132, {"OMP_NUM_THREADS": "1"}, "head", 40)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import tyro
 
@@ -16,8 +16,6 @@ from xattn.config import TrainConfig
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """Train an explanation head on a folder of images; no labels are read."""
-
-    after_interrupt: ClassVar[str] = "; --resume goes on"
 
     data: str
     """A folder of images, a .txt list with one path per line, hfds/NAME_OR_PATH:SPLIT or
@@ -45,6 +43,14 @@ class Train:
     sample: int = 0
     """Explain this many photos of the data at each checkpoint; the pack sample holds the maps of
     before and now."""
+
+    @property
+    def after_interrupt(self) -> str:
+        """How an interrupted command goes on: a table of outcomes is computed before the run begins."""
+        from xattn.training.run_folder import RUN_FILE
+
+        begun = (self.output / RUN_FILE).is_file()
+        return "; --resume goes on" if begun else "; the same command goes on"
 
     def run(self) -> None:
         import torch
