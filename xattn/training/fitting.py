@@ -120,10 +120,10 @@ def fit(
                     table_for(backbone, photos, config, table, options, ranks, say)
                 )
                 job = OutcomesJob(backbone, photos, found, numbers, config, accelerator)
-            return _fit(head, backbone, job, config, accelerator, options)
+            return fit_job(head, backbone, job, config, accelerator, options)
 
 
-def _fit(
+def fit_job(
     head: Head,
     backbone: Backbone,
     job: Job,
@@ -131,6 +131,7 @@ def _fit(
     accelerator: Any,
     options: RunOptions,
 ) -> FitResult:
+    """Train ``head`` in place on a ``job``; :func:`fit` makes those of the two objectives."""
     before = sha256(backbone.model)
     device = backbone.device if accelerator.num_processes == 1 else accelerator.device
     backbone.to(device)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ from xattn.training.whole_batch import Share
 TOP = 12  # a photo's most probable classes, whose outcomes are learned
 ABOUT = ("crops", "masks", "kinds", "fills", "seed", "precision", "guide")  # in the head's record
 NO_REACTION = "its class does not react to masks"
+Terms = Callable[[Tensor, OutcomeBatch, Tensor], dict[str, Tensor]]
+"""The ``"loss"`` of scores and what else is logged, see :func:`outcome_terms`."""
 
 
 @contextmanager
@@ -178,7 +180,8 @@ class OutcomeBatches:
 
 
 class OutcomesJob:
-    """The objective of outcomes on a ``table``, whose row i is number ``numbers[i]`` of ``photos``."""
+    """The objective of outcomes on a ``table``, whose row i is number ``numbers[i]`` of ``photos``;
+    ``terms`` makes the loss of a batch (:func:`outcome_terms`)."""
 
     def __init__(
         self,
@@ -188,8 +191,10 @@ class OutcomesJob:
         numbers: list[int],
         config: TrainConfig,
         accelerator: Any,
+        terms: Terms | None = None,
     ) -> None:
         self.table, self.numbers, self.config = table, numbers, config
+        self.terms = terms or outcome_terms
         reacting = _reacting(table, config.batch_size)
         kept = [i for i, found in enumerate(reacting) if found]
         unmoved = [name for name, found in zip(table.names, reacting, strict=True) if not found]
@@ -222,18 +227,28 @@ class OutcomesJob:
         """A process without a photo takes part with another one, of weight 0."""
         weight = counts[run.rank] * run.ranks / sum(counts)
         places = batch.places or self.batches.places[:1]
-        taps = self.store.taps([(crop, self.numbers[i]) for crop, i in places])
-        crops = torch.tensor([crop for crop, _ in places], device="cpu")
-        outcomes = self.table.batch([i for _, i in places], crops).to(backbone.device)
-        seeds = [f"{self.config.seed}/{batch.epoch}/{crop}/{i}" for crop, i in places]
-        index = drawn_classes(outcomes, seeds, self.config.others)
+        return run.take_step(self.losses(run, backbone, places, batch), weight)
+
+    def losses(
+        self, run: Run[Head], backbone: Backbone, places: list[Place], batch: OutcomePlaces
+    ) -> dict[str, Tensor]:
+        """The loss of the photos at ``places`` of a ``batch``, and its terms."""
+        taps, outcomes, index = self.drawn(places, batch.epoch)
         with run.forward(batch.share):
             scores = run.head(taps, index)
             auxiliary = run.head.auxiliary_loss()
         # Outside mixed precision: sums over cells and masks need float32.
-        terms = outcome_terms(scores, outcomes, index)
+        terms = self.terms(scores, outcomes, index)
         terms["loss"] = terms["loss"] + auxiliary
-        return run.take_step(terms, weight)
+        return terms
+
+    def drawn(self, places: list[Place], epoch: int) -> tuple[Taps, OutcomeBatch, Tensor]:
+        """Taps and outcomes of the photos at ``places``, and the classes (B, M) whose maps are compared."""
+        taps = self.store.taps([(crop, self.numbers[i]) for crop, i in places])
+        crops = torch.tensor([crop for crop, _ in places], device="cpu")
+        outcomes = self.table.batch([i for _, i in places], crops).to(taps.logits.device)
+        seeds = [f"{self.config.seed}/{epoch}/{crop}/{i}" for crop, i in places]
+        return taps, outcomes, drawn_classes(outcomes, seeds, self.config.others)
 
 
 def _reacting(table: Outcomes, batch_size: int) -> list[bool]:
@@ -266,25 +281,45 @@ def drawn_classes(outcomes: OutcomeBatch, seeds: Iterable[str], others: int) -> 
     return top.gather(1, torch.tensor(places, device=top.device))
 
 
+class Compared(NamedTuple):
+    """What a loss compares: ``maps`` (B, 1 + M, h, w) with ``answers`` (B, 1 + M, N) under ``masks``
+    (B, N, h, w), those of the own class first and twice, for its probability and for its log-odds;
+    ``counted`` (B, 1 + M) is 1 where an answer reacts to masks, else 0."""
+
+    maps: Tensor
+    masks: Tensor
+    answers: Tensor
+    counted: Tensor
+
+
+def compared(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Compared:
+    """``scores`` (B, M, r, r') of the classes ``index`` (B, M), the own one first, with their outcomes."""
+    maps = resize(widen(scores), tuple(outcomes.masks.shape[2:]))
+    odds = outcomes.log_odds(index).to(maps.dtype)
+    answers = torch.cat([outcomes.probabilities(index[:, :1]).to(maps.dtype), odds], 1)
+    masks = outcomes.masks.to(maps.dtype)
+    counted = reacts(masks, answers).to(maps.dtype)
+    return Compared(torch.cat([maps[:, :1], maps], 1), masks, answers, counted)
+
+
+def mean_terms(found: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    """The loss of correlations ``found`` (B, 1 + M), and their means; of each photo those that are
+    ``counted`` (B, 1 + M) count alike."""
+    share = counted / counted.sum(1, keepdim=True).clamp_min(1)
+    others = found[:, 2:].mean() if found.shape[1] > 2 else found.new_zeros(())
+    return {
+        "loss": 1 - (share * found).sum(1).mean(),
+        "probability": found[:, 0].mean(),
+        "log_odds": found[:, 1].mean(),
+        "others": others,
+    }
+
+
 def outcome_terms(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict[str, Tensor]:
     """The loss of ``scores`` (B, M, r, r') of the classes ``index`` (B, M), the own one first, and the mean
     correlations of its parts.
 
     Of each photo the outcomes that react to masks count alike.
     """
-    maps = resize(widen(scores), tuple(outcomes.masks.shape[2:]))
-    odds = outcomes.log_odds(index).to(maps.dtype)
-    answers = torch.cat([outcomes.probabilities(index[:, :1]).to(maps.dtype), odds], 1)
-    maps = torch.cat([maps[:, :1], maps], 1)
-    masks = outcomes.masks.to(maps.dtype)
-    counted = reacts(masks, answers).to(maps.dtype)
-    found = correlation(maps, masks, answers)
-    share = counted / counted.sum(1, keepdim=True).clamp_min(1)
-    loss = 1 - (share * found).sum(1).mean()
-    others = found[:, 2:].mean() if found.shape[1] > 2 else found.new_zeros(())
-    return {
-        "loss": loss,
-        "probability": found[:, 0].mean(),
-        "log_odds": found[:, 1].mean(),
-        "others": others,
-    }
+    maps, masks, answers, counted = compared(scores, outcomes, index)
+    return mean_terms(correlation(maps, masks, answers), counted)
