@@ -28,9 +28,9 @@ from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.metrics.base import Probe
 from xattn.eval.protocol import Protocol
 from xattn.eval.report.results_files import read_json, write_json
-from xattn.eval.results import Results
+from xattn.eval.results import Difference, Results
 from xattn.eval.studies.class_folds import class_folds, merge
-from xattn.explainers import create_explainer
+from xattn.explainers import Explainer, create_explainer
 from xattn.heads import Head, create_head, list_heads
 from xattn.photos.images import list_images
 from xattn.runtime import strict_json
@@ -65,9 +65,7 @@ class Row:
         Raises:
             ValueError: it has another form.
         """
-        label, equals, rest = text.partition("=")
-        if not equals or ":" in label:
-            label, rest = text, text
+        label, rest = labelled(text)
         name, options = parse_mechanism(rest)
         if name not in list_heads():
             return cls(label, name, options)
@@ -102,6 +100,12 @@ class Row:
         return {"name": self.name, "options": dict(self.options), "seed": seed, **of_head}
 
 
+def labelled(text: str) -> tuple[str, str]:
+    """``LABEL=REST`` in two; of a text without a label the whole text, twice."""
+    label, equals, rest = text.partition("=")
+    return (text, text) if not equals or ":" in label else (label, rest)
+
+
 def score_row(
     backbone: Backbone,
     row: Row,
@@ -123,10 +127,49 @@ def score_row(
     Raises:
         ValueError: ``folder`` holds a row of other settings.
     """
+    record = {**row.record(backbone, seed), "train": names(train)}
+    shared: dict[str, Any] = {"seed": seed, "max_forward_batch": max_forward_batch}
+
+    def make() -> Explainer:
+        if not row.is_head:
+            return create_explainer(row.name, backbone, **shared, **row.options)
+        head, run = row.untrained(backbone, seed), folder / "run"
+        photos = random.Random(seed).sample(list(train), row.photos or len(train))
+        fit(
+            head, backbone, photos, row.config(seed), table=table,
+            output=run, resume=(run / RUN_FILE).is_file(), progress=progress,
+        )  # fmt: skip
+        return create_explainer("head", backbone, head, **shared, **row.shown)
+
+    return score_explainer(
+        backbone, row.label, make, record, held_out, folder,
+        metrics=metrics, precision=precision, max_forward_batch=max_forward_batch, progress=progress,
+    )  # fmt: skip
+
+
+def score_explainer(
+    backbone: Backbone,
+    label: str,
+    make: Callable[[], Explainer],
+    record: Mapping[str, Any],
+    held_out: Sequence[Path],
+    folder: Path,
+    *,
+    metrics: Sequence[str | Probe] = METRICS,
+    precision: str = "float32",
+    max_forward_batch: int = 16,
+    progress: bool = True,
+) -> Results:
+    """Score the explainer that ``make`` gives on ``held_out``; ``make`` is not called where ``folder`` has
+    the results. ``record`` is what the explainer depends on.
+
+    Raises:
+        ValueError: ``folder`` holds a row of other settings.
+    """
     record = {
-        **row.record(backbone, seed), "backbone": backbone.fingerprint,
+        **record, "backbone": backbone.fingerprint,
         "metrics": [m if isinstance(m, str) else repr(m) for m in metrics],
-        "train": names(train), "held_out": names(held_out),
+        "held_out": names(held_out),
         **({} if precision == "float32" else {"precision": precision}),
     }  # fmt: skip
     done, kept = folder / "results.json", folder / "record.json"
@@ -136,19 +179,8 @@ def score_row(
         return read_json(done)
     folder.mkdir(parents=True, exist_ok=True)
     write_record(kept, record)
-    shared: dict[str, Any] = {"seed": seed, "max_forward_batch": max_forward_batch}
-    if row.is_head:
-        head, run = row.untrained(backbone, seed), folder / "run"
-        photos = random.Random(seed).sample(list(train), row.photos or len(train))
-        fit(
-            head, backbone, photos, row.config(seed), table=table,
-            output=run, resume=(run / RUN_FILE).is_file(), progress=progress,
-        )  # fmt: skip
-        explainer = create_explainer("head", backbone, head, **shared, **row.shown)
-    else:
-        explainer = create_explainer(row.name, backbone, **shared, **row.options)
     results = evaluate(
-        backbone, {row.label: explainer}, held_out,
+        backbone, {label: make()}, held_out,
         metrics=metrics, protocol=Protocol(precision=precision),
         max_forward_batch=max_forward_batch, progress=progress, state=folder / "state.sqlite",
     )  # fmt: skip
@@ -191,13 +223,14 @@ def differences(table: Results, method: str, references: Sequence[str]) -> str:
     compared = [table.compare(method, name) for name in references]
     for cells in zip(*compared, strict=True):
         level = "" if cells[0].level is None else f"@{100 * cells[0].level:g}"
-        shown = [f"{d.diff:+.4f} [{d.lo:+.4f}, {d.hi:+.4f}] {_mark(d)}".strip() for d in cells]
-        lines.append(f"| {cells[0].metric}{level} | {' | '.join(shown)} |")
+        lines.append(f"| {cells[0].metric}{level} | {' | '.join(map(with_interval, cells))} |")
     return "\n".join(lines)
 
 
-def _mark(difference: Any) -> str:
-    return "better" if difference.better else "worse" if difference.worse else "="
+def with_interval(found: Difference) -> str:
+    """A difference with its interval, and what it means."""
+    mark = "better" if found.better else "worse" if found.worse else "="
+    return f"{found.diff:+.4f} [{found.lo:+.4f}, {found.hi:+.4f}] {mark}"
 
 
 def with_compiled_passes(backbone: Backbone) -> None:
@@ -248,25 +281,32 @@ class FoldRows:
     channels_last: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Memory format of the backbone; faster on CPUs for convolutional networks."""
 
+    def load(self) -> Backbone:
+        """The backbone, ready to score."""
+        backbone = load_backbone(self.backbone, self.weights, self.taps or None)
+        if self.channels_last:
+            backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compiled:
+            with_compiled_passes(backbone)
+        return backbone
+
+    def parts(self, paths: Sequence[Path]) -> dict[str, list[Path]]:
+        """The photos that are scored, by the name of their folder of results."""
+        if self.held_out is not None:
+            return {"held-out": list_images(self.held_out)}
+        parts = class_folds(paths, self.folds)
+        return {f"fold-{k}": parts[k] for k in self.only or range(self.folds)}
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = tyro.cli(FoldRows, prog="python -m xattn.eval.studies.fold_rows", args=arguments)
     keep_memory()
-    backbone = load_backbone(args.backbone, args.weights, args.taps or None)
-    if args.channels_last:
-        backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if args.compiled:
-        with_compiled_passes(backbone)
+    backbone = args.load()
     paths = list_images(args.data)
-    if args.held_out is not None:
-        parts = {"held-out": list_images(args.held_out)}
-    else:
-        parts = {f"fold-{k}": part for k, part in enumerate(class_folds(paths, args.folds))}
-        parts = {f"fold-{k}": parts[f"fold-{k}"] for k in args.only or range(args.folds)}
     rows = [Row.parse(text) for text in args.rows]
     outcomes = {row.label: table_of(row, backbone, paths, args.tables) for row in rows}
     tables = []
-    for number, (part, held_out) in enumerate(parts.items()):
+    for number, (part, held_out) in enumerate(args.parts(paths).items()):
         train = sorted(set(paths) - set(held_out))
         seed = int(part.removeprefix("fold-")) if args.held_out is None else number
         scored = [
