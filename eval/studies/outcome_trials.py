@@ -1,0 +1,328 @@
+"""Trials of the evidence head: what was tried on its masks, loss, parts and maps, each by its name.
+
+    python -m xattn.eval.studies.outcome_trials --data PHOTOS --trials base superpixels on_policy \\
+        --unannotated COCO --output runs/trials --tables runs/tables --compiled --precision bfloat16
+
+Every trial is the evidence head of ``TrainConfig("outcomes")``, changed in one respect. It is trained on
+the training photos of a fold and scored on its held-out photos, or on those of ``--held-out`` or
+``--unannotated``; ``--rows`` stand beside it as in :mod:`~xattn.eval.studies.fold_rows`.
+``LABEL=NAME:option=value`` changes a trial further: settings of training, ``photos``, how it is shown
+(``passes``, ``maps``), its own options, and options of the head. A trial that is finished is read, and a
+killed one goes on. Random labels are a study of their own, :mod:`~xattn.eval.studies.random_labels`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from xattn.attention.conversion import parse_mechanism
+from xattn.backbone import Backbone
+from xattn.eval.annotations.objects import load_annotations
+from xattn.eval.metrics.base import Probe
+from xattn.eval.results import Results
+from xattn.eval.studies import outcome_losses
+from xattn.eval.studies.class_folds import class_folds, merge
+from xattn.eval.studies.fold_rows import (
+    METRICS,
+    SHOWN,
+    TRAINING,
+    FoldRows,
+    Row,
+    labelled,
+    score_explainer,
+    score_row,
+    side_by_side,
+    table_of,
+    with_interval,
+)
+from xattn.eval.studies.trial_heads import EvidenceWithPositions, SigmoidEvidence
+from xattn.eval.studies.trial_objectives import distilled, joint, with_efficiency
+from xattn.eval.studies.trial_training import (
+    Trial,
+    TrialRun,
+    closed_form,
+    edge_aware,
+    mean_of_heads,
+    on_own_masks,
+    on_two_tables,
+    one_head,
+    untrained_head,
+)
+from xattn.heads.evidence import PARTS
+from xattn.photos.images import list_images, load_image
+from xattn.photos.view import prepare
+from xattn.runtime.allocator import keep_memory
+from xattn.runtime.files import atomic_file
+from xattn.training.outcome_masks import KINDS
+
+
+def _one(about: str, **changed: Any) -> Trial:
+    return Trial(about=about, make=one_head, **changed)
+
+
+def _without(*parts: str) -> list[str]:
+    return [part for part in PARTS if part not in parts]
+
+
+MASKS: dict[str, Trial] = {
+    "masks_32": _one("32 masks a photo in place of 16", train={"masks": 32}),
+    "masks_64": _one("64 masks a photo in place of 16", train={"masks": 64}),
+    "crops_4": _one("four crops of every photo, 16 masks each", train={"crops": 4}),
+    "superpixels": _one("masks of SLIC's superpixels alone", table={"kinds": ["superpixels"]}),
+    "with_superpixels": _one(
+        "superpixels as a fifth kind of masks", table={"kinds": [*KINDS, "superpixels"]}
+    ),
+    "squares": _one("masks of squares alone", table={"kinds": ["squares32", "squares16"]}),
+    "blobs": _one("masks of smooth noise alone", table={"kinds": ["blobs"]}),
+    "no_evidence_masks": _one(
+        "squares and blobs, without thresholds of CAM",
+        table={"kinds": ["squares32", "squares16", "blobs"]},
+    ),
+    "evidence_masks": _one("thresholds of CAM under noise alone", table={"kinds": ["evidence"]}),
+    "black": _one("black alone behind the masks", table={"fills": ["black"]}),
+    "on_policy": Trial(
+        about="a second table, its masks thresholds of the trained head's own scores",
+        make=on_own_masks,
+    ),
+    "second_table": Trial(
+        about="control of on_policy: a second table of fresh masks of all kinds", make=on_two_tables
+    ),
+    "second_table_of_cam": Trial(
+        about="control of on_policy: a second table of thresholds of CAM",
+        make=on_two_tables, options={"kinds": ["evidence"]},
+    ),
+}  # fmt: skip
+"""Other masks, or more of them."""
+
+LOSSES: dict[str, Trial] = {
+    "no_area": _one("area not projected out", terms=outcome_losses.without_area),
+    "probability_only": _one(
+        "the own class's probability as the only outcome",
+        train={"others": 0}, terms=outcome_losses.probability_only,
+    ),
+    "log_odds_only": _one("log-odds alone, of all classes", terms=outcome_losses.log_odds_only),
+    "own_class_only": _one("no outcomes of other classes", train={"others": 0}),
+    "squared_error": _one(
+        "squared error in place of the correlation", terms=outcome_losses.squared_error
+    ),
+    "shapley": _one("masks weighed as the Shapley kernel does", terms=outcome_losses.shapley),
+    "efficiency": Trial(
+        about="a further term: the map's sum is what the photo adds to the log-odds",
+        make=with_efficiency, options={"weight": 0.1},
+    ),
+    "joint": Trial(
+        about="a further term: T-TAME's objective on 8 photos of each batch",
+        make=joint, head_class=SigmoidEvidence, options={"weight": 0.3, "photos": 8},
+    ),
+    "distilled": Trial(
+        about="the mean map of LIME and RISE as the target, in place of outcomes",
+        make=distilled, train={"others": 0}, options={"lime": {}, "rise": {}},
+    ),
+}  # fmt: skip
+"""Another loss."""
+
+HEADS: dict[str, Trial] = {
+    "cam_only": Trial(
+        about="no training: class activation maps", make=untrained_head, head={"parts": []}
+    ),
+    "closed_form": Trial(
+        about="a, b and theta alone, by least squares",
+        make=closed_form, head={"parts": ["contrast", "features"]},
+    ),
+    "no_contrast": _one("no contrast: neither b nor h", head={"parts": _without("contrast", "h")}),
+    "no_features": _one("no norms and texture", head={"parts": _without("features")}),
+    "no_u": _one("no u", head={"parts": _without("u")}),
+    "no_g": _one("no g", head={"parts": _without("g")}),
+    "no_h": _one("no h", head={"parts": _without("h")}),
+    "no_network": _one("a, b and theta alone, trained", head={"parts": ["contrast", "features"]}),
+    "with_positions": _one(
+        "a network that also reads where a cell is", head_class=EvidenceWithPositions
+    ),
+    "components_64": _one("64 principal components a tap in place of 8", head={"components": 64}),
+}  # fmt: skip
+"""Another head."""
+
+MAPS: dict[str, Trial] = {
+    "mean_of_3_seeds": Trial(
+        about="three heads of other seeds, their scores averaged",
+        make=mean_of_heads, options={"heads": 3},
+    ),
+    "edge_aware": Trial(
+        about="up-sampled by a guided filter along the photo's edges",
+        make=edge_aware, options={"radius": 8, "eps": 1e-3},
+    ),
+    "passes_2": _one("the mean of the photo's map and its mirror image's", shown={"passes": 2}),
+    "passes_4": _one("the mean of flips and shifts, four passes", shown={"passes": 4}),
+}  # fmt: skip
+"""Other maps of trained heads."""
+
+TRIALS: Mapping[str, Trial] = {
+    "base": _one("the evidence head as it is trained by default"),
+    **MASKS,
+    **LOSSES,
+    **HEADS,
+    **MAPS,
+}
+"""All trials by name."""
+
+
+def parse_trial(text: str) -> tuple[str, Trial]:
+    """The label and the trial of ``LABEL=NAME:option=value,...``; without a label the text is the label.
+
+    Raises:
+        ValueError: it has another form, or there is no such trial.
+    """
+    label, rest = labelled(text)
+    name, options = parse_mechanism(rest)
+    if name not in TRIALS:
+        near = difflib.get_close_matches(name, TRIALS, 3) or list(TRIALS)
+        raise ValueError(f"trials: got {name!r}; choose among {', '.join(near)}")
+    trial = TRIALS[name]
+    own = {key: options.pop(key) for key in list(options) if key in trial.options}
+    photos = options.pop("photos", trial.photos)
+    train = {key: options.pop(key) for key in list(options) if key in TRAINING}
+    shown = {key: options.pop(key) for key in list(options) if key in SHOWN}
+    return label, replace(
+        trial,
+        photos=photos,
+        options={**trial.options, **own},
+        train={**trial.train, **train},
+        shown={**trial.shown, **shown},
+        head={**trial.head, **options},
+    )
+
+
+def score_trial(
+    label: str,
+    trial: Trial,
+    run: TrialRun,
+    held_out: Sequence[Path],
+    *,
+    metrics: Sequence[str | Probe] = METRICS,
+    precision: str = "float32",
+) -> Results:
+    """Run ``trial`` in the folder of ``run``, and score it on ``held_out``.
+
+    Raises:
+        ValueError: the folder holds a trial of other settings.
+    """
+    return score_explainer(
+        run.backbone, label, lambda: trial.make(trial, run), trial.record(run), held_out, run.folder,
+        metrics=metrics, precision=precision, max_forward_batch=run.max_forward_batch,
+        progress=run.progress,
+    )  # fmt: skip
+
+
+def unannotated(backbone: Backbone, folder: str | Path) -> list[Path]:
+    """The photos of ``folder/images`` whose predicted class has no object in the annotations of ``folder``:
+    to choose by, where the others are to report.
+
+    Raises:
+        ValueError: all have one, or as :func:`~xattn.eval.annotations.objects.load_annotations`.
+    """
+    folder = Path(folder)
+    annotations = load_annotations(folder, backbone)
+    found = []
+    for path in list_images(folder / "images"):
+        image, view = prepare(load_image(path), backbone.preprocessing, "crop")
+        top = int(backbone.logits(image[None].to(backbone.device)).argmax())
+        try:
+            annotated = annotations.of(path, view).mask(top) is not None
+        except ValueError:  # no object of any class
+            annotated = False
+        if not annotated:
+            found.append(path)
+    if not found:
+        raise ValueError(f"unannotated: the class of every photo of {folder} has an object")
+    return found
+
+
+def report(table: Results, about: Mapping[str, str]) -> str:
+    """A Markdown table of every method minus the first, by metric, with paired intervals; ``about`` says
+    what a method is, by its label."""
+    reference, *others = table.methods
+    columns = [(name, level) for name, level in table.columns]
+    titles = [name if level is None else f"{name}@{100 * level:g}" for name, level in columns]
+    lines = [
+        f"| minus {reference} | | {' | '.join(titles)} |",
+        f"| :-- | :-- |{' :-- |' * len(titles)}",
+    ]
+    for label in others:
+        cells = map(with_interval, table.compare(label, reference, columns))
+        lines.append(f"| {label} | {about.get(label, '')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutcomeTrials(FoldRows):
+    """Train variants of the evidence head and score them on photos of classes that no head saw."""
+
+    trials: tuple[str, ...] = ("base",)
+    """LABEL=NAME:option=value,...; all others are compared with the first."""
+    rows: tuple[str, ...] = ()
+    """Heads and explainers to stand beside them, as in fold_rows."""
+    output: Path = Path("runs/trials")
+    """A folder for each fold and trial, and the table of all."""
+    held_out: str | None = None
+    """Score these photos with heads trained on the training photos of one fold, instead of folds."""
+    unannotated: str | None = None
+    """Score the photos of this folder's images whose predicted class has no object in its annotations."""
+    train_fold: int = 0
+    """The fold whose training photos are taken for --held-out and --unannotated."""
+    workers: int = 0
+    """Data loader processes of training."""
+
+    def parts_to_score(
+        self, backbone: Backbone, paths: Sequence[Path]
+    ) -> dict[str, tuple[int, list[Path]]]:
+        """Of each folder of results the fold whose training photos are taken, and the photos to score."""
+        k = self.train_fold
+        if self.held_out is not None and self.unannotated is not None:
+            raise ValueError("held_out: got it and unannotated; give one of them")
+        if self.held_out is not None:
+            return {f"held-out-{k}": (k, list_images(self.held_out))}
+        if self.unannotated is not None:
+            return {f"unannotated-{k}": (k, unannotated(backbone, self.unannotated))}
+        parts = self.parts(paths)
+        return {name: (int(name.removeprefix("fold-")), part) for name, part in parts.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    prog = "python -m xattn.eval.studies.outcome_trials"
+    args = tyro.cli(OutcomeTrials, prog=prog, args=arguments)
+    keep_memory()
+    trials = dict(parse_trial(text) for text in args.trials)
+    rows = [Row.parse(text) for text in args.rows]
+    backbone, paths = args.load(), list_images(args.data)
+    outcomes = {row.label: table_of(row, backbone, paths, args.tables) for row in rows}
+    scoring: dict[str, Any] = {"metrics": args.metrics, "precision": args.precision}
+    folds, tables = class_folds(paths, args.folds), []
+    for part, (fold, held_out) in args.parts_to_score(backbone, paths).items():
+        train = sorted(set(paths) - set(folds[fold]))
+        scored = []
+        for label, trial in trials.items():
+            run = TrialRun(
+                backbone=backbone, photos=paths, train=train, folder=args.output / part / label,
+                tables=args.tables, seed=fold, settings={"workers": args.workers},
+            )  # fmt: skip
+            scored.append(score_trial(label, trial, run, held_out, **scoring))
+        for row in rows:
+            folder, table = args.output / part / row.label, outcomes[row.label]
+            scored.append(
+                score_row(backbone, row, train, held_out, folder, table=table, seed=fold, **scoring)
+            )
+        tables.append(side_by_side(scored))
+    text = report(merge(tables), {label: trial.about for label, trial in trials.items()})
+    print(text)
+    with atomic_file(args.output / "trials.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
