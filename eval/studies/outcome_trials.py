@@ -7,7 +7,8 @@ Every trial is the evidence head of ``TrainConfig("outcomes")``, changed in one 
 the training photos of a fold and scored on its held-out photos, or on those of ``--held-out`` or
 ``--unannotated``; ``--rows`` stand beside it as in :mod:`~xattn.eval.studies.fold_rows`.
 ``LABEL=NAME:option=value`` changes a trial further: settings of training, ``photos``, how it is shown
-(``passes``, ``maps``), its own options, and options of the head. A trial that is finished is read, and a
+(``passes``, ``maps``), its own options, and options of the head: ``base:photos=50``, ``base:seed=3``,
+``joint:weight=0.1``. A trial that is finished is read, and a
 killed one goes on. Random labels are a study of their own, :mod:`~xattn.eval.studies.random_labels`.
 """
 
@@ -132,7 +133,7 @@ HEADS: dict[str, Trial] = {
         about="no training: class activation maps", make=untrained_head, head={"parts": []}
     ),
     "closed_form": Trial(
-        about="a, b and theta alone, by least squares",
+        about="a, b and theta alone, by normal equations",
         make=closed_form, head={"parts": ["contrast", "features"]},
     ),
     "no_contrast": _one("no contrast: neither b nor h", head={"parts": _without("contrast", "h")}),
@@ -140,7 +141,7 @@ HEADS: dict[str, Trial] = {
     "no_u": _one("no u", head={"parts": _without("u")}),
     "no_g": _one("no g", head={"parts": _without("g")}),
     "no_h": _one("no h", head={"parts": _without("h")}),
-    "no_network": _one("a, b and theta alone, trained", head={"parts": ["contrast", "features"]}),
+    "no_network": _one("a, b and theta alone, by gradient steps", head={"parts": ["contrast", "features"]}),
     "with_positions": _one(
         "a network that also reads where a cell is", head_class=EvidenceWithPositions
     ),

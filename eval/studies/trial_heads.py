@@ -89,8 +89,9 @@ def fit_in_closed_form(
 
     X_i (N, 2 + F) are the effects of CAM, contrast and features under the masks, y_i (N,) the outcomes of
     one class of one photo, of norm 1, both without mean and area; w_i is the correlation of y_i with the
-    map of beta_0. Where beta = beta_0, the gradient of the mean correlation is 0. The first beta_0 is CAM,
-    each further one the solution before; the best of all is taken.
+    map of beta_0, or 0.1 where it is less. Where beta = beta_0 and no w_i was raised, the gradient of the
+    mean correlation is 0. The first beta_0 is CAM, each further one the solution before; of all of them the
+    one with the highest mean correlation is taken.
 
     Args:
         batches: taps, outcomes and classes (B, M), the own one first.

@@ -257,7 +257,7 @@ def edge_aware(trial: Trial, run: TrialRun) -> Explainer:
 
 
 def closed_form(trial: Trial, run: TrialRun) -> Explainer:
-    """A head without its network, whose numbers are the least-squares fit of the table."""
+    """A head without its network, whose numbers solve normal equations of the table."""
     head = trial.untrained(run)
     with opened_job(trial, run, run.folder / "run") as (job, config, *_):
         places, size = job.batches.places, config.batch_size
