@@ -8,8 +8,8 @@ the training photos of a fold and scored on its held-out photos, or on those of 
 ``--unannotated``; ``--rows`` stand beside it as in :mod:`~xattn.eval.studies.fold_rows`.
 ``LABEL=NAME:option=value`` changes a trial further: settings of training, ``photos``, how it is shown
 (``passes``, ``maps``), its own options, and options of the head: ``base:photos=50``, ``base:seed=3``,
-``joint:weight=0.1``. A trial that is finished is read, and a
-killed one goes on. Random labels are a study of their own, :mod:`~xattn.eval.studies.random_labels`.
+``joint:weight=0.1``. A trial that is finished is read, and a killed one goes on. Random labels are a
+study of their own, :mod:`~xattn.eval.studies.random_labels`.
 """
 
 from __future__ import annotations

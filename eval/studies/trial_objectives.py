@@ -41,13 +41,13 @@ def with_efficiency(trial: Trial, run: TrialRun) -> Explainer:
     return trial.explainer(run, trained(trial, run, run.folder / "run", terms=terms))
 
 
-@torch.no_grad()
 def empty_logits(backbone: Backbone, photos: Sequence[Path]) -> dict[str, Tensor]:
     """The logits (F, K) of what lies behind the masks of each photo, by its name."""
     found, dtype = {}, next(backbone.parameters()).dtype
     for name, image in readable(backbone, photos):
         behind = torch.stack([background(image, fill) for fill in FILLS])
-        found[name] = backbone.logits(behind.to(backbone.device, dtype)).float().cpu()
+        # With gradients, as passes without them may be compiled anew for each batch size.
+        found[name] = backbone.logits(behind.to(backbone.device, dtype)).detach().float().cpu()
     return found
 
 
@@ -140,8 +140,7 @@ def teacher_maps(
 
 
 def _mean_map(backbone: Backbone, explainers: Sequence[Explainer], image: Tensor) -> Tensor:
-    with torch.no_grad():
-        target = backbone.logits(image.to(backbone.device)).argmax(1).cpu()
+    target = backbone.logits(image.to(backbone.device)).argmax(1).cpu()
     maps = [explainer.attribute(image, target).float().cpu() for explainer in explainers]
     cells = [standardised(F.adaptive_avg_pool2d(found, CELLS)) for found in maps]
     return torch.stack(cells).mean(0)[0, 0]
