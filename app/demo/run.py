@@ -59,10 +59,8 @@ def main(output: Path, epochs: int) -> None:
         "ttame", backbone, photos, TrainConfig("small", epochs=epochs, batch_size=13, workers=0)
     )
     save_head(head, output / "head")
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "table: .* photos could be read"
-        )  # a dozen are enough here
+    with warnings.catch_warnings():  # a dozen photos are enough to show how it is done
+        warnings.filterwarnings("ignore", "table: .* photos could be read")
         evidence = _train(
             "evidence", backbone, photos, TrainConfig("outcomes", epochs=5 * epochs, workers=0)
         )
@@ -143,5 +141,8 @@ def _print_next_steps() -> None:
     print("\nTrain on your own folder (no labels needed), explain, measure:")
     command = str(Path(sys.executable).parent / "xattn")
     print(f"  {command} train --data PHOTOS --recipe small --output runs/mine")
+    print(
+        f"  {command} train --data PHOTOS --head evidence --recipe outcomes --output runs/evidence"
+    )
     print(f"  {command} explain PHOTO_OR_FOLDER --head runs/mine/head --output runs/explained")
     print(f"  {command} evaluate PHOTOS --heads runs/mine/head --output runs/evaluation")
