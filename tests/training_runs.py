@@ -1,14 +1,67 @@
-"""Runs of ``xattn train`` in a process of its own, killed and resumed."""
+"""Runs of training and caching that are killed, in processes of their own or in a write; their photos."""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+
+from xattn.training.row_store import RowStore
+
+
+def noise_photos(folder, count):
+    """``folder`` with ``count`` photos of smooth noise, 000.png and so on."""
+    for i in range(count):
+        noise = np.random.default_rng(i).integers(0, 256, (10, 14, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((70, 50)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+@contextmanager
+def dies_in_write(write):
+    """The block ends with a SystemExit in the middle of that write of rows, as by a kill: what was written
+    stays, nothing is tidied up."""
+    real, calls = RowStore._write, []
+
+    def dying(self, file, at, data):
+        calls.append(1)
+        if len(calls) == write:
+            real(self, file, at, data[: len(data) // 2])
+            raise SystemExit
+        return real(self, file, at, data)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(RowStore, "_write", dying)
+        yield
+
+
+def in_two_processes(command, environment):
+    """Run ``command`` in two processes that find each other: their exit codes and standard errors."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        **os.environ, **environment, "ACCELERATE_USE_CPU": "1", "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    running = [
+        subprocess.Popen(
+            command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=200)[1] for process in running]
+    return [process.returncode for process in running], errors
 
 
 def write_weights(path, backbone):

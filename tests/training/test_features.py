@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from training_runs import dies_in_write
 
 import xattn
 from xattn.photos.images import load_image
@@ -353,22 +354,9 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("write", [1, 2, 3, 6, 11])
-def test_a_run_that_dies_in_a_block_computes_the_block_again(
-    vit, photos, tmp_path, monkeypatch, write
-):
-    real, calls = FeatureStore._write, []
-
-    def dying(self, file, at, data):
-        calls.append(1)
-        if len(calls) == write:
-            real(self, file, at, data[: len(data) // 2])
-            raise SystemExit  # as a kill: what was written stays, nothing is tidied up
-        return real(self, file, at, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FeatureStore, "_write", dying)
-        with pytest.raises(SystemExit):
-            cached(vit, photos, tmp_path / "b")
+def test_a_run_that_dies_in_a_block_computes_the_block_again(vit, photos, tmp_path, write):
+    with dies_in_write(write):
+        cached(vit, photos, tmp_path / "b")
     assert not (tmp_path / "b/features.json").exists()
     assert same(cached(vit, photos, tmp_path / "a"), cached(vit, photos, tmp_path / "b"))
 

@@ -6,12 +6,11 @@ import json
 import shutil
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
-from training_runs import killed_and_resumed, write_weights
+from training_runs import killed_and_resumed, noise_photos, write_weights
 
 import xattn
 from xattn.cli import main
@@ -58,11 +57,7 @@ def cnn():
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(COUNT):
-        noise = np.random.default_rng(i).integers(0, 256, (10, 14, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((70, 50)).save(folder / f"{i:03d}.png")
-    return folder
+    return noise_photos(tmp_path_factory.mktemp("photos"), COUNT)
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import warnings
@@ -13,9 +11,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from training_runs import dies_in_write, in_two_processes, noise_photos
 
 import xattn
 from xattn.heads import create_head
@@ -26,7 +24,6 @@ from xattn.training.outcome_rows import HeadGuide, OutcomeCost, RowMaker, kept_l
 from xattn.training.outcome_table import OutcomeBatch
 from xattn.training.outcomes import cache_outcomes, open_outcomes, outcome_cost
 from xattn.training.outcomes_objective import log_odds
-from xattn.training.row_store import RowStore
 
 COUNT, MASKS = 21, 8
 
@@ -72,11 +69,7 @@ def wide():
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(COUNT):
-        noise = np.random.default_rng(i).integers(0, 256, (10, 14, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((70, 50)).save(folder / f"{i:03d}.png")
-    return folder
+    return noise_photos(tmp_path_factory.mktemp("photos"), COUNT)
 
 
 @pytest.fixture(scope="module")
@@ -537,20 +530,9 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(cnn, few, tmp_path,
 
 
 @pytest.mark.parametrize("write", [1, 2, 3, 4, 7])
-def test_a_run_that_dies_in_a_row_computes_it_again(cnn, few, tmp_path, monkeypatch, write):
-    real, calls = RowStore._write, []
-
-    def dying(self, file, at, data):
-        calls.append(1)
-        if len(calls) == write:
-            real(self, file, at, data[: len(data) // 2])
-            raise SystemExit  # as a kill: what was written stays, nothing is tidied up
-        return real(self, file, at, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RowStore, "_write", dying)
-        with pytest.raises(SystemExit):
-            cached(cnn, few, tmp_path / "b")
+def test_a_run_that_dies_in_a_row_computes_it_again(cnn, few, tmp_path, write):
+    with dies_in_write(write):
+        cached(cnn, few, tmp_path / "b")
     cached(cnn, few, tmp_path / "a")
     cached(cnn, few, tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
@@ -594,22 +576,8 @@ def test_two_processes_finish_what_a_killed_one_began_with_the_bits_of_one(
     assert killed.returncode == -9, killed.stderr
     states = (tmp_path / "two/rows").read_bytes()
     assert 10 < sum(states) < 42 and not (tmp_path / "two/outcomes.json").exists()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        **os.environ, "ACCELERATE_USE_CPU": "1", "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    running = [
-        subprocess.Popen(
-            [*command, "0"], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=200)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], errors
+    codes, errors = in_two_processes([*command, "0"], {})
+    assert codes == [0, 0], errors
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from datetime import timedelta
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from training_runs import in_two_processes
 
 import xattn
 from xattn.runtime.distributed import peers
@@ -41,23 +39,8 @@ sys.exit(main([kind, *arguments]))
 
 def two_processes(root, at, *arguments):
     """Exit codes and standard errors of two processes, the second of which dies in step ``at``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(root / "job.py"), str(at), *map(str, arguments)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=200)[1] for process in running]
-    return [process.returncode for process in running], errors
+    command = [sys.executable, str(root / "job.py"), str(at), *map(str, arguments)]
+    return in_two_processes(command, {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.parametrize("kind", ["train", "probe"])
