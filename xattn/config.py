@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 # Defaults by recipe. "published" is T-TAME's for ImageNet (arXiv 2403.04523); "small" was tuned for the
 # classifier fusion on a few hundred photos, see docs/results/held-out-classes.md; "outcomes" trains on a
-# table of masked photos, see docs/results/evidence.md.
+# table of masked photos, see docs/design.md#training.
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {
         "epochs": 8,
