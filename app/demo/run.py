@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from xattn.app.demo.photos import BACKBONE, embedded_photos
 from xattn.backbone import Backbone, load_backbone
 from xattn.config import TrainConfig
@@ -23,7 +21,8 @@ from xattn.eval import Results, evaluate, format_table, sanity_rows, write_csv, 
 from xattn.eval.metrics.registry import create_probe
 from xattn.explainers import Explainer, create_explainer
 from xattn.explaining.photos import explain
-from xattn.heads import Head, create_head, load_head, save_head
+from xattn.heads import Head, load_head, save_head
+from xattn.heads.seeded import seeded_head
 from xattn.packs.explanation import Explanation
 from xattn.pictures.contact_sheet import contact_sheet_html, contact_sheet_image, sheet_rows
 from xattn.runtime.allocator import keep_memory
@@ -96,9 +95,7 @@ def main(output: Path, epochs: int) -> None:
 
 
 def _train(name: str, backbone: Backbone, photos: Sequence[Path], config: TrainConfig) -> Head:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        head = create_head(name, backbone)
+    head = seeded_head(name, backbone, 0)
     fit(head, backbone, photos, config, say=print)
     return head
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from xattn.backbone import Backbone
 from xattn.eval.probing.probe_job import ProbeJob
 from xattn.eval.probing.probe_table import HeadScores, ProbeRow, table_row
-from xattn.heads import AttentiveHead, create_head, head_class
+from xattn.heads import AttentiveHead, head_class
+from xattn.heads.seeded import seeded_head
 from xattn.photos.base import Photos
 from xattn.photos.image_files import Files
 from xattn.photos.labels import Labels, read_labels
@@ -120,9 +119,7 @@ def new_head(
     name: str, backbone: Backbone, options: dict[str, Any], classes: Sequence[str], seed: int
 ) -> AttentiveHead:
     """An untrained head; its weights depend on ``seed`` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = create_head(name, backbone, class_names=list(classes), **options)
+    head = seeded_head(name, backbone, seed, class_names=list(classes), **options)
     assert isinstance(head, AttentiveHead)
     return head
 

@@ -37,7 +37,8 @@ from xattn.eval.annotations import MaskFolder
 from xattn.eval.annotations.coco import THING_IDS
 from xattn.eval.bootstrap import mean_interval, paired_difference
 from xattn.eval.studies.study_configs import ImageStudyConfig
-from xattn.heads import AttentiveHead, Tokens, create_head, head_class
+from xattn.heads import AttentiveHead, Tokens, head_class
+from xattn.heads.seeded import seeded_head
 from xattn.photos.images import list_images, load_image
 from xattn.photos.labels import read_labels
 from xattn.photos.sources import open_photos
@@ -161,11 +162,8 @@ def _runs(
         heads: dict[Run, AttentiveHead] = {}
         epochs: dict[Run, int] = {}
         for run in (run for run in left if run.fold == fold):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(fold)
-                head = create_head(
-                    kind, backbone, class_names=classes.names, **OPTIONS.get(kind, {})
-                )
+            options = {"class_names": classes.names, **OPTIONS.get(kind, {})}
+            head = seeded_head(kind, backbone, fold, **options)
             assert isinstance(head, AttentiveHead)
             recipe = ProbeConfig(
                 recipe="small",

@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import tyro
 from numpy.typing import NDArray
 
-from xattn.backbone import Backbone, load_backbone
+from xattn.backbone import Backbone
 from xattn.config import TrainConfig
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.report.results_files import read_json, write_csv, write_json
 from xattn.eval.report.text_tables import format_table
 from xattn.eval.results import Difference, MethodResult, Results
 from xattn.eval.sanity import sanity_rows
+from xattn.eval.studies.study_backbone import study_backbone
 from xattn.explainers import create_explainer
-from xattn.heads import create_head, parse_options
+from xattn.heads import parse_options
+from xattn.heads.seeded import seeded_head
 from xattn.photos.images import list_images
 from xattn.runtime import strict_json
 from xattn.runtime.allocator import keep_memory
@@ -161,9 +162,7 @@ def train_and_score(
     methods: dict[str, Any] = {}
     trained = []
     for row, (name, options) in heads.items():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            head = create_head(name, backbone, **options)
+        head = seeded_head(name, backbone, seed, **options)
         run = folder / f"run-{row}"
         resume = (run / RUN_FILE).is_file()
         fit(head, backbone, train, config, output=run, resume=resume, progress=progress)
@@ -267,9 +266,7 @@ class Folds:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = tyro.cli(Folds, prog="python -m xattn.eval.studies.class_folds", args=arguments)
     keep_memory()
-    backbone = load_backbone(args.backbone, args.weights)
-    if args.channels_last:
-        backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    backbone = study_backbone(args.backbone, args.weights, channels_last=args.channels_last)
     results = cross_validate(
         backbone, list_images(args.data), args.train, args.output, head=args.head,
         options=parse_options(args.options), folds=args.folds, only=args.only, explainers=args.explainers,

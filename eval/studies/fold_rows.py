@@ -13,7 +13,7 @@ A row that is finished is read, a killed one goes on, and a new row needs none o
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,16 +22,18 @@ import torch
 import tyro
 
 from xattn.attention.conversion import parse_mechanism
-from xattn.backbone import Backbone, load_backbone
+from xattn.backbone import Backbone
 from xattn.config import TrainConfig
 from xattn.eval.evaluation.engine import evaluate
-from xattn.eval.metrics.base import Probe
+from xattn.eval.metrics.base import Column, Probe
 from xattn.eval.protocol import Protocol
 from xattn.eval.report.results_files import read_json, write_json
 from xattn.eval.results import Difference, Results
 from xattn.eval.studies.class_folds import class_folds, merge
+from xattn.eval.studies.study_backbone import study_backbone
 from xattn.explainers import Explainer, create_explainer
-from xattn.heads import Head, create_head, list_heads
+from xattn.heads import Head, list_heads
+from xattn.heads.seeded import seeded_head
 from xattn.photos.images import list_images
 from xattn.runtime import strict_json
 from xattn.runtime.allocator import keep_memory
@@ -70,9 +72,7 @@ class Row:
         if name not in list_heads():
             return cls(label, name, options)
         photos = options.pop("photos", None)
-        train = {key: options.pop(key) for key in list(options) if key in TRAINING}
-        shown = {key: options.pop(key) for key in list(options) if key in SHOWN}
-        return cls(label, name, options, train, photos, shown)
+        return cls(label, name, options, taken(options, TRAINING), photos, taken(options, SHOWN))
 
     @property
     def is_head(self) -> bool:
@@ -85,9 +85,7 @@ class Row:
 
     def untrained(self, backbone: Backbone, seed: int) -> Head:
         """The head as training begins."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config(seed).seed)
-            return create_head(self.name, backbone, **self.options)
+        return seeded_head(self.name, backbone, self.config(seed).seed, **self.options)
 
     def record(self, backbone: Backbone, seed: int) -> dict[str, Any]:
         """What the row's numbers depend on, beside the photos and the metrics."""
@@ -104,6 +102,11 @@ def labelled(text: str) -> tuple[str, str]:
     """``LABEL=REST`` in two; of a text without a label the whole text, twice."""
     label, equals, rest = text.partition("=")
     return (text, text) if not equals or ":" in label else (label, rest)
+
+
+def taken(options: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Those of ``options`` that are in ``names``, which are taken out of it."""
+    return {name: options.pop(name) for name in list(options) if name in names}
 
 
 def score_row(
@@ -222,8 +225,8 @@ def differences(table: Results, method: str, references: Sequence[str]) -> str:
     ]
     compared = [table.compare(method, name) for name in references]
     for cells in zip(*compared, strict=True):
-        level = "" if cells[0].level is None else f"@{100 * cells[0].level:g}"
-        lines.append(f"| {cells[0].metric}{level} | {' | '.join(map(with_interval, cells))} |")
+        title = Column(cells[0].metric, cells[0].level).key
+        lines.append(f"| {title} | {' | '.join(map(with_interval, cells))} |")
     return "\n".join(lines)
 
 
@@ -234,8 +237,8 @@ def with_interval(found: Difference) -> str:
 
 
 def with_compiled_passes(backbone: Backbone) -> None:
-    """Compile the passes that need no gradient, with the weights frozen: on a CPU EfficientNet-Lite0 takes
-    half the time, and its logits change by some 3e-5. Taps and gradients are computed as before."""
+    """Compile the passes that need no gradient, with the weights frozen: convolutional networks are faster
+    on a CPU, and logits are rounded in another way. Taps and gradients are computed as before."""
     import torch._inductor.config as inductor
 
     inductor.freezing = True
@@ -283,19 +286,17 @@ class FoldRows:
 
     def load(self) -> Backbone:
         """The backbone, ready to score."""
-        backbone = load_backbone(self.backbone, self.weights, self.taps or None)
-        if self.channels_last:
-            backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        backbone = study_backbone(self.backbone, self.weights, self.taps, self.channels_last)
         if self.compiled:
             with_compiled_passes(backbone)
         return backbone
 
-    def parts(self, paths: Sequence[Path]) -> dict[str, list[Path]]:
-        """The photos that are scored, by the name of their folder of results."""
+    def parts(self, paths: Sequence[Path]) -> dict[str, tuple[int, list[Path]]]:
+        """The number and the photos to score of each fold, by the name of its folder of results."""
         if self.held_out is not None:
-            return {"held-out": list_images(self.held_out)}
+            return {"held-out": (0, list_images(self.held_out))}
         parts = class_folds(paths, self.folds)
-        return {f"fold-{k}": parts[k] for k in self.only or range(self.folds)}
+        return {f"fold-{k}": (k, parts[k]) for k in self.only or range(self.folds)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -306,9 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [Row.parse(text) for text in args.rows]
     outcomes = {row.label: table_of(row, backbone, paths, args.tables) for row in rows}
     tables = []
-    for number, (part, held_out) in enumerate(args.parts(paths).items()):
+    for part, (seed, held_out) in args.parts(paths).items():
         train = sorted(set(paths) - set(held_out))
-        seed = int(part.removeprefix("fold-")) if args.held_out is None else number
         scored = [
             score_row(
                 backbone, row, train, held_out, args.output / part / row.label,

@@ -26,12 +26,13 @@ import tyro
 from tqdm import tqdm
 
 from xattn.attention.conversion import parse_mechanism
-from xattn.backbone import Backbone, load_backbone
+from xattn.backbone import Backbone
 from xattn.eval.evaluation.facts import describe
 from xattn.eval.sanity import Cascade
 from xattn.eval.studies.fold_rows import names
 from xattn.eval.studies.sanity_checks import CHECKS, Block, Method, Settings
 from xattn.eval.studies.sanity_report import UNSEEING, Found, report, verdicts, write_results
+from xattn.eval.studies.study_backbone import study_backbone
 from xattn.explainers import create_explainer
 from xattn.heads import load_head
 from xattn.photos.images import list_images, load_image
@@ -207,9 +208,7 @@ def check_heads(args: HeadSanity, progress: bool = True) -> str:
     Raises:
         ValueError: as :func:`measure`; unknown heads, explainers or options.
     """
-    backbone = load_backbone(args.backbone, args.weights, args.taps or None)
-    if args.channels_last:
-        backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    backbone = study_backbone(args.backbone, args.weights, args.taps, args.channels_last)
     paths = list_images(args.data)
     random.Random(args.seed).shuffle(paths)  # neighbours in a folder often have one class
     paths = paths[: args.photos]

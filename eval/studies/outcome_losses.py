@@ -17,7 +17,13 @@ from torch import Tensor
 from xattn.heads.evidence import standardised
 from xattn.training.outcome_fitting import compared, mean_terms, outcome_terms
 from xattn.training.outcome_table import OutcomeBatch
-from xattn.training.outcomes_objective import TINY, area_adjusted, correlation, log_odds
+from xattn.training.outcomes_objective import (
+    TINY,
+    area_adjusted,
+    correlation,
+    log_odds,
+    mask_effects,
+)
 
 LEAST = 1e-5  # of the size of a map's effects: below it their direction is rounding
 
@@ -96,7 +102,7 @@ def weighted_correlation(
     def centred(values: Tensor) -> Tensor:
         return values - (weights * values).sum(-1, keepdim=True) / total
 
-    effects = maps.flatten(2) @ masks.flatten(2).transpose(1, 2)
+    effects = mask_effects(maps, masks)
     x, y = centred(effects), centred(outcomes)
     if area:
         slope = centred(masks.mean((2, 3))[:, None])
@@ -112,8 +118,7 @@ def adjusted(maps: Tensor, masks: Tensor, outcomes: Tensor) -> tuple[Tensor, Ten
     """Effects <m, S> of ``maps`` (B, M, h, w) and ``outcomes`` (B, M, N) of ``masks`` (B, N, h, w), without
     mean and area, both (B, M, N)."""
     area = masks.mean((2, 3))[:, None]
-    effects = maps.flatten(2) @ masks.flatten(2).transpose(1, 2)
-    return area_adjusted(effects, area), area_adjusted(outcomes, area)
+    return area_adjusted(mask_effects(maps, masks), area), area_adjusted(outcomes, area)
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,6 +40,7 @@ from xattn.eval.studies.fold_rows import (
     score_row,
     side_by_side,
     table_of,
+    taken,
     with_interval,
 )
 from xattn.eval.studies.trial_heads import EvidenceWithPositions, SigmoidEvidence
@@ -185,16 +186,12 @@ def parse_trial(text: str) -> tuple[str, Trial]:
         near = difflib.get_close_matches(name, TRIALS, 3) or list(TRIALS)
         raise ValueError(f"trials: got {name!r}; choose among {', '.join(near)}")
     trial = TRIALS[name]
-    own = {key: options.pop(key) for key in list(options) if key in trial.options}
-    photos = options.pop("photos", trial.photos)
-    train = {key: options.pop(key) for key in list(options) if key in TRAINING}
-    shown = {key: options.pop(key) for key in list(options) if key in SHOWN}
     return label, replace(
         trial,
-        photos=photos,
-        options={**trial.options, **own},
-        train={**trial.train, **train},
-        shown={**trial.shown, **shown},
+        options={**trial.options, **taken(options, trial.options)},
+        photos=options.pop("photos", trial.photos),
+        train={**trial.train, **taken(options, TRAINING)},
+        shown={**trial.shown, **taken(options, SHOWN)},
         head={**trial.head, **options},
     )
 
@@ -248,14 +245,13 @@ def report(table: Results, about: Mapping[str, str]) -> str:
     """A Markdown table of every method minus the first, by metric, with paired intervals; ``about`` says
     what a method is, by its label."""
     reference, *others = table.methods
-    columns = [(name, level) for name, level in table.columns]
-    titles = [name if level is None else f"{name}@{100 * level:g}" for name, level in columns]
+    titles = [column.key for column in table.columns]
     lines = [
         f"| minus {reference} | | {' | '.join(titles)} |",
         f"| :-- | :-- |{' :-- |' * len(titles)}",
     ]
     for label in others:
-        cells = map(with_interval, table.compare(label, reference, columns))
+        cells = map(with_interval, table.compare(label, reference, table.columns))
         lines.append(f"| {label} | {about.get(label, '')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -290,8 +286,7 @@ class OutcomeTrials(FoldRows):
             return {f"held-out-{k}": (k, list_images(self.held_out))}
         if self.unannotated is not None:
             return {f"unannotated-{k}": (k, unannotated(backbone, self.unannotated))}
-        parts = self.parts(paths)
-        return {name: (int(name.removeprefix("fold-")), part) for name, part in parts.items()}
+        return self.parts(paths)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -28,15 +28,17 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xattn.backbone import Backbone, load_backbone
+from xattn.backbone import Backbone
 from xattn.config import TrainConfig
-from xattn.heads import Head, create_head, load_head
+from xattn.eval.studies.study_backbone import study_backbone
+from xattn.heads import Head, load_head
+from xattn.heads.seeded import seeded_head
 from xattn.photos.base import Data
 from xattn.photos.sources import open_photos
 from xattn.runtime.allocator import keep_memory
 from xattn.training import fit
 from xattn.training.outcome_table import OutcomeBatch, Outcomes
-from xattn.training.outcomes import cache_outcomes
+from xattn.training.outcomes import outcomes_to_train_on
 from xattn.training.run_folder import RUN_FILE
 
 Labels = Literal["classes", "outcomes"]
@@ -130,21 +132,9 @@ def train_on_random_labels(
         )
     config = TrainConfig(**settings)
     photos = open_photos(data)
-    found = cache_outcomes(
-        backbone,
-        photos,
-        table,
-        masks=config.masks,
-        seed=config.seed,
-        workers=config.workers,
-        max_pixels=config.max_pixels,
-        precision="bf16" if config.precision == "bf16" else "no",
-        progress=progress,
-        say=print if progress else None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        head = create_head(trained.name, backbone, **trained.options)
+    say = print if progress else None
+    found = outcomes_to_train_on(backbone, photos, table, config, progress=progress, say=say)
+    head = seeded_head(trained.name, backbone, config.seed, **trained.options)
     fit(
         head,
         backbone,
@@ -187,9 +177,7 @@ class RandomLabels:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = tyro.cli(RandomLabels, prog="python -m xattn.eval.studies.random_labels", args=arguments)
     keep_memory()
-    backbone = load_backbone(args.backbone, args.weights, args.taps or None)
-    if args.channels_last:
-        backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    backbone = study_backbone(args.backbone, args.weights, args.taps, args.channels_last)
     trained = load_head(args.head, backbone)
     train_on_random_labels(
         trained, backbone, args.data, args.table, args.labels, args.output, seed=args.seed

@@ -23,7 +23,7 @@ from xattn.heads.evidence import Evidence, standardised
 from xattn.heads.fusion import resize
 from xattn.training.outcome_fitting import compared
 from xattn.training.outcome_table import OutcomeBatch
-from xattn.training.outcomes_objective import TINY, area_adjusted
+from xattn.training.outcomes_objective import TINY, area_adjusted, mask_effects
 
 LEAST_WEIGHT = 0.1  # of an outcome in the equations: with negative weights they have no solution
 GREY = (0.299, 0.587, 0.114)  # weights of red, green, blue
@@ -139,7 +139,7 @@ def _regression(
 
     def effects(maps: Tensor) -> Tensor:
         maps = resize(maps, tuple(masks.shape[2:])).double()
-        return area_adjusted(maps.flatten(2) @ masks.flatten(2).transpose(1, 2), area)
+        return area_adjusted(mask_effects(maps, masks), area)
 
     of_class = torch.stack([effects(cam), effects(contrast)], 2)
     shared = effects(features)[:, None].expand(-1, of_class.shape[1], -1, -1)

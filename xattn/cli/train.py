@@ -53,9 +53,8 @@ class Train:
         return "; --resume goes on" if begun else "; the same command goes on"
 
     def run(self) -> None:
-        import torch
-
-        from xattn.heads import create_head, head_options, parse_options, save_head
+        from xattn.heads import head_options, parse_options, save_head
+        from xattn.heads.seeded import seeded_head
         from xattn.training import fit
 
         name, options = self.head, parse_options(self.options)
@@ -70,9 +69,7 @@ class Train:
         else:
             model = self.model
         backbone = model.load()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.train.seed)
-            head = create_head(name, backbone, **options)
+        head = seeded_head(name, backbone, self.train.seed, **options)
         shown = None
         if self.sample:
             from xattn.training.sample import SAMPLE_FOLDER, Sample

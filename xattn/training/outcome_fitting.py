@@ -29,7 +29,7 @@ from xattn.kernels.softmax.reference import widen
 from xattn.photos.base import Photos
 from xattn.training.data import steps_per_epoch
 from xattn.training.outcome_table import OutcomeBatch, Outcomes
-from xattn.training.outcomes import FEW, cache_outcomes
+from xattn.training.outcomes import FEW, outcomes_to_train_on
 from xattn.training.outcomes_objective import correlation, reacts
 from xattn.training.run import Run, RunOptions
 from xattn.training.tap_store import Place, TapStore
@@ -63,18 +63,9 @@ def table_for(
         yield _part(table, photos)
         return
     with tempfile.TemporaryDirectory(prefix="xattn-outcomes-") as temporary:
-        found = cache_outcomes(
-            backbone,
-            photos,
-            _table_folder(table, options.folder, ranks) or Path(temporary) / "outcomes",
-            crops=config.crops,
-            masks=config.masks,
-            seed=config.seed,
-            workers=config.workers,
-            max_pixels=config.max_pixels,
-            precision="bf16" if config.precision == "bf16" else "no",
-            progress=options.progress,
-            say=say,
+        folder = _table_folder(table, options.folder, ranks) or Path(temporary) / "outcomes"
+        found = outcomes_to_train_on(
+            backbone, photos, folder, config, progress=options.progress, say=say
         )
         yield found, found.numbers
 

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from xattn.backbone import Backbone
+from xattn.config import TrainConfig
 from xattn.photos.base import Data, Photos
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.sources import open_photos
@@ -155,6 +156,31 @@ def cache_outcomes(
             stacklevel=2,
         )
     return found
+
+
+def outcomes_to_train_on(
+    backbone: Backbone,
+    data: Data,
+    folder: str | Path,
+    config: TrainConfig,
+    *,
+    progress: bool = True,
+    say: Callable[[str], object] | None = None,
+) -> Outcomes:
+    """The table that training with ``config`` reads, see :func:`cache_outcomes`."""
+    return cache_outcomes(
+        backbone,
+        data,
+        folder,
+        crops=config.crops,
+        masks=config.masks,
+        seed=config.seed,
+        workers=config.workers,
+        max_pixels=config.max_pixels,
+        precision="bf16" if config.precision == "bf16" else "no",
+        progress=progress,
+        say=say,
+    )
 
 
 def outcome_cost(

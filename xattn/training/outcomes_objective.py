@@ -28,6 +28,11 @@ def area_adjusted(values: Tensor, area: Tensor) -> Tensor:
     return centred - (centred * slope).sum(-1, keepdim=True) / square * slope
 
 
+def mask_effects(maps: Tensor, masks: Tensor) -> Tensor:
+    """<m_j, S_k>, the sums of maps (B, M, h, w) over what masks (B, N, h, w) keep, (B, M, N)."""
+    return maps.flatten(2) @ masks.flatten(2).transpose(1, 2)
+
+
 def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
     """Area-adjusted correlation (B, M) of maps (B, M, h, w) with outcomes (B, M, N) of masks (B, N, h, w).
 
@@ -35,7 +40,7 @@ def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
     does not.
     """
     maps, masks, outcomes = widen(maps), widen(masks), widen(outcomes)
-    effects = maps.flatten(2) @ masks.flatten(2).transpose(1, 2)
+    effects = mask_effects(maps, masks)
     area = masks.mean((2, 3))[:, None]
     x, y = area_adjusted(effects, area), area_adjusted(outcomes, area)
     size_x, size_y = x.norm(dim=-1), y.norm(dim=-1)
