@@ -28,6 +28,7 @@ from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.metrics.base import Column, Probe
 from xattn.eval.protocol import Protocol
 from xattn.eval.report.results_files import read_json, write_json
+from xattn.eval.report.text_tables import format_table
 from xattn.eval.results import Difference, Results
 from xattn.eval.studies.class_folds import class_folds, merge
 from xattn.eval.studies.study_backbone import study_backbone
@@ -37,6 +38,7 @@ from xattn.heads.seeded import seeded_head
 from xattn.photos.images import list_images
 from xattn.runtime import strict_json
 from xattn.runtime.allocator import keep_memory
+from xattn.runtime.files import atomic_file
 from xattn.runtime.files import write_json as write_record
 from xattn.training import fit
 from xattn.training.outcome_table import Outcomes
@@ -318,7 +320,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]  # fmt: skip
         tables.append(side_by_side(scored))
     table = merge(tables)
-    print(differences(table, rows[0].label, [row.label for row in rows[1:]]))
+    found = differences(table, rows[0].label, [row.label for row in rows[1:]])
+    text = f"{format_table(table, 'markdown')}\n{rows[0].label} minus the others:\n\n{found}"
+    print(text)
+    with atomic_file(args.output / "rows.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

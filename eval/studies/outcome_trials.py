@@ -26,6 +26,7 @@ from xattn.attention.conversion import parse_mechanism
 from xattn.backbone import Backbone
 from xattn.eval.annotations.objects import load_annotations
 from xattn.eval.metrics.base import Probe
+from xattn.eval.report.text_tables import format_table
 from xattn.eval.results import Results
 from xattn.eval.studies import outcome_losses
 from xattn.eval.studies.class_folds import class_folds, merge
@@ -314,7 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 score_row(backbone, row, train, held_out, folder, table=table, seed=fold, **scoring)
             )
         tables.append(side_by_side(scored))
-    text = report(merge(tables), {label: trial.about for label, trial in trials.items()})
+    table = merge(tables)
+    found = report(table, {label: trial.about for label, trial in trials.items()})
+    text = f"{format_table(table, 'markdown')}\n{found}"
     print(text)
     with atomic_file(args.output / "trials.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

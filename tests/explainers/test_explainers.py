@@ -16,6 +16,7 @@ from xattn.explainers import (
     preserve_state,
 )
 from xattn.heads import create_head
+from xattn.heads.evidence import standardised
 
 CAMS = ["gradcam", "gradcam_plusplus", "layercam", "eigencam", "ablationcam"]
 NAMES = ["head", "cam", *CAMS, "random", "centre", "ones"]
@@ -55,7 +56,7 @@ def images():
 
 
 ATTENTION = ["rollout", "raw_attention", "column_mass", "generic_relevance", "attn_lrp"]
-CASES = [(k, n) for k in MODELS for n in NAMES if (k, n) != ("vit", "cam")]
+CASES = [(model, name) for model in MODELS for name in NAMES]
 CASES += [("vit", name) for name in ATTENTION]
 TARGET = torch.tensor([3, 0, 10, 3, 7])
 
@@ -170,8 +171,6 @@ def test_a_missing_or_foreign_head_is_refused(pairs):
         create_explainer("head", pairs["cnn"].backbone)
     with pytest.raises(ValueError, match=r"head: trained on test_vit .*load the matching pair"):
         create_explainer("head", pairs["cnn"].backbone, pairs["vit"].head)
-    with pytest.raises(ValueError, match=r"explainer: cam needs average pooling"):
-        pairs["vit"].explainer("cam")
     with pytest.raises(ValueError, match=r"max_forward_batch: got 0"):
         pairs["cnn"].explainer("ones", max_forward_batch=0)
     with pytest.raises(ValueError, match=r"sigma: got 0"):
@@ -290,6 +289,20 @@ def test_gradcam_of_linear_pooling_is_the_rectified_cam(pairs, images):
     places = cam.shape[-1] * cam.shape[-2]
     assert torch.allclose(gradcam * places, cam.relu(), atol=1e-5)
     assert torch.allclose(signed * places, cam, atol=1e-5)
+
+
+def test_cam_of_a_vit_is_what_its_class_token_reads(pairs, images):
+    backbone = pairs["vit"].backbone
+    head = create_head("evidence", backbone, parts=[], explain_with="scores")
+    found = create_explainer("head", backbone, head).attribute(images, TARGET)
+    cam = pairs["vit"].explainer("cam").attribute(images, TARGET)
+    assert torch.allclose(standardised(cam), found, atol=1e-5) and cam.std() > 0
+
+
+def test_cam_refuses_networks_whose_reading_is_not_known(images):
+    backbone = load_backbone("test_vit", weights=None, taps=["block.2", "block.3"])
+    with pytest.raises(ValueError, match=r"explainer: cam needs the classifier's rows.*norm1"):
+        create_explainer("cam", backbone)
 
 
 @pytest.mark.parametrize("model", ["test_vit", "test_vit2", "test_vit3", "test_vit4"])

@@ -28,6 +28,7 @@ from xattn.photos.image_files import Files
 from xattn.photos.sources import open_photos
 from xattn.training import fit, objective
 from xattn.training.data import TrainImages, epoch_batches
+from xattn.training.head_optimizer import head_optimizer, one_cycle
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -417,6 +418,21 @@ def test_single_photos_that_vanish_are_skipped(tmp_path, backbone, monkeypatch):
     at_call(monkeypatch, {6: paths[2].unlink})
     run = fit(fresh_head(backbone), backbone, paths, config, progress=False)
     assert run.steps == 12 and [name for name, _ in run.skipped] == [str(paths[2])]
+
+
+def test_a_head_may_ask_for_other_learning_rates(backbone):
+    head = create_head("ttame", backbone)
+    names = dict(head.named_parameters())
+    own = next(name for name in names if name.endswith("weight"))
+    head.learning_rates = {own: 10.0}
+    optimizer = head_optimizer(head, TrainConfig("small", lr=0.02, weight_decay=0.1))
+    one_cycle(optimizer, 100)
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(group_of) == len(names)
+    for name, parameter in names.items():
+        group = group_of[id(parameter)]
+        assert group["max_lr"] == pytest.approx(0.2 if name == own else 0.02)
+        assert group["weight_decay"] == (0.0 if name.endswith("bias") else 0.1)
 
 
 def test_an_unreadable_first_batch_warns_of_nothing(tmp_path, backbone):

@@ -1,8 +1,11 @@
 """Class activation map: the classifier's weights of a class, applied at every position of the last map.
 
-``map_k = w_k . f``, f (B, C, h, w) the tensor that is average-pooled before the linear classifier:
-its mean over the positions is the logit of class k without the bias (Zhou et al., arXiv 1512.04150).
-Negative evidence stays: no ReLU.
+    pooled maps     map_k = w_k . f
+    a class token   map_k = what attention brings to it from each patch, in the tapped blocks, along w_k
+
+f (B, C, h, w) is the tensor that is average-pooled before the linear classifier: the mean of map_k over the
+positions is the logit of class k without the bias (Zhou et al., arXiv 1512.04150). How other networks read
+their maps says :mod:`~xattn.heads.class_reading`. Negative evidence stays: no ReLU.
 """
 
 from __future__ import annotations
@@ -10,34 +13,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xattn.backbone import Taps
 from xattn.explainers.base import Choose, Explainer, register_explainer
+from xattn.heads.class_reading import class_reading
 
 
-@register_explainer("cam", networks=("cnn",))
+@register_explainer("cam")
 class Cam(Explainer):
-    """Unrectified CAM: for classifiers that end in average pooling and one linear layer."""
+    """Unrectified CAM: for networks with one linear classifier of pooled maps or of a class token."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        backbone = self.backbone
-        if not backbone.pools_linearly:
-            raise ValueError(
-                f"explainer: cam needs average pooling and one linear layer after the tap 'head', "
-                f"which {backbone.name} with taps {backbone.taps} does not have; use 'gradcam' or a head"
-            )
+        self.reading = class_reading(self.backbone, "explainer: cam")
 
     @torch.no_grad()
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        return self._maps(self.backbone(images).maps[-1], target[:, None])
+        return self._maps(self.backbone(images), target[:, None])
 
     @torch.no_grad()
     def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
         taps = self.backbone(images)
         classes = self._chosen(choose, taps.logits)
-        return taps.logits, classes, self._maps(taps.maps[-1], classes)
+        return taps.logits, classes, self._maps(taps, classes)
 
-    def _maps(self, last: Tensor, classes: Tensor) -> Tensor:
-        """(b, C, h, w) and classes (b, M) -> (b, M, h, w)."""
-        weight = self.backbone.classifier_weight
-        assert weight is not None
-        return torch.einsum("bmc,bchw->bmhw", weight[classes].to(last.dtype), last)
+    def _maps(self, taps: Taps, classes: Tensor) -> Tensor:
+        """Classes (b, M) -> (b, M, h, w)."""
+        return self.reading.to(taps.logits.device)(taps, classes, self.backbone.task).own

@@ -200,27 +200,42 @@ class ProbeReading(ClassReading):
 # ---------------------------------------------------------------------- which reading fits a network
 
 
-def class_reading(backbone: Backbone) -> ClassReading:
-    """How ``backbone`` reads its last taps, by class.
+def class_reading(backbone: Backbone, asked: str = "head: evidence") -> ClassReading:
+    """How ``backbone`` reads its last taps, by class; ``asked`` says in errors what needs it.
 
     Raises:
         ValueError: it has no classes, or does not end in one linear classifier of pooled maps or of a
             class token.
     """
     backbone.require_classes()
+    try:
+        return _fitting_reading(backbone)
+    except UnknownReading as error:
+        raise ValueError(
+            f"{asked} needs the classifier's rows, and {backbone.name} does not show how it uses them "
+            f"({error}); train 'ttame' with fusion='per_class', or a classifier of your own with "
+            f"xattn probe"
+        ) from None
+
+
+class UnknownReading(Exception):
+    """Why a network does not show how it reads its taps."""
+
+
+def _fitting_reading(backbone: Backbone) -> ClassReading:
     if isinstance(backbone, Probed):
         return ProbeReading(backbone.probe)
     weight = backbone.classifier_weight
     if weight is None:
-        raise _refusal(backbone, "it has no single linear classifier")
+        raise UnknownReading("it has no single linear classifier")
     if backbone.pools_linearly:
         return PooledReading(weight)
     if backbone.is_vit:
         return _vit_reading(backbone, weight)
     if backbone.adapter:
-        raise _refusal(backbone, "its last map is not averaged and classified by one linear layer")
+        raise UnknownReading("its last map is not averaged and classified by one linear layer")
     if backbone.taps[-1] != "head":
-        raise _refusal(backbone, f"its last tap, {backbone.taps[-1]}, is not the map that it pools")
+        raise UnknownReading(f"its last tap, {backbone.taps[-1]}, is not the map that it pools")
     norm = getattr(getattr(backbone.model, "head", None), "norm", None)  # as ConvNeXt's
     return _pooled_reading(backbone, weight, norm)
 
@@ -228,7 +243,7 @@ def class_reading(backbone: Backbone) -> ClassReading:
 def _pooled_reading(backbone: Backbone, weight: Tensor, norm: nn.Module | None) -> PooledReading:
     """Of a network that averages the tap ``"head"``, then normalises and classifies."""
     if weight.shape[1] != backbone.channels[-1] or not _averages(backbone, norm):
-        raise _refusal(backbone, "it does more than average its last map and classify it linearly")
+        raise UnknownReading("it does more than average its last map and classify it linearly")
     return PooledReading(before_norms(weight, norm))
 
 
@@ -238,15 +253,14 @@ def _vit_reading(backbone: Backbone, weight: Tensor) -> RowReading:
     if pool == "avg":
         if backbone.taps[-1] != "head":
             taps = " ".join([*backbone.taps[1:], "head"])
-            raise _refusal(
-                backbone,
-                f"it averages its final tokens, which are not tapped; load it with --taps {taps}",
+            raise UnknownReading(
+                f"it averages its final tokens, which are not tapped; load it with --taps {taps}"
             )
         return _pooled_reading(backbone, weight, fc_norm)
     if pool != "token" or backbone.prefix_tokens == 0:
-        raise _refusal(backbone, f"it pools its tokens by {pool!r}, not by 'token' or 'avg'")
+        raise UnknownReading(f"it pools its tokens by {pool!r}, not by 'token' or 'avg'")
     if getattr(model, "head_dist", None) is not None:
-        raise _refusal(backbone, "it classifies two tokens")
+        raise UnknownReading("it classifies two tokens")
     rows = before_norms(weight, fc_norm, getattr(model, "norm", None))
     return TokenReading(rows, _read_blocks(backbone))
 
@@ -254,7 +268,7 @@ def _vit_reading(backbone: Backbone, weight: Tensor) -> RowReading:
 def _read_blocks(backbone: Backbone) -> dict[int, Block]:
     """The blocks behind the ``norm1`` taps, by the place of the tap."""
     if backbone.conversion:
-        raise _refusal(backbone, "its attention is not the softmax that it was built with")
+        raise UnknownReading("its attention is not the softmax that it was built with")
     blocks: dict[int, Block] = {}
     for place, tap in enumerate(backbone.taps):
         kind, index, _ = parse_tap(tap)
@@ -263,12 +277,11 @@ def _read_blocks(backbone: Backbone) -> dict[int, Block]:
         block = backbone.model.blocks[index]  # type: ignore[index,union-attr]
         if not isinstance(block, Block) or not _is_plain(block.attn):
             name = f"{type(block).__name__} with {type(getattr(block, 'attn', block)).__name__}"
-            raise _refusal(backbone, f"what the class token reads in its {name} is not known")
+            raise UnknownReading(f"what the class token reads in its {name} is not known")
         blocks[place] = block
     if not blocks:
-        raise _refusal(
-            backbone,
-            "none of its taps is what a block's attention reads; load it with --taps norm1",
+        raise UnknownReading(
+            "none of its taps is what a block's attention reads; load it with --taps norm1"
         )
     return blocks
 
@@ -320,10 +333,3 @@ def _averages(backbone: Backbone, norm: nn.Module | None) -> bool:
     logits = model.forward_head(tokens)
     expected = F.linear(mean, weight, bias)
     return logits.shape == expected.shape and torch.allclose(logits, expected, rtol=1e-3, atol=1e-4)
-
-
-def _refusal(backbone: Backbone, reason: str) -> ValueError:
-    return ValueError(
-        f"head: evidence needs the classifier's rows, and {backbone.name} does not show how it uses them "
-        f"({reason}); train 'ttame' with fusion='per_class', or a classifier of your own with xattn probe"
-    )

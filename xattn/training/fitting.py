@@ -139,7 +139,7 @@ def fit_job(
     if head.reads_statistics and not _resumes(options):
         head.calibrate(job.calibration(backbone))
     optimizer = head_optimizer(head, config)
-    scheduler = one_cycle(optimizer, config.lr, job.batches.total)
+    scheduler = one_cycle(optimizer, job.batches.total)
     state = FitState(scheduler, accelerator)
     run = Run(head, optimizer, accelerator, config, state, job.batches.total, options)
     record = {"images": job.batches.describe(), "preprocessing": asdict(backbone.preprocessing)}

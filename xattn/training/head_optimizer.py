@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from xattn.config import TrainConfig
+from xattn.heads import Head
 from xattn.training.photo_loop import PhotoLoopState
 
 
@@ -35,26 +35,29 @@ class FitState(PhotoLoopState):
         return float(self.scheduler.get_last_lr()[0])
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, lr: float, total: int) -> OneCycleLR:
-    """A OneCycle schedule of ``total`` steps that peaks at ``lr``."""
+def one_cycle(optimizer: torch.optim.Optimizer, total: int) -> OneCycleLR:
+    """A OneCycle schedule of ``total`` steps that peaks at the learning rates of ``optimizer``."""
+    peaks = [group["lr"] for group in optimizer.param_groups]
     scheduler = OneCycleLR(
-        optimizer, max_lr=lr, total_steps=max(total, 2), pct_start=0.3, final_div_factor=1e4
+        optimizer, max_lr=peaks, total_steps=max(total, 2), pct_start=0.3, final_div_factor=1e4
     )
     optimizer.zero_grad(set_to_none=True)
     optimizer.step()  # moves nothing; else the scheduler warns where the first batch is unreadable
     return scheduler
 
 
-def head_optimizer(head: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Weight decay on everything but biases, BatchNorm gains included, as in T-TAME's code."""
+def head_optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
+    """Weight decay on everything but biases, BatchNorm gains included, as in T-TAME's code; the learning
+    rate is that of ``config``, times what the head asks for."""
     named = [(n, p) for n, p in head.named_parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for n, p in named if not n.endswith("bias")],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for n, p in named if n.endswith("bias")], "weight_decay": 0.0},
-    ]
+    groups = []
+    for times in sorted({1.0, *(head.learning_rates.get(n, 1.0) for n, _ in named)}):
+        of_rate = [(n, p) for n, p in named if head.learning_rates.get(n, 1.0) == times]
+        weights = [p for n, p in of_rate if not n.endswith("bias")]
+        biases = [p for n, p in of_rate if n.endswith("bias")]
+        shared = {"lr": config.lr * times}
+        groups.append({**shared, "params": weights, "weight_decay": config.weight_decay})
+        groups.append({**shared, "params": biases, "weight_decay": 0.0})
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
+        return torch.optim.AdamW(groups)
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True)

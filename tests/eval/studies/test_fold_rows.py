@@ -79,6 +79,19 @@ def test_rows_of_other_photos_do_not_stand_side_by_side(backbone, paths, tmp_pat
         side_by_side(rows)
 
 
+def test_the_command_prints_and_keeps_means_and_differences(
+    backbone, paths, tmp_path, monkeypatch, capsys  # noqa: F811
+):  # fmt: skip
+    monkeypatch.setattr(fold_rows.FoldRows, "load", lambda self: backbone)
+    output = ["--output", str(tmp_path), "--rows", "gradcam", "mid=centre", "--folds", "2"]
+    fold_rows.main(["--data", str(paths[0].parents[1]), *output, "--metrics", "pixel-flipping"])
+    text = (tmp_path / "rows.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "| gradcam |" in text and "| mid " in text and "gradcam minus the others" in text
+    assert text.splitlines()[-1].startswith("| AOPC |")
+    assert f"{len(paths)} images on" in text
+
+
 @pytest.mark.slow
 def test_compiled_passes_give_the_same_logits(backbone):  # noqa: F811
     import copy

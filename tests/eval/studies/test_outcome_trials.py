@@ -121,7 +121,8 @@ def test_the_command_compares_trials_and_rows(backbone, paths, tmp_path, monkeyp
     main([*data, *trials, *folders, "--metrics", "pixel-flipping"])
     text = (tmp_path / "out" / "trials.md").read_text()
     assert text in capsys.readouterr().out
-    first, _, mirrored, centre = text.splitlines()
+    assert "| AOPC ↑ | n | invalid | forwards |" in " ".join(text.split())
+    first, _, mirrored, centre = text.splitlines()[-4:]
     assert f"minus base:{quick}" in first and "AOPC" in first
     assert "mirrored | the mean of the photo's map" in mirrored and centre.startswith("| centre |")
     record = json.loads((tmp_path / "out/held-out-0/mirrored/record.json").read_text())
