@@ -9,6 +9,7 @@ allocator setting and thread count. Weights are random: speed does not depend on
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 import tempfile
@@ -54,6 +55,14 @@ def heads_of(backbone: Backbone) -> dict[str, Any]:
     heads = {"ttame": create_head("ttame", backbone)}
     if max(backbone.channels) > 512:
         heads["ttame, exact branches"] = create_head("ttame", backbone, branch_rank=None)
+    return heads
+
+
+def explaining_heads(backbone: Backbone) -> dict[str, Any]:
+    """Those of :func:`heads_of`, and ``evidence`` where the backbone shows how it reads its taps."""
+    heads = heads_of(backbone)
+    with contextlib.suppress(ValueError):
+        heads["evidence"] = create_head("evidence", backbone)
     return heads
 
 
@@ -186,16 +195,13 @@ def bench(
         yield "| :-- | --: | :-- | --: | :-- | --: | --: | :-- |"
         for name in backbones:
             backbone = load_backbone(name, weights=None, device=device)
-            heads = {k: head.to(device) for k, head in heads_of(backbone).items()}
             for batch in batches:
                 if job != "train":
-                    for head in heads.values():
-                        head.eval()
+                    heads = {k: h.to(device).eval() for k, h in explaining_heads(backbone).items()}
                     jobs = explain_jobs(backbone, heads, batch)
                     yield from _rows(name, batch, "explain", jobs, "forward", rounds)
                 if job != "explain" and batch > 1:
-                    for head in heads.values():
-                        head.train()
+                    heads = {k: h.to(device).train() for k, h in heads_of(backbone).items()}
                     jobs = step_jobs(backbone, heads, batch)
                     yield from _rows(name, batch, "train", jobs, "floor", rounds)
     if job not in ("folder", "all"):
@@ -219,9 +225,9 @@ def _rows(
         if job == base:
             continue
         cells = [name, str(batch), f"{words}, {job}", f"{ratio:.2f}x", base, "", "", ""]
-        if job.startswith("ttame"):
+        if job.startswith(("ttame", "evidence")):
             counted = operations(jobs[job]) / floor
-            most = bound(name if job == "ttame" else "", batch, kind, counted)
+            most = bound("" if "exact" in job else name, batch, kind, counted)
             cells[-3:] = f"{counted:.2f}x", f"{most:.2f}x", "yes" if ratio <= most else "no"
         yield f"| {' | '.join(cells)} |"
 

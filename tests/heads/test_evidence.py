@@ -54,8 +54,9 @@ def taps_of(backbone, count=3, size=64, seed=0):
 
 
 def trained(backbone, **options):
-    """A head whose parts all say something."""
-    head = create_head("evidence", backbone, **{"hidden": 6, "components": 4, **options})
+    """A head that has all parts by default, and whose parts all say something."""
+    options = {"parts": PARTS, "hidden": 6, "components": 4, **options}
+    head = create_head("evidence", backbone, **options)
     with torch.no_grad():
         head.calibrate([taps_of(backbone)])
     generator = torch.Generator().manual_seed(3)
@@ -178,15 +179,25 @@ def test_components_have_unit_variance_over_the_photos_they_were_fitted_on():
     assert (scaled.gather(1, scaled.abs().argmax(1)[:, None]) > 0).all()
 
 
+def test_a_network_is_there_only_where_a_part_needs_it(cnn, vit):
+    """By default not where a class token is read."""
+    head = create_head("evidence", vit)
+    assert head.options["parts"] == ["contrast", "features"]
+    assert {name for name, _ in head.named_parameters()} == {"cam", "contrast", "features"}
+    head.calibrate([taps_of(vit)])
+    assert create_head("evidence", cnn).options["parts"] == list(PARTS)
+    assert len(create_head("evidence", vit, parts=["g"]).network) == 5
+
+
 def test_calibrating_in_parts_is_calibrating_at_once(vit):
     taps = taps_of(vit, 5)
-    heads = [create_head("evidence", vit, components=6) for _ in range(2)]
+    heads = [create_head("evidence", vit, parts=["u"], components=6) for _ in range(2)]
     heads[0].calibrate([taps])
     heads[1].calibrate(taps.each(lambda t, s=s: t[s]) for s in (slice(0, 2), slice(2, 5)))
     for a, b in zip(heads[0].components, heads[1].components, strict=True):
         torch.testing.assert_close(a.mean, b.mean)
         torch.testing.assert_close(a(taps.maps[0]), b(taps.maps[0]), rtol=1e-3, atol=1e-3)
-    untouched = create_head("evidence", vit)
+    untouched = create_head("evidence", vit, parts=["u"])
     untouched.calibrate([])
     assert (untouched.components[0].mean == 0).all()
 

@@ -13,7 +13,7 @@ explained too, and maps do not lean towards the centre.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
 from xattn.heads.base import Head, register_head
-from xattn.heads.class_reading import class_reading
+from xattn.heads.class_reading import TokenReading, class_reading
 from xattn.heads.fusion import class_rows, resize
 from xattn.kernels.softmax.reference import widen
 from xattn.runtime.option_checks import Count
@@ -94,6 +94,8 @@ class Evidence(Head):
 
     Args:
         parts: which terms are added to a CAM_k: ``"contrast"``, ``"features"``, ``"u"``, ``"g"``, ``"h"``.
+            By default all; where a class token is read, contrast and features alone: there the network
+            learns the training photos, not what holds for others (docs/results/evidence.md).
         components: principal components of each tap that the network reads, at most.
         hidden: width of the network.
         explain_with: show raw ``"scores"``, or the ``"mask"`` sigmoid(2 z + 1) of the scores z,
@@ -101,15 +103,20 @@ class Evidence(Head):
     """
 
     reads_statistics = True
+    # Few numbers that all photos share: they can go faster than the network's weights, and must.
+    learning_rates: ClassVar = {"cam": 10.0, "contrast": 10.0, "features": 10.0}
 
     def __init__(
         self,
         backbone: Backbone,
-        parts: Sequence[str] = PARTS,
+        parts: Sequence[str] | None = None,
         components: Count = 8,
         hidden: Count = 32,
         explain_with: Literal["scores", "mask"] = "mask",
     ) -> None:
+        reading = class_reading(backbone)
+        if parts is None:
+            parts = PARTS[:2] if isinstance(reading, TokenReading) else PARTS
         unknown = sorted(set(parts) - set(PARTS))
         if unknown:
             raise ValueError(f"parts: got {unknown}; choose among {', '.join(PARTS)}")
@@ -121,20 +128,25 @@ class Evidence(Head):
         }
         super().__init__(backbone, options)
         self.parts = frozenset(parts)
-        self.reading = class_reading(backbone)
+        self.reading = reading
         self.cam = nn.Parameter(torch.ones(()))
         self.contrast = nn.Parameter(torch.zeros(()))
         self.features = nn.Parameter(torch.zeros(len(backbone.taps) + 1 + self.reading.extras))
+        self.components, self.network = nn.ModuleList(), nn.Sequential()
+        if not self.parts & {"u", "g", "h"}:
+            return
         readers = [Components(channels, components) for channels in backbone.channels]
-        self.components = nn.ModuleList(readers)
+        self.components.extend(readers)
         width = sum(len(reader.basis) for reader in readers)
-        self.network = nn.Sequential(
-            nn.Conv2d(width, hidden, 1),
-            nn.GELU(),
-            # Zeros around a map would tell the network where the border is.
-            nn.Conv2d(hidden, hidden, 3, padding=1, padding_mode="replicate"),
-            nn.GELU(),
-            nn.Conv2d(hidden, 3, 1),
+        self.network.extend(
+            [
+                nn.Conv2d(width, hidden, 1),
+                nn.GELU(),
+                # Zeros around a map would tell the network where the border is.
+                nn.Conv2d(hidden, hidden, 3, padding=1, padding_mode="replicate"),
+                nn.GELU(),
+                nn.Conv2d(hidden, 3, 1),
+            ]
         )
         for parameter in self.network[-1].parameters():
             nn.init.zeros_(parameter)
@@ -144,7 +156,7 @@ class Evidence(Head):
         counts = [0] * len(self.components)
         sums = [torch.zeros(())] * len(self.components)
         squares = [torch.zeros(())] * len(self.components)
-        for taps in batches:
+        for taps in batches if self.components else ():
             for i, f in enumerate(taps.maps):
                 vectors = f.double().transpose(0, 1).flatten(1)
                 counts[i] += vectors.shape[1]
@@ -166,7 +178,7 @@ class Evidence(Head):
         if "features" in self.parts:
             features = self.plain_features(taps, extra)
             total = total + torch.einsum("f,bfhw->bhw", self.features, features)[:, None]
-        if self.parts & {"u", "g", "h"}:
+        if self.components:
             components = zip(self.components, taps.maps, strict=True)
             x = torch.cat([resize(component(f), size) for component, f in components], 1)
             for part, gate in zip("ugh", self.network(x).split(1, 1), strict=True):
