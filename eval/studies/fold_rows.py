@@ -273,6 +273,8 @@ class FoldRows:
     """Number of parts."""
     only: tuple[int, ...] = ()
     """These folds alone, so that several processes share the work."""
+    per_fold: int | None = None
+    """Score so many photos of each fold, drawn by its number, where all would take too long."""
     held_out: str | None = None
     """Score these photos with heads trained on all of the data, instead of folds."""
     metrics: tuple[str, ...] = METRICS
@@ -298,7 +300,21 @@ class FoldRows:
         if self.held_out is not None:
             return {"held-out": (0, list_images(self.held_out))}
         parts = class_folds(paths, self.folds)
+        if self.per_fold is not None:
+            if not 1 <= self.per_fold <= min(map(len, parts)):
+                raise ValueError(
+                    f"per_fold: got {self.per_fold}; the smallest fold has {min(map(len, parts))} photos"
+                )
+            parts = [sorted(random.Random(k).sample(p, self.per_fold)) for k, p in enumerate(parts)]
         return {f"fold-{k}": (k, parts[k]) for k in self.only or range(self.folds)}
+
+    def training_photos(
+        self, paths: Sequence[Path], fold: int, held_out: Sequence[Path]
+    ) -> list[Path]:
+        """Those of ``paths`` that heads are trained on: of no class of the fold, scored or not."""
+        if self.held_out is None:
+            held_out = class_folds(paths, self.folds)[fold]
+        return sorted(set(paths) - set(held_out))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -310,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     outcomes = {row.label: table_of(row, backbone, paths, args.tables) for row in rows}
     tables = []
     for part, (seed, held_out) in args.parts(paths).items():
-        train = sorted(set(paths) - set(held_out))
+        train = args.training_photos(paths, seed, held_out)
         scored = [
             score_row(
                 backbone, row, train, held_out, args.output / part / row.label,

@@ -92,6 +92,16 @@ def test_the_command_prints_and_keeps_means_and_differences(
     assert f"{len(paths)} images on" in text
 
 
+def test_a_part_of_each_fold_is_scored_with_none_of_the_fold_trained_on(paths):  # noqa: F811
+    data, folds = str(paths[0].parents[1]), class_folds(paths, 2)
+    args = fold_rows.FoldRows(data=data, rows=("gradcam",), folds=2, per_fold=2)
+    for k, (fold, scored) in enumerate(args.parts(paths).values()):
+        assert fold == k and len(scored) == 2 and set(scored) < set(folds[k])
+        assert set(args.training_photos(paths, fold, scored)) == set(paths) - set(folds[k])
+    with pytest.raises(ValueError, match="per_fold: got 99; the smallest fold has"):
+        fold_rows.FoldRows(data=data, rows=(), folds=2, per_fold=99).parts(paths)
+
+
 @pytest.mark.slow
 def test_compiled_passes_give_the_same_logits(backbone):  # noqa: F811
     import copy
