@@ -104,7 +104,7 @@ class Evidence(Head):
 
     reads_statistics = True
     # Few numbers that all photos share: they can go faster than the network's weights, and must.
-    learning_rates: ClassVar = {"cam": 10.0, "contrast": 10.0, "features": 10.0}
+    learning_rates: ClassVar = {"cam": 3.0, "contrast": 3.0, "features": 3.0}
 
     def __init__(
         self,
