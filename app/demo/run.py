@@ -29,7 +29,7 @@ from xattn.runtime.allocator import keep_memory
 from xattn.runtime.files import atomic_file, check_folder
 from xattn.training import fit
 
-SHIPPED = "ttame-efficientnet-lite0"
+SHIPPED = "evidence-efficientnet-lite0"
 SHOWN = (
     "chelsea.png",
     "coffee.png",
@@ -72,7 +72,7 @@ def main(output: Path, epochs: int) -> None:
         "Grad-CAM": create_explainer("gradcam", backbone),
         "T-TAME, demo": create_explainer("head", backbone, head),
         "evidence, demo": create_explainer("head", backbone, evidence),
-        "head, shipped": create_explainer("head", backbone, shipped),
+        "evidence, shipped": create_explainer("head", backbone, shipped),
     }
     found = [
         replace(e, method=name)

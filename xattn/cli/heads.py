@@ -10,13 +10,13 @@ from xattn.cli.model import BackboneArgs
 
 
 def default_head(backbone: Any) -> str | None:
-    """The shipped head that fits ``backbone``, by the hash of its weights; None if there is none."""
+    """The shipped head that fits ``backbone``, by the hash of its weights, ``evidence`` before others;
+    None if there is none."""
     from xattn.heads import read_config, shipped_heads
 
-    for name, folder in shipped_heads().items():
-        if read_config(folder)["backbone"]["sha256"] == backbone.fingerprint:
-            return name
-    return None
+    configs = {name: read_config(folder) for name, folder in shipped_heads().items()}
+    fitting = [n for n, c in configs.items() if c["backbone"]["sha256"] == backbone.fingerprint]
+    return min(fitting, key=lambda name: configs[name]["head"] != "evidence", default=None)
 
 
 def load_with_classifier(model: BackboneArgs, head: str | None) -> tuple[Any, str | None]:
