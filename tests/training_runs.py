@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from xattn.training.row_store import RowStore
 
 
-def noise_photos(folder, count):
+def write_photos(folder, count, size=(70, 50)):
     """``folder`` with ``count`` photos of smooth noise, 000.png and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         noise = np.random.default_rng(i).integers(0, 256, (10, 14, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((70, 50)).save(folder / f"{i:03d}.png")
+        Image.fromarray(noise).resize(size).save(folder / f"{i:03d}.png")
     return folder
 
 

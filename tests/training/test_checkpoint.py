@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import warnings
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from training_runs import write_photos
 
 import xattn
 from xattn.config import ProbeConfig, TrainConfig
@@ -120,11 +119,7 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_does_not_push_out_a_whole_on
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(8):
-        noise = np.random.default_rng(i).integers(0, 256, (10, 14, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((70, 50)).save(folder / f"{i:03d}.png")
-    return folder
+    return write_photos(tmp_path_factory.mktemp("photos"), 8)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from training_runs import dies_in_write
+from training_runs import dies_in_write, write_photos
 
 import xattn
 from xattn.photos.images import load_image
@@ -44,14 +43,6 @@ def whole(vit, photos, tmp_path_factory):
     """The folder of a whole cache, to be copied."""
     folder = tmp_path_factory.mktemp("whole") / "f"
     cached(vit, photos, folder)
-    return folder
-
-
-def write_photos(folder, count):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        noise = np.random.default_rng(i).integers(0, 256, (10, 14, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((70, 50)).save(folder / f"{i:03d}.png")
     return folder
 
 

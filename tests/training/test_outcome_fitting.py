@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from training_runs import killed_and_resumed, noise_photos, write_weights
+from training_runs import killed_and_resumed, write_photos, write_weights
 
 import xattn
 from xattn.cli import main
@@ -57,7 +57,7 @@ def cnn():
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    return noise_photos(tmp_path_factory.mktemp("photos"), COUNT)
+    return write_photos(tmp_path_factory.mktemp("photos"), COUNT)
 
 
 @pytest.fixture(scope="module")

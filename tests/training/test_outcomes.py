@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from training_runs import dies_in_write, in_two_processes, noise_photos
+from training_runs import dies_in_write, in_two_processes, write_photos
 
 import xattn
 from xattn.heads import create_head
@@ -69,7 +69,7 @@ def wide():
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    return noise_photos(tmp_path_factory.mktemp("photos"), COUNT)
+    return write_photos(tmp_path_factory.mktemp("photos"), COUNT)
 
 
 @pytest.fixture(scope="module")

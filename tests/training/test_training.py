@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import check_killed_and_resumed, write_weights
+from training_runs import check_killed_and_resumed, write_photos, write_weights
 
 import xattn
 from xattn.config import TrainConfig
@@ -35,14 +35,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def rand(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def write_photos(folder, count, size=(70, 50)):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        noise = np.random.default_rng(i).integers(0, 256, (10, 14, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize(size).save(folder / f"{i:03d}.png")
-    return folder
 
 
 # ---------------------------------------------------------------- data
