@@ -60,9 +60,7 @@ class Head(
     earlier: ClassVar[Mapping[str, Any]] = {}
     is_classifier: ClassVar[bool] = False  # True: the head has logits of its own
     reads_statistics: ClassVar[bool] = False  # True: training begins with calibrate
-    learning_rates: ClassVar[
-        Mapping[str, float]
-    ] = {}  # parameter -> how many times the rate of others
+    learning_rates: ClassVar[Mapping[str, float]] = {}  # parameter -> times the usual rate
     options: dict[str, Any]
     mask_policy: str
     backbone_name: str

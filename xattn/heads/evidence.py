@@ -156,7 +156,9 @@ class Evidence(Head):
         counts = [0] * len(self.components)
         sums = [torch.zeros(())] * len(self.components)
         squares = [torch.zeros(())] * len(self.components)
-        for taps in batches if self.components else ():
+        if not self.components:
+            return
+        for taps in batches:
             for i, f in enumerate(taps.maps):
                 vectors = f.double().transpose(0, 1).flatten(1)
                 counts[i] += vectors.shape[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from xattn.config import TrainConfig
@@ -49,15 +50,19 @@ def one_cycle(optimizer: torch.optim.Optimizer, total: int) -> OneCycleLR:
 def head_optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
     """Weight decay on everything but biases, BatchNorm gains included, as in T-TAME's code; the learning
     rate is that of ``config``, times what the head asks for."""
-    named = [(n, p) for n, p in head.named_parameters() if p.requires_grad]
-    groups = []
-    for times in sorted({1.0, *(head.learning_rates.get(n, 1.0) for n, _ in named)}):
-        of_rate = [(n, p) for n, p in named if head.learning_rates.get(n, 1.0) == times]
-        weights = [p for n, p in of_rate if not n.endswith("bias")]
-        biases = [p for n, p in of_rate if n.endswith("bias")]
-        shared = {"lr": config.lr * times}
-        groups.append({**shared, "params": weights, "weight_decay": config.weight_decay})
-        groups.append({**shared, "params": biases, "weight_decay": 0.0})
+    members: dict[tuple[float, bool], list[Tensor]] = {(1.0, False): [], (1.0, True): []}
+    for name, parameter in head.named_parameters():
+        if parameter.requires_grad:
+            group = head.learning_rates.get(name, 1.0), name.endswith("bias")
+            members.setdefault(group, []).append(parameter)
+    groups = [
+        {
+            "params": found,
+            "lr": config.lr * times,
+            "weight_decay": 0.0 if bias else config.weight_decay,
+        }
+        for (times, bias), found in members.items()
+    ]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups)
     return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
