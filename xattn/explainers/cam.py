@@ -38,4 +38,4 @@ class Cam(Explainer):
 
     def _maps(self, taps: Taps, classes: Tensor) -> Tensor:
         """Classes (b, M) -> (b, M, h, w)."""
-        return self.reading.to(taps.logits.device)(taps, classes, self.backbone.task).own
+        return self.reading.to(taps.logits.device).own(taps, classes)

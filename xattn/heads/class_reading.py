@@ -50,6 +50,10 @@ class ClassReading(nn.Module):
     def forward(self, taps: Taps, index: Tensor | None, task: str) -> ReadMaps:
         raise NotImplementedError
 
+    def own(self, taps: Taps, index: Tensor) -> Tensor:
+        """The maps (B, M, h, w) of the classes ``index`` (B, M) alone."""
+        raise NotImplementedError
+
 
 class ClassWeights(NamedTuple):
     """Probabilities ``p`` (B, K), the likeliest classes ``top`` (B, 1), and ``rest`` (B, K), the weights of
@@ -99,6 +103,9 @@ class RowReading(ClassReading):
         maps, extra = self.read(taps, rows)
         others = weights.others(maps[:, :-2], maps[:, -2:-1], maps[:, -1:], index)
         return ReadMaps(maps[:, :-2], others, extra)
+
+    def own(self, taps: Taps, index: Tensor) -> Tensor:
+        return self.read(taps, self.weight.to(taps.logits.dtype)[index])[0]
 
     def read(self, taps: Taps, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Maps (B, R, h, w) of ``rows`` (B, R, C), and the maps that belong to no class."""
@@ -187,14 +194,26 @@ class ProbeReading(ClassReading):
         self._probe = [probe]  # in a list, so that its weights are not this module's
 
     def forward(self, taps: Taps, index: Tensor | None, task: str) -> ReadMaps:
-        weights = ClassWeights.of(taps.logits, task)
-        with torch.no_grad():
-            maps = self._probe[0](taps)
+        weights, maps = ClassWeights.of(taps.logits, task), self._maps(taps)
         mean, rest = (torch.einsum("bk,bkhw->bhw", w, maps)[:, None] for w in weights[::2])
         if index is None:
             return ReadMaps(maps, weights.others(maps, mean, rest, index))
-        own = maps.gather(1, index[..., None, None].expand(-1, -1, *maps.shape[2:]))
+        own = _of_classes(maps, index)
         return ReadMaps(own, weights.others(own, mean, rest, index))
+
+    def own(self, taps: Taps, index: Tensor) -> Tensor:
+        return _of_classes(self._maps(taps), index)
+
+    @torch.no_grad()
+    def _maps(self, taps: Taps) -> Tensor:
+        """Of all classes, (B, K, h, w)."""
+        maps: Tensor = self._probe[0](taps)
+        return maps
+
+
+def _of_classes(maps: Tensor, index: Tensor) -> Tensor:
+    """Those of the classes ``index`` (B, M) among maps (B, K, h, w) of all."""
+    return maps.gather(1, index[..., None, None].expand(-1, -1, *maps.shape[2:]))
 
 
 # ---------------------------------------------------------------------- which reading fits a network
