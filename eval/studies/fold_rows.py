@@ -338,8 +338,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = merge(tables)
     found = differences(table, rows[0].label, [row.label for row in rows[1:]])
     text = f"{format_table(table, 'markdown')}\n{rows[0].label} minus the others:\n\n{found}"
+    print_and_keep(text, args.output / "rows.md")
+
+
+def print_and_keep(text: str, path: Path) -> None:
+    """Print ``text``, and write it to ``path``."""
     print(text)
-    with atomic_file(args.output / "rows.md") as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 

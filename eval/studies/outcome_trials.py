@@ -37,6 +37,7 @@ from xattn.eval.studies.fold_rows import (
     FoldRows,
     Row,
     labelled,
+    print_and_keep,
     score_explainer,
     score_row,
     side_by_side,
@@ -61,7 +62,6 @@ from xattn.heads.evidence import PARTS
 from xattn.photos.images import list_images, load_image
 from xattn.photos.view import prepare
 from xattn.runtime.allocator import keep_memory
-from xattn.runtime.files import atomic_file
 from xattn.training.outcome_masks import KINDS
 
 
@@ -317,10 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tables.append(side_by_side(scored))
     table = merge(tables)
     found = report(table, {label: trial.about for label, trial in trials.items()})
-    text = f"{format_table(table, 'markdown')}\n{found}"
-    print(text)
-    with atomic_file(args.output / "trials.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    print_and_keep(f"{format_table(table, 'markdown')}\n{found}", args.output / "trials.md")
 
 
 if __name__ == "__main__":
