@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from xattn import cli
-from xattn.app.jobs.job_files import ARGUMENTS, EXIT
+from xattn.app.jobs.job_files import ARGUMENTS, EXIT, STOP
 from xattn.runtime import strict_json
 from xattn.runtime.files import write_json
 
@@ -27,6 +27,8 @@ def main(folder: Path) -> int:
     arguments = strict_json.read(folder / ARGUMENTS, "job", "start another job")
     code = 1
     try:
+        if (folder / STOP).exists():  # asked for while such a process still ignored it
+            raise KeyboardInterrupt
         code = cli.main(arguments)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1

@@ -43,3 +43,10 @@ def test_an_error_without_a_stop_is_a_failure(folder, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         child.main(folder)
     assert code_of(folder) == 1
+
+
+def test_a_stop_from_before_the_signal_was_heard_is_a_stop(folder, monkeypatch):
+    monkeypatch.setattr(cli, "main", lambda arguments: pytest.fail("the command ran"))
+    (folder / "stop.json").write_text('{"time": 0.0}')
+    assert child.main(folder) == 130
+    assert code_of(folder) == 130

@@ -208,6 +208,7 @@ def test_one_job_runs_at_a_time(jobs: Jobs) -> None:
     jobs.start(SPEC, "one")
     with pytest.raises(JobError, match="one is running"):
         jobs.start(SPEC, "two")
+    begun(jobs, "one")
     jobs.stop("one")
     ended(jobs, "one")
     jobs.start(SPEC, "two")
