@@ -129,7 +129,8 @@ def jobs(
         said = [f"{key}={value}" for key, value in options.items() if key != "training_free"]
         label = " ".join([name, *said])
         made[label] = pair(lambda *qkv, layer=layer: layer(*qkv, (side, side), x=x))
-        visited[label] = layer.operator(Inputs(q, k, v, x, (side, side))).pairs
+        operator = layer.operator(Inputs(q, k, v, x, (side, side)))
+        visited[label] = operator.pairs + operator.selection
     for s in LISTS:
         if s * BLOCK > n:
             continue

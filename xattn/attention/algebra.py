@@ -97,9 +97,19 @@ class ProductOperator(Operator):
 
 
 class SumOperator(Operator):
-    """A = A_1 + A_2 + ..., all of one shape: attention in branches."""
+    """A = A_1 + A_2 + ..., all of one shape: attention in branches.
 
-    def __init__(self, terms: Sequence[Operator]) -> None:
+    ``stochastic``, ``signed`` and ``hides`` say what the caller knows of A beyond what its terms tell.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[Operator],
+        *,
+        stochastic: bool = False,
+        signed: bool | None = None,
+        hides: bool | None = None,
+    ) -> None:
         self.terms = tuple(terms)
         if not self.terms:
             raise ValueError("terms: got none; give at least one operator")
@@ -107,9 +117,10 @@ class SumOperator(Operator):
         wrong = [term.shape for term in self.terms if term.shape != self.shape]
         if wrong:
             raise ValueError(f"terms: got shapes {self.shape} and {wrong[0]}; give equal ones")
-        self.signed = any(term.signed for term in self.terms)
+        self.stochastic = stochastic
+        self.signed = any(term.signed for term in self.terms) if signed is None else signed
         self.causal = all(term.causal for term in self.terms)
-        self.hides = all(term.hides for term in self.terms)
+        self.hides = all(term.hides for term in self.terms) if hides is None else hides
 
     @property
     def pairs(self) -> float:
@@ -122,7 +133,9 @@ class SumOperator(Operator):
         return total(term.matvec_and_keep(x) for term in self.terms)
 
     def rows(self, index: Tensor) -> Tensor:
-        return total(term.rows(index) for term in self.terms)
+        rows = total(term.rows(index) for term in self.terms)
+        rounded = not self.signed and any(term.signed for term in self.terms)
+        return rows.clamp_min(0) if rounded else rows
 
     def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
         return total(term.vecmat(r, heads) for term in self.terms)

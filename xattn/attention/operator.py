@@ -51,6 +51,9 @@ class Operator(ABC):
     """A_1, A_2, ... of A = A_1 A_2 ..., if attention goes in stages."""
     aux: Mapping[str, Tensor] = MappingProxyType({})
     """Scalar losses that a mechanism asks training to add, by name, with their graph."""
+    selection: float = 0.0
+    """Work of the choice of what is read, for an image and head, in pairs as in :attr:`pairs`: a
+    product of a query and a key is half of one."""
     context: Any = None
     """Whatever else the mechanism that made it needs for its maps."""
 
@@ -229,6 +232,7 @@ class SoftmaxOperator(Operator):
         self._fused = backend == "auto" and fixed
         self.shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         self._lse = lse
+        self._answer: tuple[Tensor, Tensor] | None = None
 
     @property
     def lse(self) -> Tensor:
@@ -248,7 +252,21 @@ class SoftmaxOperator(Operator):
             self.q, k, v, self.bias, scale=self.scale, causal=self._by_place, backend=self.backend
         )
 
+    def answer(self, v: Tensor) -> Tensor:
+        """A V, which also answers the next products with this very tensor ``v``, and the log-sum-exp
+        kept, with their graph: for mechanisms that need it before they know what A becomes."""
+        y, self._lse = self.attend(v)
+        self._answer = v, y
+        return y
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> Self:
+        made = copy.copy(self)
+        made._answer = None
+        return Operator.apply(made, change)
+
     def matvec(self, x: Tensor) -> Tensor:
+        if self._answer is not None and self._answer[0] is x:
+            return self._answer[1]
         if not self._fused:
             return self.attend(x)[0]
         k, x = spread_heads(self.k, self.shape[1]), spread_heads(x, self.shape[1])
@@ -257,6 +275,8 @@ class SoftmaxOperator(Operator):
         )
 
     def matvec_and_keep(self, x: Tensor) -> Tensor:
+        if self._answer is not None and self._answer[0] is x:
+            return self._answer[1]
         y, self._lse = self.attend(x)
         return y
 
