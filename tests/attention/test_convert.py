@@ -26,6 +26,7 @@ from xattn.attention.conversion import (
     parse_layers,
     parse_mechanism,
 )
+from xattn.heads.mixer import Mixer
 
 FAMILIES = {
     "vit_tiny_patch16_224": "class token",
@@ -535,6 +536,52 @@ def test_the_mechanism_gets_what_the_layer_reads():
         assert torch.equal(net.blocks[1].attn.mechanism.seen.x, read[-1])
     finally:
         MECHANISMS.remove("tokens")
+
+
+class Numbered(Mechanism):
+    """Softmax attention that leaves its number for later layers."""
+
+    def __init__(self, dim, num_heads, layer=0, *, backend="auto"):
+        super().__init__(dim, num_heads, backend=backend)
+        self.layer, self.found = layer, None
+
+    def operator(self, inputs):
+        if inputs.carried is not None:
+            self.found = sorted(inputs.carried)
+            inputs.carried[self.layer] = inputs.q
+        return SoftmaxOperator(inputs.q, inputs.k, inputs.scale)
+
+
+@pytest.fixture
+def numbered():
+    register("numbered", paper="", complexity="", by_layer=True)(Numbered)
+    yield
+    MECHANISMS.remove("numbered")
+
+
+@torch.no_grad()
+def test_layers_know_their_number_and_what_earlier_ones_of_the_pass_left(numbered):
+    net = model("vit_tiny_patch16_224", depth=4)
+    x = images(net)
+    convert(net, "numbered", [1, 2])
+    convert(net, "numbered", [3], {"layer": 7})
+    made = [block.attn.mechanism for block in list(net.blocks)[1:]]
+    assert [m.layer for m in made] == [1, 2, 7]
+    for _ in range(2):
+        net(x)
+        assert [m.found for m in made] == [[], [1], [1, 2]]
+    copied = copy.deepcopy(net)
+    assert torch.equal(copied(x), net(x))
+    assert copied.blocks[3].attn.mechanism.found == [1, 2]
+    assert conversion(net)[0] == Conversion("numbered", (1, 2), {})
+
+
+def test_a_layer_on_its_own_has_no_earlier_ones(numbered):
+    alone = create_mechanism("numbered", 8, 2)
+    alone(*torch.randn(3, 1, 2, 5, 4))
+    assert (alone.layer, alone.found) == (0, None)
+    head = Mixer("numbered", 8, 3, {"num_heads": 2})
+    assert [layer.mechanism.layer for layer in head.layers] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

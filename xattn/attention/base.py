@@ -43,6 +43,9 @@ class Entry:
     """Whether it reads the values beside mixing them, so that they must be as wide as the keys."""
     needs_tokens: bool = False
     """Whether it reads the layer's tokens x, for gates or routers."""
+    by_layer: bool = False
+    """Whether it has an option ``layer``, the number of its layer in the network, from 0 on, which
+    :func:`~xattn.attention.convert` and the mixers of heads give it."""
     training_free: bool = False
     """Whether it can replace all softmax layers of a trained classifier without training and keep
     most of the accuracy, as :mod:`xattn.eval.studies.swapped_attention` measures."""
@@ -113,6 +116,7 @@ class Mechanism(nn.Module, ABC):
         *,
         x: Tensor | None = None,
         causal: bool = False,
+        carried: dict[Any, Any] | None = None,
     ) -> Tensor:
         """Y (B, H, N, Dv); arguments as in :class:`~xattn.attention.inputs.Inputs`.
 
@@ -122,7 +126,7 @@ class Mechanism(nn.Module, ABC):
         if isinstance(grid, int):
             raise ValueError(f"grid: got {grid}; give its lengths, for example (14, 14)")
         sides = None if grid is None else tuple(grid)
-        return self.attend(Inputs(q, k, v, x, sides, prefix, scale, causal))
+        return self.attend(Inputs(q, k, v, x, sides, prefix, scale, causal, carried))
 
     def attend(self, inputs: Inputs) -> Tensor:
         """:meth:`forward` of a record."""
@@ -280,6 +284,12 @@ def list_attention() -> list[str]:
 def mechanism_class(name: str) -> type[Mechanism]:
     """The registered class; a ``ValueError`` with near matches for an unknown name."""
     return MECHANISMS.get(name)
+
+
+def with_layer(name: str, options: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """``options``, with the number of the layer if the mechanism takes it and they do not name it."""
+    own = {"layer": layer} if mechanism_class(name).entry.by_layer else {}
+    return {**own, **options}
 
 
 def create_mechanism(name: str, dim: int, num_heads: int, **options: Any) -> Mechanism:

@@ -21,7 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from xattn.attention.base import MECHANISMS, Mechanism, create_mechanism, mechanism_class
+from xattn.attention.base import (
+    MECHANISMS,
+    Mechanism,
+    create_mechanism,
+    mechanism_class,
+    with_layer,
+)
 from xattn.attention.conversion import Conversion
 from xattn.attention.convertible import (
     check,
@@ -153,8 +159,9 @@ def _convert(model: nn.Module, name: str, numbers: Any, options: dict[str, Any])
         made: dict[str, Mechanism] = {}
         for path, layer in layers.items():
             heads, width = heads_of(path, layer), width_of(path, layer)
+            own = with_layer(name, options, int(path.split(".")[1]))
             with torch.device("cpu"):  # whatever torch's default device is
-                made[path] = create_mechanism(name, width, heads, **options)
+                made[path] = create_mechanism(name, width, heads, **own)
         layout = _layout(model)
         before = {path: _taken(layer) for path, layer in layers.items()}
         for path, layer in layers.items():
@@ -242,10 +249,11 @@ def _release(layer: nn.Module) -> None:
 
 
 class _Grid(threading.local):
-    """The grid of the pass that this thread runs."""
+    """The grid of the pass that this thread runs, and what its layers leave for later ones."""
 
     def __init__(self, sides: tuple[int, ...] | None) -> None:
         self.sides = sides
+        self.carried: dict[Any, Any] | None = None  # until a pass begins
 
     def __reduce__(self) -> Any:
         return _Grid, (self.sides,)
@@ -269,10 +277,15 @@ class _Layout:
         return self._own.sides
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._own.carried = {}
         if args and isinstance(args[0], Tensor) and args[0].ndim == 4:
             grid_of_size: Any = getattr(module, "dynamic_feat_size", None)
             if grid_of_size is not None:
                 self._own.sides = tuple(int(n) for n in grid_of_size(tuple(args[0].shape[-2:])))
+
+    @property
+    def carried(self) -> dict[Any, Any] | None:
+        return self._own.carried
 
     def grid_of(self, tokens: int, needed: bool) -> tuple[int, ...] | None:
         count = tokens - self.prefix
@@ -326,7 +339,10 @@ class _Swap(TorchFunctionMode):
         x = self.tokens
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[:2] != (query.shape[0], count):
             x = None
-        return self.mechanism(query, key, value, grid, prefix, scale, x=x, causal=is_causal)
+        carried = self.layout.carried if entry.by_layer else None
+        return self.mechanism(
+            query, key, value, grid, prefix, scale, x=x, causal=is_causal, carried=carried
+        )
 
 
 def _layout(model: nn.Module) -> _Layout:

@@ -32,6 +32,8 @@ class Inputs:
     """Of the scores, 1 / sqrt(D) by default; never None once the record is made."""
     causal: bool = False
     """Whether token i, a prefix token too, sees only tokens 0 to i."""
+    carried: dict[Any, Any] | None = None
+    """In a converted model, what the layers of this pass leave for later ones; None elsewhere."""
 
     def __post_init__(self) -> None:
         if self.scale is None:
@@ -43,7 +45,8 @@ class Inputs:
     def detach(self) -> Inputs:
         """The same, outside of the graph."""
         x = None if self.x is None else self.x.detach()
-        return replace(self, q=self.q.detach(), k=self.k.detach(), v=self.v.detach(), x=x)
+        q, k, v = self.q.detach(), self.k.detach(), self.v.detach()
+        return replace(self, q=q, k=k, v=v, x=x, carried=None)
 
     def ungrouped(self) -> Inputs:
         """The same with one key head for every query head."""

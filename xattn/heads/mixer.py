@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn.attention import Call, create_attention, record
+from xattn.attention.base import with_layer
 from xattn.backbone import Backbone
 from xattn.heads.cross_attention import head_count
 from xattn.runtime.option_checks import Where
@@ -60,7 +61,7 @@ class Mixer(nn.Module):
         self.name = name
         own = {"num_heads": head_count(width, None), **options}
         self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for _ in range(depth))
-        layers = [create_attention(name, width, **own) for _ in range(depth)]
+        layers = [create_attention(name, width, **with_layer(name, own, i)) for i in range(depth)]
         self.layers = nn.ModuleList(layers)
         for layer in layers:
             nn.init.zeros_(layer.proj.weight)
