@@ -57,6 +57,7 @@ SWAPS = (
     Swap("hedgehog"),
     Swap("nsa"),
     Swap("moh"),
+    Swap("act"),
 )
 
 

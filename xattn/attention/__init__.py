@@ -1,6 +1,6 @@
 """Attention mechanisms, one file each, behind one operator interface; see :func:`create_attention`."""
 
-from xattn.attention import agent, dma, gna, hedgehog, moh, nsa, softmax  # noqa: F401  (they register themselves)
+from xattn.attention import act, agent, dma, gna, hedgehog, moh, nsa, softmax  # noqa: F401  (they register themselves)
 from xattn.attention.algebra import (
     GatedOperator,
     LowRankOperator,

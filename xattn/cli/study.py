@@ -99,11 +99,40 @@ class StudySwap:
             print(line, flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudySinks:
+    """Attention sinks of a trained ViT, which heads to calibrate (act), and the maps before and after."""
+
+    data: str
+    """Photos, as for explain."""
+    labels: str = "folders"
+    """"folders", or a .json or .csv file of the photos' classes."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    every: int = 1
+    """Read every n-th photo."""
+    by: str = "likelihood"
+    """What the search of heads goes by: "likelihood" or "accuracy"."""
+    explainer: str = "rollout"
+    """Whose maps are compared."""
+    picture: Path | None = None
+    """A file for four photos and their maps."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import attention_sinks
+
+        backbone = self.model.load()
+        for line in attention_sinks.study(
+            backbone, self.data, self.labels, self.every, self.picture, self.by, self.explainer
+        ):
+            print(line, flush=True)
+
+
 STUDIES: dict[str, type[Any]] = {
     "at": StudyAt,
     "image": StudyImage,
     "vpu": StudyVpu,
     "swap": StudySwap,
+    "sinks": StudySinks,
 }
 if TYPE_CHECKING:
     Choice = Any
