@@ -584,6 +584,64 @@ def test_a_layer_on_its_own_has_no_earlier_ones(numbered):
     assert [layer.mechanism.layer for layer in head.layers] == [0, 1, 2]
 
 
+class Shorter(Numbered):
+    """Softmax attention that leaves the last token out of its blocks."""
+
+    def operator(self, inputs):
+        return SoftmaxOperator(inputs.q, inputs.k, inputs.scale)
+
+    def enter(self, x, prefix, carried, whole):
+        carried[self.layer] = x, whole
+        self.seen = x.shape[1], prefix, whole
+        return x if whole else x[:, :-1]
+
+    def leave(self, x, carried):
+        before, whole = carried.pop(self.layer)
+        return torch.cat([x[:, :-1] if whole else x, before[:, -1:]], 1)
+
+
+@pytest.fixture
+def shorter():
+    register("shorter", paper="", complexity="", by_layer=True, around_block=True)(Shorter)
+    yield
+    MECHANISMS.remove("shorter")
+
+
+@torch.no_grad()
+def test_a_mechanism_may_change_the_tokens_that_a_block_computes_on(shorter):
+    net = model("vit_tiny_patch16_224", depth=3)
+    convert(net, "shorter", [1])
+    x, sizes, outputs = images(net), [], []
+    block = net.blocks[1]
+    before = block.register_forward_pre_hook(lambda m, a: sizes.append(a[0].shape[1]))
+    after = block.register_forward_hook(lambda m, a, y: outputs.append(y))
+    inputs = net.blocks[0].register_forward_hook(lambda m, a, y: outputs.append(y))
+    net(x)
+    assert block.attn.mechanism.seen == (17, 1, False) and sizes == [16]
+    into, out = outputs
+    assert out.shape == into.shape and torch.equal(out[:, -1], into[:, -1])
+    assert not torch.equal(out[:, 0], into[:, 0])
+    # Whoever looks inside sees all tokens.
+    with record(net) as calls:
+        net(x)
+    assert block.attn.mechanism.seen == (17, 1, True) and calls[1].operator.shape[2] == 17
+    handle = block.norm1.register_forward_hook(lambda m, a, y: None)
+    net(x)
+    assert block.attn.mechanism.seen[2]
+    for hook in (handle, before, after, inputs):
+        hook.remove()
+    revert(net)
+    assert not block._forward_hooks and not block._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_a_block_that_gets_rotary_angles_computes_on_all_tokens(shorter):
+    net = model("vit_small_patch16_rope_224")
+    convert(net, "shorter", [1])
+    net(images(net))
+    assert net.blocks[1].attn.mechanism.seen[2]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

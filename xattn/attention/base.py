@@ -46,6 +46,9 @@ class Entry:
     by_layer: bool = False
     """Whether it has an option ``layer``, the number of its layer in the network, from 0 on, which
     :func:`~xattn.attention.convert` and the mixers of heads give it."""
+    around_block: bool = False
+    """Whether :meth:`Mechanism.enter` and :meth:`Mechanism.leave` change the tokens of the blocks of a
+    converted model."""
     training_free: bool = False
     """Whether it can replace all softmax layers of a trained classifier without training and keep
     most of the accuracy, as :mod:`xattn.eval.studies.swapped_attention` measures."""
@@ -104,6 +107,21 @@ class Mechanism(nn.Module, ABC):
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """The mechanism's own maps for an operator that it made: (B, K, h, w) by name."""
         return {}
+
+    def enter(self, x: Tensor, prefix: int, carried: dict[Any, Any], whole: bool) -> Tensor:
+        """The tokens that the block of a converted model computes on; see ``Entry.around_block``.
+
+        Args:
+            x: (B, N, C), those that it gets; ``prefix`` of them are no patches.
+            carried: what the layers of this pass leave for later ones.
+            whole: whether somebody looks into the block, so that all tokens have to stay in it; the
+                output of :meth:`leave` must be the same.
+        """
+        return x
+
+    def leave(self, x: Tensor, carried: dict[Any, Any]) -> Tensor:
+        """The tokens (B, N, C) that the block gives on, for its output ``x``."""
+        return x
 
     def forward(
         self,

@@ -36,7 +36,7 @@ from xattn.attention.convertible import (
     run_one_image,
     width_of,
 )
-from xattn.attention.record import FUSED, fused, record
+from xattn.attention.record import FUSED, answered_by, fused, record, recording
 from xattn.runtime.locking import alone
 
 
@@ -113,6 +113,7 @@ def revert(model: nn.Module) -> nn.Module:
     with alone(model):
         for layer in list(model.modules()):
             _release(layer)
+        _stand_around_blocks(model)
         hooks = getattr(getattr(model, "patch_embed", None), "_forward_pre_hooks", {})
         for key in [key for key, hook in hooks.items() if isinstance(hook, _Layout)]:
             del hooks[key]
@@ -168,6 +169,7 @@ def _convert(model: nn.Module, name: str, numbers: Any, options: dict[str, Any])
             weight = next(layer.parameters())
             mechanism = made[path].to(weight.device, weight.dtype).train(layer.training)
             _take(layer, mechanism, options, layout)
+        _stand_around_blocks(model)
         try:
             with record(model, alone=True):
                 run_one_image(model)
@@ -177,6 +179,7 @@ def _convert(model: nn.Module, name: str, numbers: Any, options: dict[str, Any])
                 earlier = before[path]
                 if earlier is not None:
                     _take(layer, *earlier, layout)
+            _stand_around_blocks(model)
             if not any(isinstance(m, _Converted) for m in model.modules()):
                 revert(model)
             if isinstance(error, ValueError):
@@ -343,6 +346,62 @@ class _Swap(TorchFunctionMode):
         return self.mechanism(
             query, key, value, grid, prefix, scale, x=x, causal=is_causal, carried=carried
         )
+
+
+class _Enter:
+    """Before a block: gives it the tokens that its mechanism lets in.
+
+    A block that also gets a tensor for all tokens, such as rotary angles, has to compute on all.
+    """
+
+    def __init__(self, mechanism: Mechanism, layout: _Layout) -> None:
+        self.mechanism, self.layout = mechanism, layout
+
+    def __call__(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        carried = self.layout.carried
+        if carried is None or not args or not isinstance(args[0], Tensor) or args[0].ndim != 3:
+            return None
+        more = any(isinstance(x, Tensor) for x in (*args[1:], *kwargs.values()))
+        whole = more or recording() or answered_by() is not None or _is_watched(block)
+        x = self.mechanism.enter(args[0], self.layout.prefix, carried, whole)
+        return (x, *args[1:]), kwargs
+
+
+class _Leave:
+    """After a block: gives on the tokens that its mechanism lets out."""
+
+    def __init__(self, mechanism: Mechanism, layout: _Layout) -> None:
+        self.mechanism, self.layout = mechanism, layout
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        carried = self.layout.carried
+        if carried is None or not isinstance(output, Tensor) or output.ndim != 3:
+            return output
+        return self.mechanism.leave(output, carried)
+
+
+def _is_watched(block: nn.Module) -> bool:
+    """Whether a hook reads a module inside ``block``."""
+    if torch.compiler.is_compiling():
+        return False
+    inner = (m for m in block.modules() if m is not block)
+    return any(m._forward_hooks or m._forward_pre_hooks for m in inner)
+
+
+def _stand_around_blocks(model: nn.Module) -> None:
+    """Hook the mechanisms that ask for it to the blocks of ``model``, and no others."""
+    for block in getattr(model, "blocks", None) or ():
+        for hooks in (block._forward_pre_hooks, block._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Enter | _Leave)]:
+                del hooks[key]
+                block._forward_pre_hooks_with_kwargs.pop(key, None)
+        layer = getattr(block, "attn", None)
+        if isinstance(layer, _Converted) and layer.mechanism.entry.around_block:
+            enter = _Enter(layer.mechanism, layer.layout)
+            block.register_forward_pre_hook(enter, with_kwargs=True)
+            block.register_forward_hook(_Leave(layer.mechanism, layer.layout))
 
 
 def _layout(model: nn.Module) -> _Layout:
