@@ -8,6 +8,7 @@ from torch import nn
 
 from xattn.attention import (
     CausalLowRankOperator,
+    ColumnsOperator,
     Entry,
     GatedOperator,
     Inputs,
@@ -18,6 +19,7 @@ from xattn.attention import (
     ProductOperator,
     SegmentsOperator,
     SoftmaxOperator,
+    SubsetsOperator,
     SumOperator,
     convert,
     create_mechanism,
@@ -248,6 +250,15 @@ def kept(operator, x, dy, part):
         return kept(operator.operator, x, dy * operator.factor[..., None], part)
     if isinstance(operator, SumOperator):
         return sum(kept(term, x, dy, part) for term in operator.terms)
+    if isinstance(operator, ColumnsOperator):
+        return kept(operator.operator, operator.scaled(x), dy, part)
+    if isinstance(operator, SubsetsOperator):
+        y = operator.inner.matvec(operator.gather(x)).detach().requires_grad_()
+        (own,) = torch.autograd.grad(operator.scatter(y), y, dy)
+        others = kept(operator.inner, operator.gather(x), own, part)
+        if operator.first is None:
+            return others
+        return others + kept(operator.first, x, dy[:, :, : operator.first.shape[2]], part)
     if isinstance(operator, ProductOperator):
         maps = [matrix(factor) for factor in operator.factors]
         own = part / sum(map(depends, operator.factors))

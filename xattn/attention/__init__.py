@@ -1,7 +1,17 @@
 """Attention mechanisms, one file each, behind one operator interface; see :func:`create_attention`."""
 
-from xattn.attention import act, agent, dma, gna, hedgehog, moh, nsa, softmax  # noqa: F401  (they register themselves)
+from xattn.attention import (  # noqa: F401  (they register themselves)
+    act,
+    agent,
+    dma,
+    gna,
+    hedgehog,
+    moh,
+    nsa,
+    softmax,
+)
 from xattn.attention.algebra import (
+    ColumnsOperator,
     GatedOperator,
     LowRankOperator,
     PoolOperator,
@@ -30,6 +40,7 @@ from xattn.attention.positions import AxialRotation, Rotation
 from xattn.attention.record import Call, record
 from xattn.attention.segments import Blocks, Rule, Segment, select, visible_blocks
 from xattn.attention.segments_operator import SegmentsOperator
+from xattn.attention.subsets import SubsetsOperator
 
 __all__ = [
     "Attention",
@@ -37,6 +48,7 @@ __all__ = [
     "Blocks",
     "Call",
     "CausalLowRankOperator",
+    "ColumnsOperator",
     "Conversion",
     "Entry",
     "GatedOperator",
@@ -53,6 +65,7 @@ __all__ = [
     "Segment",
     "SegmentsOperator",
     "SoftmaxOperator",
+    "SubsetsOperator",
     "SumOperator",
     "attend",
     "conversion",

@@ -1,6 +1,6 @@
 """Operators made of others or of small factors: products, sums, gates, pooling, low rank.
 
-Product  A_1 A_2 ...      Sum  A_1 + A_2 + ...      Gated  diag(g) A
+Product  A_1 A_2 ...      Sum  A_1 + A_2 + ...      Gated  diag(g) A      Columns  A diag(c)
 LowRank  L R              Pool  means or weighted sums over runs of keys
 """
 
@@ -208,6 +208,45 @@ class GatedOperator(Operator):
     def row_sums(self) -> Tensor:
         sums = self.operator.row_sums()
         return self.factor.to(sums.dtype) * sums
+
+    def _anchor(self) -> Tensor:
+        return self.operator._anchor()
+
+
+class ColumnsOperator(Operator):
+    """A diag(c): every column times a factor of its token and head.
+
+    Args:
+        operator: A; ``factor``: c, (B, H, S), not negative.
+    """
+
+    def __init__(self, operator: Operator, factor: Tensor) -> None:
+        self.operator, self.factor = operator, factor
+        self.shape, self.causal, self.signed = operator.shape, operator.causal, operator.signed
+        self.hides = operator.hides
+
+    @property
+    def pairs(self) -> float:
+        return self.operator.pairs
+
+    def matvec(self, x: Tensor) -> Tensor:
+        return self.operator.matvec(self.scaled(x))
+
+    def matvec_and_keep(self, x: Tensor) -> Tensor:
+        return self.operator.matvec_and_keep(self.scaled(x))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """diag(c) X, (B, H, S, m) for X of H or Hk heads."""
+        return spread_heads(x, self.shape[1]) * self.factor[..., None].to(x.dtype)
+
+    def rows(self, index: Tensor) -> Tensor:
+        rows = self.operator.rows(index)
+        return rows * self.factor[:, :, None].to(rows.dtype)
+
+    def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
+        product = self.operator.vecmat(r)
+        product = product * self.factor[:, :, None].to(product.dtype)
+        return product.mean(1) if check_heads(heads) else product
 
     def _anchor(self) -> Tensor:
         return self.operator._anchor()

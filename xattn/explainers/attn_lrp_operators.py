@@ -7,8 +7,9 @@ arXiv 2402.05602): half goes to V, and A's half to what A is made of:
     L R, causal or not          to L and R in equal parts
     A_1 A_2 ...                 to the factors in equal parts
     A_1 + A_2 + ...             each term and V share A_t V
-    diag(g) A                   to A; g is a gate, held constant
+    diag(g) A, A diag(c)        to A; g and c are gates, held constant
     pooling                     none: its weights are no activations, so V gets all
+    attention within subsets    as the attention within them; which tokens they hold is constant
     any other                   none: A is held constant, so V gets all, and that is reported
 
 What depends on no activation gets nothing, and the other factor has its part. The sum of relevance is
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from xattn.attention.algebra import (
+    ColumnsOperator,
     GatedOperator,
     LowRankOperator,
     PoolOperator,
@@ -36,6 +38,7 @@ from xattn.attention.algebra import (
 from xattn.attention.causal_low_rank import CausalLowRankOperator
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.segments_operator import SegmentsOperator
+from xattn.attention.subsets import SubsetsOperator
 
 Held = dict[str, None]  # kinds of operators that were held constant, in order
 
@@ -183,5 +186,28 @@ def _(operator: GatedOperator) -> bool:
 
 
 @times.register
+def _(operator: ColumnsOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
+    return times(operator.operator, operator.detach().scaled(x), held, part)
+
+
+@depends.register
+def _(operator: ColumnsOperator) -> bool:
+    return depends(operator.operator)
+
+
+@times.register
 def _(operator: PoolOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
     return operator.detach().matvec(x)
+
+
+@times.register
+def _(operator: SubsetsOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
+    y = operator.scatter(times(operator.inner, operator.gather(x), held, part))
+    if operator.first is None:
+        return y
+    return operator.with_first(times(operator.first, x, held, part), y)
+
+
+@depends.register
+def _(operator: SubsetsOperator) -> bool:
+    return depends(operator.inner) or (operator.first is not None and depends(operator.first))
