@@ -621,6 +621,7 @@ def test_inference_mode_neither_hinders_questions_nor_later_training(name, optio
 
 @pytest.mark.parametrize("name, options", CASES)
 def test_it_works_under_autocast(name, options):
+    torch.manual_seed(0)  # where a mechanism chooses, rounding may decide
     layer = create_attention(name, DIM, HEADS, **options)
     x = torch.randn(1, 31, DIM)
     some, ones = torch.tensor([0, 5]), torch.ones(1, 1, 31)

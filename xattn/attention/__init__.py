@@ -8,6 +8,7 @@ from xattn.attention import (  # noqa: F401  (they register themselves)
     hedgehog,
     moh,
     nsa,
+    routing,
     softmax,
 )
 from xattn.attention.algebra import (
@@ -28,6 +29,7 @@ from xattn.attention.base import (
     register,
 )
 from xattn.attention.causal_low_rank import CausalLowRankOperator
+from xattn.attention.centroids import fit_centroids
 from xattn.attention.conversion import Conversion
 from xattn.attention.convert import conversion, convert, converted_copy, revert
 from xattn.attention.inputs import Inputs
@@ -73,6 +75,7 @@ __all__ = [
     "converted_copy",
     "create_attention",
     "create_mechanism",
+    "fit_centroids",
     "list_attention",
     "mechanism_class",
     "pattern_operator",
