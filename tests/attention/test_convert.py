@@ -237,6 +237,7 @@ def test_a_backbone_is_converted_inside_and_still_gives_its_taps():
         ("gna", {"kernel": 3, "backend": "cpu"}),
         ("dma", {"window": 8}),
         ("agent", {"agents": 4, "training_free": True}),
+        ("spatten", {"first": 1, "last": 1}),
     ],
 )
 def test_a_converted_model_compiles_as_one_graph(name, options):

@@ -10,6 +10,7 @@ from xattn.attention import (  # noqa: F401  (they register themselves)
     nsa,
     routing,
     softmax,
+    spatten,
 )
 from xattn.attention.algebra import (
     ColumnsOperator,

@@ -281,7 +281,11 @@ class SoftmaxOperator(Operator):
         return y
 
     def matvec_where(self, x: Tensor, keep: Tensor) -> Tensor:
-        """A CPU computes only the rows that are kept, head by head, unless attention is causal."""
+        """A CPU leaves out heads without a row to keep, and computes only the rows that are kept, head
+        by head, unless there are few keys or attention is causal."""
+        whole = self._some_heads(x, keep)
+        if whole is not None:
+            return whole
         few = self.shape[3] < FEW or torch.compiler.is_compiling()
         if few or not self._fused or self._by_place or self.q.device.type != "cpu":
             return super().matvec_where(x, keep)
@@ -297,6 +301,25 @@ class SoftmaxOperator(Operator):
             )
             out.append(v.new_zeros(n, v.shape[1]).index_copy(0, at, some[0, 0]))
         return torch.stack(out).unflatten(0, (batch, heads))
+
+    def _some_heads(self, x: Tensor, keep: Tensor) -> Tensor | None:
+        """A X where every head keeps all rows or none, and some none; None elsewhere."""
+        if torch.compiler.is_compiling() or keep.device.type != "cpu" or not self._fused:
+            return None
+        live = keep[..., 0]
+        if live.all() or not torch.equal(keep, live[..., None].expand_as(keep)):
+            return None
+        heads, bias = self.shape[1], self.bias
+        q, k, v = (
+            t[live][:, None] for t in (self.q, spread_heads(self.k, heads), spread_heads(x, heads))
+        )
+        if bias is not None:
+            bias = bias.expand(*self.shape[:2], *bias.shape[2:])[live][:, None]
+        y = F.scaled_dot_product_attention(
+            q, k, v, bias, is_causal=self._by_place, scale=self.scale
+        )[:, 0]
+        out = y.new_zeros(*self.shape[:3], y.shape[-1]).flatten(0, 1)
+        return out.index_copy(0, live.flatten().nonzero()[:, 0], y).unflatten(0, self.shape[:2])
 
     def rows(self, index: Tensor) -> Tensor:
         return self.tile(index, slice(None))

@@ -25,6 +25,7 @@ class Bench:
             "fidelity",
             "attention",
             "maps",
+            "pruning",
             "kernels",
             "app",
             "all",
@@ -35,8 +36,8 @@ class Bench:
     floor; folder: images per second; all: these three. heads: attentive heads against multi-head
     cross-attention; probe: epochs from cached features against running the backbone, and attention
     training against plain steps; fidelity: metrics against the passes they need; attention: mechanisms
-    against dense attention; maps: attention maps against stored ones; kernels: Triton kernels; app:
-    the viewer's pages in Chromium."""
+    against dense attention; maps: attention maps against stored ones; pruning: a ViT whose tokens leave;
+    kernels: Triton kernels; app: the viewer's pages in Chromium."""
     backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
     """timm models, with random weights."""
     batches: tuple[int, ...] = (1, 8)
@@ -110,6 +111,10 @@ JOBS: dict[str, tuple[str, Callable[[Bench], dict[str, Any]]]] = {
         lambda o: {"tokens": o.tokens or (1025, 4097), "rounds": min(o.rounds, 3)},
     ),
     "attention": ("xattn.eval.bench.attention", _attention),
+    "pruning": (
+        "xattn.eval.bench.pruning",
+        lambda o: {"batches": o.batches, "rounds": min(o.rounds, 7)},
+    ),
     "kernels": ("xattn.kernels.aot", _kernels),
     "app": ("xattn.app.bench", lambda o: {"rounds": o.rounds}),
 }

@@ -1,0 +1,58 @@
+"""What pruning tokens gains in a whole ViT (spatten), beside the network as it is.
+
+    xattn bench pruning
+
+Random weights: only the times are measured, and how far logits move, relative to their spread. Half of the
+patches leave before block 3 of 12, so the operations allow 1.60x, their importance included.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+
+from xattn.attention import converted_copy
+from xattn.eval.bench.operation_counts import operations
+from xattn.eval.bench.timing import median_ratio, times
+from xattn.runtime.allocator import keep_memory
+
+MODEL = "vit_base_patch16_224"
+OPTIONS = {"keep": 0.5, "first": 3, "last": 3}
+
+
+@torch.inference_mode()
+def bench(
+    batches: Sequence[int] = (1, 8), rounds: int = 7, model: str = MODEL, **options: Any
+) -> Iterator[str]:
+    """The lines of the table, as they are measured; ``options`` of spatten in place of ``OPTIONS``."""
+    if rounds < 1:
+        raise ValueError(f"rounds: got {rounds}; give at least 1")
+    kept, options = keep_memory(), {**OPTIONS, **options}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    dense = timm.create_model(model).eval().to(device)
+    pruned = converted_copy(dense, "spatten", options=options)
+    said = ", ".join(f"{key} {value}" for key, value in options.items())
+    yield (
+        f"{model} on {device}, {torch.get_num_threads()} threads, {said}; raised allocator "
+        f"thresholds: {kept}"
+    )
+    yield "\n| batch | dense ms | pruned ms | gain | operations | change of logits | same class, % |"
+    yield "| --: | --: | --: | --: | --: | --: | --: |"
+    for batch in batches:
+        size = (batch, 3, *dense.patch_embed.img_size)
+        x = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(device)
+        jobs = {"dense": partial(dense, x), "pruned": partial(pruned, x)}
+        took = times(jobs, rounds, warmup=2)
+        before, after = dense(x), pruned(x)
+        change = (after - before).norm() / (before - before.mean(1, keepdim=True)).norm()
+        same = (after.argmax(1) == before.argmax(1)).double().mean()
+        ratio = operations(jobs["dense"]) / operations(jobs["pruned"])
+        cells = [f"{1e3 * statistics.median(took[name]):.1f}" for name in jobs]
+        cells += [f"{median_ratio(took['dense'], took['pruned']):.2f}x", f"{ratio:.2f}x"]
+        yield f"| {batch} | {' | '.join(cells)} | {float(change):.3f} | {100 * float(same):.0f} |"
