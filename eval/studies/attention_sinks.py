@@ -188,7 +188,7 @@ def _sinks(backbone: Backbone, images: Tensor, options: Mapping[str, Any]) -> It
 def _maps(network: Backbone, images: Tensor, classes: Tensor, explainer: str) -> Tensor:
     made = create_explainer(explainer, network)
     parts = zip(images.split(BATCH), classes.split(BATCH), strict=True)
-    return torch.cat([made.attribute(x, k).float().cpu() for x, k in parts])
+    return torch.cat([made.attribute(x, k)[:, 0].float().cpu() for x, k in parts])
 
 
 def draw(images: Tensor, maps: Sequence[Tensor], path: Path, side: int = 112) -> None:

@@ -58,6 +58,8 @@ SWAPS = (
     Swap("nsa"),
     Swap("moh"),
     Swap("act"),
+    Swap("routing", {"centroids": "call"}),
+    Swap("spatten"),
 )
 
 

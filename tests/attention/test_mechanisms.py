@@ -430,6 +430,31 @@ def test_causal_softmax_stores_no_square_matrix():
     assert peak_memory(run) < 4 * n * n / 4
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("act", {"alpha": 1.2}),
+        ("act", {"alpha": 1.2, "stride": 8}),
+        ("routing", {}),
+        ("spatten", {"values": 0.5}),
+    ],
+)
+def test_no_square_matrix_is_stored_on_the_way_to_an_operator(name, options, causal):
+    n = 4096
+    q, k, v = (x.float()[:1, :1] for x in inputs(0, (64, 64)))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    layer, r = create_mechanism(name, 16, 1, **options), torch.ones(1, 1, n)
+
+    def run():
+        layer(*leaves, causal=causal).sum().backward()
+        with torch.no_grad():
+            operator = layer.operator(Inputs(q, k, v, causal=causal))
+            operator.vecmat(r), operator.rows(torch.tensor([5, n - 1]))
+
+    assert peak_memory(run) < 4 * n * n
+
+
 def test_gna_locality_is_the_dense_mass_inside_the_window():
     q, k, v = inputs(1)
     layer = mechanism("gna", {"kernel": 3})
