@@ -21,6 +21,7 @@ from xattn.kernels.softmax.reference import widen
 class Alive(NamedTuple):
     """What is left in a layer of a pass."""
 
+    layer: int
     tokens: Tensor | None
     """LongTensor (B, n), rising; None is all."""
     heads: Tensor | None
@@ -30,7 +31,7 @@ class Alive(NamedTuple):
     e: Tensor
     """(B, H), importance of the heads."""
     last: Tensor
-    """(B, N), the last layer in which each token was there."""
+    """(B, N), the last layer in which each token that is gone was there."""
 
 
 class Cascade(Mechanism):
@@ -57,38 +58,51 @@ class Cascade(Mechanism):
         return 1 - (1 - keep) * max(0.0, done)
 
     def enter(self, x: Tensor, prefix: int, carried: dict[Any, Any], whole: bool) -> Tensor:
-        now = self._chosen(x, prefix, self._before(x, carried))
+        before = self._before(x, carried)
+        now = self._chosen(x, prefix, before)
         carried["spatten", self.layer] = now
         if now.tokens is None:
             return x
-        carried["spatten passes by", self.layer] = x, now.tokens, whole
-        return x if whole else _take(x, now.tokens)
+        given = carried.pop("spatten gives", None)  # whole grid, what was computed of it
+        carried["spatten passes by"] = x, now.tokens, whole
+        if whole:
+            return x
+        if given is not None and given[0] is x and now.tokens is before.tokens:
+            return given[1]  # type: ignore[no-any-return]
+        return x.flatten(0, 1).index_select(0, _rows(now.tokens, x)).unflatten(0, now.tokens.shape)
 
     def leave(self, x: Tensor, carried: dict[Any, Any]) -> Tensor:
-        passes_by = carried.pop(("spatten passes by", self.layer), None)
+        passes_by = carried.pop("spatten passes by", None)
         if passes_by is None:
             return x
         before, tokens, whole = passes_by
-        at = tokens[..., None].expand(-1, -1, x.shape[2])
-        return before.scatter(1, at, x.gather(1, at) if whole else x)  # type: ignore[no-any-return]
+        rows, y = _rows(tokens, before), x.flatten(0, 1)
+        some = y.index_select(0, rows) if whole else y
+        out: Tensor = before.flatten(0, 1).index_copy(0, rows, some).view_as(before)
+        if not whole and not out.requires_grad:  # a graph would be kept beyond the pass
+            carried["spatten gives"] = out, x
+        return out
 
     def _before(self, x: Tensor, carried: dict[Any, Any]) -> Alive:
         """What the block before left, of those with this mechanism."""
-        earlier = [key[1] for key in carried if key[0] == "spatten" and key[1] < self.layer]
+        earlier = [
+            key[1]
+            for key in carried
+            if isinstance(key, tuple) and key[0] == "spatten" and key[1] < self.layer
+        ]
         if earlier and carried["spatten", max(earlier)].s.shape == x.shape[:2]:
             return carried["spatten", max(earlier)]  # type: ignore[no-any-return]
         none = widen(x.new_zeros(len(x), x.shape[1]))
-        return Alive(
-            None, None, none, none.new_zeros(len(x), self.num_heads), torch.zeros_like(none)
-        )
+        return Alive(self.layer, None, None, none, none.new_zeros(len(x), self.num_heads), none)
 
     @torch.no_grad()
     def _chosen(self, x: Tensor, prefix: int, before: Alive) -> Alive:
-        tokens, heads, n = before.tokens, before.heads, x.shape[1] - prefix
+        tokens, heads, last, n = before.tokens, before.heads, before.last, x.shape[1] - prefix
         count = max(1, math.ceil(self.share(self.layer) * n - 1e-9)) if n else 0
         if count < (n if tokens is None else tokens.shape[1] - prefix) and self._seen(before.s):
             patches = torch.arange(n, device=x.device).expand(len(x), -1)
             patches = patches if tokens is None else tokens[:, prefix:] - prefix
+            last = last.scatter(1, patches + prefix, float(before.layer))
             best = before.s[:, prefix:].gather(1, patches).topk(count).indices
             patches = patches.gather(1, best.sort(1).values) + prefix
             first = torch.arange(prefix, device=x.device).expand(len(x), -1)
@@ -97,12 +111,7 @@ class Cascade(Mechanism):
         if few < self.num_heads and self._seen(before.e):
             e = before.e if heads is None else before.e.masked_fill(~heads, -1.0)
             heads = torch.zeros_like(e, dtype=torch.bool).scatter(1, e.topk(few).indices, True)
-        last = before.last
-        if tokens is None:
-            last = torch.full_like(last, self.layer)
-        else:
-            last = last.scatter(1, tokens, float(self.layer))
-        return before._replace(tokens=tokens, heads=heads, last=last)
+        return before._replace(layer=self.layer, tokens=tokens, heads=heads, last=last)
 
     @staticmethod
     def _seen(importance: Tensor) -> bool:
@@ -116,6 +125,12 @@ class Cascade(Mechanism):
             return None
         n = alive.s.shape[1] if alive.tokens is None else alive.tokens.shape[1]
         return alive if inputs.q.shape[2] in (n, alive.s.shape[1]) else None
+
+    def _survival(self, alive: Alive) -> Tensor:
+        """The last layer so far in which each token was there, (B, N)."""
+        if alive.tokens is None:
+            return torch.full_like(alive.last, self.layer)
+        return alive.last.scatter(1, alive.tokens, float(self.layer))
 
     def _prunes_later(self, alive: Alive | None) -> bool:
         """Whether patches are still to leave."""
@@ -132,7 +147,7 @@ class Cascade(Mechanism):
             if mass is None:
                 return None
             none = mass.new_zeros(len(mass), mass.shape[2])
-            alive = Alive(None, None, none, none.new_zeros(mass.shape[:2]), none)
+            alive = Alive(self.layer, None, None, none, none.new_zeros(mass.shape[:2]), none)
         s, e = alive.s, alive.e
         if mass is not None:
             own = mass.sum(1).to(s.dtype)
@@ -142,7 +157,7 @@ class Cascade(Mechanism):
         return alive._replace(s=s, e=e)
 
 
-def _take(x: Tensor, tokens: Tensor) -> Tensor:
-    """Rows (B, n) of x (B, N, C)."""
+def _rows(tokens: Tensor, x: Tensor) -> Tensor:
+    """Numbers of the rows ``tokens`` (B, n) in x (B, N, C) without its first dimension: (B n,)."""
     first = x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
-    return x.flatten(0, 1).index_select(0, (first + tokens).flatten()).unflatten(0, tokens.shape)
+    return (first + tokens).flatten()

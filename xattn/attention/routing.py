@@ -103,13 +103,13 @@ class Routing(Mechanism):
         chosen_q, chosen_k = self._members(near_q, near_k, inputs.causal)
         first = torch.arange(prefix, device=q.device).expand(*chosen_k.shape[:3], -1)
         queries, keys = chosen_q + prefix, torch.cat([first, chosen_k + prefix], 3)
-        taken = (
+        taken_q, taken_k = (
             take_rows(x, at.flatten(2)).unflatten(2, (self.clusters, -1)).flatten(1, 2)
             for x, at in ((inputs.q, queries), (inputs.k, keys))
         )
         hidden = self._hidden(queries.shape[3], prefix, inputs)
         inner = SoftmaxOperator(
-            *taken, inputs.scale, hidden, None, self.backend, every_row=True,
+            taken_q, taken_k, inputs.scale, hidden, None, self.backend, every_row=True,
             causal=inputs.causal and hidden is None,
         )  # fmt: skip
         operator = SubsetsOperator(

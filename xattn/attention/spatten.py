@@ -176,11 +176,11 @@ class SpAtten(Cascade):
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``importance``: s after this layer; of a patch that has left, what it was then.
-        ``survival``: the last layer so far in which each patch was there, 0 outside of a model."""
+        ``survival``: the last layer so far in which each patch was there."""
         alive = operator.context
         if alive is None or inputs.grid is None or len(inputs.grid) != 2:
             return {}
-        found = {"importance": alive.s, "survival": alive.last}
+        found = {"importance": alive.s, "survival": self._survival(alive)}
         return {
             name: x[:, None, inputs.prefix :].unflatten(-1, inputs.grid)
             for name, x in found.items()
