@@ -120,6 +120,36 @@ class GNA(Mechanism):
         return (inside.attend(k)[1] - every).exp()
 
 
+def window_pattern(inputs: Inputs, window: Lengths, option: str, kept: Kept) -> Pattern:
+    """The pattern of a window around each query, for other mechanisms.
+
+    Args:
+        window: tokens along each side of the grid, one number for all or one for each; of tokens in a
+            row, where there is no grid or a causal call asks for it, one. Causal, these are the last
+            ones up to the query. Longer than the grid, it holds all.
+        option: the name of ``window`` in errors.
+        kept: where the mechanism keeps its patterns.
+
+    Raises:
+        ValueError: as many numbers as the grid has no dimensions.
+    """
+    grid = inputs.grid
+    if grid is None or inputs.causal:
+        grid = (inputs.q.shape[2] - inputs.prefix,)
+    device = inputs.q.device
+    key = "window", grid, inputs.causal, device, window
+    if key not in kept:
+        sides = (window,) * len(grid) if isinstance(window, int) else tuple(window)
+        if len(sides) != len(grid):
+            raise ValueError(
+                f"{option}: got {sides} for a grid {grid}; give one number, or one for each of its "
+                f"dimensions"
+            )
+        sides = tuple(min(side, length) for side, length in zip(sides, grid, strict=True))
+        kept[key] = plan(grid, sides, 1, 1, inputs.causal, device.type == "cpu", device)
+    return kept[key]
+
+
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # cached tensors may serve training later
 def plan(

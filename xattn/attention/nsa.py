@@ -22,7 +22,7 @@ from xattn.attention.algebra import GatedOperator, ProductOperator, SumOperator
 from xattn.attention.base import Kept, Mechanism, register, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
-from xattn.attention.patterns import Pattern, pattern_operator
+from xattn.attention.patterns import pattern_operator
 from xattn.attention.pooled_blocks import PooledBlocks, pooled_blocks
 
 BRANCHES = ("compressed", "selected", "near")
@@ -92,7 +92,10 @@ class NSA(Mechanism):
         self._kept = Kept()
 
     def operator(self, inputs: Inputs) -> Operator:
-        blocks, near = self._places(inputs)
+        blocks, near = (
+            self._blocks(inputs),
+            gna.window_pattern(inputs, self.window, "window", self._kept),
+        )
         pool = blocks.pool(inputs.k, inputs.prefix, self._weight(inputs, blocks, 0))
         keys = pool.matvec(inputs.k)
         values = blocks.pool(inputs.q, inputs.prefix, self._weight(inputs, blocks, 1))
@@ -125,18 +128,13 @@ class NSA(Mechanism):
         first = g.new_tensor([0.0, 1.0, 0.0]).view(3, 1, 1, 1).expand(*g.shape[:3], inputs.prefix)
         return torch.cat([first, g], 3)
 
-    def _places(self, inputs: Inputs) -> tuple[PooledBlocks, Pattern]:
-        """The blocks, and the pattern of what is near."""
+    def _blocks(self, inputs: Inputs) -> PooledBlocks:
         q, grid = inputs.q, inputs.grid
         if grid is None or inputs.causal:
             grid = (q.shape[2] - inputs.prefix,)
         key = grid, inputs.prefix, inputs.causal, q.device
         if key not in self._kept:
-            blocks = pooled_blocks(grid, *self.blocks, *key[1:])
-            window = tuple(min(self.window, length) for length in grid)
-            on_cpu = q.device.type == "cpu"
-            near = gna.plan(grid, window, 1, 1, inputs.causal, on_cpu, q.device)
-            self._kept[key] = blocks, near
+            self._kept[key] = pooled_blocks(grid, *self.blocks, *key[1:])
         return self._kept[key]
 
     def _weight(self, inputs: Inputs, blocks: PooledBlocks, which: int) -> Tensor | None:
@@ -157,7 +155,7 @@ class NSA(Mechanism):
         grid, prefix, gated = inputs.grid, inputs.prefix, operator.terms  # type: ignore[attr-defined]
         if grid is None or len(grid) != 2:
             return {}
-        blocks = self._places(inputs)[0]
+        blocks = self._blocks(inputs)
         count = inputs.q.shape[2] - prefix
         r = F.pad(inputs.q.new_full((len(inputs.q), 1, count), 1 / count), (prefix, 0))
         mass = gated[0].operator.factors[0].vecmat(r, "mean")[..., prefix:]
