@@ -15,6 +15,7 @@ from xattn.backbone.backbone import Backbone
 from xattn.backbone.classes import Task, read_classes
 from xattn.backbone.preprocessing import LARGEST_SIDE, preprocessing_of
 from xattn.backbone.taps import TapModule
+from xattn.backbone.tiled_positions import tile_positions as repeat_positions
 from xattn.backbone.timm_models import create_timm_model
 
 
@@ -28,6 +29,7 @@ def load_backbone(
     num_classes: int | None = None,
     classes: str | Path | Sequence[str] | None = None,
     task: Task | None = None,
+    tile_positions: bool = False,
 ) -> Backbone:
     """Load a frozen classifier.
 
@@ -43,6 +45,8 @@ def load_backbone(
         num_classes: the number of classes; for a local file it is read from the file by default.
         classes: class names in order, or the path of a ``classes.txt`` with one per line.
         task: ``"multiclass"``, ``"multilabel"`` or ``"binary"``, see :class:`Backbone`.
+        tile_positions: whether a ViT's positions are repeated over the grid of ``input_size`` instead
+            of resized, as windows of the training size (``freeswim``) need them.
 
     Raises:
         ValueError: unknown name, unusable module or weights, unknown tap, wrong class list.
@@ -53,6 +57,8 @@ def load_backbone(
         raise ValueError(
             f"input_size: got {input_size}; give 1 to {LARGEST_SIDE} pixels, one side or (H, W)"
         )
+    if tile_positions and (size is None or isinstance(name_or_module, nn.Module)):
+        raise ValueError("tile_positions: needs a model's name and input_size; give both")
     overrides: dict[str, Any] = {}
     if isinstance(name_or_module, nn.Module):
         model, name = name_or_module, _name_of(name_or_module)
@@ -65,7 +71,10 @@ def load_backbone(
     else:
         name = name_or_module
         with _device_with_values():
-            model, overrides = create_timm_model(name, weights, size, num_classes)
+            trained = None if tile_positions else size
+            model, overrides = create_timm_model(name, weights, trained, num_classes)
+    if tile_positions and size is not None:
+        repeat_positions(model, size)
     preprocessing = preprocessing_of(model, overrides, size)
     try:
         backbone = Backbone(model, name, preprocessing, taps, read_classes(classes), task)

@@ -21,6 +21,9 @@ class BackboneArgs:
     depends on the architecture."""
     input_size: int | None = None
     """Side of the model's input in pixels; by default the model's own."""
+    tile_positions: bool = False
+    """Repeat a ViT's positions over the grid of --input-size, as freeswim needs them; else they are
+    resized."""
     classes_file: Path | None = None
     """A text file with one class name per line; not needed for ImageNet classes."""
     task: Literal["multiclass", "multilabel", "binary"] | None = None
@@ -63,6 +66,7 @@ class BackboneArgs:
             input_size=self.input_size,
             classes=self.classes_file,
             task=self.task,
+            tile_positions=self.tile_positions,
         )
         return self._converted(backbone)
 
