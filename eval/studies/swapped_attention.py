@@ -48,6 +48,7 @@ SWAPS = (
     Swap("softmax"),
     Swap("gna", {"kernel": 7}),
     Swap("gna", {"kernel": 7}, 2 / 3),
+    Swap("freeswim"),
     Swap("dma", {"window": 64}),
     Swap("agent", {"agents": 49}),
     Swap("agent", {"agents": 49, **_AGENTS}),

@@ -4,6 +4,7 @@ from xattn.attention import (  # noqa: F401  (they register themselves)
     act,
     agent,
     dma,
+    freeswim,
     gna,
     hedgehog,
     moh,
