@@ -3,6 +3,7 @@
 from xattn.attention import (  # noqa: F401  (they register themselves)
     act,
     agent,
+    based,
     dma,
     freeswim,
     gna,
