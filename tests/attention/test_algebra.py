@@ -132,6 +132,20 @@ def test_pooling_can_keep_the_prefix_in_front(weighted):
     check(kept, torch.cat([first, matrix(plain)], 2))
 
 
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("heads", [1, HEADS])
+@pytest.mark.parametrize("stride", [2, 3])
+def test_each_pooled_token_may_have_weights_of_its_own(stride, heads, prefix):
+    like = random(BATCH, HEADS, prefix + 11, 5)
+    weight = random(BATCH, heads, (11 - 3) // stride + 1, 3, seed=1)
+    expected = torch.zeros(BATCH, HEADS, prefix + weight.shape[2], prefix + 11).double()
+    expected[:, :, :prefix, :prefix] = torch.eye(prefix)
+    for c in range(weight.shape[2]):
+        start = prefix + c * stride
+        expected[:, :, prefix + c, start : start + 3] = weight[:, :, c]
+    check(PoolOperator(like, 3, stride, weight=weight, prefix=prefix, keep_prefix=True), expected)
+
+
 def test_heads_of_one_key_head_share_its_pooling_weights():
     weight, few = random(1, 4, seed=8), random(BATCH, 1, N, WIDTH)
     like = few.expand(-1, HEADS, -1, -1)

@@ -258,7 +258,8 @@ class PoolOperator(Operator):
     Args:
         like: a tensor (B, H, S, ...) whose sizes, dtype and device it takes.
         block: tokens in a run; ``stride``: from the start of one run to the next, ``block`` by default.
-        weight: (H or Hk, block), a convolution with one kernel per head; None takes the mean.
+        weight: (H or Hk, block), a convolution with one kernel per head, or (B, H or Hk, C, block), one
+            for each pooled token behind the prefix; None takes the mean.
         order: of the tokens behind the prefix, in which runs are counted; padding counts for nothing.
         prefix: tokens in front that belong to no run.
         keep_prefix: whether each of these stands, as it is, in front of the pooled tokens.
@@ -302,7 +303,9 @@ class PoolOperator(Operator):
 
     def matvec(self, x: Tensor) -> Tensor:
         if self.weight is not None:
-            x = spread_heads(x, max(x.shape[1], self.weight.shape[0]))
+            x = spread_heads(
+                x, max(x.shape[1], self.weight.shape[1 if self.weight.ndim == 4 else 0])
+            )
         pooled = self._pool(x[:, :, self.prefix :])
         return torch.cat([x[:, :, : self.kept], pooled], 2) if self.kept else pooled
 
@@ -311,11 +314,16 @@ class PoolOperator(Operator):
         x = x if self.order is None else self.order.apply(x)
         runs = x.unfold(2, self.block, self.stride)  # (B, H, C, m, block)
         if self.weight is not None:
-            weight = spread_heads(self.weight[None], x.shape[1]).to(x.dtype)
-            return (runs @ weight[:, :, None, :, None])[..., 0]
+            weight = spread_heads(self._weights(), x.shape[1]).to(x.dtype)
+            return (runs @ weight[..., None])[..., 0]
         if self._share is None:
             return runs.mean(-1)
         return runs.sum(-1) * self._share.to(x.dtype)[:, None]
+
+    def _weights(self) -> Tensor:
+        """(1 or B, H or Hk, 1 or C, block)."""
+        assert self.weight is not None
+        return self.weight if self.weight.ndim == 4 else self.weight[None, :, None]
 
     def rows(self, index: Tensor) -> Tensor:
         kept, tokens = index < self.kept, self.shape[3]
@@ -327,18 +335,18 @@ class PoolOperator(Operator):
         batch, heads, _, tokens = self.shape
         at = index[:, None] * self.stride + torch.arange(self.block, device=index.device)
         token = at if self.order is None else self.order.index[at]  # (R, block)
-        share = torch.ones_like(at, dtype=widen(self._like).dtype)[None].expand(heads, -1, -1)
+        share = torch.ones_like(at, dtype=widen(self._like).dtype).expand(batch, heads, -1, -1)
         if self.weight is not None:
-            weight = spread_heads(widen(self.weight)[None], heads)[0]
-            share = weight[:, None].expand_as(share)
+            weight = spread_heads(widen(self._weights()), heads)
+            share = (weight if weight.shape[2] == 1 else weight[:, :, index]).expand_as(share)
         elif self._share is not None:
             share = share * widen(self._share)[index][:, None]
         else:
             share = share / self.block
         share = share.masked_fill(token < 0, 0.0)
-        out = share.new_zeros(heads, len(index), tokens)
-        where = (token.clamp(min=0) + self.prefix).expand(heads, -1, -1)
-        return out.scatter_add(-1, where, share).expand(batch, -1, -1, -1)
+        out = share.new_zeros(batch, heads, len(index), tokens)
+        where = (token.clamp(min=0) + self.prefix).expand(batch, heads, -1, -1)
+        return out.scatter_add(-1, where, share)
 
     def _anchor(self) -> Tensor:
         return self._like

@@ -38,7 +38,7 @@ def attend(
     """
     if not segments:
         raise ValueError("segments: got none; give at least one Segment(k, v)")
-    parts = [_attend(q, s, scale, backend) for s in segments]
+    parts = [_shifted(_attend(q, s, scale, backend), s.offset) for s in segments]
     if len(parts) == 1:
         return parts[0]
     lse = torch.stack([part[1] for part in parts])
@@ -78,6 +78,12 @@ def attend_output(
 def needs_grad(x: Tensor) -> bool:
     """Whether a gradient of ``x`` may be asked for, now."""
     return torch.is_grad_enabled() and x.requires_grad
+
+
+def _shifted(part: tuple[Tensor, Tensor], offset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A part whose scores all grow by their query's ``offset``: only the log-sum-exp does."""
+    o, lse = part
+    return part if offset is None else (o, lse + to_heads(offset, o.shape[1]).to(lse.dtype))
 
 
 def _attend(q: Tensor, s: Segment, scale: float | None, backend: str) -> tuple[Tensor, Tensor]:

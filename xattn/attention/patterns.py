@@ -7,7 +7,7 @@ Prefix tokens see all tokens and are seen by all; in causal attention each sees 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class Pattern:
     """Which keys of the listed blocks a query sees."""
     bias: Tensor | None = None
     """(B or 1, H or 1, M), added to a key's scores."""
+    share: Tensor | None = None
+    """(B, H or Hk, query blocks, s), added to the scores of each listed block."""
     fixed: bool = False
     """Whether it is the same for all images and heads, so that its masks are worth keeping."""
     masks: dict[Any, tuple[Tensor, tuple[Band, ...]]] = field(default_factory=dict)
@@ -49,11 +51,12 @@ def pattern_operator(
         every_row: whether every query is known to see a key; with a prefix each does.
     """
     q, k, prefix = inputs.q, inputs.k, inputs.prefix
-    if pattern.fixed and every_row and bands_are_faster(q, k.shape[2], backend):
+    by_lists = pattern.share is not None
+    if pattern.fixed and every_row and not by_lists and bands_are_faster(q, k.shape[2], backend):
         mask, bands = _kept_mask(inputs, pattern)
         if bands:
             return _facts(BandedOperator(q, k, inputs.scale, mask, bands, prefix), inputs)
-    if mask_is_faster(q, k.shape[2], pattern.blocks, backend, pattern.fixed):
+    if not by_lists and mask_is_faster(q, k.shape[2], pattern.blocks, backend, pattern.fixed):
         mask = _kept_mask(inputs, pattern)[0] if pattern.fixed else _mask(inputs, pattern)
         return _facts(SoftmaxOperator(q, k, inputs.scale, mask, every_row=every_row), inputs)
     device, tokens = q.device, torch.arange(q.shape[2], device=q.device)
@@ -69,8 +72,8 @@ def pattern_operator(
             hidden = torch.zeros(len(places), dtype=q.dtype, device=device)
             hidden = hidden.masked_fill(order.padding, -torch.inf)[None, None]
             bias = hidden if bias is None else bias + hidden
-    segments = [Segment(grid_k, None, pattern.blocks, pattern.rule, bias)]
-    columns = [places]
+    segments = _listed(pattern, Segment(grid_k, None, pattern.blocks, pattern.rule, bias), grid_q)
+    columns = [places] * len(segments)
     pieces = []
     if prefix:
         first, own = Segment(k[:, :, :prefix]), tokens[:prefix]
@@ -103,6 +106,18 @@ def chosen_keys_operator(
     segment = Segment(kept, bias=None if bias is None else bias.gather(2, columns))
     piece = Piece(inputs.q, (segment,), (columns,), padded=False)
     return SegmentsOperator([piece], None, k.shape[2], inputs.scale, backend, every_row=True)
+
+
+def _listed(pattern: Pattern, every: Segment, q: Tensor) -> list[Segment]:
+    """The listed blocks as one segment; where each has a share of its own, as one for each."""
+    if pattern.share is None:
+        return [every]
+    blocks, found = pattern.blocks, []
+    for i, share in enumerate(pattern.share.unbind(-1)):
+        one = replace(blocks, index=blocks.index[..., i : i + 1].contiguous())
+        offset = share.repeat_interleave(blocks.q_block, -1)[..., : q.shape[2]]
+        found.append(replace(every, blocks=one, offset=offset))
+    return found
 
 
 def _facts(operator: Operator, inputs: Inputs) -> Operator:

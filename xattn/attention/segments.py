@@ -58,7 +58,8 @@ class Segment:
     """Keys of one kind: ``k`` (B, H, S, D), ``v`` (B, H, S, Dv), and which of them are visible.
 
     Attributes: ``blocks``, the key blocks that each query block reads (all if None); ``rule``, which
-    keys of these blocks a query sees; ``bias``, (B or 1, H or 1, S), added to a key's scores.
+    keys of these blocks a query sees; ``bias``, (B or 1, H or 1, S), added to a key's scores;
+    ``offset``, (B or 1, H or 1, N), added to all scores of a query.
     """
 
     k: Tensor
@@ -66,6 +67,7 @@ class Segment:
     blocks: Blocks | None = None
     rule: Rule | None = None
     bias: Tensor | None = None
+    offset: Tensor | None = None
 
 
 def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:

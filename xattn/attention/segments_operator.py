@@ -134,6 +134,8 @@ class SegmentsOperator(Operator):
             part = products(q, spread_heads(s.k, heads), self.scale)
             if s.bias is not None:
                 part = part + to_heads(s.bias[:, :, None, :], heads)
+            if s.offset is not None:
+                part = part + to_heads(s.offset, heads)[:, :, places, None]
             scores.append(part.masked_fill(~to_heads(visible(s, places), heads), -torch.inf))
         weights = torch.cat(scores, -1).softmax(-1).nan_to_num(0.0)
         columns = torch.cat([_spread(c, batch, heads) for c in piece.columns], -1)
@@ -168,11 +170,12 @@ def _with_heads(s: Segment, heads: int) -> Segment:
     """The segment with a key head for each of ``heads``, and lists and biases that fit them."""
     if s.k.shape[1] == heads:
         return s
-    blocks, bias = s.blocks, s.bias
+    blocks, bias, offset = s.blocks, s.bias, s.offset
     if blocks is not None:
         blocks = replace(blocks, index=to_heads(blocks.index, heads))
     bias = None if bias is None else to_heads(bias, heads)
-    return replace(s, k=spread_heads(s.k, heads), blocks=blocks, bias=bias)
+    offset = None if offset is None else to_heads(offset, heads)
+    return replace(s, k=spread_heads(s.k, heads), blocks=blocks, bias=bias, offset=offset)
 
 
 def _spread(columns: Tensor, batch: int, heads: int) -> Tensor:

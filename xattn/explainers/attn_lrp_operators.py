@@ -105,7 +105,7 @@ def _(operator: SoftmaxOperator) -> _Parts:
 @_parts.register
 def _(operator: SegmentsOperator) -> _Parts:
     segments = [s for piece in operator.pieces for s in piece.segments]
-    added = [s.bias for s in segments if s.bias is not None]
+    added = [t for s in segments for t in (s.bias, s.offset) if t is not None]
     return _Parts([piece.q for piece in operator.pieces], [s.k for s in segments], added)
 
 
