@@ -264,7 +264,7 @@ def test_tokens_in_a_row_need_no_grid():
     [
         (lambda: nsa(block=4, stride=5), "stride: got 5; give at most the block's 4"),
         (lambda: nsa(selected=0), "selected: got 0"),
-        (lambda: nsa(pooling="max"), "pooling: got 'max'; give 'mean' or 'conv'"),
+        (lambda: nsa(pooling="max"), "pooling: got 'max'; give 'mean', 'conv' or 'mlp'"),
         (
             lambda: nsa(block=4, stride=2).attend(inputs((8, 8))),
             "stride, select_block: got 2, 4 on a grid",
@@ -279,3 +279,106 @@ def test_tokens_in_a_row_need_no_grid():
 def test_what_does_not_fit_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---------------------------------------------------------------------- networks, and a choice with gradients
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+@pytest.mark.parametrize("grid, causal", [((5, 7), False), ((2, 9), False), ((14,), True)])
+def test_networks_pool_what_their_equations_say(grid, causal, key_heads, prefix):
+    asked, side = inputs(grid, prefix, key_heads, causal=causal), 3
+    layer = nsa((1, 0, 0), block=side, pooling="mlp")
+    row = len(grid) == 1
+    where = torch.cartesian_prod(*(torch.arange(n) for n in grid)).view(-1, len(grid))
+    tile = (where // side) @ torch.tensor([1] if row else [-(-grid[1] // side), 1])
+    keys, values = [asked.k[:, :, :prefix]], [asked.v[:, :, :prefix]]
+    cells = [(tile == t).nonzero()[:, 0] for t in range(int(tile.max()) + 1)]
+    for cell in cells:
+        block = torch.zeros(2, key_heads, side, side, WIDTH).double()
+        at = where[cell] % side
+        y, x = (0 * at[:, 0], at[:, 0]) if row else (at[:, 0], at[:, 1])
+        k, v = asked.k[:, :, prefix + cell], asked.v[:, :, prefix + cell]
+        made = []
+        for network in (layer.key_network, layer.value_network):
+            block[:, :, y, x] = k + network.place[y, x]
+            made.append(network.outer(F.gelu(network.inner(block.flatten(2)))))
+        weights = made[1].unflatten(-1, (side, side))[:, :, y, x]
+        keys.append((k.mean(2) + made[0])[:, :, None])
+        values.append(((1 + weights)[..., None] * v).mean(2, keepdim=True))
+    late = None
+    if causal:
+        ends = [*range(prefix), *((t + 1) * side - 1 + prefix for t in range(len(cells)))]
+        late = torch.tensor(ends) > torch.arange(asked.q.shape[2])[:, None]
+    a, v = dense(asked, late, torch.cat(keys, 2), torch.cat(values, 2))
+    y = layer.attend(asked)[:, :, prefix:]
+    assert torch.allclose(y, (a @ v)[:, :, prefix:], atol=1e-6)
+
+
+def test_networks_start_as_the_mean_and_learn():
+    asked = inputs((5, 6), 1, key_heads=2)
+    mean = create_mechanism("nsa", DIM, HEADS, block=2, window=3).double()
+    layer = create_mechanism("nsa", DIM, HEADS, block=2, window=3, pooling="mlp").double()
+    y = layer.attend(asked)
+    assert torch.allclose(y, mean.attend(asked))
+    for network in (layer.key_network, layer.value_network):
+        (grad,) = torch.autograd.grad(y.square().sum(), network.outer.weight, retain_graph=True)
+        assert grad.isfinite().all() and grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+@pytest.mark.parametrize(
+    "grid, causal, options",
+    [
+        ((5, 7), False, {"block": 3}),
+        ((25,), False, {"block": 6, "stride": 3, "select_block": 8}),
+        ((25,), True, {"block": 4}),
+        ((25,), True, {"block": 6, "stride": 3, "select_block": 8}),
+    ],
+)
+def test_a_choice_with_gradients_weighs_blocks_by_one_and_learns_their_importance(
+    grid, causal, options, key_heads, prefix
+):
+    asked = inputs(grid, prefix, key_heads, causal=causal)
+    leaves = [t.requires_grad_() for t in (asked.q, asked.k, asked.v)]
+    layer = nsa((0, 1, 0), selected=3, window=3, differentiable=True, **options)
+    plain = nsa((0, 1, 0), selected=3, window=3, **options)
+    y = layer.attend(asked)
+    assert torch.allclose(y, plain.attend(asked))
+    # The same with dense matrices: the scores of a chosen block grow by log(1 + I - I).
+    operator, blocks = layer.operator(asked), layer._blocks(asked)
+    a = operator.terms[0].operator.factors[0].rows(torch.arange(asked.q.shape[2]))
+    keys = layer._pooled(asked, blocks)[0]
+    scores = asked.q @ keys.repeat_interleave(HEADS // key_heads, 1).transpose(-2, -1) / WIDTH**0.5
+    p = scores.masked_fill(a == 0, -torch.inf).softmax(-1).nan_to_num(0.0)[..., prefix:]
+    p = p[:, :, prefix:].unflatten(1, (key_heads, -1)).mean(2)
+    if blocks.overlap is not None:
+        p = p @ blocks.overlap.double()
+    n, size = math.prod(grid), blocks.k_block
+    number = torch.arange(n) // size if blocks.order is None else blocks.order.inverse // size
+    group = torch.arange(n) if causal else number
+    importance = torch.stack([p[:, :, group == g].mean(2) for g in group.tolist()], 2)
+    added = importance[..., number] - importance[..., number].detach()
+    added = F.pad(added, (prefix, 0, prefix, 0)).repeat_interleave(HEADS // key_heads, 1)
+    rows = plain.operator(asked).terms[1].operator.rows(torch.arange(asked.q.shape[2]))
+    k, v = (t.repeat_interleave(HEADS // key_heads, 1) for t in (asked.k, asked.v))
+    own = (asked.q @ k.transpose(-2, -1) / WIDTH**0.5 + added).masked_fill(rows == 0, -torch.inf)
+    expected, g = own.softmax(-1) @ v, random(*y.shape, seed=9)
+    assert torch.allclose(y, expected)
+    found, true = (torch.autograd.grad(z, leaves, g) for z in (y, expected))
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(found, true, strict=True))
+    without = torch.autograd.grad(plain.attend(asked), leaves, g)
+    assert not torch.allclose(found[1], without[1])
+
+
+def test_a_choice_with_gradients_trains_the_network_of_the_keys():
+    asked = inputs((6, 6), 1)
+    layer = nsa((0, 1, 0), block=2, selected=2, pooling="mlp", differentiable=True)
+    y = layer.attend(asked)
+    (grad,) = torch.autograd.grad(y.square().sum(), layer.key_network.outer.weight)
+    assert grad.isfinite().all() and grad.abs().sum() > 0
+    with record() as calls:
+        layer.attend(asked)
+    assert set(calls[0].maps) >= {"importance", "selected"}

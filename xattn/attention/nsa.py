@@ -1,17 +1,20 @@
 """Native sparse attention: three branches, weighed token by token by gates that read the tokens.
 
     A = diag(g_1) softmax(q K^T / sqrt(D)) P  +  diag(g_2) A_selected  +  diag(g_3) A_near
-    g = sigmoid(W x + b),   K = P k,   P = means over blocks (or learned sums)
+    g = sigmoid(W x + b),   K = P k,   P = means over blocks, learned sums, or a network's
 
 The first branch reads every block as one pooled key, the second reads the tokens of the n blocks to
 which the first gives most, the third those close by. On a grid a block is a tile and the queries of a
 tile choose together; in a row of tokens, bidirectional or causal, blocks may overlap. The heads of a
-key head choose together; the choice has no gradient. Prefix tokens are read in every branch, and see
-all tokens, with the gates (0, 1, 0). Yuan et al., arXiv 2502.11089; without the paper's position
-embedding within a block, and with means or sums in place of its network over a block.
+key head choose together; the choice has no gradient, or that of the importance. Prefix tokens are read
+in every branch, and see all tokens, with the gates (0, 1, 0). Yuan et al., arXiv 2502.11089. There a
+network makes a pooled value of a block's values; here one makes weights of its keys, so that A V is
+linear in V.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from xattn.attention import gna
 from xattn.attention.algebra import GatedOperator, ProductOperator, SumOperator
 from xattn.attention.base import Kept, Mechanism, register, whole
+from xattn.attention.block_network import BlockNetwork
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
 from xattn.attention.patterns import pattern_operator
@@ -40,6 +44,7 @@ START = (-2.0, -2.0, 2.0)  # of the gates' biases: training begins with what is 
     cases=(
         {"block": 2, "selected": 2, "window": 3},
         {"block": 4, "selected": 2, "window": 3, "pooling": "conv", "backend": "cpu"},
+        {"block": 2, "selected": 2, "window": 3, "pooling": "mlp"},
     ),
     bench=({"block": 8, "selected": 8, "window": 7},),
 )
@@ -54,10 +59,13 @@ class NSA(Mechanism):
             up to the query. Longer than the grid, it holds all.
         stride: from one pooled block to the next, in a row only; ``block`` by default.
         select_block: l', tokens of a block that is chosen, in a row only; ``block`` by default.
-        pooling: "mean", or "conv" for the mean of tokens times a factor that is learned for each head
-            and place in a block (in a row, those of a tile's first row) and starts at 1. Places of a
-            tile beyond the grid count as zeros.
+        pooling: "mean"; "conv" for the mean of tokens times a factor that is learned for each head
+            and place in a block (in a row, those of a tile's first row) and starts at 1, where places
+            of a tile beyond the grid count as zeros; or "mlp" for the mean and what networks make of
+            the block's keys and their places: added to its key, and as factors of its values.
         forced: whether a query's own block is always chosen; causal, also the first and the one before.
+        differentiable: whether the choice has a gradient, by a factor for each chosen block that is 1
+            and has the gradient of the block's importance (straight through).
     """
 
     def __init__(
@@ -69,8 +77,9 @@ class NSA(Mechanism):
         window: int = 7,
         stride: int | None = None,
         select_block: int | None = None,
-        pooling: str = "mean",
+        pooling: Literal["mean", "conv", "mlp"] = "mean",
         forced: bool = True,
+        differentiable: bool = False,
         *,
         backend: str = "auto",
     ) -> None:
@@ -81,34 +90,36 @@ class NSA(Mechanism):
         self.blocks, self.window = (whole("block", block), stride, chosen), whole("window", window)
         if stride > block:
             raise ValueError(f"stride: got {stride}; give at most the block's {block}")
-        if pooling not in ("mean", "conv"):
-            raise ValueError(f"pooling: got {pooling!r}; give 'mean' or 'conv'")
+        self.differentiable = differentiable
         self.gate = nn.Linear(dim, 3 * num_heads)
         nn.init.zeros_(self.gate.weight)
         self.gate.bias.data = torch.tensor(START).repeat_interleave(num_heads)
         if pooling == "conv":
             self.weight = nn.Parameter(torch.ones(2, num_heads, block, block))  # keys, values
+        if pooling == "mlp":
+            self.key_network = BlockNetwork(block, dim // num_heads, dim // num_heads)
+            self.value_network = BlockNetwork(block, dim // num_heads)
         # Equal layers share them by the cache below; kept here so that torch.compile sees them.
         self._kept = Kept()
 
     def operator(self, inputs: Inputs) -> Operator:
-        blocks, near = (
-            self._blocks(inputs),
-            gna.window_pattern(inputs, self.window, "window", self._kept),
-        )
-        pool = blocks.pool(inputs.k, inputs.prefix, self._weight(inputs, blocks, 0))
-        keys = pool.matvec(inputs.k)
-        values = blocks.pool(inputs.q, inputs.prefix, self._weight(inputs, blocks, 1))
-        compressed = ProductOperator(
-            [blocks.read(inputs, keys, backend=self.backend), values], causal=inputs.causal
-        )
+        blocks = self._blocks(inputs)
+        near = gna.window_pattern(inputs, self.window, "window", self._kept)
+        keys, values = self._pooled(inputs, blocks)
+        read = blocks.read(inputs, keys, backend=self.backend)
+        compressed = ProductOperator([read, values], causal=inputs.causal)
+        pooled = keys[:, :, inputs.prefix :]
         chosen = blocks.choose(
-            inputs, keys[:, :, inputs.prefix :], self.selected, forced=self.forced,
-            backend=self.backend,
-        )  # fmt: skip
+            inputs, pooled, self.selected, forced=self.forced, backend=self.backend
+        )
+        share = None
+        if self.differentiable:
+            lse = read.attend(keys)[1][:, :, inputs.prefix :]  # type: ignore[attr-defined]
+            importance = blocks.importance(inputs, pooled, lse, chosen)
+            share = (importance - importance.detach()).to(inputs.q.dtype)  # log of 1 + I - I
         selected = pattern_operator(
             inputs,
-            blocks.pattern(chosen),
+            blocks.pattern(chosen, share),
             backend=self.backend,
             every_row=self.forced or inputs.prefix > 0 or not inputs.causal,
         )
@@ -136,6 +147,19 @@ class NSA(Mechanism):
         if key not in self._kept:
             self._kept[key] = pooled_blocks(grid, *self.blocks, *key[1:])
         return self._kept[key]
+
+    def _pooled(self, inputs: Inputs, blocks: PooledBlocks) -> tuple[Tensor, Operator]:
+        """Pooled keys (B, Hk, R + C, D), the prefix tokens' own in front, and what pools values."""
+        prefix, k = inputs.prefix, inputs.k
+        if self.pooling == "mlp":
+            runs, real = blocks.runs(k[:, :, prefix:])
+            added = F.pad(self.key_network(runs, blocks.tile, real), (0, 0, prefix, 0))
+            share = real.to(k.dtype) / real.sum(-1, keepdim=True).clamp_min(1)
+            weight = (1 + self.value_network(runs, blocks.tile, real)) * share
+            keys = blocks.pool(k, prefix).matvec(k) + added
+            return keys, blocks.pool(inputs.q, prefix, weight)
+        pool = blocks.pool(k, prefix, self._weight(inputs, blocks, 0))
+        return pool.matvec(k), blocks.pool(inputs.q, prefix, self._weight(inputs, blocks, 1))
 
     def _weight(self, inputs: Inputs, blocks: PooledBlocks, which: int) -> Tensor | None:
         """Weights of the tokens in a block, (Hk, tokens), for keys (0) or values (1)."""

@@ -22,8 +22,9 @@ from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import Order, tile_order
 from xattn.attention.patterns import Pattern
 from xattn.attention.segments import Blocks, Rule, Segment, select, visible_blocks
-from xattn.attention.segments_operator import Piece, SegmentsOperator
+from xattn.attention.segments_operator import Piece, SegmentsOperator, take_rows
 from xattn.kernels.block_sparse.box import causal as causal_rule
+from xattn.kernels.softmax.reference import widen
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,13 @@ class PooledBlocks:
             keep_prefix=True,
         )  # fmt: skip
 
+    def runs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of each block, (B, Hk, N, D) -> (B, Hk, C, l, D), zeros in padding; and which
+        are tokens, bool (C, l)."""
+        length = math.prod(self.tile)
+        real = (~self.pooling.padding).unfold(0, length, self.stride)
+        return self.pooling.apply(x).unfold(2, length, self.stride).transpose(-2, -1), real
+
     def read(self, inputs: Inputs, keys: Tensor, *, backend: str = "auto") -> Operator:
         """Softmax over the prefix tokens and pooled blocks, whose ``keys`` are (B, H or Hk, R + C, D).
 
@@ -104,9 +112,52 @@ class PooledBlocks:
             **options,
         )[0]
 
-    def pattern(self, blocks: Blocks) -> Pattern:
+    def importance(self, inputs: Inputs, keys: Tensor, lse: Tensor, blocks: Blocks) -> Tensor:
+        """What queries give to each of the ``blocks`` that they chose, (B, Hk, query blocks, s), with
+        gradients: the mean over the queries of a block and the heads of a key head.
+
+        Args:
+            keys: pooled, (B, Hk, C, D).
+            lse: (B, H, N) of the patches' scores, as they read pooled keys.
+        """
+        index = blocks.index.long()
+        q, groups = inputs.q[:, :, inputs.prefix :], keys.shape[1]
+        one = torch.ones_like(lse[:1, :1])
+        lse, q, one = (
+            self._by_query_block(x, groups, index.shape[2])
+            for x in (lse.masked_fill(lse.isneginf(), 0.0)[..., None], q, one[..., None])
+        )
+        cells, part = self._cells(keys)
+        cell = cells[index.clamp(min=0)]  # (B, Hk, query blocks, s, o)
+        near = take_rows(keys, cell.flatten(2)).unflatten(2, (index.shape[2], -1))
+        scores = widen(q) @ (inputs.scale * widen(near)).transpose(-2, -1)[:, :, None]
+        seen = (index >= 0)[..., None].expand_as(cell).flatten(3)[:, :, None, :, None]
+        if self.visible is not None:
+            seen = seen & (cell.flatten(3)[:, :, None, :, None] < self.visible[:, None, None])
+        p = torch.where(seen, (scores - lse).masked_fill(~seen, 0.0).exp(), 0.0) * one
+        weight = part[index.clamp(min=0)].flatten(3).to(p.dtype)[:, :, None, :, None]
+        total = (p * weight).sum((2, 4)).unflatten(-1, cell.shape[3:]).sum(-1)
+        return total / (one.sum((2, 4)) * q.shape[2]).clamp_min(1)
+
+    def _by_query_block(self, x: Tensor, groups: int, count: int) -> Tensor:
+        """(B, H, N, m) -> (B, Hk, G, query blocks, queries, m), zeros in padding."""
+        x = x if self.order is None else self.order.apply(x)
+        x = F.pad(x, (0, 0, 0, count * self.q_block - x.shape[2]))
+        heads = groups if x.shape[1] % groups == 0 else 1
+        return x.unflatten(2, (count, self.q_block)).unflatten(1, (heads, -1))
+
+    def _cells(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The pooled blocks that overlap each block that can be chosen, (M, o), and their shares in it."""
+        if self.overlap is None:
+            every = torch.arange(self.count, device=keys.device)[:, None]
+            return every, torch.ones_like(every)
+        most = int((self.overlap > 0).sum(0).max())
+        part, cells = self.overlap.T.topk(most, -1)
+        return cells, part
+
+    def pattern(self, blocks: Blocks, share: Tensor | None = None) -> Pattern:
         """What queries see that read the tokens of the ``blocks`` they chose."""
-        return Pattern(blocks, self.order, self.rule)
+        return Pattern(blocks, self.order, self.rule, share=share)
 
     def frequency(self, blocks: Blocks) -> Tensor:
         """Share of the lists that hold each block, (B, Hk, M) in [0, 1]."""
