@@ -8,12 +8,14 @@ import torch
 
 from xattn.attention import (
     Conversion,
+    Entry,
     Mechanism,
     SoftmaxOperator,
     conversion,
     convert,
     converted_copy,
     create_mechanism,
+    list_attention,
     record,
     register,
     revert,
@@ -657,3 +659,25 @@ def test_a_block_that_gets_rotary_angles_computes_on_all_tokens(shorter):
 def test_arguments_of_another_kind_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         convert(model("vit_tiny_patch16_224"), "gna", **arguments)
+
+
+def test_a_class_that_is_not_registered_converts_under_its_own_name():
+    class Flat(Mechanism):
+        entry = Entry("flat", "a test", "N^2 D")
+
+        def __init__(self, dim, num_heads, sharp=0.0):
+            super().__init__(dim, num_heads)
+            self.sharp = sharp
+
+        def operator(self, inputs):
+            return SoftmaxOperator(inputs.q, inputs.k, self.sharp)
+
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    twin = converted_copy(model, Flat, "0", {"sharp": 0.0})
+    assert conversion(twin) == [("flat", (0,), {"sharp": 0.0})] and conversion(model) is None
+    images = torch.rand(2, 3, 160, 160)
+    with record(twin) as calls:
+        twin(images)
+    assert torch.allclose(calls[0].operator.rows(torch.tensor([3])), torch.tensor(1 / 101))
+    assert not torch.allclose(calls[1].operator.rows(torch.tensor([3])), torch.tensor(1 / 101))
+    assert "flat" not in list_attention()

@@ -299,21 +299,29 @@ def list_attention() -> list[str]:
     return MECHANISMS.names()
 
 
-def mechanism_class(name: str) -> type[Mechanism]:
-    """The registered class; a ``ValueError`` with near matches for an unknown name."""
-    return MECHANISMS.get(name)
+def mechanism_class(name: str | type[Mechanism]) -> type[Mechanism]:
+    """The registered class, or the class that is given; a ``ValueError`` with near matches for an unknown
+    name."""
+    return MECHANISMS.get(name) if isinstance(name, str) else name
 
 
-def with_layer(name: str, options: Mapping[str, Any], layer: int) -> dict[str, Any]:
+def with_layer(
+    name: str | type[Mechanism], options: Mapping[str, Any], layer: int
+) -> dict[str, Any]:
     """``options``, with the number of the layer if the mechanism takes it and they do not name it."""
     own = {"layer": layer} if mechanism_class(name).entry.by_layer else {}
     return {**own, **options}
 
 
-def create_mechanism(name: str, dim: int, num_heads: int, **options: Any) -> Mechanism:
-    """A mechanism alone, for q, k, v of ``num_heads`` heads; ``options`` are its own.
+def create_mechanism(
+    name: str | type[Mechanism], dim: int, num_heads: int, **options: Any
+) -> Mechanism:
+    """A mechanism alone, for q, k, v of ``num_heads`` heads; ``options`` are its own. A class need not be
+    registered.
 
     Raises:
         ValueError: unknown name (with near matches), unknown option, or values that do not fit.
     """
+    if not isinstance(name, str):
+        return name(dim, num_heads, **options)
     return MECHANISMS.create(name, dim, num_heads, **options)

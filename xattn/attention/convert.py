@@ -42,7 +42,7 @@ from xattn.runtime.locking import alone
 
 def convert(
     model: nn.Module,
-    name: str,
+    name: str | type[Mechanism],
     layers: Iterable[int] | str | None = None,
     options: Mapping[str, Any] | None = None,
     *,
@@ -55,7 +55,8 @@ def convert(
         model: a timm ViT, or any module whose ``blocks[i].attn`` call fused attention once over all
             tokens and whose ``patch_embed`` sees the image. A :class:`~xattn.Backbone` is converted
             inside.
-        name: see :func:`~xattn.attention.list_attention`; layers converted before are converted anew.
+        name: see :func:`~xattn.attention.list_attention`, or a class of mechanisms with an ``entry``,
+            which need not be registered; layers converted before are converted anew.
         layers: numbers of the blocks, negative ones counted from the end, or a str such as "4-11" or
             "0,3,8-11"; all by default.
         options: of the mechanism.
@@ -74,7 +75,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def converted_copy(
     model: Model,
-    name: str,
+    name: str | type[Mechanism],
     layers: Iterable[int] | str | None = None,
     options: Mapping[str, Any] | None = None,
     *,
@@ -126,7 +127,7 @@ def _network(model: nn.Module) -> nn.Module:
 
 
 def _earlier_forms(
-    name: str, layers: Any, options: Any, blocks: Any, keywords: dict[str, Any]
+    name: Any, layers: Any, options: Any, blocks: Any, keywords: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """``layers`` and ``options``, whichever way they were given."""
     if blocks is not None:
@@ -149,14 +150,15 @@ def _earlier_forms(
     return layers, {**options, **keywords}
 
 
-def _convert(model: nn.Module, name: str, numbers: Any, options: dict[str, Any]) -> nn.Module:
+def _convert(model: nn.Module, name: Any, numbers: Any, options: dict[str, Any]) -> nn.Module:
     cls = mechanism_class(name)
-    MECHANISMS.check_options(name, [str(option) for option in options])
+    if isinstance(name, str):
+        MECHANISMS.check_options(name, [str(option) for option in options])
     model = _network(model)
     with alone(model):
         layers = chosen_layers(model, numbers)
         known = {path for path, layer in layers.items() if isinstance(layer, _Converted)}
-        check(model, layers, name, cls.entry.causal, known)
+        check(model, layers, cls.entry.name, cls.entry.causal, known)
         made: dict[str, Mechanism] = {}
         for path, layer in layers.items():
             heads, width = heads_of(path, layer), width_of(path, layer)
@@ -184,7 +186,8 @@ def _convert(model: nn.Module, name: str, numbers: Any, options: dict[str, Any])
                 revert(model)
             if isinstance(error, ValueError):
                 raise
-            raise ValueError(f"model: {name} does not run in it ({error}); untouched") from error
+            why = f"{cls.entry.name} does not run in it ({error})"
+            raise ValueError(f"model: {why}; untouched") from error
     return model
 
 

@@ -6,6 +6,7 @@ from xattn.backbone.conversion import converted, load_conversion
 from xattn.backbone.fingerprint import sha256, state_sha256
 from xattn.backbone.loading import load_backbone
 from xattn.backbone.preprocessing import Preprocessing
+from xattn.backbone.resizing import resized
 from xattn.backbone.taps import PRE_NORM_BLOCKS, TapModule, Taps
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "load_backbone",
     "load_conversion",
     "read_classes",
+    "resized",
     "sha256",
     "state_sha256",
 ]

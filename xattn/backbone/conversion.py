@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xattn.attention.base import Mechanism
 from xattn.attention.conversion import Conversion
 from xattn.attention.convert import converted_copy
 from xattn.backbone.backbone import Backbone
@@ -34,7 +35,7 @@ UPDATE_SCALE = 2.0  # of low-rank updates, as alpha / r = 16 / 8
 
 def converted(
     backbone: Backbone,
-    name: str,
+    name: str | type[Mechanism],
     layers: Iterable[int] | str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Backbone:
@@ -128,10 +129,15 @@ def read_conversion(folder: str | Path) -> tuple[Conversion, dict[str, Any]]:
     return made, config
 
 
-def load_conversion(folder: str | Path, backbone: Backbone) -> Backbone:
+def load_conversion(
+    folder: str | Path, backbone: Backbone, onto: Backbone | None = None
+) -> Backbone:
     """``backbone`` with the conversion in ``folder``; it shares all weights that were not trained.
 
     A folder without a checksum, which the first versions wrote, is not compared with one.
+
+    Args:
+        onto: the network to convert, if it is not ``backbone`` but the same at another size.
 
     Raises:
         ValueError: the conversion belongs to another backbone (both hashes are named), or its files
@@ -159,7 +165,7 @@ def load_conversion(folder: str | Path, backbone: Backbone) -> Backbone:
             f"mechanism: {folder} was changed or damaged after it was written (sha256 {own}, "
             f"{CONFIG_FILE} says {wanted}); train it again"
         )
-    return with_trained(backbone, made, state, str(weights))
+    return with_trained(backbone if onto is None else onto, made, state, str(weights))
 
 
 @torch.no_grad()

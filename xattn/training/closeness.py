@@ -138,10 +138,10 @@ class _Sums:
 
     def add(self, teacher: Backbone, student: Backbone, images: Tensor) -> None:
         with layer_passes(teacher, self.layers) as passes:
-            found, logits = _features(teacher, images)
+            found, logits = last_tokens(teacher, images)
         for i, of_layer in passes.items():
             self._add_layer(i, of_layer, student)
-        own, own_logits = _features(student, images)
+        own, own_logits = last_tokens(student, images)
         patches = slice(teacher.prefix_tokens, None)
         cosine = F.cosine_similarity(found[:, patches].double(), own[:, patches].double(), dim=-1)
         self.cosine += float(cosine.mean(1).sum())
@@ -173,8 +173,8 @@ class _Sums:
         return Closeness(count, tuple(layers), agreement, self.cosine / count)
 
 
-def _features(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The last tokens (B, N, C) and the logits."""
+def last_tokens(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The last tokens, (B, N, C), which the classifier reads, and the logits (B, K)."""
     found: list[Tensor] = []
     with backbone.alone():
         handle = backbone.head_point.register_forward_hook(lambda m, a, out: found.append(out))

@@ -1,0 +1,64 @@
+"""A ViT at another resolution: the same weights, and positions that are resized or tiled.
+
+backbone = resized(backbone, 448)                    # 28 x 28 patches of 16 pixels
+backbone = resized(backbone, 448, positions="tile")  # each window of 14 x 14 has the trained positions
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from xattn.backbone.backbone import Backbone
+from xattn.backbone.preprocessing import LARGEST_SIDE
+from xattn.backbone.tiled_positions import tile_positions
+from xattn.runtime.locking import alone
+
+POSITIONS = ("resize", "tile")
+
+
+def resized(backbone: Backbone, size: int | tuple[int, int], positions: str = "resize") -> Backbone:
+    """A backbone for images of ``size`` that shares all other weights; ``backbone`` stays as it is.
+
+    Args:
+        backbone: a timm ViT.
+        size: (H, W) in pixels, or one side.
+        positions: "resize" interpolates the positions as ``load_backbone(input_size=...)`` does; "tile"
+            repeats the trained grid, so that a window of its size sees each trained position once,
+            wherever it lies.
+
+    Raises:
+        ValueError: a size that the patches do not fit, no ViT of timm, or no positions to tile.
+    """
+    if positions not in POSITIONS:
+        raise ValueError(f"positions: got {positions!r}; choose 'resize' or 'tile'")
+    sides = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    if not 1 <= min(sides) <= max(sides) <= LARGEST_SIDE:
+        raise ValueError(f"size: got {size}; give 1 to {LARGEST_SIDE} pixels, one side or (H, W)")
+    if sides == tuple(backbone.preprocessing.input_size):
+        return backbone
+    model: Any = backbone.model
+    if not hasattr(model, "set_input_size") or not backbone.is_vit:
+        raise ValueError(f"size: {backbone.name} takes one size; choose a ViT of timm")
+    if positions == "tile" and not isinstance(getattr(model, "pos_embed", None), Tensor):
+        raise ValueError(
+            f"positions: {backbone.name} adds no trained positions to its tokens; choose 'resize'"
+        )
+    shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    with alone(model):
+        copied = copy.deepcopy(model, shared)
+    try:
+        if positions == "tile":
+            tile_positions(copied, sides)
+        else:
+            copied.set_input_size(img_size=sides)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"size: {backbone.name} cannot take {sides} ({reason})") from error
+    preprocessing = replace(backbone.preprocessing, input_size=sides)
+    return Backbone(
+        copied, backbone.name, preprocessing, backbone.taps, backbone.class_names, backbone.task
+    )
