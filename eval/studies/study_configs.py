@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from xattn.config import AttentionTraining
 
@@ -138,6 +138,68 @@ class PartStudyConfig:
     def name(self) -> str:
         """Of the results."""
         return f"{self.backbone}-{self.input_size}-{self.head}-{self.images}"
+
+
+class SizePlan(NamedTuple):
+    """What the swap study measures at one size: photos by part, and rounds of timing."""
+
+    counts: dict[str, int]
+    rounds: int
+
+
+@dataclass(frozen=True)
+class SwapStudyConfig:
+    """How many photos and rounds at each size; networks are distilled at the first."""
+
+    sizes: tuple[int, ...] = (224, 448, 896)
+    """Pixels a side; a ViT's positions are resized."""
+    photos: tuple[int, ...] = (500, 100, 16)
+    """Photos at each size: accuracy and cosines."""
+    maps: tuple[int, ...] = (100, 16, 2)
+    """Photos whose maps are compared with the trained network's."""
+    fidelity: tuple[int, ...] = (24, 8, 0)
+    """Photos whose maps are scored: AD, IC, ADD, insertion, deletion, ROAD."""
+    rounds: tuple[int, ...] = (9, 5, 3)
+    """Rounds of timing, whose median counts."""
+    explainer: str = "generic_relevance"
+    """Whose maps are compared and scored, as NAME:option=value,..."""
+    steps: int = 20
+    """Of insertion and deletion."""
+    epochs: int = 2
+    """Passes over half of the photos in which each layer of a mechanism that needs training learns."""
+    finetune_epochs: int = 2
+    """Passes afterwards that train low-rank updates around it, too; 0 leaves them out."""
+    block: int = 25
+    """Photos that are measured before anything is written."""
+    seed: int = 0
+    """Of the order of the photos, and of training."""
+    workers: int = 2
+    """Loader processes of training."""
+
+    def __post_init__(self) -> None:
+        for name in ("photos", "maps", "fidelity", "rounds"):
+            given = getattr(self, name)
+            if len(given) != len(self.sizes) or min(given, default=0) < 0:
+                raise ValueError(
+                    f"{name}: got {given}; give a number of 0 or more for each of the sizes "
+                    f"{self.sizes}"
+                )
+        if not self.sizes or len(set(self.sizes)) < len(self.sizes) or min(self.sizes) < 1:
+            raise ValueError(f"sizes: got {self.sizes}; give each size once")
+        for name in ("steps", "block"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; give at least 1")
+        if self.epochs + self.finetune_epochs < 1 or min(self.epochs, self.finetune_epochs) < 0:
+            raise ValueError(
+                f"epochs, finetune_epochs: got {self.epochs}, {self.finetune_epochs}; give 1 or more "
+                f"together"
+            )
+
+    def plan(self, size: int) -> SizePlan:
+        """What is measured at one of the sizes."""
+        at = self.sizes.index(size)
+        counts = {"quality": self.photos[at], "maps": self.maps[at], "fidelity": self.fidelity[at]}
+        return SizePlan(counts, self.rounds[at])
 
 
 def _check_methods(methods: tuple[str, ...]) -> None:

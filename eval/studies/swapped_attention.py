@@ -1,54 +1,41 @@
-"""Accuracy of a trained ViT whose attention is swapped without retraining, mechanism by mechanism.
+"""What swapping the attention of a trained ViT costs: accuracy, what its maps say, time and memory.
 
     xattn study swap --data photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
-All networks share the weights and see the same photos in one run; the first row is the model as it
-was trained. Only where a mechanism keeps most of that accuracy does the registry call it training-free.
+All networks share the weights and see the same photos; the first row is the model as it was trained. Only
+where a mechanism keeps most of the accuracy does the registry call it training-free. Those that need
+training have a second row, distilled on photos that it is not measured on. Positions are resized to
+larger sizes. Controls (:mod:`~xattn.eval.studies.swap.controls`) say what a figure is worth.
+
+A new mechanism is a line in ``SWAPS``. Everything finished is kept in the output folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import random
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from xattn.attention import converted_copy
-from xattn.backbone import Backbone
-from xattn.eval.bootstrap import mean_intervals
+from xattn.backbone import Backbone, load_conversion
+from xattn.config import DistillConfig
+from xattn.eval.studies.study_configs import SwapStudyConfig
+from xattn.eval.studies.swap.controls import CONTROLS
+from xattn.eval.studies.swap.measuring import Measuring
+from xattn.eval.studies.swap.networks import Networks, Photo
+from xattn.eval.studies.swap.report import table_lines, write
+from xattn.eval.studies.swap.rows import AS_TRAINED, Swap, with_trained
 from xattn.explaining.naming import named_photos
 from xattn.explaining.photos import true_classes_of
-from xattn.photos.images import load_image
-from xattn.photos.view import prepare
+from xattn.runtime.files import check_folder, file_sha256
 
-BATCH = 8  # photos alive at a time
-
-
-@dataclass(frozen=True)
-class Swap:
-    """A mechanism, its options, and the share of the blocks, from the first, that get it."""
-
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    share: float = 1.0
-
-    @property
-    def label(self) -> str:
-        return " ".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
-
-    def blocks(self, depth: int) -> range:
-        return range(max(1, round(self.share * depth)))
-
+__all__ = ["SWAPS", "Swap", "study"]
 
 _AGENTS = {"training_free": True}
 SWAPS = (
     Swap("softmax"),
     Swap("gna", {"kernel": 7}),
     Swap("gna", {"kernel": 7}, 2 / 3),
-    Swap("freeswim"),
+    Swap("freeswim", positions="tile"),
     Swap("dma", {"window": 64}),
     Swap("agent", {"agents": 49}),
     Swap("agent", {"agents": 49, **_AGENTS}),
@@ -65,67 +52,104 @@ SWAPS = (
 )
 
 
+DEFAULTS = SwapStudyConfig()
+
+
 def study(
     backbone: Backbone,
     data: str | Path,
     labels: str | Path = "folders",
-    every: int = 1,
+    output: str | Path = "runs/study-swap",
+    config: SwapStudyConfig = DEFAULTS,
     swaps: Sequence[Swap] = SWAPS,
+    *,
+    distilled: Sequence[Path] = (),
+    only: Collection[str] = (),
+    only_sizes: Collection[int] = (),
+    progress: bool = True,
 ) -> Iterator[str]:
-    """The lines of the table.
+    """Measure what is not finished yet, write the report, and give its lines.
 
     Args:
         backbone: a trained ViT; it stays as it is.
-        data: photos, see :func:`xattn.explaining.naming.named_photos`; every ``every``-th is classified.
+        data: photos, see :func:`xattn.explaining.naming.named_photos`.
         labels: their classes, see :func:`xattn.photos.labels.true_classes`.
+        output: folder of finished values, trained networks and the report. The same command goes on there.
+        distilled: folders of conversions of this network, in place of those that the study trains.
+        only: measure these rows alone, by mechanism or label; ``only_sizes``: at these sizes alone. The
+            report has all that is finished.
 
     Raises:
-        ValueError: no photo has a class of the backbone, or a model whose attention cannot be swapped.
+        ValueError: no photo has a class of the backbone, a model whose attention cannot be swapped, an
+            unknown row or size, or ``output`` holds results of other settings or photos.
     """
-    if every < 1:
-        raise ValueError(f"every: got {every}; give at least 1")
-    right, same = accuracy(backbone, data, labels, every, swaps)
-    depth = len(backbone.model.blocks)  # type: ignore[arg-type]
-    yield f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}, {len(right)} photos"
-    yield "\n| attention | blocks | right, % | 95 % interval | same class as trained, % |"
-    yield "| :-- | :-- | --: | :-- | --: |"
-    rows = [("as trained", "")]
-    rows += [(s.label, f"{s.blocks(depth).stop} of {depth}") for s in swaps]
-    intervals = mean_intervals(100 * right.double().numpy())
-    for (label, blocks), own, agree in zip(rows, intervals, same.double().mean(0), strict=True):
-        bounds = f"[{own.lo:.1f}, {own.hi:.1f}]"
-        yield f"| {label} | {blocks} | {own.mean:.1f} | {bounds} | {100 * float(agree):.1f} |"
+    output = Path(output)
+    photos = labelled_photos(backbone, data, labels, config.seed)[: max(config.photos)]
+    networks = Networks(
+        backbone, config.sizes[0], photos, _training(config), output / "trained", progress
+    )
+    depth = networks.depth
+    for folder in distilled:
+        load_conversion(folder, networks.dense(config.sizes[0]))
+    rows = [AS_TRAINED, *with_trained(swaps, distilled), *(Swap(control) for control in CONTROLS)]
+    wanted = _wanted(rows, only, depth)
+    unknown = sorted(set(only_sizes) - set(config.sizes))
+    if unknown:
+        raise ValueError(f"only_sizes: got {unknown[0]}; choose among {config.sizes}")
+    check_folder(output)
+    measuring = Measuring(networks, rows, wanted, config, output, progress)
+    tables = {
+        size: measuring.at(size, not only_sizes or size in only_sizes) for size in config.sizes
+    }
+    heading = (
+        f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}, {len(photos)} photos; maps of "
+        f"{config.explainer}"
+    )
+    files = write(tables, measuring.rows, depth, heading, backbone.name, output)
+    yield from (heading, "", *table_lines(tables, measuring.rows, depth))
+    yield f"\nreport: {', '.join(str(file) for file in files)}"
 
 
-@torch.no_grad()
-def accuracy(
-    backbone: Backbone,
-    data: str | Path,
-    labels: str | Path,
-    every: int = 1,
-    swaps: Sequence[Swap] = SWAPS,
-) -> tuple[Tensor, Tensor]:
-    """Whether each photo is classified right, and as by the trained model: bool (photos, 1 + swaps)."""
-    sources = named_photos(data)[::every]
+def labelled_photos(
+    backbone: Backbone, data: str | Path, labels: str | Path, seed: int = 0
+) -> list[Photo]:
+    """The photos with a class of ``backbone``, in an order drawn by ``seed``.
+
+    Raises:
+        ValueError: there is none, or photos that are no files.
+    """
+    sources = named_photos(data)
     truth = true_classes_of(sources, labels, backbone)
-    known = [(s, k) for name, s in sources if (k := truth.get(name, (None, None))[0]) is not None]
-    if not known:
+    photos = []
+    for name, source in sources:
+        label = truth.get(name, (None, None))[0]
+        if not isinstance(source, Path):
+            raise ValueError(f"data: {name} is no file; give a folder or a list of photos")
+        if label is not None:
+            photos.append(Photo(name, source, label, file_sha256(source)))
+    if not photos:
         raise ValueError(f"labels: none of {len(sources)} photos has a class of {backbone.name}")
-    if getattr(backbone.model, "blocks", None) is None:
-        raise ValueError(f"backbone: {backbone.name} has no blocks; choose a ViT")
-    networks = [backbone]
-    depth = len(backbone.model.blocks)  # type: ignore[arg-type]
-    with torch.random.fork_rng(devices=[]):
-        for swap in swaps:
-            torch.manual_seed(0)  # of what a mechanism would learn
-            layers = swap.blocks(depth)
-            networks.append(converted_copy(backbone, swap.name, layers, swap.options))
-    right, same = [], []
-    for start in range(0, len(known), BATCH):
-        part = known[start : start + BATCH]
-        pixels = [prepare(load_image(s), backbone.preprocessing, "crop")[0] for s, _ in part]
-        images = torch.stack(pixels).to(backbone.device, backbone.mean.dtype)
-        classes = torch.stack([n.logits(images).argmax(1).cpu() for n in networks], 1)
-        right.append(classes == torch.tensor([k for _, k in part], device="cpu")[:, None])
-        same.append(classes == classes[:, :1])
-    return torch.cat(right), torch.cat(same)
+    random.Random(seed).shuffle(photos)
+    return photos
+
+
+def _training(config: SwapStudyConfig) -> DistillConfig:
+    """The budget of every network that the study distills."""
+    return DistillConfig(
+        epochs=config.epochs, finetune="lora" if config.finetune_epochs else "none",
+        finetune_epochs=max(1, config.finetune_epochs), measured=8, workers=config.workers,
+        seed=config.seed,
+    )  # fmt: skip
+
+
+def _wanted(rows: Sequence[Swap], only: Collection[str], depth: int) -> set[str]:
+    """Keys of the rows that ``only`` names; of all where it names none."""
+    for name in only:
+        if not any(name in (row.mechanism, row.label) for row in rows):
+            known = ", ".join(dict.fromkeys(row.mechanism for row in rows))
+            raise ValueError(f"only: got {name!r}; choose a label or one of {known}")
+    return {
+        row.key(depth)
+        for row in rows
+        if not only or row.mechanism in only or row.label in only or row == AS_TRAINED
+    }

@@ -11,7 +11,12 @@ import tyro
 from xattn.cli.model import BackboneArgs, device_name, weight_source
 from xattn.cli.printing import note
 from xattn.cli.subcommands import one_of
-from xattn.eval.studies.study_configs import ImageStudyConfig, PartStudyConfig, TextStudyConfig
+from xattn.eval.studies.study_configs import (
+    ImageStudyConfig,
+    PartStudyConfig,
+    SwapStudyConfig,
+    TextStudyConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,21 +86,37 @@ class StudyVpu:
 
 @dataclass(frozen=True, kw_only=True)
 class StudySwap:
-    """Accuracy of a trained ViT after its attention is swapped, without retraining."""
+    """What swapping a trained ViT's attention costs: accuracy, maps, time and memory, row by row."""
 
     data: str
-    """Photos, as for explain."""
+    """Photos, as for explain; files."""
     labels: str = "folders"
     """"folders", or a .json or .csv file of the photos' classes."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
-    every: int = 1
-    """Classify every n-th photo."""
+    study: tyro.conf.OmitArgPrefixes[SwapStudyConfig] = field(default_factory=SwapStudyConfig)
+    distilled: tuple[Path, ...] = ()
+    """Folders of conversions that xattn distill has trained, in place of those that the study trains."""
+    only: tuple[str, ...] = ()
+    """Measure these rows alone, by mechanism or label; the report has all that is finished."""
+    only_sizes: tuple[int, ...] = ()
+    """Measure at these sizes alone."""
+    output: Path = Path("runs/study-swap")
+    """Folder of what is finished, of report.md, figures.csv, two plots and accuracy.json."""
 
     def run(self) -> None:
         from xattn.eval.studies import swapped_attention
 
-        backbone = self.model.load()
-        for line in swapped_attention.study(backbone, self.data, self.labels, self.every):
+        lines = swapped_attention.study(
+            self.model.load(),
+            self.data,
+            self.labels,
+            self.output,
+            self.study,
+            distilled=self.distilled,
+            only=self.only,
+            only_sizes=self.only_sizes,
+        )
+        for line in lines:
             print(line, flush=True)
 
 

@@ -1,0 +1,1 @@
+"""The swap study in parts: its rows, controls, networks, what is measured of each, and the report."""
