@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import tyro
 
 
 @dataclass(frozen=True)
 class List:
     """Show what is at hand: backbones with weights, heads, explainers, metrics."""
 
+    what: Annotated[Literal["all", "attention"], tyro.conf.Positional] = "all"
+    """"all" gives names; "attention" a table of the mechanisms: paper, complexity, whether it needs
+    training, accuracy after conversion, kernels, maps."""
     filter: str | None = None
     """Also list timm backbones that match this pattern, for example "vit_*"."""
 
     def run(self) -> None:
+        if self.what == "attention":
+            for line in attention_table():
+                print(line)
+            return
         from xattn.models.weights import list_package_weights
 
         print("backbones with package weights:")
@@ -61,3 +71,56 @@ def _print_names() -> None:
     for registry in (HEADS, EXPLAINERS, MECHANISMS, BLOCKS, METHODS, REGISTRY):
         for reason in registry.failures().values():
             print(f"not loaded, {registry.group}: {reason}")
+
+
+def attention_table() -> Iterator[str]:
+    """What is known of every mechanism, a row each, and what the columns mean."""
+    from xattn.attention.base import MECHANISMS
+    from xattn.attention.description import described
+    from xattn.eval.studies.swap.accuracy import read_accuracy
+
+    accuracy = read_accuracy()
+    titles = (
+        "mechanism",
+        "paper",
+        "complexity",
+        "training",
+        "top-1 after conversion",
+        "kernels",
+        "maps",
+    )
+    yield f"| {' | '.join(titles)} |"
+    yield "|" + " :-- |" * len(titles)
+    for entry in MECHANISMS.entries():
+        found = described(entry.name)
+        measured = "; ".join(_shown(accuracy, entry.name))
+        cells = [
+            entry.name,
+            entry.paper,
+            entry.complexity,
+            "training-free" if entry.training_free else "needs training",
+            measured or "not measured",
+            ", ".join(found.kernels) or "none",
+            ", ".join(found.maps) or "none",
+        ]
+        yield f"| {' | '.join(cells)} |"
+    first = accuracy.first
+    yield (
+        f"\ntop-1 after conversion: of {accuracy.backbone} at {first.size} px on {first.photos} photos, "
+        f"{first.dense:.1f} % as it was trained, in all blocks and without training unless it says "
+        f"otherwise (xattn study swap)"
+    )
+    yield (
+        "kernels: ops of xattn.kernels, which run in Triton on a GPU unless it says PyTorch; where a call "
+        "is plain dense attention, PyTorch's own answers"
+    )
+
+
+def _shown(accuracy: Any, name: str) -> Iterator[str]:
+    """The figures at the first size, and at others of rows whose positions are tiled for these."""
+    for at in accuracy.sizes:
+        for figure in at.figures:
+            first = at is accuracy.first
+            if figure.mechanism == name and (first or figure.positions == "tile"):
+                where = f", at {at.size} px on {at.photos} photos (as trained {at.dense:.1f} %)"
+                yield figure.text + ("" if first else where)

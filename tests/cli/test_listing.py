@@ -1,0 +1,69 @@
+"""xattn list attention: what is known of every mechanism, found out or read from where it is kept."""
+
+import re
+
+import pytest
+
+from xattn.attention import Mechanism, SoftmaxOperator, list_attention, mechanism_class, register
+from xattn.attention.base import MECHANISMS
+from xattn.attention.description import described
+from xattn.cli import main
+from xattn.eval.studies.swap.accuracy import read_accuracy
+
+
+@pytest.fixture
+def mine():
+    @register("mine", paper="a test", complexity="N^2 D", cases=({}, {"kind": "b"}))
+    class Mine(Mechanism):
+        def __init__(self, dim, num_heads, kind="a"):
+            super().__init__(dim, num_heads)
+            self.kind = kind
+
+        def operator(self, inputs):
+            return SoftmaxOperator(inputs.q, inputs.k, inputs.scale)
+
+        def maps(self, operator, inputs):
+            return {self.kind: operator.row_sums()[..., inputs.prefix :].unflatten(-1, inputs.grid)}
+
+    yield
+    MECHANISMS.remove("mine")
+
+
+def table(capsys):
+    assert main(["list", "attention"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return {
+        row.split(" | ")[0][2:]: row[2:-2].split(" | ") for row in lines[2:] if row.startswith("|")
+    }, lines
+
+
+def test_every_mechanism_has_a_row_with_all_that_is_known(capsys, mine):
+    rows, lines = table(capsys)
+    assert list(rows) == list_attention()
+    accuracy = read_accuracy()
+    for name, row in rows.items():
+        entry = mechanism_class(name).entry
+        assert len(row) == 7 and row[1:3] == [entry.paper, entry.complexity]
+        assert row[3] == ("training-free" if entry.training_free else "needs training")
+        figures = [float(x) for x in re.findall(r"(?:^|; )(\d+\.\d) %", row[4])]
+        expected = [
+            f for f in accuracy.of(name) if f.size == accuracy.first.size or f.positions == "tile"
+        ]
+        assert figures == [figure.right for figure in expected]
+        assert figures or row[4] == "not measured"
+    assert any(
+        f"{accuracy.first.photos} photos, {accuracy.first.dense:.1f} %" in line for line in lines
+    )
+
+
+def test_maps_of_all_cases_are_named(mine):
+    assert described("mine").maps == ("a", "b")
+    assert described("agent").maps == ("agents",)
+    assert {"importance", "selected", "gate_near"} <= set(described("nsa").maps)
+
+
+def test_kernels_are_those_that_run():
+    assert described("softmax").kernels == ("softmax",)
+    assert "block_sparse" in described("gna").kernels
+    assert {"block_topk", "block_sparse", "softmax"} <= set(described("nsa").kernels)
+    assert "causal_product (PyTorch)" in described("hedgehog").kernels
