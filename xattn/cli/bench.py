@@ -57,9 +57,17 @@ class Bench:
     + a square, by default 1025 4097; 16385 takes long)."""
     plot: Path | None = None
     """For the job "attention": a .png or .svg of times over tokens."""
+    published: bool = False
+    """For the job "attention": the papers' headline settings, measured on a GPU beside their figures."""
 
     def run(self) -> None:
+        if self.published and self.job != "attention":
+            raise ValueError(
+                f"published: for the job attention alone, got {self.job}; leave it out"
+            )
         name, arguments = JOBS.get(self.job, ("xattn.eval.bench.speed", _speed))
+        if self.published:
+            name, arguments = "xattn.eval.bench.published", _published
         for line in importlib.import_module(name).bench(**arguments(self)):
             print(line, flush=True)
 
@@ -95,6 +103,10 @@ def _attention(options: Bench) -> dict[str, Any]:
         "rounds": min(options.rounds, 5),
         "plot": options.plot,
     }
+
+
+def _published(options: Bench) -> dict[str, Any]:
+    return {"rounds": min(options.rounds, 5)}
 
 
 # A job's module, whose ``bench`` yields the lines to print, and what it is given. The module is

@@ -1,0 +1,79 @@
+"""The papers' settings: their figures are printed, measured on a GPU, or said not to be."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from xattn.attention import create_mechanism, list_attention
+from xattn.cli import main
+from xattn.eval.bench.published import NOT_MEASURED, SETTINGS, bench, gains_of, jobs
+
+SMALL = {
+    "nsa": {"block": 8, "stride": 4, "select_block": 8, "selected": 2, "window": 4},
+    "dma": {"window": 8},
+}
+
+
+def small(name):
+    """The paper's setting at 64 tokens."""
+    setting = next(s for s in SETTINGS if s.mechanism == name)
+    return dataclasses.replace(
+        setting, grid=(64,), heads=4, kv_heads=2, width=8, options=SMALL[name]
+    )
+
+
+def rows(lines):
+    return {line.split(" | ")[0].split()[1]: line for line in lines if line.startswith("| ")}
+
+
+def test_published_figures_stand_beside_what_was_not_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = rows(bench())
+    for setting in SETTINGS:
+        row = found[setting.mechanism]
+        if setting.mechanism not in list_attention():
+            assert "skipped: no such mechanism is registered" in row
+            continue
+        figures = [f for f in (setting.forward, setting.backward, setting.both) if f is not None]
+        assert figures and all(f"{f:.1f}x" in row for f in figures)
+        assert row.count(NOT_MEASURED) == len(figures)
+
+
+def test_a_mechanism_that_is_not_there_is_skipped_and_the_others_go_on():
+    other = dataclasses.replace(SETTINGS[0], mechanism="nobody")
+    found = rows(bench(settings=(other, SETTINGS[0])))
+    assert "skipped: no such mechanism is registered" in found["nobody"]
+    assert "9.0x" in found["nsa"]
+    assert found["nobody"].count("|") == found["nsa"].count("|")
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.mechanism)
+def test_the_options_are_those_of_the_mechanism(setting):
+    if setting.mechanism not in list_attention():
+        pytest.skip("not registered yet")
+    create_mechanism(setting.mechanism, setting.heads * 8, setting.heads, **setting.options)
+
+
+@pytest.mark.parametrize("name", ["nsa", "dma"])
+def test_both_sides_of_a_ratio_do_the_same_task(name):
+    setting = small(name)
+    made = jobs(setting, "cpu", torch.float32)
+    outputs = [made[side][0]() for side in ("dense", "sparse")]
+    assert outputs[0].shape == outputs[1].shape == (1, 4, 64, 8)
+    # Causal: the first token sees itself alone, so dense attention gives its value.
+    assert outputs[0][0, :, 0].unique(dim=0).shape[0] == 2
+    assert all(gain > 0 for gain in gains_of(setting, 1, "cpu", torch.float32))
+
+
+def test_the_command_prints_them(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "attention", "--published"]) == 0
+    assert "49.8x" in capsys.readouterr().out
+    assert main(["bench", "maps", "--published"]) == 2
+    assert "published: for the job attention alone" in capsys.readouterr().err
+
+
+def test_no_rounds_are_refused():
+    with pytest.raises(ValueError, match="rounds: got 0"):
+        list(bench(0))
