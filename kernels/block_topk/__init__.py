@@ -17,7 +17,13 @@ from torch import Tensor
 from xattn.kernels.backend import choose
 from xattn.kernels.block_sparse.block_lists import check_index
 from xattn.kernels.block_topk.problem import Problem
-from xattn.kernels.checks import check_attention, check_int32, check_positive, score_scale
+from xattn.kernels.checks import (
+    check_attention,
+    check_floating,
+    check_int32,
+    check_positive,
+    score_scale,
+)
 from xattn.kernels.op import register
 from xattn.kernels.softmax.reference import wide
 
@@ -34,11 +40,12 @@ def block_topk(
     q_block: int = 1,
     reduce: str = "sum",
     softmax: bool = False,
-    spread: tuple[int, int, int, str] | None = None,
+    spread: tuple[int, int, int, str] | tuple[Tensor, str] | None = None,
     forced: Tensor | None = None,
     within: Tensor | None = None,
     children: int | None = None,
     visible: Tensor | None = None,
+    lse: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -52,7 +59,9 @@ def block_topk(
         softmax: of each query over the candidates that it may see, before the reduction.
         spread: (kernel, stride, padding, "max" | "sum" | "mean") pools the reduced scores of the C
             candidates into those of M = (C + 2 padding - kernel) // stride + 1 blocks, which are the
-            candidates from then on. Padding and hidden candidates do not count.
+            candidates from then on. Padding and hidden candidates do not count. Or (table, "max" |
+            "sum" | "mean") with a table (M, f) int32 of the candidates that each block pools, -1 is
+            ignored: windows on a grid overlap in more than one direction.
         forced: (B or 1, 1 or Hk, Mq, f) int32, candidates that are always taken, first and with score
             +inf; -1 is ignored.
         within: (B or 1, 1 or Hk, Mp, sp) int32, the choice of a coarser level; -1 is ignored. Query
@@ -60,6 +69,8 @@ def block_topk(
             c // children is in that row.
         children: number of candidates per parent; needed with ``within``.
         visible: (Mq,) int32, how many of the C candidates, counted from the first, a query block sees.
+        lse: (B, H, N), with ``softmax``: the log-sum-exp by which each query's scores are normalised
+            in place of their own; -inf counts as 0, and weights end at exp(80).
         scale: 1 / sqrt(D) by default.
         backend: see :func:`xattn.kernels.backend.choose`.
 
@@ -71,12 +82,18 @@ def block_topk(
         ValueError: shapes, dtypes, devices or options that do not match; a number out of range (on
             a GPU only with ``XATTN_CHECK=1``).
     """
-    *window, pooling = (1, 1, 0, "max") if spread is None else spread
+    table: Tensor | None = None
+    window, pooling = [1, 1, 0], "max"
+    if spread is not None and len(spread) == 2:
+        table, pooling = spread
+    elif spread is not None:
+        *window, pooling = spread
     check_attention(q, k)
     check_positive(s=s, q_block=q_block)
     p = Problem(
-        q.detach(), k.detach(), forced, within, visible, s, q_block, reduce, softmax, window, pooling,
-        children or 1, score_scale(scale, q), choose(backend, q.device),
+        q.detach(), k.detach(), forced, within, visible, table, lse, s, q_block, reduce, softmax,
+        window, pooling, children or 1,
+        score_scale(scale, q), choose(backend, q.device),
     )  # fmt: skip
     _check_reductions(p)
     _check_lists(p)
@@ -113,15 +130,32 @@ def _check_lists(p: Problem) -> None:
                 f"{name}: got shape {tuple(x.shape)}; give (1 or {batch}, 1 or {heads}, "
                 f"{length or 'parents'}, entries)"
             )
+    if p.table is not None and (p.table.ndim != 2 or 0 in p.table.shape):
+        raise ValueError(f"spread: got a table of shape {tuple(p.table.shape)}; give (M, f)")
+    if p.lse is not None:
+        if not p.softmax or p.lse.shape != p.q.shape[:3]:
+            raise ValueError(
+                f"lse: got shape {tuple(p.lse.shape)} with softmax={p.softmax}; give "
+                f"{tuple(p.q.shape[:3])}, one for each query, and softmax=True"
+            )
+        check_floating("lse", p.lse, p.q)
     if p.visible is not None and p.visible.shape != (rows,):
         raise ValueError(f"visible: got shape {tuple(p.visible.shape)}; give ({rows},)")
-    for name, x in (("forced", p.forced), ("within", p.within), ("visible", p.visible)):
+    whole = {"forced": p.forced, "within": p.within, "visible": p.visible, "spread": p.table}
+    for name, x in whole.items():
         if x is not None:
             check_int32(name, x, p.q)
 
 
 def _check_numbers(p: Problem) -> None:
     candidates, forced = p.candidates, p.forced
+    if p.table is not None and p.table.device.type == "cpu":
+        low, high = (int(x) for x in p.table.aminmax())
+        if low < -1 or high >= p.k.shape[2]:
+            raise ValueError(
+                f"spread: got {low if low < -1 else high} in the table; give -1 (ignored) to "
+                f"{p.k.shape[2] - 1}"
+            )
     if p.within is not None:
         check_index(p.within, -(-candidates // p.children), "within")
     if forced is not None and (forced.device.type == "cpu" or os.environ.get("XATTN_CHECK") == "1"):

@@ -17,6 +17,7 @@ from xattn.kernels.block_topk.problem import Problem
 from xattn.kernels.softmax.reference import widen
 
 TILE = 2**20  # scores of a chunk, over batch and heads: 4 MB in float32
+CACHED = 2**18  # of a chunk with a softmax, which passes over them several times
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
@@ -74,17 +75,42 @@ def best(values: Tensor, number: Tensor, s: int) -> tuple[Tensor, Tensor]:
 def _among_all(p: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Every candidate is scored."""
     rows, heads = p.query_blocks, p.q.shape[0] * p.q.shape[1]
-    step = max(1, TILE // (heads * p.q_block * p.k.shape[2]))
+    each = 1 if p.softmax else p.q_block  # of the scores of a softmax, only sums are kept
+    step = max(1, TILE // (heads * each * p.k.shape[2]))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         some = p.part(part)
-        values = reference.scores(some)
+        values = _softmax_scores(some) if p.softmax else reference.scores(some)
         if p.within is not None:
             own = reference.parents(rows, p.within)[part].to(p.q.device)
             allowed = reference.is_child(p.within[:, :, own], p.children, values.shape[3])
             values = values.masked_fill(~allowed, -torch.inf)
         values = reference.force(values, some.forced)
         yield part, *best(values, torch.arange(values.shape[3], device=p.q.device), p.s)
+
+
+def _softmax_scores(p: Problem) -> Tensor:
+    """:func:`reference.scores` of a softmax, by parts that stay in the cache."""
+    rows, c = p.query_blocks, p.k.shape[2]
+    step = max(1, CACHED // (p.q.shape[0] * p.q.shape[1] * p.q_block * c))
+    out = p.q.new_empty(*p.k.shape[:2], rows, c)
+    each = p._replace(table=None, spread=[1, 1, 0])
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        out[:, :, part] = _reduced_softmax(each.part(part))
+    return reference.pool(out, p) if p.pools else out
+
+
+def _reduced_softmax(p: Problem) -> Tensor:
+    (batch, _, n, width), (key_heads, c) = p.q.shape, p.k.shape[1:3]
+    if p.visible is not None or n % p.q_block or p.reduce == "max":
+        return reference.scores(p)
+    q = (p.scale * p.q).reshape(batch * key_heads, -1, width)
+    t = torch.bmm(q, p.k.reshape(-1, c, width).transpose(1, 2)).view(batch, key_heads, -1, n, c)
+    t = torch.softmax(t, -1, out=t) if p.lse is None else reference.weights(t, p)
+    r = t.unflatten(3, (-1, p.q_block)).sum(4)
+    r = r.sum(2) if r.shape[2] > 1 else r[:, :, 0]
+    return r / (p.q_block * p.q.shape[1] // key_heads) if p.reduce == "mean" else r
 
 
 def _among_children(p: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -20,6 +20,10 @@ class Problem(NamedTuple):
     """(B or 1, 1 or Hk, parents, sp) int32"""
     visible: Tensor | None
     """(query blocks,) int32"""
+    table: Tensor | None
+    """(M, f) int32, the candidates that each of M blocks pools; in place of ``spread``"""
+    lse: Tensor | None
+    """(B, H, N)"""
     s: int
     q_block: int
     reduce: str
@@ -39,12 +43,14 @@ class Problem(NamedTuple):
     @property
     def candidates(self) -> int:
         """Their number after pooling."""
+        if self.table is not None:
+            return self.table.shape[0]
         kernel, stride, padding = self.spread
         return (self.k.shape[2] + 2 * padding - kernel) // stride + 1
 
     @property
     def pools(self) -> bool:
-        return self.spread != [1, 1, 0]
+        return self.table is not None or self.spread != [1, 1, 0]
 
     @property
     def linear(self) -> bool:
@@ -59,4 +65,5 @@ class Problem(NamedTuple):
             forced=None if self.forced is None else self.forced[:, :, blocks],
             within=None,
             visible=None if self.visible is None else self.visible[blocks],
+            lse=None if self.lse is None else self.lse[:, :, tokens],
         )

@@ -16,6 +16,8 @@ from torch import Tensor
 from xattn.kernels.block_topk.problem import Problem
 from xattn.kernels.softmax.reference import widen
 
+LARGE = 80.0  # exponents end here, so that float32 and its sums stay finite
+
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     values = scores(p)
@@ -49,7 +51,7 @@ def scores(p: Problem) -> Tensor:
         if hidden is not None:  # a query that sees nothing is overwritten below
             each = hidden & ~hidden.all(1, keepdim=True)
             t = t.masked_fill(each.repeat_interleave(p.q_block, 0)[:n], -torch.inf)
-        t = t.softmax(-1)
+        t = weights(t, p)
     fill = -torch.inf if p.reduce == "max" else 0.0
     t = F.pad(t, (0, 0, 0, rows * p.q_block - n), value=fill).unflatten(3, (rows, p.q_block))
     r = t.amax((2, 4)) if p.reduce == "max" else t.sum((2, 4))
@@ -58,19 +60,37 @@ def scores(p: Problem) -> Tensor:
         r = r / (count * (p.q.shape[1] // key_heads))[:, None]
     if hidden is not None:
         r = r.masked_fill(hidden, -torch.inf)
-    return pool(r, p.spread, p.pooling) if p.pools else r
+    return pool(r, p) if p.pools else r
 
 
-def pool(r: Tensor, spread: list[int], pooling: str) -> Tensor:
+def weights(t: Tensor, p: Problem) -> Tensor:
+    """exp of the scores (B, Hk, group, n, C) less their log-sum-exp, or the one given."""
+    if p.lse is None:
+        return t.softmax(-1)
+    lse = torch.where(p.lse.isneginf(), 0.0, p.lse).to(t.dtype)
+    return (t - lse.view(*t.shape[:-1], 1)).clamp_max_(LARGE).exp_()
+
+
+def pool(r: Tensor, p: Problem) -> Tensor:
     """Pooled scores (..., M) of the candidates (..., C) that are visible; -inf where none is."""
-    kernel, stride, padding = spread
-    r = F.pad(r, (padding, padding), value=-torch.inf).unfold(-1, kernel, stride)
-    if pooling == "max":
+    kernel, stride, padding = p.spread
+    if p.table is not None:
+        rows = (
+            F.pad(r, (0, 1), value=-torch.inf).movedim(-1, 0).flatten(1)
+        )  # whole rows move faster
+        at = torch.where(p.table < 0, r.shape[-1], p.table)
+        if p.pooling == "max":
+            found = rows.index_select(0, at.flatten()).unflatten(0, at.shape).amax(1)
+            return found.T.unflatten(0, r.shape[:-1])
+        r = rows.T.index_select(1, at.flatten()).unflatten(0, r.shape[:-1]).unflatten(-1, at.shape)
+    else:
+        r = F.pad(r, (padding, padding), value=-torch.inf).unfold(-1, kernel, stride)
+    if p.pooling == "max":
         return r.amax(-1)
     seen = ~r.isneginf()
     count = seen.sum(-1)
     total = torch.where(seen, r, 0.0).sum(-1)
-    total = total / count.clamp(min=1) if pooling == "mean" else total
+    total = total / count.clamp(min=1) if p.pooling == "mean" else total
     return total.masked_fill(count == 0, -torch.inf)
 
 

@@ -25,6 +25,7 @@ from xattn.kernels.block_topk.problem import Problem
 from xattn.kernels.softmax.triton import padded, supported
 
 BEYOND = tl.constexpr(2**30)  # above every candidate's number
+LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def _reduced(
         t = _products(q_ptr + first * N * D, k_ptr, rows, candidates, scale, D, WIDTH)
         if SOFTMAX:
             lse = tl.load(lse_ptr + first * N + rows, mask=real, other=float("inf"))
-            t = tl.exp2(t * 1.4426950408889634 - lse[:, None])
+            t = tl.exp2(tl.minimum(t * 1.4426950408889634 - lse[:, None], 115.0))
         if REDUCE == "max":
             out = tl.maximum(out, tl.max(tl.where(real[:, None], t, float("-inf")), 0))
         else:
@@ -119,13 +120,13 @@ def _insert(t, c, values, numbers):
 
 @triton.jit
 def topk_kernel(
-    q_ptr, k_ptr, lse_ptr, forced_ptr, within_ptr, visible_ptr, index_ptr, scores_ptr,
+    q_ptr, k_ptr, lse_ptr, forced_ptr, within_ptr, visible_ptr, table_ptr, index_ptr, scores_ptr,
     stride_fb, stride_fh, stride_wb, stride_wh, H, N, C, M, R, RATIO, CHILDREN, L, F, K, scale,
     GROUP: tl.constexpr, Q_BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LISTS: tl.constexpr, SLOTS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, POOLING: tl.constexpr,
     REDUCE: tl.constexpr, SOFTMAX: tl.constexpr, HAS_FORCED: tl.constexpr,
-    HAS_WITHIN: tl.constexpr, HAS_VISIBLE: tl.constexpr,
+    HAS_WITHIN: tl.constexpr, HAS_VISIBLE: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):  # fmt: skip
     """``LISTS`` of the R query blocks choose K of the M blocks that C candidates pool into.
 
@@ -172,6 +173,8 @@ def topk_kernel(
         pooled = tl.zeros([LISTS, COLUMNS], tl.float32)
         for j in range(0, KERNEL):
             c = number * STRIDE - PADDING + j
+            if HAS_TABLE:
+                c = tl.load(table_ptr + number * KERNEL + j, mask=number >= 0, other=-1)
             c = tl.where((number >= 0) & (c >= 0) & (c < C), c, -1)
             if REDUCE == "none":
                 t = _products(q_ptr + line * R * D, keys, rows, c, scale, D, WIDTH)
@@ -221,9 +224,12 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     tile = _tile(q, min(p.s, m), p.linear)
     shapes = _shapes(group, p.q_block, q) | tile
     lse = q.new_empty((q.shape[:3] if p.softmax else (1,)), dtype=torch.float32)
-    lists = [None if x is None else x.contiguous() for x in (p.forced, p.within, p.visible)]
+    given = p.forced, p.within, p.visible, p.table
+    lists = [None if x is None else x.contiguous() for x in given]
     passed = [q if x is None else x for x in lists]  # q stands in for a missing one
-    if p.softmax:
+    if p.lse is not None:
+        lse = torch.where(p.lse.isneginf(), 0.0, p.lse * LOG2_E).float().contiguous()
+    elif p.softmax:
         lse_kernel[triton.cdiv(n, tile["ROWS"]), q.shape[0] * heads](
             q, k, passed[2], lse, heads, n, c, p.scale, HAS_VISIBLE=p.visible is not None,
             **{x: y for x, y in shapes.items() if x in _LSE},
@@ -257,9 +263,13 @@ def compile_cases() -> Iterator[Case]:
         blocks, size = 256 if linear else n // 16, dtype.itemsize
         q = torch.empty(1, 1, blocks if linear else n, width, dtype=dtype, device="meta")
         options = _shapes(1, 64, q) | _tile(q, 16, linear)
-        lists = [None if linear else q] * 3
-        spread = [1, 1, 0] if linear else [5, 4, 1]
-        p = Problem(q, q, *lists, 16, 64, "sum", not linear, spread, "max", 1, 1.0, "triton")
+        lists = None if linear else q  # stands for each of them
+        table = None if linear else q.new_empty(256, 5)
+        spread = [1, 1, 0]
+        p = Problem(
+            q, q, lists, lists, lists, table, None, 16, 64, "sum", not linear, spread, "max", 1, 1.0,
+            "triton",
+        )  # fmt: skip
         kind, work = "topk", 2.0 * 256 * blocks * width
         if not linear:
             kind, work = "topk-softmax", 2.0 * 5 * n * 256 * width
@@ -274,7 +284,7 @@ def compile_cases() -> Iterator[Case]:
 
 
 def _integers(case: Case) -> Case:
-    for name in ("forced_ptr", "within_ptr", "visible_ptr", "index_ptr"):
+    for name in ("forced_ptr", "within_ptr", "visible_ptr", "table_ptr", "index_ptr"):
         if name in case.signature:
             case.signature[name] = "*i32"
     return case
@@ -284,7 +294,9 @@ _LSE = ("GROUP", "Q_BLOCK", "D", "WIDTH", "ROWS", "COLUMNS", "num_warps", "num_s
 
 
 # (single precision, padded width, linear): columns and warps, where the usual ones spill.
-_OTHER_TILES = {(False, 16, False): (64, 8), (True, 32, False): (64, 8)}
+_OTHER_TILES = {
+    (False, 16, False): (32, 4), (False, 128, False): (64, 8), (True, 32, False): (64, 8),
+}  # fmt: skip
 
 
 def _tile(q: Tensor, s: int, linear: bool) -> dict[str, int]:
@@ -311,11 +323,12 @@ def _shapes(group: int, q_block: int, q: Tensor) -> dict[str, int]:
 
 
 def _options(p: Problem) -> dict[str, Any]:
+    kernel = p.spread[0] if p.table is None else p.table.shape[1]
     return {
-        "KERNEL": p.spread[0], "STRIDE": p.spread[1], "PADDING": p.spread[2], "POOLING": p.pooling,
+        "KERNEL": kernel, "STRIDE": p.spread[1], "PADDING": p.spread[2], "POOLING": p.pooling,
         "REDUCE": "none" if p.linear else p.reduce, "SOFTMAX": p.softmax,
         "HAS_FORCED": p.forced is not None, "HAS_WITHIN": p.within is not None,
-        "HAS_VISIBLE": p.visible is not None,
+        "HAS_VISIBLE": p.visible is not None, "HAS_TABLE": p.table is not None,
     }  # fmt: skip
 
 

@@ -19,12 +19,12 @@ def lists(generator, batch, heads, rows, entries, blocks, holes=0.3):
 
 
 def plain(q, k, s, *, q_block=1, reduce="sum", softmax=False, spread=None, forced=None, within=None,
-          children=None, visible=None, scale=None):  # fmt: skip
+          children=None, visible=None, lse=None, scale=None):  # fmt: skip
     """The definition by loops, in float64."""
     (batch, heads, n, d), (key_heads, c) = q.shape, k.shape[1:3]
     rows, group, scale = math.ceil(n / q_block), heads // key_heads, scale or d**-0.5
-    kernel, stride, padding, pooling = spread or (1, 1, 0, "max")
-    m = (c + 2 * padding - kernel) // stride + 1
+    table, pooling = spread_table(c, spread)
+    m = len(table)
     index = torch.full((batch, key_heads, rows, s), -1, dtype=torch.int32)
     values = torch.full(index.shape, -math.inf, dtype=torch.float64)
     for b in range(batch):
@@ -33,12 +33,15 @@ def plain(q, k, s, *, q_block=1, reduce="sum", softmax=False, spread=None, force
                 own = q[b, h * group : (h + 1) * group, r * q_block : (r + 1) * q_block]
                 limit = c if visible is None else int(visible[r])
                 t = scale * own.reshape(-1, d) @ k[b, h, :limit].T
-                t = t.softmax(-1) if softmax and limit else t
+                if lse is not None:
+                    base = lse[b, h * group : (h + 1) * group, r * q_block : (r + 1) * q_block]
+                    t = (t - base.nan_to_num(neginf=0.0).reshape(-1, 1)).exp()
+                elif softmax and limit:
+                    t = t.softmax(-1)
                 t = t.amax(0) if reduce == "max" else getattr(t, reduce)(0)
                 scores = {}
                 for j in range(m):
-                    near = range(j * stride - padding, j * stride - padding + kernel)
-                    near = [float(t[x]) for x in near if 0 <= x < limit]
+                    near = [float(t[x]) for x in table[j] if 0 <= x < limit]
                     if near:
                         mean = sum(near) / (len(near) if pooling == "mean" else 1)
                         scores[j] = max(near) if pooling == "max" else mean
@@ -56,6 +59,19 @@ def plain(q, k, s, *, q_block=1, reduce="sum", softmax=False, spread=None, force
     return index, values
 
 
+def spread_table(c, spread):
+    """Candidates of each block, and how they are pooled."""
+    *window, pooling = spread or (1, 1, 0, "max")
+    if len(window) == 1:
+        return window[0].tolist(), pooling
+    kernel, stride, padding = window
+    m = (c + 2 * padding - kernel) // stride + 1
+    return [[j * stride - padding + i for i in range(kernel)] for j in range(m)], pooling
+
+
+TABLE = torch.tensor(
+    [[0, 3, -1], [5, -1, -1], [-1, -1, -1], [8, 1, 4], [17, 18, 2], [6, 12, 7]], dtype=torch.int32
+)
 CASES = {
     "one query, one head": (2, 2, 2, 17, 9, 1, 3, {}),
     "groups and tiles, longer than C": (1, 4, 2, 21, 10, 8, 12, {"reduce": "mean", "visible": True}),
@@ -63,6 +79,11 @@ CASES = {
     "max in parents": (1, 2, 2, 21, 20, 4, 4, {"reduce": "max", "within": 2}),
     "softmax": (2, 4, 2, 11, 19, 4, 5, {"softmax": True, "visible": True}),
     "overlapping windows": (1, 2, 1, 19, 41, 4, 3, {"softmax": True, "spread": (5, 4, 1, "max"), "forced": 3, "visible": True}),
+    "a table of windows": (1, 2, 1, 24, 19, 4, 3, {"softmax": True, "spread": (TABLE, "max"), "forced": 3}),
+    "a table, visible": (1, 2, 2, 22, 19, 4, 3, {"softmax": True, "spread": (TABLE, "mean"), "visible": True}),
+    "a table of sums in parents": (2, 2, 1, 24, 19, 4, 3, {"spread": (TABLE, "sum"), "within": 2}),
+    "given log-sum-exp": (2, 4, 2, 24, 19, 4, 5, {"softmax": True, "lse": True}),
+    "given log-sum-exp, causal": (1, 4, 2, 22, 19, 4, 5, {"softmax": True, "lse": True, "visible": True, "spread": (5, 4, 1, "max")}),
     "sum of windows": (1, 1, 1, 9, 22, 1, 5, {"spread": (3, 2, 2, "sum"), "within": 2}),
     "mean of windows": (1, 2, 2, 17, 24, 16, 4, {"softmax": True, "reduce": "max", "spread": (4, 3, 0, "mean"), "visible": True}),
     "hierarchical": (2, 2, 2, 33, 70, 2, 4, {"within": 3}),
@@ -78,8 +99,7 @@ def case(name, dtype=torch.float64):
         for h, x in ((heads, n), (key_heads, c))
     )
     rows, options = math.ceil(n / q_block), dict(options, q_block=q_block)
-    kernel, stride, padding, _ = options.get("spread", (1, 1, 0, ""))
-    m = (c + 2 * padding - kernel) // stride + 1
+    m = len(spread_table(c, options.get("spread"))[0])
     if "forced" in options:
         forced = lists(generator, batch, 1, rows, options["forced"], m)
         forced[:, :, ::3, 0] = forced[:, :, ::3, 1]  # the same one twice
@@ -92,6 +112,9 @@ def case(name, dtype=torch.float64):
         options["children"] = 3
     if "visible" in options:
         options["visible"] = (torch.arange(rows) * c // rows).int()  # the first sees nothing
+    if "lse" in options:
+        options["lse"] = torch.randn(batch, heads, n, generator=generator, dtype=torch.float64)
+        options["lse"][:, :, 0] = -math.inf
     return q.to(dtype), k.to(dtype), s, options
 
 
@@ -101,6 +124,8 @@ def test_lists_and_scores_follow_the_definition(backend, name):
     q, k, s, options = case(name)
     index, values = plain(q, k, s, **options)
     for dtype in [torch.float32] if backend == "triton" else [torch.float64, torch.float32]:
+        if "lse" in options:
+            options = options | {"lse": options["lse"].to(dtype)}
         found, scores = block_topk(q.to(dtype), k.to(dtype), s, backend=backend, **options)
         assert found.dtype == torch.int32 and scores.dtype == dtype
         assert torch.equal(found, index)
@@ -173,12 +198,22 @@ def test_outputs_need_no_filling_before_and_runs_agree_to_the_bit(backend, monke
     assert all(map(torch.equal, block_topk(q, k, s, backend=backend, **options), expected))
 
 
-@pytest.mark.parametrize("name", ["hierarchical, forced, causal", "overlapping windows", "max"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hierarchical, forced, causal",
+        "overlapping windows",
+        "max",
+        "a table of windows",
+        "given log-sum-exp",
+    ],
+)
 def test_chunks_of_any_size_agree(name, monkeypatch):
     q, k, s, options = case(name)
     expected = block_topk(q, k, s, backend="cpu", **options)
     for tile in (1, 2000):
         monkeypatch.setattr(cpu, "TILE", tile)
+        monkeypatch.setattr(cpu, "CACHED", tile)
         found = block_topk(q, k, s, backend="cpu", **options)
         assert torch.equal(found[0], expected[0]) and torch.allclose(found[1], expected[1])
 
@@ -194,7 +229,22 @@ def test_scores_have_a_gradient_and_the_choice_has_none(softmax, reduce):
     visible = torch.tensor([0, 4, 7], dtype=torch.int32)
 
     def scores(q, k):
-        options = (None, None, visible, 1, 2, reduce, softmax, [3, 2, 1], "mean", 1, 0.7, "")
+        options = (
+            None,
+            None,
+            visible,
+            None,
+            None,
+            1,
+            2,
+            reduce,
+            softmax,
+            [3, 2, 1],
+            "mean",
+            1,
+            0.7,
+            "",
+        )
         found = reference.scores(Problem(q, k, *options))
         return torch.where(found.isneginf(), 0.0, found)
 
@@ -206,7 +256,7 @@ def test_scores_have_a_gradient_and_the_choice_has_none(softmax, reduce):
 @pytest.mark.parametrize("backend", ALL)
 def test_the_op_keeps_torchs_rules_and_compiles(backend):
     q, k, s, options = case("max", torch.float32)
-    lists = (options["forced"], None, None)
+    lists = (options["forced"], None, None, None, None)
     args = (q, k, *lists, s, 4, "max", False, [1, 1, 0], "max", 1, 0.25, backend)
     torch.library.opcheck(torch.ops.xattn.block_topk_forward, args)
     chosen = torch.compile(
@@ -235,6 +285,11 @@ def test_the_op_keeps_torchs_rules_and_compiles(backend):
         ({"within": torch.full((1, 1, 3, 1), 3).int(), "children": 2}, "within: got the block 3"),
         ({"visible": torch.zeros(9).int()}, r"visible: got shape \(9,\); give \(3,\)"),
         ({"visible": torch.zeros(3)}, "visible: got torch.float32 .*give int32"),
+        ({"spread": (torch.zeros(3).int(), "max")}, r"spread: got a table of shape \(3,\)"),
+        ({"spread": (torch.full((2, 2), 6).int(), "max")}, "spread: got 6 in the table; .*to 5"),
+        ({"spread": (torch.zeros(2, 2), "max")}, "spread: got torch.float32"),
+        ({"lse": torch.zeros(1, 2, 9)}, r"lse: got shape .*softmax=False; give \(1, 2, 9\)"),
+        ({"lse": torch.zeros(1, 2, 6), "softmax": True}, r"lse: got shape \(1, 2, 6\)"),
     ],
 )  # fmt: skip
 def test_arguments_that_do_not_match_are_named(change, message):
