@@ -73,6 +73,7 @@ def register(
         the op as a function of a problem: one tensor, or a tuple of several, without what is kept.
     """
     op = _Op(name, problem, tuple(outputs), tuple(kept), tuple(gradients))
+    LAYOUTS[name] = op.tensors, [problem._fields.index(field) for field in op.gradients]
     _define_forward(op, empty, check)
     if gradients:
         if backward is None:
@@ -87,6 +88,11 @@ def register(
         return lambda p: call(*p)
     chosen = 0 if n == 1 else slice(n)
     return lambda p: call(*p)[chosen]
+
+
+LAYOUTS: dict[str, tuple[int, list[int]]] = {}
+"""By the name of an op, how many fields of its problem, from the first, are tensors, and the numbers of
+those that have a gradient."""
 
 
 @dataclass(frozen=True)

@@ -73,17 +73,37 @@ def block_sparse_attention(
         ValueError: shapes, dtypes or devices that do not match; an index out of range or twice in a
             row (on a GPU only with ``XATTN_CHECK=1``, because looking stalls the stream).
     """
+    return _op(
+        problem(
+            q, k, v, index, q_block=q_block, k_block=k_block, bias=bias, box=box, scale=scale,
+            backend=backend,
+        )
+    )  # fmt: skip
+
+
+def problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    *,
+    q_block: int,
+    k_block: int,
+    bias: Tensor | None = None,
+    box: Box | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Problem:
+    """The checked arguments of :func:`block_sparse_attention`."""
     check_attention(q, k, v)
     check_positive(q_block=q_block, k_block=k_block)
     _check_lists(q, k, index, q_block, bias)
     if box is not None:
         _check_box(box, q, k)
     low, high, position, dilation = (None, None, None, ()) if box is None else box
-    return _op(
-        Problem(
-            q, k, v, index, bias, low, high, position, list(dilation), q_block, k_block,
-            score_scale(scale, q), choose(backend, q.device),
-        )
+    return Problem(
+        q, k, v, index, bias, low, high, position, list(dilation), q_block, k_block,
+        score_scale(scale, q), choose(backend, q.device),
     )  # fmt: skip
 
 

@@ -52,7 +52,8 @@ def backward(
     dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (keys, values))
     db = None if work.bias is None or "bias" not in wanted else torch.zeros_like(work.bias)
     buffers = keys.new_empty(0), values.new_empty(0)
-    for part, entries, mask in work.chunks(BACKWARD):
+    rows = queries.shape[2]  # scores are stored here, (rows, keys) of a problem
+    for part, entries, mask in work.chunks(BACKWARD, rows):
         kc, vc = work.gather(keys, entries, buffers[0]), work.gather(values, entries, buffers[1])
         shape = (*kc.shape[:2], queries.shape[2], kc.shape[2])
         kc, vc = kc.flatten(0, 1), vc.flatten(0, 1)
@@ -156,10 +157,11 @@ class _Work:
         return widen(out.view(*where.shape[:2], where.shape[2] * self.p.k_block, -1))
 
     def chunks(
-        self, limit: int
+        self, limit: int, rows: int = 0
     ) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], Tensor | None]]:
-        """Parts of the table whose keys and values fit into ``limit`` bytes; a mask to add, or None."""
-        width = self.p.k.shape[3] + self.p.v.shape[3]
+        """Parts of the table whose keys and values fit into ``limit`` bytes, and ``rows`` numbers a
+        key, too; a mask to add, or None."""
+        width = max(rows, self.p.k.shape[3] + self.p.v.shape[3])
         bytes_each = self.where.shape[2] * self.p.k_block * width * wide(self.p.q.dtype).itemsize
         problems = max(1, limit // (bytes_each * self.lines))
         lines = self.lines if problems > 1 else max(1, min(self.lines, limit // bytes_each))

@@ -44,10 +44,23 @@ def softmax_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not match.
     """
+    return _op(problem(q, k, v, bias, scale=scale, causal=causal, backend=backend))
+
+
+def problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    backend: str = "auto",
+) -> Problem:
+    """The checked arguments of :func:`softmax_attention`."""
     check_attention(q, k, v, causal)
     check_bias(bias, q, k)
-    backend = choose(backend, q.device)
-    return _op(Problem(q, k, v, bias, score_scale(scale, q), causal, backend))
+    return Problem(q, k, v, bias, score_scale(scale, q), causal, choose(backend, q.device))
 
 
 _op = register(

@@ -25,14 +25,15 @@ def tensors(n, s, seed=0):
     return q, k, v
 
 
-def test_a_union_of_segments_is_one_softmax_over_all_their_keys():
+@pytest.mark.parametrize("with_offset", [False, True])
+def test_a_union_of_segments_is_one_softmax_over_all_their_keys(with_offset):
     q, k, v = (x.requires_grad_() for x in tensors(17, 40))
     bias = torch.randn(1, 2, 9, dtype=torch.float64, requires_grad=True)
-    offset = torch.randn(2, 2, 17, dtype=torch.float64, requires_grad=True)
+    offset = torch.randn(2, 2, 17, dtype=torch.float64, requires_grad=with_offset)
     index = torch.tensor([[0, 2, -1], [3, 1, 0], [2, -1, -1]], dtype=torch.int32)[None, None]
     parts = [
-        Segment(k[:, :, :16], v[:, :, :16], Blocks(index, 6, 4), offset=offset),
-        Segment(k[:, :, 16:25], v[:, :, 16:25], bias=bias),
+        Segment(k[:, :, :16], v[:, :, :16], Blocks(index, 6, 4), offset=offset if with_offset else None),
+        Segment(k[:, :, 16:25], v[:, :, 16:25], bias=bias, shift=0.7),
         Segment(k[:, :, 25:], v[:, :, 25:], rule=window(17, 3, 0)._replace(position=causal(15).position)),
     ]  # fmt: skip
     o, lse = attend(q, parts)
@@ -44,13 +45,14 @@ def test_a_union_of_segments_is_one_softmax_over_all_their_keys():
     i, j = torch.arange(17)[:, None], torch.arange(15)
     seen[:, 25:] = (j <= i) & (j >= i - 3)
     full = torch.zeros(1, 2, 17, 40, dtype=torch.float64).masked_fill(~seen, -torch.inf)
-    full = full + F.pad(bias, (16, 15))[:, :, None]
-    full = full + F.pad(offset[..., None].expand(-1, -1, -1, 16), (0, 24))
+    full = full + F.pad(bias + 0.7, (16, 15))[:, :, None]
+    if with_offset:
+        full = full + F.pad(offset[..., None].expand(-1, -1, -1, 16), (0, 24))
     scores = q @ k.transpose(-2, -1) / 4 + full
     assert torch.allclose(lse, scores.logsumexp(-1))
     expected = scores.softmax(-1) @ v
     assert torch.allclose(o, expected)
-    leaves = (q, k, v, bias, offset)
+    leaves = (q, k, v, bias, offset) if with_offset else (q, k, v, bias)
     found = torch.autograd.grad(o.square().sum() + lse.sum(), leaves)
     true = torch.autograd.grad(expected.square().sum() + scores.logsumexp(-1).sum(), leaves)
     for a, b in zip(found, true, strict=True):

@@ -2,9 +2,8 @@
 
     o_i = sum_j p_ij v_j,   p_i = softmax over the union of the segments' visible keys
 
-Each segment is attended alone; log-sum-exps L_s merge the parts exactly, L = logsumexp_s L_s and
-o = sum_s exp(L_s - L) o_s, and because they are differentiable so is the whole. Mechanisms say what is
-visible; only this module decides how that is computed.
+Each segment is attended alone, and log-sum-exps merge them exactly, see :mod:`xattn.attention.union`.
+Mechanisms say what is visible; only this module decides how that is computed.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from xattn.attention.inputs import spread_heads, to_heads
 from xattn.attention.segments import Blocks, Segment, visible_blocks
-from xattn.kernels.block_sparse import block_sparse_attention
-from xattn.kernels.softmax import softmax_attention
+from xattn.attention.union import Part, attend_union
+from xattn.kernels import block_sparse, softmax
 
 DENSE = 2048  # the most keys for which a mask is stored
 BANDED = 1280  # up to so many keys bands of a stored mask beat lists
@@ -38,17 +37,7 @@ def attend(
     """
     if not segments:
         raise ValueError("segments: got none; give at least one Segment(k, v)")
-    parts = [_shifted(_attend(q, s, scale, backend), s.offset) for s in segments]
-    if len(parts) == 1:
-        return parts[0]
-    lse = torch.stack([part[1] for part in parts])
-    # Where no segment has a key, exp(-inf - -inf) would be NaN, also in the backward pass.
-    empty = lse.isneginf().all(0)
-    lse = lse.masked_fill(empty, 0.0)
-    total = lse.logsumexp(0)
-    share = (lse - total).exp()[..., None].to(q.dtype)
-    first, *rest = (w * part[0] for w, part in zip(share, parts, strict=True))
-    return sum(rest, first), total.masked_fill(empty, -torch.inf)
+    return attend_union([_part(q, s, scale, backend) for s in segments])
 
 
 def attend_output(
@@ -68,7 +57,12 @@ def attend_output(
     if backend == "auto" and len(segments) == 1 and segments[0].v is not None:
         s, heads = segments[0], q.shape[1]
         fixed = s.bias is None or (every_row and not needs_grad(s.bias))
-        if fixed and s.rule is None and (s.blocks is None or reads_all(s.k, s.blocks)):
+        if (
+            fixed
+            and not s.shift
+            and s.rule is None
+            and (s.blocks is None or reads_all(s.k, s.blocks))
+        ):
             bias = None if s.bias is None else to_heads(s.bias, heads)[:, :, None, :]
             k, v = spread_heads(s.k, heads), spread_heads(s.v, heads)  # type: ignore[arg-type]
             return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
@@ -80,22 +74,19 @@ def needs_grad(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-def _shifted(part: tuple[Tensor, Tensor], offset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A part whose scores all grow by their query's ``offset``: only the log-sum-exp does."""
-    o, lse = part
-    return part if offset is None else (o, lse + to_heads(offset, o.shape[1]).to(lse.dtype))
-
-
-def _attend(q: Tensor, s: Segment, scale: float | None, backend: str) -> tuple[Tensor, Tensor]:
+def _part(q: Tensor, s: Segment, scale: float | None, backend: str) -> Part:
     if s.v is None:
         raise ValueError("segments: got one without values; give Segment(k, v)")
     bias = None if s.bias is None else to_heads(s.bias, q.shape[1])[:, :, None, :]
+    offset = None if s.offset is None else to_heads(s.offset, q.shape[1])
     if s.blocks is None and s.rule is None:
-        return softmax_attention(q, s.k, s.v, bias, scale=scale, backend=backend)
+        dense = softmax.problem(q, s.k, s.v, bias, scale=scale, backend=backend)
+        return Part("softmax", dense, s.shift, offset)
     blocks = s.blocks or visible_blocks(s.rule, 64, 64)  # type: ignore[arg-type]
     if backend == "auto" and s.rule is None and reads_all(s.k, blocks):
-        return softmax_attention(q, s.k, s.v, bias, scale=scale)
-    return block_sparse_attention(
+        dense = softmax.problem(q, s.k, s.v, bias, scale=scale)
+        return Part("softmax", dense, s.shift, offset)
+    sparse = block_sparse.problem(
         q,
         s.k,
         s.v,
@@ -107,6 +98,7 @@ def _attend(q: Tensor, s: Segment, scale: float | None, backend: str) -> tuple[T
         scale=scale,
         backend=backend,
     )
+    return Part("block_sparse", sparse, s.shift, offset)
 
 
 def mask_is_faster(q: Tensor, keys: int, blocks: Blocks, backend: str, fixed: bool) -> bool:

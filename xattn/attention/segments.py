@@ -59,7 +59,7 @@ class Segment:
 
     Attributes: ``blocks``, the key blocks that each query block reads (all if None); ``rule``, which
     keys of these blocks a query sees; ``bias``, (B or 1, H or 1, S), added to a key's scores;
-    ``offset``, (B or 1, H or 1, N), added to all scores of a query.
+    ``offset``, (B or 1, H or 1, N), added to all scores of a query; ``shift``, a number added to all.
     """
 
     k: Tensor
@@ -68,6 +68,7 @@ class Segment:
     rule: Rule | None = None
     bias: Tensor | None = None
     offset: Tensor | None = None
+    shift: float = 0.0
 
 
 def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,12 +20,12 @@ class Piece:
     """Queries ``q`` (B, H, M, D) and what they see.
 
     Attributes: ``segments``, without values; ``columns``, for each segment the token that each of
-    its keys is: LongTensor (S,) or (B, H or Hk, S), -1 = padding.
+    its keys is: LongTensor (S,) or (B, H or Hk, S), -1 = padding, or a range of tokens.
     """
 
     q: Tensor
     segments: tuple[Segment, ...]
-    columns: tuple[Tensor, ...]
+    columns: tuple[Tensor | range, ...]
     padded: bool = True
     """Whether there may be padding among the columns."""
 
@@ -81,6 +81,13 @@ class SegmentsOperator(Operator):
         return total
 
     def matvec(self, x: Tensor) -> Tensor:
+        return self._matvec(x)
+
+    def matvec_of(self, parts: Mapping[range, Tensor]) -> Tensor:
+        """:meth:`matvec` of rows that come in parts, one for each range among the ``columns``."""
+        return self._matvec(parts)
+
+    def _matvec(self, x: Tensor | Mapping[range, Tensor]) -> Tensor:
         parts = [
             attend_output(
                 piece.q,
@@ -105,13 +112,18 @@ class SegmentsOperator(Operator):
         whole = parts[0] if len(parts) == 1 else torch.cat(tuple(parts), 2)
         return whole if self._places is None else whole.index_select(2, self._places)
 
-    def _segments(self, piece: Piece, x: Tensor) -> list[Segment]:
-        heads = max(x.shape[1], *(s.k.shape[1] for s in piece.segments))  # H, or Hk for all
-        x = spread_heads(x, heads)
-        return [
-            replace(_with_heads(s, heads), v=_take(x, columns, piece.padded))
-            for s, columns in zip(piece.segments, piece.columns, strict=True)
-        ]
+    def _segments(self, piece: Piece, x: Tensor | Mapping[range, Tensor]) -> list[Segment]:
+        some = x if isinstance(x, Tensor) else next(iter(x.values()))
+        heads = max(some.shape[1], *(s.k.shape[1] for s in piece.segments))  # H, or Hk for all
+        x = spread_heads(x, heads) if isinstance(x, Tensor) else x
+        found = []
+        for s, columns in zip(piece.segments, piece.columns, strict=True):
+            if isinstance(x, Tensor):
+                v = _take(x, columns, piece.padded)
+            else:
+                v = spread_heads(x[columns], heads)  # type: ignore[index]
+            found.append(replace(_with_heads(s, heads), v=v))
+        return found
 
     def rows(self, index: Tensor) -> Tensor:
         batch, heads, _, keys = self.shape
@@ -132,13 +144,14 @@ class SegmentsOperator(Operator):
         scores = []
         for s in piece.segments:
             part = products(q, spread_heads(s.k, heads), self.scale)
+            part = part + s.shift if s.shift else part
             if s.bias is not None:
                 part = part + to_heads(s.bias[:, :, None, :], heads)
             if s.offset is not None:
                 part = part + to_heads(s.offset, heads)[:, :, places, None]
             scores.append(part.masked_fill(~to_heads(visible(s, places), heads), -torch.inf))
         weights = torch.cat(scores, -1).softmax(-1).nan_to_num(0.0)
-        columns = torch.cat([_spread(c, batch, heads) for c in piece.columns], -1)
+        columns = torch.cat([_spread(c, batch, heads, q.device) for c in piece.columns], -1)
         target = columns.clamp(min=0)[:, :, None].expand_as(weights)
         weights = weights.masked_fill((columns < 0)[:, :, None], 0.0)
         return weights.new_zeros(batch, heads, len(places), keys).scatter_add_(-1, target, weights)
@@ -147,8 +160,10 @@ class SegmentsOperator(Operator):
         return self.pieces[0].q
 
 
-def _take(x: Tensor, columns: Tensor, padded: bool) -> Tensor:
+def _take(x: Tensor, columns: Tensor | range, padded: bool) -> Tensor:
     """Rows of ``x`` (B, H, S, m) for token numbers (K,) or (B, H or Hk, K); zeros for -1."""
+    if isinstance(columns, range):
+        return x[:, :, columns.start : columns.stop]
     at = columns.clamp(min=0) if padded else columns
     if columns.ndim == 1:
         out = x.index_select(2, at)
@@ -178,8 +193,10 @@ def _with_heads(s: Segment, heads: int) -> Segment:
     return replace(s, k=spread_heads(s.k, heads), blocks=blocks, bias=bias, offset=offset)
 
 
-def _spread(columns: Tensor, batch: int, heads: int) -> Tensor:
+def _spread(columns: Tensor | range, batch: int, heads: int, device: torch.device) -> Tensor:
     """(K,) or (B, H or Hk, K) as (B, H, K)."""
+    if isinstance(columns, range):
+        columns = torch.arange(columns.start, columns.stop, device=device)
     if columns.ndim == 1:
         return columns.expand(batch, heads, -1)
     return spread_heads(columns, heads)
