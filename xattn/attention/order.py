@@ -53,24 +53,29 @@ class Order:
         return Order(self.index.to(device), self.inverse.to(device))
 
 
-def tile_order(grid: Sequence[int], tile: Sequence[int] | int) -> Order:
+def tile_order(grid: Sequence[int], tile: Sequence[int] | int, levels: int = 1) -> Order:
     """Tile by tile in raster order, and inside a tile in raster order.
+
+    With several ``levels`` tiles are nested: ``tile`` of them make up the next larger one, and so on.
+    For a ``tile`` of 2 that is Z-order, for any power of two its runs are those of Z-order.
 
     Args:
         grid: lengths of the grid in 1 to 3 dimensions, tokens in raster order; filled up with
-            padding to multiples of ``tile``.
-        tile: sides of a tile, one for all dimensions or one for each.
+            padding to multiples of the largest tile.
+        tile: sides of the smallest tile, one for all dimensions or one for each.
 
     Raises:
         ValueError: lengths that are not positive, or a ``tile`` of other dimensions.
     """
     grid = _lengths("grid", grid)
     tile = _lengths("tile", (tile,) * len(grid) if isinstance(tile, int) else tile, len(grid))
-    padded = [-(-g // t) * t for g, t in zip(grid, tile, strict=True)]
+    whole = [t**levels for t in tile]
+    padded = [-(-g // t) * t for g, t in zip(grid, whole, strict=True)]
     places = _padded(grid, padded)
-    split = [n for p, t in zip(padded, tile, strict=True) for n in (p // t, t)]
-    outer, inner = range(0, 2 * len(grid), 2), range(1, 2 * len(grid), 2)
-    return _order(places.view(split).permute(*outer, *inner).flatten(), grid)
+    sizes = zip(padded, whole, tile, strict=True)
+    split = [n for p, w, t in sizes for n in (p // w, *(t,) * levels)]
+    axes = [d * (levels + 1) + level for level in range(levels + 1) for d in range(len(grid))]
+    return _order(places.view(split).permute(axes).flatten(), grid)
 
 
 def z_order(grid: Sequence[int]) -> Order:
