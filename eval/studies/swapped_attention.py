@@ -46,6 +46,8 @@ SWAPS = (
     Swap("based"),
     Swap("nsa"),
     Swap("moh"),
+    Swap("infllm_v2"),
+    Swap("llsa"),
     Swap("act"),
     Swap("routing", {"centroids": "call"}),
     Swap("spatten"),

@@ -279,10 +279,24 @@ def kept(operator, x, dy, part):
     da = dy @ x.mT
     ds = a * (da - (a * da).sum(-1, keepdim=True))
     scores = torch.where(a > 0, a.log(), 0.0)
-    bias = getattr(operator, "bias", None)
+    bias = constants(operator) if isinstance(operator, SegmentsOperator) else operator.bias
     if bias is not None and not bias.requires_grad:
         scores = scores - torch.where(a > 0, bias, 0.0)
     return part * (scores * ds).sum().item()
+
+
+def constants(operator):
+    """What segments add to the scores of each key without a gradient, (1, 1, 1, S)."""
+    found = torch.zeros(operator.shape[3], dtype=torch.float64)
+    piece = operator.pieces[-1]
+    for segment, columns in zip(piece.segments, piece.columns, strict=True):
+        added = torch.full((segment.k.shape[2],), segment.shift, dtype=torch.float64)
+        if segment.bias is not None and segment.bias.shape[:2] == (1, 1):
+            added += segment.bias[0, 0].detach().nan_to_num(neginf=0.0)
+        if isinstance(columns, range) or columns.ndim == 1:
+            at = torch.as_tensor(columns)
+            found[at[at >= 0]] = added[at >= 0]
+    return found[None, None, None]
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])

@@ -8,6 +8,8 @@ from xattn.attention import (  # noqa: F401  (they register themselves)
     freeswim,
     gna,
     hedgehog,
+    infllm_v2,
+    llsa,
     moh,
     nsa,
     routing,

@@ -37,6 +37,7 @@ from xattn.attention.algebra import (
 )
 from xattn.attention.causal_low_rank import CausalLowRankOperator
 from xattn.attention.operator import Operator, SoftmaxOperator
+from xattn.attention.pyramid import PyramidOperator
 from xattn.attention.segments_operator import SegmentsOperator
 from xattn.attention.subsets import SubsetsOperator
 
@@ -195,8 +196,9 @@ def _(operator: ColumnsOperator) -> bool:
     return depends(operator.operator)
 
 
-@times.register
-def _(operator: PoolOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
+@times.register(PoolOperator)
+@times.register(PyramidOperator)
+def _(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
     return operator.detach().matvec(x)
 
 
