@@ -45,7 +45,8 @@ def bench(
     yield "\n| batch | dense ms | pruned ms | gain | operations | change of logits | same class, % |"
     yield "| --: | --: | --: | --: | --: | --: | --: |"
     for batch in batches:
-        size = (batch, 3, *dense.patch_embed.img_size)
+        side: Any = dense.patch_embed
+        size = (batch, 3, *side.img_size)
         x = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(device)
         jobs = {"dense": partial(dense, x), "pruned": partial(pruned, x)}
         took = times(jobs, rounds, warmup=2)
