@@ -90,8 +90,11 @@ def test_z_order_interleaves_the_bits_of_the_coordinates():
     y, x = torch.unravel_index(order.index, (4, 4))
     code = sum(((y >> b & 1) << (2 * b + 1)) + ((x >> b & 1) << (2 * b)) for b in range(2))
     assert torch.equal(code, torch.arange(16))
-    odd = z_order((3, 5))
-    assert len(odd.index) == 64 and torch.equal(odd.undo(odd.index, 0), torch.arange(15))
+    odd = z_order((3, 5))  # two squares of 4 x 4 side by side
+    assert len(odd.index) == 32 and set(odd.index[16:].tolist()) == {-1, 4, 9, 14}
+    assert len(z_order((1, 5000)).index) == 8192 and torch.equal(
+        odd.undo(odd.index, 0), torch.arange(15)
+    )
     assert torch.equal(z_order((1, 1)).index, torch.tensor([0]))
 
 

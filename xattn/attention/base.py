@@ -123,6 +123,9 @@ class Mechanism(nn.Module, ABC):
         """The tokens (B, N, C) that the block gives on, for its output ``x``."""
         return x
 
+    def forget(self) -> None:
+        """Drop what was kept from the inputs of earlier calls; most mechanisms keep nothing."""
+
     def forward(
         self,
         q: Tensor,

@@ -79,18 +79,26 @@ def tile_order(grid: Sequence[int], tile: Sequence[int] | int, levels: int = 1) 
 
 
 def z_order(grid: Sequence[int]) -> Order:
-    """Z-order (Morton order) of a grid, filled up with padding to the next power of two, equal sides.
+    """Z-order (Morton order) of a grid, each side filled up with padding to the next power of two.
+
+    Where sides differ, squares of the shortest stand side by side along the others.
 
     Raises:
         ValueError: lengths that are not positive.
     """
     grid = _lengths("grid", grid)
-    bits = max(n - 1 for n in grid).bit_length()
-    places = _padded(grid, [2**bits] * len(grid))
-    # (2, ..., 2) per dimension, then the first bits of all dimensions, the second, ...
-    split = places.view([2] * (bits * len(grid)))
-    axes = [d * bits + b for b in range(bits) for d in range(len(grid))]
-    return _order(split.permute(axes).flatten() if bits else places.flatten(), grid)
+    bits = [(n - 1).bit_length() for n in grid]
+    places = _padded(grid, [2**b for b in bits])
+    # (2, ..., 2) for each dimension; then the largest bits of all dimensions, the next, ...
+    split = places.view([2] * sum(bits))
+    first = [sum(bits[:d]) for d in range(len(grid))]
+    axes = [
+        first[d] + bits[d] - 1 - b
+        for b in reversed(range(max(bits)))
+        for d in range(len(grid))
+        if b < bits[d]
+    ]
+    return _order(split.permute(axes).flatten() if axes else places.flatten(), grid)
 
 
 def residue_order(grid: Sequence[int], dilation: Sequence[int], tile: Sequence[int]) -> Order:

@@ -43,11 +43,17 @@ class Pattern:
 
 
 def pattern_operator(
-    inputs: Inputs, pattern: Pattern, *, backend: str = "auto", every_row: bool = True
+    inputs: Inputs,
+    pattern: Pattern,
+    *,
+    backend: str = "auto",
+    every_row: bool = True,
+    ordered: tuple[Tensor, Tensor] | None = None,
 ) -> Operator:
     """Softmax attention over what ``pattern`` lists.
 
     Args:
+        ordered: queries and keys behind the prefix in the pattern's order, if they are at hand.
         every_row: whether every query is known to see a key; with a prefix each does.
     """
     q, k, prefix = inputs.q, inputs.k, inputs.prefix
@@ -65,7 +71,7 @@ def pattern_operator(
     where = None
     if order is not None:
         order = order.to(device)
-        grid_q, grid_k = order.apply(grid_q), order.apply(grid_k)
+        grid_q, grid_k = ordered or (order.apply(grid_q), order.apply(grid_k))
         places = torch.where(order.padding, -1, order.index + prefix)
         where = torch.cat([tokens[:prefix], order.inverse + prefix])
         if order.is_padded and pattern.rule is None:
@@ -83,7 +89,8 @@ def pattern_operator(
         if inputs.causal:
             seen = Segment(first.k, rule=causal(prefix).to(device)), own
         pieces.append(Piece(q[:, :, :prefix], (seen[0],), (seen[1],)))
-    pieces.append(Piece(grid_q, tuple(segments), tuple(columns)))
+    padded = order is not None and order.is_padded
+    pieces.append(Piece(grid_q, tuple(segments), tuple(columns), padded))
     operator = SegmentsOperator(pieces, where, len(tokens), inputs.scale, backend)
     return _facts(operator, inputs)
 
