@@ -51,6 +51,8 @@ SWAPS = (
     Swap("act"),
     Swap("routing", {"centroids": "call"}),
     Swap("spatten"),
+    Swap("hip"),
+    Swap("hip", {"keep": 96, "block": 4}),
 )
 
 

@@ -8,6 +8,7 @@ from xattn.attention import (  # noqa: F401  (they register themselves)
     freeswim,
     gna,
     hedgehog,
+    hip,
     infllm_v2,
     llsa,
     moh,
