@@ -32,6 +32,7 @@ __all__ = [
     "block_sparse_attention",
     "causal",
     "check_index",
+    "check_lists",
     "neighbourhood",
     "permuted",
     "transpose_index",
@@ -97,7 +98,7 @@ def problem(
     """The checked arguments of :func:`block_sparse_attention`."""
     check_attention(q, k, v)
     check_positive(q_block=q_block, k_block=k_block)
-    _check_lists(q, k, index, q_block, bias)
+    check_lists(q, k, index, q_block, bias)
     if box is not None:
         _check_box(box, q, k)
     low, high, position, dilation = (None, None, None, ()) if box is None else box
@@ -107,7 +108,8 @@ def problem(
     )  # fmt: skip
 
 
-def _check_lists(q: Tensor, k: Tensor, index: Tensor, q_block: int, bias: Tensor | None) -> None:
+def check_lists(q: Tensor, k: Tensor, index: Tensor, q_block: int, bias: Tensor | None) -> None:
+    """Raise a ``ValueError`` for lists or a bias that do not fit queries and keys."""
     (batch, heads, n, _), (_, key_heads, s, _) = q.shape, k.shape
     rows, some_heads = -(-n // q_block), (1, key_heads, heads)
     fits = index.ndim == 4 and index.shape[0] in (1, batch) and index.shape[1] in some_heads

@@ -23,7 +23,7 @@ FORWARD, BACKWARD = 2**22, 2**21  # bytes of keys and values gathered at a time
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
-    work = _Work(p)
+    work = Work(p)
     queries, keys, values = work.rows(p.q), work.blocks(p.k), work.blocks(p.v)
     o = queries.new_empty(*queries.shape[:3], p.v.shape[3])
     lse = queries.new_empty(queries.shape[:3], dtype=wide(p.q.dtype))
@@ -41,7 +41,7 @@ def backward(
     grads: tuple[Tensor, Tensor | None],
     wanted: Collection[str],
 ) -> dict[str, Tensor]:
-    (o, lse), (grad, grad_lse), work = outputs, grads, _Work(p)
+    (o, lse), (grad, grad_lse), work = outputs, grads, Work(p)
     # Rows without a key, and padding rows of the last block, get the weights exp(s - inf) = 0.
     lse = torch.where(lse.isneginf(), torch.inf, lse)[..., None]
     lse_rows, delta_rows = work.rows(lse, torch.inf), work.rows(delta(grad, grad_lse, o)[..., None])
@@ -86,7 +86,7 @@ def backward(
     return found
 
 
-class _Work:
+class Work:
     """The op as equal problems, one per query block, in a (lines, problems) table.
 
     If all heads share a list there is one line per head, so that masks are built once per query block;

@@ -25,7 +25,7 @@ from xattn.kernels.softmax.triton import padded, supported
 
 
 @triton.jit
-def _tokens(blocks, start, count, limit, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def list_tokens(blocks, start, count, limit, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Tokens of a list of ``count`` blocks, from lane ``start``; -1 where there is none."""
     lane = tl.arange(0, TILE)
     if BLOCK % TILE == 0:
@@ -40,14 +40,14 @@ def _tokens(blocks, start, count, limit, BLOCK: tl.constexpr, TILE: tl.constexpr
 
 
 @triton.jit
-def _load(base, rows, columns, width, stride: tl.constexpr):
+def load_rows(base, rows, columns, width, stride: tl.constexpr):
     """Rows of a contiguous matrix; 0 for row -1 and beyond its width."""
     at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
     return tl.load(at, mask=(rows[:, None] >= 0) & (columns[None, :] < width), other=0.0)
 
 
 @triton.jit
-def _store(base, rows, columns, width, value, stride: tl.constexpr):
+def store_rows(base, rows, columns, width, value, stride: tl.constexpr):
     at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
     inside = (rows[:, None] >= 0) & (columns[None, :] < width)
     tl.store(at, value.to(base.dtype.element_ty), mask=inside)
@@ -94,7 +94,7 @@ def _scores(
 
 
 @triton.jit
-def _own_rows(N, Q_BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def own_rows(N, Q_BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """The query block of this program and its rows; -1 where there is none."""
     tiles: tl.constexpr = (Q_BLOCK + ROWS - 1) // ROWS
     block = tl.program_id(0) // tiles
@@ -116,19 +116,19 @@ def forward_kernel(
     line = tl.program_id(1).to(tl.int64)
     batch, head = line // H, line % H
     key_line = batch * (H // GROUP) + head // GROUP
-    block, rows = _own_rows(N, Q_BLOCK, ROWS)
+    block, rows = own_rows(N, Q_BLOCK, ROWS)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     blocks = index_ptr + batch * stride_ib + (head // GROUP_I) * stride_ih + block * L
     bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
-    q = _load(q_ptr + line * N * D, rows, d, D, D)
+    q = load_rows(q_ptr + line * N * D, rows, d, D, D)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
     every = tl.full([ROWS, COLUMNS], 1, tl.int1)
     for start in range(0, L * K_BLOCK, COLUMNS):
-        keys = _tokens(blocks, start, L, S, K_BLOCK, COLUMNS)
-        k = _load(k_ptr + key_line * S * D, keys, d, D, D)
-        v = _load(v_ptr + key_line * S * DV, keys, w, DV, DV)
+        keys = list_tokens(blocks, start, L, S, K_BLOCK, COLUMNS)
+        k = load_rows(k_ptr + key_line * S * D, keys, d, D, D)
+        v = load_rows(v_ptr + key_line * S * DV, keys, w, DV, DV)
         s = _scores(
             tl.dot(q, tl.trans(k), input_precision="ieee"), bias, low_ptr, high_ptr, position_ptr,
             rows[:, None], keys[None, :], every, scale, HAS_BIAS, DIMENSIONS, D0, D1, D2,
@@ -141,7 +141,7 @@ def forward_kernel(
         acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         top = new
     some = total > 0
-    _store(o_ptr + line * N * DV, rows, w, DV, acc / tl.where(some, total, 1.0)[:, None], DV)
+    store_rows(o_ptr + line * N * DV, rows, w, DV, acc / tl.where(some, total, 1.0)[:, None], DV)
     lse = (top + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453
     tl.store(lse_ptr + line * N + rows, tl.where(some, lse, float("-inf")), mask=rows >= 0)
 
@@ -168,20 +168,20 @@ def dq_kernel(
     line = tl.program_id(1).to(tl.int64)
     batch, head = line // H, line % H
     key_line = batch * (H // GROUP) + head // GROUP
-    block, rows = _own_rows(N, Q_BLOCK, ROWS)
+    block, rows = own_rows(N, Q_BLOCK, ROWS)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     blocks = index_ptr + batch * stride_ib + (head // GROUP_I) * stride_ih + block * L
     bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
-    q = _load(q_ptr + line * N * D, rows, d, D, D)
-    g = _load(g_ptr + line * N * DV, rows, w, DV, DV)
+    q = load_rows(q_ptr + line * N * D, rows, d, D, D)
+    g = load_rows(g_ptr + line * N * DV, rows, w, DV, DV)
     lse = tl.load(lse_ptr + line * N + rows, mask=rows >= 0, other=float("-inf"))
     delta = tl.load(delta_ptr + line * N + rows, mask=rows >= 0, other=0.0)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     every = tl.full([ROWS, COLUMNS], 1, tl.int1)
     for start in range(0, L * K_BLOCK, COLUMNS):
-        keys = _tokens(blocks, start, L, S, K_BLOCK, COLUMNS)
-        k = _load(k_ptr + key_line * S * D, keys, d, D, D)
-        v = _load(v_ptr + key_line * S * DV, keys, w, DV, DV)
+        keys = list_tokens(blocks, start, L, S, K_BLOCK, COLUMNS)
+        k = load_rows(k_ptr + key_line * S * D, keys, d, D, D)
+        v = load_rows(v_ptr + key_line * S * DV, keys, w, DV, DV)
         s = _scores(
             tl.dot(q, tl.trans(k), input_precision="ieee"), bias, low_ptr, high_ptr, position_ptr,
             rows[:, None], keys[None, :], every, scale, HAS_BIAS, DIMENSIONS, D0, D1, D2,
@@ -189,7 +189,7 @@ def dq_kernel(
         products = tl.dot(g, tl.trans(v), input_precision="ieee")
         _, ds = _gradient(s, products, lse[:, None], delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
-    _store(dq_ptr + line * N * D, rows, d, D, dq * scale, D)
+    store_rows(dq_ptr + line * N * D, rows, d, D, dq * scale, D)
 
 
 @triton.jit
@@ -213,8 +213,8 @@ def dkv_kernel(
     key = unit * span + inner
     keys = tl.where((inner < span) & (key < S), key, -1)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
-    k = _load(k_ptr + line * S * D, keys, d, D, D)
-    v = _load(v_ptr + line * S * DV, keys, w, DV, DV)
+    k = load_rows(k_ptr + line * S * D, keys, d, D, D)
+    v = load_rows(v_ptr + line * S * DV, keys, w, DV, DV)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     dv = tl.zeros([COLUMNS, WIDTH_V], tl.float32)
     for member in range(0, GROUP):
@@ -228,9 +228,9 @@ def dkv_kernel(
         bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
         db = tl.zeros([COLUMNS], tl.float32)
         for start in range(0, count * Q_BLOCK, ROWS):
-            rows = _tokens(queries, start, count, N, Q_BLOCK, ROWS)
-            q = _load(q_ptr + query_line * N * D, rows, d, D, D)
-            g = _load(g_ptr + query_line * N * DV, rows, w, DV, DV)
+            rows = list_tokens(queries, start, count, N, Q_BLOCK, ROWS)
+            q = load_rows(q_ptr + query_line * N * D, rows, d, D, D)
+            g = load_rows(g_ptr + query_line * N * DV, rows, w, DV, DV)
             lse = tl.load(lse_ptr + query_line * N + rows, mask=rows >= 0, other=float("-inf"))
             delta = tl.load(delta_ptr + query_line * N + rows, mask=rows >= 0, other=0.0)
             seen = tl.full([COLUMNS, ROWS], 1, tl.int1)
@@ -251,8 +251,8 @@ def dkv_kernel(
                 db += tl.sum(ds, 1)
         if WRITE:
             tl.store(db_ptr + query_line * S + keys, db, mask=keys >= 0)
-    _store(dk_ptr + line * S * D, keys, d, D, dk * scale, D)
-    _store(dv_ptr + line * S * DV, keys, w, DV, dv, DV)
+    store_rows(dk_ptr + line * S * D, keys, d, D, dk * scale, D)
+    store_rows(dv_ptr + line * S * DV, keys, w, DV, dv, DV)
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
@@ -262,7 +262,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     index, tile = p.lists.contiguous(), _tile("forward", p)
     grid = (_programs(q.shape[2], p.q_block, tile["ROWS"]), q.shape[0] * q.shape[1])
     forward_kernel[grid](
-        q, k, v, index, *_optional(p), o, lse, *_strides(index, index.stride()[:2], p.bias),
+        q, k, v, index, *_optional(p), o, lse, *strides_of(index, index.stride()[:2], p.bias),
         q.shape[1], q.shape[2], k.shape[2], 0, index.shape[3], p.scale, **_constants(p), **tile,
     )  # fmt: skip
     return o, lse
@@ -285,7 +285,7 @@ def backward(
     tensors, constants = _optional(p), _constants(p)
     tile = _tile("dq", p)
     dq_kernel[_programs(n, p.q_block, tile["ROWS"]), batch * heads](
-        g, q, k, v, index, *tensors, lse, d, dq, *_strides(index, index.stride()[:2], p.bias),
+        g, q, k, v, index, *tensors, lse, d, dq, *strides_of(index, index.stride()[:2], p.bias),
         heads, n, s, 0, index.shape[3], p.scale, **constants, **tile,
     )  # fmt: skip
     tile = _tile("dkv", p)
@@ -295,7 +295,7 @@ def backward(
     grid = (_programs(s, span, tile["COLUMNS"]), batch * k.shape[1])
     dkv_kernel[grid](
         g, q, k, v, pointer, queries, bits, *tensors, lse, d, dk, dv, db,
-        *_strides(index, lists, p.bias), heads, n, s, pointer.shape[2] - 1, queries.shape[2], p.scale,
+        *strides_of(index, lists, p.bias), heads, n, s, pointer.shape[2] - 1, queries.shape[2], p.scale,
         **constants, **tile, PACK=pack, WRITE=write,
     )  # fmt: skip
     found = {"q": dq, "k": dk, "v": dv}
@@ -402,7 +402,9 @@ def _constants(p: Problem) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _strides(index: Tensor, list_strides: tuple[int, ...], bias: Tensor | None) -> tuple[int, ...]:
+def strides_of(
+    index: Tensor, list_strides: tuple[int, ...], bias: Tensor | None
+) -> tuple[int, ...]:
     """Strides to the next batch and head of the lists and of the bias; 0 if one serves all."""
     steps = [*list_strides] + ([0, 0] if bias is None else list(bias.contiguous().stride()[:2]))
     sizes = (*index.shape[:2], *((1, 1) if bias is None else bias.shape[:2]))

@@ -34,6 +34,7 @@ SAMPLE = [
     "softmax forward bf16 D=16",
     "softmax dq fp32 D=80",
     "block_sparse forward fp16 D=24 box",
+    "grouped dkv fp32 D=48",
     "block_topk lse bf16 D=48",
     "vecmat bf16 D=64 R=1",
     "pooling scores bf16 D=768",

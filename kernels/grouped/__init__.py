@@ -1,0 +1,113 @@
+"""Grouped softmax attention: a landmark opens each key block, a softmax of its own weighs its keys.
+
+    s_ij = scale q_i . k_j + b_j,   w_ij = exp(s_ij) / sum_{j' in block(j)} exp(s_ij')
+    t_ic = scale q_i . m_c + log n_c,   lse_i = log sum_{c in J(i)} exp t_ic,   g_ic = exp(t_ic - lse_i)
+    o_i = sum_{c in J(i)} g_ic sum_{j in c} w_ij v_j
+
+J(i) holds the blocks that the query's block lists and that have a key to see; m_c is the landmark of
+block c, n_c a weight, 1 by default. This is softmax attention with the scores s_ij + t_ic - log sum exp
+of the block's s, so lse merges it with other segments. With dp_ij = do_i . v_j, d_i = do_i . o_i and
+c_ic = sum_{j in c} w_ij dp_ij:
+
+    ds_ij = g_ic w_ij (dp_ij - c_ic),   dt_ic = g_ic (c_ic - d_i + dlse_i)
+
+Landmark attention (Mohtashami and Jaggi, arXiv 2305.16300), for any lists.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from xattn.kernels.backend import choose
+from xattn.kernels.block_sparse import check_lists
+from xattn.kernels.block_sparse.block_lists import check_index
+from xattn.kernels.checks import (
+    check_alike,
+    check_attention,
+    check_floating,
+    check_positive,
+    score_scale,
+)
+from xattn.kernels.grouped.problem import Problem
+from xattn.kernels.op import register
+from xattn.kernels.softmax.reference import empty_outputs
+
+__all__ = ["grouped_attention"]
+
+
+def grouped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    marks: Tensor,
+    index: Tensor,
+    *,
+    q_block: int,
+    k_block: int,
+    bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Grouped attention of each query block to the key blocks that it lists, with log-sum-exp.
+
+    Args:
+        q: (B, H, N, D); ``k``: (B, Hk, S, D); ``v``: (B, Hk, S, Dv), of one dtype and device. Query
+            head h reads key head h // (H // Hk).
+        marks: (B, Hk, ceil(S / k_block), D), the landmark of each key block.
+        index: (B or 1, 1 or Hk or H, ceil(N / q_block), s) int32: numbers of key blocks, each at
+            most once per row; -1 is an empty entry.
+        q_block, k_block: tokens per block; the last block may be shorter. Triton's kernels take key
+            blocks of at most 64 tokens.
+        bias: (B or 1, 1 or Hk or H, S), added to the scores of a key; -inf hides it. Differentiable.
+        weight: (ceil(S / k_block),), positive constants, how much each key block counts: with means
+            of keys, the number of its keys. No gradient.
+        scale: 1 / sqrt(D) by default.
+        backend: see :func:`xattn.kernels.backend.choose`.
+
+    Returns:
+        o (B, H, N, Dv) in the dtype of ``q``, and lse (B, H, N) of the landmarks' scores in float32
+        (float64 for float64). A row that sees no key has o = 0 and lse = -inf, and passes no gradient.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match; an index out of range or twice in a
+            row (on a GPU only with ``XATTN_CHECK=1``); key blocks too long for Triton.
+    """
+    check_attention(q, k, v)
+    check_positive(q_block=q_block, k_block=k_block)
+    check_lists(q, k, index, q_block, bias)
+    check_alike("marks", marks, "q", q)
+    shape = (*k.shape[:2], -(-k.shape[2] // k_block), k.shape[3])
+    if marks.shape != shape:
+        raise ValueError(
+            f"marks: got shape {tuple(marks.shape)}; give {shape}, one for each key block"
+        )
+    if weight is not None:
+        if weight.shape != shape[2:3]:
+            raise ValueError(
+                f"weight: got shape {tuple(weight.shape)}; give ({shape[2]},), one for each key block"
+            )
+        check_floating("weight", weight, q)
+        weight = weight.detach()
+    chosen = choose(backend, q.device)
+    if chosen == "triton" and k_block > LONGEST:
+        raise ValueError(
+            f"k_block: got {k_block}; Triton's kernels take at most {LONGEST}, use backend='cpu'"
+        )
+    return _op(
+        Problem(
+            q, k, v, marks, index, bias, weight, q_block, k_block, score_scale(scale, q), chosen
+        )
+    )  # fmt: skip
+
+
+LONGEST = 64  # a tile holds a whole key block
+
+_op = register(
+    "grouped",
+    Problem,
+    outputs=("o", "lse"),
+    empty=empty_outputs,
+    gradients=("q", "k", "v", "marks", "bias"),
+    check=lambda p: check_index(p.lists, p.key_blocks),
+)

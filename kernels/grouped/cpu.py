@@ -1,0 +1,125 @@
+"""Grouped attention by gathers of a few megabytes and batched dense products.
+
+Query blocks are gathered as in :mod:`xattn.kernels.block_sparse.cpu`, a few at a time; backward gathers
+again, recomputes the weights, and adds up by key block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xattn.kernels.block_sparse.cpu import BACKWARD, FORWARD, Work
+from xattn.kernels.block_sparse.problem import Problem as Lists
+from xattn.kernels.block_sparse.reference import reduce_bias
+from xattn.kernels.grouped.problem import Problem
+from xattn.kernels.grouped.reference import grouped
+from xattn.kernels.softmax.reference import delta, weights, wide, widen
+
+
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    work, tensors = _Tensors.of(p)
+    queries = work.rows(p.q)
+    o = queries.new_empty(*queries.shape[:3], p.v.shape[3])
+    lse = queries.new_empty(queries.shape[:3], dtype=wide(p.q.dtype))
+    for part, entries, mask in work.chunks(FORWARD):
+        k, v, m = tensors.gather(work, entries)
+        more = mask, _log_weight(work, entries, p)
+        inner, gates = _weights(widen(queries[part]), k, m, *more, p)
+        lse[part] = total = gates.logsumexp(-1)
+        a = inner.mul_(weights(gates, total)[..., None]).flatten(-2)
+        o[part] = (a @ v).to(o.dtype)
+    return work.tokens(o), work.tokens(lse[..., None])[..., 0].contiguous()
+
+
+def backward(
+    p: Problem,
+    outputs: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor | None],
+    wanted: Collection[str],
+) -> dict[str, Tensor]:
+    (o, lse), (grad, grad_lse) = outputs, grads
+    work, tensors = _Tensors.of(p)
+    # Rows without a key, and padding rows of the last block, get the weights exp(t - inf) = 0.
+    lse = torch.where(lse.isneginf(), torch.inf, lse)[..., None]
+    lse_rows, delta_rows = work.rows(lse, torch.inf), work.rows(delta(grad, grad_lse, o)[..., None])
+    queries, grads_o = work.rows(p.q), work.rows(grad)
+    dq = queries.new_empty(queries.shape, dtype=lse.dtype)
+    dk, dv, dm = (torch.zeros_like(x, dtype=lse.dtype) for x in tensors)
+    db = None if work.bias is None or "bias" not in wanted else torch.zeros_like(work.bias)
+    for part, entries, mask in work.chunks(BACKWARD):
+        k, v, m = tensors.gather(work, entries)
+        q, g, total, d = (widen(x[part]) for x in (queries, grads_o, lse_rows, delta_rows))
+        more = mask, _log_weight(work, entries, p)
+        inner, gates = _weights(q, k, m, *more, p)
+        gates = (gates - total).exp()
+        dp = (g @ v.transpose(-2, -1)).view(inner.shape)
+        c = (inner * dp).sum(-1)
+        a = inner.mul_(gates[..., None])
+        ds = dp.sub_(c[..., None]).mul_(a).flatten(-2)
+        dt, a = gates * (c - d), a.flatten(-2)
+        dq[part] = ds @ k + dt @ m
+        where = work.where[entries].flatten()
+        for out, product in ((dk, (ds, q)), (dv, (a, g)), (dm, (dt, q))):
+            slope = product[0].transpose(-2, -1) @ product[1]
+            out.index_add_(0, where, slope.reshape(len(where), -1))
+        if db is not None:
+            sums = ds.sum(-2).reshape(len(where), -1)
+            db.index_add_(0, work.where_bias[entries].flatten(), sums)
+    found = {
+        "q": work.tokens(dq.mul_(p.scale)).to(p.q.dtype),
+        "k": work.unblock(dk.mul_(p.scale), p.k),
+        "v": work.unblock(dv, p.v),
+        "marks": dm.mul_(p.scale).view(p.marks.shape).to(p.marks.dtype),
+    }
+    if db is not None and p.bias is not None:
+        per_head = db.view(p.q.shape[0], work.heads, -1)[..., : p.k.shape[2]]
+        found["bias"] = reduce_bias(per_head, p.bias)
+    return found
+
+
+class _Tensors(NamedTuple):
+    """Keys, values and landmarks by block, (B Hk M, width)."""
+
+    keys: Tensor
+    values: Tensor
+    marks: Tensor
+
+    @classmethod
+    def of(cls, p: Problem) -> tuple[Work, _Tensors]:
+        work = Work(
+            Lists(
+                p.q, p.k, p.v, p.lists, p.bias, None, None, None, [], p.q_block, p.k_block, p.scale,
+                p.backend,
+            )
+        )  # fmt: skip
+        return work, cls(work.blocks(p.k), work.blocks(p.v), p.marks.reshape(-1, p.k.shape[3]))
+
+    def gather(self, work: Work, entries: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of some query blocks, (lines, problems, keys or blocks, width)."""
+        where, lists = work.where[entries].flatten(), work.where[entries].shape
+        k, v, m = (widen(x.index_select(0, where)) for x in self)
+        keys = (*lists[:2], lists[2] * work.p.k_block, -1)
+        return k.view(keys), v.view(keys), m.view(*lists, -1)
+
+
+def _weights(
+    q: Tensor, k: Tensor, m: Tensor, mask: Tensor | None, added: Tensor | None, p: Problem
+) -> tuple[Tensor, Tensor]:
+    """w (..., rows, entries, l) and t (..., rows, entries) of gathered keys and landmarks."""
+    s = p.scale * (q @ k.transpose(-2, -1))
+    s = s if mask is None else s + mask
+    t = p.scale * (q @ m.transpose(-2, -1))
+    t = t if added is None else t + added
+    return grouped(s.unflatten(-1, (-1, p.k_block)), t)
+
+
+def _log_weight(work: Work, entries: tuple[slice, slice], p: Problem) -> Tensor | None:
+    """(lines, problems, 1, entries)"""
+    if p.weight is None:
+        return None
+    log = p.weight.to(wide(p.q.dtype)).log()
+    return log[work.where[entries] % p.key_blocks][:, :, None]

@@ -1,0 +1,352 @@
+"""Triton kernels of grouped attention: forward, dq by queries, and dk, dv, dm by key blocks.
+
+A tile holds a whole key block, so that its softmax is taken in place; the landmark's score enters the
+online softmax over blocks. Every output element is written by one program. Exponentials are in base 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
+from xattn.kernels.block_sparse.block_lists import transpose_index
+from xattn.kernels.block_sparse.reference import reduce_bias
+from xattn.kernels.block_sparse.triton import (
+    list_tokens,
+    load_rows,
+    own_rows,
+    store_rows,
+    strides_of,
+)
+from xattn.kernels.grouped.problem import Problem
+from xattn.kernels.softmax.reference import delta
+from xattn.kernels.softmax.triton import padded, supported
+
+
+@triton.jit
+def _inner(products, bias, rows, keys, scale, HAS_BIAS: tl.constexpr, AXIS: tl.constexpr):
+    """w of one key block along ``AXIS``, and which rows see a key of it; rows and keys broadcast."""
+    s = products * (scale * 1.4426950408889634)
+    if HAS_BIAS:
+        b = tl.load(bias + keys, mask=keys >= 0, other=0.0).to(tl.float32)
+        s += b * 1.4426950408889634
+    s = tl.where((rows >= 0) & (keys >= 0), s, float("-inf"))
+    top = tl.max(s, AXIS)
+    p = tl.exp2(s - tl.expand_dims(tl.where(top == float("-inf"), 0.0, top), AXIS))
+    total = tl.sum(p, AXIS)
+    some = total > 0
+    return p / tl.expand_dims(tl.where(some, total, 1.0), AXIS), some
+
+
+@triton.jit
+def _gate(q, mark, weight_ptr, block, some, scale, HAS_WEIGHT: tl.constexpr):
+    """t of one key block in base 2, -inf where a row sees no key of it."""
+    t = tl.sum(q.to(tl.float32) * mark[None, :], 1) * (scale * 1.4426950408889634)
+    if HAS_WEIGHT:
+        t += tl.log2(tl.load(weight_ptr + tl.maximum(block, 0)).to(tl.float32))
+    return tl.where(some, t, float("-inf"))
+
+
+@triton.jit
+def _shares(t, lse):
+    """g from t and log-sum-exp; 0 in rows that see nothing."""
+    seen = lse != float("-inf")
+    g = tl.exp2(t - tl.where(seen, lse, 0.0) * 1.4426950408889634)
+    return tl.where(seen, g, 0.0)
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, marks_ptr, index_ptr, bias_ptr, weight_ptr, o_ptr, lse_ptr,
+    stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, scale,
+    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(1).to(tl.int64)
+    batch, head = line // H, line % H
+    key_line = batch * (H // GROUP) + head // GROUP
+    own, rows = own_rows(N, Q_BLOCK, ROWS)
+    d, w, lane = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, COLUMNS)
+    blocks = index_ptr + batch * stride_ib + (head // GROUP_I) * stride_ih + own * L
+    bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
+    q = load_rows(q_ptr + line * N * D, rows, d, D, D)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
+    for entry in range(0, L):
+        block = tl.load(blocks + entry)
+        token = block * K_BLOCK + lane
+        keys = tl.where((block >= 0) & (lane < K_BLOCK) & (token < S), token, -1)
+        k = load_rows(k_ptr + key_line * S * D, keys, d, D, D)
+        v = load_rows(v_ptr + key_line * S * DV, keys, w, DV, DV)
+        inner, some = _inner(
+            tl.dot(q, tl.trans(k), input_precision="ieee"), bias, rows[:, None], keys[None, :],
+            scale, HAS_BIAS, 1,
+        )  # fmt: skip
+        at = marks_ptr + (key_line * M + block) * D + d
+        mark = tl.load(at, mask=tl.where(block >= 0, d, D) < D, other=0.0).to(tl.float32)
+        t = _gate(q, mark, weight_ptr, block, some, scale, HAS_WEIGHT)
+        new = tl.maximum(top, t)
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        share, keep = tl.exp2(t - safe), tl.exp2(top - safe)
+        total = total * keep + share
+        part = tl.dot(inner.to(v.dtype), v, input_precision="ieee")
+        acc = acc * keep[:, None] + share[:, None] * part
+        top = new
+    some = total > 0
+    store_rows(o_ptr + line * N * DV, rows, w, DV, acc / tl.where(some, total, 1.0)[:, None], DV)
+    lse = (top + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453
+    tl.store(lse_ptr + line * N + rows, tl.where(some, lse, float("-inf")), mask=rows >= 0)
+
+
+@triton.jit
+def dq_kernel(
+    g_ptr, q_ptr, k_ptr, v_ptr, marks_ptr, index_ptr, bias_ptr, weight_ptr, lse_ptr, delta_ptr, dq_ptr,
+    stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, scale,
+    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(1).to(tl.int64)
+    batch, head = line // H, line % H
+    key_line = batch * (H // GROUP) + head // GROUP
+    own, rows = own_rows(N, Q_BLOCK, ROWS)
+    d, w, lane = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, COLUMNS)
+    blocks = index_ptr + batch * stride_ib + (head // GROUP_I) * stride_ih + own * L
+    bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
+    q = load_rows(q_ptr + line * N * D, rows, d, D, D)
+    g = load_rows(g_ptr + line * N * DV, rows, w, DV, DV)
+    lse = tl.load(lse_ptr + line * N + rows, mask=rows >= 0, other=float("-inf"))
+    delta = tl.load(delta_ptr + line * N + rows, mask=rows >= 0, other=0.0)
+    dq = tl.zeros([ROWS, WIDTH], tl.float32)
+    for entry in range(0, L):
+        block = tl.load(blocks + entry)
+        token = block * K_BLOCK + lane
+        keys = tl.where((block >= 0) & (lane < K_BLOCK) & (token < S), token, -1)
+        k = load_rows(k_ptr + key_line * S * D, keys, d, D, D)
+        inner, some = _inner(
+            tl.dot(q, tl.trans(k), input_precision="ieee"), bias, rows[:, None], keys[None, :],
+            scale, HAS_BIAS, 1,
+        )  # fmt: skip
+        at = marks_ptr + (key_line * M + block) * D + d
+        mark = tl.load(at, mask=tl.where(block >= 0, d, D) < D, other=0.0).to(tl.float32)
+        t = _gate(q, mark, weight_ptr, block, some, scale, HAS_WEIGHT)
+        share = _shares(t, lse)
+        v = load_rows(v_ptr + key_line * S * DV, keys, w, DV, DV)
+        dp = tl.dot(g, tl.trans(v), input_precision="ieee")
+        c = tl.sum(inner * dp, 1)
+        ds = share[:, None] * inner * (dp - c[:, None])
+        dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+        dq += (share * (c - delta))[:, None] * mark[None, :]
+    store_rows(dq_ptr + line * N * D, rows, d, D, dq * scale, D)
+
+
+@triton.jit
+def dkv_kernel(
+    g_ptr, q_ptr, k_ptr, v_ptr, marks_ptr, pointer_ptr, queries_ptr, bias_ptr, weight_ptr,
+    lse_ptr, delta_ptr, dk_ptr, dv_ptr, dm_ptr, db_ptr,
+    stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, scale,
+    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """One key block and its landmark, for all query blocks that list it."""
+    line = tl.program_id(1).to(tl.int64)
+    batch, key_head = line // (H // GROUP), line % (H // GROUP)
+    unit = tl.program_id(0)
+    d, w, lane = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, COLUMNS)
+    token = unit * K_BLOCK + lane
+    keys = tl.where((lane < K_BLOCK) & (token < S), token, -1)
+    k = load_rows(k_ptr + line * S * D, keys, d, D, D)
+    v = load_rows(v_ptr + line * S * DV, keys, w, DV, DV)
+    at = (line * M + unit) * D + d
+    mark = tl.load(marks_ptr + at, mask=d < D, other=0.0).to(tl.float32)
+    dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
+    dv = tl.zeros([COLUMNS, WIDTH_V], tl.float32)
+    dm = tl.zeros([WIDTH], tl.float32)
+    for member in range(0, GROUP):
+        head = key_head * GROUP + member
+        query_line = batch * H + head
+        # stride_ib and stride_ih count lists; a list has M + 1 pointers and L entries.
+        own = batch * stride_ib + (head // GROUP_I) * stride_ih
+        begin = tl.load(pointer_ptr + own * (M + 1) + unit)
+        count = tl.load(pointer_ptr + own * (M + 1) + unit + 1) - begin
+        queries = queries_ptr + own * L + begin
+        bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
+        db = tl.zeros([COLUMNS], tl.float32)
+        for start in range(0, count * Q_BLOCK, ROWS):
+            rows = list_tokens(queries, start, count, N, Q_BLOCK, ROWS)
+            q = load_rows(q_ptr + query_line * N * D, rows, d, D, D)
+            g = load_rows(g_ptr + query_line * N * DV, rows, w, DV, DV)
+            lse = tl.load(lse_ptr + query_line * N + rows, mask=rows >= 0, other=float("-inf"))
+            delta = tl.load(delta_ptr + query_line * N + rows, mask=rows >= 0, other=0.0)
+            inner, some = _inner(
+                tl.dot(k, tl.trans(q), input_precision="ieee"), bias, rows[None, :],
+                keys[:, None], scale, HAS_BIAS, 0,
+            )  # fmt: skip
+            t = _gate(q, mark, weight_ptr, unit, some, scale, HAS_WEIGHT)
+            share = _shares(t, lse)
+            dp = tl.dot(v, tl.trans(g), input_precision="ieee")
+            c = tl.sum(inner * dp, 0)
+            a = share[None, :] * inner
+            ds = a * (dp - c[None, :])
+            dv += tl.dot(a.to(g.dtype), g, input_precision="ieee")
+            dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
+            dm += tl.sum((share * (c - delta))[:, None] * q.to(tl.float32), 0)
+            if WRITE:
+                db += tl.sum(ds, 1)
+        if WRITE:
+            tl.store(db_ptr + query_line * S + keys, db, mask=keys >= 0)
+    store_rows(dk_ptr + line * S * D, keys, d, D, dk * scale, D)
+    store_rows(dv_ptr + line * S * DV, keys, w, DV, dv, DV)
+    tl.store(dm_ptr + at, (dm * scale).to(dm_ptr.dtype.element_ty), mask=d < D)
+
+
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    q, k, v, m = (supported(x, 128).contiguous() for x in (p.q, p.k, p.v, p.marks))
+    o = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    index, tile = p.lists.contiguous(), _tile("forward", p)
+    grid = (_programs(p, tile), q.shape[0] * q.shape[1])
+    forward_kernel[grid](
+        q, k, v, m, index, *_optional(p), o, lse, *strides_of(index, index.stride()[:2], p.bias),
+        q.shape[1], q.shape[2], k.shape[2], p.key_blocks, index.shape[3], p.scale,
+        **_constants(p), **tile,
+    )  # fmt: skip
+    return o, lse
+
+
+def backward(
+    p: Problem,
+    outputs: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor | None],
+    wanted: Collection[str],
+) -> dict[str, Tensor]:
+    (o, lse), (grad, grad_lse) = outputs, grads
+    d = delta(grad, grad_lse, o).contiguous()
+    g, q, k, v, m, lse = (x.contiguous() for x in (grad.to(p.q.dtype), p.q, p.k, p.v, p.marks, lse))
+    index, optional, constants = p.lists.contiguous(), _optional(p), _constants(p)
+    dq, dk, dv, dm = (torch.empty_like(x) for x in (q, k, v, m))
+    (batch, heads, n), s = q.shape[:3], k.shape[2]
+    write = p.bias is not None and "bias" in wanted
+    db = q.new_empty((batch, heads, s) if write else (1,), dtype=torch.float32)
+    tile = _tile("dq", p)
+    dq_kernel[_programs(p, tile), batch * heads](
+        g, q, k, v, m, index, *optional, lse, d, dq, *strides_of(index, index.stride()[:2], p.bias),
+        heads, n, s, p.key_blocks, index.shape[3], p.scale, **constants, **tile,
+    )  # fmt: skip
+    pointer, queries = transpose_index(index, p.key_blocks)
+    dkv_kernel[p.key_blocks, batch * k.shape[1]](
+        g, q, k, v, m, pointer, queries, *optional, lse, d, dk, dv, dm, db,
+        *strides_of(index, (index.shape[1], 1), p.bias), heads, n, s, p.key_blocks,
+        queries.shape[2], p.scale, **constants, **_tile("dkv", p), WRITE=write,
+    )  # fmt: skip
+    found = {"q": dq, "k": dk, "v": dv, "marks": dm}
+    if write and p.bias is not None:
+        found["bias"] = reduce_bias(db, p.bias)
+    return found
+
+
+def compile_cases() -> Iterator[Case]:
+    """Each kernel at 16,384 tokens, reading 8 blocks of 64, and 32 of 16 with a bias."""
+    kernels = (forward_kernel, dq_kernel, dkv_kernel)
+    for kernel, name, width in product(kernels, DTYPES, WIDTHS):
+        if name != "fp16":
+            yield _case(kernel, name, width, 64, 8, False)
+        yield _case(kernel, name, width, 16, 32, True)
+
+
+def _case(kernel: Any, name: str, width: int, block: int, s: int, biased: bool) -> Case:
+    role = {forward_kernel: "forward", dq_kernel: "dq", dkv_kernel: "dkv"}[kernel]
+    n, dtype = 16384, DTYPES[name]
+    q = torch.empty(1, 1, n, width, dtype=dtype, device="meta")
+    index = torch.empty(1, 1, n // block, s, dtype=torch.int32, device="meta")
+    bias = q[..., 0] if biased else None
+    marks, weight = q[:, :, ::block], q[0, 0, ::block, 0]
+    p = Problem(q, q, q, marks, index, bias, weight, block, block, 1.0, "triton")
+    options = _tile(role, p) | _constants(p)
+    if role == "dkv":
+        options["WRITE"] = biased
+    products, tensors = {"forward": (2, 4), "dq": (3, 5), "dkv": (4, 6)}[role]
+    case = make_case(
+        kernel, name, options,
+        f"grouped {role} {name} D={width}" + (" bias" if biased else ""),
+        2.0 * products * n * s * block * width,
+        float(tensors * n * width * dtype.itemsize),
+        wide=("bias_ptr", "weight_ptr", "lse_ptr", "delta_ptr", "db_ptr"),
+    )  # fmt: skip
+    for argument in ("index_ptr", "pointer_ptr", "queries_ptr"):
+        if argument in case.signature:
+            case.signature[argument] = "*i32"
+    return case
+
+
+# (role, half precision, padded width above 64): rows, warps and stages that no target spills.
+_TILES = {
+    ("forward", True, False): (64, 4, 3),
+    ("forward", True, True): (64, 8, 2),
+    ("forward", False, False): (32, 8, 2),
+    ("forward", False, True): (16, 4, 2),
+    ("dq", True, False): (64, 4, 3),
+    ("dq", True, True): (64, 8, 2),
+    ("dq", False, False): (32, 8, 2),
+    ("dq", False, True): (32, 8, 2),
+    ("dkv", True, False): (32, 4, 1),
+    ("dkv", True, True): (32, 8, 2),
+    ("dkv", False, False): (32, 8, 2),
+    ("dkv", False, True): (16, 4, 2),
+}
+# (role, padded width) in single precision with key blocks above 32: the same, where that one spills.
+_LONG_TILES = {
+    ("forward", 64): (16, 4, 2),
+    ("forward", 128): (16, 16, 2),
+    ("dq", 64): (16, 4, 2),
+    ("dq", 128): (16, 16, 2),
+    ("dkv", 64): (16, 4, 2),
+    ("dkv", 128): (16, 8, 1),
+}
+
+
+def _tile(role: str, p: Problem) -> dict[str, int]:
+    """Tile and launch options; the columns are those of a whole key block."""
+    half, width = p.q.dtype != torch.float32, padded(max(p.q.shape[-1], p.v.shape[-1]))
+    tile, columns = _TILES[role, half, width > 64], padded(p.k_block)
+    if not half and columns > 32:
+        tile = _LONG_TILES.get((role, width), tile)
+    rows, warps, stages = tile
+    if role != "dkv":
+        rows = min(rows, padded(p.q_block))
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
+
+
+def _programs(p: Problem, tile: dict[str, int]) -> int:
+    return p.query_blocks * triton.cdiv(p.q_block, tile["ROWS"])
+
+
+def _optional(p: Problem) -> tuple[Tensor, Tensor]:
+    """Bias and weight to pass; for a missing one, of which the kernels have no use, ``q`` stands in."""
+    bias = p.q if p.bias is None else p.bias.contiguous()
+    return bias, p.q if p.weight is None else p.weight.contiguous()
+
+
+def _constants(p: Problem) -> dict[str, Any]:
+    d, dv, heads = p.q.shape[3], p.v.shape[3], p.q.shape[1]
+    return {
+        "GROUP": heads // p.k.shape[1],
+        "GROUP_I": heads // p.lists.shape[1],
+        "GROUP_B": 1 if p.bias is None else heads // p.bias.shape[1],
+        "D": d, "DV": dv, "WIDTH": padded(d), "WIDTH_V": padded(dv),
+        "Q_BLOCK": p.q_block, "K_BLOCK": p.k_block, "HAS_BIAS": p.bias is not None,
+        "HAS_WEIGHT": p.weight is not None,
+    }  # fmt: skip
