@@ -73,6 +73,29 @@ def grouped_attention(
         ValueError: shapes, dtypes or devices that do not match; an index out of range or twice in a
             row (on a GPU only with ``XATTN_CHECK=1``); key blocks too long for Triton.
     """
+    return _op(
+        problem(
+            q, k, v, marks, index, q_block=q_block, k_block=k_block, bias=bias, weight=weight,
+            scale=scale, backend=backend,
+        )
+    )  # fmt: skip
+
+
+def problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    marks: Tensor,
+    index: Tensor,
+    *,
+    q_block: int,
+    k_block: int,
+    bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Problem:
+    """The checked arguments of :func:`grouped_attention`."""
     check_attention(q, k, v)
     check_positive(q_block=q_block, k_block=k_block)
     check_lists(q, k, index, q_block, bias)
@@ -94,11 +117,9 @@ def grouped_attention(
         raise ValueError(
             f"k_block: got {k_block}; Triton's kernels take at most {LONGEST}, use backend='cpu'"
         )
-    return _op(
-        Problem(
-            q, k, v, marks, index, bias, weight, q_block, k_block, score_scale(scale, q), chosen
-        )
-    )  # fmt: skip
+    return Problem(
+        q, k, v, marks, index, bias, weight, q_block, k_block, score_scale(scale, q), chosen
+    )
 
 
 LONGEST = 64  # a tile holds a whole key block

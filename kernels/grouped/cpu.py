@@ -25,7 +25,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     queries = work.rows(p.q)
     o = queries.new_empty(*queries.shape[:3], p.v.shape[3])
     lse = queries.new_empty(queries.shape[:3], dtype=wide(p.q.dtype))
-    for part, entries, mask in work.chunks(FORWARD):
+    for part, entries, mask in work.chunks(FORWARD, queries.shape[2]):
         k, v, m = tensors.gather(work, entries)
         more = mask, _log_weight(work, entries, p)
         inner, gates = _weights(widen(queries[part]), k, m, *more, p)
@@ -50,7 +50,7 @@ def backward(
     dq = queries.new_empty(queries.shape, dtype=lse.dtype)
     dk, dv, dm = (torch.zeros_like(x, dtype=lse.dtype) for x in tensors)
     db = None if work.bias is None or "bias" not in wanted else torch.zeros_like(work.bias)
-    for part, entries, mask in work.chunks(BACKWARD):
+    for part, entries, mask in work.chunks(BACKWARD, queries.shape[2]):
         k, v, m = tensors.gather(work, entries)
         q, g, total, d = (widen(x[part]) for x in (queries, grads_o, lse_rows, delta_rows))
         more = mask, _log_weight(work, entries, p)

@@ -243,6 +243,10 @@ def matrix(operator):
     return operator.rows(torch.arange(operator.shape[2])).detach()
 
 
+def has_landmarks(operator):
+    return any(s.marks is not None for piece in operator.pieces for s in piece.segments)
+
+
 def kept(operator, x, dy, part):
     """The relevance that reaches what A is made of, from dense matrices: softmax gives its scores
     sum s_ij A_ij (dA_ij - sum_k A_ik dA_ik), of which those of a constant bias stay out."""
@@ -273,6 +277,12 @@ def kept(operator, x, dy, part):
         return total
     if not depends(operator):
         return 0.0
+    if isinstance(operator, SegmentsOperator) and has_landmarks(operator):
+        # Two softmaxes absorb; scores of keys and of landmarks grow with the queries alike.
+        queries = [piece.q for piece in operator.pieces]
+        y = operator.rows(torch.arange(operator.shape[2])) @ x
+        grads = torch.autograd.grad((dy * y).sum(), queries)
+        return part * sum((q * g).sum().item() for q, g in zip(queries, grads, strict=True))
     a = matrix(operator)
     if not isinstance(operator, SoftmaxOperator | SegmentsOperator):
         return part * (dy * (a @ x)).sum().item()

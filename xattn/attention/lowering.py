@@ -17,7 +17,7 @@ from torch import Tensor
 from xattn.attention.inputs import spread_heads, to_heads
 from xattn.attention.segments import Blocks, Segment, visible_blocks
 from xattn.attention.union import Part, attend_union
-from xattn.kernels import block_sparse, softmax
+from xattn.kernels import block_sparse, grouped, softmax
 
 DENSE = 2048  # the most keys for which a mask is stored
 BANDED = 1280  # up to so many keys bands of a stored mask beat lists
@@ -60,6 +60,7 @@ def attend_output(
         if (
             fixed
             and not s.shift
+            and s.marks is None
             and s.rule is None
             and (s.blocks is None or reads_all(s.k, s.blocks))
         ):
@@ -77,8 +78,10 @@ def needs_grad(x: Tensor) -> bool:
 def _part(q: Tensor, s: Segment, scale: float | None, backend: str) -> Part:
     if s.v is None:
         raise ValueError("segments: got one without values; give Segment(k, v)")
-    bias = None if s.bias is None else to_heads(s.bias, q.shape[1])[:, :, None, :]
     offset = None if s.offset is None else to_heads(s.offset, q.shape[1])
+    if s.marks is not None:
+        return Part("grouped", _grouped(q, s, scale, backend), s.shift, offset)
+    bias = None if s.bias is None else to_heads(s.bias, q.shape[1])[:, :, None, :]
     if s.blocks is None and s.rule is None:
         dense = softmax.problem(q, s.k, s.v, bias, scale=scale, backend=backend)
         return Part("softmax", dense, s.shift, offset)
@@ -99,6 +102,25 @@ def _part(q: Tensor, s: Segment, scale: float | None, backend: str) -> Part:
         backend=backend,
     )
     return Part("block_sparse", sparse, s.shift, offset)
+
+
+def _grouped(q: Tensor, s: Segment, scale: float | None, backend: str) -> grouped.Problem:
+    if s.blocks is None or s.rule is not None:
+        raise ValueError("segments: marks need blocks and no rule; give Segment(k, v, blocks)")
+    assert s.v is not None and s.marks is not None
+    return grouped.problem(
+        q,
+        s.k,
+        s.v,
+        s.marks,
+        s.blocks.index.to(q.device),
+        q_block=s.blocks.q_block,
+        k_block=s.blocks.k_block,
+        bias=s.bias,
+        weight=s.weight,
+        scale=scale,
+        backend=backend,
+    )
 
 
 def mask_is_faster(q: Tensor, keys: int, blocks: Blocks, backend: str, fixed: bool) -> bool:

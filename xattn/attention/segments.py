@@ -59,7 +59,10 @@ class Segment:
 
     Attributes: ``blocks``, the key blocks that each query block reads (all if None); ``rule``, which
     keys of these blocks a query sees; ``bias``, (B or 1, H or 1, S), added to a key's scores;
-    ``offset``, (B or 1, H or 1, N), added to all scores of a query; ``shift``, a number added to all.
+    ``offset``, (B or 1, H or 1, N), added to all scores of a query; ``shift``, a number added to all;
+    ``marks``, (B, H or Hk, blocks, D), landmarks that stand for whole key blocks, within which keys
+    have a softmax of their own (needs ``blocks`` and no ``rule``), and ``weight``, (blocks,), how much
+    each of these counts, see :mod:`xattn.kernels.grouped`.
     """
 
     k: Tensor
@@ -69,6 +72,8 @@ class Segment:
     bias: Tensor | None = None
     offset: Tensor | None = None
     shift: float = 0.0
+    marks: Tensor | None = None
+    weight: Tensor | None = None
 
 
 def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:

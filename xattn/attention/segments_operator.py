@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.attention.inputs import spread_heads, to_heads
@@ -76,7 +77,9 @@ class SegmentsOperator(Operator):
                     total += piece.q.shape[2] * segment.k.shape[2]
                     continue
                 index = segment.blocks.index
-                size = segment.blocks.q_block * segment.blocks.k_block
+                size = segment.blocks.q_block * (
+                    segment.blocks.k_block + (0 if segment.marks is None else 0.5)
+                )
                 total += float((index >= 0).sum()) / (index.shape[0] * index.shape[1]) * size
         return total
 
@@ -144,12 +147,14 @@ class SegmentsOperator(Operator):
         scores = []
         for s in piece.segments:
             part = products(q, spread_heads(s.k, heads), self.scale)
-            part = part + s.shift if s.shift else part
             if s.bias is not None:
                 part = part + to_heads(s.bias[:, :, None, :], heads)
+            part = part.masked_fill(~to_heads(visible(s, places), heads), -torch.inf)
+            part = part if s.marks is None else _opened(part, s, q, self.scale)
+            part = part + s.shift if s.shift else part
             if s.offset is not None:
                 part = part + to_heads(s.offset, heads)[:, :, places, None]
-            scores.append(part.masked_fill(~to_heads(visible(s, places), heads), -torch.inf))
+            scores.append(part)
         weights = torch.cat(scores, -1).softmax(-1).nan_to_num(0.0)
         columns = torch.cat([_spread(c, batch, heads, q.device) for c in piece.columns], -1)
         target = columns.clamp(min=0)[:, :, None].expand_as(weights)
@@ -158,6 +163,20 @@ class SegmentsOperator(Operator):
 
     def _anchor(self) -> Tensor:
         return self.pieces[0].q
+
+
+def _opened(scores: Tensor, s: Segment, q: Tensor, scale: float) -> Tensor:
+    """Scores (B, H, R, S) whose softmax over all keys is that over landmarks and within blocks."""
+    assert s.blocks is not None and s.marks is not None
+    gates = products(q, spread_heads(s.marks, q.shape[1]), scale)
+    gates = gates if s.weight is None else gates + s.weight.to(gates.dtype).log()
+    block = s.blocks.k_block
+    cells = F.pad(scores, (0, -scores.shape[-1] % block), value=-torch.inf).unflatten(
+        -1, (-1, block)
+    )
+    lse = cells.logsumexp(-1)
+    opened = cells + (gates - lse.masked_fill(lse.isneginf(), 0.0))[..., None]
+    return opened.flatten(-2)[..., : scores.shape[-1]]
 
 
 def _take(x: Tensor, columns: Tensor | range, padded: bool) -> Tensor:
@@ -190,7 +209,9 @@ def _with_heads(s: Segment, heads: int) -> Segment:
         blocks = replace(blocks, index=to_heads(blocks.index, heads))
     bias = None if bias is None else to_heads(bias, heads)
     offset = None if offset is None else to_heads(offset, heads)
-    return replace(s, k=spread_heads(s.k, heads), blocks=blocks, bias=bias, offset=offset)
+    marks = None if s.marks is None else spread_heads(s.marks, heads)
+    k = spread_heads(s.k, heads)
+    return replace(s, k=k, blocks=blocks, bias=bias, offset=offset, marks=marks)
 
 
 def _spread(columns: Tensor | range, batch: int, heads: int, device: torch.device) -> Tensor:

@@ -3,7 +3,8 @@
 A and V share the relevance of Y as the factors of a product do (the uniform rule of Achtibat et al.,
 arXiv 2402.05602): half goes to V, and A's half to what A is made of:
 
-    softmax, also of segments   to q and k in equal parts, whole to a bias, by softmax's own gradient
+    softmax, also of segments   to q and k in equal parts, whole to a bias, by softmax's own gradient;
+                                landmarks of key blocks count as keys
     L R, causal or not          to L and R in equal parts
     A_1 A_2 ...                 to the factors in equal parts
     A_1 + A_2 + ...             each term and V share A_t V
@@ -107,7 +108,8 @@ def _(operator: SoftmaxOperator) -> _Parts:
 def _(operator: SegmentsOperator) -> _Parts:
     segments = [s for piece in operator.pieces for s in piece.segments]
     added = [t for s in segments for t in (s.bias, s.offset) if t is not None]
-    return _Parts([piece.q for piece in operator.pieces], [s.k for s in segments], added)
+    keys = [t for s in segments for t in (s.k, s.marks) if t is not None]
+    return _Parts([piece.q for piece in operator.pieces], keys, added)
 
 
 @_parts.register(LowRankOperator)
