@@ -53,6 +53,7 @@ SWAPS = (
     Swap("spatten"),
     Swap("hip"),
     Swap("hip", {"keep": 96, "block": 4}),
+    Swap("landmark"),
 )
 
 

@@ -10,6 +10,7 @@ from xattn.attention import (  # noqa: F401  (they register themselves)
     hedgehog,
     hip,
     infllm_v2,
+    landmark,
     llsa,
     moh,
     nsa,
