@@ -50,7 +50,7 @@ class Recall(NamedTuple):
     cases=(
         {"keep": 12, "block": 4},
         {"keep": 12, "block": 4, "backend": "cpu"},
-        {"keep": 8, "block": 2, "search": "halves", "window": 1},
+        {"keep": 12, "block": 4, "search": "halves"},
     ),
     bench=({"keep": 512},),
 )

@@ -11,7 +11,7 @@ Jaggi, arXiv 2305.16300.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -96,7 +96,7 @@ class Landmark(Mechanism):
         at_hand = [Segment(k, None, layout.own, layout.rule, bias)]
         columns = [layout.columns]
         if lists is not None:
-            at_hand.append(_listing(gated, lists))
+            at_hand.append(replace(gated, blocks=lists))
             columns.append(layout.columns)
         pieces = []
         if prefix:
@@ -156,7 +156,7 @@ class Landmark(Mechanism):
             return Piece(q, (Segment(first.k, rule=rule),), (places[:prefix],))
         every = torch.arange(layout.blocks.count, dtype=torch.int32, device=q.device)
         lists = Blocks(every[None, None, None], prefix, layout.blocks.k_block)
-        return Piece(q, (first, _listing(gated, lists)), (places[:prefix], layout.columns))
+        return Piece(q, (first, replace(gated, blocks=lists)), (places[:prefix], layout.columns))
 
     def _layout(self, inputs: Inputs) -> Layout:
         q, grid = inputs.q, inputs.grid
@@ -189,10 +189,6 @@ class Landmark(Mechanism):
         if operator.context is not None:
             found["retrieved"] = blocks.on_tokens(blocks.frequency(operator.context))
         return {name: x.unflatten(-1, grid) for name, x in found.items()}
-
-
-def _listing(segment: Segment, blocks: Blocks) -> Segment:
-    return Segment(segment.k, None, blocks, None, segment.bias, segment.marks, segment.weight)
 
 
 @dataclass(frozen=True, eq=False)
