@@ -100,9 +100,8 @@ class FreeSwim(Mechanism):
         left = first.expand(*rows.shape[:2], -1, -1)
         gate = (1 - left.sum(-1)).to(inputs.q.dtype)
         override = LowRankOperator(left, rows, signed=False)
-        operator = SumOperator([GatedOperator(near, gate, signed=False), override])
-        operator.stochastic = operator.hides = True
-        return operator
+        terms = [GatedOperator(near, gate, signed=False), override]
+        return SumOperator(terms, stochastic=True, hides=True)
 
     def prefix_scale(self, inputs: Inputs) -> float:
         """What the scores of prefix tokens are multiplied by: sqrt(ln N / ln N_0), at least 1."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from xattn.attention.base import Kept, Mechanism, register, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator, SoftmaxOperator
-from xattn.attention.order import Order, z_order
+from xattn.attention.order import Order, blocks_to_tokens, z_order
 from xattn.attention.patterns import Pattern, pattern_operator
 from xattn.attention.segments import Blocks, Rule, visible_blocks
 from xattn.attention.tree_search import Found, Tokens, by_halves, by_quarters
@@ -161,10 +161,8 @@ class HiP(Mechanism):
         if layout is not None:
             rounds = [runs_to_shares(*runs).mean(1) for runs in operator.context.rounds]
             found["survived"] = layout.on_tokens(torch.stack(rounds, 1), self.block)
-            index = operator.context.lists.long()
-            found["selected"] = layout.on_tokens(
-                runs_to_shares(index.clamp(min=0), index + 1), self.block
-            )
+            lists = Blocks(operator.context.lists, self.block, self.block)
+            found["selected"] = layout.on_tokens(lists.shares(layout.count), self.block)
         return {name: x.unflatten(-1, grid) for name, x in found.items()}
 
     @torch.no_grad()
@@ -240,10 +238,7 @@ class Layout:
 
     def on_tokens(self, x: Tensor, block: int) -> Tensor:
         """Values of blocks, (..., M), for each token behind the prefix."""
-        x = x.repeat_interleave(block, -1)
-        if self.order is not None:
-            return self.order.undo(x, -1)
-        return x[..., : self.tokens]
+        return blocks_to_tokens(x, block, self.order, self.tokens)
 
 
 @lru_cache(maxsize=64)

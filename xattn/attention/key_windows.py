@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xattn.attention.inputs import Inputs
 from xattn.attention.lowering import attend
-from xattn.attention.order import Order, tile_order
+from xattn.attention.order import Order, blocks_to_tokens, tile_order
 from xattn.attention.segments import Blocks, Rule, Segment
 from xattn.kernels.block_sparse.box import causal as causal_rule
 from xattn.kernels.softmax.reference import widen
@@ -71,13 +71,8 @@ class KeyWindows:
 
     def frequency(self, blocks: Blocks) -> Tensor:
         """Share of the lists that hold the block of each token, (B, Hk, N) in [0, 1]."""
-        index = blocks.index.long()
-        lists = torch.where(index < 0, len(self.table), index)
-        seen = torch.zeros(*index.shape[:3], len(self.table) + 1, device=index.device)
-        share = seen.scatter_(-1, lists, 1.0)[..., :-1].mean(2).repeat_interleave(self.k_block, -1)
-        if self.order is None:
-            return share[..., : self.grid[0]]
-        return self.order.undo(share, -1)
+        share = blocks.shares(len(self.table))
+        return blocks_to_tokens(share, self.k_block, self.order, self.grid[0])
 
     def on_tokens(self, x: Tensor) -> Tensor:
         """Values of windows (..., C) as those of tokens (..., h, w): means over the windows that hold

@@ -188,10 +188,7 @@ class LLSA(Mechanism):
             return {}
         made, found = self._pyramid(inputs), {}
         for level, index in operator.context.items():
-            count = len(made.counts[level])
-            lists = torch.where(index < 0, count, index).long()
-            seen = torch.zeros(*lists.shape[:3], count + 1, device=lists.device)
-            real = made.counts[level] > 0
-            share = seen.scatter_(-1, lists, 1.0)[:, :, real, :-1].mean(2)
+            lists = Blocks(index[:, :, made.counts[level] > 0], made.block, made.block)
+            share = lists.shares(len(made.counts[level]))
             found[f"level_{level}"] = made.on_tokens(share, level).unflatten(-1, grid)
         return dict(sorted(found.items()))

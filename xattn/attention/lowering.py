@@ -81,14 +81,11 @@ def _part(q: Tensor, s: Segment, scale: float | None, backend: str) -> Part:
     offset = None if s.offset is None else to_heads(s.offset, q.shape[1])
     if s.marks is not None:
         return Part("grouped", _grouped(q, s, scale, backend), s.shift, offset)
-    bias = None if s.bias is None else to_heads(s.bias, q.shape[1])[:, :, None, :]
-    if s.blocks is None and s.rule is None:
+    if s.rule is None and (s.blocks is None or (backend == "auto" and reads_all(s.k, s.blocks))):
+        bias = None if s.bias is None else to_heads(s.bias, q.shape[1])[:, :, None, :]
         dense = softmax.problem(q, s.k, s.v, bias, scale=scale, backend=backend)
         return Part("softmax", dense, s.shift, offset)
     blocks = s.blocks or visible_blocks(s.rule, 64, 64)  # type: ignore[arg-type]
-    if backend == "auto" and s.rule is None and reads_all(s.k, blocks):
-        dense = softmax.problem(q, s.k, s.v, bias, scale=scale)
-        return Part("softmax", dense, s.shift, offset)
     sparse = block_sparse.problem(
         q,
         s.k,

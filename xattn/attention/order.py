@@ -53,6 +53,13 @@ class Order:
         return Order(self.index.to(device), self.inverse.to(device))
 
 
+def blocks_to_tokens(x: Tensor, block: int, order: Order | None, tokens: int) -> Tensor:
+    """Values of blocks of ``block`` places, (..., M), for each of ``tokens`` tokens in the ``order`` of the
+    places, or as they are."""
+    x = x.repeat_interleave(block, -1)
+    return x[..., :tokens] if order is None else order.undo(x, -1)
+
+
 def tile_order(grid: Sequence[int], tile: Sequence[int] | int, levels: int = 1) -> Order:
     """Tile by tile in raster order, and inside a tile in raster order.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from xattn.attention.algebra import PoolOperator
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator, SoftmaxOperator
-from xattn.attention.order import Order, tile_order
+from xattn.attention.order import Order, blocks_to_tokens, tile_order
 from xattn.attention.patterns import Pattern
 from xattn.attention.segments import Blocks, Rule, Segment, select, visible_blocks
 from xattn.attention.segments_operator import Piece, SegmentsOperator, take_rows
@@ -161,17 +161,11 @@ class PooledBlocks:
 
     def frequency(self, blocks: Blocks) -> Tensor:
         """Share of the lists that hold each block, (B, Hk, M) in [0, 1]."""
-        index = blocks.index.long()
-        lists = torch.where(index < 0, self.count, index)
-        table = torch.zeros(*index.shape[:3], self.count + 1, device=index.device)
-        return table.scatter_(-1, lists, 1.0)[..., :-1].mean(2)
+        return blocks.shares(self.count)
 
     def on_tokens(self, x: Tensor) -> Tensor:
         """Values of blocks, (..., M), for each token behind the prefix, (..., N)."""
-        x = x.repeat_interleave(self.k_block, -1)
-        if self.order is None:
-            return x[..., : len(self.pooling.inverse)]
-        return self.order.undo(x, -1)
+        return blocks_to_tokens(x, self.k_block, self.order, len(self.pooling.inverse))
 
 
 @lru_cache(maxsize=64)

@@ -52,6 +52,13 @@ class Blocks:
             self.known.update(key=key, all=bool((self.index >= 0).all()))
         return bool(self.known["all"])
 
+    def shares(self, count: int) -> Tensor:
+        """The share of the lists that hold each of ``count`` blocks, (B or 1, H or 1, count) in [0, 1]."""
+        index = self.index.long()
+        lists = torch.where(index < 0, count, index)
+        table = torch.zeros(*index.shape[:3], count + 1, device=index.device)
+        return table.scatter_(-1, lists, 1.0)[..., :-1].mean(2)
+
 
 @dataclass(frozen=True, eq=False)
 class Segment:
