@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from xattn.attention import (
     Blocks,
@@ -29,7 +28,7 @@ from xattn.attention import (
 )
 from xattn.attention.lowering import attend_output
 from xattn.eval.bench.tensor_memory import peak_memory
-from xattn.eval.bench.timing import Job, median_ratio
+from xattn.eval.bench.timing import Job, forward_and_both, median_ratio
 from xattn.eval.bench.timing import times as measure
 from xattn.kernels.causal_product import causal_product
 from xattn.runtime.allocator import keep_memory
@@ -108,14 +107,7 @@ def jobs(
     side = math.isqrt(n)
 
     def pair(run: Any) -> tuple[Job, Job]:
-        @torch.no_grad()
-        def forward() -> Tensor:
-            return run(q, k, v)
-
-        def both() -> None:
-            torch.autograd.grad(run(*leaves), leaves, g)
-
-        return forward, both
+        return forward_and_both(run, leaves, g)
 
     made = {"dense (SDPA)": pair(F.scaled_dot_product_attention)}
     visited: dict[str, float] = {"dense (SDPA)": float(n * n)}

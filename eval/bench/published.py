@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.attention import create_mechanism, list_attention, mechanism_class
-from xattn.eval.bench.timing import Job, median_ratio
+from xattn.eval.bench.timing import Job, forward_and_both, median_ratio
 from xattn.eval.bench.timing import times as measure
 
 NOT_MEASURED = "not measured on a GPU"
@@ -163,14 +163,5 @@ def jobs(setting: Setting, device: str, dtype: torch.dtype) -> dict[str, tuple[J
     def sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return layer(q, k, v, grid, x=x, causal=setting.causal)
 
-    def pair(run: Any) -> tuple[Job, Job]:
-        @torch.no_grad()
-        def forward() -> Tensor:
-            return run(q, k, v)
-
-        def both() -> None:
-            torch.autograd.grad(run(*leaves), leaves, g)
-
-        return forward, both
-
-    return {"dense": pair(dense), "sparse": pair(sparse)}
+    runs = {"dense": dense, "sparse": sparse}
+    return {name: forward_and_both(run, leaves, g) for name, run in runs.items()}

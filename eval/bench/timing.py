@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Job = Callable[[], Any]
 Clock = Callable[[], float]
@@ -45,6 +46,21 @@ def processor_clock() -> Clock:
 def median_ratio(of: list[float], to: list[float]) -> float:
     """Median of the ratios within each round."""
     return statistics.median(a / b for a, b in zip(of, to, strict=True))
+
+
+def forward_and_both(
+    run: Callable[..., Tensor], leaves: Sequence[Tensor], grad: Tensor
+) -> tuple[Job, Job]:
+    """``run`` of the leaves without a graph, and with its backward pass, from ``grad`` to the leaves."""
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return run(*leaves)
+
+    def both() -> None:
+        torch.autograd.grad(run(*leaves), leaves, grad)
+
+    return forward, both
 
 
 def seconds_of(job: Job, clock: Clock = time.perf_counter) -> float:
