@@ -1,10 +1,12 @@
 """Mechanisms of attention beside ``F.scaled_dot_product_attention``: time, memory, operations.
 
     xattn bench attention --tokens 256 1024 4096 16384
+    xattn bench attention --only nsa llsa --tokens 16384
 
 One layer's queries, keys and values (one image, 6 heads of 64) on a square grid; projections are left
 out, they are the same for all. In each round every job runs once, in turn; a gain is dense time over
-the job's time within a round, and its median is shown beside the gain that the operations promise.
+the job's time within a round, and its median is shown beside the gain that the operations promise and
+the share of it that is reached.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from xattn.runtime.allocator import keep_memory
 
 HEADS, WIDTH, BLOCK = 6, 64, 64
 LISTS = (4, 8, 16)
+DENSE = "dense (SDPA)"
 LOW_RANK, CAUSAL = "low rank", "causal low rank"  # both with features as wide as a head
 
 
@@ -46,22 +49,17 @@ def bench(
 ) -> Iterator[str]:
     """The lines of the table, as they are measured; a plot of times where ``plot`` names a file.
 
-    ``tokens`` go to 16,384 on a CPU and to 65,536 and beyond on a GPU by default.
+    With ``names``, those mechanisms alone beside dense attention; otherwise all, beside lists of blocks
+    and products of low rank. ``tokens`` go to 16,384 on a CPU and to 65,536 and beyond on a GPU by default.
 
     Raises:
         ValueError: unknown names, or numbers of tokens that are not squares.
     """
-    names = tuple(names) or tuple(list_attention())
-    for name in names:
-        mechanism_class(name)
+    chosen, names = bool(names), tuple(names) or tuple(list_attention())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     far = (65536, 131044) if device == "cuda" else ()
     tokens = tuple(tokens) or (256, 1024, 4096, 16384, *far)
-    wrong = [n for n in tokens if n < 64 or math.isqrt(n) ** 2 != n]
-    if wrong:
-        raise ValueError(f"tokens: got {wrong}; give squares of at least 64")
-    if rounds < 1:
-        raise ValueError(f"rounds: got {rounds}; give at least 1")
+    checked(names, tokens, rounds)
     kept = keep_memory()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     yield (
@@ -69,36 +67,56 @@ def bench(
         f"raised allocator thresholds: {kept}"
     )
     yield (
-        "\n| attention | tokens | forward ms | gain | operations | forward + backward ms | gain "
-        "| peak MB | dense MB |"
+        "\n| attention | tokens | forward ms | gain | operations | share | forward + backward ms | gain "
+        "| share | peak MB | dense MB |"
     )
-    yield "| :-- | --: | --: | --: | --: | --: | --: | --: | --: |"
+    yield "| :-- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |"
     times: dict[str, list[tuple[int, float]]] = {}
     compared: list[str] = []
     for n in tokens:
-        made, visited = jobs(names, n, device, dtype)
+        made, visited = jobs(names, n, device, dtype, references=not chosen)
         forward = measure({name: job[0] for name, job in made.items()}, rounds)
         both = measure({name: job[1] for name, job in made.items()}, rounds)
         memory = {name: peak_memory(job[1]) for name, job in made.items()}
         for name in made:
             times.setdefault(name, []).append((n, statistics.median(forward[name])))
+            promised = n * n / visited[name]
             cells = [name, str(n), f"{1e3 * statistics.median(forward[name]):.1f}"]
-            cells += [_gain(forward, name), f"{n * n / visited[name]:.1f}x"]
-            cells += [f"{1e3 * statistics.median(both[name]):.1f}", _gain(both, name)]
-            cells += [f"{memory[name] / 1e6:.1f}", f"{memory['dense (SDPA)'] / 1e6:.1f}"]
+            gains = [median_ratio(took[DENSE], took[name]) for took in (forward, both)]
+            cells += [f"{gains[0]:.2f}x", f"{promised:.1f}x", f"{gains[0] / promised:.2f}"]
+            cells += [f"{1e3 * statistics.median(both[name]):.1f}"]
+            cells += [f"{gains[1]:.2f}x", f"{gains[1] / promised:.2f}"]
+            cells += [f"{memory[name] / 1e6:.1f}", f"{memory[DENSE] / 1e6:.1f}"]
             yield f"| {' | '.join(cells)} |"
+        if chosen:
+            continue
         slower = [median_ratio(took[CAUSAL], took[LOW_RANK]) for took in (forward, both)]
         compared.append(f"{slower[0]:.2f}x, {slower[1]:.2f}x at {n} tokens")
-    yield f"\n{CAUSAL} to {LOW_RANK}, forward, forward + backward: {'; '.join(compared)}"
+    if compared:
+        yield f"\n{CAUSAL} to {LOW_RANK}, forward, forward + backward: {'; '.join(compared)}"
     if plot is not None:
         draw(times, plot)
         yield f"\nplot: {plot}"
 
 
+def checked(names: Sequence[str], tokens: Sequence[int], rounds: int) -> None:
+    """Refuse what cannot be measured: a ``ValueError`` names the argument."""
+    for name in names:
+        mechanism_class(name)
+    wrong = [n for n in tokens if n < 64 or math.isqrt(n) ** 2 != n]
+    if wrong:
+        raise ValueError(f"tokens: got {wrong}; give squares of at least 64")
+    if rounds < 1:
+        raise ValueError(f"rounds: got {rounds}; give at least 1")
+
+
 def jobs(
-    names: Sequence[str], n: int, device: str, dtype: torch.dtype
+    names: Sequence[str], n: int, device: str, dtype: torch.dtype, references: bool = True
 ) -> tuple[dict[str, tuple[Job, Job]], dict[str, float]]:
-    """(forward, forward and backward) by row, and how many query-key pairs each reads."""
+    """(forward, forward and backward) by row, and how many query-key pairs each reads.
+
+    ``references``: rows of products of low rank and of lists of blocks, which no mechanism is, too.
+    """
     generator = torch.Generator().manual_seed(0)
     shape = (3, 1, HEADS, n, WIDTH)
     q, k, v = torch.randn(shape, generator=generator).to(device, dtype).unbind(0)
@@ -109,11 +127,12 @@ def jobs(
     def pair(run: Any) -> tuple[Job, Job]:
         return forward_and_both(run, leaves, g)
 
-    made = {"dense (SDPA)": pair(F.scaled_dot_product_attention)}
-    visited: dict[str, float] = {"dense (SDPA)": float(n * n)}
-    made[LOW_RANK] = pair(lambda q, k, v: q @ (k.transpose(-2, -1) @ v))
-    made[CAUSAL] = pair(causal_product)
-    visited[LOW_RANK] = visited[CAUSAL] = float(n * WIDTH)
+    made = {DENSE: pair(F.scaled_dot_product_attention)}
+    visited: dict[str, float] = {DENSE: float(n * n)}
+    if references:
+        made[LOW_RANK] = pair(lambda q, k, v: q @ (k.transpose(-2, -1) @ v))
+        made[CAUSAL] = pair(causal_product)
+        visited[LOW_RANK] = visited[CAUSAL] = float(n * WIDTH)
     x = torch.randn(1, n, HEADS * WIDTH, generator=generator).to(device, dtype)
     for name, options in ((key, o) for key in names for o in mechanism_class(key).entry.bench):
         torch.manual_seed(0)
@@ -124,7 +143,7 @@ def jobs(
         operator = layer.operator(Inputs(q, k, v, x, (side, side)))
         visited[label] = operator.pairs + operator.selection
     for s in LISTS:
-        if s * BLOCK > n:
+        if s * BLOCK > n or not references:
             continue
         count = -(-n // BLOCK)
         order = torch.rand(1, HEADS, count, count, generator=generator).argsort(dim=-1)
@@ -134,10 +153,6 @@ def jobs(
         )
         visited[f"block lists S={s}"] = float(n * s * BLOCK)
     return made, visited
-
-
-def _gain(took: dict[str, list[float]], name: str) -> str:
-    return f"{median_ratio(took['dense (SDPA)'], took[name]):.2f}x"
 
 
 def draw(times: dict[str, list[tuple[int, float]]], path: Path) -> None:

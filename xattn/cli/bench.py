@@ -55,19 +55,27 @@ class Bench:
     tokens: tuple[int, ...] = ()
     """For the jobs "attention" (squares, by default 256 1024 4096 16384; more on a GPU) and "maps" (1
     + a square, by default 1025 4097; 16385 takes long)."""
+    only: tuple[str, ...] = ()
+    """For the job "attention": these mechanisms alone, beside dense attention; by default all."""
+    growth: bool = False
+    """For the job "attention": how time and memory grow over the numbers of tokens, without dense
+    attention."""
     plot: Path | None = None
     """For the job "attention": a .png or .svg of times over tokens."""
     published: bool = False
     """For the job "attention": the papers' headline settings, measured on a GPU beside their figures."""
 
     def run(self) -> None:
-        if self.published and self.job != "attention":
-            raise ValueError(
-                f"published: for the job attention alone, got {self.job}; leave it out"
-            )
+        for option in ("published", "growth", "only"):
+            if getattr(self, option) and self.job != "attention":
+                raise ValueError(
+                    f"{option}: for the job attention alone, got {self.job}; leave it out"
+                )
         name, arguments = JOBS.get(self.job, ("xattn.eval.bench.speed", _speed))
         if self.published:
             name, arguments = "xattn.eval.bench.published", _published
+        elif self.growth:
+            name, arguments = "xattn.eval.bench.growth", _growth
         for line in importlib.import_module(name).bench(**arguments(self)):
             print(line, flush=True)
 
@@ -98,10 +106,18 @@ def _probe(options: Bench) -> dict[str, Any]:
 
 def _attention(options: Bench) -> dict[str, Any]:
     return {
-        "names": (),
+        "names": options.only,
         "tokens": options.tokens,
         "rounds": min(options.rounds, 5),
         "plot": options.plot,
+    }
+
+
+def _growth(options: Bench) -> dict[str, Any]:
+    return {
+        "names": options.only,
+        "tokens": options.tokens or (16384, 65536),
+        "rounds": min(options.rounds, 5),
     }
 
 

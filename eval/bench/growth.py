@@ -1,0 +1,51 @@
+"""How time and memory of a mechanism grow with the number of tokens, from the first number to each.
+
+    xattn bench attention --growth --only hip llsa --tokens 16384 65536
+
+The forward pass of one layer on a square grid, without projections. Dense attention would grow by the
+square; it is left out, so that long sequences can be measured on a CPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from xattn.attention import list_attention
+from xattn.eval.bench.attention import DENSE, checked, jobs
+from xattn.eval.bench.tensor_memory import peak_memory
+from xattn.eval.bench.timing import median_ratio
+from xattn.eval.bench.timing import times as measure
+from xattn.runtime.allocator import keep_memory
+
+
+def bench(
+    names: Sequence[str] = (), tokens: Sequence[int] = (16384, 65536), rounds: int = 5
+) -> Iterator[str]:
+    """The lines of the table, a mechanism after the other; all its numbers of tokens in each round.
+
+    Raises:
+        ValueError: unknown names, numbers of tokens that are not squares, or fewer than two.
+    """
+    names = tuple(names) or tuple(list_attention())
+    checked(names, tokens, rounds)
+    if len(tokens) < 2:
+        raise ValueError(f"tokens: got {list(tokens)}; growth needs at least two numbers")
+    keep_memory()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    yield f"{device}, {torch.get_num_threads()} threads, {dtype}, forward"
+    yield "\n| attention | tokens | ms | growth | peak MB | growth |"
+    yield "| :-- | --: | --: | --: | --: | --: |"
+    for name in names:
+        made = {n: jobs([name], n, device, dtype, references=False)[0] for n in tokens}
+        for row in [label for label in made[tokens[0]] if label != DENSE]:
+            took = measure({str(n): made[n][row][0] for n in tokens}, rounds)
+            memory = {n: peak_memory(made[n][row][0]) for n in tokens}
+            for n in tokens:
+                cells = [row, str(n), f"{1e3 * statistics.median(took[str(n)]):.1f}"]
+                cells += [f"{median_ratio(took[str(n)], took[str(tokens[0])]):.2f}x"]
+                cells += [f"{memory[n] / 1e6:.1f}", f"{memory[n] / memory[tokens[0]]:.2f}x"]
+                yield f"| {' | '.join(cells)} |"
