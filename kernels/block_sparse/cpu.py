@@ -1,13 +1,15 @@
 """Attention over lists of key blocks by gathers of a few megabytes and batched dense products.
 
-Query blocks are independent problems of the same size, so a chunk of them is one batch of PyTorch's
-fused attention. Its keys and values are gathered into buffers that all chunks reuse, small enough to
-stay in the cache. Backward gathers again, recomputes the weights, and adds up by key block.
+Query blocks are independent problems, and a chunk of them is one batch of PyTorch's fused attention.
+Problems whose lists have equally many entries go together, so that nothing is gathered for the holes of
+shorter ones and no mask hides it. Keys and values are gathered into buffers that all chunks reuse, small
+enough to stay in the cache. Backward gathers again, recomputes the weights, and adds up by key block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,8 @@ from xattn.kernels.softmax import cpu as dense
 from xattn.kernels.softmax.problem import Problem as DenseProblem
 from xattn.kernels.softmax.reference import delta, wide, widen
 
-FORWARD, BACKWARD = 2**22, 2**21  # bytes of keys and values gathered at a time
+FORWARD, BACKWARD = 2**24, 2**23  # bytes of keys and values gathered at a time
+TOGETHER = 2**20  # up to so many, problems whose lists differ in length go together
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
@@ -28,10 +31,11 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     o = queries.new_empty(*queries.shape[:3], p.v.shape[3])
     lse = queries.new_empty(queries.shape[:3], dtype=wide(p.q.dtype))
     buffers = keys.new_empty(0), values.new_empty(0)
-    for part, entries, mask in work.chunks(FORWARD):
-        kc, vc = work.gather(keys, entries, buffers[0]), work.gather(values, entries, buffers[1])
+    for part, where, _, mask in work.chunks(FORWARD):
+        kc, vc = work.gather(keys, where, buffers[0]), work.gather(values, where, buffers[1])
         problem = DenseProblem(widen(queries[part]), kc, vc, mask, p.scale, False, p.backend)
-        o[part], lse[part] = dense.forward(problem)
+        own, total = dense.forward(problem)
+        o[part], lse[part] = own.to(o.dtype), total.to(lse.dtype)
     return work.tokens(o), work.tokens(lse[..., None])[..., 0].contiguous()
 
 
@@ -53,8 +57,8 @@ def backward(
     db = None if work.bias is None or "bias" not in wanted else torch.zeros_like(work.bias)
     buffers = keys.new_empty(0), values.new_empty(0)
     rows = queries.shape[2]  # scores are stored here, (rows, keys) of a problem
-    for part, entries, mask in work.chunks(BACKWARD, rows):
-        kc, vc = work.gather(keys, entries, buffers[0]), work.gather(values, entries, buffers[1])
+    for part, where, where_bias, mask in work.chunks(BACKWARD, rows):
+        kc, vc = work.gather(keys, where, buffers[0]), work.gather(values, where, buffers[1])
         shape = (*kc.shape[:2], queries.shape[2], kc.shape[2])
         kc, vc = kc.flatten(0, 1), vc.flatten(0, 1)
         qc, gc, lc, dc = (
@@ -69,12 +73,12 @@ def backward(
         # The gathered keys and values are no longer needed: their memory takes the gradients.
         torch.bmm(ds.transpose(1, 2), qc, out=kc)
         torch.bmm(a.transpose(1, 2), gc, out=vc)
-        where = work.where[entries].flatten()
+        where = where.flatten()
         dk.index_add_(0, where, kc.view(where.numel(), -1))
         dv.index_add_(0, where, vc.view(where.numel(), -1))
         if db is not None:
             sums = ds.view(shape).sum(2).view(where.numel(), -1)
-            db.index_add_(0, work.where_bias[entries].flatten(), sums)
+            db.index_add_(0, where_bias.flatten(), sums)
     found = {
         "q": work.tokens(dq.mul_(p.scale)).to(p.q.dtype),
         "k": work.unblock(dk.mul_(p.scale), p.k),
@@ -84,6 +88,19 @@ def backward(
         per_head = db.view(p.q.shape[0], work.heads, -1)[..., : p.k.shape[2]]
         found["bias"] = reduce_bias(per_head, p.bias)
     return found
+
+
+class Chunk(NamedTuple):
+    """Some problems of the table, whose lists have at most E entries."""
+
+    part: tuple[slice, slice | Tensor]
+    """Lines and problems."""
+    where: Tensor
+    """(lines, problems, E), the numbers of their blocks among the blocks of all keys."""
+    where_bias: Tensor
+    """The same among the blocks of all biases."""
+    mask: Tensor | None
+    """(lines or 1, problems, rows or 1, keys of a problem), to add to scores."""
 
 
 class Work:
@@ -101,6 +118,9 @@ class Work:
         own = heads in (index.shape[1], 1 if bias is None else bias.shape[1])
         self.heads = heads if own else key_heads
         self.group = heads // self.heads
+        self.counts = (index >= 0).sum(-1)
+        if int(self.counts.min()) < index.shape[3]:  # holes go behind the entries
+            index = index.gather(-1, (index < 0).byte().argsort(dim=-1, stable=True))
         shared = index.shape[:2] == (1, 1)
         self.lines = batch * self.heads if shared else 1
         # First block of each (batch, head) among the blocks of all keys, and among those of biases.
@@ -108,15 +128,16 @@ class Work:
         first = line.div(self.heads // key_heads, rounding_mode="floor") * p.key_blocks
         lists = index
         if not shared:
-            lists = lists.expand(batch, *index.shape[1:])
-            lists = lists.repeat_interleave(self.heads // index.shape[1], 1)
-        lists = lists.flatten(0, 1)
+            lists, self.counts = (
+                x.expand(batch, *x.shape[1:]).repeat_interleave(self.heads // x.shape[1], 1)
+                for x in (lists, self.counts)
+            )
+        lists, self.counts = lists.flatten(0, 1), self.counts.flatten()
         self.where, self.where_bias = (
             (lists.clamp(min=0) + x[:, None, None]).view(self.lines, -1, index.shape[3])
             for x in (first, line * p.key_blocks)
         )
         self.index = lists.flatten(0, 1)
-        self.holes = bool((index < 0).any()) or p.k.shape[2] % p.k_block > 0
         self.low, self.high = self._box_rows(p.low, 1), self._box_rows(p.high, 0)
         self.bias = None
         if bias is not None:
@@ -146,9 +167,8 @@ class Work:
         """The inverse of :meth:`blocks`."""
         return x.view(*like.shape[:2], -1, like.shape[3])[:, :, : like.shape[2]].to(like.dtype)
 
-    def gather(self, blocks: Tensor, entries: tuple[slice, slice], buffer: Tensor) -> Tensor:
+    def gather(self, blocks: Tensor, where: Tensor, buffer: Tensor) -> Tensor:
         """(lines, problems, keys of a problem, width) in at least float32."""
-        where = self.where[entries]
         size = where.numel()
         if buffer.numel() < size * blocks.shape[1]:
             buffer.resize_(size * blocks.shape[1])
@@ -156,21 +176,44 @@ class Work:
         torch.index_select(blocks, 0, where.flatten(), out=out)
         return widen(out.view(*where.shape[:2], where.shape[2] * self.p.k_block, -1))
 
-    def chunks(
-        self, limit: int, rows: int = 0
-    ) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], Tensor | None]]:
+    def chunks(self, limit: int, rows: int = 0) -> Iterator[Chunk]:
         """Parts of the table whose keys and values fit into ``limit`` bytes, and ``rows`` numbers a
-        key, too; a mask to add, or None."""
+        key, too."""
         width = max(rows, self.p.k.shape[3] + self.p.v.shape[3])
-        bytes_each = self.where.shape[2] * self.p.k_block * width * wide(self.p.q.dtype).itemsize
-        problems = max(1, limit // (bytes_each * self.lines))
-        lines = self.lines if problems > 1 else max(1, min(self.lines, limit // bytes_each))
-        for start in range(0, self.where.shape[1], problems):
-            column = slice(start, start + problems)
-            mask = self._mask(column)
-            for line in range(0, self.lines, lines):
-                part = (slice(line, line + lines), column)
-                yield part, part, self._with_bias(mask, part)
+        bytes_each = self.p.k_block * width * wide(self.p.q.dtype).itemsize
+        for problems, entries, even in self._runs(TOGETHER // (bytes_each * self.lines)):
+            size = max(1, limit // (bytes_each * entries * self.lines))
+            lines = self.lines
+            if size == 1:
+                lines = max(1, min(lines, limit // (bytes_each * entries)))
+            for start in range(0, len(problems), size):
+                some = problems[start : start + size]
+                mask = self._mask(some, entries, even)
+                # Numbers in a row are a slice, which needs no copy.
+                column = slice(some.start, some.stop) if isinstance(some, range) else some
+                for line in range(0, self.lines, lines):
+                    part = (slice(line, line + lines), column)
+                    where, bias = (x[part][..., :entries] for x in (self.where, self.where_bias))
+                    yield Chunk(part, where, bias, self._with_bias(mask, bias))
+
+    def _runs(self, least: int) -> Iterator[tuple[range | Tensor, int, bool]]:
+        """Problems whose lists have equally many entries, or that need not be told apart because all
+        their lists have at most ``least``; how many entries; whether all have as many."""
+        most, count = int(self.counts.max()), len(self.counts)
+        if most == int(self.counts.min()):
+            yield range(count), max(most, 1), most > 0
+            return
+        counts, order = self.counts.sort(descending=True, stable=True)
+        sizes = counts.tolist()
+        start = 0
+        while start < count:
+            entries, stop = max(sizes[start], 1), start + 1
+            while stop < count and (
+                sizes[stop] == sizes[start] or (stop - start) * entries < least
+            ):
+                stop += 1
+            yield order[start:stop], entries, sizes[stop - 1] == entries
+            start = stop
 
     def _box_rows(self, x: Tensor | None, fill: int) -> Tensor | None:
         if x is None:
@@ -178,31 +221,36 @@ class Work:
         x = _lengthen(x, self.p.query_blocks * self.p.q_block, fill)
         return x.reshape(self.p.query_blocks, self.p.q_block, -1)
 
-    def _mask(self, column: slice) -> Tensor | None:
+    def _mask(self, problems: range | Tensor, entries: int, even: bool) -> Tensor | None:
         """(problems, rows or 1, keys of a problem), 0 or -inf; None if all keys are seen."""
-        index, seen, p = self.index[column], None, self.p
-        lane, s = torch.arange(p.k_block, device=index.device), p.k.shape[2]
+        p, device, seen = self.p, self.index.device, None
+        low, high, position = self.low, self.high, p.position
+        s = p.k.shape[2]
+        if even and low is None and s % p.k_block == 0:
+            return None
+        if isinstance(problems, range):
+            problems = torch.arange(problems.start, problems.stop, device=device)
+        index = self.index[problems, :entries]
+        lane = torch.arange(p.k_block, device=device)
         keys = (index[..., None] * p.k_block + lane).flatten(1)
-        if self.holes:
+        if not even or s % p.k_block:
             seen = ((keys >= 0) & (keys < s))[:, None]
             seen = None if seen.all() else seen
-        if self.low is not None and self.high is not None and p.position is not None:
-            problem = torch.arange(column.start, column.start + len(index), device=index.device)
-            block = problem % p.query_blocks
-            at = p.position[keys.clamp(0, s - 1)]
-            near = inside(self.low[block], self.high[block], at, p.dilation)
+        if low is not None and high is not None and position is not None:
+            block = problems % p.query_blocks
+            at = position[keys.clamp(0, s - 1)]
+            near = inside(low[block], high[block], at, p.dilation)
             near = near.repeat(1, self.group, 1)
             seen = near if seen is None else seen & near
         if seen is None:
             return None
-        mask = torch.full(seen.shape, -torch.inf, dtype=torch.float32, device=index.device)
+        mask = torch.full(seen.shape, -torch.inf, dtype=torch.float32, device=device)
         return mask.masked_fill_(seen, 0.0)
 
-    def _with_bias(self, mask: Tensor | None, part: tuple[slice, slice]) -> Tensor | None:
-        """(lines or 1, problems, rows or 1, keys)"""
+    def _with_bias(self, mask: Tensor | None, where: Tensor) -> Tensor | None:
+        """(lines or 1, problems, rows or 1, keys), for the numbers of the biases' blocks."""
         if self.bias is None:
             return None if mask is None else mask[None]
-        where = self.where_bias[part]
         bias = self.bias[where.flatten()].view(*where.shape[:2], 1, -1)
         return bias if mask is None else bias + mask
 

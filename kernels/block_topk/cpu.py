@@ -17,7 +17,6 @@ from xattn.kernels.block_topk.problem import Problem
 from xattn.kernels.softmax.reference import widen
 
 TILE = 2**20  # scores of a chunk, over batch and heads: 4 MB in float32
-CACHED = 2**18  # of a chunk with a softmax, which passes over them several times
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
@@ -90,9 +89,9 @@ def _among_all(p: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 
 def _softmax_scores(p: Problem) -> Tensor:
-    """:func:`reference.scores` of a softmax, by parts that stay in the cache."""
+    """:func:`reference.scores` of a softmax, by parts of all queries."""
     rows, c = p.query_blocks, p.k.shape[2]
-    step = max(1, CACHED // (p.q.shape[0] * p.q.shape[1] * p.q_block * c))
+    step = max(1, TILE // (p.q.shape[0] * p.q.shape[1] * p.q_block * c))
     out = p.q.new_empty(*p.k.shape[:2], rows, c)
     each = p._replace(table=None, spread=[1, 1, 0])
     for start in range(0, rows, step):
@@ -105,8 +104,9 @@ def _reduced_softmax(p: Problem) -> Tensor:
     (batch, _, n, width), (key_heads, c) = p.q.shape, p.k.shape[1:3]
     if p.visible is not None or n % p.q_block or p.reduce == "max":
         return reference.scores(p)
-    q = (p.scale * p.q).reshape(batch * key_heads, -1, width)
-    t = torch.bmm(q, p.k.reshape(-1, c, width).transpose(1, 2)).view(batch, key_heads, -1, n, c)
+    q, k = p.q.reshape(batch * key_heads, -1, width), p.k.reshape(-1, c, width).transpose(1, 2)
+    t = torch.baddbmm(q.new_empty(()), q, k, beta=0, alpha=p.scale)
+    t = t.view(batch, key_heads, -1, n, c)
     t = torch.softmax(t, -1, out=t) if p.lse is None else reference.weights(t, p)
     r = t.unflatten(3, (-1, p.q_block)).sum(4)
     r = r.sum(2) if r.shape[2] > 1 else r[:, :, 0]

@@ -25,9 +25,9 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     queries = work.rows(p.q)
     o = queries.new_empty(*queries.shape[:3], p.v.shape[3])
     lse = queries.new_empty(queries.shape[:3], dtype=wide(p.q.dtype))
-    for part, entries, mask in work.chunks(FORWARD, queries.shape[2]):
-        k, v, m = tensors.gather(work, entries)
-        more = mask, _log_weight(work, entries, p)
+    for part, where, _, mask in work.chunks(FORWARD, queries.shape[2]):
+        k, v, m = tensors.gather(where, p.k_block)
+        more = mask, _log_weight(where, p)
         inner, gates = _weights(widen(queries[part]), k, m, *more, p)
         lse[part] = total = gates.logsumexp(-1)
         a = inner.mul_(weights(gates, total)[..., None]).flatten(-2)
@@ -50,10 +50,10 @@ def backward(
     dq = queries.new_empty(queries.shape, dtype=lse.dtype)
     dk, dv, dm = (torch.zeros_like(x, dtype=lse.dtype) for x in tensors)
     db = None if work.bias is None or "bias" not in wanted else torch.zeros_like(work.bias)
-    for part, entries, mask in work.chunks(BACKWARD, queries.shape[2]):
-        k, v, m = tensors.gather(work, entries)
+    for part, where, where_bias, mask in work.chunks(BACKWARD, queries.shape[2]):
+        k, v, m = tensors.gather(where, p.k_block)
         q, g, total, d = (widen(x[part]) for x in (queries, grads_o, lse_rows, delta_rows))
-        more = mask, _log_weight(work, entries, p)
+        more = mask, _log_weight(where, p)
         inner, gates = _weights(q, k, m, *more, p)
         gates = (gates - total).exp()
         dp = (g @ v.transpose(-2, -1)).view(inner.shape)
@@ -62,13 +62,13 @@ def backward(
         ds = dp.sub_(c[..., None]).mul_(a).flatten(-2)
         dt, a = gates * (c - d), a.flatten(-2)
         dq[part] = ds @ k + dt @ m
-        where = work.where[entries].flatten()
+        where = where.flatten()
         for out, product in ((dk, (ds, q)), (dv, (a, g)), (dm, (dt, q))):
             slope = product[0].transpose(-2, -1) @ product[1]
             out.index_add_(0, where, slope.reshape(len(where), -1))
         if db is not None:
             sums = ds.sum(-2).reshape(len(where), -1)
-            db.index_add_(0, work.where_bias[entries].flatten(), sums)
+            db.index_add_(0, where_bias.flatten(), sums)
     found = {
         "q": work.tokens(dq.mul_(p.scale)).to(p.q.dtype),
         "k": work.unblock(dk.mul_(p.scale), p.k),
@@ -98,12 +98,11 @@ class _Tensors(NamedTuple):
         )  # fmt: skip
         return work, cls(work.blocks(p.k), work.blocks(p.v), p.marks.reshape(-1, p.k.shape[3]))
 
-    def gather(self, work: Work, entries: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
+    def gather(self, where: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
         """Those of some query blocks, (lines, problems, keys or blocks, width)."""
-        where, lists = work.where[entries].flatten(), work.where[entries].shape
-        k, v, m = (widen(x.index_select(0, where)) for x in self)
-        keys = (*lists[:2], lists[2] * work.p.k_block, -1)
-        return k.view(keys), v.view(keys), m.view(*lists, -1)
+        k, v, m = (widen(x.index_select(0, where.flatten())) for x in self)
+        keys = (*where.shape[:2], where.shape[2] * block, -1)
+        return k.view(keys), v.view(keys), m.view(*where.shape, -1)
 
 
 def _weights(
@@ -117,9 +116,9 @@ def _weights(
     return grouped(s.unflatten(-1, (-1, p.k_block)), t)
 
 
-def _log_weight(work: Work, entries: tuple[slice, slice], p: Problem) -> Tensor | None:
+def _log_weight(where: Tensor, p: Problem) -> Tensor | None:
     """(lines, problems, 1, entries)"""
     if p.weight is None:
         return None
     log = p.weight.to(wide(p.q.dtype)).log()
-    return log[work.where[entries] % p.key_blocks][:, :, None]
+    return log[where % p.key_blocks][:, :, None]

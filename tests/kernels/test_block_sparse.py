@@ -14,6 +14,7 @@ from xattn.kernels.block_sparse import (
     check_index,
     neighbourhood,
     permuted,
+    problem,
     transpose_index,
     window,
 )
@@ -248,6 +249,26 @@ def test_chunks_of_any_size_and_a_build_without_the_fused_kernel_agree(shared, m
         assert_near(run("cpu", args, index, grads, **options), expected, 1e-11)
     monkeypatch.setattr(cpu_path.dense, "_fused", lambda *a: None)
     assert_near(run("cpu", args, index, grads, **options), expected, 1e-11)
+
+
+@pytest.mark.parametrize("boxed", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_lists_of_different_lengths_are_gathered_apart(shared, boxed, monkeypatch):
+    args, grads, generator = inputs(40, 40, 16, heads=(4, 2), bias=(2, 2))
+    index = lists(generator, *((1, 1) if shared else (2, 2)), 5, 6, 10, holes=0)
+    for row, length in enumerate((6, 0, 3, 6, 1)):
+        index[:, :, row, :] = index[:, :, row].masked_fill(torch.arange(6) >= length, -1)
+    index = index[..., torch.tensor([3, 0, 5, 1, 4, 2])].contiguous()  # holes come anywhere
+    options = {"q_block": 8, "k_block": 4, "box": causal(40) if boxed else None}
+    expected = run("reference", args, index, grads, **options)
+    for together in (0, 2**30):
+        monkeypatch.setattr(cpu_path, "TOGETHER", together)
+        assert_near(run("cpu", args, index, grads, **options), expected, 1e-11)
+    monkeypatch.setattr(cpu_path, "TOGETHER", 0)
+    chunks = list(cpu_path.Work(problem(*args[:3], index, q_block=8, k_block=4)).chunks(2**24))
+    assert {chunk.where.shape[2] for chunk in chunks} == {6, 3, 1}
+    assert sum(chunk.where.numel() for chunk in chunks) == 2 * 2 * (6 + 1 + 3 + 6 + 1)
+    assert [c.where.shape[2] for c in chunks if c.mask is not None] == [1]  # the list of no entry
 
 
 def test_views_of_any_layout_give_the_same():
