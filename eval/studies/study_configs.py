@@ -157,7 +157,7 @@ class SwapStudyConfig:
     """Photos at each size: accuracy and cosines."""
     maps: tuple[int, ...] = (100, 16, 2)
     """Photos whose maps are compared with the trained network's."""
-    fidelity: tuple[int, ...] = (24, 8, 0)
+    fidelity: tuple[int, ...] = (24, 0, 0)
     """Photos whose maps are scored: AD, IC, ADD, insertion, deletion, ROAD."""
     rounds: tuple[int, ...] = (9, 5, 3)
     """Rounds of timing, whose median counts."""
