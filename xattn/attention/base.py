@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
 from xattn.attention.positions import check_grid
+from xattn.attention.recall import Choice, Recall, recall
 from xattn.attention.record import Call, answered_by, keep, own_layer, recording
 from xattn.kernels.backend import choose
 from xattn.registry import Registry
@@ -107,6 +108,37 @@ class Mechanism(nn.Module, ABC):
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """The mechanism's own maps for an operator that it made: (B, K, h, w) by name."""
         return {}
+
+    def choice(self, inputs: Inputs) -> Choice | None:
+        """Which blocks each block of queries would read, chosen anew; None where the layer is dense.
+
+        Raises:
+            ValueError: a mechanism that does not tell.
+        """
+        raise ValueError(
+            f"mechanism: {self.entry.name} tells no choice of blocks; give one that does, such as hip"
+        )
+
+    @torch.no_grad()
+    def recall(
+        self,
+        q: Tensor,
+        k: Tensor,
+        grid: tuple[int, ...] | None = None,
+        prefix: int = 0,
+        *,
+        x: Tensor | None = None,
+        causal: bool = False,
+        forced: bool = True,
+    ) -> Recall:
+        """How near :meth:`choice` comes to the blocks that get most of dense attention; all 1 where the
+        layer is dense. Arguments as in :class:`~xattn.attention.inputs.Inputs`; ``forced`` and what it
+        gives, see :func:`xattn.attention.recall.recall`."""
+        inputs = self.accepted(Inputs(q, k, k, x, grid, prefix, causal=causal))
+        choice = self.choice(inputs)
+        if choice is None:
+            return Recall(*inputs.q.new_ones(2, *inputs.k.shape[:2]))
+        return recall(inputs, choice, forced=forced)
 
     def enter(self, x: Tensor, prefix: int, carried: dict[Any, Any], whole: bool) -> Tensor:
         """The tokens that the block of a converted model computes on; see ``Entry.around_block``.

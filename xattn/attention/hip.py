@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,20 +23,12 @@ from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import Order, blocks_to_tokens, z_order
 from xattn.attention.patterns import Pattern, pattern_operator
+from xattn.attention.recall import Choice
 from xattn.attention.segments import Blocks, Rule, visible_blocks
 from xattn.attention.tree_search import Found, Tokens, by_halves, by_quarters
 from xattn.kernels.backend import own_precision
 from xattn.kernels.block_sparse.box import causal as causal_rule
 from xattn.kernels.block_sparse.box import permuted
-
-
-class Recall(NamedTuple):
-    """How near the search comes to the blocks with the largest attention, (B, H) each."""
-
-    blocks: Tensor
-    """Share of these blocks that are in the lists."""
-    mass: Tensor
-    """Attention that falls into the lists, as a share of what falls into the same number of these."""
 
 
 @register(
@@ -110,6 +101,13 @@ class HiP(Mechanism):
         operator.context, operator.selection = found, found.scores / 2 if searched else 0.0
         return operator
 
+    def choice(self, inputs: Inputs) -> Choice | None:
+        layout = self._layout(inputs)
+        if layout is None:
+            return None
+        lists = self._find(inputs, layout, self._tokens(inputs, layout)).lists
+        return Choice(Blocks(lists, self.block, self.block), layout.order, layout.forced)
+
     def forget(self) -> None:
         self._lists.clear()
 
@@ -164,44 +162,6 @@ class HiP(Mechanism):
             lists = Blocks(operator.context.lists, self.block, self.block)
             found["selected"] = layout.on_tokens(lists.shares(layout.count), self.block)
         return {name: x.unflatten(-1, grid) for name, x in found.items()}
-
-    @torch.no_grad()
-    def recall(
-        self,
-        q: Tensor,
-        k: Tensor,
-        grid: tuple[int, ...] | None = None,
-        prefix: int = 0,
-        *,
-        causal: bool = False,
-    ) -> Recall:
-        """The search against the exact choice: the blocks to which the queries of a block together give
-        most of dense attention. It costs as much as dense attention; all 1 where the layer is dense."""
-        inputs = self.accepted(Inputs(q, k, k, None, grid, prefix, causal=causal))
-        layout = self._layout(inputs)
-        if layout is None:
-            return Recall(*q.new_ones(2, *q.shape[:2]))
-        index = self._find(inputs, layout, self._tokens(inputs, layout)).lists.long()
-        mass = self._mass(inputs, layout)
-        exact, best = mass.topk(layout.s, -1)
-        table = torch.zeros_like(F.pad(mass, (1, 0))).scatter(-1, index + 1, 1.0)[..., 1:]
-        own = exact > 0
-        hits = (table.gather(-1, best) * own).sum((2, 3)) / own.sum((2, 3))
-        return Recall(hits, (mass * table).sum((2, 3)) / exact.sum((2, 3)))
-
-    def _mass(self, inputs: Inputs, layout: Layout) -> Tensor:
-        """Dense attention of query blocks to key blocks, (B, H, M, M)."""
-        dense = SoftmaxOperator(inputs.q, inputs.k, inputs.scale, causal=inputs.causal)
-        n = inputs.q.shape[2] - inputs.prefix
-        block = torch.arange(n, device=inputs.q.device)
-        block = (block if layout.order is None else layout.order.inverse) // self.block
-        mass = inputs.q.new_zeros(*inputs.q.shape[:2], layout.count, layout.count)
-        patches = torch.arange(inputs.prefix, n + inputs.prefix, device=block.device)
-        for rows in patches.split(dense.row_chunks()[0].stop):
-            a = dense.rows(rows)[..., inputs.prefix :].to(mass.dtype)
-            a = a.new_zeros(*a.shape[:3], layout.count).index_add_(3, block, a)
-            mass.index_add_(2, block[rows - inputs.prefix], a)
-        return mass
 
 
 def runs_to_shares(start: Tensor, end: Tensor) -> Tensor:

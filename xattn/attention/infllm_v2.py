@@ -20,7 +20,8 @@ from xattn.attention.inputs import Inputs
 from xattn.attention.key_windows import KeyWindows, key_windows
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.patterns import Pattern, pattern_operator
-from xattn.attention.segments import select
+from xattn.attention.recall import Choice
+from xattn.attention.segments import Blocks, select
 
 SMALL = {"block": 2, "stride": 1, "dense_below": 0}
 
@@ -95,13 +96,29 @@ class InfLLMv2(Mechanism):
         self._kept = Kept()
 
     def operator(self, inputs: Inputs) -> Operator:
-        q, prefix = inputs.q, inputs.prefix
-        if q.shape[2] - prefix < max(self.dense_below, 1):
+        if self._is_dense(inputs):
             return SoftmaxOperator(
-                q, inputs.k, inputs.scale, backend=self.backend, causal=inputs.causal
+                inputs.q, inputs.k, inputs.scale, backend=self.backend, causal=inputs.causal
             )
         windows = self._windows(inputs)
-        patches = q[:, :, prefix:].detach()
+        blocks, work = self._choose(inputs, windows)
+        pattern = Pattern(blocks, windows.order, windows.rule)
+        operator = pattern_operator(inputs, pattern, backend=self.backend)
+        operator.context, operator.selection = blocks, work
+        return operator
+
+    def choice(self, inputs: Inputs) -> Choice | None:
+        if self._is_dense(inputs):
+            return None
+        windows = self._windows(inputs)
+        return Choice(self._choose(inputs, windows)[0], windows.order, windows.forced)
+
+    def _is_dense(self, inputs: Inputs) -> bool:
+        return inputs.q.shape[2] - inputs.prefix < max(self.dense_below, 1)
+
+    def _choose(self, inputs: Inputs, windows: KeyWindows) -> tuple[Blocks, float]:
+        """The blocks that are read, and the work of choosing them."""
+        patches = inputs.q[:, :, inputs.prefix :].detach()
         patches = patches if windows.order is None else windows.order.apply(patches)
         keys = windows.means(inputs)
         count, forced = len(windows.table), windows.forced
@@ -124,10 +141,7 @@ class InfLLMv2(Mechanism):
             scale=inputs.scale,
             backend=self.backend,
         )
-        pattern = Pattern(blocks, windows.order, windows.rule)
-        operator = pattern_operator(inputs, pattern, backend=self.backend)
-        operator.context, operator.selection = blocks, patches.shape[2] * cost
-        return operator
+        return blocks, patches.shape[2] * cost
 
     def _windows(self, inputs: Inputs) -> KeyWindows:
         q, grid = inputs.q, inputs.grid

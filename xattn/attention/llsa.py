@@ -18,6 +18,7 @@ from xattn.attention.base import Kept, Mechanism, register, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
 from xattn.attention.pyramid import Pyramid, PyramidAttention, PyramidOperator, pyramid
+from xattn.attention.recall import Choice
 from xattn.attention.segments import Blocks, Rule, Segment, select
 from xattn.attention.segments_operator import Piece, SegmentsOperator
 from xattn.kernels.block_sparse.box import causal as causal_rule
@@ -104,6 +105,17 @@ class LLSA(Mechanism):
         rows = [len(c) for c in made.counts[:0:-1]]
         operator.selection = sum(a * b for a, b in zip(rows, candidates, strict=True)) / 2
         return operator
+
+    def choice(self, inputs: Inputs) -> Choice:
+        """Of level 1."""
+        made, prefix = self._pyramid(inputs), inputs.prefix
+        keys, queries = made.means(inputs.k, prefix), made.order.apply(inputs.q[:, :, prefix:])
+        lists = self.choose(made, inputs, queries, keys)[1]
+        forced = None
+        if inputs.causal:
+            forced = torch.arange(lists.shape[2], dtype=torch.int32, device=lists.device)
+            forced = forced[None, None, :, None]
+        return Choice(Blocks(lists, made.block, made.block), made.order, forced)
 
     def _pieces(
         self, inputs: Inputs, made: Pyramid, keys: Tensor, queries: Tensor,

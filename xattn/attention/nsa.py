@@ -28,6 +28,8 @@ from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
 from xattn.attention.patterns import pattern_operator
 from xattn.attention.pooled_blocks import PooledBlocks, pooled_blocks
+from xattn.attention.recall import Choice
+from xattn.attention.segments import Blocks
 
 BRANCHES = ("compressed", "selected", "near")
 START = (-2.0, -2.0, 2.0)  # of the gates' biases: training begins with what is near
@@ -109,9 +111,7 @@ class NSA(Mechanism):
         read = blocks.read(inputs, keys, backend=self.backend)
         compressed = ProductOperator([read, values], causal=inputs.causal)
         pooled = keys[:, :, inputs.prefix :]
-        chosen = blocks.choose(
-            inputs, pooled, self.selected, forced=self.forced, backend=self.backend
-        )
+        chosen = self._choose(inputs, blocks, pooled)
         share = None
         if self.differentiable:
             lse = read.attend(keys)[1][:, :, inputs.prefix :]  # type: ignore[attr-defined]
@@ -130,6 +130,19 @@ class NSA(Mechanism):
         )
         operator.context = chosen
         return operator
+
+    def choice(self, inputs: Inputs) -> Choice:
+        """Of the second branch."""
+        blocks = self._blocks(inputs)
+        pooled = self._pooled(inputs, blocks)[0][:, :, inputs.prefix :]
+        chosen = self._choose(inputs, blocks, pooled)
+        forced = blocks.forced[..., : chosen.index.shape[3]] if self.forced else None
+        return Choice(chosen, blocks.order, forced)
+
+    def _choose(self, inputs: Inputs, blocks: PooledBlocks, pooled: Tensor) -> Blocks:
+        return blocks.choose(
+            inputs, pooled, self.selected, forced=self.forced, backend=self.backend
+        )
 
     def gates(self, inputs: Inputs) -> Tensor:
         """g of the three branches, (3, B, H, N) in [0, 1]; (0, 1, 0) at prefix tokens."""
