@@ -148,12 +148,44 @@ class StudySinks:
             print(line, flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyRecall:
+    """How near mechanisms that choose blocks come to the exact choice, with a trained ViT's queries."""
+
+    data: str
+    """Photos, as for explain."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    sizes: tuple[int, ...] = (448,)
+    """Pixels a side; a ViT's positions are resized."""
+    photos: int = 16
+    """How many of the photos, drawn by --seed."""
+    settings: tuple[str, ...] = ()
+    """Mechanisms as NAME:option=value,...; by default hip, infllm_v2, llsa and nsa."""
+    seed: int = 0
+    """Of the photos and of the random blocks."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import block_recall
+
+        lines = block_recall.study(
+            self.model.load(),
+            self.data,
+            self.sizes,
+            self.photos,
+            self.settings or block_recall.SETTINGS,
+            self.seed,
+        )
+        for line in lines:
+            print(line, flush=True)
+
+
 STUDIES: dict[str, type[Any]] = {
     "at": StudyAt,
     "image": StudyImage,
     "vpu": StudyVpu,
     "swap": StudySwap,
     "sinks": StudySinks,
+    "recall": StudyRecall,
 }
 if TYPE_CHECKING:
     Choice = Any
