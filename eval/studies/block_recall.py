@@ -178,7 +178,7 @@ def random_choice(choice: Choice, inputs: Inputs, generator: torch.Generator) ->
     inputs."""
     lists, device = choice.blocks.index, choice.blocks.index.device
     real = (choice.tokens(inputs) >= 0).unflatten(0, (-1, choice.blocks.k_block)).any(1)
-    score = torch.rand(*lists.shape[:3], len(real), generator=generator).to(device)
+    score = torch.rand(*lists.shape[:3], len(real), generator=generator, device="cpu").to(device)
     score = score.masked_fill(~real, -1.0).masked_fill(choice.always(len(real)), 2.0)
     values, index = score.topk(min(lists.shape[3], len(real)))
     room = torch.arange(index.shape[3], device=device) < (lists >= 0).sum(3, keepdim=True)
