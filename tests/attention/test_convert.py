@@ -221,14 +221,14 @@ def test_a_backbone_is_converted_inside_and_still_gives_its_taps():
     backbone = load_backbone("vit_tiny_patch16_224", weights=None, input_size=64)
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     before = backbone(x)
-    convert(backbone, "softmax")
+    assert convert(backbone, "softmax") is backbone
     after = backbone(x)
     assert torch.allclose(after.logits, before.logits, atol=1e-5)
     for found, expected in zip(after.maps, before.maps, strict=True):
         assert torch.allclose(found, expected, atol=1e-5)
     convert(backbone, "gna", options={"kernel": 2})
     assert not torch.allclose(backbone(x).logits, before.logits, atol=1e-5)
-    revert(backbone)
+    assert revert(backbone) is backbone
     assert torch.equal(backbone(x).logits, before.logits)
 
 

@@ -39,16 +39,18 @@ from xattn.attention.convertible import (
 from xattn.attention.record import FUSED, answered_by, fused, record, recording
 from xattn.runtime.locking import alone
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def convert(
-    model: nn.Module,
+    model: Model,
     name: str | type[Mechanism],
     layers: Iterable[int] | str | None = None,
     options: Mapping[str, Any] | None = None,
     *,
     blocks: Iterable[int] | None = None,
     **keywords: Any,
-) -> nn.Module:
+) -> Model:
     """Swap the attention of ``model.blocks`` in place; returns the model.
 
     Args:
@@ -67,10 +69,8 @@ def convert(
             is named); the model is left untouched.
     """
     layers, options = _earlier_forms(name, layers, options, blocks, keywords)
-    return _convert(model, name, layers, options)
-
-
-Model = TypeVar("Model", bound=nn.Module)
+    _convert(model, name, layers, options)
+    return model
 
 
 def converted_copy(
@@ -108,14 +108,14 @@ def conversion(model: nn.Module) -> list[Conversion] | None:
     return list(found.values()) or None
 
 
-def revert(model: nn.Module) -> nn.Module:
-    """Undo :func:`convert` in place; the mechanisms' own weights are dropped."""
-    model = _network(model)
-    with alone(model):
-        for layer in list(model.modules()):
+def revert(model: Model) -> Model:
+    """Undo :func:`convert` in place; the mechanisms' own weights are dropped. Returns the model."""
+    network = _network(model)
+    with alone(network):
+        for layer in list(network.modules()):
             _release(layer)
-        _stand_around_blocks(model)
-        hooks = getattr(getattr(model, "patch_embed", None), "_forward_pre_hooks", {})
+        _stand_around_blocks(network)
+        hooks = getattr(getattr(network, "patch_embed", None), "_forward_pre_hooks", {})
         for key in [key for key, hook in hooks.items() if isinstance(hook, _Layout)]:
             del hooks[key]
     return model
@@ -150,7 +150,7 @@ def _earlier_forms(
     return layers, {**options, **keywords}
 
 
-def _convert(model: nn.Module, name: Any, numbers: Any, options: dict[str, Any]) -> nn.Module:
+def _convert(model: nn.Module, name: Any, numbers: Any, options: dict[str, Any]) -> None:
     cls = mechanism_class(name)
     if isinstance(name, str):
         MECHANISMS.check_options(name, [str(option) for option in options])
@@ -188,7 +188,6 @@ def _convert(model: nn.Module, name: Any, numbers: Any, options: dict[str, Any])
                 raise
             why = f"{cls.entry.name} does not run in it ({error})"
             raise ValueError(f"model: {why}; untouched") from error
-    return model
 
 
 class _Converted:
