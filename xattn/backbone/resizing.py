@@ -55,10 +55,10 @@ def resized(backbone: Backbone, size: int | tuple[int, int], positions: str = "r
             tile_positions(copied, sides)
         else:
             copied.set_input_size(img_size=sides)
+        preprocessing = replace(backbone.preprocessing, input_size=sides)
+        return Backbone(
+            copied, backbone.name, preprocessing, backbone.taps, backbone.class_names, backbone.task
+        )
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"size: {backbone.name} cannot take {sides} ({reason})") from error
-    preprocessing = replace(backbone.preprocessing, input_size=sides)
-    return Backbone(
-        copied, backbone.name, preprocessing, backbone.taps, backbone.class_names, backbone.task
-    )

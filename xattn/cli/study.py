@@ -179,6 +179,39 @@ class StudyRecall:
             print(line, flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyAttentionMaps:
+    """The own maps of each attention mechanism over one photo, a picture for each."""
+
+    photo: Path
+    """The photo."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    only: tuple[str, ...] = ()
+    """Draw these mechanisms alone, by their names in xattn list attention."""
+    size: int | None = None
+    """Pixels a side of the model's input; by default what suits each mechanism."""
+    layer: int | None = None
+    """Number of the layer, from 0; by default what suits each mechanism."""
+    distilled: tuple[Path, ...] = ()
+    """Folders of conversions that xattn distill has trained, in place of untrained ones."""
+    output: Path = Path("runs/attention-maps")
+    """Folder of the pictures, NAME.jpg each."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import attention_maps
+
+        for line in attention_maps.study(
+            self.model.load(),
+            self.photo,
+            self.output,
+            only=self.only,
+            size=self.size,
+            layer=self.layer,
+            distilled=self.distilled,
+        ):
+            print(line, flush=True)
+
+
 STUDIES: dict[str, type[Any]] = {
     "at": StudyAt,
     "image": StudyImage,
@@ -186,6 +219,7 @@ STUDIES: dict[str, type[Any]] = {
     "swap": StudySwap,
     "sinks": StudySinks,
     "recall": StudyRecall,
+    "attention-maps": StudyAttentionMaps,
 }
 if TYPE_CHECKING:
     Choice = Any

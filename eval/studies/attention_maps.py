@@ -1,0 +1,269 @@
+"""The maps of each attention mechanism over one photo, a picture for each.
+
+    xattn study attention-maps --photo photo.jpg -b vit_tiny_patch16_224 --weights FILE
+
+Every layer of a trained ViT gets the mechanism, the photo is run once, and one layer's maps are drawn
+(:meth:`xattn.attention.base.Mechanism.maps`). ``SETTINGS`` says with which options, at which size and in
+which layer each is worth seeing: a mechanism that is dense on 14 x 14 patches needs a larger photo or
+smaller blocks. Nothing is trained here; ``distilled`` takes conversions of ``xattn distill``.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from xattn.attention import conversion, list_attention, record
+from xattn.attention.base import Mechanism, mechanism_class
+from xattn.attention.conversion import format_layers, format_mechanism
+from xattn.attention.record import Call
+from xattn.backbone import Backbone, converted, load_conversion, resized
+from xattn.backbone.conversion import read_conversion
+from xattn.photos.images import load_image
+from xattn.photos.view import prepare
+from xattn.pictures.contact_sheet import Cell, Row, contact_sheet_image
+from xattn.pictures.overlay import overlay
+from xattn.pictures.scales import Legend, make_scale
+from xattn.runtime.files import atomic_file, check_folder
+
+SIDE = 224  # pixels of a tile: whole ones for each of 14, 28 or 56 patches
+COLUMNS = 4
+LARGEST = 60_000  # bytes of a picture, if a JPEG of quality 50 is as small
+AMOUNTS = Legend("least", "greatest", "of each map, as written below it; means are over heads")
+
+
+class Channels(NamedTuple):
+    """Channels of a map that are shown one by one: what one is, and which; None for all."""
+
+    what: str
+    numbers: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """With what a mechanism is shown.
+
+    Attributes: ``options``, of the mechanism; ``size``, pixels a side of the photo; ``positions``, see
+    :func:`xattn.backbone.resized`; ``depth``, which of the layers that have maps, from 0, the first, to 1,
+    the last; ``channels``, of maps that are not shown as the mean over their channels; ``legends``, colour
+    scales of maps that are no amounts.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    size: int = 448
+    positions: str = "resize"
+    depth: float = 0.5
+    channels: Mapping[str, Channels] = field(default_factory=dict)
+    legends: Mapping[str, Legend] = field(default_factory=dict)
+
+
+SETTINGS: Mapping[str, Setting] = {
+    "act": Setting(depth=1.0),
+    "agent": Setting({"agents": 49}, channels={"agents": Channels("no.", (9, 24, 39))}),
+    "dma": Setting({"window": 64}),
+    "freeswim": Setting(positions="tile"),
+    "gna": Setting({"kernel": 7}),
+    "hip": Setting({"keep": 96, "block": 4}, channels={"survived": Channels("round")}),
+    "infllm_v2": Setting({"selected": 4, "block": 4, "dense_below": 0}),
+    "landmark": Setting({"block": 4, "selected": 8}),
+    "llsa": Setting({"block": 2, "levels": 2}),
+    "moh": Setting(channels={"gates": Channels("head")}),
+    "nsa": Setting({"block": 4}),
+    "routing": Setting(
+        {"centroids": "call"},
+        channels={"cluster": Channels("head", (0,))},
+        legends={"cluster": Legend("first", "last", "cluster", "turbo")},
+    ),
+    "spatten": Setting(depth=1.0),
+}
+
+
+def with_maps() -> list[str]:
+    """The mechanisms that have maps of their own."""
+    return [name for name in list_attention() if mechanism_class(name).maps is not Mechanism.maps]
+
+
+def study(
+    backbone: Backbone,
+    photo: str | Path,
+    output: str | Path = "runs/attention-maps",
+    *,
+    only: Collection[str] = (),
+    size: int | None = None,
+    layer: int | None = None,
+    distilled: Sequence[Path] = (),
+) -> Iterator[str]:
+    """Draw a picture ``NAME.jpg`` for each mechanism into ``output``; gives a line for each.
+
+    Args:
+        backbone: a trained ViT; it stays as it is.
+        only: draw these mechanisms alone.
+        size, layer: in place of those of ``SETTINGS``.
+        distilled: folders of conversions of ``backbone``, each drawn in place of the untrained one.
+
+    Raises:
+        ValueError: an unknown mechanism or one without maps, a layer without maps, or a backbone that is
+            converted already or cannot be. OSError: the photo cannot be read.
+    """
+    if conversion(backbone.model):
+        raise ValueError(
+            f"mechanism: {backbone.name} is converted already; give the network as it was trained"
+        )
+    names = _chosen(only)
+    folders = {read_conversion(folder)[0].name: folder for folder in distilled}
+    for name in set(folders) - set(names):
+        raise ValueError(
+            f"distilled: {folders[name]} holds {name}; this study draws {', '.join(names)}"
+        )
+    image = load_image(photo)
+    output = Path(output)
+    check_folder(output)
+    for name in names:
+        sheet = _sheet(backbone, image, name, size, layer, folders.get(name))
+        path = output / f"{name}.jpg"
+        _save(sheet, path)
+        yield f"{name}: {path}, {path.stat().st_size / 1000:.0f} kB"
+
+
+def _chosen(only: Collection[str]) -> list[str]:
+    known = with_maps()
+    for name in only:
+        if name not in known:
+            raise ValueError(
+                f"only: got {name!r}, no mechanism with maps of its own; choose from {', '.join(known)}"
+            )
+    return [name for name in known if not only or name in only]
+
+
+def _sheet(
+    backbone: Backbone,
+    photo: Image.Image,
+    name: str,
+    size: int | None,
+    layer: int | None,
+    folder: Path | None,
+) -> Image.Image:
+    """The picture of one mechanism."""
+    setting = SETTINGS.get(name, Setting())
+    dense = resized(backbone, size or setting.size, setting.positions)
+    if folder is None:
+        options = dict(setting.options)
+        network = converted(dense, name, None, options)
+    else:
+        options = read_conversion(folder)[0].options
+        network = load_conversion(folder, backbone, dense)
+    pixels = prepare(photo, dense.preprocessing)[0]
+    calls = _calls(network, pixels)
+    at = _layer(calls, name, setting.depth, layer)
+    tile = Image.fromarray((255 * pixels.permute(1, 2, 0).numpy()).round().astype(np.uint8))
+    tile = tile.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    cells = [Cell(tile, "photo", "as the network sees it")]
+    maps = calls[at].maps
+    grid = next(iter(maps.values())).shape[2:]
+    if "received" in maps:
+        before = _received(_calls(dense, pixels)[at], dense.prefix_tokens, grid)
+        cells.append(_cell(tile, "received, as trained", before))
+    for key, values in maps.items():
+        cells += _cells(tile, key, values[0], setting)
+    columns = math.ceil(len(cells) / math.ceil(len(cells) / COLUMNS))
+    return contact_sheet_image(
+        [Row("", cells[i : i + columns]) for i in range(0, len(cells), columns)],
+        format_mechanism(name, options),
+        SIDE,
+        legends=[AMOUNTS, *setting.legends.values()],
+        notes=[_caption(network, setting, grid, f"{at} of 0 to {len(calls) - 1}", folder)],
+    )
+
+
+@torch.no_grad()
+def _calls(network: Backbone, pixels: Tensor) -> list[Call]:
+    with record(network.model) as calls:
+        network.logits(pixels[None].to(network.device, network.mean.dtype))
+    return calls
+
+
+def _layer(calls: Sequence[Call], name: str, depth: float, layer: int | None) -> int:
+    """The layer to draw: ``layer``, or the one at ``depth`` among those that have maps."""
+    some = [i for i, call in enumerate(calls) if call.maps]
+    if not some:
+        raise ValueError(f"only: {name} has no maps in this network; leave it out")
+    if layer is not None and layer not in some:
+        raise ValueError(
+            f"layer: got {layer}; {name} has maps in layers {format_layers(some)}, choose one"
+        )
+    return some[round(depth * (len(some) - 1))] if layer is None else layer
+
+
+@torch.no_grad()
+def _received(call: Call, prefix: int, grid: Sequence[int]) -> Tensor:
+    """What each patch gets from all tokens, mean over heads, (h, w); 1 is the mean."""
+    ones = call.output.new_ones(1, 1, call.output.shape[2])
+    return call.operator.vecmat(ones, "mean")[0, 0, prefix:].unflatten(-1, tuple(grid))
+
+
+def _cells(tile: Image.Image, key: str, values: Tensor, setting: Setting) -> list[Cell]:
+    """The tiles of a map, values (K, h, w)."""
+    colours = setting.legends.get(key, AMOUNTS).cmap
+    one_by_one = setting.channels.get(key)
+    if one_by_one is None:
+        mean = f"mean of {len(values)}, " if len(values) > 1 else ""
+        return [_cell(tile, key, values.mean(0), colours, mean)]
+    what, numbers = one_by_one
+    chosen = range(len(values)) if numbers is None else numbers
+    return [_cell(tile, f"{key}, {what} {i}", values[i], colours) for i in chosen]
+
+
+def _cell(
+    tile: Image.Image, title: str, values: Tensor, colours: str = AMOUNTS.cmap, what: str = ""
+) -> Cell:
+    """A map (h, w) over the photo, patch by patch; without colours if it is the same everywhere."""
+    own = values.double().cpu().numpy()
+    low, high = float(own.min()), float(own.max())
+    if _short(low) == _short(high):
+        return Cell(tile, title, f"{what}{_short(low)} everywhere")
+    scaled = make_scale([(low, high)], colours)(own)
+    patches = Image.fromarray(scaled).resize(tile.size, Image.Resampling.NEAREST)
+    drawn = overlay(tile, np.asarray(patches), cmap=colours)
+    return Cell(drawn, title, f"{what}{_short(low)} to {_short(high)}")
+
+
+def _short(x: float) -> str:
+    return f"{x:.3g}" if abs(x) >= 1 else f"{x:.2g}"
+
+
+def _caption(
+    network: Backbone, setting: Setting, grid: Sequence[int], layer: str, folder: Path | None
+) -> str:
+    height, width = network.preprocessing.input_size
+    tiled = ", positions tiled" if setting.positions == "tile" else ""
+    modules = [m for m in network.model.modules() if isinstance(m, Mechanism)]
+    training = "Converted without training"
+    if folder is not None:
+        training = "Trained by xattn distill"
+    elif any(True for m in modules for _ in m.parameters()):
+        training += "; the parameters of the mechanism are as they were initialised"
+    base = network.name.partition(" ")[0]
+    return (
+        f"{base}, {height} x {width} pixels, {grid[0]} x {grid[1]} patches{tiled}, layer {layer}. "
+        f"{training}."
+    )
+
+
+def _save(sheet: Image.Image, path: Path) -> None:
+    """As JPEG, of lower quality where it is large."""
+    for quality in (88, 80, 70, 60, 50):
+        stream = io.BytesIO()
+        sheet.save(stream, "JPEG", quality=quality, optimize=True)
+        if stream.tell() <= LARGEST:
+            break
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(stream.getvalue())
