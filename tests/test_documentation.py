@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from xattn.attention.base import mechanism_class
+from xattn.eval.studies.attention_maps import LARGEST, with_maps
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGES = [
@@ -79,6 +82,16 @@ def test_files_that_a_page_names_exist(page):
     text = page.read_text(encoding="utf-8")
     for name in re.findall(rf"(?<![\w./])(?:{folders})/[\w/.-]*\.(?:py|md)\b", text):
         assert (ROOT / name).is_file(), name
+
+
+def test_every_mechanism_with_maps_has_a_page_with_a_small_picture_of_them():
+    """``xattn study attention-maps`` draws them."""
+    own = [n for n in with_maps() if mechanism_class(n).__module__.startswith("xattn.")]
+    for name in own:
+        page = ROOT / "docs" / "attention" / f"{name}.md"
+        picture = page.with_suffix(".jpg")
+        assert picture in {target_of(page, link)[0] for link in links_of(page)}, name
+        assert 0 < picture.stat().st_size <= LARGEST, name
 
 
 def test_the_page_of_modules_is_up_to_date():

@@ -38,7 +38,7 @@ from xattn.runtime.files import atomic_file, check_folder
 SIDE = 224  # pixels of a tile: whole ones for each of 14, 28 or 56 patches
 COLUMNS = 4
 LARGEST = 60_000  # bytes of a picture, if a JPEG of quality 50 is as small
-AMOUNTS = Legend("least", "greatest", "of each map, as written below it; means are over heads")
+AMOUNTS = Legend("least", "greatest", "of each map; means are over heads")
 
 
 class Channels(NamedTuple):
@@ -68,7 +68,7 @@ class Setting:
 
 SETTINGS: Mapping[str, Setting] = {
     "act": Setting(depth=1.0),
-    "agent": Setting({"agents": 49}, channels={"agents": Channels("no.", (9, 24, 39))}),
+    "agent": Setting(channels={"agents": Channels("no.", (9, 24, 39))}),
     "dma": Setting({"window": 64}),
     "freeswim": Setting(positions="tile"),
     "gna": Setting({"kernel": 7}),
