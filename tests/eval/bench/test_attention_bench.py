@@ -40,6 +40,33 @@ def test_the_command_prints_a_table_and_draws(tmp_path, capsys):
     assert plot.stat().st_size > 5000
 
 
+def test_some_mechanisms_alone_have_rows_beside_dense(capsys):
+    command = ["bench", "attention", "--only", "act", "gna", "--tokens", "64", "--rounds", "1"]
+    assert main(command) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "| 64 |" in line]
+    names = [row[0].removeprefix("| ") for row in rows]
+    assert names == ["dense (SDPA)", "act", "act stride=8", "gna kernel=7"]
+    assert rows[0][3:6] == ["1.00x", "1.0x", "1.00"]  # gain, operations, share
+    gain, promised = (float(x.removesuffix("x")) for x in rows[3][3:5])
+    assert float(rows[3][5]) == pytest.approx(gain / promised, abs=0.01)
+
+
+def test_growth_is_from_the_first_number_of_tokens(capsys):
+    from xattn.eval.bench.growth import bench as growth
+
+    command = ["bench", "attention", "--growth", "--only", "dma", "--tokens", "256", "1024"]
+    assert main([*command, "--rounds", "1"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| dma")]
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    assert [row[1] for row in cells] == ["256", "1024"] * (len(cells) // 2)
+    assert cells[0][3] == cells[0][5] == "1.00x"
+    assert 2 < float(cells[1][5].removesuffix("x")) < 6  # memory is linear in the tokens
+    with pytest.raises(ValueError, match="tokens: got .256.; growth needs at least two"):
+        list(growth(tokens=(256,)))
+    assert main(["bench", "maps", "--growth"]) != 0
+    assert "growth: for the job attention alone, got maps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
