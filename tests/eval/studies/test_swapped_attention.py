@@ -417,12 +417,12 @@ def test_what_is_called_training_free_keeps_most_of_the_accuracy_of_a_trained_vi
     backbone = load_backbone("vit_tiny_patch16_224", file)
     sample = SHARED / "imagenet-sample"
     config = SwapStudyConfig((224,), (100,), (0,), (0,), (0,))
-    whole = [swap for swap in SWAPS if swap.share == 1]
+    free = [s for s in SWAPS if mechanism_class(s.name).entry.training_free and s.share == 1]
     list(study(
-        backbone, sample, sample / "classes.json", tmp_path, config, whole,
-        only=[swap.label for swap in whole], progress=False,
+        backbone, sample, sample / "classes.json", tmp_path, config, free,
+        only=[swap.label for swap in free], progress=False,
     ))  # fmt: skip
     accuracy = read_accuracy(tmp_path / "accuracy.json")
-    for figure in accuracy.first.figures:
-        free = mechanism_class(figure.mechanism).entry.training_free
-        assert (figure.right > 0.8 * accuracy.first.dense) == free, figure
+    for name in {swap.name for swap in free}:
+        figure = accuracy.of(name)[0]  # the first row has the settings that the claim is made for
+        assert figure.right > 0.8 * accuracy.first.dense, figure
