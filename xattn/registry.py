@@ -23,6 +23,8 @@ from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any, Generic, Protocol, TypeVar
 
+from xattn.runtime.option_checks import checked
+
 REFUSAL = "{name} does not take that option ({option}); its options: {options}"
 
 
@@ -314,6 +316,13 @@ def adopting(
 def with_name(cls: Any, entry: Named) -> None:
     """``mark`` of :class:`Registry`: the class knows its name."""
     cls.name = entry.name
+
+
+def with_entry(cls: Any, entry: Named) -> None:
+    """``mark`` of :class:`Registry`: the class knows its entry, and its constructor checks what it gets,
+    see :mod:`xattn.runtime.option_checks`."""
+    cls.entry = entry
+    cls.__init__ = checked(cls.__init__)
 
 
 def near_matches(name: object, names: Collection[str]) -> list[str]:

@@ -134,7 +134,7 @@ def test_saved_mixers_load_bit_identical_and_config_names_them_only_where_used(n
         ({"mixer": "softmax", "mixer_options": {"dim": 5}}, "mixer_options: got 'dim'"),
         (
             {"mixer": "softmax", "mixer_options": {"rotate": nn.Identity()}},
-            "got 'rotate'.*leave it",
+            "got a module as 'rotate'.*give a name",
         ),
         (
             {"mixer": "gna", "mixer_options": {"kernel": torch.tensor(3)}},

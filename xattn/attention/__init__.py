@@ -45,7 +45,14 @@ from xattn.attention.lowering import attend
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import Order, tile_order, z_order
 from xattn.attention.patterns import Pattern, pattern_operator
-from xattn.attention.positions import AxialRotation, Rotation
+from xattn.attention.positions import (
+    AxialRotation,
+    GridRotation,
+    Rotation,
+    create_rotation,
+    list_rotations,
+    register_rotation,
+)
 from xattn.attention.record import Call, record
 from xattn.attention.segments import Blocks, Rule, Segment, select, visible_blocks
 from xattn.attention.segments_operator import SegmentsOperator
@@ -61,6 +68,7 @@ __all__ = [
     "Conversion",
     "Entry",
     "GatedOperator",
+    "GridRotation",
     "Inputs",
     "LowRankOperator",
     "Mechanism",
@@ -82,13 +90,16 @@ __all__ = [
     "converted_copy",
     "create_attention",
     "create_mechanism",
+    "create_rotation",
     "fit_centroids",
     "list_attention",
+    "list_rotations",
     "mechanism_class",
     "pattern_operator",
     "pool",
     "record",
     "register",
+    "register_rotation",
     "revert",
     "select",
     "tile_order",

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
-from xattn.attention.positions import check_grid
+from xattn.attention.positions import Rotation, check_grid, create_rotation, rotated
 from xattn.attention.recall import Choice, Recall, recall
 from xattn.attention.record import Call, answered_by, keep, own_layer, recording
 from xattn.kernels.backend import choose
-from xattn.registry import Registry
-from xattn.runtime.option_checks import checked
+from xattn.registry import Registry, with_entry
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,7 @@ class Mechanism(nn.Module, ABC):
             raise ValueError(f"dim, num_heads: got {dim}, {num_heads}; num_heads has to divide dim")
         choose("auto" if backend == "triton" else backend, torch.device("cpu"))  # checks the name
         self.dim, self.num_heads, self.backend = dim, num_heads, backend
+        self.rotate: Rotation | None = None  # see create_mechanism
 
     @abstractmethod
     def operator(self, inputs: Inputs) -> Operator:
@@ -204,8 +204,11 @@ class Mechanism(nn.Module, ABC):
         return Call(seen, inputs.v, output, dict(operator.aux), maps)
 
     def accepted(self, inputs: Inputs) -> Inputs:
-        """``inputs``, checked, as :meth:`operator` takes them."""
+        """``inputs``, checked and rotated, as :meth:`operator` takes them."""
         self.check(inputs)
+        rotate = getattr(self, "rotate", None)  # pickles of earlier versions have none
+        if rotate is not None:
+            inputs = rotated(rotate, inputs)
         return inputs if self.entry.grouped else inputs.ungrouped()
 
     def check(self, inputs: Inputs) -> None:
@@ -281,12 +284,6 @@ class Kept(dict[Any, Any]):
 KEPT = 8
 
 
-def with_entry(cls: Any, entry: Any) -> None:
-    """Give a registered class its entry, and check what its constructor gets."""
-    cls.entry = entry
-    cls.__init__ = checked(cls.__init__)
-
-
 MECHANISMS: Registry[Mechanism, Entry] = Registry(
     "xattn.attention",
     argument="name",
@@ -349,14 +346,31 @@ def with_layer(
 
 
 def create_mechanism(
-    name: str | type[Mechanism], dim: int, num_heads: int, **options: Any
+    name: str | type[Mechanism],
+    dim: int,
+    num_heads: int,
+    *,
+    rotate: str | Rotation | None = None,
+    **options: Any,
 ) -> Mechanism:
     """A mechanism alone, for q, k, v of ``num_heads`` heads; ``options`` are its own. A class need not be
     registered.
+
+    Args:
+        rotate: rotates queries and keys by their places before the mechanism gets them; a name with
+            options such as ``"comrope:form=ap"``, see :func:`~xattn.attention.create_rotation`. Every
+            mechanism takes it; its parameters lie under ``rotate``.
 
     Raises:
         ValueError: unknown name (with near matches), unknown option, or values that do not fit.
     """
     if not isinstance(name, str):
-        return name(dim, num_heads, **options)
-    return MECHANISMS.create(name, dim, num_heads, **options)
+        made = name(dim, num_heads, **options)
+    else:
+        made = MECHANISMS.create(name, dim, num_heads, **options)
+    if isinstance(rotate, str):
+        rotate = create_rotation(rotate, dim // num_heads, num_heads)
+    if rotate is not None and not isinstance(rotate, Rotation):
+        raise ValueError(f"rotate: got {rotate!r}; give a name, such as 'axial', or a Rotation")
+    made.rotate = rotate
+    return made

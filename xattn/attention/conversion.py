@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from xattn.runtime import strict_json
 
+_COMMA = r',(?![^\[\]]*\])(?=(?:[^"]*"[^"]*")*[^"]*$)'  # not within brackets or quotes
 LAYERS_FORM = 'numbers and ranges, such as "4-11" or "0,3,8-11"'
 
 
@@ -106,20 +107,27 @@ def parse_mechanism(text: str) -> tuple[str, dict[str, Any]]:
 
     >>> parse_mechanism("gna:kernel=7,causal=[true,false]")
     ('gna', {'kernel': 7, 'causal': [True, False]})
+    >>> parse_mechanism('softmax:rotate="comrope:form=ap,block=4"')
+    ('softmax', {'rotate': 'comrope:form=ap,block=4'})
 
     Raises:
         ValueError: an option without a value.
     """
+    return parse_named(text, "mechanism")
+
+
+def parse_named(text: str, argument: str) -> tuple[str, dict[str, Any]]:
+    """:func:`parse_mechanism` of what else has that form; errors begin with ``argument``."""
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
-    for pair in re.split(r",(?![^\[\]]*\])", rest) if rest else ():
+    for pair in re.split(_COMMA, rest) if rest else ():
         key, found, value = pair.partition("=")
         if not found or not key.strip().isidentifier():
             raise ValueError(
-                f"mechanism: got {pair!r} in {text!r}; write NAME:option=value,option=value"
+                f"{argument}: got {pair!r} in {text!r}; write NAME:option=value,option=value"
             )
         if key.strip() in options:
-            raise ValueError(f"mechanism: got {key.strip()} twice in {text!r}; give it once")
+            raise ValueError(f"{argument}: got {key.strip()} twice in {text!r}; give it once")
         options[key.strip()] = _value(value)
     return name.strip(), options
 
@@ -142,6 +150,6 @@ def _value(text: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, str) and _value(value) == value:
+    if isinstance(value, str) and _value(value) == value and "," not in value:
         return value  # without quotes
     return json.dumps(value, separators=(",", ":"), default=str)

@@ -61,7 +61,8 @@ def convert(
             which need not be registered; layers converted before are converted anew.
         layers: numbers of the blocks, negative ones counted from the end, or a str such as "4-11" or
             "0,3,8-11"; all by default.
-        options: of the mechanism.
+        options: of the mechanism, and ``rotate``, the name of a rotation of queries and keys, which
+            takes the place of the layer's own rotary embedding; see :func:`create_mechanism`.
         blocks, keywords: earlier forms of ``layers`` and ``options``; deprecated.
 
     Raises:
@@ -153,7 +154,8 @@ def _earlier_forms(
 def _convert(model: nn.Module, name: Any, numbers: Any, options: dict[str, Any]) -> None:
     cls = mechanism_class(name)
     if isinstance(name, str):
-        MECHANISMS.check_options(name, [str(option) for option in options])
+        MECHANISMS.check_options(name, [str(option) for option in options if option != "rotate"])
+    _check_rotation(cls, options.get("rotate"))
     model = _network(model)
     with alone(model):
         layers = chosen_layers(model, numbers)
@@ -190,6 +192,17 @@ def _convert(model: nn.Module, name: Any, numbers: Any, options: dict[str, Any])
             raise ValueError(f"model: {why}; untouched") from error
 
 
+def _check_rotation(cls: type[Mechanism], rotate: Any) -> None:
+    if not isinstance(rotate, str | None):
+        raise ValueError(
+            f"rotate: got {rotate!r}; give a name with options, such as 'axial:base=10'"
+        )
+    if rotate is not None and cls.entry.around_block:
+        raise ValueError(
+            f"rotate: {cls.entry.name} leaves tokens out, so that places are lost; leave out rotate"
+        )
+
+
 class _Converted:
     """Mixed into the class of a converted layer."""
 
@@ -199,6 +212,8 @@ class _Converted:
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         tokens = args[0] if args else None  # what the layer reads
+        if kwargs.get("rope") is not None and getattr(self.mechanism, "rotate", None) is not None:
+            kwargs = {**kwargs, "rope": None}
         if not torch.compiler.is_compiling():
             with fused(self), _Swap(self.mechanism, self.layout, tokens):  # type: ignore[arg-type]
                 return super().forward(*args, **kwargs)  # type: ignore[misc]

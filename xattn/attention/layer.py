@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from xattn.attention.base import Mechanism, create_mechanism, merge_heads, whole
-from xattn.attention.positions import positions
+from xattn.attention.positions import Rotation, check_grid, create_rotation, positions
 
 Rotate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -25,8 +25,9 @@ class Attention(nn.Module):
         qkv_bias, proj_bias: whether the projections have biases.
         qk_norm: layer norm of queries and keys in each head.
         kv_heads: Hk, heads of keys and values; it divides the number of heads, which is the default.
-        rotate: rotates queries and keys by their places, (q, k, positions) -> (q, k), with
-            positions (N, n) on the grid, 0 at prefix tokens; see :mod:`xattn.attention.positions`.
+        rotate: rotates queries and keys by their places: a name with options such as
+            ``"comrope:form=ap"``, or (q, k, positions) -> (q, k) with positions (N, n) on the grid, 0 at
+            prefix tokens; see :mod:`xattn.attention.positions`.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Attention(nn.Module):
         proj_bias: bool = True,
         qk_norm: bool = False,
         kv_heads: int | None = None,
-        rotate: Rotate | None = None,
+        rotate: Rotate | str | None = None,
     ) -> None:
         super().__init__()
         dim, self.num_heads = mechanism.dim, mechanism.num_heads
@@ -49,7 +50,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, dim + 2 * self.kv_heads * width, bias=qkv_bias)
         self.q_norm: nn.Module = nn.LayerNorm(width) if qk_norm else nn.Identity()
         self.k_norm: nn.Module = nn.LayerNorm(width) if qk_norm else nn.Identity()
-        self.rotate = rotate
+        if isinstance(rotate, str):
+            rotate = create_rotation(rotate, width, self.kv_heads)
+        self.rotate: Rotate | None = rotate
         self.mechanism = mechanism
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
@@ -69,7 +72,9 @@ class Attention(nn.Module):
         if self.rotate is not None:
             if grid is None:
                 raise ValueError("grid: rotated queries and keys need the grid of the tokens")
-            q, k = self.rotate(q, k, positions(grid, prefix, x))
+            check_grid("rotate", (0,), tuple(grid), prefix, x.shape[1])
+            own = self.rotate.places if isinstance(self.rotate, Rotation) else positions
+            q, k = self.rotate(q, k, own(grid, prefix, x))
         y = self.mechanism(q, k, v, grid, prefix, x=x, causal=causal)
         return self.proj(merge_heads(y))
 
@@ -83,7 +88,7 @@ def create_attention(
     proj_bias: bool = True,
     qk_norm: bool = False,
     kv_heads: int | None = None,
-    rotate: Rotate | None = None,
+    rotate: Rotate | str | None = None,
     **options: Any,
 ) -> Attention:
     """An attention layer by the mechanism's name; arguments as in :class:`Attention`.

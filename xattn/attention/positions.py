@@ -1,6 +1,7 @@
-"""Places of tokens on their grid, and rotations of queries and keys by them.
+"""Places of tokens on their grid, and rotations of queries and keys by them, which have names.
 
-    layer = create_attention("softmax", dim=384, num_heads=6, rotate=AxialRotation(64))
+    layer = create_attention("softmax", dim=384, num_heads=6, rotate="axial")
+    convert(model, "gna", options={"kernel": 7, "rotate": "comrope:form=ap"})
 
 A rotation multiplies q_i by R(p_i) and k_j by R(p_j), with R(0) = 1; where R(p)^T R(p') = R(p' - p),
 scores depend on differences of positions alone.
@@ -14,10 +15,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from xattn.attention.conversion import parse_named
+from xattn.attention.inputs import Inputs
+from xattn.kernels.backend import own_precision
+from xattn.registry import Registry, with_entry
 
 
 def positions(grid: Sequence[int], prefix: int, like: Tensor) -> Tensor:
@@ -56,6 +64,10 @@ class Rotation(nn.Module, ABC):
     """What :class:`~xattn.attention.Attention` takes as ``rotate``; its parameters are trained with
     the layer. A token at position 0, such as a prefix token, is left as it is."""
 
+    def places(self, grid: Sequence[int], prefix: int, like: Tensor) -> Tensor:
+        """The positions (N, n) that :meth:`forward` is to get for the tokens of a grid."""
+        return positions(grid, prefix, like)
+
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys, in their own shapes and dtypes.
@@ -66,17 +78,217 @@ class Rotation(nn.Module, ABC):
         """
 
 
-class AxialRotation(Rotation):
+class GridRotation(Rotation):
+    """Base of the rotations that have names: the layout of tokens, and checks.
+
+    Args:
+        width: D of a head.
+        axes: n, dimensions of the grid.
+        num_heads: G, rotations of their own; G divides the heads of queries and of keys, and one
+            rotation serves heads that lie side by side.
+        span: every grid is so long along each axis, whatever its number of tokens, with the prefix
+            tokens at 0 in its middle; None counts tokens from 0, where the prefix tokens are, too.
+        jitter: in training, tokens move by a normal distribution with this standard deviation in half
+            tokens, at most by half a token; the same for all images of a call.
+    """
+
+    entry: ClassVar[RotationEntry]
+
+    def __init__(
+        self,
+        width: int,
+        axes: int = 2,
+        num_heads: int = 1,
+        span: float | None = None,
+        jitter: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for name, count in (("width", width), ("axes", axes), ("num_heads", num_heads)):
+            if count < 1:
+                raise ValueError(f"{name}: got {count}; give a whole number of at least 1")
+        if span is not None and not 0 < span < float("inf"):
+            raise ValueError(f"span: got {span}; give a positive number, or None to count tokens")
+        if not 0 <= jitter < float("inf"):
+            raise ValueError(f"jitter: got {jitter}; give a number of at least 0")
+        self.width, self.axes, self.num_heads = width, axes, num_heads
+        self.span, self.jitter = span, jitter
+
+    def places(self, grid: Sequence[int], prefix: int, like: Tensor) -> Tensor:
+        found = positions(grid, prefix, like)
+        step = torch.ones_like(found[:1])
+        if self.span is not None:
+            step = self.span / found.new_tensor(tuple(grid))[None]
+            found[prefix:] = (found[prefix:] + 0.5) * step - self.span / 2
+        if self.training and self.jitter:
+            moved = torch.randn_like(found[prefix:]) * (self.jitter / 2)
+            found[prefix:] += moved.clamp(-0.5, 0.5) * step
+        return found
+
+    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """As in :class:`Rotation`; computed in float32 at least.
+
+        Raises:
+            ValueError: shapes that do not fit, or positions outside of the grid, where it has a ``span``.
+        """
+        self._check(q, k, positions)
+        with own_precision(q):
+            turn = self.turns(positions.to(torch.promote_types(positions.dtype, q.dtype)))
+            return self._rotated(q, turn), self._rotated(k, turn)
+
+    @abstractmethod
+    def turns(self, positions: Tensor) -> Tensor:
+        """What :meth:`turn` reads of the positions (N, n), (1 or G, ...)."""
+
+    @abstractmethod
+    def turn(self, x: Tensor, turns: Tensor) -> Tensor:
+        """Rotate x (B, G, r, N, D), r heads for each rotation."""
+
+    def _rotated(self, x: Tensor, turns: Tensor) -> Tensor:
+        heads = x.to(torch.promote_types(x.dtype, turns.dtype)).unflatten(1, (self.num_heads, -1))
+        return self.turn(heads, turns).flatten(1, 2).to(x.dtype)
+
+    def _check(self, q: Tensor, k: Tensor, positions: Tensor) -> None:
+        if positions.ndim != 2 or positions.shape[1] != self.axes:
+            raise ValueError(
+                f"positions: got shape {tuple(positions.shape)}; give (N, {self.axes}), or make the "
+                f"rotation with axes={positions.shape[-1]}"
+            )
+        for name, x in (("q", q), ("k", k)):
+            if x.shape[-2:] != (len(positions), self.width):
+                raise ValueError(
+                    f"{name}: got {x.shape[-2]} tokens of width {x.shape[-1]}; the rotation has "
+                    f"{len(positions)} positions and width {self.width}"
+                )
+            if x.shape[1] % self.num_heads:
+                raise ValueError(
+                    f"{name}: got {x.shape[1]} heads; the rotation has num_heads={self.num_heads}, which "
+                    f"has to divide them"
+                )
+        if self.span is None or positions.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        farthest = float(positions.detach().abs().max())
+        if not farthest <= self.span / 2 * (1 + 1e-6):
+            raise ValueError(
+                f"positions: got {farthest:.4g}, outside of the grid, which spans {-self.span / 2:g} to "
+                f"{self.span / 2:g}; give rotation.places(grid, prefix, q), or span=None to count tokens"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.width}, axes={self.axes}, num_heads={self.num_heads}, span={self.span}"
+
+
+@dataclass(frozen=True)
+class RotationEntry:
+    """What the registry knows about a rotation."""
+
+    name: str
+    paper: str
+    relative: bool = True
+    """Whether R(p)^T R(p') = R(p' - p), so that scores depend on differences of positions alone."""
+    cases: tuple[Mapping[str, Any], ...] = ({},)
+    """Options with which the tests run it, for heads of 16 channels on a grid of 2 dimensions."""
+
+
+ROTATIONS: Registry[GridRotation, RotationEntry] = Registry(
+    "xattn.rotations",
+    argument="rotate",
+    noun="rotation",
+    options_argument="rotate",
+    given=("width", "num_heads"),
+    mark=with_entry,
+)
+Made = TypeVar("Made", bound=GridRotation)
+
+
+def register_rotation(
+    name: str, *, paper: str, **properties: Any
+) -> Callable[[type[Made]], type[Made]]:
+    """Class decorator: make a rotation known under ``name``; ``properties`` as in :class:`RotationEntry`.
+
+    Its constructor takes ``width``, the number of axes as ``axes``, and ``num_heads``, as
+    :class:`GridRotation` does.
+
+    Raises:
+        ValueError: another rotation has that name.
+    """
+    return ROTATIONS.register(RotationEntry(name, paper, **properties))
+
+
+def list_rotations() -> list[str]:
+    """Names that :func:`create_rotation` accepts."""
+    return ROTATIONS.names()
+
+
+def create_rotation(text: str, width: int, num_heads: int = 1, **options: Any) -> GridRotation:
+    """The rotation ``NAME[:option=value,...]``, such as ``"comrope:form=ap,block=4"``, for ``num_heads``
+    heads of ``width`` channels; ``options`` are further ones.
+
+    Raises:
+        ValueError: unknown name (with near matches), unknown option, or values that do not fit.
+    """
+    name, own = parse_named(text, "rotate")
+    options = {**own, **options}
+    ROTATIONS.check_options(name, options)
+    return ROTATIONS.get(name)(width, num_heads=num_heads, **options)
+
+
+def rotated(rotate: Rotation, inputs: Inputs) -> Inputs:
+    """``inputs`` with rotated queries and keys, the tokens in a row where they have no grid.
+
+    Raises:
+        ValueError: keys of other tokens, no grid, or one of another number of dimensions.
+    """
+    tokens = inputs.q.shape[2]
+    if inputs.k.shape[2] != tokens:
+        raise ValueError(
+            f"k: got {inputs.k.shape[2]} keys for {tokens} queries; to rotate by places they have to be "
+            f"the same tokens"
+        )
+    if inputs.k.shape[1] % getattr(rotate, "num_heads", 1):
+        inputs = inputs.ungrouped()
+    grid = inputs.grid
+    if grid is None and getattr(rotate, "axes", None) == 1:
+        grid = (tokens - inputs.prefix,)
+    if grid is None:
+        raise ValueError("grid: rotated queries and keys need the grid of the tokens")
+    q, k = rotate(inputs.q, inputs.k, rotate.places(grid, inputs.prefix, inputs.q))
+    return inputs.replace(q=q, k=k)
+
+
+def turn_pairs(x: Tensor, angles: Tensor) -> Tensor:
+    """Channels 2 m and 2 m + 1 of x (..., N, D) turned in their plane by angles (..., N, D / 2)."""
+    cos, sin = angles.cos(), angles.sin()
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+
+
+@register_rotation(
+    "axial",
+    paper="arXiv 2403.13298",
+    cases=({}, {"base": 10.0, "span": 7.0}),
+)
+class AxialRotation(GridRotation):
     """Rotary embedding with a share of the channels for each axis of the grid.
 
     Args:
         width: D of a head; 2 n divides it.
         axes: n, dimensions of the grid.
         base: the slowest pair of channels turns by about 1 / base a token.
+        span, jitter: see :class:`GridRotation`; with ``span`` 14 a grid of any size turns as one of 14
+            tokens a side.
+        num_heads: as in :class:`GridRotation`; all heads turn alike.
     """
 
-    def __init__(self, width: int, axes: int = 2, base: float = 100.0) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        width: int,
+        axes: int = 2,
+        base: float = 100.0,
+        span: float | None = None,
+        jitter: float = 0.0,
+        *,
+        num_heads: int = 1,
+    ) -> None:
         if axes < 1 or width < 1 or width % (2 * axes):
             raise ValueError(
                 f"width, axes: got {width}, {axes}; twice the number of axes has to divide the width "
@@ -84,16 +296,8 @@ class AxialRotation(Rotation):
             )
         if not 1 <= base < float("inf"):
             raise ValueError(f"base: got {base}; give a number of at least 1, such as 100")
-        self.width, self.axes, self.base = width, axes, base
-
-    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if positions.ndim != 2 or positions.shape[1] != self.axes:
-            raise ValueError(
-                f"positions: got shape {tuple(positions.shape)}; give (N, {self.axes}), or make the "
-                f"rotation with axes={positions.shape[-1]}"
-            )
-        turn = self.angles(positions)
-        return self._turned("q", q, turn), self._turned("k", k, turn)
+        super().__init__(width, axes, 1, span, jitter)
+        self.base = base
 
     def angles(self, positions: Tensor) -> Tensor:
         """(N, D / 2) for positions (N, n): by which each pair of channels turns."""
@@ -101,16 +305,11 @@ class AxialRotation(Rotation):
         exponent = torch.arange(pairs, device=positions.device, dtype=positions.dtype) / pairs
         return (positions[..., None] * self.base**-exponent).flatten(1)
 
-    def _turned(self, name: str, x: Tensor, turn: Tensor) -> Tensor:
-        if x.shape[-2:] != (len(turn), self.width):
-            raise ValueError(
-                f"{name}: got {x.shape[-2]} tokens of width {x.shape[-1]}; the rotation has "
-                f"{len(turn)} positions and width {self.width}"
-            )
-        cos, sin = turn.cos(), turn.sin()
-        even, odd = x.to(torch.promote_types(x.dtype, turn.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
-        return turned.flatten(-2).to(x.dtype)
+    def turns(self, positions: Tensor) -> Tensor:
+        return self.angles(positions)
+
+    def turn(self, x: Tensor, turns: Tensor) -> Tensor:
+        return turn_pairs(x, turns)
 
     def extra_repr(self) -> str:
-        return f"{self.width}, axes={self.axes}, base={self.base:g}"
+        return f"{super().extra_repr()}, base={self.base:g}"

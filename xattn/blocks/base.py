@@ -18,11 +18,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from xattn.attention.base import merge_heads, split_heads, whole, with_entry
+from xattn.attention.base import merge_heads, split_heads, whole
 from xattn.attention.operator import Operator
 from xattn.attention.positions import check_grid
 from xattn.attention.record import Call, answered_by, keep, own_layer, record, recording
-from xattn.registry import Registry
+from xattn.registry import Registry, with_entry
 
 
 @dataclass(frozen=True)

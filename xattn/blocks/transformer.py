@@ -51,7 +51,7 @@ class TransformerBlock(Block):
         proj_bias: bool = True,
         qk_norm: bool = False,
         kv_heads: int | None = None,
-        rotate: Rotate | None = None,
+        rotate: Rotate | str | None = None,
     ) -> None:
         super().__init__(dim)
         if not 0 <= mlp_ratio < float("inf"):

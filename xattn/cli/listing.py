@@ -46,6 +46,7 @@ class List:
 
 def _print_names() -> None:
     from xattn.attention.base import MECHANISMS
+    from xattn.attention.positions import ROTATIONS
     from xattn.blocks.base import BLOCKS
     from xattn.eval.metric_presets import PRESETS as PROTOCOLS
     from xattn.eval.metrics.registry import METRICS, REGISTRY
@@ -60,6 +61,7 @@ def _print_names() -> None:
         "trained heads": shipped_heads(),
         "explainers": EXPLAINERS,
         "attention mechanisms": MECHANISMS,
+        "rotations by places": ROTATIONS,
         "blocks": BLOCKS,
         "attention training": METHODS,
         "metrics": METRICS,
@@ -68,7 +70,7 @@ def _print_names() -> None:
     }
     for title, names in rows.items():
         print(f"{title}:", ", ".join(names) or "none")
-    for registry in (HEADS, EXPLAINERS, MECHANISMS, BLOCKS, METHODS, REGISTRY):
+    for registry in (HEADS, EXPLAINERS, MECHANISMS, ROTATIONS, BLOCKS, METHODS, REGISTRY):
         for reason in registry.failures().values():
             print(f"not loaded, {registry.group}: {reason}")
 

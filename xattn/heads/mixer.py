@@ -172,10 +172,10 @@ def create_mixer(
 def _check_saved(options: Mapping[str, Any]) -> None:
     """Raise unless config.json can hold the options."""
     for name, value in options.items():
-        if name == "rotate" and value is not None:
+        if name == "rotate" and not isinstance(value, str | None):
             raise ValueError(
-                "mixer_options: got 'rotate'; its layers would share one rotation, and config.json "
-                "cannot hold it; leave it out"
+                "mixer_options: got a module as 'rotate'; its layers would share one rotation, and "
+                "config.json cannot hold it; give a name, such as 'axial'"
             )
         try:
             json.dumps({name: value}, allow_nan=False)
