@@ -4,6 +4,7 @@ from xattn.attention import (  # noqa: F401  (they register themselves)
     act,
     agent,
     based,
+    comrope,
     dma,
     freeswim,
     gna,
@@ -39,6 +40,7 @@ from xattn.attention.causal_low_rank import CausalLowRankOperator
 from xattn.attention.centroids import fit_centroids
 from xattn.attention.conversion import Conversion
 from xattn.attention.convert import conversion, convert, converted_copy, revert
+from xattn.attention.folding import folded
 from xattn.attention.inputs import Inputs
 from xattn.attention.layer import Attention, create_attention
 from xattn.attention.lowering import attend
@@ -92,6 +94,7 @@ __all__ = [
     "create_mechanism",
     "create_rotation",
     "fit_centroids",
+    "folded",
     "list_attention",
     "list_rotations",
     "mechanism_class",

@@ -36,6 +36,7 @@ from xattn.attention.convertible import (
     run_one_image,
     width_of,
 )
+from xattn.attention.folding import is_folded
 from xattn.attention.record import FUSED, answered_by, fused, record, recording
 from xattn.runtime.locking import alone
 
@@ -112,6 +113,7 @@ def conversion(model: nn.Module) -> list[Conversion] | None:
 def revert(model: Model) -> Model:
     """Undo :func:`convert` in place; the mechanisms' own weights are dropped. Returns the model."""
     network = _network(model)
+    _check_unfolded(network)
     with alone(network):
         for layer in list(network.modules()):
             _release(layer)
@@ -157,6 +159,7 @@ def _convert(model: nn.Module, name: Any, numbers: Any, options: dict[str, Any])
         MECHANISMS.check_options(name, [str(option) for option in options if option != "rotate"])
     _check_rotation(cls, options.get("rotate"))
     model = _network(model)
+    _check_unfolded(model)
     with alone(model):
         layers = chosen_layers(model, numbers)
         known = {path for path, layer in layers.items() if isinstance(layer, _Converted)}
@@ -200,6 +203,13 @@ def _check_rotation(cls: type[Mechanism], rotate: Any) -> None:
     if rotate is not None and cls.entry.around_block:
         raise ValueError(
             f"rotate: {cls.entry.name} leaves tokens out, so that places are lost; leave out rotate"
+        )
+
+
+def _check_unfolded(model: nn.Module) -> None:
+    if is_folded(model):
+        raise ValueError(
+            "model: its rotations are folded into its projections; give the model that it was made of"
         )
 
 

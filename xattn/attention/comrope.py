@@ -1,0 +1,244 @@
+"""ComRoPE: rotations of queries and keys by learned matrices that commute; and LieRE, whose do not.
+
+    R(p) = exp(sum_a p_a A_a),   A_a skew-symmetric, one block of b channels after the other
+
+    comrope, form "ap":  A_a = S_j in every n-th block j = a, a + n, ..., else 0     (axis partition)
+    comrope, form "ld":  A_a = w_aj S_j in all blocks j                              (linear dependence)
+    liere:               A_a = S_aj, of its own for each axis
+
+with S = P - P^T and P learned for each head, w shared by the heads. R(p)^T R(p') = R(p' - p) for all p and
+p' if and only if the A_a commute, so for ComRoPE, not for LieRE. Blocks that commute have one basis in
+which all of them turn pairs of channels, S = Q L Q^T. So after training Q goes into the projections, see
+:func:`~xattn.attention.folded`, and what is left costs what rotary embedding costs. In training the
+exponential is computed as such: the basis has no stable gradient where turns are nearly equal.
+
+Yu et al. 2025, arXiv 2506.03737; LieRE: Ostmeier et al. 2024, arXiv 2406.10322.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from itertools import product
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from xattn.attention.positions import GridRotation, register_rotation, turn_pairs
+
+EQUAL = 1e-9  # turns below so much of the largest count as none
+
+
+class BlockRotation(GridRotation):
+    """Base of rotations by matrices in blocks of ``block`` channels."""
+
+    def __init__(
+        self, width: int, axes: int, block: int, num_heads: int, span: float | None, jitter: float
+    ) -> None:
+        if block < 2 or block % 2 or width % block:
+            raise ValueError(
+                f"block: got {block} for heads of {width} channels; give an even number that divides "
+                f"their width"
+            )
+        super().__init__(width, axes, num_heads, span, jitter)
+        self.block, self.blocks = block, width // block
+
+    @abstractmethod
+    def generators(self) -> Tensor:
+        """A (n, G, m, b, b), skew-symmetric, for m blocks of each of G heads."""
+
+    def matrices(self, positions: Tensor) -> Tensor:
+        """R (G, m, N, b, b) at positions (N, n)."""
+        a = self.generators().to(positions.dtype)
+        return torch.matrix_exp(torch.einsum("ta,agmij->gmtij", positions, a).contiguous())
+
+    def turns(self, positions: Tensor) -> Tensor:
+        return self.matrices(positions)
+
+    def turn(self, x: Tensor, turns: Tensor) -> Tensor:
+        blocks = x.unflatten(-1, (self.blocks, self.block))
+        return torch.einsum("gmtij,bgrtmj->bgrtmi", turns, blocks).flatten(-2)
+
+    def prior(self, positions: Tensor) -> Tensor:
+        """trace R(p) / D (G, N): how much a pair of tokens that lie p apart counts by their places alone,
+        1 at p = 0."""
+        return self.matrices(positions).diagonal(0, -2, -1).sum((1, -1)) / self.width
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, block={self.block}"
+
+
+def skew(p: Tensor) -> Tensor:
+    """P - P^T."""
+    return p - p.transpose(-2, -1)
+
+
+@register_rotation(
+    "comrope",
+    paper="arXiv 2506.03737",
+    cases=(
+        {"form": "ap", "block": 4},
+        {"form": "ld", "block": 8, "span": None, "init_std": 0.1},
+        {"form": "ld", "block": 2},
+    ),
+)
+class ComRope(BlockRotation):
+    """Rotations by commuting matrices, ComRoPE-AP and ComRoPE-LD.
+
+    Args:
+        width, axes, num_heads, jitter: see :class:`~xattn.attention.positions.GridRotation`.
+        form: "ap", each block turns along one axis, so that the number of axes divides that of blocks;
+            "ld", each along a learned direction.
+        block: b, even; it divides the width of a head.
+        init_std: standard deviation of P at first. 0 rotates nothing at first, as for a trained network
+            that has learned without; P learns from there.
+        span: as in ``GridRotation``. The paper's positions are shares of the image, 1.
+    """
+
+    direction: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        axes: int = 2,
+        form: Literal["ap", "ld"] = "ld",
+        block: int = 8,
+        init_std: float = 1.0,
+        span: float | None = 1.0,
+        jitter: float = 0.0,
+        *,
+        num_heads: int = 1,
+    ) -> None:
+        super().__init__(width, axes, block, num_heads, span, jitter)
+        if form == "ap" and self.blocks % axes:
+            raise ValueError(
+                f"block: got {self.blocks} blocks of {block} channels; form 'ap' needs a number that "
+                f"{axes} axes divide, give another block or form 'ld'"
+            )
+        self.form, self.std = form, _checked_std(init_std)
+        self.raw = nn.Parameter(torch.randn(num_heads, self.blocks, block, block) * self.std)
+        if form == "ld":
+            self.direction = nn.Parameter(torch.randn(axes, self.blocks))
+        else:
+            turns = torch.eye(axes).repeat(1, self.blocks // axes)
+            self.register_buffer("direction", turns, persistent=False)
+
+    def generators(self) -> Tensor:
+        return self.direction[:, None, :, None, None] * skew(self.raw)
+
+    def turns(self, positions: Tensor) -> Tensor:
+        """R (G, m, N, b, b). Since the A_a commute, it is the product of exp(p_a A_a), and a grid has
+        few values of p_a."""
+        few = positions.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not few or positions.requires_grad:
+            return self.matrices(positions)
+        s, parts = skew(self.raw).to(positions.dtype), []
+        for axis in range(self.axes):
+            own = slice(axis, None, self.axes) if self.form == "ap" else slice(None)
+            values, where = positions[:, axis].unique(return_inverse=True)
+            weight = self.direction[axis, own].to(positions.dtype)
+            a = (weight[:, None, None] * s[:, own])[:, :, None]
+            parts.append(torch.matrix_exp(a * values[:, None, None])[:, :, where])
+        if self.form == "ap":
+            return torch.stack(parts, 2).flatten(1, 2)
+        whole = parts[0]
+        for part in parts[1:]:
+            whole = whole @ part
+        return whole
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, FoldedRotation]:
+        """Q (G, D, D), and the rotation that does the same to Q^T q and Q^T k."""
+        basis, rates = _pairs_of(skew(self.raw.detach().double().cpu()))
+        rates = rates[..., None] * self.direction.double().cpu().T[:, None]  # (G, m, b / 2, n)
+        rotation = FoldedRotation(
+            self.width, self.axes, self.num_heads, self.span, rates.flatten(1, 2)
+        )
+        q = torch.stack([torch.block_diag(*blocks) for blocks in basis])
+        return q, rotation.to(self.raw)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, form={self.form!r}"
+
+
+@register_rotation(
+    "liere",
+    paper="arXiv 2406.10322",
+    relative=False,
+    cases=({"block": 4}, {"block": 8, "span": None, "init_std": 0.1}),
+)
+class LieRe(BlockRotation):
+    """LieRE: skew-symmetric matrices learned for each axis. They do not commute, so scores depend on the
+    places themselves, and nothing can be folded.
+
+    Args: as in :class:`ComRope`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        axes: int = 2,
+        block: int = 8,
+        init_std: float = 1.0,
+        span: float | None = 1.0,
+        jitter: float = 0.0,
+        *,
+        num_heads: int = 1,
+    ) -> None:
+        super().__init__(width, axes, block, num_heads, span, jitter)
+        std = _checked_std(init_std)
+        self.raw = nn.Parameter(torch.randn(axes, num_heads, self.blocks, block, block) * std)
+
+    def generators(self) -> Tensor:
+        return skew(self.raw)
+
+
+class FoldedRotation(GridRotation):
+    """What is left of a :class:`ComRope` once its basis is part of the projections: pair m of channels
+    turns by the angle f_m . p. For inference; nothing of it is trained.
+
+    Args:
+        rates: f (G, D / 2, n).
+    """
+
+    rates: Tensor
+
+    def __init__(
+        self, width: int, axes: int, num_heads: int, span: float | None, rates: Tensor
+    ) -> None:
+        super().__init__(width, axes, num_heads, span)
+        self.register_buffer("rates", rates)
+
+    def turns(self, positions: Tensor) -> Tensor:
+        return torch.einsum("ta,gfa->gtf", positions, self.rates.to(positions.dtype))
+
+    def turn(self, x: Tensor, turns: Tensor) -> Tensor:
+        return turn_pairs(x, turns[:, None])
+
+
+def _checked_std(value: float) -> float:
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"init_std: got {value}; give a number of at least 0, such as 1")
+    return value
+
+
+def _pairs_of(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthogonal Q and rates l >= 0 with S = Q L Q^T, L turning channels 2 m and 2 m + 1 at l_m, for skew
+    matrices S (G, m, b, b): Q in their shape, l (G, m, b / 2)."""
+    basis, rates = torch.empty_like(s), s.new_zeros(*s.shape[:-2], s.shape[-1] // 2)
+    for head, block in product(range(s.shape[0]), range(s.shape[1])):
+        basis[head, block], rates[head, block] = _pairs_of_one(s[head, block])
+    return basis, rates
+
+
+def _pairs_of_one(s: Tensor) -> tuple[Tensor, Tensor]:
+    # -i S u = l u for u = x + i y means S y = l x and S x = -l y.
+    size = len(s)
+    values, vectors = torch.linalg.eigh(-1j * s)
+    turning = values > EQUAL * values.abs().max().clamp_min(torch.finfo(s.dtype).tiny)
+    u = vectors[:, turning] * 2**0.5
+    found = torch.stack([u.imag, u.real], -1).flatten(-2)
+    # Channels that do not turn: whatever is orthogonal to the others.
+    rest = torch.linalg.svd(found, full_matrices=True)[0][:, found.shape[1] :]
+    rates = torch.cat([values[turning], s.new_zeros((size - found.shape[1]) // 2)])
+    return torch.cat([found, rest], -1), rates
