@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -200,6 +200,61 @@ class SwapStudyConfig:
         at = self.sizes.index(size)
         counts = {"quality": self.photos[at], "maps": self.maps[at], "fidelity": self.fidelity[at]}
         return SizePlan(counts, self.rounds[at])
+
+
+@dataclass(frozen=True)
+class PositionStudyConfig:
+    """What the study of positions trains, on how many photos, and at which sizes it tests."""
+
+    encodings: tuple[str, ...] = (
+        "absolute",
+        "none",
+        "axial",
+        "axial:span=14",
+        "liere",
+        "comrope:form=ap",
+        "comrope:form=ld",
+    )
+    """"absolute", the network's own positions; "none"; or rotations, as NAME:option=value,..."""
+    size: int = 224
+    """Pixels a side in training."""
+    sizes: tuple[int, ...] = (112, 160, 224, 336, 448)
+    """Pixels a side in tests."""
+    photos: int = 500
+    """How many photos, drawn by the seed; every other one is trained on, the rest are tested."""
+    keep_absolute: bool = False
+    """Rotate beside the network's own positions, not in their place."""
+    epochs: int = 6
+    """Passes over the photos to train on, the same for every encoding."""
+    batch_size: int = 16
+    """Photos a step."""
+    lr: float = 1e-4
+    """Of AdamW, for the network's weights; rises for a twentieth of the steps, then half a cosine to 0."""
+    rotation_lr: float = 1e-2
+    """Of what a rotation learns."""
+    weight_decay: float = 0.01
+    """Of the network's matrices."""
+    seed: int = 0
+    """Of photos, order, flips and jitter."""
+
+    def __post_init__(self) -> None:
+        if not self.encodings or len(set(self.encodings)) < len(self.encodings):
+            raise ValueError(f"encodings: got {self.encodings}; give each once")
+        if not self.sizes or min(*self.sizes, self.size) < 1:
+            raise ValueError(f"sizes, size: got {self.sizes}, {self.size}; give numbers of pixels")
+        for name, least in (("photos", 2), ("epochs", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)}; give at least {least}")
+        for name in ("lr", "rotation_lr"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: got {getattr(self, name)}; give a positive number")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay: got {self.weight_decay}; give at least 0")
+
+    def quick(self) -> PositionStudyConfig:
+        """A few photos and steps, to see that all runs: no figure of it means anything."""
+        sizes = (self.size // 2, self.size)
+        return replace(self, photos=min(self.photos, 16), epochs=1, batch_size=4, sizes=sizes)
 
 
 def _check_methods(methods: tuple[str, ...]) -> None:

@@ -60,8 +60,8 @@ class BlockRotation(GridRotation):
         return torch.einsum("gmtij,bgrtmj->bgrtmi", turns, blocks).flatten(-2)
 
     def prior(self, positions: Tensor) -> Tensor:
-        """trace R(p) / D (G, N): how much a pair of tokens that lie p apart counts by their places alone,
-        1 at p = 0."""
+        """trace R(p) / D (G, N), the mean of x . R(p) x over unit vectors x: how well a query and a key
+        that are alike still match when they lie p apart; 1 at p = 0."""
         return self.matrices(positions).diagonal(0, -2, -1).sum((1, -1)) / self.width
 
     def extra_repr(self) -> str:

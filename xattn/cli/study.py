@@ -14,6 +14,7 @@ from xattn.cli.subcommands import one_of
 from xattn.eval.studies.study_configs import (
     ImageStudyConfig,
     PartStudyConfig,
+    PositionStudyConfig,
     SwapStudyConfig,
     TextStudyConfig,
 )
@@ -212,6 +213,34 @@ class StudyAttentionMaps:
             print(line, flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyPositions:
+    """Encodings of positions in a ViT, trained for minutes at one size and tested at others."""
+
+    data: str
+    """Photos, as for explain; files."""
+    labels: str = "folders"
+    """"folders", or a .json or .csv file of the photos' classes."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    study: tyro.conf.OmitArgPrefixes[PositionStudyConfig] = field(
+        default_factory=PositionStudyConfig
+    )
+    quick: bool = False
+    """A few photos and steps, to see that all runs."""
+    output: Path = Path("runs/study-positions")
+    """Folder of the trained networks, what is measured, report.md, figures.csv and a plot."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import position_transfer
+
+        config = self.study.quick() if self.quick else self.study
+        lines = position_transfer.study(
+            self.model.load(), self.data, self.labels, self.output, config
+        )
+        for line in lines:
+            print(line, flush=True)
+
+
 STUDIES: dict[str, type[Any]] = {
     "at": StudyAt,
     "image": StudyImage,
@@ -220,6 +249,7 @@ STUDIES: dict[str, type[Any]] = {
     "sinks": StudySinks,
     "recall": StudyRecall,
     "attention-maps": StudyAttentionMaps,
+    "positions": StudyPositions,
 }
 if TYPE_CHECKING:
     Choice = Any

@@ -1,0 +1,261 @@
+"""Encodings of positions at other sizes of image: trained for minutes at one size, tested at others.
+
+    xattn study positions --data photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+
+Every encoding is put into a copy of a trained ViT in place of its positions, and trained for as many steps
+on the same photos, see :mod:`~xattn.eval.studies.position_training`. Other photos are tested. "as trained"
+is the network without that training, its positions resized. The labels serve the test alone.
+
+What is finished stays in the output folder: a trained network, and the classes of all photos for an
+encoding at a size. The same command goes on there; an encoding whose training was stopped starts again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xattn.backbone import Backbone, resized
+from xattn.eval.bootstrap import mean_interval, paired_difference
+from xattn.eval.studies.position_training import (
+    ABSOLUTE,
+    images_of,
+    pixels_of,
+    student_of,
+    targets_of,
+    train,
+)
+from xattn.eval.studies.study_configs import PositionStudyConfig
+from xattn.eval.studies.swap.measures import batch_size
+from xattn.eval.studies.swap.networks import Photo, kept_record
+from xattn.eval.studies.swapped_attention import labelled_photos
+from xattn.runtime import strict_json
+from xattn.runtime.files import atomic_file, check_folder, write_json
+
+AS_TRAINED = "as trained"
+MEASURES = {"right": "photos classified right, %", "same": "as the network as it was trained, %"}
+Found = dict[int, dict[str, dict[str, NDArray[np.float64]]]]
+"""Values (photos,) by size, encoding and measure."""
+DEFAULTS = PositionStudyConfig()
+
+
+def study(
+    backbone: Backbone,
+    data: str | Path,
+    labels: str | Path = "folders",
+    output: str | Path = "runs/study-positions",
+    config: PositionStudyConfig = DEFAULTS,
+    *,
+    progress: bool = True,
+) -> Iterator[str]:
+    """Train and measure what is not finished yet, write the report, and give its lines.
+
+    Args:
+        backbone: a trained ViT that adds positions to its tokens; it stays as it is.
+        data, labels: as in :func:`~xattn.eval.studies.swapped_attention.study`.
+        output: folder of trained networks, finished values and the report.
+
+    Raises:
+        ValueError: too few photos with a class of the backbone, a backbone, an encoding or a size that does
+            not fit, or ``output`` holds results of other settings or photos.
+    """
+    output = Path(output)
+    photos = labelled_photos(backbone, data, labels, config.seed)[: config.photos]
+    if len(photos) < 2:
+        raise ValueError(f"photos: got {len(photos)} with a class; give 2 or more, half to test")
+    learned, tested = photos[::2], photos[1::2]
+    teacher = resized(backbone, config.size)
+    patch = max(getattr(getattr(teacher.model, "patch_embed", None), "patch_size", (1,)))
+    for size in config.sizes:  # before anything is trained
+        if size % patch:
+            raise ValueError(f"sizes: got {size}; give multiples of a patch, {patch} pixels")
+        resized(teacher, size)
+    students = {name: student_of(teacher, name, config.keep_absolute) for name in config.encodings}
+    check_folder(output)
+    kept_record(output / "record.json", _record(backbone, photos, config))
+    _train(students, teacher, learned, output, config, progress)
+    networks = {AS_TRAINED: teacher, **students}
+    found = {size: _at(size, networks, tested, output, config) for size in config.sizes}
+    heading = (
+        f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}; trained on {len(learned)} photos at "
+        f"{config.size} px for {config.epochs} epochs, tested on {len(tested)} others"
+    )
+    lines = [heading, *_tables(found)]
+    files = {"report.md": "\n".join(lines) + "\n", "figures.csv": _figures(found)}
+    for name, text in files.items():
+        with atomic_file(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    _plot(found, config.size, heading, output / "positions.png")
+    yield from lines
+    yield f"\nreport: {', '.join(str(output / name) for name in (*files, 'positions.png'))}"
+
+
+def _record(
+    backbone: Backbone, photos: Sequence[Photo], config: PositionStudyConfig
+) -> dict[str, object]:
+    """What all results depend on; encodings and sizes may be added later."""
+    settings = {k: v for k, v in asdict(config).items() if k not in ("encodings", "sizes")}
+    return {
+        "backbone": backbone.fingerprint,
+        "preprocessing": repr(backbone.preprocessing),
+        "config": settings,
+        "photos": {photo.name: [photo.sha256, photo.label] for photo in photos},
+    }
+
+
+def _folder(output: Path, encoding: str) -> Path:
+    return output / re.sub(r"[^a-z0-9.]+", "-", encoding.lower()).strip("-")
+
+
+def _train(
+    students: Mapping[str, Backbone],
+    teacher: Backbone,
+    photos: Sequence[Photo],
+    output: Path,
+    config: PositionStudyConfig,
+    progress: bool,
+) -> None:
+    """Give every student its trained weights."""
+    from safetensors.torch import save
+
+    pixels: Tensor | None = None
+    targets: Tensor | None = None
+    for name, student in students.items():
+        file = _folder(output, name) / "model.safetensors"
+        if file.is_file():
+            _load(student, file)
+            continue
+        if pixels is None or targets is None:
+            pixels = pixels_of([photo.path for photo in photos], teacher)
+            targets = targets_of(teacher, pixels, config.batch_size)
+        train(student, pixels, targets, config, name, progress)
+        state = {
+            key: x.detach().cpu().contiguous() for key, x in student.model.state_dict().items()
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as temporary:
+            temporary.write_bytes(save(state))
+
+
+def _load(student: Backbone, file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        student.model.load_state_dict(load(file.read_bytes()))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"output: {file} is damaged ({reason}); delete it, to train again"
+        ) from None
+    student.model.eval().requires_grad_(False)
+
+
+def _at(
+    size: int,
+    networks: Mapping[str, Backbone],
+    photos: Sequence[Photo],
+    output: Path,
+    config: PositionStudyConfig,
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """The values of every encoding at one size."""
+    pixels: Tensor | None = None
+    found: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for name, network in networks.items():
+        file = _folder(output, name) / f"{size}px.json"
+        if not file.is_file():
+            own = resized(network, size)
+            if pixels is None:
+                pixels = pixels_of([photo.path for photo in photos], own)
+            write_json(file, {"classes": _classes(own, pixels, size)})
+        kept = strict_json.read(file, "output", "delete it, to measure again")
+        classes = np.array(kept["classes"])
+        found[name] = {"right": _equal(classes, [photo.label for photo in photos])}
+    usual = _folder(output, AS_TRAINED) / f"{config.size}px.json"
+    if not usual.is_file():
+        same = pixels_of([photo.path for photo in photos], networks[AS_TRAINED])
+        write_json(usual, {"classes": _classes(networks[AS_TRAINED], same, config.size)})
+    given = strict_json.read(usual, "output", "delete it, to measure again")["classes"]
+    for name in networks:
+        kept = strict_json.read(_folder(output, name) / f"{size}px.json", "output", "delete it")
+        found[name]["same"] = _equal(np.array(kept["classes"]), given)
+    return found
+
+
+@torch.no_grad()
+def _classes(network: Backbone, pixels: Tensor, size: int) -> list[int]:
+    parts = pixels.split(batch_size(size))
+    return [int(k) for part in parts for k in network.logits(images_of(part, network)).argmax(1)]
+
+
+def _equal(classes: NDArray[np.int64], others: Sequence[int]) -> NDArray[np.float64]:
+    return (classes == np.array(others)).astype(np.float64)
+
+
+# ---------------------------------------------------------------------- report
+
+
+def _tables(found: Found) -> Iterator[str]:
+    for measure, title in MEASURES.items():
+        yield f"\n{title}\n"
+        yield f"| positions | {' | '.join(f'{size} px' for size in found)} |"
+        yield "| :-- |" + " --: |" * len(found)
+        for name in next(iter(found.values())):
+            values = [mean_interval(100 * table[name][measure]) for table in found.values()]
+            cells = [f"{v.mean:.1f} [{v.lo:.1f}, {v.hi:.1f}]" for v in values]
+            yield f"| `{name}` | {' | '.join(cells)} |"
+
+
+def _figures(found: Found) -> str:
+    """Every mean with its interval, and the paired difference from ``absolute``, as CSV."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(
+        ["pixels", "positions", "measure", "mean", "lo", "hi", "n",
+         "difference", "difference lo", "difference hi"]
+    )  # fmt: skip
+    for size, table in found.items():
+        for name, measures in table.items():
+            for measure, values in measures.items():
+                row = list(mean_interval(100 * values))
+                if name != ABSOLUTE and ABSOLUTE in table:
+                    base = table[ABSOLUTE][measure]
+                    row += list(paired_difference(100 * values, 100 * base)[:3])
+                writer.writerow([size, name, measure, *(f"{value:.6g}" for value in row)])
+    return stream.getvalue()
+
+
+def _plot(found: Found, trained: int, title: str, path: Path) -> None:
+    """Photos classified right over the size, a line for each encoding."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    sizes = sorted(found)
+    for name in found[sizes[0]]:
+        means = [100 * found[size][name]["right"].mean() for size in sizes]
+        style: dict[str, Any] = {}
+        if name == AS_TRAINED:
+            style = {"color": "black", "linestyle": "--"}
+        axes.plot(sizes, means, marker="o", label=name, **style)
+    axes.axvline(trained, color="0.8", zorder=0)
+    axes.set(xlabel="pixels a side", ylabel="right, %", xscale="log")
+    axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+    axes.minorticks_off()
+    axes.set_title(title, fontsize=7)
+    axes.legend(fontsize=8)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
