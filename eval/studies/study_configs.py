@@ -211,9 +211,9 @@ class PositionStudyConfig:
         "none",
         "axial",
         "axial:span=14",
-        "liere",
-        "comrope:form=ap",
-        "comrope:form=ld",
+        "liere:init_std=0",
+        "comrope:form=ap,init_std=0",
+        "comrope:form=ld,init_std=0",
     )
     """"absolute", the network's own positions; "none"; or rotations, as NAME:option=value,..."""
     size: int = 224
