@@ -51,6 +51,8 @@ class Operator(ABC):
     """A_1, A_2, ... of A = A_1 A_2 ..., if attention goes in stages."""
     aux: Mapping[str, Tensor] = MappingProxyType({})
     """Scalar losses that a mechanism asks training to add, by name, with their graph."""
+    logged: Mapping[str, Tensor] = MappingProxyType({})
+    """Scalars that a mechanism asks training to log, by name: figures of how it works, no losses."""
     selection: float = 0.0
     """Work of the choice of what is read, for an image and head, in pairs as in :attr:`pairs`: a
     product of a query and a key is half of one."""

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention import record
+from xattn.attention import Operator, record
 from xattn.attention.statistics import row_divergence
 from xattn.backbone import Backbone, load_backbone
 from xattn.backbone.conversion import save_conversion, with_trained
@@ -279,6 +279,7 @@ def layer_losses(
     grid = grid_of(teacher, images)
     zero = torch.zeros((), device=images.device)
     outputs, rows, own = zero, zero, zero
+    operators = []
     for i in numbers:
         inputs = passes[i].inputs(grid, teacher.prefix_tokens)
         target, softmax = widen(passes[i].call.output), passes[i].call.operator
@@ -294,10 +295,11 @@ def layer_losses(
             given, own_rows = widen(softmax.rows(index)), widen(operator.rows(index))
             rows = rows + row_divergence(given, own_rows).mean()
         own = own + sum(operator.aux.values(), zero)
+        operators.append(operator)
     terms = {"outputs": outputs, "rows": rows, "own": own}
     terms = {name: term / len(numbers) for name, term in terms.items()}
     loss = config.outputs * terms["outputs"] + terms["rows"] + terms["own"]
-    return {"loss": loss, **terms}
+    return {"loss": loss, **terms, **logged(operators)}
 
 
 def logit_losses(student: Student, images: Tensor) -> dict[str, Tensor]:
@@ -316,7 +318,16 @@ def logit_losses(student: Student, images: Tensor) -> dict[str, Tensor]:
     zero = torch.zeros((), device=images.device)
     own = sum((value for call in calls for value in call.aux.values()), zero)
     own = own / len(student.conversion.layers)
-    return {"loss": kl + own, "logits": kl, "own": own}
+    return {"loss": kl + own, "logits": kl, "own": own, **logged(c.operator for c in calls)}
+
+
+def logged(operators: Iterable[Operator]) -> dict[str, Tensor]:
+    """``logged`` of operators, by name: means over those that have it."""
+    found: dict[str, list[Tensor]] = {}
+    for operator in operators:
+        for name, value in operator.logged.items():
+            found.setdefault(name, []).append(value.detach().float())
+    return {name: torch.stack(values).mean() for name, values in found.items()}
 
 
 def learning_rate(step: int, per_epoch: int, config: DistillConfig) -> float:
