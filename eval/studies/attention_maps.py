@@ -70,6 +70,7 @@ SETTINGS: Mapping[str, Setting] = {
     "act": Setting(depth=1.0),
     "agent": Setting(channels={"agents": Channels("no.", (9, 24, 39))}),
     "dma": Setting({"window": 64}),
+    "flow": Setting(depth=0.0),  # untrained, later layers read what nothing was trained for
     "freeswim": Setting(positions="tile"),
     "gna": Setting({"kernel": 7}),
     "hip": Setting({"keep": 96, "block": 4}, channels={"survived": Channels("round")}),

@@ -43,6 +43,7 @@ SWAPS = (
     Swap("agent", {"agents": 196, **_AGENTS}),
     Swap("agent", {"agents": 196, **_AGENTS}, 1 / 4),
     Swap("hedgehog"),
+    Swap("flow"),
     Swap("based"),
     Swap("nsa"),
     Swap("moh"),

@@ -6,6 +6,7 @@ from xattn.attention import (  # noqa: F401  (they register themselves)
     based,
     comrope,
     dma,
+    flow,
     freeswim,
     gna,
     hedgehog,

@@ -1,0 +1,86 @@
+"""Flows between queries and keys of Flow-Attention, in time and memory linear in the tokens.
+
+    I_i = (Q_i + e) . (sum_j K_j + e)          O_j = (K_j + e) . (sum_i Q_i + e)            e = 1e-6
+    I'_i = (Q_i + e) . (sum_j K_j / O_j + e)   O'_j = (K_j + e) . (sum_i Q_i / I_i + e)
+
+Without e, sums over I' are the number of keys S, and over O' that of the queries, N. Causal, all sums run
+over tokens 0 to i, and I' and O' are means: (i + 1) K_j / O_j and (i + 1) Q_i / I_i are summed, and the
+result is divided by i + 1. Wu et al. 2022, arXiv 2202.06258.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xattn.kernels.backend import choose, own_precision
+from xattn.kernels.checks import check_attention
+from xattn.kernels.flows import causal as prefix
+from xattn.kernels.flows import cpu, reference
+from xattn.kernels.flows.problem import Problem
+from xattn.kernels.op import register
+from xattn.kernels.softmax.reference import widen
+
+
+class Flows(NamedTuple):
+    """Flows in float32 at least."""
+
+    incoming: Tensor
+    """I, (B, H, N)"""
+    refined: Tensor
+    """I', (B, H, N)"""
+    conserved: Tensor
+    """O', (B, H, S)"""
+
+
+def flows(
+    q: Tensor, k: Tensor, *, added: float = 0.0, causal: bool = False, backend: str = "auto"
+) -> Flows:
+    """The flows of positive features.
+
+    Args:
+        q: Q (B, H, N, D); ``k``: K (B, H, S, D), of one dtype and device, not negative.
+        added: to every flow, in its inverse as well.
+        causal: sum over tokens 0 to i; needs N = S.
+        backend: "reference", or "cpu", which is plain PyTorch and runs on every device; "auto" is "cpu".
+
+    Returns:
+        I, I' and O', with gradients of first and second order. Both passes take O(N D) memory.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match, or a backend that the op lacks.
+    """
+    check_attention(q, k, causal=causal)
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(f"k: got {k.shape[1]} heads; give {q.shape[1]}, as many as q")
+    if backend == "triton":
+        raise ValueError("backend: got 'triton'; flows have 'auto', 'cpu' and 'reference'")
+    backend = "cpu" if backend == "auto" else choose(backend, q.device)
+    if backend == "cpu" and not causal:
+        return Flows(*_op(Problem(q, k, added, backend)))
+    with own_precision(q):
+        if backend == "reference":
+            of = reference.causal_flows if causal else reference.flows
+        else:
+            of = prefix.causal_flows
+        return Flows(*of(widen(q), widen(k), added))
+
+
+def _empty(p: Problem) -> Sequence[Tensor]:
+    q, k = (widen(x.new_empty(x.shape[:3])) for x in (p.q, p.k))
+    totals = q.new_empty(*q.shape[:2], 4, p.q.shape[3])
+    return q, torch.empty_like(q), k, torch.empty_like(k), totals
+
+
+_op: Any = register(
+    "flows",
+    Problem,
+    outputs=("incoming", "refined", "conserved"),
+    kept=("outgoing", "totals"),
+    empty=_empty,
+    gradients=("q", "k"),
+    second=cpu.second,
+)

@@ -1,0 +1,128 @@
+"""Flows of Flow-Attention: equal to their definition, conserved, linear in memory, and blind to later tokens."""
+
+import pytest
+import torch
+
+from xattn.eval.bench.tensor_memory import peak_memory
+from xattn.kernels.flows import causal as causal_form
+from xattn.kernels.flows import flows, problem
+
+E = problem.EPS
+SIZES = [(1, 1), (31, 31), (32, 32), (33, 33), (7, 50), (197, 197)]
+
+
+def features(n, s, width=5, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.rand(2, 3, tokens, width, generator=generator, dtype=torch.float64).to(dtype)
+        for tokens in (n, s)
+    ]
+
+
+def defined(q, k, added, causal):
+    """Token by token."""
+    found = [torch.zeros(x.shape[:3], dtype=x.dtype) for x in (q, q, k, k)]
+    incoming, refined, outgoing, conserved = found
+
+    def upto(x, i):
+        return x[:, :, : i + 1] if causal else x
+
+    for i in range(q.shape[2]):
+        incoming[:, :, i] = ((q[:, :, i] + E) * (upto(k, i).sum(2) + E)).sum(-1) + added
+    for i in range(k.shape[2]):
+        outgoing[:, :, i] = ((k[:, :, i] + E) * (upto(q, i).sum(2) + E)).sum(-1) + added
+    each = torch.arange(1, 1 + k.shape[2]) if causal else 1
+    shared, taken = (x * (each / y)[..., None] for x, y in ((k, outgoing), (q, incoming)))
+    for x, total, out in ((q, shared, refined), (k, taken, conserved)):
+        for i in range(x.shape[2]):
+            out[:, :, i] = ((x[:, :, i] + E) * (upto(total, i).sum(2) + E)).sum(-1) + added
+    return incoming, refined / each, conserved / each
+
+
+@pytest.mark.parametrize("added", [0.0, 1e-2])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n, s", SIZES)
+def test_flows_are_those_of_the_definition(n, s, causal, backend, added):
+    if causal and n != s:
+        with pytest.raises(ValueError, match="causal: got 7 queries and 50 keys"):
+            flows(*features(n, s), causal=True)
+        return
+    q, k = features(n, s)
+    found = flows(q, k, added=added, causal=causal, backend=backend)
+    for flow, exact in zip(found, defined(q, k, added, causal), strict=True):
+        assert torch.allclose(flow, exact)
+
+
+@pytest.mark.parametrize("n, s", [(5, 5), (40, 40), (1, 1), (3, 70)])
+def test_what_flows_in_and_out_is_conserved(n, s):
+    q, k = features(n, s)
+    found = flows(q, k)
+    assert torch.allclose(found.refined.sum(-1), torch.tensor(float(s)).double(), rtol=1e-4)
+    assert torch.allclose(found.conserved.sum(-1), torch.tensor(float(n)).double(), rtol=1e-4)
+    into = (q / found.incoming[..., None] @ k.transpose(-2, -1)).sum(-1)
+    assert torch.allclose(into, torch.ones_like(into), rtol=1e-4)
+
+
+@pytest.mark.parametrize("n, s", [(5, 5), (4, 7)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_of_first_and_second_order(causal, n, s, monkeypatch):
+    if causal and n != s:
+        return
+    monkeypatch.setattr(causal_form, "CHUNK", 3)
+    leaves = [(x[:1, :2, :, :3] + 0.2).requires_grad_() for x in features(n, s)]
+
+    def call(q, k):
+        return tuple(flows(q, k, added=0.1, causal=causal))
+
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+    found = call(*leaves)
+    exact = flows(*leaves, added=0.1, causal=causal, backend="reference")
+    for flow, true in zip(found, exact, strict=True):
+        g = torch.rand_like(flow)
+        one, both, wanted = (
+            torch.autograd.grad(y, x, g, retain_graph=True)
+            for y, x in ((flow, leaves[:1]), (flow, leaves), (true, leaves))
+        )
+        assert all(torch.allclose(*pair) for pair in zip(both, wanted, strict=True))
+        assert torch.equal(one[0], both[0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_lower_precision_is_summed_in_float32(dtype, error, causal):
+    q, k = features(300, 300, dtype=dtype)
+    found, exact = flows(q, k, causal=causal), flows(q.double(), k.double(), causal=causal)
+    for flow, true in zip(found, exact, strict=True):
+        assert flow.dtype == torch.float32
+        assert torch.allclose(flow.double(), true, rtol=error)
+
+
+def test_nothing_flows_from_later_tokens():
+    q, k = (x.requires_grad_() for x in features(80, 80))
+    found = flows(q, k, causal=True)
+    slopes = torch.autograd.grad(sum(x[..., :50].sum() for x in found), (q, k))
+    assert all((x[:, :, 50:] == 0).all() and (x[:, :, :50] != 0).any() for x in slopes)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_nothing_square_is_stored(causal):
+    q, k = (x[:1, :1].requires_grad_() for x in features(1024, 1024, dtype=torch.float32))
+    peak = peak_memory(lambda: sum(flows(q, k, causal=causal)).sum().backward())
+    assert peak < 4 * 1024**2 / 4
+
+
+def test_the_op_is_registered_with_gradients_and_shapes():
+    q, k = (x.requires_grad_() for x in features(9, 6))
+    torch.library.opcheck(torch.ops.xattn.flows_forward, (q, k, 0.0, "cpu"))
+
+
+def test_what_does_not_fit_is_refused():
+    q, k = features(6, 6)
+    with pytest.raises(ValueError, match="k: got 1 heads; give 3"):
+        flows(q, k[:, :1])
+    with pytest.raises(ValueError, match="k: got shape"):
+        flows(q, k[..., :2])
+    with pytest.raises(ValueError, match="backend: got 'triton'"):
+        flows(q, k, backend="triton")
