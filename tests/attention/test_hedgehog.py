@@ -10,6 +10,7 @@ from xattn.attention import (
     SoftmaxOperator,
     create_mechanism,
 )
+from xattn.attention.row_comparison import compare_rows
 from xattn.attention.statistics import mean_row_divergence, row_divergence
 
 FEATURES = ["exp", "softmax", "joint", "elu"]
@@ -193,6 +194,21 @@ def test_half_precision_is_close_and_keeps_its_type():
         assert torch.allclose(y.double(), exact, atol=0.02)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_maximum_for_each_query_and_one_of_a_heads_keys_cancel(causal):
+    layer = made("exp", bias=True)
+    q, k, v = inputs()
+    zq, zk = (
+        torch.cat([u, -u], -1)
+        for u in (q @ layer.q_map + layer.q_bias, k @ layer.k_map + layer.k_bias)
+    )
+    left = (zq - zq.amax(-1, keepdim=True)).exp()
+    right = (zk - zk.amax((-2, -1), keepdim=True)).exp()
+    a = left @ right.transpose(-2, -1)
+    a = a.tril() if causal else a
+    assert torch.allclose(layer(q, k, v, causal=causal), a @ v / a.sum(-1, keepdim=True))
+
+
 @pytest.mark.parametrize("feature", LEARNED)
 def test_it_learns_softmax_rows_that_elu_cannot_give(feature):
     q, k, v = inputs(24)
@@ -207,6 +223,21 @@ def test_it_learns_softmax_rows_that_elu_cannot_give(feature):
         steps.step()
     control = made("elu").operator(Inputs(q, k, v))
     assert loss < 0.5 * mean_row_divergence(teacher, control).mean()
+    own = compare_rows(teacher, layer.operator(Inputs(q, k, v)))
+    series = create_mechanism("based", HEADS * WIDTH, HEADS, form="taylor", width=None)
+    for other in (control, series.operator(Inputs(3 * q, k, v))):
+        found = compare_rows(teacher, other)
+        if other is control or feature == "exp":
+            assert own.divergence.mean() < found.divergence.mean()
+        gaps = [(x.entropy - x.softmax_entropy).abs().mean() for x in (own, found)]
+        assert gaps[0] < gaps[1] and own.order.mean() > found.order.mean()
+
+
+def test_features_count_as_work():
+    q, k, v = inputs(37, 20)
+    operator = made(width=5).operator(Inputs(q, k, v))
+    assert operator.selection == 5 * (37 + 20) / 2  # as products of half of a pair each
+    assert made("elu").operator(Inputs(q, k, v)).selection == 0
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ tokens like others.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -113,13 +115,16 @@ class Hedgehog(Mechanism):
         tiny = torch.finfo(left.dtype).tiny
         if inputs.causal:
             total = causal_product(left, right, torch.ones_like(left[..., :1]))
-            left = left / total.clamp_min(tiny)
-            right = right.transpose(-2, -1)
-            return CausalLowRankOperator(left, right, stochastic=True, signed=False)
-        with own_precision(q):
-            total = left @ right.sum(-2)[..., None]
-        left = left / total.clamp_min(tiny)
-        return LowRankOperator(left, right.transpose(-2, -1), stochastic=True, signed=False)
+            low_rank: Any = CausalLowRankOperator
+        else:
+            with own_precision(q):
+                total = left @ right.sum(-2)[..., None]
+            low_rank = LowRankOperator
+        right = right.transpose(-2, -1)
+        operator = low_rank(left / total.clamp_min(tiny), right, stochastic=True, signed=False)
+        if self.feature != "elu":
+            operator.selection = self.q_map.shape[2] * (q.shape[2] + k.shape[2]) / 2
+        return operator
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``received``: the attention that each patch gets from all tokens, mean over heads."""
@@ -132,15 +137,16 @@ class Hedgehog(Mechanism):
 
 
 def _exponentials(zq: Tensor, zk: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(zq) and exp(zk) without overflow: each feature's largest key moves over to the queries.
+    """exp(zq) and exp(zk) without overflow, in their memory: each feature's largest key moves over to the
+    queries, and each query is scaled by its largest feature.
 
     Constants by feature, exp(zq + c) exp(zk - c), and by query cancel in A; one by key would not. Every
     query then has a feature and a key with a product of 1, so no row of the bidirectional form is
     empty. In the causal form a row is empty if all its keys lie below later ones by a factor of e^-87.
     """
     largest = zk.detach().amax(-2, keepdim=True)
-    zq = zq + largest
-    return (zq - zq.detach().amax(-1, keepdim=True)).exp(), (zk - largest).exp()
+    zq = zq.add_(largest)  # in place: at many tokens the time goes into memory
+    return zq.sub_(zq.detach().amax(-1, keepdim=True)).exp_(), zk.sub_(largest).exp_()
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:

@@ -54,8 +54,8 @@ class Operator(ABC):
     logged: Mapping[str, Tensor] = MappingProxyType({})
     """Scalars that a mechanism asks training to log, by name: figures of how it works, no losses."""
     selection: float = 0.0
-    """Work of the choice of what is read, for an image and head, in pairs as in :attr:`pairs`: a
-    product of a query and a key is half of one."""
+    """Work of the choice of what is read, or of learned features, for an image and head, in pairs as in
+    :attr:`pairs`: a product of a query and a key is half of one."""
     context: Any = None
     """Whatever else the mechanism that made it needs for its maps."""
 
