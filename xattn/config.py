@@ -223,10 +223,15 @@ class DistillConfig:
     epochs: int = 4
     """Passes over the photos in which each layer learns for itself, all of them side by side; 0, as for
     a mechanism without parameters, leaves this part out."""
+    student_epochs: int = 0
+    """Passes afterwards in which each layer learns on the tokens that reach it in the converted network,
+    with the errors of the layers before it."""
     batch_size: int = 8
     """Photos a step, per process."""
     lr: float = 1e-2
     """Peak learning rate of the mechanism's parameters (AdamW, half a cosine after a short rise)."""
+    student_lr: float = 1e-3
+    """The same for the tokens of the converted network."""
     weight_decay: float = 0.0
     """Weight decay of tensors with two axes or more."""
     rows: int = 64
@@ -259,22 +264,41 @@ class DistillConfig:
     """Photos with more pixels are skipped as possible decompression bombs."""
 
     def __post_init__(self) -> None:
-        names = "batch_size", "lr", "finetune_epochs", "finetune_lr", "rank", "measured"
+        names = (
+            "batch_size",
+            "lr",
+            "student_lr",
+            "finetune_epochs",
+            "finetune_lr",
+            "rank",
+            "measured",
+        )
         _check_positive(self, *names, "checkpoint_every", "max_pixels")
         _check_seed(self.seed)
-        for name in ("epochs", "weight_decay", "rows", "outputs", "workers"):
+        for name in ("epochs", "student_epochs", "weight_decay", "rows", "outputs", "workers"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}; give 0 or more")
         if not self.all_epochs:
-            raise ValueError("epochs: got 0 without finetune; give at least 1")
+            raise ValueError("epochs: got 0 without student_epochs or finetune; give at least 1")
         if not self.rows and not self.outputs:
             raise ValueError("rows, outputs: got 0 and 0; give at least one of them a weight")
         _check_choices(self, finetune=("none", "lora", "all"), precision=("no", "fp16", "bf16"))
 
     @property
+    def parts(self) -> tuple[tuple[int, float], ...]:
+        """Epochs and peak learning rate of each part: on the trained network's tokens, on the converted
+        one's, and on logits."""
+        tuned = 0 if self.finetune == "none" else self.finetune_epochs
+        return (
+            (self.epochs, self.lr),
+            (self.student_epochs, self.student_lr),
+            (tuned, self.finetune_lr),
+        )
+
+    @property
     def all_epochs(self) -> int:
         """Passes over the photos in all."""
-        return self.epochs + (0 if self.finetune == "none" else self.finetune_epochs)
+        return sum(epochs for epochs, _ in self.parts)
 
 
 def _fill_in(config: Any, recipes: dict[str, dict[str, Any]]) -> None:

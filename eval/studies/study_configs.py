@@ -257,6 +257,48 @@ class PositionStudyConfig:
         return replace(self, photos=min(self.photos, 16), epochs=1, batch_size=4, sizes=sizes)
 
 
+@dataclass(frozen=True)
+class DepthStudyConfig:
+    """Which blocks are converted, and how long they are trained."""
+
+    attention: str = "hedgehog"
+    """The mechanism, as NAME:option=value,...; it has to have parameters."""
+    last: tuple[int, ...] = (3, 6, 9, 12)
+    """Numbers of blocks, counted from the last."""
+    photos: int = 500
+    """How many photos, drawn by the seed."""
+    folds: int = 2
+    """Parts of the photos; a network for each learns from the other parts."""
+    epochs: int = 6
+    """Passes on the tokens of the trained network."""
+    student_epochs: int = 3
+    """Passes on the tokens of the converted network."""
+    finetune_epochs: int = 6
+    """Passes that train low-rank updates, too."""
+    finetune_lr: float = 1e-3
+    """Their peak learning rate."""
+    heads: int = 32
+    """Photos of a fold on which rows are compared head by head."""
+    seed: int = 0
+    """Of the order of the photos, and of training."""
+    workers: int = 0
+    """Loader processes of training."""
+
+    def __post_init__(self) -> None:
+        if not self.last or len(set(self.last)) < len(self.last) or min(self.last) < 1:
+            raise ValueError(f"last: got {self.last}; give numbers of at least 1, each once")
+        if self.folds < 2:
+            raise ValueError(f"folds: got {self.folds}; give 2 or more")
+        for name in ("photos", "finetune_epochs", "finetune_lr", "heads"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}; give a positive number")
+        if min(self.epochs, self.student_epochs) < 0 or not self.epochs + self.student_epochs:
+            raise ValueError(
+                f"epochs, student_epochs: got {self.epochs}, {self.student_epochs}; give 1 or more "
+                f"together"
+            )
+
+
 def _check_methods(methods: tuple[str, ...]) -> None:
     if set(methods) - set(get_args(AttentionTraining)) or "none" not in methods:
         raise ValueError(

@@ -21,7 +21,8 @@ from xattn.cli import main
 from xattn.photos.part import every_nth
 from xattn.photos.sources import open_photos
 from xattn.training.closeness import Closeness, closeness
-from xattn.training.distilling import learning_rate
+from xattn.training.distilling import layer_losses, learning_rate, part_of, softmax_passes
+from xattn.training.head_closeness import head_closeness, head_csv, head_table
 from xattn.training.student import Student
 from xattn.training.teacher_stream import attended, layer_passes, sampled_rows
 
@@ -110,6 +111,13 @@ def test_a_layer_learns_from_what_the_network_gives_it(vit, name, options):
     assert torch.equal(inputs.x, own[1].args[0]) and found.output.requires_grad
 
 
+def test_what_a_mechanism_logs_is_in_the_log(vit, photos, tmp_path):
+    config = replace(SMALL, finetune="lora", finetune_epochs=1)
+    train(vit, photos, "flow", options={}, config=config, output=tmp_path / "run")
+    lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    assert all(0 < json.loads(line)["saturation"] < 1 for line in lines)
+
+
 def test_sampled_rows_are_a_function_of_seed_and_step():
     assert sampled_rows(5, 8, 0, 3).tolist() == [0, 1, 2, 3, 4]
     one = sampled_rows(50, 8, 0, 3)
@@ -124,6 +132,73 @@ def test_the_rate_rises_and_falls_in_each_part():
     rates = [learning_rate(step, 20, config) for step in range(100)]
     assert max(rates[:60]) == rates[3] == 1e-2 and rates[59] < 1e-4
     assert max(rates[60:]) == pytest.approx(1e-4) and rates[99] < 1e-6
+
+
+def test_parts_follow_one_another_each_with_its_own_rate():
+    config = replace(SMALL, student_epochs=1, student_lr=2e-3, finetune="lora", finetune_epochs=1)
+    rates = [learning_rate(step, 20, config) for step in range(100)]
+    assert [part_of(step, 20, config)[0] for step in (0, 59, 60, 79, 80, 99)] == [0, 0, 1, 1, 2, 2]
+    assert max(rates[:60]) == 1e-2 and max(rates[60:80]) == pytest.approx(2e-3)
+    assert max(rates[80:]) == pytest.approx(1e-4) and config.all_epochs == 5
+    later = replace(config, epochs=0)
+    assert part_of(0, 20, later) == (1, 0, 20) and part_of(40, 20, later) == (2, 20, 20)
+    with pytest.raises(ValueError, match="epochs: got 0 without student_epochs or finetune"):
+        replace(SMALL, epochs=0)
+
+
+def test_layers_may_learn_from_the_tokens_of_the_converted_network(vit):
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    student = Student(vit, "hedgehog", None, {}, SMALL)
+    own, theirs = (softmax_passes(student, x, own) for own in (True, False))
+    assert torch.equal(own[0].args[0], theirs[0].args[0])
+    assert not torch.allclose(own[1].args[0], theirs[1].args[0])
+    with torch.no_grad(), layer_passes(student.network, [1]) as passes:
+        student.network.logits(x)
+    assert torch.equal(own[1].args[0], passes[1].args[0])
+    inputs = own[1].inputs((4, 4), 1)
+    exact = torch.nn.functional.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v)
+    assert torch.allclose(own[1].call.output, exact, atol=1e-5)
+    layer_losses(student, x, SMALL, 0, own_tokens=True)["loss"].backward()
+    assert all(p.grad is not None for p in student.mechanisms.parameters())
+
+
+def test_training_on_the_tokens_of_the_converted_network_changes_mechanisms_alone(vit, photos):
+    before = sha256(vit.model)
+    config = replace(SMALL, epochs=1, student_epochs=2, student_lr=1e-2)
+    result = train(vit, photos, "hedgehog", options={}, config=config)
+    assert result.steps == 3 * 5 and sha256(vit.model) == before
+    assert result.after.row_kl < 0.9 * result.before.row_kl
+
+
+def test_training_goes_on_from_an_earlier_conversion(vit, photos, tmp_path):
+    first = train(vit, photos, "hedgehog", options={}, output=tmp_path / "one")
+    folder = tmp_path / "one/conversion"
+    config = replace(SMALL, epochs=0, finetune="lora", finetune_epochs=1, finetune_lr=1e-3)
+    given = {"name": "hedgehog", "options": {}, "start": folder}
+    second = train(vit, photos, **given, config=config, output=tmp_path / "two")
+    assert second.before == first.after and second.after != first.after
+    head = json.loads((tmp_path / "two/run.json").read_text())["head"]
+    assert head["start"] == json.loads((folder / "config.json").read_text())["sha256"]
+    with pytest.raises(ValueError, match="start: .* trained weights of the network, too"):
+        train(vit, photos, **{**given, "start": tmp_path / "two/conversion"}, config=config)
+    with pytest.raises(ValueError, match="start: .* holds hedgehog in layers 0-1, not hedgehog in"):
+        train(vit, photos, **given, layers=[1], config=config)
+
+
+def test_heads_are_compared_with_their_softmax_and_with_maps_that_learn_nothing(vit, photos):
+    kept = open_photos(photos)
+    found = head_closeness(vit, converted(vit, "softmax", [1]), kept, most=3, batch_size=2)
+    own = [head for head in found if head.map == "softmax"]
+    assert {head.map for head in found} == {"softmax", "elu + 1", "Taylor"}
+    assert all(head.layer == 1 for head in found) and len(found) == 3 * len(own)
+    for head in own:
+        assert head.divergence == pytest.approx(0, abs=1e-5) and head.order > 0.99
+        assert head.entropy == pytest.approx(head.softmax_entropy, rel=1e-4)
+    table = head_table(found)
+    assert len({line.count("|") for line in table}) == 1 and len(table) == 3 + len(own)
+    assert head_csv(found).count("\n") == 1 + len(found)
+    with pytest.raises(ValueError, match="student: .* is not converted"):
+        head_closeness(vit, vit, kept)
 
 
 # ---------------------------------------------------------------- the network around it
@@ -155,7 +230,7 @@ def test_the_network_around_a_mechanism_without_parameters_can_be_trained(vit, p
     result = train(vit, photos, "gna", options={"kernel": 2}, config=config)
     assert result.steps == 5 and set(result.losses) == {"loss", "logits", "own"}
     assert result.backbone.fingerprint != converted(vit, "gna", None, {"kernel": 2}).fingerprint
-    with pytest.raises(ValueError, match="epochs: got 0 without finetune"):
+    with pytest.raises(ValueError, match="epochs: got 0 without student_epochs or finetune"):
         xattn.DistillConfig(epochs=0)
 
 

@@ -28,13 +28,18 @@ class Distill:
     """Photos to measure on; by default one of ten of the data, which is not trained on."""
     output: Path = Path("runs/distilled")
     """Folder for log, checkpoints, report.json and the trained conversion."""
+    start: Path | None = None
+    """A conversion of the same mechanism and layers that was trained before, to go on from."""
+    heads: int = 0
+    """Photos on which rows are compared head by head, beside elu + 1 and a Taylor series."""
     resume: bool = False
     """Continue from the last checkpoint in the output folder."""
 
     def run(self) -> None:
         from xattn.attention.conversion import parse_mechanism
         from xattn.training.closeness import comparison
-        from xattn.training.distilling import CONVERSION_FOLDER, distill
+        from xattn.training.distilling import CONVERSION_FOLDER, distill, split
+        from xattn.training.head_closeness import head_closeness, head_csv, head_table
 
         if self.model.mechanism is None:
             raise ValueError(
@@ -52,6 +57,7 @@ class Distill:
             data=self.data,
             validation=self.validation,
             config=self.train,
+            start=self.start,
             output=self.output,
             resume=self.resume,
         )
@@ -60,5 +66,10 @@ class Distill:
         for path, reason in result.skipped:
             print(f"skipped {path}: {reason}", file=sys.stderr)
         print("\n".join(comparison(result.before, result.after)))
+        if self.heads:
+            _, kept = split(self.data, self.validation)
+            found = head_closeness(backbone, result.backbone, kept, self.heads)
+            print("\n".join(["", *head_table(found), ""]))
+            (self.output / "heads.csv").write_text(head_csv(found), encoding="utf-8")
         print(f"{result.steps} steps, {len(result.skipped)} images skipped")
         print(f"conversion: {self.output / CONVERSION_FOLDER}")

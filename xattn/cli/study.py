@@ -12,6 +12,7 @@ from xattn.cli.model import BackboneArgs, device_name, weight_source
 from xattn.cli.printing import note
 from xattn.cli.subcommands import one_of
 from xattn.eval.studies.study_configs import (
+    DepthStudyConfig,
     ImageStudyConfig,
     PartStudyConfig,
     PositionStudyConfig,
@@ -241,6 +242,29 @@ class StudyPositions:
             print(line, flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyDepths:
+    """How many of a ViT's last blocks can be converted: the mechanism alone, then low-rank updates, too."""
+
+    data: str
+    """Photos, as for explain; files."""
+    labels: str = "folders"
+    """"folders", or a .json or .csv file of the photos' classes."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    study: tyro.conf.OmitArgPrefixes[DepthStudyConfig] = field(default_factory=DepthStudyConfig)
+    output: Path = Path("runs/study-depths")
+    """Folder of the trained conversions, what was measured, report.md and heads.csv."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import conversion_depths
+
+        backbone = self.model.load()
+        for line in conversion_depths.study(
+            backbone, self.data, self.labels, self.output, self.study
+        ):
+            print(line, flush=True)
+
+
 STUDIES: dict[str, type[Any]] = {
     "at": StudyAt,
     "image": StudyImage,
@@ -250,6 +274,7 @@ STUDIES: dict[str, type[Any]] = {
     "recall": StudyRecall,
     "attention-maps": StudyAttentionMaps,
     "positions": StudyPositions,
+    "depths": StudyDepths,
 }
 if TYPE_CHECKING:
     Choice = Any

@@ -105,7 +105,7 @@ def closeness(
     if not layers:
         raise ValueError(f"student: {student.name} is not converted; give a converted copy")
     sums, count = _Sums(layers), 0
-    for images in _batches(teacher, photos, most, batch_size, max_pixels):
+    for images in evaluation_crops(teacher, photos, most, batch_size, max_pixels):
         sums.add(teacher, student, images)
         count += len(images)
     if not count:
@@ -113,7 +113,7 @@ def closeness(
     return sums.means(count, teacher.has_classes)
 
 
-def _batches(
+def evaluation_crops(
     backbone: Backbone, photos: Photos, most: int, batch_size: int, max_pixels: int
 ) -> Iterable[Tensor]:
     """Evaluation crops in the order of their numbers."""

@@ -4,9 +4,10 @@
 
 y and P are outputs and sampled rows of the trained softmax, y' and A those of the mechanism, for the
 tokens that reach the layer in the network as it was trained, so all layers learn in one pass. Rows are
-left out where they are no shares of attention. Afterwards the mechanism and low-rank updates of the
-projections, or the whole network, may be trained on KL(softmax z || softmax z'), z being the network's own
-logits. No labels are read. The procedure is that of Hedgehog (arXiv 2402.04347) and LoLCATs
+left out where they are no shares of attention. Then the same may be learned for the tokens that reach the
+layer in the converted network, with the errors of the layers before. Afterwards the mechanism and low-rank
+updates of the projections, or the whole network, may be trained on KL(softmax z || softmax z'), z being the
+network's own logits. No labels are read. The procedure is that of Hedgehog (arXiv 2402.04347) and LoLCATs
 (arXiv 2410.10254).
 """
 
@@ -41,6 +42,7 @@ from xattn.training.photo_loop import PhotoLoopState, train_on_photos
 from xattn.training.run import Run, RunOptions
 from xattn.training.student import Student
 from xattn.training.teacher_stream import (
+    LayerPass,
     attended,
     grid_of,
     layer_passes,
@@ -50,6 +52,7 @@ from xattn.training.teacher_stream import (
 CONVERSION_FOLDER, REPORT = "conversion", "report.json"
 HELD_OUT = 10  # one of so many photos is measured on, not trained on
 RISE = 0.05  # of the steps, in which the learning rate rises
+TEACHER, STUDENT, FINETUNE = range(3)  # the parts of training
 
 
 @dataclass
@@ -80,6 +83,7 @@ def distill(
     data: Data,
     validation: Data | None = None,
     config: DistillConfig | None = None,
+    start: str | Path | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -92,6 +96,8 @@ def distill(
         data: photos, see :mod:`xattn.photos.sources`. No labels are read.
         validation: photos to measure on; by default one of ten of ``data``, which is not trained on.
         config: see :class:`~xattn.config.DistillConfig`.
+        start: the folder of a trained conversion of the same mechanism and layers, from whose mechanisms
+            training goes on. It must hold nothing of the network itself.
         output: folder for log, checkpoints, ``report.json`` and the folder ``conversion``, see
             :func:`~xattn.backbone.load_conversion`; None keeps everything in memory.
         resume: go on from the last checkpoint in ``output``. The result is bit-identical to that of an
@@ -114,14 +120,19 @@ def distill(
         )
     student = Student(teacher, name, layers, options, config)
     if not any(True for _ in student.mechanisms.parameters()):
-        config = replace(config, epochs=0)
-    photos = open_photos(data)
-    kept = None if validation is None else open_photos(validation)
-    if kept is None:
-        photos, kept = every_nth(photos, HELD_OUT)
+        config = replace(config, epochs=0, student_epochs=0)
+    if start is not None:
+        student.start_from(start)
+    photos, kept = split(data, validation)
     run_options = RunOptions(output, resume, progress)
     with processes.own_accelerator(teacher.device, config.precision) as accelerator:
         return _distill(student, photos, kept, config, accelerator, run_options)
+
+
+def split(data: Data, validation: Data | None = None) -> tuple[Photos, Photos]:
+    """The photos to train on, and those to measure on: one of ten unless they are given."""
+    photos = open_photos(data)
+    return every_nth(photos, HELD_OUT) if validation is None else (photos, open_photos(validation))
 
 
 class _State(PhotoLoopState):
@@ -255,14 +266,14 @@ def _step(
         images = torch.full((1, 3, *teacher.preprocessing.input_size), 0.5, device="cpu")
     dtype = next(teacher.parameters(), images).dtype
     images = images.to(teacher.device, dtype, non_blocking=True)
-    alone = run.step < config.epochs * per_epoch
+    part, _, _ = part_of(run.step, per_epoch, config)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step, per_epoch, config)
     with run.forward(batch.share):
-        if alone:
-            terms = layer_losses(student, images, config, run.step)
-        else:
+        if part == FINETUNE:
             terms = logit_losses(student, images)
+        else:
+            terms = layer_losses(student, images, config, run.step, part == STUDENT)
     run.backward(weight * terms["loss"])
     run.optimizer.step()
     losses = run.mean(weight * torch.stack([term.detach().float() for term in terms.values()]))
@@ -270,12 +281,14 @@ def _step(
 
 
 def layer_losses(
-    student: Student, images: Tensor, config: DistillConfig, step: int
+    student: Student, images: Tensor, config: DistillConfig, step: int, own_tokens: bool = False
 ) -> dict[str, Tensor]:
-    """``loss`` and its terms, means over the layers; gradients reach the mechanisms alone."""
+    """``loss`` and its terms, means over the layers; gradients reach the mechanisms alone.
+
+    The tokens are those of the network as it was trained, or with ``own_tokens`` the converted one's.
+    """
     teacher, numbers = student.teacher, student.conversion.layers
-    with torch.no_grad(), layer_passes(teacher, numbers) as passes:
-        teacher.logits(images)
+    passes = softmax_passes(student, images, own_tokens)
     grid = grid_of(teacher, images)
     zero = torch.zeros((), device=images.device)
     outputs, rows, own = zero, zero, zero
@@ -300,6 +313,24 @@ def layer_losses(
     terms = {name: term / len(numbers) for name, term in terms.items()}
     loss = config.outputs * terms["outputs"] + terms["rows"] + terms["own"]
     return {"loss": loss, **terms, **logged(operators)}
+
+
+@torch.no_grad()
+def softmax_passes(student: Student, images: Tensor, own_tokens: bool) -> dict[int, LayerPass]:
+    """The trained softmax layers on the tokens that reach them in their network, or with ``own_tokens``
+    on those that reach the converted layers in theirs."""
+    teacher, numbers = student.teacher, student.conversion.layers
+    if not own_tokens:
+        with layer_passes(teacher, numbers) as passes:
+            teacher.logits(images)
+        return passes
+    with layer_passes(student.network, numbers) as found:
+        student.network.logits(images)
+    blocks: Any = teacher.model.blocks
+    with layer_passes(teacher, numbers) as passes:
+        for i in numbers:
+            blocks[i].attn(*found[i].args, **found[i].kwargs)
+    return passes
 
 
 def logit_losses(student: Student, images: Tensor) -> dict[str, Tensor]:
@@ -330,12 +361,22 @@ def logged(operators: Iterable[Operator]) -> dict[str, Tensor]:
     return {name: torch.stack(values).mean() for name, values in found.items()}
 
 
+def part_of(step: int, per_epoch: int, config: DistillConfig) -> tuple[int, int, int]:
+    """The number of the part of ``DistillConfig.parts`` that has step 0, 1, ..., the steps before it in
+    that part, and how many the part has. Behind the last step it is the last part."""
+    lengths = [epochs * per_epoch for epochs, _ in config.parts]
+    last = max(i for i, length in enumerate(lengths) if length)
+    for part, length in enumerate(lengths):
+        if step < length or part == last:
+            return part, step, length
+        step -= length
+    raise AssertionError("some part has steps")
+
+
 def learning_rate(step: int, per_epoch: int, config: DistillConfig) -> float:
     """The rate of step 0, 1, ...: in each part a short linear rise, then half a cosine to 0."""
-    first = config.epochs * per_epoch
-    peak, total = config.lr, first
-    if step >= first and config.finetune != "none":
-        step, peak, total = step - first, config.finetune_lr, config.finetune_epochs * per_epoch
+    part, step, total = part_of(step, per_epoch, config)
+    peak = config.parts[part][1]
     rise = max(1, round(RISE * total))
     if step < rise:
         return peak * (step + 1) / rise

@@ -18,7 +18,10 @@ from xattn.training.checkpoint import load_checkpoint
 RUN_FILE, LOG_FILE, LOCK_FILE = "run.json", "log.jsonl", "run.lock"
 HEAD_FOLDER, CHECKPOINTS = "head", "checkpoints"
 # Settings that records of earlier versions lack.
-BEFORE_OUTCOMES = {"objective": "masking", "crops": 1, "masks": 16, "others": 2}
+EARLIER = {
+    "objective": "masking", "crops": 1, "masks": 16, "others": 2,  # of fit
+    "student_epochs": 0, "student_lr": 1e-3,  # of distill
+}  # fmt: skip
 
 
 def first_workers(folder: Path | None, workers: int) -> int:
@@ -90,7 +93,7 @@ def claim(
 
 def _comparable(run: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a run to be resumed: everything but settings that do not change the result."""
-    train = {**BEFORE_OUTCOMES, **run["train"]}
+    train = {**EARLIER, **run["train"]}
     train = {k: v for k, v in train.items() if k not in ("workers", "checkpoint_every")}
     head = {k: v for k, v in run["head"].items() if k not in ("training", "xattn")}
     if "conversion" not in head:  # of a distillation

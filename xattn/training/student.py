@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,12 @@ from torch.nn.utils import parametrize
 from xattn.attention.base import Mechanism
 from xattn.attention.conversion import Conversion, format_mechanism
 from xattn.backbone import Backbone
-from xattn.backbone.conversion import UPDATE_SCALE, converted
+from xattn.backbone.conversion import (
+    UPDATE_SCALE,
+    converted,
+    load_conversion,
+    read_conversion,
+)
 from xattn.config import DistillConfig
 
 PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
@@ -39,7 +45,8 @@ class LowRankUpdate(nn.Module):
 class Student(nn.Module):
     """The trainable part of a converted copy of ``teacher``; the frozen rest of it is no submodule.
 
-    Attributes: ``mechanisms`` by number of their layer; ``network``, the converted backbone.
+    Attributes: ``mechanisms`` by number of their layer; ``network``, the converted backbone; ``started``,
+    SHA-256 of the conversion that training goes on from, or None.
 
     Raises:
         ValueError: as in :func:`~xattn.attention.convert`, or nothing to train.
@@ -64,6 +71,7 @@ class Student(nn.Module):
             {str(i): blocks[i].attn.mechanism for i in self.conversion.layers}
         )
         self.finetune = config.finetune
+        self.started: str | None = None
         if whole:
             self.model = network.model
         self.updates = nn.ModuleDict()
@@ -88,6 +96,29 @@ class Student(nn.Module):
                     update = LowRankUpdate(linear.weight, rank)
                     self.updates[f"{i}_{name}"] = update
                     parametrize.register_parametrization(linear, "weight", update)
+
+    def start_from(self, folder: str | Path) -> None:
+        """Take the mechanisms' tensors from the trained conversion in ``folder``.
+
+        Raises:
+            ValueError: it is of another network, mechanism or layers, is damaged, or trained more than
+                mechanisms. FileNotFoundError: nothing is there.
+        """
+        made, config = read_conversion(folder)
+        if made.record() != self.conversion.record():
+            raise ValueError(f"start: {folder} holds {made}, not {self.conversion}")
+        trained = load_conversion(folder, self.teacher)
+        own = dict(self.teacher.model.state_dict())
+        state = trained.model.state_dict()
+        if not all(torch.equal(state[name], value) for name, value in own.items()):
+            raise ValueError(
+                f"start: {folder} trained weights of the network, too; give a conversion that was "
+                f"trained without finetune"
+            )
+        for i in self.conversion.layers:
+            path = f"blocks.{i}.attn.mechanism"
+            self.mechanism(i).load_state_dict(trained.model.get_submodule(path).state_dict())
+        self.started = config.get("sha256")
 
     @property
     def network(self) -> Backbone:
@@ -121,10 +152,11 @@ class Student(nn.Module):
     def config(self) -> dict[str, Any]:
         """What a resumed run must agree with."""
         teacher = self.teacher
-        return {
+        found = {
             "conversion": self.conversion.record(),
             "backbone": {"name": teacher.name, "sha256": teacher.fingerprint},
         }
+        return found if self.started is None else {**found, "start": self.started}
 
     def trained(self) -> dict[str, Tensor]:
         """The trained tensors under their names in the model; updates as ``NAME.lora_a``, ``.lora_b``."""

@@ -17,7 +17,8 @@ from xattn.runtime.files import file_sha256, write_json
 from xattn.training.distilling import CONVERSION_FOLDER, distill
 from xattn.training.run_folder import RUN_FILE
 
-UNTOLD = ("workers", "checkpoint_every")  # settings of training that change no result
+# settings of training that change no result, and those that were added later and are not used here
+UNTOLD = ("workers", "checkpoint_every", "student_epochs", "student_lr")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,190 @@
+"""How many of a ViT's last blocks can be converted: the mechanism trained alone, then with updates.
+
+    xattn study depths --data photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+
+For the last 3, 6, 9 and 12 blocks the mechanism is distilled on the tokens of the trained network, then on
+its own, and measured; then low-rank updates around it are trained, too. Each fold learns from the photos of
+the others and is measured on its own, so all photos count. Labels serve measuring alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xattn.attention.conversion import format_layers, parse_mechanism
+from xattn.backbone import Backbone, load_conversion
+from xattn.backbone.conversion import WEIGHTS_FILE
+from xattn.config import DistillConfig
+from xattn.eval.studies.study_configs import DepthStudyConfig
+from xattn.eval.studies.swap.measures import Block, Explaining, quality
+from xattn.eval.studies.swap.networks import Photo, kept_record
+from xattn.eval.studies.swapped_attention import labelled_photos
+from xattn.photos.images import load_image
+from xattn.photos.sources import open_photos
+from xattn.photos.view import prepare
+from xattn.runtime.files import check_folder, write_json
+from xattn.training.distilling import CONVERSION_FOLDER, REPORT, distill
+from xattn.training.head_closeness import HeadCloseness, head_closeness, head_csv
+from xattn.training.run_folder import RUN_FILE
+
+STAGES = {"alone": "the mechanism alone", "lora": "low-rank updates, too"}
+AT_ONCE = 25  # photos that are measured at once
+HEADING = (
+    "| blocks | trained | top-1, % | lost, points | same class, % | patch cosine | KL of rows | elu + 1 "
+    "| Taylor | minutes |"
+)
+DEFAULTS = DepthStudyConfig()
+
+
+def study(
+    backbone: Backbone,
+    data: str | Path,
+    labels: str | Path = "folders",
+    output: str | Path = "runs/study-depths",
+    config: DepthStudyConfig = DEFAULTS,
+    *,
+    progress: bool = True,
+) -> Iterator[str]:
+    """Train and measure what is not finished yet, write report.md and heads.csv, and give the lines.
+
+    Args:
+        data: photos, see :func:`xattn.explaining.naming.named_photos`; ``labels``: their classes.
+        output: folder of the conversions and what was measured. The same command goes on there.
+
+    Raises:
+        ValueError: no photo has a class of the backbone, more blocks than it has, or ``output`` holds
+            results of other settings or photos.
+    """
+    output = Path(output)
+    photos = labelled_photos(backbone, data, labels, config.seed)[: config.photos]
+    blocks: Any = getattr(backbone.model, "blocks", ())
+    if len(blocks) < max(config.last):
+        raise ValueError(f"last: got {config.last}; {backbone.name} has {len(blocks)} blocks")
+    if len(photos) < config.folds:
+        raise ValueError(f"folds: got {config.folds} for {len(photos)} photos; give fewer")
+    check_folder(output)
+    kept_record(output / "record.json", _record(backbone, photos, config))
+    lines = [f"{backbone.name}, {config.attention}, {len(photos)} photos", "", HEADING]
+    lines.append("| :-- | :-- |" + " --: |" * 8)
+    yield from lines
+    heads: list[str] = []
+    for last in config.last:
+        layers = range(len(blocks) - last, len(blocks))
+        for stage in STAGES:
+            found = [
+                _of_fold(backbone, photos, layers, stage, fold, output, config, progress)
+                for fold in range(config.folds)
+            ]
+            lines.append(_line(layers, stage, found))
+            heads.append(f"blocks {format_layers(layers)}, {STAGES[stage]}\n{_heads_csv(found)}")
+            yield lines[-1]
+    (output / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (output / "heads.csv").write_text("\n".join(heads), encoding="utf-8")
+    yield f"\nreport: {output / 'report.md'}, {output / 'heads.csv'}"
+
+
+def _record(
+    backbone: Backbone, photos: Sequence[Photo], config: DepthStudyConfig
+) -> dict[str, Any]:
+    settings = {k: v for k, v in asdict(config).items() if k not in ("last", "workers")}
+    return {
+        "backbone": backbone.fingerprint,
+        "config": settings,
+        "photos": {photo.name: photo.sha256 for photo in photos},
+    }
+
+
+def _of_fold(
+    backbone: Backbone,
+    photos: Sequence[Photo],
+    layers: range,
+    stage: str,
+    fold: int,
+    output: Path,
+    config: DepthStudyConfig,
+    progress: bool,
+) -> dict[str, Any]:
+    """What was measured of one network, which is trained now if it is not there yet."""
+    folder = output / f"last-{len(layers)}" / f"fold-{fold}"
+    file = folder / stage / "result.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    own = [photo for i, photo in enumerate(photos) if i % config.folds == fold]
+    others = [photo.path for i, photo in enumerate(photos) if i % config.folds != fold]
+    run = folder / stage / "run"
+    name, options = parse_mechanism(config.attention)
+    if not (run / CONVERSION_FOLDER / WEIGHTS_FILE).is_file():
+        start = folder / "alone" / "run" / CONVERSION_FOLDER if stage == "lora" else None
+        distill(
+            backbone, name, layers, options, data=others, validation=others[:8],
+            config=_training(config, stage), start=start, output=run,
+            resume=(run / RUN_FILE).is_file(), progress=progress,
+        )  # fmt: skip
+    network = load_conversion(run / CONVERSION_FOLDER, backbone)
+    result = measured(backbone, network, own, config.heads)
+    report = json.loads((run / REPORT).read_text(encoding="utf-8"))
+    write_json(file, {**result, "seconds": report["seconds"]})
+    return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def _training(config: DepthStudyConfig, stage: str) -> DistillConfig:
+    common: dict[str, Any] = {"measured": 8, "workers": config.workers, "seed": config.seed}
+    if stage == "lora":
+        return DistillConfig(
+            epochs=0, finetune="lora", finetune_epochs=config.finetune_epochs,
+            finetune_lr=config.finetune_lr, **common,
+        )  # fmt: skip
+    return DistillConfig(epochs=config.epochs, student_epochs=config.student_epochs, **common)
+
+
+def measured(
+    backbone: Backbone, network: Backbone, photos: Sequence[Photo], heads: int
+) -> dict[str, Any]:
+    """``right``, ``dense``, ``same`` and ``patch cosine`` of every photo, and the heads."""
+    values: dict[str, list[float]] = {}
+    for start in range(0, len(photos), AT_ONCE):
+        some = photos[start : start + AT_ONCE]
+        pixels = [prepare(load_image(p.path), backbone.preprocessing, "crop")[0] for p in some]
+        images = torch.stack(pixels).to(backbone.device, backbone.mean.dtype)
+        labels = torch.tensor([p.label for p in some], device="cpu")
+        block = Block(images, labels, backbone, Explaining("rollout", 1))
+        found = quality(block, range(len(some)), network)
+        found["dense"] = (block.seen[1].argmax(1).cpu() == labels).double().tolist()
+        for key in ("right", "dense", "same", "patch cosine"):
+            values.setdefault(key, []).extend(found[key])
+    paths = open_photos([photo.path for photo in photos])
+    return {**values, "heads": [asdict(x) for x in head_closeness(backbone, network, paths, heads)]}
+
+
+def _line(layers: range, stage: str, found: Sequence[Mapping[str, Any]]) -> str:
+    def mean(key: str) -> float:
+        values = [value for one in found for value in one[key]]
+        return sum(values) / len(values)
+
+    right, dense = 100 * mean("right"), 100 * mean("dense")
+    cells = [format_layers(layers), STAGES[stage], f"{right:.1f}", f"{dense - right:.1f}"]
+    cells += [f"{100 * mean('same'):.1f}", f"{mean('patch cosine'):.3f}"]
+    by_map: dict[str, list[float]] = {}
+    for head in (head for one in found for head in one["heads"]):
+        by_map.setdefault(head["map"], []).append(head["divergence"])
+    cells += [f"{sum(values) / len(values):.3f}" for values in by_map.values()]
+    cells.append(f"{sum(one['seconds'] for one in found) / len(found) / 60:.1f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def _heads_csv(found: Sequence[Mapping[str, Any]]) -> str:
+    """Means over the folds, a line for each head and map."""
+    means = []
+    for same in zip(*(one["heads"] for one in found), strict=True):
+        numbers = {
+            key: sum(head[key] for head in same) / len(same)
+            for key in ("divergence", "entropy", "softmax_entropy", "order")
+        }
+        means.append(HeadCloseness(**{**same[0], **numbers}))
+    return head_csv(means)
