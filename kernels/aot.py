@@ -20,7 +20,10 @@ import torch
 
 from xattn.kernels.backend import HAS_TRITON, interpreted
 
-OPS = ("softmax", "block_sparse", "grouped", "block_topk", "vecmat", "pooling")
+OPS = (
+    "softmax", "block_sparse", "grouped", "block_topk", "vecmat", "pooling", "covariance_solve",
+    "local_linear",
+)  # fmt: skip
 """Folders of ``xattn.kernels`` with Triton kernels; column_mass uses the one of vecmat."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -38,6 +38,8 @@ SAMPLE = [
     "block_topk lse bf16 D=48",
     "vecmat bf16 D=64 R=1",
     "pooling scores bf16 D=768",
+    "covariance_solve rows bf16 D=16",
+    "local_linear forward fp32 D=32",
 ]
 
 

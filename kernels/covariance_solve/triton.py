@@ -1,0 +1,300 @@
+"""Triton kernels of a solve with every query's covariance: conjugate gradients by tiles of queries, and the
+gradient by tiles of queries and of keys.
+
+A program keeps the vectors of its rows (solution, residual, direction) in registers for all steps, and
+reads the keys once a step; scores are recomputed. It stops reading once all of its rows have converged.
+Products are in float32 throughout: residuals of conjugate gradients need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
+from xattn.kernels.covariance_solve.problem import Problem
+from xattn.kernels.covariance_solve.reference import warn_of
+from xattn.kernels.softmax.triton import load_tile, padded, softmax_weights, supported
+
+# Padded width: rows and columns of a tile, warps, stages. No spills on sm_80 and sm_90, see
+# compile_cases; not timed on a GPU.
+TILES = {
+    "solve": {16: (32, 32, 4, 2), 32: (32, 32, 8, 2), 64: (16, 32, 8, 2), 128: (16, 16, 8, 2)},
+    "rows": {16: (32, 32, 8, 2), 32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
+    "keys": {16: (32, 32, 8, 2), 32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 16, 8, 2)},
+}
+
+
+@triton.jit
+def store_tile(base, rows, columns, count, width, value, stride: tl.constexpr):
+    """Write a tile (rows, columns) of a contiguous (count, width) matrix."""
+    inside = (rows[:, None] < count) & (columns[None, :] < width)
+    at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
+    tl.store(at, value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL: tl.constexpr):
+    """p (rows, columns), 0 for keys that are hidden or outside."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
+    seen = columns[None, :] < S
+    if CAUSAL:
+        seen = seen & (columns[None, :] <= rows[:, None])
+    return softmax_weights(tl.where(seen, s, float("-inf")), lse[:, None])
+
+
+@triton.jit
+def transposed_weights(q, k, lse, rows, columns, N, scale, CAUSAL: tl.constexpr):
+    """p (columns, rows), 0 for queries outside; every key has its own row of what follows."""
+    s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)
+    seen = rows[None, :] < N
+    if CAUSAL:
+        seen = seen & (columns[:, None] <= rows[None, :])
+    return softmax_weights(tl.where(seen, s, float("-inf")), lse[None, :])
+
+
+@triton.jit
+def along(x, features, shift):
+    """x_i . f_j - shift_i, (rows, columns)."""
+    return tl.dot(x, tl.trans(features), input_precision="ieee") - shift[:, None]
+
+
+@triton.jit
+def _times(
+    x, q, mean, lse, ridge, k_ptr, f_ptr, rows, d, w, stop, S, scale,
+    D: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, WIDTH_F: tl.constexpr,
+    COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """(C + ridge I) x for the rows of a tile."""
+    acc = tl.zeros([ROWS, WIDTH_F], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    shift = tl.sum(x * mean, 1)
+    for start in range(0, stop, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        k = load_tile(k_ptr, columns, d, S, D, D)
+        features = load_tile(f_ptr, columns, w, S, F, F)
+        t = tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL) * along(x, features, shift)
+        acc += tl.dot(t, features, input_precision="ieee")
+        total += tl.sum(t, 1)
+    return acc - total[:, None] * mean + ridge[:, None] * x
+
+
+@triton.jit
+def solve_kernel(
+    q_ptr, k_ptr, f_ptr, lse_ptr, mean_ptr, right_ptr, ridge_ptr, line_ptr, x_ptr, residual_ptr,
+    N, S, iterations, scale,
+    D: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, WIDTH_F: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_F)
+    k_head, f_head = k_ptr + head * S * D, f_ptr + head * S * F
+    q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
+    mean = load_tile(mean_ptr + head * N * F, rows, w, N, F, F)
+    r = load_tile(right_ptr + head * N * F, rows, w, N, F, F)
+    lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=0.0)
+    ridge = tl.load(ridge_ptr + head * N + rows, mask=rows < N, other=1.0)
+    line = tl.load(line_ptr + head * N + rows, mask=rows < N, other=0.0)
+    # A tile of causal queries reads the keys up to its last query.
+    stop = tl.minimum(S, (tl.program_id(0) + 1) * ROWS) if CAUSAL else S
+    x = tl.zeros([ROWS, WIDTH_F], tl.float32)
+    towards = r
+    rest = tl.sum(r * r, 1)
+    for _ in range(0, iterations):
+        live = rest > line
+        some = tl.where(tl.max(live.to(tl.int32), 0) > 0, stop, 0)
+        t = _times(
+            towards, q, mean, lse, ridge, k_head, f_head, rows, d, w, some, S, scale,
+            D, F, ROWS, WIDTH_F, COLUMNS, CAUSAL,
+        )  # fmt: skip
+        curvature = tl.sum(towards * t, 1)
+        bent = curvature > 0
+        step = tl.where(live & bent, rest / tl.where(bent, curvature, 1.0), 0.0)
+        x += step[:, None] * towards
+        r -= step[:, None] * t
+        # Without curvature there is nothing to fit: x stays.
+        after = tl.where(live, tl.where(bent, tl.sum(r * r, 1), 0.0), rest)
+        ratio = tl.where(live, after / tl.where(live, rest, 1.0), 0.0)
+        towards = r + ratio[:, None] * towards
+        rest = after
+    t = _times(
+        x, q, mean, lse, ridge, k_head, f_head, rows, d, w, stop, S, scale,
+        D, F, ROWS, WIDTH_F, COLUMNS, CAUSAL,
+    )  # fmt: skip
+    right = load_tile(right_ptr + head * N * F, rows, w, N, F, F)
+    size = tl.sum(right * right, 1)
+    left = tl.sum((right - t) * (right - t), 1)
+    solvable = tl.max(tl.abs(x), 1) > 0
+    residual = tl.where(solvable, tl.sqrt(left / tl.where(size > 0, size, 1.0)), 0.0)
+    store_tile(x_ptr + head * N * F, rows, w, N, F, x, F)
+    tl.store(residual_ptr + head * N + rows, residual, mask=rows < N)
+
+
+@triton.jit
+def rows_kernel(
+    q_ptr, k_ptr, f_ptr, lse_ptr, x_ptr, u_ptr, shift_x_ptr, shift_u_ptr,
+    dq_ptr, dlse_ptr, total_x_ptr, total_u_ptr, N, S, scale,
+    D: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, WIDTH_F: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """dq and dlse, and the sums over keys of p (x . t) and p (u . t)."""
+    head = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_F)
+    q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
+    x = load_tile(x_ptr + head * N * F, rows, w, N, F, F)
+    u = load_tile(u_ptr + head * N * F, rows, w, N, F, F)
+    inside = rows < N
+    lse = tl.load(lse_ptr + head * N + rows, mask=inside, other=0.0)
+    shift_x = tl.load(shift_x_ptr + head * N + rows, mask=inside, other=0.0)
+    shift_u = tl.load(shift_u_ptr + head * N + rows, mask=inside, other=0.0)
+    dq = tl.zeros([ROWS, WIDTH], tl.float32)
+    dlse = tl.zeros([ROWS], tl.float32)
+    total_x, total_u = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    stop = tl.minimum(S, (tl.program_id(0) + 1) * ROWS) if CAUSAL else S
+    for start in range(0, stop, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
+        features = load_tile(f_ptr + head * S * F, columns, w, S, F, F)
+        p = tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL)
+        by_u = along(u, features, shift_u)
+        share = p * along(x, features, shift_x)
+        total_x += tl.sum(share, 1)
+        total_u += tl.sum(p * by_u, 1)
+        ds = -share * by_u
+        dlse -= tl.sum(ds, 1)
+        dq += tl.dot(ds, k.to(tl.float32), input_precision="ieee")
+    store_tile(dq_ptr + head * N * D, rows, d, N, D, dq * scale, D)
+    tl.store(dlse_ptr + head * N + rows, dlse, mask=inside)
+    tl.store(total_x_ptr + head * N + rows, total_x, mask=inside)
+    tl.store(total_u_ptr + head * N + rows, total_u, mask=inside)
+
+
+@triton.jit
+def keys_kernel(
+    q_ptr, k_ptr, f_ptr, lse_ptr, x_ptr, u_ptr, shift_x_ptr, shift_u_ptr, dk_ptr, df_ptr,
+    N, S, scale,
+    D: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, WIDTH_F: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """dk and df of one tile of keys, over the queries that see it."""
+    head = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_F)
+    k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
+    features = load_tile(f_ptr + head * S * F, columns, w, S, F, F)
+    dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
+    df = tl.zeros([COLUMNS, WIDTH_F], tl.float32)
+    first = tl.program_id(0) * COLUMNS // ROWS * ROWS if CAUSAL else 0
+    for start in range(first, N, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        inside = rows < N
+        q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
+        x = load_tile(x_ptr + head * N * F, rows, w, N, F, F)
+        u = load_tile(u_ptr + head * N * F, rows, w, N, F, F)
+        lse = tl.load(lse_ptr + head * N + rows, mask=inside, other=0.0)
+        shift_x = tl.load(shift_x_ptr + head * N + rows, mask=inside, other=0.0)
+        shift_u = tl.load(shift_u_ptr + head * N + rows, mask=inside, other=0.0)
+        p = transposed_weights(q, k, lse, rows, columns, N, scale, CAUSAL)
+        by_x = tl.dot(features, tl.trans(x), input_precision="ieee") - shift_x[None, :]
+        by_u = tl.dot(features, tl.trans(u), input_precision="ieee") - shift_u[None, :]
+        dk += tl.dot(-p * by_x * by_u, q.to(tl.float32), input_precision="ieee")
+        df -= tl.dot(p * by_x, u, input_precision="ieee")
+        df -= tl.dot(p * by_u, x, input_precision="ieee")
+    store_tile(dk_ptr + head * S * D, columns, d, S, D, dk * scale, D)
+    store_tile(df_ptr + head * S * F, columns, w, S, F, df, F)
+
+
+def forward(p: Problem) -> tuple[Tensor]:
+    return (_solve(p, p.right),)
+
+
+def _solve(p: Problem, right: Tensor) -> Tensor:
+    q, k = (supported(x).contiguous() for x in (p.q, p.k))
+    features, lse, mean, right, ridge = (
+        x.contiguous() for x in (supported(p.features), p.lse, p.mean, right, p.ridge)
+    )
+    line = p.tolerance**2 * right.square().sum(-1)
+    x, residual = torch.empty_like(right), torch.empty_like(lse)
+    chosen, (heads, n, s) = _options("solve", p), _sizes(p)
+    solve_kernel[triton.cdiv(n, chosen["ROWS"]), heads](
+        q, k, features, lse, mean, right, ridge, line, x, residual, n, s, p.iterations, p.scale,
+        **chosen,
+    )  # fmt: skip
+    warn_of(residual, p.tolerance)
+    return x
+
+
+def backward(
+    p: Problem, outputs: tuple[Tensor], grads: tuple[Tensor], wanted: Collection[str]
+) -> dict[str, Tensor]:
+    x, u = outputs[0].contiguous(), _solve(p, grads[0])
+    q, k, features, lse, mean = (y.contiguous() for y in p[:5])
+    shifts = [(y * mean).sum(-1) for y in (x, u)]
+    dq, dk, df = torch.empty_like(q), torch.empty_like(k), torch.empty_like(features)
+    dlse, total_x, total_u = (torch.empty_like(lse) for _ in range(3))
+    heads, n, s = _sizes(p)
+    shared = (q, k, features, lse, x, u, *shifts)
+    chosen = _options("rows", p)
+    rows_kernel[triton.cdiv(n, chosen["ROWS"]), heads](
+        *shared, dq, dlse, total_x, total_u, n, s, p.scale, **chosen
+    )
+    chosen = _options("keys", p)
+    keys_kernel[triton.cdiv(s, chosen["COLUMNS"]), heads](*shared, dk, df, n, s, p.scale, **chosen)
+    return {
+        "q": dq, "k": dk, "features": df, "lse": dlse, "right": u, "ridge": -(u * x).sum(-1),
+        "mean": total_x[..., None] * u + total_u[..., None] * x,
+    }  # fmt: skip
+
+
+def _sizes(p: Problem) -> tuple[int, int, int]:
+    return p.q.shape[0] * p.q.shape[1], p.q.shape[2], p.k.shape[2]
+
+
+def _options(kernel: str, p: Problem) -> dict[str, Any]:
+    return options(kernel, p.q.shape[3], p.features.shape[3], p.causal)
+
+
+def options(kernel: str, d: int, f: int, causal: bool = False) -> dict[str, Any]:
+    """Shapes, tile and launch options of a kernel for heads of width d and features of width f."""
+    width, width_f = padded(d), padded(f)
+    rows, columns, warps, stages = tile_of(TILES[kernel], max(width, width_f))
+    return {
+        "D": d, "F": f, "WIDTH": width, "WIDTH_F": width_f, "ROWS": rows, "COLUMNS": columns,
+        "CAUSAL": causal, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+def tile_of(tiles: dict[int, tuple[int, int, int, int]], widest: int) -> tuple[int, int, int, int]:
+    """Rows, columns, warps and stages for a padded width; the smallest tile beyond 128."""
+    rows, columns, warps, stages = tiles[min(widest, 128)]
+    return (rows, columns, warps, stages) if widest <= 128 else (16, 16, warps, 1)
+
+
+def compile_cases() -> Iterator[Case]:
+    """Every kernel at N = S = 4096 with 12 heads, a solve of 16 steps, plain and causal."""
+    n, heads, steps = 4096, 12, 16
+    kernels = {"solve": solve_kernel, "rows": rows_kernel, "keys": keys_kernel}
+    products = {"solve": 3 * (steps + 1), "rows": 4, "keys": 6}
+    half = ("q_ptr", "k_ptr", "dq_ptr", "dk_ptr")
+    for name, dtype, d, causal in product(kernels, DTYPES, WIDTHS, (False, True)):
+        if dtype == "fp16" and not causal:
+            continue
+        kernel, share = kernels[name], 0.5 if causal else 1.0
+        tensors = sum(arg.endswith("_ptr") for arg in kernel.arg_names)
+        yield make_case(
+            kernel,
+            dtype,
+            options(name, d, d, causal),
+            f"covariance_solve {name} {dtype} D={d}{' causal' if causal else ''}",
+            operations=2.0 * products[name] * heads * n * n * d * share,
+            bytes=heads * n * tensors * d * 4.0,
+            wide=[arg for arg in kernel.arg_names if arg not in half],
+        )
