@@ -46,6 +46,7 @@ SWAPS = (
     Swap("flow"),
     Swap("based"),
     Swap("nsa"),
+    Swap("lla"),
     Swap("moh"),
     Swap("infllm_v2"),
     Swap("infllm_v2", {"block": 2, "stride": 1, "dense_below": 0}),

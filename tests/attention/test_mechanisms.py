@@ -438,6 +438,7 @@ def test_causal_softmax_stores_no_square_matrix():
         ("act", {"alpha": 1.2, "stride": 8}),
         ("routing", {}),
         ("spatten", {"values": 0.5}),
+        ("lla", {"iterations": 2, "tolerance": 0.5}),
     ],
 )
 def test_no_square_matrix_is_stored_on_the_way_to_an_operator(name, options, causal):

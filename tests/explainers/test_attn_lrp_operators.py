@@ -12,6 +12,7 @@ from xattn.attention import (
     Entry,
     GatedOperator,
     Inputs,
+    LocalLinearOperator,
     LowRankOperator,
     Mechanism,
     Operator,
@@ -283,6 +284,10 @@ def kept(operator, x, dy, part):
         y = operator.rows(torch.arange(operator.shape[2])) @ x
         grads = torch.autograd.grad((dy * y).sum(), queries)
         return part * sum((q * g).sum().item() for q, g in zip(queries, grads, strict=True))
+    if isinstance(operator, LocalLinearOperator):  # softmax, with values that each query weighs
+        a = matrix(operator.softmax)
+        da = (matrix(operator) / a) * (dy @ x.mT)
+        return part * (a.log() * a * (da - (a * da).sum(-1, keepdim=True))).sum().item()
     a = matrix(operator)
     if not isinstance(operator, SoftmaxOperator | SegmentsOperator):
         return part * (dy * (a @ x)).sum().item()

@@ -13,6 +13,7 @@ from xattn.attention import (  # noqa: F401  (they register themselves)
     hip,
     infllm_v2,
     landmark,
+    lla,
     llsa,
     moh,
     nsa,
@@ -44,6 +45,7 @@ from xattn.attention.convert import conversion, convert, converted_copy, revert
 from xattn.attention.folding import folded
 from xattn.attention.inputs import Inputs
 from xattn.attention.layer import Attention, create_attention
+from xattn.attention.local_linear import LocalLinearOperator
 from xattn.attention.lowering import attend
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import Order, tile_order, z_order
@@ -73,6 +75,7 @@ __all__ = [
     "GatedOperator",
     "GridRotation",
     "Inputs",
+    "LocalLinearOperator",
     "LowRankOperator",
     "Mechanism",
     "Operator",

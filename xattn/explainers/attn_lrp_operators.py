@@ -6,6 +6,7 @@ arXiv 2402.05602): half goes to V, and A's half to what A is made of:
     softmax, also of segments   to q and k in equal parts, whole to a bias, by softmax's own gradient;
                                 landmarks of key blocks count as keys
     L R, causal or not          to L and R in equal parts
+    p o e, local linear         to p as softmax; the factors e are held constant
     A_1 A_2 ...                 to the factors in equal parts
     A_1 + A_2 + ...             each term and V share A_t V
     diag(g) A, A diag(c)        to A; g and c are gates, held constant
@@ -37,6 +38,7 @@ from xattn.attention.algebra import (
     total,
 )
 from xattn.attention.causal_low_rank import CausalLowRankOperator
+from xattn.attention.local_linear import LocalLinearOperator
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.pyramid import PyramidOperator
 from xattn.attention.segments_operator import SegmentsOperator
@@ -145,6 +147,20 @@ def _(operator: Operator) -> bool:
 
 def _any_live(tensors: list[Tensor]) -> bool:
     return any(t.requires_grad for t in tensors)
+
+
+@times.register
+def _(operator: LocalLinearOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
+    if not depends(operator):
+        return operator.detach().matvec(x)
+    both = operator.q.requires_grad and operator.k.requires_grad
+    q, k = (share(t, part / 2 if both else part) for t in (operator.q, operator.k))
+    return operator.with_constant_factors(q, k).matvec(share(x, 1 - part))
+
+
+@depends.register
+def _(operator: LocalLinearOperator) -> bool:
+    return operator.q.requires_grad or operator.k.requires_grad
 
 
 # ---------------------------------------------------------------------- operators made of others
