@@ -31,7 +31,7 @@ from xattn.backbone.conversion import read_conversion
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 from xattn.pictures.contact_sheet import Cell, Row, contact_sheet_image
-from xattn.pictures.overlay import overlay
+from xattn.pictures.overlay import DIVERGING, overlay
 from xattn.pictures.scales import Legend, make_scale
 from xattn.runtime.files import atomic_file, check_folder
 
@@ -77,6 +77,12 @@ SETTINGS: Mapping[str, Setting] = {
     "infllm_v2": Setting({"selected": 4, "block": 4, "dense_below": 0}),
     "landmark": Setting({"block": 4, "selected": 8}),
     "llsa": Setting({"block": 2, "levels": 2}),
+    "lla": Setting(
+        legends={
+            "row": Legend("subtracted", "added", "row", DIVERGING),
+            "correction": Legend("less", "more", "correction, than softmax has", DIVERGING),
+        }
+    ),
     "moh": Setting(channels={"gates": Channels("head")}),
     "nsa": Setting({"block": 4}),
     "routing": Setting(

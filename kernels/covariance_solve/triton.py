@@ -25,7 +25,7 @@ from xattn.kernels.softmax.triton import load_tile, padded, softmax_weights, sup
 # Padded width: rows and columns of a tile, warps, stages. No spills on sm_80 and sm_90, see
 # compile_cases; not timed on a GPU.
 TILES = {
-    "solve": {16: (32, 32, 4, 2), 32: (32, 32, 8, 2), 64: (16, 32, 8, 2), 128: (16, 16, 8, 2)},
+    "solve": {16: (32, 32, 4, 2), 32: (32, 32, 8, 2), 64: (16, 32, 4, 2), 128: (16, 16, 4, 2)},
     "rows": {16: (32, 32, 8, 2), 32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
     "keys": {16: (32, 32, 8, 2), 32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 16, 8, 2)},
 }
@@ -67,14 +67,14 @@ def along(x, features, shift):
 
 @triton.jit
 def _times(
-    x, q, mean, lse, ridge, k_ptr, f_ptr, rows, d, w, stop, S, scale,
+    x, q, lse, ridge, k_ptr, f_ptr, mean_ptr, rows, d, w, stop, N, S, scale,
     D: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, WIDTH_F: tl.constexpr,
     COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """(C + ridge I) x for the rows of a tile."""
     acc = tl.zeros([ROWS, WIDTH_F], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    shift = tl.sum(x * mean, 1)
+    shift = tl.sum(x * load_tile(mean_ptr, rows, w, N, F, F), 1)
     for start in range(0, stop, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         k = load_tile(k_ptr, columns, d, S, D, D)
@@ -82,6 +82,7 @@ def _times(
         t = tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL) * along(x, features, shift)
         acc += tl.dot(t, features, input_precision="ieee")
         total += tl.sum(t, 1)
+    mean = load_tile(mean_ptr, rows, w, N, F, F)  # anew: it would take registers all the while
     return acc - total[:, None] * mean + ridge[:, None] * x
 
 
@@ -97,7 +98,7 @@ def solve_kernel(
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_F)
     k_head, f_head = k_ptr + head * S * D, f_ptr + head * S * F
     q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
-    mean = load_tile(mean_ptr + head * N * F, rows, w, N, F, F)
+    mean_head = mean_ptr + head * N * F
     r = load_tile(right_ptr + head * N * F, rows, w, N, F, F)
     lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=0.0)
     ridge = tl.load(ridge_ptr + head * N + rows, mask=rows < N, other=1.0)
@@ -111,7 +112,7 @@ def solve_kernel(
         live = rest > line
         some = tl.where(tl.max(live.to(tl.int32), 0) > 0, stop, 0)
         t = _times(
-            towards, q, mean, lse, ridge, k_head, f_head, rows, d, w, some, S, scale,
+            towards, q, lse, ridge, k_head, f_head, mean_head, rows, d, w, some, N, S, scale,
             D, F, ROWS, WIDTH_F, COLUMNS, CAUSAL,
         )  # fmt: skip
         curvature = tl.sum(towards * t, 1)
@@ -125,7 +126,7 @@ def solve_kernel(
         towards = r + ratio[:, None] * towards
         rest = after
     t = _times(
-        x, q, mean, lse, ridge, k_head, f_head, rows, d, w, stop, S, scale,
+        x, q, lse, ridge, k_head, f_head, mean_head, rows, d, w, stop, N, S, scale,
         D, F, ROWS, WIDTH_F, COLUMNS, CAUSAL,
     )  # fmt: skip
     right = load_tile(right_ptr + head * N * F, rows, w, N, F, F)
