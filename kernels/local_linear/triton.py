@@ -162,7 +162,7 @@ def backward(
         *shared, dk, dv, df, n, s, p.scale, **chosen
     )
     found = {"k": dk, "v": dv, "features": df}
-    if wanted <= found.keys():
+    if set(wanted) <= set(found):
         return found
     dq, dslope, dlse, total = (torch.empty_like(x) for x in (q, slope, lse, lse))
     chosen = _options("rows", p)

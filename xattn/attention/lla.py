@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +91,11 @@ class LLA(Mechanism):
             torch.zeros_like(k[:, :, :1]) if inputs.causal else k.detach().mean(2, keepdim=True)
         )
         features, at = k - centre, q - centre
-        given = {"scale": inputs.scale, "causal": inputs.causal, "backend": self.backend}
+        given: dict[str, Any] = {
+            "scale": inputs.scale,
+            "causal": inputs.causal,
+            "backend": self.backend,
+        }
         mean, lse = softmax_attention(q, k, features, **given)
         slope = covariance_solve(
             q, k, features, lse, mean, at - mean, self._ridge(k, lse, inputs.causal),

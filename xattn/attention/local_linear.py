@@ -65,9 +65,9 @@ class LocalLinearOperator(Operator):
     def with_constant_factors(self, q: Tensor, k: Tensor) -> LocalLinearOperator:
         """The same in values, with a graph of p alone, through ``q`` and ``k``."""
         lse = softmax_attention(q, k, k, scale=self.scale, causal=self.causal)[1]
-        constant = (x.detach() for x in (self.mean, self.slope))
+        features, mean, slope = (x.detach() for x in (self.features, self.mean, self.slope))
         return LocalLinearOperator(
-            q, k, self.features.detach(), lse, *constant, self.scale,
+            q, k, features, lse, mean, slope, self.scale,
             causal=self.causal, backend=self.backend,
         )  # fmt: skip
 
