@@ -20,6 +20,7 @@ from torch import Tensor
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.covariance_solve.problem import Problem
 from xattn.kernels.covariance_solve.reference import warn_of
+from xattn.kernels.softmax.reference import widen
 from xattn.kernels.softmax.triton import load_tile, padded, softmax_weights, supported
 
 # Padded width: rows and columns of a tile, warps, stages. No spills on sm_80 and sm_90, see
@@ -218,7 +219,7 @@ def forward(p: Problem) -> tuple[Tensor]:
 
 
 def _solve(p: Problem, right: Tensor) -> Tensor:
-    q, k = (supported(x).contiguous() for x in (p.q, p.k))
+    q, k = (widen(supported(x)).contiguous() for x in (p.q, p.k))  # half precision would spill
     features, lse, mean, right, ridge = (
         x.contiguous() for x in (supported(p.features), p.lse, p.mean, right, p.ridge)
     )
@@ -297,5 +298,5 @@ def compile_cases() -> Iterator[Case]:
             f"covariance_solve {name} {dtype} D={d}{' causal' if causal else ''}",
             operations=2.0 * products[name] * heads * n * n * d * share,
             bytes=heads * n * tensors * d * 4.0,
-            wide=[arg for arg in kernel.arg_names if arg not in half],
+            wide=[arg for arg in kernel.arg_names if name == "solve" or arg not in half],
         )
