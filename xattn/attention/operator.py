@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
@@ -292,17 +292,21 @@ class SoftmaxOperator(Operator):
         if few or not self._fused or self._by_place or self.q.device.type != "cpu":
             return super().matvec_where(x, keep)
         batch, heads, n, _ = self.shape
-        each = self.q, spread_heads(self.k, heads), spread_heads(x, heads), keep
-        bias = None if self.bias is None else self.bias.expand(self.shape).flatten(0, 1)
-        out = []
-        for i, (q, k, v, kept) in enumerate(zip(*(t.flatten(0, 1) for t in each), strict=True)):
-            at = kept.nonzero()[:, 0]
-            mask = None if bias is None else bias[i, at]
-            some = F.scaled_dot_product_attention(
-                q[at][None, None], k[None, None], v[None, None], mask, scale=self.scale
-            )
-            out.append(v.new_zeros(n, v.shape[1]).index_copy(0, at, some[0, 0]))
-        return torch.stack(out).unflatten(0, (batch, heads))
+        at = keep.flatten().nonzero()[:, 0]  # of the rows of all heads, side by side
+        counts = keep.flatten(0, 1).sum(-1).tolist()
+        parts = self.q.flatten(0, 2).index_select(0, at).split(counts)
+        keys, values = (spread_heads(t, heads).flatten(0, 1)[:, None] for t in (self.k, x))
+        masks: Sequence[Tensor | None] = [None] * len(parts)
+        if self.bias is not None:
+            masks = self.bias.expand(self.shape).flatten(0, 2).index_select(0, at).split(counts)
+        some = [
+            F.scaled_dot_product_attention(q[None, None], k[None], v[None], mask, scale=self.scale)
+            for q, k, v, mask in zip(parts, keys, values, masks, strict=True)
+            if len(q)
+        ]
+        joined = torch.cat([part[0, 0] for part in some] or [values[0, 0, :0]])
+        y = joined.new_zeros(batch * heads * n, values.shape[-1])
+        return y.index_copy_(0, at, joined).unflatten(0, (batch, heads, n))
 
     def _some_heads(self, x: Tensor, keep: Tensor) -> Tensor | None:
         """A X where every head keeps all rows or none, and some none; None elsewhere."""
