@@ -22,7 +22,7 @@ from xattn.kernels.backend import HAS_TRITON, interpreted
 
 OPS = (
     "softmax", "block_sparse", "grouped", "block_topk", "vecmat", "pooling", "covariance_solve",
-    "local_linear",
+    "local_linear", "softplus",
 )  # fmt: skip
 """Folders of ``xattn.kernels`` with Triton kernels; column_mass uses the one of vecmat."""
 

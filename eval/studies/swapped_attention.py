@@ -58,6 +58,9 @@ SWAPS = (
     Swap("hip"),
     Swap("hip", {"keep": 96, "block": 4}),
     Swap("landmark"),
+    Swap("lssa"),
+    Swap("lssar"),
+    Swap("lssar", {"power": 3}),
 )
 
 

@@ -40,6 +40,7 @@ SAMPLE = [
     "pooling scores bf16 D=768",
     "covariance_solve rows bf16 D=16",
     "local_linear forward fp32 D=32",
+    "softplus dq bf16 D=64",
 ]
 
 

@@ -15,6 +15,7 @@ from xattn.attention import (  # noqa: F401  (they register themselves)
     landmark,
     lla,
     llsa,
+    lssa,
     moh,
     nsa,
     routing,
@@ -61,6 +62,7 @@ from xattn.attention.positions import (
 from xattn.attention.record import Call, record
 from xattn.attention.segments import Blocks, Rule, Segment, select, visible_blocks
 from xattn.attention.segments_operator import SegmentsOperator
+from xattn.attention.softplus_operator import SoftplusOperator
 from xattn.attention.subsets import SubsetsOperator
 
 __all__ = [
@@ -88,6 +90,7 @@ __all__ = [
     "Segment",
     "SegmentsOperator",
     "SoftmaxOperator",
+    "SoftplusOperator",
     "SubsetsOperator",
     "SumOperator",
     "attend",

@@ -5,6 +5,7 @@ arXiv 2402.05602): half goes to V, and A's half to what A is made of:
 
     softmax, also of segments   to q and k in equal parts, whole to a bias, by softmax's own gradient;
                                 landmarks of key blocks count as keys
+    softplus with l1 norms      to q and k in equal parts, by its own gradient
     L R, causal or not          to L and R in equal parts
     p o e, local linear         to p as softmax; the factors e are held constant
     A_1 A_2 ...                 to the factors in equal parts
@@ -42,6 +43,7 @@ from xattn.attention.local_linear import LocalLinearOperator
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.pyramid import PyramidOperator
 from xattn.attention.segments_operator import SegmentsOperator
+from xattn.attention.softplus_operator import SoftplusOperator
 from xattn.attention.subsets import SubsetsOperator
 
 Held = dict[str, None]  # kinds of operators that were held constant, in order
@@ -114,6 +116,11 @@ def _(operator: SegmentsOperator) -> _Parts:
     return _Parts([piece.q for piece in operator.pieces], keys, added)
 
 
+@_parts.register
+def _(operator: SoftplusOperator) -> _Parts:
+    return _Parts([operator.q], [operator.k], [])
+
+
 @_parts.register(LowRankOperator)
 @_parts.register(CausalLowRankOperator)
 def _(operator: LowRankOperator | CausalLowRankOperator) -> _Parts:
@@ -122,6 +129,7 @@ def _(operator: LowRankOperator | CausalLowRankOperator) -> _Parts:
 
 @times.register(SoftmaxOperator)
 @times.register(SegmentsOperator)
+@times.register(SoftplusOperator)
 @times.register(LowRankOperator)
 @times.register(CausalLowRankOperator)
 def _(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
@@ -139,6 +147,7 @@ def _(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
 
 @depends.register(SoftmaxOperator)
 @depends.register(SegmentsOperator)
+@depends.register(SoftplusOperator)
 @depends.register(LowRankOperator)
 @depends.register(CausalLowRankOperator)
 def _(operator: Operator) -> bool:
