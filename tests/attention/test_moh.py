@@ -1,10 +1,19 @@
 """Mixture-of-head attention: which heads a token uses, how much, and what it costs to leave them out."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
-from xattn.attention import Inputs, create_attention, create_mechanism, record
+from xattn.attention import (
+    Inputs,
+    SoftmaxOperator,
+    converted_copy,
+    create_attention,
+    create_mechanism,
+    record,
+)
+from xattn.explainers.rollout import through
 
 HEADS, WIDTH, N = 6, 4, 17
 DIM = HEADS * WIDTH
@@ -138,6 +147,66 @@ def test_gates_are_maps_of_the_patches():
         layer.attend(asked)
     maps = calls[0].maps
     assert torch.equal(maps["gates"], layer.gates(asked.x)[0][..., 2:].unflatten(-1, (3, 5)))
+
+
+@pytest.mark.parametrize("shared, active", FORMS)
+def test_rows_sum_to_the_gates(shared, active):
+    operator = moh(shared=shared, active=active).operator(inputs())
+    assert torch.allclose(operator.row_sums(), operator.factor)
+    assert torch.allclose(operator.rows(torch.arange(N)).sum(-1), operator.factor)
+
+
+def test_rollout_weighs_heads_by_their_gates():
+    operator, r = moh(shared=1, active=2).operator(inputs()), random(2, 3, N, seed=4).abs()
+    softmax, g = operator.operator.rows(torch.arange(N)), operator.factor[..., None]
+    fused = (g * softmax).sum(1) / g.sum(1)
+    assert torch.allclose(through(operator, r, 0.0), r @ fused)
+    assert torch.allclose(through(operator, r, 0.5), 0.5 * r + 0.5 * r @ fused)
+
+
+@pytest.mark.parametrize("kept", [(0, 257), (1, 0), (64, 200)])
+def test_any_number_of_rows_may_be_skipped(kept):
+    asked = inputs(n=257)
+    operator = SoftmaxOperator(asked.q, asked.k)
+    keep = torch.zeros(2, HEADS, 257, dtype=torch.bool)
+    keep[:, ::2, : kept[0]] = True
+    keep[:, 1::2, 257 - kept[1] :] = True
+    expected = operator.matvec(asked.v) * keep[..., None]
+    assert torch.allclose(operator.matvec_where(asked.v, keep), expected, atol=1e-12)
+    half = operator.matvec_where(asked.v, torch.zeros_like(keep))
+    assert half.shape == expected.shape and (half == 0).all()
+
+
+def test_heads_are_left_out_under_autocast_too():
+    layer, x = create_attention("moh", DIM, HEADS), torch.randn(1, 260, DIM)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert torch.allclose(y.float(), exact, atol=0.05)
+
+
+def test_training_the_router_alone_brings_a_converted_network_nearer():
+    torch.manual_seed(0)
+    names = {"img_size": 32, "patch_size": 8, "embed_dim": DIM, "num_heads": HEADS, "depth": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **names).eval()
+    twin = converted_copy(model, "moh", shared=1, active=3)
+    photos = torch.randn(8, 3, 32, 32)
+    with torch.no_grad(), record(model) as calls:
+        model(photos)
+    targets = [call.output for call in calls]
+    routers = [p for name, p in twin.named_parameters() if "router" in name]
+    optimizer = torch.optim.Adam(routers, 0.05)
+    errors = []
+    for _ in range(20):
+        with record(twin) as calls:
+            twin(photos)
+        error = sum(F.mse_loss(c.output, y) / y.var() for c, y in zip(calls, targets, strict=True))
+        errors.append(error.item())
+        loss = error + sum(sum(c.aux.values()) for c in calls) / len(calls)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert len(routers) == 4 and errors[-1] < 0.98 * errors[0]
 
 
 @pytest.mark.parametrize(
