@@ -20,6 +20,7 @@ from xattn.attention import (
     ProductOperator,
     SegmentsOperator,
     SoftmaxOperator,
+    SoftplusOperator,
     SubsetsOperator,
     SumOperator,
     convert,
@@ -288,6 +289,10 @@ def kept(operator, x, dy, part):
         a = matrix(operator.softmax)
         da = (matrix(operator) / a) * (dy @ x.mT)
         return part * (a.log() * a * (da - (a * da).sum(-1, keepdim=True))).sum().item()
+    if isinstance(operator, SoftplusOperator):  # scores grow with the queries here, too
+        y = operator.rows(torch.arange(operator.shape[2])) @ x
+        (grad,) = torch.autograd.grad((dy * y).sum(), operator.q)
+        return part * (operator.q * grad).sum().item()
     a = matrix(operator)
     if not isinstance(operator, SoftmaxOperator | SegmentsOperator):
         return part * (dy * (a @ x)).sum().item()
