@@ -24,9 +24,9 @@ from xattn.kernels.softplus.reference import FLAT, OPEN, is_plain
 
 # (kernel, half precision, wider than 64): rows and columns of a tile, warps, stages.
 TILES = {
-    ("forward", True, False): (64, 32, 4, 2),
-    ("forward", True, True): (32, 32, 4, 2),
-    ("forward", False, False): (32, 32, 8, 2),
+    ("forward", True, False): (64, 32, 8, 2),
+    ("forward", True, True): (32, 32, 8, 2),
+    ("forward", False, False): (32, 16, 4, 2),
     ("forward", False, True): (32, 16, 8, 2),
     ("dq", True, False): (32, 32, 4, 2),
     ("dq", True, True): (32, 32, 8, 2),
