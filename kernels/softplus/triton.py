@@ -28,7 +28,7 @@ TILES = {
     ("forward", True, True): (32, 32, 8, 2),
     ("forward", False, False): (32, 16, 4, 2),
     ("forward", False, True): (32, 16, 8, 2),
-    ("dq", True, False): (32, 32, 4, 2),
+    ("dq", True, False): (32, 32, 8, 2),
     ("dq", True, True): (32, 32, 8, 2),
     ("dq", False, False): (32, 16, 8, 2),
     ("dq", False, True): (16, 16, 8, 2),
