@@ -72,7 +72,7 @@ def backward(
         inner = (g * o).sum(-1, keepdim=True)
         h = torch.bmm(g, v.transpose(1, 2), out=_like(a, buffers[3])).sub_(inner).mul_(less)
         h.mul_(p.power * norm * inverse)
-        share = torch.where(mean > 0, rows.offset / rows.count, 0.0)
+        share = torch.where(mean > 0, rows.offset / rows.keys, 0.0)
         h.sub_(share * h.sum(-1, keepdim=True) + damped * inner)
         ds = h.mul_(a.neg_().expm1_()).mul_(-rows.tau)  # 0 at hidden keys, where a is 0
         dq[:, i] = ds @ k
@@ -109,13 +109,13 @@ def _softplus(p: Problem, q: Tensor, k: Tensor, rows: Rows, first: int, buffer: 
     if out.is_cpu and least >= 0 and most <= LARGE:
         out.exp_().add_(1).log_()  # rounded to eps, which is nothing beside the maximum of the row
     else:
-        torch._C._nn.softplus(out, 1.0, 40.0, out=out)
+        out.copy_(F.softplus(out, threshold=40.0))
     return out.tril_(first) if p.causal else out
 
 
 def _relative(p: Problem, a: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
     """r of a tile, in place; 0 where r^p would be a subnormal number, which is slow to multiply."""
-    return F.threshold_(a.sub_(mean).mul_(inverse), _least(p, a), 0.0)
+    return F.threshold(a.sub_(mean).mul_(inverse), _least(p, a), 0.0, inplace=True)
 
 
 def _least(p: Problem, a: Tensor) -> float:
@@ -127,7 +127,7 @@ def _power(r: Tensor, power: int, least: float) -> Tensor:
     if power <= 2:
         return r if power == 1 else r.mul_(r)
     r.clamp_min_(least).log_().mul_(power).exp_()
-    return F.threshold_(r, 1.01 * least**power, 0.0)
+    return F.threshold(r, 1.01 * least**power, 0.0, inplace=True)
 
 
 def _like(a: Tensor, buffer: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Rows(NamedTuple):
     """scale ln(N_i)"""
     offset: Tensor
     """o_i, before constant rows are seen"""
-    count: Tensor
+    keys: Tensor
     """N_i"""
 
 
@@ -63,7 +63,7 @@ def rows_of(p: Problem, index: Tensor) -> Rows:
 
 def levels(p: Problem, rows: Rows, total: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     """m and 1 / (max a - m) from the sum and the maximum of each row of a."""
-    mean = rows.offset * (total + p.eps) / rows.count
+    mean = rows.offset * (total + p.eps) / rows.keys
     height = top - mean
     if not p.eps:
         flat = height <= FLAT[p.q.dtype] * top
@@ -81,7 +81,7 @@ def norms(
         return torch.where(power > 0, 1 / power, 0.0), damped
     if not p.eps:
         return torch.where(power > 0, 1 / power, 0.0), none
-    norm = 1 / (power + p.eps * (inverse * (total + p.eps) / rows.count) ** p.power)
+    norm = 1 / (power + p.eps * (inverse * (total + p.eps) / rows.keys) ** p.power)
     norm = torch.where(inverse > 0, norm, 0.0)
     return norm, p.power * (1 - power * norm) / (total + p.eps)
 
@@ -119,7 +119,7 @@ def backward(
     inner = (g * o.to(g.dtype)).sum(-1, keepdim=True)
     h = p.power * norm * inverse * less * (g @ v.transpose(-2, -1) - inner)
     offset = torch.where(mean > 0, rows.offset, 0.0)
-    da = h - offset / rows.count * h.sum(-1, keepdim=True) - damped * inner
+    da = h - offset / rows.keys * h.sum(-1, keepdim=True) - damped * inner
     ds = rows.tau * da * -torch.expm1(-a)  # 0 at hidden keys, where a is 0
     return {
         "q": ds @ p.k,
