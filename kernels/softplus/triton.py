@@ -33,7 +33,7 @@ TILES = {
     ("dq", False, False): (32, 16, 8, 2),
     ("dq", False, True): (16, 16, 8, 2),
     ("dkv", True, False): (32, 32, 4, 2),
-    ("dkv", True, True): (32, 32, 8, 2),
+    ("dkv", True, True): (16, 32, 8, 2),
     ("dkv", False, False): (16, 32, 8, 2),
     ("dkv", False, True): (16, 16, 8, 2),
 }
