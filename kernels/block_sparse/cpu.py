@@ -177,15 +177,16 @@ class Work:
         return widen(out.view(*where.shape[:2], where.shape[2] * self.p.k_block, -1))
 
     def chunks(self, limit: int, rows: int = 0) -> Iterator[Chunk]:
-        """Parts of the table whose keys and values fit into ``limit`` bytes, and ``rows`` numbers a
-        key, too."""
-        width = max(rows, self.p.k.shape[3] + self.p.v.shape[3])
-        bytes_each = self.p.k_block * width * wide(self.p.q.dtype).itemsize
-        for problems, entries, even in self._runs(TOGETHER // (bytes_each * self.lines)):
-            size = max(1, limit // (bytes_each * entries * self.lines))
-            lines = self.lines
+        """Parts of the table whose keys, values and outputs fit into ``limit`` bytes, and ``rows``
+        numbers a key, too."""
+        number, v = wide(self.p.q.dtype).itemsize, self.p.v.shape[3]
+        entry = number * self.p.k_block * max(rows, self.p.k.shape[3] + v)
+        output = number * self.group * self.p.q_block * v
+        for problems, entries, even in self._runs(TOGETHER // (entry * self.lines)):
+            each = entry * entries + output
+            size, lines = max(1, limit // (each * self.lines)), self.lines
             if size == 1:
-                lines = max(1, min(lines, limit // (bytes_each * entries)))
+                lines = max(1, min(lines, limit // each))
             for start in range(0, len(problems), size):
                 some = problems[start : start + size]
                 mask = self._mask(some, entries, even)
