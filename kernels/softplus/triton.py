@@ -42,6 +42,7 @@ TILES = {
 OTHER_TILES = {
     ("forward", True, 16, True): (64, 32, 4, 2),
     ("forward", False, 32, True): (32, 16, 8, 2),
+    ("dkv", False, 16, True): (16, 32, 4, 2),
 }
 
 
