@@ -30,8 +30,8 @@ from xattn.kernels.softmax.triton import load_tile, padded, supported
 # Padded width: rows and columns of a tile, warps, stages. No spills on sm_80 and sm_90, see
 # compile_cases; not timed on a GPU.
 TILES = {
-    "forward": {16: (32, 32, 8, 2), 32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
-    "rows": {16: (32, 32, 8, 2), 32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
+    "forward": {16: (32, 32, 8, 2), 32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 8, 2)},
+    "rows": {16: (32, 32, 8, 2), 32: (16, 32, 4, 1), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
     "keys": {16: (32, 32, 8, 2), 32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 16, 8, 2)},
 }
 
