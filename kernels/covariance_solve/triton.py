@@ -238,7 +238,7 @@ def backward(
     p: Problem, outputs: tuple[Tensor], grads: tuple[Tensor], wanted: Collection[str]
 ) -> dict[str, Tensor]:
     x, u = outputs[0].contiguous(), _solve(p, grads[0])
-    q, k, features, lse, mean = (y.contiguous() for y in p[:5])
+    q, k, features, lse, mean = (widen(y).contiguous() for y in p[:5])
     shifts = [(y * mean).sum(-1) for y in (x, u)]
     dq, dk, df = torch.empty_like(q), torch.empty_like(k), torch.empty_like(features)
     dlse, total_x, total_u = (torch.empty_like(lse) for _ in range(3))
@@ -285,7 +285,6 @@ def compile_cases() -> Iterator[Case]:
     n, heads, steps = 4096, 12, 16
     kernels = {"solve": solve_kernel, "rows": rows_kernel, "keys": keys_kernel}
     products = {"solve": 3 * (steps + 1), "rows": 4, "keys": 6}
-    half = ("q_ptr", "k_ptr", "dq_ptr", "dk_ptr")
     for name, dtype, d, causal in product(kernels, DTYPES, WIDTHS, (False, True)):
         if dtype == "fp16" and not causal:
             continue
@@ -298,5 +297,5 @@ def compile_cases() -> Iterator[Case]:
             f"covariance_solve {name} {dtype} D={d}{' causal' if causal else ''}",
             operations=2.0 * products[name] * heads * n * n * d * share,
             bytes=heads * n * tensors * d * 4.0,
-            wide=[arg for arg in kernel.arg_names if name == "solve" or arg not in half],
+            wide=kernel.arg_names,
         )
