@@ -101,7 +101,7 @@ def test_mechanisms(name, meta):
         with torch.no_grad():
             y = layer(q, k, v, (5, 6), 1, x=x)
             operator = layer.operator(Inputs(q, k, v, x, (5, 6), 1))
-            found = statistics(operator, (5, 6), 1)
+            found = statistics(operator, (5, 6), 1, absolute=operator.signed)
             few = sample_queries(31, 1, 4)
             return (
                 y, operator.rows(index), operator.vecmat(r), operator.gradient_vecmat(v, v, r),

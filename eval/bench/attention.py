@@ -49,8 +49,8 @@ def bench(
 ) -> Iterator[str]:
     """The lines of the table, as they are measured; a plot of times where ``plot`` names a file.
 
-    With ``names``, those mechanisms alone beside dense attention; otherwise all, beside lists of blocks
-    and products of low rank. ``tokens`` go to 16,384 on a CPU and to 65,536 and beyond on a GPU by default.
+    With ``names``, those mechanisms alone, beside dense attention and lists of blocks; otherwise all, and
+    products of low rank. ``tokens`` go to 16,384 on a CPU and to 65,536 and beyond on a GPU by default.
 
     Raises:
         ValueError: unknown names, or numbers of tokens that are not squares.
@@ -74,7 +74,7 @@ def bench(
     times: dict[str, list[tuple[int, float]]] = {}
     compared: list[str] = []
     for n in tokens:
-        made, visited = jobs(names, n, device, dtype, references=not chosen)
+        made, visited = jobs(names, n, device, dtype, low_rank=not chosen)
         forward = measure({name: job[0] for name, job in made.items()}, rounds)
         both = measure({name: job[1] for name, job in made.items()}, rounds)
         memory = {name: peak_memory(job[1]) for name, job in made.items()}
@@ -111,11 +111,17 @@ def checked(names: Sequence[str], tokens: Sequence[int], rounds: int) -> None:
 
 
 def jobs(
-    names: Sequence[str], n: int, device: str, dtype: torch.dtype, references: bool = True
+    names: Sequence[str],
+    n: int,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    low_rank: bool = True,
+    lists: bool = True,
 ) -> tuple[dict[str, tuple[Job, Job]], dict[str, float]]:
     """(forward, forward and backward) by row, and how many query-key pairs each reads.
 
-    ``references``: rows of products of low rank and of lists of blocks, which no mechanism is, too.
+    ``low_rank``, ``lists``: rows of products of low rank and of lists of blocks, which no mechanism is.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (3, 1, HEADS, n, WIDTH)
@@ -129,7 +135,7 @@ def jobs(
 
     made = {DENSE: pair(F.scaled_dot_product_attention)}
     visited: dict[str, float] = {DENSE: float(n * n)}
-    if references:
+    if low_rank:
         made[LOW_RANK] = pair(lambda q, k, v: q @ (k.transpose(-2, -1) @ v))
         made[CAUSAL] = pair(causal_product)
         visited[LOW_RANK] = visited[CAUSAL] = float(n * WIDTH)
@@ -143,7 +149,7 @@ def jobs(
         operator = layer.operator(Inputs(q, k, v, x, (side, side)))
         visited[label] = operator.pairs + operator.selection
     for s in LISTS:
-        if s * BLOCK > n or not references:
+        if s * BLOCK > n or not lists:
             continue
         count = -(-n // BLOCK)
         order = torch.rand(1, HEADS, count, count, generator=generator).argsort(dim=-1)

@@ -40,7 +40,7 @@ def bench(
     yield "\n| attention | tokens | ms | growth | peak MB | growth |"
     yield "| :-- | --: | --: | --: | --: | --: |"
     for name in names:
-        made = {n: jobs([name], n, device, dtype, references=False)[0] for n in tokens}
+        made = {n: jobs([name], n, device, dtype, low_rank=False, lists=False)[0] for n in tokens}
         for row in [label for label in made[tokens[0]] if label != DENSE]:
             took = measure({str(n): made[n][row][0] for n in tokens}, rounds)
             memory = {n: peak_memory(made[n][row][0]) for n in tokens}

@@ -56,7 +56,8 @@ class Bench:
     """For the jobs "attention" (squares, by default 256 1024 4096 16384; more on a GPU) and "maps" (1
     + a square, by default 1025 4097; 16385 takes long)."""
     only: tuple[str, ...] = ()
-    """For the job "attention": these mechanisms alone, beside dense attention; by default all."""
+    """For the job "attention": these mechanisms alone, beside dense attention and lists of blocks; by
+    default all."""
     growth: bool = False
     """For the job "attention": how time and memory grow over the numbers of tokens, without dense
     attention."""
