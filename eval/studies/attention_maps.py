@@ -78,10 +78,10 @@ SETTINGS: Mapping[str, Setting] = {
     "landmark": Setting({"block": 4, "selected": 8}),
     "llsa": Setting({"block": 2, "levels": 2}),
     "lla": Setting(
-        legends={
-            "row": Legend("subtracted", "added", "row", DIVERGING),
-            "correction": Legend("less", "more", "correction, than softmax has", DIVERGING),
-        }
+        legends=dict.fromkeys(
+            ("row", "correction", "received"),
+            Legend("subtracted", "added", "row, correction, received", DIVERGING),
+        )
     ),
     "moh": Setting(channels={"gates": Channels("head")}),
     "nsa": Setting({"block": 4}),
@@ -186,7 +186,7 @@ def _sheet(
         [Row("", cells[i : i + columns]) for i in range(0, len(cells), columns)],
         format_mechanism(name, options),
         SIDE,
-        legends=[AMOUNTS, *setting.legends.values()],
+        legends=[AMOUNTS, *dict.fromkeys(setting.legends.values())],
         notes=[_caption(network, setting, grid, f"{at} of 0 to {len(calls) - 1}", folder)],
     )
 
