@@ -24,8 +24,9 @@ from xattn.attention.algebra import GatedOperator, SumOperator
 from xattn.attention.base import Mechanism, register, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator, SoftmaxOperator
+from xattn.attention.order import take_rows
 from xattn.attention.segments import Segment
-from xattn.attention.segments_operator import Piece, SegmentsOperator, take_rows
+from xattn.attention.segments_operator import Piece, SegmentsOperator
 from xattn.kernels.softmax.reference import widen
 
 HEAVY = 0.9  # of a row's attention on sinks, from where 1 - m loses digits

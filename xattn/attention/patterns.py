@@ -18,9 +18,9 @@ from xattn.attention.bands import Band, BandedOperator, bands_of
 from xattn.attention.inputs import Inputs, to_heads
 from xattn.attention.lowering import bands_are_faster, mask_is_faster
 from xattn.attention.operator import Operator, SoftmaxOperator
-from xattn.attention.order import Order
+from xattn.attention.order import Order, take_rows
 from xattn.attention.segments import Blocks, Rule, Segment, visible
-from xattn.attention.segments_operator import Piece, SegmentsOperator, take_rows
+from xattn.attention.segments_operator import Piece, SegmentsOperator
 from xattn.kernels.block_sparse.box import causal
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from xattn.attention.algebra import PoolOperator
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator, SoftmaxOperator
-from xattn.attention.order import Order, blocks_to_tokens, tile_order
+from xattn.attention.order import Order, blocks_to_tokens, take_rows, tile_order
 from xattn.attention.patterns import Pattern
 from xattn.attention.segments import Blocks, Rule, Segment, select, visible_blocks
-from xattn.attention.segments_operator import Piece, SegmentsOperator, take_rows
+from xattn.attention.segments_operator import Piece, SegmentsOperator
 from xattn.kernels.block_sparse.box import causal as causal_rule
 from xattn.kernels.softmax.reference import widen
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from xattn.attention.base import Mechanism, register, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator, SoftmaxOperator
-from xattn.attention.segments_operator import take_rows
+from xattn.attention.order import take_rows
 from xattn.attention.subsets import SubsetsOperator
 from xattn.kernels.softmax.reference import widen
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from xattn.attention.inputs import spread_heads, to_heads
 from xattn.attention.lowering import attend, attend_output
 from xattn.attention.operator import Operator, products
+from xattn.attention.order import take_rows
 from xattn.attention.segments import Segment, visible
 from xattn.kernels.softmax.reference import widen
 
@@ -190,14 +191,6 @@ def _take(x: Tensor, columns: Tensor | range, padded: bool) -> Tensor:
         columns = spread_heads(columns, x.shape[1])
         out = take_rows(x, spread_heads(at, x.shape[1]))
     return out.masked_fill((columns < 0)[..., None], 0.0) if padded else out
-
-
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``x`` (B, H, S, m) for a LongTensor (B, H, K) of their numbers: (B, H, K, m)."""
-    batch, heads, rows, width = x.shape
-    first = rows * torch.arange(batch * heads, device=x.device).view(batch, heads, 1)
-    taken = x.reshape(-1, width).index_select(0, (first + index).flatten())
-    return taken.view(*index.shape, width)  # twice as fast as gather, which copies single numbers
 
 
 def _with_heads(s: Segment, heads: int) -> Segment:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xattn.attention.inputs import spread_heads
 from xattn.attention.operator import Operator, check_heads
-from xattn.attention.segments_operator import take_rows
+from xattn.attention.order import take_rows
 from xattn.kernels.softmax.reference import widen
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.segments_operator import take_rows
+from xattn.attention.order import take_rows
 from xattn.kernels.softmax.reference import widen
 
 GATHERED = 2**22  # bytes of keys that the search by halves gathers at a time
