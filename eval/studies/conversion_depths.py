@@ -28,7 +28,7 @@ from xattn.eval.studies.swapped_attention import labelled_photos
 from xattn.photos.images import load_image
 from xattn.photos.sources import open_photos
 from xattn.photos.view import prepare
-from xattn.runtime.files import check_folder, write_json
+from xattn.runtime.files import atomic_file, check_folder, write_json
 from xattn.training.distilling import CONVERSION_FOLDER, REPORT, distill
 from xattn.training.head_closeness import HeadCloseness, head_closeness, head_csv
 from xattn.training.run_folder import RUN_FILE
@@ -84,8 +84,9 @@ def study(
             lines.append(_line(layers, stage, found))
             heads.append(f"blocks {format_layers(layers)}, {STAGES[stage]}\n{_heads_csv(found)}")
             yield lines[-1]
-    (output / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (output / "heads.csv").write_text("\n".join(heads), encoding="utf-8")
+    for name, text in (("report.md", "\n".join(lines) + "\n"), ("heads.csv", "\n".join(heads))):
+        with atomic_file(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     yield f"\nreport: {output / 'report.md'}, {output / 'heads.csv'}"
 
 

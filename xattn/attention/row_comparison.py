@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xattn.attention.operator import Operator
-from xattn.attention.statistics import row_divergence, row_entropy
+from xattn.attention.statistics import compared_rows, row_divergence, row_entropy
 from xattn.correlation import spearman
 
 
@@ -46,13 +46,7 @@ def compare_rows(
     Raises:
         ValueError: different shapes, rows out of range, or negative entries.
     """
-    if softmax.shape != operator.shape:
-        raise ValueError(f"operator: got shape {operator.shape}; the softmax's is {softmax.shape}")
-    tokens = softmax.shape[2]
-    if queries is None:
-        queries = torch.arange(tokens, device="cpu")
-    elif not len(queries) or int(queries.min()) < 0 or int(queries.max()) >= tokens:
-        raise ValueError(f"queries: give at least one token number, each in 0..{tokens - 1}")
+    queries = compared_rows(queries, softmax=softmax, operator=operator)
     sums = [torch.zeros(softmax.shape[:2], dtype=torch.float64, device="cpu") for _ in range(4)]
     for index in queries.split(softmax.row_chunks()[0].stop):
         p, a = (x.rows(index.to(x.device)).cpu().double() for x in (softmax, operator))

@@ -142,6 +142,23 @@ def _entropy(p: Tensor) -> Tensor:
     return -torch.special.xlogy(p, p).sum(-1)
 
 
+def compared_rows(queries: Tensor | None, **operators: Operator) -> Tensor:
+    """``queries``, or all rows, of two operators whose rows are compared; errors name them as given.
+
+    Raises:
+        ValueError: operators of different shapes, or rows out of range.
+    """
+    (first, one), (second, other) = operators.items()
+    if one.shape != other.shape:
+        raise ValueError(f"{second}: got shape {other.shape}; the {first}'s is {one.shape}")
+    tokens = one.shape[2]
+    if queries is None:
+        return torch.arange(tokens, device="cpu")
+    if not len(queries) or int(queries.min()) < 0 or int(queries.max()) >= tokens:
+        raise ValueError(f"queries: give at least one token number, each in 0..{tokens - 1}")
+    return queries
+
+
 @torch.no_grad()
 def mean_row_divergence(
     teacher: Operator, student: Operator, queries: Tensor | None = None
@@ -155,13 +172,7 @@ def mean_row_divergence(
     Raises:
         ValueError: different shapes, rows out of range, or negative entries.
     """
-    if teacher.shape != student.shape:
-        raise ValueError(f"student: got shape {student.shape}; the teacher's is {teacher.shape}")
-    tokens = teacher.shape[2]
-    if queries is None:
-        queries = torch.arange(tokens, device="cpu")
-    elif not len(queries) or int(queries.min()) < 0 or int(queries.max()) >= tokens:
-        raise ValueError(f"queries: give at least one token number, each in 0..{tokens - 1}")
+    queries = compared_rows(queries, teacher=teacher, student=student)
     total = torch.zeros((), dtype=torch.float64, device="cpu")
     for index in queries.split(teacher.row_chunks()[0].stop):
         given, found = (
