@@ -4,8 +4,9 @@
 
 The exact choice of a block of queries has as many blocks, those that get most of their dense attention,
 see :mod:`xattn.attention.recall`. Counted are all blocks that are read, and, where some always are,
-those beside them. Random blocks, as many and with the same ones always read, are the control. Figures
-are means over layers, heads and photos, with the standard error over photos.
+those beside them. Random blocks, as many and with the same ones always read, are the control. A folder
+that ``xattn distill`` wrote shows how trained layers choose among the same queries and keys. Figures are
+means over layers, heads and photos, with the standard error over photos.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from xattn.attention import Blocks, Inputs, Mechanism, create_mechanism, record
 from xattn.attention.conversion import parse_mechanism
 from xattn.attention.operator import SoftmaxOperator
 from xattn.attention.recall import Choice, recall
-from xattn.backbone import Backbone, resized
+from xattn.backbone import Backbone, load_conversion, resized
+from xattn.backbone.conversion import read_conversion
 from xattn.explaining.naming import Source, named_photos
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
@@ -71,7 +73,8 @@ def study(
         backbone: a trained ViT with softmax attention; its positions are resized to the ``sizes``.
         data: photos, see :func:`xattn.explaining.naming.named_photos`.
         photos: how many of them, drawn by ``seed`` as the random blocks are.
-        settings: mechanisms as NAME:option=value,...
+        settings: mechanisms as NAME:option=value,..., or folders of conversions of ``backbone`` that
+            xattn distill wrote, whose own layers are measured.
 
     Raises:
         ValueError: fewer than 2 photos, a backbone of another kind, an unknown mechanism or one that
@@ -87,23 +90,42 @@ def study(
         network = resized(backbone, size)
         if not (network.is_vit and network.knows_grid):
             raise ValueError(f"backbone: {backbone.name} has no patch grid; choose a ViT of timm")
-        yield from _table(network, size, [source for _, source in sources], settings, seed)
+        layers = {setting: _mechanisms(setting, backbone, network) for setting in settings}
+        yield from _table(network, size, [source for _, source in sources], layers, seed)
+
+
+def _mechanisms(setting: str, backbone: Backbone, network: Backbone) -> dict[int, Mechanism]:
+    """What chooses in each layer of ``network``: one mechanism, or those of a conversion in its layers."""
+    blocks: Any = network.model.blocks
+    if Path(setting).is_dir():
+        made, _ = read_conversion(setting)
+        blocks = load_conversion(setting, backbone, network).model.blocks
+        return {i: blocks[i].attn.mechanism for i in made.layers}
+    name, options = parse_mechanism(setting)
+    heads, dim = blocks[0].attn.num_heads, network.model.num_features
+    mechanism = create_mechanism(name, dim, heads, **options)
+    return dict.fromkeys(
+        range(len(blocks)), mechanism.to(network.device, network.mean.dtype).eval()
+    )
 
 
 def _table(
-    network: Backbone, size: int, sources: Sequence[Source], settings: Sequence[str], seed: int
+    network: Backbone,
+    size: int,
+    sources: Sequence[Source],
+    mechanisms: Mapping[str, Mapping[int, Mechanism]],
+    seed: int,
 ) -> Iterator[str]:
     generator = torch.Generator().manual_seed(seed)
-    grid, found = (
-        network.grid(size, size),
-        {setting: list[list[Measured]]() for setting in settings},
-    )
+    grid = network.grid(size, size)
+    found: dict[str, list[list[Measured]]] = {setting: [] for setting in mechanisms}
     for start in range(0, len(sources), BATCH):
         images = [load_image(source) for source in sources[start : start + BATCH]]
         pixels = torch.stack([prepare(x, network.preprocessing, "crop")[0] for x in images])
         calls = _inputs(network, pixels.to(network.device, network.mean.dtype), grid)
-        for setting in settings:
-            layers = [m for x in calls if (m := measured(setting, x, generator)) is not None]
+        for setting, chosen in mechanisms.items():
+            each = (measured(mechanism, calls[i], generator) for i, mechanism in chosen.items())
+            layers = [layer for layer in each if layer is not None]
             if layers:
                 found[setting].append(layers)
     yield f"\n{size} px, {grid[0]} x {grid[1]} patches\n"
@@ -153,13 +175,9 @@ def _inputs(network: Backbone, images: Tensor, grid: tuple[int, int]) -> list[In
 
 
 @torch.no_grad()
-def measured(setting: str, inputs: Inputs, generator: torch.Generator) -> Measured | None:
+def measured(mechanism: Mechanism, inputs: Inputs, generator: torch.Generator) -> Measured | None:
     """A mechanism's choice in one layer, and random blocks, against the exact choice; None where it is
     dense."""
-    name, options = parse_mechanism(setting)
-    heads, width = inputs.q.shape[1], inputs.q.shape[3]
-    mechanism: Mechanism = create_mechanism(name, heads * width, heads, **options)
-    mechanism = mechanism.to(inputs.q.device, inputs.q.dtype).eval()
     choice = mechanism.choice(inputs)
     if choice is None:
         return None

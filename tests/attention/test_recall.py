@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from xattn.attention import Inputs, create_mechanism
+from xattn.attention.operator import SoftmaxOperator
 from xattn.eval.bench.tensor_memory import peak_memory
 
 HEADS, WIDTH = 2, 8
@@ -180,6 +181,23 @@ def test_nothing_is_as_large_as_tokens_by_tokens():
     n = 4096
     asked, layer = inputs((64, 64), dtype=torch.float32), made("llsa", selected=4)
     assert peak_memory(lambda: recall_of(layer, asked)) < 4 * n * n / 2
+
+
+def test_keys_chosen_by_their_values_are_one_list_for_all_queries():
+    asked, layer = inputs((4, 5), 1), made("dma", window=6).double()
+    torch.nn.init.ones_(layer.a)
+    kept = layer.key_bias(asked.v[:, :, 1:]).topk(6).indices.sort(-1).values
+    found = layer.choice(asked)
+    assert torch.equal(found.blocks.index[:, :, 0].long(), kept)
+    mass = SoftmaxOperator(asked.q, asked.k, asked.scale).rows(torch.arange(1, 21))[..., 1:].sum(2)
+    share = mass.gather(-1, kept).sum(-1) / mass.topk(6).values.sum(-1)
+    got = layer.recall(asked.q, asked.k, (4, 5), 1, v=asked.v)
+    assert torch.allclose(got.mass, share)
+    assert made("dma", window=20).double().choice(asked) is None
+    causal = layer.choice(asked.replace(causal=True)).blocks
+    assert causal.index.shape[2:] == (20, 6) and (causal.index[:, :, 0] >= 0).sum(-1).eq(1).all()
+    with pytest.raises(ValueError, match="v: dma chooses keys by their values; give them"):
+        layer.recall(asked.q, asked.k, (4, 5), 1)
 
 
 def test_a_mechanism_without_a_choice_of_blocks_is_named():

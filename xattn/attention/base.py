@@ -127,14 +127,21 @@ class Mechanism(nn.Module, ABC):
         grid: tuple[int, ...] | None = None,
         prefix: int = 0,
         *,
+        v: Tensor | None = None,
         x: Tensor | None = None,
         causal: bool = False,
         forced: bool = True,
     ) -> Recall:
         """How near :meth:`choice` comes to the blocks that get most of dense attention; all 1 where the
         layer is dense. Arguments as in :class:`~xattn.attention.inputs.Inputs`; ``forced`` and what it
-        gives, see :func:`xattn.attention.recall.recall`."""
-        inputs = self.accepted(Inputs(q, k, k, x, grid, prefix, causal=causal))
+        gives, see :func:`xattn.attention.recall.recall`.
+
+        Raises:
+            ValueError: no ``v`` for a mechanism that chooses by values.
+        """
+        if v is None and self.entry.reads_values:
+            raise ValueError(f"v: {self.entry.name} chooses keys by their values; give them")
+        inputs = self.accepted(Inputs(q, k, k if v is None else v, x, grid, prefix, causal=causal))
         choice = self.choice(inputs)
         if choice is None:
             return Recall(*inputs.q.new_ones(2, *inputs.k.shape[:2]))

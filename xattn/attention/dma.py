@@ -20,6 +20,7 @@ from xattn.attention.inputs import Inputs
 from xattn.attention.lowering import needs_grad
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.patterns import Pattern, chosen_keys_operator, pattern_operator
+from xattn.attention.recall import Choice
 from xattn.attention.segments import Blocks
 
 ROWS = 2**22  # scores held at a time while the causal lists are made
@@ -74,6 +75,17 @@ class DMA(Mechanism):
             z = (weight.transpose(0, 1) @ v.transpose(2, 3)).sum(1)
         return self.a[:, None] * F.softplus(z)
 
+    def kept(self, b: Tensor) -> Tensor:
+        """The patches with the largest b, LongTensor (B, H, w), rising."""
+        return b.detach().topk(self.window, sorted=False).indices.sort(-1).values
+
+    def choice(self, inputs: Inputs) -> Choice | None:
+        b = self.key_bias(inputs.v[:, :, inputs.prefix :])
+        n = b.shape[2]
+        if self.causal or inputs.causal:
+            return Choice(Blocks(causal_lists(b, self.window), 1, 1))
+        return None if self.window >= n else Choice(Blocks(self.kept(b)[:, :, None].int(), n, 1))
+
     def operator(self, inputs: Inputs) -> Operator:
         b = self.key_bias(inputs.v[:, :, inputs.prefix :])
         if self.causal or inputs.causal:
@@ -87,7 +99,7 @@ class DMA(Mechanism):
                 inputs.q, inputs.k, inputs.scale, bias[:, :, None], None, self.backend, True
             )
         else:
-            keep = b.detach().topk(self.window, sorted=False).indices.sort(-1).values
+            keep = self.kept(b)
             operator = chosen_keys_operator(
                 inputs, keep + inputs.prefix, bias, backend=self.backend
             )

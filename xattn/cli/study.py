@@ -162,7 +162,8 @@ class StudyRecall:
     photos: int = 16
     """How many of the photos, drawn by --seed."""
     settings: tuple[str, ...] = ()
-    """Mechanisms as NAME:option=value,...; by default hip, infllm_v2, llsa and nsa."""
+    """Mechanisms as NAME:option=value,..., or folders of conversions that xattn distill wrote; by default
+    hip, infllm_v2, llsa and nsa."""
     seed: int = 0
     """Of the photos and of the random blocks."""
 

@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from xattn.attention import Inputs, create_mechanism
+from xattn.attention.conversion import Conversion, parse_mechanism
 from xattn.backbone import converted, load_backbone
+from xattn.backbone.conversion import save_conversion
 from xattn.cli import main
 from xattn.eval.studies.block_recall import measured, random_choice, study
 
@@ -20,6 +22,11 @@ def inputs(grid=(5, 7), prefix=1):
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, prefix + math.prod(grid), 8, generator=generator)
     return Inputs(q, k, v, None, grid, prefix)
+
+
+def layer(setting):
+    name, options = parse_mechanism(setting)
+    return create_mechanism(name, 24, 3, **options)
 
 
 def photos(folder, count):
@@ -61,17 +68,34 @@ def test_random_blocks_are_as_many_with_the_same_ones_always_read():
 
 def test_what_is_measured_of_a_layer_is_the_recall_of_its_mechanism():
     asked, generator = inputs(), torch.Generator().manual_seed(0)
-    found = measured(SMALL, asked, generator)
-    layer = create_mechanism(
-        "infllm_v2", 24, 3, block=2, stride=1, dense_below=0, selected=3, local=0
-    )
+    found = measured(layer(SMALL), asked, generator)
     for forced in (True, False):
-        expected = layer.recall(asked.q, asked.k, (5, 7), 1, forced=forced)
+        expected = layer(SMALL).recall(asked.q, asked.k, (5, 7), 1, forced=forced)
         assert torch.allclose(found.values[forced][:, 0], expected.blocks.mean(1))
         assert torch.allclose(found.values[forced][:, 1], expected.mass.mean(1))
     assert (found.read, found.count) == (4.0, 12)
-    assert measured("hip", asked, generator) is None
-    assert measured("llsa:block=2", asked, generator).values.keys() == {True}
+    assert measured(layer("hip"), asked, generator) is None
+    assert measured(layer("llsa:block=2"), asked, generator).values.keys() == {True}
+
+
+def test_the_layers_of_a_trained_conversion_are_measured(backbone, tmp_path):
+    layers = (1, 3)
+    network = converted(backbone, "dma", layers, {"window": 2})
+    blocks = network.model.blocks
+    for i in layers:
+        torch.nn.init.ones_(blocks[i].attn.mechanism.a)
+    state = {
+        f"blocks.{i}.attn.mechanism.{name}": value.detach()
+        for i in layers
+        for name, value in blocks[i].attn.mechanism.named_parameters()
+    }
+    made = Conversion("dma", layers, {"window": 2})
+    folder = save_conversion(tmp_path / "conversion", backbone, made, state, {})
+    lines = list(
+        study(backbone, photos(tmp_path / "photos", 2), (32,), 2, [str(folder), "dma:window=2"])
+    )
+    trained, plain = (line for line in lines if line.startswith("| `"))
+    assert trained.split("|")[2] == plain.split("|")[2] and trained[-60:] != plain[-60:]
 
 
 def test_the_command_prints_a_line_for_each_setting(tmp_path, capsys):
