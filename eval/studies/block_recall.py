@@ -102,7 +102,7 @@ def _mechanisms(setting: str, backbone: Backbone, network: Backbone) -> dict[int
         blocks = load_conversion(setting, backbone, network).model.blocks
         return {i: blocks[i].attn.mechanism for i in made.layers}
     name, options = parse_mechanism(setting)
-    heads, dim = blocks[0].attn.num_heads, network.model.num_features
+    heads, dim = blocks[0].attn.num_heads, blocks[0].attn.qkv.in_features
     mechanism = create_mechanism(name, dim, heads, **options)
     return dict.fromkeys(
         range(len(blocks)), mechanism.to(network.device, network.mean.dtype).eval()
