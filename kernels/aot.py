@@ -22,7 +22,7 @@ from xattn.kernels.backend import HAS_TRITON, interpreted
 
 OPS = (
     "softmax", "block_sparse", "grouped", "block_topk", "vecmat", "pooling", "covariance_solve",
-    "local_linear", "softplus",
+    "local_linear", "softplus", "ragged_queries",
 )  # fmt: skip
 """Folders of ``xattn.kernels`` with Triton kernels; column_mass uses the one of vecmat."""
 
@@ -97,12 +97,13 @@ def make_case(
     operations: float,
     bytes: float,
     wide: Iterable[str] = (),
+    integers: Iterable[str] = (),
 ) -> Case:
     """A case from the keyword arguments of a launch.
 
     Args:
         kernel: arguments that end in ``_ptr`` are pointers to ``dtype``, one of ``DTYPES``, those
-            in ``wide`` to float32; ``scale`` is float32, and every other argument an int32.
+            in ``wide`` to float32, those in ``integers`` to int32; ``scale`` is float32, and every other argument an int32.
         options: every constexpr and the launch options.
     """
     constants = {name: options[name] for name in kernel.arg_names if name in options}
@@ -111,7 +112,8 @@ def make_case(
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in wide else f"*{dtype}"
+            kind = "fp32" if name in wide else "i32" if name in integers else dtype
+            signature[name] = f"*{kind}"
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
     warps, stages = options["num_warps"], options["num_stages"]

@@ -1,14 +1,15 @@
 """Triton kernels of softmax attention: forward with log-sum-exp, dq by query tiles, dk and dv by key tiles.
 
 Scores are recomputed tile by tile from q, k and lse; every output element is written by one program,
-so there are no atomics and two runs agree to the bit. Exponentials are in base 2.
+so there are no atomics and two runs agree to the bit. Exponentials are in base 2. With LISTED, a tile
+gathers its queries from the list of its head (:class:`Lists`); other rows are neither read nor written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -66,6 +67,8 @@ OTHER_TILES = {
     ("dkv", False, 128, True, False): (16, 32, 8, 2),
     ("dkv", False, 128, True, True): (16, 32, 8, 2),
 }
+# (kernel, half precision, padded width, causal): the same for lists of queries.
+LISTED_TILES: dict[tuple[str, bool, int, bool], tuple[int, int, int, int]] = {}
 
 
 @triton.jit
@@ -106,24 +109,44 @@ def _store(base, rows, columns, count, width, value, stride: tl.constexpr):
 
 
 @triton.jit
+def _queries(index_ptr, ends_ptr, head, start, N, ROWS: tl.constexpr, LISTED: tl.constexpr):
+    """A tile's queries, from place ``start`` of all or of its head's list; N beyond the last one."""
+    rows = start + tl.arange(0, ROWS)
+    if LISTED:
+        count = tl.load(ends_ptr + head * N + N - 1)
+        rows = tl.load(index_ptr + head * (N + 1) + rows, mask=rows < count, other=N)
+    return rows
+
+
+@triton.jit
+def _stop(rows, start, N, S, ROWS: tl.constexpr, CAUSAL: tl.constexpr, LISTED: tl.constexpr):
+    """How many keys a tile of queries reads: causal ones up to its last query, none without a query."""
+    stop = tl.minimum(S, start + ROWS) if CAUSAL else S
+    if LISTED:
+        last = tl.max(tl.where(rows < N, rows + 1, 0), 0)
+        stop = tl.minimum(S, last) if CAUSAL else tl.where(last > 0, S, 0)
+    return stop
+
+
+@triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, o_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, index_ptr, ends_ptr, o_ptr, lse_ptr,
     stride_bb, stride_bh, stride_bn, H, N, S, scale, GROUP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
+    LISTED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     key_head = head // GROUP  # batch * Hk + key head, because H is GROUP * Hk
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start_row = tl.program_id(0) * ROWS
+    rows = _queries(index_ptr, ends_ptr, head, start_row, N, ROWS, LISTED)
     d, dv = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
     q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
-    # A tile of causal queries reads the keys up to its last query.
-    stop = tl.minimum(S, (tl.program_id(0) + 1) * ROWS) if CAUSAL else S
-    for start in range(0, stop, COLUMNS):
+    for start in range(0, _stop(rows, start_row, N, S, ROWS, CAUSAL, LISTED), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         k = load_tile(k_ptr + key_head * S * D, columns, d, S, D, D)
         v = load_tile(v_ptr + key_head * S * DV, columns, dv, S, DV, DV)
@@ -158,15 +181,17 @@ def softmax_weights(s, lse):
 
 @triton.jit
 def dq_kernel(
-    g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, delta_ptr, dq_ptr, ds_ptr,
+    g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, index_ptr, ends_ptr, lse_ptr, delta_ptr,
+    dq_ptr, ds_ptr,
     stride_bb, stride_bh, stride_bn, H, N, S, scale, GROUP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
-    WRITE: tl.constexpr,
+    WRITE: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     key_head = head // GROUP
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start_row = tl.program_id(0) * ROWS
+    rows = _queries(index_ptr, ends_ptr, head, start_row, N, ROWS, LISTED)
     d, dv = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
     q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
@@ -174,9 +199,7 @@ def dq_kernel(
     lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
     delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
-    # A tile of causal queries reads the keys up to its last query.
-    stop = tl.minimum(S, (tl.program_id(0) + 1) * ROWS) if CAUSAL else S
-    for start in range(0, stop, COLUMNS):
+    for start in range(0, _stop(rows, start_row, N, S, ROWS, CAUSAL, LISTED), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         k = load_tile(k_ptr + key_head * S * D, columns, d, S, D, D)
         v = load_tile(v_ptr + key_head * S * DV, columns, dv, S, DV, DV)
@@ -195,12 +218,26 @@ def dq_kernel(
 
 
 @triton.jit
+def _places(
+    ends_ptr, head, key, N, ROWS: tl.constexpr, CAUSAL: tl.constexpr, LISTED: tl.constexpr
+):
+    """First and end of the queries, or of their places in the list, that may see ``key`` or later ones."""
+    first, stop = key if CAUSAL else key * 0, N
+    if LISTED:
+        stop = tl.load(ends_ptr + head * N + N - 1)
+        if CAUSAL:  # as many queries of the list come before the key
+            first = tl.load(ends_ptr + head * N + key - 1, mask=key > 0, other=0)
+    return first // ROWS * ROWS, stop
+
+
+@triton.jit
 def dkv_kernel(
-    g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, db_ptr,
+    g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, index_ptr, ends_ptr, lse_ptr, delta_ptr,
+    dk_ptr, dv_ptr, db_ptr,
     stride_bb, stride_bh, stride_bn, H, N, S, scale, GROUP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
-    WRITE: tl.constexpr,
+    WRITE: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one key head, over the queries of all heads that read it."""
     key_head = tl.program_id(1).to(tl.int64)
@@ -210,13 +247,14 @@ def dkv_kernel(
     v = load_tile(v_ptr + key_head * S * DV, columns, w, S, DV, DV)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     dv = tl.zeros([COLUMNS, WIDTH_V], tl.float32)
-    first = tl.program_id(0) * COLUMNS // ROWS * ROWS if CAUSAL else 0
+    begin = tl.program_id(0) * COLUMNS
     for member in range(0, GROUP):
         head = key_head * GROUP + member
         bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
         db = tl.zeros([COLUMNS], tl.float32)
-        for start in range(first, N, ROWS):
-            rows = start + tl.arange(0, ROWS)
+        first, stop = _places(ends_ptr, head, begin, N, ROWS, CAUSAL, LISTED)
+        for start in range(first, stop, ROWS):
+            rows = _queries(index_ptr, ends_ptr, head, start, N, ROWS, LISTED)
             q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
             g = load_tile(g_ptr + head * N * DV, rows, w, N, DV, DV)
             lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
@@ -237,17 +275,34 @@ def dkv_kernel(
     _store(dv_ptr + key_head * S * DV, columns, w, S, DV, dv, DV)
 
 
-def forward(p: Problem) -> tuple[Tensor, Tensor]:
+class Lists(NamedTuple):
+    """The queries that each head keeps, as int32."""
+
+    index: Tensor
+    """(B, H, N + 1): numbers of the queries in ascending order; what follows them is not read."""
+    ends: Tensor
+    """(B, H, N): how many of the queries 0 to i are kept."""
+
+
+def forward(p: Problem, lists: Lists | None = None) -> tuple[Tensor, Tensor]:
+    """o and lse; with ``lists``, o = 0 and lse = -inf in all other rows."""
     q, k, v = (supported(x).contiguous() for x in (p.q, p.k, p.v))
-    o = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    o = _output(q.new_empty(*q.shape[:3], v.shape[3]), lists, 0.0)
+    lse = _output(q.new_empty(q.shape[:3], dtype=torch.float32), lists, -torch.inf)
     bias, strides = with_strides(p.bias, q, k)
-    options = _options("forward", p)
+    options = _options("forward", p, lists)
     grid = (triton.cdiv(q.shape[2], options["ROWS"]), q.shape[0] * q.shape[1])
+    index, ends = lists or (q, q)
     forward_kernel[grid](
-        q, k, v, q if bias is None else bias, o, lse, *strides, *sizes(q, k), p.scale, **options
-    )
+        q, k, v, q if bias is None else bias, index, ends, o, lse, *strides, *sizes(q, k), p.scale,
+        **options,
+    )  # fmt: skip
     return o, lse
+
+
+def _output(x: Tensor, lists: Lists | None, fill: float) -> Tensor:
+    """``x``, with ``fill`` in it where some rows are not written."""
+    return x if lists is None else x.fill_(fill)
 
 
 def backward(
@@ -255,11 +310,13 @@ def backward(
     outputs: tuple[Tensor, Tensor],
     grads: tuple[Tensor, Tensor | None],
     wanted: Collection[str],
+    lists: Lists | None = None,
 ) -> dict[str, Tensor]:
     (o, lse), (grad, grad_lse) = outputs, grads
     d = delta(grad, grad_lse, o).contiguous()
     g, q, k, v, lse = (x.contiguous() for x in (grad.to(p.q.dtype), p.q, p.k, p.v, lse))
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq = _output(torch.empty_like(q), lists, 0.0)
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
     (batch, heads, n), s = q.shape[:3], k.shape[2]
     bias_grad = p.bias is not None and "bias" in wanted
     per_key = bias_grad and p.bias is not None and p.bias.shape[2] == 1
@@ -268,13 +325,13 @@ def backward(
     ds = make((batch, heads, n, s) if full else (1,), dtype=torch.float32)
     db = q.new_empty((batch, heads, 1, s) if per_key else (1,), dtype=torch.float32)
     b, strides = with_strides(p.bias, q, k)
-    shared = (g, q, k, v, q if b is None else b, lse, d)
+    shared = (g, q, k, v, q if b is None else b, *(lists or (q, q)), lse, d)
     numbers = (*strides, *sizes(q, k), p.scale)
-    options = _options("dq", p)
+    options = _options("dq", p, lists)
     dq_kernel[triton.cdiv(n, options["ROWS"]), batch * heads](
         *shared, dq, ds, *numbers, WRITE=full, **options
     )
-    options = _options("dkv", p)
+    options = _options("dkv", p, lists)
     dkv_kernel[triton.cdiv(s, options["COLUMNS"]), batch * k.shape[1]](
         *shared, dk, dv, db, *numbers, WRITE=per_key, **options
     )
@@ -293,26 +350,36 @@ def supported(x: Tensor, widest: int = 256) -> Tensor:
     return x
 
 
-def _options(kernel: str, p: Problem) -> dict[str, Any]:
+def _options(kernel: str, p: Problem, lists: Lists | None) -> dict[str, Any]:
     half, group = p.q.dtype != torch.float32, p.q.shape[1] // p.k.shape[1]
     d, dv = p.q.shape[3], p.v.shape[3]
-    return {**options(kernel, d, dv, half, p.bias is not None, p.causal), "GROUP": group}
+    found = options(kernel, d, dv, half, p.bias is not None, p.causal, lists is not None)
+    return {**found, "GROUP": group}
 
 
 def options(
-    kernel: str, d: int, dv: int, half: bool, bias: bool, causal: bool = False
+    kernel: str,
+    d: int,
+    dv: int,
+    half: bool,
+    bias: bool,
+    causal: bool = False,
+    listed: bool = False,
 ) -> dict[str, Any]:
     """Shapes, tile and launch options of a kernel for heads of width d and dv."""
     width, width_v = padded(d), padded(dv)
     widest = max(width, width_v)
     tile = TILES[kernel, half, widest > 64, bias]
     tile = OTHER_TILES.get((kernel, half, min(widest, 128), bias, causal), tile)
+    if listed:
+        tile = LISTED_TILES.get((kernel, half, min(widest, 128), causal), tile)
     rows, columns, warps, stages = tile
     if widest > 128:  # the tile would need more shared memory than there is
         rows, columns, stages = max(16, rows // 2), max(16, columns // 2), 2
     return {
         "D": d, "DV": dv, "WIDTH": width, "WIDTH_V": width_v, "ROWS": rows, "COLUMNS": columns,
         "GROUP": 1, "HAS_BIAS": bias, "CAUSAL": causal,
+        "LISTED": listed,
         "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
     }  # fmt: skip
 
@@ -357,4 +424,5 @@ def compile_cases() -> Iterator[Case]:
             operations=2.0 * products[name] * heads * n * n * d * share,
             bytes=heads * n * (tensors[name] * d * size + n * scores * share),
             wide=("lse_ptr", "delta_ptr", "ds_ptr", "db_ptr"),
+            integers=("index_ptr", "ends_ptr"),
         )

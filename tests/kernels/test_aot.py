@@ -41,6 +41,7 @@ SAMPLE = [
     "covariance_solve rows bf16 D=16",
     "local_linear forward fp32 D=32",
     "softplus dq bf16 D=64",
+    "ragged_queries dkv bf16 D=64 causal",
 ]
 
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from xattn.attention.inputs import spread_heads
+from xattn.kernels.backend import choose
+from xattn.kernels.ragged_queries import ragged_attention
 from xattn.kernels.softmax import softmax_attention
 from xattn.kernels.softmax.reference import widen
 from xattn.kernels.vecmat import ROWS
@@ -27,6 +29,8 @@ from xattn.kernels.vecmat import vecmat as softmax_vecmat
 
 TILE = 2**20  # entries of a chunk of rows, over batch and heads: 4 MB in float32
 FEW = 256  # below so many keys, leaving rows out saves no time
+LEAST = 16  # rows that are worth a thread
+WIDEST = 256  # of heads that the Triton kernels take
 
 
 class Operator(ABC):
@@ -283,38 +287,77 @@ class SoftmaxOperator(Operator):
         return y
 
     def matvec_where(self, x: Tensor, keep: Tensor) -> Tensor:
-        """A CPU leaves out heads without a row to keep, and computes only the rows that are kept, head
-        by head, unless there are few keys or attention is causal."""
-        whole = self._some_heads(x, keep)
-        if whole is not None:
-            return whole
-        few = self.shape[3] < FEW or torch.compiler.is_compiling()
-        if few or not self._fused or self._by_place or self.q.device.type != "cpu":
+        """With few keys all rows are computed. From ``FEW`` on a GPU takes lists of queries, except with
+        a bias, and a CPU goes head by head, except in causal attention. A CPU leaves out heads without
+        a row to keep in any case."""
+        enough, n = self.shape[3] >= FEW, self.shape[2]
+        if enough and self._takes_lists(x):
+            options = {"scale": self.scale, "causal": self._by_place, "backend": self.backend}
+            return ragged_attention(self.q, self.k, x, keep, **options)[0]
+        # Elsewhere than on a CPU, reading how many rows are kept would have to wait for them.
+        if torch.compiler.is_compiling() or keep.device.type != "cpu" or not self._fused:
             return super().matvec_where(x, keep)
-        batch, heads, n, _ = self.shape
         at = keep.flatten().nonzero()[:, 0]  # of the rows of all heads, side by side
-        counts = keep.flatten(0, 1).sum(-1).tolist()
-        parts = self.q.flatten(0, 2).index_select(0, at).split(counts)
-        keys, values = (spread_heads(t, heads).flatten(0, 1)[:, None] for t in (self.k, x))
+        ends = torch.arange(n, keep.numel() + 1, n)
+        counts = torch.searchsorted(at, ends).diff(prepend=at.new_zeros(1)).tolist()
+        if 0 in counts and {*counts} <= {0, n}:
+            return self._some_heads(x, keep[..., 0])
+        if enough and not self._by_place:
+            return self._by_heads(x, at, counts)
+        return super().matvec_where(x, keep)
+
+    def _takes_lists(self, x: Tensor) -> bool:
+        """Whether the op for lists of queries answers, in place of PyTorch's own attention."""
+        if self.bias is not None or not self.q.dtype == self.k.dtype == x.dtype:
+            return False
+        if self.backend != "auto":
+            return True
+        fits = x.dtype != torch.float64 and max(self.q.shape[-1], x.shape[-1]) <= WIDEST
+        return fits and choose("auto", self.q.device) == "triton"
+
+    def _by_heads(self, x: Tensor, at: Tensor, counts: Sequence[int]) -> Tensor:
+        """A X in the rows ``at`` of all heads' rows, ``counts`` of each, by PyTorch's own attention.
+
+        A head's rows go to all threads in equal shares, as a batch that reads the same keys. PyTorch
+        would give a thread whole runs of 64 rows, so that one of two gets 320 of 520, and in the
+        backward pass whole heads.
+        """
+        batch, heads, n, _ = self.shape
+        shares = [max(1, min(torch.get_num_threads(), count // LEAST)) for count in counts]
+        rests = [-count % share for count, share in zip(counts, shares, strict=True)]
+        lengths = [count + rest for count, rest in zip(counts, rests, strict=True)]
+        padded = at
+        if any(rests):  # with the last row of the head
+            lists = zip(at.split(counts), rests, strict=True)
+            padded = torch.cat([i for rows, rest in lists for i in (rows, rows[-1:].expand(rest))])
+        parts = self.q.flatten(0, 2).index_select(0, padded).split(lengths)
         masks: Sequence[Tensor | None] = [None] * len(parts)
         if self.bias is not None:
-            masks = self.bias.expand(self.shape).flatten(0, 2).index_select(0, at).split(counts)
+            bias = self.bias.expand(self.shape).flatten(0, 2)
+            masks = bias.index_select(0, padded).split(lengths)
+        keys, values = (spread_heads(t, heads).flatten(0, 1) for t in (self.k, x))
         some = [
-            F.scaled_dot_product_attention(q[None, None], k[None], v[None], mask, scale=self.scale)
-            for q, k, v, mask in zip(parts, keys, values, masks, strict=True)
-            if len(q)
+            F.scaled_dot_product_attention(
+                _shared(q, share),
+                k.expand(share, 1, -1, -1),
+                v.expand(share, 1, -1, -1),
+                None if mask is None else _shared(mask, share),
+                scale=self.scale,
+            ).flatten(0, 2)[:count]
+            for q, k, v, mask, share, count in zip(
+                parts, keys, values, masks, shares, counts, strict=True
+            )
+            if count
         ]
-        joined = torch.cat([part[0, 0] for part in some] or [values[0, 0, :0]])
-        y = joined.new_zeros(batch * heads * n, values.shape[-1])
-        return y.index_copy_(0, at, joined).unflatten(0, (batch, heads, n))
+        joined = torch.cat(some or [values[0, :0]])
+        # Heads are side by side within a token, as in what PyTorch's attention returns.
+        places = torch.arange(batch * n * heads).unflatten(0, (batch, n, heads)).transpose(1, 2)
+        y = joined.new_zeros(batch * n * heads, values.shape[-1])
+        y.index_copy_(0, places.flatten()[at], joined)
+        return y.unflatten(0, (batch, n, heads)).transpose(1, 2)
 
-    def _some_heads(self, x: Tensor, keep: Tensor) -> Tensor | None:
-        """A X where every head keeps all rows or none, and some none; None elsewhere."""
-        if torch.compiler.is_compiling() or keep.device.type != "cpu" or not self._fused:
-            return None
-        live = keep[..., 0]
-        if live.all() or not torch.equal(keep, live[..., None].expand_as(keep)):
-            return None
+    def _some_heads(self, x: Tensor, live: Tensor) -> Tensor:
+        """A X of the heads ``live`` (B, H), 0 for the others."""
         heads, bias = self.shape[1], self.bias
         q, k, v = (
             t[live][:, None] for t in (self.q, spread_heads(self.k, heads), spread_heads(x, heads))
@@ -370,6 +413,11 @@ class SoftmaxOperator(Operator):
 
     def _anchor(self) -> Tensor:
         return self.q
+
+
+def _shared(rows: Tensor, shares: int) -> Tensor:
+    """Rows (R, m) as a batch, (shares, 1, R / shares, m)."""
+    return rows.unflatten(0, (shares, -1))[:, None]
 
 
 def _in_parts(times: Callable[[Tensor], Tensor], r: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""Softmax attention of some of the queries, others in each head: lists of differing lengths, no padding.
+
+    o_hi = softmax(scale q_hi K_h^T) V_h   for the queries i that head h keeps,   0 for all others
+
+Every kept query reads all keys, or all up to its own place. A tile of the kernels gathers kept queries
+of one head, so the work goes with their number, however unevenly heads are used. Mixture-of-head
+attention needs it (arXiv 2410.11842), whose authors' program computes all heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xattn.kernels.backend import choose
+from xattn.kernels.checks import check_attention, score_scale
+from xattn.kernels.op import register
+from xattn.kernels.ragged_queries.problem import Problem
+from xattn.kernels.softmax.reference import empty_outputs
+
+
+def ragged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``softmax(scale q k^T) v`` in the rows that are kept, and the log-sum-exp of their scores.
+
+    Args:
+        q: (B, H, N, D); ``k``: (B, Hk, S, D); ``v``: (B, Hk, S, Dv), of one dtype and device. Query
+            head h reads key head h // (H // Hk).
+        keep: (B, H, N), True for the queries to compute. On a GPU it is never read by the CPU.
+        scale: 1 / sqrt(D) by default.
+        causal: query i sees keys 0 to i only; needs N = S.
+        backend: see :func:`xattn.kernels.backend.choose`.
+
+    Returns:
+        o (B, H, N, Dv) in the dtype of ``q``, and lse (B, H, N) in float32 (float64 for float64). All
+        other rows have o = 0 and lse = -inf, and pass no gradient on.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match.
+    """
+    found: tuple[Tensor, Tensor] = _op(
+        problem(q, k, v, keep, scale=scale, causal=causal, backend=backend)
+    )
+    return found
+
+
+def problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    backend: str = "auto",
+) -> Problem:
+    """The checked arguments of :func:`ragged_attention`."""
+    check_attention(q, k, v, causal)
+    if keep.shape != q.shape[:3] or keep.dtype != torch.bool or keep.device != q.device:
+        raise ValueError(
+            f"keep: got {keep.dtype} of shape {tuple(keep.shape)} on {keep.device}; give torch.bool "
+            f"of shape {tuple(q.shape[:3])} on {q.device}, one for each query"
+        )
+    return Problem(q, k, v, keep, score_scale(scale, q), causal, choose(backend, q.device))
+
+
+_op = register(
+    "ragged_queries",
+    Problem,
+    outputs=("o", "lse"),
+    empty=empty_outputs,
+    gradients=("q", "k", "v"),
+)
