@@ -103,7 +103,8 @@ def make_case(
 
     Args:
         kernel: arguments that end in ``_ptr`` are pointers to ``dtype``, one of ``DTYPES``, those
-            in ``wide`` to float32, those in ``integers`` to int32; ``scale`` is float32, and every other argument an int32.
+            in ``wide`` to float32, those in ``integers`` to int32; ``scale`` is float32, and every
+            other argument an int32.
         options: every constexpr and the launch options.
     """
     constants = {name: options[name] for name in kernel.arg_names if name in options}

@@ -67,8 +67,14 @@ OTHER_TILES = {
     ("dkv", False, 128, True, False): (16, 32, 8, 2),
     ("dkv", False, 128, True, True): (16, 32, 8, 2),
 }
-# (kernel, half precision, padded width, causal): the same for lists of queries.
-LISTED_TILES: dict[tuple[str, bool, int, bool], tuple[int, int, int, int]] = {}
+# (kernel, half precision, padded width): the same for lists of queries, causal or not.
+LISTED_TILES = {
+    ("forward", True, 64): (128, 64, 8, 3),
+    ("forward", False, 16): (32, 32, 8, 2),
+    ("forward", False, 32): (32, 32, 8, 2),
+    ("forward", False, 64): (32, 32, 8, 2),
+    ("forward", False, 128): (32, 16, 4, 2),
+}
 
 
 @triton.jit
@@ -218,9 +224,7 @@ def dq_kernel(
 
 
 @triton.jit
-def _places(
-    ends_ptr, head, key, N, ROWS: tl.constexpr, CAUSAL: tl.constexpr, LISTED: tl.constexpr
-):
+def _places(ends_ptr, head, key, N, ROWS: tl.constexpr, CAUSAL: tl.constexpr, LISTED: tl.constexpr):
     """First and end of the queries, or of their places in the list, that may see ``key`` or later ones."""
     first, stop = key if CAUSAL else key * 0, N
     if LISTED:
@@ -372,7 +376,7 @@ def options(
     tile = TILES[kernel, half, widest > 64, bias]
     tile = OTHER_TILES.get((kernel, half, min(widest, 128), bias, causal), tile)
     if listed:
-        tile = LISTED_TILES.get((kernel, half, min(widest, 128), causal), tile)
+        tile = LISTED_TILES.get((kernel, half, min(widest, 128)), tile)
     rows, columns, warps, stages = tile
     if widest > 128:  # the tile would need more shared memory than there is
         rows, columns, stages = max(16, rows // 2), max(16, columns // 2), 2

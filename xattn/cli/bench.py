@@ -65,9 +65,11 @@ class Bench:
     """For the job "attention": a .png or .svg of times over tokens."""
     published: bool = False
     """For the job "attention": the papers' headline settings, measured on a GPU beside their figures."""
+    skipped_heads: bool = False
+    """For the job "attention": moh with half of the heads beside all of them, at 1024 tokens by default."""
 
     def run(self) -> None:
-        for option in ("published", "growth", "only"):
+        for option in ("published", "growth", "skipped_heads", "only"):
             if getattr(self, option) and self.job != "attention":
                 raise ValueError(
                     f"{option}: for the job attention alone, got {self.job}; leave it out"
@@ -77,6 +79,8 @@ class Bench:
             name, arguments = "xattn.eval.bench.published", _published
         elif self.growth:
             name, arguments = "xattn.eval.bench.growth", _growth
+        elif self.skipped_heads:
+            name, arguments = "xattn.eval.bench.skipped_heads", _skipped_heads
         for line in importlib.import_module(name).bench(**arguments(self)):
             print(line, flush=True)
 
@@ -124,6 +128,10 @@ def _growth(options: Bench) -> dict[str, Any]:
 
 def _published(options: Bench) -> dict[str, Any]:
     return {"rounds": min(options.rounds, 5)}
+
+
+def _skipped_heads(options: Bench) -> dict[str, Any]:
+    return {"tokens": options.tokens or (1024,), "rounds": options.rounds}
 
 
 # A job's module, whose ``bench`` yields the lines to print, and what it is given. The module is

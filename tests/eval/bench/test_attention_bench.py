@@ -67,6 +67,22 @@ def test_growth_is_from_the_first_number_of_tokens(capsys):
     assert "growth: for the job attention alone, got maps" in capsys.readouterr().err
 
 
+def test_half_of_the_heads_are_measured_beside_all(capsys):
+    command = ["bench", "attention", "--skipped-heads", "--tokens", "256", "--rounds", "1"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| 256")]
+    assert [(row[1], row[3]) for row in rows] == [
+        (routing, level) for routing in ("even", "skewed") for level in ("attention", "module")
+    ]
+    for row in rows:
+        shares = [int(share) for share in row[2].split()]
+        assert shares[0] == 100 and abs(sum(shares) - 300) <= 3  # half of six heads a token
+        assert (max(shares[1:]) > 4 * min(shares[1:])) == (row[1] == "skewed")
+    assert main(["bench", "maps", "--skipped-heads"]) != 0
+    assert "skipped_heads: for the job attention alone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
