@@ -73,7 +73,7 @@ LISTED_TILES = {
     ("forward", False, 16): (32, 32, 8, 2),
     ("forward", False, 32): (32, 32, 8, 2),
     ("forward", False, 64): (32, 32, 8, 2),
-    ("forward", False, 128): (32, 16, 4, 2),
+    ("forward", False, 128): (16, 32, 8, 2),
 }
 
 
