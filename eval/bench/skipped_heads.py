@@ -18,6 +18,7 @@ from torch import Tensor
 
 from xattn.attention import Attention, Inputs, SoftmaxOperator, create_attention
 from xattn.attention.algebra import GatedOperator
+from xattn.attention.moh import MoH
 from xattn.eval.bench.attention import HEADS, WIDTH, checked
 from xattn.eval.bench.timing import Job, forward_and_both, median_ratio, times
 from xattn.runtime.allocator import keep_memory
@@ -51,7 +52,7 @@ def bench(tokens: Sequence[int] = (1024,), rounds: int = 15) -> Iterator[str]:
             x, layers = made(n, skew)
             x, layers = x.to(device, dtype), {k: v.to(device, dtype) for k, v in layers.items()}
             with torch.no_grad():
-                used = layers["half"].mechanism.gates(x)[0] != 0
+                used = _moh(layers["half"]).gates(x)[0] != 0
             said = " ".join(f"{100 * s:.0f}" for s in used.float().mean((0, 2)).tolist())
             for level, pairs in jobs(x, layers).items():
                 cells = [str(n), routing, said, level]
@@ -74,10 +75,15 @@ def made(n: int, skew: float) -> tuple[Tensor, dict[str, Attention]]:
         name: create_attention("moh", DIM, HEADS, shared=SHARED, active=active)
         for name, active in (("all", ALL), ("half", HALF))
     }
-    router = layers["all"].mechanism.router["routed"].data
+    router = _moh(layers["all"]).router["routed"].data
     router.normal_(std=DIM**-0.5)[:, 0] = torch.linspace(skew, 0, ALL)
     layers["half"].load_state_dict(layers["all"].state_dict())
     return x, layers
+
+
+def _moh(layer: Attention) -> MoH:
+    assert isinstance(layer.mechanism, MoH)
+    return layer.mechanism
 
 
 def jobs(x: Tensor, layers: dict[str, Attention]) -> dict[str, dict[str, tuple[Job, Job]]]:

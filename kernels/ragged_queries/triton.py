@@ -36,8 +36,8 @@ def lists(keep: Tensor) -> dense.Lists:
     ends = keep.cumsum(-1)
     place = torch.where(keep, ends - 1, n)  # the last place is for all that are left out
     number = torch.arange(n, dtype=torch.int32, device=keep.device).expand(keep.shape)
-    index = number.new_empty(*keep.shape[:2], n + 1).scatter_(2, place, number)
-    return dense.Lists(index, ends.int())
+    queries = number.new_empty(*keep.shape[:2], n + 1).scatter_(2, place, number)
+    return dense.Lists(queries, ends.int())
 
 
 def compile_cases() -> Iterator[Case]:
@@ -64,5 +64,5 @@ def compile_cases() -> Iterator[Case]:
             operations=products[name] * heads * n * n * d * (0.5 if causal else 1.0),
             bytes=heads * n * (queries[name] / 2 + keys[name]) * d * size,
             wide=("lse_ptr", "delta_ptr", "ds_ptr", "db_ptr"),
-            integers=("index_ptr", "ends_ptr"),
+            integers=("queries_ptr", "ends_ptr"),
         )

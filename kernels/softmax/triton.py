@@ -70,6 +70,8 @@ OTHER_TILES = {
 # (kernel, half precision, padded width): the same for lists of queries, causal or not.
 LISTED_TILES = {
     ("forward", True, 64): (128, 64, 8, 3),
+    ("dkv", True, 64): (64, 64, 8, 2),
+    ("dq", False, 128): (16, 16, 8, 2),
     ("forward", False, 16): (32, 32, 8, 2),
     ("forward", False, 32): (32, 32, 8, 2),
     ("forward", False, 64): (32, 32, 8, 2),
@@ -115,12 +117,12 @@ def _store(base, rows, columns, count, width, value, stride: tl.constexpr):
 
 
 @triton.jit
-def _queries(index_ptr, ends_ptr, head, start, N, ROWS: tl.constexpr, LISTED: tl.constexpr):
+def _queries(queries_ptr, ends_ptr, head, start, N, ROWS: tl.constexpr, LISTED: tl.constexpr):
     """A tile's queries, from place ``start`` of all or of its head's list; N beyond the last one."""
     rows = start + tl.arange(0, ROWS)
     if LISTED:
         count = tl.load(ends_ptr + head * N + N - 1)
-        rows = tl.load(index_ptr + head * (N + 1) + rows, mask=rows < count, other=N)
+        rows = tl.load(queries_ptr + head * (N + 1) + rows, mask=rows < count, other=N)
     return rows
 
 
@@ -136,7 +138,7 @@ def _stop(rows, start, N, S, ROWS: tl.constexpr, CAUSAL: tl.constexpr, LISTED: t
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, index_ptr, ends_ptr, o_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, queries_ptr, ends_ptr, o_ptr, lse_ptr,
     stride_bb, stride_bh, stride_bn, H, N, S, scale, GROUP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
@@ -145,7 +147,7 @@ def forward_kernel(
     head = tl.program_id(1).to(tl.int64)
     key_head = head // GROUP  # batch * Hk + key head, because H is GROUP * Hk
     start_row = tl.program_id(0) * ROWS
-    rows = _queries(index_ptr, ends_ptr, head, start_row, N, ROWS, LISTED)
+    rows = _queries(queries_ptr, ends_ptr, head, start_row, N, ROWS, LISTED)
     d, dv = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
     q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
@@ -187,7 +189,7 @@ def softmax_weights(s, lse):
 
 @triton.jit
 def dq_kernel(
-    g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, index_ptr, ends_ptr, lse_ptr, delta_ptr,
+    g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, queries_ptr, ends_ptr, lse_ptr, delta_ptr,
     dq_ptr, ds_ptr,
     stride_bb, stride_bh, stride_bn, H, N, S, scale, GROUP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
@@ -197,7 +199,7 @@ def dq_kernel(
     head = tl.program_id(1).to(tl.int64)
     key_head = head // GROUP
     start_row = tl.program_id(0) * ROWS
-    rows = _queries(index_ptr, ends_ptr, head, start_row, N, ROWS, LISTED)
+    rows = _queries(queries_ptr, ends_ptr, head, start_row, N, ROWS, LISTED)
     d, dv = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
     q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
@@ -236,7 +238,7 @@ def _places(ends_ptr, head, key, N, ROWS: tl.constexpr, CAUSAL: tl.constexpr, LI
 
 @triton.jit
 def dkv_kernel(
-    g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, index_ptr, ends_ptr, lse_ptr, delta_ptr,
+    g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, queries_ptr, ends_ptr, lse_ptr, delta_ptr,
     dk_ptr, dv_ptr, db_ptr,
     stride_bb, stride_bh, stride_bn, H, N, S, scale, GROUP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
@@ -258,7 +260,7 @@ def dkv_kernel(
         db = tl.zeros([COLUMNS], tl.float32)
         first, stop = _places(ends_ptr, head, begin, N, ROWS, CAUSAL, LISTED)
         for start in range(first, stop, ROWS):
-            rows = _queries(index_ptr, ends_ptr, head, start, N, ROWS, LISTED)
+            rows = _queries(queries_ptr, ends_ptr, head, start, N, ROWS, LISTED)
             q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
             g = load_tile(g_ptr + head * N * DV, rows, w, N, DV, DV)
             lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
@@ -282,7 +284,7 @@ def dkv_kernel(
 class Lists(NamedTuple):
     """The queries that each head keeps, as int32."""
 
-    index: Tensor
+    queries: Tensor
     """(B, H, N + 1): numbers of the queries in ascending order; what follows them is not read."""
     ends: Tensor
     """(B, H, N): how many of the queries 0 to i are kept."""
@@ -296,9 +298,9 @@ def forward(p: Problem, lists: Lists | None = None) -> tuple[Tensor, Tensor]:
     bias, strides = with_strides(p.bias, q, k)
     options = _options("forward", p, lists)
     grid = (triton.cdiv(q.shape[2], options["ROWS"]), q.shape[0] * q.shape[1])
-    index, ends = lists or (q, q)
+    queries, ends = lists or (q, q)
     forward_kernel[grid](
-        q, k, v, q if bias is None else bias, index, ends, o, lse, *strides, *sizes(q, k), p.scale,
+        q, k, v, q if bias is None else bias, queries, ends, o, lse, *strides, *sizes(q, k), p.scale,
         **options,
     )  # fmt: skip
     return o, lse
@@ -428,5 +430,5 @@ def compile_cases() -> Iterator[Case]:
             operations=2.0 * products[name] * heads * n * n * d * share,
             bytes=heads * n * (tensors[name] * d * size + n * scores * share),
             wide=("lse_ptr", "delta_ptr", "ds_ptr", "db_ptr"),
-            integers=("index_ptr", "ends_ptr"),
+            integers=("queries_ptr", "ends_ptr"),
         )

@@ -138,12 +138,12 @@ def test_the_lists_of_the_kernels_hold_the_queries_in_order():
     from xattn.kernels.ragged_queries.triton import lists
 
     keep = kept("skewed", 2, 4, 37)
-    index, ends = lists(keep)
-    for head, kept_, numbers in zip(
-        ends.flatten(0, 1), keep.flatten(0, 1), index.flatten(0, 1), strict=True
-    ):
-        at = kept_.nonzero()[:, 0]
-        assert head[-1] == len(at) and torch.equal(numbers[: len(at)].long(), at)
+    queries, ends = lists(keep)
+    for image in range(2):
+        for head in range(4):
+            at = keep[image, head].nonzero()[:, 0]
+            assert ends[image, head, -1] == len(at)
+            assert torch.equal(queries[image, head, : len(at)].long(), at)
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])
