@@ -101,7 +101,7 @@ def train(
     with tqdm(total=total, desc=title, unit="step", disable=not progress) as bar:
         for step in range(total):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * _share(step, total)
+                group["lr"] = peak * rise_and_fall(step, total)
             index, flips = _batch(len(pixels), step, per_epoch, config)
             some = pixels[index]
             some[flips] = some[flips].flip(-1)
@@ -136,8 +136,8 @@ def _batch(
     return index, flips[index]
 
 
-def _share(step: int, total: int) -> float:
-    """Of the learning rate, at step 0, 1, ... of ``total``."""
+def rise_and_fall(step: int, total: int) -> float:
+    """The share of the peak learning rate at step 0, 1, ... of ``total``: a line, then half a cosine."""
     rise = max(1, round(RISE * total))
     if step < rise:
         return (step + 1) / rise

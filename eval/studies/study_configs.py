@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from xattn.config import AttentionTraining
 
 Attention = Literal["additive", "dot"]
+LengthTask = Literal["recall", "regression"]
 
 
 @dataclass(frozen=True)
@@ -297,6 +298,79 @@ class DepthStudyConfig:
                 f"epochs, student_epochs: got {self.epochs}, {self.student_epochs}; give 1 or more "
                 f"together"
             )
+
+
+@dataclass(frozen=True)
+class LengthStudyConfig:
+    """What the length study trains, how long, and at which lengths it tests."""
+
+    mechanisms: tuple[str, ...] = ("softmax", "flow", "hedgehog", "based", "lla", "lssar", "nsa")
+    """Mechanisms with a causal form, as NAME:option=value,..."""
+    tasks: tuple[LengthTask, ...] = ("recall", "regression")
+    """Associative recall of many queries, and linear regression in context."""
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384)
+    """Tokens of the sequences that are tested."""
+    longest: dict[str, int] = field(default_factory=lambda: {"lla": 4096})
+    """The most tokens that a mechanism is tested at, by its name."""
+    train_length: int = 256
+    """Tokens of the sequences that are trained on."""
+    steps: int = 600
+    """Of training."""
+    minutes: float = 2.0
+    """Of processor time, at which a training ends before its last step; the report then says so."""
+    batch_size: int = 16
+    """Sequences a step."""
+    learning_rates: tuple[float, ...] = (0.003, 0.01)
+    """Peaks to choose from, for each mechanism and task, by other sequences and another seed."""
+    seeds: int = 3
+    """Networks of each mechanism and task."""
+    width: int = 64
+    """Channels."""
+    heads: int = 1
+    """Heads of attention."""
+    pairs: int = 16
+    """Of keys and values in a sequence as long as in training."""
+    test_tokens: int = 65536
+    """Tokens of all sequences of a test, at least."""
+    least_sequences: int = 8
+    """The fewest sequences of a test."""
+
+    def __post_init__(self) -> None:
+        for name in ("mechanisms", "tasks", "lengths", "learning_rates"):
+            given = getattr(self, name)
+            if not given or len(set(given)) < len(given):
+                raise ValueError(f"{name}: got {given}; give each once")
+        if set(self.tasks) - set(get_args(LengthTask)):
+            raise ValueError(
+                f"tasks: got {', '.join(self.tasks)}; choose from {', '.join(get_args(LengthTask))}"
+            )
+        for length in (self.train_length, *self.lengths):
+            if length < 4 or length % 2:
+                raise ValueError(
+                    f"lengths, train_length: got {length}; give even numbers of 4 or more"
+                )
+        for name in ("steps", "batch_size", "seeds", "width", "heads", "pairs", "test_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; give at least 1")
+        if self.least_sequences < 1:
+            raise ValueError(f"least_sequences: got {self.least_sequences}; give at least 1")
+        if not all(0 < x < float("inf") for x in (self.minutes, *self.learning_rates)):
+            raise ValueError(
+                f"minutes, learning_rates: got {self.minutes}, {self.learning_rates}; give positive "
+                f"numbers"
+            )
+
+    def sequences(self, length: int) -> int:
+        """How many are tested at a length."""
+        return max(self.least_sequences, -(-self.test_tokens // length))
+
+    def quick(self) -> LengthStudyConfig:
+        """A few steps on short sequences, to see that all runs: no figure of it means anything."""
+        return replace(
+            self, lengths=(32, 64), train_length=32, steps=4, batch_size=2, seeds=1,
+            learning_rates=self.learning_rates[:1], width=16, pairs=2, test_tokens=64,
+            least_sequences=2,
+        )  # fmt: skip
 
 
 def _check_methods(methods: tuple[str, ...]) -> None:

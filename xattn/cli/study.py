@@ -14,6 +14,7 @@ from xattn.cli.subcommands import one_of
 from xattn.eval.studies.study_configs import (
     DepthStudyConfig,
     ImageStudyConfig,
+    LengthStudyConfig,
     PartStudyConfig,
     PositionStudyConfig,
     SwapStudyConfig,
@@ -266,6 +267,24 @@ class StudyDepths:
             print(line, flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyLength:
+    """Small networks trained on short sequences: what their attention keeps as sequences grow."""
+
+    study: tyro.conf.OmitArgPrefixes[LengthStudyConfig] = field(default_factory=LengthStudyConfig)
+    quick: bool = False
+    """A few steps on short sequences, to see that all runs."""
+    output: Path = Path("runs/study-length")
+    """Folder of the trained networks, what is measured, report.md, figures.csv and a plot."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import context_length
+
+        config = self.study.quick() if self.quick else self.study
+        for line in context_length.study(self.output, config):
+            print(line, flush=True)
+
+
 STUDIES: dict[str, type[Any]] = {
     "at": StudyAt,
     "image": StudyImage,
@@ -276,6 +295,7 @@ STUDIES: dict[str, type[Any]] = {
     "attention-maps": StudyAttentionMaps,
     "positions": StudyPositions,
     "depths": StudyDepths,
+    "length": StudyLength,
 }
 if TYPE_CHECKING:
     Choice = Any

@@ -1,0 +1,203 @@
+"""What attention keeps as the context grows beyond training: one layer, trained short and tested long.
+
+    xattn study length
+
+Each mechanism is the only layer of a small network (:mod:`~xattn.eval.studies.length.network`), trained on
+sequences of one length for each task (:mod:`~xattn.eval.studies.length.tasks`) and tested at others. All
+are trained for as many steps. The learning rate is chosen for each mechanism and task, by a network of
+another seed and sequences that no table shows.
+
+What is finished stays in the output folder: scores by which a learning rate is chosen, a trained network,
+and its scores at a length. The same command goes on there; a training that was stopped starts again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xattn.attention.conversion import parse_mechanism
+from xattn.eval.studies.length import length_report
+from xattn.eval.studies.length.length_report import Results, Trained
+from xattn.eval.studies.length.network import LengthNetwork, held_out, made, scores, train
+from xattn.eval.studies.length.tasks import Recall, Regression, Task
+from xattn.eval.studies.study_configs import LengthStudyConfig
+from xattn.eval.studies.swap.networks import kept_record
+from xattn.runtime import strict_json
+from xattn.runtime.files import atomic_file, check_folder, write_json
+
+SEARCH_SEED = 1000  # of the networks that a learning rate is chosen by
+DAMAGED = "delete it, to measure again"
+FREE = ("mechanisms", "tasks", "lengths", "longest", "seeds")  # more of them may be asked for later
+DEFAULTS = LengthStudyConfig()
+
+
+class Unit(NamedTuple):
+    """A mechanism on a task, and where its results are kept."""
+
+    mechanism: str
+    task: Task
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.mechanism}, {self.task.name}"
+
+
+def study(
+    output: str | Path = "runs/study-length",
+    config: LengthStudyConfig = DEFAULTS,
+    *,
+    progress: bool = True,
+) -> Iterator[str]:
+    """Train and measure what is not finished yet, write the report, and give its lines.
+
+    Args:
+        output: folder of learning rates, trained networks, scores and the report.
+
+    Raises:
+        ValueError: a mechanism that is unknown or has no causal form, lengths that a task cannot have, or
+            ``output`` holds results of other settings.
+    """
+    output = Path(output)
+    tasks = [_task(name, config) for name in config.tasks]
+    for task in tasks:  # before anything is trained
+        for mechanism in config.mechanisms:
+            made(mechanism, task, 0, config)
+        for length in (config.train_length, *config.lengths):
+            for form in task.forms():
+                task.draw(length, 1, 0, form)
+    check_folder(output)
+    record = {k: v for k, v in asdict(config).items() if k not in FREE}
+    kept_record(output / "record.json", {"config": record})
+    results = Results(config)
+    for task in tasks:
+        for mechanism in config.mechanisms:
+            unit = Unit(mechanism, task, output / task.name / _file_name(mechanism))
+            results.trained[task.name, mechanism] = _measured(unit, config, progress)
+            yield length_report.unit_line(results, task.name, mechanism)
+        results.baselines[task.name] = _baselines(task, output / task.name, config)
+    lines = length_report.lines(results)
+    files = {"report.md": "\n".join(lines) + "\n", "figures.csv": length_report.figures(results)}
+    for name, text in files.items():
+        with atomic_file(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    length_report.plot(results, output / "length.png")
+    yield from ("", *lines)
+    yield f"\nreport: {', '.join(str(output / name) for name in (*files, 'length.png'))}"
+
+
+def _task(name: str, config: LengthStudyConfig) -> Task:
+    if name == Recall.name:
+        return Recall(config.pairs, config.train_length)
+    return Regression()
+
+
+def _file_name(mechanism: str) -> str:
+    return re.sub(r"[^a-z0-9._]+", "-", mechanism.lower()).strip("-")
+
+
+def _measured(unit: Unit, config: LengthStudyConfig, progress: bool) -> list[Trained]:
+    """Scores of all seeds."""
+    lr = _learning_rate(unit, config, progress)
+    found = []
+    for seed in range(config.seeds):
+        folder = unit.folder / f"seed-{seed}"
+        network = made(unit.mechanism, unit.task, seed, config)
+        training = _trained(network, unit, lr, seed, folder, config, progress)
+        one = Trained(lr, training["steps"], training["seconds"])
+        limit = config.longest.get(parse_mechanism(unit.mechanism)[0])
+        for length in config.lengths:
+            if limit is not None and length > limit:
+                continue
+            one.scores[length] = _tested(network, unit.task, length, folder, config)
+        found.append(one)
+    return found
+
+
+def _learning_rate(unit: Unit, config: LengthStudyConfig, progress: bool) -> float:
+    """The one with the best validation score."""
+    if len(config.learning_rates) == 1:
+        return config.learning_rates[0]
+    file = unit.folder / "learning-rates.json"
+    kept: dict[str, float] = {}
+    if file.is_file():
+        kept = strict_json.read(file, "output", DAMAGED)
+    batch = held_out(unit.task, "validation", config.train_length, config)
+    for lr in config.learning_rates:
+        if str(lr) not in kept:
+            network = made(unit.mechanism, unit.task, SEARCH_SEED, config)
+            train(network, unit.task, lr, SEARCH_SEED, config, f"{unit}, lr {lr}", progress)
+            kept[str(lr)] = float(scores(network, unit.task, batch).mean())
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, kept)
+    sign = 1 if unit.task.higher_is_better else -1
+    return max(config.learning_rates, key=lambda lr: sign * kept[str(lr)])
+
+
+def _trained(
+    network: LengthNetwork,
+    unit: Unit,
+    lr: float,
+    seed: int,
+    folder: Path,
+    config: LengthStudyConfig,
+    progress: bool,
+) -> dict[str, Any]:
+    """Give the network its trained weights; how they were trained."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load, save
+
+    weights, file = folder / "model.safetensors", folder / "training.json"
+    if not file.is_file():  # it is written last
+        training = train(network, unit.task, lr, seed, config, f"{unit}, seed {seed}", progress)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: x.detach().contiguous() for name, x in network.state_dict().items()}
+        with atomic_file(weights) as temporary:
+            temporary.write_bytes(save(state))
+        write_json(file, training._asdict())
+    try:
+        network.load_state_dict(load(weights.read_bytes()))
+    except (SafetensorError, RuntimeError, FileNotFoundError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"output: {weights} is damaged ({reason}); delete {folder}, to train again"
+        ) from None
+    return strict_json.read(file, "output", f"delete {folder}, to train again")  # type: ignore[no-any-return]
+
+
+def _tested(
+    network: LengthNetwork, task: Task, length: int, folder: Path, config: LengthStudyConfig
+) -> dict[str, float]:
+    """Mean scores at a length, by form."""
+    file = folder / f"{length}.json"
+    if not file.is_file():
+        found: dict[str, float] = {}
+        for form in task.forms():
+            if form != task.forms()[0] and length == config.train_length:
+                found[form] = found[task.forms()[0]]  # the same sequences
+            else:
+                batch = held_out(task, "test", length, config, form)
+                found[form] = float(scores(network, task, batch).mean())
+        write_json(file, found)
+    return strict_json.read(file, "output", DAMAGED)  # type: ignore[no-any-return]
+
+
+def _baselines(
+    task: Task, folder: Path, config: LengthStudyConfig
+) -> dict[int, dict[str, dict[str, float]]]:
+    """By length and form."""
+    found = {}
+    for length in config.lengths:
+        file = folder / f"baselines-{length}.json"
+        if not file.is_file():
+            kept = {
+                form: task.baselines(held_out(task, "test", length, config, form))
+                for form in task.forms()
+            }
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, kept)
+        found[length] = strict_json.read(file, "output", DAMAGED)
+    return found

@@ -1,0 +1,1 @@
+"""Parts of the length study: its tasks, its network, and its report."""

@@ -1,0 +1,153 @@
+"""The network of the length study: one layer of causal attention, whose queries, keys and values are mixed
+with those of the two tokens before.
+
+    z = e(tokens),   (q, k, v)_i = sum_(m = 0, 1, 2) w_m * (W z + b)_(i - m),   outputs = O (z + attention)
+
+w_m has a number for each channel: a depthwise causal convolution of width 3, which lets a key be that of
+the token before its value, so that one layer can look values up. There is no other encoding of positions,
+no norm and no network behind. Arora et al., arXiv 2312.04927, mix tokens before attention alike.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from xattn.attention import create_attention
+from xattn.attention.conversion import parse_mechanism
+from xattn.eval.studies.length.tasks import FIXED, Batch, Task
+from xattn.eval.studies.position_training import rise_and_fall
+from xattn.eval.studies.study_configs import LengthStudyConfig
+
+TAPS = 3  # of the convolution
+LONGEST_GRADIENT = 1.0
+STREAMS = {
+    "training": 0,
+    "validation": 1,
+    "test": 2,
+}  # of random numbers, so that none is used twice
+AT_ONCE = 16_384  # tokens that are tested at once
+
+
+class ShortConvolution(nn.Module):
+    """y_i = sum_m w_m * x_(i - m), a number for each channel and of the last three tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        bound = TAPS**-0.5
+        self.weight = nn.Parameter(torch.empty(TAPS, width).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        before = F.pad(x, (0, 0, TAPS - 1, 0))
+        shifted = (before[:, TAPS - 1 - m :][:, : x.shape[1]] for m in range(TAPS))
+        return torch.stack([part * w for part, w in zip(shifted, self.weight, strict=True)]).sum(0)
+
+
+class LengthNetwork(nn.Module):
+    """One layer of attention between embedded tokens and a linear map; see the module.
+
+    Args:
+        mechanism: NAME:option=value,..., with a causal form.
+
+    Raises:
+        ValueError: no such mechanism or option, or it has no causal form.
+    """
+
+    def __init__(self, mechanism: str, task: Task, width: int, heads: int) -> None:
+        super().__init__()
+        name, options = parse_mechanism(mechanism)
+        self.tokens = task.tokens_in(width)
+        self.attention = create_attention(name, width, heads, **options)
+        if not self.attention.mechanism.entry.causal:
+            raise ValueError(f"mechanisms: {name} has no causal form; choose others")
+        self.attention.qkv = nn.Sequential(self.attention.qkv, ShortConvolution(3 * width))  # type: ignore[assignment]
+        self.outputs = nn.Linear(width, task.outputs)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B, Q, outputs) at the tokens where there is a question."""
+        z = self.tokens(batch.tokens)
+        y = z + self.attention(z, causal=True)
+        return self.outputs(y[batch.asked].unflatten(0, (len(z), -1)))  # type: ignore[no-any-return]
+
+
+class Training(NamedTuple):
+    """How a training went."""
+
+    steps: int
+    seconds: float
+    """Of processor time."""
+    loss: float
+    """Mean over the last twentieth of the steps."""
+
+
+def made(mechanism: str, task: Task, seed: int, config: LengthStudyConfig) -> LengthNetwork:
+    """An untrained network; the same for the same arguments."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LengthNetwork(mechanism, task, config.width, config.heads)
+
+
+def train(
+    network: LengthNetwork,
+    task: Task,
+    lr: float,
+    seed: int,
+    config: LengthStudyConfig,
+    title: str = "",
+    progress: bool = True,
+) -> Training:
+    """Train in place, for ``config.steps`` steps or until ``config.minutes`` of processor time are over.
+
+    Raises:
+        RuntimeError: a loss that is not finite.
+    """
+    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+    start, losses = time.process_time(), []
+    with tqdm(total=config.steps, desc=title, unit="step", disable=not progress) as bar:
+        for step in range(config.steps):
+            if time.process_time() - start >= 60 * config.minutes:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = lr * rise_and_fall(step, config.steps)
+            batch = task.draw(config.train_length, config.batch_size, _seed("training", seed, step))
+            loss = task.loss(network(batch), batch.targets)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), LONGEST_GRADIENT)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise RuntimeError(f"{title}: the loss of step {step} is {losses[-1]}")
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            bar.update()
+    seconds = time.process_time() - start
+    last = losses[-max(1, len(losses) // 20) :]
+    return Training(len(losses), seconds, sum(last) / len(last) if last else math.nan)
+
+
+def held_out(
+    task: Task, stream: str, length: int, config: LengthStudyConfig, form: str = FIXED
+) -> Batch:
+    """Sequences that no network is trained on, the same for all mechanisms and seeds: of the stream "test",
+    or of "validation", by which learning rates are chosen."""
+    return task.draw_test(length, config.sequences(length), _seed(stream, 0, length), form)
+
+
+@torch.no_grad()
+def scores(network: LengthNetwork, task: Task, batch: Batch) -> Tensor:
+    """(B,): of each sequence."""
+    some = max(1, AT_ONCE // batch.tokens.shape[1])
+    parts = zip(*(x.split(some) for x in batch), strict=True)
+    found = torch.cat([network(Batch(*part)) for part in parts])
+    return task.scores(found, batch.targets)
+
+
+def _seed(stream: str, seed: int, step: int) -> int:
+    return (STREAMS[stream] * 10_007 + seed) * 1_000_003 + step
