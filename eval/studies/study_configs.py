@@ -314,13 +314,13 @@ class LengthStudyConfig:
     """The most tokens that a mechanism is tested at, by its name."""
     train_length: int = 256
     """Tokens of the sequences that are trained on."""
-    steps: int = 600
+    steps: int = 200
     """Of training."""
     minutes: float = 2.0
-    """Of processor time, at which a training ends before its last step; the report then says so."""
-    batch_size: int = 16
+    """Of processor time, after which a training ends before its last step; the report then says so."""
+    batch_size: int = 8
     """Sequences a step."""
-    learning_rates: tuple[float, ...] = (0.003, 0.01)
+    learning_rates: tuple[float, ...] = (0.005, 0.015)
     """Peaks to choose from, for each mechanism and task, by other sequences and another seed."""
     seeds: int = 3
     """Networks of each mechanism and task."""
@@ -330,9 +330,9 @@ class LengthStudyConfig:
     """Heads of attention."""
     pairs: int = 16
     """Of keys and values in a sequence as long as in training."""
-    test_tokens: int = 65536
+    test_tokens: int = 32768
     """Tokens of all sequences of a test, at least."""
-    least_sequences: int = 8
+    least_sequences: int = 4
     """The fewest sequences of a test."""
 
     def __post_init__(self) -> None:

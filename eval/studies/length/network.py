@@ -1,11 +1,10 @@
-"""The network of the length study: one layer of causal attention, whose queries, keys and values are mixed
-with those of the two tokens before.
+"""The network of the length study: one layer of causal attention, whose keys are mixed with the two before.
 
-    z = e(tokens),   (q, k, v)_i = sum_(m = 0, 1, 2) w_m * (W z + b)_(i - m),   outputs = O (z + attention)
+    z = e(tokens),   k_i = sum_(m = 0, 1, 2) w_m * (W z + b)_(i - m),   outputs = O (z + attention)
 
-w_m has a number for each channel: a depthwise causal convolution of width 3, which lets a key be that of
-the token before its value, so that one layer can look values up. There is no other encoding of positions,
-no norm and no network behind. Arora et al., arXiv 2312.04927, mix tokens before attention alike.
+w_m has a number for each channel: a depthwise causal convolution of width 3. So the key of a value can be
+that of the token before it, and one layer can look values up. There is no other encoding of positions,
+no norm and no network behind. Fu et al., arXiv 2212.14052, shift keys for the same reason.
 """
 
 from __future__ import annotations
@@ -36,18 +35,21 @@ AT_ONCE = 16_384  # tokens that are tested at once
 
 
 class ShortConvolution(nn.Module):
-    """y_i = sum_m w_m * x_(i - m), a number for each channel and of the last three tokens."""
+    """y_i = sum_m w_m * x_(i - m), a number for each channel and each of the last three tokens."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, heads: int, width: int) -> None:
         super().__init__()
         bound = TAPS**-0.5
-        self.weight = nn.Parameter(torch.empty(TAPS, width).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(TAPS, heads, 1, width).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
+        """(B, H, N, D) -> (B, H, N, D)."""
         before = F.pad(x, (0, 0, TAPS - 1, 0))
-        shifted = (before[:, TAPS - 1 - m :][:, : x.shape[1]] for m in range(TAPS))
-        return torch.stack([part * w for part, w in zip(shifted, self.weight, strict=True)]).sum(0)
+        y = x * self.weight[0]
+        for m in range(1, TAPS):
+            shifted = before[:, :, TAPS - 1 - m :][:, :, : x.shape[2]]
+            y = torch.addcmul(y, shifted, self.weight[m])
+        return y
 
 
 class LengthNetwork(nn.Module):
@@ -67,7 +69,7 @@ class LengthNetwork(nn.Module):
         self.attention = create_attention(name, width, heads, **options)
         if not self.attention.mechanism.entry.causal:
             raise ValueError(f"mechanisms: {name} has no causal form; choose others")
-        self.attention.qkv = nn.Sequential(self.attention.qkv, ShortConvolution(3 * width))  # type: ignore[assignment]
+        self.attention.k_norm = ShortConvolution(heads, width // heads)  # what keys go through
         self.outputs = nn.Linear(width, task.outputs)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -112,8 +114,6 @@ def train(
     start, losses = time.process_time(), []
     with tqdm(total=config.steps, desc=title, unit="step", disable=not progress) as bar:
         for step in range(config.steps):
-            if time.process_time() - start >= 60 * config.minutes:
-                break
             for group in optimizer.param_groups:
                 group["lr"] = lr * rise_and_fall(step, config.steps)
             batch = task.draw(config.train_length, config.batch_size, _seed("training", seed, step))
@@ -127,9 +127,11 @@ def train(
                 raise RuntimeError(f"{title}: the loss of step {step} is {losses[-1]}")
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
             bar.update()
+            if time.process_time() - start >= 60 * config.minutes:
+                break
     seconds = time.process_time() - start
     last = losses[-max(1, len(losses) // 20) :]
-    return Training(len(losses), seconds, sum(last) / len(last) if last else math.nan)
+    return Training(len(losses), seconds, sum(last) / len(last))
 
 
 def held_out(
