@@ -19,6 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from xattn.attention.conversion import parse_mechanism
 from xattn.eval.studies.length import length_report
 from xattn.eval.studies.length.length_report import Results, Trained
@@ -65,7 +67,8 @@ def study(
     tasks = [_task(name, config) for name in config.tasks]
     for task in tasks:  # before anything is trained
         for mechanism in config.mechanisms:
-            made(mechanism, task, 0, config)
+            with torch.no_grad():
+                made(mechanism, task, 0, config)(task.draw(config.train_length, 1, 0))
         for length in (config.train_length, *config.lengths):
             for form in task.forms():
                 task.draw(length, 1, 0, form)

@@ -75,7 +75,7 @@ class LengthNetwork(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """(B, Q, outputs) at the tokens where there is a question."""
         z = self.tokens(batch.tokens)
-        y = z + self.attention(z, causal=True)
+        y = z + self.attention(z, grid=(z.shape[1],), causal=True)
         return self.outputs(y[batch.asked].unflatten(0, (len(z), -1)))  # type: ignore[no-any-return]
 
 

@@ -123,7 +123,7 @@ def test_held_out_sequences_are_no_training_sequences():
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
     for changes, words in (
         ({"mechanisms": ("softmacks",)}, "unknown attention 'softmacks'; did you mean"),
-        ({"mechanisms": ("gna",)}, "mechanisms: gna has no causal form; choose others"),
+        ({"mechanisms": ("agent",)}, "mechanisms: agent has no causal form; choose others"),
         ({"mechanisms": ("softmax:p=1",)}, "p"),
         ({"mechanisms": ()}, "mechanisms: got .*; give each once"),
         ({"tasks": ("copying",)}, "tasks: got copying; choose from recall, regression"),
