@@ -304,7 +304,16 @@ class DepthStudyConfig:
 class LengthStudyConfig:
     """What the length study trains, how long, and at which lengths it tests."""
 
-    mechanisms: tuple[str, ...] = ("softmax", "flow", "hedgehog", "based", "lla", "lssar", "nsa")
+    mechanisms: tuple[str, ...] = (
+        "softmax",
+        "flow",
+        "hedgehog",
+        "based",
+        "lla",
+        "lssar",
+        "lssar:power=3",
+        "nsa",
+    )
     """Mechanisms with a causal form, as NAME:option=value,..."""
     tasks: tuple[LengthTask, ...] = ("recall", "regression")
     """Associative recall of many queries, and linear regression in context."""
