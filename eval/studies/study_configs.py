@@ -323,13 +323,13 @@ class LengthStudyConfig:
     """The most tokens that a mechanism is tested at, by its name."""
     train_length: int = 256
     """Tokens of the sequences that are trained on."""
-    steps: int = 1000
+    steps: int = 300
     """Of training."""
     minutes: float = 2.0
     """Of processor time, after which a training ends before its last step; the report then says so."""
     batch_size: int = 8
     """Sequences a step."""
-    learning_rates: tuple[float, ...] = (0.003, 0.01)
+    learning_rates: tuple[float, ...] = (0.005, 0.02)
     """Peaks to choose from, for each mechanism and task, by other sequences and another seed."""
     seeds: int = 3
     """Networks of each mechanism and task."""
