@@ -242,7 +242,7 @@ def _plot(found: Found, trained: int, title: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     sizes = sorted(found)
     for name in found[sizes[0]]:
         means = [100 * found[size][name]["right"].mean() for size in sizes]
@@ -255,7 +255,7 @@ def _plot(found: Found, trained: int, title: str, path: Path) -> None:
     axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
     axes.minorticks_off()
     axes.set_title(title, fontsize=7)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right center", fontsize=8)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
