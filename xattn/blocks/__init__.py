@@ -1,6 +1,6 @@
 """Blocks that mix tokens, one file each, behind one interface; see :func:`create_block`."""
 
-from xattn.blocks import transformer  # noqa: F401  (it registers itself)
+from xattn.blocks import hyperzzw, minimal, ninformer, shrp, transformer  # noqa: F401  (they register themselves)
 from xattn.blocks.base import (
     Block,
     BlockEntry,

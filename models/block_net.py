@@ -1,0 +1,116 @@
+"""A small classifier of any blocks: patches, a stack of blocks, the mean of the tokens, a linear layer.
+
+    net = BlockNet("ninformer", size=8, patch=2, classes=10, dim=64, depth=2, options={"grid": (4, 4)})
+    backbone = load_backbone(net)               # every explainer that reads tokens or gradients
+
+It is a :class:`~xattn.backbone.TapModule`; its one tap is the last block's tokens as a map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.attention.base import whole
+from xattn.backbone.preprocessing import Preprocessing
+from xattn.blocks import create_block
+from xattn.blocks.base import Block
+
+STEMS = ("shared", "place", "conv")
+
+
+class PlaceEmbedding(nn.Module):
+    """A linear layer of its own for the patch at every place: (B, N, P) -> (B, N, C)."""
+
+    def __init__(self, places: int, width: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(places, width, dim) * width**-0.5)
+        self.bias = nn.Parameter(torch.randn(places, dim) * 0.02)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return torch.einsum("bnp,npc->bnc", patches, self.weight) + self.bias
+
+
+class BlockNet(nn.Module):
+    """Images (B, channels, size, size) to logits (B, classes).
+
+    Args:
+        block: its name, see :func:`xattn.blocks.list_blocks`; "" for no block at all, the stem alone.
+        size: pixels a side; ``patch``: pixels a side of a token.
+        channels: of the images.
+        dim, depth, options: width of the tokens, number of blocks, and each one's options.
+        stem: "shared", one linear layer for all patches; "place", one for each place; "conv", a 3 x 3
+            convolution over the image with GELU before the patches.
+        positions: whether a learned vector is added at every place ("place" has its own).
+        norm: whether a layer norm stands before the mean.
+
+    Raises:
+        ValueError: sizes that do not fit, an unknown block, stem or option.
+    """
+
+    def __init__(
+        self,
+        block: str,
+        *,
+        size: int = 8,
+        patch: int = 2,
+        channels: int = 3,
+        classes: int = 10,
+        dim: int = 64,
+        depth: int = 2,
+        options: Mapping[str, Any] | None = None,
+        stem: Literal["shared", "place", "conv"] = "shared",
+        positions: bool = True,
+        norm: bool = True,
+    ) -> None:
+        super().__init__()
+        if whole("size", size) % whole("patch", patch):
+            raise ValueError(f"patch: got {patch}; give a divisor of size, {size}")
+        if stem not in STEMS:
+            raise ValueError(f"stem: got {stem!r}; choose one of {', '.join(STEMS)}")
+        side = size // patch
+        self.patch, self.grid = patch, (side, side)
+        self.preprocessing = Preprocessing((0.0,) * channels, (1.0,) * channels, (size, size))
+        width = whole("channels", channels) * patch**2
+        self.conv = nn.Conv2d(channels, dim, 3, padding=1) if stem == "conv" else None
+        width = dim * patch**2 if stem == "conv" else width
+        self.embed: nn.Module = nn.Linear(width, dim)
+        if stem == "place":
+            self.embed = PlaceEmbedding(side**2, width, dim)
+        self.positions: nn.Parameter | None = None
+        if positions and stem != "place":
+            self.positions = nn.Parameter(torch.randn(1, side**2, dim) * 0.02)
+        made = [create_block(block, dim, **(options or {})) for _ in range(depth)] if block else []
+        self.blocks = nn.ModuleList(made)
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()
+        self.classifier = nn.Linear(dim, whole("classes", classes))
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """(B, N, C): what the first block gets."""
+        if self.conv is not None:
+            x = F.gelu(self.conv(x))
+        patches = F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)
+        tokens = self.embed(patches)
+        return tokens if self.positions is None else tokens + self.positions
+
+    def mixed(self, tokens: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """``tokens`` as the last block leaves them; ``grid`` is the network's own by default."""
+        for block in self.blocks:
+            tokens = block(tokens, self.grid if grid is None else grid)
+        return tokens
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        """Logits of the last block's tokens."""
+        return self.classifier(self.norm(tokens).mean(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(self.mixed(self.tokens(x)))
+
+    def forward_taps(self, x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        """The logits, and the last block's tokens as a map (B, C, h, w)."""
+        tokens = self.mixed(self.tokens(x))
+        return self.classify(tokens), (tokens.transpose(1, 2).unflatten(2, self.grid),)

@@ -1,0 +1,91 @@
+"""Hyper-kernels: the weights of a mixer as a function of places, which a small network of sines learns.
+
+    h_0 = f_0(c),   h_l = f_l(c) o (L_l h_{l-1} + b_l),   K(c) = L_out h_L,   f_l(c) = sin(W_l c + a_l)
+
+c are coordinates in [-1, 1], the ends included, so that a kernel of 2 n - 1 places holds that of n places
+at every second one. W_l begins as uniform weights times 2 pi omega g, with g of a Gamma distribution of
+shape alpha / (l + 1), as in the multiplicative networks of github.com/hyperevolnet/Terminator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from xattn.attention.base import whole
+
+
+class HyperKernel(nn.Module):
+    """A kernel (channels, *grid) for grids of any size; it depends on no image.
+
+    Args:
+        channels: of the kernel.
+        dims: number of coordinates of a place.
+        hidden: width of h; ``layers``: L, products of sines.
+        omega: highest frequencies of the sines at the start, roughly, in periods a side.
+    """
+
+    def __init__(
+        self, channels: int, dims: int = 2, hidden: int = 32, layers: int = 2, omega: float = 1.0
+    ) -> None:
+        super().__init__()
+        if not 0 < omega < float("inf"):
+            raise ValueError(f"omega: got {omega}; give a positive number, such as 1")
+        self.channels, self.dims = whole("channels", channels), whole("dims", dims)
+        count = whole("layers", layers) + 1
+        self.filters = nn.ModuleList(nn.Linear(dims, whole("hidden", hidden)) for _ in range(count))
+        self.linears = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
+        self.out = nn.Linear(hidden, channels)
+        for i, layer in enumerate(self.filters):
+            # Torch's own Gamma has no generator, but follows torch.manual_seed.
+            shape = torch.full((hidden, 1), 6.0 / (i + 1), dtype=layer.weight.dtype)
+            scale = torch.distributions.Gamma(shape, 1.0).sample() / (6.0 / (i + 1))
+            nn.init.uniform_(layer.weight, -1, 1)
+            nn.init.uniform_(layer.bias, -math.pi, math.pi)
+            with torch.no_grad():
+                layer.weight.mul_(2 * math.pi * omega * scale / count)
+        for layer in self.linears:
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="linear")
+            nn.init.ones_(layer.bias)
+
+    def forward(self, grid: Sequence[int]) -> Tensor:
+        """(channels, *grid)."""
+        if len(grid) != self.dims:
+            raise ValueError(f"grid: got {tuple(grid)}; the kernel has {self.dims} coordinates")
+        c = coordinates(grid, self.out.weight)
+        h = self.filters[0](c).sin()
+        for layer, linear in zip(self.filters[1:], self.linears, strict=True):
+            h = layer(c).sin() * linear(h)
+        return self.out(h).movedim(-1, 0)
+
+
+def coordinates(grid: Sequence[int], like: Tensor) -> Tensor:
+    """(*grid, dims), from -1 to 1 along each side; 0 along a side of one place."""
+    sides = [
+        torch.linspace(-1, 1, n, dtype=like.dtype, device=like.device) if n > 1 else like.new_zeros(1)
+        for n in grid
+    ]
+    return torch.stack(torch.meshgrid(*sides, indexing="ij"), -1)
+
+
+def standardised(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Mean 0 and variance 1 over the places of each image and channel, (B, C, h, w)."""
+    mean = x.mean((-2, -1), keepdim=True)
+    variance = x.var((-2, -1), unbiased=False, keepdim=True)
+    return (x - mean) * (variance + eps).rsqrt()
+
+
+def hyper_score(y: Tensor, kernel: Tensor) -> Tensor:
+    """Hyper-channel interaction: sigmoid((y o k) o y) of channel means y (B, C), k (C,)."""
+    return (y * kernel * y).sigmoid()
+
+
+def hyper_interact(planes: Tensor, channel: Tensor) -> Tensor:
+    """Hyper-interaction: a score in (0, 1) for each place and channel, (B, C, h, w).
+
+    It is the sigmoid of the mean over channels of ``planes`` (B, C, h, w) times ``channel`` (B, C).
+    """
+    return (planes.mean(1, keepdim=True) * channel[:, :, None, None]).sigmoid()

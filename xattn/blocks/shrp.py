@@ -1,0 +1,170 @@
+"""SHRP: one head of attention a layer, chosen by a router, with one small MLP for all heads (arXiv 2512.20635).
+
+    o_j = softmax(q_j k_j^T / sqrt(d)) v_j,          E(o) = W_2 GELU(W_1 LN(o))
+    r = softmax(W_r mean_n x_n),   j* = argmax r,    x <- x + E(o_j*)      or   x + sum_j r_j E(o_j)
+
+E stands for W_O and the MLP of a transformer block. The gate of j* is 1, with the gradient of r_j*
+(straight-through), so a layer whose router always chooses one head loses nothing by
+:meth:`ShrpBlock.pruned`, which keeps that head alone. Equations from the abstract; no program is public.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.attention.base import whole
+from xattn.attention.operator import Operator, SoftmaxOperator
+from xattn.blocks.base import Block, register_block
+
+
+@register_block(
+    "shrp",
+    paper="arXiv 2512.20635",
+    complexity="3 N C^2 + N (d + C) m, N^2 d",
+    cases=(
+        {"heads": 4, "hidden": 12},
+        {"heads": 4, "hidden": 12, "routing": "soft"},
+        {"heads": 1, "head_dim": 8, "hidden": 12},
+    ),
+)
+class ShrpBlock(Block):
+    """Routed heads; ``heads=1`` is the pruned block, a single head without a router.
+
+    With several heads, ``aux`` of the recorded operator has ``usage_entropy``, the entropy of the batch's
+    mean of r. Added to the loss it makes a layer choose the same head for all images; without it usage
+    stays spread, and pruning costs accuracy.
+
+    Args:
+        heads: M.
+        head_dim: d; by default C / M.
+        hidden: m of E; by default 4 C.
+        routing: "top1", or "soft", the mixture of all heads, for a warm-up.
+        reads: what the router reads, the "mean" of all tokens or the "class" token, the first one.
+        decay: of the running mean of usage.
+
+    Attributes:
+        usage: (M,), running mean of how often each head was chosen in training; it sums to 1.
+    """
+
+    usage: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        head_dim: int | None = None,
+        hidden: int | None = None,
+        routing: Literal["top1", "soft"] = "top1",
+        reads: Literal["mean", "class"] = "mean",
+        decay: float = 0.95,
+    ) -> None:
+        super().__init__(dim)
+        if routing not in ("top1", "soft"):
+            raise ValueError(f"routing: got {routing!r}; choose top1 or soft")
+        if reads not in ("mean", "class"):
+            raise ValueError(f"reads: got {reads!r}; choose mean or class")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay: got {decay}; give a number in [0, 1)")
+        self.heads, self.routing, self.reads, self.decay = whole("heads", heads), routing, reads, decay
+        if head_dim is None and dim % heads:
+            raise ValueError(f"heads: got {heads}; give a divisor of dim, {dim}, or head_dim")
+        self.head_dim = dim // heads if head_dim is None else whole("head_dim", head_dim)
+        width = 4 * dim if hidden is None else whole("hidden", hidden)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.qkv = nn.Linear(dim, 3 * heads * self.head_dim)
+        self.router = nn.Linear(dim, heads) if heads > 1 else None
+        self.expand_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
+        self.expand_in = nn.Linear(self.head_dim, width)
+        self.expand_out = nn.Linear(width, dim)
+        self.register_buffer("usage", torch.full((heads,), 1 / heads))
+
+    def run(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Tensor:
+        operator, value, gates = self._attention(x)
+
+        def maps() -> dict[str, Tensor]:
+            return _received(operator, grid, prefix)
+
+        mixed = self.mix(operator, value, maps)  # (B, 1 or M, N, d)
+        return x + (gates[..., None, None] * self.expand(mixed)).sum(1)
+
+    def expand(self, o: Tensor) -> Tensor:
+        """E(o): (..., d) -> (..., C), the same for all heads."""
+        return self.expand_out(F.gelu(self.expand_in(self.expand_norm(o))))
+
+    def route(self, x: Tensor) -> Tensor:
+        """r (B, M) of tokens (B, N, C), shares of the heads."""
+        if self.router is None:
+            return x.new_ones(len(x), 1)
+        n = self.norm(x)
+        return self.router(n.mean(1) if self.reads == "mean" else n[:, 0]).softmax(-1)
+
+    def operator(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Operator:
+        """A of the chosen head (B, 1, N, N); of all heads under "soft" routing."""
+        return self._attention(x, count=False)[0]
+
+    def maps(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
+        """``received``: the mean of A over its rows, (B, 1 or M, h, w)."""
+        return _received(self.operator(x, grid, prefix), grid, prefix)
+
+    def pruned(self, head: int | None = None) -> ShrpBlock:
+        """A block of one head, by default the one most used in training: y = x + E(o_head).
+
+        Raises:
+            ValueError: there is no such head.
+        """
+        kept = int(self.usage.argmax()) if head is None else head
+        if not 0 <= kept < self.heads:
+            raise ValueError(f"head: got {head}; give 0 to {self.heads - 1}, or None for the most used")
+        made = ShrpBlock(
+            self.dim, 1, self.head_dim, self.expand_in.out_features, reads=self.reads, decay=self.decay
+        ).to(self.qkv.weight)
+        state = {k: v for k, v in self.state_dict().items() if not k.startswith(("router", "usage"))}
+        for name in ("qkv.weight", "qkv.bias"):
+            rows = state[name].unflatten(0, (3, self.heads, self.head_dim))
+            state[name] = rows[:, kept].flatten(0, 1)
+        made.load_state_dict({**state, "usage": made.usage})
+        return made.train(self.training)
+
+    def _attention(self, x: Tensor, count: bool = True) -> tuple[SoftmaxOperator, Tensor, Tensor]:
+        """A and V of the heads that run, (B, 1 or M, N, d), and their gates (B, 1 or M)."""
+        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, self.head_dim))
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, M, N, d)
+        shares = self.route(x)
+        gates = shares
+        if self.routing == "top1":
+            chosen = shares.argmax(-1, keepdim=True)
+            qkv = qkv.take_along_dim(chosen[None, :, :, None, None], 2)
+            gates = shares.gather(1, chosen)
+            gates = 1 + (gates - gates.detach())  # straight-through: 1, with the gradient of r
+        if count and self.training and self.heads > 1:
+            self._count(shares.detach())
+        operator = SoftmaxOperator(qkv[0], qkv[1])
+        if self.heads > 1:
+            operator.aux = {"usage_entropy": usage_entropy(shares)}
+        return operator, qkv[2], gates
+
+    @torch.no_grad()
+    def _count(self, shares: Tensor) -> None:
+        chosen = F.one_hot(shares.argmax(-1), self.heads).to(self.usage.dtype).mean(0)
+        self.usage.lerp_(chosen, 1 - self.decay)
+
+
+def usage_entropy(shares: Tensor) -> Tensor:
+    """Entropy, in nats, of the mean over images of r (B, M): 0 if all choose one head with certainty."""
+    mean = shares.mean(0)
+    return -(mean * mean.clamp_min(1e-12).log()).sum()
+
+
+@torch.no_grad()
+def _received(
+    operator: Operator, grid: tuple[int, ...] | None, prefix: int
+) -> dict[str, Tensor]:
+    if grid is None:
+        return {}
+    batch, _, n, _ = operator.shape
+    mean = torch.full((batch, 1, n), 1 / n, device=operator.device)
+    return {"received": operator.vecmat(mean)[:, :, 0, prefix:].unflatten(-1, grid)}
