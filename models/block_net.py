@@ -8,7 +8,9 @@ It is a :class:`~xattn.backbone.TapModule`; its one tap is the last block's toke
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +20,6 @@ from torch import Tensor, nn
 from xattn.attention.base import whole
 from xattn.backbone.preprocessing import Preprocessing
 from xattn.blocks import create_block
-from xattn.blocks.base import Block
 
 STEMS = ("shared", "place", "conv")
 
@@ -73,7 +74,7 @@ class BlockNet(nn.Module):
         if stem not in STEMS:
             raise ValueError(f"stem: got {stem!r}; choose one of {', '.join(STEMS)}")
         side = size // patch
-        self.patch, self.grid = patch, (side, side)
+        self.patch, self.grid, self.dim, self.stem = patch, (side, side), whole("dim", dim), stem
         self.preprocessing = Preprocessing((0.0,) * channels, (1.0,) * channels, (size, size))
         width = whole("channels", channels) * patch**2
         self.conv = nn.Conv2d(channels, dim, 3, padding=1) if stem == "conv" else None
@@ -85,7 +86,7 @@ class BlockNet(nn.Module):
         if positions and stem != "place":
             self.positions = nn.Parameter(torch.randn(1, side**2, dim) * 0.02)
         made = [create_block(block, dim, **(options or {})) for _ in range(depth)] if block else []
-        self.blocks = nn.ModuleList(made)
+        self.blocks: Any = nn.ModuleList(made)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()
         self.classifier = nn.Linear(dim, whole("classes", classes))
 
@@ -114,3 +115,27 @@ class BlockNet(nn.Module):
         """The logits, and the last block's tokens as a map (B, C, h, w)."""
         tokens = self.mixed(self.tokens(x))
         return self.classify(tokens), (tokens.transpose(1, 2).unflatten(2, self.grid),)
+
+    def at_size(self, size: int) -> BlockNet:
+        """A copy for other images: positions are interpolated, and blocks that belong to one grid are
+        those of their ``at_grid``, which warn that they are untuned.
+
+        Raises:
+            ValueError: ``size`` is no multiple of a patch, or every place has an embedding of its own.
+        """
+        if whole("size", size) % self.patch:
+            raise ValueError(f"size: got {size}; give a multiple of a patch, {self.patch} pixels")
+        if self.stem == "place":
+            raise ValueError("size: stem='place' has an embedding for each place; train another")
+        made = copy.deepcopy(self)
+        made.grid = (size // self.patch, size // self.patch)
+        made.preprocessing = replace(self.preprocessing, input_size=(size, size))
+        if self.positions is not None:
+            plane = self.positions.detach().transpose(1, 2).unflatten(2, self.grid)
+            plane = F.interpolate(plane, size=made.grid, mode="bilinear", align_corners=False)
+            made.positions = nn.Parameter(plane.flatten(2).transpose(1, 2))
+        for i, block in enumerate(made.blocks):
+            at_grid = getattr(block, "at_grid", None)
+            if at_grid is not None:
+                made.blocks[i] = at_grid(made.grid)
+        return made

@@ -25,6 +25,8 @@ UPWARD = {
     ("xattn.backbone.adapters", "xattn.models.weights"): "how a file of weights is read",
     ("xattn.backbone.conversion", "xattn.models.weights"): "how a file of weights is read",
     ("xattn.heads.base", "xattn.models.weights"): "how a file of weights is read",
+    ("xattn.eval.studies.exact_rollout", "xattn.models.block_net"): "it trains networks of blocks",
+    ("xattn.eval.studies.block_digits", "xattn.models.block_net"): "it trains networks of blocks",
     ("xattn.app.models", "xattn.cli.model"): "the viewer takes the options of xattn explain",
     ("xattn.app.jobs.child", "xattn.cli"): "a job's process runs a command line",
 }

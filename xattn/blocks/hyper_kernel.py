@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.attention.base import whole
@@ -65,7 +66,9 @@ class HyperKernel(nn.Module):
 def coordinates(grid: Sequence[int], like: Tensor) -> Tensor:
     """(*grid, dims), from -1 to 1 along each side; 0 along a side of one place."""
     sides = [
-        torch.linspace(-1, 1, n, dtype=like.dtype, device=like.device) if n > 1 else like.new_zeros(1)
+        torch.linspace(-1, 1, n, dtype=like.dtype, device=like.device)
+        if n > 1
+        else like.new_zeros(1)
         for n in grid
     ]
     return torch.stack(torch.meshgrid(*sides, indexing="ij"), -1)
@@ -76,6 +79,21 @@ def standardised(x: Tensor, eps: float = 1e-5) -> Tensor:
     mean = x.mean((-2, -1), keepdim=True)
     variance = x.var((-2, -1), unbiased=False, keepdim=True)
     return (x - mean) * (variance + eps).rsqrt()
+
+
+def plane_product(context: Tensor, features: Tensor) -> Tensor:
+    """The global product: for each image and channel the matrices (h, w) ``context`` times ``features``,
+    whose h rows are interpolated to w where a grid is no square, over w. (B, C, h, w)."""
+    h, w = features.shape[-2:]
+    return context @ (resampled_rows(h, w, features) @ features) / w
+
+
+def resampled_rows(h: int, w: int, like: Tensor) -> Tensor:
+    """(w, h): linear interpolation of h rows to w, the identity if they are as many."""
+    eye = torch.eye(h, dtype=like.dtype, device=like.device)
+    if h == w:
+        return eye
+    return F.interpolate(eye[None], size=w, mode="linear", align_corners=True)[0].t()
 
 
 def hyper_score(y: Tensor, kernel: Tensor) -> Tensor:

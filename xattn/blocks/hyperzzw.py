@@ -1,7 +1,7 @@
-"""HyperZZW: planes of tokens times planes of tokens times a kernel of places (github.com/hyperevolnet/Terminator).
+"""HyperZZW: planes of tokens times planes of tokens times a kernel of places (hyperevolnet/Terminator).
 
-    c = n o K,     global  g = std(c std(W n)),     2E  e = c o n,     channels  i = n o sigmoid((y o k) o y)
-    s = sigmoid(mean_channels(u) (y o k) o y),       x <- x + W_o [s o u],        u = W_u [g, e, i]
+    c = n o K,    global  g = std(c std(W n)),    2E  e = c o n,    channel  i = n o sigmoid(y o k o y)
+    u = W_u [g, e, i],    s = sigmoid(mean_channels(u) y o k o y),    x <- x + W_o (s o u)
 
 with n = LN(x), y the mean of n over places, K (C, h, w) and k (C,) hyper-kernels
 (:mod:`xattn.blocks.hyper_kernel`) and std the standardisation of each plane. In g the plane of each
@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from xattn.attention.operator import Operator
 from xattn.blocks.base import Block, register_block
-from xattn.blocks.hyper_kernel import HyperKernel, hyper_interact, hyper_score, standardised
+from xattn.blocks.hyper_kernel import (
+    HyperKernel,
+    hyper_interact,
+    hyper_score,
+    plane_product,
+    resampled_rows,
+    standardised,
+)
 from xattn.kernels.softmax.reference import widen
 
 PARTS = ("global", "2e", "channel")
@@ -31,7 +38,11 @@ PARTS = ("global", "2e", "channel")
     paper="github.com/hyperevolnet/Terminator",
     complexity="(3 + P) N C^2 + N w C",
     grid=(2,),
-    cases=({"hidden": 8}, {"hidden": 8, "parts": ("global",)}, {"hidden": 8, "parts": ("2e", "channel")}),
+    cases=(
+        {"hidden": 8},
+        {"hidden": 8, "parts": ("global",)},
+        {"hidden": 8, "parts": ("2e", "channel")},
+    ),
 )
 class HyperZZWBlock(Block):
     """Hyper-kernels in the place of attention, on grids of any two sides. Prefix tokens have no place: they
@@ -76,7 +87,9 @@ class HyperZZWBlock(Block):
             return None
         n, context = self._context(x, grid, prefix)
         h, w = n.shape[-2:]
-        return PlaneOperator(context.mean(1, keepdim=True) @ _rows(h, w, context) / w, w, prefix)
+        return PlaneOperator(
+            context.mean(1, keepdim=True) @ resampled_rows(h, w, context) / w, w, prefix
+        )
 
     @torch.no_grad()
     def maps(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
@@ -102,8 +115,7 @@ class HyperZZWBlock(Block):
         made = []
         if self.features is not None:
             features = standardised(_planes(self.features, n))
-            h, w = n.shape[-2:]
-            made.append(standardised(context @ (_rows(h, w, n) @ features) / w))
+            made.append(standardised(plane_product(context, features)))
         if "2e" in self.parts:
             made.append(context * n)
         if "channel" in self.parts:
@@ -176,11 +188,3 @@ def _planes(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def _tokens(planes: Tensor) -> Tensor:
     return planes.flatten(2).transpose(1, 2)
-
-
-def _rows(h: int, w: int, like: Tensor) -> Tensor:
-    """(w, h): linear interpolation of h rows to w, the identity if they are as many."""
-    eye = torch.eye(h, dtype=like.dtype, device=like.device)
-    if h == w:
-        return eye
-    return F.interpolate(eye.t()[None], size=w, mode="linear", align_corners=True)[0].t()

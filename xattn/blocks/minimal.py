@@ -1,6 +1,6 @@
 """The transformer block with any of its parts left out (arXiv 2410.13732).
 
-    s_ij = q_i . k_j / sqrt(d),    Y = softmax(s) V,    x <- x + Y or (x + Y) / 2 or Y,    x <- x + MLP(LN(x))
+    s_ij = q_i . k_j / sqrt(d),   Y = softmax(s) V,   x <- x + Y or (x + Y) / 2 or Y,   x <- x + MLP(LN(x))
 
     separate    q = n W_Q, k = n W_K            collapsed   q = n W, k = n
     symmetric   q = k = n W_Q                   cholesky    q = k = n T,  T lower triangular

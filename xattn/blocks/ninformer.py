@@ -138,14 +138,18 @@ class NinformerBlock(Block):
         if mode not in ("bilinear", "nearest"):
             raise ValueError(f"mode: got {mode!r}; choose bilinear or nearest")
         if sides == self.grid:
-            return self._copy(sides, self.token_in.weight, self.token_out.weight, self.token_out.bias)
+            return self._copy(
+                sides, self.token_in.weight, self.token_out.weight, self.token_out.bias
+            )
         warnings.warn(
             f"grid: the token MLP was trained on {self.grid}, its weights for {sides} are interpolated "
             f"({mode}) and untuned; accuracy falls, train it there",
             stacklevel=2,
         )
         linear = ("linear", "bilinear", "trilinear")[len(sides) - 1]
-        how = {"mode": linear, "align_corners": False} if mode == "bilinear" else {"mode": "nearest"}
+        how = (
+            {"mode": linear, "align_corners": False} if mode == "bilinear" else {"mode": "nearest"}
+        )
 
         def over(rows: Tensor) -> Tensor:  # (t, N) -> (t, N')
             planes = rows.unflatten(-1, self.grid)[:, None]

@@ -1,4 +1,4 @@
-"""SHRP: one head of attention a layer, chosen by a router, with one small MLP for all heads (arXiv 2512.20635).
+"""SHRP: one routed head of attention a layer, and one small MLP for all heads (arXiv 2512.20635).
 
     o_j = softmax(q_j k_j^T / sqrt(d)) v_j,          E(o) = W_2 GELU(W_1 LN(o))
     r = softmax(W_r mean_n x_n),   j* = argmax r,    x <- x + E(o_j*)      or   x + sum_j r_j E(o_j)
@@ -69,7 +69,12 @@ class ShrpBlock(Block):
             raise ValueError(f"reads: got {reads!r}; choose mean or class")
         if not 0 <= decay < 1:
             raise ValueError(f"decay: got {decay}; give a number in [0, 1)")
-        self.heads, self.routing, self.reads, self.decay = whole("heads", heads), routing, reads, decay
+        self.heads, self.routing, self.reads, self.decay = (
+            whole("heads", heads),
+            routing,
+            reads,
+            decay,
+        )
         if head_dim is None and dim % heads:
             raise ValueError(f"heads: got {heads}; give a divisor of dim, {dim}, or head_dim")
         self.head_dim = dim // heads if head_dim is None else whole("head_dim", head_dim)
@@ -118,11 +123,20 @@ class ShrpBlock(Block):
         """
         kept = int(self.usage.argmax()) if head is None else head
         if not 0 <= kept < self.heads:
-            raise ValueError(f"head: got {head}; give 0 to {self.heads - 1}, or None for the most used")
+            raise ValueError(
+                f"head: got {head}; give 0 to {self.heads - 1}, or None for the most used"
+            )
         made = ShrpBlock(
-            self.dim, 1, self.head_dim, self.expand_in.out_features, reads=self.reads, decay=self.decay
+            self.dim,
+            1,
+            self.head_dim,
+            self.expand_in.out_features,
+            reads=self.reads,
+            decay=self.decay,
         ).to(self.qkv.weight)
-        state = {k: v for k, v in self.state_dict().items() if not k.startswith(("router", "usage"))}
+        state = {
+            k: v for k, v in self.state_dict().items() if not k.startswith(("router", "usage"))
+        }
         for name in ("qkv.weight", "qkv.bias"):
             rows = state[name].unflatten(0, (3, self.heads, self.head_dim))
             state[name] = rows[:, kept].flatten(0, 1)
@@ -160,9 +174,7 @@ def usage_entropy(shares: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _received(
-    operator: Operator, grid: tuple[int, ...] | None, prefix: int
-) -> dict[str, Tensor]:
+def _received(operator: Operator, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
     if grid is None:
         return {}
     batch, _, n, _ = operator.shape

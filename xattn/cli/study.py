@@ -11,6 +11,7 @@ import tyro
 from xattn.cli.model import BackboneArgs, device_name, weight_source
 from xattn.cli.printing import note
 from xattn.cli.subcommands import one_of
+from xattn.eval.studies.digit_configs import BlockStudyConfig, ExactRolloutConfig
 from xattn.eval.studies.study_configs import (
     DepthStudyConfig,
     ImageStudyConfig,
@@ -285,6 +286,42 @@ class StudyLength:
             print(line, flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyExactRollout:
+    """Networks on digits whose rollout is exact: contributions, and the deletion of tokens."""
+
+    study: tyro.conf.OmitArgPrefixes[ExactRolloutConfig] = field(default_factory=ExactRolloutConfig)
+    quick: bool = False
+    """One short training of each, to see that all runs."""
+    output: Path = Path("runs/study-exact-rollout")
+    """Folder of what is finished, and of report.md."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import exact_rollout
+
+        config = self.study.quick() if self.quick else self.study
+        for line in exact_rollout.study(self.output, config):
+            print(line, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyBlocks:
+    """NiNformer, HyperZZW and SHRP on digits, each beside what it has to beat."""
+
+    study: tyro.conf.OmitArgPrefixes[BlockStudyConfig] = field(default_factory=BlockStudyConfig)
+    quick: bool = False
+    """One short training of each, to see that all runs."""
+    output: Path = Path("runs/study-blocks")
+    """Folder of what is finished, and of report.md."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import block_digits
+
+        config = self.study.quick() if self.quick else self.study
+        for line in block_digits.study(self.output, config):
+            print(line, flush=True)
+
+
 STUDIES: dict[str, type[Any]] = {
     "at": StudyAt,
     "image": StudyImage,
@@ -296,6 +333,8 @@ STUDIES: dict[str, type[Any]] = {
     "positions": StudyPositions,
     "depths": StudyDepths,
     "length": StudyLength,
+    "exact-rollout": StudyExactRollout,
+    "blocks": StudyBlocks,
 }
 if TYPE_CHECKING:
     Choice = Any

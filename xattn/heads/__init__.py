@@ -31,6 +31,7 @@ from xattn.heads.efficient_probe import EfficientProbe
 from xattn.heads.evidence import Evidence
 from xattn.heads.gap import Gap
 from xattn.heads.gem import Gem
+from xattn.heads.hyperzzw import HyperZZW
 from xattn.heads.lama import Lama
 from xattn.heads.linear import Linear
 from xattn.heads.memetector import MemeTector
@@ -57,6 +58,7 @@ __all__ = [
     "Gem",
     "Head",
     "HeadEntry",
+    "HyperZZW",
     "LCam",
     "Lama",
     "Linear",

@@ -1,0 +1,237 @@
+"""Blocks without plain attention on digits: NiNformer, HyperZZW and SHRP, each beside what it has to beat.
+
+    xattn study blocks
+
+Of NiNformer also the gate left out, tokens permuted, and the trained network at twice the grid; of HyperZZW
+the stem alone; of SHRP the penalty left out, and every network before and after pruning.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.blocks.hyperzzw import HyperZZWBlock, slow_loss
+from xattn.blocks.shrp import ShrpBlock
+from xattn.eval.studies.digit_configs import BlockStudyConfig
+from xattn.eval.studies.digits import (
+    Found,
+    Training,
+    load_digits,
+    measure_rows,
+    pixels_right,
+    right,
+    spread,
+    train,
+    write_report,
+)
+from xattn.models.block_net import BlockNet
+
+DEFAULTS = BlockStudyConfig()
+Run = Mapping[str, Any]
+
+
+def study(
+    output: str | Path = "runs/study-blocks", config: BlockStudyConfig = DEFAULTS
+) -> Iterator[str]:
+    """Train and measure what is not finished yet, write report.md, and give its lines.
+
+    Raises:
+        ValueError: ``output`` holds results of other settings, or scikit-learn is not installed.
+    """
+    output = Path(output)
+    load_digits()
+    rows: dict[str, Callable[[int], dict[str, Any]]] = {
+        "ninformer": partial(measure_ninformer, config, True),
+        "ninformer-no-gate": partial(measure_ninformer, config, False),
+        "hyperzzw": partial(measure_hyperzzw, config, 2),
+        "hyperzzw-stem": partial(measure_hyperzzw, config, 0),
+        "shrp": partial(measure_shrp, config, config.usage_entropy),
+        "shrp-no-penalty": partial(measure_shrp, config, 0.0),
+    }
+    settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
+    found = measure_rows(output, settings, rows, config.seeds)
+    lines = [*_report(found, config, pixels_right())]
+    write_report(output, lines)
+    yield from lines
+    yield f"\nreport: {output / 'report.md'}"
+
+
+# ---------------------------------------------------------------------- NiNformer
+
+
+def ninformer(gate: bool = True) -> BlockNet:
+    """Two blocks on 4 x 4 tokens of 2 x 2 pixels."""
+    options = {"grid": (4, 4), "token_hidden": 32, "gate": gate}
+    return BlockNet("ninformer", channels=1, options=options)
+
+
+def measure_ninformer(config: BlockStudyConfig, gate: bool, seed: int) -> dict[str, Any]:
+    """Train it, and test it as it is, on permuted tokens, and on 8 x 8 tokens of digits twice as large."""
+    net = ninformer(gate)
+    seconds = train(net, Training(config.ninformer_epochs, seed=seed))
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(seed))
+
+    def permuted(images: Tensor) -> Tensor:
+        return net.classify(net.mixed(net.tokens(images)[:, order]))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is untuned is what is measured
+        larger = net.at_size(16)
+
+    def twice(images: Tensor) -> Tensor:
+        return larger(F.interpolate(images, scale_factor=2, mode="bilinear"))
+
+    return {
+        "right": right(net),
+        "permuted": right(permuted),
+        "twice": right(twice),
+        **_about(net, seconds),
+    }
+
+
+# ---------------------------------------------------------------------- HyperZZW
+
+
+def hyperzzw(depth: int = 2) -> BlockNet:
+    """Blocks on 8 x 8 tokens, a pixel each, after a convolution; without any, the stem alone."""
+    name = "hyperzzw" if depth else ""
+    return BlockNet(name, channels=1, patch=1, dim=32, depth=depth, stem="conv")
+
+
+def measure_hyperzzw(config: BlockStudyConfig, depth: int, seed: int) -> dict[str, Any]:
+    """Train it, and compare its kernels at 15 x 15, every second place, with those at 8 x 8."""
+    net = hyperzzw(depth)
+    extra = None
+    if config.slow_loss and depth > 1:
+
+        def extra(made: nn.Module) -> Tensor:
+            return config.slow_loss * slow_loss(_hyper(net), net.grid)
+
+    seconds = train(net, Training(config.hyperzzw_epochs, seed=seed), extra)
+    found = {"right": right(net), **_about(net, seconds)}
+    with torch.no_grad():
+        gaps = [
+            float((block.kernel((15, 15))[:, ::2, ::2] - block.kernel((8, 8))).abs().max())
+            for block in _hyper(net)
+        ]
+    return {**found, "kernel_gap": max(gaps)} if gaps else found
+
+
+def _hyper(net: BlockNet) -> list[HyperZZWBlock]:
+    return [block for block in net.blocks if isinstance(block, HyperZZWBlock)]
+
+
+# ---------------------------------------------------------------------- SHRP
+
+
+def shrp() -> BlockNet:
+    """Three blocks of 8 heads on 4 x 4 tokens of 2 x 2 pixels."""
+    return BlockNet("shrp", channels=1, depth=3, options={"heads": 8, "hidden": 64})
+
+
+def measure_shrp(config: BlockStudyConfig, penalty: float, seed: int) -> dict[str, Any]:
+    """Train it with a penalty on the entropy of usage, and prune it to the most used head of each layer."""
+    net = shrp()
+    seconds = train(net, Training(config.shrp_epochs, seed=seed, aux=penalty))
+    one_head = pruned(net)
+    usage = [float(b.usage.max()) for b in net.blocks if isinstance(b, ShrpBlock)]
+    whole, blocks = _size(net), _size(net.blocks)
+    transformer = 3 * 12 * net.dim**2  # attention and an MLP of 4 C, without biases and norms
+    return {
+        "right": right(net),
+        "pruned": right(one_head),
+        "usage": usage,
+        "parameters_pruned": _size(one_head),
+        "share": _size(one_head) / whole,
+        "share_of_blocks": _size(one_head.blocks) / blocks,
+        "share_of_transformer": _size(one_head.blocks) / transformer,
+        **_about(net, seconds),
+    }
+
+
+def pruned(net: BlockNet) -> BlockNet:
+    """A copy whose blocks keep their most used head alone."""
+    made = copy.deepcopy(net)
+    for i, block in enumerate(made.blocks):
+        if isinstance(block, ShrpBlock):
+            made.blocks[i] = block.pruned()
+    return made
+
+
+# ---------------------------------------------------------------------- report
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _about(net: BlockNet, seconds: float) -> dict[str, Any]:
+    return {"parameters": _size(net), "seconds": seconds}
+
+
+def _report(found: Found, config: BlockStudyConfig, pixels: float) -> Iterator[str]:
+    yield f"digits: 1,437 to train on, 360 to test; {config.seeds} seeds"
+    yield "\n| network | measured | | asked for |"
+    yield "| :-- | :-- | --: | :-- |"
+    yield f"| logistic regression on pixels | right | {pixels:.3f} | .967 |"
+    for name, measures in ROWS.items():
+        for key, (title, asked, decimals) in measures.items():
+            values = [value for run in found[name] for value in _values(run, key)]
+            cell = f"{max(values):.1e}" if decimals is None else spread(values, decimals)
+            yield f"| {name} | {title} | {cell} | {asked} |"
+
+
+def _values(run: Run, key: str) -> list[float]:
+    value = run["right"] - run["pruned"] if key == "cost" else run[key]
+    return value if isinstance(value, list) else [value]
+
+
+Measure = tuple[str, str, int | None]
+"""Its title, what was asked for, and decimals; None for the largest value alone."""
+SHRP: dict[str, Measure] = {
+    "right": ("right, routed", "at least .93", 3),
+    "pruned": ("right, pruned", "at least .93", 3),
+    "cost": ("routed less pruned", "at most .01", 3),
+    "usage": ("usage of the kept head, by layer", "at least .95", 3),
+    "share": ("parameters, pruned / routed", "at most .40", 2),
+    "share_of_blocks": ("of the blocks alone", "", 2),
+    "share_of_transformer": ("of the blocks / of transformer blocks", "", 2),
+    "seconds": ("seconds", "at most 40", 1),
+}
+ROWS: dict[str, dict[str, Measure]] = {
+    "ninformer": {
+        "right": ("right", "at least .98", 3),
+        "permuted": ("right, tokens permuted", "at most .3", 3),
+        "twice": ("right, untuned on 8 x 8 tokens", "told (.50)", 3),
+        "parameters": ("parameters", "", 0),
+        "seconds": ("seconds", "at most 20", 1),
+    },
+    "ninformer-no-gate": {"right": ("right", "told (.978)", 3)},
+    "hyperzzw": {
+        "right": ("right", "at least .97", 3),
+        "parameters": ("parameters", "at most 25,000", 0),
+        "kernel_gap": ("kernels, every second of 15 x 15 less 8 x 8", "at most 1e-6", None),
+        "seconds": ("seconds", "", 1),
+    },
+    "hyperzzw-stem": {
+        "right": ("right", "told (.68)", 3),
+        "parameters": ("parameters", "", 0),
+    },
+    "shrp": SHRP,
+    "shrp-no-penalty": {
+        "right": ("right, routed", "told", 3),
+        "pruned": ("right, pruned", "told", 3),
+        "cost": ("routed less pruned", "told (.18)", 3),
+        "usage": ("usage of the kept head, by layer", "told (.3 to .5)", 3),
+    },
+}

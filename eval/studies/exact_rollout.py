@@ -1,0 +1,179 @@
+"""Networks whose rollout is exact, and what that says about deleting tokens.
+
+    xattn study exact-rollout
+
+Minimal blocks without MLP, W_V and W_O, with the norm inside QK only, are linear in the tokens given A. So
+a logit of a linear readout is the sum of what flows from each token, exactly, head by head
+(:func:`xattn.blocks.minimal.contributions`). Trained on digits, such networks give a ground truth of flow, which is compared with
+the ground truth of effects: how the logit changes when one token is left out, and all A change with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn.backbone import load_backbone
+from xattn.blocks.minimal import RESIDUALS, contributions
+from xattn.correlation import spearman
+from xattn.eval.studies.digit_configs import ExactRolloutConfig
+from xattn.eval.studies.digits import (
+    Found,
+    Training,
+    load_digits,
+    measure_rows,
+    pixels_right,
+    right,
+    spread,
+    train,
+    write_report,
+)
+from xattn.explainers import create_explainer
+from xattn.models.block_net import BlockNet
+
+LAYERS = 2
+NETWORKS: dict[str, dict[str, Any]] = {
+    "symmetric-4-heads": {"qk": "symmetric", "heads": 4, "stem": "place"},
+    "cholesky-1-head": {"qk": "cholesky", "heads": 1, "stem": "place"},
+    "shared-1-head": {"qk": "symmetric", "heads": 1, "stem": "shared"},
+}
+"""By name: how q and k are made, heads, and whether every place has an embedding of its own."""
+MAPS = ("contribution", "rollout", "input_x_gradient", "integrated_gradients")
+BOUNDS = {
+    "symmetric-4-heads": "at least .94",
+    "cholesky-1-head": "at least .92",
+    "shared-1-head": ".60 to .72",
+}
+DEFAULTS = ExactRolloutConfig()
+
+
+def study(
+    output: str | Path = "runs/study-exact-rollout", config: ExactRolloutConfig = DEFAULTS
+) -> Iterator[str]:
+    """Train and measure what is not finished yet, write report.md, and give its lines.
+
+    Raises:
+        ValueError: ``output`` holds results of other settings, or scikit-learn is not installed.
+    """
+    output = Path(output)
+    load_digits()
+    rows = {name: partial(measure, name, config) for name in NETWORKS}
+    settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
+    found = measure_rows(output, settings, rows, config.seeds)
+    lines = [*_report(found, config, pixels_right())]
+    write_report(output, lines)
+    yield from lines
+    yield f"\nreport: {output / 'report.md'}"
+
+
+def network(name: str, residual: str = "average") -> BlockNet:
+    """An untrained network of :data:`NETWORKS` for digits: 4 x 4 tokens of 2 x 2 pixels, 64 wide."""
+    options = {key: value for key, value in NETWORKS[name].items() if key != "stem"}
+    options.update(mlp=False, vo=False, norm="qk", residual=residual)
+    stem = NETWORKS[name]["stem"]
+    return BlockNet("minimal", channels=1, depth=LAYERS, options=options, stem=stem, norm=False)
+
+
+def measure(name: str, config: ExactRolloutConfig, seed: int) -> dict[str, Any]:
+    """Train the network ``name``, and measure it: accuracy, exactness, correlations with deletion."""
+    net = network(name, config.residual)
+    settings = Training(config.epochs, config.lr, weight_decay=0.01, seed=seed)
+    seconds = train(net, settings)
+    accuracy = right(net)
+    net = net.double()
+    images = load_digits()[1].images[: config.digits].double()
+    with torch.no_grad():
+        tokens = net.tokens(images)
+        logits = net.classify(net.mixed(tokens))
+        flow = contributions(net.blocks, tokens, net.classifier.weight, net.grid)
+        error = flow.sum(-1) + net.classifier.bias - logits
+        mean_error = mean_head_logits(net, tokens) - logits
+    classes = logits.argmax(1)
+    effects = deletion(net, tokens, classes)
+    maps = {
+        "contribution": flow[torch.arange(len(flow)), classes],
+        **_explained(net, images, classes),
+    }
+    return {
+        "right": accuracy,
+        "seconds": seconds,
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "error": float(error.abs().max()),
+        "mean_head_error": float(mean_error.abs().max()),
+        "largest_logit": float(logits.abs().max()),
+        "correlations": {key: float(spearman(maps[key], effects).nanmean()) for key in MAPS},
+    }
+
+
+@torch.no_grad()
+def deletion(net: BlockNet, tokens: Tensor, classes: Tensor) -> Tensor:
+    """(B, N): the logit of ``classes`` less what it is when one of ``tokens`` (B, N, C) is left out."""
+    rows = torch.arange(len(tokens))
+    count = tokens.shape[1]
+
+    def logit(x: Tensor) -> Tensor:
+        return net.classify(net.mixed(x, (1, x.shape[1])))[rows, classes]
+
+    without = [logit(torch.cat([tokens[:, :j], tokens[:, j + 1 :]], 1)) for j in range(count)]
+    return logit(tokens)[:, None] - torch.stack(without, 1)
+
+
+@torch.no_grad()
+def mean_head_logits(net: BlockNet, tokens: Tensor) -> Tensor:
+    """The logits (B, K) that follow if every head is taken for the mean of the heads, as rollout does."""
+    x = tokens
+    mixed = tokens
+    for block in net.blocks:
+        kept, added = RESIDUALS[block.residual]
+        matrix = block.operator(x, net.grid, 0).rows(torch.arange(x.shape[1])).mean(1)
+        mixed = kept * mixed + added * matrix @ mixed
+        x = block(x, net.grid)
+    return net.classify(mixed)
+
+
+def _explained(net: BlockNet, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
+    """Maps (B, N) of the explainers, those over pixels summed over each token's."""
+    backbone = load_backbone(net)
+    found = {}
+    for name in MAPS[1:]:
+        options = {"start": "patches"} if name == "rollout" else {}
+        maps = create_explainer(name, backbone, **options).attribute(images, classes)
+        if maps.shape[-1] > net.grid[1]:
+            maps = torch.nn.functional.avg_pool2d(maps, net.patch)
+        found[name] = maps.flatten(1)
+    return found
+
+
+# ---------------------------------------------------------------------- report
+
+
+def _report(found: Found, config: ExactRolloutConfig, pixels: float) -> Iterator[str]:
+    yield (
+        f"digits: 1,437 to train on, 360 to test; {config.seeds} seeds, {config.epochs} epochs, "
+        f"{LAYERS} layers, residual {config.residual}"
+    )
+    yield "\n| network | right | asked for | sum - logit | mean heads - logit | parameters | seconds |"
+    yield "| :-- | --: | --: | --: | --: | --: | --: |"
+    yield f"| logistic regression on pixels | {pixels:.3f} | .967 |  |  |  |  |"
+    for name, runs in found.items():
+        cells = [
+            spread([run["right"] for run in runs]),
+            BOUNDS[name],
+            f"{max(run['error'] for run in runs):.1e}",
+            f"{max(run['mean_head_error'] for run in runs):.1e}",
+            f"{runs[0]['parameters']:,}",
+            spread([run["seconds"] for run in runs], 1),
+        ]
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield f"\nrank correlation with the deletion of a token, mean over {config.digits} digits\n"
+    yield f"| network | {' | '.join(MAPS)} |"
+    yield "| :-- |" + " --: |" * len(MAPS)
+    for name, runs in found.items():
+        values = [spread([run["correlations"][key] for run in runs], 2) for key in MAPS]
+        yield f"| {name} | {' | '.join(values)} |"

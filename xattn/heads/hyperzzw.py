@@ -1,0 +1,55 @@
+"""Hyper-kernels instead of attention: a kernel that is a function of places, and products of maps.
+
+    c = x o K,      u = std(c std(x)) + std(c o x),      s = 2 sigmoid(mean_channels(u) (y o k) o y)
+    z = 1/N sum_n s_n o x_n
+
+with the map x (C, h, w), its mean y over places, hyper-kernels K (C, h, w) and k (C,) of
+:mod:`xattn.blocks.hyper_kernel`, and std as there; c std(x) multiplies planes as matrices. From
+github.com/hyperevolnet/Terminator; this sequence of its parts is ours. s is near 1 at the start, where the
+head is ``gap``.
+"""
+
+from __future__ import annotations
+
+from typing_extensions import Unpack
+
+from xattn.backbone import Backbone
+from xattn.blocks.hyper_kernel import HyperKernel, hyper_interact, plane_product, standardised
+from xattn.heads.attended import Attended, Tokens
+from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.base import register_head
+from xattn.runtime.option_checks import Count
+
+
+@register_head("hyperzzw", cases=({"hidden": 8}, {"hidden": 8, "layers": 1}))
+class HyperZZW(AttentiveHead):
+    """A score in (0, 2) for every place and channel, then the mean. Class maps are CAM over the scored
+    features, exact with the scores held constant. Kernels are functions of places, so a head takes
+    grids of any size; the order of the patches counts. About hidden (C + 4 hidden) parameters.
+
+    Args:
+        hidden, layers: of the kernel over places; that over channels is half as wide.
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+    """
+
+    learns_scores = False
+    permutes = False
+
+    def __init__(
+        self, backbone: Backbone, hidden: Count = 32, layers: Count = 2, **shared: Unpack[Shared]
+    ) -> None:
+        width = backbone.channels[-1]
+        super().__init__(backbone, {"hidden": hidden, "layers": layers}, width, **shared)
+        self.kernel = HyperKernel(width, 2, hidden, layers)
+        self.channel_kernel = HyperKernel(1, 1, max(1, hidden // 2), layers)
+
+    def scores_and_values(self, tokens: Tokens) -> Attended:
+        x = tokens.patches[-1]
+        planes = x.transpose(1, 2).unflatten(2, tokens.grid)
+        context = planes * self.kernel(tokens.grid)
+        u = standardised(plane_product(context, standardised(planes)))
+        u = u + standardised(context * planes)
+        y = x.mean(1)
+        score = hyper_interact(u, y * self.channel_kernel(y.shape[1:])[0] * y)
+        values = 2 * score.flatten(2).transpose(1, 2) * x
+        return Attended(x.new_zeros(x.shape[0], 1, x.shape[1]), values[:, None])
