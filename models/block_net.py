@@ -75,7 +75,9 @@ class BlockNet(nn.Module):
             raise ValueError(f"stem: got {stem!r}; choose one of {', '.join(STEMS)}")
         side = size // patch
         self.patch, self.grid, self.dim, self.stem = patch, (side, side), whole("dim", dim), stem
-        self.preprocessing = Preprocessing((0.0,) * channels, (1.0,) * channels, (size, size))
+        self.preprocessing = Preprocessing(
+            input_size=(size, size), mean=(0.0,) * channels, std=(1.0,) * channels
+        )
         width = whole("channels", channels) * patch**2
         self.conv = nn.Conv2d(channels, dim, 3, padding=1) if stem == "conv" else None
         width = dim * patch**2 if stem == "conv" else width

@@ -4,8 +4,8 @@
 
 Minimal blocks without MLP, W_V and W_O, with the norm inside QK only, are linear in the tokens given A. So
 a logit of a linear readout is the sum of what flows from each token, exactly, head by head
-(:func:`xattn.blocks.minimal.contributions`). Trained on digits, such networks give a ground truth of flow, which is compared with
-the ground truth of effects: how the logit changes when one token is left out, and all A change with it.
+(:func:`xattn.blocks.minimal.contributions`). Trained on digits, such networks give a ground truth of flow.
+It is compared with that of effects: how the logit changes when one token is left out, and all A with it.
 """
 
 from __future__ import annotations

@@ -24,8 +24,6 @@ from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.blocks.base import Block, register_block
 from xattn.kernels.softmax.reference import widen
 
-QK = ("separate", "collapsed", "symmetric", "cholesky")
-NORMS = ("pre", "qk", "none")
 RESIDUALS = {"plain": (1.0, 1.0), "average": (0.5, 0.5), "none": (0.0, 1.0)}
 """a and b of x <- a x + b Y."""
 
@@ -68,13 +66,6 @@ class MinimalBlock(Block):
         residual: Literal["plain", "average", "none"] = "plain",
     ) -> None:
         super().__init__(dim)
-        for name, value, known in (
-            ("qk", qk, QK),
-            ("norm", norm, NORMS),
-            ("residual", residual, tuple(RESIDUALS)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: got {value!r}; choose one of {', '.join(known)}")
         self.heads, self.qk, self.norm, self.residual = whole("heads", heads), qk, norm, residual
         if dim % heads:
             raise ValueError(f"heads: got {heads}; give a divisor of dim, {dim}")

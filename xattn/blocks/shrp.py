@@ -63,10 +63,6 @@ class ShrpBlock(Block):
         decay: float = 0.95,
     ) -> None:
         super().__init__(dim)
-        if routing not in ("top1", "soft"):
-            raise ValueError(f"routing: got {routing!r}; choose top1 or soft")
-        if reads not in ("mean", "class"):
-            raise ValueError(f"reads: got {reads!r}; choose mean or class")
         if not 0 <= decay < 1:
             raise ValueError(f"decay: got {decay}; give a number in [0, 1)")
         self.heads, self.routing, self.reads, self.decay = (
