@@ -142,7 +142,7 @@ def shrp() -> BlockNet:
 def measure_shrp(config: BlockStudyConfig, penalty: float, seed: int) -> dict[str, Any]:
     """Train it with a penalty on the entropy of usage, and prune it to the most used head of each layer."""
     net = shrp()
-    seconds = train(net, Training(config.shrp_epochs, seed=seed, aux=penalty))
+    seconds = train(net, Training(config.shrp_epochs, lr=4e-3, seed=seed, aux=penalty))
     one_head = pruned(net)
     usage = [float(b.usage.max()) for b in net.blocks if isinstance(b, ShrpBlock)]
     whole, blocks = _size(net), _size(net.blocks)

@@ -85,6 +85,14 @@ def test_copies_pickles_and_loaded_weights_give_the_same(name, options):
         assert torch.equal(other(x, GRID, 1), expected)
 
 
+@pytest.mark.parametrize("name", list_blocks())
+def test_compiled_it_gives_the_same(name):
+    block, x = made(name, block_class(name).entry.cases[0]), tokens()
+    torch.compiler.reset()
+    compiled = torch.compile(block, backend="aot_eager", dynamic=False)
+    torch.testing.assert_close(compiled(x, GRID, 1), block(x, GRID, 1))
+
+
 @every_case
 def test_half_precision_stays_near(name, options):
     block, x = made(name, options), tokens(dtype=torch.float32)

@@ -26,6 +26,7 @@ from torch import nn
 
 import xattn
 from xattn.attention import record
+from xattn.blocks.hyper_kernel import plane_product, standardised
 from xattn.heads import SimPool, create_head, overlap
 from xattn.heads.attentive import ClassMaps
 from xattn.heads.cross_attention import CrossAttention
@@ -587,6 +588,21 @@ def test_gap_maps_are_cam():
     torch.testing.assert_close(head.class_maps(tokens).maps.flatten(2), cam)
 
 
+def test_hyperzzw_scores_features_and_is_gap_where_scores_are_even():
+    head, tokens = double("hyperzzw", planes=5, hidden=8)
+    x = tokens.patches[-1].transpose(1, 2).unflatten(2, GRID)
+    p = torch.einsum("pc,bchw->bphw", head.planes.weight, x)
+    context, y = p * head.kernel(GRID), x.mean((2, 3))
+    u = standardised(plane_product(context, standardised(p))) + standardised(context * p)
+    gate = y * head.channel_kernel((y.shape[1],))[0] * y
+    score = 2 * (u.mean(1, keepdim=True) * gate[..., None, None]).sigmoid()
+    torch.testing.assert_close(vector(head, tokens), (score * x).mean((2, 3)).detach())
+    with torch.no_grad():
+        head.channel_kernel.out.weight.zero_()
+        head.channel_kernel.out.bias.zero_()
+    torch.testing.assert_close(vector(head, tokens), tokens.patches[-1].mean(1))
+
+
 def test_linear_reads_class_token_mean_or_both():
     token, mean = (double("linear", read=read)[0] for read in ("class", "mean"))
     both, tokens = double("linear", read="both")
@@ -612,6 +628,7 @@ COUNTS = [
     ("linear", {}, 0),
     ("gap", {}, 0),
     ("gem", {}, 1),
+    ("hyperzzw", {"planes": 4, "hidden": 8}, 4 * D + 321),
     ("efficient_probe", {"queries": 8}, D * D + 8 * D),
     ("efficient_probe", {"queries": 4, "reduction": 2}, D * D // 2 + 4 * D),
     ("abmilp", {"self_attention": "none"}, D * D + 2 * D + 1),

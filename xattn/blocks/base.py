@@ -132,6 +132,12 @@ class Block(nn.Module, ABC):
         check_grid(self.entry.name, self.entry.grid, grid, prefix, x.shape[1])
 
 
+def received(operator: Operator) -> Tensor:
+    """What every token receives: the mean of A over its rows, (B, H, S)."""
+    batch, _, n, _ = operator.shape
+    return operator.vecmat(torch.full((batch, 1, n), 1 / n, device=operator.device))[:, :, 0]
+
+
 BLOCKS: Registry[Block, BlockEntry] = Registry(
     "xattn.blocks",
     argument="name",

@@ -20,8 +20,8 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from xattn.attention.base import merge_heads, split_heads, whole
-from xattn.attention.operator import Operator, SoftmaxOperator
-from xattn.blocks.base import Block, register_block
+from xattn.attention.operator import SoftmaxOperator
+from xattn.blocks.base import Block, received, register_block
 from xattn.kernels.softmax.reference import widen
 
 RESIDUALS = {"plain": (1.0, 1.0), "average": (0.5, 0.5), "none": (0.0, 1.0)}
@@ -93,9 +93,10 @@ class MinimalBlock(Block):
         v = n if self.norm == "pre" else x
         v = v if self.v is None else self.v(v)
         operator = self._operator(n)
+        seen = operator.detach()
 
         def maps() -> dict[str, Tensor]:
-            return _maps(operator, grid, prefix)
+            return self._maps(seen, grid, prefix)
 
         y = merge_heads(self.mix(operator, split_heads(v, self.heads), maps))
         y = y if self.proj is None else self.proj(y)
@@ -105,19 +106,34 @@ class MinimalBlock(Block):
             return x
         return x + self.mlp(x if self.norm2 is None else self.norm2(x))
 
-    def operator(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Operator:
+    def operator(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> SoftmaxOperator:
         """A = softmax(s)."""
         return self._operator(x if self.norm1 is None else self.norm1(x))
 
     def maps(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
         """``received``: the mean of A over its rows; where A is made of a kernel, q = k, also
         ``component``: the first principal component of q over the grid. By head, (B, H, h, w)."""
-        return _maps(self.operator(x, grid, prefix), grid, prefix)
+        return self._maps(self.operator(x, grid, prefix), grid, prefix)
 
     def logits(self, x: Tensor) -> Tensor:
         """s (B, H, N, N) of tokens (B, N, C)."""
         operator = self._operator(x if self.norm1 is None else self.norm1(x))
         return operator.scale * operator.q @ operator.k.transpose(-2, -1)
+
+    @torch.no_grad()
+    def _maps(
+        self, operator: SoftmaxOperator, grid: tuple[int, ...] | None, prefix: int
+    ) -> dict[str, Tensor]:
+        if grid is None:
+            return {}
+        maps = {"received": received(operator)[..., prefix:].unflatten(-1, grid)}
+        if self.qk in ("symmetric", "cholesky"):
+            q = widen(operator.q[:, :, prefix:])
+            u, s, _ = torch.linalg.svd(q - q.mean(2, keepdim=True), full_matrices=False)
+            first = u[..., 0] * s[..., :1]
+            largest = first.gather(-1, first.abs().argmax(-1, keepdim=True))
+            maps["component"] = (first * torch.where(largest < 0, -1.0, 1.0)).unflatten(-1, grid)
+        return maps
 
     def _operator(self, n: Tensor) -> SoftmaxOperator:
         if self.qk == "collapsed":
@@ -178,19 +194,3 @@ def contributions(
 
 def _lower(dim: int, device: torch.device | None = None) -> Tensor:
     return torch.ones(dim, dim, dtype=torch.bool, device=device).tril()
-
-
-@torch.no_grad()
-def _maps(operator: Operator, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
-    if grid is None:
-        return {}
-    n = operator.shape[2]
-    mean = torch.full((operator.shape[0], 1, n), 1 / n, device=operator.device)
-    maps = {"received": operator.vecmat(mean)[:, :, 0, prefix:].unflatten(-1, grid)}
-    if isinstance(operator, SoftmaxOperator) and operator.q is operator.k:
-        q = widen(operator.q[:, :, prefix:])
-        u, s, _ = torch.linalg.svd(q - q.mean(2, keepdim=True), full_matrices=False)
-        first = u[..., 0] * s[..., :1]
-        largest = first.gather(-1, first.abs().argmax(-1, keepdim=True))
-        maps["component"] = (first * torch.where(largest < 0, -1.0, 1.0)).unflatten(-1, grid)
-    return maps

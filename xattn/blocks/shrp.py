@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from xattn.attention.base import whole
 from xattn.attention.operator import Operator, SoftmaxOperator
-from xattn.blocks.base import Block, register_block
+from xattn.blocks.base import Block, received, register_block
 
 
 @register_block(
@@ -85,9 +85,10 @@ class ShrpBlock(Block):
 
     def run(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Tensor:
         operator, value, gates = self._attention(x)
+        seen = operator.detach()
 
         def maps() -> dict[str, Tensor]:
-            return _received(operator, grid, prefix)
+            return _maps(seen, grid, prefix)
 
         mixed = self.mix(operator, value, maps)  # (B, 1 or M, N, d)
         return x + (gates[..., None, None] * self.expand(mixed)).sum(1)
@@ -109,7 +110,7 @@ class ShrpBlock(Block):
 
     def maps(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
         """``received``: the mean of A over its rows, (B, 1 or M, h, w)."""
-        return _received(self.operator(x, grid, prefix), grid, prefix)
+        return _maps(self.operator(x, grid, prefix), grid, prefix)
 
     def pruned(self, head: int | None = None) -> ShrpBlock:
         """A block of one head, by default the one most used in training: y = x + E(o_head).
@@ -170,9 +171,7 @@ def usage_entropy(shares: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _received(operator: Operator, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
-    if grid is None:
-        return {}
-    batch, _, n, _ = operator.shape
-    mean = torch.full((batch, 1, n), 1 / n, device=operator.device)
-    return {"received": operator.vecmat(mean)[:, :, 0, prefix:].unflatten(-1, grid)}
+def _maps(operator: Operator, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
+    return (
+        {} if grid is None else {"received": received(operator)[..., prefix:].unflatten(-1, grid)}
+    )

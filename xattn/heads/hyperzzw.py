@@ -1,16 +1,16 @@
 """Hyper-kernels instead of attention: a kernel that is a function of places, and products of maps.
 
-    c = x o K,      u = std(c std(x)) + std(c o x),      s = 2 sigmoid(mean_channels(u) (y o k) o y)
+    p = W x,   c = p o K,   u = std(c std(p)) + std(c o p),   s = 2 sigmoid(mean_channels(u) (y o k) o y)
     z = 1/N sum_n s_n o x_n
 
-with the map x (C, h, w), its mean y over places, hyper-kernels K (C, h, w) and k (C,) of
-:mod:`xattn.blocks.hyper_kernel`, and std as there; c std(x) multiplies planes as matrices. From
-github.com/hyperevolnet/Terminator; this sequence of its parts is ours. s is near 1 at the start, where the
-head is ``gap``.
+with the map x (C, h, w), its mean y over places, planes p (m, h, w), hyper-kernels K (m, h, w) and k (C,)
+of :mod:`xattn.blocks.hyper_kernel`, and std as there; c std(p) multiplies planes as matrices. From
+github.com/hyperevolnet/Terminator; this sequence of its parts is ours. With k = 0 it is ``gap``.
 """
 
 from __future__ import annotations
 
+from torch import nn
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
@@ -21,13 +21,16 @@ from xattn.heads.base import register_head
 from xattn.runtime.option_checks import Count
 
 
-@register_head("hyperzzw", cases=({"hidden": 8}, {"hidden": 8, "layers": 1}))
+@register_head(
+    "hyperzzw", cases=({"planes": 4, "hidden": 8}, {"planes": 4, "hidden": 8, "layers": 1})
+)
 class HyperZZW(AttentiveHead):
     """A score in (0, 2) for every place and channel, then the mean. Class maps are CAM over the scored
     features, exact with the scores held constant. Kernels are functions of places, so a head takes
-    grids of any size; the order of the patches counts. About hidden (C + 4 hidden) parameters.
+    grids of any size; the order of the patches counts. About m (C + hidden) + 3 hidden^2 parameters.
 
     Args:
+        planes: m.
         hidden, layers: of the kernel over places; that over channels is half as wide.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
@@ -36,16 +39,23 @@ class HyperZZW(AttentiveHead):
     permutes = False
 
     def __init__(
-        self, backbone: Backbone, hidden: Count = 32, layers: Count = 2, **shared: Unpack[Shared]
+        self,
+        backbone: Backbone,
+        planes: Count = 32,
+        hidden: Count = 32,
+        layers: Count = 2,
+        **shared: Unpack[Shared],
     ) -> None:
         width = backbone.channels[-1]
-        super().__init__(backbone, {"hidden": hidden, "layers": layers}, width, **shared)
-        self.kernel = HyperKernel(width, 2, hidden, layers)
+        options = {"planes": planes, "hidden": hidden, "layers": layers}
+        super().__init__(backbone, options, width, **shared)
+        self.planes = nn.Linear(width, planes, bias=False)
+        self.kernel = HyperKernel(planes, 2, hidden, layers)
         self.channel_kernel = HyperKernel(1, 1, max(1, hidden // 2), layers)
 
     def scores_and_values(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
-        planes = x.transpose(1, 2).unflatten(2, tokens.grid)
+        planes = self.planes(x).transpose(1, 2).unflatten(2, tokens.grid)
         context = planes * self.kernel(tokens.grid)
         u = standardised(plane_product(context, standardised(planes)))
         u = u + standardised(context * planes)

@@ -1,0 +1,98 @@
+"""The studies on digits: exact rollout, blocks, resuming, refusals, and their commands."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from xattn.cli import main
+from xattn.eval.studies import block_digits, digits, exact_rollout
+from xattn.eval.studies.digit_configs import BlockStudyConfig, ExactRolloutConfig
+
+SHORT = ExactRolloutConfig(seeds=1, epochs=1, digits=4)
+
+
+@pytest.fixture(autouse=True)
+def few_digits(monkeypatch):
+    seen, held_out = digits.load_digits()
+    some = (digits.Digits(*(x[:128] for x in seen)), held_out)
+    for module in (digits, exact_rollout, block_digits):
+        monkeypatch.setattr(module, "load_digits", lambda: some)
+
+
+def test_the_split_is_fixed_and_holds_every_class():
+    _, held_out = digits.load_digits()
+    assert held_out.images.shape == (360, 1, 8, 8) and held_out.images.max() == 1
+    assert held_out.labels.bincount().min() >= 34
+
+
+def test_logits_are_sums_of_contributions_and_heads_differ():
+    found = exact_rollout.measure("symmetric-4-heads", SHORT, 0)
+    assert found["error"] < 1e-12 < 1e-4 < found["mean_head_error"]
+    assert set(found["correlations"]) == set(exact_rollout.MAPS)
+    found = exact_rollout.measure("cholesky-1-head", SHORT, 0)
+    assert found["error"] < 1e-12 and found["mean_head_error"] < 1e-12
+
+
+def test_deletion_leaves_a_token_out_of_every_layer():
+    net = exact_rollout.network("cholesky-1-head").double()
+    x = torch.randn(2, 16, 64, dtype=torch.float64)
+    classes = torch.tensor([3, 5])
+    found = exact_rollout.deletion(net, x, classes)
+
+    def logit(tokens):
+        for block in net.blocks:
+            tokens = block(tokens)
+        return (tokens.mean(1) @ net.classifier.weight.T + net.classifier.bias)[[0, 1], classes]
+
+    kept = [j for j in range(16) if j != 7]
+    torch.testing.assert_close(found[:, 7], logit(x) - logit(x[:, kept]))
+
+
+def test_a_stopped_study_goes_on_and_gives_the_same_report(tmp_path, monkeypatch):
+    lines = list(exact_rollout.study(tmp_path, SHORT))
+    assert any(line.startswith("| logistic regression on pixels | 0.") for line in lines)
+    assert sum(line.startswith("| symmetric-4-heads |") for line in lines) == 2
+    kept = json.loads((tmp_path / "cholesky-1-head-0.json").read_text())
+    (tmp_path / "cholesky-1-head-0.json").unlink()
+    done = []
+    measure = exact_rollout.measure
+    monkeypatch.setattr(
+        exact_rollout, "measure", lambda *args: done.append(args[0]) or measure(*args)
+    )
+    torch.manual_seed(5)
+    list(exact_rollout.study(tmp_path, SHORT))
+    assert done == ["cholesky-1-head"]
+    again = json.loads((tmp_path / "cholesky-1-head-0.json").read_text())
+    assert {**again, "seconds": 0} == {**kept, "seconds": 0}
+    (tmp_path / "shared-1-head-0.json").write_text("{")
+    with pytest.raises(ValueError, match="^output: .*shared-1-head-0.json"):
+        list(exact_rollout.study(tmp_path, SHORT))
+    with pytest.raises(ValueError, match="^output: .* has other settings"):
+        list(exact_rollout.study(tmp_path, dataclasses.replace(SHORT, epochs=2)))
+
+
+def test_the_command_of_blocks_runs_quickly(tmp_path, capsys):
+    assert main(["study", "blocks", "--quick", "--output", str(tmp_path)]) in (0, None)
+    shown = capsys.readouterr().out
+    for name, measures in block_digits.ROWS.items():
+        assert shown.count(f"\n| {name} |") == len(measures)
+    found = json.loads((tmp_path / "hyperzzw-0.json").read_text())
+    assert found["parameters"] <= 25_000 and found["kernel_gap"] <= 1e-6
+    found = json.loads((tmp_path / "shrp-0.json").read_text())
+    assert found["share"] <= 0.4 and len(found["usage"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: ExactRolloutConfig(seeds=0), "^seeds: got 0; give at least 1"),
+        (lambda: ExactRolloutConfig(lr=0), "^lr: got 0"),
+        (lambda: BlockStudyConfig(shrp_epochs=0), "^shrp_epochs: got 0"),
+        (lambda: BlockStudyConfig(usage_entropy=-1), "^usage_entropy: got -1; give at least 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
