@@ -3,8 +3,9 @@
     h_0 = f_0(c),   h_l = f_l(c) o (L_l h_{l-1} + b_l),   K(c) = L_out h_L,   f_l(c) = sin(W_l c + a_l)
 
 c are coordinates in [-1, 1], the ends included, so that a kernel of 2 n - 1 places holds that of n places
-at every second one. W_l begins as uniform weights times 2 pi omega g, with g of a Gamma distribution of
-shape alpha / (l + 1), as in the multiplicative networks of github.com/hyperevolnet/Terminator.
+at every second one. W_l begins as uniform weights times 2 pi omega g / (L + 1), with g of a Gamma
+distribution of shape 6 / (l + 1) over its mean: near what github.com/hyperevolnet/Terminator does, which
+neither divides by the mean nor by L + 1, and adds a bias for each place that would tie K to one grid.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ class HyperKernel(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
         self.out = nn.Linear(hidden, channels)
         for i, layer in enumerate(self.filters):
-            # Torch's own Gamma has no generator, but follows torch.manual_seed.
-            shape = torch.full((hidden, 1), 6.0 / (i + 1), dtype=layer.weight.dtype)
-            scale = torch.distributions.Gamma(shape, 1.0).sample() / (6.0 / (i + 1))
+            shape = torch.full((hidden, 1), 6.0 / (i + 1))
+            # The check of its arguments reads values, which tensors on "meta" have not.
+            gamma = torch.distributions.Gamma(shape, 1.0, validate_args=False)
+            scale = gamma.sample() / shape  # of mean 1
             nn.init.uniform_(layer.weight, -1, 1)
             nn.init.uniform_(layer.bias, -math.pi, math.pi)
             with torch.no_grad():
