@@ -6,8 +6,8 @@ The split is stratified, the same for every study. Training runs on one thread, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.record import record
+from xattn.attention.record import Call, record
 from xattn.eval.studies.swap.networks import kept_record
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, write_json
@@ -97,7 +97,10 @@ def train(
             order = torch.randperm(len(seen.labels), generator=generator)
             whole = len(order) - len(order) % settings.batch_size
             for batch in order[:whole].split(settings.batch_size):
-                with record(alone=True) if settings.aux else nullcontext([]) as calls:
+                recording: AbstractContextManager[list[Call]] = (
+                    record(alone=True) if settings.aux else nullcontext([])
+                )
+                with recording as calls:
                     logits = net(seen.images[batch])
                 loss = F.cross_entropy(logits, seen.labels[batch])
                 if settings.aux:
@@ -138,7 +141,7 @@ Found = dict[str, list[dict[str, Any]]]
 def measure_rows(
     output: Path,
     settings: dict[str, Any],
-    rows: dict[str, Callable[[int], dict[str, Any]]],
+    rows: Mapping[str, Callable[[int], dict[str, Any]]],
     seeds: int,
 ) -> Found:
     """Measure every row with every seed; a file in ``output`` keeps each, and is read the next time.

@@ -142,7 +142,7 @@ def _explained(net: BlockNet, images: Tensor, classes: Tensor) -> dict[str, Tens
     backbone = load_backbone(net)
     found = {}
     for name in MAPS[1:]:
-        options = {"start": "patches"} if name == "rollout" else {}
+        options: dict[str, Any] = {"start": "patches"} if name == "rollout" else {}
         maps = create_explainer(name, backbone, **options).attribute(images, classes)
         if maps.shape[-1] > net.grid[1]:
             maps = torch.nn.functional.avg_pool2d(maps, net.patch)

@@ -38,10 +38,11 @@ class HyperKernel(nn.Module):
             raise ValueError(f"omega: got {omega}; give a positive number, such as 1")
         self.channels, self.dims = whole("channels", channels), whole("dims", dims)
         count = whole("layers", layers) + 1
-        self.filters = nn.ModuleList(nn.Linear(dims, whole("hidden", hidden)) for _ in range(count))
-        self.linears = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
+        filters = [nn.Linear(dims, whole("hidden", hidden)) for _ in range(count)]
+        linears = [nn.Linear(hidden, hidden) for _ in range(layers)]
+        self.filters, self.linears = nn.ModuleList(filters), nn.ModuleList(linears)
         self.out = nn.Linear(hidden, channels)
-        for i, layer in enumerate(self.filters):
+        for i, layer in enumerate(filters):
             shape = torch.full((hidden, 1), 6.0 / (i + 1))
             # The check of its arguments reads values, which tensors on "meta" have not.
             gamma = torch.distributions.Gamma(shape, 1.0, validate_args=False)
@@ -50,7 +51,7 @@ class HyperKernel(nn.Module):
             nn.init.uniform_(layer.bias, -math.pi, math.pi)
             with torch.no_grad():
                 layer.weight.mul_(2 * math.pi * omega * scale / count)
-        for layer in self.linears:
+        for layer in linears:
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="linear")
             nn.init.ones_(layer.bias)
 
