@@ -42,7 +42,7 @@ class ExactRolloutConfig:
 class BlockStudyConfig:
     """What the study of blocks trains."""
 
-    seeds: int = 1
+    seeds: int = 3
     """Networks of each kind: seeds 0, 1, ..."""
     ninformer_epochs: int = 20
     """Passes over the 1,437 digits, with a gate and without."""

@@ -165,11 +165,11 @@ def measure_rows(
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    """One value as it is, several as "mean (least to most)"."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    mean = sum(values) / len(values)
-    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    """Values that print alike as one, others as "mean (least to most)"."""
+    least, most = (f"{value:,.{digits}f}" for value in (min(values), max(values)))
+    return (
+        least if least == most else f"{sum(values) / len(values):,.{digits}f} ({least} to {most})"
+    )
 
 
 def write_report(output: Path, lines: list[str]) -> Path:
