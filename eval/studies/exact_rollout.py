@@ -158,7 +158,7 @@ def _report(found: Found, config: ExactRolloutConfig, pixels: float) -> Iterator
         f"digits: 1,437 to train on, 360 to test; {config.seeds} seeds, {config.epochs} epochs, "
         f"{LAYERS} layers, residual {config.residual}"
     )
-    yield "\n| network | right | asked for | sum - logit | mean heads - logit | parameters | seconds |"
+    yield "\n| network | right | aim | sum - logit | mean heads - logit | parameters | seconds |"
     yield "| :-- | --: | --: | --: | --: | --: | --: |"
     yield f"| logistic regression on pixels | {pixels:.3f} | .967 |  |  |  |  |"
     for name, runs in found.items():
