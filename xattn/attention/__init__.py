@@ -15,6 +15,7 @@ from xattn.attention import (  # noqa: F401  (they register themselves)
     landmark,
     lla,
     llsa,
+    localist,
     lssa,
     moh,
     nsa,

@@ -50,8 +50,12 @@ class Entry:
     """Whether :meth:`Mechanism.enter` and :meth:`Mechanism.leave` change the tokens of the blocks of a
     converted model."""
     training_free: bool = False
-    """Whether it can replace all softmax layers of a trained classifier without training and keep
-    most of the accuracy, as :mod:`xattn.eval.studies.swapped_attention` measures."""
+    """Whether it can replace the softmax layers of a trained classifier, all or those of ``last``,
+    without training and keep most of the accuracy, as :mod:`xattn.eval.studies.swapped_attention`
+    measures."""
+    last: float = 1.0
+    """The share of a model's blocks, counted from the last, that :func:`~xattn.attention.convert` takes
+    by default."""
     cases: tuple[Mapping[str, Any], ...] = ({},)
     """Options with which the tests run it, on a grid of 5 x 6 tokens, 32 wide, with 2 heads."""
     bench: tuple[Mapping[str, Any], ...] = ({},)
@@ -66,7 +70,8 @@ class Size:
 
     Attributes: ``option``, its name; ``what``, the mechanism in a word; ``title``, of the control in
     the viewer; ``values``, offered if they fit the grid; ``usual``, the one chosen first; ``per_side``,
-    whether it counts patches along a side, not patches; ``options``, the others that the viewer sets.
+    whether it counts patches along a side, not patches; ``options``, the others that the viewer sets;
+    ``dial``, whether it is no number of patches but a strength, which fits every grid and gets a slider.
     """
 
     option: str
@@ -76,6 +81,7 @@ class Size:
     usual: int
     per_side: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    dial: bool = False
 
 
 class Mechanism(nn.Module, ABC):
@@ -87,6 +93,8 @@ class Mechanism(nn.Module, ABC):
     """
 
     entry: ClassVar[Entry]
+    reads_photo = False
+    """Whether a pass of a converted model has to carry the photo, ``inputs.carried["photo"]``."""
 
     def __init__(self, dim: int, num_heads: int, *, backend: str = "auto") -> None:
         super().__init__()

@@ -61,7 +61,7 @@ def convert(
         name: see :func:`~xattn.attention.list_attention`, or a class of mechanisms with an ``entry``,
             which need not be registered; layers converted before are converted anew.
         layers: numbers of the blocks, negative ones counted from the end, or a str such as "4-11" or
-            "0,3,8-11"; all by default.
+            "0,3,8-11"; by default all, or as many of the last as the mechanism's ``entry.last`` says.
         options: of the mechanism, and ``rotate``, the name of a rotation of queries and keys, which
             takes the place of the layer's own rotary embedding; see :func:`create_mechanism`.
         blocks, keywords: earlier forms of ``layers`` and ``options``; deprecated.
@@ -161,7 +161,7 @@ def _convert(model: nn.Module, name: Any, numbers: Any, options: dict[str, Any])
     model = _network(model)
     _check_unfolded(model)
     with alone(model):
-        layers = chosen_layers(model, numbers)
+        layers = chosen_layers(model, numbers, cls.entry.last)
         known = {path for path, layer in layers.items() if isinstance(layer, _Converted)}
         check(model, layers, cls.entry.name, cls.entry.causal, known)
         made: dict[str, Mechanism] = {}
@@ -266,6 +266,7 @@ def _take(layer: nn.Module, mechanism: Mechanism, options: dict[str, Any], layou
     layer.__dict__["layout"] = layout
     layer.__dict__["mechanism_options"] = {k: v for k, v in options.items() if k != "backend"}
     layer.mechanism = mechanism
+    layout.keeps_photo |= mechanism.reads_photo
     layer.__class__ = _converted(type(layer))
 
 
@@ -292,6 +293,8 @@ class _Grid(threading.local):
 class _Layout:
     """How a model's tokens are laid out: prefix tokens, then a grid that the patch embedding reports."""
 
+    keeps_photo = False  # for mechanisms that read it
+
     def __init__(self, prefix: int, grid: tuple[int, ...] | None) -> None:
         self.prefix, self._own = prefix, _Grid(grid)
 
@@ -307,7 +310,7 @@ class _Layout:
         return self._own.sides
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._own.carried = {}
+        self._own.carried = {"photo": args[0]} if self.keeps_photo and args else {}
         if args and isinstance(args[0], Tensor) and args[0].ndim == 4:
             grid_of_size: Any = getattr(module, "dynamic_feat_size", None)
             if grid_of_size is not None:
@@ -369,7 +372,8 @@ class _Swap(TorchFunctionMode):
         x = self.tokens
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[:2] != (query.shape[0], count):
             x = None
-        carried = self.layout.carried if entry.by_layer else None
+        reads = entry.by_layer or self.mechanism.reads_photo
+        carried = self.layout.carried if reads else None
         return self.mechanism(
             query, key, value, grid, prefix, scale, x=x, causal=is_causal, carried=carried
         )

@@ -15,8 +15,10 @@ Layers = dict[str, nn.Module]
 NEEDED = "a mechanism needs a timm ViT, such as -b vit_tiny_patch16_224"
 
 
-def chosen_layers(model: nn.Module, numbers: Iterable[int] | str | None) -> Layers:
-    """The attention layers of the blocks ``numbers`` (all by default), by path.
+def chosen_layers(
+    model: nn.Module, numbers: Iterable[int] | str | None, last: float = 1.0
+) -> Layers:
+    """The attention layers of the blocks ``numbers`` (the share ``last`` of them by default), by path.
 
     Raises:
         ValueError: no blocks, a number that is not there, or a block without attention.
@@ -25,6 +27,8 @@ def chosen_layers(model: nn.Module, numbers: Iterable[int] | str | None) -> Laye
     kind = type(model).__name__
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or not len(blocks):
         raise ValueError(f"mechanism: {kind} has no list of blocks with attention; {NEEDED}")
+    if numbers is None:
+        numbers = range(len(blocks))[-max(1, round(last * len(blocks))) :]
     found = {}
     for i in _numbers(numbers, len(blocks), kind):
         layer = getattr(blocks[i], "attn", None)
@@ -36,12 +40,12 @@ def chosen_layers(model: nn.Module, numbers: Iterable[int] | str | None) -> Laye
     return found
 
 
-def _numbers(given: Iterable[int] | str | None, count: int, kind: str) -> list[int]:
+def _numbers(given: Iterable[int] | str, count: int, kind: str) -> list[int]:
     """Rising numbers of blocks, none negative."""
     numbers = parse_layers(given) if isinstance(given, str) else given
-    if numbers is not None and not isinstance(numbers, Iterable):
+    if not isinstance(numbers, Iterable):
         raise ValueError(f"layers: got {numbers!r}; give a list of them or {LAYERS_FORM}")
-    numbers = list(range(count) if numbers is None else numbers)
+    numbers = list(numbers)
     wrong = [i for i in numbers if not isinstance(i, int) or not -count <= i < count]
     if wrong or not numbers:
         what = repr(wrong[0]) if wrong else "none"
