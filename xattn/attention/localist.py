@@ -1,12 +1,13 @@
 """The localist dial: softmax attention that draws together on one region of the photo, without training.
 
-    A = softmax(q k^T / sqrt(D) + beta c),   c_nj = cos(q_n, a_b) for a patch j of region b, 0 for prefix tokens
+    A = softmax(q k^T / sqrt(D) + beta c)
+    c_nj = cos(q_n, a_b) for a patch j of region b, 0 for a prefix token j
     a_b = mean key of region b - mean key of all patches
 
 beta 0 is the attention that was trained; the larger beta, the more of each row lies in the region whose
-anchor its query is nearest to. With a ``target``, c is 1 for the patches of that region and 0 elsewhere, for
-all queries: "what if it looked there". beta c is R more columns of q and k, so it stays one call of fused
-attention, and no N x N numbers are stored.
+anchor its query is nearest to. With a ``target``, c is 1 for the patches of that region and 0 elsewhere,
+for all queries: "what if it looked there". beta c is R more columns of q and k, so it stays one call of
+fused attention, and no N x N numbers are stored.
 
 Localist LLMs: arXiv 2510.17358, 2510.09338 (abstracts; the formulas are ours).
 """
@@ -47,7 +48,7 @@ KINDS = ("quadrants", "grid", "slic", "recruited")
         {"beta": 3.0},
         {"beta": 0.0},
         {"beta": 2.0, "regions": "grid", "sides": 3, "target": 4},
-        {"beta": 8.0, "regions": "recruited", "variance": 0.5},
+        {"beta": 8.0, "regions": "recruited"},
     ),
     bench=({}, {"regions": "grid"}),
     size=Size(
@@ -67,7 +68,7 @@ class Localist(Mechanism):
         beta: the dial, from 0 on.
         regions: "quadrants", halves along each dimension of the grid; "grid", ``sides`` boxes along each;
             "slic", superpixels of the photo, which a converted model's pass has; "recruited", clusters of
-            the image's keys; or rows of numbers, a region for each patch.
+            the image's keys; or a number for each patch, row by row.
         target: the region that all queries are steered to; by default each goes to its own.
         sides: see ``regions``. segments: about how many superpixels there are.
         variance: of a recruited region, as a share of the keys' own; smaller, more are recruited.
@@ -78,11 +79,11 @@ class Localist(Mechanism):
         dim: int,
         num_heads: int,
         beta: float = 16.0,
-        regions: str | Sequence[Sequence[int]] = "quadrants",
+        regions: str | Sequence[int] = "quadrants",
         target: int | None = None,
         sides: int = 4,
         segments: int = 12,
-        variance: float = 0.5,
+        variance: float = 0.7,
         *,
         backend: str = "auto",
     ) -> None:
@@ -91,57 +92,61 @@ class Localist(Mechanism):
             raise ValueError(f"beta: got {beta}; give a number from 0, as trained, on")
         if isinstance(regions, str) and regions not in KINDS:
             raise ValueError(
-                f"regions: got {regions!r}; choose {', '.join(KINDS)}, or give rows of numbers"
+                f"regions: got {regions!r}; choose {', '.join(KINDS)}, or give a number for each patch"
             )
         if target is not None and target < 0:
             raise ValueError(f"target: got {target}; give the number of a region, from 0 on")
         if not 0 < variance < math.inf:
-            raise ValueError(f"variance: got {variance}; give a positive share, such as 0.5")
+            raise ValueError(f"variance: got {variance}; give a positive share, such as 0.7")
         self.beta, self.target, self.variance = float(beta), target, variance
         self.kind = regions if isinstance(regions, str) else "given"
-        self.numbers = None if isinstance(regions, str) else [list(row) for row in regions]
+        self.numbers = None if isinstance(regions, str) else list(regions)
         self.sides, self.segments = whole("sides", sides), whole("segments", segments)
         self.reads_photo = regions == "slic"
         self._kept = Kept()
 
     def operator(self, inputs: Inputs) -> SoftmaxOperator:
-        regions = self.regions(inputs)
+        members = self.members(inputs)
         q, k = inputs.q, inputs.k
         if self.beta:
-            q, k = self._with_columns(inputs, regions)
+            q, k = self._with_columns(inputs, members)
         operator = SoftmaxOperator(q, k, inputs.scale, backend=self.backend)
-        operator.context = regions
+        operator.context = members
         return operator
 
-    def regions(self, inputs: Inputs) -> Tensor:
-        """The region of each patch, LongTensor (B or 1, P).
+    def members(self, inputs: Inputs) -> Tensor:
+        """1 where a patch is of a region, (B or 1, P, R), in the dtype of the scores.
 
         Raises:
             ValueError: regions that do not fit the grid, or a target that is not among them.
         """
-        found = self._regions(inputs)
-        if self.target is not None and not torch.compiler.is_compiling():
-            fewest = int(found.amax(1).min()) + 1
+        found = self._members(inputs)
+        if self.target is not None:
+            fewest = found.shape[-1]
+            if not torch.compiler.is_compiling():
+                fewest = int(found.any(1).sum(-1).min())
             if self.target >= fewest:
                 raise ValueError(
                     f"target: got {self.target}; there are {fewest} regions, give 0 to {fewest - 1}"
                 )
         return found
 
-    def _regions(self, inputs: Inputs) -> Tensor:
-        grid, device = inputs.grid, inputs.k.device
+    def _members(self, inputs: Inputs) -> Tensor:
+        grid, like = inputs.grid, widen(inputs.k)
         assert grid is not None
         if self.kind == "slic":
-            return self._superpixels(inputs).to(device)
+            return F.one_hot(self._superpixels(inputs)).to(like)
         if self.kind == "recruited":
             keys = inputs.k[:, :, inputs.prefix :].transpose(1, 2).flatten(2)
-            return torch.stack([recruited_regions(one, self.variance) for one in keys])
-        key = grid, str(device)
+            regions = torch.stack([recruited_regions(one, self.variance) for one in keys])
+            return F.one_hot(regions).to(like)
+        key = grid, str(like.device)
         if key not in self._kept:
             sides = 2 if self.kind == "quadrants" else self.sides
-            own = box_regions(grid, sides) if self.numbers is None else given_regions(self.numbers, grid)
-            self._kept[key] = own.to(device)[None]
-        return self._kept[key]  # type: ignore[no-any-return]
+            given = self.numbers
+            regions = box_regions(grid, sides) if given is None else given_regions(given, grid)
+            self._kept[key] = regions.to(like.device)[None], int(regions.max()) + 1
+        return F.one_hot(*self._kept[key]).to(like)
 
     def _superpixels(self, inputs: Inputs) -> Tensor:
         carried, grid = inputs.carried, inputs.grid
@@ -149,7 +154,7 @@ class Localist(Mechanism):
         if carried is None or photo is None or len(photo) != len(inputs.q):
             raise ValueError(
                 "regions: 'slic' reads the photo, which only a pass of a converted model has; give "
-                "'recruited', or rows of numbers"
+                "'recruited', or a number for each patch"
             )
         if grid is None or len(grid) != 2:
             raise ValueError(f"regions: got a grid of {grid}; 'slic' needs rows and columns")
@@ -158,51 +163,48 @@ class Localist(Mechanism):
             carried[key] = torch.stack([superpixels(x, grid, self.segments) for x in photo])
         return carried[key]  # type: ignore[no-any-return]
 
-    def cosines(self, inputs: Inputs, regions: Tensor) -> Tensor:
+    def cosines(self, inputs: Inputs, members: Tensor) -> Tensor:
         """c of each query and region, (B, H, N, R).
 
         Raises:
             ValueError: all keys of the call are alike, so that no region differs from another.
         """
         q, k = widen(inputs.q), widen(inputs.k)
-        member = self._members(regions, k.dtype)
         if self.target is not None:
-            steered = F.one_hot(torch.tensor(self.target, device=k.device), member.shape[-1])
-            return steered.to(k.dtype).expand(*q.shape[:3], -1)
+            steered = torch.arange(members.shape[-1], device=q.device) == self.target
+            return steered.to(q).expand(*q.shape[:3], -1)
         keys = k[:, :, inputs.prefix :]
         centred = keys - keys.mean(2, keepdim=True)
-        if not torch.compiler.is_compiling():
-            if float(centred.detach().abs().amax()) <= ALIKE * float(keys.detach().abs().amax()):
-                raise ValueError(
-                    "k: the keys of all patches are alike, so that no region has a direction; give "
-                    "other photos, a target, or beta=0"
-                )
-        sums = member.transpose(-2, -1)[:, None] @ centred
-        anchors = sums / member.sum(1)[:, None, :, None].clamp_min(1)
-        return F.normalize(q, dim=-1) @ F.normalize(anchors, dim=-1).transpose(-2, -1)
+        least = ALIKE * keys.detach().abs().amax((2, 3), keepdim=True)
+        if not torch.compiler.is_compiling() and bool((centred.detach().abs() <= least).all()):
+            raise ValueError(
+                "k: the keys of all patches are alike, so that no region has a direction; give other "
+                "photos, a target, or beta=0"
+            )
+        sums = members.transpose(-2, -1)[:, None] @ centred
+        anchors = sums / members.sum(1)[:, None, :, None].clamp_min(1)
+        return _directions(q, 0 * least) @ _directions(anchors, least).transpose(-2, -1)
 
-    @staticmethod
-    def _members(regions: Tensor, dtype: torch.dtype) -> Tensor:
-        """1 where a patch is of a region, (B or 1, P, R)."""
-        return F.one_hot(regions).to(dtype)
-
-    def _with_columns(self, inputs: Inputs, regions: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_columns(self, inputs: Inputs, members: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, H, N, D + R), whose products are those of A's scores over the scale."""
         q, k, scale = inputs.q, inputs.k, inputs.scale
         assert scale is not None
         with own_precision(q):
-            c = self.cosines(inputs, regions)
-            member = F.pad(self._members(regions, c.dtype), (0, 0, inputs.prefix, 0))
             share = math.sqrt(self.beta / abs(scale))  # on both sides, for half precision
-            left, right = math.copysign(share, scale) * c, share * member[:, None]
-            right = right.expand(*k.shape[:3], -1)
+            left = math.copysign(share, scale) * self.cosines(inputs, members)
+            right = share * self._of_tokens(members, inputs)
             return torch.cat([q, left.to(q.dtype)], -1), torch.cat([k, right.to(k.dtype)], -1)
+
+    @staticmethod
+    def _of_tokens(members: Tensor, inputs: Inputs) -> Tensor:
+        """``members`` for all tokens of all heads, (B, H, N, R): prefix tokens are of no region."""
+        of_tokens = F.pad(members, (0, 0, inputs.prefix, 0))[:, None]
+        return of_tokens.expand(*inputs.k.shape[:3], -1)
 
     def masses(self, operator: Operator, inputs: Inputs) -> Tensor:
         """What each query gives to each region, (B, H, N, R); prefix tokens get what is left of 1."""
-        member = self._members(operator.context, widen(inputs.k).dtype)
-        member = F.pad(member, (0, 0, inputs.prefix, 0))[:, None].to(inputs.q.dtype)
-        return operator.matvec(member.expand(*inputs.k.shape[:3], -1).contiguous())
+        of_tokens = self._of_tokens(operator.context, inputs)
+        return operator.matvec(of_tokens.to(inputs.q.dtype).contiguous())
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``region``: the number of each patch's region; ``mass``: what a patch's region gets from all
@@ -210,7 +212,7 @@ class Localist(Mechanism):
         lies in the region that gets most of it, for each head."""
         if inputs.grid is None or len(inputs.grid) != 2:
             return {}
-        regions = operator.context.expand(len(inputs.q), -1)
+        regions = operator.context.argmax(-1).expand(len(inputs.q), -1)
         mass = self.masses(operator, inputs)
         of_patch = regions[:, None].expand(-1, mass.shape[1], -1)
         found = {
@@ -219,3 +221,10 @@ class Localist(Mechanism):
             "leading": mass[:, :, inputs.prefix :].amax(-1),
         }
         return {name: x.unflatten(-1, inputs.grid) for name, x in found.items()}
+
+
+def _directions(x: Tensor, least: Tensor) -> Tensor:
+    """x (..., D) scaled to length 1; 0, without a gradient, where it is no longer than ``least``."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    long = length > least
+    return torch.where(long, x / torch.where(long, length, 1.0), 0.0)

@@ -50,8 +50,8 @@ def box_regions(grid: Sequence[int], sides: int | Sequence[int]) -> Tensor:
     for count, length in zip(counts, grid, strict=True):
         if count > length:
             raise ValueError(
-                f"sides: got {sides} for a grid of {_by(grid)} patches, which leaves regions empty; give at "
-                f"most {min(grid)}"
+                f"sides: got {sides} for a grid of {_by(grid)} patches, which leaves regions empty; give "
+                f"at most {min(grid)}"
             )
     regions = torch.zeros((), dtype=torch.long)
     for count, length in zip(counts, grid, strict=True):
@@ -60,18 +60,18 @@ def box_regions(grid: Sequence[int], sides: int | Sequence[int]) -> Tensor:
     return regions.flatten()
 
 
-def given_regions(numbers: Sequence[Sequence[int]], grid: Sequence[int]) -> Tensor:
-    """Rows of the patches' own numbers, as LongTensor (P,).
+def given_regions(numbers: Sequence[int], grid: Sequence[int]) -> Tensor:
+    """The patches' own numbers, as LongTensor (P,).
 
     Raises:
-        ValueError: another grid, a single region, or a number between 0 and the largest without a patch.
+        ValueError: another number of patches, a single region, or a region without a patch.
     """
-    shape = {len(row) for row in numbers}
-    if (len(numbers), *shape) != tuple(grid):
+    if len(numbers) != math.prod(grid):
         raise ValueError(
-            f"regions: got {len(numbers)} rows of {sorted(shape)} numbers; the patches' grid is {_by(grid)}"
+            f"regions: got {len(numbers)} numbers for a grid of {_by(grid)} patches; give "
+            f"{math.prod(grid)}, row by row"
         )
-    found = torch.tensor([int(n) for row in numbers for n in row], dtype=torch.long)
+    found = torch.tensor(list(numbers), dtype=torch.long)
     check_regions(found)
     return found
 

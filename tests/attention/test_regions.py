@@ -1,0 +1,207 @@
+"""Regions of patches, recruitment, and the penalty, step and bound of attention to regions."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from xattn.attention import LowRankOperator, SoftmaxOperator
+from xattn.attention.concentration import concentration_bound, group_lasso, group_lasso_step
+from xattn.attention.regions import (
+    box_regions,
+    check_regions,
+    recruit,
+    recruited_regions,
+    superpixels,
+)
+
+
+def clusters(count, n, d, seed, away=7.0):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.zeros(count, d)
+    centres[:, :2] = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.87]])[:count]
+    which = torch.arange(n) % count
+    return away * centres[which] + torch.randn(n, d, generator=generator), which
+
+
+# ---------------------------------------------------------------------- regions
+
+
+@pytest.mark.parametrize("grid, sides", [((4, 6), 2), ((5, 7), 3), ((9,), 4), ((2, 3, 5), 2)])
+def test_boxes_are_as_equal_as_can_be(grid, sides):
+    regions = box_regions(grid, sides)
+    sizes = regions.bincount()
+    assert len(regions) == math.prod(grid) and len(sizes) == sides ** len(grid)
+    low = math.prod(n // sides for n in grid)
+    assert low <= int(sizes.min()) and int(sizes.max()) <= math.prod(-(-n // sides) for n in grid)
+    assert torch.equal(regions, regions.flip(0).neg() + len(sizes) - 1) or grid != (4, 6)
+
+
+def test_superpixels_are_whole_patches_of_one_colour_and_never_empty():
+    photo = torch.zeros(3, 64, 96)
+    photo[0, :, 48:], photo[1, 32:] = 1.0, 0.5
+    regions = superpixels(photo, (8, 12), 4)
+    check_regions(regions)
+    block = regions.unflatten(0, (8, 12))
+    assert len(regions.unique()) == 4
+    parts = [block[y : y + 4, x : x + 6].unique() for y in (0, 4) for x in (0, 6)]
+    assert all(len(part) == 1 for part in parts)
+    assert superpixels(torch.ones(3, 32, 32), (4, 4), 4).min() == 0
+
+
+# ---------------------------------------------------------------------- recruitment
+
+
+@pytest.mark.parametrize("n, d", [(60, 2), (196, 16)])
+def test_three_clusters_give_three_regions_and_one_gives_one(n, d):
+    for seed in range(50):
+        x, which = clusters(3, n, d, seed)
+        found = recruit(x, 1.0)
+        assert len(found.anchors) == 3
+        assert sum(int(found.regions[which == c].bincount().max()) for c in range(3)) >= 0.98 * n
+        assert len(recruit(clusters(1, n, d, seed)[0], 1.0).anchors) == 1
+
+
+def test_the_cost_falls_strictly_and_ends_in_time():
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [9.0, 5.0, 1.0, 1.0]
+    )
+    found = recruit(x, 1.0)
+    costs = found.costs
+    assert len(costs) > 3
+    assert all(after < before for before, after in pairwise(costs))
+    price = 5 / 2 * math.log(200) + math.log(2)
+    assert len(costs) - 1 <= costs[0] / price
+    first = 0.5 * (x - x.mean(0)).double().square().sum() + 200 * 2 * math.log(2 * math.pi)
+    assert costs[0] == pytest.approx(float(first))
+
+
+def test_anchors_lie_where_the_clusters_do_at_any_scale():
+    x, which = clusters(3, 90, 2, 0)
+    for scale in (1e-3, 1.0, 1e4):
+        found = recruit(scale * x, scale**2)
+        means = torch.stack([x[which == c].mean(0) for c in range(3)]).double() * scale
+        away = torch.cdist(found.anchors, means)
+        assert (away.amin(0) < 0.2 * scale).all() and len(found.anchors) == 3
+
+
+def test_keys_that_are_alike_are_one_region():
+    assert (recruited_regions(torch.full((30, 8), 2.5), 0.7) == 0).all()
+    assert (recruited_regions(torch.zeros(30, 8), 0.7) == 0).all()
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_recruited_regions_read_principal_components(wide):
+    x, which = clusters(3, 60, 80 if wide else 20, 1, away=12.0)
+    regions = recruited_regions(x, 0.4)
+    assert sum(int(regions[which == c].bincount().max()) for c in range(3)) == 60
+
+
+@pytest.mark.parametrize(
+    "points, variance, message",
+    [
+        (torch.zeros(0, 2), 1.0, "points: got shape"),
+        (torch.full((3, 2), torch.nan), 1.0, "points: got shape"),
+        (torch.zeros(3, 2), 0.0, "variance: got 0.0; give a positive"),
+        (torch.zeros(3, 2), float("nan"), "variance: got nan"),
+    ],
+)
+def test_recruitment_refuses_what_does_not_fit(points, variance, message):
+    with pytest.raises(ValueError, match=message):
+        recruit(points, variance)
+
+
+# ---------------------------------------------------------------------- penalty and step
+
+REGIONS = torch.tensor([0, 1, 1, 2, 0, 2, 2])
+
+
+def loss_by_hand(a, weights):
+    parts = [a[..., b == REGIONS].square().sum((-2, -1)).sqrt() for b in range(3)]
+    return sum(w * part for w, part in zip(weights, parts, strict=True))
+
+
+def test_the_penalty_is_the_sum_of_the_regions_norms():
+    a = torch.rand(2, 3, 5, 7, dtype=torch.float64).requires_grad_()
+    weights = torch.tensor([1.0, 0.0, 2.0])
+    assert torch.allclose(group_lasso(a, REGIONS, weights), loss_by_hand(a, (1, 0, 2)))
+    assert torch.allclose(group_lasso(a, REGIONS), loss_by_hand(a, (1, 1, 1)))
+    assert torch.autograd.gradcheck(lambda a: group_lasso(a, REGIONS, weights), a)
+    (zero,) = torch.autograd.grad(group_lasso(a * 0, REGIONS).sum(), a)
+    assert (zero == 0).all()
+
+
+def test_the_penalty_of_an_operator_is_that_of_its_matrix(monkeypatch):
+    q, k = torch.randn(2, 2, 3, 7, 4, dtype=torch.float64)
+    for operator in (SoftmaxOperator(q, k), LowRankOperator(q, k.transpose(-2, -1))):
+        a = operator.rows(torch.arange(7))
+        monkeypatch.setattr("xattn.attention.operator.TILE", 2 * 3 * 7 * 2)  # two rows at a time
+        assert torch.allclose(group_lasso(operator, REGIONS), group_lasso(a, REGIONS))
+
+
+def test_the_step_minimises_its_objective_and_makes_small_regions_zero():
+    a = torch.randn(5, 7, dtype=torch.float64)
+    weights = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    for step in (0.0, 0.3, 1.5, 10.0):
+        z = group_lasso_step(a, REGIONS, step, weights)
+        for b in range(3):
+            norm = a[:, b == REGIONS].norm()
+            left = max(0.0, 1 - step * float(weights[b] / norm))
+            assert torch.allclose(z[:, b == REGIONS], left * a[:, b == REGIONS])
+            assert (z[:, b == REGIONS] == 0).all() == (norm <= step * weights[b])
+
+        def objective(x, step=step):
+            return (x - a).square().sum() / 2 + step * group_lasso(x, REGIONS, weights)
+
+        for seed in range(10):
+            moved = z + 1e-3 * torch.randn(5, 7, generator=torch.Generator().manual_seed(seed))
+            assert objective(z) <= objective(moved) + 1e-12
+    assert torch.equal(group_lasso_step(a, REGIONS, 0.0), a)
+    assert (group_lasso_step(a * 0, REGIONS, 1.0) == 0).all()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda a: group_lasso(a, REGIONS[:3]), r"regions: got shape \(3,\)"),
+        (lambda a: group_lasso(a, REGIONS * 2), "regions: region 1 is empty"),
+        (lambda a: group_lasso(a, REGIONS, torch.ones(2)), "weights: got .* give 3"),
+        (lambda a: group_lasso(a, REGIONS, -torch.ones(3)), "weights: got"),
+        (lambda a: group_lasso_step(a, REGIONS, -1.0), "step: got -1.0"),
+        (lambda a: concentration_bound(0, 7, 1.0), "inside: got 0 of 7 keys; give 1 to 6"),
+        (lambda a: concentration_bound(7, 7, 1.0), "inside: got 7"),
+        (lambda a: concentration_bound(3, 7, 1.0, 0.0), "temperature: got 0.0"),
+    ],
+)
+def test_what_does_not_fit_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.rand(5, 7))
+
+
+# ---------------------------------------------------------------------- bound
+
+
+def test_the_bound_holds_on_random_scores():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(500):
+        keys = int(torch.randint(2, 40, (), generator=generator))
+        inside = int(torch.randint(1, keys, (), generator=generator))
+        scores = 3 * torch.randn(keys, generator=generator).double()
+        scores[:inside] += 6 * torch.rand((), generator=generator)
+        temperature = float(torch.rand((), generator=generator)) + 0.2
+        p = (scores / temperature).softmax(-1)
+        bound = concentration_bound(
+            inside, keys, scores[:inside].min() - scores[inside:].max(), temperature
+        )
+        assert p[inside:].sum() <= bound.outside + 1e-12
+        assert torch.special.entr(p).sum() <= bound.entropy + 1e-9
+
+
+def test_the_bound_is_met_by_two_levels_of_scores():
+    scores = torch.tensor([2.0] * 3 + [0.5] * 5).double()
+    p = scores.softmax(-1)
+    bound = concentration_bound(3, 8, 1.5)
+    assert bound.outside == pytest.approx(float(p[3:].sum()))
+    assert bound.entropy == pytest.approx(float(torch.special.entr(p).sum()))
+    assert concentration_bound(3, 8, -5.0).entropy == pytest.approx(math.log(8))
