@@ -139,6 +139,8 @@ def sizes(mechanism: str, grid: tuple[int, int]) -> list[int]:
     size = offered().get(mechanism)
     if size is None:
         return []
+    if size.dial:
+        return list(size.values)
     most = min(grid) if size.per_side else grid[0] * grid[1]
     return [n for n in size.values if n <= most]
 

@@ -132,6 +132,24 @@ def own_maps(seen: Reading, view: View) -> None:
         text = f"What each head of layer {view.layer} adds to the scores of a key, for all queries."
         maps = dict(enumerate(found["importance"]))
         _strip("Head", maps, {}, seen, view, text, "added to a score; 0 also for keys left out")
+    if "region" in found:
+        text = (
+            f"What each region gets from all queries of layer {view.layer} together, head by head; and "
+            f"how much of each patch's own attention its leading region gets."
+        )
+        _strip(
+            "Head", dict(enumerate(found["mass"])), {}, seen, view, text, "mass of a region", SHARE
+        )
+        text = "The same for each patch's own row: 1 is all in one region."
+        maps = dict(enumerate(found["leading"]))
+        _strip("Rows of head", maps, {}, seen, view, text, "mass of its leading region", SHARE)
+    if "prior" in found:
+        text = (
+            f"What the patch in the middle would attend to by positions alone in layer {view.layer}: all "
+            f"patches have the mean query and key, rotated to their places."
+        )
+        maps = dict(enumerate(found["prior"]))
+        _strip("Prior of head", maps, {}, seen, view, text, "share of the attention", SHARE)
     if "kept" in found:
         maps = dict(enumerate(found["kept"]))
         lines = {i: [f"keeps {int(m.sum())}"] for i, m in maps.items()}

@@ -46,6 +46,7 @@ from xattn.explainers.attention import NoAttention, layers_text
 from xattn.packs.contained_files import PackError
 
 if TYPE_CHECKING:
+    from xattn.backbone import Backbone
     from xattn.packs.reader import Pack
 
 
@@ -75,8 +76,11 @@ def page(context: Context) -> None:
     for message in [*messages, *wrong] if new else []:
         st.warning(plain(message))
     settle(pack.id, image_id, view, url if new else None)
-    _picker(seen, view, size_grid)
-    _notes(pack, image_id, backbone, seen, view, kept)
+    trained = None
+    if view.mechanism != TRAINED:
+        trained = attention_pass.read(pack, image_id, backbone, TRAINED, None, kept)
+    _picker(seen, view, size_grid, _outputs(backbone, seen, trained))
+    _notes(seen, trained)
     rows = seen.rows(token_of(view.patch, seen))
     map_rows.heads(seen, view, rows)
     map_rows.layers(seen, view, rows)
@@ -131,11 +135,31 @@ def _nothing(name: str, error: NoAttention, image_id: str) -> None:
             _leave(image_id)
 
 
-def _picker(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> None:
+def _outputs(backbone: Backbone, seen: Reading, trained: Reading | None) -> dict[str, str]:
+    """What a conversion does to the network's outputs, in words."""
+    if trained is None:
+        return {}
+    before, after = (backbone.probabilities(r.logits[None])[0] for r in (trained, seen))
+    k, now = int(before.argmax()), int(after.argmax())
+    names = backbone.class_names
+    said = f"the same class, {names[k]}"
+    if now != k:
+        said = f"another class, {names[now]}, p {float(after[now]):.3f}"
+    return {
+        f"p of {names[k]}": f"{float(after[k]):.3f}, as trained {float(before[k]):.3f}",
+        "Agreement": said,
+    }
+
+
+def _picker(
+    seen: Reading, view: View, size_grid: tuple[int, int] | None, outputs: dict[str, str]
+) -> None:
     """The large picture and the controls."""
     picture, controls = st.columns([5, 6], gap="large")
     with controls:
         _controls(seen, view, size_grid)
+        if outputs:
+            st.html(facts_html(outputs))
     token = token_of(view.patch, seen)
     row = fused(seen.rows(token)[view.layer], view.head)
     prefix = len(seen.prefix)
@@ -212,13 +236,17 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
             "Mechanism",
             [TRAINED, *fitting],
             format_func=lambda m: titles[m],
-            help="Another mechanism in place of the trained one, in all layers and without training.",
+            help="Another mechanism in place of the trained one, without training: in all layers, or in "
+            "those that it is made for.",
             **_widget("mechanism", view.mechanism, partial(_mechanism, size_grid)),
         )
     if view.mechanism != TRAINED and size_grid is not None:
-        label = offered[view.mechanism].title
+        size = offered[view.mechanism]
         fitting_sizes = attention_pass.sizes(view.mechanism, size_grid)
-        second.selectbox(label, fitting_sizes, **_widget("size", view.size))
+        if size.dial:
+            second.select_slider(size.title, fitting_sizes, **_widget("size", view.size))
+        else:
+            second.selectbox(size.title, fitting_sizes, **_widget("size", view.size))
 
 
 def _widget(
@@ -262,12 +290,19 @@ def _facts(
         )
         if not math.isnan(away):
             facts["Mean distance"] = f"{away:.1f} patches"
+    regions = seen.maps[view.layer].get("region")
+    if regions is not None:
+        regions = regions[0].flatten().long()
+        masses = row.new_zeros(int(regions.max()) + 1).index_add(0, regions, row[prefix:])
+        facts["Leading region"] = (
+            f"number {int(masses.argmax())} of 0 to {len(masses) - 1} gets {float(masses.max()):.1%}"
+        )
     if kept is not None and not kept.all():
         facts["Reads"] = f"{int(kept.sum())} of {kept.numel()} patches; the others have no colour"
     return facts
 
 
-def _notes(pack: Pack, image_id: str, backbone: Any, seen: Reading, view: View, kept: Any) -> None:
+def _notes(seen: Reading, trained: Reading | None) -> None:
     note = (
         "Read from the photo that is stored in the pack (at most 512 pixels a side), cut as the network "
         "sees it; a larger original may differ slightly. Layers and heads count from 0, as in the "
@@ -278,8 +313,7 @@ def _notes(pack: Pack, image_id: str, backbone: Any, seen: Reading, view: View, 
             f" In {layers_text(seen.scaled)} the rows of attention are no shares: entries may be "
             f"negative, or do not sum to 1. Rows of |A|, scaled to sum to 1, are shown."
         )
-    if view.mechanism != TRAINED:
-        trained = attention_pass.read(pack, image_id, backbone, TRAINED, None, kept)
+    if trained is not None:
         alike = float(torch.cosine_similarity(trained.logits, seen.logits, dim=0))
         st.info(
             "This is the network after a conversion without training: what you see is not what it "

@@ -382,6 +382,45 @@ class LengthStudyConfig:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class DialStudyConfig:
+    """Which blocks get the localist dial, how far it is turned, and on how many photos."""
+
+    betas: tuple[float, ...] = (0.0, 4.0, 16.0, 64.0)
+    """Turns of the dial; 0, as trained, is always measured."""
+    last: int = 3
+    """How many of the last blocks get it; all blocks are measured beside them."""
+    steered: int = 6
+    """How many of the last blocks are steered to a quadrant."""
+    steer_beta: float = 2.0
+    """How strongly."""
+    photos: int = 100
+    """How many photos, drawn by the seed."""
+    variance: float = 0.7
+    """Of a recruited region of keys, as a share of the keys' own."""
+    draws: int = 50
+    """Drawn sets of points that regions are recruited for."""
+    batch_size: int = 10
+    """Photos a pass."""
+    seed: int = 0
+    """Of the photos."""
+
+    def __post_init__(self) -> None:
+        if not self.betas or not all(0 <= b < float("inf") for b in (*self.betas, self.steer_beta)):
+            raise ValueError(
+                f"betas, steer_beta: got {self.betas}, {self.steer_beta}; give numbers of 0 or more"
+            )
+        if not 0 < self.variance < float("inf"):
+            raise ValueError(f"variance: got {self.variance}; give a positive share")
+        for name in ("last", "steered", "photos", "draws", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; give at least 1")
+
+    def quick(self) -> DialStudyConfig:
+        """A few photos and draws, to see that all runs: no figure of it means anything."""
+        return replace(self, betas=(0.0, 16.0), photos=min(self.photos, 4), draws=5)
+
+
 def _check_methods(methods: tuple[str, ...]) -> None:
     if set(methods) - set(get_args(AttentionTraining)) or "none" not in methods:
         raise ValueError(

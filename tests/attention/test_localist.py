@@ -10,6 +10,7 @@ from xattn.attention import Inputs, convert, create_mechanism, record, revert
 from xattn.attention.base import mechanism_class
 from xattn.attention.concentration import concentration_bound
 from xattn.attention.conversion import parse_mechanism
+from xattn.attention.localist import region_masses
 from xattn.backbone import load_backbone
 from xattn.eval.bench.tensor_memory import peak_memory
 
@@ -96,7 +97,7 @@ def test_mass_outside_of_the_leading_region_keeps_within_the_bound(beta):
         m = beta * (best[..., 0] - best[..., 1]) - (scores.amax(-1) - scores.amin(-1))
         layer = dial(beta=beta)
         operator = layer.operator(asked)
-        mass = layer.masses(operator, asked)
+        mass = region_masses(operator)
         leading = mass.gather(-1, c.argmax(-1, keepdim=True))[..., 0]
         ahead = c.amax(-1) > 0  # else the class token leads
         bound = concentration_bound(6, 25, m)
@@ -112,12 +113,12 @@ def test_a_beta_of_1000_concentrates_only_where_the_gap_of_the_cosines_allows():
     asked = inputs(batch=1)
     asked = asked.replace(q=asked.q / 10)  # scores within a small range
     layer = dial(beta=1e3)
-    mass = layer.masses(layer.operator(asked), asked).amax(-1)
+    mass = region_masses(layer.operator(asked)).amax(-1)
     c = cosines(asked, quadrant((4, 6))).sort(-1).values
     wide = (c[..., 3] - c[..., 2].clamp_min(0)) > 0.02
     assert (mass[wide] > 0.999).all() and wide.float().mean() > 0.5
     middle = asked.replace(q=torch.zeros_like(asked.q))  # no region is nearer
-    assert (layer.masses(layer.operator(middle), middle).amax(-1) < 0.5).all()
+    assert (region_masses(layer.operator(middle)).amax(-1) < 0.5).all()
 
 
 def test_masses_are_sums_of_rows_and_grow_with_beta():
@@ -126,7 +127,7 @@ def test_masses_are_sums_of_rows_and_grow_with_beta():
     for beta in (0.0, 2.0, 8.0, 32.0):
         layer = dial(beta=beta)
         operator = layer.operator(asked)
-        mass = layer.masses(operator, asked)
+        mass = region_masses(operator)
         rows = operator.rows(torch.arange(25))[..., 1:]
         by_hand = torch.stack([rows[..., numbers == b].sum(-1) for b in range(4)], -1)
         assert torch.allclose(mass, by_hand)
@@ -254,7 +255,7 @@ def test_maps_show_regions_their_mass_and_what_leads():
     with record() as calls:
         layer.attend(asked)
     maps, operator = calls[0].maps, layer.operator(asked)
-    mass = layer.masses(operator, asked)
+    mass = region_masses(operator)
     numbers = torch.tensor(quadrant((4, 6))).unflatten(0, (4, 6))
     assert torch.equal(maps["region"][0, 0], numbers.double())
     assert torch.allclose(maps["mass"], mass.mean(2)[..., numbers])

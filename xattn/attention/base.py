@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
-from xattn.attention.positions import Rotation, check_grid, create_rotation, rotated
+from xattn.attention.positions import (
+    Rotation,
+    check_grid,
+    create_rotation,
+    mean_tokens,
+    prior_map,
+    rotated,
+)
 from xattn.attention.recall import Choice, Recall, recall
 from xattn.attention.record import Call, answered_by, keep, own_layer, recording
 from xattn.kernels.backend import choose
@@ -198,7 +205,7 @@ class Mechanism(nn.Module, ABC):
 
     def attend(self, inputs: Inputs) -> Tensor:
         """:meth:`forward` of a record."""
-        inputs = self.accepted(inputs)
+        given, inputs = inputs, self.accepted(inputs)
         answer = answered_by()
         with own_layer():
             if answer is not None:
@@ -206,16 +213,17 @@ class Mechanism(nn.Module, ABC):
             operator = self.operator(inputs)
             if recording():
                 output = operator.matvec_and_keep(inputs.v)
-                keep(self._call(operator, inputs, output))
+                keep(self._call(operator, given, inputs, output))
             else:
                 output = operator.matvec(inputs.v)
             local = self.local(inputs)
         return output if local is None else output + local
 
-    def _call(self, operator: Operator, inputs: Inputs, output: Tensor) -> Call:
+    def _call(self, operator: Operator, given: Inputs, inputs: Inputs, output: Tensor) -> Call:
         # What is recorded is not part of the graph.
         seen, inputs = operator.detach(), inputs.detach()
-        maps = partial(_maps, self, seen, inputs)
+        means = None if getattr(self, "rotate", None) is None else mean_tokens(given)
+        maps = partial(_maps, self, seen, inputs, means)
         return Call(seen, inputs.v, output, dict(operator.aux), maps)
 
     def accepted(self, inputs: Inputs) -> Inputs:
@@ -278,9 +286,19 @@ class Mechanism(nn.Module, ABC):
 
 
 @torch.no_grad()
-def _maps(mechanism: Mechanism, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+def _maps(
+    mechanism: Mechanism,
+    operator: Operator,
+    inputs: Inputs,
+    means: tuple[Tensor, Tensor] | None,
+) -> dict[str, Tensor]:
+    """The mechanism's own, and its rotation's, see :func:`~xattn.attention.positions.prior_map`."""
     with own_layer():
-        return mechanism.maps(operator, inputs)
+        found = mechanism.maps(operator, inputs)
+        if means is None or inputs.grid is None or len(inputs.grid) != 2 or inputs.causal:
+            return found
+        assert mechanism.rotate is not None
+        return {**found, "prior": prior_map(mechanism.rotate, means, inputs)}
 
 
 class Kept(dict[Any, Any]):

@@ -192,19 +192,8 @@ class Localist(Mechanism):
         with own_precision(q):
             share = math.sqrt(self.beta / abs(scale))  # on both sides, for half precision
             left = math.copysign(share, scale) * self.cosines(inputs, members)
-            right = share * self._of_tokens(members, inputs)
+            right = share * _of_tokens(members, k)
             return torch.cat([q, left.to(q.dtype)], -1), torch.cat([k, right.to(k.dtype)], -1)
-
-    @staticmethod
-    def _of_tokens(members: Tensor, inputs: Inputs) -> Tensor:
-        """``members`` for all tokens of all heads, (B, H, N, R): prefix tokens are of no region."""
-        of_tokens = F.pad(members, (0, 0, inputs.prefix, 0))[:, None]
-        return of_tokens.expand(*inputs.k.shape[:3], -1)
-
-    def masses(self, operator: Operator, inputs: Inputs) -> Tensor:
-        """What each query gives to each region, (B, H, N, R); prefix tokens get what is left of 1."""
-        of_tokens = self._of_tokens(operator.context, inputs)
-        return operator.matvec(of_tokens.to(inputs.q.dtype).contiguous())
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``region``: the number of each patch's region; ``mass``: what a patch's region gets from all
@@ -212,8 +201,9 @@ class Localist(Mechanism):
         lies in the region that gets most of it, for each head."""
         if inputs.grid is None or len(inputs.grid) != 2:
             return {}
+        assert isinstance(operator, SoftmaxOperator)
         regions = operator.context.argmax(-1).expand(len(inputs.q), -1)
-        mass = self.masses(operator, inputs)
+        mass = region_masses(operator)
         of_patch = regions[:, None].expand(-1, mass.shape[1], -1)
         found = {
             "region": regions[:, None].to(mass.dtype),
@@ -221,6 +211,20 @@ class Localist(Mechanism):
             "leading": mass[:, :, inputs.prefix :].amax(-1),
         }
         return {name: x.unflatten(-1, inputs.grid) for name, x in found.items()}
+
+
+def region_masses(operator: SoftmaxOperator) -> Tensor:
+    """What each query of a dial's operator gives to each region, (B, H, N, R); prefix tokens get what is
+    left of 1."""
+    of_tokens = _of_tokens(operator.context, operator.k)
+    return operator.matvec(of_tokens.to(operator.q.dtype).contiguous())
+
+
+def _of_tokens(members: Tensor, k: Tensor) -> Tensor:
+    """``members`` (B or 1, P, R) for all tokens of all heads of k, (B, H, N, R): prefix tokens, which are
+    first, are of no region."""
+    prefix = k.shape[2] - members.shape[1]
+    return F.pad(members, (0, 0, prefix, 0))[:, None].expand(*k.shape[:3], -1)
 
 
 def _directions(x: Tensor, least: Tensor) -> Tensor:

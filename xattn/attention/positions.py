@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn.attention.conversion import parse_named
-from xattn.attention.inputs import Inputs
+from xattn.attention.inputs import Inputs, spread_heads
 from xattn.kernels.backend import own_precision
 from xattn.registry import Registry, with_entry
 
@@ -253,6 +253,25 @@ def rotated(rotate: Rotation, inputs: Inputs) -> Inputs:
         raise ValueError("grid: rotated queries and keys need the grid of the tokens")
     q, k = rotate(inputs.q, inputs.k, rotate.places(grid, inputs.prefix, inputs.q))
     return inputs.replace(q=q, k=k)
+
+
+def mean_tokens(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The mean query and key of the patches, (B, H, 1, D) and (B, Hk, 1, D), outside of the graph."""
+    q, k = (x.detach()[:, :, inputs.prefix :].mean(2, keepdim=True) for x in (inputs.q, inputs.k))
+    return q, k
+
+
+def prior_map(rotate: Rotation, means: tuple[Tensor, Tensor], inputs: Inputs) -> Tensor:
+    """What the patch in the middle attends to by positions alone, (B, H, h, w): all patches have the mean
+    query and key, not yet rotated, of :func:`mean_tokens`."""
+    grid = inputs.grid
+    assert grid is not None
+    count = math.prod(grid)
+    q, k = (x.expand(-1, -1, count, -1) for x in means)
+    q, k = rotate(q, k, rotate.places(grid, 0, q))
+    middle = (grid[0] - 1) // 2 * grid[1] + (grid[1] - 1) // 2
+    scores = inputs.scale * q[:, :, middle, None] @ spread_heads(k, q.shape[1]).transpose(-2, -1)
+    return scores[:, :, 0].float().softmax(-1).to(q.dtype).unflatten(-1, grid)
 
 
 def turn_pairs(x: Tensor, angles: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from xattn.cli.subcommands import one_of
 from xattn.eval.studies.digit_configs import BlockStudyConfig, ExactRolloutConfig
 from xattn.eval.studies.study_configs import (
     DepthStudyConfig,
+    DialStudyConfig,
     ImageStudyConfig,
     LengthStudyConfig,
     PartStudyConfig,
@@ -322,6 +323,30 @@ class StudyBlocks:
             print(line, flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyDial:
+    """The localist dial in a trained ViT: mass, agreement and steering, and how many regions are recruited."""
+
+    data: str
+    """Photos, as for explain; files."""
+    labels: str = "folders"
+    """"folders", or a .json or .csv file of the photos' classes."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    study: tyro.conf.OmitArgPrefixes[DialStudyConfig] = field(default_factory=DialStudyConfig)
+    quick: bool = False
+    """A few photos, to see that all runs."""
+    output: Path = Path("runs/study-dial")
+    """Folder of what is measured, and of report.md."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import localist_dial
+
+        config = self.study.quick() if self.quick else self.study
+        lines = localist_dial.study(self.model.load(), self.data, self.labels, self.output, config)
+        for line in lines:
+            print(line, flush=True)
+
+
 STUDIES: dict[str, type[Any]] = {
     "at": StudyAt,
     "image": StudyImage,
@@ -335,6 +360,7 @@ STUDIES: dict[str, type[Any]] = {
     "length": StudyLength,
     "exact-rollout": StudyExactRollout,
     "blocks": StudyBlocks,
+    "dial": StudyDial,
 }
 if TYPE_CHECKING:
     Choice = Any

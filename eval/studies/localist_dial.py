@@ -1,0 +1,301 @@
+"""The localist dial in a trained ViT: how far attention draws together, what that costs, and steering.
+
+    xattn study dial --data photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+
+The dial stands in the last blocks, or in all, with the quadrants of the photo as regions. The leading region
+is the one that gets most of a query's row; its mass is a mean over blocks, heads and all queries. Steered,
+all queries are drawn to one quadrant after the other. Last, regions are recruited: for drawn points, of
+which the number of clusters and their variance are known, and for the photos' keys.
+
+What is finished stays in the output folder, a file for each setting; the same command goes on there.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xattn.attention import SoftmaxOperator, record
+from xattn.attention.conversion import format_layers
+from xattn.attention.localist import region_masses
+from xattn.attention.regions import recruit, recruited_regions
+from xattn.backbone import Backbone, converted
+from xattn.eval.bootstrap import mean_interval
+from xattn.eval.studies.study_configs import DialStudyConfig
+from xattn.eval.studies.swap.networks import Photo, kept_record
+from xattn.eval.studies.swapped_attention import labelled_photos
+from xattn.photos.images import load_image
+from xattn.photos.view import prepare
+from xattn.runtime import strict_json
+from xattn.runtime.files import atomic_file, check_folder, write_json
+
+QUADRANTS = 4
+POINTS = {"points": 150, "width": 2, "apart": 8.0}  # of three clusters of standard deviation 1
+Values = Mapping[str, Any]
+DEFAULTS = DialStudyConfig()
+
+
+def study(
+    backbone: Backbone,
+    data: str | Path,
+    labels: str | Path = "folders",
+    output: str | Path = "runs/study-dial",
+    config: DialStudyConfig = DEFAULTS,
+) -> Iterator[str]:
+    """Measure what is not finished yet, write report.md, and give its lines.
+
+    Args:
+        backbone: a trained ViT; it stays as it is.
+        data, labels: as in :func:`~xattn.eval.studies.swapped_attention.study`.
+        output: folder of what is measured and of the report.
+
+    Raises:
+        ValueError: no photo has a class of the backbone, fewer blocks than are asked for, or ``output``
+            holds results of other settings or photos.
+    """
+    output = Path(output)
+    photos = labelled_photos(backbone, data, labels, config.seed)[: config.photos]
+    depth = len(getattr(backbone.model, "blocks", ()))
+    for name in ("last", "steered"):
+        if getattr(config, name) > depth:
+            raise ValueError(
+                f"{name}: got {getattr(config, name)}; {backbone.name} has {depth} blocks"
+            )
+    check_folder(output)
+    kept_record(output / "record.json", _record(backbone, photos, config))
+    lines = [
+        f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}, {len(photos)} photos; quadrants"
+    ]
+    yield from lines
+    last, every = range(depth - config.last, depth), range(depth)
+    plain = _measured(backbone, photos, last, {"beta": 0.0}, output, config)
+    for some in (
+        _dial(backbone, photos, plain, (last, every), output, config),
+        _steering(backbone, photos, plain, range(depth - config.steered, depth), output, config),
+        _recruitment(backbone, photos, last, output, config),
+    ):
+        for line in some:
+            lines.append(line)
+            yield line
+    with atomic_file(output / "report.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    yield f"\nreport: {output / 'report.md'}"
+
+
+def _record(
+    backbone: Backbone, photos: Sequence[Photo], config: DialStudyConfig
+) -> dict[str, object]:
+    """What all results depend on; turns of the dial may be added later."""
+    settings = {k: v for k, v in asdict(config).items() if k not in ("betas", "batch_size")}
+    return {
+        "backbone": backbone.fingerprint,
+        "preprocessing": repr(backbone.preprocessing),
+        "config": settings,
+        "photos": {photo.name: [photo.sha256, photo.label] for photo in photos},
+    }
+
+
+# ---------------------------------------------------------------------- the dial
+
+
+def _dial(
+    backbone: Backbone,
+    photos: Sequence[Photo],
+    plain: Values,
+    places: Sequence[range],
+    output: Path,
+    config: DialStudyConfig,
+) -> Iterator[str]:
+    yield "\n| blocks | beta | mass in the leading region | as the network as trained, % | right, % |"
+    yield "| :-- | --: | --: | --: | --: |"
+    for layers in places:
+        for beta in sorted({0.0, *config.betas}):
+            found = _measured(backbone, photos, layers, {"beta": beta}, output, config)
+            same = [a == b for a, b in zip(found["classes"], plain["classes"], strict=True)]
+            right = [k == p.label for k, p in zip(found["classes"], photos, strict=True)]
+            cells = [format_layers(layers), f"{beta:g}", _mean(found["leading"], 3)]
+            cells += [_mean([100.0 * x for x in some], 1) for some in (same, right)]
+            yield f"| {' | '.join(cells)} |"
+
+
+def _steering(
+    backbone: Backbone,
+    photos: Sequence[Photo],
+    plain: Values,
+    layers: range,
+    output: Path,
+    config: DialStudyConfig,
+) -> Iterator[str]:
+    """p of the class that the network predicts as trained, by the quadrant that it is steered to."""
+    options = [{"beta": config.steer_beta, "target": target} for target in range(QUADRANTS)]
+    found = [_measured(backbone, photos, layers, o, output, config, plain) for o in options]
+    p = np.array([one["p"] for one in found])
+    best, worst = p.max(0), p.min(0)
+    read = np.array(plain["read"]).argmax(1)
+    chosen = 100.0 * (p.argmax(0) == read)
+    yield (
+        f"\n| steered, blocks {format_layers(layers)}, beta {config.steer_beta:g} | p of the class "
+        f"predicted as trained |"
+    )
+    yield "| :-- | --: |"
+    rows = {
+        "not steered": plain["p"],
+        "to the best quadrant": best,
+        "to the worst quadrant": worst,
+        "best less worst": best - worst,
+    }
+    for name, values in rows.items():
+        yield f"| {name} | {_mean(values, 3)} |"
+    yield (
+        f"\nThe best quadrant is the one that the class token reads most as trained on {_mean(chosen, 1)} % "
+        f"of the photos (by chance 25 %)."
+    )
+
+
+def _measured(
+    backbone: Backbone,
+    photos: Sequence[Photo],
+    layers: range,
+    options: Mapping[str, Any],
+    output: Path,
+    config: DialStudyConfig,
+    plain: Values | None = None,
+) -> Values:
+    """Of each photo: ``classes``, the predicted one; ``p`` of the class predicted as trained; ``leading``,
+    mass in the leading region; ``read``, what the class token, or the first patch, gives to each quadrant."""
+    said = "-".join(f"{key}-{value:g}" for key, value in options.items())
+    file = output / f"blocks-{format_layers(layers)}-{said}.json"
+    if not file.is_file():
+        network = converted(backbone, "localist", layers, options)
+        values: dict[str, list[Any]] = {key: [] for key in ("classes", "p", "leading", "read")}
+        known = None if plain is None else torch.tensor(plain["classes"], device="cpu")
+        for start in range(0, len(photos), config.batch_size):
+            some = photos[start : start + config.batch_size]
+            own = None if known is None else known[start : start + len(some)]
+            for key, found in _pass(network, _images(network, some), layers, own).items():
+                values[key] += found.tolist()
+        write_json(file, values)
+    return strict_json.read(file, "output", "delete it, to measure again")  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _pass(
+    network: Backbone, images: Tensor, layers: range, classes: Tensor | None
+) -> dict[str, Tensor]:
+    with record(network.model) as calls:
+        p = network.probabilities(network.logits(images)).float().cpu()
+    masses = []
+    for layer in layers:
+        operator = calls[layer].operator
+        assert isinstance(operator, SoftmaxOperator)
+        masses.append(region_masses(operator).float().cpu())
+    mass = torch.stack(masses)  # (blocks, B, H, N, R)
+    predicted = p.argmax(1)
+    asked = predicted if classes is None else classes
+    return {
+        "classes": predicted,
+        "p": p.gather(1, asked[:, None])[:, 0],
+        "leading": mass.amax(-1).mean((0, 2, 3)),
+        "read": mass[:, :, :, 0].mean((0, 2)),
+    }
+
+
+def _images(network: Backbone, photos: Sequence[Photo]) -> Tensor:
+    pixels = [prepare(load_image(p.path), network.preprocessing, "crop")[0] for p in photos]
+    return torch.stack(pixels).to(network.device, network.mean.dtype)
+
+
+# ---------------------------------------------------------------------- recruitment
+
+
+def _recruitment(
+    backbone: Backbone,
+    photos: Sequence[Photo],
+    layers: range,
+    output: Path,
+    config: DialStudyConfig,
+) -> Iterator[str]:
+    drawn = _kept(output / "recruited-points.json", lambda: _of_points(config.draws))
+    keys = _kept(output / "recruited-keys.json", lambda: _of_keys(backbone, photos, layers, config))
+    yield "\n| recruited from | regions | right | milliseconds each |"
+    yield "| :-- | --: | --: | --: |"
+    for clusters, name in ((3, "three clusters"), (1, "one cluster")):
+        found = drawn[str(clusters)]
+        right = sum(count == clusters for count in found["regions"])
+        cells = [_spread(found["regions"]), f"{right} of {len(found['regions'])}"]
+        yield f"| {name}, variance given | {' | '.join(cells)} | {_times(found['seconds'])} |"
+    name = f"keys of blocks {format_layers(layers)}, 16 components, variance {config.variance:g}"
+    yield f"| {name} | {_spread(keys['regions'])} | | {_times(keys['seconds'])} |"
+
+
+def _kept(file: Path, make: Callable[[], Values]) -> Values:
+    if not file.is_file():
+        write_json(file, make())
+    return strict_json.read(file, "output", "delete it, to measure again")  # type: ignore[no-any-return]
+
+
+def _of_points(draws: int) -> dict[str, dict[str, list[float]]]:
+    """Regions of drawn clusters, whose standard deviation is 1."""
+    n, width, apart = int(POINTS["points"]), int(POINTS["width"]), POINTS["apart"]
+    corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.75**0.5]], device="cpu")
+    found: dict[str, dict[str, list[float]]] = {}
+    for clusters in (3, 1):
+        values: dict[str, list[float]] = {"regions": [], "seconds": []}
+        for seed in range(draws):
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn(n, width, generator=generator, device="cpu")
+            points = apart * corners[torch.arange(n, device="cpu") % clusters] + noise
+            _timed(values, lambda points=points: len(recruit(points, 1.0).anchors))
+        found[str(clusters)] = values
+    return found
+
+
+@torch.no_grad()
+def _of_keys(
+    backbone: Backbone, photos: Sequence[Photo], layers: range, config: DialStudyConfig
+) -> dict[str, list[float]]:
+    """Regions of the keys of every photo and block."""
+    values: dict[str, list[float]] = {"regions": [], "seconds": []}
+    for start in range(0, len(photos), config.batch_size):
+        images = _images(backbone, photos[start : start + config.batch_size])
+        with record(backbone.model) as calls:
+            backbone.logits(images)
+        for layer in layers:
+            operator = calls[layer].operator
+            assert isinstance(operator, SoftmaxOperator)
+            keys = operator.k[:, :, backbone.prefix_tokens :].transpose(1, 2).flatten(2).cpu()
+            for one in keys:
+                _timed(
+                    values, lambda one=one: int(recruited_regions(one, config.variance).max()) + 1
+                )
+    return values
+
+
+def _timed(values: dict[str, list[float]], count: Callable[[], int]) -> None:
+    start = time.process_time()
+    values["regions"].append(count())
+    values["seconds"].append(time.process_time() - start)
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    found = mean_interval(values)
+    return f"{found.mean:.{digits}f} [{found.lo:.{digits}f}, {found.hi:.{digits}f}]"
+
+
+def _spread(counts: Sequence[float]) -> str:
+    low, high = min(counts), max(counts)
+    return (
+        f"{low:g}" if low == high else f"{low:g} to {high:g}, median {statistics.median(counts):g}"
+    )
+
+
+def _times(seconds: Sequence[float]) -> str:
+    return f"{1000 * statistics.median(seconds):.0f}, at most {1000 * max(seconds):.0f}"
