@@ -114,6 +114,8 @@ def own_maps(seen: Reading, view: View) -> None:
     st.header("The mechanism's own maps", anchor=False)
     token, found = token_of(view.patch, seen), seen.maps[view.layer]
     lines: dict[int, list[str]]
+    if not found:
+        st.caption(f"Layer {view.layer} has none; it is as trained.")
     if "received" in found:
         maps = {i: m["received"][0] for i, m in enumerate(seen.maps) if "received" in m}
         text = "What each patch receives from all queries together, mean over heads."
@@ -133,14 +135,10 @@ def own_maps(seen: Reading, view: View) -> None:
         maps = dict(enumerate(found["importance"]))
         _strip("Head", maps, {}, seen, view, text, "added to a score; 0 also for keys left out")
     if "region" in found:
-        text = (
-            f"What each region gets from all queries of layer {view.layer} together, head by head; and "
-            f"how much of each patch's own attention its leading region gets."
-        )
-        _strip(
-            "Head", dict(enumerate(found["mass"])), {}, seen, view, text, "mass of a region", SHARE
-        )
-        text = "The same for each patch's own row: 1 is all in one region."
+        text = f"What each region gets from all queries of layer {view.layer}, head by head."
+        maps = dict(enumerate(found["mass"]))
+        _strip("Head", maps, {}, seen, view, text, "mass of a region", SHARE)
+        text = "How much of each patch's own attention its leading region gets, head by head."
         maps = dict(enumerate(found["leading"]))
         _strip("Rows of head", maps, {}, seen, view, text, "mass of its leading region", SHARE)
     if "prior" in found:

@@ -2,10 +2,10 @@
 
     xattn study dial --data photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
-The dial stands in the last blocks, or in all, with the quadrants of the photo as regions. The leading region
-is the one that gets most of a query's row; its mass is a mean over blocks, heads and all queries. Steered,
-all queries are drawn to one quadrant after the other. Last, regions are recruited: for drawn points, of
-which the number of clusters and their variance are known, and for the photos' keys.
+The dial stands in the last blocks, or in all, with the quadrants of the photo as regions. The leading
+region is the one that gets most of a query's row; its mass is a mean over blocks, heads and all queries.
+Steered, all queries are drawn to one quadrant after the other. Last, regions are recruited: for drawn
+points, of which the number of clusters and their variance are known, and for the photos' keys.
 
 What is finished stays in the output folder, a file for each setting; the same command goes on there.
 """
@@ -155,8 +155,8 @@ def _steering(
     for name, values in rows.items():
         yield f"| {name} | {_mean(values, 3)} |"
     yield (
-        f"\nThe best quadrant is the one that the class token reads most as trained on {_mean(chosen, 1)} % "
-        f"of the photos (by chance 25 %)."
+        f"\nThe best quadrant is the one that the class token reads most as trained on {_mean(chosen, 1)} "
+        f"% of the photos (by chance 25 %)."
     )
 
 
@@ -169,8 +169,8 @@ def _measured(
     config: DialStudyConfig,
     plain: Values | None = None,
 ) -> Values:
-    """Of each photo: ``classes``, the predicted one; ``p`` of the class predicted as trained; ``leading``,
-    mass in the leading region; ``read``, what the class token, or the first patch, gives to each quadrant."""
+    """Of each photo: ``classes``, the predicted one; ``p`` of the class predicted as trained, or here;
+    ``leading``, mass in the leading region; ``read``, what the first token gives to each quadrant."""
     said = "-".join(f"{key}-{value:g}" for key, value in options.items())
     file = output / f"blocks-{format_layers(layers)}-{said}.json"
     if not file.is_file():

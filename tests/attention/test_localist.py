@@ -260,7 +260,7 @@ def test_maps_show_regions_their_mass_and_what_leads():
     assert torch.equal(maps["region"][0, 0], numbers.double())
     assert torch.allclose(maps["mass"], mass.mean(2)[..., numbers])
     assert torch.allclose(maps["leading"].flatten(2), mass[:, :, 1:].amax(-1))
-    assert not layer._call(operator, asked.replace(grid=(24,)), asked.v).maps
+    assert layer.maps(operator, asked.replace(grid=(24,))) == {}
 
 
 # ---------------------------------------------------------------------- gradients, bad input

@@ -325,7 +325,7 @@ class StudyBlocks:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyDial:
-    """The localist dial in a trained ViT: mass, agreement and steering, and how many regions are recruited."""
+    """The localist dial in a trained ViT: mass, agreement, steering, and regions that are recruited."""
 
     data: str
     """Photos, as for explain; files."""
