@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,7 @@ def page(context: Context) -> None:
     map_rows.own_maps(seen, view)
     _rollout(seen, view)
     charts.show(seen, view)
-    remember(image_id, view, start)
+    remember(image_id, view, replace(start, mechanism=TRAINED, size=None))
 
 
 # ---------------------------------------------------------------------- the top of the page

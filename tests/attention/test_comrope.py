@@ -446,3 +446,20 @@ def test_a_compiled_layer_and_the_prior():
     prior = layer.rotate.prior(layer.rotate.places((5, 6), 1, x))
     assert prior.shape == (2, 31) and prior[:, 0].allclose(torch.ones(2)) and prior.amax() <= 1.0001
     assert isinstance(layer.rotate, ComRope) and math.isclose(layer.rotate.span, 1)
+
+
+def test_a_recorded_layer_maps_what_its_rotation_alone_would_read():
+    q, k = tensors(31)
+    mechanism = create_mechanism("softmax", 32, 2, rotate="comrope").double()
+    with record(alone=True) as calls:
+        mechanism(q, k, k, (5, 6), 1)
+    places = mechanism.rotate.places((5, 6), 1, q)
+    means = [x[:, :, 1:].mean(2, keepdim=True).expand(-1, -1, 31, -1) for x in (q, k)]
+    a, b = mechanism.rotate(*means, places)
+    scores = (a[:, :, 1 + 2 * 6 + 2, None] @ b[:, :, 1:].transpose(-2, -1))[:, :, 0] / 4
+    prior = calls[0].maps["prior"]
+    torch.testing.assert_close(prior, scores.softmax(-1).unflatten(-1, (5, 6)))
+    with record(alone=True) as calls:
+        create_mechanism("softmax", 32, 2)(q, k, k, (5, 6), 1)
+        create_mechanism("softmax", 32, 2, rotate="comrope:axes=1").double()(q, k, k, (31,))
+    assert not any("prior" in call.maps for call in calls)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from xattn.attention.conversion import parse_named
 from xattn.attention.inputs import Inputs, spread_heads
 from xattn.kernels.backend import own_precision
+from xattn.kernels.softmax.reference import widen
 from xattn.registry import Registry, with_entry
 
 
@@ -271,7 +272,7 @@ def prior_map(rotate: Rotation, means: tuple[Tensor, Tensor], inputs: Inputs) ->
     q, k = rotate(q, k, rotate.places(grid, 0, q))
     middle = (grid[0] - 1) // 2 * grid[1] + (grid[1] - 1) // 2
     scores = inputs.scale * q[:, :, middle, None] @ spread_heads(k, q.shape[1]).transpose(-2, -1)
-    return scores[:, :, 0].float().softmax(-1).to(q.dtype).unflatten(-1, grid)
+    return widen(scores[:, :, 0]).softmax(-1).unflatten(-1, grid)
 
 
 def turn_pairs(x: Tensor, angles: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ from xattn.attention import (
     LowRankOperator,
     ProductOperator,
     SoftmaxOperator,
+    converted_copy,
     create_mechanism,
 )
 from xattn.attention.statistics import statistics
@@ -296,6 +297,7 @@ def test_choosing_a_mechanism_brings_a_size_that_fits(pack):
     app.selectbox[2].set_value("gna").run()
     assert not app.exception
     assert app.selectbox[3].value == 3  # of the odd windows up to 3 rows
+    assert address(app) == {"image": "photo-0", "mechanism": "gna", "size": "3"}
     app.selectbox[2].set_value("agent").run()
     assert app.selectbox[3].value == 9  # 16 agents are more than 15 patches
     app.selectbox[2].set_value(TRAINED).run()
@@ -303,14 +305,48 @@ def test_choosing_a_mechanism_brings_a_size_that_fits(pack):
 
 
 def test_keys_kept_by_a_model_of_its_own_mechanism_are_shown(pack, backbone, monkeypatch):
-    from xattn.attention import converted_copy
-
     torch.manual_seed(1)
     own = converted_copy(backbone, "dma", options={"window": 4})
     monkeypatch.setattr(models, "backbone_of", lambda pack: own)
     text = words(shown(head="0"))
     assert "The keys that each head of layer 5 keeps" in text
     assert "4 of 15 patches; the others have no colour" in text
+
+
+def test_the_dial_is_a_slider_beside_p_and_agreement(pack, backbone):
+    app = shown(mechanism="localist", size="64", patch="class-token")
+    (dial,) = app.select_slider
+    assert dial.value == 64 and not app.warning
+    text = words(app)
+    _, images = own_rows(pack, backbone, 0)
+    local = converted_copy(backbone, "localist", options={"beta": 64})
+    with torch.no_grad():
+        before, after = (b.probabilities(b.logits(images[None]))[0] for b in (backbone, local))
+    k, now = int(before.argmax()), int(after.argmax())
+    assert (
+        f"<dt>p of {backbone.class_names[k]}</dt><dd>{after[k]:.3f}, as trained {before[k]:.3f}"
+        in text
+    )
+    assert f"<dt>Agreement</dt><dd>{'the same' if now == k else 'another'} class" in text
+    seen = next(r for r in app.session_state["attention.kept"].values() if any(r.maps))
+    region, row = seen.maps[5]["region"][0].flatten(), seen.rows(0)[5].mean(0)[1:]
+    best = max(float(row[region == b].sum()) for b in range(4))
+    assert f"of 0 to 3 gets {best:.1%}" in text
+    assert [bool(m) for m in seen.maps] == [False] * 4 + [True] * 2  # the last quarter
+    dial.set_value(0).run()
+    assert "the same class" in words(app) and address(app)["size"] == "0"
+    app.slider[0].set_value(0).run()
+    assert "Layer 0 has none; it is as trained" in words(app) and not app.exception
+
+
+def test_the_prior_of_a_rotation_is_shown(pack, backbone, monkeypatch):
+    torch.manual_seed(1)
+    own = converted_copy(backbone, "softmax", options={"rotate": "comrope:form=ap"})
+    monkeypatch.setattr(models, "backbone_of", lambda pack: own)
+    app = shown()
+    assert "would attend to by positions alone in layer 5" in words(app)
+    (seen,) = app.session_state["attention.kept"].values()
+    assert seen.maps[5]["prior"].shape == (HEADS, *GRID)
 
 
 # ---------------------------------------------------------------------- readings
