@@ -83,6 +83,11 @@ SETTINGS: Mapping[str, Setting] = {
             Legend("subtracted", "added", "row, correction, received", DIVERGING),
         )
     ),
+    "localist": Setting(
+        {"regions": "recruited"},
+        depth=1.0,
+        legends={"region": Legend("first", "last", "region", "turbo")},
+    ),
     "moh": Setting(channels={"gates": Channels("head")}),
     "nsa": Setting({"block": 4}),
     "routing": Setting(

@@ -61,6 +61,7 @@ SWAPS = (
     Swap("lssa"),
     Swap("lssar"),
     Swap("lssar", {"power": 3}),
+    Swap("localist", share=-1 / 4),
 )
 
 

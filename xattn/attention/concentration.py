@@ -14,6 +14,7 @@ training of your own. arXiv 2510.17358 (abstract; the formulas are ours).
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -92,12 +93,12 @@ def concentration_bound(
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}; give a positive number")
     outside = keys - inside
-    m = torch.as_tensor(margin, dtype=torch.float64) / temperature
+    m = margin if isinstance(margin, Tensor) else torch.tensor(float(margin), device="cpu")
+    m = m.double() / temperature
     e = outside / (outside + inside * m.exp())
     most = e.clamp_max(outside / keys)  # where the entropy is largest, ln N
     own = -torch.special.xlogy(most, most) - torch.special.xlogy(1 - most, 1 - most)
-    n, rest = (torch.tensor(float(count)).double().log() for count in (inside, outside))
-    return Bound(e, own + (1 - most) * n + most * rest)
+    return Bound(e, own + (1 - most) * math.log(inside) + most * math.log(outside))
 
 
 def _squares(a: Tensor, regions: Tensor, count: int) -> Tensor:

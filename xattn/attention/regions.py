@@ -53,9 +53,9 @@ def box_regions(grid: Sequence[int], sides: int | Sequence[int]) -> Tensor:
                 f"sides: got {sides} for a grid of {_by(grid)} patches, which leaves regions empty; give "
                 f"at most {min(grid)}"
             )
-    regions = torch.zeros((), dtype=torch.long)
+    regions = torch.zeros((), dtype=torch.long, device="cpu")
     for count, length in zip(counts, grid, strict=True):
-        along = torch.arange(length) * count // length
+        along = torch.arange(length, device="cpu") * count // length
         regions = regions[..., None] * count + along
     return regions.flatten()
 
@@ -71,7 +71,7 @@ def given_regions(numbers: Sequence[int], grid: Sequence[int]) -> Tensor:
             f"regions: got {len(numbers)} numbers for a grid of {_by(grid)} patches; give "
             f"{math.prod(grid)}, row by row"
         )
-    found = torch.tensor(list(numbers), dtype=torch.long)
+    found = torch.tensor(list(numbers), dtype=torch.long, device="cpu")
     check_regions(found)
     return found
 
@@ -116,7 +116,7 @@ def recruited_regions(keys: Tensor, variance: float) -> Tensor:
     x = vectors * values.clamp_min(0).sqrt() if wide else x @ vectors
     own = float(x.square().mean())
     if own <= ALIKE**2 * float(keys.detach().double().square().mean()):
-        return torch.zeros(len(x), dtype=torch.long)
+        return torch.zeros(len(x), dtype=torch.long, device=keys.device)
     return recruit(x, variance * own).regions.to(keys.device)
 
 

@@ -217,7 +217,8 @@ def plot(tables: Tables, rows: Mapping[str, Swap], name: str, title: str, path: 
 def _short(swap: Swap) -> str:
     """The label, and the share of the blocks where it is not all."""
     text = swap.label.replace("training_free=True", "training-free")
-    return text if swap.share == 1 else f"{text}, first {swap.share:.0%} of blocks"
+    which = "first" if swap.share > 0 else "last"
+    return text if swap.share == 1 else f"{text}, {which} {abs(swap.share):.0%} of blocks"
 
 
 def _within(value: float, limits: tuple[float, float]) -> bool:

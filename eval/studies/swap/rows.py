@@ -17,7 +17,8 @@ Kind = Literal["dense", "training-free", "untrained", "trained", "control"]
 
 @dataclass(frozen=True)
 class Swap:
-    """A mechanism, its options, and the share of the blocks, from the first, that get it.
+    """A mechanism, its options, and the share of the blocks, from the first, or, negative, from the last,
+    that get it.
 
     Attributes: ``name``, registered, or the class of a control; ``positions``, how they are carried to
     another size, see :func:`xattn.backbone.resized`; ``trained``, whether the network was distilled by
@@ -62,7 +63,8 @@ class Swap:
         """The numbers of the blocks, of ``depth``, that get it."""
         if self.layers is not None:
             return self.layers
-        return range(max(1, round(self.share * depth)))
+        count = max(1, round(abs(self.share) * depth))
+        return range(depth)[-count:] if self.share < 0 else range(count)
 
     def blocks_text(self, depth: int) -> str:
         """Such as "8 of 12", counted from the first block; other blocks by their numbers."""
