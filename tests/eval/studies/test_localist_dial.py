@@ -30,7 +30,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def backbone():
-    return load_backbone(tiny(grid=(4, 4), num_classes=3).model, classes=NAMES)
+    return load_backbone(tiny(grid=(4, 4), num_classes=3, depth=2).model, classes=NAMES)
 
 
 @pytest.fixture(scope="module")
