@@ -270,11 +270,13 @@ def _mechanism(size_grid: tuple[int, int], wanted: str) -> dict[str, Any]:
 
 def _facts(
     seen: Reading, view: View, token: int, row: Tensor, kept: Tensor | None
-) -> dict[str, str]:
+) -> dict[str, str | None]:
     """The row in words."""
     prefix, n = len(seen.prefix), len(row)
     head = "mean of all heads" if view.head == MEAN else f"head {view.head}"
-    facts = {"Shown": f"layer {view.layer}, {head}, from {name_of(token, seen)}"}
+    facts: dict[str, str | None] = {
+        "Shown": f"layer {view.layer}, {head}, from {name_of(token, seen)}"
+    }
     for i, name in enumerate(seen.prefix):
         facts[f"To the {name}"] = f"{float(row[i]):.1%}"
     best = int(row[prefix:].argmax()) + prefix
@@ -291,16 +293,24 @@ def _facts(
         )
         if not math.isnan(away):
             facts["Mean distance"] = f"{away:.1f} patches"
-    regions = seen.maps[view.layer].get("region")
-    if regions is not None:
-        regions = regions[0].flatten().long()
-        masses = row.new_zeros(int(regions.max()) + 1).index_add(0, regions, row[prefix:])
-        facts["Leading region"] = (
-            f"number {int(masses.argmax())} of 0 to {len(masses) - 1} gets {float(masses.max()):.1%}"
-        )
+    facts["Leading region"] = _leading(seen, view, token)
     if kept is not None and not kept.all():
         facts["Reads"] = f"{int(kept.sum())} of {kept.numel()} patches; the others have no colour"
     return facts
+
+
+def _leading(seen: Reading, view: View, token: int) -> str | None:
+    """Where a dial's regions are: which one gets most of the row."""
+    regions = seen.maps[view.layer].get("region")
+    if regions is None:
+        return None
+    rows = seen.rows(token)[view.layer][:, len(seen.prefix) :]
+    numbers = regions[0].flatten().long()
+    masses = rows.new_zeros(len(rows), int(numbers.max()) + 1).index_add(1, numbers, rows)
+    if view.head == MEAN:
+        return f"gets {float(masses.amax(1).mean()):.1%}, mean over heads, each with its own"
+    own = masses[int(view.head)]
+    return f"{int(own.argmax())}, of 0 to {len(own) - 1}, gets {float(own.max()):.1%}"
 
 
 def _notes(seen: Reading, trained: Reading | None) -> None:
