@@ -33,7 +33,8 @@ class Inputs:
     causal: bool = False
     """Whether token i, a prefix token too, sees only tokens 0 to i."""
     carried: dict[Any, Any] | None = None
-    """In a converted model, what the layers of this pass leave for later ones; None elsewhere."""
+    """In a converted model, what the layers of this pass leave for later ones, and its ``"photo"`` for
+    mechanisms that read it; None elsewhere."""
 
     def __post_init__(self) -> None:
         if self.scale is None:

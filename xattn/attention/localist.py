@@ -188,7 +188,8 @@ class Localist(Mechanism):
     def _with_columns(self, inputs: Inputs, members: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, H, N, D + R), whose products are those of A's scores over the scale."""
         q, k, scale = inputs.q, inputs.k, inputs.scale
-        assert scale is not None
+        if not scale:
+            raise ValueError("scale: got 0; give the scale of the scores, 1 / sqrt(D) by default")
         with own_precision(q):
             share = math.sqrt(self.beta / abs(scale))  # on both sides, for half precision
             left = math.copysign(share, scale) * self.cosines(inputs, members)

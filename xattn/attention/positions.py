@@ -268,10 +268,11 @@ def prior_map(rotate: Rotation, means: tuple[Tensor, Tensor], inputs: Inputs) ->
     grid = inputs.grid
     assert grid is not None
     count = math.prod(grid)
-    q, k = (x.expand(-1, -1, count, -1) for x in means)
+    heads = means[0].shape[1]
+    q, k = (spread_heads(x, heads).expand(-1, -1, count, -1) for x in means)
     q, k = rotate(q, k, rotate.places(grid, 0, q))
     middle = (grid[0] - 1) // 2 * grid[1] + (grid[1] - 1) // 2
-    scores = inputs.scale * q[:, :, middle, None] @ spread_heads(k, q.shape[1]).transpose(-2, -1)
+    scores = inputs.scale * q[:, :, middle, None] @ k.transpose(-2, -1)
     return widen(scores[:, :, 0]).softmax(-1).unflatten(-1, grid)
 
 
