@@ -350,7 +350,7 @@ def test_relevance_of_every_mechanism_is_conserved_but_for_what_softmax_absorbs(
 @pytest.mark.parametrize("name, options", FIRST_CASES)
 def test_the_map_of_a_converted_network_accounts_for_its_logit(name, options):
     backbone = tiny("average", (5, 6), depth=2, embed_dim=32).double()
-    convert(backbone, name, options=options)
+    convert(backbone, name, range(2), options)
     explainer = create_explainer("attn_lrp", backbone)
     images = photos(backbone)
     maps = explainer.attribute(images, TARGET)

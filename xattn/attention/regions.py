@@ -94,7 +94,7 @@ def superpixels(photo: Tensor, grid: Sequence[int], count: int) -> Tensor:
     """About ``count`` of SLIC's superpixels of a photo (C, H, W), made of whole patches: (P,)."""
     from skimage.segmentation import slic
 
-    patches = F.adaptive_avg_pool2d(photo.detach().double(), tuple(grid)).permute(1, 2, 0)
+    patches = F.adaptive_avg_pool2d(photo.detach().double(), (grid[0], grid[1])).permute(1, 2, 0)
     low, high = patches.amin(), patches.amax()
     pixels = ((patches - low) / (high - low).clamp_min(1e-12)).cpu().numpy()
     labels = torch.from_numpy(slic(pixels, count, start_label=0, channel_axis=-1)).flatten()
