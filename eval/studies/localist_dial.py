@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,7 @@ def _of_points(draws: int) -> dict[str, dict[str, list[float]]]:
             generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(n, width, generator=generator, device="cpu")
             points = apart * corners[torch.arange(n, device="cpu") % clusters] + noise
-            _timed(values, lambda points=points: len(recruit(points, 1.0).anchors))
+            _timed(values, partial(_recruited, points))
         found[str(clusters)] = values
     return found
 
@@ -273,16 +274,20 @@ def _of_keys(
             assert isinstance(operator, SoftmaxOperator)
             keys = operator.k[:, :, backbone.prefix_tokens :].transpose(1, 2).flatten(2).cpu()
             for one in keys:
-                _timed(
-                    values, lambda one=one: int(recruited_regions(one, config.variance).max()) + 1
-                )
+                _timed(values, partial(recruited_regions, one, config.variance))
     return values
 
 
-def _timed(values: dict[str, list[float]], count: Callable[[], int]) -> None:
+def _recruited(points: Tensor) -> Tensor:
+    return recruit(points, 1.0).regions
+
+
+def _timed(values: dict[str, list[float]], find: Callable[[], Tensor]) -> None:
+    """Add how many regions ``find`` gives, and its seconds."""
     start = time.process_time()
-    values["regions"].append(count())
+    regions = find()
     values["seconds"].append(time.process_time() - start)
+    values["regions"].append(int(regions.max()) + 1)
 
 
 def _mean(values: Sequence[float], digits: int) -> str:
