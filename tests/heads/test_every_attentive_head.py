@@ -51,7 +51,7 @@ class FrozenGates(TorchFunctionMode):
 
 
 def gradient_shares(head, tokens):
-    """(B, K, T): value times gradient of each logit by it, weights and gates held."""
+    """(B, K, T): value times gradient of each logit by it, weights and gates held, less the reference."""
     with torch.no_grad():
         attended = head.attend(tokens)
         weights, values = head.sources(head.weights(attended.scores), attended)
@@ -63,7 +63,17 @@ def gradient_shares(head, tokens):
     for k in range(logits.shape[1]):
         (slope,) = torch.autograd.grad(logits[:, k].sum(), values, retain_graph=True)
         shares.append((slope * values).sum((1, 3)))
-    return torch.stack(shares, 1).detach()
+    return torch.stack(shares, 1).detach() - reference(head, tokens)
+
+
+def reference(head, tokens):
+    """(B, K, 1): what a patch's share is compared with; of random_feature, that of the mean patch."""
+    if head.name != "random_feature":
+        return 0.0
+    with torch.no_grad():
+        attended = head.attend(tokens)
+        nothing = dataclasses.replace(attended, values=torch.zeros_like(attended.values))
+        return (head.mean_patch_logits(tokens) - head.classify(nothing))[..., None] / N
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -319,7 +329,7 @@ def test_a_cnn_will_do_and_explains_through_the_explainer(name):
     else:
         with pytest.raises(ValueError, match="maps: got 'attention'"):
             create_explainer("head", backbone, head, maps="attention")
-        with pytest.raises(ValueError, match="the same for every image"):
+        with pytest.raises(ValueError, match="does not learn its weights"):
             create_head(name, backbone, explain_with="attention")
 
 

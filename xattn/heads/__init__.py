@@ -35,6 +35,7 @@ from xattn.heads.hyperzzw import HyperZZW
 from xattn.heads.lama import Lama
 from xattn.heads.linear import Linear
 from xattn.heads.memetector import MemeTector
+from xattn.heads.random_feature import RandomFeature
 from xattn.heads.siglip_map import SiglipMap
 from xattn.heads.simpool import SimPool
 from xattn.heads.ttame import LCam, TTame
@@ -63,6 +64,7 @@ __all__ = [
     "Lama",
     "Linear",
     "MemeTector",
+    "RandomFeature",
     "SiglipMap",
     "SimPool",
     "TTame",

@@ -109,7 +109,7 @@ class AttentiveHead(Head):
     """
 
     is_classifier: ClassVar[bool] = True
-    learns_scores: ClassVar[bool] = True  # False: fixed weights, as those of a mean
+    learns_scores: ClassVar[bool] = True  # False: weights of a mean, or random ones
     gated: bool = False  # whether ``finish`` has gains that depend on the image
     permutes: ClassVar[bool] = (
         True  # whether permuted patches give permuted maps and the same logits
@@ -138,8 +138,7 @@ class AttentiveHead(Head):
         super().__init__(backbone, {**options, "explain_with": plain})
         if explain_with == "attention" and not self.learns_scores:
             raise ValueError(
-                f"explain_with='attention': the weights of {self.name} are the same for every "
-                f"image; choose 'scores'"
+                f"explain_with='attention': {self.name} does not learn its weights; choose 'scores'"
             )
         self.explain_with = explain_with
         names = None if class_names is None else list(class_names)
@@ -211,6 +210,11 @@ class AttentiveHead(Head):
         (B or 1, M, Z) over it back to rows (B or 1, M, Q, V); here the queries are concatenated."""
         shape = pooled.shape[1:]
         return pooled.flatten(1), lambda rows: rows.unflatten(-1, shape)
+
+    def reference_shares(self, rows: Tensor, attended: Attended) -> Tensor:
+        """What every patch's share is compared with, (B or 1, M): the share of a patch that says nothing,
+        for ``rows`` (B or 1, M, Q, V) pulled back. Maps show the difference; 0 by default."""
+        return rows.new_zeros(1, rows.shape[1])
 
     # ------------------------------------------------------------------ what all heads share
 
@@ -362,7 +366,13 @@ class AttentiveHead(Head):
         if not torch.compiler.is_compiling():  # a graph has no fixed batch and takes all at once
             size = max(1, CHUNK // (batch * queries * max(count, values.shape[-1])))
         parts = [rows] if rows.shape[1] <= size else rows.split(size, 1)
-        shares = torch.cat([_shares(pull(part), weights, values) for part in parts], 1)
+        shares = torch.cat(
+            [
+                _shares(own, weights, values) - self.reference_shares(own, attended)[..., None]
+                for own in map(pull, parts)
+            ],
+            1,
+        )
         patches = shares[..., count - tokens.grid[0] * tokens.grid[1] :]
         return ClassMaps(patches.unflatten(-1, tokens.grid), logits - patches.sum(-1))
 

@@ -3,16 +3,17 @@
 The published recipe is that of efficient probing (arXiv 2506.10178): LARS, a linear warm-up followed by a
 cosine, no weight decay. Held-out photos stop the training early, and the weights of the best epoch are
 kept. A step can also train against changes of the attention scores
-(:mod:`xattn.training.attention_training`).
+(:mod:`xattn.training.attention_training`). A head with a ``solve`` of its own is solved for instead.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 
 from xattn.config import ProbeConfig
-from xattn.heads import AttentiveHead
+from xattn.heads import AttentiveHead, Tokens
 from xattn.heads.base import keeping_statistics
+from xattn.heads.solvable import LabelledTokens, Solvable
 from xattn.training.attention_training import Perturbation, create_perturbation, head_loss
 from xattn.training.feature_batches import FeatureBatch, FeatureBatches, LabelledPhotos
 from xattn.training.features import Features
@@ -30,6 +32,8 @@ from xattn.training.probe_scores import ProbeScores, answers, check_features, to
 from xattn.training.processes import own_accelerator
 from xattn.training.run import Run, RunOptions
 from xattn.training.splits import check_labels
+
+AT_ONCE = 64  # photos whose tokens a solve reads at once
 
 __all__ = ["ProbeResult", "ProbeScores", "answers", "create_optimizer", "learning_rate", "probe"]
 
@@ -76,7 +80,7 @@ def probe(
     progress: bool = True,
     on_checkpoint: Callable[[int, AttentiveHead], None] | None = None,
 ) -> ProbeResult:
-    """Train ``head`` in place.
+    """Train ``head`` in place, or let it solve for its weights, which is one step of one epoch.
 
     Args:
         features: of the head's backbone, see :func:`~xattn.training.features.cache_features`.
@@ -110,8 +114,9 @@ def probe(
         for name, index in (("train", list(train)), ("validation", list(validation)))
     }
     options = RunOptions(output, resume, progress, on_checkpoint)
+    run = _solve if isinstance(head, Solvable) else _train
     with own_accelerator(next(head.parameters()).device, config.precision) as accelerator:
-        return _train(head, features, parts, config, accelerator, options)
+        return run(head, features, parts, config, accelerator, options)
 
 
 def _check_head(head: AttentiveHead, features: Features, config: ProbeConfig) -> None:
@@ -145,10 +150,10 @@ class _EpochHistory:
         ):  # they must fit: the run ends with them if no later epoch is better
             self.head.load_state_dict(self.best["head"])
 
-    def add(self, epoch: int, train_loss: float, scores: ProbeScores) -> None:
+    def add(self, epoch: int, train_loss: float, scores: ProbeScores, **more: float) -> None:
         """Record an epoch that ended with ``scores``, and keep its weights if it is the best."""
         record = {"epoch": epoch, "train": train_loss, "loss": scores.loss}
-        self.records = [*self.records, {**record, "accuracy": scores.accuracy}]
+        self.records = [*self.records, {**record, "accuracy": scores.accuracy, **more}]
         value = [-scores.loss, scores.accuracy]
         value = value if self.config.monitor == "loss" else value[::-1]
         if value > self.best["value"]:
@@ -207,18 +212,72 @@ def _train(
                 if run.step % config.checkpoint_every < per_epoch or ended():
                     run.checkpoint()
         head.load_state_dict(history.best["head"])
+        return _finish(run, history, features, parts, seconds)
+
+
+def _solve(
+    head: AttentiveHead,
+    features: Features,
+    parts: dict[str, LabelledPhotos],
+    config: ProbeConfig,
+    accelerator: Any,
+    options: RunOptions,
+) -> ProbeResult:
+    """As :func:`_train`, for a head with a solve; each of several processes solves for itself."""
+    assert isinstance(head, Solvable)
+    history, seconds = _EpochHistory(head, config), []
+    run = Run(head, create_optimizer(head, config), accelerator, config, history, 1, options)
+    photos = {name: part.digest for name, part in parts.items()}
+    with run.open({"features": features.digest, "photos": photos}):
         head.eval()
-        scores = _validate(head, features, parts["validation"])
-        head.summary = {
-            "photos": len(parts["train"].index),
-            "validation": len(parts["validation"].index),
-            "steps": run.step,
-            "best_epoch": history.best["epoch"],
-            "accuracy": round(scores.accuracy, 6),
-            "ece": round(scores.ece, 6),
-            "config": asdict(config),
-        }
-        run.save_head()
+        if not run.step:
+            train, validation = (
+                LabelledTokens(partial(_token_batches, head, features, part.index), part.labels)
+                for part in parts.values()
+            )
+            started = time.perf_counter()
+            found = head.solve(train, validation)
+            seconds.append(time.perf_counter() - started)
+            loss = _validate(head, features, parts["train"]).loss
+            scores = _validate(head, features, parts["validation"])
+            run.check_finite(1, loss, scores.loss)
+            with run.steps():
+                run.losses = {"loss": loss}
+                run.advance(0, 0.0)
+            history.add(0, loss, scores, **found)
+            run.checkpoint()
+        return _finish(run, history, features, parts, seconds)
+
+
+def _token_batches(
+    head: AttentiveHead, features: Features, index: Sequence[int]
+) -> Iterator[Tokens]:
+    for start in range(0, len(index), AT_ONCE):
+        yield to_head(head, head.tokens(features.taps(index[start : start + AT_ONCE])))
+
+
+def _finish(
+    run: Run[AttentiveHead],
+    history: _EpochHistory,
+    features: Features,
+    parts: dict[str, LabelledPhotos],
+    seconds: list[float],
+) -> ProbeResult:
+    """Validate and save the head as it is."""
+    head = run.head.eval()
+    scores = _validate(head, features, parts["validation"])
+    head.summary = {
+        "photos": len(parts["train"].index),
+        "validation": len(parts["validation"].index),
+        "steps": run.step,
+        "best_epoch": history.best["epoch"],
+        "accuracy": round(scores.accuracy, 6),
+        "ece": round(scores.ece, 6),
+        "config": asdict(run.config),
+    }
+    if isinstance(head, Solvable):
+        head.summary["solve"] = history.records[0]
+    run.save_head()
     best, records = history.best["epoch"], history.records
     return ProbeResult(head, scores, run.step, best, records, seconds, run.folder, run.main)
 
