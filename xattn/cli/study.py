@@ -22,6 +22,7 @@ from xattn.eval.studies.study_configs import (
     SwapStudyConfig,
     TextStudyConfig,
 )
+from xattn.eval.studies.theory_configs import InContextConfig, RandomFeatureConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +348,52 @@ class StudyDial:
             print(line, flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyRandomFeatures:
+    """Random-feature attention on photos: accuracy, exact maps, and what the class token does alone."""
+
+    data: str
+    """Photos, as for probe; files."""
+    labels: Path | None = None
+    """As for probe; by default the class of a photo is its folder."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    study: tyro.conf.OmitArgPrefixes[RandomFeatureConfig] = field(
+        default_factory=RandomFeatureConfig
+    )
+    quick: bool = False
+    """Few heads and seeds, to see that all runs."""
+    output: Path = Path("runs/study-random-features")
+    """Folder of features, what was measured, report.md and scaling.csv."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import random_features
+
+        config = self.study.quick() if self.quick else self.study
+        lines = random_features.study(
+            self.model.load(), self.data, self.labels, self.output, config
+        )
+        for line in lines:
+            print(line, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyIcl:
+    """In-context linear regression: the circuit that softmax heads learn, beside that of theory."""
+
+    study: tyro.conf.OmitArgPrefixes[InContextConfig] = field(default_factory=InContextConfig)
+    quick: bool = False
+    """6,000 steps, with thresholds that are three times as wide."""
+    output: Path = Path("runs/study-icl")
+    """Folder of checkpoints, report.md, circuit.json and circuit.png."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import in_context_regression
+
+        config = self.study.quick() if self.quick else self.study
+        for line in in_context_regression.study(self.output, config):
+            print(line, flush=True)
+
+
 STUDIES: dict[str, type[Any]] = {
     "at": StudyAt,
     "image": StudyImage,
@@ -361,6 +408,8 @@ STUDIES: dict[str, type[Any]] = {
     "exact-rollout": StudyExactRollout,
     "blocks": StudyBlocks,
     "dial": StudyDial,
+    "random-features": StudyRandomFeatures,
+    "icl": StudyIcl,
 }
 if TYPE_CHECKING:
     Choice = Any

@@ -23,7 +23,7 @@ from xattn.heads.attended import Attended, Queries, Tokens, pool_by
 from xattn.heads.attentive import AttentiveHead, Shared
 from xattn.heads.base import register_head
 from xattn.heads.random_attention import attention, queries_of, random_weights, with_one
-from xattn.heads.ridge import best_temperature, dual_ridge
+from xattn.heads.ridge import DualRidge, best_temperature
 from xattn.heads.solvable import LabelledTokens
 from xattn.heads.token_scale import TokenScale
 from xattn.runtime.option_checks import Count, Where
@@ -59,7 +59,7 @@ class RandomFeature(AttentiveHead):
             token, which then does most of the classifying: :meth:`solve` measures how much, and warns.
         biased: BRFA: W_m is drawn around the identity; not for a constant query, which it leaves at 0.
         components: principal components of the patches to keep, D; None keeps all channels.
-        ridge: of the regression, see :func:`~xattn.heads.ridge.dual_ridge`; None chooses it.
+        ridge: of the regression, see :class:`~xattn.heads.ridge.DualRidge`; None chooses it.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Raises:
@@ -179,7 +179,7 @@ class RandomFeature(AttentiveHead):
         for block in blocks:
             wide = block.double()
             kernel += (wide @ wide.mT).cpu()
-        fit = dual_ridge(kernel, F.one_hot(labels, self.num_classes).double(), self.ridge)
+        fit = DualRidge(kernel).fit(F.one_hot(labels, self.num_classes), self.ridge)
         temperature = best_temperature(fit.left_out, labels)
         if self.norm is not None:
             self.norm.reset_running_stats()

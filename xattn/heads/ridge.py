@@ -9,11 +9,11 @@ lambda alpha_i / (lambda C_ii - 1/n) with C = (H K H + lambda I)^-1 (Allen 1974)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # Half decades of lambda, relative to the mean eigenvalue.
 RIDGES = tuple(10 ** (k / 2) for k in range(-12, 7))
@@ -32,80 +32,77 @@ class RidgeFit(NamedTuple):
     ridge: float
 
 
-def dual_ridge(kernel: Tensor, targets: Tensor, ridge: float | None = None) -> RidgeFit:
-    """Fit ``targets`` (n, K) by the ``kernel`` (n, n) of the examples.
-
-    Args:
-        ridge: lambda over the mean eigenvalue of the centred kernel; None takes the one of
-            :data:`RIDGES` with the least squared leave-one-out error.
+class DualRidge:
+    """The decomposed ``kernel`` (n, n) of n examples, to fit any targets by.
 
     Raises:
-        ValueError: a negative or infinite ridge, a kernel that is not finite or the same for all
-            examples, or a ridge of 0 with a singular kernel.
+        ValueError: fewer than two examples, or a kernel that is not finite or the same for all of them.
     """
-    if ridge is not None and not 0 <= ridge < float("inf"):
-        raise ValueError(f"ridge: got {ridge}; give 0 or more, or None to choose it")
-    kernel, targets = kernel.double(), targets.double()
-    n = len(kernel)
-    if n < 2 or not kernel.isfinite().all():
-        raise ValueError(
-            f"features: got {n} examples{'' if n < 2 else ' and numbers that are not finite'}; give "
-            f"two or more finite ones"
-        )
-    rows = kernel - kernel.mean(0)
-    values, vectors = torch.linalg.eigh(rows - rows.mean(1, keepdim=True))
-    values = values.clamp_min(0)
-    largest = float(values[-1])
-    if not largest > SINGULAR * float(kernel.diagonal().abs().max()):
-        raise ValueError(
-            "features: all examples are alike, so nothing can be learned from them; give photos that "
-            "differ"
-        )
-    centred = targets - targets.mean(0)
-    fits = [_fit(values, vectors, centred, r) for r in _ridges(ridge, values, n)]
-    best = min(fits, key=lambda fit: float(fit.left_out.square().sum()))
-    mean = targets.mean(0)
-    intercept = mean - kernel.mean(0) @ best.alpha
-    return best._replace(intercept=intercept, left_out=targets - best.left_out)
 
+    def __init__(self, kernel: Tensor) -> None:
+        kernel = kernel.double()
+        n = len(kernel)
+        if n < 2:
+            raise ValueError(f"features: got {n} examples; give two or more")
+        if not kernel.isfinite().all():
+            raise ValueError("features: got numbers that are not finite; check the tokens")
+        self.means = kernel.mean(0)
+        rows = kernel - self.means
+        values, self.vectors = torch.linalg.eigh(rows - rows.mean(1, keepdim=True))
+        self.values = values.clamp_min(0)
+        if not float(self.values[-1]) > SINGULAR * float(kernel.diagonal().abs().max()):
+            raise ValueError(
+                "features: all examples are alike, so nothing can be learned from them; give photos "
+                "that differ"
+            )
 
-def _ridges(ridge: float | None, values: Tensor, n: int) -> Sequence[float]:
-    """Those to choose from."""
-    if ridge is None:
-        return RIDGES
-    rank = int((values > SINGULAR * values[-1]).sum())
-    if ridge == 0 and rank < n - 1:
-        raise ValueError(
-            f"ridge: got 0, and the kernel of {n} examples is singular (rank {rank}); give a positive "
-            f"ridge, or None to choose it"
-        )
-    return (ridge,)
+    @property
+    def rank(self) -> int:
+        """Of the centred kernel; n - 1 where nothing is singular."""
+        return int((self.values > SINGULAR * self.values[-1]).sum())
 
+    def fit(self, targets: Tensor, ridge: float | None = None) -> RidgeFit:
+        """Fit ``targets`` (n, K).
 
-def _fit(values: Tensor, vectors: Tensor, centred: Tensor, ridge: float) -> RidgeFit:
-    """The fit with one ridge; ``left_out`` holds the residuals, ``intercept`` is still to come."""
-    n = len(values)
-    shrunk = float(ridge * values.mean())
-    inverse = 1 / (values + shrunk) if shrunk else _pseudo_inverse(values)
-    alpha = vectors @ (inverse[:, None] * (vectors.mT @ centred))
-    gains = vectors.square() @ (shrunk * inverse) - 1 / n if shrunk else None
-    if gains is None:  # the limit of both sides over lambda
-        left_out = alpha / (vectors.square() @ inverse)[:, None]
-    else:
-        left_out = shrunk * alpha / gains[:, None]
-    return RidgeFit(alpha, centred[0], left_out, ridge)
+        Args:
+            ridge: lambda over the mean eigenvalue of the centred kernel; None takes the one of
+                :data:`RIDGES` with the least squared leave-one-out error.
 
+        Raises:
+            ValueError: a negative or infinite ridge, or one of 0 with a singular kernel.
+        """
+        if ridge is not None and not 0 <= ridge < float("inf"):
+            raise ValueError(f"ridge: got {ridge}; give 0 or more, or None to choose it")
+        n = len(self.values)
+        if ridge == 0 and self.rank < n - 1:
+            raise ValueError(
+                f"ridge: got 0, and the kernel of {n} examples is singular (rank {self.rank}); give a "
+                f"positive ridge, or None to choose it"
+            )
+        targets = targets.double()
+        mean = targets.mean(0)
+        turned = self.vectors.mT @ (targets - mean)
+        fits = [self._fit(turned, r) for r in (RIDGES if ridge is None else (ridge,))]
+        alpha, residuals, chosen = min(fits, key=lambda fit: float(fit[1].square().sum()))
+        return RidgeFit(alpha, mean - self.means @ alpha, targets - residuals, chosen)
 
-def _pseudo_inverse(values: Tensor) -> Tensor:
-    """1 / value, and 0 for the constant direction, whose value is 0."""
-    inverse = 1 / values.clamp_min(SINGULAR * float(values[-1]))
-    return inverse.masked_fill(values <= SINGULAR * values[-1], 0.0)
+    def _fit(self, turned: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]:
+        """alpha, the leave-one-out residuals, and the ridge."""
+        values, weights = self.values, self.vectors.square()
+        shrunk = float(ridge * values.mean())
+        if shrunk:
+            inverse = 1 / (values + shrunk)
+            scale = (weights @ (shrunk * inverse) - 1 / len(values)) / shrunk
+        else:  # the limit, without the constant direction
+            zero = values <= SINGULAR * values[-1]
+            inverse = torch.where(zero, 0.0, 1 / values.masked_fill(zero, 1.0))
+            scale = weights @ inverse
+        alpha = self.vectors @ (inverse[:, None] * turned)
+        return alpha, alpha / scale[:, None], ridge
 
 
 def best_temperature(predictions: Tensor, labels: Tensor) -> float:
     """The factor of :data:`TEMPERATURES` by which ``predictions`` (n, K) have the least cross-entropy with
     ``labels`` (n,): of what was left out, it makes logits of a regression on class indicators."""
-    losses = [
-        torch.nn.functional.cross_entropy(t * predictions.double(), labels) for t in TEMPERATURES
-    ]
+    losses = [F.cross_entropy(t * predictions.double(), labels) for t in TEMPERATURES]
     return TEMPERATURES[int(torch.stack(losses).argmin())]

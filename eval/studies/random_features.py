@@ -1,0 +1,340 @@
+"""Random-feature attention on a frozen backbone: accuracy, exact maps, and who classifies, patches or query.
+
+    xattn study random-features --data photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+
+The head ``random_feature`` is solved for on cached tokens, with each kind of query, beside ridge and
+logistic regression on the mean patch and on the class token. Each fold is tested once for each seed. The
+last table fits functions of random tokens that are known, see :mod:`~xattn.eval.studies.random_scaling`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xattn.backbone import Backbone
+from xattn.correlation import spearman
+from xattn.eval.bootstrap import mean_interval
+from xattn.eval.studies.coarse_groups import fit_probe
+from xattn.eval.studies.random_scaling import MODELS, scaling
+from xattn.eval.studies.swap.networks import kept_record
+from xattn.eval.studies.theory_configs import RandomFeatureConfig
+from xattn.heads import Tokens
+from xattn.heads.attentive import AttentiveHead, has_class_token
+from xattn.heads.random_feature import RandomFeature
+from xattn.heads.ridge import DualRidge
+from xattn.heads.seeded import seeded_head
+from xattn.heads.solvable import LabelledTokens
+from xattn.photos.image_files import Files
+from xattn.photos.labels import Labels, read_labels
+from xattn.photos.sources import open_photos
+from xattn.runtime import strict_json
+from xattn.runtime.files import atomic_file, check_folder, write_json
+from xattn.training.features import Features, cache_features
+from xattn.training.splits import stratified_folds
+
+AT_ONCE = 64  # photos whose tokens are read at once
+DEFAULTS = RandomFeatureConfig()
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Cached tokens of photos, their classes, and the parts they are tested in."""
+
+    backbone: Backbone
+    features: Features
+    labels: Tensor
+    names: list[str]
+    folds: list[list[int]]
+
+    def part(self, head: AttentiveHead, index: Sequence[int]) -> LabelledTokens:
+        """The photos ``index`` as ``head`` reads them."""
+
+        def batches() -> Iterator[Tokens]:
+            for start in range(0, len(index), AT_ONCE):
+                yield head.tokens(self.features.taps(index[start : start + AT_ONCE]))
+
+        return LabelledTokens(batches, self.labels[list(index)])
+
+    def rest(self, fold: Sequence[int]) -> list[int]:
+        """The photos to learn from."""
+        return sorted(set(range(len(self.labels))) - set(fold))
+
+
+def study(
+    backbone: Backbone,
+    data: str | Path,
+    labels: str | Path | None = None,
+    output: str | Path = "runs/study-random-features",
+    config: RandomFeatureConfig = DEFAULTS,
+    *,
+    progress: bool = True,
+) -> Iterator[str]:
+    """Solve and measure what is not finished yet, write the report, and give its lines.
+
+    Args:
+        data, labels: photos and their classes, as for ``xattn probe``.
+        output: folder of features, what was measured, report.md and scaling.csv.
+
+    Raises:
+        ValueError: a query that the backbone does not have, photos without classes, or ``output`` holds
+            results of other settings or photos.
+    """
+    output = Path(output)
+    if "cls" in config.queries and not has_class_token(backbone):
+        raise ValueError(
+            f"queries: got cls; {backbone.name} has no class token, give constant and gap alone"
+        )
+    backbone = backbone if backbone.adapter else backbone.with_taps(["head"])
+    check_folder(output)
+    photos = _photos(backbone, data, labels, output, config, progress)
+    kept_record(output / "record.json", _record(photos, config))
+    rows = _baselines(photos)
+    measured = {query: _measured(photos, query, output, config) for query in config.queries}
+    lines = [
+        f"{backbone.name}, {len(photos.labels)} photos of {len(photos.names)} classes, {config.folds} "
+        f"folds, M = {config.heads}, {config.seeds} draws of the heads"
+        + ("" if config.components is None else f", {config.components} principal components"),
+        *_accuracies(rows, measured),
+        *_exactness(measured),
+    ]
+    files = {}
+    if config.scaling:
+        found = [
+            record for seed in range(config.seeds) for record in _scaling(output, config, seed)
+        ]
+        lines += _scaling_table(found, config)
+        files["scaling.csv"] = _scaling_csv(found)
+    files["report.md"] = "\n".join(lines) + "\n"
+    for name, text in files.items():
+        with atomic_file(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    yield from lines
+    yield f"\nreport: {', '.join(str(output / name) for name in sorted(files))}"
+
+
+def _photos(
+    backbone: Backbone,
+    data: str | Path,
+    labels: str | Path | None,
+    output: Path,
+    config: RandomFeatureConfig,
+    progress: bool,
+) -> Photos:
+    everything = open_photos(data)
+    if not isinstance(everything, Files):
+        raise ValueError(f"data: {data} holds no files; give a folder or a list of photos")
+    known = read_labels([everything.name(i) for i in range(len(everything))], labels)
+    chosen = Files([everything.paths[i] for i in known.used])
+    features = cache_features(backbone, chosen, output / "features", progress=progress)
+    own: Labels = read_labels(features.names, labels)
+    groups = [own.names[i] for i in own.index.tolist()]
+    folds = stratified_folds(groups, config.folds, config.seed)
+    return Photos(backbone, features, own.index, own.names, folds)
+
+
+def _record(photos: Photos, config: RandomFeatureConfig) -> dict[str, Any]:
+    """What all results depend on; queries may be added later."""
+    untold = ("queries", "scaling", "examples", "tests", "width", "tokens", "seeds")
+    settings = {k: v for k, v in asdict(config).items() if k not in untold}
+    return {
+        "features": photos.features.digest,
+        "labels": photos.labels.tolist(),
+        "config": settings,
+    }
+
+
+# ---------------------------------------------------------------------- photos
+
+
+def _baselines(photos: Photos) -> dict[str, list[float]]:
+    """Whether each photo is classified right from one vector: (n,) by row."""
+    taps = photos.features.taps(range(len(photos.labels)))
+    vectors = {"mean patch": taps.maps[-1].flatten(2).mean(2)}
+    if taps.prefix is not None and has_class_token(photos.backbone):
+        vectors["class token"] = taps.prefix[:, 0]
+    classes = len(photos.names)
+    found: dict[str, list[float]] = {}
+    for name, x in vectors.items():
+        right = {f"{name}, ridge": [0.0] * len(x), f"{name}, logistic": [0.0] * len(x)}
+        for fold in photos.folds:
+            seen = photos.rest(fold)
+            kernel = x.double() @ x.double().mT
+            fit = DualRidge(kernel[seen][:, seen]).fit(F.one_hot(photos.labels[seen], classes))
+            answers = [kernel[fold][:, seen] @ fit.alpha + fit.intercept]
+            answers.append(fit_probe(x[seen], photos.labels[seen], classes)(x[fold]))
+            for row, logits in zip(right.values(), answers, strict=True):
+                for i, k in zip(fold, logits.argmax(1).tolist(), strict=True):
+                    row[i] = float(k == photos.labels[i])
+        found.update(right)
+    return found
+
+
+def _measured(
+    photos: Photos, query: str, output: Path, config: RandomFeatureConfig
+) -> list[dict[str, Any]]:
+    """A record for each seed and fold, see :func:`measure`."""
+    found = []
+    for seed, fold in itertools.product(range(config.seeds), range(config.folds)):
+        file = output / query / f"seed-{seed}-fold-{fold}.json"
+        if not file.is_file():
+            write_json(file, measure(photos, query, seed, photos.folds[fold], config))
+        record = strict_json.read(file, "output", "delete it, to measure again")
+        found.append({"seed": seed, "fold": photos.folds[fold], **record})
+    return found
+
+
+def measure(
+    photos: Photos, query: str, seed: int, fold: Sequence[int], config: RandomFeatureConfig
+) -> dict[str, Any]:
+    """Solve on the other photos, and test on those of ``fold``.
+
+    Returns:
+        CPU ``seconds`` of the solve; for each photo whether it is ``right``, and still ``kept`` once every
+        patch is the mean patch; the ``maps`` of its class; and by how much maps and that rest differ from
+        the logits, relative to the largest, in ``float32`` and ``float64``.
+    """
+    options = {"heads": config.heads, "query": query, "components": config.components}
+    options["biased"] = config.biased and query != "constant"
+    head = seeded_head(
+        "random_feature", photos.backbone, seed, class_names=photos.names, **options
+    ).eval()
+    assert isinstance(head, RandomFeature)
+    tested = photos.part(head, fold)
+    started = time.process_time()
+    with warnings.catch_warnings():  # what the class token does is a column of the report
+        warnings.simplefilter("ignore")
+        head.solve(photos.part(head, photos.rest(fold)), tested)
+    seconds = time.process_time() - started
+    right, kept, maps, gaps = [], [], [], [0.0]
+    with torch.no_grad():
+        for tokens, labels in zip(tested.batches(), tested.labels.split(AT_ONCE), strict=True):
+            logits, alone = head.logits(tokens), head.mean_patch_logits(tokens)
+            gaps.append(_gap(head, tokens))
+            right += (logits.argmax(1) == labels).double().tolist()
+            kept += (alone.argmax(1) == labels).double().tolist()
+            maps += head.class_maps(tokens, labels).maps[:, 0].flatten(1).tolist()
+        few = next(iter(tested.batches()))
+        wide = Tokens(tuple(p[:4].double() for p in few.patches), few.prefix[:4].double(), few.grid)
+        exact = _gap(head.double(), wide)
+    return {
+        "seconds": seconds, "right": right, "kept": kept, "maps": maps,
+        "float32": max(gaps), "float64": exact,
+    }  # fmt: skip
+
+
+def _gap(head: RandomFeature, tokens: Tokens) -> float:
+    """Largest difference of maps and rest from the logits, over the largest logit."""
+    logits = head.logits(tokens)
+    together = head.class_maps(tokens).maps.sum((2, 3)) + head.mean_patch_logits(tokens)
+    return float((together - logits).abs().max() / logits.abs().max())
+
+
+def _by_photo(records: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """The mean over seeds for each photo."""
+    values: dict[int, list[float]] = {}
+    for record in records:
+        for photo, value in zip(record["fold"], record[key], strict=True):
+            values.setdefault(photo, []).append(value)
+    return [float(np.mean(values[photo])) for photo in sorted(values)]
+
+
+def agreement(records: Sequence[Mapping[str, Any]]) -> float:
+    """Mean rank correlation of the maps of a photo's class by heads of two seeds; NaN for one seed."""
+    by_seed: dict[int, dict[int, list[float]]] = {}
+    for record in records:
+        maps = by_seed.setdefault(record["seed"], {})
+        maps.update(zip(record["fold"], record["maps"], strict=True))
+    order = [torch.tensor([maps[i] for i in sorted(maps)]) for maps in by_seed.values()]
+    pairs = list(itertools.combinations(order, 2))
+    return float(np.mean([float(spearman(a, b).mean()) for a, b in pairs])) if pairs else np.nan
+
+
+def _accuracies(
+    rows: Mapping[str, Sequence[float]], measured: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> Iterator[str]:
+    yield ""
+    yield "| classifier | accuracy | with the mean patch alone | CPU seconds a fold |"
+    yield "| :-- | --: | --: | --: |"
+    for name, values in rows.items():
+        yield f"| {name} | {_interval(values)} | | |"
+    for query, records in measured.items():
+        seconds = np.mean([record["seconds"] for record in records])
+        cells = [_interval(_by_photo(records, key)) for key in ("right", "kept")]
+        yield f"| random_feature, query {query} | {' | '.join(cells)} | {seconds:.1f} |"
+
+
+def _interval(values: Sequence[float]) -> str:
+    found = mean_interval(values)
+    return f"{found.mean:.3f} [{found.lo:.3f}, {found.hi:.3f}]"
+
+
+def _exactness(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    yield ""
+    yield "| query | maps of two seeds, rank correlation | gap to the logit, float32 | float64 |"
+    yield "| :-- | --: | --: | --: |"
+    for query, records in measured.items():
+        gaps = [max(record[kind] for record in records) for kind in ("float32", "float64")]
+        yield f"| {query} | {agreement(records):.3f} | {gaps[0]:.1e} | {gaps[1]:.1e} |"
+
+
+# ---------------------------------------------------------------------- known functions
+
+
+def _scaling(output: Path, config: RandomFeatureConfig, seed: int) -> list[dict[str, Any]]:
+    file = output / "scaling" / f"seed-{seed}.json"
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    wanted = {k: settings[k] for k in ("heads", "examples", "tests", "width", "tokens")}
+    if file.is_file():
+        found = strict_json.read(file, "output", "delete it, to measure again")
+        if found["config"] == wanted:
+            return found["records"]  # type: ignore[no-any-return]
+    records = list(scaling(config, seed))
+    write_json(file, {"config": wanted, "records": records})
+    return records
+
+
+def _means(found: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int], float]:
+    values: dict[tuple[str, str, int], list[float]] = {}
+    for record in found:
+        key = record["function"], record["model"], record["n"]
+        values.setdefault(key, []).append(record["mse"])
+    return {key: float(np.mean(some)) for key, some in values.items()}
+
+
+def _scaling_table(
+    found: Sequence[Mapping[str, Any]], config: RandomFeatureConfig
+) -> Iterator[str]:
+    means = _means(found)
+    first, last = config.examples[0], config.examples[-1]
+    yield ""
+    yield (
+        f"| function of {config.tokens} tokens of width {config.width}: error, 1 for the mean "
+        f"| {' | '.join(f'{m}, n = {first}, {last}' for m in MODELS)} |"
+    )
+    yield "| :-- |" + " --: |" * len(MODELS)
+    for name in sorted({function for function, _, _ in means}):
+        pairs = [[means[name, model, n] for n in (first, last)] for model in MODELS]
+        yield f"| {name} | {' | '.join(f'{a:.3f}, {b:.3f}' for a, b in pairs)} |"
+
+
+def _scaling_csv(found: Sequence[Mapping[str, Any]]) -> str:
+    """Means over the seeds, a line for each function, model and n."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["function", "model", "n", "mse"])
+    for key, value in sorted(_means(found).items()):
+        writer.writerow([*key, f"{value:.6g}"])
+    return stream.getvalue()

@@ -1,0 +1,92 @@
+"""How many examples random-feature attention needs for a function of tokens, beside a network of two layers.
+
+    f1 = 1/N sum_i <beta, x_i>^p,   f2 = 1/N sum_i <x_0, x_i>^p,   f3 = 1/N sum_i <x_0, x_i>^p <beta, x_i>
+
+of a query x_0 and N tokens on the unit sphere (after arXiv 2307.11353, section 5). RFA and BRFA are fitted
+by the ridge regression of the head ``random_feature``; the network has as many random ReLU units of all
+tokens side by side as they have weights, M (d + 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xattn.eval.studies.theory_configs import RandomFeatureConfig
+from xattn.heads.random_attention import features, queries_of, random_weights, with_one
+from xattn.heads.ridge import DualRidge
+
+POWERS = (1, 2, 3)
+MODELS = ("RF-MLP", "RFA", "BRFA")
+BLOCK = 2**23  # entries of features at once
+
+
+def tokens_of(config: RandomFeatureConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """Queries (n, d) and tokens (n, N, d) of all examples, those to test on last."""
+    count = config.examples[-1] + config.tests
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, config.tokens + 1, config.width, generator=generator)
+    x = F.normalize(x, dim=-1)
+    return x[:, 0], x[:, 1:]
+
+
+def targets_of(x_0: Tensor, x: Tensor, seed: int) -> dict[str, Tensor]:
+    """The functions by name, (n,) each, with mean 0 and variance 1 over the examples."""
+    generator = torch.Generator().manual_seed(seed)
+    beta = F.normalize(torch.randn(x.shape[2], generator=generator), dim=0)
+    along, beside = (x @ beta).double(), (x @ x_0[..., None])[..., 0].double()
+    found = {}
+    for p in POWERS:
+        found[f"f1, p = {p}"] = along**p
+        found[f"f2, p = {p}"] = beside**p
+        found[f"f3, p = {p}"] = beside**p * along
+    means = {name: values.mean(1) for name, values in sorted(found.items())}
+    return {name: (v - v.mean()) / v.std(correction=0) for name, v in means.items()}
+
+
+def kernel_of(model: str, x_0: Tensor, x: Tensor, fitted: int, heads: int, seed: int) -> Tensor:
+    """(n, fitted), in float64: products of the features of all examples and of the first ``fitted``."""
+    width = x.shape[2]
+    generator = torch.Generator().manual_seed(seed)
+    size = max(1, min(heads, BLOCK // (len(x) * (width + 1))))
+    features_of: Callable[[int], Tensor]
+    if model == "RF-MLP":
+        joined = torch.cat([x_0[:, None], x], 1).flatten(1) / math.sqrt(x.shape[1] + 1)
+        joined = with_one(joined)
+
+        def features_of(count: int) -> Tensor:
+            units = torch.randn(joined.shape[1], count * (width + 1), generator=generator)
+            return (joined @ units).relu()
+    else:
+        keys = with_one(x)
+
+        def features_of(count: int) -> Tensor:
+            weights = random_weights(width + 1, count, width + 1, model == "BRFA", generator)
+            return features(queries_of(with_one(x_0), weights), keys).flatten(1)
+
+    kernel = torch.zeros(len(x), fitted, dtype=torch.float64)
+    for first in range(0, heads, size):
+        phi = features_of(min(size, heads - first)).double()
+        kernel += phi @ phi[:fitted].mT
+    return kernel
+
+
+def scaling(config: RandomFeatureConfig, seed: int) -> Iterator[dict[str, object]]:
+    """A record of model, function, ``n`` and ``mse``, the mean squared error on the test examples; 1 is
+    that of the mean."""
+    x_0, x = tokens_of(config, seed)
+    targets = targets_of(x_0, x, seed)
+    most = config.examples[-1]
+    for model in MODELS:
+        kernel = kernel_of(model, x_0, x, most, config.heads, seed)
+        for n in config.examples:
+            solver = DualRidge(kernel[:n, :n])
+            for name, values in targets.items():
+                fit = solver.fit(values[:n, None])
+                found = kernel[most:, :n] @ fit.alpha + fit.intercept
+                mse = float((found[:, 0] - values[most:]).square().mean())
+                yield {"model": model, "function": name, "n": n, "mse": mse}
