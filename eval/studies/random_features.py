@@ -1,4 +1,4 @@
-"""Random-feature attention on a frozen backbone: accuracy, exact maps, and who classifies, patches or query.
+"""Random-feature attention on a frozen backbone: accuracy, exact maps, and what the query does alone.
 
     xattn study random-features --data photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 

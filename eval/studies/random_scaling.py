@@ -1,4 +1,4 @@
-"""How many examples random-feature attention needs for a function of tokens, beside a network of two layers.
+"""How many examples random-feature attention needs for a function of tokens, beside a two-layer network.
 
     f1 = 1/N sum_i <beta, x_i>^p,   f2 = 1/N sum_i <x_0, x_i>^p,   f3 = 1/N sum_i <x_0, x_i>^p <beta, x_i>
 

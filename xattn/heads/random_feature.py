@@ -98,6 +98,12 @@ class RandomFeature(AttentiveHead):
             "ridge": ridge,
         }
         width = components or channels
+        rows = 1 if query == "constant" else width + 1  # [0; 1] meets the last row alone
+        if rows * heads * (width + 1) > LARGEST:
+            raise ValueError(
+                f"heads={heads}: their matrices have {rows * heads * (width + 1):,} entries for tokens of "
+                f"width {width}; give fewer heads, or components=128"
+            )
         super().__init__(
             backbone, options, heads * (width + 1), reads_prefix=query == "cls", **shared
         )
@@ -107,12 +113,6 @@ class RandomFeature(AttentiveHead):
             )
         self.query, self.ridge = query, ridge
         self.scale = TokenScale(channels, components, query != "constant")
-        rows = 1 if query == "constant" else width + 1  # [0; 1] meets the last row alone
-        if rows * heads * (width + 1) > LARGEST:
-            raise ValueError(
-                f"heads={heads}: their matrices have {rows * heads * (width + 1):,} entries for tokens of "
-                f"width {width}; give fewer heads, or components=128"
-            )
         self.random: Tensor
         self.register_buffer("random", random_weights(rows, heads, width + 1, biased))
 
@@ -233,7 +233,7 @@ class RandomFeature(AttentiveHead):
         if self.query == "cls":
             warnings.warn(
                 f"query='cls': with every patch replaced by the mean patch, {kept:.3f} of {right:.3f} "
-                f"accuracy is left; the class token classifies, and the maps credit patches with it",
+                f"accuracy is left: the class token classifies, and no map shows where it got that from",
                 stacklevel=2,
             )
         return {"with_patches": right, "without_patches": kept}

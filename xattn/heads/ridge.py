@@ -4,7 +4,7 @@
 
 The intercept b is not shrunk. lambda is given relative to the mean of the eigenvalues of H K H, so it does
 not depend on the scale of the features. All leave-one-out residuals follow from one decomposition,
-lambda alpha_i / (lambda C_ii - 1/n) with C = (H K H + lambda I)^-1 (Allen 1974), which chooses lambda.
+alpha_i / (H C H)_ii with C = (H K H + lambda I)^-1 (Allen 1974), and they choose lambda.
 """
 
 from __future__ import annotations
@@ -48,8 +48,11 @@ class DualRidge:
             raise ValueError("features: got numbers that are not finite; check the tokens")
         self.means = kernel.mean(0)
         rows = kernel - self.means
-        values, self.vectors = torch.linalg.eigh(rows - rows.mean(1, keepdim=True))
-        self.values = values.clamp_min(0)
+        centred = rows - rows.mean(1, keepdim=True)
+        # The constant direction, made the largest, so that it can be told from the others and left out.
+        apart = float(centred.diagonal().abs().sum()) + 1
+        values, vectors = torch.linalg.eigh(centred + 2 * apart / n)
+        self.values, self.vectors = values[:-1].clamp_min(0), vectors[:, :-1]
         if not float(self.values[-1]) > SINGULAR * float(kernel.diagonal().abs().max()):
             raise ValueError(
                 "features: all examples are alike, so nothing can be learned from them; give photos "
@@ -58,7 +61,7 @@ class DualRidge:
 
     @property
     def rank(self) -> int:
-        """Of the centred kernel; n - 1 where nothing is singular."""
+        """Of the centred kernel, which is singular where this is less than n - 1."""
         return int((self.values > SINGULAR * self.values[-1]).sum())
 
     def fit(self, targets: Tensor, ridge: float | None = None) -> RidgeFit:
@@ -73,10 +76,9 @@ class DualRidge:
         """
         if ridge is not None and not 0 <= ridge < float("inf"):
             raise ValueError(f"ridge: got {ridge}; give 0 or more, or None to choose it")
-        n = len(self.values)
-        if ridge == 0 and self.rank < n - 1:
+        if ridge == 0 and self.rank < len(self.values):
             raise ValueError(
-                f"ridge: got 0, and the kernel of {n} examples is singular (rank {self.rank}); give a "
+                f"ridge: got 0, and the kernel of {len(self.means)} examples is singular (rank {self.rank}); give a "
                 f"positive ridge, or None to choose it"
             )
         targets = targets.double()
@@ -88,17 +90,9 @@ class DualRidge:
 
     def _fit(self, turned: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]:
         """alpha, the leave-one-out residuals, and the ridge."""
-        values, weights = self.values, self.vectors.square()
-        shrunk = float(ridge * values.mean())
-        if shrunk:
-            inverse = 1 / (values + shrunk)
-            scale = (weights @ (shrunk * inverse) - 1 / len(values)) / shrunk
-        else:  # the limit, without the constant direction
-            zero = values <= SINGULAR * values[-1]
-            inverse = torch.where(zero, 0.0, 1 / values.masked_fill(zero, 1.0))
-            scale = weights @ inverse
+        inverse = 1 / (self.values + ridge * float(self.values.sum()) / len(self.means))
         alpha = self.vectors @ (inverse[:, None] * turned)
-        return alpha, alpha / scale[:, None], ridge
+        return alpha, alpha / (self.vectors.square() @ inverse)[:, None], ridge
 
 
 def best_temperature(predictions: Tensor, labels: Tensor) -> float:
