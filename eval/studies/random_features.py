@@ -46,6 +46,7 @@ from xattn.training.features import Features, cache_features
 from xattn.training.splits import stratified_folds
 
 AT_ONCE = 64  # photos whose tokens are read at once
+FEW = 8  # photos of a fold whose maps are compared with their logits
 DEFAULTS = RandomFeatureConfig()
 
 
@@ -204,7 +205,7 @@ def measure(
     Returns:
         CPU ``seconds`` of the solve; for each photo whether it is ``right``, and still ``kept`` once every
         patch is the mean patch; the ``maps`` of its class; and by how much maps and that rest differ from
-        the logits, relative to the largest, in ``float32`` and ``float64``.
+        the logits of the first photos, relative to the largest, in ``float32`` and ``float64``.
     """
     options = {"heads": config.heads, "query": query, "components": config.components}
     options["biased"] = config.biased and query != "constant"
@@ -218,20 +219,20 @@ def measure(
         warnings.simplefilter("ignore")
         head.solve(photos.part(head, photos.rest(fold)), tested)
     seconds = time.process_time() - started
-    right, kept, maps, gaps = [], [], [], [0.0]
+    right, kept, maps = [], [], []
     with torch.no_grad():
         for tokens, labels in zip(tested.batches(), tested.labels.split(AT_ONCE), strict=True):
             logits, alone = head.logits(tokens), head.mean_patch_logits(tokens)
-            gaps.append(_gap(head, tokens))
             right += (logits.argmax(1) == labels).double().tolist()
             kept += (alone.argmax(1) == labels).double().tolist()
             maps += head.class_maps(tokens, labels).maps[:, 0].flatten(1).tolist()
-        few = next(iter(tested.batches()))
-        wide = Tokens(tuple(p[:4].double() for p in few.patches), few.prefix[:4].double(), few.grid)
-        exact = _gap(head.double(), wide)
+        few = next(iter(photos.part(head, fold[:FEW]).batches()))
+        gaps = [_gap(head, few)]
+        wide = Tokens(tuple(p.double() for p in few.patches), few.prefix.double(), few.grid)
+        gaps.append(_gap(head.double(), wide))
     return {
         "seconds": seconds, "right": right, "kept": kept, "maps": maps,
-        "float32": max(gaps), "float64": exact,
+        "float32": gaps[0], "float64": gaps[1],
     }  # fmt: skip
 
 

@@ -60,13 +60,13 @@ class RandomFeatureConfig:
     """Draw W around the identity (BRFA) where the query is not constant."""
     folds: int = 4
     """Parts of the photos; each is tested once."""
-    seeds: int = 3
+    seeds: int = 2
     """Draws of the random heads: seeds 0, 1, ..."""
     seed: int = 0
     """Of the folds."""
     scaling: bool = True
     """Also fit functions of random tokens by more and more examples."""
-    examples: tuple[int, ...] = (50, 100, 200, 400, 800)
+    examples: tuple[int, ...] = (100, 200, 400, 800, 1600)
     """n, the examples to fit such a function by."""
     tests: int = 500
     """Examples to test it on."""
