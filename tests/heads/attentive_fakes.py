@@ -8,7 +8,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import xattn
-from xattn.heads import AttentiveHead, Tokens, create_head, head_class, head_entry, list_heads
+from xattn.heads import AttentiveHead, Tokens, head_class, head_entry, list_heads
+from xattn.heads.seeded import seeded_head
 
 WIDTH, CLASSES, GRID = 32, 5, (3, 5)
 HEADS = [name for name in list_heads() if issubclass(head_class(name), AttentiveHead)]
@@ -65,7 +66,7 @@ def read_by(name, prefix="1 prefix token"):
 def make(name, backbone=None, seed=0, **options):
     """A head in eval mode, random weights and statistics everywhere."""
     backbone = backbone or (four_taps() if name == "memetector" else vit())
-    head = create_head(name, backbone, **{**small(name), **options})
+    head = seeded_head(name, backbone, seed, **{**small(name), **options})
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in head.parameters():

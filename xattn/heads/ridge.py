@@ -50,7 +50,7 @@ class DualRidge:
         rows = kernel - self.means
         centred = rows - rows.mean(1, keepdim=True)
         # The constant direction, made the largest, so that it can be told from the others and left out.
-        apart = float(centred.diagonal().abs().sum()) + 1
+        apart = float(centred.diagonal().abs().sum()) or 1.0
         values, vectors = torch.linalg.eigh(centred + 2 * apart / n)
         self.values, self.vectors = values[:-1].clamp_min(0), vectors[:, :-1]
         if not float(self.values[-1]) > SINGULAR * float(kernel.diagonal().abs().max()):
@@ -78,8 +78,8 @@ class DualRidge:
             raise ValueError(f"ridge: got {ridge}; give 0 or more, or None to choose it")
         if ridge == 0 and self.rank < len(self.values):
             raise ValueError(
-                f"ridge: got 0, and the kernel of {len(self.means)} examples is singular (rank {self.rank}); give a "
-                f"positive ridge, or None to choose it"
+                f"ridge: got 0, and the kernel of {len(self.means)} examples is singular (rank "
+                f"{self.rank}); give a positive ridge, or None to choose it"
             )
         targets = targets.double()
         mean = targets.mean(0)
