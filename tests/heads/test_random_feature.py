@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from xattn.heads.token_scale import TokenScale
 from xattn.training.features import cache_features
 from xattn.training.probe import answers, probe
 
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 N = GRID[0] * GRID[1]
 LABELS = torch.arange(24) % CLASSES
 
@@ -331,6 +333,27 @@ def test_what_does_not_fit_is_refused():
     alike = tokens._replace(patches=(torch.ones_like(tokens.patches[0]),))
     with pytest.raises(ValueError, match="features: all patches are alike"):
         head.solve(train._replace(batches=lambda: [alike]), train)
+
+
+@pytest.mark.parametrize("query", ["constant", "cls"])
+def test_maps_of_a_trained_vit_are_exact(query, tmp_path_factory):
+    weights, photos = DATA / "vit-tiny/vit_tiny_patch16_224.safetensors", DATA / "imagenet-sample"
+    if not weights.is_file() or not photos.is_dir():
+        pytest.skip("needs ../shared/data/vit-tiny and imagenet-sample")
+    backbone = xattn.load_backbone("vit_tiny_patch16_224", weights, ["head"])
+    folder = tmp_path_factory.getbasetemp() / "vit-tiny-features"
+    paths = sorted(photos.glob("*/*.jpg"))[:8]
+    cached = cache_features(backbone, paths, folder, batch_size=8, progress=False)
+    head = create_head("random_feature", backbone, heads=50, query=query, classes=2).eval()
+    tokens = head.tokens(cached.taps(range(8)))
+    train = LabelledTokens(lambda: iter([tokens]), torch.arange(8) % 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        head.solve(train, train)
+    with torch.no_grad():
+        logits, alone = head.logits(tokens), head.mean_patch_logits(tokens)
+        together = head.class_maps(tokens).maps.sum((2, 3)) + alone
+    assert (together - logits).abs().max() <= 5e-5 * logits.abs().max()
 
 
 # ---------------------------------------------------------------------- probing

@@ -60,12 +60,15 @@ class TokenScale(nn.Module):
         Raises:
             ValueError: all patches are alike, or all queries.
         """
-        count, total, products, found = 0, 0.0, 0.0, []
+        channels = len(self.mean)
+        shape = (channels,) if self.basis is None else (channels, channels)
+        total, products = (self.mean.new_zeros(s, dtype=torch.float64) for s in (channels, shape))
+        count, found = 0, []
         for patches, query in photos:
             flat = patches.flatten(0, 1).double()
             count += len(flat)
-            total = total + flat.sum(0)
-            products = products + (flat.square().sum(0) if self.basis is None else flat.mT @ flat)
+            total += flat.sum(0)
+            products += flat.square().sum(0) if self.basis is None else flat.mT @ flat
             if query is not None:
                 found.append(query.double())
         mean = total / count

@@ -226,7 +226,8 @@ def _solve(
     """As :func:`_train`, for a head with a solve; each of several processes solves for itself."""
     assert isinstance(head, Solvable)
     history, seconds = _EpochHistory(head, config), []
-    run = Run(head, create_optimizer(head, config), accelerator, config, history, 1, options)
+    optimizer = create_optimizer(head, config)
+    run: Run[AttentiveHead] = Run(head, optimizer, accelerator, config, history, 1, options)
     photos = {name: part.digest for name, part in parts.items()}
     with run.open({"features": features.digest, "photos": photos}):
         head.eval()
