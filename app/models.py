@@ -116,9 +116,11 @@ def backbone_of(pack: Any) -> Backbone:
 
 
 def weight_files() -> dict[str, Path]:
-    """The ``.safetensors`` files of whole networks below the root, by id; heads and maps are not."""
+    """The ``.safetensors`` files of whole networks below the root, by id, of a pruned network its folder;
+    heads and maps are not."""
     from xattn.app import state
     from xattn.packs.format import MAPS
+    from xattn.pruning import pruned_folder
 
     root = state.settings().root.resolve()
     found = {}
@@ -126,7 +128,7 @@ def weight_files() -> dict[str, Path]:
         alone = path.name != MAPS and not (path.parent / "config.json").exists()
         if alone and path.is_file() and path.resolve().is_relative_to(root):
             name = path.relative_to(root).as_posix()
-            found[hashlib.sha256(name.encode()).hexdigest()[:12]] = path
+            found[hashlib.sha256(name.encode()).hexdigest()[:12]] = pruned_folder(path) or path
     return found
 
 

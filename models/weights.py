@@ -199,7 +199,10 @@ def _check_path(path: Path) -> None:
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
         hint = f", for example {inside[0]!r}" if inside else ""
-        raise ValueError(f"weights: {str(path)!r} is a folder; name a weight file in it{hint}")
+        raise ValueError(
+            f"weights: {str(path)!r} is a folder; name a weight file in it{hint}, or the folder with "
+            f"prune.json that xattn prune wrote"
+        )
     if not path.exists():
         raise FileNotFoundError(
             f"weights: no file {str(path)!r}; give an existing {' or '.join(_SUFFIXES)} file, "

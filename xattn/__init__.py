@@ -34,6 +34,8 @@ _EXPORTS = {
     "list_explainers": "xattn.explainers",
     "distill": "xattn.training.distilling",
     "DistillConfig": "xattn.config",
+    "prune": "xattn.training.pruning_run",
+    "PruneConfig": "xattn.config",
     "load_conversion": "xattn.backbone",
     "explain": "xattn.explaining.photos",
     "explain_video": "xattn.explaining.clips",
@@ -52,6 +54,7 @@ __all__ = [
     "Head",
     "Preprocessing",
     "ProbeConfig",
+    "PruneConfig",
     "TapModule",
     "Taps",
     "TrainConfig",
@@ -73,6 +76,7 @@ __all__ = [
     "load_pack",
     "open_photos",
     "probe",
+    "prune",
     "save_head",
     "save_pack",
 ]
@@ -86,7 +90,7 @@ if TYPE_CHECKING:
         load_backbone,
         load_conversion,
     )
-    from xattn.config import DistillConfig, ProbeConfig
+    from xattn.config import DistillConfig, ProbeConfig, PruneConfig
     from xattn.eval import evaluate
     from xattn.explainers import create_explainer, list_explainers
     from xattn.explaining.clips import explain_video
@@ -101,6 +105,7 @@ if TYPE_CHECKING:
     from xattn.training.distilling import distill
     from xattn.training.features import cache_features
     from xattn.training.probe import probe
+    from xattn.training.pruning_run import prune
 
 
 def __getattr__(name: str) -> Any:

@@ -301,6 +301,73 @@ class DistillConfig:
         return sum(epochs for epochs, _ in self.parts)
 
 
+@dataclass(frozen=True)
+class PruneConfig:
+    """How heads of a ViT are pruned, and what is left is trained; no labels are read."""
+
+    method: Literal["heads", "shrp"] = "heads"
+    """Keep the best heads of each block (heads); or one head and a small MLP in place of the rest of the
+    block, chosen by a router that is trained first (shrp)."""
+    keep: int = 1
+    """Heads that stay in each block; shrp keeps one."""
+    hidden: int = 0
+    """Width of the MLP behind the head of shrp; 0 stands for twice the model's width."""
+    scored: int = 64
+    """Photos on which heads are compared (heads)."""
+    epochs: Int = None  # type: ignore[assignment]
+    """Passes over the photos (heads 4, shrp 6); 0 leaves the heads that stay as they are (heads)."""
+    batch_size: int = 32
+    """Photos a step."""
+    lr: Float = None  # type: ignore[assignment]
+    """Peak learning rate of the pruned blocks (AdamW, half a cosine after a short rise; heads 1e-4, shrp
+    1e-3)."""
+    tokens: float = 1.0
+    """Weight of the squared error of the last tokens, relative to the tokens."""
+    logits: float = 1.0
+    """Weight of the divergence of the logits."""
+    entropy: float = 0.3
+    """Weight of the entropy of a router's usage (shrp)."""
+    routed: float = 0.3
+    """Share of the steps in which a router chooses the head of each photo (shrp); afterwards it is the head
+    that was used most."""
+    mirrored: bool = True
+    """Learn from mirrored photos, too, which are kept in memory beside the others."""
+    workers: int = 0
+    """Number of data loader processes."""
+    seed: int = 0
+    """Seed of routers, order and mirroring."""
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    """Mixed precision."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; there is also one at the end."""
+    max_pixels: int = 40_000_000
+    """Photos with more pixels are skipped as possible decompression bombs."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self, method=("heads", "shrp"), precision=("no", "fp16", "bf16"))
+        heads = self.method == "heads"
+        for name, value in (("epochs", 4 if heads else 6), ("lr", 1e-4 if heads else 1e-3)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        _check_positive(
+            self, "keep", "scored", "batch_size", "lr", "checkpoint_every", "max_pixels"
+        )
+        _check_seed(self.seed)
+        for name in ("hidden", "epochs", "tokens", "logits", "entropy", "workers"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: got {getattr(self, name)}; give 0 or more")
+        if not 0 <= self.routed < 1:
+            raise ValueError(
+                f"routed: got {self.routed}; give a share of the steps, from 0 to below 1"
+            )
+        if not heads and self.keep != 1:
+            raise ValueError(f"keep: got {self.keep}; shrp keeps a single head, give 1")
+        if not heads and not self.epochs:
+            raise ValueError("epochs: got 0; shrp trains what it puts in, give at least 1")
+        if not self.tokens and not self.logits:
+            raise ValueError("tokens, logits: got 0 and 0; give at least one of them a weight")
+
+
 def _fill_in(config: Any, recipes: dict[str, dict[str, Any]]) -> None:
     """Fill in the settings that were left out, from the recipe."""
     if config.recipe not in recipes:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from xattn.attention.conversion import Conversion, describe
 from xattn.attention.convert import conversion
-from xattn.backbone.classes import Task, class_names_of, find_class, resolve_task
+from xattn.backbone.classes import Task, as_classes, class_names_of, find_class, resolve_task
 from xattn.backbone.classifier import linear_classifier
 from xattn.backbone.fingerprint import network_sha256
 from xattn.backbone.preprocessing import Preprocessing
@@ -295,9 +295,7 @@ class Backbone(nn.Module):
         return Taps(self._as_classes(logits), maps, prefix, read)
 
     def _as_classes(self, logits: Tensor) -> Tensor:
-        """A binary model's (B,) or (B, 1) logits as (B, 2); other logits unchanged."""
-        logits = logits[:, None] if logits.ndim == 1 else logits
-        return torch.cat([-logits / 2, logits / 2], 1) if self.task == "binary" else logits
+        return as_classes(logits, self.task)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(B, K) logits -> (B, K) probabilities in float64: softmax, or sigmoids (multilabel)."""

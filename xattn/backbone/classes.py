@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 Task = Literal["multiclass", "multilabel", "binary"]
@@ -24,6 +25,12 @@ def resolve_task(task: Task | None, logits: Tensor, name: str) -> Task:
         hint = "binary" if outputs == 1 else "multiclass or multilabel"
         raise ValueError(f"task={task!r}: {name} has {outputs} outputs; choose {hint}")
     return task
+
+
+def as_classes(logits: Tensor, task: Task) -> Tensor:
+    """A binary model's (B,) or (B, 1) logits as (B, 2); other logits unchanged."""
+    logits = logits[:, None] if logits.ndim == 1 else logits
+    return torch.cat([-logits / 2, logits / 2], 1) if task == "binary" else logits
 
 
 def read_classes(classes: str | Path | Sequence[str] | None) -> list[str] | None:

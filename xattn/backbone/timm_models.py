@@ -15,6 +15,8 @@ def create_timm_model(
     """A timm model, and what overrides its ``pretrained_cfg``; arguments as in ``load_backbone``."""
     import timm
 
+    from xattn.pruning import pruned_folder
+
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 5, 0.5)
         hint = f"near matches: {', '.join(near)}" if near else 'see xattn list --filter "*"'
@@ -30,6 +32,9 @@ def create_timm_model(
         return _from_hub(name, options), {}
     if weights == "package":
         return _from_package(name, size, options)
+    folder = pruned_folder(weights)
+    if folder is not None:
+        return _from_pruned(name, folder, options)
     return _from_file(name, weights, options), {}
 
 
@@ -101,3 +106,39 @@ def _from_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
             f"weights: {weights} does not fit {name} ({reason}); give the file of this architecture"
         ) from None
     return model
+
+
+def _from_pruned(
+    name: str, folder: Path, options: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The stock model, sliced as the folder of ``xattn prune`` records, with its weights."""
+    import timm
+
+    from xattn.backbone.fingerprint import state_sha256
+    from xattn.models.weights import load_weight_file
+    from xattn.pruning import prune_in_place, read_pruned
+
+    saved = read_pruned(folder)
+    saved.check_backbone(name, options.get("num_classes"))
+    state = load_weight_file(saved.weights)
+    if (found := state_sha256(state)) != saved.sha256:
+        raise ValueError(
+            f"weights: {folder} was changed or damaged after it was written (sha256 {found}, its record "
+            f"says {saved.sha256}); run xattn prune again"
+        )
+    own = {"num_classes": saved.num_classes}
+    if _takes_img_size(name):
+        own["img_size"] = saved.preprocessing["input_size"][1:]
+    model: Any = timm.create_model(name, pretrained=False, **own)
+    try:
+        prune_in_place(model, saved.pruning)
+        model.load_state_dict(state, strict=True)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"weights: {folder} does not fit {name} ({reason}); run xattn prune again"
+        ) from None
+    size = options.get("img_size")
+    if size is not None and list(size) != list(own["img_size"]):
+        model.set_input_size(img_size=size)
+    return model, dict(saved.preprocessing)

@@ -25,6 +25,7 @@ from xattn.cli.listing import List
 from xattn.cli.parts import Parts
 from xattn.cli.printing import one_line, plain_warnings
 from xattn.cli.probe import Probe
+from xattn.cli.prune import Prune
 from xattn.cli.study import Study
 from xattn.cli.subcommands import parsed
 from xattn.cli.train import Train
@@ -34,6 +35,7 @@ COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "probe": Probe,
     "distill": Distill,
+    "prune": Prune,
     "explain": Explain,
     "evaluate": Evaluate,
     "compare": Compare,

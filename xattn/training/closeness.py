@@ -183,3 +183,12 @@ def last_tokens(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
         finally:
             handle.remove()
     return found[-1], logits
+
+
+def divergence(wanted: Tensor, logits: Tensor, task: str) -> Tensor:
+    """KL of ``logits`` (B, K) from those ``wanted``: of softmaxes, or the mean of each label's sigmoid."""
+    if task == "multilabel":
+        p = wanted.sigmoid()
+        least = F.binary_cross_entropy_with_logits(wanted, p)
+        return F.binary_cross_entropy_with_logits(logits, p) - least
+    return F.kl_div(logits.log_softmax(1), wanted.log_softmax(1), None, None, "batchmean", True)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.attention import Operator, record
@@ -36,7 +35,7 @@ from xattn.photos.part import every_nth
 from xattn.photos.sources import open_photos
 from xattn.runtime.files import write_json
 from xattn.training import processes
-from xattn.training.closeness import Closeness, closeness
+from xattn.training.closeness import Closeness, closeness, divergence
 from xattn.training.photo_batches import PhotoBatch, PhotoBatches
 from xattn.training.photo_loop import PhotoLoopState, train_on_photos
 from xattn.training.run import Run, RunOptions
@@ -340,12 +339,7 @@ def logit_losses(student: Student, images: Tensor) -> dict[str, Tensor]:
         wanted = teacher.logits(images).float()
     with network.alone(), record(network.model, alone=True) as calls:
         logits = network.logits(images).float()
-    if teacher.task == "multilabel":
-        p = wanted.sigmoid()
-        least = F.binary_cross_entropy_with_logits(wanted, p)
-        kl = F.binary_cross_entropy_with_logits(logits, p) - least
-    else:
-        kl = F.kl_div(logits.log_softmax(1), wanted.log_softmax(1), None, None, "batchmean", True)
+    kl = divergence(wanted, logits, teacher.task)
     zero = torch.zeros((), device=images.device)
     own = sum((value for call in calls for value in call.aux.values()), zero)
     own = own / len(student.conversion.layers)
@@ -377,10 +371,15 @@ def learning_rate(step: int, per_epoch: int, config: DistillConfig) -> float:
     """The rate of step 0, 1, ...: in each part a short linear rise, then half a cosine to 0."""
     part, step, total = part_of(step, per_epoch, config)
     peak = config.parts[part][1]
+    return peak * share_of_peak(step, total)
+
+
+def share_of_peak(step: int, total: int) -> float:
+    """Of the learning rate, at step 0, 1, ... of ``total``: a short linear rise, then half a cosine to 0."""
     rise = max(1, round(RISE * total))
     if step < rise:
-        return peak * (step + 1) / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * min(step - rise, total) / max(total - rise, 1)))
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * min(step - rise, total) / max(total - rise, 1)))
 
 
 def _optimizer(student: Student, config: DistillConfig) -> torch.optim.Optimizer:

@@ -30,13 +30,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from xattn.config import DistillConfig, ProbeConfig, TrainConfig
+from xattn.config import DistillConfig, ProbeConfig, PruneConfig, TrainConfig
 from xattn.heads import Head, save_head
 from xattn.runtime.files import output_error, printable
 from xattn.runtime.interrupts import deferred_interrupt
 from xattn.runtime.memory import is_out_of_memory
 from xattn.training import processes
 from xattn.training.checkpoint import save_checkpoint
+from xattn.training.pruned_student import PrunedStudent
 from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, claim
 from xattn.training.student import Student
 from xattn.training.whole_batch import Share, whole_batch
@@ -44,7 +45,7 @@ from xattn.training.whole_batch import Share, whole_batch
 FAILED = 1000  # a reason to stop, graver than the numbers of signals
 SHARED_STATE = ("step", "head", "optimizer", "scaler", "losses")  # of every checkpoint
 
-HeadT = TypeVar("HeadT", bound=Head | Student)
+HeadT = TypeVar("HeadT", bound=Head | Student | PrunedStudent)
 
 
 class LoopState(Protocol):
@@ -75,7 +76,7 @@ class RunOptions:
 
 
 class Run(Generic[HeadT]):
-    """One training run of ``head`` (or the student of a distillation) over ``total`` steps.
+    """One training run of ``head`` (or the student of a distillation or pruning) over ``total`` steps.
 
     ``step`` counts the steps taken, ``losses`` are the last ones, ``main`` is False in the processes that
     write nothing, and ``interrupted()`` is the number of the signal that came, or 0.
@@ -86,7 +87,7 @@ class Run(Generic[HeadT]):
         head: HeadT,
         optimizer: torch.optim.Optimizer,
         accelerator: Any,
-        config: TrainConfig | ProbeConfig | DistillConfig,
+        config: TrainConfig | ProbeConfig | DistillConfig | PruneConfig,
         loop_state: LoopState,
         total: int,
         options: RunOptions,

@@ -96,7 +96,7 @@ def _comparable(run: dict[str, Any]) -> dict[str, Any]:
     train = {**EARLIER, **run["train"]}
     train = {k: v for k, v in train.items() if k not in ("workers", "checkpoint_every")}
     head = {k: v for k, v in run["head"].items() if k not in ("training", "xattn")}
-    if "conversion" not in head:  # of a distillation
+    if not {"conversion", "pruning"} & head.keys():  # of a distillation, of a pruning
         head["options"] = complete_options(head["head"], head["options"])
     return {**run, "train": train, "head": head}
 

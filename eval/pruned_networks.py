@@ -1,0 +1,186 @@
+"""What pruning a network costs and gains: accuracy, agreement, parameters and throughput, before and after.
+
+``write`` saves the pruned network with these figures, see :mod:`xattn.pruning`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xattn.backbone import Backbone
+from xattn.backbone.fingerprint import sha256
+from xattn.config import PruneConfig
+from xattn.eval.bench.timing import processor_clock, times
+from xattn.eval.bootstrap import mean_interval
+from xattn.photos.labels import true_classes
+from xattn.pruning import save_pruned
+from xattn.training.pruning_run import PruneResult
+
+STAGES = {
+    "whole": "whole network",
+    "routed": "with routers",
+    "cut": "pruned",
+    "trained": "pruned and trained",
+}
+BATCH, ROUNDS = 16, 5  # of throughput
+
+
+def check_can_be_saved(backbone: Backbone) -> None:
+    """Raise a ``ValueError`` unless the network can be built again by its name."""
+    import timm
+
+    if not timm.is_model(backbone.name):
+        raise ValueError(
+            f"backbone: {backbone.name} is no timm model, which alone can be built again by its name; choose "
+            f"a ViT such as vit_tiny_patch16_224"
+        )
+
+
+def write(
+    folder: str | Path,
+    whole: Backbone,
+    result: PruneResult,
+    labels: str | None,
+    config: PruneConfig,
+) -> tuple[Path, list[str]]:
+    """Write the pruned network and its figures; the folder, and the lines of a table of the figures.
+
+    Args:
+        labels: of the held-out photos, see :func:`xattn.photos.labels.true_classes`; None for no accuracy.
+
+    Raises:
+        ValueError: the labels are damaged, or ``folder`` holds something else. OSError: it cannot be written.
+    """
+    check_can_be_saved(whole)
+    figures = measured(whole, result, labels)
+    preprocessing = asdict(whole.preprocessing)
+    preprocessing["input_size"] = [3, *whole.preprocessing.input_size]
+    classes = int(getattr(whole.model, "num_classes", whole.num_classes))
+    record = {
+        "backbone": {"name": whole.name, "sha256": whole.fingerprint},
+        "pruning": result.pruning.record(),
+        "sha256": sha256(result.backbone.model),
+        "num_classes": classes,
+        "preprocessing": preprocessing,
+        "training": {
+            "photos": result.learned,
+            "steps": result.steps,
+            "processor_seconds": round(result.seconds, 1),
+            "losses": {name: round(value, 6) for name, value in result.losses.items()},
+            "config": asdict(config),
+        },
+        "changes": {str(i): [round(x, 6) for x in v] for i, v in result.changes.items()},
+        "usage": {str(i): [round(x, 4) for x in v] for i, v in result.usage.items()},
+        "results": figures,
+    }
+    path = save_pruned(folder, result.backbone.model.state_dict(), record)
+    return path, lines(result, figures)
+
+
+def measured(whole: Backbone, result: PruneResult, labels: str | None) -> dict[str, Any]:
+    """The figures of each stage, over the held-out photos, and of the networks before and after."""
+    known = _labelled(whole, result.photos, labels)
+    found: dict[str, Any] = {"photos": len(result.photos), "labelled": len(known), "stages": {}}
+    index = list(known)
+    truth = np.array([known[i] for i in index])
+    for stage, answers in result.answers.items():
+        figures: dict[str, Any] = {"cosine": round(float(answers.cosine.mean()), 4)}
+        if whole.has_classes:
+            figures["same"] = _interval(answers.same.numpy())
+        if index:
+            figures["accuracy"] = _interval(answers.classes.numpy()[index] == truth)
+        found["stages"][stage] = figures
+    networks = {"whole": whole, "pruned": result.backbone}
+    speeds = throughput(networks)
+    found["networks"] = {
+        name: {
+            "parameters": sum(p.numel() for p in network.model.parameters()),
+            "images_per_second": round(speeds[name], 2),
+        }
+        for name, network in networks.items()
+    }
+    return found
+
+
+def _labelled(whole: Backbone, photos: Sequence[str], labels: str | None) -> dict[int, int]:
+    """The class of each photo that has one, by its number."""
+    if labels is None or not whole.has_classes:
+        return {}
+    found = [number for number, _ in true_classes(photos, labels, whole.class_names)]
+    known = {i: number for i, number in enumerate(found) if number is not None}
+    if not known:
+        raise ValueError(
+            f"labels: none of {len(photos)} photos has a class of {whole.name}; leave them out"
+        )
+    return known
+
+
+def _interval(values: Any) -> dict[str, float]:
+    """A mean with its 95 % bootstrap interval."""
+    found = mean_interval(np.asarray(values, dtype=np.float64))
+    return {"mean": round(found.mean, 4), "lo": round(found.lo, 4), "hi": round(found.hi, 4)}
+
+
+@torch.inference_mode()
+def throughput(
+    networks: dict[str, Backbone], batch: int = BATCH, rounds: int = ROUNDS
+) -> dict[str, float]:
+    """Images a second of each network, of the processor's time on a CPU; all are timed in turn."""
+    first = next(iter(networks.values()))
+    size = (batch, first.mean.shape[1], *first.preprocessing.input_size)
+    images = torch.rand(size, generator=torch.Generator().manual_seed(0), device="cpu")
+    images = images.to(first.device, next(first.model.parameters()).dtype)
+    jobs = {name: partial(network.logits, images) for name, network in networks.items()}
+    took = times(jobs, rounds, clock=processor_clock())
+    return {name: batch / statistics.median(seconds) for name, seconds in took.items()}
+
+
+def lines(result: PruneResult, figures: dict[str, Any]) -> list[str]:
+    """Markdown: a table of the stages, and what else was found."""
+    found = [
+        f"{result.pruning}",
+        f"{result.learned} photos learned from in {result.steps} steps, {result.seconds:.0f} s of the processor; "
+        f"measured on {figures['photos']} others",
+        "",
+        "| network | top-1, % | same class as the whole network, % | cosine of last tokens | parameters | images/s |",
+        "| :-- | --: | --: | --: | --: | --: |",
+    ]
+    networks = {"whole": "whole", "cut": "pruned", "trained": "pruned"}
+    for stage, name in STAGES.items():
+        if stage not in figures["stages"]:
+            continue
+        of = figures["stages"][stage]
+        size = figures["networks"].get(networks.get(stage, ""), None)
+        cells = [
+            name,
+            _percent(of.get("accuracy")),
+            _percent(of.get("same")),
+            f"{of['cosine']:.3f}",
+        ]
+        cells += (
+            ["-", "-"]
+            if size is None
+            else [f"{size['parameters']:,}", f"{size['images_per_second']:.1f}"]
+        )
+        found.append(f"| {' | '.join(cells)} |")
+    for title, rows in (
+        ("change of the answer without each head", result.changes),
+        ("usage of each head", result.usage),
+    ):
+        for i, values in rows.items():
+            found.append(f"block {i}, {title}: {', '.join(f'{x:.3f}' for x in values)}")
+    return found
+
+
+def _percent(interval: dict[str, float] | None) -> str:
+    if interval is None:
+        return "-"
+    return f"{100 * interval['mean']:.1f} [{100 * interval['lo']:.1f}, {100 * interval['hi']:.1f}]"

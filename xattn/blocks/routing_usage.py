@@ -1,0 +1,88 @@
+"""A router among the heads of a layer, and how often it has chosen each: what SHRP prunes by.
+
+    r = softmax(W_r mean_n x_n + b_r),   j* = argmax r,   gate = 1 with the gradient of r_j*  (straight-through)
+    usage <- decay usage + (1 - decay) mean_b 1[j*_b = j]
+
+arXiv 2512.20635; the equations are ours, after its abstract. Usage sums to 1. Nothing makes a router choose
+one head for all images; :func:`usage_entropy` in the loss does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.attention.base import whole
+
+
+class Choice(NamedTuple):
+    """What a router says of B images: ``shares`` (B, M), the head ``chosen`` (B,), and its ``gate`` (B,)."""
+
+    shares: Tensor
+    chosen: Tensor
+    gate: Tensor
+
+
+class HeadRouter(nn.Module):
+    """``router(tokens) -> Choice`` for tokens (B, N, C); in training it counts what it chooses.
+
+    Args:
+        dim: C; ``heads``: M.
+        decay: of the running mean of usage.
+
+    Attributes:
+        usage: (M,), the running mean of how often each head was chosen.
+        kept: the head that :meth:`settle` has fixed, or -1.
+    """
+
+    usage: Tensor
+    kept: Tensor
+
+    def __init__(self, dim: int, heads: int, decay: float = 0.95) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay: got {decay}; give a number in [0, 1)")
+        self.heads, self.decay = whole("heads", heads), decay
+        self.linear = nn.Linear(dim, heads)
+        self.register_buffer("usage", torch.full((heads,), 1 / heads))
+        self.register_buffer("kept", torch.tensor(-1))
+
+    def forward(self, tokens: Tensor) -> Choice:
+        shares = self.linear(tokens.mean(1)).softmax(-1)
+        if self.kept >= 0:
+            chosen = self.kept.expand(len(tokens))
+            return Choice(shares, chosen, shares.new_ones(len(tokens)))
+        chosen = shares.argmax(-1)
+        if self.training:
+            self._count(chosen)
+        share = shares.gather(1, chosen[:, None])[:, 0]
+        return Choice(shares, chosen, 1 + (share - share.detach()))
+
+    @torch.no_grad()
+    def _count(self, chosen: Tensor) -> None:
+        now = F.one_hot(chosen, self.heads).to(self.usage.dtype).mean(0)
+        self.usage.lerp_(now, 1 - self.decay)
+
+    @torch.no_grad()
+    def settle(self, head: int | None = None) -> int:
+        """Choose ``head`` from now on, by default the one that was used most; returns it.
+
+        Raises:
+            ValueError: there is no such head.
+        """
+        kept = int(self.usage.argmax()) if head is None else head
+        if not 0 <= kept < self.heads:
+            raise ValueError(
+                f"head: got {head}; give 0 to {self.heads - 1}, or None for the most used"
+            )
+        self.kept.fill_(kept)
+        return kept
+
+
+def usage_entropy(shares: Tensor) -> Tensor:
+    """Entropy, in nats, of the mean over images of ``shares`` (B, M): 0 if all choose one head for certain."""
+    mean = shares.mean(0)
+    return -(mean * mean.clamp_min(1e-12).log()).sum()

@@ -1,0 +1,61 @@
+"""``xattn prune``: cut heads of a ViT, and train the blocks that were cut to answer as the whole network."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tyro
+
+from xattn.cli.model import BackboneArgs
+from xattn.config import PruneConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """Cut heads of a ViT, and train what is left to answer as the whole network; labels serve measuring alone."""
+
+    after_interrupt: ClassVar[str] = "; --resume goes on"
+
+    data: str
+    """A folder of images, or a .txt list with one path per line."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    train: tyro.conf.OmitArgPrefixes[PruneConfig]
+    validation: str | None = None
+    """Photos to measure on; by default every fifth of the data, which is not trained on."""
+    labels: str | None = None
+    """"folders", or a .json or .csv file of the photos' classes; without it accuracy is not measured."""
+    output: Path = Path("runs/pruned")
+    """Folder for log and checkpoints, and for network, the folder that --weights reads."""
+    resume: bool = False
+    """Continue from the last checkpoint in the output folder."""
+
+    def run(self) -> None:
+        from xattn.eval.pruned_networks import check_can_be_saved, write
+        from xattn.training.pruning_run import prune
+
+        if self.model.mechanism is not None:
+            raise ValueError(
+                "mechanism: heads are cut from the network's own attention; leave it out, and give it "
+                "with --weights FOLDER afterwards"
+            )
+        if self.model.probe is not None:
+            raise ValueError("probe: heads are cut from the network itself; leave out --probe")
+        whole: Any = replace(self.model, layers=None).load()
+        check_can_be_saved(whole)
+        result = prune(
+            whole,
+            self.model.layers,
+            data=self.data,
+            validation=self.validation,
+            config=self.train,
+            output=self.output,
+            resume=self.resume,
+        )
+        for path, reason in result.skipped:
+            print(f"skipped {path}: {reason}", file=sys.stderr)
+        folder, lines = write(self.output / "network", whole, result, self.labels, self.train)
+        print("\n".join(lines))
+        print(f"network: {folder}")

@@ -1,0 +1,454 @@
+"""ViTs with fewer heads: some heads of a layer ("heads"), or one head with an MLP behind it ("shrp").
+
+    heads    x <- x + b + sum_{h kept} W_O^h o_h(LN x),    and the MLP of the block as before
+    shrp     x <- x + E(o_j(LN x)),    E(o) = W_2 GELU(W_1 LN(o)),    in place of W_O and the MLP
+
+o_h is the output of head h, softmax(q_h k_h^T / sqrt(d)) v_h. Rows of ``qkv`` and columns of W_O are sliced, so a
+layer becomes smaller and faster, and stays timm's own: attention is recorded, converted and explained as before.
+Which heads are worth keeping was asked by Michel et al. (arXiv 1905.10650); "shrp" is SHRP (arXiv 2512.20635), its
+equations after the abstract. :func:`xattn.training.pruning_run.prune` chooses the heads and trains what is left.
+
+A pruned network is a folder with ``model.safetensors`` and ``prune.json``: what was cut, the network that it was cut
+from, the SHA-256 of the tensors, and what was measured. ``load_backbone(name, weights=folder)`` builds the stock
+model, slices it as recorded, and loads the tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.attention.conversion import format_layers, parse_layers
+from xattn.attention.convert import conversion
+from xattn.attention.convertible import chosen_layers, run_one_image
+from xattn.backbone.taps import PRE_NORM_BLOCKS
+from xattn.blocks.routing_usage import Choice, HeadRouter
+from xattn.runtime import strict_json
+from xattn.runtime.files import atomic_folder
+from xattn.runtime.locking import alone
+from xattn.runtime.version import __version__
+
+WEIGHTS_FILE, PRUNED_FILE = "model.safetensors", "prune.json"
+METHODS = ("heads", "shrp")
+FORMAT = 1
+WIDEST = 65_536  # of E
+_AGAIN = "run xattn prune again"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Pruning(NamedTuple):
+    """What is cut: ``kept`` heads by number of the block, and ``hidden``, the width m of E (0 for "heads")."""
+
+    method: str
+    kept: Mapping[int, tuple[int, ...]]
+    hidden: int = 0
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted(self.kept)
+
+    def __str__(self) -> str:
+        heads = "; ".join(f"{i}: {', '.join(map(str, self.kept[i]))}" for i in self.layers)
+        return f"{self.method} in blocks {format_layers(self.layers)}, heads kept {heads}"
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        kept = {str(i): list(self.kept[i]) for i in self.layers}
+        return {
+            "method": self.method,
+            "layers": format_layers(self.layers),
+            "kept": kept,
+            "hidden": self.hidden,
+        }
+
+    @classmethod
+    def of_record(cls, record: Any) -> Pruning:
+        """The inverse of :meth:`record`; a ``ValueError`` for what is none."""
+        try:
+            method, kept, hidden = record["method"], record["kept"], record["hidden"]
+            layers = parse_layers(record["layers"])
+            made = {i: tuple(kept[str(i)]) for i in layers}
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError("it lacks method, layers, kept or hidden") from None
+        numbers = [hidden, *(head for heads in made.values() for head in heads)]
+        if (
+            method not in METHODS
+            or len(kept) != len(made)
+            or any(type(n) is not int for n in numbers)
+        ):
+            raise ValueError(f"its method is {method!r}, with heads {kept!r} and hidden {hidden!r}")
+        return cls(method, made, hidden)
+
+
+# ---------------------------------------------------------------------- slicing
+
+
+def pruned(model: Model, pruning: Pruning) -> Model:
+    """A pruned copy of a timm ViT, which shares every tensor that is not cut; ``model`` stays as it is.
+
+    Raises:
+        ValueError: heads or blocks that are not there, or a model that cannot be pruned, see
+            :func:`check_prunable`.
+    """
+    copied = shared_copy(model)
+    prune_in_place(copied, pruning)
+    return copied
+
+
+def shared_copy(model: Model) -> Model:
+    """A copy of the modules over the same tensors."""
+    shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    with alone(model):
+        return copy.deepcopy(model, shared)
+
+
+def prune_in_place(model: nn.Module, pruning: Pruning) -> None:
+    """:func:`pruned` without the copy; parameters of E are new, and W_2 is zero."""
+    layers = check_prunable(model, pruning.layers)
+    for i in layers:
+        check_kept(pruning.kept[i], heads_of(model, i), f"block {i}")
+    _check_method(pruning)
+    blocks: Any = model.blocks
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for i in layers:
+            kept = pruning.kept[i]
+            if pruning.method == "heads":
+                keep_heads(blocks[i].attn, kept)
+            else:
+                blocks[i] = SingleHeadBlock.of(blocks[i], kept[0], pruning.hidden)
+    mark_pruned(model, pruning)
+    try:
+        run_one_image(model)
+    except (RuntimeError, AssertionError) as error:
+        kind = type(blocks[layers[0]].attn).__name__
+        raise ValueError(
+            f"backbone: block {layers[0]}'s attention ({kind}) does not run with fewer heads "
+            f"({' '.join(str(error).split())[:120]}); choose a ViT whose layers are timm's Attention"
+        ) from error
+
+
+def mark_pruned(model: nn.Module, pruning: Pruning) -> None:
+    """Let ``model`` know what was cut from it, see :func:`pruning_of`."""
+    vars(model)["pruning"] = pruning
+
+
+def pruning_of(model: nn.Module) -> Pruning | None:
+    """What was cut from ``model``; None if nothing."""
+    found = vars(model).get("pruning")
+    return found if isinstance(found, Pruning) else None
+
+
+def heads_of(model: nn.Module, layer: int) -> int:
+    """The number of heads of a block."""
+    blocks: Any = model.blocks
+    return int(blocks[layer].attn.num_heads)
+
+
+def keep_heads(attention: Any, kept: Sequence[int]) -> None:
+    """Slice an attention layer of timm to the heads ``kept``, in this order."""
+    heads, width = int(attention.num_heads), int(attention.head_dim)
+    columns = torch.cat([torch.arange(h * width, (h + 1) * width, device="cpu") for h in kept])
+    rows = torch.cat([columns + part * heads * width for part in range(3)])
+    attention.qkv = _sliced(attention.qkv, rows, 0)
+    if isinstance(attention.proj, nn.Linear):
+        attention.proj = _sliced(attention.proj, columns, 1)
+    attention.num_heads, attention.attn_dim = len(kept), len(columns)
+
+
+def _sliced(linear: nn.Linear, index: Tensor, axis: int) -> nn.Linear:
+    weight, bias = linear.weight.detach(), linear.bias
+    index = index.to(weight.device)
+    weight = weight.index_select(axis, index)
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    made.weight = nn.Parameter(weight, linear.weight.requires_grad)
+    if bias is not None:
+        cut = bias.detach()[index] if axis == 0 else bias.detach().clone()
+        made.bias = nn.Parameter(cut, bias.requires_grad)
+    return made.train(linear.training)
+
+
+# ---------------------------------------------------------------------- blocks of one head
+
+
+class Expander(nn.Module):
+    """E(o) = W_2 GELU(W_1 LN(o)): (..., d) -> (..., C); W_2 is zero at first, so a block begins as x -> x."""
+
+    def __init__(self, head_dim: int, hidden: int, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(head_dim, eps=1e-6)
+        self.fc1 = nn.Linear(head_dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
+
+    def forward(self, o: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(self.norm(o))))
+
+
+class SingleHeadBlock(nn.Module):
+    """x -> x + E(o(LN x)): ``norm1``, and ``attn`` of one head whose ``proj`` is E."""
+
+    def __init__(self, norm1: nn.Module, attn: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.attn = norm1, attn
+
+    @classmethod
+    def of(cls, block: Any, head: int, hidden: int) -> SingleHeadBlock:
+        """With the norm and one head of a transformer block, and a new E."""
+        weight = block.attn.qkv.weight
+        attn = copy.deepcopy(block.attn)
+        attn.proj = Expander(int(attn.head_dim), hidden, weight.shape[1]).to(weight)
+        keep_heads(attn, [head])
+        return cls(copy.deepcopy(block.norm1), attn).train(block.training)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x + self.attn(self.norm1(x), *args, **kwargs)
+
+
+class _ChosenHead(nn.Module):
+    """E of one head's output for each image, times its gate; in the place of W_O."""
+
+    def __init__(self, heads: int, expander: Expander) -> None:
+        super().__init__()
+        self.heads, self.expander = heads, expander
+        self.choice: Choice | None = None
+
+    def forward(self, o: Tensor) -> Tensor:
+        assert self.choice is not None
+        chosen = self.choice.chosen[:, None, None, None]
+        head = o.unflatten(-1, (self.heads, -1)).take_along_dim(chosen, 2).squeeze(2)
+        return self.choice.gate[:, None, None] * self.expander(head)
+
+
+class RoutedBlock(nn.Module):
+    """x -> x + g E(o_j*(LN x)), j* chosen by a router for each image: what SHRP trains before it prunes.
+
+    ``choice`` is that of the last pass. With one head, or once the router has settled, the block computes
+    what :meth:`pruned` does.
+    """
+
+    def __init__(self, block: Any, hidden: int) -> None:
+        super().__init__()
+        weight = block.attn.qkv.weight
+        dim, heads = int(weight.shape[1]), int(block.attn.num_heads)
+        self.norm1, self.attn = copy.deepcopy(block.norm1), copy.deepcopy(block.attn)
+        expander = Expander(int(self.attn.head_dim), hidden, dim)
+        self.attn.proj = _ChosenHead(heads, expander).to(weight)
+        self.router = HeadRouter(dim, heads).to(weight)
+
+    @property
+    def choice(self) -> Choice:
+        found = self.attn.proj.choice
+        assert found is not None
+        return found
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        tokens = self.norm1(x)
+        self.attn.proj.choice = self.router(tokens)
+        return x + self.attn(tokens, *args, **kwargs)
+
+    def pruned(self, head: int) -> SingleHeadBlock:
+        """The block of ``head`` alone, with tensors of its own."""
+        proj = self.attn.proj
+        proj.choice = None
+        attn = copy.deepcopy(self.attn)
+        attn.proj = copy.deepcopy(proj.expander)
+        keep_heads(attn, [head])
+        return SingleHeadBlock(copy.deepcopy(self.norm1), attn)
+
+
+# ---------------------------------------------------------------------- what can be pruned
+
+
+def check_prunable(model: nn.Module, layers: Iterable[int] | str | None) -> list[int]:
+    """Numbers of the blocks ``layers`` (the last one by default), rising.
+
+    Raises:
+        ValueError: no ViT of timm with pre-norm blocks and a ``qkv`` layer (the layer is named), numbers
+            that are not there, or a model that is converted or pruned already.
+    """
+    blocks = getattr(model, "blocks", None)
+    kind = type(model).__name__
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
+        raise ValueError(
+            f"backbone: {kind} has no list of blocks with attention; choose a ViT of timm"
+        )
+    if pruning_of(model) is not None:
+        raise ValueError("backbone: it is pruned already; prune the network that it was cut from")
+    if conversion(model) is not None:
+        raise ValueError(
+            "backbone: its attention is converted; leave out mechanism, and convert it afterwards"
+        )
+    numbers = [len(blocks) - 1] if layers is None else layers
+    found = [int(path.split(".")[1]) for path in chosen_layers(model, numbers)]
+    for i in found:
+        _check_block(blocks[i], i)
+    return found
+
+
+def _check_block(block: Any, i: int) -> None:
+    kind, attention = type(block).__name__, block.attn
+    if kind not in PRE_NORM_BLOCKS or not hasattr(block, "norm1"):
+        raise ValueError(
+            f"backbone: block {i} ({kind}) does not normalise its input before attention; choose a "
+            f"pre-norm ViT such as vit_tiny_patch16_224"
+        )
+    name, qkv = f"blocks.{i}.attn ({type(attention).__name__})", getattr(attention, "qkv", None)
+    width = getattr(attention, "num_heads", 0) * getattr(attention, "head_dim", 0)
+    if not isinstance(qkv, nn.Linear) or qkv.out_features != 3 * width:
+        raise ValueError(
+            f"backbone: {name} has no layer 'qkv' of three parts for its heads; choose a ViT such as "
+            f"vit_tiny_patch16_224"
+        )
+    own = [
+        n
+        for n in ("gate", "norm")
+        if not isinstance(getattr(attention, n, None), nn.Identity | None)
+    ]
+    proj = getattr(attention, "proj", None)
+    if (
+        own
+        or getattr(attention, "q_bias", None) is not None
+        or getattr(proj, "in_features", 0) != width
+    ):
+        why = f"'{own[0]}'" if own else "biases or a projection of another form"
+        raise ValueError(
+            f"backbone: {name} has {why} across its heads, which cannot be sliced; choose a ViT such as "
+            f"vit_tiny_patch16_224"
+        )
+
+
+def check_kept(kept: Sequence[int], heads: int, where: str) -> None:
+    """Raise a ``ValueError`` unless ``kept`` are different heads of ``heads``, at least one."""
+    if not kept or len(set(kept)) != len(kept) or not all(0 <= h < heads for h in kept):
+        raise ValueError(
+            f"keep: got heads {list(kept)} in {where}; give different ones of 0 to {heads - 1}"
+        )
+
+
+def check_keep(keep: int, heads: int, where: str) -> None:
+    """Raise a ``ValueError`` unless ``keep`` of ``heads`` heads can stay."""
+    if not 1 <= keep <= heads:
+        raise ValueError(f"keep: got {keep} for {where} of {heads} heads; give 1 to {heads}")
+
+
+def _check_method(pruning: Pruning) -> None:
+    if pruning.method not in METHODS:
+        raise ValueError(f"method: got {pruning.method!r}; choose heads or shrp")
+    if pruning.method == "heads":
+        return
+    if not 1 <= pruning.hidden <= WIDEST:
+        raise ValueError(f"hidden: got {pruning.hidden}; give the width of E, 1 to {WIDEST}")
+    more = [i for i in pruning.layers if len(pruning.kept[i]) > 1]
+    if more:
+        raise ValueError(
+            f"keep: got {len(pruning.kept[more[0]])}; shrp keeps a single head, give 1"
+        )
+
+
+# ---------------------------------------------------------------------- folders
+
+
+@dataclass(frozen=True)
+class PrunedFolder:
+    """What ``prune.json`` says; ``preprocessing`` as in a timm ``pretrained_cfg``."""
+
+    folder: Path
+    pruning: Pruning
+    name: str
+    source_sha256: str
+    sha256: str
+    num_classes: int
+    preprocessing: Mapping[str, Any]
+    results: Mapping[str, Any]
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / WEIGHTS_FILE
+
+    def check_backbone(self, name: str, num_classes: int | None) -> None:
+        """Raise a ``ValueError`` for a network of another name or another number of classes."""
+        if name.partition(".")[0] != self.name.partition(".")[0]:
+            raise ValueError(
+                f"weights: {self.folder} was pruned from {self.name}, not {name}; give -b {self.name}"
+            )
+        if num_classes not in (None, self.num_classes):
+            raise ValueError(
+                f"num_classes: got {num_classes}, {self.folder} has {self.num_classes} classes; leave it out"
+            )
+
+
+def pruned_folder(weights: Any) -> Path | None:
+    """The folder of a pruned network that ``weights`` names, itself or by its weight file; else None."""
+    if not isinstance(weights, str | Path):
+        return None
+    path = Path(weights).expanduser()
+    folder = path.parent if path.name == WEIGHTS_FILE else path
+    return folder if (folder / PRUNED_FILE).is_file() else None
+
+
+def read_pruned(folder: str | Path) -> PrunedFolder:
+    """Read ``prune.json``.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is damaged.
+    """
+    file = Path(folder) / PRUNED_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"weights: {folder} holds no {PRUNED_FILE}; give the folder that xattn prune wrote"
+        )
+    record = strict_json.read(file, "weights", _AGAIN)
+    try:
+        if record["format"] != FORMAT:
+            raise ValueError(f"its format is {record['format']!r}")
+        source, shown, count = record["backbone"], record["preprocessing"], record["num_classes"]
+        texts, sides = [source["name"], source["sha256"], record["sha256"]], shown["input_size"]
+        if not all(isinstance(t, str) for t in texts) or type(count) is not int or count < 0:
+            raise ValueError("its names, hashes or classes have another form")
+        if len(sides) != 3 or not all(type(n) is int and 1 <= n <= 8192 for n in sides):
+            raise ValueError(f"its input_size is {sides!r}")
+        results = record.get("results", {})
+        pruning = Pruning.of_record(record["pruning"])
+        return PrunedFolder(
+            Path(folder), pruning, *texts[:2], texts[2], count, dict(shown), results
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"weights: {file} is no record of a pruned network ({reason}); {_AGAIN}"
+        ) from None
+
+
+def save_pruned(folder: str | Path, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
+    """Write a pruned network, all or nothing: its tensors, and the ``record`` that :func:`read_pruned` reads.
+
+    Raises:
+        ValueError: ``folder`` exists and holds something else. OSError: it cannot be written.
+    """
+    from safetensors.torch import save
+
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+    whole = {"format": FORMAT, "xattn": __version__, **record}
+    with atomic_folder(folder, (WEIGHTS_FILE, PRUNED_FILE), _is_pruned) as temporary:
+        (temporary / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+        text = json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+        (temporary / PRUNED_FILE).write_text(text, "utf-8", "backslashreplace")
+    return Path(folder)
+
+
+def _is_pruned(folder: Path) -> bool:
+    try:
+        read_pruned(folder)
+    except (ValueError, OSError):
+        return False
+    return True
