@@ -39,8 +39,8 @@ def check_can_be_saved(backbone: Backbone) -> None:
 
     if not timm.is_model(backbone.name):
         raise ValueError(
-            f"backbone: {backbone.name} is no timm model, which alone can be built again by its name; choose "
-            f"a ViT such as vit_tiny_patch16_224"
+            f"backbone: {backbone.name} is no timm model, so it could not be built again by its name; "
+            f"choose a ViT such as vit_tiny_patch16_224"
         )
 
 
@@ -57,7 +57,8 @@ def write(
         labels: of the held-out photos, see :func:`xattn.photos.labels.true_classes`; None for no accuracy.
 
     Raises:
-        ValueError: the labels are damaged, or ``folder`` holds something else. OSError: it cannot be written.
+        ValueError: the labels are damaged, or ``folder`` holds something else.
+        OSError: it cannot be written.
     """
     check_can_be_saved(whole)
     figures = measured(whole, result, labels)
@@ -147,10 +148,10 @@ def lines(result: PruneResult, figures: dict[str, Any]) -> list[str]:
     """Markdown: a table of the stages, and what else was found."""
     found = [
         f"{result.pruning}",
-        f"{result.learned} photos learned from in {result.steps} steps, {result.seconds:.0f} s of the processor; "
-        f"measured on {figures['photos']} others",
+        f"{result.learned} photos learned from in {result.steps} steps, {result.seconds:.0f} s of the "
+        f"processor; measured on {figures['photos']} others",
         "",
-        "| network | top-1, % | same class as the whole network, % | cosine of last tokens | parameters | images/s |",
+        "| network | top-1, % | same class, % | cosine of tokens | parameters | images/s |",
         "| :-- | --: | --: | --: | --: | --: |",
     ]
     networks = {"whole": "whole", "cut": "pruned", "trained": "pruned"}

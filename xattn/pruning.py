@@ -3,14 +3,15 @@
     heads    x <- x + b + sum_{h kept} W_O^h o_h(LN x),    and the MLP of the block as before
     shrp     x <- x + E(o_j(LN x)),    E(o) = W_2 GELU(W_1 LN(o)),    in place of W_O and the MLP
 
-o_h is the output of head h, softmax(q_h k_h^T / sqrt(d)) v_h. Rows of ``qkv`` and columns of W_O are sliced, so a
-layer becomes smaller and faster, and stays timm's own: attention is recorded, converted and explained as before.
-Which heads are worth keeping was asked by Michel et al. (arXiv 1905.10650); "shrp" is SHRP (arXiv 2512.20635), its
-equations after the abstract. :func:`xattn.training.pruning_run.prune` chooses the heads and trains what is left.
+o_h is the output of head h, softmax(q_h k_h^T / sqrt(d)) v_h. Rows of ``qkv`` and columns of W_O are
+sliced, so a layer becomes smaller and faster and stays timm's own: its attention is recorded, converted
+and explained as before. That many heads can go was shown by Michel et al. (arXiv 1905.10650); "shrp" is
+SHRP (arXiv 2512.20635), its equations after the abstract. :func:`xattn.training.pruning_run.prune`
+chooses the heads and trains what is left.
 
-A pruned network is a folder with ``model.safetensors`` and ``prune.json``: what was cut, the network that it was cut
-from, the SHA-256 of the tensors, and what was measured. ``load_backbone(name, weights=folder)`` builds the stock
-model, slices it as recorded, and loads the tensors.
+A pruned network is a folder with ``model.safetensors`` and ``prune.json``: what was cut, the network that
+it was cut from, the SHA-256 of the tensors, and what was measured. ``load_backbone(name,
+weights=folder)`` builds the stock model, slices it as recorded, and loads the tensors.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from xattn.attention.conversion import format_layers, parse_layers
 from xattn.attention.convert import conversion
 from xattn.attention.convertible import chosen_layers, run_one_image
+from xattn.backbone.preprocessing import LARGEST_SIDE
 from xattn.backbone.taps import PRE_NORM_BLOCKS
 from xattn.blocks.routing_usage import Choice, HeadRouter
 from xattn.runtime import strict_json
@@ -45,7 +47,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Pruning(NamedTuple):
-    """What is cut: ``kept`` heads by number of the block, and ``hidden``, the width m of E (0 for "heads")."""
+    """What is cut: the heads ``kept`` by number of the block, and the width ``hidden`` of E (shrp)."""
 
     method: str
     kept: Mapping[int, tuple[int, ...]]
@@ -180,7 +182,7 @@ def _sliced(linear: nn.Linear, index: Tensor, axis: int) -> nn.Linear:
 
 
 class Expander(nn.Module):
-    """E(o) = W_2 GELU(W_1 LN(o)): (..., d) -> (..., C); W_2 is zero at first, so a block begins as x -> x."""
+    """E(o) = W_2 GELU(W_1 LN(o)): (..., d) -> (..., C); W_2 and its bias are zero at first."""
 
     def __init__(self, head_dim: int, hidden: int, dim: int) -> None:
         super().__init__()
@@ -243,7 +245,7 @@ class RoutedBlock(nn.Module):
         self.norm1, self.attn = copy.deepcopy(block.norm1), copy.deepcopy(block.attn)
         expander = Expander(int(self.attn.head_dim), hidden, dim)
         self.attn.proj = _ChosenHead(heads, expander).to(weight)
-        self.router = HeadRouter(dim, heads).to(weight)
+        self.router = HeadRouter(dim, heads, decay=0.9).to(weight)
 
     @property
     def choice(self) -> Choice:
@@ -383,7 +385,8 @@ class PrunedFolder:
             )
         if num_classes not in (None, self.num_classes):
             raise ValueError(
-                f"num_classes: got {num_classes}, {self.folder} has {self.num_classes} classes; leave it out"
+                f"num_classes: got {num_classes}, {self.folder} has {self.num_classes} classes; leave "
+                f"it out"
             )
 
 
@@ -411,26 +414,42 @@ def read_pruned(folder: str | Path) -> PrunedFolder:
     try:
         if record["format"] != FORMAT:
             raise ValueError(f"its format is {record['format']!r}")
-        source, shown, count = record["backbone"], record["preprocessing"], record["num_classes"]
-        texts, sides = [source["name"], source["sha256"], record["sha256"]], shown["input_size"]
-        if not all(isinstance(t, str) for t in texts) or type(count) is not int or count < 0:
-            raise ValueError("its names, hashes or classes have another form")
-        if len(sides) != 3 or not all(type(n) is int and 1 <= n <= 8192 for n in sides):
-            raise ValueError(f"its input_size is {sides!r}")
-        results = record.get("results", {})
-        pruning = Pruning.of_record(record["pruning"])
-        return PrunedFolder(
-            Path(folder), pruning, *texts[:2], texts[2], count, dict(shown), results
+        name, source = (record["backbone"][key] for key in ("name", "sha256"))
+        found = PrunedFolder(
+            folder=Path(folder),
+            pruning=Pruning.of_record(record["pruning"]),
+            name=name,
+            source_sha256=source,
+            sha256=record["sha256"],
+            num_classes=record["num_classes"],
+            preprocessing=dict(record["preprocessing"]),
+            results=record.get("results", {}),
         )
+        _check_form(found)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"weights: {file} is no record of a pruned network ({reason}); {_AGAIN}"
         ) from None
+    return found
+
+
+def _check_form(found: PrunedFolder) -> None:
+    """Raise a ``ValueError`` unless all values are of the kind that they should be."""
+    texts, count = (found.name, found.source_sha256, found.sha256), found.num_classes
+    if not all(isinstance(t, str) for t in texts) or type(count) is not int or count < 0:
+        raise ValueError("its names, hashes or classes have another form")
+    shown = found.preprocessing
+    sides, colours = shown["input_size"], [*shown["mean"], *shown["std"], shown["crop_pct"]]
+    if len(sides) != 3 or not all(type(n) is int and 1 <= n <= LARGEST_SIDE for n in sides):
+        raise ValueError(f"its input_size is {sides!r}")
+    named = isinstance(shown["interpolation"], str) and isinstance(shown["crop_mode"], str)
+    if not named or not all(type(x) in (int, float) for x in colours):
+        raise ValueError(f"its preprocessing is {shown!r}")
 
 
 def save_pruned(folder: str | Path, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
-    """Write a pruned network, all or nothing: its tensors, and the ``record`` that :func:`read_pruned` reads.
+    """Write a pruned network, all or nothing: its tensors, and the ``record`` for :func:`read_pruned`.
 
     Raises:
         ValueError: ``folder`` exists and holds something else. OSError: it cannot be written.

@@ -126,7 +126,7 @@ def _from_pruned(
             f"weights: {folder} was changed or damaged after it was written (sha256 {found}, its record "
             f"says {saved.sha256}); run xattn prune again"
         )
-    own = {"num_classes": saved.num_classes}
+    own: dict[str, Any] = {"num_classes": saved.num_classes}
     if _takes_img_size(name):
         own["img_size"] = saved.preprocessing["input_size"][1:]
     model: Any = timm.create_model(name, pretrained=False, **own)

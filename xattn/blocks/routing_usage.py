@@ -1,10 +1,11 @@
 """A router among the heads of a layer, and how often it has chosen each: what SHRP prunes by.
 
-    r = softmax(W_r mean_n x_n + b_r),   j* = argmax r,   gate = 1 with the gradient of r_j*  (straight-through)
+    r = softmax(W_r mean_n x_n + b_r),   j* = argmax r,   gate = 1, with the gradient of r_j*
     usage <- decay usage + (1 - decay) mean_b 1[j*_b = j]
 
-arXiv 2512.20635; the equations are ours, after its abstract. Usage sums to 1. Nothing makes a router choose
-one head for all images; :func:`usage_entropy` in the loss does.
+arXiv 2512.20635; the equations are ours, after its abstract. The gate is straight-through, and usage sums
+to 1. By itself a router need not choose one head for all images; :func:`usage_entropy` in the loss makes
+it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from xattn.attention.base import whole
 
 
 class Choice(NamedTuple):
-    """What a router says of B images: ``shares`` (B, M), the head ``chosen`` (B,), and its ``gate`` (B,)."""
+    """Of B images: ``shares`` (B, M) of the heads, the head ``chosen`` (B,), and its ``gate`` (B,)."""
 
     shares: Tensor
     chosen: Tensor
@@ -83,6 +84,7 @@ class HeadRouter(nn.Module):
 
 
 def usage_entropy(shares: Tensor) -> Tensor:
-    """Entropy, in nats, of the mean over images of ``shares`` (B, M): 0 if all choose one head for certain."""
+    """Entropy, in nats, of the mean over images of ``shares`` (B, M): 0 if all choose one head with
+    certainty."""
     mean = shares.mean(0)
     return -(mean * mean.clamp_min(1e-12).log()).sum()

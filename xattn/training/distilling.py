@@ -375,7 +375,7 @@ def learning_rate(step: int, per_epoch: int, config: DistillConfig) -> float:
 
 
 def share_of_peak(step: int, total: int) -> float:
-    """Of the learning rate, at step 0, 1, ... of ``total``: a short linear rise, then half a cosine to 0."""
+    """Of the learning rate at step 0, 1, ... of ``total``: a short linear rise, then half a cosine."""
     rise = max(1, round(RISE * total))
     if step < rise:
         return (step + 1) / rise

@@ -63,7 +63,7 @@ class Seen(NamedTuple):
 
 
 class Tail:
-    """``tail(tokens, model) -> Answer``: blocks of ``model`` from ``first`` on, its norm and its classifier.
+    """``tail(tokens, model) -> Answer``: blocks of ``model`` from ``first`` on, its norm and classifier.
 
     ``arguments`` is what blocks get beside their tokens, such as a rotary embedding.
     """
@@ -119,8 +119,8 @@ def check_tail(backbone: Backbone, tail: Tail, seen: Seen) -> None:
 
 
 def difference(wanted: Answer, found: Answer, task: Task, classes: bool) -> Tensor:
-    """How far an answer is from that of the network: KL of its logits, or without classes the squared error of
-    its last tokens, relative to the tokens."""
+    """How far an answer is from that of the network: KL of its logits, or without ``classes`` the relative
+    error of its last tokens."""
     if classes:
         return divergence(wanted.logits.float(), found.logits.float(), task)
     return token_error(wanted, found)
@@ -308,8 +308,8 @@ class PrunedStudent(nn.Module):
 def answers(
     tail: Tail, model: Any, seen: Seen, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of photos: the most probable class (n,), whether it is that of the whole network (n,), and the mean cosine
-    of their last tokens with those of the whole network (n,)."""
+    """Of n photos: the most probable class, whether it is that of the whole network, and the mean cosine of
+    the last tokens with those of the whole network."""
     classes, same, cosines = [], [], []
     for part in seen.parts(device):
         found = tail(part.entering, model)

@@ -2,10 +2,10 @@
 
     L = w_tokens |t' - t|^2 / |t|^2 + w_logits KL(softmax z || softmax z') + w_entropy H(mean_b r_b)
 
-t and z are the last tokens and the logits of the network as it was, t' and z' those of the pruned one; no labels are
-read. "heads" compares the heads first (:func:`~xattn.training.pruned_student.choose_heads`) and trains what is left.
-"shrp" trains a router with one E for all heads first, whose usage H concentrates on one head, and then that head and
-E alone.
+t and z are the last tokens and the logits of the network as it was, t' and z' those of the pruned one; no
+labels are read. "heads" compares the heads first (:func:`~xattn.training.pruned_student.choose_heads`)
+and trains what is left. "shrp" first trains a router r and one E for all heads; the entropy H of the
+router's usage concentrates it on one head. Then it trains that head and E alone.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ from xattn.training.whole_batch import Share
 
 HELD_OUT = 5  # one of so many photos is measured on, not trained on
 KEPT_BYTES = 8 << 30  # of tokens in memory
+ROUTER_RATE = (
+    10.0  # times the learning rate of the blocks: few steps have to settle which head stays
+)
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class PruneResult:
     """What :func:`prune` returns.
 
     ``answers`` of the held-out ``photos`` by stage: "whole", "routed" (shrp), "cut" before the rest of the
-    training, and "trained". ``changes`` says for each block how much each head matters ("heads"), ``usage`` how often
-    routers chose it ("shrp").
+    training, and "trained". ``changes`` says for each block how much each head matters ("heads"), ``usage``
+    how often routers chose it ("shrp").
     """
 
     backbone: Backbone
@@ -127,7 +130,7 @@ def prune(
 
 
 def split(data: Data, validation: Data | None = None) -> tuple[Photos, Photos]:
-    """The photos to train on, and those to measure on: every fifth from the first on, unless they are given.
+    """The photos to train on, and those to measure on: every fifth from the first on unless given.
 
     Raises:
         ValueError: too few photos, or streamed ones.
@@ -195,7 +198,7 @@ def _prune(
     heads = {i: choice.kept for i, choice in choices.items()} if choices else None
     student = PrunedStudent(teacher, layers, heads, config)
     state = _State(started)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=0.0)
+    optimizer = _optimizer(student, config)
     total = math.ceil(len(learned[0]) / config.batch_size) * config.epochs
     run = Run(student, optimizer, accelerator, config, state, total, options)
     facts = {
@@ -235,8 +238,8 @@ def _prune(
 def read_photos(
     backbone: Backbone, first: int, photos: Photos, config: PruneConfig, mirrored: bool
 ) -> tuple[list[Seen], Tail, list[tuple[str, str]], list[str]]:
-    """Photos as block ``first`` sees them, as they are and ``mirrored``; the tail; names and reasons of those that
-    cannot be read, and names of the others.
+    """Photos as block ``first`` sees them, as they are and ``mirrored``; the tail; names and reasons of
+    those that cannot be read, and names of the others.
 
     Raises:
         ValueError: none can be read, or their tokens do not fit into memory.
@@ -245,7 +248,8 @@ def read_photos(
     numbers = list(range(len(photos)))
     keys = [[(0, i) for i in numbers[s : s + AT_ONCE]] for s in range(0, len(numbers), AT_ONCE)]
     views: list[list[Seen]] = [[] for _ in range(1 + mirrored)]
-    tail, lost = None, {}
+    tail: Tail | None = None
+    lost: dict[int, str] = {}
     dtype = next(backbone.model.parameters()).dtype
     with closing(load_batches(images, keys, config.workers)) as batches:
         for batch, unreadable in batches:
@@ -308,19 +312,34 @@ def _learn(
             if run.step >= run.total:
                 break
             run.agree()
-            epoch = run.step // per_epoch
-            batch = _batch(views, run.step, per_epoch, config, student.teacher.device)
-            lr = config.lr * share_of_peak(run.step, run.total)
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr
             with run.naming_batch_size("photos"):
-                with run.forward(Share(range(len(batch)), len(batch))):
-                    losses = student.losses(tail, batch, config)
-                run.losses = run.take_step(losses, 1.0)
+                batch = _batch(views, run.step, per_epoch, config, student.teacher.device)
+                run.losses = _step(run, batch, tail, config)
             run.check_finite(run.step + 1, *run.losses.values())
-            run.advance(epoch, lr)
+            run.advance(run.step // per_epoch, run.optimizer.param_groups[0]["lr"])
             if run.step % config.checkpoint_every == 0 or run.step == run.total:
                 run.checkpoint()
+
+
+def _optimizer(student: PrunedStudent, config: PruneConfig) -> torch.optim.Optimizer:
+    named = list(student.named_parameters())
+    routers = [p for name, p in named if ".router." in name]
+    rest = [p for name, p in named if ".router." not in name]
+    groups = [{"params": rest, "peak": config.lr}]
+    if routers:
+        groups.append({"params": routers, "peak": ROUTER_RATE * config.lr})
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0)
+
+
+def _step(
+    run: Run[PrunedStudent], batch: Seen, tail: Tail, config: PruneConfig
+) -> dict[str, float]:
+    """Take one step; the losses."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["peak"] * share_of_peak(run.step, run.total)
+    with run.forward(Share(range(len(batch)), len(batch))):
+        losses = run.head.losses(tail, batch, config)
+    return run.take_step(losses, 1.0)
 
 
 def _batch(
