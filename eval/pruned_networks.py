@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,10 @@ from xattn.backbone.fingerprint import sha256
 from xattn.config import PruneConfig
 from xattn.eval.bench.timing import processor_clock, times
 from xattn.eval.bootstrap import mean_interval
+from xattn.photos.base import Data
 from xattn.photos.labels import true_classes
 from xattn.pruning import save_pruned
-from xattn.training.pruning_run import PruneResult
+from xattn.training.pruning_run import PruneResult, split
 
 STAGES = {
     "whole": "whole network",
@@ -44,32 +45,52 @@ def check_can_be_saved(backbone: Backbone) -> None:
         )
 
 
+def held_out_classes(
+    whole: Backbone, data: Data, validation: Data | None, labels: str | None
+) -> dict[str, int]:
+    """The classes of the photos to measure on, by name; none without ``labels``, see
+    :func:`xattn.photos.labels.true_classes`.
+
+    Raises:
+        ValueError: the labels are damaged, or none is a class of the network. FileNotFoundError: no file.
+    """
+    if labels is None or not whole.has_classes:
+        return {}
+    photos = split(data, validation)[1]
+    names = [photos.name(i) for i in range(len(photos))]
+    found = [number for number, _ in true_classes(names, labels, whole.class_names)]
+    known = {name: n for name, n in zip(names, found, strict=False) if n is not None}
+    if not known:
+        raise ValueError(
+            f"labels: none of {len(names)} photos has a class of {whole.name}; leave them out"
+        )
+    return known
+
+
 def write(
     folder: str | Path,
     whole: Backbone,
     result: PruneResult,
-    labels: str | None,
+    classes: Mapping[str, int],
     config: PruneConfig,
 ) -> tuple[Path, list[str]]:
     """Write the pruned network and its figures; the folder, and the lines of a table of the figures.
 
     Args:
-        labels: of the held-out photos, see :func:`xattn.photos.labels.true_classes`; None for no accuracy.
+        classes: of the held-out photos, by name; others have none.
 
     Raises:
-        ValueError: the labels are damaged, or ``folder`` holds something else.
-        OSError: it cannot be written.
+        ValueError: ``folder`` holds something else. OSError: it cannot be written.
     """
     check_can_be_saved(whole)
-    figures = measured(whole, result, labels)
+    figures = measured(whole, result, classes)
     preprocessing = asdict(whole.preprocessing)
     preprocessing["input_size"] = [3, *whole.preprocessing.input_size]
-    classes = int(getattr(whole.model, "num_classes", whole.num_classes))
     record = {
         "backbone": {"name": whole.name, "sha256": whole.fingerprint},
         "pruning": result.pruning.record(),
         "sha256": sha256(result.backbone.model),
-        "num_classes": classes,
+        "num_classes": int(getattr(whole.model, "num_classes", whole.num_classes)),
         "preprocessing": preprocessing,
         "training": {
             "photos": result.learned,
@@ -86,12 +107,11 @@ def write(
     return path, lines(result, figures)
 
 
-def measured(whole: Backbone, result: PruneResult, labels: str | None) -> dict[str, Any]:
+def measured(whole: Backbone, result: PruneResult, classes: Mapping[str, int]) -> dict[str, Any]:
     """The figures of each stage, over the held-out photos, and of the networks before and after."""
-    known = _labelled(whole, result.photos, labels)
-    found: dict[str, Any] = {"photos": len(result.photos), "labelled": len(known), "stages": {}}
-    index = list(known)
-    truth = np.array([known[i] for i in index])
+    index = [i for i, name in enumerate(result.photos) if name in classes]
+    truth = np.array([classes[result.photos[i]] for i in index])
+    found: dict[str, Any] = {"photos": len(result.photos), "labelled": len(index), "stages": {}}
     for stage, answers in result.answers.items():
         figures: dict[str, Any] = {"cosine": round(float(answers.cosine.mean()), 4)}
         if whole.has_classes:
@@ -109,19 +129,6 @@ def measured(whole: Backbone, result: PruneResult, labels: str | None) -> dict[s
         for name, network in networks.items()
     }
     return found
-
-
-def _labelled(whole: Backbone, photos: Sequence[str], labels: str | None) -> dict[int, int]:
-    """The class of each photo that has one, by its number."""
-    if labels is None or not whole.has_classes:
-        return {}
-    found = [number for number, _ in true_classes(photos, labels, whole.class_names)]
-    known = {i: number for i, number in enumerate(found) if number is not None}
-    if not known:
-        raise ValueError(
-            f"labels: none of {len(photos)} photos has a class of {whole.name}; leave them out"
-        )
-    return known
 
 
 def _interval(values: Any) -> dict[str, float]:

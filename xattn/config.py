@@ -356,9 +356,9 @@ class PruneConfig:
         for name in ("hidden", "epochs", "tokens", "logits", "entropy", "workers"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: got {getattr(self, name)}; give 0 or more")
-        if not 0 <= self.routed < 1:
+        if not 0 < self.routed < 1:
             raise ValueError(
-                f"routed: got {self.routed}; give a share of the steps, from 0 to below 1"
+                f"routed: got {self.routed}; give a share of the steps between 0 and 1"
             )
         if not heads and self.keep != 1:
             raise ValueError(f"keep: got {self.keep}; shrp keeps a single head, give 1")

@@ -284,6 +284,12 @@ def check_prunable(model: nn.Module, layers: Iterable[int] | str | None) -> list
         raise ValueError(
             f"backbone: {kind} has no list of blocks with attention; choose a ViT of timm"
         )
+    without = [b for b in blocks if not isinstance(getattr(b, "attn", None), nn.Module)]
+    if without:
+        raise ValueError(
+            f"backbone: a block of {kind} ({type(without[0]).__name__}) has no attention 'attn'; choose a "
+            f"ViT such as vit_tiny_patch16_224"
+        )
     if pruning_of(model) is not None:
         raise ValueError("backbone: it is pruned already; prune the network that it was cut from")
     if conversion(model) is not None:

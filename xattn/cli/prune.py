@@ -33,7 +33,7 @@ class Prune:
     """Continue from the last checkpoint in the output folder."""
 
     def run(self) -> None:
-        from xattn.eval.pruned_networks import check_can_be_saved, write
+        from xattn.eval.pruned_networks import check_can_be_saved, held_out_classes, write
         from xattn.training.pruning_run import prune
 
         if self.model.mechanism is not None:
@@ -45,6 +45,7 @@ class Prune:
             raise ValueError("probe: heads are cut from the network itself; leave out --probe")
         whole: Any = replace(self.model, layers=None).load()
         check_can_be_saved(whole)
+        classes = held_out_classes(whole, self.data, self.validation, self.labels)
         result = prune(
             whole,
             self.model.layers,
@@ -56,6 +57,6 @@ class Prune:
         )
         for path, reason in result.skipped:
             print(f"skipped {path}: {reason}", file=sys.stderr)
-        folder, lines = write(self.output / "network", whole, result, self.labels, self.train)
+        folder, lines = write(self.output / "network", whole, result, classes, self.train)
         print("\n".join(lines))
         print(f"network: {folder}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,8 @@ class Answer(NamedTuple):
     logits: Tensor
 
 
-class Seen(NamedTuple):
+@dataclass(frozen=True)
+class Seen:
     """Photos as the first pruned block sees them, tokens (n, N, C), and what the network answers."""
 
     entering: Tensor
@@ -52,8 +54,8 @@ class Seen(NamedTuple):
 
     def part(self, index: Any, device: torch.device) -> Seen:
         """Some of them, on ``device``."""
-        found = (x[index].to(device) for x in (self.entering, *self.answer))
-        return Seen(next(found), Answer(*found))
+        answer = Answer(*(x[index].to(device) for x in self.answer))
+        return Seen(self.entering[index].to(device), answer)
 
     def parts(self, device: torch.device, most: int | None = None) -> Iterator[Seen]:
         """All of them, or the first ``most``, a few at once."""
@@ -152,7 +154,7 @@ def choose_heads(
     heads = heads_of(model, layer)
     check_keep(keep, heads, f"block {layer}")
     parts = [
-        part._replace(entering=tail.through(part.entering, model, tail.first, layer))
+        Seen(tail.through(part.entering, model, tail.first, layer), part.answer)
         for part in seen.parts(backbone.device, photos)
     ]
 

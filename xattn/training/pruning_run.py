@@ -172,8 +172,8 @@ class _State:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, (classes, same, cosine) in state["answers"].items():
-            tensors = (torch.tensor(x, device="cpu") for x in (classes, same, cosine))
-            self.answers[name] = Answers(*tensors)
+            shares = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (same, cosine))
+            self.answers[name] = Answers(torch.tensor(classes, device="cpu"), *shares)
         self.usage, self._earlier = dict(state["usage"]), float(state["seconds"])
 
 
