@@ -48,6 +48,7 @@ NOT_RUN = (
     ["study", "at"],
     ["explain", "photo.jpg", "-b", "vit_small_patch16_224"],
     ["distill"],
+    ["prune"],
     ["train", "--preset"],
     ["compare", "--data", "photos/", "--heads"],  # --metrics all explains again, with RISE
 )

@@ -117,6 +117,27 @@ def test_a_replaced_weight_file_is_read_again(start):
     assert models.backbone(CNN, key).fingerprint != before
 
 
+def test_a_pruned_network_is_chosen_by_its_folder(start):
+    from xattn.eval.pruned_networks import write
+    from xattn.training.pruning_run import PruneConfig, prune
+
+    root = _a_vit_in_a_file(start)
+    whole = models.backbone(VIT)
+    config = PruneConfig(epochs=0, scored=1)
+    photos = [root / f"{i}.png" for i in range(2)]
+    for i, photo in enumerate(photos):
+        picture(i).save(photo)
+    result = prune(whole, data=photos, config=config, progress=False)
+    write(root / "cut" / "network", whole, result, {}, config)
+    files = {path.name: key for key, path in models.weight_files().items()}
+    assert set(files) == {"net.safetensors", "network"}
+    found = models.backbone(VIT, files["network"])
+    assert found.fingerprint == result.backbone.fingerprint != whole.fingerprint
+    explain(picture(0), found, explainer="rollout", output=root / "pack")
+    start(backbone=VIT, weights=str(root / "cut" / "network"))
+    assert models.backbone_of(only(root)).fingerprint == found.fingerprint
+
+
 def _pack(root: Path, **options) -> object:
     loaded = models.backbone(CNN, **options)
     explain(picture(0), loaded, explainer="gradcam", output=root / "pack")

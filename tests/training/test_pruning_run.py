@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -265,3 +266,32 @@ def test_bad_command_lines_are_one_line(command, capsys):
         assert err.startswith("xattn: error: ") and message in err
     assert main(["explain", "x.png", *model, "--weights", str(folder)]) == 2
     assert "is a folder; name a weight file in it" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- a trained network
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options, stage, least",
+    [
+        (["--layers", "11", "--epochs", "0"], "cut", 0.77),
+        (["--layers", "10-11", "--epochs", "0"], "cut", 0.70),
+        (["--layers", "8-11", "--epochs", "0"], "cut", 0.48),
+        (["--layers", "11", "--method", "shrp"], "trained", 0.74),
+    ],
+)
+def test_a_trained_vit_keeps_its_accuracy(tmp_path, options, stage, least):
+    weights = DATA / "vit-tiny" / "vit_tiny_patch16_224.safetensors"
+    photos = DATA / "imagenet-sample"
+    if not weights.is_file() or not photos.is_dir():
+        pytest.skip("needs ../shared/data")
+    command = ["prune", "-b", "vit_tiny_patch16_224", "--weights", str(weights), "--device", "cpu"]
+    command += ["--data", str(photos), "--labels", str(photos / "classes.json"), *options]
+    assert main([*command, "--output", str(tmp_path / "run")]) == 0
+    record = json.loads((tmp_path / "run" / "network" / "prune.json").read_text())
+    stages = record["results"]["stages"]
+    assert record["results"]["labelled"] == 100 and stages["whole"]["accuracy"]["mean"] == 0.86
+    assert stages[stage]["accuracy"]["mean"] >= least

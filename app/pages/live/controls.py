@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
@@ -162,9 +163,14 @@ def _backbone() -> tuple[str, str]:
             "Weights",
             ["auto", *files],
             "weights",
-            format_func=lambda w: "Its own" if w == "auto" else files[w].name,
+            format_func=lambda w: "Its own" if w == "auto" else _name_of(files[w]),
         )
     return name or "", weights
+
+
+def _name_of(weights: Path) -> str:
+    """A weight file's name; of a folder, whose name may be that of others, with the one above it."""
+    return f"{weights.parent.name}/{weights.name}" if weights.is_dir() else weights.name
 
 
 def _want() -> None:
