@@ -58,14 +58,9 @@ class HeadRouter(nn.Module):
             return Choice(shares, chosen, shares.new_ones(len(tokens)))
         chosen = shares.argmax(-1)
         if self.training:
-            self._count(chosen)
+            count_choices(self.usage, chosen, self.decay)
         share = shares.gather(1, chosen[:, None])[:, 0]
         return Choice(shares, chosen, 1 + (share - share.detach()))
-
-    @torch.no_grad()
-    def _count(self, chosen: Tensor) -> None:
-        now = F.one_hot(chosen, self.heads).to(self.usage.dtype).mean(0)
-        self.usage.lerp_(now, 1 - self.decay)
 
     @torch.no_grad()
     def settle(self, head: int | None = None) -> int:
@@ -81,6 +76,13 @@ class HeadRouter(nn.Module):
             )
         self.kept.fill_(kept)
         return kept
+
+
+@torch.no_grad()
+def count_choices(usage: Tensor, chosen: Tensor, decay: float) -> None:
+    """Bring the running mean ``usage`` (M,) up to date with the heads ``chosen`` (B,) for a batch."""
+    now = F.one_hot(chosen, len(usage)).to(usage.dtype).mean(0)
+    usage.lerp_(now, 1 - decay)
 
 
 def usage_entropy(shares: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from xattn.attention.base import whole
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.blocks.base import Block, received, register_block
+from xattn.blocks.routing_usage import count_choices, usage_entropy
 
 
 @register_block(
@@ -152,22 +153,11 @@ class ShrpBlock(Block):
             gates = shares.gather(1, chosen)
             gates = 1 + (gates - gates.detach())  # straight-through: 1, with the gradient of r
         if count and self.training and self.heads > 1:
-            self._count(shares.detach())
+            count_choices(self.usage, shares.argmax(-1), self.decay)
         operator = SoftmaxOperator(qkv[0], qkv[1])
         if self.heads > 1:
             operator.aux = {"usage_entropy": usage_entropy(shares)}
         return operator, qkv[2], gates
-
-    @torch.no_grad()
-    def _count(self, shares: Tensor) -> None:
-        chosen = F.one_hot(shares.argmax(-1), self.heads).to(self.usage.dtype).mean(0)
-        self.usage.lerp_(chosen, 1 - self.decay)
-
-
-def usage_entropy(shares: Tensor) -> Tensor:
-    """Entropy, in nats, of the mean over images of r (B, M): 0 if all choose one head with certainty."""
-    mean = shares.mean(0)
-    return -(mean * mean.clamp_min(1e-12).log()).sum()
 
 
 @torch.no_grad()
