@@ -299,7 +299,7 @@ class SoftmaxOperator(Operator):
         if torch.compiler.is_compiling() or keep.device.type != "cpu" or not self._fused:
             return super().matvec_where(x, keep)
         at = keep.flatten().nonzero()[:, 0]  # of the rows of all heads, side by side
-        ends = torch.arange(n, keep.numel() + 1, n)
+        ends = torch.arange(n, keep.numel() + 1, n, device=at.device)
         counts = torch.searchsorted(at, ends).diff(prepend=at.new_zeros(1)).tolist()
         if 0 in counts and {*counts} <= {0, n}:
             return self._some_heads(x, keep[..., 0])
