@@ -68,8 +68,12 @@ class Bench:
     skipped_heads: bool = False
     """For the job "attention": moh with half of the heads beside all of them, at 1024 tokens by default."""
 
+    causal: bool = False
+    """For the job "attention": causal forms beside the bidirectional ones, at 4096 and 16384 tokens by
+    default."""
+
     def run(self) -> None:
-        for option in ("published", "growth", "skipped_heads", "only"):
+        for option in ("published", "growth", "skipped_heads", "causal", "only"):
             if getattr(self, option) and self.job != "attention":
                 raise ValueError(
                     f"{option}: for the job attention alone, got {self.job}; leave it out"
@@ -81,6 +85,8 @@ class Bench:
             name, arguments = "xattn.eval.bench.growth", _growth
         elif self.skipped_heads:
             name, arguments = "xattn.eval.bench.skipped_heads", _skipped_heads
+        elif self.causal:
+            name, arguments = "xattn.eval.bench.causal_forms", _causal
         for line in importlib.import_module(name).bench(**arguments(self)):
             print(line, flush=True)
 
@@ -128,6 +134,14 @@ def _growth(options: Bench) -> dict[str, Any]:
 
 def _published(options: Bench) -> dict[str, Any]:
     return {"rounds": min(options.rounds, 5)}
+
+
+def _causal(options: Bench) -> dict[str, Any]:
+    return {
+        "names": options.only,
+        "tokens": options.tokens or (4096, 16384),
+        "rounds": min(options.rounds, 5),
+    }
 
 
 def _skipped_heads(options: Bench) -> dict[str, Any]:

@@ -83,6 +83,16 @@ def test_half_of_the_heads_are_measured_beside_all(capsys):
     assert "skipped_heads: for the job attention alone" in capsys.readouterr().err
 
 
+def test_causal_forms_are_measured_beside_the_others(capsys):
+    command = ["bench", "attention", "--causal", "--tokens", "64", "--rounds", "1", "--only"]
+    assert main([*command, "hedgehog", "dma"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if " | 64 | " in line]
+    names = [row.split("|")[1].strip() for row in rows]
+    assert names == ["hedgehog", "dma:window=128", "dma:window=512"]
+    assert main([*command, "agent"]) != 0
+    assert "only: agent has no causal form; leave it out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

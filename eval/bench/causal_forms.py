@@ -1,0 +1,78 @@
+"""Causal forms of attention mechanisms beside their bidirectional ones, along one dimension.
+
+    xattn bench attention --causal --only hedgehog flow --tokens 16384
+
+A layer of one image, 6 heads of 64. In each round all jobs run once, in turn; a ratio is causal time over
+bidirectional time within a round, and its median is shown.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from xattn.attention import create_mechanism, list_attention, mechanism_class
+from xattn.attention.conversion import format_mechanism
+from xattn.eval.bench.attention import HEADS, WIDTH, checked
+from xattn.eval.bench.timing import forward_and_both, median_ratio, times
+from xattn.runtime.allocator import keep_memory
+
+
+def bench(
+    names: Sequence[str] = (), tokens: Sequence[int] = (4096, 16384), rounds: int = 5
+) -> Iterator[str]:
+    """The lines of the table, as they are measured.
+
+    Args:
+        names: mechanisms with a causal form; all by default.
+
+    Raises:
+        ValueError: an unknown mechanism or one without a causal form, or numbers of tokens that are not
+            squares of at least 64.
+    """
+    names = names or [name for name in list_attention() if mechanism_class(name).entry.causal]
+    checked(names, tokens, rounds)
+    for name in names:
+        if not mechanism_class(name).entry.causal:
+            raise ValueError(f"only: {name} has no causal form; leave it out")
+    kept = keep_memory()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    yield (
+        f"{device}, {torch.get_num_threads()} threads, {dtype}, {HEADS} heads of {WIDTH}, "
+        f"raised allocator thresholds: {kept}"
+    )
+    yield (
+        "\n| attention | tokens | forward ms | causal | ratio | forward + backward ms | causal | ratio |"
+    )
+    yield "| :-- | --: | --: | --: | --: | --: | --: | --: |"
+    for n in tokens:
+        for name in names:
+            for options in mechanism_class(name).entry.bench:
+                cells = [format_mechanism(name, options), str(n)]
+                yield f"| {' | '.join([*cells, *_measured(name, options, n, device, dtype, rounds)])} |"
+
+
+def _measured(
+    name: str, options: Mapping[str, Any], n: int, device: str, dtype: torch.dtype, rounds: int
+) -> list[str]:
+    torch.manual_seed(0)
+    layer = create_mechanism(name, HEADS * WIDTH, HEADS, **options).to(device, dtype)
+    q, k, v, g = torch.randn(4, 1, HEADS, n, WIDTH).to(device, dtype)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    x = torch.randn(1, n, HEADS * WIDTH).to(device, dtype)
+    made = {
+        causal: forward_and_both(
+            lambda *qkv, causal=causal: layer(*qkv, (n,), x=x, causal=causal), leaves, g
+        )
+        for causal in (False, True)
+    }
+    cells = []
+    for turn in range(2):
+        took = times({str(causal): pair[turn] for causal, pair in made.items()}, rounds)
+        cells += [f"{1e3 * statistics.median(took[key]):.1f}" for key in ("False", "True")]
+        cells.append(f"{median_ratio(took['True'], took['False']):.2f}x")
+    return cells
