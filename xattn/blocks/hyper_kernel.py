@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from xattn.attention.base import whole
 
+MOST_LAYERS = 64  # more make no better kernel; a damaged file must not ask for thousands
+
 
 class HyperKernel(nn.Module):
     """A kernel (channels, *grid) for grids of any size; it depends on no image.
@@ -37,7 +39,9 @@ class HyperKernel(nn.Module):
         if not 0 < omega < float("inf"):
             raise ValueError(f"omega: got {omega}; give a positive number, such as 1")
         self.channels, self.dims = whole("channels", channels), whole("dims", dims)
-        count = whole("layers", layers) + 1
+        if whole("layers", layers) > MOST_LAYERS:
+            raise ValueError(f"layers: got {layers}; give 1 to {MOST_LAYERS}")
+        count = layers + 1
         filters = [nn.Linear(dims, whole("hidden", hidden)) for _ in range(count)]
         linears = [nn.Linear(hidden, hidden) for _ in range(layers)]
         self.filters, self.linears = nn.ModuleList(filters), nn.ModuleList(linears)
