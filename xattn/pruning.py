@@ -35,7 +35,7 @@ from xattn.backbone.taps import PRE_NORM_BLOCKS
 from xattn.blocks.routing_usage import Choice, HeadRouter
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_folder
-from xattn.runtime.locking import alone
+from xattn.runtime.locking import shared_copy
 from xattn.runtime.version import __version__
 
 WEIGHTS_FILE, PRUNED_FILE = "model.safetensors", "prune.json"
@@ -103,13 +103,6 @@ def pruned(model: Model, pruning: Pruning) -> Model:
     copied = shared_copy(model)
     prune_in_place(copied, pruning)
     return copied
-
-
-def shared_copy(model: Model) -> Model:
-    """A copy of the modules over the same tensors."""
-    shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    with alone(model):
-        return copy.deepcopy(model, shared)
 
 
 def prune_in_place(model: nn.Module, pruning: Pruning) -> None:

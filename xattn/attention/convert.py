@@ -9,7 +9,6 @@ names; those of the mechanism lie under ``attn.mechanism``.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import threading
@@ -38,7 +37,7 @@ from xattn.attention.convertible import (
 )
 from xattn.attention.folding import is_folded
 from xattn.attention.record import FUSED, answered_by, fused, record, recording
-from xattn.runtime.locking import alone
+from xattn.runtime.locking import alone, shared_copy
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -86,9 +85,7 @@ def converted_copy(
 ) -> Model:
     """:func:`convert` of a copy that shares every weight and buffer; ``model`` stays as it is."""
     layers, options = _earlier_forms(name, layers, options, blocks, keywords)
-    shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    with alone(model):
-        copied = copy.deepcopy(model, shared)
+    copied = shared_copy(model)
     _convert(copied, name, layers, options)
     return copied
 

@@ -8,7 +8,6 @@ channels, at the cost of rotary embedding. See :mod:`xattn.attention.comrope`.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from xattn.attention.comrope import ComRope, FoldedRotation
 from xattn.attention.layer import Attention
-from xattn.runtime.locking import alone
+from xattn.runtime.locking import shared_copy
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,9 +34,7 @@ def folded(model: Model) -> Model:
         ValueError: no rotation that can be folded, or a layer that changes queries or keys between the
             projection and the rotation, as a norm does (it is named).
     """
-    shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    with alone(model):
-        copied = copy.deepcopy(model, shared)
+    copied = shared_copy(model)
     found = {path: holder for path, layer in copied.named_modules() if (holder := _holder(layer))}
     if not found:
         raise ValueError(

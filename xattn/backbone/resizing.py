@@ -6,7 +6,6 @@ backbone = resized(backbone, 448, positions="tile")  # each window of 14 x 14 ha
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.preprocessing import LARGEST_SIDE
 from xattn.backbone.tiled_positions import tile_positions
-from xattn.runtime.locking import alone
+from xattn.runtime.locking import shared_copy
 
 POSITIONS = ("resize", "tile")
 
@@ -47,9 +46,7 @@ def resized(backbone: Backbone, size: int | tuple[int, int], positions: str = "r
         raise ValueError(
             f"positions: {backbone.name} adds no trained positions to its tokens; choose 'resize'"
         )
-    shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    with alone(model):
-        copied = copy.deepcopy(model, shared)
+    copied = shared_copy(model)
     try:
         if positions == "tile":
             tile_positions(copied, sides)

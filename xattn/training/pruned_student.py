@@ -28,8 +28,8 @@ from xattn.pruning import (
     heads_of,
     mark_pruned,
     prune_in_place,
-    shared_copy,
 )
+from xattn.runtime.locking import shared_copy
 from xattn.training.closeness import divergence, last_tokens
 
 AT_ONCE = 32  # photos a pass that trains nothing
