@@ -216,6 +216,8 @@ def test_class_maps_of_a_head_with_anchors_still_share_out_its_logits():
 
 
 VARIANTS = [(name, case) for name in HEADS for case in head_entry(name).cases]
+# The convolutions of hyperzzw see the border: its patches are never all alike.
+INSIDE = [variant for variant in VARIANTS if variant[0] != "hyperzzw"]
 # Heads whose weights are a softmax over patches that do not read each other.
 APART = [
     *["gap", "efficient_probe", "abmilp", "aim", "cae", "clip_pool", "coca", "lama", "memetector"],
@@ -251,7 +253,7 @@ def test_anchor_maps_move_the_weight_of_all_patches_to_one(name, options, traini
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+@pytest.mark.parametrize(("name", "options"), INSIDE, ids=str)
 def test_patches_that_are_all_alike_have_the_anchor_distribution_of_their_image(
     name, options, training
 ):
