@@ -85,11 +85,13 @@ def test_files_that_a_page_names_exist(page):
 
 
 def test_every_mechanism_with_maps_has_a_page_with_a_small_picture_of_them():
-    """``xattn study attention-maps`` draws them."""
+    """``xattn study attention-maps`` draws them. Controls share the page of their module."""
     own = [n for n in with_maps() if mechanism_class(n).__module__.startswith("xattn.")]
     for name in own:
-        page = ROOT / "docs" / "attention" / f"{name}.md"
-        picture = page.with_suffix(".jpg")
+        cls = mechanism_class(name)
+        shared = cls.__module__.rpartition(".")[2] if cls.entry.control else name
+        page = ROOT / "docs" / "attention" / f"{shared}.md"
+        picture = page.with_name(f"{name}.jpg")
         assert picture in {target_of(page, link)[0] for link in links_of(page)}, name
         assert 0 < picture.stat().st_size <= LARGEST, name
 

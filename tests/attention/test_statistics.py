@@ -9,6 +9,7 @@ from xattn.attention import Inputs, SoftmaxOperator, create_mechanism
 from xattn.attention import operator as operators
 from xattn.attention.base import MECHANISMS
 from xattn.attention.statistics import (
+    indicators,
     kept_keys,
     mean_row_divergence,
     row_distance,
@@ -224,3 +225,67 @@ def test_divergences_of_what_does_not_match_are_refused():
         mean_row_divergence(one, one, torch.tensor([15]))
     with pytest.raises(ValueError, match="rows: got negative entries"):
         row_divergence(torch.rand(2, 3), -torch.rand(2, 3))
+
+
+# ---------------------------------------------------------------------- eight indicators
+
+
+def dense_indicators(a, grid, prefix, causal=False):
+    """By the definition, from a matrix (B, H, N, N)."""
+    n = a.shape[-1]
+    pairs = torch.ones(n, n).tril().bool() if causal else torch.ones(n, n).bool()
+    places = [(y, x) for y in range(grid[0]) for x in range(grid[1])]
+    focus = []
+    for apart in range(4):
+        values = [
+            a[..., prefix + i, prefix + j]
+            for i, p in enumerate(places)
+            for j, q in enumerate(places)
+            if max(abs(p[0] - q[0]), abs(p[1] - q[1])) == apart and pairs[prefix + i, prefix + j]
+        ]
+        focus.append(torch.stack(values).mean(0))
+    return (
+        -torch.special.xlogy(a, a).sum(-1).mean(-1),
+        a.flatten(2).norm(dim=-1),
+        a.std(1, correction=0)[:, pairs].mean(-1),
+        a[..., : max(1, prefix)].sum(-1).mean(-1),
+        torch.stack(focus, -1),
+    )
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("causal", [False, True])
+def test_indicators_are_those_of_the_matrix(prefix, causal, monkeypatch):
+    monkeypatch.setattr("xattn.attention.operator.TILE", 500)  # several chunks of rows
+    q, k = torch.randn(2, 2, 3, prefix + 20, 8, dtype=torch.float64)
+    operator = SoftmaxOperator(q, k, causal=causal)
+    expected = dense_indicators(operator.rows(torch.arange(prefix + 20)), (4, 5), prefix, causal)
+    found = indicators(operator, (4, 5), prefix)
+    for name, value in zip(found.__dataclass_fields__, expected, strict=True):
+        torch.testing.assert_close(getattr(found, name), value)
+
+
+def test_indicators_of_uniform_attention_and_of_none():
+    q, k, v = torch.zeros(3, 1, 2, 26, 8)
+    uniform = indicators(create_mechanism("uniform", 16, 2).operator(Inputs(q, k, v)), (5, 5), 1)
+    assert torch.allclose(uniform.entropy, torch.tensor(26.0).log().double())
+    assert torch.allclose(uniform.concentration, torch.ones(1, 2).double())
+    assert torch.allclose(uniform.focus, torch.tensor(1 / 26).double()) and uniform.diversity == 0
+    alone = indicators(create_mechanism("none", 16, 2).operator(Inputs(q, k, v)), (5, 5), 1)
+    assert (alone.entropy == 0).all() and torch.allclose(
+        alone.concentration, torch.tensor(26.0).sqrt().double()
+    )
+    assert alone.focus[0, 0].tolist() == [1, 0, 0, 0]
+    assert (
+        indicators(SoftmaxOperator(q[:, :, :2], k[:, :, :2]), (2,), 0).focus[0, 0, 2:].isnan().all()
+    )
+
+
+def test_indicators_refuse_signed_attention_and_other_grids():
+    q, k, v = torch.randn(3, 1, 2, 26, 8)
+    operator = create_mechanism("lla", 16, 2).operator(Inputs(q, k, v))
+    with pytest.raises(ValueError, match="operator: its entries may be negative"):
+        indicators(operator, (5, 5), 1)
+    assert indicators(operator, (5, 5), 1, absolute=True).entropy.isfinite().all()
+    with pytest.raises(ValueError, match=r"grid, prefix: got \(5, 5\) and 0"):
+        indicators(SoftmaxOperator(q, k), (5, 5), 0)

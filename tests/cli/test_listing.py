@@ -44,7 +44,8 @@ def test_every_mechanism_has_a_row_with_all_that_is_known(capsys, mine):
     for name, row in rows.items():
         entry = mechanism_class(name).entry
         assert len(row) == 7 and row[1:3] == [entry.paper, entry.complexity]
-        assert row[3] == ("training-free" if entry.training_free else "needs training")
+        kind = "a control" if entry.control else "needs training"
+        assert row[3] == ("training-free" if entry.training_free else kind)
         figures = [float(x) for x in re.findall(r"(?:^|; )(\d+\.\d) %", row[4])]
         expected = [
             f for f in accuracy.of(name) if f.size == accuracy.first.size or f.positions == "tile"

@@ -5,6 +5,7 @@ from xattn.attention import (  # noqa: F401  (they register themselves)
     agent,
     based,
     comrope,
+    controls,
     dma,
     flow,
     freeswim,
@@ -42,6 +43,7 @@ from xattn.attention.base import (
 )
 from xattn.attention.causal_low_rank import CausalLowRankOperator
 from xattn.attention.centroids import fit_centroids
+from xattn.attention.controls import fit_static
 from xattn.attention.conversion import Conversion
 from xattn.attention.convert import conversion, convert, converted_copy, revert
 from xattn.attention.folding import folded
@@ -102,6 +104,7 @@ __all__ = [
     "create_mechanism",
     "create_rotation",
     "fit_centroids",
+    "fit_static",
     "folded",
     "list_attention",
     "list_rotations",

@@ -50,6 +50,11 @@ class Entry:
     """Whether it reads the values beside mixing them, so that they must be as wide as the keys."""
     needs_tokens: bool = False
     """Whether it reads the layer's tokens x, for gates or routers."""
+    control: bool = False
+    """Whether it is there for others to be compared with, not to be used."""
+    reads_embedding: bool = False
+    """Whether it reads the tokens that enter the first block, which converted models leave for it as
+    ``carried["embedding"]``."""
     by_layer: bool = False
     """Whether it has an option ``layer``, the number of its layer in the network, from 0 on, which
     :func:`~xattn.attention.convert` and the mixers of heads give it."""
@@ -161,6 +166,18 @@ class Mechanism(nn.Module, ABC):
         if choice is None:
             return Recall(*inputs.q.new_ones(2, *inputs.k.shape[:2]))
         return recall(inputs, choice, forced=forced)
+
+    @classmethod
+    def prepare(cls, model: nn.Module, made: Mapping[int, Mechanism]) -> None:
+        """Take from a model what is kept for later calls; :func:`~xattn.attention.convert` calls it once.
+
+        Args:
+            model: with the mechanisms in place.
+            made: the mechanisms, by the number of the block.
+
+        Raises:
+            ValueError: a model that does not give it; it is left unconverted.
+        """
 
     def enter(self, x: Tensor, prefix: int, carried: dict[Any, Any], whole: bool) -> Tensor:
         """The tokens that the block of a converted model computes on; see ``Entry.around_block``.

@@ -114,11 +114,17 @@ class Based(Mechanism):
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``received``: the attention that each patch gets from all tokens, mean over heads; in layers
         of either form."""
-        if inputs.grid is None or len(inputs.grid) != 2:
-            return {}
-        ones = inputs.q.new_ones(operator.shape[0], 1, operator.shape[2])
-        received = operator.vecmat(ones, "mean")[..., inputs.prefix :]
-        return {"received": received.unflatten(-1, inputs.grid)}
+        return received_map(operator, inputs)
+
+
+def received_map(operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+    """``received`` alone, the attention that each patch gets from all tokens, mean over heads (B, 1, h, w);
+    nothing without a grid of two dimensions."""
+    if inputs.grid is None or len(inputs.grid) != 2:
+        return {}
+    ones = inputs.q.new_ones(operator.shape[0], 1, operator.shape[2])
+    received = operator.vecmat(ones, "mean")[..., inputs.prefix :]
+    return {"received": received.unflatten(-1, inputs.grid)}
 
 
 def taylor_features(x: Tensor) -> Tensor:

@@ -175,6 +175,7 @@ def _convert(model: nn.Module, name: Any, numbers: Any, options: dict[str, Any])
             _take(layer, mechanism, options, layout)
         _stand_around_blocks(model)
         try:
+            cls.prepare(model, {int(path.split(".")[1]): m for path, m in made.items()})
             with record(model, alone=True):
                 run_one_image(model)
         except Exception as error:
@@ -369,7 +370,7 @@ class _Swap(TorchFunctionMode):
         x = self.tokens
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[:2] != (query.shape[0], count):
             x = None
-        reads = entry.by_layer or self.mechanism.reads_photo
+        reads = entry.by_layer or entry.reads_embedding or self.mechanism.reads_photo
         carried = self.layout.carried if reads else None
         return self.mechanism(
             query, key, value, grid, prefix, scale, x=x, causal=is_causal, carried=carried
@@ -410,6 +411,17 @@ class _Leave:
         return self.mechanism.leave(output, carried)
 
 
+class _Embed:
+    """Before the first block: leaves its tokens for mechanisms that read them."""
+
+    def __init__(self, layout: _Layout) -> None:
+        self.layout = layout
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.layout.carried is not None and args:
+            self.layout.carried["embedding"] = args[0]
+
+
 def _is_watched(block: nn.Module) -> bool:
     """Whether a hook reads a module inside ``block``."""
     if torch.compiler.is_compiling():
@@ -420,9 +432,13 @@ def _is_watched(block: nn.Module) -> bool:
 
 def _stand_around_blocks(model: nn.Module) -> None:
     """Hook the mechanisms that ask for it to the blocks of ``model``, and no others."""
-    for block in getattr(model, "blocks", None) or ():
+    blocks, layout = getattr(model, "blocks", None) or (), None
+    for block in blocks:
         for hooks in (block._forward_pre_hooks, block._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _Enter | _Leave)]:
+            ours = [
+                key for key, hook in hooks.items() if isinstance(hook, _Enter | _Leave | _Embed)
+            ]
+            for key in ours:
                 del hooks[key]
                 block._forward_pre_hooks_with_kwargs.pop(key, None)
         layer = getattr(block, "attn", None)
@@ -430,6 +446,10 @@ def _stand_around_blocks(model: nn.Module) -> None:
             enter = _Enter(layer.mechanism, layer.layout)
             block.register_forward_pre_hook(enter, with_kwargs=True)
             block.register_forward_hook(_Leave(layer.mechanism, layer.layout))
+        if isinstance(layer, _Converted) and layer.mechanism.entry.reads_embedding:
+            layout = layer.layout
+    if layout is not None:
+        blocks[0].register_forward_pre_hook(_Embed(layout), prepend=True)
 
 
 def _layout(model: nn.Module) -> _Layout:

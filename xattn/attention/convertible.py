@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -126,11 +127,18 @@ def _attended(model: nn.Module, layers: Layers) -> dict[str, list[_Attended]]:
 
 def run_one_image(model: nn.Module) -> None:
     """One grey image through the model, in evaluation mode and without gradients."""
+    with evaluating(model):
+        model(_example(model))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode and has no gradients."""
     training = {m: m.training for m in model.modules()}
     try:
         model.eval()
         with torch.no_grad():
-            model(_example(model))
+            yield
     finally:
         for m, mode in training.items():
             m.training = mode

@@ -15,6 +15,9 @@ looking local. Sinks as in Xiao et al. 2023, arXiv 2309.17453, and Darcet et al.
 The statistics are of weights: where rows of A do not sum to 1, m_j counts each query once, and of an
 operator with negative entries they are those of |A|, if the caller asks for that.
 
+Eight indicators of a layer (:func:`indicators`) are those of "Deconstructing Attention", arXiv 2510.11602,
+with neighbours on the grid in place of earlier tokens, and prefix tokens in place of the first.
+
 Rows of A are computed block by block, so memory is O(block x N); sums are in float64.
 """
 
@@ -83,11 +86,7 @@ def statistics(
         ValueError: a grid that does not fit, queries that are no patches, or an operator with
             negative entries without ``absolute``.
     """
-    if operator.signed and not absolute:
-        raise ValueError(
-            "operator: its entries may be negative, and entropy needs weights of at least 0; give "
-            "absolute=True for the statistics of |A|"
-        )
+    _check_weights(operator, absolute)
     tokens, keys = operator.shape[2:]
     height, width = grid
     if tokens != keys or height * width != tokens - prefix or prefix < 0:
@@ -114,6 +113,75 @@ def statistics(
     return Statistics(entropy / n, distance / count, received / n, n, prefix)
 
 
+APART = 4  # distances 0 to 3 of local focus
+
+
+@dataclass(frozen=True, eq=False)
+class Indicators:
+    """Eight indicators of one layer, in float64, for B images and H heads."""
+
+    entropy: Tensor
+    """Mean entropy of the rows in nats, (B, H)."""
+    concentration: Tensor
+    """Frobenius norm of A, (B, H): from 1 for uniform rows to sqrt(N) where each has one key."""
+    diversity: Tensor
+    """Standard deviation of A_ij over the heads, mean over all i and j (causal: j <= i), (B,)."""
+    sink: Tensor
+    """Mean over queries of what goes to the prefix tokens, or without any to the first token, (B, H)."""
+    focus: Tensor
+    """Mean of A_ij over the patches j that lie n = 0 to 3 apart from i, the larger of rows and columns,
+    (B, H, 4); NaN where no pair does."""
+
+
+@torch.no_grad()
+def indicators(
+    operator: Operator, grid: tuple[int, ...], prefix: int, absolute: bool = False
+) -> Indicators:
+    """Eight indicators of how a layer attends, in blocks of rows.
+
+    Args:
+        operator: of shape (B, H, N, N).
+        grid: lengths of the grid of the patches behind the ``prefix`` tokens; (n,) for tokens in a row.
+        absolute: whether to take |A| in place of A; signed operators need it.
+
+    Raises:
+        ValueError: as in :func:`statistics`.
+    """
+    _check_weights(operator, absolute)
+    batch, heads, tokens, keys = operator.shape
+    if tokens != keys or math.prod(grid) != tokens - prefix or prefix < 0:
+        raise ValueError(
+            f"grid, prefix: got {grid} and {prefix} for attention of {tokens} to {keys} tokens; give a "
+            f"grid of all tokens behind the prefix"
+        )
+    places = torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in grid)).view(
+        -1, len(grid)
+    )
+    total = torch.zeros(4, batch, heads, dtype=torch.float64, device="cpu")
+    near = torch.zeros(batch, heads, APART, dtype=torch.float64, device="cpu")
+    pairs = torch.zeros(APART, dtype=torch.float64, device="cpu")
+    for part in operator.row_chunks():
+        rows = operator.tile(part, slice(None)).cpu().double()
+        rows = rows.abs() if absolute else rows
+        index = torch.arange(tokens, device="cpu")[part]
+        total[0] += row_entropy(rows).sum(-1)
+        total[1] += rows.square().sum((-2, -1))
+        total[2] += rows.std(1, correction=0).sum((-2, -1))[:, None]
+        total[3] += rows[..., : max(1, prefix)].sum((-2, -1))
+        own = index[index >= prefix]
+        away = (places[own - prefix, None] - places).abs().amax(-1)
+        if operator.causal:
+            away[torch.arange(len(places), device="cpu") > (own - prefix)[:, None]] = APART
+        patches = rows[:, :, index >= prefix, prefix:]
+        for n in range(APART):
+            near[..., n] += (patches * (away == n)).sum((-2, -1))
+            pairs[n] += (away == n).sum()
+    count = tokens * (tokens + 1) / 2 if operator.causal else tokens**2
+    return Indicators(
+        total[0] / tokens, total[1].sqrt(), total[2][:, 0] / count, total[3] / tokens, near / pairs
+    )
+
+
 def row_entropy(rows: Tensor) -> Tensor:
     """Entropy of rows of A (..., S) in nats, (...): in [0, ln S]; 0 for a row of zeros.
 
@@ -121,6 +189,14 @@ def row_entropy(rows: Tensor) -> Tensor:
         ValueError: negative entries.
     """
     return _entropy(_shares(rows))
+
+
+def _check_weights(operator: Operator, absolute: bool) -> None:
+    if operator.signed and not absolute:
+        raise ValueError(
+            "operator: its entries may be negative, and entropy needs weights of at least 0; give "
+            "absolute=True for the statistics of |A|"
+        )
 
 
 def row_shares(rows: Tensor) -> Tensor:

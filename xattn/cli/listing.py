@@ -100,7 +100,7 @@ def attention_table() -> Iterator[str]:
             entry.name,
             entry.paper,
             entry.complexity,
-            "training-free" if entry.training_free else "needs training",
+            _training(entry),
             measured or "not measured",
             ", ".join(found.kernels) or "none",
             ", ".join(found.maps) or "none",
@@ -116,6 +116,12 @@ def attention_table() -> Iterator[str]:
         "kernels: ops of xattn.kernels, which run in Triton on a GPU unless it says PyTorch; where a call "
         "is plain dense attention, PyTorch's own answers"
     )
+
+
+def _training(entry: Any) -> str:
+    if entry.control:
+        return "a control"
+    return "training-free" if entry.training_free else "needs training"
 
 
 def _shown(accuracy: Any, name: str) -> Iterator[str]:

@@ -11,7 +11,8 @@ arXiv 2402.05602): half goes to V, and A's half to what A is made of:
     A_1 A_2 ...                 to the factors in equal parts
     A_1 + A_2 + ...             each term and V share A_t V
     diag(g) A, A diag(c)        to A; g and c are gates, held constant
-    pooling                     none: its weights are no activations, so V gets all
+    pooling, stored A, A = I    none: their weights are no activations, so V gets all
+    one row for all queries     to the row
     attention within subsets    as the attention within them; which tokens they hold is constant
     any other                   none: A is held constant, so V gets all, and that is reported
 
@@ -39,6 +40,11 @@ from xattn.attention.algebra import (
     total,
 )
 from xattn.attention.causal_low_rank import CausalLowRankOperator
+from xattn.attention.fixed_operators import (
+    IdentityOperator,
+    SharedRowOperator,
+    StoredOperator,
+)
 from xattn.attention.local_linear import LocalLinearOperator
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.pyramid import PyramidOperator
@@ -127,11 +133,17 @@ def _(operator: LowRankOperator | CausalLowRankOperator) -> _Parts:
     return _Parts([operator.left], [operator.right], [])
 
 
+@_parts.register
+def _(operator: SharedRowOperator) -> _Parts:
+    return _Parts([operator.row], [], [])
+
+
 @times.register(SoftmaxOperator)
 @times.register(SegmentsOperator)
 @times.register(SoftplusOperator)
 @times.register(LowRankOperator)
 @times.register(CausalLowRankOperator)
+@times.register(SharedRowOperator)
 def _(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
     first, second, added = _parts(operator)
     if not depends(operator):
@@ -150,6 +162,7 @@ def _(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
 @depends.register(SoftplusOperator)
 @depends.register(LowRankOperator)
 @depends.register(CausalLowRankOperator)
+@depends.register(SharedRowOperator)
 def _(operator: Operator) -> bool:
     return any(_any_live(tensors) for tensors in _parts(operator))
 
@@ -225,6 +238,8 @@ def _(operator: ColumnsOperator) -> bool:
 
 @times.register(PoolOperator)
 @times.register(PyramidOperator)
+@times.register(IdentityOperator)
+@times.register(StoredOperator)
 def _(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
     return operator.detach().matvec(x)
 

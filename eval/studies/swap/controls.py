@@ -1,7 +1,7 @@
 """Attention to compare mechanisms with: random blocks, the exact best keys, and all keys alike.
 
-Each converts a network as a mechanism does but is not in the registry, since nobody should use it. The
-first two read 48 patches at most for each query, like most mechanisms at their defaults; prefix tokens
+Each converts a network as a mechanism does. The first two are not in the registry, since nobody should use
+them; they read 48 patches at most for each query, like most mechanisms at their defaults; prefix tokens
 are read by all and see all.
 """
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from xattn.attention.base import Entry, Mechanism, with_entry
+from xattn.attention.controls import Uniform
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.patterns import pattern_operator
@@ -63,14 +64,6 @@ class ExactTopK(Mechanism):
         return SoftmaxOperator(q, k, inputs.scale, mask, backend=self.backend, every_row=True)
 
 
-class Uniform(Mechanism):
-    """All keys alike, A = 1 / N: what the network makes of no attention at all."""
-
-    def operator(self, inputs: Inputs) -> Operator:
-        return SoftmaxOperator(inputs.q, inputs.k, 0.0, backend=self.backend)
-
-
 with_entry(RandomBlocks, Entry("random blocks", "a control", "N s B D", grid=(2,)))
 with_entry(ExactTopK, Entry("exact top-k", "a control", "N^2 D"))
-with_entry(Uniform, Entry("uniform", "a control", "N^2 D"))
 CONTROLS = (RandomBlocks, ExactTopK, Uniform)

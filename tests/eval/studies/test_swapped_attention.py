@@ -29,7 +29,7 @@ from xattn.correlation import spearman
 from xattn.eval.studies.study_configs import SwapStudyConfig
 from xattn.eval.studies.swap import measuring
 from xattn.eval.studies.swap.accuracy import read_accuracy
-from xattn.eval.studies.swap.controls import ExactTopK, RandomBlocks, Uniform
+from xattn.eval.studies.swap.controls import CONTROLS, ExactTopK, RandomBlocks, Uniform
 from xattn.eval.studies.swap.networks import Networks, Photo
 from xattn.eval.studies.swap.rows import AS_TRAINED, with_trained
 from xattn.eval.studies.swapped_attention import SWAPS, Swap, labelled_photos, study
@@ -370,8 +370,10 @@ def test_random_blocks_hold_the_own_tile_and_differ_by_head_and_layer_not_by_pho
     assert torch.equal(seen, matrix(first, asked)[:, :, 1:, 1:] > 0)
 
 
-def test_controls_are_not_registered():
-    assert not {"random blocks", "exact top-k", "uniform"} & set(list_attention())
+def test_controls_are_no_mechanisms_to_use():
+    assert not {"random blocks", "exact top-k"} & set(list_attention())
+    assert {Swap(control).kind for control in CONTROLS} == {"control"}
+    assert mechanism_class("uniform") is Uniform and Uniform.entry.control
 
 
 # ---------------------------------------------------------------- what the project says
@@ -397,8 +399,9 @@ def test_the_readme_has_the_figures_that_were_measured():
     dense = {at.dense for at in accuracy.sizes}
     assert {swap.name for swap in SWAPS} <= set(list_attention())
     for name in list_attention():
-        free = mechanism_class(name).entry.training_free
-        assert rows[name].startswith("training-free" if free else "needs training")
+        entry = mechanism_class(name).entry
+        free, kind = entry.training_free, "a control" if entry.control else "needs training"
+        assert rows[name].startswith("training-free" if free else kind)
         said = {float(number) for number in re.findall(r"(\d+(?:\.\d+)?) %", rows[name])}
         measured = {figure.right for figure in accuracy.of(name)}
         assert said and (not measured or said <= measured | dense), (
