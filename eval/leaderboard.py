@@ -2,10 +2,10 @@
 
     xattn compare PHOTOS --heads ... --explainers ... --metrics ...
 
-The folder holds ``leaderboard.md``, ``.csv`` and ``.json``, ``images.csv``, ``report.html``,
-``pack/`` with the maps for ``xattn app``, the state from which a killed run resumes (``state.sqlite``)
-and the time it took (``seconds.js``, which the page shows). All but the last two are a pure function
-of the arguments.
+The folder holds ``leaderboard.md``, ``.csv`` and ``.json``, ``images.csv``, ``report.html``, of a ViT
+``sanity.csv`` (how like maps are to those of attention without content), ``pack/`` with the maps for
+``xattn app``, the state from which a killed run resumes (``state.sqlite``) and the time it took
+(``seconds.js``, which the page shows). All but the last two are a pure function of the arguments.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.eval.annotations.objects import load_annotations
@@ -32,7 +34,7 @@ from xattn.eval.protocol import Protocol
 from xattn.eval.report.comparison_pack import can_pack, write_pack
 from xattn.eval.report.leaderboard_files import write_report
 from xattn.eval.results import Results
-from xattn.eval.sanity import Cascade, sanity_rows
+from xattn.eval.sanity import Cascade, first_photos, likeness, sanity_rows, without_content
 from xattn.explainers import create_explainer, list_explainers
 from xattn.explainers.options import options_by_name
 from xattn.explaining.naming import named_photos
@@ -42,7 +44,7 @@ from xattn.packs.format import check_output
 from xattn.photos.images import MAX_PIXELS, list_images
 from xattn.photos.sources import is_stored
 from xattn.runtime.distributed import processes
-from xattn.runtime.files import printable
+from xattn.runtime.files import atomic_file, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,8 @@ def compare(
     truth = None
     if job.labels is not None:  # refused now rather than after the work
         truth = true_classes_of(named_photos(images), job.labels, job.backbone)
-    methods, recipes, refused = _methods(job)
+    photos = first_photos(images, job.backbone, job.view)
+    methods, recipes, refused = _methods(job, photos)
     for name, reason in refused.items():
         say(f"left out {name}: {reason}")
     protocol = Protocol(precision=job.precision, seed=job.seed, view=job.view)
@@ -125,6 +128,7 @@ def compare(
     if rank > 0:
         return results, []
     files = write_report(results, output, _paths(images), job.backbone.preprocessing)
+    files += _write_likeness(job, methods, recipes, photos, output / "sanity.csv", say)
     if packed:
         write_pack(
             output / "pack",
@@ -139,6 +143,28 @@ def compare(
         )
         say(f"pack: {output / 'pack'}")
     return results, files
+
+
+def _write_likeness(
+    job: Comparison,
+    methods: Mapping[str, Explainer],
+    recipes: Mapping[str, _Recipe],
+    photos: Tensor | None,
+    path: Path,
+    say: Callable[[str], Any],
+) -> list[Path]:
+    """How like the first method's maps are to those of attention without content, if there are such."""
+    rows, first = without_content(methods), next(iter(recipes))
+    if not rows or photos is None or len(photos) < 2:
+        return []
+    lines = ["row,method,correlation,chance,photos"]
+    for found in likeness(job.backbone, methods[first], rows, photos):
+        say(str(found))
+        numbers = f"{found.correlation:.4f},{found.chance:.4f},{found.photos}"
+        lines.append(f"{found.row},{first},{numbers}")
+    with atomic_file(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return [path]
 
 
 def _say_plan(
@@ -214,8 +240,8 @@ class _Methods(NamedTuple):
     refused: dict[str, str]
 
 
-def _methods(job: Comparison) -> _Methods:
-    """Make every explainer that is compared."""
+def _methods(job: Comparison, photos: Tensor | None) -> _Methods:
+    """Make every explainer that is compared; ``photos`` are those of mean maps."""
     names = list(dict.fromkeys(job.explainers))
     every = "all" in names
     if every:
@@ -243,7 +269,7 @@ def _methods(job: Comparison) -> _Methods:
     recipes = {label: recipes[label] for label in explainers}
     row, head, chosen = next(iter(recipes.values()))
     head = head or next(iter(job.heads.values()), None)
-    sanity = sanity_rows(job.backbone, row, head=head, **shared, **chosen)
+    sanity = sanity_rows(job.backbone, row, head=head, photos=photos, **shared, **chosen)
     taken = sorted(set(job.heads) & {*sanity, *names})
     if taken:
         raise ValueError(f"heads: {', '.join(taken)} is the name of another row; give another")

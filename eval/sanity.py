@@ -3,21 +3,36 @@
 Random, centre-Gaussian and all-ones maps look at no network; the randomised-weights row is the
 method itself on a copy of the network with random weights (Adebayo et al., arXiv 1810.03292),
 scored by the real network. A method that does not beat them explains the metric, not the model.
+
+A ViT has two more, which take content out of its attention alone: queries and keys of permuted weights
+(qk_randomized_<method>), and mean maps of photos in the last third of the blocks (static_<method>). A
+method whose maps stay like those of either does not read what attention reads; how like is by chance, the
+correlation with another photo's map says.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from xattn.backbone import Backbone
+from xattn.attention import fit_static
+from xattn.backbone import Backbone, converted
+from xattn.correlation import spearman
+from xattn.eval.evaluation.stream import ImageStream
+from xattn.eval.results import WITHOUT_CONTENT
 from xattn.explainers import create_explainer
 from xattn.heads.probed import Probed
+
+PHOTOS = 24  # of which mean maps are made, and on which maps are compared
+AT_ONCE = 8  # photos of a pass
 
 
 def randomized_backbone(backbone: Backbone, seed: int = 0) -> Backbone:
@@ -64,7 +79,11 @@ def randomized_explainer(
 
     A trained ``head`` is kept as it is and reads the random network's maps.
     """
-    twin = randomized_backbone(backbone, seed)
+    return _explainer_on(randomized_backbone(backbone, seed), name, head, seed, options)
+
+
+def _explainer_on(twin: Backbone, name: str, head: Any, seed: int, options: dict[str, Any]) -> Any:
+    """The explainer on another network than the one that ``head`` was trained on."""
     if head is not None:
         head = copy.deepcopy(head)
         head.backbone_fingerprint = twin.fingerprint  # the mismatch is what this row is about
@@ -72,16 +91,159 @@ def randomized_explainer(
 
 
 def sanity_rows(
-    backbone: Backbone, method: str = "gradcam", *, head: Any = None, seed: int = 0, **options: Any
+    backbone: Backbone,
+    method: str = "gradcam",
+    *,
+    head: Any = None,
+    seed: int = 0,
+    photos: Tensor | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Explainers by row name: random, centre, ones and randomized_<method> with its ``options``."""
+    """Explainers by row name: random, centre, ones and randomized_<method> with its ``options``.
+
+    Of a ViT also qk_randomized_<method>, and static_<method> where there are photos and its attention can
+    be converted.
+
+    Args:
+        photos: (B, 3, H, W) in [0, 1], of which mean maps are made.
+    """
     rows = {
         name: create_explainer(name, backbone, seed=seed) for name in ("random", "centre", "ones")
     }
     rows[f"randomized_{method}"] = randomized_explainer(
         method, backbone, head=head, seed=seed, **options
     )
+    twins: dict[str, Callable[[], Backbone]] = {}
+    if _projections(backbone):
+        twins["qk_randomized"] = lambda: qk_randomized_backbone(backbone, seed)
+        if photos is not None:
+            twins["static"] = lambda: static_backbone(backbone, photos)
+    for name, twin in twins.items():
+        with suppress(ValueError):  # attention that no mechanism can stand in for
+            rows[f"{name}_{method}"] = _explainer_on(twin(), method, head, seed, options)
     return rows
+
+
+# ---------------------------------------------------------------- attention without content
+
+
+def _projections(backbone: Backbone) -> list[nn.Module]:
+    """The layers that make queries, keys and values of a ViT's blocks, in their order."""
+    blocks = getattr(backbone.model, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
+        return []
+    found = [getattr(getattr(block, "attn", None), "qkv", None) for block in blocks]
+    return [layer for layer in found if isinstance(layer, nn.Linear)]
+
+
+def qk_randomized_backbone(backbone: Backbone, seed: int = 0) -> Backbone:
+    """A deep copy in whose blocks the entries of W_q are permuted, and those of W_k; biases stay.
+
+    Raises:
+        ValueError: a network without blocks that have a ``qkv`` layer.
+    """
+    twin = copy.deepcopy(backbone)
+    layers = _projections(twin)
+    if not layers:
+        raise ValueError(
+            f"backbone: {backbone.name} has no blocks with a 'qkv' layer; choose a ViT"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in layers:
+            weight: Any = layer.weight
+            for part in weight.chunk(3)[:2]:
+                order = torch.randperm(part.numel(), generator=generator, device="cpu")
+                part.copy_(part.flatten()[order.to(part.device)].view_as(part).clone())
+    if hasattr(twin, "_fingerprint"):
+        twin._fingerprint = None
+    return twin
+
+
+def static_backbone(backbone: Backbone, photos: Tensor, share: float = 1 / 3) -> Backbone:
+    """A copy whose last blocks attend by the mean of their maps over ``photos`` (B, 3, H, W) in [0, 1].
+
+    Args:
+        share: of the blocks.
+
+    Raises:
+        ValueError: attention that no mechanism can stand in for.
+    """
+    blocks: Any = getattr(backbone.model, "blocks", ())
+    last = max(1, round(share * len(blocks)))
+    network = converted(backbone, "static", range(len(blocks) - last, len(blocks)))
+    fit_static(network, photos.to(backbone.device, backbone.mean.dtype).split(AT_ONCE))
+    if hasattr(network, "_fingerprint"):
+        network._fingerprint = None
+    return network
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How like a method's maps are to those of a row, mean of |rank correlation| over photos."""
+
+    row: str
+    correlation: float
+    chance: float
+    """The same with the method's own map of another photo."""
+    photos: int
+    """How many photos had maps that vary."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.row}: |correlation| {self.correlation:.2f} with the method's maps, {self.chance:.2f} "
+            f"with its map of another photo ({self.photos} photos)"
+        )
+
+
+def without_content(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of :func:`sanity_rows` that take content out of attention."""
+    return {name: row for name, row in rows.items() if name.startswith(WITHOUT_CONTENT)}
+
+
+def likeness(
+    backbone: Backbone, method: Any, rows: Mapping[str, Any], photos: Tensor
+) -> list[Likeness]:
+    """Compare the maps of an explainer with those of ``rows``, on ``photos`` and their predicted classes.
+
+    Args:
+        method: an explainer; ``rows``: explainers by name, such as those of :func:`sanity_rows`.
+        photos: (B, 3, H, W) in [0, 1], at least 2.
+
+    Raises:
+        ValueError: fewer photos.
+    """
+    if len(photos) < 2:
+        raise ValueError(f"photos: got {len(photos)}; give at least 2, to compare them")
+    photos = photos.to(backbone.device, backbone.mean.dtype)
+    with torch.no_grad():
+        targets = torch.cat([backbone.logits(part) for part in photos.split(AT_ONCE)]).argmax(1)
+
+    def maps(explainer: Any) -> Tensor:
+        pairs = zip(photos.split(AT_ONCE), targets.split(AT_ONCE), strict=True)
+        return torch.cat([explainer.attribute(*pair).detach().float() for pair in pairs])
+
+    own = maps(method)
+    other = spearman(own, own.roll(1, 0)).abs()
+    found = []
+    for name, row in rows.items():
+        same = spearman(own, maps(row)).abs()
+        valid = same.isfinite() & other.isfinite()
+        mean, chance = (float(x[valid].mean()) for x in (same, other))
+        found.append(Likeness(name, mean, chance, int(valid.sum())))
+    return found
+
+
+def first_photos(images: Any, backbone: Backbone, view: str = "crop") -> Tensor | None:
+    """The first 24 images that can be read, (B, 3, H, W) in [0, 1]; None of a network without rows that
+    need them, and where images can be read only once."""
+    if not _projections(backbone):
+        return None
+    stream = ImageStream(images, backbone.preprocessing, view, limit=PHOTOS)
+    if stream.length is None and not isinstance(images, str | Path | Sequence | Tensor):
+        return None
+    block = next((block for block in stream.blocks(PHOTOS) if block), None)
+    return None if block is None else torch.stack([item.image for item in block])
 
 
 # ---------------------------------------------------------------- cascading randomisation

@@ -154,7 +154,7 @@ class StaticEmbedding(Mechanism):
         return received_map(operator, inputs)
 
 
-Source = Literal["noise", "photo", "mean", "learned"]
+Source = Literal["noise", "drawn", "photo", "mean", "learned"]
 
 
 @register(
@@ -171,13 +171,13 @@ class Static(Mechanism):
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         source: of M. "noise": a fixed sequence of Gaussian tokens, which a model that is converted reads
-            once, in place of the tokens that enter its first block; in a layer that stands alone, queries
-            and keys are drawn. "photo": one photo; "mean": the mean over photos. "learned": the softmax of
-            parameters, at first 0.
+            once, in place of the tokens that enter its first block. "drawn": queries and keys drawn for
+            each layer, which no model has a part in; "noise", too, in a layer that stands alone. "photo":
+            one photo; "mean": the mean over photos. "learned": the softmax of parameters, at first 0.
         photos: a photo, a folder or a .txt list, for "photo" (its first) and "mean".
         count: of these at most so many, spread over the list.
-        tokens: N, for "learned"; the longest sequence, for "noise" in a layer that stands alone.
-        sigma: standard deviation of the noise.
+        tokens: N, for "learned"; the longest sequence, for what is drawn for a layer.
+        sigma: standard deviation of the noise, or of queries and keys that are drawn.
 
     Maps of a network are those of one number of tokens, or one grid; others are refused.
     """
@@ -216,7 +216,7 @@ class Static(Mechanism):
         drawn = None
         if source == "learned":
             self.logits = nn.Parameter(torch.zeros(num_heads, longest, longest))
-        elif source == "noise":
+        elif source in ("noise", "drawn"):
             drawn = sigma * torch.randn(2, num_heads, longest, dim // num_heads)
         self.register_buffer("noise", drawn)
         self.register_buffer("kept", None)

@@ -31,7 +31,8 @@ class Evaluate:
     levels: tuple[float, ...] = (1.0, 0.5, 0.15)
     """Shares of the pixels that are kept."""
     sanity: bool = True
-    """Add the rows random, centre, all-ones and randomised weights."""
+    """Add the rows random, centre, all-ones and randomised weights; of a ViT also those of attention
+    without content, and how like its maps are to theirs."""
     view: Literal["crop", "whole"] = "crop"
     """What the model sees."""
     max_forward_batch: int = 32
@@ -46,6 +47,7 @@ class Evaluate:
     def run(self) -> None:
         from xattn.eval import Protocol, evaluate, format_table, sanity_rows, write_csv, write_json
         from xattn.eval.metric_presets import preset
+        from xattn.eval.sanity import first_photos, likeness, without_content
         from xattn.explainers import create_explainer
         from xattn.runtime.distributed import processes
         from xattn.runtime.files import check_folder
@@ -56,9 +58,11 @@ class Evaluate:
         sources, heads = choose_heads(self.heads, backbone)
         first = heads[0] if heads else None
         sanity: dict[str, Any] = {}
+        row = "head" if heads else self.explainers[0] if self.explainers else "gradcam"
+        photos = None
         if self.sanity:
-            row = "head" if heads else self.explainers[0] if self.explainers else "gradcam"
-            sanity = sanity_rows(backbone, row, head=first, **shared)
+            photos = first_photos(self.images, backbone, self.view)
+            sanity = sanity_rows(backbone, row, head=first, photos=photos, **shared)
         methods: dict[str, Any] = {}
         for name in self.explainers:
             if name not in sanity:
@@ -87,6 +91,11 @@ class Evaluate:
         write_json(results, self.output / "results.json")
         write_csv(results, self.output / "results.csv")
         print(format_table(results))
+        content = without_content(sanity)
+        if content and photos is not None and len(photos) > 1:
+            method = create_explainer(row, backbone, first, **shared)
+            for line in likeness(backbone, method, content, photos):
+                print(line)
         for item in results.skipped:
             print(f"skipped {item.id}: {item.reason}", file=sys.stderr)
         print(f"results: {self.output / 'results.json'}, {self.output / 'results.csv'}")

@@ -11,6 +11,7 @@ import tyro
 from xattn.cli.model import BackboneArgs, device_name, weight_source
 from xattn.cli.printing import note
 from xattn.cli.subcommands import one_of
+from xattn.eval.studies.control_configs import ControlStudyConfig
 from xattn.eval.studies.digit_configs import BlockStudyConfig, ExactRolloutConfig
 from xattn.eval.studies.study_configs import (
     DepthStudyConfig,
@@ -394,6 +395,32 @@ class StudyIcl:
             print(line, flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyControls:
+    """What is left of a ViT and its maps when attention carries no content; networks trained that way."""
+
+    data: str
+    """Photos, as for explain; files."""
+    labels: str = "folders"
+    """"folders", or a .json or .csv file of the photos' classes."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    study: tyro.conf.OmitArgPrefixes[ControlStudyConfig] = field(default_factory=ControlStudyConfig)
+    quick: bool = False
+    """A few photos and steps, to see that all runs."""
+    output: Path = Path("runs/study-controls")
+    """Folder of what is finished, and of report.md."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import content_controls
+
+        config = self.study.quick() if self.quick else self.study
+        lines = content_controls.study(
+            self.model.load(), self.data, self.labels, self.output, config
+        )
+        for line in lines:
+            print(line, flush=True)
+
+
 STUDIES: dict[str, type[Any]] = {
     "at": StudyAt,
     "image": StudyImage,
@@ -410,6 +437,7 @@ STUDIES: dict[str, type[Any]] = {
     "dial": StudyDial,
     "random-features": StudyRandomFeatures,
     "icl": StudyIcl,
+    "controls": StudyControls,
 }
 if TYPE_CHECKING:
     Choice = Any

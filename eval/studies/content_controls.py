@@ -1,0 +1,273 @@
+"""What is left of a network, and of its explanations, when attention carries no content.
+
+    xattn study controls --data photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+
+Controls (:mod:`xattn.attention.controls`) take the place of attention in blocks of a trained ViT, and its
+accuracy is measured. Maps of the network are compared with those of a copy whose queries and keys are made
+by permuted weights, and with the network's own of another photo. Small networks are trained with a control
+from the start, on digits and on recall of a value by its key (:mod:`~xattn.eval.studies.control_tasks`).
+
+What is finished stays in the output folder, and the same command goes on there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn.attention import fit_static, record
+from xattn.attention.static_maps import Map
+from xattn.attention.statistics import indicators
+from xattn.backbone import Backbone, converted
+from xattn.correlation import spearman
+from xattn.eval.sanity import qk_randomized_backbone
+from xattn.eval.studies.control_configs import ControlStudyConfig
+from xattn.eval.studies.control_report import DIGITS, FREE, RECALL, Free, report
+from xattn.eval.studies.control_tasks import digits_right, network, recall_right
+from xattn.eval.studies.digits import pixels_right, write_report
+from xattn.eval.studies.swap.measures import batch_size
+from xattn.eval.studies.swap.networks import Photo, kept_record
+from xattn.eval.studies.swapped_attention import labelled_photos
+from xattn.explainers import create_explainer
+from xattn.photos.images import load_image
+from xattn.photos.view import prepare
+from xattn.runtime import strict_json
+from xattn.runtime.files import check_folder, write_json
+
+AT_ONCE = 50  # photos whose classes a file holds
+DESCRIBED = 4  # photos of which a layer's indicators are the mean
+DEFAULTS = ControlStudyConfig()
+Measured = dict[str, Any]
+
+
+def study(
+    backbone: Backbone,
+    data: str | Path,
+    labels: str | Path = "folders",
+    output: str | Path = "runs/study-controls",
+    config: ControlStudyConfig = DEFAULTS,
+) -> Iterator[str]:
+    """Measure what is not finished yet, write report.md, and give its lines.
+
+    Args:
+        backbone: a trained ViT; it stays as it is.
+        data, labels: as in :func:`~xattn.eval.studies.swapped_attention.study`.
+        output: folder of what is finished and of the report.
+
+    Raises:
+        ValueError: too few photos with a class of the backbone, a backbone whose attention cannot be
+            converted, an unknown explainer, or ``output`` holds results of other settings or photos.
+    """
+    output = Path(output)
+    photos = labelled_photos(backbone, data, labels, config.seed)[: config.photos]
+    if len(photos) < 2:
+        raise ValueError(f"photos: got {len(photos)} with a class; give 2 or more")
+    for name in config.explainers:
+        create_explainer(name, backbone)
+    check_folder(output)
+    kept_record(output / "record.json", _record(backbone, photos, config))
+    networks = Networks(backbone, photos[: config.fitted])
+    free = {row.name: _classified(row, networks, photos, output) for row in FREE}
+    few = photos[: config.compared]
+    found: Measured = {
+        "photos": len(photos),
+        "free": free,
+        "described": {
+            row.name: _kept(
+                output / "indicators" / f"{row.key}.json",
+                lambda row=row: described(networks.of(row), photos[:DESCRIBED]),
+            )
+            for row in FREE
+            if row.blocks == "all"
+        },
+        "rollout": _kept(output / "rollout.json", lambda: rollout_alike(networks, few)),
+        "qk": {
+            name: _kept(
+                output / "qk" / f"{name}.json",
+                lambda name=name: qk_alike(backbone, name, few, config.seed),
+            )
+            for name in config.explainers
+        },
+        "compared": len(few),
+        "pixels": _kept(output / "pixels.json", lambda: {"right": pixels_right()})["right"],
+        "digits": {name: _trained("digits", name, output, config) for name in DIGITS},
+        "recall": {name: _trained("recall", name, output, config) for name in RECALL},
+    }
+    heading = f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}, {len(photos)} photos"
+    lines = [heading, *report(found)]
+    path = write_report(output, lines)
+    yield from lines
+    yield f"\nreport: {path}"
+
+
+def _record(
+    backbone: Backbone, photos: Sequence[Photo], config: ControlStudyConfig
+) -> dict[str, Any]:
+    """What all results depend on; explainers and seeds of training may be added later."""
+    settings = {k: v for k, v in asdict(config).items() if k not in ("explainers", "seeds")}
+    return {
+        "backbone": backbone.fingerprint,
+        "preprocessing": repr(backbone.preprocessing),
+        "config": settings,
+        "photos": {photo.name: [photo.sha256, photo.label] for photo in photos},
+    }
+
+
+def _kept(file: Path, measure: Callable[[], Measured]) -> Measured:
+    """What ``file`` holds, measured now if it is not there."""
+    if not file.is_file():
+        write_json(file, measure())
+    return strict_json.read(file, "output", "delete it, to measure again")  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------------- a trained network
+
+
+class Networks:
+    """Converted copies of a ViT by row.
+
+    Args:
+        photos: of which static maps are made.
+    """
+
+    def __init__(self, backbone: Backbone, photos: Sequence[Photo]) -> None:
+        self.backbone, self.photos = backbone, photos
+        self._maps: dict[str, dict[int, Map]] = {}
+
+    def of(self, row: Free) -> Backbone:
+        """The network of a row."""
+        if row.mechanism is None:
+            return self.backbone
+        depth = len(self.backbone.model.blocks)  # type: ignore[arg-type]
+        options = {"source": row.source} if row.source == "noise" else {}
+        made = converted(self.backbone, row.mechanism, row.layers(depth), options)
+        if row.source in ("mean", "photo"):
+            maps = self._of_photos(row.source)
+            for number in row.layers(depth):
+                made.model.blocks[number].attn.mechanism.keep(maps[number])  # type: ignore[index,union-attr]
+        return made
+
+    def _of_photos(self, source: str) -> dict[int, Map]:
+        """The maps of every block, of one photo or mean over all."""
+        if source not in self._maps:
+            whole = converted(self.backbone, "static")
+            some = self.photos if source == "mean" else self.photos[:1]
+            step = batch_size(self.backbone.preprocessing.input_size[0])
+            parts = (some[i : i + step] for i in range(0, len(some), step))
+            fit_static(whole, (images_of(self.backbone, part) for part in parts))
+            found: Any = [block.attn.mechanism for block in whole.model.blocks]  # type: ignore[union-attr]
+            self._maps[source] = {i: Map(m.kept, m.grid) for i, m in enumerate(found)}
+        return self._maps[source]
+
+
+def images_of(backbone: Backbone, photos: Sequence[Photo]) -> Tensor:
+    """(n, 3, H, W) in [0, 1]."""
+    pixels = [prepare(load_image(p.path), backbone.preprocessing, "crop")[0] for p in photos]
+    return torch.stack(pixels).to(backbone.device, backbone.mean.dtype)
+
+
+def _classified(
+    row: Free, networks: Networks, photos: Sequence[Photo], output: Path
+) -> list[float]:
+    """Whether the row's network tells each photo right, 0 or 1."""
+    right: list[float] = []
+    made: list[Backbone] = []
+    for start in range(0, len(photos), AT_ONCE):
+        some = photos[start : start + AT_ONCE]
+
+        def measure(some: Sequence[Photo] = some) -> Measured:
+            if not made:
+                made.append(networks.of(row))
+            return {"classes": classes_of(made[0], some)}
+
+        file = output / "classes" / f"{row.key}-{start // AT_ONCE:02}.json"
+        classes = _kept(file, measure)["classes"]
+        right += [float(k == p.label) for k, p in zip(classes, some, strict=True)]
+    return right
+
+
+@torch.no_grad()
+def classes_of(network: Backbone, photos: Sequence[Photo]) -> list[int]:
+    """The predicted class of each photo."""
+    step = batch_size(network.preprocessing.input_size[0])
+    parts = (images_of(network, photos[i : i + step]) for i in range(0, len(photos), step))
+    return [int(k) for part in parts for k in network.logits(part).argmax(1)]
+
+
+@torch.no_grad()
+def described(network: Backbone, photos: Sequence[Photo]) -> Measured:
+    """Eight indicators, mean over layers, heads and photos."""
+    with record(network.model) as calls:
+        network.logits(images_of(network, photos))
+    prefix = network.prefix_tokens
+    side = round((calls[0].operator.shape[2] - prefix) ** 0.5)
+    layers = [indicators(call.operator, (side, side), prefix) for call in calls]
+    whole = {
+        name: float(torch.stack([getattr(layer, name) for layer in layers]).mean())
+        for name in ("entropy", "concentration", "diversity", "sink")
+    }
+    focus = torch.stack([layer.focus for layer in layers]).mean((0, 1, 2))
+    return whole | {f"focus {n}": float(value) for n, value in enumerate(focus)}
+
+
+def maps_of(network: Backbone, name: str, images: Tensor, targets: Tensor) -> Tensor:
+    """Maps (n, 1, h, w) of an explainer."""
+    explainer = create_explainer(name, network)
+    step = batch_size(network.preprocessing.input_size[0])
+    pairs = zip(images.split(step), targets.split(step), strict=True)
+    return torch.cat([explainer.attribute(*pair).detach().float() for pair in pairs])
+
+
+def _seen(backbone: Backbone, photos: Sequence[Photo]) -> tuple[Tensor, Tensor]:
+    """Images, and the class that the network as it was trained predicts."""
+    images = images_of(backbone, photos)
+    return images, torch.tensor(classes_of(backbone, photos), device=images.device)
+
+
+def rollout_alike(networks: Networks, photos: Sequence[Photo]) -> Measured:
+    """Rank correlation of rollout's maps before and after the last four blocks are uniform."""
+    images, targets = _seen(networks.backbone, photos)
+    row = next(r for r in FREE if (r.mechanism, r.blocks) == ("uniform", "last four"))
+    pair = [
+        maps_of(network, "rollout", images, targets)
+        for network in (networks.backbone, networks.of(row))
+    ]
+    return {"row": row.name, "values": spearman(*pair).tolist()}
+
+
+def qk_alike(backbone: Backbone, name: str, photos: Sequence[Photo], seed: int) -> Measured:
+    """Rank correlation of an explainer's maps with those of permuted queries and keys, and with its own
+    maps of the photo before."""
+    images, targets = _seen(backbone, photos)
+    own = maps_of(backbone, name, images, targets)
+    permuted = maps_of(qk_randomized_backbone(backbone, seed), name, images, targets)
+    pairs = {"permuted": permuted, "another": own.roll(1, 0)}
+    return {key: spearman(own, other).nan_to_num(0.0).tolist() for key, other in pairs.items()}
+
+
+# ---------------------------------------------------------------------- networks trained with a control
+
+
+def _trained(task: str, name: str, output: Path, config: ControlStudyConfig) -> list[Measured]:
+    """What was measured of a task's network, seed by seed."""
+    rows: Mapping[str, Any] = DIGITS if task == "digits" else RECALL
+
+    def measure(seed: int) -> Measured:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = network(task, rows[name].mechanism, rows[name].options)
+            if task == "digits":
+                return digits_right(net, config.digit_steps, seed)
+            return recall_right(net, config.recall_steps, seed)
+
+    folder = output / task
+    key = rows[name].key
+    return [
+        _kept(folder / f"{key}-{seed}.json", lambda seed=seed: measure(seed))
+        for seed in range(config.seeds)
+    ]

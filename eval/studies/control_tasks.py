@@ -1,0 +1,90 @@
+"""Small networks trained with a control in place of attention: digits, and recall of a value by its key.
+
+Digits are scikit-learn's in patches of 2 x 2. Recall is drawn anew for each step: a query token with a key,
+then 8 tokens with a key and a value each; the class is the value that stands beside the query's key. Keys
+differ, in any order, and values repeat, so that without content the values alone can be counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from xattn.attention import convert
+from xattn.eval.studies.digits import Training, right, single_thread, train
+
+PAIRS = VALUES = 8
+TOKENS = {"digits": 16, "recall": 1 + PAIRS}
+BATCH, TESTED = 128, 2000  # sequences of recall
+
+
+def network(task: str, mechanism: str, options: Mapping[str, Any], depth: int = 2) -> nn.Module:
+    """A ViT of width 64 with 4 heads whose blocks have the mechanism; without a class token.
+
+    Raises:
+        ValueError: as in :func:`~xattn.attention.convert`.
+    """
+    shared: dict[str, Any] = {
+        "patch_size": 1, "embed_dim": 64, "depth": depth, "num_heads": 4, "class_token": False,
+    }  # fmt: skip
+    if task == "digits":
+        shared |= {"patch_size": 2, "img_size": 8, "in_chans": 1, "num_classes": 10}
+        net = VisionTransformer(**shared, global_pool="avg")
+    else:
+        shared |= {"img_size": (1, 1 + PAIRS), "in_chans": PAIRS + VALUES, "num_classes": VALUES}
+        net = VisionTransformer(**shared, global_pool="", pos_embed="none")
+    if mechanism != "softmax":
+        own = {"tokens": TOKENS[task]} if options.get("source") == "learned" else {}
+        convert(net, mechanism, options={**options, **own})
+    return net
+
+
+def digits_right(net: nn.Module, steps: int, seed: int) -> dict[str, float]:
+    """Train on 1,437 digits: the share right of 360 others, and CPU seconds."""
+    seconds = train(net, Training(epochs=max(1, steps // 22), seed=seed))
+    return {"right": right(net), "seconds": seconds}
+
+
+def recall_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sequences as images (count, 16, 1, 9), the query first, and values (count,)."""
+    keys = torch.rand(count, PAIRS, generator=generator, device="cpu").argsort(1)
+    values = torch.randint(VALUES, (count, PAIRS), generator=generator, device="cpu")
+    asked = torch.randint(PAIRS, (count, 1), generator=generator, device="cpu")
+    query = F.pad(F.one_hot(keys.gather(1, asked), PAIRS), (0, VALUES))
+    pairs = torch.cat([F.one_hot(keys, PAIRS), F.one_hot(values, VALUES)], 2)
+    tokens = torch.cat([query, pairs], 1).float()
+    return tokens.transpose(1, 2)[:, :, None], values.gather(1, asked)[:, 0]
+
+
+def recall_right(net: nn.Module, steps: int, seed: int, lr: float = 3e-3) -> dict[str, float]:
+    """Train on fresh sequences: the share right of 2,000 others, and CPU seconds.
+
+    AdamW; the rate rises for a tenth of the steps, then half a cosine to 0. The query's token is read.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=max(steps, 2), pct_start=0.1, cycle_momentum=False
+    )
+    net.train()
+    with single_thread():
+        start = time.process_time()
+        for _ in range(steps):
+            images, labels = recall_batch(BATCH, generator)
+            loss = F.cross_entropy(net(images)[:, 0], labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        seconds = time.process_time() - start
+    net.eval()
+    images, labels = recall_batch(TESTED, torch.Generator().manual_seed(seed + 1000))
+    with torch.no_grad():
+        share = (net(images)[:, 0].argmax(1) == labels).double().mean()
+    return {"right": float(share), "seconds": seconds}
