@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +81,16 @@ def study(
         "described": {
             row.name: _kept(
                 output / "indicators" / f"{row.key}.json",
-                lambda row=row: described(networks.of(row), photos[:DESCRIBED]),
+                partial(_described, row, networks, photos[:DESCRIBED]),
             )
             for row in FREE
             if row.blocks == "all"
         },
-        "rollout": _kept(output / "rollout.json", lambda: rollout_alike(networks, few)),
+        "rollout": _kept(output / "rollout.json", partial(rollout_alike, networks, few)),
         "qk": {
             name: _kept(
                 output / "qk" / f"{name}.json",
-                lambda name=name: qk_alike(backbone, name, few, config.seed),
+                partial(qk_alike, backbone, name, few, config.seed),
             )
             for name in config.explainers
         },
@@ -199,6 +200,10 @@ def classes_of(network: Backbone, photos: Sequence[Photo]) -> list[int]:
     return [int(k) for part in parts for k in network.logits(part).argmax(1)]
 
 
+def _described(row: Free, networks: Networks, photos: Sequence[Photo]) -> Measured:
+    return described(networks.of(row), photos)
+
+
 @torch.no_grad()
 def described(network: Backbone, photos: Sequence[Photo]) -> Measured:
     """Eight indicators, mean over layers, heads and photos."""
@@ -268,6 +273,5 @@ def _trained(task: str, name: str, output: Path, config: ControlStudyConfig) -> 
     folder = output / task
     key = rows[name].key
     return [
-        _kept(folder / f"{key}-{seed}.json", lambda seed=seed: measure(seed))
-        for seed in range(config.seeds)
+        _kept(folder / f"{key}-{seed}.json", partial(measure, seed)) for seed in range(config.seeds)
     ]

@@ -8,6 +8,7 @@ from small_transformers import tiny
 from xattn import create_explainer
 from xattn.attention import conversion, record
 from xattn.correlation import spearman
+from xattn.eval.leaderboard import Comparison, compare
 from xattn.eval.results import is_baseline
 from xattn.eval.sanity import (
     first_photos,
@@ -82,3 +83,15 @@ def test_likeness_is_the_mean_correlation_beside_that_of_another_photo(backbone,
     assert "rollout: |correlation|" in str(found["static_rollout"])
     with pytest.raises(ValueError, match="photos: got 1; give at least 2"):
         likeness(backbone, method, rows, photos[:1])
+
+
+def test_compare_has_the_rows_and_writes_down_how_like_maps_are(backbone, photos, tmp_path):
+    said = []
+    job = Comparison(backbone=backbone, explainers=("rollout",), metrics=("masking",))
+    results, files = compare(job, photos, tmp_path / "out", progress=False, say=said.append)
+    assert {"qk_randomized_rollout", "static_rollout"} <= set(results.methods)
+    lines = (tmp_path / "out" / "sanity.csv").read_text().splitlines()
+    assert lines[0] == "row,method,correlation,chance,photos" and len(lines) == 3
+    assert lines[2].startswith("static_rollout,rollout,0.") and lines[2].endswith(",5")
+    assert tmp_path / "out" / "sanity.csv" in files
+    assert sum("with its map of another photo (5 photos)" in line for line in said) == 2

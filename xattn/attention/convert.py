@@ -432,7 +432,8 @@ def _is_watched(block: nn.Module) -> bool:
 
 def _stand_around_blocks(model: nn.Module) -> None:
     """Hook the mechanisms that ask for it to the blocks of ``model``, and no others."""
-    blocks, layout = getattr(model, "blocks", None) or (), None
+    blocks: Any = getattr(model, "blocks", None) or ()
+    layout: _Layout | None = None
     for block in blocks:
         for hooks in (block._forward_pre_hooks, block._forward_hooks):
             ours = [
