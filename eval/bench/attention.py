@@ -49,13 +49,14 @@ def bench(
 ) -> Iterator[str]:
     """The lines of the table, as they are measured; a plot of times where ``plot`` names a file.
 
-    With ``names``, those mechanisms alone, beside dense attention and lists of blocks; otherwise all, and
-    products of low rank. ``tokens`` go to 16,384 on a CPU and to 65,536 and beyond on a GPU by default.
+    With ``names``, those mechanisms alone, beside dense attention and lists of blocks; otherwise all but
+    controls, and products of low rank. ``tokens`` go to 16,384 on a CPU and to 65,536 and beyond on a GPU
+    by default.
 
     Raises:
         ValueError: unknown names, or numbers of tokens that are not squares.
     """
-    chosen, names = bool(names), tuple(names) or tuple(list_attention())
+    chosen, names = bool(names), tuple(names) or to_use()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     far = (65536, 131044) if device == "cuda" else ()
     tokens = tuple(tokens) or (256, 1024, 4096, 16384, *far)
@@ -97,6 +98,11 @@ def bench(
     if plot is not None:
         draw(times, plot)
         yield f"\nplot: {plot}"
+
+
+def to_use() -> tuple[str, ...]:
+    """All mechanisms but controls, which nobody uses for their speed."""
+    return tuple(name for name in list_attention() if not mechanism_class(name).entry.control)
 
 
 def checked(names: Sequence[str], tokens: Sequence[int], rounds: int) -> None:

@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from xattn.attention import list_attention
-from xattn.eval.bench.attention import DENSE, checked, jobs
+from xattn.eval.bench.attention import DENSE, checked, jobs, to_use
 from xattn.eval.bench.tensor_memory import peak_memory
 from xattn.eval.bench.timing import median_ratio
 from xattn.eval.bench.timing import times as measure
@@ -29,7 +28,7 @@ def bench(
     Raises:
         ValueError: unknown names, numbers of tokens that are not squares, or fewer than two.
     """
-    names = tuple(names) or tuple(list_attention())
+    names = tuple(names) or to_use()
     checked(names, tokens, rounds)
     if len(tokens) < 2:
         raise ValueError(f"tokens: got {list(tokens)}; growth needs at least two numbers")

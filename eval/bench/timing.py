@@ -51,14 +51,15 @@ def median_ratio(of: list[float], to: list[float]) -> float:
 def forward_and_both(
     run: Callable[..., Tensor], leaves: Sequence[Tensor], grad: Tensor
 ) -> tuple[Job, Job]:
-    """``run`` of the leaves without a graph, and with its backward pass, from ``grad`` to the leaves."""
+    """``run`` of the leaves without a graph, and with its backward pass, from ``grad`` to those leaves that
+    it reads."""
 
     @torch.no_grad()
     def forward() -> Tensor:
         return run(*leaves)
 
     def both() -> None:
-        torch.autograd.grad(run(*leaves), leaves, grad)
+        torch.autograd.grad(run(*leaves), leaves, grad, allow_unused=True)
 
     return forward, both
 

@@ -38,14 +38,20 @@ from xattn.kernels.pooling import softmax_pooling
 
 B, H, D = 2, 3, 4
 PREFIXES = [0, 1, 2, 5]
+FIXED = ("none", "static", "uniform")  # A is made of constants: values get all relevance
 CASES = [
     pytest.param(
         entry.name, options, id="-".join([entry.name, *(f"{k}={v}" for k, v in options.items())])
     )
     for entry in MECHANISMS.entries()
+    if entry.name not in FIXED
     for options in entry.cases
 ]
-FIRST_CASES = [pytest.param(e.name, e.cases[0], id=e.name) for e in MECHANISMS.entries()]
+FIRST_CASES = [
+    pytest.param(e.name, e.cases[0], id=e.name)
+    for e in MECHANISMS.entries()
+    if e.name != "static_embedding"  # its queries and keys are not those that it is given
+]
 
 
 def draw(*shape, seed=0):
@@ -355,7 +361,8 @@ def test_the_map_of_a_converted_network_accounts_for_its_logit(name, options):
     images = photos(backbone)
     maps = explainer.attribute(images, TARGET)
     assert maps.shape == (2, 1, 5, 6) and maps.isfinite().all() and maps.std() > 0
-    assert explainer.notes == ()
+    held = f"layers 0, 1: A of {name} is held constant (it is made of constants)"
+    assert explainer.notes == ((held,) if name in FIXED else ())
     # Relevance is in the tokens, in what is added to them, and in what attention absorbs.
     added = [p for n, p in backbone.model.named_parameters() if _is_added(n)]
     steps = []

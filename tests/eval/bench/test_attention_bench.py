@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xattn.attention import list_attention
+from xattn.attention import list_attention, mechanism_class
 from xattn.cli import main
 from xattn.eval.bench.attention import bench, jobs
 
@@ -12,7 +12,13 @@ def test_every_mechanism_has_a_row_beside_dense():
     lines = list(bench(tokens=(64,), rounds=1))
     rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ")][1:]
     assert rows[0] == "dense (SDPA)"
-    assert [name for name in list_attention() if not any(r.startswith(name) for r in rows)] == []
+    names = [name for name in list_attention() if not mechanism_class(name).entry.control]
+    assert [name for name in names if not any(r.startswith(name) for r in rows)] == []
+    controls = list(bench(("uniform", "none", "static"), tokens=(64,), rounds=1))
+    assert (
+        sum(line.startswith(("| uniform |", "| none |", "| static tokens")) for line in controls)
+        == 3
+    )
 
 
 def test_operations_are_counted_from_what_the_operator_reads():
