@@ -90,11 +90,12 @@ def study(
         "qk": {
             name: _kept(
                 output / "qk" / f"{name}.json",
-                partial(qk_alike, backbone, name, few, config.seed),
+                partial(qk_alike, backbone, name, few, config),
             )
             for name in config.explainers
         },
         "compared": len(few),
+        "permutations": config.permutations,
         "pixels": _kept(output / "pixels.json", lambda: {"right": pixels_right()})["right"],
         "digits": {name: _trained("digits", name, output, config) for name in DIGITS},
         "recall": {name: _trained("recall", name, output, config) for name in RECALL},
@@ -245,14 +246,22 @@ def rollout_alike(networks: Networks, photos: Sequence[Photo]) -> Measured:
     return {"row": row.name, "values": spearman(*pair).tolist()}
 
 
-def qk_alike(backbone: Backbone, name: str, photos: Sequence[Photo], seed: int) -> Measured:
-    """Rank correlation of an explainer's maps with those of permuted queries and keys, and with its own
-    maps of the photo before."""
+def qk_alike(
+    backbone: Backbone, name: str, photos: Sequence[Photo], config: ControlStudyConfig
+) -> Measured:
+    """Rank correlation of an explainer's maps with those of permuted queries and keys, permutation by
+    permutation, and with its own maps of the photo before."""
     images, targets = _seen(backbone, photos)
     own = maps_of(backbone, name, images, targets)
-    permuted = maps_of(qk_randomized_backbone(backbone, seed), name, images, targets)
-    pairs = {"permuted": permuted, "another": own.roll(1, 0)}
-    return {key: spearman(own, other).nan_to_num(0.0).tolist() for key, other in pairs.items()}
+    found: dict[str, list[float]] = {"permuted": [], "another": _alike(own, own.roll(1, 0))}
+    for number in range(config.permutations):
+        twin = qk_randomized_backbone(backbone, config.seed + number)
+        found["permuted"] += _alike(own, maps_of(twin, name, images, targets))
+    return found
+
+
+def _alike(maps: Tensor, others: Tensor) -> list[float]:
+    return spearman(maps, others).nan_to_num(0.0).tolist()
 
 
 # ---------------------------------------------------------------------- networks trained with a control

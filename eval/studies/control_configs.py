@@ -25,6 +25,8 @@ class ControlStudyConfig:
         "input_x_gradient",
     )
     """Whose maps are compared with those of permuted queries and keys."""
+    permutations: int = 3
+    """Of the weights of queries and keys."""
     digit_steps: int = 440
     """Of a network trained on digits."""
     recall_steps: int = 500
@@ -39,6 +41,7 @@ class ControlStudyConfig:
             "photos": 2,
             "fitted": 1,
             "compared": 2,
+            "permutations": 1,
             "digit_steps": 1,
             "recall_steps": 1,
             "seeds": 1,
@@ -52,5 +55,12 @@ class ControlStudyConfig:
     def quick(self) -> ControlStudyConfig:
         """A few photos and steps, to see that all runs: no figure of it means anything."""
         return replace(
-            self, photos=6, fitted=3, compared=2, digit_steps=22, recall_steps=3, seeds=1
+            self,
+            photos=6,
+            fitted=3,
+            compared=2,
+            permutations=1,
+            digit_steps=22,
+            recall_steps=3,
+            seeds=1,
         )

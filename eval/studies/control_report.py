@@ -54,8 +54,10 @@ class Free:
     def name(self) -> str:
         if self.mechanism is None:
             return "as trained"
-        said = f"{self.mechanism}, {self.source}" if self.source else self.mechanism
-        return said if self.blocks == "all" else f"{said}, {self.blocks} blocks"
+        where = {"all": "", "last four": ", last four blocks"}.get(
+            self.blocks, ", every second block"
+        )
+        return self.mechanism + (f", {self.source}" if self.source else "") + where
 
     @property
     def key(self) -> str:
@@ -171,7 +173,10 @@ def _rollout(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _queries_and_keys(found: Mapping[str, Any]) -> Iterator[str]:
-    yield f"\n## Weights of queries and keys permuted, {found['compared']} photos: rank correlations"
+    yield (
+        f"\n## Weights of queries and keys permuted, {found['compared']} photos, {found['permutations']} "
+        f"permutations: rank correlations"
+    )
     titles = ("explainer", "mean", "mean size", "another photo, mean", "another photo, mean size")
     yield from _table(*titles, "expected of the mean's size")
     for name, values in found["qk"].items():

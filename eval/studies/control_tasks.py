@@ -27,15 +27,20 @@ BATCH, TESTED = 128, 2000  # sequences of recall
 def network(task: str, mechanism: str, options: Mapping[str, Any], depth: int = 2) -> nn.Module:
     """A ViT of width 64 with 4 heads whose blocks have the mechanism; without a class token.
 
+    Its layers start as PyTorch's do, larger than timm's.
+
     Raises:
         ValueError: as in :func:`~xattn.attention.convert`.
     """
     shared: dict[str, Any] = {
         "patch_size": 1, "embed_dim": 64, "depth": depth, "num_heads": 4, "class_token": False,
+        "weight_init": "skip",
     }  # fmt: skip
     if task == "digits":
         shared |= {"patch_size": 2, "img_size": 8, "in_chans": 1, "num_classes": 10}
         net = VisionTransformer(**shared, global_pool="avg")
+        assert net.pos_embed is not None
+        nn.init.trunc_normal_(net.pos_embed, std=0.02)
     else:
         shared |= {"img_size": (1, 1 + PAIRS), "in_chans": PAIRS + VALUES, "num_classes": VALUES}
         net = VisionTransformer(**shared, global_pool="", pos_embed="none")

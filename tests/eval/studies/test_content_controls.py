@@ -12,11 +12,11 @@ from small_transformers import tiny
 from xattn import load_backbone
 from xattn.attention import conversion
 from xattn.cli import main
-from xattn.eval.studies import content_controls
+from xattn.eval.studies import content_controls, control_tasks
 from xattn.eval.studies.content_controls import Networks, study
 from xattn.eval.studies.control_configs import ControlStudyConfig
 from xattn.eval.studies.control_report import DIGITS, FREE, RECALL, Bound, Free
-from xattn.eval.studies.control_tasks import network, recall_batch, recall_right
+from xattn.eval.studies.control_tasks import digits_right, network, recall_batch, recall_right
 from xattn.eval.studies.swapped_attention import labelled_photos
 
 NAMES = ["tench", "goldfish", "great white shark"]
@@ -24,6 +24,19 @@ CONFIG = dataclasses.replace(
     ControlStudyConfig(), photos=6, fitted=3, compared=3, explainers=("rollout", "gradcam"),
     digit_steps=1, recall_steps=1,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Short sequences of training and of tests, and no training on digits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(control_tasks, "BATCH", 8)
+        patch.setattr(control_tasks, "TESTED", 20)
+        patch.setattr(
+            content_controls, "digits_right", lambda *args: {"right": 0.5, "seconds": 1.0}
+        )
+        patch.setattr(content_controls, "pixels_right", lambda: 0.967)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +57,7 @@ def backbone():
 @pytest.fixture(scope="module")
 def done(photos, backbone, tmp_path_factory):
     output = tmp_path_factory.mktemp("study")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            content_controls, "digits_right", lambda *args: {"right": 0.5, "seconds": 1.0}
-        )
-        return output, list(study(backbone, photos, output=output, config=CONFIG))
+    return output, list(study(backbone, photos, output=output, config=CONFIG))
 
 
 def test_every_row_is_in_the_report(done):
@@ -150,11 +159,14 @@ def test_what_does_not_fit_is_refused(backbone, photos, tmp_path):
 
 def test_the_command_runs_quickly(photos, backbone, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("xattn.cli.model.BackboneArgs.load", lambda self: backbone)
-    monkeypatch.setattr(
-        content_controls, "digits_right", lambda *args: {"right": 0.5, "seconds": 1.0}
-    )
     command = ["study", "controls", "--data", str(photos), "--quick", "--explainers", "rollout"]
     assert main([*command, "--output", str(tmp_path / "out")]) in (0, None)
     assert "| static, mean, last four blocks |" in capsys.readouterr().out
     kept = json.loads((tmp_path / "out" / "record.json").read_text())
     assert kept["config"]["fitted"] == 3
+
+
+def test_digits_train_for_whole_passes():
+    torch.manual_seed(0)
+    found = digits_right(network("digits", "uniform", {}), 22, 0)
+    assert 0.05 < found["right"] < 0.9 and found["seconds"] > 0
