@@ -12,6 +12,7 @@ import numpy as np
 from xattn.eval.bootstrap import mean_interval
 from xattn.eval.studies.digits import spread
 
+ROUNDING = 1e-9
 Blocks = Literal["all", "last four", "every second"]
 
 
@@ -35,7 +36,8 @@ class Bound:
         """Such as "at most 0.02: kept"; empty without a bound."""
         if not str(self):
             return ""
-        return f"{self}: {'kept' if self.least <= value <= self.most else 'missed'}"
+        kept = self.least - ROUNDING <= value <= self.most + ROUNDING
+        return f"{self}: {'kept' if kept else 'missed'}"
 
 
 NO_BOUND = Bound()
