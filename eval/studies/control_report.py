@@ -179,15 +179,13 @@ def _queries_and_keys(found: Mapping[str, Any]) -> Iterator[str]:
         f"\n## Weights of queries and keys permuted, {found['compared']} photos, {found['permutations']} "
         f"permutations: rank correlations"
     )
-    titles = ("explainer", "mean", "mean size", "another photo, mean", "another photo, mean size")
-    yield from _table(*titles, "expected of the mean's size")
+    titles = ("explainer", "mean size", "another photo", "size of the mean", "another photo")
+    yield from _table(*titles, "expected of the mean size")
     for name, values in found["qk"].items():
-        cells = []
-        for key in ("permuted", "another"):
-            x = np.array(values[key])
-            cells += [f"{x.mean():.3f}", f"{np.abs(x).mean():.3f}"]
-        size = abs(float(np.mean(values["permuted"])))
-        yield f"| `{name}` | {' | '.join(cells)} | {Bound(most=0.15).verdict(size)} |"
+        both = [np.array(values[key]) for key in ("permuted", "another")]
+        sizes = [float(np.abs(x).mean()) for x in both]
+        cells = [f"{x:.3f}" for x in [*sizes, *(abs(x.mean()) for x in both)]]
+        yield f"| `{name}` | {' | '.join(cells)} | {Bound(most=0.15).verdict(sizes[0])} |"
 
 
 def _digits(found: Mapping[str, Any]) -> Iterator[str]:

@@ -23,6 +23,7 @@ from xattn.attention import (
     SoftplusOperator,
     SubsetsOperator,
     SumOperator,
+    TaylorOperator,
     convert,
     create_mechanism,
 )
@@ -295,7 +296,9 @@ def kept(operator, x, dy, part):
         a = matrix(operator.softmax)
         da = (matrix(operator) / a) * (dy @ x.mT)
         return part * (a.log() * a * (da - (a * da).sum(-1, keepdim=True))).sum().item()
-    if isinstance(operator, SoftplusOperator):  # scores grow with the queries here, too
+    if isinstance(
+        operator, SoftplusOperator | TaylorOperator
+    ):  # scores grow with the queries here, too
         y = operator.rows(torch.arange(operator.shape[2])) @ x
         (grad,) = torch.autograd.grad((dy * y).sum(), operator.q)
         return part * (operator.q * grad).sum().item()

@@ -67,6 +67,7 @@ from xattn.attention.segments import Blocks, Rule, Segment, select, visible_bloc
 from xattn.attention.segments_operator import SegmentsOperator
 from xattn.attention.softplus_operator import SoftplusOperator
 from xattn.attention.subsets import SubsetsOperator
+from xattn.attention.taylor_operator import TaylorOperator
 
 __all__ = [
     "Attention",
@@ -96,6 +97,7 @@ __all__ = [
     "SoftplusOperator",
     "SubsetsOperator",
     "SumOperator",
+    "TaylorOperator",
     "attend",
     "conversion",
     "convert",

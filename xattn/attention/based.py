@@ -7,7 +7,8 @@
 q' = q W_q and k' = k W_k have f = ``width`` channels. phi holds 1, x / f^(1/4), and the products x_a x_b,
 each pair once: a = b with the factor 1 / sqrt(2 f), a < b with 1 / sqrt(f). These are 1 + f + f (f + 1) / 2
 features in place of 1 + f + f^2, with the same products. A is never negative, since 1 + z + z^2 / 2 is at
-least 1/2. Causal, sums run over earlier tokens, in chunks. In Taylor layers prefix tokens are tokens like
+least 1/2. Causal, sums run over earlier tokens, in chunks. For no more keys than features the weights are
+computed as they stand. In Taylor layers prefix tokens are tokens like
 others; in windows they see all and are seen by all. Arora et al. 2024, arXiv 2402.18668.
 """
 
@@ -26,6 +27,7 @@ from xattn.attention.gna import window_pattern
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
 from xattn.attention.patterns import pattern_operator
+from xattn.attention.taylor_operator import TaylorOperator
 from xattn.kernels.backend import own_precision
 from xattn.kernels.causal_product import causal_product
 from xattn.kernels.softmax.reference import widen
@@ -92,7 +94,11 @@ class Based(Mechanism):
             side = int(self.window ** (1 / sides) + 1e-9)
             near = window_pattern(inputs, side, "window", self._kept)
             return pattern_operator(inputs, near, backend=self.backend)
-        left, right = self.features(inputs)
+        q, k = self.mapped(inputs)
+        if k.shape[2] <= features(q.shape[3]):
+            return TaylorOperator(q, k, causal=inputs.causal)
+        with own_precision(inputs.q):
+            left, right = taylor_features(q), taylor_features(k)
         if inputs.causal:
             total = causal_product(left, right, torch.ones_like(left[..., :1]))
             left, right = left / total, right.transpose(-2, -1)
@@ -101,15 +107,15 @@ class Based(Mechanism):
             total = left @ right.sum(-2)[..., None]
         return LowRankOperator(left / total, right.transpose(-2, -1), stochastic=True, signed=False)
 
-    def features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """phi(q') (B, H, N, F) and phi(k') (B, H, N, F)."""
+    def mapped(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """q' (B, H, N, f) and k' (B, H, S, f)."""
         assert inputs.scale is not None
         own = inputs.scale * inputs.q.shape[-1] ** 0.5  # 1 unless the model has its own scale
         with own_precision(inputs.q):
             q, k = widen(inputs.q) * own, widen(inputs.k)
             if self.q_map is not None and self.k_map is not None:
                 q, k = q @ widen(self.q_map), k @ widen(self.k_map)
-            return taylor_features(q), taylor_features(k)
+        return q, k
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``received``: the attention that each patch gets from all tokens, mean over heads; in layers
@@ -125,6 +131,11 @@ def received_map(operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
     ones = inputs.q.new_ones(operator.shape[0], 1, operator.shape[2])
     received = operator.vecmat(ones, "mean")[..., inputs.prefix :]
     return {"received": received.unflatten(-1, inputs.grid)}
+
+
+def features(width: int) -> int:
+    """How many features phi has."""
+    return 1 + width + width * (width + 1) // 2
 
 
 def taylor_features(x: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ arXiv 2402.05602): half goes to V, and A's half to what A is made of:
 
     softmax, also of segments   to q and k in equal parts, whole to a bias, by softmax's own gradient;
                                 landmarks of key blocks count as keys
-    softplus with l1 norms      to q and k in equal parts, by its own gradient
+    softplus with l1 norms,     to q and k in equal parts, by their own gradients
+      Taylor series of exp
     L R, causal or not          to L and R in equal parts
     p o e, local linear         to p as softmax; the factors e are held constant
     A_1 A_2 ...                 to the factors in equal parts
@@ -51,6 +52,7 @@ from xattn.attention.pyramid import PyramidOperator
 from xattn.attention.segments_operator import SegmentsOperator
 from xattn.attention.softplus_operator import SoftplusOperator
 from xattn.attention.subsets import SubsetsOperator
+from xattn.attention.taylor_operator import TaylorOperator
 
 Held = dict[str, None]  # kinds of operators that were held constant, in order
 
@@ -122,8 +124,9 @@ def _(operator: SegmentsOperator) -> _Parts:
     return _Parts([piece.q for piece in operator.pieces], keys, added)
 
 
-@_parts.register
-def _(operator: SoftplusOperator) -> _Parts:
+@_parts.register(SoftplusOperator)
+@_parts.register(TaylorOperator)
+def _(operator: SoftplusOperator | TaylorOperator) -> _Parts:
     return _Parts([operator.q], [operator.k], [])
 
 
@@ -141,6 +144,7 @@ def _(operator: SharedRowOperator) -> _Parts:
 @times.register(SoftmaxOperator)
 @times.register(SegmentsOperator)
 @times.register(SoftplusOperator)
+@times.register(TaylorOperator)
 @times.register(LowRankOperator)
 @times.register(CausalLowRankOperator)
 @times.register(SharedRowOperator)
@@ -160,6 +164,7 @@ def _(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
 @depends.register(SoftmaxOperator)
 @depends.register(SegmentsOperator)
 @depends.register(SoftplusOperator)
+@depends.register(TaylorOperator)
 @depends.register(LowRankOperator)
 @depends.register(CausalLowRankOperator)
 @depends.register(SharedRowOperator)
