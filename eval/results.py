@@ -21,10 +21,8 @@ from xattn.eval.protocol import Protocol
 
 # Rows that a method has to beat; a name may continue, as in "randomized_gradcam".
 BASELINES = ("random", "centre", "ones", "randomized")
-WITHOUT_CONTENT = (
-    "qk_randomized_",
-    "static_",
-)  # rows of networks whose attention carries no content
+# Those of networks whose attention carries no content.
+WITHOUT_CONTENT = ("qk_randomized_", "static_")
 # Kinds of metrics in which a method has to be better than every sanity row, or a warning says so.
 JUDGED = ("faithfulness", "localisation")
 # With fewer images there is no verdict: at 2, half of all "95 %" intervals of equal methods exclude zero.
