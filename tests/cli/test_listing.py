@@ -51,7 +51,8 @@ def test_every_mechanism_has_a_row_with_all_that_is_known(capsys, mine):
             f for f in accuracy.of(name) if f.size == accuracy.first.size or f.positions == "tile"
         ]
         assert figures == [figure.right for figure in expected]
-        assert figures or row[4] == "not measured"
+        missing = "see xattn study controls" if entry.control else "not measured"
+        assert figures or row[4] == missing
     assert any(
         f"{accuracy.first.photos} photos, {accuracy.first.dense:.1f} %" in line for line in lines
     )

@@ -101,7 +101,7 @@ def attention_table() -> Iterator[str]:
             entry.paper,
             entry.complexity,
             _training(entry),
-            measured or "not measured",
+            measured or ("see xattn study controls" if entry.control else "not measured"),
             ", ".join(found.kernels) or "none",
             ", ".join(found.maps) or "none",
         ]
