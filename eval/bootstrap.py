@@ -26,6 +26,10 @@ class Interval(NamedTuple):
     hi: float
     n: int
 
+    def text(self, digits: int) -> str:
+        """Such as "0.52 [0.40, 0.63]"."""
+        return f"{self.mean:.{digits}f} [{self.lo:.{digits}f}, {self.hi:.{digits}f}]"
+
 
 def mean(values: ArrayLike) -> float:
     """Exactly rounded float64 mean of the values that are not NaN: independent of their order."""

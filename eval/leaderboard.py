@@ -44,7 +44,7 @@ from xattn.packs.format import check_output
 from xattn.photos.images import MAX_PIXELS, list_images
 from xattn.photos.sources import is_stored
 from xattn.runtime.distributed import processes
-from xattn.runtime.files import atomic_file, printable
+from xattn.runtime.files import printable, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +162,7 @@ def _write_likeness(
         say(str(found))
         numbers = f"{found.correlation:.4f},{found.chance:.4f},{found.photos}"
         lines.append(f"{found.row},{first},{numbers}")
-    with atomic_file(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
     return [path]
 
 

@@ -26,7 +26,7 @@ from xattn.heads.seeded import seeded_head
 from xattn.packs.explanation import Explanation
 from xattn.pictures.contact_sheet import contact_sheet_html, contact_sheet_image, sheet_rows
 from xattn.runtime.allocator import keep_memory
-from xattn.runtime.files import atomic_file, check_folder
+from xattn.runtime.files import atomic_file, check_folder, write_text
 from xattn.training import fit
 
 SHIPPED = "evidence-efficientnet-lite0"
@@ -128,8 +128,7 @@ def _write_sheet(
             "show the job, not a ranking.",
         ],
     )
-    with atomic_file(output / "index.html") as temporary:
-        temporary.write_text(html, encoding="utf-8")
+    write_text(output / "index.html", html)
     with atomic_file(output / "sheet.png") as temporary:
         contact_sheet_image(sheet).save(temporary, "PNG")
 

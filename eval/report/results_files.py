@@ -21,7 +21,7 @@ from xattn.eval.metrics.registry import METRICS
 from xattn.eval.protocol import Protocol
 from xattn.eval.results import ImageRecord, MethodResult, Results, Row
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file
+from xattn.runtime.files import atomic_file, write_text
 from xattn.runtime.version import __version__
 
 FORMAT = "xattn-results"
@@ -101,8 +101,7 @@ def write_json(results: Results, path: str | Path) -> None:
         OSError: the file cannot be written; an earlier file of that name is intact.
     """
     text = json.dumps(to_dict(results), allow_nan=False, ensure_ascii=False, indent=1)
-    with atomic_file(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 def read_json(path: str | Path) -> Results:

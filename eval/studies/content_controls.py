@@ -12,7 +12,7 @@ What is finished stays in the output folder, and the same command goes on there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,14 +31,11 @@ from xattn.eval.studies.control_configs import ControlStudyConfig
 from xattn.eval.studies.control_report import DIGITS, FREE, RECALL, Free, report
 from xattn.eval.studies.control_tasks import digits_right, network, recall_right
 from xattn.eval.studies.digits import pixels_right, write_report
+from xattn.eval.studies.kept import kept_record, kept_values
+from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
 from xattn.eval.studies.swap.measures import batch_size
-from xattn.eval.studies.swap.networks import Photo, kept_record
-from xattn.eval.studies.swapped_attention import labelled_photos
 from xattn.explainers import create_explainer
-from xattn.photos.images import load_image
-from xattn.photos.view import prepare
-from xattn.runtime import strict_json
-from xattn.runtime.files import check_folder, write_json
+from xattn.runtime.files import check_folder
 
 AT_ONCE = 50  # photos whose classes a file holds
 DESCRIBED = 4  # photos of which a layer's indicators are the mean
@@ -71,7 +68,9 @@ def study(
     for name in config.explainers:
         create_explainer(name, backbone)
     check_folder(output)
-    kept_record(output / "record.json", _record(backbone, photos, config))
+    # Explainers and seeds of training may be added later.
+    settings = {k: v for k, v in asdict(config).items() if k not in ("explainers", "seeds")}
+    kept_record(output / "record.json", photos_record(backbone, photos, settings))
     networks = Networks(backbone, photos[: config.fitted])
     free = {row.name: _classified(row, networks, photos, output) for row in FREE}
     few = photos[: config.compared]
@@ -79,16 +78,16 @@ def study(
         "photos": len(photos),
         "free": free,
         "described": {
-            row.name: _kept(
+            row.name: kept_values(
                 output / "indicators" / f"{row.key}.json",
                 partial(_described, row, networks, photos[:DESCRIBED]),
             )
             for row in FREE
             if row.blocks == "all"
         },
-        "rollout": _kept(output / "rollout.json", partial(rollout_alike, networks, few)),
+        "rollout": kept_values(output / "rollout.json", partial(rollout_alike, networks, few)),
         "qk": {
-            name: _kept(
+            name: kept_values(
                 output / "qk" / f"{name}.json",
                 partial(qk_alike, backbone, name, few, config),
             )
@@ -96,7 +95,7 @@ def study(
         },
         "compared": len(few),
         "permutations": config.permutations,
-        "pixels": _kept(output / "pixels.json", lambda: {"right": pixels_right()})["right"],
+        "pixels": kept_values(output / "pixels.json", lambda: {"right": pixels_right()})["right"],
         "digits": {name: _trained("digits", name, output, config) for name in DIGITS},
         "recall": {name: _trained("recall", name, output, config) for name in RECALL},
     }
@@ -105,26 +104,6 @@ def study(
     path = write_report(output, lines)
     yield from lines
     yield f"\nreport: {path}"
-
-
-def _record(
-    backbone: Backbone, photos: Sequence[Photo], config: ControlStudyConfig
-) -> dict[str, Any]:
-    """What all results depend on; explainers and seeds of training may be added later."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("explainers", "seeds")}
-    return {
-        "backbone": backbone.fingerprint,
-        "preprocessing": repr(backbone.preprocessing),
-        "config": settings,
-        "photos": {photo.name: [photo.sha256, photo.label] for photo in photos},
-    }
-
-
-def _kept(file: Path, measure: Callable[[], Measured]) -> Measured:
-    """What ``file`` holds, measured now if it is not there."""
-    if not file.is_file():
-        write_json(file, measure())
-    return strict_json.read(file, "output", "delete it, to measure again")  # type: ignore[no-any-return]
 
 
 # ---------------------------------------------------------------------- a trained network
@@ -167,12 +146,6 @@ class Networks:
         return self._maps[source]
 
 
-def images_of(backbone: Backbone, photos: Sequence[Photo]) -> Tensor:
-    """(n, 3, H, W) in [0, 1]."""
-    pixels = [prepare(load_image(p.path), backbone.preprocessing, "crop")[0] for p in photos]
-    return torch.stack(pixels).to(backbone.device, backbone.mean.dtype)
-
-
 def _classified(
     row: Free, networks: Networks, photos: Sequence[Photo], output: Path
 ) -> list[float]:
@@ -188,7 +161,7 @@ def _classified(
             return {"classes": classes_of(made[0], some)}
 
         file = output / "classes" / f"{row.key}-{start // AT_ONCE:02}.json"
-        classes = _kept(file, measure)["classes"]
+        classes = kept_values(file, measure)["classes"]
         right += [float(k == p.label) for k, p in zip(classes, some, strict=True)]
     return right
 
@@ -282,5 +255,6 @@ def _trained(task: str, name: str, output: Path, config: ControlStudyConfig) -> 
     folder = output / task
     key = rows[name].key
     return [
-        _kept(folder / f"{key}-{seed}.json", partial(measure, seed)) for seed in range(config.seeds)
+        kept_values(folder / f"{key}-{seed}.json", partial(measure, seed))
+        for seed in range(config.seeds)
     ]

@@ -16,23 +16,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from xattn.attention.conversion import parse_mechanism
+from xattn.eval.studies.kept import AGAIN, kept_record, kept_values
 from xattn.eval.studies.length import length_report
 from xattn.eval.studies.length.length_report import Results, Trained
 from xattn.eval.studies.length.network import LengthNetwork, held_out, made, scores, train
 from xattn.eval.studies.length.tasks import Recall, Regression, Task
 from xattn.eval.studies.study_configs import LengthStudyConfig
-from xattn.eval.studies.swap.networks import kept_record
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file, check_folder, write_json
+from xattn.runtime.files import atomic_file, check_folder, write_json, write_text
 
 SEARCH_SEED = 1000  # of the networks that a learning rate is chosen by
-DAMAGED = "delete it, to measure again"
 FREE = ("mechanisms", "tasks", "lengths", "longest", "seeds")  # more of them may be asked for later
 DEFAULTS = LengthStudyConfig()
 
@@ -85,8 +85,7 @@ def study(
     lines = length_report.lines(results)
     files = {"report.md": "\n".join(lines) + "\n", "figures.csv": length_report.figures(results)}
     for name, text in files.items():
-        with atomic_file(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(output / name, text)
     length_report.plot(results, output / "length.png")
     yield from ("", *lines)
     yield f"\nreport: {', '.join(str(output / name) for name in (*files, 'length.png'))}"
@@ -127,7 +126,7 @@ def _learning_rate(unit: Unit, config: LengthStudyConfig, progress: bool) -> flo
     file = unit.folder / "learning-rates.json"
     kept: dict[str, float] = {}
     if file.is_file():
-        kept = strict_json.read(file, "output", DAMAGED)
+        kept = strict_json.read(file, "output", AGAIN)
     batch = held_out(unit.task, "validation", config.train_length, config)
     for lr in config.learning_rates:
         if str(lr) not in kept:
@@ -175,8 +174,8 @@ def _tested(
     network: LengthNetwork, task: Task, length: int, folder: Path, config: LengthStudyConfig
 ) -> dict[str, float]:
     """Mean scores at a length, by form."""
-    file = folder / f"{length}.json"
-    if not file.is_file():
+
+    def measure() -> dict[str, float]:
         found: dict[str, float] = {}
         for form in task.forms():
             if form != task.forms()[0] and length == config.train_length:
@@ -184,23 +183,24 @@ def _tested(
             else:
                 batch = held_out(task, "test", length, config, form)
                 found[form] = float(scores(network, task, batch).mean())
-        write_json(file, found)
-    return strict_json.read(file, "output", DAMAGED)  # type: ignore[no-any-return]
+        return found
+
+    return kept_values(folder / f"{length}.json", measure)  # type: ignore[no-any-return]
 
 
 def _baselines(
     task: Task, folder: Path, config: LengthStudyConfig
 ) -> dict[int, dict[str, dict[str, float]]]:
     """By length and form."""
-    found = {}
-    for length in config.lengths:
-        file = folder / f"baselines-{length}.json"
-        if not file.is_file():
-            kept = {
-                form: task.baselines(held_out(task, "test", length, config, form))
-                for form in task.forms()
-            }
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, kept)
-        found[length] = strict_json.read(file, "output", DAMAGED)
-    return found
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def measure(length: int) -> dict[str, dict[str, float]]:
+        return {
+            form: task.baselines(held_out(task, "test", length, config, form))
+            for form in task.forms()
+        }
+
+    return {
+        length: kept_values(folder / f"baselines-{length}.json", partial(measure, length))
+        for length in config.lengths
+    }

@@ -21,14 +21,12 @@ from xattn.attention.conversion import format_layers, parse_mechanism
 from xattn.backbone import Backbone, load_conversion
 from xattn.backbone.conversion import WEIGHTS_FILE
 from xattn.config import DistillConfig
+from xattn.eval.studies.kept import kept_record
 from xattn.eval.studies.study_configs import DepthStudyConfig
+from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
 from xattn.eval.studies.swap.measures import Block, Explaining, quality
-from xattn.eval.studies.swap.networks import Photo, kept_record
-from xattn.eval.studies.swapped_attention import labelled_photos
-from xattn.photos.images import load_image
 from xattn.photos.sources import open_photos
-from xattn.photos.view import prepare
-from xattn.runtime.files import atomic_file, check_folder, write_json
+from xattn.runtime.files import check_folder, write_json, write_text
 from xattn.training.distilling import CONVERSION_FOLDER, REPORT, distill
 from xattn.training.head_closeness import HeadCloseness, head_closeness, head_csv
 from xattn.training.run_folder import RUN_FILE
@@ -69,7 +67,9 @@ def study(
     if len(photos) < config.folds:
         raise ValueError(f"folds: got {config.folds} for {len(photos)} photos; give fewer")
     check_folder(output)
-    kept_record(output / "record.json", _record(backbone, photos, config))
+    # Other depths may be added later.
+    settings = {k: v for k, v in asdict(config).items() if k not in ("last", "workers")}
+    kept_record(output / "record.json", photos_record(backbone, photos, settings))
     lines = [f"{backbone.name}, {config.attention}, {len(photos)} photos", "", HEADING]
     lines.append("| :-- | :-- |" + " --: |" * 8)
     yield from lines
@@ -85,20 +85,8 @@ def study(
             heads.append(f"blocks {format_layers(layers)}, {STAGES[stage]}\n{_heads_csv(found)}")
             yield lines[-1]
     for name, text in (("report.md", "\n".join(lines) + "\n"), ("heads.csv", "\n".join(heads))):
-        with atomic_file(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(output / name, text)
     yield f"\nreport: {output / 'report.md'}, {output / 'heads.csv'}"
-
-
-def _record(
-    backbone: Backbone, photos: Sequence[Photo], config: DepthStudyConfig
-) -> dict[str, Any]:
-    settings = {k: v for k, v in asdict(config).items() if k not in ("last", "workers")}
-    return {
-        "backbone": backbone.fingerprint,
-        "config": settings,
-        "photos": {photo.name: photo.sha256 for photo in photos},
-    }
 
 
 def _of_fold(
@@ -151,8 +139,7 @@ def measured(
     values: dict[str, list[float]] = {}
     for start in range(0, len(photos), AT_ONCE):
         some = photos[start : start + AT_ONCE]
-        pixels = [prepare(load_image(p.path), backbone.preprocessing, "crop")[0] for p in some]
-        images = torch.stack(pixels).to(backbone.device, backbone.mean.dtype)
+        images = images_of(backbone, some)
         labels = torch.tensor([p.label for p in some], device="cpu")
         block = Block(images, labels, backbone, Explaining("rollout", 1))
         found = quality(block, range(len(some)), network)

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.attention.record import Call, record
-from xattn.eval.studies.swap.networks import kept_record
-from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file, check_folder, write_json
+from xattn.eval.studies.kept import kept_record, kept_values
+from xattn.runtime.files import check_folder, write_text
 
 
 class Digits(NamedTuple):
@@ -155,12 +154,13 @@ def measure_rows(
     for name, measure in rows.items():
         for seed in range(seeds):
             file = output / f"{name}-{seed}.json"
-            if not file.is_file():
+
+            def drawn(measure: Any = measure, seed: int = seed) -> Any:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
-                    write_json(file, measure(seed))
-            kept = strict_json.read(file, "output", "delete it, to measure again")
-            found.setdefault(name, []).append(kept)
+                    return measure(seed)
+
+            found.setdefault(name, []).append(kept_values(file, drawn))
     return found
 
 
@@ -175,6 +175,5 @@ def spread(values: list[float], digits: int = 3) -> str:
 def write_report(output: Path, lines: list[str]) -> Path:
     """``lines`` as report.md."""
     path = output / "report.md"
-    with atomic_file(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
     return path

@@ -38,8 +38,8 @@ from xattn.heads.seeded import seeded_head
 from xattn.photos.images import list_images
 from xattn.runtime import strict_json
 from xattn.runtime.allocator import keep_memory
-from xattn.runtime.files import atomic_file
 from xattn.runtime.files import write_json as write_record
+from xattn.runtime.files import write_text
 from xattn.training import fit
 from xattn.training.outcome_table import Outcomes
 from xattn.training.outcomes import cache_outcomes
@@ -344,8 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def print_and_keep(text: str, path: Path) -> None:
     """Print ``text``, and write it to ``path``."""
     print(text)
-    with atomic_file(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from xattn.backbone import Backbone
 from xattn.eval.evaluation.facts import describe
 from xattn.eval.sanity import Cascade
 from xattn.eval.studies.fold_rows import names
+from xattn.eval.studies.kept import finished_values
 from xattn.eval.studies.sanity_checks import CHECKS, Block, Method, Settings
 from xattn.eval.studies.sanity_report import UNSEEING, Found, report, verdicts, write_results
 from xattn.eval.studies.study_backbone import study_backbone
@@ -37,7 +38,6 @@ from xattn.explainers import create_explainer
 from xattn.heads import load_head
 from xattn.photos.images import list_images, load_image
 from xattn.photos.view import prepare
-from xattn.runtime import strict_json
 from xattn.runtime.allocator import keep_memory
 from xattn.runtime.files import file_sha256, write_json
 
@@ -122,7 +122,7 @@ def measure(
             for one, check in itertools.product(methods, checks):
                 file = folder / one.method.label / f"{check}-{number:03}.json"
                 record = json.loads(json.dumps({"check": check, "method": one.record, **facts}))
-                values = _finished(file, record)
+                values = finished_values(file, record)
                 if values is None:
                     prepared = prepared or _prepared(backbone, paths)
                     measured = CHECKS[check](backbone, one.method, prepared, settings)
@@ -134,17 +134,6 @@ def measure(
         label: {check: _joined(found) for check, found in of_checks.items()}
         for label, of_checks in parts.items()
     }
-
-
-def _finished(file: Path, record: Mapping[str, Any]) -> Values | None:
-    """What ``file`` holds, if it is there."""
-    if not file.is_file():
-        return None
-    kept = strict_json.read(file, "output", "delete it, to measure again")
-    if not isinstance(kept, dict) or kept.get("record") != record:
-        raise ValueError(f"output: {file} has other settings or photos; choose a new folder")
-    values: Values = kept["values"]
-    return values
 
 
 def _prepared(backbone: Backbone, paths: Sequence[Path]) -> Block:

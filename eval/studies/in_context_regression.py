@@ -28,9 +28,9 @@ from xattn.eval.studies.in_context import (
     risk,
     train,
 )
-from xattn.eval.studies.swap.networks import kept_record
+from xattn.eval.studies.kept import kept_record
 from xattn.eval.studies.theory_configs import InContextConfig
-from xattn.runtime.files import atomic_file, check_folder, write_json
+from xattn.runtime.files import atomic_file, check_folder, write_json, write_text
 from xattn.training.checkpoint import load_checkpoint, save_checkpoint
 
 CHECKPOINT_EVERY = 2_000
@@ -72,8 +72,7 @@ def study(
         *_circuit_table(found, config),
         *_error_table(model, config),
     ]
-    with atomic_file(output / "report.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(output / "report.md", "\n".join(lines) + "\n")
     weights = {"kq": model.kq.tolist(), "ov": model.ov.tolist(), "heads": model.heads}
     write_json(output / "circuit.json", weights)
     _plot(model.kq[:many].detach(), model.ov[:many].detach(), output / "circuit.png")

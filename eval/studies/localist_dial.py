@@ -30,13 +30,11 @@ from xattn.attention.localist import region_masses
 from xattn.attention.regions import recruit, recruited_regions
 from xattn.backbone import Backbone, converted
 from xattn.eval.bootstrap import mean_interval
+from xattn.eval.studies.kept import kept_record, kept_values
 from xattn.eval.studies.study_configs import DialStudyConfig
-from xattn.eval.studies.swap.networks import Photo, kept_record
-from xattn.eval.studies.swapped_attention import labelled_photos
-from xattn.photos.images import load_image
-from xattn.photos.view import prepare
+from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file, check_folder, write_json
+from xattn.runtime.files import check_folder, write_json, write_text
 
 QUADRANTS = 4
 POINTS = {"points": 150, "width": 2, "apart": 8.0}  # of three clusters of standard deviation 1
@@ -71,7 +69,9 @@ def study(
                 f"{name}: got {getattr(config, name)}; {backbone.name} has {depth} blocks"
             )
     check_folder(output)
-    kept_record(output / "record.json", _record(backbone, photos, config))
+    # Turns of the dial may be added later.
+    settings = {k: v for k, v in asdict(config).items() if k not in ("betas", "batch_size")}
+    kept_record(output / "record.json", photos_record(backbone, photos, settings))
     lines = [
         f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}, {len(photos)} photos; quadrants"
     ]
@@ -86,22 +86,8 @@ def study(
         for line in some:
             lines.append(line)
             yield line
-    with atomic_file(output / "report.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(output / "report.md", "\n".join(lines) + "\n")
     yield f"\nreport: {output / 'report.md'}"
-
-
-def _record(
-    backbone: Backbone, photos: Sequence[Photo], config: DialStudyConfig
-) -> dict[str, object]:
-    """What all results depend on; turns of the dial may be added later."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("betas", "batch_size")}
-    return {
-        "backbone": backbone.fingerprint,
-        "preprocessing": repr(backbone.preprocessing),
-        "config": settings,
-        "photos": {photo.name: [photo.sha256, photo.label] for photo in photos},
-    }
 
 
 # ---------------------------------------------------------------------- the dial
@@ -122,8 +108,8 @@ def _dial(
             found = _measured(backbone, photos, layers, {"beta": beta}, output, config)
             same = [a == b for a, b in zip(found["classes"], plain["classes"], strict=True)]
             right = [k == p.label for k, p in zip(found["classes"], photos, strict=True)]
-            cells = [format_layers(layers), f"{beta:g}", _mean(found["leading"], 3)]
-            cells += [_mean([100.0 * x for x in some], 1) for some in (same, right)]
+            cells = [format_layers(layers), f"{beta:g}", mean_interval(found["leading"]).text(3)]
+            cells += [mean_interval([100.0 * x for x in some]).text(1) for some in (same, right)]
             yield f"| {' | '.join(cells)} |"
 
 
@@ -154,10 +140,11 @@ def _steering(
         "best less worst": best - worst,
     }
     for name, values in rows.items():
-        yield f"| {name} | {_mean(values, 3)} |"
+        yield f"| {name} | {mean_interval(values).text(3)} |"
+    share = mean_interval(chosen).text(1)
     yield (
-        f"\nThe best quadrant is the one that the class token reads most as trained on {_mean(chosen, 1)} "
-        f"% of the photos (by chance 25 %)."
+        f"\nThe best quadrant is the one that the class token reads most as trained on {share} % of the "
+        f"photos (by chance 25 %)."
     )
 
 
@@ -181,7 +168,7 @@ def _measured(
         for start in range(0, len(photos), config.batch_size):
             some = photos[start : start + config.batch_size]
             own = None if known is None else known[start : start + len(some)]
-            for key, found in _pass(network, _images(network, some), layers, own).items():
+            for key, found in _pass(network, images_of(network, some), layers, own).items():
                 values[key] += found.tolist()
         write_json(file, values)
     return strict_json.read(file, "output", "delete it, to measure again")  # type: ignore[no-any-return]
@@ -209,11 +196,6 @@ def _pass(
     }
 
 
-def _images(network: Backbone, photos: Sequence[Photo]) -> Tensor:
-    pixels = [prepare(load_image(p.path), network.preprocessing, "crop")[0] for p in photos]
-    return torch.stack(pixels).to(network.device, network.mean.dtype)
-
-
 # ---------------------------------------------------------------------- recruitment
 
 
@@ -224,8 +206,10 @@ def _recruitment(
     output: Path,
     config: DialStudyConfig,
 ) -> Iterator[str]:
-    drawn = _kept(output / "recruited-points.json", lambda: _of_points(config.draws))
-    keys = _kept(output / "recruited-keys.json", lambda: _of_keys(backbone, photos, layers, config))
+    drawn = kept_values(output / "recruited-points.json", lambda: _of_points(config.draws))
+    keys = kept_values(
+        output / "recruited-keys.json", lambda: _of_keys(backbone, photos, layers, config)
+    )
     yield "\n| recruited from | regions | right | milliseconds each |"
     yield "| :-- | --: | --: | --: |"
     for clusters, name in ((3, "three clusters"), (1, "one cluster")):
@@ -235,12 +219,6 @@ def _recruitment(
         yield f"| {name}, variance given | {' | '.join(cells)} | {_times(found['seconds'])} |"
     name = f"keys of blocks {format_layers(layers)}, 16 components, variance {config.variance:g}"
     yield f"| {name} | {_spread(keys['regions'])} | | {_times(keys['seconds'])} |"
-
-
-def _kept(file: Path, make: Callable[[], Values]) -> Values:
-    if not file.is_file():
-        write_json(file, make())
-    return strict_json.read(file, "output", "delete it, to measure again")  # type: ignore[no-any-return]
 
 
 def _of_points(draws: int) -> dict[str, dict[str, list[float]]]:
@@ -266,7 +244,7 @@ def _of_keys(
     """Regions of the keys of every photo and block."""
     values: dict[str, list[float]] = {"regions": [], "seconds": []}
     for start in range(0, len(photos), config.batch_size):
-        images = _images(backbone, photos[start : start + config.batch_size])
+        images = images_of(backbone, photos[start : start + config.batch_size])
         with record(backbone.model) as calls:
             backbone.logits(images)
         for layer in layers:
@@ -288,11 +266,6 @@ def _timed(values: dict[str, list[float]], find: Callable[[], Tensor]) -> None:
     regions = find()
     values["seconds"].append(time.process_time() - start)
     values["regions"].append(int(regions.max()) + 1)
-
-
-def _mean(values: Sequence[float], digits: int) -> str:
-    found = mean_interval(values)
-    return f"{found.mean:.{digits}f} [{found.lo:.{digits}f}, {found.hi:.{digits}f}]"
 
 
 def _spread(counts: Sequence[float]) -> str:

@@ -25,9 +25,9 @@ from xattn.backbone import Backbone, converted
 from xattn.eval.studies.study_configs import PositionStudyConfig
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
+from xattn.training.distilling import share_of_peak
 
 ABSOLUTE, NONE = "absolute", "none"
-RISE = 0.05  # of the steps, in which the learning rate rises
 
 
 def pixels_of(paths: Sequence[Path], backbone: Backbone) -> Tensor:
@@ -101,7 +101,7 @@ def train(
     with tqdm(total=total, desc=title, unit="step", disable=not progress) as bar:
         for step in range(total):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * rise_and_fall(step, total)
+                group["lr"] = peak * share_of_peak(step, total)
             index, flips = _batch(len(pixels), step, per_epoch, config)
             some = pixels[index]
             some[flips] = some[flips].flip(-1)
@@ -134,14 +134,6 @@ def _batch(
     flips = torch.rand(photos, generator=generator, device="cpu") < 0.5
     index = order[at * config.batch_size : (at + 1) * config.batch_size]
     return index, flips[index]
-
-
-def rise_and_fall(step: int, total: int) -> float:
-    """The share of the peak learning rate at step 0, 1, ... of ``total``: a line, then half a cosine."""
-    rise = max(1, round(RISE * total))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(total - rise, 1)))
 
 
 def _optimizer(model: nn.Module, config: PositionStudyConfig) -> torch.optim.Optimizer:

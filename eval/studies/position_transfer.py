@@ -27,6 +27,7 @@ from torch import Tensor
 
 from xattn.backbone import Backbone, resized
 from xattn.eval.bootstrap import mean_interval, paired_difference
+from xattn.eval.studies.kept import AGAIN, kept_record
 from xattn.eval.studies.position_training import (
     ABSOLUTE,
     images_of,
@@ -36,11 +37,10 @@ from xattn.eval.studies.position_training import (
     train,
 )
 from xattn.eval.studies.study_configs import PositionStudyConfig
+from xattn.eval.studies.study_photos import Photo, labelled_photos, photos_record
 from xattn.eval.studies.swap.measures import batch_size
-from xattn.eval.studies.swap.networks import Photo, kept_record
-from xattn.eval.studies.swapped_attention import labelled_photos
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file, check_folder, write_json
+from xattn.runtime.files import atomic_file, check_folder, write_json, write_text
 
 AS_TRAINED = "as trained"
 MEASURES = {"right": "photos classified right, %", "same": "as the network as it was trained, %"}
@@ -82,7 +82,9 @@ def study(
         resized(teacher, size)
     students = {name: student_of(teacher, name, config.keep_absolute) for name in config.encodings}
     check_folder(output)
-    kept_record(output / "record.json", _record(backbone, photos, config))
+    # Encodings and sizes may be added later.
+    settings = {k: v for k, v in asdict(config).items() if k not in ("encodings", "sizes")}
+    kept_record(output / "record.json", photos_record(backbone, photos, settings))
     _train(students, teacher, learned, output, config, progress)
     networks = {AS_TRAINED: teacher, **students}
     found = {size: _at(size, networks, tested, output, config) for size in config.sizes}
@@ -93,24 +95,10 @@ def study(
     lines = [heading, *_tables(found)]
     files = {"report.md": "\n".join(lines) + "\n", "figures.csv": _figures(found)}
     for name, text in files.items():
-        with atomic_file(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(output / name, text)
     _plot(found, config.size, heading, output / "positions.png")
     yield from lines
     yield f"\nreport: {', '.join(str(output / name) for name in (*files, 'positions.png'))}"
-
-
-def _record(
-    backbone: Backbone, photos: Sequence[Photo], config: PositionStudyConfig
-) -> dict[str, object]:
-    """What all results depend on; encodings and sizes may be added later."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("encodings", "sizes")}
-    return {
-        "backbone": backbone.fingerprint,
-        "preprocessing": repr(backbone.preprocessing),
-        "config": settings,
-        "photos": {photo.name: [photo.sha256, photo.label] for photo in photos},
-    }
 
 
 def _folder(output: Path, encoding: str) -> Path:
@@ -178,16 +166,16 @@ def _at(
             if pixels is None:
                 pixels = pixels_of([photo.path for photo in photos], own)
             write_json(file, {"classes": _classes(own, pixels, size)})
-        kept = strict_json.read(file, "output", "delete it, to measure again")
+        kept = strict_json.read(file, "output", AGAIN)
         classes = np.array(kept["classes"])
         found[name] = {"right": _equal(classes, [photo.label for photo in photos])}
     usual = _folder(output, AS_TRAINED) / f"{config.size}px.json"
     if not usual.is_file():
         same = pixels_of([photo.path for photo in photos], networks[AS_TRAINED])
         write_json(usual, {"classes": _classes(networks[AS_TRAINED], same, config.size)})
-    given = strict_json.read(usual, "output", "delete it, to measure again")["classes"]
+    given = strict_json.read(usual, "output", AGAIN)["classes"]
     for name in networks:
-        kept = strict_json.read(_folder(output, name) / f"{size}px.json", "output", "delete it")
+        kept = strict_json.read(_folder(output, name) / f"{size}px.json", "output", AGAIN)
         found[name]["same"] = _equal(np.array(kept["classes"]), given)
     return found
 
@@ -211,8 +199,7 @@ def _tables(found: Found) -> Iterator[str]:
         yield f"| positions | {' | '.join(f'{size} px' for size in found)} |"
         yield "| :-- |" + " --: |" * len(found)
         for name in next(iter(found.values())):
-            values = [mean_interval(100 * table[name][measure]) for table in found.values()]
-            cells = [f"{v.mean:.1f} [{v.lo:.1f}, {v.hi:.1f}]" for v in values]
+            cells = [mean_interval(100 * table[name][measure]).text(1) for table in found.values()]
             yield f"| `{name}` | {' | '.join(cells)} |"
 
 

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from xattn.backbone import Backbone
 from xattn.correlation import spearman
 from xattn.eval.bootstrap import mean_interval
 from xattn.eval.studies.coarse_groups import fit_probe
+from xattn.eval.studies.kept import AGAIN, kept_record, kept_values
 from xattn.eval.studies.random_scaling import MODELS, scaling
-from xattn.eval.studies.swap.networks import kept_record
 from xattn.eval.studies.theory_configs import RandomFeatureConfig
 from xattn.heads import Tokens
 from xattn.heads.attentive import AttentiveHead, has_class_token
@@ -41,7 +42,7 @@ from xattn.photos.image_files import Files
 from xattn.photos.labels import Labels, read_labels
 from xattn.photos.sources import open_photos
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file, check_folder, write_json
+from xattn.runtime.files import check_folder, write_json, write_text
 from xattn.training.features import Features, cache_features
 from xattn.training.splits import stratified_folds
 
@@ -120,8 +121,7 @@ def study(
         files["scaling.csv"] = _scaling_csv(found)
     files["report.md"] = "\n".join(lines) + "\n"
     for name, text in files.items():
-        with atomic_file(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(output / name, text)
     yield from lines
     yield f"\nreport: {', '.join(str(output / name) for name in sorted(files))}"
 
@@ -190,9 +190,9 @@ def _measured(
     found = []
     for seed, fold in itertools.product(range(config.seeds), range(config.folds)):
         file = output / query / f"seed-{seed}-fold-{fold}.json"
-        if not file.is_file():
-            write_json(file, measure(photos, query, seed, photos.folds[fold], config))
-        record = strict_json.read(file, "output", "delete it, to measure again")
+        record = kept_values(
+            file, partial(measure, photos, query, seed, photos.folds[fold], config)
+        )
         found.append({"seed": seed, "fold": photos.folds[fold], **record})
     return found
 
@@ -270,16 +270,11 @@ def _accuracies(
     yield "| classifier | accuracy | with the mean patch alone | CPU seconds a fold |"
     yield "| :-- | --: | --: | --: |"
     for name, values in rows.items():
-        yield f"| {name} | {_interval(values)} | | |"
+        yield f"| {name} | {mean_interval(values).text(3)} | | |"
     for query, records in measured.items():
         seconds = np.mean([record["seconds"] for record in records])
-        cells = [_interval(_by_photo(records, key)) for key in ("right", "kept")]
+        cells = [mean_interval(_by_photo(records, key)).text(3) for key in ("right", "kept")]
         yield f"| random_feature, query {query} | {' | '.join(cells)} | {seconds:.1f} |"
-
-
-def _interval(values: Sequence[float]) -> str:
-    found = mean_interval(values)
-    return f"{found.mean:.3f} [{found.lo:.3f}, {found.hi:.3f}]"
 
 
 def _exactness(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
@@ -299,7 +294,7 @@ def _scaling(output: Path, config: RandomFeatureConfig, seed: int) -> list[dict[
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
     wanted = {k: settings[k] for k in ("heads", "examples", "tests", "width", "tokens")}
     if file.is_file():
-        found = strict_json.read(file, "output", "delete it, to measure again")
+        found = strict_json.read(file, "output", AGAIN)
         if found["config"] == wanted:
             return found["records"]  # type: ignore[no-any-return]
     records = list(scaling(config, seed))

@@ -27,7 +27,7 @@ from xattn.eval.studies.sanity_checks import (
     SAME_CLASS,
     TWO_CLASSES,
 )
-from xattn.runtime.files import atomic_file, write_json
+from xattn.runtime.files import atomic_file, write_json, write_text
 
 Found = dict[str, NDArray[np.float64]]  # (n,) by measure, NaN where a photo has no value
 Table = Mapping[str, Mapping[str, Found]]  # by method and check
@@ -261,8 +261,7 @@ def write_results(
                         [method, check, name, photo, "" if math.isnan(v) else repr(v)]
                         for photo, v in rows
                     )
-    with atomic_file(folder / "report.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(folder / "report.md", text)
 
 
 def _plain(interval: Interval) -> dict[str, Any]:

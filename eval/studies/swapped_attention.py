@@ -12,21 +12,19 @@ A new mechanism is a line in ``SWAPS``. Everything finished is kept in the outpu
 
 from __future__ import annotations
 
-import random
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from xattn.backbone import Backbone, load_conversion
 from xattn.config import DistillConfig
 from xattn.eval.studies.study_configs import SwapStudyConfig
+from xattn.eval.studies.study_photos import labelled_photos
 from xattn.eval.studies.swap.controls import CONTROLS
 from xattn.eval.studies.swap.measuring import Measuring
-from xattn.eval.studies.swap.networks import Networks, Photo
+from xattn.eval.studies.swap.networks import Networks
 from xattn.eval.studies.swap.report import table_lines, write
 from xattn.eval.studies.swap.rows import AS_TRAINED, Swap, with_trained
-from xattn.explaining.naming import named_photos
-from xattn.explaining.photos import true_classes_of
-from xattn.runtime.files import check_folder, file_sha256
+from xattn.runtime.files import check_folder
 
 __all__ = ["SWAPS", "Swap", "study"]
 
@@ -121,29 +119,6 @@ def study(
     files = write(tables, measuring.rows, depth, heading, backbone.name, output)
     yield from (heading, "", *table_lines(tables, measuring.rows, depth))
     yield f"\nreport: {', '.join(str(file) for file in files)}"
-
-
-def labelled_photos(
-    backbone: Backbone, data: str | Path, labels: str | Path, seed: int = 0
-) -> list[Photo]:
-    """The photos with a class of ``backbone``, in an order drawn by ``seed``.
-
-    Raises:
-        ValueError: there is none, or photos that are no files.
-    """
-    sources = named_photos(data)
-    truth = true_classes_of(sources, labels, backbone)
-    photos = []
-    for name, source in sources:
-        label = truth.get(name, (None, None))[0]
-        if not isinstance(source, Path):
-            raise ValueError(f"data: {name} is no file; give a folder or a list of photos")
-        if label is not None:
-            photos.append(Photo(name, source, label, file_sha256(source)))
-    if not photos:
-        raise ValueError(f"labels: none of {len(sources)} photos has a class of {backbone.name}")
-    random.Random(seed).shuffle(photos)
-    return photos
 
 
 def _training(config: SwapStudyConfig) -> DistillConfig:

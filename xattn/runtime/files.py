@@ -213,6 +213,12 @@ def check_folder(path: str | Path, argument: str = "output") -> None:
         raise output_error(argument, path, error) from error
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write ``text`` as UTF-8, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | Path, value: Any, argument: str = "output", mode: int = 0o666) -> None:
     """Write ``value`` as indented JSON, atomically."""
     with atomic_file(path, argument, mode) as temporary:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from xattn.runtime.files import atomic_file, atomic_folder
+from xattn.runtime.files import atomic_folder, write_text
 
 POINTER, STATE, CHECKSUM = "latest", "state.pt", "state.pt.sha256"
 
@@ -32,8 +32,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
         (temporary / STATE).write_bytes(data)
         line = f"{hashlib.sha256(data).hexdigest()}  {STATE}\n"  # as sha256sum -c reads it
         (temporary / CHECKSUM).write_text(line, encoding="utf-8")
-    with atomic_file(folder / POINTER) as temporary:
-        temporary.write_text(name + "\n", encoding="utf-8")
+    write_text(folder / POINTER, name + "\n")
     # Later checkpoints must have been damaged, or the run would have resumed from one of them.
     earlier = [found for found in _steps(folder) if found < step]
     for found, path in _steps(folder).items():

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from xattn.attention import create_attention
 from xattn.attention.conversion import parse_mechanism
 from xattn.eval.studies.length.tasks import FIXED, Batch, Task
-from xattn.eval.studies.position_training import rise_and_fall
 from xattn.eval.studies.study_configs import LengthStudyConfig
+from xattn.training.distilling import share_of_peak
 
 TAPS = 3  # of the convolution
 LONGEST_GRADIENT = 1.0
@@ -115,7 +115,7 @@ def train(
     with tqdm(total=config.steps, desc=title, unit="step", disable=not progress) as bar:
         for step in range(config.steps):
             for group in optimizer.param_groups:
-                group["lr"] = lr * rise_and_fall(step, config.steps)
+                group["lr"] = lr * share_of_peak(step, config.steps)
             batch = task.draw(config.train_length, config.batch_size, _seed("training", seed, step))
             loss = task.loss(network(batch), batch.targets)
             optimizer.zero_grad()

@@ -18,14 +18,13 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from xattn.eval.studies.kept import finished_values
 from xattn.eval.studies.study_configs import SwapStudyConfig
+from xattn.eval.studies.study_photos import Photo, images_of
 from xattn.eval.studies.swap.costs import GROUP, latencies
 from xattn.eval.studies.swap.measures import PARTS, Block, Explaining, Values, batch_size, plain
-from xattn.eval.studies.swap.networks import Networks, Photo, Unavailable
+from xattn.eval.studies.swap.networks import Networks, Unavailable
 from xattn.eval.studies.swap.rows import Swap
-from xattn.photos.images import load_image
-from xattn.photos.view import prepare
-from xattn.runtime import strict_json
 from xattn.runtime.files import write_json
 
 Found = dict[str, NDArray[np.float64]]
@@ -101,7 +100,7 @@ class Measuring:
                 bar.update()
                 file = self.output / f"{size}px" / key / f"{part}-{number:03}.json"
                 record = self._record(part, swap, size, some, first)
-                values = _finished(file, record)
+                values = finished_values(file, record)
                 skip = not measure or key not in self.wanted or key in table.notes
                 if values is None and skip:
                     parts.pop(key, None)
@@ -144,14 +143,9 @@ class Measuring:
     def _block(self, photos: Sequence[Photo], size: int) -> Block:
         dense = self.networks.dense(size)
         return Block(
-            self._images(photos, size), torch.tensor([p.label for p in photos], device="cpu"),
+            images_of(dense, photos), torch.tensor([p.label for p in photos], device="cpu"),
             dense, self.explaining,
         )  # fmt: skip
-
-    def _images(self, photos: Sequence[Photo], size: int) -> torch.Tensor:
-        dense = self.networks.dense(size)
-        pixels = [prepare(load_image(p.path), dense.preprocessing, "crop")[0] for p in photos]
-        return torch.stack(pixels).to(dense.device, dense.mean.dtype)
 
     def _record(
         self, part: str, swap: Swap, size: int, photos: Sequence[Photo], first: int
@@ -181,7 +175,7 @@ class Measuring:
                 "rounds": rounds,
                 "device": str(self.networks.backbone.device),
             }
-            values = _finished(files[key], records[key])
+            values = finished_values(files[key], records[key])
             if values is not None:
                 table.costs[key] = dict(values)
             elif measure and key in self.wanted and key not in table.notes:
@@ -193,21 +187,11 @@ class Measuring:
                     made[key] = self.networks.of(self.rows[key], size)
                 except Unavailable as error:
                     table.notes[key] = str(error)
-            images = self._images(photos, size)
+            images = images_of(self.networks.dense(size), photos)
             for key, cost in latencies(self.networks.dense(size), made, images, rounds).items():
                 cost["threads"] = torch.get_num_threads()
                 write_json(files[key], {"record": records[key], "values": cost})
                 table.costs[key] = cost
-
-
-def _finished(file: Path, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What ``file`` holds, if it is there."""
-    if not file.is_file():
-        return None
-    kept = strict_json.read(file, "output", "delete it, to measure again")
-    if not isinstance(kept, dict) or kept.get("record") != record:
-        raise ValueError(f"output: {file} has other settings or photos; choose a new folder")
-    return kept["values"]  # type: ignore[no-any-return]
 
 
 def _joined(parts: Sequence[Mapping[str, Sequence[float | None]]]) -> Found:

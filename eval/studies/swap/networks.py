@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from xattn.backbone import Backbone, converted, load_conversion, resized
 from xattn.backbone.conversion import WEIGHTS_FILE
 from xattn.config import DistillConfig
+from xattn.eval.studies.kept import kept_record
+from xattn.eval.studies.study_photos import Photo
 from xattn.eval.studies.swap.rows import AS_TRAINED, Swap
-from xattn.runtime import strict_json
-from xattn.runtime.files import file_sha256, write_json
+from xattn.runtime.files import file_sha256
 from xattn.training.distilling import CONVERSION_FOLDER, distill
 from xattn.training.run_folder import RUN_FILE
 
@@ -21,33 +21,8 @@ from xattn.training.run_folder import RUN_FILE
 UNTOLD = ("workers", "checkpoint_every", "student_epochs", "student_lr")
 
 
-@dataclass(frozen=True)
-class Photo:
-    """A photo with a class of the network."""
-
-    name: str
-    path: Path
-    label: int
-    sha256: str
-
-
 class Unavailable(ValueError):
     """A row that cannot be measured at a size, and why."""
-
-
-def kept_record(file: Path, record: Mapping[str, Any]) -> bool:
-    """Whether ``file`` holds ``record``; it is written where there is none.
-
-    Raises:
-        ValueError: it holds another one.
-    """
-    record = json.loads(json.dumps(record))
-    if file.is_file():
-        if strict_json.read(file, "output", "choose a new folder") == record:
-            return True
-        raise ValueError(f"output: {file} has other settings or photos; choose a new folder")
-    write_json(file, record)
-    return False
 
 
 class Networks:

@@ -15,7 +15,7 @@ from xattn.eval.studies.swap.costs import ratio
 from xattn.eval.studies.swap.measures import FIDELITY
 from xattn.eval.studies.swap.measuring import Found, Table
 from xattn.eval.studies.swap.rows import AS_TRAINED, Kind, Swap
-from xattn.runtime.files import atomic_file, write_json
+from xattn.runtime.files import atomic_file, write_json, write_text
 
 Tables = Mapping[int, Table]
 """By size."""
@@ -93,8 +93,7 @@ def _number(found: Found, name: str, digits: int, bounds: bool = False) -> str:
     value = interval(found, name)
     if not value.n:
         return "-"  # no photo with a map that varies
-    text = f"{value.mean:.{digits}f}"
-    return f"{text} [{value.lo:.{digits}f}, {value.hi:.{digits}f}]" if bounds else text
+    return value.text(digits) if bounds else f"{value.mean:.{digits}f}"
 
 
 def _paired(found: Found, dense: Found | None, name: str, digits: int) -> str:
@@ -244,8 +243,7 @@ def write(
     text = "\n".join([heading, "", *table_lines(tables, rows, depth)]) + "\n"
     made = [folder / "report.md", folder / "figures.csv"]
     for path, content in zip(made, (text, figures(tables, rows, depth)), strict=True):
-        with atomic_file(path) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        write_text(path, content)
     plots = {
         "accuracy.png": ("right", "right, %"),
         "faithfulness.png": (FAITHFUL, f"{FAITHFUL} of the network's own map"),

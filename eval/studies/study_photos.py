@@ -1,0 +1,70 @@
+"""The photos of a study of a trained network: with their classes, and as the network takes them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn.backbone import Backbone
+from xattn.explaining.naming import named_photos
+from xattn.explaining.photos import true_classes_of
+from xattn.photos.images import load_image
+from xattn.photos.view import prepare
+from xattn.runtime.files import file_sha256
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo with a class of the network."""
+
+    name: str
+    path: Path
+    label: int
+    sha256: str
+
+
+def labelled_photos(
+    backbone: Backbone, data: str | Path, labels: str | Path, seed: int = 0
+) -> list[Photo]:
+    """The photos with a class of ``backbone``, in an order drawn by ``seed``.
+
+    Raises:
+        ValueError: there is none, or photos that are no files.
+    """
+    sources = named_photos(data)
+    truth = true_classes_of(sources, labels, backbone)
+    photos = []
+    for name, source in sources:
+        label = truth.get(name, (None, None))[0]
+        if not isinstance(source, Path):
+            raise ValueError(f"data: {name} is no file; give a folder or a list of photos")
+        if label is not None:
+            photos.append(Photo(name, source, label, file_sha256(source)))
+    if not photos:
+        raise ValueError(f"labels: none of {len(sources)} photos has a class of {backbone.name}")
+    random.Random(seed).shuffle(photos)
+    return photos
+
+
+def images_of(network: Backbone, photos: Sequence[Photo]) -> Tensor:
+    """The central crops, (n, 3, H, W) in [0, 1], on the network's device and in its dtype."""
+    pixels = [prepare(load_image(p.path), network.preprocessing, "crop")[0] for p in photos]
+    return torch.stack(pixels).to(network.device, network.mean.dtype)
+
+
+def photos_record(
+    network: Backbone, photos: Sequence[Photo], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the results of a study depend on: the network, its settings and the photos."""
+    return {
+        "backbone": network.fingerprint,
+        "preprocessing": repr(network.preprocessing),
+        "config": dict(settings),
+        "photos": {photo.name: [photo.sha256, photo.label] for photo in photos},
+    }
