@@ -59,8 +59,7 @@ class HeadRouter(nn.Module):
         chosen = shares.argmax(-1)
         if self.training:
             count_choices(self.usage, chosen, self.decay)
-        share = shares.gather(1, chosen[:, None])[:, 0]
-        return Choice(shares, chosen, 1 + (share - share.detach()))
+        return Choice(shares, chosen, straight_through(shares, chosen))
 
     @torch.no_grad()
     def settle(self, head: int | None = None) -> int:
@@ -69,13 +68,27 @@ class HeadRouter(nn.Module):
         Raises:
             ValueError: there is no such head.
         """
-        kept = int(self.usage.argmax()) if head is None else head
-        if not 0 <= kept < self.heads:
-            raise ValueError(
-                f"head: got {head}; give 0 to {self.heads - 1}, or None for the most used"
-            )
+        kept = head_to_keep(self.usage, head)
         self.kept.fill_(kept)
         return kept
+
+
+def straight_through(shares: Tensor, chosen: Tensor) -> Tensor:
+    """Gates (B,) of 1 with the gradient of the share of the head ``chosen`` (B,), of ``shares`` (B, M)."""
+    share = shares.gather(1, chosen[:, None])[:, 0]
+    return 1 + (share - share.detach())
+
+
+def head_to_keep(usage: Tensor, head: int | None = None) -> int:
+    """``head``, by default the one most used, of ``usage`` (M,).
+
+    Raises:
+        ValueError: there is no such head.
+    """
+    kept = int(usage.argmax()) if head is None else head
+    if not 0 <= kept < len(usage):
+        raise ValueError(f"head: got {head}; give 0 to {len(usage) - 1}, or None for the most used")
+    return kept
 
 
 @torch.no_grad()

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 from xattn.attention.base import whole
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.blocks.base import Block, received, register_block
-from xattn.blocks.routing_usage import count_choices, usage_entropy
+from xattn.blocks.routing_usage import (
+    count_choices,
+    head_to_keep,
+    straight_through,
+    usage_entropy,
+)
 
 
 @register_block(
@@ -119,11 +124,7 @@ class ShrpBlock(Block):
         Raises:
             ValueError: there is no such head.
         """
-        kept = int(self.usage.argmax()) if head is None else head
-        if not 0 <= kept < self.heads:
-            raise ValueError(
-                f"head: got {head}; give 0 to {self.heads - 1}, or None for the most used"
-            )
+        kept = head_to_keep(self.usage, head)
         made = ShrpBlock(
             self.dim,
             1,
@@ -148,10 +149,9 @@ class ShrpBlock(Block):
         shares = self.route(x)
         gates = shares
         if self.routing == "top1":
-            chosen = shares.argmax(-1, keepdim=True)
-            qkv = qkv.take_along_dim(chosen[None, :, :, None, None], 2)
-            gates = shares.gather(1, chosen)
-            gates = 1 + (gates - gates.detach())  # straight-through: 1, with the gradient of r
+            chosen = shares.argmax(-1)
+            qkv = qkv.take_along_dim(chosen[None, :, None, None, None], 2)
+            gates = straight_through(shares, chosen)[:, None]
         if count and self.training and self.heads > 1:
             count_choices(self.usage, shares.argmax(-1), self.decay)
         operator = SoftmaxOperator(qkv[0], qkv[1])

@@ -353,7 +353,7 @@ def _batch(
     turned = torch.randint(len(views), (count,), generator=generator, device="cpu")
     index = order[at * config.batch_size : (at + 1) * config.batch_size]
     rows = [
-        views[v].part(slice(i, i + 1), device)
+        views[v].part(slice(i, i + 1), torch.device("cpu"))
         for i, v in zip(index.tolist(), turned[index].tolist(), strict=True)
     ]
-    return _joined(rows)
+    return _joined(rows).part(slice(None), device)
