@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 from small_transformers import tiny
 
 from xattn import load_backbone
@@ -16,16 +15,6 @@ from xattn.eval.studies.study_configs import DialStudyConfig
 
 NAMES = ["tench", "goldfish", "great white shark"]
 CONFIG = DialStudyConfig(betas=(0.0, 8.0), last=1, steered=2, draws=3, batch_size=4)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(6):
-        (folder / NAMES[i % 3]).mkdir(exist_ok=True)
-        pixels = np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / NAMES[i % 3] / f"{i}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,8 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from small_transformers import tiny
 
 from xattn import load_backbone
@@ -25,16 +23,6 @@ CONFIG = PositionStudyConfig(
     epochs=1,
     batch_size=2,
 )
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(6):
-        (folder / NAMES[i % 3]).mkdir(exist_ok=True)
-        pixels = np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / NAMES[i % 3] / f"{i}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,9 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from small_transformers import tiny
 
 from xattn import load_backbone
@@ -54,16 +52,6 @@ CONFIG = SwapStudyConfig(
     workers=0,
 )
 TWO = (Swap("gna", {"kernel": 3}, 0.5), Swap("hedgehog"))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(6):
-        (folder / NAMES[i % 3]).mkdir(exist_ok=True)
-        pixels = np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / NAMES[i % 3] / f"{i}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")
