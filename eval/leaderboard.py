@@ -98,15 +98,15 @@ def compare(
     truth = None
     if job.labels is not None:  # refused now rather than after the work
         truth = true_classes_of(named_photos(images), job.labels, job.backbone)
-    photos = first_photos(images, job.backbone, job.view)
-    methods, recipes, refused = _methods(job, photos)
-    for name, reason in refused.items():
-        say(f"left out {name}: {reason}")
     protocol = Protocol(precision=job.precision, seed=job.seed, view=job.view)
     probes = create_probes(groups_of(job), protocol, job.backbone.preprocessing.mean)
     annotations = None
     if job.annotations is not None:
         annotations = load_annotations(job.annotations, job.backbone)
+    photos = first_photos(images, job.backbone, job.view)
+    methods, recipes, refused = _methods(job, photos)
+    for name, reason in refused.items():
+        say(f"left out {name}: {reason}")
     ranks, rank = processes(job.backbone.device)
     _say_plan(job, methods, probes, images, limit, ranks, say)
     results = evaluate(
