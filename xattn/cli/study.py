@@ -10,6 +10,7 @@ import tyro
 
 from xattn.cli.model import BackboneArgs, device_name, weight_source
 from xattn.cli.printing import note
+from xattn.cli.study_tasks import StudyActions
 from xattn.cli.subcommands import one_of
 from xattn.eval.studies.control_configs import ControlStudyConfig
 from xattn.eval.studies.digit_configs import BlockStudyConfig, ExactRolloutConfig
@@ -438,6 +439,7 @@ STUDIES: dict[str, type[Any]] = {
     "random-features": StudyRandomFeatures,
     "icl": StudyIcl,
     "controls": StudyControls,
+    "actions": StudyActions,
 }
 if TYPE_CHECKING:
     Choice = Any

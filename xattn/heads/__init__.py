@@ -25,6 +25,7 @@ from xattn.heads.cait import Cait
 from xattn.heads.cbam import Cbam
 from xattn.heads.clip_pool import ClipPool
 from xattn.heads.coca import Coca
+from xattn.heads.csa import Csa
 from xattn.heads.delf import Delf
 from xattn.heads.dino_block import DinoBlock
 from xattn.heads.efficient_probe import EfficientProbe
@@ -51,6 +52,7 @@ __all__ = [
     "ClassMaps",
     "ClipPool",
     "Coca",
+    "Csa",
     "Delf",
     "DinoBlock",
     "EfficientProbe",

@@ -1,0 +1,1 @@
+"""Parts of the study of actions: its settings, sequences, detector and temporal average precision."""

@@ -1,0 +1,193 @@
+"""Class-semantics-based attention (CSA, arXiv 2109.02613): features weighted by where class evidence lies.
+
+    s_c = sigmoid(W_2 relu(W_1 vec(pool(R))))      a weight for every channel, from R in a few bins
+    s_t = sigmoid(conv(relu(conv(R))))             a weight for every place
+    out = F o s_c + F o s_t                        channel, place or both
+
+with class evidence R (B, C_r, ...) and features F (B, C_f, ...) over time or over patches. The weights
+depend on R alone, never on F. The paper has no public code: layers and sizes inside are ours. With R = F,
+one bin and the channel branch alone this is squeeze-and-excitation (arXiv 1709.01507).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from xattn.backbone import Backbone
+from xattn.heads.attended import Attended, Tokens
+from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.base import register_head
+from xattn.heads.class_reading import before_norms
+from xattn.heads.pullback import Step
+from xattn.kernels.softmax.reference import widen
+from xattn.runtime.option_checks import Count, checked
+
+Branches = Literal["both", "channel", "place"]
+
+
+class ClassSemanticAttention(nn.Module):
+    """``attention(evidence, features)`` of (B, C_r, T) and (B, C_f, T) -> (B, C_f, T), or with
+    ``axes=2`` of (B, C_r, h, w) and (B, C_f, h, w).
+
+    Args:
+        evidence, features: C_r and C_f.
+        hidden: width of the layer inside each branch.
+        bins: of the channel branch along each axis; ``kernel``: size of the convolutions, odd.
+        axes: 1 for time, 2 for patches.
+        branches: "both", "channel" or "place".
+        padding: of the convolutions; "circular" makes the place branch equivariant to circular shifts.
+
+    Raises:
+        ValueError: an option that does not fit.
+    """
+
+    @checked
+    def __init__(
+        self,
+        evidence: Count,
+        features: Count,
+        hidden: Count,
+        bins: Count = 8,
+        kernel: Count = 3,
+        axes: Literal[1, 2] = 1,
+        branches: Branches = "both",
+        padding: Literal["zeros", "replicate", "circular"] = "zeros",
+    ) -> None:
+        super().__init__()
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel: got {kernel}; give an odd size")
+        self.evidence, self.features, self.axes = evidence, features, axes
+        self.channels: nn.Sequential | None = None
+        self.places: nn.Sequential | None = None
+        conv: Any = (nn.Conv1d, nn.Conv2d)[axes - 1]
+        if branches != "place":
+            self.channels = nn.Sequential(
+                (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)[axes - 1](bins),
+                nn.Flatten(),
+                nn.Linear(evidence * bins**axes, hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, features),
+            )
+        if branches != "channel":
+            same = {"padding": kernel // 2, "padding_mode": padding}
+            self.places = nn.Sequential(
+                conv(evidence, hidden, kernel, **same), nn.ReLU(), conv(hidden, 1, kernel, **same)
+            )
+
+    def scores(self, evidence: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What goes into the sigmoids: (B, C_f) of the channels and (B, 1, ...) of the places; None for a
+        branch that is left out.
+
+        Raises:
+            ValueError: ``evidence`` has another number of axes or channels.
+        """
+        if evidence.ndim != 2 + self.axes or evidence.shape[1] != self.evidence:
+            shape = "(B, C_r, T)" if self.axes == 1 else "(B, C_r, h, w)"
+            raise ValueError(
+                f"evidence: got shape {tuple(evidence.shape)}; give {shape} of C_r = {self.evidence}"
+            )
+        return (
+            None if self.channels is None else self.channels(evidence),
+            None if self.places is None else self.places(evidence),
+        )
+
+    def forward(self, evidence: Tensor, features: Tensor) -> Tensor:
+        """F o s_c + F o s_t.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        found = self.scores(evidence)
+        wanted = (evidence.shape[0], self.features, *evidence.shape[2:])
+        if features.shape != wanted:
+            raise ValueError(
+                f"features: got shape {tuple(features.shape)}; give {wanted}, as long as the evidence"
+            )
+        channels, places = found
+        gates = [] if channels is None else [channels[(..., *[None] * self.axes)].sigmoid()]
+        gates += [] if places is None else [places.sigmoid()]
+        return features * sum(gates)
+
+
+@register_head("csa", cases=({"hidden": 4}, {"hidden": 4, "bins": 1, "kernel": 1}))
+class Csa(AttentiveHead):
+    """CSA over patches: R are the backbone's classifier rows applied to each patch.
+
+    z = 1/N sum_n (s_c + s_n) o x_n. The attention map is s_n, class maps are CAM over the weighted
+    features, exact with both weights held constant. With last layers of zero the head is ``gap``. The
+    convolutions read neighbours, so the order of the patches counts.
+
+    Args:
+        hidden: width inside each branch.
+        bins: a side, of the patches averaged for the channel branch.
+        kernel: a side, of the convolutions; odd.
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Raises:
+        ValueError: the backbone does not end in one linear classifier of the last tap's channels.
+    """
+
+    permutes = False
+    rows: Tensor  # (K, C), looked up in the backbone and never saved with the head
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        hidden: Count = 32,
+        bins: Count = 2,
+        kernel: Count = 3,
+        **shared: Unpack[Shared],
+    ) -> None:
+        width = backbone.channels[-1]
+        options = {"hidden": hidden, "bins": bins, "kernel": kernel}
+        super().__init__(backbone, options, width, **shared)
+        rows = evidence_rows(backbone)
+        self.register_buffer("rows", rows, persistent=False)
+        self.attention = ClassSemanticAttention(len(rows), width, hidden, bins, kernel, axes=2)
+
+    def scores_and_values(self, tokens: Tokens) -> Attended:
+        x = tokens.patches[-1]
+        evidence = x @ self.rows.to(x.dtype).t()
+        channels, places = self.attention.scores(evidence.transpose(1, 2).unflatten(2, tokens.grid))
+        assert channels is not None and places is not None
+        return Attended(places.flatten(2), torch.stack([x, channels.sigmoid()[:, None] * x], 1))
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """(B, 1, N) scores -> s_n / N, and a row of 1 / N for the channel branch."""
+        gates = scores.sigmoid() / scores.shape[-1]
+        return torch.cat([gates, torch.full_like(gates, 1 / scores.shape[-1])], 1)
+
+    def finish(self, pooled: Tensor, attended: Attended) -> Step:
+        count = pooled.shape[1]
+        return pooled.sum(1), lambda rows: rows[:, :, None].expand(-1, -1, count, -1)
+
+
+def evidence_rows(backbone: Backbone) -> Tensor:
+    """Classifier rows (K, C) over the last tap's channels, scaled to unit root mean square so that
+    evidence has the size of the features; a norm before the classifier counts by its gain.
+
+    Raises:
+        ValueError: there is no single linear classifier, or it reads other channels.
+    """
+    weight = backbone.classifier_weight
+    width = backbone.channels[-1]
+    if weight is None or weight.shape[1] != width:
+        reads = "has no single linear classifier"
+        if weight is not None:
+            reads = (
+                f"classifies {weight.shape[1]} channels, its tap {backbone.taps[-1]} has {width}"
+            )
+        raise ValueError(
+            f"head: csa needs class evidence, the rows of a linear classifier, but {backbone.name} "
+            f"{reads}; choose a head without it, such as 'gap', or load a classifier"
+        )
+    model: Any = backbone.model
+    norms = (getattr(model, "fc_norm", None), getattr(getattr(model, "head", None), "norm", None))
+    rows = before_norms(widen(weight.detach()), *norms)
+    size = rows.square().mean().sqrt().clamp_min(1e-30) * math.sqrt(width)
+    return (rows / size).clone()
