@@ -27,6 +27,8 @@ UPWARD = {
     ("xattn.heads.base", "xattn.models.weights"): "how a file of weights is read",
     ("xattn.eval.studies.exact_rollout", "xattn.models.block_net"): "it trains networks of blocks",
     ("xattn.eval.studies.block_digits", "xattn.models.block_net"): "it trains networks of blocks",
+    ("xattn.eval.studies.faces", "xattn.models.arbex"): "it trains the network",
+    ("xattn.eval.studies.faces", "xattn.models.faces"): "it draws the faces",
     ("xattn.app.models", "xattn.cli.model"): "the viewer takes the options of xattn explain",
     ("xattn.app.jobs.child", "xattn.cli"): "a job's process runs a command line",
 }

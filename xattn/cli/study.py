@@ -10,7 +10,7 @@ import tyro
 
 from xattn.cli.model import BackboneArgs, device_name, weight_source
 from xattn.cli.printing import note
-from xattn.cli.study_tasks import StudyActions
+from xattn.cli.study_tasks import StudyActions, StudyFaces
 from xattn.cli.subcommands import one_of
 from xattn.eval.studies.control_configs import ControlStudyConfig
 from xattn.eval.studies.digit_configs import BlockStudyConfig, ExactRolloutConfig
@@ -440,6 +440,7 @@ STUDIES: dict[str, type[Any]] = {
     "icl": StudyIcl,
     "controls": StudyControls,
     "actions": StudyActions,
+    "faces": StudyFaces,
 }
 if TYPE_CHECKING:
     Choice = Any

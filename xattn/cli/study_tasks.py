@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from xattn.eval.studies.actions.config import ActionStudyConfig
+from xattn.eval.studies.face_config import FaceStudyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,4 +26,22 @@ class StudyActions:
 
         config = self.study.quick() if self.quick else self.study
         for line in action_detection.study(self.output, config):
+            print(line, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyFaces:
+    """ARBEx on generated faces: two streams against each alone, with reliability balancing and without."""
+
+    study: tyro.conf.OmitArgPrefixes[FaceStudyConfig] = field(default_factory=FaceStudyConfig)
+    quick: bool = False
+    """A short training of each, to see that all runs."""
+    output: Path = Path("runs/study-faces")
+    """Folder of what is finished, and of report.md."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import faces
+
+        config = self.study.quick() if self.quick else self.study
+        for line in faces.study(self.output, config):
             print(line, flush=True)

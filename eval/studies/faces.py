@@ -1,0 +1,172 @@
+"""ARBEx on generated faces: two streams against each alone, with reliability balancing and without.
+
+    xattn study faces
+
+Networks of one size and one training; "image" and "landmarks" read one stream. Labels to train on are
+partly false, those of the test are true. Told are the accuracy on all faces and on those with a single
+expression, and how well the confidence 1 - entropy / log K of the prediction tells errors (AUROC).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
+from xattn.eval.studies.digits import Found, measure_rows, single_thread, spread, write_report
+from xattn.eval.studies.face_config import FaceStudyConfig
+from xattn.heads.reliability import confidence
+from xattn.models.arbex import Arbex
+from xattn.models.faces import EXPRESSIONS, POINTS, Faces, draw_faces
+
+DEFAULTS = FaceStudyConfig()
+RESAMPLES = 1000
+STREAMS = ("both", "image", "landmarks")
+BALANCED = "-balanced"
+
+
+def study(
+    output: str | Path = "runs/study-faces", config: FaceStudyConfig = DEFAULTS
+) -> Iterator[str]:
+    """Train and measure what is not finished yet, write report.md, and give its lines.
+
+    Raises:
+        ValueError: ``output`` holds results of other settings, or a damaged file.
+    """
+    output = Path(output)
+    seed = 2 * config.data_seed
+    learned = draw_faces(config.train, seed, blends=config.blends, false_labels=config.false_labels)
+    tested = draw_faces(config.tests, seed + 1, blends=config.blends, false_labels=0.0)
+    rows: dict[str, Callable[[int], dict[str, Any]]] = {
+        f"{streams}{suffix}": partial(measure, streams, bool(suffix), learned, tested, config)
+        for suffix in ("", BALANCED)
+        for streams in STREAMS
+    }
+    settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
+    found = measure_rows(output, settings, rows, config.seeds)
+    lines = [*_report(found, tested, config)]
+    write_report(output, lines)
+    yield from lines
+    yield f"\nreport: {output / 'report.md'}"
+
+
+def measure(
+    streams: Any,
+    balanced: bool,
+    learned: Faces,
+    tested: Faces,
+    config: FaceStudyConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """Train a network, and test it: for each face the class it gives and how sure it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        reliability = {"anchors": config.anchors} if balanced else None
+        model = Arbex(len(EXPRESSIONS), POINTS, streams=streams, reliability=reliability)
+        with single_thread():
+            start = time.process_time()
+            train(model, learned, config, seed)
+            seconds = time.process_time() - start
+    with torch.no_grad():
+        p = model(tested.images, tested.landmarks).softmax(1)
+        if balanced:
+            p = model.balanced(tested.images, tested.landmarks).probabilities
+    parameters = sum(value.numel() for value in model.parameters())
+    return {
+        "seconds": seconds, "parameters": parameters, "given": p.argmax(1).tolist(),
+        "confidence": confidence(p).tolist(),
+    }  # fmt: skip
+
+
+def train(model: Arbex, learned: Faces, config: FaceStudyConfig, seed: int) -> None:
+    """AdamW with cross-entropy; the trust in anchors grows from 0 to 1. Leaves the model in eval mode."""
+    draw = torch.Generator().manual_seed(seed)
+    per_epoch = config.train // config.batch_size
+    total = config.epochs * per_epoch
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, total_steps=max(total, 2), pct_start=0.1, cycle_momentum=False
+    )
+    model.train()
+    for step in range(total):
+        if step % per_epoch == 0:
+            order = torch.randperm(config.train, generator=draw)
+        start = step % per_epoch * config.batch_size
+        batch = order[start : start + config.batch_size]
+        loss = model.loss(
+            learned.images[batch], learned.landmarks[batch], learned.labels[batch], step / total
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+# ---------------------------------------------------------------------- report
+
+
+def error_auroc(sure: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
+    """Probability that a right answer is surer than a wrong one, ties halved; NaN if there is no pair."""
+    from scipy.stats import rankdata
+
+    wrong = int((~right).sum())
+    if not 0 < wrong < len(right):
+        return float("nan")
+    hits = len(right) - wrong
+    return float((rankdata(sure)[right].sum() - hits * (hits + 1) / 2) / (hits * wrong))
+
+
+def _errors(runs: list[dict[str, Any]], truth: NDArray[np.int64]) -> Interval:
+    """AUROC of error, mean over the seeds, with an interval over resampled faces."""
+    sure = [np.array(run["confidence"]) for run in runs]
+    right = [np.array(run["given"]) == truth for run in runs]
+    rng = np.random.default_rng(0)
+    n = len(truth)
+    rows = [np.arange(n), *(rng.integers(0, n, n) for _ in range(RESAMPLES))]
+    values = [
+        np.mean([error_auroc(s[row], r[row]) for s, r in zip(sure, right, strict=True)])
+        for row in rows
+    ]
+    lo, hi = np.nanquantile(values[1:], (0.025, 0.975))
+    return Interval(float(values[0]), float(lo), float(hi), n)
+
+
+def _report(found: Found, tested: Faces, config: FaceStudyConfig) -> Iterator[str]:
+    truth, clear = tested.truth.numpy(), tested.clear.numpy()
+    yield (
+        f"{config.train} faces to train on, {config.false_labels:.0%} of the labels false, {config.tests} "
+        f"to test; {config.blends:.0%} blends; {config.epochs} epochs, {config.seeds} seeds"
+    )
+    yield "\n| network | all faces | clear faces | by seed, all | AUROC of error | parameters | seconds |"
+    yield "| :-- | --: | --: | --: | --: | --: | --: |"
+    right = {}
+    for name, runs in found.items():
+        each = np.array([np.array(run["given"]) == truth for run in runs], np.float64)
+        right[name] = each.mean(0)
+        cells = [
+            mean_interval(right[name]),
+            mean_interval(right[name][clear]),
+            _errors(runs, truth),
+        ]
+        texts = [f"{c.mean:.3f} [{c.lo:.3f}, {c.hi:.3f}]" for c in cells]
+        yield (
+            f"| {name} | {texts[0]} | {texts[1]} | {spread(each.mean(1).tolist())} | {texts[2]} | "
+            f"{runs[0]['parameters']:,} | {spread([run['seconds'] for run in runs], 1)} |"
+        )
+    yield "| must reach | at least .63 | at least .72 | | at least .74 | | at most 60 |"
+    yield "\n| accuracy on all faces | less | difference |"
+    yield "| :-- | :-- | --: |"
+    pairs = [("both", "image"), ("both", "landmarks")]
+    pairs += [(f"{name}{BALANCED}", name) for name in STREAMS]
+    for name, control in pairs:
+        gap = paired_difference(right[name], right[control])
+        yield f"| {name} | {control} | {gap.mean:+.3f} [{gap.lo:+.3f}, {gap.hi:+.3f}] |"
