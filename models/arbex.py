@@ -242,10 +242,8 @@ class Arbex(nn.Module):
 
 def _stages(channels: int, widths: Sequence[int]) -> nn.ModuleList:
     """A stage for each width, of which each halves the size and the first does so twice."""
-    stages = nn.ModuleList([_layer(channels, widths[0])])
-    stages[0].extend(_layer(widths[0], widths[0]))
-    stages.extend(_layer(a, b) for a, b in itertools.pairwise(widths))
-    return stages
+    first = nn.Sequential(_layer(channels, widths[0]), _layer(widths[0], widths[0]))
+    return nn.ModuleList([first, *(_layer(a, b) for a, b in itertools.pairwise(widths))])
 
 
 def _layer(channels: int, width: int) -> nn.Sequential:

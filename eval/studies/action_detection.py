@@ -75,7 +75,7 @@ def measure(
     detector, seconds = train(kind, learned, config, seed)
     matches = match(detect(detector, tested), tested.actions, config.classes)
     parameters = sum(p.numel() for p in detector.parameters())
-    found = {"seconds": seconds, "parameters": parameters}
+    found: dict[str, Any] = {"seconds": seconds, "parameters": parameters}
     weights = _weights(detector, tested)
     if weights is not None:
         within = inside(tested.actions, config.length)
