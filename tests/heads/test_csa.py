@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from attentive_fakes import CLASSES, GRID, WIDTH, make, random_tokens, vit
@@ -113,6 +115,17 @@ def test_the_head_is_the_module_on_classifier_rows_then_the_mean():
     assert maps.shape[1] == CLASSES
     out = head.attention(maps, x.transpose(1, 2).unflatten(2, GRID)).mean((2, 3))
     torch.testing.assert_close(head.pooled(head.attend(tokens)), out, rtol=1e-5, atol=1e-6)
+
+
+def test_a_hidden_patch_is_gone_from_both_branches():
+    head = make("csa").double()
+    tokens = random_tokens(head, dtype=torch.float64)
+    attended = head.attend(tokens)
+    hidden = attended.with_scores(attended.scores.index_fill(2, torch.tensor([4]), -torch.inf))
+    values = attended.values.clone()
+    values[:, :, 4] = 0
+    without = dataclasses.replace(attended, values=values)
+    torch.testing.assert_close(head.pooled(hidden), head.pooled(without))
 
 
 def test_evidence_is_that_of_the_backbone_whatever_classes_the_head_has():

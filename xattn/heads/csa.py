@@ -158,9 +158,10 @@ class Csa(AttentiveHead):
         return Attended(places.flatten(2), torch.stack([x, channels.sigmoid()[:, None] * x], 1))
 
     def weights(self, scores: Tensor) -> Tensor:
-        """(B, 1, N) scores -> s_n / N, and a row of 1 / N for the channel branch."""
-        gates = scores.sigmoid() / scores.shape[-1]
-        return torch.cat([gates, torch.full_like(gates, 1 / scores.shape[-1])], 1)
+        """(B, 1, N) scores -> s_n / N, and 1 / N for the channel branch; patches whose score is -inf are
+        left out of both."""
+        even = torch.ones_like(scores).masked_fill(scores == -torch.inf, 0.0)
+        return torch.cat([scores.sigmoid(), even], 1) / scores.shape[-1]
 
     def finish(self, pooled: Tensor, attended: Attended) -> Step:
         count = pooled.shape[1]
