@@ -53,6 +53,7 @@ from xattn.attention.local_linear import LocalLinearOperator
 from xattn.attention.lowering import attend
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import Order, tile_order, z_order
+from xattn.attention.parallel import ParallelCrossAttention, stream_shares, token_maps
 from xattn.attention.patterns import Pattern, pattern_operator
 from xattn.attention.positions import (
     AxialRotation,
@@ -86,6 +87,7 @@ __all__ = [
     "Mechanism",
     "Operator",
     "Order",
+    "ParallelCrossAttention",
     "Pattern",
     "PoolOperator",
     "ProductOperator",
@@ -118,7 +120,9 @@ __all__ = [
     "register_rotation",
     "revert",
     "select",
+    "stream_shares",
     "tile_order",
+    "token_maps",
     "visible_blocks",
     "z_order",
 ]

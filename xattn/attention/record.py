@@ -202,6 +202,26 @@ def answered_by() -> Answers | None:
     return _STATE.answer
 
 
+def mix(
+    name: str,
+    operator: Operator,
+    value: Tensor,
+    maps: Callable[[], dict[str, Tensor]] = dict,
+) -> Tensor:
+    """A V (B, H, N, Dv) for value (B, H, S, Dv), by a layer or block ``name`` that makes its operator
+    itself; kept as a call where attention is recorded, with what ``maps()`` gives when it is first asked
+    for."""
+    answer = answered_by()
+    with own_layer():
+        if answer is not None:
+            return answer.mix(name, operator, value)
+        if not recording():
+            return operator.matvec(value)
+        output = operator.matvec_and_keep(value)
+    keep(Call(operator.detach(), value.detach(), output, dict(operator.aux), maps))
+    return output
+
+
 FUSED = F.scaled_dot_product_attention
 _ONE_AT_A_TIME = threading.RLock()
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from xattn.attention.base import merge_heads, split_heads, whole
 from xattn.attention.operator import Operator
 from xattn.attention.positions import check_grid
-from xattn.attention.record import Call, answered_by, keep, own_layer, record, recording
+from xattn.attention.record import Call, keep, mix, record, recording
 from xattn.registry import Registry, with_entry
 
 
@@ -97,15 +97,7 @@ class Block(nn.Module, ABC):
         """A V (B, H, N, Dv) for value (B, H, N, Dv), to be called in :meth:`run` by blocks that mix
         tokens by an operator; kept as a call where attention is recorded, with what ``maps()`` gives
         when it is first asked for."""
-        answer = answered_by()
-        with own_layer():
-            if answer is not None:
-                return answer.mix(self.entry.name, operator, value)
-            if not recording():
-                return operator.matvec(value)
-            output = operator.matvec_and_keep(value)
-        keep(Call(operator.detach(), value.detach(), output, dict(operator.aux), maps))
-        return output
+        return mix(self.entry.name, operator, value, maps)
 
     def _keep(self, x: Tensor, y: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Tensor:
         """``y``, through the output of the call that is kept, so that gradients reach it."""
