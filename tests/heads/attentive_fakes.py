@@ -65,7 +65,7 @@ def read_by(name, prefix="1 prefix token"):
 
 def make(name, backbone=None, seed=0, **options):
     """A head in eval mode, random weights and statistics everywhere."""
-    backbone = backbone or (four_taps() if name == "memetector" else vit())
+    backbone = backbone or read_by(name)
     head = seeded_head(name, backbone, seed, **{**small(name), **options})
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

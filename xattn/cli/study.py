@@ -25,6 +25,7 @@ from xattn.eval.studies.study_configs import (
     TextStudyConfig,
 )
 from xattn.eval.studies.theory_configs import InContextConfig, RandomFeatureConfig
+from xattn.eval.studies.word_configs import WordStudyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,6 +423,34 @@ class StudyControls:
             print(line, flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyWords:
+    """A head of words on frozen tokens, learned from captions: does a word match, does its map find it?"""
+
+    data: str
+    """Photos, as for probe; files."""
+    labels: Path | None = None
+    """The words of the photos, as for probe; by default the names of their folders."""
+    objects: Path
+    """A folder with images/ and masks/ of COCO objects."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    study: tyro.conf.OmitArgPrefixes[WordStudyConfig] = field(default_factory=WordStudyConfig)
+    quick: bool = False
+    """A few steps, to see that all runs."""
+    output: Path = Path("runs/study-words")
+    """Folder of features, the trained heads, what is measured, and report.md."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import words
+
+        config = self.study.quick() if self.quick else self.study
+        lines = words.study(
+            self.model.load(), self.data, self.labels, self.objects, self.output, config
+        )
+        for line in lines:
+            print(line, flush=True)
+
+
 STUDIES: dict[str, type[Any]] = {
     "at": StudyAt,
     "image": StudyImage,
@@ -441,6 +470,7 @@ STUDIES: dict[str, type[Any]] = {
     "controls": StudyControls,
     "actions": StudyActions,
     "faces": StudyFaces,
+    "words": StudyWords,
 }
 if TYPE_CHECKING:
     Choice = Any

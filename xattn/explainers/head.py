@@ -17,7 +17,7 @@ from torch import Tensor
 from xattn.backbone import Taps
 from xattn.explainers.base import Choose, Explainer, register_explainer
 from xattn.explainers.poses import POSES, Poser
-from xattn.heads import AttentiveHead
+from xattn.heads import AttentiveHead, WordHead
 from xattn.heads.mixer import SHARES
 
 PASSES = (1, 2, 4)
@@ -39,15 +39,27 @@ class HeadExplainer(Explainer):
             by half a cell of the coarsest tap, with the image's edge repeated. Each costs a forward
             pass. Where half a cell is no whole number of the map's cells, the map is up-sampled until
             it is.
+        caption: for the head ``words``: its words alone are asked, and the maps of all others are 0;
+            None asks all.
     """
 
     maps: str | None = None
     passes: int = 1
+    caption: str | None = None
     needs_head = True
-    added_later = ("passes",)
+    added_later = ("passes", "caption")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.caption is not None:
+            if not isinstance(self.head, WordHead) or not isinstance(self.caption, str):
+                name = getattr(self.head, "name", None)
+                raise ValueError(
+                    f"caption: got {self.caption!r} for the head {name!r}; give a text, to the head 'words'"
+                )
+            self.head = self.head.of_caption(self.caption)
+            asked = [self.head.class_names[i] for i in self.head.words_of(self.caption)]  # type: ignore[index]
+            self._note(f"words of the caption alone: {', '.join(asked)}")
         choices = ["scores", "mask"]
         if isinstance(self.head, AttentiveHead) and self.head.learns_scores:
             choices.append("attention")

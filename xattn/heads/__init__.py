@@ -41,6 +41,7 @@ from xattn.heads.siglip_map import SiglipMap
 from xattn.heads.simpool import SimPool
 from xattn.heads.ttame import LCam, TTame
 from xattn.heads.v_jepa import VJepa
+from xattn.heads.words import WordHead
 
 __all__ = [
     "AbMilp",
@@ -72,6 +73,7 @@ __all__ = [
     "TTame",
     "Tokens",
     "VJepa",
+    "WordHead",
     "create_head",
     "head_class",
     "head_entry",

@@ -1,0 +1,452 @@
+"""Words on frozen tokens: does a caption's word match its photo, and does its map find the object?
+
+    xattn study words --data photos/ --labels classes.json --objects coco/ -b vit_tiny_patch16_224
+
+The head ``words`` learns from photos of which one word is known, the name of their class. A caption has
+that word and others that are drawn; the loss asks which of them it is. Beside it ``gap`` learns from the
+same captions: the mean patch, then a linear classifier. Photos are told apart in folds. For the maps, heads
+learn from all photos and explain others, in which the objects of a word are outlined.
+
+What is finished stays in the output folder; the same command goes on there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.backbone import Backbone
+from xattn.eval.annotations import MaskFolder
+from xattn.eval.annotations.coco import THING_IDS, THINGS
+from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
+from xattn.eval.metrics.localization import energy_pointing_values, pointing_values
+from xattn.eval.studies.digits import Found, measure_rows, single_thread, write_report
+from xattn.eval.studies.word_configs import WordStudyConfig
+from xattn.explainers import create_explainer
+from xattn.heads import AttentiveHead, Tokens, WordHead, save_head
+from xattn.heads.seeded import seeded_head
+from xattn.photos.image_files import Files
+from xattn.photos.images import list_images, load_image
+from xattn.photos.labels import Labels, read_labels
+from xattn.photos.sources import open_photos
+from xattn.photos.view import make_view
+from xattn.runtime.files import check_folder
+from xattn.training.features import Features, cache_features
+from xattn.training.splits import stratified_folds
+
+DEFAULTS = WordStudyConfig()
+HEADS = ("words", "gap")
+COVERED = {
+    "vehicle": "bicycle, car, motorcycle, airplane, bus, train, truck, boat",
+    "mammal": "horse, sheep, cow, elephant, bear, zebra, giraffe",
+    "food": "banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake",
+}
+"""COCO's categories of words that are none themselves: its own groups, less what has a word of its own."""
+
+
+@dataclass(frozen=True)
+class Object:
+    """What a word names in a photo: the photo's number, the word's, and the pixels (1, H, W) bool."""
+
+    photo: int
+    word: int
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Material:
+    """Features of the labelled photos and of those with objects, by name of the tokens."""
+
+    backbones: Mapping[str, Backbone]
+    photos: Mapping[str, Features]
+    labels: Labels
+    others: Mapping[str, Features]
+    objects: Sequence[Object]
+    centre: Tensor
+    """(1, 1, H, W): the map that sees nothing, a Gaussian around the centre."""
+
+
+def study(
+    backbone: Backbone,
+    data: str | Path,
+    labels: str | Path | None,
+    objects: str | Path,
+    output: str | Path = "runs/study-words",
+    config: WordStudyConfig = DEFAULTS,
+    *,
+    progress: bool = True,
+) -> Iterator[str]:
+    """Train and measure what is not finished yet, write report.md, and give its lines.
+
+    Args:
+        data, labels: photos and their words, as for ``xattn probe``.
+        objects: a folder with images/ and masks/ of COCO's categories.
+        output: folder of features, the trained heads, what was measured and the report.
+
+    Raises:
+        ValueError: photos without words, no object of a word, or ``output`` holds results of other
+            settings or photos.
+    """
+    output = Path(output)
+    check_folder(output)
+    found = material(backbone, data, labels, Path(objects), output, config, progress)
+    rows = {
+        f"{tap}-{head}": partial(measure, found, tap, head, config, output)
+        for tap in found.photos
+        for head in HEADS
+    }
+    measured = measure_rows(output, _settings(found, config), rows, config.seeds)
+    lines = [
+        f"{backbone.name}, {len(found.labels.used)} photos of {len(found.labels.names)} words, captions of "
+        f"{config.caption}, {config.folds} folds, {config.seeds} seeds; {len(found.objects)} objects in "
+        f"{len({o.photo for o in found.objects})} other photos",
+        *_matches(found, measured, config),
+        *_maps(found, measured),
+        *_differences(found, measured),
+    ]
+    yield from lines
+    yield f"\nreport: {write_report(output, lines)}"
+
+
+def material(
+    backbone: Backbone,
+    data: str | Path,
+    labels: str | Path | None,
+    objects: Path,
+    output: Path,
+    config: WordStudyConfig,
+    progress: bool = True,
+) -> Material:
+    """Photos, their features and objects; features are kept in ``output``."""
+    everything = open_photos(data)
+    if not isinstance(everything, Files):
+        raise ValueError(f"data: {data} holds no files; give a folder or a list of photos")
+    known = read_labels([everything.name(i) for i in range(len(everything))], labels)
+    chosen = Files([everything.paths[i] for i in known.used])
+    taps = config.tokens or (*WordHead.default_taps(backbone.depth), "head")
+    backbones = {tap: backbone.with_taps([tap]) for tap in taps}
+    others = list_images(objects / "images")
+    photos, found = (
+        {
+            tap: cache_features(own, some, output / "features" / f"{tap}-{part}", progress=progress)
+            for tap, own in backbones.items()
+        }
+        for part, some in (("photos", chosen), ("objects", others))
+    )
+    first = next(iter(photos.values()))
+    words = read_labels(first.names, labels)
+    outlined = _objects(backbone, others, objects / "masks", words.names)
+    if not outlined:
+        raise ValueError(
+            f"objects: no mask in {objects} shows any of {', '.join(words.names)}; give photos of them"
+        )
+    blank = torch.zeros(1, 3, *backbone.preprocessing.input_size)
+    centre = create_explainer("centre", backbone).attribute(blank, torch.zeros(1, dtype=torch.long))
+    return Material(backbones, photos, words, found, outlined, centre)
+
+
+def _objects(
+    backbone: Backbone, photos: Sequence[Path], masks: Path, words: Sequence[str]
+) -> list[Object]:
+    """All objects of a word in a photo together, as far as the model's crop shows them."""
+    named = {category: category for category in THINGS}
+    for word, categories in COVERED.items():
+        named.update(dict.fromkeys(categories.split(", "), word))
+    word_of = {c: words.index(w) for c, w in named.items() if w in words and c not in words}
+    word_of.update({c: words.index(c) for c in THINGS if c in words})
+    everything = {i: THING_IDS.get(i, f"stuff {i}") for i in range(1, 256)}
+    folder = MaskFolder(masks, everything, dict(enumerate(THINGS)))
+    found = []
+    for number, path in enumerate(photos):
+        photo = load_image(path)
+        view = make_view((photo.height, photo.width), backbone.preprocessing)
+        by_word: dict[int, Tensor] = {}
+        for k, mask in folder.of(path, view).masks.items():
+            word = word_of.get(THINGS[k])
+            if word is not None:
+                by_word[word] = by_word[word] | mask if word in by_word else mask
+        found += [Object(number, word, mask) for word, mask in sorted(by_word.items())]
+    return found
+
+
+def _settings(found: Material, config: WordStudyConfig) -> dict[str, Any]:
+    """What all results depend on; seeds may be added later."""
+    return {
+        "features": {tap: some.digest for tap, some in found.photos.items()},
+        "objects": {tap: some.digest for tap, some in found.others.items()},
+        "labels": found.labels.index.tolist(),
+        "outlined": [[o.photo, o.word, int(o.mask.sum())] for o in found.objects],
+        "config": {k: v for k, v in asdict(config).items() if k not in ("tokens", "seeds")},
+    }
+
+
+# ---------------------------------------------------------------------- training
+
+
+def draw_captions(labels: Tensor, words: int, length: int, generator: torch.Generator) -> Tensor:
+    """(n, K) bool: a caption of ``length`` words for each photo, its own and others that are drawn."""
+    drawn = torch.rand(len(labels), words, generator=generator)
+    drawn[torch.arange(len(labels)), labels] = 2
+    chosen = drawn.topk(min(length, words), 1).indices
+    return torch.zeros(len(labels), words, dtype=torch.bool).scatter(1, chosen, True)
+
+
+def matches(head: AttentiveHead, tokens: Tokens, captions: Tensor) -> Tensor:
+    """Logits (B, K) of the words of each caption, -inf for the others; ``gap`` reads no caption."""
+    if isinstance(head, WordHead):
+        return head.match(tokens, captions)
+    return head.logits(tokens).masked_fill(~captions, -torch.inf)
+
+
+def train(
+    head: AttentiveHead,
+    features: Features,
+    labels: Tensor,
+    index: Sequence[int],
+    config: WordStudyConfig,
+    seed: int,
+) -> float:
+    """Train ``head`` by captions of the photos ``index``, and give the CPU seconds of one thread."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, own = head.tokens(features.taps(index)), labels[list(index)]
+    optimizer = torch.optim.AdamW(head.parameters(), config.lr, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, total_steps=max(config.steps, 2), pct_start=0.1, cycle_momentum=False
+    )
+    head.train()
+    with single_thread():
+        start = time.process_time()
+        for _ in range(config.steps):
+            rows = torch.randint(len(own), (config.batch_size,), generator=generator)
+            captions = draw_captions(own[rows], head.num_classes, config.caption, generator)
+            loss = F.cross_entropy(matches(head, _rows(tokens, rows), captions), own[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        seconds = time.process_time() - start
+    head.eval()
+    return seconds
+
+
+def _rows(tokens: Tokens, rows: Tensor) -> Tokens:
+    return Tokens(tuple(x[rows] for x in tokens.patches), tokens.prefix[rows], tokens.grid)
+
+
+def _new_head(
+    found: Material, tap: str, name: str, config: WordStudyConfig, seed: int
+) -> AttentiveHead:
+    options: dict[str, Any] = {"class_names": found.labels.names}
+    if name == "words":
+        options |= {"width": config.width, "heads": config.heads, "norm": False}
+    head = seeded_head(name, found.backbones[tap], seed, **options)
+    assert isinstance(head, AttentiveHead)
+    return head
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+def measure(
+    found: Material, tap: str, name: str, config: WordStudyConfig, output: Path, seed: int
+) -> dict[str, Any]:
+    """Train and test a head of each fold, and one of all photos, which is kept in ``output``.
+
+    Returns:
+        For each photo whether its word is ``matched`` within its caption, and among ``all`` words;
+        CPU ``seconds`` of each training; and :func:`measure_maps` for each kind of ``maps``.
+    """
+    labels, features, captions = found.labels.index, found.photos[tap], _tested(found, config)
+    right = {"matched": [0.0] * len(labels), "all": [0.0] * len(labels)}
+    seconds = []
+    for seen, fold in _folds(found, config):
+        head = _new_head(found, tap, name, config, seed)
+        seconds.append(train(head, features, labels, seen, config, seed))
+        tokens = head.tokens(features.taps(fold))
+        with torch.no_grad():
+            answers = {
+                "matched": matches(head, tokens, captions[fold]),
+                "all": head.logits(tokens),
+            }
+        for key, logits in answers.items():
+            for i, same in zip(fold, (logits.argmax(1) == labels[fold]).tolist(), strict=True):
+                right[key][i] = float(same)
+    head = _new_head(found, tap, name, config, seed)
+    seconds.append(train(head, features, labels, range(len(labels)), config, seed))
+    save_head(head, output / f"{tap}-{name}-{seed}")
+    maps = {kind: measure_maps(found, tap, head, kind) for kind in _kinds(name)}
+    return {**right, "seconds": seconds, "maps": maps}
+
+
+def _tested(found: Material, config: WordStudyConfig) -> Tensor:
+    """The captions that are tested, (n, K) bool, the same for all heads."""
+    generator = torch.Generator().manual_seed(config.seed)
+    return draw_captions(found.labels.index, len(found.labels.names), config.caption, generator)
+
+
+def _folds(found: Material, config: WordStudyConfig) -> Iterator[tuple[list[int], list[int]]]:
+    """The photos to learn from, and those to test."""
+    groups = [found.labels.names[i] for i in found.labels.index.tolist()]
+    for fold in stratified_folds(groups, config.folds, config.seed):
+        yield sorted(set(range(len(groups))) - set(fold)), fold
+
+
+def _frequent(found: Material, config: WordStudyConfig) -> dict[str, list[float]]:
+    """As :func:`measure`, of answers that read no photo: the word that most photos to learn from have."""
+    labels, captions = found.labels.index, _tested(found, config)
+    right = {"matched": [0.0] * len(labels), "all": [0.0] * len(labels)}
+    for seen, fold in _folds(found, config):
+        counts = torch.bincount(labels[seen], minlength=captions.shape[1])
+        for i in fold:
+            asked = counts.masked_fill(~captions[i], -1)
+            right["matched"][i] = float(asked.argmax() == labels[i])
+            right["all"][i] = float(counts.argmax() == labels[i])
+    return right
+
+
+def _kinds(name: str) -> tuple[str, ...]:
+    return ("shares", "attention", "another word") if name == "words" else ("shares",)
+
+
+@torch.no_grad()
+def measure_maps(
+    found: Material, tap: str, head: AttentiveHead, kind: str
+) -> dict[str, list[float | None]]:
+    """Of each object: whether the maximum of its word's map lies on it, and the share of the map's positive
+    part on it; None for a map without one.
+
+    Args:
+        kind: ``"shares"`` of the word's logit, ``"attention"``, where the word is read, or ``"another
+            word"``: the mean over all words that the photo does not show, of their shares.
+    """
+    values: dict[str, list[float | None]] = {"pointing": [], "energy": []}
+    for one in found.objects:
+        tokens = head.tokens(found.others[tap].taps([one.photo]))
+        shown = {o.word for o in found.objects if o.photo == one.photo}
+        words = [one.word]
+        if kind == "another word":
+            words = [k for k in range(head.num_classes) if k not in shown]
+        if kind == "attention":
+            assert isinstance(head, WordHead)
+            maps = head.reading_maps(tokens)[:, words]
+        else:
+            maps = head.class_maps(tokens, torch.tensor([words])).maps
+        size = one.mask.shape[-2:]
+        fine = F.interpolate(maps, size, mode="bilinear").transpose(0, 1)
+        masks = one.mask[None].expand(len(words), -1, -1, -1)
+        hits = pointing_values(fine, masks, tolerance=0) / 100
+        shares = energy_pointing_values(fine.clamp_min(0), masks)
+        values["pointing"].append(float(hits.mean()))
+        share = float(shares.nanmean())
+        values["energy"].append(None if np.isnan(share) else share)
+    return values
+
+
+def _unseeing(found: Material) -> dict[str, list[float | None]]:
+    """:func:`measure_maps` of the map around the centre; ``area`` is the energy of a constant map."""
+    values: dict[str, list[float | None]] = {"pointing": [], "energy": [], "area": []}
+    for one in found.objects:
+        hit = pointing_values(found.centre, one.mask[None], tolerance=0)
+        values["pointing"].append(float(hit) / 100)
+        values["energy"].append(float(energy_pointing_values(found.centre, one.mask[None])))
+        values["area"].append(float(one.mask.double().mean()))
+    return values
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def _matches(found: Material, measured: Found, config: WordStudyConfig) -> Iterator[str]:
+    words = len(found.labels.names)
+    yield ""
+    yield (
+        f"| tokens | head | match, of {config.caption} words | of all {words} words | "
+        f"CPU seconds of a training |"
+    )
+    yield "| :-- | :-- | --: | --: | --: |"
+    for tap in found.photos:
+        for name in HEADS:
+            records = measured[f"{tap}-{name}"]
+            cells = [mean_interval(_mean(records, key)).text(3) for key in ("matched", "all")]
+            seconds = [s for record in records for s in record["seconds"]]
+            spent = f"{np.mean(seconds):.1f}, at most {max(seconds):.1f}"
+            yield f"| {tap} | {name} | {' | '.join(cells)} | {spent} |"
+    cells = [mean_interval(values).text(3) for values in _frequent(found, config).values()]
+    yield f"| none | the most frequent word | {' | '.join(cells)} | |"
+    chances = (1 / min(config.caption, words), 1 / words)
+    yield f"| none | by chance | {chances[0]:.3f} | {chances[1]:.3f} | |"
+
+
+def _maps(found: Material, measured: Found) -> Iterator[str]:
+    yield ""
+    yield "| tokens | map | pointing | energy on the object | energy less area |"
+    yield "| :-- | :-- | --: | --: | --: |"
+    unseeing = _by_photo(found, [_unseeing(found)])
+    area = unseeing["area"]
+    for tap in found.photos:
+        for name in HEADS:
+            for kind in _kinds(name):
+                records = [record["maps"][kind] for record in measured[f"{tap}-{name}"]]
+                yield _row(f"{tap} | {name}, {kind}", _by_photo(found, records), area)
+    yield _row("none | centre", unseeing, area)
+    yield f"| none | everywhere alike | | {mean_interval(area).text(3)} | |"
+
+
+def _differences(found: Material, measured: Found) -> Iterator[str]:
+    """Paired, photo by photo: the maps and matches of ``words`` less those of its controls."""
+    yield ""
+    yield "| tokens | words less | match | pointing | energy on the object |"
+    yield "| :-- | :-- | --: | --: | --: |"
+    for tap in found.photos:
+        both = [measured[f"{tap}-{name}"] for name in HEADS]
+        matched = paired_difference(*(_mean(records, "matched") for records in both))
+        own = _by_photo(found, [record["maps"]["shares"] for record in both[0]])
+        gap = _by_photo(found, [record["maps"]["shares"] for record in both[1]])
+        others = _by_photo(found, [record["maps"]["another word"] for record in both[0]])
+        for label, first, control in (
+            ("gap", _signed(matched), gap),
+            ("maps of other words", "", others),
+        ):
+            cells = [_signed(paired_difference(own[k], control[k])) for k in ("pointing", "energy")]
+            yield f"| {tap} | {label} | {first} | {' | '.join(cells)} |"
+
+
+def _row(label: str, values: Mapping[str, Sequence[float]], area: Sequence[float]) -> str:
+    above = paired_difference(values["energy"], area)
+    cells = [mean_interval(values[key]).text(3) for key in ("pointing", "energy")]
+    return (
+        f"| {label} | {' | '.join(cells)} | {above.mean:+.3f} [{above.lo:+.3f}, {above.hi:+.3f}] |"
+    )
+
+
+def _by_photo(
+    found: Material, records: Sequence[Mapping[str, Sequence[float | None]]]
+) -> dict[str, list[float]]:
+    """The mean over seeds and over the objects of a photo, for each photo; NaN without a value."""
+    photos = np.array([one.photo for one in found.objects])
+    values = {}
+    for key in records[0]:
+        table = np.array([record[key] for record in records], dtype=np.float64)
+        columns = [table[:, photos == photo].ravel() for photo in np.unique(photos)]
+        values[key] = [
+            float(np.nanmean(column)) if (~np.isnan(column)).any() else np.nan for column in columns
+        ]
+    return values
+
+
+def _signed(found: Interval) -> str:
+    return f"{found.mean:+.3f} [{found.lo:+.3f}, {found.hi:+.3f}]"
+
+
+def _mean(records: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """The mean over seeds, for each photo."""
+    return [float(x) for x in np.mean([record[key] for record in records], 0)]
