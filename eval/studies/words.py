@@ -159,10 +159,9 @@ def _objects(
 ) -> list[Object]:
     """All objects of a word in a photo together, as far as the model's crop shows them."""
     named = {category: category for category in THINGS}
-    for word, categories in COVERED.items():
-        named.update(dict.fromkeys(categories.split(", "), word))
-    word_of = {c: words.index(w) for c, w in named.items() if w in words and c not in words}
-    word_of.update({c: words.index(c) for c in THINGS if c in words})
+    for group, categories in COVERED.items():
+        named.update({c: group for c in categories.split(", ") if c not in words})
+    word_of = {category: words.index(w) for category, w in named.items() if w in words}
     everything = {i: THING_IDS.get(i, f"stuff {i}") for i in range(1, 256)}
     folder = MaskFolder(masks, everything, dict(enumerate(THINGS)))
     found = []

@@ -61,7 +61,7 @@ class ParallelCrossAttention(nn.Module):
         self.proj = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in self.widths)
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
         for added in self.proj[1:]:
-            nn.init.zeros_(added.weight)
+            nn.init.zeros_(added.weight)  # type: ignore[arg-type]
 
     def forward(
         self,

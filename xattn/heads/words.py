@@ -80,7 +80,7 @@ class WordHead(AttentiveHead):
             channels, head_count(channels, heads), (width,), bias=False
         )
         self.table = nn.Parameter(torch.randn(count + 1, width))  # the last means nothing
-        self.classifier: nn.Module = OwnScores(count)
+        self.classifier = OwnScores(count)  # type: ignore[assignment]
 
     @staticmethod
     def default_taps(depth: int) -> tuple[str, ...]:
@@ -155,7 +155,8 @@ class WordHead(AttentiveHead):
         layer = self.attention
         keys = self._split(layer.k[0](self.table))
         # <x W_q, k> = <x, W_q^T k>: few words, so their rows are cheaper than a query for each patch.
-        rows = keys @ layer.q[0].weight.unflatten(0, (layer.num_heads, -1))
+        wq: Tensor = layer.q[0].weight  # type: ignore[assignment]
+        rows = keys @ wq.unflatten(0, (layer.num_heads, -1))
         attended = Attended(
             Queries(rows.flatten(0, 1)[None], x, keys.shape[-1] ** -0.5), x[:, None]
         )
@@ -171,7 +172,8 @@ class WordHead(AttentiveHead):
     def finish(self, pooled: Tensor, attended: Attended) -> Step:
         layer = self.attention
         values = self._split(layer.v[0](self.table))[:, : self.num_classes]
-        told = values @ layer.proj[0].weight.unflatten(1, (layer.num_heads, -1)).permute(1, 2, 0)
+        wo: Tensor = layer.proj[0].weight  # type: ignore[assignment]
+        told = values @ wo.unflatten(1, (layer.num_heads, -1)).permute(1, 2, 0)
         own = pooled.unflatten(1, (layer.num_heads, -1))[:, :, : self.num_classes]
 
         def pull(rows: Tensor) -> Tensor:
