@@ -67,8 +67,13 @@ def test_the_size_of_a_token_does_not_matter():
 
 
 def test_inner_tokens_are_the_default():
-    assert type(word_head()[0]).default_taps(12) == ("block.7",)
-    assert type(word_head()[0]).default_taps(1) == ("block.0",)
+    taps = type(word_head()[0]).default_taps
+    assert [taps(depth) for depth in (24, 12, 5, 1)] == [
+        ("block.15",),
+        ("block.7",),
+        ("block.3",),
+        ("block.0",),
+    ]
 
 
 # ---------------------------------------------------------------------- captions

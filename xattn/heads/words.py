@@ -85,7 +85,7 @@ class WordHead(AttentiveHead):
     @staticmethod
     def default_taps(depth: int) -> tuple[str, ...]:
         """What enters the last third of the blocks: the output of block 7 of 12, counted from 0."""
-        return (f"block.{max(0, 2 * depth // 3 - 1)}",)
+        return (f"block.{depth - 1 - depth // 3}",)
 
     # ------------------------------------------------------------------ captions
 
