@@ -4,8 +4,8 @@
 
 The head ``words`` learns from photos of which one word is known, the name of their class. A caption has
 that word and others that are drawn; the loss asks which of them it is. Beside it ``gap`` learns from the
-same captions: the mean patch, then a linear classifier. Photos are told apart in folds. For the maps, heads
-learn from all photos and explain others, in which the objects of a word are outlined.
+same captions: the mean of the same patches, scaled alike, then a linear classifier. Photos are told apart
+in folds. For the maps, heads learn from all photos and explain others, in which objects are outlined.
 
 What is finished stays in the output folder; the same command goes on there.
 """
@@ -199,6 +199,16 @@ def draw_captions(labels: Tensor, words: int, length: int, generator: torch.Gene
     return torch.zeros(len(labels), words, dtype=torch.bool).scatter(1, chosen, True)
 
 
+def read(head: AttentiveHead, features: Features, index: Sequence[int]) -> Tokens:
+    """The tokens of photos. Those of ``gap`` are scaled as the head ``words`` scales its own, so that their
+    size makes no difference between the two."""
+    tokens = head.tokens(features.taps(index))
+    if isinstance(head, WordHead):
+        return tokens
+    scaled = tuple(F.layer_norm(x, x.shape[-1:]) for x in tokens.patches)
+    return tokens._replace(patches=scaled)
+
+
 def matches(head: AttentiveHead, tokens: Tokens, captions: Tensor) -> Tensor:
     """Logits (B, K) of the words of each caption, -inf for the others; ``gap`` reads no caption."""
     if isinstance(head, WordHead):
@@ -216,7 +226,7 @@ def train(
 ) -> float:
     """Train ``head`` by captions of the photos ``index``, and give the CPU seconds of one thread."""
     generator = torch.Generator().manual_seed(seed)
-    tokens, own = head.tokens(features.taps(index)), labels[list(index)]
+    tokens, own = read(head, features, index), labels[list(index)]
     optimizer = torch.optim.AdamW(head.parameters(), config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.lr, total_steps=max(config.steps, 2), pct_start=0.1, cycle_momentum=False
@@ -258,7 +268,7 @@ def _new_head(
 def measure(
     found: Material, tap: str, name: str, config: WordStudyConfig, output: Path, seed: int
 ) -> dict[str, Any]:
-    """Train and test a head of each fold, and one of all photos, which is kept in ``output``.
+    """Train and test a head of each fold, and one of all photos; that of words is kept in ``output``.
 
     Returns:
         For each photo whether its word is ``matched`` within its caption, and among ``all`` words;
@@ -270,7 +280,7 @@ def measure(
     for seen, fold in _folds(found, config):
         head = _new_head(found, tap, name, config, seed)
         seconds.append(train(head, features, labels, seen, config, seed))
-        tokens = head.tokens(features.taps(fold))
+        tokens = read(head, features, fold)
         with torch.no_grad():
             answers = {
                 "matched": matches(head, tokens, captions[fold]),
@@ -281,7 +291,8 @@ def measure(
                 right[key][i] = float(same)
     head = _new_head(found, tap, name, config, seed)
     seconds.append(train(head, features, labels, range(len(labels)), config, seed))
-    save_head(head, output / f"{tap}-{name}-{seed}")
+    if name == "words":
+        save_head(head, output / f"{tap}-words-{seed}")
     maps = {kind: measure_maps(found, tap, head, kind) for kind in _kinds(name)}
     return {**right, "seconds": seconds, "maps": maps}
 
@@ -329,7 +340,7 @@ def measure_maps(
     """
     values: dict[str, list[float | None]] = {"pointing": [], "energy": []}
     for one in found.objects:
-        tokens = head.tokens(found.others[tap].taps([one.photo]))
+        tokens = read(head, found.others[tap], [one.photo])
         shown = {o.word for o in found.objects if o.photo == one.photo}
         words = [one.word]
         if kind == "another word":

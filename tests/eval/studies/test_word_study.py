@@ -132,8 +132,10 @@ def test_what_is_measured_of_a_map_is_that_of_its_word(done, found):
     assert values["energy"][1] is None, "a map that is 0 everywhere has no energy"
     assert values["pointing"][2] == pytest.approx(cars)
     assert values["energy"][2] == pytest.approx(cars)
-    # Of the words that photo 1 does not show, dog and fish have no map: that of cat is left.
+    # Of the words that a photo does not show, dog and fish have no map: that of vehicle is left for photo
+    # 0, that of cat for photo 1.
     others = words.measure_maps(found, "block.1", head, "another word")
+    assert others["energy"][0] == pytest.approx(areas(found)[0])
     assert others["energy"][2] == pytest.approx(cars)
 
 
