@@ -5,6 +5,8 @@ import torch
 
 from xattn import load_backbone
 from xattn.explainers import create_explainer, explainer_entry, list_explainers
+from xattn.models.agunet import AGUNet
+from xattn.models.masks import MaskClassifier
 
 PAIRS = [(name, kind) for name in list_explainers() for kind in explainer_entry(name).networks]
 
@@ -15,8 +17,11 @@ def cheap(name, backbone, head=None):
 
 
 def made(kind):
-    """A backbone of seven classes for images of 32 x 32; ``kind`` is "cnn" or "vit"."""
+    """A backbone of seven classes for images of 32 x 32; ``kind`` is "cnn", "vit" or "masks"."""
     torch.manual_seed(0)
+    if kind == "masks":
+        net = AGUNet(channels=3, masks=7, filters=(4, 8, 8))
+        return load_backbone(MaskClassifier(net, (32, 32)), task="multiclass")
     if kind == "cnn":
         model = timm.create_model("test_resnet", num_classes=7)
     else:

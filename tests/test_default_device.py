@@ -45,7 +45,8 @@ def photos(tmp_path_factory):
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_explainers(name, kind, images, meta):
     backbone = made(kind)
-    head = create_head("ttame", backbone, fusion="classifier").eval()
+    fusion = "per_class" if kind == "masks" else "classifier"
+    head = create_head("ttame", backbone, fusion=fusion).eval()
 
     def run():
         explainer = cheap(name, backbone, head)

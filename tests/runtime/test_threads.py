@@ -23,7 +23,9 @@ from xattn.runtime.locking import alone, lock_of
 def kept(kind):
     """A backbone with a state that is not the default one, which has to be kept."""
     backbone = made(kind)
-    backbone.model.get_classifier().train().weight.requires_grad_(True)
+    model = backbone.model
+    classifier = model.net.heads[0] if kind == "masks" else model.get_classifier()
+    classifier.train().weight.requires_grad_(True)
     return backbone
 
 
@@ -70,7 +72,8 @@ def together(*jobs):
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_two_threads_explain_as_one_after_the_other(name, kind):
     backbone = kept(kind)
-    head = create_head("ttame", backbone, fusion="classifier").train()
+    fusion = "per_class" if kind == "masks" else "classifier"
+    head = create_head("ttame", backbone, fusion=fusion).train()
     explainer = cheap(name, backbone, head)
     images = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     expected = [explainer.attribute(x, 3) for x in images]

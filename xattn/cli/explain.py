@@ -18,7 +18,8 @@ class Explain:
     """Explain an image, a folder or a clip: overlays, and a pack with maps of the top or named classes."""
 
     images: Annotated[str, tyro.conf.Positional]
-    """An image, a folder, a .txt list, hfds/..., wds/..., or a clip (.mp4, .mov, .avi, .mkv, ...)."""
+    """An image, a folder, a .txt list, hfds/..., wds/..., a clip (.mp4, .mov, .avi, .mkv, ...), or a
+    volume (.nii, .nii.gz), whose axial slices are explained."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     head: str | None = None
     """Folder of a trained head, name of a shipped head, or a hub repository; by default the shipped
@@ -57,6 +58,9 @@ class Explain:
         from xattn.explaining.photos import explain
         from xattn.photos.clip import is_video
 
+        if self._is_volume_network():
+            self._explain_volume()
+            return
         clip = is_video(self.images)
         if clip and (len(self.explainer) > 1 or self.labels is not None):
             raise ValueError(
@@ -90,6 +94,35 @@ class Explain:
             found = explain(self.images, backbone, head, methods, **options)
         for name, reason in () if clip else found.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
+        self._tell(found)
+
+    def _is_volume_network(self) -> bool:
+        """Whether the backbone is the folder of a 3-D mask network."""
+        from xattn.models.masks import is_network_folder, network_record
+
+        folder = self.model.backbone
+        return is_network_folder(folder) and network_record(folder)["settings"].get("dims") == 3
+
+    def _explain_volume(self) -> None:
+        from xattn.explainers.options import options_by_name
+        from xattn.models.volumes import explain_volume
+        from xattn.photos.volumes import is_volume
+
+        if not is_volume(self.images) or self.explainer != ("gates",):
+            raise ValueError(
+                f"images, explainer: {self.model.backbone} is a 3-D network; give a .nii or .nii.gz file "
+                f"and --explainer gates"
+            )
+        options = options_by_name(self.options, self.explainer).get("gates", {})
+        if set(options) - {"level"}:
+            raise ValueError(
+                f"options: got {', '.join(options)}; a 3-D network takes gates.level alone"
+            )
+        found = explain_volume(self.model.backbone, self.images, self.output, options.get("level"))
+        self._tell(found)
+
+    def _tell(self, found: Any) -> None:
+        """The first explanations, and where the pack is."""
         for item in found[:20]:
             print(f"{item.image_id}: {item.target_name} ({item.probability:.3f})")
         if len(found) > 20:

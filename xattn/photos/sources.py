@@ -3,6 +3,7 @@
 ``data`` is a folder, a ``.txt`` list, one image, a list of paths, or a dataset in the notation of
 ``timm.data`` (the split is "train" by default):
 
+* ``SCAN.nii`` or ``SCAN.nii.gz``: the axial slices of a volume, see :mod:`xattn.photos.volumes`.
 * ``hfds/NAME_OR_PATH[:split]``: a map-style Hugging Face dataset, from the hub or a local folder
   (images, parquet files, or what ``save_to_disk`` wrote). Its image column is found by its type.
 * ``wds/PATH[:split]``: webdataset shards of a folder or URL whose ``_info.json`` names files and
@@ -23,6 +24,7 @@ from xattn.photos.huggingface import open_dataset
 from xattn.photos.image_files import Files
 from xattn.photos.images import list_images
 from xattn.photos.shards import open_webdataset
+from xattn.photos.volumes import AxialSlices, is_volume
 
 SCHEMES = ("hfds", "wds")
 
@@ -42,6 +44,8 @@ def open_photos(data: Data) -> Photos:
     """
     if isinstance(data, Photos):
         return data
+    if is_volume(data):
+        return AxialSlices(data)  # type: ignore[arg-type]
     if is_stored(data):
         scheme, _, rest = str(data).partition("/")
         match = re.fullmatch(r"(.+?)(?::([A-Za-z_][\w+-]*(?:\[[^\]]*\])?))?", rest)

@@ -1,0 +1,309 @@
+"""Lesions in the MNI152 template: attention-gated U-Nets beside a plain one, and where their gates point.
+
+    xattn study lesions
+
+AGUNet, DAUNet and a plain U-Net on slices of 64 x 64 pixels, and AGUNet and the plain one on faint lesions
+and on patches of volumes, each on the same samples and steps. Of the networks on slices the gates are read
+level by level, see :mod:`xattn.eval.studies.lesion_gates`. The networks are kept for ``xattn explain -b``,
+and slices with their masks for ``xattn compare --annotations``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchmetrics.functional.segmentation import dice_score
+
+from xattn.eval.bootstrap import mean_interval
+from xattn.eval.studies.digits import Found, measure_rows, single_thread, spread, write_report
+from xattn.eval.studies.lesion_configs import LesionConfig
+from xattn.eval.studies.lesion_gates import (
+    CLASSES,
+    choice,
+    draw_gates,
+    gate_lines,
+    measure_gates,
+    measure_volume_gates,
+)
+from xattn.models.agunet import AGUNet
+from xattn.models.lesions import FAINT, SLICES, VOLUMES, Samples, samples, template
+from xattn.models.masks import load_network, mask_loss, predict_tiles, save_network
+from xattn.models.volumes import TILE
+from xattn.runtime.files import atomic_file, check_folder, write_text
+
+DEFAULTS = LesionConfig()
+KINDS = {"slices": SLICES, "faint": FAINT, "volumes": VOLUMES}
+PLAIN = {"gates": False, "multi_scale": False, "deep_supervision": False}
+NETS: dict[str, dict[str, Any]] = {"agunet": {}, "daunet": {"dual": True}, "unet": PLAIN}
+TITLES = {"agunet": "AGUNet", "daunet": "DAUNet", "unet": "plain U-Net"}
+PATCHES = 4  # a step
+PHOTOS = 40  # slices that are written as pictures, with their masks
+THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
+FOUND = 0.25  # Dice from which a lesion is found
+SMALL = {"slices": 5.0, "faint": 5.0, "volumes": 4.0}  # radius below which a lesion is small
+
+
+def study(
+    output: str | Path = "runs/study-lesions", config: LesionConfig = DEFAULTS
+) -> Iterator[str]:
+    """Train and measure what is not finished yet, write report.md, and give its lines.
+
+    Raises:
+        ValueError: ``output`` holds results of other settings, or nilearn is not installed.
+    """
+    output = Path(output)
+    template(SLICES.spacing)
+    untold = ("parts", "seeds", "volume_seeds")
+    settings = {key: value for key, value in asdict(config).items() if key not in untold}
+    lines: list[str] = []
+    for part in config.parts:
+        names = [name for name in NETS if name != "daunet" or part == "slices"]
+        rows = {f"{part}-{n}": partial(measure, output, config, part, n) for n in names}
+        seeds = config.volume_seeds if part == "volumes" else config.seeds
+        found = measure_rows(output, settings, rows, seeds)
+        lines += [*part_lines(part, found)]
+        if part != "volumes":
+            tests = samples(2, config.tests, KINDS[part])
+            write_photos(tests, output / f"photos-{part}")
+            folders = [output / "networks" / f"{part}-agunet-{seed}" for seed in range(seeds)]
+            draw_gates([load_network(f) for f in folders], tests, output / f"gates-{part}.jpg")
+            lines += gate_lines({name: found[f"{part}-{name}"] for name in names if name != "unet"})
+    write_report(output, lines)
+    yield from lines
+    yield f"\nreport: {output / 'report.md'}"
+
+
+def measure(output: Path, config: LesionConfig, part: str, name: str, seed: int) -> dict[str, Any]:
+    """Train a network, keep it in ``output``, and test it.
+
+    Returns:
+        CPU ``seconds`` of training; the ``threshold``, chosen on other samples; of each test its ``dice``
+        (1 where there is no lesion and none is predicted), its lesion's ``radius`` or 0, and the voxels of
+        each predicted component that meets no lesion (``wrong``); and the ``gates``.
+    """
+    kind = KINDS[part]
+    volumes = len(kind.size) == 3
+    counts = (config.volumes, config.volume_tests) if volumes else (config.slices, config.tests)
+    seen, chosen, tests = (
+        samples(which, count, kind) for which, count in enumerate((*counts, counts[1]))
+    )
+    net = network(name, volumes)
+    with single_thread():
+        train = train_volumes if volumes else train_slices
+        seconds = train(net, seen, config, seed)
+        predict = predict_volumes if volumes else predict_slices
+        threshold = best_threshold(predict(net, chosen.images), chosen.masks)
+        masks = (predict(net, tests.images) > threshold).float()
+        found: dict[str, Any] = {
+            "seconds": seconds,
+            "parameters": sum(p.numel() for p in net.parameters()),
+            "threshold": threshold,
+            "dice": dice(masks, tests.masks).tolist(),
+            "radius": tests.radii.tolist(),
+            "wrong": [wrong_components(*pair) for pair in zip(masks, tests.masks, strict=True)],
+        }
+        if net.gates:
+            gates = measure_volume_gates if volumes else measure_gates
+            found["gates"] = gates(net, chosen, tests)
+    about: dict[str, Any] = {"threshold": threshold, "classes": list(CLASSES), "size": kind.size}
+    if volumes:
+        about.update(spacing=kind.spacing, tile=TILE)
+    elif net.gates:
+        about["gates"] = choice(found["gates"]["best"])
+    save_network(net, output / "networks" / f"{part}-{name}-{seed}", about)
+    return found
+
+
+def network(name: str, volumes: bool) -> AGUNet:
+    """The network of a row, untrained."""
+    if volumes:
+        return AGUNet(3, filters=(8, 16, 32), norm="instance", **NETS[name])
+    return AGUNet(2, filters=(8, 16, 32, 64), **NETS[name]).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+# ---------------------------------------------------------------------- training
+
+
+def train_slices(net: AGUNet, seen: Samples, config: LesionConfig, seed: int) -> float:
+    """Train on whole slices, and give the CPU seconds."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(config.epochs):
+            order = torch.randperm(len(seen.images), generator=generator)
+            whole = len(order) - len(order) % min(config.batch_size, len(order))
+            for batch in order[:whole].split(config.batch_size):
+                images = seen.images[batch].contiguous(memory_format=torch.channels_last)
+                yield images, seen.masks[batch]
+
+    size = min(config.batch_size, len(seen.images))
+    return fit(net, batches(), config.epochs * (len(seen.images) // size), config.lr)
+
+
+def train_volumes(net: AGUNet, seen: Samples, config: LesionConfig, seed: int) -> float:
+    """Train on patches, half of them around a voxel of a lesion, and give the CPU seconds."""
+    rng = np.random.default_rng(seed)
+    held = [i for i, radius in enumerate(seen.radii.tolist()) if radius]
+
+    def patch(on_lesion: bool) -> tuple[Tensor, Tensor]:
+        i = rng.choice(held) if on_lesion and held else rng.integers(len(seen.images))
+        sides = seen.images.shape[2:]
+        corner = [int(rng.integers(side - t + 1)) for side, t in zip(sides, TILE, strict=True)]
+        places = seen.masks[i, 0].nonzero()
+        if on_lesion and len(places):
+            at = (places[rng.integers(len(places))] + torch.tensor(rng.integers(-8, 9, 3))).tolist()
+            corner = [
+                min(max(a - t // 2, 0), side - t)
+                for a, t, side in zip(at, TILE, sides, strict=True)
+            ]
+        place = (slice(None), *(slice(a, a + t) for a, t in zip(corner, TILE, strict=True)))
+        return seen.images[i][place], seen.masks[i][place]
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(config.steps):
+            images, masks = zip(*(patch(2 * k < PATCHES) for k in range(PATCHES)), strict=True)
+            yield torch.stack(images), torch.stack(masks)
+
+    return fit(net, batches(), config.steps, config.lr)
+
+
+def fit(net: AGUNet, batches: Iterator[tuple[Tensor, Tensor]], steps: int, lr: float) -> float:
+    """Train on ``batches`` of images and masks with AdamW, and give the CPU seconds."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=max(steps, 2), pct_start=0.1, cycle_momentum=False
+    )
+    net.train()
+    start = time.process_time()
+    for images, masks in batches:
+        loss = mask_loss(net.outputs(images), masks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    net.eval()
+    return time.process_time() - start
+
+
+# ---------------------------------------------------------------------- testing
+
+
+@torch.no_grad()
+def predict_slices(net: AGUNet, images: Tensor) -> Tensor:
+    """Probabilities (n, 1, H, W)."""
+    return torch.cat([net(batch).sigmoid() for batch in images.split(50)])
+
+
+def predict_volumes(net: AGUNet, images: Tensor) -> Tensor:
+    """Probabilities (n, 1, D, H, W), by tiles."""
+    return torch.stack([predict_tiles(net, image, TILE).sigmoid() for image in images])
+
+
+def dice(masks: Tensor, truth: Tensor) -> Tensor:
+    """(n,); 1 where both are empty."""
+    found = dice_score(masks.long(), truth.long(), 1, average="none", input_format="one-hot")
+    empty = (masks.flatten(1).sum(1) == 0) & (truth.flatten(1).sum(1) == 0)
+    return torch.where(empty, 1.0, found.flatten().nan_to_num(0.0))
+
+
+def best_threshold(probabilities: Tensor, truth: Tensor) -> float:
+    """The threshold with the best mean Dice."""
+    means = [float(dice((probabilities > t).float(), truth).mean()) for t in THRESHOLDS]
+    return THRESHOLDS[int(np.argmax(means))]
+
+
+def wrong_components(mask: Tensor, truth: Tensor) -> list[int]:
+    """Sizes of the components of ``mask`` that meet no lesion."""
+    from scipy.ndimage import label
+
+    parts, count = label(mask[0].numpy() > 0)
+    met = set(np.unique(parts[truth[0].numpy() > 0]).tolist())
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)
+    return [int(sizes[i]) for i in range(1, count + 1) if i not in met]
+
+
+def write_photos(tests: Samples, folder: Path, count: int = PHOTOS) -> None:
+    """The first ``count`` slices that have a lesion, as ``xattn compare --annotations`` reads them."""
+    for part in ("images", "masks"):
+        check_folder(folder / part)
+    held = [i for i, radius in enumerate(tests.radii.tolist()) if radius][:count]
+    for i in held:
+        for part, values in (("images", tests.images[i] * 255), ("masks", tests.masks[i])):
+            with atomic_file(folder / part / f"slice-{i:03d}.png") as temporary:
+                image = Image.fromarray(values[0].round().byte().numpy())
+                image.save(temporary, format="PNG")
+    write_text(folder / "classes.yaml", f"classes:\n  1: {CLASSES[1]}\n")
+
+
+# ---------------------------------------------------------------------- report
+
+
+def part_lines(part: str, found: Found) -> Iterator[str]:
+    """The table of a part."""
+    what = {"slices": "slices", "faint": "slices with faint lesions", "volumes": "volumes"}[part]
+    first = next(iter(found.values()))[0]
+    clean = sum(radius == 0 for radius in first["radius"])
+    seeds = len(next(iter(found.values())))
+    yield f"## {what}\n"
+    yield (
+        f"{len(first['radius'])} {what}, {clean} of them clean; seeds: {seeds}. Means over seeds with 95 % "
+        f"intervals over {what}; small: radius below {SMALL[part]:g}; found: Dice of at least {FOUND:g}; "
+        f"false alarm: any pixel on a clean one."
+    )
+    yield (
+        "\n| network | Dice | found | small ones found | false alarms | threshold | parameters | CPU "
+        "seconds |\n| :-- | --: | --: | --: | --: | --: | --: | --: |"
+    )
+    for name, records in found.items():
+        scores, radius = np.array([r["dice"] for r in records]), np.array(first["radius"])
+        cells = [
+            TITLES[name.partition("-")[2]],
+            told(scores[:, radius > 0]),
+            told(scores[:, radius > 0] >= FOUND),
+            told(scores[:, (radius > 0) & (radius < SMALL[part])] >= FOUND),
+            told(scores[:, radius == 0] < 1),
+            spread([r["threshold"] for r in records], 2),
+            f"{records[0]['parameters']:,}",
+            spread([r["seconds"] for r in records], 0),
+        ]
+        yield "| " + " | ".join(cells) + " |"
+    if part == "volumes":
+        yield from _components(found)
+        for name, records in found.items():
+            if "gates" in records[0]:
+                hits = told([r["gates"]["hits"]["gradient"] for r in records])
+                title = TITLES[name.partition("-")[2]]
+                yield f"\nLargest place of psi times gradient in the lesion, {title}: {hits}."
+    yield ""
+
+
+def told(values: Any) -> str:
+    """Mean over seeds and samples (seeds, n), with an interval over samples."""
+    per_sample = np.asarray(values, dtype=np.float64).mean(0)
+    return mean_interval(per_sample).text(3) if len(per_sample) else ""
+
+
+def _components(found: Found) -> Iterator[str]:
+    """False components by volume, a volume."""
+    bins = ((1, 3), (4, 15), (16, 10**9))
+    yield ""
+    yield "| false components a volume | 1 to 3 voxels | 4 to 15 | 16 and more | clean volumes with one |"
+    yield "| :-- | --: | --: | --: | --: |"
+    for name, records in found.items():
+        every: list[Sequence[int]] = [w for r in records for w in r["wrong"]]
+        clean = [w for r in records for w, c in zip(r["wrong"], r["radius"], strict=True) if not c]
+        counts = [
+            np.mean([sum(least <= size <= most for size in w) for w in every])
+            for least, most in bins
+        ]
+        cells = [TITLES[name.partition("-")[2]], *(f"{count:.2f}" for count in counts)]
+        yield "| " + " | ".join([*cells, f"{sum(map(bool, clean))} of {len(clean)}"]) + " |"

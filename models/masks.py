@@ -1,0 +1,261 @@
+"""Networks whose answer is a mask: losses, prediction by tiles, and files.
+
+    loss = mask_loss(net.outputs(images), masks)          foreground Dice + cross-entropy
+    probabilities = predict_tiles(net, volume, (32, 32, 32))
+    save_network(net, folder);  net = load_network(folder)
+    backbone = load_backbone(MaskClassifier(net))         # for explainers
+
+Dice has squared denominators and a smooth term of 1, which keeps it finite where there is no lesion:
+
+    dice(p, t) = (2 sum p t + 1) / (sum p^2 + sum t^2 + 1)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.backbone.preprocessing import Preprocessing
+from xattn.models.agunet import AGUNet, Outputs
+from xattn.models.weights import load_weight_file
+from xattn.runtime import strict_json
+from xattn.runtime.files import check_folder, write_json
+
+KIND = "xattn mask network"
+
+
+def check_masks(masks: Tensor, images: Tensor) -> None:
+    """Raise a ``ValueError`` unless ``masks`` (B, M, *size) are 0 or 1 on the pixels of ``images``."""
+    if (
+        masks.ndim != images.ndim
+        or masks.shape[2:] != images.shape[2:]
+        or len(masks) != len(images)
+    ):
+        raise ValueError(
+            f"masks: got shape {tuple(masks.shape)} for images {tuple(images.shape)}; give (B, M, "
+            f"*size) of the same size"
+        )
+    if not bool(((masks == 0) | (masks == 1)).all()):
+        raise ValueError("masks: got values other than 0 and 1; give binary masks, such as x > 0.5")
+
+
+def soft_dice(probabilities: Tensor, masks: Tensor) -> Tensor:
+    """Dice (B, M) of ``probabilities`` and ``masks``, both (B, M, *size)."""
+    p, t = probabilities.flatten(2), masks.flatten(2)
+    return (2 * (p * t).sum(2) + 1) / (p.square().sum(2) + t.square().sum(2) + 1)
+
+
+def mask_loss(found: Outputs, masks: Tensor) -> Tensor:
+    """1 - Dice + cross-entropy, the mean over masks and levels; a level has half the weight of the finer
+    one, and the mean of the mask as its target."""
+    levels = (found.logits, *found.deep)
+    loss = found.logits.new_zeros(())
+    for i, logits in enumerate(levels):
+        wanted = masks if i == 0 else F.interpolate(masks, logits.shape[2:], mode="area")
+        overlap = 1 - soft_dice(logits.sigmoid(), wanted).mean()
+        loss = loss + 0.5**i * (overlap + F.binary_cross_entropy_with_logits(logits, wanted))
+    return loss / sum(0.5**i for i in range(len(levels)))
+
+
+def released_dice_loss(probabilities: Tensor, masks: Tensor) -> Tensor:
+    """The loss of the authors' program, for comparison: probabilities and one-hot masks (B, K, *size) of
+    all K classes, background included, divided by K - 1, so it is clipped to 0 near a right answer and has
+    no gradient there."""
+    total = soft_dice(probabilities, masks).sum(1) / (masks.shape[1] - 1)
+    return (1 - total).clamp(0, 1 - 1e-10).mean()
+
+
+# ---------------------------------------------------------------------- tiles
+
+
+@torch.no_grad()
+def predict_tiles(
+    net: Callable[[Tensor], Tensor],
+    image: Tensor,
+    tile: Sequence[int],
+    *,
+    overlap: float = 0.5,
+    sharpness: float = 8.0,
+    batch_size: int = 4,
+) -> Tensor:
+    """``net`` of overlapping tiles, averaged with Gaussian weights.
+
+    Args:
+        net: (b, C, *tile) -> (b, M, *tile), for example logits.
+        image: (C, *size).
+        tile: its sides, at most those of the image.
+        overlap: share of a side that neighbours have in common, from 0 to below 1.
+        sharpness: sides of a tile in standard deviations of its weights.
+
+    Returns:
+        (M, *size).
+
+    Raises:
+        ValueError: an image with NaN, a tile that does not fit, or an overlap out of range.
+    """
+    sides = tuple(image.shape[1:])
+    if len(tile) != len(sides) or any(not 1 <= t <= s for t, s in zip(tile, sides, strict=False)):
+        raise ValueError(f"tile: got {tuple(tile)} for a size of {sides}; give at most that size")
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap: got {overlap}; give a share from 0 to below 1")
+    if not bool(torch.isfinite(image).all()):
+        raise ValueError("image: holds NaN or infinite values; replace them first")
+    weight = _gaussian(tile, sharpness).to(image)
+    corners = list(
+        itertools.product(*(_starts(s, t, overlap) for s, t in zip(sides, tile, strict=True)))
+    )
+    total: Tensor | None = None
+    weights = image.new_zeros(sides)
+    for start in range(0, len(corners), batch_size):
+        places = [
+            tuple(slice(a, a + t) for a, t in zip(corner, tile, strict=True))
+            for corner in corners[start : start + batch_size]
+        ]
+        made = net(torch.stack([image[(slice(None), *place)] for place in places]))
+        if total is None:
+            total = made.new_zeros(made.shape[1], *sides)
+        for place, part in zip(places, made, strict=True):
+            total[(slice(None), *place)] += part * weight
+            weights[place] += weight
+    assert total is not None
+    return total / weights
+
+
+def _starts(side: int, tile: int, overlap: float) -> list[int]:
+    step = max(int(tile * (1 - overlap)), 1)
+    return [*range(0, side - tile, step), side - tile]
+
+
+def _gaussian(tile: Sequence[int], sharpness: float) -> Tensor:
+    """Weights of a tile's pixels, at least 0.001 of the largest."""
+    weight = torch.ones(())
+    for side in tile:
+        at = (torch.arange(side) - (side - 1) / 2) * (sharpness / side)
+        weight = weight[..., None] * torch.exp(-0.5 * at.square())
+    return weight.clamp(min=1e-3 * float(weight.max()))
+
+
+# ---------------------------------------------------------------------- files
+
+
+def save_network(net: AGUNet, folder: str | Path, about: dict[str, object] | None = None) -> Path:
+    """Write settings and weights; ``about`` is kept with them, for example the threshold of its masks."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    check_folder(folder)
+    state = {name: value.detach().contiguous() for name, value in net.state_dict().items()}
+    save_file(state, folder / "network.safetensors")
+    record = {"kind": KIND, "settings": net.settings, "about": about or {}}
+    write_json(folder / "network.json", record)
+    return folder
+
+
+def is_network_folder(folder: str | Path) -> bool:
+    """Whether :func:`save_network` wrote to ``folder``."""
+    return (Path(folder) / "network.json").is_file()
+
+
+def network_record(folder: str | Path) -> dict[str, Any]:
+    """What :func:`save_network` wrote beside the weights: ``settings`` and ``about``."""
+    if not is_network_folder(folder):
+        raise ValueError(f"folder: {folder} holds no network.json; give a folder of save_network")
+    path = Path(folder) / "network.json"
+    found: dict[str, Any] = strict_json.read(path, "folder", "train the network again")
+    return found
+
+
+def load_network(folder: str | Path) -> AGUNet:
+    """The network that :func:`save_network` wrote, in eval mode.
+
+    Raises:
+        ValueError: no such network in ``folder``, or a damaged one.
+    """
+    record = network_record(folder)
+    try:
+        net = AGUNet(**record["settings"])
+        net.load_state_dict(load_weight_file(Path(folder) / "network.safetensors"))
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"folder: {folder} is damaged ({reason}); train the network again"
+        ) from None
+    return net.eval()
+
+
+# ---------------------------------------------------------------------- as a classifier
+
+
+def load_classifier(folder: str | Path) -> tuple[MaskClassifier, list[str] | None]:
+    """The network of a folder as a classifier, and the names of its classes if the folder has them."""
+    net, about = load_network(folder), network_record(folder)["about"]
+    gates = about.get("gates")
+    choice = None if gates is None else (gates["form"], gates["level"])
+    size: tuple[int, int] = tuple(about.get("size", (64, 64)))
+    return MaskClassifier(net, size, choice), about.get("classes")
+
+
+def mask_score(logits: Tensor) -> Tensor:
+    """(B, M): mean logit of the pixels in each predicted mask, or where it is empty the largest logit; so
+    it is above 0 exactly where there is a mask. ``logits`` (B, M, *size)."""
+    flat = logits.flatten(2)
+    inside = flat > 0
+    mean = (flat * inside).sum(2) / inside.sum(2).clamp(min=1)
+    return torch.where(inside.any(2), mean, flat.amax(2))
+
+
+class MaskClassifier(nn.Module):
+    """A 2-D net as a classifier for explanations: the logit of a class is the score of its mask.
+
+        backbone = load_backbone(MaskClassifier(net), classes=["nothing", "lesion"])
+
+    One mask makes two classes, nothing and something; several masks a class each. It is a
+    :class:`~xattn.backbone.TapModule`; its tap is the map of the bottleneck. Images (B, 3, H, W) are
+    averaged over their channels if the net reads one.
+
+    Args:
+        size: of its images.
+        gate_choice: what the explainer ``gates`` shows by default: its form and level.
+    """
+
+    def __init__(
+        self,
+        net: AGUNet,
+        size: tuple[int, int] = (64, 64),
+        gate_choice: tuple[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        if net.dims != 2 or net.channels not in (1, 3):
+            raise ValueError("net: needs dims=2 and 1 or 3 channels; explain slices of a 3-D net")
+        self.net, self.gate_choice = net, gate_choice
+        self.tap_names = ["bottleneck"]
+        self.preprocessing = Preprocessing(
+            input_size=size, mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear", crop_pct=1.0
+        )
+        self.gradcam_layer = net.bottleneck
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_taps(x)[0]
+
+    def forward_taps(self, x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        """The scores (B, M), and the bottleneck's map."""
+        found = self._outputs(x)
+        return mask_score(found.logits), (found.deepest,)
+
+    def forward_gates(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The scores (B, M), and psi of each level from fine to coarse."""
+        found = self._outputs(x)
+        return mask_score(found.logits), found.gates
+
+    def masks(self, x: Tensor) -> Tensor:
+        """Probabilities (B, M, H, W)."""
+        return self._outputs(x).logits.sigmoid()
+
+    def _outputs(self, x: Tensor) -> Outputs:
+        return self.net.outputs(x if self.net.channels == 3 else x.mean(1, keepdim=True))

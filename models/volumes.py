@@ -1,0 +1,193 @@
+"""3-D mask networks on NIfTI volumes: the mask, and the gates slice by slice, by tiles.
+
+    write_volume("mask.nii.gz", segment(net, read_volume("scan.nii.gz"), spacing=4))
+    xattn explain scan.nii.gz -b runs/study-lesions/networks/volumes-agunet-0 --explainer gates
+
+A map is psi times the gradient of the mask, see :mod:`xattn.explainers.gates`. The score of a tile is the
+sum of its logits above 0, so a tile without a mask adds nothing; tiles are averaged with Gaussian weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.backbone import sha256
+from xattn.explaining.photos import Explanations, warn_of_blank
+from xattn.models.agunet import AGUNet
+from xattn.models.masks import load_network, network_record, predict_tiles
+from xattn.packs.explanation import Explanation, ImageFacts
+from xattn.packs.writer import save_pack
+from xattn.photos.view import View
+from xattn.photos.volumes import AxialSlices, Volume, read_volume
+from xattn.runtime.version import __version__
+
+TILE = (32, 32, 32)
+CLASSES = ("no lesion", "lesion")
+
+
+def segment(
+    net: AGUNet, volume: Volume, spacing: float | None = None, tile: Sequence[int] = TILE
+) -> Volume:
+    """Probabilities of the first mask, on the voxels of ``volume``.
+
+    Args:
+        spacing: millimetres of a voxel that the network was trained on; other volumes are resampled, and
+            the mask is brought back. None takes the volume as it is.
+        tile: sides of a tile; an axis that is shorter is taken whole.
+    """
+    seen = volume if spacing is None else resampled(volume, spacing)
+    image = as_image(seen)
+    logits = predict_tiles(net, image, fitting(tile, image))
+    found = Volume(logits[0].sigmoid().numpy(), seen.affine)
+    return found if seen is volume else _back(found, volume)
+
+
+def volume_gates(
+    net: AGUNet, image: Tensor, tile: Sequence[int] = TILE, level: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits (D, H, W) of the first mask, and psi times its gradient; ``image`` (1, D, H, W).
+
+    Args:
+        level: 0 is the finest; None sums all levels.
+
+    Raises:
+        ValueError: a network without gates or with another number of dimensions, or an unknown level.
+    """
+    if net.dims != 3 or not net.gates:
+        raise ValueError("net: has no gates of volumes; give one with dims=3 and gates=True")
+    if level is not None and not 0 <= level < len(net.gates):
+        raise ValueError(f"level: got {level}; the network has 0..{len(net.gates) - 1}")
+
+    def both(tiles: Tensor) -> Tensor:
+        with torch.enable_grad():
+            found = net.outputs(tiles.detach().requires_grad_(True))
+            logits = found.logits[:, :1]
+            chosen = list(found.gates if level is None else found.gates[level : level + 1])
+            slopes = torch.autograd.grad(logits.clamp(min=0).sum(), chosen)
+        maps = [
+            F.interpolate((g * s).detach(), tiles.shape[2:], mode="trilinear", align_corners=False)
+            for g, s in zip(chosen, slopes, strict=True)
+        ]
+        return torch.cat([logits.detach(), torch.stack(maps).sum(0)], 1)
+
+    logits, gates = predict_tiles(both, image, fitting(tile, image))
+    return logits, gates
+
+
+def explain_volume(
+    folder: str | Path, path: str | Path, output: str | Path | None = None, level: int | None = None
+) -> Explanations:
+    """Explain a volume by the gates of a 3-D network: a map of each axial slice that shows something.
+
+    Args:
+        folder: of the network, see :func:`xattn.models.masks.save_network`.
+        path: of the volume; one with other voxels than the network's is resampled.
+        output: folder to write a pack to.
+
+    Returns:
+        Slices from bottom to top; the probability is that of the slice's most probable voxel.
+    """
+    net, about = load_network(folder), network_record(folder)["about"]
+    volume, spacing = read_volume(path), about.get("spacing")
+    volume = volume if spacing is None else resampled(volume, spacing)
+    slices = AxialSlices(path, volume)
+    logits, maps = volume_gates(net, as_image(volume), about.get("tile", TILE), level)
+    names = tuple(about.get("classes", CLASSES))
+    protocol: dict[str, Any] = {
+        "xattn": __version__,
+        "backbone": {"name": "AGUNet", "sha256": sha256(net), "tile": about.get("tile", TILE)},
+        "explainer": "gates",
+        "level": level,
+        "view": "whole",
+        "map": "as explained; min-max before upsampling for display",
+        "probability": "sigmoid",
+        "task": "binary",
+    }
+    result = Explanations()
+    for photo, number in zip(slices, slices.numbers, strict=True):
+        height, width = size = photo.load().size[::-1]
+        p = float(logits[:, :, number].amax().sigmoid())
+        top = sorted([(0, names[0], 1 - p), (1, names[1], p)], key=lambda item: -item[2])
+        result.append(
+            Explanation(
+                map=np.rot90(maps[:, :, number].numpy()),
+                target=1,
+                target_name=names[1],
+                probability=p,
+                method="gates",
+                view=View("whole", size, size, (0, 0, height, width), size),
+                image_id=photo.name,
+                protocol=protocol,
+                file_name=photo.name,
+                source=photo,
+                facts=ImageFacts(tuple(top)),
+            )
+        )
+    warn_of_blank([(e, e.image_id) for e in result])
+    if output is not None:
+        save_pack(output, result, True, [])
+    return result
+
+
+# ---------------------------------------------------------------------- voxels
+
+
+def as_image(volume: Volume) -> Tensor:
+    """(1, D, H, W) in [0, 1]: shares of the maximum, unless all values are shares already."""
+    values = torch.from_numpy(np.ascontiguousarray(volume.values))[None]
+    low, high = min(float(values.min()), 0.0), float(values.max())
+    return values if low == 0 and high <= 1 else (values - low) / max(high - low, 1e-30)
+
+
+def fitting(tile: Sequence[int], image: Tensor) -> tuple[int, ...]:
+    """``tile``, at most as large as ``image`` (1, *size)."""
+    return tuple(min(a, b) for a, b in zip(tile, image.shape[1:], strict=True))
+
+
+def resampled(volume: Volume, spacing: float) -> Volume:
+    """``volume`` with cubic voxels of ``spacing`` millimetres; itself if it has them."""
+    if not 0 < spacing < float("inf"):
+        raise ValueError(f"spacing: got {spacing}; give millimetres above 0")
+    if np.allclose(volume.spacing, spacing, rtol=1e-3):
+        return volume
+    sides = [n * mm / spacing for n, mm in zip(volume.values.shape, volume.spacing, strict=True)]
+    if min(sides) < 2:
+        raise ValueError(
+            f"spacing: got {spacing} mm for a volume of {volume.values.shape} voxels of "
+            f"{volume.spacing} mm, fewer than 2 a side; give a larger volume"
+        )
+    nibabel, image = _libraries()
+    source = nibabel.Nifti1Image(volume.values, volume.affine)
+    made = image.resample_img(source, np.eye(3) * spacing, interpolation="linear")
+    values = np.asarray(made.dataobj, dtype=np.float32)
+    return Volume(values, np.asarray(made.affine))
+
+
+def _back(found: Volume, volume: Volume) -> Volume:
+    """``found`` on the voxels of ``volume``."""
+    nibabel, image = _libraries()
+    made = image.resample_img(
+        nibabel.Nifti1Image(found.values, found.affine),
+        volume.affine,
+        volume.values.shape,
+        interpolation="linear",
+    )
+    return Volume(np.asarray(made.dataobj, dtype=np.float32), volume.affine)
+
+
+def _libraries() -> tuple[Any, Any]:
+    try:
+        import nibabel
+        from nilearn import image
+    except ImportError:
+        raise ValueError(
+            "spacing: resampling needs nilearn, which is not installed; pip install 'xattn[volumes]'"
+        ) from None
+    return nibabel, image
