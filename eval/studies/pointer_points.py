@@ -1,0 +1,160 @@
+"""Pointer networks on points: hulls at numbers they were not trained on, shortest tours, and triangles.
+
+Every network has the same width, samples, batches and learning rate; only the encoder or the task differs.
+Samples are drawn anew for every step, with a number of points drawn for the step; tests are drawn apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xattn.eval.studies.digits import single_thread
+from xattn.eval.studies.pointer_configs import PointStudyConfig
+from xattn.models.point_sets import (
+    Samples,
+    draw,
+    greedy_tour,
+    hull_coverage,
+    tour_length,
+    triangle_coverage,
+    two_opt,
+)
+from xattn.models.pointer import PointerNet
+
+TEST_SEED = 2**32  # beyond all steps of all trainings
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network: its task, the numbers of points that it is trained on and tested at, and its options."""
+
+    task: str
+    trained: tuple[int, ...]
+    tested: tuple[int, ...]
+    encoder: str = "set"
+
+
+ROWS = {
+    "hull-set": Row("hull", (5, 6, 7, 8, 9, 10), (5, 7, 10, 15, 20)),
+    "hull-lstm": Row("hull", (5, 6, 7, 8, 9, 10), (5, 7, 10, 15, 20), "lstm"),
+    "tsp-set": Row("tsp", (5, 6, 7, 8, 9, 10), (5, 10)),
+    "delaunay-set": Row("delaunay", (5,), (5,)),
+}
+
+
+def network(row: Row, width: int) -> PointerNet:
+    """Untrained; tours have no end symbol, triangles visit points again."""
+    return PointerNet(
+        width,
+        encoder=row.encoder,  # type: ignore[arg-type]
+        revisit=row.task == "delaunay",
+        end=row.task != "tsp",
+    )
+
+
+def measure(name: str, config: PointStudyConfig, seed: int) -> dict[str, Any]:
+    """Train the network ``name``, and test it: CPU ``seconds`` of both and values by number of points."""
+    row = ROWS[name]
+    net = network(row, config.width)
+    seconds = train(net, row, config, seed)
+    start = time.process_time()
+    tests: dict[str, Any] = {}
+    with single_thread():
+        for points in row.tested:
+            samples = draw(row.task, points, config.tests, (TEST_SEED, points))
+            tests[str(points)] = TESTS[row.task](net, samples, config)
+    return {
+        "seconds": seconds,
+        "test_seconds": time.process_time() - start,
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "tests": tests,
+    }
+
+
+def train(net: PointerNet, row: Row, config: PointStudyConfig, seed: int) -> float:
+    """Train ``net``, and give the CPU seconds, those of the truth included."""
+    steps = max(2, config.samples // config.batch_size)
+    sizes = np.random.default_rng((seed, 0)).choice(row.trained, steps)
+    optimizer = torch.optim.AdamW(net.parameters(), config.lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
+    net.train()
+    with single_thread():
+        start = time.process_time()
+        for step, points in enumerate(sizes.tolist()):
+            samples = draw(row.task, points, config.batch_size, (seed, 1 + step))
+            loss = net.loss(*tensors(samples))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 2.0)
+            optimizer.step()
+            schedule.step()
+        seconds = time.process_time() - start
+    net.eval()
+    return seconds
+
+
+def tensors(samples: Samples) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(samples.points).float(), torch.from_numpy(samples.answers)
+
+
+def _answers(net: PointerNet, samples: Samples, beam: int = 1) -> list[list[int]]:
+    found = net.answers(tensors(samples)[0], beam).tolist()
+    return [[i for i in answer if i >= 0] for answer in found]
+
+
+def _truth(samples: Samples) -> list[list[int]]:
+    return [[i for i in answer if i >= 0] for answer in samples.answers.tolist()]
+
+
+def hull_test(net: PointerNet, samples: Samples, config: PointStudyConfig) -> dict[str, float]:
+    """``exact`` order, ``failed`` answers, and ``area`` of the others over the hull's."""
+    answers = _answers(net, samples)
+    areas = [hull_coverage(x, a) for x, a in zip(samples.points, answers, strict=True)]
+    good = [area for area in areas if area is not None]
+    return {
+        "exact": _share(a == t for a, t in zip(answers, _truth(samples), strict=True)),
+        "failed": 1 - len(good) / len(areas),
+        "area": float(np.mean(good)) if good else 0.0,
+    }
+
+
+def tour_test(net: PointerNet, samples: Samples, config: PointStudyConfig) -> dict[str, float]:
+    """Mean lengths over the shortest tours' of ``greedy`` decoding and of ``beam``, and of two controls."""
+    best = tour_length(samples.points, samples.answers)
+
+    def ratio(tours: Sequence[Sequence[int]]) -> float:
+        return float(np.mean(tour_length(samples.points, np.array(tours)) / best))
+
+    return {
+        "greedy": ratio(_answers(net, samples)),
+        "beam": ratio(_answers(net, samples, config.beam)),
+        "nearest": ratio([greedy_tour(x) for x in samples.points]),
+        "two_opt": ratio([two_opt(x) for x in samples.points]),
+        "length": float(best.mean()),
+    }
+
+
+def triangle_test(net: PointerNet, samples: Samples, config: PointStudyConfig) -> dict[str, float]:
+    """``exact`` sequence, and ``coverage``: the share of triangles that are found."""
+    answers, truth = _answers(net, samples), _truth(samples)
+    pairs = list(zip(truth, answers, strict=True))
+    return {
+        "exact": _share(t == a for t, a in pairs),
+        "coverage": float(np.mean([triangle_coverage(t, a) for t, a in pairs])),
+    }
+
+
+def _share(right: Any) -> float:
+    return float(np.mean(list(right)))
+
+
+TESTS = {"hull": hull_test, "tsp": tour_test, "delaunay": triangle_test}
