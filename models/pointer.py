@@ -1,6 +1,7 @@
 """Pointer networks: sequences of elements of their own input, of any number (arXiv 1506.03134).
 
-    e = encoder(points),    d_t = LSTM(e of the point of step t - 1),    p_t = softmax_j v . tanh(W_1 e_j + W_2 d_t)
+    e = encoder(points),    d_t = LSTM(e of the point of step t - 1)
+    p_t = softmax over j of v . tanh(W_1 e_j + W_2 d_t)
 
     net = PointerNet()
     loss = net.loss(points, answers)            # (B, n, 2) and (B, T), all steps in one batch
@@ -77,7 +78,7 @@ class PointerNet(nn.Module):
         self.pointing = Pointing(width)
 
     def encoded(self, points: Tensor) -> tuple[Tensor, State]:
-        """Points (B, n, 2) as (B, n, C), the end symbol last if there is one, and the decoder's first state."""
+        """Points (B, n, 2) as (B, n, C), then the end symbol, if any; and the decoder's first state."""
         if points.ndim != 3 or points.shape[2] != 2 or points.shape[1] < 1:
             raise ValueError(f"points: got shape {tuple(points.shape)}; give (B, n, 2)")
         if isinstance(self.encoder, nn.LSTM):
@@ -91,11 +92,13 @@ class PointerNet(nn.Module):
         return e, state
 
     def forward(self, points: Tensor, answers: Tensor) -> Tensor:
-        """Log probabilities (B, T', n + 1) of every step, the steps before being those of ``answers`` (B, T):
-        the end symbol's is the last, and T' = T + 1; without one they are (B, T, n)."""
+        """Log probabilities (B, T + 1, n + 1) of every step after those of ``answers`` (B, T); the
+        end symbol is the last element, and without one they are (B, T, n)."""
         e, state = self.encoded(points)
         read = answers[:, :-1] if self.end is None else answers
-        read = torch.where(read < 0, points.shape[1], read)  # the end symbol, whose steps count for nothing
+        read = torch.where(
+            read < 0, points.shape[1], read
+        )  # the end symbol, whose steps count for nothing
         pointed = e.gather(1, read[..., None].expand(-1, -1, e.shape[2]))
         inputs = torch.cat([self.first.expand(len(e), 1, -1), pointed], 1)
         if self.memory:
@@ -106,8 +109,8 @@ class PointerNet(nn.Module):
         return self._allowed(scores, self.steps(answers)).log_softmax(-1)
 
     def steps(self, answers: Tensor) -> Tensor:
-        """What each step of :meth:`forward` should point to: ``answers`` (B, T), then the end symbol n, which
-        is written as -2, then -1."""
+        """What each step of :meth:`forward` should point to: ``answers`` (B, T), then the end symbol as
+        -2, then -1."""
         if self.end is None:
             return answers
         padded = F.pad(answers, (0, 1), value=-1)
@@ -127,9 +130,7 @@ class PointerNet(nn.Module):
 
     def _targets(self, points: Tensor, answers: Tensor) -> Tensor:
         steps = self.steps(answers)
-        return torch.where(
-            steps == -2, points.shape[1], torch.where(steps == -1, -100, steps)
-        )
+        return torch.where(steps == -2, points.shape[1], torch.where(steps == -1, -100, steps))
 
     def _allowed(self, scores: Tensor, steps: Tensor) -> Tensor:
         if self.revisit:

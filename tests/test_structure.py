@@ -37,6 +37,8 @@ UPWARD = {
     ("xattn.eval.studies.lesion_gates", "xattn.models.lesions"): "it tests on generated lesions",
     ("xattn.eval.studies.lesion_gates", "xattn.models.masks"): "it reads their gates",
     ("xattn.eval.studies.lesion_gates", "xattn.models.volumes"): "it reads their gates",
+    ("xattn.eval.studies.pointer_points", "xattn.models.pointer"): "it trains pointer networks",
+    ("xattn.eval.studies.pointer_points", "xattn.models.point_sets"): "it draws their tasks",
     ("xattn.app.models", "xattn.cli.model"): "the viewer takes the options of xattn explain",
     ("xattn.app.jobs.child", "xattn.cli"): "a job's process runs a command line",
 }

@@ -15,8 +15,16 @@ from torch import Tensor
 
 from xattn.backbone import Backbone
 
-STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 49)
-"""Kept cells at which an order of 49 is measured."""
+
+def steps_of(cells: int) -> tuple[int, ...]:
+    """How many cells are kept when an order of ``cells`` is measured: the first few one by one, then by
+    fours.
+
+    >>> steps_of(10)
+    (0, 1, 2, 3, 4, 6, 8, 10)
+    """
+    few = [0, 1, 2, 3, 4, 6, *range(8, cells, 4)]
+    return (*(k for k in few if k < cells), cells)
 
 
 class Curves(NamedTuple):
@@ -78,7 +86,7 @@ class DroppedTokens:
         return self.model.forward_head(self.model.norm(x))  # type: ignore[no-any-return]
 
     def curves(
-        self, tokens: Tensor, orders: Tensor, classes: Tensor, steps: Sequence[int] = STEPS
+        self, tokens: Tensor, orders: Tensor, classes: Tensor, steps: Sequence[int]
     ) -> Curves:
         """What ``orders`` (B, cells^2) do to p of ``classes`` (B,), see :class:`Curves`."""
         kept, left, same = [], [], []
@@ -91,7 +99,7 @@ class DroppedTokens:
         return Curves(torch.stack(kept, 1), torch.stack(left, 1), torch.stack(same, 1))
 
 
-def area(p: Tensor, steps: Sequence[int] = STEPS) -> Tensor:
+def area(p: Tensor, steps: Sequence[int]) -> Tensor:
     """Area under p (..., S) over the share of cells, 0 to 1, by trapezes."""
     at = torch.tensor(steps, dtype=torch.float64, device=p.device)
     return torch.trapezoid(p.double(), at / at[-1], dim=-1)

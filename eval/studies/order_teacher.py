@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,19 +22,17 @@ from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.eval.studies.dropped_tokens import DroppedTokens
+from xattn.eval.studies.kept import kept_values
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
-from xattn.runtime import strict_json
-from xattn.runtime.files import write_json
-
 
 TARGETS = ("p", "logit")
 DESIGNS = ("balanced", "random")
 
 
 class Taught(NamedTuple):
-    """Of photos in order: predicted ``classes`` (n,), their ``p`` (n,) as the network is, ``weights`` of the
-    cells (n, cells^2) by target, and mean CPU ``seconds``."""
+    """Of photos in order: predicted ``classes`` (n,), their ``p`` (n,) by the whole network, ``weights`` of
+    the cells (n, cells^2) by target, and mean CPU ``seconds``."""
 
     classes: Tensor
     p: Tensor
@@ -43,7 +42,7 @@ class Taught(NamedTuple):
 
 @dataclass(frozen=True)
 class Teacher:
-    """``passes`` a photo with cells left out, half of them complements, how halves are drawn, and ``ridge``.
+    """``passes`` a photo with cells left out, half of them complements; ``design`` of halves; ``ridge``.
 
     Raises:
         ValueError: passes that do not come in pairs, or balanced ones of a number that has no matrix.
@@ -64,8 +63,8 @@ class Teacher:
         pairs, cells = self.passes // 2, self.dropped.cells**2
         if self.design == "balanced" and (pairs < cells or not has_paley(pairs)):
             raise ValueError(
-                f"passes: got {self.passes}; balanced halves of {cells} cells need 2 (q + 1) with q a prime "
-                f"of the form 4 k + 3, such as {_fitting_passes(cells)}, or design='random'"
+                f"passes: got {self.passes}; balanced halves of {cells} cells need 2 (q + 1) with q a "
+                f"prime of the form 4 k + 3, such as {_fitting_passes(cells)}, or design='random'"
             )
 
     def halves(self, seed: int) -> Tensor:
@@ -90,7 +89,7 @@ class Teacher:
         counts = kept.sum(1)
         for count in counts.unique().tolist():
             rows = (counts == count).nonzero()[:, 0]
-            cells = kept[rows].nonzero()[:, 1].view(-1, count).to(tokens.device)
+            cells = kept[rows].nonzero()[:, 1].view(len(rows), count).to(tokens.device)
             logits = self.dropped.logits(tokens.expand(len(rows), -1, -1), cells).double().cpu()
             y[rows, 0] = logits.softmax(1)[:, label]
             y[rows, 1] = logits[:, label] - logits.mean(1)
@@ -131,29 +130,32 @@ def ridge_weights(z: Tensor, y: Tensor, ridge: float) -> Tensor:
 
 def teach(
     teacher: Teacher, paths: Sequence[Path], folder: Path, seed: int = 0
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The finding for each photo by its number; a file in ``folder`` keeps each."""
+) -> Iterator[dict[str, Any]]:
+    """The finding for each photo; a file in ``folder`` keeps it."""
+
+    def find(path: Path, number: int) -> dict[str, Any]:
+        start = time.process_time()
+        tokens, logits = teacher.dropped.embedded(image_of(path, teacher.dropped.backbone)[None])
+        p, label = logits[0].double().softmax(0).max(0)
+        weights = teacher.weights(tokens, int(label), 1_000_003 * seed + number)
+        found = {key: value.tolist() for key, value in weights.items()}
+        seconds = time.process_time() - start
+        return {"class": int(label), "p": float(p), "weights": found, "seconds": seconds}
+
     for i, path in enumerate(paths):
-        file = folder / f"{i:05d}.json"
-        if not file.is_file():
-            start = time.process_time()
-            tokens, logits = teacher.dropped.embedded(image_of(path, teacher.dropped.backbone)[None])
-            p, label = logits[0].double().softmax(0).max(0)
-            weights = teacher.weights(tokens, int(label), 1_000_003 * seed + i)
-            found = {key: value.tolist() for key, value in weights.items()}
-            found = {"class": int(label), "p": float(p), "weights": found}
-            write_json(file, {**found, "seconds": time.process_time() - start})
-        yield i, strict_json.read(file, "output", "delete it, to measure again")
+        yield kept_values(folder / f"{i:05d}.json", partial(find, path, i))
 
 
 def taught(teacher: Teacher, paths: Sequence[Path], folder: Path, seed: int = 0) -> Taught:
     """What :func:`teach` finds, together."""
-    found = [record for _, record in teach(teacher, paths, folder, seed)]
+    found = list(teach(teacher, paths, folder, seed))
     return Taught(
         torch.tensor([one["class"] for one in found], device="cpu"),
         torch.tensor([one["p"] for one in found], dtype=torch.float64, device="cpu"),
         {
-            key: torch.tensor([one["weights"][key] for one in found], dtype=torch.float64, device="cpu")
+            key: torch.tensor(
+                [one["weights"][key] for one in found], dtype=torch.float64, device="cpu"
+            )
             for key in TARGETS
         },
         sum(one["seconds"] for one in found) / max(len(found), 1),

@@ -21,7 +21,7 @@ class PointStudyConfig:
     """Networks of each kind: seeds 0, 1, ..."""
     samples: int = 72_000
     """Drawn to train one network on, each once."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Samples a step, all with as many points."""
     width: int = 96
     """Of the vectors of every network."""
@@ -40,3 +40,42 @@ class PointStudyConfig:
     def quick(self) -> PointStudyConfig:
         """A few steps of each: no figure of it means anything."""
         return replace(self, seeds=1, samples=512, tests=20, width=16)
+
+
+@dataclass(frozen=True)
+class OrderStudyConfig:
+    """Photos, the teacher of orders, and the heads that learn from it."""
+
+    photos: int = 400
+    """To learn from, at most."""
+    tested: int = 100
+    """Others, which are tested and have two independent teachers."""
+    cells: int = 7
+    """Of a side; a divisor of the ViT's grid."""
+    passes: int = 120
+    """Of the network with cells left out for each photo, half of them complements."""
+    ridge: float = 10.0
+    """Of the regression."""
+    target: Literal["p", "logit"] = "p"
+    """What is regressed and the order goes by: p of the predicted class, or its centred logit."""
+    draws: int = 3
+    """Heads of each kind: seeds 0, 1, ..."""
+    epochs: int = 10
+    """Passes over the photos' orders."""
+    seed: int = 0
+    """Of the draw of photos."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("photos", 4),
+            ("tested", 2),
+            ("draws", 1),
+            ("epochs", 1),
+            ("cells", 2),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)}; give at least {least}")
+
+    def quick(self) -> OrderStudyConfig:
+        """A few photos: no figure of it means anything."""
+        return replace(self, photos=4, tested=2, draws=1, epochs=1)

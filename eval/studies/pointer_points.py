@@ -28,7 +28,7 @@ from xattn.models.point_sets import (
 )
 from xattn.models.pointer import PointerNet
 
-TEST_SEED = 2**32  # beyond all steps of all trainings
+TEST_SEED = 2**33  # beyond all steps of all trainings
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ ROWS = {
     "hull-set": Row("hull", (5, 6, 7, 8, 9, 10), (5, 7, 10, 15, 20)),
     "hull-lstm": Row("hull", (5, 6, 7, 8, 9, 10), (5, 7, 10, 15, 20), "lstm"),
     "tsp-set": Row("tsp", (5, 6, 7, 8, 9, 10), (5, 10)),
+    "tsp-lstm": Row("tsp", (5, 6, 7, 8, 9, 10), (5, 10), "lstm"),
     "delaunay-set": Row("delaunay", (5,), (5,)),
+    "delaunay-lstm": Row("delaunay", (5,), (5,), "lstm"),
 }
 
 

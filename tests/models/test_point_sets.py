@@ -96,7 +96,8 @@ def test_held_karp_is_the_best_of_all_permutations(count):
 def test_exact_is_at_most_two_opt_is_at_most_greedy():
     x = np.random.default_rng(1).random((20, 11, 2))
     lengths = [
-        [float(tour_length(one, make(one))) for one in x] for make in (held_karp, two_opt, greedy_tour)
+        [float(tour_length(one, make(one))) for one in x]
+        for make in (held_karp, two_opt, greedy_tour)
     ]
     exact, improved, greedy = map(np.array, lengths)
     assert (exact <= improved + 1e-12).all() and (improved <= greedy + 1e-12).all()

@@ -65,7 +65,9 @@ def test_likelihoods_of_all_answers_sum_to_one():
 def test_a_pointer_without_memory_is_plackett_luce():
     net = network(memory=False, end=False).double()
     x = points().double()
-    orders = torch.stack([torch.randperm(5, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    orders = torch.stack(
+        [torch.randperm(5, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    )
     e, state = net.encoded(x)
     scores = net.pointing(e, state[0][0][:, None])[:, 0]
     found = net.log_likelihood(x, orders)

@@ -11,6 +11,7 @@ import tyro
 from xattn.cli.model import BackboneArgs, device_name, weight_source
 from xattn.cli.printing import note
 from xattn.cli.study_generated import StudyLesions
+from xattn.cli.study_pointer import StudyPointer
 from xattn.cli.study_tasks import StudyActions, StudyFaces
 from xattn.cli.subcommands import one_of
 from xattn.eval.studies.control_configs import ControlStudyConfig
@@ -473,6 +474,7 @@ STUDIES: dict[str, type[Any]] = {
     "faces": StudyFaces,
     "words": StudyWords,
     "lesions": StudyLesions,
+    "pointer": StudyPointer,
 }
 if TYPE_CHECKING:
     Choice = Any

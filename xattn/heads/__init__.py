@@ -36,6 +36,7 @@ from xattn.heads.hyperzzw import HyperZZW
 from xattn.heads.lama import Lama
 from xattn.heads.linear import Linear
 from xattn.heads.memetector import MemeTector
+from xattn.heads.pointer import Pointer
 from xattn.heads.random_feature import RandomFeature
 from xattn.heads.siglip_map import SiglipMap
 from xattn.heads.simpool import SimPool
@@ -67,6 +68,7 @@ __all__ = [
     "Lama",
     "Linear",
     "MemeTector",
+    "Pointer",
     "RandomFeature",
     "SiglipMap",
     "SimPool",

@@ -32,7 +32,8 @@ def test_a_cell_that_is_left_out_does_not_matter_and_one_that_is_kept_does():
     without = torch.tensor([[0, 4, 8], [7, 6, 3]])
     assert torch.equal(drop.logits(a, without), drop.logits(b, without))
     assert not torch.allclose(
-        drop.logits(a, torch.tensor([[0, 5], [5, 1]])), drop.logits(b, torch.tensor([[0, 5], [5, 1]]))
+        drop.logits(a, torch.tensor([[0, 5], [5, 1]])),
+        drop.logits(b, torch.tensor([[0, 5], [5, 1]])),
     )
 
 
@@ -95,7 +96,9 @@ def test_what_does_not_fit_is_refused():
         Teacher(dropped(), 3)
     with pytest.raises(ValueError, match="ridge: got 0"):
         Teacher(dropped(), 24, 0.0)
-    with pytest.raises(ValueError, match="passes: got 32; balanced halves of 9 cells .* such as 24"):
+    with pytest.raises(
+        ValueError, match="passes: got 32; balanced halves of 9 cells .* such as 24"
+    ):
         Teacher(dropped(), 32)
     with pytest.raises(ValueError, match="design: got 'all'; choose one of balanced, random"):
         Teacher(dropped(), 24, design="all")

@@ -1,0 +1,379 @@
+"""Orders of a photo's cells: what a teacher finds in 120 passes, and what heads learn of it for one pass.
+
+    xattn study pointer --data photos/ -b vit_tiny_patch16_224 --weights FILE
+
+The teacher is :mod:`~xattn.eval.studies.order_teacher`. The pointer head learns from it, see
+:mod:`~xattn.eval.studies.cell_learning`, the end symbol where the cells before it restore the prediction.
+Beside it stand a network of the same size that regresses the teacher's weights, the mean order of the
+photos, maps that learn nothing, and chance. All are tested on photos that none has seen, by p of the
+predicted class while cells are kept, and while they are left out: no fill, but fewer tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xattn.backbone import Backbone
+from xattn.correlation import spearman
+from xattn.eval.bootstrap import mean_interval, paired_difference
+from xattn.eval.studies.cell_learning import (
+    KINDS,
+    Lessons,
+    first_that_suffices,
+    kept_cells,
+    learn,
+    without_end,
+)
+from xattn.eval.studies.digits import spread, write_report
+from xattn.eval.studies.dropped_tokens import DroppedTokens, area, steps_of
+from xattn.eval.studies.kept import kept_record, kept_values
+from xattn.eval.studies.order_teacher import DESIGNS, TARGETS, Taught, Teacher, image_of, taught
+from xattn.eval.studies.pointer_configs import OrderStudyConfig
+from xattn.explainers import create_explainer
+from xattn.explaining.naming import named_photos
+from xattn.heads import save_head
+from xattn.heads.pointer import Cells, Pointer
+from xattn.runtime.files import atomic_file, check_folder, file_sha256
+
+AT_ONCE = 20  # photos of a pass
+COMPARED = 40  # photos on which random halves stand beside balanced ones
+NAMES = {
+    "pointer": "pointer head",
+    "likelihood": "pointer head, by likelihood",
+    "likelihood, memory": "pointer head, by likelihood, with memory",
+    "regression": "score regression",
+}
+DEFAULTS = OrderStudyConfig()
+
+
+@dataclass(frozen=True)
+class Photos:
+    """The ``tested`` photos first, then those to learn from; what is measured stays in ``output``."""
+
+    paths: list[Path]
+    tested: int
+    dropped: DroppedTokens
+    output: Path
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.dropped.backbone
+
+    def batches(self, count: int) -> Iterator[tuple[slice, Tensor]]:
+        """The first ``count`` photos, (B, 3, H, W) at once."""
+        for start in range(0, count, AT_ONCE):
+            some = slice(start, min(start + AT_ONCE, count))
+            yield some, torch.stack([image_of(path, self.backbone) for path in self.paths[some]])
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """The JSON ``name``, which ``make()`` gives where it is not there yet."""
+        return kept_values(self.output / name, make)
+
+
+class Values(NamedTuple):
+    """Of the tested photos, means over draws: areas of ``insertion`` and ``deletion``, and of ended orders
+    the number of cells ``kept``, and whether they ``restored`` the prediction; ``seconds`` of training."""
+
+    insertion: NDArray[np.float64]
+    deletion: NDArray[np.float64]
+    kept: NDArray[np.float64] | None = None
+    restored: NDArray[np.float64] | None = None
+    seconds: Sequence[float] = ()
+
+
+def study(
+    backbone: Backbone,
+    data: str | Path,
+    output: str | Path = "runs/study-pointer-photos",
+    config: OrderStudyConfig = DEFAULTS,
+) -> Iterator[str]:
+    """Measure and train what is not finished yet, write report.md, and give its lines.
+
+    Args:
+        backbone: a plain ViT of timm, whose predicted class is explained; it stays as it is.
+        data: photos, as for explain; files.
+        output: folder of the teacher's weights, of what was measured, the report, and the trained heads.
+
+    Raises:
+        ValueError: a backbone or cells that do not fit, too few photos, or ``output`` holds results of
+            other settings or photos.
+    """
+    output = Path(output)
+    dropped = DroppedTokens(backbone, config.cells)
+    teachers = {name: Teacher(dropped, config.passes, config.ridge, name) for name in DESIGNS}
+    paths = _drawn(data, config)
+    check_folder(output)
+    kept_record(output / "record.json", _record(backbone, paths, config))
+    photos = Photos(paths, config.tested, dropped, output)
+    first = taught(teachers["balanced"], paths, output / "teacher-0", 0)
+    second = taught(teachers["balanced"], paths[: config.tested], output / "teacher-1", 1)
+    few = paths[: min(COMPARED, config.tested)]
+    pair = [taught(teachers["random"], few, output / f"random-{seed}", seed) for seed in range(2)]
+    lines = [
+        f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}; {len(paths) - config.tested} "
+        f"photos to learn from, {config.tested} tested; {config.cells} x {config.cells} cells, "
+        f"{config.passes} passes, ridge {config.ridge:g}",
+        *_teacher_table(first, second, pair, config),
+    ]
+    found = _measured(photos, first, config)
+    lines += [*_order_table(found), *_end_table(found)]
+    write_report(output, lines)
+    yield from lines
+    yield f"\nreport: {output / 'report.md'}"
+
+
+def _drawn(data: str | Path, config: OrderStudyConfig) -> list[Path]:
+    sources = named_photos(data)
+    for name, source in sources:
+        if not isinstance(source, Path):
+            raise ValueError(f"data: {name} is no file; give a folder or a list of photos")
+    random.Random(config.seed).shuffle(sources)
+    paths = [Path(str(source)) for _, source in sources][: config.tested + config.photos]
+    if len(paths) < config.tested + 4:
+        raise ValueError(
+            f"data: got {len(paths)} photos; give at least {config.tested + 4}, {config.tested} of them to "
+            f"test, or lower tested"
+        )
+    return paths
+
+
+def _record(
+    backbone: Backbone, paths: Sequence[Path], config: OrderStudyConfig
+) -> dict[str, object]:
+    """What all results depend on; more draws may be added later."""
+    return {
+        "backbone": backbone.fingerprint,
+        "taps": list(backbone.taps),
+        "preprocessing": repr(backbone.preprocessing),
+        "config": {key: value for key, value in asdict(config).items() if key != "draws"},
+        "photos": [file_sha256(path) for path in paths],
+    }
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def _measured(photos: Photos, first: Taught, config: OrderStudyConfig) -> dict[str, Values]:
+    """What every row does to the tested photos."""
+    t, n = photos.tested, config.cells**2
+    weights = first.weights[config.target]
+    orders = weights.argsort(dim=1, descending=True, stable=True)
+    enough = photos.kept("enough.json", lambda: _enough(photos, orders, first.classes))
+    kept = torch.tensor(enough, device="cpu")
+    head = Pointer(photos.backbone, config.cells)
+    cells = cells_of(photos, head, first.classes)
+    lessons = Lessons(cells.of(slice(t, None)), weights[t:], kept[t:])
+    generator = torch.Generator().manual_seed(config.seed)
+    chance = torch.rand(t, n, generator=generator, device="cpu").argsort(1)
+    mean = lessons.mean_ranks.argsort(descending=True, stable=True).expand(t, -1)
+    usual = lessons.kept.double().mean().round().long().clamp_min(1).expand(t)
+    tested = cells.of(slice(t))
+    found: dict[str, list[dict[str, Any]]] = {}
+
+    def measure(row: str, name: str, order: Tensor, counts: Tensor | None = None) -> dict[str, Any]:
+        one = photos.kept(
+            f"curves/{name}.json", lambda: _curve(photos, order, first.classes, counts)
+        )
+        if one["orders"] != order.tolist():
+            raise ValueError(f"output: curves/{name}.json is of another order; delete it")
+        found.setdefault(row, []).append(one)
+        return one  # type: ignore[no-any-return]
+
+    measure("chance", "chance", chance)
+    measure("mean order", "mean-order", mean, usual)
+    measure("class map, untrained head", "class-map", without_end(head.orders(tested)[:, 0]))
+    relevance = photos.kept("relevance.json", lambda: _relevance(photos, first.classes))
+    measure(
+        "generic relevance",
+        "generic-relevance",
+        torch.tensor(relevance, device="cpu").argsort(dim=1, descending=True, stable=True),
+    )
+    for kind in KINDS:
+        for seed in range(config.draws):
+            make = partial(_learned, photos, kind, lessons, tested, config, seed)
+            name = f"{kind.replace(', ', '-')}-{seed}"
+            made = photos.kept(f"orders/{name}.json", make)
+            ended = torch.tensor(made["sequences"], device="cpu")
+            counts = None if kind == "regression" else kept_cells(ended)
+            one = measure(NAMES[kind], name, without_end(ended), counts)
+            one["seconds"] = made["seconds"]
+    measure("teacher", "teacher", orders[:t], kept[:t])
+    return {row: _values(some, n) for row, some in found.items()}
+
+
+def _values(found: Sequence[Mapping[str, Any]], count: int) -> Values:
+    steps = steps_of(count)
+
+    def mean(values: Sequence[Any]) -> NDArray[np.float64]:
+        return np.mean([np.asarray(value, dtype=np.float64) for value in values], axis=0)  # type: ignore[no-any-return]
+
+    areas = [
+        mean([area(torch.tensor(one[key], device="cpu"), steps).numpy() for one in found])
+        for key in ("kept", "left")
+    ]
+    ended = found[0]["counts"] is not None
+    return Values(
+        areas[0],
+        areas[1],
+        mean([one["counts"] for one in found]) if ended else None,
+        mean([one["restored"] for one in found]) if ended else None,
+        [one["seconds"] for one in found if "seconds" in one],
+    )
+
+
+def _learned(
+    photos: Photos,
+    kind: str,
+    lessons: Lessons,
+    tested: Cells,
+    config: OrderStudyConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """Train a head, and give its sequences (t, N + 1) for the tested photos; the first is saved, too."""
+    made = learn(kind, photos.backbone, lessons, config, seed)
+    if kind == "pointer" and seed == 0:
+        save_head(made.head, photos.output / "head", {"seconds": made.seconds})
+    return {"sequences": made.head.orders(tested)[:, 0].tolist(), "seconds": made.seconds}
+
+
+@torch.no_grad()
+def _curve(
+    photos: Photos, orders: Tensor, classes: Tensor, counts: Tensor | None
+) -> dict[str, Any]:
+    """p with the first cells of ``orders`` (t, N) kept and left out, and whether the first ``counts`` (t,)
+    restore the prediction."""
+    found: dict[str, Any] = {"orders": orders.tolist(), "kept": [], "left": []}
+    restored: list[bool] = []
+    for some, images in photos.batches(len(orders)):
+        tokens, _ = photos.dropped.embedded(images)
+        order, own = orders[some].to(tokens.device), classes[some].to(tokens.device)
+        curves = photos.dropped.curves(tokens, order, own, steps_of(orders.shape[1]))
+        found["kept"] += curves.kept.tolist()
+        found["left"] += curves.left.tolist()
+        for i, count in enumerate([] if counts is None else counts[some].tolist()):
+            logits = photos.dropped.logits(tokens[i : i + 1], order[i : i + 1, :count])
+            restored.append(bool(logits.argmax() == own[i]))
+    return {**found, "counts": None if counts is None else counts.tolist(), "restored": restored}
+
+
+@torch.no_grad()
+def _enough(photos: Photos, orders: Tensor, classes: Tensor) -> list[int]:
+    """Of every photo, the fewest cells of its order, of those measured, that restore the prediction."""
+    steps = steps_of(orders.shape[1])
+    found: list[int] = []
+    for some, images in photos.batches(len(orders)):
+        tokens, _ = photos.dropped.embedded(images)
+        own = classes[some].to(tokens.device)
+        order = orders[some].to(tokens.device)
+        same = torch.zeros(len(own), len(steps), dtype=torch.bool, device=tokens.device)
+        left = torch.arange(len(own), device=tokens.device)
+        for i, k in enumerate(steps):
+            right = photos.dropped.logits(tokens[left], order[left, :k]).argmax(1) == own[left]
+            same[left[right], i] = True
+            left = left[~right]
+            if not len(left):
+                break
+        same[:, -1] = True  # every cell, up to rounding
+        found += [first_that_suffices(row, steps) for row in same.tolist()]
+    return found
+
+
+def _relevance(photos: Photos, classes: Tensor) -> list[list[float]]:
+    """Generic relevance of the tested photos, its mean over each cell, (t, N)."""
+    explainer = create_explainer("generic_relevance", photos.backbone)
+    found: list[list[float]] = []
+    for some, images in photos.batches(photos.tested):
+        maps = explainer.attribute(images, classes[some].to(images.device))
+        found += F.adaptive_avg_pool2d(maps, photos.dropped.cells).flatten(1).tolist()
+    return found
+
+
+def cells_of(photos: Photos, head: Pointer, classes: Tensor) -> Cells:
+    """What ``head`` reads of every photo and its class; a file keeps it."""
+    from safetensors.torch import load, save
+
+    file = photos.output / "cells.safetensors"
+    if not file.is_file():
+        found: list[Cells] = []
+        for some, images in photos.batches(len(photos.paths)):
+            with torch.no_grad():
+                found.append(head.read(photos.backbone(images), classes[some]))
+        state = {
+            "ranks": torch.cat([one.ranks for one in found]).cpu(),
+            "tokens": torch.cat([one.tokens for one in found]).cpu(),
+        }
+        with atomic_file(file) as temporary:
+            temporary.write_bytes(save(state))
+    state = load(file.read_bytes())
+    side = photos.dropped.cells
+    return Cells(state["ranks"], state["tokens"], (side, side))
+
+
+# ---------------------------------------------------------------------- report
+
+
+def _teacher_table(
+    first: Taught, second: Taught, pair: Sequence[Taught], config: OrderStudyConfig
+) -> Iterator[str]:
+    yield "\n| halves | y | photos | rank correlation of two teachers | aim | CPU seconds a photo |"
+    yield "| :-- | :-- | --: | --: | :-- | --: |"
+    count = len(second.p)
+    for design, (a, b) in {"balanced": (first, second), "random": (pair[0], pair[1])}.items():
+        for target in TARGETS:
+            seen = min(count, len(b.p))
+            found = spearman(a.weights[target][:seen], b.weights[target][:seen])
+            aim = "at least .60" if target == config.target and design == "balanced" else ""
+            cells = [design, target, str(seen), _interval(found.numpy()), aim, f"{a.seconds:.2f}"]
+            yield f"| {' | '.join(cells)} |"
+
+
+def _order_table(found: Mapping[str, Values]) -> Iterator[str]:
+    yield "\n| order | insertion | deletion | insertion less mean order's | CPU seconds of training |"
+    yield "| :-- | --: | --: | --: | --: |"
+    base = found["mean order"].insertion
+    for row, values in found.items():
+        less = "" if row == "mean order" else _difference(values.insertion, base)
+        seconds = spread(list(values.seconds), 1) if values.seconds else ""
+        cells = [_interval(values.insertion), _interval(values.deletion), less, seconds]
+        yield f"| {row} | {' | '.join(cells)} |"
+    ours = found[NAMES["pointer"]].insertion
+    yield "\n| insertion of the pointer head less that of | |"
+    yield "| :-- | --: |"
+    for row in (
+        "class map, untrained head",
+        "generic relevance",
+        *[NAMES[kind] for kind in KINDS[1:]],
+    ):
+        yield f"| {row} | {_difference(ours, found[row].insertion)} |"
+
+
+def _end_table(found: Mapping[str, Values]) -> Iterator[str]:
+    yield "\n| where it ends | cells kept | photos whose prediction they restore |"
+    yield "| :-- | --: | --: |"
+    names = {
+        "mean order": "mean order, for every photo as many cells as the teacher keeps in the mean"
+    }
+    for row, values in found.items():
+        if values.kept is not None and values.restored is not None:
+            cells = [_interval(values.kept, 1), _interval(values.restored)]
+            yield f"| {names.get(row, row)} | {' | '.join(cells)} |"
+
+
+def _interval(values: NDArray[np.float64], digits: int = 3) -> str:
+    return mean_interval(values).text(digits)
+
+
+def _difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> str:
+    found = paired_difference(a, b)
+    return f"{found.mean:+.3f} [{found.lo:+.3f}, {found.hi:+.3f}]"

@@ -1,0 +1,188 @@
+"""Pointer head: a photo's cells in the order they matter, ended where they suffice (arXiv 1506.03134).
+
+    p_t = softmax over the cells that are left and the end symbol of v . tanh(W_1 e_j + W_2 d_t) + s_j
+
+Elements e are cells of a coarse grid: the ranks of cheap maps of the class, which the taps hold, the tokens
+of the first tap, and the place; s is linear in the ranks, plus a number for each place. Without memory d is
+the same at every step, and the order is a draw of Plackett and Luce, whose scores are a map. With memory d
+is an LSTM over the cells that were pointed to.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.backbone import Backbone, Taps
+from xattn.heads.base import Head, register_head
+from xattn.heads.class_reading import class_reading
+from xattn.heads.fusion import class_rows
+from xattn.heads.pointing import Pointing, left_over
+from xattn.runtime.option_checks import Count, Where
+
+Layers = Annotated[int, Where(lambda n: n >= 0, "an int of at least 0")]
+START = 2.0  # of the contrast's rank in the scores, before training
+
+
+class Cells(NamedTuple):
+    """What a head reads of B photos and M classes each: ``ranks`` (B, M, N, R) of maps over the N cells, in
+    [-1, 1]; ``tokens`` (B, N, C), normalised; ``grid`` (h, w) of the cells."""
+
+    ranks: Tensor
+    tokens: Tensor
+    grid: tuple[int, int]
+
+    def of(self, photos: Tensor | slice) -> Cells:
+        """Some of the photos."""
+        return Cells(self.ranks[photos], self.tokens[photos], self.grid)
+
+
+@register_head("pointer", cases=({"width": 8}, {"width": 6, "layers": 0, "explain_with": "mask"}))
+class Pointer(Head):
+    """Points to cells of the taps of ``backbone``, the inner ones first.
+
+    ``head(taps, index)`` gives scores (B, M, h, w): without memory those of Plackett and Luce, with memory
+    how many places before the end symbol. :meth:`orders` gives the sequence itself. Untrained, it is the
+    order of w_k . f less the mean of the other classes, see :mod:`~xattn.heads.class_reading`.
+
+    Args:
+        cells: of a side, at most; maps and tokens are averaged over each.
+        width, layers: of the transformer that the cells exchange information in; 0 layers for none.
+        memory: whether a step knows which cells were pointed to before.
+        explain_with: show ``"scores"``, or the ``"mask"`` sigmoid(scores - score of the end symbol): above
+            1/2 are the cells that are likelier next than the end.
+
+    Raises:
+        ValueError: a backbone whose classifier does not show how it reads its taps.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        cells: Count = 7,
+        width: Count = 32,
+        layers: Layers = 1,
+        memory: bool = False,
+        explain_with: Literal["scores", "mask"] = "scores",
+    ) -> None:
+        reading = class_reading(backbone, "head: pointer")
+        options = {
+            "cells": cells, "width": width, "layers": layers, "memory": memory,
+            "explain_with": explain_with,
+        }  # fmt: skip
+        super().__init__(backbone, options)
+        self.cells, self.reading = cells, reading
+        ranks = 2 + reading.extras + len(backbone.taps)
+        self.of_ranks = nn.Linear(ranks, width)
+        self.of_tokens = nn.Linear(backbone.channels[0], width, bias=False)
+        self.places = nn.Parameter(torch.zeros(1, width, cells, cells))
+        layer = nn.TransformerEncoderLayer(
+            width,
+            4 if width % 4 == 0 else 1,
+            2 * width,
+            0.0,
+            "gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.encoder = (
+            nn.TransformerEncoder(layer, layers, enable_nested_tensor=False) if layers else None
+        )
+        self.norm = nn.LayerNorm(width)
+        self.end = nn.Parameter(torch.zeros(width))
+        self.start = nn.Linear(width, 2 * width)
+        self.decoder = nn.LSTM(width, width, batch_first=True) if memory else None
+        self.pointing = Pointing(width)
+        nn.init.zeros_(self.pointing.v)
+        self.prior = nn.Parameter(torch.zeros(1, 1, cells, cells))  # the mean order
+        self.direct = nn.Parameter(torch.zeros(ranks))
+        with torch.no_grad():
+            self.direct[1] = START
+
+    def read(self, taps: Taps, class_index: Tensor | int | None = None) -> Cells:
+        """What depends on the backbone alone, and can be kept while the head is trained."""
+        index = class_rows(class_index, self.num_classes, taps.logits.shape[0])
+        if index is not None:
+            index = index.to(taps.logits.device).expand(taps.logits.shape[0], -1)
+        found = self.reading(taps, index, self.backbone_task)
+        first = taps.maps[0]
+        grid = (min(self.cells, first.shape[2]), min(self.cells, first.shape[3]))
+        of_class = [found.own, found.own - found.others]
+        classes = found.own.shape[1]
+        shared = [m.square().mean(1, keepdim=True) for m in taps.maps]
+        shared += [] if found.extra is None else [*found.extra.split(1, 1)]
+        maps = of_class + [m.expand(-1, classes, -1, -1) for m in shared]
+        ranks = torch.stack([ranked(F.adaptive_avg_pool2d(m, grid).flatten(2)) for m in maps], -1)
+        tokens = F.adaptive_avg_pool2d(first, grid).flatten(2).transpose(1, 2)
+        return Cells(ranks, F.layer_norm(tokens, tokens.shape[-1:]), grid)
+
+    def encoded(self, cells: Cells) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Elements (B M, N + 1, width), the end symbol last; s (B M, N + 1); the decoder's first state."""
+        ranks = cells.ranks.flatten(0, 1)
+        tokens = self.of_tokens(cells.tokens).repeat_interleave(cells.ranks.shape[1], 0)
+        places, prior = (
+            F.interpolate(x, cells.grid, mode="bilinear", align_corners=False).flatten(2)
+            for x in (self.places, self.prior)
+        )
+        e = self.of_ranks(ranks) + tokens + places.transpose(1, 2)
+        e = self.norm(e if self.encoder is None else self.encoder(e))
+        added = F.pad(ranks @ self.direct + prior[:, 0], (0, 1))
+        h, c = self.start(e.mean(1)).chunk(2, -1)
+        e = torch.cat([e, self.end.expand(len(e), 1, -1)], 1)
+        return e, added, (h.tanh()[None], c[None])
+
+    def scores(self, cells: Cells) -> Tensor:
+        """(B, M, N + 1) of the first step, the end symbol's last; without memory those of every step."""
+        e, added, (h, _) = self.encoded(cells)
+        return (self.pointing(e, h[0][:, None])[:, 0] + added).unflatten(0, cells.ranks.shape[:2])
+
+    def log_likelihood(self, cells: Cells, orders: Tensor) -> Tensor:
+        """Of every step of ``orders`` (B M, T) of the cells with the end symbol N among them, (B M, T)."""
+        e, added, state = self.encoded(cells)
+        queries = state[0][0][:, None].expand(-1, orders.shape[1], -1)
+        if self.decoder is not None:
+            read = e.gather(1, orders[:, :-1, None].expand(-1, -1, e.shape[2]))
+            queries = self.decoder(torch.cat([e.mean(1, keepdim=True), read], 1), state)[0]
+        scores = self.pointing(e, queries) + added[:, None]
+        scores = scores.masked_fill(~left_over(orders, e.shape[1]), -torch.inf)
+        return scores.log_softmax(-1).gather(2, orders[..., None])[..., 0]
+
+    @torch.no_grad()
+    def orders(self, cells: Cells) -> Tensor:
+        """(B, M, N + 1): the likeliest of every step, the end symbol N where the cells before suffice."""
+        shape = cells.ranks.shape[:2]
+        if self.decoder is None:
+            return self.scores(cells).argsort(dim=-1, descending=True, stable=True)
+        e, added, state = self.encoded(cells)
+        inputs, free = e.mean(1, keepdim=True), torch.ones_like(added, dtype=torch.bool)
+        found = []
+        for _ in range(e.shape[1]):
+            query, state = self.decoder(inputs, state)
+            scores = self.pointing(e, query)[:, 0] + added
+            best = scores.masked_fill(~free, -torch.inf).argmax(1, keepdim=True)
+            free = free.scatter(1, best, False)
+            inputs = e.gather(1, best[..., None].expand(-1, -1, e.shape[2]))
+            found.append(best)
+        return torch.cat(found, 1).unflatten(0, shape)
+
+    def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
+        cells = self.read(taps, class_index)
+        if self.decoder is None:
+            scores = self.scores(cells)
+            return (scores[..., :-1] - scores[..., -1:]).unflatten(-1, cells.grid)
+        place = self.orders(cells).argsort(-1).to(taps.logits.dtype)
+        return ((place[..., -1:] - place[..., :-1]) / place.shape[-1]).unflatten(-1, cells.grid)
+
+
+def ranked(values: Tensor) -> Tensor:
+    """Ranks of (..., N) from -1 to 1, equal values share theirs.
+
+    >>> ranked(torch.tensor([5.0, 7.0, 7.0])).tolist()
+    [-1.0, 0.5, 0.5]
+    """
+    a, b = values[..., :, None], values[..., None, :]
+    above = (a > b).to(values.dtype).sum(-1) - (a < b).to(values.dtype).sum(-1)
+    return above / max(1, values.shape[-1] - 1)
