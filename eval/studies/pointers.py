@@ -18,6 +18,7 @@ from typing import Any
 from xattn.eval.studies.digits import Found, measure_rows, spread, write_report
 from xattn.eval.studies.pointer_configs import PointStudyConfig
 from xattn.eval.studies.pointer_points import ROWS, measure
+from xattn.runtime.files import atomic_file
 
 DEFAULTS = PointStudyConfig()
 AIMS = {5: "at least .90", 7: "at least .88", 10: "at least .83", 15: "at least .55"}
@@ -26,7 +27,7 @@ TOUR_AIMS = {5: "at most 1.02", 10: "at most 1.08"}
 
 
 def study(output: str | Path, config: PointStudyConfig = DEFAULTS) -> Iterator[str]:
-    """Train and test what is not finished yet, write report.md, and give its lines.
+    """Train and test what is not finished yet, write report.md and a plot, and give the report's lines.
 
     Raises:
         ValueError: ``output`` holds results of other settings.
@@ -37,8 +38,9 @@ def study(output: str | Path, config: PointStudyConfig = DEFAULTS) -> Iterator[s
     found = measure_rows(output, settings, rows, config.seeds)
     lines = [*_report(found, config)]
     write_report(output, lines)
+    _plot(found, output / "pointers.png")
     yield from lines
-    yield f"\nreport: {output / 'report.md'}"
+    yield f"\nreport: {output / 'report.md'}, {output / 'pointers.png'}"
 
 
 def _report(found: Found, config: PointStudyConfig) -> Iterator[str]:
@@ -86,3 +88,29 @@ def _report(found: Found, config: PointStudyConfig) -> Iterator[str]:
 
 def _cell(runs: Sequence[dict[str, Any]], points: int, key: str) -> str:
     return spread([run["tests"][str(points)][key] for run in runs])
+
+
+def _plot(found: Found, path: Path) -> None:
+    """Exact orders of hulls over the number of points; bars from the worst seed to the best."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    for name, label in (("hull-set", "set encoder"), ("hull-lstm", "LSTM encoder")):
+        points = ROWS[name].tested
+        runs = [[run["tests"][str(n)]["exact"] for run in found[name]] for n in points]
+        means = [sum(values) / len(values) for values in runs]
+        below = [mean - min(values) for mean, values in zip(means, runs, strict=True)]
+        above = [max(values) - mean for mean, values in zip(means, runs, strict=True)]
+        axes.errorbar(points, means, (below, above), marker="o", capsize=3, label=label)
+    trained = ROWS["hull-set"].trained
+    axes.axvspan(min(trained), max(trained), color="0.92", zorder=0, label="trained")
+    axes.set(
+        xlabel="points", ylabel="hulls in exact order", ylim=(0, 1), xticks=ROWS["hull-set"].tested
+    )
+    axes.legend(fontsize=8)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)

@@ -22,11 +22,12 @@ def done(tmp_path_factory):
 
 def test_a_report_of_every_task(done):
     output, lines = done
-    for start, count in (("| hull-set | ", 5), ("| hull-lstm | ", 5), ("| tsp-set | ", 2)):
+    for start, count in (("| hull-set | ", 5), ("| hull-lstm | ", 5), ("| tsp-lstm | ", 2)):
         assert sum(line.startswith(start) and line.count("|") > 5 for line in lines) == count
     assert any(line.startswith("| delaunay-set | 5 |") for line in lines)
     assert any(line.startswith("| hull-set | 15, untrained |") for line in lines)
     assert (output / "report.md").read_text().startswith("16 samples, width 8, 1 seeds")
+    assert (output / "pointers.png").is_file()
     found = json.loads((output / "tsp-set-0.json").read_text())["tests"]["10"]
     assert found["greedy"] >= found["beam"] >= 1 and found["nearest"] >= found["two_opt"] >= 1
 
