@@ -201,12 +201,12 @@ def _shortest(x: Points) -> Indices:
                 before[:, s, j] = ways.argmin(1)
                 best[:, s, j] = ways.min(1)
     rows = np.arange(b)
-    s = np.full(b, 2**others - 1)
-    j = (best[:, -1] + apart[:, 1:, 0]).argmin(1)
+    left = np.full(b, 2**others - 1)
+    last = (best[:, -1] + apart[:, 1:, 0]).argmin(1)
     tour = np.zeros((b, n), dtype=np.int64)
     for place in range(others, 0, -1):
-        tour[:, place] = j + 1
-        s, j = s & ~(1 << j), before[rows, s, j].astype(np.int64)
+        tour[:, place] = last + 1
+        left, last = left & ~(1 << last), before[rows, left, last].astype(np.int64)
     return tour
 
 

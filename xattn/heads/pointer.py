@@ -23,7 +23,7 @@ from xattn.heads.fusion import class_rows
 from xattn.heads.pointing import Pointing, left_over
 from xattn.runtime.option_checks import Count, Where
 
-Layers = Annotated[int, Where(lambda n: n >= 0, "an int of at least 0")]
+Layers = Annotated[int, Where(lambda n: 0 <= n <= 8, "an int from 0 to 8")]
 START = 2.0  # of the contrast's rank in the scores, before training
 
 
@@ -50,7 +50,8 @@ class Pointer(Head):
 
     Args:
         cells: of a side, at most; maps and tokens are averaged over each.
-        width, layers: of the transformer that the cells exchange information in; 0 layers for none.
+        width, layers: of the transformer that the cells exchange information in; 0 layers for none, and 8
+            at most.
         memory: whether a step knows which cells were pointed to before.
         explain_with: show ``"scores"``, or the ``"mask"`` sigmoid(scores - score of the end symbol): above
             1/2 are the cells that are likelier next than the end.
