@@ -81,15 +81,21 @@ class Photos:
         return kept_values(self.output / name, make)
 
 
-class Values(NamedTuple):
-    """Of the tested photos, means over draws: areas of ``insertion`` and ``deletion``, and of ended orders
-    the number of cells ``kept``, and whether they ``restored`` the prediction; ``seconds`` of training."""
+class Areas(NamedTuple):
+    """Of the tested photos, means over draws: areas of ``insertion`` and ``deletion``; of each draw the
+    ``seconds`` of training."""
 
     insertion: NDArray[np.float64]
     deletion: NDArray[np.float64]
-    kept: NDArray[np.float64] | None = None
-    restored: NDArray[np.float64] | None = None
     seconds: Sequence[float] = ()
+
+
+class Ends(NamedTuple):
+    """Of the tested photos, means over draws: how many cells are ``kept``, and whether they ``restored``
+    the prediction."""
+
+    kept: NDArray[np.float64]
+    restored: NDArray[np.float64]
 
 
 def study(
@@ -127,7 +133,7 @@ def study(
         *_teacher_table(first, second, pair, config),
     ]
     found = _measured(photos, first, config)
-    lines += [*_order_table(found), *_end_table(found)]
+    lines += [*_order_table(found.areas()), *_end_table(found.ended())]
     write_report(output, lines)
     yield from lines
     yield f"\nreport: {output / 'report.md'}"
@@ -164,72 +170,97 @@ def _record(
 # ---------------------------------------------------------------------- rows
 
 
-def _measured(photos: Photos, first: Taught, config: OrderStudyConfig) -> dict[str, Values]:
+class Orders:
+    """Orders of the tested photos by row, a draw after the other, and what they do to the network."""
+
+    def __init__(self, photos: Photos, classes: Tensor) -> None:
+        self.photos, self.classes = photos, classes
+        self.curves: dict[str, list[dict[str, Any]]] = {}
+        self.ends: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, row: str, name: str, orders: Tensor, seconds: float | None = None) -> None:
+        """Measure ``orders`` (t, N); a file of that ``name`` keeps what is found."""
+        one = self._kept(f"curves/{name}.json", _curve, orders)
+        self.curves.setdefault(row, []).append({**one, "seconds": seconds})
+
+    def end(self, row: str, name: str, orders: Tensor, counts: Tensor) -> None:
+        """Measure whether the first ``counts`` (t,) cells of ``orders`` suffice."""
+        make = partial(_ended, counts=counts)
+        one = self._kept(f"ends/{name}.json", make, orders, counts.tolist())
+        self.ends.setdefault(row, []).append(one)
+
+    def _kept(self, name: str, make: Any, orders: Tensor, counts: Any = None) -> dict[str, Any]:
+        one = self.photos.kept(name, lambda: make(self.photos, orders, self.classes))
+        if one["orders"] != orders.tolist() or counts not in (None, one.get("counts")):
+            raise ValueError(f"output: {name} is of another order; delete it, to measure again")
+        return one  # type: ignore[no-any-return]
+
+    def areas(self) -> dict[str, Areas]:
+        found = {}
+        for row, some in self.curves.items():
+            steps = steps_of(len(some[0]["orders"][0]))
+            both = [
+                [area(torch.tensor(one[key], device="cpu"), steps).numpy() for one in some]
+                for key in ("kept", "left")
+            ]
+            seconds = [one["seconds"] for one in some if one["seconds"] is not None]
+            found[row] = Areas(_mean(both[0]), _mean(both[1]), seconds)
+        return found
+
+    def ended(self) -> dict[str, Ends]:
+        return {
+            row: Ends(*(_mean([one[key] for one in some]) for key in ("counts", "restored")))
+            for row, some in self.ends.items()
+        }
+
+
+def _mean(values: Sequence[Any]) -> NDArray[np.float64]:
+    return np.mean([np.asarray(value, dtype=np.float64) for value in values], axis=0)  # type: ignore[no-any-return]
+
+
+def _measured(photos: Photos, first: Taught, config: OrderStudyConfig) -> Orders:
     """What every row does to the tested photos."""
     t, n = photos.tested, config.cells**2
     weights = first.weights[config.target]
-    orders = weights.argsort(dim=1, descending=True, stable=True)
-    enough = photos.kept("enough.json", lambda: _enough(photos, orders, first.classes))
+    best = weights.argsort(dim=1, descending=True, stable=True)
+    enough = photos.kept("enough.json", lambda: _enough(photos, best, first.classes))
     kept = torch.tensor(enough, device="cpu")
     head = Pointer(photos.backbone, config.cells)
     cells = cells_of(photos, head, first.classes)
     lessons = Lessons(cells.of(slice(t, None)), weights[t:], kept[t:])
+    tested, orders = cells.of(slice(t)), Orders(photos, first.classes)
     generator = torch.Generator().manual_seed(config.seed)
-    chance = torch.rand(t, n, generator=generator, device="cpu").argsort(1)
+    orders.add("chance", "chance", torch.rand(t, n, generator=generator, device="cpu").argsort(1))
     mean = lessons.mean_ranks.argsort(descending=True, stable=True).expand(t, -1)
-    usual = lessons.kept.double().mean().round().long().clamp_min(1).expand(t)
-    tested = cells.of(slice(t))
-    found: dict[str, list[dict[str, Any]]] = {}
-
-    def measure(row: str, name: str, order: Tensor, counts: Tensor | None = None) -> dict[str, Any]:
-        one = photos.kept(
-            f"curves/{name}.json", lambda: _curve(photos, order, first.classes, counts)
-        )
-        if one["orders"] != order.tolist():
-            raise ValueError(f"output: curves/{name}.json is of another order; delete it")
-        found.setdefault(row, []).append(one)
-        return one  # type: ignore[no-any-return]
-
-    measure("chance", "chance", chance)
-    measure("mean order", "mean-order", mean, usual)
-    measure("class map, untrained head", "class-map", without_end(head.orders(tested)[:, 0]))
+    orders.add("mean order", "mean-order", mean)
+    plain = without_end(head.orders(tested)[:, 0])
+    orders.add("class map, untrained head", "class-map", plain)
     relevance = photos.kept("relevance.json", lambda: _relevance(photos, first.classes))
-    measure(
-        "generic relevance",
-        "generic-relevance",
-        torch.tensor(relevance, device="cpu").argsort(dim=1, descending=True, stable=True),
-    )
+    order = torch.tensor(relevance, device="cpu").argsort(dim=1, descending=True, stable=True)
+    orders.add("generic relevance", "generic-relevance", order)
     for kind in KINDS:
         for seed in range(config.draws):
-            make = partial(_learned, photos, kind, lessons, tested, config, seed)
             name = f"{kind.replace(', ', '-')}-{seed}"
+            make = partial(_learned, photos, kind, lessons, tested, config, seed)
             made = photos.kept(f"orders/{name}.json", make)
             ended = torch.tensor(made["sequences"], device="cpu")
-            counts = None if kind == "regression" else kept_cells(ended)
-            one = measure(NAMES[kind], name, without_end(ended), counts)
-            one["seconds"] = made["seconds"]
-    measure("teacher", "teacher", orders[:t], kept[:t])
-    return {row: _values(some, n) for row, some in found.items()}
-
-
-def _values(found: Sequence[Mapping[str, Any]], count: int) -> Values:
-    steps = steps_of(count)
-
-    def mean(values: Sequence[Any]) -> NDArray[np.float64]:
-        return np.mean([np.asarray(value, dtype=np.float64) for value in values], axis=0)  # type: ignore[no-any-return]
-
-    areas = [
-        mean([area(torch.tensor(one[key], device="cpu"), steps).numpy() for one in found])
-        for key in ("kept", "left")
-    ]
-    ended = found[0]["counts"] is not None
-    return Values(
-        areas[0],
-        areas[1],
-        mean([one["counts"] for one in found]) if ended else None,
-        mean([one["restored"] for one in found]) if ended else None,
-        [one["seconds"] for one in found if "seconds" in one],
-    )
+            orders.add(NAMES[kind], name, without_end(ended), made["seconds"])
+            if kind == "regression":
+                continue
+            orders.end(f"{NAMES[kind]}, its own end", name, without_end(ended), kept_cells(ended))
+            if kind == "pointer" and seed == 0:
+                usual = kept_cells(ended).double().mean().round().long().expand(t)
+                of_all = {
+                    "pointer head": without_end(ended),
+                    "class map": plain,
+                    "mean order": mean,
+                }
+                for row, some in of_all.items():
+                    row_name = f"{row}, {int(usual[0])} cells of every photo"
+                    orders.end(row_name, f"{row.replace(' ', '-')}-usual", some, usual)
+    orders.add("teacher", "teacher", best[:t])
+    orders.end("teacher, as few as it takes", "teacher", best[:t], kept[:t])
+    return orders
 
 
 def _learned(
@@ -247,24 +278,28 @@ def _learned(
     return {"sequences": made.head.orders(tested)[:, 0].tolist(), "seconds": made.seconds}
 
 
-@torch.no_grad()
-def _curve(
-    photos: Photos, orders: Tensor, classes: Tensor, counts: Tensor | None
-) -> dict[str, Any]:
-    """p with the first cells of ``orders`` (t, N) kept and left out, and whether the first ``counts`` (t,)
-    restore the prediction."""
+def _curve(photos: Photos, orders: Tensor, classes: Tensor) -> dict[str, Any]:
+    """p with the first cells of ``orders`` (t, N) kept and left out."""
     found: dict[str, Any] = {"orders": orders.tolist(), "kept": [], "left": []}
-    restored: list[bool] = []
     for some, images in photos.batches(len(orders)):
         tokens, _ = photos.dropped.embedded(images)
         order, own = orders[some].to(tokens.device), classes[some].to(tokens.device)
         curves = photos.dropped.curves(tokens, order, own, steps_of(orders.shape[1]))
         found["kept"] += curves.kept.tolist()
         found["left"] += curves.left.tolist()
-        for i, count in enumerate([] if counts is None else counts[some].tolist()):
+    return found
+
+
+def _ended(photos: Photos, orders: Tensor, classes: Tensor, counts: Tensor) -> dict[str, Any]:
+    """Whether the first ``counts`` (t,) cells of ``orders`` (t, N) restore the prediction."""
+    restored: list[bool] = []
+    for some, images in photos.batches(len(orders)):
+        tokens, _ = photos.dropped.embedded(images)
+        order = orders[some].to(tokens.device)
+        for i, count in enumerate(counts[some].tolist()):
             logits = photos.dropped.logits(tokens[i : i + 1], order[i : i + 1, :count])
-            restored.append(bool(logits.argmax() == own[i]))
-    return {**found, "counts": None if counts is None else counts.tolist(), "restored": restored}
+            restored.append(int(logits.argmax()) == int(classes[some][i]))
+    return {"orders": orders.tolist(), "counts": counts.tolist(), "restored": restored}
 
 
 @torch.no_grad()
@@ -338,7 +373,7 @@ def _teacher_table(
             yield f"| {' | '.join(cells)} |"
 
 
-def _order_table(found: Mapping[str, Values]) -> Iterator[str]:
+def _order_table(found: Mapping[str, Areas]) -> Iterator[str]:
     yield "\n| order | insertion | deletion | insertion less mean order's | CPU seconds of training |"
     yield "| :-- | --: | --: | --: | --: |"
     base = found["mean order"].insertion
@@ -350,24 +385,16 @@ def _order_table(found: Mapping[str, Values]) -> Iterator[str]:
     ours = found[NAMES["pointer"]].insertion
     yield "\n| insertion of the pointer head less that of | |"
     yield "| :-- | --: |"
-    for row in (
-        "class map, untrained head",
-        "generic relevance",
-        *[NAMES[kind] for kind in KINDS[1:]],
-    ):
+    others = [NAMES[kind] for kind in KINDS if kind != "pointer"]
+    for row in ("class map, untrained head", "generic relevance", *others):
         yield f"| {row} | {_difference(ours, found[row].insertion)} |"
 
 
-def _end_table(found: Mapping[str, Values]) -> Iterator[str]:
-    yield "\n| where it ends | cells kept | photos whose prediction they restore |"
+def _end_table(found: Mapping[str, Ends]) -> Iterator[str]:
+    yield "\n| order and its end | cells kept | photos whose prediction they restore |"
     yield "| :-- | --: | --: |"
-    names = {
-        "mean order": "mean order, for every photo as many cells as the teacher keeps in the mean"
-    }
     for row, values in found.items():
-        if values.kept is not None and values.restored is not None:
-            cells = [_interval(values.kept, 1), _interval(values.restored)]
-            yield f"| {names.get(row, row)} | {' | '.join(cells)} |"
+        yield f"| {row} | {_interval(values.kept, 1)} | {_interval(values.restored)} |"
 
 
 def _interval(values: NDArray[np.float64], digits: int = 3) -> str:

@@ -57,8 +57,11 @@ def test_a_report_of_every_row(done, backbone):
     assert "5 photos to learn from, 3 tested; 3 x 3 cells, 24 passes" in lines[0]
     for row in ("chance", "mean order", "class map, untrained head", "score regression", "teacher"):
         assert sum(line.startswith(f"| {row} |") and line.count("|") == 6 for line in lines) == 1
-    for row in ("pointer head", "pointer head, by likelihood, with memory", "teacher"):
-        assert sum(line.startswith(f"| {row} |") and line.count("|") == 4 for line in lines) >= 1
+    for row in ("pointer head, its own end", "teacher, as few as it takes"):
+        assert sum(line.startswith(f"| {row} |") and line.count("|") == 4 for line in lines) == 1
+    assert sum("cells of every photo |" in line for line in lines) == 3
+    restored = next(line for line in lines if line.startswith("| teacher, as few"))
+    assert restored.endswith("| 1.000 [1.000, 1.000] |")
     assert sum(line.startswith("| balanced | ") for line in lines) == 2
     assert (output / "report.md").read_text().count("\n") >= 25
     head = load_head(output / "head", backbone)
