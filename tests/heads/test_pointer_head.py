@@ -118,10 +118,12 @@ def test_equal_values_share_a_rank():
     assert ranked(torch.tensor([[4.0]])).tolist() == [[0.0]]
 
 
-def test_what_does_not_fit_is_refused(backbone):
+def test_what_does_not_fit_is_refused(backbone, taps):
     with pytest.raises(ValueError, match="cells"):
         create_head("pointer", backbone, cells=0)
     with pytest.raises(ValueError, match="layers: got -1"):
         create_head("pointer", backbone, layers=-1)
+    with pytest.raises(ValueError, match="memory: got true; an order has no gradient"):
+        trained(backbone, memory=True).train()(taps)
     with pytest.raises(ValueError, match="head: pointer needs the classifier's rows"):
         create_head("pointer", tiny("pool"))

@@ -174,6 +174,11 @@ class Pointer(Head):
         if self.decoder is None:
             scores = self.scores(cells)
             return (scores[..., :-1] - scores[..., -1:]).unflatten(-1, cells.grid)
+        if self.training:
+            raise ValueError(
+                "memory: got true; an order has no gradient that a mask could train it by: use the head's "
+                "log_likelihood, or memory=false"
+            )
         place = self.orders(cells).argsort(-1).to(taps.logits.dtype)
         return ((place[..., -1:] - place[..., :-1]) / place.shape[-1]).unflatten(-1, cells.grid)
 
