@@ -11,8 +11,7 @@ import tyro
 from xattn.cli.model import BackboneArgs, device_name, weight_source
 from xattn.cli.printing import note
 from xattn.cli.study_generated import StudyLesions
-from xattn.cli.study_pointer import StudyPointer
-from xattn.cli.study_tasks import StudyActions, StudyFaces
+from xattn.cli.study_tasks import StudyActions, StudyFaces, StudyPointer, StudyWords
 from xattn.cli.subcommands import one_of
 from xattn.eval.studies.control_configs import ControlStudyConfig
 from xattn.eval.studies.digit_configs import BlockStudyConfig, ExactRolloutConfig
@@ -27,7 +26,6 @@ from xattn.eval.studies.study_configs import (
     TextStudyConfig,
 )
 from xattn.eval.studies.theory_configs import InContextConfig, RandomFeatureConfig
-from xattn.eval.studies.word_configs import WordStudyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,34 +418,6 @@ class StudyControls:
         config = self.study.quick() if self.quick else self.study
         lines = content_controls.study(
             self.model.load(), self.data, self.labels, self.output, config
-        )
-        for line in lines:
-            print(line, flush=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyWords:
-    """A head of words on frozen tokens, learned from captions: does a word match, does its map find it?"""
-
-    data: str
-    """Photos, as for probe; files."""
-    labels: Path | None = None
-    """The words of the photos, as for probe; by default the names of their folders."""
-    objects: Path
-    """A folder with images/ and masks/ of COCO objects."""
-    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
-    study: tyro.conf.OmitArgPrefixes[WordStudyConfig] = field(default_factory=WordStudyConfig)
-    quick: bool = False
-    """A few steps, to see that all runs."""
-    output: Path = Path("runs/study-words")
-    """Folder of features, the trained heads, what is measured, and report.md."""
-
-    def run(self) -> None:
-        from xattn.eval.studies import words
-
-        config = self.study.quick() if self.quick else self.study
-        lines = words.study(
-            self.model.load(), self.data, self.labels, self.objects, self.output, config
         )
         for line in lines:
             print(line, flush=True)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import tyro
 
+from xattn.cli.model import BackboneArgs
 from xattn.eval.studies.actions.config import ActionStudyConfig
 from xattn.eval.studies.face_config import FaceStudyConfig
+from xattn.eval.studies.pointer_configs import OrderStudyConfig, PointStudyConfig
+from xattn.eval.studies.word_configs import WordStudyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,4 +47,60 @@ class StudyFaces:
 
         config = self.study.quick() if self.quick else self.study
         for line in faces.study(self.output, config):
+            print(line, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyWords:
+    """A head of words on frozen tokens, learned from captions: does a word match, does its map find it?"""
+
+    data: str
+    """Photos, as for probe; files."""
+    labels: Path | None = None
+    """The words of the photos, as for probe; by default the names of their folders."""
+    objects: Path
+    """A folder with images/ and masks/ of COCO objects."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    study: tyro.conf.OmitArgPrefixes[WordStudyConfig] = field(default_factory=WordStudyConfig)
+    quick: bool = False
+    """A few steps, to see that all runs."""
+    output: Path = Path("runs/study-words")
+    """Folder of features, the trained heads, what is measured, and report.md."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import words
+
+        config = self.study.quick() if self.quick else self.study
+        lines = words.study(
+            self.model.load(), self.data, self.labels, self.objects, self.output, config
+        )
+        for line in lines:
+            print(line, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyPointer:
+    """Pointer networks on hulls, tours and triangles; with --data, orders of a photo's cells."""
+
+    data: str | None = None
+    """Photos, as for explain; files. Heads learn in which order a ViT's cells matter; the networks that
+    point to points are not trained then."""
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    study: tyro.conf.OmitArgPrefixes[PointStudyConfig] = field(default_factory=PointStudyConfig)
+    order: OrderStudyConfig = field(default_factory=OrderStudyConfig)
+    """Settings of the study with --data."""
+    quick: bool = False
+    """Few samples or photos, to see that all runs."""
+    output: Path = Path("runs/study-pointer")
+    """Folder of what is finished, and of report.md; one for points, another for photos."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import cell_orders, pointers
+
+        if self.data is None:
+            lines = pointers.study(self.output, self.study.quick() if self.quick else self.study)
+        else:
+            config = self.order.quick() if self.quick else self.order
+            lines = cell_orders.study(self.model.load(), self.data, self.output, config)
+        for line in lines:
             print(line, flush=True)
