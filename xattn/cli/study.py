@@ -10,8 +10,7 @@ import tyro
 
 from xattn.cli.model import BackboneArgs, device_name, weight_source
 from xattn.cli.printing import note
-from xattn.cli.study_generated import StudyLesions
-from xattn.cli.study_tasks import StudyActions, StudyFaces, StudyPointer, StudyWords
+from xattn.cli.study_tasks import StudyActions, StudyFaces, StudyLesions, StudyPointer, StudyWords
 from xattn.cli.subcommands import one_of
 from xattn.eval.studies.control_configs import ControlStudyConfig
 from xattn.eval.studies.digit_configs import BlockStudyConfig, ExactRolloutConfig

@@ -1,4 +1,4 @@
-"""Commands of ``xattn study`` for systems on tasks of their own, with data that are generated."""
+"""Commands of ``xattn study`` for systems on tasks of their own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tyro
 from xattn.cli.model import BackboneArgs
 from xattn.eval.studies.actions.config import ActionStudyConfig
 from xattn.eval.studies.face_config import FaceStudyConfig
+from xattn.eval.studies.lesion_configs import LesionConfig
 from xattn.eval.studies.pointer_configs import OrderStudyConfig, PointStudyConfig
 from xattn.eval.studies.word_configs import WordStudyConfig
 
@@ -103,4 +104,22 @@ class StudyPointer:
             config = self.order.quick() if self.quick else self.order
             lines = cell_orders.study(self.model.load(), self.data, self.output, config)
         for line in lines:
+            print(line, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyLesions:
+    """Attention-gated U-Nets beside a plain one on generated lesions, and where their gates point."""
+
+    study: tyro.conf.OmitArgPrefixes[LesionConfig] = field(default_factory=LesionConfig)
+    quick: bool = False
+    """A few samples and steps, to see that all runs."""
+    output: Path = Path("runs/study-lesions")
+    """Folder of what is finished, of the trained networks, and of report.md."""
+
+    def run(self) -> None:
+        from xattn.eval.studies import lesions
+
+        config = self.study.quick() if self.quick else self.study
+        for line in lesions.study(self.output, config):
             print(line, flush=True)
