@@ -30,21 +30,6 @@ from xattn.runtime.files import check_folder, write_json
 KIND = "xattn mask network"
 
 
-def check_masks(masks: Tensor, images: Tensor) -> None:
-    """Raise a ``ValueError`` unless ``masks`` (B, M, *size) are 0 or 1 on the pixels of ``images``."""
-    if (
-        masks.ndim != images.ndim
-        or masks.shape[2:] != images.shape[2:]
-        or len(masks) != len(images)
-    ):
-        raise ValueError(
-            f"masks: got shape {tuple(masks.shape)} for images {tuple(images.shape)}; give (B, M, "
-            f"*size) of the same size"
-        )
-    if not bool(((masks == 0) | (masks == 1)).all()):
-        raise ValueError("masks: got values other than 0 and 1; give binary masks, such as x > 0.5")
-
-
 def soft_dice(probabilities: Tensor, masks: Tensor) -> Tensor:
     """Dice (B, M) of ``probabilities`` and ``masks``, both (B, M, *size)."""
     p, t = probabilities.flatten(2), masks.flatten(2)
@@ -53,7 +38,12 @@ def soft_dice(probabilities: Tensor, masks: Tensor) -> Tensor:
 
 def mask_loss(found: Outputs, masks: Tensor) -> Tensor:
     """1 - Dice + cross-entropy, the mean over masks and levels; a level has half the weight of the finer
-    one, and the mean of the mask as its target."""
+    one, and the mean of the mask as its target.
+
+    Raises:
+        ValueError: masks of another shape than the logits, or values other than 0 and 1.
+    """
+    _check_masks(masks, found.logits)
     levels = (found.logits, *found.deep)
     loss = found.logits.new_zeros(())
     for i, logits in enumerate(levels):
@@ -61,6 +51,17 @@ def mask_loss(found: Outputs, masks: Tensor) -> Tensor:
         overlap = 1 - soft_dice(logits.sigmoid(), wanted).mean()
         loss = loss + 0.5**i * (overlap + F.binary_cross_entropy_with_logits(logits, wanted))
     return loss / sum(0.5**i for i in range(len(levels)))
+
+
+def _check_masks(masks: Tensor, logits: Tensor) -> None:
+    """Raise a ``ValueError`` unless ``masks`` (B, M, *size) are 0 or 1 on the pixels of ``logits``."""
+    if masks.shape != logits.shape:
+        raise ValueError(
+            f"masks: got shape {tuple(masks.shape)} for logits {tuple(logits.shape)}; give (B, M, *size) "
+            f"of the same size"
+        )
+    if not bool(((masks == 0) | (masks == 1)).all()):
+        raise ValueError("masks: got values other than 0 and 1; give binary masks, such as x > 0.5")
 
 
 def released_dice_loss(probabilities: Tensor, masks: Tensor) -> Tensor:

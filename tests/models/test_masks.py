@@ -8,10 +8,9 @@ import torch
 
 from xattn.backbone import load_backbone
 from xattn.explainers import create_explainer
-from xattn.models.agunet import AGUNet
+from xattn.models.agunet import AGUNet, Outputs
 from xattn.models.masks import (
     MaskClassifier,
-    check_masks,
     load_network,
     mask_loss,
     mask_score,
@@ -75,14 +74,15 @@ def test_dice_agrees_with_monai():
 @pytest.mark.parametrize(
     "shape, value, message",
     [
-        ((2, 1, 8, 9), 1, r"^masks: got shape \(2, 1, 8, 9\) for images \(2, 1, 8, 8\)"),
-        ((1, 1, 8, 8), 1, r"^masks: got shape \(1, 1, 8, 8\) for images \(2, 1, 8, 8\)"),
+        ((2, 1, 8, 9), 1, r"^masks: got shape \(2, 1, 8, 9\) for logits \(2, 1, 8, 8\)"),
+        ((1, 1, 8, 8), 1, r"^masks: got shape \(1, 1, 8, 8\) for logits \(2, 1, 8, 8\)"),
         ((2, 1, 8, 8), 0.5, "^masks: got values other than 0 and 1; give binary masks"),
     ],
 )
 def test_masks_of_another_shape_or_not_binary_are_refused(shape, value, message):
+    scores = torch.rand(2, 1, 8, 8)
     with pytest.raises(ValueError, match=message):
-        check_masks(torch.full(shape, float(value)), torch.rand(2, 1, 8, 8))
+        mask_loss(Outputs(scores, (), (), scores), torch.full(shape, float(value)))
 
 
 # ---------------------------------------------------------------------- tiles
@@ -91,7 +91,7 @@ def test_masks_of_another_shape_or_not_binary_are_refused(shape, value, message)
 @pytest.mark.parametrize("size, tile", [((13, 11), (5, 4)), ((9, 7, 10), (4, 7, 3))])
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.8])
 def test_tiles_of_a_pointwise_net_are_the_whole(size, tile, overlap):
-    image = torch.randn(2, *size)
+    image = torch.randn(2, *size, dtype=torch.float64)
 
     def pointwise(x):
         return torch.stack([x[:, 0] * x[:, 1], x.sum(1).sin(), x[:, 0]], 1)
