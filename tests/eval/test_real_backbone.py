@@ -30,7 +30,10 @@ def test_a_table_with_all_sanity_rows(backbone, images):
     rows = {"gradcam": create_explainer("gradcam", backbone), **sanity_rows(backbone)}
     options = {"max_forward_batch": 4, "progress": False, "levels": (1.0, 0.15)}
     results = evaluate(backbone, rows, images, **options)
-    assert list(results.methods) == ["gradcam", "random", "centre", "ones", "randomized_gradcam"]
+    expected = ["gradcam", "random", "centre", "ones", "randomized_gradcam"]
+    if backbone.name == "test_vit":  # without photos it has no row of mean maps
+        expected.append("qk_randomized_gradcam")
+    assert list(results.methods) == expected
     for level in (1.0, 0.15):
         for metric in ("AD", "IC", "AG"):
             assert results.mean("ones", metric, level) == 0
