@@ -135,7 +135,7 @@ def _report(found: Found, config: ActionStudyConfig) -> Iterator[str]:
             gap = _interval(values[kind] - values[CONTROLS[kind]])
             less = f"{gap.mean:+.3f} [{gap.lo:+.3f}, {gap.hi:+.3f}]"
         yield (
-            f"| {kind} | {own.mean:.3f} [{own.lo:.3f}, {own.hi:.3f}] | {spread(seeds)} | {less} | "
+            f"| {kind} | {own.text(3)} | {spread(seeds)} | {less} | "
             f"{AIMS.get(kind, '')} | {found[kind][0]['parameters']:,} | "
             f"{spread([run['seconds'] for run in found[kind]], 1)} |"
         )

@@ -157,7 +157,7 @@ def _report(found: Found, tested: Faces, config: FaceStudyConfig) -> Iterator[st
             mean_interval(right[name][clear]),
             _errors(runs, truth),
         ]
-        texts = [f"{c.mean:.3f} [{c.lo:.3f}, {c.hi:.3f}]" for c in cells]
+        texts = [c.text(3) for c in cells]
         yield (
             f"| {name} | {texts[0]} | {texts[1]} | {spread(each.mean(1).tolist())} | {texts[2]} | "
             f"{runs[0]['parameters']:,} | {spread([run['seconds'] for run in runs], 1)} |"
