@@ -25,7 +25,7 @@ from xattn.eval.studies.actions.config import ActionStudyConfig
 from xattn.eval.studies.actions.detector import Detector, Kind, detect, train
 from xattn.eval.studies.actions.precision import Matches, match, mean_average_precision
 from xattn.eval.studies.actions.sequences import Sequences, draw_sequences, inside
-from xattn.eval.studies.digits import Found, measure_rows, spread, write_report
+from xattn.eval.studies.digits import Found, measure_rows, reported, spread
 
 DEFAULTS = ActionStudyConfig()
 RESAMPLES = 1000
@@ -61,10 +61,7 @@ def study(
     }
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
     found = measure_rows(output, settings, rows, config.seeds)
-    lines = [*_report(found, config)]
-    write_report(output, lines)
-    yield from lines
-    yield f"\nreport: {output / 'report.md'}"
+    yield from reported(output, [*_report(found, config)])
 
 
 def measure(

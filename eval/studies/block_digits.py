@@ -29,10 +29,10 @@ from xattn.eval.studies.digits import (
     load_digits,
     measure_rows,
     pixels_right,
+    reported,
     right,
     spread,
     train,
-    write_report,
 )
 from xattn.models.block_net import BlockNet
 
@@ -60,10 +60,7 @@ def study(
     }
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
     found = measure_rows(output, settings, rows, config.seeds)
-    lines = [*_report(found, config, pixels_right())]
-    write_report(output, lines)
-    yield from lines
-    yield f"\nreport: {output / 'report.md'}"
+    yield from reported(output, [*_report(found, config, pixels_right())])
 
 
 # ---------------------------------------------------------------------- NiNformer

@@ -30,7 +30,7 @@ from xattn.eval.sanity import qk_randomized_backbone
 from xattn.eval.studies.control_configs import ControlStudyConfig
 from xattn.eval.studies.control_report import DIGITS, FREE, RECALL, Free, report
 from xattn.eval.studies.control_tasks import digits_right, network, recall_right
-from xattn.eval.studies.digits import pixels_right, write_report
+from xattn.eval.studies.digits import pixels_right, reported
 from xattn.eval.studies.kept import kept_record, kept_values
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
 from xattn.eval.studies.swap.measures import batch_size
@@ -100,10 +100,7 @@ def study(
         "recall": {name: _trained("recall", name, output, config) for name in RECALL},
     }
     heading = f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}, {len(photos)} photos"
-    lines = [heading, *report(found)]
-    path = write_report(output, lines)
-    yield from lines
-    yield f"\nreport: {path}"
+    yield from reported(output, [heading, *report(found)])
 
 
 # ---------------------------------------------------------------------- a trained network

@@ -177,3 +177,10 @@ def write_report(output: Path, lines: list[str]) -> Path:
     path = output / "report.md"
     write_text(path, "\n".join(lines) + "\n")
     return path
+
+
+def reported(output: Path, lines: list[str]) -> Iterator[str]:
+    """Write ``lines`` as report.md, and give them and where they are."""
+    path = write_report(output, lines)
+    yield from lines
+    yield f"\nreport: {path}"

@@ -29,10 +29,10 @@ from xattn.eval.studies.digits import (
     load_digits,
     measure_rows,
     pixels_right,
+    reported,
     right,
     spread,
     train,
-    write_report,
 )
 from xattn.explainers import create_explainer
 from xattn.models.block_net import BlockNet
@@ -66,10 +66,7 @@ def study(
     rows = {name: partial(measure, name, config) for name in NETWORKS}
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
     found = measure_rows(output, settings, rows, config.seeds)
-    lines = [*_report(found, config, pixels_right())]
-    write_report(output, lines)
-    yield from lines
-    yield f"\nreport: {output / 'report.md'}"
+    yield from reported(output, [*_report(found, config, pixels_right())])
 
 
 def network(name: str, residual: str = "average") -> BlockNet:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
-from xattn.eval.studies.digits import Found, measure_rows, single_thread, spread, write_report
+from xattn.eval.studies.digits import Found, measure_rows, reported, single_thread, spread
 from xattn.eval.studies.face_config import FaceStudyConfig
 from xattn.heads.reliability import confidence
 from xattn.models.arbex import Arbex
@@ -52,10 +52,7 @@ def study(
     }
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
     found = measure_rows(output, settings, rows, config.seeds)
-    lines = [*_report(found, tested, config)]
-    write_report(output, lines)
-    yield from lines
-    yield f"\nreport: {output / 'report.md'}"
+    yield from reported(output, [*_report(found, tested, config)])
 
 
 def measure(
