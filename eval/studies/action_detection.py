@@ -25,7 +25,7 @@ from xattn.eval.studies.actions.config import ActionStudyConfig
 from xattn.eval.studies.actions.detector import Detector, Kind, detect, train
 from xattn.eval.studies.actions.precision import Matches, match, mean_average_precision
 from xattn.eval.studies.actions.sequences import Sequences, draw_sequences, inside
-from xattn.eval.studies.digits import Found, measure_rows, reported, spread
+from xattn.eval.studies.kept import Found, measure_rows, reported, spread
 
 DEFAULTS = ActionStudyConfig()
 RESAMPLES = 1000

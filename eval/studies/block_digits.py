@@ -23,17 +23,8 @@ from torch import Tensor, nn
 from xattn.blocks.hyperzzw import HyperZZWBlock, slow_loss
 from xattn.blocks.shrp import ShrpBlock
 from xattn.eval.studies.digit_configs import BlockStudyConfig
-from xattn.eval.studies.digits import (
-    Found,
-    Training,
-    load_digits,
-    measure_rows,
-    pixels_right,
-    reported,
-    right,
-    spread,
-    train,
-)
+from xattn.eval.studies.digits import Training, load_digits, pixels_right, right, train
+from xattn.eval.studies.kept import Found, measure_rows, reported, spread
 from xattn.models.block_net import BlockNet
 
 DEFAULTS = BlockStudyConfig()

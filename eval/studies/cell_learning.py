@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.correlation import ranks
-from xattn.eval.studies.digits import single_thread
 from xattn.eval.studies.pointer_configs import OrderStudyConfig
+from xattn.eval.studies.small_training import minimize
 from xattn.heads.pointer import Cells, Pointer
 
 BATCH, LR = 32, 1e-3
@@ -105,22 +104,13 @@ def fit(
 ) -> float:
     """Train ``head`` by ``loss`` of some of ``count`` photos, by number, and give the CPU seconds."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(head.parameters(), LR, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LR, total_steps=epochs * -(-count // BATCH) + 1, cycle_momentum=False
+    losses = (
+        loss(index)
+        for _ in range(epochs)
+        for index in torch.randperm(count, generator=generator).split(BATCH)
     )
-    head.train()
-    with single_thread():
-        start = time.process_time()
-        for _ in range(epochs):
-            for index in torch.randperm(count, generator=generator).split(BATCH):
-                optimizer.zero_grad()
-                loss(index).backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
-        seconds = time.process_time() - start
-    head.eval()
-    return seconds
+    steps = epochs * -(-count // BATCH) + 1
+    return minimize(head, losses, steps, LR, weight_decay=0.05, rise=0.3)
 
 
 def kept_cells(sequences: Tensor) -> Tensor:

@@ -35,9 +35,8 @@ from xattn.eval.studies.cell_learning import (
     learn,
     without_end,
 )
-from xattn.eval.studies.digits import spread, write_report
 from xattn.eval.studies.dropped_tokens import DroppedTokens, area, steps_of
-from xattn.eval.studies.kept import kept_record, kept_values
+from xattn.eval.studies.kept import kept_record, kept_values, spread, write_report
 from xattn.eval.studies.order_teacher import DESIGNS, TARGETS, Taught, Teacher, image_of, taught
 from xattn.eval.studies.pointer_configs import OrderStudyConfig
 from xattn.explainers import create_explainer

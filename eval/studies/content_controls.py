@@ -30,8 +30,8 @@ from xattn.eval.sanity import qk_randomized_backbone
 from xattn.eval.studies.control_configs import ControlStudyConfig
 from xattn.eval.studies.control_report import DIGITS, FREE, RECALL, Free, report
 from xattn.eval.studies.control_tasks import digits_right, network, recall_right
-from xattn.eval.studies.digits import pixels_right, reported
-from xattn.eval.studies.kept import kept_record, kept_values
+from xattn.eval.studies.digits import pixels_right
+from xattn.eval.studies.kept import kept_record, kept_values, measure_rows, reported
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
 from xattn.eval.studies.swap.measures import batch_size
 from xattn.explainers import create_explainer
@@ -96,8 +96,8 @@ def study(
         "compared": len(few),
         "permutations": config.permutations,
         "pixels": kept_values(output / "pixels.json", lambda: {"right": pixels_right()})["right"],
-        "digits": {name: _trained("digits", name, output, config) for name in DIGITS},
-        "recall": {name: _trained("recall", name, output, config) for name in RECALL},
+        "digits": _trained("digits", output, config),
+        "recall": _trained("recall", output, config),
     }
     heading = f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}, {len(photos)} photos"
     yield from reported(output, [heading, *report(found)])
@@ -237,21 +237,15 @@ def _alike(maps: Tensor, others: Tensor) -> list[float]:
 # ---------------------------------------------------------------------- networks trained with a control
 
 
-def _trained(task: str, name: str, output: Path, config: ControlStudyConfig) -> list[Measured]:
-    """What was measured of a task's network, seed by seed."""
+def _trained(task: str, output: Path, config: ControlStudyConfig) -> dict[str, list[Measured]]:
+    """What was measured of a task's networks, by name and seed by seed."""
     rows: Mapping[str, Any] = DIGITS if task == "digits" else RECALL
+    steps = config.digit_steps if task == "digits" else config.recall_steps
+    trained = digits_right if task == "digits" else recall_right
 
-    def measure(seed: int) -> Measured:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            net = network(task, rows[name].mechanism, rows[name].options)
-            if task == "digits":
-                return digits_right(net, config.digit_steps, seed)
-            return recall_right(net, config.recall_steps, seed)
+    def measure(name: str, seed: int) -> Measured:
+        return trained(network(task, rows[name].mechanism, rows[name].options), steps, seed)
 
-    folder = output / task
-    key = rows[name].key
-    return [
-        kept_values(folder / f"{key}-{seed}.json", partial(measure, seed))
-        for seed in range(config.seeds)
-    ]
+    by_key = {rows[name].key: partial(measure, name) for name in rows}
+    found = measure_rows(output / task, {"steps": steps}, by_key, config.seeds)
+    return {name: found[rows[name].key] for name in rows}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from xattn.eval.bootstrap import mean_interval
-from xattn.eval.studies.digits import spread
+from xattn.eval.studies.kept import spread
 
 ROUNDING = 1e-9
 Blocks = Literal["all", "last four", "every second"]

@@ -7,8 +7,7 @@ differ, in any order, and values repeat, so that without content the values alon
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from xattn.attention import convert
-from xattn.eval.studies.digits import Training, right, single_thread, train
+from xattn.eval.studies.digits import Training, right, train
+from xattn.eval.studies.small_training import minimize
 
 PAIRS = VALUES = 8
 TOKENS = {"digits": 16, "recall": 1 + PAIRS}
@@ -68,27 +68,16 @@ def recall_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor
 
 
 def recall_right(net: nn.Module, steps: int, seed: int, lr: float = 3e-3) -> dict[str, float]:
-    """Train on fresh sequences: the share right of 2,000 others, and CPU seconds.
-
-    AdamW; the rate rises for a tenth of the steps, then half a cosine to 0. The query's token is read.
-    """
+    """Train on fresh sequences, reading the query's token: the share right of 2,000 others, and CPU
+    seconds."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=max(steps, 2), pct_start=0.1, cycle_momentum=False
-    )
-    net.train()
-    with single_thread():
-        start = time.process_time()
+
+    def losses() -> Iterator[Tensor]:
         for _ in range(steps):
             images, labels = recall_batch(BATCH, generator)
-            loss = F.cross_entropy(net(images)[:, 0], labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        seconds = time.process_time() - start
-    net.eval()
+            yield F.cross_entropy(net(images)[:, 0], labels)
+
+    seconds = minimize(net, losses(), steps, lr, weight_decay=0.0)
     images, labels = recall_batch(TESTED, torch.Generator().manual_seed(seed + 1000))
     with torch.no_grad():
         share = (net(images)[:, 0].argmax(1) == labels).double().mean()

@@ -23,17 +23,8 @@ from xattn.backbone import load_backbone
 from xattn.blocks.minimal import RESIDUALS, contributions
 from xattn.correlation import spearman
 from xattn.eval.studies.digit_configs import ExactRolloutConfig
-from xattn.eval.studies.digits import (
-    Found,
-    Training,
-    load_digits,
-    measure_rows,
-    pixels_right,
-    reported,
-    right,
-    spread,
-    train,
-)
+from xattn.eval.studies.digits import Training, load_digits, pixels_right, right, train
+from xattn.eval.studies.kept import Found, measure_rows, reported, spread
 from xattn.explainers import create_explainer
 from xattn.models.block_net import BlockNet
 

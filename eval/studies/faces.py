@@ -9,7 +9,6 @@ expression, and how well the confidence 1 - entropy / log K of the prediction te
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -19,10 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
-from xattn.eval.studies.digits import Found, measure_rows, reported, single_thread, spread
 from xattn.eval.studies.face_config import FaceStudyConfig
+from xattn.eval.studies.kept import Found, measure_rows, reported, spread
+from xattn.eval.studies.small_training import minimize
 from xattn.heads.reliability import confidence
 from xattn.models.arbex import Arbex
 from xattn.models.faces import EXPRESSIONS, POINTS, Faces, draw_faces
@@ -64,14 +65,9 @@ def measure(
     seed: int,
 ) -> dict[str, Any]:
     """Train a network, and test it: for each face the class it gives and how sure it is."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        reliability = {"anchors": config.anchors} if balanced else None
-        model = Arbex(len(EXPRESSIONS), POINTS, streams=streams, reliability=reliability)
-        with single_thread():
-            start = time.process_time()
-            train(model, learned, config, seed)
-            seconds = time.process_time() - start
+    reliability = {"anchors": config.anchors} if balanced else None
+    model = Arbex(len(EXPRESSIONS), POINTS, streams=streams, reliability=reliability)
+    seconds = train(model, learned, config, seed)
     with torch.no_grad():
         p = model(tested.images, tested.landmarks).softmax(1)
         if balanced:
@@ -83,29 +79,21 @@ def measure(
     }  # fmt: skip
 
 
-def train(model: Arbex, learned: Faces, config: FaceStudyConfig, seed: int) -> None:
-    """AdamW with cross-entropy; the trust in anchors grows from 0 to 1. Leaves the model in eval mode."""
+def train(model: Arbex, learned: Faces, config: FaceStudyConfig, seed: int) -> float:
+    """Train ``model``, and give the CPU seconds; the trust in anchors grows from 0 to 1."""
     draw = torch.Generator().manual_seed(seed)
     per_epoch = config.train // config.batch_size
     total = config.epochs * per_epoch
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=max(total, 2), pct_start=0.1, cycle_momentum=False
-    )
-    model.train()
-    for step in range(total):
-        if step % per_epoch == 0:
+
+    def losses() -> Iterator[Tensor]:
+        for epoch in range(config.epochs):
             order = torch.randperm(config.train, generator=draw)
-        start = step % per_epoch * config.batch_size
-        batch = order[start : start + config.batch_size]
-        loss = model.loss(
-            learned.images[batch], learned.landmarks[batch], learned.labels[batch], step / total
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    model.eval()
+            batches = order[: per_epoch * config.batch_size].split(config.batch_size)
+            for step, batch in enumerate(batches, epoch * per_epoch):
+                faces = learned.images[batch], learned.landmarks[batch], learned.labels[batch]
+                yield model.loss(*faces, step / total)
+
+    return minimize(model, losses(), total, config.lr, weight_decay=0.05)
 
 
 # ---------------------------------------------------------------------- report

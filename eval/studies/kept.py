@@ -1,14 +1,17 @@
-"""What a study has finished, in its output folder: read again, and refused where settings differ."""
+"""What a study keeps in its output folder: what is finished, which is read again and refused where
+settings differ, and its report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from xattn.runtime import strict_json
-from xattn.runtime.files import write_json
+from xattn.runtime.files import check_folder, write_json, write_text
 
 AGAIN = "delete it, to measure again"
 
@@ -47,3 +50,56 @@ def finished_values(file: Path, record: Mapping[str, Any]) -> Any:
     if not isinstance(kept, dict) or kept.get("record") != record:
         raise ValueError(f"output: {file} has other settings or photos; choose a new folder")
     return kept["values"]
+
+
+Found = dict[str, list[dict[str, Any]]]
+"""What was measured of each row, seed by seed."""
+
+
+def measure_rows(
+    output: Path,
+    settings: dict[str, Any],
+    rows: Mapping[str, Callable[[int], dict[str, Any]]],
+    seeds: int,
+) -> Found:
+    """Measure every row with every seed; a file in ``output`` keeps each, and is read the next time.
+
+    Raises:
+        ValueError: ``output`` holds results of other settings, or a damaged file.
+    """
+    check_folder(output)
+    kept_record(output / "record.json", settings)
+    found: Found = {}
+    for name, measure in rows.items():
+        for seed in range(seeds):
+            file = output / f"{name}-{seed}.json"
+
+            def drawn(measure: Any = measure, seed: int = seed) -> Any:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    return measure(seed)
+
+            found.setdefault(name, []).append(kept_values(file, drawn))
+    return found
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Values that print alike as one, others as "mean (least to most)"."""
+    least, most = (f"{value:,.{digits}f}" for value in (min(values), max(values)))
+    return (
+        least if least == most else f"{sum(values) / len(values):,.{digits}f} ({least} to {most})"
+    )
+
+
+def write_report(output: Path, lines: list[str]) -> Path:
+    """``lines`` as report.md."""
+    path = output / "report.md"
+    write_text(path, "\n".join(lines) + "\n")
+    return path
+
+
+def reported(output: Path, lines: list[str]) -> Iterator[str]:
+    """Write ``lines`` as report.md, and give them and where they are."""
+    path = write_report(output, lines)
+    yield from lines
+    yield f"\nreport: {path}"

@@ -10,7 +10,6 @@ and slices with their masks for ``xattn compare --annotations``.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -24,7 +23,7 @@ from torch import Tensor
 from torchmetrics.functional.segmentation import dice_score
 
 from xattn.eval.bootstrap import mean_interval
-from xattn.eval.studies.digits import Found, measure_rows, single_thread, spread, write_report
+from xattn.eval.studies.kept import Found, measure_rows, spread, write_report
 from xattn.eval.studies.lesion_configs import LesionConfig
 from xattn.eval.studies.lesion_gates import (
     CLASSES,
@@ -34,6 +33,7 @@ from xattn.eval.studies.lesion_gates import (
     measure_gates,
     measure_volume_gates,
 )
+from xattn.eval.studies.small_training import minimize, single_thread
 from xattn.models.agunet import AGUNet
 from xattn.models.lesions import FAINT, SLICES, VOLUMES, Samples, samples, template
 from xattn.models.masks import load_network, mask_loss, predict_tiles, save_network
@@ -177,21 +177,9 @@ def train_volumes(net: AGUNet, seen: Samples, config: LesionConfig, seed: int) -
 
 
 def fit(net: AGUNet, batches: Iterator[tuple[Tensor, Tensor]], steps: int, lr: float) -> float:
-    """Train on ``batches`` of images and masks with AdamW, and give the CPU seconds."""
-    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=max(steps, 2), pct_start=0.1, cycle_momentum=False
-    )
-    net.train()
-    start = time.process_time()
-    for images, masks in batches:
-        loss = mask_loss(net.outputs(images), masks)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    net.eval()
-    return time.process_time() - start
+    """Train on ``batches`` of images and masks, and give the CPU seconds."""
+    losses = (mask_loss(net.outputs(images), masks) for images, masks in batches)
+    return minimize(net, losses, steps, lr, weight_decay=1e-2)
 
 
 # ---------------------------------------------------------------------- testing

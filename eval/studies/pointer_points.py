@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xattn.eval.studies.digits import single_thread
 from xattn.eval.studies.pointer_configs import PointStudyConfig
+from xattn.eval.studies.small_training import minimize, single_thread
 from xattn.models.point_sets import (
     Samples,
     draw,
@@ -84,24 +84,11 @@ def train(net: PointerNet, row: Row, config: PointStudyConfig, seed: int) -> flo
     """Train ``net``, and give the CPU seconds, those of the truth included."""
     steps = max(2, config.samples // config.batch_size)
     sizes = np.random.default_rng((seed, 0)).choice(row.trained, steps)
-    optimizer = torch.optim.AdamW(net.parameters(), config.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    losses = (
+        net.loss(*tensors(draw(row.task, points, config.batch_size, (seed, 1 + step))))
+        for step, points in enumerate(sizes.tolist())
     )
-    net.train()
-    with single_thread():
-        start = time.process_time()
-        for step, points in enumerate(sizes.tolist()):
-            samples = draw(row.task, points, config.batch_size, (seed, 1 + step))
-            loss = net.loss(*tensors(samples))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 2.0)
-            optimizer.step()
-            schedule.step()
-        seconds = time.process_time() - start
-    net.eval()
-    return seconds
+    return minimize(net, losses, steps, config.lr, weight_decay=0.01, max_norm=2.0)
 
 
 def tensors(samples: Samples) -> tuple[Tensor, Tensor]:

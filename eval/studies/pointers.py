@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from xattn.eval.studies.digits import Found, measure_rows, spread, write_report
+from xattn.eval.studies.kept import Found, measure_rows, spread, write_report
 from xattn.eval.studies.pointer_configs import PointStudyConfig
 from xattn.eval.studies.pointer_points import ROWS, measure
 from xattn.runtime.files import atomic_file

@@ -12,7 +12,6 @@ What is finished stays in the output folder; the same command goes on there.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,7 +28,8 @@ from xattn.eval.annotations import MaskFolder
 from xattn.eval.annotations.coco import THING_IDS, THINGS
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
 from xattn.eval.metrics.localization import energy_pointing_values, pointing_values
-from xattn.eval.studies.digits import Found, measure_rows, single_thread, write_report
+from xattn.eval.studies.kept import Found, measure_rows, write_report
+from xattn.eval.studies.small_training import minimize
 from xattn.eval.studies.word_configs import WordStudyConfig
 from xattn.explainers import create_explainer
 from xattn.heads import AttentiveHead, Tokens, WordHead, save_head
@@ -227,24 +227,14 @@ def train(
     """Train ``head`` by captions of the photos ``index``, and give the CPU seconds of one thread."""
     generator = torch.Generator().manual_seed(seed)
     tokens, own = read(head, features, index), labels[list(index)]
-    optimizer = torch.optim.AdamW(head.parameters(), config.lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=max(config.steps, 2), pct_start=0.1, cycle_momentum=False
-    )
-    head.train()
-    with single_thread():
-        start = time.process_time()
+
+    def losses() -> Iterator[Tensor]:
         for _ in range(config.steps):
             rows = torch.randint(len(own), (config.batch_size,), generator=generator)
             captions = draw_captions(own[rows], head.num_classes, config.caption, generator)
-            loss = F.cross_entropy(matches(head, _rows(tokens, rows), captions), own[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        seconds = time.process_time() - start
-    head.eval()
-    return seconds
+            yield F.cross_entropy(matches(head, _rows(tokens, rows), captions), own[rows])
+
+    return minimize(head, losses(), config.steps, config.lr, config.weight_decay)
 
 
 def _rows(tokens: Tokens, rows: Tensor) -> Tokens:

@@ -8,7 +8,7 @@ those of one class that overlap, the surest stays.
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from xattn.eval.studies.actions.config import ActionStudyConfig
 from xattn.eval.studies.actions.precision import Found, tiou
 from xattn.eval.studies.actions.sequences import CHANNELS, Sequences
-from xattn.eval.studies.digits import single_thread
+from xattn.eval.studies.small_training import minimize
 from xattn.heads.csa import ClassSemanticAttention
 
 Kind = Literal["none", "squeeze-excitation", "csa", "concatenated", "concatenated-csa"]
@@ -83,35 +83,27 @@ def targets(sequences: Sequences, classes: int) -> tuple[Tensor, Tensor]:
 def train(
     kind: Kind, sequences: Sequences, config: ActionStudyConfig, seed: int
 ) -> tuple[Detector, float]:
-    """A trained detector and its CPU seconds; AdamW, cross-entropy of the class plus 1 - tIoU of the
-    segments of frames in actions."""
+    """A trained detector and its CPU seconds; cross-entropy of the class plus 1 - tIoU of the segments of
+    frames in actions."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         detector = Detector(kind, config.classes, config.width)
     draw = torch.Generator().manual_seed(seed)
     kinds, distances = targets(sequences, config.classes)
-    optimizer = torch.optim.AdamW(detector.parameters(), config.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=max(config.steps, 2), pct_start=0.1, cycle_momentum=False
-    )
-    with single_thread():
-        start = time.process_time()
+
+    def losses() -> Iterator[Tensor]:
         for _ in range(config.steps):
             batch = torch.randint(len(kinds), (config.batch_size,), generator=draw)
             classes, found = detector(sequences.features[batch], sequences.evidence[batch])
-            loss = F.cross_entropy(classes, kinds[batch])
             frames = (kinds[batch] < config.classes)[:, None]
             near, far = (
                 op(found, distances[batch]).sum(1, keepdim=True)
                 for op in (torch.minimum, torch.maximum)
             )
-            loss = loss + ((1 - near / far) * frames).sum() / frames.sum().clamp_min(1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        seconds = time.process_time() - start
-    return detector.eval(), seconds
+            apart = ((1 - near / far) * frames).sum() / frames.sum().clamp_min(1)
+            yield F.cross_entropy(classes, kinds[batch]) + apart
+
+    return detector, minimize(detector, losses(), config.steps, config.lr, weight_decay=0.01)
 
 
 @torch.no_grad()
