@@ -50,6 +50,7 @@ class Settings:
     training: bool = True
     demo: bool = False
     data: Path | None = None  # where training finds photos; None: below the root
+    imports: tuple[str, ...] = ()  # files and modules of --import, for jobs
 
 
 _settings: Settings | None = None

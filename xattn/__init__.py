@@ -45,6 +45,11 @@ _EXPORTS = {
     "save_pack": "xattn.packs.writer",
     "evaluate": "xattn.eval",
     "open_photos": "xattn.photos.sources",
+    "register_attention": "xattn.attention",
+    "register_block": "xattn.blocks",
+    "register_explainer": "xattn.explainers",
+    "register_head": "xattn.heads",
+    "register_metric": "xattn.eval.metrics",
 }
 
 __all__ = [
@@ -77,11 +82,17 @@ __all__ = [
     "open_photos",
     "probe",
     "prune",
+    "register_attention",
+    "register_block",
+    "register_explainer",
+    "register_head",
+    "register_metric",
     "save_head",
     "save_pack",
 ]
 
 if TYPE_CHECKING:
+    from xattn.attention import register_attention
     from xattn.backbone import (
         Backbone,
         Preprocessing,
@@ -90,13 +101,15 @@ if TYPE_CHECKING:
         load_backbone,
         load_conversion,
     )
+    from xattn.blocks import register_block
     from xattn.config import DistillConfig, ProbeConfig, PruneConfig
     from xattn.eval import evaluate
-    from xattn.explainers import create_explainer, list_explainers
+    from xattn.eval.metrics import register_metric
+    from xattn.explainers import create_explainer, list_explainers, register_explainer
     from xattn.explaining.clips import explain_video
     from xattn.explaining.photos import explain
     from xattn.exporting import export
-    from xattn.heads import Head, create_head, list_heads, load_head, save_head
+    from xattn.heads import Head, create_head, list_heads, load_head, register_head, save_head
     from xattn.packs.explanation import Explanation
     from xattn.packs.reader import load_pack
     from xattn.packs.writer import save_pack

@@ -39,6 +39,7 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Named)
 V = TypeVar("V")
 Class = TypeVar("Class", bound=type)
+_added: list[str] = []  # the names of classes from outside the package, once for each time
 
 
 class Registry(Generic[T, E]):
@@ -114,6 +115,8 @@ class Registry(Generic[T, E]):
                     f"{_path(cls)}"
                 )
             self._found = {**self._found, name: (cls, entry)}
+        if not cls.__module__.startswith("xattn."):
+            _added.append(name)
 
     def remove(self, name: str) -> None:
         """Forget ``name`` if it is there, for example at the end of a test."""
@@ -298,6 +301,12 @@ class Table(Mapping[str, V]):
                 values.update(self._rows(*found[name]))
             self._made = found, values
         return values
+
+
+def additions() -> int:
+    """How many classes from outside the package have been registered, of any kind; reloaded ones count
+    again."""
+    return len(_added)
 
 
 def adopting(

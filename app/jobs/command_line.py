@@ -19,11 +19,13 @@ SAMPLE = 4  # photos whose maps are made before training and at each checkpoint
 
 @dataclass(frozen=True)
 class CommandLines:
-    """Command lines of jobs below ``root``, on photos below ``data``, with ``model`` by default."""
+    """Command lines of jobs below ``root``, on photos below ``data``, with ``model`` by default; they
+    import what ``imports`` names."""
 
     root: Path
     data: Path
     model: Any
+    imports: tuple[str, ...] = ()
 
     def _data(self, spec: Spec) -> Path:
         parts = Path(spec.data).parts
@@ -63,6 +65,7 @@ class CommandLines:
             *self.model_options(spec),
             "--recipe",
             spec.recipe,
+            *self.import_options(),
         ]
         line += ["--sample", str(SAMPLE)]
         if spec.kind == "train":
@@ -83,6 +86,10 @@ class CommandLines:
             line += ["--seed", str(spec.seed)]
         line += ["--output", output]
         return [*line, "--resume"] if resume else line
+
+    def import_options(self) -> list[str]:
+        """The options that bring in what the viewer was started with."""
+        return [word for source in self.imports for word in ("--import", source)]
 
     def model_options(self, spec: Spec) -> list[str]:
         """The options that name the network."""

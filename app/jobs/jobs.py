@@ -70,12 +70,19 @@ class Jobs:
         root: folder of packs and jobs; made with the first job.
         data: folder that folders of photos are below; the root by default.
         model: ``BackboneArgs`` of the command line, for jobs with the viewer's own model.
+        imports: what jobs import by ``--import``.
     """
 
-    def __init__(self, root: Path, data: Path | None = None, model: Any = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        data: Path | None = None,
+        model: Any = None,
+        imports: tuple[str, ...] = (),
+    ) -> None:
         self.root, self.data = Path(root), Path(data or root)
         self._files = JobFiles(self.root)
-        self._commands = CommandLines(self.root, self.data, model)
+        self._commands = CommandLines(self.root, self.data, model, imports)
 
     def all(self) -> list[Job]:
         """All jobs, the latest first; folders that are no jobs are left out."""
@@ -135,6 +142,7 @@ class Jobs:
             "--head",
             str(head),
             *self._commands.model_options(spec),
+            *self._commands.import_options(),
         ]
         return shlex.join(line)
 

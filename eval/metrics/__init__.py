@@ -18,6 +18,7 @@ from xattn.eval.metrics.base import (
     Sample,
 )
 from xattn.eval.metrics.measure import measure
+from xattn.eval.metrics.own import register_metric
 from xattn.eval.metrics.registry import CLASSES, PROBES, create_probe, direct_groups, register
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "create_probe",
     "measure",
     "register",
+    "register_metric",
 ]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -126,8 +126,12 @@ class Probe(ABC):
     * ``explains_again``: calls ``sample.explain`` or ``sample.explain_randomized``;
     * ``explains_randomized``: calls ``sample.explain_randomized``;
     * ``needs_annotation``: reads ``sample.annotation``.
+
+    ``info`` says of each metric what it is. A probe of your own that is not registered needs it; those
+    that are have it from their group.
     """
 
+    info: ClassVar[Mapping[str, MetricInfo]] = {}
     explains_again: ClassVar[bool] = False
     explains_randomized: ClassVar[bool] = False
     needs_annotation: ClassVar[bool] = False
@@ -142,9 +146,9 @@ class Probe(ABC):
         return None
 
     @property
-    @abstractmethod
     def columns(self) -> tuple[Column, ...]:
-        """The columns that ``measure`` has values for."""
+        """The columns that ``measure`` has values for; by default one for each metric in ``info``."""
+        return tuple(Column(metric) for metric in self.info)
 
     @abstractmethod
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
@@ -156,7 +160,9 @@ class Probe(ABC):
 
     def options(self) -> dict[str, Any]:
         """What a value's meaning depends on beside the protocol: JSON-plain fields."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        if not is_dataclass(self):
+            return {name: _plain(value) for name, value in vars(self).items()}
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
     def column_options(self, column: Column) -> dict[str, Any]:
         """The options that this column depends on."""

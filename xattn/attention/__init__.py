@@ -40,6 +40,7 @@ from xattn.attention.base import (
     list_attention,
     mechanism_class,
     register,
+    register_attention,
 )
 from xattn.attention.causal_low_rank import CausalLowRankOperator
 from xattn.attention.centroids import fit_centroids
@@ -117,6 +118,7 @@ __all__ = [
     "pool",
     "record",
     "register",
+    "register_attention",
     "register_rotation",
     "revert",
     "select",

@@ -362,8 +362,8 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
-def register(
-    name: str, *, paper: str, complexity: str, **properties: Any
+def register_attention(
+    name: str, *, paper: str = "none", complexity: str = "not stated", **properties: Any
 ) -> Callable[[type[Made]], type[Made]]:
     """Class decorator: make a mechanism known under ``name``; ``properties`` as in :class:`Entry`.
 
@@ -374,6 +374,10 @@ def register(
         ValueError: another mechanism has that name.
     """
     return MECHANISMS.register(Entry(name, paper, complexity, **properties))
+
+
+register = register_attention
+"""The earlier name."""
 
 
 def list_attention() -> list[str]:

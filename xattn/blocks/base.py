@@ -142,7 +142,7 @@ Made = TypeVar("Made", bound=Block)
 
 
 def register_block(
-    name: str, *, paper: str, complexity: str, **properties: Any
+    name: str, *, paper: str = "none", complexity: str = "not stated", **properties: Any
 ) -> Callable[[type[Made]], type[Made]]:
     """Class decorator: make a block known under ``name``; ``properties`` as in :class:`BlockEntry`.
 

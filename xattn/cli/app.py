@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from xattn.cli.imports import imported
 from xattn.cli.model import BackboneArgs
 
 
@@ -69,5 +70,6 @@ class App:
             training=address.loopback or password is not None,
             demo=self.demo,
             data=self.data,
+            imports=imported(),
         )
         serve(settings, address, self.upload_mb, password, self.allow_host)

@@ -21,6 +21,7 @@ from xattn.cli.distill import Distill
 from xattn.cli.evaluate import Evaluate
 from xattn.cli.explain import Explain
 from xattn.cli.export import Export
+from xattn.cli.imports import HELP, import_own, take_imports
 from xattn.cli.listing import List
 from xattn.cli.parts import Parts
 from xattn.cli.printing import one_line, plain_warnings
@@ -74,12 +75,15 @@ def main(arguments: list[str] | None = None) -> int:
     command: Any = None
     started = time.perf_counter()
     try:
+        arguments, sources = take_imports(arguments)
+        for source in sources:
+            import_own(source)
         command = parsed(
             COMMANDS,
             arguments,
             prog="xattn",
             description="Train, use and measure explanation heads on frozen image classifiers. "
-            "--version prints the version.",
+            f"--version prints the version. {HELP}",
         )
         from xattn.runtime.allocator import keep_memory
 

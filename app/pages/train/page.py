@@ -22,7 +22,7 @@ def page(context: Context) -> None:
             "password. Start it with --password-file to train here."
         )
         return
-    jobs = Jobs(settings.root, settings.data, settings.model)
+    jobs = Jobs(settings.root, settings.data, settings.model, settings.imports)
     known = {job.id: job for job in jobs.all()}
     chosen = st.query_params.get("job", NEW)
     if chosen and chosen not in known:

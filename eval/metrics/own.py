@@ -1,0 +1,126 @@
+"""Metrics of your own: a probe, or a plain function of an image and its map, registered by a decorator.
+
+    @register_metric("in_middle", MetricInfo("share of the map's sum in the middle", True, kind="localisation"))
+    def in_middle(image, map):
+        h, w = map.shape
+        return map[h // 4 : -h // 4, w // 4 : -w // 4].sum() / map.sum()
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MeanMetric,
+    MetricGroup,
+    MetricInfo,
+    Probe,
+    Request,
+    Sample,
+)
+from xattn.eval.metrics.registry import REGISTRY, register
+
+Metric = TypeVar("Metric", bound=Callable[..., Any])
+
+GIVEN: dict[str, Callable[[Sample], Any]] = {
+    "image": lambda sample: sample.image,
+    "map": lambda sample: sample.grey[0],
+    "raw": lambda sample: sample.raw[0],
+    "target": lambda sample: sample.target,
+    "score": lambda sample: sample.score,
+    "seed": lambda sample: sample.seed,
+}
+"""What a function may ask for by the name of a parameter, see :func:`register_metric`."""
+
+
+def register_metric(
+    name: str,
+    info: MetricInfo | Mapping[str, MetricInfo] | None = None,
+    *,
+    classes: Sequence[type[MeanMetric]] = (),
+    cases: Sequence[Mapping[str, Any]] = ({},),
+) -> Callable[[Metric], Metric]:
+    """Decorator: make a :class:`~xattn.eval.metrics.Probe`, or a function, a group of metrics ``name``.
+
+    A function returns a number and asks by the names of its parameters for any of ``image`` (3, H, W) in
+    [0, 1], ``map`` (H, W) in [0, 1], min-maxed, ``raw`` (H, W), the explainer's own values, ``target``, the
+    explained class, ``score``, that of the clean image, and ``seed``.
+
+    Args:
+        name: what ``--metrics`` calls it; for a single metric also the name of its column.
+        info: of that metric, or of each by name; by default the probe's own ``info``.
+        classes: torchmetrics classes that come with it.
+        cases: options that the tests of every group try; the first are cheap.
+
+    Raises:
+        ValueError: the name is taken, or a function asks for something else.
+    """
+
+    def add(metric: Metric) -> Metric:
+        is_probe = isinstance(metric, type) and issubclass(metric, Probe)
+        metrics = {name: info} if isinstance(info, MetricInfo) else info
+        if not metrics:
+            metrics = metric.info if is_probe else None  # type: ignore[attr-defined]
+        if not metrics or not all(isinstance(found, MetricInfo) for found in metrics.values()):
+            raise ValueError(
+                f"info: got {info!r} for {name!r}; give MetricInfo(formula, higher_is_better), or one a "
+                f"metric by name"
+            )
+        if is_probe:
+            cls: Any = metric
+            cls.info = dict(metrics)
+        else:
+            cls = _function_probe(name, metric, metrics)
+        _forget_reloaded(name, cls)
+        register(MetricGroup(name, cls, dict(metrics), tuple(classes), tuple(cases)))
+        return metric
+
+    return add
+
+
+@dataclass(frozen=True)
+class FunctionProbe(Probe):
+    """Base of the probes that :func:`register_metric` makes of functions."""
+
+    function: ClassVar[Callable[..., Any]]
+
+    def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
+        yield from ()
+        asked = inspect.signature(type(self).function).parameters
+        value = float(type(self).function(**{p: GIVEN[p](sample) for p in asked if p in GIVEN}))
+        return lambda scores: {self.columns[0]: value}
+
+
+def _function_probe(name: str, function: Any, metrics: Mapping[str, MetricInfo]) -> type[Probe]:
+    if not callable(function) or isinstance(function, type):
+        raise ValueError(f"metric: got {function!r}; decorate a function, or a subclass of Probe")
+    if set(metrics) != {name}:
+        raise ValueError(f"info: got {', '.join(metrics)}; a function is one metric, {name!r}")
+    parameters = inspect.signature(function).parameters.values()
+    unknown = [p.name for p in parameters if p.name not in GIVEN and p.default is p.empty]
+    if unknown:
+        raise ValueError(
+            f"metric: {name} asks for {', '.join(unknown)}; a function may ask for {', '.join(GIVEN)}"
+        )
+    about = {
+        "function": staticmethod(function),
+        "info": dict(metrics),
+        "__module__": function.__module__,
+        "__qualname__": function.__qualname__,
+        "__doc__": function.__doc__,
+    }
+    return dataclass(frozen=True)(type(function.__name__, (FunctionProbe,), about))
+
+
+def _forget_reloaded(name: str, cls: type[Probe]) -> None:
+    """Make room for a metric whose file was changed and imported again."""
+    before = REGISTRY.registered().get(name)
+    if before is not None:
+        one, other = before[0], cls
+        if (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__):
+            REGISTRY.remove(name)
