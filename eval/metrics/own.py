@@ -1,6 +1,6 @@
 """Metrics of your own: a probe, or a plain function of an image and its map, registered by a decorator.
 
-    @register_metric("in_middle", MetricInfo("share of the map's sum in the middle", True, kind="localisation"))
+    @register_metric("in_middle", MetricInfo("share of the map in the middle", higher_is_better=True))
     def in_middle(image, map):
         h, w = map.shape
         return map[h // 4 : -h // 4, w // 4 : -w // 4].sum() / map.sum()
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from xattn.eval.metrics.base import (
-    Column,
     Finish,
     MeanMetric,
     MetricGroup,

@@ -19,7 +19,7 @@ _imported: list[str] = []  # in order, files by their absolute paths
 
 
 def imported() -> tuple[str, ...]:
-    """What this process has imported by :func:`import_own`, for the command lines of its child processes."""
+    """What this process has imported by :func:`import_own`, for its child processes."""
     return tuple(dict.fromkeys(_imported))
 
 
