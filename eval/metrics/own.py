@@ -1,9 +1,9 @@
 """Metrics of your own: a probe, or a plain function of an image and its map, registered by a decorator.
 
-    @register_metric("in_middle", MetricInfo("share of the map in the middle", higher_is_better=True))
-    def in_middle(image, map):
-        h, w = map.shape
-        return map[h // 4 : -h // 4, w // 4 : -w // 4].sum() / map.sum()
+@register_metric("in_middle", MetricInfo("share of the map in the middle", higher_is_better=True))
+def in_middle(image, map):
+    h, w = map.shape
+    return map[h // 4 : -h // 4, w // 4 : -w // 4].sum() / map.sum()
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ def _import_file(path: Path) -> None:
             f"import: {path.name} has the name of another module ({other}); rename the file"
         )
     folder = str(path.parent)
-    if folder not in sys.path:  # for the files beside it, and for processes that unpickle its classes
+    if (
+        folder not in sys.path
+    ):  # for the files beside it, and for processes that unpickle its classes
         sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
