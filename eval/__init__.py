@@ -31,7 +31,9 @@ _EXPORTS = {
     "Sample": "metrics.base",
     "MaskingProbe": "metrics.masking",
     "measure": "metrics.measure",
+    "MetricInfo": "metrics.base",
     "create_probe": "metrics.registry",
+    "register_metric": "metrics.own",
     "PROBES": "metrics.registry",
     "MaskedScorer": "evaluation.scorer",
     "AverageDrop": "metrics.masking",
@@ -71,6 +73,7 @@ __all__ = [
     "MaskedScorer",
     "MaskingProbe",
     "MethodResult",
+    "MetricInfo",
     "Probe",
     "Protocol",
     "Request",
@@ -94,6 +97,7 @@ __all__ = [
     "randomized_backbone",
     "randomized_explainer",
     "read_json",
+    "register_metric",
     "saliency",
     "sanity_rows",
     "threshold_mask",
@@ -116,7 +120,7 @@ if TYPE_CHECKING:
     )
     from xattn.eval.leaderboard import Comparison, compare
     from xattn.eval.metric_presets import preset
-    from xattn.eval.metrics.base import Column, Probe, Request, Sample
+    from xattn.eval.metrics.base import Column, MetricInfo, Probe, Request, Sample
     from xattn.eval.metrics.masking import (
         AverageDrop,
         AverageDropInDeletion,
@@ -125,6 +129,7 @@ if TYPE_CHECKING:
         MaskingProbe,
     )
     from xattn.eval.metrics.measure import measure
+    from xattn.eval.metrics.own import register_metric
     from xattn.eval.metrics.registry import METRICS, PROBES, create_probe
     from xattn.eval.protocol import Protocol
     from xattn.eval.report.results_files import read_json, write_csv, write_json

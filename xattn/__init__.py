@@ -49,7 +49,7 @@ _EXPORTS = {
     "register_block": "xattn.blocks",
     "register_explainer": "xattn.explainers",
     "register_head": "xattn.heads",
-    "register_metric": "xattn.eval.metrics",
+    "register_metric": "xattn.eval",
 }
 
 __all__ = [
@@ -103,8 +103,7 @@ if TYPE_CHECKING:
     )
     from xattn.blocks import register_block
     from xattn.config import DistillConfig, ProbeConfig, PruneConfig
-    from xattn.eval import evaluate
-    from xattn.eval.metrics import register_metric
+    from xattn.eval import evaluate, register_metric
     from xattn.explainers import create_explainer, list_explainers, register_explainer
     from xattn.explaining.clips import explain_video
     from xattn.explaining.photos import explain
