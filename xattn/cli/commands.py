@@ -17,6 +17,7 @@ from typing import Any
 from xattn.cli.app import App
 from xattn.cli.bench import Bench
 from xattn.cli.compare import Compare
+from xattn.cli.diff import Diff
 from xattn.cli.distill import Distill
 from xattn.cli.evaluate import Evaluate
 from xattn.cli.explain import Explain
@@ -40,6 +41,7 @@ COMMANDS: dict[str, type[Any]] = {
     "explain": Explain,
     "evaluate": Evaluate,
     "compare": Compare,
+    "diff": Diff,
     "parts": Parts,
     "export": Export,
     "app": App,

@@ -119,6 +119,11 @@ class Pack:
         """The ids of the entries, in their order."""
         return list(self._entries["id"])
 
+    def key(self, entry_id: str) -> tuple[str, int, str]:
+        """(image_id, target, method) of an entry; nothing is read for it."""
+        i = self._entry(entry_id)
+        return tuple(self._entries[name][i] for name in ("image_id", "target", "method"))  # type: ignore[return-value]
+
     def explanation(self, entry_id: str) -> Explanation:
         """One entry with its map, which is read now and checked by its hash.
 

@@ -1,0 +1,286 @@
+"""Two packs of the same photos, photo by photo: two networks, two heads, or two states of one.
+
+    compare_packs(before, after) -> PackDifference
+
+Told are which predictions became right or wrong, which maps moved most, and how accuracy and each metric
+changed, with paired 95 % intervals. A map's move is its disagreement with the other pack's map of the same
+photo, class and method: 1 - Spearman's rank correlation on 28 x 28 cells, in [0, 2].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from xattn.correlation import disagreement
+from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
+from xattn.eval.results import MIN_IMAGES
+from xattn.packs.explanation import Explanation
+from xattn.packs.reader import Pack
+
+SHOWN = 10  # photos of each list in the text
+
+
+class Change(NamedTuple):
+    """A mean before and after, and the mean of the differences, over the photos that have both."""
+
+    before: Interval
+    after: Interval
+    difference: Interval
+
+
+class Photo(NamedTuple):
+    """A photo of both packs. ``right`` is None where the true class is not known."""
+
+    image_id: str
+    title: str
+    label_name: str | None
+    predicted: tuple[str | None, str | None]
+    confidence: tuple[float, float]
+    right: tuple[bool | None, bool | None]
+
+
+class Moved(NamedTuple):
+    """A map of both packs: by ``methods``, of one class, and by how much it ``moved``, in [0, 2]."""
+
+    image_id: str
+    title: str
+    target_name: str
+    methods: tuple[str, str]
+    moved: float
+
+
+@dataclass(frozen=True)
+class PackDifference:
+    """What differs between two packs.
+
+    Attributes:
+        names: of the packs, as they are called.
+        common: the photos of both; ``alone``: how many are in one of them only.
+        accuracy: None unless some common photos have a true class and a prediction in both packs.
+        metrics: by method and metric, over the common maps that have both values.
+        moved: the common maps, those that moved most first; constant maps are left out.
+        left_out: metrics that differ in their protocol and are not compared.
+    """
+
+    names: tuple[str, str]
+    common: list[Photo]
+    alone: tuple[int, int]
+    accuracy: Change | None
+    metrics: dict[tuple[str, str], Change]
+    moved: list[Moved]
+    left_out: list[str]
+
+    @property
+    def now_right(self) -> list[Photo]:
+        """Photos whose prediction became right, the surest first."""
+        return self._turned(True)
+
+    @property
+    def now_wrong(self) -> list[Photo]:
+        """Photos whose prediction became wrong, the surest first."""
+        return self._turned(False)
+
+    @property
+    def changed(self) -> list[Photo]:
+        """Photos with another prediction than before, right or wrong."""
+        return [p for p in self.common if p.predicted[0] != p.predicted[1]]
+
+    def _turned(self, right: bool) -> list[Photo]:
+        found = [p for p in self.common if p.right == (not right, right)]
+        return sorted(found, key=lambda p: -p.confidence[1])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; NaN becomes None."""
+        metrics = [
+            {"method": method, "metric": key, **_plain(change)}
+            for (method, key), change in self.metrics.items()
+        ]
+        return {
+            "packs": list(self.names),
+            "alone": list(self.alone),
+            "accuracy": _plain(self.accuracy),
+            "metrics": metrics,
+            "left_out": self.left_out,
+            "photos": _plain(self.common),
+            "now_right": [photo.image_id for photo in self.now_right],
+            "now_wrong": [photo.image_id for photo in self.now_wrong],
+            "moved": _plain(self.moved),
+        }
+
+
+def compare_packs(before: Pack, after: Pack) -> PackDifference:
+    """Compare what two packs say of the photos that both have.
+
+    Photos are the same if their ids are. Maps are compared by photo, class and method; if the packs share
+    no method and have one each, these two are compared.
+
+    Raises:
+        ValueError: the packs share no photo.
+    """
+    maps = [_maps_by_photo(pack) for pack in (before, after)]
+    shared = [image_id for image_id in maps[0] if image_id in maps[1]]
+    if not shared:
+        raise ValueError(
+            f"packs: {before.name} and {after.name} have no photo in common; explain the same photos"
+        )
+    renamed = _renamed(before, after)
+    photos, moved = [], []
+    measured: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    keys, left_out = _metric_keys(before, after)
+    for image_id in shared:
+        ones, others = (found[image_id] for found in maps)
+        photos.append(_photo(before.explanation(ones[0]), after.explanation(others[0])))
+        theirs = dict(zip(map(after.key, others), others, strict=True))
+        for entry_id in ones:
+            _, target, method = before.key(entry_id)
+            other_id = theirs.get((image_id, target, renamed.get(method, method)))
+            if other_id is None:
+                continue
+            pair = before.explanation(entry_id), after.explanation(other_id)
+            move = disagreement([e.map for e in pair])
+            if math.isfinite(move):
+                title = photos[-1].title
+                methods = pair[0].method, pair[1].method
+                moved.append(Moved(image_id, title, pair[0].target_name, methods, move))
+            for key in keys:
+                values = measured.setdefault((pair[1].method, key), [])
+                values.append(tuple(e.metrics.get(key, math.nan) for e in pair))
+    return PackDifference(
+        names=(before.name, after.name),
+        common=photos,
+        alone=(len(maps[0]) - len(shared), len(maps[1]) - len(shared)),
+        accuracy=_accuracy(photos),
+        metrics=_metrics(measured),
+        moved=sorted(moved, key=lambda m: (-m.moved, m.image_id)),
+        left_out=left_out,
+    )
+
+
+def _maps_by_photo(pack: Pack) -> dict[str, list[str]]:
+    """The ids of the maps of each photo."""
+    found: dict[str, list[str]] = {}
+    for entry_id in pack.entry_ids:
+        found.setdefault(pack.key(entry_id)[0], []).append(entry_id)
+    return found
+
+
+def _renamed(before: Pack, after: Pack) -> dict[str, str]:
+    """The method of ``after`` that a method of ``before`` is compared with, if it has another name."""
+    ones, others = ({pack.key(i)[2] for i in pack.entry_ids} for pack in (before, after))
+    if len(ones) == len(others) == 1:
+        return dict(zip(ones, others, strict=True))
+    return {}
+
+
+def _photo(one: Explanation, other: Explanation) -> Photo:
+    tops = [e.facts.top[0] if e.facts.top else (None, None, math.nan) for e in (one, other)]
+    labels = [e.facts.label for e in (one, other)]
+    right = [
+        None if label is None or top[0] is None else label == top[0]
+        for label, top in zip(labels, tops, strict=True)
+    ]
+    return Photo(
+        image_id=one.image_id,
+        title=one.file_name or one.image_id,
+        label_name=one.facts.label_name or other.facts.label_name,
+        predicted=(tops[0][1], tops[1][1]),
+        confidence=(tops[0][2], tops[1][2]),
+        right=(right[0], right[1]),
+    )
+
+
+def _metric_keys(before: Pack, after: Pack) -> tuple[list[str], list[str]]:
+    """Metrics that both packs measured by one protocol, and those with two protocols."""
+    ids = [{m.key: m.protocol_id for m in pack.metrics} for pack in (before, after)]
+    both = [key for key in ids[0] if key in ids[1]]
+    same = [key for key in both if ids[0][key] == ids[1][key]]
+    return same, [key for key in both if key not in same]
+
+
+def _accuracy(photos: Sequence[Photo]) -> Change | None:
+    known = [p.right for p in photos if None not in p.right]
+    return _change([(float(bool(a)), float(bool(b))) for a, b in known]) if known else None
+
+
+def _metrics(
+    measured: Mapping[tuple[str, str], Sequence[tuple[float, float]]],
+) -> dict[tuple[str, str], Change]:
+    found = {}
+    for name, values in measured.items():
+        known = [pair for pair in values if all(map(math.isfinite, pair))]
+        if known:
+            found[name] = _change(known)
+    return found
+
+
+def _change(values: Sequence[tuple[float, float]]) -> Change:
+    before, after = (list(side) for side in zip(*values, strict=True))
+    return Change(mean_interval(before), mean_interval(after), paired_difference(after, before))
+
+
+def _plain(value: Any) -> Any:
+    """Named tuples as tables, NaN as None."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---------------------------------------------------------------------- text
+
+
+def difference_lines(found: PackDifference) -> Iterator[str]:
+    """A report of ``found`` in Markdown."""
+    before, after = found.names
+    yield f"# {before} and {after}"
+    alone = ", ".join(
+        f"{count} in {name} alone" for name, count in zip(found.names, found.alone, strict=True)
+    )
+    yield f"\n{len(found.common)} photos in common ({alone}), {len(found.changed)} with another prediction."
+    rows = [] if found.accuracy is None else [("", "accuracy", found.accuracy)]
+    rows += [(method, key, change) for (method, key), change in found.metrics.items()]
+    if rows:
+        yield "\n| method | measure | before | after | difference | photos |"
+        yield "| :-- | :-- | --: | --: | --: | --: |"
+    for method, key, change in rows:
+        mean, lo, hi, n = change.difference
+        yield (
+            f"| {method} | {key} | {change.before.mean:.3f} | {change.after.mean:.3f} | "
+            f"{mean:+.3f} [{lo:+.3f}, {hi:+.3f}] | {n} |"
+        )
+    if rows and len(found.common) < MIN_IMAGES:
+        yield f"\n{len(found.common)} photos: too few images for a verdict."
+    if found.left_out:
+        yield f"\nMeasured by different protocols and left out: {', '.join(found.left_out)}."
+    if found.accuracy is None:
+        yield "\nNo true classes are known; explain with --labels, and mistakes are compared, too."
+    yield from _photos("Now right", found.now_right)
+    yield from _photos("Now wrong", found.now_wrong)
+    if found.moved:
+        mean = sum(m.moved for m in found.moved) / len(found.moved)
+        yield f"\n## Maps that moved most ({len(found.moved)} compared, {mean:.3f} on average)"
+        yield "\n| photo | class | by | moved |"
+        yield "| :-- | :-- | :-- | --: |"
+    for moved in found.moved[:SHOWN]:
+        methods = " and ".join(dict.fromkeys(moved.methods))
+        yield f"| {moved.title} | {moved.target_name} | {methods} | {moved.moved:.3f} |"
+
+
+def _photos(heading: str, photos: Sequence[Photo]) -> Iterator[str]:
+    if not photos:
+        return
+    yield f"\n## {heading} ({len(photos)})"
+    yield "\n| photo | true class | before | after |"
+    yield "| :-- | :-- | :-- | :-- |"
+    for photo in photos[:SHOWN]:
+        cells = " | ".join(
+            f"{name} {100 * p:.1f} %"
+            for name, p in zip(photo.predicted, photo.confidence, strict=True)
+        )
+        yield f"| {photo.title} | {photo.label_name} | {cells} |"

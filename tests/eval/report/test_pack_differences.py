@@ -1,0 +1,147 @@
+"""Two packs of the same photos: what became right or wrong, which maps moved, and metrics in pairs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from small_explanations import make
+
+from xattn.cli import main
+from xattn.eval.report.pack_differences import compare_packs, difference_lines
+from xattn.packs.explanation import ImageFacts
+from xattn.packs.reader import Pack
+from xattn.packs.writer import save_pack
+
+LABEL = 3
+METRICS = {"AD": {"higher_is_better": False, "formula": "", "protocol_id": "one"}}
+
+
+def facts(predicted: int, p: float, label: int | None = LABEL) -> ImageFacts:
+    return ImageFacts(((predicted, f"class {predicted}", p),), label, "owl")
+
+
+def photos(right: str, seed: int = 0, **options):
+    """A photo for each letter: "r" predicted right, "w" wrong; its confidence grows with its number."""
+    return [
+        make(
+            image_id=f"photo-{i}",
+            seed=seed + i,
+            facts=facts(LABEL if letter == "r" else 1, 0.5 + i / 100),
+            **options,
+        )
+        for i, letter in enumerate(right)
+    ]
+
+
+def pack(folder, explanations, metrics=None) -> Pack:
+    save_pack(folder, explanations, overlays=False, metrics=metrics)
+    return Pack(folder, name=folder.name, trusted=True)
+
+
+@pytest.fixture
+def two(tmp_path):
+    def open_two(before, after, *metrics):
+        return [
+            pack(tmp_path / name, items, m)
+            for name, items, m in zip(
+                ("before", "after"), (before, after), metrics or (None, None), strict=True
+            )
+        ]
+
+    return open_two
+
+
+def test_what_turned_is_listed_with_the_surest_first(two):
+    found = compare_packs(*two(photos("rrwwr"), photos("rwrrw")))
+    assert [p.image_id for p in found.now_right] == ["photo-3", "photo-2"]
+    assert [p.image_id for p in found.now_wrong] == ["photo-4", "photo-1"]
+    assert len(found.changed) == 4 and found.alone == (0, 0)
+    assert found.accuracy is not None
+    assert found.accuracy.before.mean == found.accuracy.after.mean == 0.6
+    assert found.accuracy.difference.mean == 0
+
+
+def test_a_pack_does_not_differ_from_itself(two):
+    found = compare_packs(*two(photos("rw"), photos("rw")))
+    assert not found.changed and not found.now_right and not found.now_wrong
+    assert [m.moved for m in found.moved] == pytest.approx([0, 0], abs=1e-12)
+
+
+def test_maps_move_by_one_less_their_rank_correlation(two):
+    before = photos("rrr")
+    flipped = replace(before[0], map=-before[0].map)  # every rank is turned round
+    other = replace(before[1], map=make(seed=99).map)
+    found = compare_packs(*two(before, [flipped, other, before[2]]))
+    assert [m.image_id for m in found.moved] == ["photo-0", "photo-1", "photo-2"]
+    assert found.moved[0].moved == pytest.approx(2) and found.moved[2].moved == pytest.approx(0)
+
+
+def test_constant_maps_are_no_maps_that_move(two):
+    flat = [replace(e, map=np.zeros((7, 5), np.float32)) for e in photos("r")]
+    assert compare_packs(*two(photos("r"), flat)).moved == []
+
+
+def test_only_photos_of_both_count(two):
+    found = compare_packs(*two(photos("rrr"), photos("wrrr")[:2]))
+    assert len(found.common) == 2 and found.alone == (1, 0)
+    assert found.accuracy is not None and found.accuracy.difference.mean == -0.5
+
+
+def test_packs_of_other_photos_are_refused(two):
+    strangers = [replace(e, image_id="stranger") for e in photos("r")]
+    with pytest.raises(ValueError, match=r"^packs: .* no photo in common; explain the same photos"):
+        compare_packs(*two(photos("r"), strangers))
+
+
+def test_metrics_are_compared_in_pairs_of_one_protocol(two):
+    values = [(0.1, 0.3), (0.2, 0.4), (0.3, 0.5)]
+    sides = [
+        [
+            replace(e, metrics={"AD": v[k], "IC": 1.0})
+            for e, v in zip(photos("rrr"), values, strict=True)
+        ]
+        for k in (0, 1)
+    ]
+    described = {"AD": METRICS["AD"], "IC": METRICS["AD"]}
+    changed = {"AD": METRICS["AD"], "IC": {**METRICS["AD"], "protocol_id": "two"}}
+    found = compare_packs(*two(*sides, described, changed))
+    assert found.left_out == ["IC"] and set(found.metrics) == {("head", "AD")}
+    change = found.metrics["head", "AD"]
+    assert change.difference == pytest.approx((0.2, 0.2, 0.2, 3))
+    assert change.before.mean == pytest.approx(0.2) and change.after.mean == pytest.approx(0.4)
+
+
+def test_two_heads_with_one_method_each_are_compared_under_both_names(two):
+    found = compare_packs(*two(photos("rr"), photos("rr", method="mine")))
+    assert {m.methods for m in found.moved} == {("head", "mine")} and len(found.moved) == 2
+
+
+def test_without_labels_predictions_are_compared_and_the_report_says_what_is_missing(two):
+    sides = [[make(facts=facts(k, 0.5, None))] for k in (1, 2)]
+    found = compare_packs(*two(*sides))
+    assert found.accuracy is None and len(found.changed) == 1
+    assert "explain with --labels" in "\n".join(difference_lines(found))
+
+
+def test_few_photos_give_no_verdict(two):
+    few, many = (
+        "\n".join(difference_lines(compare_packs(*two(photos("r" * n), photos("w" * n)))))
+        for n in (7, 8)
+    )
+    assert "too few images for a verdict" in few and "too few" not in many
+
+
+def test_the_command_prints_and_writes_the_same(two, tmp_path, capsys):
+    two(photos("rw"), photos("ww"))
+    words = ["diff", str(tmp_path / "before"), str(tmp_path / "after")]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    report = (tmp_path / "out" / "difference.md").read_text()
+    assert report.strip() in told and "## Now wrong (1)" in report
+    kept = json.loads((tmp_path / "out" / "difference.json").read_text())
+    assert kept["now_wrong"] == ["photo-0"] and kept["accuracy"]["difference"]["mean"] == -0.5
+    assert main(["diff", str(tmp_path / "before"), str(tmp_path / "nowhere")]) == 2
+    assert "packs: " in capsys.readouterr().err

@@ -1,0 +1,48 @@
+"""``xattn diff``: what differs between two packs of the same photos."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Compare two packs of the same photos: two networks, two heads, or two states of one."""
+
+    packs: Annotated[tuple[Path, Path], tyro.conf.Positional]
+    """Folders that xattn explain or compare wrote: before and after."""
+    output: Path | None = None
+    """Folder for difference.md and difference.json; by default the report is only printed."""
+
+    def run(self) -> None:
+        from xattn.eval.report.pack_differences import compare_packs, difference_lines
+        from xattn.packs.contained_files import PackError
+        from xattn.packs.reader import Pack
+        from xattn.runtime.files import check_folder, write_json, write_text
+
+        if self.output is not None:
+            check_folder(self.output)
+        opened = []
+        for folder in self.packs:
+            inner = folder / "pack"  # of xattn compare
+            folder = (
+                inner if inner.is_dir() and not (folder / "manifest.json").is_file() else folder
+            )
+            if not folder.is_dir():
+                raise ValueError(f"packs: {folder} is no folder; give one that xattn explain wrote")
+            try:
+                opened.append(Pack(folder, name=str(folder), trusted=True))
+            except PackError as error:
+                raise ValueError(f"packs: {folder} cannot be opened ({error})") from None
+        found = compare_packs(opened[0], opened[1])
+        lines = [*difference_lines(found)]
+        for line in lines:
+            print(line)
+        if self.output is not None:
+            write_text(self.output / "difference.md", "\n".join(lines) + "\n")
+            write_json(self.output / "difference.json", found.to_json())
+            print(f"\nreport: {self.output / 'difference.md'}")
