@@ -146,8 +146,8 @@ def compare_packs(before: Pack, after: Pack) -> PackDifference:
                 methods = pair[0].method, pair[1].method
                 moved.append(Moved(image_id, title, pair[0].target_name, methods, move))
             for key in keys:
-                values = measured.setdefault((pair[1].method, key), [])
-                values.append(tuple(e.metrics.get(key, math.nan) for e in pair))
+                one, other = (e.metrics.get(key, math.nan) for e in pair)
+                measured.setdefault((pair[1].method, key), []).append((one, other))
     return PackDifference(
         names=(before.name, after.name),
         common=photos,
