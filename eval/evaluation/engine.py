@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from xattn.eval.annotations import Annotations
 from xattn.eval.evaluation.evaluation_run import Evaluation, EvaluationRun

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xattn.photos.base import StoredPhoto
+from xattn.explaining.naming import check_kind
+from xattn.photos.arrays import input_batch, is_stream, single_images
+from xattn.photos.base import Photos, StoredPhoto
 from xattn.photos.images import MAX_PIXELS, list_images, load_image, read_ahead
 from xattn.photos.sources import is_stored, open_photos
 from xattn.photos.view import View, prepare
@@ -37,10 +39,10 @@ class Skipped(NamedTuple):
 
 class ImageStream:
     """The images of a file, a folder, a list file, a dataset (:mod:`xattn.photos.sources`), a list of
-    paths or PIL images, or tensors.
+    paths or PIL images, tensors or arrays, or a loader of them.
 
     Tensors are float (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size and are used as
-    they are; photos are loaded and prepared as the backbone wants them.
+    they are; photos, and arrays (H, W, 3) or (B, H, W, 3), are prepared as the backbone wants them.
 
     Attributes:
         tensors: whether the images were given as tensors.
@@ -59,15 +61,19 @@ class ImageStream:
         self.preprocessing, self.view, self.max_pixels = preprocessing, view, max_pixels
         self.skipped: dict[int, Skipped] = {}
         self._root: Path | None = None
+        self._channels = len(preprocessing.mean)
         if is_stored(images):
             images = open_photos(images)
         elif isinstance(images, str | Path):
             self._root = Path(images) if Path(images).is_dir() else None
             images = list_images(images)
         elif isinstance(images, Tensor):
-            images = images[None] if images.ndim == 3 else images
-        elif not isinstance(images, Iterable):
-            images = [images]
+            images = input_batch(images, self._channels, "images")
+        elif is_stream(images):
+            images = single_images(images, self._channels)
+        elif not isinstance(images, Photos):
+            given = images if isinstance(images, Sequence) else [images]
+            images = list(single_images(given, self._channels))
         if limit is not None:
             if limit < 1:
                 raise ValueError(f"limit: got {limit}; give at least 1")
@@ -103,7 +109,9 @@ class ImageStream:
         if isinstance(item, Tensor) != self.tensors:
             raise ValueError("images: got tensors and photos mixed; give one kind")
         if self.tensors:
-            return Item(f"image {position}", position, _checked(item, position))
+            image = input_batch(item, self._channels, f"images[{position}]")
+            return Item(f"image {position}", position, image[0].to(torch.float32))
+        check_kind(item)
         return self._photo(item, position)
 
     def _photo(self, item: Any, position: int) -> Item | None:
@@ -120,18 +128,3 @@ class ImageStream:
             return None
         pixels, view = prepare(photo, self.preprocessing, self.view)
         return Item(name, position, pixels, item, view)
-
-
-def _checked(image: Tensor, position: int) -> Tensor:
-    if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-        raise ValueError(
-            f"images: image {position} is {image.dtype} of shape {tuple(image.shape)}; give float "
-            f"(3, H, W) in [0, 1]"
-        )
-    # NaN fails both comparisons.
-    if not bool(((image >= 0) & (image <= 1)).all()):
-        raise ValueError(
-            f"images: image {position} has values outside [0, 1] or NaN; give raw images, the "
-            f"normalisation happens in the backbone"
-        )
-    return image.detach().to(torch.float32)

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from xattn.attention.conversion import parse_mechanism
 from xattn.backbone import Backbone

@@ -141,11 +141,11 @@ def test_bad_inputs_and_targets_raise(pairs, images, name):
     nan = images.clone()
     nan[2, 0, 3, 3] = float("nan")
     for bad, message in [
-        (images[0], r"inputs: got torch.float32 \(3, 64, 64\)"),
-        ((images * 255).byte(), r"inputs: got torch.uint8"),
-        (images.numpy(), r"inputs: got .*ndarray"),
+        (images[0, 0], r"inputs: got a tensor \(64, 64\) of torch.float32"),
+        ((images * 255).byte(), r"inputs: got .* of torch.uint8; .*inputs / 255"),
+        (images.numpy(), r"inputs: got an array .*inputs.transpose\(0, 2, 3, 1\)"),
         (images[:0], r"inputs: got an empty batch"),
-        (nan, r"inputs: holds NaN"),
+        (nan, r"inputs: image 2 holds NaN"),
         (images * 5 - 2, r"inputs: got values in .*raw pixels in \[0, 1\]"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -34,6 +34,7 @@ from xattn.backbone.taps import (
     vit_blocks,
     wanted_intermediates,
 )
+from xattn.photos.arrays import layout_remedy
 from xattn.runtime.locking import alone, lock_of
 from xattn.runtime.memory import is_out_of_memory
 
@@ -351,19 +352,12 @@ class Backbone(nn.Module):
     def check_channels(self, images: Tensor, argument: str = "images") -> None:
         """Raise a ``ValueError`` unless ``images`` are (3, H, W) or (B, 3, H, W)."""
         channels = self.mean.shape[1]
-        pictures = images.ndim in (3, 4)
-        if pictures and images.shape[-3] == channels:
-            return
-        remedy = "give images of that shape"
-        if pictures and images.shape[-3] == 1:
-            sizes = ", ".join(["-1"] * (images.ndim - 3) + [str(channels), "-1", "-1"])
-            remedy = f"expand greyscale images with {argument}.expand({sizes})"
-        elif pictures and images.shape[-3] == channels + 1:
-            remedy = f"drop an alpha channel with {argument}[..., :{channels}, :, :]"
-        raise ValueError(
-            f"{argument}: got shape {tuple(images.shape)}, {self.name} takes (B, {channels}, H, W); "
-            f"{remedy}"
-        )
+        remedy = layout_remedy(images, channels, argument)
+        if remedy:
+            raise ValueError(
+                f"{argument}: got shape {tuple(images.shape)}, {self.name} takes (B, {channels}, H, W); "
+                f"{remedy}"
+            )
 
     def denormalize(self, x: Tensor) -> Tensor:
         """Inverse of :meth:`normalize`."""

@@ -17,11 +17,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, sha256
 from xattn.heads import AttentiveHead, Head
 from xattn.heads.probed import Probed
+from xattn.photos.arrays import input_batch
 from xattn.registry import Registry, adopting, with_name
 from xattn.runtime.locking import alone
 from xattn.runtime.memory import ForwardBatches
@@ -94,11 +96,12 @@ class Explainer(ABC):
     def _note(self, text: str) -> None:
         self._notes = *self._notes, text
 
-    def attribute(self, inputs: Tensor, target: Tensor | int) -> Tensor:
+    def attribute(self, inputs: Tensor | NDArray[Any], target: Tensor | int) -> Tensor:
         """Raw maps of one class per image.
 
         Args:
-            inputs: float (B, 3, H, W), raw pixels in [0, 1]; the backbone normalises.
+            inputs: float (B, 3, H, W), raw pixels in [0, 1]; the backbone normalises. One image and
+                arrays are taken as well, see :mod:`xattn.photos.arrays`.
             target: one class for all images, or a LongTensor (B,) with one per image.
 
         Returns:
@@ -108,7 +111,7 @@ class Explainer(ABC):
             ValueError: inputs of another shape, non-finite or outside [0, 1]; a target that is not
                 one class or one per image, or is out of range.
         """
-        check_inputs(inputs, self.backbone)
+        inputs = check_inputs(inputs, self.backbone)
         targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
 
         def maps_of(images: Tensor, classes: Tensor) -> Tensor:
@@ -120,7 +123,9 @@ class Explainer(ABC):
             maps = self._batches.run(maps_of, inputs, targets)
         return torch.cat(maps).detach().to(inputs.device)
 
-    def attribute_classes(self, inputs: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+    def attribute_classes(
+        self, inputs: Tensor | NDArray[Any], choose: Choose
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Maps of several classes per image, chosen from the logits of the same pass.
 
         Args:
@@ -131,7 +136,7 @@ class Explainer(ABC):
             logits (B, K), the chosen classes (B, M), and raw maps (B, M, h, w). Explainers that
             read class maps from features (``head``, ``cam``) need one backbone pass in all.
         """
-        check_inputs(inputs, self.backbone)
+        inputs = check_inputs(inputs, self.backbone)
         with self._guard():
             parts = self._batches.run(
                 lambda images: self._attribute_classes(self._move(images), choose), inputs
@@ -203,26 +208,9 @@ class ImageByImage(Explainer):
         return torch.stack(maps)
 
 
-def check_inputs(inputs: Tensor, backbone: Backbone) -> None:
-    """Raise a ``ValueError`` unless ``inputs`` is a finite float (B >= 1, 3, H, W) in [0, 1]."""
-    if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not inputs.is_floating_point():
-        got = (
-            f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs)
-        )
-        raise ValueError(f"inputs: got {got}; give a float tensor (B, 3, H, W)")
-    backbone.check_channels(inputs, "inputs")
-    if inputs.numel() == 0:
-        raise ValueError(
-            f"inputs: got an empty batch {tuple(inputs.shape)}; give one image or more"
-        )
-    low, high = (float(v) for v in inputs.detach().aminmax())
-    if not np.isfinite(low) or not np.isfinite(high):
-        raise ValueError("inputs: holds NaN or infinite values; clean the images first")
-    if low < -1e-4 or high > 1 + 1e-4:
-        raise ValueError(
-            f"inputs: got values in [{low:.3g}, {high:.3g}]; give raw pixels in [0, 1], "
-            f"the backbone normalises them itself"
-        )
+def check_inputs(inputs: Tensor | NDArray[Any], backbone: Backbone) -> Tensor:
+    """``inputs`` as a finite float (B >= 1, 3, H, W) in [0, 1]; a ``ValueError`` says what is wrong."""
+    return input_batch(inputs, backbone.mean.shape[1])
 
 
 def check_target(target: Tensor | int, batch: int, num_classes: int) -> Tensor:

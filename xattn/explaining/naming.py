@@ -4,51 +4,81 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from xattn.photos.arrays import ArrayImage, array_images, flattened, is_array, is_stream
 from xattn.photos.base import StoredPhoto
 from xattn.photos.images import list_images
 from xattn.photos.sources import is_stored, open_photos
 from xattn.photos.volumes import is_volume
 
-Source = Path | Image.Image | StoredPhoto
+KINDS = "paths, PIL images, tensors, arrays, or a loader of them"
+Source = Path | Image.Image | StoredPhoto | ArrayImage
 
 
-def named_photos(
-    images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
-) -> list[tuple[str, Source]]:
-    """(image_id, photo) pairs; ids are relative paths without suffix, made unique."""
+def named_photos(images: Any, channels: int = 3) -> list[tuple[str, Source]]:
+    """(image_id, photo) pairs of what is at hand; see :func:`each_photo`.
+
+    Raises:
+        ValueError: no image, or something that is none. FileNotFoundError: a missing path.
+    """
+    pairs = list(each_photo(images, channels))
+    if not pairs:
+        raise ValueError("images: got an empty list; give at least one image")
+    return pairs
+
+
+def each_photo(images: Any, channels: int = 3) -> Iterator[tuple[str, Source]]:
+    """(image_id, photo) pairs, one by one, of all that :mod:`xattn.photos.arrays` lists.
+
+    Ids are relative paths without suffix, made unique; "image 0" for the first image if it is in a tensor
+    or an array; "image-1" if it is a PIL image without a name.
+    """
     root: Path | None = None
-    items: Sequence[str | Path | Image.Image | StoredPhoto]
-    if isinstance(images, Image.Image):
+    items: Iterable[Any]
+    if is_array(images):
         items = [images]
     elif is_stored(images) or is_volume(images):
-        items = open_photos(images)  # type: ignore[arg-type]
+        items = open_photos(images)
     elif isinstance(images, str | Path):
         items = list_images(images)
         root = Path(images) if Path(images).is_dir() else Path(images).parent
+    elif isinstance(images, Sequence) or is_stream(images):
+        items = flattened(images)
     else:
-        items = list(images)
-        if not items:
-            raise ValueError("images: got an empty list; give at least one image")
+        items = flattened([images])
     taken: set[str] = set()
-    pairs = []
-    for number, item in enumerate(items, start=1):
-        source = Path(item) if isinstance(item, str) else item
-        if isinstance(source, StoredPhoto):
-            name = source.name
-        elif isinstance(source, Image.Image):
-            name = Path(file_name_of(source)).stem or f"image-{number}"
-        elif isinstance(source, Path):
-            inside = root is not None and source.is_relative_to(root)
-            name = (source.relative_to(root) if inside else Path(source.name)).with_suffix("")  # type: ignore[arg-type,assignment]
-        else:
-            raise ValueError(f"images: got a {type(item).__name__}; give paths or PIL images")
-        pairs.append((unique_id(name if isinstance(name, str) else name.as_posix(), taken), source))
-    return pairs
+    number = 0
+    for item in items:
+        for source in array_images(item, channels) if is_array(item) else [item]:
+            yield _named(source, number, root, taken)
+            number += 1
+
+
+def check_kind(image: Any) -> None:
+    """Raise a ``ValueError`` unless ``image`` is a photo in one of the forms that are taken."""
+    if not isinstance(image, str | Source):
+        raise ValueError(f"images: got a {type(image).__name__}; give {KINDS}")
+
+
+def _named(item: Any, number: int, root: Path | None, taken: set[str]) -> tuple[str, Source]:
+    check_kind(item)
+    source = Path(item) if isinstance(item, str) else item
+    if isinstance(source, ArrayImage):
+        return f"image {number}", source
+    if isinstance(source, StoredPhoto):
+        name = source.name
+    elif isinstance(source, Image.Image):
+        name = Path(file_name_of(source)).stem or f"image-{number + 1}"
+    else:
+        inside = root is not None and source.is_relative_to(root)
+        path = source.relative_to(root) if inside and root else Path(source.name)
+        name = path.with_suffix("").as_posix()
+    return unique_id(name, taken), source
 
 
 def unique_id(name: str, taken: set[str]) -> str:

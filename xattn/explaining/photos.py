@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from xattn.backbone import Backbone
+from xattn.backbone import Backbone, Preprocessing
 from xattn.explainers import Explainer, create_explainer
 from xattn.explainers.base import Choose
-from xattn.explaining.naming import Source, file_name_of, named_photos
+from xattn.explaining.naming import Source, each_photo, file_name_of, named_photos
 from xattn.explaining.provenance import protocol_of
 from xattn.heads import Head
 from xattn.packs.explanation import Explanation, ImageFacts, blank_note, map_name
 from xattn.packs.format import check_output, interrupted_output
 from xattn.packs.writer import save_pack
+from xattn.photos.arrays import ArrayImage, is_stream
 from xattn.photos.base import StoredPhoto
 from xattn.photos.images import MAX_PIXELS, load_image, read_ahead
 from xattn.photos.labels import true_classes
@@ -47,7 +48,7 @@ class Explanations(list[Explanation]):
 
 
 def explain(
-    images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
+    images: Any,
     backbone: Backbone,
     head: Head | None = None,
     explainer: str | Explainer | Sequence[str | Explainer] | None = None,
@@ -66,7 +67,8 @@ def explain(
 
     Args:
         images: see :func:`xattn.photos.images.list_images`; or ``"hfds/..."`` or ``"wds/..."``, see
-            :mod:`xattn.photos.sources`; or a PIL image, or a list of paths and images.
+            :mod:`xattn.photos.sources`; or a PIL image, a tensor, a NumPy array, a list of any of these,
+            or a loader of batches, see :mod:`xattn.photos.arrays`.
         backbone: the classifier; ``head``: a trained head of it.
         explainer: a name of :func:`~xattn.explainers.list_explainers` or an explainer, or several,
             each with a pass of its own; by default the head.
@@ -88,12 +90,14 @@ def explain(
         ``<output>-interrupted``.
 
     Raises:
-        ValueError: unknown explainer, class or view; no readable image; a bad ``output``.
+        ValueError: unknown explainer, class or view; no readable image; a tensor or an array of another
+            layout or range; a bad ``output``.
         OSError: a missing path, or an ``output`` that cannot be written.
     """
     if output is not None:
         check_output(output)
-    sources = named_photos(images)
+    listed = labels is not None or not is_stream(images)
+    sources = (named_photos if listed else each_photo)(images, len(backbone.preprocessing.mean))
     truth = {} if labels is None else true_classes_of(sources, labels, backbone)
     given: Sequence[str | Explainer | None]
     given = [explainer] if isinstance(explainer, str | Explainer | None) else explainer
@@ -111,8 +115,8 @@ def explain(
         if output is not None and result:
             _save_interrupted(output, result, overlays, error)
         raise
-    if result.skipped:
-        _report(result, len(sources))
+    if result.skipped or not result:
+        _report(result, len({e.image_id for e in result}) + len(result.skipped))
     warn_of_blank([(e, e.file_name or e.image_id) for e in result])
     if output is not None:
         save_pack(output, result, overlays, result.skipped)
@@ -189,7 +193,7 @@ def explain_batch(
                 method=method.name,
                 view=seen,
                 image_id=image_id,
-                protocol=protocol,
+                protocol=protocol if seen.mode != "tensor" else {**protocol, "view": "tensor"},
                 file_name=file_name_of(source),
                 is_mask=method.is_mask,
                 source=source,
@@ -207,14 +211,15 @@ def top_classes(
 
 
 def true_classes_of(
-    sources: Sequence[tuple[str, Source]], labels: str | Path, backbone: Backbone
+    sources: Iterable[tuple[str, Source]], labels: str | Path, backbone: Backbone
 ) -> dict[str, TrueClass]:
     """The true classes of photos by image_id, see :func:`xattn.photos.labels.true_classes`."""
-    names = []
+    names, ids = [], []
     for image_id, source in sources:
-        if isinstance(source, Image.Image):
+        if isinstance(source, Image.Image | ArrayImage):
             raise ValueError(f"labels: {image_id} has no file name; give photos by path")
         names.append(source.name if isinstance(source, StoredPhoto) else source.as_posix())
+        ids.append(image_id)
     found = true_classes(names, labels, backbone.class_names)
     if all(number is None for number, _ in found):
         shown = next((name for _, name in found if name is not None), "none")
@@ -223,7 +228,7 @@ def true_classes_of(
             f"can be called right or wrong",
             stacklevel=3,
         )
-    return {image_id: label for (image_id, _), label in zip(sources, found, strict=True)}
+    return dict(zip(ids, found, strict=True))
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -273,7 +278,7 @@ def _classes(
 
 
 def _batches(
-    sources: list[tuple[str, Source]],
+    sources: Iterable[tuple[str, Source]],
     backbone: Backbone,
     view: str,
     batch_size: int,
@@ -281,29 +286,42 @@ def _batches(
     result: Explanations,
     progress: bool,
 ) -> Iterator[list[Prepared]]:
-    def read(pair: tuple[str, Source]) -> tuple[Tensor, View]:
-        pixels, seen = prepare(load_image(pair[1], max_pixels), backbone.preprocessing, view)
-        return pixels, seen.check_size()
+    def read(pair: tuple[str, Source]) -> tuple[Tensor, View, Source]:
+        return _prepared(pair[1], backbone.preprocessing, view, max_pixels)
 
     batch: list[Prepared] = []
     ahead = read_ahead(read, sources, 2 * batch_size)
-    count = len(sources)
+    count = len(sources) if isinstance(sources, list) else None
     hidden = not progress or count == 1
     for (image_id, source), photo in tqdm(ahead, "explain", count, unit="photo", disable=hidden):
         try:
-            pixels, seen = photo.result()
+            pixels, seen, picture = photo.result()
         except (ValueError, OSError) as error:
             if count == 1:
                 raise
             name = file_name_of(source) or image_id
             result.skipped.append((name, str(error).replace(str(source), name)))
             continue
-        batch.append((pixels, seen, image_id, source))
+        batch.append((pixels, seen, image_id, picture))
         if len(batch) == batch_size:
             yield batch
             batch = []
     if batch:
         yield batch
+
+
+def _prepared(
+    source: Source, preprocessing: Preprocessing, view: str, max_pixels: int | None
+) -> tuple[Tensor, View, Source]:
+    """The model's input, what it shows of the photo, and where the photo's pixels are."""
+    photo = load_image(source, max_pixels)
+    if isinstance(source, ArrayImage):
+        size = tuple(source.pixels.shape[1:])
+        if source.is_tensor and size == tuple(preprocessing.input_size):
+            return source.input(), View("tensor", size, size, (0, 0, *size), size), photo
+        source = photo
+    pixels, seen = prepare(photo, preprocessing, view)
+    return pixels, seen.check_size(), source
 
 
 def warn_of_blank(named: Iterable[tuple[Explanation, str]]) -> None:
@@ -317,6 +335,8 @@ def _report(result: Explanations, count: int) -> None:
     shown = result.skipped[:3]
     reasons = "; ".join(why if name in why else f"{name}: {why}" for name, why in shown)
     more = f"; and {len(result.skipped) - 3} more" if len(result.skipped) > 3 else ""
+    if not count:
+        raise ValueError("images: got none; the loader is empty")
     if not result:
         raise ValueError(f"images: none of the {count} images can be read: {reasons}{more}")
     warnings.warn(

@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from xattn.parts.crop import area, largest_crop
 from xattn.parts.evidence import Source, evidence_mask, open_evidence

@@ -136,7 +136,7 @@ def load_image(
         ValueError: not an image, too many pixels, truncated or damaged, or non-finite values.
     """
     if isinstance(source, Image.Image):
-        _check_size(source.size, "the given image", max_pixels)
+        check_size(source.size, "the given image", max_pixels)
         with _COPYING:
             copy = source.copy()
         return _to_rgb(copy, "the given image")
@@ -166,7 +166,7 @@ def decode_image(stream: IO[bytes], label: str, max_pixels: int | None) -> Image
         ) from None
     except Exception as error:
         raise _damaged(label, error) from error
-    _check_size(image.size, label, max_pixels)
+    check_size(image.size, label, max_pixels)
     return _to_rgb(image, label)
 
 
@@ -201,7 +201,8 @@ def readable_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _check_size(size: tuple[int, int], label: str, max_pixels: int | None) -> None:
+def check_size(size: tuple[int, int], label: str, max_pixels: int | None) -> None:
+    """Raise a ``ValueError`` for an image without pixels, or with more than ``max_pixels``."""
     width, height = size
     if width < 1 or height < 1:
         raise ValueError(f"image: {label} is empty ({width} x {height} pixels)")

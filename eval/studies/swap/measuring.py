@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from xattn.eval.studies.kept import finished_values
 from xattn.eval.studies.study_configs import SwapStudyConfig

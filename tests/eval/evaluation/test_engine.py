@@ -272,8 +272,9 @@ def test_nothing_readable_and_nothing_given(tmp_path, photo_backbone):
     ("images", "said"),
     [
         (torch.full((1, 3, 18, 20), torch.nan), "NaN"),
-        (torch.full((1, 3, 18, 20), 2.0), "outside"),
-        (torch.zeros(1, 1, 18, 20), "shape"),
+        (torch.full((1, 3, 18, 20), 2.0), r"values in \[2, 2\].*images / 255"),
+        (torch.zeros(1, 1, 18, 20), r"images.expand\(-1, 3, -1, -1\)"),
+        (3, "got a int"),
         (torch.zeros(1, 3, 18, 20, dtype=torch.uint8), "uint8"),
         ([torch.zeros(3, 18, 20), torch.zeros(3, 18, 21)], "sizes"),
         ([torch.zeros(3, 18, 20), "x.png"], "mixed"),

@@ -1,0 +1,191 @@
+"""Mistakes in what images are given as, and in what is asked of results."""
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import xattn
+from mistakes.table import Bench, Mistake
+
+
+def explained(change):
+    """A call of ``explain`` with two images (2, 3, 64, 64) in [0, 1] changed by a function."""
+    return lambda b: xattn.explain(change(b.images), b.cnn, explainer="gradcam")
+
+
+def attributed(change):
+    return lambda b: xattn.create_explainer("gradcam", b.cnn).attribute(change(b.images), 0)
+
+
+def array(b: torch.Tensor) -> np.ndarray:
+    return b.permute(0, 2, 3, 1).numpy()
+
+
+def with_nan(x):
+    x = x.clone()
+    x[1, 0, 3, 4] = float("nan")
+    return x
+
+
+def normalised(b: Bench) -> torch.Tensor:
+    return b.cnn.normalize(b.images)
+
+
+MISTAKES = [
+    Mistake(
+        "a batch with channels last",
+        explained(lambda x: x.permute(0, 2, 3, 1)),
+        ("images: ", "a tensor (2, 64, 64, 3)", "images.permute(0, 3, 1, 2)"),
+    ),
+    Mistake(
+        "an image with channels last",
+        explained(lambda x: x[0].permute(1, 2, 0)),
+        ("images: ", "images.permute(2, 0, 1)"),
+    ),
+    Mistake(
+        "attribute: channels last",
+        attributed(lambda x: x.permute(0, 2, 3, 1)),
+        ("inputs: ", "inputs.permute(0, 3, 1, 2)"),
+    ),
+    Mistake(
+        "an array with channels first",
+        explained(lambda x: x[0].numpy()),
+        (
+            "images: ",
+            "an array (3, 64, 64)",
+            "images.transpose(1, 2, 0)",
+            "torch.from_numpy(images)",
+        ),
+    ),
+    Mistake(
+        "arrays with channels first",
+        attributed(lambda x: x.numpy()),
+        ("inputs: ", "inputs.transpose(0, 2, 3, 1)"),
+    ),
+    Mistake("floats in 0..255", explained(lambda x: x * 255), ("images: ", "[0, 1]: images / 255")),
+    Mistake(
+        "an array of floats in 0..255",
+        explained(lambda x: array(x * 255)),
+        ("images: ", "[0, 1]: images / 255"),
+    ),
+    Mistake(
+        "attribute: floats in 0..255",
+        attributed(lambda x: x * 255),
+        ("inputs: ", "[0, 1]: inputs / 255"),
+    ),
+    Mistake(
+        "attribute: bytes",
+        attributed(lambda x: (x * 255).byte()),
+        ("inputs: ", "torch.uint8", "inputs / 255"),
+    ),
+    Mistake(
+        "long integers from 0 to 255",
+        explained(lambda x: (x * 255).long()),
+        ("images: ", "torch.int64", "images.to(torch.uint8)"),
+    ),
+    Mistake(
+        "an array of integers",
+        explained(lambda x: (array(x) * 255).astype(np.int32)),
+        ("images: ", "int32", "images.astype(np.uint8)"),
+    ),
+    Mistake(
+        "16-bit pixels",
+        explained(lambda x: (array(x) * 65535).astype(np.uint16)),
+        ("images: ", "images.astype(np.float32) / 65535"),
+    ),
+    Mistake(
+        "a mask for an image",
+        explained(lambda x: x > 0.5),
+        ("images: ", "torch.bool", "images.float()"),
+    ),
+    Mistake(
+        "an image normalised by the caller",
+        lambda b: xattn.explain(normalised(b), b.cnn, explainer="gradcam"),
+        ("images: ", "the backbone normalises them itself", "backbone.denormalize(images)"),
+    ),
+    Mistake(
+        "attribute: normalised by the caller",
+        lambda b: xattn.create_explainer("gradcam", b.cnn).attribute(normalised(b), 0),
+        ("inputs: ", "backbone.denormalize(inputs)"),
+    ),
+    Mistake(
+        "a normalised array",
+        explained(lambda x: array(x) * 2 - 1),
+        ("images: ", "images * std + mean"),
+    ),
+    Mistake(
+        "grey batches",
+        explained(lambda x: x[:, :1]),
+        ("images: ", "images.expand(-1, 3, -1, -1)"),
+    ),
+    Mistake(
+        "a grey image without a channel",
+        explained(lambda x: x[0, 0]),
+        ("images: ", "images.expand(3, -1, -1)"),
+    ),
+    Mistake(
+        "grey images without a channel",
+        explained(lambda x: x[:, 0]),
+        ("images: ", "images[:, None].expand(-1, 3, -1, -1)"),
+    ),
+    Mistake(
+        "attribute: a grey array",
+        attributed(lambda x: array(x)[0, ..., 0]),
+        ("inputs: ", "inputs[..., None].repeat(3, -1)"),
+    ),
+    Mistake(
+        "a tensor with transparency",
+        explained(lambda x: torch.cat([x, x[:, :1]], 1)),
+        ("images: ", "images[..., :3, :, :]"),
+    ),
+    Mistake(
+        "an array with transparency",
+        explained(lambda x: np.concatenate([array(x), array(x)[..., :1]], -1)),
+        ("images: ", "images[..., :3]"),
+    ),
+    Mistake(
+        "no image", explained(lambda x: x[:0]), ("images: ", "empty batch", "one image or more")
+    ),
+    Mistake("an empty list", explained(lambda x: []), ("images: ", "at least one image")),
+    Mistake(
+        "an empty loader",
+        explained(lambda x: DataLoader(TensorDataset(x[:0]))),
+        ("images: ", "the loader is empty"),
+    ),
+    Mistake("NaN", explained(with_nan), ("images: image 1 holds NaN", "torch.nan_to_num(images)")),
+    Mistake(
+        "attribute: infinite values",
+        attributed(lambda x: x / 0),
+        ("inputs: image 0 holds NaN or infinite", "torch.nan_to_num(inputs)"),
+    ),
+    Mistake(
+        "batches of clips",
+        explained(lambda x: x[:, None]),
+        ("images: ", "(B, 3, H, W)", "images.flatten(0, 1)"),
+    ),
+    Mistake(
+        "a loader of dictionaries",
+        explained(lambda x: DataLoader([{"pixel_values": image, "label": 1} for image in x])),
+        ("images: ", "pixel_values, label", "(batch['pixel_values'] for batch in images)"),
+    ),
+    Mistake(
+        "what an image processor returns",
+        explained(lambda x: {"pixel_values": x}),
+        ("images: ", "pixel_values"),
+    ),
+    Mistake(
+        "None, as cv2.imread gives for a missing file",
+        explained(lambda x: None),
+        ("images: got a NoneType", "paths"),
+    ),
+    Mistake(
+        "attribute: a path",
+        attributed(lambda x: "photo.png"),
+        ("inputs: got a str", "xattn.explain("),
+    ),
+    Mistake(
+        "attribute: a loader",
+        attributed(DataLoader),
+        ("inputs: got a DataLoader", "xattn.explain("),
+    ),
+]

@@ -1,0 +1,271 @@
+"""Images given as numbers: which layouts and ranges are taken, and how each becomes the model's input.
+
+``explain`` takes photos. Tensors and arrays among them are
+
+    a tensor   (3, H, W) or (B, 3, H, W)    float in [0, 1], or uint8
+    an array   (H, W, 3) or (B, H, W, 3)    float in [0, 1], or uint8
+
+A **tensor of the model's input size is the model's input** and goes in as it is. Everything else is a
+photo, which the model's own crop prepares: tensors of another size, arrays, PIL images, files. Photos
+have 8 bits, so floats are rounded to them there. A list may mix all of these; a loader, or any other
+iterable, gives images or batches of them, alone or followed by labels, which are not read.
+
+``explainer.attribute`` takes the model's input: a float tensor (B, 3, H, W) in [0, 1], one image
+(3, H, W), or arrays, which are only laid out and scaled as a tensor. Nothing is cropped there.
+
+Pixels are raw: the backbone normalises them. Any float type, device, order in memory or graph will do,
+and no gradient flows back to the caller. What is none of this is refused in one line that has the call to
+make.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from xattn.photos.images import check_size
+
+ROUNDING = 1e-4  # by which resizing may leave [0, 1]
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayImage:
+    """One image of a tensor or an array: ``pixels`` (C, H, W), uint8 or float in [0, 1], on the CPU."""
+
+    pixels: Tensor
+    is_tensor: bool
+
+    def load(self, max_pixels: int | None = None) -> Image.Image:
+        """As an 8-bit RGB photo; of more or fewer than 3 channels their mean, in grey.
+
+        Raises:
+            ValueError: more than ``max_pixels``.
+        """
+        height, width = self.pixels.shape[1:]
+        check_size((width, height), "the given array", max_pixels)
+        pixels = self.pixels
+        if pixels.shape[0] != 3:
+            pixels = pixels.float().mean(0, keepdim=True).to(pixels.dtype).expand(3, -1, -1)
+        if pixels.dtype != torch.uint8:
+            pixels = _unit(pixels).mul(255).round().to(torch.uint8)
+        return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+    def input(self) -> Tensor:
+        """(C, H, W) float32 in [0, 1]."""
+        return _unit(self.pixels)
+
+
+def is_array(value: Any) -> TypeGuard[Tensor | NDArray[Any]]:
+    """Whether ``value`` is a tensor or a NumPy array."""
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def is_stream(images: Any) -> bool:
+    """Whether images come from a loader or another iterable of unknown length, read once front to back."""
+    if is_array(images) or isinstance(images, Sequence | Image.Image | dict):
+        return False
+    return hasattr(images, "__iter__") or hasattr(images, "__getitem__")
+
+
+def single_images(images: Iterable[Any], channels: int = 3) -> Iterator[Any]:
+    """Items of a list, a loader or a data set for a network: of tensors each (C, H, W), of arrays each an
+    :class:`ArrayImage`, and paths and PIL images as they are."""
+    for item in flattened(images):
+        if isinstance(item, Tensor) and item.ndim == 4:
+            yield from item
+        elif isinstance(item, np.ndarray):
+            yield from array_images(item, channels)
+        else:
+            yield item
+
+
+def array_images(images: Tensor | NDArray[Any], channels: int = 3) -> list[ArrayImage]:
+    """The images of a tensor or an array, one or a batch; the module says which layouts it takes.
+
+    Raises:
+        ValueError: another layout, type or range, NaN, or no image.
+    """
+    pixels = _checked(images, channels, "images").cpu()
+    return [ArrayImage(image, isinstance(images, Tensor)) for image in pixels.unbind()]
+
+
+def input_batch(inputs: Any, channels: int = 3, argument: str = "inputs") -> Tensor:
+    """(B, C, H, W) float in [0, 1] for the network, of a batch or one image as a tensor or an array.
+
+    Raises:
+        ValueError: another layout, type or range, NaN, no image, or something else.
+    """
+    if not is_array(inputs):
+        raise ValueError(
+            f"{argument}: got a {type(inputs).__name__}; give a float tensor (B, {channels}, H, W), or "
+            f"photos to xattn.explain(images, backbone, explainer=explainer)"
+        )
+    pixels = _checked(inputs, channels, argument)
+    if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8:
+        raise ValueError(
+            f"{argument}: got {_kind(inputs)}; give floats in [0, 1]: {argument} / 255"
+        )
+    return pixels if isinstance(inputs, Tensor) else _unit(pixels)
+
+
+def flattened(images: Iterable[Any]) -> Iterator[Any]:
+    """Items of a list, a loader or a data set, without the labels that follow an image or a batch.
+
+    Raises:
+        ValueError: an item is a dictionary, which does not say where its images are.
+    """
+    if isinstance(images, dict):
+        images = [images]
+    if isinstance(images, list | tuple) and _has_labels(images):
+        images = images[:1]
+    for item in images:
+        if isinstance(item, dict):
+            keys = list(map(str, item)) or ["image"]
+            raise ValueError(
+                f"images: got a dictionary of {', '.join(keys)}; give the images in it: "
+                f"(batch[{keys[0]!r}] for batch in images)"
+            )
+        if isinstance(item, list | tuple):
+            yield from flattened(item)
+        else:
+            yield item
+
+
+def _has_labels(item: Sequence[Any]) -> bool:
+    """Whether all that follows the first of ``item`` are classes: one, or one an image."""
+    return len(item) > 1 and all(
+        isinstance(label, int) or (is_array(label) and label.ndim < 2) for label in item[1:]
+    )
+
+
+# ---------------------------------------------------------------------- checks
+
+
+def _checked(images: Tensor | NDArray[Any], channels: int, argument: str) -> Tensor:
+    """(B, C, H, W), detached, uint8 or float in [0, 1]."""
+    remedy = layout_remedy(images, channels, argument) or _type_remedy(images, argument)
+    if remedy:
+        raise ValueError(f"{argument}: got {_kind(images)}; {remedy}")
+    if 0 in images.shape:
+        raise ValueError(
+            f"{argument}: got an empty batch {tuple(images.shape)}; give one image or more"
+        )
+    if isinstance(images, Tensor):
+        pixels = images.detach()
+    else:  # a copy: arrays may be read-only, or run backwards
+        pixels = torch.from_numpy(np.array(images, order="C"))
+        pixels = pixels.movedim(-1, -3)
+    pixels = pixels if pixels.ndim == 4 else pixels[None]
+    if pixels.is_floating_point():
+        _check_range(pixels, argument, isinstance(images, Tensor))
+    return pixels
+
+
+def _kind(images: Tensor | NDArray[Any]) -> str:
+    noun = "a tensor" if isinstance(images, Tensor) else "an array"
+    return f"{noun} {tuple(images.shape)} of {images.dtype}"
+
+
+def layout_remedy(images: Tensor | NDArray[Any], channels: int, argument: str) -> str:
+    """The call that lays the images out as they are taken; empty if they are."""
+    if isinstance(images, Tensor):
+        return _tensor_remedy(tuple(images.shape), channels, argument)
+    return _array_remedy(tuple(images.shape), channels, argument)
+
+
+def _tensor_remedy(shape: tuple[int, ...], channels: int, name: str) -> str:
+    form = f"({channels}, H, W) or (B, {channels}, H, W)"
+    last = "permute(2, 0, 1)" if len(shape) == 3 else "permute(0, 3, 1, 2)"
+    sizes = ", ".join(["-1"] * (len(shape) - 3) + [str(channels), "-1", "-1"])
+    if len(shape) in (3, 4) and shape[-3] == channels:
+        return ""
+    if len(shape) in (3, 4) and shape[-1] == channels:
+        return f"put channels first: {name}.{last}"
+    if len(shape) in (3, 4) and shape[-3] == 1:
+        return f"repeat the grey channel: {name}.expand({sizes})"
+    if len(shape) in (3, 4) and shape[-3] == channels + 1:
+        return f"drop the alpha channel: {name}[..., :{channels}, :, :]"
+    if len(shape) in (3, 4) and shape[-1] == 1:
+        return f"put channels first and repeat the grey one: {name}.{last}.expand({sizes})"
+    if len(shape) in (3, 4) and shape[-1] == channels + 1:
+        return f"drop the alpha channel, and put channels first: {name}[..., :{channels}].{last}"
+    if len(shape) == 2:
+        return f"repeat the grey channel: {name}.expand({channels}, -1, -1)"
+    if len(shape) == 3:
+        return (
+            f"give {form}; of grey images (B, H, W): {name}[:, None].expand(-1, {channels}, -1, -1)"
+        )
+    if len(shape) == 5 and shape[2] == channels:
+        return f"give {form}: {name}.flatten(0, 1)"
+    return f"give {form}"
+
+
+def _array_remedy(shape: tuple[int, ...], channels: int, name: str) -> str:
+    form = f"(H, W, {channels}) or (B, H, W, {channels})"
+    if len(shape) in (3, 4) and shape[-1] == channels:
+        return ""
+    if len(shape) in (3, 4) and shape[-3] == channels:
+        last = "1, 2, 0" if len(shape) == 3 else "0, 2, 3, 1"
+        return (
+            f"put channels last: {name}.transpose({last}), or give a tensor: "
+            f"torch.from_numpy({name})"
+        )
+    if len(shape) in (3, 4) and shape[-1] == 1:
+        return f"repeat the grey channel: {name}.repeat({channels}, -1)"
+    if len(shape) in (3, 4) and shape[-1] == channels + 1:
+        return f"drop the alpha channel: {name}[..., :{channels}]"
+    if len(shape) in (2, 3):
+        return f"give {form}; of grey images: {name}[..., None].repeat({channels}, -1)"
+    return f"give {form}"
+
+
+def _type_remedy(images: Tensor | NDArray[Any], name: str) -> str:
+    """The call that makes floats in [0, 1] or bytes of the numbers; empty if they are."""
+    if isinstance(images, Tensor):
+        if images.is_floating_point() or images.dtype == torch.uint8:
+            return ""
+        as_float, as_byte = f"{name}.float()", f"{name}.to(torch.uint8)"
+    else:
+        if images.dtype in (np.float16, np.float32, np.float64, np.uint8):
+            return ""
+        as_float, as_byte = f"{name}.astype(np.float32)", f"{name}.astype(np.uint8)"
+    if str(images.dtype).endswith("bool"):
+        return f"give floats: {as_float}"
+    if str(images.dtype).endswith("uint16"):
+        return f"give floats in [0, 1]: {as_float} / 65535"
+    return f"give bytes, of values in 0..255: {as_byte}"
+
+
+def _check_range(pixels: Tensor, name: str, is_tensor: bool) -> None:
+    low, high = (float(v) for v in pixels.aminmax())
+    if not math.isfinite(low) or not math.isfinite(high):
+        bad = int((~pixels.isfinite()).flatten(1).any(1).nonzero()[0])
+        which = f"image {bad} " if len(pixels) > 1 else ""
+        raise ValueError(
+            f"{name}: {which}holds NaN or infinite values; leave it out, or clean it with "
+            f"{'torch' if is_tensor else 'np'}.nan_to_num({name})"
+        )
+    if low >= -ROUNDING and high <= 1 + ROUNDING:
+        return
+    remedy = "give raw pixels in [0, 1]"
+    if low >= 0 and high <= 256:
+        remedy += f": {name} / 255"
+    elif low < 0:
+        undo = f"backbone.denormalize({name})" if is_tensor else f"{name} * std + mean"
+        remedy += f", the backbone normalises them itself; if they are normalised: {undo}"
+    raise ValueError(f"{name}: got values in [{low:.3g}, {high:.3g}]; {remedy}")
+
+
+def _unit(pixels: Tensor) -> Tensor:
+    """uint8 by 1/255, floats as float32 in [0, 1]."""
+    if pixels.dtype == torch.uint8:
+        return pixels.float().div(255)
+    return pixels.float().clamp(0, 1)
