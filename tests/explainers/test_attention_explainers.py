@@ -24,8 +24,10 @@ from xattn.explainers import create_explainer, explainer_class, list_explainers
 from xattn.explainers.attention import read_attention
 from xattn.explainers.rollout import rollout_row
 
-READERS = ["rollout", "raw_attention", "generic_relevance", "column_mass"]
-NAMES = [*READERS, "attn_lrp"]
+GRADIENTS = ["generic_relevance", "legrad", "grad_eclip"]
+READERS = ["rollout", "raw_attention", "column_mass", *GRADIENTS]
+RULES = ["attn_lrp", "libragrad"]
+NAMES = [*READERS, *RULES]
 READ = {"class": [0], "distilled": [0, 1], "registers": [0]}  # others: patches, or the pool's row
 
 
@@ -379,7 +381,7 @@ def test_a_batch_equals_a_loop_and_several_classes_equal_one_by_one(name):
     assert torch.allclose(logits, backbone.logits(images)) and not maps.requires_grad
     for j in range(2):
         assert_equal(maps[:, j : j + 1], explainer.attribute(images, classes[:, j]))
-    assert torch.equal(maps[:, 0], maps[:, 1]) == (name not in ("generic_relevance", "attn_lrp"))
+    assert torch.equal(maps[:, 0], maps[:, 1]) == (name not in (*GRADIENTS, *RULES))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -56,6 +56,7 @@ def images():
 
 
 ATTENTION = ["rollout", "raw_attention", "column_mass", "generic_relevance", "attn_lrp"]
+ATTENTION += ["libragrad", "legrad", "grad_eclip"]
 CASES = [(model, name) for model in MODELS for name in NAMES]
 CASES += [("vit", name) for name in ATTENTION]
 TARGET = torch.tensor([3, 0, 10, 3, 7])

@@ -18,11 +18,14 @@ from xattn.explainers.cam import Cam
 from xattn.explainers.eigencam import EigenCam
 from xattn.explainers.gates import Gates
 from xattn.explainers.generic_relevance import GenericRelevance
+from xattn.explainers.grad_eclip import GradEclip
 from xattn.explainers.gradcam import GradCam, GradCamPlusPlus, LayerCam
 from xattn.explainers.gradients import GuidedBackprop, InputXGradient, Saliency
 from xattn.explainers.head import HeadExplainer
 from xattn.explainers.integrated_gradients import GradientShap, IntegratedGradients, SmoothGrad
 from xattn.explainers.kernel_shap import KernelShap
+from xattn.explainers.legrad import LeGrad
+from xattn.explainers.libragrad import LibraGrad
 from xattn.explainers.lime import Lime
 from xattn.explainers.lrp import Lrp
 from xattn.explainers.masked_passes import PerturbationExplainer
@@ -46,6 +49,7 @@ __all__ = [
     "GenericRelevance",
     "GradCam",
     "GradCamPlusPlus",
+    "GradEclip",
     "GradientShap",
     "GuidedBackprop",
     "HeadExplainer",
@@ -53,6 +57,8 @@ __all__ = [
     "IntegratedGradients",
     "KernelShap",
     "LayerCam",
+    "LeGrad",
+    "LibraGrad",
     "Lime",
     "Lrp",
     "Occlusion",

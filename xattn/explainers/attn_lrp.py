@@ -45,19 +45,31 @@ class AttnLrp(Explainer):
         backbone, at = self.backbone, self.at
         if at not in ("tokens", "pixels"):
             raise ValueError(f"at: got {at!r}; give 'tokens' or 'pixels'")
-        if at == "tokens" and not hasattr(backbone.model, "patch_embed"):
+        if self._reads_embeddings and not hasattr(backbone.model, "patch_embed"):
             raise ValueError(f"at='tokens': {backbone.name} has no patch_embed; give at='pixels'")
         with self._guard(), torch.enable_grad():
             size = backbone.preprocessing.input_size
             image = self._move(torch.zeros(1, backbone.mean.shape[1], *size, device="cpu"))
             rules = self._run(image)[2]
-            if not rules.attended:
-                raise ValueError(
-                    f"backbone: {backbone.name} makes no call of softmax attention; attn_lrp "
-                    f"explains transformers, use 'gradcam'"
-                )
+            self._check(rules)
         for note in rules.notes:
             self._note(note)
+
+    @property
+    def _reads_embeddings(self) -> bool:
+        """Whether relevance is that of the patch embedding's output."""
+        return self.at == "tokens"
+
+    def _check(self, rules: Rules) -> None:
+        """Raise a ``ValueError`` if the rules met nothing of what the method explains."""
+        if not rules.attended:
+            raise ValueError(
+                f"backbone: {self.backbone.name} makes no call of softmax attention; attn_lrp "
+                f"explains transformers, use 'gradcam'"
+            )
+
+    def _rules(self) -> Rules:
+        return Rules(self.backbone.name)
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         return self._attribute_classes(images, lambda _: target[:, None])[2]
@@ -76,7 +88,7 @@ class AttnLrp(Explainer):
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor, Rules]:
         """Logits, the tensor to explain, and what the rules met on the way."""
-        rules = Rules(self.backbone.name)
+        rules = self._rules()
         self.backbone.requires_grad_(False)  # weights are no activations; the guard puts it back
         x = self.backbone.normalize(images)
         if self.at == "pixels":

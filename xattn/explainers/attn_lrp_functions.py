@@ -8,6 +8,10 @@ and that takes all relevance (Arras et al. 2019, arXiv 1909.12114).
 In attention of :mod:`xattn.attention`, these rules hold where a mechanism makes its operator of queries,
 keys and tokens; there, functions with a value at 0, such as exp in feature maps, keep their own gradient,
 as softmax does. The rules of operators follow, see :mod:`xattn.explainers.attn_lrp_operators`.
+
+With ``constant_attention`` all of A, softmax and pooling weights are constants, and relevance passes
+through the values alone. Then every function is affine where it stands, and the rules are those of
+LibraGrad (Mehri et al., arXiv 2411.16760).
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ class _NoRule(ValueError):
     """There is no rule for ``what``, which is done with activations."""
 
     def __init__(self, what: str, message: str = "") -> None:
-        super().__init__(message or f"attn_lrp has no rule for {what}")
+        super().__init__(message or f"there is no rule for {what}")
         self.what = what
 
 
@@ -50,6 +54,16 @@ def _pooling(function: Callable[..., Any], *given: Any) -> Any:
 
 def _causal_product(function: Callable[..., Any], *given: Any) -> Any:
     return function(*_attended(*given[:3])[:3], *given[3:])
+
+
+def _by_values(
+    function: Callable[..., Any], query: Any, key: Any, value: Tensor, *args: Any, **kw: Any
+) -> Any:
+    """Attention or pooling whose weights are constants."""
+    other = [x.detach() if isinstance(x, Tensor) else x for x in args]
+    kw = {name: x.detach() if isinstance(x, Tensor) else x for name, x in kw.items()}
+    query, key = (None if x is None else x.detach() for x in (query, key))
+    return function(query, key, value, *other, **kw)
 
 
 def _attended(
@@ -174,6 +188,17 @@ _RULES: dict[str, Callable[..., Any]] = {
     "rms_norm": _rms_norm,
     "normalize": _normalize,
 }
+_CONSTANT_ATTENTION: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys((*_ATTENTION, "pooling_forward", "causal_product_forward"), _by_values),
+    "softmax": _constant,
+}
+# Where the bias of a layer stands among the arguments.
+_BIASED: dict[str, Callable[..., Tensor | None]] = {
+    "linear": lambda input, weight, bias=None: bias,
+    "conv1d": lambda input, weight, bias=None, *a, **kw: _over_places(bias, 1),
+    "conv2d": lambda input, weight, bias=None, *a, **kw: _over_places(bias, 2),
+    "layer_norm": lambda input, shape, weight=None, bias=None, *a, **kw: bias,
+}
 _FEATURES = frozenset(  # of one activation, with a value at 0 or without f(x)/x at hand
     "exp exp2 expm1 log softplus mish elu selu celu erf sin cos __rpow__ relu6 logsigmoid log_sigmoid "
     "hardtanh".split()
@@ -187,14 +212,28 @@ _REFUSED = frozenset(
 class Rules(TorchFunctionMode):
     """Replaces the PyTorch functions that have a rule; all others keep their own gradient.
 
+    Args:
+        model: its name, for messages.
+        method: the explainer's name, for messages.
+        constant_attention: whether attention's weights are constants, see the module.
+        keep_biases: whether to collect ``biased``.
+
     Attributes: ``attended``, how many calls of attention there were; ``notes``, where attention was
-    held constant for lack of a rule.
+    held constant for lack of a rule; ``biased``, outputs of layers beside the biases that these added.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        method: str = "attn_lrp",
+        constant_attention: bool = False,
+        keep_biases: bool = False,
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.method = model, method
+        self.constant_attention, self.keep_biases = constant_attention, keep_biases
         self.attended = 0
+        self.biased: list[tuple[Tensor, Tensor]] = []
         self._held: dict[str, list[int]] = {}  # what was held constant: the numbers of its calls
         self._of_mechanism = self._paused = False
 
@@ -207,7 +246,9 @@ class Rules(TorchFunctionMode):
         held: Held = {}
         with self._while("_of_mechanism"):
             try:
-                operator = mechanism.operator(inputs)
+                operator = mechanism.operator(
+                    _constant_inputs(inputs) if self.constant_attention else inputs
+                )
             except _NoRule as error:
                 held[error.what] = None
                 operator = mechanism.operator(_constant_inputs(inputs))
@@ -220,6 +261,10 @@ class Rules(TorchFunctionMode):
         return self._times(name, operator, value, {})
 
     def _times(self, name: str, operator: Operator, value: Tensor, held: Held) -> Tensor:
+        if self.constant_attention:
+            self.attended += 1
+            with self._while("_paused"):
+                return operator.detach().matvec(value)
         with self._while("_paused"):
             output = times(operator, value, held)
         if held or not depends(operator):
@@ -255,7 +300,7 @@ class Rules(TorchFunctionMode):
         return self._apply(function, args, kwargs)
 
     def _no_rule(self, name: str) -> _NoRule:
-        message = f"backbone: {self.model} calls {name}; attn_lrp has no rule for it"
+        message = f"backbone: {self.model} calls {name}; {self.method} has no rule for it"
         return _NoRule(name, message)
 
     def _refuses(self, name: str) -> bool:
@@ -266,7 +311,18 @@ class Rules(TorchFunctionMode):
         if not self._of_mechanism:
             self.attended += name in (*_ATTENTION, "softmax")
         rule = _RULES.get(name)
-        return function(*args, **kwargs) if rule is None else rule(function, *args, **kwargs)
+        if self.constant_attention:
+            rule = _CONSTANT_ATTENTION.get(name, rule)
+        result = function(*args, **kwargs) if rule is None else rule(function, *args, **kwargs)
+        if self.keep_biases and name in _BIASED:
+            bias = _BIASED[name](*args, **kwargs)
+            if bias is not None and result.requires_grad:
+                self.biased.append((result, bias))
+        return result
+
+
+def _over_places(bias: Tensor | None, dims: int) -> Tensor | None:
+    return None if bias is None else bias.unflatten(0, (-1, *dims * [1]))
 
 
 def _constant_inputs(inputs: Inputs) -> Inputs:

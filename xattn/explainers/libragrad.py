@@ -1,0 +1,166 @@
+"""LibraGrad: input x gradient through a network whose every layer is affine where it stands.
+
+Mehri, Baghshah and Pilehvar, CVPR 2025, arXiv 2411.16760. Attention weights, the gates of GELU and SiLU,
+and the standard deviations of norms are constants of the backward pass, and a product of two activations
+gives half the gradient to each. Then the logit is the sum of what the input and all biases b add to it
+(FullGrad-completeness):
+
+    f(x) = sum x . df/dx + sum_b b . df/db
+
+The rules are those of AttnLRP with constant attention, see :mod:`xattn.explainers.attn_lrp_functions`.
+What is multiplied by these gradients is the ``base`` method. A token's share is, with tokens x_l (B, N, C)
+that enter block l, and layers' outputs y with their biases b,
+
+    fullgrad_plus       sum_l x_l . df/dx_l + sum_b b . df/dy_b     the paper's best on average
+    fullgrad            x_0 . df/dx_0 + sum_b b . df/dy_b           complete, see ``contributions``
+    input_x_gradient    x . df/dx of the patch embeddings, or of pixels
+
+x_0 are the tokens that enter the first block, positions and class token included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from xattn.explainers.attention import patch_grid
+from xattn.explainers.attn_lrp import AttnLrp
+from xattn.explainers.attn_lrp_functions import Rules
+from xattn.explainers.base import Choose, check_inputs, check_target, register_explainer
+from xattn.explainers.token_blocks import block_inputs, token_blocks
+from xattn.kernels.softmax.reference import widen
+
+BASES = ("fullgrad_plus", "fullgrad", "input_x_gradient")
+
+
+@register_explainer(
+    "libragrad",
+    networks=("vit",),
+    cases=({}, {"base": "fullgrad"}, {"base": "input_x_gradient", "at": "pixels"}),
+)
+@dataclass(kw_only=True, eq=False, repr=False)
+class LibraGrad(AttnLrp):
+    """LibraGrad's gradients, by default in FullGrad+: one forward and one backward pass; with its sign.
+
+    Args:
+        base: "fullgrad_plus", "fullgrad" or "input_x_gradient", see the module.
+        at: for "input_x_gradient" also "pixels", of the normalised image, (H, W), where CNNs are
+            explained, too; else "tokens", (h, w) of the patch grid.
+
+    Raises:
+        ValueError: an unknown base, a network without blocks of tokens (unless at="pixels"), or one that
+            calls a function without a rule.
+    """
+
+    base: str = "fullgrad_plus"
+
+    def __post_init__(self) -> None:
+        if self.base not in BASES:
+            raise ValueError(f"base: got {self.base!r}; choose one of {', '.join(BASES)}")
+        if self.at == "pixels" and self.base != "input_x_gradient":
+            raise ValueError(
+                f"at='pixels': base {self.base!r} adds up tokens; give base='input_x_gradient'"
+            )
+        if self.base != "input_x_gradient":
+            self._blocks()  # refused before a pass
+        super().__post_init__()
+
+    def _blocks(self) -> list[nn.Module]:
+        try:
+            return token_blocks(self.backbone)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; give base='input_x_gradient' and at='pixels', or use 'gradcam'"
+            ) from None
+
+    @property
+    def _reads_embeddings(self) -> bool:
+        return self.base == "input_x_gradient" and self.at == "tokens"
+
+    def _rules(self) -> Rules:
+        biases = self.base != "input_x_gradient"
+        return Rules(self.backbone.name, self.name, constant_attention=True, keep_biases=biases)
+
+    def _check(self, rules: Rules) -> None:
+        """Nothing: the rules hold without attention, too, as in an MLP-Mixer."""
+
+    def contributions(self, inputs: Tensor, target: Tensor | int) -> tuple[Tensor, Tensor]:
+        """What each token adds to the class's logit, and what no token does: (B, N) and (B,).
+
+        The latter are biases behind the pooling, such as the classifier's, and those of layers that mix
+        tokens, as in a Mixer. With ``base="fullgrad"`` both sum to the logit, up to rounding.
+
+        Args:
+            inputs, target: as in :meth:`attribute`; N counts prefix tokens.
+        """
+        if self.base == "input_x_gradient":
+            raise ValueError("base: 'input_x_gradient' leaves biases out; give base='fullgrad'")
+        check_inputs(inputs, self.backbone)
+        targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
+        with self._guard(), torch.enable_grad():
+            logits, tokens, rules = self._pass(self._move(inputs))
+            score = logits.gather(1, targets.to(logits.device)[:, None]).sum()
+            return self._shares(score, tokens, rules.biased)
+
+    def _run(self, images: Tensor) -> tuple[Tensor, Tensor, Rules]:
+        if self.base == "input_x_gradient":
+            return super()._run(images)
+        logits, tokens, rules = self._pass(images)
+        return logits, tokens[0], rules
+
+    def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+        if self.base == "input_x_gradient":
+            return super()._attribute_classes(images, choose)
+        with torch.enable_grad():
+            logits, tokens, rules = self._pass(images)
+            classes = self._chosen(choose, logits.detach())
+            rows = []
+            for column in classes.unbind(1):
+                score = logits.gather(1, column[:, None]).sum()
+                more = len(rows) < classes.shape[1] - 1
+                rows.append(self._shares(score, tokens, rules.biased, more)[0])
+        prefix = self.backbone.prefix_tokens
+        grid = patch_grid(self.backbone, images, rows[0].shape[1] - prefix)
+        maps = torch.stack(rows, 1)[..., prefix:].unflatten(-1, grid)
+        return logits.detach(), classes, maps
+
+    def _pass(self, images: Tensor) -> tuple[Tensor, list[Tensor], Rules]:
+        """Logits, the tokens that entered the blocks, and what the rules met."""
+        rules = self._rules()
+        self.backbone.requires_grad_(False)  # weights are no activations; the guard puts it back
+        with block_inputs(self._blocks()) as tokens:
+            logits = self._logits(self.backbone.normalize(images), rules)
+        if tokens[0].ndim != 3:
+            raise ValueError(
+                f"backbone: blocks of {self.backbone.name} do not take tokens (B, N, C); give "
+                f"base='input_x_gradient' and at='pixels'"
+            )
+        return logits, tokens, rules
+
+    def _shares(
+        self,
+        score: Tensor,
+        tokens: Sequence[Tensor],
+        biased: Sequence[tuple[Tensor, Tensor]],
+        more: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, N) of the tokens and (B,) of other biases; ``more`` keeps the graph for another class."""
+        taken = tokens if self.base == "fullgrad_plus" else tokens[:1]
+        factors = [*taken, *(bias.expand_as(y) for y, bias in biased)]
+        variables = [*taken, *(y for y, _ in biased)]
+        grads = torch.autograd.grad(score, variables, retain_graph=more, allow_unused=True)
+        batch, count = tokens[0].shape[:2]
+        shares = widen(score.new_zeros(batch, count))
+        elsewhere = shares.new_zeros(batch)
+        for factor, grad in zip(factors, grads, strict=True):
+            if grad is None:
+                continue
+            product = widen(factor.detach()) * widen(grad)
+            if product.ndim == 3 and product.shape[1] == count:
+                shares += product.sum(2)
+            else:
+                elsewhere += product.flatten(1).sum(1)
+        return shares, elsewhere

@@ -1,0 +1,79 @@
+"""The blocks of a ViT-like network, and the tokens that pass between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from xattn.backbone import Backbone
+
+
+def token_blocks(backbone: Backbone, count: int | None = None) -> list[nn.Module]:
+    """The network's blocks, first to last: its ``blocks``, else its outermost list of ``count`` modules.
+
+    Raises:
+        ValueError: there is no such list.
+    """
+    own = getattr(backbone.model, "blocks", None)
+    lists = [own, *(backbone.model.modules() if count else ())]
+    for found in lists:
+        if isinstance(found, nn.Sequential | nn.ModuleList) and len(found) == (count or len(found)):
+            return list(found)
+    wanted = f"list of {count} blocks" if count else "list 'blocks'"
+    raise ValueError(f"backbone: {backbone.name} has no {wanted} whose tokens could be read")
+
+
+@contextmanager
+def block_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Inside, the tokens (B, N, C) that the blocks put out, in the order of their calls."""
+    found: list[Tensor] = []
+    handles = [
+        block.register_forward_hook(lambda m, args, output: found.append(_tokens(output)))
+        for block in blocks
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def block_inputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Inside, the tokens (B, N, C) that the blocks take in; what comes before the first is cut off from
+    the graph, and these tokens require a gradient."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        tokens = args[0] if found else args[0].detach().requires_grad_()
+        found.append(tokens)
+        return (tokens, *args[1:])
+
+    handles = [block.register_forward_pre_hook(keep) for block in blocks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def output_replaced(block: nn.Module, tokens: Tensor) -> Iterator[None]:
+    """Inside, ``block`` puts out ``tokens`` in place of its own."""
+
+    def replace(module: nn.Module, args: Any, output: Any) -> Any:
+        return tokens if isinstance(output, Tensor) else (tokens, *output[1:])
+
+    handle = block.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _tokens(output: Any) -> Tensor:
+    """A block's tokens: its output, or the first of several."""
+    return output if isinstance(output, Tensor) else output[0]
