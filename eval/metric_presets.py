@@ -15,7 +15,7 @@ from typing import Any
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.interfaces import Classifier, Explainer
 from xattn.eval.metrics.base import Probe
-from xattn.eval.metrics.registry import METRICS, create_probe
+from xattn.eval.metrics.registry import create_probe
 from xattn.eval.protocol import Protocol
 
 Mean = tuple[float, ...] | None
@@ -118,7 +118,7 @@ def preset_table(backbone: Classifier, explainers: Mapping[str, Explainer], imag
             progress=False,
         )
         for column in results.columns:
-            digits = METRICS[column.metric].digits
+            digits = results.info(column.metric).digits
             means = [f"{results.mean(method, *column):.{digits}f}" for method in names]
             cells = [name, column.key, *means, f"`{results.metric_id(column)}`"]
             lines.append(f"| {' | '.join(cells)} |")

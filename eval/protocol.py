@@ -99,20 +99,25 @@ class Protocol:
         return f"{self._prefix}-{_hash(self._semantics())}"
 
     def metric_id(
-        self, metric: str, level: float | None, options: Mapping[str, Any] | None = None
+        self,
+        metric: str,
+        level: float | None,
+        options: Mapping[str, Any] | None = None,
+        formula: str | None = None,
     ) -> str:
         """Id of one column, such as ``"AD@15-prob-pred-black-1f2e3d4c"``.
 
         It depends on the metric's formula and on ``options``, what else the value depends on; for
-        the masking metrics that is by default this protocol's masking at ``level``.
+        the masking metrics that is by default this protocol's masking at ``level``. ``formula`` is
+        needed for a metric that is not registered.
         """
-        if metric not in METRICS:
+        if formula is None and metric not in METRICS:
             raise ValueError(f"metric: got {metric!r}; choose one of {', '.join(METRICS)}")
         meaning = self._semantics()
         if options is None:
             options = {name: meaning[name] for name in _MASKING} | {"levels": [float(level or 1)]}
         meaning = {k: v for k, v in meaning.items() if k not in _MASKING}
-        meaning.update(options, formula=METRICS[metric].formula)
+        meaning.update(options, formula=formula or METRICS[metric].formula)
         if level is None:
             return f"{metric}-{self.score[:4]}-{self.class_policy[:4]}-{_hash(meaning)}"
         return f"{metric}@{100 * level:g}-{self._prefix}-{_hash(meaning)}"

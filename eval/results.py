@@ -14,9 +14,9 @@ from xattn.eval.evaluation.database import ImageRow
 from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.interfaces import Classifier, Explainer, ExplainerFacts
-from xattn.eval.metrics.base import Column, Probe
+from xattn.eval.metrics.base import Column, MetricInfo, Probe
 from xattn.eval.metrics.objectives import TRAINED_ON, is_trained_on, objective_of
-from xattn.eval.metrics.registry import METRICS
+from xattn.eval.metrics.registry import METRICS, own_infos
 from xattn.eval.protocol import Protocol
 
 # Rows that a method has to beat; a name may continue, as in "randomized_gradcam".
@@ -134,8 +134,8 @@ class Results:
 
     ``protocol.n`` counts images and ``protocol.n_invalid`` the invalid maps of all methods;
     ``skipped`` lists unreadable images; ``cost`` counts forward passes of the run that measured;
-    ``options`` are the metrics' own, by column key; ``notes`` say why the
-    annotation of an image cannot be used, by image id.
+    ``options`` are the metrics' own, by column key; ``infos`` are those of metrics from outside the
+    package, by name; ``notes`` say why the annotation of an image cannot be used, by image id.
     """
 
     protocol: Protocol
@@ -147,6 +147,7 @@ class Results:
     n_resamples: int = bootstrap.N_RESAMPLES
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    infos: dict[str, MetricInfo] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[Column]:
@@ -155,7 +156,11 @@ class Results:
     @property
     def judged(self) -> list[Column]:
         """The columns in which a method has to beat the sanity rows."""
-        return [c for c in self.columns if METRICS[c.metric].kind in JUDGED]
+        return [c for c in self.columns if self.info(c.metric).kind in JUDGED]
+
+    def info(self, metric: str) -> MetricInfo:
+        """Formula, direction and range of a metric; a ``KeyError`` if nothing is known of it."""
+        return self.infos[metric] if metric in self.infos else METRICS[metric]
 
     def rows(self) -> list[Row]:
         """Every mean with its interval, method by method."""
@@ -186,7 +191,8 @@ class Results:
 
     def metric_id(self, column: Column) -> str:
         """See :meth:`xattn.eval.Protocol.metric_id`."""
-        return self.protocol.metric_id(*column, self.options.get(column.key))
+        formula = self.info(column.metric).formula
+        return self.protocol.metric_id(*column, self.options.get(column.key), formula)
 
     def mean(self, method: str, metric: str, level: float | None = None) -> float:
         """One mean, in the metric's unit."""
@@ -211,7 +217,7 @@ class Results:
         differences = []
         for (metric, level), (diff, lo, hi, n) in zip(columns, intervals, strict=True):
             above, below = lo > 0, hi < 0
-            better, worse = (above, below) if METRICS[metric].higher_is_better else (below, above)
+            better, worse = (above, below) if self.info(metric).higher_is_better else (below, above)
             found = Difference(metric, level, diff, lo, hi, n, better, worse)
             differences.append(found if found.judged else found._replace(better=False, worse=False))
         return differences
@@ -356,6 +362,7 @@ def collect(
         cost=cost,
         options={c.key: probe.column_options(c) for probe in probes for c in probe.columns},
         notes={row.id: row.note for row in scored if row.note is not None},
+        infos={m: info for probe in probes for m, info in own_infos(probe).items()},
     )
 
 

@@ -29,7 +29,7 @@ from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import ImageStream, Item
 from xattn.eval.interfaces import Classifier, Explainer, check_classes
 from xattn.eval.metrics.base import Probe
-from xattn.eval.metrics.registry import create_probe, group_name
+from xattn.eval.metrics.registry import create_probe, group_name, own_infos
 from xattn.eval.protocol import SCORES, Protocol
 from xattn.eval.results import Results, collect
 from xattn.photos.images import MAX_PIXELS
@@ -41,7 +41,7 @@ def evaluate(
     explainers: Mapping[str, Explainer],
     images: Any,
     *,
-    metrics: Sequence[str | Probe] = ("masking",),
+    metrics: str | Probe | Sequence[str | Probe] = ("masking",),
     levels: Sequence[float] | None = None,
     max_forward_batch: int = 32,
     view: str | None = None,
@@ -64,7 +64,7 @@ def evaluate(
         explainers: by the name of their row in the table.
         images: a photo, folder or list file; a list of paths or PIL images; or float tensors
             (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size, also from a generator.
-        metrics: groups by name (:data:`xattn.eval.metrics.PROBES`), or probes.
+        metrics: groups by name (:data:`xattn.eval.metrics.PROBES`), or probes, also of your own.
         protocol: its ``class_policy`` follows ``classes``, its ``score`` the backbone's task unless
             it is ``"logit"``.
         levels, view, seed: replace the protocol's own: (1.0, 0.5, 0.15), ``"crop"``, 0.
@@ -198,16 +198,23 @@ def _run(
 
 
 def create_probes(
-    metrics: Sequence[str | Probe], protocol: Protocol, mean: Sequence[float]
+    metrics: str | Probe | Sequence[str | Probe], protocol: Protocol, mean: Sequence[float]
 ) -> list[Probe]:
     """The probes of groups by name; a ValueError where a column would stand twice."""
     if not metrics:
         raise ValueError("metrics: got none; give names of xattn list")
+    given = [metrics] if isinstance(metrics, str | Probe) else metrics
     probes = [
         create_probe(m, protocol, tuple(float(v) for v in mean)) if isinstance(m, str) else m
-        for m in metrics
+        for m in given
     ]
     for probe in probes:
+        if not isinstance(probe, Probe):
+            raise ValueError(
+                f"metrics: got {probe!r}; give names of xattn list, or instances of Probe (functions by "
+                f"register_metric)"
+            )
+        own_infos(probe)
         problem = probe.score_problem(protocol.score)
         if problem is not None:
             raise ValueError(problem)

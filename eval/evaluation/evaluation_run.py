@@ -24,7 +24,8 @@ from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import ImageStream, Item
 from xattn.eval.interfaces import Classifier, Explainer
 from xattn.eval.metrics.base import Finish, Probe, Sample
-from xattn.eval.metrics.measure import sample_seed, scores_of, submit_all
+from xattn.eval.metrics.measure import finished, sample_seed, scores_of, submit_all
+from xattn.eval.metrics.registry import group_name
 from xattn.eval.protocol import Protocol
 from xattn.explaining.photos import top_classes
 
@@ -71,11 +72,11 @@ class _Pending:
     """One explanation whose scores are not all there yet."""
 
     row: ResultRow
-    finishes: list[tuple[Finish, dict[str, list[Ticket]]]]
+    finishes: list[tuple[Probe, Finish, dict[str, list[Ticket]]]]
 
     @property
     def done(self) -> bool:
-        return all(t.done for _, keys in self.finishes for row in keys.values() for t in row)
+        return all(t.done for *_, keys in self.finishes for row in keys.values() for t in row)
 
 
 class EvaluationRun:
@@ -313,10 +314,10 @@ class EvaluationRun:
                 raise
             except Exception as error:
                 if not probe.explains_again:
-                    raise
+                    raise _own_error(probe, error) from error
                 failed.append(f"{probe.columns[0].metric}: {reason(error)}")
                 continue
-            finishes.append((finish, tickets))
+            finishes.append((probe, finish, tickets))
         keep = why is None and self.store.path is not None
         row = ResultRow(
             position=image.position,
@@ -359,10 +360,14 @@ class EvaluationRun:
         while self._pending and self._pending[0].done:
             pending = self._pending.popleft()
             row = pending.row
-            for finish, tickets in pending.finishes:
+            for probe, finish, tickets in pending.finishes:
                 scores = scores_of(tickets)
                 if all(bool(values.isfinite().all()) for values in scores.values()):
-                    row.measured.update({c.key: float(v) for c, v in finish(scores).items()})
+                    try:
+                        values = finished(probe, finish, scores)
+                    except Exception as error:
+                        raise _own_error(probe, error) from error
+                    row.measured.update({c.key: value for c, value in values.items()})
                 else:
                     failed = "; ".join(filter(None, [row.failed, "non-finite score"]))
                     row = row._replace(failed=failed)
@@ -387,6 +392,14 @@ class EvaluationRun:
             "images_scored": self.scorer.scored,
             "forward_batches": self.scorer.batches,
         }
+
+
+def _own_error(probe: Probe, error: Exception) -> Exception:
+    """An error of a probe from outside the package in one line that names it."""
+    own = not type(probe).__module__.startswith("xattn.")
+    if not own or str(error).startswith("metrics: "):
+        return error
+    return ValueError(f"metrics: {group_name(probe)} failed ({reason(error)}); correct it")
 
 
 def _digest(image: Tensor) -> str:

@@ -89,12 +89,26 @@ def measure(
     return values
 
 
-def _values(probe: Probe, sample: Sample, scorer: MaskedScorer) -> Mapping[Column, float]:
+def _values(probe: Probe, sample: Sample, scorer: MaskedScorer) -> dict[Column, float]:
     """The values of one explanation, scored at once."""
     tickets: dict[str, list[Ticket]] = {}
     finish = submit_all(probe.measure(sample), scorer, sample.target, tickets)
     scorer.flush()
-    return finish(scores_of(tickets))
+    return finished(probe, finish, scores_of(tickets))
+
+
+def finished(probe: Probe, finish: Finish, scores: Mapping[str, Tensor]) -> dict[Column, float]:
+    """What ``finish`` makes of the scores; a ``ValueError`` where that is not a number a column."""
+    values = finish(scores)
+    if not isinstance(values, Mapping) or not set(values) <= set(probe.columns):
+        keys = values if isinstance(values, Mapping) else [values]
+        got = ", ".join(getattr(key, "key", repr(key)) for key in keys)
+        known = ", ".join(f"{tuple(column)}" for column in probe.columns)
+        raise ValueError(
+            f"metrics: {type(probe).__name__} gives {got}; give {{column: value}} for its columns, "
+            f"{known}"
+        )
+    return {column: float(value) for column, value in values.items()}
 
 
 def submit_all(

@@ -65,7 +65,8 @@ def register_metric(
         metrics = {name: info} if isinstance(info, MetricInfo) else info
         if not metrics:
             metrics = metric.info if is_probe else None  # type: ignore[attr-defined]
-        if not metrics or not all(isinstance(found, MetricInfo) for found in metrics.values()):
+        found = list(metrics.values()) if isinstance(metrics, Mapping) else []
+        if not found or not all(isinstance(one, MetricInfo) for one in found):
             raise ValueError(
                 f"info: got {info!r} for {name!r}; give MetricInfo(formula, higher_is_better), or one a "
                 f"metric by name"

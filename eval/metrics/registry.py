@@ -104,6 +104,31 @@ def group_name(probe: Probe) -> str:
     return next((n for n, cls in PROBES.items() if cls is type(probe)), type(probe).__name__)
 
 
+def own_infos(probe: Probe) -> dict[str, MetricInfo]:
+    """What the metrics of a probe from outside the package are, registered or not; none of xattn's own.
+
+    Raises:
+        ValueError: it has no columns, says nothing of one, or something else of a registered one.
+    """
+    if not probe.columns:
+        raise ValueError(
+            f"metrics: {type(probe).__name__} has no columns; give it info = {{name: MetricInfo(...)}}"
+        )
+    found = {}
+    for metric in dict.fromkeys(column.metric for column in probe.columns):
+        info, known = probe.info.get(metric), METRICS.get(metric)
+        if info is None and known is None:
+            raise ValueError(
+                f"metrics: {type(probe).__name__} says nothing of its column {metric!r}; give it info = "
+                f"{{{metric!r}: MetricInfo(formula, higher_is_better)}}"
+            )
+        if info is not None and known is not None and info != known:
+            raise ValueError(f"metrics: {metric} is another metric's name; choose a new one")
+        if not type(probe).__module__.startswith("xattn."):
+            found[metric] = info or METRICS[metric]
+    return found
+
+
 def create_probe(
     name: str,
     protocol: MaskingChoices | None = None,

@@ -16,7 +16,6 @@ from xattn.backbone import Backbone
 from xattn.eval.evaluation.facts import describe
 from xattn.eval.evaluation.kept_maps import KeptImage, kept_images
 from xattn.eval.evaluation.stream import Skipped
-from xattn.eval.metrics.registry import METRICS
 from xattn.eval.report.html_data import CURVES, each_curve
 from xattn.eval.results import Results, is_baseline
 from xattn.explaining.naming import named_photos
@@ -144,8 +143,8 @@ def _columns(results: Results) -> dict[str, dict[str, Any]]:
     """What each metric of the pack is, by the key of its column."""
     return {
         column.key: {
-            "higher_is_better": METRICS[column.metric].higher_is_better,
-            "formula": METRICS[column.metric].formula,
+            "higher_is_better": results.info(column.metric).higher_is_better,
+            "formula": results.info(column.metric).formula,
             "protocol_id": results.metric_id(column),
         }
         for column in results.columns

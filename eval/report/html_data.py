@@ -24,7 +24,6 @@ from xattn.eval.evaluation.database import damaged
 from xattn.eval.evaluation.kept_maps import grey_maps
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.objectives import is_trained_on
-from xattn.eval.metrics.registry import METRICS
 from xattn.eval.results import Results, is_baseline
 from xattn.photos.images import MAX_PIXELS, decode_image, load_image
 from xattn.photos.view import prepare
@@ -74,7 +73,7 @@ def page_data(
             for name, method in results.methods.items()
         ],
         "ranked": [names.index(name) for name in ranked],
-        "columns": [{"key": c.key, "up": METRICS[c.metric].higher_is_better} for c in columns],
+        "columns": [{"key": c.key, "up": results.info(c.metric).higher_is_better} for c in columns],
         "images": {
             str(i): {"id": image.id, "class": image.target_name, "p": _number(image.p)}
             for i, image in ((i, results.images[i]) for i in listed)
@@ -125,7 +124,7 @@ def ranking(results: Results) -> list[str]:
 
 
 def _goodness(results: Results, name: str, column: Column) -> float:
-    sign = 1 if METRICS[column.metric].higher_is_better else -1
+    sign = 1 if results.info(column.metric).higher_is_better else -1
     return sign * bootstrap.mean(results.methods[name].values[column])
 
 
@@ -193,7 +192,7 @@ def _cases(results: Results, names: Iterable[str]) -> list[dict[str, Any]]:
     names = list(names)
     cases = []
     for column in case_columns(results):
-        sign = -1 if METRICS[column.metric].higher_is_better else 1
+        sign = -1 if results.info(column.metric).higher_is_better else 1
         rows = []
         for name in names:
             values = results.methods[name].values[column]

@@ -9,9 +9,8 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from xattn.eval.metrics.base import Column
+from xattn.eval.metrics.base import Column, MetricInfo
 from xattn.eval.metrics.objectives import LEGEND, MARK, is_trained_on
-from xattn.eval.metrics.registry import METRICS
 from xattn.eval.report.standings import Standing, wins
 from xattn.eval.results import SURVIVES, MethodResult, Results, is_baseline
 from xattn.runtime.files import printable
@@ -35,7 +34,7 @@ def label(name: str) -> str:
 def _kinds(results: Results) -> dict[str, list[Column]]:
     kinds: dict[str, list[Column]] = {}
     for column in results.columns:
-        kinds.setdefault(METRICS[column.metric].kind, []).append(column)
+        kinds.setdefault(results.info(column.metric).kind, []).append(column)
     return kinds
 
 
@@ -57,13 +56,16 @@ def leaderboard(results: Results, table: Sequence[Standing]) -> str:
     for k, (kind, columns) in enumerate(kinds.items()):
         top += f"<th scope=colgroup colspan={len(columns)} data-kind={k}><span>{kind}</span></th>"
         for column in columns:
-            info = METRICS[column.metric]
+            info = results.info(column.metric)
             low += _sortable(column.key, info.higher_is_better, k, info.formula)
     cost = len(kinds)
     top += f"<th scope=colgroup colspan=2 data-kind={cost}><span>cost</span></th>"
     low += _sortable("forwards", False, cost, "forward passes that one explanation takes")
     low += _sortable("seconds", False, cost, "seconds an image, of the run that measured")
-    forms = {c: number_form(c, [s.mean for s in table if s.column == c]) for c in results.columns}
+    forms = {
+        c: number_form(results.info(c.metric), [s.mean for s in table if s.column == c])
+        for c in results.columns
+    }
     marked = {s.column for s in table if s.trained_on and s.n}
     body = ""
     for name, method in results.methods.items():
@@ -91,9 +93,9 @@ def _sortable(key: str, up: bool, kind: int, formula: str) -> str:
     )
 
 
-def number_form(column: Column, means: Iterable[float]) -> str:
-    """A column's number format: the metric's decimals, unless they would show zeros or a tail."""
-    digits = METRICS[column.metric].digits
+def number_form(info: MetricInfo, means: Iterable[float]) -> str:
+    """A column's number format: the decimals of its metric, unless they would show zeros or a tail."""
+    digits = info.digits
     largest = max((abs(mean) for mean in means if math.isfinite(mean)), default=0.0)
     return ".2e" if 0 < largest < 10 ** (1 - digits) or largest >= 1e4 else f".{digits}f"
 
@@ -109,7 +111,7 @@ def _cell(
     """One mean; ``marked``: the column has a dagger somewhere, so all leave it room."""
     if not s.n:
         return f"<td data-kind={kind} data-v=->-</td>"
-    better = s.diff_lo > 0 if METRICS[s.column.metric].higher_is_better else s.diff_hi < 0
+    better = s.diff_lo > 0 if results.info(s.column.metric).higher_is_better else s.diff_hi < 0
     mark, title = "", f"{s.n} images"
     if s.best:
         mark = "<i class=mark>★<span class=sr> best</span></i>"
@@ -157,7 +159,7 @@ def formulas(results: Results) -> str:
     """What each column is: formula, range, direction, id."""
     rows = []
     for column in results.columns:
-        info = METRICS[column.metric]
+        info = results.info(column.metric)
         span = "".join(f"<td>{b:g}</td>".replace("inf", "∞") for b in (info.low, info.high))
         better = "higher" if info.higher_is_better else "lower"
         rows.append(

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xattn.eval.evaluation.stream import Skipped
-from xattn.eval.metrics.base import Column
-from xattn.eval.metrics.registry import METRICS
+from xattn.eval.metrics.base import Column, MetricInfo
 from xattn.eval.protocol import Protocol
 from xattn.eval.results import ImageRecord, MethodResult, Results, Row
 from xattn.runtime import strict_json
@@ -40,7 +39,11 @@ def to_dict(results: Results) -> dict[str, Any]:
         "xattn": _version(),
         "protocol": {**protocol.to_dict(), "id": protocol.id},
         "formulas": {
-            m: METRICS[m].formula for m in dict.fromkeys(c.metric for c in results.columns)
+            m: results.info(m).formula for m in dict.fromkeys(c.metric for c in results.columns)
+        },
+        "infos": {
+            m: {k: _plain(v) for k, v in info._asdict().items()}
+            for m, info in results.infos.items()
         },
         "backbone": results.backbone,
         "cost": results.cost,
@@ -91,6 +94,7 @@ def from_dict(data: dict[str, Any]) -> Results:
         n_resamples=data["n_resamples"],
         options=data["options"],
         notes=data["notes"],
+        infos={m: _info(m, record) for m, record in data.get("infos", {}).items()},
     )
 
 
@@ -149,6 +153,22 @@ def _objective(name: str, value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
         raise ValueError(f"results: the objective of {name} is {value!r}; evaluate again")
     return value
+
+
+def _info(metric: str, record: dict[str, Any]) -> MetricInfo:
+    """What a metric from outside the package is; infinite ends of its range are null in the file."""
+    low, high = (record[key] for key in ("low", "high"))
+    info = MetricInfo(
+        formula=record["formula"],
+        higher_is_better=record["higher_is_better"],
+        low=-math.inf if low is None else float(low),
+        high=math.inf if high is None else float(high),
+        kind=record["kind"],
+    )
+    texts = (info.formula, info.kind)
+    if not all(isinstance(t, str) for t in texts) or not isinstance(info.higher_is_better, bool):
+        raise ValueError(f"results: what {metric} is cannot be read; evaluate again")
+    return info
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.objectives import TRAINED_ON
-from xattn.eval.metrics.registry import METRICS
 from xattn.eval.results import MIN_IMAGES, Results, Row, is_baseline
 
 
@@ -126,7 +125,7 @@ def wins(results: Results, table: Sequence[Standing]) -> list[Wins]:
 
 
 def _best(results: Results, rows: Mapping[tuple[str, Column], Row], column: Column) -> str | None:
-    sign = 1 if METRICS[column.metric].higher_is_better else -1
+    sign = 1 if results.info(column.metric).higher_is_better else -1
     rivals = [
         name
         for name, method in results.methods.items()

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.objectives import LEGEND, MARK
-from xattn.eval.metrics.registry import METRICS
 from xattn.eval.results import Results, Row
 
 
@@ -26,13 +25,17 @@ def format_table(results: Results, style: str = "text") -> str:
         (f"retained {100 * level:g} %", [c for c in results.columns if c.level == level])
         for level in levels
     ]
-    for kind in dict.fromkeys(METRICS[c.metric].kind for c in results.columns if c.level is None):
-        columns = [c for c in results.columns if c.level is None and METRICS[c.metric].kind == kind]
+    for kind in dict.fromkeys(
+        results.info(c.metric).kind for c in results.columns if c.level is None
+    ):
+        columns = [
+            c for c in results.columns if c.level is None and results.info(c.metric).kind == kind
+        ]
         groups += [(kind, columns[i : i + 5]) for i in range(0, len(columns), 5)]
     parts = []
     for title, columns in groups:
         heads = [
-            f"{c.metric} {'↑' if METRICS[c.metric].higher_is_better else '↓'}" for c in columns
+            f"{c.metric} {'↑' if results.info(c.metric).higher_is_better else '↓'}" for c in columns
         ]
         lines = [["method", *heads, "n", "invalid", "forwards"]]
         marked = [any(by_cell[(m, *c)].trained_on for m in results.methods) for c in columns]
@@ -40,7 +43,8 @@ def format_table(results: Results, style: str = "text") -> str:
             rows = [by_cell[(name, *c)] for c in columns]
             cost = rows[0].forwards
             counts = [_span(r.n for r in rows), _span(r.n_invalid for r in rows)]
-            cells = map(_cell, rows, marked)
+            digits = [results.info(c.metric).digits for c in columns]
+            cells = map(_cell, rows, digits, marked)
             lines.append([name, *cells, *counts, "-" if cost is None else str(cost)])
         parts.append(_table(title, lines, style))
     notes = [*protocol_notes(results), *(f"warning: {line}" for line in results.warnings())]
@@ -51,9 +55,8 @@ def format_table(results: Results, style: str = "text") -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(row: Row, marked: bool) -> str:
+def _cell(row: Row, digits: int, marked: bool) -> str:
     """A mean with its interval; ``marked``: the column has a dagger somewhere, so all leave it room."""
-    digits = METRICS[row.metric].digits
     dagger = f" {MARK}" if row.trained_on and row.n else "  " * marked
     shown = f"{row.mean:.{digits}f} [{row.lo:.{digits}f}, {row.hi:.{digits}f}]" if row.n else "-"
     return shown + dagger

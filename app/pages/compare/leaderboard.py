@@ -14,15 +14,13 @@ from xattn.app.pages.compare.leaderboard_file import Board, arrow
 from xattn.app.pages.compare.method_choice import metric_box
 from xattn.app.state import plain
 from xattn.eval.metrics.objectives import LEGEND, MARK
-from xattn.eval.metrics.registry import METRICS
 from xattn.eval.report.html_tables import format_number, number_form
 
 
 def leaderboard_tab(board: Board) -> None:
     """Show the methods by one metric, who is best in which, and in a folded part all metrics."""
     key = metric_box(board, "metric")
-    column = board.columns[key]
-    about = METRICS[column.metric]
+    about = board.info(key)
     better = "higher" if about.higher_is_better else "lower"
     st.caption(plain(f"{key}: {about.formula}; {better} is better"))
     table, form = _standings(board, key)
@@ -55,9 +53,9 @@ def leaderboard_tab(board: Board) -> None:
 
 def _standings(board: Board, key: str) -> tuple[pd.DataFrame, str]:
     """The methods in a column, the best first, and the column's number format."""
-    up = METRICS[board.columns[key].metric].higher_is_better
+    up = board.info(key).higher_is_better
     cells = [board.standings[name, key] for name in board.results.methods]
-    form = number_form(board.columns[key], [s.mean for s in cells])
+    form = number_form(board.info(key), [s.mean for s in cells])
     measured = sorted((s for s in cells if s.n), key=lambda s: -s.mean if up else s.mean)
     rows = []
     for s in [*measured, *(s for s in cells if not s.n)]:
@@ -148,8 +146,10 @@ def _everything(board: Board) -> None:
     """Every column side by side, with intervals and who is best, in words."""
     rows: list[dict[str, str]] = []
     forms = {
-        key: number_form(column, [board.standings[m, key].mean for m in board.results.methods])
-        for key, column in board.columns.items()
+        key: number_form(
+            board.info(key), [board.standings[m, key].mean for m in board.results.methods]
+        )
+        for key in board.columns
     }
     for name in board.ranked:
         row = {"method": name, "row": board.kind(name)}

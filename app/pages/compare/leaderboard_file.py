@@ -12,9 +12,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from xattn.app.library import LEADERBOARD
-from xattn.eval.metrics.base import Column
+from xattn.eval.metrics.base import Column, MetricInfo
 from xattn.eval.metrics.objectives import MARK
-from xattn.eval.metrics.registry import METRICS
 from xattn.eval.report import html_data
 from xattn.eval.report.results_files import from_dict
 from xattn.eval.report.standings import Standing, Wins, wins
@@ -76,6 +75,10 @@ class Board:
                 said.append(f"{name} was trained on {' and '.join(own)}.")
         return " ".join(said)
 
+    def info(self, key: str) -> MetricInfo:
+        """What the metric of a column is."""
+        return self.results.info(self.columns[key].metric)
+
     def kind(self, method: str) -> str:
         """What a row is: "sanity row", "mask" or "method"."""
         if is_baseline(method):
@@ -85,7 +88,7 @@ class Board:
     def verdict(self, method: str, key: str) -> str:
         """Where a method stands in a column, in words."""
         s = self.standings[method, key]
-        up = METRICS[s.column.metric].higher_is_better
+        up = self.info(key).higher_is_better
         if not s.n:
             return "not measured"
         trained = ", in what it was trained on" if s.trained_on else ""
@@ -102,7 +105,7 @@ class Board:
 
 def arrow(key: str, board: Board) -> str:
     """A column's key with the direction that is better, ↑ or ↓."""
-    return f"{key} {'↑' if METRICS[board.columns[key].metric].higher_is_better else '↓'}"
+    return f"{key} {'↑' if board.info(key).higher_is_better else '↓'}"
 
 
 def read(library: Library, comparison_id: str) -> Board:
@@ -161,7 +164,7 @@ def _check(results: Results) -> None:
     if not columns or len(results.methods) * len(columns) > MAX_CELLS:
         raise ValueError("it has no columns, or too many")
     for column in columns:
-        METRICS[column.metric].higher_is_better  # noqa: B018 - KeyError for an unknown metric
+        results.info(column.metric).higher_is_better  # noqa: B018 - KeyError for an unknown metric
         if column.level is not None and not math.isfinite(column.level):
             raise ValueError("a level is no number")
     for image in results.images:

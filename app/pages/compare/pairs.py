@@ -83,9 +83,7 @@ def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
         return
     st.caption(f"The {min(SHOWN, len(found))} of {len(found)} photos on which they differ most.")
     form = (
-        ".2f"
-        if by == MAPS
-        else number_form(board.columns[by], [v for f in found for v in (f.a, f.b)])
+        ".2f" if by == MAPS else number_form(board.info(by), [v for f in found for v in (f.a, f.b)])
     )
     shown = found[:SHOWN]
     entries = [pairs.iloc[f.position][f"entry_{side}"] for f in shown for side in "ab"]
@@ -178,7 +176,7 @@ def _without_pictures(board: Board, a: str, b: str, by: str) -> None:
     if not found:
         st.info("No photo has a value of both methods.")
         return
-    form = number_form(board.columns[by], [v for image in found for v in (image.a, image.b)])
+    form = number_form(board.info(by), [v for image in found for v in (image.a, image.b)])
     images = board.results.images
     table = pd.DataFrame(
         {
