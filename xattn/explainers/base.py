@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, sha256
+from xattn.explainers.captum_calls import CaptumMethod, captum_call
 from xattn.heads import AttentiveHead, Head
 from xattn.heads.probed import Probed
 from xattn.photos.arrays import input_batch
@@ -42,7 +43,7 @@ class _MicroBatchSize:
 
 
 @dataclass(eq=False, repr=False)
-class Explainer(ABC):
+class Explainer(CaptumMethod, ABC):
     """One way to explain a classifier's decision for a class.
 
     A subclass with options of its own is a dataclass, too: it declares each as a field
@@ -96,6 +97,20 @@ class Explainer(ABC):
     def _note(self, text: str) -> None:
         self._notes = *self._notes, text
 
+    def _attribute_noisy(self, inputs: Tensor, target: Tensor | int) -> Tensor:
+        """:meth:`attribute` for a tensor (B, 3, H, W) whose pixels may leave [0, 1]."""
+        targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
+
+        def maps_of(images: Tensor, classes: Tensor) -> Tensor:
+            return self._attribute(self._move(images), classes.to(self.backbone.device))
+
+        with self._guard():
+            if targets.is_inference():  # such tensors cannot be saved for a backward pass
+                targets = targets.clone()
+            maps = self._batches.run(maps_of, inputs, targets)
+        return torch.cat(maps).detach().to(inputs.device)
+
+    @captum_call(_attribute_noisy)
     def attribute(self, inputs: Tensor | NDArray[Any], target: Tensor | int) -> Tensor:
         """Raw maps of one class per image.
 
@@ -111,17 +126,7 @@ class Explainer(ABC):
             ValueError: inputs of another shape, non-finite or outside [0, 1]; a target that is not
                 one class or one per image, or is out of range.
         """
-        inputs = check_inputs(inputs, self.backbone)
-        targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
-
-        def maps_of(images: Tensor, classes: Tensor) -> Tensor:
-            return self._attribute(self._move(images), classes.to(self.backbone.device))
-
-        with self._guard():
-            if targets.is_inference():  # such tensors cannot be saved for a backward pass
-                targets = targets.clone()
-            maps = self._batches.run(maps_of, inputs, targets)
-        return torch.cat(maps).detach().to(inputs.device)
+        return self._attribute_noisy(check_inputs(inputs, self.backbone), target)
 
     def attribute_classes(
         self, inputs: Tensor | NDArray[Any], choose: Choose
