@@ -54,7 +54,7 @@ def mean_intervals(
     if not len(matrix):
         return [Interval(m, math.nan, math.nan, 0) for m in means]
     tails = ((1 - level) / 2, (1 + level) / 2)
-    samples = _resampled_means(matrix, n_resamples, seed)
+    samples = resampled_means(matrix, n_resamples, seed)
     intervals = []
     for column, m, n in zip(samples.T, means, counts, strict=True):
         drawn = column[~np.isnan(column)]
@@ -104,8 +104,11 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, n)
 
 
-def _resampled_means(matrix: NDArray[np.float64], count: int, seed: int) -> NDArray[np.float64]:
-    """(n, C) -> (count, C): how often each image is drawn, times the values."""
+def resampled_means(matrix: NDArray[np.float64], count: int, seed: int) -> NDArray[np.float64]:
+    """Means of (n, C) per-image values in ``count`` resamples, (count, C); NaN without a valid image.
+
+    How often each image is drawn, times the values: all columns share the resamples.
+    """
     n = len(matrix)
     valid = ~np.isnan(matrix)
     stacked = np.concatenate([np.where(valid, matrix, 0.0), valid.astype(np.float64)], axis=1)

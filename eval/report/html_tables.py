@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from xattn.eval.metrics.base import Column, MetricInfo
 from xattn.eval.metrics.objectives import LEGEND, MARK, is_trained_on
+from xattn.eval.report.aggregate_ranks import AggregateRank, aggregate_ranks
 from xattn.eval.report.standings import Standing, wins
 from xattn.eval.results import SURVIVES, MethodResult, Results, is_baseline
 from xattn.runtime.files import printable
@@ -38,10 +39,18 @@ def _kinds(results: Results) -> dict[str, list[Column]]:
     return kinds
 
 
+def _places(results: Results) -> dict[str, AggregateRank]:
+    """Aggregate ranks by method; empty where there are none."""
+    ranking = aggregate_ranks(results)
+    return {r.method: r for r in ranking.ranks} if ranking else {}
+
+
 def toggles(results: Results) -> str:
     boxes = [
         f"<label><input type=checkbox data-kind={k} checked> {kind}</label>"
-        for k, kind in enumerate([*_kinds(results), "cost"])
+        for k, kind in enumerate(
+            [*_kinds(results), "cost", *(["all metrics"] * bool(_places(results)))]
+        )
     ]
     return "".join(boxes)
 
@@ -62,6 +71,12 @@ def leaderboard(results: Results, table: Sequence[Standing]) -> str:
     top += f"<th scope=colgroup colspan=2 data-kind={cost}><span>cost</span></th>"
     low += _sortable("forwards", False, cost, "forward passes that one explanation takes")
     low += _sortable("seconds", False, cost, "seconds an image, of the run that measured")
+    places = _places(results)
+    if places:
+        top += f"<th scope=colgroup data-kind={cost + 1}><span>all metrics</span></th>"
+        low += _sortable(
+            "rank", False, cost + 1, "aggregate rank, with its 95 % bootstrap interval"
+        )
     forms = {
         c: number_form(results.info(c.metric), [s.mean for s in table if s.column == c])
         for c in results.columns
@@ -76,12 +91,24 @@ def leaderboard(results: Results, table: Sequence[Standing]) -> str:
         forwards = "-" if method.forwards is None else str(method.forwards)
         row += f"<td data-kind={cost} data-v={forwards}>{forwards}</td>"
         row += f"<td data-kind={cost} data-v=- data-seconds>-</td>"
+        if places:
+            row += _rank_cell(places.get(name), cost + 1)
         tags = ["sanity row"] * is_baseline(name) + ["mask"] * method.is_mask
         tags += [f"{bad} invalid"] if (bad := int((~method.valid).sum())) else []
         tag = "".join(f" <small class=tag>{tag}</small>" for tag in tags)
         kind = " class=base" if is_baseline(name) else ""
         body += f"<tr{kind}><th scope=row class=name>{label(name)}{tag}</th>{row}</tr>"
     return f"<thead><tr>{top}</tr><tr>{low}</tr></thead><tbody>{body}</tbody>"
+
+
+def _rank_cell(place: AggregateRank | None, kind: int) -> str:
+    if place is None:
+        return f"<td data-kind={kind} data-v=->-</td>"
+    title = f"first in {100 * place.first:.0f} % of resamples; z = {place.score:+.2f}"
+    return (
+        f'<td data-kind={kind} data-v={place.rank} title="{title}"><span>{place.rank}</span>'
+        f"<small class=ci>[{place.lo}, {place.hi}]</small></td>"
+    )
 
 
 def _sortable(key: str, up: bool, kind: int, formula: str) -> str:
@@ -137,11 +164,13 @@ def _cell(
 
 
 def verdicts(results: Results, table: Sequence[Standing]) -> str:
-    """Who is best where, a line a method, and how much of that it was trained on."""
+    """Who is best where, a line a method, and how much of that it was trained on; what ranks mean."""
     said = "".join(
         f"<li><b class=name>{label(found.method)}</b>: {text(found.verdict)}</li>"
         for found in wins(results, table)
     )
+    ranking = aggregate_ranks(results)
+    said += "".join(f"<li>{text(note)}</li>" for note in (ranking.notes if ranking else ()))
     return f"<ul class=verdicts>{said}</ul>" if said else ""
 
 

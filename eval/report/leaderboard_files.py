@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xattn.eval.metrics.objectives import MARK
+from xattn.eval.report.aggregate_ranks import aggregate_ranks
 from xattn.eval.report.html_page import html_page
 from xattn.eval.report.results_files import image_lines, to_dict
 from xattn.eval.report.standings import Standing, standings, wins
@@ -40,7 +41,14 @@ def write_report(
     texts = {
         "leaderboard.md": markdown(results, table),
         "leaderboard.csv": _csv(_standing_lines(results, table)),
-        "leaderboard.json": _json({**to_dict(results), "cost": {}, "standings": _plain(table)}),
+        "leaderboard.json": _json(
+            {
+                **to_dict(results),
+                "cost": {},
+                "standings": _plain(table),
+                "aggregate_ranks": _ranking(results),
+            }
+        ),
         "images.csv": _csv(image_lines(results)),
         "report.html": html_page(
             results,
@@ -106,13 +114,17 @@ def seconds_script(results: Results) -> str:
 
 def _standing_lines(results: Results, table: Sequence[Standing]) -> list[list[Any]]:
     last = ("forwards", "protocol_id", "trained_on")
-    lines: list[list[Any]] = [["method", "metric", "level", *Standing._fields[2:-1], *last]]
+    ranks = ("aggregate_rank", "aggregate_lo", "aggregate_hi", "aggregate_first")
+    lines: list[list[Any]] = [["method", "metric", "level", *Standing._fields[2:-1], *last, *ranks]]
+    ranking = aggregate_ranks(results)
+    places = {r.method: r[1:5] for r in (ranking.ranks if ranking else ())}
     for s in table:
         numbers = ["" if v != v else v for v in s[2:-1]]
         cost = results.methods[s.method].forwards
         level = "" if s.column.level is None else s.column.level
         facts = (cost, results.metric_id(s.column), s.trained_on)
-        lines.append([s.method, s.column.metric, level, *numbers, *facts])
+        place = places.get(s.method, ("",) * len(ranks))
+        lines.append([s.method, s.column.metric, level, *numbers, *facts, *place])
     return lines
 
 
@@ -125,6 +137,13 @@ def _plain(table: Sequence[Standing]) -> list[dict[str, Any]]:
         }
         rows.append({**row, "column": s.column.key})
     return rows
+
+
+def _ranking(results: Results) -> dict[str, Any] | None:
+    ranking = aggregate_ranks(results)
+    if ranking is None:
+        return None
+    return {**ranking._asdict(), "ranks": [r._asdict() for r in ranking.ranks]}
 
 
 def _csv(lines: Sequence[Sequence[Any]]) -> str:

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.objectives import LEGEND, MARK
+from xattn.eval.report.aggregate_ranks import Ranking, aggregate_ranks
 from xattn.eval.results import Results, Row
 
 
 def format_table(results: Results, style: str = "text") -> str:
-    """One table a level and kind of metric, with 95 % intervals; then protocol and warnings.
+    """One table a level and kind of metric, with 95 % intervals; aggregate ranks; protocol and warnings.
 
     A dagger stands beside a value in a metric that the row's head was trained on.
 
@@ -47,12 +48,28 @@ def format_table(results: Results, style: str = "text") -> str:
             cells = map(_cell, rows, digits, marked)
             lines.append([name, *cells, *counts, "-" if cost is None else str(cost)])
         parts.append(_table(title, lines, style))
-    notes = [*protocol_notes(results), *(f"warning: {line}" for line in results.warnings())]
+    ranking = aggregate_ranks(results)
+    if ranking is not None and ranking.ranks:
+        parts.append(_table("aggregate rank", _rank_lines(ranking), style))
+    ranked = [] if ranking is None else ranking.notes
+    notes = [
+        *ranked,
+        *protocol_notes(results),
+        *(f"warning: {line}" for line in results.warnings()),
+    ]
     if any(row.trained_on and row.n for row in by_cell.values()):
         notes.insert(0, f"{MARK} {LEGEND}")
     bullet = "- " if style == "markdown" else ""
     parts.append("\n".join(bullet + note for note in notes))
     return "\n\n".join(parts) + "\n"
+
+
+def _rank_lines(ranking: Ranking) -> list[list[str]]:
+    lines = [["method", "rank", "95 % interval", "first in", "z ↑"]]
+    for r in ranking.ranks:
+        share = f"{100 * r.first:.0f} %"
+        lines.append([r.method, str(r.rank), f"[{r.lo}, {r.hi}]", share, f"{r.score:+.2f}"])
+    return lines
 
 
 def _cell(row: Row, digits: int, marked: bool) -> str:

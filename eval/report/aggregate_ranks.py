@@ -1,0 +1,154 @@
+"""Aggregate ranks: one place for each method over all judged metrics, and how stable it is.
+
+For method m, image i and column c, with s_c = 1 where higher is better and -1 where lower is:
+
+    z_mc = s_c (mean_i x_mic - median_c) / IQR_c      median, interquartile range: of all x_mic of c
+    z_m  = median over metrics of the mean of z_mc over the metric's levels
+    rank = 1 + number of methods with a larger z_m
+
+Images are resampled with replacement, with median_c and IQR_c as they are: the 95 % interval of the rank,
+and the share of resamples in which a method is first. LATEC (Klein et al., NeurIPS 2024, arXiv 2409.16756)
+averages ranks within a criterion; here the criterion is faithfulness and localisation.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xattn.eval import bootstrap
+from xattn.eval.metrics.base import Column
+from xattn.eval.metrics.objectives import is_trained_on
+from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results
+
+MIN_METRICS = 3
+_SAME = 1e-9  # of z: what rounding may change
+
+
+class AggregateRank(NamedTuple):
+    """A method's rank from 1, its 95 % interval, the share of resamples in which it is first, and z."""
+
+    method: str
+    rank: int
+    lo: int
+    hi: int
+    first: float
+    score: float
+
+
+class Ranking(NamedTuple):
+    """The ranks in the order of the methods; ``metrics`` that count, and ``trained_on``, which were left
+    out because a head was trained on them. ``reason``: why there are no ranks, else empty."""
+
+    ranks: tuple[AggregateRank, ...]
+    metrics: tuple[str, ...]
+    trained_on: tuple[str, ...]
+    reason: str = ""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the ranks has to know, a sentence each."""
+        if self.reason:
+            return [f"aggregate rank: {self.reason}"]
+        notes = [
+            f"aggregate rank: median over {', '.join(self.metrics)} of how many interquartile ranges "
+            f"a mean lies on the better side of the metric's median; metrics that agree by "
+            f"construction count several times"
+        ]
+        if self.trained_on:
+            left = ", ".join(self.trained_on)
+            notes.append(f"aggregate rank: {left} left out, which a head was trained on")
+        return notes
+
+
+def aggregate_ranks(results: Results) -> Ranking | None:
+    """Ranks of the methods under test that have values; sanity rows and masks take none.
+
+    A metric counts if each of them has values on at least half of the images that any has.
+
+    Returns:
+        None where there is nothing to rank: one method, or fewer than three judged metrics.
+    """
+    names = [
+        name
+        for name in results.judged_methods
+        if any(np.isfinite(results.methods[name].values[c]).any() for c in results.judged)
+    ]
+    methods = [results.methods[name] for name in names]
+    judged = list(dict.fromkeys(c.metric for c in results.judged))
+    if len(names) < 2 or len(judged) < MIN_METRICS:
+        return None
+    trained = tuple(
+        metric for metric in judged if any(is_trained_on(m.objective, metric) for m in methods)
+    )
+    columns = [c for c in results.judged if c.metric not in trained]
+    # (methods, columns, images)
+    values = np.array([[m.values[c] for c in columns] for m in methods], dtype=np.float64)
+    values = values.reshape(len(methods), len(columns), len(results.images))
+    counts = (~np.isnan(values)).sum(2)
+    fits = (2 * counts >= counts.max(0)).all(0) & (counts > 0).all(0)
+    columns = [c for c, good in zip(columns, fits, strict=True) if good]
+    metrics = tuple(dict.fromkeys(c.metric for c in columns))
+    if len(metrics) < MIN_METRICS:
+        few = f"needs {MIN_METRICS} metrics that every method has and no head was trained on"
+        return Ranking((), metrics, trained, f"{few}; there are {len(metrics)}")
+    fewest = int(counts[:, fits].min())
+    if fewest < MIN_IMAGES:
+        return Ranking((), metrics, trained, f"{TOO_FEW}: {fewest}; it takes at least {MIN_IMAGES}")
+    ranks = _ranks(names, columns, values[:, fits], results)
+    return Ranking(ranks, metrics, trained)
+
+
+def _ranks(
+    names: Sequence[str], columns: Sequence[Column], values: NDArray[np.float64], results: Results
+) -> tuple[AggregateRank, ...]:
+    signs = [1.0 if results.info(c.metric).higher_is_better else -1.0 for c in columns]
+    z = _standardised(signs, values)
+    flat = z.reshape(-1, z.shape[2]).T  # (images, methods x columns)
+    means = np.array([[bootstrap.mean(cell) for cell in row] for row in z])
+    samples = bootstrap.resampled_means(flat, results.n_resamples, results.protocol.seed)
+    scores = _scores(columns, means[None])[0]
+    drawn = _scores(columns, samples.reshape(-1, *means.shape))
+    ranks, places = _places(scores[None])[0], _places(drawn)
+    lo, hi = np.quantile(places, (0.025, 0.975), axis=0, method="inverted_cdf")
+    first = (places == 1).mean(0)
+    return tuple(
+        AggregateRank(
+            name, int(ranks[m]), int(lo[m]), int(hi[m]), float(first[m]), float(scores[m])
+        )
+        for m, name in enumerate(names)
+    )
+
+
+def _standardised(signs: Sequence[float], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(methods, columns, images) with median 0 and interquartile range 1 in each column, larger is better.
+
+    Where at least half of the values are equal, as in IC, the standard deviation takes the range's
+    place; where all are, there is nothing to tell apart.
+    """
+    low, middle, high = np.nanquantile(values, (0.25, 0.5, 0.75), axis=(0, 2), keepdims=True)
+    spread = np.where(high > low, high - low, np.nanstd(values, axis=(0, 2), keepdims=True))
+    scale = np.where(spread > 0, 1 / np.where(spread > 0, spread, 1), 0.0)
+    return np.array(signs)[None, :, None] * (values - middle) * scale
+
+
+def _scores(columns: Sequence[Column], means: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(R, methods, columns) -> (R, methods): the median over metrics, each the mean of its levels."""
+    metrics = list(dict.fromkeys(c.metric for c in columns))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a resample without a valid image is NaN
+        levels = [
+            np.nanmean(means[..., [c.metric == metric for c in columns]], axis=2)
+            for metric in metrics
+        ]
+        return np.nanmedian(np.stack(levels, axis=2), axis=2)
+
+
+def _places(scores: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Ranks (R, methods) of scores (R, methods); equal scores share the better rank."""
+    above = [(scores > scores[:, m, None] + _SAME).sum(1) for m in range(scores.shape[1])]
+    return 1 + np.stack(above, axis=1)
