@@ -1,4 +1,4 @@
-"""A user's fine-tuned model and folder of mixed photos, by the README's own commands."""
+"""A user's fine-tuned model and folder of mixed photos, by the commands of docs/usage.md."""
 
 import re
 import shlex
@@ -12,7 +12,7 @@ from PIL import Image
 import xattn
 from xattn.cli import main
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+USAGE = Path(__file__).resolve().parents[2] / "docs" / "usage.md"
 
 
 def test_a_three_class_resnet18_is_trained_for_explained_and_measured(tmp_path, monkeypatch):
@@ -28,7 +28,7 @@ def test_a_three_class_resnet18_is_trained_for_explained_and_measured(tmp_path, 
     Path("photos/broken.jpg").write_bytes(b"no photo")
 
     block = re.search(
-        r"```sh\nMODEL=\"([^\"]*)\"\n(.*?)```", README.read_text(encoding="utf-8"), re.S
+        r"```sh\nMODEL=\"([^\"]*)\"\n(.*?)```", USAGE.read_text(encoding="utf-8"), re.S
     )
     lines = [line for line in block[2].splitlines() if line]
     assert [line.split()[1] for line in lines] == ["train", "explain", "evaluate"]

