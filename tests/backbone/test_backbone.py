@@ -248,7 +248,7 @@ def test_class_names_of_imagenet_and_of_the_user(tmp_path):
     assert own.class_names == ["cat", "dog", "fish"]
     with pytest.raises(ValueError, match="3 names"):
         load_backbone("test_efficientnet", None, classes=tmp_path / "classes.txt")
-    with pytest.raises(FileNotFoundError, match="classes"):
+    with pytest.raises(FileNotFoundError, match="class_names"):
         load_backbone("test_efficientnet", None, classes=tmp_path / "none.txt")
 
 

@@ -234,10 +234,19 @@ def test_a_torchvision_vit_gives_its_tokens_as_maps():
     assert create_explainer("gradcam", backbone).attribute(x, 1).shape == (3, 1, 2, 2)
 
 
-def test_a_vits_patches_are_no_default_taps():
-    model = torchvision.models.VisionTransformer(32, 16, 2, 2, 24, 48, num_classes=4)
-    with pytest.raises(ValueError, match=r"taps: VisionTransformer does not end in .*name its tok"):
-        from_torchvision(model, preprocessing=xattn.Preprocessing(input_size=(32, 32)))
+def test_patches_that_tokens_follow_are_no_default_taps():
+    class Patches(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.norm = torch.nn.Conv2d(3, 8, 16, 16), torch.nn.LayerNorm(8)
+            self.fc = torch.nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.fc(self.norm(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+    with pytest.raises(ValueError, match=r"taps: Patches does not end in .*name its token nodes"):
+        load_backbone(Patches(), mean=0.5, std=0.5)
+    assert load_backbone(Patches(), taps="norm", mean=0.5, std=0.5).tap_sizes == ((14, 14),)
     swin = torchvision.models.SwinTransformer([4, 4], 12, [1, 1], [2, 2], [4, 4], num_classes=4)
     backbone = load_backbone(from_torchvision(swin))
     assert backbone.tap_sizes[-1] == (28, 28) and backbone.pools_linearly  # ends in a map

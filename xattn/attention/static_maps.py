@@ -129,7 +129,7 @@ def photo_batches(model: nn.Module, photos: str | Path, count: int) -> Iterator[
     from xattn.photos.images import list_images, load_image
     from xattn.photos.view import prepare
 
-    preprocessing = preprocessing_of(model, {}, None)
+    preprocessing = preprocessing_of(model)
     weight = next(model.parameters())
     mean, std = (
         torch.tensor(x, device="cpu")[:, None, None]

@@ -1,6 +1,6 @@
 """Backbones of modules that are not timm's: torchvision's classifiers through their traced graph.
 
-    backbone = load_backbone(from_torchvision(torchvision.models.resnet18(weights="DEFAULT")))
+    backbone = load_backbone(torchvision.models.resnet18(weights="DEFAULT"))
 
 The graph that ``torch.fx`` records gets further outputs, so that one pass yields logits and inner
 maps; nothing is hooked.
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from xattn.backbone.preprocessing import Preprocessing
+from xattn.backbone.preprocessing import Preprocessing, channels_of
 
 HEAD_POINT = "head_point"
 
@@ -29,7 +30,10 @@ class TracedClassifier(nn.Module):
         gradcam_layer: an identity after the last tap.
         num_prefix_tokens, token_taps: of a ViT, whose taps are tokens (B, N, C).
         classifier: the linear layer that gives the logits, or None.
+        assumes_preprocessing: whether ``preprocessing`` was not given, but assumed.
     """
+
+    assumes_preprocessing = False
 
     def __init__(
         self,
@@ -74,27 +78,41 @@ def from_torchvision(
     taps: Sequence[str] | None = None,
     *,
     preprocessing: Preprocessing | None = None,
+    input_size: tuple[int, int] | None = None,
 ) -> TracedClassifier:
     """A torchvision classifier (or any module that ``torch.fx`` can trace) for ``load_backbone``.
+
+    ``load_backbone`` calls it for a module that has no ``forward_taps``.
 
     Args:
         model: maps normalised images (B, 3, H, W) to logits (B, K); it is put in eval mode.
         taps: module paths or graph nodes, such as ``["layer2", "layer3", "layer4"]`` or, of a ViT,
             ``["encoder.layers.encoder_layer_11.ln_1"]``, without its class token. By default the
-            last map on each of the three coarsest grids of a CNN; a ViT has no default.
-        preprocessing: 224 pixels and ImageNet's mean and std by default.
+            last map on each of the three coarsest grids of a CNN, and ``ln_1`` of the last three blocks
+            of torchvision's ViT; other ViTs have no default.
+        preprocessing: by default the module's own attribute of that name, or 224 pixels and ImageNet's
+            mean and std.
+        input_size: (H, W) in pixels; by default that of ``preprocessing``, of a ViT its own.
 
     Raises:
         ValueError: the module cannot be traced, or a tap is unknown or not a map.
     """
-    preprocessing = preprocessing or Preprocessing(interpolation="bilinear")
+    preprocessing = preprocessing or getattr(model, "preprocessing", None)
+    assumed = not isinstance(preprocessing, Preprocessing)
+    if not isinstance(preprocessing, Preprocessing):
+        preprocessing = Preprocessing(interpolation="bilinear")
+        side = getattr(model, "image_size", None)  # of torchvision's ViT
+        input_size = (side, side) if input_size is None and isinstance(side, int) else input_size
+    if input_size is not None:
+        preprocessing = replace(preprocessing, input_size=input_size)
     size = preprocessing.input_size
-    traced, shapes, names = _trace(model.eval(), size)
+    traced, shapes, names = _trace(model.eval(), size, channels_of(model, preprocessing))
+    taps = taps or _vit_taps(model)
     nodes = [_find(tap, names) for tap in taps] if taps is not None else _coarsest(shapes, size)
     if not nodes:
         raise ValueError(
             f"taps: {type(model).__name__} does not end in (B, C, h, w) maps; name its token nodes, "
-            f"such as 'encoder.layers.encoder_layer_11.ln_1'"
+            f"such as the norm of its last block"
         )
     grids = [_grid(names[node], shapes[node], size) for node in nodes]
     graph = traced.graph
@@ -111,7 +129,9 @@ def from_torchvision(
     prefix = 0 if last is None else shapes[nodes[-1]][1] - last[0] * last[1]
     classifier = str(logits.target) if logits.op == "call_module" else ""
     paths = [names[node] for node in nodes]
-    return TracedClassifier(traced, paths, classifier, preprocessing, grids, prefix)
+    made = TracedClassifier(traced, paths, classifier, preprocessing, grids, prefix)
+    made.assumes_preprocessing = assumed
+    return made
 
 
 def load_torchvision(
@@ -221,7 +241,7 @@ Shapes = dict[fx.Node, tuple[int, ...]]
 
 @torch.no_grad()
 def _trace(
-    model: nn.Module, size: tuple[int, int]
+    model: nn.Module, size: tuple[int, int], channels: int
 ) -> tuple[fx.GraphModule, Shapes, dict[fx.Node, str]]:
     """The traced module, the shape of every tensor in it, and its nodes' paths."""
     from torchvision.models.feature_extraction import NodePathTracer
@@ -233,7 +253,7 @@ def _trace(
         traced = fx.GraphModule(model, graph, kind)
         run = _Shapes(traced)
         parameter = next(model.parameters(), torch.zeros((), device="cpu"))
-        run.run(torch.zeros(2, 3, *size, device=parameter.device, dtype=parameter.dtype))
+        run.run(torch.zeros(2, channels, *size, device=parameter.device, dtype=parameter.dtype))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -250,6 +270,15 @@ def _trace(
         if n in run.shapes
     }
     return traced, {n: run.shapes[n] for n in names if n.op != "placeholder"}, names
+
+
+def _vit_taps(model: nn.Module) -> list[str] | None:
+    """``ln_1`` of the last three blocks of torchvision's ViT, what their attention reads."""
+    from torchvision.models import VisionTransformer
+
+    if not isinstance(model, VisionTransformer):
+        return None
+    return [f"encoder.layers.{name}.ln_1" for name, _ in model.encoder.layers.named_children()][-3:]
 
 
 def _find(tap: str, names: dict[fx.Node, str]) -> fx.Node:

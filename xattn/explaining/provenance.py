@@ -22,6 +22,7 @@ def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, A
             "taps": list(backbone.taps),
             "input_size": list(backbone.preprocessing.input_size),
             **backbone.conversion_record(),
+            **backbone.preprocessing_record(),
         },
         "head": None if head is None else _head_record(head),
         "explainer": method.name,

@@ -20,8 +20,8 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from xattn.attention.conversion import Conversion, describe, how_to_convert
 from xattn.backbone import Backbone, Taps
+from xattn.heads.belonging import check_backbone
 from xattn.heads.mixer import Mixer, create_mixer
 from xattn.registry import Registry, adopting, with_name
 from xattn.runtime import strict_json
@@ -32,7 +32,6 @@ from xattn.runtime.version import __version__
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 MASK_POLICIES = ("raw_normalize", "renormalize", "normalized", "feature")
-TRAINED = "--mechanism FOLDER (what xattn distill wrote)"
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -74,7 +73,10 @@ class Head(
         self.backbone_fingerprint = backbone.fingerprint
         self.backbone_taps = list(backbone.taps)
         self.backbone_task = backbone.task
-        self.backbone_conversion = backbone.conversion_record()
+        self.backbone_changes = {
+            **backbone.conversion_record(),
+            **backbone.preprocessing_record(),
+        }
         self.num_classes = backbone.num_classes
         self.summary = {}
         self.mask_policy = options.get("mask_policy", "raw_normalize")
@@ -159,7 +161,7 @@ class Head(
                 "taps": self.backbone_taps,
                 "num_classes": self.num_classes,
                 "task": self.backbone_task,
-                **self.backbone_conversion,
+                **self.backbone_changes,
             },
             "training": self.summary,
         }
@@ -417,24 +419,7 @@ def _read_head(folder: Path, backbone: Backbone) -> Head:
     from xattn.models.weights import load_weight_file
 
     config = read_config(folder)
-    wanted = config["backbone"]
-    _check_conversion(folder, wanted, backbone)
-    if wanted["sha256"] != backbone.fingerprint:
-        raise ValueError(
-            f"head: {folder.name} was trained on {wanted.get('name')} with weights sha256 "
-            f"{wanted['sha256']}, the backbone {backbone.name} has {backbone.fingerprint}; "
-            f"load the backbone it was trained on{_how_to_get_weights(wanted, backbone)}"
-        )
-    if tuple(wanted.get("taps", backbone.taps)) != backbone.taps:
-        raise ValueError(
-            f"head: {folder.name} reads the taps {wanted['taps']}, the backbone gives "
-            f"{list(backbone.taps)}; load the backbone with taps={wanted['taps']}"
-        )
-    if wanted.get("task", backbone.task) != backbone.task:
-        raise ValueError(
-            f"head: {folder.name} was trained for task={wanted['task']!r}, the backbone has "
-            f"task={backbone.task!r}; load the backbone with task={wanted['task']!r}"
-        )
+    check_backbone(folder.name, config["backbone"], backbone)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise FileNotFoundError(f"head: {folder} holds no {WEIGHTS_FILE}; save the head again")
@@ -447,34 +432,6 @@ def _read_head(folder: Path, backbone: Backbone) -> Head:
     head.load_state_dict(state, strict=True)
     head.summary = config.get("training", {})
     return head.eval()
-
-
-def _check_conversion(folder: Path, wanted: Mapping[str, Any], backbone: Backbone) -> None:
-    """Raise unless the backbone is converted as the head's was."""
-    theirs, own = wanted.get("conversion"), backbone.conversion_record().get("conversion")
-    if theirs == own:
-        return
-    try:
-        made = [Conversion.of_record(record) for record in theirs or ()]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"head: the config of {folder.name} is damaged ({error})") from None
-    how = TRAINED if "conversion_sha256" in wanted else how_to_convert(made) if made else ""
-    remedy = f"load the backbone with {how}" if made else "leave out --mechanism"
-    raise ValueError(
-        f"head: {folder.name} was trained with {describe(made) or 'the attention of the model itself'}, "
-        f"the backbone has {describe(backbone.conversion or ()) or 'its own'}; {remedy}"
-    )
-
-
-def _how_to_get_weights(wanted: Mapping[str, Any], backbone: Backbone) -> str:
-    """The rest of a remedy: whether the head's mechanism was trained, if it has one."""
-    if backbone.conversion is None:
-        return ""
-    if "conversion_sha256" in wanted:
-        return f", with {TRAINED}"
-    if "conversion_sha256" in backbone.conversion_record():
-        return f", with {how_to_convert(backbone.conversion)}"
-    return ", such as --mechanism FOLDER of xattn distill"
 
 
 def _check_shapes(

@@ -43,7 +43,9 @@ class Probed(Backbone):
         taps = None if self.adapter else self.taps
         name = self.name.removesuffix(f" + {self.probe.name}")
         encoder = Backbone(self.model, name, preprocessing, taps)
-        encoder._fingerprint, encoder._hashed = self.encoder_fingerprint, encoder.conversion
+        own = self.preprocessing
+        if (preprocessing.mean, preprocessing.std) == (own.mean, own.std):
+            encoder._fingerprint, encoder._hashed = self.encoder_fingerprint, encoder.conversion
         return Probed(encoder, self.probe)
 
     def with_converted(self, model: nn.Module) -> Backbone:
@@ -90,7 +92,8 @@ class Probed(Backbone):
     def fingerprint(self) -> str:
         made = self.conversion
         if self._fingerprint is None or made != self._hashed:
-            self._fingerprint, self._hashed = self._hash(network_sha256(self.model)), made
+            network = network_sha256(self.model, self.preprocessing)
+            self._fingerprint, self._hashed = self._hash(network), made
         return self._fingerprint
 
     def _hash(self, encoder: str) -> str:
