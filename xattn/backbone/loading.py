@@ -99,11 +99,7 @@ def load_backbone(
             preprocessing.
         OSError: weights that cannot be read or downloaded.
     """
-    size = (input_size, input_size) if isinstance(input_size, int) else input_size
-    if size is not None and (len(size) != 2 or not 1 <= min(size) <= max(size) <= LARGEST_SIDE):
-        raise ValueError(
-            f"input_size: got {input_size}; give 1 to {LARGEST_SIDE} pixels, one side or (H, W)"
-        )
+    size = _size_of(input_size)
     if tile_positions and (size is None or isinstance(name_or_module, nn.Module)):
         raise ValueError("tile_positions: needs a model's name and input_size; give both")
     if classes is not None and class_names is not None:
@@ -124,17 +120,41 @@ def load_backbone(
         taps = None if name.startswith("torchvision/") else taps
     if tile_positions and size is not None:
         repeat_positions(model, size)
+    given = {"mean": mean, "std": std, "crop": crop, "interpolation": interpolation}
+    backbone = _backbone(model, name, taps, size, names, task, given)
+    return backbone.to(device) if device is not None else backbone
+
+
+def _size_of(input_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    size = (input_size, input_size) if isinstance(input_size, int) else input_size
+    if size is not None and (len(size) != 2 or not 1 <= min(size) <= max(size) <= LARGEST_SIDE):
+        raise ValueError(
+            f"input_size: got {input_size}; give 1 to {LARGEST_SIDE} pixels, one side or (H, W)"
+        )
+    return size
+
+
+def _backbone(
+    model: nn.Module,
+    name: str,
+    taps: str | Sequence[str] | None,
+    size: tuple[int, int] | None,
+    class_names: list[str] | None,
+    task: Task | None,
+    given: dict[str, Any],
+) -> Backbone:
+    """A backbone over ``model``, prepared as it says itself but for what is ``given``."""
     own = preprocessing_of(model, size)
-    if mean is None and std is None and not says_normalization(model):
+    if given["mean"] is None and given["std"] is None and not says_normalization(model):
         warnings.warn(
             f"{name} does not say how its training normalised photos, so ImageNet's mean and std are "
             f"used; give mean= and std= (--mean, --std)",
-            stacklevel=2,
+            stacklevel=3,
         )
     channels = channels_of(model, own)
-    preprocessing = given_preprocessing(own, channels, mean, std, crop, interpolation)
+    preprocessing = given_preprocessing(own, channels, **given)
     try:
-        backbone = Backbone(model, name, preprocessing, taps, names, task)
+        return Backbone(model, name, preprocessing, taps, class_names, task)
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         if channels != len(preprocessing.mean):
@@ -145,7 +165,6 @@ def load_backbone(
         raise ValueError(
             f"input_size: {name} cannot take {preprocessing.input_size} ({reason}); give another"
         ) from error
-    return backbone.to(device) if device is not None else backbone
 
 
 def _adapted(
