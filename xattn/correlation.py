@@ -60,7 +60,7 @@ def disagreement(maps: Sequence[NDArray[np.float32]]) -> float:
     fewer than two maps vary.
     """
     cells = (
-        torch.stack([_to_grid(m) for m in maps])
+        torch.stack([to_grid(m) for m in maps])
         if len(maps)
         else torch.empty(0, GRID * GRID, device="cpu")
     )
@@ -75,8 +75,8 @@ def disagreement(maps: Sequence[NDArray[np.float32]]) -> float:
     return 1 - float(pearson(first, second).mean())
 
 
-def _to_grid(values: NDArray[np.float32]) -> Tensor:
-    """(h, w) -> (GRID * GRID,) float64, axis by axis."""
+def to_grid(values: NDArray[np.float32]) -> Tensor:
+    """A map (h, w) on 28 x 28 cells, (784,) float64: finer maps by means, coarser ones bilinearly."""
     x = torch.from_numpy(np.array(values, dtype=np.float64))[None]
     for _ in range(2):  # the rows, then the columns
         x = x.transpose(1, 2)

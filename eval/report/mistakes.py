@@ -1,0 +1,200 @@
+"""What a classifier gets wrong in a pack: the confusion of its classes, a row a class, slices, mean maps.
+
+A photo counts where its true class and its prediction are known. Intervals are 95 % bootstrap intervals
+over photos. The calibration of few photos says little, so a class shows how much its mean confidence
+exceeds its accuracy, and only slices have an expected calibration error (arXiv 1706.04599).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xattn.correlation import GRID, to_grid
+from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
+from xattn.packs.reader import Pack
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+OTHERS = "other classes"
+MOST_CLASSES, MOST_MAPS, BINS = 12, 200, 15
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often photos of a class (row) are predicted as a class (column).
+
+    Attributes:
+        classes: the classes with most photos, by name; what is left is folded into ``OTHERS``, the last.
+        counts: (C, C) photos. Within "other classes", right and wrong predictions share a cell.
+        photos: the ids of each cell's photos.
+        unknown: photos whose true class or prediction is not known.
+    """
+
+    classes: tuple[str, ...]
+    counts: NDArray[np.int64]
+    photos: Mapping[tuple[int, int], tuple[str, ...]]
+    unknown: int
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """The photos of a true class: how many, how well they are told, and how well they are explained.
+
+    ``overconfidence`` is the mean of confidence less rightness, above 0 where the network is surer than it
+    is right. ``metrics`` are of a method's maps of these photos, by name.
+    """
+
+    name: str
+    photos: tuple[str, ...]
+    accuracy: Interval
+    confidence: Interval
+    overconfidence: Interval
+    metrics: Mapping[str, Interval]
+
+
+@dataclass(frozen=True)
+class SliceRow:
+    """A named set of photos; ``accuracy`` and ``ece`` are of those whose true class is known."""
+
+    name: str
+    photos: int
+    known: int
+    accuracy: Interval
+    ece: float
+    metrics: Mapping[str, Interval]
+
+
+def confusion(pack: Pack, most: int = MOST_CLASSES) -> Confusion:
+    """The confusion matrix of a pack.
+
+    Args:
+        most: classes that are shown by name: those with most photos, counted as true or predicted.
+
+    Raises:
+        ValueError: ``most`` below 1.
+    """
+    if most < 1:
+        raise ValueError(f"most: got {most}; give 1 or more classes")
+    images = pack.images
+    known = _known(images)
+    pairs = [*zip(known["label_name"], known["predicted_name"], strict=True)]
+    count: dict[str, int] = {}
+    for pair in pairs:
+        for name in set(pair):
+            count[name] = count.get(name, 0) + 1
+    names = sorted(count, key=lambda name: (-count[name], name))
+    shown = tuple(names[:most]) + ((OTHERS,) if len(names) > most else ())
+    place = {name: i for i, name in enumerate(names[:most])}
+    counts = np.zeros((len(shown), len(shown)), np.int64)
+    photos: dict[tuple[int, int], list[str]] = {}
+    for image_id, (true, predicted) in zip(known.index, pairs, strict=True):
+        cell = place.get(true, most), place.get(predicted, most)
+        counts[cell] += 1
+        photos.setdefault(cell, []).append(str(image_id))
+    cells = {cell: tuple(ids) for cell, ids in photos.items()}
+    return Confusion(shown, counts, cells, len(images) - len(known))
+
+
+def class_rows(pack: Pack, method: str | None = None) -> list[ClassRow]:
+    """A row for each true class, those with most photos first; ``method`` is whose metrics are told."""
+    known = _known(pack.images)
+    measured = _metrics(pack, method)
+    rows = []
+    for name, group in known.groupby("label_name", sort=True):
+        right = group["right"].astype(float).to_numpy()
+        confidence = group["confidence"].to_numpy()
+        rows.append(
+            ClassRow(
+                str(name),
+                tuple(map(str, group.index)),
+                mean_interval(right),
+                mean_interval(confidence),
+                paired_difference(confidence, right),
+                _intervals(measured, group.index),
+            )
+        )
+    return sorted(rows, key=lambda row: (-len(row.photos), row.name))
+
+
+def slice_row(
+    pack: Pack, name: str, photos: Collection[str], method: str | None = None
+) -> SliceRow:
+    """What is known of a set of photos.
+
+    Raises:
+        ValueError: no photo, or one that is not in the pack.
+    """
+    images = pack.images
+    if not photos:
+        raise ValueError(f"photos: the slice {name!r} is empty; choose some photos")
+    strangers = [photo for photo in photos if photo not in images.index]
+    if strangers:
+        raise ValueError(
+            f"photos: {strangers[0]!r} of the slice {name!r} is not in this pack; save the slice again"
+        )
+    own = images.loc[list(dict.fromkeys(photos))]
+    known = _known(own)
+    right = known["right"].astype(float).to_numpy()
+    ece = calibration_error(known["confidence"].to_numpy(), right)
+    metrics = _intervals(_metrics(pack, method), own.index)
+    return SliceRow(name, len(own), len(known), mean_interval(right), ece, metrics)
+
+
+def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.float64]) -> float:
+    """Expected calibration error in [0, 1]: |accuracy - confidence| over 15 bins of equal width,
+    weighted by their photos; NaN without a photo.
+
+    >>> calibration_error(np.array([1.0, 1.0]), np.array([1.0, 0.0]))
+    0.5
+    """
+    if not len(right):
+        return math.nan
+    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    gaps = np.bincount(bins, weights=right - confidence, minlength=BINS)
+    return float(np.abs(gaps).sum() / len(right))
+
+
+def mean_map(pack: Pack, entry_ids: Iterable[str], most: int = MOST_MAPS) -> NDArray[np.float64]:
+    """(28, 28): the mean of maps, each min-maxed to [0, 1]; of the first ``most`` of them.
+
+    Raises:
+        ValueError: no map.
+    """
+    grids = []
+    for entry_id in list(entry_ids)[:most]:
+        grids.append(to_grid(pack.explanation(entry_id).normalized()).numpy())
+    if not grids:
+        raise ValueError("entry_ids: got none; give the ids of some maps")
+    return np.mean(grids, axis=0).reshape(GRID, GRID)
+
+
+def _known(images: pd.DataFrame) -> pd.DataFrame:
+    """The photos of which it is known whether the prediction is right, with names for both classes."""
+    known = images[images["right"].notna()].copy()
+    for key in ("label", "predicted"):
+        names = known[f"{key}_name"]
+        known[f"{key}_name"] = names.where(names.notna(), "class " + known[key].astype(str))
+    return known
+
+
+def _metrics(pack: Pack, method: str | None) -> pd.DataFrame:
+    """The metrics of one map a photo: the method's, of the class that is most probable."""
+    entries = pack.entries
+    own = entries if method is None else entries[entries["method"] == method]
+    first = own.sort_values("probability", ascending=False, kind="stable")
+    keys = [m.key for m in pack.metrics]
+    return first.drop_duplicates("image_id").set_index("image_id")[keys]
+
+
+def _intervals(measured: pd.DataFrame, photos: Sequence[str] | pd.Index) -> dict[str, Interval]:
+    """The mean of each metric over ``photos``, of those that have a value."""
+    own = measured.reindex(photos)
+    found = {key: own[key].to_numpy(float) for key in own}
+    return {key: mean_interval(v) for key, v in found.items() if np.isfinite(v).any()}
