@@ -1,13 +1,15 @@
 """What a classifier gets wrong in a pack: the confusion of its classes, a row a class, slices, mean maps.
 
-A photo counts where its true class and its prediction are known. Intervals are 95 % bootstrap intervals
-over photos. The calibration of few photos says little, so a class shows how much its mean confidence
-exceeds its accuracy, and only slices have an expected calibration error (arXiv 1706.04599).
+A photo counts where its true class and its prediction are known. Accuracy has Wilson's 95 % interval, which
+also holds for few photos, all else a bootstrap interval over photos. The calibration of few photos says
+little, so a class shows how much its mean confidence exceeds its accuracy, and only slices have an expected
+calibration error (arXiv 1706.04599).
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 OTHERS = "other classes"
-MOST_CLASSES, MOST_MAPS, BINS = 12, 200, 15
+MOST_CLASSES, MOST_MAPS, BINS = 10, 200, 15
+Z = 1.959963984540054  # of a normal distribution, 95 % lie within
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,14 @@ class Confusion:
     """How often photos of a class (row) are predicted as a class (column).
 
     Attributes:
-        classes: the classes with most photos, by name; what is left is folded into ``OTHERS``, the last.
+        classes: those with most photos, by number and name; what is left is folded into (None,
+            ``OTHERS``), the last.
         counts: (C, C) photos. Within "other classes", right and wrong predictions share a cell.
         photos: the ids of each cell's photos.
         unknown: photos whose true class or prediction is not known.
     """
 
-    classes: tuple[str, ...]
+    classes: tuple[tuple[int | None, str], ...]
     counts: NDArray[np.int64]
     photos: Mapping[tuple[int, int], tuple[str, ...]]
     unknown: int
@@ -51,6 +55,7 @@ class ClassRow:
     is right. ``metrics`` are of a method's maps of these photos, by name.
     """
 
+    number: int
     name: str
     photos: tuple[str, ...]
     accuracy: Interval
@@ -75,7 +80,8 @@ def confusion(pack: Pack, most: int = MOST_CLASSES) -> Confusion:
     """The confusion matrix of a pack.
 
     Args:
-        most: classes that are shown by name: those with most photos, counted as true or predicted.
+        most: classes that are shown by name: those with most photos, counted as true or predicted, and
+            among equals those with most mistakes.
 
     Raises:
         ValueError: ``most`` below 1.
@@ -84,43 +90,51 @@ def confusion(pack: Pack, most: int = MOST_CLASSES) -> Confusion:
         raise ValueError(f"most: got {most}; give 1 or more classes")
     images = pack.images
     known = _known(images)
-    pairs = [*zip(known["label_name"], known["predicted_name"], strict=True)]
-    count: dict[str, int] = {}
-    for pair in pairs:
-        for name in set(pair):
-            count[name] = count.get(name, 0) + 1
-    names = sorted(count, key=lambda name: (-count[name], name))
-    shown = tuple(names[:most]) + ((OTHERS,) if len(names) > most else ())
-    place = {name: i for i, name in enumerate(names[:most])}
-    counts = np.zeros((len(shown), len(shown)), np.int64)
+    pairs = [*zip(known["label"].astype(int), known["predicted"].astype(int), strict=True)]
+    names = dict(zip(known["label"].astype(int), known["label_name"], strict=True))
+    for number, name in zip(known["predicted"].astype(int), known["predicted_name"], strict=True):
+        names.setdefault(number, name)
+    count = Counter(number for pair in pairs for number in set(pair))
+    wrong = Counter(number for pair in pairs if pair[0] != pair[1] for number in pair)
+    ranked = sorted(count, key=lambda number: (-count[number], -wrong[number], number))
+    classes: list[tuple[int | None, str]] = [(number, names[number]) for number in ranked[:most]]
+    if len(ranked) > most:
+        classes.append((None, OTHERS))
+    place = {number: i for i, number in enumerate(ranked[:most])}
+    counts = np.zeros((len(classes), len(classes)), np.int64)
     photos: dict[tuple[int, int], list[str]] = {}
     for image_id, (true, predicted) in zip(known.index, pairs, strict=True):
         cell = place.get(true, most), place.get(predicted, most)
         counts[cell] += 1
         photos.setdefault(cell, []).append(str(image_id))
     cells = {cell: tuple(ids) for cell, ids in photos.items()}
-    return Confusion(shown, counts, cells, len(images) - len(known))
+    return Confusion(tuple(classes), counts, cells, len(images) - len(known))
 
 
 def class_rows(pack: Pack, method: str | None = None) -> list[ClassRow]:
-    """A row for each true class, those with most photos first; ``method`` is whose metrics are told."""
+    """A row for each true class, those with most photos first, among equals the worst.
+
+    Args:
+        method: whose metrics are told; by default of each photo's most probable map.
+    """
     known = _known(pack.images)
     measured = _metrics(pack, method)
     rows = []
-    for name, group in known.groupby("label_name", sort=True):
+    for number, group in known.groupby("label", sort=True):
         right = group["right"].astype(float).to_numpy()
         confidence = group["confidence"].to_numpy()
         rows.append(
             ClassRow(
-                str(name),
+                int(number),
+                str(group["label_name"].iloc[0]),
                 tuple(map(str, group.index)),
-                mean_interval(right),
+                accuracy(right),
                 mean_interval(confidence),
                 paired_difference(confidence, right),
                 _intervals(measured, group.index),
             )
         )
-    return sorted(rows, key=lambda row: (-len(row.photos), row.name))
+    return sorted(rows, key=lambda row: (-len(row.photos), row.accuracy.mean, row.number))
 
 
 def slice_row(
@@ -144,7 +158,22 @@ def slice_row(
     right = known["right"].astype(float).to_numpy()
     ece = calibration_error(known["confidence"].to_numpy(), right)
     metrics = _intervals(_metrics(pack, method), own.index)
-    return SliceRow(name, len(own), len(known), mean_interval(right), ece, metrics)
+    return SliceRow(name, len(own), len(known), accuracy(right), ece, metrics)
+
+
+def accuracy(right: NDArray[np.float64]) -> Interval:
+    """The share of ones among (n,) zeros and ones, with Wilson's interval; NaN without a photo.
+
+    >>> accuracy(np.array([1.0])).text(2)
+    '1.00 [0.21, 1.00]'
+    """
+    n = len(right)
+    if not n:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    share = float(right.mean())
+    middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half), n)
 
 
 def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.float64]) -> float:

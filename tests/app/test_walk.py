@@ -20,6 +20,7 @@ PAGES = {  # name: the pack, and a text that is there when the page is
     "gallery": ("measured", "Sort by"),
     "image": ("measured", "Opacity"),
     "attention": ("vit", "The figures as a table"),
+    "mistakes": ("measured", "Classes"),
     "live": ("measured", "Explain"),
     "compare": ("measured", "There is no comparison yet."),
     "train": ("measured", "Train a head"),
@@ -109,6 +110,25 @@ def test_each_view_is_one_press_of_back(root, address, open_page):
     page.wait_for_url(re.compile(r"/compare\?pack="))
     page.go_back()
     page.get_by_role("heading", name="photo-00002").wait_for()
+
+
+def test_from_the_gallery_to_a_mistake_to_its_photo_and_back(address, open_page):
+    page = open_page(address)
+    page.locator(".cell .frame.there").first.wait_for()
+    choose_pack(page, "measured")
+    page.get_by_role("link", name="Mistakes").first.click()
+    page.locator(".matrix .wrong").first.click()
+    page.wait_for_url(re.compile(r"/mistakes\?.*cell=\d+\.\d+"))
+    page.keyboard.press("ArrowRight")
+    page.locator(".st-key-mistakes-cells .frame.there").nth(1).wait_for()
+    page.locator(".st-key-mistakes-cells .cell").nth(1).click()
+    page.wait_for_url(re.compile(r"/image\?.*image=photo-"))
+    page.get_by_role("heading", name=re.compile(", true: ")).wait_for()
+    page.get_by_role("button", name="Gallery").click()
+    page.get_by_text(re.compile(r"^\d maps?, filtered from 30$")).wait_for()
+    page.go_back()
+    page.go_back()
+    page.locator(".matrix .wrong[aria-current]").wait_for()
 
 
 def test_the_first_address_is_one_entry_of_the_history(address, open_page):

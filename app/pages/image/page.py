@@ -101,7 +101,7 @@ def _heading(pack: Pack, image_id: str) -> None:
             help="What each patch attends to",
         )
     st.html(name_html(row["title"]))
-    _caption(row)
+    _verdict(pack, image_id, row)
 
 
 def _view(pack: Pack) -> selection.View:
@@ -109,19 +109,29 @@ def _view(pack: Pack) -> selection.View:
     return selection.from_text(last_view.remembered(pack), selection.table(pack).choices)
 
 
-def _caption(row: pd.Series) -> None:
-    parts = []
-    if isinstance(row["predicted_name"], str):
-        sure = "" if row["confidence"] != row["confidence"] else f" {row['confidence']:.1%}"
-        parts.append(f"predicted: {row['predicted_name']}{sure}")
-    if isinstance(row["label_name"], str):
-        parts.append(f"true: {row['label_name']}")
-    if row["right"] is True or row["right"] is False:
-        parts.append("the prediction is right" if row["right"] else "the prediction is wrong")
+def _verdict(pack: Pack, image_id: str, row: pd.Series) -> None:
+    """What the network says, and the true class: of a mistake as a headline."""
+    disagreement = ""
     if row["disagreement"] == row["disagreement"]:
-        parts.append(f"disagreement of methods {row['disagreement']:.2f}")
-    if parts:
-        st.caption(plain(" · ".join(parts)))
+        disagreement = f"disagreement of methods {row['disagreement']:.2f}"
+    shares = {target: p for target, _, p in pack.top(image_id)}
+    predicted, label = row["predicted_name"], row["label_name"]
+    if row["right"] is False and isinstance(predicted, str) and isinstance(label, str):
+        share = f" {shares[row['label']]:.1%}" if row["label"] in shares else ""
+        text = f"{short(predicted)} {row['confidence']:.1%}, true: {short(label)}{share}"
+        st.subheader(plain(text), anchor=False)
+        parts = ["the prediction is wrong"]
+    else:
+        parts = []
+        if isinstance(predicted, str):
+            sure = "" if row["confidence"] != row["confidence"] else f" {row['confidence']:.1%}"
+            parts.append(f"predicted: {predicted}{sure}")
+        if isinstance(label, str):
+            parts.append(f"true: {label}")
+        if row["right"] is True:
+            parts.append("the prediction is right")
+    if parts or disagreement:
+        st.caption(plain(" · ".join(filter(None, [*parts, disagreement]))))
 
 
 def _show(image_id: str) -> None:
@@ -256,7 +266,8 @@ def _maps(pack: Pack, shown: Shown) -> None:
         "title": "Photo",
         "lines": [file_name(pack, shown)],
     }
-    cells = [photo, *(_cell(pack, shown, entry_id) for entry_id in shown.ids)]
+    ids = [*shown.ids, *_of_true_class(pack, shown)]
+    cells = [photo, *(_cell(pack, shown, entry_id) for entry_id in ids)]
     grid(
         cells,
         "maps",
@@ -264,13 +275,24 @@ def _maps(pack: Pack, shown: Shown) -> None:
         columns=4 if len(cells) == 4 or len(cells) > 6 else 3,  # no lone one in a row
         width=WIDTH,
         aspect=aspect(pack, shown),
-        on_open=lambda: _focus(shown.ids),
+        on_open=lambda: _focus(ids),
     )
-    legend(pack, shown.ids, shown.look)
-    if note := blank_maps(pack, shown.ids):
+    legend(pack, ids, shown.look)
+    if note := blank_maps(pack, ids):
         st.warning(plain(note))
     if shown.missing:
         st.caption(plain(f"No map of this class by {', '.join(shown.missing)}."))
+
+
+def _of_true_class(pack: Pack, shown: Shown) -> list[str]:
+    """Of a mistake, the same methods' maps of the true class, to stand beside those of the prediction."""
+    row = pack.images.loc[shown.image_id]
+    if row["right"] is not False or shown.target != row["predicted"]:
+        return []
+    methods = list(shown.entries.loc[shown.ids, "method"])
+    own = shown.entries[shown.entries["target"] == row["label"]]
+    by_method = dict(zip(own["method"], own.index, strict=True))
+    return [by_method[method] for method in methods if method in by_method]
 
 
 def _cell(pack: Pack, shown: Shown, entry_id: str) -> dict[str, Any]:
@@ -282,6 +304,7 @@ def _cell(pack: Pack, shown: Shown, entry_id: str) -> dict[str, Any]:
         "alt": f"Map by {row['method']} of {short(row['target_name'])} on {file_name(pack, shown)}",
         "title": row["method"],
         "lines": [
+            *([] if int(row["target"]) == shown.target else ["map of the true class"]),
             f"{short(row['target_name'])}  {row['probability']:.1%}",
             f"scores {low} to {high}",
         ],

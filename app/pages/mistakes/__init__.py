@@ -1,0 +1,1 @@
+"""The page of mistakes: which classes are confused, and the maps of those photos."""

@@ -1,0 +1,317 @@
+"""Mistakes: the confusion of a pack's classes, a row a class, and the maps of a cell's photos."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+from PIL import Image
+
+from xattn.app import state
+from xattn.app.components import grid, sent
+from xattn.app.components.matrix import matrix
+from xattn.app.navigation import last_view, selection, url_widgets
+from xattn.app.pictures.rendering import Look, data_uri, jpeg, overlay_url, photo_url
+from xattn.app.state import Context, plain, short
+from xattn.eval.report.mistakes import (
+    ClassRow,
+    Confusion,
+    class_rows,
+    confusion,
+    mean_map,
+    slice_row,
+)
+from xattn.eval.results import MIN_IMAGES
+from xattn.pictures.overlay import colorize
+
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
+
+SIDE = 240  # pixels of a picture's longer side
+FEW = 11  # photos of a cell that the page shows beside their mean map
+CELL = "cell"  # parameter of the URL: TRUE.PREDICTED, by number, "other" for other classes
+MATRIX, CELLS = "mistakes.matrix", "mistakes.cells"
+
+
+def page(context: Context) -> None:
+    """Show the open pack's mistakes."""
+    pack = context.pack
+    assert pack is not None, "main.py calls this page with a pack"
+    st.title("Mistakes", anchor=False)
+    found = _confusion(pack, f"{pack.id} {pack.version}")
+    if not found.classes:
+        _nothing(pack)
+        return
+    method = _method(pack)
+    _headline(pack, found)
+    left, right = st.columns([4, 3], gap="medium")
+    with left:
+        _matrix(pack, found)
+    with right:
+        _cell(pack, found, method)
+    st.subheader("Classes", anchor=False)
+    _classes(pack, method)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _confusion(_pack: Pack, key: str) -> Confusion:
+    return confusion(_pack)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _class_rows(_pack: Pack, key: str, method: str) -> list[ClassRow]:
+    return class_rows(_pack, method)
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def _mean_map(_pack: Pack, key: str, entry_ids: tuple[str, ...]) -> str:
+    """The mean of these maps as the address of a picture."""
+    values = mean_map(_pack, entry_ids)
+    low, high = float(values.min()), float(values.max())
+    scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    picture = Image.fromarray(colorize(scaled)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return data_uri(jpeg(picture))
+
+
+def _nothing(pack: Pack) -> None:
+    with st.container(border=True):
+        st.markdown("**No photo of this pack has a true class.**")
+        st.markdown("Explain the photos with their classes, and this page shows what is confused:")
+        output = shlex.quote(str(state.settings().root / "labelled"))
+        st.code(
+            f"xattn explain PHOTOS --labels folders --output {output}",
+            language="sh",
+            wrap_lines=True,
+        )
+        st.caption(
+            "--labels also takes a .csv or .json file. Classes have to be ones that the network tells."
+        )
+
+
+def _method(pack: Pack) -> str:
+    """Whose maps are shown; of several methods the person's choice."""
+    choices = selection.table(pack).choices
+    if len(choices.under_test) == 1:
+        return choices.under_test[0]
+    return url_widgets.selectbox("Maps by", list(choices.under_test), "method", width=220)
+
+
+def _headline(pack: Pack, found: Confusion) -> None:
+    """How often the network is right, and how sure it is."""
+    known = [photo for photos in found.photos.values() for photo in photos]
+    whole = slice_row(pack, "all", known)
+    mean, lo, hi, n = whole.accuracy
+    parts = [f"**{mean:.1%}** of {n:,} photos are told right (95 % interval {lo:.1%} to {hi:.1%})"]
+    parts.append(f"expected calibration error {whole.ece:.3f}")
+    if found.unknown:
+        parts.append(f"{found.unknown:,} photos without a true class or a prediction are left out")
+    st.markdown("; ".join(parts) + ".")
+    if n < MIN_IMAGES:
+        st.caption(f"{n} photos: too few images for a verdict.")
+
+
+# ---------------------------------------------------------------------- the matrix
+
+
+def _matrix(pack: Pack, found: Confusion) -> None:
+    chosen = _chosen(found)
+    most = found.counts.max()
+    rows = []
+    for i, (_, true) in enumerate(found.classes):
+        cells: list[dict[str, Any] | None] = []
+        for j, (_, predicted) in enumerate(found.classes):
+            count = int(found.counts[i, j])
+            if not count:
+                cells.append(None)
+                continue
+            mixed = i == j and found.classes[i][0] is None
+            what = f"{_photos(count)} of {short(true)} predicted as {short(predicted)}"
+            cells.append(
+                {
+                    "id": _name(found, (i, j)),
+                    "text": f"{count:,}",
+                    "hint": what,
+                    "share": count / most,
+                    "kind": "plain" if mixed else "right" if i == j else "wrong",
+                    "selected": (i, j) == chosen,
+                    "href": state.link("mistakes", pack=pack.id, cell=_name(found, (i, j))),
+                }
+            )
+        rows.append({"title": short(true), "cells": cells})
+    matrix(
+        [short(name) for _, name in found.classes],
+        rows,
+        MATRIX,
+        label="Photos by true class (down) and predicted class (across)",
+        corner="true, down\npredicted, across",
+        on_open=_opened,
+    )
+    st.caption("A cell opens its photos. The arrow keys move between cells, Enter opens.")
+
+
+def _photos(count: int) -> str:
+    return "1 photo" if count == 1 else f"{count:,} photos"
+
+
+def _name(found: Confusion, cell: tuple[int, int]) -> str:
+    """A cell in the URL."""
+    numbers = (found.classes[i][0] for i in cell)
+    return ".".join("other" if number is None else str(number) for number in numbers)
+
+
+def _chosen(found: Confusion) -> tuple[int, int]:
+    """The cell of the URL; without one the commonest mistake, or the commonest cell."""
+    by_name = {_name(found, cell): cell for cell in found.photos}
+    wanted = st.query_params.get(CELL, "")
+    if wanted in by_name:
+        return by_name[wanted]
+    if wanted:
+        st.warning("This pack has no such cell; the commonest mistake is shown.")
+    wrong = [cell for cell in found.photos if cell[0] != cell[1]]
+    return max(wrong or found.photos, key=lambda cell: (found.counts[cell], -cell[0], -cell[1]))
+
+
+def _opened() -> None:
+    opened = sent(MATRIX, "open")
+    if isinstance(opened, str):
+        st.query_params[CELL] = opened
+
+
+# ---------------------------------------------------------------------- a cell
+
+
+def _cell(pack: Pack, found: Confusion, method: str) -> None:
+    """The mean map of a cell's photos, and its first photos."""
+    cell = _chosen(found)
+    photos = found.photos[cell]
+    true, predicted = (short(found.classes[i][1]) for i in cell)
+    right = cell[0] == cell[1] and found.classes[cell[0]][0] is not None
+    st.subheader(
+        plain(f"{true}, told right" if right else f"{true} predicted as {predicted}"), anchor=False
+    )
+    entries = _first_entries(pack, method, photos)
+    cells = []
+    if entries:
+        ids = tuple(entries.values())
+        cells.append(
+            {
+                "id": "mean",
+                "src": _mean_map(pack, f"{pack.id} {pack.version}", ids),
+                "alt": f"Mean of the maps by {method} of these photos",
+                "title": "Mean map",
+                "lines": [f"of {_photos(len(ids))}, by {method}"],
+            }
+        )
+    choices = selection.table(pack).choices
+    view = _gallery_view(found, cell, method)
+    text = None if view is None else selection.to_text(view, choices)
+    images = pack.images
+    for image_id in photos[:FEW]:
+        row = images.loc[image_id]
+        entry_id = entries.get(image_id)
+        look = Look(side=SIDE)
+        cells.append(
+            {
+                "id": image_id,
+                "src": overlay_url(pack, entry_id, look)
+                if entry_id
+                else photo_url(pack, image_id, SIDE),
+                "alt": f"Map by {method} on {row['title']}" if entry_id else f"{row['title']}",
+                "title": f"{short(row['predicted_name'])}  {row['confidence']:.1%}",
+                "lines": [f"true: {short(row['label_name'])}", row["title"]],
+                "href": state.link("image", pack=pack.id, image=image_id, view=text),
+            }
+        )
+    grid(
+        cells,
+        CELLS,
+        label="The cell's photos",
+        columns=3,
+        width=130,
+        on_open=lambda: _open_photo(view),
+    )
+    if view is not None:
+        count = f"{len(photos):,} photos" if len(photos) > 1 else "photo"
+        st.button(
+            f"The {count} in the gallery",
+            key="mistakes.gallery",
+            on_click=lambda: state.go("gallery", **view.params(choices)),
+        )
+
+
+def _first_entries(pack: Pack, method: str, photos: tuple[str, ...]) -> dict[str, str]:
+    """The method's map of the most probable class of each photo, by photo."""
+    entries = pack.entries
+    own = entries[(entries["method"] == method) & entries["image_id"].isin(photos)]
+    own = own.sort_values("probability", ascending=False, kind="stable")
+    first = own.drop_duplicates("image_id")
+    return dict(zip(first["image_id"], first.index, strict=True))
+
+
+def _gallery_view(found: Confusion, cell: tuple[int, int], method: str) -> selection.View | None:
+    """The gallery's view of the cell's photos; None for a cell of many classes, which it cannot filter."""
+    true, predicted = (found.classes[i][0] for i in cell)
+    if true is None or predicted is None:
+        return None
+    return selection.View(method=method, label=(str(true),), predicted=(str(predicted),))
+
+
+def _open_photo(view: str | None) -> None:
+    opened = sent(CELLS, "open")
+    if isinstance(opened, str) and opened != "mean":
+        state.go("image", image=opened, view=view)
+
+
+# ---------------------------------------------------------------------- classes
+
+
+def _classes(pack: Pack, method: str) -> None:
+    """A row a class; a row leads to its photos in the gallery."""
+    rows = _class_rows(pack, f"{pack.id} {pack.version}", method)
+    keys = [key for key in (m.key for m in pack.metrics) if any(key in r.metrics for r in rows)]
+    table = pd.DataFrame(
+        {
+            "class": [short(row.name) for row in rows],
+            "photos": [len(row.photos) for row in rows],
+            "right": [100 * row.accuracy.mean for row in rows],
+            "right, 95 %": [f"{row.accuracy.lo:.0%} to {row.accuracy.hi:.0%}" for row in rows],
+            "confidence": [100 * row.confidence.mean for row in rows],
+            "surer than right by": [100 * row.overconfidence.mean for row in rows],
+            **{
+                key: [r.metrics[key].text(3) if key in r.metrics else "" for r in rows]
+                for key in keys
+            },
+        }
+    )
+    config: dict[str, Any] = {
+        "class": st.column_config.TextColumn(pinned=True),
+        **{
+            name: st.column_config.NumberColumn(format="%.1f %%")
+            for name in ("right", "confidence", "surer than right by")
+        },
+    }
+    event = st.dataframe(
+        table,
+        hide_index=True,
+        width="stretch",
+        column_config=config,
+        key="mistakes.classes",
+        on_select="rerun",
+        selection_mode="single-row",
+    )
+    for chosen in event["selection"]["rows"][:1]:
+        row = rows[chosen]
+        choices = selection.table(pack).choices
+        view = selection.View(method=method, label=(str(row.number),))
+        last_view.remember(pack, selection.to_text(view, choices))
+        state.go("gallery", **view.params(choices))
+    measured = f" Metrics are of the maps by {method}, with 95 % intervals." if keys else ""
+    st.caption(
+        plain(
+            f"Choose a row to see its photos. A network that is surer than right by 10 points gives 10 "
+            f"points more confidence than it earns.{measured}"
+        )
+    )
