@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xattn.heads.base import CONFIG_FILE
 from xattn.packs.contained_files import PackError, open_inside, read_inside
 from xattn.packs.format import MANIFEST, MAPS
 from xattn.packs.reader import MAX_MANIFEST, RECENT_MAPS, NotAPack, Pack
 from xattn.runtime.display_text import visible
 from xattn.runtime.files import Signature
+from xattn.runtime.head_files import CONFIG_FILE
 from xattn.runtime.lru_cache import LRUCache
 
 LEADERBOARD = "leaderboard.json"

@@ -1,7 +1,7 @@
 """3-D mask networks on NIfTI volumes: the mask, and the gates slice by slice, by tiles.
 
     write_volume("mask.nii.gz", segment(net, read_volume("scan.nii.gz"), spacing=4))
-    xattn explain scan.nii.gz -b runs/study-lesions/networks/volumes-agunet-0 --explainer gates
+    xattn explain scan.nii.gz -b runs/study-lesions/networks/volumes-agunet-0 --explainers gates
 
 A map is psi times the gradient of the mask, see :mod:`xattn.explainers.gates`. The score of a tile is the
 sum of its logits above 0, so a tile without a mask adds nothing; tiles are averaged with Gaussian weights.

@@ -8,11 +8,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tyro
 from reader_folder import write_folder
 
 from xattn.cli.commands import COMMANDS, main
-from xattn.cli.subcommands import one_of
+from xattn.cli.imports import take_imports
+from xattn.cli.subcommands import parsed
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -61,7 +61,7 @@ def starts(words: list[str], group: tuple[list[str], ...]) -> bool:
 
 @pytest.mark.parametrize("words", EVERY)
 def test_a_printed_command_is_accepted(words):
-    tyro.cli(one_of(COMMANDS), prog="xattn", args=words)
+    parsed(COMMANDS, take_imports(words)[0], "xattn", "")
 
 
 @pytest.fixture(scope="module")

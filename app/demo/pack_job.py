@@ -37,7 +37,7 @@ def arguments(output: Path, folder: Path) -> list[str]:
     """The command line of the demo: a comparison, which also writes a pack of all its maps."""
     return [
         "compare",
-        *("--data", str(folder / PHOTOS), "--limit", str(LIMIT)),
+        *(str(folder / PHOTOS), "--limit", str(LIMIT)),
         *("--backbone", BACKBONE, "--weights", "package"),
         *("--explainers", *EXPLAINERS, "--metrics", *METRICS),
         *("--output", str(output)),

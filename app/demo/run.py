@@ -136,9 +136,7 @@ def _write_sheet(
 def _print_next_steps() -> None:
     print("\nTrain on your own folder (no labels needed), explain, measure:")
     command = str(Path(sys.executable).parent / "xattn")
-    print(f"  {command} train --data PHOTOS --recipe small --output runs/mine")
-    print(
-        f"  {command} train --data PHOTOS --head evidence --recipe outcomes --output runs/evidence"
-    )
+    print(f"  {command} train PHOTOS --recipe small --output runs/mine")
+    print(f"  {command} train PHOTOS --head evidence --recipe outcomes --output runs/evidence")
     print(f"  {command} explain PHOTO_OR_FOLDER --head runs/mine/head --output runs/explained")
     print(f"  {command} evaluate PHOTOS --heads runs/mine/head --output runs/evaluation")

@@ -60,7 +60,6 @@ class CommandLines:
             raise JobError(f"recipe: got {spec.recipe!r}; choose one of {', '.join(RECIPES)}")
         line = [
             spec.kind,
-            "--data",
             str(self._data(spec)),
             *self.model_options(spec),
             "--recipe",

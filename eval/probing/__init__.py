@@ -1,6 +1,6 @@
 """Attentive heads trained as classifiers on a frozen backbone, side by side in one table.
 
-    xattn probe --data PHOTOS --heads gap efficient_probe abmilp
+    xattn probe PHOTOS --heads gap efficient_probe abmilp
 
 Features are cached once for each set of taps that the heads ask for. Every head is trained on the same
 photos, stopped early by the same validation photos, and reported on the test photos, which nothing

@@ -1,6 +1,6 @@
 """Attention training on images: does it make the maps of attentive heads agree with what matters?
 
-    xattn study image --data PHOTOS --labels FILE --objects COCO
+    xattn study image PHOTOS --labels FILE --annotations COCO
 
 Heads on a frozen backbone learn to tell coarse groups apart, without and with changes of their scores
  (:mod:`xattn.training.attention_training`). Fold k of the photos is tested with seed k, the next fold

@@ -1,6 +1,6 @@
 """The maps of each attention mechanism over one photo, a picture for each.
 
-    xattn study attention-maps --photo photo.jpg -b vit_tiny_patch16_224 --weights FILE
+    xattn study attention-maps photo.jpg -b vit_tiny_patch16_224 --weights FILE
 
 Every layer of a trained ViT gets the mechanism, the photo is run once, and one layer's maps are drawn
 (:meth:`xattn.attention.base.Mechanism.maps`). ``SETTINGS`` says with which options, at which size and in

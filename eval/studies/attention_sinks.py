@@ -1,6 +1,6 @@
 """Attention sinks of a trained ViT: where they are, which heads to calibrate, and what maps gain.
 
-    xattn study sinks --data photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+    xattn study sinks photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
 A head is calibrated (:mod:`xattn.attention.act`) if that alone raises the mean log-probability of the
 true classes of the validation photos, every other one; ``by="accuracy"`` asks for more right photos, as

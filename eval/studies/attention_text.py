@@ -1,6 +1,6 @@
 """Attention training as published, for text: a BiLSTM with attention on SST (arXiv 2009.12064).
 
-    xattn study at --data FOLDER
+    xattn study at FOLDER
 
 FOLDER holds ``train.txt`` and ``dev.txt``, trees of :mod:`~xattn.eval.studies.sst`. Every tenth
 sentence of ``train.txt`` is held out: it chooses the epoch of each run, and epsilon and weight of each

@@ -1,6 +1,6 @@
 """How near mechanisms that choose blocks come to the exact choice, with a trained ViT's queries and keys.
 
-    xattn study recall --data photos/ -b vit_tiny_patch16_224 --weights FILE
+    xattn study recall photos/ -b vit_tiny_patch16_224 --weights FILE
 
 The exact choice of a block of queries has as many blocks, those that get most of their dense attention,
 see :mod:`xattn.attention.recall`. Counted are all blocks that are read, and, where some always are,

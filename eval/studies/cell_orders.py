@@ -1,6 +1,6 @@
 """Orders of a photo's cells: what a teacher finds in 120 passes, and what heads learn of it for one pass.
 
-    xattn study pointer --data photos/ -b vit_tiny_patch16_224 --weights FILE
+    xattn study pointer photos/ -b vit_tiny_patch16_224 --weights FILE
 
 The teacher is :mod:`~xattn.eval.studies.order_teacher`. The pointer head learns from it, see
 :mod:`~xattn.eval.studies.cell_learning`, the end symbol where the cells before it restore the prediction.

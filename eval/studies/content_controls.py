@@ -1,6 +1,6 @@
 """What is left of a network, and of its explanations, when attention carries no content.
 
-    xattn study controls --data photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+    xattn study controls photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
 Controls (:mod:`xattn.attention.controls`) take the place of attention in blocks of a trained ViT, and its
 accuracy is measured. Maps of the network are compared with those of a copy whose queries and keys are made

@@ -1,6 +1,6 @@
 """How many of a ViT's last blocks can be converted: the mechanism trained alone, then with updates.
 
-    xattn study depths --data photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+    xattn study depths photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
 For the last 3, 6, 9 and 12 blocks the mechanism is distilled on the tokens of the trained network, then on
 its own, and measured; then low-rank updates around it are trained, too. Each fold learns from the photos of

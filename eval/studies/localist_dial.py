@@ -1,6 +1,6 @@
 """The localist dial in a trained ViT: how far attention draws together, what that costs, and steering.
 
-    xattn study dial --data photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+    xattn study dial photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
 The dial stands in the last blocks, or in all, with the quadrants of the photo as regions. The leading
 region is the one that gets most of a query's row; its mass is a mean over blocks, heads and all queries.

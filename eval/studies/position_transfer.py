@@ -1,6 +1,6 @@
 """Encodings of positions at other sizes of image: trained for minutes at one size, tested at others.
 
-    xattn study positions --data photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+    xattn study positions photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
 Every encoding is put into a copy of a trained ViT in place of its positions, and trained for as many steps
 on the same photos, see :mod:`~xattn.eval.studies.position_training`. Other photos are tested. "as trained"

@@ -1,6 +1,6 @@
 """Random-feature attention on a frozen backbone: accuracy, exact maps, and what the query does alone.
 
-    xattn study random-features --data photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+    xattn study random-features photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
 The head ``random_feature`` is solved for on cached tokens, with each kind of query, beside ridge and
 logistic regression on the mean patch and on the class token. Each fold is tested once for each seed. The

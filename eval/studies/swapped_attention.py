@@ -1,6 +1,6 @@
 """What swapping the attention of a trained ViT costs: accuracy, what its maps say, time and memory.
 
-    xattn study swap --data photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+    xattn study swap photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
 All networks share the weights and see the same photos; the first row is the model as it was trained. Only
 where a mechanism keeps most of the accuracy does the registry call it training-free. Those that need

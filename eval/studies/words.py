@@ -1,6 +1,6 @@
 """Words on frozen tokens: does a caption's word match its photo, and does its map find the object?
 
-    xattn study words --data photos/ --labels classes.json --objects coco/ -b vit_tiny_patch16_224
+    xattn study words photos/ --labels classes.json --annotations coco/ -b vit_tiny_patch16_224
 
 The head ``words`` learns from photos of which one word is known, the name of their class. A caption has
 that word and others that are drawn; the loss asks which of them it is. Beside it ``gap`` learns from the

@@ -164,7 +164,7 @@ def test_evaluate_prints_a_table_and_writes_json_and_csv(setup, capsys):
         (["explain", "{root}/photos", "--output", "{root}/photos"], "output"),
         (["explain", "{root}/photos", "--every", "2"], "every, smoothing: "),
         (["explain", "{root}/photos", "--smoothing", "0.5"], "every, smoothing: "),
-        (["explain", "{root}/x.mp4", "--labels", "folders"], "explainer, labels: "),
+        (["explain", "{root}/x.mp4", "--labels", "folders"], "explainers, labels: "),
         (["explain", "{root}/photos", "--labels", "{root}/none.csv"], "labels: no file"),
         (["explain", "{root}/photos", "--explainer", "head"], "head: no shipped head fits"),
         (["export", "{root}/e.onnx"], "head: no shipped head fits"),
@@ -184,6 +184,7 @@ def test_bad_input_is_one_line_and_exit_code_2(setup, capsys, arguments, message
     root, model = setup
     (root / "empty").mkdir(exist_ok=True)
     (root / "classes.jpg").write_text("words")
+    (root / "x.mp4").write_text("no clip")
     backbone = xattn.load_backbone("test_efficientnet", None, input_size=64, num_classes=5)
     if not (root / "other").exists():
         xattn.save_head(xattn.create_head("ttame", backbone), root / "other")

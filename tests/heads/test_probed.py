@@ -259,7 +259,7 @@ def test_a_probing_head_is_the_same_from_a_folder_the_package_or_the_hub(
 
     name = {"shipped": "my-probe", "hub": "someone/my-probe"}[source]
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr("xattn.heads.base.shipped_heads", lambda: {"my-probe": folder})
+    monkeypatch.setattr("xattn.runtime.head_files.shipped_heads", lambda: {"my-probe": folder})
     packs = []
     for given, output in ((str(folder), "a"), (name, "b")):
         output = ["--output", str(tmp_path / output)]

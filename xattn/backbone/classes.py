@@ -83,8 +83,40 @@ def class_names_of(model: nn.Module, count: int, given: Sequence[str] | None) ->
     return [info.index_to_description(i, detailed=False) for i in range(count)]
 
 
+def find_classes(
+    names: Sequence[str | int], class_names: Sequence[str], model_name: str
+) -> list[int]:
+    """The indices of classes as in :func:`find_class`, each once; "281,282" is two of them."""
+    found: list[int] = []
+    for name in names:
+        parts = [name]
+        if isinstance(name, str) and re.fullmatch(r"\s*[\dn]\d*(\s*,\s*[\dn]\d*)+\s*,?\s*", name):
+            parts = [part.strip() for part in name.split(",") if part.strip()]
+        found += [find_class(part, class_names, model_name) for part in parts]
+    return list(dict.fromkeys(found))
+
+
+def wordnet_ids(class_names: Sequence[str]) -> dict[str, int]:
+    """The classes of an ImageNet-1k classifier by WordNet id; {} for any other classifier.
+
+    It is recognised by its class names: timm's, or (with a few exceptions) their first synonyms, as in
+    torchvision.
+    """
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    if infer_imagenet_subset({"num_classes": len(class_names)}) != "imagenet-1k":
+        return {}
+    info = ImageNetInfo("imagenet-1k")
+    pairs = zip(class_names, info.label_descriptions(), strict=True)
+    alike = sum(name.split(",")[0].lower() == own.split(",")[0].lower() for name, own in pairs)
+    ids: list[str] = info.label_names()
+    return {identity: i for i, identity in enumerate(ids)} if alike > 0.9 * len(ids) else {}
+
+
 def find_class(name: str | int, class_names: Sequence[str], model_name: str) -> int:
     """The index of a class given by index, name or unique part of a name.
+
+    An ImageNet-1k classifier's classes have WordNet ids, too, such as n02123045.
 
     Raises:
         ValueError: no such class, or several; the message has near matches.
@@ -96,6 +128,13 @@ def find_class(name: str | int, class_names: Sequence[str], model_name: str) -> 
         raise ValueError(
             f"class {text} is out of range: {model_name} has 0..{len(class_names) - 1}"
         )
+    if re.fullmatch(r"n[0-9]{8}", text):
+        ids = wordnet_ids(class_names)
+        if text in ids:
+            return ids[text]
+        hint = "near matches: " + ", ".join(difflib.get_close_matches(text, ids, 3)) if ids else ""
+        what = hint or f"{model_name} has no ImageNet-1k classes, give names"
+        raise ValueError(f"class {name!r} is not a WordNet id of {model_name}; {what}")
     lowered = [n.lower() for n in class_names]
     wanted = text.lower()
     exact = [i for i, n in enumerate(lowered) if wanted == n]
@@ -105,11 +144,17 @@ def find_class(name: str | int, class_names: Sequence[str], model_name: str) -> 
     if exact:
         return exact[0]
     part = [i for i, n in enumerate(lowered) if wanted and wanted in n]
+    words = [i for i in part if wanted in re.findall(r"[\w'-]+", lowered[i])]
     if len(part) == 1:
         return part[0]
-    near = [class_names[i] for i in part[:5]]
-    if not near:
-        short = {part.strip(): n for n in lowered for part in n.split(",")}
-        near = [short[m] for m in difflib.get_close_matches(wanted, short, 5, 0.6)]
-    hint = f"; near matches: {', '.join(map(repr, near))}" if near else ""
+    if part:
+        shown = ", ".join(f"{i} {class_names[i]!r}" for i in (words or part)[:8])
+        more = ", ..." if len(words or part) > 8 else ""
+        raise ValueError(
+            f"class {name!r} is not the whole name of a class of {model_name}; near matches: {shown}"
+            f"{more}; give the number or the name of one"
+        )
+    short = {piece.strip(): n for n in lowered for piece in n.split(",")}
+    near = list(dict.fromkeys(short[m] for m in difflib.get_close_matches(wanted, short, 5, 0.6)))
+    hint = f"; near matches: {', '.join(map(repr, near))}" if near else "; give a number or a name"
     raise ValueError(f"class {name!r} is not a class of {model_name}{hint}")

@@ -10,8 +10,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from xattn.cli.checks import check_images
+from xattn.cli.shared import Images
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """Measure what explaining and training cost compared with the backbone alone, as ratios in one run."""
 
@@ -28,6 +31,7 @@ class Bench:
             "pruning",
             "kernels",
             "app",
+            "startup",
             "all",
         ],
         tyro.conf.Positional,
@@ -37,15 +41,17 @@ class Bench:
     cross-attention; probe: epochs from cached features against running the backbone, and attention
     training against plain steps; fidelity: metrics against the passes they need; attention: mechanisms
     against dense attention; maps: attention maps against stored ones; pruning: a ViT whose tokens leave;
-    kernels: Triton kernels; app: the viewer's pages in Chromium."""
+    kernels: Triton kernels; app: the viewer's pages in Chromium; startup: how long the command line takes
+    to answer."""
+    images: Images = ()
+    """A folder of photos for the jobs "folder" and "probe"; by default JPEG photos of 500 x 375 are
+    made."""
     backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
     """timm models, with random weights."""
     batches: tuple[int, ...] = (1, 8)
     """Batch sizes; training steps use those above 1."""
     rounds: int = 15
     """Rounds whose median counts."""
-    data: Path | None = None
-    """Photos for the jobs "folder" and "probe"; by default JPEG photos of 500 x 375 are made."""
     aot: bool = False
     """For the job "kernels": compile for A100 and H100 (neither is needed) and check register spills
     and shared memory."""
@@ -72,6 +78,18 @@ class Bench:
     """For the job "attention": causal forms beside the bidirectional ones, at 4096 and 16384 tokens by
     default."""
 
+    @property
+    def folder(self) -> Path | None:
+        return Path(self.images[0]) if self.images else None
+
+    def check(self) -> None:
+        if self.images:
+            check_images(self.images)
+        if self.images and (self.job not in ("folder", "probe", "all") or len(self.images) > 1):
+            raise ValueError(
+                f"images: got {self.images[-1]}; the jobs folder and probe take one folder, others none"
+            )
+
     def run(self) -> None:
         for option in ("published", "growth", "skipped_heads", "causal", "only"):
             if getattr(self, option) and self.job != "attention":
@@ -97,7 +115,7 @@ def _speed(options: Bench) -> dict[str, Any]:
         "backbones": options.backbones,
         "batches": options.batches,
         "rounds": options.rounds,
-        "data": options.data,
+        "data": options.folder,
     }
 
 
@@ -111,7 +129,7 @@ def _probe(options: Bench) -> dict[str, Any]:
     return {
         "backbones": options.backbones[:2],
         "rounds": min(options.rounds, 7),
-        "data": options.data,
+        "data": options.folder,
     }
 
 
@@ -168,4 +186,5 @@ JOBS: dict[str, tuple[str, Callable[[Bench], dict[str, Any]]]] = {
     ),
     "kernels": ("xattn.kernels.aot", _kernels),
     "app": ("xattn.app.bench", lambda o: {"rounds": o.rounds}),
+    "startup": ("xattn.eval.bench.startup", lambda o: {"rounds": min(o.rounds, 10)}),
 }

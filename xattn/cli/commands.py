@@ -25,7 +25,7 @@ from xattn.cli.export import Export
 from xattn.cli.imports import HELP, import_own, take_imports
 from xattn.cli.listing import List
 from xattn.cli.parts import Parts
-from xattn.cli.printing import one_line, plain_warnings
+from xattn.cli.printing import one_line, plain_warnings, reader_is_gone
 from xattn.cli.probe import Probe
 from xattn.cli.prune import Prune
 from xattn.cli.study import Study
@@ -50,6 +50,11 @@ COMMANDS: dict[str, type[Any]] = {
     "list": List,
 }
 
+DESCRIPTION = (
+    "Train, use and measure explanation heads on frozen image classifiers. --version prints the "
+    f"version. {HELP}"
+)
+
 
 @contextmanager
 def _group() -> Iterator[None]:
@@ -67,7 +72,13 @@ def _group() -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        reader_is_gone()  # rather than an error when the interpreter ends
+
+
+def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"xattn {__version__}")
         return 0
@@ -78,31 +89,20 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         arguments, sources = take_imports(arguments)
+        command = parsed(COMMANDS, arguments, "xattn", DESCRIPTION)
+        if hasattr(command, "check"):
+            command.check()
         for source in sources:
             import_own(source)
-        command = parsed(
-            COMMANDS,
-            arguments,
-            prog="xattn",
-            description="Train, use and measure explanation heads on frozen image classifiers. "
-            f"--version prints the version. {HELP}",
-        )
         from xattn.runtime.allocator import keep_memory
 
         keep_memory()
         with plain_warnings(), _group():
             command.run()
     except (ValueError, OSError, MemoryError) as error:
-        text: Any = error
-        if isinstance(error, OSError) and error.filename is not None and error.strerror:
-            text = f"files: {error.filename!r} cannot be used ({error.strerror}); check the path"
-        elif isinstance(error, OSError) and error.filename is None and error.args:
-            text = error.args[-1]
-        print(f"xattn: error: {one_line(str(text))}", file=sys.stderr)
-        if isinstance(error, ConnectionError) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(2)  # threads of a broken process group may abort an orderly exit
-        return 2
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            return 141  # as a shell reports a program that SIGPIPE has ended
+        return _refused(error)
     except KeyboardInterrupt:
         print(f"xattn: interrupted{getattr(command, 'after_interrupt', '')}", file=sys.stderr)
         return 130
@@ -110,3 +110,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     return 0
+
+
+def _refused(error: BaseException) -> int:
+    """Say in one line what was wrong; the exit code."""
+    text: Any = error
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"files: {error.filename!r} cannot be used ({error.strerror}); check the path"
+    elif isinstance(error, OSError) and error.filename is None and error.args:
+        text = error.args[-1]
+    print(f"xattn: error: {one_line(str(text))}", file=sys.stderr)
+    if isinstance(error, ConnectionError) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(2)  # threads of a broken process group may abort an orderly exit
+    return 2

@@ -8,45 +8,34 @@ from typing import Any, ClassVar, Literal
 
 import tyro
 
+from xattn.cli.checks import check_annotations, check_labels, check_output
 from xattn.cli.heads import choose_heads, row_name
 from xattn.cli.model import BackboneArgs
 from xattn.cli.printing import note, silent
+from xattn.cli.shared import BatchSize, Explainers, MethodArgs, check_known
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare:
+class Compare(MethodArgs):
     """Compare heads and explainers by many metrics: one leaderboard as Markdown, CSV, JSON and HTML."""
 
     after_interrupt: ClassVar[str] = "; the same command goes on"
 
-    data: str
-    """An image, a folder, a .txt list, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
-    heads: tuple[str, ...] = ()
-    """Heads: folders, shipped names, hub repositories; by default a shipped one that fits."""
-    explainers: tuple[str, ...] = ("gradcam", "layercam", "integrated_gradients", "rise")
+    explainers: Explainers = ("gradcam", "layercam", "integrated_gradients", "rise")
     """Methods of xattn list, or "all" for every method that suits this backbone."""
-    options: tuple[str, ...] = ()
-    """Options of explainers as explainer.name=value, for example rise.masks=1000; head.name=value is for
-    all heads, and the name of a head's row for that one alone."""
     metrics: tuple[str, ...] = ("direct",)
     """Groups of metrics of xattn list; "direct" (all that need no second explanation) or "all"."""
     annotations: Path | None = None
     """A folder with images/ and masks/ or boxes/, which adds the metric group localization."""
-    limit: int | None = None
-    """Use only the first so many images of a folder or list."""
     again_limit: int = 2
     """Images for metrics that explain again, with methods of many passes; 0 uses all."""
     view: Literal["crop", "whole"] = "crop"
     """What the model sees."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of the scoring passes."""
-    max_forward_batch: int = 32
+    batch_size: BatchSize = 32
     """Perturbed images per pass."""
-    max_pixels: int = 40_000_000
-    """Larger photos are skipped."""
-    seed: int = 0
-    """Seed of perturbations, random rows and the bootstrap."""
     maps: int = 1000
     """Keep the maps of so many photos for the viewer, up to 0.2 MB per photo and method; 0 keeps none."""
     labels: str | None = None
@@ -54,9 +43,18 @@ class Compare:
     output: Path = Path("runs/comparison")
     """Folder for the report and the state; the same command continues a stopped run."""
 
+    def check(self) -> None:
+        super().check()
+        self.model.check()
+        check_annotations(self.annotations)
+        check_labels(self.labels)
+        check_output(self.output)
+
     def run(self) -> None:
         from xattn.eval.leaderboard import Comparison, compare
+        from xattn.eval.metrics.registry import REGISTRY
         from xattn.explainers import list_explainers
+        from xattn.explainers.base import EXPLAINERS
         from xattn.runtime.distributed import processes
         from xattn.runtime.files import check_folder
 
@@ -65,6 +63,8 @@ class Compare:
                 "explainers: 'head' needs one; name heads by --heads (that of --probe is compared "
                 "anyway) and leave 'head' out"
             )
+        check_known("explainers", self.explainers, EXPLAINERS, "all")
+        check_known("metrics", self.metrics, REGISTRY, "all", "direct")
         check_folder(self.output)
         backbone = self.model.load()
         if not backbone.is_vit:
@@ -85,7 +85,7 @@ class Compare:
             again_limit=self.again_limit or None,
             view=self.view,
             precision=self.precision,
-            max_forward_batch=self.max_forward_batch,
+            max_forward_batch=self.batch_size,
             max_pixels=self.max_pixels,
             seed=self.seed,
             maps=self.maps,
@@ -94,7 +94,7 @@ class Compare:
         main = processes(backbone.device)[1] == 0
 
         _, files = compare(
-            job, self.data, self.output, limit=self.limit, say=note if main else silent
+            job, self.photos, self.output, limit=self.limit, say=note if main else silent
         )
         if main:
             print((self.output / "leaderboard.md").read_text(encoding="utf-8"))

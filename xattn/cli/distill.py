@@ -5,23 +5,24 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
+from xattn.cli.checks import check_images
 from xattn.cli.model import BackboneArgs
+from xattn.cli.options import Also
+from xattn.cli.shared import PhotoArgs
 from xattn.config import DistillConfig
+from xattn.runtime.run_files import check_run_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill:
+class Distill(PhotoArgs):
     """Train an attention mechanism in a ViT's layers to attend as its softmax; no labels are read."""
 
     after_interrupt: ClassVar[str] = "; --resume goes on"
 
-    data: str
-    """A folder of images, a .txt list with one path per line, hfds/NAME_OR_PATH:SPLIT or
-    wds/PATH:SPLIT."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     train: tyro.conf.OmitArgPrefixes[DistillConfig]
     validation: str | None = None
@@ -30,10 +31,23 @@ class Distill:
     """Folder for log, checkpoints, report.json and the trained conversion."""
     start: Path | None = None
     """A conversion of the same mechanism and layers that was trained before, to go on from."""
-    heads: int = 0
+    compare_heads: Annotated[int, Also("--heads")] = 0
     """Photos on which rows are compared head by head, beside elu + 1 and a Taylor series."""
     resume: bool = False
     """Continue from the last checkpoint in the output folder."""
+
+    def check(self) -> None:
+        super().check()
+        if self.model.mechanism is None:
+            raise ValueError(
+                "mechanism: got none; name the one to train, such as --mechanism agent"
+            )
+        if self.model.probe is not None:
+            raise ValueError("probe: attention is trained in the network itself; leave out --probe")
+        self.model.check()
+        if self.validation is not None:
+            check_images((self.validation,), "validation")
+        check_run_folder(self.output, self.resume)
 
     def run(self) -> None:
         from xattn.attention.conversion import parse_mechanism
@@ -41,12 +55,7 @@ class Distill:
         from xattn.training.distilling import CONVERSION_FOLDER, distill, split
         from xattn.training.head_closeness import head_closeness, head_csv, head_table
 
-        if self.model.mechanism is None:
-            raise ValueError(
-                "mechanism: got none; name the one to train, such as --mechanism agent"
-            )
-        if self.model.probe is not None:
-            raise ValueError("probe: attention is trained in the network itself; leave out --probe")
+        assert self.model.mechanism is not None  # see check
         name, options = parse_mechanism(self.model.mechanism)
         backbone: Any = replace(self.model, mechanism=None, layers=None).load()
         result = distill(
@@ -54,7 +63,7 @@ class Distill:
             name,
             self.model.layers,
             options,
-            data=self.data,
+            data=self.photos,
             validation=self.validation,
             config=self.train,
             start=self.start,
@@ -66,9 +75,9 @@ class Distill:
         for path, reason in result.skipped:
             print(f"skipped {path}: {reason}", file=sys.stderr)
         print("\n".join(comparison(result.before, result.after)))
-        if self.heads:
-            _, kept = split(self.data, self.validation)
-            found = head_closeness(backbone, result.backbone, kept, self.heads)
+        if self.compare_heads:
+            _, kept = split(self.photos, self.validation)
+            found = head_closeness(backbone, result.backbone, kept, self.compare_heads)
             print("\n".join(["", *head_table(found), ""]))
             (self.output / "heads.csv").write_text(head_csv(found), encoding="utf-8")
         print(f"{result.steps} steps, {len(result.skipped)} images skipped")

@@ -5,24 +5,23 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
+from xattn.cli.checks import check_annotations, check_name, check_output
 from xattn.cli.heads import choose_heads, row_name
 from xattn.cli.model import BackboneArgs
+from xattn.cli.outputs import choose_output
+from xattn.cli.shared import BatchSize, Explainers, MethodArgs, check_known, first_of
 
 
-@dataclass(frozen=True)
-class Evaluate:
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(MethodArgs):
     """Measure how faithful explanations are (AD, IC, ADD, AG), next to Grad-CAM and sanity rows."""
 
-    images: Annotated[str, tyro.conf.Positional]
-    """An image, a folder, a .txt list, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
-    heads: tuple[str, ...] = ()
-    """Heads to measure: folders, shipped names, hub repositories; by default a shipped one that fits."""
-    explainers: tuple[str, ...] = ("gradcam",)
+    explainers: Explainers = ("gradcam",)
     """Methods of xattn list to measure as well."""
     metrics: tuple[str, ...] = ("masking",)
     """Groups of metrics of xattn list that need no annotations."""
@@ -35,67 +34,107 @@ class Evaluate:
     without content, and how like its maps are to theirs."""
     view: Literal["crop", "whole"] = "crop"
     """What the model sees."""
-    max_forward_batch: int = 32
+    annotations: Path | None = None
+    """A folder with images/ and masks/ or boxes/, which adds the metric group localization."""
+    batch_size: BatchSize = 32
     """Masked images per pass."""
-    max_pixels: int = 40_000_000
-    """Larger photos are skipped."""
-    seed: int = 0
-    """Seed of the random rows and the bootstrap."""
-    output: Path = Path("runs/evaluation")
-    """Folder for results.json and results.csv."""
+    output: Path | None = None
+    """Folder for results.json and results.csv; by default runs/evaluation, or runs/evaluation-2 and so on
+    if there are results."""
+    overwrite: bool = False
+    """Replace the results in the output folder."""
+
+    def check(self) -> None:
+        super().check()
+        self.model.check()
+        check_annotations(self.annotations)
+        if self.output is not None:
+            check_output(self.output)
 
     def run(self) -> None:
         from xattn.eval import Protocol, evaluate, format_table, sanity_rows, write_csv, write_json
+        from xattn.eval.annotations.objects import load_annotations
         from xattn.eval.metric_presets import preset
+        from xattn.eval.metrics.registry import groups_with_annotations
         from xattn.eval.sanity import first_photos, likeness, without_content
         from xattn.explainers import create_explainer
+        from xattn.explainers.options import options_by_name
         from xattn.runtime.distributed import processes
         from xattn.runtime.files import check_folder
 
-        check_folder(self.output)
+        output = self._checked_output()
+        check_folder(output)
         backbone = self.model.load()
-        shared: dict[str, Any] = {"seed": self.seed, "max_forward_batch": self.max_forward_batch}
+        photos = first_of(self.photos, self.limit)
+        shared: dict[str, Any] = {"seed": self.seed, "max_forward_batch": self.batch_size}
         sources, heads = choose_heads(self.heads, backbone)
         first = heads[0] if heads else None
         sanity: dict[str, Any] = {}
         row = "head" if heads else self.explainers[0] if self.explainers else "gradcam"
-        photos = None
+        shown = None
         if self.sanity:
-            photos = first_photos(self.images, backbone, self.view)
-            sanity = sanity_rows(backbone, row, head=first, photos=photos, **shared)
+            shown = first_photos(photos, backbone, self.view)
+            sanity = sanity_rows(backbone, row, head=first, photos=shown, **shared)
+        labels: list[str] = []
+        for source, head in zip(sources, heads, strict=True):
+            labels.append(row_name(source, head.name, {*self.explainers, *labels, *sanity}))
+        options = options_by_name(
+            self.options, [*labels, *self.explainers, *["head"][: len(heads)]]
+        )
         methods: dict[str, Any] = {}
+        for label, head in zip(labels, heads, strict=True):
+            chosen = options.get("head", {}) | options.get(label, {})
+            methods[label] = create_explainer("head", backbone, head, **shared, **chosen)
         for name in self.explainers:
             if name not in sanity:
-                methods[name] = create_explainer(name, backbone, first, **shared)
-        labelled: dict[str, Any] = {}
-        for source, head in zip(sources, heads, strict=True):
-            label = row_name(source, head.name, {*methods, *labelled, *sanity})
-            labelled[label] = create_explainer("head", backbone, head, **shared)
-        methods = {**labelled, **methods, **sanity}
+                chosen = options.get(name, {})
+                methods[name] = create_explainer(name, backbone, first, **shared, **chosen)
         protocol, metrics = Protocol(levels=self.levels), list(self.metrics)
         if self.preset is not None:
             protocol, metrics = preset(self.preset, backbone.preprocessing.mean)
+        annotations = None
+        if self.annotations is not None:
+            annotations = load_annotations(self.annotations, backbone)
+            metrics += [name for name in groups_with_annotations() if name not in metrics]
         results = evaluate(
             backbone,
-            methods,
-            self.images,
+            {**methods, **sanity},
+            photos,
             metrics=metrics,
             protocol=protocol,
-            max_forward_batch=self.max_forward_batch,
+            max_forward_batch=self.batch_size,
             view=self.view,
             seed=self.seed,
             max_pixels=self.max_pixels,
+            annotations=annotations,
         )
         if processes(backbone.device)[1] > 0:
             return
-        write_json(results, self.output / "results.json")
-        write_csv(results, self.output / "results.csv")
+        write_json(results, output / "results.json")
+        write_csv(results, output / "results.csv")
         print(format_table(results))
         content = without_content(sanity)
-        if content and photos is not None and len(photos) > 1:
+        if content and shown is not None and len(shown) > 1:
             method = create_explainer(row, backbone, first, **shared)
-            for line in likeness(backbone, method, content, photos):
+            for line in likeness(backbone, method, content, shown):
                 print(line)
         for item in results.skipped:
             print(f"skipped {item.id}: {item.reason}", file=sys.stderr)
-        print(f"results: {self.output / 'results.json'}, {self.output / 'results.csv'}")
+        print(f"results: {output / 'results.json'}, {output / 'results.csv'}")
+
+    def _checked_output(self) -> Path:
+        """The output folder; names that no registry knows are refused before the network loads."""
+        from xattn.eval.metric_presets import PRESETS
+        from xattn.eval.metrics.registry import REGISTRY
+        from xattn.explainers.base import EXPLAINERS
+
+        check_known("explainers", self.explainers, EXPLAINERS)
+        check_known("metrics", self.metrics, REGISTRY)
+        if self.preset is not None:
+            check_name("preset", self.preset, PRESETS, f"choose one of {', '.join(PRESETS)}")
+        return choose_output(
+            self.output,
+            "runs/evaluation",
+            self.overwrite,
+            lambda folder: (folder / "results.json").is_file(),
+        )

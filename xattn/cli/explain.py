@@ -5,36 +5,34 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
-from xattn.cli.heads import choose_head, load_with_classifier
+from xattn.cli.checks import check_labels
+from xattn.cli.heads import choose_head, fits_a_head, load_with_classifier, row_name
 from xattn.cli.model import BackboneArgs
+from xattn.cli.outputs import choose_output
+from xattn.cli.printing import note
+from xattn.cli.shared import BatchSize, Explainers, Images, MethodArgs, check_known, first_of
 
 
-@dataclass(frozen=True)
-class Explain:
-    """Explain an image, a folder or a clip: overlays, and a pack with maps of the top or named classes."""
+@dataclass(frozen=True, kw_only=True)
+class Explain(MethodArgs):
+    """Explain images, folders or a clip: overlays, and a pack with maps of the top or named classes."""
 
-    images: Annotated[str, tyro.conf.Positional]
-    """An image, a folder, a .txt list, hfds/..., wds/..., a clip (.mp4, .mov, .avi, .mkv, ...), or a
+    images: Images = ()
+    """Images, folders, .txt lists, hfds/..., wds/...; or one clip (.mp4, .mov, .avi, .mkv, ...) or
     volume (.nii, .nii.gz), whose axial slices are explained."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
-    head: str | None = None
-    """Folder of a trained head, name of a shipped head, or a hub repository; by default the shipped
-    head."""
-    explainer: Annotated[
-        tuple[str, ...], tyro.conf.arg(metavar="NAME"), tyro.conf.UseAppendAction
-    ] = ()
-    """Explain with this method of xattn list instead of a head; repeat the option for several methods
-    ("head" is one, too)."""
-    options: tuple[str, ...] = ()
-    """Options of explainers as explainer.name=value, for example head.passes=4 or rise.masks=1000."""
+    explainers: Explainers = ()
+    """Methods of xattn list that explain instead of a head ("head" is one, too); by default a trained
+    head, or Grad-CAM where none fits."""
     labels: str | None = None
     """True classes, for the viewer: a file as for xattn probe, or "folders" for the photos' folders."""
     classes: tuple[str, ...] = ()
-    """Names or indices of the classes to explain; the most probable ones by default."""
+    """Classes to explain: names, numbers (281 282 or 281,282), or ImageNet's ids (n02123045); the most
+    probable ones by default."""
     top: int = 1
     """How many of the most probable classes to explain."""
     view: Literal["crop", "whole"] | None = None
@@ -44,57 +42,78 @@ class Explain:
     """Explain every n-th frame of a clip."""
     smoothing: float = 0.0
     """Weight of the past in the moving average of a clip's maps, from 0 (off) to below 1."""
-    output: Path = Path("runs/explained")
-    """Folder for the pack, and for a clip's overlay.mp4."""
-    batch_size: int = 8
+    output: Path | None = None
+    """Folder for the pack, and for a clip's overlay.mp4; by default runs/explained, or runs/explained-2
+    and so on if there are results."""
+    overwrite: bool = False
+    """Replace the results in the output folder."""
+    batch_size: BatchSize = 8
     """Images per pass."""
-    seed: int = 0
-    """Seed of explainers that draw random numbers."""
-    max_pixels: int = 40_000_000
-    """Larger photos are refused."""
+
+    def check(self) -> None:
+        super().check()
+        self.model.check()
+        check_labels(self.labels)
+        if len(self.images) == 1 and self.limit is None:
+            return
+        from xattn.photos.clip import is_video
+
+        clips = [name for name in self.images if is_video(name)]
+        if clips:
+            raise ValueError(
+                f"images, limit: {clips[0]} is a clip; give it alone, and --every n for fewer frames"
+            )
 
     def run(self) -> None:
+        from xattn.explainers.base import EXPLAINERS
         from xattn.explaining.clips import explain_video
         from xattn.explaining.photos import explain
         from xattn.photos.clip import is_video
 
+        check_known("explainers", self.explainers, EXPLAINERS)
         if self._is_volume_network():
             self._explain_volume()
             return
-        clip = is_video(self.images)
-        if clip and (len(self.explainer) > 1 or self.labels is not None):
+        clip = is_video(self.images[0])
+        several = len(self.explainers) + len(self.heads) - ("head" in self.explainers) > 1
+        if clip and (several or self.labels is not None):
             raise ValueError(
-                f"explainer, labels: {self.images} is a clip; give one --explainer and no --labels"
+                f"explainers, labels: {self.images[0]} is a clip; give one method and no --labels"
             )
         if not clip and (self.every != 1 or self.smoothing != 0):
             raise ValueError(
-                f"every, smoothing: {self.images} is no clip; leave out --every and --smoothing"
+                f"every, smoothing: {self.images[0]} is no clip; leave out --every and --smoothing"
             )
-        backbone, own = load_with_classifier(self.model, self.head)
-        head = None
-        if not self.explainer or "head" in self.explainer or own is not None:
-            head = choose_head(own, backbone)
+        output = self._output()
+        backbone, methods = self._methods()
         options: dict[str, Any] = {
             "classes": list(self.classes) or None,
             "top": self.top,
             "view": self.view or ("whole" if clip else "crop"),
-            "output": self.output,
+            "output": output,
             "batch_size": self.batch_size,
             "seed": self.seed,
             "max_pixels": self.max_pixels,
             "progress": True,
         }
-        methods = self._methods(backbone, head)
         found: Any
         if clip:
             options.update(every=self.every, smoothing=self.smoothing)
-            found = explain_video(self.images, backbone, head, methods[0], **options)
+            found = explain_video(self.images[0], backbone, None, methods[0], **options)
         else:
             options["labels"] = self.labels
-            found = explain(self.images, backbone, head, methods, **options)
+            photos = first_of(self.photos, self.limit)
+            found = explain(photos, backbone, None, methods, **options)
         for name, reason in () if clip else found.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
-        self._tell(found)
+        self._tell(found, output)
+
+    def _output(self) -> Path:
+        from xattn.packs.format import MANIFEST
+
+        return choose_output(
+            self.output, "runs/explained", self.overwrite, lambda p: (p / MANIFEST).is_file()
+        )
 
     def _is_volume_network(self) -> bool:
         """Whether the backbone is the folder of a 3-D mask network."""
@@ -108,33 +127,59 @@ class Explain:
         from xattn.models.volumes import explain_volume
         from xattn.photos.volumes import is_volume
 
-        if not is_volume(self.images) or self.explainer != ("gates",):
+        if not is_volume(self.images[0]) or len(self.images) > 1 or self.explainers != ("gates",):
             raise ValueError(
-                f"images, explainer: {self.model.backbone} is a 3-D network; give a .nii or .nii.gz file "
-                f"and --explainer gates"
+                f"images, explainers: {self.model.backbone} is a 3-D network; give a .nii or .nii.gz "
+                f"file and --explainers gates"
             )
-        options = options_by_name(self.options, self.explainer).get("gates", {})
+        options = options_by_name(self.options, self.explainers).get("gates", {})
         if set(options) - {"level"}:
             raise ValueError(
                 f"options: got {', '.join(options)}; a 3-D network takes gates.level alone"
             )
-        found = explain_volume(self.model.backbone, self.images, self.output, options.get("level"))
-        self._tell(found)
+        output = self._output()
+        found = explain_volume(self.model.backbone, self.images[0], output, options.get("level"))
+        self._tell(found, output)
 
-    def _tell(self, found: Any) -> None:
+    def _tell(self, found: Any, output: Path) -> None:
         """The first explanations, and where the pack is."""
         for item in found[:20]:
             print(f"{item.image_id}: {item.target_name} ({item.probability:.3f})")
         if len(found) > 20:
             print(f"... and {len(found) - 20} more")
-        print(f"pack: {self.output}")
+        print(f"pack: {output}")
 
-    def _methods(self, backbone: Any, head: Any) -> list[Any]:
-        """The explainers, with their options."""
+    def _methods(self) -> tuple[Any, list[Any]]:
+        """The backbone and the explainers, with their options."""
         from xattn.explainers import create_explainer
         from xattn.explainers.options import options_by_name
 
-        names = self.explainer or ("head",)
-        options = options_by_name(self.options, names)
-        shared = {"seed": self.seed, "max_forward_batch": self.batch_size}
-        return [create_explainer(n, backbone, head, **shared, **options.get(n, {})) for n in names]
+        backbone, sources = load_with_classifier(self.model, self.heads)
+        names = list(self.explainers)
+        heads: dict[str, Any] = {}
+        for source in sources:
+            head = choose_head(source, backbone)
+            alone = len(sources) == 1
+            heads["head" if alone else row_name(source, head.name, {*heads, *names})] = head
+        if not heads and ("head" in names or (not names and fits_a_head(backbone))):
+            heads["head"] = choose_head(None, backbone)
+        if not heads and not names:
+            note(
+                f"explainers: no trained head fits {backbone.name}, so Grad-CAM explains; xattn train "
+                f"makes a head, --explainers chooses a method"
+            )
+            names = ["gradcam"]
+        first = next(iter(heads.values()), None)
+        place = names.index("head") if "head" in names else 0
+        names[place : place + ("head" in names)] = heads
+        options = options_by_name(self.options, [*names, *(["head"] if heads else [])])
+        shared: dict[str, Any] = {"seed": self.seed, "max_forward_batch": self.batch_size}
+        methods = []
+        for name in names:
+            chosen = options.get(name, {})
+            if name in heads:
+                chosen = options.get("head", {}) | chosen
+            kind, head = ("head", heads[name]) if name in heads else (name, first)
+            methods.append(create_explainer(kind, backbone, head, **shared, **chosen))
+            methods[-1].name = name  # of several heads, each has its own
+        return backbone, methods

@@ -8,26 +8,37 @@ from typing import Annotated
 
 import tyro
 
+from xattn.cli.checks import check_heads
 from xattn.cli.heads import choose_head, load_with_classifier
 from xattn.cli.model import BackboneArgs
+from xattn.cli.shared import Heads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Export:
     """Write backbone and head as one graph, for torch.export (.pt2) or ONNX (.onnx)."""
 
     path: Annotated[Path, tyro.conf.Positional]
     """The file to write; its suffix decides the format."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
-    head: str | None = None
-    """Folder of a trained head, name of a shipped head, or a hub repository; by default the shipped
-    head."""
+    heads: Heads = ()
+    """The trained head: its folder or that of its run, a shipped head's name, or a hub repository; by
+    default a shipped one that fits."""
     normalize: bool = True
     """Scale each map to [0, 1], as explain shows it; otherwise maps are the head's own scores or mask."""
+
+    def check(self) -> None:
+        self.model.check()
+        check_heads(self.heads, "heads")
+        if len(self.heads) > 1:
+            raise ValueError(f"heads: got {len(self.heads)}; a graph holds one head, give one")
+        if self.path.suffix not in (".pt2", ".onnx"):
+            raise ValueError(f"path: got {self.path}; give a name that ends in .pt2 or .onnx")
 
     def run(self) -> None:
         from xattn.exporting import export
 
-        backbone, own = load_with_classifier(self.model, self.head)
-        path = export(backbone, choose_head(own, backbone), self.path, self.normalize)
+        backbone, own = load_with_classifier(self.model, self.heads)
+        head = choose_head(own[0] if own else None, backbone)
+        path = export(backbone, head, self.path, self.normalize)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

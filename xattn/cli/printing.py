@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,19 @@ def one_line(text: str) -> str:
     """What an error says, without the middle where it quotes a file at length."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST_ERROR else f"{line[:1000]} ... {line[-500:]}"
+
+
+def reader_is_gone() -> bool:
+    """Whether nobody reads stdout any more, as after ``| head``; what is left to write is dropped then."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        return True
+    except ValueError:  # closed
+        pass
+    return False
 
 
 def silent(line: str) -> None:

@@ -9,23 +9,22 @@ from typing import ClassVar
 
 import tyro
 
+from xattn.cli.checks import check_labels, check_output
 from xattn.cli.model import BackboneArgs
 from xattn.cli.printing import note, silent
+from xattn.cli.shared import Heads, PhotoArgs, check_known
 from xattn.config import ProbeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
+class Probe(PhotoArgs):
     """Train attentive heads to classify your own classes from cached features, and compare them."""
 
     after_interrupt: ClassVar[str] = "; --resume goes on"
 
-    data: str
-    """A folder of images, a .txt list with one path per line, hfds/NAME_OR_PATH:SPLIT or
-    wds/PATH:SPLIT."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     train: tyro.conf.OmitArgPrefixes[ProbeConfig]
-    heads: tuple[str, ...] = ("gap", "efficient_probe", "abmilp")
+    heads: Heads = ("gap", "efficient_probe", "abmilp")
     """Names of attentive heads, see xattn list."""
     options: tuple[str, ...] = ()
     """Options of heads as head.name=value, for example efficient_probe.queries=16."""
@@ -55,6 +54,14 @@ class Probe:
     """Explain the true class of this many photos at each checkpoint of a head; the pack sample lies
     beside the head."""
 
+    def check(self) -> None:
+        super().check()
+        self.model.check()
+        check_labels(self.labels)
+        check_output(self.output)
+        if self.model.probe is not None:
+            raise ValueError("probe: heads are trained on the network itself; leave out --probe")
+
     def run(self) -> None:
         from xattn.eval.probing import (
             ProbeJob,
@@ -63,18 +70,18 @@ class Probe:
             run_probes,
             write_results,
         )
+        from xattn.heads.base import HEADS
         from xattn.runtime.distributed import processes
         from xattn.runtime.files import check_folder
 
-        if self.model.probe is not None:
-            raise ValueError("probe: heads are trained on the network itself; leave out --probe")
+        check_known("heads", self.heads, HEADS)
         check_folder(self.output)
         check_results(self.output)
         backbone = self.model.load()
         main = processes(backbone.device)[1] == 0
         job = ProbeJob(
             backbone=backbone,
-            data=self.data,
+            data=self.photos,
             labels=self.labels,
             heads=self.heads,
             options=self.options,

@@ -9,18 +9,19 @@ from typing import Any, ClassVar
 
 import tyro
 
+from xattn.cli.checks import check_images, check_labels, check_layers
 from xattn.cli.model import BackboneArgs
+from xattn.cli.shared import PhotoArgs
 from xattn.config import PruneConfig
+from xattn.runtime.run_files import check_run_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune:
+class Prune(PhotoArgs):
     """Cut heads of a ViT, and train what is left to answer as the whole network; no labels are learned."""
 
     after_interrupt: ClassVar[str] = "; --resume goes on"
 
-    data: str
-    """A folder of images, or a .txt list with one path per line."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     train: tyro.conf.OmitArgPrefixes[PruneConfig]
     validation: str | None = None
@@ -32,10 +33,10 @@ class Prune:
     resume: bool = False
     """Continue from the last checkpoint in the output folder."""
 
-    def run(self) -> None:
-        from xattn.eval.pruned_networks import check_can_be_saved, held_out_classes, write
-        from xattn.training.pruning_run import prune
-
+    def check(self) -> None:
+        super().check()
+        replace(self.model, layers=None).check()  # layers are those whose heads are cut
+        check_layers(self.model.layers)
         if self.model.mechanism is not None:
             raise ValueError(
                 "mechanism: heads are cut from the network's own attention; leave it out, and give it "
@@ -43,13 +44,22 @@ class Prune:
             )
         if self.model.probe is not None:
             raise ValueError("probe: heads are cut from the network itself; leave out --probe")
+        if self.validation is not None:
+            check_images((self.validation,), "validation")
+        check_labels(self.labels)
+        check_run_folder(self.output, self.resume)
+
+    def run(self) -> None:
+        from xattn.eval.pruned_networks import check_can_be_saved, held_out_classes, write
+        from xattn.training.pruning_run import prune
+
         whole: Any = replace(self.model, layers=None).load()
         check_can_be_saved(whole)
-        classes = held_out_classes(whole, self.data, self.validation, self.labels)
+        classes = held_out_classes(whole, self.photos, self.validation, self.labels)
         result = prune(
             whole,
             self.model.layers,
-            data=self.data,
+            data=self.photos,
             validation=self.validation,
             config=self.train,
             output=self.output,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
+from xattn.cli.checks import check_device
 from xattn.cli.model import BackboneArgs, device_name, weight_source
+from xattn.cli.options import Also
 from xattn.cli.printing import note
+from xattn.cli.shared import Images, PhotoStudy, StudyCommand
 from xattn.cli.study_tasks import StudyActions, StudyFaces, StudyLesions, StudyPointer, StudyWords
-from xattn.cli.subcommands import one_of
 from xattn.eval.studies.control_configs import ControlStudyConfig
 from xattn.eval.studies.digit_configs import BlockStudyConfig, ExactRolloutConfig
 from xattn.eval.studies.study_configs import (
@@ -28,10 +30,10 @@ from xattn.eval.studies.theory_configs import InContextConfig, RandomFeatureConf
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyAt:
+class StudyAt(PhotoStudy):
     """Attention training on text: vanilla, random, AT, iAT, VAT and others on sentiment trees (SST)."""
 
-    data: Path
+    images: Images = ()
     """A folder with train.txt and dev.txt of the Stanford Sentiment Treebank."""
     study: tyro.conf.OmitArgPrefixes[TextStudyConfig] = field(default_factory=TextStudyConfig)
     output: Path = Path("runs/study-at")
@@ -39,25 +41,30 @@ class StudyAt:
     device: str = "cpu"
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
 
+    def check(self) -> None:
+        check_device(self.device)
+        if len(self.images) != 1 or not Path(self.data, "train.txt").is_file():
+            raise ValueError(
+                f"images: got {' '.join(self.images) or 'none'}; give the folder with train.txt and dev.txt"
+            )
+
     def run(self) -> None:
         from xattn.eval.studies import attention_text, attention_text_report
 
         device = device_name(self.device)
-        done = attention_text.study(self.study, self.data, self.output, device, note)
-        files = attention_text_report.write(done.rows, self.study, self.output, self.data)
+        done = attention_text.study(self.study, Path(self.data), self.output, device, note)
+        files = attention_text_report.write(done.rows, self.study, self.output, Path(self.data))
         print((self.output / "report.md").read_text(encoding="utf-8"))
         print("report:", ", ".join(str(path) for path in files))
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyImage:
+class StudyImage(PhotoStudy):
     """Attention training on images: do the maps of attentive heads agree better with what matters?"""
 
-    data: Path
-    """Photos to tell classes apart."""
     labels: Path | None = None
     """A .json or .csv file of the photos' classes; by default their folders."""
-    objects: Path
+    annotations: Annotated[Path, Also("--objects")]
     """A folder with images/ and masks/ of COCO objects."""
     study: tyro.conf.OmitArgPrefixes[ImageStudyConfig] = field(default_factory=ImageStudyConfig)
     output: Path = Path("runs/study-image")
@@ -67,16 +74,16 @@ class StudyImage:
         from xattn.eval.studies import attention_image
 
         for line in attention_image.study(
-            self.data, self.labels, self.objects, self.output, self.study
+            Path(self.data), self.labels, self.annotations, self.output, self.study
         ):
             print(line, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyVpu:
+class StudyVpu(PhotoStudy):
     """Visual Part Utilization: does it move a head's attention onto the text of image macros?"""
 
-    data: Path
+    images: Images = ()
     """A folder or list of at least 20 photos a fold."""
     study: tyro.conf.OmitArgPrefixes[PartStudyConfig] = field(default_factory=PartStudyConfig)
     weights: str = "auto"
@@ -88,16 +95,14 @@ class StudyVpu:
         from xattn.eval.studies import part_utilization
 
         weights = weight_source(self.weights, self.study.backbone)
-        for line in part_utilization.run(self.data, self.output, self.study, weights):
+        for line in part_utilization.run(Path(self.data), self.output, self.study, weights):
             print(line, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudySwap:
+class StudySwap(PhotoStudy):
     """What swapping a trained ViT's attention costs: accuracy, maps, time and memory, row by row."""
 
-    data: str
-    """Photos, as for explain; files."""
     labels: str = "folders"
     """"folders", or a .json or .csv file of the photos' classes."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
@@ -129,11 +134,9 @@ class StudySwap:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudySinks:
+class StudySinks(PhotoStudy):
     """Attention sinks of a trained ViT, which heads to calibrate (act), and the maps before and after."""
 
-    data: str
-    """Photos, as for explain."""
     labels: str = "folders"
     """"folders", or a .json or .csv file of the photos' classes."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
@@ -157,11 +160,9 @@ class StudySinks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyRecall:
+class StudyRecall(PhotoStudy):
     """How near mechanisms that choose blocks come to the exact choice, with a trained ViT's queries."""
 
-    data: str
-    """Photos, as for explain."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     sizes: tuple[int, ...] = (448,)
     """Pixels a side; a ViT's positions are resized."""
@@ -189,10 +190,10 @@ class StudyRecall:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyAttentionMaps:
+class StudyAttentionMaps(PhotoStudy):
     """The own maps of each attention mechanism over one photo, a picture for each."""
 
-    photo: Path
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, Also("--photo", "--data")] = ()
     """The photo."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     only: tuple[str, ...] = ()
@@ -211,7 +212,7 @@ class StudyAttentionMaps:
 
         for line in attention_maps.study(
             self.model.load(),
-            self.photo,
+            Path(self.data),
             self.output,
             only=self.only,
             size=self.size,
@@ -222,11 +223,9 @@ class StudyAttentionMaps:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyPositions:
+class StudyPositions(PhotoStudy):
     """Encodings of positions in a ViT, trained for minutes at one size and tested at others."""
 
-    data: str
-    """Photos, as for explain; files."""
     labels: str = "folders"
     """"folders", or a .json or .csv file of the photos' classes."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
@@ -250,11 +249,9 @@ class StudyPositions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyDepths:
+class StudyDepths(PhotoStudy):
     """How many of a ViT's last blocks can be converted: the mechanism alone, then low-rank updates, too."""
 
-    data: str
-    """Photos, as for explain; files."""
     labels: str = "folders"
     """"folders", or a .json or .csv file of the photos' classes."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
@@ -273,7 +270,7 @@ class StudyDepths:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyLength:
+class StudyLength(StudyCommand):
     """Small networks trained on short sequences: what their attention keeps as sequences grow."""
 
     study: tyro.conf.OmitArgPrefixes[LengthStudyConfig] = field(default_factory=LengthStudyConfig)
@@ -291,7 +288,7 @@ class StudyLength:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyExactRollout:
+class StudyExactRollout(StudyCommand):
     """Networks on digits whose rollout is exact: contributions, and the deletion of tokens."""
 
     study: tyro.conf.OmitArgPrefixes[ExactRolloutConfig] = field(default_factory=ExactRolloutConfig)
@@ -309,7 +306,7 @@ class StudyExactRollout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyBlocks:
+class StudyBlocks(StudyCommand):
     """NiNformer, HyperZZW and SHRP on digits, each beside what it has to beat."""
 
     study: tyro.conf.OmitArgPrefixes[BlockStudyConfig] = field(default_factory=BlockStudyConfig)
@@ -327,11 +324,9 @@ class StudyBlocks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyDial:
+class StudyDial(PhotoStudy):
     """The localist dial in a trained ViT: mass, agreement, steering, and regions that are recruited."""
 
-    data: str
-    """Photos, as for explain; files."""
     labels: str = "folders"
     """"folders", or a .json or .csv file of the photos' classes."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
@@ -351,11 +346,9 @@ class StudyDial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyRandomFeatures:
+class StudyRandomFeatures(PhotoStudy):
     """Random-feature attention on photos: accuracy, exact maps, and what the class token does alone."""
 
-    data: str
-    """Photos, as for probe; files."""
     labels: Path | None = None
     """As for probe; by default the class of a photo is its folder."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
@@ -379,7 +372,7 @@ class StudyRandomFeatures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyIcl:
+class StudyIcl(StudyCommand):
     """In-context linear regression: the circuit that softmax heads learn, beside that of theory."""
 
     study: tyro.conf.OmitArgPrefixes[InContextConfig] = field(default_factory=InContextConfig)
@@ -397,11 +390,9 @@ class StudyIcl:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyControls:
+class StudyControls(PhotoStudy):
     """What is left of a ViT and its maps when attention carries no content; networks trained that way."""
 
-    data: str
-    """Photos, as for explain; files."""
     labels: str = "folders"
     """"folders", or a .json or .csv file of the photos' classes."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
@@ -445,18 +436,10 @@ STUDIES: dict[str, type[Any]] = {
     "lesions": StudyLesions,
     "pointer": StudyPointer,
 }
-if TYPE_CHECKING:
-    Choice = Any
-else:
-    Choice = one_of(STUDIES)
 
 
 @dataclass(frozen=True)
 class Study:
     """Rerun a study of docs/results/; a stopped study continues in its output folder."""
 
-    after_interrupt: ClassVar[str] = "; the same command goes on"
-    study: tyro.conf.OmitSubcommandPrefixes[Choice]
-
-    def run(self) -> None:
-        self.study.run()
+    COMMANDS: ClassVar = STUDIES

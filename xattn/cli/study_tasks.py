@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from xattn.cli.model import BackboneArgs
+from xattn.cli.options import Also
+from xattn.cli.shared import Images, PhotoStudy, StudyCommand
 from xattn.eval.studies.actions.config import ActionStudyConfig
 from xattn.eval.studies.face_config import FaceStudyConfig
 from xattn.eval.studies.lesion_configs import LesionConfig
@@ -16,7 +19,7 @@ from xattn.eval.studies.word_configs import WordStudyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyActions:
+class StudyActions(StudyCommand):
     """Class-semantic attention over time: detectors of actions in generated sequences."""
 
     study: tyro.conf.OmitArgPrefixes[ActionStudyConfig] = field(default_factory=ActionStudyConfig)
@@ -34,7 +37,7 @@ class StudyActions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyFaces:
+class StudyFaces(StudyCommand):
     """ARBEx on generated faces: two streams against each alone, with reliability balancing and without."""
 
     study: tyro.conf.OmitArgPrefixes[FaceStudyConfig] = field(default_factory=FaceStudyConfig)
@@ -52,14 +55,12 @@ class StudyFaces:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyWords:
+class StudyWords(PhotoStudy):
     """A head of words on frozen tokens, learned from captions: does a word match, does its map find it?"""
 
-    data: str
-    """Photos, as for probe; files."""
     labels: Path | None = None
     """The words of the photos, as for probe; by default the names of their folders."""
-    objects: Path
+    annotations: Annotated[Path, Also("--objects")]
     """A folder with images/ and masks/ of COCO objects."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     study: tyro.conf.OmitArgPrefixes[WordStudyConfig] = field(default_factory=WordStudyConfig)
@@ -73,32 +74,36 @@ class StudyWords:
 
         config = self.study.quick() if self.quick else self.study
         lines = words.study(
-            self.model.load(), self.data, self.labels, self.objects, self.output, config
+            self.model.load(), self.data, self.labels, self.annotations, self.output, config
         )
         for line in lines:
             print(line, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyPointer:
-    """Pointer networks on hulls, tours and triangles; with --data, orders of a photo's cells."""
+class StudyPointer(PhotoStudy):
+    """Pointer networks on hulls, tours and triangles; with photos, orders of a photo's cells."""
 
-    data: str | None = None
+    images: Images = ()
     """Photos, as for explain; files. Heads learn in which order a ViT's cells matter; the networks that
     point to points are not trained then."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     study: tyro.conf.OmitArgPrefixes[PointStudyConfig] = field(default_factory=PointStudyConfig)
     order: OrderStudyConfig = field(default_factory=OrderStudyConfig)
-    """Settings of the study with --data."""
+    """Settings of the study with photos."""
     quick: bool = False
     """Few samples or photos, to see that all runs."""
     output: Path = Path("runs/study-pointer")
     """Folder of what is finished, and of report.md; one for points, another for photos."""
 
+    def check(self) -> None:
+        if self.images:
+            super().check()
+
     def run(self) -> None:
         from xattn.eval.studies import cell_orders, pointers
 
-        if self.data is None:
+        if not self.images:
             lines = pointers.study(self.output, self.study.quick() if self.quick else self.study)
         else:
             config = self.order.quick() if self.quick else self.order
@@ -108,7 +113,7 @@ class StudyPointer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyLesions:
+class StudyLesions(StudyCommand):
     """Attention-gated U-Nets beside a plain one on generated lesions, and where their gates point."""
 
     study: tyro.conf.OmitArgPrefixes[LesionConfig] = field(default_factory=LesionConfig)

@@ -1,14 +1,19 @@
-"""A choice of commands for tyro."""
+"""A choice of commands for tyro, whose refusals are one line."""
 
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, NoReturn, Union
 
 import tyro
+
+from xattn.cli.options import canonical, did_you_mean
+
+BOX = re.compile(r"[│╭╮╰╯─]+")
 
 
 def one_of(commands: Mapping[str, type[Any]]) -> Any:
@@ -20,25 +25,38 @@ def one_of(commands: Mapping[str, type[Any]]) -> Any:
     return Union[tuple(named)]  # noqa: UP007
 
 
-def parsed(commands: Mapping[str, type[Any]], arguments: Sequence[str], **about: Any) -> Any:
-    """The command that ``arguments`` give; ``about`` goes to ``tyro.cli``.
+def parsed(
+    commands: Mapping[str, type[Any]], words: Sequence[str], prog: str, description: str
+) -> Any:
+    """The command that ``words`` give: the name of one of ``commands``, photos and options.
 
     Raises:
-        ValueError: options whose values are refused by their own class, instead of tyro's box.
-        SystemExit: anything else that tyro has told, such as ``--help`` or an unknown option.
+        ValueError: what it refuses, in one line that names the word and the remedy.
+        SystemExit: after ``--help``.
     """
+    if not words or words[0] in ("-h", "--help"):
+        return _read(one_of(commands), ["--help"], prog, description)
+    name, *rest = words
+    if name not in commands:
+        hint = did_you_mean(name, commands) or f"choose one of {', '.join(commands)}"
+        raise ValueError(f"command: {prog} has no {name!r}; {hint}")
+    command, place = commands[name], f"{prog} {name}"
+    inner: Mapping[str, type[Any]] | None = getattr(command, "COMMANDS", None)
+    if inner is not None:
+        return parsed(inner, rest, place, command.__doc__ or "")
+    rest = canonical(place.partition(" ")[2], command, rest)
+    return _read(command, rest, place, command.__doc__ or "")
+
+
+def _read(kind: Any, words: Sequence[str], prog: str, description: str) -> Any:
     told = _Held()
     try:
         with redirect_stderr(told):
-            return tyro.cli(one_of(commands), args=arguments, **about)
+            return tyro.cli(kind, args=words, prog=prog, description=description)
     except SystemExit as error:
-        own = _own_error(error)
-        if own is None:
-            raise
-        told = _Held()
-        raise own from None
-    finally:
-        sys.stderr.write(told.getvalue())
+        if error.code:
+            _refuse(error, told.getvalue(), prog)
+        raise
 
 
 class _Held(io.StringIO):
@@ -48,14 +66,18 @@ class _Held(io.StringIO):
         return sys.__stderr__ is not None and sys.__stderr__.isatty()
 
 
-def _own_error(error: BaseException | None) -> ValueError | None:
-    """The error of this package that led to ``error``."""
-    while error is not None:
-        trace = error.__traceback__
+def _refuse(error: BaseException, told: str, prog: str) -> NoReturn:
+    """Raise what this package has refused on the way to ``error``, or what tyro's box says in a line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        trace = cause.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
         where = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
-        if isinstance(error, ValueError) and where.partition(".")[0] == "xattn":
-            return error
-        error = error.__context__
-    return None
+        if isinstance(cause, ValueError) and where.partition(".")[0] == "xattn":
+            raise cause from None
+        cause = cause.__context__
+    text = " ".join(BOX.sub(" ", told).split())
+    raise ValueError(
+        f"{prog}: {text or 'the command line cannot be read'}; {prog} --help"
+    ) from None

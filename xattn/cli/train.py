@@ -5,27 +5,27 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from xattn.cli.model import BackboneArgs
+from xattn.cli.options import Also
+from xattn.cli.shared import PhotoArgs, check_known
 from xattn.config import TrainConfig
+from xattn.runtime.run_files import RUN_FILE, check_run_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class Train(PhotoArgs):
     """Train an explanation head on a folder of images; no labels are read."""
 
-    data: str
-    """A folder of images, a .txt list with one path per line, hfds/NAME_OR_PATH:SPLIT or
-    wds/PATH:SPLIT."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     train: tyro.conf.OmitArgPrefixes[TrainConfig]
     preset: str | None = None
     """Published settings by name, see xattn list; they replace backbone, taps, head, fusion and
     options."""
-    head: str = "ttame"
+    head: Annotated[str, Also("--heads")] = "ttame"
     """Name of the head, see xattn list."""
     fusion: Literal["classifier", "per_class"] = "classifier"
     """Where a class's row of the fusion comes from: the classifier's weights, or a free row per class."""
@@ -47,17 +47,23 @@ class Train:
     @property
     def after_interrupt(self) -> str:
         """How an interrupted command goes on: a table of outcomes is computed before the run begins."""
-        from xattn.training.run_folder import RUN_FILE
-
         begun = (self.output / RUN_FILE).is_file()
         return "; --resume goes on" if begun else "; the same command goes on"
 
+    def check(self) -> None:
+        super().check()
+        self.model.check()
+        check_run_folder(self.output, self.resume)
+
     def run(self) -> None:
         from xattn.heads import head_options, parse_options, save_head
+        from xattn.heads.base import HEADS
         from xattn.heads.seeded import seeded_head
         from xattn.training import fit
 
+        check_known("head", [self.head], HEADS)
         name, options = self.head, parse_options(self.options)
+        HEADS.check_options(name, options)
         if self.fusion != "classifier" or "fusion" in head_options(self.head):
             options = {"fusion": self.fusion, **options}
         if self.preset is not None:
@@ -76,7 +82,7 @@ class Train:
 
             shown = Sample(
                 backbone,
-                self.data,
+                self.photos,
                 self.output / SAMPLE_FOLDER,
                 self.sample,
                 self.train.max_pixels,
@@ -84,7 +90,7 @@ class Train:
         result = fit(
             head,
             backbone,
-            self.data,
+            self.photos,
             self.train,
             output=self.output,
             resume=self.resume,

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from xattn.backbone import Backbone, Preprocessing
+from xattn.backbone.classes import find_classes
 from xattn.explainers import Explainer, create_explainer
 from xattn.explainers.base import Choose
 from xattn.explaining.naming import Source, each_photo, file_name_of, named_photos
@@ -274,7 +275,7 @@ def _classes(
     names = [classes] if isinstance(classes, int | str) else list(classes)
     if not names:
         raise ValueError("classes: got an empty list; name at least one class, or pass None")
-    return list(dict.fromkeys(backbone.class_index(name) for name in names))
+    return find_classes(names, backbone.class_names, backbone.name)
 
 
 def _batches(

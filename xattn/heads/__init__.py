@@ -18,7 +18,6 @@ from xattn.heads.base import (
     read_config,
     register_head,
     save_head,
-    shipped_heads,
 )
 from xattn.heads.cae import Cae
 from xattn.heads.cait import Cait
@@ -43,6 +42,7 @@ from xattn.heads.simpool import SimPool
 from xattn.heads.ttame import LCam, TTame
 from xattn.heads.v_jepa import VJepa
 from xattn.heads.words import WordHead
+from xattn.runtime.head_files import shipped_heads
 
 __all__ = [
     "AbMilp",

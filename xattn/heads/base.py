@@ -7,7 +7,6 @@ tensors, and ``config.json``: head, options, backbone name and the SHA-256 of th
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,11 +25,10 @@ from xattn.heads.mixer import Mixer, create_mixer
 from xattn.registry import Registry, adopting, with_name
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_folder
+from xattn.runtime.head_files import CONFIG_FILE, WEIGHTS_FILE, local_head
 from xattn.runtime.option_checks import checked
 from xattn.runtime.version import __version__
 
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 MASK_POLICIES = ("raw_normalize", "renormalize", "normalized", "feature")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -343,14 +341,6 @@ def _is_head(folder: Path) -> bool:
     return True
 
 
-def shipped_heads() -> dict[str, Path]:
-    """Heads that the package ships: name -> folder."""
-    from importlib.resources import files
-
-    root = Path(str(files("xattn.models.heads")))
-    return {p.parent.name: p.parent for p in sorted(root.glob(f"*/{CONFIG_FILE}"))}
-
-
 def load_head(source: str | Path, backbone: Backbone, **hub_options: Any) -> Head:
     """Load a head from a folder, a shipped head's name (``xattn list``) or a hub repository.
 
@@ -362,24 +352,11 @@ def load_head(source: str | Path, backbone: Backbone, **hub_options: Any) -> Hea
 
 
 def head_folder(source: str | Path, **hub_options: Any) -> Path:
-    """The folder with the head's files: ``source`` itself, a shipped head's, or that of a hub
-    repository in the cache, downloaded if need be. Arguments and errors as in :func:`load_head`."""
-    path = Path(source)
-    if path.is_dir():
-        return path
-    shipped = shipped_heads()
-    if str(source) in shipped:
-        return shipped[str(source)]
-    if path.exists():
-        raise ValueError(
-            f"head: {source} is a file; name the folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
-        )
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        near = difflib.get_close_matches(str(source), shipped, 3, 0.4) or list(shipped)
-        raise FileNotFoundError(
-            f"head: no folder {source}; shipped heads are {', '.join(near) or 'none'}, "
-            f"a hub repository is written owner/name"
-        )
+    """The folder with the head's files: ``source`` itself or a head in it, a shipped head's, or that of
+    a hub repository in the cache, downloaded if need be. Arguments and errors as in :func:`load_head`."""
+    folder = local_head(source)
+    if folder is not None:
+        return folder
     try:
         return _download(str(source), hub_options)
     except ValueError:

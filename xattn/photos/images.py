@@ -53,17 +53,9 @@ def list_images(path: str | Path) -> list[Path]:
         ValueError: the folder or list holds no image.
     """
     path = Path(path)
+    check_images(path)
     if path.is_dir():
-        found = sorted(_walk(path))
-        if not found:
-            raise ValueError(
-                f"images: no image in folder {path}; image files end in .jpg, .png, .webp, .tif, ..."
-            )
-        return found
-    if not path.exists():
-        raise FileNotFoundError(
-            f"images: no file or folder {path}; give an image, a folder or a .txt list"
-        )
+        return sorted(_walk(path))
     if path.suffix.lower() != ".txt":
         return [path]
     found = []
@@ -73,6 +65,20 @@ def list_images(path: str | Path) -> list[Path]:
     if not found:
         raise ValueError(f"images: the list {path} names no image; write one path per line")
     return found
+
+
+def check_images(path: str | Path) -> None:
+    """Refuse a path that is not there and a folder without images, as :func:`list_images` does, but at
+    the first image."""
+    path = Path(path)
+    if path.is_dir() and next(_walk(path), None) is None:
+        raise ValueError(
+            f"images: no image in folder {path}; image files end in .jpg, .png, .webp, .tif, ..."
+        )
+    if not path.exists():
+        raise FileNotFoundError(
+            f"images: no file or folder {path}; give an image, a folder or a .txt list"
+        )
 
 
 def _walk(folder: Path) -> Iterator[Path]:

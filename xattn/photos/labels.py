@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xattn.backbone.classes import wordnet_ids
 from xattn.photos.images import SUFFIXES
 from xattn.runtime import strict_json
 from xattn.runtime.files import printable
@@ -97,7 +98,7 @@ def true_classes(
     for i, name in enumerate(class_names):
         for part in {name.lower(), *(p.strip() for p in name.lower().split(","))}:
             classes.setdefault(part, []).append(i)
-    for identity, i in _wordnet_ids(class_names).items():
+    for identity, i in wordnet_ids(class_names).items():
         classes.setdefault(identity, [i])
     if str(labels) == FOLDERS:
         given: list[tuple[str, Any]] = [(name, printable(_folder(name))) for name in names]
@@ -109,23 +110,6 @@ def true_classes(
             number, label = _class_of(value, key, classes, len(class_names), Path(labels))
             known[key] = (number, label if number is None else class_names[number])
     return [known[key] for key, _ in given]
-
-
-def _wordnet_ids(class_names: Sequence[str]) -> dict[str, int]:
-    """The classes of an ImageNet-1k classifier by WordNet id; {} for any other classifier.
-
-    It is recognised by its class names: timm's, or (with a few exceptions) their first synonyms, as in
-    torchvision.
-    """
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    if infer_imagenet_subset({"num_classes": len(class_names)}) != "imagenet-1k":
-        return {}
-    info = ImageNetInfo("imagenet-1k")
-    pairs = zip(class_names, info.label_descriptions(), strict=True)
-    alike = sum(name.split(",")[0].lower() == own.split(",")[0].lower() for name, own in pairs)
-    ids: list[str] = info.label_names()
-    return {identity: i for i, identity in enumerate(ids)} if alike > 0.9 * len(ids) else {}
 
 
 def _class_of(

@@ -1,6 +1,6 @@
 """NIfTI volumes: reading and writing them, and their axial slices as numbered photos.
 
-    xattn explain scan.nii.gz -b FOLDER --explainer gates      # every slice, bottom to top
+    xattn explain scan.nii.gz -b FOLDER --explainers gates      # every slice, bottom to top
 
 A slice is drawn as seen from above: the front at the top, the left side at the left, pixels square, grey
 values in shares of the volume's maximum. Needs nibabel, the extra ``xattn[volumes]``.

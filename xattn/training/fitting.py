@@ -16,6 +16,7 @@ from xattn.heads import Head
 from xattn.photos.base import Data, Photos
 from xattn.photos.sources import open_photos
 from xattn.runtime.files import write_json
+from xattn.runtime.run_files import check_run_folder
 from xattn.training import processes
 from xattn.training.checkpoint import has_checkpoint
 from xattn.training.head_optimizer import FitState, head_optimizer, one_cycle
@@ -25,7 +26,7 @@ from xattn.training.outcome_table import Outcomes
 from xattn.training.photo_batches import PhotoBatch, PhotoBatches
 from xattn.training.photo_loop import Batches, train_on_photos
 from xattn.training.run import Run, RunOptions
-from xattn.training.run_folder import CHECKPOINTS, check_folder
+from xattn.training.run_folder import CHECKPOINTS
 from xattn.training.tap_store import first_taps
 
 CALIBRATED = 256  # photos whose taps a head takes statistics of
@@ -114,7 +115,7 @@ def fit(
                 job: Job = MaskingJob(backbone, photos, config, accelerator, resumed)
             else:
                 if options.folder is not None:  # before a table is computed in vain
-                    check_folder(options.folder, resume)
+                    check_run_folder(options.folder, resume)
                 ranks = accelerator.num_processes
                 found, numbers = stack.enter_context(
                     table_for(backbone, photos, config, table, options, ranks, say)

@@ -27,6 +27,7 @@ from xattn.photos.base import Data, Photos
 from xattn.photos.part import PartOfPhotos
 from xattn.photos.sources import open_photos
 from xattn.pruning import Pruning, check_keep, check_prunable, heads_of
+from xattn.runtime.run_files import check_run_folder
 from xattn.training import processes
 from xattn.training.data import TrainImages, load_batches
 from xattn.training.distilling import share_of_peak
@@ -42,7 +43,6 @@ from xattn.training.pruned_student import (
     seen_by,
 )
 from xattn.training.run import Run, RunOptions
-from xattn.training.run_folder import check_folder
 from xattn.training.whole_batch import Share
 
 HELD_OUT = 5  # one of so many photos is measured on, not trained on
@@ -120,7 +120,7 @@ def prune(
     photos, kept = split(data, validation)
     options = RunOptions(output, resume, progress)
     if options.folder is not None:
-        check_folder(options.folder, resume)
+        check_run_folder(options.folder, resume)
     with processes.own_accelerator(teacher.device, config.precision) as accelerator:
         if accelerator.num_processes > 1:
             raise ValueError(

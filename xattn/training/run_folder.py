@@ -12,10 +12,11 @@ from typing import Any, TextIO
 
 from xattn.heads.base import complete_options
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file, follow_link, output_error, write_json
+from xattn.runtime.files import atomic_file, output_error, write_json
+from xattn.runtime.run_files import LOCK_FILE, RUN_FILE, check_run_folder
 from xattn.training.checkpoint import load_checkpoint
 
-RUN_FILE, LOG_FILE, LOCK_FILE = "run.json", "log.jsonl", "run.lock"
+LOG_FILE = "log.jsonl"
 HEAD_FOLDER, CHECKPOINTS = "head", "checkpoints"
 # Settings that records of earlier versions lack.
 EARLIER = {
@@ -33,23 +34,6 @@ def first_workers(folder: Path | None, workers: int) -> int:
         return workers  # a damaged record is refused by claim
 
 
-def check_folder(folder: Path, resume: bool) -> None:
-    """Raise a ``ValueError`` unless ``folder`` is free for a new run, or holds one to resume."""
-    follow_link(folder)  # refuses one that leads nowhere
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output: {folder} is a file; name a folder")
-    if (folder / RUN_FILE).is_file():
-        if not resume:
-            raise ValueError(
-                f"output: {folder} holds a run already; go on with it by --resume (resume=True), or "
-                f"give another --output"
-            )
-    elif resume:
-        raise ValueError(f"resume: {folder} holds no run; check output, or train without resume")
-    elif folder.is_dir() and any(p.name != LOCK_FILE for p in folder.iterdir()):
-        raise ValueError(f"output: {folder} is not empty and holds no run; choose a new folder")
-
-
 @contextmanager
 def claim(
     folder: Path | None, run: dict[str, Any], resume: bool, main: bool, needed: Collection[str]
@@ -64,7 +48,7 @@ def claim(
     if folder is None or not main:
         yield None, None
         return
-    check_folder(folder, resume)
+    check_run_folder(folder, resume)
     path = folder / RUN_FILE
     if resume:
         try:

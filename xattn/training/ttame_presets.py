@@ -1,6 +1,6 @@
 """The published T-TAME settings (arXiv 2403.04523) by name: backbone, taps, head and recipe.
 
-    xattn train --preset ttame-resnet50 --data IMAGENET/train --output runs/resnet50
+    xattn train IMAGENET/train --preset ttame-resnet50 --output runs/resnet50
 
 trains as published: eight epochs over ImageNet, batches of 32, SGD with OneCycle, the exact C x C
 branches and one free row a class.

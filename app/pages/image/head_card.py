@@ -18,7 +18,7 @@ LONGEST = 20_000  # characters that are shown
 def head_card(library: Library, head: Mapping[str, Any]) -> str | None:
     """The model card of the head recorded in a pack (name, sha256): the README.md in its folder, else its
     training record; None if it is neither a shipped head nor one below the root."""
-    from xattn.heads.base import shipped_heads
+    from xattn.runtime.head_files import shipped_heads
 
     folders = [*shipped_heads().values(), *(info.folder for info in library.heads())]
     for folder in folders:
@@ -31,7 +31,8 @@ def head_card(library: Library, head: Mapping[str, Any]) -> str | None:
 
 
 def _matches(folder: Path, head: Mapping[str, Any]) -> bool:
-    from xattn.heads.base import WEIGHTS_FILE, read_config
+    from xattn.heads.base import read_config
+    from xattn.runtime.head_files import WEIGHTS_FILE
 
     if read_config(folder)["head"] != head.get("name"):
         return False

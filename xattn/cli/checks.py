@@ -1,0 +1,134 @@
+"""What is refused before torch is imported: paths that are not there, and values of the wrong form.
+
+What takes a registry or a network to know (names of explainers, taps, classes) is refused later, before
+the work starts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from xattn.cli.options import did_you_mean
+from xattn.runtime.files import follow_link
+from xattn.runtime.head_files import local_head
+
+STORED = ("hfds/", "wds/", "hfids/")
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "meta")
+LAYERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+
+
+def check_images(images: Sequence[str], argument: str = "images") -> None:
+    """Each of ``images`` is there, and folders hold a photo; datasets and what lies in them come later."""
+    if not images:
+        raise ValueError(
+            f"{argument}: got none; name photos or a folder of them, before options of several values"
+        )
+    stored = [name for name in images if name.lower().startswith(STORED)]
+    if stored and len(images) > 1:
+        raise ValueError(f"{argument}: got {stored[0]} and others; give the dataset alone")
+    if stored:
+        return
+    missing = [name for name in images if not Path(name).exists()]
+    if missing and len(images) > 1:
+        raise FileNotFoundError(
+            f"{argument}: {len(missing)} of {len(images)} photos are not there: "
+            f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}; check the paths"
+        )
+    from xattn.photos import images as files
+
+    for name in images:
+        with saying(argument):
+            files.check_images(name)
+
+
+@contextmanager
+def saying(argument: str) -> Iterator[None]:
+    """Let errors inside begin with the option that was typed, instead of the library's argument."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{argument}: {str(error).partition(': ')[2]}") from None
+
+
+def check_heads(heads: Sequence[str], argument: str = "head") -> None:
+    """Folders of heads are there and hold one each; a hub repository is looked up later."""
+    for source in heads:
+        local_head(source, argument)
+
+
+def check_file(argument: str, path: Path | None, wanted: str) -> None:
+    if path is not None and not path.is_file():
+        what = "is a folder" if path.is_dir() else "is not there"
+        raise ValueError(f"{argument}: {path} {what}; give {wanted}")
+
+
+def check_labels(labels: str | Path | None) -> None:
+    if labels is not None and str(labels) != "folders":
+        path = Path(labels)
+        if path.is_dir():
+            raise ValueError(
+                f'labels: {path} is a folder; give a .json or .csv file, or "folders" for the photos\' own'
+            )
+        if not path.is_file():
+            raise FileNotFoundError(
+                f'labels: no file {path}; give a .json or .csv file, or "folders"'
+            )
+
+
+def check_annotations(path: Path | None) -> None:
+    if path is None:
+        return
+    inside = (path / "masks").is_dir() or (path / "boxes").is_dir()
+    if not inside and not (path.is_file() and path.suffix.lower() == ".json"):
+        raise ValueError(
+            f"annotations: {path} is neither a folder with masks/ or boxes/ nor a .json file"
+        )
+
+
+def check_evidence(source: str) -> None:
+    """A file of boxes, a folder of masks or a detector's file is there."""
+    path = Path(source.removeprefix("onnx:"))
+    if source != "mser" and not path.exists():
+        raise FileNotFoundError(
+            f"evidence: no file or folder {path}; give a JSON of boxes, a folder of masks, mser, or "
+            f"onnx:PATH"
+        )
+
+
+def check_weights(weights: str) -> None:
+    """A file of weights is there; the names "auto", "package", "timm" and "random" are no files."""
+    names = ("auto", "package", "timm", "random")
+    if weights in names or Path(weights).expanduser().exists():
+        return
+    hint = did_you_mean(weights, names) or f"give a file of weights, or one of {', '.join(names)}"
+    raise FileNotFoundError(f"weights: no file {weights!r}; {hint}")
+
+
+def check_device(device: str) -> None:
+    if re.fullmatch(r"[a-z]+(:\d+)?", device) and device.partition(":")[0] in DEVICES:
+        return
+    hint = did_you_mean(device.lower().partition(":")[0], DEVICES[:4]) or "give cpu, cuda or cuda:1"
+    raise ValueError(f"device: got {device!r}; {hint}")
+
+
+def check_layers(layers: str | None) -> None:
+    if layers is not None and LAYERS.fullmatch(layers.replace(" ", "")) is None:
+        raise ValueError(
+            f'layers: got {layers!r}; give numbers and ranges, such as "4-11" or "0,3,8-11"'
+        )
+
+
+def check_name(argument: str, name: str, names: Collection[str], more: str) -> None:
+    """Raise a ``ValueError`` with near matches unless ``name`` is one of ``names``."""
+    if name not in names:
+        raise ValueError(f"{argument}: unknown {name!r}; {did_you_mean(name, names) or more}")
+
+
+def check_output(folder: Path) -> None:
+    """A folder to write to is no file and no link that leads nowhere."""
+    follow_link(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output: {folder} is a file; name a folder")

@@ -1,0 +1,120 @@
+"""Options that mean the same in every command that has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeAlias
+
+import tyro
+
+from xattn.cli.checks import check_annotations, check_heads, check_images, check_labels, saying
+from xattn.cli.options import Also
+
+# An earlier spelling of an option takes one value.
+Images: TypeAlias = Annotated[
+    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOS"), Also("--data")
+]
+Heads: TypeAlias = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[HEAD ...]"), Also("--head")]
+Explainers: TypeAlias = Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]"), Also("--explainer")
+]
+BatchSize: TypeAlias = Annotated[int, Also("--max-forward-batch")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoArgs:
+    """The photos that a command works on, which stand without an option."""
+
+    images: Images = ()
+    """Images, folders, .txt lists with a path a line, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
+
+    def check(self) -> None:
+        """Refuse paths and values that are wrong at first sight, before torch is imported."""
+        check_images(self.images)
+
+    @property
+    def photos(self) -> str | list[Path]:
+        """What the library calls images or data: one name, or the files of several."""
+        return self.images[0] if len(self.images) == 1 else files_of(self.images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodArgs(PhotoArgs):
+    """Which methods explain which photos."""
+
+    heads: Heads = ()
+    """Trained heads: folders (of a head, or of the run that trained it), names of shipped heads, hub
+    repositories; by default a shipped one that fits."""
+    options: tuple[str, ...] = ()
+    """Options of explainers as explainer.name=value, for example rise.masks=1000; head.name=value is for
+    all heads, and the name of a head's row for that one alone."""
+    limit: int | None = None
+    """Use only the first so many photos."""
+    max_pixels: int = 40_000_000
+    """Larger photos are skipped."""
+    seed: int = 0
+    """Seed of perturbations, random rows and the bootstrap."""
+
+    def check(self) -> None:
+        super().check()
+        check_heads(self.heads, "heads")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit: got {self.limit}; give at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyCommand:
+    """A study, which goes on with what its output folder holds."""
+
+    after_interrupt: ClassVar[str] = "; the same command goes on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoStudy(StudyCommand):
+    """A study on photos."""
+
+    images: Images = ()
+    """A folder of photos, or what else xattn explain takes."""
+
+    def check(self) -> None:
+        check_images(self.images)
+        if len(self.images) > 1:
+            raise ValueError(
+                f"images: got {self.images[1]} as well; a study takes one folder or list"
+            )
+        check_labels(getattr(self, "labels", None))
+        check_annotations(getattr(self, "annotations", None))
+        if hasattr(self, "model"):
+            self.model.check()
+
+    @property
+    def data(self) -> str:
+        """The photos' folder."""
+        return self.images[0]
+
+
+def files_of(images: Sequence[str]) -> list[Path]:
+    """The image files of several photos, folders and lists, each file once."""
+    from xattn.photos.images import list_images
+
+    return list(dict.fromkeys(path for name in images for path in list_images(name)))
+
+
+def first_of(images: Any, limit: int | None) -> Any:
+    """The first ``limit`` photos of what ``images`` names; all of them without a limit."""
+    if limit is None:
+        return images
+    from xattn.photos.sources import open_photos
+
+    photos = open_photos(images)
+    return [getattr(photos, "paths", photos)[i] for i in range(min(limit, len(photos)))]
+
+
+def check_known(argument: str, names: Sequence[str], registry: Any, *more: str) -> None:
+    """Refuse names that a registry lacks, before a network is loaded; ``more`` are allowed, too."""
+    for name in names:
+        if name not in more:
+            with saying(argument):
+                registry.get(name)

@@ -1,0 +1,65 @@
+"""Where the folder of a trained head lies on disk; nothing of torch is needed to find it."""
+
+from __future__ import annotations
+
+import difflib
+from importlib.util import find_spec
+from pathlib import Path
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+
+
+def shipped_heads() -> dict[str, Path]:
+    """Heads that the package ships: name -> folder."""
+    spec = find_spec("xattn.models")
+    roots = [Path(p, "heads") for p in (spec.submodule_search_locations or ())] if spec else []
+    found = [path.parent for root in roots for path in sorted(root.glob(f"*/{CONFIG_FILE}"))]
+    return {folder.name: folder for folder in found}
+
+
+def local_head(source: str | Path, argument: str = "head") -> Path | None:
+    """The folder with the head's files that ``source`` stands for; None if it may be a hub repository.
+
+    ``source`` is a shipped head's name, a head's folder, or the folder of a run that holds one: ``head``
+    in it, or in one folder below it.
+
+    Raises:
+        ValueError: a file, a folder that holds several heads, or one that holds none.
+        FileNotFoundError: no such folder, and not of the form ``owner/name``.
+    """
+    path, shipped = Path(source), shipped_heads()
+    if path.is_dir():
+        return _in_folder(path, argument)
+    if str(source) in shipped:
+        return shipped[str(source)]
+    if path.exists():
+        raise ValueError(
+            f"{argument}: {source} is a file; name the folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
+    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        near = difflib.get_close_matches(str(source), shipped, 3, 0.4) or list(shipped)
+        raise FileNotFoundError(
+            f"{argument}: no folder {source}; shipped heads are {', '.join(near) or 'none'}, "
+            f"a hub repository is written owner/name"
+        )
+    return None
+
+
+def _in_folder(folder: Path, argument: str) -> Path:
+    for place in (folder, folder / "head"):
+        if (place / CONFIG_FILE).is_file():
+            return place
+    found = sorted(
+        {p.parent for form in ("*", "*/head") for p in folder.glob(f"{form}/{CONFIG_FILE}")}
+    )
+    if len(found) > 1:
+        names = ", ".join(str(place) for place in found[:6])
+        raise ValueError(
+            f"{argument}: {folder} holds {len(found)} heads; name one of {names}"
+            + (", ..." if len(found) > 6 else "")
+        )
+    if not found:
+        raise FileNotFoundError(
+            f"{argument}: {folder} holds no {CONFIG_FILE}; name a folder that save_head wrote"
+        )
+    return found[0]
