@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import warnings
 from collections.abc import Iterator
@@ -36,13 +37,23 @@ def reader_is_gone() -> bool:
     """Whether nobody reads stdout any more, as after ``| head``; what is left to write is dropped then."""
     try:
         sys.stdout.flush()
+        gone = _is_hung_up(sys.stdout.fileno())
     except BrokenPipeError:
+        gone = True
+    except (OSError, ValueError):  # not a file, or closed
+        return False
+    if gone:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
-        return True
-    except ValueError:  # closed
-        pass
-    return False
+    return gone
+
+
+def _is_hung_up(descriptor: int) -> bool:
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def silent(line: str) -> None:

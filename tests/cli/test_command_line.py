@@ -1,0 +1,156 @@
+"""The one command language: spellings, photos, heads of runs, output folders, quiet pipes."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import xattn
+from xattn.cli import main
+from xattn.cli.commands import COMMANDS
+from xattn.cli.subcommands import parsed
+
+MODEL = "-b test_resnet --weights random --input-size 64 --device cpu"
+
+
+def read(line: str):
+    return parsed(COMMANDS, shlex.split(line), "xattn", "")
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (70, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    return tmp_path
+
+
+def run(line: str) -> int:
+    return main(shlex.split(line))
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now"),
+    [
+        ("train --data photos --output o", "train photos --output o"),
+        ("probe --data=photos --heads gap", "probe photos --heads gap"),
+        ("compare --data photos --max-forward-batch 4", "compare photos --batch-size 4"),
+        ("evaluate a --max_forward_batch 4", "evaluate --batch-size 4 a"),
+        ("explain --explainer rise --explainer cam a", "explain a --explainers rise cam"),
+        ("explain --head runs/h a", "explain a --heads runs/h"),
+        ("export a.onnx --head h", "export a.onnx --heads h"),
+        (
+            "distill --data p --mechanism gna --heads 3",
+            "distill p --mechanism gna --compare-heads 3",
+        ),
+        ("study image --data p --objects o", "study image p --annotations o"),
+        ("study attention-maps --photo p", "study attention-maps p"),
+        ("bench folder --data p", "bench folder p"),
+        ("explain a --top 2 b --view whole c", "explain a b c --top 2 --view whole"),
+        ("explain a --top 2 --top 3", "explain a --top 3"),
+        ("explain -- -a.jpg", "explain ./-a.jpg"),
+    ],
+)
+def test_earlier_spellings_and_any_order_say_the_same(earlier, now):
+    assert read(earlier) == read(now)
+
+
+def test_a_missing_photo_is_told_without_torch_or_timm(tmp_path):
+    code = (
+        "import sys; from xattn.cli import main\n"
+        "assert main(['explain', 'nope.jpg']) == 2\n"
+        "assert not {'torch', 'timm'} & set(sys.modules)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert "nope.jpg" in found.stderr
+
+
+@pytest.mark.parametrize("line", ["--help", "list --help"])
+def test_a_reader_that_stops_reading_is_no_error(line, tmp_path):
+    program = f"{shlex.quote(sys.executable)} -m xattn.cli {line} | true"
+    found = subprocess.run(program, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert found.stderr == ""
+
+
+def test_a_pipe_that_closes_during_a_command_is_no_error(monkeypatch, capsys):
+    def closed(self):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(COMMANDS["list"], "run", closed)
+    monkeypatch.setattr("xattn.cli.commands.reader_is_gone", lambda: True)
+    assert main(["list"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_several_photos_and_a_limit(photos, capsys):
+    assert run(f"explain photos/0.png photos/2.png {MODEL} --explainers cam --output a") == 0
+    assert [e.image_id for e in xattn.load_pack("a")] == ["0", "2"]
+    assert run(f"explain photos {MODEL} --explainers cam --limit 2 --output b") == 0
+    assert [e.image_id for e in xattn.load_pack("b")] == ["0", "1"]
+
+
+def test_earlier_results_are_kept(photos, capsys):
+    line = f"explain photos/0.png {MODEL} --explainers cam"
+    assert run(line) == 0 and run(line) == 0
+    assert "runs/explained holds earlier results; these go to runs/explained-2" in (
+        capsys.readouterr().err
+    )
+    assert run(f"{line} --output runs/explained") == 2
+    assert "output: runs/explained holds results already" in capsys.readouterr().err
+    assert run(f"{line} --output runs/explained --overwrite --classes 3") == 0
+    assert xattn.load_pack("runs/explained")[0].target == 3
+    assert not (photos / "runs/explained-3").exists()
+
+
+def test_without_a_head_grad_cam_explains_and_says_so(photos, capsys):
+    assert run(f"explain photos/0.png {MODEL}") == 0
+    assert "no trained head fits test_resnet, so Grad-CAM explains" in capsys.readouterr().err
+    assert [e.method for e in xattn.load_pack("runs/explained")] == ["gradcam"]
+
+
+def test_classes_by_number_id_and_name(photos, capsys):
+    line = f"explain photos/0.png {MODEL} --explainers cam"
+    assert run(f"{line} --classes 281,282 n02123394 'Siamese cat, Siamese' 281 --output a") == 0
+    assert [e.target for e in xattn.load_pack("a")] == [281, 282, 283, 284]
+
+
+def test_heads_are_found_in_the_folder_of_their_run(photos, capsys):
+    import torch
+
+    torch.manual_seed(0)
+    backbone = xattn.load_backbone("test_resnet", None, input_size=64)
+    torch.save(backbone.model.state_dict(), "w.pth")
+    for name in ("one", "two"):
+        xattn.save_head(xattn.create_head("ttame", backbone), f"runs/{name}/head")
+    model = MODEL.replace("random", "w.pth")
+    assert run(f"explain photos/0.png {model} --heads runs/one runs/two --output a") == 0
+    assert [e.method for e in xattn.load_pack("a")] == ["one", "two"]
+    assert run(f"explain photos/0.png {model} --heads runs --output b") == 2
+    told = capsys.readouterr().err
+    assert "heads: runs holds 2 heads; name one of runs/one/head, runs/two/head" in told
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("models", "tf_efficientnet_lite0"),
+        ("heads", "evidence-efficientnet-lite0"),
+        ("explainers", "gradcam "),
+        ("blocks", "ninformer"),
+        ("metrics", "higher is better"),
+    ],
+)
+def test_a_kind_is_listed_alone(kind, says, capsys):
+    assert main(["list", kind]) == 0
+    out = capsys.readouterr().out
+    assert says in out and "protocols:" not in out
