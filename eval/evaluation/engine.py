@@ -2,8 +2,8 @@
 
     images -> clean pass (score, class) -> maps of each method -> grey masks -> probes -> scorer
 
-Images stream through in chunks of ``max_forward_batch``; clean passes, explanations and perturbed
-passes all run at that one batch shape, so results do not depend on how many images there are.
+Images stream through in chunks of ``max_forward_batch``, or fewer if there are fewer images; clean
+passes, explanations and perturbed passes all run at that one batch shape (:func:`micro_batch`).
 Under ``torchrun`` each process takes every n-th chunk, and all return the results of all images.
 What is finished is stored at once (:mod:`~xattn.eval.evaluation.store`): a killed run resumes from it.
 """
@@ -24,7 +24,7 @@ from xattn.eval.annotations import Annotations
 from xattn.eval.evaluation.evaluation_run import Evaluation, EvaluationRun
 from xattn.eval.evaluation.facts import run_facts
 from xattn.eval.evaluation.map_maker import Randomized
-from xattn.eval.evaluation.scorer import MaskedScorer
+from xattn.eval.evaluation.scorer import MaskedScorer, micro_batch
 from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import ImageStream, Item
 from xattn.eval.interfaces import Classifier, Explainer, check_classes
@@ -62,14 +62,15 @@ def evaluate(
     Args:
         backbone: a :class:`xattn.Backbone`; it alone scores, whatever an explainer looks at.
         explainers: by the name of their row in the table.
-        images: a photo, folder or list file; a list of paths or PIL images; or float tensors
-            (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size, also from a generator.
+        images: a photo, folder or list file; a list of paths, PIL images or arrays (H, W, 3); or float
+            tensors (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size, also from a loader.
         metrics: groups by name (:data:`xattn.eval.metrics.PROBES`), or probes, also of your own.
         protocol: its ``class_policy`` follows ``classes``, its ``score`` the backbone's task unless
             it is ``"logit"``.
         levels, view, seed: replace the protocol's own: (1.0, 0.5, 0.15), ``"crop"``, 0.
         max_forward_batch: images a forward pass; also how many are explained at a time. A multiple
-            of 4 keeps results bit-equal whatever else is scored in the same run.
+            of 4 keeps results bit-equal whatever else is scored in the same run. Of fewer images a pass
+            is no larger than it takes; then results are bit-equal for the same number of images.
         classes: explain these instead of the predicted class: one for all images, or one an image
             (unreadable ones included), as index or name.
         max_pixels: larger photos are skipped as decompression bombs.
@@ -80,7 +81,7 @@ def evaluate(
         again_limit: metrics that explain again are measured on this many images for explainers that
             run many perturbed passes; None for all.
         state: an SQLite file that keeps what is finished. A run with the same arguments resumes
-            from it.
+            from it, also with more images if there were ``max_forward_batch`` before.
         kept_maps: of how many of the first images ``state`` keeps the maps as explained and the
             top classes. What an earlier run did not keep is explained again, and not measured again.
 
@@ -164,8 +165,9 @@ def _run(
     backbone, protocol = evaluation.backbone, evaluation.protocol
     methods = len(evaluation.explainers)
     ranks, rank = processes(backbone.device)
-    scorer = MaskedScorer(backbone, max_forward_batch, protocol.score, protocol.precision)
-    facts = {**run_facts(evaluation, max_forward_batch), "classes": wanted}
+    size = micro_batch(max_forward_batch, stream.length)
+    scorer = MaskedScorer(backbone, size, protocol.score, protocol.precision)
+    facts = {**run_facts(evaluation, size), "classes": wanted}
     with closing(Store(path, facts, rank)) as store:
         run = EvaluationRun(evaluation, scorer, store)
         with tqdm(
@@ -175,7 +177,7 @@ def _run(
             disable=not progress or rank > 0,
             dynamic_ncols=True,
         ) as bar:
-            for chunk in stream.blocks(max_forward_batch, rank, ranks):
+            for chunk in stream.blocks(size, rank, ranks):
                 if chunk:
                     run.add(chunk, _targets(wanted, chunk), bar.update)
                 bar.set_postfix_str(f"{len(stream.skipped)} skipped" if stream.skipped else "")
@@ -184,7 +186,7 @@ def _run(
         run.finish(stream)
         costs = gather(run.cost())
         cost = {key: sum(part[key] for part in costs) for key in costs[0]}
-        cost["max_forward_batch"] = max_forward_batch
+        cost["max_forward_batch"] = size
         _merge_processes(store, ranks, rank, path)
         return collect(
             store,

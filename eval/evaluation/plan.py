@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xattn.eval.evaluation.scorer import micro_batch
 from xattn.eval.interfaces import Classifier, Explainer, ExplainerFacts, ScoredModel
 from xattn.eval.metrics.base import Probe, Sample
 
@@ -72,7 +73,8 @@ def plan(
         stages: of the randomisation check.
         processes: how many share the work.
     """
-    batch = image.to(backbone.device).expand(max_forward_batch, -1, -1, -1).contiguous()
+    size = micro_batch(max_forward_batch, count)
+    batch = image.to(backbone.device).expand(size, -1, -1, -1).contiguous()
     seconds_a_pass = _seconds_a_pass(backbone, batch)
     requests, again, making = 0, 0, 0.0
     for probe in probes:

@@ -19,6 +19,23 @@ from xattn.eval.interfaces import ScoredModel
 from xattn.runtime.memory import ForwardBatches
 
 
+LEAST = 8  # images a pass: one photo has more masked copies than that, and larger passes gain little
+
+
+def micro_batch(max_forward_batch: int, images: int | None) -> int:
+    """The shape of a run's passes: ``max_forward_batch``, or less if there are fewer images.
+
+    A multiple of 4, at least ``LEAST``; a pure function of what the run was given, so that resumed runs
+    and all processes of a run have the same. ``images`` None: their number is not known.
+
+    >>> [micro_batch(32, n) for n in (1, 8, 9, 30, 31, 1000, None)]
+    [8, 8, 12, 32, 32, 32, 32]
+    """
+    if images is None:
+        return max_forward_batch
+    return min(max_forward_batch, max(LEAST, -(-images // 4) * 4))
+
+
 @dataclass(eq=False, slots=True)
 class Ticket:
     """A promised score; ``done`` once its micro-batch has run."""

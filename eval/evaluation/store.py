@@ -103,9 +103,15 @@ class Store:
         fresh = json.loads(json.dumps(dict(facts), sort_keys=True))
         other = [key for key in fresh if key in stored and stored[key] != fresh[key]]
         if other:
+            remedy = "give another file, or delete it"
+            size = stored.get("max_forward_batch")
+            if other == ["max_forward_batch"] and size < fresh["max_forward_batch"]:
+                remedy = (
+                    f"it was begun with {size} images a pass, as many as few images take; "
+                    f"max_forward_batch={size} goes on with it, another file starts anew"
+                )
             raise ValueError(
-                f"state: {self.path} belongs to another run, it differs in {', '.join(other)}; give "
-                f"another file, or delete it"
+                f"state: {self.path} belongs to another run, it differs in {', '.join(other)}; {remedy}"
             )
 
     def finished(self, first: int, last: int) -> dict[int, set[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xattn.eval import functional
 from xattn.eval.annotations import Annotation
-from xattn.eval.evaluation.scorer import MaskedScorer, Ticket
+from xattn.eval.evaluation.scorer import MaskedScorer, Ticket, micro_batch
 from xattn.eval.metrics.base import Column, Finish, Probe, Request, Sample
 
 
@@ -54,7 +54,7 @@ def measure(
         raise ValueError(
             f"maps, targets: got {len(maps)} and {len(classes)} for {batch} images; give one an image"
         )
-    scorer = MaskedScorer(_Callable(f), max_forward_batch, score=score)
+    scorer = MaskedScorer(_Callable(f), micro_batch(max_forward_batch, batch), score=score)
     size = images.shape[-2:]
     grey, valid = functional.saliency(
         maps, size, is_mask=is_mask, normalization=normalization, resize=resize
@@ -64,16 +64,19 @@ def measure(
         column: torch.full((batch,), math.nan, dtype=torch.float64, device="cpu")
         for column in probe.columns
     }
-    for i in range(batch):
-        p, _ = scorer.clean(images[i : i + 1], classes[i : i + 1])
-        target = int(classes[i])
-        if valid[i]:
+    for part in torch.arange(batch, device="cpu").split(scorer.max_forward_batch):
+        scores, _ = scorer.clean(images[part], classes[part])
+        waiting = []
+        for i, p in zip(part.tolist(), scores.tolist(), strict=True):
+            if not valid[i]:
+                continue
+            target = int(classes[i])
             sample = Sample(
                 image=images[i].float(),
                 grey=grey[i],
                 raw=raw[i],
                 target=target,
-                score=float(p),
+                score=p,
                 seed=sample_seed(seed, i),
                 is_mask=is_mask,
                 resize=resize,
@@ -83,18 +86,15 @@ def measure(
                 and partial(_explain_at_stage, explain_randomized, target),
                 annotation=None if annotations is None else annotations[i],
             )
-            for column, value in _values(probe, sample, scorer).items():
+            tickets: dict[str, list[Ticket]] = {}
+            finish = submit_all(probe.measure(sample), scorer, target, tickets)
+            waiting.append((i, finish, tickets))
+        scorer.flush()
+        for i, finish, tickets in waiting:
+            for column, value in finished(probe, finish, scores_of(tickets)).items():
                 values[column][i] = value
         scorer.forget()
     return values
-
-
-def _values(probe: Probe, sample: Sample, scorer: MaskedScorer) -> dict[Column, float]:
-    """The values of one explanation, scored at once."""
-    tickets: dict[str, list[Ticket]] = {}
-    finish = submit_all(probe.measure(sample), scorer, sample.target, tickets)
-    scorer.flush()
-    return finished(probe, finish, scores_of(tickets))
 
 
 def finished(probe: Probe, finish: Finish, scores: Mapping[str, Tensor]) -> dict[Column, float]:

@@ -348,3 +348,34 @@ def test_saturated_maps_whose_ties_keep_too_much_are_counted():
     results = evaluate(FakeBackbone(), rows, images, max_forward_batch=4, progress=False)
     assert results.methods["saturated"].tied == 3 and results.methods["plain"].tied == 0
     assert any("ties keep more pixels" in line for line in results.warnings())
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        (lambda: fakes.images(1), 8),
+        (lambda: fakes.images(9), 12),
+        (lambda: fakes.images(40), 32),
+        (lambda: iter(fakes.images(3)), 32),  # of a generator nobody knows the length
+    ],
+)
+def test_passes_are_as_small_as_the_images_are_few(given, size):
+    seen = []
+
+    def counted(x, t):
+        seen.append(len(x))
+        return fakes.brightness(x, t)
+
+    backbone = FakeBackbone()
+    found = run({"counted": Maps(counted)}, given(), backbone, max_forward_batch=32)
+    assert {shape[0] for shape in backbone.shapes} == set(seen) == {size}
+    assert found.cost["max_forward_batch"] == size
+
+
+def test_a_limit_is_the_same_run_as_so_many_images():
+    x = fakes.images(40)
+    few = run(images=list(x), limit=3, max_forward_batch=32)
+    rows = run(images=x[:3], max_forward_batch=32)
+    for name in few.methods:
+        values = [column(r, name, "AD", 0.5) for r in (few, rows)]
+        np.testing.assert_array_equal(*values)

@@ -120,6 +120,15 @@ def test_fewer_and_more_images_of_one_state_are_those_that_were_asked_for(tmp_pa
     assert numbers(run(tmp_path / "state.sqlite", images=x)) == numbers(run(images=x))
 
 
+def test_a_run_of_few_images_goes_on_with_more_at_its_own_shape(tmp_path):
+    x, state = fakes.images(14), tmp_path / "state.sqlite"
+    run(state, images=x[:5], max_forward_batch=32)
+    with pytest.raises(ValueError, match=r"^state: .*max_forward_batch=8 goes on with it"):
+        run(state, images=x, max_forward_batch=32)
+    grown = run(state, images=x, max_forward_batch=8)
+    assert numbers(grown) == numbers(run(images=x, max_forward_batch=8))
+
+
 def test_a_file_that_is_no_state_is_refused_and_kept(tmp_path):
     path = tmp_path / "state.sqlite"
     path.write_bytes(b"my thesis, do not delete" * 100)
