@@ -30,6 +30,7 @@ MIN_IMAGES = 8
 TOO_FEW = "too few images for a verdict"
 # Mean rank correlation with the maps of a randomised network above which a method ignores weights.
 SURVIVES = 0.5
+RANDOMIZED = Column("randomization-Spearman")
 
 
 class ImageRecord(NamedTuple):
@@ -291,7 +292,7 @@ class Results:
         return int((~np.isnan(a - b)).sum())
 
     def _too_few(self) -> list[str]:
-        """A line for the methods and judged columns that lack images for a verdict."""
+        """A line for the methods and columns that lack images for a verdict."""
         lacking: dict[tuple[str, ...], list[str]] = {}
         for name in self.judged_methods:
             keys = []
@@ -299,6 +300,11 @@ class Results:
                 counts = [self.images_of_both(name, r, column) for r in self._sanity_rows]
                 if any(0 < n < MIN_IMAGES for n in counts):
                     keys.append(column.key)
+            if (
+                RANDOMIZED in self.columns
+                and 0 < self.images_of_both(name, name, RANDOMIZED) < MIN_IMAGES
+            ):
+                keys.append(RANDOMIZED.key)
             if keys:
                 lacking.setdefault(tuple(keys), []).append(name)
         return [
@@ -306,13 +312,21 @@ class Results:
             for keys, names in lacking.items()
         ]
 
+    def survives(self, name: str) -> bool | None:
+        """Whether a method's maps stay alike when the network's weights are randomised.
+
+        None: no verdict, it was measured on too few images.
+        """
+        values = self._method(name).values.get(RANDOMIZED)
+        if values is None or int((~np.isnan(values)).sum()) < MIN_IMAGES:
+            return None
+        return bootstrap.mean(values) > SURVIVES
+
     def _survives(self, name: str) -> list[str]:
-        """A line if maps stay alike when the network's weights are randomised."""
-        column = Column("randomization-Spearman")
-        values = self.methods[name].values.get(column)
-        mean = float("nan") if values is None else bootstrap.mean(values)
-        if not mean > SURVIVES:
+        """A line if :meth:`survives`."""
+        if not self.survives(name):
             return []
+        mean = bootstrap.mean(self.methods[name].values[RANDOMIZED])
         return [
             f"{name} survives weight randomisation: its maps keep a rank correlation of {mean:.2f} "
             f"(above {SURVIVES:g})"

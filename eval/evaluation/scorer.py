@@ -18,8 +18,7 @@ from torch import Tensor
 from xattn.eval.interfaces import ScoredModel
 from xattn.runtime.memory import ForwardBatches
 
-
-LEAST = 8  # images a pass: one photo has more masked copies than that, and larger passes gain little
+LEAST = 8  # images a pass; masked copies of one photo fill it, and larger passes gain little
 
 
 def micro_batch(max_forward_batch: int, images: int | None) -> int:

@@ -24,7 +24,7 @@ from xattn.eval.evaluation.database import damaged
 from xattn.eval.evaluation.kept_maps import grey_maps
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.objectives import is_trained_on
-from xattn.eval.results import Results, is_baseline
+from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results, is_baseline
 from xattn.photos.images import MAX_PIXELS, decode_image, load_image
 from xattn.photos.view import prepare
 from xattn.pictures.overlay import data_url
@@ -79,6 +79,8 @@ def page_data(
             for i, image in ((i, results.images[i]) for i in listed)
         },
         "n": len(results.images),
+        "least": MIN_IMAGES,
+        "too_few": TOO_FEW,
         "score": results.protocol.score,
         "points": points,
         "values": [

@@ -28,7 +28,7 @@ from xattn.eval.report.html_tables import (
 )
 from xattn.eval.report.standings import Standing
 from xattn.eval.report.text_tables import protocol_notes
-from xattn.eval.results import SURVIVES, Results, is_baseline
+from xattn.eval.results import Results, is_baseline
 
 _LISTED = 20  # images of one method, or skipped photos, before "and n more"
 
@@ -115,7 +115,7 @@ def _warnings(results: Results, failures: Failures) -> str:
     ):
         if names:
             points.append(f"<b>does not beat the centre prior</b> {words}: {_names(names)}")
-    kept = [name for name, mean in similarity(results).items() if mean > SURVIVES]
+    kept = [name for name in similarity(results) if results.survives(name)]
     if kept:
         points.append(f"<b>survives weight randomisation</b>: {_names(kept)}")
     none = [name for name, method in results.methods.items() if not method.valid.any()]

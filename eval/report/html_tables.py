@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from xattn.eval.metrics.base import Column, MetricInfo
 from xattn.eval.metrics.objectives import LEGEND, MARK, is_trained_on
 from xattn.eval.report.aggregate_ranks import AggregateRank, aggregate_ranks
-from xattn.eval.report.standings import Standing, wins
-from xattn.eval.results import SURVIVES, MethodResult, Results, is_baseline
+from xattn.eval.report.standings import Standing, too_few, wins
+from xattn.eval.results import TOO_FEW, MethodResult, Results, is_baseline
 from xattn.runtime.files import printable
 
 Failures = Mapping[str, Mapping[Column, "list[str] | None"]]
@@ -140,11 +140,13 @@ def _cell(
         return f"<td data-kind={kind} data-v=->-</td>"
     better = s.diff_lo > 0 if results.info(s.column.metric).higher_is_better else s.diff_hi < 0
     mark, title = "", f"{s.n} images"
+    if not s.judged:
+        title += f": {TOO_FEW}"
     if s.best:
         mark = "<i class=mark>★<span class=sr> best</span></i>"
     elif s.level_with_best:
         mark = "<i class=mark>≈<span class=sr> level with best</span></i>"
-    elif is_baseline(s.method) and not method.is_mask and better:
+    elif s.judged and is_baseline(s.method) and not method.is_mask and better:
         mark = "<i class=mark>!<span class=sr> better than the best method</span></i>"
     if s.diff == s.diff:
         lo, hi = (format_number(v, form) for v in (s.diff_lo, s.diff_hi))
@@ -164,13 +166,15 @@ def _cell(
 
 
 def verdicts(results: Results, table: Sequence[Standing]) -> str:
-    """Who is best where, a line a method, and how much of that it was trained on; what ranks mean."""
+    """Who is best where, a line a method, how much of that it was trained on; what ranks mean."""
     said = "".join(
         f"<li><b class=name>{label(found.method)}</b>: {text(found.verdict)}</li>"
         for found in wins(results, table)
     )
     ranking = aggregate_ranks(results)
     said += "".join(f"<li>{text(note)}</li>" for note in (ranking.notes if ranking else ()))
+    few = too_few(table)
+    said += f"<li>{text(few)}</li>" if few else ""
     return f"<ul class=verdicts>{said}</ul>" if said else ""
 
 
@@ -220,11 +224,13 @@ def sanity_table(results: Results, failures: Failures) -> str:
         objective = results.methods[name].objective
         cells = "".join(
             f"<td>{_verdict(failures[name], metric, is_trained_on(objective, metric))}</td>"
+            if any(results.images_of_both(name, name, c) for c in columns if c.metric == metric)
+            else "<td>-</td>"
             for metric in metrics
         )
         if means:
             mean = means[name]
-            sign = "✗" if mean > SURVIVES else "✓"
+            sign = {True: "✗", False: "✓", None: TOO_FEW}[results.survives(name)]
             cells += "<td>-</td>" if mean != mean else f"<td>{sign} {mean:.2f}</td>"
         body += f"<tr><th scope=row class=name>{label(name)}</th>{cells}</tr>"
     if len(heads) == 1:
@@ -243,4 +249,4 @@ def _verdict(row: Mapping[Column, list[str] | None], metric: str, trained_on: bo
         f"<li>✗ {' '.join([label(rival), *filter(None, at)])}</li>" for rival, at in lost.items()
     )
     dagger = f" {MARK}" if trained_on else ""
-    return f"<ul>{said}</ul>" if said else f"✓{dagger}" if judged else "-"
+    return f"<ul>{said}</ul>" if said else f"✓{dagger}" if judged else TOO_FEW

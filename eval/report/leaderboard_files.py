@@ -14,9 +14,9 @@ from xattn.eval.metrics.objectives import MARK
 from xattn.eval.report.aggregate_ranks import aggregate_ranks
 from xattn.eval.report.html_page import html_page
 from xattn.eval.report.results_files import image_lines, to_dict
-from xattn.eval.report.standings import Standing, standings, wins
+from xattn.eval.report.standings import Standing, standings, too_few, wins
 from xattn.eval.report.text_tables import format_table
-from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results, is_baseline
+from xattn.eval.results import TOO_FEW, Results, is_baseline
 from xattn.runtime.files import atomic_file
 
 
@@ -45,7 +45,7 @@ def write_report(
             {
                 **to_dict(results),
                 "cost": {},
-                "standings": _plain(table),
+                "standings": _plain(results, table),
                 "aggregate_ranks": _ranking(results),
             }
         ),
@@ -70,6 +70,7 @@ def write_report(
 def markdown(results: Results, table: Sequence[Standing]) -> str:
     """The tables with protocol and warnings; who is best, in words; and who is level with the best."""
     verdicts = [f"- {found.method}: {found.verdict}" for found in wins(results, table)]
+    verdicts += [f"- {few}"] if (few := too_few(table)) else []
     lines = [*verdicts, ""] if verdicts else []
     lines += ["| metric | best | not told apart from the best (paired 95 % interval holds 0) |"]
     lines += ["| :-- | :-- | :-- |"]
@@ -77,18 +78,20 @@ def markdown(results: Results, table: Sequence[Standing]) -> str:
         cells = [s for s in table if s.column == column and s.n]
         winner = next((s for s in cells if s.best), None)
         if winner is not None:
-            level = _level_with(winner, cells, results)
+            level = _level_with(cells)
             lines.append(f"| {column.key} | {_marked(winner)} | {level} |")
+        elif any(not s.judged for s in cells):
+            lines.append(f"| {column.key} | {TOO_FEW} | {TOO_FEW} |")
     return "# Leaderboard\n\n" + format_table(results, "markdown") + "\n" + "\n".join(lines) + "\n"
 
 
-def _level_with(winner: Standing, cells: Sequence[Standing], results: Results) -> str:
+def _level_with(cells: Sequence[Standing]) -> str:
     """The methods of a column that are not told apart from the best, or that too few images compare."""
     few, level = [], []
     for s in cells:
         if s.best or is_baseline(s.method):
             continue
-        if results.images_of_both(s.method, winner.method, s.column) < MIN_IMAGES:
+        if not s.judged:
             few.append(_marked(s))
         elif s.level_with_best:
             level.append(_marked(s))
@@ -128,14 +131,14 @@ def _standing_lines(results: Results, table: Sequence[Standing]) -> list[list[An
     return lines
 
 
-def _plain(table: Sequence[Standing]) -> list[dict[str, Any]]:
+def _plain(results: Results, table: Sequence[Standing]) -> list[dict[str, Any]]:
     rows = []
     for s in table:
         row = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in s._asdict().items()
         }
-        rows.append({**row, "column": s.column.key})
+        rows.append({**row, "column": s.column.key, "verdict": s.verdict(results)})
     return rows
 
 

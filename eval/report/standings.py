@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.objectives import TRAINED_ON
-from xattn.eval.results import MIN_IMAGES, Results, Row, is_baseline
+from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results, Row, is_baseline
 
 
 class Standing(NamedTuple):
     """One cell of the leaderboard beside the best method of its column.
 
-    ``diff`` = mean(method - best) over images valid in both, with its paired 95 % interval, NaN for
-    the best itself. ``level_with_best``: the interval holds zero. ``trained_on``: the metric is one that
-    the method's head was trained on; nobody is left out of the comparison for that.
+    ``diff`` = mean(method - first) over images valid in both, with its paired 95 % interval, NaN for
+    the first itself, the method with the best mean. ``judged``: these images are enough for a verdict; if
+    not, nobody is ``best`` or level with the best. ``level_with_best``: the interval holds zero.
+    ``trained_on``: the metric is one that the method's head was trained on; nobody is left out of the
+    comparison for that.
     """
 
     method: str
@@ -31,21 +33,40 @@ class Standing(NamedTuple):
     diff_lo: float
     diff_hi: float
     level_with_best: bool
+    judged: bool = True
     trained_on: bool = False
+
+    def verdict(self, results: Results) -> str:
+        """Where the method stands in the column, in words."""
+        up = results.info(self.column.metric).higher_is_better
+        trained = ", in what it was trained on" if self.trained_on else ""
+        if not self.n:
+            return "not measured"
+        if not self.judged:
+            return TOO_FEW
+        if self.best:
+            return f"best{trained}"
+        if results.methods[self.method].is_mask:
+            return "a mask, not ranked"
+        if is_baseline(self.method) and (self.diff_lo > 0 if up else self.diff_hi < 0):
+            return "better than the best method"
+        if self.level_with_best:
+            return f"not told apart from the best{trained}"
+        return "worse than the best" if math.isfinite(self.diff) else "not compared"
 
 
 def standings(results: Results) -> list[Standing]:
     """Every method against the best of its column.
 
     Sanity rows and masks cannot be best, nor can a method that was measured on less than half of
-    the images that another was measured on.
+    the images that another was measured on, or on fewer than ``MIN_IMAGES``.
     """
     rows = {(r.method, Column(r.metric, r.level)): r for r in results.rows()}
-    best = {column: _best(results, rows, column) for column in results.columns}
+    first = {column: _first(results, rows, column) for column in results.columns}
     differences: dict[tuple[str, Column], Any] = {}
     for name in results.methods:
-        for rival in dict.fromkeys(best.values()):
-            columns = [c for c in results.columns if best[c] == rival]
+        for rival in dict.fromkeys(first.values()):
+            columns = [c for c in results.columns if first[c] == rival]
             if rival is not None and rival != name:
                 found = results.compare(name, rival, columns)
                 differences.update({(name, Column(d.metric, d.level)): d for d in found})
@@ -54,9 +75,9 @@ def standings(results: Results) -> list[Standing]:
         for name in results.methods:
             row, d = rows[name, column], differences.get((name, column))
             diff = (math.nan,) * 3 if d is None else (d.diff, d.lo, d.hi)
-            level = name == best[column] or (
-                d is not None and d.n > 0 and not d.better and not d.worse
-            )
+            judged = row.n >= MIN_IMAGES if d is None else d.judged
+            best = judged and name == first[column]
+            level = best or (judged and d is not None and not d.better and not d.worse)
             table.append(
                 Standing(
                     method=name,
@@ -66,11 +87,12 @@ def standings(results: Results) -> list[Standing]:
                     hi=row.hi,
                     n=row.n,
                     n_invalid=row.n_invalid,
-                    best=name == best[column],
+                    best=best,
                     diff=diff[0],
                     diff_lo=diff[1],
                     diff_hi=diff[2],
                     level_with_best=level,
+                    judged=judged,
                     trained_on=row.trained_on,
                 )
             )
@@ -116,7 +138,7 @@ def wins(results: Results, table: Sequence[Standing]) -> list[Wins]:
     """Who is best where, in the order of the methods; columns of too few images are left out."""
     found = []
     for name, method in results.methods.items():
-        best = [s for s in table if s.method == name and s.best and s.n >= MIN_IMAGES]
+        best = [s for s in table if s.method == name and s.best]
         own = tuple(s.column for s in best if s.trained_on)
         others = tuple(s.column for s in best if not s.trained_on)
         if best:
@@ -124,7 +146,16 @@ def wins(results: Results, table: Sequence[Standing]) -> list[Wins]:
     return found
 
 
-def _best(results: Results, rows: Mapping[tuple[str, Column], Row], column: Column) -> str | None:
+def too_few(table: Sequence[Standing]) -> str:
+    """In which columns no method has images enough for a verdict, in words; empty if there is none."""
+    judged = {s.column for s in table if s.judged}
+    lacking = list(dict.fromkeys(s.column for s in table if s.n and s.column not in judged))
+    if not lacking:
+        return ""
+    return f"{TOO_FEW} in {_named(lacking)}; it takes at least {MIN_IMAGES}"
+
+
+def _first(results: Results, rows: Mapping[tuple[str, Column], Row], column: Column) -> str | None:
     sign = 1 if results.info(column.metric).higher_is_better else -1
     rivals = [
         name

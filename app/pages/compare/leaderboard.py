@@ -47,6 +47,8 @@ def leaderboard_tab(board: Board) -> None:
     )
     if board.wins:
         st.markdown("\n".join(f"- **{plain(w.method)}**: {plain(w.verdict)}" for w in board.wins))
+    if board.too_few:
+        st.markdown(plain(board.too_few))
     with st.expander("All metrics"):
         _everything(board)
 

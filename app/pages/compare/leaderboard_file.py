@@ -16,8 +16,8 @@ from xattn.eval.metrics.base import Column, MetricInfo
 from xattn.eval.metrics.objectives import MARK
 from xattn.eval.report import html_data
 from xattn.eval.report.results_files import from_dict
-from xattn.eval.report.standings import Standing, Wins, wins
-from xattn.eval.results import Results, is_baseline
+from xattn.eval.report.standings import Standing, Wins, too_few, wins
+from xattn.eval.results import MIN_IMAGES, Results, is_baseline
 from xattn.packs.contained_files import PackError
 from xattn.runtime import strict_json
 from xattn.runtime.lru_cache import LRUCache
@@ -62,6 +62,11 @@ class Board:
         """Who is best where."""
         return wins(self.results, list(self.standings.values()))
 
+    @property
+    def too_few(self) -> str:
+        """In which columns there is no verdict, in words; "" if in none."""
+        return too_few(list(self.standings.values()))
+
     def marked(self, method: str, key: str) -> str:
         """A method's name, with a dagger if its head was trained on that column's metric."""
         return f"{method} {MARK}" if self.standings[method, key].trained_on else method
@@ -87,20 +92,7 @@ class Board:
 
     def verdict(self, method: str, key: str) -> str:
         """Where a method stands in a column, in words."""
-        s = self.standings[method, key]
-        up = self.info(key).higher_is_better
-        if not s.n:
-            return "not measured"
-        trained = ", in what it was trained on" if s.trained_on else ""
-        if s.best:
-            return f"best{trained}"
-        if self.results.methods[method].is_mask:
-            return "a mask, not ranked"
-        if is_baseline(method) and (s.diff_lo > 0 if up else s.diff_hi < 0):
-            return "better than the best method"
-        if s.level_with_best:
-            return f"not told apart from the best{trained}"
-        return "worse than the best" if math.isfinite(s.diff) else "not compared"
+        return self.standings[method, key].verdict(self.results)
 
 
 def arrow(key: str, board: Board) -> str:
@@ -183,13 +175,20 @@ def _check(results: Results) -> None:
 
 
 def _standing(item: dict[str, Any], columns: dict[str, Column]) -> Standing:
-    """A line of the file; None there is NaN here. Earlier versions do not say ``trained_on``."""
-    item = {"trained_on": False, **item}
+    """A line of the file; None there is NaN here.
+
+    Earlier versions do not say ``trained_on`` or ``judged``, and found a best method on any number of
+    images.
+    """
+    item = {"trained_on": False, "judged": int(item["n"]) >= MIN_IMAGES, **item}
     values: dict[str, Any] = {name: item[name] for name in Standing._fields}
     for name in _NUMBERS:
         values[name] = math.nan if values[name] is None else float(values[name])
     values |= {name: int(values[name]) for name in ("n", "n_invalid")}
-    values |= {name: bool(values[name]) for name in ("best", "level_with_best", "trained_on")}
+    values |= {name: bool(values[name]) for name in ("judged", "trained_on")}
+    values |= {
+        name: values["judged"] and bool(values[name]) for name in ("best", "level_with_best")
+    }
     return Standing(
         **{**values, "method": str(values["method"]), "column": columns[item["column"]]}
     )

@@ -163,7 +163,7 @@ function drawLegend() {
     for (const off of ["pointerleave", "blur"]) button.addEventListener(off, () => emphasise(-1));
     return button;
   });
-  const sets = { all: drawn, none: [], "best four and priors": usual };
+  const sets = { all: drawn, none: [], "first four and priors": usual };
   const more = Object.entries(sets).map(([name, set]) => {
     const button = make("button", { type: "button" }, name);
     button.addEventListener("click", () => { chosen = new Set(set); drawCharts(); drawLegend(); });
@@ -231,9 +231,10 @@ function scatter() {
     if (same && xm !== ym) {
       const above = points.filter((p) => p.b > p.a).length;
       const below = points.filter((p) => p.b < p.a).length;
+      const few = points.length < data.least ? `: ${data.too_few}` : "";
       const [better, worse] = data.columns[xc].up ? [above, below] : [below, above];
       summary += `${methodNames[ym]} (y) is better on ${better}, worse on ${worse}, equal on ` +
-        `${points.length - above - below}. Dashed: equal values. `;
+        `${points.length - above - below}${few}. Dashed: equal values. `;
     }
     for (const [m, c] of same && xm === ym ? [[xm, xc]] : [[xm, xc], [ym, yc]]) {
       if (data.methods[m].trained.includes(c)) {

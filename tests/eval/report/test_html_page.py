@@ -265,7 +265,7 @@ def test_a_verdict_names_the_levels_at_which_a_sanity_row_is_not_beaten():
 
 def test_a_method_that_survives_randomisation_is_named_above_the_table():
     column = Column("randomization-Spearman")
-    results = made_up(columns=(column,), edges=0.6, mine=-0.2, centre=0.0)
+    results = made_up(n=8, columns=(column,), edges=0.6, mine=-0.2, centre=0.0)
     source = page(results)
     assert "survives weight randomisation</b>: <span class=name>edges</span></li>" in source
 
