@@ -87,8 +87,9 @@ def record(model: nn.Module | None = None, alone: bool = False) -> Iterator[list
     """Inside the block, the calls of attention that this thread makes, in order.
 
     Args:
-        model: its timm layers are switched to fused attention without gradient checkpointing, and
-            back afterwards; layers that write out their softmax cannot be recorded otherwise.
+        model: its timm layers are switched to fused attention without gradient checkpointing, those of
+            transformers to ``attn_implementation="sdpa"``, and back afterwards; layers that write out
+            their softmax cannot be recorded otherwise.
         alone: whether to hide these calls from a :func:`record` around this one.
     """
     calls: list[Call] = []
@@ -137,31 +138,51 @@ def record_layers(
                 handle.remove()
 
 
-_SETTINGS = {"fused_attn": True, "grad_checkpointing": False}
-_USERS = WeakIdKeyDictionary()  # layer -> how many threads are inside, its settings before
+# Of timm's layers, and of the configs that layers of transformers read at each call.
+_SETTINGS = {"fused_attn": True, "grad_checkpointing": False, "_attn_implementation": "sdpa"}
+_USERS = (
+    WeakIdKeyDictionary()
+)  # layer or config -> how many threads are inside, its settings before
 _COUNTING = threading.RLock()
 
 
 def fused_layers(model: nn.Module | None) -> AbstractContextManager[None]:
-    """Inside, every timm layer of ``model`` calls ``F.scaled_dot_product_attention`` exactly once."""
-    modules = () if model is None else model.modules()
-    return fused(*(m for m in modules if any(hasattr(m, name) for name in _SETTINGS)))
+    """Inside, every layer of ``model``, of timm or transformers, calls ``F.scaled_dot_product_attention``
+    exactly once."""
+    modules = [] if model is None else list(model.modules())
+    configs = {
+        id(c): c for m in modules if getattr(m, "_supports_sdpa", False) for c in _configs(m)
+    }
+    layers = (m for m in modules if any(hasattr(m, name) for name in _SETTINGS))
+    return fused(*layers, *configs.values())
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    """What the layers of a model of transformers ask how to attend."""
+    for layer in model.modules():
+        config = getattr(layer, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            yield config
 
 
 @contextmanager
-def fused(*layers: nn.Module) -> Iterator[None]:
+def fused(*layers: Any) -> Iterator[None]:
     """:func:`fused_layers` for single layers.
 
     If several threads are inside, the first to enter sets it and the last to leave restores it.
     """
     with _COUNTING:
+        found = []
         for m in layers:
             users, before = _USERS.get(m, (0, {}))
             if not users:
                 before = {name: getattr(m, name) for name in _SETTINGS if hasattr(m, name)}
+            found.append((m, users + 1, before))
+        for m, users, before in found:  # a config sets its parts, too, so all are read first
+            if users == 1:
                 for name in before:
                     setattr(m, name, _SETTINGS[name])
-            _USERS[m] = users + 1, before
+            _USERS[m] = users, before
     try:
         yield
     finally:

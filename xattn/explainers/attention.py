@@ -20,6 +20,7 @@ from xattn.backbone import Backbone
 from xattn.explainers.base import Choose, Explainer
 
 Start = str | Sequence[int]
+CLASS_AND_PATCHES = "class+patches"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class AttentionExplainer(Explainer):
     Args:
         start: the tokens that the classifier reads: "auto" finds out (class token, class and
             distillation token, average over patches, or attention pooling's own row), "class" is
-            the first token, "patches" the average over them, or numbers of tokens, averaged.
+            the first token, "patches" the average over them, "class+patches" the mean of both, or
+            numbers of tokens, averaged.
 
     Raises:
         ValueError: a model without such attention (the message says what was found instead), or
@@ -102,7 +104,10 @@ class AttentionExplainer(Explainer):
         logits = logits if logits.dtype == torch.float64 else logits.float()
         row = logits.new_zeros(len(logits), 1, reading.tokens)
         first, last = reading.prefix, reading.tokens
-        row[..., list(range(first, last)) if self.start == "patches" else list(self.start)] = 1
+        if self.start == CLASS_AND_PATCHES:
+            row[..., first:], row[..., 0] = 1, last - first
+        else:
+            row[..., list(range(first, last)) if self.start == "patches" else list(self.start)] = 1
         return row / row.sum(-1, keepdim=True)
 
 
@@ -198,7 +203,7 @@ def _check_layers(backbone: Backbone, layers: Sequence[Call], images: Tensor) ->
 
 def _objection(backbone: Backbone, layers: Sequence[Call], images: Tensor) -> str | None:
     if not layers:
-        return "makes no call of F.scaled_dot_product_attention"
+        return f"makes no call of F.scaled_dot_product_attention{_remedy(backbone)}"
     expected = layers[0].operator.shape[2]
     if backbone.is_vit:
         height, width = backbone.tap_sizes[-1]
@@ -221,6 +226,15 @@ def _objection(backbone: Backbone, layers: Sequence[Call], images: Tensor) -> st
     return None
 
 
+def _remedy(backbone: Backbone) -> str:
+    """How a model of transformers is to be loaded whose layers were built for another implementation."""
+    config = getattr(getattr(backbone.model, "network", None), "config", None)
+    chosen = getattr(config, "_attn_implementation", "sdpa")
+    if not backbone.is_vit or chosen == "sdpa":
+        return ""
+    return f' (it was built for {chosen!r}; load it with attn_implementation="sdpa")'
+
+
 def _depth(backbone: Backbone) -> int | None:
     """How many attention layers there are: not all may be recorded, and some may attend twice."""
     blocks = getattr(backbone.model, "blocks", None)
@@ -240,12 +254,15 @@ def _start_tokens(
         return None if reading.pool else _tokens_read(backbone, reading)
     if start == "patches":
         return "patches"
-    if start == "class":
-        start = (0,)
-        if not reading.prefix:
-            raise ValueError(f"start='class': {backbone.name} has no class token; use 'patches'")
+    if start in ("class", CLASS_AND_PATCHES) and not reading.prefix:
+        raise ValueError(f"start={start!r}: {backbone.name} has no class token; use 'patches'")
+    if start == CLASS_AND_PATCHES:
+        return CLASS_AND_PATCHES
+    start = (0,) if start == "class" else start
     if start is None or isinstance(start, str):
-        raise ValueError(f"start: got {start!r}; give 'auto', 'class', 'patches' or token numbers")
+        raise ValueError(
+            f"start: got {start!r}; give 'auto', 'class', 'patches', 'class+patches' or token numbers"
+        )
     chosen = tuple(dict.fromkeys(start))
     if not chosen or min(chosen) < 0 or max(chosen) >= reading.tokens:
         raise ValueError(f"start: got {start}; give token numbers in 0..{reading.tokens - 1}")
@@ -262,6 +279,8 @@ def _tokens_read(backbone: Backbone, reading: Reading) -> str | tuple[int, ...]:
                 f"classifier reads is not known; {remedy}"
             )
         return (0,) if reading.prefix else "patches"
+    if getattr(backbone.model, "global_pool", "") == "token+avg":  # DINOv2's of transformers
+        return CLASS_AND_PATCHES
     if "max" in str(getattr(backbone.model, "global_pool", "")):
         raise ValueError(
             f"start: {backbone.name} pools by a maximum, not by one row of weights; {remedy}"

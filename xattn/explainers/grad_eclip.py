@@ -20,7 +20,12 @@ from torch.nn.functional import normalize
 from xattn.attention.inputs import spread_heads
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.record import Call
-from xattn.explainers.attention import AttentionExplainer, Reading, layers_text
+from xattn.explainers.attention import (
+    CLASS_AND_PATCHES,
+    AttentionExplainer,
+    Reading,
+    layers_text,
+)
 from xattn.explainers.base import register_explainer
 from xattn.explainers.legrad import check_layers
 from xattn.kernels.softmax.reference import widen
@@ -79,8 +84,9 @@ class GradEclip(AttentionExplainer):
         """Numbers of the queries whose output the classifier reads."""
         if self.start is None:
             return [0]
-        if self.start == "patches":
-            return list(range(reading.prefix, reading.tokens))
+        patches = range(reading.prefix, reading.tokens)
+        if self.start in ("patches", CLASS_AND_PATCHES):
+            return [*([] if self.start == "patches" else [0]), *patches]
         return [int(token) for token in self.start]
 
     def _rows(self, reading: Reading, classes: Tensor) -> Tensor:

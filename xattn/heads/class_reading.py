@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from xattn.backbone import Backbone, Taps
 from xattn.backbone.classifier import linear_classifier
 from xattn.backbone.taps import parse_tap
+from xattn.backbone.transformers_networks import Projections, TransformersBlock
 from xattn.heads.attentive import AttentiveHead
 from xattn.heads.probed import Probed
 from xattn.kernels.softmax.reference import widen
@@ -123,11 +124,11 @@ class PooledReading(RowReading):
 class TokenReading(RowReading):
     """What the class token read from each patch in ``blocks``, by the place of the tap before each."""
 
-    def __init__(self, weight: Tensor, blocks: dict[int, Block]) -> None:
+    def __init__(self, weight: Tensor, blocks: dict[int, Projections]) -> None:
         super().__init__(weight)
         self.places = list(blocks)
         self.extras = len(blocks)
-        self.layers = nn.ModuleList(TokenAttention(block) for block in blocks.values())
+        self.layers = nn.ModuleList(TokenAttention(found) for found in blocks.values())
 
     def read(self, taps: Taps, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         added, weights = [], []
@@ -155,21 +156,16 @@ class TokenAttention(nn.Module):
     v_weight: Tensor
     out: Tensor  # (C, H, D)
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, made: Projections) -> None:
         super().__init__()
-        attention: Any = block.attn
-        heads = int(attention.num_heads)
-        self.scale = float(attention.scale)
-        weights = widen(attention.qkv.weight.detach()).chunk(3)
-        for name, value in zip(("q_weight", "k_weight", "v_weight"), weights, strict=True):
-            self._keep(name, value.unflatten(0, (heads, -1)))
-        bias = attention.qkv.bias
-        bias = weights[0].new_zeros(len(weights[0])) if bias is None else widen(bias.detach())
-        self._keep("q_bias", bias[: len(weights[0])].unflatten(0, (heads, -1)))
-        out = widen(attention.proj.weight.detach())
-        gamma = getattr(block.ls1, "gamma", None)  # of a layer scale
-        out = out if gamma is None else out * widen(gamma.detach())[:, None]
-        self._keep("out", out.unflatten(1, (heads, -1)))
+        self.scale = made.scale
+        for name, value in (("q_weight", made.q), ("k_weight", made.k), ("v_weight", made.v)):
+            self._keep(name, widen(value.detach()).unflatten(0, (made.heads, -1)))
+        bias = made.q.new_zeros(len(made.q)) if made.q_bias is None else made.q_bias
+        self._keep("q_bias", widen(bias.detach()).unflatten(0, (made.heads, -1)))
+        out = widen(made.out.detach())
+        out = out if made.gain is None else out * widen(made.gain.detach())[:, None]
+        self._keep("out", out.unflatten(1, (made.heads, -1)))
 
     def _keep(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value.clone(), persistent=False)
@@ -284,25 +280,41 @@ def _vit_reading(backbone: Backbone, weight: Tensor) -> RowReading:
     return TokenReading(rows, _read_blocks(backbone))
 
 
-def _read_blocks(backbone: Backbone) -> dict[int, Block]:
-    """The blocks behind the ``norm1`` taps, by the place of the tap."""
+def _read_blocks(backbone: Backbone) -> dict[int, Projections]:
+    """The attention of the blocks behind the ``norm1`` taps, by the place of the tap."""
     if backbone.conversion:
         raise UnknownReading("its attention is not the softmax that it was built with")
-    blocks: dict[int, Block] = {}
+    blocks: dict[int, Projections] = {}
     for place, tap in enumerate(backbone.taps):
         kind, index, _ = parse_tap(tap)
         if kind != "norm1":
             continue
         block = backbone.model.blocks[index]  # type: ignore[index,union-attr]
-        if not isinstance(block, Block) or not _is_plain(block.attn):
+        found = _projections(block)
+        if found is None:
             name = f"{type(block).__name__} with {type(getattr(block, 'attn', block)).__name__}"
             raise UnknownReading(f"what the class token reads in its {name} is not known")
-        blocks[place] = block
+        blocks[place] = found
     if not blocks:
         raise UnknownReading(
             "none of its taps is what a block's attention reads; load it with --taps norm1"
         )
     return blocks
+
+
+def _projections(block: Any) -> Projections | None:
+    """What a block's attention projects with; None unless it is plain softmax attention."""
+    if isinstance(block, TransformersBlock):
+        return block.projections()
+    if not isinstance(block, Block) or not _is_plain(block.attn):
+        return None
+    attention: Any = block.attn
+    q, k, v = attention.qkv.weight.chunk(3)
+    bias = attention.qkv.bias
+    bias = None if bias is None else bias[: len(q)]
+    gain = getattr(block.ls1, "gamma", None)  # of a layer scale
+    heads, scale = int(attention.num_heads), float(attention.scale)
+    return Projections(q, k, v, bias, attention.proj.weight, gain, heads, scale)
 
 
 def _is_plain(attention: Any) -> bool:

@@ -163,7 +163,8 @@ def make_view(
     """The geometry of ``prepare`` for a photo of (height, width) pixels.
 
     ``mode="crop"`` follows timm's evaluation transform for the model's ``crop_mode`` ("center",
-    "squash", "border"); ``mode="whole"`` squeezes the entire photo into the input, whatever its
+    "squash", "border"), or that of transformers, which rounds the middle of a side down ("center_floor");
+    ``mode="whole"`` squeezes the entire photo into the input, whatever its
     aspect ratio.
     """
     if mode not in ("crop", "whole"):
@@ -184,6 +185,8 @@ def make_view(
     else:
         resized = (scale_h, int(scale_h * width / height))
     top, left = _centre(resized[0], out_h), _centre(resized[1], out_w)
+    if preprocessing.crop_mode == "center_floor":
+        top, left = (resized[0] - out_h) // 2, (resized[1] - out_w) // 2
     return View("crop", (height, width), resized, (top, left, out_h, out_w), target)
 
 

@@ -1,0 +1,375 @@
+"""Image classifiers of Hugging Face ``transformers``: from a module and its image processor, or by name.
+
+    model = AutoModelForImageClassification.from_pretrained(NAME)
+    backbone = load_backbone(model, processor=AutoImageProcessor.from_pretrained(NAME))
+    backbone = load_backbone(f"transformers:{NAME}")  # the same
+
+Normalisation, crop and interpolation come from the processor, labels and task from the model's config.
+The package itself is imported only for such a name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from xattn.attention.convertible import evaluating
+from xattn.backbone.classes import Task
+from xattn.backbone.preprocessing import Preprocessing
+from xattn.backbone.transformers_networks import (
+    TransformersMaps,
+    TransformersNetwork,
+    TransformersViT,
+)
+from xattn.runtime.locking import alone
+
+PREFIX = "transformers:"
+FAMILIES: dict[str, type[TransformersNetwork]] = {
+    **dict.fromkeys(
+        ("vit", "vit_msn", "deit", "beit", "dinov2", "dinov2_with_registers", "siglip"),
+        TransformersViT,
+    ),
+    **dict.fromkeys(("swin", "swinv2", "convnext", "convnextv2", "resnet"), TransformersMaps),
+}
+GIVE = (
+    "give a ...ForImageClassification, as AutoModelForImageClassification.from_pretrained loads it"
+)
+
+
+def is_transformers(module: nn.Module) -> bool:
+    """Whether ``module`` is a model of transformers; that is not imported to find out."""
+    found = sys.modules.get("transformers.modeling_utils")
+    return found is not None and isinstance(module, found.PreTrainedModel)
+
+
+def name_of(network: Any) -> str:
+    """The name that loads it again, where it was loaded by one; else its class."""
+    path = str(network.config._name_or_path or "")
+    return f"{PREFIX}{path}" if path else type(network).__name__
+
+
+def from_transformers(
+    network: Any, processor: Any = None, task: Task | None = None
+) -> TransformersNetwork:
+    """A classifier of transformers for ``load_backbone``, with what its image processor and its config say.
+
+    Args:
+        task: instead of the config's.
+
+    Raises:
+        ValueError: no image classifier, an architecture that is not read, or a processor that prepares
+            photos in a way that has no :class:`Preprocessing`.
+    """
+    kind = type(network).__name__
+    if kind == "TimmWrapperForImageClassification":
+        raise ValueError(
+            f"name_or_module: a {kind} holds a timm model; give that, load_backbone(model.timm_model)"
+        )
+    if "ForImageClassification" not in kind:
+        raise ValueError(f"name_or_module: a {kind} is {_what(kind, network)}; {GIVE}")
+    family = FAMILIES.get(network.config.model_type)
+    if family is None:
+        raise ValueError(
+            f"name_or_module: got a {kind}; of transformers these are read: {', '.join(FAMILIES)}; give "
+            f"it a method forward_taps(x) -> (logits, maps) instead"
+        )
+    preprocessing = None if processor is None else preprocessing_of_processor(processor)
+    size = preprocessing.input_size if preprocessing else (224, 224)
+    with alone(network), evaluating(network):
+        model = _checked(family, network, size)
+    model.preprocessing = preprocessing
+    model.task = task or _task(network.config)
+    model.class_names = _labels(network.config, model.task)
+    return model
+
+
+def check_processor(model: nn.Module, processor: Any, normalised: bool) -> None:
+    """Raise a ``ValueError`` unless ``model`` is told how to prepare photos, and by what can tell it.
+
+    Args:
+        normalised: whether mean and std are given.
+    """
+    if not isinstance(model, TransformersNetwork):
+        if processor is not None:
+            raise ValueError(
+                f"processor: got a {type(processor).__name__} for a {type(model).__name__}, which is no "
+                f"model of transformers; give mean= and std= instead"
+            )
+    elif model.preprocessing is None and not normalised:
+        raise ValueError(
+            f"processor: a {type(model.network).__name__} does not say how photos are prepared for it; "
+            f"give processor=AutoImageProcessor.from_pretrained(...), or mean= and std="
+        )
+
+
+def load_transformers(
+    name: str,
+    weights: str | Path | None = "timm",
+    processor: Any = None,
+    num_classes: int | None = None,
+    task: Task | None = None,
+) -> TransformersNetwork:
+    """The classifier ``transformers:FOLDER`` or ``transformers:NAME`` of the hub, for ``load_backbone``.
+
+    Args:
+        weights: None for random ones; else its own.
+        processor: used instead of the one that lies beside the model.
+        num_classes: refused, as the classifier has them. task: instead of the config's.
+
+    Raises:
+        ValueError: as in :func:`from_transformers`; transformers is not installed, or a classifier has no
+            weights.
+        OSError: a folder or a name that cannot be read.
+    """
+    name = name.removeprefix(PREFIX)
+    if weights not in ("timm", None):
+        raise ValueError(
+            f"weights: got {str(weights)!r}; {PREFIX}{name} brings its own, leave it out"
+        )
+    if num_classes is not None:
+        raise ValueError(
+            f"num_classes: got {num_classes}; {PREFIX}{name} has a classifier of its own, leave it out"
+        )
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(
+            f"backbone: {PREFIX}{name} needs transformers, which is not installed; run: pip install "
+            f'"xattn[transformers]"'
+        ) from None
+    source = _source(name)
+    with _quiet(transformers):
+        config = _read(name, "config.json", transformers.AutoConfig.from_pretrained, source)
+        _check_config(config, name, transformers)
+        if processor is None:
+            load = transformers.AutoImageProcessor.from_pretrained
+            processor = _read(name, "image processor", load, source)
+        auto: Any = transformers.AutoModelForImageClassification
+        network = auto.from_config(config) if weights is None else _with_weights(auto, source, name)
+    return from_transformers(network, processor, task)
+
+
+def _source(name: str) -> str:
+    """A folder that is there, or else a name of the hub."""
+    folder = Path(name).expanduser()
+    if not name or (not folder.is_dir() and (name[0] in "./~" or name.count("/") > 1)):
+        raise FileNotFoundError(
+            f"backbone: no folder {name!r}; give a folder or a name of the hub after {PREFIX}"
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"backbone: {PREFIX}{name} holds no config.json; give a folder that save_pretrained wrote"
+        )
+    return str(folder) if folder.is_dir() else name
+
+
+def _with_weights(auto: Any, source: str, name: str) -> Any:
+    load = partial(auto.from_pretrained, output_loading_info=True)
+    network, loading = _read(name, "weights", load, source)
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"backbone: {PREFIX}{name} has no weights for {', '.join(missing[:2])} of a "
+            f"{type(network).__name__}; fine-tune it as a classifier first, or give one that is"
+        )
+    return network.float()
+
+
+def _check_config(config: Any, name: str, transformers: Any) -> None:
+    known = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    kinds = list(config.architectures or ())
+    if config.model_type in known and (not kinds or "ForImageClassification" in kinds[0]):
+        return
+    kind = kinds[0] if kinds else config.model_type
+    raise ValueError(f"backbone: {PREFIX}{name} holds a {kind}, which is {_what(kind)}; {GIVE}")
+
+
+def _what(kind: str, network: Any = None) -> str:
+    """What a class of transformers is that is no image classifier, by its name and input."""
+    if getattr(network, "main_input_name", "pixel_values") != "pixel_values":
+        return "no image classifier but a model of text or sound"
+    if kind.endswith("Model"):
+        return "a network without a classifier"
+    purpose = re.search("For([A-Z].*)", kind)
+    words = re.sub("([A-Z])", r" \1", purpose[1]).lower() if purpose else ""
+    return f"made for{words}, no image classifier" if words else "no image classifier"
+
+
+def _checked(family: Any, network: Any, size: tuple[int, int]) -> Any:
+    """The network's parts, once they have given its own logits for a random image."""
+    kind = type(network).__name__
+    weight = next(network.parameters())
+    try:
+        model = family(network)
+        size = model.patch_embed.img_size if hasattr(model, "patch_embed") else size
+        draw = torch.Generator().manual_seed(0)
+        config = getattr(network.config, "vision_config", network.config)
+        image = (
+            torch.rand(1, config.num_channels, *size, generator=draw, device="cpu").to(weight) - 0.5
+        )
+        own, read = network(image).logits, model(image)
+        if not torch.allclose(own, read, rtol=1e-3, atol=1e-4 + 1e-3 * float(own.abs().max())):
+            raise ValueError("its own logits differ")
+    except (AttributeError, TypeError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"name_or_module: {kind} of this version of transformers is not built as expected ({reason}); "
+            f"give it a method forward_taps(x) -> (logits, maps)"
+        ) from error
+    return model
+
+
+# ---------------------------------------------------------------------- labels and task
+
+
+def _task(config: Any) -> Task | None:
+    """By ``config.problem_type``; None leaves it to the number of outputs."""
+    problem = getattr(config, "problem_type", None)
+    if problem == "multi_label_classification":
+        return "multilabel"
+    if problem == "regression" and config.num_labels > 1:
+        raise ValueError(
+            f"task: config.problem_type is 'regression' with {config.num_labels} outputs; give task= if "
+            f"they are logits of classes"
+        )
+    return None
+
+
+def _labels(config: Any, task: Task | None) -> list[str] | None:
+    """Names of the classes by ``config.id2label``, of one output those of both its classes; None where
+    that has only a number."""
+    labels = {int(i): str(label) for i, label in (config.id2label or {}).items()}
+    names = [labels.get(i, f"LABEL_{i}") for i in range(config.num_labels)]
+    if len(names) != 1 or task == "multilabel":
+        return names or None
+    return None if names == ["LABEL_0"] else [f"not {names[0]}", names[0]]
+
+
+# ---------------------------------------------------------------------- the image processor
+
+
+def preprocessing_of_processor(processor: Any) -> Preprocessing:
+    """How an image processor of transformers prepares a photo.
+
+    Raises:
+        ValueError: no image processor, or one whose result has no fixed size.
+    """
+    processor = getattr(processor, "image_processor", processor)
+    if not hasattr(processor, "image_mean") or not hasattr(processor, "size"):
+        raise ValueError(
+            f"processor: got {type(processor).__name__}; give the model's image processor, as "
+            f"AutoImageProcessor.from_pretrained loads it"
+        )
+    resized, crop, squash = _geometry(processor)
+    mean, std = _normalisation(processor)
+    pct = crop[0] / resized[0]
+    if math.floor(crop[0] / pct) != resized[0]:  # rounded down
+        pct = crop[0] / (resized[0] + 0.5)
+    return Preprocessing(
+        input_size=crop,
+        mean=mean,
+        std=std,
+        interpolation=_interpolation(processor),
+        crop_pct=pct,
+        crop_mode="squash" if squash else "center_floor",
+    )
+
+
+def _geometry(processor: Any) -> tuple[tuple[int, int], tuple[int, int], bool]:
+    """The size (or the short side, twice) that a photo is resized to, the crop of that, and whether its
+    aspect ratio is lost."""
+    size = _sides(processor.size)
+    short, both = size.get("shortest_edge"), (size.get("height"), size.get("width"))
+    crop = _sides(processor.crop_size) if getattr(processor, "do_center_crop", False) else {}
+    cropped = (crop.get("height"), crop.get("width"))
+    if not getattr(processor, "do_resize", True) or "longest_edge" in size:
+        short, both = None, (None, None)
+    if short and getattr(processor, "crop_pct", None):  # ConvNeXt and ResNet
+        if short >= 384:
+            return (short, short), (short, short), True
+        return (int(short / processor.crop_pct),) * 2, (short, short), False
+    if short and None not in cropped:
+        return (short, short), cropped, False  # type: ignore[return-value]
+    if None not in both:
+        crops = both if None in cropped else cropped
+        if both[0] * crops[1] == both[1] * crops[0]:  # type: ignore[operator]
+            return both, crops, True  # type: ignore[return-value]
+    raise ValueError(
+        f"processor: {type(processor).__name__} with size {size} and crop {crop or None} gives photos of "
+        f"no fixed size; give one with height and width, or with shortest_edge and a crop"
+    )
+
+
+def _sides(size: Any) -> dict[str, int]:
+    if isinstance(size, int):
+        return {"height": size, "width": size}
+    items = size.items() if isinstance(size, Mapping) else vars(size).items()
+    return {key: int(value) for key, value in items if value is not None}
+
+
+def _normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation for pixels in [0, 1]."""
+    mean, std = processor.image_mean, processor.image_std
+    if not getattr(processor, "do_normalize", True):
+        mean, std = [0.0] * 3, [1.0] * 3
+    if getattr(processor, "rescale_offset", False):
+        raise ValueError(
+            f"processor: {type(processor).__name__} shifts pixels (rescale_offset); give mean= and std= of "
+            f"pixels in [0, 1] instead"
+        )
+    means, stds = (
+        [float(v)] * 3 if isinstance(v, int | float) else [float(x) for x in v] for v in (mean, std)
+    )
+    factor = getattr(processor, "rescale_factor", 1 / 255) if processor.do_rescale else 1.0
+    unit = 1.0 if math.isclose(255 * factor, 1, rel_tol=1e-4) else 255 * factor
+    return tuple(v / unit for v in means), tuple(v / unit for v in stds)
+
+
+def _interpolation(processor: Any) -> str:
+    resample = getattr(processor, "resample", None)
+    value = getattr(resample, "value", resample)
+    if isinstance(value, str):  # torchvision's InterpolationMode
+        return value
+    return Image.Resampling(2 if value is None else int(value)).name.lower()
+
+
+# ---------------------------------------------------------------------- reading what from_pretrained reads
+
+
+def _read(name: str, what: str, load: Any, source: str) -> Any:
+    """What ``load(source)`` reads; its errors, which take several lines, become one."""
+    try:
+        return load(source)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(
+            f"backbone: {PREFIX}{name}: its {what} could not be read ({type(error).__name__}: {reason}); "
+            f"give a folder where model and image processor were written by save_pretrained"
+        ) from error
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Inside, transformers reports no loading: what matters becomes an error here."""
+    logs = transformers.utils.logging, importlib.import_module("huggingface_hub.utils.logging")
+    levels, bar = [log.get_verbosity() for log in logs], logs[0].is_progress_bar_enabled()
+    for log in logs:
+        log.set_verbosity_error()
+    logs[0].disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
+        if bar:
+            logs[0].enable_progress_bar()
