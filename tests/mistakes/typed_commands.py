@@ -38,7 +38,7 @@ MISTAKES = [
     Typed("compare {photo} --annotations {folder}", ("annotations: ", "masks/ or boxes/")),
     Typed("explain {photo} --weights mine.pth", ("weights: no file 'mine.pth'",)),
     Typed("explain {photo} --weights packge", ("weights: ", "did you mean package?")),
-    Typed("explain {photo} --classes-file none.txt", ("classes_file: none.txt is not there",)),
+    Typed("explain {photo} --classes-file none.txt", ("class_names: none.txt is not there",)),
     Typed("parts {photo} --evidence none.json", ("evidence: no file or folder none.json",)),
     # heads, outputs
     Typed("explain {photo} --heads runs/mine/", ("heads: no folder runs/mine/",)),

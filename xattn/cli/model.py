@@ -64,7 +64,7 @@ class BackboneArgs:
         check_weights(self.weights)
         check_device(self.device)
         check_layers(self.layers)
-        check_file("classes_file", self.classes_file, "a text file with one class name per line")
+        check_file("class_names", self.class_names, "a text file with one class name per line")
         if self.probe is not None:
             check_heads((self.probe,), "probe")
         if self.layers is not None and self.mechanism is None:
