@@ -98,7 +98,7 @@ class LibraGrad(AttnLrp):
         """
         if self.base == "input_x_gradient":
             raise ValueError("base: 'input_x_gradient' leaves biases out; give base='fullgrad'")
-        check_inputs(inputs, self.backbone)
+        inputs = check_inputs(inputs, self.backbone)
         targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
         with self._guard(), torch.enable_grad():
             logits, tokens, rules = self._pass(self._move(inputs))
