@@ -82,6 +82,10 @@ class AttentionExplainer(Explainer):
     def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
         """(B, M, N) over the tokens for classes (B, M); (B, 1, N) where they do not matter."""
 
+    def _read(self, images: Tensor) -> Reading:
+        """The pass that maps are made of."""
+        return read_attention(self.backbone, images)
+
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         return self._attribute_classes(images, lambda _: target[:, None])[2]
 
@@ -89,7 +93,7 @@ class AttentionExplainer(Explainer):
         if self.gradients:
             images.requires_grad_()
         with torch.set_grad_enabled(self.gradients):
-            reading = read_attention(self.backbone, images)
+            reading = self._read(images)
         logits = reading.logits.detach()
         classes = self._chosen(choose, logits)
         rows = self._rows(reading, classes)

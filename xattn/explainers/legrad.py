@@ -12,7 +12,6 @@ A_l are the weights with which it pools z_l, as in the paper.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,12 +20,21 @@ from torch import Tensor, nn
 from xattn.attention.inputs import spread_heads
 from xattn.attention.record import Call, record
 from xattn.explainers.attention import AttentionExplainer, Reading, Start, read_attention
-from xattn.explainers.base import Choose, probe_of, register_explainer
+from xattn.explainers.base import probe_of, register_explainer
 from xattn.explainers.gradients import probe_image
 from xattn.explainers.token_blocks import block_outputs, output_replaced, token_blocks
 from xattn.kernels.softmax.reference import widen
 
 POOLS = ("average", "model")
+
+
+@dataclass(frozen=True)
+class LayerReading(Reading):
+    """A :class:`~xattn.explainers.attention.Reading` with the tokens that leave each block."""
+
+    block_tokens: list[Tensor]
+    """(B, N, C) a block."""
+    images: Tensor
 
 
 @register_explainer("legrad", networks=("vit",), cases=({}, {"pool": "model", "layers": 1}))
@@ -99,48 +107,36 @@ class LeGrad(AttentionExplainer):
         with output_replaced(self._blocks[-1], tokens):
             return self.backbone.logits(images)
 
-    def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(self, images: Tensor) -> Reading:
         self.backbone.requires_grad_(False)  # the guard puts it back
-        with torch.enable_grad():
-            with block_outputs(self._blocks) as tokens:
-                reading = read_attention(self.backbone, images.clone().requires_grad_())
-            logits = reading.logits.detach()
-            classes = self._chosen(choose, logits)
-            rows = self._sensitivities(reading, tokens, images, classes)
-        maps = rows[..., reading.prefix :].unflatten(-1, reading.grid)
-        return logits, classes, maps
+        with block_outputs(self._blocks) as tokens:
+            reading = read_attention(self.backbone, images)
+        return LayerReading(**vars(reading), block_tokens=tokens, images=images.detach())
 
+    @torch.enable_grad()
     def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
-        raise NotImplementedError  # needs the tokens, too
-
-    def _sensitivities(
-        self, reading: Reading, tokens: Sequence[Tensor], images: Tensor, classes: Tensor
-    ) -> Tensor:
-        """(B, M, N), the sum over layers for each class."""
+        assert isinstance(reading, LayerReading)
         count = len(reading.layers)
         rows = widen(reading.logits.new_zeros(*classes.shape, reading.tokens))
         for layer in range(count - (self.layers or count), count):
-            call, logits = reading.layers[layer], reading.logits
-            if self._classified != "last":
-                call, logits = self._of_layer(call, tokens[layer], images)
-            elif reading.pool is not None:
-                call = reading.pool
+            call, logits = self._scored(reading, layer)
             for m, column in enumerate(classes.unbind(1)):
                 score = logits.gather(1, column[:, None]).sum()
                 grad = torch.autograd.grad(score, call.output, retain_graph=True)[0]
                 rows[:, m] += sensitivity(call, grad)
         return rows
 
-    def _of_layer(self, call: Call, tokens: Tensor, images: Tensor) -> tuple[Call, Tensor]:
-        """The attention that is asked about, and the logits of a layer's ``tokens`` (B, N, C)."""
-        pooled = tokens
+    def _scored(self, reading: LayerReading, layer: int) -> tuple[Call, Tensor]:
+        """The attention that is asked about, and the logits (B, K) of a layer's tokens."""
+        if self._classified == "last":
+            return reading.pool or reading.layers[layer], reading.logits
+        tokens = reading.block_tokens[layer]
         if self.pool == "average":
-            pooled = tokens.mean(1, keepdim=True).expand_as(tokens)
+            tokens = tokens.mean(1, keepdim=True).expand_as(tokens)
         with record(self.backbone.model) as calls:
-            logits = self._classify(pooled, images, self._classified)
-        if calls and calls[-1].operator.shape[2] == 1:
-            return calls[-1], logits
-        return call, logits
+            logits = self._classify(tokens, reading.images, self._classified)
+        pooled = bool(calls) and calls[-1].operator.shape[2] == 1
+        return calls[-1] if pooled else reading.layers[layer], logits
 
 
 @torch.no_grad()
