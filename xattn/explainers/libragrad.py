@@ -117,7 +117,7 @@ class LibraGrad(AttnLrp):
         with torch.enable_grad():
             logits, tokens, rules = self._pass(images)
             classes = self._chosen(choose, logits.detach())
-            rows = []
+            rows: list[Tensor] = []
             for column in classes.unbind(1):
                 score = logits.gather(1, column[:, None]).sum()
                 more = len(rows) < classes.shape[1] - 1
