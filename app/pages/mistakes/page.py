@@ -231,7 +231,7 @@ def _cell(pack: Pack, found: Confusion, method: str) -> None:
         label="The cell's photos",
         columns=3,
         width=130,
-        on_open=lambda: _open_photo(view),
+        on_open=lambda: _open_photo(text),
     )
     if view is not None:
         count = f"{len(photos):,} photos" if len(photos) > 1 else "photo"
