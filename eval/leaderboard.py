@@ -37,6 +37,7 @@ from xattn.eval.results import Results
 from xattn.eval.sanity import Cascade, first_photos, likeness, sanity_rows, without_content
 from xattn.explainers import create_explainer, list_explainers
 from xattn.explainers.options import options_by_name
+from xattn.explainers.own import as_explainers
 from xattn.explaining.naming import named_photos
 from xattn.explaining.photos import true_classes_of
 from xattn.heads import Head
@@ -51,16 +52,18 @@ from xattn.runtime.files import printable, write_text
 class Comparison:
     """What to compare, and by what; see ``xattn compare --help``.
 
-    ``heads`` are trained heads by row name; ``options`` are ``explainer.name=value``, for heads
-    ``head.name=value`` or ``row.name=value``. The maps of the first ``maps`` images go into the pack,
-    with ``labels`` as in :func:`xattn.explaining.photos.explain`.
+    ``heads`` are trained heads by row name. ``explainers`` are names; or by row name names, explainers,
+    trained heads or methods of other makes (:mod:`xattn.explainers.own`), which have no rows on randomised
+    networks unless they are registered. ``metrics`` are names or probes. ``options`` are
+    ``explainer.name=value``, for heads ``head.name=value`` or ``row.name=value``. The maps of the first
+    ``maps`` images go into the pack, with ``labels`` as in :func:`xattn.explaining.photos.explain`.
     """
 
     backbone: Backbone
     heads: Mapping[str, Head] = field(default_factory=dict)
-    explainers: Sequence[str] = ("gradcam",)
+    explainers: Sequence[str] | Mapping[str, Any] = ("gradcam",)
     options: Sequence[str] = ()
-    metrics: Sequence[str] = ("direct",)
+    metrics: Sequence[str | Probe] = ("direct",)
     annotations: Path | None = None
     again_limit: int | None = 2
     view: str = "crop"
@@ -154,7 +157,7 @@ def _write_likeness(
     say: Callable[[str], Any],
 ) -> list[Path]:
     """How like the first method's maps are to those of attention without content, if there are such."""
-    rows, first = without_content(methods), next(iter(recipes))
+    rows, first = without_content(methods), next(iter(recipes), "")
     if not rows or photos is None or len(photos) < 2:
         return []
     lines = ["row,method,correlation,chance,photos"]
@@ -207,9 +210,9 @@ def _paths(images: Any) -> dict[str, Path]:
     return {printable(name): path for name, path in zip(names, paths, strict=True)}
 
 
-def groups_of(job: Comparison) -> list[str]:
-    """The names of the groups of metrics; those that need annotations come with them."""
-    names: list[str] = []
+def groups_of(job: Comparison) -> list[str | Probe]:
+    """The groups of metrics, by name, and probes; those that need annotations come with them."""
+    names: list[str | Probe] = []
     for name in job.metrics:
         if name == "direct":
             names += direct_groups()
@@ -219,7 +222,7 @@ def groups_of(job: Comparison) -> list[str]:
             names.append(name)
     if job.annotations is not None:
         names += groups_with_annotations()
-    return list(dict.fromkeys(names))
+    return [name for i, name in enumerate(names) if name not in names[:i]]
 
 
 class _Recipe(NamedTuple):
@@ -239,39 +242,69 @@ class _Methods(NamedTuple):
     refused: dict[str, str]
 
 
+class _Given(NamedTuple):
+    """What a comparison names, each by its row: trained ``heads``, ``names`` of explainers, and ``others``,
+    explainers and methods of other makes."""
+
+    heads: dict[str, Head]
+    names: dict[str, str]
+    others: dict[str, Any]
+
+    @classmethod
+    def of(cls, job: Comparison) -> _Given:
+        """Sorted by what is given; a ``ValueError`` for a method that has no row's name."""
+        rows = job.explainers
+        if not isinstance(rows, Mapping):
+            unnamed = [row for row in rows if not isinstance(row, str)]
+            if unnamed:
+                raise ValueError(
+                    f"explainers: got {unnamed[0]!r:.80} in a list; give {{row: method}}, such as "
+                    f"{{'mine': method}}"
+                )
+            rows = {name: name for name in rows}
+        heads = {row: m for row, m in rows.items() if isinstance(m, Head)}
+        names = {row: m for row, m in rows.items() if isinstance(m, str)}
+        others = {row: m for row, m in rows.items() if row not in {*heads, *names}}
+        return cls({**job.heads, **heads}, names, others)
+
+
 def _methods(job: Comparison, photos: Tensor | None) -> _Methods:
     """Make every explainer that is compared; ``photos`` are those of mean maps."""
-    names = list(dict.fromkeys(job.explainers))
-    every = "all" in names
+    given = _Given.of(job)
+    names, heads, every = given.names, given.heads, "all" in given.names
     if every:
         baselines = ("random", "centre", "ones", "head")
-        names = [name for name in list_explainers() if name not in baselines]
-    rows = [*job.heads, *(["head"] if job.heads else []), *names]
+        names = {name: name for name in list_explainers() if name not in baselines}
+    rows = [*heads, *(["head"] if heads else []), *names]
     options = options_by_name(job.options, rows)
     shared: dict[str, Any] = {"seed": job.seed, "max_forward_batch": job.max_forward_batch}
     recipes = {
         label: _Recipe("head", head, options.get("head", {}) | options.get(label, {}))
-        for label, head in job.heads.items()
+        for label, head in heads.items()
     }
-    recipes |= {name: _Recipe(name, None, options.get(name, {})) for name in names}
+    recipes |= {row: _Recipe(name, None, options.get(row, {})) for row, name in names.items()}
     explainers: dict[str, Explainer] = {}
     refused = {}
     for label, (name, head, chosen) in recipes.items():
         try:
             explainers[label] = create_explainer(name, job.backbone, head, **shared, **chosen)
         except ValueError as error:
-            if not every or label in job.heads:
+            if not every or label in heads:
                 raise
             refused[label] = str(error)
+    recipes = {label: recipes[label] for label in explainers}
+    explainers |= as_explainers(given.others, job.backbone, job.max_forward_batch)
     if not explainers:
         raise ValueError("explainers: got none; give names of xattn list, or heads")
-    recipes = {label: recipes[label] for label in explainers}
-    row, head, chosen = next(iter(recipes.values()))
-    head = head or next(iter(job.heads.values()), None)
+    row, head, chosen = next(iter(recipes.values()), (None, None, {}))
+    head = head or next(iter(heads.values()), None)
     sanity = sanity_rows(job.backbone, row, head=head, photos=photos, **shared, **chosen)
-    taken = sorted(set(job.heads) & {*sanity, *names})
+    taken = sorted({*heads, *given.others} & {*sanity, *names})
     if taken:
-        raise ValueError(f"heads: {', '.join(taken)} is the name of another row; give another")
+        argument = "heads" if {*taken} & {*heads} else "explainers"
+        raise ValueError(
+            f"{argument}: {', '.join(taken)} is the name of another row; give another"
+        )
     for label, explainer in sanity.items():
         explainers.setdefault(label, explainer)
     return _Methods(explainers, recipes, refused)

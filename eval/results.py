@@ -18,6 +18,7 @@ from xattn.eval.metrics.base import Column, MetricInfo, Probe
 from xattn.eval.metrics.objectives import TRAINED_ON, is_trained_on, objective_of
 from xattn.eval.metrics.registry import METRICS, own_infos
 from xattn.eval.protocol import Protocol
+from xattn.explainers.own import unwrapped
 
 # Rows that a method has to beat; a name may continue, as in "randomized_gradcam".
 BASELINES = ("random", "centre", "ones", "randomized")
@@ -388,7 +389,7 @@ def _method(
     method = MethodResult(
         forwards=facts.forwards,
         is_mask=facts.is_mask,
-        objective=objective_of(explainer),
+        objective=objective_of(unwrapped(explainer)),
         valid=np.zeros(n, bool),
         scores={},
         values={column: np.full(n, np.nan) for column in columns},

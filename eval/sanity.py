@@ -92,14 +92,15 @@ def _explainer_on(twin: Backbone, name: str, head: Any, seed: int, options: dict
 
 def sanity_rows(
     backbone: Backbone,
-    method: str = "gradcam",
+    method: str | None = "gradcam",
     *,
     head: Any = None,
     seed: int = 0,
     photos: Tensor | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Explainers by row name: random, centre, ones and randomized_<method> with its ``options``.
+    """Explainers by row name: random, centre, ones and randomized_<method> with its ``options``; without
+    a method, which some cannot be made again on another network, the first three.
 
     Of a ViT also qk_randomized_<method>, and static_<method> where there are photos and its attention can
     be converted.
@@ -110,6 +111,8 @@ def sanity_rows(
     rows = {
         name: create_explainer(name, backbone, seed=seed) for name in ("random", "centre", "ones")
     }
+    if method is None:
+        return rows
     rows[f"randomized_{method}"] = randomized_explainer(
         method, backbone, head=head, seed=seed, **options
     )

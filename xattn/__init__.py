@@ -30,6 +30,7 @@ _EXPORTS = {
     "ProbeConfig": "xattn.config",
     "cache_features": "xattn.training.features",
     "probe": "xattn.training.probe",
+    "as_explainer": "xattn.explainers",
     "create_explainer": "xattn.explainers",
     "list_explainers": "xattn.explainers",
     "distill": "xattn.training.distilling",
@@ -64,6 +65,7 @@ __all__ = [
     "Taps",
     "TrainConfig",
     "__version__",
+    "as_explainer",
     "cache_features",
     "create_explainer",
     "create_head",
@@ -104,7 +106,7 @@ if TYPE_CHECKING:
     from xattn.blocks import register_block
     from xattn.config import DistillConfig, ProbeConfig, PruneConfig
     from xattn.eval import evaluate, register_metric
-    from xattn.explainers import create_explainer, list_explainers, register_explainer
+    from xattn.explainers import as_explainer, create_explainer, list_explainers, register_explainer
     from xattn.explaining.clips import explain_video
     from xattn.explaining.photos import explain
     from xattn.exporting import export

@@ -27,18 +27,19 @@ from xattn.eval.evaluation.map_maker import Randomized
 from xattn.eval.evaluation.scorer import MaskedScorer, micro_batch
 from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import ImageStream, Item
-from xattn.eval.interfaces import Classifier, Explainer, check_classes
+from xattn.eval.interfaces import Classifier, check_classes
 from xattn.eval.metrics.base import Probe
 from xattn.eval.metrics.registry import create_probe, group_name, own_infos
 from xattn.eval.protocol import SCORES, Protocol
 from xattn.eval.results import Results, collect
+from xattn.explainers.own import as_explainers
 from xattn.photos.images import MAX_PIXELS
 from xattn.runtime.distributed import gather, processes
 
 
 def evaluate(
     backbone: Classifier,
-    explainers: Mapping[str, Explainer],
+    explainers: Mapping[str, Any],
     images: Any,
     *,
     metrics: str | Probe | Sequence[str | Probe] = ("masking",),
@@ -61,7 +62,9 @@ def evaluate(
 
     Args:
         backbone: a :class:`xattn.Backbone`; it alone scores, whatever an explainer looks at.
-        explainers: by the name of their row in the table.
+        explainers: by the name of their row in the table; also trained heads, Captum's objects, any object
+            with ``attribute`` and functions, see :mod:`xattn.explainers.own`. Those are tried on the first
+            images before anything is scored.
         images: a photo, folder or list file; a list of paths, PIL images or arrays (H, W, 3); or float
             tensors (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size, also from a loader.
         metrics: groups by name (:data:`xattn.eval.metrics.PROBES`), or probes, also of your own.
@@ -92,6 +95,7 @@ def evaluate(
     """
     if not explainers:
         raise ValueError("explainers: got none; give {name: explainer}")
+    explainers = as_explainers(explainers, backbone, max_forward_batch)
     check_classes(backbone)
     given = {"levels": levels, "view": view, "seed": seed}
     protocol = _settled(protocol or Protocol(), backbone, classes is not None, given)

@@ -9,7 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -27,6 +28,7 @@ from xattn.eval.metrics.base import Finish, Probe, Sample
 from xattn.eval.metrics.measure import finished, sample_seed, scores_of, submit_all
 from xattn.eval.metrics.registry import group_name
 from xattn.eval.protocol import Protocol
+from xattn.explainers.own import WrongShapeError
 from xattn.explaining.photos import top_classes
 
 
@@ -65,6 +67,14 @@ class ScoredImage:
     @property
     def position(self) -> int:
         return self.item.position
+
+
+class _Made(NamedTuple):
+    """Raw maps (1, h, w), for each image the reason why it has none, and the seconds an image."""
+
+    maps: Sequence[Tensor]
+    reasons: Sequence[str | None]
+    seconds: float
 
 
 @dataclass(eq=False)
@@ -116,10 +126,14 @@ class EvaluationRun:
         images = self._scored(
             [chunk[i] for i in numbers], None if targets is None else targets[numbers]
         )
+        parts = {
+            name: self.maker.passes(name, [i for i in images if name in missing[i.position]])
+            for name in self.methods
+        }
+        first = {n: self._first(n, parts[n]) for n in self.methods if self.maker.tries_out(n)}
         for name in self.methods:
-            left = [image for image in images if name in missing[image.position]]
-            for part in self.maker.passes(name, left):
-                self._explain(name, part, done)
+            for part, made in zip_longest(parts[name], first.pop(name, [])):
+                self._explain(name, part, made or self._make(name, part), done)
         self.scorer.forget()
 
     def _missing(self, item: Item, finished: Mapping[int, set[str]]) -> set[str]:
@@ -240,13 +254,35 @@ class EvaluationRun:
 
     # ------------------------------------------------------------------ explanations
 
-    def _explain(self, name: str, images: list[ScoredImage], done: Callable[[int], Any]) -> None:
-        """Maps of one method on some images of a chunk, and the requests of all probes on them."""
+    def _make(self, name: str, images: list[ScoredImage]) -> _Made:
+        """Maps of one method on some images of a chunk."""
         started = time.perf_counter()
         targets = torch.tensor([image.target for image in images], device="cpu")
         maps, reasons = self.maker.maps(name, torch.stack([i.pixels for i in images]), targets)
-        seconds = (time.perf_counter() - started) / len(images)
-        for image, values, why in zip(images, maps, reasons, strict=True):
+        return _Made(maps, reasons, (time.perf_counter() - started) / len(images))
+
+    def _first(self, name: str, parts: list[list[ScoredImage]]) -> list[_Made]:
+        """Maps of a method of another make on its first chunk, made before anything is scored; an error if
+        none is of use."""
+        try:
+            made = [self._make(name, part) for part in parts]
+        except (MemoryError, WrongShapeError):
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"explainers: {name} cannot work: it raised {reason(error)}"
+            ) from error
+        if made:
+            maps, reasons = ([one for m in made for one in m[i]] for i in (0, 1))
+            self.maker.check_first(name, maps, reasons)
+        return made
+
+    def _explain(
+        self, name: str, images: list[ScoredImage], made: _Made, done: Callable[[int], Any]
+    ) -> None:
+        """The requests of all probes on the maps of one method on some images of a chunk."""
+        seconds = made.seconds
+        for image, values, why in zip(images, made.maps, made.reasons, strict=True):
             grey = raw = image.pixels.new_zeros(1, *image.pixels.shape[-2:])
             if why is None:
                 grey, raw, why = self._prepared(name, image, values)

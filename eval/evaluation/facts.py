@@ -13,6 +13,7 @@ from torch import Tensor
 from xattn.backbone import sha256
 from xattn.eval.evaluation.evaluation_run import Evaluation
 from xattn.eval.interfaces import Explainer
+from xattn.explainers.own import OwnExplainer
 from xattn.runtime.version import __version__
 
 
@@ -43,6 +44,8 @@ def describe(explainer: Explainer) -> dict[str, Any]:
     Options come in the order in which the explainer declares them; those that were ``added_later`` are
     left out at their default.
     """
+    if isinstance(explainer, OwnExplainer):
+        return _describe_own(explainer)
     hidden = ("head", "backbone", "reader")  # a reader's layer has a name among the options
     values = getattr(explainer, "__dict__", {})
     declared = list(getattr(explainer, "listed_first", ()))
@@ -63,6 +66,20 @@ def describe(explainer: Explainer) -> dict[str, Any]:
     network = getattr(getattr(explainer, "backbone", None), "fingerprint", None)
     if network is not None:
         record["backbone"] = network
+    return record
+
+
+def _describe_own(explainer: OwnExplainer) -> dict[str, Any]:
+    """The function or object of another make, a function by its compiled code, and what is made of it."""
+    method = explainer.method
+    record = describe(method)
+    code = getattr(method, "__code__", None)
+    if code is not None:
+        digest = hashlib.sha256(code.co_code + repr(code.co_names).encode()).hexdigest()
+        record |= {"class": _fact(method), "code": digest}
+    for option, usual in (("channels", "signed"), ("pixels", "raw")):
+        if getattr(explainer, option) != usual:
+            record["options"][option] = getattr(explainer, option)
     return record
 
 

@@ -10,14 +10,11 @@ from torch import Tensor
 
 from xattn.eval.evaluation.scorer import pad_batch
 from xattn.eval.interfaces import Explainer, ExplainerFacts
+from xattn.explainers.own import WrongShapeError, is_own
 
 Randomized = Mapping[str, Callable[[int, Tensor, Tensor], Tensor]]
 """By method: (stage, images, targets) -> its maps on a network with randomised weights."""
 T = TypeVar("T")
-
-
-class WrongShapeError(ValueError):
-    """What an explainer returns is not a map: a mistake of the program, not of one image."""
 
 
 class MapMaker:
@@ -72,6 +69,25 @@ class MapMaker:
         if name not in self._worked and self._failures[name] == 3:
             raise failure
         return [images[0, :1]], [reason(failure)]
+
+    def tries_out(self, name: str) -> bool:
+        """Whether a method is of another make and has not worked yet."""
+        return name not in self._worked and is_own(self.explainers[name])
+
+    def check_first(self, name: str, maps: Sequence[Tensor], reasons: Sequence[str | None]) -> None:
+        """Raise a ``ValueError`` if none of the first maps, as :meth:`maps` gives them, is of use."""
+        made = [values for values, why in zip(maps, reasons, strict=True) if why is None]
+        if not made:
+            problem = f"it raised {reasons[0]}"
+        elif not any(bool(values.isfinite().all()) for values in made):
+            problem = "its maps hold NaN or infinite values"
+        elif not self.facts[name].is_mask and all(bool((v == v.flatten()[0]).all()) for v in made):
+            problem = "its maps are constant"
+        else:
+            return
+        raise ValueError(
+            f"explainers: {name} cannot work: {problem} on the first {len(maps)} images"
+        )
 
     def _attribute(self, name: str, images: Tensor, targets: Tensor) -> Tensor:
         """Raw maps (b, 1, h, w) of a batch."""

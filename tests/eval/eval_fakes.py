@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xattn.explainers import Explainer
+
 
 class FakeBackbone:
     """Logits linear in 4x4 means of the image; records the shape of every pass.
@@ -49,6 +51,18 @@ class Maps:
 
     def attribute(self, inputs: Tensor, target: Tensor) -> Tensor:
         return self.function(inputs, target)
+
+
+class Flat(Explainer):
+    """Constant maps of a method of xattn's own, which nobody tries out before."""
+
+    __module__ = "xattn.made_up"
+
+    def attribute(self, inputs: Tensor, target: Tensor) -> Tensor:
+        return torch.ones(len(inputs), 1, 3, 3)
+
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 def brightness(inputs: Tensor, target: Tensor) -> Tensor:

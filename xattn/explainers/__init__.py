@@ -11,7 +11,6 @@ from xattn.explainers.base import (
     explainer_entry,
     list_explainers,
     preserve_state,
-    register_explainer,
 )
 from xattn.explainers.baselines import Centre, Ones, Random
 from xattn.explainers.cam import Cam
@@ -30,6 +29,7 @@ from xattn.explainers.lime import Lime
 from xattn.explainers.lrp import Lrp
 from xattn.explainers.masked_passes import PerturbationExplainer
 from xattn.explainers.occlusion import Occlusion
+from xattn.explainers.own import as_explainer, register_explainer
 from xattn.explainers.raw_attention import ColumnMass, RawAttention
 from xattn.explainers.rise import Rise
 from xattn.explainers.rollout import Rollout
@@ -71,6 +71,7 @@ __all__ = [
     "Saliency",
     "ScoreCam",
     "SmoothGrad",
+    "as_explainer",
     "create_explainer",
     "explainer_class",
     "explainer_entry",

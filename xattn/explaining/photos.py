@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from xattn.backbone import Backbone, Preprocessing
 from xattn.backbone.classes import find_classes
-from xattn.explainers import Explainer, create_explainer
+from xattn.explainers import Explainer, as_explainer, create_explainer
 from xattn.explainers.base import Choose
 from xattn.explaining.naming import Source, each_photo, file_name_of, named_photos
 from xattn.explaining.provenance import protocol_of
@@ -52,7 +52,7 @@ def explain(
     images: Any,
     backbone: Backbone,
     head: Head | None = None,
-    explainer: str | Explainer | Sequence[str | Explainer] | None = None,
+    explainer: Any = None,
     classes: int | str | Sequence[int | str] | None = None,
     top: int = 1,
     view: str = "crop",
@@ -71,8 +71,9 @@ def explain(
             :mod:`xattn.photos.sources`; or a PIL image, a tensor, a NumPy array, a list of any of these,
             or a loader of batches, see :mod:`xattn.photos.arrays`.
         backbone: the classifier; ``head``: a trained head of it.
-        explainer: a name of :func:`~xattn.explainers.list_explainers` or an explainer, or several,
-            each with a pass of its own; by default the head.
+        explainer: a name of :func:`~xattn.explainers.list_explainers` or an explainer, also a trained
+            head, a Captum object or a function (:mod:`xattn.explainers.own`); or several of these, in a
+            list or by name, each with a pass of its own; by default the head.
         classes: explain these (names or indices) in every photo; by default the ``top`` most probable.
         view: ``"crop"``, as models are evaluated, or ``"whole"``, the entire photo, squeezed.
         output: folder to write a pack to, see :func:`~xattn.packs.writer.save_pack`.
@@ -100,8 +101,9 @@ def explain(
     listed = labels is not None or not is_stream(images)
     sources = (named_photos if listed else each_photo)(images, len(backbone.preprocessing.mean))
     truth = {} if labels is None else true_classes_of(sources, labels, backbone)
-    given: Sequence[str | Explainer | None]
-    given = [explainer] if isinstance(explainer, str | Explainer | None) else explainer
+    given = [explainer] if not isinstance(explainer, list | tuple | Mapping) else explainer
+    if isinstance(given, Mapping):
+        given = [as_explainer(e, backbone, name=name, seed=seed) for name, e in given.items()]
     jobs = [set_up(backbone, head, e, classes, top, view, batch_size, seed) for e in given]
     _check_names([method.name for method, _, _ in jobs])
     result = Explanations()
@@ -246,7 +248,8 @@ def _explainer(
     seed: int,
     batch_size: int,
 ) -> Explainer:
-    if isinstance(explainer, Explainer):
+    if explainer is not None and not isinstance(explainer, str):
+        explainer = as_explainer(explainer, backbone, seed=seed, max_forward_batch=batch_size)
         if explainer.backbone is not backbone:
             raise ValueError(
                 f"explainer: {explainer.name} was made for another backbone "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from xattn.backbone import Backbone, Taps
+from xattn.heads.attribution import Attribution, MadeFor
 from xattn.heads.belonging import check_backbone
 from xattn.heads.mixer import Mixer, create_mixer
 from xattn.registry import Registry, adopting, with_name
@@ -35,6 +36,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class Head(
+    Attribution,
     nn.Module,
     PyTorchModelHubMixin,
     library_name="xattn",
@@ -67,6 +69,7 @@ class Head(
     def __init__(self, backbone: Backbone, options: dict[str, Any]) -> None:
         super().__init__()
         self.options = options
+        self.made_for = MadeFor(backbone)
         self.backbone_name = backbone.name
         self.backbone_fingerprint = backbone.fingerprint
         self.backbone_taps = list(backbone.taps)

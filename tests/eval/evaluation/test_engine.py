@@ -200,7 +200,7 @@ def test_invalid_maps_are_counted_and_left_out():
 
 
 def test_a_method_without_one_valid_map_has_no_mean():
-    results = run({"flat": Maps(lambda x, t: torch.ones(len(x), 1, 3, 3))})
+    results = run({"flat": fakes.Flat(FakeBackbone())})
     row = results.rows()[0]
     assert row.n == 0 and row.n_invalid == 6 and np.isnan(row.mean)
 
@@ -289,8 +289,8 @@ def test_bad_tensors_are_refused_by_name(images, said):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"explainers": {"x": Maps(lambda x, t: torch.zeros(len(x), 3, 3))}}, "x returned"),
-        ({"explainers": {"x": Maps(lambda x, t: np.zeros(3))}}, "ndarray"),
+        ({"explainers": {"x": Maps(lambda x, t: torch.rand(len(x), 5, 3, 3))}}, "x returned"),
+        ({"explainers": {"x": Maps(lambda x, t: np.zeros(3))}}, r"x returned \(3,\)"),
         ({"max_forward_batch": 0}, "max_forward_batch: got 0"),
         ({"levels": (0.0,)}, "levels"),
         ({"classes": [0]}, "classes"),
@@ -308,7 +308,7 @@ def test_errors_of_an_explainer_are_not_swallowed():
     def fail(inputs, target):
         raise RuntimeError("mine")
 
-    with pytest.raises(RuntimeError, match="mine"):
+    with pytest.raises(ValueError, match="fail cannot work: it raised RuntimeError: mine"):
         run({"fail": Maps(fail)})
 
 

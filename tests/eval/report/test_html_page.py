@@ -11,8 +11,7 @@ from importlib import resources
 import eval_fakes as fakes
 import numpy as np
 import pytest
-import torch
-from eval_fakes import FakeBackbone, Maps
+from eval_fakes import FakeBackbone
 from PIL import Image
 
 from xattn.backbone import Preprocessing
@@ -85,7 +84,7 @@ def made_up(n=6, columns=BOTH, seed=0, **methods):
 def run(tmp_path_factory):
     """A real evaluation of seven images with its state."""
     rows = fakes.rows()
-    rows["flat"] = Maps(lambda x, t: torch.ones(len(x), 1, 3, 3))
+    rows["flat"] = fakes.Flat(FakeBackbone())
     state = tmp_path_factory.mktemp("run") / "state.sqlite"
     protocol = Protocol(view="tensor")
     probes = [create_probe("masking", protocol), create_probe("insertion-deletion", steps=6)]

@@ -8,7 +8,7 @@ import eval_fakes as fakes
 import numpy as np
 import pytest
 import torch
-from eval_fakes import FakeBackbone, Maps
+from eval_fakes import FakeBackbone
 
 from xattn.eval import Column, evaluate, format_table, functional, read_json, write_csv, write_json
 from xattn.eval.report.results_files import from_dict, to_dict
@@ -18,7 +18,7 @@ from xattn.eval.results import ImageRecord, MethodResult, Results
 @pytest.fixture(scope="module")
 def results():
     rows = fakes.rows()
-    rows["flat"] = Maps(lambda x, t: torch.ones(len(x), 1, 3, 3))
+    rows["flat"] = fakes.Flat(FakeBackbone())
     return evaluate(
         FakeBackbone(), rows, fakes.images(7), max_forward_batch=8, progress=False, seed=2
     )

@@ -1,0 +1,335 @@
+"""Methods of other makes as explainers: trained heads, Captum's objects, any object with
+``attribute(inputs, target)``, and plain functions ``f(images, target) -> maps``.
+
+    captum = IntegratedGradients(backbone.logits)
+    evaluate(backbone, {"head": head, "captum": captum, "mine": lambda x, target: x.mean(1)}, photos)
+
+A method gets images (B, 3, H, W) of **raw pixels in [0, 1]**, as every explainer does, and classes (B,);
+``backbone.logits`` normalises them itself. A Captum object that was made of ``backbone.model``, which wants
+normalised images, gets those. It returns (B, 1, h, w) or (B, h, w), as a tensor or an array; attributions
+of the three colours are summed, with their signs or without.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from xattn.backbone import Backbone
+from xattn.explainers import base
+from xattn.explainers.base import Explainer, create_explainer
+from xattn.heads import Head
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+CHANNELS = ("signed", "absolute")
+PIXELS = ("raw", "normalised")
+_OFFERED = ("backbone", "head", "seed")  # what a function may ask for beside images and target
+
+
+class WrongShapeError(ValueError):
+    """What a method returns is not a map: a mistake of the program, not of one image."""
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class AdaptedExplainer(Explainer):
+    """Base of explainers whose maps come from elsewhere: they are checked and brought to (b, 1, h, w).
+
+    Args:
+        channels: how attributions of several channels become one map: ``"signed"``, their sum, or
+            ``"absolute"``, the sum of their sizes.
+    """
+
+    channels: Literal["signed", "absolute"] = "signed"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.channels not in CHANNELS:
+            raise ValueError(
+                f"channels: got {self.channels!r}; choose one of {', '.join(CHANNELS)}"
+            )
+        self._note(f"attributions of several channels: {self.channels} sum")
+
+    @property
+    def any_channels(self) -> bool:
+        """Whether maps of other than the image's channels are summed, too."""
+        return False
+
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        with torch.enable_grad():
+            found = self._found(images, target)
+        return one_map_each(found, images, self.name, self.channels, self.any_channels)
+
+    def _found(self, images: Tensor, target: Tensor) -> Any:
+        """What the method returns."""
+        raise NotImplementedError
+
+    def _asked(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """Those of backbone, head and seed that a function has parameters for."""
+        try:
+            parameters = inspect.signature(function).parameters
+        except (TypeError, ValueError):  # some that are written in C
+            return {}
+        return {name: getattr(self, name) for name in _OFFERED if name in parameters}
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class OwnExplainer(AdaptedExplainer):
+    """A function or an object with ``attribute(inputs, target)`` as an explainer; see the module.
+
+    ``forwards``, ``perturbs``, ``one_by_one`` and ``is_mask`` are those of the object, where it has them.
+
+    Args:
+        method: the function or object.
+        pixels: what it gets: ``"raw"`` pixels in [0, 1], or ``"normalised"`` as ``backbone.model`` wants
+            them.
+    """
+
+    method: Any
+    pixels: Literal["raw", "normalised"] = "raw"
+
+    def __post_init__(self) -> None:
+        self.name = _name_of(self.method)  # type: ignore[misc]
+        super().__post_init__()
+        if self.pixels not in PIXELS:
+            raise ValueError(f"pixels: got {self.pixels!r}; choose one of {', '.join(PIXELS)}")
+        self.forwards = getattr(self.method, "forwards", None)
+        for fact in ("perturbs", "one_by_one", "is_mask"):
+            setattr(self, fact, bool(getattr(self.method, fact, False)))
+        self._note(f"{_path_of(self.method)} on {self.pixels} pixels")
+        self._callable = _on_logits(self.method)
+
+    @property
+    def any_channels(self) -> bool:
+        return _is_captum(self.method)
+
+    def attribute(self, inputs: Any, target: Any = None) -> Any:
+        """As :meth:`Explainer.attribute`; a classifier that is no :class:`xattn.Backbone` will do, too."""
+        if isinstance(self.backbone, Backbone):
+            return super().attribute(inputs, target)
+        return self._attribute(inputs, target)
+
+    def _found(self, images: Tensor, target: Tensor) -> Any:
+        if self.pixels == "normalised":
+            images = self.backbone.normalize(images)
+        if _is_captum(self.method):  # or Captum warns that it sets it
+            images = images.clone().requires_grad_()
+        if hasattr(self._callable, "attribute"):
+            return self._callable.attribute(images, target=target)
+        return self._callable(images, target, **self._asked(self._callable))
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class FunctionExplainer(AdaptedExplainer):
+    """Base of the classes that :func:`register_explainer` makes of functions."""
+
+    function: ClassVar[Callable[..., Any]]
+    forwards = None  # type: ignore[assignment]
+
+    def _found(self, images: Tensor, target: Tensor) -> Any:
+        return type(self).function(images, target, **self._asked(type(self).function))
+
+
+def register_explainer(name: str, **about: Any) -> Callable[[Method], Method]:
+    """Decorator: make an :class:`Explainer`, or a function, known to ``create_explainer`` under ``name``.
+
+    A function ``f(images, target) -> maps`` gets and returns what the module says; it may have further
+    parameters ``backbone``, ``head`` and ``seed``, which it then gets by name.
+
+    Args:
+        about: further fields of :class:`~xattn.explainers.ExplainerEntry`.
+
+    Raises:
+        ValueError: the name is taken, or what is decorated is neither.
+    """
+
+    def add(method: Method) -> Method:
+        cls: Any = method
+        if not isinstance(method, type) and callable(method):
+            about_function = {
+                "function": staticmethod(method),
+                "__module__": method.__module__,
+                "__qualname__": method.__qualname__,
+                "__doc__": method.__doc__,
+            }
+            cls = type(method.__name__, (FunctionExplainer,), about_function)
+        elif not (isinstance(method, type) and issubclass(method, Explainer)):
+            raise ValueError(
+                f"explainer: got {method!r}; decorate a subclass of xattn.explainers.Explainer, or a "
+                f"function f(images, target) -> maps"
+            )
+        base.register_explainer(name, **about)(cls)
+        return method
+
+    return add
+
+
+def as_explainer(
+    method: Any,
+    backbone: Any,
+    *,
+    name: str | None = None,
+    channels: Literal["signed", "absolute"] = "signed",
+    pixels: Literal["raw", "normalised"] | None = None,
+    seed: int = 0,
+    max_forward_batch: int = 32,
+) -> Explainer:
+    """An explainer of ``backbone`` from whatever explains it: see the module.
+
+    Args:
+        method: an explainer, which is returned as it is; a trained head; or a function or an object of
+            another make.
+        name: what tables and packs call it; by default its own.
+        channels: of a method of another make: how attributions of several channels become one map.
+        pixels: what such a method gets; by default raw pixels in [0, 1], and normalised ones for a Captum
+            object of ``backbone.model``.
+
+    Raises:
+        ValueError: it is none of these, or the head is another backbone's.
+    """
+    found: Explainer
+    if isinstance(method, Explainer):
+        found = method
+    elif isinstance(method, Head):
+        found = create_explainer(
+            "head", backbone, method, seed=seed, max_forward_batch=max_forward_batch
+        )
+    elif isinstance(method, type) or not (callable(method) or _has_attribute(method)):
+        hint = "create an object of it first" if isinstance(method, type) else "give an explainer"
+        raise ValueError(
+            f"explainer: got {method!r:.80}; {hint}, a trained head, an object with attribute(inputs, "
+            f"target), or a function f(images, target) -> maps"
+        )
+    else:
+        normalised = _is_captum(method) and _reads_model(method, backbone)
+        found = OwnExplainer(
+            backbone,
+            method=method,
+            channels=channels,
+            pixels=pixels or ("normalised" if normalised else "raw"),
+            seed=seed,
+            max_forward_batch=max_forward_batch,
+        )
+    if name is not None and name != found.name:
+        found = copy.copy(found)
+        found.name = name  # type: ignore[misc]
+    return found
+
+
+def unwrapped(explainer: Any) -> Any:
+    """The object or function that an explainer was made of; any other explainer itself."""
+    return explainer.method if isinstance(explainer, OwnExplainer) else explainer
+
+
+def is_own(explainer: Any) -> bool:
+    """Whether an explainer is of another make than xattn's, so that it has to be tried out."""
+    outside = not type(explainer).__module__.startswith("xattn.")
+    return isinstance(explainer, AdaptedExplainer) or outside
+
+
+def one_map_each(
+    found: Any, images: Tensor, name: str, channels: str = "signed", any_channels: bool = False
+) -> Tensor:
+    """What a method returned for images (B, C, H, W) as maps (B, 1, h, w), float, on their device.
+
+    Args:
+        found: (B, h, w), (B, 1, h, w) or (B, C, h, w), a tensor, an array or a tuple of one tensor.
+        name: of the method, for errors.
+
+    Raises:
+        WrongShapeError: anything else.
+    """
+    if isinstance(found, tuple) and len(found) == 1:
+        found = found[0]
+    maps = torch.from_numpy(found) if isinstance(found, np.ndarray) else found
+    if isinstance(maps, Tensor) and maps.ndim == 3:
+        maps = maps[:, None]
+    count, colours = images.shape[:2]
+    wanted = f"return (B, h, w), (B, 1, h, w), or a map for each colour (B, {colours}, h, w)"
+    if not isinstance(maps, Tensor) or maps.ndim != 4 or len(maps) != count or not maps.numel():
+        got = tuple(found.shape) if hasattr(found, "shape") else type(found).__name__
+        raise WrongShapeError(f"explainer: {name} returned {got} for {count} images; {wanted}")
+    if maps.shape[1] not in (1, colours) and not any_channels:
+        raise WrongShapeError(
+            f"explainer: {name} returned {tuple(found.shape)}, {maps.shape[1]} maps an image; {wanted}"
+        )
+    maps = maps.detach().to(images.device)
+    maps = maps if maps.is_floating_point() else maps.float()
+    if maps.shape[1] > 1:
+        maps = (maps.abs() if channels == "absolute" else maps).sum(1, keepdim=True)
+    return maps
+
+
+def _has_attribute(method: Any) -> bool:
+    return callable(getattr(method, "attribute", None))
+
+
+def _is_captum(method: Any) -> bool:
+    return _has_attribute(method) and hasattr(method, "forward_func")
+
+
+def _name_of(method: Any) -> str:
+    name = getattr(method, "name", None) or getattr(method, "__name__", None)
+    return name if isinstance(name, str) and name != "<lambda>" else _kind_of(method)
+
+
+def _kind_of(method: Any) -> str:
+    return "function" if inspect.isroutine(method) else type(method).__name__
+
+
+def _path_of(method: Any) -> str:
+    named = method if hasattr(method, "__qualname__") else type(method)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _reads_model(method: Any, backbone: Any) -> bool:
+    """Whether a Captum object was made of the network inside a backbone, which does not normalise."""
+    function = method.forward_func
+    owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+    return owner is not None and owner is getattr(backbone, "model", None)
+
+
+class _Logits(nn.Module):
+    """A backbone as a module whose answer is its logits."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone.logits(images)
+
+
+def _on_logits(method: Any) -> Any:
+    """A Captum object in which a backbone, which answers with taps, is replaced by its logits."""
+    if not _is_captum(method):
+        return method
+    found = copy.copy(method)
+    for key, value in vars(method).items():
+        if isinstance(value, Backbone):
+            setattr(found, key, _Logits(value))
+        elif _is_captum(value):
+            setattr(found, key, _on_logits(value))
+    return found
+
+
+def as_explainers(
+    methods: Mapping[str, Any], backbone: Any, max_forward_batch: int = 32
+) -> dict[str, Explainer]:
+    """:func:`as_explainer` of each."""
+    if not isinstance(methods, Mapping):
+        raise ValueError(f"explainers: got a {type(methods).__name__}; give {{name: explainer}}")
+    found = {}
+    for name, method in methods.items():
+        explainer = as_explainer(method, backbone, max_forward_batch=max_forward_batch)
+        if isinstance(explainer, OwnExplainer):
+            explainer.name = name  # type: ignore[misc]
+        found[name] = explainer
+    return found
