@@ -302,9 +302,7 @@ def _methods(job: Comparison, photos: Tensor | None) -> _Methods:
     taken = sorted({*heads, *given.others} & {*sanity, *names})
     if taken:
         argument = "heads" if {*taken} & {*heads} else "explainers"
-        raise ValueError(
-            f"{argument}: {', '.join(taken)} is the name of another row; give another"
-        )
+        raise ValueError(f"{argument}: {', '.join(taken)} is the name of another row; give another")
     for label, explainer in sanity.items():
         explainers.setdefault(label, explainer)
     return _Methods(explainers, recipes, refused)

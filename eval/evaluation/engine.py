@@ -62,9 +62,8 @@ def evaluate(
 
     Args:
         backbone: a :class:`xattn.Backbone`; it alone scores, whatever an explainer looks at.
-        explainers: by the name of their row in the table; also trained heads, Captum's objects, any object
-            with ``attribute`` and functions, see :mod:`xattn.explainers.own`. Those are tried on the first
-            images before anything is scored.
+        explainers: by the name of their row in the table; also names of xattn list, trained heads and what
+            :mod:`xattn.explainers.own` takes, which is tried on the first images before others.
         images: a photo, folder or list file; a list of paths, PIL images or arrays (H, W, 3); or float
             tensors (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size, also from a loader.
         metrics: groups by name (:data:`xattn.eval.metrics.PROBES`), or probes, also of your own.

@@ -296,3 +296,12 @@ def test_a_record_tells_functions_objects_and_options_apart(backbone):
     )
     assert saliency["class"] == "Saliency" and layer["options"]["layer"]
     assert records(Reds())[0]["class"] == "Reds"
+
+
+def test_a_name_will_do_where_methods_have_rows(backbone, images):
+    results = evaluate(backbone, {"cam": "gradcam", "mine": brightness}, images, progress=False)
+    assert list(results.methods) == ["cam", "mine"]
+    with pytest.raises(
+        ValueError, match="^explainer: unknown explainer 'gradcm'; did you mean gradcam"
+    ):
+        evaluate(backbone, {"cam": "gradcm"}, images, progress=False)

@@ -184,8 +184,8 @@ def as_explainer(
     """An explainer of ``backbone`` from whatever explains it: see the module.
 
     Args:
-        method: an explainer, which is returned as it is; a trained head; or a function or an object of
-            another make.
+        method: an explainer, which is returned as it is; a name; a trained head; or a function or an
+            object of another make.
         name: what tables and packs call it; by default its own.
         channels: of a method of another make: how attributions of several channels become one map.
         pixels: what such a method gets; by default raw pixels in [0, 1], and normalised ones for a Captum
@@ -195,12 +195,13 @@ def as_explainer(
         ValueError: it is none of these, or the head is another backbone's.
     """
     found: Explainer
+    shared: dict[str, Any] = {"seed": seed, "max_forward_batch": max_forward_batch}
     if isinstance(method, Explainer):
         found = method
+    elif isinstance(method, str):
+        found = create_explainer(method, backbone, **shared)
     elif isinstance(method, Head):
-        found = create_explainer(
-            "head", backbone, method, seed=seed, max_forward_batch=max_forward_batch
-        )
+        found = create_explainer("head", backbone, method, **shared)
     elif isinstance(method, type) or not (callable(method) or _has_attribute(method)):
         hint = "create an object of it first" if isinstance(method, type) else "give an explainer"
         raise ValueError(
@@ -214,8 +215,7 @@ def as_explainer(
             method=method,
             channels=channels,
             pixels=pixels or ("normalised" if normalised else "raw"),
-            seed=seed,
-            max_forward_batch=max_forward_batch,
+            **shared,
         )
     if name is not None and name != found.name:
         found = copy.copy(found)

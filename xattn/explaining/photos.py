@@ -103,7 +103,8 @@ def explain(
     truth = {} if labels is None else true_classes_of(sources, labels, backbone)
     given = [explainer] if not isinstance(explainer, list | tuple | Mapping) else explainer
     if isinstance(given, Mapping):
-        given = [as_explainer(e, backbone, name=name, seed=seed) for name, e in given.items()]
+        about: dict[str, Any] = {"seed": seed, "max_forward_batch": batch_size}
+        given = [as_explainer(e, backbone, name=row, **about) for row, e in given.items()]
     jobs = [set_up(backbone, head, e, classes, top, view, batch_size, seed) for e in given]
     _check_names([method.name for method, _, _ in jobs])
     result = Explanations()
