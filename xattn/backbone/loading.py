@@ -203,8 +203,8 @@ def _adapted(
     task: Task | None,
 ) -> nn.Module:
     """What the first of ``ADAPTERS`` that takes ``module`` makes of it."""
-    taps = (taps,) if isinstance(taps, str) else taps and tuple(taps)
-    asked = Asked(taps, size, processor, task)
+    named = (taps,) if isinstance(taps, str) else taps and tuple(taps)
+    asked = Asked(named, size, processor, task)
     for adapter in ADAPTERS:
         adapted = adapter(module, asked)
         if adapted is not None:

@@ -251,7 +251,7 @@ class TransformersMaps(TransformersNetwork):
         self.head = SimpleNamespace(norm=norm)
 
     base: Any
-    stages: nn.ModuleList
+    stages: Any
 
     def forward_intermediates(
         self, x: Tensor, indices: Sequence[int] | None = None, output_fmt: str = "NCHW"
@@ -307,7 +307,7 @@ def _first(module: Any, *names: str) -> Any:
     raise AttributeError(f"{type(module).__name__} has no {' or '.join(names)}")
 
 
-def _takes(module: nn.Module, argument: str) -> bool:
+def _takes(module: Any, argument: str) -> bool:
     return argument in inspect.signature(module.forward).parameters
 
 
