@@ -51,6 +51,7 @@ _EXPORTS = {
     "randomized_backbone": "sanity",
     "randomized_explainer": "sanity",
     "sanity_rows": "sanity",
+    "aggregate_ranks": "report.aggregate_ranks",
     "format_table": "report",
     "read_json": "report",
     "write_csv": "report",
@@ -80,6 +81,7 @@ __all__ = [
     "Results",
     "Row",
     "Sample",
+    "aggregate_ranks",
     "average_drop",
     "average_drop_in_deletion",
     "average_gain",
@@ -132,6 +134,7 @@ if TYPE_CHECKING:
     from xattn.eval.metrics.own import register_metric
     from xattn.eval.metrics.registry import METRICS, PROBES, create_probe
     from xattn.eval.protocol import Protocol
+    from xattn.eval.report.aggregate_ranks import aggregate_ranks
     from xattn.eval.report.results_files import read_json, write_csv, write_json
     from xattn.eval.report.text_tables import format_table
     from xattn.eval.results import (

@@ -7,8 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from xattn.eval import Column, Protocol, format_table
-from xattn.eval.report.aggregate_ranks import aggregate_ranks
+from xattn.eval import Column, Protocol, aggregate_ranks, format_table
 from xattn.eval.report.html_page import html_page
 from xattn.eval.report.leaderboard_files import write_report
 from xattn.eval.report.standings import standings
