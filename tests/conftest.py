@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
+from xattn.runtime.allocator import keep_memory
+
 os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+keep_memory()  # as the command line does: networks on a CPU are several times faster
 
 
 @pytest.fixture
