@@ -24,7 +24,7 @@ from xattn.explainers.base import Explainer, register_explainer
 
 @register_explainer("saliency")
 class Saliency(Explainer):
-    """max over the three channels of |g|, (B, 1, H, W), never negative."""
+    """max over the three channels of ``|g|``, (B, 1, H, W), never negative."""
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         return pixel_gradient(self.backbone, images, target).abs().amax(1, keepdim=True)

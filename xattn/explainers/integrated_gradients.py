@@ -152,7 +152,7 @@ class GradientShap(_GradientSum):
 @register_explainer("smoothgrad", cases=({"samples": 3},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class SmoothGrad(_GradientSum):
-    """max over the channels of |mean_k df(x + e_k)/dx|, (B, 1, H, W); saliency where e_k is 0.
+    """max over the channels of ``|mean_k df(x + e_k)/dx|``, (B, 1, H, W); saliency where e_k is 0.
 
     Args:
         samples: random draws per image; each takes a forward and a backward pass.
