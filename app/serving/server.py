@@ -45,9 +45,9 @@ def check_installed() -> None:
         raise ValueError(f"app: Streamlit's server needs Python 3.11 or newer; this is {version}")
     missing = [n for n in ("streamlit", "altair", "pandas") if importlib.util.find_spec(n) is None]
     if missing:
-        raise ValueError(f'app: {", ".join(missing)} missing; run: pip install -e ".[app]"')
+        raise ValueError(f'app: {", ".join(missing)} missing; run: pip install "xattn[app]"')
     if importlib.util.find_spec("streamlit.starlette") is None:
-        raise ValueError('app: this streamlit is too old; run: pip install -U -e ".[app]"')
+        raise ValueError('app: this streamlit is too old; run: pip install -U "xattn[app]"')
 
 
 def check_open(address: Address, password: bool, no_password: bool) -> None:

@@ -38,7 +38,7 @@ def load_digits() -> tuple[Digits, Digits]:
         from sklearn.model_selection import train_test_split
     except ImportError:
         raise ValueError(
-            "digits: they come with scikit-learn, which is not installed; pip install scikit-learn"
+            'digits: scikit-learn, which has them, is not installed; run: pip install "xattn[demo]"'
         ) from None
     found = load()
     parts = train_test_split(

@@ -57,7 +57,7 @@ def test_the_template_is_the_brain_in_the_middle():
 
 def test_without_nilearn_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "nilearn.datasets", None)
-    with pytest.raises(ValueError, match=r"^lesions: .*pip install 'xattn\[volumes\]'"):
+    with pytest.raises(ValueError, match=r'^lesions: .*run: pip install "xattn\[volumes\]"'):
         lesions.template.__wrapped__(3)
 
 

@@ -174,7 +174,7 @@ def test_resizing_positions_to_their_own_grid_changes_nothing(side):
 @needs_package(VIT)
 def test_missing_onnx_is_one_line_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ValueError, match="pip install onnx") as caught:
+    with pytest.raises(ValueError, match=r'run: pip install "xattn\[weights\]"$') as caught:
         package_weights(VIT)
     assert_one_line(caught)
 

@@ -114,5 +114,5 @@ def test_damaged_and_missing_files_are_refused(tmp_path):
 
 def test_without_nibabel_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "nibabel", None)
-    with pytest.raises(ValueError, match=r"^volume: .*pip install 'xattn\[volumes\]'"):
+    with pytest.raises(ValueError, match=r'^volume: .*run: pip install "xattn\[volumes\]"'):
         read_volume(tmp_path / "a.nii")

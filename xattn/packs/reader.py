@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
 from PIL import Image
@@ -95,10 +96,9 @@ class Pack:
     def entries(self) -> pd.DataFrame:
         """One row a map, by entry_id: image_id, method, target, target_name, probability, is_mask,
         sanity (a row that every method has to beat), min, max, and a column a metric."""
-        from xattn.packs.tables import entry_table
-
+        tables = _tables()
         with _no_garbage_collection():
-            return entry_table(self._manifest)
+            return tables.entry_table(self._manifest)
 
     @cached_property
     def images(self) -> pd.DataFrame:
@@ -109,10 +109,9 @@ class Pack:
         ``label`` and ``predicted`` are classes of the classifier, or None; ``right`` is True, False, or
         None where one of them is not known.
         """
-        from xattn.packs.tables import image_table
-
+        tables = _tables()
         with _no_garbage_collection():
-            return image_table(self._manifest)
+            return tables.image_table(self._manifest)
 
     @property
     def entry_ids(self) -> list[str]:
@@ -353,3 +352,13 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if running:
             gc.enable()
+
+
+def _tables() -> ModuleType:
+    try:
+        from xattn.packs import tables
+    except ModuleNotFoundError:
+        raise ValueError(
+            'pack: its tables need pandas, which is not installed; run: pip install "xattn[app]"'
+        ) from None
+    return tables

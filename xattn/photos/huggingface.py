@@ -57,7 +57,9 @@ def open_dataset(name: str, split: str | None) -> Rows:
     try:
         import datasets
     except ImportError:
-        raise ValueError('data: hfds/ needs datasets; run: pip install "xattn[data]"') from None
+        raise ValueError(
+            'data: hfds/ needs datasets, which is not installed; run: pip install "xattn[data]"'
+        ) from None
     folder = Path(name).expanduser()
     if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~"))):
         raise FileNotFoundError(f"data: no folder {name}; check the path after hfds/")

