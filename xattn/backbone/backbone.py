@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from xattn.attention.conversion import Conversion, describe
 from xattn.attention.convert import conversion
-from xattn.backbone.classes import Task, as_classes, class_names_of, find_class, resolve_task
+from xattn.backbone.classes import (
+    Task,
+    as_classes,
+    class_names_of,
+    find_class,
+    probabilities_of,
+    resolve_task,
+)
 from xattn.backbone.classifier import linear_classifier
 from xattn.backbone.fingerprint import network_sha256
 from xattn.backbone.preprocessing import Preprocessing, preprocessing_record
@@ -58,9 +65,9 @@ class Backbone(nn.Module):
     the default of the architecture.
 
     ``task`` says what a logit means: ``"multiclass"`` (softmax over the classes), ``"multilabel"``
-    (one sigmoid per class) or ``"binary"``: a single logit z (B, 1), returned as the two logits -z/2 and
-    z/2 of the classes "negative" and "positive", whose softmax is sigmoid(z). By default a model with one
-    output is binary, every other multiclass.
+    (one sigmoid per class), ``"regression"`` (a number as it is) or ``"binary"``: a single logit z (B, 1),
+    returned as the logits -z/2 and z/2 of the classes "negative" and "positive", whose softmax is
+    sigmoid(z). By default a model with one output is binary, every other multiclass.
 
     Threads may share a backbone: passes run side by side, and an explanation runs alone. Code that
     calls the model directly is not synchronised: see :meth:`alone`.
@@ -99,9 +106,7 @@ class Backbone(nn.Module):
         self.task: Task = task or "multiclass"
         with self._passing():
             self._resolve_taps(taps, task)
-        if class_names is None and self.task == "binary":
-            class_names = ["negative", "positive"]
-        self.class_names = class_names_of(model, self.num_classes, class_names)
+        self.class_names = class_names_of(model, self.num_classes, class_names, self.task)
         self._settled = True
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -288,21 +293,24 @@ class Backbone(nn.Module):
                 return Taps(self._as_classes(logits), tuple(maps))
             final, inner, tokens = self._features(x, self._wanted)
             final = self._through_head_point(final)
-            logits = self.model.forward_head(final)  # type: ignore[operator]
+            logits = self._classify(final)
             maps = self._select(self.taps, final, dict(zip(self._wanted, inner, strict=True)))
             read = read_prefixes(
                 self.model, self.taps, dict(zip(self._wanted, tokens, strict=True))
             )
         prefix = final[:, : self.prefix_tokens] if final.ndim == 3 else None
-        return Taps(self._as_classes(logits), maps, prefix, read)
+        return Taps(logits, maps, prefix, read)
+
+    def _classify(self, final: Tensor) -> Tensor:
+        """The final features -> logits (B, K)."""
+        return self._as_classes(self.model.forward_head(final))  # type: ignore[operator]
 
     def _as_classes(self, logits: Tensor) -> Tensor:
         return as_classes(logits, self.task)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, K) logits -> (B, K) probabilities in float64: softmax, or sigmoids (multilabel)."""
-        logits = logits.double()
-        return logits.sigmoid() if self.task == "multilabel" else logits.softmax(1)
+        """(B, K) logits -> (B, K) probabilities in float64, what p is for the task: see docs/design.md."""
+        return probabilities_of(logits.double(), self.task)
 
     def _through_head_point(self, final: Tensor) -> Tensor:
         if final.ndim == 4 and self.channels_last:
@@ -319,7 +327,7 @@ class Backbone(nn.Module):
             if self.adapter:
                 return self._as_classes(self.model.forward_taps(x)[0])  # type: ignore[operator]
             final = self._through_head_point(self.model.forward_features(x))  # type: ignore[operator]
-            return self._as_classes(self.model.forward_head(final))  # type: ignore[operator]
+            return self._classify(final)
 
     def head_logits(self, final: Tensor) -> Tensor:
         """The classifier applied to a (possibly masked) ``"head"`` map (B, C, h, w) -> (B, K)."""
@@ -327,7 +335,7 @@ class Backbone(nn.Module):
         if self.channels_last:
             final = final.permute(0, 2, 3, 1)
         with self._passing():
-            return self._as_classes(self.model.forward_head(final))  # type: ignore[operator]
+            return self._classify(final)
 
     @property
     def has_pooled_tap(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-Task = Literal["multiclass", "multilabel", "binary"]
+Task = Literal["multiclass", "multilabel", "binary", "regression"]
 
 
 def resolve_task(task: Task | None, logits: Tensor, name: str) -> Task:
@@ -21,8 +21,8 @@ def resolve_task(task: Task | None, logits: Tensor, name: str) -> Task:
         return "binary" if outputs == 1 else "multiclass"
     if task not in get_args(Task):
         raise ValueError(f"task: got {task!r}; choose one of {', '.join(get_args(Task))}")
-    if (task == "binary") != (outputs == 1) and task != "multilabel":
-        hint = "binary" if outputs == 1 else "multiclass or multilabel"
+    if (task == "binary") != (outputs == 1) and task not in ("multilabel", "regression"):
+        hint = "binary" if outputs == 1 else "multiclass, multilabel or regression"
         raise ValueError(f"task={task!r}: {name} has {outputs} outputs; choose {hint}")
     return task
 
@@ -31,6 +31,13 @@ def as_classes(logits: Tensor, task: Task) -> Tensor:
     """A binary model's (B,) or (B, 1) logits as (B, 2); other logits unchanged."""
     logits = logits[:, None] if logits.ndim == 1 else logits
     return torch.cat([-logits / 2, logits / 2], 1) if task == "binary" else logits
+
+
+def probabilities_of(logits: Tensor, task: Task) -> Tensor:
+    """What p is: a softmax, a sigmoid each (multilabel), or the number itself (regression)."""
+    if task == "regression":
+        return logits
+    return logits.sigmoid() if task == "multilabel" else logits.softmax(1)
 
 
 def read_classes(class_names: str | Path | Sequence[str] | None) -> list[str] | None:
@@ -55,7 +62,9 @@ def read_classes(class_names: str | Path | Sequence[str] | None) -> list[str] | 
     return names
 
 
-def class_names_of(model: nn.Module, count: int, given: Sequence[str] | None) -> list[str]:
+def class_names_of(
+    model: nn.Module, count: int, given: Sequence[str] | None, task: Task
+) -> list[str]:
     """``given``, checked against ``count``, or the names in the model's config or ImageNet's lists."""
     if given is not None:
         if len(given) != count:
@@ -63,9 +72,13 @@ def class_names_of(model: nn.Module, count: int, given: Sequence[str] | None) ->
                 f"class_names: got {len(given)} names, the model has {count} classes; give a name each"
             )
         return list(given)
+    if task == "binary":
+        return ["negative", "positive"]
     own = getattr(model, "class_names", None)
     if isinstance(own, list | tuple) and len(own) == count:
         return list(own)
+    if task == "regression":
+        return ["value"] if count == 1 else [f"value {i}" for i in range(count)]
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     if getattr(model, "num_classes", None) == 0:  # an encoder: its "logits" are pooled features

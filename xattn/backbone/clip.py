@@ -1,0 +1,195 @@
+"""Image-text models: an image tower as a backbone, whose classes are prompts or whose target is a text.
+
+    clip = load_clip(CLIPModel.from_pretrained(...), AutoTokenizer.from_pretrained(...))
+    explain("photo.jpg", clip, explainer="gradcam", target="a photo of a cat")
+    explain("photo.jpg", clip.with_prompts(["a photo of a cat", "a photo of a dog"]), explainer="gradcam")
+
+    text target    cos(e(x), t)                           e(x) and t (D,) of length 1
+    CLIP           softmax over prompts of s cos + b      Radford et al., arXiv 2103.00020
+    SigLIP         sigmoid(s cos + b) of each prompt      Zhai et al., arXiv 2303.15343
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.backbone.backbone import Backbone
+from xattn.backbone.classes import Task
+from xattn.backbone.loading import load_backbone
+from xattn.backbone.preprocessing import Preprocessing
+from xattn.backbone.scored import View
+from xattn.backbone.targets import Target
+from xattn.backbone.towers import image_tower
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
+
+
+class Clip(View):
+    """An image tower with its text tower: the logits (B, D) are image embeddings of length 1.
+
+    Explain it with a text as target, or its :meth:`with_prompts`. Other towers than those of
+    :func:`load_clip` come in here, such as timm's image tower with the text tower of open_clip:
+
+        Clip(load_backbone("vit_base_patch16_clip_224.openai", num_classes=512),
+             lambda texts: model.encode_text(tokenizer(texts)), scale=100.0)
+
+    Args:
+        base: a backbone whose outputs (B, D) are image embeddings, of any length.
+        encode_text: texts -> embeddings (T, D), of any length.
+        scale, bias: s and b of the logits of prompts.
+        task: ``"multiclass"``, a softmax over prompts (CLIP), or ``"multilabel"``, a sigmoid each (SigLIP).
+    """
+
+    def __init__(
+        self,
+        base: Backbone,
+        encode_text: Callable[[list[str]], Tensor],
+        scale: float = 100.0,
+        bias: float = 0.0,
+        task: Task = "multiclass",
+    ) -> None:
+        super().__init__(base, [f"feature {i}" for i in range(base.num_classes)], "regression")
+        vars(self).update(encode_text=encode_text, scale=scale, bias=bias, prompt_task=task)
+
+    def answer(self, outputs: Tensor) -> Tensor:
+        return F.normalize(outputs, dim=1)
+
+    def again(self, base: Backbone) -> Clip:
+        return Clip(base, self.encode_text, self.scale, self.bias, self.prompt_task)
+
+    @property
+    def has_classes(self) -> bool:
+        return False
+
+    def require_classes(self) -> None:
+        raise ValueError(
+            f"backbone: {self.name} has no classes, it compares images with texts; give target='a photo of "
+            f"a cat', or backbone.with_prompts([...])"
+        )
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Text embeddings (T, D) of length 1, on the backbone's device.
+
+        Raises:
+            ValueError: no text, an empty one, one that is too long, or embeddings of another width.
+        """
+        given = [texts] if isinstance(texts, str) else list(texts)
+        if not given or not all(isinstance(t, str) and t.strip() for t in given):
+            raise ValueError(
+                f"prompts: got {given!r:.80}; give one text or more, such as 'a photo of a cat'"
+            )
+        found = self.encode_text(given)
+        if not isinstance(found, Tensor) or found.shape != (len(given), self.num_classes):
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"encode_text: returned {got}; return ({len(given)}, {self.num_classes}), the width of the "
+                f"image embeddings of {self.name}"
+            )
+        return F.normalize(found.detach().to(self.mean.device, torch.float32), dim=1)
+
+    def text_target(self, text: str) -> Target:
+        """The cosine similarity of images with a text, as a target."""
+        embedding = self.embed([text])[0]
+        return Target(lambda images: images @ embedding.to(images), name=text, p="value")
+
+    def with_prompts(self, prompts: Sequence[str]) -> Prompted:
+        """A classifier whose classes are ``prompts``, at least two for a softmax.
+
+        Raises:
+            ValueError: too few prompts, one twice, or one that cannot be read.
+        """
+        return Prompted(self, [prompts] if isinstance(prompts, str) else list(prompts))
+
+
+class Prompted(View):
+    """A zero-shot classifier; made by :meth:`Clip.with_prompts`."""
+
+    base: Clip
+
+    def __init__(self, base: Clip, prompts: list[str]) -> None:
+        embeddings = base.embed(prompts)
+        if len(set(prompts)) < len(prompts):
+            raise ValueError(f"prompts: got {prompts!r:.80}; give each prompt once")
+        if len(prompts) == 1 and base.prompt_task == "multiclass":
+            raise ValueError(
+                "prompts: got one, and a softmax over one prompt is always 1; give two or more, or the text "
+                "as target"
+            )
+        super().__init__(base, prompts, base.prompt_task)
+        vars(self)["embeddings"] = embeddings
+
+    def answer(self, outputs: Tensor) -> Tensor:
+        return self.base.scale * outputs @ self.embeddings.to(outputs).T + self.base.bias
+
+    def again(self, base: Backbone) -> Prompted:
+        assert isinstance(base, Clip)
+        return Prompted(base, self.class_names)
+
+
+def load_clip(
+    model: Any,
+    tokenizer: Any,
+    *,
+    preprocessing: Preprocessing | None = None,
+    device: str | torch.device | None = None,
+) -> Clip:
+    """An image-text model of ``transformers`` for explanation.
+
+    The image tower is rebuilt as timm's ViT with the same weights, so that every explainer of ViTs works.
+
+    Args:
+        model: a ``CLIPModel`` or ``SiglipModel``; it keeps its own weights, and its text tower is used.
+        tokenizer: its tokenizer.
+        preprocessing: by default the model's input size, bicubic, with the mean and standard deviation of
+            its family.
+
+    Raises:
+        ValueError: another kind of model, or no tokenizer.
+    """
+    kind = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+    if kind not in ("clip", "siglip") or not hasattr(model, "get_text_features"):
+        raise ValueError(
+            f"model: got {kind}; give transformers' CLIPModel or SiglipModel, or put other towers together "
+            f"with xattn.backbone.clip.Clip(image_backbone, encode_text)"
+        )
+    if not callable(tokenizer):
+        raise ValueError(
+            f"tokenizer: got {tokenizer!r:.60}; give the model's own, AutoTokenizer.from_pretrained(...)"
+        )
+    siglip = kind == "siglip"
+    size = int(model.config.vision_config.image_size)
+    mean, std = ((0.5,) * 3, (0.5,) * 3) if siglip else (MEAN, STD)
+    tower = image_tower(model.vision_model, getattr(model, "visual_projection", None))
+    tower.preprocessing = preprocessing or Preprocessing((size, size), mean, std, crop_pct=1.0)
+    base = load_backbone(tower, device=device)
+    vars(base)["name"] = str(getattr(model.config, "_name_or_path", "") or kind)
+    bias = float(model.logit_bias) if siglip else 0.0
+    task: Task = "multilabel" if siglip else "multiclass"
+    return Clip(base, _text_tower(model, tokenizer), float(model.logit_scale.exp()), bias, task)
+
+
+def _text_tower(model: Any, tokenizer: Any) -> Callable[[list[str]], Tensor]:
+    longest = int(model.config.text_config.max_position_embeddings)
+    # SigLIP was trained on texts of one length.
+    padding = "max_length" if model.config.model_type == "siglip" else True
+
+    def encode(texts: list[str]) -> Tensor:
+        for text in texts:
+            count = len(tokenizer(text)["input_ids"])
+            if count > longest:
+                raise ValueError(
+                    f"prompts: {text[:40]!r}... has {count} tokens, the text tower reads {longest}; "
+                    f"shorten it"
+                )
+        tokens = tokenizer(texts, padding=padding, max_length=longest, return_tensors="pt")
+        named = {k: tokens[k] for k in ("input_ids", "attention_mask") if k in tokens}
+        found = model.get_text_features(**{k: v.to(model.device) for k, v in named.items()})
+        return getattr(found, "pooler_output", found)
+
+    return encode

@@ -1,0 +1,254 @@
+"""A network seen through another answer: what is explained is a number of its outputs, not a class.
+
+    backbone = scored(backbone, lambda logits: logits[:, 281] - logits[:, 282])
+
+A :class:`View` is a :class:`~xattn.backbone.Backbone` over the same modules, so explainers, metrics and
+commands need no special case. Its logits are (B, 1), the target's number, and the classes have its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xattn.backbone.backbone import Backbone
+from xattn.backbone.classes import Task
+from xattn.backbone.preprocessing import Preprocessing
+from xattn.backbone.taps import Taps
+from xattn.backbone.targets import Target, as_target
+
+
+class View(Backbone):
+    """``base`` with other logits: modules, buffers and facts are shared, nothing is copied.
+
+    A subclass says what the logits are (:meth:`answer`) and gives the facts that differ.
+    """
+
+    base: Backbone
+
+    def __init__(self, base: Backbone, class_names: list[str], task: Task) -> None:
+        nn.Module.__init__(self)
+        shared = {k: v for k, v in vars(base).items() if k not in ("_fingerprint", "_hashed")}
+        vars(self).update(shared)
+        # Not through setattr, which would make the base a child of its own modules.
+        own = {"num_classes": len(class_names), "class_names": class_names, "task": task}
+        vars(self).update(base=base, pools_linearly=False, **own)
+
+    def answer(self, outputs: Tensor) -> Tensor:
+        """What the base answers, (B, ...) -> logits (B, K) of the view."""
+        raise NotImplementedError
+
+    def again(self, base: Backbone) -> View:
+        """The same view of another backbone."""
+        raise NotImplementedError
+
+    def _answered(self, outputs: Tensor) -> Tensor:
+        # The rules of lrp and attn_lrp are for the network: the answer has its own derivative.
+        with torch._C.DisableTorchFunction():
+            return self.answer(outputs)
+
+    # ------------------------------------------------------------------ passes
+
+    def forward_normalized(self, x: Tensor) -> Taps:
+        taps = self.base.forward_normalized(x)
+        return taps._replace(logits=self._answered(taps.logits))
+
+    def logits_normalized(self, x: Tensor) -> Tensor:
+        return self._answered(self.base.logits_normalized(x))
+
+    def head_logits(self, final: Tensor) -> Tensor:
+        return self._answered(self.base.head_logits(final))
+
+    # ------------------------------------------------------------------ facts
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the base: the weights are its own."""
+        return self.base.fingerprint
+
+    @property
+    def _fingerprint(self) -> str | None:
+        return self.base._fingerprint
+
+    @_fingerprint.setter
+    def _fingerprint(self, value: str | None) -> None:
+        self.base._fingerprint = value
+
+    @property
+    def has_classes(self) -> bool:
+        return True
+
+    @property
+    def has_pooled_tap(self) -> bool:
+        return self.base.has_pooled_tap
+
+    @property
+    def cam_layer(self) -> nn.Module | None:
+        return self.base.cam_layer
+
+    def _classifier(self) -> tuple[Tensor | None, Tensor | None]:
+        return None, None
+
+    def with_taps(self, taps: Any) -> View:
+        return self.again(self.base.with_taps(taps))
+
+    def with_preprocessing(self, preprocessing: Preprocessing) -> View:
+        return self.again(self.base.with_preprocessing(preprocessing))
+
+    def with_converted(self, model: nn.Module) -> View:
+        return self.again(self.base.with_converted(model))
+
+
+class Scored(View):
+    """``scored(images) -> Taps`` whose logits (B, 1) are the numbers of ``target``; made by :func:`scored`.
+
+    ``score`` is what p is, see :class:`~xattn.backbone.targets.Target`; ``target_id`` is the target's name
+    with a hash of what it gives for fixed random outputs.
+    """
+
+    target: Target
+    score: str
+    target_id: str
+
+    def __init__(self, base: Backbone, target: Target) -> None:
+        target = target.of(base)
+        super().__init__(base, [""], "multilabel" if target.p == "sigmoid" else "regression")
+        vars(self).update(target=target, score=target.p)
+        digest = target.digest(self._shape_of_outputs(), base.mean)
+        name = target.own_name
+        vars(self).update(
+            target_id=f"{name} {digest}" if name else digest,
+            class_names=[name or f"function {digest}"],
+        )
+
+    def again(self, base: Backbone) -> Scored:
+        return Scored(base, self.target)
+
+    def answer(self, outputs: Tensor) -> Tensor:
+        """(B, ...) -> (B, 1).
+
+        Raises:
+            ValueError: the function returns anything but B finite numbers, or loses the gradient.
+        """
+        score = self.target.scores(outputs)
+        name = self.class_names[0]
+        if not torch.compiler.is_compiling() and not bool(score.isfinite().all()):
+            raise ValueError(
+                f"target: {name!r} gives NaN or infinite values; return finite numbers, such as "
+                f"log_softmax where p may be 0"
+            )
+        if outputs.requires_grad and torch.is_grad_enabled() and not score.requires_grad:
+            raise ValueError(
+                f"target: {name!r} returns a tensor without a gradient; leave out detach, numpy and "
+                f"no_grad, or use a method without gradients, such as 'rise'"
+            )
+        return score[:, None]
+
+    # ------------------------------------------------------------------ passes
+
+    def forward_normalized(self, x: Tensor) -> Taps:
+        taps = self._outputs(x)
+        return taps._replace(logits=self._answered(taps.logits))
+
+    def logits_normalized(self, x: Tensor) -> Tensor:
+        if self.target.reads == "logits":
+            return super().logits_normalized(x)
+        return self.forward_normalized(x).logits
+
+    def head_logits(self, final: Tensor) -> Tensor:
+        if self.target.reads == "logits":
+            return super().head_logits(final)
+        return self._answered(Backbone.head_logits(self, final))
+
+    def _outputs(self, x: Tensor) -> Taps:
+        """A pass whose ``logits`` are what the target reads."""
+        if self.target.reads == "logits":
+            return self.base.forward_normalized(x)
+        if self.target.reads == "pixels":
+            with self._passing(x):
+                logits, maps = self._pixels()(x)
+            return Taps(logits, tuple(maps))
+        taps = Backbone.forward_normalized(self, x)
+        if not self.adapter:
+            return taps
+        embed = getattr(self.model, "forward_embedding", None)
+        return taps._replace(logits=taps.maps[-1].mean((2, 3)) if embed is None else embed(x))
+
+    def _classify(self, final: Tensor) -> Tensor:
+        """What the classifier reads, (B, C), for targets that read features."""
+        return self.model.forward_head(final, pre_logits=True)  # type: ignore[operator]
+
+    def _pixels(self) -> Callable[[Tensor], tuple[Tensor, Any]]:
+        found = getattr(self.model, "forward_pixels", None)
+        if found is None:
+            raise ValueError(
+                f"target: reads the logits of pixels, and {self.name} has none; give a segmentation "
+                f"network (xattn.backbone.segmentation), or a function of the logits (B, K)"
+            )
+        return found  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _shape_of_outputs(self) -> tuple[int, ...]:
+        """The shape of what the target reads of one image."""
+        if self.target.reads == "logits":
+            return (self.base.num_classes,)
+        size = self.preprocessing.input_size
+        image = torch.zeros(1, self.mean.shape[1], *size, device="cpu")
+        image = image.to(self.device, next(self.model.parameters(), image).dtype)
+        return tuple(self._outputs(image).logits.shape[1:])
+
+
+def as_class_or_view(backbone: Backbone, target: Any) -> Any:
+    """A class, by number or name, and one class an image as they are; any other target as a :class:`View`."""
+    if isinstance(target, str) and target.strip() and not hasattr(backbone, "text_target"):
+        try:
+            return backbone.class_index(target)
+        except ValueError as error:
+            raise ValueError(
+                f"target: {error}; a text that is no class needs an image-text model, see xattn.load_clip"
+            ) from None
+    if isinstance(target, Target | str | View) or callable(target):
+        return scored(backbone, target)
+    return target
+
+
+def scored(backbone: Backbone, target: Any) -> View:
+    """``backbone`` with ``target`` in the place of its classes.
+
+    Args:
+        target: a function of the logits (B, K) that returns (B,), a :class:`Target`, or a text for an
+            image-text model (:mod:`xattn.backbone.clip`).
+
+    Raises:
+        ValueError: a function that fails on the backbone's outputs, a text without an image-text model, or
+            a backbone that already shows another target.
+    """
+    if isinstance(target, View):
+        if target.base is not backbone:
+            raise ValueError(
+                f"target: a view of another backbone ({target.base.name}); make it of this one"
+            )
+        return target
+    if isinstance(backbone, Scored):
+        raise ValueError(
+            f"target: this backbone shows {backbone.class_names[0]!r} already; give the one that it is a "
+            f"view of, backbone.base"
+        )
+    if isinstance(target, str):
+        return Scored(backbone, _target_of_text(backbone, target))
+    return Scored(backbone, as_target(target))
+
+
+def _target_of_text(backbone: Backbone, text: str) -> Target:
+    if not text.strip():
+        raise ValueError("target: got an empty text; give a class, or a prompt such as 'a photo of a cat'")
+    make = getattr(backbone, "text_target", None)
+    if make is None:
+        raise ValueError(
+            f"target: got the text {text[:60]!r}, and {backbone.name} reads no texts; give a function of its "
+            f"logits, or load an image-text model with xattn.load_clip"
+        )
+    return make(text)  # type: ignore[no-any-return]
