@@ -18,14 +18,17 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from xattn.backbone import Backbone
+from xattn.backbone.scored import scored
 from xattn.eval.annotations.objects import load_annotations
 from xattn.eval.evaluation.engine import create_probes, evaluate
 from xattn.eval.evaluation.map_maker import Randomized
 from xattn.eval.evaluation.plan import plan
 from xattn.eval.evaluation.stream import ImageStream
+from xattn.eval.evaluation.targets import score_of
 from xattn.eval.interfaces import Explainer
 from xattn.eval.metrics.base import Probe
 from xattn.eval.metrics.registry import (
+    create_probe,
     direct_groups,
     groups_with_annotations,
     groups_without_annotations,
@@ -57,6 +60,8 @@ class Comparison:
     networks unless they are registered. ``metrics`` are names or probes. ``options`` are
     ``explainer.name=value``, for heads ``head.name=value`` or ``row.name=value``. The maps of the first
     ``maps`` images go into the pack, with ``labels`` as in :func:`xattn.explaining.photos.explain`.
+    ``target`` is a number of the network's answer that is explained in place of the predicted class, see
+    :mod:`xattn.backbone.targets`.
     """
 
     backbone: Backbone
@@ -73,6 +78,11 @@ class Comparison:
     seed: int = 0
     maps: int = 1000
     labels: str | Path | None = None
+    target: Any = None
+
+    def __post_init__(self) -> None:
+        if self.target is not None:
+            object.__setattr__(self, "backbone", scored(self.backbone, self.target))
 
 
 def compare(
@@ -101,8 +111,10 @@ def compare(
     truth = None
     if job.labels is not None:  # refused now rather than after the work
         truth = true_classes_of(named_photos(images), job.labels, job.backbone)
-    protocol = Protocol(precision=job.precision, seed=job.seed, view=job.view)
-    probes = create_probes(groups_of(job), protocol, job.backbone.preprocessing.mean)
+    protocol = Protocol(
+        score_of(job.backbone), precision=job.precision, seed=job.seed, view=job.view
+    )
+    probes = create_probes(_defined(job, protocol, say), protocol, job.backbone.preprocessing.mean)
     annotations = None
     if job.annotations is not None:
         annotations = load_annotations(job.annotations, job.backbone)
@@ -223,6 +235,19 @@ def groups_of(job: Comparison) -> list[str | Probe]:
     if job.annotations is not None:
         names += groups_with_annotations()
     return [name for i, name in enumerate(names) if name not in names[:i]]
+
+
+def _defined(job: Comparison, protocol: Protocol, say: Callable[[str], Any]) -> list[str]:
+    """The groups of metrics without those that "direct" and "all" bring and the score does not allow."""
+    names = []
+    for name in groups_of(job):
+        probe = create_probe(name, protocol, tuple(job.backbone.preprocessing.mean))
+        problem = None if name in job.metrics else probe.score_problem(protocol.score)
+        if problem is None:
+            names.append(name)
+        else:
+            say(f"left out {name}: {problem}")
+    return names
 
 
 class _Recipe(NamedTuple):

@@ -17,7 +17,12 @@ from xattn.eval.fills import KINDS
 from xattn.eval.metrics.registry import METRICS
 
 # What p, q and d are, by the backbone's task.
-SCORES = {"multiclass": "probability", "multilabel": "sigmoid", "binary": "binary"}
+SCORES = {
+    "multiclass": "probability",
+    "multilabel": "sigmoid",
+    "binary": "binary",
+    "regression": "value",
+}
 
 _CHOICES = {
     "score": (*SCORES.values(), "logit"),
@@ -41,8 +46,8 @@ class Protocol:
     Attributes:
         score: what p, q and d are, in float64; the task of the backbone decides: ``"probability"``
             (softmax over the classes), ``"sigmoid"`` (multi-label: of the label's own logit) or
-            ``"binary"`` (a single logit z: sigmoid(z) of "positive", sigmoid(-z) of "negative");
-            or ``"logit"`` for every task.
+            ``"binary"`` (a single logit z: sigmoid(z) of "positive", sigmoid(-z) of "negative"), or
+            ``"value"`` (regression: the number itself); or ``"logit"`` for every task.
         class_policy: ``"predicted"`` (argmax on the clean image, fixed afterwards) or ``"given"``.
         normalization: ``"minmax"`` at the map's own resolution, before resizing, or
             ``"minmax_upsampled"`` after it.
@@ -59,6 +64,8 @@ class Protocol:
         view: ``"crop"`` (the model's own evaluation crop), ``"whole"``, or ``"tensor"`` (prepared
             by the caller).
         precision: of the forward passes: ``"float32"``, or ``"bfloat16"`` autocast.
+        target: what was explained where it is no class, a name and a hash, see
+            :mod:`xattn.backbone.targets`; ``score`` is what is taken for its probability.
         seed, n, n_invalid: of one run; not part of the id.
     """
 
@@ -73,6 +80,7 @@ class Protocol:
     invalid: str = "excluded"
     view: str = "crop"
     precision: str = "float32"
+    target: str = ""
     seed: int = 0
     n: int | None = None
     n_invalid: int | None = None
@@ -123,6 +131,11 @@ class Protocol:
         return f"{metric}@{100 * level:g}-{self._prefix}-{_hash(meaning)}"
 
     @property
+    def explained(self) -> str:
+        """What ``score`` is of, in words."""
+        return f"the target {self.target!r}" if self.target else f"the {self.class_policy} class"
+
+    @property
     def _prefix(self) -> str:
         return f"{self.score[:4]}-{self.class_policy[:4]}-{self.masked_value}"
 
@@ -133,8 +146,9 @@ class Protocol:
         return {k: v for k, v in self.to_dict().items() if k not in hidden}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; ``from_dict`` reads them back."""
-        return {**asdict(self), "levels": list(self.levels)}
+        """Plain values for JSON, ``target`` only where there is one; ``from_dict`` reads them back."""
+        values = {**asdict(self), "levels": list(self.levels)}
+        return {k: v for k, v in values.items() if k != "target" or v}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Protocol:

@@ -249,6 +249,11 @@ class MaskClassifier(nn.Module):
         found = self._outputs(x)
         return mask_score(found.logits), (found.deepest,)
 
+    def forward_pixels(self, x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        """Logits (B, M, H, W) of the pixels, and the bottleneck's map."""
+        found = self._outputs(x)
+        return found.logits, (found.deepest,)
+
     def forward_gates(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The scores (B, M), and psi of each level from fine to coarse."""
         found = self._outputs(x)

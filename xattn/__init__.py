@@ -20,6 +20,11 @@ _EXPORTS = {
     "Taps": "xattn.backbone",
     "TapModule": "xattn.backbone",
     "load_backbone": "xattn.backbone",
+    "load_clip": "xattn.backbone.clip",
+    "Target": "xattn.backbone.targets",
+    "at_mask": "xattn.backbone.targets",
+    "at_point": "xattn.backbone.targets",
+    "similarity_to": "xattn.backbone.similarity",
     "Head": "xattn.heads",
     "create_head": "xattn.heads",
     "list_heads": "xattn.heads",
@@ -63,9 +68,12 @@ __all__ = [
     "PruneConfig",
     "TapModule",
     "Taps",
+    "Target",
     "TrainConfig",
     "__version__",
     "as_explainer",
+    "at_mask",
+    "at_point",
     "cache_features",
     "create_explainer",
     "create_head",
@@ -78,6 +86,7 @@ __all__ = [
     "list_explainers",
     "list_heads",
     "load_backbone",
+    "load_clip",
     "load_conversion",
     "load_head",
     "load_pack",
@@ -91,6 +100,7 @@ __all__ = [
     "register_metric",
     "save_head",
     "save_pack",
+    "similarity_to",
 ]
 
 if TYPE_CHECKING:
@@ -103,6 +113,9 @@ if TYPE_CHECKING:
         load_backbone,
         load_conversion,
     )
+    from xattn.backbone.clip import load_clip
+    from xattn.backbone.similarity import similarity_to
+    from xattn.backbone.targets import Target, at_mask, at_point
     from xattn.blocks import register_block
     from xattn.config import DistillConfig, ProbeConfig, PruneConfig
     from xattn.eval import evaluate, register_metric

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from xattn.backbone.scored import Scored
 from xattn.eval.annotations import Annotations
 from xattn.eval.evaluation.evaluation_run import Evaluation, EvaluationRun
 from xattn.eval.evaluation.facts import run_facts
@@ -27,10 +28,11 @@ from xattn.eval.evaluation.map_maker import Randomized
 from xattn.eval.evaluation.scorer import MaskedScorer, micro_batch
 from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import ImageStream, Item
+from xattn.eval.evaluation.targets import aimed, score_of
 from xattn.eval.interfaces import Classifier, check_classes
 from xattn.eval.metrics.base import Probe
 from xattn.eval.metrics.registry import create_probe, group_name, own_infos
-from xattn.eval.protocol import SCORES, Protocol
+from xattn.eval.protocol import Protocol
 from xattn.eval.results import Results, collect
 from xattn.explainers.own import as_explainers
 from xattn.photos.images import MAX_PIXELS
@@ -50,6 +52,7 @@ def evaluate(
     protocol: Protocol | None = None,
     progress: bool = True,
     classes: int | str | Sequence[int | str] | None = None,
+    target: Any = None,
     max_pixels: int | None = MAX_PIXELS,
     limit: int | None = None,
     annotations: Annotations | None = None,
@@ -75,6 +78,9 @@ def evaluate(
             is no larger than it takes; then results are bit-equal for the same number of images.
         classes: explain these instead of the predicted class: one for all images, or one an image
             (unreadable ones included), as index or name.
+        target: another name of ``classes``; or any number of the network's answer, a function
+            ``logits (B, K) -> (B,)``, a :class:`~xattn.backbone.targets.Target`, or of an image-text
+            model a text. The explainers are made again for it, see ``Explainer.with_target``.
         max_pixels: larger photos are skipped as decompression bombs.
         limit: only the first so many images.
         annotations: where objects are, see :func:`xattn.eval.load_annotations`.
@@ -95,6 +101,7 @@ def evaluate(
     if not explainers:
         raise ValueError("explainers: got none; give {name: explainer}")
     explainers = as_explainers(explainers, backbone, max_forward_batch)
+    backbone, explainers, classes = aimed(backbone, explainers, classes, target)
     check_classes(backbone)
     given = {"levels": levels, "view": view, "seed": seed}
     protocol = _settled(protocol or Protocol(), backbone, classes is not None, given)
@@ -122,11 +129,13 @@ def evaluate(
 def _settled(
     protocol: Protocol, backbone: Classifier, classes_given: bool, given: Mapping[str, Any]
 ) -> Protocol:
-    """A protocol with the score of the backbone's task, and with what was ``given``."""
+    """A protocol with the score of the backbone's task or target, and with what was ``given``."""
+    of_target = isinstance(backbone, Scored)
     return replace(
         protocol,
-        score="logit" if protocol.score == "logit" else SCORES[backbone.task],
-        class_policy="given" if classes_given else "predicted",
+        score="logit" if protocol.score == "logit" else score_of(backbone),
+        class_policy="given" if classes_given or of_target else "predicted",
+        target=backbone.target_id if isinstance(backbone, Scored) else "",
         **{key: value for key, value in given.items() if value is not None},
     )
 

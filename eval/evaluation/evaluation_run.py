@@ -213,10 +213,9 @@ class EvaluationRun:
         """Store the first classes of the images that are kept, from the (b, K) scores of all."""
         if self.protocol.score == "logit":
             scores = self.backbone.probabilities(scores)
-        names = self.backbone.class_names
         self.store.add_tops(
             [
-                (item.position, top_classes(row, names))
+                (item.position, top_classes(row, self.backbone))
                 for item, row in zip(items, scores, strict=True)
                 if self._kept(item.position)
             ]

@@ -74,8 +74,14 @@ class MaskingProbe(Probe):
         return {name: getattr(protocol, name) for name in names}
 
     def score_problem(self, score: str) -> str | None:
-        if score != "logit" or not self.bounded:
+        if score not in ("logit", "value") or not self.bounded:
             return None
+        if score == "value":
+            return (
+                "score: AD, ADD and AG are of probabilities, the target is a number of any size; give "
+                "Target(function, p='sigmoid'), or p='probability' if it is in [0, 1], or other metrics, "
+                "such as 'curves'"
+            )
         return (
             "score: AD, ADD and AG are of probabilities; for logits give MaskingProbe(bounded=False, "
             "metrics=('AD', 'IC')), or the preset torch-cam"

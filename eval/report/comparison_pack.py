@@ -173,7 +173,9 @@ def _skipped(skipped: Skipped, images: Any) -> tuple[str, str]:
 
 
 def _probability(results: Results, kept: KeptImage) -> float:
-    """The probability of the explained class, also where logits were scored."""
+    """The probability of the explained class, also where logits were scored; a target's own number."""
+    if results.protocol.score == "value":
+        return kept.score
     if results.protocol.score != "logit":
         return min(max(kept.score, 0.0), 1.0)
     return next((float(p) for i, _, p in kept.top if i == kept.target), 0.0)

@@ -108,7 +108,7 @@ def protocol_notes(results: Results) -> list[str]:
     p = results.protocol
     name = results.backbone.get("name", "?")
     return [
-        f"protocol {p.id}: {p.score} of the {p.class_policy} class, {p.normalization} maps, "
+        f"protocol {p.id}: {p.score} of {p.explained}, {p.normalization} maps, "
         f"{p.resize} resize, {p.threshold} threshold, {p.masked_value} behind the mask, "
         f"view {p.view}, IC margin {p.ic_margin:g}",
         f"{p.n} images on {name}; mean with 95 % bootstrap interval "

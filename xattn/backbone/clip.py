@@ -1,12 +1,12 @@
 """Image-text models: an image tower as a backbone, whose classes are prompts or whose target is a text.
 
-    clip = load_clip(CLIPModel.from_pretrained(...), AutoTokenizer.from_pretrained(...))
-    explain("photo.jpg", clip, explainer="gradcam", target="a photo of a cat")
-    explain("photo.jpg", clip.with_prompts(["a photo of a cat", "a photo of a dog"]), explainer="gradcam")
+clip = load_clip(CLIPModel.from_pretrained(...), AutoTokenizer.from_pretrained(...))
+explain("photo.jpg", clip, explainer="gradcam", target="a photo of a cat")
+explain("photo.jpg", clip.with_prompts(["a photo of a cat", "a photo of a dog"]), explainer="gradcam")
 
-    text target    cos(e(x), t)                           e(x) and t (D,) of length 1
-    CLIP           softmax over prompts of s cos + b      Radford et al., arXiv 2103.00020
-    SigLIP         sigmoid(s cos + b) of each prompt      Zhai et al., arXiv 2303.15343
+text target    cos(e(x), t)                           e(x) and t (D,) of length 1
+CLIP           softmax over prompts of s cos + b      Radford et al., arXiv 2103.00020
+SigLIP         sigmoid(s cos + b) of each prompt      Zhai et al., arXiv 2303.15343
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ class Prompted(View):
             raise ValueError(f"prompts: got {prompts!r:.80}; give each prompt once")
         if len(prompts) == 1 and base.prompt_task == "multiclass":
             raise ValueError(
-                "prompts: got one, and a softmax over one prompt is always 1; give two or more, or the text "
-                "as target"
+                "prompts: got one, and a softmax over one prompt is always 1; give two or more, or give the "
+                "text as target"
             )
         super().__init__(base, prompts, base.prompt_task)
         vars(self)["embeddings"] = embeddings
@@ -169,15 +169,18 @@ def load_clip(
     tower.preprocessing = preprocessing or Preprocessing((size, size), mean, std, crop_pct=1.0)
     base = load_backbone(tower, device=device)
     vars(base)["name"] = str(getattr(model.config, "_name_or_path", "") or kind)
-    bias = float(model.logit_bias) if siglip else 0.0
+    bias = float(model.logit_bias.detach()) if siglip else 0.0
     task: Task = "multilabel" if siglip else "multiclass"
-    return Clip(base, _text_tower(model, tokenizer), float(model.logit_scale.exp()), bias, task)
+    return Clip(
+        base, _text_tower(model, tokenizer), float(model.logit_scale.detach().exp()), bias, task
+    )
 
 
 def _text_tower(model: Any, tokenizer: Any) -> Callable[[list[str]], Tensor]:
     longest = int(model.config.text_config.max_position_embeddings)
     # SigLIP was trained on texts of one length.
-    padding = "max_length" if model.config.model_type == "siglip" else True
+    fixed = {"max_length": longest} if model.config.model_type == "siglip" else {}
+    padding = "max_length" if fixed else True
 
     def encode(texts: list[str]) -> Tensor:
         for text in texts:
@@ -187,7 +190,7 @@ def _text_tower(model: Any, tokenizer: Any) -> Callable[[list[str]], Tensor]:
                     f"prompts: {text[:40]!r}... has {count} tokens, the text tower reads {longest}; "
                     f"shorten it"
                 )
-        tokens = tokenizer(texts, padding=padding, max_length=longest, return_tensors="pt")
+        tokens = tokenizer(texts, padding=padding, return_tensors="pt", **fixed)
         named = {k: tokens[k] for k in ("input_ids", "attention_mask") if k in tokens}
         found = model.get_text_features(**{k: v.to(model.device) for k, v in named.items()})
         return getattr(found, "pooler_output", found)

@@ -103,7 +103,7 @@ def load_backbone(
             positions are resized to it.
         num_classes: the number of classes; for a local file it is read from the file by default.
         class_names: class names in order, or the path of a text file with one per line.
-        task: ``"multiclass"``, ``"multilabel"`` or ``"binary"``, see :class:`Backbone`.
+        task: ``"multiclass"``, ``"multilabel"``, ``"binary"`` or ``"regression"``, see :class:`Backbone`.
         mean, std: what the model's training subtracted from pixels in [0, 1] and divided them by: a
             number a channel, or one for all. By default what the model's own config says; a module
             without one gets ImageNet's, with a warning.
@@ -182,6 +182,7 @@ def _backbone(
     channels = channels_of(model, own)
     preprocessing = given_preprocessing(own, channels, **given)
     try:
+        task = task or getattr(model, "default_task", None)
         return Backbone(model, name, preprocessing, taps, class_names, task)
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -150,12 +150,16 @@ class Scored(View):
     # ------------------------------------------------------------------ passes
 
     def forward_normalized(self, x: Tensor) -> Taps:
-        taps = self._outputs(x)
+        taps = self.outputs_normalized(x)
         return taps._replace(logits=self._answered(taps.logits))
 
     def logits_normalized(self, x: Tensor) -> Tensor:
         if self.target.reads == "logits":
             return super().logits_normalized(x)
+        if self.target.reads == "features" and not self.adapter:
+            return self._answered(
+                Backbone.logits_normalized(self, x)
+            )  # without taps: layers run once
         return self.forward_normalized(x).logits
 
     def head_logits(self, final: Tensor) -> Tensor:
@@ -163,7 +167,7 @@ class Scored(View):
             return super().head_logits(final)
         return self._answered(Backbone.head_logits(self, final))
 
-    def _outputs(self, x: Tensor) -> Taps:
+    def outputs_normalized(self, x: Tensor) -> Taps:
         """A pass whose ``logits`` are what the target reads."""
         if self.target.reads == "logits":
             return self.base.forward_normalized(x)
@@ -178,7 +182,7 @@ class Scored(View):
         return taps._replace(logits=taps.maps[-1].mean((2, 3)) if embed is None else embed(x))
 
     def _classify(self, final: Tensor) -> Tensor:
-        """What the classifier reads, (B, C), for targets that read features."""
+        """What the classifier reads, (B, C): the passes of :class:`Backbone` serve targets of features."""
         return self.model.forward_head(final, pre_logits=True)  # type: ignore[operator]
 
     def _pixels(self) -> Callable[[Tensor], tuple[Tensor, Any]]:
@@ -198,21 +202,25 @@ class Scored(View):
         size = self.preprocessing.input_size
         image = torch.zeros(1, self.mean.shape[1], *size, device="cpu")
         image = image.to(self.device, next(self.model.parameters(), image).dtype)
-        return tuple(self._outputs(image).logits.shape[1:])
+        return tuple(self.outputs_normalized(image).logits.shape[1:])
 
 
-def as_class_or_view(backbone: Backbone, target: Any) -> Any:
-    """A class, by number or name, and one class an image as they are; any other target as a :class:`View`."""
-    if isinstance(target, str) and target.strip() and not hasattr(backbone, "text_target"):
-        try:
-            return backbone.class_index(target)
-        except ValueError as error:
-            raise ValueError(
-                f"target: {error}; a text that is no class needs an image-text model, see xattn.load_clip"
-            ) from None
-    if isinstance(target, Target | str | View) or callable(target):
-        return scored(backbone, target)
-    return target
+def is_score(backbone: Backbone, target: Any) -> bool:
+    """Whether a target is a number of the backbone's answer, and not a class or one class an image."""
+    text = isinstance(target, str) and hasattr(backbone, "text_target")
+    return text or isinstance(target, Target | View) or callable(target)
+
+
+def class_of(backbone: Backbone, target: Any) -> Any:
+    """A class given by name as its index; any other target as it is."""
+    if not isinstance(target, str):
+        return target
+    try:
+        return backbone.class_index(target)
+    except ValueError as error:
+        raise ValueError(
+            f"target: {error}; a text that is no class needs an image-text model, see xattn.load_clip"
+        ) from None
 
 
 def scored(backbone: Backbone, target: Any) -> View:
@@ -244,11 +252,13 @@ def scored(backbone: Backbone, target: Any) -> View:
 
 def _target_of_text(backbone: Backbone, text: str) -> Target:
     if not text.strip():
-        raise ValueError("target: got an empty text; give a class, or a prompt such as 'a photo of a cat'")
+        raise ValueError(
+            "target: got an empty text; give a class, or a prompt such as 'a photo of a cat'"
+        )
     make = getattr(backbone, "text_target", None)
     if make is None:
         raise ValueError(
-            f"target: got the text {text[:60]!r}, and {backbone.name} reads no texts; give a function of its "
-            f"logits, or load an image-text model with xattn.load_clip"
+            f"target: got the text {text[:60]!r}, and {backbone.name} reads no texts; give a function of "
+            f"its logits, or load an image-text model with xattn.load_clip"
         )
     return make(text)  # type: ignore[no-any-return]

@@ -32,12 +32,14 @@ class Segmenter(nn.Module):
         ValueError: a network with other parts.
     """
 
+    default_task = "multilabel"
+
     def __init__(self, net: nn.Module, preprocessing: Preprocessing | None = None) -> None:
         super().__init__()
         if not is_segmentation(net):
             raise ValueError(
-                f"net: a {type(net).__name__} has neither backbone and classifier (torchvision) nor encoder, "
-                f"decoder and segmentation_head; give a module with forward_taps(x) and forward_pixels(x)"
+                f"net: a {type(net).__name__} has neither backbone and classifier (torchvision) nor "
+                f"encoder, decoder and segmentation_head; give a module with forward_taps(x) and forward_pixels(x)"
             )
         self.net = net.eval()
         self.preprocessing = preprocessing or Preprocessing(interpolation="bilinear", crop_pct=1.0)

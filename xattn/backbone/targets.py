@@ -53,7 +53,8 @@ class Target:
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise ValueError(
-                f"target: got {self.function!r:.80}; give a function of {SHAPES['logits']} that returns (B,)"
+                f"target: got {self.function!r:.80}; give a function of {SHAPES['logits']} that "
+                f"returns (B,)"
             )
         if self.name is not None and not str(self.name).strip():
             raise ValueError("name: got an empty one; give a few words that say what the number is")

@@ -1,7 +1,7 @@
 """Image towers of ``transformers``' CLIP and SigLIP as timm's ViT: the same weights under timm's names.
 
-    CLIP     class token, a norm before the blocks, post_layernorm, visual_projection -> head
-    SigLIP   no class token, post_layernorm, attention pooling by one query of its own -> attn_pool
+CLIP     class token, a norm before the blocks, post_layernorm, visual_projection -> head
+SigLIP   no class token, post_layernorm, attention pooling by one query of its own -> attn_pool
 """
 
 from __future__ import annotations

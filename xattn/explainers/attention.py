@@ -253,8 +253,8 @@ def _depth(backbone: Backbone) -> int | None:
 def _start_tokens(
     backbone: Backbone, reading: Reading, start: Start | None
 ) -> str | tuple[int, ...] | None:
-    """Numbers of tokens, "patches", or None for attention pooling's own row."""
-    if start == "auto":
+    """Numbers of tokens, "patches", or None for attention pooling's own row, which is what "auto" found."""
+    if start == "auto" or (start is None and reading.pool):
         return None if reading.pool else _tokens_read(backbone, reading)
     if start == "patches":
         return "patches"

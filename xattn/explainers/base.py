@@ -11,7 +11,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, sha256
+from xattn.backbone.scored import Scored, View, class_of, is_score, scored
 from xattn.explainers.captum_calls import CaptumMethod, captum_call
 from xattn.heads import AttentiveHead, Head
 from xattn.heads.probed import Probed
@@ -58,7 +59,8 @@ class Explainer(CaptumMethod, ABC):
     Class attributes: ``name``; ``forwards``, the largest number of forward passes per image;
     ``perturbs``, whether these are many perturbed images without gradients; ``one_by_one``, whether
     each image has micro-batches of its own, so that a batch of images needs no fixed size;
-    ``needs_head``; ``is_mask``, whether the map is already a mask, to be shown without min-max;
+    ``needs_head``; ``per_class``, whether it has maps of classes alone, and none of other targets;
+    ``is_mask``, whether the map is already a mask, to be shown without min-max;
     ``listed_first``, options that records of results list before all others, as they always did;
     ``added_later``, options whose default is what was done before there was a choice: records leave it
     out, so that earlier results still count.
@@ -69,6 +71,7 @@ class Explainer(CaptumMethod, ABC):
     perturbs = False
     one_by_one = False
     needs_head: ClassVar[bool] = False
+    per_class: ClassVar[bool] = False
     is_mask: ClassVar[bool] = False
     listed_first: ClassVar[tuple[str, ...]] = ()
     added_later: ClassVar[tuple[str, ...]] = ()
@@ -79,8 +82,14 @@ class Explainer(CaptumMethod, ABC):
     max_forward_batch: int = _MicroBatchSize()  # type: ignore[assignment]
     _batches: ForwardBatches = field(init=False)
     _notes: tuple[str, ...] = field(default=(), init=False)
+    _aimed: tuple[Any, Explainer] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        if self.per_class and isinstance(self.backbone, Scored):
+            raise ValueError(
+                f"target: explainer {self.name!r} has maps of classes alone, none of "
+                f"{self.backbone.class_names[0]!r}; give a class, or another explainer, such as 'gradcam'"
+            )
         if self.needs_head and self.head is None:
             raise ValueError(
                 f"head: explainer {self.name!r} needs one; give head=load_head(...), "
@@ -97,8 +106,11 @@ class Explainer(CaptumMethod, ABC):
     def _note(self, text: str) -> None:
         self._notes = *self._notes, text
 
-    def _attribute_noisy(self, inputs: Tensor, target: Tensor | int) -> Tensor:
+    def _attribute_noisy(self, inputs: Tensor, target: Any) -> Tensor:
         """:meth:`attribute` for a tensor (B, 3, H, W) whose pixels may leave [0, 1]."""
+        if is_score(self.backbone, target):
+            return self.with_target(target)._attribute_noisy(inputs, 0)
+        target = class_of(self.backbone, target)
         targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
 
         def maps_of(images: Tensor, classes: Tensor) -> Tensor:
@@ -111,13 +123,15 @@ class Explainer(CaptumMethod, ABC):
         return torch.cat(maps).detach().to(inputs.device)
 
     @captum_call(_attribute_noisy)
-    def attribute(self, inputs: Tensor | NDArray[Any], target: Tensor | int) -> Tensor:
-        """Raw maps of one class per image.
+    def attribute(self, inputs: Tensor | NDArray[Any], target: Any) -> Tensor:
+        """Raw maps of one class, or another number, per image.
 
         Args:
             inputs: float (B, 3, H, W), raw pixels in [0, 1]; the backbone normalises. One image and
                 arrays are taken as well, see :mod:`xattn.photos.arrays`.
-            target: one class for all images, or a LongTensor (B,) with one per image.
+            target: one class for all images, by number or name; a LongTensor (B,) with one per image; or
+                any number of the network's answer, see :mod:`xattn.backbone.targets`: a function
+                ``logits (B, K) -> (B,)``, and of an image-text model a text.
 
         Returns:
             (B, 1, h, w), detached, on the device of ``inputs``.
@@ -127,6 +141,18 @@ class Explainer(CaptumMethod, ABC):
                 one class or one per image, or is out of range.
         """
         return self._attribute_noisy(check_inputs(inputs, self.backbone), target)
+
+    def with_target(self, target: Any) -> Explainer:
+        """The same method with the same options, of ``target`` in the place of classes; its class is 0.
+
+        Args:
+            target: as in :func:`xattn.backbone.scored.scored`.
+        """
+        if self._aimed is None or self._aimed[0] is not target:
+            options = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+            options["backbone"] = scored(self.backbone, target)
+            self._aimed = target, type(self)(**options)
+        return self._aimed[1]
 
     def attribute_classes(
         self, inputs: Tensor | NDArray[Any], choose: Choose
@@ -239,6 +265,8 @@ def check_target(target: Tensor | int, batch: int, num_classes: int) -> Tensor:
 
 def probe_of(backbone: Backbone) -> AttentiveHead | None:
     """The head that gives the logits of a probed backbone; None for a network's own classifier."""
+    while isinstance(backbone, View):
+        backbone = backbone.base
     return backbone.probe if isinstance(backbone, Probed) else None
 
 

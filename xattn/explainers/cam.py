@@ -22,6 +22,8 @@ from xattn.heads.class_reading import class_reading
 class Cam(Explainer):
     """Unrectified CAM: for networks with one linear classifier of pooled maps or of a class token."""
 
+    per_class = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.reading = class_reading(self.backbone, "explainer: cam")

@@ -39,6 +39,8 @@ class Gates(Explainer):
         ValueError: a network without gates, an unknown form or level.
     """
 
+    per_class = True
+
     form: Literal["gradient", "plus", "minus"] | None = None
     level: int | None = None
 

@@ -47,6 +47,7 @@ class HeadExplainer(Explainer):
     passes: int = 1
     caption: str | None = None
     needs_head = True
+    per_class = True
     added_later = ("passes", "caption")
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from xattn.backbone import Backbone, Preprocessing
 from xattn.backbone.classes import find_classes
 from xattn.explainers import Explainer, as_explainer, create_explainer
 from xattn.explainers.base import Choose
+from xattn.explaining.aim import OneEach, aimed
 from xattn.explaining.naming import Source, each_photo, file_name_of, named_photos
 from xattn.explaining.provenance import protocol_of
 from xattn.heads import Head
@@ -63,6 +64,7 @@ def explain(
     overlays: bool = True,
     progress: bool = False,
     labels: str | Path | None = None,
+    target: Any = None,
 ) -> Explanations:
     """Explain the classes of one photo, of a folder, of a list file, or of given images.
 
@@ -83,6 +85,9 @@ def explain(
         progress: show a progress bar if there is more than one photo.
         labels: the true classes of photos on disk, for the pack: ``"folders"`` or a file, see
             :func:`xattn.photos.labels.true_classes`.
+        target: instead of ``classes`` one class, by number or name; a LongTensor (N,), one for each of N
+            photos; or any number of the network's answer, a function ``logits (B, K) -> (B,)``, a
+            :class:`~xattn.backbone.targets.Target`, or of an image-text model a text.
 
     Returns:
         For each photo, method by method, its explanations by descending probability, or in the order
@@ -98,14 +103,17 @@ def explain(
     """
     if output is not None:
         check_output(output)
-    listed = labels is not None or not is_stream(images)
+    listed = labels is not None or isinstance(target, Tensor) or not is_stream(images)
     sources = (named_photos if listed else each_photo)(images, len(backbone.preprocessing.mean))
-    truth = {} if labels is None else true_classes_of(sources, labels, backbone)
     given = [explainer] if not isinstance(explainer, list | tuple | Mapping) else explainer
     if isinstance(given, Mapping):
         about: dict[str, Any] = {"seed": seed, "max_forward_batch": batch_size}
         given = [as_explainer(e, backbone, name=row, **about) for row, e in given.items()]
-    jobs = [set_up(backbone, head, e, classes, top, view, batch_size, seed) for e in given]
+    backbone, given, chosen = aimed(backbone, given, classes, target)
+    truth = {} if labels is None else true_classes_of(sources, labels, backbone)
+    if isinstance(chosen, Tensor):
+        chosen = OneEach(backbone, chosen, [image_id for image_id, _ in sources])
+    jobs = [set_up(backbone, head, e, chosen, top, view, batch_size, seed) for e in given]
     _check_names([method.name for method, _, _ in jobs])
     result = Explanations()
     try:
@@ -144,19 +152,21 @@ def set_up(
     backbone: Backbone,
     head: Head | None,
     explainer: str | Explainer | None,
-    classes: int | str | Sequence[int | str] | None,
+    classes: int | str | Sequence[int | str] | OneEach | None,
     top: int,
     view: str,
     batch_size: int,
     seed: int,
-) -> tuple[Explainer, Choose, dict[str, Any]]:
+) -> tuple[Explainer, Choose | OneEach, dict[str, Any]]:
     """Check the arguments of :func:`explain`: the explainer, its choice of classes, the protocol."""
     if isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; give at least 1")
     method = _explainer(backbone, head, explainer, seed, batch_size)
     backbone.require_classes()
-    wanted = _classes(backbone, classes, top)
     protocol = protocol_of(backbone, method, view)
+    if isinstance(classes, OneEach):
+        return method, classes, {**protocol, "classes": "named"}
+    wanted = _classes(backbone, classes, top)
     if wanted is not None:
         protocol["classes"] = "named"
 
@@ -172,7 +182,7 @@ def explain_batch(
     batch: list[Prepared],
     backbone: Backbone,
     method: Explainer,
-    choose: Choose,
+    choose: Choose | OneEach,
     protocol: dict[str, Any],
     truth: Mapping[str, TrueClass] | None = None,
 ) -> Iterator[Explanation]:
@@ -181,13 +191,16 @@ def explain_batch(
     ``truth`` has the true class by image_id.
     """
     pixels = torch.stack([item[0] for item in batch]).to(backbone.device)
-    logits, targets, maps = method.attribute_classes(pixels, choose)
+    if isinstance(choose, OneEach):
+        logits, targets, maps = choose.maps(method, pixels, [item[2] for item in batch])
+    else:
+        logits, targets, maps = method.attribute_classes(pixels, choose)
     every = backbone.probabilities(logits)
     probabilities = every.gather(1, targets)
     values = maps.float().cpu().numpy()
     for i, (_, seen, image_id, source) in enumerate(batch):
         label, label_name = (truth or {}).get(image_id, (None, None))
-        facts = ImageFacts(top_classes(every[i], backbone.class_names), label, label_name)
+        facts = ImageFacts(top_classes(every[i], backbone), label, label_name)
         for j, target in enumerate(targets[i].tolist()):
             yield Explanation(
                 map=values[i, j],
@@ -205,13 +218,17 @@ def explain_batch(
             )
 
 
-def top_classes(
-    probabilities: Tensor, class_names: Sequence[str]
-) -> tuple[tuple[int, str, float], ...]:
-    """(K,) probabilities -> (class, its name, probability) of the five most probable."""
+def top_classes(probabilities: Tensor, backbone: Any) -> tuple[tuple[int, str, float], ...]:
+    """(K,) probabilities -> (class, its name, probability) of the five most probable; none of numbers that
+    are no probabilities.
+
+    ``backbone``: what has the names of the classes and the task.
+    """
+    if backbone.task == "regression":
+        return ()
     values, classes = probabilities.topk(min(TOP, len(probabilities)))
     pairs = zip(classes.tolist(), values.tolist(), strict=True)
-    return tuple((i, class_names[i], float(f"{p:.6g}")) for i, p in pairs)
+    return tuple((i, backbone.class_names[i], float(f"{p:.6g}")) for i, p in pairs)
 
 
 def true_classes_of(

@@ -5,14 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from xattn.backbone import Backbone, sha256
+from xattn.backbone.scored import Scored
 from xattn.explainers import Explainer
 from xattn.heads import Head
 from xattn.runtime.version import __version__
 
+# What p is, by the task.
+P = {
+    "multiclass": "softmax",
+    "binary": "softmax",
+    "multilabel": "sigmoid",
+    "regression": "value",
+}
+
 
 def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any]:
-    """The record of how maps of ``method`` are made; ``notes`` only where there are any."""
+    """The record of how maps of ``method`` are made; ``target`` and ``notes`` only where there are any."""
     head = method.head if method.needs_head else None
+    target = {"target": backbone.target_id} if isinstance(backbone, Scored) else {}
     notes = {"notes": list(method.notes)} if method.notes else {}
     return {
         "xattn": __version__,
@@ -31,8 +41,9 @@ def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, A
         "view": view,
         "classes": "top",
         "map": "mask" if method.is_mask else "as explained; min-max before upsampling for display",
-        "probability": "sigmoid" if backbone.task == "multilabel" else "softmax",
+        "probability": backbone.score if isinstance(backbone, Scored) else P[backbone.task],
         "task": backbone.task,
+        **target,
         **notes,
     }
 

@@ -68,6 +68,11 @@ class Head(
 
     def __init__(self, backbone: Backbone, options: dict[str, Any]) -> None:
         super().__init__()
+        if backbone.task == "regression":
+            raise ValueError(
+                f"backbone: {backbone.name} gives numbers, and heads are trained on classes; explain it "
+                f"with an explainer that needs no head, such as 'gradcam' or 'rise'"
+            )
         self.options = options
         self.made_for = MadeFor(backbone)
         self.backbone_name = backbone.name

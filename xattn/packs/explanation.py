@@ -7,6 +7,7 @@ protocol. Many of them make a pack, see :mod:`xattn.packs.writer`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,8 @@ class Explanation:
 
     ``map`` holds raw scores (h, w), float32, read-only, on the grid of the model's input, at most
     ``MAX_CELLS`` a side;
-    ``probability`` is the softmax over all classes, or the class's sigmoid (multi-label);
+    ``probability`` is the softmax over all classes, the class's sigmoid (multi-label), or of a target
+    that is a number of any size (``is_value``) that number;
     ``image_id`` names the photo within its run and ``source`` is where its pixels are: a file, an
     image, or None. ``is_mask`` marks maps that are
     in [0, 1] by meaning and must not be stretched. ``facts`` are of the photo. ``metrics``, by column
@@ -94,12 +96,18 @@ class Explanation:
                 f"map: the {self.method} map of {self.image_id} holds NaN or infinite values; "
                 f"check the weights of the model"
             )
-        if not 0 <= self.probability <= 1:
+        known = math.isfinite(self.probability) if self.is_value else 0 <= self.probability <= 1
+        if not known:
             raise ValueError(f"probability: got {self.probability} for {self.image_id}; give 0..1")
         if re.search(r"[/\\\0]", self.id) or self.id.startswith("."):
             raise ValueError(f"image_id: {self.id!r} cannot name a file; leave out slashes")
         values.setflags(write=False)
         object.__setattr__(self, "map", values)
+
+    @property
+    def is_value(self) -> bool:
+        """Whether ``probability`` is a number of any size, see :mod:`xattn.backbone.targets`."""
+        return self.protocol.get("probability") == "value"
 
     @property
     def id(self) -> str:

@@ -138,6 +138,10 @@ def read_columns(manifest: dict[str, Any], trusted: bool = False) -> Manifest:
     protocols = _list_of_tables(manifest, "protocols")
     if not all(0 <= number < len(protocols) for number in entries["protocol"]):
         raise damaged("an entry has a protocol that is not listed")
+    any_size = [protocol.get("probability") == "value" for protocol in protocols]
+    for number, value in zip(entries["protocol"], entries["probability"], strict=True):
+        if not (is_finite(value) if any_size[number] else 0 <= value <= 1):
+            raise damaged("a probability is not in 0..1")
     metrics = _metrics(_table(manifest, "metrics"), trusted)
     measured = entries.pop("metrics")
     keys = dict.fromkeys(metric.key for metric in metrics)
@@ -176,8 +180,6 @@ def _entry_columns(manifest: dict[str, Any], trusted: bool) -> dict[str, list[An
             _check_names(columns[key], key)
         for key in ("file_name", "target_name"):
             columns[key] = [_shown(value) for value in columns[key]]
-    if not all(0 <= value <= 1 for value in columns["probability"]):
-        raise damaged("a probability is not in 0..1")
     if not all(0 <= value < MAX_CLASS for value in columns["target"]):
         raise damaged("a target is no class")
     for key in _RANGE:

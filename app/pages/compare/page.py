@@ -92,7 +92,7 @@ def _about(board: Board) -> None:
     st.caption(
         plain(
             f"{len(results.images)} photos{left_out} on {results.backbone.get('name', '?')}; "
-            f"{protocol.score} of the {protocol.class_policy} class; means with 95 % bootstrap "
+            f"{protocol.score} of {protocol.explained}; means with 95 % bootstrap "
             f"intervals ({results.n_resamples:,} resamples); protocol {protocol.id}"
         )
     )

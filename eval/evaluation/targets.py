@@ -1,0 +1,49 @@
+"""Evaluating a target that is no class: the backbone's view of it, and the explainers made for that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from xattn.backbone import Backbone
+from xattn.backbone.scored import Scored, View, is_score, scored
+from xattn.eval.interfaces import Classifier, Explainer
+from xattn.eval.protocol import SCORES
+
+Classes = int | str | Sequence[int | str] | None
+
+
+def score_of(backbone: Classifier) -> str:
+    """What p, q and d are, see :class:`~xattn.eval.Protocol`: the target's choice, else the task's."""
+    return backbone.score if isinstance(backbone, Scored) else SCORES[backbone.task]
+
+
+def aimed(
+    backbone: Classifier, explainers: Mapping[str, Explainer], classes: Classes, target: Any
+) -> tuple[Any, Mapping[str, Explainer], Classes]:
+    """Backbone, explainers and classes for ``target``; as they are where there is none.
+
+    Raises:
+        ValueError: ``classes`` and ``target`` together, or an explainer that knows only classes.
+    """
+    if target is None:
+        return backbone, explainers, classes
+    if classes is not None:
+        raise ValueError("target: got one, and classes as well; give one of them")
+    if not isinstance(backbone, Backbone) or not is_score(backbone, target):
+        return backbone, explainers, target.tolist() if isinstance(target, Tensor) else target
+    view = scored(backbone, target)
+    return view, {name: _made_for(view, name, e) for name, e in explainers.items()}, None
+
+
+def _made_for(view: View, name: str, explainer: Any) -> Explainer:
+    if getattr(explainer, "backbone", None) is view:
+        return explainer  # type: ignore[no-any-return]
+    if not hasattr(explainer, "with_target"):
+        raise ValueError(
+            f"explainers: {name!r} explains classes, not {view.class_names[0]!r}; make it for backbone = "
+            f"xattn.backbone.scored.scored(backbone, target), and evaluate that backbone without target"
+        )
+    return explainer.with_target(view)  # type: ignore[no-any-return]

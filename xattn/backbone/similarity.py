@@ -1,0 +1,94 @@
+"""Similarity to another photo, or to any embedding, as a target: cos(f(x), r), f the pooled features.
+
+    explain("photo.jpg", backbone, explainer="gradcam", target=similarity_to("other.jpg"))
+
+f(x) (C,) is what the classifier reads of a photo; of an encoder and of an image-text model its own output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from xattn.backbone.backbone import Backbone
+from xattn.backbone.scored import Scored
+from xattn.backbone.targets import Reads, Target
+from xattn.photos.images import load_image
+from xattn.photos.view import prepare
+
+
+@dataclass(frozen=True, eq=False)
+class _Cosine:
+    reference: Tensor  # (C,)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        if features.shape[1] != len(self.reference):
+            raise ValueError(
+                f"target: the embedding has {len(self.reference)} numbers, the features of this backbone "
+                f"have {features.shape[1]}; give an embedding of this backbone, or a photo"
+            )
+        return F.cosine_similarity(features, self.reference.to(features)[None], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Similarity(Target):
+    """A target that is made for a backbone when it is asked of one; see :func:`similarity_to`."""
+
+    reference: Any = None  # a photo, or an embedding (C,)
+
+    def of(self, backbone: Backbone) -> Target:
+        reads: Reads = "features" if backbone.has_classes else "logits"
+        found = self.reference
+        if not isinstance(found, Tensor) or found.ndim != 1:
+            found = embed(backbone, found)
+        return Target(_Cosine(found), self.name, self.p, reads)
+
+
+def similarity_to(photo_or_embedding: Any, name: str | None = None) -> Similarity:
+    """Cosine similarity of the pooled features to those of another photo, or to an embedding; in [-1, 1].
+
+    Args:
+        photo_or_embedding: a path, a PIL image or a tensor (3, H, W) in [0, 1]; or an embedding (C,).
+        name: for tables; by default such as ``"similarity to other.jpg"``.
+
+    Raises:
+        ValueError: a tensor of another shape, or an embedding that is zero or not finite.
+    """
+    given = photo_or_embedding
+    if isinstance(given, str | Path):
+        name = name or f"similarity to {Path(given).name}"
+    elif not isinstance(given, Image.Image):
+        given = torch.as_tensor(given, device="cpu").detach().float()
+        if given.ndim not in (1, 3) or not bool(given.isfinite().all()) or not bool(given.any()):
+            raise ValueError(
+                f"photo_or_embedding: got shape {tuple(given.shape)}, or one that is zero or not finite; "
+                f"give a photo, (3, H, W) in [0, 1], or one embedding (C,)"
+            )
+        if given.ndim == 1:
+            name = name or "similarity to an embedding"
+    return Similarity(_not_bound, name or "similarity to a photo", reference=given)
+
+
+def _not_bound(outputs: Tensor) -> Tensor:
+    raise ValueError("target: a similarity is asked of a backbone; use scored(backbone, target)")
+
+
+@torch.no_grad()
+def embed(backbone: Backbone, photo: Any) -> Tensor:
+    """The pooled features (C,) of one photo: a path, a PIL image, or a tensor (3, H, W) in [0, 1]; of a
+    backbone without classes its own output."""
+    if isinstance(photo, Tensor):
+        pixels = photo
+    else:
+        pixels, _ = prepare(load_image(photo), backbone.preprocessing)
+    image = pixels[None].to(backbone.device, backbone.mean.dtype)
+    if not backbone.has_classes:
+        return backbone.logits(image)[0]
+    view = Scored(backbone, Target(lambda features: features[:, 0], reads="features"))
+    return view.outputs_normalized(backbone.normalize(image)).logits[0]

@@ -1,0 +1,58 @@
+"""What an explanation is of: a class, one class a photo, or any number of the network's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn.backbone import Backbone
+from xattn.backbone.scored import class_of, is_score, scored
+from xattn.explainers import Explainer
+from xattn.explainers.base import check_target
+
+Classes = int | str | Sequence[int | str] | None
+Given = list[str | Explainer | None]
+
+
+def aimed(
+    backbone: Backbone, explainers: Given, classes: Classes, target: Any
+) -> tuple[Backbone, Given, Classes]:
+    """Backbone, explainers and classes for ``target``: a class, by number or name, or a number of the
+    network's answer, for which the explainers are made again.
+
+    Raises:
+        ValueError: ``classes`` and ``target`` together, or a target that does not fit.
+    """
+    if target is None:
+        return backbone, explainers, classes
+    if classes is not None:
+        raise ValueError("target: got one, and classes as well; give one of them")
+    if is_score(backbone, target):
+        view = scored(backbone, target)
+        made = [e.with_target(view) if isinstance(e, Explainer) else e for e in explainers]
+        return view, made, [0] if view.num_classes == 1 else None
+    return backbone, explainers, class_of(backbone, target)
+
+
+class OneEach:
+    """One class a photo, LongTensor (N,) for N photos, which are known by their names.
+
+    Raises:
+        ValueError: another number of classes than photos, or one out of range.
+    """
+
+    def __init__(self, backbone: Backbone, classes: Tensor, names: Sequence[str]) -> None:
+        whole = check_target(classes, len(names), backbone.num_classes)
+        self.by_name = dict(zip(names, whole.tolist(), strict=True))
+
+    def maps(
+        self, explainer: Explainer, pixels: Tensor, names: Sequence[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (B, K), classes (B, 1) and maps (B, 1, h, w) of the photos of a batch."""
+        classes = torch.tensor([self.by_name[name] for name in names], device=pixels.device)
+        with torch.no_grad():
+            logits = explainer.backbone.logits(pixels)
+        return logits, classes[:, None], explainer.attribute(pixels, classes)
