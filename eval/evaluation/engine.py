@@ -29,7 +29,7 @@ from xattn.eval.evaluation.scorer import MaskedScorer, micro_batch
 from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import ImageStream, Item
 from xattn.eval.evaluation.targets import aimed, score_of
-from xattn.eval.interfaces import Classifier, check_classes
+from xattn.eval.interfaces import Classifier
 from xattn.eval.metrics.base import Probe
 from xattn.eval.metrics.registry import create_probe, group_name, own_infos
 from xattn.eval.protocol import Protocol
@@ -78,9 +78,8 @@ def evaluate(
             is no larger than it takes; then results are bit-equal for the same number of images.
         classes: explain these instead of the predicted class: one for all images, or one an image
             (unreadable ones included), as index or name.
-        target: another name of ``classes``; or any number of the network's answer, a function
-            ``logits (B, K) -> (B,)``, a :class:`~xattn.backbone.targets.Target`, or of an image-text
-            model a text. The explainers are made again for it, see ``Explainer.with_target``.
+        target: another name of ``classes``; or a number of the network's answer, as in
+            :func:`xattn.explain`. The explainers are made again for it.
         max_pixels: larger photos are skipped as decompression bombs.
         limit: only the first so many images.
         annotations: where objects are, see :func:`xattn.eval.load_annotations`.
@@ -102,7 +101,6 @@ def evaluate(
         raise ValueError("explainers: got none; give {name: explainer}")
     explainers = as_explainers(explainers, backbone, max_forward_batch)
     backbone, explainers, classes = aimed(backbone, explainers, classes, target)
-    check_classes(backbone)
     given = {"levels": levels, "view": view, "seed": seed}
     protocol = _settled(protocol or Protocol(), backbone, classes is not None, given)
     stream = ImageStream(images, backbone.preprocessing, protocol.view, max_pixels, limit)

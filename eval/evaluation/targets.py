@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.backbone.scored import Scored, View, is_score, scored
-from xattn.eval.interfaces import Classifier, Explainer
+from xattn.eval.interfaces import Classifier, Explainer, check_classes
 from xattn.eval.protocol import SCORES
 
 Classes = int | str | Sequence[int | str] | None
@@ -26,14 +26,15 @@ def aimed(
     """Backbone, explainers and classes for ``target``; as they are where there is none.
 
     Raises:
-        ValueError: ``classes`` and ``target`` together, or an explainer that knows only classes.
+        ValueError: ``classes`` and ``target`` together, a class of a backbone that has none, or an explainer
+            that knows only classes.
     """
-    if target is None:
-        return backbone, explainers, classes
-    if classes is not None:
+    if classes is not None and target is not None:
         raise ValueError("target: got one, and classes as well; give one of them")
-    if not isinstance(backbone, Backbone) or not is_score(backbone, target):
-        return backbone, explainers, target.tolist() if isinstance(target, Tensor) else target
+    if target is None or not isinstance(backbone, Backbone) or not is_score(backbone, target):
+        check_classes(backbone)
+        named = target.tolist() if isinstance(target, Tensor) else target
+        return backbone, explainers, classes if target is None else named
     view = scored(backbone, target)
     return view, {name: _made_for(view, name, e) for name, e in explainers.items()}, None
 

@@ -118,8 +118,8 @@ class Prompted(View):
             raise ValueError(f"prompts: got {prompts!r:.80}; give each prompt once")
         if len(prompts) == 1 and base.prompt_task == "multiclass":
             raise ValueError(
-                "prompts: got one, and a softmax over one prompt is always 1; give two or more, or give the "
-                "text as target"
+                "prompts: got one, and a softmax over one prompt is always 1; give two or more, or give "
+                "the text as target"
             )
         super().__init__(base, prompts, base.prompt_task)
         vars(self)["embeddings"] = embeddings

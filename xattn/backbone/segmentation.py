@@ -39,7 +39,8 @@ class Segmenter(nn.Module):
         if not is_segmentation(net):
             raise ValueError(
                 f"net: a {type(net).__name__} has neither backbone and classifier (torchvision) nor "
-                f"encoder, decoder and segmentation_head; give a module with forward_taps(x) and forward_pixels(x)"
+                f"encoder, decoder and segmentation_head; give a module with forward_taps(x) and "
+                f"forward_pixels(x)"
             )
         self.net = net.eval()
         self.preprocessing = preprocessing or Preprocessing(interpolation="bilinear", crop_pct=1.0)

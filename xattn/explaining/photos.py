@@ -85,9 +85,8 @@ def explain(
         progress: show a progress bar if there is more than one photo.
         labels: the true classes of photos on disk, for the pack: ``"folders"`` or a file, see
             :func:`xattn.photos.labels.true_classes`.
-        target: instead of ``classes`` one class, by number or name; a LongTensor (N,), one for each of N
-            photos; or any number of the network's answer, a function ``logits (B, K) -> (B,)``, a
-            :class:`~xattn.backbone.targets.Target`, or of an image-text model a text.
+        target: instead of ``classes`` one class, or a LongTensor (N,) with one a photo; or a number of
+            the answer: a function of the logits, a :class:`~xattn.backbone.targets.Target`, or a text.
 
     Returns:
         For each photo, method by method, its explanations by descending probability, or in the order
