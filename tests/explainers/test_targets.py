@@ -184,11 +184,9 @@ def test_a_regression_model_has_numbers_and_no_classes(images):
 def segmenter():
     from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
-    from xattn.backbone.segmentation import Segmenter
-
     torch.manual_seed(0)
     net = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4).eval()
-    return net, load_backbone(Segmenter(net), input_size=64)
+    return net, load_backbone(net, input_size=64)
 
 
 def test_a_segmentation_network_is_explained_at_a_mask(segmenter, images):
@@ -213,6 +211,33 @@ def test_a_segmentation_network_is_a_classifier_of_its_masks(segmenter, images):
         scores = backbone.logits(images)
     assert scores.shape == (2, 4) and backbone.task == "multilabel"
     assert torch.equal(scores > 0, (p > 0.5).flatten(2).any(2))
+
+
+def test_a_network_of_encoder_decoder_and_head_segments(images):
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder = Levels()
+            self.decoder = Last()
+            self.segmentation_head = torch.nn.Conv2d(6, 3, 1)
+
+    class Levels(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = torch.nn.Conv2d(3, 6, 3, stride=2, padding=1)
+
+        def forward(self, x):
+            return [x, self.convolution(x)]
+
+    class Last(torch.nn.Module):
+        def forward(self, features):
+            return features[-1].relu()
+
+    with pytest.warns(UserWarning, match="normalised"):
+        backbone = load_backbone(Small(), input_size=64)
+    maps = cheap("gradcam", backbone).attribute(images, at_point(2, 0.5, 0.5))
+    assert maps.shape == (2, 1, 32, 32) and bool(maps.any())
 
 
 def test_masks_of_our_own_networks_are_targets(backbones):

@@ -22,6 +22,7 @@ from xattn.backbone.preprocessing import (
     preprocessing_of,
     says_normalization,
 )
+from xattn.backbone.segmentation import Segmenter, is_segmentation
 from xattn.backbone.taps import TapModule
 from xattn.backbone.tiled_positions import tile_positions as repeat_positions
 from xattn.backbone.timm_models import create_timm_model
@@ -59,6 +60,15 @@ def _of_transformers(module: nn.Module, asked: Asked) -> nn.Module | None:
     return from_transformers(module, asked.processor, asked.task)
 
 
+def _segmenting(module: nn.Module, asked: Asked) -> nn.Module | None:
+    """Segmentation networks of torchvision, and those with encoder, decoder and segmentation head."""
+    if not is_segmentation(module):
+        return None
+    if asked.taps is not None:
+        raise ValueError(f"taps: got {asked.taps}; a segmentation network has one tap, pass None")
+    return Segmenter(module)
+
+
 def _traced(module: nn.Module, asked: Asked) -> nn.Module | None:
     """torchvision's classifiers, and whatever else ``torch.fx`` can trace."""
     return from_torchvision(module, asked.taps, input_size=asked.input_size)
@@ -66,7 +76,12 @@ def _traced(module: nn.Module, asked: Asked) -> nn.Module | None:
 
 # What makes of a module one that a Backbone takes, tried in order: an adapter returns None for modules
 # that are not of its kind. An adapted module fixes its own taps, unless it is like timm's.
-ADAPTERS: list[Callable[[nn.Module, Asked], nn.Module | None]] = [_ready, _of_transformers, _traced]
+ADAPTERS: list[Callable[[nn.Module, Asked], nn.Module | None]] = [
+    _ready,
+    _of_transformers,
+    _segmenting,
+    _traced,
+]
 
 
 def load_backbone(

@@ -1,6 +1,6 @@
 """Segmentation networks, logits (B, K, h, w), as backbones.
 
-    backbone = load_backbone(Segmenter(fcn_resnet50(weights="DEFAULT")))
+    backbone = load_backbone(fcn_resnet50(weights="DEFAULT"))
     explain("photo.jpg", backbone, explainer="gradcam", target=at_mask(12, mask))
 
 As a classifier, a network answers for class k the mean log-odds of the pixels where it is the likeliest
@@ -43,6 +43,8 @@ class Segmenter(nn.Module):
                 f"forward_pixels(x)"
             )
         self.net = net.eval()
+        # torchvision's weights were trained with ImageNet's mean and std; of other networks that is a guess.
+        self.assumes_preprocessing = preprocessing is None and not _of_torchvision(net)
         self.preprocessing = preprocessing or Preprocessing(interpolation="bilinear", crop_pct=1.0)
         self.tap_names = ["features"]
         self.gradcam_layer = nn.Identity()
@@ -74,9 +76,11 @@ class Segmenter(nn.Module):
 def is_segmentation(net: nn.Module) -> bool:
     """Whether :class:`Segmenter` knows the parts of a network."""
     smp = all(hasattr(net, part) for part in ("encoder", "decoder", "segmentation_head"))
-    path = type(net).__module__
-    torchvision = path.startswith("torchvision.models.segmentation")
-    return smp or (torchvision and hasattr(net, "backbone") and hasattr(net, "classifier"))
+    return smp or (_of_torchvision(net) and hasattr(net, "backbone") and hasattr(net, "classifier"))
+
+
+def _of_torchvision(net: nn.Module) -> bool:
+    return type(net).__module__.startswith("torchvision.models.segmentation")
 
 
 def class_scores(logits: Tensor) -> Tensor:
