@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from xattn.backbone import Backbone
-from xattn.backbone.scored import scored
+from xattn.backbone.scored import View, scored
 from xattn.eval.annotations.objects import load_annotations
 from xattn.eval.evaluation.engine import create_probes, evaluate
 from xattn.eval.evaluation.map_maker import Randomized
 from xattn.eval.evaluation.plan import plan
 from xattn.eval.evaluation.stream import ImageStream
-from xattn.eval.evaluation.targets import score_of
+from xattn.eval.evaluation.targets import made_for, score_of
 from xattn.eval.interfaces import Explainer
 from xattn.eval.metrics.base import Probe
 from xattn.eval.metrics.registry import (
@@ -237,12 +237,14 @@ def groups_of(job: Comparison) -> list[str | Probe]:
     return [name for i, name in enumerate(names) if name not in names[:i]]
 
 
-def _defined(job: Comparison, protocol: Protocol, say: Callable[[str], Any]) -> list[str]:
+def _defined(job: Comparison, protocol: Protocol, say: Callable[[str], Any]) -> list[str | Probe]:
     """The groups of metrics without those that "direct" and "all" bring and the score does not allow."""
-    names = []
+    names: list[str | Probe] = []
     for name in groups_of(job):
-        probe = create_probe(name, protocol, tuple(job.backbone.preprocessing.mean))
-        problem = None if name in job.metrics else probe.score_problem(protocol.score)
+        problem = None
+        if isinstance(name, str) and name not in job.metrics:
+            probe = create_probe(name, protocol, tuple(job.backbone.preprocessing.mean))
+            problem = probe.score_problem(protocol.score)
         if problem is None:
             names.append(name)
         else:
@@ -318,7 +320,7 @@ def _methods(job: Comparison, photos: Tensor | None) -> _Methods:
                 raise
             refused[label] = str(error)
     recipes = {label: recipes[label] for label in explainers}
-    explainers |= as_explainers(given.others, job.backbone, job.max_forward_batch)
+    explainers |= _others(job, given.others)
     if not explainers:
         raise ValueError("explainers: got none; give names of xattn list, or heads")
     row, head, chosen = next(iter(recipes.values()), (None, None, {}))
@@ -331,6 +333,14 @@ def _methods(job: Comparison, photos: Tensor | None) -> _Methods:
     for label, explainer in sanity.items():
         explainers.setdefault(label, explainer)
     return _Methods(explainers, recipes, refused)
+
+
+def _others(job: Comparison, methods: Mapping[str, Any]) -> dict[str, Explainer]:
+    """Explainers from methods that are given as objects, for the target if there is one."""
+    view = job.backbone
+    if job.target is None or not isinstance(view, View):
+        return as_explainers(methods, view, job.max_forward_batch)
+    return made_for(view, as_explainers(methods, view.base, job.max_forward_batch))
 
 
 def _randomized(job: Comparison, recipes: Mapping[str, _Recipe]) -> Randomized:

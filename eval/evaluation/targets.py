@@ -9,8 +9,9 @@ from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.backbone.scored import Scored, View, is_score, scored
-from xattn.eval.interfaces import Classifier, Explainer, check_classes
+from xattn.eval.interfaces import Classifier, check_classes
 from xattn.eval.protocol import SCORES
+from xattn.explainers import Explainer
 
 Classes = int | str | Sequence[int | str] | None
 
@@ -26,8 +27,8 @@ def aimed(
     """Backbone, explainers and classes for ``target``; as they are where there is none.
 
     Raises:
-        ValueError: ``classes`` and ``target`` together, a class of a backbone that has none, or an explainer
-            that knows only classes.
+        ValueError: ``classes`` and ``target`` together, a class of a backbone that has none, or an
+            explainer that knows only classes.
     """
     if classes is not None and target is not None:
         raise ValueError("target: got one, and classes as well; give one of them")
@@ -36,15 +37,11 @@ def aimed(
         named = target.tolist() if isinstance(target, Tensor) else target
         return backbone, explainers, classes if target is None else named
     view = scored(backbone, target)
-    return view, {name: _made_for(view, name, e) for name, e in explainers.items()}, None
+    return view, made_for(view, explainers), None
 
 
-def _made_for(view: View, name: str, explainer: Any) -> Explainer:
-    if getattr(explainer, "backbone", None) is view:
-        return explainer  # type: ignore[no-any-return]
-    if not hasattr(explainer, "with_target"):
-        raise ValueError(
-            f"explainers: {name!r} explains classes, not {view.class_names[0]!r}; make it for backbone = "
-            f"xattn.backbone.scored.scored(backbone, target), and evaluate that backbone without target"
-        )
-    return explainer.with_target(view)  # type: ignore[no-any-return]
+def made_for(view: View, explainers: Mapping[str, Explainer]) -> dict[str, Explainer]:
+    """Explainers of ``view``, from explainers of the backbone that it is a view of."""
+    return {
+        name: e if e.backbone is view else e.with_target(view) for name, e in explainers.items()
+    }

@@ -19,14 +19,7 @@ from torch import Tensor, nn
 
 from xattn.attention.conversion import Conversion, describe
 from xattn.attention.convert import conversion
-from xattn.backbone.classes import (
-    Task,
-    as_classes,
-    class_names_of,
-    find_class,
-    probabilities_of,
-    resolve_task,
-)
+from xattn.backbone.classes import Task, as_classes, class_names_of, find_class, p_of, resolve_task
 from xattn.backbone.classifier import linear_classifier
 from xattn.backbone.fingerprint import network_sha256
 from xattn.backbone.preprocessing import Preprocessing, preprocessing_record
@@ -310,7 +303,7 @@ class Backbone(nn.Module):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(B, K) logits -> (B, K) probabilities in float64, what p is for the task: see docs/design.md."""
-        return probabilities_of(logits.double(), self.task)
+        return p_of(logits.double(), self.task)
 
     def _through_head_point(self, final: Tensor) -> Tensor:
         if final.ndim == 4 and self.channels_last:

@@ -33,7 +33,7 @@ def as_classes(logits: Tensor, task: Task) -> Tensor:
     return torch.cat([-logits / 2, logits / 2], 1) if task == "binary" else logits
 
 
-def probabilities_of(logits: Tensor, task: Task) -> Tensor:
+def p_of(logits: Tensor, task: Task) -> Tensor:
     """What p is: a softmax, a sigmoid each (multilabel), or the number itself (regression)."""
     if task == "regression":
         return logits

@@ -151,7 +151,9 @@ class Explainer(CaptumMethod, ABC):
         if self._aimed is None or self._aimed[0] is not target:
             options = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
             options["backbone"] = scored(self.backbone, target)
-            self._aimed = target, type(self)(**options)
+            made = type(self)(**options)
+            vars(made).update({k: v for k, v in vars(self).items() if k == "name"})  # of a row
+            self._aimed = target, made
         return self._aimed[1]
 
     def attribute_classes(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone
+from xattn.backbone.scored import Scored
 from xattn.explainers import base
 from xattn.explainers.base import Explainer, create_explainer
 from xattn.heads import Head
@@ -56,6 +57,17 @@ class AdaptedExplainer(Explainer):
                 f"channels: got {self.channels!r}; choose one of {', '.join(CHANNELS)}"
             )
         self._note(f"attributions of several channels: {self.channels} sum")
+
+    def with_target(self, target: Any) -> Explainer:
+        """Refused: what the method explains is its own choice.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"target: explainer {self.name!r} is of another make and explains classes; make it for "
+            f"xattn.backbone.scored.scored(backbone, target), and explain class 0 of that backbone"
+        )
 
     @property
     def any_channels(self) -> bool:
@@ -132,6 +144,11 @@ class FunctionExplainer(AdaptedExplainer):
 
     function: ClassVar[Callable[..., Any]]
     forwards = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.backbone, Scored) and "backbone" not in self._asked(type(self).function):
+            self.with_target(self.backbone.target)
 
     def _found(self, images: Tensor, target: Tensor) -> Any:
         return type(self).function(images, target, **self._asked(type(self).function))

@@ -10,16 +10,15 @@ from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.backbone.scored import class_of, is_score, scored
-from xattn.explainers import Explainer
+from xattn.explainers import Explainer, as_explainer
 from xattn.explainers.base import check_target
 
 Classes = int | str | Sequence[int | str] | None
-Given = list[str | Explainer | None]
 
 
 def aimed(
-    backbone: Backbone, explainers: Given, classes: Classes, target: Any
-) -> tuple[Backbone, Given, Classes]:
+    backbone: Backbone, explainers: Sequence[Any], classes: Classes, target: Any
+) -> tuple[Backbone, Sequence[Any], Any]:
     """Backbone, explainers and classes for ``target``: a class, by number or name, or a number of the
     network's answer, for which the explainers are made again.
 
@@ -32,7 +31,10 @@ def aimed(
         raise ValueError("target: got one, and classes as well; give one of them")
     if is_score(backbone, target):
         view = scored(backbone, target)
-        made = [e.with_target(view) if isinstance(e, Explainer) else e for e in explainers]
+        made = [
+            e if e is None or isinstance(e, str) else as_explainer(e, backbone).with_target(view)
+            for e in explainers
+        ]
         return view, made, [0] if view.num_classes == 1 else None
     return backbone, explainers, class_of(backbone, target)
 
