@@ -104,10 +104,7 @@ def evaluate(
     given = {"levels": levels, "view": view, "seed": seed}
     protocol = _settled(protocol or Protocol(), backbone, classes is not None, given)
     stream = ImageStream(images, backbone.preprocessing, protocol.view, max_pixels, limit)
-    if stream.tensors:
-        protocol = replace(protocol, view="tensor")
-    elif protocol.view == "tensor":
-        raise ValueError("view: 'tensor' is for images given as tensors; choose 'crop' or 'whole'")
+    protocol = _of_stream(protocol, stream)
     evaluation = Evaluation(
         backbone,
         explainers,
@@ -122,6 +119,15 @@ def evaluate(
     wanted = _wanted_classes(backbone, classes, stream.length)
     path = None if state is None else Path(state)
     return _run(evaluation, stream, wanted, path, max_forward_batch, progress)
+
+
+def _of_stream(protocol: Protocol, stream: ImageStream) -> Protocol:
+    """The protocol with the view of images that come as tensors."""
+    if stream.tensors:
+        return replace(protocol, view="tensor")
+    if protocol.view == "tensor":
+        raise ValueError("view: 'tensor' is for images given as tensors; choose 'crop' or 'whole'")
+    return protocol
 
 
 def _settled(

@@ -43,7 +43,7 @@ class Segmenter(nn.Module):
                 f"forward_pixels(x)"
             )
         self.net = net.eval()
-        # torchvision's weights were trained with ImageNet's mean and std; of other networks that is a guess.
+        # torchvision's weights were trained with ImageNet's mean and std; else that is a guess.
         self.assumes_preprocessing = preprocessing is None and not _of_torchvision(net)
         self.preprocessing = preprocessing or Preprocessing(interpolation="bilinear", crop_pct=1.0)
         self.tap_names = ["features"]
