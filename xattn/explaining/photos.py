@@ -104,10 +104,7 @@ def explain(
         check_output(output)
     listed = labels is not None or isinstance(target, Tensor) or not is_stream(images)
     sources = (named_photos if listed else each_photo)(images, len(backbone.preprocessing.mean))
-    given = [explainer] if not isinstance(explainer, list | tuple | Mapping) else explainer
-    if isinstance(given, Mapping):
-        about: dict[str, Any] = {"seed": seed, "max_forward_batch": batch_size}
-        given = [as_explainer(e, backbone, name=row, **about) for row, e in given.items()]
+    given = _listed(explainer, backbone, seed, batch_size)
     backbone, given, chosen = aimed(backbone, given, classes, target)
     truth = {} if labels is None else true_classes_of(sources, labels, backbone)
     if isinstance(chosen, Tensor):
@@ -132,6 +129,14 @@ def explain(
     if output is not None:
         save_pack(output, result, overlays, result.skipped)
     return result
+
+
+def _listed(explainer: Any, backbone: Backbone, seed: int, batch_size: int) -> Sequence[Any]:
+    """What ``explainer`` of :func:`explain` asks for, one by one; rows of a table have their names."""
+    if not isinstance(explainer, Mapping):
+        return explainer if isinstance(explainer, list | tuple) else [explainer]
+    about: dict[str, Any] = {"seed": seed, "max_forward_batch": batch_size}
+    return [as_explainer(e, backbone, name=row, **about) for row, e in explainer.items()]
 
 
 def _save_interrupted(
