@@ -33,6 +33,7 @@ from xattn.photos.base import StoredPhoto
 from xattn.photos.images import MAX_PIXELS, load_image, read_ahead
 from xattn.photos.labels import true_classes
 from xattn.photos.view import View, prepare
+from xattn.pictures import notebook
 
 Prepared = tuple[Tensor, View, str, Source]
 TrueClass = tuple[int | None, str | None]
@@ -47,6 +48,12 @@ class Explanations(list[Explanation]):
     def __init__(self, items: Iterable[Explanation] = ()) -> None:
         super().__init__(items)
         self.skipped = []
+
+    def _repr_html_(self) -> str | None:
+        return notebook.grid_html(self) if self else None
+
+    def _repr_png_(self) -> bytes | None:
+        return notebook.png(self) if self else None
 
 
 def explain(

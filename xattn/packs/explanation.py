@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,11 @@ from PIL import Image
 from xattn.photos.base import StoredPhoto
 from xattn.photos.images import load_image
 from xattn.photos.view import View
+from xattn.pictures import notebook
 from xattn.pictures.overlay import overlay
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_CELLS = 16_384  # of a side of a map, for writers and readers alike
 
@@ -142,6 +146,11 @@ class Explanation:
         """
         return self.view.to_photo(self.normalized(), size)
 
+    def numpy(self) -> NDArray[np.float32]:
+        """:meth:`on_photo`: (H, W) float32 of the photo's pixels, in [0, 1], NaN where the model did not
+        look. ``explanation.map`` has the raw scores (h, w)."""
+        return self.on_photo()
+
     def photo(self, max_side: int | None = None) -> Image.Image:
         """The photo, RGB, shrunk to ``max_side`` if it is larger.
 
@@ -162,6 +171,16 @@ class Explanation:
         """The map in colour over the photo, a PIL image; see :func:`xattn.pictures.overlay.overlay`."""
         photo = self.photo(max_side)
         return overlay(photo, self.on_photo((photo.height, photo.width)), opacity, cmap)
+
+    def figure(self, cmap: str = "inferno", width: float = 8.0) -> Figure:
+        """Photo, map and colour bar as a matplotlib figure, see :func:`xattn.pictures.notebook.figure`."""
+        return notebook.figure(self, cmap, width)
+
+    def _repr_html_(self) -> str:
+        return notebook.grid_html([self])
+
+    def _repr_png_(self) -> bytes:
+        return notebook.png([self])
 
 
 def blank_note(names: Sequence[str]) -> str:

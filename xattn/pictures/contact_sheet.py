@@ -9,16 +9,14 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from PIL import Image, ImageDraw
 
+from xattn.pictures.explained import Explained
 from xattn.pictures.lettering import load_font, shorten, wrap
 from xattn.pictures.overlay import SEQUENTIAL, colour_bar, data_url, gradient, overlay
 from xattn.pictures.scales import MINMAX, Legend
-
-if TYPE_CHECKING:
-    from xattn.packs.explanation import Explanation
 
 
 @dataclass(frozen=True)
@@ -41,17 +39,17 @@ class Row:
 
 
 def sheet_rows(
-    explanations: Sequence[Explanation],
+    explanations: Sequence[Explained],
     max_side: int = 480,
     opacity: float = 0.55,
     cmap: str = SEQUENTIAL,
-    draw: Callable[[Explanation, Image.Image], Image.Image] | None = None,
+    draw: Callable[[Any, Image.Image], Image.Image] | None = None,
 ) -> list[Row]:
     """Group explanations by photo, in order of appearance: the photo first, then its overlays.
 
     ``draw`` replaces the default overlay, the min-maxed map in ``cmap``.
     """
-    groups: dict[str, list[Explanation]] = {}
+    groups: dict[str, list[Explained]] = {}
     for explanation in explanations:
         groups.setdefault(explanation.image_id, []).append(explanation)
     rows = []
@@ -72,7 +70,7 @@ def sheet_rows(
     return rows
 
 
-def _as_rows(rows: Sequence[Row] | Sequence[Explanation], cmap: str) -> list[Row]:
+def _as_rows(rows: Sequence[Row] | Sequence[Explained], cmap: str) -> list[Row]:
     if not rows:
         raise ValueError("rows: got none; give explanations or rows of cells")
     if all(isinstance(r, Row) for r in rows):
@@ -84,7 +82,7 @@ def _as_rows(rows: Sequence[Row] | Sequence[Explanation], cmap: str) -> list[Row
 
 
 def contact_sheet_html(
-    rows: Sequence[Row] | Sequence[Explanation],
+    rows: Sequence[Row] | Sequence[Explained],
     title: str = "Explanations",
     subtitle: str = "",
     table: Sequence[Sequence[object]] | None = None,
@@ -340,7 +338,7 @@ def _lay_words(
 
 
 def contact_sheet_image(
-    rows: Sequence[Row] | Sequence[Explanation],
+    rows: Sequence[Row] | Sequence[Explained],
     title: str = "",
     side: int = 240,
     dark: bool = False,
@@ -371,7 +369,7 @@ def contact_sheet_image(
 
 
 def contact_sheet_svg(
-    rows: Sequence[Row] | Sequence[Explanation],
+    rows: Sequence[Row] | Sequence[Explained],
     title: str = "",
     side: int = 240,
     cmap: str = SEQUENTIAL,

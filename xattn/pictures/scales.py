@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xattn.pictures.explained import Explained
 from xattn.pictures.overlay import DIVERGING, SEQUENTIAL
-
-if TYPE_CHECKING:
-    from xattn.packs.explanation import Explanation
-
 
 MINMAX = (
     "0",
@@ -74,7 +71,7 @@ def make_scale(limits: Iterable[tuple[float, float]], cmap: str | None = None) -
     return Scale(low, high, cmap)
 
 
-def own_scale(explanation: Explanation, cmap: str | None = None) -> Scale:
+def own_scale(explanation: Explained, cmap: str | None = None) -> Scale:
     """The scale of one map alone: min-max; a mask's is always [0, 1]; see :func:`make_scale`."""
     if explanation.is_mask and cmap != DIVERGING:
         return Scale(0.0, 1.0, cmap or SEQUENTIAL)
