@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xattn.eval import bootstrap
+from xattn.eval import bootstrap, exports
 from xattn.eval.evaluation.database import ImageRow
 from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import Skipped
@@ -190,6 +191,52 @@ class Results:
                     )
                 )
         return rows
+
+    def first(self, column: Column) -> str | None:
+        """The method with the best mean.
+
+        Not a sanity row or a mask, nor a method that was measured on less than half of the images that
+        another was measured on.
+        """
+        sign = 1 if self.info(column.metric).higher_is_better else -1
+        values = {
+            name: method.values[column][~np.isnan(method.values[column])]
+            for name, method in self.methods.items()
+            if not is_baseline(name) and not method.is_mask
+        }
+        most = max((len(v) for v in values.values()), default=0)
+        rivals = [name for name, v in values.items() if len(v) and 2 * len(v) >= most]
+        return max(rivals, key=lambda n: sign * bootstrap.mean(values[n]), default=None)
+
+    def best(self, column: Column) -> str | None:
+        """:meth:`first`, or None if it was measured on too few images for a verdict."""
+        name = self.first(column)
+        return name if name and self.images_of_both(name, name, column) >= MIN_IMAGES else None
+
+    def to_pandas(self, per_image: bool = False) -> Any:
+        """A ``DataFrame`` of one row a method, or one an image, method and metric.
+
+        See :func:`xattn.eval.exports.to_pandas`.
+        """
+        return exports.to_pandas(self, per_image)
+
+    def to_csv(self, path: str | Path | None = None, per_image: bool = False) -> str | None:
+        """The same table as CSV, see :func:`xattn.eval.exports.to_csv`."""
+        return exports.to_csv(self, path, per_image)
+
+    def to_latex(
+        self,
+        columns: Sequence[str] | None = None,
+        methods: Sequence[str] | None = None,
+        intervals: bool = True,
+        caption: str | None = None,
+        label: str | None = None,
+    ) -> str:
+        """A table for the package booktabs, see :func:`xattn.eval.exports.to_latex`."""
+        return exports.to_latex(self, columns, methods, intervals, caption, label)
+
+    def _repr_html_(self) -> str:
+        return exports.notebook_html(self)
 
     def metric_id(self, column: Column) -> str:
         """See :meth:`xattn.eval.Protocol.metric_id`."""

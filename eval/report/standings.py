@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.objectives import TRAINED_ON
-from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results, Row, is_baseline
+from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results, is_baseline
 
 
 class Standing(NamedTuple):
@@ -62,7 +62,7 @@ def standings(results: Results) -> list[Standing]:
     the images that another was measured on, or on fewer than ``MIN_IMAGES``.
     """
     rows = {(r.method, Column(r.metric, r.level)): r for r in results.rows()}
-    first = {column: _first(results, rows, column) for column in results.columns}
+    first = {column: results.first(column) for column in results.columns}
     differences: dict[tuple[str, Column], Any] = {}
     for name in results.methods:
         for rival in dict.fromkeys(first.values()):
@@ -153,15 +153,3 @@ def too_few(table: Sequence[Standing]) -> str:
     if not lacking:
         return ""
     return f"{TOO_FEW} in {_named(lacking)}; it takes at least {MIN_IMAGES}"
-
-
-def _first(results: Results, rows: Mapping[tuple[str, Column], Row], column: Column) -> str | None:
-    sign = 1 if results.info(column.metric).higher_is_better else -1
-    rivals = [
-        name
-        for name, method in results.methods.items()
-        if not is_baseline(name) and not method.is_mask and rows[name, column].n
-    ]
-    most = max((rows[name, column].n for name in rivals), default=0)
-    rivals = [name for name in rivals if 2 * rows[name, column].n >= most]
-    return max(rivals, key=lambda name: sign * rows[name, column].mean, default=None)
