@@ -10,13 +10,13 @@ from typing import Any
 from xattn.eval.metrics.base import (
     Column,
     Finish,
-    MeanMetric,
     MetricGroup,
     MetricInfo,
     Probe,
     Request,
     Sample,
 )
+from xattn.eval.metrics.mean_metric import MeanMetric
 from xattn.eval.metrics.measure import measure
 from xattn.eval.metrics.own import register_metric
 from xattn.eval.metrics.registry import CLASSES, PROBES, create_probe, direct_groups, register

@@ -27,13 +27,13 @@ from xattn.eval import functional
 from xattn.eval.metrics.base import (
     Column,
     Finish,
-    MeanMetric,
     MetricGroup,
     MetricInfo,
     Probe,
     Request,
     Sample,
 )
+from xattn.eval.metrics.mean_metric import MeanMetric
 
 
 def coherency_values(maps: Tensor, others: Tensor) -> Tensor:
@@ -134,6 +134,7 @@ class AdccProbe(Probe):
 class Coherency(MeanMetric):
     """Mean coherency; ``update(maps, others, valid=None)`` with (B, 1, H, W)."""
 
+    metric = "coherency"
     higher_is_better = True
 
     def update(self, maps: Tensor, others: Tensor, valid: Tensor | None = None) -> None:
@@ -143,6 +144,7 @@ class Coherency(MeanMetric):
 class Complexity(MeanMetric):
     """Mean complexity of grey maps; ``update(maps, valid=None)`` with (B, 1, H, W)."""
 
+    metric = "complexity"
     higher_is_better = False
 
     def update(self, maps: Tensor, valid: Tensor | None = None) -> None:
@@ -152,6 +154,7 @@ class Complexity(MeanMetric):
 class ADCC(MeanMetric):
     """Mean of per-image ADCC; ``update(coherency, complexity, drop, valid=None)`` with (B,) each."""
 
+    metric = "ADCC"
     higher_is_better = True
 
     def update(

@@ -13,9 +13,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from xattn.eval import functional
 from xattn.eval.annotations import Annotation
@@ -177,15 +175,19 @@ class MetricGroup:
         name: what ``--metrics`` calls the group.
         probe: what measures it.
         metrics: its metrics by name; the probe's columns are of these.
-        classes: its torchmetrics classes.
+        classes: its torchmetrics classes, :class:`~xattn.eval.metrics.MeanMetric`.
         cases: options that the tests of every group try; the first are cheap.
     """
 
     name: str
     probe: type[Probe]
     metrics: Mapping[str, MetricInfo]
-    classes: tuple[type[MeanMetric], ...] = ()
+    classes: tuple[type[Any], ...] = ()
     cases: tuple[Mapping[str, Any], ...] = ({},)
+
+    def __post_init__(self) -> None:
+        for cls in self.classes:
+            cls.group = self
 
     @property
     def direct(self) -> bool:
@@ -195,37 +197,3 @@ class MetricGroup:
 
 def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
-
-
-class MeanMetric(Metric):
-    """A mean of per-image values as a torchmetrics class.
-
-    The states are sums (float64 total, n, n_invalid): memory is flat and processes add up.
-    """
-
-    is_differentiable = False
-    full_state_update = False
-    total: Tensor
-    n: Tensor
-    n_invalid: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state(
-            "total", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum"
-        )
-        self.add_state("n", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
-        self.add_state(
-            "n_invalid", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum"
-        )
-
-    def _add(self, values: Tensor, valid: Tensor | None = None) -> None:
-        """Add per-image values (B,); NaN and those not ``valid`` (B,) bool count as invalid."""
-        total, n, n_invalid = functional.mean_update(values, valid)
-        self.total += total
-        self.n += n
-        self.n_invalid += n_invalid
-
-    def compute(self) -> Tensor:
-        """The mean over valid images, float64; NaN if there was none."""
-        return functional.mean_compute(self.total, self.n)

@@ -21,13 +21,13 @@ from torch import Tensor
 from xattn.eval.metrics.base import (
     Column,
     Finish,
-    MeanMetric,
     MetricGroup,
     MetricInfo,
     Probe,
     Request,
     Sample,
 )
+from xattn.eval.metrics.mean_metric import MeanMetric
 
 
 def gini_values(maps: Tensor) -> Tensor:
@@ -86,6 +86,7 @@ class ComplexityProbe(Probe):
 class Gini(MeanMetric):
     """Mean Gini index; ``update(maps, valid=None)`` with (B, 1, H, W)."""
 
+    metric = "Gini"
     higher_is_better = True
 
     def update(self, maps: Tensor, valid: Tensor | None = None) -> None:
@@ -95,6 +96,7 @@ class Gini(MeanMetric):
 class Entropy(MeanMetric):
     """Mean entropy in nats; ``update(maps, valid=None)`` with (B, 1, H, W)."""
 
+    metric = "entropy"
     higher_is_better = False
 
     def update(self, maps: Tensor, valid: Tensor | None = None) -> None:

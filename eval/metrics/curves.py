@@ -21,13 +21,13 @@ from xattn.eval.fills import COLOURED, KINDS, fill
 from xattn.eval.metrics.base import (
     Column,
     Finish,
-    MeanMetric,
     MetricGroup,
     MetricInfo,
     Probe,
     Request,
     Sample,
 )
+from xattn.eval.metrics.mean_metric import MeanMetric
 
 # The other fills are made from the pixels that remain, so each step needs its own.
 FIXED_FILLS = ("black", "mean", "blur", "rise", "noise")
@@ -135,12 +135,14 @@ class _Area(MeanMetric):
 class Deletion(_Area):
     """Mean area under deletion curves; 0 to 1 for probabilities."""
 
+    metric = "deletion"
     higher_is_better = False
 
 
 class Insertion(_Area):
     """Mean area under insertion curves; 0 to 1 for probabilities."""
 
+    metric = "insertion"
     higher_is_better = True
 
 

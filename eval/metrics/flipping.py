@@ -19,7 +19,6 @@ from torch import Tensor
 from xattn.eval.metrics.base import (
     Column,
     Finish,
-    MeanMetric,
     MetricGroup,
     MetricInfo,
     Probe,
@@ -33,6 +32,7 @@ from xattn.eval.metrics.curves import (
     is_constant,
     removals,
 )
+from xattn.eval.metrics.mean_metric import MeanMetric
 
 
 def aopc(scores: Tensor) -> Tensor:
@@ -130,6 +130,7 @@ class PixelFlippingProbe(Probe):
 class PixelFlipping(MeanMetric):
     """Mean AOPC; ``update(scores, valid=None)`` with curves (B, T + 1), the clean score first."""
 
+    metric = "AOPC"
     higher_is_better = True
 
     def update(self, scores: Tensor, valid: Tensor | None = None) -> None:

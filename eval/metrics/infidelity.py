@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 from xattn.eval.metrics.base import (
     Column,
     Finish,
-    MeanMetric,
     MetricGroup,
     MetricInfo,
     Probe,
@@ -28,6 +27,7 @@ from xattn.eval.metrics.base import (
     Sample,
 )
 from xattn.eval.metrics.curves import check_count
+from xattn.eval.metrics.mean_metric import MeanMetric
 
 PERTURBATIONS = ("square", "occlusion", "noise")
 
@@ -155,11 +155,15 @@ class InfidelityProbe(Probe):
 class Infidelity(MeanMetric):
     """Mean infidelity; ``update(products, changes, valid=None)`` with (B, S) each."""
 
+    metric = "infidelity"
     higher_is_better = False
 
-    def __init__(self, scale: bool = True, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, backbone: Any = None, scale: bool = True, **kwargs: Any) -> None:
         self.scale = scale
+        super().__init__(backbone, **kwargs)
+
+    def _default_probe(self) -> Probe:
+        return replace(super()._default_probe(), scale=self.scale)  # type: ignore[type-var]
 
     def update(self, products: Tensor, changes: Tensor, valid: Tensor | None = None) -> None:
         self._add(infidelity_values(products, changes, self.scale), valid)

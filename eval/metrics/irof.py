@@ -21,7 +21,6 @@ from torch import Tensor
 from xattn.eval.metrics.base import (
     Column,
     Finish,
-    MeanMetric,
     MetricGroup,
     MetricInfo,
     Probe,
@@ -37,6 +36,7 @@ from xattn.eval.metrics.curves import (
     removals,
 )
 from xattn.eval.metrics.flipping import pixel_flipping_auc, rank_regions, with_clean
+from xattn.eval.metrics.mean_metric import MeanMetric
 
 IMAGE_MEAN = "image-mean"
 # The engine explains a chunk of images with one method after the other: the cache has to hold a
@@ -139,6 +139,7 @@ class IROF(MeanMetric):
     Images differ in R: pad no curve, update with one image at a time.
     """
 
+    metric = "IROF"
     higher_is_better = True
 
     def update(self, scores: Tensor, valid: Tensor | None = None) -> None:

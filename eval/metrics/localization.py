@@ -23,13 +23,13 @@ from torch import Tensor
 from xattn.eval.metrics.base import (
     Column,
     Finish,
-    MeanMetric,
     MetricGroup,
     MetricInfo,
     Probe,
     Request,
     Sample,
 )
+from xattn.eval.metrics.mean_metric import MeanMetric
 
 POINTING, ENERGY, IOU = Column("pointing"), Column("energy-pointing"), Column("IoU")
 
@@ -188,10 +188,11 @@ class LocalizationProbe(Probe):
 class PointingGame(MeanMetric):
     """Percentage of hits; ``update(maps, masks, valid=None)`` with (B, 1, H, W), masks bool."""
 
+    metric = "pointing"
     higher_is_better = True
 
-    def __init__(self, tolerance: float = 15.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, backbone: Any = None, tolerance: float = 15.0, **kwargs: Any) -> None:
+        super().__init__(backbone, **kwargs)
         self.tolerance = tolerance
 
     def update(self, maps: Tensor, masks: Tensor, valid: Tensor | None = None) -> None:
@@ -201,6 +202,7 @@ class PointingGame(MeanMetric):
 class EnergyPointingGame(MeanMetric):
     """Mean share of the map on the object; ``update(maps, masks, valid=None)``."""
 
+    metric = "energy-pointing"
     higher_is_better = True
 
     def update(self, maps: Tensor, masks: Tensor, valid: Tensor | None = None) -> None:
@@ -210,10 +212,11 @@ class EnergyPointingGame(MeanMetric):
 class LocalizationIoU(MeanMetric):
     """Mean IoU; ``update(maps, masks, valid=None)``."""
 
+    metric = "IoU"
     higher_is_better = True
 
-    def __init__(self, threshold: float | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, backbone: Any = None, threshold: float | None = None, **kwargs: Any) -> None:
+        super().__init__(backbone, **kwargs)
         self.threshold = threshold
 
     def update(self, maps: Tensor, masks: Tensor, valid: Tensor | None = None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,13 +22,13 @@ from xattn.eval.metrics.base import (
     Column,
     Finish,
     MaskingChoices,
-    MeanMetric,
     MetricGroup,
     MetricInfo,
     Probe,
     Request,
     Sample,
 )
+from xattn.eval.metrics.mean_metric import MeanMetric
 
 METRICS = ("AD", "IC", "ADD", "AG", "drop")
 
@@ -131,9 +131,21 @@ class MaskingProbe(Probe):
 
 
 class _MaskingMetric(MeanMetric):
-    """``update(p, q, valid=None)`` with (B,) probabilities; ``compute()`` in percent."""
+    """``update(p, q, valid=None)`` with (B,) probabilities, or with a backbone, see
+    :class:`~xattn.eval.metrics.MeanMetric`; ``compute()`` in percent.
+
+    Args:
+        level: with a backbone, the share of the pixels that is kept; 1 multiplies by the grey map itself.
+    """
 
     values: Callable[..., Tensor]
+
+    def __init__(self, backbone: Any = None, level: float = 1.0, **kwargs: Any) -> None:
+        self.level = level
+        super().__init__(backbone, **kwargs)
+
+    def _default_probe(self) -> Probe:
+        return MaskingProbe(levels=(self.level,), metrics=(self.metric,))
 
     def update(self, p: Tensor, q: Tensor, valid: Tensor | None = None) -> None:
         self._add(type(self).values(p, q), valid)
@@ -142,18 +154,29 @@ class _MaskingMetric(MeanMetric):
 class AverageDrop(_MaskingMetric):
     """AD, see :func:`xattn.eval.functional.average_drop`."""
 
+    metric = "AD"
     higher_is_better = False
     values = functional.average_drop_values
 
 
-class IncreaseInConfidence(MeanMetric):
+class IncreaseInConfidence(_MaskingMetric):
     """IC, see :func:`xattn.eval.functional.increase_in_confidence`."""
 
+    metric = "IC"
     higher_is_better = True
 
-    def __init__(self, margin: float = functional.IC_MARGIN, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        backbone: Any = None,
+        level: float = 1.0,
+        margin: float = functional.IC_MARGIN,
+        **kwargs: Any,
+    ) -> None:
         self.margin = margin
+        super().__init__(backbone, level, **kwargs)
+
+    def _default_probe(self) -> Probe:
+        return replace(super()._default_probe(), ic_margin=self.margin)  # type: ignore[type-var]
 
     def update(self, p: Tensor, q: Tensor, valid: Tensor | None = None) -> None:
         self._add(functional.increase_in_confidence_values(p, q, self.margin), valid)
@@ -162,6 +185,7 @@ class IncreaseInConfidence(MeanMetric):
 class AverageDropInDeletion(_MaskingMetric):
     """ADD, see :func:`xattn.eval.functional.average_drop_in_deletion`; ``q`` is d."""
 
+    metric = "ADD"
     higher_is_better = True
     values = functional.average_drop_in_deletion_values
 
@@ -169,6 +193,7 @@ class AverageDropInDeletion(_MaskingMetric):
 class AverageGain(_MaskingMetric):
     """AG, see :func:`xattn.eval.functional.average_gain`."""
 
+    metric = "AG"
     higher_is_better = True
     values = functional.average_gain_values
 

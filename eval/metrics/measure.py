@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from xattn.eval.metrics.base import Column, Finish, Probe, Request, Sample
 
 def measure(
     probe: Probe,
-    f: Callable[[Tensor], Tensor],
+    f: Any,
     images: Tensor,
     maps: Tensor,
     targets: Tensor | int,
@@ -27,6 +28,7 @@ def measure(
     resize: str = "bilinear",
     max_forward_batch: int = 32,
     seed: int = 0,
+    first: int = 0,
     is_mask: bool = False,
     explain: Callable[[Tensor, Tensor], Tensor] | None = None,
     explain_randomized: Callable[[int, Tensor, Tensor], Tensor] | None = None,
@@ -35,16 +37,15 @@ def measure(
     """Values (B,) float64 by column; NaN where a map is constant or not finite, or undefined.
 
     Args:
-        f: (b, 3, H, W) -> logits (b, K), such as ``backbone.logits``.
-        images: (B, 3, H, W) float in [0, 1].
+        f: a backbone, or a function (b, 3, H, W) -> logits (b, K), whose softmax is scored.
+        images: (B, 3, H, W) float in [0, 1]; ``annotations``: one an image, where metrics need them.
         maps: (B, 1, h, w) raw maps, or masks in [0, 1] with ``is_mask``.
         targets: the class, one for all or a LongTensor (B,).
-        score: ``"probability"`` (softmax over K) or ``"logit"``.
+        score: ``"probability"`` or ``"logit"``.
         normalization, resize: see :class:`~xattn.eval.Protocol`.
-        seed: perturbations depend on it and on an image's place in the batch.
-        explain: (images, targets) -> raw maps (b, 1, h, w), for metrics that explain again.
-        explain_randomized: (stage, images, targets) -> raw maps on a randomised network.
-        annotations: one an image, for metrics that need them.
+        seed: perturbations depend on it and on an image's place, counted from ``first``.
+        explain, explain_randomized: (images, targets) or (stage, images, targets) -> raw maps
+            (b, 1, h, w) by the method, on the network or a randomised one, for metrics that explain again.
     """
     batch = len(images)
     classes = (
@@ -54,7 +55,7 @@ def measure(
         raise ValueError(
             f"maps, targets: got {len(maps)} and {len(classes)} for {batch} images; give one an image"
         )
-    scorer = MaskedScorer(_Callable(f), micro_batch(max_forward_batch, batch), score=score)
+    scorer = MaskedScorer(_scored(f), micro_batch(max_forward_batch, batch), score=score)
     size = images.shape[-2:]
     grey, valid = functional.saliency(
         maps, size, is_mask=is_mask, normalization=normalization, resize=resize
@@ -77,7 +78,7 @@ def measure(
                 raw=raw[i],
                 target=target,
                 score=p,
-                seed=sample_seed(seed, i),
+                seed=sample_seed(seed, first + i),
                 is_mask=is_mask,
                 resize=resize,
                 normalization=normalization,
@@ -148,6 +149,10 @@ class _Callable:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.double().softmax(1)
+
+
+def _scored(f: Any) -> Any:
+    return f if hasattr(f, "probabilities") else _Callable(f)
 
 
 def _explain(explain: Callable[[Tensor, Tensor], Tensor], target: int, images: Tensor) -> Tensor:

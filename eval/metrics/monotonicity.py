@@ -18,7 +18,6 @@ from torch import Tensor
 from xattn.eval.metrics.base import (
     Column,
     Finish,
-    MeanMetric,
     MetricGroup,
     MetricInfo,
     Probe,
@@ -27,6 +26,7 @@ from xattn.eval.metrics.base import (
 )
 from xattn.eval.metrics.curves import check_count, is_constant
 from xattn.eval.metrics.flipping import grid, region_sums
+from xattn.eval.metrics.mean_metric import MeanMetric
 from xattn.eval.similarity import spearman
 
 
@@ -98,6 +98,7 @@ class MonotonicityProbe(Probe):
 class MonotonicityCorrelation(MeanMetric):
     """Mean monotonicity; ``update(attributions, effects, valid=None)`` with (B, R) each."""
 
+    metric = "monotonicity"
     higher_is_better = True
 
     def update(self, attributions: Tensor, effects: Tensor, valid: Tensor | None = None) -> None:

@@ -15,13 +15,13 @@ from typing import Any, ClassVar, TypeVar
 
 from xattn.eval.metrics.base import (
     Finish,
-    MeanMetric,
     MetricGroup,
     MetricInfo,
     Probe,
     Request,
     Sample,
 )
+from xattn.eval.metrics.mean_metric import MeanMetric
 from xattn.eval.metrics.registry import REGISTRY, register
 
 Metric = TypeVar("Metric", bound=Callable[..., Any])

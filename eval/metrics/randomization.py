@@ -22,7 +22,6 @@ from xattn.eval import functional
 from xattn.eval.metrics.base import (
     Column,
     Finish,
-    MeanMetric,
     MetricGroup,
     MetricInfo,
     Probe,
@@ -30,6 +29,7 @@ from xattn.eval.metrics.base import (
     Sample,
 )
 from xattn.eval.metrics.curves import check_count
+from xattn.eval.metrics.mean_metric import MeanMetric
 from xattn.eval.similarity import pearson, ranks, ssim
 
 SPEARMAN, SSIM = Column("randomization-Spearman"), Column("randomization-SSIM")
@@ -138,12 +138,14 @@ class _Similarity(MeanMetric):
 class RandomizationSpearman(_Similarity):
     """Mean rank correlation with the maps of randomised networks."""
 
+    metric = "randomization-Spearman"
     column = SPEARMAN
 
 
 class RandomizationSSIM(_Similarity):
     """Mean structural similarity to the maps of randomised networks."""
 
+    metric = "randomization-SSIM"
     column = SSIM
 
 

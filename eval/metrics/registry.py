@@ -11,7 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from xattn.eval.metrics.base import MaskingChoices, MeanMetric, MetricGroup, MetricInfo, Probe
+from xattn.eval.metrics.base import MaskingChoices, MetricGroup, MetricInfo, Probe
+from xattn.eval.metrics.mean_metric import MeanMetric
 from xattn.registry import Registry, Table
 
 FILES = (

@@ -28,13 +28,13 @@ from xattn.eval.fills.imputation import impute
 from xattn.eval.metrics.base import (
     Column,
     Finish,
-    MeanMetric,
     MetricGroup,
     MetricInfo,
     Probe,
     Request,
     Sample,
 )
+from xattn.eval.metrics.mean_metric import MeanMetric
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 
@@ -78,18 +78,21 @@ class _RoadMetric(MeanMetric):
 class RoadMoRF(_RoadMetric):
     """ROAD-MoRF: the mean score without the most relevant pixels, lower is better."""
 
+    metric = "ROAD-MoRF"
     higher_is_better = False
 
 
 class RoadLeRF(_RoadMetric):
     """ROAD-LeRF: the mean score without the least relevant pixels, higher is better."""
 
+    metric = "ROAD-LeRF"
     higher_is_better = True
 
 
 class RoadCombined(MeanMetric):
     """ROAD: ``update(lerf, morf, valid=None)`` with (B, L) scores; higher is better."""
 
+    metric = "ROAD"
     higher_is_better = True
 
     def update(self, lerf: Tensor, morf: Tensor, valid: Tensor | None = None) -> None:

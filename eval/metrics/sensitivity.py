@@ -19,7 +19,6 @@ from torch import Tensor
 from xattn.eval.metrics.base import (
     Column,
     Finish,
-    MeanMetric,
     MetricGroup,
     MetricInfo,
     Probe,
@@ -27,6 +26,7 @@ from xattn.eval.metrics.base import (
     Sample,
 )
 from xattn.eval.metrics.curves import check_count
+from xattn.eval.metrics.mean_metric import MeanMetric
 
 BATCH = 16  # images alive at a time
 
@@ -117,6 +117,7 @@ class MaxSensitivity(MeanMetric):
     """Mean max-sensitivity; ``update(maps, perturbed, valid=None)`` as in
     :func:`max_sensitivity_values`."""
 
+    metric = "max-sensitivity"
     higher_is_better = False
 
     def update(self, maps: Tensor, perturbed: Tensor, valid: Tensor | None = None) -> None:

@@ -156,7 +156,7 @@ def test_the_class_is_the_mean_over_images_and_counts_invalid_ones():
     products, changes = rand(4, 6), rand(4, 6, seed=1)
     changes[2, 3] = math.nan
     for scale in (True, False):
-        metric = Infidelity(scale)
+        metric = Infidelity(scale=scale)
         metric.update(products[:3], changes[:3])
         metric.update(products[3:], changes[3:])
         values = infidelity_values(products, changes, scale)

@@ -250,7 +250,7 @@ def test_the_classes_are_means_over_valid_images():
     cases = (
         (PointingGame(tolerance=1), pointing_values(maps, masks, 1)),
         (EnergyPointingGame(), energy_pointing_values(maps, masks)),
-        (LocalizationIoU(0.5), iou_values(maps, masks, 0.5)),
+        (LocalizationIoU(threshold=0.5), iou_values(maps, masks, 0.5)),
     )
     for metric, values in cases:
         metric.update(maps[:1], masks[:1])

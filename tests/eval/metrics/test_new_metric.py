@@ -9,8 +9,7 @@ from eval_fakes import FakeBackbone
 
 from xattn.eval import METRICS, PROBES, create_probe, evaluate, format_table, metrics
 from xattn.eval.leaderboard import Comparison, groups_of
-from xattn.eval.metrics import registry
-from xattn.eval.metrics.base import (
+from xattn.eval.metrics import (
     Column,
     Finish,
     MeanMetric,
@@ -19,6 +18,7 @@ from xattn.eval.metrics.base import (
     Probe,
     Request,
     Sample,
+    registry,
 )
 from xattn.eval.report.standings import standings
 

@@ -1,0 +1,186 @@
+"""Metrics as torchmetrics classes: of scores, or of images and maps with the network that scores them.
+
+    metric = AverageDrop()                    metric = AverageDrop(backbone)
+    metric.update(p, q)                       metric.update(images, maps, target)
+
+Both add up the same per-image values. With a backbone they are those of :func:`xattn.eval.evaluate`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from xattn.eval import functional
+from xattn.eval.metrics.base import Column, MetricGroup, Probe
+from xattn.eval.metrics.measure import measure
+from xattn.photos.arrays import input_batch
+
+
+class MeanMetric(Metric):
+    """A mean of per-image values.
+
+    The states are sums (float64 total, n, n_invalid): memory is flat and processes add up. A backbone is
+    no part of the state: it is neither moved nor saved with the metric, but goes along in a pickle.
+
+    Args:
+        backbone: a :class:`~xattn.Backbone`, or a function (b, 3, H, W) -> logits. With it ``update`` takes
+            images (B, 3, H, W) in [0, 1], raw maps (B, 1, h, w) or (B, h, w) and the class, one for all or
+            a LongTensor (B,). Without it ``update`` takes the scores that the class names.
+        probe: how it is measured; by default by the default options of its group.
+        explainer: an explainer, or a function (images, target) -> maps, for metrics that explain again.
+        randomized: (stage, images, target) -> maps on randomised networks, for those that need it, see
+            :class:`xattn.eval.sanity.Cascade`.
+        is_mask: maps are masks in [0, 1], not to be min-maxed.
+        kwargs: torchmetrics' own.
+
+    Class attributes: ``metric``, which column of its group it is; ``group`` is set by
+    :class:`~xattn.eval.metrics.MetricGroup`.
+
+    Raises:
+        ValueError: a metric that needs annotations, an explainer or randomised networks without them.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    metric: ClassVar[str] = ""
+    group: ClassVar[MetricGroup | None] = None
+    total: Tensor
+    n: Tensor
+    n_invalid: Tensor
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "update" in cls.__dict__:
+            cls.update = _for_scores_or_images(cls.update)  # type: ignore[method-assign]
+
+    def __init__(
+        self,
+        backbone: Any = None,
+        *,
+        probe: Probe | None = None,
+        explainer: Any = None,
+        randomized: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+        is_mask: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.add_state(
+            "total", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum"
+        )
+        self.add_state("n", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state(
+            "n_invalid", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum"
+        )
+        self._network = (backbone,)  # in a tuple it is no submodule, which would be moved and saved
+        self._explain = (getattr(explainer, "attribute", explainer),)
+        self._randomized, self._is_mask = randomized, is_mask
+        if backbone is not None:
+            self._check_backbone(backbone)
+            self._probe = probe or self._default_probe()
+            self._check_needs()
+
+    def _check_backbone(self, backbone: Any) -> None:
+        if self.group is None:
+            raise ValueError(
+                f"backbone: {type(self).__name__} belongs to no MetricGroup, so nothing says how it is "
+                f"measured; make it without, and give update(...) scores"
+            )
+        if not callable(getattr(backbone, "logits", backbone)):
+            raise ValueError(
+                f"backbone: got a {type(backbone).__name__}; give a Backbone, or a function of images "
+                f"(b, 3, H, W) that returns logits"
+            )
+
+    def _default_probe(self) -> Probe:
+        """The group's probe with its default options."""
+        assert self.group is not None
+        return self.group.probe(**self._colour(self.group.probe))
+
+    def _colour(self, probe: type[Probe]) -> dict[str, Any]:
+        """The data set's mean colour, for a probe that has an option for it."""
+        preprocessing = getattr(self._network[0], "preprocessing", None)
+        taken = is_dataclass(probe) and any(f.name == "mean" for f in fields(probe))
+        return {"mean": tuple(preprocessing.mean)} if preprocessing and taken else {}
+
+    def _check_needs(self) -> None:
+        name, probe = type(self).__name__, self._probe
+        if probe.needs_annotation:
+            raise ValueError(
+                f"backbone: {name} looks at maps and objects alone; make it without, and give "
+                f"update(maps, masks)"
+            )
+        if probe.explains_randomized and self._randomized is None:
+            raise ValueError(
+                f"randomized: {name} needs maps of randomised networks; give "
+                f"randomized=Cascade(backbone).method('gradcam'), or the name of your explainer"
+            )
+        if probe.explains_again and not probe.explains_randomized and self._explain[0] is None:
+            raise ValueError(
+                f"explainer: {name} explains again; give {name}(backbone, explainer=explainer)"
+            )
+
+    @property
+    def _column(self) -> Column:
+        columns = [c for c in self._probe.columns if not self.metric or c.metric == self.metric]
+        if not columns:
+            found = ", ".join(c.key for c in self._probe.columns)
+            raise ValueError(f"probe: it measures {found} and not {self.metric}; give another")
+        return columns[0]
+
+    def _measure(self, images: Any, maps: Tensor, target: Tensor | int) -> None:
+        backbone = self._network[0]
+        mean = getattr(backbone, "mean", None)
+        channels = mean.shape[1] if isinstance(mean, Tensor) and mean.ndim == 4 else 3
+        images = input_batch(images, channels, "images")
+        maps = maps[:, None] if maps.ndim == 3 else maps
+        if maps.ndim != 4 or maps.shape[1] != 1 or len(maps) != len(images):
+            raise ValueError(
+                f"maps: got shape {tuple(maps.shape)} for {len(images)} images; give (B, 1, h, w)"
+            )
+        values = measure(
+            self._probe,
+            backbone,
+            images,
+            maps,
+            target,
+            first=int(self.n + self.n_invalid),
+            is_mask=self._is_mask,
+            explain=self._explain[0],
+            explain_randomized=self._randomized,
+        )
+        self._add(values[self._column].to(self.total.device))
+
+    def _add(self, values: Tensor, valid: Tensor | None = None) -> None:
+        """Add per-image values (B,); NaN and those not ``valid`` (B,) bool count as invalid."""
+        total, n, n_invalid = functional.mean_update(values, valid)
+        self.total += total
+        self.n += n
+        self.n_invalid += n_invalid
+
+    def compute(self) -> Tensor:
+        """The mean over valid images, float64; NaN if there was none."""
+        return functional.mean_compute(self.total, self.n)
+
+
+def _for_scores_or_images(update: Callable[..., None]) -> Callable[..., None]:
+    """``update`` of a class, which gives way to images and maps where there is a backbone."""
+
+    @functools.wraps(update)
+    def either(self: MeanMetric, *args: Any, **kwargs: Any) -> None:
+        if self._network[0] is None:
+            return update(self, *args, **kwargs)
+        if len(args) + len(kwargs) != 3:
+            raise ValueError(
+                f"images, maps, target: got {len(args) + len(kwargs)} arguments; "
+                f"{type(self).__name__}(backbone) takes update(images, maps, target)"
+            )
+        return self._measure(*args, **kwargs)
+
+    return either
