@@ -389,7 +389,7 @@ def _explainers(
     with turn():
         for name in list_explainers():
             try:
-                allowed[name] = create_explainer(name, _loaded, _head).forwards
+                allowed[name] = create_explainer(name, _loaded, _head).forwards or 1
             except ValueError as error:
                 refused[name] = str(error)
     return allowed, refused

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from own_names import forgetting
 from reader_folder import write_folder
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -37,7 +38,7 @@ def run_blocks(page: Path) -> dict:
     blocks = list(BLOCK.finditer(text))
     for block in blocks:
         above = "\n" * text.count("\n", 0, block.start(1))
-        exec(compile(above + block[1], str(page), "exec"), names)
+        exec(compile(above + block[1], str(page), "exec", dont_inherit=True), names)
     return names
 
 
@@ -56,7 +57,8 @@ def reader(prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     before, environment = set(sys.modules), dict(os.environ)
-    yield tmp_path
+    with forgetting():
+        yield tmp_path
     os.environ.clear()
     os.environ.update(environment)
     for name in set(sys.modules) - before:

@@ -41,7 +41,7 @@ def explain_photos(run: LiveRun, folder: Path) -> None:
             )
     # Methods of many passes have all a pass can hold from one photo.
     size = BATCH if all(method.forwards == 1 for method, *_ in methods) else 1
-    work = PassCounter(run, sum(method.forwards for method, *_ in methods) * run.total)
+    work = PassCounter(run, sum(method.forwards or 1 for method, *_ in methods) * run.total)
     taken: set[str] = set()
     ids = [unique_id(PurePosixPath(photo.name).stem, taken) for photo in request.photos]
     failed: set[str] = set()
