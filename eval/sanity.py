@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from xattn.attention import fit_static
 from xattn.backbone import Backbone, converted
+from xattn.backbone.transformers_networks import TransformersBlock
 from xattn.correlation import spearman
 from xattn.eval.evaluation.stream import ImageStream
 from xattn.eval.results import WITHOUT_CONTENT
@@ -130,13 +131,18 @@ def sanity_rows(
 # ---------------------------------------------------------------- attention without content
 
 
-def _projections(backbone: Backbone) -> list[nn.Module]:
-    """The layers that make queries, keys and values of a ViT's blocks, in their order."""
+def _projections(backbone: Backbone) -> list[tuple[Tensor, Tensor]]:
+    """The weights that make queries and keys in a ViT's blocks, in their order."""
     blocks = getattr(backbone.model, "blocks", None)
-    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
-        return []
-    found = [getattr(getattr(block, "attn", None), "qkv", None) for block in blocks]
-    return [layer for layer in found if isinstance(layer, nn.Linear)]
+    found: list[tuple[Tensor, Tensor]] = []
+    for block in blocks if isinstance(blocks, nn.Sequential | nn.ModuleList) else ():
+        made = getattr(getattr(block, "attn", None), "qkv", None)
+        own = block.projections() if isinstance(block, TransformersBlock) else None
+        if isinstance(made, nn.Linear):
+            found.append(made.weight.chunk(3)[:2])  # type: ignore[arg-type]
+        elif own is not None:
+            found.append((own.q, own.k))
+    return found
 
 
 def qk_randomized_backbone(backbone: Backbone, seed: int = 0) -> Backbone:
@@ -146,16 +152,15 @@ def qk_randomized_backbone(backbone: Backbone, seed: int = 0) -> Backbone:
         ValueError: a network without blocks that have a ``qkv`` layer.
     """
     twin = copy.deepcopy(backbone)
-    layers = _projections(twin)
-    if not layers:
-        raise ValueError(
-            f"backbone: {backbone.name} has no blocks with a 'qkv' layer; choose a ViT"
-        )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for layer in layers:
-            weight: Any = layer.weight
-            for part in weight.chunk(3)[:2]:
+        layers = _projections(twin)
+        if not layers:
+            raise ValueError(
+                f"backbone: {backbone.name} has no blocks with a 'qkv' layer; choose a ViT"
+            )
+        for parts in layers:
+            for part in parts:
                 order = torch.randperm(part.numel(), generator=generator, device="cpu")
                 part.copy_(part.flatten()[order.to(part.device)].view_as(part).clone())
     if hasattr(twin, "_fingerprint"):

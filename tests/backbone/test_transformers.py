@@ -13,6 +13,7 @@ from xattn import TrainConfig, create_explainer, create_head, explain, fit, load
 from xattn.attention import record
 from xattn.backbone.transformers_models import is_transformers, preprocessing_of_processor
 from xattn.cli import main
+from xattn.eval.sanity import qk_randomized_backbone
 from xattn.explainers import explainer_entry, list_explainers
 from xattn.heads import list_heads
 from xattn.photos.view import prepare
@@ -89,9 +90,15 @@ def test_logits_taps_and_prefix_tokens_equal_those_of_timm(pair):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
+def test_randomised_queries_and_keys_are_those_of_timm(pair):
+    randomised = [qk_randomized_backbone(backbone) for backbone in pair]
+    equal_maps("raw_attention", randomised)
+    assert not torch.allclose(randomised[0].logits(images()), pair[0].logits(images()))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (SAMPLE / "vit-tiny").is_dir(), reason="needs the weights of a ViT-Ti/16")
-@pytest.mark.parametrize("name", [name for name in EXPLAINERS if name != "head"])
+@pytest.mark.parametrize("name", ["cam", "gradcam", "saliency", "rollout", "attn_lrp", "legrad"])
 def test_a_trained_vits_maps_equal_those_of_timm(name, trained):
     equal_maps(name, trained[0], photos=trained[1][None], target=torch.tensor([281]))
 
