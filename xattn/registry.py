@@ -39,7 +39,7 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Named)
 V = TypeVar("V")
 Class = TypeVar("Class", bound=type)
-_added: list[str] = []  # the names of classes from outside the package, once for each time
+_added: list[str] = []  # the modules of classes from outside the package, once for each time
 
 
 class Registry(Generic[T, E]):
@@ -48,6 +48,7 @@ class Registry(Generic[T, E]):
     Args:
         group: of the entry points, such as ``"xattn.heads"``. An entry point names a module that
             registers things when it is imported, or a registered class.
+        base: what all classes derive from, if that is checked.
         argument: the name that errors begin with; ``noun``: what they call a thing.
         options_argument: as ``argument``, for errors about options.
         given: parameters of the constructors that :meth:`create` is given by position, or that are not
@@ -63,6 +64,7 @@ class Registry(Generic[T, E]):
         self,
         group: str,
         *,
+        base: type | None = None,
         argument: str,
         noun: str = "",
         options_argument: str | None = None,
@@ -72,7 +74,7 @@ class Registry(Generic[T, E]):
         ordered: bool = False,
         refusal: str = REFUSAL,
     ) -> None:
-        self.group, self.argument, self.noun = group, argument, noun
+        self.group, self.base, self.argument, self.noun = group, base, argument, noun
         self.options_argument = options_argument or argument
         self.given, self.ordered, self.refusal = frozenset(given), ordered, refusal
         self._adopt, self._mark = adopt, mark
@@ -102,11 +104,17 @@ class Registry(Generic[T, E]):
         """Make ``cls`` known under ``entry.name``; a class that was reloaded replaces itself.
 
         Raises:
-            ValueError: the name is none, or belongs to another class.
+            ValueError: the name is none, or belongs to another class; ``cls`` does not derive from the
+                kind's base.
         """
         name = entry.name
         if not isinstance(name, str) or not name:
             raise ValueError(f"name: got {name!r}; give a name such as 'mine'")
+        if self.base is not None and not (isinstance(cls, type) and issubclass(cls, self.base)):
+            raise ValueError(
+                f"{self.noun or self.argument}: got {cls!r} for {name!r}; decorate a subclass of "
+                f"{_path(self.base)}"
+            )
         with self._lock:
             before = self._found.get(name)
             if before is not None and not _same(before[0], cls):
@@ -116,7 +124,7 @@ class Registry(Generic[T, E]):
                 )
             self._found = {**self._found, name: (cls, entry)}
         if not cls.__module__.startswith("xattn."):
-            _added.append(name)
+            _added.append(cls.__module__)
 
     def remove(self, name: str) -> None:
         """Forget ``name`` if it is there, for example at the end of a test."""
@@ -303,10 +311,10 @@ class Table(Mapping[str, V]):
         return values
 
 
-def additions() -> int:
-    """How many classes from outside the package have been registered, of any kind; reloaded ones count
-    again."""
-    return len(_added)
+def additions(module: str = "") -> int:
+    """How many classes from outside the package, or of one module and those below it, have been registered,
+    of any kind; reloaded ones count again."""
+    return sum(f"{name}.".startswith(f"{module}." if module else "") for name in _added)
 
 
 def adopting(

@@ -336,6 +336,7 @@ KEPT = 8
 
 MECHANISMS: Registry[Mechanism, Entry] = Registry(
     "xattn.attention",
+    base=Mechanism,
     argument="name",
     noun="attention",
     options_argument="options",

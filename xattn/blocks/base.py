@@ -132,6 +132,7 @@ def received(operator: Operator) -> Tensor:
 
 BLOCKS: Registry[Block, BlockEntry] = Registry(
     "xattn.blocks",
+    base=Block,
     argument="name",
     noun="block",
     options_argument="options",

@@ -102,6 +102,9 @@ def _import_module(name: str) -> None:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     if name in sys.modules:
+        from xattn.registry import additions
+
+        _check_registered(name, additions(name))
         return
     try:
         found = importlib.util.find_spec(name)
@@ -126,11 +129,16 @@ def _run(load: Callable[[], ModuleType | None], name: str, path: Path) -> None:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if _is(f, path)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = f" at line {line}" if line is not None else ""
+        how = name if name.endswith(".py") else f"-m {name}"
         raise ValueError(
             f"import: {name} failed{where} ({type(error).__name__}: {reason}); correct it, and check "
-            f"it by python {name}"
+            f"it by python {how}"
         ) from None
-    if registry.additions() == before:
+    _check_registered(name, registry.additions() - before)
+
+
+def _check_registered(name: str, count: int) -> None:
+    if not count:
         raise ValueError(
             f"import: {name} registers nothing; decorate what it defines by register_metric, "
             f"register_explainer, register_head, register_attention or register_block of xattn"

@@ -383,6 +383,7 @@ def register_explainer(name: str, **about: Any) -> Callable[[type[Explainer]], t
 
 EXPLAINERS: Registry[Explainer, ExplainerEntry] = Registry(
     "xattn.explainers",
+    base=Explainer,
     argument="explainer",
     noun="explainer",
     given=("backbone", "head", "seed", "max_forward_batch"),

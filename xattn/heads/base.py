@@ -245,6 +245,7 @@ def _with_name(cls: Any, entry: HeadEntry) -> None:
 
 HEADS: Registry[Head, HeadEntry] = Registry(
     "xattn.heads",
+    base=Head,
     argument="head",
     noun="head",
     given=("backbone", "options", "pooled", "reads_prefix"),

@@ -1,0 +1,216 @@
+"""Mistakes with metrics, explainers, heads, mechanisms and blocks of one's own, and with Captum's objects."""
+
+from __future__ import annotations
+
+import pickle
+from typing import ClassVar
+
+import captum.attr as captum
+import torch
+from own_names import forgetting
+
+import xattn
+from mistakes.table import Bench, Mistake
+from xattn.eval import Comparison, MetricInfo, Probe, compare, evaluate
+
+INFO = MetricInfo("one", True)
+
+
+class Plain:
+    """A class that derives from nothing."""
+
+
+class Nameless(Probe):
+    """A probe that does not say what it measures."""
+
+    def measure(self, sample):
+        yield from ()
+        return lambda scores: {}
+
+
+class Other(Nameless):
+    info: ClassVar = {"AD": INFO}
+
+
+def evaluated(b: Bench, method, metrics=("complexity",)):
+    return evaluate(b.cnn, {"mine": method}, b.images, metrics=metrics, progress=False)
+
+
+def registered(decorator, thing):
+    with forgetting():
+        decorator(thing)
+
+
+def twice(b: Bench):
+    with forgetting():
+        for _ in range(2):
+            xattn.register_explainer("mine")(eval("lambda images, target: images.mean(1)"))
+        xattn.register_explainer("mine")(twice)
+
+
+def unpickled(b: Bench):
+    head = xattn.create_head("ttame", b.cnn)
+    return pickle.loads(pickle.dumps(head)).attribute(b.images, 0)
+
+
+MISTAKES = [
+    Mistake(
+        "register_metric without info",
+        lambda b: registered(xattn.register_metric("mine"), lambda map: 0.0),
+        ("info: ", "MetricInfo(formula, higher_is_better)"),
+    ),
+    Mistake(
+        "a metric that asks for a heatmap",
+        lambda b: registered(xattn.register_metric("mine", INFO), lambda heatmap: 0.0),
+        ("metric: ", "heatmap", "image, map, raw"),
+    ),
+    Mistake(
+        "a metric by the name of another",
+        lambda b: registered(xattn.register_metric("AD", INFO), lambda map: 0.0),
+        ("group: AD is taken", "choose another name"),
+    ),
+    Mistake(
+        "a probe's class instead of a probe",
+        lambda b: evaluated(b, "gradcam", [Nameless]),
+        ("metrics: got <class", "instances of Probe"),
+    ),
+    Mistake(
+        "a function as a metric",
+        lambda b: evaluated(b, "gradcam", [lambda image, map: 0.0]),
+        ("metrics: got <function", "register_metric"),
+    ),
+    Mistake(
+        "a probe without columns",
+        lambda b: evaluated(b, "gradcam", [Nameless()]),
+        ("metrics: Nameless has no columns", "info"),
+    ),
+    Mistake(
+        "a probe with another metric's name",
+        lambda b: evaluated(b, "gradcam", [Other()]),
+        ("metrics: AD", "choose a new one"),
+    ),
+    Mistake(
+        "a misspelt metric",
+        lambda b: evaluated(b, "gradcam", ["maskin"]),
+        ("metrics: ", "did you mean masking"),
+    ),
+    Mistake(
+        "register_explainer on a class that is no explainer",
+        lambda b: registered(xattn.register_explainer("mine"), Plain),
+        ("explainer: got <class", "subclass of xattn.explainers.Explainer, or a function"),
+    ),
+    Mistake(
+        "register_head on a plain class",
+        lambda b: registered(xattn.register_head("mine"), Plain),
+        ("head: got <class", "decorate a subclass of xattn.heads.base.Head"),
+    ),
+    Mistake(
+        "register_attention on a module",
+        lambda b: registered(xattn.register_attention("mine"), torch.nn.MultiheadAttention),
+        ("attention: got <class", "decorate a subclass of xattn.attention.base.Mechanism"),
+    ),
+    Mistake(
+        "register_block on a module",
+        lambda b: registered(xattn.register_block("mine"), torch.nn.TransformerEncoderLayer),
+        ("block: got <class", "decorate a subclass of xattn.blocks.base.Block"),
+    ),
+    Mistake(
+        "register_head without a name",
+        lambda b: registered(xattn.register_head(""), type(xattn.create_head("gap", b.vit))),
+        ("name: got ''", "such as 'mine'"),
+    ),
+    Mistake(
+        "another explainer under the same name",
+        twice,
+        ("name: 'mine' is taken", "choose another name"),
+    ),
+    Mistake(
+        "Captum's class instead of an object",
+        lambda b: evaluated(b, captum.Saliency),
+        ("explainer: got <class", "create an object of it first"),
+    ),
+    Mistake(
+        "a model as an explainer's name",
+        lambda b: evaluated(b, 3),
+        ("explainer: got 3", "f(images, target) -> maps"),
+    ),
+    Mistake(
+        "explainers in a list",
+        lambda b: evaluate(b.cnn, ["gradcam"], b.images, progress=False),
+        ("explainers: got a list", "{name: explainer}"),
+    ),
+    Mistake(
+        "methods without rows in a comparison",
+        lambda b: compare(
+            Comparison(backbone=b.cnn, explainers=[captum.Saliency(b.cnn.logits)]),
+            b.photo,
+            b.folder / "out",
+        ),
+        ("explainers: got ", "give {row: method}"),
+    ),
+    Mistake(
+        "a function of images alone",
+        lambda b: evaluated(b, lambda images: images.mean(1)),
+        ("explainers: mine cannot work: it raised TypeError",),
+    ),
+    Mistake(
+        "one map for the whole batch",
+        lambda b: evaluated(b, lambda images, target: images.mean((0, 1))[None]),
+        ("explainer: mine returned (1, 64, 64) for ", "return (B, h, w)"),
+    ),
+    Mistake(
+        "scores instead of maps",
+        lambda b: evaluated(b, lambda images, target: b.cnn.logits(images)),
+        ("explainer: mine returned ", "return (B, h, w)"),
+    ),
+    Mistake(
+        "maps of all classes",
+        lambda b: evaluated(b, lambda images, target: torch.rand(len(images), 5, 7, 7)),
+        ("explainer: mine returned ", "5 maps an image"),
+    ),
+    Mistake(
+        "pytorch-grad-cam's order of axes",
+        lambda b: evaluated(b, lambda images, target: images.permute(0, 2, 3, 1)),
+        ("explainer: mine returned ", "64 maps an image", "return (B, h, w)"),
+    ),
+    Mistake(
+        "a map that does not look at the image",
+        lambda b: evaluated(b, lambda images, target: torch.ones(len(images), 7, 7)),
+        ("explainers: mine cannot work: its maps are constant",),
+    ),
+    Mistake(
+        "a division by zero in a map",
+        lambda b: evaluated(b, lambda images, target: images.mean(1) / 0),
+        ("explainers: mine cannot work: its maps hold NaN or infinite values",),
+    ),
+    Mistake(
+        "both channels",
+        lambda b: xattn.as_explainer(lambda x, t: x, b.cnn, channels="sum"),
+        ("channels: got 'sum'", "signed, absolute"),
+    ),
+    Mistake(
+        "pixels of ImageNet",
+        lambda b: xattn.as_explainer(lambda x, t: x, b.cnn, pixels="imagenet"),
+        ("pixels: got 'imagenet'", "raw, normalised"),
+    ),
+    Mistake(
+        "a head of another backbone",
+        lambda b: evaluated(b, xattn.create_head("ttame", b.vit)),
+        ("head: trained on ", "load the matching pair"),
+    ),
+    Mistake(
+        "a head from a pickle",
+        unpickled,
+        ("head: 'ttame' comes from a pickle", "create_explainer('head', backbone, head)"),
+    ),
+    Mistake(
+        "a head's map of a class that is not there",
+        lambda b: xattn.create_head("ttame", b.cnn).attribute(b.images, 1000),
+        ("target: ", "0..4"),
+    ),
+    Mistake(
+        "normalised images to Captum's shape",
+        lambda b: xattn.create_explainer("gradcam", b.cnn).attribute_inputs(4 * b.images - 2, 1),
+        ("inputs: got values in ", "raw pixels in [0, 1]"),
+    ),
+]
