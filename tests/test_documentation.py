@@ -13,7 +13,7 @@ from xattn.eval.studies.attention_maps import LARGEST, with_maps
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGES = [
-    ROOT / "README.md",
+    *sorted(ROOT.glob("*.md")),
     *sorted(ROOT.glob("docs/**/*.md")),
     *sorted(ROOT.glob("models/heads/*/README.md")),
 ]
