@@ -43,9 +43,11 @@ class TracedClassifier(nn.Module):
         preprocessing: Preprocessing,
         grids: Sequence[tuple[int, int] | None],
         prefix: int,
+        points: Sequence[tuple[str, nn.Module, nn.Module]] = (),
     ) -> None:
         super().__init__()
         self.graph = graph
+        self._points = list(points)  # a path, the module there, and the identity of its output
         self.tap_names = list(tap_names)
         self.preprocessing = preprocessing
         self.grids = list(grids)
@@ -61,6 +63,14 @@ class TracedClassifier(nn.Module):
     def forward_taps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         logits, *values = self.graph(x)
         return logits, [_as_map(v, grid) for v, grid in zip(values, self.grids, strict=True)]
+
+    def point_of(self, layer: str | nn.Module) -> nn.Module | None:
+        """The identity through which the output of ``layer`` goes, a module of the network that was
+        traced or its path; None for modules without parts, which the graph calls themselves."""
+        for path, module, point in self._points:
+            if layer == path if isinstance(layer, str) else layer is module:
+                return point
+        return None
 
     @property
     def classifier_weight(self) -> Tensor | None:
@@ -124,12 +134,13 @@ def from_torchvision(
     nodes[-1].replace_all_uses_with(point)
     point.args = (nodes[-1],)
     output.args = ((logits, *(_kept(traced, node) for node in (*nodes[:-1], point))),)
+    points = _add_points(model, traced, names, {nodes[-1]: traced.get_submodule(HEAD_POINT)})
     traced.recompile()
     last = grids[-1]
     prefix = 0 if last is None else shapes[nodes[-1]][1] - last[0] * last[1]
     classifier = str(logits.target) if logits.op == "call_module" else ""
     paths = [names[node] for node in nodes]
-    made = TracedClassifier(traced, paths, classifier, preprocessing, grids, prefix)
+    made = TracedClassifier(traced, paths, classifier, preprocessing, grids, prefix, points)
     made.assumes_preprocessing = assumed
     return made
 
@@ -320,6 +331,36 @@ def _kept(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
         return node
     with traced.graph.inserting_after(node):
         return traced.graph.call_method("clone", (node,))
+
+
+def _add_points(
+    model: nn.Module,
+    traced: fx.GraphModule,
+    names: dict[fx.Node, str],
+    points: dict[fx.Node, nn.Module],
+) -> list[tuple[str, nn.Module, nn.Module]]:
+    """Give the output of every module with parts, which the graph itself does not call, an identity.
+
+    ``points`` are identities that nodes already have.
+    """
+    last: dict[str, fx.Node] = {}
+    for node, path in names.items():
+        inside = path.split(".") if node.users else []
+        last |= {".".join(inside[: i + 1]): node for i in range(len(inside))}
+    found = []
+    for path, module in model.named_modules():
+        node = last.get(path)
+        if node is None or node.op == "placeholder" or not any(module.children()):
+            continue
+        if node not in points:
+            name = f"point_{len(points)}"
+            traced.add_submodule(name, nn.Identity())
+            with traced.graph.inserting_after(node):
+                call = traced.graph.call_module(name, (node,))
+            node.replace_all_uses_with(call, lambda user, call=call: user is not call)
+            points[node] = traced.get_submodule(name)
+        found.append((path, module, points[node]))
+    return found
 
 
 def _grid(name: str, shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int] | None:

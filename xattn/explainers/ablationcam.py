@@ -28,11 +28,14 @@ class AblationCam(LayerExplainer, ImageByImage):
     whole network does, in micro-batches of one shape.
 
     Args:
-        layer: see :class:`~xattn.explainers.layers.LayerExplainer`.
+        layer, layers, reshape: see :class:`~xattn.explainers.layers.LayerExplainer`.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.layers:
+            self.perturbs = any(part.perturbs for part in self._parts)
+            return
         backbone = self.backbone
         self.classifier_only = backbone.has_pooled_tap and self.layer is backbone.head_point
         if not self.classifier_only:
@@ -73,15 +76,16 @@ class AblationCam(LayerExplainer, ImageByImage):
 
     def _without(self, image: Tensor, index: Tensor) -> Tensor:
         """Logits (n, K) of n copies of the image; copy i has channel ``index[i]`` of the layer set to 0."""
+        images = image.expand(len(index), -1, -1, -1)
 
         def ablate(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             output = output.clone()
-            rows = output.movedim(self.reader.channel_axis(output, image[None]), 1)
+            rows = output.movedim(self.reader.channel_axis(output, images), 1)
             rows[torch.arange(len(index), device="cpu"), index] = 0
             return output
 
         handle = self.reader.layer.register_forward_hook(ablate)
         try:
-            return self.backbone.logits(image.expand(len(index), -1, -1, -1))
+            return self.backbone.logits(images)
         finally:
             handle.remove()

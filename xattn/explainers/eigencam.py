@@ -21,13 +21,14 @@ class EigenCam(LayerExplainer):
     """Eigen-CAM: what activates the network, not what supports a class; no gradient is needed.
 
     Args:
-        layer: see :class:`~xattn.explainers.layers.LayerExplainer`.
+        layer, layers, reshape: see :class:`~xattn.explainers.layers.LayerExplainer`.
     """
 
     @torch.no_grad()
-    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+    def _layer_maps(self, images: Tensor, classes: Tensor) -> Tensor:
         maps = [self._component(f) for f in self.reader.activations(images)]
-        return torch.stack(maps).to(torch.promote_types(images.dtype, torch.float32))
+        one = torch.stack(maps).to(torch.promote_types(images.dtype, torch.float32))
+        return one.expand(-1, classes.shape[1], -1, -1)
 
     @staticmethod
     def _component(activations: Tensor) -> Tensor:

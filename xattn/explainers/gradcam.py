@@ -25,13 +25,17 @@ class GradientCam(LayerExplainer):
     """One forward pass, and a backward pass down to the layer.
 
     Args:
-        layer: see :class:`~xattn.explainers.layers.LayerExplainer`.
+        layer, layers, reshape: see :class:`~xattn.explainers.layers.LayerExplainer`.
         relu: keep only positive evidence, as the papers do.
     """
 
     relu: bool = True
 
-    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+    def _layer_maps(self, images: Tensor, classes: Tensor) -> Tensor:
+        return torch.cat([self._map(images, target) for target in classes.unbind(1)], 1)
+
+    def _map(self, images: Tensor, target: Tensor) -> Tensor:
+        """(b, 1, h, w) of the classes (b,)."""
         activations, gradients = self.reader.gradients(images, target)
         maps = (self._weights(activations, gradients) * activations).sum(1, keepdim=True).detach()
         return torch.relu(maps) if self.relu else maps
@@ -46,7 +50,7 @@ class GradCam(GradientCam):
     """Grad-CAM, with Captum's gradients.
 
     Args:
-        layer, relu: see :class:`GradientCam`.
+        layer, layers, reshape, relu: see :class:`GradientCam`.
     """
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
@@ -58,7 +62,7 @@ class GradCamPlusPlus(GradientCam):
     """Grad-CAM++: positions are weighted so that several objects of one class count equally.
 
     Args:
-        layer, relu: see :class:`GradientCam`.
+        layer, layers, reshape, relu: see :class:`GradientCam`.
     """
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
@@ -73,7 +77,7 @@ class LayerCam(GradientCam):
     """LayerCAM: one weight per position, so that early layers can be read, too.
 
     Args:
-        layer, relu: see :class:`GradientCam`.
+        layer, layers, reshape, relu: see :class:`GradientCam`.
     """
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:

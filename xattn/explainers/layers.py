@@ -1,48 +1,49 @@
-"""The layer that CAM methods read: its activations, and gradients, as maps (B, C, h, w).
+"""The layers that CAM methods read: their activations, and gradients, as maps (B, C, h, w).
 
 By default the map that a CNN pools; in a ViT the tokens after ``norm1`` of the last block, without
-prefix tokens, as a map.
+prefix tokens, as a map. Maps of several layers are fused as pytorch-grad-cam does: each is scaled to
+[0, 1] by its minimum and maximum, up-sampled to the image, and the mean is taken.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone
 from xattn.explainers.base import Explainer
+from xattn.explainers.layer_names import default_layer, find_layer
+
+MOST_PREFIX_TOKENS = 8  # of tokens whose model does not say how many there are
 
 
 class LayerReader:
-    """Reads a module's output, (B, C, h, w), or (B, N, C) tokens in a ViT.
+    """Reads a module's output: (B, C, h, w), (B, h, w, C), or tokens (B, N, C).
+
+    Args:
+        layer: a module, its dotted name, or None for the default of ``backbone``.
+        reshape: makes (B, C, h, w) of the output where its form is another.
 
     Raises:
         ValueError: ``layer`` is not a module of the backbone, or is needed and was not given.
     """
 
-    def __init__(self, backbone: Backbone, layer: nn.Module | None, method: str) -> None:
-        if layer is None:
-            layer = backbone.cam_layer
-        if layer is None and backbone.adapter:
-            layer = getattr(backbone.model, "gradcam_layer", None)
-        if layer is None and backbone.adapter:
-            raise ValueError(
-                f"layer: {backbone.name} is not a timm model, so {method} does not know its last map; "
-                f"give layer=<the module whose output is (B, C, h, w)>"
-            )
-        if layer is not None and not any(layer is m for m in backbone.modules()):
-            raise ValueError(f"layer: {type(layer).__name__} is not a module of {backbone.name}")
-        if layer is None:
-            layer = (
-                backbone.model.blocks[-1].norm1  # type: ignore[index,union-attr]
-                if backbone.is_vit
-                else backbone.head_point
-            )
-        self.backbone, self.layer = backbone, layer
-        self.name = next(name for name, m in backbone.named_modules() if m is layer)
+    def __init__(
+        self,
+        backbone: Backbone,
+        layer: nn.Module | str | None,
+        method: str,
+        reshape: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.backbone, self.reshape = backbone, reshape
+        found = default_layer(backbone, method) if layer is None else find_layer(backbone, layer)
+        self.layer = found
+        self.name = next(name for name, m in backbone.named_modules() if m is found)
         self.tokens = backbone.is_vit or bool(getattr(backbone.model, "token_taps", False))
 
     def activations(self, images: Tensor) -> Tensor:
@@ -53,8 +54,8 @@ class LayerReader:
         """Activations (B, C, h, w) and logits (B, K) of one pass."""
         found: list[Tensor] = []
 
-        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            found.append(output.clone())  # what follows may work in place
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            found.append(self._tensor(output).clone())  # what follows may work in place
 
         handle = self.layer.register_forward_hook(keep)
         try:
@@ -83,60 +84,173 @@ class LayerReader:
                 f"layer: {self.name} has no output to read in a pass of {self.backbone.name} "
                 f"({error}); give a layer inside it"
             ) from None
+        except RuntimeError as error:
+            if "not have been used" not in str(error):
+                raise
+            raise ValueError(
+                f"layer: the last output of {self.name} does not lead to the logits of "
+                f"{self.backbone.name}; give another layer"
+            ) from None
         return self.as_map(values[0], images), self.as_map(gradients[0], images)
+
+    def _tensor(self, output: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"layer: {self.name} of {self.backbone.name} gives a {type(output).__name__}, not one "
+                f"tensor; give a layer inside it"
+            )
+        return output
 
     def as_map(self, output: Tensor, images: Tensor) -> Tensor:
         """The layer's output as (B, C, h, w)."""
-        if output.ndim == 4:
-            return output.movedim(self.channel_axis(output, images), 1)
-        height, width = images.shape[-2:]
-        grids = []
-        if output.ndim == 3 and self.tokens:
-            if self.backbone.knows_grid:
-                return self.backbone.tokens_to_map(output, self.backbone.grid(height, width))
-            # Mixers and XCiT do not report their grid: it has the image's aspect ratio. Their prefix
-            # tokens, if any, may join only after the blocks.
-            grids = [output.shape[1] - self.backbone.prefix_tokens, output.shape[1]]
-        for count in grids:
-            rows = max(1, round((count * height / width) ** 0.5))
-            if rows * (count // rows) == count:
-                return self.backbone.tokens_to_map(output, (rows, count // rows))
-        raise ValueError(
-            f"layer: {self.name or type(self.layer).__name__} of {self.backbone.name} gives "
-            f"{tuple(output.shape)} for images of {height} x {width}, which is not a map; give "
-            f"layer=<a module whose output is (B, C, h, w)>"
+        if self.reshape is not None:
+            return self._reshaped(output, images)
+        if output.shape[:1] == images.shape[:1]:
+            unrolled = self._unrolled(output)
+            if unrolled is not None:
+                return unrolled
+            if output.ndim == 4 and self._looks_like_map(output, images):
+                return output.movedim(self.channel_axis(output, images), 1)
+            if output.ndim == 3:
+                grid = self._grid(output.shape[1], images.shape[-2:])
+                if grid is not None:
+                    return self.backbone.tokens_to_map(output, grid)
+        raise self._no_map(output, images)
+
+    def _no_map(self, output: Tensor, images: Tensor) -> ValueError:
+        return ValueError(
+            f"layer: {self.name} of {self.backbone.name} gives {tuple(output.shape)} for "
+            f"{len(images)} images of {images.shape[-2]} x {images.shape[-1]}, which is no map; give "
+            f"layer=<one whose output is (B, C, h, w)>, or reshape=<a function that makes it so>"
         )
+
+    def _reshaped(self, output: Tensor, images: Tensor) -> Tensor:
+        assert self.reshape is not None
+        found = self.reshape(output)
+        if not isinstance(found, Tensor) or found.ndim != 4 or len(found) != len(images):
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"reshape: got {got} for {self.name}, whose output is {tuple(output.shape)}; return "
+                f"(B, C, h, w)"
+            )
+        return found
+
+    def _unrolled(self, output: Tensor) -> Tensor | None:
+        """Tokens of a Hiera block in the order of places; Hiera keeps those of a mask unit together."""
+        model, number = self.backbone.model, self.name.removeprefix("model.blocks.")
+        if output.ndim != 3 or not number.isdecimal() or not hasattr(model, "reroll"):
+            return None
+        return model.reroll(output, int(number)).permute(0, 3, 1, 2)  # type: ignore[operator]
+
+    def _grid(self, count: int, size: Sequence[int]) -> tuple[int, int] | None:
+        """The (h, w) of ``count`` tokens of an image of ``size`` (H, W), less their prefix tokens."""
+        height, width = size
+        if self.tokens and self.backbone.knows_grid:
+            rows, columns = self.backbone.grid(height, width)
+            return (rows, columns) if rows * columns <= count else None
+        # Others do not report their grid: it has the image's aspect ratio. The model's prefix tokens, if
+        # any, may join only after its blocks.
+        for prefix in (self.backbone.prefix_tokens, *range(MOST_PREFIX_TOKENS + 1)):
+            rows = max(1, round((max(count - prefix, 0) * height / width) ** 0.5))
+            columns = (count - prefix) // rows
+            if columns > 0 and rows * columns == count - prefix and _fits(rows, columns, size):
+                return rows, columns
+        return None
 
     def channel_axis(self, output: Tensor, images: Tensor) -> int:
         """The channel axis of (B, h, w, C) or (B, C, h, w): h and w have the image's aspect ratio."""
+        if self.reshape is not None:
+            channels = self._reshaped(output, images).shape[1]
+            return max(i for i in range(1, output.ndim) if output.shape[i] == channels)
         if output.ndim == 3:
             return 2
-        height, width = images.shape[-2:]
-
-        def fits(h: int, w: int) -> bool:
-            return abs(h * width - w * height) < max(height, width)
-
-        first, last = fits(*output.shape[1:3]), fits(*output.shape[2:])
+        size = images.shape[-2:]
+        first, last = _fits(*output.shape[1:3], size), _fits(*output.shape[2:], size)
         if first and last:  # as many channels as positions along a side
             layout = isinstance(self.layer, nn.Conv2d | nn.BatchNorm2d | nn.Identity)
             first = not layout and (self.tokens or self.backbone.channels_last)
         return 3 if first else 1
 
+    def _looks_like_map(self, output: Tensor, images: Tensor) -> bool:
+        """Whether two sides of (B, ., ., .) are the image's, up to a factor of 2 in their ratio."""
+        axis = self.channel_axis(output, images)
+        h, w = output.movedim(axis, 1).shape[2:]
+        height, width = images.shape[-2:]
+        return 0.5 <= (h * width) / (w * height) <= 2
+
+
+def _fits(h: int, w: int, size: Sequence[int]) -> bool:
+    """Whether a grid h x w has the aspect ratio of an image of ``size`` (H, W), up to a cell."""
+    height, width = size
+    return abs(h * width - w * height) < max(height, width)
+
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class LayerExplainer(Explainer):
-    """Base of explainers that read the activations of one layer.
+    """Base of explainers that read the activations of one layer, or of several.
 
     Args:
-        layer: the module whose output is read, (B, C, h, w), or (B, N, C) tokens in a ViT; by
-            default the pooled map of a CNN, ``blocks[-1].norm1`` of a ViT.
+        layer: the module whose output is read, or its dotted name, such as ``"layer3.1"``; the output
+            is (B, C, h, w), (B, h, w, C) or tokens (B, N, C). By default the pooled map of a CNN,
+            ``blocks[-1].norm1`` of a ViT.
+        layers: several of these instead, as a sequence or with commas between them; the map is the mean
+            of theirs, each scaled to [0, 1] and up-sampled to the image.
+        reshape: a function that makes (B, C, h, w) of the layer's output where its form is another.
     """
 
-    layer: nn.Module | None = None
+    added_later = ("layers", "reshape")
+
+    layer: nn.Module | str | None = None
+    layers: Sequence[nn.Module | str] = ()
+    reshape: Callable[[Tensor], Tensor] | None = None
     layer_name: str = field(init=False, default="")
     reader: LayerReader = field(init=False)
+    _parts: list[Any] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.reader = LayerReader(self.backbone, self.layer, self.name)
+        self.layers = _several(self.layers)
+        if self.layers and self.layer is not None:
+            raise ValueError("layers: got layer= as well; give one of them")
+        if self.layers:
+            self._parts = [replace(self, layer=one, layers=()) for one in self.layers]
+            self.reader = self._parts[0].reader
+            self.layer_name = ", ".join(part.layer_name for part in self._parts)
+            self.forwards = sum(part.forwards for part in self._parts)
+            return
+        self.reader = LayerReader(self.backbone, self.layer, self.name, self.reshape)
         self.layer, self.layer_name = self.reader.layer, self.reader.name
+
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        return self._class_maps(images, target[:, None])
+
+    def _class_maps(self, images: Tensor, classes: Tensor) -> Tensor:
+        if not self._parts:
+            return self._layer_maps(images, classes)
+        return fused([p._class_maps(images, classes) for p in self._parts], images.shape[-2:])
+
+    def _layer_maps(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Maps (b, M, h, w) of the classes (b, M) at one layer."""
+        return super()._class_maps(images, classes)
+
+
+def _several(layers: object) -> tuple[nn.Module | str, ...]:
+    """``layers`` as a tuple; a str may name several, with commas between them."""
+    if isinstance(layers, str):
+        return tuple(name.strip() for name in layers.split(",") if name.strip())
+    if isinstance(layers, nn.Module) or not isinstance(layers, Sequence):
+        raise ValueError(
+            f"layers: got a {type(layers).__name__}; give several modules or dotted names, one with layer="
+        )
+    return tuple(layers)
+
+
+def fused(maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    """The mean over maps (b, M, h_i, w_i), each scaled to [0, 1] and up-sampled to ``size``; a constant
+    one counts as 0."""
+    scaled = []
+    for one in maps:
+        low, high = one.amin((2, 3), keepdim=True), one.amax((2, 3), keepdim=True)
+        unit = torch.where(high > low, (one - low) / (high - low), 0.0)
+        scaled.append(F.interpolate(unit, tuple(size), mode="bilinear"))
+    return torch.stack(scaled).mean(0)

@@ -26,7 +26,7 @@ class ScoreCam(LayerExplainer, PerturbationExplainer):
     """Score-CAM: one forward pass per channel that is not constant.
 
     Args:
-        layer: see :class:`~xattn.explainers.layers.LayerExplainer`.
+        layer, layers, reshape: see :class:`~xattn.explainers.layers.LayerExplainer`.
         fill: ``"black"`` or ``"mean"`` behind a mask; the paper masks normalised images, ``"mean"``.
     """
 
@@ -34,6 +34,8 @@ class ScoreCam(LayerExplainer, PerturbationExplainer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.layers:
+            return
         with self._guard():
             blank = self._move(probe_image(self.backbone))
             self.forwards = 1 + self.reader.activations(blank).shape[1]
