@@ -8,7 +8,8 @@ a laxer way.
 import importlib.util
 import pickle
 import re
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,10 +23,14 @@ from xattn.runtime.files import printable
 MOST_LEVELS = 10  # of {"state_dict": ...} around a state dict; in a pickle it may contain itself
 StateDict = dict[str, Tensor]
 
-_PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
+_PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 _SUFFIXES = (".safetensors", *_PICKLE_SUFFIXES)
-_NESTING_KEYS = ("state_dict", "model_state_dict", "model")
+# An average of weights, the last three, counts only where a file holds nothing else.
+_NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")
+_NESTING_KEYS += ("model_ema", "state_dict_ema", "ema_state_dict")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+# Where the network stands in a larger module, such as Lightning's; the likeliest first.
+_PART_PREFIXES = ("model.", "net.", "network.", "backbone.", "module.", "encoder.", "classifier.")
 
 
 @dataclass(frozen=True)
@@ -171,11 +176,11 @@ def _record(model_name: str) -> PackageWeights:
 
 
 def load_weight_file(path: str | Path) -> StateDict:
-    """The state dict in a `.safetensors`, `.pth`, `.pt` or `.bin` file, on the CPU.
+    """The state dict in a `.safetensors`, `.pth`, `.pth.tar`, `.pt`, `.bin` or `.ckpt` file, on the CPU.
 
     A pickle is only read with `weights_only=True`. One or more levels of `{"state_dict": ...}`,
-    `{"model_state_dict": ...}` or `{"model": ...}` is unwrapped (an exponential moving average
-    beside it is ignored), and a prefix `module.` or `_orig_mod.` of all keys is removed.
+    `{"model_state_dict": ...}`, `{"model": ...}` and the like is unwrapped (an exponential moving
+    average beside it is ignored), and a prefix `module.` or `_orig_mod.` of all keys is removed.
 
     Raises:
         FileNotFoundError: nothing is at `path`.
@@ -193,6 +198,39 @@ def load_weight_file(path: str | Path) -> StateDict:
     state = _strip_wrapper_prefix(_unwrap(content, path))
     _check_finite(state, path)
     return state
+
+
+def part_of(state: StateDict, names: Collection[str], path: str | Path) -> StateDict:
+    """The tensors of a network whose state dict has the keys `names`, out of one that may hold it as a
+    part: `model.conv1.weight` for `conv1.weight`. What stands beside it is left out, such as the weights
+    of a loss. `state` itself if it holds no such part.
+
+    Raises:
+        ValueError: there are several such parts, none of them of a usual name.
+    """
+    wanted = [name for name in names if not name.endswith("num_batches_tracked")]
+    if not wanted or all(name in state for name in wanted):
+        return state
+    first = max(wanted, key=len)
+    found = [key.removesuffix(first) for key in state if key.endswith(f".{first}")]
+    found = [p for p in found if all(p + name in state for name in wanted)]
+    usual = [p for known in _PART_PREFIXES for p in found if p.replace("_orig_mod.", "") == known]
+    if len(found) > 1 and not usual:
+        raise ValueError(
+            f"weights: {str(path)!r} holds several such networks, {', '.join(map(repr, found[:4]))}; save "
+            f"the one to explain: torch.save(module.model.state_dict(), 'weights.pth')"
+        )
+    prefix = next(iter([*usual, *found]), None)
+    if prefix is None:
+        return state
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def class_count(state: StateDict, classifier: str) -> int | None:
+    """How many classes the layer `classifier` of a state dict has, wherever in it the network stands."""
+    key = f"{classifier}.weight"
+    found = [k for k in state if k == key or k.endswith(f".{key}")]
+    return len(state[min(found, key=len)]) if found else None  # layers inside have longer names
 
 
 def _check_path(path: Path) -> None:
@@ -234,16 +272,20 @@ def _read_safetensors(path: Path) -> StateDict:
 
 def _read_pickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):  # timm's options: names and values
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise OSError(f"weights: cannot read {str(path)!r} ({_first_line(error)})") from error
     except pickle.UnpicklingError as error:
         # Without its cause: torch's message advises weights_only=False, which would run the code.
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        save = "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+        if path.suffix.lower() == ".ckpt":  # its hyper-parameters may be any object
+            save = "in the training code, torch.save(module.state_dict(), 'weights.pth')"
         what = f"asks for {found[1]!r}" if found else "is damaged or holds more than tensors"
         raise ValueError(
             f"weights: {str(path)!r} {what} and was refused, nothing in it was run; save the "
-            "tensors alone: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+            f"tensors alone: {save}"
         ) from None
     except Exception as error:  # a damaged file can fail anywhere inside the unpickler
         raise ValueError(

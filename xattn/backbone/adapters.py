@@ -208,15 +208,16 @@ def _with_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
     """torchvision's ``name`` with the weights of a file, and its number of classes by default."""
     import torchvision.models as zoo
 
-    from xattn.models.weights import load_weight_file
+    from xattn.models.weights import class_count, load_weight_file, part_of
 
-    state = load_weight_file(weights)
+    whole = load_weight_file(weights)
     if "num_classes" not in options:  # the last linear or 1x1 layer is the classifier
         layers = dict(zoo.get_model(name, weights=None).named_modules())
         last = [n for n, m in layers.items() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
-        if f"{last}.weight" in state:
-            options = {**options, "num_classes": int(state[f"{last}.weight"].shape[0])}
+        count = class_count(whole, last)
+        options = options if count is None else {**options, "num_classes": count}
     model = zoo.get_model(name, weights=None, **options)
+    state = part_of(whole, model.state_dict().keys(), weights)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

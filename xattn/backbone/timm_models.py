@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+SOURCES = ("hf-hub:", "local-dir:")  # of models that timm has saved with their config
 
 
 def create_timm_model(
@@ -17,12 +21,7 @@ def create_timm_model(
 
     from xattn.pruning import pruned_folder
 
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 5, 0.5)
-        hint = f"near matches: {', '.join(near)}" if near else 'see xattn list --filter "*"'
-        if "/" in name:
-            hint = f"a model of transformers is transformers:{name}"
-        raise ValueError(f"backbone: timm has no model {name!r}; {hint}")
+    _check_name(name)
     options: dict[str, Any] = {}
     if num_classes is not None:
         options["num_classes"] = num_classes
@@ -40,24 +39,70 @@ def create_timm_model(
     return _from_file(name, weights, options)
 
 
-def _takes_img_size(name: str) -> bool:
-    """Whether the architecture takes ``img_size``: ViTs do, CNNs do not."""
+def _check_name(name: str) -> None:
+    """Raise a ``ValueError`` unless timm has the model ``name``; of a saved one, unless it has the form."""
     import timm
 
-    config = timm.get_pretrained_cfg(name)
-    return bool(config is not None and config.fixed_input_size)
+    source = next((s for s in SOURCES if name.startswith(s)), None)
+    if source is None:
+        if not timm.is_model(name):
+            near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 5, 0.5)
+            hint = f"near matches: {', '.join(near)}" if near else 'see xattn list --filter "*"'
+            if "/" in name:
+                hint = f"a model of transformers is transformers:{name}"
+            raise ValueError(f"backbone: timm has no model {name!r}; {hint}")
+    elif source == "local-dir:" and not (Path(name.removeprefix(source)) / "config.json").is_file():
+        raise ValueError(
+            f"backbone: {name.removeprefix(source)} holds no config.json; give the folder that "
+            f"timm.models.save_for_hf wrote"
+        )
+    elif source == "hf-hub:" and name.removeprefix(source).count("/") != 1:
+        raise ValueError(f"backbone: got {name!r}; write hf-hub:OWNER/MODEL")
+
+
+def _config(name: str) -> Mapping[str, Any]:
+    """timm's configuration of the weights ``name``, of a saved model from its ``config.json``."""
+    import timm
+    from timm.models import load_model_config_from_hf
+    from timm.models._hub import load_model_config_from_path
+
+    source, _, place = name.partition(":")
+    if not place:
+        config = timm.get_pretrained_cfg(name)
+        return {} if config is None else config.to_dict()
+    with _explaining(name):
+        read = load_model_config_from_hf if source == "hf-hub" else load_model_config_from_path
+        return dict(read(place)[0])
+
+
+@contextmanager
+def _explaining(name: str) -> Iterator[None]:
+    """Turn what timm raises when it reads weights or a config into an ``OSError`` with a remedy."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if name.startswith("local-dir:"):
+            raise OSError(
+                f"backbone: {name} could not be loaded ({reason}); give a folder that "
+                f"timm.models.save_for_hf wrote"
+            ) from error
+        raise OSError(
+            f"weights='timm': the weights of {name} could not be loaded from the hub ({reason}); give "
+            f"a local file or weights='package'"
+        ) from error
+
+
+def _takes_img_size(name: str) -> bool:
+    """Whether the architecture takes ``img_size``: ViTs do, CNNs do not."""
+    return bool(_config(name).get("fixed_input_size"))
 
 
 def _from_hub(name: str, options: dict[str, Any]) -> nn.Module:
     import timm
 
-    try:
+    with _explaining(name):
         return timm.create_model(name, pretrained=True, **options)
-    except Exception as error:
-        raise OSError(
-            f"weights='timm': the weights of {name} could not be loaded from the hub "
-            f"({type(error).__name__}: {error}); give a local file or weights='package'"
-        ) from error
 
 
 def _from_package(name: str, size: tuple[int, int] | None, options: dict[str, Any]) -> nn.Module:
@@ -81,14 +126,15 @@ def _from_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
     """With as many classes as the file has, unless ``options`` say otherwise."""
     import timm
 
-    from xattn.models.weights import load_weight_file
+    from xattn.models.weights import class_count, load_weight_file, part_of
 
-    state = load_weight_file(weights)
-    key = timm.get_pretrained_cfg_value(name, "classifier")
-    found = state.get(f"{key}.weight") if isinstance(key, str) else None
-    if found is not None:
-        options = {"num_classes": int(found.shape[0]), **options}
+    whole = load_weight_file(weights)
+    key = _config(name).get("classifier")
+    count = class_count(whole, key) if isinstance(key, str) else None
+    if count is not None:
+        options = {"num_classes": count, **options}
     model = timm.create_model(name, pretrained=False, **options)
+    state = part_of(whole, model.state_dict().keys(), weights)
     try:
         try:
             model.load_state_dict(state, strict=True)
