@@ -1,14 +1,6 @@
 """Tiny random CLIP and SigLIP models of transformers, with a tokenizer made here: no files, no network."""
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    PreTrainedTokenizerFast,
-    SiglipConfig,
-    SiglipModel,
-)
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"a photo of the cat dog sky grass on small".split()]
 VISION = {
@@ -23,6 +15,9 @@ TEXT = {
 
 def tokenizer():
     """One token a word, with the tokens of begin and end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(
@@ -35,6 +30,8 @@ def tokenizer():
 
 def pair(kind="clip"):
     """A model with weights that make its maps vary, and its tokenizer; ``kind`` is "clip" or "siglip"."""
+    from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+
     torch.manual_seed(0)
     if kind == "clip":
         config = CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=20)

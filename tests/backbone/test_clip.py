@@ -10,6 +10,7 @@ import xattn
 from xattn.backbone.clip import Clip
 from xattn.backbone.scored import scored
 
+pytest.importorskip("transformers")
 TEXT = "a photo of a cat"
 PROMPTS = [TEXT, "a photo of a dog", "grass"]
 

@@ -46,9 +46,9 @@ class BackboneArgs:
     """How photos are resized: nearest, box, bilinear, hamming, bicubic or lanczos."""
     class_names: Annotated[Path | None, tyro.conf.arg(aliases=["--classes-file"])] = None
     """A text file with one class name per line; not needed for ImageNet classes."""
-    task: Literal["multiclass", "multilabel", "binary"] | None = None
-    """What the logits mean: a softmax, a sigmoid each, or a single sigmoid; by default binary for one
-    output, else multiclass."""
+    task: Literal["multiclass", "multilabel", "binary", "regression"] | None = None
+    """What the logits mean: a softmax, a sigmoid each, a single sigmoid, or numbers as they are; by default
+    binary for one output, else multiclass."""
     device: str = "auto"
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
     probe: str | None = None
