@@ -68,7 +68,7 @@ class Head(
 
     def __init__(self, backbone: Backbone, options: dict[str, Any]) -> None:
         super().__init__()
-        if backbone.task == "regression":
+        if backbone.task == "regression" and not self.is_classifier:
             raise ValueError(
                 f"backbone: {backbone.name} gives numbers, and heads are trained on classes; explain it "
                 f"with an explainer that needs no head, such as 'gradcam' or 'rise'"

@@ -186,7 +186,10 @@ def last_tokens(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def divergence(wanted: Tensor, logits: Tensor, task: str) -> Tensor:
-    """KL of ``logits`` (B, K) from those ``wanted``: of softmaxes, or the mean of each label's sigmoid."""
+    """KL of ``logits`` (B, K) from those ``wanted``: of softmaxes, or the mean of each label's sigmoid; of
+    numbers (regression) the mean squared error."""
+    if task == "regression":
+        return F.mse_loss(logits, wanted)
     if task == "multilabel":
         p = wanted.sigmoid()
         least = F.binary_cross_entropy_with_logits(wanted, p)

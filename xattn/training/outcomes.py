@@ -132,6 +132,11 @@ def cache_outcomes(
     """
     settings = MaskSettings(crops, masks, kinds, fills, seed, precision)
     backbone.require_classes()
+    if backbone.task == "regression":
+        raise ValueError(
+            f"backbone: {backbone.name} gives numbers, a table of outcomes has probabilities; load a "
+            f"classifier"
+        )
     folder, photos = Path(folder), open_photos(data)
     ranks, rank = processes(backbone.device)
     key = outcome_key(backbone, photos, settings, max_pixels, guide)
