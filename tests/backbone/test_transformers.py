@@ -306,6 +306,15 @@ def test_an_encoder_has_features_and_no_classes():
     assert not backbone.has_classes and backbone.class_names[0] == "feature 0"
 
 
+def test_a_crop_that_is_larger_than_the_photo_is_padded_as_the_processor_does(tmp_path):
+    photo = Image.open(write_photo(tmp_path / "photo.png", (71, 54)))
+    theirs = transformers.BitImageProcessorPil(
+        size={"shortest_edge": 58}, crop_size=64, do_normalize=False
+    )
+    pixels = prepare(photo, preprocessing_of_processor(theirs))[0]
+    assert torch.allclose(pixels[None], theirs(photo, return_tensors="pt").pixel_values, atol=1e-4)
+
+
 @pytest.mark.parametrize("without", ["do_normalize", "do_rescale"])
 def test_pixels_are_normalised_as_the_processor_does(without):
     made = transformers.ViTImageProcessor(**{without: False})

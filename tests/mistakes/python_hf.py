@@ -116,8 +116,8 @@ MISTAKES = [
     ),
     Mistake(
         "a folder that is not there",
-        lambda b: xattn.load_backbone("transformers:./mine"),
-        ("backbone: no folder './mine'", "transformers:"),
+        lambda b: xattn.load_backbone("transformers:my-vit"),
+        ("backbone: no folder 'my-vit'", "OWNER/NAME", "transformers:"),
     ),
     Mistake(
         "a folder with the processor alone",

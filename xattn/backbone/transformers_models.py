@@ -161,17 +161,20 @@ def load_transformers(
 
 
 def _source(name: str) -> str:
-    """A folder that is there, or else a name of the hub."""
+    """A folder that is there, or else a name of the hub, OWNER/NAME."""
     folder = Path(name).expanduser()
-    if not name or (not folder.is_dir() and (name[0] in "./~" or name.count("/") > 1)):
+    if name and folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"backbone: {PREFIX}{name} holds no config.json; give a folder that save_pretrained wrote"
+            )
+        return str(folder)
+    owner, _, rest = name.partition("/")
+    if not owner or owner[0] in ".~" or not rest or "/" in rest or Path(owner).is_dir():
         raise FileNotFoundError(
-            f"backbone: no folder {name!r}; give a folder or a name of the hub after {PREFIX}"
+            f"backbone: no folder {name!r}; give a folder, or OWNER/NAME of the hub, after {PREFIX}"
         )
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"backbone: {PREFIX}{name} holds no config.json; give a folder that save_pretrained wrote"
-        )
-    return str(folder) if folder.is_dir() else name
+    return name
 
 
 def _with_weights(auto: Any, source: str, name: str) -> Any:
@@ -298,7 +301,7 @@ def _geometry(processor: Any) -> tuple[tuple[int, int], tuple[int, int], bool]:
         if short >= 384:
             return (short, short), (short, short), True
         return (int(short / processor.crop_pct),) * 2, (short, short), False
-    if short and None not in cropped:
+    if short and None not in cropped and cropped[0] == cropped[1]:
         return (short, short), cropped, False  # type: ignore[return-value]
     if None not in both:
         crops = both if None in cropped else cropped
@@ -330,7 +333,8 @@ def _normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]
     means, stds = (
         [float(v)] * 3 if isinstance(v, int | float) else [float(x) for x in v] for v in (mean, std)
     )
-    factor = getattr(processor, "rescale_factor", 1 / 255) if processor.do_rescale else 1.0
+    rescales = getattr(processor, "do_rescale", True)
+    factor = getattr(processor, "rescale_factor", 1 / 255) if rescales else 1.0
     unit = 1.0 if math.isclose(255 * factor, 1, rel_tol=1e-4) else 255 * factor
     return tuple(v / unit for v in means), tuple(v / unit for v in stds)
 

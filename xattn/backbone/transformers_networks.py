@@ -90,10 +90,6 @@ class TransformersNetwork(nn.Module):
         preprocessing, class_names, task: what its image processor and its config say of them, or None.
     """
 
-    blocks: nn.ModuleList
-    norm: nn.Module
-    fc_norm: nn.Module | None
-
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
@@ -133,6 +129,16 @@ class TransformersViT(TransformersNetwork):
         num_prefix_tokens: class, distillation and register tokens.
     """
 
+    blocks: nn.ModuleList
+    embeddings: nn.Module
+    norm: nn.Module
+    fc_norm: nn.Module | None
+    head_dist: nn.Module | None
+    shared_position_bias: nn.Module | None
+    cls_token: Tensor | None
+    dist_token: Tensor | None
+    reg_token: Tensor | None
+
     def __init__(self, network: Any) -> None:
         super().__init__(network)
         base = _base(network)
@@ -168,13 +174,6 @@ class TransformersViT(TransformersNetwork):
         else:
             self.global_pool = "token" if pooler is None and self.num_prefix_tokens else "avg"
         self._resizes = _takes(embeddings, "interpolate_pos_encoding")
-
-    cls_token: Tensor | None
-    dist_token: Tensor | None
-    reg_token: Tensor | None
-    head_dist: nn.Module | None
-    embeddings: nn.Module
-    shared_position_bias: nn.Module | None
 
     def _run(self, x: Tensor, wanted: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         own = tuple(x.shape[-2:]) == self.patch_embed.img_size
@@ -242,6 +241,9 @@ class TransformersViT(TransformersNetwork):
 class TransformersMaps(TransformersNetwork):
     """ResNet, ConvNeXt and Swin: stages of falling resolution, whose last map is averaged."""
 
+    base: Any
+    stages: Any
+
     def __init__(self, network: Any) -> None:
         super().__init__(network)
         base = _base(network)
@@ -249,9 +251,6 @@ class TransformersMaps(TransformersNetwork):
         self.windows = hasattr(self.stages[0], "blocks")  # Swin: tokens, and a norm before the mean
         norm = None if self.windows else getattr(base, "layernorm", None)
         self.head = SimpleNamespace(norm=norm)
-
-    base: Any
-    stages: Any
 
     def forward_intermediates(
         self, x: Tensor, indices: Sequence[int] | None = None, output_fmt: str = "NCHW"

@@ -184,9 +184,8 @@ def make_view(
         resized = (int(scale_w * height / width), scale_w)
     else:
         resized = (scale_h, int(scale_h * width / height))
-    top, left = _centre(resized[0], out_h), _centre(resized[1], out_w)
-    if preprocessing.crop_mode == "center_floor":
-        top, left = (resized[0] - out_h) // 2, (resized[1] - out_w) // 2
+    down = preprocessing.crop_mode == "center_floor"
+    top, left = _centre(resized[0], out_h, down), _centre(resized[1], out_w, down)
     return View("crop", (height, width), resized, (top, left, out_h, out_w), target)
 
 
@@ -195,9 +194,11 @@ def _keep_ratio(photo_size: tuple[int, int], ratio: float) -> tuple[int, int]:
     return height, width
 
 
-def _centre(size: int, crop: int) -> int:
-    """Start of a centred crop, or minus the padding before a centred, smaller image."""
-    return -((crop - size) // 2) if crop > size else round((size - crop) / 2.0)
+def _centre(size: int, crop: int, down: bool) -> int:
+    """Start of a centred crop, rounded ``down`` or to even, or minus the padding before a smaller image."""
+    if crop > size:
+        return -((crop - size) // 2)
+    return (size - crop) // 2 if down else round((size - crop) / 2.0)
 
 
 def prepare(
