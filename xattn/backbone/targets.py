@@ -95,7 +95,7 @@ class Target:
         return found
 
     def digest(self, shape: tuple[int, ...], like: Tensor) -> str:
-        """Eight hex digits of its outputs for fixed random numbers, shape (B, *shape)."""
+        """Eight hex digits of its outputs for fixed random numbers, shape ``(B, *shape)``."""
         generator = torch.Generator().manual_seed(0)
         outputs = torch.randn(_TRIED, *shape, generator=generator, device="cpu").to(like)
         with torch.no_grad():
