@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import xattn
@@ -37,6 +38,12 @@ def tables() -> Any:
     found = xattn.explain(Image.new("RGB", (40, 40), "teal"), backbone, explainer="centre")
     xattn.save_pack("pack", found)
     return Pack(Path("pack")).entries
+
+
+def data_frame() -> Any:
+    rows = {"random": "random"}
+    images = torch.rand(1, 3, 32, 32)
+    return xattn.evaluate(network(), rows, images, metrics="complexity", progress=False).to_pandas()
 
 
 def onnx_graph() -> None:
@@ -78,7 +85,8 @@ CASES: list[tuple[str, str, Callable[[], Any]]] = [
     ("streamlit", "app", viewer),
     ("altair", "app", viewer),
     ("pandas", "app", viewer),
-    ("pandas", "app", tables),
+    ("pandas", "tables", tables),
+    ("pandas", "tables", data_frame),
     ("onnx", "export", onnx_graph),
     ("onnxscript", "export", onnx_graph),
     ("datasets", "data", lambda: xattn.explain("hfds/photos:train", network(), explainer="centre")),

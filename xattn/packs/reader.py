@@ -359,6 +359,6 @@ def _tables() -> ModuleType:
         from xattn.packs import tables
     except ModuleNotFoundError:
         raise ValueError(
-            'pack: its tables need pandas, which is not installed; run: pip install "xattn[app]"'
+            'pack: its tables need pandas, which is not installed; run: pip install "xattn[tables]"'
         ) from None
     return tables
