@@ -1,0 +1,170 @@
+"""Mistakes with a model of one's own: its preprocessing, its file, its classes, its layer."""
+
+import torch
+import torchvision
+from torch import nn
+
+import xattn
+from mistakes.table import Bench, Mistake
+
+
+def load(**options):
+    return xattn.load_backbone("test_resnet", None, input_size=64, num_classes=5, **options)
+
+
+def file_of(b: Bench, content: object, name: str = "mine.pth") -> str:
+    path = b.folder / name
+    torch.save(content, path)
+    return str(path)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Encoder(nn.Module):
+    def forward(self, x):
+        return x.flatten(2).transpose(1, 2)
+
+
+class Recipe:
+    """An object that a trainer keeps beside the weights."""
+
+
+MISTAKES = [
+    Mistake(
+        "mean for pixels in 0..255",
+        lambda b: load(mean=(123.675, 116.28, 103.53)),
+        ("mean: got (123.675", "divide", "(0.485, 0.456, 0.406)"),
+    ),
+    Mistake(
+        "std for pixels in 0..255",
+        lambda b: load(std=(58.395, 57.12, 57.375)),
+        ("std: ", "(0.229, 0.224, 0.225)"),
+    ),
+    Mistake(
+        "two numbers", lambda b: load(mean=(0.5, 0.5)), ("mean: got 2 numbers for 3", "give 3")
+    ),
+    Mistake("std of 0", lambda b: load(std=0), ("std: got 0; give finite numbers over 0",)),
+    Mistake("mean of NaN", lambda b: load(mean=float("nan")), ("mean: got nan", "finite")),
+    Mistake("mean as a name", lambda b: load(mean="imagenet"), ("mean: got 'imagenet'", "(0.485,")),
+    Mistake("crop of 0", lambda b: load(crop=0), ("crop: got 0; give the share", "0.875")),
+    Mistake("crop in pixels", lambda b: load(crop=224), ("crop: got 224; give the share",)),
+    Mistake(
+        "interpolation misspelt",
+        lambda b: load(interpolation="biliner"),
+        ("interpolation: got 'biliner'", "did you mean bilinear"),
+    ),
+    Mistake(
+        "too few class names",
+        lambda b: load(class_names=["cat", "dog"]),
+        ("class_names: got 2 names, the model has 5 classes",),
+    ),
+    Mistake(
+        "no file of class names",
+        lambda b: load(class_names="nope.txt"),
+        ("class_names: no file nope.txt", "one per line"),
+    ),
+    Mistake("class names by number", lambda b: load(class_names=range(5)), ("class_names: got 0",)),
+    Mistake(
+        "both names of class_names",
+        lambda b: load(class_names=list("abcde"), classes=list("abcde")),
+        ("class_names: classes is its earlier name",),
+    ),
+    Mistake(
+        "preprocessing assigned",
+        lambda b: refused(lambda: setattr(b.cnn, "preprocessing", None)),
+        ("preprocessing: cannot be changed", "mean=, std=, crop=, interpolation="),
+    ),
+    Mistake(
+        "a class, not a module", lambda b: xattn.load_backbone(nn.Linear), ("name_or_module: ",)
+    ),
+    Mistake(
+        "module that branches",
+        lambda b: xattn.load_backbone(Branching()),
+        ("model: torch.fx cannot trace Branching", "forward_taps"),
+    ),
+    Mistake(
+        "module without logits",
+        lambda b: xattn.load_backbone(Encoder()),
+        ("model: Encoder does not end in logits (B, K)",),
+    ),
+    Mistake(
+        "tap misspelt",
+        lambda b: xattn.load_backbone(torchvision.models.resnet18(num_classes=2), taps=["layer9"]),
+        ("taps: 'layer9' is not in the graph", "near matches"),
+    ),
+    Mistake(
+        "a photo as weights",
+        lambda b: xattn.load_backbone("test_resnet", b.photo),
+        ("weights: ", "suffix '.png'", ".safetensors"),
+    ),
+    Mistake(
+        "a model that was pickled whole",
+        lambda b: xattn.load_backbone("test_resnet", file_of(b, nn.Linear(2, 2))),
+        ("weights: ", "was refused, nothing in it was run", "save the tensors alone"),
+    ),
+    Mistake(
+        "objects in a Lightning file",
+        lambda b: xattn.load_backbone(
+            "test_resnet", file_of(b, {"state_dict": {}, "hyper_parameters": Recipe()}, "mine.ckpt")
+        ),
+        ("weights: ", "Recipe", "training code, torch.save(module.state_dict()"),
+    ),
+    Mistake(
+        "weights of another architecture",
+        lambda b: xattn.load_backbone("test_resnet", file_of(b, b.vit.model.state_dict())),
+        ("weights: ", "does not fit test_resnet", "give the file of this architecture"),
+    ),
+    Mistake(
+        "a folder without config.json",
+        lambda b: xattn.load_backbone(f"local-dir:{b.folder}"),
+        ("backbone: ", "holds no config.json", "save_for_hf"),
+    ),
+    Mistake(
+        "hub name without owner",
+        lambda b: xattn.load_backbone("hf-hub:resnet18"),
+        ("backbone: got 'hf-hub:resnet18'; write hf-hub:OWNER/MODEL",),
+    ),
+    Mistake(
+        "layer misspelt",
+        lambda b: xattn.create_explainer("gradcam", b.cnn, layer="layr4"),
+        ("layer: test_resnet has no module 'layr4'", "near matches: layer4"),
+    ),
+    Mistake(
+        "layer by number",
+        lambda b: xattn.create_explainer("gradcam", b.cnn, layer=-1),
+        ("layer: got a int; give a module or its dotted name",),
+    ),
+    Mistake(
+        "target_layers as one list for layer",
+        lambda b: xattn.create_explainer("gradcam", b.cnn, layer=[b.cnn.model.layer4]),
+        ("layer: got a list", "of several layers=(...)"),
+    ),
+    Mistake(
+        "layer and layers",
+        lambda b: xattn.create_explainer("gradcam", b.cnn, layer="layer4", layers=("layer3",)),
+        ("layers: got layer= as well; give one of them",),
+    ),
+    Mistake(
+        "layer that pools",
+        lambda b: xattn.create_explainer("gradcam", b.cnn, layer="fc").attribute(b.images, 1),
+        ("layer: model.fc of test_resnet gives (2, 5)", "no map", "reshape="),
+    ),
+    Mistake(
+        "reshape that returns tokens",
+        lambda b: xattn.create_explainer(
+            "gradcam", b.cnn, layer="layer4", reshape=lambda o: o.flatten(2)
+        ).attribute(b.images, 1),
+        ("reshape: got (2, ", "return (B, C, h, w)"),
+    ),
+]
+
+
+def refused(call) -> None:
+    """An AttributeError as the kind of error that the table takes."""
+    try:
+        call()
+    except AttributeError as error:
+        raise ValueError(str(error)) from None
