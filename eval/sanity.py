@@ -139,7 +139,8 @@ def _projections(backbone: Backbone) -> list[tuple[Tensor, Tensor]]:
         made = getattr(getattr(block, "attn", None), "qkv", None)
         own = block.projections() if isinstance(block, TransformersBlock) else None
         if isinstance(made, nn.Linear):
-            found.append(made.weight.chunk(3)[:2])  # type: ignore[arg-type]
+            q, k, _ = made.weight.chunk(3)
+            found.append((q, k))
         elif own is not None:
             found.append((own.q, own.k))
     return found
