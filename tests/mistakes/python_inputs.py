@@ -6,6 +6,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import xattn
 from mistakes.table import Bench, Mistake
+from xattn.eval.metrics import AverageDrop, MaxSensitivity, PointingGame
+from xattn.eval.results import Results
 
 
 def explained(change):
@@ -29,6 +31,15 @@ def with_nan(x):
 
 def normalised(b: Bench) -> torch.Tensor:
     return b.cnn.normalize(b.images)
+
+
+def measured(b: Bench) -> Results:
+    methods = {"ones": xattn.create_explainer("ones", b.cnn)}
+    return xattn.evaluate(b.cnn, methods, b.images, progress=False, levels=(1.0,))
+
+
+def maps(b: Bench) -> torch.Tensor:
+    return torch.rand(len(b.images), 1, 8, 8)
 
 
 MISTAKES = [
@@ -187,5 +198,57 @@ MISTAKES = [
         "attribute: a loader",
         attributed(DataLoader),
         ("inputs: got a DataLoader", "xattn.explain("),
+    ),
+    Mistake(
+        "evaluate: a number",
+        lambda b: xattn.evaluate(b.cnn, {"x": xattn.create_explainer("ones", b.cnn)}, 3),
+        ("images: got a int", "paths"),
+    ),
+    Mistake(
+        "evaluate: channels last",
+        lambda b: xattn.evaluate(
+            b.cnn, {"x": xattn.create_explainer("ones", b.cnn)}, b.images.permute(0, 2, 3, 1)
+        ),
+        ("images: ", "images.permute(0, 3, 1, 2)"),
+    ),
+    Mistake(
+        "a column that was not measured",
+        lambda b: measured(b).to_latex(["AD@50"]),
+        ("columns: got AD@50", "AD@100"),
+    ),
+    Mistake(
+        "a row that is not there",
+        lambda b: measured(b).to_latex(methods=["gradcam"]),
+        ("methods: got gradcam", "ones"),
+    ),
+    Mistake(
+        "scores for a metric with a backbone",
+        lambda b: AverageDrop(b.cnn).update(torch.rand(2), torch.rand(2)),
+        ("images, maps, target: got 2", "update(images, maps, target)"),
+    ),
+    Mistake(
+        "maps of other images",
+        lambda b: AverageDrop(b.cnn).update(b.images, maps(b)[:1], 0),
+        ("maps: ", "for 2 images", "(B, 1, h, w)"),
+    ),
+    Mistake(
+        "a metric of normalised images",
+        lambda b: AverageDrop(b.cnn).update(normalised(b), maps(b), 0),
+        ("images: ", "backbone.denormalize(images)"),
+    ),
+    Mistake(
+        "a metric by the network's name",
+        lambda b: AverageDrop("resnet50"),
+        ("backbone: got a str", "Backbone"),
+    ),
+    Mistake(
+        "a metric that explains again without an explainer",
+        lambda b: MaxSensitivity(b.cnn),
+        ("explainer: ", "MaxSensitivity(backbone, explainer=explainer)"),
+    ),
+    Mistake(
+        "a metric of objects with a backbone",
+        lambda b: PointingGame(b.cnn),
+        ("backbone: ", "update(maps, masks)"),
     ),
 ]

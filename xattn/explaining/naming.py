@@ -17,7 +17,8 @@ from xattn.photos.sources import is_stored, open_photos
 from xattn.photos.volumes import is_volume
 
 KINDS = "paths, PIL images, tensors, arrays, or a loader of them"
-Source = Path | Image.Image | StoredPhoto | ArrayImage
+Picture = Path | Image.Image | StoredPhoto
+Source = Picture | ArrayImage
 
 
 def named_photos(images: Any, channels: int = 3) -> list[tuple[str, Source]]:

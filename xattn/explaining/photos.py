@@ -22,7 +22,7 @@ from xattn.backbone.classes import find_classes
 from xattn.explainers import Explainer, as_explainer, create_explainer
 from xattn.explainers.base import Choose
 from xattn.explaining.aim import OneEach, aimed
-from xattn.explaining.naming import Source, each_photo, file_name_of, named_photos
+from xattn.explaining.naming import Picture, Source, each_photo, file_name_of, named_photos
 from xattn.explaining.provenance import protocol_of
 from xattn.heads import Head
 from xattn.packs.explanation import Explanation, ImageFacts, blank_note, map_name
@@ -35,7 +35,7 @@ from xattn.photos.labels import true_classes
 from xattn.photos.view import View, prepare
 from xattn.pictures import notebook
 
-Prepared = tuple[Tensor, View, str, Source]
+Prepared = tuple[Tensor, View, str, Picture]
 TrueClass = tuple[int | None, str | None]
 TOP = 5  # how many classes of every photo a pack names
 
@@ -319,7 +319,7 @@ def _batches(
     result: Explanations,
     progress: bool,
 ) -> Iterator[list[Prepared]]:
-    def read(pair: tuple[str, Source]) -> tuple[Tensor, View, Source]:
+    def read(pair: tuple[str, Source]) -> tuple[Tensor, View, Picture]:
         return _prepared(pair[1], backbone.preprocessing, view, max_pixels)
 
     batch: list[Prepared] = []
@@ -345,13 +345,13 @@ def _batches(
 
 def _prepared(
     source: Source, preprocessing: Preprocessing, view: str, max_pixels: int | None
-) -> tuple[Tensor, View, Source]:
+) -> tuple[Tensor, View, Picture]:
     """The model's input, what it shows of the photo, and where the photo's pixels are."""
     photo = load_image(source, max_pixels)
     if isinstance(source, ArrayImage):
-        size = tuple(source.pixels.shape[1:])
+        height, width = size = source.size
         if source.is_tensor and size == tuple(preprocessing.input_size):
-            return source.input(), View("tensor", size, size, (0, 0, *size), size), photo
+            return source.input(), View("tensor", size, size, (0, 0, height, width), size), photo
         source = photo
     pixels, seen = prepare(photo, preprocessing, view)
     return pixels, seen.check_size(), source

@@ -43,14 +43,18 @@ class ArrayImage:
     pixels: Tensor
     is_tensor: bool
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return int(self.pixels.shape[1]), int(self.pixels.shape[2])
+
     def load(self, max_pixels: int | None = None) -> Image.Image:
         """As an 8-bit RGB photo; of more or fewer than 3 channels their mean, in grey.
 
         Raises:
             ValueError: more than ``max_pixels``.
         """
-        height, width = self.pixels.shape[1:]
-        check_size((width, height), "the given array", max_pixels)
+        check_size(self.size[::-1], "the given array", max_pixels)
         pixels = self.pixels
         if pixels.shape[0] != 3:
             pixels = pixels.float().mean(0, keepdim=True).to(pixels.dtype).expand(3, -1, -1)
