@@ -5,15 +5,20 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from small_clip import pair
 from small_transformers import GRID, PREFIX, TARGET, VARIANTS, assert_equal, photos, tiny
 from timm.layers import GluMlp
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
+import xattn
 from xattn.attention import convert
 from xattn.attention.base import MECHANISMS
+from xattn.attention.record import record
 from xattn.backbone import load_backbone
+from xattn.backbone.scored import scored
 from xattn.explainers import create_explainer
+from xattn.explainers.token_blocks import block_outputs
 from xattn.heads import create_head
 from xattn.heads.probed import probed
 
@@ -275,6 +280,71 @@ def test_grad_eclip_takes_rows_where_there_are_no_cosines():
         "layer 2: no cosines of queries and keys; rows of A, scaled to [0, 1]",
     )
     assert len(create_explainer("grad_eclip", backbone, layers=2).notes) == 1
+
+
+# ---------------------------------------------------------------------- texts and functions
+
+
+@pytest.fixture(scope="module")
+def clip():
+    pytest.importorskip("transformers")
+    return xattn.load_clip(*pair("clip")).double()
+
+
+TEXT = "a photo of a cat"
+
+
+def test_grad_eclip_of_a_text_is_its_equation_with_the_similarity_as_score(clip):
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
+    layer, kept = clip.model.blocks[-1].attn, {}
+    handles = [
+        layer.qkv.register_forward_hook(lambda m, args, output: kept.update(qkv=output)),
+        layer.proj.register_forward_pre_hook(lambda m, args: kept.update(o=args[0])),
+    ]
+    similarity = scored(clip, TEXT).logits(images.clone().requires_grad_())
+    for handle in handles:
+        handle.remove()
+    w = torch.autograd.grad(similarity.sum(), kept["o"])[0][:, :1]
+    q, k, v = kept["qkv"].chunk(3, 2)
+    cosine = F.cosine_similarity(q[:, :1], k[:, 1:], dim=2)
+    low, high = cosine.amin(1, keepdim=True), cosine.amax(1, keepdim=True)
+    expected = ((cosine - low) / (high - low) * (w * v[:, 1:]).sum(2)).clamp_min(0)
+    got = create_explainer("grad_eclip", clip).attribute(images, TEXT)
+    assert_equal(got, expected.unflatten(1, (4, 4))[:, None].detach())
+
+
+def test_legrad_of_a_text_scores_every_layer_by_the_similarity(clip):
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
+    view, model = scored(clip, TEXT), clip.model
+    with block_outputs(model.blocks) as tokens, record(model) as calls:
+        view.logits(images.clone().requires_grad_())
+    expected = torch.zeros(2, 17, dtype=torch.float64)
+    for z, call in zip(tokens, calls, strict=True):
+        pooled = model.forward_head(model.norm(z.mean(1, keepdim=True).expand_as(z)))
+        similarity = (F.normalize(pooled, dim=1) * clip.embed([TEXT])[0]).sum()
+        dy = torch.autograd.grad(similarity, call.output, retain_graph=True)[0]
+        expected += (dy @ call.value.mT).clamp_min(0).mean((1, 2))
+    explainer = create_explainer("legrad", clip)
+    got = explainer.attribute(images, TEXT)
+    assert explainer.with_target(TEXT).notes == ()
+    assert_equal(got, expected[:, None, 1:].unflatten(-1, (4, 4)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_function_that_picks_a_class_is_that_class(name):
+    backbone = tiny().double()
+    images = photos(backbone)
+    explainer = create_explainer(name, backbone)
+    assert_equal(explainer.attribute(images, lambda z: z[:, 3]), explainer.attribute(images, 3))
+
+
+def test_contributions_are_also_of_a_difference_of_logits():
+    backbone = tiny().double()
+    images = photos(backbone)
+    explainer = create_explainer("libragrad", backbone, base="fullgrad")
+    tokens, elsewhere = explainer.contributions(images, lambda z: z[:, 3] - z[:, 1])
+    logits = backbone.logits(images)
+    assert torch.allclose(tokens.sum(1) + elsewhere, logits[:, 3] - logits[:, 1])
 
 
 # ---------------------------------------------------------------------- all three

@@ -22,10 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from xattn.backbone.scored import class_of, is_score
 from xattn.explainers.attention import patch_grid
 from xattn.explainers.attn_lrp import AttnLrp
 from xattn.explainers.attn_lrp_functions import Rules
@@ -87,18 +89,21 @@ class LibraGrad(AttnLrp):
     def _check(self, rules: Rules) -> None:
         """Nothing: the rules hold without attention, too, as in an MLP-Mixer."""
 
-    def contributions(self, inputs: Tensor, target: Tensor | int) -> tuple[Tensor, Tensor]:
+    def contributions(self, inputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
         """What each token adds to the class's logit, and what no token does: (B, N) and (B,).
 
         The latter are biases behind the pooling, such as the classifier's, and those of layers that mix
-        tokens, as in a Mixer. With ``base="fullgrad"`` both sum to the logit, up to rounding.
+        tokens, as in a Mixer. With ``base="fullgrad"`` both sum to the logit, up to rounding; to another
+        number of the answer only where that is linear in the logits.
 
         Args:
             inputs, target: as in :meth:`attribute`; N counts prefix tokens.
         """
         if self.base == "input_x_gradient":
             raise ValueError("base: 'input_x_gradient' leaves biases out; give base='fullgrad'")
-        inputs = check_inputs(inputs, self.backbone)
+        if is_score(self.backbone, target):
+            return cast(LibraGrad, self.with_target(target)).contributions(inputs, 0)
+        inputs, target = check_inputs(inputs, self.backbone), class_of(self.backbone, target)
         targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
         with self._guard(), torch.enable_grad():
             logits, tokens, rules = self._pass(self._move(inputs))
