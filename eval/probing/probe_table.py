@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,8 +106,10 @@ def format_rows(rows: Sequence[ProbeRow]) -> str:
     return "\n".join(lines)
 
 
-def check_results(folder: Path) -> None:
-    """Refuse a ``folder`` whose ``results.json`` or ``results.csv`` another job has written."""
+def check_results(folder: Path, heads: Sequence[str] | None = None, resume: bool = False) -> None:
+    """Refuse a ``folder`` whose ``results.json`` or ``results.csv`` another job has written; given the
+    ``heads`` of this one, also results that it would replace."""
+    found: Any = None
     try:
         found = strict_json.parse((folder / RESULTS).read_bytes(), nan=True)
         own = isinstance(found, dict) and {"folds", "seeds", "split_seed", "heads"} <= found.keys()
@@ -117,6 +120,19 @@ def check_results(folder: Path) -> None:
     if not own:
         raise ValueError(
             f"output: {folder} holds results that are not of xattn probe; give another --output"
+        )
+    if heads is None or found is None:
+        return
+    before = [str(row.get("head")) for row in found["heads"] if isinstance(row, dict)]
+    if not resume:
+        raise ValueError(
+            f"output: {folder} holds results of {', '.join(before)} already; go on with them by "
+            f"--resume, or give another --output"
+        )
+    if lost := [name for name in before if name not in heads]:
+        raise ValueError(
+            f"resume: heads: {' '.join(before)} then, {' '.join(heads)} now; name {', '.join(lost)}, too, "
+            f"or give another --output"
         )
 
 

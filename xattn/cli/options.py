@@ -118,7 +118,7 @@ def canonical(name: str, command: type[Any], words: Sequence[str]) -> list[str]:
         if flag not in known:
             help_ = f"xattn {name} --help lists its options"
             hint = did_you_mean(flag, known) or help_
-            raise ValueError(f"{flag}: xattn {name} has no such option; {hint}")
+            raise ValueError(f"option: xattn {name} has no {flag}; {hint}")
         option, earlier = known[flag]
         if option.values == "none":
             for spelling in (option.flag, f"--no-{option.flag[2:]}"):
@@ -198,8 +198,8 @@ def _in_order(
         )
     if last is None and len(free) > len(alone):
         raise ValueError(
-            f"{free[len(alone)]}: xattn {name} takes {len(alone) or 'no'} "
-            f"argument{'s' * (len(alone) > 1)} without an option; xattn {name} --help"
+            f"argument: got {free[len(alone)]!r}; xattn {name} takes {len(alone) or 'none'} without an "
+            f"option, see xattn {name} --help"
         )
     for option, text in zip(alone, free):  # noqa: B905  # optional ones may be missing
         check_value(option, text)

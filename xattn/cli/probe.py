@@ -76,7 +76,7 @@ class Probe(PhotoArgs):
 
         check_known("heads", self.heads, HEADS)
         check_folder(self.output)
-        check_results(self.output)
+        check_results(self.output, self.heads, self.resume)
         backbone = self.model.load()
         main = processes(backbone.device)[1] == 0
         job = ProbeJob(

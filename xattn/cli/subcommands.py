@@ -79,5 +79,5 @@ def _refuse(error: BaseException, told: str, prog: str) -> NoReturn:
         cause = cause.__context__
     text = " ".join(BOX.sub(" ", told).split())
     raise ValueError(
-        f"{prog}: {text or 'the command line cannot be read'}; {prog} --help"
+        f"arguments: {text or 'got some that cannot be read'}; see {prog} --help"
     ) from None
