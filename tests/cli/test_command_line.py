@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,6 +75,13 @@ def test_a_missing_photo_is_told_without_torch_or_timm(tmp_path):
     )
     assert found.returncode == 0, found.stderr
     assert "nope.jpg" in found.stderr
+
+
+def test_the_pages_table_of_options_is_up_to_date():
+    """``python docs/commands.py`` writes it from the commands."""
+    docs = Path(__file__).parents[2] / "docs"
+    written = runpy.run_path(str(docs / "commands.py"))
+    assert (docs / "commands.md").read_text(encoding="utf-8") == written["page"]()
 
 
 @pytest.mark.parametrize("line", ["--help", "list --help"])
