@@ -171,7 +171,7 @@ def test_the_list_has_them_and_one_line_for_the_broken_package(run):
 
 
 def test_a_name_that_is_not_there_is_one_line(run):
-    reason = "explainer: explainer 'lost' cannot be loaded: entry point 'lost' (lost_module:Lost)"
+    reason = "explainers: explainer 'lost' cannot be loaded: entry point 'lost' (lost_module:Lost)"
     assert sum(reason in line for line in run[2].splitlines()) == 1
     unknown = "unknown 'toy_chang'; did you mean toy_change?"
     assert sum(unknown in line for line in run[2].splitlines()) == 1
