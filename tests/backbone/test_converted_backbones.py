@@ -195,7 +195,8 @@ def test_every_job_runs_on_a_converted_backbone(network, photos, tmp_path, capsy
     assert record["conversion"][0]["layers"] == "0-3"
     assert main(["explain", str(photos), *network, *GNA, "--head", head, *out]) == 0
     capsys.readouterr()
-    assert main(["explain", str(photos), *network, "--head", head, *out]) == 2
+    again = [*out, "--overwrite"]
+    assert main(["explain", str(photos), *network, "--head", head, *again]) == 2
     assert "--mechanism gna:kernel=2 --layers 0-3" in capsys.readouterr().err
     assert main([*train, "--output", str(tmp_path / "run"), "--resume"]) == 2
     evaluate = ["evaluate", str(photos), *network, *GNA, "--heads", head, "--levels", "0.5"]
@@ -208,8 +209,8 @@ def test_every_job_runs_on_a_converted_backbone(network, photos, tmp_path, capsy
     probe = ["probe", *network, *GNA, *data, "--recipe", "small", "--epochs", "1", "--heads", "gap"]
     assert main([*probe, "--output", str(tmp_path / "probe")]) == 0
     trained = ["--probe", str(tmp_path / "probe" / "gap" / "head"), "--explainer", "rollout"]
-    assert main(["explain", str(photos), *network, *GNA, *trained, *out]) == 0
-    assert main(["explain", str(photos), *network, *trained, *out]) == 2
+    assert main(["explain", str(photos), *network, *GNA, *trained, *again]) == 0
+    assert main(["explain", str(photos), *network, *trained, *again]) == 2
 
 
 @pytest.mark.parametrize(

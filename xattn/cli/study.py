@@ -43,10 +43,12 @@ class StudyAt(PhotoStudy):
 
     def check(self) -> None:
         check_device(self.device)
-        if len(self.images) != 1 or not Path(self.data, "train.txt").is_file():
+        if len(self.images) != 1:
             raise ValueError(
-                f"images: got {' '.join(self.images) or 'none'}; give the folder with train.txt and dev.txt"
+                f"images: got {' '.join(self.images) or 'none'}; give the folder of train.txt and dev.txt"
             )
+        if not Path(self.data, "train.txt").is_file():
+            raise ValueError(f"images: {self.data} lacks train.txt; give the folder of the treebank")
 
     def run(self) -> None:
         from xattn.eval.studies import attention_text, attention_text_report
