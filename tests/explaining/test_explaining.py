@@ -304,7 +304,7 @@ def test_a_disk_that_fills_up_while_a_pack_is_written_leaves_the_earlier_pack(tm
     assert main(["explain", *arguments]) == 0
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, "explain", *arguments, "--view", "whole"],
+        [sys.executable, "-c", LIMITED, "explain", *arguments, "--view", "whole", "--overwrite"],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2

@@ -88,7 +88,7 @@ def test_a_pack_of_axial_slices(tmp_path, capsys):
     direct = explain_volume(folder, scan, level=0)
     np.testing.assert_array_equal(direct[3].map, pack[3].map)
     assert main([*command, "--explainer", "gradcam", *output]) != 0
-    assert "is a 3-D network; give a .nii or .nii.gz file and --explainer gates" in (
+    assert "is a 3-D network; give a .nii or .nii.gz file and --explainers gates" in (
         capsys.readouterr().err
     )
 

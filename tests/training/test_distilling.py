@@ -412,9 +412,10 @@ def test_the_command_trains_and_other_jobs_load_the_folder(command, photos, tmp_
     head = xattn.create_head("ttame", loaded_backbone(network, folder))
     xattn.save_head(head, tmp_path / "head")
     explain = ["explain", str(photos), *network, "--head", str(tmp_path / "head")]
-    assert main([*explain, "--mechanism", folder, *out[:2]]) == 0
+    out.append("--overwrite")
+    assert main([*explain, "--mechanism", folder, *out[:2], "--overwrite"]) == 0
     untrained = ["--mechanism", "agent:agents=4,window=[4,4]", "--layers", "2-3"]
-    assert main([*explain, *untrained, *out[:2]]) == 2
+    assert main([*explain, *untrained, *out[:2], "--overwrite"]) == 2
     assert (
         "trained on, with --mechanism FOLDER (what xattn distill wrote)" in capsys.readouterr().err
     )

@@ -561,7 +561,7 @@ def test_results_of_another_job_are_not_overwritten(backbone, tmp_path, file, te
     job = ProbeJob(backbone=backbone, data=[], labels=None, heads=())
     with pytest.raises(ValueError, match=r"output: .* not of xattn probe; give another --output"):
         write_results([], read_labels(NAMES), job, tmp_path)
-    before = ["probe", "--data", "nowhere", "-b", "no_such_model", "--output", str(tmp_path)]
+    before = ["probe", "hfds/nowhere", "-b", "no_such_model", "--output", str(tmp_path)]
     assert main(before) == 2
     assert "not of xattn probe" in capsys.readouterr().err  # before the backbone is asked for
     assert (tmp_path / file).read_text() == text and len(list(tmp_path.iterdir())) == 1

@@ -250,7 +250,7 @@ def test_the_command_writes_a_folder_that_every_command_reads(command, photos, c
     assert main(["explain", some, *model, *head]) == 0
     whole = [*model[:6], "--weights", str(folder / "vit.safetensors")]
     capsys.readouterr()
-    assert main(["explain", some, *whole, *head]) == 2
+    assert main(["explain", some, *whole, *head, "--overwrite"]) == 2
     assert "trained on" in capsys.readouterr().err
 
 
@@ -264,7 +264,7 @@ def test_bad_command_lines_are_one_line(command, capsys):
         assert main([*prune, *wrong, "--output", str(folder / "wrong")]) == 2
         err = capsys.readouterr().err.strip().splitlines()[-1]
         assert err.startswith("xattn: error: ") and message in err
-    assert main(["explain", "x.png", *model, "--weights", str(folder)]) == 2
+    assert main(["explain", prune[2], *model, "--weights", str(folder)]) == 2
     assert "is a folder; name a weight file in it" in capsys.readouterr().err
 
 
