@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xattn.app.jobs.job_files import JOBS
 from xattn.packs.format import MANIFEST
-from xattn.photos.images import SUFFIXES
+from xattn.photos.image_names import SUFFIXES
 
 DEPTH = 4  # folders below the data folder
 MAX_ENTRIES = 200_000  # files that are looked at, so that a page on a huge disk still comes up

@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from xattn.photos.clip import SUFFIXES as CLIPS
-from xattn.photos.images import MAX_PIXELS, SUFFIXES, decode_image, readable_formats
+from xattn.photos.image_names import SUFFIXES
+from xattn.photos.images import MAX_PIXELS, decode_image, readable_formats
 
 PHOTO_TYPES = sorted(s.removeprefix(".") for s in SUFFIXES)
 CLIP_TYPES = sorted(s.removeprefix(".") for s in CLIPS)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from xattn.cli.options import did_you_mean
+from xattn.photos import image_names
 from xattn.runtime.files import follow_link
 from xattn.runtime.head_files import local_head
 
@@ -37,11 +38,9 @@ def check_images(images: Sequence[str], argument: str = "images") -> None:
             f"{argument}: {len(missing)} of {len(images)} photos are not there: "
             f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}; check the paths"
         )
-    from xattn.photos import images as files
-
     for name in images:
         with saying(argument):
-            files.check_images(name)
+            image_names.check_images(name)
 
 
 @contextmanager

@@ -48,7 +48,9 @@ class StudyAt(PhotoStudy):
                 f"images: got {' '.join(self.images) or 'none'}; give the folder of train.txt and dev.txt"
             )
         if not Path(self.data, "train.txt").is_file():
-            raise ValueError(f"images: {self.data} lacks train.txt; give the folder of the treebank")
+            raise ValueError(
+                f"images: {self.data} lacks train.txt; give the folder of the treebank"
+            )
 
     def run(self) -> None:
         from xattn.eval.studies import attention_text, attention_text_report

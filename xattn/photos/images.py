@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import threading
 import warnings
 from collections import deque
@@ -16,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from xattn.photos.image_names import check_images, walk
+
 MAX_PIXELS = 40_000_000
-SUFFIXES = frozenset(
-    ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif .tga".split()
-)
 # Formats that run other programs or draw vectors (EPS, WMF, ...) are never opened.
 FORMATS = (
     "JPEG",
@@ -55,7 +53,7 @@ def list_images(path: str | Path) -> list[Path]:
     path = Path(path)
     check_images(path)
     if path.is_dir():
-        return sorted(_walk(path))
+        return sorted(walk(path))
     if path.suffix.lower() != ".txt":
         return [path]
     found = []
@@ -65,35 +63,6 @@ def list_images(path: str | Path) -> list[Path]:
     if not found:
         raise ValueError(f"images: the list {path} names no image; write one path per line")
     return found
-
-
-def check_images(path: str | Path) -> None:
-    """Refuse a path that is not there and a folder without images, as :func:`list_images` does, but at
-    the first image."""
-    path = Path(path)
-    if path.is_dir() and next(_walk(path), None) is None:
-        raise ValueError(
-            f"images: no image in folder {path}; image files end in .jpg, .png, .webp, .tif, ..."
-        )
-    if not path.exists():
-        raise FileNotFoundError(
-            f"images: no file or folder {path}; give an image, a folder or a .txt list"
-        )
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Image files below ``folder``; each linked folder is followed once, so loops end."""
-    seen: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        for name in files:
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                yield Path(root, name)
 
 
 def _read_lines(path: Path) -> list[str]:

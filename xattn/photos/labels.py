@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xattn.backbone.classes import wordnet_ids
-from xattn.photos.images import SUFFIXES
+from xattn.photos.image_names import SUFFIXES
 from xattn.runtime import strict_json
 from xattn.runtime.files import printable
 

@@ -19,7 +19,8 @@ from typing import Any
 from PIL import Image
 
 from xattn.photos.base import Photos
-from xattn.photos.images import MAX_PIXELS, SUFFIXES, decode_image
+from xattn.photos.image_names import SUFFIXES
+from xattn.photos.images import MAX_PIXELS, decode_image
 from xattn.runtime.files import printable
 
 BLOCK = 256  # undecoded samples that a reader holds at a time; training shuffles within them

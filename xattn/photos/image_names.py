@@ -1,0 +1,40 @@
+"""Which files are photos, by their names; no photo is opened, and neither numpy nor Pillow is needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif .tga".split()
+)
+
+
+def check_images(path: str | Path) -> None:
+    """Refuse a path that is not there and a folder without images, as ``list_images`` does, but at
+    the first image."""
+    path = Path(path)
+    if path.is_dir() and next(walk(path), None) is None:
+        raise ValueError(
+            f"images: no image in folder {path}; image files end in .jpg, .png, .webp, .tif, ..."
+        )
+    if not path.exists():
+        raise FileNotFoundError(
+            f"images: no file or folder {path}; give an image, a folder or a .txt list"
+        )
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Image files below ``folder``; each linked folder is followed once, so loops end."""
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in files:
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+                yield Path(root, name)
