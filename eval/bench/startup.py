@@ -26,7 +26,6 @@ RUNS: tuple[tuple[str, tuple[str, ...], float | None], ...] = (
     ("xattn explain --help", ("-m", "xattn.cli", "explain", "--help"), None),
     ("xattn expalin nope.jpg", ("-m", "xattn.cli", "expalin", "nope.jpg"), None),
     ("xattn explain nope.jpg", ("-m", "xattn.cli", "explain", "nope.jpg"), 0.6),
-    ("xattn list", ("-m", "xattn.cli", "list"), None),
 )
 
 
