@@ -5,7 +5,7 @@ root_doc = "index"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "alabaster"
 html_theme_options = {
-    "page_width": "1100px",
+    "page_width": "1200px",
     "sidebar_width": "260px",
     "sidebar_includehidden": False,
 }
