@@ -187,6 +187,20 @@ def test_every_family_has_maps(kind, name):
     assert maps.isfinite().all() and maps.max() > maps.min()
 
 
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [("vit", "vit.layers.2.layernorm_before"), ("resnet", "resnet.encoder.stages.2")],
+)
+def test_a_layer_is_found_by_its_own_name(kind, layer):
+    backbone = loaded(kind)
+    module = backbone.model.network.get_submodule(layer)
+    maps = [
+        create_explainer("gradcam", backbone, layer=named).attribute(images(), TARGET)
+        for named in (layer, module)
+    ]
+    assert maps[0].shape == (2, 1, 4, 4) and torch.equal(*maps)
+
+
 @pytest.mark.parametrize("kind", TOKENS)
 @pytest.mark.parametrize("name", ["rollout", "generic_relevance", "attn_lrp"])
 def test_where_attention_is_global_it_is_read(kind, name):
