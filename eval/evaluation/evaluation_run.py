@@ -272,8 +272,8 @@ class EvaluationRun:
                 f"explainers: {name} cannot work: it raised {reason(error)}"
             ) from error
         if made:
-            maps, reasons = ([one for m in made for one in m[i]] for i in (0, 1))
-            self.maker.check_first(name, maps, reasons)
+            maps = [values for part in made for values in part.maps]
+            self.maker.check_first(name, maps, [why for part in made for why in part.reasons])
         return made
 
     def _explain(

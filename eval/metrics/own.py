@@ -62,22 +62,22 @@ def register_metric(
 
     def add(metric: Metric) -> Metric:
         is_probe = isinstance(metric, type) and issubclass(metric, Probe)
-        metrics = {name: info} if isinstance(info, MetricInfo) else info
-        if not metrics:
-            metrics = metric.info if is_probe else None  # type: ignore[attr-defined]
-        found = list(metrics.values()) if isinstance(metrics, Mapping) else []
-        if not found or not all(isinstance(one, MetricInfo) for one in found):
+        given: Any = {name: info} if isinstance(info, MetricInfo) else info
+        if not given and is_probe:
+            given = metric.info  # type: ignore[attr-defined]
+        metrics = dict(given) if isinstance(given, Mapping) else {}
+        if not metrics or not all(isinstance(one, MetricInfo) for one in metrics.values()):
             raise ValueError(
                 f"info: got {info!r} for {name!r}; give MetricInfo(formula, higher_is_better), or one a "
                 f"metric by name"
             )
         if is_probe:
             cls: Any = metric
-            cls.info = dict(metrics)
+            cls.info = metrics
         else:
             cls = _function_probe(name, metric, metrics)
         _forget_reloaded(name, cls)
-        register(MetricGroup(name, cls, dict(metrics), tuple(classes), tuple(cases)))
+        register(MetricGroup(name, cls, metrics, tuple(classes), tuple(cases)))
         return metric
 
     return add

@@ -281,6 +281,22 @@ def test_whatever_a_method_returns_becomes_one_float_map_an_image(found):
     assert maps.shape == (2, 1, 4, 5) and maps.is_floating_point()
 
 
+def test_explain_names_the_method_that_fails(backbone, images):
+    photo = Image.fromarray((images[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8))
+
+    def broken(x, t):
+        raise RuntimeError("no\nluck")
+
+    with pytest.raises(
+        ValueError, match=r"^explainer: broken failed \(RuntimeError: no luck\); correct"
+    ):
+        xattn.explain(photo, backbone, explainer=broken)
+    with pytest.raises(
+        ValueError, match=r"^explainer: zeros returned \(3, 3\) for 1 images; return"
+    ):
+        xattn.explain(photo, backbone, explainer={"zeros": lambda x, t: torch.zeros(3, 3)})
+
+
 # ---------------------------------------------------------------- records
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from xattn.backbone import Backbone
 from xattn.backbone.scored import Scored
 from xattn.explainers import base
-from xattn.explainers.base import Explainer, create_explainer
+from xattn.explainers.base import Choose, Explainer, create_explainer
 from xattn.heads import Head
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -74,6 +74,16 @@ class AdaptedExplainer(Explainer):
         """Whether maps of other than the image's channels are summed, too."""
         return False
 
+    def attribute_classes(self, inputs: Any, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`Explainer.attribute_classes`; an error of the method is one line that names it."""
+        try:
+            return super().attribute_classes(inputs, choose)
+        except (ValueError, MemoryError):
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(f"explainer: {self.name} failed ({reason}); correct it") from error
+
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         with torch.enable_grad():
             found = self._found(images, target)
@@ -112,7 +122,7 @@ class OwnExplainer(AdaptedExplainer):
         super().__post_init__()
         if self.pixels not in PIXELS:
             raise ValueError(f"pixels: got {self.pixels!r}; choose one of {', '.join(PIXELS)}")
-        self.forwards = getattr(self.method, "forwards", None)
+        self.forwards = getattr(self.method, "forwards", None)  # type: ignore[assignment]
         for fact in ("perturbs", "one_by_one", "is_mask"):
             setattr(self, fact, bool(getattr(self.method, fact, False)))
         self._note(f"{_path_of(self.method)} on {self.pixels} pixels")

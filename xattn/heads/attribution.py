@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ class MadeFor:
 class Attribution:
     """Mixin of heads: Captum's call."""
 
-    name: Any
+    name: ClassVar[str]
     made_for: MadeFor
 
     def attribute(self, inputs: Any, target: Any) -> Tensor:
