@@ -81,6 +81,6 @@ MISTAKES = [
     Mistake(
         "grad_eclip with the text itself as images",
         lambda b: create_explainer("grad_eclip", b.vit).attribute(torch.zeros(2, 77).long(), 0),
-        ("inputs: ", "float tensor (B, 3, H, W)"),
+        ("inputs: got a tensor (2, 77)", "(B, 3, H, W)"),
     ),
 ]

@@ -202,7 +202,7 @@ def _tensor_remedy(shape: tuple[int, ...], channels: int, name: str) -> str:
     if len(shape) in (3, 4) and shape[-1] == channels + 1:
         return f"drop the alpha channel, and put channels first: {name}[..., :{channels}].{last}"
     if len(shape) == 2:
-        return f"repeat the grey channel: {name}.expand({channels}, -1, -1)"
+        return f"give {form}; of a grey image (H, W): {name}.expand({channels}, -1, -1)"
     if len(shape) == 3:
         return (
             f"give {form}; of grey images (B, H, W): {name}[:, None].expand(-1, {channels}, -1, -1)"

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from xattn.pictures.explained import Explained
+from xattn.pictures.explained import Explained, amount
 from xattn.pictures.lettering import load_font, shorten, wrap
 from xattn.pictures.overlay import SEQUENTIAL, colour_bar, data_url, gradient, overlay
 from xattn.pictures.scales import MINMAX, Legend
@@ -63,11 +63,18 @@ def sheet_rows(
                 drawn = overlay(photo, on_photo, opacity, cmap)
             else:
                 drawn = draw(e, photo)
-            label = e.target_name.split(",")[0]
-            alt = f"{e.method} map of {label} ({e.probability:.1%}) on {name}"
-            cells.append(Cell(drawn, label, e.method, e.probability, alt))
+            cells.append(labelled(e, drawn, e.method))
         rows.append(Row(name, cells))
     return rows
+
+
+def labelled(explanation: Explained, drawn: Image.Image, detail: str) -> Cell:
+    """A drawn map with its class and probability; a value that is no probability stands in the detail."""
+    e, label, name = explanation, explanation.target_name.split(",")[0], explanation.file_name
+    alt = f"{e.method} map of {label} ({amount(e)}) on {name or e.image_id}"
+    if e.is_value:
+        return Cell(drawn, label, f"{amount(e)} · {detail}", None, alt)
+    return Cell(drawn, label, detail, e.probability, alt)
 
 
 def _as_rows(rows: Sequence[Row] | Sequence[Explained], cmap: str) -> list[Row]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from xattn.pictures.contact_sheet import Cell, Row, contact_sheet_image, sheet_rows
-from xattn.pictures.explained import Explained
+from xattn.pictures.contact_sheet import Cell, Row, contact_sheet_image, labelled, sheet_rows
+from xattn.pictures.explained import Explained, amount
 from xattn.pictures.overlay import SEQUENTIAL, colorize, data_url, overlay
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def figure(explanation: Explained, cmap: str = SEQUENTIAL, width: float = 8.0) -
     bar = drawn.colorbar(ScalarMappable(cmap=colours), ax=axes[1], fraction=0.05, pad=0.02)
     bar.set_label("mask" if explanation.is_mask else "map, min-max")
     name = explanation.target_name.split(",")[0]
-    drawn.suptitle(f"{name}: {explanation.probability:.1%}")
+    drawn.suptitle(f"{name}: {amount(explanation)}")
     return drawn
 
 
@@ -103,14 +103,12 @@ def _has_photo(explanation: Explained) -> bool:
 def _cell(explanation: Explained) -> Cell:
     """The map over its photo, or alone where the photo is not at hand."""
     name = explanation.file_name or explanation.image_id
-    label = explanation.target_name.split(",")[0]
     try:
         picture = _over(explanation, explanation.photo(SIDE))
     except ValueError:
         picture = Image.fromarray(colorize(explanation.normalized()))
         picture = picture.resize((SIDE, SIDE * picture.height // picture.width or 1))
-    alt = f"{explanation.method} map of {label} ({explanation.probability:.1%}) on {name}"
-    return Cell(picture, label, f"{name} · {explanation.method}", explanation.probability, alt)
+    return labelled(explanation, picture, f"{name} · {explanation.method}")
 
 
 def _over(explanation: Explained, photo: Image.Image, cmap: str = SEQUENTIAL) -> Image.Image:
