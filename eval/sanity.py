@@ -30,7 +30,7 @@ from xattn.correlation import spearman
 from xattn.eval.evaluation.stream import ImageStream
 from xattn.eval.results import WITHOUT_CONTENT
 from xattn.explainers import create_explainer
-from xattn.heads.probed import Probed
+from xattn.explainers.base import probe_of
 
 PHOTOS = 24  # of which mean maps are made, and on which maps are compared
 AT_ONCE = 8  # photos of a pass
@@ -394,8 +394,9 @@ def _groups(backbone: Backbone, stages: int) -> list[list[_Block]]:
         done += block.layers
     names = {module: name for name, module in model.named_modules()}
     first = [_Block(names[top], 1, _tensors(top)) for top in tops]
-    if isinstance(backbone, Probed):  # the trained head in the classifier's place
-        first.append(_Block("probe", 1, _tensors(backbone.probe)))
+    probe = probe_of(backbone)
+    if probe is not None:  # the trained head in the classifier's place
+        first.append(_Block("probe", 1, _tensors(probe)))
     return [first, *groups]
 
 

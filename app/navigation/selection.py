@@ -161,7 +161,7 @@ def _table(_pack: Pack, key: str) -> Table:
 
 def make_table(images: pd.DataFrame, entries: pd.DataFrame, metrics: Sequence[Any]) -> Table:
     """See :func:`table`; the frames and metrics are those of a ``Pack``."""
-    rows = entries[["image_id", "method", "target_name", "probability"]].copy()
+    rows = entries[["image_id", "method", "target_name", "probability", "is_value"]].copy()
     of_image = images.reindex(rows["image_id"])
     for name in (
         "file_name",

@@ -18,6 +18,7 @@ from xattn.app.pictures import export
 from xattn.app.pictures.rendering import Look, blank_maps, legends, overlay_url, photo_url
 from xattn.app.state import Context, plain, short
 from xattn.pictures.contact_sheet import legends_html
+from xattn.pictures.explained import probability_text
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -314,7 +315,8 @@ def _cell(
 ) -> dict[str, Any]:
     explained = short(row["target_name"])
     name = row["title"]
-    lines = [f"{row['probability']:.1%}" + (f" · {row['method']}" if view.method == ALL else "")]
+    number = probability_text(row["probability"], row["is_value"])
+    lines = [number + (f" · {row['method']}" if view.method == ALL else "")]
     if row["label_name"]:
         lines.append(f"true: {short(row['label_name'])}")
     lines.append(name)

@@ -111,4 +111,6 @@ def test_explain_takes_a_text(tmp_path):
     assert found[0].target_name == TEXT and -1 <= found[0].probability <= 1
     assert found[0].protocol["probability"] == "value"
     assert found[0].protocol["target"].startswith(TEXT)
-    assert xattn.load_pack(tmp_path / "pack")[0].probability == found[0].probability
+    again = xattn.load_pack(tmp_path / "pack")[0]
+    assert again.probability == found[0].probability and again.is_value
+    assert f"{again.probability:.4g}" in again._repr_html_()

@@ -45,6 +45,11 @@ class Clip(View):
         task: ``"multiclass"``, a softmax over prompts (CLIP), or ``"multilabel"``, a sigmoid each (SigLIP).
     """
 
+    encode_text: Callable[[list[str]], Tensor]
+    scale: float
+    bias: float
+    prompt_task: Task
+
     def __init__(
         self,
         base: Backbone,
@@ -111,6 +116,7 @@ class Prompted(View):
     """A zero-shot classifier; made by :meth:`Clip.with_prompts`."""
 
     base: Clip
+    embeddings: Tensor  # (T, D)
 
     def __init__(self, base: Clip, prompts: list[str]) -> None:
         embeddings = base.embed(prompts)

@@ -189,7 +189,7 @@ class _AtMask:
     weights: Tensor
 
     def __call__(self, logits: Tensor) -> Tensor:
-        size = tuple(logits.shape[2:])
+        size = (logits.shape[2], logits.shape[3])
         if _aspect_differs(tuple(self.weights.shape), size):
             raise ValueError(
                 f"mask: got {tuple(self.weights.shape)} for logits of {size}; give a mask over the model's "

@@ -22,7 +22,7 @@ _LAYERS = {
 }
 
 
-def image_tower(vision: nn.Module, projection: nn.Module | None) -> Any:
+def image_tower(vision: nn.Module, projection: nn.Linear | None) -> Any:
     """timm's VisionTransformer that computes what ``vision`` does, and then ``projection``.
 
     Args:
@@ -48,7 +48,7 @@ def image_tower(vision: nn.Module, projection: nn.Module | None) -> Any:
         tower = VisionTransformer(
             img_size=config.image_size,
             patch_size=config.patch_size,
-            num_classes=0 if projection is None else projection.weight.shape[0],  # type: ignore[arg-type]
+            num_classes=0 if projection is None else projection.weight.shape[0],
             global_pool="map" if pooled else "token",
             embed_dim=config.hidden_size,
             depth=config.num_hidden_layers,
@@ -65,7 +65,7 @@ def image_tower(vision: nn.Module, projection: nn.Module | None) -> Any:
         weights |= _pool(state)
     if projection is not None:
         weight = projection.weight
-        weights |= {"head.weight": weight, "head.bias": weight.new_zeros(weight.shape[0])}  # type: ignore[dict-item,operator,index,union-attr]
+        weights |= {"head.weight": weight, "head.bias": weight.new_zeros(weight.shape[0])}
     try:
         tower.load_state_dict(weights)
     except RuntimeError as error:

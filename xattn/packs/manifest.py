@@ -52,6 +52,7 @@ ENTRY_TABLE: dict[str, type] = {
     "target": int,
     "target_name": object,
     "probability": float,
+    "is_value": bool,
     "is_mask": bool,
     "sanity": bool,
     "min": float,
@@ -142,6 +143,7 @@ def read_columns(manifest: dict[str, Any], trusted: bool = False) -> Manifest:
     for number, value in zip(entries["protocol"], entries["probability"], strict=True):
         if not (is_finite(value) if any_size[number] else 0 <= value <= 1):
             raise damaged("a probability is not in 0..1")
+    entries["is_value"] = [any_size[number] for number in entries["protocol"]]
     metrics = _metrics(_table(manifest, "metrics"), trusted)
     measured = entries.pop("metrics")
     keys = dict.fromkeys(metric.key for metric in metrics)

@@ -94,8 +94,9 @@ class Pack:
 
     @cached_property
     def entries(self) -> pd.DataFrame:
-        """One row a map, by entry_id: image_id, method, target, target_name, probability, is_mask,
-        sanity (a row that every method has to beat), min, max, and a column a metric."""
+        """One row a map, by entry_id: image_id, method, target, target_name, probability, is_value
+        (whether that is a number of any size), is_mask, sanity (a row that every method has to beat), min,
+        max, and a column a metric."""
         tables = _tables()
         with _no_garbage_collection():
             return tables.entry_table(self._manifest)

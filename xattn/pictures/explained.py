@@ -34,6 +34,14 @@ class Explained(Protocol):
 
 
 def amount(explanation: Explained) -> str:
-    """The probability in percent, or the value of a target that has none."""
-    shown = float(explanation.probability)
-    return f"{shown:.4g}" if explanation.is_value else f"{shown:.1%}"
+    """:func:`probability_text` of an explanation."""
+    return probability_text(float(explanation.probability), explanation.is_value)
+
+
+def probability_text(probability: float, is_value: bool) -> str:
+    """A probability in percent; of a target that is a number of any size (``is_value``) that number.
+
+    >>> probability_text(0.312, False), probability_text(-3.125, True)
+    ('31.2%', '-3.125')
+    """
+    return f"{probability:.4g}" if is_value else f"{probability:.1%}"

@@ -17,6 +17,7 @@ from xattn.app.pages.image import photo_tabs
 from xattn.app.pages.image.shown import SIDE, WIDTH, Shown, aspect, file_name, legend, select
 from xattn.app.pictures.rendering import Look, blank_maps, overlay_url, photo_url
 from xattn.app.state import Context, plain, short
+from xattn.pictures.explained import probability_text
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -199,7 +200,9 @@ def _explained(entries: pd.DataFrame) -> dict[int, str]:
     """Names of the classes that have a map, the most probable first."""
     ranked = entries.sort_values("probability", ascending=False, kind="stable")
     return {
-        int(row.target): f"{short(row.target_name)}  {row.probability:.1%}"
+        int(
+            row.target
+        ): f"{short(row.target_name)}  {probability_text(row.probability, row.is_value)}"
         for row in ranked.drop_duplicates("target").itertuples()
     }
 
@@ -305,7 +308,7 @@ def _cell(pack: Pack, shown: Shown, entry_id: str) -> dict[str, Any]:
         "title": row["method"],
         "lines": [
             *([] if int(row["target"]) == shown.target else ["map of the true class"]),
-            f"{short(row['target_name'])}  {row['probability']:.1%}",
+            f"{short(row['target_name'])}  {probability_text(row['probability'], row['is_value'])}",
             f"scores {low} to {high}",
         ],
         "selected": entry_id == shown.focus,

@@ -19,6 +19,7 @@ from xattn.app.pages.image.shown import SIDE, WIDTH, Shown, aspect, file_name, l
 from xattn.app.pictures import export
 from xattn.app.pictures.rendering import overlay_url, photo_url
 from xattn.app.state import plain, short
+from xattn.pictures.explained import probability_text
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -61,7 +62,10 @@ def classes_tab(pack: Pack, shown: Shown) -> None:
                 else photo_url(pack, shown.image_id, SMALL),
                 "alt": f"Map by {method} of {short(name)}" if entry_id else "Photo without a map",
                 "title": short(name),
-                "lines": [f"{probability:.1%}", method if entry_id else "no map"],
+                "lines": [
+                    probability_text(probability, bool(own["is_value"].any())),
+                    method if entry_id else "no map",
+                ],
                 "selected": target == shown.target,
             }
         )

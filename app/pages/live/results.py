@@ -25,6 +25,7 @@ from xattn.app.pictures.rendering import (
 )
 from xattn.app.state import Context, plain
 from xattn.pictures.contact_sheet import legends_html
+from xattn.pictures.explained import probability_text
 from xattn.runtime.display_text import reason
 
 if TYPE_CHECKING:
@@ -162,7 +163,9 @@ def _pictures(pack: Pack) -> None:
                     else overlay_url(pack, entry_id, Look(side=SIDE)),
                     "alt": f"Map by {row['method']} of {target} on {name}",
                     "title": target,
-                    "lines": [f"{row['probability']:.1%} · {row['method']}"],
+                    "lines": [
+                        f"{probability_text(row['probability'], row['is_value'])} · {row['method']}"
+                    ],
                     "href": state.link("image", pack=pack.id, image=image_id),
                 }
             )
@@ -195,7 +198,8 @@ def _film_of(pack: Pack) -> None:
     best = pack.entries.sort_values("probability", ascending=False).groupby("image_id").first()
     titles = [
         f"{pack.images.at[i, 'title']}: {best.at[i, 'target_name'].split(',')[0]}, "
-        f"{best.at[i, 'probability']:.1%} ({best.at[i, 'method']})"
+        f"{probability_text(best.at[i, 'probability'], best.at[i, 'is_value'])} "
+        f"({best.at[i, 'method']})"
         for i in ids
     ]
     start = st.query_params.get("frame", "0")
