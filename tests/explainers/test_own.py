@@ -321,3 +321,22 @@ def test_a_name_will_do_where_methods_have_rows(backbone, images):
         ValueError, match="^explainer: unknown explainer 'gradcm'; did you mean gradcam"
     ):
         evaluate(backbone, {"cam": "gradcm"}, images, progress=False)
+
+
+def test_a_target_that_is_no_class_needs_a_method_that_asks_for_the_backbone(backbone, images):
+    def gradient(images, target, backbone):
+        images = images.clone().requires_grad_()
+        backbone.logits(images).gather(1, target[:, None]).sum().backward()
+        return images.grad
+
+    def margin(logits):
+        return logits[:, 1] - logits[:, 2]
+
+    found = as_explainer(gradient, backbone).attribute(images, margin)
+    wanted = [as_explainer(gradient, backbone).attribute(images, k) for k in (1, 2)]
+    torch.testing.assert_close(found, wanted[0] - wanted[1], rtol=1e-3, atol=1e-6)
+    for method in (brightness, captum.Saliency(backbone.logits)):
+        with pytest.raises(
+            ValueError, match="^target: explainer .* is of another make and explains classes"
+        ):
+            as_explainer(method, backbone).attribute(images, margin)

@@ -59,15 +59,22 @@ class AdaptedExplainer(Explainer):
         self._note(f"attributions of several channels: {self.channels} sum")
 
     def with_target(self, target: Any) -> Explainer:
-        """Refused: what the method explains is its own choice.
+        """For a function that asks for the backbone, which is then that of the target.
 
         Raises:
-            ValueError: always.
+            ValueError: another method; what it explains is its own choice.
         """
+        if "backbone" in self._asked(self._call):
+            return super().with_target(target)
         raise ValueError(
             f"target: explainer {self.name!r} is of another make and explains classes; make it for "
             f"xattn.backbone.scored.scored(backbone, target), and explain class 0 of that backbone"
         )
+
+    @property
+    def _call(self) -> Any:
+        """The function or object that makes the maps."""
+        raise NotImplementedError
 
     @property
     def any_channels(self) -> bool:
@@ -129,6 +136,10 @@ class OwnExplainer(AdaptedExplainer):
         self._callable = _on_logits(self.method)
 
     @property
+    def _call(self) -> Any:
+        return self.method
+
+    @property
     def any_channels(self) -> bool:
         return _is_captum(self.method)
 
@@ -157,11 +168,15 @@ class FunctionExplainer(AdaptedExplainer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.backbone, Scored) and "backbone" not in self._asked(type(self).function):
+        if isinstance(self.backbone, Scored) and "backbone" not in self._asked(self._call):
             self.with_target(self.backbone.target)
 
+    @property
+    def _call(self) -> Any:
+        return type(self).function
+
     def _found(self, images: Tensor, target: Tensor) -> Any:
-        return type(self).function(images, target, **self._asked(type(self).function))
+        return self._call(images, target, **self._asked(self._call))
 
 
 def register_explainer(name: str, **about: Any) -> Callable[[Method], Method]:
