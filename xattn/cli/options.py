@@ -58,7 +58,8 @@ def options_of(command: type[Any], prefix: str = "") -> tuple[Option, ...]:
 def _options(command: type[Any], prefix: str) -> Iterator[Option]:
     hints = typing.get_type_hints(command, include_extras=True)
     for field in dataclasses.fields(command):
-        hint, about = hints[field.name], ()
+        hint: Any = hints[field.name]
+        about: tuple[Any, ...] = ()
         if typing.get_origin(hint) is Annotated:
             hint, about = hint.__origin__, hint.__metadata__
         if dataclasses.is_dataclass(hint):
@@ -98,7 +99,7 @@ def canonical(name: str, command: type[Any], words: Sequence[str]) -> list[str]:
         ValueError: an option that the command does not have, a value that an option cannot have, or a
             required one that is missing.
     """
-    options = options_of(command)
+    options = options_of(command)  # type: ignore[arg-type]
     known = _spellings(options)
     given: dict[str, list[str]] = {}
     free: list[str] = []
