@@ -97,7 +97,8 @@ class LibraGrad(AttnLrp):
         number of the answer only where that is linear in the logits.
 
         Args:
-            inputs, target: as in :meth:`attribute`; N counts prefix tokens.
+            inputs: as in :meth:`attribute`.
+            target: as there. N counts prefix tokens.
         """
         if self.base == "input_x_gradient":
             raise ValueError("base: 'input_x_gradient' leaves biases out; give base='fullgrad'")
