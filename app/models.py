@@ -241,11 +241,13 @@ def _candidates(record: dict[str, Any]) -> Iterator[BackboneArgs]:
     attention = _attention(record)
     if attention:  # the name says so, too
         name = name.partition(" (")[0]
+    prepared = _preprocessing(record)
+    own = None if own is None else replace(own, **prepared)
     if own is not None and own.backbone == name and bool(own.probe) == bool(head):
         yield replace(own, taps=taps or own.taps)
         if attention or own.mechanism:
             yield replace(own, taps=taps or own.taps, **(attention or _NOT_CONVERTED))
-    plain = BackboneArgs(backbone=name, taps=taps, device=_device(), **attention)
+    plain = BackboneArgs(backbone=name, taps=taps, device=_device(), **attention, **prepared)
     if not head:
         yield plain
         return
@@ -269,12 +271,34 @@ def _command_options(record: dict[str, Any]) -> str:
     if attention:
         name = name.partition(" (")[0]
     plain = f"--backbone {name} --weights FILE"
+    for option, value in _preprocessing(record).items():
+        if value:
+            values = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            plain += f" --{option.replace('_', '-')} {values}"
     if "conversion_sha256" in record:
         return f"{plain} --mechanism FOLDER (what xattn distill wrote)"
     return " ".join([plain, *(f"--{option} {value}" for option, value in attention.items())])
 
 
 _NOT_CONVERTED: dict[str, Any] = {"mechanism": None, "layers": None}
+
+
+def _preprocessing(record: dict[str, Any]) -> dict[str, Any]:
+    """The options of a command for what ``record`` changes of the model's own preprocessing."""
+    changed = record.get("preprocessing")
+    changed = changed if isinstance(changed, dict) else {}
+
+    def numbers(key: str) -> tuple[float, ...]:
+        values = changed.get(key)
+        values = values if isinstance(values, list) else []
+        return tuple(v for v in values if isinstance(v, int | float))
+
+    return {
+        "mean": numbers("mean"),
+        "std": numbers("std"),
+        "crop_pct": changed.get("crop_pct"),
+        "interpolation": changed.get("interpolation"),
+    }
 
 
 def _attention(record: dict[str, Any]) -> dict[str, Any]:

@@ -156,6 +156,21 @@ def test_a_pack_of_another_input_size_and_taps_finds_them(start):
     assert found.preprocessing.input_size == (96, 96) and found.taps == ("stage.2", "head")
 
 
+def test_a_pack_of_another_preprocessing_finds_it_whatever_the_viewer_was_started_with(start):
+    weights = str(start_with_a_file(start) / "net.safetensors")
+    given = {"mean": (0.1, 0.2, 0.3), "std": (0.4,), "crop_pct": 0.9, "interpolation": "lanczos"}
+    root = start(weights=weights, **given)
+    pack, used = _pack(root), models.backbone(CNN)
+    start(weights=weights)
+    found = models.backbone_of(pack)
+    assert found.preprocessing == used.preprocessing and found.fingerprint == used.fingerprint
+    start()
+    with pytest.raises(
+        ModelError, match=r"FILE --mean 0.1 0.2 0.3 --std 0.4 0.4 0.4 --crop-pct 0.9"
+    ):
+        models.backbone_of(pack)
+
+
 def test_other_weights_are_named(start):
     root = start()
     pack = _pack(root)
