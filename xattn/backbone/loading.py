@@ -219,7 +219,7 @@ def _adapted(
     task: Task | None,
 ) -> nn.Module:
     """What the first of ``ADAPTERS`` that takes ``module`` makes of it."""
-    named = (taps,) if isinstance(taps, str) else taps and tuple(taps)
+    named = (taps,) if isinstance(taps, str) else tuple(taps) if taps else None
     asked = Asked(named, size, processor, task)
     for adapter in ADAPTERS:
         adapted = adapter(module, asked)

@@ -116,7 +116,7 @@ def _from_package(name: str, size: tuple[int, int] | None, options: dict[str, An
             f"num_classes: got {options['num_classes']}, the package's weights for {name} have "
             f"{count} classes; leave it out"
         )
-    model = timm.create_model(architecture, pretrained=False, **{**options, **package_options})
+    model: Any = timm.create_model(architecture, pretrained=False, **{**options, **package_options})
     model.load_state_dict(state, strict=True)
     model.pretrained_cfg = {**model.pretrained_cfg, **(overrides or {})}
     return model

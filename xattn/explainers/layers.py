@@ -165,7 +165,8 @@ class LayerReader:
         if output.ndim == 3:
             return 2
         size = images.shape[-2:]
-        first, last = _fits(*output.shape[1:3], size), _fits(*output.shape[2:], size)
+        _, one, two, three = output.shape
+        first, last = _fits(one, two, size), _fits(two, three, size)
         if first and last:  # as many channels as positions along a side
             layout = isinstance(self.layer, nn.Conv2d | nn.BatchNorm2d | nn.Identity)
             first = not layout and (self.tokens or self.backbone.channels_last)
