@@ -49,8 +49,8 @@ NOT_RUN = (
     ["explain", "photo.jpg", "-b", "vit_small_patch16_224"],
     ["distill"],
     ["prune"],
-    ["train", "--preset"],
-    ["compare", "--data", "photos/", "--heads"],  # --metrics all explains again, with RISE
+    ["train", "imagenet/train"],
+    ["compare", "photos/", "--heads"],  # --metrics all explains again, with RISE
 )
 SLOW = (["compare"],)
 
