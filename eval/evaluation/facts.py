@@ -13,7 +13,7 @@ from torch import Tensor
 from xattn.backbone import sha256
 from xattn.eval.evaluation.evaluation_run import Evaluation
 from xattn.eval.interfaces import Explainer
-from xattn.explainers.own import OwnExplainer
+from xattn.explainers.own import FunctionExplainer, OwnExplainer
 from xattn.runtime.version import __version__
 
 
@@ -60,6 +60,8 @@ def describe(explainer: Explainer) -> dict[str, Any]:
         if key in options and values[key] == defaults.get(key):
             del options[key]
     record = {"class": type(explainer).__qualname__, "options": options}
+    if isinstance(explainer, FunctionExplainer):
+        record["code"] = _code(type(explainer).function)
     head = getattr(explainer, "head", None)
     if head is not None:
         record["head"] = [sha256(head), getattr(head, "explain_with", None)]
@@ -73,14 +75,21 @@ def _describe_own(explainer: OwnExplainer) -> dict[str, Any]:
     """The function or object of another make, a function by its compiled code, and what is made of it."""
     method = explainer.method
     record = describe(method)
-    code = getattr(method, "__code__", None)
-    if code is not None:
-        digest = hashlib.sha256(code.co_code + repr(code.co_names).encode()).hexdigest()
-        record |= {"class": _fact(method), "code": digest}
+    if hasattr(method, "__code__"):
+        record |= {"class": _fact(method), "code": _code(method)}
     for option, usual in (("channels", "signed"), ("pixels", "raw")):
         if getattr(explainer, option) != usual:
             record["options"][option] = getattr(explainer, option)
     return record
+
+
+def _code(function: Any) -> str | None:
+    """A hash of a function's own compiled code, so that a state does not go on with a changed one."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return None
+    plain = [c for c in code.co_consts if isinstance(c, int | float | str | None)]
+    return hashlib.sha256(code.co_code + repr((code.co_names, plain)).encode()).hexdigest()
 
 
 def _fact(value: Any) -> Any:

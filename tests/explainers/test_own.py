@@ -151,6 +151,7 @@ def test_a_registered_function_is_an_explainer_by_name(backbone, images):
 
         assert gradient.__name__ == "gradient", "it stays a function"
         found = create_explainer("toy_gradient", backbone, channels="absolute")
+        assert len(describe(found)["code"]) == 64, "a state does not go on with a changed function"
         wanted = captum.Saliency(backbone.logits).attribute(
             images.clone().requires_grad_(), target=4
         )
