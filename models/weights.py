@@ -25,9 +25,9 @@ StateDict = dict[str, Tensor]
 
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 _SUFFIXES = (".safetensors", *_PICKLE_SUFFIXES)
-# An average of weights, the last three, counts only where a file holds nothing else.
-_NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")
-_NESTING_KEYS += ("model_ema", "state_dict_ema", "ema_state_dict")
+# An average of weights counts only where a file holds nothing else.
+_AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict")
+_NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", *_AVERAGES)
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 # Where the network stands in a larger module, such as Lightning's; the likeliest first.
 _PART_PREFIXES = ("model.", "net.", "network.", "backbone.", "module.", "encoder.", "classifier.")

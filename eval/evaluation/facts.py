@@ -59,7 +59,7 @@ def describe(explainer: Explainer) -> dict[str, Any]:
     for key in getattr(explainer, "added_later", ()):
         if key in options and values[key] == defaults.get(key):
             del options[key]
-    record = {"class": type(explainer).__qualname__, "options": options}
+    record: dict[str, Any] = {"class": type(explainer).__qualname__, "options": options}
     if isinstance(explainer, FunctionExplainer):
         record["code"] = _code(type(explainer).function)
     head = getattr(explainer, "head", None)

@@ -180,6 +180,7 @@ class Explain(MethodArgs):
             if name in heads:
                 chosen = options.get("head", {}) | chosen
             kind, head = ("head", heads[name]) if name in heads else (name, first)
-            methods.append(create_explainer(kind, backbone, head, **shared, **chosen))
-            methods[-1].name = name  # of several heads, each has its own
+            method: Any = create_explainer(kind, backbone, head, **shared, **chosen)
+            method.name = name  # of several heads, each has its own
+            methods.append(method)
         return backbone, methods
