@@ -120,7 +120,7 @@ def groups(folder: Path) -> None:
     valid=lambda: [lines("cat", "dog", "", "tench, Tinca tinca"), "ä\r\nö\r\n".encode("utf-8-sig")],
     nasty=lambda: [b"", b"\xff", b"\x00", "\ud800".encode("utf-8", "surrogatepass"), b"\n" * 1000, b"a" * 1_000_000],
     kind="text",
-    says="classes: ",
+    says="class_names: ",
     share=0.5,
 )  # fmt: skip
 def class_names(folder: Path) -> None:

@@ -72,8 +72,8 @@ class AttentionExplainer(Explainer):
             )
             image = self._move(image)
             reading = read_attention(backbone, image)
-        self.start = _start_tokens(backbone, reading, self.start)
-        self._check(reading)
+            self.start = _start_tokens(backbone, reading, self.start)
+            self._check(reading)
 
     def _check(self, reading: Reading) -> None:
         """Raise a ``ValueError`` for options that do not fit the model's layers."""

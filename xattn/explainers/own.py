@@ -272,8 +272,9 @@ def unwrapped(explainer: Any) -> Any:
 
 def is_own(explainer: Any) -> bool:
     """Whether an explainer is of another make than xattn's, so that it has to be tried out."""
-    outside = not type(explainer).__module__.startswith("xattn.")
-    return isinstance(explainer, AdaptedExplainer) or outside
+    made = explainer.method if isinstance(explainer, OwnExplainer) else explainer
+    outside = not type(made).__module__.startswith("xattn.")
+    return isinstance(made, AdaptedExplainer) or outside
 
 
 def one_map_each(
