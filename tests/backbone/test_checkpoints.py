@@ -2,6 +2,9 @@
 
 import argparse
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -95,3 +98,27 @@ def test_a_folder_that_timm_saved_says_its_classes_and_preprocessing(model, tmp_
     torch.save(other, tmp_path / "other.pth")
     again = load_backbone(f"local-dir:{tmp_path / 'mine'}", tmp_path / "other.pth", input_size=64)
     assert again.num_classes == 3 and again.fingerprint != backbone.fingerprint
+
+
+FROM_CACHE = """
+import sys, torch, xattn
+backbone = xattn.load_backbone("hf-hub:somebody/beetles", input_size=64)
+local = xattn.load_backbone("local-dir:" + sys.argv[1], input_size=64)
+assert backbone.class_names == local.class_names == ["ant", "bee", "cat"]
+assert backbone.fingerprint == local.fingerprint
+"""
+
+
+def test_a_model_of_the_hub_comes_through_the_hubs_own_cache(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=3)
+    snapshot = tmp_path / "hub/models--somebody--beetles/snapshots" / ("0" * 40)
+    config = {"label_names": ["ant", "bee", "cat"]}
+    timm.models.save_for_hf(model, snapshot, model_config=config, safe_serialization=True)
+    (tmp_path / "hub/models--somebody--beetles/refs").mkdir()
+    (tmp_path / "hub/models--somebody--beetles/refs/main").write_text("0" * 40)
+    run = subprocess.run(
+        [sys.executable, "-c", FROM_CACHE, str(snapshot)],
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
