@@ -14,11 +14,12 @@ from xattn.app.pages.compare.leaderboard_file import Board, arrow
 from xattn.app.pages.compare.method_choice import metric_box
 from xattn.app.state import plain
 from xattn.eval.metrics.objectives import LEGEND, MARK
+from xattn.eval.report.aggregate_ranks import Ranking
 from xattn.eval.report.html_tables import format_number, number_form
 
 
 def leaderboard_tab(board: Board) -> None:
-    """Show the methods by one metric, who is best in which, and in a folded part all metrics."""
+    """Show the methods by one metric, who is best in which, and in folded parts ranks and all metrics."""
     key = metric_box(board, "metric")
     about = board.info(key)
     better = "higher" if about.higher_is_better else "lower"
@@ -49,8 +50,39 @@ def leaderboard_tab(board: Board) -> None:
         st.markdown("\n".join(f"- **{plain(w.method)}**: {plain(w.verdict)}" for w in board.wins))
     if board.too_few:
         st.markdown(plain(board.too_few))
+    if board.ranking is not None:
+        with st.expander("Over all metrics: aggregate ranks"):
+            _ranks(board.ranking)
     with st.expander("All metrics"):
         _everything(board)
+
+
+def _ranks(ranking: Ranking) -> None:
+    """One place for each method, how far it moves when photos are resampled, and what it stands for."""
+    if ranking.ranks:
+        rows = [
+            {
+                "method": r.method,
+                "rank": r.rank,
+                "95 % interval": f"{r.lo} to {r.hi}",
+                "first in": 100 * r.first,
+            }
+            for r in sorted(ranking.ranks, key=lambda r: r.rank)
+        ]
+        st.dataframe(
+            pd.DataFrame(rows),
+            hide_index=True,
+            width="stretch",
+            height="content",
+            column_config={
+                "first in": st.column_config.NumberColumn(
+                    format="%.0f %%",
+                    help="The share of resampled sets of photos in which it is first.",
+                )
+            },
+        )
+    for note in ranking.notes:
+        st.caption(plain(note))
 
 
 def _standings(board: Board, key: str) -> tuple[pd.DataFrame, str]:

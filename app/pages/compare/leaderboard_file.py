@@ -15,6 +15,7 @@ from xattn.app.library import LEADERBOARD
 from xattn.eval.metrics.base import Column, MetricInfo
 from xattn.eval.metrics.objectives import MARK
 from xattn.eval.report import html_data
+from xattn.eval.report.aggregate_ranks import Ranking, aggregate_ranks
 from xattn.eval.report.results_files import from_dict
 from xattn.eval.report.standings import Standing, Wins, too_few, wins
 from xattn.eval.results import MIN_IMAGES, Results, is_baseline
@@ -61,6 +62,11 @@ class Board:
     def wins(self) -> list[Wins]:
         """Who is best where."""
         return wins(self.results, list(self.standings.values()))
+
+    @cached_property
+    def ranking(self) -> Ranking | None:
+        """One place for each method over all metrics; None where there is nothing to rank."""
+        return aggregate_ranks(self.results)
 
     @property
     def too_few(self) -> str:

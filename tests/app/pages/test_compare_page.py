@@ -268,7 +268,13 @@ def test_the_leaderboard_has_intervals_directions_and_words(library):
     assert dict(zip(table["method"], table["row"], strict=True))["random"] == "sanity row"
     assert all(" to " in interval for interval in table["95 % interval"])
     assert "higher is better" in texts(page)
-    everything = page.dataframe[1].value
+    ranks = page.dataframe[1].value.set_index("method")
+    assert set(ranks.index) == {"gradcam", "saliency"} and list(ranks["rank"]) == [1, 2]
+    assert set(ranks["95 % interval"]) == {"1 to 2"} and ranks["first in"].sum() == pytest.approx(
+        100
+    )
+    assert "of how many interquartile ranges" in texts(page)
+    everything = page.dataframe[2].value
     assert {"AD@50 ↓", "insertion ↑", "ROAD ↑"} <= set(everything.columns)
     assert everything["insertion ↑"].str.contains("not told apart|best").any()
 
