@@ -358,6 +358,34 @@ def test_labels_go_into_the_pack(backbone, folder, tmp_path):
         explain(photo(0), backbone, explainer="gradcam", labels=labels)
 
 
+@pytest.mark.parametrize("explainer", ["head", "gradcam", "occlusion"])
+def test_a_mistake_is_explained_by_the_predicted_and_the_true_class(
+    backbone, head, folder, explainer
+):
+    photos = [folder / name for name in ("a/c.png", "A__b.png", "b.png")]
+    plain = explain(photos, backbone, head, explainer=explainer)
+    other = CLASSES[(plain[0].target + 1) % len(CLASSES)]
+    labels = folder.parent / f"true-{explainer}.csv"
+    true = [other, plain[1].target_name, ""]  # wrong, right, not known
+    rows = [f'{path},"{name}"\n' for path, name in zip(photos, true, strict=True)]
+    labels.write_text("".join(rows))
+    found = explain(
+        photos, backbone, head, explainer=explainer, labels=labels, classes="predicted,label"
+    )
+    assert [e.image_id for e in found] == [plain[0].image_id, *(e.image_id for e in plain)]
+    assert found[1].target_name == other and found[0].target == plain[0].target
+    by_hand = explain(photos[:1], backbone, head, explainer=explainer, classes=other)[0]
+    assert np.allclose(found[1].map, by_hand.map, atol=1e-5)
+    assert all(
+        np.allclose(a.map, b.map, atol=1e-5) for a, b in zip(found[2:], plain[1:], strict=True)
+    )
+
+
+def test_predicted_and_label_need_labels(backbone, folder):
+    with pytest.raises(ValueError, match=r"^classes: predicted and label need .* give labels"):
+        explain(folder, backbone, explainer="gradcam", classes=["predicted", "label"])
+
+
 def test_labels_of_other_classes_warn(backbone, folder):
     with pytest.warns(UserWarning, match=r"no photo has a class of test_efficientnet"):
         explain([folder / "a/b.jpg"], backbone, explainer="gradcam", labels="folders")

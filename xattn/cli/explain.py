@@ -31,8 +31,9 @@ class Explain(MethodArgs):
     labels: str | None = None
     """True classes, for the viewer: a file as for xattn probe, or "folders" for the photos' folders."""
     classes: tuple[str, ...] = ()
-    """Classes to explain: names, numbers (281 282 or 281,282), or ImageNet's ids (n02123045); the most
-    probable ones by default."""
+    """Classes to explain: names, numbers (281 282 or 281,282), or ImageNet's ids (n02123045); or
+    "predicted,label", the predicted class and, of a mistake, the true one of --labels; the most probable
+    ones by default."""
     top: int = 1
     """How many of the most probable classes to explain."""
     view: Literal["crop", "whole"] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,3 +58,40 @@ class OneEach:
         with torch.no_grad():
             logits = explainer.backbone.logits(pixels)
         return logits, classes[:, None], explainer.attribute(pixels, classes)
+
+
+class PredictedAndTrue:
+    """The predicted class of each photo, and where it is another one the true class.
+
+    Args:
+        truth: the true class of each photo by its name, None where it is not known.
+    """
+
+    def __init__(self, truth: Mapping[str, int | None]) -> None:
+        self.truth = truth
+
+    @staticmethod
+    def asked(classes: object) -> bool:
+        """Whether these ``classes`` ask for it: ("predicted", "label"), or "predicted,label"."""
+        words = classes if isinstance(classes, list | tuple) else [classes]
+        parts = [part.strip() for word in words for part in str(word).split(",")]
+        return parts == ["predicted", "label"]
+
+    def maps(
+        self, explainer: Explainer, pixels: Tensor, names: Sequence[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (B, K), classes (B, 2) and maps (B, 2, h, w) of the photos of a batch; where there is
+        one class alone, it stands twice."""
+        logits, classes, maps = explainer.attribute_classes(
+            pixels, lambda z: z.argmax(1, keepdim=True)
+        )
+        known = [self.truth.get(name) for name in names]
+        predicted = classes[:, 0].tolist()
+        true = torch.tensor(
+            [p if k is None else k for p, k in zip(predicted, known, strict=True)],
+            device=pixels.device,
+        )
+        both, wrong = maps.repeat(1, 2, 1, 1), (true != classes[:, 0]).nonzero()[:, 0]
+        if len(wrong):
+            both[wrong, 1] = explainer.attribute(pixels[wrong], true[wrong])[:, 0]
+        return logits, torch.stack([classes[:, 0], true], 1), both

@@ -21,7 +21,7 @@ from xattn.backbone import Backbone, Preprocessing
 from xattn.backbone.classes import find_classes
 from xattn.explainers import Explainer, as_explainer, create_explainer
 from xattn.explainers.base import Choose
-from xattn.explaining.aim import OneEach, aimed
+from xattn.explaining.aim import OneEach, PredictedAndTrue, aimed
 from xattn.explaining.naming import Picture, Source, each_photo, file_name_of, named_photos
 from xattn.explaining.provenance import protocol_of
 from xattn.heads import Head
@@ -84,6 +84,7 @@ def explain(
             head, a Captum object or a function (:mod:`xattn.explainers.own`); or several of these, in a
             list or by name, each with a pass of its own; by default the head.
         classes: explain these (names or indices) in every photo; by default the ``top`` most probable.
+            ``("predicted", "label")`` explains the predicted class and, of a mistake, the true one, too.
         view: ``"crop"``, as models are evaluated, or ``"whole"``, the entire photo, squeezed.
         output: folder to write a pack to, see :func:`~xattn.packs.writer.save_pack`.
         batch_size: images per pass.
@@ -116,6 +117,12 @@ def explain(
     truth = {} if labels is None else true_classes_of(sources, labels, backbone)
     if isinstance(chosen, Tensor):
         chosen = OneEach(backbone, chosen, [image_id for image_id, _ in sources])
+    elif PredictedAndTrue.asked(chosen):
+        if labels is None:
+            raise ValueError(
+                "classes: predicted and label need the true classes; give labels, a file or 'folders'"
+            )
+        chosen = PredictedAndTrue({image_id: number for image_id, (number, _) in truth.items()})
     jobs = [set_up(backbone, head, e, chosen, top, view, batch_size, seed) for e in given]
     _check_names([method.name for method, _, _ in jobs])
     result = Explanations()
@@ -163,20 +170,21 @@ def set_up(
     backbone: Backbone,
     head: Head | None,
     explainer: str | Explainer | None,
-    classes: int | str | Sequence[int | str] | OneEach | None,
+    classes: int | str | Sequence[int | str] | OneEach | PredictedAndTrue | None,
     top: int,
     view: str,
     batch_size: int,
     seed: int,
-) -> tuple[Explainer, Choose | OneEach, dict[str, Any]]:
+) -> tuple[Explainer, Choose | OneEach | PredictedAndTrue, dict[str, Any]]:
     """Check the arguments of :func:`explain`: the explainer, its choice of classes, the protocol."""
     if isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; give at least 1")
     method = _explainer(backbone, head, explainer, seed, batch_size)
     backbone.require_classes()
     protocol = protocol_of(backbone, method, view)
-    if isinstance(classes, OneEach):
-        return method, classes, {**protocol, "classes": "named"}
+    if isinstance(classes, OneEach | PredictedAndTrue):
+        kind = "named" if isinstance(classes, OneEach) else "predicted, label"
+        return method, classes, {**protocol, "classes": kind}
     wanted = _classes(backbone, classes, top)
     if wanted is not None:
         protocol["classes"] = "named"
@@ -193,7 +201,7 @@ def explain_batch(
     batch: list[Prepared],
     backbone: Backbone,
     method: Explainer,
-    choose: Choose | OneEach,
+    choose: Choose | OneEach | PredictedAndTrue,
     protocol: dict[str, Any],
     truth: Mapping[str, TrueClass] | None = None,
 ) -> Iterator[Explanation]:
@@ -202,7 +210,7 @@ def explain_batch(
     ``truth`` has the true class by image_id.
     """
     pixels = torch.stack([item[0] for item in batch]).to(backbone.device)
-    if isinstance(choose, OneEach):
+    if isinstance(choose, OneEach | PredictedAndTrue):
         logits, targets, maps = choose.maps(method, pixels, [item[2] for item in batch])
     else:
         logits, targets, maps = method.attribute_classes(pixels, choose)
@@ -212,7 +220,7 @@ def explain_batch(
     for i, (_, seen, image_id, source) in enumerate(batch):
         label, label_name = (truth or {}).get(image_id, (None, None))
         facts = ImageFacts(top_classes(every[i], backbone), label, label_name)
-        for j, target in enumerate(targets[i].tolist()):
+        for j, target in enumerate(dict.fromkeys(targets[i].tolist())):
             yield Explanation(
                 map=values[i, j],
                 target=target,

@@ -82,7 +82,7 @@ def _nothing(pack: Pack) -> None:
         st.markdown("Explain the photos with their classes, and this page shows what is confused:")
         output = shlex.quote(str(state.settings().root / "labelled"))
         st.code(
-            f"xattn explain PHOTOS --labels folders --output {output}",
+            f"xattn explain PHOTOS --labels folders --classes predicted,label --output {output}",
             language="sh",
             wrap_lines=True,
         )
