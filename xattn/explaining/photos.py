@@ -115,14 +115,8 @@ def explain(
     given = _listed(explainer, backbone, seed, batch_size)
     backbone, given, chosen = aimed(backbone, given, classes, target)
     truth = {} if labels is None else true_classes_of(sources, labels, backbone)
-    if isinstance(chosen, Tensor):
-        chosen = OneEach(backbone, chosen, [image_id for image_id, _ in sources])
-    elif PredictedAndTrue.asked(chosen):
-        if labels is None:
-            raise ValueError(
-                "classes: predicted and label need the true classes; give labels, a file or 'folders'"
-            )
-        chosen = PredictedAndTrue({image_id: number for image_id, (number, _) in truth.items()})
+    if isinstance(chosen, Tensor) or PredictedAndTrue.asked(chosen):
+        chosen = _by_photo(backbone, chosen, sources, None if labels is None else truth)
     jobs = [set_up(backbone, head, e, chosen, top, view, batch_size, seed) for e in given]
     _check_names([method.name for method, _, _ in jobs])
     result = Explanations()
@@ -143,6 +137,22 @@ def explain(
     if output is not None:
         save_pack(output, result, overlays, result.skipped)
     return result
+
+
+def _by_photo(
+    backbone: Backbone,
+    chosen: Any,
+    sources: Iterable[tuple[str, Source]],
+    truth: Mapping[str, TrueClass] | None,
+) -> OneEach | PredictedAndTrue:
+    """Classes that are others for each photo: given one by one, or those that are true."""
+    if isinstance(chosen, Tensor):
+        return OneEach(backbone, chosen, [image_id for image_id, _ in sources])
+    if truth is None:
+        raise ValueError(
+            "classes: predicted and label need the true classes; give labels, a file or 'folders'"
+        )
+    return PredictedAndTrue({image_id: number for image_id, (number, _) in truth.items()})
 
 
 def _listed(explainer: Any, backbone: Backbone, seed: int, batch_size: int) -> Sequence[Any]:
