@@ -83,8 +83,8 @@ def explain(
         explainer: a name of :func:`~xattn.explainers.list_explainers` or an explainer, also a trained
             head, a Captum object or a function (:mod:`xattn.explainers.own`); or several of these, in a
             list or by name, each with a pass of its own; by default the head.
-        classes: explain these (names or indices) in every photo; by default the ``top`` most probable.
-            ``("predicted", "label")`` explains the predicted class and, of a mistake, the true one, too.
+        classes: explain these (names or indices) in every photo, or with ``"predicted,label"`` the
+            predicted class and, of a mistake, the true one; by default the ``top`` most probable.
         view: ``"crop"``, as models are evaluated, or ``"whole"``, the entire photo, squeezed.
         output: folder to write a pack to, see :func:`~xattn.packs.writer.save_pack`.
         batch_size: images per pass.
@@ -97,11 +97,10 @@ def explain(
             the answer: a function of the logits, a :class:`~xattn.backbone.targets.Target`, or a text.
 
     Returns:
-        For each photo, method by method, its explanations by descending probability, or in the order
-        of ``classes``. Photos that cannot be read, or are too long and narrow for a pack, are skipped
-        with a warning and listed in ``.skipped``; a single such photo raises. After Ctrl-C or an error
-        what was explained until then is a pack in ``output`` or, if that already holds a pack, in
-        ``<output>-interrupted``.
+        For each photo, method by method, its explanations by descending probability, or in the order of
+        ``classes``. Photos that cannot be read, or are too long and narrow for a pack, are skipped with a
+        warning and listed in ``.skipped``; a single such photo raises. After Ctrl-C or an error what was
+        explained until then is a pack in ``output``, or in ``<output>-interrupted`` beside an earlier one.
 
     Raises:
         ValueError: unknown explainer, class or view; no readable image; a tensor or an array of another
@@ -116,7 +115,7 @@ def explain(
     backbone, given, chosen = aimed(backbone, given, classes, target)
     truth = {} if labels is None else true_classes_of(sources, labels, backbone)
     if isinstance(chosen, Tensor) or PredictedAndTrue.asked(chosen):
-        chosen = _by_photo(backbone, chosen, sources, None if labels is None else truth)
+        chosen = _by_photo(backbone, chosen, sources, truth if labels else None)
     jobs = [set_up(backbone, head, e, chosen, top, view, batch_size, seed) for e in given]
     _check_names([method.name for method, _, _ in jobs])
     result = Explanations()
