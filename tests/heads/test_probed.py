@@ -200,7 +200,7 @@ def test_probe_writes_a_table_results_and_heads(run, capsys):
     shown = load_pack(root / "out/efficient_probe/sample")
     assert len(shown) == 4 and {e.target_name for e in shown} <= set(NAMES)
     assert main(arguments) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "holds results of gap, efficient_probe already" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
     said = capsys.readouterr()
     assert "| efficient_probe |" in said.out and "bad.png: image: " in said.err
