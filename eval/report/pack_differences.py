@@ -242,7 +242,9 @@ def difference_lines(found: PackDifference) -> Iterator[str]:
     alone = ", ".join(
         f"{count} in {name} alone" for name, count in zip(found.names, found.alone, strict=True)
     )
-    yield f"\n{len(found.common)} photos in common ({alone}), {len(found.changed)} with another prediction."
+    count = len(found.common)
+    photos = "1 photo" if count == 1 else f"{count} photos"
+    yield f"\n{photos} in common ({alone}), {len(found.changed)} with another prediction."
     rows = [] if found.accuracy is None else [("", "accuracy", found.accuracy)]
     rows += [(method, key, change) for (method, key), change in found.metrics.items()]
     if rows:
@@ -254,8 +256,8 @@ def difference_lines(found: PackDifference) -> Iterator[str]:
             f"| {method} | {key} | {change.before.mean:.3f} | {change.after.mean:.3f} | "
             f"{mean:+.3f} [{lo:+.3f}, {hi:+.3f}] | {n} |"
         )
-    if rows and len(found.common) < MIN_IMAGES:
-        yield f"\n{len(found.common)} photos: too few images for a verdict."
+    if rows and count < MIN_IMAGES:
+        yield f"\n{photos}: too few images for a verdict."
     if found.left_out:
         yield f"\nMeasured by different protocols and left out: {', '.join(found.left_out)}."
     if found.accuracy is None:

@@ -300,7 +300,9 @@ class Rules(TorchFunctionMode):
         return self._apply(function, args, kwargs)
 
     def _no_rule(self, name: str) -> _NoRule:
-        message = f"backbone: {self.model} calls {name}; {self.method} has no rule for it"
+        message = (
+            f"backbone: {self.model} calls {name}; {self.method} has no rule for it, choose another"
+        )
         return _NoRule(name, message)
 
     def _refuses(self, name: str) -> bool:

@@ -25,7 +25,7 @@ def local_head(source: str | Path, argument: str = "head") -> Path | None:
 
     Raises:
         ValueError: a file, a folder that holds several heads, or one that holds none.
-        FileNotFoundError: no such folder, and not of the form ``owner/name``.
+        FileNotFoundError: no such folder, and not of the form ``owner/name`` without a folder ``owner``.
     """
     path, shipped = Path(source), shipped_heads()
     if path.is_dir():
@@ -36,7 +36,8 @@ def local_head(source: str | Path, argument: str = "head") -> Path | None:
         raise ValueError(
             f"{argument}: {source} is a file; name the folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
         )
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    here = path.parent != Path() and path.parent.is_dir()
+    if here or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         near = difflib.get_close_matches(str(source), shipped, 3, 0.4) or list(shipped)
         raise FileNotFoundError(
             f"{argument}: no folder {source}; shipped heads are {', '.join(near) or 'none'}, "
