@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from xattn.correlation import GRID, to_grid
-from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
+from xattn.eval.bootstrap import Interval, mean_interval, mean_intervals, paired_difference
 from xattn.packs.reader import Pack
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 OTHERS = "other classes"
 MOST_CLASSES, MOST_MAPS, BINS = 10, 200, 15
-Z = 1.959963984540054  # of a normal distribution, 95 % lie within
 
 
 @dataclass(frozen=True)
@@ -167,13 +167,13 @@ def accuracy(right: NDArray[np.float64]) -> Interval:
     >>> accuracy(np.array([1.0])).text(2)
     '1.00 [0.21, 1.00]'
     """
+    from scipy.stats import binomtest
+
     n = len(right)
     if not n:
         return Interval(math.nan, math.nan, math.nan, 0)
-    share = float(right.mean())
-    middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return Interval(share, max(0.0, middle - half), min(1.0, middle + half), n)
+    lo, hi = binomtest(int(right.sum()), n).proportion_ci(method="wilson")
+    return Interval(float(right.mean()), float(lo), float(hi), n)
 
 
 def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.float64]) -> float:
@@ -183,11 +183,12 @@ def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.float64
     >>> calibration_error(np.array([1.0, 1.0]), np.array([1.0, 0.0]))
     0.5
     """
+    from torchmetrics.functional.classification import binary_calibration_error
+
     if not len(right):
         return math.nan
-    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
-    gaps = np.bincount(bins, weights=right - confidence, minlength=BINS)
-    return float(np.abs(gaps).sum() / len(right))
+    given = torch.from_numpy(confidence), torch.from_numpy(right)
+    return float(binary_calibration_error(*given, n_bins=BINS, norm="l1"))
 
 
 def mean_map(pack: Pack, entry_ids: Iterable[str], most: int = MOST_MAPS) -> NDArray[np.float64]:
@@ -225,5 +226,5 @@ def _metrics(pack: Pack, method: str | None) -> pd.DataFrame:
 def _intervals(measured: pd.DataFrame, photos: Sequence[str] | pd.Index) -> dict[str, Interval]:
     """The mean of each metric over ``photos``, of those that have a value."""
     own = measured.reindex(photos)
-    found = {key: own[key].to_numpy(float) for key in own}
-    return {key: mean_interval(v) for key, v in found.items() if np.isfinite(v).any()}
+    found = zip(own, mean_intervals(own.to_numpy(float)), strict=True)
+    return {key: interval for key, interval in found if interval.n}

@@ -19,6 +19,7 @@ from xattn.app.state import Context, plain, short
 from xattn.eval.report.mistakes import (
     ClassRow,
     Confusion,
+    SliceRow,
     class_rows,
     confusion,
     mean_map,
@@ -47,11 +48,12 @@ def page(context: Context) -> None:
         return
     method = _method(pack)
     _headline(pack, found)
+    cell = _chosen(found)
     left, right = st.columns([4, 3], gap="medium")
     with left:
-        _matrix(pack, found)
+        _matrix(pack, found, cell)
     with right:
-        _cell(pack, found, method)
+        _cell(pack, found, cell, method)
     st.subheader("Classes", anchor=False)
     _classes(pack, method)
 
@@ -64,6 +66,11 @@ def _confusion(_pack: Pack, key: str) -> Confusion:
 @st.cache_resource(max_entries=8, show_spinner=False)
 def _class_rows(_pack: Pack, key: str, method: str) -> list[ClassRow]:
     return class_rows(_pack, method)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _whole(_pack: Pack, key: str) -> SliceRow:
+    return slice_row(_pack, "all", list(_pack.images.index))
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)
@@ -101,8 +108,7 @@ def _method(pack: Pack) -> str:
 
 def _headline(pack: Pack, found: Confusion) -> None:
     """How often the network is right, and how sure it is."""
-    known = [photo for photos in found.photos.values() for photo in photos]
-    whole = slice_row(pack, "all", known)
+    whole = _whole(pack, f"{pack.id} {pack.version}")
     mean, lo, hi, n = whole.accuracy
     parts = [f"**{mean:.1%}** of {n:,} photos are told right (95 % interval {lo:.1%} to {hi:.1%})"]
     parts.append(f"expected calibration error {whole.ece:.3f}")
@@ -116,8 +122,7 @@ def _headline(pack: Pack, found: Confusion) -> None:
 # ---------------------------------------------------------------------- the matrix
 
 
-def _matrix(pack: Pack, found: Confusion) -> None:
-    chosen = _chosen(found)
+def _matrix(pack: Pack, found: Confusion, chosen: tuple[int, int]) -> None:
     most = found.counts.max()
     rows = []
     for i, (_, true) in enumerate(found.classes):
@@ -183,9 +188,8 @@ def _opened() -> None:
 # ---------------------------------------------------------------------- a cell
 
 
-def _cell(pack: Pack, found: Confusion, method: str) -> None:
+def _cell(pack: Pack, found: Confusion, cell: tuple[int, int], method: str) -> None:
     """The mean map of a cell's photos, and its first photos."""
-    cell = _chosen(found)
     photos = found.photos[cell]
     true, predicted = (short(found.classes[i][1]) for i in cell)
     right = cell[0] == cell[1] and found.classes[cell[0]][0] is not None

@@ -99,6 +99,9 @@ def test_calibration_is_that_of_torchmetrics():
         torch.tensor(confidence), torch.tensor(right), n_bins=15, norm="l1"
     )
     assert calibration_error(confidence, right) == pytest.approx(float(theirs), abs=1e-6)
+    bins = np.ceil(15 * confidence)
+    gaps = [abs((right - confidence)[bins == b].sum()) for b in range(1, 16)]
+    assert calibration_error(confidence, right) == pytest.approx(sum(gaps) / 300, abs=1e-6)
 
 
 def test_without_labels_there_is_nothing_to_tell(pack_of):
