@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,15 +30,12 @@ def token_blocks(backbone: Backbone, count: int | None = None) -> list[nn.Module
 def block_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Inside, the tokens (B, N, C) that the blocks put out, in the order of their calls."""
     found: list[Tensor] = []
-    handles = [
-        block.register_forward_hook(lambda m, args, output: found.append(_tokens(output)))
-        for block in blocks
-    ]
-    try:
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(
+                block.register_forward_hook(lambda m, args, output: found.append(_tokens(output)))
+            )
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -52,12 +49,10 @@ def block_inputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
         found.append(tokens)
         return (tokens, *args[1:])
 
-    handles = [block.register_forward_pre_hook(keep) for block in blocks]
-    try:
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_pre_hook(keep))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -67,11 +62,8 @@ def output_replaced(block: nn.Module, tokens: Tensor) -> Iterator[None]:
     def replace(module: nn.Module, args: Any, output: Any) -> Any:
         return tokens if isinstance(output, Tensor) else (tokens, *output[1:])
 
-    handle = block.register_forward_hook(replace)
-    try:
+    with block.register_forward_hook(replace):
         yield
-    finally:
-        handle.remove()
 
 
 def _tokens(output: Any) -> Tensor:
