@@ -12,7 +12,7 @@ class Page(NamedTuple):
 
 
 PAGES = {
-    "gallery": Page("Gallery", True, f"{__name__}.gallery"),
+    "gallery": Page("Gallery", True, f"{__name__}.gallery.page"),
     "image": Page("Image", True, f"{__name__}.image.page"),
     "attention": Page("Attention", True, f"{__name__}.attention"),
     "mistakes": Page("Mistakes", True, f"{__name__}.mistakes.page"),

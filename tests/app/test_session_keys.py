@@ -85,15 +85,15 @@ def clicks():
     from xattn.app import state
     from xattn.app.attention import charts, map_rows
     from xattn.app.navigation import selection
-    from xattn.app.pages import gallery
+    from xattn.app.pages.gallery import page as gallery_page
     from xattn.app.pages.image import page as image_page
     from xattn.app.pages.image import photo_tabs
 
     library = state.library()
     pack = library.open(library.packs()[0].id)
     for callback in (
-        partial(gallery._opened, pack, selection.table(pack).choices),
-        gallery._turned,
+        partial(gallery_page._opened, pack, selection.table(pack).choices),
+        gallery_page._turned,
         partial(image_page._focus, ["a"]),
         photo_tabs._open_class,
         map_rows._head_opened,

@@ -1,0 +1,1 @@
+"""The gallery: the page, its filters, its cells and its files."""
