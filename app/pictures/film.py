@@ -63,6 +63,8 @@ def frame_bytes(pack: Pack, index: int, side: int = 960) -> bytes:
 
 def _film(pack: Pack) -> Path | None:
     """The film; its hash is compared once, and again when the file is another one."""
+    if pack.folder is None:
+        return pack.video
     path = pack.folder / "overlay.mp4"
     try:
         key = (path, pack.version, Signature.of(path.stat()))

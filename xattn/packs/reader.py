@@ -1,8 +1,9 @@
 """Packs read back: the manifest at once, a map or a photo only when it is asked for, checked by its hash.
 
 Ids are looked up and never joined to a path, and every file is opened inside the pack's own folder or
-not at all; only :func:`load_pack`, for packs of one's own, follows links. What is wrong with a pack is a
-:class:`PackError`, whose text is for the person who opens it.
+not at all, see :class:`~xattn.packs.contained_files.PackFolder`; only :func:`load_pack`, for packs of
+one's own, follows links. What is wrong with a pack is a :class:`PackError`, whose text is for the person
+who opens it.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import gc
 import hashlib
 import io
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from xattn.packs.contained_files import AGAIN, PackError, open_inside, read_inside, why
+from xattn.packs.contained_files import AGAIN, LocalFolder, PackError, PackFolder, why
 from xattn.packs.explanation import MAX_CELLS, Explanation, ImageFacts
 from xattn.packs.format import (
     MANIFEST,
@@ -33,7 +35,7 @@ from xattn.packs.format import (
 from xattn.packs.manifest import DamagedFile, Manifest, damaged, read_columns
 from xattn.photos.images import decode_image
 from xattn.photos.view import View
-from xattn.runtime.files import file_sha256
+from xattn.runtime.files import stream_sha256
 from xattn.runtime.lru_cache import LRUCache
 from xattn.runtime.tensor_file import TensorFile
 
@@ -54,12 +56,14 @@ class Pack:
     """A pack that was opened; cheap to keep, safe to share between threads.
 
     Attributes:
+        files: the folder that the pack's files are read from.
         version: the first 12 hex digits of the manifest's SHA-256, for keys of caches.
         metrics: what the metrics' columns are.
         shares: by name of a curve, the shares of pixels that its values stand for; a curve that is not
             there has its values at equal steps over [0, 1].
 
     Args:
+        folder: where the pack is; a PackFolder is read as it is.
         id, name: what the viewer calls the pack.
         cache: keeps the maps that were read last; packs may share one.
         trusted: the pack is the caller's own: links that lead out of the folder are followed, and names
@@ -71,14 +75,14 @@ class Pack:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | PackFolder,
         id: str = "pack",
         name: str = "",
         cache: LRUCache | None = None,
         trusted: bool = False,
     ) -> None:
-        self.folder = folder if trusted else folder.resolve()
-        self.id, self.name = id, name or folder.name
+        self.files = LocalFolder(folder, trusted) if isinstance(folder, Path) else folder
+        self.id, self.name = id, name or self.files.name
         self._cache = LRUCache(RECENT_MAPS) if cache is None else cache
         self._trusted = trusted
         data = self._manifest_bytes()
@@ -91,6 +95,11 @@ class Pack:
         self._entries, self._images = self._manifest.entries, self._manifest.images
         self._entry_rows = {id: i for i, id in enumerate(self._entries["id"])}
         self._image_rows = {id: i for i, id in enumerate(self._images["image_id"])}
+
+    @property
+    def folder(self) -> Path | None:
+        """The pack's folder on this machine's disk; None where it is elsewhere."""
+        return self.files.path
 
     @cached_property
     def entries(self) -> pd.DataFrame:
@@ -130,7 +139,7 @@ class Pack:
         Its ``source`` is the stored thumbnail if the pack is trusted, else None; see :meth:`photo`.
         """
         i = self._entry(entry_id)
-        key = (self.folder, self.version, entry_id)
+        key = (self.files.address, self.version, entry_id)
         found: Explanation | None = self._cache.get(key)
         if found is None:
             found = self._read_explanation(i)
@@ -192,7 +201,10 @@ class Pack:
         name, sha256 = self._images["thumbnail"][i], self._images["thumbnail_sha256"][i]
         if name is None:
             raise PackError(f"The pack holds no picture of {image_id}; {AGAIN} from photos on disk")
-        data = read_inside(self.folder, name, MAX_THUMBNAIL)
+        try:
+            data = self.files.read(name, MAX_THUMBNAIL)
+        except OSError as error:
+            raise PackError(f"{name} cannot be read ({why(error)}); {AGAIN}") from None
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
             raise PackError(
                 f"The picture of {image_id} is not the one that was written; reload the page if the "
@@ -239,11 +251,11 @@ class Pack:
         """The pack's film, or None; checked by its hash."""
         if self._manifest.video is None:
             return None
-        open_inside(self.folder, VIDEO).close()
-        path = (self.folder / VIDEO).resolve()
-        if self._manifest.video and file_sha256(path) != self._manifest.video:
+        with self.files.open(VIDEO) as stream:
+            changed = self._manifest.video and stream_sha256(stream) != self._manifest.video
+        if changed:
             raise PackError(f"{VIDEO} is not the film that was written; {AGAIN}")
-        return path
+        return None if self.folder is None else (self.folder / VIDEO).resolve()
 
     def _metrics_of(self, i: int) -> dict[str, float]:
         """The metrics that were measured of an entry."""
@@ -252,18 +264,16 @@ class Pack:
 
     def _stored_photo(self, name: str | None) -> Path | None:
         """The file of a thumbnail, None if it is not there."""
+        if not name or self.folder is None:
+            return None
         try:
-            return self.folder / name if name and (self.folder / name).is_file() else None
+            return self.folder / name if self.files.exists(name) else None
         except OSError as error:
-            raise damaged(
-                f"the thumbnail {str(name)[:60]!r} cannot be read ({why(error)})"
-            ) from None
+            raise damaged(f"the thumbnail {name[:60]!r} cannot be read ({why(error)})") from None
 
     def _manifest_bytes(self) -> bytes:
-        if not self._trusted:
-            return read_inside(self.folder, MANIFEST, MAX_MANIFEST)
         try:
-            return (self.folder / MANIFEST).read_bytes()
+            return self.files.read(MANIFEST, sys.maxsize if self._trusted else MAX_MANIFEST)
         except OSError as error:
             raise NotAPack(str(unreadable_manifest(self.name, error))) from None
 
@@ -279,12 +289,9 @@ class Pack:
             raise NotAPack(str(error)) from None
         return read_columns(parsed, self._trusted)
 
-    def _open_maps_file(self) -> IO[bytes]:
-        return (self.folder / MAPS).open("rb") if self._trusted else open_inside(self.folder, MAPS)
-
     def _open_maps(self) -> TensorFile:
         try:
-            maps = TensorFile(self._open_maps_file)
+            maps = TensorFile(partial(self.files.open, MAPS))
         except PackError:
             raise
         except (ValueError, OSError) as error:
