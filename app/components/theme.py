@@ -1,4 +1,4 @@
-"""The colours and fonts of the viewer in light and dark, and its own CSS."""
+"""The viewer's design as options of Streamlit, and its own CSS."""
 
 from __future__ import annotations
 
@@ -7,52 +7,48 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from xattn.pictures.design import DARK, FONT, LENGTHS, LIGHT, VARIABLES, Colours
 from xattn.runtime.display_text import visible
 
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 
-LIGHT = {
-    "primaryColor": "#b4441f",
-    "backgroundColor": "#fbfaf8",
-    "secondaryBackgroundColor": "#f1efeb",
-    "textColor": "#22201d",
-    "linkColor": "#8f3415",
-    "borderColor": "#dcd8d1",
-}
-DARK = {
-    "primaryColor": "#f08a4b",
-    "backgroundColor": "#171614",
-    "secondaryBackgroundColor": "#23211e",
-    "textColor": "#ebe8e3",
-    "linkColor": "#f5a876",
-    "borderColor": "#3a3733",
-}
+def _options(colours: Colours) -> dict[str, str]:
+    """The colours as Streamlit's theme options."""
+    return {
+        "primaryColor": colours.accent,
+        "backgroundColor": colours.ground,
+        "secondaryBackgroundColor": colours.panel,
+        "textColor": colours.text,
+        "linkColor": colours.link,
+        "borderColor": colours.line,
+    }
+
 
 CONFIG: dict[str, Any] = {
     "theme.font": FONT,
     "theme.headingFont": FONT,
     "theme.headingFontSizes": ["1.45rem", "1.15rem", "1.05rem"],
-    "theme.baseRadius": "6px",
+    "theme.baseRadius": LENGTHS["corner"],
     "theme.showWidgetBorder": True,
     "theme.paddingTop": "1rem",
     "theme.paddingBottom": "3rem",
-    **{f"theme.light.{name}": value for name, value in LIGHT.items()},
-    **{f"theme.dark.{name}": value for name, value in DARK.items()},
+    **{f"theme.light.{name}": value for name, value in _options(LIGHT).items()},
+    **{f"theme.dark.{name}": value for name, value in _options(DARK).items()},
 }
 """Options for ``streamlit.starlette.App.run(config=...)``."""
 
-STYLE = """<style>
-:root{--quiet:light-dark(#625d56,#a9a49c);--accent:light-dark(#b4441f,#f08a4b)}
+STYLE = (
+    f"<style>:root{{{VARIABLES}}}"
+    """
 [data-testid=stMainBlockContainer]{padding-inline:clamp(1rem,3vw,2.5rem)}
 [data-testid=stMain] :is(h1,h2,h3){overflow-wrap:anywhere;unicode-bidi:plaintext}
 [data-testid=stMain] h1{padding:.25rem 0 .75rem}
 /* Streamlit's greys are below a contrast of 4.5 on the light ground. */
 [data-testid=stCaptionContainer],.stButton button:not(:disabled) kbd{color:var(--quiet);opacity:1}
 [data-testid=stCaptionContainer] code{color:inherit}
-[data-testid=stVegaLiteChart] svg text:not([opacity="0"]){fill:light-dark(#55504a,#c9c4bc)}
+[data-testid=stVegaLiteChart] svg text:not([opacity="0"]){fill:var(--quiet)}
 [data-testid=stVegaLiteChart] svg .role-title text{fill:currentColor}
 [data-testid=stCode] .token,[data-testid=stJson] .variable-value *{color:inherit!important}
-[data-testid=stBaseButton-primary]{color:light-dark(#fff,#22201d)}
+[data-testid=stBaseButton-primary]{color:var(--on-accent)}
 [data-testid=stMultiSelect] [data-tag]{background:color-mix(in srgb,var(--accent) 14%,transparent);
 color:inherit}
 [data-testid=stMultiSelect] .react-aria-ComboBox>div{height:auto;max-height:none;min-height:2.5rem}
@@ -81,6 +77,7 @@ padding:0!important;font-size:.875rem}
 @media(max-width:480px){[data-testid=stMain] .stHtml dl.facts{grid-template-columns:1fr}
 [data-testid=stMain] .facts dd{margin-bottom:.4rem}}
 </style>"""
+)
 """For all pages; ``legend`` is of ``contact_sheet.legends_html``, ``name`` of :func:`name_html`, ``facts``
 of :func:`facts_html`."""
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import quote, urlsplit
 
-from xattn.app.components.theme import DARK, FONT, LIGHT
 from xattn.app.serving.start_page import source
+from xattn.pictures.design import FONT, VARIABLES
 
 LOGIN, LOGOUT = "/xattn/login", "/xattn/logout"
 FREE, FREE_IN_ALL = 3, 20  # wrong tries before the first wait, of one client and of all together
@@ -111,26 +111,17 @@ def login_url(target: str) -> str:
     return LOGIN if target == "/" else f"{LOGIN}?next={quote(target, safe='')}"
 
 
-def _variables(colours: dict[str, str]) -> str:
-    names = {"background": "backgroundColor", "field": "secondaryBackgroundColor"}
-    names |= {"text": "textColor", "line": "borderColor", "accent": "primaryColor"}
-    return "".join(f"--{name}:{colours[key]};" for name, key in names.items())
-
-
 _STYLE = f"""
-:root {{ color-scheme: light dark; {_variables(LIGHT)} --on-accent: #fff; --wrong: #a11d1d; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ {_variables(DARK)} --on-accent: #1c1208; --wrong: #ffa39b; }}
-}}
+:root {{ color-scheme: light dark; {VARIABLES}; }}
 * {{ box-sizing: border-box; }}
 body {{ margin: 0; min-height: 100vh; display: grid; place-items: center; padding: 1.5rem;
-  background: var(--background); color: var(--text); font: 1rem/1.5 {FONT}; }}
+  background: var(--ground); color: var(--text); font: 1rem/1.5 {FONT}; }}
 main {{ width: 100%; max-width: 22rem; margin-bottom: 12vh; }}
 h1 {{ font-size: 1.375rem; font-weight: 600; line-height: 1.25; margin: 0 0 .375rem; }}
 p {{ margin: 0 0 1.5rem; }}
 label {{ display: block; font-weight: 600; font-size: .875rem; margin-bottom: .375rem; }}
-input, button {{ width: 100%; min-height: 2.75rem; font: inherit; border-radius: 6px; }}
-input {{ padding: 0 .75rem; color: inherit; background: var(--field); border: 1px solid var(--line); }}
+input, button {{ width: 100%; min-height: var(--touch); font: inherit; border-radius: var(--corner); }}
+input {{ padding: 0 .75rem; color: inherit; background: var(--panel); border: 1px solid var(--line); }}
 input[aria-invalid] {{ border-color: var(--wrong); }}
 button {{ margin-top: 1rem; border: 0; background: var(--accent); color: var(--on-accent);
   font-weight: 600; cursor: pointer; }}

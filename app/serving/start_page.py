@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse
 from starlette.routing import Route
 
-from xattn.app.components.theme import DARK, LIGHT
 from xattn.app.pages import PAGES
+from xattn.pictures.design import DARK, LIGHT
 
 # Without it the front end of a page like /train asks for /train/_stcore/health first, a 404 each time.
 _ADDRESS = (
@@ -36,9 +36,9 @@ _HISTORY = """(() => {
 _HEAD = f"""<title>xattn</title>
     <meta name="color-scheme" content="light dark" />
     <style>
-      body {{ background: {LIGHT["backgroundColor"]}; color: {LIGHT["textColor"]}; }}
+      body {{ background: {LIGHT.ground}; color: {LIGHT.text}; }}
       @media (prefers-color-scheme: dark) {{
-        body {{ background: {DARK["backgroundColor"]}; color: {DARK["textColor"]}; }}
+        body {{ background: {DARK.ground}; color: {DARK.text}; }}
       }}
     </style>
     <script>{_ADDRESS}</script>
