@@ -22,6 +22,7 @@ from xattn.attention.convert import conversion
 from xattn.backbone.classes import Task, as_classes, class_names_of, find_class, p_of, resolve_task
 from xattn.backbone.classifier import linear_classifier
 from xattn.backbone.fingerprint import network_sha256
+from xattn.backbone.pooled_features import classified
 from xattn.backbone.preprocessing import Preprocessing, preprocessing_record
 from xattn.backbone.taps import (
     Taps,
@@ -283,6 +284,7 @@ class Backbone(nn.Module):
         with self._passing(x):
             if self.adapter:
                 logits, maps = self.model.forward_taps(x)  # type: ignore[operator]
+                classified(self.model, maps[-1])
                 return Taps(self._as_classes(logits), tuple(maps))
             final, inner, tokens = self._features(x, self._wanted)
             final = self._through_head_point(final)
@@ -296,6 +298,7 @@ class Backbone(nn.Module):
 
     def _classify(self, final: Tensor) -> Tensor:
         """The final features -> logits (B, K)."""
+        classified(self.model, final)
         return self._as_classes(self.model.forward_head(final))  # type: ignore[operator]
 
     def _as_classes(self, logits: Tensor) -> Tensor:
@@ -318,7 +321,7 @@ class Backbone(nn.Module):
         """(B, 3, H, W) normalised images -> (B, K) logits."""
         with self._passing(x):
             if self.adapter:
-                return self._as_classes(self.model.forward_taps(x)[0])  # type: ignore[operator]
+                return self.forward_normalized(x).logits
             final = self._through_head_point(self.model.forward_features(x))  # type: ignore[operator]
             return self._classify(final)
 

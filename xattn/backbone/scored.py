@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.classes import Task
+from xattn.backbone.pooled_features import classified
 from xattn.backbone.preprocessing import Preprocessing
 from xattn.backbone.taps import Taps
 from xattn.backbone.targets import Target, as_target
@@ -183,6 +184,7 @@ class Scored(View):
 
     def _classify(self, final: Tensor) -> Tensor:
         """What the classifier reads, (B, C): the passes of :class:`Backbone` serve targets of features."""
+        classified(self.model, final)
         return self.model.forward_head(final, pre_logits=True)  # type: ignore[operator]
 
     def _pixels(self) -> Callable[[Tensor], tuple[Tensor, Any]]:

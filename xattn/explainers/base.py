@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, sha256
+from xattn.backbone.pooled_features import answered
 from xattn.backbone.scored import Scored, View, class_of, is_score, scored
 from xattn.explainers.captum_calls import CaptumMethod, captum_call
 from xattn.heads import AttentiveHead, Head
@@ -192,6 +193,7 @@ class Explainer(CaptumMethod, ABC):
         return torch.cat([self._attribute(images, column) for column in classes.unbind(1)], 1)
 
     def _chosen(self, choose: Choose, logits: Tensor) -> Tensor:
+        answered(logits)
         classes = choose(logits)
         if classes.ndim != 2 or classes.shape[0] != logits.shape[0] or classes.shape[1] < 1:
             raise ValueError(

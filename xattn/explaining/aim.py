@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xattn.backbone import Backbone
+from xattn.backbone.pooled_features import answered
 from xattn.backbone.scored import class_of, is_score, scored
 from xattn.explainers import Explainer, as_explainer
 from xattn.explainers.base import check_target
@@ -57,6 +58,7 @@ class OneEach:
         classes = torch.tensor([self.by_name[name] for name in names], device=pixels.device)
         with torch.no_grad():
             logits = explainer.backbone.logits(pixels)
+        answered(logits)
         return logits, classes[:, None], explainer.attribute(pixels, classes)
 
 

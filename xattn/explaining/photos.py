@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from xattn.backbone import Backbone, Preprocessing
 from xattn.backbone.classes import find_classes
+from xattn.backbone.pooled_features import FeatureRecord, recording
 from xattn.explainers import Explainer, as_explainer, create_explainer
 from xattn.explainers.base import Choose
 from xattn.explaining.aim import OneEach, PredictedAndTrue, aimed
@@ -72,6 +76,7 @@ def explain(
     progress: bool = False,
     labels: str | Path | None = None,
     target: Any = None,
+    features: bool = False,
 ) -> Explanations:
     """Explain the classes of one photo, of a folder, of a list file, or of given images.
 
@@ -95,6 +100,8 @@ def explain(
             :func:`xattn.photos.labels.true_classes`.
         target: instead of ``classes`` one class, or a LongTensor (N,) with one a photo; or a number of
             the answer: a function of the logits, a :class:`~xattn.backbone.targets.Target`, or a text.
+        features: also keep what the classifier reads of each photo, of the first explainer's passes, in
+            its ``facts`` and in the pack, for the viewer's map of the photos.
 
     Returns:
         For each photo, method by method, its explanations by descending probability, or in the order of
@@ -121,11 +128,7 @@ def explain(
     result = Explanations()
     try:
         for batch in _batches(sources, backbone, view, batch_size, max_pixels, result, progress):
-            parts = [list(explain_batch(batch, backbone, *job, truth)) for job in jobs]
-            by_photo: dict[str, list[Explanation]] = {item[2]: [] for item in batch}
-            for found in chain.from_iterable(parts):
-                by_photo[found.image_id].append(found)
-            result.extend(chain.from_iterable(by_photo.values()))
+            result.extend(_explained(batch, backbone, jobs, truth, features))
     except BaseException as error:
         if output is not None and result:
             _save_interrupted(output, result, overlays, error)
@@ -136,6 +139,21 @@ def explain(
     if output is not None:
         save_pack(output, result, overlays, result.skipped)
     return result
+
+
+def _explained(
+    batch: list[Prepared],
+    backbone: Backbone,
+    jobs: Sequence[tuple[Any, Any, Any]],
+    truth: Mapping[str, TrueClass],
+    features: bool,
+) -> Iterator[Explanation]:
+    """The explanations of a batch by all jobs of :func:`set_up`, photo by photo."""
+    by_photo: dict[str, list[Explanation]] = {item[2]: [] for item in batch}
+    for i, job in enumerate(jobs):
+        for found in explain_batch(batch, backbone, *job, truth, features and i == 0):
+            by_photo[found.image_id].append(found)
+    return chain.from_iterable(by_photo.values())
 
 
 def _by_photo(
@@ -213,22 +231,26 @@ def explain_batch(
     choose: Choose | OneEach | PredictedAndTrue,
     protocol: dict[str, Any],
     truth: Mapping[str, TrueClass] | None = None,
+    features: bool = False,
 ) -> Iterator[Explanation]:
     """The explanations of prepared photos, photo by photo, in the order chosen for each.
 
-    ``truth`` has the true class by image_id.
+    ``truth`` has the true class by image_id; with ``features`` the facts of each photo hold what the
+    classifier reads of it.
     """
     pixels = torch.stack([item[0] for item in batch]).to(backbone.device)
-    if isinstance(choose, OneEach | PredictedAndTrue):
-        logits, targets, maps = choose.maps(method, pixels, [item[2] for item in batch])
-    else:
-        logits, targets, maps = method.attribute_classes(pixels, choose)
+    with recording() if features else nullcontext() as record:
+        if isinstance(choose, OneEach | PredictedAndTrue):
+            logits, targets, maps = choose.maps(method, pixels, [item[2] for item in batch])
+        else:
+            logits, targets, maps = method.attribute_classes(pixels, choose)
+    read = _features(record, logits, backbone) if record else [None] * len(batch)
     every = backbone.probabilities(logits)
     probabilities = every.gather(1, targets)
     values = maps.float().cpu().numpy()
     for i, (_, seen, image_id, source) in enumerate(batch):
         label, label_name = (truth or {}).get(image_id, (None, None))
-        facts = ImageFacts(top_classes(every[i], backbone), label, label_name)
+        facts = ImageFacts(top_classes(every[i], backbone), label, label_name, read[i])
         for j, target in enumerate(dict.fromkeys(targets[i].tolist())):
             yield Explanation(
                 map=values[i, j],
@@ -244,6 +266,20 @@ def explain_batch(
                 source=source,
                 facts=facts,
             )
+
+
+def _features(
+    record: FeatureRecord, logits: Tensor, backbone: Backbone
+) -> Sequence[NDArray[np.float16] | None]:
+    """What the classifier read of each photo of a batch, (d,); None where that is not known."""
+    rows = record.rows(logits)
+    note = record.note or ("none; its photos have no place on the map" if rows is None else "")
+    if note:
+        warnings.warn(f"features: of {backbone.name} {note}", stacklevel=3)
+    if rows is None:
+        return [None] * len(logits)
+    most = torch.finfo(torch.float16).max
+    return list(rows.clamp(-most, most).half().numpy())
 
 
 def top_classes(probabilities: Tensor, backbone: Any) -> tuple[tuple[int, str, float], ...]:

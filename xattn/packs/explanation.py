@@ -36,15 +36,16 @@ class ImageFacts:
 
     ``top`` are the classifier's first classes, (class, its name, probability); ``label`` is the true
     class as an index into the classifier's classes, None where it has no such class, and
-    ``label_name`` its name.
+    ``label_name`` its name; ``features`` (d,) is what the classifier reads of it, if that was asked for.
     """
 
     top: tuple[tuple[int, str, float], ...] = ()
     label: int | None = None
     label_name: str | None = None
+    features: NDArray[np.float16] | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values; the features have a file of their own."""
         return {
             "top": [list(item) for item in self.top],
             "label": self.label,

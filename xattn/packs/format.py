@@ -10,6 +10,7 @@ from xattn.runtime.files import follow_link, output_error, temporary_folder
 
 FORMAT, VERSION = "xattn-pack", 1
 MANIFEST, MAPS, VIDEO = "manifest.json", "maps.safetensors", "overlay.mp4"
+FEATURES = "features.safetensors"
 THUMBNAIL = r"thumbnails/[^/\\\0]+\.jpg"  # what a thumbnail may be named
 THUMBNAIL_SIDE, OVERLAY_SIDE = 512, 2048  # longest side in pixels
 

@@ -22,6 +22,7 @@ MAX_NAME = 400  # characters of an id
 MAX_CLASS = 1 << 31
 MAX_CURVE = 100_000  # values
 MAX_METRICS = MAX_TOP = 1000
+MAX_FEATURES = 1 << 16  # numbers of a photo
 _SHA256, _THUMBNAIL = re.compile(r"[0-9a-f]{64}"), re.compile(THUMBNAIL)
 _FRAME = re.compile(r"frame-([0-9]{6,15})")
 _REQUIRED: dict[str, set[type]] = {  # keys of an entry, and the types that their values may have
@@ -106,6 +107,7 @@ class Manifest:
         metrics: what the metrics are.
         measured: by metric, its value for each entry, NaN where there is none.
         shares: by name of a curve, the shares of pixels that its values stand for.
+        features: (photos, length) of their features and the hash of these; None where there are none.
         video: the hash of the film, "" if the film has none, None without a film.
         entries: the columns of the entries by key; a "view" is a :class:`View` and "curves" are arrays.
         images: the columns of the images, in the order of the entries: those of ``IMAGE_TABLE``,
@@ -117,6 +119,7 @@ class Manifest:
     metrics: list[MetricInfo]
     measured: dict[str, array[float]]
     shares: dict[str, list[float]]
+    features: tuple[tuple[int, int], str] | None
     video: str | None
     entries: dict[str, list[Any]]
     images: dict[str, list[Any]]
@@ -157,6 +160,7 @@ def read_columns(manifest: dict[str, Any], trusted: bool = False) -> Manifest:
             key: _measured(key, measured, trusted) for key in keys or (m.key for m in metrics)
         },
         shares=_shares(_table(manifest, "shares"), trusted),
+        features=read_features(manifest.get("features"), len(set(entries["image_id"]))),
         video=_video(manifest, trusted),
         entries=entries,
         images=_image_columns(_table(manifest, "images"), entries, protocols, trusted),
@@ -392,6 +396,25 @@ def _shares(given: dict[str, Any], trusted: bool) -> dict[str, list[float]]:
         if not trusted:
             raise
         return {}
+
+
+def read_features(given: Any, photos: int) -> tuple[tuple[int, int], str] | None:
+    """Shape and hash of the features of so many ``photos``; None where the manifest tells of none.
+
+    Raises:
+        DamagedFile: they are not of these photos.
+    """
+    if given is None:
+        return None
+    shape = given.get("shape") if type(given) is dict else None
+    if type(shape) is not list or len(shape) != 2 or set(map(type, shape)) != {int}:
+        raise damaged("what it says of the features is no shape")
+    if shape[0] != photos or not 0 < shape[1] <= MAX_FEATURES:
+        raise damaged(f"it has features {str(shape)[:60]} for {photos:,} photos")
+    sha256 = _check_hash(given.get("sha256"))
+    if sha256 is None:
+        raise damaged("the features have no hash")
+    return (shape[0], shape[1]), sha256
 
 
 def _video(manifest: dict[str, Any], trusted: bool) -> str | None:

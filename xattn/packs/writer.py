@@ -1,6 +1,7 @@
 """Writing a pack photo by photo: maps go to disk as they come, so that memory does not grow with them.
 
     maps.safetensors   every map, float32 (h, w), by the entry's id
+    features.safetensors   what the classifier reads of each photo, float16 (M, d), where it was kept
     manifest.json      an entry a line: class, method, view, metrics, curves, hashes; what is known of
                        each image; the protocols
     thumbnails/, overlays/   JPEG files by image and by entry
@@ -23,11 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
+from safetensors.numpy import save_file
 
 from xattn.correlation import disagreement
 from xattn.packs.explanation import Explanation
 from xattn.packs.format import (
+    FEATURES,
     FORMAT,
     MANIFEST,
     MAPS,
@@ -54,7 +58,7 @@ def pack_writer(folder: str | Path, overlays: bool = True) -> Iterator[PackWrite
         OSError: it cannot be written, or the disk is full; earlier results are intact.
     """
     folder = check_output(folder)
-    owned = (MANIFEST, MAPS, VIDEO, "thumbnails", "overlays")
+    owned = (MANIFEST, MAPS, FEATURES, VIDEO, "thumbnails", "overlays")
     with atomic_folder(folder, owned, is_pack) as temporary:
         writer = PackWriter(temporary, overlays)
         try:
@@ -120,6 +124,7 @@ class PackWriter:
         self.order: Sequence[str] | None = None
         self._entries: dict[str, dict[str, Any]] = {}
         self._images: dict[str, dict[str, Any]] = {}
+        self._features: dict[str, NDArray[np.float16]] = {}
         self._protocols: dict[str, int] = {}
         self._header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION)}}
         self._video: str | None = None
@@ -130,7 +135,8 @@ class PackWriter:
         """All explanations of one photo.
 
         Raises:
-            ValueError: a photo or an explanation that was added before, or a view that is too large.
+            ValueError: a photo or an explanation that was added before, a view that is too large, or
+                features that are not finite or of another length than those before.
         """
         photo = group[0]
         if photo.image_id in self._images:
@@ -149,6 +155,7 @@ class PackWriter:
             drawn = self.overlays and thumbnail is not None
             self._entries[e.id] = self._entry(e, thumbnail, drawn)
         self._images[photo.image_id] = record
+        self._keep_features(group)
 
     def use_thumbnail(self, group: Sequence[Explanation], name: str, sha256: str) -> None:
         """Let a photo that was added without pixels use a thumbnail that is in the folder already."""
@@ -180,6 +187,7 @@ class PackWriter:
             "skipped": [{"file_name": name, "reason": why} for name, why in self.skipped],
             "metrics": self.metrics,
             "shares": self.shares,
+            "features": self._write_features(),
             "images": self._images,
             "entries": [self._entries[i] for i in self.order or self._entries],
             "video": None if self._video is None else VIDEO,
@@ -192,6 +200,28 @@ class PackWriter:
     def abandon(self) -> None:
         """Close what is open."""
         self._maps.close()
+
+    def _keep_features(self, group: Sequence[Explanation]) -> None:
+        found = next((e.facts.features for e in group if e.facts.features is not None), None)
+        if found is None:
+            return
+        row, name = np.asarray(found, np.float16), group[0].image_id
+        first = next(iter(self._features.values()), row)
+        if row.ndim != 1 or row.shape != first.shape or not row.size:
+            raise ValueError(f"features: those of {name} have shape {row.shape}; give {first.shape}")
+        if not np.isfinite(row).all():
+            raise ValueError(f"features: those of {name} are not finite; check the weights")
+        self._features[name] = row
+
+    def _write_features(self) -> dict[str, Any] | None:
+        """Write the features in the order of the entries, if every photo has some; returns what the
+        manifest says of them."""
+        names = dict.fromkeys(self._entries[i]["image_id"] for i in self.order or self._entries)
+        if not all(name in self._features for name in names):
+            return None
+        values = np.stack([self._features[name] for name in names])
+        save_file({"features": values}, self.folder / FEATURES)
+        return {"shape": list(values.shape), "sha256": hashlib.sha256(values.tobytes()).hexdigest()}
 
     def _entry(self, e: Explanation, thumbnail: str | None, drawn: bool) -> dict[str, Any]:
         e.view.check_size()

@@ -1,0 +1,108 @@
+"""The features that a network classifies, (B, d), kept from the passes that give its logits.
+
+    with recording() as record:
+        logits, classes, maps = explainer.attribute_classes(images, choose)
+    features = record.rows(logits)
+
+No pass is run for them: the tensor before the classifier is pooled once more, as the network pools it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+
+class FeatureRecord:
+    """What was classified in a ``with recording()`` block.
+
+    Attributes:
+        note: "", or how the features were made of a network that does not tell what it classifies.
+    """
+
+    def __init__(self) -> None:
+        self.note = ""
+        self._last: tuple[nn.Module, Tensor] | None = None
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def saw(self, model: nn.Module, final: Tensor) -> None:
+        """A pass of ``model`` that classifies ``final``; only the last one is held."""
+        self._last = model, final
+
+    def keep(self, logits: Tensor) -> None:
+        """Keep the features of the last pass, which gave ``logits`` (B, K)."""
+        if self._last is None:
+            return
+        (model, final), self._last = self._last, None
+        if len(final) == len(logits):
+            features, self.note = pooled(model, final.detach())
+            self._parts.append((logits.detach(), features))
+
+    def rows(self, logits: Tensor) -> Tensor | None:
+        """(B, K) logits of the whole batch -> (B, d) features, on the CPU; None where none were kept.
+
+        A slice that was classified again, because memory ran out, counts once: as it was the last time.
+        """
+        found: list[Tensor] = []
+        end = len(logits)
+        for own, features in reversed(self._parts):
+            start = end - len(own)
+            if start >= 0 and len(own) and torch.equal(own.to(logits), logits[start:end]):
+                found.insert(0, features.float().cpu())
+                end = start
+        return torch.cat(found) if found and not end else None
+
+
+_RECORD: ContextVar[FeatureRecord | None] = ContextVar("record", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[FeatureRecord]:
+    """A record of what this thread classifies in the block."""
+    token = _RECORD.set(FeatureRecord())
+    try:
+        record = _RECORD.get()
+        assert record is not None
+        yield record
+    finally:
+        _RECORD.reset(token)
+
+
+def classified(model: nn.Module, final: Tensor) -> None:
+    """Called in every pass, with the tensor that the classifier gets."""
+    if torch.compiler.is_compiling():
+        return
+    record = _RECORD.get()
+    if record is not None:
+        record.saw(model, final)
+
+
+def answered(logits: Tensor) -> None:
+    """Called once the ``logits`` (B, K) of photos are there, before any other pass."""
+    record = _RECORD.get()
+    if record is not None:
+        record.keep(logits)
+
+
+@torch.no_grad()
+def pooled(model: nn.Module, final: Tensor) -> tuple[Tensor, str]:
+    """What ``model`` classifies, (B, d), of its last features: (B, C, h, w), (B, h, w, C) or (B, N, C).
+
+    Returns:
+        The features, and "" or a note: where the network does not tell them, they are the mean over the
+        places of its last map.
+    """
+    head = getattr(model, "forward_head", None)
+    if head is not None and "pre_logits" in inspect.signature(head).parameters:
+        return head(final, pre_logits=True).flatten(1), ""
+    if final.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NHWC":
+        final = final.movedim(3, 1)
+    elif final.ndim == 3:
+        final = final.movedim(2, 1)
+    note = "the network does not tell what it classifies; the mean of its last map stands for it"
+    return final.flatten(2).mean(2) if final.ndim > 2 else final, note
