@@ -43,6 +43,8 @@ class Explain(MethodArgs):
     """Explain every n-th frame of a clip."""
     smoothing: float = 0.0
     """Weight of the past in the moving average of a clip's maps, from 0 (off) to below 1."""
+    features: bool = False
+    """Also keep what the network classifies of each photo, for the viewer's map of the photos."""
     output: Path | None = None
     """Folder for the pack, and for a clip's overlay.mp4; by default runs/explained, or runs/explained-2
     and so on if there are results."""
@@ -77,9 +79,10 @@ class Explain(MethodArgs):
             return
         clip = is_video(self.images[0])
         several = len(self.explainers) + len(self.heads) - ("head" in self.explainers) > 1
-        if clip and (several or self.labels is not None):
+        if clip and (several or self.labels is not None or self.features):
             raise ValueError(
-                f"explainers, labels: {self.images[0]} is a clip; give one method and no --labels"
+                f"explainers, labels, features: {self.images[0]} is a clip; give one method, no --labels "
+                f"and no --features"
             )
         if not clip and (self.every != 1 or self.smoothing != 0):
             raise ValueError(
@@ -102,7 +105,7 @@ class Explain(MethodArgs):
             options.update(every=self.every, smoothing=self.smoothing)
             found = explain_video(self.images[0], backbone, None, methods[0], **options)
         else:
-            options["labels"] = self.labels
+            options.update(labels=self.labels, features=self.features)
             photos = first_of(self.photos, self.limit)
             found = explain(photos, backbone, None, methods, **options)
         for name, reason in () if clip else found.skipped:

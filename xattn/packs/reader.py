@@ -20,11 +20,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from xattn.packs.contained_files import AGAIN, LocalFolder, PackError, PackFolder, why
 from xattn.packs.explanation import MAX_CELLS, Explanation, ImageFacts
+from xattn.packs.features import read_features
 from xattn.packs.format import (
+    FEATURES,
     MANIFEST,
     MAPS,
     VIDEO,
@@ -122,6 +126,18 @@ class Pack:
         tables = _tables()
         with _no_garbage_collection():
             return tables.image_table(self._manifest)
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the pack holds the features of its photos."""
+        return self._manifest.features is not None
+
+    def features(self) -> NDArray[np.float16] | None:
+        """What the classifier read of each photo, (M, d) in the order of :attr:`images`; None in a pack
+        without. Read now, and checked by its hash."""
+        if self._manifest.features is None:
+            return None
+        return read_features(self.files, FEATURES, *self._manifest.features)
 
     @property
     def entry_ids(self) -> list[str]:

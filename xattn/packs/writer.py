@@ -208,7 +208,9 @@ class PackWriter:
         row, name = np.asarray(found, np.float16), group[0].image_id
         first = next(iter(self._features.values()), row)
         if row.ndim != 1 or row.shape != first.shape or not row.size:
-            raise ValueError(f"features: those of {name} have shape {row.shape}; give {first.shape}")
+            raise ValueError(
+                f"features: those of {name} have shape {row.shape}; give {first.shape}"
+            )
         if not np.isfinite(row).all():
             raise ValueError(f"features: those of {name} are not finite; check the weights")
         self._features[name] = row
