@@ -1,5 +1,5 @@
-"""Heat maps over photos, in perceptually uniform colours; the photo is dimmed and grey outside the
-model's view."""
+"""Maps over photos: in perceptually uniform colours, as an outline or as a spotlight; the photo is dimmed and
+grey outside the model's view."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from xattn.pictures.highlights import draw_outline, spotlight
+
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 SEQUENTIAL, DIVERGING = "inferno", "diverging"
+STYLES = ("overlay", "outline", "spotlight")
 
 
 @functools.lru_cache(maxsize=8)
@@ -65,15 +68,20 @@ def overlay(
     opacity: float = 0.55,
     cmap: str = SEQUENTIAL,
     threshold: float = 0.0,
+    style: str = "overlay",
 ) -> Image.Image:
     """A map over its photo.
 
     Args:
         photo: RGB, H x W pixels.
         values: (H, W) in [0, 1]; NaN outside the model's view, shown dimmed and without colour.
-        opacity: 0 (photo) to 1 (map), the same everywhere so that a colour has one meaning.
-        threshold: in [0, 1]; values below it get no colour. On the diverging scale this is the
-            distance to the centre, as a share of half the scale.
+        opacity: 0 (photo) to 1 (map), the same everywhere so that a colour has one meaning; of a
+            spotlight how dark it is outside.
+        threshold: in [0, 1]; values below it get no colour, or no light. On the diverging scale this is
+            the distance to the centre, as a share of half the scale.
+        style: "overlay" in colour; "outline" of the smallest region that holds half of the map's mass;
+            "spotlight", the photo dimmed where the map is low. The last two are of the positive half
+            of the diverging scale.
     """
     if values.shape != (photo.height, photo.width):
         raise ValueError(
@@ -83,21 +91,29 @@ def overlay(
     for name, share in (("opacity", opacity), ("threshold", threshold)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name}: got {share}; give a number from 0 to 1")
+    if style not in STYLES:
+        raise ValueError(f"style: got {style!r}; give one of {', '.join(STYLES)}")
     pixels = np.asarray(photo if photo.mode == "RGB" else photo.convert("RGB"))
     out = pixels.astype(np.float32)
     grey = (out @ LUMA)[..., None]
-    # Below the map the photo loses part of its own colour to grey.
-    out *= (1 - opacity) ** 2
-    out += opacity * (1 - opacity) * grey
-    out += (np.float32(opacity) * _lut(cmap)).astype(np.float32)[_index(values)]
-    if threshold > 0:
-        strength = np.abs(2 * values - 1) if cmap == DIVERGING else values
-        # In float32, like the values: one that equals the threshold is not below it.
-        low = strength < np.float32(threshold)
+    signed = 2 * values - 1 if cmap == DIVERGING else values
+    # In float32, like the values: one that equals the threshold is not below it.
+    low = np.abs(signed) < np.float32(threshold)
+    dark = 0.35
+    if style == "overlay":
+        # Below the map the photo loses part of its own colour to grey.
+        out *= (1 - opacity) ** 2
+        out += opacity * (1 - opacity) * grey
+        out += (np.float32(opacity) * _lut(cmap)).astype(np.float32)[_index(values)]
         out[low] = pixels[low]
+    elif style == "outline":
+        draw_outline(out, signed)
+    else:
+        spotlight(out, np.where(low, 0, np.maximum(signed, 0)), (1 - opacity) ** 4)
+        dark *= 1 - opacity
     outside = np.isnan(values)
     if outside.any():
-        out[outside] = 0.35 * grey[outside]
+        out[outside] = dark * grey[outside]
         if not outside.all():
             edge = _frame(~outside, width=max(1, round(max(photo.size) / 400)))
             out[edge] = 0.45 * out[edge] + 0.55 * 255
