@@ -25,6 +25,7 @@ from xattn.pictures.contact_sheet import (
 if TYPE_CHECKING:
     from xattn.packs.manifest import MetricInfo
     from xattn.packs.reader import Pack
+    from xattn.photos.view import View
     from xattn.pictures.contact_sheet import Row
 
 FORMATS = ("png", "svg")
@@ -194,7 +195,17 @@ def _rows(
     if not explanations:
         raise problems[0]
     rows = sheet_rows(explanations, draw=lambda e, photo: rendering.draw(pack, e, photo, look))
+    if look.crop:
+        views = {e.image_id: e.view for e in explanations}
+        rows = [_cropped(row, view) for row, view in zip(rows, views.values(), strict=True)]
     return rows, kept, notes
+
+
+def _cropped(row: Row, view: View) -> Row:
+    """The row with its photo, the first cell, as the model saw it."""
+    photo, *maps = row.cells
+    image = photo.image.crop(rendering.seen_box(view, photo.image))
+    return replace(row, cells=[replace(photo, image=image), *maps])
 
 
 def _title(pack: Pack, entry_ids: Sequence[str]) -> str:
@@ -216,8 +227,13 @@ def provenance(pack: Pack, entry_ids: Sequence[str], look: Look) -> list[str]:
         line += f", explained by xattn {found['xattn']}."
         methods.setdefault(line, {})[found["method"]] = None
     lines = [f"{', '.join(names)}: {line}" for line, names in methods.items()]
-    drawn = f"Drawn with opacity {look.opacity:g}"
-    if look.threshold:
+    kind = {"overlay": "with", "spotlight": "as spotlights, with"}
+    drawn = f"Drawn {kind.get(look.style)} opacity {look.opacity:g}"
+    if look.style == "outline":
+        drawn = "Drawn as outlines of where half of each map lies"
+    elif look.threshold and look.style == "spotlight":
+        drawn += f", without light below {look.threshold:g} of the scale"
+    elif look.threshold:
         drawn += f", without colour below {look.threshold:g} of the scale"
     return [*lines, f"{drawn}. Pack {pack.name}, version {pack.version}."]
 

@@ -11,7 +11,7 @@ import contextlib
 import io
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -20,7 +20,8 @@ from PIL import Image
 
 from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import blank_note, contrast, map_name
-from xattn.pictures.overlay import DIVERGING, SEQUENTIAL, overlay
+from xattn.photos.view import View
+from xattn.pictures.overlay import DIVERGING, SEQUENTIAL, STYLES, overlay
 from xattn.pictures.scales import Legend, Scale, legend_of, make_scale, own_scale
 from xattn.runtime.lru_cache import LRUCache
 
@@ -41,11 +42,12 @@ LARGEST = 1e30  # of limits: their difference is finite in any float
 class Look:
     """How a map is drawn.
 
-    ``scale="map"`` min-maxes each map; ``"shared"`` puts raw scores between ``limits``, by default
-    the least and greatest value of all maps of the photo in the pack. ``cmap="auto"`` is inferno,
-    and the diverging scale for maps with negative values. ``minus`` names the entry whose map is
-    taken away: the difference of the min-maxed maps under ``"map"``, of raw scores under
-    ``"shared"``.
+    ``style`` is that of :func:`xattn.pictures.overlay.overlay`; an outline is of the map alone, whatever
+    the scale. ``crop`` shows what the model saw, and not the whole photo. ``scale="map"`` min-maxes each
+    map; ``"shared"`` puts raw scores between ``limits``, by default the least and greatest value of all
+    maps of the photo in the pack. ``cmap="auto"`` is inferno, and the diverging scale for maps with
+    negative values. ``minus`` names the entry whose map is taken away: the difference of the min-maxed
+    maps under ``"map"``, of raw scores under ``"shared"``.
     """
 
     opacity: float = 0.55
@@ -55,6 +57,8 @@ class Look:
     side: int = 480
     minus: str | None = None
     limits: tuple[float, float] | None = None
+    style: str = "overlay"
+    crop: bool = False
 
     def __post_init__(self) -> None:
         for name in ("opacity", "threshold"):
@@ -66,6 +70,8 @@ class Look:
             raise ValueError(f"scale: got {self.scale!r}; give one of {', '.join(SCALES)}")
         if self.cmap not in COLOURS:
             raise ValueError(f"cmap: got {self.cmap!r}; give one of {', '.join(COLOURS)}")
+        if self.style not in STYLES:
+            raise ValueError(f"style: got {self.style!r}; give one of {', '.join(STYLES)}")
         if self.limits is not None:
             low, high = self.limits
             if not (-LARGEST <= low <= high <= LARGEST):
@@ -81,6 +87,8 @@ class Look:
         limits = found.pop("limits", None)
         if limits is not None:
             found["low"], found["high"] = (repr(float(v)) for v in limits)
+        if "crop" in found:
+            found["crop"] = int(found["crop"])
         return {name: str(value) for name, value in found.items()}
 
     @classmethod
@@ -90,10 +98,15 @@ class Look:
         Raises:
             ValueError: a value that is no number, not finite or out of its range.
         """
-        found: dict[str, Any] = {n: query[n] for n in ("scale", "cmap", "minus") if n in query}
+        texts = ("scale", "cmap", "minus", "style")
+        found: dict[str, Any] = {n: query[n] for n in texts if n in query}
         found |= {n: number(query[n], n) for n in ("opacity", "threshold") if n in query}
         if "side" in query:
             found["side"] = whole(query["side"], "side")
+        if "crop" in query:
+            if query["crop"] not in ("0", "1"):
+                raise ValueError(f"crop: got {query['crop'][:40]!r}; give 0 or 1")
+            found["crop"] = query["crop"] == "1"
         if ("low" in query) != ("high" in query):
             raise ValueError("limits: got one of low and high; give both")
         if "low" in query:
@@ -129,9 +142,14 @@ def check_side(side: int) -> int:
 # ---------------------------------------------------------------------- URLs
 
 
-def photo_url(pack: Pack, image_id: str, side: int = 240) -> str:
-    """Where the browser gets a photo, its longer side at most ``side`` pixels."""
+def photo_url(pack: Pack, image_id: str, side: int = 240, crop: str | None = None) -> str:
+    """Where the browser gets a photo, its longer side at most ``side`` pixels.
+
+    ``crop`` is the entry whose view of the photo is shown; by default the whole photo is.
+    """
     query = {"pack": pack.id, "image": image_id, "side": check_side(side), "v": pack.version}
+    if crop is not None:
+        query["crop"] = crop
     return f"{PICTURE}?{urlencode(query)}"
 
 
@@ -166,9 +184,12 @@ def blank_maps(pack: Pack, entry_ids: Iterable[str]) -> str:
 def _legend(pack: Pack, entry_id: str, look: Look) -> Legend:
     scale = _scaled(pack, pack.explanation(entry_id), look)[1]
     if look.minus is None:
-        return legend_of(scale, shared=look.scale == "shared")
+        return legend_of(scale, look.scale == "shared", look.style, not look.crop)
     names = (pack.entries.loc[i, "target_name"] for i in (entry_id, look.minus))
     plus, minus = (name.split(",")[0] for name in names)
+    if look.style != "overlay":
+        legend = legend_of(scale, True, look.style, not look.crop)
+        return replace(legend, text=f"where {plus} has more than {minus}")
     kind = "scores" if look.scale == "shared" else "min-maxed maps"
     text = f"difference of the {kind}: orange where {plus} has more, blue where {minus} has"
     return Legend(*scale.ends, text, scale.cmap)
@@ -182,25 +203,60 @@ def overlay_image(pack: Pack, entry_id: str, look: Look) -> Image.Image:
         ValueError: ``minus`` is on another grid.
     """
     explanation = pack.explanation(entry_id)
-    return draw(pack, explanation, pack.photo(explanation.image_id, look.side), look)
+    photo = pack.photo(explanation.image_id, None if look.crop else look.side)
+    drawn = draw(pack, explanation, photo, look)
+    drawn.thumbnail((look.side, look.side), Image.Resampling.LANCZOS)
+    return drawn
+
+
+def photo_image(pack: Pack, image_id: str, side: int, view: View | None = None) -> Image.Image:
+    """The photo, or the part of it that a model saw."""
+    if view is None:
+        return pack.photo(image_id, side)
+    photo = pack.photo(image_id)
+    photo = photo.crop(seen_box(view, photo))
+    photo.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return photo
 
 
 def draw(pack: Pack, explanation: Explanation, photo: Image.Image, look: Look) -> Image.Image:
     """A map of the pack over its photo, which may have been shrunk."""
     values, scale = _scaled(pack, explanation, look)
     on_photo = explanation.view.to_photo(scale(values), (photo.height, photo.width))
-    return overlay(photo, on_photo, look.opacity, scale.cmap, look.threshold)
+    if look.crop:
+        left, top, right, bottom = box = seen_box(explanation.view, photo)
+        photo, on_photo = photo.crop(box), on_photo[top:bottom, left:right]
+    return overlay(photo, on_photo, look.opacity, scale.cmap, look.threshold, look.style)
+
+
+def seen_box(view: View, photo: Image.Image) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom): the pixels of a photo of any size that the model saw; at least one."""
+    y, x = photo.height / view.photo_size[0], photo.width / view.photo_size[1]
+    top, left, bottom, right = view.photo_box
+    left, right = _whole_range(left * x, right * x, photo.width)
+    top, bottom = _whole_range(top * y, bottom * y, photo.height)
+    return int(left), int(top), int(right), int(bottom)
+
+
+def _whole_range(low: float, high: float, count: int) -> tuple[int, int]:
+    """The pixels whose centres lie in [low, high], or the one that holds its middle."""
+    first, end = math.ceil(low - 0.5), math.floor(high + 0.5)
+    if end <= first:
+        first = min(max(int((low + high) / 2), 0), count - 1)
+        end = first + 1
+    return max(first, 0), min(end, count)
 
 
 def _scaled(pack: Pack, explanation: Explanation, look: Look) -> tuple[np.ndarray, Scale]:
     """The values (h, w) that are drawn, and their scale."""
-    cmap = None if look.cmap == "auto" else look.cmap
+    coloured = look.style == "overlay"
+    cmap = None if look.cmap == "auto" or not coloured else look.cmap
     if look.minus is not None:
         values = contrast(explanation, pack.explanation(look.minus), raw=look.scale == "shared")
         limits = look.limits if look.scale == "shared" else None
         ends = limits or (float(values.min()), float(values.max()))
         return values, make_scale([ends], DIVERGING)
-    if look.scale == "map":
+    if look.scale == "map" or look.style == "outline":
         return explanation.map, own_scale(explanation, cmap)
     return explanation.map, make_scale(
         [look.limits] if look.limits else _limits(pack, explanation.image_id), cmap
@@ -237,10 +293,19 @@ def _kept(key: Hashable, make: Callable[[], Image.Image]) -> bytes:
     return data
 
 
-def photo_bytes(pack: Pack, image_id: str, side: int = 240) -> bytes:
-    """The photo as JPEG."""
-    key = (pack.id, pack.version, image_id, check_side(side))
-    return _kept(key, lambda: pack.photo(image_id, side))
+def photo_bytes(pack: Pack, image_id: str, side: int = 240, crop: str | None = None) -> bytes:
+    """The photo as JPEG; with ``crop``, the part of it that the model saw for that entry.
+
+    Raises:
+        PackError: no such photo or entry.
+    """
+    view = None
+    if crop is not None:
+        if pack.key(crop)[0] != image_id:
+            raise PackError("This map is of another photo; open the gallery again")
+        view = pack.view(crop)
+    key = (pack.id, pack.version, image_id, check_side(side), view)
+    return _kept(key, lambda: photo_image(pack, image_id, side, view))
 
 
 def overlay_bytes(pack: Pack, entry_id: str, look: Look) -> bytes:

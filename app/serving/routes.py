@@ -1,6 +1,6 @@
 """The viewer's own HTTP routes: photos and overlays as JPEG, addressed by ids alone.
 
-``GET /xattn/picture?pack&image[&side]``, ``GET /xattn/overlay?pack&entry[&look]`` and
+``GET /xattn/picture?pack&image[&side][&crop]``, ``GET /xattn/overlay?pack&entry[&look]`` and
 ``GET /xattn/frame?pack&frame[&side]``. A bad parameter is a 400 and an unknown id a
 404, both with one line of text.
 """
@@ -57,7 +57,12 @@ def photo_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Dr
     """
     image_id = _id(query, "image")
     side = rendering.check_side(rendering.whole(query.get("side", "240"), "side"))
-    return _id(query, "pack"), (image_id, side), lambda p: rendering.photo_bytes(p, image_id, side)
+    crop = _id(query, "crop") if "crop" in query else None
+    return (
+        _id(query, "pack"),
+        (image_id, side, crop),
+        lambda p: rendering.photo_bytes(p, image_id, side, crop),
+    )
 
 
 def overlay_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Draw]:

@@ -1,10 +1,14 @@
 """Outlines and spotlights: what lies inside the line holds half of the mass, on maps that are known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
+from small_explanations import make
 
 from xattn.photos.view import View
+from xattn.pictures.contact_sheet import contact_sheet_html, contact_sheet_image
 from xattn.pictures.highlights import DARK, LIGHT, half_mass_level, outlines
 from xattn.pictures.overlay import DIVERGING, SEQUENTIAL, STYLES, overlay
 
@@ -113,3 +117,28 @@ def test_outside_the_models_view_every_style_is_grey_and_dimmed(style):
 def test_an_unknown_style_is_refused():
     with pytest.raises(ValueError, match="style: got 'glow'; give one of overlay, outline, spotl"):
         overlay(grey(), np.zeros((98, 130)), style="glow")
+
+
+# ---------------------------------------------------------------------- explanations
+
+
+def test_an_explanation_is_outlined_by_its_own_scale():
+    cells = np.full((7, 7), -1.0, np.float32)
+    cells[1, 1] = 4
+    signed = replace(make(), map=cells)
+    drawn = np.asarray(signed.overlay(style="outline"))
+    values = signed.view.to_photo(np.maximum(cells, 0), drawn.shape[:2])
+    lines = outlines(values, half_mass_level(values))
+    assert inside(lines, values.shape).sum() < np.isfinite(values).sum() / 20
+    assert (drawn == LIGHT).all(-1)[values > 0].any()
+    assert signed.overlay(style="outline").tobytes() != signed.overlay(style="spotlight").tobytes()
+    assert len(signed.figure(style="outline").axes) == 2 and len(signed.figure().axes) == 3
+
+
+def test_a_contact_sheet_says_what_its_outlines_are():
+    page = contact_sheet_html([make()], style="outline")
+    assert "the smallest region that holds half of the map" in page and "gradient(90deg" not in page
+    bright = contact_sheet_html([make()], style="spotlight")
+    assert "brightness: relevance for the named class" in bright
+    wide = contact_sheet_image([make()], style="outline")
+    assert (np.asarray(wide) == DARK).all(-1).any()

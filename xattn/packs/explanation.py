@@ -22,7 +22,7 @@ from xattn.photos.base import StoredPhoto
 from xattn.photos.images import load_image
 from xattn.photos.view import View
 from xattn.pictures import notebook
-from xattn.pictures.overlay import overlay
+from xattn.pictures.scales import overlay_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -168,14 +168,20 @@ class Explanation:
             image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
         return image
 
-    def overlay(self, opacity: float = 0.55, cmap: str = "inferno", max_side: int | None = None):
-        """The map in colour over the photo, a PIL image; see :func:`xattn.pictures.overlay.overlay`."""
-        photo = self.photo(max_side)
-        return overlay(photo, self.on_photo((photo.height, photo.width)), opacity, cmap)
+    def overlay(
+        self,
+        opacity: float = 0.55,
+        cmap: str = "inferno",
+        max_side: int | None = None,
+        style: str = "overlay",
+    ) -> Image.Image:
+        """The map over the photo: in colour, as an "outline" or as a "spotlight"; see
+        :func:`xattn.pictures.overlay.overlay`."""
+        return overlay_of(self, self.photo(max_side), opacity, cmap, style)
 
-    def figure(self, cmap: str = "inferno", width: float = 8.0) -> Figure:
+    def figure(self, cmap: str = "inferno", width: float = 8.0, style: str = "overlay") -> Figure:
         """Photo, map and colour bar as a matplotlib figure, see :func:`xattn.pictures.notebook.figure`."""
-        return notebook.figure(self, cmap, width)
+        return notebook.figure(self, cmap, width, style)
 
     def _repr_html_(self) -> str:
         return notebook.grid_html([self])

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image, ImageDraw
 
 from xattn.pictures.explained import Explained, amount
+from xattn.pictures.highlights import line_sample
 from xattn.pictures.lettering import load_font, shorten, wrap
-from xattn.pictures.overlay import SEQUENTIAL, colour_bar, data_url, gradient, overlay
-from xattn.pictures.scales import MINMAX, Legend
+from xattn.pictures.overlay import SEQUENTIAL, colour_bar, data_url, gradient
+from xattn.pictures.scales import OUTLINE, Legend, Scale, legend_of, overlay_of
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,11 @@ def sheet_rows(
     opacity: float = 0.55,
     cmap: str = SEQUENTIAL,
     draw: Callable[[Any, Image.Image], Image.Image] | None = None,
+    style: str = "overlay",
 ) -> list[Row]:
     """Group explanations by photo, in order of appearance: the photo first, then its overlays.
 
-    ``draw`` replaces the default overlay, the min-maxed map in ``cmap``.
+    ``draw`` replaces the default, :func:`~xattn.pictures.scales.overlay_of` in ``cmap`` and ``style``.
     """
     groups: dict[str, list[Explained]] = {}
     for explanation in explanations:
@@ -58,11 +60,7 @@ def sheet_rows(
         name = group[0].file_name or image_id
         cells = [Cell(photo, "Photo", name, alt=f"Photo {name}")]
         for e in group:
-            if draw is None:
-                on_photo = e.on_photo((photo.height, photo.width))
-                drawn = overlay(photo, on_photo, opacity, cmap)
-            else:
-                drawn = draw(e, photo)
+            drawn = draw(e, photo) if draw else overlay_of(e, photo, opacity, cmap, style)
             cells.append(labelled(e, drawn, e.method))
         rows.append(Row(name, cells))
     return rows
@@ -77,12 +75,14 @@ def labelled(explanation: Explained, drawn: Image.Image, detail: str) -> Cell:
     return Cell(drawn, label, detail, e.probability, alt)
 
 
-def _as_rows(rows: Sequence[Row] | Sequence[Explained], cmap: str) -> list[Row]:
+def _as_rows(
+    rows: Sequence[Row] | Sequence[Explained], cmap: str, style: str = "overlay"
+) -> list[Row]:
     if not rows:
         raise ValueError("rows: got none; give explanations or rows of cells")
     if all(isinstance(r, Row) for r in rows):
         return list(rows)  # type: ignore[arg-type]
-    return sheet_rows(rows, cmap=cmap)  # type: ignore[arg-type]
+    return sheet_rows(rows, cmap=cmap, style=style)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------- HTML
@@ -97,6 +97,7 @@ def contact_sheet_html(
     notes: Sequence[str] = (),
     cmap: str = SEQUENTIAL,
     legends: Sequence[Legend] | None = None,
+    style: str = "overlay",
 ) -> str:
     """One HTML page with everything inside it: images, colours, light and dark.
 
@@ -105,13 +106,14 @@ def contact_sheet_html(
         table: optional figures below the pictures; the first row is the header.
         notes: paragraphs at the end.
         legends: what the colours mean, if it is not the min-maxed map in ``cmap``.
+        style: of maps given as explanations: "overlay", "outline" or "spotlight".
     """
-    lines = _as_rows(rows, cmap)
+    lines = _as_rows(rows, cmap, style)
     sections = "\n".join(_html_row(row) for row in lines)
     parts = [f"<h1>{_text(title)}</h1>"]
     if subtitle:
         parts.append(f'<p class="sub">{_text(subtitle)}</p>')
-    parts.append(legends_html(_legends(legends, cmap)))
+    parts.append(legends_html(_legends(legends, cmap, style)))
     head = "\n".join(parts)
     foot = _html_table(table, table_title) if table else ""
     foot += "".join(f"<p>{_text(note)}</p>" for note in notes)
@@ -126,19 +128,29 @@ def contact_sheet_html(
     )
 
 
-def _legends(legends: Sequence[Legend] | None, cmap: str) -> Sequence[Legend]:
-    return [Legend(*MINMAX, cmap)] if legends is None else legends
+def _legends(legends: Sequence[Legend] | None, cmap: str, style: str) -> Sequence[Legend]:
+    if legends is not None:
+        return legends
+    legend = legend_of(Scale(0, 1), style=style)
+    return [replace(legend, cmap=cmap) if style == "overlay" else legend]
 
 
 def legends_html(legends: Sequence[Legend]) -> str:
     """Colour scales with their ends and meaning, in elements of class ``legend``."""
-    return "".join(
-        f'<div class="legend"><span>{_text(legend.low)}</span><i role="img" aria-label="Colours '
-        f'from {_text(legend.low)} to {_text(legend.high)}" '
-        f'style="background:linear-gradient(90deg,{gradient(legend.cmap)})"></i>'
-        f"<span>{_text(legend.high)}</span><em>{_text(legend.text)}</em></div>"
-        for legend in legends
-    )
+    return "".join(map(_legend_html, legends))
+
+
+def _legend_html(legend: Legend) -> str:
+    if legend.cmap == OUTLINE:
+        bar = '<i class="line" role="img" aria-label="Line"></i>'
+    else:
+        low, high = _text(legend.low), _text(legend.high)
+        bar = (
+            f'<span>{low}</span><i role="img" aria-label="Colours from {low} to {high}" '
+            f'style="background:linear-gradient(90deg,{gradient(legend.cmap)})"></i>'
+            f"<span>{high}</span>"
+        )
+    return f'<div class="legend">{bar}<em>{_text(legend.text)}</em></div>'
 
 
 def _text(value: object) -> str:
@@ -321,7 +333,11 @@ def _lay_legend(
     items.append(_Line(left, y, legend.low, small, soft=True))
     x = left + round(font.getlength(legend.low) + text * 0.4)
     height = max(text // 2, 4)
-    bar = colour_bar(length, height, legend.cmap)
+    if legend.cmap == OUTLINE:
+        length //= 4
+        bar = line_sample(length, height)
+    else:
+        bar = colour_bar(length, height, legend.cmap)
     items.append(_Picture(x, round(y + text * 0.35), bar.size, bar, "Colour scale"))
     x += length + round(text * 0.4)
     items.append(_Line(x, y, legend.high, small, soft=True))
@@ -352,6 +368,7 @@ def contact_sheet_image(
     cmap: str = SEQUENTIAL,
     legends: Sequence[Legend] | None = None,
     notes: Sequence[str] = (),
+    style: str = "overlay",
 ) -> Image.Image:
     """The contact sheet as one RGB image: a line per photo, every picture in a square of ``side``.
 
@@ -360,9 +377,10 @@ def contact_sheet_image(
         dark: light text on a dark ground.
         legends: what the colours mean, if it is not the min-maxed map in ``cmap``.
         notes: paragraphs below.
+        style: of maps given as explanations: "overlay", "outline" or "spotlight".
     """
     colours = _Colours("#f0eeec", "#a39c96", "#141312") if dark else _Colours()
-    laid = _lay_out(_as_rows(rows, cmap), title, side, _legends(legends, cmap), notes)
+    laid = _lay_out(_as_rows(rows, cmap, style), title, side, _legends(legends, cmap, style), notes)
     sheet = Image.new("RGB", laid.size, colours.ground)
     draw = ImageDraw.Draw(sheet)
     for item in laid.items:
@@ -382,10 +400,11 @@ def contact_sheet_svg(
     cmap: str = SEQUENTIAL,
     legends: Sequence[Legend] | None = None,
     notes: Sequence[str] = (),
+    style: str = "overlay",
 ) -> str:
     """:func:`contact_sheet_image` as SVG: text stays text, pictures keep their own pixels."""
     colours = _Colours()
-    laid = _lay_out(_as_rows(rows, cmap), title, side, _legends(legends, cmap), notes)
+    laid = _lay_out(_as_rows(rows, cmap, style), title, side, _legends(legends, cmap, style), notes)
     width, height = laid.size
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '

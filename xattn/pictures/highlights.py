@@ -42,7 +42,9 @@ def outlines(weights: NDArray[Any], level: float) -> list[NDArray[np.float64]]:
     below = known[known < level]
     between = (level + float(below.max())) / 2 if below.size else level / 2
     found = find_contours(np.pad(known, 1, constant_values=-1.0), between)
-    return [line[:, ::-1] - 0.5 for line in found]  # (row, column) of padded cells: centres at halves
+    return [
+        line[:, ::-1] - 0.5 for line in found
+    ]  # (row, column) of padded cells: centres at halves
 
 
 def draw_outline(pixels: NDArray[np.float32], weights: NDArray[Any]) -> None:
@@ -59,6 +61,14 @@ def draw_outline(pixels: NDArray[np.float32], weights: NDArray[Any]) -> None:
         covered = _covered(lines, weights.shape, wide, margin=width)[..., None]
         pixels *= 1 - covered
         pixels += colour * covered
+
+
+def line_sample(width: int, height: int) -> Image.Image:
+    """The lines of an outline as an image, for legends."""
+    rows = np.full((height, width), DARK, np.uint8)
+    edge = max(round(height / 4), 1)
+    rows[edge:-edge] = LIGHT
+    return Image.fromarray(rows).convert("RGB")
 
 
 def _covered(

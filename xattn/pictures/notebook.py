@@ -16,7 +16,8 @@ from PIL import Image
 
 from xattn.pictures.contact_sheet import Cell, Row, contact_sheet_image, labelled, sheet_rows
 from xattn.pictures.explained import Explained, amount
-from xattn.pictures.overlay import SEQUENTIAL, colorize, data_url, overlay
+from xattn.pictures.overlay import SEQUENTIAL, colorize, data_url
+from xattn.pictures.scales import overlay_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +46,9 @@ def grid_html(explanations: Sequence[Explained]) -> str:
     return f'<div class="xattn-explanations">{rows}{notes}</div>'
 
 
-def figure(explanation: Explained, cmap: str = SEQUENTIAL, width: float = 8.0) -> Figure:
+def figure(
+    explanation: Explained, cmap: str = SEQUENTIAL, width: float = 8.0, style: str = "overlay"
+) -> Figure:
     """The photo, the map over it and a colour bar, under the class and its probability.
 
     It belongs to nobody: pyplot does not know it, so that nothing has to be closed, and threads may draw
@@ -54,6 +57,7 @@ def figure(explanation: Explained, cmap: str = SEQUENTIAL, width: float = 8.0) -
     Args:
         cmap: ``"diverging"`` or a matplotlib colour map.
         width: in inches.
+        style: "overlay", or "outline" or "spotlight", which have no colour bar.
 
     Raises:
         ValueError: the photo's pixels are not at hand.
@@ -68,15 +72,16 @@ def figure(explanation: Explained, cmap: str = SEQUENTIAL, width: float = 8.0) -
     drawn = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(drawn)
     axes = drawn.subplots(1, 2)
-    pictures = photo, _over(explanation, photo, cmap)
+    pictures = photo, overlay_of(explanation, photo, cmap=cmap, style=style)
     titles = explanation.file_name or explanation.image_id, explanation.method
     for one, picture, title in zip(axes, pictures, titles, strict=True):
         one.imshow(np.asarray(picture))
         one.set_title(title, fontsize="medium")
         one.set_axis_off()
-    colours = ListedColormap(colorize(np.linspace(0, 1, 256), cmap) / 255)
-    bar = drawn.colorbar(ScalarMappable(cmap=colours), ax=axes[1], fraction=0.05, pad=0.02)
-    bar.set_label("mask" if explanation.is_mask else "map, min-max")
+    if style == "overlay":
+        colours = ListedColormap(colorize(np.linspace(0, 1, 256), cmap) / 255)
+        bar = drawn.colorbar(ScalarMappable(cmap=colours), ax=axes[1], fraction=0.05, pad=0.02)
+        bar.set_label("mask" if explanation.is_mask else "map, min-max")
     name = explanation.target_name.split(",")[0]
     drawn.suptitle(f"{name}: {amount(explanation)}")
     return drawn
@@ -104,15 +109,11 @@ def _cell(explanation: Explained) -> Cell:
     """The map over its photo, or alone where the photo is not at hand."""
     name = explanation.file_name or explanation.image_id
     try:
-        picture = _over(explanation, explanation.photo(SIDE))
+        picture = overlay_of(explanation, explanation.photo(SIDE))
     except ValueError:
         picture = Image.fromarray(colorize(explanation.normalized()))
         picture = picture.resize((SIDE, SIDE * picture.height // picture.width or 1))
     return labelled(explanation, picture, f"{name} · {explanation.method}")
-
-
-def _over(explanation: Explained, photo: Image.Image, cmap: str = SEQUENTIAL) -> Image.Image:
-    return overlay(photo, explanation.on_photo((photo.height, photo.width)), cmap=cmap)
 
 
 def _figure_html(cell: Cell) -> str:

@@ -1,5 +1,7 @@
-"""Maps over photos: in perceptually uniform colours, as an outline or as a spotlight; the photo is dimmed and
-grey outside the model's view."""
+"""Maps over photos: in perceptually uniform colours, as an outline or as a spotlight.
+
+Outside the model's view the photo is dimmed and grey.
+"""
 
 from __future__ import annotations
 

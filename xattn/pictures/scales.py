@@ -12,20 +12,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from xattn.pictures.explained import Explained
-from xattn.pictures.overlay import DIVERGING, SEQUENTIAL
+from xattn.pictures.overlay import DIVERGING, SEQUENTIAL, overlay
 
-MINMAX = (
-    "0",
-    "1",
-    "relevance for the named class, min-max per map; dimmed: outside the model's view",
-)
+RELEVANCE = "relevance for the named class, min-max per map"
+DIMMED = "; dimmed: outside the model's view"
+OUTLINE = "outline"  # of a legend that shows a line and no colours
 
 
 @dataclass(frozen=True)
 class Legend:
-    """A colour scale in words: its two ends and what the colours mean."""
+    """A colour scale in words: its two ends and what the colours mean.
+
+    ``cmap`` names its colours; ``OUTLINE`` stands for a line, which has no ends.
+    """
 
     low: str
     high: str
@@ -78,14 +80,47 @@ def own_scale(explanation: Explained, cmap: str | None = None) -> Scale:
     return make_scale([(float(explanation.map.min()), float(explanation.map.max()))], cmap)
 
 
-def legend_of(scale: Scale, shared: bool = False) -> Legend:
-    """The legend of a scale: for each map by itself, or one scale shared by several maps."""
+def overlay_of(
+    explanation: Explained,
+    photo: Image.Image,
+    opacity: float = 0.55,
+    cmap: str = SEQUENTIAL,
+    style: str = "overlay",
+) -> Image.Image:
+    """The map over its photo: as an overlay min-maxed in ``cmap``, in other styles on :func:`own_scale`."""
+    values = explanation.on_photo((photo.height, photo.width))
+    if style != "overlay":
+        scale = own_scale(explanation)
+        if not explanation.is_mask:
+            low, high = float(explanation.map.min()), float(explanation.map.max())
+            values = scale(low + values.astype(np.float64) * (high - low))
+        cmap = scale.cmap
+    return overlay(photo, values, opacity, cmap, style=style)
+
+
+def legend_of(
+    scale: Scale, shared: bool = False, style: str = "overlay", whole: bool = True
+) -> Legend:
+    """The legend of a scale: for each map by itself, or one scale shared by several maps.
+
+    Args:
+        style: that of :func:`xattn.pictures.overlay.overlay`.
+        whole: the photo is shown beyond the model's view, where it is dimmed.
+    """
+    signed = scale.cmap == DIVERGING
     if shared:
         low, high, text = *scale.ends, "score of the named class, one scale for all maps"
-    elif scale.cmap == DIVERGING:
+    elif signed:
         low, high, text = "−", "+", "score of the named class, each map up to its own largest"
     else:
-        low, high, text = MINMAX
-    if scale.cmap == DIVERGING:
+        low, high, text = "0", "1", RELEVANCE
+    cmap = scale.cmap
+    if style == "outline":
+        what = "positive values" if signed else "map"
+        low, high, cmap = "", "", OUTLINE
+        text = f"around the smallest region that holds half of the {what}"
+    elif style == "spotlight":
+        low, text, cmap = "0" if signed else low, f"brightness: {text}", "gray"
+    elif signed:
         text += "; orange speaks for the class, blue against it"
-    return Legend(low, high, text, scale.cmap)
+    return Legend(low, high, text + (DIMMED if whole else ""), cmap)

@@ -20,7 +20,8 @@ from xattn.app.synthetic_packs import CLASSES, VIEW, explanation, picture, small
 from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import contrast
 from xattn.packs.writer import save_pack
-from xattn.pictures.overlay import DIVERGING, colorize, gradient, overlay
+from xattn.photos.view import View
+from xattn.pictures.overlay import DIVERGING, STYLES, colorize, gradient, overlay
 from xattn.pictures.scales import Scale, legend_of, make_scale, own_scale
 
 
@@ -205,6 +206,62 @@ def test_a_picture_is_drawn_once(pack, monkeypatch):
     assert rendering.overlay_bytes(pack, entry_id, Look(opacity=0.32)) != first and len(calls) == 2
 
 
+# ---------------------------------------------------------------------- styles and the crop
+
+
+def test_the_crop_is_what_the_model_saw(pack):
+    entry_id = ids(pack, method="gradcam")[0]
+    whole = rendering.overlay_image(pack, entry_id, Look())
+    crop = rendering.overlay_image(pack, entry_id, Look(crop=True))
+    left, top, right, bottom = rendering.seen_box(VIEW, whole)
+    assert (right - left, bottom - top) == crop.size
+    assert crop.size[0] == crop.size[1], "the model's input is square"
+    inner = np.asarray(whole)[top + 2 : bottom - 2, left + 2 : right - 2]
+    assert np.array_equal(inner, np.asarray(crop)[2:-2, 2:-2]), "whole has a frame around it"
+
+
+def test_a_photo_without_its_map_has_the_same_crop(pack):
+    entry_id = ids(pack, image_id="photo-00000", method="gradcam")[0]
+    drawn = rendering.overlay_bytes(pack, entry_id, Look(crop=True, side=64))
+    photo = rendering.photo_bytes(pack, "photo-00000", 64, entry_id)
+    assert Image.open(io.BytesIO(photo)).size == Image.open(io.BytesIO(drawn)).size == (64, 64)
+    with pytest.raises(PackError, match="of another photo"):
+        rendering.photo_bytes(pack, "photo-00001", 64, entry_id)
+
+
+@pytest.mark.parametrize(
+    "photo_size, resized", [((20_000, 3), (1_493_333, 224)), ((1, 1), (256, 256))]
+)
+def test_a_crop_has_at_least_one_pixel(photo_size, resized):
+    view = View("crop", photo_size, resized, (16, 16, 224, 224), (224, 224))
+    for shown in ((1, 1), (2, 1), (512, 1)):
+        left, top, right, bottom = rendering.seen_box(view, Image.new("RGB", shown[::-1]))
+        assert 0 <= left < right <= shown[1] and 0 <= top < bottom <= shown[0]
+
+
+def test_an_outline_does_not_depend_on_scale_or_colours(pack):
+    entry_id = ids(pack, method="lrp")[0]
+    one = rendering.overlay_bytes(pack, entry_id, Look(style="outline"))
+    other = Look(style="outline", scale="shared", cmap="viridis", opacity=0.2)
+    assert rendering.overlay_bytes(pack, entry_id, other) == one
+    assert rendering.overlay_bytes(pack, entry_id, Look(style="spotlight")) != one
+
+
+def test_legends_say_what_a_style_shows(pack):
+    signed, own = ids(pack, method="lrp")[0], ids(pack, method="gradcam")[0]
+    [line] = rendering.legends(pack, [own], Look(style="outline", crop=True))
+    assert line.text == "around the smallest region that holds half of the map"
+    [line] = rendering.legends(pack, [signed], Look(style="outline"))
+    assert "half of the positive values; dimmed: outside" in line.text
+    [light] = rendering.legends(pack, [signed], Look(style="spotlight"))
+    assert (light.low, light.high, light.cmap) == ("0", "+", "gray")
+    [usual] = rendering.legends(pack, [own], Look(crop=True))
+    assert "dimmed" not in usual.text
+    other = ids(pack, image_id="photo-00000", method="gradcam")[1]
+    [difference] = rendering.legends(pack, [own], Look(style="outline", minus=other))
+    assert difference.text.startswith("where tench has more than ")
+
+
 # ---------------------------------------------------------------------- looks and URLs
 
 looks = st.builds(
@@ -214,6 +271,8 @@ looks = st.builds(
     scale=st.sampled_from(rendering.SCALES),
     cmap=st.sampled_from(rendering.COLOURS),
     side=st.integers(*rendering.SIDES),
+    style=st.sampled_from(STYLES),
+    crop=st.booleans(),
     minus=st.none() | st.text(min_size=1, max_size=20),
     limits=st.none()
     | st.lists(st.floats(-1e30, 1e30), min_size=2, max_size=2).map(lambda v: tuple(sorted(v))),
@@ -243,6 +302,8 @@ def test_a_default_look_needs_no_parameters():
         {"side": "٤٨٠"},
         {"scale": "own"},
         {"cmap": "jet"},
+        {"style": "glow"},
+        {"crop": "true"},
         {"low": "0"},
         {"low": "2", "high": "1"},
         {"low": "-1e31", "high": "0"},
