@@ -16,6 +16,7 @@ PAGES = {
     "image": Page("Image", True, f"{__name__}.image.page"),
     "attention": Page("Attention", True, f"{__name__}.attention"),
     "mistakes": Page("Mistakes", True, f"{__name__}.mistakes.page"),
+    "runs": Page("Two runs", True, f"{__name__}.runs.page"),
     "live": Page("Live", False, f"{__name__}.live.page"),
     "compare": Page("Compare", False, f"{__name__}.compare.page"),
     "train": Page("Train", False, f"{__name__}.train.page"),

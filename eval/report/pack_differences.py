@@ -50,6 +50,7 @@ class Moved(NamedTuple):
     target_name: str
     methods: tuple[str, str]
     moved: float
+    entry_ids: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class PackDifference:
 
     Attributes:
         names: of the packs, as they are called.
-        common: the photos of both; ``alone``: how many are in one of them only.
+        common: the photos of both that were compared; ``shared``: how many both have; ``alone``: how
+            many are in one of them only.
         accuracy: None unless some common photos have a true class and a prediction in both packs.
         metrics: by method and metric, over the common maps that have both values.
         moved: the common maps, those that moved most first; constant maps are left out.
@@ -67,6 +69,7 @@ class PackDifference:
 
     names: tuple[str, str]
     common: list[Photo]
+    shared: int
     alone: tuple[int, int]
     accuracy: Change | None
     metrics: dict[tuple[str, str], Change]
@@ -100,6 +103,7 @@ class PackDifference:
         ]
         return {
             "packs": list(self.names),
+            "shared": self.shared,
             "alone": list(self.alone),
             "accuracy": _plain(self.accuracy),
             "metrics": metrics,
@@ -111,14 +115,24 @@ class PackDifference:
         }
 
 
-def compare_packs(before: Pack, after: Pack) -> PackDifference:
+def compare_packs(
+    before: Pack,
+    after: Pack,
+    methods: tuple[str, str] | None = None,
+    most: int | None = None,
+) -> PackDifference:
     """Compare what two packs say of the photos that both have.
 
     Photos are the same if their ids are. Maps are compared by photo, class and method; if the packs share
     no method and have one each, these two are compared.
 
+    Args:
+        methods: compare the maps by the first of them in ``before`` with those by the second in ``after``,
+            which may be the same pack.
+        most: of more common photos than this, compare so many, evenly spread over ``before``.
+
     Raises:
-        ValueError: the packs share no photo.
+        ValueError: the packs share no photo, or there is no map by one of the methods.
     """
     maps = [_maps_by_photo(pack) for pack in (before, after)]
     shared = [image_id for image_id in maps[0] if image_id in maps[1]]
@@ -126,37 +140,69 @@ def compare_packs(before: Pack, after: Pack) -> PackDifference:
         raise ValueError(
             f"packs: {before.name} and {after.name} have no photo in common; explain the same photos"
         )
-    renamed = _renamed(before, after)
+    renamed = _renamed(before, after) if methods is None else _chosen(before, after, methods)
+    chosen = shared if most is None or len(shared) <= most else spread(shared, most)
     photos, moved = [], []
     measured: dict[tuple[str, str], list[tuple[float, float]]] = {}
     keys, left_out = _metric_keys(before, after)
-    for image_id in shared:
+    for image_id in chosen:
         ones, others = (found[image_id] for found in maps)
         photos.append(_photo(before.explanation(ones[0]), after.explanation(others[0])))
-        theirs = dict(zip(map(after.key, others), others, strict=True))
-        for entry_id in ones:
-            _, target, method = before.key(entry_id)
-            other_id = theirs.get((image_id, target, renamed.get(method, method)))
-            if other_id is None:
-                continue
-            pair = before.explanation(entry_id), after.explanation(other_id)
+        for pair in _pairs(before, after, ones, others, renamed, methods):
             move = disagreement([e.map for e in pair])
             if math.isfinite(move):
-                title = photos[-1].title
-                methods = pair[0].method, pair[1].method
-                moved.append(Moved(image_id, title, pair[0].target_name, methods, move))
+                names = pair[0].method, pair[1].method
+                about = image_id, photos[-1].title, pair[0].target_name, names
+                moved.append(Moved(*about, move, (pair[0].id, pair[1].id)))
             for key in keys:
                 one, other = (e.metrics.get(key, math.nan) for e in pair)
                 measured.setdefault((pair[1].method, key), []).append((one, other))
     return PackDifference(
         names=(before.name, after.name),
         common=photos,
+        shared=len(shared),
         alone=(len(maps[0]) - len(shared), len(maps[1]) - len(shared)),
         accuracy=_accuracy(photos),
         metrics=_metrics(measured),
         moved=sorted(moved, key=lambda m: (-m.moved, m.image_id)),
         left_out=left_out,
     )
+
+
+def spread(items: Sequence[str], count: int) -> list[str]:
+    """``count`` of the items, evenly spread."""
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _pairs(
+    before: Pack,
+    after: Pack,
+    ones: Sequence[str],
+    others: Sequence[str],
+    renamed: Mapping[str, str],
+    methods: tuple[str, str] | None,
+) -> Iterator[tuple[Explanation, Explanation]]:
+    """The maps of one photo that are compared, from their ids in both packs."""
+    theirs = dict(zip(map(after.key, others), others, strict=True))
+    for entry_id in ones:
+        image_id, target, method = before.key(entry_id)
+        if methods is not None and method != methods[0]:
+            continue
+        other_id = theirs.get((image_id, target, renamed.get(method, method)))
+        if other_id is not None:
+            yield before.explanation(entry_id), after.explanation(other_id)
+
+
+def _chosen(before: Pack, after: Pack, methods: tuple[str, str]) -> dict[str, str]:
+    """The first of the methods with the second, each of which its pack has."""
+    for pack, method in zip((before, after), methods, strict=True):
+        known = dict.fromkeys(pack.key(entry_id)[2] for entry_id in pack.entry_ids)
+        if method not in known:
+            names = ", ".join(known)
+            raise ValueError(
+                f"methods: got {method}; {pack.name} has maps by {names}; give one of them"
+            )
+    return {methods[0]: methods[1]}
 
 
 def _maps_by_photo(pack: Pack) -> dict[str, list[str]]:
@@ -244,7 +290,8 @@ def difference_lines(found: PackDifference) -> Iterator[str]:
     )
     count = len(found.common)
     photos = "1 photo" if count == 1 else f"{count} photos"
-    yield f"\n{photos} in common ({alone}), {len(found.changed)} with another prediction."
+    sample = "" if count == found.shared else f" of {found.shared}, evenly spread,"
+    yield f"\n{photos}{sample} in common ({alone}), {len(found.changed)} with another prediction."
     rows = [] if found.accuracy is None else [("", "accuracy", found.accuracy)]
     rows += [(method, key, change) for (method, key), change in found.metrics.items()]
     if rows:

@@ -15,6 +15,9 @@ class Diff:
 
     packs: Annotated[tuple[Path, Path], tyro.conf.Positional]
     """Folders that xattn explain or compare wrote: before and after."""
+    methods: tuple[str, str] | None = None
+    """Compare the maps by the first method in the first pack with those by the second in the second, which
+    may be the same pack; by default each method with itself."""
     output: Path | None = None
     """Folder for difference.md and difference.json; by default the report is only printed."""
 
@@ -38,7 +41,7 @@ class Diff:
                 opened.append(Pack(folder, name=str(folder), trusted=True))
             except PackError as error:
                 raise ValueError(f"packs: {folder} cannot be opened ({error})") from None
-        found = compare_packs(opened[0], opened[1])
+        found = compare_packs(opened[0], opened[1], self.methods)
         lines = [*difference_lines(found)]
         for line in lines:
             print(line)

@@ -145,3 +145,22 @@ def test_the_command_prints_and_writes_the_same(two, tmp_path, capsys):
     assert kept["now_wrong"] == ["photo-0"] and kept["accuracy"]["difference"]["mean"] == -0.5
     assert main(["diff", str(tmp_path / "before"), str(tmp_path / "nowhere")]) == 2
     assert "packs: " in capsys.readouterr().err
+
+
+def test_two_methods_of_one_pack_are_compared(two):
+    items = [e for m in ("first", "last") for e in photos("rw", seed=len(m), method=m)]
+    one, _ = two(items, items)
+    found = compare_packs(one, one, ("first", "last"))
+    assert {m.methods for m in found.moved} == {("first", "last")} and len(found.moved) == 2
+    assert all(m.moved > 0 for m in found.moved)
+    assert all(one.key(i)[0] == m.image_id for m in found.moved for i in m.entry_ids)
+    with pytest.raises(ValueError, match=r"^methods: got lime; before has maps by first, last"):
+        compare_packs(one, one, ("first", "lime"))
+
+
+def test_of_many_photos_a_sample_is_compared_and_the_report_says_so(two):
+    packs = two(photos("rw" * 10), photos("ww" * 10))
+    found = compare_packs(*packs, most=5)
+    assert [p.image_id for p in found.common] == [f"photo-{i}" for i in (0, 4, 8, 12, 16)]
+    assert found.shared == 20
+    assert "5 photos of 20, evenly spread, in common" in "\n".join(difference_lines(found))
