@@ -21,6 +21,7 @@ PAGES = {  # name: the pack, and a text that is there when the page is
     "image": ("measured", "Opacity"),
     "attention": ("vit", "The figures as a table"),
     "mistakes": ("measured", "Classes"),
+    "runs": ("measured", "30 photos, explained by two methods."),
     "live": ("measured", "Explain"),
     "compare": ("measured", "There is no comparison yet."),
     "train": ("measured", "Train a head"),
@@ -129,6 +130,25 @@ def test_from_the_gallery_to_a_mistake_to_its_photo_and_back(address, open_page)
     page.go_back()
     page.go_back()
     page.locator(".matrix .wrong[aria-current]").wait_for()
+
+
+def test_from_a_photo_to_its_maps_in_two_runs_and_back(address, open_page):
+    page = open_page(address)
+    page.locator(".cell .frame.there").first.wait_for()
+    choose_pack(page, "measured")
+    page.locator('.cell[data-id^="photo-00002@"]').click()
+    page.wait_for_url(re.compile(r"/image\?.*image=photo-00002"))
+    page.get_by_role("button", name="Two runs").click()
+    page.wait_for_url(re.compile(r"/runs\?.*image=photo-00002"))
+    page.get_by_role("heading", name="photo-00002").wait_for()
+    page.get_by_text("Difference", exact=True).wait_for()
+    page.get_by_role("button", name="All photos").click()
+    page.locator(".st-key-runs-pairs .cell").nth(3).click()
+    page.get_by_text("2 of 30").wait_for()
+    page.locator(".st-key-runs-maps-0 .cell").nth(1).click()
+    page.wait_for_url(re.compile(r"/image\?.*entry="))
+    page.go_back()
+    page.get_by_text("Difference", exact=True).wait_for()
 
 
 def test_the_first_address_is_one_entry_of_the_history(address, open_page):

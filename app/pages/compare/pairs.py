@@ -81,7 +81,17 @@ def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
     if not found:
         st.info("No photo has a value of both methods.")
         return
-    st.caption(f"The {min(SHOWN, len(found))} of {len(found)} photos on which they differ most.")
+    bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
+    bar.caption(
+        f"The {min(SHOWN, len(found))} of {len(found)} photos on which they differ most.",
+        width="content",
+    )
+    bar.button(
+        "All photos",
+        key="pairs.runs",
+        on_click=lambda: state.go("runs", pack=pack.id, other=pack.id, by=a, by2=b),
+        help="These two methods on the page Two runs; another pack can be chosen there",
+    )
     form = (
         ".2f" if by == MAPS else number_form(board.info(by), [v for f in found for v in (f.a, f.b)])
     )

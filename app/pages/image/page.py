@@ -92,6 +92,12 @@ def _heading(pack: Pack, image_id: str) -> None:
     with bar.popover("Share"):
         st.caption("This address shows the same view to whoever can open this viewer.")
         st.code(_address(), language=None, wrap_lines=True)
+    bar.button(
+        "Two runs",
+        key="go_runs",
+        on_click=lambda: state.go("runs", image=image_id),
+        help="This photo in another pack, or by another method",
+    )
     if _has_attention(pack, image_id):
         bar.button(
             "Attention",

@@ -164,3 +164,13 @@ def test_of_many_photos_a_sample_is_compared_and_the_report_says_so(two):
     assert [p.image_id for p in found.common] == [f"photo-{i}" for i in (0, 4, 8, 12, 16)]
     assert found.shared == 20
     assert "5 photos of 20, evenly spread, in common" in "\n".join(difference_lines(found))
+
+
+def test_the_command_compares_two_methods_of_one_pack(two, tmp_path, capsys):
+    items = [e for m in ("first", "last") for e in photos("rw", seed=len(m), method=m)]
+    two(items, items)
+    folder = str(tmp_path / "before")
+    assert main(["diff", folder, folder, "--methods", "first", "last"]) == 0
+    assert "first and last" in capsys.readouterr().out
+    assert main(["diff", folder, folder, "--methods", "first", "lime"]) == 2
+    assert "methods: got lime" in capsys.readouterr().err
