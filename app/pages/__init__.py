@@ -15,6 +15,7 @@ PAGES = {
     "gallery": Page("Gallery", True, f"{__name__}.gallery.page"),
     "image": Page("Image", True, f"{__name__}.image.page"),
     "attention": Page("Attention", True, f"{__name__}.attention"),
+    "whatif": Page("What if", True, f"{__name__}.whatif.page"),
     "mistakes": Page("Mistakes", True, f"{__name__}.mistakes.page"),
     "runs": Page("Two runs", True, f"{__name__}.runs.page"),
     "live": Page("Live", False, f"{__name__}.live.page"),

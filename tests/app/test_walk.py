@@ -20,6 +20,7 @@ PAGES = {  # name: the pack, and a text that is there when the page is
     "gallery": ("measured", "Sort by"),
     "image": ("measured", "Opacity"),
     "attention": ("vit", "The figures as a table"),
+    "whatif": ("vit", "Fill"),
     "mistakes": ("measured", "Classes"),
     "runs": ("measured", "30 photos, explained by two methods."),
     "live": ("measured", "Explain"),
@@ -91,6 +92,48 @@ def test_gallery_to_image_to_a_patch_to_a_shared_address_to_a_file(address, open
     with page.expect_download() as download:
         page.get_by_role("button", name=re.compile(", PNG$")).click()
     assert download.value.path().read_bytes().startswith(b"\x89PNG")
+
+
+def test_from_the_gallery_to_a_photo_that_is_painted_on_and_back(address, open_page):
+    page = open_page(address)
+    page.locator(".cell .frame.there").first.wait_for()
+    choose_pack(page, "vit")
+    page.locator('.cell[data-id^="photo-1@"]').click()
+    page.get_by_role("button", name="What if").click()
+    page.wait_for_url(re.compile(r"/whatif\?.*image=photo-1"))
+    canvas = page.locator(".st-key-whatif-canvas .canvas")
+    canvas.wait_for()
+    page.get_by_text("Paint over a part of the photo").wait_for()
+    box = canvas.bounding_box()
+    at = [(box["x"] + x * box["width"], box["y"] + 0.5 * box["height"]) for x in (0.2, 0.8)]
+    page.mouse.move(*at[0])
+    page.mouse.down()
+    page.mouse.move(*at[1], steps=4)
+    page.mouse.up()
+    hidden = page.get_by_text(re.compile(r"^\d+\.\d% of the picture is hidden\.$"))
+    hidden.wait_for()
+    assert page.locator(".answers tbody tr").first.locator("td").count() == 4
+    brushed = hidden.inner_text()
+    page.get_by_role("button", name="Superpixel").click()
+    page.mouse.click(at[0][0], box["y"] + 0.1 * box["height"])
+    page.get_by_text(brushed).wait_for(state="detached")
+    page.reload()  # the mask belongs to the session, which a reload ends
+    page.get_by_text("Paint over a part of the photo").wait_for()
+    canvas.focus()
+    page.keyboard.press("Enter")
+    hidden.wait_for()
+    page.keyboard.press("Control+z")
+    page.get_by_text("Paint over a part of the photo").wait_for()
+    page.get_by_role("button", name="Hide all but it").click()
+    page.get_by_text("80.0% of the picture is hidden, the rest is kept.").wait_for()
+    page.wait_for_url(re.compile("paint=kept"))
+    page.get_by_role("button", name="Image", exact=True).click()
+    page.locator(".st-key-maps .frame.there").nth(1).wait_for()
+    page.get_by_role("button", name="What if").click()
+    page.get_by_text("20.0% of the picture is hidden.").wait_for()  # the paint is still there
+    page.get_by_role("button", name="Image", exact=True).click()
+    page.get_by_role("button", name="Gallery").click()
+    page.locator(".cell .frame.there").first.wait_for()
 
 
 def test_each_view_is_one_press_of_back(root, address, open_page):

@@ -98,6 +98,13 @@ def _heading(pack: Pack, image_id: str) -> None:
         on_click=lambda: state.go("runs", image=image_id),
         help="This photo in another pack, or by another method",
     )
+    bar.button(
+        "What if",
+        key="go_whatif",
+        on_click=_go_whatif,
+        args=(pack, image_id),
+        help="Hide a part of the photo and see what the network says then",
+    )
     if _has_attention(pack, image_id):
         bar.button(
             "Attention",
@@ -146,6 +153,14 @@ def _show(image_id: str) -> None:
     for name in ("entry", "class", "minus", "against"):
         st.query_params.pop(name, None)
     st.query_params["image"] = image_id
+
+
+def _go_whatif(pack: Pack, image_id: str) -> None:
+    """Paint on this photo, beside the map that is in focus."""
+    entry_id, target = (st.query_params.get(name) for name in ("entry", "class"))
+    method = pack.entries.at[entry_id, "method"] if entry_id in pack.entries.index else None
+    view = st.query_params.get("view")
+    state.go("whatif", image=image_id, view=view, method=method, **{"class": target})
 
 
 def _address() -> str:
