@@ -14,8 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from xattn.correlation import disagreement
-from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
+from xattn.eval.bootstrap import Interval, mean_intervals
 from xattn.eval.results import MIN_IMAGES
 from xattn.packs.explanation import Explanation
 from xattn.packs.reader import Pack
@@ -143,7 +145,7 @@ def compare_packs(
     renamed = _renamed(before, after) if methods is None else _chosen(before, after, methods)
     chosen = shared if most is None or len(shared) <= most else spread(shared, most)
     photos, moved = [], []
-    measured: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    measured: dict[str, list[Any]] = {}
     keys, left_out = _metric_keys(before, after)
     for image_id in chosen:
         ones, others = (found[image_id] for found in maps)
@@ -154,16 +156,15 @@ def compare_packs(
                 names = pair[0].method, pair[1].method
                 about = image_id, photos[-1].title, pair[0].target_name, names
                 moved.append(Moved(*about, move, (pair[0].id, pair[1].id)))
-            for key in keys:
-                one, other = (e.metrics.get(key, math.nan) for e in pair)
-                measured.setdefault((pair[1].method, key), []).append((one, other))
+            values = [tuple(e.metrics.get(key, math.nan) for e in pair) for key in keys]
+            measured.setdefault(pair[1].method, []).append(values)
     return PackDifference(
         names=(before.name, after.name),
         common=photos,
         shared=len(shared),
         alone=(len(maps[0]) - len(shared), len(maps[1]) - len(shared)),
         accuracy=_accuracy(photos),
-        metrics=_metrics(measured),
+        metrics=_metrics(measured, keys),
         moved=sorted(moved, key=lambda m: (-m.moved, m.image_id)),
         left_out=left_out,
     )
@@ -247,24 +248,29 @@ def _metric_keys(before: Pack, after: Pack) -> tuple[list[str], list[str]]:
 
 
 def _accuracy(photos: Sequence[Photo]) -> Change | None:
-    known = [p.right for p in photos if None not in p.right]
-    return _change([(float(bool(a)), float(bool(b))) for a, b in known]) if known else None
+    known = [[p.right] for p in photos if None not in p.right]
+    return _changes(known)[0] if known else None
 
 
 def _metrics(
-    measured: Mapping[tuple[str, str], Sequence[tuple[float, float]]],
+    measured: Mapping[str, Sequence[Any]], keys: Sequence[str]
 ) -> dict[tuple[str, str], Change]:
+    """By method and metric, from the values of all metrics before and after, map by map."""
     found = {}
-    for name, values in measured.items():
-        known = [pair for pair in values if all(map(math.isfinite, pair))]
-        if known:
-            found[name] = _change(known)
+    for method, rows in measured.items():
+        for key, change in zip(keys, _changes(rows), strict=True):
+            if change.difference.n:
+                found[method, key] = change
     return found
 
 
-def _change(values: Sequence[tuple[float, float]]) -> Change:
-    before, after = (list(side) for side in zip(*values, strict=True))
-    return Change(mean_interval(before), mean_interval(after), paired_difference(after, before))
+def _changes(rows: Sequence[Any]) -> list[Change]:
+    """(n, K, 2) values before and after -> a change for each of the K; a pair with NaN is left out."""
+    values = np.asarray(rows, dtype=np.float64).reshape(len(rows), -1, 2)
+    values = np.where(np.isfinite(values).all(2, keepdims=True), values, np.nan)
+    three = np.stack([values[..., 0], values[..., 1], values[..., 1] - values[..., 0]], 2)
+    found = mean_intervals(three.reshape(len(rows), -1)) if three.size else []
+    return [Change(*found[i : i + 3]) for i in range(0, len(found), 3)]
 
 
 def _plain(value: Any) -> Any:
