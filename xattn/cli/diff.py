@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -14,7 +14,7 @@ class Diff:
     """Compare two packs of the same photos: two networks, two heads, or two states of one."""
 
     packs: Annotated[tuple[Path, Path], tyro.conf.Positional]
-    """Folders that xattn explain or compare wrote: before and after."""
+    """Folders, or their URLs, that xattn explain or compare wrote: before and after."""
     methods: tuple[str, str] | None = None
     """Compare the maps by the first method in the first pack with those by the second in the second, which
     may be the same pack; by default each method with itself."""
@@ -26,21 +26,18 @@ class Diff:
         from xattn.packs.contained_files import PackError
         from xattn.packs.reader import Pack
         from xattn.runtime.files import check_folder, write_json, write_text
+        from xattn.runtime.stores import place_of
 
         if self.output is not None:
             check_folder(self.output)
         opened = []
         for folder in self.packs:
-            inner = folder / "pack"  # of xattn compare
-            folder = (
-                inner if inner.is_dir() and not (folder / "manifest.json").is_file() else folder
-            )
-            if not folder.is_dir():
-                raise ValueError(f"packs: {folder} is no folder; give one that xattn explain wrote")
+            place = place_of(folder, "packs")
             try:
-                opened.append(Pack(folder, name=str(folder), trusted=True))
+                place = _pack_of(place)
+                opened.append(Pack(place, name=str(place), trusted=True))
             except PackError as error:
-                raise ValueError(f"packs: {folder} cannot be opened ({error})") from None
+                raise ValueError(f"packs: {place} cannot be opened ({error})") from None
         found = compare_packs(opened[0], opened[1], self.methods)
         lines = [*difference_lines(found)]
         for line in lines:
@@ -49,3 +46,14 @@ class Diff:
             write_text(self.output / "difference.md", "\n".join(lines) + "\n")
             write_json(self.output / "difference.json", found.to_json())
             print(f"\nreport: {self.output / 'difference.md'}")
+
+
+def _pack_of(place: Any) -> Any:
+    """The pack that a folder is, or holds as xattn compare writes it."""
+    from xattn.packs.format import MANIFEST
+    from xattn.packs.remote_folder import folder_of
+
+    if isinstance(place, Path) and not place.is_dir():
+        raise ValueError(f"packs: {place} is no folder; give one that xattn explain wrote")
+    inside = not folder_of(place).exists(MANIFEST) and folder_of(place / "pack").exists(MANIFEST)
+    return place / "pack" if inside else place

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from xattn.packs.contained_files import AGAIN, LocalFolder, PackError, PackFolder, why
+from xattn.packs.contained_files import AGAIN, PackError, PackFolder, why
 from xattn.packs.explanation import MAX_CELLS, Explanation, ImageFacts
 from xattn.packs.features import read_features
 from xattn.packs.format import (
@@ -37,10 +37,12 @@ from xattn.packs.format import (
     unreadable_manifest,
 )
 from xattn.packs.manifest import DamagedFile, Manifest, damaged, read_columns
+from xattn.packs.remote_folder import RemoteFolder, folder_of
 from xattn.photos.images import decode_image
 from xattn.photos.view import View
 from xattn.runtime.files import stream_sha256
 from xattn.runtime.lru_cache import LRUCache
+from xattn.runtime.stores import StorePath, place_of
 from xattn.runtime.tensor_file import TensorFile
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ class Pack:
             there has its values at equal steps over [0, 1].
 
     Args:
-        folder: where the pack is; a PackFolder is read as it is.
+        folder: where the pack is, a path or the URL of an object store.
         id, name: what the viewer calls the pack.
         cache: keeps the maps that were read last; packs may share one.
         trusted: the pack is the caller's own: links that lead out of the folder are followed, and names
@@ -79,13 +81,15 @@ class Pack:
 
     def __init__(
         self,
-        folder: Path | PackFolder,
+        folder: str | Path | StorePath | PackFolder,
         id: str = "pack",
         name: str = "",
         cache: LRUCache | None = None,
         trusted: bool = False,
     ) -> None:
-        self.files = LocalFolder(folder, trusted) if isinstance(folder, Path) else folder
+        self.files = (
+            folder if isinstance(folder, PackFolder) else folder_of(folder, trusted=trusted)
+        )
         self.id, self.name = id, name or self.files.name
         self._cache = LRUCache(RECENT_MAPS) if cache is None else cache
         self._trusted = trusted
@@ -278,8 +282,10 @@ class Pack:
         values = ((key, values[i]) for key, values in self._manifest.measured.items())
         return {key: value for key, value in values if value == value}
 
-    def _stored_photo(self, name: str | None) -> Path | None:
+    def _stored_photo(self, name: str | None) -> Path | StorePath | None:
         """The file of a thumbnail, None if it is not there."""
+        if isinstance(self.files, RemoteFolder):
+            return self.files.file(name) if name else None
         if not name or self.folder is None:
             return None
         try:
@@ -332,26 +338,27 @@ class Pack:
 
 
 def load_pack(folder: str | Path) -> list[Explanation]:
-    """The explanations of a pack, in their order; photos come as thumbnails.
+    """The explanations of a pack, a folder or the URL of one, in their order; photos come as thumbnails.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: not a pack, or a damaged one;
-            :class:`~xattn.packs.format.LaterVersion` for one that a later xattn wrote.
+        FileNotFoundError: no such folder. ValueError: not a pack, or a damaged one, or a store that does
+            not answer; :class:`~xattn.packs.format.LaterVersion` for one that a later xattn wrote.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"pack: no folder {folder}; give one that save_pack wrote")
+    place = place_of(folder, "pack")
+    if isinstance(place, Path) and not place.is_dir():
+        raise FileNotFoundError(f"pack: no folder {place}; give one that save_pack wrote")
     nothing_kept = LRUCache(0)
     try:
-        pack = Pack(folder, name=str(folder), cache=nothing_kept, trusted=True)
+        pack = Pack(place, name=str(place), cache=nothing_kept, trusted=True)
         return [pack.explanation(entry_id) for entry_id in pack.entry_ids]
     except DamagedFile as error:
         what = "missing or damaged" if error.file == MAPS else "damaged"
         raise ValueError(
-            f"pack: {folder / error.file} is {what} ({error.reason}); {AGAIN}"
+            f"pack: {place / error.file} is {what} ({error.reason}); {AGAIN}"
         ) from None
     except PackError as error:
-        raise ValueError(str(error)) from None
+        text = str(error)
+        raise ValueError(text if text.startswith("pack: ") else f"pack: {text}") from None
 
 
 def _table(value: Any) -> dict[str, Any] | None:

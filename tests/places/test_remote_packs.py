@@ -1,0 +1,119 @@
+"""Packs in an object store: what is fetched, and what is said of one that cannot be read."""
+
+import numpy as np
+import pytest
+from conftest import upload
+from small_explanations import make
+
+from xattn.cli import main
+from xattn.packs.contained_files import PackError
+from xattn.packs.reader import Pack, load_pack
+from xattn.packs.remote_folder import RemoteFolder
+from xattn.packs.writer import save_pack
+from xattn.runtime.stores import place_of
+
+
+@pytest.fixture
+def pack(tmp_path, bucket):
+    """The URL of a pack of two photos, and what it holds."""
+    found = [make("cat", 3, seed=1), make("cat", 4, seed=2), make("dog", 3, seed=3)]
+    return upload(save_pack(tmp_path / "pack", found), f"{bucket}/runs/pack"), found
+
+
+def test_a_pack_is_read_as_from_a_folder(pack):
+    url, given = pack
+    found = load_pack(url)
+    assert [e.id for e in found] == [e.id for e in given]
+    assert all(np.array_equal(a.map, b.map) for a, b in zip(found, given, strict=True))
+    assert found[0].photo().size == (90, 60) and found[2].file_name == "dog.png"
+    opened = Pack(place_of(url))
+    assert opened.folder is None and opened.name == "pack" and len(opened.entries) == 3
+    assert opened.photo("cat").size == (90, 60) and opened.video is None
+
+
+def test_a_map_costs_its_own_bytes(tmp_path, bucket, fetched):
+    maps = [make("cat", i, seed=i) for i in range(5)]
+    for e in maps:
+        object.__setattr__(e, "map", np.random.default_rng(e.target).random((200, 300)))
+    url = upload(save_pack(tmp_path / "pack", maps), f"{bucket}/pack")
+    opened = Pack(place_of(url))
+    fetched.clear()
+    found = opened.explanation(opened.entry_ids[3])
+    assert fetched == [("maps.safetensors", 200 * 300 * 4)]
+    assert np.array_equal(found.map, maps[3].map.astype(np.float32))
+    opened.photo("cat")
+    fetched.clear()
+    opened.photo("cat")
+    assert fetched == []  # a small file is kept
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a//b", "a/../../b", "a\\b", "a?v=1"])
+def test_a_name_cannot_lead_out_of_the_folder(name):
+    folder = RemoteFolder(place_of("memory://closed/pack"))
+    for question in (folder.open, folder.exists, folder.size, lambda n: folder.read(n, 9)):
+        with pytest.raises(PackError, match="cannot be the name of a file of a pack"):
+            question(name)
+
+
+def test_a_file_is_opened_anywhere_and_no_more_than_the_limit_is_read(bucket):
+    place = place_of(f"{bucket}/pack")
+    data = np.random.default_rng(0).bytes(1_500_000)
+    (place / "big").write(data)
+    folder = RemoteFolder(place)
+    assert folder.size("big") == len(data) and folder.exists("big") and not folder.exists("none")
+    with folder.open("big") as stream:
+        assert stream.read(8) == data[:8] and stream.read(100_000) == data[8:100_008]
+        assert stream.seek(-5, 2) == len(data) - 5 and stream.read() == data[-5:]
+        assert stream.read(10) == b"" and stream.seek(10) == 10 and stream.read(3) == data[10:13]
+    assert folder.read("big", len(data)) == data
+    with pytest.raises(PackError, match=r"^big has 1,500,000 bytes, over the limit of 1,000$"):
+        RemoteFolder(place).read("big", 1000)
+    with pytest.raises(PackError, match=r"^s3://.*/pack/none is missing; upload the pack again"):
+        folder.open("none")
+
+
+def test_a_store_that_stops_answering_is_named(pack, impatient, store, monkeypatch):
+    url, _ = pack
+    opened = Pack(place_of(url))
+    whole = RemoteFolder.range
+    monkeypatch.setattr("xattn.runtime.stores.file_system", broken)
+    with pytest.raises(
+        PackError, match=r"^s3://bucket-\w+ does not answer \(the line is cut; 2 att"
+    ):
+        opened.explanation(opened.entry_ids[0])
+    with pytest.raises(ValueError, match=r"^pack: s3://bucket-\w+ does not answer"):
+        load_pack(url)
+    monkeypatch.undo()
+    assert (
+        whole is RemoteFolder.range and opened.explanation(opened.entry_ids[0]).id == "cat@3.head"
+    )
+
+
+def broken(scheme):
+    class Broken:
+        async_impl = False
+
+        def __getattr__(self, name):
+            if name == "_strip_protocol":
+                return lambda url: url
+            if name == "invalidate_cache":
+                return lambda: None
+            raise ConnectionResetError("the line is cut")
+
+    return Broken()
+
+
+def test_what_is_not_there_is_said(bucket):
+    with pytest.raises(ValueError, match=r"^pack: s3://.*/none/manifest.json is missing"):
+        load_pack(f"{bucket}/none")
+    with pytest.raises(ValueError, match=r"^pack: s3://no-such-bucket-at-all/x/manifest.json is"):
+        load_pack("s3://no-such-bucket-at-all/x")
+
+
+def test_diff_compares_packs_of_a_store_with_local_ones(pack, tmp_path, capsys):
+    url, _ = pack
+    save_pack(tmp_path / "other", [make("cat", 3, seed=9), make("dog", 3, seed=3)])
+    assert main(["diff", url, str(tmp_path / "other")]) == 0
+    assert "photos" in capsys.readouterr().out
+    assert main(["diff", url, f"{url}-none"]) == 2
+    assert "packs: s3://" in capsys.readouterr().err

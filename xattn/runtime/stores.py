@@ -1,0 +1,317 @@
+"""Files and folders of object stores by URL (``s3://``, ``gs://``, ``hf://``, ...), through fsspec.
+
+A :class:`StorePath` reads by range, lists what is below it, and takes files. Every request is repeated a
+few times with growing pauses; a store that still does not answer is a :class:`StoreError`. File systems
+are asked for anew by each call, which costs nothing and keeps forked processes apart: fsspec keeps one
+for each process.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
+
+ATTEMPTS = 4
+PAUSE = 0.5  # seconds after the first attempt, doubled after each
+PATIENCE = 15.0  # seconds that a store may be silent
+SLOWEST = 200_000  # bytes a second; slower is taken for silent
+BLOCK = 8 << 20  # bytes of one request
+LIBRARIES = {"s3": '"xattn[remote]"', "s3a": '"xattn[remote]"', "gs": "gcsfs", "gcs": "gcsfs"}
+LIBRARIES |= {"hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs"}
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)  # a Path has one slash left
+_LOCAL = ("file", "local")
+_FINAL = (ValueError, TypeError, NotImplementedError, NotADirectoryError, IsADirectoryError)
+Result = TypeVar("Result")
+
+
+class StoreError(OSError):
+    """An object store that does not answer, or does not let one in: work on it ends here."""
+
+
+@dataclass(frozen=True)
+class StorePath:
+    """A file or folder of an object store.
+
+    Attributes:
+        url: as fsspec reads it, without a slash at the end.
+        size: bytes of a file, where a listing has told them.
+        mark: what shows that a file was replaced, where a listing has told it.
+    """
+
+    url: str
+    size: int | None = field(default=None, compare=False)
+    mark: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str) -> StorePath:
+        return StorePath(f"{self.url}/{name}")
+
+    @property
+    def scheme(self) -> str:
+        return self.url.partition("://")[0]
+
+    @property
+    def store(self) -> str:
+        """The store by its scheme and bucket, for errors."""
+        return "/".join(self.url.split("/")[:3])
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.name).suffix
+
+    @property
+    def parent(self) -> StorePath:
+        return StorePath(self.url.rpartition("/")[0])
+
+    def below(self, folder: StorePath) -> str | None:
+        """The name of this file relative to ``folder``; None if it lies elsewhere."""
+        start = f"{folder.url}/"
+        return self.url[len(start) :] if self.url.startswith(start) else None
+
+    # ------------------------------------------------------------------ reading
+
+    def info(self) -> StorePath | None:
+        """This file with its size; None if there is no file of this name.
+
+        Raises:
+            StoreError: as all that follow.
+        """
+        found = self._info()
+        return self._described(found) if found is not None and found["type"] == "file" else None
+
+    def is_folder(self) -> bool:
+        """Whether anything lies below."""
+        found = self._info()
+        return found is not None and found["type"] == "directory"
+
+    def _info(self) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = self._ask(lambda fs, path, wait: _fresh(fs).info(path, **wait))
+            return found
+        except FileNotFoundError:
+            return None
+
+    def read(self, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes ``start`` to ``end`` (exclusive; the end of the file by default).
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        if end is None:
+            end = self.known_size()
+        parts = [self._range(at, min(at + BLOCK, end)) for at in range(start, end, BLOCK)]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def known_size(self) -> int:
+        """Bytes of this file, asked for unless a listing has told them; FileNotFoundError without one."""
+        found = self if self.size is not None else self.info()
+        if found is None or found.size is None:
+            raise FileNotFoundError(f"no file {self}")
+        return found.size
+
+    def _range(self, start: int, end: int) -> bytes:
+        def cut(fs: Any, path: str, wait: dict[str, Any]) -> bytes:
+            try:
+                data: bytes = fs.cat_file(path, start=start, end=end, **wait)
+                return data
+            except OSError as error:
+                if "not satisfiable" in str(error):  # the file ends before
+                    return b""
+                raise
+
+        return self._ask(cut, end - start)
+
+    # ------------------------------------------------------------------ listing
+
+    def files(self, depth: int | None = None) -> list[StorePath]:
+        """All files below, sorted as the paths of a local folder are; hidden ones are left out.
+
+        Args:
+            depth: how many levels of folders are looked into, 1 for this one alone; all by default.
+        """
+        found = self._ask(
+            lambda fs, path, wait: (
+                path,
+                _fresh(fs).find(path, maxdepth=depth, detail=True, **wait),
+            ),
+            1 << 27,
+        )
+        root, below = found[0].strip("/"), found[1]
+        files: list[tuple[list[str], StorePath]] = []
+        for path, about in below.items():
+            parts = path.strip("/").removeprefix(root).strip("/").split("/")
+            if about.get("type") == "file" and not any(p.startswith(".") or not p for p in parts):
+                files.append((parts, (self / "/".join(parts))._described(about)))
+        return [file for _, file in sorted(files, key=lambda pair: pair[0])]
+
+    def _described(self, about: dict[str, Any]) -> StorePath:
+        marks = (
+            "ETag",
+            "etag",
+            "md5Hash",
+            "blob_id",
+            "mtime",
+            "LastModified",
+            "updated",
+            "created",
+        )
+        mark = next((str(about[name]) for name in marks if about.get(name)), "")
+        return StorePath(self.url, about.get("size"), mark)
+
+    # ------------------------------------------------------------------ writing
+
+    def put(self, file: Path) -> None:
+        """Upload a file; it appears whole or not at all."""
+        size = file.stat().st_size
+        self._ask(lambda fs, path, wait: fs.put_file(str(file), path, **wait), size)
+
+    def write(self, data: bytes) -> None:
+        """Write a small file."""
+        self._ask(lambda fs, path, wait: fs.pipe_file(path, data, **wait), len(data))
+
+    def remove(self) -> None:
+        """Remove a file, if it is there."""
+        try:
+            self._ask(lambda fs, path, wait: fs.rm_file(path))
+        except FileNotFoundError:
+            pass
+
+    def _ask(self, call: Callable[[Any, str, dict[str, Any]], Result], size: int = 0) -> Result:
+        """``call(file system, path, options of waiting)``, repeated until the store answers.
+
+        Args:
+            size: bytes that are moved, which may take a while.
+        """
+        fs = file_system(self.scheme)
+        path: str = fs._strip_protocol(self.url)
+        wait = {"timeout": PATIENCE + size / SLOWEST} if fs.async_impl else {}
+        started, error = time.monotonic(), Exception()
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(PAUSE * 2 ** (attempt - 1))
+            try:
+                return call(fs, path, wait)
+            except FileNotFoundError:
+                raise FileNotFoundError(f"no file or folder {self}") from None
+            except _FINAL as final:
+                raise StoreError(f"{self} cannot be used ({_reason(final)})") from final
+            except Exception as other:  # each library has errors of its own
+                if _is_refusal(other):
+                    raise StoreError(
+                        f"{self.store} refuses access ({_reason(other)}); check the name and the "
+                        f"credentials"
+                    ) from other
+                error = other
+        raise StoreError(
+            f"{self.store} does not answer ({_reason(error)}; {ATTEMPTS} attempts in "
+            f"{time.monotonic() - started:.0f} s); check the network and the address of the store, then "
+            f"try again"
+        ) from error
+
+
+def place_of(given: str | Path | StorePath, argument: str = "path") -> Path | StorePath:
+    """What a path or URL stands for: a local path, also of a ``file://`` URL, or one of a store.
+
+    Raises:
+        ValueError: a URL of another form, or whose library is not installed.
+    """
+    if isinstance(given, StorePath):
+        return given
+    match = _URL.fullmatch(given if isinstance(given, str) else given.as_posix())
+    if match is None:
+        return Path(given)
+    scheme, rest = match[1].lower(), match[2]
+    if scheme in _LOCAL:
+        parts = urlsplit(f"file:///{rest}")
+        return Path(url2pathname(unquote(parts.path)))
+    if scheme not in _known_schemes():
+        if "://" not in str(given):  # a local folder whose name has a colon
+            return Path(given)
+        raise ValueError(
+            f"{argument}: got {given}, whose store {scheme}:// is not known; give s3://, gs://, hf://, or "
+            f"a local path"
+        )
+    if "::" in rest or not rest.strip("/"):
+        raise ValueError(f"{argument}: got {given}; give {scheme}://BUCKET/FOLDER")
+    check_library(scheme, argument)
+    return StorePath(f"{scheme}://{rest.strip('/')}")
+
+
+def is_remote(given: Any) -> bool:
+    """Whether a path or URL names something in a store; nothing is loaded for other paths."""
+    return isinstance(given, StorePath) or (
+        isinstance(given, str | Path)
+        and _URL.fullmatch(str(given)) is not None
+        and isinstance(place_of(given), StorePath)
+    )
+
+
+def check_library(scheme: str, argument: str) -> None:
+    """Raise a ``ValueError`` unless the library of a store is installed."""
+    from fsspec import get_filesystem_class
+
+    try:
+        get_filesystem_class(scheme)
+    except (ImportError, ValueError):
+        library = LIBRARIES.get(scheme, "its fsspec library")
+        raise ValueError(
+            f"{argument}: {scheme}:// needs a library that is not installed; run: pip install {library}"
+        ) from None
+
+
+def file_system(scheme: str) -> Any:
+    """The fsspec file system of a store; ours ask once, because :class:`StorePath` repeats."""
+    import fsspec
+    from fsspec.config import conf
+
+    if scheme not in ("s3", "s3a"):
+        return fsspec.filesystem(scheme)
+    own = {"connect_timeout": 5, "read_timeout": PATIENCE, "retries": {"total_max_attempts": 1}}
+    fs = fsspec.filesystem(
+        "s3", config_kwargs={**own, **conf.get("s3", {}).get("config_kwargs", {})}
+    )
+    fs.retries = 1
+    return fs
+
+
+def _fresh(fs: Any) -> Any:
+    """The file system without its memory of what folders hold."""
+    fs.invalidate_cache()
+    return fs
+
+
+def _known_schemes() -> set[str]:
+    from fsspec import available_protocols
+
+    return set(available_protocols()) - {*_LOCAL, "data"}
+
+
+def _is_refusal(error: BaseException) -> bool:
+    text = f"{type(error).__name__} {error}"
+    words = (
+        "Forbidden",
+        "AccessDenied",
+        "credential",
+        "Unauthorized",
+        "401",
+        "403",
+        "NoSuchBucket",
+    )
+    return isinstance(error, PermissionError) or any(word in text for word in words)
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:200]
+    return text or type(error).__name__
