@@ -41,7 +41,7 @@ from xattn.eval.sanity import Cascade, first_photos, likeness, sanity_rows, with
 from xattn.explainers import create_explainer, list_explainers
 from xattn.explainers.options import options_by_name
 from xattn.explainers.own import as_explainers
-from xattn.explaining.naming import named_photos
+from xattn.explaining.naming import is_folder_of, named_photos, relative_name
 from xattn.explaining.photos import true_classes_of
 from xattn.heads import Head
 from xattn.packs.format import check_output
@@ -49,6 +49,7 @@ from xattn.photos.images import MAX_PIXELS, list_images
 from xattn.photos.sources import is_stored
 from xattn.runtime.distributed import processes
 from xattn.runtime.files import printable, write_text
+from xattn.runtime.stores import StorePath, place_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,14 +213,13 @@ def _say_plan(
         say(str(expected))
 
 
-def _paths(images: Any) -> dict[str, Path]:
+def _paths(images: Any) -> dict[str, Path | StorePath]:
     """Paths of the photos of a file, folder or list, by image id."""
-    if not isinstance(images, str | Path) or is_stored(images):
+    if not isinstance(images, str | Path | StorePath) or is_stored(images):
         return {}
-    root = Path(images)
-    paths = list_images(images)
-    names = [str(p.relative_to(root) if root.is_dir() else p) for p in paths]
-    return {printable(name): path for name, path in zip(names, paths, strict=True)}
+    place, paths = place_of(images, "images"), list_images(images)
+    root = place if is_folder_of(place, paths) else None
+    return {printable(relative_name(path, root) or str(path)): path for path in paths}
 
 
 def groups_of(job: Comparison) -> list[str | Probe]:

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xattn.explaining.naming import check_kind
+from xattn.explaining.naming import check_kind, is_folder_of, relative_name
 from xattn.photos.arrays import input_batch, is_stream, single_images
 from xattn.photos.base import Photos, StoredPhoto
 from xattn.photos.images import MAX_PIXELS, list_images, load_image, read_ahead
 from xattn.photos.sources import is_stored, open_photos
 from xattn.photos.view import View, prepare
 from xattn.runtime.files import printable
+from xattn.runtime.stores import StoreError, StorePath, place_of
 
 
 class Item(NamedTuple):
@@ -60,13 +61,13 @@ class ImageStream:
     ) -> None:
         self.preprocessing, self.view, self.max_pixels = preprocessing, view, max_pixels
         self.skipped: dict[int, Skipped] = {}
-        self._root: Path | None = None
+        self._root: Path | StorePath | None = None
         self._channels = len(preprocessing.mean)
         if is_stored(images):
             images = open_photos(images)
-        elif isinstance(images, str | Path):
-            self._root = Path(images) if Path(images).is_dir() else None
-            images = list_images(images)
+        elif isinstance(images, str | Path | StorePath):
+            place, images = place_of(images, "images"), list_images(images)
+            self._root = place if is_folder_of(place, images) else None
         elif isinstance(images, Tensor):
             images = input_batch(images, self._channels, "images")
         elif is_stream(images):
@@ -116,13 +117,13 @@ class ImageStream:
 
     def _photo(self, item: Any, position: int) -> Item | None:
         name = item.name if isinstance(item, StoredPhoto) else f"image {position}"
-        if isinstance(item, str | Path):
-            path = Path(item)
-            inside = self._root is not None and path.is_relative_to(self._root)
-            name = str(path.relative_to(self._root)) if inside and self._root else str(path)
-            name = printable(name)
+        if isinstance(item, str | Path | StorePath):
+            path = place_of(item, "images")
+            name = printable(relative_name(path, self._root) or str(path))
         try:
             photo = load_image(item, self.max_pixels)
+        except StoreError:
+            raise
         except (ValueError, OSError) as error:
             self.skipped[position] = Skipped(name, printable(str(error)))
             return None

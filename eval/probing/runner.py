@@ -68,7 +68,7 @@ def run_probes(
     return rows, labels, features.skipped
 
 
-def _labelled_photos(job: ProbeJob) -> tuple[Photos, Labels, dict[Path, str]]:
+def _labelled_photos(job: ProbeJob) -> tuple[Photos, Labels, dict[Any, str]]:
     """The photos, the labels of all that were given, and the class of each photo that is a file.
 
     Of photos in files, those without a label are left out: they need no features.

@@ -25,6 +25,7 @@ from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.writer import pack_writer
 from xattn.photos.images import load_image
 from xattn.photos.view import View, make_view
+from xattn.runtime.stores import StoreError, StorePath
 
 DIGITS = 6  # of a curve's values
 
@@ -32,8 +33,10 @@ DIGITS = 6  # of a curve's values
 def can_pack(images: Any) -> bool:
     """Whether photos can be read a second time, for thumbnails: paths, lists of paths and images."""
     if isinstance(images, list | tuple):
-        return bool(images) and all(isinstance(i, str | Path | Image.Image) for i in images)
-    return isinstance(images, str | Path | Image.Image)
+        return bool(images) and all(
+            isinstance(i, str | Path | StorePath | Image.Image) for i in images
+        )
+    return isinstance(images, str | Path | StorePath | Image.Image)
 
 
 def write_pack(
@@ -71,6 +74,8 @@ def write_pack(
                 view = make_view(
                     (photo.height, photo.width), backbone.preprocessing, results.protocol.view
                 ).check_size()
+            except StoreError:
+                raise
             except (OSError, ValueError) as error:
                 say(f"pack: left out {kept.id}: {error}")
                 continue

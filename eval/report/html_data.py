@@ -28,6 +28,7 @@ from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results, is_baseline
 from xattn.photos.images import MAX_PIXELS, decode_image, load_image
 from xattn.photos.view import prepare
 from xattn.pictures.overlay import data_url
+from xattn.runtime.stores import StoreError, StorePath
 
 CASE_METRICS = ("AD", "deletion", "insertion", "ROAD")
 CASE_METHODS = 8
@@ -45,7 +46,7 @@ CURVES = {
 def page_data(
     results: Results,
     state: Path | None,
-    photos: Mapping[str, Path],
+    photos: Mapping[str, Path | StorePath],
     preprocessing: Preprocessing | None,
 ) -> dict[str, Any]:
     """What the page's script draws from; arguments as in :func:`xattn.eval.report.html_page.html_page`.
@@ -239,7 +240,7 @@ def _palette() -> bytes:
 
 def _photos(
     results: Results,
-    photos: Mapping[str, Path],
+    photos: Mapping[str, Path | StorePath],
     preprocessing: Preprocessing | None,
     wanted: Iterable[int],
 ) -> dict[str, str]:
@@ -253,6 +254,8 @@ def _photos(
             continue
         try:
             photo = load_image(path, max_pixels=None)
+        except StoreError:
+            raise
         except (OSError, ValueError):
             continue
         pixels = prepare(photo, preprocessing, results.protocol.view)[0]

@@ -29,6 +29,7 @@ from xattn.eval.report.html_tables import (
 from xattn.eval.report.standings import Standing
 from xattn.eval.report.text_tables import protocol_notes
 from xattn.eval.results import Results, is_baseline
+from xattn.runtime.stores import StorePath
 
 _LISTED = 20  # images of one method, or skipped photos, before "and n more"
 
@@ -38,7 +39,7 @@ def html_page(
     table: Sequence[Standing],
     *,
     state: Path | None,
-    photos: Mapping[str, Path],
+    photos: Mapping[str, Path | StorePath],
     preprocessing: Preprocessing | None = None,
 ) -> str:
     """The page as text; equal arguments give equal bytes.

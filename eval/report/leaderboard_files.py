@@ -18,12 +18,13 @@ from xattn.eval.report.standings import Standing, standings, too_few, wins
 from xattn.eval.report.text_tables import format_table
 from xattn.eval.results import TOO_FEW, Results, is_baseline
 from xattn.runtime.files import atomic_file
+from xattn.runtime.stores import StorePath
 
 
 def write_report(
     results: Results,
     folder: Path,
-    photos: Mapping[str, Path] | None = None,
+    photos: Mapping[str, Path | StorePath] | None = None,
     preprocessing: Any = None,
 ) -> list[Path]:
     """Write the leaderboard as Markdown, CSV, JSON and HTML; returns the files.

@@ -15,6 +15,7 @@ from xattn.cli.options import did_you_mean
 from xattn.photos import image_names
 from xattn.runtime.files import follow_link
 from xattn.runtime.head_files import local_head
+from xattn.runtime.stores import StorePath, is_remote, place_of
 
 STORED = ("hfds/", "wds/", "hfids/")
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "meta")
@@ -32,15 +33,17 @@ def check_images(images: Sequence[str], argument: str = "images") -> None:
         raise ValueError(f"{argument}: got {stored[0]} and others; give the dataset alone")
     if stored:
         return
-    missing = [name for name in images if not Path(name).exists()]
+    with saying(argument):
+        places = [place_of(name, argument) for name in images]
+    missing = [str(p) for p in places if isinstance(p, Path) and not p.exists()]
     if missing and len(images) > 1:
         raise FileNotFoundError(
             f"{argument}: {len(missing)} of {len(images)} photos are not there: "
             f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}; check the paths"
         )
-    for name in images:
+    for place in places:
         with saying(argument):
-            image_names.check_images(name)
+            image_names.check_images(place)
 
 
 @contextmanager
@@ -66,7 +69,11 @@ def check_file(argument: str, path: Path | None, wanted: str) -> None:
 
 def check_labels(labels: str | Path | None) -> None:
     if labels is not None and str(labels) != "folders":
-        path = Path(labels)
+        path = place_of(labels, "labels")
+        if isinstance(path, StorePath):
+            if path.info() is None:
+                raise FileNotFoundError(f"labels: no file {path}; give a .json or .csv file")
+            return
         if path.is_dir():
             raise ValueError(
                 f'labels: {path} is a folder; give a .json or .csv file, or "folders" for the photos\' own'
@@ -127,7 +134,9 @@ def check_name(argument: str, name: str, names: Collection[str], more: str) -> N
 
 
 def check_output(folder: Path) -> None:
-    """A folder to write to is no file and no link that leads nowhere."""
+    """A folder to write to is no file and no link that leads nowhere; one of a store comes later."""
+    if is_remote(folder):
+        return
     follow_link(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output: {folder} is a file; name a folder")

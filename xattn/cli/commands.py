@@ -24,6 +24,7 @@ from xattn.cli.explain import Explain
 from xattn.cli.export import Export
 from xattn.cli.imports import HELP, import_own, take_imports
 from xattn.cli.listing import List
+from xattn.cli.outputs import refuse_remote
 from xattn.cli.parts import Parts
 from xattn.cli.printing import one_line, plain_warnings, reader_is_gone
 from xattn.cli.probe import Probe
@@ -49,6 +50,8 @@ COMMANDS: dict[str, type[Any]] = {
     "study": Study,
     "list": List,
 }
+
+UPLOADING = (Explain, Evaluate)  # the commands whose output may be the URL of a store
 
 DESCRIPTION = (
     "Train, use and measure explanation heads on frozen image classifiers. --version prints the "
@@ -90,6 +93,8 @@ def _run(arguments: list[str]) -> int:
     try:
         arguments, sources = take_imports(arguments)
         command = parsed(COMMANDS, arguments, "xattn", DESCRIPTION)
+        if type(command) not in UPLOADING:
+            refuse_remote(arguments[0], getattr(command, "output", None))
         if hasattr(command, "check"):
             command.check()
         for source in sources:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import tyro
 from xattn.cli.checks import check_annotations, check_name, check_output
 from xattn.cli.heads import choose_heads, row_name
 from xattn.cli.model import BackboneArgs
-from xattn.cli.outputs import choose_output
+from xattn.cli.outputs import Output, output_folder
 from xattn.cli.shared import BatchSize, Explainers, MethodArgs, check_known, first_of
 
 
@@ -39,8 +40,8 @@ class Evaluate(MethodArgs):
     batch_size: BatchSize = 32
     """Masked images per pass."""
     output: Path | None = None
-    """Folder for results.json and results.csv; by default runs/evaluation, or runs/evaluation-2 and so on
-    if there are results."""
+    """Folder or URL for results.json and results.csv; by default runs/evaluation, or runs/evaluation-2 and
+    so on if there are results."""
     overwrite: bool = False
     """Replace the results in the output folder."""
 
@@ -52,6 +53,14 @@ class Evaluate(MethodArgs):
             check_output(self.output)
 
     def run(self) -> None:
+        with self._checked_output() as output:
+            main = self._measure(output.folder)
+        if main:
+            place = output.place
+            print(f"results: {place / 'results.json'}, {place / 'results.csv'}")
+
+    def _measure(self, output: Path) -> bool:
+        """Write the results to a folder; whether this is the process that does."""
         from xattn.eval import Protocol, evaluate, format_table, sanity_rows, write_csv, write_json
         from xattn.eval.annotations.objects import load_annotations
         from xattn.eval.metric_presets import preset
@@ -62,7 +71,6 @@ class Evaluate(MethodArgs):
         from xattn.runtime.distributed import processes
         from xattn.runtime.files import check_folder
 
-        output = self._checked_output()
         check_folder(output)
         backbone = self.model.load()
         photos = first_of(self.photos, self.limit)
@@ -109,7 +117,7 @@ class Evaluate(MethodArgs):
             annotations=annotations,
         )
         if processes(backbone.device)[1] > 0:
-            return
+            return False
         write_json(results, output / "results.json")
         write_csv(results, output / "results.csv")
         print(format_table(results))
@@ -120,9 +128,9 @@ class Evaluate(MethodArgs):
                 print(line)
         for item in results.skipped:
             print(f"skipped {item.id}: {item.reason}", file=sys.stderr)
-        print(f"results: {output / 'results.json'}, {output / 'results.csv'}")
+        return True
 
-    def _checked_output(self) -> Path:
+    def _checked_output(self) -> AbstractContextManager[Output]:
         """The output folder; names that no registry knows are refused before the network loads."""
         from xattn.eval.metric_presets import PRESETS
         from xattn.eval.metrics.registry import REGISTRY
@@ -132,9 +140,4 @@ class Evaluate(MethodArgs):
         check_known("metrics", self.metrics, REGISTRY)
         if self.preset is not None:
             check_name("preset", self.preset, PRESETS, f"choose one of {', '.join(PRESETS)}")
-        return choose_output(
-            self.output,
-            "runs/evaluation",
-            self.overwrite,
-            lambda folder: (folder / "results.json").is_file(),
-        )
+        return output_folder(self.output, "runs/evaluation", self.overwrite, "results.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import tyro
 from xattn.cli.checks import check_labels
 from xattn.cli.heads import choose_head, fits_a_head, load_with_classifier, row_name
 from xattn.cli.model import BackboneArgs
-from xattn.cli.outputs import choose_output
+from xattn.cli.outputs import Output, output_folder
 from xattn.cli.printing import note
 from xattn.cli.shared import BatchSize, Explainers, Images, MethodArgs, check_known, first_of
 
@@ -46,14 +47,15 @@ class Explain(MethodArgs):
     features: bool = False
     """Also keep what the network classifies of each photo, for the viewer's map of the photos."""
     output: Path | None = None
-    """Folder for the pack, and for a clip's overlay.mp4; by default runs/explained, or runs/explained-2
-    and so on if there are results."""
+    """Folder or URL for the pack, and for a clip's overlay.mp4; by default runs/explained, or
+    runs/explained-2 and so on if there are results."""
     overwrite: bool = False
     """Replace the results in the output folder."""
     batch_size: BatchSize = 8
     """Images per pass."""
 
     def check(self) -> None:
+        self._check_kinds()
         super().check()
         self.model.check()
         check_labels(self.labels)
@@ -66,6 +68,19 @@ class Explain(MethodArgs):
             raise ValueError(
                 f"images, limit: {clips[0]} is a clip; give it alone, and --every n for fewer frames"
             )
+
+    def _check_kinds(self) -> None:
+        """Refuse clips and volumes of a store, whose readers want files on disk."""
+        from xattn.photos.clip import is_video
+        from xattn.photos.volumes import is_volume
+        from xattn.runtime.stores import is_remote
+
+        for name in self.images:
+            if is_remote(name) and (is_video(name) or is_volume(name)):
+                kind = "clip" if is_video(name) else "volume"
+                raise ValueError(
+                    f"images: {name} is a {kind} in a store; copy it to a local folder first"
+                )
 
     def run(self) -> None:
         from xattn.explainers.base import EXPLAINERS
@@ -88,35 +103,35 @@ class Explain(MethodArgs):
             raise ValueError(
                 f"every, smoothing: {self.images[0]} is no clip; leave out --every and --smoothing"
             )
-        output = self._output()
-        backbone, methods = self._methods()
         options: dict[str, Any] = {
             "classes": list(self.classes) or None,
             "top": self.top,
             "view": self.view or ("whole" if clip else "crop"),
-            "output": output,
             "batch_size": self.batch_size,
             "seed": self.seed,
             "max_pixels": self.max_pixels,
             "progress": True,
         }
         found: Any
-        if clip:
-            options.update(every=self.every, smoothing=self.smoothing)
-            found = explain_video(self.images[0], backbone, None, methods[0], **options)
-        else:
-            options.update(labels=self.labels, features=self.features)
-            photos = first_of(self.photos, self.limit)
-            found = explain(photos, backbone, None, methods, **options)
+        with self._output() as output:
+            backbone, methods = self._methods()
+            options["output"] = output.folder
+            if clip:
+                options.update(every=self.every, smoothing=self.smoothing)
+                found = explain_video(self.images[0], backbone, None, methods[0], **options)
+            else:
+                options.update(labels=self.labels, features=self.features)
+                photos = first_of(self.photos, self.limit)
+                found = explain(photos, backbone, None, methods, **options)
         for name, reason in () if clip else found.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
         self._tell(found, output)
 
-    def _output(self) -> Path:
-        from xattn.packs.format import MANIFEST
+    def _output(self) -> AbstractContextManager[Output]:
+        from xattn.packs.format import FORMAT, MANIFEST
 
-        return choose_output(
-            self.output, "runs/explained", self.overwrite, lambda p: (p / MANIFEST).is_file()
+        return output_folder(
+            self.output, "runs/explained", self.overwrite, MANIFEST, f'"{FORMAT}"'.encode()
         )
 
     def _is_volume_network(self) -> bool:
@@ -141,17 +156,19 @@ class Explain(MethodArgs):
             raise ValueError(
                 f"options: got {', '.join(options)}; a 3-D network takes gates.level alone"
             )
-        output = self._output()
-        found = explain_volume(self.model.backbone, self.images[0], output, options.get("level"))
+        with self._output() as output:
+            found = explain_volume(
+                self.model.backbone, self.images[0], output.folder, options.get("level")
+            )
         self._tell(found, output)
 
-    def _tell(self, found: Any, output: Path) -> None:
+    def _tell(self, found: Any, output: Output) -> None:
         """The first explanations, and where the pack is."""
         for item in found[:20]:
             print(f"{item.image_id}: {item.target_name} ({item.probability:.3f})")
         if len(found) > 20:
             print(f"... and {len(found) - 20} more")
-        print(f"pack: {output}")
+        print(f"pack: {output.place}")
 
     def _methods(self) -> tuple[Any, list[Any]]:
         """The backbone and the explainers, with their options."""

@@ -2,25 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 from xattn.cli.checks import check_output
 from xattn.cli.printing import note
+from xattn.runtime.stores import StorePath, is_remote, place_of
+from xattn.runtime.uploads import check_remote_output, uploaded
 
 
-def choose_output(
-    given: Path | None, default: str, overwrite: bool, holds_results: Callable[[Path], bool]
-) -> Path:
+class Output(NamedTuple):
+    """The local ``folder`` that a command writes to, and where results are in the end."""
+
+    folder: Path
+    place: Path | StorePath
+
+
+@contextmanager
+def output_folder(
+    given: Path | None, default: str, overwrite: bool, whole: str, begins: bytes = b""
+) -> Iterator[Output]:
     """The folder to write to: ``given``, or ``default`` with a number if results are there already.
+
+    The results of a URL are written to a local folder and uploaded when the block ends.
+
+    Args:
+        whole: the file that results have once they are whole.
+        begins: what stands near the beginning of that file if xattn wrote it.
 
     Raises:
         ValueError: the folder ``given`` is a file, or holds results and ``overwrite`` was not asked for.
     """
+    place = None if given is None else place_of(given, "output")
+    if not isinstance(place, StorePath):
+        folder = _local_folder(place, default, overwrite, whole)
+        yield Output(folder, folder)
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"output: got {place}; several processes write to a folder that they share, give a local one"
+        )
+    check_remote_output(place, whole, overwrite, begins)
+    with uploaded(place, whole) as local:
+        yield Output(local, place)
+
+
+def refuse_remote(command: str, output: Path | None) -> None:
+    """One line for a command that goes on in its output folder, and so needs one on disk."""
+    if output is not None and is_remote(output):
+        raise ValueError(
+            f"output: got {place_of(output)}, but xattn {command} writes to disk as it goes; give a local "
+            f"folder, and copy it there when it is done"
+        )
+
+
+def _local_folder(given: Path | None, default: str, overwrite: bool, whole: str) -> Path:
     first = given or Path(default)
     check_output(first)
-    if overwrite or not holds_results(first):
+    if overwrite or not (first / whole).is_file():
         return first
     if given is not None:
         raise ValueError(

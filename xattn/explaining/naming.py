@@ -15,9 +15,10 @@ from xattn.photos.base import StoredPhoto
 from xattn.photos.images import list_images
 from xattn.photos.sources import is_stored, open_photos
 from xattn.photos.volumes import is_volume
+from xattn.runtime.stores import StorePath, place_of
 
 KINDS = "paths, PIL images, tensors, arrays, or a loader of them"
-Picture = Path | Image.Image | StoredPhoto
+Picture = Path | StorePath | Image.Image | StoredPhoto
 Source = Picture | ArrayImage
 
 
@@ -39,15 +40,15 @@ def each_photo(images: Any, channels: int = 3) -> Iterator[tuple[str, Source]]:
     Ids are relative paths without suffix, made unique; "image 0" for the first image if it is in a tensor
     or an array; "image-1" if it is a PIL image without a name.
     """
-    root: Path | None = None
+    root: Path | StorePath | None = None
     items: Iterable[Any]
     if is_array(images):
         items = [images]
     elif is_stored(images) or is_volume(images):
         items = open_photos(images)
-    elif isinstance(images, str | Path):
-        items = list_images(images)
-        root = Path(images) if Path(images).is_dir() else Path(images).parent
+    elif isinstance(images, str | Path | StorePath):
+        root, items = place_of(images, "images"), list_images(images)
+        root = root if is_folder_of(root, items) else root.parent
     elif isinstance(images, Sequence) or is_stream(images):
         items = flattened(images)
     else:
@@ -66,9 +67,27 @@ def check_kind(image: Any) -> None:
         raise ValueError(f"images: got a {type(image).__name__}; give {KINDS}")
 
 
-def _named(item: Any, number: int, root: Path | None, taken: set[str]) -> tuple[str, Source]:
+def is_folder_of(place: Path | StorePath, listed: Sequence[Path | StorePath]) -> bool:
+    """Whether ``place``, which stands for the photos ``listed``, is their folder; no store is asked."""
+    if isinstance(place, Path):
+        return place.is_dir()
+    return place.suffix.lower() != ".txt" and place not in listed
+
+
+def relative_name(file: Path | StorePath, root: Path | StorePath | None) -> str | None:
+    """The name of a photo below ``root``; None if it lies elsewhere."""
+    if isinstance(file, StorePath):
+        return file.below(root) if isinstance(root, StorePath) else None
+    if not isinstance(root, Path) or not file.is_relative_to(root):
+        return None
+    return str(file.relative_to(root))
+
+
+def _named(
+    item: Any, number: int, root: Path | StorePath | None, taken: set[str]
+) -> tuple[str, Source]:
     check_kind(item)
-    source = Path(item) if isinstance(item, str) else item
+    source = place_of(item, "images") if isinstance(item, str) else item
     if isinstance(source, ArrayImage):
         return f"image {number}", source
     if isinstance(source, StoredPhoto):
@@ -76,8 +95,7 @@ def _named(item: Any, number: int, root: Path | None, taken: set[str]) -> tuple[
     elif isinstance(source, Image.Image):
         name = Path(file_name_of(source)).stem or f"image-{number + 1}"
     else:
-        inside = root is not None and source.is_relative_to(root)
-        path = source.relative_to(root) if inside and root else Path(source.name)
+        path = Path(relative_name(source, root) or source.name)
         name = path.with_suffix("").as_posix()
     return unique_id(name, taken), source
 
@@ -99,5 +117,7 @@ def unique_id(name: str, taken: set[str]) -> str:
 def file_name_of(source: Source) -> str:
     if isinstance(source, StoredPhoto):
         return source.name
-    path = source if isinstance(source, Path) else getattr(source, "filename", "")
+    if isinstance(source, Path | StorePath):
+        return source.name
+    path = getattr(source, "filename", "")
     return Path(path).name if path else ""

@@ -38,6 +38,7 @@ from xattn.photos.images import MAX_PIXELS, load_image, read_ahead
 from xattn.photos.labels import true_classes
 from xattn.photos.view import View, prepare
 from xattn.pictures import notebook
+from xattn.runtime.stores import StoreError
 
 Prepared = tuple[Tensor, View, str, Picture]
 TrueClass = tuple[int | None, str | None]
@@ -303,7 +304,8 @@ def true_classes_of(
     for image_id, source in sources:
         if isinstance(source, Image.Image | ArrayImage):
             raise ValueError(f"labels: {image_id} has no file name; give photos by path")
-        names.append(source.name if isinstance(source, StoredPhoto) else source.as_posix())
+        name = source.name if isinstance(source, StoredPhoto) else str(source)
+        names.append(source.as_posix() if isinstance(source, Path) else name)
         ids.append(image_id)
     found = true_classes(names, labels, backbone.class_names)
     if all(number is None for number, _ in found):
@@ -383,7 +385,7 @@ def _batches(
         try:
             pixels, seen, picture = photo.result()
         except (ValueError, OSError) as error:
-            if count == 1:
+            if count == 1 or isinstance(error, StoreError):
                 raise
             name = file_name_of(source) or image_id
             result.skipped.append((name, str(error).replace(str(source), name)))

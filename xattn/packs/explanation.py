@@ -23,6 +23,7 @@ from xattn.photos.images import load_image
 from xattn.photos.view import View
 from xattn.pictures import notebook
 from xattn.pictures.scales import overlay_of
+from xattn.runtime.stores import StorePath
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +85,7 @@ class Explanation:
     protocol: dict[str, Any] = field(default_factory=dict)
     file_name: str = ""
     is_mask: bool = False
-    source: Path | Image.Image | StoredPhoto | None = field(default=None, repr=False)
+    source: Path | StorePath | Image.Image | StoredPhoto | None = field(default=None, repr=False)
     facts: ImageFacts = field(default_factory=ImageFacts, repr=False)
     metrics: Mapping[str, float] = field(default_factory=dict, repr=False)
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict, repr=False)

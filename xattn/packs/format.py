@@ -7,6 +7,7 @@ from typing import Any
 
 from xattn.runtime import strict_json
 from xattn.runtime.files import follow_link, output_error, temporary_folder
+from xattn.runtime.stores import is_remote, place_of
 
 FORMAT, VERSION = "xattn-pack", 1
 MANIFEST, MAPS, VIDEO = "manifest.json", "maps.safetensors", "overlay.mp4"
@@ -27,6 +28,11 @@ def check_output(folder: str | Path) -> Path:
             a pack.
         OSError: nothing can be written there.
     """
+    if is_remote(folder):
+        raise ValueError(
+            f"output: got {place_of(folder)}; write the pack to a local folder, then copy it there, or use "
+            f"xattn explain --output"
+        )
     folder = follow_link(folder)
     if folder.is_dir() and any(folder.iterdir()) and not is_pack(folder):
         raise ValueError(

@@ -24,6 +24,7 @@ from xattn.photos.images import MAX_PIXELS, read_ahead
 from xattn.photos.sources import open_photos
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, write_json
+from xattn.runtime.stores import StoreError
 
 RECORD = "parts.json"
 SAVE_EVERY = 100  # photos; a killed run loses at most this many records and repeats their crops
@@ -135,6 +136,8 @@ def _cut(
         pixels = image.result()
         found = source(photo.name, pixels)
         mask = evidence_mask(found, pixels.size)
+    except StoreError:
+        raise
     except (ValueError, OSError) as error:
         return {**record, "outcome": "skipped", "reason": str(error)}
     record |= {"size": list(pixels.size), "evidence": round(float(mask.mean()), 6)}

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from PIL import Image
 
 from xattn.photos.images import MAX_PIXELS
+from xattn.runtime.stores import StorePath
 
 
 @dataclass(frozen=True)
@@ -69,4 +70,4 @@ class Photos(Sequence[StoredPhoto]):
         return StoredPhoto(self, range(len(self))[index])
 
 
-Data: TypeAlias = str | Path | Sequence[str | Path] | Photos
+Data: TypeAlias = str | Path | StorePath | Sequence[str | Path | StorePath] | Photos

@@ -1,4 +1,4 @@
-"""Image files as numbered photos."""
+"""Image files, on disk or in an object store, as numbered photos."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 from xattn.photos.base import Photos
 from xattn.photos.images import MAX_PIXELS, load_image
 from xattn.runtime.files import printable
+from xattn.runtime.stores import StorePath
 
 TAIL = 4096  # last bytes of a photo that its description holds
 
@@ -19,8 +20,8 @@ TAIL = 4096  # last bytes of a photo that its description holds
 class Files(Photos):
     """Image files."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[Path | StorePath]) -> None:
+        self.paths: list[Any] = list(paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -34,6 +35,10 @@ class Files(Photos):
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for path in self.paths:
+            if isinstance(path, StorePath):  # what a listing told; nothing is read for it
+                text = f"{path.parent.name}/{path.name}:{path.size}:{path.mark};"
+                digest.update(printable(text).encode())
+                continue
             size = path.stat().st_size if path.is_file() else -1
             digest.update(printable(f"{path.parent.name}/{path.name}:{size};").encode())
             if size > 0:

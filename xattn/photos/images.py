@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import errno
+import io
 import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from xattn.photos.image_names import check_images, walk
+from xattn.photos.image_names import SUFFIXES, check_images, walk
+from xattn.runtime.stores import StorePath, place_of
 
 MAX_PIXELS = 40_000_000
+MAX_BYTES = 1 << 30  # of a photo in a store, which is read into memory
 # Formats that run other programs or draw vectors (EPS, WMF, ...) are never opened.
 FORMATS = (
     "JPEG",
@@ -39,43 +42,79 @@ _COPYING = threading.Lock()  # two threads must not decode one lazily opened ima
 # ---------------------------------------------------------------------- listing
 
 
-def list_images(path: str | Path) -> list[Path]:
-    """The image files that ``path`` stands for, in a fixed order.
+@overload
+def list_images(path: Path) -> list[Path]: ...
+@overload
+def list_images(path: str | StorePath) -> list[Any]: ...
+def list_images(path: str | Path | StorePath) -> Any:
+    """The image files that ``path`` stands for, in a fixed order: paths, or of a URL :class:`StorePath`.
 
     ``path`` is one image, a folder (searched recursively, hidden entries left out, sorted), or a
-    ``.txt`` list with one ``path [label]`` per line, relative to the list's own folder; empty lines
-    and lines that start with ``#`` are skipped. Listed files are not opened here.
+    ``.txt`` list with one ``path [label]`` per line, relative to the list's own folder, or URLs; empty
+    lines and lines that start with ``#`` are skipped. Listed files are not opened here, and those of a
+    store are not looked for.
 
     Raises:
         FileNotFoundError: ``path``, or a file that a list names, does not exist.
-        ValueError: the folder or list holds no image.
+        ValueError: the folder or list holds no image, or a URL is of no store that can be read.
+        StoreError: a store that does not answer.
     """
-    path = Path(path)
-    check_images(path)
-    if path.is_dir():
-        return sorted(walk(path))
-    if path.suffix.lower() != ".txt":
-        return [path]
+    place = place_of(path, "images")
+    if isinstance(place, StorePath):
+        if place.suffix.lower() != ".txt":
+            return _stored_images(place)
+    else:
+        check_images(place)
+        if place.is_dir():
+            return sorted(walk(place))
+        if place.suffix.lower() != ".txt":
+            return [place]
     found = []
-    for number, line in enumerate(_read_lines(path), start=1):
+    for number, line in enumerate(_read_lines(place), start=1):
         if line and not line.startswith("#"):
-            found.append(_listed_file(path, number, line))
+            found.append(_listed_file(place, number, line))
     if not found:
-        raise ValueError(f"images: the list {path} names no image; write one path per line")
+        raise ValueError(f"images: the list {place} names no image; write one path per line")
     return found
 
 
-def _read_lines(path: Path) -> list[str]:
+def _stored_images(place: StorePath) -> list[StorePath]:
+    file = place.info()
+    if file is not None:
+        return [file]
+    files = place.files()
+    found = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not files:
+        check_images(place)
+    if not found:
+        raise ValueError(
+            f"images: no image in folder {place}; image files end in .jpg, .png, .webp, .tif, ..."
+        )
+    return found
+
+
+def _read_lines(path: Path | StorePath) -> list[str]:
+    data = path.read_bytes() if isinstance(path, Path) else path.read()
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        return [line.strip() for line in data.decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise ValueError(
             f"images: {path} is not a UTF-8 text list; write one path per line"
         ) from None
 
 
-def _listed_file(path: Path, number: int, line: str) -> Path:
-    for name in (line, line.rpartition("\t")[0], line.rpartition(" ")[0].rstrip()):
+def _listed_file(path: Path | StorePath, number: int, line: str) -> Path | StorePath:
+    forms = (line, line.rpartition("\t")[0], line.rpartition(" ")[0].rstrip())
+    if isinstance(path, StorePath) or isinstance(place_of(line, "images"), StorePath):
+        named = [name for name in forms if Path(name).suffix.lower() in SUFFIXES]
+        if not named:
+            raise ValueError(
+                f"images: line {number} of {path} names no image ({line!r}); write one path per line"
+            )
+        if isinstance(place_of(named[0], "images"), StorePath):
+            return place_of(named[0], "images")
+        return StorePath(f"{path.parent}/{named[0].removeprefix('./')}")
+    for name in forms:
         try:
             if name and (path.parent / name).is_file():
                 return path.parent / name
@@ -98,9 +137,9 @@ class Readable(Protocol):
 
 
 def load_image(
-    source: str | Path | Image.Image | Readable, max_pixels: int | None = MAX_PIXELS
+    source: str | Path | StorePath | Image.Image | Readable, max_pixels: int | None = MAX_PIXELS
 ) -> Image.Image:
-    """One photo, a file, an image or one of :mod:`xattn.photos.sources`, as 8-bit RGB, upright.
+    """One photo, a file or its URL, an image or one of :mod:`xattn.photos.sources`, as 8-bit RGB, upright.
 
     EXIF rotation is applied; transparency is blended over white; 16-bit, 32-bit and float grey values
     are scaled to 8 bit and never clipped; an animation is read as its first frame. The size in the
@@ -108,6 +147,7 @@ def load_image(
 
     Raises:
         FileNotFoundError, OSError: no such file, or it may not be read.
+        StoreError: a store that does not answer.
         ValueError: not an image, too many pixels, truncated or damaged, or non-finite values.
     """
     if isinstance(source, Image.Image):
@@ -115,15 +155,27 @@ def load_image(
         with _COPYING:
             copy = source.copy()
         return _to_rgb(copy, "the given image")
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | Path | StorePath):
         return source.load(max_pixels)
-    path = Path(source)
+    path = place_of(source, "image")
+    if isinstance(path, StorePath):
+        return decode_image(io.BytesIO(_stored_bytes(path)), str(path), max_pixels)
     if path.is_dir():
         raise ValueError(f"image: {path} is a folder; give a file, or list_images(folder)")
     if not path.exists():
         raise FileNotFoundError(f"image: no file {path}; check the path")
     with path.open("rb") as stream:
         return decode_image(stream, str(path), max_pixels)
+
+
+def _stored_bytes(file: StorePath) -> bytes:
+    try:
+        size = file.known_size()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"image: no file {file}; check the URL") from None
+    if size > MAX_BYTES:
+        raise ValueError(f"image: {file} has {size:,} bytes, over the limit of {MAX_BYTES:,}")
+    return file.read(0, size)
 
 
 def decode_image(stream: IO[bytes], label: str, max_pixels: int | None) -> Image.Image:

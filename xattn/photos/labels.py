@@ -15,6 +15,7 @@ from xattn.backbone.classes import wordnet_ids
 from xattn.photos.image_names import SUFFIXES
 from xattn.runtime import strict_json
 from xattn.runtime.files import printable
+from xattn.runtime.stores import StorePath, place_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def read_labels(names: Sequence[str], file: str | Path | None = None) -> Labels:
     found: list[str | None] = (
         [printable(_folder(name)) for name in names]
         if file is None
-        else _from_file(names, Path(file))
+        else _from_file(names, place_of(file, "labels"))
     )
     classes = sorted({c for c in found if c is not None}, key=_natural)
     if len(classes) < 2:
@@ -100,20 +101,21 @@ def true_classes(
             classes.setdefault(part, []).append(i)
     for identity, i in wordnet_ids(class_names).items():
         classes.setdefault(identity, [i])
+    file = Path(FOLDERS) if str(labels) == FOLDERS else place_of(labels, "labels")
     if str(labels) == FOLDERS:
         given: list[tuple[str, Any]] = [(name, printable(_folder(name))) for name in names]
     else:
-        given = _given(names, Path(labels))
+        given = _given(names, file)
     known: dict[str, tuple[int | None, str | None]] = {}
     for key, value in given:
         if key not in known:
-            number, label = _class_of(value, key, classes, len(class_names), Path(labels))
+            number, label = _class_of(value, key, classes, len(class_names), file)
             known[key] = (number, label if number is None else class_names[number])
     return [known[key] for key, _ in given]
 
 
 def _class_of(
-    value: Any, key: str, classes: dict[str, list[int]], count: int, file: Path
+    value: Any, key: str, classes: dict[str, list[int]], count: int, file: Path | StorePath
 ) -> tuple[int | None, str | None]:
     index, texts = None, [value]
     if isinstance(value, dict):
@@ -142,17 +144,18 @@ def _folder(name: str) -> str:
     return folder
 
 
-def _from_file(names: Sequence[str], file: Path) -> list[str | None]:
+def _from_file(names: Sequence[str], file: Path | StorePath) -> list[str | None]:
     found = _given(names, file)
     return [_label(e["group"] if isinstance(e, dict) else e, key, file) for key, e in found]
 
 
-def _given(names: Sequence[str], file: Path) -> list[tuple[str, Any]]:
+def _given(names: Sequence[str], file: Path | StorePath) -> list[tuple[str, Any]]:
     """(key, value) of every photo in ``file``; the value is a label or a table with a "group"."""
-    if not file.is_file():
+    if not (file.is_file() if isinstance(file, Path) else file.info()):
         raise FileNotFoundError(f"labels: no file {file}; give a .json or .csv file")
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        data = file.read_bytes() if isinstance(file, Path) else file.read()
+        text = data.decode("utf-8-sig")
         csv_file = file.suffix.lower() == ".csv"
         table: Any = _csv(text) if csv_file else strict_json.parse(text, table=_object)
     except (ValueError, csv.Error) as error:
@@ -213,7 +216,9 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _matched(names: Sequence[str], table: dict[str, Any], file: Path) -> list[str | None]:
+def _matched(
+    names: Sequence[str], table: dict[str, Any], file: Path | StorePath
+) -> list[str | None]:
     """The key of every photo: the longest ending of its name that is in the table."""
     keys: list[str | None] = []
     used: dict[str, str] = {}
@@ -229,7 +234,7 @@ def _matched(names: Sequence[str], table: dict[str, Any], file: Path) -> list[st
     return keys
 
 
-def _label(value: Any, key: str, file: Path) -> str | None:
+def _label(value: Any, key: str, file: Path | StorePath) -> str | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":

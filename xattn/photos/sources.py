@@ -4,6 +4,8 @@
 ``timm.data`` (the split is "train" by default):
 
 * ``SCAN.nii`` or ``SCAN.nii.gz``: the axial slices of a volume, see :mod:`xattn.photos.volumes`.
+* a URL of an object store, ``s3://BUCKET/FOLDER``, ``gs://...`` or ``hf://...``: see
+  :mod:`xattn.runtime.stores`. Photos are read when their turn comes.
 * ``hfds/NAME_OR_PATH[:split]``: a map-style Hugging Face dataset, from the hub or a local folder
   (images, parquet files, or what ``save_to_disk`` wrote). Its image column is found by its type.
 * ``wds/PATH[:split]``: webdataset shards of a folder or URL whose ``_info.json`` names files and
@@ -25,6 +27,7 @@ from xattn.photos.image_files import Files
 from xattn.photos.images import list_images
 from xattn.photos.shards import open_webdataset
 from xattn.photos.volumes import AxialSlices, is_volume
+from xattn.runtime.stores import StorePath, place_of
 
 SCHEMES = ("hfds", "wds")
 
@@ -59,9 +62,9 @@ def open_photos(data: Data) -> Photos:
             "data: hfids/ (Hugging Face streaming) does not say how many samples a shard holds, so "
             "a run could not resume; give hfds/ (the same dataset, kept on disk) or wds/"
         )
-    if isinstance(data, str | Path):
+    if isinstance(data, str | Path | StorePath):
         return Files(list_images(data))
-    paths = [Path(p) for p in data]  # type: ignore[arg-type]
+    paths = [place_of(p, "data") for p in data]  # type: ignore[arg-type]
     if not paths:
         raise ValueError("data: got an empty list of images; give at least one path")
     return Files(paths)

@@ -27,6 +27,7 @@ from xattn.photos.base import Data, Photos
 from xattn.photos.sources import open_photos
 from xattn.photos.view import prepare
 from xattn.runtime.allocator import keep_memory
+from xattn.runtime.stores import StoreError
 
 Key = tuple[int, int]
 Sample = tuple[int, Tensor | None, str]
@@ -67,6 +68,8 @@ class TrainImages(Dataset[Sample]):
             if not self.augment:
                 return index, prepare(photo, self.preprocessing)[0], ""
             return index, self._augmented(photo, epoch, index), ""
+        except StoreError:
+            raise
         except (ValueError, OSError) as error:
             return index, None, str(error)
 
@@ -190,10 +193,12 @@ def load_batches(
                         yield batch
                         done, failures = done + 1, 0
             except Exception as error:
+                if isinstance(error, StoreError) and workers:  # with the worker's traceback as text
+                    raise StoreError(_last_line(error).partition("StoreError: ")[2]) from None
                 if not workers:
                     raise
                 traceback.clear_frames(error.__traceback__)  # or the old loader would live on
-                reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
+                reason = _last_line(error) or type(error).__name__
                 if failures >= RESTARTS or stopped():
                     raise ChildProcessError(
                         f"workers: loader processes died {failures + 1} times at the same batch "
@@ -205,6 +210,10 @@ def load_batches(
                     f"nothing is lost",
                     stacklevel=2,
                 )
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().rpartition("\n")[2]
 
 
 def _batches(loader: DataLoader[Batch], quiet: _QuietSigchld) -> Generator[Batch, None, None]:
