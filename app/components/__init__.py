@@ -15,10 +15,16 @@ import streamlit as st
 
 
 @cache
-def component(name: str) -> Any:
-    """The component ``name`` of this folder, registered once; its root is ``<div class=name>``."""
+def component(name: str, *parts: str) -> Any:
+    """The component ``name`` of this folder, registered once; its root is ``<div class=name>``.
+
+    ``parts`` are files of functions and rules that it uses, of the same folder.
+    """
     folder = resources.files(__name__)
-    css, js = ((folder / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    css, js = (
+        "\n".join((folder / f"{n}.{kind}").read_text(encoding="utf-8") for n in (*parts, name))
+        for kind in ("css", "js")
+    )
     html = f'<div class="{name}"></div>'
     return st.components.v2.component(f"xattn_{name}", html=html, css=css, js=js)
 
@@ -41,6 +47,7 @@ def grid(
     width: int | None = None,
     aspect: float = 4 / 3,
     scroll: int = 0,
+    linked: Mapping[str, Any] | None = None,
     on_open: Any = None,
     on_turn: Any = None,
 ) -> str | None:
@@ -59,6 +66,10 @@ def grid(
         width: of a cell in pixels, at least; by default 168, or 132 on a narrow screen.
         aspect: width over height of a picture's place.
         scroll: when this changes, the grid's top comes into sight.
+        linked: of pictures of one photo: all zoom and move together, and a cell's ``map``
+            (:func:`xattn.app.pictures.linked.map_cells`) tells its value under the pointer. ``{"aspect",
+            "subject", "outlines"}``: width over height of the pictures, what they show, so that another
+            photo begins unzoomed, and outlines ``{"points": [[x, y]], "own": bool}`` in shares of them.
         on_open: called before the script runs again, without arguments.
         on_turn: as ``on_open``, for page keys inside the grid; ``sent(key, "turn")`` is -1 or 1.
     """
@@ -69,8 +80,9 @@ def grid(
         "width": width,
         "aspect": aspect,
         "scroll": scroll,
+        "linked": None if linked is None else dict(linked),
     }
-    result = component("grid")(
+    result = component("grid", "zoom")(
         data=data,
         key=key,
         on_open_change=on_open or (lambda: None),

@@ -144,6 +144,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   cells.forEach((cell, i) => (cell.tabIndex = i === 0 ? 0 : -1));
   if (cells.length !== root.children.length || cells.some((cell, i) => cell !== root.children[i]))
     root.replaceChildren(...cells);
+  if (data.linked) linkFrames(root, data); // in zoom.js
   if (!cells.length) return;
   const same = inside && cells.findIndex((cell) => cell.dataset.id === inside.dataset.id);
   if (state.arriving) focus(cells, state.arriving === "last" ? cells.length - 1 : 0);

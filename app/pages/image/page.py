@@ -14,9 +14,20 @@ from xattn.app.components import grid, sent
 from xattn.app.components.theme import name_html
 from xattn.app.navigation import last_view, selection
 from xattn.app.pages.image import photo_tabs
-from xattn.app.pages.image.shown import SIDE, WIDTH, Shown, aspect, file_name, legend, select
+from xattn.app.pages.image.shown import (
+    SIDE,
+    WIDTH,
+    Shown,
+    aspect,
+    aspect_of,
+    file_name,
+    legend,
+    select,
+)
+from xattn.app.pictures.linked import map_cells
 from xattn.app.pictures.rendering import Look, blank_maps, overlay_url, photo_url
 from xattn.app.state import Context, plain, short
+from xattn.packs.contained_files import PackError
 from xattn.pictures.explained import probability_text
 
 if TYPE_CHECKING:
@@ -299,6 +310,7 @@ def _maps(pack: Pack, shown: Shown) -> None:
         columns=4 if len(cells) == 4 or len(cells) > 6 else 3,  # no lone one in a row
         width=WIDTH,
         aspect=aspect(pack, shown),
+        linked={"aspect": aspect_of(pack, shown), "subject": shown.image_id},
         on_open=lambda: _focus(ids),
     )
     legend(pack, ids, shown.look)
@@ -333,7 +345,16 @@ def _cell(pack: Pack, shown: Shown, entry_id: str) -> dict[str, Any]:
             f"scores {low} to {high}",
         ],
         "selected": entry_id == shown.focus,
+        "map": _values(pack, entry_id),
     }
+
+
+def _values(pack: Pack, entry_id: str) -> dict[str, Any] | None:
+    """The map's values for the pointer; None where it cannot be read, which its picture says."""
+    try:
+        return map_cells(pack.explanation(entry_id), crop=False)
+    except PackError:
+        return None
 
 
 def _focus(ids: Sequence[str]) -> None:

@@ -51,8 +51,13 @@ def file_name(pack: Pack, shown: Shown) -> str:
 
 def aspect(pack: Pack, shown: Shown) -> float:
     """Width over height of the photo's place; of a strip or a tower only what the page can show."""
+    return min(max(aspect_of(pack, shown), 0.6), 2.0)
+
+
+def aspect_of(pack: Pack, shown: Shown) -> float:
+    """Width over height of the photo itself."""
     height, width = pack.view(shown.focus).photo_size
-    return min(max(width / height, 0.6), 2.0)
+    return width / height
 
 
 def select(

@@ -87,6 +87,56 @@ def test_a_picture_stays_until_its_successor_is_there(page):
     assert page.locator(".st-key-maps .frame").nth(1).evaluate("e => e.marked === true")
 
 
+def zoomed(page):
+    """The zoom and the corner of all pictures, as they are drawn."""
+    shapes = page.locator(".st-key-maps .frame img").evaluate_all(
+        "all => all.map(e => new DOMMatrix(getComputedStyle(e).transform)).map(m => [m.a, m.e, m.f])"
+    )
+    for shape in shapes:
+        assert shape == pytest.approx(shapes[0], abs=0.1), shapes
+    return shapes[0]
+
+
+def test_all_maps_zoom_and_move_together_and_tell_their_values(page):
+    frames = page.locator(".st-key-maps .frame")
+    box = frames.nth(1).bounding_box()
+    middle = box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"]
+    page.mouse.move(*middle)
+    told = page.locator(".st-key-maps .value").all_inner_texts()
+    assert told[0] == "" and len(told) == 3
+    assert all(
+        re.fullmatch(r"0\.\d+ · \d+% of max\nrow \d+, column \d+", text) for text in told[1:]
+    )
+    assert [t.split("\n")[1] for t in told[1:]] == ["row 4, column 4", "row 15, column 15"]
+    page.mouse.move(box["x"] + 2, middle[1])
+    assert page.locator(".st-key-maps .value").nth(1).inner_text() == "not seen by the network"
+    whole = zoomed(page)
+    page.mouse.wheel(0, -100)  # the page's own, while nothing is zoomed
+    assert zoomed(page) == whole
+    page.mouse.move(*middle)
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -200)
+    page.keyboard.up("Control")
+    page.locator(".st-key-maps .zoomed").wait_for()
+    near = zoomed(page)
+    page.mouse.down()
+    page.mouse.move(middle[0] + 30, middle[1] + 20, steps=3)
+    page.mouse.up()
+    assert zoomed(page) != near
+    assert "entry" not in query(page)  # a drag opens nothing
+    page.locator(".st-key-maps .cell").nth(1).focus()
+    page.keyboard.press("ArrowRight")  # moves the maps, not the focus
+    focused = page.locator(".st-key-maps .cell:focus")
+    assert focused.get_attribute("data-id").endswith("gradcam")
+    page.keyboard.press("0")
+    assert zoomed(page) == whole
+    page.keyboard.press("ArrowRight")
+    assert focused.get_attribute("data-id").endswith("saliency")
+    page.keyboard.press("+")
+    page.get_by_role("button", name="Show the whole photo again").click()
+    assert zoomed(page) == whole
+
+
 @pytest.mark.parametrize("name, start", [("PNG", b"\x89PNG"), ("SVG", b"<svg"), ("HTML", b"<!doc")])
 def test_exports_are_downloaded(page, name, start):
     page.get_by_role("tab", name="Export").click()

@@ -1,0 +1,59 @@
+"""What the browser needs of maps to tell the value under the pointer: small arrays, and where they lie."""
+
+from __future__ import annotations
+
+import base64
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from xattn.packs.explanation import Explanation
+    from xattn.photos.view import View
+
+MOST_CELLS = 40  # a side of what is sent; larger maps are averaged
+
+
+def map_cells(explanation: Explanation, crop: bool) -> dict[str, Any]:
+    """A map for a cell of a linked grid, with ``crop`` over what the model saw, else over the whole photo.
+
+    ``cells`` are 16 bits each, from ``low`` to ``high``, by rows, in base64; ``of`` is the map's own shape,
+    ``most`` its greatest value, and ``box`` where it lies on the picture, see :func:`map_box`.
+    """
+    values = np.array(explanation.map, np.float64)
+    rows, columns = (min(side, MOST_CELLS) for side in values.shape)
+    if (rows, columns) != values.shape:
+        small = torch.nn.functional.adaptive_avg_pool2d(
+            torch.from_numpy(values)[None], (rows, columns)
+        )
+        values = small[0].numpy()
+    low, high = float(values.min()), float(values.max())
+    steps = np.rint((values - low) / ((high - low) or 1.0) * 65535).astype("<u2")
+    return {
+        "rows": rows,
+        "columns": columns,
+        "cells": base64.b64encode(steps.tobytes()).decode("ascii"),
+        "low": low,
+        "high": high,
+        "most": float(explanation.map.max()),
+        "of": list(explanation.map.shape),
+        "box": map_box(explanation.view, crop),
+    }
+
+
+def map_box(view: View, crop: bool) -> list[float]:
+    """Top, left, bottom and right of the model's input, in shares of the photo, or of the part of it that
+    the model saw; padding lies outside 0 to 1."""
+    (rows, columns), (top, left, height, width) = view.resized, view.box
+    box = [top / rows, left / columns, (top + height) / rows, (left + width) / columns]
+    if not crop:
+        return box
+    upper, near, lower, far = (min(max(at, 0.0), 1.0) for at in box)
+    tall, wide = lower - upper, far - near
+    return [
+        (box[0] - upper) / tall,
+        (box[1] - near) / wide,
+        (box[2] - upper) / tall,
+        (box[3] - near) / wide,
+    ]
