@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.app import models
+from xattn.app.navigation import selection
 from xattn.attention import Operator, converted_copy, list_attention, mechanism_class
 from xattn.attention.base import Size
 from xattn.attention.statistics import Statistics, row_shares, sample_queries, statistics
@@ -182,7 +183,7 @@ def read(
 def _read(
     pack: Pack, image_id: str, backbone: Backbone, mechanism: str, size: int | None
 ) -> Reading:
-    first = pack.entries.index[pack.entries["image_id"] == image_id][0]
+    first = selection.table(pack).entries_of(image_id).index[0]
     mode = pack.view(first).mode
     images, _ = prepare(pack.photo(image_id), backbone.preprocessing, mode)
     try:

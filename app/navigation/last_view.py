@@ -37,10 +37,10 @@ def image_of_url(pack: Pack) -> str:
     image_id = st.query_params.get("image")
     if image_id:
         return image_id
-    text = remembered(pack)
+    text, table = remembered(pack), selection.table(pack)
     if text:
         st.query_params["view"] = text
-        shown = selection.selected(pack, selection.from_text(text, selection.table(pack).choices))
-        if not shown.empty:
-            return str(shown["image_id"].iloc[0])
-    return str(pack.images.index[0])
+        found = selection.selected(pack, selection.from_text(text, table.choices))
+        if found.count:
+            return str(found.rows(0, 1)["image_id"].iloc[0])
+    return table.image_id(0)

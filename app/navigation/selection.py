@@ -1,20 +1,24 @@
 """A selection of a pack's maps: filters, order and page, read from a URL and written to one.
 
 Everything here is a pure function of the pack and the parameters; bad parameters become defaults
-and a message.
+and a message. The pack's own database answers, see :mod:`xattn.app.navigation.maps_table`.
 """
 
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode
 
+import numpy as np
 import pandas as pd
 import streamlit as st
+
+from xattn.app.navigation.maps_table import KEYS, TEXT, Choices, MapsTable, fold
+from xattn.runtime.display_text import encodable
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -25,59 +29,8 @@ SHOWS = {"overlay": "Map", "photo": "Photo"}
 MAPS = {"first": "Most probable class", "every": "Every explained class"}
 RIGHT = {"any": "Right and wrong", "right": "Right", "wrong": "Wrong"}
 ORDERS = ("asc", "desc")
-SORTS = {
-    "pack": "Order of the pack",
-    "name": "File name",
-    "label": "True class",
-    "predicted": "Predicted class",
-}
-MEASURES = {
-    "confidence": "Confidence",
-    "probability": "Probability of the explained class",
-    "disagreement": "Disagreement of methods",
-}
 SEARCH_LENGTH = 200  # characters
 LONGEST_TEXT = 8000  # of a view in another page's URL, in characters
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A number that maps are sorted and filtered by; ``low`` and ``high`` are its range here."""
-
-    key: str
-    name: str
-    low: float
-    high: float
-    higher_is_better: bool | None = None
-    formula: str = ""
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a pack has to choose from; classes are ``{key: name}``."""
-
-    methods: tuple[str, ...]
-    measures: Mapping[str, Measure]
-    labels: Mapping[str, str]
-    predicted: Mapping[str, str]
-    judged: bool  # of some photo it is known whether the prediction is right
-    several: bool  # some photo has maps of several classes by one method
-    controls: frozenset[str] = frozenset()  # methods that are sanity controls, not explanations
-
-    @property
-    def under_test(self) -> tuple[str, ...]:
-        """The methods that are no controls; all of them where there is nothing else."""
-        return tuple(m for m in self.methods if m not in self.controls) or self.methods
-
-    @property
-    def sorts(self) -> dict[str, str]:
-        """Orders by key, with their names."""
-        found = dict(SORTS)
-        if not self.labels:
-            del found["label"]
-        if not self.predicted:
-            del found["predicted"]
-        return found | {m.key: m.name for m in self.measures.values()}
 
 
 @dataclass(frozen=True)
@@ -125,19 +78,6 @@ class View:
 NAMES = tuple(View.__dataclass_fields__)
 
 
-@dataclass(frozen=True)
-class Table:
-    """A pack's maps, one a row in the pack's order, with what they are sorted and filtered by.
-
-    Index ``entry_id``; columns ``image_id, file_name, title, method, target_name, label, label_name,
-    predicted, predicted_name, right, first, text, name_key, label_key, predicted_key`` and
-    ``measure:<key>``. ``label`` and ``predicted`` are keys of the choices or None.
-    """
-
-    rows: pd.DataFrame
-    choices: Choices
-
-
 def defaults(choices: Choices) -> View:
     """What a URL without parameters shows: the first method that is no control."""
     return View(
@@ -146,161 +86,122 @@ def defaults(choices: Choices) -> View:
     )
 
 
-# ---------------------------------------------------------------------- the pack as a table
+# ---------------------------------------------------------------------- selecting
 
 
-def table(pack: Pack) -> Table:
+def table(pack: Pack) -> MapsTable:
     """The pack's maps as a table; kept for the packs that were used last."""
     return _table(pack, f"{pack.id} {pack.version}")
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
-def _table(_pack: Pack, key: str) -> Table:
-    return make_table(_pack.images, _pack.entries, _pack.metrics)
+def _table(_pack: Pack, key: str) -> MapsTable:
+    return MapsTable(_pack)
 
 
-def make_table(images: pd.DataFrame, entries: pd.DataFrame, metrics: Sequence[Any]) -> Table:
-    """See :func:`table`; the frames and metrics are those of a ``Pack``."""
-    rows = entries[["image_id", "method", "target_name", "probability", "is_value"]].copy()
-    of_image = images.reindex(rows["image_id"])
-    for name in (
-        "file_name",
-        "title",
-        "label_name",
-        "predicted_name",
-        "right",
-        "confidence",
-        "disagreement",
-    ):
-        rows[name] = of_image[name].to_numpy()
-    choices: dict[str, dict[str, str]] = {}
-    for name in ("label", "predicted"):
-        each = zip(of_image[name], rows[f"{name}_name"], strict=True)
-        keys = [_class_key(i, n) for i, n in each]
-        rows[name] = pd.Series(keys, index=rows.index, dtype=object)
-        choices[name] = _class_names(keys, rows[f"{name}_name"])
-    measures = {}
-    numbers = {key: (name, rows[key], None, "") for key, name in MEASURES.items()}
-    for m in metrics:
-        if m.key not in numbers and m.key not in SORTS:
-            numbers[m.key] = (m.key, entries[m.key], m.higher_is_better, m.formula)
-    for key, (name, column, better, formula) in numbers.items():
-        values = pd.to_numeric(column, errors="coerce")
-        values = values.where(values.abs() < math.inf)
-        if values.notna().any():
-            rows[f"measure:{key}"] = values.astype(float)
-            measures[key] = Measure(
-                key, name, float(values.min()), float(values.max()), better, formula
-            )
-    # The first of the most probable: a stable sort keeps the pack's order among equals.
-    order = (-rows["probability"]).to_numpy().argsort(kind="stable")
-    ranked = rows.iloc[order]
-    later = ranked.duplicated(["image_id", "method"])
-    rows["first"] = ~later.reindex(rows.index)
-    ids = rows["image_id"].astype(str)
-    rows["name_key"] = [fold(v) for v in rows["file_name"].fillna("").where(lambda s: s != "", ids)]
-    for name in ("label", "predicted"):
-        folded = rows[f"{name}_name"].map(lambda v: fold(v) if isinstance(v, str) else None)
-        rows[f"{name}_key"] = folded
-    named = rows[["label_name", "predicted_name", "target_name"]].fillna("").astype(str)
-    rows["text"] = rows["title"].map(fold) + "\n" + ids.map(fold)
-    for name in named:
-        rows["text"] += "\n" + named[name].map(fold)
-    methods = tuple(dict.fromkeys(rows["method"]))
-    return Table(
-        rows,
-        Choices(
-            methods=methods,
-            measures=measures,
-            labels=choices["label"],
-            predicted=choices["predicted"],
-            judged=bool(rows["right"].notna().any()),
-            several=not bool(rows["first"].all()),
-            controls=frozenset(rows["method"][entries["sanity"]]),
-        ),
-    )
+class Selection:
+    """The maps that pass a view's filters, in its order; missing values come last.
+
+    Attributes:
+        count: how many maps.
+        places: (count,) int32, their places in the pack.
+    """
+
+    def __init__(self, table: MapsTable, view: View) -> None:
+        self._table = table
+        where, parameters = _where(table, view)
+        self.places = table.numbers(
+            f"SELECT n FROM maps WHERE {where} ORDER BY {_order(table, view)}", parameters
+        )
+        self.count = len(self.places)
+
+    def rows(self, start: int = 0, n: int | None = None) -> pd.DataFrame:
+        """The maps from number ``start`` on, ``n`` at most; see :meth:`MapsTable.rows`."""
+        return self._table.rows(self.places[start : None if n is None else start + n])
+
+    def ids(self, limit: int | None = None) -> list[str]:
+        """The ids of the maps, the first ``limit``."""
+        return self._table.ids(self.places[:limit])
+
+    @property
+    def header(self) -> list[str]:
+        """The names of the values of :meth:`lines`."""
+        return self._table.header
+
+    def lines(self, start: int, n: int) -> list[tuple[Any, ...]]:
+        """All that is known of ``n`` maps from number ``start`` on; see :meth:`MapsTable.lines`."""
+        return self._table.lines(self.places[start : start + n])
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """The places of the images, each once, in the order of their first maps."""
+        return pd.unique(self._table.image_of[self.places])
+
+    def neighbours(self, image_id: str) -> tuple[str | None, str | None, int, int]:
+        """The photos before and after one, its number (from 1; 0: not in it) and their count."""
+        found = self._table.numbers("SELECT rowid FROM images WHERE image_id = $1", [image_id])
+        at = np.flatnonzero(np.isin(self.images, found))
+        if not len(at):
+            return None, None, 0, len(self.images)
+        beside = [int(at[0]) - 1, int(at[0]) + 1]
+        before, after = (
+            self._table.image_id(self.images[i]) if 0 <= i < len(self.images) else None
+            for i in beside
+        )
+        return before, after, int(at[0]) + 1, len(self.images)
 
 
-def fold(text: object) -> str:
-    """Text as it is compared: composed, without case."""
-    return unicodedata.normalize("NFC", str(text)).casefold()
-
-
-def _class_key(index: Any, name: Any) -> str | None:
-    """A class in URLs: its index, or its name where it has no index."""
-    if index is not None and index == index:
-        return str(int(index))
-    return name if isinstance(name, str) and name else None
-
-
-def _class_names(keys: Sequence[str | None], names: Sequence[Any]) -> dict[str, str]:
-    """{key: name}, by name; two classes of one name are told apart by their keys."""
-    found: dict[str, str] = {}
-    for key, name in zip(keys, names, strict=True):
-        if key is not None:
-            found.setdefault(key, name if isinstance(name, str) and name else f"class {key}")
-    shown = list(found.values())
-    double = {n for n in shown if shown.count(n) > 1} if len(set(shown)) < len(shown) else set()
-    found = {k: f"{n} ({k})" if n in double else n for k, n in found.items()}
-    return dict(sorted(found.items(), key=lambda item: fold(item[1])))
-
-
-# ---------------------------------------------------------------------- selecting
-
-
-def select(table: Table, view: View) -> pd.DataFrame:
-    """The rows that pass the filters, in the view's order; missing values come last."""
-    rows = table.rows
-    keep = pd.Series(True, index=rows.index)
-    if view.method != ALL:
-        keep &= rows["method"] == view.method
-    if view.maps == "first":
-        keep &= rows["first"]
-    if view.label:
-        keep &= rows["label"].isin(view.label)
-    if view.predicted:
-        keep &= rows["predicted"].isin(view.predicted)
-    if view.right != "any":
-        keep &= rows["right"].map({True: "right", False: "wrong"}) == view.right
-    if view.low is not None:
-        keep &= rows[f"measure:{view.measure}"] >= view.low
-    if view.high is not None:
-        keep &= rows[f"measure:{view.measure}"] <= view.high
-    for word in fold(view.q).split():
-        keep &= rows["text"].str.contains(word, regex=False)
-    found = rows[keep]
-    if view.sort == "pack":
-        return found if view.order == "asc" else found[::-1]
-    column = f"{view.sort}_key" if view.sort in SORTS else f"measure:{view.sort}"
-    return found.sort_values(
-        column, ascending=view.order == "asc", kind="stable", na_position="last"
-    )
-
-
-def selected(pack: Pack, view: View) -> pd.DataFrame:
-    """:func:`select`, kept for the views that were used last."""
+def selected(pack: Pack, view: View) -> Selection:
+    """The selection of a view; kept for the views that were used last."""
     return _selected(pack, f"{pack.id} {pack.version}", replace(view, page=1, show="", size=0))
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)
-def _selected(_pack: Pack, key: str, view: View) -> pd.DataFrame:
-    return select(table(_pack), view)
+def _selected(_pack: Pack, key: str, view: View) -> Selection:
+    return Selection(table(_pack), view)
+
+
+def neighbours(pack: Pack, view: View, image_id: str) -> tuple[str | None, str | None, int, int]:
+    """See :meth:`Selection.neighbours`."""
+    return selected(pack, view).neighbours(image_id)
+
+
+def _where(table: MapsTable, view: View) -> tuple[str, list[Any]]:
+    """The filters as a condition of SQL, and its parameters."""
+    conditions: list[str] = ["true"]
+    parameters: list[Any] = []
+
+    def add(condition: str, *values: Any) -> None:
+        conditions.append(condition)
+        parameters.extend(values)
+
+    if view.method != ALL:
+        add("method = ?", view.method)
+    if view.maps == "first":
+        add("is_first")
+    for name in ("label", "predicted"):
+        if classes := getattr(view, name):
+            add(f"list_contains(?::VARCHAR[], {name}_id)", list(classes))
+    if view.right != "any":
+        add('"right" = ?', view.right == "right")
+    for limit, comparison in ((view.low, ">="), (view.high, "<=")):
+        if limit is not None:
+            add(f"{table.column(view.measure)} {comparison} ?", limit)
+    for word in fold(view.q).split():
+        add(f"contains({TEXT}, ?)", word)
+    return " AND ".join(conditions), parameters
+
+
+def _order(table: MapsTable, view: View) -> str:
+    """The order as SQL has it; equal maps stay in the pack's order."""
+    direction = "ASC" if view.order == "asc" else "DESC"
+    key = KEYS.get(view.sort) or table.column(view.sort)
+    return f"{key} {direction} NULLS LAST, n"
 
 
 def pages(count: int, size: int) -> int:
     """How many pages ``count`` maps take, at least one."""
     return max(1, math.ceil(count / size))
-
-
-def neighbours(pack: Pack, view: View, image_id: str) -> tuple[str | None, str | None, int, int]:
-    """The photos before and after one in a view, its number (from 1; 0: not in it) and their count."""
-    ids = list(dict.fromkeys(selected(pack, view)["image_id"]))
-    if image_id not in ids:
-        return None, None, 0, len(ids)
-    at = ids.index(image_id)
-    before = ids[at - 1] if at else None
-    after = ids[at + 1] if at + 1 < len(ids) else None
-    return before, after, at + 1, len(ids)
 
 
 # ---------------------------------------------------------------------- from a URL
@@ -366,7 +267,7 @@ def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, 
         else:
             found["page"] = int(number)
     if (search := last("q")) is not None:
-        found["q"] = " ".join(search.split())[:SEARCH_LENGTH]
+        found["q"] = " ".join(encodable(search).split())[:SEARCH_LENGTH]
     messages += _parse_range(last("low"), last("high"), "measure" in found, found, params, usual)
     return replace(usual, **found), messages
 

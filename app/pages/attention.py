@@ -56,9 +56,10 @@ def page(context: Context) -> None:
     pack = context.pack
     assert pack is not None, "main.py calls this page with a pack"
     image_id = last_view.image_of_url(pack)
-    if image_id not in pack.images.index:
+    row = selection.table(pack).image(image_id)
+    if row is None:
         raise PackError("This pack has no such image; choose one in the gallery.")
-    _heading(pack, image_id)
+    _heading(pack, image_id, row["title"])
     with st.spinner("Loading the network that made this pack …"):
         backbone = models.backbone_of(pack)
     url = {name: st.query_params[name] for name in NAMES if name in st.query_params}
@@ -94,7 +95,7 @@ def page(context: Context) -> None:
 # ---------------------------------------------------------------------- the top of the page
 
 
-def _heading(pack: Pack, image_id: str) -> None:
+def _heading(pack: Pack, image_id: str, title: str) -> None:
     choices = selection.table(pack).choices
     view = selection.from_text(last_view.remembered(pack), choices)
     before, after, number, count = selection.neighbours(pack, view, image_id)
@@ -107,7 +108,7 @@ def _heading(pack: Pack, image_id: str) -> None:
     bar.space("stretch")
     if bar.button("Image", key=f"{KEY}maps", help="The maps of this photo"):
         _leave(image_id)
-    st.html(name_html(pack.images.at[image_id, "title"]))
+    st.html(name_html(title))
 
 
 def _leave(image_id: str) -> None:

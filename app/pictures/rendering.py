@@ -173,11 +173,14 @@ def legends(pack: Pack, entry_ids: Iterable[str], look: Look) -> list[Legend]:
 
 def blank_maps(pack: Pack, entry_ids: Iterable[str]) -> str:
     """A sentence about those of these maps that are constant; "" where none is."""
-    rows = pack.entries.loc[list(entry_ids)]
-    rows = rows[(rows["min"] == rows["max"]) & ~(rows["is_mask"] & (rows["max"] == 1))]
-    titles = pack.images["title"].loc[rows["image_id"]]
-    each = zip(rows["method"], rows["target_name"], titles, strict=True)
-    names = [map_name(*row) for row in each]
+    names = []
+    for entry_id in entry_ids:
+        with contextlib.suppress(PackError):  # its picture says so
+            found = pack.explanation(entry_id)
+            high = found.map.max()
+            if found.map.min() == high and not (found.is_mask and high == 1):
+                title = pack.images.at[found.image_id, "title"]
+                names.append(map_name(found.method, found.target_name, title))
     return blank_note(names) if names else ""
 
 

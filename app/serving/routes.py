@@ -1,8 +1,8 @@
-"""The viewer's own HTTP routes: photos and overlays as JPEG, addressed by ids alone.
+"""The viewer's own HTTP routes: photos and overlays as JPEG, a selection as CSV, addressed by ids alone.
 
-``GET /xattn/picture?pack&image[&side][&crop]``, ``GET /xattn/overlay?pack&entry[&look]`` and
-``GET /xattn/frame?pack&frame[&side]``. A bad parameter is a 400 and an unknown id a
-404, both with one line of text.
+``GET /xattn/picture?pack&image[&side][&crop]``, ``GET /xattn/overlay?pack&entry[&look]``,
+``GET /xattn/frame?pack&frame[&side]`` and ``GET /xattn/csv?pack[&view]``. A bad parameter is a 400 and
+an unknown id a 404, both with one line of text.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from xattn.app import state
-from xattn.app.pictures import film, rendering
+from xattn.app.navigation import selection
+from xattn.app.navigation.selection import Selection
+from xattn.app.pictures import export, film, rendering
 from xattn.app.pictures.rendering import Look
 from xattn.packs.contained_files import PackError
 
@@ -43,6 +45,7 @@ def routes() -> list[Route]:
         Route(rendering.PICTURE, _answer(photo_request), methods=["GET"]),
         Route(rendering.OVERLAY, _answer(overlay_request), methods=["GET"]),
         Route(film.FRAME, _answer(frame_request), methods=["GET"]),
+        Route(export.CSV, csv_endpoint, methods=["GET"]),
     ]
 
 
@@ -122,6 +125,27 @@ def _answer(parse: Callable[[Mapping[str, str]], tuple[str, tuple[object, ...], 
         return Response(data, media_type="image/jpeg", headers=headers)
 
     return endpoint
+
+
+async def csv_endpoint(request: Request) -> Response:
+    """The maps of a gallery's view as a CSV file that is sent while it is made."""
+    try:
+        pack_id = _id(request.query_params, "pack")
+    except ValueError as error:
+        return _text(400, error)
+    text = request.query_params.get("view", "")
+
+    def found() -> Selection:
+        pack = state.library().open(pack_id)
+        return selection.selected(pack, selection.from_text(text, selection.table(pack).choices))
+
+    try:
+        lines = export.selection_csv(await asyncio.to_thread(found))
+    except PackError as error:
+        return _text(404, error)
+    name = f'attachment; filename="{pack_id}.csv"'  # ids of packs are letters, digits, "-" and "_"
+    headers = {**SAFE, "Content-Disposition": name, "Cache-Control": "no-store"}
+    return StreamingResponse(lines, media_type="text/csv", headers=headers)
 
 
 def _text(status: int, message: object) -> Response:

@@ -17,7 +17,7 @@ from fuzz.labels import nasty_json
 from fuzz.mutations import deep
 from fuzz.photos import _nasty_photos, photos
 from xattn.app.library import Library
-from xattn.app.navigation.selection import make_table
+from xattn.app.navigation.maps_table import MapsTable
 from xattn.app.pages.compare import leaderboard_file
 from xattn.app.pictures import rendering
 from xattn.app.pictures.export import maps_csv
@@ -67,7 +67,7 @@ def _show(folder: Path) -> None:
     try:
         for info in library.packs():
             pack = library.open(info.id)
-            make_table(pack.images, pack.entries, pack.metrics)
+            MapsTable(pack)
             maps_csv(pack, pack.entries.index)
             for entry_id in pack.entries.index[:4]:
                 pack.provenance(entry_id)

@@ -22,7 +22,7 @@ from xattn.app.jobs.jobs import Jobs
 from xattn.app.jobs.spec import Spec
 from xattn.app.library import Library
 from xattn.app.navigation import selection
-from xattn.app.navigation.selection import Choices, Measure
+from xattn.app.navigation.maps_table import Choices, Measure
 from xattn.app.serving import routes
 from xattn.app.serving.guard import Guard
 from xattn.app.serving.login import login_url, own_path

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from urllib.parse import urlencode
 
-import pandas as pd
 import streamlit as st
 
+from xattn.app.navigation import selection
+from xattn.app.navigation.selection import Selection, View
 from xattn.app.pages.gallery.widgets import KEY
 from xattn.app.pictures import export
 
@@ -14,21 +16,15 @@ if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 
-def files(pack: Pack, found: pd.DataFrame) -> None:
+def files(pack: Pack, view: View, found: Selection) -> None:
     """Files are made when they are asked for."""
-    st.download_button(
-        "CSV of the selection",
-        data=lambda: export.maps_csv(pack, found.index),
-        file_name=f"{pack.id}.csv",
-        mime="text/csv",
-        on_click="ignore",
-        key=f"{KEY}export_csv",
-    )
+    query = {"pack": pack.id, "view": selection.to_text(view, selection.table(pack).choices)}
+    st.link_button("CSV of the selection", f"{export.CSV}?{urlencode(query)}")
     most = export.MOST_MAPS["html"]
-    several = len(found) > most
+    several = found.count > most
     st.download_button(
         f"HTML of the first {most} maps" if several else "HTML of the selection",
-        data=lambda: export.html(pack, list(found.index[:most])),
+        data=lambda: export.html(pack, found.ids(most)),
         file_name=f"{pack.id}.html",
         mime="text/html",
         on_click="ignore",

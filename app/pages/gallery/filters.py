@@ -8,6 +8,7 @@ from typing import Any
 import streamlit as st
 
 from xattn.app.navigation import selection
+from xattn.app.navigation.maps_table import SORTS
 from xattn.app.navigation.selection import ALL, MAPS, RIGHT, SIZES, Choices, View
 from xattn.app.pages.gallery.widgets import KEY, from_widgets, restart
 from xattn.app.state import plain
@@ -52,7 +53,7 @@ def _method_name(method: str, choices: Choices) -> str:
 def _order_names(sort: str) -> dict[str, str]:
     if sort == "pack":
         return {"asc": "First to last", "desc": "Last to first"}
-    if sort in selection.SORTS:
+    if sort in SORTS:
         return {"asc": "A to Z", "desc": "Z to A"}
     return {"asc": "Lowest first", "desc": "Highest first"}
 

@@ -6,13 +6,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import streamlit as st
 
 from xattn.app import state
 from xattn.app.components import grid, sent
 from xattn.app.navigation import address, last_view, selection
-from xattn.app.navigation.selection import NAMES, SHOWS, Choices, View
+from xattn.app.navigation.selection import NAMES, SHOWS, Choices, Selection, View
 from xattn.app.pages.gallery import exports
 from xattn.app.pages.gallery.cells import SIDE, cell
 from xattn.app.pages.gallery.filters import toolbar
@@ -38,14 +37,14 @@ def page(context: Context) -> None:
         st.warning("  \n".join(map(plain, messages)))
     view = toolbar(view, table.choices)
     found = selection.selected(pack, view)
-    count = selection.pages(len(found), view.size)
+    count = selection.pages(found.count, view.size)
     beyond = view.page > count
     if beyond:
         view = replace(view, page=count)
         to_widgets(view, ["page"])
     start = (view.page - 1) * view.size
-    shown = found[start : start + view.size]
-    view = _line(pack, view, len(found), start, len(shown))
+    shown = found.rows(start, view.size)
+    view = _line(pack, view, found.count, start, len(shown))
     text = selection.to_text(view, table.choices)
     if shown.empty:
         _nothing(table.choices)
@@ -126,9 +125,9 @@ def _last(pack: Pack) -> str | None:
 def _opened(pack: Pack, choices: Choices) -> None:
     """Go to the image, before this page runs again."""
     opened = sent(CELLS, "open")
-    if opened in pack.entries.index:
+    image_id = selection.table(pack).image_of_map(opened) if isinstance(opened, str) else None
+    if image_id is not None:
         text = selection.to_text(from_widgets(choices), choices)
-        image_id = pack.entries.at[opened, "image_id"]
         st.session_state["_opened"] = (pack.id, image_id)
         last_view.remember(pack, text)
         state.go("image", image=image_id, view=text or None)
@@ -155,7 +154,7 @@ def _line(pack: Pack, view: View, count: int, start: int, shown: int) -> View:
     """How many maps there are, and whether maps or photos are shown; returns the view."""
     text = _count(count, start, shown)
     if view.filters:
-        text += f", filtered from {len(selection.selected(pack, view.unfiltered())):,}"
+        text += f", filtered from {selection.selected(pack, view.unfiltered()).count:,}"
     line = st.container(horizontal=True, vertical_alignment="center", gap="small")
     line.caption(text, width="content")
     if view.filters:
@@ -194,14 +193,14 @@ def _nothing(choices: Choices) -> None:
         st.button("Show all maps", key=f"{KEY}all_maps", on_click=clear)
 
 
-def _below(pack: Pack, view: View, found: pd.DataFrame, count: int) -> None:
+def _below(pack: Pack, view: View, found: Selection, count: int) -> None:
     """The way to other pages, and files of the selection."""
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     if count > 1:
         _pager(bar, view, count)
     bar.space("stretch")
     with bar.popover("Export"):
-        exports.files(pack, found)
+        exports.files(pack, view, found)
     st.caption(
         "In the pictures the arrow keys move, Enter opens, and Page Up and Page Down turn the page."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +58,12 @@ def page(context: Context) -> None:
     pack = context.pack
     assert pack is not None, "main.py calls this page with a pack"
     image_id = last_view.image_of_url(pack)
-    if image_id not in pack.images.index:
+    row = selection.table(pack).image(image_id)
+    if row is None:
         st.warning("This pack has no such image. Choose one in the gallery.")
         st.link_button("Gallery", state.link("gallery", pack=pack.id))
         return
-    _heading(pack, image_id)
+    _heading(pack, image_id, row)
     shown = _choose(pack, image_id)
     if shown is None:
         return
@@ -77,10 +78,9 @@ def page(context: Context) -> None:
 # ---------------------------------------------------------------------- where we are
 
 
-def _heading(pack: Pack, image_id: str) -> None:
+def _heading(pack: Pack, image_id: str, row: Mapping[str, Any]) -> None:
     view = _view(pack)
     before, after, number, count = selection.neighbours(pack, view, image_id)
-    row = pack.images.loc[image_id]
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
     bar.button(
         "Gallery",
@@ -134,7 +134,7 @@ def _view(pack: Pack) -> selection.View:
     return selection.from_text(last_view.remembered(pack), selection.table(pack).choices)
 
 
-def _verdict(pack: Pack, image_id: str, row: pd.Series) -> None:
+def _verdict(pack: Pack, image_id: str, row: Mapping[str, Any]) -> None:
     """What the network says, and the true class: of a mistake as a headline."""
     disagreement = ""
     if row["disagreement"] == row["disagreement"]:
@@ -169,7 +169,8 @@ def _show(image_id: str) -> None:
 def _go_whatif(pack: Pack, image_id: str) -> None:
     """Paint on this photo, beside the map that is in focus."""
     entry_id, target = (st.query_params.get(name) for name in ("entry", "class"))
-    method = pack.entries.at[entry_id, "method"] if entry_id in pack.entries.index else None
+    entries = selection.table(pack).entries_of(image_id)
+    method = entries.at[entry_id, "method"] if entry_id in entries.index else None
     view = st.query_params.get("view")
     state.go("whatif", image=image_id, view=view, method=method, **{"class": target})
 
@@ -182,7 +183,7 @@ def _address() -> str:
 
 def _has_attention(pack: Pack, image_id: str) -> bool:
     """Whether the network has attention: taps before a block's attention are named norm1.N."""
-    entry_id = pack.entries.index[pack.entries["image_id"] == image_id][0]
+    entry_id = selection.table(pack).entries_of(image_id).index[0]
     taps = (pack.provenance(entry_id)["backbone"] or {}).get("taps")
     return isinstance(taps, list) and any(str(tap).startswith("norm1.") for tap in taps)
 
@@ -191,10 +192,11 @@ def _has_attention(pack: Pack, image_id: str) -> bool:
 
 
 def _choose(pack: Pack, image_id: str) -> Shown | None:
-    entries = pack.entries[pack.entries["image_id"] == image_id]
+    table = selection.table(pack)
+    entries = table.entries_of(image_id)
     classes = _explained(entries)
     target = _target(entries, classes)
-    choices = selection.table(pack).choices
+    choices = table.choices
     everything = list(choices.methods)
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     if len(classes) > 1:
@@ -322,8 +324,8 @@ def _maps(pack: Pack, shown: Shown) -> None:
 
 def _of_true_class(pack: Pack, shown: Shown) -> list[str]:
     """Of a mistake, the same methods' maps of the true class, to stand beside those of the prediction."""
-    row = pack.images.loc[shown.image_id]
-    if row["right"] is not False or shown.target != row["predicted"]:
+    row = selection.table(pack).image(shown.image_id)
+    if row is None or row["right"] is not False or shown.target != row["predicted"]:
         return []
     methods = list(shown.entries.loc[shown.ids, "method"])
     own = shown.entries[shown.entries["target"] == row["label"]]

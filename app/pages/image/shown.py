@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
+from xattn.app.navigation import selection
 from xattn.app.pictures import rendering
 from xattn.app.pictures.rendering import Look
 from xattn.packs.format import THUMBNAIL_SIDE
@@ -46,7 +47,7 @@ def legend(pack: Pack, entry_ids: Sequence[str], look: Look) -> None:
 
 def file_name(pack: Pack, shown: Shown) -> str:
     """The photo's name."""
-    return str(pack.images.loc[shown.image_id, "title"])
+    return str((selection.table(pack).image(shown.image_id) or {})["title"])
 
 
 def aspect(pack: Pack, shown: Shown) -> float:

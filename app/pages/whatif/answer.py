@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from xattn.app import models
+from xattn.app.navigation import selection
 from xattn.app.pages.whatif.masks import Mask, on_input
 from xattn.app.state import short
 from xattn.eval.fills import fill
@@ -39,7 +40,7 @@ def seen(pack: Pack, image_id: str, backbone: Backbone) -> Seen:
     Raises:
         PackError: the picture is gone or damaged. ValueError: there is not enough memory.
     """
-    first = pack.entries.index[pack.entries["image_id"] == image_id][0]
+    first = selection.table(pack).entries_of(image_id).index[0]
     mode = pack.view(first).mode
     pixels, _ = prepare(pack.photo(image_id), backbone.preprocessing, mode)
     return Seen(pixels, predict(backbone, pixels))

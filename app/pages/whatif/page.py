@@ -34,9 +34,10 @@ def page(context: Context) -> None:
     pack = context.pack
     assert pack is not None, "main.py calls this page with a pack"
     image_id = last_view.image_of_url(pack)
-    if image_id not in pack.images.index:
+    row = selection.table(pack).image(image_id)
+    if row is None:
         raise PackError("This pack has no such image; choose one in the gallery.")
-    _heading(pack, image_id)
+    _heading(pack, image_id, row["title"])
     with st.spinner("Loading the network that made this pack …"):
         backbone = models.backbone_of(pack)
     backbone.require_classes()
@@ -48,7 +49,7 @@ def page(context: Context) -> None:
     )
 
 
-def _heading(pack: Pack, image_id: str) -> None:
+def _heading(pack: Pack, image_id: str, title: str) -> None:
     choices = selection.table(pack).choices
     view = selection.from_text(last_view.remembered(pack), choices)
     before, after, number, count = selection.neighbours(pack, view, image_id)
@@ -64,7 +65,7 @@ def _heading(pack: Pack, image_id: str) -> None:
     bar.space("stretch")
     if bar.button("Image", key=f"{KEY}maps", help="The maps of this photo"):
         state.go("image", image=image_id, view=st.query_params.get("view"))
-    st.html(name_html(pack.images.at[image_id, "title"]))
+    st.html(name_html(title))
 
 
 @st.fragment
@@ -99,7 +100,7 @@ def _tried(pack: Pack, image_id: str, backbone: Backbone) -> None:
 def _choices(pack: Pack, image_id: str) -> tuple[str, str, bool]:
     """The entry whose map is shown, the fill, and whether what is painted is kept, not hidden."""
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
-    entries = pack.entries[pack.entries["image_id"] == image_id]
+    entries = selection.table(pack).entries_of(image_id)
     with bar:
         kind = url_widgets.segmented(
             "Fill",
@@ -195,16 +196,15 @@ def _maps(
     backbone: Backbone,
 ) -> None:
     """The pack's map, and at a press that of the changed photo, if there is one."""
-    row = pack.entries.loc[entry_id]
-    title = f"{row['method']} of {short(row['target_name'])}"
+    own = pack.explanation(entry_id)
+    title = f"{own.method} of {short(own.target_name)}"
     if entry_id not in painting.drawn:
-        own = pack.explanation(entry_id)
         painting.drawn[entry_id] = maps.map_url(painting.seen.pixels, own)
     pictures = [(painting.drawn[entry_id], title)]
     key = (entry_id, painting.mask.tobytes(), *how)
     if pressed and pixels is not None:
         try:
-            with st.spinner(f"Explaining by {plain(row['method'])} …"):
+            with st.spinner(f"Explaining by {plain(own.method)} …"):
                 painting.fresh = {key: maps.explained(pack, entry_id, pixels, backbone)}
         except ValueError as error:
             st.warning(plain(error))

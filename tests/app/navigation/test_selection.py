@@ -10,9 +10,12 @@ pytest.importorskip("streamlit")
 from conftest import only
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pandas.testing import assert_series_equal
+from pandas_selection import make_table, select
 
-from xattn.app.navigation import selection
-from xattn.app.navigation.selection import ALL, NAMES, View, defaults, parse, select
+from xattn.app.navigation import maps_table, selection
+from xattn.app.navigation.maps_table import SORTS
+from xattn.app.navigation.selection import ALL, NAMES, Selection, View, defaults, parse
 from xattn.app.synthetic_packs import CLASSES, METRICS, explanation, small_pack
 from xattn.packs.explanation import ImageFacts
 from xattn.packs.writer import save_pack
@@ -56,7 +59,7 @@ def odd(tmp_path_factory):
 
 
 def shown(table, **changes):
-    return select(table, replace(defaults(table.choices), **changes))
+    return Selection(table, replace(defaults(table.choices), **changes)).rows()
 
 
 # ---------------------------------------------------------------------- order
@@ -64,7 +67,7 @@ def shown(table, **changes):
 
 def test_without_parameters_the_first_method_is_shown_in_the_packs_order(pack, table):
     view, messages = parse({}, table.choices)
-    rows = select(table, view)
+    rows = Selection(table, view).rows()
     assert messages == []
     assert list(rows.index) == list(pack.entries.index[pack.entries["method"] == "gradcam"])
 
@@ -93,13 +96,13 @@ def test_a_missing_value_comes_last_and_equal_ones_keep_the_packs_order(odd, ord
     values = rows["measure:AD@50"].tolist()
     assert all(math.isnan(v) for v in values[-2:])
     assert not any(math.isnan(v) for v in values[:-2])
-    places = [list(table.rows.index).index(i) for i in rows.index]
+    places = [odd.entry_ids.index(i) for i in rows.index]
     assert all(a < b for a, b in zip(places[::2], places[1::2], strict=True))
 
 
 def test_names_sort_without_case_and_accents_composed(odd):
     names = shown(selection.table(odd), sort="name")["file_name"].tolist()
-    assert names == sorted(names, key=selection.fold)
+    assert names == sorted(names, key=maps_table.fold)
 
 
 def test_the_packs_order_can_be_turned(table):
@@ -172,20 +175,31 @@ def test_search_finds_true_and_predicted_class(pack, table):
 
 
 def test_two_classes_of_one_name_are_told_apart():
-    names = selection._class_names(["134", "517", "1"], ["crane", "crane", "hen"])
+    names = maps_table.class_names({"134": "crane", "517": "crane", "1": "hen"})
     assert names == {"134": "crane (134)", "517": "crane (517)", "1": "hen"}
 
 
 # ---------------------------------------------------------------------- neighbours and pages
 
 
-def test_neighbours_are_those_of_the_view(pack, table):
-    view = replace(defaults(table.choices), sort="ROAD", order="desc")
-    ids = select(table, view)["image_id"].tolist()
-    assert selection.neighbours(pack, view, ids[0]) == (None, ids[1], 1, 9)
-    assert selection.neighbours(pack, view, ids[4]) == (ids[3], ids[5], 5, 9)
-    assert selection.neighbours(pack, view, ids[-1]) == (ids[-2], None, 9, 9)
-    assert selection.neighbours(pack, view, "another") == (None, None, 0, 9)
+def test_neighbours_are_those_of_the_view(table):
+    found = Selection(table, replace(defaults(table.choices), sort="ROAD", order="desc"))
+    ids = found.rows()["image_id"].tolist()
+    assert found.neighbours(ids[0]) == (None, ids[1], 1, 9)
+    assert found.neighbours(ids[4]) == (ids[3], ids[5], 5, 9)
+    assert found.neighbours(ids[-1]) == (ids[-2], None, 9, 9)
+    assert found.neighbours("another") == (None, None, 0, 9)
+
+
+def test_a_part_of_a_selection_is_that_of_the_whole(table):
+    found = Selection(table, replace(defaults(table.choices), method=ALL, sort="AD@50"))
+    whole = list(found.rows().index)
+    assert found.count == len(whole) == 27
+    assert list(found.rows(5, 7).index) == whole[5:12]
+    assert list(found.rows(25, 7).index) == whole[25:]
+    assert found.rows(27, 7).empty
+    assert found.ids(4) == whole[:4]
+    assert found.ids() == whole
 
 
 def test_pages_hold_all_maps():
@@ -246,12 +260,14 @@ VIEWS = st.builds(
     View,
     method=st.sampled_from(["gradcam", "saliency", ALL]),
     maps=st.sampled_from(list(selection.MAPS)),
-    sort=st.sampled_from([*selection.SORTS, "confidence", *METRICS]),
+    sort=st.sampled_from([*SORTS, "confidence", *METRICS]),
     order=st.sampled_from(selection.ORDERS),
     show=st.sampled_from(list(selection.SHOWS)),
     size=st.sampled_from(selection.SIZES),
     page=st.integers(1, 10**6),
-    q=st.text(max_size=20).map(lambda t: " ".join(t.split())),
+    q=(
+        st.text(max_size=20) | st.sampled_from(["jpg", "PHOTO-0000", "shark tench", "é", "<B>"])
+    ).map(lambda t: " ".join(t.split())),
     label=st.lists(st.sampled_from("1235"), unique=True, max_size=3).map(tuple),
     predicted=st.lists(st.sampled_from("1235"), unique=True, max_size=3).map(tuple),
     right=st.sampled_from(list(selection.RIGHT)),
@@ -266,7 +282,35 @@ EASY = settings(
 )
 
 
-KNOWN = ["gradcam", "saliency", *selection.SORTS, *METRICS, *map(str, range(10)), "desc", "wrong"]
+@pytest.fixture(scope="module")
+def odd_table(odd):
+    return selection.table(odd)
+
+
+@pytest.mark.slow
+@settings(EASY, max_examples=1500)
+@given(view=VIEWS)
+def test_every_view_is_what_pandas_selects(pack, table, odd, odd_table, view):
+    as_pandas_selects(pack, table, odd, odd_table, view)
+
+
+@settings(EASY, max_examples=60)
+@given(view=VIEWS)
+def test_views_are_what_pandas_selects(pack, table, odd, odd_table, view):
+    as_pandas_selects(pack, table, odd, odd_table, view)
+
+
+def as_pandas_selects(pack, table, odd, odd_table, view):
+    for each, of in ((pack, table), (odd, odd_table)):
+        if view.measure in of.choices.measures and view.sort in {**SORTS, **of.choices.measures}:
+            wanted = select(make_table(each.images, each.entries, each.metrics), view)
+            found = Selection(of, view).rows()
+            assert list(found.index) == list(wanted.index)
+            for name in found:
+                assert_series_equal(found[name], wanted[name], check_dtype=False)
+
+
+KNOWN = ["gradcam", "saliency", *SORTS, *METRICS, *map(str, range(10)), "desc", "wrong"]
 URLS = st.dictionaries(
     st.sampled_from([*NAMES, "pack"]) | st.text(max_size=3),
     st.lists(TEXTS | st.sampled_from(KNOWN), max_size=2),
@@ -284,12 +328,12 @@ def test_any_url_gives_a_view_whose_own_url_has_no_faults(table, url):
 
 @settings(EASY, max_examples=200)
 @given(url=URLS)
-def test_what_any_url_gives_can_be_shown(table, url):
+def test_what_any_url_gives_can_be_shown(pack, table, url):
     view, _ = parse(url, table.choices)
     again, _ = parse(view.params(table.choices), table.choices)
-    rows = select(table, view)
-    assert set(rows.index) <= set(table.rows.index)
-    assert list(select(table, again).index) == list(rows.index)
+    found = Selection(table, view)
+    assert set(found.ids()) <= set(pack.entry_ids)
+    assert Selection(table, again).ids() == found.ids()
 
 
 @settings(EASY, max_examples=200)

@@ -1,0 +1,441 @@
+"""A pack's maps as tables of duckdb, and what there is to choose from.
+
+A pack of one manifest is copied from its pandas tables, one of many files straight from their Parquet;
+after that the database sees no file but its own, which lies in a private folder. Values reach SQL as
+parameters alone, and columns have names of this module's own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import threading
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from xattn.app.live.scratch import Scratch
+from xattn.packs.contained_files import AGAIN, PackError, why
+
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
+
+MEMORY = "256MB"  # of a pack's database; beyond that it sorts on disk
+THREADS = 4
+SORTS = {
+    "pack": "Order of the pack",
+    "name": "File name",
+    "label": "True class",
+    "predicted": "Predicted class",
+}
+MEASURES = {
+    "confidence": "Confidence",
+    "probability": "Probability of the explained class",
+    "disagreement": "Disagreement of methods",
+}
+ENTRY: dict[str, str] = {  # columns of an entry beside its metrics, with their types
+    "entry_id": "VARCHAR",
+    "image_id": "VARCHAR",
+    "method": "VARCHAR",
+    "target": "BIGINT",
+    "target_name": "VARCHAR",
+    "probability": "DOUBLE",
+    "is_value": "BOOLEAN",
+    "is_mask": "BOOLEAN",
+    "sanity": "BOOLEAN",
+    "min": "DOUBLE",
+    "max": "DOUBLE",
+}
+IMAGE: dict[str, str] = {
+    "image_id": "VARCHAR",
+    "file_name": "VARCHAR",
+    "title": "VARCHAR",
+    "label": "BIGINT",
+    "label_name": "VARCHAR",
+    "predicted": "BIGINT",
+    "predicted_name": "VARCHAR",
+    "confidence": "DOUBLE",
+    "right": "BOOLEAN",
+    "disagreement": "DOUBLE",
+    "methods": "BIGINT",
+}
+_ROW = (  # columns of `maps` that the gallery shows
+    *("image_id", "file_name", "title", "method", "target_name", "probability", "is_value"),
+    *("label_id", "label_name", "predicted_id", "predicted_name", "right", "confidence"),
+    "disagreement",
+)
+_IMAGES = """CREATE TABLE images AS SELECT * REPLACE (
+        CASE WHEN isfinite(confidence) THEN confidence END AS confidence,
+        CASE WHEN isfinite(disagreement) THEN disagreement END AS disagreement),
+    coalesce(CAST(label AS VARCHAR), nullif(label_name, '')) AS label_id,
+    coalesce(CAST(predicted AS VARCHAR), nullif(predicted_name, '')) AS predicted_id
+    FROM source_images"""
+_PLACES = """CREATE TABLE places AS SELECT n, m, turn = 1 AS is_first FROM (
+    SELECT CAST(entries.rowid AS INTEGER) AS n, CAST(images.rowid AS INTEGER) AS m, row_number() OVER (
+        PARTITION BY images.rowid, method ORDER BY probability DESC, entries.rowid) AS turn
+    FROM entries JOIN images USING (image_id)) ORDER BY n"""
+_MAPS = """CREATE VIEW maps AS SELECT places.*, entries.* EXCLUDE (image_id), images.*
+    FROM places JOIN entries ON entries.rowid = n JOIN images ON images.rowid = m"""
+# Of `maps`: what it is sorted by beside its numbers, and what is searched.
+KEYS = {
+    "pack": "n",
+    "name": "fold(coalesce(nullif(file_name, ''), image_id))",
+    "label": "fold(label_name)",
+    "predicted": "fold(predicted_name)",
+}
+TEXT = """concat_ws(chr(10), fold(title), fold(image_id), fold(label_name), fold(predicted_name),
+    fold(target_name))"""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that maps are sorted and filtered by; ``low`` and ``high`` are its range here."""
+
+    key: str
+    name: str
+    low: float
+    high: float
+    higher_is_better: bool | None = None
+    formula: str = ""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a pack has to choose from; classes are ``{key: name}``."""
+
+    methods: tuple[str, ...]
+    measures: Mapping[str, Measure]
+    labels: Mapping[str, str]
+    predicted: Mapping[str, str]
+    judged: bool  # of some photo it is known whether the prediction is right
+    several: bool  # some photo has maps of several classes by one method
+    controls: frozenset[str] = frozenset()  # methods that are sanity controls, not explanations
+    # For "label" and "predicted" the number of photos by class.
+    photos: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def under_test(self) -> tuple[str, ...]:
+        """The methods that are no controls; all of them where there is nothing else."""
+        return tuple(m for m in self.methods if m not in self.controls) or self.methods
+
+    @property
+    def sorts(self) -> dict[str, str]:
+        """Orders by key, with their names."""
+        found = dict(SORTS)
+        if not self.labels:
+            del found["label"]
+        if not self.predicted:
+            del found["predicted"]
+        return found | {m.key: m.name for m in self.measures.values()}
+
+
+def fold(text: object) -> str:
+    """Text as it is compared: composed, without case."""
+    return unicodedata.normalize("NFC", str(text)).casefold()
+
+
+class MapsTable:
+    """A pack's maps in a database of their own; safe to share between threads.
+
+    ``maps`` has a row a map: its place ``n`` in the pack and that of its image, ``m``; ``is_first``
+    (whether it is the image's first of the most probable by its method); the columns of ``ENTRY`` and
+    ``IMAGE``; ``label_id`` and ``predicted_id``, keys of the choices or NULL; and the measures, each in
+    the column that :meth:`column` says, NULL where a value is missing or infinite.
+
+    Attributes:
+        image_of: (maps,) int32, the place of each map's image.
+
+    Raises:
+        PackError: the pack's tables cannot be read, or there is no room for the copy.
+    """
+
+    def __init__(self, pack: Pack) -> None:
+        self._lock = threading.Lock()
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="maps-", dir=_scratch().path, ignore_cleanup_errors=True
+        )
+        self._metrics = {m.key: f"v{i}" for i, m in enumerate(pack.metrics)}
+        with _told():
+            self._database = _connect(Path(self._folder.name))
+            self._fill(pack)
+            self.choices = self._choices(pack)
+            self.image_of = self.numbers("SELECT m FROM places ORDER BY n")
+
+    def column(self, measure: str) -> str:
+        """The column of a measure of the choices, as SQL writes it."""
+        return measure if measure in MEASURES else self._metrics[measure]
+
+    def numbers(self, query: str, parameters: Sequence[Any] = ()) -> np.ndarray:
+        """The first column of an answer, int32."""
+        with self._lock, _told():
+            columns = self._database.execute(query, parameters).fetchnumpy()
+        return np.asarray(next(iter(columns.values())), dtype=np.int32)
+
+    def answer(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """All rows of an answer."""
+        with self._lock, _told():
+            return self._database.execute(query, parameters).fetchall()
+
+    # ------------------------------------------------------------------ rows
+
+    def rows(self, places: np.ndarray) -> pd.DataFrame:
+        """The maps at these places of the pack, in this order, as the gallery shows them.
+
+        Index ``entry_id``; columns ``image_id, file_name, title, method, target_name, probability,
+        is_value, label, label_name, predicted, predicted_name, right, confidence, disagreement`` and
+        ``measure:KEY``. ``label`` and ``predicted`` are keys of the choices or None.
+        """
+        measures = {f"measure:{key}": self.column(key) for key in self.choices.measures}
+        table = pd.DataFrame(
+            self._at(places, ("entry_id", *_ROW, *measures.values())),
+            columns=["entry_id", *(name.removesuffix("_id") for name in _ROW), *measures],
+            dtype=object,
+        ).rename(columns={"entry": "entry_id", "image": "image_id"})
+        numbers = ("probability", "confidence", "disagreement", *measures)
+        return table.astype(dict.fromkeys(numbers, float) | {"is_value": bool}).set_index(
+            "entry_id"
+        )
+
+    def lines(self, places: np.ndarray) -> list[tuple[Any, ...]]:
+        """All that is known of the maps at these places and of their images; see :attr:`header`."""
+        return self._at(places, [column for _, column in self._line])
+
+    @property
+    def header(self) -> list[str]:
+        """The names of the values of :meth:`lines`."""
+        return [name for name, _ in self._line]
+
+    @property
+    def _line(self) -> list[tuple[str, str]]:
+        of_image = [name for name in IMAGE if name not in ("image_id", "title", "methods")]
+        own = [name for name in ENTRY if name not in ("image_id", "entry_id")]
+        fixed = ("image_id", *of_image, "entry_id", *own)
+        return [*((name, name) for name in fixed), *self._metrics.items()]
+
+    def _at(self, places: np.ndarray, columns: Iterable[str]) -> list[tuple[Any, ...]]:
+        """These columns of ``maps`` at these places, in their order."""
+        query = f"SELECT n, {_listed(columns)} FROM maps WHERE n IN (SELECT unnest($1::INTEGER[]))"
+        found = {row[0]: row[1:] for row in self.answer(query, [places.tolist()])}
+        return [found[place] for place in places.tolist()]
+
+    def ids(self, places: np.ndarray) -> list[str]:
+        """The ids of the maps at these places, in their order."""
+        return [id for (id,) in self._at(places, ["entry_id"])]
+
+    def image_id(self, place: int) -> str:
+        """The id of the image at a place."""
+        return str(self.answer("SELECT image_id FROM images WHERE rowid = $1", [int(place)])[0][0])
+
+    def entries_of(self, image_id: str) -> pd.DataFrame:
+        """The maps of one image, as :attr:`Pack.entries` has them; none of an unknown one."""
+        columns = (*ENTRY, *self._metrics.values())
+        found = self.answer(
+            f"SELECT {_listed(columns)} FROM maps WHERE image_id = $1 ORDER BY n", [image_id]
+        )
+        table = pd.DataFrame(found, columns=[*ENTRY, *self._metrics]).set_index("entry_id")
+        return table.astype(dict.fromkeys(self._metrics, float))
+
+    def image(self, image_id: str) -> dict[str, Any] | None:
+        """What is known of one image, by the columns of :attr:`Pack.images`; None of an unknown one."""
+        for row in self.answer(
+            f"SELECT {_listed(IMAGE)} FROM images WHERE image_id = $1", [image_id]
+        ):
+            known = dict(zip(IMAGE, row, strict=True))
+            numbers = ("confidence", "disagreement")
+            return known | {name: math.nan for name in numbers if known[name] is None}
+        return None
+
+    def image_of_map(self, entry_id: str) -> str | None:
+        """The image of a map; None of an unknown one."""
+        found = self.answer("SELECT image_id FROM entries WHERE entry_id = $1", [entry_id])
+        return str(found[0][0]) if found else None
+
+    # ------------------------------------------------------------------ filling
+
+    def _fill(self, pack: Pack) -> None:
+        """Copy the pack, then close the database to every other file."""
+        files = pack.parquet() if hasattr(pack, "parquet") else None
+        if files is None:
+            entries = _from_frame(pack.entries.reset_index(), ENTRY, self._metrics)
+            images = _from_frame(pack.images.reset_index(), IMAGE, {})
+            self._database.register("source_entries", entries)
+            self._database.register("source_images", images)
+        else:
+            folder = Path(self._folder.name)
+            metrics = {f"metric:{key}": column for key, column in self._metrics.items()}
+            for name, paths, types, own in (
+                ("entries", files[0], ENTRY, metrics),
+                ("images", files[1], IMAGE, {}),
+            ):
+                _from_parquet(self._database, folder, name, paths, types, own).create_view(
+                    f"source_{name}"
+                )
+        measured = [
+            f"CASE WHEN isfinite({column}) THEN {column} END AS {column}"
+            for column in self._metrics.values()
+        ]
+        self._database.execute(
+            f"CREATE TABLE entries AS SELECT {', '.join([_listed(ENTRY), *measured])} FROM source_entries"
+        )
+        for query in (
+            *(_IMAGES, "DROP VIEW source_entries", "DROP VIEW source_images"),
+            *("SET enable_external_access = false", "SET lock_configuration = true"),
+            *(_PLACES, _MAPS),
+        ):
+            self._database.execute(query)
+
+    def _choices(self, pack: Pack) -> Choices:
+        methods = self.answer(
+            "SELECT method, bool_or(sanity) FROM entries GROUP BY method ORDER BY min(rowid)"
+        )
+        described: dict[str, tuple[str, bool | None, str]]
+        described = {key: (name, None, "") for key, name in MEASURES.items()}
+        for m in pack.metrics:
+            if m.key not in MEASURES and m.key not in SORTS:
+                described[m.key] = (m.key, m.higher_is_better, m.formula)
+        ends: dict[str, tuple[Any, ...]] = {}
+        for source in ("images", "entries"):
+            keys = [key for key in described if (key in IMAGE) == (source == "images")]
+            query = ", ".join(f"min({c}), max({c})" for c in map(self.column, keys))
+            if keys:
+                (found,) = self.answer(f"SELECT {query} FROM {source}")
+                ends |= dict(zip(keys, zip(found[::2], found[1::2], strict=True), strict=True))
+        measures = {
+            key: Measure(key, name, *ends[key], better, formula)
+            for key, (name, better, formula) in described.items()
+            if ends[key][0] is not None
+        }
+        ((judged, several),) = self.answer(
+            'SELECT (SELECT bool_or("right" IS NOT NULL) FROM images), '
+            "(SELECT NOT bool_and(is_first) FROM places)"
+        )
+        classes, photos = {}, {}
+        for name in ("label", "predicted"):
+            classes[name], photos[name] = self._classes(name)
+        return Choices(
+            methods=tuple(method for method, _ in methods),
+            measures=measures,
+            labels=classes["label"],
+            predicted=classes["predicted"],
+            judged=bool(judged),
+            several=bool(several),
+            controls=frozenset(method for method, is_control in methods if is_control),
+            photos=photos,
+        )
+
+    def _classes(self, name: str) -> tuple[dict[str, str], dict[str, int]]:
+        """Names and numbers of photos by key, the classes of ``label`` or ``predicted``."""
+        found = self.answer(
+            f"SELECT {name}_id, arg_min_null({name}_name, rowid), count(*) FROM images "
+            f"WHERE {name}_id IS NOT NULL GROUP BY 1"
+        )
+        names = class_names({key: shown or f"class {key}" for key, shown, _ in found})
+        counts = {key: count for key, _, count in found}
+        return names, {key: counts[key] for key in names}
+
+
+def class_names(found: Mapping[str, str]) -> dict[str, str]:
+    """Classes by name; two of one name are told apart by their keys."""
+    times = Counter(found.values())
+    shown = {key: f"{name} ({key})" if times[name] > 1 else name for key, name in found.items()}
+    return dict(sorted(shown.items(), key=lambda item: fold(item[1])))
+
+
+# ---------------------------------------------------------------------- the database
+
+_SCRATCH: list[Scratch] = []
+
+
+def _scratch() -> Scratch:
+    """The folder of all databases of this process, deleted when the viewer ends."""
+    if not _SCRATCH:
+        _SCRATCH.append(Scratch())
+    return _SCRATCH[0]
+
+
+def _connect(folder: Path) -> duckdb.DuckDBPyConnection:
+    database = duckdb.connect(
+        str(folder / "maps.duckdb"),
+        config={
+            "memory_limit": MEMORY,
+            "threads": min(THREADS, os.cpu_count() or 1),
+            "temp_directory": str(folder / "sorting"),
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+            "allow_community_extensions": False,
+        },
+    )
+    # ASCII needs no Python.
+    database.create_function("fold_any", fold, ["VARCHAR"], "VARCHAR")
+    database.execute(
+        "CREATE MACRO fold(s) AS CASE WHEN strlen(s) = length(s) THEN lower(s) ELSE fold_any(s) END"
+    )
+    return database
+
+
+def _from_frame(frame: pd.DataFrame, types: Mapping[str, str], metrics: Mapping[str, str]) -> Any:
+    """An arrow table of these columns, the metrics by their columns."""
+    kinds = {
+        "VARCHAR": pa.string(),
+        "BIGINT": pa.int64(),
+        "DOUBLE": pa.float64(),
+        "BOOLEAN": pa.bool_(),
+    }
+    columns = {
+        name: pa.array(frame[name], kinds[kind], from_pandas=True) for name, kind in types.items()
+    }
+    return pa.table(
+        columns | {column: pa.array(frame[key], pa.float64()) for key, column in metrics.items()}
+    )
+
+
+def _from_parquet(
+    database: duckdb.DuckDBPyConnection,
+    folder: Path,
+    name: str,
+    paths: Sequence[Path],
+    types: Mapping[str, str],
+    metrics: Mapping[str, str],
+) -> duckdb.DuckDBPyRelation:
+    """The rows of Parquet files, one file after the other, with columns of these names and types.
+
+    The files are read through links, as duckdb takes marks in a path for patterns and partitions.
+    """
+    links = []
+    for number, path in enumerate(paths):
+        links.append(folder / f"{name}-{number:05}.parquet")
+        links[-1].symlink_to(path.resolve())
+    rows = database.read_parquet(
+        [str(link) for link in links], union_by_name=True, hive_partitioning=False
+    )
+    known = [
+        duckdb.ColumnExpression(column).cast(kind).alias(column) for column, kind in types.items()
+    ]
+    measured = [
+        duckdb.ColumnExpression(key).cast("DOUBLE").alias(column) for key, column in metrics.items()
+    ]
+    return rows.select(*known, *measured)
+
+
+def _listed(columns: Iterable[str]) -> str:
+    """Columns with names of this module's own, as SQL lists them."""
+    return ", ".join(f'"{column}"' for column in columns)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What duckdb finds wrong as a :class:`PackError`."""
+    try:
+        yield
+    except (duckdb.Error, pa.ArrowException) as error:
+        raise PackError(f"The pack's tables cannot be read ({why(error)}); {AGAIN}") from None
