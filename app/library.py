@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from xattn.packs.contained_files import PackError, open_inside, read_inside
-from xattn.packs.format import MANIFEST, MAPS
+from xattn.packs.format import FIRST_MAPS, MANIFEST, MAPS
 from xattn.packs.reader import MAX_MANIFEST, RECENT_MAPS, NotAPack, Pack
 from xattn.runtime.display_text import visible
 from xattn.runtime.files import Signature
@@ -216,10 +216,9 @@ class Library:
         info: PackInfo | None
         try:
             pack = self._opened(pack_id, folder, name)
-            methods = tuple(dict.fromkeys(pack.entries["method"]))
-            info = PackInfo(pack_id, name, len(pack.entries), len(pack.images), methods)
+            info = PackInfo(pack_id, name, *pack.counts, pack.methods)
         except NotAPack as error:  # a manifest.json alone is likely to be of something else
-            damaged = (folder / MAPS).exists()
+            damaged = any((folder / maps).exists() for maps in (MAPS, FIRST_MAPS))
             info = PackInfo(pack_id, name, problem=str(error)) if damaged else None
         except PackError as error:
             info = PackInfo(pack_id, name, problem=str(error))

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from xattn.packs.explanation import Explanation, ImageFacts
+from xattn.packs.format import MANIFEST, check_output, is_pack, owned_files
+from xattn.packs.sharded.columns import IMAGES, METRIC, SHARD_PHOTOS, entry_schema, shard_file
+from xattn.packs.sharded.manifest_shards import ShardFile, manifest_bytes
+from xattn.packs.sharded.tensor_draft import TensorDraft
+from xattn.packs.sharded.written_rows import write_parquet
 from xattn.packs.writer import pack_writer, save_pack
 from xattn.photos.view import View
+from xattn.runtime.files import atomic_folder
 
 CLASSES = [
     "tench, Tinca tinca",
@@ -32,6 +41,8 @@ METRICS = {
     "ROAD": {"higher_is_better": True, "formula": "mean (LeRF - MoRF) / 2"},
 }
 VIEW = View("crop", (96, 128), (256, 341), (16, 58, 224, 224), (224, 224))
+_DIFFERENT = 64  # maps and pictures
+_POINTS = 12  # of a curve
 
 
 def picture(number: int, size: tuple[int, int] = (128, 96)) -> Image.Image:
@@ -127,6 +138,152 @@ def big_pack(folder: Path, images: int = 10_000, methods: int = 1, pictures: int
             writer.add(group)
             writer.use_thumbnail(group, thumbnails[n], hashes[n])
     return folder
+
+
+def million_pack(folder: Path, maps: int = 1_000_000, methods: int = 4, side: int = 7) -> Path:
+    """A pack of format 2 with so many maps (side, side), ``methods`` a photo; a million take a minute.
+
+    Every entry has its own row and its map in a shard; there are few different maps and pictures.
+    """
+    folder, photos = check_output(folder), maps // methods
+    names = {
+        "methods": [f"method{m}" for m in range(methods)],
+        "metrics": list(METRICS),
+        "curves": ["deletion"],
+        "protocols": [json.dumps(_protocol(m)) for m in range(methods)],
+        "views": [json.dumps(VIEW.to_json())],
+    }
+    made = _Made(side)
+    with atomic_folder(folder, owned_files(folder), is_pack) as temporary:
+        shards = [
+            _shard(temporary, number, range(first, min(photos, first + SHARD_PHOTOS)), names, made)
+            for number, first in enumerate(range(0, photos, SHARD_PHOTOS))
+        ]
+        (temporary / MANIFEST).write_bytes(manifest_bytes(names, shards, described(), {}, []))
+    return folder
+
+
+def _protocol(method: int) -> dict[str, Any]:
+    backbone = {"name": "made up", "sha256": "0" * 64}
+    return {"backbone": backbone, "head": None, "explainer": f"method{method}", "classes": "top"}
+
+
+class _Made:
+    """The maps and pictures that all rows share, with their hashes."""
+
+    def __init__(self, side: int) -> None:
+        rng = np.random.default_rng(0)
+        self.side = side
+        self.values = rng.random((_DIFFERENT, side, side), np.float32)
+        self.maps = [values.astype("<f4").tobytes() for values in self.values]
+        self.jpegs = [_jpeg(picture(n, (96, 72))) for n in range(_DIFFERENT)]
+        self.map_hashes, self.jpeg_hashes = (
+            np.array([hashlib.sha256(data).hexdigest() for data in group], object)
+            for group in (self.maps, self.jpegs)
+        )
+
+
+def _shard(
+    folder: Path, number: int, photos: range, names: dict[str, list[str]], made: _Made
+) -> dict[str, ShardFile]:
+    rng = np.random.default_rng([1, number])
+    images = _images(photos, len(names["methods"]), made, rng)
+    entries = _entries(photos, images, names, made, rng)
+    schema = entry_schema(names["metrics"], names["curves"])
+    files = {}
+    for kind, columns, of, unique in (
+        ("entries", entries, schema, "entry_id"), ("images", images, IMAGES, "image_id")
+    ):  # fmt: skip
+        table = pa.table([pa.array(columns[f.name], f.type) for f in of], schema=of)
+        files[kind] = write_parquet(folder / shard_file(kind, number), of, [table], unique)
+    maps = TensorDraft(folder / shard_file("maps", number))
+    for i, id in enumerate(entries["entry_id"]):
+        maps.add(id, made.maps[_map_of(photos[0], i)], "F32", [made.side, made.side])
+    thumbnails = TensorDraft(folder / shard_file("thumbnails", number))
+    for photo, id in zip(photos, images["image_id"], strict=True):
+        data = made.jpegs[photo % _DIFFERENT]
+        thumbnails.add(id, data, "U8", [len(data)])
+    return {**files, "maps": maps.close(), "thumbnails": thumbnails.close()}
+
+
+def _map_of(first: int, row: int) -> int:
+    return (first + 7 * row) % _DIFFERENT
+
+
+def _images(photos: range, methods: int, made: _Made, rng: np.random.Generator) -> dict[str, Any]:
+    count, classes = len(photos), np.array(CLASSES, object)
+    numbers = np.array(photos)
+    ids = [f"photo-{i:07}" for i in photos]
+    files = [f"{id}.jpg" for id in ids]
+    predicted = rng.integers(0, len(CLASSES), count)
+    right = rng.random(count) < 0.75
+    label = np.where(right, predicted, (predicted + 1) % len(CLASSES))
+    confidence = 0.3 + 0.6 * rng.random(count)
+    top = [
+        [{"class": int(c), "name": CLASSES[c], "probability": float(p)}]
+        for c, p in zip(predicted, confidence, strict=True)
+    ]
+    return {
+        "image_id": ids,
+        "file_name": files,
+        "title": files,
+        "label": label,
+        "label_name": classes[label],
+        "predicted": predicted,
+        "predicted_name": classes[predicted],
+        "confidence": confidence,
+        "right": right,
+        "disagreement": rng.random(count).round(4),
+        "methods": np.full(count, methods),
+        "top": top,
+        "thumbnail_bytes": np.array([len(data) for data in made.jpegs])[numbers % _DIFFERENT],
+        "thumbnail_sha256": made.jpeg_hashes[numbers % _DIFFERENT],
+    }
+
+
+def _entries(
+    photos: range,
+    images: dict[str, Any],
+    names: dict[str, list[str]],
+    made: _Made,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    methods = len(names["methods"])
+    count = len(photos) * methods
+    of_photo = {
+        key: np.repeat(np.array(images[key], object), methods) for key in ("image_id", "file_name")
+    }
+    target = np.repeat(images["predicted"], methods)
+    method = np.tile(np.arange(methods), len(photos))
+    maps = _map_of(photos[0], np.arange(count))  # type: ignore[arg-type]
+    p = np.repeat(images["confidence"], methods)
+    curves = list(p[:, None] * np.linspace(1, 0.02, _POINTS))
+    return {
+        "entry_id": list(_ids(of_photo["image_id"], target, method)),
+        **of_photo,
+        "title": of_photo["file_name"],
+        "method": np.array(names["methods"], object)[method],
+        "target": target,
+        "target_name": np.array(CLASSES, object)[target],
+        "probability": p,
+        "is_value": np.zeros(count, bool),
+        "is_mask": np.zeros(count, bool),
+        "sanity": np.zeros(count, bool),
+        "protocol": method,
+        "view": np.zeros(count, int),
+        "height": np.full(count, made.side),
+        "width": np.full(count, made.side),
+        "min": made.values.min((1, 2))[maps],
+        "max": made.values.max((1, 2))[maps],
+        "sha256": made.map_hashes[maps],
+        **{METRIC + key: rng.random(count) for key in METRICS},
+        "curve:deletion": curves,
+    }
+
+
+def _ids(images: Any, targets: Any, methods: Any) -> Iterator[str]:
+    for image, target, method in zip(images, targets.tolist(), methods.tolist(), strict=True):
+        yield f"{image}@{target}.method{method}"
 
 
 def _jpeg(image: Image.Image) -> bytes:

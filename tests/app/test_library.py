@@ -272,7 +272,7 @@ def test_other_programs_manifests_are_not_packs(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda f: edit(f, lambda m: m.update(version=2)), r"format version 2.*upgrade xattn"),
+        (lambda f: edit(f, lambda m: m.update(version=3)), r"format version 3.*upgrade xattn"),
         (
             lambda f: (f / "manifest.json").write_bytes(b'{"format": "xattn'),
             r"no readable manifest",

@@ -178,7 +178,7 @@ def test_damaged_packs_are_refused_in_one_line(tmp_path):
     folder = tmp_path / "pack"
     cases = [
         (lambda: edit(folder, format="other"), r"not of a pack"),
-        (lambda: edit(folder, version=99), r"format version 99, this xattn reads up to 1"),
+        (lambda: edit(folder, version=99), r"format version 99, this xattn reads up to 2"),
         (lambda: edit(folder, entry={"id": "gone@1.head"}), r"manifest.json is damaged"),
         (lambda: edit(folder, entry={"shape": [1, 1]}), r"manifest.json is damaged"),
         (lambda: edit(folder, entry={"view": {}}), r"manifest.json is damaged"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ from xattn.runtime import strict_json
 from xattn.runtime.files import follow_link, output_error, temporary_folder
 from xattn.runtime.stores import is_remote, place_of
 
-FORMAT, VERSION = "xattn-pack", 1
+FORMAT, VERSION, LATEST = "xattn-pack", 1, 2
 MANIFEST, MAPS, VIDEO = "manifest.json", "maps.safetensors", "overlay.mp4"
+FIRST_MAPS = "maps-00000.safetensors"  # of a pack of format 2
 FEATURES = "features.safetensors"
 THUMBNAIL = r"thumbnails/[^/\\\0]+\.jpg"  # what a thumbnail may be named
+SHARD_FILE = re.compile(
+    r"(?:entries|images)-[0-9]{5,9}\.parquet|(?:maps|thumbnails|features)-[0-9]{5,9}\.safetensors"
+)
 THUMBNAIL_SIDE, OVERLAY_SIDE = 512, 2048  # longest side in pixels
 
 
@@ -48,6 +53,13 @@ def check_output(folder: str | Path) -> Path:
     except OSError as error:
         raise output_error("output", folder, error) from error
     return folder
+
+
+def owned_files(folder: Path) -> list[str]:
+    """The names in a pack that its writer replaces, of both formats; all else is the user's."""
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    shards = (name for name in names if SHARD_FILE.fullmatch(name))
+    return [MANIFEST, MAPS, FEATURES, VIDEO, "thumbnails", "overlays", *shards]
 
 
 def interrupted_output(folder: str | Path) -> Path:
@@ -88,9 +100,9 @@ def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
         raise ValueError(
             f"pack: {MANIFEST} of {name} is not of a pack; it says format {found!r:.60}"
         )
-    if version > VERSION:
+    if version > LATEST:
         raise LaterVersion(
-            f"pack: {name} has format version {version}, this xattn reads up to {VERSION}; "
+            f"pack: {name} has format version {version}, this xattn reads up to {LATEST}; "
             f"upgrade xattn"
         )
     return manifest  # type: ignore[no-any-return]
@@ -101,6 +113,14 @@ def unreadable_manifest(name: str, error: Exception) -> ValueError:
     return ValueError(
         f"pack: {name} holds no readable {MANIFEST} ({type(error).__name__}); "
         f"give a folder that save_pack wrote"
+    )
+
+
+def needs_pyarrow(argument: str, error: ModuleNotFoundError) -> str:
+    """What to say where a module of format 2 cannot be imported."""
+    return (
+        f"{argument}: a pack of format 2 needs {error.name}, which is not installed; "
+        f'run: pip install "xattn[app]"'
     )
 
 

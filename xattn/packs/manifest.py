@@ -139,7 +139,7 @@ def read_columns(manifest: dict[str, Any], trusted: bool = False) -> Manifest:
         PackError: the pack is empty.
     """
     entries = _entry_columns(manifest, trusted)
-    protocols = _list_of_tables(manifest, "protocols")
+    protocols = list_of_tables(manifest, "protocols")
     if not all(0 <= number < len(protocols) for number in entries["protocol"]):
         raise damaged("an entry has a protocol that is not listed")
     any_size = [protocol.get("probability") == "value" for protocol in protocols]
@@ -147,7 +147,7 @@ def read_columns(manifest: dict[str, Any], trusted: bool = False) -> Manifest:
         if not (is_finite(value) if any_size[number] else 0 <= value <= 1):
             raise damaged("a probability is not in 0..1")
     entries["is_value"] = [any_size[number] for number in entries["protocol"]]
-    metrics = _metrics(_table(manifest, "metrics"), trusted)
+    metrics = metric_infos(table_of(manifest, "metrics"), trusted)
     measured = entries.pop("metrics")
     keys = dict.fromkeys(metric.key for metric in metrics)
     if trusted:
@@ -159,11 +159,11 @@ def read_columns(manifest: dict[str, Any], trusted: bool = False) -> Manifest:
         measured={
             key: _measured(key, measured, trusted) for key in keys or (m.key for m in metrics)
         },
-        shares=_shares(_table(manifest, "shares"), trusted),
+        shares=shares_of(table_of(manifest, "shares"), trusted),
         features=read_features(manifest.get("features"), len(set(entries["image_id"]))),
         video=_video(manifest, trusted),
         entries=entries,
-        images=_image_columns(_table(manifest, "images"), entries, protocols, trusted),
+        images=_image_columns(table_of(manifest, "images"), entries, protocols, trusted),
     )
 
 
@@ -171,7 +171,7 @@ def read_columns(manifest: dict[str, Any], trusted: bool = False) -> Manifest:
 
 
 def _entry_columns(manifest: dict[str, Any], trusted: bool) -> dict[str, list[Any]]:
-    entries = _list_of_tables(manifest, "entries")
+    entries = list_of_tables(manifest, "entries")
     if not entries and not trusted:
         raise PackError("The pack is empty; explain at least one photo")
     required = _REQUIRED if trusted else _REQUIRED | _RANGE
@@ -183,7 +183,7 @@ def _entry_columns(manifest: dict[str, Any], trusted: bool) -> dict[str, list[An
     _check_ids(columns["id"])
     if not trusted:
         for key in ("id", "image_id", "method"):
-            _check_names(columns[key], key)
+            check_names(columns[key], key)
         for key in ("file_name", "target_name"):
             columns[key] = [_shown(value) for value in columns[key]]
     if not all(0 <= value < MAX_CLASS for value in columns["target"]):
@@ -195,7 +195,7 @@ def _entry_columns(manifest: dict[str, Any], trusted: bool) -> dict[str, list[An
         if name is not None and not _THUMBNAIL.fullmatch(name):
             raise damaged(f"the thumbnail {name[:60]!r} lies outside the pack")
     for value in columns["sha256"]:
-        _check_hash(value)
+        check_hash(value)
     columns["view"] = _views(columns["view"])
     columns["curves"] = [_curves(given, trusted) for given in columns["curves"]]
     return columns
@@ -228,12 +228,13 @@ def _views(given: list[dict[str, Any]]) -> list[View]:
     for record in given:
         key = repr(record)
         if key not in known:
-            known[key] = _view(record)
+            known[key] = view_of(record)
         views.append(known[key])
     return views
 
 
-def _view(record: dict[str, Any]) -> View:
+def view_of(record: dict[str, Any]) -> View:
+    """The view of a record; DamagedFile where it is none."""
     try:
         view = View.from_json(record)
     except (ValueError, OverflowError):
@@ -284,19 +285,19 @@ def _image_columns(
         right = None if label is None or predicted is None else label == predicted
         methods = len({entries["method"][i] for i in group}) if len(group) > 1 else 1
         file_name = entries["file_name"][group[0]]
-        title = _title(image_id, file_name, protocols[entries["protocol"][group[0]]])
+        title = title_of(image_id, file_name, protocols[entries["protocol"][group[0]]])
         known = (label, label_name, predicted, predicted_name, confidence, right)
         thumbnail = entries["thumbnail"][group[0]]
         if thumbnail is None and len(group) > 1:
             thumbnail = next(filter(None, (entries["thumbnail"][i] for i in group)), None)
-        sha256 = _check_hash(record.get("thumbnail_sha256"))
+        sha256 = check_hash(record.get("thumbnail_sha256"))
         about = (disagreement, methods, top, thumbnail, sha256)
         rows.append((image_id, file_name, title, *known, *about))
     values = zip(*rows, strict=True) if rows else ([] for _ in _IMAGE_COLUMNS)
     return {key: list(column) for key, column in zip(_IMAGE_COLUMNS, values, strict=True)}
 
 
-def _title(image_id: str, file_name: str, protocol: dict[str, Any]) -> str:
+def title_of(image_id: str, file_name: str, protocol: dict[str, Any]) -> str:
     """What to call an image: its file; a frame also by its number and its time, as a player shows it."""
     name = file_name or image_id
     video: Any = protocol.get("video")
@@ -351,13 +352,14 @@ def _label(record: dict[str, Any], trusted: bool) -> tuple[int | None, str | Non
 # ---------------------------------------------------------------------- metrics, curves, film
 
 
-def _metrics(given: dict[str, Any], trusted: bool) -> list[MetricInfo]:
+def metric_infos(given: dict[str, Any], trusted: bool = False) -> list[MetricInfo]:
+    """What the metrics are; DamagedFile where one is not described."""
     if trusted:
         described = (_metric(key, record) for key, record in given.items())
         return [info for info in described if info is not None]
     if len(given) > MAX_METRICS:
         raise damaged("it has more than a thousand metrics")
-    _check_names(given, "metric")
+    check_names(given, "metric")
     metrics = []
     for key, record in given.items():
         info = _metric(key, record)
@@ -389,7 +391,8 @@ def _measured(key: str, given: list[dict[str, Any]], trusted: bool) -> array[flo
     return array("d", [math.nan if value is None else value for value in values])
 
 
-def _shares(given: dict[str, Any], trusted: bool) -> dict[str, list[float]]:
+def shares_of(given: dict[str, Any], trusted: bool = False) -> dict[str, list[float]]:
+    """The shares of pixels by curve; DamagedFile where they are no numbers."""
     try:
         return {name: list(values) for name, values in _curves(given, trusted).items()}
     except DamagedFile:
@@ -411,7 +414,7 @@ def read_features(given: Any, photos: int) -> tuple[tuple[int, int], str] | None
         raise damaged("what it says of the features is no shape")
     if shape[0] != photos or not 0 < shape[1] <= MAX_FEATURES:
         raise damaged(f"it has features {str(shape)[:60]} for {photos:,} photos")
-    sha256 = _check_hash(given.get("sha256"))
+    sha256 = check_hash(given.get("sha256"))
     if sha256 is None:
         raise damaged("the features have no hash")
     return (shape[0], shape[1]), sha256
@@ -422,20 +425,22 @@ def _video(manifest: dict[str, Any], trusted: bool) -> str | None:
         return None
     if manifest["video"] != VIDEO:
         raise damaged(f"its film is not {VIDEO}")
-    return _check_hash(manifest.get("video_sha256")) or ""
+    return check_hash(manifest.get("video_sha256")) or ""
 
 
 # ---------------------------------------------------------------------- checks
 
 
-def _table(manifest: dict[str, Any], key: str) -> dict[str, Any]:
+def table_of(manifest: dict[str, Any], key: str) -> dict[str, Any]:
+    """The table of a manifest's key, empty if it is missing; DamagedFile where it is none."""
     found = manifest.get(key, {})
     if type(found) is not dict:
         raise damaged(f"its {key} are no table")
     return found
 
 
-def _list_of_tables(manifest: dict[str, Any], key: str) -> list[dict[str, Any]]:
+def list_of_tables(manifest: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """The list of tables of a manifest's key; DamagedFile where it is none."""
     found = manifest.get(key)
     if type(found) is not list or not set(map(type, found)) <= {dict}:
         raise damaged(f"it lists no {key}")
@@ -447,13 +452,15 @@ def _check_types(values: Iterable[Any], key: str, kinds: set[type]) -> None:
         raise damaged(f"{key} of an entry has another type")
 
 
-def _check_names(values: Iterable[str], key: str) -> None:
+def check_names(values: Iterable[str], key: str) -> None:
+    """Raise a DamagedFile unless all values can be ids."""
     for value in set(values):
         if not value or len(value) > MAX_NAME or "\0" in value or encodable(value) != value:
             raise damaged(f"{key} of an entry is {value[:60]!a}")
 
 
-def _check_hash(value: Any) -> str | None:
+def check_hash(value: Any) -> str | None:
+    """A SHA-256 or None; DamagedFile for anything else."""
     if value is None:
         return None
     if not (isinstance(value, str) and _SHA256.fullmatch(value)):

@@ -13,11 +13,10 @@ import hashlib
 import io
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,31 +24,30 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from xattn.packs.contained_files import AGAIN, PackError, PackFolder, why
-from xattn.packs.explanation import MAX_CELLS, Explanation, ImageFacts
-from xattn.packs.features import read_features
+from xattn.packs.contents import Contents, Entry
+from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.format import (
-    FEATURES,
     MANIFEST,
     MAPS,
     VIDEO,
     LaterVersion,
+    needs_pyarrow,
     parse_manifest,
     unreadable_manifest,
 )
-from xattn.packs.manifest import DamagedFile, Manifest, damaged, read_columns
-from xattn.packs.remote_folder import RemoteFolder, folder_of
+from xattn.packs.manifest import DamagedFile, damaged
+from xattn.packs.manifest_contents import ManifestContents
+from xattn.packs.remote_folder import folder_of
 from xattn.photos.images import decode_image
 from xattn.photos.view import View
 from xattn.runtime.files import stream_sha256
 from xattn.runtime.lru_cache import LRUCache
 from xattn.runtime.stores import StorePath, place_of
-from xattn.runtime.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MAX_MANIFEST = 256 << 20  # bytes; 200,000 maps, and reading takes up to 30 times as many
-MAX_THUMBNAIL = 32 << 20  # bytes
 MAX_PIXELS = 4_000_000  # of a thumbnail; xattn writes at most 512 x 512
 RECENT_MAPS = 64 << 20  # bytes of maps that are kept
 
@@ -64,6 +62,8 @@ class Pack:
     Attributes:
         files: the folder that the pack's files are read from.
         version: the first 12 hex digits of the manifest's SHA-256, for keys of caches.
+        counts: how many entries and photos it has; nothing is read for it.
+        methods: the methods of its entries, in the order in which they come first.
         metrics: what the metrics' columns are.
         shares: by name of a curve, the shares of pixels that its values stand for; a curve that is not
             there has its values at equal steps over [0, 1].
@@ -97,12 +97,9 @@ class Pack:
         self._sha256 = hashlib.sha256(data).hexdigest()
         self.version = self._sha256[:12]
         with _no_garbage_collection():
-            self._manifest = self._columns(data)
-            self._maps = self._open_maps()
-        self.metrics, self.shares = self._manifest.metrics, self._manifest.shares
-        self._entries, self._images = self._manifest.entries, self._manifest.images
-        self._entry_rows = {id: i for i, id in enumerate(self._entries["id"])}
-        self._image_rows = {id: i for i, id in enumerate(self._images["image_id"])}
+            self._contents = self._open(data)
+        self.counts, self.methods = self._contents.counts, self._contents.methods
+        self.metrics, self.shares = self._contents.metrics, self._contents.shares
 
     @property
     def folder(self) -> Path | None:
@@ -114,9 +111,8 @@ class Pack:
         """One row a map, by entry_id: image_id, method, target, target_name, probability, is_value
         (whether that is a number of any size), is_mask, sanity (a row that every method has to beat), min,
         max, and a column a metric."""
-        tables = _tables()
         with _no_garbage_collection():
-            return tables.entry_table(self._manifest)
+            return self._contents.entry_table()
 
     @cached_property
     def images(self) -> pd.DataFrame:
@@ -127,80 +123,75 @@ class Pack:
         ``label`` and ``predicted`` are classes of the classifier, or None; ``right`` is True, False, or
         None where one of them is not known.
         """
-        tables = _tables()
         with _no_garbage_collection():
-            return tables.image_table(self._manifest)
+            return self._contents.image_table()
+
+    def parquet(self) -> tuple[list[Path], list[Path]] | None:
+        """The Parquet files of the entries and of the images, whose pages were checked; None where the
+        pack has none on this machine's disk. Their columns: :mod:`xattn.packs.sharded.columns`."""
+        return self._contents.parquet()
 
     @property
     def has_features(self) -> bool:
         """Whether the pack holds the features of its photos."""
-        return self._manifest.features is not None
+        return self._contents.has_features
 
     def features(self) -> NDArray[np.float16] | None:
         """What the classifier read of each photo, (M, d) in the order of :attr:`images`; None in a pack
         without. Read now, and checked by its hash."""
-        if self._manifest.features is None:
-            return None
-        return read_features(self.files, FEATURES, *self._manifest.features)
+        return self._contents.features()
 
     @property
-    def entry_ids(self) -> list[str]:
+    def entry_ids(self) -> Sequence[str]:
         """The ids of the entries, in their order."""
-        return list(self._entries["id"])
+        return self._contents.entry_ids
 
     def key(self, entry_id: str) -> tuple[str, int, str]:
-        """(image_id, target, method) of an entry; nothing is read for it."""
-        i = self._entry(entry_id)
-        return tuple(self._entries[name][i] for name in ("image_id", "target", "method"))  # type: ignore[return-value]
+        """(image_id, target, method) of an entry."""
+        entry = self._contents.entry(entry_id)
+        return entry.image_id, entry.target, entry.method
 
     def explanation(self, entry_id: str) -> Explanation:
         """One entry with its map, which is read now and checked by its hash.
 
         Its ``source`` is the stored thumbnail if the pack is trusted, else None; see :meth:`photo`.
         """
-        i = self._entry(entry_id)
         key = (self.files.address, self.version, entry_id)
         found: Explanation | None = self._cache.get(key)
         if found is None:
-            found = self._read_explanation(i)
+            found = self._read_explanation(self._contents.entry(entry_id))
             self._cache.put(key, found, found.map.nbytes)
         return found
 
-    def _read_explanation(self, i: int) -> Explanation:
-        entry = {key: values[i] for key, values in self._entries.items()}
-        image = self._image(entry["image_id"])
+    def _read_explanation(self, entry: Entry) -> Explanation:
+        photo = self._contents.photo(entry.image_id)
         try:
             return Explanation(
-                map=self._maps.read(entry["id"], entry["sha256"]),
-                target=entry["target"],
-                target_name=entry["target_name"],
-                probability=float(entry["probability"]),
-                method=entry["method"],
-                view=entry["view"],
-                image_id=entry["image_id"],
-                protocol=self._manifest.protocols[entry["protocol"]],
-                file_name=entry["file_name"],
-                is_mask=entry["is_mask"],
-                facts=ImageFacts(
-                    self._images["top"][image],
-                    self._images["label"][image],
-                    self._images["label_name"][image],
-                ),
-                metrics=self._metrics_of(i),
-                curves=self.curves(entry["id"]),
-                sanity=entry["sanity"],
-                source=self._stored_photo(entry["thumbnail"]) if self._trusted else None,
+                map=self._contents.map(entry),
+                target=entry.target,
+                target_name=entry.target_name,
+                probability=entry.probability,
+                method=entry.method,
+                view=entry.view,
+                image_id=entry.image_id,
+                protocol=entry.protocol,
+                file_name=entry.file_name,
+                is_mask=entry.is_mask,
+                facts=ImageFacts(photo.top, photo.label, photo.label_name),
+                metrics=entry.metrics,
+                curves=_finite(entry),
+                sanity=entry.sanity,
+                source=self._contents.stored_photo(entry.image_id) if self._trusted else None,
             )
         except PackError:
             raise
         except (ValueError, OSError) as error:
-            message = f"The map {entry['id']} is damaged ({why(error)}); {AGAIN}"
+            message = f"The map {entry.id} is damaged ({why(error)}); {AGAIN}"
             raise DamagedFile(MAPS, why(error), message) from None
 
     def view(self, entry_id: str) -> View:
-        """Which part of the photo the network saw; nothing is read for it."""
-        view: View = self._entries["view"][self._entry(entry_id)]
-        return view
+        """Which part of the photo the network saw."""
+        return self._contents.entry(entry_id).view
 
     def photo(self, image_id: str, side: int | None = None) -> Image.Image:
         """The stored thumbnail of a photo, RGB, shrunk to ``side`` pixels if it is larger."""
@@ -217,14 +208,11 @@ class Pack:
 
     def photo_bytes(self, image_id: str) -> bytes:
         """The JPEG file of :meth:`photo`, checked by its hash."""
-        i = self._image(image_id)
-        name, sha256 = self._images["thumbnail"][i], self._images["thumbnail_sha256"][i]
-        if name is None:
+        photo = self._contents.photo(image_id)
+        data = self._contents.thumbnail(photo)
+        if data is None:
             raise PackError(f"The pack holds no picture of {image_id}; {AGAIN} from photos on disk")
-        try:
-            data = self.files.read(name, MAX_THUMBNAIL)
-        except OSError as error:
-            raise PackError(f"{name} cannot be read ({why(error)}); {AGAIN}") from None
+        sha256 = photo.thumbnail_sha256
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
             raise PackError(
                 f"The picture of {image_id} is not the one that was written; reload the page if the "
@@ -234,34 +222,28 @@ class Pack:
 
     def curves(self, entry_id: str) -> dict[str, list[float]]:
         """Scores while pixels go or come, by "deletion", "insertion", ...; {} where not measured."""
-        curves = self._entries["curves"][self._entry(entry_id)]
-        if not all(math.isfinite(v) for values in curves.values() for v in values):
-            raise damaged(f"the curves of {entry_id[:60]} are not finite")
-        return {name: list(values) for name, values in curves.items()}
+        return _finite(self._contents.entry(entry_id))
 
     def top(self, image_id: str) -> list[tuple[int, str, float]]:
         """(class, its name, probability) of the classifier's first classes; [] in old packs."""
-        return list(self._images["top"][self._image(image_id)])
+        return list(self._contents.photo(image_id).top)
 
     def provenance(self, entry_id: str) -> dict[str, Any]:
         """Where a map comes from: method, head, protocol, versions and hashes.
 
         ``backbone`` and ``head`` are tables or None; ``protocol`` is as it was recorded.
         """
-        i = self._entry(entry_id)
-        protocol = self._manifest.protocols[self._entries["protocol"][i]]
-        measured = self._metrics_of(i)
-        image = self._image(self._entries["image_id"][i])
+        entry = self._contents.entry(entry_id)
         return {
-            "method": self._entries["method"][i],
-            "backbone": _table(protocol.get("backbone")),
-            "head": _table(protocol.get("head")),
-            "protocol": protocol,
-            "xattn": self._manifest.xattn,
-            "metrics": {m.key: m.protocol_id for m in self.metrics if m.key in measured},
+            "method": entry.method,
+            "backbone": _table(entry.protocol.get("backbone")),
+            "head": _table(entry.protocol.get("head")),
+            "protocol": entry.protocol,
+            "xattn": self._contents.xattn,
+            "metrics": {m.key: m.protocol_id for m in self.metrics if m.key in entry.metrics},
             "sha256": {
-                "map": self._entries["sha256"][i],
-                "thumbnail": self._images["thumbnail_sha256"][image],
+                "map": entry.sha256,
+                "thumbnail": self._contents.photo(entry.image_id).thumbnail_sha256,
                 "manifest": self._sha256,
             },
         }
@@ -269,29 +251,13 @@ class Pack:
     @property
     def video(self) -> Path | None:
         """The pack's film, or None; checked by its hash."""
-        if self._manifest.video is None:
+        if self._contents.video is None:
             return None
         with self.files.open(VIDEO) as stream:
-            changed = self._manifest.video and stream_sha256(stream) != self._manifest.video
+            changed = self._contents.video and stream_sha256(stream) != self._contents.video
         if changed:
             raise PackError(f"{VIDEO} is not the film that was written; {AGAIN}")
         return None if self.folder is None else (self.folder / VIDEO).resolve()
-
-    def _metrics_of(self, i: int) -> dict[str, float]:
-        """The metrics that were measured of an entry."""
-        values = ((key, values[i]) for key, values in self._manifest.measured.items())
-        return {key: value for key, value in values if value == value}
-
-    def _stored_photo(self, name: str | None) -> Path | StorePath | None:
-        """The file of a thumbnail, None if it is not there."""
-        if isinstance(self.files, RemoteFolder):
-            return self.files.file(name) if name else None
-        if not name or self.folder is None:
-            return None
-        try:
-            return self.folder / name if self.files.exists(name) else None
-        except OSError as error:
-            raise damaged(f"the thumbnail {name[:60]!r} cannot be read ({why(error)})") from None
 
     def _manifest_bytes(self) -> bytes:
         try:
@@ -299,8 +265,8 @@ class Pack:
         except OSError as error:
             raise NotAPack(str(unreadable_manifest(self.name, error))) from None
 
-    def _columns(self, data: bytes) -> Manifest:
-        """The columns of a manifest; what was parsed is freed before the next garbage collection."""
+    def _open(self, data: bytes) -> Contents:
+        """What a manifest lists; what was parsed is freed before the next garbage collection."""
         try:
             parsed = parse_manifest(data, self.name)
         except LaterVersion as error:
@@ -309,32 +275,13 @@ class Pack:
             raise PackError(str(error)) from None
         except ValueError as error:
             raise NotAPack(str(error)) from None
-        return read_columns(parsed, self._trusted)
-
-    def _open_maps(self) -> TensorFile:
+        if parsed["version"] == 1:
+            return ManifestContents(self.files, parsed, self._trusted)
         try:
-            maps = TensorFile(partial(self.files.open, MAPS))
-        except PackError:
-            raise
-        except (ValueError, OSError) as error:
-            message = f"{MAPS} is damaged ({why(error)}); copy the pack again, or {AGAIN}"
-            raise DamagedFile(MAPS, why(error), message) from None
-        entries = self._manifest.entries
-        for entry_id, shape in zip(entries["id"], entries["shape"], strict=True):
-            if len(shape) != 2 or list(maps.shape(entry_id) or ()) != shape or 0 in shape:
-                raise damaged(f"{MAPS} has no map {entry_id[:60]} of shape {str(shape)[:40]}")
-            if max(shape) > MAX_CELLS:
-                raise damaged(
-                    f"the map {entry_id[:60]} has {shape[0]} x {shape[1]} cells, over the limit of "
-                    f"{MAX_CELLS:,} a side"
-                )
-        return maps
-
-    def _entry(self, entry_id: str) -> int:
-        return _row(self._entry_rows, entry_id, "map")
-
-    def _image(self, image_id: str) -> int:
-        return _row(self._image_rows, image_id, "image")
+            from xattn.packs.sharded.shard_contents import ShardContents
+        except ModuleNotFoundError as error:
+            raise PackError(needs_pyarrow("pack", error)) from None
+        return ShardContents(self.files, parsed, self._trusted)
 
 
 def load_pack(folder: str | Path) -> list[Explanation]:
@@ -365,11 +312,11 @@ def _table(value: Any) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _row(rows: dict[str, int], id: Any, what: str) -> int:
-    try:
-        return rows[id]
-    except (KeyError, TypeError):
-        raise PackError(f"The pack has no such {what}; choose one of its gallery") from None
+def _finite(entry: Entry) -> dict[str, list[float]]:
+    """The curves of an entry; DamagedFile where a value is not finite."""
+    if not all(math.isfinite(v) for values in entry.curves.values() for v in values):
+        raise damaged(f"the curves of {entry.id[:60]} are not finite")
+    return {name: list(values) for name, values in entry.curves.items()}
 
 
 @contextmanager
@@ -383,13 +330,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if running:
             gc.enable()
-
-
-def _tables() -> ModuleType:
-    try:
-        from xattn.packs import tables
-    except ModuleNotFoundError:
-        raise ValueError(
-            'pack: its tables need pandas, which is not installed; run: pip install "xattn[tables]"'
-        ) from None
-    return tables

@@ -14,21 +14,18 @@ is a pure function of what is written: equal explanations give equal bytes.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors.numpy import save_file
 
-from xattn.correlation import disagreement
 from xattn.packs.explanation import Explanation
 from xattn.packs.format import (
     FEATURES,
@@ -36,30 +33,47 @@ from xattn.packs.format import (
     MANIFEST,
     MAPS,
     OVERLAY_SIDE,
-    THUMBNAIL_SIDE,
     VERSION,
     VIDEO,
     check_output,
     is_pack,
+    needs_pyarrow,
+    owned_files,
 )
+from xattn.packs.photo_summary import disagreement_of, jpeg, thumbnail_jpeg
 from xattn.pictures.overlay import overlay
 from xattn.runtime.files import atomic_folder, file_sha256
 from xattn.runtime.version import __version__
+
+if TYPE_CHECKING:
+    from xattn.packs.sharded.shard_writer import ShardWriter
 
 _DRAFT = "maps.data"
 
 
 @contextmanager
-def pack_writer(folder: str | Path, overlays: bool = True) -> Iterator[PackWriter]:
+def pack_writer(
+    folder: str | Path, overlays: bool = True, format: int = 1, **options: Any
+) -> Iterator[PackWriter | ShardWriter]:
     """A writer of the pack ``folder``, which appears, or replaces an earlier pack, when the block ends.
 
+    ``format`` 2 is for many photos, see :mod:`xattn.packs.sharded.shard_writer`: it has no overlays and no
+    film, and ``options`` are those of :func:`~xattn.packs.sharded.shard_writer.shard_writer`.
+
     Raises:
-        ValueError: a folder that is not a pack, or nothing was added.
+        ValueError: a folder that is not a pack, nothing was added, or pyarrow is missing for format 2.
         OSError: it cannot be written, or the disk is full; earlier results are intact.
     """
+    if format == 2:
+        try:
+            from xattn.packs.sharded.shard_writer import shard_writer
+        except ModuleNotFoundError as error:
+            raise ValueError(needs_pyarrow("output", error)) from None
+        with shard_writer(folder, **options) as shards:
+            yield shards
+        return
     folder = check_output(folder)
-    owned = (MANIFEST, MAPS, FEATURES, VIDEO, "thumbnails", "overlays")
-    with atomic_folder(folder, owned, is_pack) as temporary:
+    with atomic_folder(folder, owned_files(folder), is_pack) as temporary:
         writer = PackWriter(temporary, overlays)
         try:
             yield writer
@@ -143,7 +157,7 @@ class PackWriter:
             raise ValueError(
                 f"explanations: {photo.image_id!r} was added before; add all of a photo at once"
             )
-        record = {**photo.facts.to_json(), "disagreement": _rounded(_disagreement(group))}
+        record = {**photo.facts.to_json(), "disagreement": _or_none(disagreement_of(group))}
         thumbnail = None
         if photo.source is not None:
             thumbnail = self._pictures(group, record)
@@ -261,9 +275,8 @@ class PackWriter:
         if self.overlays:
             for e in group:
                 drawn = overlay(photo, e.on_photo((photo.height, photo.width)))
-                write_file(self.folder / "overlays" / f"{e.id}.jpg", _jpeg(drawn))
-        photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-        name, data = f"thumbnails/{group[0].image_id}.jpg", _jpeg(photo)
+                write_file(self.folder / "overlays" / f"{e.id}.jpg", jpeg(drawn))
+        name, data = f"thumbnails/{group[0].image_id}.jpg", thumbnail_jpeg(photo)
         write_file(self.folder / name, data)
         record["thumbnail_sha256"] = hashlib.sha256(data).hexdigest()
         return name
@@ -294,23 +307,6 @@ def manifest_text(manifest: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def _disagreement(group: Sequence[Explanation]) -> float:
-    """Of the methods, sanity rows aside, on the classes that several explain; NaN without such."""
-    by_class: dict[Any, list[Explanation]] = {}
-    for e in group:
-        if not e.sanity and not e.is_mask:
-            by_class.setdefault((e.target, e.view), []).append(e)
-    values = [disagreement([e.map for e in maps]) for maps in by_class.values() if len(maps) > 1]
-    values = [v for v in values if math.isfinite(v)]
-    return sum(values) / len(values) if values else math.nan
-
-
-def _rounded(value: float) -> float | None:
-    """Four decimals, None for NaN."""
-    return round(value, 4) if math.isfinite(value) else None
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=88, optimize=True)
-    return stream.getvalue()
+def _or_none(value: float) -> float | None:
+    """None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else value

@@ -1,0 +1,339 @@
+"""Packs of format 2: what is written, read back, and refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from xattn.app.library import Library
+from xattn.app.synthetic_packs import described, explanation, million_pack, picture
+from xattn.packs.contained_files import PackError
+from xattn.packs.format import is_pack
+from xattn.packs.reader import Pack, load_pack
+from xattn.packs.writer import pack_writer
+
+METHODS = ("gradcam", "saliency", "random")
+
+
+def fill(writer: Any, photos: int = 7) -> None:
+    writer.metrics = described()
+    writer.skipped = [("broken.jpg", "cut short")]
+    for i in range(photos):
+        side = 5 + i % 3
+        writer.add([explanation(i, m, side, source=picture(i)) for m in METHODS])
+
+
+def shards(folder: Path, photos: int = 7, shard: int = 3) -> Path:
+    with pack_writer(folder, format=2, photos=shard) as writer:
+        fill(writer, photos)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_both_formats_hold_the_same(tmp_path):
+    with pack_writer(tmp_path / "one", overlays=False) as writer:
+        fill(writer)
+    first, second = Pack(tmp_path / "one"), Pack(shards(tmp_path / "two"))
+    assert (second.counts, second.methods) == (first.counts, first.methods) == ((21, 7), METHODS)
+    assert list(second.entry_ids) == list(first.entry_ids)
+    for id in first.entry_ids:
+        a, b = first.explanation(id), second.explanation(id)
+        np.testing.assert_array_equal(a.map, b.map)
+        for name in ("target", "target_name", "probability", "method", "view", "protocol", "file_name",
+                     "is_mask", "facts", "metrics", "curves", "sanity", "source"):  # fmt: skip
+            assert getattr(a, name) == getattr(b, name), name
+        assert first.key(id) == second.key(id) and first.view(id) == second.view(id)
+        assert first.curves(id) == second.curves(id)
+        x, y = first.provenance(id), second.provenance(id)
+        assert x["sha256"].pop("manifest") != y["sha256"].pop("manifest") and x == y
+        assert first.photo_bytes(a.image_id) == second.photo_bytes(a.image_id)
+        assert first.top(a.image_id) == second.top(a.image_id)
+    same = {"check_dtype": False, "check_index_type": False}
+    pd.testing.assert_frame_equal(first.entries, second.entries, **same)
+    pd.testing.assert_frame_equal(first.images, second.images, **same)
+
+
+def test_numbers_of_a_table_are_as_narrow_as_in_the_files(tmp_path):
+    table = Pack(shards(tmp_path / "pack")).entries
+    assert table.dtypes[["target", "min", "is_mask", "ROAD"]].tolist() == [
+        np.dtype(kind) for kind in ("int32", "float32", "bool", "float64")
+    ]
+
+
+def test_a_trusted_pack_has_its_thumbnails_as_sources(tmp_path):
+    found = load_pack(shards(tmp_path / "pack", 2))
+    assert [e.photo().size for e in found] == [(128, 96)] * 6
+
+
+def test_photos_without_pixels_have_no_thumbnails(tmp_path):
+    with pack_writer(tmp_path / "pack", format=2) as writer:
+        writer.add([explanation(0)])
+    pack = Pack(tmp_path / "pack")
+    assert "thumbnails-00000.safetensors" not in contents(tmp_path / "pack")
+    with pytest.raises(PackError, match="holds no picture of photo-00000"):
+        pack.photo_bytes("photo-00000")
+    assert load_pack(tmp_path / "pack")[0].source is None
+
+
+def test_metrics_and_labels_that_some_photos_lack(tmp_path):
+    with pack_writer(tmp_path / "pack", format=2, photos=1) as writer:
+        writer.add([explanation(0, metrics={}, curves={})])
+        writer.add([explanation(1, metrics={"ROAD": 0.5}, curves={"deletion": [0.1, 0.2]})])
+    pack = Pack(tmp_path / "pack")
+    assert [pack.explanation(id).metrics for id in pack.entry_ids] == [{}, {"ROAD": 0.5}]
+    assert [pack.curves(id) for id in pack.entry_ids] == [{}, {"deletion": [0.1, 0.2]}]
+    assert pack.entries["ROAD"].isna().tolist() == [True, False]
+
+
+def test_equal_explanations_give_equal_bytes(tmp_path):
+    assert contents(shards(tmp_path / "a")) == contents(shards(tmp_path / "b"))
+
+
+def test_any_safetensors_reader_has_the_maps_and_thumbnails_by_their_ids(tmp_path):
+    from safetensors.numpy import load_file
+
+    folder = shards(tmp_path / "pack", 2)
+    pack = Pack(folder)
+    maps = load_file(folder / "maps-00000.safetensors")
+    assert sorted(maps) == sorted(pack.entry_ids)
+    for id in maps:
+        np.testing.assert_array_equal(maps[id], pack.explanation(id).map)
+    jpeg = load_file(folder / "thumbnails-00000.safetensors")["photo-00001"]
+    assert jpeg.tobytes() == pack.photo_bytes("photo-00001")
+
+
+def test_duckdb_reads_what_parquet_names(tmp_path):
+    duckdb = pytest.importorskip("duckdb")
+    entries, images = Pack(shards(tmp_path / "pack")).parquet()
+    sums = f'select count(*), sum("metric:ROAD") from read_parquet({list(map(str, entries))})'
+    ((count, total),) = duckdb.sql(sums).fetchall()
+    assert count == 21 and total == pytest.approx(Pack(tmp_path / "pack").entries["ROAD"].sum())
+    counted = f"select count(*) from read_parquet({list(map(str, images))})"
+    assert duckdb.sql(counted).fetchall() == [(7,)]
+
+
+def test_a_pack_appears_whole_or_not_at_all(tmp_path):
+    before = contents(shards(tmp_path / "pack", 2))
+
+    def stopped() -> None:
+        with pack_writer(tmp_path / "pack", format=2) as writer:
+            fill(writer, 3)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert contents(tmp_path / "pack") == before and [p.name for p in tmp_path.iterdir()] == [
+        "pack"
+    ]
+
+
+def test_a_pack_of_one_format_replaces_one_of_the_other_and_keeps_notes(tmp_path):
+    folder = shards(tmp_path / "pack")
+    (folder / "notes.txt").write_text("mine")
+    with pack_writer(folder, overlays=False) as writer:
+        fill(writer, 2)
+    assert sorted(contents_of(folder)) == [
+        "manifest.json",
+        "maps.safetensors",
+        "notes.txt",
+        "thumbnails",
+    ]
+    shards(folder, 2)
+    assert "maps.safetensors" not in contents_of(folder) and "notes.txt" in contents_of(folder)
+
+
+def contents_of(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir()]
+
+
+def test_a_photo_that_comes_twice_is_refused_also_in_another_shard(tmp_path):
+    for second in (0, 1):
+        with (
+            pytest.raises(ValueError, match="photo-00000"),
+            pack_writer(tmp_path / "pack", format=2, photos=1) as writer,
+        ):
+            writer.add([explanation(0)])
+            if second:
+                writer.add([explanation(1)])
+            writer.add([explanation(0)])
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"target_name": "x" * 5000}, "target_name: .* give a shorter one"),
+        ({"image_id": "x" * 500}, "image_id: .* has 5.. characters; give 400"),
+        ({"curves": {"deletion": [float("nan")]}}, "curves: .* not finite"),
+    ],
+)
+def test_what_cannot_be_read_back_is_not_written(tmp_path, changes, named):
+    with (
+        pytest.raises(ValueError, match=named),
+        pack_writer(tmp_path / "pack", format=2) as writer,
+    ):
+        writer.add([explanation(0, **changes)])
+    assert not (tmp_path / "pack").exists()
+
+
+def test_the_library_lists_a_pack_of_format_2_without_its_rows(tmp_path, monkeypatch):
+    shards(tmp_path / "runs" / "large")
+    monkeypatch.setattr(Pack, "entries", property(lambda self: pytest.fail("rows were read")))
+    info = Library(tmp_path / "runs").packs()[0]
+    assert (info.name, info.entries, info.images, info.methods) == ("large", 21, 7, METHODS)
+    assert is_pack(tmp_path / "runs" / "large")
+
+
+def test_a_synthetic_pack_has_a_row_and_a_map_for_each_entry(tmp_path):
+    million_pack(tmp_path / "pack", maps=60, methods=4, side=2)
+    pack = Pack(tmp_path / "pack")
+    assert pack.counts == (60, 15) and len(pack.entries) == 60 and len(set(pack.entry_ids)) == 60
+    for id in pack.entry_ids:
+        assert pack.explanation(id).map.shape == (2, 2)
+        pack.photo(pack.key(id)[0])
+
+
+# ---------------------------------------------------------------------- damage
+
+
+def signed(folder: Path, name: str, data: bytes, **changes: Any) -> None:
+    """Put ``data`` in place of a file as somebody would who wants it to be read: with its hash."""
+    (folder / name).write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        for record in shard.values():
+            if record["file"] == name:
+                record |= {
+                    "bytes": len(data),
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                    **changes,
+                }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def read_all(folder: Path) -> None:
+    """All that a page asks of a pack."""
+    pack = Pack(folder)
+    pack.parquet()
+    len(pack.entries), len(pack.images)
+    for id in pack.entry_ids:
+        pack.explanation(id), pack.provenance(id), pack.photo(pack.key(id)[0])
+
+
+@pytest.mark.parametrize("file", ["entries-00001.parquet", "images-00000.parquet", "maps-00002.safetensors", "thumbnails-00000.safetensors"])  # fmt: skip
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "a link out", "a folder"])
+def test_a_damaged_file_is_named_in_one_line(tmp_path, file, damage):
+    folder = shards(tmp_path / "pack")
+    data = (folder / file).read_bytes()
+    (folder / file).unlink()
+    if damage == "cut":
+        (folder / file).write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        middle = len(data) - 9 if file.endswith("safetensors") else len(data) // 2
+        (folder / file).write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    elif damage == "a link out":
+        (tmp_path / "elsewhere").write_bytes(data)
+        (folder / file).symlink_to(tmp_path / "elsewhere")
+    elif damage == "a folder":
+        (folder / file).mkdir()
+    with pytest.raises(PackError) as caught:
+        read_all(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    if damage != "flipped" or file.endswith("parquet"):
+        assert file in str(caught.value)
+
+
+def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["shards"][0]["maps"].update(file="../maps-00000.safetensors"),
+        lambda m: m["shards"][0]["maps"].update(file="/etc/passwd"),
+        lambda m: m["shards"][0]["maps"].update(rows=10**30),
+        lambda m: m["shards"][0]["maps"].update(file="maps-00001.safetensors"),
+        lambda m: m["shards"][0]["entries"].update(bytes=-1),
+        lambda m: m["shards"][0]["entries"].update(sha256="0" * 64),
+        lambda m: m["shards"][0].pop("images"),
+        lambda m: m.update(shards=[]),
+        lambda m: m.update(entries=10**15),
+        lambda m: m.update(protocols=[]),
+        lambda m: m.update(views=[{}]),
+        lambda m: m.update(curves=["x"]),
+        lambda m: m.update(metrics={}),
+    ],
+)
+def test_a_manifest_that_does_not_fit_its_files_is_refused(tmp_path, change):
+    folder = shards(tmp_path / "pack", 4)
+    edited(change)(folder)
+    with pytest.raises(PackError):
+        read_all(folder)
+
+
+def table_of(folder: Path, name: str) -> Any:
+    return pq.read_table(folder / name)
+
+
+def rewritten(folder: Path, name: str, table: Any, **options: Any) -> None:
+    """A Parquet file with another table, signed."""
+    sink = pa.BufferOutputStream()
+    texts = [f.name for f in table.schema if pa.types.is_string(f.type) and f.name not in ("entry_id", "sha256")]  # fmt: skip
+    options = {"compression": "zstd", "store_schema": False, "use_dictionary": texts} | options
+    pq.write_table(table, sink, **options)
+    signed(folder, name, sink.getvalue().to_pybytes())
+
+
+def replaced(table: Any, column: str, values: Any) -> Any:
+    place = table.schema.get_field_index(column)
+    field = table.schema.field(column)
+    return table.set_column(place, field, pa.array(values, field.type))
+
+
+@pytest.mark.parametrize(
+    "column, value",
+    [
+        ("entry_id", "photo-00001@1.gradcam"),
+        ("entry_id", ""),
+        ("image_id", "x" * 500),
+        ("image_id", "nobody"),
+        ("target", -1),
+        ("probability", 1.5),
+        ("probability", float("nan")),
+        ("protocol", 99),
+        ("view", -1),
+        ("height", 0),
+        ("height", 1 << 30),
+        ("width", 17),
+        ("min", float("inf")),
+        ("sha256", "x"),
+        ("sha256", "0" * 64),
+        ("metric:ROAD", float("inf")),
+        ("target_name", "x" * 5000),
+        ("curve:deletion", [float("nan")]),
+    ],
+)
+def test_rows_that_no_pack_can_hold_are_refused(tmp_path, column, value):
+    folder = shards(tmp_path / "pack", 2)
+    name = "entries-00000.parquet"
+    table = table_of(folder, name)
+    rewritten(folder, name, replaced(table, column, [value, *table[column].to_pylist()[1:]]))
+    with pytest.raises(PackError):
+        read_all(folder)
