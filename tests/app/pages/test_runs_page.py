@@ -95,6 +95,12 @@ def test_a_photo_has_its_two_maps_and_their_difference(show):
     found = cells(app, "runs.maps.0")
     assert [c["id"] for c in found] == ["photo", "before", "after", "difference"]
     assert found[3]["src"].startswith("data:image/jpeg;base64,")
+    assert ["map" in c for c in found] == [
+        False,
+        True,
+        True,
+        False,
+    ]  # whose values the pointer tells
     assert app.button(key="runs.previous").disabled and not app.button(key="runs.next").disabled
     back = app.button(key="runs.all").click().run()
     assert not back.exception and cells(back, "runs.pairs")
