@@ -6,6 +6,7 @@ signature (time, size, inode) has changed. Links that lead out of the folder are
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -28,6 +29,7 @@ LEADERBOARD = "leaderboard.json"
 DEPTH = 3  # folders below the root
 MAX_FOLDERS = 20_000
 OPEN_PACKS = 8
+PASSING_PACKS = 4
 SCRATCH_PACKS = 64
 _Signatures = tuple[Signature, Signature | None]
 
@@ -42,6 +44,11 @@ class PackInfo:
     images: int = 0
     methods: tuple[str, ...] = ()
     problem: str | None = None
+    modified: float = 0.0
+    """When its manifest was written, in Unix seconds."""
+    version: str = ""
+    photo: str = ""
+    """The id of its first photo."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class Library:
         self._lock = threading.Lock()
         self._maps = LRUCache(RECENT_MAPS)
         self._open: OrderedDict[str, tuple[_Signatures, Pack]] = OrderedDict()
+        self._passing: OrderedDict[str, tuple[_Signatures, Pack]] = OrderedDict()
         self._infos: dict[str, tuple[_Signatures, PackInfo | None]] = {}
         self._known: dict[str, tuple[Path, str]] = {}
         self._scratch: OrderedDict[str, Path] = OrderedDict()
@@ -100,15 +108,27 @@ class Library:
             self._infos = {k: v for k, v in self._infos.items() if k in found.packs}
         return sorted(infos, key=_order)
 
-    def open(self, pack_id: str) -> Pack:
+    def newest(self) -> list[str]:
+        """Ids of all packs, the newest first; none of them is read."""
+        found = []
+        for pack_id, (folder, _) in self._look().packs.items():
+            with contextlib.suppress(OSError):  # just deleted
+                found.append((-(folder / MANIFEST).stat().st_mtime, pack_id))
+        return [pack_id for _, pack_id in sorted(found)]
+
+    def open(self, pack_id: str, passing: bool = False) -> Pack:
         """A pack by its id, read again if its manifest has changed.
+
+        Args:
+            passing: do not keep it in place of packs that somebody has opened, as for a picture in the
+                list of packs.
 
         Raises:
             PackError: no such pack, or one that cannot be shown.
         """
         folder, name = self._place(pack_id)
         try:
-            return self._opened(pack_id, folder, name)
+            return self._opened(pack_id, folder, name, passing)
         except PackError as error:
             raise PackError(f"The pack {name} cannot be shown. {error}") from None
 
@@ -185,22 +205,23 @@ class Library:
             f"viewer on its own folder"
         )
 
-    def _opened(self, pack_id: str, folder: Path, name: str) -> Pack:
+    def _opened(self, pack_id: str, folder: Path, name: str, passing: bool = False) -> Pack:
         try:
             signature = _signature(folder)
         except OSError:
             raise PackError("It is gone; choose another one, or put it back") from None
         with self._lock:
-            known = self._open.get(pack_id)
+            kept = self._open if pack_id in self._open or not passing else self._passing
+            known = kept.get(pack_id)
             if known is not None and known[0] == signature and known[1].folder == folder:
-                self._open.move_to_end(pack_id)
+                kept.move_to_end(pack_id)
                 return known[1]
         pack = Pack(folder, pack_id, name, self._maps)
         with self._lock:
-            self._open[pack_id] = (signature, pack)
-            self._open.move_to_end(pack_id)
-            while len(self._open) > OPEN_PACKS:
-                self._open.popitem(last=False)
+            kept[pack_id] = (signature, pack)
+            kept.move_to_end(pack_id)
+            while len(kept) > (OPEN_PACKS if kept is self._open else PASSING_PACKS):
+                kept.popitem(last=False)
         return pack
 
     def _info(self, pack_id: str, folder: Path, name: str) -> PackInfo | None:
@@ -215,8 +236,16 @@ class Library:
             return known[1]
         info: PackInfo | None
         try:
-            pack = self._opened(pack_id, folder, name)
-            info = PackInfo(pack_id, name, *pack.counts, pack.methods)
+            pack = self._opened(pack_id, folder, name, passing=True)
+            info = PackInfo(
+                pack_id,
+                name,
+                *pack.counts,
+                pack.methods,
+                modified=signature[0].mtime_ns / 1e9,
+                version=pack.version,
+                photo=pack.key(pack.entry_ids[0])[0],
+            )
         except NotAPack as error:  # a manifest.json alone is likely to be of something else
             damaged = any((folder / maps).exists() for maps in (MAPS, FIRST_MAPS))
             info = PackInfo(pack_id, name, problem=str(error)) if damaged else None

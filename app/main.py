@@ -6,9 +6,8 @@ import contextlib
 import functools
 import gc
 import importlib
-import shlex
+import itertools
 import sys
-from collections.abc import Mapping
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -17,14 +16,14 @@ import streamlit as st
 
 from xattn.app import state
 from xattn.app.components import theme
-from xattn.app.navigation import address, last_view, selection
+from xattn.app.navigation import address, last_view, pack_chip, screen, selection
+from xattn.app.navigation.bottom_bar import bottom_bar
 from xattn.app.pages import PAGES
-from xattn.app.serving.login import LOGOUT
 from xattn.app.state import Context, plain
 from xattn.packs.contained_files import PackError
 
 if TYPE_CHECKING:
-    from xattn.app.library import Library, PackInfo
+    from xattn.app.library import Library
     from xattn.packs.reader import Pack
 
 LISTED = 20  # packs under a message
@@ -42,7 +41,9 @@ def main() -> None:
         for name, about in PAGES.items()
     ]
     chosen = st.navigation(pages, position="top")
-    st.set_page_config(page_title=f"{chosen.title} · xattn", layout="wide")
+    st.set_page_config(
+        page_title=f"{chosen.title} · xattn", layout="wide", initial_sidebar_state="collapsed"
+    )
     st.html(theme.STYLE)
     chosen.run()
 
@@ -50,13 +51,13 @@ def main() -> None:
 def warm() -> None:
     """Read the pack of the first view in advance; ``xattn app`` does so in a thread of its own."""
     library = state.library()
-    for info in library.packs():
-        if info.problem is None:
-            with contextlib.suppress(PackError):
-                selection.table(library.open(info.id))
-                for name in (state.DEFAULT_PAGE, "image"):
-                    _module(name)
-                return
+    for pack_id in library.newest():
+        with contextlib.suppress(PackError):
+            selection.table(library.open(pack_id))
+            for name in (state.DEFAULT_PAGE, "image"):
+                _module(name)
+            break
+    library.packs()  # what the list of packs says of each
 
 
 @functools.cache
@@ -79,7 +80,7 @@ def _run(name: str) -> None:
     try:
         context = _context()
         if context.pack is None and PAGES[name].shows_pack:
-            _welcome(context.library)
+            importlib.import_module("xattn.app.pages.first_run").page(context)
         else:
             known = PAGES[name].module in sys.modules
             # The first time, some pages take seconds to import.
@@ -120,115 +121,42 @@ def failed(error: Exception) -> bool:
 
 
 def _context() -> Context:
-    """The packs, and the one that the URL names, else the last one, else the first that opens.
+    """The packs, and the one that the URL names, else the last one, else the newest that opens.
 
     Raises:
         PackError: the URL names a pack that cannot be opened.
     """
     library = state.library()
-    infos = library.packs()
-    names = {info.id: info.name for info in infos if info.problem is None}
-    picked = st.session_state.get("_picked")
+    picked = pack_chip.chosen()
     if picked is not None and picked != st.query_params.get("pack"):
         st.session_state["_pack"] = picked
         state.go(state.current_page(), pack=picked)
-    st.session_state["_picked"] = None  # not before: a click may end the run that was to go there
-    pack, problem = _wanted(library, names)
+    pack_chip.taken()  # not before: a click may end the run that was to go there
+    pack, problem = _wanted(library)
     if pack is not None:
         st.session_state["_pack"] = pack.id
         if "pack" not in st.query_params:
             st.query_params["pack"] = pack.id
-    _sidebar(pack, infos, names)
+    pack_chip.chip(library, pack)
+    bottom_bar(None if pack is None else pack.id)
+    screen.watch()
     if problem is not None:
         raise problem
     return Context(library, pack, st.query_params.to_dict())
 
 
-def _wanted(library: Library, names: Mapping[str, str]) -> tuple[Pack | None, PackError | None]:
+def _wanted(library: Library) -> tuple[Pack | None, PackError | None]:
     named = st.query_params.get("pack")
     if named is not None:
         try:
             return library.open(named), None
         except PackError as error:
             return None, error
-    for pack_id in (st.session_state.get("_pack"), *names):
-        try:
-            if pack_id is not None:
-                return library.open(pack_id), None
-        except PackError:
-            continue  # gone or changed since it was listed; the list says so at the next run
+    last = st.session_state.get("_pack")
+    for pack_id in itertools.chain(filter(None, [last]), library.newest()):
+        with contextlib.suppress(PackError):  # gone, changed or no pack; the list says so
+            return library.open(pack_id), None
     return None, None
-
-
-def _sidebar(pack: Pack | None, infos: list[PackInfo], names: Mapping[str, str]) -> None:
-    shown = dict(names)
-    if pack is not None:
-        shown.setdefault(pack.id, pack.name)
-    st.session_state["pack"] = None if pack is None else pack.id
-    with st.sidebar:
-        if shown:
-            st.selectbox(
-                "Pack",
-                list(shown),
-                format_func=lambda i: shown[i],
-                key="pack",
-                placeholder="Choose a pack",
-                on_change=_pick,
-                disabled=pack is not None and len(shown) == 1,
-            )
-        if pack is not None:
-            _facts(pack)
-        if shown:  # else they are what the page itself shows
-            _problems(infos)
-        if state.settings().password:
-            st.html(
-                f'<a href="{LOGOUT}" target="_self" style="color:inherit;font-size:.875rem">'
-                "Log out</a>"
-            )
-
-
-def _pick() -> None:
-    st.session_state["_picked"] = st.session_state["pack"]
-
-
-def _facts(pack: Pack) -> None:
-    """What is in the pack, in a few words."""
-    found = pack.provenance(pack.entries.index[0])
-    facts = {
-        "photos": f"{len(pack.images):,}",
-        "maps": f"{len(pack.entries):,}",
-        "methods": f"{pack.entries['method'].nunique():,}",
-        "metrics": f"{len(pack.metrics):,}" if pack.metrics else None,
-        "network": (found["backbone"] or {}).get("name"),
-    }
-    st.html(theme.facts_html(facts))
-
-
-def _problems(infos: list[PackInfo]) -> None:
-    """The packs that cannot be opened, and why."""
-    bad = [info for info in infos if info.problem is not None]
-    if not bad:
-        return
-    count = "One pack" if len(bad) == 1 else f"{len(bad)} packs"
-    with st.expander(f"{count} cannot be shown"):
-        for info in bad:
-            st.caption(f"**{plain(info.name)}**  \n{plain(info.problem)}")
-
-
-def _welcome(library: Library) -> None:
-    """The first run: no pack that opens."""
-    from xattn.app.demo import pack_offer  # and with it the jobs, which other pages do without
-
-    st.title("No pack to show yet", anchor=False)
-    st.markdown("A pack is a folder of photos with their maps. Make one of your own photos:")
-    output = state.settings().root / "first"
-    st.code(
-        f"xattn explain PHOTOS --output {shlex.quote(str(output))}", language="sh", wrap_lines=True
-    )
-    pack_offer.offer()
-    for info in library.packs():
-        if info.problem is not None:
-            st.warning(f"**{plain(info.name)}**  \n{plain(info.problem)}")
 
 
 def _packs(library: Library) -> None:

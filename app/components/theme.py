@@ -62,8 +62,41 @@ overflow:visible;mask-image:none}
 [data-testid=stSelectboxVirtualDropdown] [role=option]>div{text-overflow:ellipsis}
 [data-testid^=stTopNav] a:focus-visible,[data-testid^=stSidebarNav] a:focus-visible{
 outline:2px solid var(--accent);outline-offset:1px}
+/* The chip of the open pack lies in the header, beside Streamlit's menu of pages. */
+[data-testid=stHeader]{padding-inline-end:18rem}
+.st-key-pack-chip{position:fixed;inset:.75rem 1rem auto auto;z-index:999990;width:auto!important}
+.st-key-pack-chip button{min-height:2.25rem;border-radius:1.2rem;max-width:16rem;background:var(--panel)}
+.st-key-pack-chip button p{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.st-key-bottom-bar,.st-key-screen-width{display:none}
+[data-testid=stMainBlockContainer]>div>[data-testid=stLayoutWrapper]:has(
+.st-key-pack-chip,>.st-key-bottom-bar){position:absolute}
+/* Below this width Streamlit puts the pages into a sidebar, in whose place the bar below is. */
+@media(max-width:768px){
+[data-testid=stSidebar],[data-testid=stExpandSidebarButton]{display:none}
+[data-testid=stHeader]{padding-inline-end:0}
+.st-key-pack-chip{inset:.5rem auto auto 1rem}
+.st-key-pack-chip button{max-width:calc(100vw - 2rem);min-height:2.75rem}
+[data-testid=stMainBlockContainer]{padding-bottom:calc(5.5rem + env(safe-area-inset-bottom))}
+.st-key-bottom-bar{display:flex;position:fixed;inset:auto 0 0;z-index:999980;flex-wrap:nowrap!important;
+justify-content:space-evenly;background:var(--panel);border-top:1px solid var(--line);
+padding:.125rem .25rem env(safe-area-inset-bottom)}
+.st-key-bottom-bar>*{flex:1 1 0!important;min-width:0!important;width:auto!important}
+.st-key-bottom-bar :is(a,button){width:100%;min-height:3.25rem;padding:.25rem 0;justify-content:center;
+background:none;border:0}
+.st-key-bottom-bar :is(a,button span[data-has-shortcut]){flex-direction:column;gap:.1rem}
+.st-key-bottom-bar :is([data-testid=stVerticalBlock],[data-testid=stLayoutWrapper],.stPopover,.stPopover>div){
+width:100%!important}
+.st-key-bottom-bar :is(a,button) p{font-size:.75rem;line-height:1.2;
+white-space:nowrap}
+.st-key-bottom-bar button div[aria-hidden]{display:none}
+.st-key-bottom-bar-here :is(a,button) *{color:var(--accent);font-weight:600}
+.st-key-bottom-bar :is(a,button):focus-visible{outline:2px solid var(--accent);outline-offset:-3px}
+}
 @media(max-width:640px){.stButton kbd{display:none}
 [data-testid=stMain] :is(.stButton,.stPopover) button{padding-inline:.5rem}}
+.example{margin:0;max-width:44rem}
+.example img{display:block;width:100%;border-radius:var(--corner-large)}
+.example figcaption{margin-top:var(--gap);font-size:.875rem;color:var(--quiet)}
 .legend{display:flex;flex-wrap:wrap;align-items:center;gap:.1rem .6rem;font-size:.8125rem;
 font-variant-numeric:tabular-nums;opacity:.85}
 .legend+.legend{margin-top:.35rem}

@@ -13,8 +13,11 @@ from xattn.app.state import plain
 EVERY = 1.0  # seconds
 
 
-def offer() -> None:
-    """A button that makes the demo pack, or its progress; nothing where jobs are off."""
+WITH = "with photos and a network that installed packages bring along. It takes about a minute:"
+
+
+def offer(text: str = f"Or look around first, {WITH}") -> None:
+    """A button that makes the demo pack below ``text``, or its progress; nothing where jobs are off."""
     settings = state.settings()
     if not settings.training:
         return
@@ -23,10 +26,7 @@ def offer() -> None:
     if job is not None and job.alive:
         st.fragment(_follow, run_every=EVERY)(jobs, job.id)
         return
-    st.markdown(
-        "Or look around first, with photos and a network that installed packages bring along. It takes "
-        "about a minute:"
-    )
+    st.markdown(text)
     if (line := pack_job.missing()) is not None:
         st.markdown("They are not installed yet:")
         st.code(line, language="sh")

@@ -103,7 +103,8 @@ def _answer(parse: Callable[[Mapping[str, str]], tuple[str, tuple[object, ...], 
             return _text(400, error)
         loop = asyncio.get_running_loop()
         try:
-            pack = await loop.run_in_executor(_DRAWING, lambda: state.library().open(pack_id))
+            library = state.library()
+            pack = await loop.run_in_executor(_DRAWING, lambda: library.open(pack_id, passing=True))
             digest = hashlib.sha256(repr((pack.id, pack.version, key)).encode()).hexdigest()
             fresh = request.query_params.get("v") == pack.version
             headers = {

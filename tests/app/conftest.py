@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -64,6 +66,16 @@ def vit_pack(folder: Path, side: int) -> list[str]:
     save_pack(folder / "root" / "vit", explain(photos, backbone, explainer="rollout"))
     options = f"--backbone test_vit --weights {weights} --input-size {pixels} --device cpu"
     return options.split()
+
+
+def choose_pack(page: Any, name: str) -> None:
+    """Open another pack by the chip in the header."""
+    page.locator(".st-key-pack-chip button").click()
+    page.locator(".pack .title").get_by_text(name, exact=True).click()
+    page.wait_for_url(re.compile(rf"pack={name}-"))  # what the next click is sent with
+    page.locator(".st-key-pack-chip").get_by_text(name, exact=True).wait_for()
+    if urlsplit(page.url).path == "/":
+        page.get_by_role("heading", name=name, exact=True).wait_for()
 
 
 @pytest.fixture(scope="session")

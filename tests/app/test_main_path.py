@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+from conftest import choose_pack
+
 from xattn.app import bench, components
 from xattn.app.components import theme
 from xattn.app.components.theme import name_html
@@ -77,13 +79,6 @@ def open_map(page):
     wanted.click()
     page.wait_for_url(re.compile("entry="))
     page.locator(f".st-key-maps .cell[aria-current=true][data-id='{name}']").wait_for()
-
-
-def choose_pack(page, name):
-    page.get_by_role("combobox", name=re.compile("Pack")).click()
-    page.get_by_role("option", name=name).click()
-    page.wait_for_url(re.compile(f"pack={name}"))
-    page.get_by_role("heading", name=name, exact=True).wait_for()
 
 
 @pytest.mark.parametrize("name", ["one", "many"])

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import served, vit_pack
+from conftest import choose_pack, served, vit_pack
 
 from xattn.app.library import Library
 from xattn.app.synthetic_packs import small_pack
@@ -51,13 +51,6 @@ def root(tmp_path_factory):
 def address(root, tmp_path_factory):
     with served(root[0], *root[1], log=tmp_path_factory.mktemp("log") / "log.txt") as base:
         yield base
-
-
-def choose_pack(page, name):
-    page.get_by_role("combobox", name=re.compile("Pack")).click()
-    page.get_by_role("option", name=name).click()
-    page.get_by_role("heading", name=name, exact=True).wait_for()
-    page.wait_for_url(re.compile(rf"pack={name}-"))  # what the next click is sent with
 
 
 def test_gallery_to_image_to_a_patch_to_a_shared_address_to_a_file(address, open_page):

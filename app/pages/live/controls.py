@@ -13,6 +13,7 @@ from xattn.app.live.run import LiveRun, Request
 from xattn.app.models import ModelError
 from xattn.app.navigation import url_widgets
 from xattn.app.pages.live.left_out import left_out
+from xattn.app.pages.live.photo_files import megabytes, photos
 from xattn.app.state import Context, plain
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _WANTED: set[str] = set()  # networks that somebody chose, or pressed "Load it" 
 
 def controls(context: Context, kind: str, run: LiveRun | None) -> Request | None:
     """The widgets; returns what they ask for, None without a network."""
-    sent = _photos() if kind == "photos" else _clip()
+    sent = photos() if kind == "photos" else _clip()
     name, weights = _backbone()
     if not _wanted(name, weights):
         return None
@@ -110,26 +111,12 @@ def _hint(
     )
 
 
-def _photos() -> list[uploads.Upload]:
-    files = st.file_uploader(
-        f"Photos, up to {uploads.MAX_PHOTOS}",
-        type=uploads.PHOTO_TYPES,
-        accept_multiple_files=True,
-        key="photos",
-        max_upload_size=_megabytes(uploads.MAX_BYTES),
-    )
-    good, problems = uploads.accept(files)
-    if problems:
-        left_out(problems, "left out")
-    return good
-
-
 def _clip() -> list[uploads.Upload]:
     file = st.file_uploader(
         "Video",
         type=uploads.CLIP_TYPES,
         key="clip",
-        max_upload_size=_megabytes(uploads.MAX_CLIP_BYTES),
+        max_upload_size=megabytes(uploads.MAX_CLIP_BYTES),
     )
     if file is None:
         return []
@@ -138,11 +125,6 @@ def _clip() -> list[uploads.Upload]:
     except ValueError as error:
         left_out([(uploads.clean_name(file.name), str(error))], "left out")
         return []
-
-
-def _megabytes(limit: int) -> int:
-    """Our limit of bytes, or the server's where that is lower."""
-    return min(limit >> 20, int(st.get_option("server.maxUploadSize")))
 
 
 def _backbone() -> tuple[str, str]:

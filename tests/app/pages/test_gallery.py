@@ -11,6 +11,8 @@ pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import state
+from xattn.app.navigation import pack_chip
+from xattn.app.pages import first_run
 from xattn.app.synthetic_packs import explanation, picture, small_pack
 from xattn.packs.contained_files import PackError
 from xattn.packs.format import MAPS
@@ -28,9 +30,9 @@ NAMES = [
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
-    small_pack(root / "first", 30, ("gradcam", "random"))
     found = [explanation(i, file_name=name, source=picture(i)) for i, name in enumerate(NAMES)]
     save_pack(root / "odd <b>", found, overlays=False)
+    small_pack(root / "first", 30, ("gradcam", "random"))  # the newest, so what opens first
     return root
 
 
@@ -237,7 +239,7 @@ def test_every_method_is_a_cell_each():
 
 def test_another_pack_is_another_url_without_the_old_filters():
     app = run(sort="ROAD", right="wrong")
-    app.selectbox(key="pack").select(pack_id("odd <b>"))
+    app.session_state["_picked"] = pack_id("odd <b>")
     checked(app.run())
     assert app.query_params == {"pack": pack_id("odd <b>")}
     assert len(cells(app)) == len(NAMES)
@@ -245,11 +247,11 @@ def test_another_pack_is_another_url_without_the_old_filters():
 
 def test_back_in_a_pack_the_other_packs_view_is_gone():
     app = run()
-    app.selectbox(key="pack").select(pack_id("odd <b>"))
+    app.session_state["_picked"] = pack_id("odd <b>")
     checked(app.run())
     app.selectbox(key="gallery.sort").select("name")
     checked(app.run())
-    app.selectbox(key="pack").select(pack_id("first"))
+    app.session_state["_picked"] = pack_id("first")
     checked(app.run())
     assert app.selectbox(key="gallery.sort").value == "pack"
     assert app.query_params == {"pack": pack_id("first")}
@@ -260,7 +262,7 @@ def test_a_pack_that_is_not_there_is_a_message_with_a_way_on():
     assert len(app.error) == 1
     assert not cells(app)
     assert app.get("page_link")
-    app.selectbox(key="pack").select(pack_id("first"))
+    app.session_state["_picked"] = pack_id("first")
     checked(app.run())
     assert len(cells(app)) == 24
 
@@ -270,10 +272,11 @@ def test_packs_with_problems_are_named_and_do_not_hide_the_others(root):
     small_pack(bad, 1)
     (bad / MAPS).write_bytes(b"\x00" * 5)
     try:
-        app = run()
-        assert len(cells(app)) == 24
-        said = [c.value for c in app.sidebar.caption]
-        assert any("cut \\*short\\*" in text and "maps" in text for text in said)
+        assert len(cells(run())) == 24
+        found = pack_chip.listed(state.library().packs(), None)
+        (line,) = found["problems"]
+        assert line["title"] == bad.name and "maps" in line["line"]
+        assert bad.name not in [line["title"] for line in found["packs"]]
     finally:
         for path in sorted(bad.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
@@ -297,9 +300,8 @@ def test_a_damaged_map_leaves_the_others_and_the_page(tmp_path, monkeypatch):
 def test_without_a_pack_the_first_run_is_explained(tmp_path, monkeypatch):
     monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))
     app = run()
-    assert app.title[0].value == "No pack to show yet"
-    assert "xattn explain" in app.code[0].value
-    assert not app.sidebar.selectbox
+    assert app.title[0].value == first_run.AIM
+    assert any("xattn explain" in code.value for code in app.code)
 
 
 def test_maps_of_one_value_on_the_page_are_named_once(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("streamlit")
 from conftest import served
 
+from xattn.app.pages import first_run
 from xattn.app.serving import server, start_page
 from xattn.app.serving.server import Address, bind, check_installed, check_open, url
 from xattn.cli import main
@@ -170,7 +171,7 @@ def test_the_gallery_has_an_address_with_and_without_its_name(
 ) -> None:
     with served(tmp_path, log=tmp_path / "log") as address:
         opened = open_page(f"{address}/gallery?view=error%3D%22")
-        opened.get_by_role("heading", name="No pack to show yet").wait_for()
+        opened.get_by_role("heading", name=first_run.AIM).wait_for()
         assert opened.url == f"{address}/?view=error%3D%22"
         assert not opened.get_by_text("Page not found").count()
         opened.close()
