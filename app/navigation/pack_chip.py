@@ -48,10 +48,9 @@ def chip(library: Library, pack: Pack | None) -> None:
             st.caption(plain(facts(pack)))
         infos = library.packs()
         if infos:
+            here = None if pack is None else pack.id
             component("packs")(
-                data=listed(infos, None if pack is None else pack.id),
-                key=LIST,
-                on_open_change=lambda: _choose(infos),
+                data=listed(infos, here), key=LIST, on_open_change=lambda: _choose(infos, here)
             )
         else:
             st.caption(f"There is no pack below {plain(library.root.name)} yet.")
@@ -62,10 +61,10 @@ def chip(library: Library, pack: Pack | None) -> None:
             )
 
 
-def _choose(infos: list[PackInfo]) -> None:
+def _choose(infos: list[PackInfo], here: str | None) -> None:
     picked = sent(LIST, "open")
     if any(info.id == picked and info.problem is None for info in infos):
-        st.session_state["_picked"] = picked
+        st.session_state["_picked"] = picked if picked != here else None
         st.session_state[OPEN] = False
 
 
