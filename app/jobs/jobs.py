@@ -17,7 +17,9 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -146,6 +148,14 @@ class Jobs:
         ]
         return shlex.join(line)
 
+    def mistakes_line(self, job: Job, head: Path) -> str:
+        """The command line that explains photos of known classes with a head, into the job's results."""
+        labels = f"PHOTOS/{job.spec.labels}" if job.spec.labels else "folders"
+        more = ["--labels", labels, "--classes", "predicted,label"]
+        return f"{self.explain_line(job.spec, head)} {shlex.join(more)} --output " + shlex.quote(
+            str(job.output / "mistakes")
+        )
+
     def free_name(self, wanted: str) -> str:
         """``wanted`` as a name that no job or folder of the root has."""
         slug = re.sub(r"[^A-Za-z0-9]+", "-", wanted).strip("-")[:56] or "head"
@@ -162,11 +172,7 @@ class Jobs:
             JobError: a taken or malformed name, another job that runs, a folder that is not there.
             OSError: the root cannot be written.
         """
-        if not NAME.fullmatch(name):
-            raise JobError(
-                f"name: got {name!r}; give up to 64 letters, digits, - and _, and start with a "
-                f"letter or digit"
-            )
+        _check_name(name)
         arguments = self._commands.arguments(spec, name, False)
         self._commands.check_data(spec)
         with self._turn():
@@ -223,6 +229,60 @@ class Jobs:
                     write_json(job.folder / STOP, {"time": time.time()}, "job")
                 os.kill(int(process["pid"]), signal.SIGINT)
         return self.get(job_id)
+
+    def rename(self, job_id: str, name: str) -> Job:
+        """Give a job that does not run, and the folder of its results, another name.
+
+        Raises:
+            JobError: a taken or malformed name, a job that runs, results behind a link.
+            OSError: a folder cannot be moved; then nothing is.
+        """
+        _check_name(name)
+        with self._turn():
+            job = self._idle(job_id, "renamed")
+            if not self._is_free(name):
+                raise JobError(f"name: {name} is taken already; give another one")
+            there = job.output.exists()
+            if there:
+                job.output.rename(self.root / name)
+            try:
+                job.folder.rename(self.root / JOBS / name)
+            except OSError:
+                if there:
+                    (self.root / name).rename(job.output)
+                raise
+        return self.get(name)
+
+    def delete(self, job_id: str) -> None:
+        """Delete the record and the results of a job that does not run.
+
+        Both are first moved aside, so that nobody finds half of them.
+
+        Raises:
+            JobError: it runs, or its results lie behind a link.
+            OSError: a folder cannot be moved.
+        """
+        with self._turn():
+            job = self._idle(job_id, "deleted")
+            aside = Path(tempfile.mkdtemp(prefix=".deleted-", dir=self.root / JOBS))
+            job.folder.rename(aside / "record")
+            try:
+                if job.output.exists():
+                    job.output.rename(aside / "results")
+            except OSError:
+                (aside / "record").rename(job.folder)
+                raise
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _idle(self, job_id: str, done: str) -> Job:
+        """A job that may be moved."""
+        job = self.get(job_id)
+        if job.alive:
+            raise JobError(f"{job_id} is {job.state}; stop it first, then it can be {done}")
+        if job.output.is_symlink():
+            raise JobError(f"{job_id} is a link; put the folder itself below the root")
+        return job
 
     def losses(self, job_id: str) -> dict[str, list[dict[str, float]]]:
         """The log of each head that is trained, a record a step: ``step``, ``epoch`` and the losses."""
@@ -293,6 +353,13 @@ class Jobs:
 
 
 _starting = threading.Lock()
+
+
+def _check_name(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise JobError(
+            f"name: got {name!r}; give up to 64 letters, digits, - and _, and start with a letter or digit"
+        )
 
 
 def _time(value: Any) -> float:

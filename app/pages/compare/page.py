@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 PARTS = ("Leaderboard", "Curves", "Photos", "Pairs")
+FIRST = 2  # warnings above the chart
 
 
 def page(context: Context) -> None:
@@ -54,6 +55,7 @@ def page(context: Context) -> None:
         if tab.open:
             with tab:
                 part()
+    _notes(board)
 
 
 def _nothing(context: Context) -> None:
@@ -85,7 +87,7 @@ def _choose(found: list[ComparisonInfo], pack: Pack | None) -> ComparisonInfo:
 
 
 def _about(board: Board) -> None:
-    """What was measured, and what the run warns about."""
+    """What was measured, and the first of what the run warns about."""
     results = board.results
     protocol = results.protocol
     left_out = f", {len(results.skipped)} unreadable left out" if results.skipped else ""
@@ -96,10 +98,16 @@ def _about(board: Board) -> None:
             f"intervals ({results.n_resamples:,} resamples); protocol {protocol.id}"
         )
     )
-    if board.warnings:
-        count = len(board.warnings)
-        with st.expander(f"{count} warning{'s' * (count > 1)} about these results"):
-            st.markdown("\n".join(f"- {plain(line)}" for line in board.warnings))
+    for line in board.warnings[:FIRST]:
+        st.warning(plain(line))
+
+
+def _notes(board: Board) -> None:
+    """The warnings that do not stand above the chart."""
+    rest = board.warnings[FIRST:]
+    if rest:
+        with st.expander(f"{len(rest)} more note{'s' * (len(rest) > 1)} about these results"):
+            st.markdown("\n".join(f"- {plain(line)}" for line in rest))
 
 
 def _pack(context: Context, info: ComparisonInfo) -> tuple[Pack | None, str]:

@@ -15,10 +15,13 @@ from xattn.app.jobs.spec import JobError
 from xattn.app.pages.train.losses import losses_view
 from xattn.app.pages.train.results import next_steps, results_table, results_view
 from xattn.app.pages.train.sample_maps import sample_maps
+from xattn.app.pages.train.tidying import tidying
+from xattn.app.pages.train.uses import uses
 from xattn.app.state import Context, plain
 from xattn.eval.evaluation.plan import duration
 from xattn.runtime.display_text import reason
 
+KINDS = {"train": "explanation head", "probe": "classifier heads", "demo": "demo pack"}
 EVERY = 2.0  # seconds between two looks at a running job
 STATES = {
     "running": "running",
@@ -74,6 +77,7 @@ def _show(jobs: Jobs, job: Job, context: Context) -> None:
     if results is not None:
         results_view(results)
     if job.state == "finished":
+        uses(jobs, job, context, head or best)
         next_steps(jobs, job, head or best, best)
     with st.expander("What the job printed"):
         st.code(jobs.tail(job.id) or "Nothing yet.", language=None, wrap_lines=True)
@@ -124,6 +128,8 @@ def _buttons(jobs: Jobs, job: Job, bar: Any) -> None:
         )
     elif job.resumable:
         bar.button("Resume", type="primary", on_click=act, args=(jobs.resume,), key="resume")
+    if not job.alive:
+        tidying(jobs, job, bar)
     if problem := st.session_state.pop("_job_problem", None):
         st.error(plain(problem))
 
@@ -131,10 +137,7 @@ def _buttons(jobs: Jobs, job: Job, bar: Any) -> None:
 def _facts(job: Job) -> str:
     spec = job.spec
     model = spec.model or models.backbones()[0]
-    what = {"train": "explanation head", "probe": "classifier heads", "demo": "demo pack"}[
-        spec.kind
-    ]
-    parts = [f"{what} {', '.join(spec.heads)}".strip()]
+    parts = [f"{KINDS[spec.kind]} {', '.join(spec.heads)}".strip()]
     if spec.kind != "demo":
         place = "the data folder" if spec.data == "." else f"the folder {spec.data}"
         parts += [f"on {model}", f"photos in {place}"]

@@ -32,11 +32,7 @@ TERMS = {
 
 def losses_view(job: Job, logs: dict[str, list[dict[str, float]]]) -> None:
     """Show the loss, and in a folded part its terms."""
-    tables = {
-        name: pd.DataFrame(records).drop_duplicates("step", keep="last")
-        for name, records in logs.items()
-        if records
-    }
+    tables = _tables(logs)
     steps = max(int(t["step"].iloc[-1]) for t in tables.values())
     epochs = [t["epoch"].max() for t in tables.values() if "epoch" in t]
     epoch = f", epoch {int(max(epochs)) + 1:,}" if epochs else ""
@@ -49,6 +45,29 @@ def losses_view(job: Job, logs: dict[str, list[dict[str, float]]]) -> None:
             for column in others:
                 st.caption(TERMS[column])
                 st.altair_chart(_curve(tables, column, 140), width="stretch")
+
+
+def overlay_view(logs: dict[str, list[dict[str, float]]]) -> None:
+    """The losses of several jobs in one chart; ``logs`` by what the legend calls them."""
+    tables = {name: table for name, table in _tables(logs).items() if "loss" in table}
+    if not tables:
+        st.info("None of these jobs has written a loss yet.")
+        return
+    st.markdown(f"**Losses of {len(tables)} runs**")
+    st.altair_chart(_curve(tables, "loss"), width="stretch")
+    st.caption(
+        "A dot is a step, the line the mean over an epoch. Losses of one kind of head can be compared; "
+        "different kinds measure different things."
+    )
+
+
+def _tables(logs: dict[str, list[dict[str, float]]]) -> dict[str, pd.DataFrame]:
+    """The logs that have begun; of a step that was done again after a kill the last record."""
+    return {
+        name: pd.DataFrame(records).drop_duplicates("step", keep="last")
+        for name, records in logs.items()
+        if records
+    }
 
 
 def _curve(tables: dict[str, pd.DataFrame], column: str, height: int = 240) -> alt.Chart:

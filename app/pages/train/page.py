@@ -8,12 +8,13 @@ from xattn.app import state
 from xattn.app.jobs.jobs import Jobs
 from xattn.app.jobs.spec import JobError
 from xattn.app.pages.train.form import NEW, form
-from xattn.app.pages.train.job_view import STATES, job_view
+from xattn.app.pages.train.job_view import job_view
+from xattn.app.pages.train.jobs_table import jobs_table
 from xattn.app.state import Context, plain
 
 
 def page(context: Context) -> None:
-    """The list of jobs, and the one that the URL names, or the form for a new one."""
+    """The table of jobs, and below it the one that the URL names, or the form for a new one."""
     st.title("Train a head", anchor=False)
     settings = state.settings()
     if not settings.training:
@@ -32,23 +33,16 @@ def page(context: Context) -> None:
             st.warning(plain(error))
         chosen = NEW
     if known:
-        st.session_state["choice"] = chosen
-        st.selectbox(
-            "Job",
-            [NEW, *known],
-            key="choice",
-            format_func=lambda j: f"{j} · {STATES[known[j].state]}" if j else "Start a new one",
-            on_change=_choose,
-        )
+        jobs_table(jobs, list(known.values()), chosen)
     if chosen in known:
+        st.button("Start a new one", on_click=_close, icon=":material/add:", type="tertiary")
         job_view(jobs, known[chosen], context)
     else:
+        if known:
+            st.subheader("Start a new one", anchor=False)
         form(jobs, next((job for job in known.values() if job.alive), None))
 
 
-def _choose() -> None:
-    """The chosen job goes into the URL, from where the page takes it."""
-    if st.session_state["choice"]:
-        st.query_params["job"] = st.session_state["choice"]
-    else:
-        st.query_params.pop("job", None)
+def _close() -> None:
+    """No job is open; the page takes it from the URL."""
+    st.query_params.pop("job", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pandas as pd
 import streamlit as st
@@ -60,15 +61,18 @@ def next_steps(jobs: Jobs, job: Job, head: str | None, best: str | None) -> None
         if st.button("Open the demo", type="primary", key="open"):
             state.go("gallery", pack=None)
         return
+    folder = head_folder(job, head)
     name = "it"
-    folder = job.output / "head"
     if job.spec.kind == "probe":
-        head = head or job.spec.heads[0]
-        folder = job.output / head / "head"
-        name = plain(head) + (
-            ", the most accurate," if head == best and len(job.spec.heads) > 1 else ""
-        )
-    st.markdown(
-        f"**Use {name}** on the page Live, where it is in the list of heads, or on the command line:"
-    )
+        name = plain(folder.parent.name)
+        if folder.parent.name == best and len(job.spec.heads) > 1:
+            name += ", the most accurate,"
+    st.markdown(f"**Use {name}** on the command line:")
     st.code(jobs.explain_line(job.spec, folder), language="sh", wrap_lines=True)
+
+
+def head_folder(job: Job, head: str | None) -> Path:
+    """Where the trained head lies; of several, the one named ``head`` or the first."""
+    if job.spec.kind == "probe":
+        return job.output / (head or job.spec.heads[0]) / "head"
+    return job.output / "head"

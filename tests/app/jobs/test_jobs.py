@@ -448,3 +448,72 @@ def test_folders_of_photos_come_with_their_classes(tmp_path: Path) -> None:
 
 def test_a_missing_data_folder_has_no_photos(tmp_path: Path) -> None:
     assert photo_folders(tmp_path / "none") == ([], True)
+
+
+# ---------------------------------------------------------------------- renaming and deleting
+
+
+def test_a_renamed_job_keeps_its_results_and_can_be_resumed(jobs: Jobs) -> None:
+    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=300), "mine")
+    begun(jobs, "mine")
+    jobs.stop("mine")
+    steps = ended(jobs, "mine") and len(jobs.losses("mine")[""])
+    renamed = jobs.rename("mine", "better")
+    assert renamed.state == "stopped" and [job.id for job in jobs.all()] == ["better"]
+    assert len(jobs.losses("better")[""]) == steps
+    assert not (jobs.root / "mine").exists() and jobs.free_name("mine") == "mine"
+    jobs.resume("better")
+    begun(jobs, "better", steps + 1)
+
+
+def test_a_name_that_is_taken_or_malformed_renames_nothing(jobs: Jobs) -> None:
+    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
+    ended(jobs, "mine")
+    (jobs.root / "taken").mkdir()
+    for name in ("taken", "jobs", "mine", "../up", "a b", "", "-x", "a" * 65):
+        with pytest.raises(JobError, match="name: "):
+            jobs.rename("mine", name)
+    assert jobs.get("mine").output.is_dir()
+
+
+def test_a_deleted_job_takes_its_record_and_results_and_nothing_else(jobs: Jobs) -> None:
+    for name in ("mine", "other"):
+        jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), name)
+        ended(jobs, name)
+    outside = jobs.root.parent / "outside"
+    outside.mkdir()
+    (outside / "kept.txt").write_text("kept")
+    (jobs.root / "mine" / "link").symlink_to(outside)
+    jobs.delete("mine")
+    assert [job.id for job in jobs.all()] == ["other"]
+    assert not (jobs.root / "mine").exists() and (jobs.root / "other").is_dir()
+    assert (outside / "kept.txt").read_text() == "kept"
+    assert {p.name for p in (jobs.root / "jobs").iterdir()} == {"other", ".lock"}
+
+
+def test_a_running_job_is_neither_renamed_nor_deleted(jobs: Jobs) -> None:
+    jobs.start(SPEC, "mine")
+    begun(jobs, "mine")
+    for change in (lambda: jobs.rename("mine", "better"), lambda: jobs.delete("mine")):
+        with pytest.raises(JobError, match="mine is running; stop it first"):
+            change()
+    assert jobs.get("mine").alive
+
+
+def test_results_behind_a_link_are_not_deleted(jobs: Jobs) -> None:
+    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
+    job = ended(jobs, "mine")
+    outside = jobs.root.parent / "outside"
+    job.output.rename(outside)
+    job.output.symlink_to(outside)
+    with pytest.raises(JobError, match="link"):
+        jobs.delete("mine")
+    assert (outside / "log.jsonl").is_file() and jobs.get("mine").state == "finished"
+
+
+@pytest.mark.parametrize("name", ["..", "../data", "gone", "a/b", ""])
+def test_what_is_no_job_is_not_deleted(jobs: Jobs, name: str) -> None:
+    before = sorted(jobs.data.rglob("*"))
+    with pytest.raises(JobError):
+        jobs.delete(name)
+    assert sorted(jobs.data.rglob("*")) == before

@@ -315,6 +315,24 @@ def test_warnings_are_shown_as_text(library, made, tmp_path, monkeypatch):
     assert r"\<img src\=x onerror\=alert\(1\)\> \[link\]" in texts(shown())
 
 
+def test_two_warnings_stand_above_the_chart_and_the_others_below(
+    library, made, tmp_path, monkeypatch
+):
+    record = json.loads((made / "first" / LEADERBOARD).read_bytes())
+    record["warnings"] = ["one", "two", "three", "four"]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / LEADERBOARD).write_text(json.dumps(record))
+    found = Library(tmp_path)
+    monkeypatch.setattr(state, "library", lambda: found)
+    page = shown()
+    assert [w.value for w in page.warning] == ["one", "two"]
+    notes = page.expander[-1]
+    assert notes.label == "2 more notes about these results"
+    assert notes.markdown[0].value == "- three\n- four"
+    kinds = [child.type for child in page.main.children.values()]
+    assert kinds.index("warning") < kinds.index("tab_container") < len(kinds) - 1
+
+
 def test_curves_of_the_chosen_methods(library):
     page = shown(board=ids(library)["first"], part="Curves")
     assert "Deletion" in texts(page) and "Lower is better" in texts(page)

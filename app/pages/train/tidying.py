@@ -1,0 +1,74 @@
+"""Renaming and deleting a job that does not run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from xattn.app import state
+from xattn.app.jobs.jobs import Job, Jobs
+from xattn.app.jobs.spec import JobError
+from xattn.app.state import plain
+from xattn.runtime.display_text import reason
+
+MOST = 20_000  # files that are counted
+
+
+def tidying(jobs: Jobs, job: Job, bar: Any) -> None:
+    """Popovers to rename and to delete ``job``."""
+    with bar.popover("Rename"):
+        name = st.text_input("New name", job.id, key=f"new name of {job.id}", max_chars=64).strip()
+        pressed = st.button("Rename", key="rename", disabled=name in ("", job.id))
+        st.caption("The folder of its results gets the name, too.")
+        if pressed and _done(lambda: jobs.rename(job.id, name)):
+            st.query_params["job"] = name
+            st.rerun()
+    asked = bar.popover("Delete", key=f"delete {job.id}", on_change="rerun")
+    if not asked.open:
+        return
+    with asked:
+        st.markdown(plain(_lost(job)))
+        pressed = st.button("Delete for good", type="primary", key="delete")
+        if pressed and _done(lambda: jobs.delete(job.id)):
+            st.query_params.pop("job", None)
+            st.rerun()
+
+
+def _done(action: Any) -> bool:
+    """Whether the job was changed; what went wrong is said here."""
+    try:
+        action()
+    except (JobError, OSError) as error:
+        st.error(plain(reason(error)))
+        return False
+    return True
+
+
+def _lost(job: Job) -> str:
+    """What deleting a job takes away."""
+    if not job.output.is_dir() or job.output.is_symlink():
+        return f"This deletes the record of {job.id}. It has no results."
+    files, size = _count(job.output)
+    more = " or more" if files >= MOST else ""
+    here = [i.name for i in state.library().packs() if f"{i.name}/".startswith(f"{job.id}/")]
+    heads = [i.name for i in state.library().heads() if f"{i.name}/".startswith(f"{job.id}/")]
+    also = ", among them " + ", ".join([*heads, *here][:6]) if heads or here else ""
+    return (
+        f"This deletes {job.id}: what it printed, and all in {state.settings().root.name}/{job.id}, "
+        f"{files:,}{more} files of {size / 1e6:,.1f} MB{also}. It cannot be undone."
+    )
+
+
+def _count(folder: Path) -> tuple[int, int]:
+    """Files below a folder and their bytes; links are not followed."""
+    files = size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            files += 1
+            size += os.lstat(os.path.join(place, name)).st_size
+        if files >= MOST:
+            break
+    return files, size
