@@ -70,12 +70,9 @@ def _choose(infos: list[PackInfo], here: str | None) -> None:
 
 def facts(pack: Pack) -> str:
     """What is in the pack, in a few words."""
-    network = (pack.provenance(pack.entries.index[0])["backbone"] or {}).get("name")
-    parts = [
-        _count(len(pack.images), "photo"),
-        _count(len(pack.entries), "map"),
-        _count(pack.entries["method"].nunique(), "method"),
-    ]
+    network = (pack.provenance(pack.entry_ids[0])["backbone"] or {}).get("name")
+    maps, photos = pack.counts
+    parts = [_count(photos, "photo"), _count(maps, "map"), _count(len(pack.methods), "method")]
     if pack.metrics:
         parts.append(_count(len(pack.metrics), "metric"))
     return " · ".join([*parts, *([f"network {network}"] if network else [])])
