@@ -13,6 +13,8 @@ from typing import Any
 
 import streamlit as st
 
+TAKEN = "_acts"  # the session's key of the last act that was taken up, by component
+
 
 @cache
 def component(name: str, *parts: str) -> Any:
@@ -38,6 +40,35 @@ def sent(key: str, name: str) -> Any:
     return getattr(st.session_state.get(key), name, None)
 
 
+def acts(key: str) -> list[dict[str, Any]]:
+    """What a person did by keys in the component of ``key`` since they were asked for last, for its
+    ``on_act``; each act once, in their order."""
+    taken = st.session_state.setdefault(TAKEN, {})
+    found = []
+    for act in sent(key, "act") or ():
+        number = act.get("n") if isinstance(act, dict) else None
+        if isinstance(number, int) and number > taken.get(key, 0):
+            taken[key] = number
+            found.append(act)
+    return found
+
+
+def keys(names: Sequence[str], key: str, on_act: Any) -> None:
+    """Keys of a page that has no grid for them; :func:`acts` has them as ``{"key": name}``.
+
+    Args:
+        names: of "1" to "9", "j", "k", "x", "undo" (Z), "redo" (Shift+Z) and "escape".
+        on_act: called before the script runs again, without arguments.
+    """
+    data = {"keys": list(names), "taken": _taken(key)}
+    component("keys", "acts")(data=data, key=key, on_act_change=on_act)
+
+
+def _taken(key: str) -> int:
+    """The number of the last act that was taken up."""
+    return int(st.session_state.get(TAKEN, {}).get(key, 0))
+
+
 def grid(
     cells: Sequence[Mapping[str, Any]],
     key: str,
@@ -50,6 +81,7 @@ def grid(
     linked: Mapping[str, Any] | None = None,
     on_open: Any = None,
     on_turn: Any = None,
+    on_act: Any = None,
 ) -> str | None:
     """Pictures with captions; returns the id of the cell that was just opened.
 
@@ -60,7 +92,8 @@ def grid(
         cells: each ``{"id", "src", "alt", "title", "lines": [str], "badge": {"text", "kind"} |
             None, "selected": bool, "href": str}``, where kinds are ``good``, ``bad`` and
             ``plain``; everything but ``id``, ``src`` and ``title`` may be left out. ``href`` is
-            where the cell leads in another tab.
+            where the cell leads in another tab. With ``on_act`` also ``{"photo", "chosen": bool,
+            "marks": [str]}``: whose cells are chosen together, and what stands on the picture.
         label: what the whole is called by a screen reader.
         columns: how many side by side, at most where ``width`` is given; by default as many as fit.
         width: of a cell in pixels, at least; by default 168, or 132 on a narrow screen.
@@ -72,6 +105,9 @@ def grid(
             photo begins unzoomed, and outlines ``{"points": [[x, y]], "own": bool}`` in shares of them.
         on_open: called before the script runs again, without arguments.
         on_turn: as ``on_open``, for page keys inside the grid; ``sent(key, "turn")`` is -1 or 1.
+        on_act: as ``on_open``, and photos can be chosen: by x, by the box on a cell, by Ctrl, Cmd or Shift
+            and a click. :func:`acts` has ``{"of": photos of this page, "chosen": those of them}``, and for
+            the keys of :func:`keys` ``{"key", "photo": the one in focus or None}``; J and K move.
     """
     data = {
         "cells": [dict(cell) for cell in cells],
@@ -81,11 +117,14 @@ def grid(
         "aspect": aspect,
         "scroll": scroll,
         "linked": None if linked is None else dict(linked),
+        "keys": on_act is not None,
+        "taken": _taken(key),
     }
-    result = component("grid", "zoom")(
+    result = component("grid", "zoom", "acts")(
         data=data,
         key=key,
         on_open_change=on_open or (lambda: None),
         on_turn_change=on_turn or (lambda: None),
+        on_act_change=on_act or (lambda: None),
     )
     return result.open

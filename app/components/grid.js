@@ -1,6 +1,7 @@
 /** A grid of pictures with captions. Arrow keys move the focus, Enter and a click open a cell.
 
-Only one cell is in the tab order, the one that had the focus last. All text goes in as text.
+Only one cell is in the tab order, the one that had the focus last. All text goes in as text. With `data.keys`
+photos are chosen and marked by keys (acts.js); what is chosen is shown at once, before the script answers.
 */
 
 // A long file name breaks behind these, as in theme.py, and a number does not; a <wbr> is not copied.
@@ -25,7 +26,7 @@ function picture(cell, kept) {
     const image = kept.querySelector("img");
     image.alt = cell.alt || "";
     if (image.getAttribute("src") !== cell.src) image.src = cell.src;
-    kept.querySelector(".badge")?.remove();
+    for (const old of kept.querySelectorAll(".badge, .marks, .box")) old.remove();
     return kept;
   }
   const frame = element("span", "frame");
@@ -58,6 +59,18 @@ function build(cell, before) {
   for (const line of cell.lines || []) text.append(element("span", "line", line));
   const frame = picture(cell, kept?.querySelector("img") ? kept.querySelector(".frame") : undefined);
   if (cell.badge) frame.append(element("span", `badge ${cell.badge.kind || "plain"}`, cell.badge.text));
+  if (cell.marks?.length) {
+    const marks = element("span", "marks");
+    for (const mark of cell.marks) marks.append(element("span", "mark", mark));
+    frame.append(marks);
+  }
+  if (cell.photo !== undefined) {
+    link.dataset.photo = cell.photo;
+    const box = element("span", "box");
+    box.setAttribute("role", "checkbox");
+    box.setAttribute("aria-label", "Choose this photo");
+    frame.append(box);
+  }
   link.replaceChildren(frame, text);
   link.title = cell.title;
   return link;
@@ -98,6 +111,52 @@ function follow(state, event) {
   focus(cells, to);
 }
 
+// Show which photos are chosen.
+function paint(state) {
+  for (const cell of state.root.querySelectorAll(".cell")) {
+    const chosen = state.chosen.has(cell.dataset.photo);
+    cell.classList.toggle("chosen", chosen);
+    cell.querySelector(".box")?.setAttribute("aria-checked", chosen);
+  }
+}
+
+// Choose the photo at a place, or all from the last one to it; a second time leaves a single one out again.
+function choose(state, at, range) {
+  const photos = [...state.root.querySelectorAll(".cell")].map((cell) => cell.dataset.photo);
+  const from = range && state.anchor < photos.length ? state.anchor : at;
+  const part = photos.slice(Math.min(from, at), Math.max(from, at) + 1);
+  if (from === at && state.chosen.has(photos[at])) state.chosen.delete(photos[at]);
+  else for (const photo of part) state.chosen.add(photo);
+  if (!range) state.anchor = at;
+  tell(state, photos);
+}
+
+function tell(state, photos) {
+  paint(state);
+  const of = [...new Set(photos)];
+  state.acts.add({ of, chosen: of.filter((photo) => state.chosen.has(photo)) });
+}
+
+// A key pressed anywhere on the page, unless somebody is typing.
+function markKey(state, key) {
+  const cells = [...state.root.querySelectorAll(".cell")];
+  const at = cells.indexOf(state.root.getRootNode().activeElement);
+  if (!cells.length || !state.keys) return false;
+  if (key === "j" || key === "k") {
+    const to = at < 0 ? cells.findIndex((cell) => cell.tabIndex === 0) : at + (key === "j" ? 1 : -1);
+    if (to >= 0 && to < cells.length) return focus(cells, to);
+    state.arriving = to < 0 ? "last" : "first";
+    state.turn(to < 0 ? -1 : 1);
+  } else if (key === "x") {
+    if (at >= 0) choose(state, at);
+  } else if (key === "escape") {
+    if (!state.chosen.size) return false;
+    state.chosen.clear();
+    paint(state);
+    state.acts.add({ key });
+  } else state.acts.add({ key, photo: at < 0 ? null : cells[at].dataset.photo });
+}
+
 function focus(cells, at) {
   cells.forEach((cell, i) => (cell.tabIndex = i === at ? 0 : -1));
   cells[at].focus();
@@ -105,13 +164,24 @@ function focus(cells, at) {
 
 export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".grid");
-  const state = (root.xattn ??= { root, shown: null, arriving: null });
+  const state = (root.xattn ??= {
+    ...{ root, shown: null, arriving: null },
+    ...{ acts: new Acts(root), chosen: new Set(), anchor: 0 },
+  });
   state.open = (id) => setTriggerValue("open", id);
   state.turn = (by) => setTriggerValue("turn", by);
+  state.acts.send = (acts) => setTriggerValue("act", acts);
+  state.keys = data.keys;
   if (state.shown === null) {
     root.addEventListener("keydown", (event) => follow(state, event));
     root.addEventListener("click", (event) => {
       const cell = event.target.closest(".cell");
+      const many = event.ctrlKey || event.metaKey || event.shiftKey;
+      if (cell && state.keys && !event.button && (many || event.target.closest(".box"))) {
+        event.preventDefault();
+        const at = [...root.querySelectorAll(".cell")].indexOf(cell);
+        return choose(state, at, event.shiftKey);
+      }
       // Another tab or window: the browser follows the link by itself.
       if (!cell || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
       event.preventDefault();
@@ -119,6 +189,10 @@ export default function ({ data, parentElement, setTriggerValue }) {
       setTimeout(() => cell.classList.remove("opening"), 1000);
       state.open(cell.dataset.id);
     });
+    root.addEventListener("mousedown", (event) => {
+      if (event.shiftKey && state.keys) event.preventDefault(); // no text is marked
+    });
+    listen(root, (key) => markKey(state, key));
     root.addEventListener("focusin", (event) => {
       const cell = event.target.closest(".cell");
       for (const other of root.querySelectorAll(".cell")) other.tabIndex = other === cell ? 0 : -1;
@@ -127,6 +201,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   const shown = JSON.stringify(data);
   const before = [...root.querySelectorAll(".cell")];
   for (const cell of before) cell.classList.remove("opening");
+  state.acts.taken(data.taken);
   if (shown === state.shown) return;
   const inside = root.getRootNode().activeElement?.closest?.(".cell");
   if (state.shown !== null && state.scroll !== data.scroll && root.getBoundingClientRect().top < 0)
@@ -144,6 +219,9 @@ export default function ({ data, parentElement, setTriggerValue }) {
   cells.forEach((cell, i) => (cell.tabIndex = i === 0 ? 0 : -1));
   if (cells.length !== root.children.length || cells.some((cell, i) => cell !== root.children[i]))
     root.replaceChildren(...cells);
+  if (!state.acts.waiting.length)
+    state.chosen = new Set(data.cells.filter((cell) => cell.chosen).map((cell) => cell.photo));
+  paint(state);
   if (data.linked) linkFrames(root, data); // in zoom.js
   if (!cells.length) return;
   const same = inside && cells.findIndex((cell) => cell.dataset.id === inside.dataset.id);

@@ -234,7 +234,18 @@ class MapsTable:
 
     def image_id(self, place: int) -> str:
         """The id of the image at a place."""
-        return str(self.answer("SELECT image_id FROM images WHERE rowid = $1", [int(place)])[0][0])
+        return self.image_ids(np.array([place]))[0]
+
+    def image_ids(self, places: np.ndarray) -> list[str]:
+        """The ids of the images at these places, in their order."""
+        query = "SELECT rowid, image_id FROM images WHERE rowid IN (SELECT unnest($1::BIGINT[]))"
+        found = dict(self.answer(query, [places.tolist()]))
+        return [str(found[place]) for place in places.tolist()]
+
+    def known_images(self, image_ids: Sequence[str]) -> set[str]:
+        """Those of these ids that are of images."""
+        query = "SELECT image_id FROM images WHERE image_id IN (SELECT unnest($1::VARCHAR[]))"
+        return {id for (id,) in self.answer(query, [list(image_ids)])}
 
     def entries_of(self, image_id: str) -> pd.DataFrame:
         """The maps of one image, as :attr:`Pack.entries` has them; none of an unknown one."""

@@ -7,7 +7,7 @@ and a message. The pack's own database answers, see :mod:`xattn.app.navigation.m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app.navigation.maps_table import KEYS, TEXT, Choices, MapsTable, fold
+from xattn.app.triage import tag_files
+from xattn.app.triage.store import BEST, TAG_LENGTH
 from xattn.runtime.display_text import encodable
 
 if TYPE_CHECKING:
@@ -28,6 +30,11 @@ SIZES = (24, 36, 60)
 SHOWS = {"overlay": "Map", "photo": "Photo"}
 MAPS = {"first": "Most probable class", "every": "Every explained class"}
 RIGHT = {"any": "Right and wrong", "right": "Right", "wrong": "Wrong"}
+NOTES = {"any": "With or without a note", "with": "With a note"}
+RATINGS = (
+    {0: "Any rating"} | {n: f"{n} stars or more" for n in range(1, BEST)} | {BEST: f"{BEST} stars"}
+)
+MOST_TAGS = 50  # that a view asks for
 ORDERS = ("asc", "desc")
 SEARCH_LENGTH = 200  # characters
 LONGEST_TEXT = 8000  # of a view in another page's URL, in characters
@@ -51,6 +58,9 @@ class View:
     measure: str = ""
     low: float | None = None
     high: float | None = None
+    tag: tuple[str, ...] = ()  # a photo has to have one of them
+    rating: int = 0  # stars that it has to have, at least
+    note: str = "any"
 
     def params(self, choices: Choices) -> dict[str, list[str]]:
         """The URL's parameters: what differs from the pack's defaults."""
@@ -68,13 +78,19 @@ class View:
     def filters(self) -> int:
         """How many filters are set."""
         ranged = self.low is not None or self.high is not None
-        return sum(map(bool, (self.q, self.label, self.predicted, self.right != "any", ranged)))
+        own = self.q, self.label, self.predicted, self.right != "any", ranged
+        return sum(map(bool, (*own, self.tag, self.rating, self.note != "any")))
 
     def unfiltered(self) -> View:
         """The same view of everything."""
-        return replace(self, q="", label=(), predicted=(), right="any", low=None, high=None, page=1)
+        return replace(self, **UNFILTERED)
 
 
+# The values of a view without filters.
+UNFILTERED: dict[str, Any] = {
+    name: getattr(View(), name)
+    for name in ("q", "label", "predicted", "right", "low", "high", "tag", "rating", "note", "page")
+}
 NAMES = tuple(View.__dataclass_fields__)
 
 
@@ -105,11 +121,14 @@ class Selection:
     Attributes:
         count: how many maps.
         places: (count,) int32, their places in the pack.
+
+    Args:
+        marked: the photos that pass the view's filters of tags, rating and note; None without such.
     """
 
-    def __init__(self, table: MapsTable, view: View) -> None:
+    def __init__(self, table: MapsTable, view: View, marked: Collection[str] | None = None) -> None:
         self._table = table
-        where, parameters = _where(table, view)
+        where, parameters = _where(table, view, marked)
         self.places = table.numbers(
             f"SELECT n FROM maps WHERE {where} ORDER BY {_order(table, view)}", parameters
         )
@@ -132,6 +151,10 @@ class Selection:
         """All that is known of ``n`` maps from number ``start`` on; see :meth:`MapsTable.lines`."""
         return self._table.lines(self.places[start : start + n])
 
+    def photos(self, limit: int | None = None) -> list[str]:
+        """The ids of the images, the first ``limit``."""
+        return self._table.image_ids(self.images[:limit])
+
     @cached_property
     def images(self) -> np.ndarray:
         """The places of the images, each once, in the order of their first maps."""
@@ -153,12 +176,14 @@ class Selection:
 
 def selected(pack: Pack, view: View) -> Selection:
     """The selection of a view; kept for the views that were used last."""
-    return _selected(pack, f"{pack.id} {pack.version}", replace(view, page=1, show="", size=0))
+    revision, marked = tag_files.filtered(pack, view) or ("", None)
+    key = f"{pack.id} {pack.version} {revision}"
+    return _selected(pack, key, replace(view, page=1, show="", size=0), marked)
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)
-def _selected(_pack: Pack, key: str, view: View) -> Selection:
-    return Selection(table(_pack), view)
+def _selected(_pack: Pack, key: str, view: View, _marked: Collection[str] | None) -> Selection:
+    return Selection(table(_pack), view, _marked)
 
 
 def neighbours(pack: Pack, view: View, image_id: str) -> tuple[str | None, str | None, int, int]:
@@ -166,7 +191,7 @@ def neighbours(pack: Pack, view: View, image_id: str) -> tuple[str | None, str |
     return selected(pack, view).neighbours(image_id)
 
 
-def _where(table: MapsTable, view: View) -> tuple[str, list[Any]]:
+def _where(table: MapsTable, view: View, marked: Collection[str] | None) -> tuple[str, list[Any]]:
     """The filters as a condition of SQL, and its parameters."""
     conditions: list[str] = ["true"]
     parameters: list[Any] = []
@@ -179,6 +204,8 @@ def _where(table: MapsTable, view: View) -> tuple[str, list[Any]]:
         add("method = ?", view.method)
     if view.maps == "first":
         add("is_first")
+    if marked is not None:
+        add("image_id IN (SELECT unnest(?::VARCHAR[]))", list(marked))
     for name in ("label", "predicted"):
         if classes := getattr(view, name):
             add(f"list_contains(?::VARCHAR[], {name}_id)", list(classes))
@@ -242,13 +269,15 @@ def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, 
         "size": ([str(s) for s in SIZES], f"{usual.size} a page are shown"),
         "right": (RIGHT, "right and wrong are shown"),
         "measure": (choices.measures, "its range is not used"),
+        "rating": (list(map(str, RATINGS)), "photos of any rating are shown"),
+        "note": (NOTES, "photos with and without a note are shown"),
     }
     for name, (known, instead) in options.items():
         value = last(name)
         if value is None:
             continue
         if value in known:
-            found[name] = int(value) if name == "size" else value
+            found[name] = int(value) if name in ("size", "rating") else value
         else:
             refuse(name, value, instead)
     classes = {"label": choices.labels, "predicted": choices.predicted}
@@ -260,6 +289,8 @@ def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, 
             else:
                 refuse(name, value, "this class is left out of the filter")
         found[name] = tuple(good)
+    tags = [" ".join(encodable(tag).split())[:TAG_LENGTH] for tag in params.get("tag") or ()]
+    found["tag"] = tuple(dict.fromkeys(filter(None, tags)))[:MOST_TAGS]
     if (page := last("page")) is not None:
         number = _number(page)
         if number is None or number < 1 or number != int(number):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
 from xattn.app.navigation import selection
 from xattn.app.navigation.maps_table import SORTS
 from xattn.app.navigation.selection import ALL, MAPS, RIGHT, SIZES, Choices, View
+from xattn.app.pages.gallery import marking
 from xattn.app.pages.gallery.widgets import KEY, from_widgets, restart
 from xattn.app.state import plain
 
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
 
-def toolbar(view: View, choices: Choices) -> View:
+
+def toolbar(pack: Pack, view: View, choices: Choices) -> View:
     """The widgets; returns the view that they say. Their values are in the session already."""
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     bar.text_input(
@@ -33,6 +37,7 @@ def toolbar(view: View, choices: Choices) -> View:
     _choice(bar.selectbox, "Order", orders, "order", width=150)
     with bar.popover(f"Filters ({view.filters})" if view.filters else "Filters"):
         _filters(choices)
+        marking.filters(pack, view.tag)
     return from_widgets(choices)
 
 

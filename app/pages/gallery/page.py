@@ -12,12 +12,13 @@ from xattn.app import state
 from xattn.app.components import grid, sent
 from xattn.app.navigation import address, last_view, selection
 from xattn.app.navigation.selection import NAMES, SHOWS, Choices, Selection, View
-from xattn.app.pages.gallery import exports
+from xattn.app.pages.gallery import exports, marking
 from xattn.app.pages.gallery.cells import SIDE, cell
 from xattn.app.pages.gallery.filters import toolbar
 from xattn.app.pages.gallery.widgets import KEY, clear, from_widgets, go_to, to_widgets
 from xattn.app.pictures.rendering import Look, blank_maps, legends
 from xattn.app.state import Context, plain
+from xattn.app.triage import keyboard
 from xattn.pictures.contact_sheet import legends_html
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ def page(context: Context) -> None:
     st.title(plain(pack.name), anchor=False)
     if messages:
         st.warning("  \n".join(map(plain, messages)))
-    view = toolbar(view, table.choices)
+    marking.check(pack)
+    keyboard.say()
+    view = toolbar(pack, view, table.choices)
     found = selection.selected(pack, view)
     count = selection.pages(found.count, view.size)
     beyond = view.page > count
@@ -44,7 +47,7 @@ def page(context: Context) -> None:
         to_widgets(view, ["page"])
     start = (view.page - 1) * view.size
     shown = found.rows(start, view.size)
-    view = _line(pack, view, found.count, start, len(shown))
+    view = _line(pack, view, found, start, list(shown["image_id"]))
     text = selection.to_text(view, table.choices)
     if shown.empty:
         _nothing(table.choices)
@@ -52,8 +55,15 @@ def page(context: Context) -> None:
         if view.show == "overlay":
             st.html(legends_html(legends(pack, list(shown.index), Look(side=SIDE))))
         last = _last(pack)
+        marks = marking.marks(pack, shown["image_id"])
+        chosen = set(marking.chosen(pack))
         cells = [
             cell(pack, view, table.choices, text, last, entry_id, row)
+            | {
+                "photo": row["image_id"],
+                "chosen": row["image_id"] in chosen,
+                "marks": marking.badges(marks.get(row["image_id"])),
+            }
             for entry_id, row in zip(shown.index, shown.to_dict("records"), strict=True)
         ]
         label = f"Maps, page {view.page} of {count}"
@@ -64,6 +74,7 @@ def page(context: Context) -> None:
             scroll=view.page,
             on_open=partial(_opened, pack, table.choices),
             on_turn=_turned,
+            on_act=partial(marking.acted, pack, CELLS),
         )
         if note := blank_maps(pack, shown.index) if view.show == "overlay" else "":
             st.caption(plain(note))
@@ -150,9 +161,10 @@ def _jump() -> None:
 # ---------------------------------------------------------------------- the page's parts
 
 
-def _line(pack: Pack, view: View, count: int, start: int, shown: int) -> View:
-    """How many maps there are, and whether maps or photos are shown; returns the view."""
-    text = _count(count, start, shown)
+def _line(pack: Pack, view: View, found: Selection, start: int, shown: list[str]) -> View:
+    """How many maps there are, which photos are chosen, and whether maps or photos are shown; returns the
+    view. ``shown`` are the photos of the page's maps."""
+    text = _count(found.count, start, len(shown))
     if view.filters:
         text += f", filtered from {selection.selected(pack, view.unfiltered()).count:,}"
     line = st.container(horizontal=True, vertical_alignment="center", gap="small")
@@ -160,6 +172,7 @@ def _line(pack: Pack, view: View, count: int, start: int, shown: int) -> View:
     if view.filters:
         line.button("Clear filters", key=f"{KEY}clear", on_click=clear, type="tertiary")
     line.space("stretch")
+    marking.tools(line, pack, list(dict.fromkeys(shown)), found)
     show = line.segmented_control(
         "Picture",
         list(SHOWS),
@@ -202,7 +215,8 @@ def _below(pack: Pack, view: View, found: Selection, count: int) -> None:
     with bar.popover("Export"):
         exports.files(pack, view, found)
     st.caption(
-        "In the pictures the arrow keys move, Enter opens, and Page Up and Page Down turn the page."
+        "In the pictures the arrow keys or J and K move, Enter opens, X chooses, 1 to 9 tag, Z undoes, and "
+        "Page Up and Page Down turn the page."
     )
 
 

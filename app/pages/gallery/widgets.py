@@ -25,7 +25,7 @@ def to_widgets(view: View, names: Iterable[str]) -> None:
 def from_widgets(choices: Choices) -> View:
     kept = {name: KEY + name for name in NAMES}
     values = {n: st.session_state[key] for n, key in kept.items() if key in st.session_state}
-    for name in ("label", "predicted"):
+    for name in ("label", "predicted", "tag"):
         values[name] = tuple(values.get(name) or ())
     values["q"] = " ".join(str(values.get("q") or "").split())[: selection.SEARCH_LENGTH]
     return replace(selection.defaults(choices), **values)
@@ -41,4 +41,4 @@ def restart() -> None:
 
 def clear() -> None:
     """No filter; the next run reads the widgets from these values."""
-    to_widgets(View(), ("q", "label", "predicted", "right", "low", "high", "page"))
+    to_widgets(View(), selection.UNFILTERED)

@@ -1,0 +1,227 @@
+"""Choosing photos in the gallery, and tagging and rating them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from xattn.app import components
+from xattn.app.navigation import selection
+from xattn.app.navigation.selection import NOTES, RATINGS
+from xattn.app.pages.gallery.widgets import KEY, restart
+from xattn.app.state import plain
+from xattn.app.triage import keyboard, tag_files
+from xattn.app.triage.journal import MOST_AT_ONCE, Mark
+from xattn.app.triage.keyboard import photos
+from xattn.app.triage.store import KEYS, TAG_LENGTH, Store, TagsError
+from xattn.runtime.display_text import visible
+
+if TYPE_CHECKING:
+    from xattn.app.navigation.selection import Selection
+    from xattn.packs.reader import Pack
+
+CHOSEN = "_chosen"  # the session's key of (pack, ids of the photos that are chosen in it)
+SHOWN = 3  # tags on a cell
+
+
+def chosen(pack: Pack) -> list[str]:
+    """The photos of this pack that are chosen, in the order in which they were."""
+    of, ids = st.session_state.get(CHOSEN, ("", []))
+    return list(ids) if of == pack.id else []
+
+
+def acted(pack: Pack, cells: str) -> None:
+    """Take up what was done by keys and clicks in the grid of the key ``cells``."""
+    for act in components.acts(cells):
+        if "of" in act:
+            of, wanted = (_ids(pack, act.get(name)) for name in ("of", "chosen"))
+            kept = [i for i in chosen(pack) if i not in set(of)]
+            _choose(pack, [*kept, *wanted])
+        elif act.get("key") == "escape":
+            _choose(pack, [])
+        elif act.get("key") in (*map(str, KEYS), "undo", "redo"):
+            keyboard.press(pack, act["key"], chosen(pack) or _ids(pack, [act.get("photo")]))
+
+
+def _ids(pack: Pack, value: Any) -> list[str]:
+    """Those of the values that are ids of photos of the pack."""
+    found = [i for i in value if isinstance(i, str)] if isinstance(value, list) else []
+    known = selection.table(pack).known_images(found)
+    return [i for i in dict.fromkeys(found) if i in known]
+
+
+def _choose(pack: Pack, ids: Sequence[str], count: int = 0) -> None:
+    """Choose these photos, which are ``count``, if that is more."""
+    if len(ids) > MOST_AT_ONCE:
+        keyboard.tell(
+            f"{max(len(ids), count):,} photos are in this selection; at most {MOST_AT_ONCE:,} can be "
+            f"chosen at once. Filter for fewer.",
+            wrong=True,
+        )
+    else:
+        st.session_state[CHOSEN] = pack.id, list(ids)
+
+
+def badges(mark: Mark | None) -> list[str]:
+    """What stands on the picture of a photo."""
+    if mark is None:
+        return []
+    more = len(mark.tags) - SHOWN
+    return [
+        *mark.tags[:SHOWN],
+        *([f"+{more}"] if more > 0 else []),
+        *(["★" * mark.rating] if mark.rating else []),
+        *(["note"] if mark.note else []),
+    ]
+
+
+def marks(pack: Pack, image_ids: Iterable[str]) -> Mapping[str, Mark]:
+    """The marks of photos; of a tag file that cannot be used none, see :func:`check`."""
+    try:
+        return tag_files.store_of(pack).marks(list(image_ids))
+    except TagsError:
+        return {}
+
+
+def check(pack: Pack) -> None:
+    """Say why the pack's tag file cannot be used, if so; the page goes on without tags."""
+    try:
+        tag_files.store_of(pack).revision()
+    except TagsError as error:
+        st.warning(plain(error))
+
+
+# ---------------------------------------------------------------------- the page's parts
+
+
+def filters(pack: Pack, asked: Sequence[str]) -> None:
+    """Widgets of the filters by tag, rating and note; ``asked`` are the tags that the view has."""
+    try:
+        counts = tag_files.store_of(pack).counts()
+    except TagsError:
+        counts = {}
+    st.multiselect(
+        "Tags",
+        list(dict.fromkeys((*counts, *asked))),
+        key=f"{KEY}tag",
+        format_func=lambda tag: visible(f"{tag} ({counts.get(tag, 0):,})"),
+        placeholder="Any tag, or none",
+        on_change=restart,
+    )
+    for name, title, names in (("rating", "Rating", RATINGS), ("note", "Note", NOTES)):
+        st.selectbox(
+            title,
+            list(names),
+            key=KEY + name,
+            format_func=lambda value, names=names: names[value],
+            on_change=restart,
+        )
+
+
+def tools(bar: Any, pack: Pack, shown: Sequence[str], found: Selection) -> None:
+    """Choosing and tagging, in a popover and beside it; ``shown`` are the photos of this page."""
+    now = chosen(pack)
+    with bar.popover(f"{photos(len(now))} chosen" if now else "Tags", key=f"{KEY}tags"):
+        row = st.container(horizontal=True, gap="small")
+        row.button(
+            f"Choose this page ({len(shown):,})",
+            key=f"{KEY}choose_page",
+            on_click=lambda: _choose(pack, list(dict.fromkeys((*now, *shown)))),
+        )
+        row.button(
+            "Choose the whole selection",
+            key=f"{KEY}choose_all",
+            on_click=lambda: _choose(pack, found.photos(MOST_AT_ONCE + 1), len(found.images)),
+        )
+        try:
+            store = tag_files.store_of(pack)
+            _tagging(pack, store, now)
+            _keys(pack, store)
+        except TagsError as error:
+            st.caption(plain(error))
+        st.caption(plain(tag_files.place(pack)))
+    if now:
+        bar.button(
+            "Choose none",
+            key=f"{KEY}choose_none",
+            type="tertiary",
+            on_click=lambda: _choose(pack, []),
+        )
+
+
+def _tagging(pack: Pack, store: Store, now: Sequence[str]) -> None:
+    """Tags and stars for the chosen photos."""
+    known = dict.fromkeys((*store.keys().values(), *store.counts()))
+    st.selectbox(
+        "Tag of the chosen photos",
+        list(known),
+        key=f"{KEY}tag_name",
+        index=None,
+        accept_new_options=True,
+        placeholder="Choose a tag, or type a new one",
+        disabled=not now,
+    )
+    row = st.container(horizontal=True, gap="small", vertical_alignment="center")
+    for text, on in (("Give it", True), ("Take it away", False)):
+        row.button(
+            text, key=f"{KEY}tag_{on}", disabled=not now, on_click=_tag, args=(pack, now, on)
+        )
+    for text, key in (("Undo", "undo"), ("Redo", "redo")):
+        row.button(
+            text, key=KEY + key, type="tertiary", on_click=keyboard.press, args=(pack, key, [])
+        )
+    if now:
+        st.feedback("stars", key=f"{KEY}stars", on_change=_rate, args=(pack, now))
+
+
+def _tag(pack: Pack, ids: Sequence[str], on: bool) -> None:
+    tag = str(st.session_state.get(f"{KEY}tag_name") or "")
+
+    def act(store: Store, person: str) -> str:
+        store.change_tags(person, ids, [tag] if on else [], [] if on else [tag])
+        return f"{tag}: {photos(len(ids))}" if on else f"no longer {tag}: {photos(len(ids))}"
+
+    keyboard.change(pack, act)
+
+
+def _rate(pack: Pack, ids: Sequence[str]) -> None:
+    stars = st.session_state.pop(f"{KEY}stars", None)
+    rating = 0 if stars is None else int(stars) + 1
+
+    def act(store: Store, person: str) -> str:
+        store.set_rating(person, ids, rating)
+        return f"{'★' * rating or 'No rating'}: {photos(len(ids))}"
+
+    keyboard.change(pack, act)
+
+
+def _keys(pack: Pack, store: Store) -> None:
+    """Which tags the keys 1 to 9 toggle."""
+    now = store.keys()
+    st.caption(
+        "Choose photos by the box on a picture, by Ctrl or Shift and a click, or by X. The keys toggle "
+        "tags on the chosen photos, or on the one in focus. J and K move, Z undoes, Shift+Z redoes."
+    )
+    with st.expander("Tags of the keys 1 to 9"), st.form(f"{KEY}keys", border=False):
+        columns = st.columns(3)
+        for key in KEYS:
+            columns[(key - 1) % 3].text_input(
+                f"Key {key}",
+                value=now.get(key, ""),
+                key=f"{KEY}key{key} {now.get(key, '')}",
+                max_chars=TAG_LENGTH,
+            )
+        names = {key: f"{KEY}key{key} {now.get(key, '')}" for key in KEYS}
+        st.form_submit_button("Save the keys", on_click=_save_keys, args=(pack, names))
+
+
+def _save_keys(pack: Pack, names: Mapping[int, str]) -> None:
+    wanted = {key: str(st.session_state.get(name) or "") for key, name in names.items()}
+
+    def act(store: Store, person: str) -> str:
+        store.set_keys(wanted)
+        return "The keys are saved."
+
+    keyboard.change(pack, act)

@@ -1,0 +1,423 @@
+"""Tags, notes, ratings and named slices of a pack's photos, in one SQLite file beside the pack.
+
+Every change is a row of a journal, so that a person can undo and redo their own changes while others work
+on the same file. A transaction lasts as long as one change; whoever finds the file locked waits. The file
+appears with the first change. It may come from anybody: another layout is refused, values are bound, and
+what is read is text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from xattn.app.triage.journal import (
+    MOST_AT_ONCE,
+    Change,
+    Mark,
+    Undone,
+    having,
+    marks_of,
+    raise_revision,
+    revision,
+    step,
+    turn,
+)
+from xattn.runtime.display_text import encodable, visible
+
+TAG_LENGTH, NOTE_LENGTH, SLICE_LENGTH, VIEW_LENGTH = 60, 4000, 80, 8000  # characters
+MOST_TAGS, MOST_SLICES = 500, 200  # different ones, in a file
+BEST = 5  # stars
+KEYS = tuple(range(1, 10))
+DEFAULT_KEYS = {1: "look again", 2: "wrong label", 3: "looks elsewhere"}  # of a pack without a file
+APPLICATION, LAYOUT = 0x78415447, 1  # application_id and user_version of the file
+PATIENCE = 5.0  # seconds to wait for another writer
+_TABLES = {
+    "about": "(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    "tags": "(image_id TEXT NOT NULL, tag TEXT NOT NULL, PRIMARY KEY (image_id, tag)) WITHOUT ROWID",
+    "notes": "(image_id TEXT PRIMARY KEY, note TEXT NOT NULL) WITHOUT ROWID",
+    "ratings": "(image_id TEXT PRIMARY KEY, rating INTEGER NOT NULL) WITHOUT ROWID",
+    "keys": "(key INTEGER PRIMARY KEY, tag TEXT NOT NULL UNIQUE)",
+    "slices": "(name TEXT PRIMARY KEY, view TEXT NOT NULL) WITHOUT ROWID",
+    "journal": "(number INTEGER PRIMARY KEY, step INTEGER NOT NULL, person TEXT NOT NULL, "
+    "state INTEGER NOT NULL, field TEXT NOT NULL, image_id TEXT NOT NULL, name TEXT NOT NULL, "
+    "before TEXT NOT NULL, after TEXT NOT NULL)",
+}
+_SCHEMA = {f"CREATE TABLE {name} {columns}" for name, columns in _TABLES.items()} | {
+    "CREATE INDEX tag_photos ON tags (tag)",
+    "CREATE INDEX steps ON journal (step)",
+    "CREATE INDEX persons ON journal (person, step)",
+}
+
+
+class TagsError(ValueError):
+    """What is wrong with a tag file or a change, and what to do about it, for the person at the page."""
+
+
+def identity(image_ids: Iterable[str]) -> str:
+    """What tells packs apart: the SHA-256 of their sorted image ids, in any order."""
+    digest = hashlib.sha256()
+    for image_id in sorted(image_ids):
+        data = image_id.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(4, "little") + data)
+    return digest.hexdigest()
+
+
+class Store:
+    """The tag file of one pack; every method opens it anew, so that threads and processes may share it.
+
+    Args:
+        path: ``NAME.tags.sqlite``; it need not exist.
+        pack: the pack's :func:`identity`.
+
+    Raises (every method):
+        TagsError: the file is of another pack or damaged, cannot be written, or stays locked.
+    """
+
+    def __init__(self, path: Path, pack: str) -> None:
+        self.path, self.pack = path, pack
+
+    # ------------------------------------------------------------------ reading
+
+    def revision(self) -> str:
+        """A text that every change changes, "" without a file: a key for caches."""
+        with self._reading() as base:
+            return "" if base is None else revision(base)
+
+    def marks(self, image_ids: Sequence[str]) -> dict[str, Mark]:
+        """The marks of these photos, those that have any."""
+        with self._reading() as base:
+            return {} if base is None else marks_of(base, image_ids)
+
+    def counts(self) -> dict[str, int]:
+        """How many photos each tag has, by name."""
+        return dict(
+            self._pairs("SELECT tag, count(*) FROM tags GROUP BY tag ORDER BY tag", MOST_TAGS)
+        )
+
+    def photos(
+        self, tags: Sequence[str] = (), rating: int | None = None, note: bool = False
+    ) -> set[str]:
+        """The photos with any of ``tags``, at least ``rating`` stars and, if asked for, a note."""
+        asked: list[tuple[str, Sequence[object]]] = []
+        if tags:
+            marks = ", ".join("?" * len(tags))
+            asked.append((f"SELECT image_id FROM tags WHERE tag IN ({marks})", tags))
+        if rating:
+            asked.append(("SELECT image_id FROM ratings WHERE rating >= ?", [rating]))
+        if note:
+            asked.append(("SELECT image_id FROM notes", []))
+        with self._reading() as base:
+            if base is None or not asked:
+                return set()
+            found = ({i for (i,) in base.execute(query, values)} for query, values in asked)
+            return set.intersection(*found)
+
+    def keys(self) -> dict[int, str]:
+        """The tags of the keys 1 to 9."""
+        if not self._there():
+            return dict(DEFAULT_KEYS)
+        pairs = self._pairs("SELECT tag, key FROM keys ORDER BY key", len(KEYS))
+        return {key: tag for tag, key in pairs if key in KEYS}
+
+    def slices(self) -> dict[str, str]:
+        """The saved slices, by name: the text of each one's view."""
+        pairs = self._pairs("SELECT name, view FROM slices ORDER BY name", MOST_SLICES)
+        return {name: view for name, view in pairs if isinstance(view, str)}
+
+    def _pairs(self, query: str, most: int) -> list[tuple[str, Any]]:
+        """Rows of a name and a value; what is no name is left out, since anybody may have written it."""
+        with self._reading() as base:
+            if base is None:
+                return []
+            rows = base.execute(f"{query} LIMIT ?", [most])
+            return [(name, value) for name, value in rows if isinstance(name, str)]
+
+    # ------------------------------------------------------------------ changing photos
+
+    def toggle(self, person: str, image_ids: Sequence[str], tag: str) -> bool:
+        """Give all of these photos a tag, or take it away where all of them have it; whether they have it
+        now."""
+        tag = tag_name(tag)
+        with self._writing() as base:
+            on = not set(image_ids) <= having(base, image_ids, tag)
+            _change_tags(base, person, image_ids, [tag] if on else [], [] if on else [tag])
+            return on
+
+    def change_tags(
+        self,
+        person: str,
+        image_ids: Sequence[str],
+        add: Sequence[str] = (),
+        drop: Sequence[str] = (),
+    ) -> None:
+        """Give these photos tags and take others from them."""
+        add, drop = list(map(tag_name, add)), list(map(tag_name, drop))
+        with self._writing() as base:
+            _change_tags(base, person, image_ids, add, drop)
+
+    def set_note(self, person: str, image_id: str, note: str, was: str | None = None) -> bool:
+        """Write a photo's note; an empty one takes it away.
+
+        Args:
+            was: the note that the person saw. If somebody else has written another one since, both are
+                kept, one below the other, and the answer is False.
+        """
+        note = encodable(note).strip()
+        with self._writing() as base:
+            now = marks_of(base, [image_id]).get(image_id, Mark()).note
+            alone = was is None or now in (was, note)
+            if not alone:
+                note = f"{now}\n\n{note}".strip()
+            if len(note) > NOTE_LENGTH:
+                raise TagsError(
+                    f"The note has {len(note):,} characters; give at most {NOTE_LENGTH:,}. It was not "
+                    f"saved."
+                )
+            step(base, person, [Change("note", image_id, "", now, note)] if now != note else [])
+            return alone
+
+    def set_rating(self, person: str, image_ids: Sequence[str], rating: int) -> None:
+        """Rate photos with 1 to 5 stars; 0 takes the rating away."""
+        if rating not in range(BEST + 1):
+            raise TagsError(f"A rating is a number from 0 to {BEST}; got {rating}.")
+        _check_count(image_ids)
+        with self._writing() as base:
+            now = {i: mark.rating for i, mark in marks_of(base, image_ids).items()}
+            changes = [
+                Change("rating", i, "", str(now.get(i, 0) or ""), str(rating or ""))
+                for i in dict.fromkeys(image_ids)
+                if now.get(i, 0) != rating
+            ]
+            step(base, person, changes)
+
+    def undo(self, person: str) -> Undone | None:
+        """Take back this person's last step; None if there is none."""
+        with self._writing() as base:
+            return turn(base, person, undo=True)
+
+    def redo(self, person: str) -> Undone | None:
+        """Do again what this person took back last; None if there is nothing, or they went on since."""
+        with self._writing() as base:
+            return turn(base, person, undo=False)
+
+    # ------------------------------------------------------------------ keys and slices
+
+    def set_keys(self, keys: dict[int, str]) -> None:
+        """Put tags on the keys 1 to 9; an empty name frees a key."""
+        named = {key: tag_name(tag) for key, tag in keys.items() if key in KEYS and tag.strip()}
+        double = [t for t in named.values() if list(named.values()).count(t) > 1]
+        if double:
+            raise TagsError(
+                f"The tag {double[0]!r} is on two keys; give each key a tag of its own."
+            )
+        with self._writing() as base:
+            base.execute("DELETE FROM keys")
+            base.executemany("INSERT INTO keys VALUES (?, ?)", named.items())
+            raise_revision(base)
+
+    def save_slice(self, name: str, view: str, replace: bool = False) -> None:
+        """Keep a view of the gallery under a name.
+
+        Raises:
+            TagsError: also a name that is taken, without ``replace``, or one slice too many.
+        """
+        name = slice_name(name)
+        if len(view) > VIEW_LENGTH:
+            raise TagsError(
+                f"This view takes {len(view):,} characters, over the limit of {VIEW_LENGTH:,}; choose "
+                f"fewer classes or tags."
+            )
+        with self._writing() as base:
+            known = dict(base.execute("SELECT name, view FROM slices"))
+            if name in known and not replace:
+                raise TagsError(f"There is a slice {name!r} already; choose another name.")
+            if name not in known and len(known) >= MOST_SLICES:
+                raise TagsError(f"There are {MOST_SLICES} slices, the most; delete one first.")
+            base.execute("INSERT OR REPLACE INTO slices VALUES (?, ?)", [name, encodable(view)])
+            raise_revision(base)
+
+    def rename_slice(self, name: str, new: str) -> None:
+        """Give a slice another name."""
+        new = slice_name(new)
+        with self._writing() as base:
+            known = dict(base.execute("SELECT name, view FROM slices"))
+            if name not in known:
+                raise TagsError(
+                    f"The slice {name!r} is gone; somebody else has deleted or renamed it."
+                )
+            if new != name and new in known:
+                raise TagsError(f"There is a slice {new!r} already; choose another name.")
+            base.execute("UPDATE slices SET name = ? WHERE name = ?", [new, name])
+            raise_revision(base)
+
+    def delete_slice(self, name: str) -> None:
+        """Delete a slice, if it is still there."""
+        with self._writing() as base:
+            base.execute("DELETE FROM slices WHERE name = ?", [name])
+            raise_revision(base)
+
+    # ------------------------------------------------------------------ the file
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection | None]:
+        """A connection, None without a file."""
+        if not self._there():
+            yield None
+            return
+        with self._opened("ro") as base:
+            base.execute("BEGIN")
+            self._check(base)
+            yield base
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """A connection in a transaction of its own; nothing is changed where the block fails."""
+        self._there()
+        with self._opened("rwc") as base:
+            base.execute("BEGIN IMMEDIATE")
+            try:
+                if not base.execute("SELECT 1 FROM sqlite_master").fetchone():
+                    self._create(base)
+                self._check(base)
+                yield base
+                base.execute("COMMIT")
+            finally:
+                if base.in_transaction:
+                    base.execute("ROLLBACK")
+
+    def _there(self) -> bool:
+        """Whether the file holds something; SQLite leaves an empty one where a first change failed.
+
+        Raises:
+            TagsError: it is a link or no regular file.
+        """
+        if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
+            raise TagsError(
+                f"{self._name} is a link or no regular file; put the file itself there, or move it away."
+            )
+        return self.path.is_file() and self.path.stat().st_size > 0
+
+    @contextmanager
+    def _opened(self, mode: str) -> Iterator[sqlite3.Connection]:
+        address = f"{Path(os.path.abspath(self.path)).as_uri()}?mode={mode}"
+        try:
+            base = sqlite3.connect(address, timeout=PATIENCE, isolation_level=None, uri=True)
+            with closing(base):
+                base.execute("PRAGMA trusted_schema = OFF")
+                yield base
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise TagsError(self._what(str(error))) from None
+
+    def _what(self, error: str) -> str:
+        if "locked" in error:
+            return f"Somebody else is writing {self._name}; try again. Nothing was changed."
+        if re.search(r"full|read-?only|unable to open|disk I/O|permission", error):
+            return (
+                f"{self._name} cannot be read or written ({error}); free some space or permit writing. "
+                f"Nothing was changed."
+            )
+        return (
+            f"{self._name} is damaged ({visible(error)[:100]}); move it away and go on without it, or put "
+            f"back a copy."
+        )
+
+    def _create(self, base: sqlite3.Connection) -> None:
+        base.execute(f"PRAGMA application_id = {APPLICATION}")
+        base.execute(f"PRAGMA user_version = {LAYOUT}")
+        for statement in sorted(_SCHEMA, reverse=True):  # tables before their indexes
+            base.execute(statement)
+        about = [("pack", self.pack), ("file", secrets.token_hex(8)), ("revision", "0")]
+        base.executemany("INSERT INTO about VALUES (?, ?)", about)
+        base.executemany("INSERT INTO keys VALUES (?, ?)", DEFAULT_KEYS.items())
+
+    def _check(self, base: sqlite3.Connection) -> None:
+        (application,) = base.execute("PRAGMA application_id").fetchone()
+        (layout,) = base.execute("PRAGMA user_version").fetchone()
+        if application == APPLICATION and layout > LAYOUT:
+            raise TagsError(
+                f"A later version of xattn wrote {self._name}; upgrade xattn to read it."
+            )
+        schema = {sql for (sql,) in base.execute("SELECT sql FROM sqlite_master") if sql}
+        if application != APPLICATION or schema != _SCHEMA:
+            raise TagsError(
+                f"{self._name} is no tag file of xattn; move it away, and tags can be kept here."
+            )
+        found = base.execute("SELECT value FROM about WHERE name = 'pack'").fetchone()
+        if found != (self.pack,):
+            raise TagsError(
+                f"{self._name} holds the tags of a pack of other photos; move it beside that pack, or "
+                f"anywhere else. It was left as it is."
+            )
+
+    @property
+    def _name(self) -> str:
+        return visible(self.path.name)
+
+
+# ---------------------------------------------------------------------- names
+
+
+def tag_name(text: str) -> str:
+    """A tag as it is kept: on one line, without space around it.
+
+    Raises:
+        TagsError: empty or too long.
+    """
+    return _named(text, TAG_LENGTH, "tag")
+
+
+def slice_name(text: str) -> str:
+    """A slice's name, as :func:`tag_name`."""
+    return _named(text, SLICE_LENGTH, "slice")
+
+
+def _named(text: str, longest: int, what: str) -> str:
+    name = encodable(" ".join(str(text).split()))
+    if not 0 < len(name) <= longest:
+        got = f"{len(name)} characters" if name else "nothing"
+        raise TagsError(f"A {what} is a name of 1 to {longest} characters; got {got}.")
+    return name
+
+
+# ---------------------------------------------------------------------- changes
+
+
+def _change_tags(
+    base: sqlite3.Connection,
+    person: str,
+    image_ids: Sequence[str],
+    add: Sequence[str],
+    drop: Sequence[str],
+) -> None:
+    _check_count(image_ids)
+    known = {tag for (tag,) in base.execute("SELECT DISTINCT tag FROM tags")}
+    if len(known.union(add)) > max(MOST_TAGS, len(known)):
+        raise TagsError(
+            f"This pack has {MOST_TAGS} different tags, the most; take one from all its photos first."
+        )
+    changes = []
+    for names, before, after in ((drop, "1", ""), (add, "", "1")):
+        for tag in dict.fromkeys(names):
+            own = having(base, image_ids, tag)
+            changes += [
+                Change("tag", i, tag, before, after)
+                for i in dict.fromkeys(image_ids)
+                if (i in own) == bool(before)
+            ]
+    step(base, person, changes)
+
+
+def _check_count(image_ids: Sequence[str]) -> None:
+    if len(image_ids) > MOST_AT_ONCE:
+        raise TagsError(
+            f"{len(image_ids):,} photos are chosen; at most {MOST_AT_ONCE:,} are changed at once. Filter "
+            f"for fewer."
+        )

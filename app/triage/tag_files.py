@@ -1,0 +1,78 @@
+"""Where the tags of a pack are kept, and who is changing them."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from xattn.app.triage.store import Store, TagsError, identity
+
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
+
+SUFFIX = ".tags.sqlite"
+PERSON = "_person"  # the session's key of a name that nobody else has
+
+
+def store_of(pack: Pack) -> Store:
+    """The tag file of a pack: beside its folder; where nothing can be written, in a folder of the viewer's
+    own, by what photos the pack has."""
+    known = _identity(pack, f"{pack.id} {pack.version}")
+    beside = _beside(pack)
+    if beside is not None and os.access(beside.parent, os.W_OK):
+        return Store(beside, known)
+    own = own_folder() / f"{known[:32]}{SUFFIX}"
+    with suppress(OSError):  # what cannot be made here is told when it is written to
+        own.parent.mkdir(parents=True, exist_ok=True)
+        if beside is not None and beside.is_file() and not beside.is_symlink() and not own.exists():
+            shutil.copyfile(beside, own)
+    return Store(own, known)
+
+
+def place(pack: Pack) -> str:
+    """Where a pack's tags are kept, in a sentence for the page."""
+    path = store_of(pack).path
+    if pack.id.startswith("scratch-"):
+        return "This pack is a live result: its tags end with it, when the viewer stops."
+    if path != _beside(pack):
+        return f"Nothing can be written beside this pack, so its tags are kept in {path}."
+    return f"Tags, notes and ratings are kept in {path.name}, beside the pack."
+
+
+def own_folder() -> Path:
+    """The viewer's own folder for tags: ``xattn/tags`` below XDG_DATA_HOME, by default ~/.local/share."""
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(data).expanduser() / "xattn" / "tags"
+
+
+def person() -> str:
+    """Whose steps this session can undo."""
+    return str(st.session_state.setdefault(PERSON, secrets.token_hex(8)))
+
+
+def filtered(pack: Pack, view: Any) -> tuple[str, Collection[str]] | None:
+    """The photos that pass a view's filters of tags, rating and note, with the revision of the tag file;
+    None if it has no such filter. Of a file that cannot be used no photo passes."""
+    if not (view.tag or view.rating or view.note != "any"):
+        return None
+    store = store_of(pack)
+    try:
+        return store.revision(), store.photos(view.tag, view.rating, view.note == "with")
+    except TagsError:
+        return "unusable", ()
+
+
+def _beside(pack: Pack) -> Path | None:
+    return None if pack.folder is None else pack.folder.with_name(pack.folder.name + SUFFIX)
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def _identity(_pack: Pack, key: str) -> str:
+    return identity(map(str, _pack.images.index))

@@ -1,0 +1,180 @@
+"""Tags in the gallery: filters, badges, who sees what, and tag files that cannot be used."""
+
+import json
+
+import pytest
+
+pytest.importorskip("streamlit")
+
+from streamlit.testing.v1 import AppTest
+
+from xattn.app import state
+from xattn.app.synthetic_packs import small_pack
+from xattn.app.triage import tag_files
+from xattn.app.triage.journal import Mark
+from xattn.app.triage.store import Store, identity
+
+HOSTILE = "<b>x</b> $y$ :red[z]"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return small_pack(tmp_path_factory.mktemp("root") / "first", 8, ("gradcam",))
+
+
+@pytest.fixture(autouse=True)
+def started(folder, monkeypatch):
+    monkeypatch.setattr(state, "_settings", state.Settings(root=folder.parent))
+    yield
+    for left in folder.parent.glob("*.sqlite"):
+        left.unlink()
+
+
+@pytest.fixture
+def pack():
+    [info] = state.library().packs()
+    return state.library().open(info.id)
+
+
+@pytest.fixture
+def store(pack):
+    return tag_files.store_of(pack)
+
+
+def run(**params):
+    app = AppTest.from_file(state.SCRIPT, default_timeout=60)
+    app.query_params.update(params)
+    return checked(app.run())
+
+
+def checked(app):
+    assert not app.exception
+    return app
+
+
+def cells(app):
+    grids = [e for e in app.get("bidi_component") if "cells" in e.proto.json]
+    return json.loads(grids[0].proto.json)["cells"] if grids else []
+
+
+def ids(app):
+    return [cell["photo"] for cell in cells(app)]
+
+
+def photo(number):
+    return f"photo-{number:05}"
+
+
+def test_the_tag_file_lies_beside_the_pack(store, folder):
+    assert store.path == folder.with_name("first.tags.sqlite")
+
+
+def test_badges_are_on_the_cells_as_text(store):
+    store.change_tags("ann", [photo(1)], [HOSTILE, "a", "b", "c"])
+    store.set_rating("ann", [photo(1)], 4)
+    store.set_note("ann", photo(1), "a note")
+    found = {cell["photo"]: cell["marks"] for cell in cells(run())}
+    assert found[photo(0)] == []
+    assert found[photo(1)] == [HOSTILE, "a", "b", "+1", "★★★★", "note"]
+
+
+def test_an_address_filters_by_tag_rating_and_note(store):
+    store.change_tags("ann", [photo(1), photo(2), photo(3)], [HOSTILE])
+    store.set_rating("ann", [photo(2), photo(3)], 3)
+    store.set_note("ann", photo(3), "a note")
+    app = run(tag=HOSTILE)
+    assert ids(app) == [photo(1), photo(2), photo(3)]
+    assert "3 maps, filtered from 8" in app.caption[0].value
+    assert app.multiselect(key="gallery.tag").value == [HOSTILE]
+    assert ids(run(tag=HOSTILE, rating="3")) == [photo(2), photo(3)]
+    assert ids(run(rating="2", note="with")) == [photo(3)]
+    assert ids(run(tag="nobody's")) == []
+
+
+def test_another_tabs_change_is_seen_at_the_next_run(store):
+    app = run(tag="x")
+    assert ids(app) == []
+    store.change_tags("bob", [photo(5)], ["x"])
+    assert ids(checked(app.run())) == [photo(5)]
+    checked(app.button(key="gallery.clear").click().run())
+    assert len(cells(app)) == 8 and "tag" not in app.query_params
+
+
+@pytest.mark.parametrize("name, value", [("rating", "9"), ("rating", "x"), ("note", "perhaps")])
+def test_a_bad_filter_is_a_message(name, value):
+    app = run(**{name: value})
+    assert f"there is no “{value}”" in app.warning[0].value.replace("\\", "")
+    assert len(cells(app)) == 8
+
+
+def test_the_whole_selection_is_chosen_tagged_and_undone(store):
+    app = run(q="photo-0000", size="24")
+    checked(app.button(key="gallery.choose_all").click().run())
+    assert all(cell["chosen"] for cell in cells(app))
+    app.selectbox(key="gallery.tag_name").set_value("wrong label").run()
+    checked(app.button(key="gallery.tag_True").click().run())
+    assert app.toast[0].value == "wrong label\\: 8 photos"
+    assert store.counts() == {"wrong label": 8}
+    checked(app.button(key="gallery.undo").click().run())
+    assert store.counts() == {}
+    checked(app.button(key="gallery.redo").click().run())
+    checked(app.button(key="gallery.tag_False").click().run())
+    assert store.counts() == {}
+    checked(app.button(key="gallery.choose_none").click().run())
+    assert not any(cell["chosen"] for cell in cells(app))
+
+
+def test_too_many_photos_cannot_be_chosen(store, monkeypatch):
+    monkeypatch.setattr("xattn.app.pages.gallery.marking.MOST_AT_ONCE", 7)
+    app = run()
+    checked(app.button(key="gallery.choose_all").click().run())
+    assert "8 photos are in this selection; at most 7 can be chosen" in app.warning[0].value
+    assert not any(cell["chosen"] for cell in cells(app))
+
+
+def test_keys_get_other_tags(store):
+    app = run()
+    app.text_input(key="gallery.key9 ").set_value("night")
+    checked(app.button(key="FormSubmitter:gallery.keys-Save the keys").click().run())
+    assert store.keys()[9] == "night" and store.keys()[1] == "look again"
+    app.text_input(key="gallery.key8 ").set_value("night")
+    checked(app.button(key="FormSubmitter:gallery.keys-Save the keys").click().run())
+    assert "is on two keys" in app.warning[0].value
+
+
+def test_the_tags_of_another_pack_are_one_sentence_and_the_gallery_goes_on(folder):
+    path = folder.with_name("first.tags.sqlite")
+    Store(path, identity(["other"])).toggle("ann", ["other"], "x")
+    before = path.read_bytes()
+    app = run(tag="x")
+    assert "holds the tags of a pack of other photos" in app.warning[0].value
+    assert "No map passes" in app.markdown[0].value
+    app = run()
+    assert len(cells(app)) == 8
+    assert len(app.warning) == 1
+    assert path.read_bytes() == before
+
+
+def test_where_nothing_can_be_written_the_viewer_keeps_tags_itself(
+    pack, store, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    store.change_tags("ann", [photo(1)], ["x"])
+    monkeypatch.setattr("os.access", lambda *_: False)
+    own = tag_files.store_of(pack)
+    assert own.path.parent == tmp_path / "xattn" / "tags"
+    assert own.marks([photo(1)]) == {photo(1): Mark(("x",))}
+    own.change_tags("ann", [photo(1)], ["y"])
+    assert tag_files.store_of(pack).marks([photo(1)]) == {photo(1): Mark(("x", "y"))}
+    assert store.marks([photo(1)]) == {photo(1): Mark(("x",))}
+    assert f"kept in {own.path}" in tag_files.place(pack)
+    assert any("so its tags are kept in" in c.value.replace("\\", "") for c in run().caption)
+
+
+def test_another_folder_of_the_same_photos_has_its_own_tags(pack, folder, store):
+    store.toggle("ann", [photo(1)], "x")
+    small_pack(folder, 8, ("gradcam", "saliency"))
+    [info] = state.library().packs()
+    again = state.library().open(info.id)
+    assert again.version != pack.version
+    assert tag_files.store_of(again).counts() == {"x": 1}
