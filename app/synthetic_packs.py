@@ -14,8 +14,8 @@ import pyarrow as pa
 from PIL import Image
 
 from xattn.packs.explanation import Explanation, ImageFacts
-from xattn.packs.format import MANIFEST, check_output, is_pack, owned_files
-from xattn.packs.sharded.columns import IMAGES, METRIC, SHARD_PHOTOS, entry_schema, shard_file
+from xattn.packs.format import MANIFEST, SHARD_PHOTOS, check_output, is_pack, owned_files
+from xattn.packs.sharded.columns import IMAGES, METRIC, entry_schema, shard_file
 from xattn.packs.sharded.manifest_shards import ShardFile, manifest_bytes
 from xattn.packs.sharded.tensor_draft import TensorDraft
 from xattn.packs.sharded.written_rows import write_parquet

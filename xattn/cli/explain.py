@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, output_folder
 from xattn.cli.printing import note
 from xattn.cli.shared import BatchSize, Explainers, Images, MethodArgs, check_known, first_of
+
+MOST_PHOTOS = 20_000  # of a pack of format 1, unless it is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,9 @@ class Explain(MethodArgs):
     output: Path | None = None
     """Folder or URL for the pack, and for a clip's overlay.mp4; by default runs/explained, or
     runs/explained-2 and so on if there are results."""
+    pack_format: Literal[1, 2] | None = None
+    """Format of the pack: 1, or 2 for many photos: Parquet and shards that are written as the maps come, no
+    overlay pictures; by default 2 under torchrun and for more than 20,000 photos."""
     overwrite: bool = False
     """Replace the results in the output folder."""
     batch_size: BatchSize = 8
@@ -90,9 +96,11 @@ class Explain(MethodArgs):
 
         check_known("explainers", self.explainers, EXPLAINERS)
         if self._is_volume_network():
+            self._check_format("a volume")
             self._explain_volume()
             return
         clip = is_video(self.images[0])
+        self._check_format("a clip" if clip else None)
         several = len(self.explainers) + len(self.heads) - ("head" in self.explainers) > 1
         if clip and (several or self.labels is not None or self.features):
             raise ValueError(
@@ -122,10 +130,45 @@ class Explain(MethodArgs):
             else:
                 options.update(labels=self.labels, features=self.features)
                 photos = first_of(self.photos, self.limit)
+                if self._pack_format(photos) == 2:
+                    self._explain_to_shards(photos, backbone, methods, options, output)
+                    return
                 found = explain(photos, backbone, None, methods, **options)
         for name, reason in () if clip else found.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
-        self._tell(found, output)
+        self._tell(found, len(found), output)
+
+    def _check_format(self, whole: str | None) -> None:
+        """Refuse what a format cannot hold: of clips and volumes (``whole``) packs have format 1."""
+        if whole is not None and (self.pack_format == 2 or _processes() > 1):
+            raise ValueError(
+                f"images, pack_format: {self.images[0]} is {whole}, whose pack has format 1; leave out "
+                f"--pack-format, and use one process"
+            )
+        if self.pack_format == 1 and _processes() > 1:
+            raise ValueError(
+                "pack_format: got 1 under torchrun; several processes write format 2, leave it out"
+            )
+
+    def _pack_format(self, photos: Any) -> int:
+        """The format of the pack for ``photos``, see ``pack_format``."""
+        from xattn.photos.sources import open_photos
+
+        if self.pack_format is not None:
+            return self.pack_format
+        return 2 if _processes() > 1 or len(open_photos(photos)) > MOST_PHOTOS else 1
+
+    def _explain_to_shards(
+        self, photos: Any, backbone: Any, methods: Any, options: dict[str, Any], output: Output
+    ) -> None:
+        from xattn.explaining.shards import explain_to_shards
+        from xattn.runtime.distributed import processes
+
+        found = explain_to_shards(photos, backbone, None, methods, **options)
+        if processes(backbone.device)[1] == 0:
+            for name, reason in found.skipped:
+                print(f"skipped {name}: {reason}", file=sys.stderr)
+            self._tell(found.first, found.maps, output)
 
     def _output(self) -> AbstractContextManager[Output]:
         from xattn.packs.format import FORMAT, MANIFEST
@@ -160,14 +203,14 @@ class Explain(MethodArgs):
             found = explain_volume(
                 self.model.backbone, self.images[0], output.folder, options.get("level")
             )
-        self._tell(found, output)
+        self._tell(found, len(found), output)
 
-    def _tell(self, found: Any, output: Output) -> None:
-        """The first explanations, and where the pack is."""
+    def _tell(self, found: Any, count: int, output: Output) -> None:
+        """The first of ``count`` explanations, and where the pack is."""
         for item in found[:20]:
             print(f"{item.image_id}: {item.target_name} ({item.probability:.3f})")
-        if len(found) > 20:
-            print(f"... and {len(found) - 20} more")
+        if count > 20:
+            print(f"... and {count - 20:,} more")
         print(f"pack: {output.place}")
 
     def _methods(self) -> tuple[Any, list[Any]]:
@@ -205,3 +248,8 @@ class Explain(MethodArgs):
             method.name = name  # of several heads, each has its own
             methods.append(method)
         return backbone, methods
+
+
+def _processes() -> int:
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -117,6 +117,72 @@ def explain(
     """
     if output is not None:
         check_output(output)
+    reading = Reading(view, batch_size, max_pixels, features, progress)
+    work = work_of(images, backbone, head, explainer, classes, top, seed, labels, target, reading)
+    result = Explanations()
+    try:
+        for found in work.explained(work.sources, result.skipped):
+            result.extend(found)
+    except BaseException as error:
+        if output is not None and result:
+            _save_interrupted(output, result, overlays, error)
+        raise
+    if result.skipped or not result:
+        report(result.skipped, len({e.image_id for e in result}))
+    warn_of_blank([(e, e.file_name or e.image_id) for e in result])
+    if output is not None:
+        save_pack(output, result, overlays, result.skipped)
+    return result
+
+
+class Reading(NamedTuple):
+    """How photos are read and explained, see :func:`explain`."""
+
+    view: str
+    batch_size: int
+    max_pixels: int | None
+    features: bool
+    progress: bool
+
+
+class Work(NamedTuple):
+    """What :func:`explain` has to do once its arguments were checked: ``jobs`` are those of
+    :func:`set_up`, and ``truth`` has the true classes by image_id."""
+
+    sources: Iterable[tuple[str, Source]]
+    backbone: Backbone
+    jobs: list[tuple[Any, Any, Any]]
+    truth: Mapping[str, TrueClass]
+    reading: Reading
+
+    def explained(
+        self, sources: Iterable[tuple[str, Source]], skipped: list[tuple[str, str]]
+    ) -> Iterator[list[Explanation]]:
+        """The explanations of photos, batch by batch and photo by photo; (file name, reason) of those that
+        cannot be read go to ``skipped``."""
+        for batch in _batches(sources, self.backbone, self.reading, skipped):
+            by_photo: dict[str, list[Explanation]] = {item[2]: [] for item in batch}
+            for i, job in enumerate(self.jobs):
+                features = self.reading.features and i == 0
+                for found in explain_batch(batch, self.backbone, *job, self.truth, features):
+                    by_photo[found.image_id].append(found)
+            yield list(chain.from_iterable(by_photo.values()))
+
+
+def work_of(
+    images: Any,
+    backbone: Backbone,
+    head: Head | None,
+    explainer: Any,
+    classes: int | str | Sequence[int | str] | None,
+    top: int,
+    seed: int,
+    labels: str | Path | None,
+    target: Any,
+    reading: Reading,
+) -> Work:
+    """The checked arguments of :func:`explain`."""
+    batch_size = reading.batch_size
     listed = labels is not None or isinstance(target, Tensor) or not is_stream(images)
     sources = (named_photos if listed else each_photo)(images, len(backbone.preprocessing.mean))
     given = _listed(explainer, backbone, seed, batch_size)
@@ -124,37 +190,9 @@ def explain(
     truth = {} if labels is None else true_classes_of(sources, labels, backbone)
     if isinstance(chosen, Tensor) or PredictedAndTrue.asked(chosen):
         chosen = _by_photo(backbone, chosen, sources, truth if labels else None)
-    jobs = [set_up(backbone, head, e, chosen, top, view, batch_size, seed) for e in given]
+    jobs = [set_up(backbone, head, e, chosen, top, reading.view, batch_size, seed) for e in given]
     _check_names([method.name for method, _, _ in jobs])
-    result = Explanations()
-    try:
-        for batch in _batches(sources, backbone, view, batch_size, max_pixels, result, progress):
-            result.extend(_explained(batch, backbone, jobs, truth, features))
-    except BaseException as error:
-        if output is not None and result:
-            _save_interrupted(output, result, overlays, error)
-        raise
-    if result.skipped or not result:
-        _report(result, len({e.image_id for e in result}) + len(result.skipped))
-    warn_of_blank([(e, e.file_name or e.image_id) for e in result])
-    if output is not None:
-        save_pack(output, result, overlays, result.skipped)
-    return result
-
-
-def _explained(
-    batch: list[Prepared],
-    backbone: Backbone,
-    jobs: Sequence[tuple[Any, Any, Any]],
-    truth: Mapping[str, TrueClass],
-    features: bool,
-) -> Iterator[Explanation]:
-    """The explanations of a batch by all jobs of :func:`set_up`, photo by photo."""
-    by_photo: dict[str, list[Explanation]] = {item[2]: [] for item in batch}
-    for i, job in enumerate(jobs):
-        for found in explain_batch(batch, backbone, *job, truth, features and i == 0):
-            by_photo[found.image_id].append(found)
-    return chain.from_iterable(by_photo.values())
+    return Work(sources, backbone, jobs, truth, reading)
 
 
 def _by_photo(
@@ -368,19 +406,16 @@ def _classes(
 def _batches(
     sources: Iterable[tuple[str, Source]],
     backbone: Backbone,
-    view: str,
-    batch_size: int,
-    max_pixels: int | None,
-    result: Explanations,
-    progress: bool,
+    reading: Reading,
+    skipped: list[tuple[str, str]],
 ) -> Iterator[list[Prepared]]:
     def read(pair: tuple[str, Source]) -> tuple[Tensor, View, Picture]:
-        return _prepared(pair[1], backbone.preprocessing, view, max_pixels)
+        return _prepared(pair[1], backbone.preprocessing, reading.view, reading.max_pixels)
 
     batch: list[Prepared] = []
-    ahead = read_ahead(read, sources, 2 * batch_size)
+    ahead = read_ahead(read, sources, 2 * reading.batch_size)
     count = len(sources) if isinstance(sources, list) else None
-    hidden = not progress or count == 1
+    hidden = not reading.progress or count == 1
     for (image_id, source), photo in tqdm(ahead, "explain", count, unit="photo", disable=hidden):
         try:
             pixels, seen, picture = photo.result()
@@ -388,10 +423,10 @@ def _batches(
             if count == 1 or isinstance(error, StoreError):
                 raise
             name = file_name_of(source) or image_id
-            result.skipped.append((name, str(error).replace(str(source), name)))
+            skipped.append((name, str(error).replace(str(source), name)))
             continue
         batch.append((pixels, seen, image_id, picture))
-        if len(batch) == batch_size:
+        if len(batch) == reading.batch_size:
             yield batch
             batch = []
     if batch:
@@ -419,14 +454,19 @@ def warn_of_blank(named: Iterable[tuple[Explanation, str]]) -> None:
         warnings.warn(f"explain: {blank_note(blank)}", stacklevel=3)
 
 
-def _report(result: Explanations, count: int) -> None:
-    shown = result.skipped[:3]
-    reasons = "; ".join(why if name in why else f"{name}: {why}" for name, why in shown)
-    more = f"; and {len(result.skipped) - 3} more" if len(result.skipped) > 3 else ""
+def report(skipped: Sequence[tuple[str, str]], explained: int) -> None:
+    """Warn of the photos that were skipped beside so many that were explained.
+
+    Raises:
+        ValueError: none was explained.
+    """
+    count = explained + len(skipped)
+    reasons = "; ".join(why if name in why else f"{name}: {why}" for name, why in skipped[:3])
+    more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
     if not count:
         raise ValueError("images: got none; the loader is empty")
-    if not result:
+    if not explained:
         raise ValueError(f"images: none of the {count} images can be read: {reasons}{more}")
     warnings.warn(
-        f"explain: skipped {len(result.skipped)} of {count} images: {reasons}{more}", stacklevel=3
+        f"explain: skipped {len(skipped)} of {count} images: {reasons}{more}", stacklevel=3
     )

@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,20 +45,18 @@ from xattn.pictures.overlay import overlay
 from xattn.runtime.files import atomic_folder, file_sha256
 from xattn.runtime.version import __version__
 
-if TYPE_CHECKING:
-    from xattn.packs.sharded.shard_writer import ShardWriter
-
 _DRAFT = "maps.data"
 
 
 @contextmanager
 def pack_writer(
     folder: str | Path, overlays: bool = True, format: int = 1, **options: Any
-) -> Iterator[PackWriter | ShardWriter]:
-    """A writer of the pack ``folder``, which appears, or replaces an earlier pack, when the block ends.
+) -> Iterator[Any]:
+    """A :class:`PackWriter` of the pack ``folder``, which appears, or replaces an earlier one, when the
+    block ends.
 
-    ``format`` 2 is for many photos, see :mod:`xattn.packs.sharded.shard_writer`: it has no overlays and no
-    film, and ``options`` are those of :func:`~xattn.packs.sharded.shard_writer.shard_writer`.
+    ``format`` 2 is for many photos and has no overlays and no film: the writer is a
+    :class:`~xattn.packs.sharded.shard_writer.ShardWriter` and takes its ``options``.
 
     Raises:
         ValueError: a folder that is not a pack, nothing was added, or pyarrow is missing for format 2.

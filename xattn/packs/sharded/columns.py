@@ -16,7 +16,6 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-SHARD_PHOTOS = 4096
 ROW_GROUP = 2048  # rows that are decoded to read one
 MAX_TEXT = 4096  # bytes of a text in UTF-8
 KINDS = ("entries", "images", "maps", "thumbnails")

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,21 @@ import numpy as np
 import pyarrow as pa
 
 from xattn.packs.explanation import Explanation
-from xattn.packs.format import MANIFEST, OVERLAY_SIDE, check_output, is_pack, owned_files
+from xattn.packs.format import (
+    MANIFEST,
+    OVERLAY_SIDE,
+    SHARD_PHOTOS,
+    check_output,
+    interrupted_output,
+    is_pack,
+    owned_files,
+)
 from xattn.packs.photo_summary import disagreement_of, thumbnail_jpeg
 from xattn.packs.sharded.checked_parquet import CheckedParquet
 from xattn.packs.sharded.columns import (
     CURVE_OF,
     IMAGES,
     METRIC,
-    SHARD_PHOTOS,
     entry_schema,
     shard_file,
 )
@@ -46,7 +56,11 @@ def alone(value: Any) -> list[Any]:
 
 @contextmanager
 def shard_writer(
-    folder: str | Path, photos: int = SHARD_PHOTOS, gather: Gather = alone, rank: int = 0
+    folder: str | Path,
+    photos: int = SHARD_PHOTOS,
+    gather: Gather = alone,
+    rank: int = 0,
+    keep: bool = False,
 ) -> Iterator[ShardWriter]:
     """A writer of the pack ``folder``, which appears, or replaces an earlier pack, when the block ends.
 
@@ -55,6 +69,8 @@ def shard_writer(
         gather, rank: of several processes that write one pack, see
             :func:`xattn.runtime.distributed.gather`; each writes blocks of its own
             (:meth:`ShardWriter.block`), and all of them leave the ``with`` block together.
+        keep: after Ctrl-C or an error, make what was added a pack: in ``folder``, or in
+            ``<folder>-interrupted`` beside an earlier one. For a single process.
 
     Raises:
         ValueError: a folder that is not a pack, or nothing was added.
@@ -68,9 +84,30 @@ def shard_writer(
             temporary = stack.enter_context(atomic_folder(folder, owned, is_pack))
         writer = ShardWriter(gather(temporary)[0], photos, gather, rank)
         stack.callback(writer.abandon)
-        yield writer
-        writer.close()
+        try:
+            yield writer
+            writer.close()
+        except BaseException as error:
+            if keep:
+                _rescue(writer, folder, error)
+            raise
     gather(None)  # until the pack is in its place
+
+
+def _rescue(writer: ShardWriter, folder: Path, error: BaseException) -> None:
+    """Make a pack of what was added before an error, and say where it is."""
+    reason = f"stopped by {type(error).__name__}"
+    first = interrupted_output(folder)
+    names = chain([first], (first.with_name(f"{first.name}-{number}") for number in count(2)))
+    place = next(name for name in names if not (name / MANIFEST).exists())
+    try:
+        if not writer.finish_early(reason):
+            return
+        os.replace(writer.folder, place)
+        saved = f"{place} holds what was explained"
+    except (OSError, ValueError) as second:  # the first error is the one to raise
+        saved = f"what was explained could not be saved ({second})"
+    warnings.warn(f"explain: {reason}; {saved}", RuntimeWarning, stacklevel=4)
 
 
 @dataclass
@@ -88,6 +125,7 @@ class _Block:
     curves: dict[str, None] = field(default_factory=dict)
     methods: dict[str, None] = field(default_factory=dict)
     longest: int = 0
+    count: int = 0
     entries: list[dict[str, Any]] = field(default_factory=list)
     images: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -120,6 +158,8 @@ class ShardWriter:
         self.metrics: Mapping[str, Mapping[str, Any]] = {}
         self.shares: Mapping[str, Sequence[float]] = {}
         self._gather, self._rank = gather, rank
+        self._skipped: list[tuple[int, tuple[str, str]]] = []  # with the number of their block
+        self._closed = False
         self._block: _Block | None = None
         self._written: list[_Written] = []
 
@@ -161,10 +201,12 @@ class ShardWriter:
 
     def close(self) -> None:
         """Finish the shards of this process; the first process writes the manifest."""
+        self._closed = True
         self._end_block()
         every = [block for blocks in self._gather(self._written) for block in blocks]
         every.sort(key=lambda block: block.number)
-        skipped = [item for found in self._gather(self.skipped) for item in found]
+        noted = [item for found in self._gather(self._skipped) for item in found]
+        skipped = [item for _, item in sorted(noted, key=lambda item: item[0])]
         if not every:
             raise ValueError("explanations: got none; a pack needs at least one")
         names = {
@@ -176,6 +218,19 @@ class ShardWriter:
         shards = {k: v for found in self._gather(own) for k, v in found.items()}
         if self._rank == 0:
             self._write_manifest(names, [shards[number] for number in sorted(shards)], skipped)
+
+    def finish_early(self, reason: str) -> bool:
+        """:meth:`close` after an error, with the ``reason`` among what was skipped; whether there was
+        anything to write. A photo that was not written whole is left out with its block."""
+        block = self._block
+        if block is not None and block.count != block.maps.count:
+            self.abandon()
+            self._block = None
+        if self._closed or not (self._written or (self._block and self._block.images)):
+            return False
+        self.skipped.append(("", reason))
+        self.close()
+        return True
 
     def abandon(self) -> None:
         """Close what is open."""
@@ -211,10 +266,13 @@ class ShardWriter:
         block.methods[row["method"]] = None
         block.longest = max(block.longest, *map(len, e.curves.values()), 0)
         block.entries.append(row)
+        block.count += 1
 
     def _end_block(self) -> None:
         """Write all of a block that depends on no other one; a block without photos leaves nothing."""
         block, self._block = self._block, None
+        number = -1 if block is None else block.number
+        self._skipped += [(number, item) for item in self.skipped[len(self._skipped) :]]
         if block is None:
             return
         _flush(block)

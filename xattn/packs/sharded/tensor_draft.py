@@ -26,6 +26,11 @@ class TensorDraft:
         self._stream.write(data)
         self._header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, self._end]}
 
+    @property
+    def count(self) -> int:
+        """How many tensors were added."""
+        return len(self._header) - 1
+
     def close(self) -> ShardFile:
         """Write the file, and say what it is."""
         self._stream.close()
@@ -39,8 +44,8 @@ class TensorDraft:
                 digest.update(block)
                 block = draft.read(1 << 20)
         self._draft.unlink()
-        rows, size = len(self._header) - 1, self._path.stat().st_size
-        return ShardFile(self._path.name, rows, size, digest.hexdigest())
+        size = self._path.stat().st_size
+        return ShardFile(self._path.name, self.count, size, digest.hexdigest())
 
     def abandon(self) -> None:
         """Close what is open."""
