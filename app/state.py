@@ -51,6 +51,7 @@ class Settings:
     demo: bool = False
     data: Path | None = None  # where training finds photos; None: below the root
     imports: tuple[str, ...] = ()  # files and modules of --import, for jobs
+    annotations: Path | None = None  # masks or boxes of photos
 
 
 _settings: Settings | None = None

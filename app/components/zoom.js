@@ -40,8 +40,9 @@ function drawOutlines(outlines) {
   const svg = document.createElementNS(space, "svg");
   svg.setAttribute("viewBox", "0 0 1 1");
   svg.setAttribute("preserveAspectRatio", "none");
+  const ordered = [...outlines].sort((one, other) => one.own - other.own); // the class's own on top
   for (const kind of ["under", "over"])
-    for (const { points, own } of outlines) {
+    for (const { points, own } of ordered) {
       const line = document.createElementNS(space, "polygon");
       line.setAttribute("points", points.map((at) => at.join(",")).join(" "));
       line.setAttribute("class", `${kind} ${own ? "own" : "other"}`);

@@ -46,14 +46,17 @@ def map_box(view: View, crop: bool) -> list[float]:
     """Top, left, bottom and right of the model's input, in shares of the photo, or of the part of it that
     the model saw; padding lies outside 0 to 1."""
     (rows, columns), (top, left, height, width) = view.resized, view.box
-    box = [top / rows, left / columns, (top + height) / rows, (left + width) / columns]
+    corners = np.array(
+        [[left / columns, top / rows], [(left + width) / columns, (top + height) / rows]]
+    )
+    (near, upper), (far, lower) = on_picture(corners, view, crop).tolist()
+    return [upper, near, lower, far]
+
+
+def on_picture(points: np.ndarray, view: View, crop: bool) -> np.ndarray:
+    """Points (n, 2), x and y in shares of the photo, in shares of what is shown of it."""
     if not crop:
-        return box
-    upper, near, lower, far = (min(max(at, 0.0), 1.0) for at in box)
-    tall, wide = lower - upper, far - near
-    return [
-        (box[0] - upper) / tall,
-        (box[1] - near) / wide,
-        (box[2] - upper) / tall,
-        (box[3] - near) / wide,
-    ]
+        return points
+    (height, width), (top, left, bottom, right) = view.photo_size, view.photo_box
+    start, size = (left / width, top / height), ((right - left) / width, (bottom - top) / height)
+    return (points - start) / size

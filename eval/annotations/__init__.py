@@ -5,7 +5,15 @@ from xattn.eval.annotations.objects import (
     Annotations,
     Boxes,
     MaskFolder,
+    annotations_of_classes,
     load_annotations,
 )
 
-__all__ = ["Annotation", "Annotations", "Boxes", "MaskFolder", "load_annotations"]
+__all__ = [
+    "Annotation",
+    "Annotations",
+    "Boxes",
+    "MaskFolder",
+    "annotations_of_classes",
+    "load_annotations",
+]

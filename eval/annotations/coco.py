@@ -11,7 +11,7 @@ ships ("boat"). The homonyms go by what they show: kite 21 is a bird, crane 134 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _NAMES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
 fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
@@ -108,18 +108,24 @@ IMAGENET_TO_COCO: dict[int, str] = {
 """ImageNet-1k class index -> COCO category."""
 
 
-def model_classes(class_names: Sequence[str], categories: Sequence[str]) -> dict[int, str]:
+def model_classes(
+    class_names: Sequence[str] | Mapping[int, str], categories: Sequence[str]
+) -> dict[int, str]:
     """Which of a data set's ``categories`` each class of a model is; classes without are left out.
 
-    timm's names of ImageNet-1k go by the table above; all others are matched by name, ignoring case.
+    timm's names of ImageNet-1k go by the table above; all others are matched by name, ignoring case. A
+    mapping has some of a model's classes, by their index.
     """
     from timm.data import ImageNetInfo
 
     known = {category.casefold(): category for category in categories}
     info = ImageNetInfo("imagenet-1k")
     labels = [info.index_to_description(i, detailed=False) for i in range(info.num_classes())]
-    if list(class_names) == labels:
-        pairs = IMAGENET_TO_COCO.items()
+    if isinstance(class_names, Mapping):
+        named = dict(class_names)
+        is_imagenet = named.items() <= dict(enumerate(labels)).items()
     else:
-        pairs = dict(enumerate(class_names)).items()
-    return {i: known[name.casefold()] for i, name in pairs if name.casefold() in known}
+        named = dict(enumerate(class_names))
+        is_imagenet = list(class_names) == labels
+    pairs = {i: IMAGENET_TO_COCO.get(i, "") for i in named} if is_imagenet else named
+    return {i: known[name.casefold()] for i, name in pairs.items() if name.casefold() in known}

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,10 @@ class Annotations(ABC):
         return Annotation({i: masks[k] for i, k in self.classes.items() if k in masks})
 
     @abstractmethod
+    def has(self, photo: Path) -> bool:
+        """Whether there is anything for this photo, be it damaged."""
+
+    @abstractmethod
     def regions(self, photo: Path, view: View) -> Iterator[Region]:
         """Yield category and pixels (H, W) bool of the model's input; a category may come several times."""
 
@@ -102,6 +106,9 @@ class MaskFolder(Annotations):
     A mask has one channel and the size of the photo (upright, as ``load_image`` gives it). Numbers
     that ``names`` does not have are background.
     """
+
+    def has(self, photo: Path) -> bool:
+        return (self.path / f"{photo.stem}.png").is_file()
 
     def regions(self, photo: Path, view: View) -> Iterator[Region]:
         ids = _read_mask(self.path / f"{photo.stem}.png", view)
@@ -131,6 +138,11 @@ class Boxes(Annotations):
     def __init__(self, path: str | Path, names: Mapping[int, str], classes: Mapping[int, str]):
         super().__init__(path, names, classes)
         self._table = None if self.path.is_dir() else _read_json(self.path)
+
+    def has(self, photo: Path) -> bool:
+        if self._table is None:
+            return (self.path / f"{photo.stem}.txt").is_file()
+        return photo.name in self._table
 
     def regions(self, photo: Path, view: View) -> Iterator[Region]:
         y, x = (_centres(view, axis) for axis in (0, 1))
@@ -208,6 +220,17 @@ def load_annotations(path: str | Path, backbone: Classifier) -> Annotations:
     Raises:
         ValueError: nothing of the kind is there, or the model has none of its categories.
     """
+    return annotations_of_classes(path, backbone.class_names, backbone.name)
+
+
+def annotations_of_classes(
+    path: str | Path, class_names: Sequence[str] | Mapping[int, str], model: str
+) -> Annotations:
+    """:func:`load_annotations` for a model of that name, by the names of its classes or of some of them.
+
+    Raises:
+        ValueError: as :func:`load_annotations`.
+    """
     path = Path(path)
     names = dict(enumerate(THINGS))
     kind: type[Annotations] = Boxes
@@ -223,10 +246,10 @@ def load_annotations(path: str | Path, backbone: Classifier) -> Annotations:
         raise ValueError(
             f"annotations: {path} is neither a folder with masks/ or boxes/ nor a .json file"
         )
-    classes = model_classes(backbone.class_names, list(names.values()))
+    classes = model_classes(class_names, list(names.values()))
     if not classes:
         raise ValueError(
-            f"annotations: no class of {backbone.name} is a category of {path}, such as "
+            f"annotations: no class of {model} is a category of {path}, such as "
             f"{', '.join(list(names.values())[:5])}; name the model's classes like them"
         )
     return kind(source, names, classes)

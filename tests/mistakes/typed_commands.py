@@ -36,6 +36,7 @@ MISTAKES = [
     Typed("explain {photo} --labels none.csv", ("labels: no file none.csv", '"folders"')),
     Typed("explain {photo} --labels {folder}", ("labels: ", "is a folder", ".csv")),
     Typed("compare {photo} --annotations {folder}", ("annotations: ", "masks/ or boxes/")),
+    Typed("app {folder} --annotations {folder}", ("annotations: ", "masks/ or boxes/")),
     Typed("explain {photo} --weights mine.pth", ("weights: no file 'mine.pth'",)),
     Typed("explain {photo} --weights packge", ("weights: ", "did you mean package?")),
     Typed("explain {photo} --classes-file none.txt", ("class_names: none.txt is not there",)),

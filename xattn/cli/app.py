@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from xattn.cli.checks import check_annotations
 from xattn.cli.imports import imported
 from xattn.cli.model import BackboneArgs
 
@@ -33,6 +34,8 @@ class App:
     """Names under which browsers reach a proxy before this server, for example viewer.example.org."""
     data: Path | None = None
     """Folder whose photos and folders the train page may use; the root by default."""
+    annotations: Path | None = None
+    """Masks or boxes of the photos, to be drawn over their maps; as xattn evaluate takes them."""
     upload_mb: int = 50
     """Largest upload in megabytes."""
     demo: bool = False
@@ -59,6 +62,7 @@ class App:
             raise ValueError(f"root: {self.root} is a file; name a folder")
         if self.data is not None and not self.data.is_dir():
             raise ValueError(f"data: {self.data} is no folder; name the folder of your photos")
+        check_annotations(self.annotations)
         if self.upload_mb <= 0:
             raise ValueError(f"upload_mb: got {self.upload_mb}; give a positive number")
         from xattn.app.state import Settings
@@ -71,5 +75,6 @@ class App:
             demo=self.demo,
             data=self.data,
             imports=imported(),
+            annotations=self.annotations,
         )
         serve(settings, address, self.upload_mb, password, self.allow_host)

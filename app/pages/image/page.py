@@ -14,6 +14,7 @@ from xattn.app.components import grid, sent
 from xattn.app.components.theme import name_html
 from xattn.app.navigation import last_view, selection
 from xattn.app.pages.image import photo_tabs
+from xattn.app.pages.image.objects import Objects, objects_of
 from xattn.app.pages.image.shown import (
     SIDE,
     WIDTH,
@@ -304,7 +305,9 @@ def _maps(pack: Pack, shown: Shown) -> None:
         "lines": [file_name(pack, shown)],
     }
     ids = [*shown.ids, *_of_true_class(pack, shown)]
-    cells = [photo, *(_cell(pack, shown, entry_id) for entry_id in ids)]
+    found = objects_of(pack, shown, ids)
+    cells = [photo, *(_cell(pack, shown, entry_id, found) for entry_id in ids)]
+    outlines = _outlined(found)
     grid(
         cells,
         "maps",
@@ -312,7 +315,11 @@ def _maps(pack: Pack, shown: Shown) -> None:
         columns=4 if len(cells) == 4 or len(cells) > 6 else 3,  # no lone one in a row
         width=WIDTH,
         aspect=aspect(pack, shown),
-        linked={"aspect": aspect_of(pack, shown), "subject": shown.image_id},
+        linked={
+            "aspect": aspect_of(pack, shown),
+            "subject": shown.image_id,
+            "outlines": outlines,
+        },
         on_open=lambda: _focus(ids),
     )
     legend(pack, ids, shown.look)
@@ -333,9 +340,28 @@ def _of_true_class(pack: Pack, shown: Shown) -> list[str]:
     return [by_method[method] for method in methods if method in by_method]
 
 
-def _cell(pack: Pack, shown: Shown, entry_id: str) -> dict[str, Any]:
+def _outlined(found: Objects | None) -> list[dict[str, Any]]:
+    """The outlines to draw, by a switch; what is wrong with the annotations is said."""
+    if found is None:
+        return []
+    if found.problem:
+        st.warning(plain(found.problem))
+        return []
+    bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
+    drawn = bar.toggle("Objects", value=True, key="objects", bind="query-params")
+    own = any(outline["own"] for outline in found.outlines)
+    which = (
+        "thick: of the class that is explained" if own else "none of the class that is explained"
+    )
+    bar.caption(plain(f"annotated: {', '.join(found.names)}; {which}"), width="content")
+    return list(found.outlines) if drawn else []
+
+
+def _cell(pack: Pack, shown: Shown, entry_id: str, found: Objects | None) -> dict[str, Any]:
     row = shown.entries.loc[entry_id]
     low, high = f"{row['min']:.3g}", f"{row['max']:.3g}"
+    numbers = (found.numbers if found is not None else None) or {}
+    on_object = [numbers[entry_id]] if entry_id in numbers else []
     return {
         "id": entry_id,
         "src": overlay_url(pack, entry_id, shown.look),
@@ -345,16 +371,17 @@ def _cell(pack: Pack, shown: Shown, entry_id: str) -> dict[str, Any]:
             *([] if int(row["target"]) == shown.target else ["map of the true class"]),
             f"{short(row['target_name'])}  {probability_text(row['probability'], row['is_value'])}",
             f"scores {low} to {high}",
+            *on_object,
         ],
         "selected": entry_id == shown.focus,
-        "map": _values(pack, entry_id),
+        "map": _values(pack, entry_id, shown.look.crop),
     }
 
 
-def _values(pack: Pack, entry_id: str) -> dict[str, Any] | None:
+def _values(pack: Pack, entry_id: str, crop: bool) -> dict[str, Any] | None:
     """The map's values for the pointer; None where it cannot be read, which its picture says."""
     try:
-        return map_cells(pack.explanation(entry_id), crop=False)
+        return map_cells(pack.explanation(entry_id), crop)
     except PackError:
         return None
 

@@ -426,6 +426,14 @@ def test_a_model_that_only_shares_some_names_goes_by_its_names():
     assert coco.model_classes(names, ["hot dog"]) == {2: "hot dog"}
 
 
+def test_some_classes_of_a_model_are_enough():
+    assert coco.model_classes({281: "tabby", 207: "golden retriever", 0: "tench"}, coco.THINGS) == {
+        281: "cat",
+        207: "dog",
+    }
+    assert coco.model_classes({281: "banana", 3: "tabby"}, coco.THINGS) == {281: "banana"}
+
+
 # ---------------------------------------------------------------- real photos
 
 
