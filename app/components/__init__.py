@@ -77,6 +77,7 @@ def grid(
     columns: int | None = None,
     width: int | None = None,
     aspect: float = 4 / 3,
+    cover: bool = False,
     scroll: int = 0,
     linked: Mapping[str, Any] | None = None,
     on_open: Any = None,
@@ -89,15 +90,18 @@ def grid(
     come into sight.
 
     Args:
-        cells: each ``{"id", "src", "alt", "title", "lines": [str], "badge": {"text", "kind"} |
-            None, "selected": bool, "href": str}``, where kinds are ``good``, ``bad`` and
-            ``plain``; everything but ``id``, ``src`` and ``title`` may be left out. ``href`` is
-            where the cell leads in another tab. With ``on_act`` also ``{"photo", "chosen": bool,
-            "marks": [str]}``: whose cells are chosen together, and what stands on the picture.
+        cells: each ``{"id", "src", "bare", "alt", "title", "value", "lines": [str], "badge": {"text",
+            "kind"} | None, "selected": bool, "href": str}``, where kinds are ``good``, ``bad`` and
+            ``plain``; everything but ``id``, ``src`` and ``title`` may be left out. ``bare`` is the
+            photo without its map, which stands in the picture's place while somebody points at it;
+            ``value`` stands beside the title. ``href`` is where the cell leads in another tab. With
+            ``on_act`` also ``{"photo", "chosen": bool, "marks": [str]}``: whose cells are chosen
+            together, and what stands on the picture.
         label: what the whole is called by a screen reader.
         columns: how many side by side, at most where ``width`` is given; by default as many as fit.
         width: of a cell in pixels, at least; by default 168, or 132 on a narrow screen.
         aspect: width over height of a picture's place.
+        cover: pictures fill their place, and what is beyond it is cut off; else they fit into it.
         scroll: when this changes, the grid's top comes into sight.
         linked: of pictures of one photo: all zoom and move together, and a cell's ``map``
             (:func:`xattn.app.pictures.linked.map_cells`) tells its value under the pointer. ``{"aspect",
@@ -115,6 +119,7 @@ def grid(
         "columns": columns,
         "width": width,
         "aspect": aspect,
+        "cover": cover,
         "scroll": scroll,
         "linked": None if linked is None else dict(linked),
         "keys": on_act is not None,

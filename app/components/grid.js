@@ -1,4 +1,5 @@
-/** A grid of pictures with captions. Arrow keys move the focus, Enter and a click open a cell.
+/** A grid of pictures with captions. Arrow keys move the focus, Enter and a click open a cell. The photo
+without its map shows while a cell is pointed at, has the keyboard's focus, or is pressed for long.
 
 Only one cell is in the tab order, the one that had the focus last. All text goes in as text. With `data.keys`
 photos are chosen and marked by keys (acts.js); what is chosen is shown at once, before the script answers.
@@ -55,7 +56,10 @@ function build(cell, before) {
   if (cell.selected) link.setAttribute("aria-current", "true");
   else link.removeAttribute("aria-current");
   const text = element("span", "text");
-  text.append(element("span", "title", cell.title));
+  const head = element("span", "head");
+  head.append(element("span", "title", cell.title));
+  if (cell.value) head.append(element("span", "amount", cell.value));
+  text.append(head);
   for (const line of cell.lines || []) text.append(element("span", "line", line));
   const frame = picture(cell, kept?.querySelector("img") ? kept.querySelector(".frame") : undefined);
   if (cell.badge) frame.append(element("span", `badge ${cell.badge.kind || "plain"}`, cell.badge.text));
@@ -71,9 +75,49 @@ function build(cell, before) {
     box.setAttribute("aria-label", "Choose this photo");
     frame.append(box);
   }
+  if (frame.querySelector(".bare")?.getAttribute("src") !== cell.bare) frame.querySelector(".bare")?.remove();
+  link.xattnBare = cell.bare;
   link.replaceChildren(frame, text);
   link.title = cell.title;
   return link;
+}
+
+// The photo lies over the picture and is transparent until the style sheet shows it. It is fetched when it
+// is first wanted.
+function fetchBare(cell) {
+  const image = cell?.querySelector(".frame > img:not(.bare)");
+  if (!image || !cell.xattnBare || cell.querySelector(".bare")) return;
+  const photo = element("img", "bare");
+  photo.alt = "";
+  photo.addEventListener("error", () => photo.remove());
+  photo.src = cell.xattnBare;
+  image.after(photo);
+}
+
+const LONG = 350; // milliseconds of a touch that shows the photo instead of opening the cell
+
+function followTouch(state) {
+  const root = state.root;
+  let timer, held;
+  const end = () => {
+    clearTimeout(timer);
+    held?.classList.remove("held");
+    held = null;
+  };
+  root.addEventListener("pointerdown", (event) => {
+    const cell = event.target.closest(".cell");
+    state.long = false;
+    if (event.pointerType !== "touch" || !cell?.xattnBare) return;
+    timer = setTimeout(() => {
+      state.long = true;
+      held = cell;
+      fetchBare(cell);
+      cell.classList.add("held");
+    }, LONG);
+  });
+  for (const kind of ["pointerup", "pointercancel", "pointerleave"]) root.addEventListener(kind, end);
+  // The menu of a link would take the touch away.
+  root.addEventListener("contextmenu", (event) => held && event.preventDefault());
 }
 
 function perRow(cells) {
@@ -185,6 +229,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
       // Another tab or window: the browser follows the link by itself.
       if (!cell || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
       event.preventDefault();
+      if (state.long) return;
       cell.classList.add("opening");
       setTimeout(() => cell.classList.remove("opening"), 1000);
       state.open(cell.dataset.id);
@@ -193,8 +238,13 @@ export default function ({ data, parentElement, setTriggerValue }) {
       if (event.shiftKey && state.keys) event.preventDefault(); // no text is marked
     });
     listen(root, (key) => markKey(state, key));
+    root.addEventListener("pointerover", (event) => {
+      if (event.pointerType === "mouse") fetchBare(event.target.closest(".cell"));
+    });
+    followTouch(state);
     root.addEventListener("focusin", (event) => {
       const cell = event.target.closest(".cell");
+      fetchBare(cell);
       for (const other of root.querySelectorAll(".cell")) other.tabIndex = other === cell ? 0 : -1;
     });
   }
@@ -212,6 +262,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   root.setAttribute("aria-label", data.label);
   root.style.setProperty("--columns", (!data.width && data.columns) || "auto-fill");
   root.style.setProperty("--aspect", data.aspect);
+  root.style.setProperty("--fit", data.cover ? "cover" : "contain");
   // A cell takes its part of a row, gaps of 12 pixels left out, where that is more than its width.
   const part = data.columns ? `(100% - ${12 * data.columns}px) / ${data.columns}` : "0px";
   if (data.width) root.style.setProperty("--cell", `max(${data.width}px, ${part})`);

@@ -18,6 +18,7 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app.navigation.maps_table import KEYS, TEXT, Choices, MapsTable, fold
+from xattn.app.pictures import rendering
 from xattn.app.triage import tag_files
 from xattn.app.triage.store import BEST, TAG_LENGTH
 from xattn.runtime.display_text import encodable
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 ALL = "all"  # every method
 SIZES = (24, 36, 60)
-SHOWS = {"overlay": "Map", "photo": "Photo"}
+SHOWS = ("overlay", "outline", "spotlight", "photo")
+PARTS = ("crop", "whole")  # of a photo: what the model saw, or all of it
 MAPS = {"first": "Most probable class", "every": "Every explained class"}
 RIGHT = {"any": "Right and wrong", "right": "Right", "wrong": "Wrong"}
 NOTES = {"any": "With or without a note", "with": "With a note"}
@@ -49,6 +51,9 @@ class View:
     sort: str = "pack"
     order: str = "asc"
     show: str = "overlay"
+    part: str = "crop"
+    scale: str = "map"
+    colours: str = "auto"
     size: int = SIZES[0]
     page: int = 1
     q: str = ""
@@ -92,6 +97,7 @@ UNFILTERED: dict[str, Any] = {
     for name in ("q", "label", "predicted", "right", "low", "high", "tag", "rating", "note", "page")
 }
 NAMES = tuple(View.__dataclass_fields__)
+LOOK = dict.fromkeys(("show", "part", "scale", "colours"), "")  # no part of what is selected
 
 
 def defaults(choices: Choices) -> View:
@@ -178,7 +184,7 @@ def selected(pack: Pack, view: View) -> Selection:
     """The selection of a view; kept for the views that were used last."""
     revision, marked = tag_files.filtered(pack, view) or ("", None)
     key = f"{pack.id} {pack.version} {revision}"
-    return _selected(pack, key, replace(view, page=1, show="", size=0), marked)
+    return _selected(pack, key, replace(view, page=1, size=0, **LOOK), marked)
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)
@@ -265,7 +271,10 @@ def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, 
         "maps": (MAPS, "the most probable class is shown"),
         "sort": (choices.sorts, "maps are in the order of the pack"),
         "order": (ORDERS, "the order is ascending"),
-        "show": (SHOWS, "maps are shown"),
+        "show": (SHOWS, "overlays are shown"),
+        "part": (PARTS, "the model's crop is shown"),
+        "scale": (rendering.SCALES, "each map has its own scale"),
+        "colours": (rendering.COLOURS, "the colours are automatic"),
         "size": ([str(s) for s in SIZES], f"{usual.size} a page are shown"),
         "right": (RIGHT, "right and wrong are shown"),
         "measure": (choices.measures, "its range is not used"),

@@ -188,7 +188,7 @@ def _legend(pack: Pack, entry_id: str, look: Look) -> Legend:
     scale = _scaled(pack, pack.explanation(entry_id), look)[1]
     if look.minus is None:
         return legend_of(scale, look.scale == "shared", look.style, not look.crop)
-    names = (pack.entries.loc[i, "target_name"] for i in (entry_id, look.minus))
+    names = (pack.explanation(i).target_name for i in (entry_id, look.minus))
     plus, minus = (name.split(",")[0] for name in names)
     if look.style != "overlay":
         legend = legend_of(scale, True, look.style, not look.crop)

@@ -10,13 +10,14 @@ import streamlit as st
 
 from xattn.app import state
 from xattn.app.components import grid, sent
+from xattn.app.components.look import STYLES, look_control
 from xattn.app.navigation import address, last_view, selection
-from xattn.app.navigation.selection import NAMES, SHOWS, Choices, Selection, View
+from xattn.app.navigation.selection import NAMES, Choices, Selection, View
 from xattn.app.pages.gallery import exports, marking
-from xattn.app.pages.gallery.cells import SIDE, cell
+from xattn.app.pages.gallery.cells import cell, look_of
 from xattn.app.pages.gallery.filters import toolbar
 from xattn.app.pages.gallery.widgets import KEY, clear, from_widgets, go_to, to_widgets
-from xattn.app.pictures.rendering import Look, blank_maps, legends
+from xattn.app.pictures.rendering import blank_maps, legends
 from xattn.app.state import Context, plain
 from xattn.app.triage import keyboard
 from xattn.pictures.contact_sheet import legends_html
@@ -47,18 +48,19 @@ def page(context: Context) -> None:
         to_widgets(view, ["page"])
     start = (view.page - 1) * view.size
     shown = found.rows(start, view.size)
-    view = _line(pack, view, found, start, list(shown["image_id"]))
+    view = _line(pack, view, table.choices, found, start, list(shown["image_id"]))
     text = selection.to_text(view, table.choices)
     if shown.empty:
         _nothing(table.choices)
     else:
-        if view.show == "overlay":
-            st.html(legends_html(legends(pack, list(shown.index), Look(side=SIDE))))
+        look = look_of(pack, view, list(shown.index))
+        if view.show != "photo":
+            st.html(legends_html(legends(pack, list(shown.index), look)))
         last = _last(pack)
         marks = marking.marks(pack, shown["image_id"])
         chosen = set(marking.chosen(pack))
         cells = [
-            cell(pack, view, table.choices, text, last, entry_id, row)
+            cell(pack, view, look, table.choices, text, last, entry_id, row)
             | {
                 "photo": row["image_id"],
                 "chosen": row["image_id"] in chosen,
@@ -71,12 +73,14 @@ def page(context: Context) -> None:
             cells,
             CELLS,
             label=label,
+            aspect=1 if look.crop else 4 / 3,
+            cover=look.crop,
             scroll=view.page,
             on_open=partial(_opened, pack, table.choices),
             on_turn=_turned,
             on_act=partial(marking.acted, pack, CELLS),
         )
-        if note := blank_maps(pack, shown.index) if view.show == "overlay" else "":
+        if note := blank_maps(pack, shown.index) if view.show != "photo" else "":
             st.caption(plain(note))
         _below(pack, view, found, count)
     if messages or beyond or not seeded:
@@ -161,9 +165,11 @@ def _jump() -> None:
 # ---------------------------------------------------------------------- the page's parts
 
 
-def _line(pack: Pack, view: View, found: Selection, start: int, shown: list[str]) -> View:
-    """How many maps there are, which photos are chosen, and whether maps or photos are shown; returns the
-    view. ``shown`` are the photos of the page's maps."""
+def _line(
+    pack: Pack, view: View, choices: Choices, found: Selection, start: int, shown: list[str]
+) -> View:
+    """How many maps there are, which photos are chosen, and how maps are drawn; returns the view.
+    ``shown`` are the photos of the page's maps."""
     text = _count(found.count, start, len(shown))
     if view.filters:
         text += f", filtered from {selection.selected(pack, view.unfiltered()).count:,}"
@@ -173,15 +179,8 @@ def _line(pack: Pack, view: View, found: Selection, start: int, shown: list[str]
         line.button("Clear filters", key=f"{KEY}clear", on_click=clear, type="tertiary")
     line.space("stretch")
     marking.tools(line, pack, list(dict.fromkeys(shown)), found)
-    show = line.segmented_control(
-        "Picture",
-        list(SHOWS),
-        key=f"{KEY}show",
-        format_func=lambda s: SHOWS[s],
-        required=True,
-        label_visibility="collapsed",
-    )
-    return replace(view, show=show)
+    look_control(line, KEY, styles=STYLES | {"photo": "Photo"}, style="show")
+    return from_widgets(choices)
 
 
 def _count(count: int, start: int, shown: int) -> str:

@@ -11,6 +11,7 @@ import streamlit as st
 
 from xattn.app import state
 from xattn.app.components import grid, sent
+from xattn.app.components.look import STYLES, look_control
 from xattn.app.components.theme import name_html
 from xattn.app.navigation import last_view, selection
 from xattn.app.pages.image import photo_tabs
@@ -23,10 +24,11 @@ from xattn.app.pages.image.shown import (
     aspect_of,
     file_name,
     legend,
+    photo_of,
     select,
 )
 from xattn.app.pictures.linked import map_cells
-from xattn.app.pictures.rendering import Look, blank_maps, overlay_url, photo_url
+from xattn.app.pictures.rendering import blank_maps, overlay_url
 from xattn.app.state import Context, plain, short
 from xattn.packs.contained_files import PackError
 from xattn.pictures.explained import probability_text
@@ -41,16 +43,6 @@ TABS = {
     "Fidelity": photo_tabs.fidelity_tab,
     "Provenance": photo_tabs.provenance_tab,
     "Export": photo_tabs.export_tab,
-}
-# Streamlit writes what a choice is called into the URL, so these names are part of links.
-SCALE_NAMES = {"Each map": "map", "Shared": "shared"}
-COLOUR_NAMES = {
-    "Automatic": "auto",
-    "Inferno": "inferno",
-    "Diverging": "diverging",
-    "Viridis": "viridis",
-    "Cividis": "cividis",
-    "Grey": "gray",
 }
 
 
@@ -212,7 +204,7 @@ def _choose(pack: Pack, image_id: str) -> Shown | None:
             bind="query-params",
             width=420,
         )
-    look = Look(*_sliders(bar), *_colours(bar), SIDE)
+    look = replace(look_control(bar, bound=True, first=_first_look(pack)), side=SIDE)
     if not methods:
         st.info("No method is chosen. Choose one or more above to see their maps.")
         return None
@@ -251,46 +243,10 @@ def _target(entries: pd.DataFrame, classes: dict[int, str]) -> int:
     return known.get(wanted, next(iter(classes)))
 
 
-def _colours(bar: Any) -> tuple[str, str]:
-    """The scale and the colours of a :class:`Look`."""
-    with bar.popover("Colours"):
-        scale = st.segmented_control(
-            "Colour scale",
-            list(SCALE_NAMES),
-            default="Each map",
-            required=True,
-            key="scale",
-            bind="query-params",
-            help="Each map: from its least to its greatest value. Shared: raw scores on one scale "
-            "for all maps, which compares methods only where their scores have one unit.",
-        )
-        colours = st.selectbox(
-            "Colours",
-            list(COLOUR_NAMES),
-            key="colours",
-            bind="query-params",
-            help="Automatic is Inferno, and blue to orange for maps with negative values.",
-        )
-    return SCALE_NAMES[scale], COLOUR_NAMES[colours]
-
-
-def _sliders(bar: Any) -> tuple[float, float]:
-    """Opacity and threshold."""
-    opacity = bar.slider(
-        "Opacity", 0.0, 1.0, 0.55, 0.05, key="opacity", bind="query-params", width=140
-    )
-    threshold = bar.slider(
-        "Threshold",
-        0.0,
-        1.0,
-        0.0,
-        0.05,
-        key="threshold",
-        bind="query-params",
-        width=140,
-        help="Where the map is below this share of the scale, the photo stays as it is.",
-    )
-    return opacity, threshold
+def _first_look(pack: Pack) -> dict[str, str]:
+    """The whole photo, in the style that the gallery had."""
+    show = _view(pack).show
+    return {"part": "whole"} | ({"style": show} if show in STYLES else {})
 
 
 # ---------------------------------------------------------------------- maps
@@ -299,7 +255,7 @@ def _sliders(bar: Any) -> tuple[float, float]:
 def _maps(pack: Pack, shown: Shown) -> None:
     photo = {
         "id": f"photo {shown.image_id}",
-        "src": photo_url(pack, shown.image_id, SIDE),
+        "src": photo_of(pack, shown),
         "alt": f"Photo {file_name(pack, shown)}",
         "title": "Photo",
         "lines": [file_name(pack, shown)],

@@ -15,9 +15,9 @@ from xattn.app.components import grid, sent
 from xattn.app.components.slide import slide
 from xattn.app.components.theme import facts_html
 from xattn.app.pages.image.head_card import head_card
-from xattn.app.pages.image.shown import SIDE, WIDTH, Shown, aspect, file_name, legend, select
+from xattn.app.pages.image.shown import WIDTH, Shown, aspect, file_name, legend, photo_of, select
 from xattn.app.pictures import export
-from xattn.app.pictures.rendering import overlay_url, photo_url
+from xattn.app.pictures.rendering import overlay_url
 from xattn.app.state import plain, short
 from xattn.pictures.explained import probability_text
 
@@ -59,7 +59,7 @@ def classes_tab(pack: Pack, shown: Shown) -> None:
                 "id": str(target),
                 "src": overlay_url(pack, entry_id, look)
                 if entry_id
-                else photo_url(pack, shown.image_id, SMALL),
+                else photo_of(pack, shown, SMALL),
                 "alt": f"Map by {method} of {short(name)}" if entry_id else "Photo without a map",
                 "title": short(name),
                 "lines": [
@@ -140,9 +140,7 @@ def slider_tab(pack: Pack, shown: Shown) -> None:
     if len(others) > 1:
         label = plain(f"Compare {own[shown.focus]} with")
         select(st, label, others, other, "against", shown.focus)
-    before = (
-        overlay_url(pack, other, shown.look) if other else photo_url(pack, shown.image_id, SIDE)
-    )
+    before = overlay_url(pack, other, shown.look) if other else photo_of(pack, shown)
     slide(
         (before, others[other]),
         (overlay_url(pack, shown.focus, shown.look), own[shown.focus]),

@@ -45,6 +45,12 @@ def legend(pack: Pack, entry_ids: Sequence[str], look: Look) -> None:
     st.html(legends_html(rendering.legends(pack, entry_ids, look)))
 
 
+def photo_of(pack: Pack, shown: Shown, side: int = SIDE) -> str:
+    """The address of the photo, or of the part of it that the look shows."""
+    crop = shown.focus if shown.look.crop else None
+    return rendering.photo_url(pack, shown.image_id, side, crop)
+
+
 def file_name(pack: Pack, shown: Shown) -> str:
     """The photo's name."""
     return str((selection.table(pack).image(shown.image_id) or {})["title"])
@@ -56,8 +62,12 @@ def aspect(pack: Pack, shown: Shown) -> float:
 
 
 def aspect_of(pack: Pack, shown: Shown) -> float:
-    """Width over height of the photo itself."""
-    height, width = pack.view(shown.focus).photo_size
+    """Width over height of what is shown of the photo."""
+    view = pack.view(shown.focus)
+    if shown.look.crop:
+        top, left, bottom, right = view.photo_box
+        return (right - left) / max(bottom - top, 1e-6)
+    height, width = view.photo_size
     return width / height
 
 

@@ -16,6 +16,7 @@ from pandas_selection import make_table, select
 from xattn.app.navigation import maps_table, selection
 from xattn.app.navigation.maps_table import SORTS
 from xattn.app.navigation.selection import ALL, NAMES, Selection, View, defaults, parse
+from xattn.app.pictures.rendering import COLOURS, SCALES
 from xattn.app.synthetic_packs import CLASSES, METRICS, explanation, small_pack
 from xattn.packs.explanation import ImageFacts
 from xattn.packs.writer import save_pack
@@ -262,7 +263,10 @@ VIEWS = st.builds(
     maps=st.sampled_from(list(selection.MAPS)),
     sort=st.sampled_from([*SORTS, "confidence", *METRICS]),
     order=st.sampled_from(selection.ORDERS),
-    show=st.sampled_from(list(selection.SHOWS)),
+    show=st.sampled_from(selection.SHOWS),
+    part=st.sampled_from(selection.PARTS),
+    scale=st.sampled_from(SCALES),
+    colours=st.sampled_from(COLOURS),
     size=st.sampled_from(selection.SIZES),
     page=st.integers(1, 10**6),
     q=(

@@ -79,6 +79,7 @@ def test_an_opened_map_is_in_focus_and_survives_a_reload(page):
 def test_a_picture_stays_until_its_successor_is_there(page):
     frame = page.locator(".st-key-maps .frame").nth(1)
     frame.evaluate("e => { e.marked = true }")
+    page.get_by_role("button", name="Look").click()
     slider = page.get_by_role("slider", name="Opacity")
     slider.focus()
     page.keyboard.press("ArrowLeft")

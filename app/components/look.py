@@ -1,0 +1,122 @@
+"""One control for how maps are drawn: style, the model's crop or the whole photo, scale and colours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import streamlit as st
+
+from xattn.app.pictures.rendering import Look
+
+# Streamlit writes what a bound choice is called into the URL, so these names are part of links.
+STYLES = {"overlay": "Overlay", "outline": "Outline", "spotlight": "Spotlight"}
+PARTS = {"crop": "Model's crop", "whole": "Whole photo"}
+SCALES = {"map": "Each map", "shared": "Shared"}
+COLOURS = {
+    "auto": "Automatic",
+    "inferno": "Inferno",
+    "diverging": "Diverging",
+    "viridis": "Viridis",
+    "cividis": "Cividis",
+    "gray": "Grey",
+}
+_ABOUT = {
+    "overlay": "Colours over the photo. Point at a picture to see the photo without them.",
+    "outline": "A line around the smallest region that holds half of the map.",
+    "spotlight": "The photo keeps its colours, and is dark where the map is low.",
+    "photo": "The photo without its map.",
+}
+
+
+def look_control(
+    bar: Any,
+    prefix: str = "",
+    *,
+    bound: bool = False,
+    styles: Mapping[str, str] = STYLES,
+    style: str = "style",
+    first: Mapping[str, str] | None = None,
+) -> Look:
+    """A popover "Look"; returns what was chosen in it. A style that is none of a map's is an overlay.
+
+    Args:
+        bar: where it stands.
+        prefix: of the widgets' keys, which are ``style``, ``part``, ``scale`` and ``colours``, and where
+            ``bound`` also ``opacity`` and ``threshold``.
+        bound: whether the widgets' values are in the URL; else they are in the session already.
+        styles: what there is to choose from, by value with its name.
+        style: the key of the style.
+        first: by key, values that hold before anybody chooses, where they are not the first ones.
+    """
+    first = first or {}
+
+    def choose(label: str, names: Mapping[str, str], key: str, **rest: Any) -> str:
+        if bound:
+            rest |= {"default": first.get(key, next(iter(names))), "bind": "query-params"}
+        return st.segmented_control(
+            label,
+            list(names),
+            key=prefix + key,
+            format_func=lambda value: names[value],
+            required=True,
+            **rest,
+        )
+
+    with bar.popover("Look"):
+        chosen = choose("Style", styles, style)
+        st.caption(_ABOUT[chosen])
+        part = choose("Part of the photo", PARTS, "part")
+        scale = choose(
+            "Colour scale",
+            SCALES,
+            "scale",
+            disabled=chosen not in ("overlay", "spotlight"),
+            help="Each map: from its least to its greatest value. Shared: raw scores on one scale "
+            "for all maps, which compares methods only where their scores have one unit.",
+        )
+        cmap = st.selectbox(
+            "Colours",
+            list(COLOURS),
+            key=f"{prefix}colours",
+            format_func=lambda value: COLOURS[value],
+            bind="query-params" if bound else None,
+            disabled=chosen != "overlay",
+            help="Automatic is Inferno, and blue to orange for maps with negative values.",
+        )
+        opacity, threshold = _sliders(chosen) if bound else (Look.opacity, Look.threshold)
+    return Look(
+        opacity,
+        threshold,
+        scale,
+        cmap,
+        style=chosen if chosen in STYLES else "overlay",
+        crop=part == "crop",
+    )
+
+
+def _sliders(style: str) -> tuple[float, float]:
+    """Opacity and threshold, bound to the URL."""
+    found = [
+        st.slider(
+            label,
+            0.0,
+            1.0,
+            usual,
+            0.05,
+            key=label.lower(),
+            bind="query-params",
+            disabled=style == "outline",
+            help=about,
+        )
+        for label, usual, about in (
+            ("Opacity", 0.55, "Of a spotlight, how dark it is outside."),
+            (
+                "Threshold",
+                0.0,
+                "Where the map is below this share of the scale, the photo stays as it is, or dark in a "
+                "spotlight.",
+            ),
+        )
+    ]
+    return found[0], found[1]
