@@ -21,6 +21,7 @@ COLOURS = {
     "cividis": "Cividis",
     "gray": "Grey",
 }
+WIDTH = 300  # pixels of the control
 _ABOUT = {
     "overlay": "Colours over the photo. Point at a picture to see the photo without them.",
     "outline": "A line around the smallest region that holds half of the map.",
@@ -63,7 +64,8 @@ def look_control(
             **rest,
         )
 
-    with bar.popover("Look"):
+    # Narrow, so that pictures beside it show what a choice does.
+    with bar.popover("Look"), st.container(width=WIDTH):
         chosen = choose("Style", styles, style)
         st.caption(_ABOUT[chosen])
         part = choose("Part of the photo", PARTS, "part")

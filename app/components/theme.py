@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from xattn.pictures.design import DARK, FONT, LENGTHS, LIGHT, VARIABLES, Colours
+from xattn.pictures.design import DARK, FONT, LEGENDS, LENGTHS, LIGHT, VARIABLES, Colours
 from xattn.runtime.display_text import visible
 
 
@@ -37,7 +37,7 @@ CONFIG: dict[str, Any] = {
 """Options for ``streamlit.starlette.App.run(config=...)``."""
 
 STYLE = (
-    f"<style>:root{{{VARIABLES}}}"
+    f"<style>:root{{{VARIABLES}}}{LEGENDS}"
     """
 [data-testid=stMainBlockContainer]{padding-inline:clamp(1rem,3vw,2.5rem)}
 [data-testid=stMain] :is(h1,h2,h3){overflow-wrap:anywhere;unicode-bidi:plaintext}
@@ -91,17 +91,12 @@ background:none;border:0}
 .st-key-bottom-bar-here :is(a,button) *{color:var(--accent);font-weight:600}
 .st-key-bottom-bar :is(a,button):focus-visible{outline:2px solid var(--accent);outline-offset:-3px}
 }
+[data-testid=stPopoverBody] [data-testid=stButtonGroup] button{padding-inline:.55rem}
 @media(max-width:640px){.stButton kbd{display:none}
 [data-testid=stMain] :is(.stButton,.stPopover) button{padding-inline:.5rem}}
 .example{margin:0;max-width:44rem}
 .example img{display:block;width:100%;border-radius:var(--corner-large)}
 .example figcaption{margin-top:var(--gap);font-size:.875rem;color:var(--quiet)}
-.legend{display:flex;flex-wrap:wrap;align-items:center;gap:.1rem .6rem;font-size:.8125rem;
-font-variant-numeric:tabular-nums;opacity:.85}
-.legend+.legend{margin-top:.35rem}
-.legend i{width:160px;height:10px;border-radius:5px;border:1px solid #8885;
-background-origin:border-box!important}
-.legend em{font-style:normal}
 .name{margin:0 0 -1rem;font-size:1.45rem;line-height:1.2}
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1rem;margin:0;
 padding:0!important;font-size:.875rem}
@@ -110,8 +105,7 @@ padding:0!important;font-size:.875rem}
 [data-testid=stMain] .facts dd{margin-bottom:.4rem}}
 </style>"""
 )
-"""For all pages; ``legend`` is of ``contact_sheet.legends_html``, ``name`` of :func:`name_html`, ``facts``
-of :func:`facts_html`."""
+"""For all pages; ``name`` of :func:`name_html`, ``facts`` of :func:`facts_html`."""
 
 
 # As in components/grid.js.

@@ -73,3 +73,15 @@ _colours = ";".join(
 )
 VARIABLES = _colours + "".join(f";--{name}:{length}" for name, length in LENGTHS.items())
 """The colours and lengths as CSS declarations, for ``:root{...}``."""
+
+LEGENDS = """
+.legend{display:flex;flex-wrap:wrap;align-items:center;gap:.1rem .6rem;font-size:.8125rem;
+color:var(--quiet);font-variant-numeric:tabular-nums}
+.legend+.legend{margin-top:.35rem}
+.legend i{width:160px;height:10px;border-radius:5px;border:1px solid #8885;
+background-origin:border-box!important}
+.legend i.line{width:40px;height:7px;border:solid #101010;border-width:2px 0;border-radius:0;
+background:#fff;outline:1px solid #8885}
+.legend em{font-style:normal}
+"""
+"""The style of ``contact_sheet.legends_html``."""
