@@ -9,6 +9,7 @@ import streamlit as st
 
 from xattn.app.navigation import selection
 from xattn.app.navigation.selection import Selection, View
+from xattn.app.pages.gallery.cells import look_of
 from xattn.app.pages.gallery.widgets import KEY
 from xattn.app.pictures import export
 
@@ -24,7 +25,7 @@ def files(pack: Pack, view: View, found: Selection) -> None:
     several = found.count > most
     st.download_button(
         f"HTML of the first {most} maps" if several else "HTML of the selection",
-        data=lambda: export.html(pack, found.ids(most)),
+        data=lambda: _html(pack, view, found.ids(most)),
         file_name=f"{pack.id}.html",
         mime="text/html",
         on_click="ignore",
@@ -34,3 +35,7 @@ def files(pack: Pack, view: View, found: Selection) -> None:
         "The CSV has a line for each map on all pages, with its figures. The HTML opens without a "
         "server."
     )
+
+
+def _html(pack: Pack, view: View, entry_ids: list[str]) -> str:
+    return export.html(pack, entry_ids, look_of(pack, view, entry_ids))

@@ -207,3 +207,13 @@ def test_a_record_of_a_network_that_is_no_table_is_an_unknown_network(tmp_path):
     save_pack(tmp_path / "pack", [odd], overlays=False)
     pack = only(tmp_path)
     assert "unknown network" in export.html(pack, list(pack.entries.index))
+
+
+def test_a_report_shows_the_same_part_and_style_as_the_gallery(pack):
+    ids = list(pack.entries.index[:2])
+    looks = [Look(style="outline", crop=crop) for crop in (False, True)]
+    whole, crop = (export.html(pack, ids, look) for look in looks)
+    assert "around the smallest region that holds half of the map" in crop
+    assert "Drawn as outlines of where half of each map lies." in crop
+    sizes = [set(re.findall(r'width="(\d+)" height="(\d+)"', page)) for page in (whole, crop)]
+    assert sizes == [{("128", "96")}, {("84", "84")}], "the photo and its maps"
