@@ -6,7 +6,7 @@ data and becomes text by ``textContent``, never HTML.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -40,17 +40,19 @@ def sent(key: str, name: str) -> Any:
     return getattr(st.session_state.get(key), name, None)
 
 
-def acts(key: str) -> list[dict[str, Any]]:
-    """What a person did by keys in the component of ``key`` since they were asked for last, for its
-    ``on_act``; each act once, in their order."""
+def acts(key: str) -> Iterator[dict[str, Any]]:
+    """What a person did by keys in the component of ``key``, for its ``on_act``: each act once, in their
+    order.
+
+    An act counts as done when it is given out. Whoever asks must not read the session meanwhile: there
+    Streamlit ends a callback when the next act is there, and this one would be lost.
+    """
     taken = st.session_state.setdefault(TAKEN, {})
-    found = []
     for act in sent(key, "act") or ():
         number = act.get("n") if isinstance(act, dict) else None
         if isinstance(number, int) and number > taken.get(key, 0):
             taken[key] = number
-            found.append(act)
-    return found
+            yield act
 
 
 def keys(names: Sequence[str], key: str, on_act: Any) -> None:

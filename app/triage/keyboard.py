@@ -1,8 +1,13 @@
-"""What keys and buttons do to photos, told in a few words at the next run."""
+"""What keys and buttons do to photos, told in a few words at the next run.
+
+Streamlit may end a callback wherever it reads the session, because the next key is there. So a
+:class:`Person` is made of the session first; what it does then reads the session no more.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import streamlit as st
@@ -18,25 +23,44 @@ if TYPE_CHECKING:
 SAID = "_triage_said"  # the session's key of (what to tell, whether it went wrong)
 
 
+@dataclass(frozen=True)
+class Person:
+    """Somebody at a page of a pack: whose steps can be undone, and what is to be told."""
+
+    name: str
+    store: Store
+    said: list[tuple[str, bool]]
+
+    @classmethod
+    def of(cls, pack: Pack) -> Person:
+        """The person of this session."""
+        said = st.session_state.setdefault(SAID, [])
+        return cls(tag_files.person(), tag_files.store_of(pack), said)
+
+    def press(self, key: str, image_ids: Sequence[str]) -> None:
+        """Do what a key says: "1" to "9" toggle a tag, "undo" and "redo" are of the person's steps."""
+        self.change(lambda store, name: _press(store, name, key, image_ids))
+
+    def change(self, act: Callable[[Store, str], str | None]) -> bool:
+        """Call ``act(store, name)`` and keep what it returns to be told; whether it succeeded."""
+        try:
+            text = act(self.store, self.name)
+        except TagsError as error:
+            self.said.append((str(error), True))
+            return False
+        if text:
+            self.said.append((text, False))
+        return True
+
+
 def press(pack: Pack, key: str, image_ids: Sequence[str]) -> None:
-    """Do what a key says: "1" to "9" toggle a tag, "undo" and "redo" are of the person's steps."""
-    change(pack, lambda store, person: _press(store, person, key, image_ids))
+    """:meth:`Person.press` of this session's person."""
+    Person.of(pack).press(key, image_ids)
 
 
 def change(pack: Pack, act: Callable[[Store, str], str | None]) -> bool:
-    """Call ``act(store, person)`` and keep what it returns to be told; whether it succeeded."""
-    try:
-        tell(act(tag_files.store_of(pack), tag_files.person()))
-        return True
-    except TagsError as error:
-        tell(str(error), wrong=True)
-        return False
-
-
-def tell(text: str | None, wrong: bool = False) -> None:
-    """Keep something to be told by :func:`say`."""
-    if text:
-        st.session_state.setdefault(SAID, []).append((text, wrong))
+    """:meth:`Person.change` of this session's person."""
+    return Person.of(pack).change(act)
 
 
 def say() -> None:

@@ -14,7 +14,7 @@ from xattn.app.pages.gallery.widgets import KEY, restart
 from xattn.app.state import plain
 from xattn.app.triage import keyboard, tag_files
 from xattn.app.triage.journal import MOST_AT_ONCE, Mark
-from xattn.app.triage.keyboard import photos
+from xattn.app.triage.keyboard import Person, photos
 from xattn.app.triage.store import KEYS, TAG_LENGTH, Store, TagsError
 from xattn.runtime.display_text import visible
 
@@ -27,41 +27,45 @@ SHOWN = 3  # tags on a cell
 
 
 def chosen(pack: Pack) -> list[str]:
-    """The photos of this pack that are chosen, in the order in which they were."""
+    """The photos of this pack that are chosen, in the order in which they were; a list of the session's,
+    to be changed in place."""
     of, ids = st.session_state.get(CHOSEN, ("", []))
-    return list(ids) if of == pack.id else []
+    if of != pack.id:
+        ids = []
+        st.session_state[CHOSEN] = pack.id, ids
+    return ids  # type: ignore[no-any-return]
 
 
 def acted(pack: Pack, cells: str) -> None:
     """Take up what was done by keys and clicks in the grid of the key ``cells``."""
+    person, ids, table = Person.of(pack), chosen(pack), selection.table(pack)
+
+    def known(value: Any) -> list[str]:
+        """Those of the values that are ids of photos of the pack."""
+        found = [i for i in value if isinstance(i, str)] if isinstance(value, list) else []
+        own = table.known_images(found)
+        return [i for i in dict.fromkeys(found) if i in own]
+
     for act in components.acts(cells):
         if "of" in act:
-            of, wanted = (_ids(pack, act.get(name)) for name in ("of", "chosen"))
-            kept = [i for i in chosen(pack) if i not in set(of)]
-            _choose(pack, [*kept, *wanted])
+            of, wanted = set(known(act["of"])), known(act.get("chosen"))
+            _choose(person, ids, [*(i for i in ids if i not in of), *wanted])
         elif act.get("key") == "escape":
-            _choose(pack, [])
+            ids.clear()
         elif act.get("key") in (*map(str, KEYS), "undo", "redo"):
-            keyboard.press(pack, act["key"], chosen(pack) or _ids(pack, [act.get("photo")]))
+            person.press(act["key"], ids or known([act.get("photo")]))
 
 
-def _ids(pack: Pack, value: Any) -> list[str]:
-    """Those of the values that are ids of photos of the pack."""
-    found = [i for i in value if isinstance(i, str)] if isinstance(value, list) else []
-    known = selection.table(pack).known_images(found)
-    return [i for i in dict.fromkeys(found) if i in known]
-
-
-def _choose(pack: Pack, ids: Sequence[str], count: int = 0) -> None:
+def _choose(person: Person, ids: list[str], wanted: Sequence[str], count: int = 0) -> None:
     """Choose these photos, which are ``count``, if that is more."""
-    if len(ids) > MOST_AT_ONCE:
-        keyboard.tell(
-            f"{max(len(ids), count):,} photos are in this selection; at most {MOST_AT_ONCE:,} can be "
-            f"chosen at once. Filter for fewer.",
-            wrong=True,
+    if len(wanted) > MOST_AT_ONCE:
+        text = (
+            f"{max(len(wanted), count):,} photos are in this selection; at most {MOST_AT_ONCE:,} can be "
+            f"chosen at once. Filter for fewer."
         )
+        person.said.append((text, True))
     else:
-        st.session_state[CHOSEN] = pack.id, list(ids)
+        ids[:] = wanted
 
 
 def badges(mark: Mark | None) -> list[str]:
@@ -122,18 +126,20 @@ def filters(pack: Pack, asked: Sequence[str]) -> None:
 
 def tools(bar: Any, pack: Pack, shown: Sequence[str], found: Selection) -> None:
     """Choosing and tagging, in a popover and beside it; ``shown`` are the photos of this page."""
-    now = chosen(pack)
+    now, person = chosen(pack), Person.of(pack)
     with bar.popover(f"{photos(len(now))} chosen" if now else "Tags", key=f"{KEY}tags"):
         row = st.container(horizontal=True, gap="small")
         row.button(
             f"Choose this page ({len(shown):,})",
             key=f"{KEY}choose_page",
-            on_click=lambda: _choose(pack, list(dict.fromkeys((*now, *shown)))),
+            on_click=lambda: _choose(person, now, list(dict.fromkeys((*now, *shown)))),
         )
         row.button(
             "Choose the whole selection",
             key=f"{KEY}choose_all",
-            on_click=lambda: _choose(pack, found.photos(MOST_AT_ONCE + 1), len(found.images)),
+            on_click=lambda: _choose(
+                person, now, found.photos(MOST_AT_ONCE + 1), len(found.images)
+            ),
         )
         try:
             store = tag_files.store_of(pack)
@@ -147,7 +153,7 @@ def tools(bar: Any, pack: Pack, shown: Sequence[str], found: Selection) -> None:
             "Choose none",
             key=f"{KEY}choose_none",
             type="tertiary",
-            on_click=lambda: _choose(pack, []),
+            on_click=now.clear,
         )
 
 
