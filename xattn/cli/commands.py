@@ -24,6 +24,7 @@ from xattn.cli.explain import Explain
 from xattn.cli.export import Export
 from xattn.cli.imports import HELP, import_own, take_imports
 from xattn.cli.listing import List
+from xattn.cli.merge import Merge
 from xattn.cli.outputs import refuse_remote
 from xattn.cli.parts import Parts
 from xattn.cli.printing import one_line, plain_warnings, reader_is_gone
@@ -43,6 +44,7 @@ COMMANDS: dict[str, type[Any]] = {
     "evaluate": Evaluate,
     "compare": Compare,
     "diff": Diff,
+    "merge": Merge,
     "parts": Parts,
     "export": Export,
     "app": App,

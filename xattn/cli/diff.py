@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
+
+from xattn.cli.pack_arguments import open_packs
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,11 @@ class Diff:
 
     def run(self) -> None:
         from xattn.eval.report.pack_differences import compare_packs, difference_lines
-        from xattn.packs.contained_files import PackError
-        from xattn.packs.reader import Pack
         from xattn.runtime.files import check_folder, write_json, write_text
-        from xattn.runtime.stores import place_of
 
         if self.output is not None:
             check_folder(self.output)
-        opened = []
-        for folder in self.packs:
-            place = place_of(folder, "packs")
-            try:
-                place = _pack_of(place)
-                opened.append(Pack(place, name=str(place), trusted=True))
-            except PackError as error:
-                raise ValueError(f"packs: {place} cannot be opened ({error})") from None
+        opened = open_packs(self.packs)
         found = compare_packs(opened[0], opened[1], self.methods)
         lines = [*difference_lines(found)]
         for line in lines:
@@ -46,14 +38,3 @@ class Diff:
             write_text(self.output / "difference.md", "\n".join(lines) + "\n")
             write_json(self.output / "difference.json", found.to_json())
             print(f"\nreport: {self.output / 'difference.md'}")
-
-
-def _pack_of(place: Any) -> Any:
-    """The pack that a folder is, or holds as xattn compare writes it."""
-    from xattn.packs.format import MANIFEST
-    from xattn.packs.remote_folder import folder_of
-
-    if isinstance(place, Path) and not place.is_dir():
-        raise ValueError(f"packs: {place} is no folder; give one that xattn explain wrote")
-    inside = not folder_of(place).exists(MANIFEST) and folder_of(place / "pack").exists(MANIFEST)
-    return place / "pack" if inside else place

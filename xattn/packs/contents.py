@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,6 +63,7 @@ class Contents(ABC):
         xattn: the version of xattn that wrote the pack.
         counts: how many entries and photos there are.
         methods: the methods of the entries, in the order in which they come first.
+        skipped: (file name, reason) of images that were left out.
         metrics, shares: see :class:`~xattn.packs.reader.Pack`.
         has_features: whether the features of all photos are there.
         video: the hash of the film, "" if the film has none, None without a film.
@@ -73,6 +74,7 @@ class Contents(ABC):
     methods: tuple[str, ...]
     metrics: list[MetricInfo]
     shares: dict[str, list[float]]
+    skipped: list[tuple[str, str]]
     has_features = False
     video: str | None
 
@@ -80,6 +82,15 @@ class Contents(ABC):
     @abstractmethod
     def entry_ids(self) -> Sequence[str]:
         """The ids of the entries, in their order."""
+
+    @property
+    @abstractmethod
+    def image_ids(self) -> Collection[str]:
+        """The ids of the photos, in their order; ``in`` is fast."""
+
+    @abstractmethod
+    def entries_of(self, image_id: str) -> list[str]:
+        """The ids of a photo's entries, in their order; PackError where there is no such photo."""
 
     @abstractmethod
     def entry(self, entry_id: str) -> Entry:
@@ -92,6 +103,10 @@ class Contents(ABC):
     @abstractmethod
     def map(self, entry: Entry) -> NDArray[np.float32]:
         """The map (h, w) of an entry, checked by its hash; ValueError or OSError if it is damaged."""
+
+    @abstractmethod
+    def has_thumbnail(self, photo: PhotoFacts) -> bool:
+        """Whether the pack names a JPEG file of a photo."""
 
     @abstractmethod
     def thumbnail(self, photo: PhotoFacts) -> bytes | None:

@@ -420,6 +420,14 @@ def read_features(given: Any, photos: int) -> tuple[tuple[int, int], str] | None
     return (shape[0], shape[1]), sha256
 
 
+def skipped_of(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """(file name, reason) of the images that were left out; what is no text is passed over."""
+    found = manifest.get("skipped")
+    records = [r for r in found if type(r) is dict] if type(found) is list else []
+    pairs = [(record.get("file_name"), record.get("reason")) for record in records]
+    return [(encodable(a), encodable(b)) for a, b in pairs if type(a) is str and type(b) is str]
+
+
 def _video(manifest: dict[str, Any], trusted: bool) -> str | None:
     if manifest.get("video") is None or trusted:
         return None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Collection, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from xattn.packs.contents import MAX_THUMBNAIL, Contents, Entry, PhotoFacts, no_
 from xattn.packs.explanation import MAX_CELLS
 from xattn.packs.features import read_features
 from xattn.packs.format import FEATURES, MAPS
-from xattn.packs.manifest import DamagedFile, damaged, read_columns
+from xattn.packs.manifest import DamagedFile, damaged, read_columns, skipped_of
 from xattn.packs.remote_folder import RemoteFolder
 from xattn.runtime.stores import StorePath
 from xattn.runtime.tensor_file import TensorFile
@@ -38,6 +38,7 @@ class ManifestContents(Contents):
         self._maps = self._open_maps()
         self.xattn, self.metrics, self.shares = found.xattn, found.metrics, found.shares
         self.video, self.has_features = found.video, found.features is not None
+        self.skipped = skipped_of(manifest)
         self.counts = len(found.entries["id"]), len(found.images["image_id"])
         self.methods = tuple(dict.fromkeys(found.entries["method"]))
         self._entry_rows = {id: i for i, id in enumerate(found.entries["id"])}
@@ -46,6 +47,22 @@ class ManifestContents(Contents):
     @property
     def entry_ids(self) -> Sequence[str]:
         return list(self._manifest.entries["id"])
+
+    @property
+    def image_ids(self) -> Collection[str]:
+        return self._image_rows.keys()
+
+    def entries_of(self, image_id: str) -> list[str]:
+        _row(self._image_rows, image_id, "image")
+        return self._by_photo[image_id]
+
+    @cached_property
+    def _by_photo(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        entries = self._manifest.entries
+        for image_id, entry_id in zip(entries["image_id"], entries["id"], strict=True):
+            found.setdefault(image_id, []).append(entry_id)
+        return found
 
     def entry(self, entry_id: str) -> Entry:
         i = _row(self._entry_rows, entry_id, "map")
@@ -83,6 +100,9 @@ class ManifestContents(Contents):
 
     def map(self, entry: Entry) -> NDArray[np.float32]:
         return self._maps.read(entry.id, entry.sha256)
+
+    def has_thumbnail(self, photo: PhotoFacts) -> bool:
+        return self._manifest.images["thumbnail"][photo.row] is not None
 
     def thumbnail(self, photo: PhotoFacts) -> bytes | None:
         name = self._manifest.images["thumbnail"][photo.row]

@@ -13,7 +13,7 @@ import hashlib
 import io
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -146,6 +146,20 @@ class Pack:
         """The ids of the entries, in their order."""
         return self._contents.entry_ids
 
+    @property
+    def image_ids(self) -> Collection[str]:
+        """The ids of the photos, in their order."""
+        return self._contents.image_ids
+
+    def entries_of(self, image_id: str) -> list[str]:
+        """The ids of a photo's entries, in their order."""
+        return self._contents.entries_of(image_id)
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """(file name, reason) of images that were left out."""
+        return self._contents.skipped
+
     def key(self, entry_id: str) -> tuple[str, int, str]:
         """(image_id, target, method) of an entry."""
         entry = self._contents.entry(entry_id)
@@ -205,6 +219,10 @@ class Pack:
         if side is not None:
             image.thumbnail((side, side), Image.Resampling.LANCZOS)
         return image
+
+    def has_photo(self, image_id: str) -> bool:
+        """Whether the pack says that it holds a picture of a photo."""
+        return self._contents.has_thumbnail(self._contents.photo(image_id))
 
     def photo_bytes(self, image_id: str) -> bytes:
         """The JPEG file of :meth:`photo`, checked by its hash."""

@@ -51,6 +51,13 @@ class Ids(Sequence[str]):
                 return row
         raise KeyError(id)
 
+    def __contains__(self, id: object) -> bool:
+        try:
+            self.row(id)
+        except KeyError:
+            return False
+        return True
+
     def __len__(self) -> int:
         return len(self.texts)
 

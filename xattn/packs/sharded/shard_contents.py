@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from xattn.packs.contained_files import PackError, PackFolder, why
 from xattn.packs.contents import MAX_THUMBNAIL, Contents, Entry, PhotoFacts, no_such
 from xattn.packs.format import MANIFEST
-from xattn.packs.manifest import MAX_CURVE, MAX_TOP, DamagedFile
+from xattn.packs.manifest import MAX_CURVE, MAX_TOP, DamagedFile, skipped_of
 from xattn.packs.sharded.checked_parquet import MAX_FILE, CheckedParquet
 from xattn.packs.sharded.columns import CURVE_OF, IMAGES, METRIC, entry_schema
 from xattn.packs.sharded.ids import Ids
@@ -45,6 +46,7 @@ class ShardContents(Contents):
     def __init__(self, files: PackFolder, manifest: dict[str, Any], trusted: bool) -> None:
         self._files, self._trusted = files, trusted
         self._manifest = found = read_shards(manifest)
+        self.skipped = skipped_of(manifest)
         self.xattn, self.metrics, self.shares = found.xattn, found.metrics, found.shares
         self.counts, self.methods, self.video = (
             (found.entries, found.images),
@@ -66,6 +68,19 @@ class ShardContents(Contents):
     @property
     def entry_ids(self) -> Sequence[str]:
         return self._entry_rows
+
+    @property
+    def image_ids(self) -> Collection[str]:
+        return self._image_rows
+
+    def entries_of(self, image_id: str) -> list[str]:
+        shard, _ = _place(_row(self._image_rows, image_id, "image"), self._image_ends)
+        key = ("ids", shard)
+        if (table := self._recent.get(key)) is None:
+            table = self._read("entries", shard, ["entry_id", "image_id"])
+            self._recent.put(key, table, table.nbytes)
+        own = pc.equal(table["image_id"].cast(pa.string()), image_id)
+        return table["entry_id"].filter(own).to_pylist()  # type: ignore[no-any-return]
 
     def entry(self, entry_id: str) -> Entry:
         i = _row(self._entry_rows, entry_id, "map")
@@ -125,6 +140,9 @@ class ShardContents(Contents):
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise ValueError(f"the bytes of {entry.id} are not those that were written")
         return np.frombuffer(data, "<f4").reshape(shapes[row]).astype(np.float32)
+
+    def has_thumbnail(self, photo: PhotoFacts) -> bool:
+        return photo.thumbnail_sha256 is not None
 
     def thumbnail(self, photo: PhotoFacts) -> bytes | None:
         if photo.thumbnail_sha256 is None:

@@ -1,0 +1,15 @@
+"""Mistakes at the command line with packs: xattn merge, and the format of a pack."""
+
+from mistakes.table import Typed
+
+MISTAKES = [
+    Typed("merge", ("packs: got none; give two or more packs",)),
+    Typed("merge {folder}", ("packs: got ", "give two or more")),
+    Typed("merge {folder}/a {folder}/b", ("packs: ", "is no folder", "xattn explain wrote")),
+    Typed("merge {folder} {folder}", ("packs: ", "cannot be opened", "manifest.json")),
+    Typed("merge {photo} {photo}", ("packs: ", "is no folder")),
+    Typed("merge {folder} {folder} --output s3://there/pack", ("output: ", "give a local folder")),
+    Typed("merge {folder} {folder} --ouput c", ("option: xattn merge has no --ouput", "--output")),
+    Typed("explain {photo} --pack-format 3", ("pack_format: got '3'; choose one of 1, 2",)),
+    Typed("explain {photo} --pack-format two", ("pack_format: got 'two'",)),
+]

@@ -1,0 +1,40 @@
+"""``xattn merge``: several packs as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from xattn.cli.outputs import output_folder
+from xattn.cli.pack_arguments import open_packs
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Join packs, of other photos or of other methods on the same ones, into one of format 2."""
+
+    packs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Folders, or their URLs, that xattn explain or compare wrote: two or more, of any format."""
+    output: Path | None = None
+    """Folder for the pack; by default runs/merged, or runs/merged-2 and so on if there are results."""
+    overwrite: bool = False
+    """Replace the results in the output folder."""
+
+    def check(self) -> None:
+        if len(self.packs) < 2:
+            got = "none" if not self.packs else str(self.packs[0])
+            raise ValueError(f"packs: got {got}; give two or more packs")
+
+    def run(self) -> None:
+        from xattn.packs.format import MANIFEST
+        from xattn.packs.merging import merge_packs
+
+        packs = open_packs(self.packs)
+        with output_folder(self.output, "runs/merged", self.overwrite, MANIFEST) as output:
+            found = merge_packs(packs, output.folder)
+        shared = f", {found.joined:,} of them in several packs" if found.joined else ""
+        print(f"merged: {len(packs)} packs, {found.photos:,} photos{shared}, {found.maps:,} maps")
+        print(f"pack: {output.place}")

@@ -1,0 +1,135 @@
+"""Several packs as one of format 2: photos that they share get the maps of all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from xattn.packs.explanation import Explanation, ImageFacts
+from xattn.packs.format import SHARD_PHOTOS
+from xattn.packs.reader import Pack
+from xattn.packs.writer import pack_writer
+
+
+class Merged(NamedTuple):
+    """How many photos and maps a merged pack has, and how many photos are of several packs."""
+
+    photos: int
+    joined: int
+    maps: int
+
+
+def merge_packs(
+    packs: Sequence[Pack], output: str | Path, shard_photos: int = SHARD_PHOTOS
+) -> Merged:
+    """Write the pack ``output`` with the photos of all ``packs``, in their order; see :func:`joined`.
+
+    Every map keeps its protocol. What is known of a photo beside its maps is that of the first pack that
+    knows it. Films, overlay pictures and features are left out.
+
+    Raises:
+        ValueError: one pack alone, or packs that contradict each other: metrics that are described in
+            different ways, another photo or another map under one id, different true classes.
+        PackError: a pack is damaged. OSError: it cannot be written.
+    """
+    if len(packs) < 2:
+        raise ValueError(f"packs: got {len(packs)}; give two or more")
+    metrics = _agreed("metrics", [(p, _described(p)) for p in packs])
+    shares = _agreed("shares", [(p, p.shares) for p in packs])
+    photos = joined_photos = maps = 0
+    with pack_writer(output, format=2, photos=shard_photos) as writer:
+        writer.metrics, writer.shares = metrics, shares
+        writer.skipped = list(dict.fromkeys(item for pack in packs for item in pack.skipped))
+        for number, pack in enumerate(packs):
+            for image_id in pack.image_ids:
+                if any(image_id in earlier.image_ids for earlier in packs[:number]):
+                    continue
+                holders = [p for p in packs[number:] if image_id in p.image_ids]
+                group, jpeg = joined(image_id, holders)
+                writer.add(group, jpeg)
+                photos, maps = photos + 1, maps + len(group)
+                joined_photos += len(holders) > 1
+    return Merged(photos, joined_photos, maps)
+
+
+def joined(image_id: str, packs: Sequence[Pack]) -> tuple[list[Explanation], bytes | None]:
+    """The explanations of one photo in all ``packs`` that have it, and its thumbnail; a map that several
+    packs have comes once.
+
+    Raises:
+        ValueError: the packs contradict each other.
+    """
+    found: dict[str, tuple[Pack, Explanation]] = {}
+    picture: tuple[Pack, bytes] | None = None
+    for pack in packs:
+        if pack.has_photo(image_id):
+            data = pack.photo_bytes(image_id)
+            if picture is not None and picture[1] != data:
+                raise ValueError(
+                    f"packs: {image_id} is one photo in {picture[0].name} and another in {pack.name}; "
+                    f"explain one of them under another file name"
+                )
+            picture = picture or (pack, data)
+        for id in pack.entries_of(image_id):
+            explanation = pack.explanation(id)
+            if id not in found:
+                found[id] = pack, explanation
+            elif not _equal(found[id][1], explanation):
+                raise ValueError(
+                    f"packs: the map {id} is one in {found[id][0].name} and another in {pack.name}; merge "
+                    f"packs of other methods or photos, or compare these by xattn diff"
+                )
+    group = [explanation for _, explanation in found.values()]
+    group[0] = replace(group[0], facts=_facts(image_id, list(found.values())))
+    return group, picture and picture[1]
+
+
+def _equal(a: Explanation, b: Explanation) -> bool:
+    """Whether two explanations of one id say the same."""
+    facts = ("target", "probability", "protocol", "view", "is_mask", "metrics", "curves")
+    return np.array_equal(a.map, b.map) and all(getattr(a, f) == getattr(b, f) for f in facts)
+
+
+def _facts(image_id: str, found: Sequence[tuple[Pack, Explanation]]) -> ImageFacts:
+    """What the packs know of a photo; the first that knows something says it."""
+    top = next((e.facts.top for _, e in found if e.facts.top), ())
+    labelled = [(pack, e.facts) for pack, e in found if e.facts.label_name is not None]
+    if not labelled:
+        return ImageFacts(top)
+    first, facts = labelled[0]
+    for pack, other in labelled[1:]:
+        if other.label_name != facts.label_name:
+            raise ValueError(
+                f"packs: the true class of {image_id} is {facts.label_name} in {first.name} and "
+                f"{other.label_name} in {pack.name}; make one of them again with the right --labels"
+            )
+    return ImageFacts(top, facts.label, facts.label_name)
+
+
+def _described(pack: Pack) -> dict[str, dict[str, Any]]:
+    return {
+        m.key: {
+            "higher_is_better": m.higher_is_better,
+            "formula": m.formula,
+            "protocol_id": m.protocol_id,
+        }
+        for m in pack.metrics
+    }
+
+
+def _agreed(what: str, given: Sequence[tuple[Pack, Mapping[str, Any]]]) -> dict[str, Any]:
+    """The union of what packs say by name; ValueError where two say different things."""
+    found: dict[str, tuple[Pack, Any]] = {}
+    for pack, table in given:
+        for name, value in table.items():
+            first, before = found.setdefault(name, (pack, value))
+            if before != value:
+                raise ValueError(
+                    f"packs: the {what} {name} of {first.name} are not those of {pack.name}; measure one "
+                    f"of them again with the same protocol"
+                )
+    return {name: value for name, (_, value) in found.items()}
