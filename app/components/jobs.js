@@ -13,7 +13,7 @@ function element(tag, name, text) {
 }
 
 function box(job) {
-  const place = element("td");
+  const place = element("td", "box");
   const label = element("label");
   const field = element("input");
   field.type = "checkbox";
@@ -86,7 +86,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   table.setAttribute("aria-label", "Jobs");
   const head = element("thead");
   const titles = element("tr");
-  titles.append(element("td"), ...COLUMNS.map((name) => element("th", "", name)));
+  titles.append(element("th"), ...COLUMNS.map((name) => element("th", "", name)));
   head.append(titles);
   const body = element("tbody");
   body.append(...data.jobs.map(row));

@@ -87,6 +87,8 @@ background:none;border:0}
 .st-key-bottom-bar :is([data-testid=stVerticalBlock],[data-testid=stLayoutWrapper],.stPopover,
 .stPopover>div){width:100%!important}
 .st-key-bottom-bar :is(a,button) p{font-size:.75rem;line-height:1.2;white-space:nowrap}
+.st-key-bottom-bar-others a{min-height:var(--touch)}
+.st-key-bottom-bar button{padding-bottom:.75rem}
 .st-key-bottom-bar button div[aria-hidden]{display:none}
 .st-key-bottom-bar-here :is(a,button) *{color:var(--accent);font-weight:600}
 .st-key-bottom-bar :is(a,button):focus-visible{outline:2px solid var(--accent);outline-offset:-3px}

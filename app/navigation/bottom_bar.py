@@ -21,8 +21,9 @@ def bottom_bar(pack_id: str | None) -> None:
                 _link(name, pack_id)
         with st.container(key=HERE if here in others else None):
             with st.popover("More", icon=":material/more_horiz:", type="tertiary"):
-                for name in others:
-                    _link(name, pack_id)
+                with st.container(key="bottom-bar-others", gap=None):
+                    for name in others:
+                        _link(name, pack_id)
 
 
 def _link(name: str, pack_id: str | None) -> None:

@@ -9,7 +9,8 @@ pytest.importorskip("streamlit")
 from conftest import choose_pack, served
 
 from xattn.app.demo import pack_job
-from xattn.app.pages import first_run
+from xattn.app.navigation import bottom_bar
+from xattn.app.pages import PAGES, first_run
 from xattn.app.synthetic_packs import picture, small_pack
 
 
@@ -86,7 +87,7 @@ def test_the_bar_of_a_narrow_screen_leads_to_every_page(address, open_page):
 
 
 @pytest.mark.parametrize("size", ["wide", "narrow"])
-def test_the_frame_fits_a_long_name(tmp_path, open_page, size):
+def test_the_frame_fits_a_long_name_and_every_page(tmp_path, open_page, size):
     name = "n01443537_goldfish_swimming_in-a-small_aquarium_of_the_institute_2026-11-27"
     small_pack(tmp_path / "root" / name, 2, ("gradcam",))
     with served(tmp_path / "root", log=tmp_path / "log") as address:
@@ -96,7 +97,14 @@ def test_the_frame_fits_a_long_name(tmp_path, open_page, size):
         assert chip["x"] >= 0 and chip["x"] + chip["width"] <= page.viewport_size["width"]
         if size == "wide":
             links = page.get_by_test_id("stTopNavLink").all()
-            assert len(links) >= 7
+            assert len(links) == len(PAGES)
             ends = [link.bounding_box() for link in links]
             assert max(box["x"] + box["width"] for box in ends) <= chip["x"]
+        else:
+            page.get_by_role("button", name="More").click()
+            others = page.get_by_test_id("stPopoverBody").get_by_role("link")
+            others.last.wait_for()
+            assert others.count() == len(PAGES) - len(bottom_bar.FIRST)
+            for box in [link.bounding_box() for link in others.all()]:
+                assert box["height"] >= 44 and 0 <= box["y"] <= 844 - box["height"]
         page.close()

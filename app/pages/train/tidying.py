@@ -14,7 +14,7 @@ from xattn.app.jobs.spec import JobError
 from xattn.app.state import plain
 from xattn.runtime.display_text import reason
 
-MOST = 20_000  # files that are counted
+MOST, NAMED = 20_000, 6  # files that are counted; heads and packs that are named
 
 
 def tidying(jobs: Jobs, job: Job, bar: Any) -> None:
@@ -52,13 +52,14 @@ def _lost(job: Job) -> str:
     if not job.output.is_dir() or job.output.is_symlink():
         return f"This deletes the record of {job.id}. It has no results."
     files, size = _count(job.output)
-    more = " or more" if files >= MOST else ""
-    here = [i.name for i in state.library().packs() if f"{i.name}/".startswith(f"{job.id}/")]
-    heads = [i.name for i in state.library().heads() if f"{i.name}/".startswith(f"{job.id}/")]
-    also = ", among them " + ", ".join([*heads, *here][:6]) if heads or here else ""
+    number = "one file" if files == 1 else f"{files:,}{' or more' * (files >= MOST)} files"
+    of = f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+    here = [*state.library().heads(), *state.library().packs()]
+    named = [i.name for i in here if f"{i.name}/".startswith(f"{job.id}/")][:NAMED]
+    also = f", among them {', '.join(named)}" if named else ""
     return (
         f"This deletes {job.id}: what it printed, and all in {state.settings().root.name}/{job.id}, "
-        f"{files:,}{more} files of {size / 1e6:,.1f} MB{also}. It cannot be undone."
+        f"{number} of {of}{also}. It cannot be undone."
     )
 
 
