@@ -13,7 +13,7 @@ from xattn.app import state
 from xattn.app.components import grid, sent
 from xattn.app.components.look import STYLES, look_control
 from xattn.app.components.theme import name_html
-from xattn.app.navigation import last_view, selection
+from xattn.app.navigation import last_view, screen, selection
 from xattn.app.pages.image import photo_tabs
 from xattn.app.pages.image.objects import Objects, objects_of
 from xattn.app.pages.image.shown import (
@@ -192,11 +192,13 @@ def _choose(pack: Pack, image_id: str) -> Shown | None:
     choices = table.choices
     everything = list(choices.methods)
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
+    several = len(classes) > 1 or len(everything) > 1
+    filters = screen.place(bar, "Filters") if several else bar
     if len(classes) > 1:
-        select(bar, "Class", classes, target, "class", image_id, forget="entry")
+        select(filters, "Class", classes, target, "class", image_id, forget="entry")
     methods = everything
     if len(everything) > 1:
-        methods = bar.multiselect(
+        methods = filters.multiselect(
             "Methods",
             everything,
             default=choices.under_test[:FIRST_METHODS],
