@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from xattn.packs.contained_files import PackError, open_inside, read_inside
 from xattn.packs.format import FIRST_MAPS, MANIFEST, MAPS
@@ -31,7 +32,7 @@ MAX_FOLDERS = 20_000
 OPEN_PACKS = 8
 PASSING_PACKS = 4
 SCRATCH_PACKS = 64
-_Signatures = tuple[Signature, Signature | None]
+Signatures = tuple[Signature, Signature | None]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ComparisonInfo:
     id: str
     name: str
     pack_id: str | None = None
-    folder: Path = field(default=Path(), repr=False)
+    folder: Any = field(default=Path(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -71,25 +72,33 @@ class HeadInfo:
 
 
 @dataclass
-class _Found:
-    """One look through the folders: paths by id, each resolved and inside the root."""
+class Found:
+    """One look through the folders: where they are and their names by id, each inside the root."""
 
-    packs: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    packs: dict[str, tuple[Any, str]] = field(default_factory=dict)
     outside: dict[str, str] = field(default_factory=dict)
-    comparisons: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    comparisons: dict[str, tuple[Any, str]] = field(default_factory=dict)
     heads: dict[str, tuple[Path, str]] = field(default_factory=dict)
 
 
 class Library:
-    """The packs, comparisons and heads of ``root``; one a process, shared by its threads."""
+    """The packs, comparisons and heads of ``root``; one a process, shared by its threads.
+
+    Attributes:
+        root: the folder; :class:`~xattn.app.remote_library.RemoteLibrary` has one of a store.
+        keeps: whether results can be kept below the root.
+    """
+
+    root: Any
+    keeps = True
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).resolve()
         self._lock = threading.Lock()
         self._maps = LRUCache(RECENT_MAPS)
-        self._open: OrderedDict[str, tuple[_Signatures, Pack]] = OrderedDict()
-        self._passing: OrderedDict[str, tuple[_Signatures, Pack]] = OrderedDict()
-        self._infos: dict[str, tuple[_Signatures, PackInfo | None]] = {}
+        self._open: OrderedDict[str, tuple[Signatures, Pack]] = OrderedDict()
+        self._passing: OrderedDict[str, tuple[Signatures, Pack]] = OrderedDict()
+        self._infos: dict[str, tuple[Signatures, PackInfo | None]] = {}
         self._known: dict[str, tuple[Path, str]] = {}
         self._scratch: OrderedDict[str, Path] = OrderedDict()
 
@@ -174,7 +183,7 @@ class Library:
         with open_inside(self._comparison(comparison_id), name) as stream:
             return Signature.of(os.fstat(stream.fileno()))
 
-    def _comparison(self, comparison_id: str) -> Path:
+    def _comparison(self, comparison_id: str) -> Any:
         found = self._look().comparisons
         if comparison_id not in found:
             raise PackError("There is no such comparison; choose one from the list")
@@ -205,15 +214,16 @@ class Library:
             f"viewer on its own folder"
         )
 
-    def _opened(self, pack_id: str, folder: Path, name: str, passing: bool = False) -> Pack:
+    def _opened(self, pack_id: str, folder: Any, name: str, passing: bool = False) -> Pack:
         try:
-            signature = _signature(folder)
+            signature = self._signature(folder)
         except OSError:
             raise PackError("It is gone; choose another one, or put it back") from None
         with self._lock:
             kept = self._open if pack_id in self._open or not passing else self._passing
             known = kept.get(pack_id)
-            if known is not None and known[0] == signature and known[1].folder == folder:
+            same = known is not None and known[1].files.address == str(folder)
+            if known is not None and same and known[0] == signature:
                 kept.move_to_end(pack_id)
                 return known[1]
         pack = Pack(folder, pack_id, name, self._maps)
@@ -224,10 +234,18 @@ class Library:
                 kept.popitem(last=False)
         return pack
 
-    def _info(self, pack_id: str, folder: Path, name: str) -> PackInfo | None:
+    def _signature(self, folder: Any) -> Signatures:
+        """Of the manifest and the maps, None for maps that are missing; OSError without a manifest."""
+        manifest = Signature.of((folder / MANIFEST).stat())
+        try:
+            return manifest, Signature.of((folder / MAPS).stat())
+        except OSError:
+            return manifest, None
+
+    def _info(self, pack_id: str, folder: Any, name: str) -> PackInfo | None:
         """What the list says of a pack; None for a folder whose manifest is of something else."""
         try:
-            signature = _signature(folder)
+            signature = self._signature(folder)
         except OSError:
             return None  # just deleted
         with self._lock:
@@ -261,14 +279,14 @@ class Library:
         inside = all((folder / n).resolve().is_relative_to(self.root) for n in files)
         return len(files) > 1 and inside
 
-    def _look(self) -> _Found:
-        found = _Found()
+    def _look(self) -> Found:
+        found = Found()
         for folder, real, names in _walk(self.root):
             relative = folder.relative_to(self.root).as_posix()
             name = self.root.name if relative == "." else relative
             if relative.endswith("/pack") and (folder.parent / LEADERBOARD).is_file():
                 name = relative.removesuffix("/pack")
-            id, name = _id(relative), visible(name)
+            id, name = id_of(relative), visible(name)
             if not real.is_relative_to(self.root):
                 if (real / MANIFEST).exists():
                     found.outside[id] = name
@@ -314,16 +332,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, Path, set[str]]]:
             waiting += [(folder / name, depth + 1) for name in folders]
 
 
-def _id(relative: str) -> str:
+def id_of(relative: str) -> str:
     """An id that is no path and the same after a restart: a few letters for people, and a hash."""
     letters = re.sub(r"[^A-Za-z0-9]+", "-", relative).strip("-")[:40] or "root"
     return f"{letters}-{hashlib.sha256(os.fsencode(relative)).hexdigest()[:12]}"
-
-
-def _signature(folder: Path) -> _Signatures:
-    """Of the manifest and the maps, None for maps that are missing."""
-    manifest = Signature.of((folder / MANIFEST).stat())
-    try:
-        return manifest, Signature.of((folder / MAPS).stat())
-    except OSError:
-        return manifest, None

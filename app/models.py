@@ -122,7 +122,7 @@ def weight_files() -> dict[str, Path]:
     from xattn.packs.format import MAPS
     from xattn.pruning import pruned_folder
 
-    root = state.settings().root.resolve()
+    root = state.settings().local_root.resolve()
     found = {}
     for path in sorted(p for depth in range(3) for p in root.glob("*/" * depth + "*.safetensors")):
         alone = path.name != MAPS and not (path.parent / "config.json").exists()

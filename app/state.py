@@ -19,6 +19,7 @@ import streamlit as st
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from xattn.runtime.display_text import visible
+from xattn.runtime.stores import StorePath
 
 if TYPE_CHECKING:
     from xattn.app.library import Library
@@ -44,7 +45,7 @@ class ModelArgs(Protocol):
 class Settings:
     """How this process was started."""
 
-    root: Path
+    root: Path | StorePath
     model: ModelArgs | None = None
     password: bool = False
     training: bool = True
@@ -52,6 +53,11 @@ class Settings:
     data: Path | None = None  # where training finds photos; None: below the root
     imports: tuple[str, ...] = ()  # files and modules of --import, for jobs
     annotations: Path | None = None  # masks or boxes of photos
+
+    @property
+    def local_root(self) -> Path:
+        """The root, or where new results go if that is in a store."""
+        return self.root if isinstance(self.root, Path) else Path("runs")
 
 
 _settings: Settings | None = None
@@ -74,10 +80,11 @@ def library() -> Library:
 
 
 @functools.lru_cache(maxsize=8)
-def _library(root: Path) -> Library:
+def _library(root: Path | StorePath) -> Library:
     from xattn.app.library import Library
+    from xattn.app.remote_library import RemoteLibrary
 
-    return Library(root)
+    return RemoteLibrary(root) if isinstance(root, StorePath) else Library(root)
 
 
 @dataclass(frozen=True)

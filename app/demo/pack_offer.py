@@ -21,7 +21,7 @@ def offer(text: str = f"Or look around first, {WITH}") -> None:
     settings = state.settings()
     if not settings.training:
         return
-    jobs = Jobs(settings.root, settings.data, settings.model, settings.imports)
+    jobs = Jobs(settings.local_root, settings.data, settings.model, settings.imports)
     job = demo(jobs)
     if job is not None and job.alive:
         st.fragment(_follow, run_every=EVERY)(jobs, job.id)
@@ -64,7 +64,7 @@ def make() -> None:
     settings = state.settings()
     if (line := pack_job.missing()) is not None:
         raise ValueError(f"demo: photos or weights are missing; run: {line}")
-    start(Jobs(settings.root, settings.data, settings.model, settings.imports))
+    start(Jobs(settings.local_root, settings.data, settings.model, settings.imports))
 
 
 def _follow(jobs: Jobs, job_id: str) -> None:

@@ -59,6 +59,11 @@ def keep(run: LiveRun, name: str) -> Path:
         raise ValueError(f"The folder {JOBS} is for trainings; choose another name.")
     if run.folder is None:
         raise ValueError("There are no results to keep.")
+    if not run.library.keeps:
+        raise ValueError(
+            f"This viewer shows {run.library.root}, where it only reads. Start xattn app on a local "
+            f"folder to keep results."
+        )
     target = run.library.root / name
     try:
         run.library.root.mkdir(parents=True, exist_ok=True)

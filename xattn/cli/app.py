@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -18,7 +18,8 @@ class App:
     """Open the viewer: maps, attention, comparisons and training of a folder, in the browser."""
 
     root: Annotated[Path, tyro.conf.Positional] = Path("runs")
-    """A pack, or the folder of packs, comparisons, heads and jobs; made when something is kept there."""
+    """A pack, or the folder of packs, comparisons, heads and jobs; made when something is kept there. Of a
+    URL (s3://, gs://, hf://) packs and comparisons are shown, nothing is written there."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     host: str = "127.0.0.1"
     """Address to listen on; other machines need one of this machine's, or 0.0.0.0, and a password."""
@@ -49,6 +50,7 @@ class App:
             print(f"password: {self.set_password}; start with --password-file {self.set_password}")
             return
         from xattn.app.serving.server import Address, check_installed, check_open, serve
+        from xattn.runtime.stores import StorePath, place_of
 
         check_installed()
         address = Address(self.host, self.port)
@@ -58,7 +60,10 @@ class App:
 
             password = read_password(self.password_file)
         check_open(address, password is not None, self.no_password)
-        if self.root.exists() and not self.root.is_dir():
+        root = place_of(self.root, "root")
+        if isinstance(root, StorePath):
+            _check_root(root, self.demo)
+        elif root.exists() and not root.is_dir():
             raise ValueError(f"root: {self.root} is a file; name a folder")
         if self.data is not None and not self.data.is_dir():
             raise ValueError(f"data: {self.data} is no folder; name the folder of your photos")
@@ -68,13 +73,23 @@ class App:
         from xattn.app.state import Settings
 
         settings = Settings(
-            root=self.root,
+            root=root,
             model=self.model,
             password=password is not None,
-            training=address.loopback or password is not None,
+            training=isinstance(root, Path) and (address.loopback or password is not None),
             demo=self.demo,
             data=self.data,
             imports=imported(),
             annotations=self.annotations,
         )
         serve(settings, address, self.upload_mb, password, self.allow_host)
+
+
+def _check_root(root: Any, demo: bool) -> None:
+    """Refuse a folder of a store that is not there, or does not answer, before the server starts."""
+    if demo:
+        raise ValueError(f"demo: {root} is only read; give a local folder to make the demo pack in")
+    if not root.is_folder():
+        raise ValueError(
+            f"root: {root} is no folder; give the URL of a pack, or of a folder of packs"
+        )

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -42,11 +43,13 @@ class StorePath:
         url: as fsspec reads it, without a slash at the end.
         size: bytes of a file, where a listing has told them.
         mark: what shows that a file was replaced, where a listing has told it.
+        modified: when it was written, in Unix seconds, where a listing has told it.
     """
 
     url: str
     size: int | None = field(default=None, compare=False)
     mark: str = field(default="", compare=False)
+    modified: float = field(default=0.0, compare=False)
 
     def __str__(self) -> str:
         return self.url
@@ -90,6 +93,10 @@ class StorePath:
         """
         found = self._info()
         return self._described(found) if found is not None and found["type"] == "file" else None
+
+    def exists(self) -> bool:
+        """Whether there is a file of this name."""
+        return self.info() is not None
 
     def is_folder(self) -> bool:
         """Whether anything lies below."""
@@ -156,6 +163,19 @@ class StorePath:
                 files.append((parts, (self / "/".join(parts))._described(about)))
         return [file for _, file in sorted(files, key=lambda pair: pair[0])]
 
+    def entries(self) -> tuple[dict[str, StorePath], list[str]]:
+        """The files of this folder itself by name, and the names of its folders; hidden ones left out."""
+        try:
+            found = self._ask(
+                lambda fs, path, wait: _fresh(fs).ls(path, detail=True, **wait), 1 << 27
+            )
+        except FileNotFoundError:
+            return {}, []
+        named = [(about["name"].rstrip("/").rpartition("/")[2], about) for about in found]
+        shown = [(name, about) for name, about in named if name and not name.startswith(".")]
+        files = {n: (self / n)._described(about) for n, about in shown if about["type"] == "file"}
+        return files, sorted(n for n, about in shown if about["type"] == "directory")
+
     def _described(self, about: dict[str, Any]) -> StorePath:
         marks = (
             "ETag",
@@ -168,7 +188,9 @@ class StorePath:
             "created",
         )
         mark = next((str(about[name]) for name in marks if about.get(name)), "")
-        return StorePath(self.url, about.get("size"), mark)
+        times = (about.get(name) for name in ("LastModified", "created", "mtime"))
+        modified = next((time.timestamp() for time in times if isinstance(time, datetime)), 0.0)
+        return StorePath(self.url, about.get("size"), mark, modified)
 
     # ------------------------------------------------------------------ writing
 
@@ -237,10 +259,11 @@ def place_of(given: str | Path | StorePath, argument: str = "path") -> Path | St
         parts = urlsplit(f"file:///{rest}")
         return Path(url2pathname(unquote(parts.path)))
     if scheme not in _known_schemes():
-        if "://" not in str(given):  # a local folder whose name has a colon
+        kept = isinstance(given, str) and "://" not in given
+        if kept or Path(f"{match[1]}:").exists():  # a local folder whose name has a colon
             return Path(given)
         raise ValueError(
-            f"{argument}: got {given}, whose store {scheme}:// is not known; give s3://, gs://, hf://, or "
+            f"{argument}: got {scheme}://{rest}, whose store {scheme}:// is not known; give s3://, gs://, hf://, or "
             f"a local path"
         )
     if "::" in rest or not rest.strip("/"):

@@ -62,7 +62,7 @@ def _nothing(context: Context) -> None:
     with st.container(border=True):
         st.markdown("**There is no comparison yet.**")
         st.markdown("Measure several methods on your photos and this page shows who is ahead:")
-        output = shlex.quote(str(state.settings().root / "comparison"))
+        output = shlex.quote(str(state.settings().local_root / "comparison"))
         st.code(f"xattn compare PHOTOS --output {output}", language="sh", wrap_lines=True)
         st.caption("A folder of an earlier run can be put below the viewer's folder as it is.")
         pack_offer.offer()

@@ -11,12 +11,19 @@ from xattn.app.pages.train.form import NEW, form
 from xattn.app.pages.train.job_view import job_view
 from xattn.app.pages.train.jobs_table import jobs_table
 from xattn.app.state import Context, plain
+from xattn.runtime.stores import StorePath
 
 
 def page(context: Context) -> None:
     """The table of jobs, and below it the one that the URL names, or the form for a new one."""
     st.title("Train a head", anchor=False)
     settings = state.settings()
+    if isinstance(settings.root, StorePath):
+        st.info(
+            f"Training is off, because this viewer shows {plain(settings.root)}. Start xattn app on a "
+            "local folder to train."
+        )
+        return
     if not settings.training:
         st.info(
             "Training is off, because everybody in the network reaches this viewer without a "

@@ -1,0 +1,118 @@
+"""The viewer on a folder of an object store: what it lists, opens and refuses."""
+
+import pytest
+from conftest import upload
+from small_explanations import make
+
+from xattn.app import remote_library, state
+from xattn.app.remote_library import RemoteLibrary
+from xattn.cli import main
+from xattn.packs.contained_files import PackError
+from xattn.packs.writer import save_pack
+from xattn.runtime import stores
+from xattn.runtime.stores import place_of
+
+
+@pytest.fixture
+def root(tmp_path, bucket):
+    """The URL of a folder with a pack, a comparison, a damaged pack, and what is neither."""
+    save_pack(tmp_path / "runs/cats", [make("cat", 3), make("dog", 4, seed=1)])
+    save_pack(tmp_path / "runs/compared/pack", [make("owl", 3, seed=2)])
+    (tmp_path / "runs/compared/leaderboard.json").write_text("{}")
+    save_pack(tmp_path / "runs/broken", [make("cat")])
+    (tmp_path / "runs/broken/manifest.json").write_text('{"format": "xattn-pack", "version": 1}')
+    (tmp_path / "runs/notes").mkdir()
+    (tmp_path / "runs/notes/a.txt").write_text("a")
+    return upload(tmp_path / "runs", f"{bucket}/runs")
+
+
+@pytest.fixture(autouse=True)
+def impatient_library(monkeypatch):
+    monkeypatch.setattr(remote_library, "FRESH", 0.0)
+
+
+def test_packs_and_comparisons_are_listed_and_opened(root):
+    library = RemoteLibrary(place_of(root))
+    infos = {info.name: info for info in library.packs()}
+    assert list(infos) == ["broken", "cats", "compared"]
+    assert infos["broken"].problem and infos["cats"].problem is None
+    assert (infos["cats"].images, infos["cats"].entries, infos["cats"].methods) == (2, 2, ("head",))
+    pack = library.open(infos["cats"].id)
+    assert pack is library.open(infos["cats"].id) and pack.folder is None
+    assert pack.explanation(pack.entry_ids[0]).map.shape == (7, 5)
+    (comparison,) = library.comparisons()
+    assert comparison.pack_id == infos["compared"].id
+    assert library.read(comparison.id, "leaderboard.json") == b"{}"
+    assert library.signature(comparison.id, "leaderboard.json").size == 2
+    assert library.heads() == []
+    for unknown in ("../cats", "cats", "s3://bucket", None):
+        with pytest.raises(PackError, match="no such pack"):
+            library.open(unknown)
+    alone = RemoteLibrary(place_of(f"{root}/cats"))
+    assert [info.name for info in alone.packs()] == ["cats"]
+
+
+def test_a_pack_that_was_replaced_is_read_again(root, tmp_path):
+    library = RemoteLibrary(place_of(root))
+    pack_id = next(info.id for info in library.packs() if info.name == "cats")
+    before = library.open(pack_id)
+    upload(save_pack(tmp_path / "other", [make("fox", 3, seed=5)]), f"{root}/cats")
+    assert list(library.open(pack_id).images.index) == ["fox"] and len(before.images) == 2
+
+
+def test_a_store_that_stops_answering_is_named_in_the_list_and_its_packs_stay(
+    root, impatient, monkeypatch
+):
+    library = RemoteLibrary(place_of(root))
+    names = [info.name for info in library.packs()]
+
+    def silent(scheme):
+        raise ConnectionResetError("the line is cut")
+
+    monkeypatch.setattr(stores.StorePath, "_ask", lambda *a, **k: stored_error())
+    infos = library.packs()
+    assert [info.name for info in infos] == [*names, root]
+    assert "does not answer" in infos[-1].problem
+    nothing = RemoteLibrary(place_of(root))
+    assert [info.name for info in nothing.packs()] == [root]
+
+
+def stored_error():
+    raise stores.StoreError("s3://bucket does not answer (the line is cut)")
+
+
+def test_a_viewer_on_a_store_neither_trains_nor_writes(root, monkeypatch):
+    from streamlit.testing.v1 import AppTest
+
+    settings = state.Settings(root=place_of(root), training=False)
+    assert isinstance(
+        monkeypatch.setattr(state, "_settings", settings) or state.library(), RemoteLibrary
+    )
+
+    def train():
+        from xattn.app import state
+        from xattn.app.pages.train.page import page
+
+        page(state.Context(state.library()))
+
+    shown = AppTest.from_function(train, default_timeout=60).run()
+    assert not shown.exception
+    (info,) = shown.info
+    assert info.value.startswith("Training is off, because this viewer shows")
+    assert not state.library().keeps
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["memory://nothing/here"],
+            "root: memory://nothing/here is no folder; give the URL of a pack",
+        ),
+        (["memory://nothing/here", "--demo"], "demo: memory://nothing/here is only read"),
+        (["x3://bucket/runs"], "root: got x3://bucket/runs, whose store x3:// is not known"),
+    ],
+)
+def test_a_root_that_cannot_be_shown_is_refused_before_the_server_starts(words, said, capsys):
+    assert main(["app", *words, "--port", "0"]) == 2
+    assert said in capsys.readouterr().err
