@@ -62,7 +62,9 @@ class RemoteLibrary(Library):
     def newest(self) -> list[str]:
         """Ids of all packs, the newest first; none of them is read."""
         packs = self._look().packs.items()
-        found = [(-self._files[folder][MANIFEST].modified, pack_id) for pack_id, (folder, _) in packs]
+        found = [
+            (-self._files[folder][MANIFEST].modified, pack_id) for pack_id, (folder, _) in packs
+        ]
         return [pack_id for _, pack_id in sorted(found)]
 
     def read(self, comparison_id: str, name: str, limit: int = MAX_MANIFEST) -> bytes:

@@ -48,6 +48,7 @@ def test_packs_and_comparisons_are_listed_and_opened(root):
     for unknown in ("../cats", "cats", "s3://bucket", None):
         with pytest.raises(PackError, match="no such pack"):
             library.open(unknown)
+    assert sorted(library.newest()) == sorted(info.id for info in infos.values())
     alone = RemoteLibrary(place_of(f"{root}/cats"))
     assert [info.name for info in alone.packs()] == ["cats"]
 

@@ -171,10 +171,11 @@ class Explain(MethodArgs):
             self._tell(found.first, found.maps, output)
 
     def _output(self) -> AbstractContextManager[Output]:
-        from xattn.packs.format import FORMAT, MANIFEST
+        from xattn.packs.format import FORMAT, MANIFEST, is_pack_file
 
+        begins = f'"{FORMAT}"'.encode()
         return output_folder(
-            self.output, "runs/explained", self.overwrite, MANIFEST, f'"{FORMAT}"'.encode()
+            self.output, "runs/explained", self.overwrite, MANIFEST, begins, is_pack_file
         )
 
     def _is_volume_network(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -24,7 +24,12 @@ class Output(NamedTuple):
 
 @contextmanager
 def output_folder(
-    given: Path | None, default: str, overwrite: bool, whole: str, begins: bytes = b""
+    given: Path | None,
+    default: str,
+    overwrite: bool,
+    whole: str,
+    begins: bytes = b"",
+    owned: Callable[[str], bool] = lambda name: False,
 ) -> Iterator[Output]:
     """The folder to write to: ``given``, or ``default`` with a number if results are there already.
 
@@ -33,6 +38,7 @@ def output_folder(
     Args:
         whole: the file that results have once they are whole.
         begins: what stands near the beginning of that file if xattn wrote it.
+        owned: see :func:`xattn.runtime.uploads.upload`.
 
     Raises:
         ValueError: the folder ``given`` is a file, or holds results and ``overwrite`` was not asked for.
@@ -47,7 +53,7 @@ def output_folder(
             f"output: got {place}; several processes write to a folder that they share, give a local one"
         )
     check_remote_output(place, whole, overwrite, begins)
-    with uploaded(place, whole) as local:
+    with uploaded(place, whole, owned) as local:
         yield Output(local, place)
 
 

@@ -18,6 +18,7 @@ THUMBNAIL = r"thumbnails/[^/\\\0]+\.jpg"  # what a thumbnail may be named
 SHARD_FILE = re.compile(
     r"(?:entries|images)-[0-9]{5,9}\.parquet|(?:maps|thumbnails|features)-[0-9]{5,9}\.safetensors"
 )
+_OWNED = (MANIFEST, MAPS, FEATURES, VIDEO, "thumbnails", "overlays")
 SHARD_PHOTOS = 4096  # photos of a shard of format 2
 THUMBNAIL_SIDE, OVERLAY_SIDE = 512, 2048  # longest side in pixels
 
@@ -56,11 +57,15 @@ def check_output(folder: str | Path) -> Path:
     return folder
 
 
+def is_pack_file(name: str) -> bool:
+    """Whether a pack's writer replaces what has this name in its folder; all else is the user's."""
+    return name in _OWNED or SHARD_FILE.fullmatch(name) is not None
+
+
 def owned_files(folder: Path) -> list[str]:
     """The names in a pack that its writer replaces, of both formats; all else is the user's."""
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    shards = (name for name in names if SHARD_FILE.fullmatch(name))
-    return [MANIFEST, MAPS, FEATURES, VIDEO, "thumbnails", "overlays", *shards]
+    return [*_OWNED, *(name for name in names if SHARD_FILE.fullmatch(name))]
 
 
 def interrupted_output(folder: str | Path) -> Path:

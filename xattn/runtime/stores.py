@@ -263,8 +263,8 @@ def place_of(given: str | Path | StorePath, argument: str = "path") -> Path | St
         if kept or Path(f"{match[1]}:").exists():  # a local folder whose name has a colon
             return Path(given)
         raise ValueError(
-            f"{argument}: got {scheme}://{rest}, whose store {scheme}:// is not known; give s3://, gs://, hf://, or "
-            f"a local path"
+            f"{argument}: got {scheme}://{rest}, whose store {scheme}:// is not known; give s3://, gs://, "
+            f"hf://, or a local path"
         )
     if "::" in rest or not rest.strip("/"):
         raise ValueError(f"{argument}: got {given}; give {scheme}://BUCKET/FOLDER")

@@ -18,8 +18,10 @@ _WRITING = ".xattn-writing"  # there while an upload runs, and after one that fa
 
 
 @contextmanager
-def uploaded(place: StorePath, last: str) -> Iterator[Path]:
-    """Yield a local folder whose files are uploaded to ``place`` when the block ends.
+def uploaded(
+    place: StorePath, last: str, owned: Callable[[str], bool] = lambda name: False
+) -> Iterator[Path]:
+    """Yield a local folder whose files are uploaded to ``place`` when the block ends, see :func:`upload`.
 
     If the block or the upload fails, what there is stays in the local folder, and a warning or the error
     says where.
@@ -32,7 +34,7 @@ def uploaded(place: StorePath, last: str) -> Iterator[Path]:
     try:
         folder.mkdir()
         yield folder
-        upload(folder, place, last)
+        upload(folder, place, last, owned)
     except BaseException as error:
         if not any(file.is_file() for file in above.rglob("*")):
             shutil.rmtree(above)
@@ -44,22 +46,22 @@ def uploaded(place: StorePath, last: str) -> Iterator[Path]:
     shutil.rmtree(above)
 
 
-def upload(folder: Path, place: StorePath, last: str) -> None:
+def upload(folder: Path, place: StorePath, last: str, owned: Callable[[str], bool]) -> None:
     """Upload the files of a folder, ``last`` after all others; first of all an earlier one is removed.
 
-    Files of an earlier upload that have none in their place are removed, too, where they lie in a folder
-    that the new one has; others are left alone.
+    Args:
+        owned: tells by the first part of its name whether a file that is there is of earlier results:
+            those that nothing replaces are removed; others are left alone.
 
     Raises:
         StoreError: the store does not answer; the line names the local folder, which stays.
     """
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    folders = {name.partition("/")[0] for name in names if "/" in name}
     try:
         (place / _WRITING).write(b"xattn is writing here")
         (place / last).remove()
         there = [file.below(place) or "" for file in place.files()]
-        stale = [n for n in there if n not in names and n.partition("/")[0] in folders]
+        stale = [n for n in there if n not in names and owned(n.partition("/")[0])]
         others = [name for name in names if name != last]
         _each(lambda name: (place / name).put(folder / name), others)
         _each(lambda name: (place / name).remove(), stale)
