@@ -95,6 +95,8 @@ def _maps(pack: Pack) -> None:
     st.html(legends_html(legends(pack, pack.entries.index, look)))
     if note := blank_maps(pack, pack.entries.index[steps > 0]):
         st.warning(plain(note))
+    if before and now > 0 and st.button("Both steps in Two runs", key="sample.runs"):
+        state.go("runs", pack=pack.id, other=pack.id, by="step 0", by2=f"step {now}")
     opened = grid(
         cells, key="sample", label="Maps of the fixed photos", columns=1 + len(set(steps)), width=96
     )

@@ -1,4 +1,4 @@
-"""What a trained head is for: the page Live with it, and its mistakes."""
+"""What a trained head is for: the page Live with it, its mistakes, and a comparison with another run."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ def uses(jobs: Jobs, job: Job, context: Context, head: str | None) -> None:
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
     if bar.button("Try it in Live", type="primary", key="try", disabled=known is None):
         state.go("live", model=job.spec.model or None, head=known)
-    if bar.button("See its mistakes", key="mistakes"):
-        pack = _labelled(job, context)
-        if pack is not None:
-            state.go("mistakes", pack=pack)
-        st.session_state["_mistakes_of"] = job.id
+    for label, page in (
+        ("See its mistakes", "mistakes"),
+        ("Compare its held-out photos", "runs"),
+    ):
+        if bar.button(label, key=page):
+            pack = _labelled(job, context)
+            if pack is not None:
+                state.go(page, pack=pack)
+            st.session_state["_mistakes_of"] = job.id
     if st.session_state.get("_mistakes_of") == job.id:
         st.markdown(
             "**No pack of this job has true classes yet.** Make one of photos that it was not trained on, "
-            "and press *See its mistakes* again:"
+            "and press the button again:"
         )
         st.code(jobs.mistakes_line(job, folder), language="sh", wrap_lines=True)
         st.caption("--labels also takes a .csv or .json with the class of each photo.")

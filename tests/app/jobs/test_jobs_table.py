@@ -120,6 +120,20 @@ def test_mistakes_are_those_of_a_labelled_pack_or_of_a_command(
     button(page, "See its mistakes").click().run()
     (pack,) = state.library().packs()
     assert went == [("mistakes", {"pack": pack.id})]
+    button(page, "Compare its held-out photos").click().run()
+    assert went[1:] == [("runs", {"pack": pack.id})]
+
+
+def test_both_steps_of_the_sample_open_in_two_runs(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    went: list[Any] = []
+    monkeypatch.setattr(state, "go", lambda page, **params: went.append((page, params)))
+    small_pack(root / "first" / "sample", 2, ("step 0", "step 3"))
+    button(open_train(job="first"), "Both steps in Two runs").click().run()
+    (pack,) = state.library().packs()
+    both = {"pack": pack.id, "other": pack.id, "by": "step 0", "by2": "step 3"}
+    assert went == [("runs", both)]
 
 
 def test_a_head_that_is_there_opens_in_live(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
