@@ -30,7 +30,7 @@ FLAGS = (
 ).split()
 SIZE = {"width": 1280, "height": 900}
 MANY, WARM = 10_000, 1_000  # images of the two packs
-PAINT, TURN, CLICK, LIVE = 2.0, 0.5, 0.3, 0.15  # seconds that are allowed
+PAINT, TURN, CLICK, LIVE, STROKE = 2.0, 0.5, 0.3, 0.15, 0.3  # seconds that are allowed
 GROWTH = 50  # MB that the server may grow by over the views after the first tenth
 VIEWS = 500
 LIVE_BACKBONE, LIVE_HEAD = "tf_efficientnet_lite0", "ttame-efficientnet-lite0"
@@ -58,6 +58,21 @@ _WATCH = """key => {
     look();
   }, { capture: true, once: true }));
 }""".replace("READY", _READY)
+
+# From the end of a stroke to the first frame in which the network's answer is another one.
+_WATCH_STROKE = """() => {
+  const said = () => document.querySelector(".answers")?.textContent;
+  const before = said();
+  window.xattnTook = new Promise((resolve, reject) => addEventListener("pointerup", event => {
+    const look = () => {
+      const took = performance.now() - event.timeStamp;
+      if (said() !== before) resolve(took / 1000);
+      else if (took > 30000) reject(new Error("no other answer after 30 s"));
+      else requestAnimationFrame(look);
+    };
+    look();
+  }, { capture: true, once: true }));
+}"""
 
 
 def chromium() -> str | None:
@@ -243,6 +258,32 @@ def live(page: Any, address: str, photo: Path, rounds: int) -> tuple[list[float]
     return in_page, alone
 
 
+def strokes(page: Any, address: str, root: Path, photo: Path, rounds: int) -> list[float]:
+    """Seconds from the end of a stroke on the page What if to the network's new answer."""
+    from xattn.backbone import load_backbone
+    from xattn.explaining.photos import explain
+
+    backbone = load_backbone(LIVE_BACKBONE, weights="package")
+    explain(photo, backbone, explainer="gradcam", output=root / "painted", overlays=False)
+    page.goto(f"{address}/whatif?pack={_packs(root)['painted']}")
+    canvas = page.locator(".brush .canvas")
+    canvas.wait_for()
+    page.locator(".answers").wait_for()
+    took = []
+    for turn in range(rounds + 1):
+        page.wait_for_timeout(700)
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        x = box["x"] + box["width"] * (turn + 1) / (rounds + 2)
+        page.mouse.move(x, box["y"] + 0.2 * box["height"])
+        page.mouse.down()
+        page.mouse.move(x, box["y"] + 0.8 * box["height"], steps=5)
+        page.evaluate(_WATCH_STROKE)
+        page.mouse.up()
+        took.append(float(page.evaluate("() => window.xattnTook")))
+    return took[1:]  # the first pass of a network takes longer
+
+
 # ---------------------------------------------------------------------- all of them
 
 
@@ -281,6 +322,8 @@ def bench(
             more = [a - b for a, b in zip(took, alone, strict=True)]
             label = f"live explanation with {LIVE_BACKBONE}, above the library call"
             yield _line(label, more, LIVE)
+            took = strokes(page, address, folder / "root", photo, rounds)
+            yield _line(f"stroke on the page What if, {LIVE_BACKBONE}", took, STROKE)
             context.close()
 
 

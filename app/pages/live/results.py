@@ -117,6 +117,8 @@ def _summary(context: Context, run: LiveRun, pack: Pack) -> None:
     )
     if line.button("Open in the gallery", key="open", type="tertiary"):
         state.go("gallery", pack=pack.id)
+    if line.button("What if", key="live_whatif", type="tertiary", help="Hide a part of the photo"):
+        state.go("whatif", pack=pack.id, image=str(pack.images.index[0]))
     with line.popover("Keep as a pack"):
         name = st.text_input("Name", key="keep_name", placeholder="my photos", max_chars=80)
         st.caption("Becomes a folder beside the other packs.")

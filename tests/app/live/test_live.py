@@ -26,6 +26,7 @@ from xattn.app.live.run import LiveRun, Request
 from xattn.app.live.saving import keep
 from xattn.app.live.uploads import Upload
 from xattn.app.pages.live import controls, results
+from xattn.app.pages.whatif import answer
 from xattn.app.pictures import film
 from xattn.app.synthetic_packs import picture
 from xattn.cli.model import BackboneArgs
@@ -95,6 +96,15 @@ def test_maps_are_those_of_the_library(jobs, library):
         for entry_id, e in zip(found.index, expected, strict=True):
             np.testing.assert_allclose(pack.explanation(entry_id).map, e.map, atol=1e-6)
     assert list(pack.images["file_name"]) == ["photo 0.png", "photo 1.png", "photo 2.png"]
+
+
+def test_the_page_what_if_finds_the_network_of_a_result(jobs, library):
+    pack = library.open(run(jobs, library).pack_id)
+    loaded = models.backbone_of(pack)
+    seen = answer.seen(pack, str(pack.images.index[0]), loaded)
+    own = pack.entries.iloc[0]
+    # The pack holds the photo as a JPEG.
+    assert float(seen.answer[int(own["target"])]) == pytest.approx(own["probability"], rel=0.05)
 
 
 def test_the_pack_is_outside_the_root_and_in_no_list(jobs, library):

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("streamlit")
 
 from conftest import opened
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xattn.app import models, state
@@ -96,7 +96,7 @@ def half(raster=SIZE) -> masks.Mask:
 # ---------------------------------------------------------------------- masks
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.randoms(use_true_random=False))
+@given(st.integers(1, 12), st.integers(1, 12), st.randoms(use_true_random=False))
 def test_a_mask_comes_back_as_it_was_sent(rows, columns, random):
     mask = np.array([[random.random() < 0.5 for _ in range(columns)] for _ in range(rows)])
     sent = {"rows": rows, "columns": columns, "bits": masks.encoded(mask)}
@@ -123,6 +123,31 @@ def test_a_mask_of_another_size_or_form_is_refused_in_a_sentence(sent, words):
     with pytest.raises(ValueError, match="mask: got .*; give 4 x 6 bits in base64") as error:
         masks.decoded(sent, (4, 6))
     assert words in str(error.value) and len(str(error.value)) < 120
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=500)
+@given(
+    ANYTHING
+    | st.fixed_dictionaries(
+        {
+            "rows": st.just(4) | ANYTHING,
+            "columns": st.just(6) | ANYTHING,
+            "bits": st.text(min_size=4, max_size=4) | ANYTHING,
+        }
+    )
+)
+def test_whatever_a_browser_sends_is_a_mask_or_a_short_sentence(sent):
+    try:
+        assert masks.decoded(sent, (4, 6)).shape == (4, 6)
+    except ValueError as error:
+        assert str(error).startswith("mask: got ") and len(str(error)) < 120
 
 
 def test_a_raster_is_the_input_or_smaller_in_its_shape():
@@ -295,6 +320,23 @@ def test_a_pack_whose_network_is_not_at_hand_says_which_command_loads_it(tmp_pat
     monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))
     app = opened(script)
     assert "The maps of this pack explain made up. " in words(app)
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(2000, marks=pytest.mark.slow)])
+def test_any_address_opens_the_page_or_is_a_sentence(pack, count):
+    @settings(max_examples=count, deadline=None)
+    @given(
+        st.dictionaries(
+            st.sampled_from(["image", "method", "class", "fill", "paint", "view", "entry", "pack"]),
+            st.sampled_from(["photo-1", "rollout", "kept", "blur", "281", "../../etc/passwd"])
+            | st.text(max_size=30),
+        )
+    )
+    def opens(params):
+        app = opened(script, **params)
+        assert app.subheader or app.error or app.warning
+
+    opens()
 
 
 def test_an_unknown_photo_is_a_sentence(pack):
