@@ -55,6 +55,10 @@ color:inherit}
 [data-testid=stMultiSelectTagsContainer]{flex-wrap:wrap;height:auto;min-width:0;flex:1;
 overflow:visible;mask-image:none}
 [data-testid=stMultiSelect] [data-tag]{max-width:100%}
+.st-key-gallery-chips [data-testid=stBaseButton-secondary]{min-height:1.9rem;padding:.1rem .7rem;
+border-radius:1rem;border-color:transparent;background:color-mix(in srgb,var(--accent) 14%,transparent)}
+.st-key-gallery-chips [data-testid=stBaseButton-secondary]:hover{border-color:var(--accent)}
+.st-key-gallery-histogram [data-testid=stElementToolbar]{display:none}
 /* Streamlit draws an empty radio button in the colour of borders, below a contrast of 3 on both grounds. */
 [data-testid=stRadioOption]:not([data-selected])>div>div:first-child{border-color:var(--quiet)}
 /* A list is as wide as its box, which cuts off what is longer. */

@@ -275,7 +275,7 @@ class MapsTable:
 
     def _fill(self, pack: Pack) -> None:
         """Copy the pack, then close the database to every other file."""
-        files = pack.parquet() if hasattr(pack, "parquet") else None
+        files = pack.parquet()
         if files is None:
             entries = _from_frame(pack.entries.reset_index(), ENTRY, self._metrics)
             images = _from_frame(pack.images.reset_index(), IMAGE, {})

@@ -38,6 +38,7 @@ RATINGS = (
 )
 MOST_TAGS = 50  # that a view asks for
 ORDERS = ("asc", "desc")
+BINS = 32  # of a histogram
 SEARCH_LENGTH = 200  # characters
 LONGEST_TEXT = 8000  # of a view in another page's URL, in characters
 
@@ -190,6 +191,32 @@ def selected(pack: Pack, view: View) -> Selection:
 @st.cache_resource(max_entries=16, show_spinner=False)
 def _selected(_pack: Pack, key: str, view: View, _marked: Collection[str] | None) -> Selection:
     return Selection(table(_pack), view, _marked)
+
+
+def histogram(pack: Pack, view: View) -> list[int]:
+    """Numbers of the maps that a view without its range selects, over ``BINS`` equal parts of its
+    measure's range; one number where all values are equal."""
+    everywhere = replace(
+        view, page=1, show="", size=0, low=None, high=None, sort="pack", order="asc"
+    )
+    revision, marked = tag_files.filtered(pack, view) or ("", None)
+    return _histogram(pack, f"{pack.id} {pack.version} {revision}", everywhere, marked)
+
+
+@st.cache_resource(max_entries=64, show_spinner=False)
+def _histogram(_pack: Pack, key: str, view: View, _marked: Collection[str] | None) -> list[int]:
+    own = table(_pack)
+    measure, column = own.choices.measures[view.measure], own.column(view.measure)
+    where, parameters = _where(own, view, _marked)
+    bins = BINS if measure.high > measure.low else 1
+    counts = [0] * bins
+    for i, count in own.answer(
+        f"SELECT least(CAST(floor(({column} - ?) / ? * ?) AS INTEGER), ?), count(*) FROM maps "
+        f"WHERE {where} AND {column} IS NOT NULL GROUP BY 1",
+        [measure.low, (measure.high - measure.low) or 1, bins, bins - 1, *parameters],
+    ):
+        counts[i] += count
+    return counts
 
 
 def neighbours(pack: Pack, view: View, image_id: str) -> tuple[str | None, str | None, int, int]:

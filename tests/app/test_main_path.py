@@ -115,7 +115,7 @@ def test_the_menu_leads_back_to_the_filtered_gallery(root, address, open_page):
         page.wait_for_url(re.compile(where))
     page.get_by_text("1 map, filtered from 3", exact=True).wait_for()
     assert "sort=name" in page.url
-    page.get_by_role("button", name="Clear filters").click()
+    page.get_by_role("button", name="Clear all").click()
     page.wait_for_function("() => !location.search.includes('q=')")
     page.get_by_role("link", name="Compare").first.click()
     page.wait_for_url(re.compile("/compare"))

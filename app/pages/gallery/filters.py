@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,18 @@ from xattn.app.navigation import selection
 from xattn.app.navigation.maps_table import SORTS
 from xattn.app.navigation.selection import ALL, MAPS, RIGHT, SIZES, Choices, View
 from xattn.app.pages.gallery import marking
-from xattn.app.pages.gallery.widgets import KEY, from_widgets, restart
-from xattn.app.state import plain
+from xattn.app.pages.gallery.histogram import histogram
+from xattn.app.pages.gallery.widgets import KEY, from_widgets, new_range, restart, typed_range
+from xattn.app.state import plain, short
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
+
+IN_POPOVER = (
+    *("label", "predicted", "right", "maps", "measure", "low", "high", "size"),
+    *("tag", "rating", "note"),
+)
+CLASS_ORDERS = {"photos": "Most photos first", "name": "By name"}
 
 
 def toolbar(pack: Pack, view: View, choices: Choices) -> View:
@@ -35,9 +43,15 @@ def toolbar(pack: Pack, view: View, choices: Choices) -> View:
     _choice(bar.selectbox, "Sort by", choices.sorts, "sort", width=180)
     orders = _order_names(st.session_state[f"{KEY}sort"])
     _choice(bar.selectbox, "Order", orders, "order", width=150)
-    with bar.popover(f"Filters ({view.filters})" if view.filters else "Filters"):
-        _filters(choices)
-        marking.filters(pack, view.tag)
+    popover = bar.popover("Filters", key=f"{KEY}filters", on_change="rerun")
+    for name in ("classes", *IN_POPOVER):
+        # The values of widgets that are not there would be forgotten, and those of the browser may be old.
+        if (key := KEY + name) in st.session_state:
+            st.session_state[key] = st.session_state[key]
+    if popover.open:
+        with popover:
+            _filters(pack, choices)
+            marking.filters(pack, view.tag)
     return from_widgets(choices)
 
 
@@ -46,7 +60,18 @@ def _choice(
 ) -> None:
     """A widget to choose from ``{value: name}``; another choice starts at the first page."""
     options, name = list(names), names.__getitem__
-    widget(label, options, key=KEY + key, format_func=name, on_change=restart, **rest)
+    rest = {"on_change": restart, **rest}
+    widget(label, options, key=KEY + key, format_func=name, **rest)
+
+
+def _counted(classes: Mapping[str, str], photos: Mapping[str, int]) -> dict[str, str]:
+    """Classes with their numbers of photos, in the order that was chosen."""
+    keys = list(classes)
+    if st.session_state.get(f"{KEY}classes") != "name":
+        keys.sort(key=lambda key: -photos[key])
+    times = Counter(map(short, classes.values()))
+    names = {key: short(name) if times[short(name)] == 1 else name for key, name in classes.items()}
+    return {key: f"{names[key]} ({photos[key]:,})" for key in keys}
 
 
 def _method_name(method: str, choices: Choices) -> str:
@@ -63,21 +88,31 @@ def _order_names(sort: str) -> dict[str, str]:
     return {"asc": "Lowest first", "desc": "Highest first"}
 
 
-def _filters(choices: Choices) -> None:
-    for name, title, classes in (
-        ("label", "True class", choices.labels),
-        ("predicted", "Predicted class", choices.predicted),
-    ):
-        if classes:
-            _choice(st.multiselect, title, classes, name, placeholder="Any class")
+def _filters(pack: Pack, choices: Choices) -> None:
+    of_classes = {"label": choices.labels, "predicted": choices.predicted}
+    if any(len(classes) > 1 for classes in of_classes.values()):
+        st.segmented_control(
+            "Order of classes",
+            list(CLASS_ORDERS),
+            default="photos",
+            key=f"{KEY}classes",
+            format_func=CLASS_ORDERS.__getitem__,
+            required=True,
+            label_visibility="collapsed",
+        )
+    for name, title in (("label", "True class"), ("predicted", "Predicted class")):
+        if of_classes[name]:
+            counted = _counted(of_classes[name], choices.photos[name])
+            _choice(st.multiselect, title, counted, name, placeholder="Any class")
     if choices.judged:
-        _choice(st.radio, "Prediction", RIGHT, "right")
+        _choice(st.radio, "Prediction", RIGHT, "right", horizontal=True)
     if choices.several:
-        _choice(st.radio, "Maps of a photo", MAPS, "maps")
+        _choice(st.radio, "Maps of a photo", MAPS, "maps", horizontal=True)
     if choices.measures:
         names = {key: measure.name for key, measure in choices.measures.items()}
-        _choice(st.selectbox, "Range of", names, "measure")
+        _choice(st.selectbox, "Range of", names, "measure", on_change=new_range)
         measure = choices.measures[st.session_state[f"{KEY}measure"]]
+        histogram(pack, from_widgets(choices), measure)
         low, high = st.columns(2)
         for column, name, title, end in (
             (low, "low", "From", measure.low),
@@ -89,7 +124,7 @@ def _filters(choices: Choices) -> None:
                 value=None,
                 placeholder=f"{end:.4g}",
                 format="%g",
-                on_change=restart,
+                on_change=typed_range,
             )
         if measure.higher_is_better is not None:
             better = "Higher" if measure.higher_is_better else "Lower"

@@ -15,6 +15,7 @@ from xattn.app.navigation import address, last_view, selection
 from xattn.app.navigation.selection import NAMES, Choices, Selection, View
 from xattn.app.pages.gallery import exports, marking
 from xattn.app.pages.gallery.cells import cell, look_of
+from xattn.app.pages.gallery.chips import chips
 from xattn.app.pages.gallery.filters import toolbar
 from xattn.app.pages.gallery.widgets import KEY, clear, from_widgets, go_to, to_widgets
 from xattn.app.pictures.rendering import blank_maps, legends
@@ -40,6 +41,7 @@ def page(context: Context) -> None:
     marking.check(pack)
     keyboard.say()
     view = toolbar(pack, view, table.choices)
+    chips(view, table.choices)
     found = selection.selected(pack, view)
     count = selection.pages(found.count, view.size)
     beyond = view.page > count
@@ -175,8 +177,6 @@ def _line(
         text += f", filtered from {selection.selected(pack, view.unfiltered()).count:,}"
     line = st.container(horizontal=True, vertical_alignment="center", gap="small")
     line.caption(text, width="content")
-    if view.filters:
-        line.button("Clear filters", key=f"{KEY}clear", on_click=clear, type="tertiary")
     line.space("stretch")
     marking.tools(line, pack, list(dict.fromkeys(shown)), found)
     look_control(line, KEY, styles=STYLES | {"photo": "Photo"}, style="show")

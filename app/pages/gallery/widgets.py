@@ -42,3 +42,35 @@ def restart() -> None:
 def clear() -> None:
     """No filter; the next run reads the widgets from these values."""
     to_widgets(View(), selection.UNFILTERED)
+    new_range()
+
+
+def drop(name: str, value: str) -> None:
+    """Take one filter away: a class by its key, else the whole filter."""
+    if name in ("label", "predicted", "tag"):
+        kept = [key for key in st.session_state[KEY + name] if key != value]
+        st.session_state[KEY + name] = kept
+        restart()
+    elif name == "measure":
+        new_range()
+    else:
+        to_widgets(View(), [name])
+        restart()
+
+
+def new_range() -> None:
+    """No range, and no brush."""
+    to_widgets(View(), ("low", "high"))
+    typed_range()
+
+
+def typed_range() -> None:
+    """A range that no brush shows any more."""
+    turn = f"{KEY}brush"
+    st.session_state[turn] = st.session_state.get(turn, 0) + 1
+    restart()
+
+
+def brush_key(measure: str) -> str:
+    """The key of a measure's histogram; another one after each range that was typed."""
+    return f"{KEY}brush {measure} {st.session_state.get(f'{KEY}brush', 0)}"

@@ -3,6 +3,7 @@
 import math
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("streamlit")
@@ -173,6 +174,22 @@ def test_search_finds_true_and_predicted_class(pack, table):
     ]
     assert set(wanted.index) <= set(rows["image_id"])
     assert not len(shown(table, q="trilobite zebra"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"label": ("1", "2")}, {"low": 0.5, "q": "photo"}])
+def test_a_histogram_counts_the_maps_of_a_view_without_its_range(pack, table, changes):
+    view = replace(defaults(table.choices), measure="ROAD", **changes)
+    found = Selection(table, replace(view, low=None)).rows()["measure:ROAD"]
+    measure = table.choices.measures["ROAD"]
+    wanted, _ = np.histogram(found, selection.BINS, (measure.low, measure.high))
+    assert selection.histogram(pack, view) == wanted.tolist()
+
+
+def test_missing_values_are_in_no_bar(odd):
+    view = replace(defaults(selection.table(odd).choices), measure="AD@50")
+    counts = selection.histogram(odd, view)
+    assert sum(counts) == 4
+    assert (counts[0], counts[-1]) == (1, 1)
 
 
 def test_two_classes_of_one_name_are_told_apart():

@@ -47,6 +47,12 @@ def run(**params):
     return checked(app.run())
 
 
+def opened_filters(app):
+    """The page with its popover of filters open."""
+    app.session_state["gallery.filters"] = True
+    return checked(app.run())
+
+
 def checked(app):
     assert not app.exception
     return app
@@ -106,6 +112,7 @@ def test_a_url_restores_every_widget():
         high="0.9",
     )
     assert not app.warning
+    opened_filters(app)
     assert app.selectbox(key="gallery.method").value == "random"
     assert app.selectbox(key="gallery.sort").value == "ROAD"
     assert app.selectbox(key="gallery.order").value == "desc"
@@ -220,7 +227,65 @@ def test_clearing_the_filters_keeps_the_order():
     app = run(sort="ROAD", right="wrong", measure="ROAD", low="0.5")
     checked(app.button(key="gallery.clear").click().run())
     assert app.query_params == {"pack": pack_id("first"), "sort": "ROAD"}
+    assert opened_filters(app).number_input(key="gallery.low").value is None
+
+
+FILTERED = {
+    "sort": "ROAD",
+    "q": "photo",
+    "label": ["1", "2"],
+    "right": "right",
+    "measure": "ROAD",
+    "low": "0.05",
+}
+
+
+def chips(app):
+    """What the chips say, with their buttons."""
+    buttons = [b for b in app.button if (b.key or "").startswith("gallery.chip ")]
+    return {button.label.replace("\\", ""): button for button in buttons}
+
+
+def test_each_filter_is_a_chip_that_takes_it_alone_away():
+    app = run(**FILTERED)
+    said = ["“photo”", "true: great white shark", "true: hen", "Right", "ROAD: from 0.05"]
+    assert list(chips(app)) == said
+    checked(chips(app)["true: hen"].click().run())
+    assert app.query_params["label"] == "1"
+    for text, name in (("“photo”", "q"), ("Right", "right"), (said[-1], "low")):
+        checked(chips(app)[text].click().run())
+        assert name not in app.query_params
+    checked(chips(app)["true: great white shark"].click().run())
+    assert not chips(app)
+    assert app.query_params == {"pack": pack_id("first"), "sort": "ROAD"}
+    assert len(cells(app)) == 24
+
+
+def test_a_chip_begins_at_the_first_page():
+    app = run(q="photo", page="2")
+    checked(chips(app)["“photo”"].click().run())
+    assert "page" not in app.query_params
+
+
+def test_classes_are_listed_with_their_photos_the_most_frequent_first_or_by_name():
+    app = opened_filters(run())
+    counts = frame("first").images["predicted_name"].value_counts()
+    shown = app.multiselect(key="gallery.predicted").options
+    assert shown[0].endswith(f"({counts.max()})") and shown[-1].endswith(f"({counts.min()})")
+    assert f"tench ({counts['tench, Tinca tinca']})" in shown
+    labels = app.multiselect(key="gallery.label").options
+    numbers = [int(text.rpartition("(")[2][:-1]) for text in labels]
+    assert numbers == sorted(numbers, reverse=True) and len(set(numbers)) > 1
+    checked(app.button_group(key="gallery.classes").set_value("name").run())
+    labels = app.multiselect(key="gallery.label").options
+    assert labels == sorted(labels)
+
+
+def test_another_measure_has_no_range_yet():
+    app = opened_filters(run(measure="ROAD", low="0.5"))
+    checked(app.selectbox(key="gallery.measure").select("AD@50").run())
     assert app.number_input(key="gallery.low").value is None
+    assert "low" not in app.query_params
 
 
 def test_names_are_data_and_never_markup():
