@@ -12,7 +12,7 @@ from xattn.packs.sharded.columns import MAX_TEXT, by_dictionary
 from xattn.packs.sharded.parquet_pages import Bounds, check_pages
 
 MAX_FILE = 64 << 20  # bytes of a Parquet file
-MAX_ROWS = 1 << 20  # of a file
+MAX_ROWS = 1 << 18  # of a file
 MAX_GROUPS = 256  # row groups of a file
 MAX_COLUMN = 32 << 20  # decompressed bytes of a column of a row group
 MAX_DECODED = 128 << 20  # decompressed bytes of what is read at once
@@ -34,6 +34,8 @@ class CheckedParquet:
     """
 
     def __init__(self, data: bytes, schema: pa.Schema, rows: int, unique: str) -> None:
+        if rows > MAX_ROWS:
+            raise ValueError(f"it has {rows:,} rows, over the limit of {MAX_ROWS:,}")
         self._data, self._schema = data, schema
         self._by_dictionary = by_dictionary(schema, unique)
         self._file = _arrow(self._opened)
@@ -151,6 +153,6 @@ def _arrow(call: Callable[[], Any]) -> Any:
     """``call()``, whose errors become a ``ValueError`` of one line."""
     try:
         return call()
-    except (pa.ArrowException, OSError, MemoryError, OverflowError) as error:
+    except (pa.ArrowException, OSError, MemoryError, OverflowError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"it is no readable Parquet file ({reason})") from None

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from xattn.packs.sharded.columns import MAX_TEXT
 
+MAX_BYTES = 128 << 20  # of all ids of a kind
 _FACTORS = np.frombuffer(secrets.token_bytes(8 * MAX_TEXT), np.uint64)
 
 
@@ -23,11 +24,13 @@ class Ids(Sequence[str]):
     """The ids of all rows, shard by shard; ``row`` finds one.
 
     Raises:
-        ValueError: an id comes twice.
+        ValueError: an id comes twice, or they are too many.
     """
 
     def __init__(self, shards: Sequence[pa.ChunkedArray]) -> None:
         chunks = [chunk for shard in shards for chunk in shard.chunks if len(chunk)]
+        if sum(chunk.nbytes for chunk in chunks) > MAX_BYTES:
+            raise ValueError(f"its ids have more than {MAX_BYTES:,} bytes")
         self.texts = pa.chunked_array(chunks, pa.string())
         marks = np.concatenate([_fingerprints(chunk) for chunk in chunks])
         self._rows = np.argsort(marks, kind="stable").astype(np.int32)

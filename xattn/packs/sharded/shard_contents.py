@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from xattn.packs.contained_files import PackError, PackFolder, why
+from xattn.packs.contained_files import AGAIN, PackError, PackFolder, why
 from xattn.packs.contents import MAX_THUMBNAIL, Contents, Entry, PhotoFacts, no_such
 from xattn.packs.format import MANIFEST
 from xattn.packs.manifest import MAX_CURVE, MAX_TOP, DamagedFile, skipped_of
@@ -79,21 +79,21 @@ class ShardContents(Contents):
         if (table := self._recent.get(key)) is None:
             table = self._read("entries", shard, ["entry_id", "image_id"])
             self._recent.put(key, table, table.nbytes)
-        own = pc.equal(table["image_id"].cast(pa.string()), image_id)
-        return table["entry_id"].filter(own).to_pylist()  # type: ignore[no-any-return]
+        rows = [_equal(chunk, image_id) for chunk in table["image_id"].chunks]
+        return table["entry_id"].filter(pa.chunked_array(rows, pa.bool_())).to_pylist()  # type: ignore[no-any-return]
 
     def entry(self, entry_id: str) -> Entry:
         i = _row(self._entry_rows, entry_id, "map")
         row = self._row("entries", i, self._entry_ends)
         if row["entry_id"] != entry_id:
-            raise DamagedFile(MANIFEST, "it has changed since it was opened")
+            raise _damaged(MANIFEST, "it has changed since it was opened")
         curves = {
             name.removeprefix(CURVE_OF): values
             for name, values in row.items()
             if name.startswith(CURVE_OF) and values
         }
         if any(len(values) > MAX_CURVE for values in curves.values()):
-            raise DamagedFile(MANIFEST, f"a curve has more than {MAX_CURVE:,} values")
+            raise _damaged(MANIFEST, f"a curve has more than {MAX_CURVE:,} values")
         return Entry(
             row=i,
             id=entry_id,
@@ -116,10 +116,10 @@ class ShardContents(Contents):
         i = _row(self._image_rows, image_id, "image")
         row = self._row("images", i, self._image_ends)
         if row["image_id"] != image_id or len(row["top"]) > MAX_TOP:
-            raise DamagedFile(MANIFEST, "a photo is not what it was")
+            raise _damaged(MANIFEST, "a photo is not what it was")
         top = [(c["class"], self._shown(c["name"]), c["probability"]) for c in row["top"]]
         if not all(c >= 0 and 0 <= p <= 1 for c, _, p in top):
-            raise DamagedFile(MANIFEST, "an image's top class is no class")
+            raise _damaged(MANIFEST, "an image's top class is no class")
         name = row["label_name"]
         return PhotoFacts(
             row=i,
@@ -152,13 +152,13 @@ class ShardContents(Contents):
         ends = self._thumbnail_places(shard)
         begin, end = int(ends[row]), int(ends[row + 1])
         if file is None or not 0 < end - begin <= MAX_THUMBNAIL:
-            raise DamagedFile(MANIFEST, f"the picture of {photo.image_id[:60]} is not there")
+            raise _damaged(MANIFEST, f"the picture of {photo.image_id[:60]} is not there")
         try:
             return self._tensor(file, int(ends[-1]), begin, end)
         except (ValueError, OSError) as error:
             if isinstance(error, PackError):
                 raise
-            raise DamagedFile(file.name, why(error)) from None
+            raise _damaged(file.name, why(error)) from None
 
     def stored_photo(self, image_id: str) -> StoredPhoto | None:
         photo = self.photo(image_id)
@@ -289,7 +289,7 @@ class ShardContents(Contents):
         for shard in self._manifest.shards:
             for file in shard:
                 if file is not None and (size := self._files.size(file.name)) != file.size:
-                    raise DamagedFile(file.name, f"it has {size:,} bytes, not {file.size:,}")
+                    raise _damaged(file.name, f"it has {size:,} bytes, not {file.size:,}")
 
     @contextmanager
     def _damage(self, name: str) -> Iterator[None]:
@@ -299,16 +299,26 @@ class ShardContents(Contents):
         except PackError:
             raise
         except (ValueError, OSError, MemoryError) as error:
-            raise DamagedFile(name, why(error)) from None
+            raise _damaged(name, why(error)) from None
 
     def _shown(self, text: str) -> str:
         return text if self._trusted else visible(text)
+
+
+def _damaged(file: str, reason: str) -> DamagedFile:
+    message = f"The file {file} of this pack is damaged: {reason}; copy the pack again, or {AGAIN}"
+    return DamagedFile(file, reason, message)
 
 
 def _place(i: int, ends: NDArray[np.int64]) -> tuple[int, int]:
     """The shard of row ``i`` of all, and its row there."""
     shard = int(np.searchsorted(ends, i, "right"))
     return shard, i - (int(ends[shard - 1]) if shard else 0)
+
+
+def _equal(texts: pa.DictionaryArray, value: str) -> pa.BooleanArray:
+    """Which texts equal ``value``; they are not written out."""
+    return pc.equal(texts.indices, pa.scalar(pc.index(texts.dictionary, value).as_py(), pa.int32()))
 
 
 def _row(ids: Ids, id: Any, what: str) -> int:

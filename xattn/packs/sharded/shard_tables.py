@@ -15,19 +15,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from xattn.packs.contained_files import PackError
 from xattn.packs.sharded.columns import METRIC
 from xattn.packs.sharded.ids import Ids
 from xattn.packs.sharded.manifest_shards import ShardManifest
 from xattn.packs.sharded.shard_rows import is_value, numbers
 from xattn.runtime.display_text import visible
 
-MAX_TEXTS = 256 << 20  # bytes of texts of a table
+MAX_ROWS = 1_500_000  # of a table
+MAX_TEXTS = 64 << 20  # bytes of texts of a table
+TOO_LARGE = "ask for its rows by Pack.parquet(), or split the pack"
 _Read = Callable[[Sequence[str]], Iterable[pa.Table]]
 _SHARED = ("method", "target_name")
 
 
 def entry_table(read: _Read, ids: Ids, manifest: ShardManifest) -> pd.DataFrame:
     """See :attr:`xattn.packs.reader.Pack.entries`; ``read`` gives columns shard by shard."""
+    _check_rows(len(ids), "maps")
     metrics = {METRIC + metric.key: metric.key for metric in manifest.metrics}
     plain = ("target", "probability", "is_mask", "sanity", "min", "max", *metrics)
     columns = ("image_id", *_SHARED, "protocol", *plain)
@@ -59,6 +63,7 @@ def entry_table(read: _Read, ids: Ids, manifest: ShardManifest) -> pd.DataFrame:
 
 def image_table(read: _Read, ids: Ids) -> pd.DataFrame:
     """See :attr:`xattn.packs.reader.Pack.images`; ``read`` gives columns shard by shard."""
+    _check_rows(len(ids), "photos")
     kinds = {
         "file_name": "plain", "title": "plain", "label": "objects", "label_name": "shared",
         "predicted": "objects", "predicted_name": "shared", "confidence": "", "right": "objects",
@@ -73,6 +78,13 @@ def image_table(read: _Read, ids: Ids) -> pd.DataFrame:
     return _table(made, _index(ids, "image_id"))
 
 
+def _check_rows(count: int, what: str) -> None:
+    if count > MAX_ROWS:
+        raise PackError(
+            f"This pack has {count:,} {what}, a table at most {MAX_ROWS:,}; {TOO_LARGE}"
+        )
+
+
 class _Texts:
     """Columns of shards as arrays; equal values of all shards are one object."""
 
@@ -82,11 +94,10 @@ class _Texts:
 
     def plain(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         """Texts that seldom repeat, in Arrow's memory."""
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(pa.string())
-        self._bytes += column.nbytes
-        if self._bytes > MAX_TEXTS:
-            raise ValueError(f"pack: its names have more than {MAX_TEXTS:,} bytes")
+        for chunk in column.chunks:
+            lengths = pc.binary_length(chunk.dictionary).take(chunk.indices)
+            self._count(pc.sum(lengths).as_py() or 0)
+        column = column.cast(pa.string())
         printable = pc.utf8_is_printable(column)
         if pc.all(printable).as_py() is False:
             column = pa.chunked_array([[visible(text) for text in column.to_pylist()]], pa.string())
@@ -104,10 +115,18 @@ class _Texts:
         """Numbers as they are."""
         return numbers(column)
 
+    def _count(self, size: int) -> None:
+        self._bytes += size
+        if self._bytes > MAX_TEXTS:
+            raise PackError(
+                f"The names in this pack have more than {MAX_TEXTS:,} bytes; {TOO_LARGE}"
+            )
+
     def _objects(self, column: pa.ChunkedArray, shown: Callable[[Any], Any]) -> NDArray[np.object_]:
         parts = []
         for chunk in column.chunks:
             found = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
+            self._count(found.dictionary.nbytes)
             values = [
                 self._known.setdefault((type(v), v), shown(v)) for v in found.dictionary.to_pylist()
             ]
