@@ -109,6 +109,8 @@ def check_weights(weights: str) -> None:
     names = ("auto", "package", "timm", "random")
     if weights in names or Path(weights).expanduser().exists():
         return
+    if is_remote(weights, "weights"):
+        raise ValueError(f"weights: {weights} lies in a store; copy the file to disk first")
     hint = did_you_mean(weights, names) or f"give a file of weights, or one of {', '.join(names)}"
     raise FileNotFoundError(f"weights: no file {weights!r}; {hint}")
 
@@ -135,7 +137,7 @@ def check_name(argument: str, name: str, names: Collection[str], more: str) -> N
 
 def check_output(folder: Path) -> None:
     """A folder to write to is no file and no link that leads nowhere; one of a store comes later."""
-    if is_remote(folder):
+    if is_remote(folder, "output"):
         return
     follow_link(folder)
     if folder.exists() and not folder.is_dir():

@@ -82,7 +82,7 @@ class Explain(MethodArgs):
         from xattn.runtime.stores import is_remote
 
         for name in self.images:
-            if is_remote(name) and (is_video(name) or is_volume(name)):
+            if is_remote(name, "images") and (is_video(name) or is_volume(name)):
                 kind = "clip" if is_video(name) else "volume"
                 raise ValueError(
                     f"images: {name} is a {kind} in a store; copy it to a local folder first"

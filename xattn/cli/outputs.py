@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from xattn.cli.checks import check_output
 from xattn.cli.printing import note
-from xattn.runtime.stores import StorePath, is_remote, place_of
+from xattn.runtime.stores import StorePath, place_of
 from xattn.runtime.uploads import check_remote_output, uploaded
 
 
@@ -59,10 +59,11 @@ def output_folder(
 
 def refuse_remote(command: str, output: Path | None) -> None:
     """One line for a command that goes on in its output folder, and so needs one on disk."""
-    if output is not None and is_remote(output):
+    place = None if output is None else place_of(output, "output")
+    if isinstance(place, StorePath):
         raise ValueError(
-            f"output: got {place_of(output)}, but xattn {command} writes to disk as it goes; give a local "
-            f"folder, and copy it there when it is done"
+            f"output: got {place}, but xattn {command} writes to disk as it goes; give a local folder, "
+            f"and copy it there when it is done"
         )
 
 

@@ -35,7 +35,7 @@ def check_output(folder: str | Path) -> Path:
             a pack.
         OSError: nothing can be written there.
     """
-    if is_remote(folder):
+    if is_remote(folder, "output"):
         raise ValueError(
             f"output: got {place_of(folder)}; write the pack to a local folder, then copy it there, or use "
             f"xattn explain --output"

@@ -6,6 +6,8 @@ import difflib
 from importlib.util import find_spec
 from pathlib import Path
 
+from xattn.runtime.stores import StorePath, place_of
+
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 
@@ -24,10 +26,14 @@ def local_head(source: str | Path, argument: str = "head") -> Path | None:
     in it, or in one folder below it.
 
     Raises:
-        ValueError: a file, a folder that holds several heads, or one that holds none.
+        ValueError: a file, a folder that holds several heads, or one that holds none; a URL.
         FileNotFoundError: no such folder, and not of the form ``owner/name`` without a folder ``owner``.
     """
-    path, shipped = Path(source), shipped_heads()
+    path, shipped = place_of(source, argument), shipped_heads()
+    if isinstance(path, StorePath):
+        raise ValueError(
+            f"{argument}: {source} lies in a store; copy the head's folder to disk first"
+        )
     if path.is_dir():
         return _in_folder(path, argument)
     if str(source) in shipped:

@@ -272,12 +272,12 @@ def place_of(given: str | Path | StorePath, argument: str = "path") -> Path | St
     return StorePath(f"{scheme}://{rest.strip('/')}")
 
 
-def is_remote(given: Any) -> bool:
-    """Whether a path or URL names something in a store; nothing is loaded for other paths."""
+def is_remote(given: Any, argument: str = "path") -> bool:
+    """Whether a path or URL names something in a store; raises as :func:`place_of`."""
     return isinstance(given, StorePath) or (
         isinstance(given, str | Path)
         and _URL.fullmatch(str(given)) is not None
-        and isinstance(place_of(given), StorePath)
+        and isinstance(place_of(given, argument), StorePath)
     )
 
 

@@ -1,0 +1,54 @@
+"""A viewer on a folder of an object store, walked in Chromium; screenshots go to ``XATTN_SCREENS``."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("streamlit")
+pytest.importorskip("playwright.sync_api")
+
+from conftest import upload
+
+from xattn.app import bench
+from xattn.app.synthetic_packs import small_pack
+
+WAYS = [(1280, "light"), (390, "dark")]
+
+
+@pytest.fixture(scope="module")
+def running():
+    if bench.chromium() is None:
+        pytest.skip("no Chromium; install Debian's chromium to run the viewer's browser tests")
+    with bench.browser() as browser:
+        yield browser
+
+
+def test_packs_of_a_store_are_walked_from_the_gallery_to_a_map(bucket, tmp_path, running):
+    small_pack(tmp_path / "runs/measured", 12, ("gradcam", "saliency"))
+    url = upload(tmp_path / "runs", f"{bucket}/runs")
+    shots = Path(os.environ.get("XATTN_SCREENS", tmp_path))
+    with bench.served(url, tmp_path / "log.txt") as (address, _):
+        for width, scheme in WAYS:
+            context = running.new_context(
+                viewport={"width": width, "height": 900}, color_scheme=scheme
+            )
+            page, wrong = context.new_page(), []
+            page.set_default_timeout(60_000)
+            page.on(
+                "console", lambda m, wrong=wrong: wrong.append(m.text) if m.type == "error" else 0
+            )
+            page.on("pageerror", lambda error, wrong=wrong: wrong.append(str(error)))
+            page.goto(address)
+            page.locator(".cell .frame.there").first.wait_for()
+            page.screenshot(path=shots / f"remote-gallery-{width}-{scheme}.png")
+            page.locator(".cell").first.click()
+            page.wait_for_url("**/image**")
+            page.locator(".st-key-maps .frame.there").nth(1).wait_for()
+            page.screenshot(path=shots / f"remote-image-{width}-{scheme}.png")
+            page.goto(f"{address}/train")
+            page.get_by_text("Training is off, because this viewer shows").wait_for()
+            page.screenshot(path=shots / f"remote-train-{width}-{scheme}.png")
+            assert page.locator("[data-testid=stException]").count() == 0
+            context.close()
+            assert not wrong, wrong
