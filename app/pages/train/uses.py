@@ -19,7 +19,14 @@ def uses(jobs: Jobs, job: Job, context: Context, head: str | None) -> None:
     name = folder.relative_to(jobs.root).as_posix()
     known = next((info.id for info in context.library.heads() if info.name == name), None)
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
-    if bar.button("Try it in Live", type="primary", key="try", disabled=known is None):
+    pressed = bar.button(
+        "Try it in Live",
+        type="primary",
+        key="try",
+        disabled=known is None,
+        help="The folder of its head is gone." if known is None else None,
+    )
+    if pressed:
         state.go("live", model=job.spec.model or None, head=known)
     for label, page in (
         ("See its mistakes", "mistakes"),
