@@ -44,7 +44,7 @@ def _demo() -> None:
         return
     st.markdown("Jobs are off in this viewer. Its owner can start it with the demo:")
     st.code(
-        f"xattn app {shlex.quote(str(state.settings().root))} --demo",
+        f"xattn app {shlex.quote(str(state.settings().local_root))} --demo",
         language="sh",
         wrap_lines=True,
     )
