@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from xattn.app.navigation import selection
+from xattn.app.navigation import screen, selection
 from xattn.app.navigation.maps_table import SORTS
 from xattn.app.navigation.selection import ALL, MAPS, RIGHT, SIZES, Choices, View
 from xattn.app.pages.gallery import marking
@@ -23,6 +23,7 @@ IN_POPOVER = (
     *("label", "predicted", "right", "maps", "measure", "low", "high", "size"),
     *("tag", "rating", "note"),
 )
+IN_ORDER = ("method", "sort", "order")
 CLASS_ORDERS = {"photos": "Most photos first", "name": "By name"}
 
 
@@ -37,22 +38,31 @@ def toolbar(pack: Pack, view: View, choices: Choices) -> View:
         on_change=restart,
         width="stretch",
     )
-    if len(choices.methods) > 1:
-        methods = {m: _method_name(m, choices) for m in (*choices.methods, ALL)}
-        _choice(bar.selectbox, "Method", methods, "method", width=160)
-    _choice(bar.selectbox, "Sort by", choices.sorts, "sort", width=180)
-    orders = _order_names(st.session_state[f"{KEY}sort"])
-    _choice(bar.selectbox, "Order", orders, "order", width=150)
+    narrow = screen.narrow()
+    if not narrow:
+        _order(bar, choices)
     popover = bar.popover("Filters", key=f"{KEY}filters", on_change="rerun")
-    for name in ("classes", *IN_POPOVER):
+    for name in (*(IN_ORDER if narrow else ()), "classes", *IN_POPOVER):
         # The values of widgets that are not there would be forgotten, and those of the browser may be old.
         if (key := KEY + name) in st.session_state:
             st.session_state[key] = st.session_state[key]
     if popover.open:
         with popover:
+            if narrow:
+                _order(st, choices)
             _filters(pack, choices)
             marking.filters(pack, view.tag)
     return from_widgets(choices)
+
+
+def _order(place: Any, choices: Choices) -> None:
+    """Whose maps are shown, in which order; on a narrow screen in the popover of filters."""
+    if len(choices.methods) > 1:
+        methods = {m: _method_name(m, choices) for m in (*choices.methods, ALL)}
+        _choice(place.selectbox, "Method", methods, "method", width=160)
+    _choice(place.selectbox, "Sort by", choices.sorts, "sort", width=180)
+    orders = _order_names(st.session_state[f"{KEY}sort"])
+    _choice(place.selectbox, "Order", orders, "order", width=150)
 
 
 def _choice(

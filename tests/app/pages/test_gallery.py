@@ -11,7 +11,7 @@ pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import state
-from xattn.app.navigation import pack_chip
+from xattn.app.navigation import pack_chip, screen
 from xattn.app.pages import first_run
 from xattn.app.synthetic_packs import explanation, picture, small_pack
 from xattn.packs.contained_files import PackError
@@ -346,6 +346,21 @@ def test_packs_with_problems_are_named_and_do_not_hide_the_others(root):
         for path in sorted(bad.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         bad.rmdir()
+
+
+def test_a_narrow_screen_has_the_order_among_the_filters(monkeypatch):
+    wide = run(sort="ROAD", order="desc")
+    monkeypatch.setattr(screen, "narrow", lambda: True)
+    app = run(sort="ROAD", order="desc")
+    assert "Sort by" not in [box.label for box in app.selectbox]
+    assert [c["id"] for c in cells(app)] == [c["id"] for c in cells(wide)]
+    app.session_state["gallery.filters"] = True
+    checked(app.run())
+    assert app.selectbox(key="gallery.sort").value == "ROAD"
+    app.selectbox(key="gallery.sort").select("name").run()
+    app.session_state["gallery.filters"] = False
+    checked(app.run())
+    assert app.query_params["sort"] in ("name", ["name"])
 
 
 def test_a_damaged_map_leaves_the_others_and_the_page(tmp_path, monkeypatch):
