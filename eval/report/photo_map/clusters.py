@@ -1,0 +1,201 @@
+"""Photos on which a network looks at the same place, the most suspicious first.
+
+The directions of the pooled maps (:mod:`~xattn.eval.report.photo_map.pooled_maps`) are grouped by spherical
+k-means. A shortcut, such as a mark in a corner, makes a group that is tight, that is of one class, and that
+looks where the other photos of that class do not:
+
+    suspicion = tightness * apart * share,    apart = max over cells c of mean_c * passed_c
+
+tightness is the length of the mean direction, share the commonest class's part of the group, mean_c the mean
+of its maps. passed_c is the share of the other photos of that class that look past the cell: whose map stays
+below half of mean_c there and on the eight cells around, so that an object a cell further is no surprise.
+Groups of one class that are apart at the same cell are one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from xattn.eval.bootstrap import Interval
+from xattn.eval.report.mistakes import accuracy
+from xattn.eval.report.photo_map.pooled_maps import SIDE, Values, directions, place
+
+FEWEST = 3  # photos that make a group, or that a class is compared by
+STEPS = 50  # of k-means, at most
+PHOTOS, MOST = 10, 40  # photos of a group by which their number is chosen, and groups at most
+JOINED, NAMED = 0.1, 0.2  # from which apart on groups are joined, or named by where they are apart
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A group of photos.
+
+    Attributes:
+        rows: which of the maps belong to it, the most typical first.
+        mean: (64,) the mean of their maps.
+        place: where it looks, in words: of a group that is clearly apart, where it is so.
+        class_name: the commonest predicted class, "" where none is known; ``share`` of the group in (0, 1].
+        accuracy: of those whose true class is known.
+        tightness, apart, suspicion: in [0, 1], see the module.
+    """
+
+    rows: Rows
+    mean: Values
+    place: str
+    class_name: str
+    share: float
+    accuracy: Interval
+    tightness: float
+    apart: float
+    suspicion: float
+
+
+class _Group(NamedTuple):
+    rows: Rows
+    class_name: str
+    share: float
+    apart: Values  # (64,) by cell
+
+
+def clusters(
+    values: Values,
+    classes: Sequence[str | None],
+    right: Sequence[bool | None],
+    count: int | None = None,
+    seed: int = 0,
+) -> list[Cluster]:
+    """Groups of photos by their pooled maps, by falling suspicion; constant maps belong to none.
+
+    Args:
+        values: (n, 64) pooled maps.
+        classes: the predicted class of each photo; ``right``: whether that is the true one.
+        count: groups to start from; by default one for ten photos, 2 to 40.
+
+    Raises:
+        ValueError: ``count`` below 1.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"count: got {count}; give 1 or more groups")
+    toward = directions(values)
+    usable = np.flatnonzero(np.any(toward != 0, axis=1))
+    if len(usable) < FEWEST:
+        return []
+    start = count or min(max(len(usable) // PHOTOS, 2), MOST)
+    group = k_means(toward[usable], start, seed)
+    photos = _Photos(values, toward, usable, np.array([name or "" for name in classes], object))
+    groups = [photos.group(usable[group == number]) for number in range(group.max() + 1)]
+    found = [photos.cluster(g, right) for g in _joined(groups, photos) if len(g.rows) >= FEWEST]
+    return sorted(found, key=lambda one: -one.suspicion)
+
+
+class _Photos:
+    """All photos, and what a group of them is like beside the others."""
+
+    def __init__(
+        self, values: Values, toward: Values, usable: Rows, names: NDArray[np.object_]
+    ) -> None:
+        self.values, self.toward, self.usable, self.names = values, toward, usable, names
+        grid = torch.from_numpy(values).reshape(-1, 1, SIDE, SIDE)
+        self.around = F.max_pool2d(grid, 3, 1, 1).reshape(len(values), -1).numpy()
+
+    def group(self, rows: Rows) -> _Group:
+        """A group with where it is apart from the other photos of its class, or from all others if the
+        class has no others."""
+        name, most = Counter(self.names[rows].tolist()).most_common(1)[0]
+        mean = self.values[rows].mean(0)
+        others = np.setdiff1d(self.usable[self.names[self.usable] == name], rows)
+        if len(others) < FEWEST:
+            others = np.setdiff1d(self.usable, rows)
+        passed = (self.around[others] < mean / 2).mean(0) if len(others) else np.zeros_like(mean)
+        return _Group(rows, name, most / len(rows), mean * passed)
+
+    def cluster(self, group: _Group, right: Sequence[bool | None]) -> Cluster:
+        """What is told of a group."""
+        rows, apart = group.rows, float(group.apart.max())
+        mean, middle = self.values[rows].mean(0), self.toward[rows].mean(0)
+        tightness = float(np.linalg.norm(middle))
+        order = np.argsort(-(self.toward[rows] @ middle), kind="stable")
+        known = [float(bool(right[i])) for i in rows if right[i] is not None]
+        return Cluster(
+            rows=rows[order],
+            mean=mean,
+            place=place(group.apart if apart >= NAMED else mean),
+            class_name=group.class_name,
+            share=group.share,
+            accuracy=accuracy(np.array(known)),
+            tightness=tightness,
+            apart=apart,
+            suspicion=tightness * apart * group.share,
+        )
+
+
+def _joined(groups: list[_Group], photos: _Photos) -> list[_Group]:
+    """The groups; those of one class that are apart at the same cell, or the next one, are one."""
+    done: list[_Group] = []
+    for group in sorted(groups, key=lambda one: -float(one.apart.max())):
+        partner = next((i for i, one in enumerate(done) if _same_place(one, group)), None)
+        if partner is None:
+            done.append(group)
+        else:
+            done[partner] = photos.group(np.sort(np.r_[done[partner].rows, group.rows]))
+    return done
+
+
+def _same_place(one: _Group, two: _Group) -> bool:
+    if one.class_name != two.class_name or min(one.apart.max(), two.apart.max()) < JOINED:
+        return False
+    cells = [divmod(int(group.apart.argmax()), SIDE) for group in (one, two)]
+    return max(abs(a - b) for a, b in zip(*cells, strict=True)) <= 1
+
+
+def k_means(toward: Values, count: int, seed: int = 0, tries: int = 4) -> NDArray[np.int64]:
+    """Spherical k-means from k-means++ starts: the group of each row, (n,), numbered without gaps.
+
+    Args:
+        toward: (n, d), rows of length 1.
+        count: groups, at most; ``tries``: starts, of which the best counts.
+    """
+    best, found = -np.inf, np.zeros(len(toward), np.int64)
+    for start in range(tries):
+        rng = np.random.default_rng([seed, start])
+        middles = toward[_spread(toward, count, rng)]
+        group = np.full(len(toward), -1)
+        for _ in range(STEPS):
+            now = (toward @ middles.T).argmax(1)
+            if np.array_equal(now, group):
+                break
+            group = now
+            middles = _middles(toward, group, len(middles), middles)
+        likeness = float((toward * middles[group]).sum())
+        if likeness > best:
+            best, found = likeness, group
+    return np.unique(found, return_inverse=True)[1].reshape(-1)
+
+
+def _spread(toward: Values, count: int, rng: np.random.Generator) -> list[int]:
+    """Rows to start from: each drawn by its distance to those before (k-means++)."""
+    chosen = [int(rng.integers(len(toward)))]
+    away = np.clip(1 - toward @ toward[chosen[0]], 0, None)
+    while len(chosen) < count and away.sum() > 1e-6:
+        chosen.append(int(rng.choice(len(toward), p=away / away.sum())))
+        away = np.minimum(away, np.clip(1 - toward @ toward[chosen[-1]], 0, None))
+    return chosen
+
+
+def _middles(
+    toward: Values, group: Rows, count: int, before: Values
+) -> Values:
+    """(count, d): the mean direction of each group, of length 1; an empty group keeps the one ``before``."""
+    sums = (np.arange(count)[:, None] == group).astype(np.float32) @ toward
+    length = np.linalg.norm(sums, axis=1, keepdims=True)
+    return np.divide(sums, length, out=before.copy(), where=length > 1e-6)

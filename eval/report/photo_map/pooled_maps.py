@@ -1,0 +1,153 @@
+"""Where a network looks on each photo of a pack, as 64 numbers: its map, min-maxed, as means of 8 x 8 cells.
+
+    u_i = (m_i - mean(m_i)) / |m_i - mean(m_i)|,    distance(i, j) = 1 - u_i . u_j  in [0, 2]
+
+m_i are the 64 means. Maps of all sizes come onto one grid, that of the network's input, so that equal places
+mean equal places of what the network saw. A constant map has no direction: u_i = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from xattn.packs.reader import Pack
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SIDE = 8  # cells a side
+MOST_PHOTOS = 20_000  # that are read; of more a random sample
+
+Values = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class PooledMaps:
+    """One map a photo.
+
+    Attributes:
+        rows: (n,) which photos of the pack these are, by their place in ``Pack.images``, rising.
+        entries: the id of each photo's map.
+        values: (n, 64) in [0, 1], the cells row by row.
+    """
+
+    rows: NDArray[np.int64]
+    entries: tuple[str, ...]
+    values: Values
+
+
+def sample(photos: int, most: int = MOST_PHOTOS, seed: int = 0) -> NDArray[np.int64]:
+    """Which of so many ``photos`` are read, rising: all, or ``most`` of them, drawn at random.
+
+    >>> sample(3).tolist(), len(sample(30, most=5))
+    ([0, 1, 2], 5)
+    """
+    if photos <= most:
+        return np.arange(photos)
+    return np.sort(np.random.default_rng(seed).choice(photos, most, replace=False))
+
+
+def pooled_maps(pack: Pack, method: str, rows: NDArray[np.int64]) -> PooledMaps:
+    """The maps by ``method`` of these photos, each of the photo's most probable class; photos without one
+    are left out.
+
+    Args:
+        rows: places in ``Pack.images``, see :func:`sample`.
+
+    Raises:
+        ValueError: the pack has no maps by this method.
+        PackError: a map is damaged.
+    """
+    first = _first_entries(pack.entries, method)
+    if first.empty:
+        raise ValueError(f"method: the pack has no maps by {method!r}; give a method of its maps")
+    by_photo = dict(zip(first["image_id"], first.index, strict=True))
+    names = pack.images.index
+    own = [(row, by_photo.get(names[row])) for row in rows]
+    found = [(row, entry_id) for row, entry_id in own if entry_id is not None]
+    values = [pooled(pack.explanation(entry_id).normalized()) for _, entry_id in found]
+    return PooledMaps(
+        np.array([row for row, _ in found], np.int64),
+        tuple(entry_id for _, entry_id in found),
+        np.stack(values) if values else np.empty((0, SIDE * SIDE), np.float32),
+    )
+
+
+def _first_entries(entries: pd.DataFrame, method: str) -> pd.DataFrame:
+    """The entries by ``method`` of the most probable class of each photo."""
+    own = entries.loc[entries["method"] == method, ["image_id", "probability"]]
+    own = own.sort_values("probability", ascending=False, kind="stable")
+    return own.drop_duplicates("image_id")
+
+
+def pooled(values: NDArray[np.float32]) -> Values:
+    """A map (h, w) -> (64,): means over 8 x 8 cells; cells of a coarser map share its values."""
+    found = F.adaptive_avg_pool2d(torch.from_numpy(np.array(values, np.float32))[None], SIDE)
+    return found.flatten().numpy()
+
+
+def directions(values: NDArray[np.floating]) -> Values:
+    """(n, d) -> (n, d) float32: rows less their mean, of length 1; 0 for a constant row."""
+    values = np.asarray(values, np.float32)
+    return unit(values - values.mean(1, keepdims=True), least=1e-4)
+
+
+def unit(values: NDArray[np.floating], least: float = 0.0) -> Values:
+    """(n, d) -> (n, d) float32: rows of length 1; 0 for one that is no longer than ``least``."""
+    values = np.asarray(values, np.float32)
+    length = np.linalg.norm(values, axis=1, keepdims=True)
+    return np.divide(values, length, out=np.zeros_like(values), where=length > least)
+
+
+def nearest(
+    directions: Values, row: int, count: int = 24
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The rows that are nearest to one of them, by falling likeness, without itself.
+
+    Args:
+        directions: (n, d), each of length 1 or 0; rows of length 0 are near to nothing.
+
+    Returns:
+        Up to ``count`` rows and their distance, 1 - cosine, in [0, 2].
+    """
+    likeness = directions @ directions[row]
+    usable = np.any(directions != 0, axis=1)
+    usable[row] &= False
+    if not np.any(directions[row] != 0):
+        usable[:] = False
+    candidates = np.flatnonzero(usable)
+    order = candidates[np.argsort(-likeness[candidates], kind="stable")[:count]]
+    return order, np.clip(1 - likeness[order], 0, 2).astype(np.float32)
+
+
+def place(cells: Sequence[float] | NDArray[np.floating]) -> str:
+    """Where a map (64,) is strongest, in words.
+
+    The middle of the cells above half of the range counts; where these are more than two fifths of all
+    cells there is no one place.
+
+    >>> corner = np.zeros((8, 8)); corner[6:, 6:] = 1
+    >>> place(corner.ravel()), place(corner[:, ::-1].T.ravel()), place(np.ones(64))
+    ('bottom right corner', 'top right corner', 'the whole photo')
+    """
+    grid = np.asarray(cells, np.float64).reshape(SIDE, SIDE)
+    low, high = grid.min(), grid.max()
+    strong = grid > (low + high) / 2
+    if high == low or strong.mean() > 0.4:
+        return "the whole photo"
+    weights = np.where(strong, grid - low, 0)
+    middle = (np.arange(SIDE) + 0.5) / SIDE
+    down = float((weights.sum(1) * middle).sum() / weights.sum())
+    across = float((weights.sum(0) * middle).sum() / weights.sum())
+    vertical = "top" if down < 1 / 3 else "bottom" if down > 2 / 3 else ""
+    horizontal = "left" if across < 1 / 3 else "right" if across > 2 / 3 else ""
+    if vertical and horizontal:
+        return f"{vertical} {horizontal} corner"
+    return f"{vertical or horizontal} edge" if vertical or horizontal else "the middle"

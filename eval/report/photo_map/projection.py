@@ -1,0 +1,77 @@
+"""Points in a plane for rows of numbers: principal components, or UMAP (arXiv 1802.03426).
+
+Both are functions of the rows and a seed alone. UMAP needs ``umap-learn`` and takes longer; it starts from
+the first 50 principal components.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+
+METHODS = {"umap": "UMAP", "pca": "Principal components"}
+FEWEST = 16  # rows for UMAP: one more than the neighbours that it asks for
+COMPONENTS, EPOCHS = 50, 200  # that UMAP starts from, and its passes over the photos
+
+
+def offered(rows: int) -> list[str]:
+    """The methods that can be used for so many rows, the one to prefer first."""
+    umap = rows >= FEWEST and importlib.util.find_spec("umap") is not None
+    return ["umap", "pca"] if umap else ["pca"]
+
+
+def project(values: NDArray[np.floating], method: str, seed: int = 0) -> NDArray[np.float32]:
+    """(n, d) -> (n, 2) float32.
+
+    Args:
+        values: finite rows.
+        method: one of ``METHODS``.
+
+    Raises:
+        ValueError: another method, too few rows for it, or ``umap-learn`` is missing.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}; give one of {', '.join(METHODS)}")
+    if method == "pca":
+        return principal(values, 2)
+    if len(values) < FEWEST:
+        raise ValueError(f"method: got umap for {len(values)} photos; give pca below {FEWEST}")
+    try:
+        import umap
+    except ModuleNotFoundError:
+        raise ValueError(
+            'method: umap needs umap-learn, which is not installed; run: pip install "xattn[umap]"'
+        ) from None
+    start = principal(values, min(COMPONENTS, values.shape[1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of photos that are far from all others, and of its threads
+        made = umap.UMAP(n_epochs=EPOCHS, random_state=seed, n_jobs=1, init="pca")
+        return np.asarray(made.fit_transform(start), np.float32)
+
+
+def principal(values: NDArray[np.floating], count: int) -> NDArray[np.float32]:
+    """(n, d) -> (n, count) float32: the first principal components, by falling variance.
+
+    The sign of each is such that its entry of largest size in the direction is positive. Components that
+    the rows do not have are 0.
+    """
+    from scipy.linalg import eigh
+
+    rows = np.asarray(values, np.float64)
+    rows = rows - rows.mean(0)
+    n, d = rows.shape
+    found = np.zeros((n, count), np.float32)
+    kept = min(count, d, n)
+    wide = d > n
+    square = rows @ rows.T if wide else rows.T @ rows
+    size = len(square)
+    lengths, vectors = eigh(square, subset_by_index=[size - kept, size - 1])
+    if wide:
+        vectors = rows.T @ vectors / np.sqrt(np.maximum(lengths, 1e-30))
+    vectors = vectors[:, ::-1]
+    largest = vectors[np.abs(vectors).argmax(0), np.arange(kept)]
+    found[:, :kept] = rows @ (vectors * np.where(largest < 0, -1, 1))
+    return found
