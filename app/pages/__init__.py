@@ -19,6 +19,7 @@ PAGES = {
     "attention": Page("Attention", True, f"{__name__}.attention", "center_focus_weak"),
     "whatif": Page("What if", True, f"{__name__}.whatif.page", "brush"),
     "mistakes": Page("Mistakes", True, f"{__name__}.mistakes.page", "rule"),
+    "photomap": Page("Map", True, f"{__name__}.photomap.page", "scatter_plot"),
     "runs": Page("Two runs", True, f"{__name__}.runs.page", "difference"),
     "live": Page("Live", False, f"{__name__}.live.page", "add_a_photo"),
     "compare": Page("Compare", False, f"{__name__}.compare.page", "leaderboard"),

@@ -107,24 +107,20 @@ def unit(values: NDArray[np.floating], least: float = 0.0) -> Values:
 
 
 def nearest(
-    directions: Values, row: int, count: int = 24
+    toward: Values, one: Values, count: int = 24
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The rows that are nearest to one of them, by falling likeness, without itself.
+    """The rows that are nearest to ``one``, the nearest first.
 
     Args:
-        directions: (n, d), each of length 1 or 0; rows of length 0 are near to nothing.
+        toward: (n, d), each of length 1 or 0, as is ``one`` (d,); a row of length 0 is near to nothing.
 
     Returns:
         Up to ``count`` rows and their distance, 1 - cosine, in [0, 2].
     """
-    likeness = directions @ directions[row]
-    usable = np.any(directions != 0, axis=1)
-    usable[row] &= False
-    if not np.any(directions[row] != 0):
-        usable[:] = False
-    candidates = np.flatnonzero(usable)
-    order = candidates[np.argsort(-likeness[candidates], kind="stable")[:count]]
-    return order, np.clip(1 - likeness[order], 0, 2).astype(np.float32)
+    usable = np.flatnonzero(np.any(toward != 0, axis=1) & bool(np.any(one != 0)))
+    distance = np.clip(1 - toward[usable] @ one, 0, 2).astype(np.float32)
+    order = np.argsort(distance, kind="stable")[:count]
+    return usable[order], distance[order]
 
 
 def place(cells: Sequence[float] | NDArray[np.floating]) -> str:

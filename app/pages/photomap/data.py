@@ -1,0 +1,121 @@
+"""What the map, the groups and "more like this" are made of, computed once for a version of a pack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+from numpy.typing import NDArray
+
+from xattn.eval.report.photo_map.clusters import Cluster, clusters
+from xattn.eval.report.photo_map.kept import kept
+from xattn.eval.report.photo_map.pooled_maps import (
+    MOST_PHOTOS,
+    PooledMaps,
+    directions,
+    pooled_maps,
+    sample,
+    unit,
+)
+from xattn.eval.report.photo_map.projection import project
+
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
+
+OF = {"features": "Features", "maps": "Explanation maps"}  # what photos are near by
+
+Rows = NDArray[np.int64]
+
+
+def subject(pack: Pack) -> str:
+    """The pack and its version, for keys of caches."""
+    return f"{pack.id} {pack.version}"
+
+
+def rows_of(pack: Pack) -> Rows:
+    """The photos of the map, by their place in ``Pack.images``: all, or a sample of many."""
+    return sample(len(pack.images))
+
+
+@st.cache_resource(max_entries=8, show_spinner="The maps are being read")
+def _looks(_pack: Pack, key: str, method: str) -> PooledMaps:
+    def make() -> Mapping[str, NDArray[np.generic]]:
+        found = pooled_maps(_pack, method, rows_of(_pack))
+        return {"rows": found.rows, "entries": np.array(found.entries, str), "values": found.values}
+
+    stored = kept(_pack.version, f"maps by {method}, {MOST_PHOTOS}", make)
+    rows, values = stored["rows"].astype(np.int64), stored["values"].astype(np.float32)
+    return PooledMaps(rows, tuple(map(str, stored["entries"])), values)
+
+
+def looks(pack: Pack, method: str) -> PooledMaps:
+    """Where the network looks, of each photo of the map."""
+    return _looks(pack, subject(pack), method)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _features(_pack: Pack, key: str) -> NDArray[np.float32]:
+    found = _pack.features()
+    assert found is not None, "asked for where the pack has features"
+    return unit(found[rows_of(_pack)])
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _toward(_pack: Pack, key: str, method: str) -> NDArray[np.float32]:
+    return directions(looks(_pack, method).values)
+
+
+def vectors(pack: Pack, of: str, method: str) -> tuple[Rows, NDArray[np.float32]]:
+    """Photos, and a row of length 1 for each, or of length 0 where its map is constant.
+
+    Args:
+        of: "features" or "maps"; ``method``: of the maps.
+    """
+    if of == "features":
+        return rows_of(pack), _features(pack, subject(pack))
+    return looks(pack, method).rows, _toward(pack, subject(pack), method)
+
+
+@st.cache_resource(max_entries=16, show_spinner="The photos are being placed")
+def _placed(
+    _pack: Pack, key: str, of: str, method: str, projection: str
+) -> tuple[Rows, NDArray[np.float32]]:
+    rows, values = vectors(_pack, of, method)
+    known = np.any(values != 0, axis=1)
+    rows, values = rows[known], values[known]
+    what = f"{projection} of {of} {method if of == 'maps' else ''}, {MOST_PHOTOS}"
+    if len(rows) < 2:
+        return rows, np.zeros((len(rows), 2), np.float32)
+    stored = kept(_pack.version, what, lambda: {"points": project(values, projection)})
+    return rows, stored["points"].astype(np.float32)
+
+
+def placed(pack: Pack, of: str, method: str, projection: str) -> tuple[Rows, NDArray[np.float32]]:
+    """Photos and their points (n, 2); those whose map is constant are left out."""
+    return _placed(pack, subject(pack), of, method, projection)
+
+
+@st.cache_resource(max_entries=8, show_spinner="The maps are being grouped")
+def _groups(_pack: Pack, key: str, method: str) -> list[Cluster]:
+    found = looks(_pack, method)
+    images = _pack.images.iloc[found.rows]
+    return clusters(found.values, texts(images["predicted_name"]), verdicts(images["right"]))
+
+
+def groups(pack: Pack, method: str) -> list[Cluster]:
+    """Groups of photos on which the network looks at the same place; ``rows`` count the photos of
+    :func:`looks`."""
+    return _groups(pack, subject(pack), method)
+
+
+def texts(column: pd.Series) -> list[str | None]:
+    """Names, None where there is none."""
+    return [value if isinstance(value, str) and value else None for value in column]
+
+
+def verdicts(column: pd.Series) -> list[bool | None]:
+    """True, False, or None where it is not known."""
+    return [None if pd.isna(value) else bool(value) for value in column]
