@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,6 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from xattn.backbone import load_backbone
+from xattn.explaining.photos import explain
+from xattn.packs.reader import Pack
 
 NAMES = ["disc", "square", "bar"]
 SIDE = 32
@@ -74,6 +78,23 @@ def trained(photos: NDArray[np.uint8], labels: NDArray[np.int64], steps: int = 1
     return load_backbone(network, mean=half, std=half, input_size=SIDE, class_names=NAMES)
 
 
-def pictures(photos: NDArray[np.uint8]) -> list[Image.Image]:
-    """The photos as images."""
-    return [Image.fromarray(photo) for photo in photos]
+def explained(folder: Path, mark: bool, count: int = 240) -> Pack:
+    """A pack in ``folder/pack`` of the maps by Grad-CAM of photos that the network did not learn, with
+    their features and true classes."""
+    backbone = trained(*shapes(2 * count, mark))
+    photos, labels = shapes(count, mark, seed=1)
+    for i, (photo, label) in enumerate(zip(photos, labels, strict=True)):
+        file = folder / "photos" / NAMES[label] / f"{i:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo).save(file)
+    explain(
+        folder / "photos",
+        backbone,
+        explainer="gradcam",
+        output=folder / "pack",
+        batch_size=64,
+        overlays=False,
+        labels="folders",
+        features=True,
+    )
+    return Pack(folder / "pack")

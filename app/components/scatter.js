@@ -56,7 +56,7 @@ function build(state) {
   state.told.setAttribute("aria-live", "polite");
   state.plane.append(state.points, state.drawing, state.hint);
   state.legend = element("div");
-  root.replaceChildren(state.bar, state.plane, state.legend, state.told);
+  root.replaceChildren(state.bar, state.legend, state.plane, state.told);
   listen(state);
   new ResizeObserver(() => redraw(state)).observe(state.plane);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw(state));
@@ -213,6 +213,7 @@ function listen(state) {
     if (event.button) return;
     drawing.setPointerCapture(event.pointerId);
     state.path = [place(event)];
+    state.cursor = null;
     hide(state);
   });
   drawing.addEventListener("pointermove", (event) => {

@@ -135,7 +135,9 @@ class Plain(nn.Module):
 def test_a_network_that_does_not_tell_falls_back_in_one_line():
     backbone = load_backbone(Plain(), mean=(0.5,) * 3, std=(0.5,) * 3, input_size=32)
     images = photos(2)
-    with pytest.warns(UserWarning, match=r"^features: of .* the mean of its last map stands") as w:
+    with pytest.warns(
+        UserWarning, match=r"^features: Plain does not tell .* the mean of its last map stands"
+    ) as w:
         found = explain(images, backbone, explainer="occlusion", features=True)
     assert len([m for m in w if "features" in str(m.message)]) == 1
     with torch.no_grad():

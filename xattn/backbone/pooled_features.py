@@ -104,5 +104,5 @@ def pooled(model: nn.Module, final: Tensor) -> tuple[Tensor, str]:
         final = final.movedim(3, 1)
     elif final.ndim == 3:
         final = final.movedim(2, 1)
-    note = "the network does not tell what it classifies; the mean of its last map stands for it"
+    note = "does not tell what it classifies; the mean of its last map stands for it"
     return final.flatten(2).mean(2) if final.ndim > 2 else final, note

@@ -312,9 +312,9 @@ def _features(
 ) -> Sequence[NDArray[np.float16] | None]:
     """What the classifier read of each photo of a batch, (d,); None where that is not known."""
     rows = record.rows(logits)
-    note = record.note or ("none; its photos have no place on the map" if rows is None else "")
+    note = record.note or ("gives none, and the pack has none" if rows is None else "")
     if note:
-        warnings.warn(f"features: of {backbone.name} {note}", stacklevel=3)
+        warnings.warn(f"features: {backbone.name} {note}", stacklevel=3)
     if rows is None:
         return [None] * len(logits)
     most = torch.finfo(torch.float16).max

@@ -27,6 +27,7 @@ from xattn.app.pages.image.shown import (
     photo_of,
     select,
 )
+from xattn.app.pages.image.similar import similar_tab
 from xattn.app.pictures.linked import map_cells
 from xattn.app.pictures.rendering import blank_maps, overlay_url
 from xattn.app.state import Context, plain, short
@@ -41,6 +42,7 @@ TABS = {
     "Classes": photo_tabs.classes_tab,
     "Before and after": photo_tabs.slider_tab,
     "Fidelity": photo_tabs.fidelity_tab,
+    "Similar": similar_tab,
     "Provenance": photo_tabs.provenance_tab,
     "Export": photo_tabs.export_tab,
 }

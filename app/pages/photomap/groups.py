@@ -25,7 +25,7 @@ GROUP = "group"  # parameter of the URL: the number of a card, from 1
 CARDS, PHOTOS = "photomap.groups", "photomap.group"
 SHOWN = 12  # cards
 SIDE = 240  # pixels of a card's picture
-APART = 0.3  # from which on a group is marked
+APART = 0.5  # above which a group is marked: the rest of its class looks elsewhere
 
 
 def groups_tab(pack: Pack, method: str) -> None:
@@ -53,8 +53,8 @@ def groups_tab(pack: Pack, method: str) -> None:
     st.markdown(summary(pack, rows))
     st.caption(
         plain(
-            f"Maps of the group are alike to {one.tightness:.2f} (1: all the same). Up to {one.apart:.0%} of "
-            f"the scale they look where other photos of the class do not."
+            f"The group's maps are alike to {one.tightness:.2f} (1: all the same). They look, with up to "
+            f"{one.apart:.0%} of a map's scale, where other photos of the class do not."
         )
     )
     class_button(pack, rows, method, "photomap.group.class")
@@ -89,9 +89,11 @@ def _card(pack: Pack, one: Cluster, number: int, method: str, selected: bool) ->
         "alt": f"Mean map of {len(one.rows):,} photos: {one.place}",
         "title": one.place[0].upper() + one.place[1:],
         "lines": lines,
-        "badge": {"text": "Look here", "kind": "plain"} if one.apart >= APART else None,
+        "badge": {"text": "Look here", "kind": "plain"} if one.apart > APART else None,
         "selected": selected,
-        "href": state.link("photomap", pack=pack.id, method=method, group=number + 1, part="Groups"),
+        "href": state.link(
+            "photomap", pack=pack.id, method=method, group=number + 1, part="Groups"
+        ),
     }
 
 

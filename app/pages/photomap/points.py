@@ -32,21 +32,22 @@ MAP, CHOSEN, PHOTOS = "photomap.points", "photomap.chosen", "photomap.photos"
 START = "photomap.start"  # what was chosen when the map was shown first
 CLASSES = 7  # that have a colour of their own
 THUMBNAIL = 160  # pixels
+WIDTH = 170  # of a widget
 GROUPED = {"predicted": "Predicted class", "label": "True class", "right": "Right or wrong"}
 MEASURED = {"confidence": "Confidence", "disagreement": "Disagreement of methods"}
 
 
-def points_tab(pack: Pack, of: str, method: str) -> None:
-    """The map of the photos by their features or their maps, and what was chosen on it."""
-    bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
+def points_tab(pack: Pack, of: str, method: str, bar: Any) -> None:
+    """The map of the photos by their features or their maps, and what was chosen on it; its widgets go
+    into ``bar``."""
     with bar:
         choices = offered(len(data.rows_of(pack)))
         projection = url_widgets.selectbox(
-            "Projection", choices, "projection", format_func=METHODS.__getitem__, width=200
+            "Projection", choices, "projection", format_func=METHODS.__getitem__, width=WIDTH
         )
         colours = _colours(pack, method)
         colour = url_widgets.selectbox(
-            "Colour", list(colours), "colour", format_func=colours.__getitem__, width=200
+            "Colour", list(colours), "colour", format_func=colours.__getitem__, width=WIDTH
         )
     rows, points = data.placed(pack, of, method, projection)
     if not len(rows):
@@ -135,7 +136,9 @@ def _colouring(
         return {"legend": legend, "groups": groups}
     values = _values(pack, images, colour, method)
     low, high = np.nanmin(values), np.nanmax(values)
-    scaled = (values - low) / (high - low) if high > low else np.where(np.isnan(values), values, 0.5)
+    scaled = (
+        (values - low) / (high - low) if high > low else np.where(np.isnan(values), values, 0.5)
+    )
     form = "{:.0%}" if colour == "confidence" else "{:.3g}"
     return {
         "scale": {"name": name, "low": form.format(low), "high": form.format(high)},

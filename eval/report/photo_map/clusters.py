@@ -6,10 +6,11 @@ looks where the other photos of that class do not:
 
     suspicion = tightness * apart * share,    apart = max over cells c of mean_c * passed_c
 
-tightness is the length of the mean direction, share the commonest class's part of the group, mean_c the mean
-of its maps. passed_c is the share of the other photos of that class that look past the cell: whose map stays
-below half of mean_c there and on the eight cells around, so that an object a cell further is no surprise.
-Groups of one class that are apart at the same cell are one.
+tightness is the length of the mean direction, share the commonest class's part of the group, mean_c the
+mean of its maps. passed_c is the share of the other photos of that class that look past the cell: whose map
+stays below half of mean_c there and on the eight cells around, so that an object a cell further is no
+surprise. Half of the same share of the photos of other classes counts where that is more, as a whole class
+may look at its mark. Groups of one class that are apart at the same cell are one.
 """
 
 from __future__ import annotations
@@ -109,15 +110,21 @@ class _Photos:
         self.around = F.max_pool2d(grid, 3, 1, 1).reshape(len(values), -1).numpy()
 
     def group(self, rows: Rows) -> _Group:
-        """A group with where it is apart from the other photos of its class, or from all others if the
-        class has no others."""
+        """A group, and where it is apart."""
         name, most = Counter(self.names[rows].tolist()).most_common(1)[0]
         mean = self.values[rows].mean(0)
-        others = np.setdiff1d(self.usable[self.names[self.usable] == name], rows)
-        if len(others) < FEWEST:
-            others = np.setdiff1d(self.usable, rows)
-        passed = (self.around[others] < mean / 2).mean(0) if len(others) else np.zeros_like(mean)
+        others = np.setdiff1d(self.usable, rows)
+        same = self.names[others] == name
+        passed = 0.5 * self._passed(others[~same], mean)
+        if same.sum() >= FEWEST:
+            passed = np.maximum(passed, self._passed(others[same], mean))
         return _Group(rows, name, most / len(rows), mean * passed)
+
+    def _passed(self, others: Rows, mean: Values) -> Values:
+        """The share of ``others`` that look past each cell, (64,)."""
+        if not len(others):
+            return np.zeros_like(mean)
+        return np.asarray((self.around[others] < mean / 2).mean(0), np.float32)
 
     def cluster(self, group: _Group, right: Sequence[bool | None]) -> Cluster:
         """What is told of a group."""
@@ -192,10 +199,8 @@ def _spread(toward: Values, count: int, rng: np.random.Generator) -> list[int]:
     return chosen
 
 
-def _middles(
-    toward: Values, group: Rows, count: int, before: Values
-) -> Values:
-    """(count, d): the mean direction of each group, of length 1; an empty group keeps the one ``before``."""
+def _middles(toward: Values, group: Rows, count: int, before: Values) -> Values:
+    """(count, d): the mean direction of each group, of length 1; an empty one keeps that ``before``."""
     sums = (np.arange(count)[:, None] == group).astype(np.float32) @ toward
     length = np.linalg.norm(sums, axis=1, keepdims=True)
     return np.divide(sums, length, out=before.copy(), where=length > 1e-6)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,7 @@ def kept(version: str, what: str, make: Callable[[], Arrays]) -> Arrays:
     """
     digest = hashlib.sha256(f"{version} {what}".encode()).hexdigest()[:32]
     path = cache_folder() / f"{digest}.npz"
-    with suppress(OSError, ValueError, EOFError, KeyError), np.load(path) as stored:
+    with suppress(OSError, ValueError, BadZipFile), np.load(path) as stored:
         found = {name: stored[name] for name in stored.files}
         os.utime(path)
         return found

@@ -1,9 +1,9 @@
-"""Where a network looks on each photo of a pack, as 64 numbers: its map, min-maxed, as means of 8 x 8 cells.
+"""Where a network looks on each photo of a pack, as 64 numbers: the min-maxed map's means on 8 x 8 cells.
 
     u_i = (m_i - mean(m_i)) / |m_i - mean(m_i)|,    distance(i, j) = 1 - u_i . u_j  in [0, 2]
 
-m_i are the 64 means. Maps of all sizes come onto one grid, that of the network's input, so that equal places
-mean equal places of what the network saw. A constant map has no direction: u_i = 0.
+m_i are the 64 means. Maps of all sizes come onto one grid, that of the network's input, so that equal
+places mean equal places of what the network saw. A constant map has no direction: u_i = 0.
 """
 
 from __future__ import annotations

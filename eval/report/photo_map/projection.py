@@ -13,14 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 METHODS = {"umap": "UMAP", "pca": "Principal components"}
-FEWEST = 16  # rows for UMAP: one more than the neighbours that it asks for
+FEWEST, PREFERRED = 16, 100  # rows from which on UMAP can be used, and says more than components
 COMPONENTS, EPOCHS = 50, 200  # that UMAP starts from, and its passes over the photos
 
 
 def offered(rows: int) -> list[str]:
     """The methods that can be used for so many rows, the one to prefer first."""
-    umap = rows >= FEWEST and importlib.util.find_spec("umap") is not None
-    return ["umap", "pca"] if umap else ["pca"]
+    if rows < FEWEST or importlib.util.find_spec("umap") is None:
+        return ["pca"]
+    return ["umap", "pca"] if rows >= PREFERRED else ["pca", "umap"]
 
 
 def project(values: NDArray[np.floating], method: str, seed: int = 0) -> NDArray[np.float32]:
@@ -47,7 +48,9 @@ def project(values: NDArray[np.floating], method: str, seed: int = 0) -> NDArray
         ) from None
     start = principal(values, min(COMPONENTS, values.shape[1]))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of photos that are far from all others, and of its threads
+        warnings.simplefilter(
+            "ignore"
+        )  # of photos that are far from all others, and of its threads
         made = umap.UMAP(n_epochs=EPOCHS, random_state=seed, n_jobs=1, init="pca")
         return np.asarray(made.fit_transform(start), np.float32)
 

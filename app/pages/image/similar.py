@@ -1,0 +1,68 @@
+"""The tab "Similar": the photos nearest to one, by what the network reads of them or by where it looks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import streamlit as st
+
+from xattn.app.navigation import url_widgets
+from xattn.app.pages.image.shown import Shown
+from xattn.app.pages.photomap import data
+from xattn.app.pages.photomap.photos import entries_by_photo, photos_grid
+from xattn.app.state import plain
+from xattn.eval.report.photo_map.pooled_maps import directions, nearest, pooled, unit
+
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
+
+NEAREST = 24  # photos
+GRID = "similar"
+
+
+def similar_tab(pack: Pack, shown: Shown) -> None:
+    """The nearest photos, each with its distance."""
+    method = str(shown.entries.loc[shown.focus, "method"])
+    offered = list(data.OF) if pack.has_features else ["maps"]
+    of = "maps"
+    if len(offered) > 1:
+        of = url_widgets.segmented("Near by", offered, "near", format_func=data.OF.__getitem__)
+    row = int(pack.images.index.get_loc(shown.image_id))
+    rows, values = data.vectors(pack, of, method)
+    others = rows != row
+    found, distance = nearest(values[others], _own(pack, of, method, row), NEAREST)
+    if not len(found):
+        what = (
+            "its map has one value everywhere" if of == "maps" and others.any() else "it is alone"
+        )
+        st.info(plain(f"No photo is near to this one: {what}."))
+    else:
+        near = [int(i) for i in rows[others][found]]
+        photos_grid(
+            pack, near, method, GRID, "Similar photos", lambda i: f"distance {distance[i]:.3f}"
+        )
+    notes = [
+        "Distance is 1 - cosine, from 0, the same, to 2: of what the network reads of the photos."
+        if of == "features"
+        else f"Distance is 1 - cosine, from 0, the same, to 2: of the maps by {method} on 8 x 8 cells."
+    ]
+    if len(data.rows_of(pack)) < len(pack.images):
+        notes.append(f"Compared with a random sample of {len(rows):,} photos.")
+    if not pack.has_features:
+        notes.append("By features, too, in a pack of: xattn explain PHOTOS --features.")
+    st.caption(plain(" ".join(notes)))
+
+
+def _own(pack: Pack, of: str, method: str, row: int) -> np.ndarray:
+    """The photo's own row, which a sample need not hold."""
+    rows, values = data.vectors(pack, of, method)
+    at = np.flatnonzero(rows == row)
+    if len(at):
+        return values[at[0]]
+    if of == "features":
+        features = pack.features()
+        assert features is not None, "offered where the pack has features"
+        return unit(features[[row]])[0]
+    entry = next(iter(entries_by_photo(pack, method, [row]).values()))
+    return directions(pooled(pack.explanation(entry).normalized())[None])[0]
