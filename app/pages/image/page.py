@@ -27,7 +27,6 @@ from xattn.app.pages.image.shown import (
     photo_of,
     select,
 )
-from xattn.app.pages.image.similar import similar_tab
 from xattn.app.pictures.linked import map_cells
 from xattn.app.pictures.rendering import blank_maps, overlay_url
 from xattn.app.state import Context, plain, short
@@ -38,11 +37,18 @@ if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 FIRST_METHODS = 6  # that are shown before anybody chooses
+
+
+def _similar_tab(pack: Pack, shown: Shown) -> None:
+    # Imported when it is asked for: with torch, that takes seconds.
+    state.imported("xattn.app.pages.image.similar").similar_tab(pack, shown)
+
+
 TABS = {
     "Classes": photo_tabs.classes_tab,
     "Before and after": photo_tabs.slider_tab,
     "Fidelity": photo_tabs.fidelity_tab,
-    "Similar": similar_tab,
+    "Similar": _similar_tab,
     "Provenance": photo_tabs.provenance_tab,
     "Export": photo_tabs.export_tab,
 }

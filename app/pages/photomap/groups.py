@@ -89,7 +89,7 @@ def _card(pack: Pack, one: Cluster, number: int, method: str, selected: bool) ->
         "alt": f"Mean map of {len(one.rows):,} photos: {one.place}",
         "title": one.place[0].upper() + one.place[1:],
         "lines": lines,
-        "badge": {"text": "Look here", "kind": "plain"} if one.apart > APART else None,
+        "badge": {"text": "Unusual place", "kind": "plain"} if one.apart > APART else None,
         "selected": selected,
         "href": state.link(
             "photomap", pack=pack.id, method=method, group=number + 1, part="Groups"

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 from numpy.typing import NDArray
 
-METHODS = {"umap": "UMAP", "pca": "Principal components"}
+METHODS = {"umap": "UMAP", "pca": "PCA"}
 FEWEST, PREFERRED = 16, 100  # rows from which on UMAP can be used, and says more than components
 COMPONENTS, EPOCHS = 50, 200  # that UMAP starts from, and its passes over the photos
 
