@@ -17,6 +17,7 @@ import pytest
 from xattn.app.library import Library
 from xattn.app.synthetic_packs import described, explanation, million_pack, picture
 from xattn.packs.contained_files import PackError
+from xattn.packs.explanation import ImageFacts
 from xattn.packs.format import is_pack
 from xattn.packs.reader import Pack, load_pack
 from xattn.packs.writer import pack_writer
@@ -202,6 +203,38 @@ def test_a_synthetic_pack_has_a_row_and_a_map_for_each_entry(tmp_path):
     for id in pack.entry_ids:
         assert pack.explanation(id).map.shape == (2, 2)
         pack.photo(pack.key(id)[0])
+
+
+def with_features(folder: Path, rows: dict[int, Any]) -> Path:
+    with pack_writer(folder, format=2, photos=2) as writer:
+        for i in range(5):
+            facts = ImageFacts(features=rows.get(i))
+            writer.add([explanation(i, facts=facts)])
+    return folder
+
+
+def test_features_of_all_photos_are_kept_in_the_order_of_the_images(tmp_path):
+    rows = {i: np.arange(3, dtype=np.float16) + i for i in range(5)}
+    pack = Pack(with_features(tmp_path / "pack", rows))
+    assert pack.has_features
+    np.testing.assert_array_equal(pack.features(), np.stack([rows[i] for i in range(5)]))
+    file = tmp_path / "pack" / "features-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(PackError, match="features-00001.safetensors.*not the file"):
+        pack.features()
+
+
+def test_features_of_some_photos_are_left_out(tmp_path):
+    pack = Pack(with_features(tmp_path / "pack", {i: np.ones(3) for i in (0, 1, 2, 4)}))
+    assert not pack.has_features and pack.features() is None
+    assert not list((tmp_path / "pack").glob("features-*"))
+
+
+def test_features_of_another_length_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"features: those of photo-00001 have shape \(4,\)"):
+        with_features(tmp_path / "pack", {0: np.ones(3), 1: np.ones(4)})
 
 
 # ---------------------------------------------------------------------- damage

@@ -1,4 +1,5 @@
-"""What a pack says of a photo beside its maps: how much methods disagree, and a thumbnail."""
+"""What a pack says of a photo beside its maps: how much methods disagree, what the
+classifier read of it, and a thumbnail."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from xattn.correlation import disagreement
@@ -24,6 +27,26 @@ def disagreement_of(group: Sequence[Explanation]) -> float:
     values = [disagreement([e.map for e in maps]) for maps in by_class.values() if len(maps) > 1]
     values = [v for v in values if math.isfinite(v)]
     return round(sum(values) / len(values), 4) if values else math.nan
+
+
+def features_of(
+    group: Sequence[Explanation], length: int | None = None
+) -> NDArray[np.float16] | None:
+    """What the classifier read of a photo, (d,), None where that was not kept.
+
+    Raises:
+        ValueError: they are not finite, or not ``length`` numbers.
+    """
+    found = next((e.facts.features for e in group if e.facts.features is not None), None)
+    if found is None:
+        return None
+    row, name = np.asarray(found, np.float16), group[0].image_id
+    wanted = row.shape if length is None else (length,)
+    if row.ndim != 1 or row.shape != wanted or not row.size:
+        raise ValueError(f"features: those of {name} have shape {row.shape}; give {wanted}")
+    if not np.isfinite(row).all():
+        raise ValueError(f"features: those of {name} are not finite; check the weights")
+    return row
 
 
 def thumbnail_jpeg(photo: Image.Image) -> bytes:

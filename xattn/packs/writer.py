@@ -40,7 +40,7 @@ from xattn.packs.format import (
     needs_pyarrow,
     owned_files,
 )
-from xattn.packs.photo_summary import disagreement_of, jpeg, thumbnail_jpeg
+from xattn.packs.photo_summary import disagreement_of, features_of, jpeg, thumbnail_jpeg
 from xattn.pictures.overlay import overlay
 from xattn.runtime.files import atomic_folder, file_sha256
 from xattn.runtime.version import __version__
@@ -214,18 +214,10 @@ class PackWriter:
         self._maps.close()
 
     def _keep_features(self, group: Sequence[Explanation]) -> None:
-        found = next((e.facts.features for e in group if e.facts.features is not None), None)
-        if found is None:
-            return
-        row, name = np.asarray(found, np.float16), group[0].image_id
-        first = next(iter(self._features.values()), row)
-        if row.ndim != 1 or row.shape != first.shape or not row.size:
-            raise ValueError(
-                f"features: those of {name} have shape {row.shape}; give {first.shape}"
-            )
-        if not np.isfinite(row).all():
-            raise ValueError(f"features: those of {name} are not finite; check the weights")
-        self._features[name] = row
+        first = next(iter(self._features.values()), None)
+        row = features_of(group, None if first is None else len(first))
+        if row is not None:
+            self._features[group[0].image_id] = row
 
     def _write_features(self) -> dict[str, Any] | None:
         """Write the features in the order of the entries, if every photo has some; returns what the

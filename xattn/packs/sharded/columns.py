@@ -5,8 +5,9 @@
     images-00000.parquet         a row a photo
     maps-00000.safetensors       every map, float32 (h, w), by entry_id, in the order of the rows
     thumbnails-00000.safetensors JPEG files as uint8 (n,), by image_id, in the order of the rows
+    features-00000.safetensors   what the classifier reads of each photo, float16 (M, d), where it was kept
 
-A shard holds the four files of a fixed number of photos. Files are written with the encodings that
+A shard holds the files of a fixed number of photos. Files are written with the encodings that
 :mod:`xattn.packs.sharded.checked_parquet` reads: texts by dictionary where they repeat, all else plain.
 """
 
@@ -18,8 +19,6 @@ import pyarrow as pa
 
 ROW_GROUP = 2048  # rows that are decoded to read one
 MAX_TEXT = 4096  # bytes of a text in UTF-8
-KINDS = ("entries", "images", "maps", "thumbnails")
-_ENDINGS = {kind: "parquet" if kind in ("entries", "images") else "safetensors" for kind in KINDS}
 
 
 def shard_file(kind: str, number: int) -> str:
@@ -28,7 +27,8 @@ def shard_file(kind: str, number: int) -> str:
     >>> shard_file("maps", 12)
     'maps-00012.safetensors'
     """
-    return f"{kind}-{number:05}.{_ENDINGS[kind]}"
+    ending = "parquet" if kind in ("entries", "images") else "safetensors"
+    return f"{kind}-{number:05}.{ending}"
 
 
 def _column(name: str, kind: pa.DataType, missing: bool = False) -> pa.Field:

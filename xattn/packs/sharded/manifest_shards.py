@@ -39,12 +39,13 @@ class ShardFile(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """The files of a shard; a shard whose photos have no pictures has no thumbnails."""
+    """The files of a shard; thumbnails where its photos have pictures, features in all shards or none."""
 
     entries: ShardFile
     images: ShardFile
     maps: ShardFile
     thumbnails: ShardFile | None
+    features: ShardFile | None
 
 
 @dataclass(eq=False)
@@ -115,7 +116,8 @@ def manifest_bytes(
 
     Args:
         names: "methods", "metrics", "curves", and as JSON "protocols" and "views", in their order.
-        shards: the files of each, by "entries", "images", "maps" and, if there are some, "thumbnails".
+        shards: the files of each, by "entries", "images", "maps" and, if there are some, "thumbnails"
+            and "features".
         metrics, shares, skipped: see :class:`~xattn.packs.sharded.shard_writer.ShardWriter`.
     """
     manifest = {
@@ -156,15 +158,17 @@ def _line(value: Any) -> str:
 
 def _shard(record: dict[str, Any]) -> Shard:
     files = {kind: record.get(kind) for kind in Shard._fields}
-    if files["thumbnails"] is None:
-        del files["thumbnails"]
-    shard = {kind: _file(kind, about) for kind, about in files.items()}
+    optional = dict.fromkeys(("thumbnails", "features"))
+    given = {k: about for k, about in files.items() if k not in optional or about is not None}
+    shard = {kind: _file(kind, about) for kind, about in given.items()}
     if (
         shard["entries"].rows != shard["maps"].rows
         or not shard["images"].rows <= shard["entries"].rows
     ):
         raise damaged("a shard has another number of maps than rows")
-    return Shard(**{"thumbnails": None, **shard})  # type: ignore[arg-type]
+    if "features" in shard and shard["features"].rows != shard["images"].rows:
+        raise damaged("a shard has features of another number of photos")
+    return Shard(**{**optional, **shard})  # type: ignore[arg-type]
 
 
 def _file(kind: str, record: Any) -> ShardFile:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -28,10 +29,12 @@ from xattn.packs.sharded.stored_thumbnails import StoredThumbnails
 from xattn.photos.base import StoredPhoto
 from xattn.runtime.display_text import visible
 from xattn.runtime.lru_cache import LRUCache
+from xattn.runtime.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     import pandas as pd
 
+MAX_FEATURES = 1 << 30  # bytes of a shard's features
 RECENT_ROWS = 48 << 20  # bytes of decoded rows that are kept
 _MAX_HEADER = 100_000_000  # bytes of a safetensors file's header
 
@@ -53,6 +56,7 @@ class ShardContents(Contents):
             tuple(found.methods),
             None,
         )
+        self.has_features = all(shard.features is not None for shard in found.shards)
         self._entry_schema = entry_schema([m.key for m in found.metrics], found.curves)
         counts = [
             [file.rows for file in kind]
@@ -202,6 +206,23 @@ class ShardContents(Contents):
         return data
 
     # ------------------------------------------------------------------ tables
+
+    def features(self) -> NDArray[np.float16] | None:
+        """The features of all photos; those of a shard are checked by the hash of their file."""
+        parts = []
+        for shard in self._manifest.shards:
+            if (file := shard.features) is None:
+                return None
+            data = self._files.read(file.name, MAX_FEATURES)
+            with self._damage(file.name):
+                if hashlib.sha256(data).hexdigest() != file.sha256:
+                    raise ValueError("it is not the file that was written")
+                found = TensorFile(partial(io.BytesIO, data)).read("features").astype(np.float16)
+                if found.ndim != 2 or len(found) != file.rows or not np.isfinite(found).all():
+                    raise ValueError(f"its features have the shape {found.shape}")
+            parts.append(found)
+        with self._damage(MANIFEST):
+            return np.concatenate(parts)
 
     def entry_table(self) -> pd.DataFrame:
         return _tables().entry_table(self._tables_of("entries"), self._entry_rows, self._manifest)

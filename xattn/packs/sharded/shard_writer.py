@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from xattn.packs.explanation import Explanation
 from xattn.packs.format import (
@@ -30,7 +31,7 @@ from xattn.packs.format import (
     is_pack,
     owned_files,
 )
-from xattn.packs.photo_summary import disagreement_of, thumbnail_jpeg
+from xattn.packs.photo_summary import disagreement_of, features_of, thumbnail_jpeg
 from xattn.packs.sharded.checked_parquet import CheckedParquet
 from xattn.packs.sharded.columns import (
     CURVE_OF,
@@ -128,6 +129,7 @@ class _Block:
     count: int = 0
     entries: list[dict[str, Any]] = field(default_factory=list)
     images: dict[str, dict[str, Any]] = field(default_factory=dict)
+    features: list[NDArray[np.float16]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ class ShardWriter:
         self.shares: Mapping[str, Sequence[float]] = {}
         self._gather, self._rank = gather, rank
         self._skipped: list[tuple[int, tuple[str, str]]] = []  # with the number of their block
+        self._features_length: int | None = None
         self._closed = False
         self._block: _Block | None = None
         self._written: list[_Written] = []
@@ -178,8 +181,8 @@ class ShardWriter:
         """All explanations of one photo; ``thumbnail`` is its JPEG file where that is known already.
 
         Raises:
-            ValueError: a photo or an explanation that was added before, a view that is too large, or a
-                text that is too long.
+            ValueError: a photo or an explanation that was added before, a view that is too large, a
+                text that is too long, or features of another length than before.
         """
         block = self._current()
         photo = group[0]
@@ -192,6 +195,10 @@ class ShardWriter:
         block.images[photo.image_id] = row = image_row(group, disagreement_of(group), thumbnail)
         if thumbnail is not None:
             block.thumbnails.add(row["image_id"], thumbnail, "U8", [len(thumbnail)])
+        features = features_of(group, self._features_length)
+        if features is not None:
+            self._features_length = len(features)
+            block.features.append(features)
         if len({e.id for e in group}) != len(group):
             raise ValueError(f"explanations: an explanation of {photo.image_id!r} comes twice")
         for e in group:
@@ -214,7 +221,12 @@ class ShardWriter:
             for key in every[0].names
         }
         names["metrics"] = list(dict.fromkeys([*self.metrics, *names["metrics"]]))
+        keep_features = all("features" in block.files for block in every)
         own = {block.number: self._finish(block, names) for block in self._written}
+        if not keep_features:
+            for files in own.values():
+                if (file := files.pop("features", None)) is not None:
+                    (self.folder / file.name).unlink()
         shards = {k: v for found in self._gather(own) for k, v in found.items()}
         if self._rank == 0:
             self._write_manifest(names, [shards[number] for number in sorted(shards)], skipped)
@@ -285,12 +297,21 @@ class ShardWriter:
         if not block.images:
             block.rows.unlink()
             return
+        if len(block.features) == len(block.images):
+            files["features"] = self._write_features(block)
         images = pa.Table.from_pylist(list(block.images.values()), IMAGES)
         path = self.folder / shard_file("images", block.number)
         files["images"] = write_parquet(path, IMAGES, [images], "image_id")
         kinds = ("protocols", "views", "metrics", "curves", "methods")
         names = {key: list(getattr(block, key)) for key in kinds}
         self._written.append(_Written(block.number, block.rows, files, names, block.longest))
+
+    def _write_features(self, block: _Block) -> ShardFile:
+        """The features of a block whose photos all have some."""
+        values = np.stack(block.features)
+        draft = TensorDraft(self.folder / shard_file("features", block.number))
+        draft.add("features", values.astype("<f2").tobytes(), "F16", list(values.shape))
+        return draft.close()._replace(rows=len(values))
 
     # ------------------------------------------------------------------ all blocks
 
