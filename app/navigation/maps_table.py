@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from xattn.app.live.scratch import Scratch
 from xattn.packs.contained_files import AGAIN, PackError, why
+from xattn.pictures.words import metric_about, named_metric
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -108,6 +109,16 @@ class Measure:
     higher_is_better: bool | None = None
     formula: str = ""
 
+    @property
+    def title(self) -> str:
+        """The name with what it means in plain words, for lists."""
+        return self.name if self.key in MEASURES else named_metric(self.key)
+
+    @property
+    def about(self) -> str:
+        """What it says and which direction is better, in plain words."""
+        return "" if self.key in MEASURES else metric_about(self.key, self.higher_is_better)
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -136,7 +147,7 @@ class Choices:
             del found["label"]
         if not self.predicted:
             del found["predicted"]
-        return found | {m.key: m.name for m in self.measures.values()}
+        return found | {m.key: m.title for m in self.measures.values()}
 
 
 def fold(text: object) -> str:

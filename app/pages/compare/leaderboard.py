@@ -16,14 +16,15 @@ from xattn.app.state import plain
 from xattn.eval.metrics.objectives import LEGEND, MARK
 from xattn.eval.report.aggregate_ranks import Ranking
 from xattn.eval.report.html_tables import format_number, number_form
+from xattn.pictures.words import metric_about
 
 
 def leaderboard_tab(board: Board) -> None:
     """Show the methods by one metric, who is best in which, and in folded parts ranks and all metrics."""
     key = metric_box(board, "metric")
     about = board.info(key)
-    better = "higher" if about.higher_is_better else "lower"
-    st.caption(plain(f"{key}: {about.formula}; {better} is better"))
+    said = metric_about(key, about.higher_is_better)
+    st.caption(plain(said), help=plain(f"{key}: {about.formula}"))
     table, form = _standings(board, key)
     trained = bool(table[MARK].any())
     if trained:

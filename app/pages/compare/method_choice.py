@@ -5,17 +5,23 @@ from __future__ import annotations
 from xattn.app.navigation import url_widgets
 from xattn.app.pages.compare.leaderboard_file import Board, arrow
 from xattn.eval.report.html_data import case_columns
+from xattn.pictures.words import named_metric
 
 LINES = 4  # methods in a chart before anybody chooses
 
 
 def metric_box(board: Board, key: str, label: str = "Metric", first: str | None = None) -> str:
-    """A select box of the columns, with their direction."""
+    """A select box of the columns, with their direction and what they mean."""
     keys = list(board.columns)
     first = first or case_columns(board.results)[0].key
     return url_widgets.selectbox(
-        label, keys, key, default=first, format_func=lambda k: arrow(k, board), width=300
+        label, keys, key, default=first, format_func=lambda k: _titled(k, board), width=380
     )
+
+
+def _titled(key: str, board: Board) -> str:
+    """A column's key with its direction and its title."""
+    return arrow(key, board) + named_metric(key).removeprefix(key)
 
 
 def methods_box(board: Board, key: str, names: list[str], count: int = LINES) -> list[str]:

@@ -13,6 +13,7 @@ from xattn.app.state import short
 from xattn.packs.contained_files import PackError
 from xattn.pictures.explained import probability_text
 from xattn.pictures.overlay import STYLES
+from xattn.pictures.words import method_title
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -54,8 +55,8 @@ def cell(
     row: dict[str, Any],
 ) -> dict[str, Any]:
     explained = short(row["target_name"])
-    name = row["title"]
-    lines = [row["method"]] if view.method == ALL else []
+    name, method = row["title"], method_title(row["method"])
+    lines = [method] if view.method == ALL else []
     if row["label_name"] and short(row["label_name"]) != explained:
         lines.append(f"true: {short(row['label_name'])}")
     lines.append(name)
@@ -70,7 +71,7 @@ def cell(
     source, alt = photo, f"Photo {name}"
     if view.show != "photo":
         source = overlay_url(pack, entry_id, look)
-        alt = f"Map by {row['method']} of {explained} on {name}"
+        alt = f"Map by {method} of {explained} on {name}"
     return {
         "id": entry_id,
         "src": source,

@@ -15,6 +15,7 @@ from xattn.app.pages.gallery import marking
 from xattn.app.pages.gallery.histogram import histogram
 from xattn.app.pages.gallery.widgets import KEY, from_widgets, new_range, restart, typed_range
 from xattn.app.state import plain, short
+from xattn.pictures.words import method_title
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -87,7 +88,8 @@ def _counted(classes: Mapping[str, str], photos: Mapping[str, int]) -> dict[str,
 def _method_name(method: str, choices: Choices) -> str:
     if method == ALL:
         return "All methods"
-    return f"{method} (sanity row)" if method in choices.controls else method
+    title = method_title(method)
+    return f"{title} (sanity row)" if method in choices.controls else title
 
 
 def _order_names(sort: str) -> dict[str, str]:
@@ -119,7 +121,7 @@ def _filters(pack: Pack, choices: Choices) -> None:
     if choices.several:
         _choice(st.radio, "Maps of a photo", MAPS, "maps", horizontal=True)
     if choices.measures:
-        names = {key: measure.name for key, measure in choices.measures.items()}
+        names = {key: measure.title for key, measure in choices.measures.items()}
         _choice(st.selectbox, "Range of", names, "measure", on_change=new_range)
         measure = choices.measures[st.session_state[f"{KEY}measure"]]
         histogram(pack, from_widgets(choices), measure)
@@ -136,7 +138,6 @@ def _filters(pack: Pack, choices: Choices) -> None:
                 format="%g",
                 on_change=typed_range,
             )
-        if measure.higher_is_better is not None:
-            better = "Higher" if measure.higher_is_better else "Lower"
-            st.caption(plain(f"{better} is better. {measure.formula}"))
+        if measure.about:
+            st.caption(plain(measure.about), help=plain(f"Formula: {measure.formula}"))
     st.selectbox("Maps a page", list(SIZES), key=f"{KEY}size", on_change=restart)

@@ -13,7 +13,7 @@ from xattn.app import state
 from xattn.app.components import grid, sent
 from xattn.app.components.look import STYLES, look_control
 from xattn.app.components.theme import name_html
-from xattn.app.navigation import last_view, screen, selection
+from xattn.app.navigation import last_view, screen, selection, url_widgets
 from xattn.app.pages.image import photo_tabs
 from xattn.app.pages.image.objects import Objects, objects_of
 from xattn.app.pages.image.shown import (
@@ -32,6 +32,7 @@ from xattn.app.pictures.rendering import blank_maps, overlay_url
 from xattn.app.state import Context, plain, short
 from xattn.packs.contained_files import PackError
 from xattn.pictures.explained import probability_text
+from xattn.pictures.words import method_title
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -206,14 +207,15 @@ def _choose(pack: Pack, image_id: str) -> Shown | None:
         select(filters, "Class", classes, target, "class", image_id, forget="entry")
     methods = everything
     if len(everything) > 1:
-        methods = filters.multiselect(
-            "Methods",
-            everything,
-            default=choices.under_test[:FIRST_METHODS],
-            key="methods",
-            bind="query-params",
-            width=420,
-        )
+        with filters:
+            methods = url_widgets.multiselect(
+                "Methods",
+                everything,
+                "methods",
+                default=choices.under_test[:FIRST_METHODS],
+                format_func=method_title,
+                width=420,
+            )
     look = replace(look_control(bar, bound=True, first=_first_look(pack)), side=SIDE)
     if not methods:
         st.info("No method is chosen. Choose one or more above to see their maps.")
@@ -223,7 +225,7 @@ def _choose(pack: Pack, image_id: str) -> Shown | None:
     ids = [by_method[m] for m in methods if m in by_method]
     missing = [m for m in methods if m not in by_method]
     if not ids:
-        names = plain(", ".join(methods))
+        names = plain(", ".join(map(method_title, methods)))
         st.info(f"No map of this class by {names}. Choose another class or method above.")
         return None
     focus = st.query_params.get("entry") or by_method.get(_view(pack).method, ids[0])
@@ -292,7 +294,8 @@ def _maps(pack: Pack, shown: Shown) -> None:
     if note := blank_maps(pack, ids):
         st.warning(plain(note))
     if shown.missing:
-        st.caption(plain(f"No map of this class by {', '.join(shown.missing)}."))
+        missing = ", ".join(map(method_title, shown.missing))
+        st.caption(plain(f"No map of this class by {missing}."))
 
 
 def _of_true_class(pack: Pack, shown: Shown) -> list[str]:
@@ -326,13 +329,14 @@ def _outlined(found: Objects | None) -> list[dict[str, Any]]:
 def _cell(pack: Pack, shown: Shown, entry_id: str, found: Objects | None) -> dict[str, Any]:
     row = shown.entries.loc[entry_id]
     low, high = f"{row['min']:.3g}", f"{row['max']:.3g}"
+    method = method_title(row["method"])
     numbers = (found.numbers if found is not None else None) or {}
     on_object = [numbers[entry_id]] if entry_id in numbers else []
     return {
         "id": entry_id,
         "src": overlay_url(pack, entry_id, shown.look),
-        "alt": f"Map by {row['method']} of {short(row['target_name'])} on {file_name(pack, shown)}",
-        "title": row["method"],
+        "alt": f"Map by {method} of {short(row['target_name'])} on {file_name(pack, shown)}",
+        "title": method,
         "lines": [
             *([] if int(row["target"]) == shown.target else ["map of the true class"]),
             f"{short(row['target_name'])}  {probability_text(row['probability'], row['is_value'])}",

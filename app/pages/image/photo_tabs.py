@@ -20,8 +20,10 @@ from xattn.app.pictures import export
 from xattn.app.pictures.rendering import overlay_url
 from xattn.app.state import plain, short
 from xattn.pictures.explained import probability_text
+from xattn.pictures.words import method_title, metric_about, named_metric
 
 if TYPE_CHECKING:
+    from xattn.packs.manifest import MetricInfo
     from xattn.packs.reader import Pack
 
 SMALL = 320  # of a class's map
@@ -40,6 +42,7 @@ DIFFERENCES = {"Min-maxed maps": "map", "Raw scores": "shared"}
 def classes_tab(pack: Pack, shown: Shown) -> None:
     """The classifier's first classes with their maps by the method in focus, and a contrast."""
     method = shown.entries.loc[shown.focus, "method"]
+    title = method_title(method)
     own = shown.entries[shown.entries["method"] == method]
     by_class = dict(zip(own["target"].astype(int), own.index, strict=True))
     top = pack.top(shown.image_id)[:TOP]
@@ -60,18 +63,18 @@ def classes_tab(pack: Pack, shown: Shown) -> None:
                 "src": overlay_url(pack, entry_id, look)
                 if entry_id
                 else photo_of(pack, shown, SMALL),
-                "alt": f"Map by {method} of {short(name)}" if entry_id else "Photo without a map",
+                "alt": f"Map by {title} of {short(name)}" if entry_id else "Photo without a map",
                 "title": short(name),
                 "lines": [
                     probability_text(probability, bool(own["is_value"].any())),
-                    method if entry_id else "no map",
+                    title if entry_id else "no map",
                 ],
                 "selected": target == shown.target,
             }
         )
     st.caption(
         plain(
-            f"The classifier's first classes, explained by {method}. Open one to see it by all methods."
+            f"The classifier's first classes, explained by {title}. Open one to see it by all methods."
         )
     )
     if any(target not in by_class for target, _, _ in top):
@@ -133,7 +136,7 @@ def _contrast(pack: Pack, shown: Shown, by_class: dict[int, str]) -> None:
 
 def slider_tab(pack: Pack, shown: Shown) -> None:
     """The map in focus against the photo or another map."""
-    own = shown.entries.loc[shown.ids, "method"]
+    own = shown.entries.loc[shown.ids, "method"].map(method_title)
     others = {"": "Photo"} | {i: m for i, m in own.items() if i != shown.focus}
     other = st.query_params.get("against", "")
     other = other if other in others else ""
@@ -154,30 +157,33 @@ def fidelity_tab(pack: Pack, shown: Shown) -> None:
     """This photo's figures by method, and its curves."""
     rows = shown.entries.loc[shown.ids]
     metrics = [m for m in pack.metrics if rows[m.key].notna().any()]
-    curves = {rows.loc[i, "method"]: found for i in shown.ids if (found := pack.curves(i))}
+    curves = {
+        method_title(rows.loc[i, "method"]): found for i in shown.ids if (found := pack.curves(i))
+    }
     if not metrics and not curves:
         st.info("This pack has no fidelity figures. `xattn compare` writes a pack with them.")
         return
     if metrics:
-        table = rows[[m.key for m in metrics]].set_axis(rows["method"], axis=0)
+        table = rows[[m.key for m in metrics]].set_axis(rows["method"].map(method_title), axis=0)
         arrow = {True: "↑", False: "↓"}
         config = {
             m.key: st.column_config.NumberColumn(
                 f"{m.key} {arrow[m.higher_is_better]}",
                 format="%.4g",
-                help=plain(f"{m.formula}. Protocol {m.protocol_id}"),
+                help=plain(f"{_about(m)} Formula: {m.formula}. Protocol {m.protocol_id}"),
             )
             for m in metrics
         }
         st.dataframe(table, column_config=config, alt="Fidelity figures by method")
         st.caption(
             "↑ higher is better, ↓ lower is better. Of this photo alone: one photo says little about "
-            "a method. Formula and protocol stand in each column's help."
+            "a method. What a column says, its formula and protocol stand in its help."
         )
         with st.expander("Formulas and protocols"):
             for m in metrics:
-                better = "higher" if m.higher_is_better else "lower"
-                st.text(f"{m.key} ({better} is better): {m.formula}\nprotocol {m.protocol_id}")
+                st.text(
+                    f"{named_metric(m.key)}. {_about(m)}\n{m.formula}; protocol {m.protocol_id}"
+                )
     names = list(dict.fromkeys(name for found in curves.values() for name in found))
     for i, name in enumerate(names):
         if i % 2 == 0:
@@ -186,6 +192,10 @@ def fidelity_tab(pack: Pack, shown: Shown) -> None:
         columns[i % 2].altair_chart(
             _chart(name, own, pack.shares.get(name)), height=360, key=f"curve {name}"
         )
+
+
+def _about(metric: MetricInfo) -> str:
+    return metric_about(metric.key, metric.higher_is_better)
 
 
 def _chart(name: str, curves: dict[str, list[float]], shares: list[float] | None) -> Any:
@@ -231,7 +241,7 @@ def provenance_tab(pack: Pack, shown: Shown) -> None:
     found = pack.provenance(shown.focus)
     backbone, head = found["backbone"] or {}, found["head"] or {}
     facts = {
-        "method": found["method"],
+        "method": _titled(found["method"]),
         "network": backbone.get("name"),
         "network's weights, sha256": backbone.get("sha256"),
         "head": head.get("name"),
@@ -249,6 +259,12 @@ def provenance_tab(pack: Pack, shown: Shown) -> None:
             st.text(card)
     with st.expander("Everything that was recorded"):
         st.json(found, expanded=2)
+
+
+def _titled(method: str) -> str:
+    """A method's title, with the name by which it is asked for."""
+    title = method_title(method)
+    return title if title == method else f"{title} ({method})"
 
 
 def export_tab(pack: Pack, shown: Shown) -> None:

@@ -27,6 +27,7 @@ from xattn.eval.report.mistakes import (
 )
 from xattn.eval.results import MIN_IMAGES
 from xattn.pictures.overlay import colorize
+from xattn.pictures.words import method_title, metric_about, metric_title
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -103,7 +104,9 @@ def _method(pack: Pack) -> str:
     choices = selection.table(pack).choices
     if len(choices.under_test) == 1:
         return choices.under_test[0]
-    return url_widgets.selectbox("Maps by", list(choices.under_test), "method", width=220)
+    return url_widgets.selectbox(
+        "Maps by", list(choices.under_test), "method", format_func=method_title, width=220
+    )
 
 
 def _headline(pack: Pack, found: Confusion) -> None:
@@ -197,6 +200,7 @@ def _cell(pack: Pack, found: Confusion, cell: tuple[int, int], method: str) -> N
         plain(f"{true}, told right" if right else f"{true} predicted as {predicted}"), anchor=False
     )
     entries = _first_entries(pack, method, photos)
+    title = method_title(method)
     cells = []
     if entries:
         ids = tuple(entries.values())
@@ -204,9 +208,9 @@ def _cell(pack: Pack, found: Confusion, cell: tuple[int, int], method: str) -> N
             {
                 "id": "mean",
                 "src": _mean_map(pack, f"{pack.id} {pack.version}", ids),
-                "alt": f"Mean of the maps by {method} of these photos",
+                "alt": f"Mean of the maps by {title} of these photos",
                 "title": "Mean map",
-                "lines": [f"of {_photos(len(ids))}, by {method}"],
+                "lines": [f"of {_photos(len(ids))}, by {title}"],
             }
         )
     choices = selection.table(pack).choices
@@ -223,7 +227,7 @@ def _cell(pack: Pack, found: Confusion, cell: tuple[int, int], method: str) -> N
                 "src": overlay_url(pack, entry_id, look)
                 if entry_id
                 else photo_url(pack, image_id, SIDE),
-                "alt": f"Map by {method} on {row['title']}" if entry_id else f"{row['title']}",
+                "alt": f"Map by {title} on {row['title']}" if entry_id else f"{row['title']}",
                 "title": f"{short(row['predicted_name'])}  {row['confidence']:.1%}",
                 "lines": [f"true: {short(row['label_name'])}", row["title"]],
                 "href": state.link("image", pack=pack.id, image=image_id, view=text),
@@ -296,6 +300,13 @@ def _classes(pack: Pack, method: str) -> None:
             name: st.column_config.NumberColumn(format="%.1f %%")
             for name in ("right", "confidence", "surer than right by")
         },
+        **{
+            m.key: st.column_config.TextColumn(
+                help=plain(f"{metric_title(m.key)}. {metric_about(m.key, m.higher_is_better)}")
+            )
+            for m in pack.metrics
+            if m.key in keys
+        },
     }
     event = st.dataframe(
         table,
@@ -312,7 +323,9 @@ def _classes(pack: Pack, method: str) -> None:
         view = selection.View(method=method, label=(str(row.number),))
         last_view.remember(pack, selection.to_text(view, choices))
         state.go("gallery", **view.params(choices))
-    measured = f" Metrics are of the maps by {method}, with 95 % intervals." if keys else ""
+    measured = (
+        f" Metrics are of the maps by {method_title(method)}, with 95 % intervals." if keys else ""
+    )
     st.caption(
         plain(
             f"Choose a row to see its photos. A network that is surer than right by 10 points gives 10 "

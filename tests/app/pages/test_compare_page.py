@@ -267,7 +267,7 @@ def test_the_leaderboard_has_intervals_directions_and_words(library):
     assert "best" in standing.values() and standing["ones"] == "a mask, not ranked"
     assert dict(zip(table["method"], table["row"], strict=True))["random"] == "sanity row"
     assert all(" to " in interval for interval in table["95 % interval"])
-    assert "higher is better" in texts(page)
+    assert "while pixels come back" in texts(page) and "Higher is better" in texts(page)
     ranks = page.dataframe[1].value.set_index("method")
     assert set(ranks.index) == {"gradcam", "saliency"} and list(ranks["rank"]) == [1, 2]
     assert set(ranks["95 % interval"]) == {"1 to 2"} and ranks["first in"].sum() == pytest.approx(

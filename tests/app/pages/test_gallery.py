@@ -299,7 +299,7 @@ def test_every_method_is_a_cell_each():
     app = run(method="all", sort="name")
     pack = frame("first")
     assert [c["id"] for c in cells(app)] == list(pack.entries.index[:24])
-    assert "random" in cells(app)[1]["lines"][0]
+    assert cells(app)[1]["lines"][0] == "Random"
 
 
 def test_another_pack_is_another_url_without_the_old_filters():

@@ -52,12 +52,12 @@ def test_keys_lead_to_the_next_photo_and_back(page):
 
 def test_the_slider_follows_keys_and_pointer(page):
     page.get_by_role("tab", name="Before and after").click()
-    slider = page.get_by_role("slider", name="How much of the gradcam map is shown")
+    slider = page.get_by_role("slider", name="How much of the Grad-CAM map is shown")
     slider.wait_for()
     slider.focus()
     for _ in range(5):
         page.keyboard.press("ArrowRight")
-    assert slider.get_attribute("aria-valuetext") == "55 % gradcam"
+    assert slider.get_attribute("aria-valuetext") == "55 % Grad-CAM"
     page.keyboard.press("Shift+ArrowRight")  # not the page's shortcut while the slider has the keys
     page.locator(".slide img").first.scroll_into_view_if_needed()
     box = page.locator(".slide .frame").bounding_box()

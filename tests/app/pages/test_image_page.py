@@ -109,7 +109,7 @@ def query(cell):
 
 def test_without_an_image_the_first_one_is_shown_with_all_methods_but_sanity_rows(show, pack):
     app = show(pack)
-    predicted, true = ["gradcam", "saliency", "lrp"], ["gradcam", "saliency"]  # it is a mistake
+    predicted, true = ["Grad-CAM", "Saliency", "LRP"], ["Grad-CAM", "Saliency"]  # it is a mistake
     assert [c["title"] for c in cells(app)] == ["Photo", *predicted, *true]
     assert query(cells(app)[0])["image"] == "photo-00000"
     assert all(c["alt"] for c in cells(app))
@@ -128,7 +128,7 @@ def test_a_damaged_map_leaves_the_other_maps_of_its_photo(show, root):
     for tab in ("Classes", "Before and after", "Provenance"):
         app = show(pack, entry=bad, tab=tab)
         assert not app.error
-        assert [c["title"] for c in cells(app)] == ["Photo", "gradcam", "saliency"]
+        assert [c["title"] for c in cells(app)] == ["Photo", "Grad-CAM", "Saliency"]
 
 
 def test_each_kind_of_map_has_a_legend(show, pack):
@@ -148,7 +148,7 @@ def test_the_url_chooses_photo_methods_class_and_look(show, pack):
         **{"class": "3"},
     )
     found = cells(app)
-    assert [c["title"] for c in found[1:]] == ["lrp", "random"]
+    assert [c["title"] for c in found[1:]] == ["LRP", "Random"]
     assert query(found[1])["entry"] == "photo-00002@3.lrp"
     assert {query(c)["opacity"] for c in found[1:]} == {"0.3"}
     assert {query(c)["cmap"] for c in found[1:]} == {"viridis"}
@@ -170,8 +170,8 @@ def test_a_shared_scale_spans_what_is_shown(show, pack):
 
 def test_a_method_without_a_map_of_the_class_is_named(show, pack):
     app = show(pack, **{"class": "1"})
-    assert [c["title"] for c in cells(app)[1:]] == ["gradcam", "saliency"]
-    assert "No map of this class by lrp" in texts(app)
+    assert [c["title"] for c in cells(app)[1:]] == ["Grad-CAM", "Saliency"]
+    assert "No map of this class by LRP" in texts(app)
     assert "Choose another class or method" in texts(show(pack, methods="lrp", **{"class": "1"}))
 
 
@@ -204,7 +204,7 @@ def test_next_and_previous_follow_the_gallery(show, pack):
 
 def test_the_gallerys_method_is_in_focus(show, pack):
     app = show(pack, image="photo-00001", view="method=saliency")
-    assert [c["title"] for c in cells(app) if c.get("selected")] == ["saliency"]
+    assert [c["title"] for c in cells(app) if c.get("selected")] == ["Saliency"]
 
 
 def test_a_photo_outside_the_gallerys_selection_says_so(show, pack):
@@ -265,17 +265,18 @@ def test_the_slider_compares_with_the_photo_or_another_map(show, pack):
     checked(app.run())
     assert app.query_params["against"] == "photo-00000@0.lrp"
     slider = data(app, "slide")
-    assert (slider["before"]["name"], slider["after"]["name"]) == ("lrp", "gradcam")
+    assert (slider["before"]["name"], slider["after"]["name"]) == ("LRP", "Grad-CAM")
     assert slider["label"] and slider["alt"]
 
 
 def test_figures_come_with_direction_formula_protocol_and_curves(show, pack):
     app = show(pack, tab="Fidelity")
     table = app.dataframe[0].value
-    assert list(table.index) == ["gradcam", "saliency", "lrp"]
+    assert list(table.index) == ["Grad-CAM", "Saliency", "LRP"]
     assert list(table) == ["AD@50", "insertion", "ROAD"]
     written = "\n".join(e.value for e in app.text)
-    assert "AD@50 (lower is better)" in written and "protocol ROAD-made-up" in written
+    assert "AD@50: average drop, top half. How much confidence is lost" in written
+    assert "Lower is better." in written and "protocol ROAD-made-up" in written
     assert [json.loads(c.proto.spec)["title"] for c in app.get("vega_lite_chart")] == [
         "Deletion, most relevant pixels first",
         "Insertion, most relevant pixels first",

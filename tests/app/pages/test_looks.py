@@ -96,3 +96,11 @@ def test_what_a_style_does_not_use_cannot_be_chosen():
 def test_a_look_that_is_not_there_is_said(name, value):
     (said,) = run(**{name: value}).warning
     assert value in said.value
+
+
+def test_metrics_and_methods_are_named_in_plain_words():
+    app = run(sort="AD@50", measure="AD@50", low="0")
+    assert "AD@50: average drop, top half" in app.selectbox(key="gallery.sort").options
+    assert app.selectbox(key="gallery.method").options[0] == "Grad-CAM"
+    said = "How much confidence is lost when only the top half is kept"
+    assert any(said in caption.value for caption in app.caption)

@@ -108,7 +108,7 @@ def test_a_class_has_a_row(show):
 
 
 def test_sanity_rows_are_not_among_the_methods(show):
-    assert show("labelled").selectbox(key="method").options == ["gradcam", "saliency"]
+    assert show("labelled").selectbox(key="method").options == ["Grad-CAM", "Saliency"]
 
 
 def test_without_true_classes_the_command_that_adds_them_is_shown(show):
