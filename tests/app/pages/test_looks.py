@@ -10,6 +10,7 @@ pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import state
+from xattn.app.navigation import selection
 from xattn.app.synthetic_packs import small_pack
 
 
@@ -99,8 +100,10 @@ def test_a_look_that_is_not_there_is_said(name, value):
 
 
 def test_metrics_and_methods_are_named_in_plain_words():
-    app = run(sort="AD@50", measure="AD@50", low="0")
+    app = run(sort="AD@50")
     assert "AD@50: average drop, top half" in app.selectbox(key="gallery.sort").options
     assert app.selectbox(key="gallery.method").options[0] == "Grad-CAM"
-    said = "How much confidence is lost when only the top half is kept"
-    assert any(said in caption.value for caption in app.caption)
+    pack = state.library().open(state.library().packs()[0].id)
+    measures = selection.table(pack).choices.measures
+    assert measures["AD@50"].about.startswith("How much confidence is lost when only the top half")
+    assert measures["confidence"].about == "" and measures["confidence"].title == "Confidence"
