@@ -63,15 +63,14 @@ def frame_bytes(pack: Pack, index: int, side: int = 960) -> bytes:
 
 def _film(pack: Pack) -> Path | None:
     """The film; its hash is compared once, and again when the file is another one."""
-    if pack.folder is None:
-        return pack.video
-    path = pack.folder / "overlay.mp4"
-    try:
-        key = (path, pack.version, Signature.of(path.stat()))
-    except OSError:
-        return pack.video  # None, or the error that says what is missing
+    key: tuple[object, ...] = (pack.files.address, pack.version)
+    if pack.folder is not None:
+        try:
+            key = (*key, Signature.of((pack.folder / "overlay.mp4").stat()))
+        except OSError:
+            return pack.video  # None, or the error that says what is missing
     film: Path | None = _CHECKED.get(key)
-    if film is None:
+    if film is None or not film.exists():  # a copy of a film elsewhere goes with its pack
         film = pack.video
         if film is not None:
             _CHECKED.put(key, film, 1)

@@ -71,11 +71,3 @@ def photos(tmp_path):
         Image.fromarray(values).save(folder / name)
     (folder / "notes.md").write_text("# none")
     return folder
-
-
-def upload(folder, url):
-    """Copy a local folder below a URL."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            stores.place_of(f"{url}/{file.relative_to(folder).as_posix()}").put(file)
-    return url

@@ -1,7 +1,7 @@
 """The viewer on a folder of an object store: what it lists, opens and refuses."""
 
 import pytest
-from conftest import upload
+from object_stores import upload
 from small_explanations import make
 
 from xattn.app import remote_library, state

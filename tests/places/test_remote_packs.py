@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import upload
+from object_stores import upload
 from small_explanations import make
 
 from xattn.cli import main
@@ -108,6 +108,34 @@ def test_what_is_not_there_is_said(bucket):
         load_pack(f"{bucket}/none")
     with pytest.raises(ValueError, match=r"^pack: s3://no-such-bucket-at-all/x/manifest.json is"):
         load_pack("s3://no-such-bucket-at-all/x")
+
+
+def test_a_film_is_copied_once_and_goes_with_its_folder(bucket, tmp_path, fetched):
+    (tmp_path / "film.mp4").write_bytes(b"a film" * 1000)
+    written = save_pack(tmp_path / "pack", [make("cat")], video=tmp_path / "film.mp4")
+    opened = Pack(place_of(upload(written, f"{bucket}/pack")))
+    film = opened.video
+    assert film.read_bytes() == b"a film" * 1000
+    fetched.clear()
+    assert opened.video == film and fetched == []
+    opened.files._copies.cleanup()
+    film.parent.mkdir()
+    film.write_bytes(b"another film")
+    with pytest.raises(PackError, match="is not the film that was written"):
+        _ = opened.video
+
+
+def test_packs_of_a_store_are_merged_into_one_there(pack, bucket, tmp_path, capsys):
+    url, _ = pack
+    save_pack(tmp_path / "other", [make("owl", 3, seed=9)])
+    words = ["merge", url, str(tmp_path / "other"), "--output", f"{bucket}/merged"]
+    assert main(words) == 0
+    assert f"pack: {bucket}/merged" in capsys.readouterr().out
+    merged = Pack(place_of(f"{bucket}/merged"))  # of format 2
+    assert sorted(merged.images.index) == ["cat", "dog", "owl"]
+    assert merged.explanation(merged.entry_ids[0]).map.shape == (7, 5)
+    assert merged.photo("owl").size == (90, 60) and merged.parquet() is None
+    assert main(words) == 2 and "holds results already" in capsys.readouterr().err
 
 
 def test_diff_compares_packs_of_a_store_with_local_ones(pack, tmp_path, capsys):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import upload
 from fsspec.implementations.memory import MemoryFileSystem
+from object_stores import upload
 from PIL import Image
 
 import xattn

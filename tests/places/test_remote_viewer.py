@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("streamlit")
 pytest.importorskip("playwright.sync_api")
 
-from conftest import upload
+from object_stores import upload
 
 from xattn.app import bench
 from xattn.app.synthetic_packs import small_pack

@@ -53,7 +53,7 @@ COMMANDS: dict[str, type[Any]] = {
     "list": List,
 }
 
-UPLOADING = (Explain, Evaluate)  # the commands whose output may be the URL of a store
+UPLOADING = (Explain, Evaluate, Merge)  # the commands whose output may be the URL of a store
 
 DESCRIPTION = (
     "Train, use and measure explanation heads on frozen image classifiers. --version prints the "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ import tyro
 from xattn.cli.checks import check_labels
 from xattn.cli.heads import choose_head, fits_a_head, load_with_classifier, row_name
 from xattn.cli.model import BackboneArgs
-from xattn.cli.outputs import Output, output_folder
+from xattn.cli.outputs import Output, pack_output
 from xattn.cli.printing import note
 from xattn.cli.shared import BatchSize, Explainers, Images, MethodArgs, check_known, first_of
 
@@ -121,7 +120,7 @@ class Explain(MethodArgs):
             "progress": True,
         }
         found: Any
-        with self._output() as output:
+        with pack_output(self.output, "runs/explained", self.overwrite) as output:
             backbone, methods = self._methods()
             options["output"] = output.folder
             if clip:
@@ -170,14 +169,6 @@ class Explain(MethodArgs):
                 print(f"skipped {name}: {reason}", file=sys.stderr)
             self._tell(found.first, found.maps, output)
 
-    def _output(self) -> AbstractContextManager[Output]:
-        from xattn.packs.format import FORMAT, MANIFEST, is_pack_file
-
-        begins = f'"{FORMAT}"'.encode()
-        return output_folder(
-            self.output, "runs/explained", self.overwrite, MANIFEST, begins, is_pack_file
-        )
-
     def _is_volume_network(self) -> bool:
         """Whether the backbone is the folder of a 3-D mask network."""
         from xattn.models.masks import is_network_folder, network_record
@@ -200,7 +191,7 @@ class Explain(MethodArgs):
             raise ValueError(
                 f"options: got {', '.join(options)}; a 3-D network takes gates.level alone"
             )
-        with self._output() as output:
+        with pack_output(self.output, "runs/explained", self.overwrite) as output:
             found = explain_volume(
                 self.model.backbone, self.images[0], output.folder, options.get("level")
             )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from xattn.cli.outputs import output_folder
+from xattn.cli.outputs import pack_output
 from xattn.cli.pack_arguments import open_packs
 
 
@@ -29,11 +29,10 @@ class Merge:
             raise ValueError(f"packs: got {got}; give two or more packs")
 
     def run(self) -> None:
-        from xattn.packs.format import MANIFEST
         from xattn.packs.merging import merge_packs
 
         packs = open_packs(self.packs)
-        with output_folder(self.output, "runs/merged", self.overwrite, MANIFEST) as output:
+        with pack_output(self.output, "runs/merged", self.overwrite) as output:
             found = merge_packs(packs, output.folder)
         shared = f", {found.joined:,} of them in several packs" if found.joined else ""
         print(f"merged: {len(packs)} packs, {found.photos:,} photos{shared}, {found.maps:,} maps")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -55,6 +55,16 @@ def output_folder(
     check_remote_output(place, whole, overwrite, begins)
     with uploaded(place, whole, owned) as local:
         yield Output(local, place)
+
+
+def pack_output(
+    given: Path | None, default: str, overwrite: bool
+) -> AbstractContextManager[Output]:
+    """:func:`output_folder` of a command that writes a pack."""
+    from xattn.packs.format import FORMAT, MANIFEST, is_pack_file
+
+    begins = f'"{FORMAT}"'.encode()
+    return output_folder(given, default, overwrite, MANIFEST, begins, is_pack_file)
 
 
 def refuse_remote(command: str, output: Path | None) -> None:

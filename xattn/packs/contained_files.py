@@ -44,6 +44,10 @@ class PackFolder(ABC):
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name; PackError or OSError where that cannot be told."""
 
+    @abstractmethod
+    def on_disk(self, name: str) -> Path:
+        """A file for readers that want a path; of a folder elsewhere a copy that goes with this object."""
+
     def size(self, name: str) -> int:
         """The bytes of a file; raises as :meth:`open`."""
         with self.open(name) as stream:
@@ -79,6 +83,10 @@ class LocalFolder(PackFolder):
 
     def exists(self, name: str) -> bool:
         return (self.path / name).is_file()
+
+    def on_disk(self, name: str) -> Path:
+        self.open(name).close()
+        return (self.path / name).resolve()
 
 
 def open_inside(folder: Path, name: str) -> IO[bytes]:

@@ -40,7 +40,7 @@ from xattn.packs.manifest_contents import ManifestContents
 from xattn.packs.remote_folder import folder_of
 from xattn.photos.images import decode_image
 from xattn.photos.view import View
-from xattn.runtime.files import stream_sha256
+from xattn.runtime.files import file_sha256
 from xattn.runtime.lru_cache import LRUCache
 from xattn.runtime.stores import StorePath, place_of
 
@@ -271,11 +271,10 @@ class Pack:
         """The pack's film, or None; checked by its hash."""
         if self._contents.video is None:
             return None
-        with self.files.open(VIDEO) as stream:
-            changed = self._contents.video and stream_sha256(stream) != self._contents.video
-        if changed:
+        path = self.files.on_disk(VIDEO)
+        if self._contents.video and file_sha256(path) != self._contents.video:
             raise PackError(f"{VIDEO} is not the film that was written; {AGAIN}")
-        return None if self.folder is None else (self.folder / VIDEO).resolve()
+        return path
 
     def _manifest_bytes(self) -> bytes:
         try:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any, cast
 
 from xattn.packs.contained_files import AGAIN, LocalFolder, PackError, PackFolder
 from xattn.runtime.lru_cache import LRUCache
-from xattn.runtime.stores import StoreError, StorePath, place_of
+from xattn.runtime.stores import BLOCK, StoreError, StorePath, place_of
 
 HEAD = 64 << 10  # bytes that are read at once where a file begins
 SMALL = 1 << 20  # bytes; smaller files are kept
@@ -44,6 +46,8 @@ class RemoteFolder(PackFolder):
         self._lock = threading.Lock()
         self._sizes: dict[str, int] = {}
         self._kept = LRUCache(KEPT)
+        self._copying = threading.Lock()
+        self._copies: TemporaryDirectory[str] | None = None
 
     def open(self, name: str) -> IO[bytes]:
         return cast("IO[bytes]", _Ranges(self, name, self.size(name)))
@@ -82,6 +86,17 @@ class RemoteFolder(PackFolder):
         else:
             self._kept.put(name, data, len(data))
         return data
+
+    def on_disk(self, name: str) -> Path:
+        with self._copying:
+            if self._copies is None:
+                self._copies = TemporaryDirectory(prefix="xattn-")
+            path = Path(self._copies.name, name.replace("/", "__"))
+            if not path.exists():
+                with self.open(name) as stream, path.with_suffix(".part").open("wb") as copy:
+                    shutil.copyfileobj(stream, copy, BLOCK)
+                path.with_suffix(".part").rename(path)
+        return path
 
     def range(self, name: str, start: int, end: int) -> bytes:
         """Bytes ``start`` to ``end`` of a file; fewer where it ends before.

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 NEW, OLD = ".tmp", ".old"  # suffixes of hidden folders beside an output
 
@@ -240,15 +240,10 @@ def printable(name: str) -> str:
 
 def file_sha256(path: str | Path) -> str:
     """SHA-256 (hex) of a file, which need not fit in memory."""
-    with Path(path).open("rb") as stream:
-        return stream_sha256(stream)
-
-
-def stream_sha256(stream: IO[bytes]) -> str:
-    """SHA-256 (hex) of what is left to read of an open file."""
     digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
+    with Path(path).open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
