@@ -54,7 +54,7 @@ function build(root) {
   });
   const label = element("label", "size", "Size");
   label.append(size);
-  bar.append(tools, state.eraser, label, state.undo, state.clear);
+  bar.append(tools, state.eraser, state.undo, state.clear, label);
   root.append(bar, canvas, picture, status);
   choose(state, "brush");
   erasing(state, false);

@@ -6,7 +6,6 @@ import base64
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
     from xattn.packs.explanation import Explanation
@@ -24,10 +23,7 @@ def map_cells(explanation: Explanation, crop: bool) -> dict[str, Any]:
     values = np.array(explanation.map, np.float64)
     rows, columns = (min(side, MOST_CELLS) for side in values.shape)
     if (rows, columns) != values.shape:
-        small = torch.nn.functional.adaptive_avg_pool2d(
-            torch.from_numpy(values)[None], (rows, columns)
-        )
-        values = small[0].numpy()
+        values = _averaged(_averaged(values, rows).T, columns).T
     low, high = float(values.min()), float(values.max())
     steps = np.rint((values - low) / ((high - low) or 1.0) * 65535).astype("<u2")
     return {
@@ -40,6 +36,13 @@ def map_cells(explanation: Explanation, crop: bool) -> dict[str, Any]:
         "of": list(explanation.map.shape),
         "box": map_box(explanation.view, crop),
     }
+
+
+def _averaged(values: np.ndarray, rows: int) -> np.ndarray:
+    """(h, w) -> (rows, w): the means of neighbouring rows."""
+    starts = np.arange(rows) * len(values) // rows
+    counts = np.diff(starts, append=len(values))
+    return np.add.reduceat(values, starts, axis=0) / counts[:, None]
 
 
 def map_box(view: View, crop: bool) -> list[float]:

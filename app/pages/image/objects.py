@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from xattn.app import state
+from xattn.app.navigation import selection
 from xattn.app.pages.image.shown import Shown
 from xattn.app.pictures.linked import on_picture
 from xattn.eval.annotations import Annotation, Annotations, annotations_of_classes
@@ -23,6 +24,7 @@ from xattn.photos.view import View
 from xattn.runtime.files import Signature
 
 if TYPE_CHECKING:
+    from xattn.app.navigation.maps_table import MapsTable
     from xattn.packs.reader import Pack
 
 RASTER = 512  # pixels of the longer side on which outlines are found
@@ -50,9 +52,11 @@ def objects_of(pack: Pack, shown: Shown, entry_ids: list[str]) -> Objects | None
     path = state.settings().annotations
     if path is None:
         return None
-    photo = Path(str(pack.images.at[shown.image_id, "file_name"]))
+    photo = Path(str((selection.table(pack).image(shown.image_id) or {})["file_name"]))
     try:
-        annotations = _read(path, _stamp(path), *_classes(pack))
+        backbone = pack.provenance(shown.focus)["backbone"] or {}
+        name = str(backbone.get("name", "the network"))
+        annotations = _read(path, _stamp(path), name, _classes(selection.table(pack)))
         if not annotations.has(photo):
             return None
         view = pack.view(shown.focus)
@@ -76,17 +80,10 @@ def _stamp(path: Path) -> Signature | None:
     return Signature.of(path.stat()) if path.is_file() else None
 
 
-def _classes(pack: Pack) -> tuple[str, tuple[tuple[int, str], ...]]:
-    """The network's name, and the classes that the pack explains, by their index."""
-    return _classes_of(pack.id, pack.version, pack)
-
-
-@functools.lru_cache(maxsize=8)
-def _classes_of(pack_id: str, version: str, pack: Pack) -> tuple[str, tuple[tuple[int, str], ...]]:
-    found = pack.entries[["target", "target_name"]].drop_duplicates("target")
-    backbone = pack.provenance(pack.entries.index[0])["backbone"] or {}
-    pairs = zip(found["target"].tolist(), found["target_name"].astype(str), strict=True)
-    return str(backbone.get("name", "the pack")), tuple(pairs)
+def _classes(table: MapsTable) -> tuple[tuple[int, str], ...]:
+    """The classes that a pack explains, by their index."""
+    found = table.answer("SELECT target, min(target_name) FROM entries GROUP BY 1 ORDER BY 1")
+    return tuple((int(target), str(name)) for target, name in found)
 
 
 def _outlines(

@@ -15,7 +15,6 @@ from xattn.app.components.look import STYLES, look_control
 from xattn.app.components.theme import name_html
 from xattn.app.navigation import last_view, screen, selection, url_widgets
 from xattn.app.pages.image import photo_tabs
-from xattn.app.pages.image.objects import Objects, objects_of
 from xattn.app.pages.image.shown import (
     SIDE,
     WIDTH,
@@ -35,6 +34,7 @@ from xattn.pictures.explained import probability_text
 from xattn.pictures.words import method_title
 
 if TYPE_CHECKING:
+    from xattn.app.pages.image.objects import Objects
     from xattn.packs.reader import Pack
 
 FIRST_METHODS = 6  # that are shown before anybody chooses
@@ -273,7 +273,7 @@ def _maps(pack: Pack, shown: Shown) -> None:
         "lines": [file_name(pack, shown)],
     }
     ids = [*shown.ids, *_of_true_class(pack, shown)]
-    found = objects_of(pack, shown, ids)
+    found = _objects(pack, shown, ids)
     cells = [photo, *(_cell(pack, shown, entry_id, found) for entry_id in ids)]
     outlines = _outlined(found)
     grid(
@@ -307,6 +307,15 @@ def _of_true_class(pack: Pack, shown: Shown) -> list[str]:
     own = shown.entries[shown.entries["target"] == row["label"]]
     by_method = dict(zip(own["method"], own.index, strict=True))
     return [by_method[method] for method in methods if method in by_method]
+
+
+def _objects(pack: Pack, shown: Shown, ids: list[str]) -> Objects | None:
+    """What is annotated in this photo; None where the viewer was given no annotations, or none of it."""
+    if state.settings().annotations is None:
+        return None
+    from xattn.app.pages.image.objects import objects_of  # and with it torch
+
+    return objects_of(pack, shown, ids)
 
 
 def _outlined(found: Objects | None) -> list[dict[str, Any]]:
