@@ -100,7 +100,8 @@ class RemoteLibrary(Library):
                     self._problem = None
                 except (StoreError, FileNotFoundError) as error:
                     self._problem = str(error)  # what was found before stays
-                self._until = time.monotonic() + FRESH
+                wait = FRESH if self._problem is None else 3 * FRESH  # asking may take a minute
+                self._until = time.monotonic() + wait
             return self._last
 
 

@@ -5,6 +5,8 @@ from object_stores import upload
 from small_explanations import make
 
 from xattn.app import remote_library, state
+from xattn.app.live.run import LiveRun, Request
+from xattn.app.live.saving import keep
 from xattn.app.remote_library import RemoteLibrary
 from xattn.cli import main
 from xattn.packs.contained_files import PackError
@@ -67,10 +69,7 @@ def test_a_store_that_stops_answering_is_named_in_the_list_and_its_packs_stay(
     library = RemoteLibrary(place_of(root))
     names = [info.name for info in library.packs()]
 
-    def silent(scheme):
-        raise ConnectionResetError("the line is cut")
-
-    monkeypatch.setattr(stores.StorePath, "_ask", lambda *a, **k: stored_error())
+    monkeypatch.setattr(stores.StorePath, "_ask", cut)
     infos = library.packs()
     assert [info.name for info in infos] == [*names, root]
     assert "does not answer" in infos[-1].problem
@@ -78,29 +77,22 @@ def test_a_store_that_stops_answering_is_named_in_the_list_and_its_packs_stay(
     assert [info.name for info in nothing.packs()] == [root]
 
 
-def stored_error():
+def cut(*arguments):
     raise stores.StoreError("s3://bucket does not answer (the line is cut)")
 
 
-def test_a_viewer_on_a_store_neither_trains_nor_writes(root, monkeypatch):
-    from streamlit.testing.v1 import AppTest
-
-    settings = state.Settings(root=place_of(root), training=False)
-    assert isinstance(
-        monkeypatch.setattr(state, "_settings", settings) or state.library(), RemoteLibrary
-    )
-
-    def train():
-        from xattn.app import state
-        from xattn.app.pages.train.page import page
-
-        page(state.Context(state.library()))
-
-    shown = AppTest.from_function(train, default_timeout=60).run()
-    assert not shown.exception
-    (info,) = shown.info
-    assert info.value.startswith("Training is off, because this viewer shows")
-    assert not state.library().keeps
+def test_a_viewer_on_a_store_keeps_no_results(root, monkeypatch, tmp_path):
+    monkeypatch.setattr(state, "_settings", state.Settings(root=place_of(root), training=False))
+    library = state.library()
+    assert isinstance(library, RemoteLibrary)
+    run = LiveRun(Request("test_resnet", ("cam",)), library)
+    run.folder = save_pack(tmp_path / "live", [make("fox")])
+    with pytest.raises(
+        ValueError, match=r"^This viewer shows s3://.*, where it only reads\. Start"
+    ):
+        keep(run, "mine")
+    live = library.open(library.add_scratch(run.folder))  # but they are shown
+    assert list(live.images.index) == ["fox"]
 
 
 @pytest.mark.parametrize(

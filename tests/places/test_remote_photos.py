@@ -12,10 +12,12 @@ from object_stores import upload
 from PIL import Image
 
 import xattn
+from xattn.backbone import Preprocessing
 from xattn.cli import main
 from xattn.photos.images import list_images, load_image
 from xattn.photos.sources import open_photos
 from xattn.runtime.stores import StoreError
+from xattn.training.data import TrainImages, load_batches
 
 MODEL = "-b test_resnet --weights random --device cpu --explainers gradcam".split()
 
@@ -131,6 +133,20 @@ def test_a_store_that_stops_answering_ends_the_work_and_what_was_explained_is_ke
     assert len(xattn.load_pack(tmp_path / "pack")) == 3
     with pytest.raises(StoreError, match="does not answer"):
         xattn.evaluate(backbone, {"cam": "gradcam"}, url, progress=False)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_store_that_stops_answering_ends_a_training(workers, photos, impatient, monkeypatch):
+    images = TrainImages(upload(photos, "memory://trains/photos"), Preprocessing(), seed=0)
+
+    def failing(self, path, **options):
+        raise ConnectionResetError("the line is cut")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", failing)
+    with pytest.raises(
+        StoreError, match=r"^memory://trains does not answer \(the line is cut; 2 att"
+    ):
+        list(load_batches(images, [[(0, 0), (0, 1)]], workers))
 
 
 def test_commands_take_urls(remote, tmp_path, capsys):

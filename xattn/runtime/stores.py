@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
 ATTEMPTS = 4
@@ -27,6 +26,8 @@ LIBRARIES = {"s3": '"xattn[remote]"', "s3a": '"xattn[remote]"', "gs": "gcsfs", "
 LIBRARIES |= {"hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs"}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)  # a Path has one slash left
 _LOCAL = ("file", "local")
+# How errors of the libraries begin where a permission is missing.
+_REFUSED = re.compile("Forbidden|Unauthorized|Access ?Denied|Anonymous caller|40[13] Client Error")
 _FINAL = (ValueError, TypeError, NotImplementedError, NotADirectoryError, IsADirectoryError)
 Result = TypeVar("Result")
 
@@ -63,8 +64,8 @@ class StorePath:
 
     @property
     def store(self) -> str:
-        """The store by its scheme and bucket, for errors."""
-        return "/".join(self.url.split("/")[:3])
+        """The store by its scheme and bucket (of ``hf://`` the repository), for errors."""
+        return "/".join(self.url.split("/")[: 5 if self.scheme == "hf" else 3])
 
     @property
     def name(self) -> str:
@@ -256,8 +257,7 @@ def place_of(given: str | Path | StorePath, argument: str = "path") -> Path | St
         return Path(given)
     scheme, rest = match[1].lower(), match[2]
     if scheme in _LOCAL:
-        parts = urlsplit(f"file:///{rest}")
-        return Path(url2pathname(unquote(parts.path)))
+        return Path(url2pathname(f"/{rest}"))
     if scheme not in _known_schemes():
         kept = isinstance(given, str) and "://" not in given
         if kept or Path(f"{match[1]}:").exists():  # a local folder whose name has a colon
@@ -322,17 +322,8 @@ def _known_schemes() -> set[str]:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    text = f"{type(error).__name__} {error}"
-    words = (
-        "Forbidden",
-        "AccessDenied",
-        "credential",
-        "Unauthorized",
-        "401",
-        "403",
-        "NoSuchBucket",
-    )
-    return isinstance(error, PermissionError) or any(word in text for word in words)
+    named = "Credential" in type(error).__name__
+    return isinstance(error, PermissionError) or named or _REFUSED.match(str(error)) is not None
 
 
 def _reason(error: BaseException) -> str:
