@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,18 @@ def test_the_library_lists_a_pack_of_format_2_without_its_rows(tmp_path, monkeyp
     assert is_pack(tmp_path / "runs" / "large")
 
 
+def test_without_pyarrow_the_line_to_type_is_named(tmp_path, monkeypatch):
+    folder = shards(tmp_path / "pack")
+    for name in [name for name in sys.modules if name.startswith("xattn.packs.sharded")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    line = r'a pack of format 2 needs pyarrow, .*; run: pip install "xattn\[app\]"$'
+    with pytest.raises(PackError, match=f"^pack: {line}"):
+        Pack(folder)
+    with pytest.raises(ValueError, match=f"^output: {line}"):
+        shards(tmp_path / "new")
+
+
 def test_a_synthetic_pack_has_a_row_and_a_map_for_each_entry(tmp_path):
     million_pack(tmp_path / "pack", maps=60, methods=4, side=2)
     pack = Pack(tmp_path / "pack")
@@ -285,6 +298,20 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path, file, damage):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
     if damage != "flipped" or file.endswith("parquet"):
         assert file in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["entries-00001.parquet", "maps-00001.safetensors"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_load_pack_names_the_file_that_is_missing_or_cut(tmp_path, file, cut):
+    folder = shards(tmp_path / "pack")
+    if cut:
+        data = (folder / file).read_bytes()
+        (folder / file).write_bytes(data[:-9] + bytes(9))
+    else:
+        (folder / file).unlink()
+    with pytest.raises(ValueError, match=f"^pack: .*{file} is missing or damaged") as caught:
+        load_pack(folder)
+    assert "\n" not in str(caught.value)
 
 
 def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:

@@ -9,7 +9,7 @@ from xattn.cli import main
 from xattn.packs.contained_files import PackError
 from xattn.packs.reader import Pack, load_pack
 from xattn.packs.remote_folder import RemoteFolder
-from xattn.packs.writer import save_pack
+from xattn.packs.writer import pack_writer, save_pack
 from xattn.runtime.stores import place_of
 
 
@@ -29,6 +29,19 @@ def test_a_pack_is_read_as_from_a_folder(pack):
     opened = Pack(place_of(url))
     assert opened.folder is None and opened.name == "pack" and len(opened.entries) == 3
     assert opened.photo("cat").size == (90, 60) and opened.video is None
+
+
+def test_a_pack_of_format_2_is_read_as_from_a_folder(tmp_path, bucket):
+    given = [make("cat", 3, seed=1), make("cat", 4, seed=2), make("dog", 3, seed=3)]
+    with pack_writer(tmp_path / "pack", format=2, photos=1) as writer:
+        writer.add(given[:2])
+        writer.add(given[2:])
+    url = upload(tmp_path / "pack", f"{bucket}/runs/shards")
+    found = load_pack(url)
+    assert all(np.array_equal(a.map, b.map) for a, b in zip(found, given, strict=True))
+    assert found[0].photo().size == (90, 60)
+    opened = Pack(place_of(url))
+    assert opened.parquet() is None and list(opened.entries.index) == [e.id for e in given]
 
 
 def test_a_map_costs_its_own_bytes(tmp_path, bucket, fetched):

@@ -105,6 +105,10 @@ class Contents(ABC):
         """The map (h, w) of an entry, checked by its hash; ValueError or OSError if it is damaged."""
 
     @abstractmethod
+    def maps_file(self, entry: Entry) -> str:
+        """The name of the file that has the map of an entry."""
+
+    @abstractmethod
     def has_thumbnail(self, photo: PhotoFacts) -> bool:
         """Whether the pack names a JPEG file of a photo."""
 

@@ -101,6 +101,9 @@ class ManifestContents(Contents):
     def map(self, entry: Entry) -> NDArray[np.float32]:
         return self._maps.read(entry.id, entry.sha256)
 
+    def maps_file(self, entry: Entry) -> str:
+        return MAPS
+
     def has_thumbnail(self, photo: PhotoFacts) -> bool:
         return self._manifest.images["thumbnail"][photo.row] is not None
 

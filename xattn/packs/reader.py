@@ -28,7 +28,6 @@ from xattn.packs.contents import Contents, Entry
 from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.format import (
     MANIFEST,
-    MAPS,
     VIDEO,
     LaterVersion,
     needs_pyarrow,
@@ -201,7 +200,7 @@ class Pack:
             raise
         except (ValueError, OSError) as error:
             message = f"The map {entry.id} is damaged ({why(error)}); {AGAIN}"
-            raise DamagedFile(MAPS, why(error), message) from None
+            raise DamagedFile(self._contents.maps_file(entry), why(error), message) from None
 
     def view(self, entry_id: str) -> View:
         """Which part of the photo the network saw."""
@@ -316,7 +315,7 @@ def load_pack(folder: str | Path) -> list[Explanation]:
         pack = Pack(place, name=str(place), cache=nothing_kept, trusted=True)
         return [pack.explanation(entry_id) for entry_id in pack.entry_ids]
     except DamagedFile as error:
-        what = "missing or damaged" if error.file == MAPS else "damaged"
+        what = "damaged" if error.file == MANIFEST else "missing or damaged"
         raise ValueError(
             f"pack: {place / error.file} is {what} ({error.reason}); {AGAIN}"
         ) from None

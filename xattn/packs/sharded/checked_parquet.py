@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ _FOOTER_TEXT = _FOOTER_ITEMS = 1 << 16
 
 
 class CheckedParquet:
-    """One Parquet file, whole in memory, whose schema, counts and places were checked.
+    """One Parquet file, whole in memory, whose schema, counts and places were checked; threads may share
+    it.
 
     Args:
         data: the file; it is at most ``MAX_FILE`` bytes.
@@ -37,6 +39,7 @@ class CheckedParquet:
         if rows > MAX_ROWS:
             raise ValueError(f"it has {rows:,} rows, over the limit of {MAX_ROWS:,}")
         self._data, self._schema = data, schema
+        self._lock = threading.Lock()
         self._by_dictionary = by_dictionary(schema, unique)
         self._file = _arrow(self._opened)
         metadata = self._file.metadata
@@ -58,11 +61,12 @@ class CheckedParquet:
         """
         wanted = range(len(self.group_rows)) if groups is None else groups
         self.check(columns, wanted)
-        table = _arrow(
-            lambda: self._file.read_row_groups(
-                list(wanted), columns=list(columns), use_threads=False
+        with self._lock:
+            table = _arrow(
+                lambda: self._file.read_row_groups(
+                    list(wanted), columns=list(columns), use_threads=False
+                )
             )
-        )
         if table.num_rows != sum(self.group_rows[g] for g in wanted):
             raise ValueError("its rows do not add up")
         _arrow(lambda: table.validate(full=True))

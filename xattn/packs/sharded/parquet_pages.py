@@ -13,7 +13,7 @@ from typing import Any
 
 _BOOLEANS, _INTEGERS, _I32, _DOUBLE, _BINARY, _STRUCT = (1, 2), (4, 5, 6), 5, 7, 8, 12
 _DATA_PAGE, _DICTIONARY_PAGE = 0, 2
-_PLAIN, _BY_DICTIONARY = (0,), (0, 2, 8)  # encodings
+_PLAIN, _OF_DICTIONARIES, _ENCODINGS = {0}, {0, 2}, {0, 2, 8}
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ def check_pages(data: bytes | memoryview, bounds: Bounds) -> int:
             raise ValueError(f"its pages have more than {bounds.size:,} bytes")
         if kind == _DATA_PAGE:
             about = header.get(5)
-            encodings = _BY_DICTIONARY if bounds.dictionary else _PLAIN
+            allowed = _ENCODINGS if bounds.dictionary else _PLAIN
         elif kind == _DICTIONARY_PAGE and bounds.dictionary:
-            about, encodings = header.get(7), (0, 2)
+            about, allowed = header.get(7), _OF_DICTIONARIES
         else:
             raise ValueError("it has pages of another kind")
-        if type(about) is not dict or _number(about, 2) not in encodings:
+        if type(about) is not dict or _number(about, 2) not in allowed:
             raise ValueError("a page is encoded in another way")
         count = _number(about, 1)
         if count > bounds.values:

@@ -145,6 +145,9 @@ class ShardContents(Contents):
             raise ValueError(f"the bytes of {entry.id} are not those that were written")
         return np.frombuffer(data, "<f4").reshape(shapes[row]).astype(np.float32)
 
+    def maps_file(self, entry: Entry) -> str:
+        return self._shards("maps")[_place(entry.row, self._entry_ends)[0]].name
+
     def has_thumbnail(self, photo: PhotoFacts) -> bool:
         return photo.thumbnail_sha256 is not None
 
@@ -213,8 +216,8 @@ class ShardContents(Contents):
         for shard in self._manifest.shards:
             if (file := shard.features) is None:
                 return None
-            data = self._files.read(file.name, MAX_FEATURES)
             with self._damage(file.name):
+                data = self._files.read(file.name, MAX_FEATURES)
                 if hashlib.sha256(data).hexdigest() != file.sha256:
                     raise ValueError("it is not the file that was written")
                 found = TensorFile(partial(io.BytesIO, data)).read("features").astype(np.float16)
@@ -294,8 +297,8 @@ class ShardContents(Contents):
         key = ("file", file.name)
         found: CheckedParquet | None = self._recent.get(key)
         if found is None:
-            data = self._files.read(file.name, MAX_FILE)
             with self._damage(file.name):
+                data = self._files.read(file.name, MAX_FILE)
                 if hashlib.sha256(data).hexdigest() != file.sha256:
                     raise ValueError("it is not the file that was written")
                 unique = "entry_id" if kind == "entries" else "image_id"
@@ -309,7 +312,11 @@ class ShardContents(Contents):
     def _check_sizes(self) -> None:
         for shard in self._manifest.shards:
             for file in shard:
-                if file is not None and (size := self._files.size(file.name)) != file.size:
+                if file is None:
+                    continue
+                with self._damage(file.name):
+                    size = self._files.size(file.name)
+                if size != file.size:
                     raise _damaged(file.name, f"it has {size:,} bytes, not {file.size:,}")
 
     @contextmanager
