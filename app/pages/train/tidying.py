@@ -12,6 +12,7 @@ from xattn.app import state
 from xattn.app.jobs.jobs import Job, Jobs
 from xattn.app.jobs.spec import JobError
 from xattn.app.state import plain
+from xattn.packs.contained_files import PackError
 from xattn.runtime.display_text import reason
 
 MOST, NAMED = 20_000, 6  # files that are counted; heads and packs that are named
@@ -38,12 +39,17 @@ def tidying(jobs: Jobs, job: Job, bar: Any) -> None:
 
 
 def _done(action: Any) -> bool:
-    """Whether the job was changed; what went wrong is said here."""
+    """Whether the job was changed, and with it perhaps the open pack; what went wrong is said here."""
     try:
         action()
     except (JobError, OSError) as error:
         st.error(plain(reason(error)))
         return False
+    try:
+        state.library().open(st.session_state.get("_pack", ""))
+    except PackError:  # it was among the results
+        st.session_state.pop("_pack", None)
+        st.query_params.pop("pack", None)
     return True
 
 
@@ -54,8 +60,9 @@ def _lost(job: Job) -> str:
     files, size = _count(job.output)
     number = "one file" if files == 1 else f"{files:,}{' or more' * (files >= MOST)} files"
     of = f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
-    here = [*state.library().heads(), *state.library().packs()]
-    named = [i.name for i in here if f"{i.name}/".startswith(f"{job.id}/")][:NAMED]
+    library = state.library()
+    here = [info.name for info in library.heads()] + [info.name for info in library.packs()]
+    named = [name for name in here if f"{name}/".startswith(f"{job.id}/")][:NAMED]
     also = f", among them {', '.join(named)}" if named else ""
     return (
         f"This deletes {job.id}: what it printed, and all in {state.settings().root.name}/{job.id}, "

@@ -150,7 +150,8 @@ def test_a_head_that_is_there_opens_in_live(root: Path, monkeypatch: pytest.Monk
 
 
 def test_the_table_in_the_browser(root: Path, open_page: Callable[..., Any]) -> None:
-    """A job opens, two are compared, one is renamed and deleted, as a person would."""
+    """Two are compared; one is opened, leads to its mistakes, is renamed and deleted."""
+    small_pack(root / "first" / "mistakes", 6, ("head",))
     with served(root, log=root.parent / "log") as address:
         page = open_page(f"{address}/train", "narrow", "dark")
         page.get_by_role("checkbox", name="Compare the losses of first").check()
@@ -160,6 +161,10 @@ def test_the_table_in_the_browser(root: Path, open_page: Callable[..., Any]) -> 
         wide = page.get_by_test_id("stMain").evaluate("e => e.scrollWidth - e.clientWidth")
         assert wide <= 0
         page.locator(".jobs a", has_text="first").click()
+        page.wait_for_url(re.compile("job=first"))
+        page.get_by_role("button", name="See its mistakes").click()
+        page.locator(".matrix .wrong").first.wait_for()
+        page.go_back()
         page.wait_for_url(re.compile("job=first"))
         page.get_by_role("button", name="Rename").click()
         page.get_by_label("New name").fill("third")
