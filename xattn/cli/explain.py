@@ -25,8 +25,8 @@ class Explain(MethodArgs):
     """Explain images, folders or a clip: overlays, and a pack with maps of the top or named classes."""
 
     images: Images = ()
-    """Images, folders, .txt lists, hfds/..., wds/...; or one clip (.mp4, .mov, .avi, .mkv, ...) or
-    volume (.nii, .nii.gz), whose axial slices are explained."""
+    """Images, folders, .txt lists, URLs of these, hfds/..., wds/...; or one clip (.mp4, .mov, .avi, .mkv,
+    ...) or volume (.nii, .nii.gz), whose axial slices are explained."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     explainers: Explainers = ()
     """Methods of xattn list that explain instead of a head ("head" is one, too); by default a trained

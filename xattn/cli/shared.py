@@ -28,7 +28,8 @@ class PhotoArgs:
     """The photos that a command works on, which stand without an option."""
 
     images: Images = ()
-    """Images, folders, .txt lists with a path a line, hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
+    """Images, folders, .txt lists with a path a line, URLs of these (s3://, gs://, hf://), or a data set:
+    hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
 
     def check(self) -> None:
         """Refuse paths and values that are wrong at first sight, before torch is imported."""

@@ -14,6 +14,7 @@ import io
 import math
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 MAX_MANIFEST = 256 << 20  # bytes; 200,000 maps, and reading takes up to 30 times as many
 MAX_PIXELS = 4_000_000  # of a thumbnail; xattn writes at most 512 x 512
+AT_ONCE = 8  # maps that are asked of a store at the same time
 RECENT_MAPS = 64 << 20  # bytes of maps that are kept
 
 
@@ -313,7 +315,10 @@ def load_pack(folder: str | Path) -> list[Explanation]:
     nothing_kept = LRUCache(0)
     try:
         pack = Pack(place, name=str(place), cache=nothing_kept, trusted=True)
-        return [pack.explanation(entry_id) for entry_id in pack.entry_ids]
+        if isinstance(place, Path):
+            return [pack.explanation(entry_id) for entry_id in pack.entry_ids]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(pack.explanation, pack.entry_ids))
     except DamagedFile as error:
         what = "damaged" if error.file == MANIFEST else "missing or damaged"
         raise ValueError(
