@@ -21,6 +21,7 @@ from xattn.pictures.contact_sheet import (
     contact_sheet_svg,
     sheet_rows,
 )
+from xattn.pictures.words import method_title, metric_about, named_metric
 
 if TYPE_CHECKING:
     from xattn.app.navigation.selection import Selection
@@ -143,7 +144,7 @@ def html(pack: Pack, entry_ids: Sequence[str], look: Look | None = None) -> str:
     entries = pack.entries.loc[list(entry_ids)]
     metrics = [m for m in pack.metrics if entries[m.key].notna().any()]
     table = _table(pack, entries, metrics) if metrics else None
-    notes = [f"{m.key}: {m.formula}; protocol {m.protocol_id}" for m in metrics]
+    notes = [_note(m) for m in metrics]
     count = len(rows)
     return contact_sheet_html(
         rows,
@@ -156,6 +157,12 @@ def html(pack: Pack, entry_ids: Sequence[str], look: Look | None = None) -> str:
     )
 
 
+def _note(metric: MetricInfo) -> str:
+    """What a column says, in plain words and as a formula."""
+    about = metric_about(metric.key, metric.higher_is_better)
+    return f"{named_metric(metric.key)}. {about} {metric.formula}; protocol {metric.protocol_id}"
+
+
 def _table(pack: Pack, entries: pd.DataFrame, metrics: Sequence[MetricInfo]) -> list[list[object]]:
     """Figures by map; the first row is the header."""
     table: list[list[object]] = [
@@ -163,7 +170,7 @@ def _table(pack: Pack, entries: pd.DataFrame, metrics: Sequence[MetricInfo]) -> 
     ]
     several = entries["image_id"].nunique() > 1
     for row in entries.to_dict("records"):
-        name = f"{row['method']}, {row['target_name'].split(',')[0]}"
+        name = f"{method_title(row['method'])}, {row['target_name'].split(',')[0]}"
         if several:
             name += f", {pack.images.loc[row['image_id'], 'title']}"
         values = [row[m.key] for m in metrics]

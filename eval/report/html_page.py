@@ -29,6 +29,7 @@ from xattn.eval.report.html_tables import (
 from xattn.eval.report.standings import Standing
 from xattn.eval.report.text_tables import protocol_notes
 from xattn.eval.results import Results, is_baseline
+from xattn.pictures.design import FONT, VARIABLES
 from xattn.runtime.stores import StorePath
 
 _LISTED = 20  # images of one method, or skipped photos, before "and n more"
@@ -63,7 +64,8 @@ def html_page(
     failures = results.sanity_failures()
     key, point = legend(table)
     parts = {
-        "style": (page / "report.css").read_text(encoding="utf-8"),
+        "style": f":root{{{VARIABLES};--font:{FONT}}}\n"
+        + (page / "report.css").read_text(encoding="utf-8"),
         "script": (page / "report.js").read_text(encoding="utf-8"),
         "facts": _facts(results),
         "warnings": _warnings(results, failures),

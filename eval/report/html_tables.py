@@ -14,6 +14,7 @@ from xattn.eval.metrics.objectives import LEGEND, MARK, is_trained_on
 from xattn.eval.report.aggregate_ranks import AggregateRank, aggregate_ranks
 from xattn.eval.report.standings import Standing, too_few, wins
 from xattn.eval.results import TOO_FEW, MethodResult, Results, is_baseline
+from xattn.pictures.words import metric_about
 from xattn.runtime.files import printable
 
 Failures = Mapping[str, Mapping[Column, "list[str] | None"]]
@@ -66,7 +67,10 @@ def leaderboard(results: Results, table: Sequence[Standing]) -> str:
         top += f"<th scope=colgroup colspan={len(columns)} data-kind={k}><span>{kind}</span></th>"
         for column in columns:
             info = results.info(column.metric)
-            low += _sortable(column.key, info.higher_is_better, k, info.formula)
+            about = metric_about(column.key)
+            low += _sortable(
+                column.key, info.higher_is_better, k, f"{about} {info.formula}".strip()
+            )
     cost = len(kinds)
     top += f"<th scope=colgroup colspan=2 data-kind={cost}><span>cost</span></th>"
     low += _sortable("forwards", False, cost, "forward passes that one explanation takes")
@@ -189,17 +193,26 @@ def legend(table: Sequence[Standing]) -> tuple[str, str]:
 
 
 def formulas(results: Results) -> str:
-    """What each column is: formula, range, direction, id."""
+    """What each column is: plain words, formula, range, direction, id."""
     rows = []
     for column in results.columns:
         info = results.info(column.metric)
         span = "".join(f"<td>{b:g}</td>".replace("inf", "∞") for b in (info.low, info.high))
         better = "higher" if info.higher_is_better else "lower"
         rows.append(
-            f"<tr><th scope=row>{column.key}</th><td>{text(info.formula)}</td>{span}"
+            f"<tr><th scope=row>{column.key}</th><td>{text(metric_about(column.key))}</td>"
+            f"<td>{text(info.formula)}</td>{span}"
             f"<td>{better}</td><td><code>{text(results.metric_id(column))}</code></td></tr>"
         )
-    heads = ("column", "formula", "from", "to", "better", "id (equal ids can be compared)")
+    heads = (
+        "column",
+        "in words",
+        "formula",
+        "from",
+        "to",
+        "better",
+        "id (equal ids can be compared)",
+    )
     head = "".join(f"<th scope=col>{h}</th>" for h in heads)
     return f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
 

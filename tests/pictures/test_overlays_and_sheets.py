@@ -86,7 +86,7 @@ def test_the_html_sheet_is_self_contained_escaped_and_accessible():
     images = re.findall(r"<img [^>]*>", page)
     assert len(images) == 4 and all(re.search(r'alt="[^"]+"', i) for i in images)
     for part in (
-        "prefers-color-scheme:dark",
+        "color-scheme:light dark",
         "width=device-width",
         "25.0%",
         "&lt;head&gt;",

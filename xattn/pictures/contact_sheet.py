@@ -13,11 +13,13 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from xattn.pictures.design import DARK, FONT, LEGENDS, LIGHT, VARIABLES
 from xattn.pictures.explained import Explained, amount
 from xattn.pictures.highlights import line_sample
 from xattn.pictures.lettering import load_font, shorten, wrap
 from xattn.pictures.overlay import SEQUENTIAL, colour_bar, data_url, gradient
 from xattn.pictures.scales import OUTLINE, Legend, Scale, legend_of, overlay_of
+from xattn.pictures.words import method_title
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def sheet_rows(
         cells = [Cell(photo, "Photo", name, alt=f"Photo {name}")]
         for e in group:
             drawn = draw(e, photo) if draw else overlay_of(e, photo, opacity, cmap, style)
-            cells.append(labelled(e, drawn, e.method))
+            cells.append(labelled(e, drawn, method_title(e.method)))
         rows.append(Row(name, cells))
     return rows
 
@@ -198,30 +200,26 @@ def _html_table(table: Sequence[Sequence[object]], title: str) -> str:
     )
 
 
-_STYLE = """
-:root{--bg:#fafaf9;--card:#fff;--ink:#1c1917;--soft:#6b6560;--line:#e7e5e4;--accent:#b4441f;
---shadow:0 1px 2px #0000000d,0 4px 16px #0000000a}
-@media(prefers-color-scheme:dark){:root{--bg:#141312;--card:#1e1c1b;--ink:#f0eeec;--soft:#a39c96;
---line:#33302e;--accent:#f08a4b;--shadow:none}}
+_STYLE = (
+    f":root{{color-scheme:light dark;{VARIABLES}}}{LEGENDS}"
+    f"body{{font:16px/1.5 {FONT}}}"
+    """
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:1280px;padding:clamp(16px,4vw,48px);background:var(--bg);
-color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+body{margin:0 auto;max-width:1280px;padding:clamp(16px,4vw,48px);background:var(--ground);
+color:var(--text)}
 h1{margin:0;font-size:clamp(1.6rem,4vw,2.4rem);line-height:1.15;letter-spacing:-.02em}
 h2{margin:2.5rem 0 .75rem;font-size:1.2rem;letter-spacing:-.01em}
-.sub{margin:.5rem 0 0;max-width:70ch;color:var(--soft)}
-.legend{display:flex;flex-wrap:wrap;align-items:center;gap:.1rem .6rem;margin:1.25rem 0 1.75rem;
-color:var(--soft);font-size:.85rem;font-variant-numeric:tabular-nums}
-.legend i{width:180px;height:10px;border-radius:5px}
-.legend+.legend{margin-top:-1.25rem}
-.legend em{font-style:normal}
-main{--gap:clamp(10px,1.5vw,18px);display:grid;gap:18px;align-items:start;
+.sub{margin:.5rem 0 0;max-width:70ch;color:var(--quiet)}
+header .legend{margin:1.25rem 0 1.75rem}
+header .legend+.legend{margin-top:-1.25rem}
+main{--space:clamp(10px,1.5vw,18px);display:grid;gap:18px;align-items:start;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,COLUMNS*240px),1fr))}
-section{display:grid;gap:var(--gap);align-items:start;padding:var(--gap);
+section{display:grid;gap:var(--space);align-items:start;padding:var(--space);
 grid-template-columns:repeat(auto-fill,minmax(max(min(100%,130px),
-(100% - (COLUMNS - 1)*var(--gap))/COLUMNS),1fr));
-background:var(--card);border:1px solid var(--line);border-radius:14px;box-shadow:var(--shadow)}
+(100% - (COLUMNS - 1)*var(--space))/COLUMNS),1fr));
+background:var(--panel);border:1px solid var(--line);border-radius:var(--corner-large)}
 figure{margin:0;min-width:0}
-img{display:block;width:100%;height:auto;max-height:420px;object-fit:contain;border-radius:8px;
+img{display:block;width:100%;height:auto;max-height:420px;object-fit:contain;border-radius:var(--corner);
 background:#0000000d}
 figcaption{display:grid;grid-template-columns:1fr auto;gap:0 .5rem;align-items:baseline;
 padding:.5rem .1rem 0;overflow-wrap:anywhere}
@@ -229,13 +227,14 @@ figcaption strong{font-weight:600;line-height:1.3}
 .p{color:var(--accent);font-weight:600;font-variant-numeric:tabular-nums}
 .bar{grid-column:1/-1;height:3px;margin:.35rem 0 .2rem;border-radius:2px;background:var(--line)}
 .bar b{display:block;height:100%;border-radius:2px;background:var(--accent)}
-small{grid-column:1/-1;color:var(--soft)}
+small{grid-column:1/-1;color:var(--quiet)}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.45rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child{text-align:left}thead th{color:var(--soft);font-weight:600}
-tbody th{font-weight:500}footer p{max-width:75ch;color:var(--soft)}
+th:first-child{text-align:left}thead th{color:var(--quiet);font-weight:600}
+tbody th{font-weight:500}footer p{max-width:75ch;color:var(--quiet)}
 """
+)
 
 
 # ---------------------------------------------------------------------- image and SVG
@@ -243,8 +242,8 @@ tbody th{font-weight:500}footer p{max-width:75ch;color:var(--soft)}
 
 @dataclass(frozen=True)
 class _Colours:
-    ink: str = "#1c1917"
-    soft: str = "#6b6560"
+    ink: str = LIGHT.text
+    soft: str = LIGHT.quiet
     ground: str = "#ffffff"
 
 
@@ -379,7 +378,7 @@ def contact_sheet_image(
         notes: paragraphs below.
         style: of maps given as explanations: "overlay", "outline" or "spotlight".
     """
-    colours = _Colours("#f0eeec", "#a39c96", "#141312") if dark else _Colours()
+    colours = _Colours(DARK.text, DARK.quiet, DARK.ground) if dark else _Colours()
     laid = _lay_out(_as_rows(rows, cmap, style), title, side, _legends(legends, cmap, style), notes)
     sheet = Image.new("RGB", laid.size, colours.ground)
     draw = ImageDraw.Draw(sheet)

@@ -58,6 +58,16 @@ DARK = Colours(
     wrong="#ffa39b",
 )
 
+# Of lines and dots that have to be told apart, on each ground.
+SERIES_LIGHT = (
+    *("#b4441f", "#2f6f9f", "#6a8f2f", "#8a5aa8"),
+    *("#b07a10", "#2f8579", "#a0527c", "#6f6a62"),
+)
+SERIES_DARK = (
+    *("#f08a4b", "#74b3e0", "#a5c964", "#c39ae0"),
+    *("#e3b64c", "#63c3b4", "#e08fbb", "#b5afa6"),
+)
+
 LENGTHS = {
     "corner": "6px",
     "corner-large": "12px",
@@ -71,7 +81,11 @@ _colours = ";".join(
     f"--{name.replace('_', '-')}:light-dark({light},{asdict(DARK)[name]})"
     for name, light in asdict(LIGHT).items()
 )
-VARIABLES = _colours + "".join(f";--{name}:{length}" for name, length in LENGTHS.items())
+_series = "".join(
+    f";--c{i}:light-dark({light},{dark})"
+    for i, (light, dark) in enumerate(zip(SERIES_LIGHT, SERIES_DARK, strict=True))
+)
+VARIABLES = _colours + _series + "".join(f";--{name}:{length}" for name, length in LENGTHS.items())
 """The colours and lengths as CSS declarations, for ``:root{...}``."""
 
 LEGENDS = """

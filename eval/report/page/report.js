@@ -103,7 +103,7 @@ data.ranked.forEach((m, k) => styles.set(m, {
   stroke: `var(--c${k % 8})`, "stroke-dasharray": DASHES[Math.floor(k / 8) % 3] }));
 data.methods.forEach((_, m) => {
   if (styles.has(m)) return;
-  styles.set(m, { stroke: "var(--muted)",
+  styles.set(m, { stroke: "var(--quiet)",
     "stroke-dasharray": ["10 3", "4 3", "1 3", "10 3 2 3"][(styles.size - data.ranked.length) % 4] });
 });
 const drawn = [...styles.keys()].filter((m) => data.curves.some((chart) => m in chart.lines));
