@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from xattn.app.synthetic_packs import big_pack, picture
+from xattn.app.synthetic_packs import big_pack, million_pack, picture
 
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -31,6 +31,8 @@ FLAGS = (
 SIZE = {"width": 1280, "height": 900}
 MANY, WARM = 10_000, 1_000  # images of the two packs
 PAINT, TURN, CLICK, LIVE, STROKE = 2.0, 0.5, 0.3, 0.15, 0.3  # seconds that are allowed
+SCALE_PAINT, SORTED, PHOTO = 3.0, 1.5, 0.4  # seconds, in a pack of a million maps
+SCALE_MEMORY = 1000  # MB that the server may have then
 GROWTH = 50  # MB that the server may grow by over the views after the first tenth
 VIEWS = 500
 LIVE_BACKBONE, LIVE_HEAD = "tf_efficientnet_lite0", "ttame-efficientnet-lite0"
@@ -46,9 +48,9 @@ _READY = """key => {
     return box.bottom < 0 || box.top > innerHeight || (i.complete && i.naturalWidth > 0);
   });
 }"""
-_WATCH = """key => {
+_WATCH = """([kind, key]) => {
   const ready = READY;
-  window.xattnTook = new Promise((resolve, reject) => addEventListener("click", event => {
+  window.xattnTook = new Promise((resolve, reject) => addEventListener(kind, event => {
     const look = () => {
       const took = performance.now() - event.timeStamp;
       if (ready(key)) resolve(took / 1000);
@@ -178,8 +180,13 @@ def _first_cell(page: Any) -> str:
 
 def _clicked(page: Any, target: Any) -> float:
     """Seconds from a click on ``target`` to pixels, by the browser's own clock."""
-    page.evaluate(_WATCH, _first_cell(page))
-    target.click()
+    return _timed(page, "click", target.click)
+
+
+def _timed(page: Any, kind: str, act: Callable[[], None]) -> float:
+    """Seconds from the event of this kind that ``act`` makes to pixels, by the browser's own clock."""
+    page.evaluate(_WATCH, [kind, _first_cell(page)])
+    act()
     return float(page.evaluate("() => window.xattnTook"))
 
 
@@ -220,6 +227,28 @@ def next_images(page: Any, rounds: int) -> list[float]:
     for _ in range(rounds):
         took.append(_clicked(page, button))
         page.wait_for_timeout(100)
+    return took
+
+
+def orders(page: Any, names: Sequence[str]) -> list[float]:
+    """Seconds from the choice of an order of the gallery to its pictures."""
+    took = []
+    for name in names:
+        page.get_by_role("combobox", name="Sort by").click()
+        option = page.get_by_role("option", name=name, exact=True)
+        option.wait_for()
+        took.append(_clicked(page, option))
+        page.wait_for_timeout(300)
+    return took
+
+
+def searches(page: Any, words: Sequence[str]) -> list[float]:
+    """Seconds from Enter in the gallery's search to the pictures that are found."""
+    box, took = page.get_by_role("textbox", name="Search"), []
+    for word in words:
+        box.fill(word)
+        took.append(_timed(page, "keydown", lambda: box.press("Enter")))
+        page.wait_for_timeout(300)
     return took
 
 
@@ -287,10 +316,20 @@ def strokes(page: Any, address: str, root: Path, photo: Path, rounds: int) -> li
 # ---------------------------------------------------------------------- all of them
 
 
+HEADER = ("| what | median | slowest | wanted |", "| :-- | --: | --: | --: |")
+
+
 def bench(
-    rounds: int = 15, views: int = VIEWS, images: tuple[int, int] = (MANY, WARM)
+    rounds: int = 15,
+    views: int = VIEWS,
+    images: tuple[int, int] = (MANY, WARM),
+    maps: int | None = None,
 ) -> Iterator[str]:
-    """Lines of a Markdown table; ``images`` of the big pack and of the warm one."""
+    """Lines of a Markdown table; ``images`` of the big pack and of the warm one. With ``maps`` the one pack
+    of format 2 that has so many, made, opened, sorted, filtered and browsed."""
+    if maps is not None:
+        yield from scale(min(rounds, 6), maps)
+        return
     with tempfile.TemporaryDirectory(prefix="xattn-bench-") as name, browser() as running:
         folder = Path(name)
         big_pack(folder / "root" / "many", images[0])
@@ -300,8 +339,7 @@ def bench(
         with served(folder / "root", folder / "log") as (address, process):
             ids = _packs(folder / "root")
             many, warm = (f"{address}/?pack={ids[n]}" for n in ("many", "warm"))
-            yield "| what | median | slowest | wanted |"
-            yield "| :-- | --: | --: | --: |"
+            yield from HEADER
             took = first_paint(running, many, min(rounds, 9) + 1)
             yield _line(
                 f"gallery of {images[0]:,} entries, first visit of the server", took[:1], PAINT
@@ -325,6 +363,36 @@ def bench(
             took = strokes(page, address, folder / "root", photo, rounds)
             yield _line(f"stroke on the page What if, {LIVE_BACKBONE}", took, STROKE)
             context.close()
+
+
+def scale(rounds: int, maps: int) -> Iterator[str]:
+    """Lines of a Markdown table about one pack of format 2 with so many maps; ``rounds`` at most 6."""
+    with tempfile.TemporaryDirectory(prefix="xattn-bench-") as name, browser() as running:
+        folder = Path(name)
+        start = time.perf_counter()
+        million_pack(folder / "root" / "pack", maps)
+        made = time.perf_counter() - start
+        with served(folder / "root", folder / "log") as (address, process):
+            yield from HEADER
+            yield f"| a pack of {maps:,} maps is written | {made:.0f} s | | |"
+            took = first_paint(running, address, rounds + 1)
+            yield _line("gallery, first visit of the server", took[:1], SCALE_PAINT)
+            yield _line("gallery, first paint", took[1:], SCALE_PAINT)
+            page = running.new_context(viewport=SIZE).new_page()
+            page.goto(address)
+            until_pixels(page)
+            next_pages(page, 2)
+            yield _line("gallery, next page", next_pages(page, rounds), TURN)
+            names = ("ROAD", "AD@50", "insertion", "Confidence", "File name", "Predicted class")
+            yield _line("gallery in another order", orders(page, names[:rounds]), SORTED)
+            words = [f"photo-{(turn + 1) * (maps // 40):07}" for turn in range(rounds)]
+            yield _line("gallery, a photo is searched", searches(page, words), SORTED)
+            open_images(page, address, 2)
+            yield _line("image page from the gallery", open_images(page, address, rounds), PHOTO)
+            next_images(page, 2)
+            yield _line("image page, next image", next_images(page, rounds), PHOTO)
+            memory = resident(process)
+            yield f"| server's memory | {memory:.0f} MB | | {SCALE_MEMORY} MB |"
 
 
 def _packs(root: Path) -> dict[str, str]:

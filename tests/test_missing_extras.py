@@ -91,6 +91,8 @@ CASES: list[tuple[str, str, Callable[[], Any]]] = [
     ("streamlit", "app", viewer),
     ("altair", "app", viewer),
     ("pandas", "app", viewer),
+    ("pyarrow", "app", viewer),
+    ("duckdb", "app", viewer),
     ("pandas", "tables", tables),
     ("pandas", "tables", data_frame),
     ("onnx", "export", onnx_graph),

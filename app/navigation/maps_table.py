@@ -27,11 +27,12 @@ import pyarrow as pa
 from xattn.app.live.scratch import Scratch
 from xattn.packs.contained_files import AGAIN, PackError, why
 from xattn.pictures.words import metric_about, named_metric
+from xattn.runtime.display_text import visible
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
-MEMORY = "256MB"  # of a pack's database; beyond that it sorts on disk
+MEMORY = "128MB"  # of a pack's database; beyond that it sorts on disk
 THREADS = 4
 SORTS = {
     "pack": "Order of the pack",
@@ -75,6 +76,7 @@ _ROW = (  # columns of `maps` that the gallery shows
     *("label_id", "label_name", "predicted_id", "predicted_name", "right", "confidence"),
     "disagreement",
 )
+_NAMES = {"file_name", "title", "target_name", "label_name", "predicted_name"}
 _IMAGES = """CREATE TABLE images AS SELECT * REPLACE (
         CASE WHEN isfinite(confidence) THEN confidence END AS confidence,
         CASE WHEN isfinite(disagreement) THEN disagreement END AS disagreement),
@@ -235,9 +237,10 @@ class MapsTable:
 
     def _at(self, places: np.ndarray, columns: Iterable[str]) -> list[tuple[Any, ...]]:
         """These columns of ``maps`` at these places, in their order."""
-        query = f"SELECT n, {_listed(columns)} FROM maps WHERE n IN (SELECT unnest($1::INTEGER[]))"
+        names = list(columns)
+        query = f"SELECT n, {_listed(names)} FROM maps WHERE n IN (SELECT unnest($1::INTEGER[]))"
         found = {row[0]: row[1:] for row in self.answer(query, [places.tolist()])}
-        return [found[place] for place in places.tolist()]
+        return [_shown(names, found[place]) for place in places.tolist()]
 
     def ids(self, places: np.ndarray) -> list[str]:
         """The ids of the maps at these places, in their order."""
@@ -264,7 +267,8 @@ class MapsTable:
         found = self.answer(
             f"SELECT {_listed(columns)} FROM maps WHERE image_id = $1 ORDER BY n", [image_id]
         )
-        table = pd.DataFrame(found, columns=[*ENTRY, *self._metrics]).set_index("entry_id")
+        rows = [_shown(columns, row) for row in found]
+        table = pd.DataFrame(rows, columns=[*ENTRY, *self._metrics]).set_index("entry_id")
         return table.astype(dict.fromkeys(self._metrics, float))
 
     def image(self, image_id: str) -> dict[str, Any] | None:
@@ -272,7 +276,7 @@ class MapsTable:
         for row in self.answer(
             f"SELECT {_listed(IMAGE)} FROM images WHERE image_id = $1", [image_id]
         ):
-            known = dict(zip(IMAGE, row, strict=True))
+            known = dict(zip(IMAGE, _shown(list(IMAGE), row), strict=True))
             numbers = ("confidence", "disagreement")
             return known | {name: math.nan for name in numbers if known[name] is None}
         return None
@@ -361,7 +365,7 @@ class MapsTable:
             f"SELECT {name}_id, arg_min_null({name}_name, rowid), count(*) FROM images "
             f"WHERE {name}_id IS NOT NULL GROUP BY 1"
         )
-        names = class_names({key: shown or f"class {key}" for key, shown, _ in found})
+        names = class_names({key: visible(shown or f"class {key}") for key, shown, _ in found})
         counts = {key: count for key, _, count in found}
         return names, {key: counts[key] for key in names}
 
@@ -447,6 +451,12 @@ def _from_parquet(
         duckdb.ColumnExpression(key).cast("DOUBLE").alias(column) for key, column in metrics.items()
     ]
     return rows.select(*known, *measured)
+
+
+def _shown(columns: Sequence[str], row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A row whose names are made visible: those of Parquet files are as somebody wrote them."""
+    each = zip(columns, row, strict=True)
+    return tuple(visible(v) if c in _NAMES and v is not None else v for c, v in each)
 
 
 def _listed(columns: Iterable[str]) -> str:

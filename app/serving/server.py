@@ -43,7 +43,8 @@ def check_installed() -> None:
     if sys.version_info < (3, 11):
         version = ".".join(map(str, sys.version_info[:2]))
         raise ValueError(f"app: Streamlit's server needs Python 3.11 or newer; this is {version}")
-    missing = [n for n in ("streamlit", "altair", "pandas") if importlib.util.find_spec(n) is None]
+    needed = ("streamlit", "altair", "pandas", "pyarrow", "duckdb")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'app: {", ".join(missing)} missing; run: pip install "xattn[app]"')
     if importlib.util.find_spec("streamlit.starlette") is None:

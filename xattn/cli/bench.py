@@ -13,6 +13,8 @@ import tyro
 from xattn.cli.checks import check_images
 from xattn.cli.shared import Images
 
+LEAST_MAPS = 400  # of a pack to browse: some pages
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
@@ -74,6 +76,9 @@ class Bench:
     skipped_heads: bool = False
     """For the job "attention": moh with half of the heads beside all of them, at 1024 tokens by default."""
 
+    maps: int | None = None
+    """For the job "app": one pack of format 2 with so many maps, for example 1000000, is made, opened,
+    sorted, searched and browsed instead; 400 or more."""
     causal: bool = False
     """For the job "attention": causal forms beside the bidirectional ones, at 4096 and 16384 tokens by
     default."""
@@ -91,6 +96,10 @@ class Bench:
             )
 
     def run(self) -> None:
+        if self.maps is not None and (self.job != "app" or self.maps < LEAST_MAPS):
+            raise ValueError(
+                f"maps: got {self.maps} for the job {self.job}; give {LEAST_MAPS} or more to the job app"
+            )
         for option in ("published", "growth", "skipped_heads", "causal", "only"):
             if getattr(self, option) and self.job != "attention":
                 raise ValueError(
@@ -185,6 +194,6 @@ JOBS: dict[str, tuple[str, Callable[[Bench], dict[str, Any]]]] = {
         lambda o: {"batches": o.batches, "rounds": min(o.rounds, 7)},
     ),
     "kernels": ("xattn.kernels.aot", _kernels),
-    "app": ("xattn.app.bench", lambda o: {"rounds": o.rounds}),
+    "app": ("xattn.app.bench", lambda o: {"rounds": o.rounds, "maps": o.maps}),
     "startup": ("xattn.eval.bench.startup", lambda o: {"rounds": min(o.rounds, 10)}),
 }
