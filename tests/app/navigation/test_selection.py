@@ -15,12 +15,13 @@ from pandas.testing import assert_series_equal
 from pandas_selection import make_table, select
 
 from xattn.app.navigation import maps_table, selection
-from xattn.app.navigation.maps_table import SORTS
+from xattn.app.navigation.maps_table import SORTS, MapsTable
 from xattn.app.navigation.selection import ALL, NAMES, Selection, View, defaults, parse
 from xattn.app.pictures.rendering import COLOURS, SCALES
 from xattn.app.synthetic_packs import CLASSES, METRICS, explanation, small_pack
 from xattn.packs.explanation import ImageFacts
-from xattn.packs.writer import save_pack
+from xattn.packs.reader import Pack
+from xattn.packs.writer import pack_writer, save_pack
 
 
 @pytest.fixture(scope="module")
@@ -35,29 +36,41 @@ def table(pack):
     return selection.table(pack)
 
 
+ODD = {"AD@50": {"higher_is_better": False, "formula": "", "protocol_id": ""}}
+
+
+def odd_photos():
+    """Photos without a label, without a figure, with several classes, with names of every kind."""
+    for i, name in enumerate(["<b>x<b>", 'a "quote"', "😀.jpg", "تصویر.jpg", "École.jpg"]):
+        facts = ImageFacts(((i, CLASSES[i], 0.5),), None if i == 0 else i, None)
+        about = {
+            "file_name": name,
+            "facts": facts,
+            "metrics": {"AD@50": float(i)} if i != 2 else {},
+        }
+        yield [
+            explanation(i, target=i + t, probability=p, **about) for t, p in ((0, 0.5), (1, 0.3))
+        ]
+
+
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """Photos without a label, without a figure, with several classes, with names of every kind."""
-    names = ["<b>x<b>", 'a "quote"', "😀.jpg", "تصویر.jpg", "École.jpg"]
-    found = []
-    for i, name in enumerate(names):
-        facts = ImageFacts(((i, CLASSES[i], 0.5),), None if i == 0 else i, None)
-        metrics = {"AD@50": float(i)} if i != 2 else {}
-        for target, p in ((i, 0.5), (i + 1, 0.3)):
-            found.append(
-                explanation(
-                    i,
-                    file_name=name,
-                    target=target,
-                    probability=p,
-                    facts=facts,
-                    metrics=metrics,
-                )
-            )
     root = tmp_path_factory.mktemp("odd")
-    described = {"AD@50": {"higher_is_better": False, "formula": "", "protocol_id": ""}}
-    save_pack(root / "pack", found, overlays=False, metrics=described)
+    found = [e for group in odd_photos() for e in group]
+    save_pack(root / "pack", found, overlays=False, metrics=ODD)
     return only(root)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """The same in three shards of format 2, below a folder whose name has marks with a meaning."""
+    folder = tmp_path_factory.mktemp("sharded") / "key=1" / "a[1]*?"
+    folder.parent.mkdir()
+    with pack_writer(folder, format=2, photos=2) as writer:
+        writer.metrics = ODD
+        for group in odd_photos():
+            writer.add(group)
+    return Pack(folder)
 
 
 def shown(table, **changes):
@@ -304,28 +317,30 @@ EASY = settings(
 
 
 @pytest.fixture(scope="module")
-def odd_table(odd):
-    return selection.table(odd)
+def compared(pack, odd, sharded):
+    """Tables of both formats, each with its maps as pandas has them."""
+    rows = [make_table(p.images, p.entries, p.metrics) for p in (pack, odd, odd)]
+    return list(zip(map(MapsTable, (pack, odd, sharded)), rows, strict=True))
 
 
 @pytest.mark.slow
-@settings(EASY, max_examples=1500)
+@settings(EASY, max_examples=500)
 @given(view=VIEWS)
-def test_every_view_is_what_pandas_selects(pack, table, odd, odd_table, view):
-    as_pandas_selects(pack, table, odd, odd_table, view)
+def test_every_view_is_what_pandas_selects(compared, view):
+    as_pandas_selects(compared, view)
 
 
-@settings(EASY, max_examples=60)
+@settings(EASY, max_examples=40)
 @given(view=VIEWS)
-def test_views_are_what_pandas_selects(pack, table, odd, odd_table, view):
-    as_pandas_selects(pack, table, odd, odd_table, view)
+def test_views_are_what_pandas_selects(compared, view):
+    as_pandas_selects(compared, view)
 
 
-def as_pandas_selects(pack, table, odd, odd_table, view):
-    for each, of in ((pack, table), (odd, odd_table)):
-        if view.measure in of.choices.measures and view.sort in {**SORTS, **of.choices.measures}:
-            wanted = select(make_table(each.images, each.entries, each.metrics), view)
-            found = Selection(of, view).rows()
+def as_pandas_selects(compared, view):
+    for table, rows in compared:
+        measures = table.choices.measures
+        if view.measure in measures and view.sort in {**SORTS, **measures}:
+            wanted, found = select(rows, view), Selection(table, view).rows()
             assert list(found.index) == list(wanted.index)
             for name in found:
                 assert_series_equal(found[name], wanted[name], check_dtype=False)
@@ -347,9 +362,20 @@ def test_any_url_gives_a_view_whose_own_url_has_no_faults(table, url):
     assert parse(view.params(table.choices), table.choices)[1] == []
 
 
-@settings(EASY, max_examples=200)
+@pytest.mark.slow
+@settings(EASY, max_examples=2000)
+@given(url=URLS)
+def test_what_every_url_gives_can_be_shown(pack, table, url):
+    can_be_shown(pack, table, url)
+
+
+@settings(EASY, max_examples=40)
 @given(url=URLS)
 def test_what_any_url_gives_can_be_shown(pack, table, url):
+    can_be_shown(pack, table, url)
+
+
+def can_be_shown(pack, table, url):
     view, _ = parse(url, table.choices)
     again, _ = parse(view.params(table.choices), table.choices)
     found = Selection(table, view)

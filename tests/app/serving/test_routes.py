@@ -14,9 +14,10 @@ from starlette.applications import Starlette
 
 from xattn.app import state
 from xattn.app.library import Library
-from xattn.app.pictures import rendering
+from xattn.app.navigation import selection
+from xattn.app.pictures import export, rendering
 from xattn.app.serving import routes
-from xattn.app.synthetic_packs import small_pack
+from xattn.app.synthetic_packs import million_pack, small_pack
 
 TestClient = pytest.importorskip("starlette.testclient").TestClient
 
@@ -52,6 +53,42 @@ def test_a_photo_and_an_overlay_are_served_as_jpeg(client, pack):
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["cache-control"].startswith("private")
         assert max(Image.open(io.BytesIO(answer.content)).size) == 64
+
+
+@pytest.mark.parametrize("view", ["", "method=all&sort=ROAD&order=desc", "q=photo-00001"])
+def test_a_selection_is_sent_as_the_csv_of_its_maps(client, pack, view):
+    answer = client.get(f"{export.CSV}?{urlencode({'pack': pack.id, 'view': view})}")
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/csv")
+    assert answer.headers["content-disposition"] == f'attachment; filename="{pack.id}.csv"'
+    found = selection.selected(pack, selection.from_text(view, selection.table(pack).choices))
+    assert answer.text == export.maps_csv(pack, found.ids())
+
+
+def test_a_csv_is_made_in_parts(pack, monkeypatch):
+    monkeypatch.setattr(export, "CHUNK", 4)
+    found = selection.selected(pack, selection.View(maps="every"))
+    parts = list(export.selection_csv(found))
+    assert [part.count("\r\n") for part in parts] == [1, 4, 2]
+    assert "".join(parts) == export.maps_csv(pack, pack.entries.index)
+
+
+@pytest.mark.slow
+def test_a_selection_of_100_000_maps_leaves_as_lines(tmp_path, monkeypatch):
+    million_pack(tmp_path / "root" / "pack", 100_000, methods=1)
+    own = Library(tmp_path / "root")
+    monkeypatch.setattr(state, "library", lambda: own)
+    url = f"{export.CSV}?{urlencode({'pack': own.packs()[0].id, 'view': 'sort=ROAD'})}"
+    with (
+        TestClient(Starlette(routes=routes.routes())) as client,
+        client.stream("GET", url) as answer,
+    ):
+        assert sum(1 for _ in answer.iter_lines()) == 100_001
+
+
+@pytest.mark.parametrize(("query", "status"), [("", 400), ("?pack=..%2F..", 404), ("?pack=x", 404)])
+def test_a_csv_of_no_pack_is_one_line_of_text(client, query, status):
+    answer = client.get(export.CSV + query)
+    assert (answer.status_code, answer.text.count("\n")) == (status, 1)
 
 
 def test_the_browser_keeps_a_picture_and_is_told_when_it_is_the_same(client, pack):

@@ -1,0 +1,38 @@
+"""``xattn bench app --maps``: one command makes, opens, sorts, searches and browses a pack."""
+
+import pytest
+
+pytest.importorskip("streamlit")
+
+from xattn.app import bench
+from xattn.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["maps", "--maps", "1000"], "maps: got 1000 for the job maps; give 400 or more"),
+        (["app", "--maps", "399"], "maps: got 399 for the job app; give 400 or more"),
+    ],
+)
+def test_a_number_of_maps_that_cannot_be_browsed_is_one_line(arguments, says, capsys):
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error and "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_a_pack_is_made_sorted_searched_and_browsed(browser):
+    lines = list(bench.scale(2, 4000))
+    measured = [line.split("|")[1].strip() for line in lines[2:]]
+    assert measured == [
+        "a pack of 4,000 maps is written",
+        "gallery, first visit of the server",
+        "gallery, first paint",
+        "gallery, next page",
+        "gallery in another order",
+        "gallery, a photo is searched",
+        "image page from the gallery",
+        "image page, next image",
+        "server's memory",
+    ]
