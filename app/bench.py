@@ -8,6 +8,7 @@ resident set of the server's process. Needs the ``playwright`` package and an in
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import statistics
@@ -235,7 +236,7 @@ def orders(page: Any, names: Sequence[str]) -> list[float]:
     took = []
     for name in names:
         page.get_by_role("combobox", name="Sort by").click()
-        option = page.get_by_role("option", name=name, exact=True)
+        option = page.get_by_role("option", name=re.compile(f"^{re.escape(name)}")).first
         option.wait_for()
         took.append(_clicked(page, option))
         page.wait_for_timeout(300)
