@@ -39,7 +39,8 @@ CONFIG: dict[str, Any] = {
 STYLE = (
     f"<style>:root{{{VARIABLES}}}{LEGENDS}"
     """
-[data-testid=stMainBlockContainer]{padding-inline:clamp(1rem,3vw,2.5rem)}
+[data-testid=stMainBlockContainer]{padding-inline:max(clamp(1rem,3vw,2.5rem),
+env(safe-area-inset-left),env(safe-area-inset-right))}
 [data-testid=stMain] :is(h1,h2,h3){overflow-wrap:anywhere;unicode-bidi:plaintext}
 [data-testid=stMain] h1{padding:.25rem 0 .75rem}
 /* Streamlit's greys are below a contrast of 4.5 on the light ground. */

@@ -59,6 +59,8 @@ def page() -> str:
     html = re.sub(r"<!--.*?-->", "", _streamlit(), flags=re.DOTALL)
     html = re.sub(r"\s*<link rel=\"service-desc\"[^>]*>", "", html)
     html = re.sub(r"<noscript>.*?</noscript>", _NOSCRIPT, html, flags=re.DOTALL)
+    # Or a phone leaves room beside its rounded corners, and tells the bar of pages of none below.
+    html = html.replace("shrink-to-fit=no", "shrink-to-fit=no, viewport-fit=cover")
     return html.replace("<title>Streamlit</title>", _HEAD)
 
 

@@ -166,6 +166,10 @@ def test_the_policy_names_each_inline_script_and_no_other_server() -> None:
     assert "unsafe-inline" not in script
 
 
+def test_a_phone_tells_the_page_where_its_corners_are() -> None:
+    assert "viewport-fit=cover" in start_page.page()
+
+
 def test_the_gallery_has_an_address_with_and_without_its_name(
     tmp_path: Path, open_page: Callable[..., Any]
 ) -> None:
