@@ -71,6 +71,14 @@ def _heading(pack: Pack, image_id: str, title: str) -> None:
 @st.fragment
 def _tried(pack: Pack, image_id: str, backbone: Backbone) -> None:
     """All that changes with a stroke; nothing else of the page runs again."""
+    try:
+        _answered(pack, image_id, backbone)
+    except ValueError as error:  # main.py hears of none after the page's first run
+        st.error(plain(error))
+
+
+def _answered(pack: Pack, image_id: str, backbone: Backbone) -> None:
+    """The picture to paint on, and the network's answer to it."""
     with st.spinner("Reading the photo …", show_time=False):
         painting = painting_of(pack, image_id, backbone)
     entry_id, kind, keeps = _choices(pack, image_id)
@@ -82,7 +90,7 @@ def _tried(pack: Pack, image_id: str, backbone: Backbone) -> None:
     words = verdict(painting.seen.answer, after, backbone)
     left, right = st.columns([5, 6], gap="large")
     with left:
-        _canvas(painting, image_id, pixels, words)
+        _canvas(painting, f"{pack.id} {pack.version} {image_id}", pixels, words)
         if painting.problem:
             st.warning(plain(painting.problem))
     with right:
@@ -124,12 +132,12 @@ def _entry(entries: pd.DataFrame) -> str:
     return str(rest.sort_values("probability", ascending=False, kind="stable").index[0])
 
 
-def _canvas(painting: Painting, image_id: str, pixels: Tensor, words: str) -> None:
+def _canvas(painting: Painting, subject: str, pixels: Tensor, words: str) -> None:
     brush(
         maps.photo_url(pixels),
         painting.raster,
         f"{KEY}canvas",
-        subject=image_id,
+        subject=subject,
         aspect=pixels.shape[2] / pixels.shape[1],
         mask=encoded(painting.mask),
         stamp=painting.stamp,
@@ -196,7 +204,11 @@ def _maps(
     backbone: Backbone,
 ) -> None:
     """The pack's map, and at a press that of the changed photo, if there is one."""
-    own = pack.explanation(entry_id)
+    try:
+        own = pack.explanation(entry_id)
+    except PackError as error:
+        st.warning(plain(error))
+        return
     title = f"{own.method} of {short(own.target_name)}"
     if entry_id not in painting.drawn:
         painting.drawn[entry_id] = maps.map_url(painting.seen.pixels, own)

@@ -3,6 +3,8 @@
 import html
 import json
 import re
+import subprocess
+import sys
 from urllib.parse import parse_qs, urlparse
 
 import numpy as np
@@ -361,3 +363,9 @@ def test_a_map_of_one_value_is_named_once_on_its_page(root, show):
     page = show(opened(root, "blank"), image="photo-00000")
     (warning,) = page.warning
     assert "by lrp of tench on" in warning.value and "has one value everywhere" in warning.value
+
+
+def test_the_page_is_imported_without_torch():
+    """The first visit would wait for it."""
+    code = "import sys, xattn.app.pages.image.page; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

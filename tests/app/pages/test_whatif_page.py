@@ -23,6 +23,7 @@ from xattn.app.pages.whatif.painting import KEY, Painting
 from xattn.app.synthetic_packs import picture, small_pack
 from xattn.backbone import load_backbone
 from xattn.explaining.photos import explain
+from xattn.packs.contained_files import PackError
 from xattn.packs.writer import save_pack
 from xattn.photos.view import prepare
 
@@ -322,7 +323,7 @@ def test_a_pack_whose_network_is_not_at_hand_says_which_command_loads_it(tmp_pat
     assert "The maps of this pack explain made up. " in words(app)
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(500, marks=pytest.mark.slow)])
 def test_any_address_opens_the_page_or_is_a_sentence(pack, count):
     @settings(max_examples=count, deadline=None)
     @given(
@@ -337,6 +338,32 @@ def test_any_address_opens_the_page_or_is_a_sentence(pack, count):
         assert app.subheader or app.error or app.warning
 
     opens()
+
+
+def test_a_damaged_map_is_a_sentence_and_the_photo_can_be_painted_on(pack, monkeypatch):
+    def damaged(entry_id):
+        raise PackError("The map is damaged.")
+
+    monkeypatch.setattr(type(pack), "explanation", lambda self, entry_id: damaged(entry_id))
+    app = opened(script, image="photo-0")
+    painting(app).mask = half()
+    app.run()
+    assert "The map is damaged." in app.warning[0].value.replace("\\", "")
+    assert "50.0% of the picture is hidden." in words(app)
+    app.button(key=f"{KEY}top hidden").click().run()
+    assert (painting(app).mask == half()).all() and painting(app).problem == "The map is damaged."
+
+
+def test_too_little_memory_for_a_stroke_is_a_sentence(pack, monkeypatch):
+    app = opened(script, image="photo-0")
+    painting(app).mask = half()
+
+    def full(*arguments):
+        raise ValueError("There is not enough memory for a pass.")
+
+    monkeypatch.setattr(whatif, "predict", full)
+    app.run()
+    assert "There is not enough memory for a pass." in app.error[0].value.replace("\\", "")
 
 
 def test_an_unknown_photo_is_a_sentence(pack):
