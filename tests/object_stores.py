@@ -9,3 +9,17 @@ def upload(folder, url):
         if file.is_file():
             place_of(f"{url}/{file.relative_to(folder).as_posix()}").put(file)
     return url
+
+
+class fresh_file_systems:
+    """Clients of S3 of their own, which read the environment anew."""
+
+    def __enter__(self):
+        from s3fs import S3FileSystem
+
+        self.kept, S3FileSystem._cache = S3FileSystem._cache, {}
+
+    def __exit__(self, *_):
+        from s3fs import S3FileSystem
+
+        S3FileSystem._cache = self.kept

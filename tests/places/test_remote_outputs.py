@@ -96,6 +96,9 @@ def test_an_upload_that_fails_leaves_no_pack_and_names_the_local_one(
     assert f"output: {url} is not whole, since memory://fails does not answer (the line is" in said
     kept = Path(re.search(r"the files are kept in (\S+), copy", said)[1])
     assert len(load_pack(kept)) == 2 and "manifest.json" not in names(url)
+    for _ in range(2):  # what stops before the upload leaves it as it is
+        assert explained(url, "--classes", "no such class") == 2
+        assert "class" in capsys.readouterr().err
     monkeypatch.undo()
     assert explained(url) == 0 and len(load_pack(url)) == 2  # what a failed upload left is taken
 

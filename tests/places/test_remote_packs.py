@@ -79,8 +79,10 @@ def test_a_file_is_opened_anywhere_and_no_more_than_the_limit_is_read(bucket):
         assert stream.seek(-5, 2) == len(data) - 5 and stream.read() == data[-5:]
         assert stream.read(10) == b"" and stream.seek(10) == 10 and stream.read(3) == data[10:13]
     assert folder.read("big", len(data)) == data
-    with pytest.raises(PackError, match=r"^big has 1,500,000 bytes, over the limit of 1,000$"):
-        RemoteFolder(place).read("big", 1000)
+    (place / "small").write(data[:2000])
+    for name, size in (("big", "1,500,000"), ("small", "2,000")):
+        with pytest.raises(PackError, match=rf"^{name} has {size} bytes, over the limit of 1,000$"):
+            RemoteFolder(place).read(name, 1000)
     with pytest.raises(PackError, match=r"^s3://.*/pack/none is missing; upload the pack again"):
         folder.open("none")
 

@@ -8,15 +8,18 @@ import pytest
 import timm
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
-from object_stores import upload
+from moto.server import ThreadedMotoServer
+from object_stores import fresh_file_systems, upload
 from PIL import Image
 
 import xattn
+import xattn.explaining.photos
 from xattn.backbone import Preprocessing
 from xattn.cli import main
 from xattn.photos.images import list_images, load_image
 from xattn.photos.sources import open_photos
-from xattn.runtime.stores import StoreError
+from xattn.runtime.lru_cache import LRUCache
+from xattn.runtime.stores import StoreError, file_system
 from xattn.training.data import TrainImages, load_batches
 
 MODEL = "-b test_resnet --weights random --device cpu --explainers gradcam".split()
@@ -135,6 +138,37 @@ def test_a_store_that_stops_answering_ends_the_work_and_what_was_explained_is_ke
         xattn.evaluate(backbone, {"cam": "gradcam"}, url, progress=False)
 
 
+@pytest.mark.parametrize("kept", [1 << 20, 0])  # bytes of photos that were read
+def test_a_server_that_is_closed_in_the_middle_is_named_and_nothing_is_half_written(
+    kept, photos, backbone, store, impatient, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("xattn.photos.images._RECENT", LRUCache(kept))
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+    batch = xattn.explaining.photos.explain_batch
+
+    def closing(*arguments):
+        server.stop()
+        return batch(*arguments)
+
+    for i in range(8):
+        (photos / f"more-{i}.png").write_bytes((photos / "b.png").read_bytes())
+    with fresh_file_systems():
+        file_system("s3").mkdir(f"closed-{kept}")
+        url = upload(photos, f"s3://closed-{kept}/photos")
+        monkeypatch.setattr("xattn.explaining.photos.explain_batch", closing)
+        options = {"explainer": "gradcam", "batch_size": 1, "output": tmp_path / "pack"}
+        with pytest.warns(RuntimeWarning, match="holds what was explained"):
+            with pytest.raises(
+                StoreError, match=r"^s3://closed-\d+ does not answer .*; 2 attempts in"
+            ):
+                xattn.explain(url, backbone, **options)
+    found = xattn.load_pack(tmp_path / "pack")
+    assert 1 <= len(found) < 12 and (found[0].source is not None) == bool(kept)
+    assert [p.name for p in tmp_path.iterdir() if "pack" in p.name] == ["pack"]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_store_that_stops_answering_ends_a_training(workers, photos, impatient, monkeypatch):
     images = TrainImages(upload(photos, "memory://trains/photos"), Preprocessing(), seed=0)
@@ -147,6 +181,26 @@ def test_a_store_that_stops_answering_ends_a_training(workers, photos, impatient
         StoreError, match=r"^memory://trains does not answer \(the line is cut; 2 att"
     ):
         list(load_batches(images, [[(0, 0), (0, 1)]], workers))
+
+
+def test_a_store_that_is_gone_when_the_pack_is_written_costs_the_pictures_alone(
+    photos, backbone, impatient, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("xattn.photos.images._RECENT", LRUCache(0))
+    url, save = upload(photos, "memory://late/photos"), xattn.explaining.photos.save_pack
+
+    def failing(self, path, **options):
+        raise ConnectionResetError("the line is cut")
+
+    def late(*arguments, **options):
+        monkeypatch.setattr(MemoryFileSystem, "cat_file", failing)
+        return save(*arguments, **options)
+
+    monkeypatch.setattr("xattn.explaining.photos.save_pack", late)
+    with pytest.warns(RuntimeWarning, match="pack holds what was explained, without photos"):
+        with pytest.raises(StoreError, match="^memory://late does not answer"):
+            xattn.explain(url, backbone, explainer="gradcam", output=tmp_path / "pack")
+    assert len(xattn.load_pack(tmp_path / "pack")) == 4
 
 
 def test_commands_take_urls(remote, tmp_path, capsys):

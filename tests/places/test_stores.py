@@ -8,6 +8,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
+from object_stores import fresh_file_systems
 
 from xattn.runtime import stores
 from xattn.runtime.stores import StoreError, StorePath, is_remote, place_of
@@ -151,17 +152,3 @@ def test_a_store_that_is_gone_or_silent_is_named(impatient, monkeypatch):
                 place_of("s3://bucket/a").read(0, 10)
     with fresh_file_systems(), pytest.raises(StoreError, match=r"try again$"):
         place_of("s3://bucket/a").files()
-
-
-class fresh_file_systems:
-    """Clients of S3 of their own, which read the environment anew."""
-
-    def __enter__(self):
-        from s3fs import S3FileSystem
-
-        self.kept, S3FileSystem._cache = S3FileSystem._cache, {}
-
-    def __exit__(self, *_):
-        from s3fs import S3FileSystem
-
-        S3FileSystem._cache = self.kept

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,7 +132,13 @@ def explain(
         report(result.skipped, len({e.image_id for e in result}))
     warn_of_blank([(e, e.file_name or e.image_id) for e in result])
     if output is not None:
-        save_pack(output, result, overlays, result.skipped)
+        try:
+            save_pack(output, result, overlays, result.skipped)
+        except ValueError as error:
+            if not isinstance(error.__cause__, StoreError):
+                raise
+            _save_interrupted(output, result, overlays, error.__cause__)
+            raise error.__cause__ from None
     return result
 
 
@@ -224,9 +231,16 @@ def _save_interrupted(
 ) -> None:
     reason = f"stopped after {result[-1].image_id} by {type(error).__name__}"
     folder = interrupted_output(output)
+    skipped = [*result.skipped, ("", reason)]
     try:
-        save_pack(folder, result, overlays, [*result.skipped, ("", reason)])
-        saved = f"{folder} holds what was explained"
+        try:
+            save_pack(folder, result, overlays, skipped)
+            saved = f"{folder} holds what was explained"
+        except ValueError:  # photos are read again for their pictures
+            if not isinstance(error, StoreError):
+                raise
+            save_pack(folder, [replace(e, source=None) for e in result], False, skipped)
+            saved = f"{folder} holds what was explained, without photos"
     except (OSError, ValueError) as second:  # the first error is the one to raise
         saved = f"what was explained could not be saved ({second})"
     warnings.warn(f"explain: {reason}; {saved}", RuntimeWarning, stacklevel=3)

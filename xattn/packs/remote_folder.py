@@ -55,7 +55,7 @@ class RemoteFolder(PackFolder):
     def exists(self, name: str) -> bool:
         file = self.file(name)
         try:
-            return file.info() is not None
+            return file.exists()
         except StoreError as error:
             raise PackError(str(error)) from None
 
@@ -74,18 +74,16 @@ class RemoteFolder(PackFolder):
         return size
 
     def read(self, name: str, limit: int) -> bytes:
-        kept: bytes | None = self._kept.get(name)
-        if kept is not None:
-            return kept
-        data = self.range(name, 0, SMALL)  # without asking for the size of a small file
-        if len(data) == SMALL:
-            size = self.size(name)
-            if size > limit:
-                raise PackError(f"{name} has {size:,} bytes, over the limit of {limit:,}")
-            data += self.range(name, SMALL, size)
-        else:
-            self._kept.put(name, data, len(data))
-        return data
+        data: bytes | None = self._kept.get(name)
+        if data is None:
+            data = self.range(name, 0, SMALL)  # without asking for the size of a small file
+        size = len(data) if len(data) < SMALL else self.size(name)
+        if size > limit:
+            raise PackError(f"{name} has {size:,} bytes, over the limit of {limit:,}")
+        if len(data) < SMALL:
+            self._kept.put(name, data, size)
+            return data
+        return data + self.range(name, SMALL, size)
 
     def on_disk(self, name: str) -> Path:
         with self._copying:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from xattn.photos.image_names import SUFFIXES, check_images, walk
+from xattn.runtime.lru_cache import LRUCache
 from xattn.runtime.stores import StorePath, place_of
 
 MAX_PIXELS = 40_000_000
@@ -36,6 +37,7 @@ FORMATS = (
     "AVIF",
     "TGA",
 )
+_RECENT = LRUCache(64 << 20)  # bytes of photos in stores, which packs read again for their pictures
 _COPYING = threading.Lock()  # two threads must not decode one lazily opened image
 
 
@@ -175,7 +177,13 @@ def _stored_bytes(file: StorePath) -> bytes:
         raise FileNotFoundError(f"image: no file {file}; check the URL") from None
     if size > MAX_BYTES:
         raise ValueError(f"image: {file} has {size:,} bytes, over the limit of {MAX_BYTES:,}")
-    return file.read(0, size)
+    key = (file.url, size, file.mark)
+    data: bytes | None = _RECENT.get(key) if file.mark else None
+    if data is None:
+        data = file.read(0, size)
+        if file.mark:  # else another photo could have taken its name
+            _RECENT.put(key, data, size)
+    return data
 
 
 def decode_image(stream: IO[bytes], label: str, max_pixels: int | None) -> Image.Image:

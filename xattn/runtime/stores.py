@@ -29,6 +29,9 @@ _LOCAL = ("file", "local")
 # How errors of the libraries begin where a permission is missing.
 _REFUSED = re.compile("Forbidden|Unauthorized|Access ?Denied|Anonymous caller|40[13] Client Error")
 _FINAL = (ValueError, TypeError, NotImplementedError, NotADirectoryError, IsADirectoryError)
+# What the file systems call a file's version and its date.
+_MARKS = "ETag etag md5Hash blob_id mtime LastModified updated created".split()
+_DATES = ("LastModified", "created", "mtime")
 Result = TypeVar("Result")
 
 
@@ -178,19 +181,9 @@ class StorePath:
         return files, sorted(n for n, about in shown if about["type"] == "directory")
 
     def _described(self, about: dict[str, Any]) -> StorePath:
-        marks = (
-            "ETag",
-            "etag",
-            "md5Hash",
-            "blob_id",
-            "mtime",
-            "LastModified",
-            "updated",
-            "created",
-        )
-        mark = next((str(about[name]) for name in marks if about.get(name)), "")
-        times = (about.get(name) for name in ("LastModified", "created", "mtime"))
-        modified = next((time.timestamp() for time in times if isinstance(time, datetime)), 0.0)
+        mark = next((str(about[name]) for name in _MARKS if about.get(name)), "")
+        dates = [about[name] for name in _DATES if isinstance(about.get(name), datetime)]
+        modified = dates[0].timestamp() if dates else 0.0
         return StorePath(self.url, about.get("size"), mark, modified)
 
     # ------------------------------------------------------------------ writing

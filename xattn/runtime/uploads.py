@@ -97,14 +97,16 @@ def check_remote_output(place: StorePath, last: str, overwrite: bool, begins: by
             f"output: {place} holds results already; give another folder, or --overwrite to replace them"
         )
     ours = begins in (place / last).read(0, 4096) if last in there else not place.is_folder()
-    if not ours and (place / _WRITING).info() is None:
+    unfinished = (place / _WRITING).exists()
+    if not ours and not unfinished:
         raise ValueError(
             f"output: {place} is not empty and was not written by xattn; choose a new folder, nothing was "
             f"overwritten"
         )
     try:
         (place / _WRITING).write(b"xattn is writing here")
-        (place / _WRITING).remove()
+        if not unfinished:
+            (place / _WRITING).remove()
     except OSError as error:
         raise StoreError(f"output: {place} cannot be written, since {error}") from error
 
