@@ -23,6 +23,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import streamlit as st
 
 from xattn.app.live.scratch import Scratch
 from xattn.packs.contained_files import AGAIN, PackError, why
@@ -256,6 +257,11 @@ class MapsTable:
         found = dict(self.answer(query, [places.tolist()]))
         return [str(found[place]) for place in places.tolist()]
 
+    def every_image_id(self) -> Iterator[str]:
+        """The ids of all images, sorted."""
+        for (image_id,) in self.answer("SELECT image_id FROM images ORDER BY image_id"):
+            yield image_id
+
     def known_images(self, image_ids: Sequence[str]) -> set[str]:
         """Those of these ids that are of images."""
         query = "SELECT image_id FROM images WHERE image_id IN (SELECT unnest($1::VARCHAR[]))"
@@ -368,6 +374,16 @@ class MapsTable:
         names = class_names({key: visible(shown or f"class {key}") for key, shown, _ in found})
         counts = {key: count for key, _, count in found}
         return names, {key: counts[key] for key in names}
+
+
+def table(pack: Pack) -> MapsTable:
+    """The pack's maps as a table; kept for the packs that were used last."""
+    return _table(pack, f"{pack.id} {pack.version}")
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _table(_pack: Pack, key: str) -> MapsTable:
+    return MapsTable(_pack)
 
 
 def class_names(found: Mapping[str, str]) -> dict[str, str]:

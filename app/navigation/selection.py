@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from xattn.app.navigation.maps_table import KEYS, TEXT, Choices, MapsTable, fold
+from xattn.app.navigation.maps_table import KEYS, TEXT, Choices, MapsTable, fold, table
 from xattn.app.pictures import rendering
 from xattn.app.triage import tag_files
 from xattn.app.triage.store import BEST, TAG_LENGTH
@@ -110,16 +110,6 @@ def defaults(choices: Choices) -> View:
 
 
 # ---------------------------------------------------------------------- selecting
-
-
-def table(pack: Pack) -> MapsTable:
-    """The pack's maps as a table; kept for the packs that were used last."""
-    return _table(pack, f"{pack.id} {pack.version}")
-
-
-@st.cache_resource(max_entries=4, show_spinner=False)
-def _table(_pack: Pack, key: str) -> MapsTable:
-    return MapsTable(_pack)
 
 
 class Selection:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from xattn.app.navigation import maps_table
 from xattn.app.triage.store import Store, TagsError, identity
 
 if TYPE_CHECKING:
@@ -75,4 +76,4 @@ def _beside(pack: Pack) -> Path | None:
 
 @st.cache_resource(max_entries=32, show_spinner=False)
 def _identity(_pack: Pack, key: str) -> str:
-    return identity(map(str, _pack.images.index))
+    return identity(maps_table.table(_pack).every_image_id())
