@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import streamlit as st
 
-from xattn.app.navigation import url_widgets
+from xattn.app.navigation import selection, url_widgets
 from xattn.app.pages.image.shown import Shown
 from xattn.app.pages.photomap import data
-from xattn.app.pages.photomap.photos import entries_by_photo, photos_grid
+from xattn.app.pages.photomap.photos import photos_grid
 from xattn.app.state import plain
 from xattn.eval.report.photo_map.pooled_maps import directions, nearest, pooled, unit
 
@@ -28,10 +28,11 @@ def similar_tab(pack: Pack, shown: Shown) -> None:
     of = "maps"
     if len(offered) > 1:
         of = url_widgets.segmented("Near by", offered, "near", format_func=data.OF.__getitem__)
-    row = int(pack.images.index.get_loc(shown.image_id))
+    query = "SELECT rowid FROM images WHERE image_id = $1"
+    (row,) = selection.table(pack).numbers(query, [shown.image_id])
     rows, values = data.vectors(pack, of, method)
     others = rows != row
-    found, distance = nearest(values[others], _own(pack, of, method, row), NEAREST)
+    found, distance = nearest(values[others], _own(pack, shown, of, method, int(row)), NEAREST)
     if not len(found):
         what = (
             "its map has one value everywhere" if of == "maps" and others.any() else "it is alone"
@@ -47,14 +48,14 @@ def similar_tab(pack: Pack, shown: Shown) -> None:
         if of == "features"
         else f"Distance is 1 - cosine, from 0, the same, to 2: of the maps by {method} on 8 x 8 cells."
     ]
-    if len(data.rows_of(pack)) < len(pack.images):
+    if len(data.rows_of(pack)) < pack.counts[1]:
         notes.append(f"Compared with a random sample of {len(rows):,} photos.")
     if not pack.has_features:
         notes.append("By features, too, in a pack of: xattn explain PHOTOS --features.")
     st.caption(plain(" ".join(notes)))
 
 
-def _own(pack: Pack, of: str, method: str, row: int) -> np.ndarray:
+def _own(pack: Pack, shown: Shown, of: str, method: str, row: int) -> np.ndarray:
     """The photo's own row, which a sample need not hold."""
     rows, values = data.vectors(pack, of, method)
     at = np.flatnonzero(rows == row)
@@ -64,5 +65,6 @@ def _own(pack: Pack, of: str, method: str, row: int) -> np.ndarray:
         features = pack.features()
         assert features is not None, "offered where the pack has features"
         return unit(features[[row]])[0]
-    entry = next(iter(entries_by_photo(pack, method, [row]).values()))
+    own = shown.entries[shown.entries["method"] == method]
+    entry = own["probability"].astype(float).idxmax()
     return directions(pooled(pack.explanation(entry).normalized())[None])[0]

@@ -10,22 +10,25 @@ import pandas as pd
 import streamlit as st
 from numpy.typing import NDArray
 
+from xattn.app.navigation import selection
 from xattn.eval.report.photo_map.clusters import Cluster, clusters
 from xattn.eval.report.photo_map.kept import kept
-from xattn.eval.report.photo_map.pooled_maps import (
-    MOST_PHOTOS,
-    PooledMaps,
-    directions,
-    pooled_maps,
-    sample,
-    unit,
-)
+from xattn.eval.report.photo_map.pooled_maps import MOST_PHOTOS, directions, read, sample, unit
 from xattn.eval.report.photo_map.projection import project
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 OF = {"features": "Features", "maps": "Explanation maps"}  # what photos are near by
+
+# Columns of :func:`photos`, and what the pack's table calls them.
+PHOTO = {
+    name: name
+    for name in (
+        *("image_id", "title", "label_name", "predicted_name", "right", "confidence"),
+        "disagreement",
+    )
+} | {"predicted": "predicted_id"}
 
 Rows = NDArray[np.int64]
 
@@ -36,23 +39,46 @@ def subject(pack: Pack) -> str:
 
 
 def rows_of(pack: Pack) -> Rows:
-    """The photos of the map, by their place in ``Pack.images``: all, or a sample of many."""
-    return sample(len(pack.images))
+    """The photos of the map, by their place in the pack: all, or a sample of many."""
+    return sample(pack.counts[1])
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _photos(_pack: Pack, key: str, method: str) -> pd.DataFrame:
+    table, rows = selection.table(_pack), rows_of(_pack)
+    columns = [*PHOTO, "entry_id", *(m.key for m in _pack.metrics)]
+    own = [table.column(m.key) for m in _pack.metrics]
+    query = f"""WITH own AS (SELECT * FROM maps WHERE method = $1 AND is_first)
+        SELECT {", ".join(f'images."{name}"' for name in PHOTO.values())},
+        {", ".join(f"own.{name}" for name in ("entry_id", *own))}
+        FROM images LEFT JOIN own ON own.m = images.rowid
+        WHERE images.rowid IN (SELECT unnest($2::BIGINT[])) ORDER BY images.rowid"""
+    found = table.answer(query, [method, rows.tolist()])
+    frame = pd.DataFrame(found, columns=columns, index=rows, dtype=object)
+    numbers = ("confidence", "disagreement", *columns[len(PHOTO) + 1 :])
+    return frame.astype(dict.fromkeys(numbers, float))
+
+
+def photos(pack: Pack, method: str) -> pd.DataFrame:
+    """What is known of the photos of the map, by their place in the pack: the columns of ``PHOTO``,
+    ``entry_id`` (of the map by ``method`` of the most probable class, None without one) and that map's
+    metrics. ``predicted`` is a key of the gallery's choices."""
+    return _photos(pack, subject(pack), method)
 
 
 @st.cache_resource(max_entries=8, show_spinner="The maps are being read")
-def _looks(_pack: Pack, key: str, method: str) -> PooledMaps:
+def _looks(_pack: Pack, key: str, method: str) -> tuple[Rows, NDArray[np.float32]]:
+    own = photos(_pack, method)["entry_id"].dropna()
+
     def make() -> Mapping[str, NDArray[np.generic]]:
-        found = pooled_maps(_pack, method, rows_of(_pack))
-        return {"rows": found.rows, "entries": np.array(found.entries, str), "values": found.values}
+        return {"values": read(_pack, own.tolist())}
 
     stored = kept(_pack.version, f"maps by {method}, {MOST_PHOTOS}", make)
-    rows, values = stored["rows"].astype(np.int64), stored["values"].astype(np.float32)
-    return PooledMaps(rows, tuple(map(str, stored["entries"])), values)
+    return own.index.to_numpy(np.int64), stored["values"].astype(np.float32)
 
 
-def looks(pack: Pack, method: str) -> PooledMaps:
-    """Where the network looks, of each photo of the map."""
+def looks(pack: Pack, method: str) -> tuple[Rows, NDArray[np.float32]]:
+    """The photos of the map that have a map by ``method``, and these maps, pooled, (n, 64)."""
     return _looks(pack, subject(pack), method)
 
 
@@ -65,7 +91,7 @@ def _features(_pack: Pack, key: str) -> NDArray[np.float32]:
 
 @st.cache_resource(max_entries=8, show_spinner=False)
 def _toward(_pack: Pack, key: str, method: str) -> NDArray[np.float32]:
-    return directions(looks(_pack, method).values)
+    return directions(looks(_pack, method)[1])
 
 
 def vectors(pack: Pack, of: str, method: str) -> tuple[Rows, NDArray[np.float32]]:
@@ -76,7 +102,7 @@ def vectors(pack: Pack, of: str, method: str) -> tuple[Rows, NDArray[np.float32]
     """
     if of == "features":
         return rows_of(pack), _features(pack, subject(pack))
-    return looks(pack, method).rows, _toward(pack, subject(pack), method)
+    return looks(pack, method)[0], _toward(pack, subject(pack), method)
 
 
 @st.cache_resource(max_entries=16, show_spinner="The photos are being placed")
@@ -100,9 +126,9 @@ def placed(pack: Pack, of: str, method: str, projection: str) -> tuple[Rows, NDA
 
 @st.cache_resource(max_entries=8, show_spinner="The maps are being grouped")
 def _groups(_pack: Pack, key: str, method: str) -> list[Cluster]:
-    found = looks(_pack, method)
-    images = _pack.images.iloc[found.rows]
-    return clusters(found.values, texts(images["predicted_name"]), verdicts(images["right"]))
+    rows, values = looks(_pack, method)
+    own = photos(_pack, method).loc[rows]
+    return clusters(values, texts(own["predicted_name"]), verdicts(own["right"]))
 
 
 def groups(pack: Pack, method: str) -> list[Cluster]:

@@ -49,8 +49,8 @@ def groups_tab(pack: Pack, method: str) -> None:
     one = found[chosen]
     where = one.place[0].upper() + one.place[1:]
     st.subheader(plain(f"Group {chosen + 1}: {where}"), anchor=False)
-    rows = [int(row) for row in data.looks(pack, method).rows[one.rows]]
-    st.markdown(summary(pack, rows))
+    rows = [int(row) for row in data.looks(pack, method)[0][one.rows]]
+    st.markdown(summary(pack, rows, method))
     st.caption(
         plain(
             f"The group's maps are alike to {one.tightness:.2f} (1: all the same). They look, with up to "

@@ -25,8 +25,9 @@ def page(context: Context) -> None:
     pack = context.pack
     assert pack is not None, "main.py calls this page with a pack"
     st.title("Map", anchor=False)
-    if len(pack.images) < FEWEST:
-        count = "one photo" if len(pack.images) == 1 else f"{len(pack.images)} photos"
+    photos = pack.counts[1]
+    if photos < FEWEST:
+        count = "one photo" if photos == 1 else f"{photos} photos"
         st.info(
             f"This pack has {count}; a map needs at least {FEWEST}. Explain a folder of photos."
         )

@@ -35,18 +35,16 @@ def photos_grid(
     """A page of these photos, with the maps by ``method``; a press opens the photo.
 
     Args:
-        rows: places in ``Pack.images``; ``note``: a line for the n-th of them.
+        rows: places of photos of the map; ``note``: a line for the n-th of them.
     """
     of = f"{key}.page"
     pages = -(-len(rows) // SHOWN)
     number = min(st.session_state.get(of, 0), pages - 1)
     start = number * SHOWN
-    shown = list(rows[start : start + SHOWN])
-    entries = entries_by_photo(pack, method, shown)
-    names = pack.images.index
+    shown = data.photos(pack, method).loc[list(rows[start : start + SHOWN])]
     cells = [
-        _cell(pack, row, entries.get(names[row]), method, note(start + i) if note else "")
-        for i, row in enumerate(shown)
+        _cell(pack, found, method, note(start + i) if note else "")
+        for i, found in enumerate(shown.to_dict("records"))
     ]
     grid(cells, key, label=label, width=130, on_open=lambda: _open(pack, key))
     if pages > 1:
@@ -66,19 +64,9 @@ def _turn(of: str, number: int) -> None:
     st.session_state[of] = number
 
 
-def entries_by_photo(pack: Pack, method: str, rows: Sequence[int]) -> dict[str, str]:
-    """The method's map of the most probable class of each of these photos."""
-    entries, names = pack.entries, pack.images.index[list(rows)]
-    own = entries[entries["image_id"].isin(names) & (entries["method"] == method)]
-    first = own.sort_values("probability", ascending=False, kind="stable")
-    first = first.drop_duplicates("image_id")
-    return dict(zip(first["image_id"], first.index, strict=True))
-
-
-def _cell(pack: Pack, row: int, entry_id: str | None, method: str, note: str) -> dict[str, Any]:
-    found, image_id = pack.images.iloc[row], str(pack.images.index[row])
-    (right,) = data.verdicts(found[["right"]])
-    predicted, label = data.texts(found[["predicted_name", "label_name"]])
+def _cell(pack: Pack, found: dict[str, Any], method: str, note: str) -> dict[str, Any]:
+    image_id, entry_id, right = found["image_id"], found["entry_id"], found["right"]
+    predicted, label = found["predicted_name"], found["label_name"]
     sure = "" if found["confidence"] != found["confidence"] else f"  {found['confidence']:.1%}"
     title = f"{short(predicted)}{sure}" if predicted else str(found["title"])
     look = Look(side=SIDE)
@@ -97,13 +85,13 @@ def _cell(pack: Pack, row: int, entry_id: str | None, method: str, note: str) ->
 
 def _open(pack: Pack, key: str) -> None:
     opened = sent(key, "open")
-    if isinstance(opened, str) and opened in pack.images.index:
+    if isinstance(opened, str) and selection.table(pack).image(opened) is not None:
         state.go("image", image=opened)
 
 
-def summary(pack: Pack, rows: Sequence[int]) -> str:
+def summary(pack: Pack, rows: Sequence[int], method: str) -> str:
     """What these photos have in common, as Markdown."""
-    images = pack.images.iloc[list(rows)]
+    images = data.photos(pack, method).loc[list(rows)]
     parts = ["1 photo" if len(rows) == 1 else f"{len(rows):,} photos"]
     predicted = [name for name in data.texts(images["predicted_name"]) if name]
     if predicted:
@@ -119,16 +107,14 @@ def summary(pack: Pack, rows: Sequence[int]) -> str:
 
 def class_button(pack: Pack, rows: Sequence[int], method: str, key: str) -> None:
     """The way to the gallery: all photos of the class that most of these are predicted as."""
-    images = pack.images.iloc[list(rows)]
     choices = selection.table(pack).choices
-    pairs = zip(images["predicted"], data.texts(images["predicted_name"]), strict=True)
-    found = Counter((int(n), name) for n, name in pairs if name and n == n and n is not None)
+    found = Counter(data.texts(data.photos(pack, method).loc[list(rows), "predicted"]))
+    found.pop(None, None)
     if not found:
         return
-    (number, name), _ = found.most_common(1)[0]
-    if str(number) not in choices.predicted:
-        return
-    view = selection.View(method=method, predicted=(str(number),))
+    ((key_of_class, _),) = found.most_common(1)
+    name = choices.predicted[str(key_of_class)]
+    view = selection.View(method=method, predicted=(str(key_of_class),))
 
     def go() -> None:
         last_view.remember(pack, selection.to_text(view, choices))

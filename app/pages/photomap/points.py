@@ -15,15 +15,11 @@ from xattn.app.components import sent
 from xattn.app.components.scatter import scatter
 from xattn.app.navigation import url_widgets
 from xattn.app.pages.photomap import data
-from xattn.app.pages.photomap.photos import (
-    class_button,
-    entries_by_photo,
-    photos_grid,
-    summary,
-)
+from xattn.app.pages.photomap.photos import class_button, photos_grid, summary
 from xattn.app.pictures.rendering import PICTURE
 from xattn.app.state import plain, short
 from xattn.eval.report.photo_map.projection import METHODS, offered
+from xattn.pictures.words import named_metric
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -58,21 +54,22 @@ def points_tab(pack: Pack, of: str, method: str, bar: Any) -> None:
             )
         )
         return
-    images = pack.images.iloc[rows]
+    images = data.photos(pack, method).loc[rows]
+    names = images["image_id"].tolist()
     chosen = _chosen(pack, of, method, len(rows))
     if MAP not in st.session_state:  # the map is shown anew, and knows nothing of what was chosen
         st.session_state[START] = chosen
     scatter(
         points,
-        [str(name) for name in images.index],
+        names,
         MAP,
         label=f"Map of {len(rows):,} photos by {data.OF[of].lower()}",
         words=_words(images),
         picture=_pictures(pack),
         chosen=st.session_state.get(START, []),
         on_choose=lambda: _choose(pack, of, method, len(rows)),
-        on_open=lambda: _open(pack, [str(name) for name in images.index]),
-        **_colouring(pack, images, colour, colours[colour], method),
+        on_open=lambda: _open(names),
+        **_colouring(images, colour, colours[colour]),
     )
     _captions(pack, of, method, len(rows))
     if chosen:
@@ -80,7 +77,7 @@ def points_tab(pack: Pack, of: str, method: str, bar: Any) -> None:
 
 
 def _captions(pack: Pack, of: str, method: str, shown: int) -> None:
-    every, drawn = len(pack.images), len(data.rows_of(pack))
+    every, drawn = pack.counts[1], len(data.rows_of(pack))
     notes = ["Draw around some photos to see them below; a press on the legend chooses a colour."]
     if drawn < every:
         notes.append(f"Of {every:,} photos a random sample of {drawn:,} is shown.")
@@ -97,22 +94,18 @@ def _captions(pack: Pack, of: str, method: str, shown: int) -> None:
 
 def _colours(pack: Pack, method: str) -> dict[str, str]:
     """What points can be coloured by: what some photo has."""
-    images = pack.images
+    images = data.photos(pack, method)
     found = {
         key: name
         for key, name in GROUPED.items()
         if images[key if key == "right" else f"{key}_name"].notna().any()
     }
     found |= {key: name for key, name in MEASURED.items() if images[key].notna().any()}
-    own = pack.entries[pack.entries["method"] == method]
-    return found | {
-        m.key: m.key for m in pack.metrics if m.key not in found and own[m.key].notna().any()
-    }
+    metrics = (m.key for m in pack.metrics if m.key not in found)
+    return found | {key: named_metric(key) for key in metrics if images[key].notna().any()}
 
 
-def _colouring(
-    pack: Pack, images: pd.DataFrame, colour: str, name: str, method: str
-) -> dict[str, Any]:
+def _colouring(images: pd.DataFrame, colour: str, name: str) -> dict[str, Any]:
     """The scatter's arguments for a colour."""
     if colour == "right":
         known = data.verdicts(images["right"])
@@ -134,7 +127,8 @@ def _colouring(
             rest = f"{others:,} other classes" if others > 1 else "other classes"
             legend.append({"name": rest if others else "not known", "kind": "rest"})
         return {"legend": legend, "groups": groups}
-    values = _values(pack, images, colour, method)
+    values = images[colour].to_numpy(float)
+    values = np.where(np.isfinite(values), values, np.nan)
     low, high = np.nanmin(values), np.nanmax(values)
     scaled = (
         (values - low) / (high - low) if high > low else np.where(np.isnan(values), values, 0.5)
@@ -144,19 +138,6 @@ def _colouring(
         "scale": {"name": name, "low": form.format(low), "high": form.format(high)},
         "values": scaled,
     }
-
-
-def _values(pack: Pack, images: pd.DataFrame, colour: str, method: str) -> np.ndarray:
-    """A measure of each photo, NaN where there is none: of its own, or of its map by ``method``."""
-    if colour in MEASURED:
-        values = images[colour]
-    else:
-        own = pack.entries[pack.entries["method"] == method]
-        first = own.sort_values("probability", ascending=False, kind="stable")
-        first = first.drop_duplicates("image_id").set_index("image_id")
-        values = first[colour].reindex(images.index)
-    found = values.to_numpy(float)
-    return np.where(np.isfinite(found), found, np.nan)
 
 
 def _words(images: pd.DataFrame) -> list[list[str]]:
@@ -203,7 +184,7 @@ def _choose(pack: Pack, of: str, method: str, count: int) -> None:
         st.session_state.pop(f"{PHOTOS}.page", None)
 
 
-def _open(pack: Pack, names: list[str]) -> None:
+def _open(names: list[str]) -> None:
     given = sent(MAP, "open")
     if isinstance(given, int | float) and 0 <= given < len(names):
         state.go("image", image=names[int(given)])
@@ -211,11 +192,11 @@ def _open(pack: Pack, names: list[str]) -> None:
 
 def _photos(pack: Pack, rows: list[int], method: str) -> None:
     st.subheader("Chosen photos", anchor=False)
-    st.markdown(summary(pack, rows))
+    st.markdown(summary(pack, rows, method))
     bar = st.container(horizontal=True, gap="small")
     with bar:
         if len(rows) == 1:
-            image_id = str(pack.images.index[rows[0]])
+            image_id = data.photos(pack, method).loc[rows[0], "image_id"]
             st.button(
                 "More like this",
                 key="photomap.similar",
@@ -223,5 +204,5 @@ def _photos(pack: Pack, rows: list[int], method: str) -> None:
             )
         class_button(pack, rows, method, "photomap.class")
     photos_grid(pack, rows, method, PHOTOS, "The chosen photos")
-    if not entries_by_photo(pack, method, rows[:1]):
+    if data.photos(pack, method).loc[rows, "entry_id"].isna().all():
         st.caption(plain(f"These photos have no map by {method}."))

@@ -72,12 +72,20 @@ def pooled_maps(pack: Pack, method: str, rows: NDArray[np.int64]) -> PooledMaps:
     names = pack.images.index
     own = [(row, by_photo.get(names[row])) for row in rows]
     found = [(row, entry_id) for row, entry_id in own if entry_id is not None]
-    values = [pooled(pack.explanation(entry_id).normalized()) for _, entry_id in found]
-    return PooledMaps(
-        np.array([row for row, _ in found], np.int64),
-        tuple(entry_id for _, entry_id in found),
-        np.stack(values) if values else np.empty((0, SIDE * SIDE), np.float32),
-    )
+    entries = tuple(entry_id for _, entry_id in found)
+    return PooledMaps(np.array([row for row, _ in found], np.int64), entries, read(pack, entries))
+
+
+def read(pack: Pack, entry_ids: Sequence[str]) -> Values:
+    """(n, 64): these maps, see :func:`pooled`.
+
+    Raises:
+        PackError: a map is damaged.
+    """
+    found = np.empty((len(entry_ids), SIDE * SIDE), np.float32)
+    for i, entry_id in enumerate(entry_ids):
+        found[i] = pooled(pack.explanation(entry_id).normalized())
+    return found
 
 
 def _first_entries(entries: pd.DataFrame, method: str) -> pd.DataFrame:

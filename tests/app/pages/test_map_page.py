@@ -21,6 +21,9 @@ from xattn.eval.report.photo_map import pooled_maps
 from xattn.packs.writer import save_pack
 
 
+CACHES = (data._photos, data._looks, data._features, data._toward, data._placed)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
@@ -211,7 +214,7 @@ def test_of_many_photos_a_sample_is_shown_and_said_and_others_have_neighbours_to
     monkeypatch.setattr(data, "MOST_PHOTOS", 20)
     real = pooled_maps.sample
     monkeypatch.setattr(data, "sample", lambda photos: real(photos, 20))
-    for cached in (data._looks, data._features, data._toward, data._placed):
+    for cached in CACHES:
         cached.clear()
     app = show("whole")
     assert f"Of {COUNT} photos a random sample of 20 is shown." in text_of(app)
@@ -221,5 +224,5 @@ def test_of_many_photos_a_sample_is_shown_and_said_and_others_have_neighbours_to
         app = show("whole", page="image", image=outside, tab="Similar", near=near)
         assert {c["id"] for c in component(app, "similar")["cells"]} <= set(inside)
         assert "Compared with a random sample of 20 photos." in text_of(app)
-    for cached in (data._looks, data._features, data._toward, data._placed):
+    for cached in CACHES:
         cached.clear()
