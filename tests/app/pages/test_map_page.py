@@ -20,7 +20,6 @@ from xattn.app.synthetic_packs import CLASSES, described, small_pack
 from xattn.eval.report.photo_map import pooled_maps
 from xattn.packs.writer import save_pack
 
-
 CACHES = (data._photos, data._looks, data._features, data._toward, data._placed)
 
 
