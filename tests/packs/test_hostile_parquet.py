@@ -134,9 +134,9 @@ def test_more_rows_or_row_groups_than_a_shard_has_are_refused(tmp_path):
     signed(folder, parquet(table, row_group_size=1), rows=10**9)
     with pytest.raises(PackError, match=r"1,000,000,000 rows, over the limit"):
         Pack(folder).entry_ids[0]
-    many = pa.concat_tables([table] * 70)
+    many = table.take(pa.array([0] * 1100))
     signed(folder, parquet(many, row_group_size=1), rows=len(many))
-    with pytest.raises(PackError, match="280 rows|row groups"):
+    with pytest.raises(PackError, match="1,100 row groups, over the limit of 1,024"):
         Pack(folder).entry_ids[0]
 
 

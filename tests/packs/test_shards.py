@@ -19,7 +19,7 @@ from xattn.app.library import Library
 from xattn.app.synthetic_packs import described, explanation, million_pack, picture
 from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import ImageFacts
-from xattn.packs.format import is_pack
+from xattn.packs.format import is_pack, photos_of_a_shard
 from xattn.packs.reader import Pack, load_pack
 from xattn.packs.writer import pack_writer
 
@@ -187,6 +187,28 @@ def test_what_cannot_be_read_back_is_not_written(tmp_path, changes, named):
     ):
         writer.add([explanation(0, **changes)])
     assert not (tmp_path / "pack").exists()
+
+
+def test_shards_of_photos_with_many_maps_have_fewer_photos():
+    assert [photos_of_a_shard(n) for n in (0, 1, 16, 17, 25, 1000, 10**9)] == [
+        4096, 4096, 4096, 3855, 2621, 65, 1,
+    ]  # fmt: skip
+
+
+def test_a_shard_that_could_not_be_read_back_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("xattn.packs.sharded.checked_parquet.MAX_ROWS", 20)
+    with pytest.raises(ValueError, match="21 rows, over the limit of 20.*fewer photos in a shard"):
+        shards(tmp_path / "pack", 7, 7)
+    assert not (tmp_path / "pack").exists()
+
+
+def test_long_curves_are_read_back(tmp_path):
+    curve = np.linspace(0, 1, 30_000).tolist()
+    with pack_writer(tmp_path / "pack", format=2) as writer:
+        for i in range(75):
+            writer.add([explanation(i, curves={"deletion": curve})])
+    pack = Pack(tmp_path / "pack")
+    assert pack.curves(pack.entry_ids[74]) == {"deletion": curve}
 
 
 def test_the_library_lists_a_pack_of_format_2_without_its_rows(tmp_path, monkeypatch):

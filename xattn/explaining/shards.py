@@ -13,7 +13,7 @@ from xattn.explaining.naming import Source
 from xattn.explaining.photos import Reading, report, work_of
 from xattn.heads import Head
 from xattn.packs.explanation import Explanation, blank_note, map_name
-from xattn.packs.format import SHARD_PHOTOS, check_output
+from xattn.packs.format import check_output, photos_of_a_shard
 from xattn.packs.writer import pack_writer
 from xattn.photos.images import MAX_PIXELS
 from xattn.runtime.distributed import gather, processes, together
@@ -48,11 +48,12 @@ def explain_to_shards(
     labels: str | Path | None = None,
     target: Any = None,
     features: bool = False,
-    shard_photos: int = SHARD_PHOTOS,
+    shard_photos: int | None = None,
 ) -> Written:
     """:func:`~xattn.explaining.photos.explain` into the pack ``output`` of format 2, without overlays.
 
-    A shard has ``shard_photos`` photos one after the other, which are batches of their own. Of several
+    A shard has ``shard_photos`` photos one after the other, 4,096 or with many maps a photo fewer; its
+    batches are its own. Of several
     processes (:func:`~xattn.runtime.distributed.processes`) number r of n explains the shards r, r + n,
     ..., and the pack is the one that a single process writes, byte by byte.
 
@@ -70,9 +71,13 @@ def explain_to_shards(
             images, backbone, head, explainer, classes, top, seed, labels, target, reading
         )
     )
+    if shard_photos is None:
+        named = [classes] if isinstance(classes, int | str) else classes
+        shard_photos = photos_of_a_shard(len(work.jobs) * (top if named is None else len(named)))
     seen, blank = _Seen(), []
-    options = {"photos": shard_photos, "gather": gather, "rank": rank, "keep": count == 1}
-    with pack_writer(output, format=2, **options) as writer:
+    with pack_writer(
+        output, format=2, photos=shard_photos, gather=gather, rank=rank, keep=count == 1
+    ) as writer:
         for number, block in enumerate(_blocks(work.sources, shard_photos)):
             if number % count != rank:
                 continue

@@ -19,7 +19,7 @@ SHARD_FILE = re.compile(
     r"(?:entries|images)-[0-9]{5,9}\.parquet|(?:maps|thumbnails|features)-[0-9]{5,9}\.safetensors"
 )
 _OWNED = (MANIFEST, MAPS, FEATURES, VIDEO, "thumbnails", "overlays")
-SHARD_PHOTOS = 4096  # photos of a shard of format 2
+SHARD_PHOTOS, SHARD_MAPS = 4096, 1 << 16  # the most photos and maps of a shard of format 2
 THUMBNAIL_SIDE, OVERLAY_SIDE = 512, 2048  # longest side in pixels
 
 
@@ -120,6 +120,11 @@ def unreadable_manifest(name: str, error: Exception) -> ValueError:
         f"pack: {name} holds no readable {MANIFEST} ({type(error).__name__}); "
         f"give a folder that save_pack wrote"
     )
+
+
+def photos_of_a_shard(maps: int) -> int:
+    """How many photos a shard holds, of photos with so many ``maps`` each."""
+    return max(1, min(SHARD_PHOTOS, SHARD_MAPS // max(1, maps)))
 
 
 def needs_pyarrow(argument: str, error: ModuleNotFoundError) -> str:

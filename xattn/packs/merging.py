@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xattn.packs.explanation import Explanation, ImageFacts
-from xattn.packs.format import SHARD_PHOTOS
+from xattn.packs.format import photos_of_a_shard
 from xattn.packs.reader import Pack
 from xattn.packs.writer import pack_writer
 
@@ -24,12 +24,13 @@ class Merged(NamedTuple):
 
 
 def merge_packs(
-    packs: Sequence[Pack], output: str | Path, shard_photos: int = SHARD_PHOTOS
+    packs: Sequence[Pack], output: str | Path, shard_photos: int | None = None
 ) -> Merged:
     """Write the pack ``output`` with the photos of all ``packs``, in their order; see :func:`joined`.
 
     Every map keeps its protocol. What is known of a photo beside its maps is that of the first pack that
-    knows it. Films, overlay pictures and features are left out.
+    knows it. A shard has ``shard_photos`` photos, by default as many as format 2 holds. Films, overlay
+    pictures and features are left out.
 
     Raises:
         ValueError: one pack alone, or packs that contradict each other: metrics that are described in
@@ -40,6 +41,8 @@ def merge_packs(
         raise ValueError(f"packs: got {len(packs)}; give two or more")
     metrics = _agreed("metrics", [(p, _described(p)) for p in packs])
     shares = _agreed("shares", [(p, p.shares) for p in packs])
+    if shard_photos is None:
+        shard_photos = photos_of_a_shard(sum(-(-p.counts[0] // p.counts[1]) for p in packs))
     photos = joined_photos = maps = 0
     with pack_writer(output, format=2, photos=shard_photos) as writer:
         writer.metrics, writer.shares = metrics, shares

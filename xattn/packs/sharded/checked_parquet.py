@@ -14,7 +14,8 @@ from xattn.packs.sharded.parquet_pages import Bounds, check_pages
 
 MAX_FILE = 64 << 20  # bytes of a Parquet file
 MAX_ROWS = 1 << 18  # of a file
-MAX_GROUPS = 256  # row groups of a file
+MAX_FOOTER = 8 << 20  # bytes
+MAX_GROUPS = 1024  # row groups of a file
 MAX_COLUMN = 32 << 20  # decompressed bytes of a column of a row group
 MAX_DECODED = 128 << 20  # decompressed bytes of what is read at once
 MAX_VALUES = 1 << 22  # of a column of lists in a row group
@@ -38,6 +39,9 @@ class CheckedParquet:
     def __init__(self, data: bytes, schema: pa.Schema, rows: int, unique: str) -> None:
         if rows > MAX_ROWS:
             raise ValueError(f"it has {rows:,} rows, over the limit of {MAX_ROWS:,}")
+        footer = int.from_bytes(data[-8:-4], "little")
+        if footer > min(MAX_FOOTER, len(data) - 12):
+            raise ValueError(f"its footer has {footer:,} bytes")
         self._data, self._schema = data, schema
         self._lock = threading.Lock()
         self._by_dictionary = by_dictionary(schema, unique)
@@ -45,9 +49,11 @@ class CheckedParquet:
         metadata = self._file.metadata
         if metadata.metadata or not _arrow(self._plain_schema).equals(schema):
             raise ValueError("it has other columns")
-        if metadata.num_rows != rows or not metadata.num_row_groups <= MAX_GROUPS:
+        if metadata.num_rows != rows:
             raise ValueError(f"it has {metadata.num_rows:,} rows, the manifest says {rows:,}")
-        counts = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+        if (groups := metadata.num_row_groups) > MAX_GROUPS:
+            raise ValueError(f"it has {groups:,} row groups, over the limit of {MAX_GROUPS:,}")
+        counts = [metadata.row_group(g).num_rows for g in range(groups)]
         if sum(counts) != rows or min(counts, default=1) < 1:
             raise ValueError("its row groups do not add up")
         self.group_rows = counts

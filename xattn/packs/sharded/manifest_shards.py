@@ -120,7 +120,7 @@ def manifest_bytes(
             and "features".
         metrics, shares, skipped: see :class:`~xattn.packs.sharded.shard_writer.ShardWriter`.
     """
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": 2,
         "xattn": __version__,

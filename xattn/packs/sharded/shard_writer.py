@@ -365,7 +365,7 @@ def _flush(block: _Block) -> None:
     measured = [k.removeprefix(METRIC) for k in _keys(block.entries, METRIC)]
     curves = [k.removeprefix(CURVE_OF) for k in _keys(block.entries, CURVE_OF)]
     schema = entry_schema(measured, curves)
-    fill = {f.name: [] if pa.types.is_list(f.type) else np.nan for f in schema}
+    fill: dict[str, Any] = {f.name: [] if pa.types.is_list(f.type) else np.nan for f in schema}
     table = pa.Table.from_pylist([fill | row for row in block.entries], schema)
     with pa.ipc.new_stream(block.sink, schema) as stream:
         stream.write_table(table)

@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 
 from xattn.packs.explanation import Explanation
 from xattn.packs.manifest import MAX_NAME, title_of
+from xattn.packs.sharded.checked_parquet import MAX_FILE, CheckedParquet
 from xattn.packs.sharded.columns import CURVE_OF, MAX_TEXT, METRIC, ROW_GROUP, by_dictionary
 from xattn.packs.sharded.manifest_shards import ShardFile
 from xattn.runtime.files import printable
 
-_GROUP_VALUES = 1 << 20  # values of a curve in a row group
+_GROUP_VALUES = 1 << 21  # values of a curve in a row group
 
 
 def entry_row(e: Explanation, sha256: str, protocol: int, view: int) -> dict[str, Any]:
@@ -137,7 +138,11 @@ def completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
 def write_parquet(
     path: Path, schema: pa.Schema, tables: Iterable[pa.Table], unique: str, longest: int = 0
 ) -> ShardFile:
-    """Write rows that come in tables of any size; ``longest`` is the greatest length of a curve."""
+    """Write rows that come in tables of any size; ``longest`` is the greatest length of a curve.
+
+    Raises:
+        ValueError: they are too many, or too large, to be read back.
+    """
     rows = max(1, min(ROW_GROUP, _GROUP_VALUES // max(1, longest)))
     count = 0
     with pq.ParquetWriter(
@@ -153,6 +158,14 @@ def write_parquet(
             writer.write_table(group, row_group_size=rows)
             count += len(group)
     data = path.read_bytes()
+    try:
+        if len(data) > MAX_FILE:
+            raise ValueError(f"it has {len(data):,} bytes, over the limit of {MAX_FILE:,}")
+        CheckedParquet(data, schema, count, unique).check()
+    except ValueError as error:
+        raise ValueError(
+            f"explanations: {path.name} could not be read back ({error}); put fewer photos in a shard"
+        ) from None
     return ShardFile(path.name, count, len(data), hashlib.sha256(data).hexdigest())
 
 
