@@ -183,6 +183,25 @@ def test_a_store_that_stops_answering_ends_a_training(workers, photos, impatient
         list(load_batches(images, [[(0, 0), (0, 1)]], workers))
 
 
+def test_shards_of_many_photos_are_a_pack_of_what_was_explained(
+    photos, impatient, monkeypatch, tmp_path, capsys
+):
+    url, read = upload(photos, "memory://shards/photos"), MemoryFileSystem.cat_file
+
+    def sometimes(self, path, **options):
+        if path.endswith("b.png"):
+            raise ConnectionResetError("the line is cut")
+        return read(self, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", sometimes)
+    words = [url, *MODEL, "--pack-format", "2", "--batch-size", "1", "--output"]
+    assert main(["explain", *words, str(tmp_path / "pack")]) == 2
+    assert "error: memory://shards does not answer (the line is cut" in capsys.readouterr().err
+    found = xattn.load_pack(tmp_path / "pack")
+    assert [e.file_name for e in found] == ["1.jpg", "4.PNG", "2.png"]
+    assert found[0].photo().size == (50, 40)
+
+
 def test_a_store_that_is_gone_when_the_pack_is_written_costs_the_pictures_alone(
     photos, backbone, impatient, monkeypatch, tmp_path
 ):

@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from xattn.runtime.stores import StoreError
+
 NEW, OLD = ".tmp", ".old"  # suffixes of hidden folders beside an output
 
 
@@ -113,6 +115,8 @@ def atomic_folder(
                 _swap(temporary, path)
             else:
                 os.replace(temporary, path)
+    except StoreError:  # of photos that the block reads
+        raise
     except OSError as error:
         raise output_error(argument, path, error) from error
 
