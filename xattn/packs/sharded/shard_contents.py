@@ -51,18 +51,12 @@ class ShardContents(Contents):
         self._manifest = found = read_shards(manifest)
         self.skipped = skipped_of(manifest)
         self.xattn, self.metrics, self.shares = found.xattn, found.metrics, found.shares
-        self.counts, self.methods, self.video = (
-            (found.entries, found.images),
-            tuple(found.methods),
-            None,
-        )
+        self.counts, self.video = (found.entries, found.images), None
+        self.methods = tuple(found.methods)
         self.has_features = all(shard.features is not None for shard in found.shards)
         self._entry_schema = entry_schema([m.key for m in found.metrics], found.curves)
-        counts = [
-            [file.rows for file in kind]
-            for kind in (self._shards("entries"), self._shards("images"))
-        ]
-        self._entry_ends, self._image_ends = (np.cumsum(rows) for rows in counts)
+        self._entry_ends = np.cumsum([file.rows for file in self._shards("entries")])
+        self._image_ends = np.cumsum([file.rows for file in self._shards("images")])
         self._recent = LRUCache(RECENT_ROWS)
         if files.path is not None:  # elsewhere a question a file takes too long
             self._check_sizes()

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from xattn.packs.contained_files import PackError
+from xattn.packs.manifest import ENTRY_TABLE
 from xattn.packs.sharded.columns import METRIC
 from xattn.packs.sharded.ids import Ids
 from xattn.packs.sharded.manifest_shards import ShardManifest
@@ -44,19 +45,7 @@ def entry_table(read: _Read, ids: Ids, manifest: ShardManifest) -> pd.DataFrame:
         for name in plain:
             parts[name].append(numbers(table[name]))
         parts["is_value"].append(is_value(table["protocol"], manifest))
-    order = (
-        "image_id",
-        "method",
-        "target",
-        "target_name",
-        "probability",
-        "is_value",
-        "is_mask",
-        "sanity",
-        "min",
-        "max",
-    )
-    made = {name: _joined(parts[name]) for name in (*order, *metrics)}
+    made = {name: _joined(parts[name]) for name in (*ENTRY_TABLE, *metrics)}
     made = {metrics.get(name, name): values for name, values in made.items()}
     return _table(made, _index(ids, "entry_id"))
 
