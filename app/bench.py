@@ -236,11 +236,11 @@ def orders(page: Any, names: Sequence[str]) -> list[float]:
     """Seconds from the choice of an order of the gallery to its pictures."""
     took = []
     for name in names:
-        page.get_by_role("combobox", name="Sort by").click()
         option = page.get_by_role("option", name=re.compile(f"^{re.escape(name)}")).first
+        page.wait_for_timeout(500)  # the run before has ended, which would close the list
+        page.get_by_role("combobox", name="Sort by").click()
         option.wait_for()
         took.append(_clicked(page, option))
-        page.wait_for_timeout(300)
     return took
 
 

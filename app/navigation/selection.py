@@ -39,6 +39,7 @@ RATINGS = (
 MOST_TAGS = 50  # that a view asks for
 ORDERS = ("asc", "desc")
 BINS = 32  # of a histogram
+LARGEST = 1e15  # a number in an address, so that it can be shown and counted with
 SEARCH_LENGTH = 200  # characters
 LONGEST_TEXT = 8000  # of a view in another page's URL, in characters
 
@@ -185,7 +186,7 @@ def _selected(_pack: Pack, key: str, view: View, _marked: Collection[str] | None
 
 def histogram(pack: Pack, view: View) -> list[int]:
     """Numbers of the maps that a view without its range selects, over ``BINS`` equal parts of its
-    measure's range; one number where all values are equal."""
+    measure's range; none where all values are equal, or too far apart for a typed limit."""
     everywhere = replace(
         view, page=1, show="", size=0, low=None, high=None, sort="pack", order="asc"
     )
@@ -198,12 +199,14 @@ def _histogram(_pack: Pack, key: str, view: View, _marked: Collection[str] | Non
     own = table(_pack)
     measure, column = own.choices.measures[view.measure], own.column(view.measure)
     where, parameters = _where(own, view, _marked)
-    bins = BINS if measure.high > measure.low else 1
-    counts = [0] * bins
+    span = measure.high - measure.low
+    if not 0 < span <= LARGEST:
+        return []
+    counts = [0] * BINS
     for i, count in own.answer(
         f"SELECT least(CAST(floor(({column} - ?) / ? * ?) AS INTEGER), ?), count(*) FROM maps "
         f"WHERE {where} AND {column} IS NOT NULL GROUP BY 1",
-        [measure.low, (measure.high - measure.low) or 1, bins, bins - 1, *parameters],
+        [measure.low, span, BINS, BINS - 1, *parameters],
     ):
         counts[i] += count
     return counts
@@ -362,12 +365,12 @@ def _parse_range(
 
 
 def _number(text: str) -> float | None:
-    """A finite number, at most 1e15, so that it can be shown and counted with; None if it is none."""
+    """A finite number, at most ``LARGEST``; None if it is none."""
     try:
         value = float(text) if len(text) <= 40 else math.nan
     except ValueError:
         return None
-    return value if abs(value) <= 1e15 else None
+    return value if abs(value) <= LARGEST else None
 
 
 def _short(text: str) -> str:

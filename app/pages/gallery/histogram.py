@@ -22,15 +22,13 @@ HEIGHT = 96  # pixels
 
 
 def histogram(pack: Pack, view: View, measure: Measure) -> None:
-    """Show the bars; those in the view's range are coloured. Nothing where all values are equal."""
+    """Show the bars, if there are some; those in the view's range are coloured."""
     counts = selection.histogram(pack, view)
-    if len(counts) < 2:
+    if not counts:
         return
     width = (measure.high - measure.low) / len(counts)
-    low, high = (
-        -math.inf if view.low is None else view.low,
-        math.inf if view.high is None else view.high,
-    )
+    low = -math.inf if view.low is None else view.low
+    high = math.inf if view.high is None else view.high
     starts = [measure.low + i * width for i in range(len(counts))]
     table = pd.DataFrame(
         {

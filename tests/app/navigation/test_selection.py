@@ -205,6 +205,16 @@ def test_missing_values_are_in_no_bar(odd):
     assert (counts[0], counts[-1]) == (1, 1)
 
 
+@pytest.mark.parametrize("values", [(0.5, 0.5), (-1e30, 1e30)])
+def test_equal_values_and_those_too_far_apart_have_no_histogram(tmp_path, values):
+    found = [explanation(i, metrics={"AD@50": value}) for i, value in enumerate(values)]
+    save_pack(tmp_path / "pack", found, overlays=False, metrics=ODD)
+    far = only(tmp_path)
+    view = replace(defaults(selection.table(far).choices), measure="AD@50")
+    assert selection.histogram(far, view) == []
+    assert Selection(selection.table(far), replace(view, sort="AD@50")).count == 2
+
+
 def test_two_classes_of_one_name_are_told_apart():
     names = maps_table.class_names({"134": "crane", "517": "crane", "1": "hen"})
     assert names == {"134": "crane (134)", "517": "crane (517)", "1": "hen"}
