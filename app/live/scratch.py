@@ -1,6 +1,7 @@
-"""The folder of live results, or of packs' databases: deleted when the viewer ends.
+"""The folder of live results, or of packs' databases, which goes with the viewer.
 
-It is deleted by the next viewer if this one was killed. A viewer holds a lock on its folder, which the system releases however the process ends.
+It is deleted when the viewer ends, or by the next viewer if it was killed. A viewer holds a lock on its
+folder, which the system releases however the process ends.
 """
 
 from __future__ import annotations
