@@ -15,7 +15,7 @@ from xattn.app.demo.photos import BACKBONE, embedded_photos
 from xattn.runtime.files import atomic_file
 
 FILE, PHOTO, HEAD = "example.jpg", "chelsea.png", "evidence-efficientnet-lite0"
-SIDE, GAP = 400, 8  # pixels: the width of a picture, and between the two
+SIDE = 400  # pixels: the width of each picture
 TEXT = (
     "A photo, and where EfficientNet-Lite0 finds its evidence for tiger cat: bright is much, dark is "
     "little."
@@ -44,10 +44,10 @@ def draw() -> Image.Image:
     print(found.target_name, f"{found.probability:.3f}")
     pictures = [Image.open(path).convert("RGB"), found.overlay()]
     height = round(SIDE * pictures[0].height / pictures[0].width)
-    sheet = Image.new("RGB", (2 * SIDE + GAP, height), "white")
+    sheet = Image.new("RGB", (2 * SIDE, height))
     for i, picture in enumerate(pictures):
         small = picture.resize((SIDE, height), Image.Resampling.LANCZOS)
-        sheet.paste(small, (i * (SIDE + GAP), 0))
+        sheet.paste(small, (i * SIDE, 0))
     return sheet
 
 
