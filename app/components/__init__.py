@@ -6,6 +6,7 @@ data and becomes text by ``textContent``, never HTML.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -13,7 +14,7 @@ from typing import Any
 
 import streamlit as st
 
-TAKEN = "_acts"  # the session's key of the last act that was taken up, by component
+TAKEN = "_acts"  # the session's key of its :class:`_Taken`
 
 
 @cache
@@ -40,19 +41,34 @@ def sent(key: str, name: str) -> Any:
     return getattr(st.session_state.get(key), name, None)
 
 
+class _Taken:
+    """The last act that was taken up, by component; two runs of a session may be under way."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.last: dict[str, int] = {}
+
+
+def _taken() -> _Taken:
+    found: _Taken = st.session_state.setdefault(TAKEN, _Taken())
+    return found
+
+
 def acts(key: str) -> Iterator[dict[str, Any]]:
     """What a person did by keys in the component of ``key``, for its ``on_act``: each act once, in their
     order.
 
-    An act counts as done when it is given out. Whoever asks must not read the session meanwhile: there
-    Streamlit ends a callback when the next act is there, and this one would be lost.
+    An act counts as done when it is given out. Whoever asks must neither read the session meanwhile nor
+    call what Streamlit caches: there it ends a callback when the next act is there, and this one would be
+    lost.
     """
-    taken = st.session_state.setdefault(TAKEN, {})
-    for act in sent(key, "act") or ():
-        number = act.get("n") if isinstance(act, dict) else None
-        if isinstance(number, int) and number > taken.get(key, 0):
-            taken[key] = number
-            yield act
+    taken, found = _taken(), sent(key, "act") or ()
+    with taken.lock:
+        for act in found:
+            number = act.get("n") if isinstance(act, dict) else None
+            if isinstance(number, int) and number > taken.last.get(key, 0):
+                taken.last[key] = number
+                yield act
 
 
 def keys(names: Sequence[str], key: str, on_act: Any) -> None:
@@ -62,13 +78,8 @@ def keys(names: Sequence[str], key: str, on_act: Any) -> None:
         names: of "1" to "9", "j", "k", "x", "undo" (Z), "redo" (Shift+Z) and "escape".
         on_act: called before the script runs again, without arguments.
     """
-    data = {"keys": list(names), "taken": _taken(key)}
+    data = {"keys": list(names), "taken": _taken().last.get(key, 0)}
     component("keys", "acts")(data=data, key=key, on_act_change=on_act)
-
-
-def _taken(key: str) -> int:
-    """The number of the last act that was taken up."""
-    return int(st.session_state.get(TAKEN, {}).get(key, 0))
 
 
 def grid(
@@ -125,7 +136,7 @@ def grid(
         "scroll": scroll,
         "linked": None if linked is None else dict(linked),
         "keys": on_act is not None,
-        "taken": _taken(key),
+        "taken": _taken().last.get(key, 0),
     }
     result = component("grid", "zoom", "acts")(
         data=data,

@@ -12,7 +12,7 @@ class Acts {
   }
   add(act) {
     this.waiting.push({ ...act, n: ++this.last });
-    this.again(2000);
+    this.again(4000);
     this.send([...this.waiting]);
   }
   again(wait) {

@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from xattn.app.pictures import rendering
 from xattn.app.pictures.rendering import Look
+from xattn.app.triage.selection_files import marked_lines
 from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import map_name
 from xattn.pictures.contact_sheet import (
@@ -25,6 +26,7 @@ from xattn.pictures.words import method_title, metric_about, named_metric
 
 if TYPE_CHECKING:
     from xattn.app.navigation.selection import Selection
+    from xattn.app.triage.store import Store
     from xattn.packs.manifest import MetricInfo
     from xattn.packs.reader import Pack
     from xattn.photos.view import View
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg")
 MOST_MAPS = {"html": 200, "png": 60, "svg": 60}  # in one file
 SIDE = 320  # of a picture in a figure, in pixels
-CHUNK = 4000  # lines of a CSV that are made at once
 CSV = "/xattn/csv"
 COLUMNS = 5  # of a figure of one photo
 _OF_IMAGE = [
@@ -71,11 +72,10 @@ def maps_csv(pack: Pack, entry_ids: Sequence[str] | pd.Index) -> str:
     return _csv_lines([header, *((i, *left, e, *right) for i, e, left, right in each)])
 
 
-def selection_csv(found: Selection) -> Iterator[str]:
-    """The lines of :func:`maps_csv` for a selection of any size, some thousand at a time."""
-    yield _csv_lines([found.header])
-    for start in range(0, found.count, CHUNK):
-        yield _csv_lines(found.lines(start, CHUNK))
+def selection_csv(found: Selection, store: Store | None) -> Iterator[str]:
+    """The lines of :func:`maps_csv` for a selection of any size, some thousand at a time, with the tags,
+    rating and note of each photo."""
+    yield from map(_csv_lines, marked_lines(found, store))
 
 
 def _csv_lines(rows: Iterable[Iterable[Any]]) -> str:

@@ -23,6 +23,8 @@ from xattn.app.navigation import selection
 from xattn.app.navigation.selection import Selection
 from xattn.app.pictures import export, film, rendering
 from xattn.app.pictures.rendering import Look
+from xattn.app.triage import tag_files
+from xattn.app.triage.store import Store
 from xattn.packs.contained_files import PackError
 
 if TYPE_CHECKING:
@@ -136,12 +138,13 @@ async def csv_endpoint(request: Request) -> Response:
         return _text(400, error)
     text = request.query_params.get("view", "")
 
-    def found() -> Selection:
+    def found() -> tuple[Selection, Store | None]:
         pack = state.library().open(pack_id)
-        return selection.selected(pack, selection.from_text(text, selection.table(pack).choices))
+        view = selection.from_text(text, selection.table(pack).choices)
+        return selection.selected(pack, view), tag_files.usable_store(pack)
 
     try:
-        lines = export.selection_csv(await asyncio.to_thread(found))
+        lines = export.selection_csv(*await asyncio.to_thread(found))
     except PackError as error:
         return _text(404, error)
     name = f'attachment; filename="{pack_id}.csv"'  # ids of packs are letters, digits, "-" and "_"

@@ -1,7 +1,8 @@
 """What keys and buttons do to photos, told in a few words at the next run.
 
 Streamlit may end a callback wherever it reads the session, because the next key is there. So a
-:class:`Person` is made of the session first; what it does then reads the session no more.
+:class:`Person` is made of the session first; what it does then reads the session no more. See
+:func:`xattn.app.components.acts`.
 """
 
 from __future__ import annotations

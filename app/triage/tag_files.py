@@ -37,6 +37,16 @@ def store_of(pack: Pack) -> Store:
     return Store(own, known)
 
 
+def usable_store(pack: Pack) -> Store | None:
+    """:func:`store_of`, None where the file cannot be used."""
+    store = store_of(pack)
+    try:
+        store.revision()
+    except TagsError:
+        return None
+    return store
+
+
 def place(pack: Pack) -> str:
     """Where a pack's tags are kept, in a sentence for the page."""
     path = store_of(pack).path

@@ -14,7 +14,7 @@ from xattn.app.components import grid, sent
 from xattn.app.components.look import STYLES, look_control
 from xattn.app.components.theme import name_html
 from xattn.app.navigation import last_view, screen, selection, url_widgets
-from xattn.app.pages.image import photo_tabs
+from xattn.app.pages.image import marks, photo_tabs
 from xattn.app.pages.image.shown import (
     SIDE,
     WIDTH,
@@ -59,13 +59,14 @@ def page(context: Context) -> None:
     """Show the photo that the URL names, or the first of the pack."""
     pack = context.pack
     assert pack is not None, "main.py calls this page with a pack"
-    image_id = last_view.image_of_url(pack)
+    image_id = marks.image_of_page(pack, _show)
     row = selection.table(pack).image(image_id)
     if row is None:
         st.warning("This pack has no such image. Choose one in the gallery.")
         st.link_button("Gallery", state.link("gallery", pack=pack.id))
         return
     _heading(pack, image_id, row)
+    marks.marks(pack, _view(pack), image_id)
     shown = _choose(pack, image_id)
     if shown is None:
         return
@@ -82,7 +83,7 @@ def page(context: Context) -> None:
 
 def _heading(pack: Pack, image_id: str, row: Mapping[str, Any]) -> None:
     view = _view(pack)
-    before, after, number, count = selection.neighbours(pack, view, image_id)
+    before, after, number, count = marks.neighbours(pack, view, image_id)
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
     bar.button(
         "Gallery",
@@ -94,7 +95,7 @@ def _heading(pack: Pack, image_id: str, row: Mapping[str, Any]) -> None:
         bar.button(
             text,
             key=f"go_{text}",
-            on_click=_show,
+            on_click=_step,
             args=(other,),
             disabled=other is None,
             shortcut=keys,
@@ -159,6 +160,11 @@ def _verdict(pack: Pack, image_id: str, row: Mapping[str, Any]) -> None:
             parts.append("the prediction is right")
     if parts or disagreement:
         st.caption(plain(" · ".join(filter(None, [*parts, disagreement]))))
+
+
+def _step(image_id: str) -> None:
+    marks.leave()
+    _show(image_id)
 
 
 def _show(image_id: str) -> None:

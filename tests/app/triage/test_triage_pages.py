@@ -179,3 +179,57 @@ def test_another_folder_of_the_same_photos_has_its_own_tags(pack, folder, store)
     again = state.library().open(info.id)
     assert again.version != pack.version
     assert tag_files.store_of(again).counts() == {"x": 1}
+
+
+# ---------------------------------------------------------------------- the image page
+
+
+def image(number, **params):
+    def script():
+        from xattn.app import state
+        from xattn.app.pages.image.page import page
+
+        [info] = state.library().packs()
+        page(state.Context(state.library(), state.library().open(info.id)))
+
+    app = AppTest.from_function(script, default_timeout=60)
+    app.query_params.update({"image": photo(number), **params})
+    return checked(app.run())
+
+
+def test_a_photo_shows_its_tags_note_and_stars_and_changes_them(store):
+    store.change_tags("bob", [photo(1)], ["wrong label"])
+    store.set_note("bob", photo(1), "**bold** <b>")
+    store.set_rating("bob", [photo(1)], 2)
+    app = image(1)
+    tags = app.multiselect(key=f"tags of {photo(1)}")
+    assert tags.value == ["wrong label"]
+    assert app.text_area[0].value == "**bold** <b>"
+    assert app.feedback[0].value == 1
+    store.change_tags("eve", [photo(1)], ["looks elsewhere"])  # in another tab, meanwhile
+    checked(tags.set_value(["wrong label", "look again"]).run())
+    assert store.marks([photo(1)])[photo(1)].tags == (
+        "look again",
+        "looks elsewhere",
+        "wrong label",
+    )
+    checked(app.text_area[0].set_value("mine").run())
+    checked(app.feedback[0].set_value(4).run())
+    assert store.marks([photo(1)])[photo(1)] == Mark(
+        ("look again", "looks elsewhere", "wrong label"), "mine", 5
+    )
+
+
+def test_two_people_writing_a_note_at_once_are_told(store):
+    app = image(1)
+    store.set_note("eve", photo(1), "from eve")
+    checked(app.text_area[0].set_value("from me").run())
+    assert "Somebody else wrote a note meanwhile" in app.toast[0].value
+    assert app.text_area[0].value == "from eve\n\nfrom me"
+
+
+def test_a_photo_opens_without_its_tags_if_their_file_cannot_be_used(folder):
+    folder.with_name("first.tags.sqlite").write_text("no database, but a text\n" * 50)
+    app = image(1)
+    assert "first.tags.sqlite is" in app.warning[0].value.replace("\\", "")
+    assert not app.text_area and len(app.tabs) == 5

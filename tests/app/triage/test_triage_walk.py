@@ -10,7 +10,9 @@ pytest.importorskip("streamlit")
 
 from conftest import served
 
+from xattn.app.library import Library
 from xattn.app.synthetic_packs import small_pack
+from xattn.app.triage import tag_files
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +106,34 @@ def test_j_turns_the_page_and_chosen_photos_stay_chosen(address, open_page):
     page.keyboard.press("k")
     cell(page, 23).locator(".mark").wait_for()
     assert cell(page, 22).locator(".mark").count() == 0
+
+
+def test_on_a_photo_keys_tag_and_move_and_a_note_is_kept(address, open_page, root):
+    page = open_page(f"{address}/?q=photo-0000")
+    cell(page, 3).locator(".frame.there").wait_for()
+    cell(page, 3).click()
+    page.wait_for_url(re.compile("image=photo-00003"))
+    page.locator(".st-key-maps .frame.there").first.wait_for()
+    for key in "1j2j13":  # faster than the script runs
+        page.keyboard.press(key)
+    page.get_by_role("heading", name="photo-00005").wait_for()
+    page.locator("[data-tag]", has_text="looks elsewhere").wait_for()
+    note = page.get_by_label("Note")
+    note.fill("a note")
+    note.press_sequentially(" 12jk")  # typing is no key
+    note.blur()
+    page.keyboard.press("k")
+    page.get_by_role("heading", name="photo-00004").wait_for()
+    page.wait_for_url(re.compile("image=photo-00004"))
+    screenshot(page, "triage-image")
+    page.get_by_role("button", name="Gallery").click()
+    cell(page, 5).locator(".mark").first.wait_for()
+    assert cell(page, 3).locator(".mark").all_inner_texts() == ["look again"]
+    assert cell(page, 4).locator(".mark").all_inner_texts() == ["wrong label"]
+    assert cell(page, 5).locator(".mark").all_inner_texts() == [
+        "look again",
+        "looks elsewhere",
+        "note",
+    ]
+    pack = Library(root).open(Library(root).packs()[0].id)
+    assert tag_files.store_of(pack).marks(["photo-00005"])["photo-00005"].note == "a note 12jk"

@@ -1,0 +1,168 @@
+"""Tags, stars and a note of the photo that is shown, and the keys that set them and move on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import streamlit as st
+
+from xattn.app import components
+from xattn.app.navigation import address, last_view, selection
+from xattn.app.navigation.selection import View
+from xattn.app.state import plain
+from xattn.app.triage import keyboard
+from xattn.app.triage.journal import Mark
+from xattn.app.triage.keyboard import Person
+from xattn.app.triage.store import KEYS, NOTE_LENGTH, Store, TagsError
+
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
+
+PRESSED = "image.keys"  # the component of the keys
+BESIDE = "_beside"  # the session's key of the photos before and after one, by its id
+PLACE = (
+    "_place"  # the session's key of where keys are: {"at": photo, "keys": whether they led there}
+)
+
+
+def neighbours(pack: Pack, view: View, image_id: str) -> tuple[str | None, str | None, int, int]:
+    """:func:`selection.neighbours`; of a photo that has just left the selection, because its tags were
+    changed, those that it had."""
+    before, after, number, count = selection.neighbours(pack, view, image_id)
+    kept: dict[str, tuple[str | None, str | None]] = st.session_state.setdefault(BESIDE, {})
+    if number:
+        kept.clear()
+        kept[image_id] = before, after
+    return *kept.get(image_id, (before, after)), number, count
+
+
+def image_of_page(pack: Pack, show: Callable[[str], None]) -> str:
+    """The photo to show: that of the URL, unless keys have led on from there. The next key may be pressed
+    before the browser knows the URL of the photo to which the ones before led."""
+    place = _place()
+    with place.lock:
+        if st.query_params.get("image") in place.passed and not address.back():
+            show(place.at)
+        else:
+            place.passed.clear()
+        place.at = last_view.image_of_url(pack)
+        return place.at
+
+
+def leave() -> None:
+    """Forget where keys have led: somebody goes on by other ways."""
+    _place().passed.clear()
+
+
+@dataclass
+class _Place:
+    """Where keys are: at a photo, having passed others whose URL the browser may still have. While a run
+    takes up keys, the one before may be under way."""
+
+    at: str = ""
+    passed: set[str] = field(default_factory=set)
+    lock: threading.RLock = field(default_factory=threading.RLock)  # type: ignore[valid-type]
+
+
+def _place() -> _Place:
+    found: _Place = st.session_state.setdefault(PLACE, _Place())
+    return found
+
+
+def marks(pack: Pack, view: View, image_id: str) -> None:
+    """What people say of this photo, and the keys for it."""
+    keyboard.say()
+    person = Person.of(pack)
+    try:
+        mark = person.store.marks([image_id]).get(image_id, Mark())
+        tags = person.store.keys()
+        known = dict.fromkeys((*tags.values(), *person.store.counts(), *mark.tags))
+    except TagsError as error:
+        st.warning(plain(error))
+        return
+    bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
+    key = _holding(f"tags of {image_id}", list(mark.tags))
+    bar.multiselect(
+        "Tags",
+        list(known),
+        key=key,
+        accept_new_options=True,
+        placeholder="Choose tags, or type a new one",
+        on_change=_tag,
+        args=(person, image_id, mark.tags, key),
+        width=420,
+    )
+    key = _holding(f"note of {image_id}", mark.note)
+    bar.text_area(
+        "Note",
+        key=key,
+        height=68,
+        max_chars=NOTE_LENGTH,
+        on_change=_note,
+        args=(person, image_id, mark.note, key),
+        width="stretch",
+    )
+    key = _holding(f"stars of {image_id}", mark.rating - 1 if mark.rating else None)
+    bar.feedback("stars", key=key, on_change=_rate, args=(person, image_id, key))
+    names = [f"{number} {tag}" for number, tag in tags.items()]
+    st.caption(plain(" · ".join([*names, "J next", "K previous", "Z undo", "Shift+Z redo"])))
+    components.keys(
+        [*map(str, KEYS), "j", "k", "undo", "redo"],
+        PRESSED,
+        on_act=lambda: _pressed(pack, view),
+    )
+
+
+def _holding(key: str, value: object) -> str:
+    """The key of a widget that holds what the tag file has."""
+    if key not in st.session_state or st.session_state[key] != value:
+        st.session_state[key] = value
+    return key
+
+
+def _tag(person: Person, image_id: str, was: Sequence[str], key: str) -> None:
+    wanted = list(st.session_state[key])
+    add, drop = [t for t in wanted if t not in was], [t for t in was if t not in wanted]
+    person.change(lambda store, name: store.change_tags(name, [image_id], add, drop))
+
+
+def _note(person: Person, image_id: str, was: str, key: str) -> None:
+    note = str(st.session_state[key] or "")
+
+    def act(store: Store, name: str) -> str | None:
+        alone = store.set_note(name, image_id, note, was)
+        return None if alone else "Somebody else wrote a note meanwhile; both are kept."
+
+    person.change(act)
+
+
+def _rate(person: Person, image_id: str, key: str) -> None:
+    stars = st.session_state[key]
+    rating = 0 if stars is None else int(stars) + 1
+    person.change(lambda store, name: store.set_rating(name, [image_id], rating))
+
+
+def _pressed(pack: Pack, view: View) -> None:
+    """Take up keys: each is of the photo to which the keys before it led."""
+    person, place = Person.of(pack), _place()
+    kept, found = st.session_state.get(BESIDE, {}), selection.selected(pack, view)
+    with place.lock:
+        for act in components.acts(PRESSED):
+            key = act.get("key")
+            if key in ("j", "k"):
+                before, after, number, _ = found.neighbours(place.at)
+                if not number:
+                    before, after = kept.get(place.at, (None, None))
+                if to := after if key == "j" else before:
+                    place.passed.add(place.at)
+                    place.passed.discard(to)
+                    place.at = to
+                else:
+                    person.said.append(
+                        (f"This is the {'last' if key == 'j' else 'first'} photo.", False)
+                    )
+            elif key in (*map(str, KEYS), "undo", "redo"):
+                person.press(key, [place.at])

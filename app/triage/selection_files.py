@@ -1,0 +1,201 @@
+"""What leaves a selection of photos: a list of their files, a CSV with tags, a pack, a FiftyOne data set.
+
+A selection may have a hundred thousand photos: files are made some thousand photos at a time, packs photo
+by photo.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from xattn.app.triage.journal import Mark
+from xattn.packs.writer import pack_writer, write_file
+from xattn.runtime.files import atomic_folder
+
+if TYPE_CHECKING:
+    from xattn.app.navigation.selection import Selection
+    from xattn.app.triage.store import Store
+    from xattn.packs.explanation import Explanation
+    from xattn.packs.reader import Pack
+
+MOST_LISTED = 100_000  # photos of a list
+MOST_WRITTEN = 20_000  # maps of a pack or a data set
+CHUNK = 2000
+MARKS = ("tags", "rating", "note")  # columns of a CSV
+NAME = r"[^\W_][\w .+-]{0,79}"  # of a folder below the root
+
+
+def image_list(pack: Pack, found: Selection) -> str:
+    """The names of the photos' files, one a line, as ``xattn explain LIST.txt`` takes them.
+
+    A pack knows names and no paths, so the list belongs into the folder of the photos. A name that cannot
+    stand on a line is left out.
+    """
+    lines = ["# Names of photos; put this list into their folder, and give it to xattn as photos."]
+    known = pack.images["file_name"].reindex(found.photos(MOST_LISTED))
+    for image_id, name in zip(known.index, known, strict=True):
+        text = str(name or image_id)
+        if text.isprintable():
+            lines.append(f"./{text}" if text.startswith("#") else text)
+    return "\n".join(lines) + "\n"
+
+
+def marked_lines(
+    found: Selection, store: Store | None, count: int = CHUNK
+) -> Iterator[list[tuple[Any, ...]]]:
+    """The header and the lines of a selection's maps with the tags, rating and note of their photos, some
+    thousand lines at a time."""
+    at = found.header.index("image_id")
+    yield [(*found.header, *MARKS)]
+    for start in range(0, found.count, count):
+        lines = found.lines(start, count)
+        marks = {} if store is None else store.marks([line[at] for line in lines])
+        yield [(*line, *_cells(marks.get(line[at], Mark()))) for line in lines]
+
+
+def _cells(mark: Mark) -> tuple[str, int | str, str]:
+    return "; ".join(mark.tags), mark.rating or "", mark.note
+
+
+def check_name(root: Path, name: str) -> Path:
+    """The folder ``name`` below the root, which is not there yet.
+
+    Raises:
+        ValueError: no name for a folder, or one that is taken.
+    """
+    name = name.strip()
+    if not re.fullmatch(NAME, name) or name.endswith("."):
+        raise ValueError(
+            "Give a name of letters, digits, spaces, dots and dashes; it becomes a folder's name."
+        )
+    if (root / name).exists():
+        raise ValueError(f"There is a folder {name!r} already; choose another name.")
+    return root / name
+
+
+def write_pack(pack: Pack, found: Selection, folder: Path) -> int:
+    """Write the selection's maps as a pack of their own, with thumbnails; how many maps.
+
+    Raises:
+        ValueError: no map, or more than ``MOST_WRITTEN``. PackError: a map that cannot be read.
+        OSError: the folder cannot be written.
+    """
+    _check_count(found)
+    with pack_writer(folder, overlays=False) as writer:
+        writer.metrics = {m.key: m._asdict() for m in pack.metrics}
+        writer.shares = pack.shares
+        for image_id, group in _groups(pack, found):
+            writer.add(group)
+            if pack.has_photo(image_id):
+                data, name = pack.photo_bytes(image_id), f"thumbnails/{image_id}.jpg"
+                write_file(writer.folder / name, data)
+                writer.use_thumbnail(group, name, hashlib.sha256(data).hexdigest())
+    return found.count
+
+
+def _groups(pack: Pack, found: Selection) -> Iterator[tuple[str, list[Explanation]]]:
+    """The selection's maps by photo, in the order of their photos' first maps."""
+    by_photo: dict[str, list[str]] = {}
+    for entry_id in found.ids():
+        by_photo.setdefault(pack.key(entry_id)[0], []).append(entry_id)
+    for image_id, entry_ids in by_photo.items():
+        yield image_id, [replace(pack.explanation(e), source=None) for e in entry_ids]
+
+
+def _check_count(found: Selection) -> None:
+    if not 0 < found.count <= MOST_WRITTEN:
+        raise ValueError(
+            f"This selection has {found.count:,} maps; 1 to {MOST_WRITTEN:,} can be written. Filter for "
+            f"fewer."
+        )
+
+
+# ---------------------------------------------------------------------- FiftyOne
+
+
+def fiftyone() -> ModuleType | None:
+    """The library, None where it is not installed."""
+    try:
+        return importlib.import_module("fiftyone")
+    except ImportError:
+        return None
+
+
+def write_fiftyone(pack: Pack, found: Selection, folder: Path, store: Store | None = None) -> int:
+    """Write the selection as a FiftyOne data set (``fo.types.FiftyOneDataset``); how many photos.
+
+    A photo is a sample: its thumbnail, tags, ``note``, ``rating``, ``ground_truth`` and ``prediction``, and
+    a ``Heatmap`` a map, in [0, 255] on the photo's pixels, whose field is the method's name.
+
+    Raises:
+        ValueError: fiftyone is not installed, no map, or more than ``MOST_WRITTEN``.
+        PackError: a map or a photo that cannot be read. OSError: the folder cannot be written.
+    """
+    fo = fiftyone()
+    if fo is None:
+        raise ValueError(
+            "FiftyOne is not installed where this viewer runs; run: pip install fiftyone"
+        )
+    _check_count(found)
+    dataset = fo.Dataset()
+    try:
+        with tempfile.TemporaryDirectory() as media, atomic_folder(folder, ()) as temporary:
+            groups = _groups(pack, found)
+            while part := list(islice(groups, CHUNK)):
+                marks = {} if store is None else store.marks([image_id for image_id, _ in part])
+                dataset.add_samples(
+                    [_sample(fo, pack, group, marks, Path(media)) for _, group in part]
+                )
+            dataset.export(
+                export_dir=str(temporary), dataset_type=fo.types.FiftyOneDataset, export_media=True
+            )
+        return len(dataset)
+    finally:
+        dataset.delete()
+
+
+def _sample(
+    fo: ModuleType,
+    pack: Pack,
+    group: Sequence[Explanation],
+    marks: Mapping[str, Mark],
+    media: Path,
+) -> Any:
+    first = group[0]
+    image_id, mark = first.image_id, marks.get(first.image_id, Mark())
+    photo = media / f"{image_id}.jpg"
+    photo.write_bytes(pack.photo_bytes(image_id))
+    with Image.open(photo) as image:
+        size = (image.height, image.width)
+    fields: dict[str, Any] = {"image_id": image_id, "file_name": first.file_name}
+    if mark.note:
+        fields["note"] = mark.note
+    if mark.rating:
+        fields["rating"] = mark.rating
+    if first.facts.label_name:
+        fields["ground_truth"] = fo.Classification(label=first.facts.label_name)
+    if first.facts.top:
+        _, name, probability = first.facts.top[0]
+        fields["prediction"] = fo.Classification(label=name, confidence=probability)
+    for number, explanation in enumerate(group):
+        path = media / f"{image_id}.{number}.png"
+        values = np.nan_to_num(explanation.on_photo(size)) * 255
+        Image.fromarray(values.round().astype(np.uint8)).save(path)
+        field = re.sub(r"\W", "_", explanation.method, flags=re.ASCII)
+        field = f"{field}_{explanation.target}" if field in fields else field
+        fields[field] = fo.Heatmap(
+            map_path=str(path), range=[0, 255], label=explanation.target_name
+        )
+    return fo.Sample(filepath=str(photo), tags=list(mark.tags), **fields)
