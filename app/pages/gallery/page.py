@@ -13,7 +13,7 @@ from xattn.app.components import grid, sent
 from xattn.app.components.look import STYLES, look_control
 from xattn.app.navigation import address, last_view, selection
 from xattn.app.navigation.selection import NAMES, Choices, Selection, View
-from xattn.app.pages.gallery import exports, marking
+from xattn.app.pages.gallery import exports, marking, slices
 from xattn.app.pages.gallery.cells import cell, look_of
 from xattn.app.pages.gallery.chips import chips
 from xattn.app.pages.gallery.filters import toolbar
@@ -179,6 +179,7 @@ def _line(
     line.caption(text, width="content")
     line.space("stretch")
     marking.tools(line, pack, list(dict.fromkeys(shown)), found)
+    slices.tools(line, pack, view)
     look_control(line, KEY, styles=STYLES | {"photo": "Photo"}, style="show")
     return from_widgets(choices)
 

@@ -14,6 +14,7 @@ from xattn.app import state
 from xattn.app.components import grid, sent
 from xattn.app.components.matrix import matrix
 from xattn.app.navigation import last_view, selection, url_widgets
+from xattn.app.pages.mistakes.slices import slices as slice_table
 from xattn.app.pictures.rendering import Look, data_uri, jpeg, overlay_url, photo_url
 from xattn.app.state import Context, plain, short
 from xattn.eval.report.mistakes import (
@@ -55,8 +56,13 @@ def page(context: Context) -> None:
         _matrix(pack, found, cell)
     with right:
         _cell(pack, found, cell, method)
-    st.subheader("Classes", anchor=False)
-    _classes(pack, method)
+    classes, slices = st.tabs(["Classes", "Slices"], key="table", bind="query-params")
+    with classes:
+        if classes.open:
+            _classes(pack, method)
+    with slices:
+        if slices.open:
+            slice_table(pack, method)
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)

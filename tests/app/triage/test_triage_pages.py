@@ -250,3 +250,53 @@ def test_a_photo_opens_without_its_tags_if_their_file_cannot_be_used(folder):
     app = image(1)
     assert "first.tags.sqlite is" in app.warning[0].value.replace("\\", "")
     assert not app.text_area and app.tabs
+
+
+# ---------------------------------------------------------------------- slices
+
+
+def test_a_view_is_saved_opened_renamed_and_deleted(store):
+    app = run(q="tench", sort="name")
+    app.text_input(key="gallery.slice_name").set_value("night photos, wrong").run()
+    checked(app.button(key="gallery.slice_save").click().run())
+    assert app.toast[0].value == "Saved\\: night photos, wrong"
+    assert store.slices() == {"night photos, wrong": "sort=name&q=tench"}
+    app.text_input(key="gallery.slice_name").set_value("night photos, wrong").run()
+    checked(app.button(key="gallery.slice_save").click().run())
+    assert "There is a slice" in app.warning[0].value
+    app = run()
+    checked(app.button(key="gallery.slice_open").click().run())
+    assert app.query_params["q"] == ["tench"] and app.query_params["sort"] == ["name"]
+    app.text_input(key="gallery.slice_new").set_value("day").run()
+    checked(app.button(key="gallery.slice_rename").click().run())
+    assert list(store.slices()) == ["day"]
+    checked(app.button(key="gallery.slice_delete").click().run())
+    assert store.slices() == {}
+
+
+def mistakes():
+    def script():
+        from xattn.app import state
+        from xattn.app.pages.mistakes.page import page
+
+        [info] = state.library().packs()
+        page(state.Context(state.library(), state.library().open(info.id)))
+
+    app = AppTest.from_function(script, default_timeout=60)
+    app.query_params["table"] = "Slices"
+    return checked(app.run())
+
+
+def test_slices_and_tags_are_compared(pack, store):
+    app = mistakes()
+    assert "No slice is saved yet" in app.info[0].value
+    store.save_slice("wrong ones", "right=wrong")
+    store.save_slice("none", "q=nothing+has+this+name")
+    store.change_tags("ann", [photo(1), photo(4)], [HOSTILE])
+    table = mistakes().dataframe[0].value
+    assert list(table["slice"]) == ["none", "wrong ones", f"tag: {HOSTILE}"]
+    assert list(table["photos"]) == [0, 2, 2]  # every fourth photo is told wrong
+    assert list(table["right"])[1:] == [0, 50]
+    assert table["right, 95 %"][2] == "9% to 91%"
+    ad = pack.entries[pack.entries["image_id"].isin([photo(1), photo(4)])]["AD@50"].mean()
+    assert table["AD@50"][2].startswith(f"{ad:.3f}")

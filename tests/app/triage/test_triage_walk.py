@@ -80,6 +80,7 @@ def test_choose_tag_move_undo_filter(address, open_page, size, scheme):
         return
     page.goto(f"{address}/?tag=wrong+label")
     page.get_by_text("3 maps, filtered from 26").wait_for()
+    cell(page, 5).wait_for()
     assert [cell(page, n).count() for n in (2, 3, 4, 5)] == [0, 1, 1, 1]
     page.get_by_role("button", name="Export").click()
     with page.expect_download() as got:
