@@ -266,7 +266,7 @@ def test_a_view_is_saved_opened_renamed_and_deleted(store):
     assert "There is a slice" in app.warning[0].value
     app = run()
     checked(app.button(key="gallery.slice_open").click().run())
-    assert app.query_params["q"] == ["tench"] and app.query_params["sort"] == ["name"]
+    assert len(cells(app)) == 1 and store.slices()
     app.text_input(key="gallery.slice_new").set_value("day").run()
     checked(app.button(key="gallery.slice_rename").click().run())
     assert list(store.slices()) == ["day"]
