@@ -37,18 +37,23 @@ MARKS = ("tags", "rating", "note")  # columns of a CSV
 NAME = r"[^\W_][\w .+-]{0,79}"  # of a folder below the root
 
 
-def image_list(pack: Pack, found: Selection) -> str:
+def image_list(found: Selection) -> str:
     """The names of the photos' files, one a line, as ``xattn explain LIST.txt`` takes them.
 
     A pack knows names and no paths, so the list belongs into the folder of the photos. A name that cannot
     stand on a line is left out.
     """
     lines = ["# Names of photos; put this list into their folder, and give it to xattn as photos."]
-    known = pack.images["file_name"].reindex(found.photos(MOST_LISTED))
-    for image_id, name in zip(known.index, known, strict=True):
-        text = str(name or image_id)
-        if text.isprintable():
-            lines.append(f"./{text}" if text.startswith("#") else text)
+    names: dict[str, str] = {}
+    at, named = (found.header.index(column) for column in ("image_id", "file_name"))
+    for start in range(0, found.count, CHUNK):
+        for line in found.lines(start, CHUNK):
+            names.setdefault(line[at], str(line[named] or line[at]))
+        if len(names) >= MOST_LISTED:
+            break
+    for name in islice(names.values(), MOST_LISTED):
+        if name.isprintable():
+            lines.append(f"./{name}" if name.startswith("#") else name)
     return "\n".join(lines) + "\n"
 
 

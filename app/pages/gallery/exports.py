@@ -46,7 +46,7 @@ def files(pack: Pack, view: View, found: Selection) -> None:
     listed = selection_files.MOST_LISTED
     st.download_button(
         f"List of the first {listed:,} photos" if len(found.images) > listed else "List of photos",
-        data=lambda: selection_files.image_list(pack, found),
+        data=lambda: selection_files.image_list(found),
         file_name=f"{pack.id}.txt",
         mime="text/plain",
         on_click="ignore",

@@ -50,7 +50,7 @@ def test_xattn_reads_the_list_in_the_folder_of_the_photos(tmp_path):
     names = ["a b.jpg", "#first.jpg", "é 2.jpg", "two\nlines.jpg"]
     packed = [explanation(i, file_name=name, source=picture(i)) for i, name in enumerate(names)]
     pack = opened(save_pack(tmp_path / "root" / "odd", packed, overlays=False))
-    text = selection_files.image_list(pack, Selection(table(pack), View()))
+    text = selection_files.image_list(Selection(table(pack), View()))
     for name in names[:3]:
         picture(0).save(tmp_path / name)
     (tmp_path / "list.txt").write_text(text, encoding="utf-8")
