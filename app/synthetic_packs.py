@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,12 @@ def described() -> dict[str, dict[str, Any]]:
     return {key: {**info, "protocol_id": f"{key}-made-up"} for key, info in METRICS.items()}
 
 
-def big_pack(folder: Path, images: int = 10_000, methods: int = 1, pictures: int = 50) -> Path:
-    """Thousands of images in seconds: few different thumbnails, each the file of many images."""
+def big_pack(
+    folder: Path, images: int = 10_000, methods: int = 1, pictures: int = 50, features: int = 0
+) -> Path:
+    """Thousands of images in seconds: few different thumbnails, each the file of many images; with
+    ``features`` each has so many numbers, near those of its class."""
+    middles = np.random.default_rng(0).normal(size=(len(CLASSES), features))
     names = [f"method{m}" for m in range(methods)]
     jpegs = [_jpeg(picture(n, (512, 384))) for n in range(min(pictures, images))]
     hashes = [hashlib.sha256(data).hexdigest() for data in jpegs]
@@ -135,6 +140,10 @@ def big_pack(folder: Path, images: int = 10_000, methods: int = 1, pictures: int
         for i in range(images):
             n = i % len(jpegs)
             group = [explanation(i, name) for name in names]
+            if features:
+                row = middles[i % len(CLASSES)] + np.random.default_rng(i).normal(size=features)
+                facts = replace(group[0].facts, features=row.astype(np.float16))
+                group[0] = replace(group[0], facts=facts)
             writer.add(group)
             writer.use_thumbnail(group, thumbnails[n], hashes[n])
     return folder

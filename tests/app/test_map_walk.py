@@ -66,7 +66,8 @@ def test_from_the_gallery_to_chosen_photos_to_one_and_its_like(address, open_pag
     if size == "narrow":
         page.locator(".st-key-bottom-bar").get_by_role("button", name="More").click()
     page.get_by_role("link", name="Map", exact=True).last.click()
-    page.get_by_text(f"{COUNT} photos", exact=True).wait_for()
+    # The page imports torch when it is first shown.
+    page.get_by_text(f"{COUNT} photos", exact=True).wait_for(timeout=120_000)
     shot(page, "map", size, scheme)
 
     drawn(page, [(0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98)])

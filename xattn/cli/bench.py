@@ -33,6 +33,7 @@ class Bench:
             "pruning",
             "kernels",
             "app",
+            "photomap",
             "startup",
             "all",
         ],
@@ -43,8 +44,8 @@ class Bench:
     cross-attention; probe: epochs from cached features against running the backbone, and attention
     training against plain steps; fidelity: metrics against the passes they need; attention: mechanisms
     against dense attention; maps: attention maps against stored ones; pruning: a ViT whose tokens leave;
-    kernels: Triton kernels; app: the viewer's pages in Chromium; startup: how long the command line takes
-    to answer."""
+    kernels: Triton kernels; app: the viewer's pages in Chromium; photomap: its map of 10,000 photos;
+    startup: how long the command line takes to answer."""
     images: Images = ()
     """A folder of photos for the jobs "folder" and "probe"; by default JPEG photos of 500 x 375 are
     made."""
@@ -194,6 +195,7 @@ JOBS: dict[str, tuple[str, Callable[[Bench], dict[str, Any]]]] = {
         lambda o: {"batches": o.batches, "rounds": min(o.rounds, 7)},
     ),
     "kernels": ("xattn.kernels.aot", _kernels),
+    "photomap": ("xattn.app.pages.photomap.bench", lambda o: {"rounds": o.rounds}),
     "app": ("xattn.app.bench", lambda o: {"rounds": o.rounds, "maps": o.maps}),
     "startup": ("xattn.eval.bench.startup", lambda o: {"rounds": min(o.rounds, 10)}),
 }

@@ -149,11 +149,13 @@ def _words(images: pd.DataFrame) -> list[list[str]]:
         for name, p in zip(predicted, sure, strict=True)
     ]
     second = [
-        "" if name is None else {True: "right", False: "wrong, "}.get(v, "") + (
-            "" if v else f"true: {short(name)}"
-        )
+        ""
+        if name is None
+        else "right"
+        if v
+        else ("wrong, " * (v is False)) + f"true: {short(name)}"
         for name, v in zip(labels, right, strict=True)
-    ]  # fmt: skip
+    ]
     return [first, second, [str(title) for title in images["title"]]]
 
 
