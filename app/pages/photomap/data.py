@@ -46,8 +46,9 @@ def rows_of(pack: Pack) -> Rows:
 @st.cache_resource(max_entries=8, show_spinner=False)
 def _photos(_pack: Pack, key: str, method: str) -> pd.DataFrame:
     table, rows = selection.table(_pack), rows_of(_pack)
-    columns = [*PHOTO, "entry_id", *(m.key for m in _pack.metrics)]
-    own = [table.column(m.key) for m in _pack.metrics]
+    metrics = [m.key for m in _pack.metrics if m.key in table.choices.measures]
+    columns = [*PHOTO, "entry_id", *(f"measure:{key}" for key in metrics)]
+    own = [table.column(key) for key in metrics]
     query = f"""WITH own AS (SELECT * FROM maps WHERE method = $1 AND is_first)
         SELECT {", ".join(f'images."{name}"' for name in PHOTO.values())},
         {", ".join(f"own.{name}" for name in ("entry_id", *own))}
@@ -62,7 +63,7 @@ def _photos(_pack: Pack, key: str, method: str) -> pd.DataFrame:
 def photos(pack: Pack, method: str) -> pd.DataFrame:
     """What is known of the photos of the map, by their place in the pack: the columns of ``PHOTO``,
     ``entry_id`` (of the map by ``method`` of the most probable class, None without one) and that map's
-    metrics. ``predicted`` is a key of the gallery's choices."""
+    metrics as ``measure:KEY``. ``predicted`` is a key of the gallery's choices."""
     return _photos(pack, subject(pack), method)
 
 

@@ -101,8 +101,12 @@ def _colours(pack: Pack, method: str) -> dict[str, str]:
         if images[key if key == "right" else f"{key}_name"].notna().any()
     }
     found |= {key: name for key, name in MEASURED.items() if images[key].notna().any()}
-    metrics = (m.key for m in pack.metrics if m.key not in found)
-    return found | {key: named_metric(key) for key in metrics if images[key].notna().any()}
+    found |= {
+        key: named_metric(key.removeprefix("measure:"))
+        for key in images
+        if key.startswith("measure:") and images[key].notna().any()
+    }
+    return found or {"one": "One colour"}
 
 
 def _colouring(images: pd.DataFrame, colour: str, name: str) -> dict[str, Any]:
@@ -114,6 +118,11 @@ def _colouring(images: pd.DataFrame, colour: str, name: str) -> dict[str, Any]:
             legend.append({"name": "true class not known", "kind": "rest"})
         groups = np.array([2 if v is None else 0 if v else 1 for v in known])
         return {"legend": legend, "groups": groups}
+    if colour == "one":
+        return {
+            "legend": [{"name": "photos", "kind": "class"}],
+            "groups": np.zeros(len(images), int),
+        }
     if colour in GROUPED:
         names = data.texts(images[f"{colour}_name"])
         count = Counter(n for n in names if n)

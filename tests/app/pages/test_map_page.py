@@ -18,6 +18,7 @@ from xattn.app import state
 from xattn.app.pages.photomap import data, points
 from xattn.app.synthetic_packs import CLASSES, described, small_pack
 from xattn.eval.report.photo_map import pooled_maps
+from xattn.packs.explanation import ImageFacts
 from xattn.packs.writer import save_pack
 
 CACHES = (data._photos, data._looks, data._features, data._toward, data._placed)
@@ -104,7 +105,7 @@ def test_right_and_wrong_and_measures_are_colours_too(show):
     assert found["scale"] == {"name": "Confidence", "low": "50%", "high": "74%"}
     levels = numbers(found["values"])
     assert np.argmax(levels) == COUNT - 1 and levels.min() == 1 and levels.max() == 65535
-    assert "values" in component(show("whole", colour="AD@50"), "photomap.points")
+    assert "values" in component(show("whole", colour="measure:AD@50"), "photomap.points")
 
 
 def test_the_address_restores_the_view_and_what_it_cannot_use_leaves_the_defaults(
@@ -225,3 +226,11 @@ def test_of_many_photos_a_sample_is_shown_and_said_and_others_have_neighbours_to
         assert "Compared with a random sample of 20 photos." in text_of(app)
     for cached in CACHES:
         cached.clear()
+
+
+def test_a_pack_without_classes_and_measures_has_points_of_one_colour(show, root):
+    about = {"protocol": {"probability": "value", "classes": "named"}, "metrics": {}}
+    bare = [replace(photo(i), facts=ImageFacts(), **about) for i in range(6)]
+    save_pack(root / "bare", bare, overlays=False)
+    found = component(show("bare"), "photomap.points")
+    assert [g["name"] for g in found["legend"]] == ["photos"] and len(found["ids"]) == 6
