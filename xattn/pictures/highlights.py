@@ -85,7 +85,7 @@ def _covered(
     for line in lines:
         points = [tuple(p) for p in np.clip(line, margin, far) * FINER]
         pen.line([*points, points[1]], fill=255, width=round(width * FINER), joint="curve")
-    return np.asarray(canvas.reduce(FINER), np.float32) / 255
+    return np.asarray(canvas.reduce(FINER), np.float32) / np.float32(255)
 
 
 def spotlight(pixels: NDArray[np.float32], weights: NDArray[Any], dim: float) -> None:
