@@ -17,7 +17,7 @@ from xattn.app.synthetic_packs import small_pack
 
 SIDE = 5  # patches a side: 80 pixels in patches of 16
 PAGES = {  # name: the pack, and a text that is there when the page is
-    "gallery": ("measured", "Sort by"),
+    "gallery": ("measured", "Look"),
     "image": ("measured", "Look"),
     "attention": ("vit", "The figures as a table"),
     "whatif": ("vit", "Fill"),
