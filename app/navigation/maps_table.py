@@ -335,7 +335,7 @@ class MapsTable:
         for m in pack.metrics:
             if m.key not in MEASURES and m.key not in SORTS:
                 described[m.key] = (m.key, m.higher_is_better, m.formula)
-        ends: dict[str, tuple[Any, ...]] = {}
+        ends: dict[str, tuple[Any, Any]] = {}
         for source in ("images", "entries"):
             keys = [key for key in described if (key in IMAGE) == (source == "images")]
             query = ", ".join(f"min({c}), max({c})" for c in map(self.column, keys))

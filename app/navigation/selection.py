@@ -99,7 +99,8 @@ UNFILTERED: dict[str, Any] = {
     for name in ("q", "label", "predicted", "right", "low", "high", "tag", "rating", "note", "page")
 }
 NAMES = tuple(View.__dataclass_fields__)
-LOOK = dict.fromkeys(("show", "part", "scale", "colours"), "")  # no part of what is selected
+# What is no part of what is selected.
+LOOK: dict[str, Any] = dict.fromkeys(("show", "part", "scale", "colours"), "")
 
 
 def defaults(choices: Choices) -> View:
@@ -187,9 +188,8 @@ def _selected(_pack: Pack, key: str, view: View, _marked: Collection[str] | None
 def histogram(pack: Pack, view: View) -> list[int]:
     """Numbers of the maps that a view without its range selects, over ``BINS`` equal parts of its
     measure's range; none where all values are equal, or too far apart for a typed limit."""
-    everywhere = replace(
-        view, page=1, show="", size=0, low=None, high=None, sort="pack", order="asc"
-    )
+    no_order: dict[str, Any] = {"sort": "pack", "order": "asc", "page": 1, "size": 0}
+    everywhere = replace(view, low=None, high=None, **no_order, **LOOK)
     revision, marked = tag_files.filtered(pack, view) or ("", None)
     return _histogram(pack, f"{pack.id} {pack.version} {revision}", everywhere, marked)
 
