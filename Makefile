@@ -15,6 +15,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet -e ".[dev]"
+	$(BIN)/pip install --quiet -e ".[stores]"
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo

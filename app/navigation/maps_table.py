@@ -337,13 +337,14 @@ class MapsTable:
                 described[m.key] = (m.key, m.higher_is_better, m.formula)
         ends: dict[str, tuple[Any, Any]] = {}
         for source in ("images", "entries"):
-            keys = [key for key in described if (key in IMAGE) == (source == "images")]
+            own = source == "images"  # a metric may have the name of an image's column
+            keys = [key for key in described if (key in MEASURES and key in IMAGE) == own]
             query = ", ".join(f"min({c}), max({c})" for c in map(self.column, keys))
             if keys:
                 (found,) = self.answer(f"SELECT {query} FROM {source}")
                 ends |= dict(zip(keys, zip(found[::2], found[1::2], strict=True), strict=True))
         measures = {
-            key: Measure(key, name, *ends[key], better, formula)
+            key: Measure(key, name, ends[key][0], ends[key][1], better, formula)
             for key, (name, better, formula) in described.items()
             if ends[key][0] is not None
         }

@@ -136,7 +136,7 @@ def test_files_of_the_selection_are_made_when_they_are_asked_for(address, open_p
     cell(page, 0).wait_for()
     page.get_by_role("button", name="Export").click()
     with page.expect_download() as got:
-        page.get_by_role("button", name="CSV of the selection").click()
+        page.get_by_role("link", name="CSV of the selection").click()
     lines = got.value.path().read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 + page.locator(".cell").count()
     assert all("tench" in line for line in lines[1:])

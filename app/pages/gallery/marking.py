@@ -119,7 +119,7 @@ def filters(pack: Pack, asked: Sequence[str]) -> None:
             title,
             list(names),
             key=KEY + name,
-            format_func=lambda value, names=names: names[value],
+            format_func=names.__getitem__,
             on_change=restart,
         )
 

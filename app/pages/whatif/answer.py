@@ -113,7 +113,7 @@ def bars(before: Tensor, after: Tensor | None, backbone: Backbone) -> str:
         )
         numbers = [_amount(v, backbone) for v in values.values()]
         if after is not None:
-            numbers.append(_difference(*values.values(), backbone))
+            numbers.append(_difference(float(before[k]), float(after[k]), backbone))
         rows.append(
             f'<tr><th scope="row">{html.escape(short(backbone.class_names[k]))}</th>'
             f'<td aria-hidden="true">{lines}</td>{"".join(f"<td>{n}</td>" for n in numbers)}</tr>'

@@ -18,7 +18,7 @@ from xattn.app.navigation.selection import Selection, defaults
 from xattn.app.synthetic_packs import described, explanation, picture, small_pack
 from xattn.packs.contained_files import PackError
 from xattn.packs.reader import Pack
-from xattn.packs.writer import pack_writer
+from xattn.packs.writer import pack_writer, save_pack
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,14 @@ def test_maps_and_photos_are_those_of_the_pack(pack, table):
         assert table.image_of_map(entry_id) == row["image_id"]
     assert table.entries_of("another").empty
     assert table.image("another") is table.image_of_map("another") is None
+
+
+def test_a_metric_may_have_the_name_of_a_column_of_the_photos(tmp_path):
+    photos = [explanation(i, source=picture(i), metrics={"title": i / 2}) for i in range(2)]
+    about = {"title": next(iter(described().values()))}
+    save_pack(tmp_path / "pack", photos, overlays=False, metrics=about)
+    measure = MapsTable(only(tmp_path)).choices.measures["title"]
+    assert (measure.low, measure.high) == (0, 0.5)
 
 
 @pytest.mark.parametrize(
