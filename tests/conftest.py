@@ -36,3 +36,15 @@ def held_elsewhere():
             other.communicate("")
 
     return hold
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A running Chromium; a process can have one."""
+    pytest.importorskip("playwright.sync_api")
+    from xattn.app import bench
+
+    if bench.chromium() is None:
+        pytest.skip("no Chromium; install Debian's chromium to run the viewer's browser tests")
+    with bench.browser() as running:
+        yield running

@@ -153,7 +153,7 @@ def test_compare_and_the_viewer_that_has_not_imported_the_metric(
     shown.query_params["metric"] = "in_middle"
     shown.run()
     assert not shown.exception, shown.exception
-    assert any("share of the map in the middle" in caption.value for caption in shown.caption)
+    assert any("share of the map in the middle" in caption.help for caption in shown.caption)
 
 
 def test_probe_and_its_head_in_explain_and_evaluate(own, photos, tmp_path, capsys):

@@ -18,9 +18,10 @@ def lines_of(block: str) -> list[str]:
     return [line for line in lines if not line.startswith(("import ", "from "))]
 
 
-def test_the_readme_is_short_and_shows_one_picture():
+def test_the_readme_is_short_and_shows_maps_and_the_viewer():
     assert len(TEXT.splitlines()) <= 120
-    assert len(re.findall(r"!\[", TEXT)) == 1
+    pictures = re.findall(r"!\[.*?\]\(docs/(\w+)", TEXT)
+    assert pictures == ["sheet", *["viewer"] * 4]
     gradcam, table, head = BLOCKS
     assert len(lines_of(gradcam)) <= 5 and len(lines_of(table)) <= 5 and len(lines_of(head)) <= 5
 

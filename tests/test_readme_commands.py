@@ -50,6 +50,7 @@ NOT_RUN = (
     ["distill"],
     ["prune"],
     ["train", "imagenet/train"],
+    ["explain", "imagenet/val"],
     ["compare", "photos/", "--heads"],  # --metrics all explains again, with RISE
 )
 SLOW = (["compare"],)

@@ -401,9 +401,9 @@ _SCRATCH: list[Scratch] = []
 
 def _scratch() -> Scratch:
     """The folder of all databases of this process, deleted when the viewer ends."""
-    if not _SCRATCH:
+    if not (_SCRATCH and _SCRATCH[-1].path.is_dir()):
         _SCRATCH.append(Scratch())
-    return _SCRATCH[0]
+    return _SCRATCH[-1]
 
 
 def _connect(folder: Path) -> duckdb.DuckDBPyConnection:

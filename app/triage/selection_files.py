@@ -21,7 +21,6 @@ import numpy as np
 from PIL import Image
 
 from xattn.app.triage.journal import Mark
-from xattn.packs.writer import pack_writer, write_file
 from xattn.runtime.files import atomic_folder
 
 if TYPE_CHECKING:
@@ -97,6 +96,8 @@ def write_pack(pack: Pack, found: Selection, folder: Path) -> int:
         ValueError: no map, or more than ``MOST_WRITTEN``. PackError: a map that cannot be read.
         OSError: the folder cannot be written.
     """
+    from xattn.packs.writer import pack_writer, write_file  # imports torch
+
     _check_count(found)
     with pack_writer(folder, overlays=False) as writer:
         writer.metrics = {m.key: m._asdict() for m in pack.metrics}

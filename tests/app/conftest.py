@@ -78,15 +78,6 @@ def choose_pack(page: Any, name: str) -> None:
         page.get_by_role("heading", name=name, exact=True).wait_for()
 
 
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    if bench.chromium() is None:
-        pytest.skip("no Chromium; install Debian's chromium to run the viewer's browser tests")
-    pytest.importorskip("playwright.sync_api")
-    with bench.browser() as running:
-        yield running
-
-
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     """``open_page(address, size="wide", scheme="light")`` -> a page of its own.

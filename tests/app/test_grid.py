@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import served
+from conftest import choose_pack, served
 
 from xattn.app.synthetic_packs import explanation, picture, small_pack
 from xattn.packs.writer import save_pack
@@ -22,9 +22,11 @@ NAME = "<img src=x onerror=\"document.title='run'\"> 😀 تصویر"
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
-    small_pack(root / "first", 30, ("gradcam",))
     odd = [explanation(0, file_name=NAME, source=picture(0))]
     save_pack(root / "odd", odd, overlays=False)
+    small_pack(
+        root / "first", 30, ("gradcam",)
+    )  # the newest is what an address without a pack shows
     with served(root, log=root / "log") as address:
         yield address
 
@@ -111,9 +113,7 @@ def test_back_undoes_one_change_at_a_time(address, open_page):
 
 def test_a_name_with_markup_is_text(address, open_page):
     page = open_page(address)
-    page.get_by_label("Pack").click()
-    page.get_by_role("option", name="odd").click()
-    page.get_by_role("heading", name="odd").wait_for()
+    choose_pack(page, "odd")
     cell(page, 1).wait_for(state="detached")
     assert page.locator(".cell .line").last.text_content() == NAME
     assert page.title() != "run"

@@ -237,7 +237,7 @@ def test_pages_fit_the_screen(root, address, open_page, name, size, scheme):
 def test_a_pack_that_goes_or_changes_while_it_is_shown_is_a_message(root, address, open_page):
     pack = root[0] / "leaving"
     small_pack(pack, 3, ("gradcam",))
-    page = open_page(address)
+    page = open_page(address, replaced=True)
     choose_pack(page, "leaving")
     page.locator(".cell").nth(2).wait_for()
     shutil.rmtree(pack)

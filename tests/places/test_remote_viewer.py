@@ -16,21 +16,13 @@ from xattn.app.synthetic_packs import small_pack
 WAYS = [(1280, "light"), (390, "dark")]
 
 
-@pytest.fixture(scope="module")
-def running():
-    if bench.chromium() is None:
-        pytest.skip("no Chromium; install Debian's chromium to run the viewer's browser tests")
-    with bench.browser() as browser:
-        yield browser
-
-
-def test_packs_of_a_store_are_walked_from_the_gallery_to_a_map(bucket, tmp_path, running):
+def test_packs_of_a_store_are_walked_from_the_gallery_to_a_map(bucket, tmp_path, browser):
     small_pack(tmp_path / "runs/measured", 12, ("gradcam", "saliency"))
     url = upload(tmp_path / "runs", f"{bucket}/runs")
     shots = Path(os.environ.get("XATTN_SCREENS", tmp_path))
     with bench.served(url, tmp_path / "log.txt") as (address, _):
         for width, scheme in WAYS:
-            context = running.new_context(
+            context = browser.new_context(
                 viewport={"width": width, "height": 900}, color_scheme=scheme
             )
             page, wrong = context.new_page(), []
