@@ -8,7 +8,6 @@ MISTAKES = [
     Typed("merge {folder}/a {folder}/b", ("packs: ", "is no folder", "xattn explain wrote")),
     Typed("merge {folder} {folder}", ("packs: ", "cannot be opened", "manifest.json")),
     Typed("merge {photo} {photo}", ("packs: ", "is no folder")),
-    Typed("merge {folder} {folder} --output hf://there/pack", ("output: ", "give a local folder")),
     Typed("merge {folder} {folder} --ouput c", ("option: xattn merge has no --ouput", "--output")),
     Typed("explain {photo} --pack-format 3", ("pack_format: got '3'; choose one of 1, 2",)),
     Typed("explain {photo} --pack-format two", ("pack_format: got 'two'",)),
