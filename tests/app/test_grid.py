@@ -87,6 +87,7 @@ def test_keys_turn_the_page_and_the_focus_goes_with_them(address, open_page, key
 def test_the_shortcut_turns_the_page_and_the_url_restores_it(address, open_page):
     page = open_page(address)
     cell(page, 0).wait_for()
+    page.get_by_role("button", name="Next").wait_for()  # whose shortcut it is
     page.keyboard.press("Shift+ArrowRight")
     page.wait_for_url("**page=2**")
     page.reload()
