@@ -93,7 +93,7 @@ def summary(pack: Pack, rows: Sequence[int], method: str) -> str:
     """What these photos have in common, as Markdown."""
     images = data.photos(pack, method).loc[list(rows)]
     parts = ["1 photo" if len(rows) == 1 else f"{len(rows):,} photos"]
-    predicted = [name for name in data.texts(images["predicted_name"]) if name]
+    predicted = sorted(name for name in data.texts(images["predicted_name"]) if name)
     if predicted:
         name, most = Counter(predicted).most_common(1)[0]
         parts.append(plain(f"{most / len(rows):.0%} predicted as {short(name)}"))
@@ -112,7 +112,7 @@ def class_button(pack: Pack, rows: Sequence[int], method: str, key: str) -> None
     found.pop(None, None)
     if not found:
         return
-    ((key_of_class, _),) = found.most_common(1)
+    key_of_class = min(found, key=lambda key: (-found[key], choices.predicted[str(key)]))
     name = choices.predicted[str(key_of_class)]
     view = selection.View(method=method, predicted=(str(key_of_class),))
 

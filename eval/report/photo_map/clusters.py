@@ -111,7 +111,7 @@ class _Photos:
 
     def group(self, rows: Rows) -> _Group:
         """A group, and where it is apart."""
-        name, most = Counter(self.names[rows].tolist()).most_common(1)[0]
+        name, most = Counter(sorted(self.names[rows])).most_common(1)[0]
         mean = self.values[rows].mean(0)
         others = np.setdiff1d(self.usable, rows)
         same = self.names[others] == name
