@@ -277,6 +277,13 @@ class MapsTable:
         table = pd.DataFrame(rows, columns=[*ENTRY, *self._metrics]).set_index("entry_id")
         return table.astype(dict.fromkeys(self._metrics, float))
 
+    def first_maps(self, method: str, image_ids: Sequence[str]) -> dict[str, str]:
+        """The method's map of the most probable class of each of these images, by image, the most probable
+        first."""
+        query = """SELECT image_id, entry_id FROM maps WHERE method = $1 AND is_first
+            AND image_id IN (SELECT unnest($2::VARCHAR[])) ORDER BY probability DESC, n"""
+        return dict(self.answer(query, [method, list(image_ids)]))
+
     def image(self, image_id: str) -> dict[str, Any] | None:
         """What is known of one image, by the columns of :attr:`Pack.images`; None of an unknown one."""
         for row in self.answer(

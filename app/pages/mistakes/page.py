@@ -205,7 +205,7 @@ def _cell(pack: Pack, found: Confusion, cell: tuple[int, int], method: str) -> N
     st.subheader(
         plain(f"{true}, told right" if right else f"{true} predicted as {predicted}"), anchor=False
     )
-    entries = _first_entries(pack, method, photos)
+    entries = selection.table(pack).first_maps(method, photos)
     title = method_title(method)
     cells = []
     if entries:
@@ -254,15 +254,6 @@ def _cell(pack: Pack, found: Confusion, cell: tuple[int, int], method: str) -> N
             key="mistakes.gallery",
             on_click=lambda: state.go("gallery", **view.params(choices)),
         )
-
-
-def _first_entries(pack: Pack, method: str, photos: tuple[str, ...]) -> dict[str, str]:
-    """The method's map of the most probable class of each photo, by photo."""
-    entries = pack.entries
-    own = entries[(entries["method"] == method) & entries["image_id"].isin(photos)]
-    own = own.sort_values("probability", ascending=False, kind="stable")
-    first = own.drop_duplicates("image_id")
-    return dict(zip(first["image_id"], first.index, strict=True))
 
 
 def _gallery_view(found: Confusion, cell: tuple[int, int], method: str) -> selection.View | None:

@@ -13,7 +13,7 @@ import streamlit as st
 from xattn.app import state
 from xattn.app.components import grid, sent
 from xattn.app.navigation import selection, url_widgets
-from xattn.app.pages.runs.pair import first_maps, pair_of_maps
+from xattn.app.pages.runs.pair import pair_of_maps
 from xattn.app.pictures.rendering import Look, overlay_url, photo_url
 from xattn.app.state import Context, plain, short
 from xattn.eval.report.pack_differences import (
@@ -161,10 +161,10 @@ def _swap(before: str, after: str, one: str, two: str) -> None:
 
 def _default(library: Library, pack: Pack, others: Sequence[str]) -> str:
     """The first of a few packs that shares a photo with the open one; else the first."""
-    own = set(pack.images.index)
+    own = set(pack.image_ids)
     for other_id in [i for i in others if i != pack.id][:TRIED]:
         try:
-            if not own.isdisjoint(library.open(other_id).images.index):
+            if not own.isdisjoint(library.open(other_id).image_ids):
                 return other_id
         except PackError:
             continue  # gone or changed since it was listed
@@ -306,7 +306,7 @@ def _list(runs: Runs, found: PackDifference) -> None:
         return
     moved = {m.image_id: m.moved for m in reversed(found.moved)}
     maps = [
-        first_maps(pack, method, [photo.image_id for photo in photos[:SHOWN]])
+        selection.table(pack).first_maps(method, [photo.image_id for photo in photos[:SHOWN]])
         for pack, method in zip((runs.before, runs.after), runs.methods, strict=True)
     ]
     cells = [

@@ -10,6 +10,7 @@ import streamlit as st
 from xattn.app import state
 from xattn.app.components import grid, sent
 from xattn.app.components.theme import name_html
+from xattn.app.navigation import selection
 from xattn.app.pictures.linked import map_cells
 from xattn.app.pictures.rendering import Look, data_uri, jpeg, legends, overlay_url, photo_url
 from xattn.app.state import plain, short
@@ -26,15 +27,6 @@ if TYPE_CHECKING:
 SIDE = 480  # pixels of a picture's longer side
 
 
-def first_maps(pack: Pack, method: str, photos: Sequence[str]) -> dict[str, str]:
-    """The method's map of the most probable class of each photo, by photo."""
-    entries = pack.entries
-    own = entries[(entries["method"] == method) & entries["image_id"].isin(photos)]
-    own = own.sort_values("probability", ascending=False, kind="stable")
-    first = own.drop_duplicates("image_id")
-    return dict(zip(first["image_id"], first.index, strict=True))
-
-
 def pair_of_maps(
     before: Pack, after: Pack, methods: tuple[str, str], photo: Photo, listed: Sequence[str]
 ) -> None:
@@ -43,17 +35,15 @@ def pair_of_maps(
     st.html(name_html(photo.title))
     st.markdown(_verdict(photo))
     packs = list(zip((before, after), methods, strict=True))
-    rows = [
-        [_entry(pack, photo.image_id, target, method) for pack, method in packs]
-        for target in _common_targets(packs, photo.image_id)
-    ]
+    ones, others = (_by_target(pack, method, photo.image_id) for pack, method in packs)
+    rows: list[list[str | None]]
+    rows = [[ones[target], others[target]] for target in ones if target in others]
     if not rows:
         st.caption(
             "The two runs explain different classes of this photo, so their maps cannot be compared "
             "cell by cell. With --classes predicted,label both have the map of the true class."
         )
-        first = [first_maps(pack, method, [photo.image_id]) for pack, method in packs]
-        rows = [[found.get(photo.image_id) for found in first]]
+        rows = [[next(iter(found.values()), None) for found in (ones, others)]]
     for number, entry_ids in enumerate(rows):
         _row(packs, photo, entry_ids, number)
 
@@ -101,25 +91,12 @@ def _verdict(photo: Photo) -> str:
     return " · ".join(parts)
 
 
-def _common_targets(packs: Sequence[tuple[Pack, str]], image_id: str) -> list[int]:
-    """The classes that both runs explain in a photo, by probability before."""
-    tables = []
-    for pack, method in packs:
-        entries = pack.entries
-        own = entries[(entries["image_id"] == image_id) & (entries["method"] == method)]
-        own = own.sort_values("probability", ascending=False, kind="stable")
-        tables.append([int(target) for target in own["target"]])
-    return [target for target in tables[0] if target in tables[1]]
-
-
-def _entry(pack: Pack, image_id: str, target: int, method: str) -> str | None:
-    entries = pack.entries
-    found = entries[
-        (entries["image_id"] == image_id)
-        & (entries["target"] == target)
-        & (entries["method"] == method)
-    ]
-    return None if found.empty else str(found.index[0])
+def _by_target(pack: Pack, method: str, image_id: str) -> dict[int, str]:
+    """The method's maps of a photo by class, the most probable first."""
+    entries = selection.table(pack).entries_of(image_id)
+    own = entries[entries["method"] == method]
+    own = own.sort_values("probability", ascending=False, kind="stable")
+    return dict(zip(own["target"], own.index, strict=True))
 
 
 def _row(

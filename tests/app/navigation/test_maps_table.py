@@ -47,6 +47,16 @@ def test_maps_and_photos_are_those_of_the_pack(pack, table):
     assert table.image("another") is table.image_of_map("another") is None
 
 
+def test_first_maps_are_those_of_the_most_probable_class(pack, table):
+    for method in pack.entries["method"].unique():
+        own = pack.entries[pack.entries["method"] == method]
+        own = own.sort_values("probability", ascending=False, kind="stable")
+        first = own.drop_duplicates("image_id")
+        found = table.first_maps(method, list(pack.images.index))
+        assert list(found.items()) == list(zip(first["image_id"], first.index, strict=True))
+    assert table.first_maps(method, ["another"]) == table.first_maps("another", []) == {}
+
+
 def test_a_metric_may_have_the_name_of_a_column_of_the_photos(tmp_path):
     photos = [explanation(i, source=picture(i), metrics={"title": i / 2}) for i in range(2)]
     about = {"title": next(iter(described().values()))}
