@@ -9,12 +9,13 @@ import streamlit as st
 from xattn.app.components import component
 
 NARROW = 640  # pixels: the widest screen whose toolbars are folded
-_KEY = "screen-width"
+_KEY = "screen"
 
 
 def watch() -> None:
-    """Ask the browser; a narrow one runs the page once more. For :mod:`xattn.app.main`."""
-    component("width")(data={"most": NARROW}, key=_KEY, on_narrow_change=lambda: None)
+    """Ask the browser; a narrow one runs the page once more. Links to other pages work while a popover is
+    open. For :mod:`xattn.app.main`."""
+    component("screen")(data={"most": NARROW}, key=_KEY, on_narrow_change=lambda: None)
 
 
 def narrow() -> bool:

@@ -19,6 +19,7 @@ from xattn.backbone import load_backbone
 from xattn.explaining.photos import explain
 from xattn.packs.writer import save_pack
 
+_shown: list[Any] = []  # the pages of the test that runs
 SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
 
 
@@ -78,6 +79,17 @@ def choose_pack(page: Any, name: str) -> None:
         page.get_by_role("heading", name=name, exact=True).wait_for()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Say what every open page shows when a test of the browser fails."""
+    report = yield
+    if report.when == "call" and report.failed:
+        for page in [page for page in _shown if not page.is_closed()]:
+            text = " | ".join(page.inner_text("body").split("\n\n"))
+            report.sections.append(("Page", f"{page.url}\n{text[:2000]}"))
+    return report
+
+
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     """``open_page(address, size="wide", scheme="light")`` -> a page of its own.
@@ -106,10 +118,12 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("console", note)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         opened.append((context, page, wrong))
+        _shown.append(page)
         page.goto(address)
         return page
 
     yield open_page
+    _shown.clear()
     for context, page, wrong in opened:
         boxes = (
             [] if page.is_closed() else page.locator("[data-testid=stException]").all_inner_texts()

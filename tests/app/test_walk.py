@@ -169,6 +169,21 @@ def test_from_the_gallery_to_a_mistake_to_its_photo_and_back(address, open_page)
     page.locator(".matrix .wrong[aria-current]").wait_for()
 
 
+@pytest.mark.parametrize("size", ["wide", "narrow"])
+@pytest.mark.parametrize("popover", ["measured", "Filters"])
+def test_another_page_opens_while_a_popover_is_open(address, open_page, popover, size):
+    page = open_page(address, size)
+    page.locator(".cell .frame.there").first.wait_for()
+    choose_pack(page, "measured")
+    page.get_by_test_id("stPopoverBody").wait_for(state="detached")
+    page.get_by_test_id("stPopoverButton").filter(has_text=popover).click()
+    page.get_by_test_id("stPopoverBody").wait_for()
+    links = page.get_by_role("link", name="Mistakes").filter(visible=True)
+    links.first.click()
+    page.get_by_role("heading", name="Mistakes", exact=True).wait_for()
+    page.locator(".matrix .wrong").first.wait_for()
+
+
 def test_from_a_photo_to_its_maps_in_two_runs_and_back(address, open_page):
     page = open_page(address)
     page.locator(".cell .frame.there").first.wait_for()
