@@ -256,6 +256,21 @@ def searches(page: Any, words: Sequence[str]) -> list[float]:
     return took
 
 
+def filters(page: Any, rounds: int) -> list[float]:
+    """Seconds from a click in the gallery's filters, on right, wrong or a true class, to the pictures that
+    are left."""
+    page.get_by_role("button", name="Filters").click()
+    took = []
+    for turn in range(rounds - 1):
+        name = ("Wrong", "Right")[turn % 2]
+        choice = page.get_by_test_id("stPopoverBody").get_by_text(name, exact=True)
+        took.append(_clicked(page, choice))
+        page.wait_for_timeout(500)  # the run has ended
+    page.get_by_role("combobox", name="True class").click()
+    took.append(_clicked(page, page.get_by_role("option", name=re.compile("^trilobite"))))
+    return took
+
+
 def resident(process: int) -> float:
     """MB of physical memory that a process has; Linux."""
     pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
@@ -391,6 +406,9 @@ def scale(rounds: int, maps: int) -> Iterator[str]:
             yield _line("gallery in another order", orders(page, names[:rounds]), SORTED)
             words = [f"photo-{(turn + 1) * (maps // 40):07}" for turn in range(rounds)]
             yield _line("gallery, a photo is searched", searches(page, words), SORTED)
+            page.goto(address)
+            until_pixels(page)
+            yield _line("gallery, filtered", filters(page, rounds), SORTED)
             open_images(page, address, 2)
             yield _line("image page from the gallery", open_images(page, address, rounds), PHOTO)
             next_images(page, 2)

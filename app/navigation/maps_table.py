@@ -8,33 +8,35 @@ parameters alone, and columns have names of this module's own.
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import threading
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import streamlit as st
 
-from xattn.app.live.scratch import Scratch
-from xattn.packs.contained_files import AGAIN, PackError, why
+from xattn.app.navigation.maps_database import (
+    MEMORY,
+    connect,
+    fold,
+    from_frame,
+    from_parquet,
+    listed,
+    scratch,
+    told,
+)
 from xattn.pictures.words import metric_about, named_metric
 from xattn.runtime.display_text import visible
+from xattn.runtime.lru_cache import LRUCache
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
-MEMORY = "128MB"  # of a pack's database; beyond that it sorts on disk
-THREADS = 4
 SORTS = {
     "pack": "Order of the pack",
     "name": "File name",
@@ -72,6 +74,7 @@ IMAGE: dict[str, str] = {
     "disagreement": "DOUBLE",
     "methods": "BIGINT",
 }
+RECENT = 64  # photos whose rows are kept: a page asks for the same ones many times
 _ROW = (  # columns of `maps` that the gallery shows
     *("image_id", "file_name", "title", "method", "target_name", "probability", "is_value"),
     *("label_id", "label_name", "predicted_id", "predicted_name", "right", "confidence"),
@@ -153,11 +156,6 @@ class Choices:
         return found | {m.key: m.title for m in self.measures.values()}
 
 
-def fold(text: object) -> str:
-    """Text as it is compared: composed, without case."""
-    return unicodedata.normalize("NFC", str(text)).casefold()
-
-
 class MapsTable:
     """A pack's maps in a database of their own; safe to share between threads.
 
@@ -176,11 +174,12 @@ class MapsTable:
     def __init__(self, pack: Pack) -> None:
         self._lock = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(
-            prefix="maps-", dir=_scratch().path, ignore_cleanup_errors=True
+            prefix="maps-", dir=scratch().path, ignore_cleanup_errors=True
         )
         self._metrics = {m.key: f"v{i}" for i, m in enumerate(pack.metrics)}
-        with _told():
-            self._database = _connect(Path(self._folder.name))
+        self._recent = LRUCache(RECENT)
+        with told():
+            self._database = connect(Path(self._folder.name))
             self._fill(pack)
             self.choices = self._choices(pack)
             self.image_of = self.numbers("SELECT m FROM places ORDER BY n")
@@ -191,13 +190,13 @@ class MapsTable:
 
     def numbers(self, query: str, parameters: Sequence[Any] = ()) -> np.ndarray:
         """The first column of an answer, int32."""
-        with self._lock, _told():
+        with self._lock, told():
             columns = self._database.execute(query, parameters).fetchnumpy()
         return np.asarray(next(iter(columns.values())), dtype=np.int32)
 
     def answer(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """All rows of an answer."""
-        with self._lock, _told():
+        with self._lock, told():
             return self._database.execute(query, parameters).fetchall()
 
     # ------------------------------------------------------------------ rows
@@ -239,7 +238,7 @@ class MapsTable:
     def _at(self, places: np.ndarray, columns: Iterable[str]) -> list[tuple[Any, ...]]:
         """These columns of ``maps`` at these places, in their order."""
         names = list(columns)
-        query = f"SELECT n, {_listed(names)} FROM maps WHERE n IN (SELECT unnest($1::INTEGER[]))"
+        query = f"SELECT n, {listed(names)} FROM maps WHERE n IN (SELECT unnest($1::INTEGER[]))"
         found = {row[0]: row[1:] for row in self.answer(query, [places.tolist()])}
         return [_shown(names, found[place]) for place in places.tolist()]
 
@@ -268,14 +267,26 @@ class MapsTable:
         return {id for (id,) in self.answer(query, [list(image_ids)])}
 
     def entries_of(self, image_id: str) -> pd.DataFrame:
-        """The maps of one image, as :attr:`Pack.entries` has them; none of an unknown one."""
+        """The maps of one image, as :attr:`Pack.entries` has them, kept: not to be changed; none of an
+        unknown one."""
+        return self._kept("entries", image_id, self._entries_of)  # type: ignore[no-any-return]
+
+    def _entries_of(self, image_id: str) -> pd.DataFrame:
         columns = (*ENTRY, *self._metrics.values())
         found = self.answer(
-            f"SELECT {_listed(columns)} FROM maps WHERE image_id = $1 ORDER BY n", [image_id]
+            f"SELECT {listed(columns)} FROM maps WHERE image_id = $1 ORDER BY n", [image_id]
         )
         rows = [_shown(columns, row) for row in found]
         table = pd.DataFrame(rows, columns=[*ENTRY, *self._metrics]).set_index("entry_id")
         return table.astype(dict.fromkeys(self._metrics, float))
+
+    def _kept(self, what: str, image_id: str, read: Callable[[str], Any]) -> Any:
+        """What was read of one of the last images, else what is read now."""
+        if (found := self._recent.get((what, image_id))) is None:
+            found = read(image_id)
+            if found is not None:
+                self._recent.put((what, image_id), found, 1)
+        return found
 
     def first_maps(self, method: str, image_ids: Sequence[str]) -> dict[str, str]:
         """The method's map of the most probable class of each of these images, by image, the most probable
@@ -284,10 +295,13 @@ class MapsTable:
             AND image_id IN (SELECT unnest($2::VARCHAR[])) ORDER BY probability DESC, n"""
         return dict(self.answer(query, [method, list(image_ids)]))
 
-    def image(self, image_id: str) -> dict[str, Any] | None:
+    def image(self, image_id: str) -> Mapping[str, Any] | None:
         """What is known of one image, by the columns of :attr:`Pack.images`; None of an unknown one."""
+        return self._kept("image", image_id, self._image)  # type: ignore[no-any-return]
+
+    def _image(self, image_id: str) -> dict[str, Any] | None:
         for row in self.answer(
-            f"SELECT {_listed(IMAGE)} FROM images WHERE image_id = $1", [image_id]
+            f"SELECT {listed(IMAGE)} FROM images WHERE image_id = $1", [image_id]
         ):
             known = dict(zip(IMAGE, _shown(list(IMAGE), row), strict=True))
             numbers = ("confidence", "disagreement")
@@ -305,8 +319,8 @@ class MapsTable:
         """Copy the pack, then close the database to every other file."""
         files = pack.parquet()
         if files is None:
-            entries = _from_frame(pack.entries.reset_index(), ENTRY, self._metrics)
-            images = _from_frame(pack.images.reset_index(), IMAGE, {})
+            entries = from_frame(pack.entries.reset_index(), ENTRY, self._metrics)
+            images = from_frame(pack.images.reset_index(), IMAGE, {})
             self._database.register("source_entries", entries)
             self._database.register("source_images", images)
         else:
@@ -316,7 +330,7 @@ class MapsTable:
                 ("entries", files[0], ENTRY, metrics),
                 ("images", files[1], IMAGE, {}),
             ):
-                _from_parquet(self._database, folder, name, paths, types, own).create_view(
+                from_parquet(self._database, folder, name, paths, types, own).create_view(
                     f"source_{name}"
                 )
         measured = [
@@ -324,12 +338,12 @@ class MapsTable:
             for column in self._metrics.values()
         ]
         self._database.execute(
-            f"CREATE TABLE entries AS SELECT {', '.join([_listed(ENTRY), *measured])} FROM source_entries"
+            f"CREATE TABLE entries AS SELECT {', '.join([listed(ENTRY), *measured])} FROM source_entries"
         )
         for query in (
             *(_IMAGES, "DROP VIEW source_entries", "DROP VIEW source_images"),
-            *("SET enable_external_access = false", "SET lock_configuration = true"),
-            *(_PLACES, _MAPS),
+            *("SET enable_external_access = false", _PLACES, _MAPS),
+            *(f"SET memory_limit = '{MEMORY}'", "SET lock_configuration = true"),
         ):
             self._database.execute(query)
 
@@ -401,97 +415,7 @@ def class_names(found: Mapping[str, str]) -> dict[str, str]:
     return dict(sorted(shown.items(), key=lambda item: fold(item[1])))
 
 
-# ---------------------------------------------------------------------- the database
-
-_SCRATCH: list[Scratch] = []
-
-
-def _scratch() -> Scratch:
-    """The folder of all databases of this process, deleted when the viewer ends."""
-    if not (_SCRATCH and _SCRATCH[-1].path.is_dir()):
-        _SCRATCH.append(Scratch())
-    return _SCRATCH[-1]
-
-
-def _connect(folder: Path) -> duckdb.DuckDBPyConnection:
-    database = duckdb.connect(
-        str(folder / "maps.duckdb"),
-        config={
-            "memory_limit": MEMORY,
-            "threads": min(THREADS, os.cpu_count() or 1),
-            "temp_directory": str(folder / "sorting"),
-            "autoinstall_known_extensions": False,
-            "autoload_known_extensions": False,
-            "allow_community_extensions": False,
-        },
-    )
-    # ASCII needs no Python.
-    database.create_function("fold_any", fold, ["VARCHAR"], "VARCHAR")
-    database.execute(
-        "CREATE MACRO fold(s) AS CASE WHEN strlen(s) = length(s) THEN lower(s) ELSE fold_any(s) END"
-    )
-    return database
-
-
-def _from_frame(frame: pd.DataFrame, types: Mapping[str, str], metrics: Mapping[str, str]) -> Any:
-    """An arrow table of these columns, the metrics by their columns."""
-    kinds = {
-        "VARCHAR": pa.string(),
-        "BIGINT": pa.int64(),
-        "DOUBLE": pa.float64(),
-        "BOOLEAN": pa.bool_(),
-    }
-    columns = {
-        name: pa.array(frame[name], kinds[kind], from_pandas=True) for name, kind in types.items()
-    }
-    return pa.table(
-        columns | {column: pa.array(frame[key], pa.float64()) for key, column in metrics.items()}
-    )
-
-
-def _from_parquet(
-    database: duckdb.DuckDBPyConnection,
-    folder: Path,
-    name: str,
-    paths: Sequence[Path],
-    types: Mapping[str, str],
-    metrics: Mapping[str, str],
-) -> duckdb.DuckDBPyRelation:
-    """The rows of Parquet files, one file after the other, with columns of these names and types.
-
-    The files are read through links, as duckdb takes marks in a path for patterns and partitions.
-    """
-    links = []
-    for number, path in enumerate(paths):
-        links.append(folder / f"{name}-{number:05}.parquet")
-        links[-1].symlink_to(path.resolve())
-    rows = database.read_parquet(
-        [str(link) for link in links], union_by_name=True, hive_partitioning=False
-    )
-    known = [
-        duckdb.ColumnExpression(column).cast(kind).alias(column) for column, kind in types.items()
-    ]
-    measured = [
-        duckdb.ColumnExpression(key).cast("DOUBLE").alias(column) for key, column in metrics.items()
-    ]
-    return rows.select(*known, *measured)
-
-
 def _shown(columns: Sequence[str], row: tuple[Any, ...]) -> tuple[Any, ...]:
     """A row whose names are made visible: those of Parquet files are as somebody wrote them."""
     each = zip(columns, row, strict=True)
     return tuple(visible(v) if c in _NAMES and v is not None else v for c, v in each)
-
-
-def _listed(columns: Iterable[str]) -> str:
-    """Columns with names of this module's own, as SQL lists them."""
-    return ", ".join(f'"{column}"' for column in columns)
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """What duckdb finds wrong as a :class:`PackError`."""
-    try:
-        yield
-    except (duckdb.Error, pa.ArrowException) as error:
-        raise PackError(f"The pack's tables cannot be read ({why(error)}); {AGAIN}") from None

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from xattn.app.navigation.maps_table import KEYS, TEXT, Choices, MapsTable, fold, table
+from xattn.app.navigation.maps_database import fold
+from xattn.app.navigation.maps_table import KEYS, TEXT, Choices, MapsTable, table
 from xattn.app.pictures import rendering
 from xattn.app.triage import tag_files
 from xattn.app.triage.store import BEST, TAG_LENGTH

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pandas.testing import assert_series_equal
 from pandas_selection import make_table, select
 
-from xattn.app.navigation import maps_table, selection
+from xattn.app.navigation import maps_database, maps_table, selection
 from xattn.app.navigation.maps_table import SORTS, MapsTable
 from xattn.app.navigation.selection import ALL, NAMES, Selection, View, defaults, parse
 from xattn.app.pictures.rendering import COLOURS, SCALES
@@ -117,7 +117,7 @@ def test_a_missing_value_comes_last_and_equal_ones_keep_the_packs_order(odd, ord
 
 def test_names_sort_without_case_and_accents_composed(odd):
     names = shown(selection.table(odd), sort="name")["file_name"].tolist()
-    assert names == sorted(names, key=maps_table.fold)
+    assert names == sorted(names, key=maps_database.fold)
 
 
 def test_the_packs_order_can_be_turned(table):
