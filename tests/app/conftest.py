@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from xattn.packs.writer import save_pack
 
 _shown: list[Any] = []  # the pages of the test that runs
 SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
+SCREENS = [(size, scheme) for size in SIZES for scheme in ("light", "dark")]
 
 
 def opened(script: Callable[[], None], **params: str) -> Any:
@@ -88,6 +90,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
             text = " | ".join(page.inner_text("body").split("\n\n"))
             report.sections.append(("Page", f"{page.url}\n{text[:2000]}"))
     return report
+
+
+def shot(page: Any, name: str) -> None:
+    """The page is no wider than its screen; a screenshot goes into the folder that XATTN_SCREENS names."""
+    wide = page.get_by_test_id("stMain").evaluate("e => e.scrollWidth - e.clientWidth")
+    assert wide <= 0
+    if folder := os.environ.get("XATTN_SCREENS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.wait_for_timeout(800)
+        page.screenshot(path=Path(folder, f"{name}.png"), animations="disabled")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import served
+from conftest import SCREENS, served
 
 from xattn.app.synthetic_packs import small_pack
 
@@ -21,7 +21,7 @@ def address(tmp_path_factory):
         yield base
 
 
-@pytest.mark.parametrize(("size", "scheme"), [("wide", "light"), ("narrow", "dark")])
+@pytest.mark.parametrize(("size", "scheme"), SCREENS)
 def test_a_person_filters_the_gallery_and_takes_the_filters_away(address, open_page, size, scheme):
     page = open_page(f"{address}/?right=wrong", size, scheme)
     chips = page.locator(".st-key-gallery-chips")

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import served
+from conftest import SCREENS, served
 
 from xattn.app.synthetic_packs import small_pack
 
@@ -24,7 +24,7 @@ def wait_shown(page, cell):
     page.wait_for_function(f"cell => ({SHOWN})(cell)", arg=cell.element_handle())
 
 
-@pytest.mark.parametrize("size, scheme", [("wide", "light"), ("narrow", "dark")])
+@pytest.mark.parametrize(("size", "scheme"), SCREENS)
 def test_from_the_gallery_to_an_outline_on_the_photos_page(address, open_page, size, scheme):
     page = open_page(address, size, scheme)
     first, second = (page.locator(".cell").nth(i) for i in (0, 1))

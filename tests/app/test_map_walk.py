@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import served
+from conftest import SCREENS, served, shot
 from corner_photos import COUNT, photo
 
 from xattn.app.synthetic_packs import described
 from xattn.packs.writer import save_pack
-
-CASES = [("wide", "light"), ("narrow", "dark")]
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +25,6 @@ def address(tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         with served(folder / "root", log=folder / "log.txt") as base:
             yield base
-
-
-def shot(page, name, size, scheme):
-    """A screenshot in the folder that XATTN_SCREENS names; the page is as wide as the screen."""
-    wide = page.get_by_test_id("stMain").evaluate("e => e.scrollWidth - e.clientWidth")
-    assert wide <= 0
-    if folder := os.environ.get("XATTN_SCREENS"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        page.wait_for_timeout(800)
-        page.screenshot(path=Path(folder, f"{name}-{size}-{scheme}.png"))
 
 
 def drawn(page, corners):
@@ -59,7 +45,7 @@ def chosen(page):
     return int(re.match(r"\d+", page.locator(".scatter .count").inner_text())[0])
 
 
-@pytest.mark.parametrize(("size", "scheme"), CASES)
+@pytest.mark.parametrize(("size", "scheme"), SCREENS)
 def test_from_the_gallery_to_chosen_photos_to_one_and_its_like(address, open_page, size, scheme):
     page = open_page(address, size, scheme)
     page.locator(".cell .frame.there").first.wait_for()
@@ -68,7 +54,7 @@ def test_from_the_gallery_to_chosen_photos_to_one_and_its_like(address, open_pag
     page.get_by_role("link", name="Map", exact=True).last.click()
     # The page imports torch when it is first shown.
     page.get_by_text(f"{COUNT} photos", exact=True).wait_for(timeout=120_000)
-    shot(page, "map", size, scheme)
+    shot(page, f"map-{size}-{scheme}")
 
     drawn(page, [(0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98)])
     page.get_by_text(f"{COUNT} of {COUNT} chosen").wait_for()
@@ -82,7 +68,7 @@ def test_from_the_gallery_to_chosen_photos_to_one_and_its_like(address, open_pag
     legend.click()
     own = int(legend.locator("span").last.inner_text())
     page.get_by_text(re.compile(rf"^{own} photos, 100% predicted as ")).wait_for()
-    shot(page, "map-chosen", size, scheme)
+    shot(page, f"map-chosen-{size}-{scheme}")
     page.locator(".drawing").focus()
     page.keyboard.press("Escape")
     page.keyboard.press("ArrowRight")
@@ -94,7 +80,7 @@ def test_from_the_gallery_to_chosen_photos_to_one_and_its_like(address, open_pag
     page.wait_for_url(re.compile(r"/image\?.*tab=Similar"))
     page.locator(".st-key-similar .frame.there").nth(1).wait_for()
     page.get_by_text(re.compile("^distance 0")).first.wait_for()
-    shot(page, "similar", size, scheme)
+    shot(page, f"similar-{size}-{scheme}")
     page.go_back()
     page.get_by_text("1 of 48 chosen").wait_for()
     page.get_by_role("tab", name="Groups").click()
@@ -102,7 +88,7 @@ def test_from_the_gallery_to_chosen_photos_to_one_and_its_like(address, open_pag
     page.locator(".st-key-photomap-groups .cell").nth(1).click()
     page.wait_for_url(re.compile("group=2"))
     page.get_by_role("heading", name=re.compile("^Group 2: ")).wait_for()
-    shot(page, "groups", size, scheme)
+    shot(page, f"groups-{size}-{scheme}")
     page.reload()
     page.get_by_role("heading", name=re.compile("^Group 2: ")).wait_for()
     page.locator(".st-key-photomap-group .cell").first.click()

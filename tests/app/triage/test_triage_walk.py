@@ -1,14 +1,13 @@
-"""Triage by keys in Chromium: choose three photos, tag, move, undo, filter."""
+"""Triage in Chromium: choose photos, tag by keys, undo, filter, save a slice, export, compare the slices."""
 
 import os
 import re
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import served
+from conftest import SCREENS, served, shot
 
 from xattn.app.library import Library
 from xattn.app.synthetic_packs import small_pack
@@ -22,10 +21,28 @@ def root(tmp_path_factory):
     return root
 
 
+# As much of fiftyone as is used: a data set's file is its number of photos.
+FIFTYONE = """
+class types: FiftyOneDataset = None
+class Sample(dict):
+    def __init__(self, **fields): self.update(fields)
+Classification = Heatmap = Sample
+class Dataset(list):
+    add_samples = list.extend
+    def export(self, export_dir, **options):
+        open(export_dir + "/samples.json", "w").write(str(len(self)))
+    def delete(self): pass
+"""
+
+
 @pytest.fixture(scope="module")
-def address(root):
-    with served(root, log=root / "log") as address:
-        yield address
+def address(root, tmp_path_factory):
+    packages = tmp_path_factory.mktemp("packages")
+    (packages / "fiftyone.py").write_text(FIFTYONE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(packages), prepend=os.pathsep)
+        with served(root, log=root / "log") as address:
+            yield address
 
 
 @pytest.fixture(autouse=True)
@@ -39,15 +56,8 @@ def cell(page, number):
     return page.locator(f'.cell[data-id^="photo-{number:05}@"]')
 
 
-def screenshot(page, name):
-    screens = os.environ.get("XATTN_SCREENS")
-    if screens:
-        Path(screens).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=Path(screens, f"{name}.png"), animations="disabled")
-
-
-@pytest.mark.parametrize("size, scheme", [("wide", "light"), ("narrow", "dark")])
-def test_choose_tag_move_undo_filter(address, open_page, size, scheme):
+@pytest.mark.parametrize(("size", "scheme"), SCREENS)
+def test_choose_tag_undo_filter_save_and_export(address, open_page, root, size, scheme):
     page = open_page(address, size, scheme)
     cell(page, 0).locator(".frame.there").wait_for()
     cell(page, 0).focus()
@@ -75,18 +85,55 @@ def test_choose_tag_move_undo_filter(address, open_page, size, scheme):
     search.press("Enter")
     page.get_by_text("10 maps, filtered from 26").wait_for()
     assert page.locator(".mark", has_text="look again").count() == 3
-    screenshot(page, f"triage-{size}-{scheme}")
-    if size == "narrow":
-        return
-    page.goto(f"{address}/?tag=wrong+label")
+    shot(page, f"triage-{size}-{scheme}")
+
+    search.fill("")
+    search.press("Enter")
+    page.get_by_text("1 to 24 of 26 maps").wait_for()
+    page.get_by_role("button", name="Filters").click()
+    tags = page.get_by_test_id("stPopoverBody").get_by_role("combobox", name="Tags")
+    tags.scroll_into_view_if_needed()
+    tags.click()
+    page.get_by_role("option", name="wrong label (3)").click()
+    page.wait_for_url(re.compile(r"tag=wrong\+label"))
+    shot(page, f"triage-filters-{size}-{scheme}")
+    page.keyboard.press("Escape")  # closes the list of tags
+    page.keyboard.press("Escape")
+    page.get_by_test_id("stPopoverBody").wait_for(state="detached")
     page.get_by_text("3 maps, filtered from 26").wait_for()
     cell(page, 5).wait_for()
     assert [cell(page, n).count() for n in (2, 3, 4, 5)] == [0, 1, 1, 1]
+
+    page.get_by_role("button", name="Slices").click()
+    page.get_by_label("Save this view as").fill("to be told anew")
+    page.get_by_label("Save this view as").press("Enter")
+    page.get_by_role("button", name="Save", exact=True).click()
+    page.get_by_text("Saved: to be told anew").wait_for()
+    page.keyboard.press("Escape")
+
     page.get_by_role("button", name="Export").click()
     with page.expect_download() as got:
         page.get_by_role("button", name="List of photos").click()
     names = got.value.path().read_text(encoding="utf-8").splitlines()[1:]
     assert names == [f"photo-0000{n}.jpg" for n in (3, 4, 5)]
+    folder = f"set-{size}-{scheme}"
+    page.get_by_label("Name of a new folder").fill(folder)
+    page.get_by_label("Name of a new folder").press("Enter")
+    page.get_by_role("button", name="Write a FiftyOne data set").click()
+    page.get_by_text(f"{folder} is written: 3 photos.").wait_for()
+    assert (root / folder / "samples.json").read_text() == "3"
+
+    page.get_by_role("link", name="Mistakes").filter(visible=True).first.click()
+    page.get_by_role("tab", name="Slices").click()
+    table = page.get_by_test_id("stDataFrame")
+    table.locator("canvas").first.wait_for()
+    table.scroll_into_view_if_needed()
+    table.get_by_text("to be told anew").wait_for(state="attached")
+    shot(page, f"slices-{size}-{scheme}")
+    box = table.bounding_box()
+    page.mouse.click(box["x"] + 20, box["y"] + 52)  # the box of the first row
+    page.wait_for_url(re.compile(r"^[^?]*/\?.*tag=wrong\+label"))
+    page.get_by_text("3 maps, filtered from 26").wait_for()
 
 
 def test_j_turns_the_page_and_chosen_photos_stay_chosen(address, open_page):
@@ -128,7 +175,7 @@ def test_on_a_photo_keys_tag_and_move_and_a_note_is_kept(address, open_page, roo
     page.keyboard.press("k")
     page.get_by_role("heading", name="photo-00004").wait_for()
     page.wait_for_url(re.compile("image=photo-00004"))
-    screenshot(page, "triage-image")
+    shot(page, "triage-image")
     page.get_by_role("button", name="Gallery").click()
     cell(page, 5).locator(".mark").first.wait_for()
     assert cell(page, 3).locator(".mark").all_inner_texts() == ["look again"]
