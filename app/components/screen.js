@@ -18,7 +18,7 @@ function closeFirst(event) {
 
 export default function ({ data, parentElement, setStateValue }) {
   const root = parentElement.querySelector(".screen");
-  const state = (root.xattn ??= { said: false });
+  const state = (root.xattn ??= { said: data.narrow });
   state.say = (narrow) => {
     if (narrow === state.said) return;
     state.said = narrow;

@@ -9,18 +9,25 @@ import streamlit as st
 from xattn.app.components import component
 
 NARROW = 640  # pixels: the widest screen whose toolbars are folded
-_KEY = "screen"
+_KEY, _SAID = "screen", "_narrow"
 
 
 def watch() -> None:
-    """Ask the browser; a narrow one runs the page once more. Links to other pages work while a popover is
-    open. For :mod:`xattn.app.main`."""
-    component("screen")(data={"most": NARROW}, key=_KEY, on_narrow_change=lambda: None)
+    """Ask the browser, for :mod:`xattn.app.main`; a narrow one runs its first page once more.
+
+    It also makes links to other pages work while a popover is open.
+    """
+    component(_KEY)(
+        data={"most": NARROW, "narrow": narrow()}, key=_KEY, on_narrow_change=lambda: None
+    )
 
 
 def narrow() -> bool:
-    """Whether the screen was narrow when the browser last said so."""
-    return bool(getattr(st.session_state.get(_KEY), "narrow", False))
+    """Whether the screen was narrow when the browser last said so, on this page or an earlier one."""
+    said = getattr(st.session_state.get(_KEY), "narrow", None)
+    if said is not None:
+        st.session_state[_SAID] = bool(said)
+    return bool(st.session_state.get(_SAID, False))
 
 
 def place(bar: Any, name: str, **popover: Any) -> Any:
