@@ -21,12 +21,15 @@ TAKEN = "_acts"  # the session's key of its :class:`_Taken`
 def component(name: str, *parts: str) -> Any:
     """The component ``name`` of this folder, registered once; its root is ``<div class=name>``.
 
-    ``parts`` are files of functions and rules that it uses, of the same folder.
+    ``parts`` are files of functions and rules that it uses, of the same folder; every component has
+    those of ``element.js``.
     """
     folder = resources.files(__name__)
     css, js = (
-        "\n".join((folder / f"{n}.{kind}").read_text(encoding="utf-8") for n in (*parts, name))
-        for kind in ("css", "js")
+        "\n".join(
+            (folder / f"{n}.{kind}").read_text(encoding="utf-8") for n in (*first, *parts, name)
+        )
+        for kind, first in (("css", ()), ("js", ("element",)))
     )
     html = f'<div class="{name}"></div>'
     return st.components.v2.component(f"xattn_{name}", html=html, css=css, js=js)

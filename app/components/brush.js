@@ -7,13 +7,6 @@ const KEPT = 50; // strokes that can be taken back
 const PAINT = [224, 92, 38, 150]; // what waits for its answer
 const HELP = "Arrow keys move the cursor, Enter paints, [ and ] change the size, E erases, Ctrl+Z undoes.";
 
-function element(tag, name, text) {
-  const made = document.createElement(tag);
-  if (name) made.className = name;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
 function button(text, act) {
   const made = element("button", "", text);
   made.type = "button";

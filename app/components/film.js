@@ -2,12 +2,6 @@
 
 const AHEAD = 8; // frames that are fetched before they are shown
 
-function element(tag, name) {
-  const made = document.createElement(tag);
-  made.className = name;
-  return made;
-}
-
 function build(root) {
   const picture = element("img", "picture");
   picture.decoding = "sync"; // no flash from frame to frame

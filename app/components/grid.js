@@ -8,15 +8,11 @@ photos are chosen and marked by keys (acts.js); what is chosen is shown at once,
 // A long file name breaks behind these, as in theme.py, and a number does not; a <wbr> is not copied.
 const MARKS = /\S(?!(?<=\d[eE])[-+]\d)[-_/+](?=[^-_./,+\s])|\S[.,](?=[^-_./,+\s\d])/g;
 
-function element(tag, name, text) {
-  const made = document.createElement(tag);
-  if (name) made.className = name;
-  if (text !== undefined) {
-    for (const part of String(text).replace(MARKS, "$&\0").split("\0")) {
-      if (made.firstChild) made.append(document.createElement("wbr"));
-      made.append(part);
-    }
-    made.dir = "auto"; // names from right to left stand by themselves
+function breakable(name, text) {
+  const made = element("span", name, "");
+  for (const part of String(text).replace(MARKS, "$&\0").split("\0")) {
+    if (made.firstChild) made.append(document.createElement("wbr"));
+    made.append(part);
   }
   return made;
 }
@@ -57,10 +53,10 @@ function build(cell, before) {
   else link.removeAttribute("aria-current");
   const text = element("span", "text");
   const head = element("span", "head");
-  head.append(element("span", "title", cell.title));
-  if (cell.value) head.append(element("span", "amount", cell.value));
+  head.append(breakable("title", cell.title));
+  if (cell.value) head.append(breakable("amount", cell.value));
   text.append(head);
-  for (const line of cell.lines || []) text.append(element("span", "line", line));
+  for (const line of cell.lines || []) text.append(breakable("line", line));
   const frame = picture(cell, kept?.querySelector("img") ? kept.querySelector(".frame") : undefined);
   if (cell.badge) frame.append(element("span", `badge ${cell.badge.kind || "plain"}`, cell.badge.text));
   if (cell.marks?.length) {

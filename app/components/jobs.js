@@ -5,13 +5,6 @@ All text goes in as text.
 
 const COLUMNS = ["Job", "What", "State", "Progress", "Best", "Started", "Took"];
 
-function element(tag, name, text) {
-  const made = document.createElement(tag);
-  if (name) made.className = name;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
 function box(job) {
   const place = element("td", "box");
   const label = element("label");
@@ -66,13 +59,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   const state = (root.xattn ??= { shown: null });
   state.send = setTriggerValue;
   if (state.shown === null) {
-    root.addEventListener("click", (event) => {
-      const link = event.target.closest("a");
-      // Another tab or window: the browser follows the link by itself.
-      if (!link || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
-      event.preventDefault();
-      state.send("open", link.dataset.id);
-    });
+    openByClick(root, "a", (id) => state.send("open", id));
     root.addEventListener("change", () => {
       const chosen = [...root.querySelectorAll("input:checked")].map((field) => field.dataset.id);
       state.send("chosen", chosen);

@@ -3,16 +3,6 @@
 Only one cell is in the tab order, the one that had the focus last. All text goes in as text.
 */
 
-function element(tag, name, text) {
-  const made = document.createElement(tag);
-  if (name) made.className = name;
-  if (text !== undefined) {
-    made.textContent = text;
-    made.dir = "auto"; // names from right to left stand by themselves
-  }
-  return made;
-}
-
 function heading(name, scope) {
   const made = element("th", scope);
   made.scope = scope;
@@ -69,13 +59,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
       const to = nearest(cells, from, event.key);
       if (to) focus(cells, to);
     });
-    root.addEventListener("click", (event) => {
-      const cell = event.target.closest(".cell");
-      // Another tab or window: the browser follows the link by itself.
-      if (!cell || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
-      event.preventDefault();
-      state.open(cell.dataset.id);
-    });
+    openByClick(root, ".cell", (id) => state.open(id));
   }
   const shown = JSON.stringify(data);
   if (shown === state.shown) return;

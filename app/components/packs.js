@@ -3,16 +3,6 @@
 All text goes in as text.
 */
 
-function element(tag, name, text) {
-  const made = document.createElement(tag);
-  if (name) made.className = name;
-  if (text !== undefined) {
-    made.textContent = text;
-    made.dir = "auto"; // names from right to left stand by themselves
-  }
-  return made;
-}
-
 function line(pack) {
   const link = element("a", "pack");
   link.href = pack.href;
@@ -68,13 +58,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   state.open = (id) => setTriggerValue("open", id);
   if (state.shown === null) {
     root.addEventListener("keydown", (event) => follow(state, event));
-    root.addEventListener("click", (event) => {
-      const link = event.target.closest(".pack");
-      // Another tab or window: the browser follows the link by itself.
-      if (!link || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
-      event.preventDefault();
-      state.open(link.dataset.id);
-    });
+    openByClick(root, ".pack", (id) => state.open(id));
   }
   const text = JSON.stringify(data);
   if (text === state.shown) return;

@@ -4,12 +4,6 @@ when it rests. All text goes in as text.
 
 const REST = 250; // milliseconds without a key after which the cursor's patch is picked
 
-function element(tag, name) {
-  const made = document.createElement(tag);
-  if (name) made.className = name;
-  return made;
-}
-
 function build(root) {
   const frame = element("div", "frame");
   frame.tabIndex = 0;

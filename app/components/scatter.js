@@ -7,16 +7,6 @@ answers a choice by itself; the page is told of it afterwards. All text goes in 
 const NEAR = 14; // pixels within which a point is meant
 const RAMP = ["#2a5fa8", "#6f78b5", "#a98aa0", "#cf8a62", "#ea6a1f"]; // of a scale, readable on both grounds
 
-function element(tag, name, text) {
-  const made = document.createElement(tag);
-  if (name) made.className = name;
-  if (text !== undefined) {
-    made.textContent = text;
-    made.dir = "auto"; // names from right to left stand by themselves
-  }
-  return made;
-}
-
 function numbers(packed) {
   const bytes = Uint8Array.from(atob(packed || ""), (c) => c.charCodeAt(0));
   return new Uint16Array(bytes.buffer);

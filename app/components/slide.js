@@ -1,11 +1,5 @@
 /** Before/after slider. All text goes in as text; the range input gives focus and keys. */
 
-function element(tag, name) {
-  const made = document.createElement(tag);
-  made.className = name;
-  return made;
-}
-
 function build(root) {
   const frame = element("div", "frame");
   const before = element("img", "before");
