@@ -39,8 +39,9 @@ from xattn.app.attention.view import (
     view_of,
 )
 from xattn.app.components.patches import patches, picked_patch
-from xattn.app.components.theme import facts_html, name_html
+from xattn.app.components.theme import facts_html
 from xattn.app.navigation import last_view, selection
+from xattn.app.navigation.photo_bar import photo_bar
 from xattn.app.state import Context, plain
 from xattn.attention.statistics import bits, breadth, kept_keys, row_distance, row_entropy
 from xattn.explainers.attention import NoAttention, layers_text
@@ -48,7 +49,6 @@ from xattn.packs.contained_files import PackError
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
-    from xattn.packs.reader import Pack
 
 
 def page(context: Context) -> None:
@@ -59,7 +59,7 @@ def page(context: Context) -> None:
     row = selection.table(pack).image(image_id)
     if row is None:
         raise PackError("This pack has no such image; choose one in the gallery.")
-    _heading(pack, image_id, row["title"])
+    photo_bar(pack, image_id, row["title"], "attention", KEY, _carried)
     with st.spinner("Loading the network that made this pack …"):
         backbone = models.backbone_of(pack)
     url = {name: st.query_params[name] for name in NAMES if name in st.query_params}
@@ -93,22 +93,6 @@ def page(context: Context) -> None:
 
 
 # ---------------------------------------------------------------------- the top of the page
-
-
-def _heading(pack: Pack, image_id: str, title: str) -> None:
-    choices = selection.table(pack).choices
-    view = selection.from_text(last_view.remembered(pack), choices)
-    before, after, number, count = selection.neighbours(pack, view, image_id)
-    bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
-    for label, other, keys in (("Previous", before, "Shift+Left"), ("Next", after, "Shift+Right")):
-        if bar.button(label, key=f"{KEY}{label}", disabled=other is None, shortcut=keys):
-            state.go("attention", image=other, **_carried())
-    place = f"{number:,} of {count:,}" if number else "not in the gallery's selection"
-    bar.caption(place, width="content")
-    bar.space("stretch")
-    if bar.button("Image", key=f"{KEY}maps", help="The maps of this photo"):
-        _leave(image_id)
-    st.html(name_html(title))
 
 
 def _leave(image_id: str) -> None:

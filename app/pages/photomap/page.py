@@ -13,6 +13,7 @@ from xattn.app.pages.photomap import data
 from xattn.app.pages.photomap.groups import groups_tab
 from xattn.app.pages.photomap.points import WIDTH, points_tab
 from xattn.app.state import Context
+from xattn.pictures.words import method_title
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -59,7 +60,9 @@ def _method(place: Any, pack: Pack) -> str:
     if len(choices.under_test) == 1:
         return choices.under_test[0]
     with place.container(width=WIDTH):
-        return url_widgets.selectbox("Maps by", list(choices.under_test), "method")
+        return url_widgets.selectbox(
+            "Maps by", list(choices.under_test), "method", format_func=method_title
+        )
 
 
 def _without_features() -> None:

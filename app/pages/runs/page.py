@@ -25,6 +25,7 @@ from xattn.eval.report.pack_differences import (
 )
 from xattn.eval.results import MIN_IMAGES
 from xattn.packs.contained_files import PackError
+from xattn.pictures.words import method_title
 
 if TYPE_CHECKING:
     from xattn.app.library import Library
@@ -58,12 +59,11 @@ class Runs(NamedTuple):
     @property
     def names(self) -> tuple[str, str]:
         """What the two are called: by their packs, or by their methods where these differ."""
+        by, by2 = map(method_title, self.methods)
         if self.same_pack:
-            return self.methods
+            return by, by2
         one, two = self.before.name, self.after.name
-        if self.methods[0] == self.methods[1]:
-            return one, two
-        return f"{one}, {self.methods[0]}", f"{two}, {self.methods[1]}"
+        return (one, two) if by == by2 else (f"{one}, {by}", f"{two}, {by2}")
 
 
 def page(context: Context) -> None:
@@ -149,7 +149,9 @@ def _methods(pack: Pack) -> list[str]:
 def _method(label: str, methods: list[str], key: str, default: str) -> str:
     if len(methods) == 1:
         return methods[0]
-    return url_widgets.selectbox(label, methods, key, default=default, width=200)
+    return url_widgets.selectbox(
+        label, methods, key, default=default, format_func=method_title, width=200
+    )
 
 
 def _swap(before: str, after: str, one: str, two: str) -> None:

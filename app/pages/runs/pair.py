@@ -20,6 +20,7 @@ from xattn.packs.explanation import Explanation
 from xattn.pictures.contact_sheet import legends_html
 from xattn.pictures.overlay import DIVERGING, overlay
 from xattn.pictures.scales import Legend, make_scale
+from xattn.pictures.words import method_title
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -118,16 +119,16 @@ def _row(
     for (pack, method), entry_id, when in zip(packs, entry_ids, ("before", "after"), strict=True):
         if entry_id is None:
             continue
-        explanation = pack.explanation(entry_id)
+        explanation, title = pack.explanation(entry_id), method_title(method)
         explained.append(explanation)
         keys += legends(pack, [entry_id], look)
         cells.append(
             {
                 "id": when,
                 "src": overlay_url(pack, entry_id, look),
-                "alt": f"{when.capitalize()}: map by {method} of {explanation.target_name}",
+                "alt": f"{when.capitalize()}: map by {title} of {explanation.target_name}",
                 "title": f"{short(explanation.target_name)}  {explanation.probability:.1%}",
-                "lines": [pack.name, method],
+                "lines": [pack.name, title],
                 "map": map_cells(explanation, crop=False),
                 "href": state.link("image", pack=pack.id, image=photo.image_id, entry=entry_id),
             }

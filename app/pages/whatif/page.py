@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import streamlit as st
 
-from xattn.app import models, state
+from xattn.app import models
 from xattn.app.components.brush import brush, painted
-from xattn.app.components.theme import name_html
 from xattn.app.navigation import last_view, selection, url_widgets
+from xattn.app.navigation.photo_bar import photo_bar
 from xattn.app.pages.whatif import maps
 from xattn.app.pages.whatif.answer import FILLS, bars, changed, predict, verdict
 from xattn.app.pages.whatif.masks import Mask, decoded, encoded, strongest
 from xattn.app.pages.whatif.painting import KEY, Painting, painting_of
 from xattn.app.state import Context, plain, short
 from xattn.packs.contained_files import PackError
+from xattn.pictures.words import method_title
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +38,7 @@ def page(context: Context) -> None:
     row = selection.table(pack).image(image_id)
     if row is None:
         raise PackError("This pack has no such image; choose one in the gallery.")
-    _heading(pack, image_id, row["title"])
+    photo_bar(pack, image_id, row["title"], "whatif", KEY, _carried)
     with st.spinner("Loading the network that made this pack …"):
         backbone = models.backbone_of(pack)
     backbone.require_classes()
@@ -49,23 +50,9 @@ def page(context: Context) -> None:
     )
 
 
-def _heading(pack: Pack, image_id: str, title: str) -> None:
-    choices = selection.table(pack).choices
-    view = selection.from_text(last_view.remembered(pack), choices)
-    before, after, number, count = selection.neighbours(pack, view, image_id)
-    bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
-    for label, other, keys in (("Previous", before, "Shift+Left"), ("Next", after, "Shift+Right")):
-        if bar.button(label, key=f"{KEY}{label}", disabled=other is None, shortcut=keys):
-            carried = {
-                name: st.query_params.get(name) for name in ("view", "method", "fill", "paint")
-            }
-            state.go("whatif", image=other, **carried)
-    place = f"{number:,} of {count:,}" if number else "not in the gallery's selection"
-    bar.caption(place, width="content")
-    bar.space("stretch")
-    if bar.button("Image", key=f"{KEY}maps", help="The maps of this photo"):
-        state.go("image", image=image_id, view=st.query_params.get("view"))
-    st.html(name_html(title))
+def _carried() -> dict[str, str | None]:
+    """What another photo is shown with."""
+    return {name: st.query_params.get(name) for name in ("view", "method", "fill", "paint")}
 
 
 @st.fragment
@@ -121,7 +108,9 @@ def _choices(pack: Pack, image_id: str) -> tuple[str, str, bool]:
             "What is painted", list(PAINTED), "paint", format_func=lambda p: PAINTED[p]
         )
         methods = list(dict.fromkeys(entries["method"]))
-        method = url_widgets.selectbox("Map", methods, "method", width=220)
+        method = url_widgets.selectbox(
+            "Map", methods, "method", format_func=method_title, width=220
+        )
     return _entry(entries[entries["method"] == method]), kind, paint == "kept"
 
 
@@ -209,14 +198,14 @@ def _maps(
     except PackError as error:
         st.warning(plain(error))
         return
-    title = f"{own.method} of {short(own.target_name)}"
+    title = f"{method_title(own.method)} of {short(own.target_name)}"
     if entry_id not in painting.drawn:
         painting.drawn[entry_id] = maps.map_url(painting.seen.pixels, own)
     pictures = [(painting.drawn[entry_id], title)]
     key = (entry_id, painting.mask.tobytes(), *how)
     if pressed and pixels is not None:
         try:
-            with st.spinner(f"Explaining by {plain(own.method)} …"):
+            with st.spinner(f"Explaining by {plain(method_title(own.method))} …"):
                 painting.fresh = {key: maps.explained(pack, entry_id, pixels, backbone)}
         except ValueError as error:
             st.warning(plain(error))

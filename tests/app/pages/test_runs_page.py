@@ -110,7 +110,7 @@ def test_two_methods_of_one_pack(show):
     app = show(after="before", by="cam", by2="lime")
     assert "explained by two methods" in app.markdown[0].value
     found = cells(app, "runs.pairs")
-    assert [c["lines"][0] for c in found[:2]] == ["cam", "lime"]
+    assert [c["lines"][0] for c in found[:2]] == ["CAM", "LIME"]
 
 
 def test_packs_of_other_photos_are_refused_in_a_sentence(show):
