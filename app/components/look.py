@@ -51,6 +51,9 @@ def look_control(
         first: by key, values that hold before anybody chooses, where they are not the first ones.
     """
     first = first or {}
+    for key in () if bound else (prefix + k for k in (style, "part", "scale", "colours")):
+        # The browser is told a value only in the run that sets it, and may open the popover later.
+        st.session_state[key] = st.session_state[key]
 
     def choose(label: str, names: Mapping[str, str], key: str, **rest: Any) -> str:
         if bound:

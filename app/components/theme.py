@@ -53,6 +53,7 @@ env(safe-area-inset-left),env(safe-area-inset-right))}
 [data-testid=stMultiSelect] [data-tag]{background:color-mix(in srgb,var(--accent) 14%,transparent);
 color:inherit}
 [data-testid=stMultiSelect] .react-aria-ComboBox>div{height:auto;max-height:none;min-height:2.5rem}
+[data-testid=stMain] [data-testid=stButtonGroup] button{min-height:2.5rem}
 [data-testid=stMultiSelectTagsContainer]{flex-wrap:wrap;height:auto;min-width:0;flex:1;
 overflow:visible;mask-image:none}
 [data-testid=stMultiSelect] [data-tag]{max-width:100%}

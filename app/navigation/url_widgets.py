@@ -1,7 +1,8 @@
 """Widgets whose value is in the URL, too: the value itself, where Streamlit's ``bind`` writes the label.
 
 A choice that equals its default is not in the URL. A new value in the URL (a link, a reload, Back)
-overrides the widget; a value that is no option is ignored.
+overrides the widget; a value that is no option is ignored. Every run sets the value, not only the one
+that changes it: of two runs in quick succession the browser may see but the last.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ def selectbox(
     url = st.query_params.get(key)
     if _is_new(key, url):
         _follow(key, url, url if valid(url) else first)
-    elif not valid(st.session_state[key]):
-        st.session_state[key] = first
+    else:
+        kept = st.session_state[key]
+        st.session_state[key] = kept if valid(kept) else first
     chosen = st.selectbox(label, options, key=key, **rest)
     _write(key, None if chosen == first or chosen is None else chosen)
     return chosen
@@ -42,6 +44,8 @@ def segmented(label: str, options: Sequence[str], key: str, **rest: Any) -> str:
     url = st.query_params.get(key)
     if _is_new(key, url) or st.session_state[key] not in options:
         _follow(key, url, url if url in options else options[0])
+    else:
+        st.session_state[key] = st.session_state[key]
     chosen = st.segmented_control(label, options, key=key, required=True, **rest)
     _write(key, None if chosen == options[0] else chosen)
     return chosen

@@ -39,14 +39,14 @@ def toolbar(pack: Pack, view: View, choices: Choices) -> View:
         on_change=restart,
         width="stretch",
     )
+    for name in (*IN_ORDER, "classes", *IN_POPOVER):
+        # The values of widgets that are not there would be forgotten, and those of the browser may be old.
+        if (key := KEY + name) in st.session_state:
+            st.session_state[key] = st.session_state[key]
     narrow = screen.narrow()
     if not narrow:
         _order(bar, choices)
     popover = bar.popover("Filters", key=f"{KEY}filters", on_change="rerun")
-    for name in (*(IN_ORDER if narrow else ()), "classes", *IN_POPOVER):
-        # The values of widgets that are not there would be forgotten, and those of the browser may be old.
-        if (key := KEY + name) in st.session_state:
-            st.session_state[key] = st.session_state[key]
     if popover.open:
         with popover:
             if narrow:
