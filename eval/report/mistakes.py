@@ -187,7 +187,7 @@ def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.float64
 
     if not len(right):
         return math.nan
-    given = torch.from_numpy(confidence), torch.from_numpy(right)
+    given = torch.tensor(confidence), torch.tensor(right)  # copies: pandas owns these arrays
     return float(binary_calibration_error(*given, n_bins=BINS, norm="l1"))
 
 

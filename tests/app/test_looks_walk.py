@@ -41,6 +41,7 @@ def test_from_the_gallery_to_an_outline_on_the_photos_page(address, open_page, s
         first.hover()
         wait_shown(page, first)
     page.get_by_role("button", name="Look").click()
+    assert page.get_by_role("radio", name="Overlay").is_checked()
     page.get_by_role("radio", name="Outline").click()
     page.wait_for_url("**show=outline**")
     page.keyboard.press("Escape")

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import choose_pack, served, vit_pack
+from conftest import SCREENS, choose_pack, served, shot, vit_pack
 
 from xattn.app.library import Library
 from xattn.app.synthetic_packs import small_pack
@@ -88,8 +88,9 @@ def test_gallery_to_image_to_a_patch_to_a_shared_address_to_a_file(address, open
     assert download.value.path().read_bytes().startswith(b"\x89PNG")
 
 
-def test_from_the_gallery_to_a_photo_that_is_painted_on_and_back(address, open_page):
-    page = open_page(address)
+@pytest.mark.parametrize(("size", "scheme"), SCREENS)
+def test_from_the_gallery_to_a_photo_that_is_painted_on_and_back(address, open_page, size, scheme):
+    page = open_page(address, size, scheme)
     page.locator(".cell .frame.there").first.wait_for()
     choose_pack(page, "vit")
     page.locator('.cell[data-id^="photo-1@"]').click()
@@ -98,6 +99,7 @@ def test_from_the_gallery_to_a_photo_that_is_painted_on_and_back(address, open_p
     canvas = page.locator(".st-key-whatif-canvas .canvas")
     canvas.wait_for()
     page.get_by_text("Paint over a part of the photo").wait_for()
+    canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     at = [(box["x"] + x * box["width"], box["y"] + 0.5 * box["height"]) for x in (0.2, 0.8)]
     page.mouse.move(*at[0])
@@ -108,6 +110,7 @@ def test_from_the_gallery_to_a_photo_that_is_painted_on_and_back(address, open_p
     hidden.wait_for()
     assert page.locator(".answers tbody tr").first.locator("td").count() == 4
     brushed = hidden.inner_text()
+    shot(page, f"whatif-painted-{size}-{scheme}")
     page.get_by_role("button", name="Superpixel").click()
     page.mouse.click(at[0][0], box["y"] + 0.1 * box["height"])
     page.get_by_text(brushed).wait_for(state="detached")
@@ -150,18 +153,22 @@ def test_each_view_is_one_press_of_back(root, address, open_page):
     page.get_by_role("heading", name="photo-00002").wait_for()
 
 
-def test_from_the_gallery_to_a_mistake_to_its_photo_and_back(address, open_page):
-    page = open_page(address)
+@pytest.mark.parametrize(("size", "scheme"), SCREENS)
+def test_from_the_gallery_to_a_mistake_to_its_photo_and_back(address, open_page, size, scheme):
+    page = open_page(address, size, scheme)
     page.locator(".cell .frame.there").first.wait_for()
     choose_pack(page, "measured")
-    page.get_by_role("link", name="Mistakes").first.click()
+    page.get_by_role("link", name="Mistakes").filter(visible=True).first.click()
     page.locator(".matrix .wrong").first.click()
     page.wait_for_url(re.compile(r"/mistakes\?.*cell=\d+\.\d+"))
     page.keyboard.press("ArrowRight")
     page.locator(".st-key-mistakes-cells .frame.there").nth(1).wait_for()
+    shot(page, f"mistakes-cell-{size}-{scheme}")
     page.locator(".st-key-mistakes-cells .cell").nth(1).click()
     page.wait_for_url(re.compile(r"/image\?.*image=photo-"))
     page.get_by_role("heading", name=re.compile(", true: ")).wait_for()
+    page.locator(".st-key-maps .frame.there").nth(1).wait_for()
+    shot(page, f"mistake-{size}-{scheme}")
     page.get_by_role("button", name="Gallery").click()
     page.get_by_text(re.compile(r"^\d maps?, filtered from 30$")).wait_for()
     page.go_back()
@@ -184,8 +191,9 @@ def test_another_page_opens_while_a_popover_is_open(address, open_page, popover,
     page.locator(".matrix .wrong").first.wait_for()
 
 
-def test_from_a_photo_to_its_maps_in_two_runs_and_back(address, open_page):
-    page = open_page(address)
+@pytest.mark.parametrize(("size", "scheme"), SCREENS)
+def test_from_a_photo_to_its_maps_in_two_runs_and_back(address, open_page, size, scheme):
+    page = open_page(address, size, scheme)
     page.locator(".cell .frame.there").first.wait_for()
     choose_pack(page, "measured")
     page.locator('.cell[data-id^="photo-00002@"]').click()
@@ -194,6 +202,7 @@ def test_from_a_photo_to_its_maps_in_two_runs_and_back(address, open_page):
     page.wait_for_url(re.compile(r"/runs\?.*image=photo-00002"))
     page.get_by_role("heading", name="photo-00002").wait_for()
     page.get_by_text("Difference", exact=True).wait_for()
+    shot(page, f"two-runs-{size}-{scheme}")
     page.get_by_role("button", name="All photos").click()
     page.locator(".st-key-runs-pairs .cell").nth(3).click()
     page.get_by_text("2 of 30").wait_for()
@@ -247,6 +256,28 @@ def test_pages_fit_the_screen(root, address, open_page, name, size, scheme):
         Path(screens).mkdir(parents=True, exist_ok=True)
         page.wait_for_function(ALL_LOADED)
         page.screenshot(path=Path(screens, f"{name}-{size}-{scheme}.png"), animations="disabled")
+
+
+# What is chosen in every widget in sight, in their order.
+CHOSEN = """() => [...document.querySelectorAll(
+  "[data-testid=stMain] :is([role=radio], [role=combobox], [role=slider], [role=tab], input, [data-tag])"
+)].filter(e => e.checkVisibility()).map(e => [
+  e.ariaLabel ?? e.textContent, e.ariaChecked ?? e.ariaSelected ?? e.checked ?? null, e.value ?? null,
+].join(" ")).sort()"""
+
+
+@pytest.mark.parametrize("name", ["whatif", "mistakes", "photomap", "runs", "live", "train"])
+def test_a_narrow_screen_shows_the_same_choices(root, address, open_page, name):
+    pack, text = PAGES[name]
+    ids = {info.name: info.id for info in Library(root[0]).packs()}
+    shown = []
+    for size in ("wide", "narrow"):
+        page = open_page(f"{address}/{name}?pack={ids[pack]}", size)
+        page.get_by_test_id("stMain").get_by_text(text, exact=True).first.wait_for()
+        page.wait_for_load_state("networkidle")
+        page.wait_for_timeout(500)
+        shown.append(page.evaluate(CHOSEN))
+    assert shown[0] == shown[1]
 
 
 def test_a_pack_that_goes_or_changes_while_it_is_shown_is_a_message(root, address, open_page):

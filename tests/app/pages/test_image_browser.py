@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import served
+from conftest import SCREENS, served, shot
 
 from xattn.app.synthetic_packs import small_pack
 
@@ -98,10 +98,19 @@ def zoomed(page):
     return shapes[0]
 
 
-def test_all_maps_zoom_and_move_together_and_tell_their_values(page):
+def centred(frame):
+    """A frame's box and middle, after the page has brought it into its own."""
+    frame.evaluate("e => e.scrollIntoView({ block: 'center', behavior: 'instant' })")
+    box = frame.bounding_box()
+    return box, (box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
+
+
+@pytest.mark.parametrize(("size", "scheme"), SCREENS)
+def test_all_maps_zoom_and_move_together_and_tell_their_values(address, open_page, size, scheme):
+    page = open_page(address, size, scheme)
+    loaded(page)
     frames = page.locator(".st-key-maps .frame")
-    box = frames.nth(1).bounding_box()
-    middle = box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"]
+    box, middle = centred(frames.nth(1))
     page.mouse.move(*middle)
     told = page.locator(".st-key-maps .value").all_inner_texts()
     assert told[0] == "" and len(told) == 3
@@ -114,12 +123,15 @@ def test_all_maps_zoom_and_move_together_and_tell_their_values(page):
     whole = zoomed(page)
     page.mouse.wheel(0, -100)  # the page's own, while nothing is zoomed
     assert zoomed(page) == whole
+    page.wait_for_timeout(300)  # it may have scrolled
+    _, middle = centred(frames.nth(1))
     page.mouse.move(*middle)
     page.keyboard.down("Control")
     page.mouse.wheel(0, -200)
     page.keyboard.up("Control")
     page.locator(".st-key-maps .zoomed").wait_for()
     near = zoomed(page)
+    shot(page, f"zoom-{size}-{scheme}")
     page.mouse.down()
     page.mouse.move(middle[0] + 30, middle[1] + 20, steps=3)
     page.mouse.up()
