@@ -48,10 +48,19 @@ function keyName(event) {
   return /^[1-9jkx]$|^escape$/.test(key) ? key : null;
 }
 
-/** Call `act(name, event)` for keys anywhere on the page, as long as `root` is a part of it. */
+/** Call `act(name, event)` for keys anywhere on the page, as long as `root` is a part of it.
+
+What was on the page that was left may be there a while longer: only the root that came last is asked.
+*/
 function listen(root, act) {
+  const roots = (document.xattnRoots ??= new Set());
+  roots.add(root);
   const follow = (event) => {
-    if (!root.isConnected) return document.removeEventListener("keydown", follow);
+    if (!root.isConnected) {
+      roots.delete(root);
+      return document.removeEventListener("keydown", follow);
+    }
+    if ([...roots].findLast((other) => other.isConnected) !== root) return;
     const name = keyName(event);
     if (name && act(name, event) !== false) event.preventDefault();
   };

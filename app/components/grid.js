@@ -233,7 +233,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
     root.addEventListener("mousedown", (event) => {
       if (event.shiftKey && state.keys) event.preventDefault(); // no text is marked
     });
-    listen(root, (key) => markKey(state, key));
+    if (data.keys) listen(root, (key) => markKey(state, key));
     root.addEventListener("pointerover", (event) => {
       if (event.pointerType === "mouse") fetchBare(event.target.closest(".cell"));
     });

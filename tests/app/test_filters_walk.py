@@ -31,8 +31,9 @@ def test_a_person_filters_the_gallery_and_takes_the_filters_away(address, open_p
     assert page.get_by_role("radio", name="Wrong", exact=True).is_checked()
     page.get_by_role("combobox", name="True class").click()
     page.get_by_role("option", name="hen (").click()
+    page.wait_for_url(re.compile("label=2"))
+    page.keyboard.press("Escape")  # closes the list of classes
     chips.get_by_role("button", name="true: hen").wait_for()
-    page.keyboard.press("Escape")
     bars = page.locator(".st-key-gallery-histogram [data-testid=stVegaLiteChart]")
     bars.scroll_into_view_if_needed()
     bars.locator("canvas, svg").first.wait_for()

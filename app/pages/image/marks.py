@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PRESSED = "image.keys"  # the component of the keys
 BESIDE = "_beside"  # the session's key of the photos before and after one, by its id
+HELD = "_note"  # the session's key of the :class:`_Held` of the page's note
 PLACE = (
     "_place"  # the session's key of where keys are: {"at": photo, "keys": whether they led there}
 )
@@ -72,10 +73,21 @@ def _place() -> _Place:
     return found
 
 
+@dataclass
+class _Held:
+    """What the field of a note was given, and whether what somebody made of it was taken up."""
+
+    image_id: str
+    key: str
+    note: str
+    taken: bool = False
+
+
 def marks(pack: Pack, view: View, image_id: str) -> None:
     """What people say of this photo, and the keys for it."""
     keyboard.say()
     person = Person.of(pack)
+    _late_note(person)
     try:
         mark = person.store.marks([image_id]).get(image_id, Mark())
         tags = person.store.keys()
@@ -95,14 +107,15 @@ def marks(pack: Pack, view: View, image_id: str) -> None:
         args=(person, image_id, mark.tags, key),
         width=420,
     )
-    key = _holding(f"note of {image_id}", mark.note)
+    held = _Held(image_id, _holding(f"note of {image_id}", mark.note), mark.note)
+    st.session_state[HELD] = held
     bar.text_area(
         "Note",
-        key=key,
+        key=held.key,
         height=68,
         max_chars=NOTE_LENGTH,
         on_change=_note,
-        args=(person, image_id, mark.note, key),
+        args=(person, held),
         width="stretch",
     )
     key = _holding(f"stars of {image_id}", mark.rating - 1 if mark.rating else None)
@@ -129,14 +142,23 @@ def _tag(person: Person, image_id: str, was: Sequence[str], key: str) -> None:
     person.change(lambda store, name: store.change_tags(name, [image_id], add, drop))
 
 
-def _note(person: Person, image_id: str, was: str, key: str) -> None:
-    note = str(st.session_state[key] or "")
+def _note(person: Person, held: _Held) -> None:
+    note = str(st.session_state[held.key] or "")
+    held.taken = True
 
     def act(store: Store, name: str) -> str | None:
-        alone = store.set_note(name, image_id, note, was)
+        alone = store.set_note(name, held.image_id, note, held.note)
         return None if alone else "Somebody else wrote a note meanwhile; both are kept."
 
     person.change(act)
+
+
+def _late_note(person: Person) -> None:
+    """Take up a note whose callback ended where it read the session, because a key was pressed next."""
+    held: _Held | None = st.session_state.get(HELD)
+    if held is not None and not held.taken and held.key in st.session_state:
+        if st.session_state[held.key] != held.note:
+            _note(person, held)
 
 
 def _rate(person: Person, image_id: str, key: str) -> None:

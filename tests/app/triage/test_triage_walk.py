@@ -164,10 +164,12 @@ def test_on_a_photo_keys_tag_and_move_and_a_note_is_kept(address, open_page, roo
     page.wait_for_url(re.compile("image=photo-00003"))
     page.locator(".st-key-maps .frame.there").first.wait_for()
     page.locator(".keys[data-keys]").wait_for(state="attached")
+    page.locator("[data-test-script-state=notRunning]").wait_for()
     for key in "1j2j13":  # faster than the script runs
         page.keyboard.press(key)
     page.get_by_role("heading", name="photo-00005").wait_for()
     page.locator("[data-tag]", has_text="looks elsewhere").wait_for()
+    page.wait_for_function("""() => document.querySelectorAll("[aria-label=Note]").length === 1""")
     note = page.get_by_label("Note")
     note.fill("a note")
     note.press_sequentially(" 12jk")  # typing is no key
