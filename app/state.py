@@ -123,7 +123,7 @@ def _query(params: Mapping[str, Value]) -> dict[str, str | list[str]]:
     return found
 
 
-def link(page: str, **params: Value) -> str:
+def link(page: str, /, **params: Value) -> str:
     """The address, path and query, of a view: for ``href`` and for sharing."""
     base = str(st.get_option("server.baseUrlPath") or "").strip("/")
     path = "/".join(["", *([base] if base else []), "" if page == DEFAULT_PAGE else page])
@@ -136,7 +136,7 @@ def current_page() -> str:
     return st.session_state.get("_page", DEFAULT_PAGE)
 
 
-def go(page: str, **params: Value) -> NoReturn:
+def go(page: str, /, **params: Value) -> NoReturn:
     """Show another view; this run of the script ends.
 
     ``pack`` stays the open one if it is not given. On the same page, widgets bound to the URL keep

@@ -8,7 +8,7 @@ const POPOVER = "[data-testid=stPopoverBody]";
 
 function closeFirst(event) {
   const link = event.target.closest?.("a[href]");
-  if (!link || link.closest(POPOVER) || !document.querySelector(POPOVER)) return;
+  if (!event.isTrusted || !link || link.closest(POPOVER) || !document.querySelector(POPOVER)) return;
   if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
   event.preventDefault();
   event.stopPropagation();

@@ -74,7 +74,7 @@ IMAGE: dict[str, str] = {
     "disagreement": "DOUBLE",
     "methods": "BIGINT",
 }
-RECENT = 64  # photos whose rows are kept: a page asks for the same ones many times
+RECENT = 64  # answers about single photos that are kept: a page asks for the same many times
 _ROW = (  # columns of `maps` that the gallery shows
     *("image_id", "file_name", "title", "method", "target_name", "probability", "is_value"),
     *("label_id", "label_name", "predicted_id", "predicted_name", "right", "confidence"),

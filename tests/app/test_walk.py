@@ -274,6 +274,7 @@ def test_a_narrow_screen_shows_the_same_choices(root, address, open_page, name):
     for size in ("wide", "narrow"):
         page = open_page(f"{address}/{name}?pack={ids[pack]}", size)
         page.get_by_test_id("stMain").get_by_text(text, exact=True).first.wait_for()
+        page.locator("[data-test-script-state=notRunning]").wait_for()
         page.wait_for_load_state("networkidle")
         page.wait_for_timeout(500)
         shown.append(page.evaluate(CHOSEN))
