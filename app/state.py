@@ -168,6 +168,17 @@ def page_object(name: str) -> Any:
     return st.Page(lambda: None, title=name, url_path=name, default=name == DEFAULT_PAGE)
 
 
+def tell_again(*keys: str) -> None:
+    """Set the values of widgets once more, before they are made.
+
+    The browser is told a value only in the run that sets it. It may not see that run, if another follows at
+    once; and a widget that is not shown in a run would lose its value.
+    """
+    for key in keys:
+        if key in st.session_state:
+            st.session_state[key] = st.session_state[key]
+
+
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+\-.!|~$:&@/^=\"'])")
 # Where Streamlit makes a link of an address even if its marks are escaped.
 _ADDRESS = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)|(?=@[-\w.]*[^\W\d_])", re.IGNORECASE)

@@ -7,6 +7,7 @@ from typing import Any
 
 import streamlit as st
 
+from xattn.app import state
 from xattn.app.pictures.rendering import Look
 
 # Streamlit writes what a bound choice is called into the URL, so these names are part of links.
@@ -51,9 +52,8 @@ def look_control(
         first: by key, values that hold before anybody chooses, where they are not the first ones.
     """
     first = first or {}
-    for key in () if bound else (prefix + k for k in (style, "part", "scale", "colours")):
-        # The browser is told a value only in the run that sets it, and may open the popover later.
-        st.session_state[key] = st.session_state[key]
+    if not bound:  # the popover may be opened at any time
+        state.tell_again(*(prefix + key for key in (style, "part", "scale", "colours")))
 
     def choose(label: str, names: Mapping[str, str], key: str, **rest: Any) -> str:
         if bound:

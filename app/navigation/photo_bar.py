@@ -10,26 +10,32 @@ import streamlit as st
 from xattn.app import state
 from xattn.app.components.theme import name_html
 from xattn.app.navigation import last_view, selection
+from xattn.packs.contained_files import PackError
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 
 def photo_bar(
-    pack: Pack,
-    image_id: str,
-    title: str,
-    page: str,
-    key: str,
-    carried: Callable[[], Mapping[str, str | None]],
-) -> None:
-    """The ways to the photos before and after this one, and to its maps; below them its title.
+    pack: Pack, page: str, key: str, carried: Callable[[], Mapping[str, str | None]]
+) -> str:
+    """The ways to the photos before and after that of the URL, and to its maps; below them its title.
 
     Args:
         page: the page's own name.
         key: before the keys of the widgets.
         carried: parameters of the URL that the other photos get, asked for at the click.
+
+    Returns:
+        The photo's id.
+
+    Raises:
+        PackError: the URL names a photo that the pack does not have.
     """
+    image_id = last_view.image_of_url(pack)
+    row = selection.table(pack).image(image_id)
+    if row is None:
+        raise PackError("This pack has no such image; choose one in the gallery.")
     view = selection.from_text(last_view.remembered(pack), selection.table(pack).choices)
     before, after, number, count = selection.neighbours(pack, view, image_id)
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
@@ -41,4 +47,5 @@ def photo_bar(
     bar.space("stretch")
     if bar.button("Image", key=f"{key}maps", help="The maps of this photo"):
         state.go("image", image=image_id, view=st.query_params.get("view"))
-    st.html(name_html(title))
+    st.html(name_html(row["title"]))
+    return image_id

@@ -12,6 +12,7 @@ from typing import Any
 
 import streamlit as st
 
+from xattn.app import state
 from xattn.app.navigation import address
 
 
@@ -45,7 +46,7 @@ def segmented(label: str, options: Sequence[str], key: str, **rest: Any) -> str:
     if _is_new(key, url) or st.session_state[key] not in options:
         _follow(key, url, url if url in options else options[0])
     else:
-        st.session_state[key] = st.session_state[key]
+        state.tell_again(key)
     chosen = st.segmented_control(label, options, key=key, required=True, **rest)
     _write(key, None if chosen == options[0] else chosen)
     return chosen

@@ -40,12 +40,10 @@ from xattn.app.attention.view import (
 )
 from xattn.app.components.patches import patches, picked_patch
 from xattn.app.components.theme import facts_html
-from xattn.app.navigation import last_view, selection
 from xattn.app.navigation.photo_bar import photo_bar
 from xattn.app.state import Context, plain
 from xattn.attention.statistics import bits, breadth, kept_keys, row_distance, row_entropy
 from xattn.explainers.attention import NoAttention, layers_text
-from xattn.packs.contained_files import PackError
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
@@ -55,11 +53,7 @@ def page(context: Context) -> None:
     """Show the attention of one image of the open pack."""
     pack = context.pack
     assert pack is not None, "main.py calls this page with a pack"
-    image_id = last_view.image_of_url(pack)
-    row = selection.table(pack).image(image_id)
-    if row is None:
-        raise PackError("This pack has no such image; choose one in the gallery.")
-    photo_bar(pack, image_id, row["title"], "attention", KEY, _carried)
+    image_id = photo_bar(pack, "attention", KEY, _carried)
     with st.spinner("Loading the network that made this pack …"):
         backbone = models.backbone_of(pack)
     url = {name: st.query_params[name] for name in NAMES if name in st.query_params}

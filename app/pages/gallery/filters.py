@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from xattn.app import state
 from xattn.app.navigation import screen, selection
 from xattn.app.navigation.maps_table import SORTS
 from xattn.app.navigation.selection import ALL, MAPS, RIGHT, SIZES, Choices, View
@@ -39,10 +40,7 @@ def toolbar(pack: Pack, view: View, choices: Choices) -> View:
         on_change=restart,
         width="stretch",
     )
-    for name in (*IN_ORDER, "classes", *IN_POPOVER):
-        # The values of widgets that are not there would be forgotten, and those of the browser may be old.
-        if (key := KEY + name) in st.session_state:
-            st.session_state[key] = st.session_state[key]
+    state.tell_again(*(KEY + name for name in (*IN_ORDER, "classes", *IN_POPOVER)))
     narrow = screen.narrow()
     if not narrow:
         _order(bar, choices)

@@ -10,7 +10,7 @@ import streamlit as st
 
 from xattn.app import models
 from xattn.app.components.brush import brush, painted
-from xattn.app.navigation import last_view, selection, url_widgets
+from xattn.app.navigation import selection, url_widgets
 from xattn.app.navigation.photo_bar import photo_bar
 from xattn.app.pages.whatif import maps
 from xattn.app.pages.whatif.answer import FILLS, bars, changed, predict, verdict
@@ -34,11 +34,7 @@ def page(context: Context) -> None:
     """Show a photo of the open pack to paint on, and what its network says of it."""
     pack = context.pack
     assert pack is not None, "main.py calls this page with a pack"
-    image_id = last_view.image_of_url(pack)
-    row = selection.table(pack).image(image_id)
-    if row is None:
-        raise PackError("This pack has no such image; choose one in the gallery.")
-    photo_bar(pack, image_id, row["title"], "whatif", KEY, _carried)
+    image_id = photo_bar(pack, "whatif", KEY, _carried)
     with st.spinner("Loading the network that made this pack …"):
         backbone = models.backbone_of(pack)
     backbone.require_classes()
