@@ -81,6 +81,13 @@ def choose_pack(page: Any, name: str) -> None:
         page.get_by_role("heading", name=name, exact=True).wait_for()
 
 
+def choose_option(page: Any, name: str) -> None:
+    """Click an option of the open list. Pointing at it draws it anew, and a press meanwhile is lost."""
+    option = page.get_by_role("option", name=name)
+    option.hover()
+    option.and_(page.locator("[data-focused=true]")).click()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Say what every open page shows when a test of the browser fails."""

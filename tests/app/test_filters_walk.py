@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import SCREENS, served
+from conftest import SCREENS, choose_option, served
 
 from xattn.app.synthetic_packs import small_pack
 
@@ -30,9 +30,10 @@ def test_a_person_filters_the_gallery_and_takes_the_filters_away(address, open_p
     page.get_by_role("button", name="Filters").click()
     assert page.get_by_role("radio", name="Wrong", exact=True).is_checked()
     page.get_by_role("combobox", name="True class").click()
-    page.get_by_role("option", name="hen (").click()
+    choose_option(page, "hen (")
     page.wait_for_url(re.compile("label=2"))
-    page.keyboard.press("Escape")  # closes the list of classes
+    page.keyboard.press("Escape")
+    page.get_by_role("option").first.wait_for(state="hidden")  # the list of classes lay over the chart
     chips.get_by_role("button", name="true: hen").wait_for()
     bars = page.locator(".st-key-gallery-histogram [data-testid=stVegaLiteChart]")
     bars.scroll_into_view_if_needed()

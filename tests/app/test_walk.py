@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import SCREENS, choose_pack, served, shot, vit_pack
+from conftest import SCREENS, choose_option, choose_pack, served, shot, vit_pack
 
 from xattn.app.library import Library
 from xattn.app.synthetic_packs import small_pack
@@ -59,7 +59,7 @@ def test_gallery_to_image_to_a_patch_to_a_shared_address_to_a_file(address, open
     page.locator(".cell .frame.there").first.wait_for()
     choose_pack(page, "vit")
     page.get_by_role("combobox", name=re.compile("Sort by")).click()
-    page.get_by_role("option", name="Predicted class").click()
+    choose_option(page, "Predicted class")
     page.wait_for_url(re.compile("sort=predicted"))
     page.locator('.cell[data-id^="photo-1@"]').click()
     page.wait_for_url(re.compile(r"/image\?.*image=photo-1&view=sort"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("streamlit")
-from conftest import only, opened, served
+from conftest import choose_option, only, opened, served
 from streamlit.testing.v1 import AppTest
 from test_jobs import begun, end_all, ended, photos, stand_in
 
@@ -382,7 +382,7 @@ def test_the_labels_that_a_browser_shows_are_those_of_the_chosen_folder(
         shows = "text => [...document.querySelectorAll('input')].some(i => i.value === text)"
         page.wait_for_function(shows, arg="The 2 folders: tit, wren")
         page.locator("[data-testid=stSelectbox] input").first.click()
-        page.get_by_role("option", name="fish · 8 photos").click()
+        choose_option(page, "fish · 8 photos")
         page.wait_for_function(shows, arg="The 2 folders: cod, eel")
         page.close()
 

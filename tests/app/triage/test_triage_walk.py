@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import SCREENS, served, shot
+from conftest import SCREENS, choose_option, served, shot
 
 from xattn.app.library import Library
 from xattn.app.synthetic_packs import small_pack
@@ -94,7 +94,7 @@ def test_choose_tag_undo_filter_save_and_export(address, open_page, root, size, 
     tags = page.get_by_test_id("stPopoverBody").get_by_role("combobox", name="Tags")
     tags.scroll_into_view_if_needed()
     tags.click()
-    page.get_by_role("option", name="wrong label (3)").click()
+    choose_option(page, "wrong label (3)")
     page.wait_for_url(re.compile(r"tag=wrong\+label"))
     shot(page, f"triage-filters-{size}-{scheme}")
     page.keyboard.press("Escape")  # closes the list of tags
