@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PRESSED = "image.keys"  # the component of the keys
 BESIDE = "_beside"  # the session's key of the photos before and after one, by its id
+HOLDING = "_holding"  # the session's key of the numbers of the widgets, by what they hold
 HELD = "_note"  # the session's key of the :class:`_Held` of the page's note
 PLACE = (
     "_place"  # the session's key of where keys are: {"at": photo, "keys": whether they led there}
@@ -129,11 +130,27 @@ def marks(pack: Pack, view: View, image_id: str) -> None:
     )
 
 
-def _holding(key: str, value: object) -> str:
-    """The key of a widget that holds what the tag file has."""
-    if key not in st.session_state or st.session_state[key] != value:
+def _holding(what: str, value: object) -> str:
+    """The key of a widget that holds what the tag file has.
+
+    What was changed by other ways than the widget has a new one: with the next key or click the browser may
+    still send what the old one held, and that would be taken for a change.
+    """
+    numbers: dict[str, int] = st.session_state.setdefault(HOLDING, {})
+    key = f"{what}, {numbers.get(what, 0)}"
+    if key in st.session_state and not _same(st.session_state[key], value):
+        numbers[what] = numbers.get(what, 0) + 1
+        key = f"{what}, {numbers[what]}"
+    if key not in st.session_state:
         st.session_state[key] = value
     return key
+
+
+def _same(held: object, value: object) -> bool:
+    """Whether a widget holds what the tag file has; tags may be in any order."""
+    if isinstance(held, list) and isinstance(value, list):
+        return set(held) == set(value)
+    return held == value
 
 
 def _tag(person: Person, image_id: str, was: Sequence[str], key: str) -> None:

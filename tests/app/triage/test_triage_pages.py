@@ -219,7 +219,7 @@ def test_a_photo_shows_its_tags_note_and_stars_and_changes_them(store):
     store.set_note("bob", photo(1), "**bold** <b>")
     store.set_rating("bob", [photo(1)], 2)
     app = image(1)
-    tags = app.multiselect(key=f"tags of {photo(1)}")
+    [tags] = [widget for widget in app.multiselect if widget.label == "Tags"]
     assert tags.value == ["wrong label"]
     assert app.text_area[0].value == "**bold** <b>"
     assert app.feedback[0].value == 1
@@ -235,6 +235,23 @@ def test_a_photo_shows_its_tags_note_and_stars_and_changes_them(store):
     assert store.marks([photo(1)])[photo(1)] == Mark(
         ("look again", "looks elsewhere", "wrong label"), "mine", 5
     )
+
+
+def test_what_the_browser_has_not_seen_yet_is_not_taken_back(store):
+    app = image(1)
+    known = app._tree.get_widget_states()  # what the browser sends until the next run has ended
+    store.change_tags("me", [photo(1)], ["look again"])
+    store.set_note("me", photo(1), "a note")
+    store.set_rating("me", [photo(1)], 3)
+    for _ in range(2):
+        checked(app._run(known))
+    assert store.marks([photo(1)])[photo(1)] == Mark(("look again",), "a note", 3)
+    [tags] = [widget for widget in app.multiselect if widget.label == "Tags"]
+    assert (tags.value, app.text_area[0].value) == (["look again"], "a note")
+    assert app.feedback[0].value == 2
+    checked(tags.set_value(["look again", "a tag of my own"]).run())
+    [again] = [widget for widget in app.multiselect if widget.label == "Tags"]
+    assert again.id == tags.id  # its list stays open
 
 
 def test_two_people_writing_a_note_at_once_are_told(store):
